@@ -1,0 +1,38 @@
+"""Progress of long work. Library functions take ``track=silent``; the command line passes ``bars``.
+
+``track(iterable, description, total=None, unit="")`` returns an iterable over the same items. Anything else that
+a caller may want to do with progress (a notebook widget, a log line a minute) is a function of that shape.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TypeVar
+
+T = TypeVar("T")
+Track = Callable[..., Iterable]
+
+
+def silent(iterable: Iterable[T], description: str, total: float | None = None, unit: str = "") -> Iterable[T]:
+    """The default: no progress shown."""
+    del description, total, unit
+    return iterable
+
+
+def bars(iterable: Iterable[T], description: str, total: float | None = None, unit: str = "") -> Iterator[T]:
+    """A rich progress bar on stderr with rate and remaining time; ``total`` defaults to ``len(iterable)``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    class Rate(TextColumn):
+        def render(self, task):  # type: ignore[override]
+            speed = task.finished_speed or task.speed
+            self.text_format = f"{speed:,.1f} {unit}/s" if speed else ""
+            return super().render(task)
+
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(""), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=total)
+        for item in iterable:
+            yield item
+            progress.advance(task)
