@@ -10,7 +10,15 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 
-COMPILE = ["-O2", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
+COMPILE = [
+    "-O2",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+]
 LINK = ["-fopenmp"]  # with torch imported first this resolves to torch's libgomp: one thread pool
 
 if sanitizers := os.environ.get("FASTLM_SANITIZE"):
@@ -24,7 +32,12 @@ def needs_recompile(obj: str, src: str) -> bool:
     if not Path(obj).exists() or not depfile.exists():
         return True
     words = depfile.read_text().replace("\\\n", " ").split()[1:]
-    newest = max((Path(w).stat().st_mtime if Path(w).exists() else float("inf") for w in [src, *words, __file__]))
+    newest = max(
+        
+            Path(w).stat().st_mtime if Path(w).exists() else float("inf")
+            for w in [src, *words, __file__]
+        
+    )
     return newest >= Path(obj).stat().st_mtime
 
 

@@ -11,16 +11,26 @@ T = TypeVar("T")
 Track = Callable[..., Iterable]
 
 
-def silent(iterable: Iterable[T], description: str, total: float | None = None, unit: str = "") -> Iterable[T]:
+def silent(
+    iterable: Iterable[T], description: str, total: float | None = None, unit: str = ""
+) -> Iterable[T]:
     """The default: no progress shown."""
     del description, total, unit
     return iterable
 
 
-def bars(iterable: Iterable[T], description: str, total: float | None = None, unit: str = "") -> Iterator[T]:
+def bars(
+    iterable: Iterable[T], description: str, total: float | None = None, unit: str = ""
+) -> Iterator[T]:
     """A rich progress bar on stderr with rate and remaining time; ``total`` defaults to ``len(iterable)``."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     class Rate(TextColumn):
         def render(self, task):  # type: ignore[override]
@@ -30,7 +40,13 @@ def bars(iterable: Iterable[T], description: str, total: float | None = None, un
 
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(""), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(""),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=total)
         for item in iterable:

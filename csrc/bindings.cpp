@@ -1,0 +1,31 @@
+// The Python module fastlm._cpu: one m.def per function, named arguments, no logic.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using namespace fastlm;
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() =
+      "fastlm's CPU kernels. Outputs are allocated by the caller; the public functions are in "
+      "fastlm.ops.";
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+
+  m.def("isa", [] { return name(isa()); });
+  m.def("set_isa", &set_isa, "isa"_a);
+  m.def("supported_isas", &supported_isas);
+  m.def("why_not", &why_not, "isa"_a);
+
+  m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
+        "y"_a, "h"_a, "rstd"_a, no_gil);
+  m.def("rms_norm_backward", &rms_norm_backward, "dy"_a, "dh_above"_a, "h"_a, "weight"_a, "rstd"_a,
+        "offset"_a, "dx"_a, "dw"_a, no_gil);
+
+  m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
+  m.def("count_elements", &count_elements, "a"_a, "b"_a, "c"_a, "d"_a, no_gil);
+  m.def("thread_count", &thread_count, no_gil);
+}

@@ -1,0 +1,93 @@
+// Compiles one kernel body for every instruction set. In <op>.cpp:
+//
+//     #define FASTLM_BODY "cpu/<op>.h"
+//     #include "cpu/each_isa.h"
+//     void fastlm::<op>(...) { FASTLM_RUN(<op>, ...); }
+//
+// The body is included once per instruction set, inside namespace fastlm::<isa> and inside a target
+// region, so the file as a whole is compiled for the baseline and only these functions use the wide
+// registers. A global -mavx512f would put AVX-512 into inline functions of the standard library,
+// and old machines would die on SIGILL; for the same reason every standard header is included here,
+// before the first region, and a body includes none.
+//
+// A body finds simd.h (vectors of VL floats, load and store of float, bf16, f16) included. It
+// includes gemm.h itself when it multiplies matrices.
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa.h"
+#include "tensor.h"
+
+#ifndef FASTLM_BODY
+#error "define FASTLM_BODY before including each_isa.h"
+#endif
+
+#define FASTLM_VL 4
+namespace fastlm::scalar {
+#include "cpu/simd.h"
+#include FASTLM_BODY
+}  // namespace fastlm::scalar
+#undef FASTLM_VL
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#define FASTLM_VL 8
+namespace fastlm::avx2 {
+#include "cpu/simd.h"
+#include FASTLM_BODY
+}  // namespace fastlm::avx2
+#undef FASTLM_VL
+#pragma GCC pop_options
+
+#define FASTLM_VL 16
+#define FASTLM_BF16_DOT
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16")
+namespace fastlm::avx512 {
+#include "cpu/simd.h"
+#include FASTLM_BODY
+}  // namespace fastlm::avx512
+
+#define FASTLM_AMX
+#define FASTLM_AMX_EMULATED
+namespace fastlm::amx_emulated {
+#include "cpu/simd.h"
+#include FASTLM_BODY
+}  // namespace fastlm::amx_emulated
+#undef FASTLM_AMX_EMULATED
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16")
+namespace fastlm::amx {
+#include "cpu/simd.h"
+#include FASTLM_BODY
+}  // namespace fastlm::amx
+#undef FASTLM_AMX
+#pragma GCC pop_options
+#undef FASTLM_BF16_DOT
+#undef FASTLM_VL
+
+#define FASTLM_RUN(function, ...)                           \
+  switch (::fastlm::isa()) {                                \
+    case ::fastlm::Isa::amx:                                \
+      return ::fastlm::amx::function(__VA_ARGS__);          \
+    case ::fastlm::Isa::avx512:                             \
+      return ::fastlm::avx512::function(__VA_ARGS__);       \
+    case ::fastlm::Isa::avx2:                               \
+      return ::fastlm::avx2::function(__VA_ARGS__);         \
+    case ::fastlm::Isa::scalar:                             \
+      return ::fastlm::scalar::function(__VA_ARGS__);       \
+    case ::fastlm::Isa::amx_emulated:                       \
+      return ::fastlm::amx_emulated::function(__VA_ARGS__); \
+  }

@@ -1,0 +1,279 @@
+// The matrix core that every op with a matrix product shares. One thread; an op splits its work and
+// calls this on blocks, inside a region that holds a `TileScope` (nothing except on AMX).
+//
+//     C (M, N) float32  =  A (M, K) . B (K, N)      or  +=
+//
+//   E  what is multiplied: bf16 where the machine has a bf16 dot product and the tensor is bf16;
+//   otherwise float
+//      (`Elem<T>` says which). Sums are float32 everywhere.
+//   A  row-major, rows `lda` elements apart, K padded to `padded_k<E>(K)` with zeros (finite is not
+//   enough: NaN * 0).
+//      A bf16 tensor whose K is a multiple of K_STEP is used where it lies; anything else goes
+//      through pack_a.
+//   B  packed by pack_b into panels of VL columns: [N/VL][K/KP][VL][KP]; KP = 2 for bf16 (one
+//   32-bit lane holds two
+//      consecutive k), 1 for float. Columns beyond N are zero.
+//
+//            VL columns           VL columns
+//          +-------------+      +-------------+      a panel is contiguous: one vector per KP rows,
+//     K/KP | pair,pair.. |      |             |      streamed once per block of MR rows of A;
+//          +-------------+      +-------------+      KC rows of NP panels stay in the L1
+//
+// Register block: MR rows x NP panels, accumulators in registers over KC.
+#ifdef FASTLM_BF16_DOT
+template <class T>
+struct ElemOf {
+  using type = float;
+};
+template <>
+struct ElemOf<bf16> {
+  using type = bf16;
+};
+#else
+template <class T>
+struct ElemOf {
+  using type = float;
+};
+#endif
+template <class T>
+using Elem = typename ElemOf<T>::type;
+
+#ifdef FASTLM_AMX
+#include "cpu/amx.h"
+#else
+struct TileScope {
+  ~TileScope() {}
+};
+#endif
+
+template <class E>
+constexpr int KP = 4 / int(sizeof(E));  // k per 32-bit lane
+#ifdef FASTLM_AMX
+template <class E>
+constexpr int K_STEP = sizeof(E) == 2 ? 32 : 1;  // a tile row is 32 bf16
+#else
+template <class E>
+constexpr int K_STEP = KP<E>;
+#endif
+template <class E>
+FASTLM_INLINE int64_t padded_k(int64_t k) {
+  return (k + K_STEP<E> - 1) / K_STEP<E> * K_STEP<E>;
+}
+
+#if FASTLM_VL == 16
+constexpr int NP = 4, MR = 6;  // 24 accumulators + 4 of B + 1 of A of 32 registers
+#elif FASTLM_VL == 8
+constexpr int NP = 2, MR = 6;  // 12 + 2 + 1 of 16
+#else
+constexpr int NP = 2, MR = 4;  // 8 + 2 + 1 of 16
+#endif
+constexpr int NR = NP * VL;
+constexpr int B_BLOCK_BYTES =
+    32 << 10;  // of B in the L1 (32 to 48 KiB everywhere), the rest is for A and C
+template <class E>
+constexpr int KC = B_BLOCK_BYTES / NR / int(sizeof(E)) / 32 * 32;
+
+template <class E>
+FASTLM_INLINE int64_t packed_b_elements(int64_t k, int64_t n) {
+  return (n + VL - 1) / VL * VL * padded_k<E>(k);
+}
+
+template <class E>
+FASTLM_INLINE E to_elem(float x) {
+  return from_float<E>(x);
+}
+
+// B[k][n] = source[k * k_stride + n * n_stride], any strides, to panels.
+template <class E, class S>
+void pack_b(const S* source, int64_t k_stride, int64_t n_stride, int64_t k, int64_t n, E* packed) {
+  const int64_t kp = padded_k<E>(k);
+  for (int64_t n0 = 0; n0 < n; n0 += VL, packed += kp * VL) {
+    const int width = int(std::min<int64_t>(VL, n - n0));
+    if (width < VL || kp > k) memset(packed, 0, size_t(kp) * VL * sizeof(E));
+    const S* s = source + n0 * n_stride;
+    if (k_stride == 1) {  // a column of B is contiguous: read along it
+      for (int j = 0; j < width; ++j)
+        for (int64_t i = 0; i < k; ++i)
+          packed[(i / KP<E>)*VL * KP<E> + j * KP<E> + i % KP<E>] =
+              to_elem<E>(to_float(s[j * n_stride + i]));
+    } else {
+      for (int64_t i = 0; i < k; ++i)
+        for (int j = 0; j < width; ++j)
+          packed[(i / KP<E>)*VL * KP<E> + j * KP<E> + i % KP<E>] =
+              to_elem<E>(to_float(s[i * k_stride + j * n_stride]));
+    }
+  }
+}
+
+// A[m][k] = source[m * m_stride + k * k_stride] to rows of padded_k(k) elements.
+template <class E, class S>
+void pack_a(const S* source, int64_t m_stride, int64_t k_stride, int64_t m, int64_t k, E* packed) {
+  const int64_t kp = padded_k<E>(k);
+  for (int64_t i = 0; i < m; ++i, packed += kp) {
+    const S* s = source + i * m_stride;
+    for (int64_t j = 0; j < k; ++j) packed[j] = to_elem<E>(to_float(s[j * k_stride]));
+    for (int64_t j = k; j < kp; ++j) packed[j] = to_elem<E>(0.f);
+  }
+}
+
+FASTLM_INLINE vfloat broadcast(const float* a) { return splat(*a); }
+FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, float) { return c + a * b; }
+#ifdef FASTLM_BF16_DOT
+FASTLM_INLINE vfloat broadcast(const bf16* a) {
+  int32_t pair;
+  memcpy(&pair, a, 4);
+  return as_float(splat_int(pair));
+}
+FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, bf16) {
+  return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
+}
+#endif
+
+// ROWS x (PANELS * VL) of C over k elements; the last panel holds `last` columns.
+template <class E, int ROWS, int PANELS>
+void micro(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b, int64_t panel,
+           float* __restrict c, int64_t ldc, int last, bool accumulate) {
+  vfloat acc[ROWS][PANELS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS; ++p)
+      acc[r][p] = !accumulate                    ? vfloat{}
+                  : p < PANELS - 1 || last == VL ? load(c + r * ldc + p * VL)
+                                                 : load(c + r * ldc + p * VL, last);
+  for (int64_t i = 0; i < k; i += KP<E>) {
+    vfloat column[PANELS];
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; ++p)
+      column[p] = load(reinterpret_cast<const float*>(b + p * panel + i * VL));
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const vfloat row = broadcast(a + r * lda + i);
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; ++p) acc[r][p] = multiply_add(acc[r][p], row, column[p], E{});
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS; ++p) {
+      if (p < PANELS - 1 || last == VL)
+        store(c + r * ldc + p * VL, acc[r][p]);
+      else
+        store(c + r * ldc + p * VL, acc[r][p], last);
+    }
+}
+
+template <class E, int PANELS>
+void micro_rows(int rows, int64_t k, const E* a, int64_t lda, const E* b, int64_t panel, float* c,
+                int64_t ldc, int last, bool accumulate) {
+  static_assert(MR <= 6);
+  switch (rows) {
+    case 1:
+      return micro<E, 1, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+    case 2:
+      return micro<E, 2, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+    case 3:
+      return micro<E, 3, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+    case 4:
+      return micro<E, 4, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+    case 5:
+      return micro < E, MR<5 ? MR : 5, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+    case 6:
+      return micro < E, MR<6 ? MR : 6, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+  }
+}
+
+#ifdef FASTLM_AMX
+// 32 x 32 of C with four accumulator tiles: two tiles of A and two of B per 32 k, each used twice.
+// `rows`, `columns` below 32 go through `edge`, so that no row of A or C beyond the matrix is
+// touched.
+inline void tile_block(int64_t k, const bf16* a, int64_t lda, const bf16* b, int64_t panel,
+                       float* c, int64_t ldc, int rows, int columns, bool accumulate) {
+  alignas(64) float edge[32 * 32];
+  alignas(64) bf16 a_edge[32 * 32];
+  const bool whole = rows == 32 && columns == 32;
+  float* d = whole ? c : edge;
+  const int64_t ldd = whole ? ldc : 32;
+  if (!whole) {
+    memset(edge, 0, sizeof edge);
+    if (accumulate)
+      for (int r = 0; r < rows; ++r) memcpy(edge + r * 32, c + r * ldc, size_t(columns) * 4);
+  }
+  const bool right = columns > 16;  // the second panel may not exist
+  if (accumulate) {
+    tile_load<0>(d, ldd * 4), tile_load<1>(d + 16, ldd * 4);
+    tile_load<2>(d + 16 * ldd, ldd * 4), tile_load<3>(d + 16 * ldd + 16, ldd * 4);
+  } else {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  }
+  if (rows < 32) memset(a_edge, 0, sizeof a_edge);
+  for (int64_t i = 0; i < k; i += 32) {
+    const bf16 *top = a + i, *bottom = a + 16 * lda + i;
+    int64_t stride = lda * 2;
+    if (rows < 32) {
+      for (int r = 0; r < rows; ++r) memcpy(a_edge + r * 32, a + r * lda + i, 64);
+      top = a_edge, bottom = a_edge + 16 * 32, stride = 64;
+    }
+    tile_load<4>(top, stride);
+    tile_load_once<6>(b + i * 16, 64);
+    tile_bf16<0, 4, 6>();
+    if (rows > 16) {
+      tile_load<5>(bottom, stride);
+      tile_bf16<2, 5, 6>();
+    }
+    if (right) {
+      tile_load_once<7>(b + panel + i * 16, 64);
+      tile_bf16<1, 4, 7>();
+      if (rows > 16) tile_bf16<3, 5, 7>();
+    }
+  }
+  tile_store<0>(d, ldd * 4), tile_store<1>(d + 16, ldd * 4);
+  tile_store<2>(d + 16 * ldd, ldd * 4), tile_store<3>(d + 16 * ldd + 16, ldd * 4);
+  if (!whole)
+    for (int r = 0; r < rows; ++r) memcpy(c + r * ldc, edge + r * 32, size_t(columns) * 4);
+}
+#endif
+
+// C = A . B, or C += A . B when `accumulate`. See the head of the file for the layouts.
+template <class E>
+void gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, float* c,
+          int64_t ldc, bool accumulate) {
+  const int64_t kp = padded_k<E>(k), panel = kp * VL;
+#ifdef FASTLM_AMX
+  if constexpr (sizeof(E) == 2) {
+    for (int64_t n0 = 0; n0 < n; n0 += 32)
+      for (int64_t k0 = 0; k0 < kp; k0 += 512)  // 512 x 32 bf16 of B: 32 KiB in the L1
+        for (int64_t m0 = 0; m0 < m; m0 += 32)
+          tile_block(std::min<int64_t>(512, kp - k0), a + m0 * lda + k0, lda,
+                     b + n0 / VL * panel + k0 * VL, panel, c + m0 * ldc + n0, ldc,
+                     int(std::min<int64_t>(32, m - m0)), int(std::min<int64_t>(32, n - n0)),
+                     accumulate || k0);
+    return;
+  }
+#endif
+  for (int64_t n0 = 0; n0 < n; n0 += NR) {
+    const int columns = int(std::min<int64_t>(NR, n - n0)), panels = (columns + VL - 1) / VL,
+              last = columns - (panels - 1) * VL;
+    for (int64_t k0 = 0; k0 < kp; k0 += KC<E>) {
+      const int64_t kc = std::min<int64_t>(KC<E>, kp - k0);
+      const E* bb = b + n0 / VL * panel + k0 * VL;
+      for (int64_t m0 = 0; m0 < m; m0 += MR) {
+        const int rows = int(std::min<int64_t>(MR, m - m0));
+        const E* aa = a + m0 * lda + k0;
+        float* cc = c + m0 * ldc + n0;
+        const bool add = accumulate || k0;
+        switch (panels) {
+          case 1:
+            micro_rows<E, 1>(rows, kc, aa, lda, bb, panel, cc, ldc, last, add);
+            break;
+          case 2:
+            micro_rows<E, 2>(rows, kc, aa, lda, bb, panel, cc, ldc, last, add);
+            break;
+          case 3:
+            micro_rows < E, NP<3 ? NP : 3>(rows, kc, aa, lda, bb, panel, cc, ldc, last, add);
+            break;
+          case 4:
+            micro_rows < E, NP<4 ? NP : 4>(rows, kc, aa, lda, bb, panel, cc, ldc, last, add);
+            break;
+        }
+      }
+    }
+  }
+}

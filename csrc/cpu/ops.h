@@ -1,0 +1,24 @@
+// Every function the CPU extension exports, as C++. Outputs and workspaces are allocated by the
+// caller (ops/<op>.py).
+#pragma once
+
+#include <optional>
+
+#include "tensor.h"
+
+namespace fastlm {
+
+using OptionalTensor = std::optional<TensorView>;
+
+// rms_norm.h
+void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
+                      float offset, TensorView y, OptionalTensor h, TensorView rstd);
+void rms_norm_backward(TensorView dy, OptionalTensor dh_above, TensorView h, TensorView weight,
+                       TensorView rstd, float offset, TensorView dx, TensorView dw);
+
+// probe.cpp
+void matmul(TensorView a, TensorView b, TensorView c);
+int64_t count_elements(TensorView a, TensorView b, TensorView c, TensorView d);
+int thread_count();
+
+}  // namespace fastlm

@@ -1,0 +1,24 @@
+// What tests and benchmarks ask of the extension itself: the bare matrix core, the cost of a bound
+// call, the threads.
+#define FASTLM_BODY "cpu/probe.h"
+#include "cpu/each_isa.h"
+#include "cpu/ops.h"
+
+namespace fastlm {
+
+void matmul(TensorView a, TensorView b, TensorView c) { FASTLM_RUN(matmul, a, b, c); }
+
+// A call that does nothing but carry four tensors over the boundary.
+int64_t count_elements(TensorView a, TensorView b, TensorView c, TensorView d) {
+  return a.numel() + b.numel() + c.numel() + d.numel();
+}
+
+int thread_count() {
+  int n = 0;
+#pragma omp parallel
+#pragma omp atomic
+  ++n;
+  return n;
+}
+
+}  // namespace fastlm

@@ -1,0 +1,21 @@
+#define FASTLM_BODY "cpu/rms_norm.h"
+#include "cpu/each_isa.h"
+#include "cpu/ops.h"
+
+namespace fastlm {
+
+void rms_norm_forward(TensorView x, std::optional<TensorView> residual, TensorView weight,
+                      float eps, float offset, TensorView y, std::optional<TensorView> h,
+                      TensorView rstd) {
+  FASTLM_RUN(rms_norm_forward, x, residual ? &*residual : nullptr, weight, eps, offset, y,
+             h ? &*h : nullptr, rstd);
+}
+
+void rms_norm_backward(TensorView dy, std::optional<TensorView> dh_above, TensorView h,
+                       TensorView weight, TensorView rstd, float offset, TensorView dx,
+                       TensorView dw) {
+  FASTLM_RUN(rms_norm_backward, dy, dh_above ? &*dh_above : nullptr, h, weight, rstd, offset, dx,
+             dw);
+}
+
+}  // namespace fastlm

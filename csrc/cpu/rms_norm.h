@@ -1,0 +1,118 @@
+// RMSNorm over the last dimension, optionally of x + residual. Body of rms_norm.cpp, compiled per
+// instruction set.
+//
+//   forward   h = x + residual (rounded to x's dtype, as the unfused addition would be), rstd = 1 /
+//   sqrt(mean(h^2) + eps),
+//             y = h * rstd * (offset + weight)
+//   backward  g = dy * (offset + weight), dh = rstd * (g - h * rstd^2 * mean(g * h)) [+ dh from
+//   above], dw = sum over rows dy * h * rstd
+//
+// Each row is read twice: from memory, then from the L1 that it still fits (a row is at most a few
+// tens of KiB). dw is summed per block of BLOCK_ROWS rows and then over blocks in order, so it does
+// not depend on the thread count.
+
+constexpr int64_t BLOCK_ROWS = 64;  // rows per partial sum of dw: 64 blocks for a 4096-row batch
+
+template <class T>
+void rms_norm_row(const T* x, const T* residual, const float* weight, float eps, float offset,
+                  int64_t n, T* h, T* y, float* rstd) {
+  vfloat sum{};
+  for (int64_t j = 0; j < n; j += VL) {
+    const int k = int(std::min<int64_t>(VL, n - j));
+    vfloat v = k == VL ? load(x + j) : load(x + j, k);
+    if (residual) {
+      v += k == VL ? load(residual + j) : load(residual + j, k);
+      if (k == VL)
+        store(h + j, v), v = load(h + j);
+      else
+        store(h + j, v, k), v = load(h + j, k);
+    }
+    sum += v * v;
+  }
+  const float r = 1.f / std::sqrt(hsum(sum) / float(n) + eps);
+  *rstd = r;
+  const T* source = residual ? h : x;
+  for (int64_t j = 0; j < n; j += VL) {
+    const int k = int(std::min<int64_t>(VL, n - j));
+    if (k == VL)
+      store(y + j, load(source + j) * r * (load(weight + j) + offset));
+    else
+      store(y + j, load(source + j, k) * r * (load(weight + j, k) + offset), k);
+  }
+}
+
+// x (N, H) rows x_stride apart; residual the same or empty; weight (H) float32; y, h (N, H)
+// contiguous; rstd (N) float32
+inline void rms_norm_forward(const TensorView& x, const TensorView* residual,
+                             const TensorView& weight, float eps, float offset, const TensorView& y,
+                             const TensorView* h, const TensorView& rstd) {
+  const int64_t rows = x.size(0), n = x.size(1), x_stride = x.stride(0),
+                r_stride = residual ? residual->stride(0) : 0;
+  with_float(x.dtype(), "x", [&](auto tag) {
+    using T = decltype(tag);
+    const T* px = x.data<T>("x");
+    const T* pr = residual ? residual->data<T>("residual") : nullptr;
+    const float* pw = weight.data<float>("weight");
+    T* py = y.data<T>("y");
+    T* ph = h ? h->data<T>("h") : nullptr;
+    float* ps = rstd.data<float>("rstd");
+#pragma omp parallel for schedule( \
+        static) if (rows * n > 32768)  // below that a parallel region costs more than it saves
+    for (int64_t i = 0; i < rows; ++i)
+      rms_norm_row(px + i * x_stride, pr ? pr + i * r_stride : nullptr, pw, eps, offset, n,
+                   ph ? ph + i * n : nullptr, py + i * n, ps + i);
+  });
+}
+
+template <class T>
+void rms_norm_backward_row(const T* dy, const T* dh_above, const T* h, const float* weight, float r,
+                           float offset, int64_t n, T* dx, float* dw) {
+  vfloat dot{};
+  for (int64_t j = 0; j < n; j += VL) {
+    const int k = int(std::min<int64_t>(VL, n - j));
+    if (k == VL)
+      dot += load(dy + j) * (load(weight + j) + offset) * load(h + j);
+    else
+      dot += load(dy + j, k) * (load(weight + j, k) + offset) * load(h + j, k);
+  }
+  const float c = hsum(dot) * r * r / float(n);
+  for (int64_t j = 0; j < n; j += VL) {
+    const int k = int(std::min<int64_t>(VL, n - j));
+    const vfloat g = k == VL ? load(dy + j) : load(dy + j, k),
+                 v = k == VL ? load(h + j) : load(h + j, k);
+    const vfloat w = (k == VL ? load(weight + j) : load(weight + j, k)) + offset;
+    vfloat d = (g * w - v * c) * r;
+    if (dh_above) d += k == VL ? load(dh_above + j) : load(dh_above + j, k);
+    const vfloat sum = (k == VL ? load(dw + j) : load(dw + j, k)) + g * v * r;
+    if (k == VL)
+      store(dx + j, d), store(dw + j, sum);
+    else
+      store(dx + j, d, k), store(dw + j, sum, k);
+  }
+}
+
+// dy, dh_above (may be absent), h (N, H); rstd (N); dx (N, H) contiguous; dw (blocks, H) float32
+// with blocks = ceil(N / 64): partial sums
+inline void rms_norm_backward(const TensorView& dy, const TensorView* dh_above, const TensorView& h,
+                              const TensorView& weight, const TensorView& rstd, float offset,
+                              const TensorView& dx, const TensorView& dw) {
+  const int64_t rows = h.size(0), n = h.size(1), blocks = dw.size(0);
+  check_size("dw", "ceil(N / 64) rows:", (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, blocks);
+  with_float(h.dtype(), "h", [&](auto tag) {
+    using T = decltype(tag);
+    const T *pdy = dy.data<T>("dy"), *pa = dh_above ? dh_above->data<T>("dh_above") : nullptr,
+            *ph = h.data<T>("h");
+    const float *pw = weight.data<float>("weight"), *pr = rstd.data<float>("rstd");
+    T* pdx = dx.data<T>("dx");
+    float* pdw = dw.data<float>("dw");
+    const int64_t s_dy = dy.stride(0), s_a = dh_above ? dh_above->stride(0) : 0, s_h = h.stride(0);
+#pragma omp parallel for schedule(static) if (rows * n > 32768)
+    for (int64_t b = 0; b < blocks; ++b) {
+      float* partial = pdw + b * n;
+      memset(partial, 0, size_t(n) * sizeof(float));
+      for (int64_t i = b * BLOCK_ROWS; i < std::min(rows, (b + 1) * BLOCK_ROWS); ++i)
+        rms_norm_backward_row(pdy + i * s_dy, pa ? pa + i * s_a : nullptr, ph + i * s_h, pw, pr[i],
+                              offset, n, pdx + i * n, partial);
+    }
+  });
+}

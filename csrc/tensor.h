@@ -1,0 +1,229 @@
+// TensorView: what a kernel knows of a tensor (pointer, shape, strides, dtype, device), and the
+// pybind11 caster that fills it from any DLPack producer.
+//
+// Two ways in. `type(x).__dlpack_c_exchange_api__` (torch >= 2.10) fills the view without a Python
+// object being made: 0.1 us, takes Parameters and tensors that require grad. `x.__dlpack__()`
+// (numpy, jax, cupy) makes a capsule that the caster keeps until the call ends. Rejected:
+// torch/extension.h (seconds of compile time, one build per torch release) and passing data_ptr()
+// integers (same cost as a view, but carries no shape to check).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "dlpack.h"
+
+namespace fastlm {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+enum class DType { f32, f64, bf16, f16, i8, u8, i32, i64, boolean, other };
+
+inline const char* name(DType t) {
+  static const char* names[] = {"float32", "float64", "bfloat16", "float16", "int8",
+                                "uint8",   "int32",   "int64",    "bool",    "unsupported dtype"};
+  return names[static_cast<int>(t)];
+}
+
+template <class T>
+constexpr DType dtype_of();
+template <>
+constexpr DType dtype_of<float>() {
+  return DType::f32;
+}
+template <>
+constexpr DType dtype_of<double>() {
+  return DType::f64;
+}
+template <>
+constexpr DType dtype_of<bf16>() {
+  return DType::bf16;
+}
+template <>
+constexpr DType dtype_of<f16>() {
+  return DType::f16;
+}
+template <>
+constexpr DType dtype_of<int8_t>() {
+  return DType::i8;
+}
+template <>
+constexpr DType dtype_of<uint8_t>() {
+  return DType::u8;
+}
+template <>
+constexpr DType dtype_of<int32_t>() {
+  return DType::i32;
+}
+template <>
+constexpr DType dtype_of<int64_t>() {
+  return DType::i64;
+}
+template <>
+constexpr DType dtype_of<bool>() {
+  return DType::boolean;
+}
+
+struct TensorView {
+  dlpack::Tensor dl;
+
+  int ndim() const { return dl.ndim; }
+  int64_t size(int i) const { return dl.shape[i < 0 ? i + dl.ndim : i]; }
+  int64_t stride(int i) const {  // in elements
+    if (i < 0) i += dl.ndim;
+    if (dl.strides) return dl.strides[i];
+    int64_t s = 1;
+    for (int j = dl.ndim - 1; j > i; --j) s *= dl.shape[j];
+    return s;
+  }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int i = 0; i < dl.ndim; ++i) n *= dl.shape[i];
+    return n;
+  }
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int i = dl.ndim - 1; i >= 0; --i) {
+      if (dl.shape[i] != 1 && stride(i) != expected) return false;
+      expected *= dl.shape[i];
+    }
+    return true;
+  }
+  bool on_cpu() const { return dl.device.type == dlpack::kCPU; }
+
+  DType dtype() const {
+    const auto [code, bits, lanes] = dl.dtype;
+    if (lanes != 1) return DType::other;
+    if (code == dlpack::kFloat)
+      return bits == 32   ? DType::f32
+             : bits == 16 ? DType::f16
+             : bits == 64 ? DType::f64
+                          : DType::other;
+    if (code == dlpack::kBfloat && bits == 16) return DType::bf16;
+    if (code == dlpack::kInt)
+      return bits == 8    ? DType::i8
+             : bits == 32 ? DType::i32
+             : bits == 64 ? DType::i64
+                          : DType::other;
+    if (code == dlpack::kUInt && bits == 8) return DType::u8;
+    if (code == dlpack::kBool && bits == 8) return DType::boolean;
+    return DType::other;
+  }
+
+  // The elements as T; `argument` names the tensor in the refusal.
+  template <class T>
+  T* data(const char* argument) const {
+    if (!on_cpu()) throw std::invalid_argument(std::string(argument) + ": wanted a CPU tensor");
+    if (dtype() != dtype_of<T>())
+      throw std::invalid_argument(std::string(argument) + ": wanted dtype " + name(dtype_of<T>()) +
+                                  ", got " + name(dtype()));
+    return reinterpret_cast<T*>(static_cast<char*>(dl.data) + dl.byte_offset);
+  }
+};
+
+// Refuse with a line that says what was wanted and what came: check(k == n, "weight", "size", n,
+// k).
+inline void check_size(const char* argument, const char* what, int64_t wanted, int64_t got) {
+  if (wanted != got)
+    throw std::invalid_argument(std::string(argument) + ": wanted " + what + " " +
+                                std::to_string(wanted) + ", got " + std::to_string(got));
+}
+
+inline void check_contiguous(const char* argument, const TensorView& t) {
+  if (!t.contiguous())
+    throw std::invalid_argument(std::string(argument) +
+                                ": wanted a contiguous tensor, got a strided one");
+}
+
+// Call f with a value of the C++ type behind a float dtype: with_float(x.dtype(), "x", [&](auto t)
+// { using T = decltype(t); ... })
+template <class F>
+void with_float(DType dtype, const char* argument, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    default:
+      throw std::invalid_argument(std::string(argument) +
+                                  ": wanted float32, bfloat16 or float16, got " + name(dtype));
+  }
+}
+
+}  // namespace fastlm
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fastlm::TensorView> {
+  PYBIND11_TYPE_CASTER(fastlm::TensorView, const_name("Tensor"));
+
+  bool load(handle source, bool) {
+    const fastlm::dlpack::ExchangeApi* api = exchange_api(Py_TYPE(source.ptr()));
+    if (api) {
+      if (api->view_of_object(source.ptr(), &value.dl) != 0) throw error_already_set();
+      return true;
+    }
+    if (!hasattr(source, "__dlpack__")) return false;
+    // numpy < 2.1 and older producers do not know max_version
+    try {
+      capsule_ = source.attr("__dlpack__")(arg("max_version") = make_tuple(1, 0));
+    } catch (error_already_set& e) {
+      if (!e.matches(PyExc_TypeError)) throw;
+      capsule_ = source.attr("__dlpack__")();
+    }
+    if (void* p = PyCapsule_GetPointer(capsule_.ptr(), "dltensor_versioned")) {
+      auto* managed = static_cast<fastlm::dlpack::ManagedVersioned*>(p);
+      if (managed->version.major != 1)
+        throw type_error("DLPack major version " + std::to_string(managed->version.major) +
+                         ": wanted 1");
+      value.dl = managed->tensor;
+    } else {
+      PyErr_Clear();
+      p = PyCapsule_GetPointer(capsule_.ptr(), "dltensor");
+      if (!p) throw error_already_set();
+      value.dl = static_cast<fastlm::dlpack::Managed*>(p)->tensor;
+    }
+    return true;  // the capsule is never renamed "used_": its own destructor frees the tensor when
+                  // the call ends
+  }
+
+ private:
+  object capsule_;
+
+  // The exchange table of a Python type, or null. One entry is remembered: calls come in runs of
+  // the same type.
+  static const fastlm::dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+    static PyTypeObject* last_type = nullptr;
+    static const fastlm::dlpack::ExchangeApi* last_api = nullptr;
+    if (type == last_type) return last_api;
+    const fastlm::dlpack::ExchangeApi* api = nullptr;
+    if (PyObject* attribute = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type),
+                                                     "__dlpack_c_exchange_api__")) {
+      if (PyCapsule_IsValid(attribute, "dlpack_exchange_api"))
+        api = static_cast<const fastlm::dlpack::ExchangeApi*>(
+            PyCapsule_GetPointer(attribute, "dlpack_exchange_api"));
+      Py_DECREF(attribute);
+      while (api && (api->version.major != 1 || !api->view_of_object)) api = api->previous;
+    } else {
+      PyErr_Clear();
+    }
+    Py_INCREF(type);  // a freed type's address could come back as another type
+    Py_XDECREF(last_type);
+    last_type = type;
+    last_api = api;
+    return api;
+  }
+};
+
+}  // namespace pybind11::detail

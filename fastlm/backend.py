@@ -1,0 +1,235 @@
+"""The only file that asks what hardware and extras exist, and picks the implementation of an op.
+
+Every op is one torch operator, ``torch.ops.fastlm.<name>``, with up to four implementations of the same signature:
+
+- ``reference``  plain PyTorch (`fastlm.reference`); the definition; every device, every float dtype;
+- ``cpu``        C++ (`fastlm._cpu`); float32, bfloat16, float16;
+- ``triton``     Triton (`fastlm.kernels`), on CUDA devices;
+- ``cuda``       CUDA C++ (`fastlm._cuda`), on CUDA devices.
+
+`pick` takes the first of `ORDER[device]` that the op has and that is available and serves the dtype. ``FASTLM_BACKEND=name`` or
+``with use_backend("name"):`` forces one, and raises where it cannot serve: nothing falls back silently.
+
+Ops register with ``torch.library.Library`` (1.8 us a call here) and not with ``torch.library.custom_op`` (7.6 us).
+"""
+
+import contextlib
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from fastlm.errors import InputError
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+# Best first, per device type. A device that is not listed runs the reference.
+ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16, torch.float16),
+}
+
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}
+_library = torch.library.Library("fastlm", "DEF")
+_picked: dict[tuple, Callable] = {}
+
+
+def _checked_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise InputError(f"{source}: wanted one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced: str | None = os.environ.get("FASTLM_BACKEND") or None
+if _forced is not None:
+    _checked_backend(_forced, "FASTLM_BACKEND")
+
+
+def why_not(backend: str) -> str | None:
+    """Why this backend cannot run on this machine, or None when it can."""
+    if backend == "cpu":
+        if find_spec("fastlm._cpu") is None:
+            return "the C++ extension fastlm._cpu is not built (pip install -e . builds it; it needs a C++17 compiler)"
+    elif backend == "triton":
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if not torch.cuda.is_available():
+            return "no CUDA device is visible to torch"
+    elif backend == "cuda":
+        if find_spec("fastlm._cuda") is None:
+            return "the CUDA extension fastlm._cuda is not built"
+        if not torch.cuda.is_available():
+            return "no CUDA device is visible to torch"
+    return None
+
+
+def _why_not_here(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve `op` on tensors of this device type and dtype, or None."""
+    if backend not in IMPLEMENTATIONS[op]:
+        return f"{op} has no {backend} implementation"
+    if backend != "reference":
+        if backend not in ORDER.get(device, ()):
+            return f"{backend} does not run on {device} tensors"
+        if dtype not in DTYPES[backend]:
+            wanted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[backend])
+            return f"{backend} serves {wanted}, not {str(dtype).removeprefix('torch.')}"
+    return why_not(backend)
+
+
+def pick(op: str, tensor: torch.Tensor) -> Callable:
+    """The implementation that `op` runs on tensors like this one."""
+    key = (op, tensor.device.type, tensor.dtype)
+    if (chosen := _picked.get(key)) is None:
+        chosen = _picked[key] = _choose(*key)
+    return chosen
+
+
+def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
+    if _forced is not None:
+        if reason := _why_not_here(op, _forced, device, dtype):
+            raise InputError(f"backend: {_forced!r} is forced but cannot serve: {reason}")
+        return IMPLEMENTATIONS[op][_forced]
+    for backend in ORDER.get(device, ("reference",)):
+        if _why_not_here(op, backend, device, dtype) is None:
+            return IMPLEMENTATIONS[op][backend]
+    raise InputError(f"{op}: no implementation for {device} tensors of {dtype}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every op inside the ``with`` onto one backend, process-wide; an op that it cannot serve raises."""
+    global _forced
+    before = _forced
+    _forced = _checked_backend(name, "use_backend")
+    _picked.clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        _picked.clear()
+
+
+def register(
+    schema: str,
+    *,
+    fake: Callable,
+    implementations: dict[str, Callable],
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    picked_by: int = 0,
+) -> Callable:
+    """Define ``torch.ops.fastlm.<name>``: schema, shapes (`fake`), implementations and autograd. Returns the operator.
+
+    `picked_by` is the position of the tensor whose device and dtype choose the implementation.
+    """
+    name = schema.split("(", 1)[0]
+    IMPLEMENTATIONS[name] = implementations
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args: Any) -> Any:
+        return pick(name, args[picked_by])(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"fastlm::{name}", backward, setup_context=setup_context, lib=_library
+        )
+    return getattr(torch.ops.fastlm, name).default
+
+
+def cpu_isa() -> str | None:
+    """The instruction set the C++ kernels run on, or None without the extension."""
+    if why_not("cpu"):
+        return None
+    from fastlm import _cpu
+
+    return _cpu.isa()
+
+
+def cpu_isas() -> Sequence[str]:
+    """Every instruction set the C++ kernels can run on here, best first."""
+    if why_not("cpu"):
+        return ()
+    from fastlm import _cpu
+
+    return _cpu.supported_isas()
+
+
+@contextlib.contextmanager
+def use_cpu_isa(name: str) -> Iterator[None]:
+    """Force the C++ kernels onto one instruction set (amx, avx512, avx2, scalar, amx_emulated), process-wide."""
+    from fastlm import _cpu
+
+    before = _cpu.isa()
+    try:
+        _cpu.set_isa(name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    try:
+        yield
+    finally:
+        _cpu.set_isa(before)
+
+
+def info() -> dict[str, Any]:
+    """Versions, hardware, extensions, and per op what runs here and why the others do not; JSON-serialisable."""
+    import fastlm
+    import fastlm.ops  # registers every op
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ops = {}
+    for op in sorted(IMPLEMENTATIONS):
+        dtype = torch.bfloat16
+        rows = {b: _why_not_here(op, b, device, dtype) for b in BACKENDS}
+        order = [b for b in ORDER[device] if rows[b] is None]
+        ops[op] = {
+            "picked": order[0] if order else None,
+            "why_not": {b: r for b, r in rows.items() if r is not None},
+        }
+    isas: dict[str, str | None] = {}
+    if why_not("cpu") is None:
+        from fastlm import _cpu
+
+        isas = {name: _cpu.why_not(name) or None for name in ("amx", "avx512", "avx2", "scalar")}
+    return {
+        "fastlm": fastlm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_isa": cpu_isa(),
+        "cpu_isa_why_not": {k: v for k, v in isas.items() if v},
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "forced_backend": _forced,
+        "backends": {b: why_not(b) for b in BACKENDS},
+        "ops": ops,
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(
+                line.split(":", 1)[1].strip() for line in f if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

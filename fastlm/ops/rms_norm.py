@@ -1,0 +1,127 @@
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), alone or fused with the residual addition before it."""
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.backend import register
+from fastlm.errors import InputError
+
+_BLOCK_ROWS = 64  # rows per partial sum of the weight's gradient, as in csrc/cpu/rms_norm.h
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    offset: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``y = F.rms_norm(x, (H,), offset + weight, eps)``.
+
+    With `residual`: ``h = x + residual``, and ``(F.rms_norm(h, ...), h)`` is returned.
+
+    Args:
+        x: (..., H), float32, bfloat16 or float16 (float64 on the reference).
+        weight: (H,), any float dtype.
+        eps: added to the mean square.
+        residual: like x. The sum is rounded to x's dtype before it is normalised, as two separate ops would.
+        offset: 1.0 for Gemma, whose weights are stored minus one.
+
+    Statistics and products are float32. Forward reads x (and residual) once and writes y (and h)
+    once; the backward keeps h and one float32 per row.
+
+    Raises:
+        InputError: the last sizes differ, or residual differs from x in shape or dtype.
+    """
+    if x.dim() == 0 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+        raise InputError(
+            f"weight: wanted shape (H,) = the last dimension of x {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if not x.is_floating_point():
+        raise InputError(f"x: wanted a float dtype, got {x.dtype}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise InputError(
+            f"residual: wanted {x.dtype} of shape {tuple(x.shape)} as x, got {residual.dtype} {tuple(residual.shape)}"
+        )
+    if weight.device != x.device:
+        raise InputError(f"weight: wanted device {x.device} as x, got {weight.device}")
+    rows = x.reshape(-1, x.shape[-1])
+    y, h, _ = _forward(
+        rows, None if residual is None else residual.reshape(rows.shape), weight, eps, offset
+    )
+    if residual is None:
+        return y.view(x.shape)
+    return y.view(x.shape), h.view(x.shape)
+
+
+def _forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    h = x.new_empty(0) if residual is None else x.new_empty(x.shape)
+    return x.new_empty(x.shape), h, x.new_empty(x.shape[:1], dtype=wide)
+
+
+def _backward_fake(
+    dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
+):
+    return h.new_empty(h.shape), h.new_empty(h.shape[1:], dtype=rstd.dtype)
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """Rows may be apart, elements of a row may not."""
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
+    from fastlm import _cpu
+
+    y, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:1])
+    h = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    _cpu.rms_norm_forward(
+        _rows(x), _rows(residual), weight.float().contiguous(), eps, offset, y, h, rstd
+    )
+    return y, x.new_empty(0) if h is None else h, rstd
+
+
+def _cpu_backward(
+    dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
+):
+    from fastlm import _cpu
+
+    dx = torch.empty(h.shape, dtype=h.dtype)
+    dw = torch.empty((h.shape[0] + _BLOCK_ROWS - 1) // _BLOCK_ROWS, h.shape[1])
+    _cpu.rms_norm_backward(
+        _rows(dy), _rows(dh_above), _rows(h), weight.float().contiguous(), rstd, offset, dx, dw
+    )
+    return dx, dw.sum(0)
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, _, offset = inputs
+    _, h, rstd = output
+    ctx.save_for_backward(x if residual is None else h, weight, rstd)
+    ctx.offset, ctx.has_residual = offset, residual is not None
+
+
+def _autograd_backward(ctx, dy, dh_above, _):
+    h, weight, rstd = ctx.saved_tensors
+    dh, dw = _backward(dy, dh_above if ctx.has_residual else None, h, weight, rstd, ctx.offset)
+    return dh, dh if ctx.has_residual else None, dw.to(weight.dtype), None, None
+
+
+_forward = register(
+    "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, float offset)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+    implementations={"reference": reference.rms_norm_forward, "cpu": _cpu_forward},
+    setup_context=_setup_context,
+    backward=_autograd_backward,
+)
+_backward = register(
+    "rms_norm_backward(Tensor dy, Tensor? dh_above, Tensor h, Tensor weight, Tensor rstd,"
+    " float offset) -> (Tensor, Tensor)",
+    fake=_backward_fake,
+    implementations={"reference": reference.rms_norm_backward, "cpu": _cpu_backward},
+    picked_by=2,
+)

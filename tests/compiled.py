@@ -1,0 +1,33 @@
+"""torch.compile checks that every op's tests share."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+
+def assert_compiles_once(
+    function: Callable, calls: Sequence[tuple], backend: str = "aot_eager"
+) -> None:
+    """`function` under ``torch.compile(fullgraph=True, dynamic=True)`` gives, for each argument tuple, the outputs and
+    gradients of the plain call, and is not compiled again after the first."""
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    count = None
+    for arguments in calls:
+        results = []
+        for f in (function, compiled):
+            leaves = [
+                a.detach().clone().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a
+                for a in arguments
+            ]
+            out = f(*leaves)
+            if out.requires_grad:
+                out.float().square().sum().backward()
+            results.append([out.detach(), *(a.grad for a in leaves if torch.is_tensor(a))])
+        for plain, fast in zip(*results):
+            if plain is not None:
+                torch.testing.assert_close(fast, plain)
+        # AOT may ask its backend twice for one graph: what counts is that later shapes ask no more
+        count = counter.frame_count if count is None else count
+        assert counter.frame_count == count, "compiled again for a new shape"
