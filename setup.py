@@ -1,6 +1,7 @@
-"""The build: which folders are which packages, and the pybind11 extension. Metadata is in pyproject.toml.
+"""The build: which folders are which packages, and the pybind11 extension.
 
-Environment: FASTLM_SANITIZE=address,undefined builds the extension with those sanitizers (`make sanitize`).
+Metadata is in pyproject.toml. Environment: FASTLM_SANITIZE=address,undefined builds the extension
+with those sanitizers (`make sanitize`).
 """
 
 import os
@@ -27,16 +28,14 @@ if sanitizers := os.environ.get("FASTLM_SANITIZE"):
 
 
 def needs_recompile(obj: str, src: str) -> bool:
-    """True unless the object is newer than its source and every header that -MMD recorded for it."""
+    """True unless the object is newer than its source and every header that -MMD recorded."""
     depfile = Path(obj).with_suffix(".d")
     if not Path(obj).exists() or not depfile.exists():
         return True
     words = depfile.read_text().replace("\\\n", " ").split()[1:]
     newest = max(
-        
-            Path(w).stat().st_mtime if Path(w).exists() else float("inf")
-            for w in [src, *words, __file__]
-        
+        Path(w).stat().st_mtime if Path(w).exists() else float("inf")
+        for w in [src, *words, __file__]
     )
     return newest >= Path(obj).stat().st_mtime
 
