@@ -1,6 +1,13 @@
-"""What it costs to carry four tensors into the extension, and through the dispatcher: the floor under every op."""
+"""What it costs to carry four tensors into the extension, and through the dispatcher: the floor
+under every op.
+"""
+
+import sys
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
 from harness import Case, main
 
 from fastlm import _cpu, ops
@@ -18,10 +25,26 @@ def cases() -> list[Case]:
             t.data_ptr()
 
     return [
-        Case("four tensors, bound call", "4 x (4, 4)", {"fastlm": lambda: _cpu.count_elements(*tensors), "four data_ptr()": plain}),
-        Case("four strided tensors", "4 x (4, 4)", {"fastlm": lambda: _cpu.count_elements(*strided), "four data_ptr()": plain}),
-        Case("four Parameters", "4 x (4, 4)", {"fastlm": lambda: _cpu.count_elements(*parameters), "four data_ptr()": plain}),
-        Case("four numpy arrays", "4 x (4, 4)", {"fastlm": lambda: _cpu.count_elements(*arrays), "four data_ptr()": plain}),
+        Case(
+            "four tensors, bound call",
+            "4 x (4, 4)",
+            {"fastlm": lambda: _cpu.count_elements(*tensors), "four data_ptr()": plain},
+        ),
+        Case(
+            "four strided tensors",
+            "4 x (4, 4)",
+            {"fastlm": lambda: _cpu.count_elements(*strided), "four data_ptr()": plain},
+        ),
+        Case(
+            "four Parameters",
+            "4 x (4, 4)",
+            {"fastlm": lambda: _cpu.count_elements(*parameters), "four data_ptr()": plain},
+        ),
+        Case(
+            "four numpy arrays",
+            "4 x (4, 4)",
+            {"fastlm": lambda: _cpu.count_elements(*arrays), "four data_ptr()": plain},
+        ),
         Case(
             "whole op (rms_norm of one row)",
             "(1, 16)",

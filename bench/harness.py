@@ -1,9 +1,10 @@
 """The harness every benchmark runs on.
 
-A `Case` is one op at one shape with named variants that do the same work. `measure` runs them in turn, round after round, so
-that a slow second of the machine hits all of them, and takes the median and the spread (interquartile range over median). What
-a variant reaches is compared with the ceilings of this machine, measured on the spot. Nothing is timed while the op's tests are
-red. The last line of every script is JSON.
+A `Case` is one op at one shape with named variants that do the same work. `measure` runs them in
+turn, round after round, so that a slow second of the machine hits all of them, and takes the
+median and the spread (interquartile range over median). What a variant reaches is compared with
+the ceilings of this machine, measured on the spot. Nothing is timed while the op's tests are red.
+The last line of every script is JSON.
 
     python -P bench/attention.py                 all cases of the file
     python -P bench/attention.py causal          cases whose name contains "causal"
@@ -33,7 +34,9 @@ MIN_ROUND_SECONDS = 0.01  # a round repeats a short call until the clock's noise
 
 @dataclass
 class Case:
-    """One op at one shape. `flops` and `bytes` are what the work needs at least, for the share of the ceiling."""
+    """One op at one shape. `flops` and `bytes` are what the work needs at least, for the
+    share of the ceiling.
+    """
 
     name: str
     shape: str
@@ -64,7 +67,9 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def measure(variants: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def measure(
+    variants: dict[str, Callable[[], object]], rounds: int = ROUNDS
+) -> dict[str, list[float]]:
     """Seconds per call, per variant and round; variants take turns inside each round."""
     repeats = {}
     for name, call in variants.items():
@@ -78,7 +83,9 @@ def measure(variants: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> 
 
 
 def ceilings() -> dict[str, float]:
-    """FLOP/s of the matrix core on operands in the L1 (bf16, fp32), bytes/s of reading memory; best of several."""
+    """FLOP/s of the matrix core on operands in the L1 (bf16, fp32), bytes/s of reading
+    memory; best of several.
+    """
     buffer = torch.rand(64 << 20)  # 256 MiB: beyond the caches of most machines
     best = {"bf16": 0.0, "fp32": 0.0, "read": 0.0}
     for _ in range(7):
@@ -107,7 +114,10 @@ def run_case(case: Case, limits: dict[str, float], rounds: int = ROUNDS) -> Row:
         # the work needs both: whichever ceiling takes longer is the one that binds
         compute = (case.flops or 0) / limits[case.dtype]
         memory = (case.bytes or 0) / limits["read"]
-        share, unit = max(compute, memory) / mine, f"{case.dtype} matrix" if compute >= memory else "memory read"
+        share, unit = (
+            max(compute, memory) / mine,
+            f"{case.dtype} matrix" if compute >= memory else "memory read",
+        )
     return Row(
         case.name,
         case.shape,
@@ -127,47 +137,81 @@ def gate(op: str) -> None:
     if not test.exists():
         sys.exit(f"bench: no tests/test_{op}.py: an op without tests is not timed")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", str(test)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"}
+    )
     if done.returncode:
         print("\n".join(done.stdout.splitlines()[-15:]), file=sys.stderr)
-        sys.exit(f"bench: tests/test_{op}.py is red: a speedup is not reported on a red gate (--no-gate to profile)")
+        sys.exit(
+            f"bench: tests/test_{op}.py is red: no speedup is reported on a red gate "
+            "(--no-gate to profile)"
+        )
 
 
 def machine() -> dict[str, object]:
     """What a number needs beside it: machine, versions, commit."""
     info = backend.info()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     keys = ("cpu", "cpu_isa", "threads", "torch", "python", "fastlm")
-    return {**{k: info[k] for k in keys}, "commit": commit, "date": time.strftime("%Y-%m-%d"), "aten": os.environ.get("ATEN_CPU_CAPABILITY", "default"), "system": platform.system()}
+    return {
+        **{k: info[k] for k in keys},
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "aten": os.environ.get("ATEN_CPU_CAPABILITY", "default"),
+        "system": platform.system(),
+    }
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = ["| op | shape | fastlm ms | best peer | peer ms | ratio | of ceiling | spread |", "|---|---|---|---|---|---|---|---|"]
+    """Markdown: one line a case, all peers with their times, the ratio to the best of them."""
+    lines = [
+        "| op | shape | fastlm ms | peers, ms | ratio to the best | share of ceiling | spread |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
-        mine, peer = r.milliseconds.get("fastlm"), r.best_peer
-        others = ", ".join(f"{n} {v:.3g}" for n, v in r.milliseconds.items() if n not in ("fastlm", peer))
-        absent = "; ".join(f"{n}: {why}" for n, why in r.missing.items())
-        lines.append(
-            f"| {r.name} | {r.shape} | {'-' if mine is None else f'{mine:.3g}'} | {peer or '-'} | "
-            f"{'-' if peer is None else f'{r.milliseconds[peer]:.3g}'}{f' ({others})' if others else ''} | "
-            f"{'-' if r.ratio is None else f'{r.ratio:.2f}x'} | "
-            f"{'-' if r.of_ceiling is None else f'{r.of_ceiling:.0%} {r.ceiling}'} | "
-            f"{max(r.spread.values(), default=0):.0%}{f' ({absent})' if absent else ''} |"
-        )
+        mine = r.milliseconds.get("fastlm")
+        peers = sorted((ms, n) for n, ms in r.milliseconds.items() if n != "fastlm")
+        cells = [f"{n} {ms:.3g}" for ms, n in peers] + [
+            f"{n}: {why}" for n, why in r.missing.items()
+        ]
+        ratio = "-" if r.ratio is None else f"{r.ratio:.2f}x"
+        share = "-" if r.of_ceiling is None else f"{r.of_ceiling:.0%} {r.ceiling}"
+        own = "-" if mine is None else f"{mine:.3g}"
+        spread = f"{max(r.spread.values(), default=0):.0%}"
+        columns = (r.name, r.shape, own, ", ".join(cells) or "-", ratio, share, spread)
+        lines.append("| " + " | ".join(columns) + " |")
     return "\n".join(lines)
 
 
 def main(op: str, cases: Callable[[], list[Case]]) -> None:
     """The command line of one op's file."""
     parser = argparse.ArgumentParser(description=f"Time fastlm's {op} against its peers.")
-    parser.add_argument("filter", nargs="?", default="", help="only cases whose name or shape contains this")
+    parser.add_argument(
+        "filter", nargs="?", default="", help="only cases whose name or shape contains this"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--no-gate", action="store_true", help="skip the op's tests (for profiling, not for claims)")
+    parser.add_argument(
+        "--no-gate", action="store_true", help="skip the op's tests (for profiling, not for claims)"
+    )
     options = parser.parse_args()
     if not options.no_gate:
         gate(op)
     limits = ceilings()
-    rows = [run_case(c, limits, options.rounds) for c in cases() if options.filter in f"{c.name} {c.shape}"]
-    print(f"{machine()}\nceilings: bf16 {limits['bf16'] / 1e9:.0f} GFLOP/s, fp32 {limits['fp32'] / 1e9:.0f} GFLOP/s, read {limits['read'] / 1e9:.1f} GB/s")
+    rows = [
+        run_case(c, limits, options.rounds)
+        for c in cases()
+        if options.filter in f"{c.name} {c.shape}"
+    ]
+    print(machine())
+    print(
+        f"ceilings: bf16 {limits['bf16'] / 1e9:.0f} GFLOP/s, "
+        f"fp32 {limits['fp32'] / 1e9:.0f} GFLOP/s, read {limits['read'] / 1e9:.1f} GB/s"
+    )
     print(table(rows))
-    print(json.dumps({"op": op, "machine": machine(), "ceilings": limits, "rows": [vars(r) for r in rows]}))
+    print(
+        json.dumps(
+            {"op": op, "machine": machine(), "ceilings": limits, "rows": [vars(r) for r in rows]}
+        )
+    )

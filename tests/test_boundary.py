@@ -1,4 +1,6 @@
-"""The extension's boundary: what a TensorView takes and refuses, threads shared with torch, the choice of instruction set."""
+"""The extension's boundary: what a TensorView takes and refuses, threads shared with torch, the
+choice of instruction set.
+"""
 
 import json
 import os
@@ -41,7 +43,12 @@ def test_refuses_what_is_not_a_tensor_and_wrong_dtypes():
 def test_a_type_that_dies_does_not_leave_its_entry_behind():
     for _ in range(50):
         kind = type("Sub", (torch.Tensor,), {})
-        assert _cpu.count_elements(torch.ones(2).as_subclass(kind), torch.ones(1), torch.ones(1), np.ones(1)) == 5
+        assert (
+            _cpu.count_elements(
+                torch.ones(2).as_subclass(kind), torch.ones(1), torch.ones(1), np.ones(1)
+            )
+            == 5
+        )
 
 
 def test_threads_follow_torch():
@@ -56,7 +63,8 @@ def test_threads_follow_torch():
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 1, 1), (37, 53, 45), (6, 64, 512), (33, 129, 700), (200, 17, 31), (65, 100, 1030)]
+    ("m", "n", "k"),
+    [(1, 1, 1), (37, 53, 45), (6, 64, 512), (33, 129, 700), (200, 17, 31), (65, 100, 1030)],
 )
 def test_matrix_core(isa, kind, m, n, k):
     a, b = torch.randn(m, k).to(kind), torch.randn(n, k).to(kind)
@@ -82,7 +90,10 @@ def test_environment_forces_the_instruction_set():
         done = _run("import torch; from fastlm import _cpu; print(_cpu.isa())", FASTLM_CPU_ISA=name)
         assert done.stdout.strip() == name, done.stderr
     done = _run("import torch; from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA="sse9")
-    assert "FASTLM_CPU_ISA: wanted one of amx, avx512, avx2, scalar, amx_emulated, got 'sse9'" in done.stderr
+    assert (
+        "FASTLM_CPU_ISA: wanted one of amx, avx512, avx2, scalar, amx_emulated, got 'sse9'"
+        in done.stderr
+    )
 
 
 def test_environment_is_checked_against_the_machine():
@@ -98,7 +109,10 @@ def test_environment_is_checked_against_the_machine():
 def test_backend_from_the_environment():
     code = "import fastlm, json; print(json.dumps(fastlm.info()['forced_backend']))"
     assert json.loads(_run(code, FASTLM_BACKEND="reference").stdout) == "reference"
-    assert "FASTLM_BACKEND: wanted one of cuda, triton, cpu, reference, got 'gpu'" in _run(code, FASTLM_BACKEND="gpu").stderr
+    assert (
+        "FASTLM_BACKEND: wanted one of cuda, triton, cpu, reference, got 'gpu'"
+        in _run(code, FASTLM_BACKEND="gpu").stderr
+    )
 
 
 def test_info_says_what_runs_and_why_not():
@@ -114,7 +128,10 @@ def test_info_says_what_runs_and_why_not():
 def test_forcing_a_backend_that_is_not_here_raises():
     from fastlm import ops
 
-    with backend.use_backend("triton"), pytest.raises(InputError, match="'triton' is forced but cannot serve"):
+    with (
+        backend.use_backend("triton"),
+        pytest.raises(InputError, match="'triton' is forced but cannot serve"),
+    ):
         ops.rms_norm(torch.randn(2, 4), torch.randn(4))
     with pytest.raises(InputError, match="use_backend: wanted one of"), backend.use_backend("tpu"):
         pass

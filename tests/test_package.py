@@ -1,4 +1,6 @@
-"""The package as others install it: wheel and sdist, outside the repository; the public surface; the kernels guard."""
+"""The package as others install it: wheel and sdist, outside the repository; the public surface;
+the kernels guard.
+"""
 
 import subprocess
 import sys
@@ -38,14 +40,31 @@ def test_kernels_are_fastlm_kernels_and_nothing_else():
 
 @pytest.mark.slow
 def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
-    """sdist from the tree, wheel from the sdist, installed into a fresh venv that only borrows this one's dependencies."""
-    build = [sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    """sdist from the tree, wheel from the sdist, installed into a fresh venv that only
+    borrows this one's dependencies.
+    """
+    build = [
+        sys.executable,
+        "-P",
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, capture_output=True)
     (sdist,) = tmp_path.glob("*.tar.gz")
     (wheel,) = tmp_path.glob("*.whl")
     with tarfile.open(sdist) as t:
         names = {n.split("/", 1)[1] for n in t.getnames() if "/" in n}
-    assert {"csrc/tensor.h", "csrc/cpu/simd.h", "kernels/__init__.py", "LICENSE", "setup.py"} <= names
+    assert {
+        "csrc/tensor.h",
+        "csrc/cpu/simd.h",
+        "kernels/__init__.py",
+        "LICENSE",
+        "setup.py",
+    } <= names
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
     assert {"fastlm/kernels/__init__.py", "fastlm/ops/rms_norm.py"} <= names
@@ -55,7 +74,20 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     home = tmp_path / "venv"
     venv.create(home, with_pip=False)
     site = next((home / "lib").glob("python3*")) / "site-packages"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(site),
+            str(wheel),
+        ],
+        check=True,
+    )
     borrowed = [p for p in sys.path if p.endswith("site-packages")]
     (site / "zz_borrowed.pth").write_text("\n".join(borrowed))
     code = (
@@ -63,5 +95,7 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
         f"assert pathlib.Path(fastlm.__file__).is_relative_to({str(site)!r}), fastlm.__file__;"
         "print(fastlm.ops.rms_norm(torch.ones(2, 8), torch.ones(8)).sum().item())"
     )
-    done = subprocess.run([home / "bin" / "python", "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [home / "bin" / "python", "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.strip().startswith("16") or abs(float(done.stdout) - 16) < 1e-3, done.stderr
