@@ -23,7 +23,7 @@ COMPILE = [
 LINK = ["-fopenmp"]  # with torch imported first this resolves to torch's libgomp: one thread pool
 
 if sanitizers := os.environ.get("FASTLM_SANITIZE"):
-    COMPILE += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"]
+    COMPILE += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     LINK += [f"-fsanitize={sanitizers}"]
 
 
