@@ -1,10 +1,11 @@
 """Training throughput end to end: tokens/s and peak memory of whole steps, fastlm against plain PyTorch.
 
-Every variant is a process of its own (so that its peak memory is its own) which waits for its turn: the steps of all
-variants alternate, one step each, on otherwise idle cores. Forward, backward, clipping and AdamW are in the step.
+Every variant is a process of its own (so that its peak memory is its own) which waits for its
+turn: the steps of all variants alternate, one step each, on otherwise idle cores. Forward,
+backward, clipping and AdamW are in the step.
 
-    python -P bench/train_step.py                        the 42.4 M configuration of the README's table
-    python -P bench/train_step.py --size 10m --length 256 --threads 1
+    python -P bench/train_step.py                        the 42.4 M configuration of the README's
+    table python -P bench/train_step.py --size 10m --length 256 --threads 1
 """
 
 import argparse
