@@ -1,7 +1,7 @@
 """The peer of the training benchmarks: a Llama in plain PyTorch, as a user would write it today.
 
-SDPA, F.rms_norm, F.cross_entropy on full logits, torch.optim.AdamW(fused=True), clip_grad_norm_; with bf16 autocast,
-eager or under torch.compile, which the caller chooses.
+SDPA, F.rms_norm, F.cross_entropy on full logits, torch.optim.AdamW(fused=True) and
+clip_grad_norm_; with bf16 autocast, eager or under torch.compile, which the caller chooses.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Training throughput end to end: tokens/s and peak memory of whole steps, fastlm against plain PyTorch.
+"""Training throughput end to end: tokens/s and peak memory of whole steps, against plain PyTorch.
 
 Every variant is a process of its own (so that its peak memory is its own) which waits for its
 turn: the steps of all variants alternate, one step each, on otherwise idle cores. Forward,
@@ -152,14 +152,9 @@ def main() -> None:
     for r in rows:
         faster = f"{mine['tokens_per_second'] / r['tokens_per_second']:.2f}x" if mine else "-"
         memory = f"{mine['peak_mib'] / r['peak_mib']:.2f}x" if mine else "-"
-        cells = (
-            r["variant"],
-            f"{r['tokens_per_second']:.0f}",
-            faster,
-            f"{r['peak_mib']:.0f}",
-            memory,
-        )
-        print("| " + " | ".join(cells) + f" | {r['spread']:.0%} |")
+        rate, mib = f"{r['tokens_per_second']:.0f}", f"{r['peak_mib']:.0f}"
+        cells = (r["variant"], rate, faster, mib, memory, f"{r['spread']:.0%}")
+        print("| " + " | ".join(cells) + " |")
     print(json.dumps({"train_step": vars(options), "machine": machine(), "rows": rows}))
 
 
