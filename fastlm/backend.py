@@ -139,8 +139,8 @@ def register(
 
     `picked_by` is the position of the tensor whose device and dtype choose the implementation.
 
-    Returns what the public function calls: the operator, or, in inference mode on plain tensors, the
-    implementation itself (the dispatcher costs 4 us here, as much as a decode-size kernel).
+    Returns what the public function calls: the operator, or, in inference mode on plain tensors,
+    the implementation itself (the dispatcher costs 4 us here, as much as a decode-size kernel).
     """
     name = schema.split("(", 1)[0]
     IMPLEMENTATIONS[name] = implementations
