@@ -1,9 +1,9 @@
 """Model files in and out: Hugging Face folders, GGUF files, fastlm's quantized folders, and tensors
 with a checksum for whoever must continue after a crash.
 
-Tensors are read one at a time and only after every header, name and shape has been checked, so a bad
-file costs an error line and no memory. Pickles (``pytorch_model.bin``) are not read: loading one runs
-its author's code. Every write goes beside its final name, is synced, and is renamed.
+Tensors are read one at a time and only after every header, name and shape has been checked, so a
+bad file costs an error line and no memory. Pickles (``pytorch_model.bin``) are not read: loading
+one runs its author's code. Every write goes beside its final name, is synced, and is renamed.
 """
 
 import contextlib
@@ -45,8 +45,9 @@ def save_atomic(path: str | Path, writer: Callable[[Path], Any]) -> None:
     """``writer(part)`` makes a file or a folder at ``part``, beside ``path``; then it is synced and
     takes ``path``'s name. If anything fails nothing new is left and ``path`` is as it was.
 
-    A folder takes two renames, old away and new in: a crash between them leaves the old one complete
-    beside, as ``.NAME.*.old``. A full disk, a read-only place and the like are an InputError.
+    A folder takes two renames, old away and new in: a crash between them leaves the old one
+    complete beside, as ``.NAME.*.old``. A full disk, a read-only place and the like are an
+    InputError.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -314,23 +315,27 @@ def _weight_map(folder: Path) -> dict[str, str]:
             held = set(file.keys())
         for tensor, place in weight_map.items():
             if place == name and tensor not in held:
-                raise InputError(f"{folder / name}: wanted a tensor {tensor} by the index, came none")
+                raise InputError(
+                    f"{folder / name}: wanted a tensor {tensor} by the index, came none"
+                )
     return weight_map
 
 
 def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     config = _read_json(folder / CONFIG)
     check_model_type(config.get("model_type"), folder / CONFIG)
-    method = (config.get("quantization_config") or {}).get("quant_method", "fastlm")
-    if method != "fastlm":
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization is not None and method != "fastlm":
         raise InputError(
-            f"{folder / CONFIG}: quantization_config: wanted quant_method fastlm, came {method!r}"
+            f"{folder / CONFIG}: quantization_config: wanted quant_method fastlm, "
+            f"came {method!r:.60}"
         )
     weight_map = _weight_map(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for name in sorted(set(weight_map.values())):
         with _open(folder / name) as file:
-            for tensor in file.keys():  # noqa: SIM118 (not a dict)
+            for tensor in file.keys():
                 if weight_map.get(tensor) == name:
                     view = file.get_slice(tensor)
                     shapes |= _logical(tensor, tuple(view.get_shape()), view.get_dtype())

@@ -77,10 +77,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     """Hugging Face's config.json for the model in ``file``."""
     metadata = file.metadata
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(
-            f"{file.path}: general.architecture: wanted one of {known}, came {architecture!r}"
+            f"{file.path}: general.architecture: wanted one of {known}, came {architecture!r:.60}"
         )
 
     def get(key: str, default: Any = None) -> Any:
@@ -191,7 +191,8 @@ def _rope_scaling(file: GGUFFile, config: dict[str, Any], get: Any) -> dict[str,
         }
     if kind not in ("none", "longrope"):
         raise InputError(
-            f"{file.path}: rope.scaling.type: wanted none, linear, yarn or longrope, came {kind!r}"
+            f"{file.path}: rope.scaling.type: wanted none, linear, yarn or longrope, "
+            f"came {kind!r:.60}"
         )
     return None
 
@@ -217,17 +218,13 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
 
 
-def _undo_interleave(
-    weight: Tensor | QuantizedWeight, heads: int
-) -> Tensor | QuantizedWeight:
+def _undo_interleave(weight: Tensor | QuantizedWeight, heads: int) -> Tensor | QuantizedWeight:
     """Rows (head, pair, 2), as interleaved RoPE wants them, back to (head, 2, pair)."""
     rows = weight.shape[0]
     order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
     if isinstance(weight, QuantizedWeight):
         zeros = None if weight.zeros is None else weight.zeros[order]
-        return replace(
-            weight, qdata=weight.qdata[order], scales=weight.scales[order], zeros=zeros
-        )
+        return replace(weight, qdata=weight.qdata[order], scales=weight.scales[order], zeros=zeros)
     return weight[order]
 
 

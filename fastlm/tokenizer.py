@@ -1,13 +1,13 @@
 """Text to token ids and back: byte-level BPE trained here, or the tokenizer of an existing model.
 
-The work is done by Hugging Face's ``tokenizers``; this class adds what a language model needs around
-it: role tokens, chat templates, exact bytes per token, streaming, files in three formats. Training on
-pre-token counts of our own was the alternative; it is kept for when a corpus does not fit the
-library's memory (one entry per distinct pre-token).
+The work is done by Hugging Face's ``tokenizers``; this class adds what a language model needs
+around it: role tokens, chat templates, exact bytes per token, streaming, files in three formats.
+Training on pre-token counts of our own was the alternative; it is kept for when a corpus does not
+fit the library's memory (one entry per distinct pre-token).
 
-Special tokens written inside a text are text: ``encode(text)`` never yields a special id, so that no
-page from the web and no chat message can close a turn or end a document. ``special=True`` reads them
-as transformers does.
+Special tokens written inside a text are text: ``encode(text)`` never yields a special id, so that
+no page from the web and no chat message can close a turn or end a document. ``special=True`` reads
+them as transformers does.
 """
 
 import codecs
@@ -49,7 +49,8 @@ class Tokenizer:
             if backend.token_to_id(token) is None:
                 raise InputError(f"{name}: wanted a token of the vocabulary, came {token!r}")
         self.bos_id, self.eos_id, self.pad_id = map(self._role_id, ROLES[:3])
-        stops = {backend.token_to_id(token) for token in STOPS if token in self._specials}
+        added = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
+        stops = {added[token] for token in STOPS if token in added}
         self.stop_ids = frozenset((stops | {self.eos_id}) - {None})
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
         kinds = {decoder.get("type"), *(d["type"] for d in decoder.get("decoders", ()))}
@@ -72,7 +73,9 @@ class Tokenizer:
 
     @cached_property
     def _text_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer to which special tokens are plain text (a flag on the whole object)."""
+        """The same tokenizer to which special tokens are plain text (a flag on the whole
+        object).
+        """
         twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
         twin.encode_special_tokens = True
         return twin
@@ -96,8 +99,8 @@ class Tokenizer:
         """Byte-level BPE with GPT-4's split pattern; the special tokens take the first ids.
 
         ``texts`` is read once, as a stream; memory grows with the number of distinct pre-tokens.
-        All 256 bytes are tokens, so every text comes back. The vocabulary is smaller than asked when
-        the text runs out of pairs. The first special token ends documents (eos and pad); with
+        All 256 bytes are tokens, so every text comes back. The vocabulary is smaller than asked
+        when the text runs out of pairs. The first special token ends documents (eos and pad); with
         ChatML's two tokens the chat template is ChatML.
         """
         least = 256 + len(special_tokens)
@@ -148,7 +151,8 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{file}: wanted a tokenizer.json, came: {error}") from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"{file}: wanted a tokenizer.json, came: {reason:.200}") from error
         config = _read_json(file.parent / "tokenizer_config.json")
         legacy = _read_json(file.parent / "special_tokens_map.json")
         roles = {name: _content(config.get(name) or legacy.get(name)) for name in ROLES}
@@ -185,8 +189,8 @@ class Tokenizer:
     # ids
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of ``text``. ``special=True`` is what transformers' ``encode`` gives: special tokens in
-        the text become their ids, and BOS/EOS are added where the tokenizer says so."""
+        """Ids of ``text``. ``special=True`` is what transformers' ``encode`` gives: special tokens
+        in the text become their ids, and BOS/EOS are added where the tokenizer says so."""
         backend = self._backend if special else self._text_backend
         return backend.encode(_valid(text), add_special_tokens=special).ids
 
@@ -202,9 +206,13 @@ class Tokenizer:
         stream = self.stream(special=special)
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self, *, special: bool = False) -> "TokenStream":
-        """A decoder to push ids into one by one; the pieces join to ``decode``'s text."""
-        return TokenStream(self, special)
+    def stream(self, *, special: bool = False, first: bool = True) -> "TokenStream":
+        """A decoder to push ids into one by one; the pieces join to ``decode``'s text.
+
+        ``first=False`` where the ids go on from a text: SentencePiece vocabularies put a space before
+        a text, which is otherwise taken off again.
+        """
+        return TokenStream(self, special, first)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes that ``token_id`` stands for (a special token: its name)."""
@@ -230,7 +238,9 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt text of ``messages`` ([{"role": ..., "content": ...}]) by the chat template."""
+        """The prompt text of ``messages`` ([{"role": ..., "content": ...}]) by the chat
+        template.
+        """
         if self.chat_template is None:
             raise InputError("chat_template: wanted one for chat, this tokenizer has none")
         known = {**self._roles, "add_generation_prompt": add_generation_prompt}
@@ -272,11 +282,11 @@ class Tokenizer:
 class TokenStream:
     """``push(id)`` returns the text that is complete so far, ``flush()`` the rest at the end."""
 
-    def __init__(self, tokenizer: Tokenizer, special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: bool, first: bool) -> None:
         self._tokenizer = tokenizer
         self._hidden = frozenset() if special else frozenset(tokenizer._specials.values())
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = tokenizer._strip_first
+        self._strip = first and tokenizer._strip_first
 
     def push(self, token_id: int) -> str:
         data = self._tokenizer.token_bytes(token_id)

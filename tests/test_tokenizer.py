@@ -17,9 +17,11 @@ from fastlm.errors import InputError
 from fastlm.tokenizer import Tokenizer
 
 PIECES = [
-    "hello world", " the", "DON'T", "it's", "ñandú", "漢字かな交じり文", "한국어", "😀👩‍👩‍👧", "مرحبا",
-    "नमस्ते", "𝒳", "123", "4567.89", "²³½", "  ", "\n\n", "\t", "\r\n", "\u3000", "\u00a0", "\x00",
-    "def f(x):\n    return x+1\n", "{'a': [1,\t2]}", "...", "!?", "_", "://", "\ud7ff", "\U0010ffff",
+    "hello world", " the", "DON'T", "it's", "ñandú", "漢字かな交じり文", "한국어", "😀👩‍👩‍👧",
+    "مرحبا", "नमस्ते",
+    "\U0001d4b3", "123", "4567.89", "²³½", "  ", "\n\n", "\t", "\r\n", "\u3000", "\u00a0", "\x00",
+    "def f(x):\n    return x+1\n", "{'a': [1,\t2]}", "...", "!?", "_", "://", "\ud7ff",
+    "\U0010ffff",
 ]  # fmt: skip
 
 
@@ -122,7 +124,7 @@ def test_training_refusals(texts, size, options, message):
 def test_saved_folder_is_what_transformers_reads(trained, tmp_path):
     theirs = reload_with_transformers(trained, tmp_path / "t")
     ours = Tokenizer.load(tmp_path / "t")
-    for text in mixtures(200) + ["a<|im_end|>b", ""]:
+    for text in [*mixtures(200), "a<|im_end|>b", ""]:
         want = theirs.encode(text)
         assert trained.encode(text, special=True) == ours.encode(text, special=True) == want
     assert (theirs.eos_token_id, theirs.pad_token_id) == (trained.eos_id, trained.pad_id)
@@ -147,7 +149,8 @@ def test_gguf_tokenizer_equals_transformers(smol):
     for text in [*plain, "In 1969, 3 men; 2.5e-3", "a<|im_start|>b"]:
         assert smol.encode(text, special=True) == theirs.encode(text)
     # Transformers does not know the pre-tokenizer "smollm" and splits digits off too late: "\r\n1"
-    # gives it two tokens before the digit. With the split that the model was trained with, all agree.
+    # gives it two tokens before the digit. With the split that the model was trained with, all
+    # agree.
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
@@ -224,6 +227,8 @@ def test_sentencepiece_from_gguf(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.token_bytes(3 + 0xE6) == b"\xe6"
     assert tokenizer.token_bytes(tokenizer._backend.token_to_id("▁abc")) == b" abc"
+    stream = tokenizer.stream(first=False)
+    assert "".join(map(stream.push, tokenizer.encode("abc"))) == " abc"
     # </s> in a text stays text
     assert tokenizer.eos_id not in tokenizer.encode("a</s>b")
     assert tokenizer.decode(tokenizer.encode("a</s>b")) == "a</s>b"
@@ -231,7 +236,9 @@ def test_sentencepiece_from_gguf(tmp_path):
 
 def test_sentencepiece_without_prefix(tmp_path):
     path = sentencepiece_gguf(
-        tmp_path / "m.gguf", tokenizer__ggml__add_space_prefix=False, tokenizer__ggml__add_bos_token=False
+        tmp_path / "m.gguf",
+        tokenizer__ggml__add_space_prefix=False,
+        tokenizer__ggml__add_bos_token=False,
     )
     tokenizer = Tokenizer.load(path)
     assert tokenizer.decode(tokenizer.encode("abc", special=True)) == "abc"

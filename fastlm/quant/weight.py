@@ -1,7 +1,8 @@
 """A weight of 4 or 8 bits a value with a float scale (and offset) per group of input features.
 
-``w[n, k] = scales[n, k // group_size] * q[n, k] (+ zeros[n, k // group_size])``. The offset is a float added after
-scaling, not an integer zero point: that is what GGUF's Q4_1 and Q4_K hold, and it needs no rounding to represent.
+``w[n, k] = scales[n, k // group_size] * q[n, k] (+ zeros[n, k // group_size])``. The offset is a
+float added after scaling, not an integer zero point: that is what GGUF's Q4_1 and Q4_K hold, and it
+needs no rounding to represent.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class QuantizedWeight:
-    """``qdata`` is int8 (N, K) for 8 bits; for 4 bits uint8 (N, K // 2), column 2i in the low nibble and 2i+1 in the
-    high one, q = nibble - 8. ``scales`` and ``zeros`` are (N, K // group_size); ``zeros`` None means symmetric."""
+    """``qdata`` is int8 (N, K) for 8 bits; for 4 bits uint8 (N, K // 2), column 2i in the low
+    nibble and 2i+1 in the high one, q = nibble - 8. ``scales`` and ``zeros`` are (N, K //
+    group_size); ``zeros`` None means symmetric."""
 
     qdata: Tensor
     scales: Tensor
