@@ -30,7 +30,7 @@ MAX_LAYERS = 4096  # the deepest published decoders have under 200
 def check_model_type(model_type: Any, where: Any) -> str:
     if not isinstance(model_type, str) or model_type not in KNOWN:
         known = ", ".join(KNOWN)
-        raise InputError(f"{where}: model_type: wanted one of {known}, came {model_type!r:.60}")
+        raise InputError(f"{where}: model_type: wanted one of {known}, got {model_type!r:.60}")
     return model_type
 
 
@@ -48,7 +48,7 @@ def size(
     value = default if value is None else value
     if type(value) is not int or not 0 < value < limit:
         raise InputError(
-            f"{where}: {key}: wanted a positive integer below {limit}, came {value!r:.60}"
+            f"{where}: {key}: wanted a positive integer below {limit}, got {value!r:.60}"
         )
     return value
 
@@ -70,7 +70,7 @@ def expected_shapes(config: Mapping[str, Any], where: Any) -> dict[str, tuple[in
     layers = size(config, "num_hidden_layers", where, limit=MAX_LAYERS)
     if heads % kv_heads:
         raise InputError(
-            f"{where}: num_key_value_heads: wanted a divisor of {heads} heads, came {kv_heads}"
+            f"{where}: num_key_value_heads: wanted a divisor of {heads} heads, got {kv_heads}"
         )
     q, kv = heads * head_dim, kv_heads * head_dim
 
@@ -121,6 +121,6 @@ def check_tensors(
     """
     for name, wanted in expected_shapes(config, where).items():
         if name not in found:
-            raise InputError(f"{where}: wanted a tensor {name} {wanted}, came none of that name")
+            raise InputError(f"{where}: wanted a tensor {name} {wanted}, got none of that name")
         if found[name] != wanted:
-            raise InputError(f"{where}: {name}: wanted {wanted} by the config, came {found[name]}")
+            raise InputError(f"{where}: {name}: wanted {wanted} by the config, got {found[name]}")

@@ -85,7 +85,7 @@ def plain(value: Any, text: Any = str) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [plain(item, text) for item in value]
     raise InputError(
-        f"messages: wanted text, numbers, lists and mappings, came {type(value).__name__}"
+        f"messages: wanted text, numbers, lists and mappings, got {type(value).__name__}"
     )
 
 
@@ -96,11 +96,11 @@ def render(
     ``content``).
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise InputError(f"messages: wanted a list of mappings, came {type(messages).__name__}")
+        raise InputError(f"messages: wanted a list of mappings, got {type(messages).__name__}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(
-                f"messages[{index}]: wanted a mapping with a text 'role', came {message!r:.80}"
+                f"messages[{index}]: wanted a mapping with a text 'role', got {message!r:.80}"
             )
     # as transformers: an entry of None is no entry, and these two are always defined
     given = [{k: v for k, v in plain(message).items() if v is not None} for message in messages]

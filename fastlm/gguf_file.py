@@ -88,9 +88,7 @@ class _Cursor:
         """A 64-bit count of things of at least ``least`` bytes, which must fit in what is left."""
         n = self.number("Q", 8)
         if n > (len(self.data) - self.pos) // least:
-            raise InputError(
-                f"{self.path}: {what}: wanted at most what the file can hold, came {n}"
-            )
+            raise InputError(f"{self.path}: {what}: wanted at most what the file can hold, got {n}")
         return n
 
     def string(self) -> str:
@@ -104,7 +102,7 @@ class _Cursor:
         if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
             raise InputError(
                 f"{self.path}: wanted a printable name of 1 to {MAX_NAME} characters, "
-                f"came {name!r:.60}"
+                f"got {name!r:.60}"
             )
         return name
 
@@ -114,13 +112,13 @@ class _Cursor:
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            raise InputError(f"{self.path}: {key}: wanted a value type from 0 to 12, came {kind}")
+            raise InputError(f"{self.path}: {key}: wanted a value type from 0 to 12, got {kind}")
         item = self.number("I", 4)
         if item == STRING:
             return [self.string() for _ in range(self.count(key, 8))]
         if item not in SCALARS:
             raise InputError(
-                f"{self.path}: {key}: wanted an array of scalars or strings, came {item}"
+                f"{self.path}: {key}: wanted an array of scalars or strings, got {item}"
             )
         code, size = SCALARS[item]
         n = self.count(key, size)
@@ -145,13 +143,11 @@ class GGUFFile:
         cursor = _Cursor(self._data, self.path)
         magic = self._data[cursor.take(4) : 4]
         if magic != b"GGUF":
-            raise InputError(
-                f"{self.path}: wanted a GGUF file, came one that begins with {magic!r}"
-            )
+            raise InputError(f"{self.path}: wanted a GGUF file, got one that begins with {magic!r}")
         version = cursor.number("I", 4)
         if version not in (2, 3):
             raise InputError(
-                f"{self.path}: wanted little-endian GGUF version 2 or 3, came {version}"
+                f"{self.path}: wanted little-endian GGUF version 2 or 3, got {version}"
             )
         # the least that an entry can take: an empty name and no dimensions, or one byte of value
         n_tensors = cursor.count("tensor count", 8 + 4 + 4 + 8)
@@ -161,14 +157,14 @@ class GGUFFile:
         for _ in range(n_metadata):
             key = cursor.name()
             if key in self.metadata:
-                raise InputError(f"{self.path}: wanted each metadata key once, came {key!r} twice")
+                raise InputError(f"{self.path}: wanted each metadata key once, got {key!r} twice")
             self.metadata[key] = cursor.value(cursor.number("I", 4), key)
         entries = [self._entry(cursor) for _ in range(n_tensors)]
 
         align = self.metadata.get("general.alignment", 32)
         if not isinstance(align, int) or align < 1 or align & (align - 1):
             raise InputError(
-                f"{self.path}: general.alignment: wanted a power of two, came {align!r:.60}"
+                f"{self.path}: general.alignment: wanted a power of two, got {align!r:.60}"
             )
         base = -(-cursor.pos // align) * align
         self.tensors: dict[str, TensorInfo] = {}
@@ -177,7 +173,7 @@ class GGUFFile:
             if shape[-1] % block:
                 raise InputError(
                     f"{self.path}: {name}: wanted a row of a multiple of {block} values "
-                    f"for {kind.name}, came {shape}"
+                    f"for {kind.name}, got {shape}"
                 )
             info = TensorInfo(kind, shape, base + offset, math.prod(shape) // block * block_bytes)
             if info.start + info.size > len(self._data):
@@ -187,7 +183,7 @@ class GGUFFile:
                 )
             if offset % align or name in self.tensors:
                 raise InputError(
-                    f"{self.path}: {name}: wanted one tensor at an aligned offset, came {offset}"
+                    f"{self.path}: {name}: wanted one tensor at an aligned offset, got {offset}"
                 )
             self.tensors[name] = info
 
@@ -195,14 +191,14 @@ class GGUFFile:
         name = cursor.name()
         dims = cursor.number("I", 4)
         if not 1 <= dims <= MAX_DIMS:
-            raise InputError(f"{self.path}: {name}: wanted 1 to {MAX_DIMS} dimensions, came {dims}")
+            raise InputError(f"{self.path}: {name}: wanted 1 to {MAX_DIMS} dimensions, got {dims}")
         shape = tuple(cursor.number("Q", 8) for _ in range(dims))[::-1]
         raw = cursor.number("I", 4)
         try:
             kind = GGMLQuantizationType(raw)
         except ValueError:
             raise InputError(
-                f"{self.path}: {name}: wanted a known tensor type, came {raw}"
+                f"{self.path}: {name}: wanted a known tensor type, got {raw}"
             ) from None
         return name, kind, shape, cursor.number("Q", 8)
 
@@ -223,11 +219,11 @@ class GGUFFile:
         if info.kind not in UNPACK:
             known = ", ".join(k.name for k in [*PLAIN, *UNPACK])
             raise InputError(
-                f"{self.path}: {name}: wanted one of the types {known}, came {info.kind.name}"
+                f"{self.path}: {name}: wanted one of the types {known}, got {info.kind.name}"
             )
         if len(info.shape) != 2:
             raise InputError(
-                f"{self.path}: {name}: wanted 2 dimensions for {info.kind.name}, came {info.shape}"
+                f"{self.path}: {name}: wanted 2 dimensions for {info.kind.name}, got {info.shape}"
             )
         return unpack(self.raw(name), info.kind)
 

@@ -74,16 +74,16 @@ def build(metadata: dict[str, Any], path: Any) -> tuple[Tokenizer, dict[str, str
     if model not in ("gpt2", "llama"):
         raise InputError(
             f"{path}: tokenizer.ggml.model: wanted gpt2 (byte-level BPE) or "
-            f"llama (SentencePiece BPE), came {model!r:.60}"
+            f"llama (SentencePiece BPE), got {model!r:.60}"
         )
     if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
-        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted a list of strings, came none")
+        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted a list of strings, got none")
     if len(set(tokens)) != len(tokens):
-        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted each token once, came duplicates")
+        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted each token once, got duplicates")
     kinds = list(get("token_type", ()))
     if kinds and len(kinds) != len(tokens):
         raise InputError(
-            f"{path}: tokenizer.ggml.token_type: wanted {len(tokens)} entries, came {len(kinds)}"
+            f"{path}: tokenizer.ggml.token_type: wanted {len(tokens)} entries, got {len(kinds)}"
         )
     role_ids = {
         "bos_token": get("bos_token_id"),
@@ -98,7 +98,7 @@ def build(metadata: dict[str, Any], path: Any) -> tuple[Tokenizer, dict[str, str
         if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
             raise InputError(
                 f"{path}: {name}: wanted an id below {len(tokens)} (the tokens), "
-                f"came {token_id!r:.60}"
+                f"got {token_id!r:.60}"
             )
         roles[name] = tokens[token_id]
 
@@ -136,18 +136,19 @@ def _add_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
 def _byte_level_bpe(tokens: list[str], merges: Any, pre: str, path: Any) -> Tokenizer:
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise InputError(f"{path}: tokenizer.ggml.pre: wanted one of {known}, came {pre!r:.60}")
+        raise InputError(f"{path}: tokenizer.ggml.pre: wanted one of {known}, got {pre!r:.60}")
     vocab = {token: index for index, token in enumerate(tokens)}
     # a byte-level token holds no space, so the one space separates the two halves
-    pairs = [m.partition(" ")[::2] for m in merges or [] if isinstance(m, str)]
+    texts = [m.partition(" ") for m in merges or [] if isinstance(m, str)]
+    pairs = [(left, right) for left, _, right in texts]
     for pair in pairs:
         if not {*pair, "".join(pair)} <= vocab.keys():
             raise InputError(
                 f"{path}: tokenizer.ggml.merges: wanted two tokens whose union is a token, "
-                f"came {pair!r:.80}"
+                f"got {pair!r:.80}"
             )
     if not pairs:
-        raise InputError(f"{path}: tokenizer.ggml.merges: wanted a list of merges, came none")
+        raise InputError(f"{path}: tokenizer.ggml.merges: wanted a list of merges, got none")
     tokenizer = Tokenizer(BPE(vocab, pairs, ignore_merges=pre in WHOLE_WORDS))
     tokenizer.pre_tokenizer = byte_level(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()

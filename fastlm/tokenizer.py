@@ -47,7 +47,7 @@ class Tokenizer:
         self.chat_template = template
         for name, token in self._roles.items():
             if backend.token_to_id(token) is None:
-                raise InputError(f"{name}: wanted a token of the vocabulary, came {token!r}")
+                raise InputError(f"{name}: wanted a token of the vocabulary, got {token!r}")
         self.bos_id, self.eos_id, self.pad_id = map(self._role_id, ROLES[:3])
         added = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
         stops = {added[token] for token in STOPS if token in added}
@@ -58,7 +58,7 @@ class Tokenizer:
         if not self._byte_level and not kinds & {"ByteFallback", "Metaspace"}:
             raise InputError(
                 "tokenizer: wanted byte-level or SentencePiece-style BPE, "
-                f"came a decoder of {sorted(map(str, kinds))}"
+                f"got a decoder of {sorted(map(str, kinds))}"
             )
         self._strip_first = bool(kinds & {"Strip", "Metaspace"})
 
@@ -107,10 +107,10 @@ class Tokenizer:
         if vocab_size < least:
             raise InputError(
                 f"vocab_size: wanted at least {least} (256 bytes and the special tokens), "
-                f"came {vocab_size}"
+                f"got {vocab_size}"
             )
         if not special_tokens or len(set(special_tokens)) < len(special_tokens):
-            raise InputError(f"special_tokens: wanted distinct tokens, came {special_tokens!r}")
+            raise InputError(f"special_tokens: wanted distinct tokens, got {special_tokens!r}")
         backend = tokenizers.Tokenizer(BPE())
         backend.pre_tokenizer = gguf_vocab.byte_level((gguf_vocab.LLAMA3,))
         backend.decoder = decoders.ByteLevel()
@@ -131,7 +131,7 @@ class Tokenizer:
 
         backend.train_from_iterator(pieces(), trainer)
         if not characters:
-            raise InputError("texts: wanted text to train on, came none")
+            raise InputError("texts: wanted text to train on, got none")
         chat = {"<|im_start|>", "<|im_end|>"} <= set(special_tokens)
         roles = {"eos_token": special_tokens[0], "pad_token": special_tokens[0]}
         return cls(backend, roles, chat_template.CHATML if chat else None)
@@ -152,7 +152,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             reason = " ".join(str(error).split())
-            raise InputError(f"{file}: wanted a tokenizer.json, came: {reason:.200}") from error
+            raise InputError(f"{file}: wanted a tokenizer.json, got: {reason:.200}") from error
         config = _read_json(file.parent / "tokenizer_config.json")
         legacy = _read_json(file.parent / "special_tokens_map.json")
         roles = {name: _content(config.get(name) or legacy.get(name)) for name in ROLES}
@@ -209,15 +209,15 @@ class Tokenizer:
     def stream(self, *, special: bool = False, first: bool = True) -> "TokenStream":
         """A decoder to push ids into one by one; the pieces join to ``decode``'s text.
 
-        ``first=False`` where the ids go on from a text: SentencePiece vocabularies put a space before
-        a text, which is otherwise taken off again.
+        ``first=False`` where the ids go on from a text: SentencePiece vocabularies put a space
+        before a text, which is otherwise taken off again.
         """
         return TokenStream(self, special, first)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes that ``token_id`` stands for (a special token: its name)."""
         if not 0 <= token_id < self.vocab_size:
-            raise InputError(f"token_id: wanted 0 to {self.vocab_size - 1}, came {token_id}")
+            raise InputError(f"token_id: wanted 0 to {self.vocab_size - 1}, got {token_id}")
         return self._bytes[token_id]
 
     @cached_property
@@ -329,12 +329,12 @@ def _sentencepiece_bytes(token: str) -> bytes:
 def _valid(text: str) -> str:
     """``text`` if UTF-8 can hold it (no lone surrogates)."""
     if not isinstance(text, str):
-        raise InputError(f"text: wanted str, came {type(text).__name__}")
+        raise InputError(f"text: wanted str, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"text: wanted valid Unicode, came a lone surrogate at {error.start}"
+            f"text: wanted valid Unicode, got a lone surrogate at {error.start}"
         ) from None
     return text
 
@@ -345,7 +345,7 @@ def _read(file: Path) -> str:
             raise InputError(f"{file}: wanted at most {MAX_JSON_BYTES} bytes")
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: wanted a readable text file, came: {error}") from error
+        raise InputError(f"{file}: wanted a readable text file, got: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -354,9 +354,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read(file))
     except ValueError as error:
-        raise InputError(f"{file}: wanted JSON, came: {error}") from error
+        raise InputError(f"{file}: wanted JSON, got: {error}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{file}: wanted a JSON object, came {type(value).__name__}")
+        raise InputError(f"{file}: wanted a JSON object, got {type(value).__name__}")
     return value
 
 

@@ -122,7 +122,14 @@ def test_quantized_round_trip(tmp_path, shard_bytes):
     assert_same(dict(tensors), state)
     description = config["quantization_config"]
     assert (description["quant_method"], description["format"]) == ("fastlm", "mixed")
-    assert description["modules"]["model.layers.1.mlp.up_proj"] == {"bits": 4, "group_size": 32}
+    assert description["modules"]["model.layers.1.mlp.up_proj"] == {
+        "kind": "linear",
+        "bits": 4,
+        "group_size": 32,
+        "shape": [96, 64],
+        "scale_dtype": "float32",
+        "zeros": False,
+    }
     stored = config.copy()
     del stored["quantization_config"]
     assert stored == CONFIG
@@ -136,9 +143,26 @@ def test_given_quantization_config_stays(tmp_path):
     state = make_state()
     name = "model.layers.0.mlp.up_proj.weight"
     state[name] = quantize(state[name], 4, 32, False)
-    given = {"quant_method": "fastlm", "format": "w4a16", "method": "gptq", "group_size": 32}
+    module = {"bits": 4, "group_size": 32, "shape": [96, 64], "act_bits": 8}
+    given = {
+        "quant_method": "fastlm",
+        "method": "gptq",
+        "modules": {"model.layers.0.mlp.up_proj": module},
+    }
     save_hf(tmp_path / "q", {**CONFIG, "quantization_config": given}, state)
-    assert load_state(tmp_path / "q")[0]["quantization_config"] == given
+    config, tensors = load_state(tmp_path / "q")
+    assert config["quantization_config"] == given
+    assert_same(dict(tensors), state)
+    del given["modules"]["model.layers.0.mlp.up_proj"]["shape"]
+    (tmp_path / "q" / "config.json").write_text(
+        json.dumps({**CONFIG, "quantization_config": given})
+    )
+    refused(tmp_path / "q", "quantization_config: model.layers.0.mlp.up_proj: wanted bits")
+    given["modules"] = {}
+    (tmp_path / "q" / "config.json").write_text(
+        json.dumps({**CONFIG, "quantization_config": given})
+    )
+    refused(tmp_path / "q", "wanted a tensor model.layers.0.mlp.up_proj.weight")
 
 
 def test_tied_head_is_left_out(tmp_path):
@@ -184,7 +208,7 @@ def test_a_run_folder_is_a_model(tmp_path):
 def test_a_larger_tokenizer_is_refused(tmp_path):
     save_hf(tmp_path, {**CONFIG, "vocab_size": 260}, make_state({**CONFIG, "vocab_size": 260}))
     Tokenizer.train(["aa bb cc dd ee ff"], 262).save(tmp_path)
-    with pytest.raises(InputError, match=r"at most 260 ids .*, came 26[12]"):
+    with pytest.raises(InputError, match=r"at most 260 ids .*, got 26[12]"):
         load_tokenizer(tmp_path, load_state(tmp_path)[0])
 
 
@@ -249,12 +273,12 @@ def test_header_longer_than_the_file(folder, length):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "wanted a folder with config.json or a .gguf file, came neither"),
+        (None, "wanted a folder with config.json or a .gguf file, got neither"),
         ("", "config.json: wanted readable JSON"),
         ("{", "config.json: wanted readable JSON"),
         ("[" * 100_000, "config.json: wanted readable JSON"),
-        ("[]", "config.json: wanted a JSON object, came list"),
-        ("{}", "model_type: wanted one of llama, mistral, .* came None"),
+        ("[]", "config.json: wanted a JSON object, got list"),
+        ("{}", "model_type: wanted one of llama, mistral, .* got None"),
         ('{"model_type": ["llama"]}', "model_type: wanted one of llama"),
     ],
 )
@@ -268,15 +292,15 @@ def test_broken_config(folder, text, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type: wanted one of llama, mistral, .* came 'mamba'"),
-        ({"hidden_size": -1}, "hidden_size: wanted a positive integer below 2147483648, came -1"),
-        ({"hidden_size": "64"}, "hidden_size: wanted a positive integer .* came '64'"),
+        ({"model_type": "mamba"}, "model_type: wanted one of llama, mistral, .* got 'mamba'"),
+        ({"hidden_size": -1}, "hidden_size: wanted a positive integer below 2147483648, got -1"),
+        ({"hidden_size": "64"}, "hidden_size: wanted a positive integer .* got '64'"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: wanted a positive integer below 4096"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: wanted a divisor of 4"),
-        ({"hidden_size": 128}, r"embed_tokens.weight: wanted \(300, 128\) .*, came \(300, 64\)"),
-        ({"num_hidden_layers": 3}, "wanted a tensor model.layers.2.* came none"),
+        ({"hidden_size": 128}, r"embed_tokens.weight: wanted \(300, 128\) .*, got \(300, 64\)"),
+        ({"num_hidden_layers": 3}, "wanted a tensor model.layers.2.* got none"),
         ({"model_type": "qwen2"}, "wanted a tensor model.layers.0.self_attn.q_proj.bias"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method fastlm, came 'gptq'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method fastlm, got 'gptq'"),
         ({"quantization_config": 7}, "quantization_config: wanted"),
     ],
 )
@@ -289,9 +313,9 @@ def test_missing_shard_and_tensor(sharded):
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     place = index["weight_map"]["model.norm.weight"]
     set_header(sharded / place, lambda h: h.update(other=h.pop("model.norm.weight")))
-    refused(sharded, f"{place}: wanted a tensor model.norm.weight by the index, came none")
+    refused(sharded, f"{place}: wanted a tensor model.norm.weight by the index, got none")
     (sharded / place).unlink()
-    refused(sharded, f"{place}: wanted a safetensors file, came none")
+    refused(sharded, f"{place}: wanted a safetensors file, got none")
 
 
 @pytest.mark.parametrize("name", ["../m/x.safetensors", "/etc/passwd", "x.bin", 3, ""])
@@ -311,11 +335,12 @@ def test_broken_index(sharded, text):
 
 def test_pickles_are_not_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "wanted model.safetensors, came a pickle")
+    refused(folder, "wanted model.safetensors, got a pickle")
 
 
 @pytest.mark.parametrize(
-    ("drop", "message"), [("scales", "wanted 2-D qdata and scales"), ("groups", "scales: wanted")]
+    ("drop", "message"),
+    [("scales", "wanted qdata and scales, got one"), ("groups", "scales: wanted")],
 )
 def test_broken_quantized_weight(tmp_path, drop, message):
     from safetensors.torch import load_file, save_file
@@ -335,8 +360,8 @@ def test_broken_quantized_weight(tmp_path, drop, message):
 
 
 def test_paths_that_hold_no_model(tmp_path):
-    refused(tmp_path / "none", "came no such path")
-    refused(tmp_path, "came neither")
+    refused(tmp_path / "none", "got no such path")
+    refused(tmp_path, "got neither")
     (tmp_path / "x.txt").write_text("x")
     refused(tmp_path / "x.txt", "wanted a model folder or a .gguf file")
     for name in "ab":
@@ -443,7 +468,7 @@ def test_killed_while_writing(folder):
 
 
 def test_shard_size_is_checked(tmp_path):
-    with pytest.raises(InputError, match="max_shard_bytes: wanted a positive number, came 0"):
+    with pytest.raises(InputError, match="max_shard_bytes: wanted a positive number, got 0"):
         save_hf(tmp_path / "m", CONFIG, {}, max_shard_bytes=0)
 
 

@@ -391,7 +391,7 @@ def text(value: bytes) -> bytes:
 
 LYING = {
     "not gguf": (b"PK\x03\x04" * 20, "wanted a GGUF file"),
-    "version": (header(0, 0, version=1), "version 2 or 3, came 1"),
+    "version": (header(0, 0, version=1), "version 2 or 3, got 1"),
     "big endian": (header(0, 0, version=3 << 24), "version 2 or 3"),
     "tensors": (header(2**60, 0, bytes(64)), "tensor count: wanted at most"),
     "metadata": (header(0, 2**60, bytes(64)), "metadata count: wanted at most"),
@@ -462,10 +462,10 @@ def rewrite(case: str, path, drop=(), add=None, **metadata):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_count": None}, "llama.block_count: wanted one int, came None"),
+        ({"block_count": None}, "llama.block_count: wanted one int, got None"),
         ({"block_count": 3}, "wanted a tensor model.layers.2"),
         ({"attention__head_count": [4, 4]}, "head_count: wanted one int"),
-        ({"attention__head_count": 0}, "num_attention_heads: wanted a positive integer .* came 0"),
+        ({"attention__head_count": 0}, "num_attention_heads: wanted a positive integer .* got 0"),
         ({"attention__key_length": 15}, "head size: wanted a positive even integer"),
         ({"feed_forward_length": 128}, r"gate_proj.weight: wanted \(128, 64\) by .* \(96, 64\)"),
         ({"rope__scaling__type": "su"}, "rope.scaling.type: wanted none"),
@@ -473,7 +473,7 @@ def rewrite(case: str, path, drop=(), add=None, **metadata):
         ({"drop": ["token_embd.weight"]}, "wanted a tensor token_embd.weight"),
         (
             {"add": {"blk.0.ffn_gate_exps.weight": np.zeros((2, 2), np.float32)}},
-            "came one it lacks",
+            "got one it lacks",
         ),
         ({"add": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, "wanted Llama 3's scaling"),
     ],
@@ -485,12 +485,12 @@ def test_models_that_do_not_fit(changes, message, tmp_path):
 
 def test_unknown_architecture(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", {}, "mamba")
-    with pytest.raises(InputError, match=r"wanted one of llama, mistral, qwen2.*came 'mamba'"):
+    with pytest.raises(InputError, match=r"wanted one of llama, mistral, qwen2.*got 'mamba'"):
         load_state(path)
 
 
 def test_unsupported_block_format(tmp_path):
     raw = np.zeros((64, 84), np.uint8)
     path = write_gguf(tmp_path / "m.gguf", {"t": (raw, Kind.Q2_K)})
-    with pytest.raises(InputError, match=r"wanted one of the types F32.*came Q2_K"):
+    with pytest.raises(InputError, match=r"wanted one of the types F32.*got Q2_K"):
         GGUFFile(path).load("t")

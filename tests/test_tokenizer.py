@@ -110,7 +110,7 @@ def test_short_text_gives_a_smaller_vocabulary():
         ([], 300, {}, "texts: wanted text"),
         (["x"], 300, {"special_tokens": ("a", "a")}, "special_tokens: wanted distinct"),
         (["\ud800"], 300, {}, "lone surrogate"),
-        ([b"x"], 300, {}, "wanted str, came bytes"),
+        ([b"x"], 300, {}, "wanted str, got bytes"),
     ],
 )
 def test_training_refusals(texts, size, options, message):
@@ -260,7 +260,7 @@ def test_sentencepiece_equals_transformers(tmp_path):
     ("metadata", "message"),
     [
         ({"model": "bert"}, "tokenizer.ggml.model: wanted gpt2"),
-        ({"model": "gpt2", "tokens": ["a", "a"]}, "came duplicates"),
+        ({"model": "gpt2", "tokens": ["a", "a"]}, "got duplicates"),
         ({"model": "gpt2", "tokens": ["a"], "pre": "nope"}, "tokenizer.ggml.pre: wanted one of"),
         ({"model": "gpt2", "tokens": ["a"], "pre": "gpt-2"}, "merges: wanted a list"),
         ({"model": "gpt2", "tokens": ["a", "b"], "merges": ["a b"]}, "whose union is a token"),

@@ -31,11 +31,11 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         n, k = self.shape = (int(self.shape[0]), int(self.shape[1]))
         if self.bits not in (4, 8):
-            raise InputError(f"bits: wanted 4 or 8, came {self.bits}")
+            raise InputError(f"bits: wanted 4 or 8, got {self.bits}")
         if self.group_size < 1 or k % self.group_size or (self.bits == 4 and k % 2):
             raise InputError(
                 f"group_size: wanted a divisor of the {k} input features (even for 4 bits), "
-                f"came {self.group_size}"
+                f"got {self.group_size}"
             )
         dtype, columns = (torch.uint8, k // 2) if self.bits == 4 else (torch.int8, k)
         groups = (n, k // self.group_size)
@@ -51,7 +51,7 @@ class QuantizedWeight:
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
             wanted = " or ".join(str(d) for d in dtypes)
             came = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise InputError(f"{name}: wanted {wanted} {shape}, came {came}")
+            raise InputError(f"{name}: wanted {wanted} {shape}, got {came}")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (N, K) weight, computed in float32 and then cast to ``dtype``."""
