@@ -76,7 +76,11 @@ class Tokenizer:
         """The same tokenizer to which special tokens are plain text (a flag on the whole
         object).
         """
-        twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        try:
+            twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        except Exception as error:  # a file whose merges and vocabulary disagree gets this far
+            reason = " ".join(str(error).split())
+            raise InputError(f"tokenizer: wanted a consistent one, got: {reason:.200}") from error
         twin.encode_special_tokens = True
         return twin
 

@@ -10,6 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from model_files import write_gguf
 
 from fastlm.checkpoint import (
@@ -261,6 +263,23 @@ def set_header(file, change) -> None:
 def test_lying_header(folder, change):
     set_header(folder / "model.safetensors", change)
     refused(folder, "not a whole safetensors file")
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.integers(0, 3000), st.integers(0, 255))
+def test_a_changed_byte_loads_or_is_refused(folder, at, value):
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    kept, data[at] = data[at], value
+    file.write_bytes(data)
+    try:
+        dict(load_state(folder)[1])
+    except InputError as error:
+        assert "\n" not in str(error)
+    data[at] = kept
+    file.write_bytes(data)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**40, 10**9])

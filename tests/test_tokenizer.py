@@ -391,6 +391,30 @@ def test_broken_files(tmp_path, content, message):
         Tokenizer.load(tmp_path)
 
 
+def test_damaged_tokenizer_json(tmp_path, trained):
+    """One value replaced at random: it works or is refused in a line."""
+    trained.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = file.read_text()
+    draw = random.Random(0)
+    refusals = 0
+    for _ in range(200):
+        node = changed = json.loads(whole)
+        while True:
+            key = draw.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            if not isinstance(node[key], dict | list) or not node[key] or draw.random() < 0.3:
+                break
+            node = node[key]
+        node[key] = draw.choice([None, -1, 10**12, "x", "", [], {}, True, 3.5])
+        file.write_text(json.dumps(changed))
+        try:
+            Tokenizer.load(tmp_path).encode("the <|im_end|> cat")
+        except InputError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+    assert refusals > 50
+
+
 def test_missing_and_foreign(tmp_path, trained):
     with pytest.raises(InputError, match="readable text file"):
         Tokenizer.load(tmp_path / "nowhere")
