@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import stat
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -182,12 +183,16 @@ def test_an_earlier_result_survives_a_failure(corpus, tmp_path):
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["clean.jsonl.zst", "train.jsonl.zst", "funnel.json"])
-def test_full_disk(corpus, tmp_path, name):
+@pytest.mark.parametrize("name", ["train.jsonl.zst", "heldout.jsonl.zst", "funnel.json", "work"])
+def test_full_disk(corpus, tmp_path, name, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    (out / f".{name}.partial").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"out/.*: cannot be written: the disk is full"):
+    if name == "work":
+        full = lambda dir: open("/dev/full", "w+b", buffering=0)  # noqa: E731
+        monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    else:
+        (out / f".{name}.partial").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"out.*: cannot be written: the disk is full"):
         run(corpus, out)
     assert not (out / "funnel.json").exists()
     assert not list(out.glob(".*"))
@@ -195,14 +200,11 @@ def test_full_disk(corpus, tmp_path, name):
 
 def test_read_only_folder(corpus, tmp_path, monkeypatch):
     if os.geteuid() == 0:  # root may write anywhere: the kernel's answer is given by hand
-        real = open
 
-        def refuse(path, mode="r", *args, **kwargs):
-            if "w" in mode:
-                raise PermissionError(13, "Permission denied")
-            return real(path, mode, *args, **kwargs)
+        def refuse(dir):
+            raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("builtins.open", refuse)
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     out = tmp_path / "out"
     out.mkdir()
     out.chmod(stat.S_IRUSR | stat.S_IXUSR)

@@ -14,19 +14,20 @@ are made in order in one place.
 
 import io
 import json
+import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import zstandard
 
 from fastlm.data.dedup import MIN_PARAGRAPH, DocumentDedup, ParagraphDedup, content_key
 from fastlm.data.extract import extract
-from fastlm.data.files import open_stream, replacing
+from fastlm.data.files import open_stream, replacing, write_error
 from fastlm.data.filter import TECHNICAL, check_rules, first_failed
 from fastlm.data.scrub import scrub
 from fastlm.data.sources import Document, SourceFile, list_files, read_file
@@ -189,16 +190,18 @@ def prepare(
         raise InputError(f"sources: wanted a list of at least one source, got {sources!r}")
     out = Path(out)
     funnel = Funnel()
-    with replacing(
-        out / "clean.jsonl.zst"
-    ) as work:  # opened first: a read-only folder is told before the downloads
-        index = _write_clean(sources, work, funnel, options, cache, track)
-        work.flush()
-        heldout = _choose_heldout(index, options)
-        _write_split(Path(work.name), out, index, heldout, funnel)
-        with replacing(out / FUNNEL) as f:
-            f.write(json.dumps(asdict(funnel), indent=1, ensure_ascii=False).encode())
-    (out / "clean.jsonl.zst").unlink()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # Opened before the downloads, so that a read-only folder is told at once; it has no name to
+        # leave behind.
+        with tempfile.TemporaryFile(dir=out) as work:
+            index = _write_clean(sources, work, funnel, options, cache, track)
+            work.seek(0)
+            _write_split(work, out, index, _choose_heldout(index, options), funnel)
+    except OSError as e:  # of writing: reading turns its own into InputError
+        raise write_error(out, e) from None
+    with replacing(out / FUNNEL) as f:
+        f.write(json.dumps(asdict(funnel), indent=1, ensure_ascii=False).encode())
     return funnel
 
 
@@ -312,19 +315,22 @@ def _choose_heldout(index: list[tuple[bytes, int]], options: DataOptions) -> set
 
 
 def _write_split(
-    work: Path, out: Path, index: list[tuple[bytes, int]], heldout: set[int], funnel: Funnel
+    work: IO[bytes], out: Path, index: list[tuple[bytes, int]], heldout: set[int], funnel: Funnel
 ) -> None:
-    compressor = zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True)
+    def writer(f: IO[bytes]):
+        return zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True).stream_writer(
+            f, closefd=False
+        )
+
+    (out / FUNNEL).unlink(missing_ok=True)  # the old result ends here: no mixed pair looks finished
+    lines = io.BufferedReader(cast(io.RawIOBase, zstandard.ZstdDecompressor().stream_reader(work)))
     with (
         replacing(out / TRAIN) as train_file,
         replacing(out / HELDOUT) as heldout_file,
-        compressor.stream_writer(train_file, closefd=False) as train,
-        zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True).stream_writer(
-            heldout_file, closefd=False
-        ) as held,
-        open_stream(work) as lines,
+        writer(train_file) as train,
+        writer(heldout_file) as held,
     ):
-        for i, line in enumerate(io.BufferedReader(lines, 1 << 20)):  # type: ignore[arg-type]
+        for i, line in enumerate(lines):
             (held if i in heldout else train).write(line)
     for name, part in (("train", set(range(len(index))) - heldout), ("heldout", heldout)):
         funnel.steps.append(

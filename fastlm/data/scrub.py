@@ -1,10 +1,11 @@
 """Personal data out of text: e-mail addresses, phone numbers and IP addresses become placeholders.
 
 Policy. E-mail: every address, save those under the names reserved for examples (RFC 2606). IP:
-public addresses only; private, loopback, link-local and documentation ranges (RFC 1918, 5737, 3849)
-are nobody's. Dotted numbers that read as a version ("version 2.6.32.5", "openssl-1.0.2.1", four
-single digits without a word like "host" before them) stay. Phone: international (+CC ...), North
-American, and numbers after "phone", "tel", "fax"; a bare run of digits is never taken.
+public addresses, no networks (128.1.0.0/16); private, loopback, link-local and documentation ranges
+(RFC 1918, 5737, 3849) are nobody's. Dotted numbers that read as a version ("version 2.6.32.5",
+"openssl-1.0.2.1", four single digits without a word like "host" before them) or as a section's
+number stay. Phone: international (+CC ...), North American, and numbers after "phone", "tel",
+"fax"; a bare run of digits is never taken.
 
 Every pattern starts with a literal or a character class, which Python's matcher skips to quickly; a
 leading look-behind tries each character and takes five times as long. Where nothing telling comes
@@ -34,9 +35,9 @@ NOT_DOMAINS = frozenset(
 )
 
 # Octets over 255 and leading zeros are left to ipaddress.
-IPV4 = re.compile(r"[0-9](?<![\w.+~-].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w~+]|[.-]\w)")
+IPV4 = re.compile(r"[0-9](?<![\w.+~-].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w~+]|[.-]\w|/\d)")
 # 2000::/3, all that is handed out: "std::", "a::b" and "12:30:45" are none
-IPV6 = re.compile(r"[23](?<![\w:.].)[0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])")
+IPV6 = re.compile(r"[23](?<![\w:.].)[0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:]|/\d)")
 VERSION_BEFORE = re.compile(
     r"(?:versions?|release[sd]?|ver|kernel|linux|section|chapter|clause|rfc|oid|since|before|until"
     r"|upgrade[sd]?|v|§)[ .:(=]*$|[=<>~!^]=?\s*$|\d\s*[-–]\s*$",  # noqa: RUF001
@@ -46,13 +47,14 @@ ADDRESS_NEAR = re.compile(
     r"\b(?:ip|address|host|server|dns|resolver|ping|gateway|router|proxy|from|peer)\b|://",
     re.IGNORECASE,
 )
+HEADING_AFTER = re.compile(r"\.?[ \t]+\w")
 NEAR = 40  # characters looked at before a number, about six words
 
 GAP = "[ .\u2011\u2013-]"
 # +44 20 7946 0958, +1 (212) 555-1234, +33-1-42-68-53-00, +442079460958
 INTERNATIONAL = re.compile(
     rf"\+(?<![\w+.]\+)(?:[1-9]\d{{0,2}}(?:{GAP}?\(\d{{1,4}}\))?(?:{GAP}\d{{2,8}}|{GAP}\d(?={GAP}\d))"
-    rf"{{2,6}}(?![\w-])|[1-9]\d{{9,13}}(?![\w.-]))"
+    rf"{{2,6}}(?![\w-])|[1-9]\d{{10,13}}(?![\w.-]))"
 )
 # (212) 555-1234, 212-555-1234, 1-800-555-1234
 AMERICAN = re.compile(r"[2-9]\d{2}-\d{4}(?![\w/-])")
@@ -70,8 +72,7 @@ def scrub(text: str) -> tuple[str, dict[str, int]]:
     counts = {"email": 0, "phone": 0, "ip": 0}
 
     def ip(m: re.Match[str]) -> str:
-        before = m.string[max(0, m.start() - NEAR) : m.start()]
-        if not _is_public(m[0]) or (m.re is IPV4 and _is_version(m[0], before)):
+        if not _is_public(m[0]) or (m.re is IPV4 and _is_version(m)):
             return m[0]
         counts["ip"] += 1
         return "<IP>"
@@ -119,8 +120,13 @@ def _is_public(address: str) -> bool:
         return False
 
 
-def _is_version(number: str, before: str) -> bool:
+def _is_version(m: re.Match[str]) -> bool:
+    """Whether dotted numbers number something: a version, or a section ("17.7.4.2. Debugging")."""
+    before = m.string[max(0, m.start() - NEAR) : m.start()]
     if VERSION_BEFORE.search(before):
         return True
-    single_digits = len(number) == 7
+    starts_line = not before.rpartition("\n")[2].strip()
+    if starts_line and HEADING_AFTER.match(m.string, m.end()):
+        return all(int(part) < 100 for part in m[0].split("."))
+    single_digits = len(m[0]) == 7
     return single_digits and not ADDRESS_NEAR.search(before)
