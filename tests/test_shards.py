@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
 from fastlm.errors import InputError
+from fastlm.tokenizer import Tokenizer
 
 
 class Bytes:
@@ -251,3 +252,15 @@ def test_training_batches_hold_no_heldout_token(tmp_path):
     write_shards(["z" * 50] * 20, Bytes(), tmp_path / "heldout", shard_tokens=64)
     for ids, labels in windows(BatchSampler(TokenDataset(tmp_path / "train"), 4, 33, seed=0), 40):
         assert set(ids.unique().tolist()) | set(labels.unique().tolist()) <= {ord("a"), 256}
+
+
+def test_with_the_real_tokenizer(tmp_path):
+    docs = ["the cat and the dog sat on the mat"] * 20 + ["Grüße, <|endoftext|> as text"]
+    tokenizer = Tokenizer.train(docs, 300)
+    write_shards(docs, tokenizer, tmp_path / "s", shard_tokens=64)
+    data = TokenDataset(tmp_path / "s", vocab_size=tokenizer.vocab_size)
+    starts = [*data.document_starts().tolist(), data.tokens]
+    for text, start, end in zip(docs, starts, starts[1:], strict=False):
+        *ids, eos = data.read(start, end - start).tolist()
+        assert (tokenizer.decode(ids), eos) == (text, tokenizer.eos_id)
+        assert tokenizer.eos_id not in ids
