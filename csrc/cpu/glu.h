@@ -39,10 +39,12 @@ FASTLM_INLINE ActAndSlope activate(vfloat x) {
     const vfloat cdf = .5f + .5f * verf(x * 0.70710678118654752f);
     return {x * cdf, cdf + x * vexp(-.5f * x * x) * 0.39894228040143268f};
   } else {
-    // .5 (1 + tanh z) is sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
-    const Sigmoid g = both_sigmoids(x * (1.5957691216057308f + 0.071354816272600248f * x * x));
-    const vfloat inner = 1.5957691216057308f + 0.21406444881780074f * x * x;
-    return {x * g.s, g.s * (1.f + x * g.rest * inner)};
+    // .5 (1 + tanh z) is sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3); beyond 1e4, where
+    // sigmoid is 0 or 1, x^3 must not overflow to 0 * inf
+    const vfloat c = vmax(splat(-1e4f), vmin(splat(1e4f), x)), c2 = c * c;
+    const Sigmoid g = both_sigmoids(c * (1.5957691216057308f + 0.071354816272600248f * c2));
+    const vfloat inner = c * (1.5957691216057308f + 0.21406444881780074f * c2);
+    return {x * g.s, g.s * (1.f + g.rest * inner)};
   }
 }
 template <Act A>
