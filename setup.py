@@ -43,6 +43,7 @@ def needs_recompile(obj: str, src: str) -> bool:
 cpu = Pybind11Extension(
     "fastlm._cpu",
     sorted(str(p) for p in [Path("csrc/bindings.cpp"), *Path("csrc/cpu").glob("*.cpp")]),
+    depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),  # a header alone starts a build
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=[*COMPILE, "-MMD"],
