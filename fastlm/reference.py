@@ -282,7 +282,7 @@ def linear_cross_entropy_loss(
     if on_square is not None:
         loss = loss + on_square * lse.square()
         on_p = on_p + 2 * on_square * lse
-    return loss.sum(), *linear_cross_entropy_backward(
+    gradients = linear_cross_entropy_backward(
         on_p,
         on_nll,
         on_smoothed,
@@ -298,6 +298,23 @@ def linear_cross_entropy_loss(
         logit_scale,
         need_input,
         need_weight,
+    )
+    return loss.sum(), gradients[0], _wide(gradients[1]), _wide(gradients[2])
+
+
+def linear_cross_entropy_loss_backward(
+    d_loss: Tensor,
+    d_input: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of linear_cross_entropy_loss times that of its loss, in their tensors' dtypes."""
+    return (
+        (d_input * d_loss).to(d_input.dtype),
+        (d_weight * d_loss).to(weight_dtype),
+        (d_bias * d_loss).to(bias_dtype),
     )
 
 
