@@ -5,8 +5,10 @@ One file an op; see each function's docstring.
 
 import torch  # noqa: F401  (before _cpu: its OpenMP then resolves to torch's)
 
+from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.glu import glu
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rope import rope
 
-__all__ = ["glu", "rms_norm", "rope"]
+__all__ = ["cross_entropy", "glu", "linear_cross_entropy", "rms_norm", "rope"]

@@ -1,0 +1,526 @@
+"""Cross-entropy of a linear layer's outputs, without the (N, V) logits ever being in memory.
+
+Two ways, one kernel pair (csrc/cpu/linear_cross_entropy.h):
+
+- "sum" and "mean": the gradient of each row is known in the forward up to one factor, so it is computed there, chunk
+  of rows by chunk of rows, while the chunk's exponentials are at hand: 3 matrix products (`linear_cross_entropy_loss`);
+- "none", or with lse: the gradient of each row is known in the backward only: lse in the forward, the logits again in
+  the backward: 4 matrix products (`linear_cross_entropy`, `linear_cross_entropy_backward`).
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.backend import register
+from fastlm.errors import InputError
+from fastlm.ops.cross_entropy import (
+    all_weights,
+    check,
+    check_options,
+    checked_target,
+    coefficients,
+    row_factors,
+    row_losses,
+    wide,
+)
+
+_VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
+_MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
+# What a chunk's exponentials may take; half of it where the float32 gradient is memory as well.
+_WORKSPACE = 64 << 20
+# The first way holds the weight's gradient in float32 until the backward. For a weight of fewer bits that is memory
+# over the gradient itself: above this many elements (64 MiB) the second way, which needs none, is taken.
+_FLOAT32_GRADIENT = 16 << 20
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``cross_entropy(F.linear(input, linear_weight, linear_bias).float(), target, ...)``.
+
+    Args:
+        input: (..., D), float32, bfloat16 or float16 (float64 on the reference).
+        linear_weight: (V, D), input's dtype.
+        target: (...), int64 or int32.
+        linear_bias: (V,), any float dtype.
+        others: as in `cross_entropy`.
+
+    Logits, sums and lse are float32; the gradient of the logits is rounded to input's dtype for the matrix products
+    that follow it, which sum in float32. Memory beside the gradients: at most 64 MiB.
+
+    Raises:
+        InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of range.
+    """
+    if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
+        raise InputError(
+            f"linear_weight: wanted shape (V, D), D the last dimension of input {tuple(input.shape)},"
+            f" got {tuple(linear_weight.shape)}"
+        )
+    if linear_weight.dtype != input.dtype or linear_weight.device != input.device:
+        raise InputError(
+            f"linear_weight: wanted {input.dtype} on {input.device} as input,"
+            f" got {linear_weight.dtype} on {linear_weight.device}"
+        )
+    classes = linear_weight.shape[0]
+    if linear_bias is not None and linear_bias.shape != (classes,):
+        raise InputError(f"linear_bias: wanted shape ({classes},), got {tuple(linear_bias.shape)}")
+    check(input, "input", classes, target, weight, label_smoothing)
+    check_options(softcap, reduction, num_items)
+    rows, flat = target.reshape(-1).long(), input.reshape(-1, input.shape[-1])
+    factors = row_factors(
+        rows,
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        classes,
+        reduction,
+        num_items,
+        wide(input),
+    )
+    options = (ignore_index, softcap, logit_scale)
+    smoothing_weight = weight if label_smoothing else None
+    need_input, need_weight, need_bias = (
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (input, linear_weight, linear_bias)
+    )
+    if (
+        (need_input or need_weight or need_bias)
+        and reduction != "none"
+        and not return_lse
+        and not (softcap is not None and label_smoothing)
+        and (input.dtype.itemsize >= 4 or linear_weight.numel() <= _FLOAT32_GRADIENT)
+    ):
+        return _loss(
+            flat,
+            linear_weight,
+            linear_bias,
+            rows,
+            smoothing_weight,
+            *factors,
+            *options,
+            need_input,
+            need_weight,
+        )[0]
+    shift, log_sum, nll, smoothed = _forward(
+        flat, linear_weight, linear_bias, rows, smoothing_weight, label_smoothing > 0, *options
+    )
+    lse = shift + log_sum
+    loss = row_losses(*factors, nll, smoothed, lse, rows != ignore_index)
+    loss = loss.view(target.shape) if reduction == "none" else loss.sum()
+    return (loss, lse.view(target.shape)) if return_lse else loss
+
+
+def _forward_fake(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    smooth,
+    ignore_index,
+    softcap,
+    logit_scale,
+):
+    per_row = [input.new_empty(target.shape, dtype=wide(input)) for _ in range(3)]
+    return *per_row, input.new_empty(target.shape if smooth else 0, dtype=wide(input))
+
+
+def _rows_apart(t: Tensor) -> Tensor:
+    """Rows may be apart, elements of a row may not."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+class _Chunks:
+    """Rows in chunks, and the kernels' arguments and workspaces that all chunks share."""
+
+    def __init__(self, input, linear_weight, linear_bias, target, class_weight, smooth, *options):
+        from fastlm import _cpu
+
+        ignore_index, softcap, scale = options
+        self.input, self.weight = _rows_apart(input), _rows_apart(linear_weight)
+        self.bias = None if linear_bias is None else linear_bias.float().contiguous()
+        self.target = checked_target(target, len(linear_weight), ignore_index)
+        self.class_weight = all_weights(class_weight, smooth, len(linear_weight))
+        self.options = (ignore_index, softcap or 0.0, scale)
+        self.blocks = -(-len(linear_weight) // _VB)
+        self.row_bytes = self.blocks * _VB * _cpu.matrix_element_bytes(input)
+        budget = _WORKSPACE if input.dtype.itemsize == 4 else _WORKSPACE // 2
+        self.rows = min(_MOST_ROWS, max(budget // self.row_bytes // _RP * _RP, _RP))
+        outputs = [torch.empty(len(input)) for _ in range(3)]
+        self.shift, self.log_sum, self.nll = outputs
+        self.smoothed = torch.empty(len(input) if smooth else 0)
+        self.workspaces = {}
+
+    def __iter__(self):
+        for i in range(0, len(self.input), self.rows):
+            yield slice(i, min(i + self.rows, len(self.input)))
+
+    def workspace(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """exponentials, stats and at_target of a chunk; only the last chunk differs in size."""
+        rows = part.stop - part.start
+        if rows not in self.workspaces:
+            self.workspaces.clear()
+            padded = -(-rows // _RP) * _RP
+            self.workspaces[rows] = (
+                torch.empty(padded * self.row_bytes, dtype=torch.uint8),
+                torch.empty(3, self.blocks, padded),
+                torch.empty(rows),
+            )
+        return self.workspaces[rows]
+
+    def scores(self, part: slice, exponentials, stats, at_target) -> None:
+        from fastlm import _cpu
+
+        _cpu.linear_cross_entropy_scores(
+            self.input[part],
+            self.weight,
+            self.bias,
+            self.target[part],
+            self.class_weight,
+            *self.options,
+            exponentials,
+            stats,
+            at_target,
+            self.shift[part],
+            self.log_sum[part],
+            self.nll[part],
+            self.smoothed[part],
+        )
+
+    def gradients(
+        self, part, on_p, on_target, on_all, have_exponentials, d_input, d_weight, d_bias
+    ) -> None:
+        from fastlm import _cpu
+
+        _cpu.linear_cross_entropy_gradients(
+            on_p,
+            on_target,
+            on_all,
+            self.input[part],
+            self.weight,
+            self.bias,
+            self.target[part],
+            self.class_weight,
+            self.shift[part],
+            self.log_sum[part],
+            *self.options,
+            have_exponentials,
+            *self.workspace(part),
+            None if d_input is None else d_input[part],
+            d_weight,
+            d_bias,
+            part.start > 0,
+        )
+
+    def outputs(self, linear_bias, need_input, need_weight):
+        """Gradients to be written, those of the weights in float32; None where not needed."""
+        return (
+            torch.empty(self.input.shape, dtype=self.input.dtype) if need_input else None,
+            _accumulator(self.weight.shape, len(self.input)) if need_weight else None,
+            None if linear_bias is None else _accumulator(linear_bias.shape, len(self.input)),
+        )
+
+
+def _accumulator(shape: torch.Size, rows: int) -> Tensor:
+    """The first chunk writes, the others add; without rows nobody writes."""
+    return torch.empty(shape) if rows else torch.zeros(shape)
+
+
+def _or_empty(t: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype) if t is None else t
+
+
+def _cpu_forward(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    smooth,
+    ignore_index,
+    softcap,
+    logit_scale,
+):
+    chunks = _Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        smooth,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
+    chunks.rows = _MOST_ROWS
+    chunks.row_bytes = 0  # no exponentials are kept
+    for part in chunks:
+        _, stats, at_target = chunks.workspace(part)
+        chunks.scores(part, None, stats, at_target)
+    return chunks.shift, chunks.log_sum, chunks.nll, chunks.smoothed
+
+
+def _cpu_backward(
+    on_p,
+    on_target,
+    on_all,
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
+    chunks = _Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        on_all is not None,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
+    chunks.shift, chunks.log_sum = shift, log_sum
+    gradients = chunks.outputs(linear_bias, need_input, need_weight)
+    on_p, on_target = on_p.contiguous(), on_target.contiguous()
+    on_all = None if on_all is None else on_all.contiguous()
+    for part in chunks:
+        chunks.gradients(
+            part,
+            on_p[part],
+            on_target[part],
+            None if on_all is None else on_all[part],
+            False,
+            *gradients,
+        )
+    bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
+    return (
+        _or_empty(gradients[0], input.dtype),
+        _or_empty(gradients[1], input.dtype).to(input.dtype),
+        _or_empty(gradients[2], bias_dtype).to(bias_dtype),
+    )
+
+
+def _cpu_loss(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    on_nll,
+    on_smoothed,
+    on_square,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
+    smooth = on_smoothed is not None
+    chunks = _Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        smooth,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
+    gradients = chunks.outputs(linear_bias, need_input, need_weight)
+    total = chunks.class_weight.sum() if smooth else 0.0
+    for part in chunks:
+        chunks.scores(part, *chunks.workspace(part))
+        on_p = on_nll[part]
+        if on_smoothed is not None:
+            on_p = on_p + on_smoothed[part] * total
+        if on_square is not None:
+            lse = chunks.shift[part] + chunks.log_sum[part]
+            on_p = on_p + 2 * on_square[part] * torch.where(target[part] != ignore_index, lse, 0.0)
+        on_all = None if on_smoothed is None else on_smoothed[part]
+        chunks.gradients(part, on_p, on_nll[part], on_all, True, *gradients)
+    lse = chunks.shift + chunks.log_sum
+    loss = row_losses(
+        on_nll, on_smoothed, on_square, chunks.nll, chunks.smoothed, lse, target != ignore_index
+    )
+    return (
+        loss.sum(),
+        _or_empty(gradients[0], input.dtype),
+        *(_or_empty(g, torch.float32) for g in gradients[1:]),
+    )
+
+
+def _cpu_loss_backward(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype):
+    from fastlm import _cpu
+
+    factor = d_loss.item()  # a CPU tensor: nothing to wait for
+    d_weight_out = torch.empty(d_weight.shape, dtype=weight_dtype)
+    _cpu.scale_to(d_weight, factor, d_weight_out)
+    return d_input * d_loss, d_weight_out, (d_bias * d_loss).to(bias_dtype)
+
+
+def _backward_fake(
+    on_p,
+    on_target,
+    on_all,
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
+    return (
+        input.new_empty(input.shape if need_input else 0),
+        linear_weight.new_empty(linear_weight.shape if need_weight else 0),
+        input.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape),
+    )
+
+
+def _loss_fake(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    on_nll,
+    on_smoothed,
+    on_square,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
+    dtype = wide(input)
+    return (
+        input.new_empty((), dtype=dtype),
+        input.new_empty(input.shape if need_input else 0),
+        input.new_empty(linear_weight.shape if need_weight else 0, dtype=dtype),
+        input.new_empty(0 if linear_bias is None else linear_bias.shape, dtype=dtype),
+    )
+
+
+def _loss_backward_fake(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype):
+    return (
+        d_input.new_empty(d_input.shape),
+        d_weight.new_empty(d_weight.shape, dtype=weight_dtype),
+        d_bias.new_empty(d_bias.shape, dtype=bias_dtype),
+    )
+
+
+def _setup_forward(ctx, inputs, output):
+    input, linear_weight, linear_bias, target, class_weight, ctx.smooth, *ctx.options = inputs
+    shift, log_sum, _, _ = output
+    ctx.mark_non_differentiable(shift)
+    ctx.save_for_backward(input, linear_weight, linear_bias, target, class_weight, shift, log_sum)
+
+
+def _autograd_forward(ctx, _, d_log_sum, d_nll, d_smoothed):
+    input, linear_weight, linear_bias, target, class_weight, shift, log_sum = ctx.saved_tensors
+    total = linear_weight.shape[0] if class_weight is None else class_weight.to(shift.dtype).sum()
+    need = ctx.needs_input_grad
+    d_input, d_weight, d_bias = _backward(
+        *coefficients(
+            d_log_sum, d_nll, d_smoothed if ctx.smooth else None, target, ctx.options[0], total
+        ),
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        shift,
+        log_sum,
+        *ctx.options,
+        need[0],
+        need[1],
+    )
+    return (
+        d_input if need[0] else None,
+        d_weight if need[1] else None,
+        d_bias if need[2] else None,
+        *[None] * 6,
+    )
+
+
+def _setup_loss(ctx, inputs, output):
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = inputs[1].dtype, (inputs[0] if inputs[2] is None else inputs[2]).dtype
+
+
+def _autograd_loss(ctx, d_loss, *_):
+    gradients = _loss_backward(d_loss, *ctx.saved_tensors, *ctx.dtypes)
+    needed = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad)]
+    return *needed, *[None] * 10
+
+
+_forward = register(
+    "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+    " Tensor? class_weight, bool smooth, int ignore_index, float? softcap, float logit_scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+    implementations={"reference": reference.linear_cross_entropy_forward, "cpu": _cpu_forward},
+    setup_context=_setup_forward,
+    backward=_autograd_forward,
+)
+_backward = register(
+    "linear_cross_entropy_backward(Tensor on_p, Tensor on_target, Tensor? on_all, Tensor input,"
+    " Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? class_weight, Tensor shift,"
+    " Tensor log_sum, int ignore_index, float? softcap, float logit_scale, bool need_input,"
+    " bool need_weight) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    implementations={"reference": reference.linear_cross_entropy_backward, "cpu": _cpu_backward},
+    picked_by=3,
+)
+_loss = register(
+    "linear_cross_entropy_loss(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+    " Tensor? class_weight, Tensor on_nll, Tensor? on_smoothed, Tensor? on_square, int ignore_index,"
+    " float? softcap, float logit_scale, bool need_input, bool need_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_loss_fake,
+    implementations={"reference": reference.linear_cross_entropy_loss, "cpu": _cpu_loss},
+    setup_context=_setup_loss,
+    backward=_autograd_loss,
+)
+_loss_backward = register(
+    "linear_cross_entropy_loss_backward(Tensor d_loss, Tensor d_input, Tensor d_weight,"
+    " Tensor d_bias, ScalarType weight_dtype, ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)",
+    fake=_loss_backward_fake,
+    implementations={
+        "reference": reference.linear_cross_entropy_loss_backward,
+        "cpu": _cpu_loss_backward,
+    },
+    picked_by=1,
+)
