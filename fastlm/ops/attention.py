@@ -194,6 +194,115 @@ def backward_fake(dout, dlse, q, k, v, out, lse, *rest):
     )
 
 
+def elements_last(*tensors: Tensor) -> list[Tensor]:
+    """Rows and heads may lie anywhere, the elements of a row one after the other."""
+    return [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in tensors]
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def _padded(n: int, step: int) -> int:
+    return (n + step - 1) // step * step
+
+
+def cpu_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: tuple[Tensor | None, ...],
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    numbers: tuple,
+    lse_shape: tuple[int, ...],
+    sequences: int,
+    key_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """The C++ forward of all three ops: `layout` is (cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale,
+    v_scale), `key_rows` an upper bound of the keys of all sequences together."""
+    from fastlm import _cpu
+
+    q, k, v = elements_last(q, k, v)
+    out, lse = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype), torch.empty(lse_shape)
+    # Either keys and values once more, each sequence padded to 32 rows and 32 columns, or, for decoding, partial
+    # results: at most 8 rows of 2 + Dv floats for every 512 keys (attention_forward.h, attention_decode.h).
+    heads = k.shape[-2] if k.dim() != 4 or layout[2] is not None else k.shape[1]
+    width = _padded(q.shape[-1], 32) + _padded(v.shape[-1], 32)
+    packed = (key_rows + 32 * sequences) * width
+    partial = (key_rows // 512 + sequences) * 8 * (2 + _padded(v.shape[-1], 16))
+    workspace = torch.empty(heads * max(packed, partial))
+    try:
+        _cpu.attention_forward(
+            q, k, v, *layout, _float(sinks), _float(alibi_slopes), bias, seed, *numbers, out, lse, workspace
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return out, lse
+
+
+def cpu_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: tuple[Tensor | None, Tensor | None],
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    numbers: tuple,
+    bias_grad: bool,
+    sequences: int,
+    longest_keys: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The C++ backward of the dense and the packed op."""
+    from fastlm import _cpu
+
+    dout, q, k, v, out = elements_last(dout, q, k, v, out)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    heads, kv_heads = (q.shape[1], k.shape[1])
+    dsinks = None if sinks is None else torch.empty(sequences, heads)
+    dbias = torch.zeros(bias.shape) if bias is not None and bias_grad else None
+    # With fewer than 8 key heads in all, a task takes 512 keys and leaves its part of dq (attention_backward.h).
+    spans = 0 if sequences * kv_heads >= 8 else (longest_keys + 511) // 512
+    rows = q.numel() // q.shape[-1]
+    workspace = torch.empty(spans * rows * _padded(q.shape[-1], 16) if spans > 1 else 0)
+    _cpu.attention_backward(
+        dout, dlse, q, k, v, out, lse, *cu_seqlens, _float(sinks), _float(alibi_slopes), bias, seed, *numbers,
+        dq, dk, dv, dsinks, dbias, workspace,
+    )  # fmt: skip
+    return (
+        dq,
+        dk,
+        dv,
+        torch.empty(0) if dsinks is None else dsinks.sum(0),
+        torch.empty(0) if dbias is None else dbias,
+    )
+
+
+def _cpu_forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
+    return cpu_forward(
+        q, k, v, (None,) * 6, sinks, alibi_slopes, bias, seed, numbers, q.shape[:3], q.shape[0],
+        k.shape[0] * k.shape[2],
+    )  # fmt: skip
+
+
+def _cpu_backward(
+    dout, dlse, q, k, v, out, lse, sinks, alibi_slopes, bias, seed, *numbers_and_bias_grad
+):
+    *numbers, bias_grad = numbers_and_bias_grad
+    return cpu_backward(
+        dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed, numbers, bias_grad,
+        q.shape[0], k.shape[2],
+    )  # fmt: skip
+
+
 def _setup_context(ctx, inputs, output):
     q, k, v, sinks, alibi_slopes, bias, seed, *ctx.numbers = inputs
     ctx.save_for_backward(q, k, v, *output, sinks, alibi_slopes, bias, seed)
@@ -225,7 +334,7 @@ _forward = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
     f" Tensor? seed, {NUMBERS}, float dropout_p) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": reference.attention_forward},
+    implementations={"reference": reference.attention_forward, "cpu": _cpu_forward},
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -234,6 +343,6 @@ _backward = register(
     " Tensor lse, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? seed,"
     f" {NUMBERS}, float dropout_p, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=backward_fake,
-    implementations={"reference": reference.attention_backward},
+    implementations={"reference": reference.attention_backward, "cpu": _cpu_backward},
     picked_by=2,
 )

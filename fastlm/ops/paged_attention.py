@@ -6,7 +6,7 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.backend import register
 from fastlm.errors import InputError
-from fastlm.ops.attention import NUMBERS, check_options, wide_dtype
+from fastlm.ops.attention import NUMBERS, check_options, cpu_forward, wide_dtype
 
 
 def paged_attention(
@@ -110,10 +110,22 @@ def _fake(q, k_cache, v_cache, *_):
     )
 
 
+def _cpu(
+    q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, sinks, alibi_slopes, bias, *numbers
+):
+    table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
+    layout = (None, None, table, seq_lens.contiguous(), k_scale, v_scale)
+    b, s, h, _ = q.shape
+    return cpu_forward(
+        q, k_cache, v_cache, layout, sinks, alibi_slopes, bias, None, (*numbers, 0.0), (b, h, s), b,
+        b * table.shape[1] * k_cache.shape[1],
+    )  # fmt: skip
+
+
 _op = register(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens,"
     " Tensor? k_scale, Tensor? v_scale, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
     f" {NUMBERS}) -> (Tensor, Tensor)",
     fake=_fake,
-    implementations={"reference": reference.paged_attention},
+    implementations={"reference": reference.paged_attention, "cpu": _cpu},
 )

@@ -6,7 +6,15 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.backend import register
 from fastlm.errors import InputError
-from fastlm.ops.attention import NUMBERS, backward_fake, check_options, dropout_seed, wide_dtype
+from fastlm.ops.attention import (
+    NUMBERS,
+    backward_fake,
+    check_options,
+    cpu_backward,
+    cpu_forward,
+    dropout_seed,
+    wide_dtype,
+)
 
 
 def varlen_attention(
@@ -88,6 +96,27 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *r
     return backward_fake(dout, dlse, q, k, v, out, lse, *rest)
 
 
+def _cpu_forward(
+    q, k, v, cu_q, cu_k, sinks, alibi_slopes, bias, seed, max_seqlen_q, max_seqlen_k, *numbers
+):
+    layout = (cu_q.contiguous(), cu_k.contiguous(), None, None, None, None)
+    return cpu_forward(
+        q, k, v, layout, sinks, alibi_slopes, bias, seed, numbers, (q.shape[1], q.shape[0]),
+        cu_q.shape[0] - 1, k.shape[0],
+    )  # fmt: skip
+
+
+def _cpu_backward(
+    dout, dlse, q, k, v, out, lse, cu_q, cu_k, sinks, alibi_slopes, bias, seed,
+    max_seqlen_q, max_seqlen_k, *numbers_and_bias_grad,
+):  # fmt: skip
+    *numbers, bias_grad = numbers_and_bias_grad
+    return cpu_backward(
+        dout, dlse, q, k, v, out, lse, (cu_q.contiguous(), cu_k.contiguous()), sinks, alibi_slopes, bias, seed,
+        numbers, bias_grad, cu_q.shape[0] - 1, int(cu_k.diff().max()) if cu_k.shape[0] > 1 else 0,
+    )  # fmt: skip
+
+
 def _setup_context(ctx, inputs, output):
     *tensors, sinks, alibi_slopes, bias, seed = inputs[:9]
     ctx.numbers = inputs[9:]
@@ -123,7 +152,7 @@ _forward = register(
     " Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? seed,"
     f" {_NUMBERS}, float dropout_p) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": reference.varlen_attention_forward},
+    implementations={"reference": reference.varlen_attention_forward, "cpu": _cpu_forward},
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -133,6 +162,6 @@ _backward = register(
     f" Tensor? bias, Tensor? seed, {_NUMBERS}, float dropout_p, bool bias_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={"reference": reference.varlen_attention_backward},
+    implementations={"reference": reference.varlen_attention_backward, "cpu": _cpu_backward},
     picked_by=2,
 )
