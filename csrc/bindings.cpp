@@ -52,6 +52,14 @@ PYBIND11_MODULE(_cpu, m) {
         "ignore_index"_a, "softcap"_a, "scale"_a, "have_exponentials"_a, "exponentials"_a,
         "stats"_a, "at_target"_a, "dx"_a, "dw"_a, "dbias"_a, "accumulate"_a, no_gil);
   m.def("scale_to", &scale_to, "source"_a, "factor"_a, "out"_a, no_gil);
+  m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "cu_seqlens_q"_a,
+        "cu_seqlens_k"_a, "block_table"_a, "seq_lens"_a, "k_scale"_a, "v_scale"_a, "sinks"_a,
+        "alibi_slopes"_a, "bias"_a, "seed"_a, "causal"_a, "scale"_a, "window"_a, "softcap"_a,
+        "dropout_p"_a, "out"_a, "lse"_a, "workspace"_a, no_gil);
+  m.def("attention_backward", &attention_backward, "dout"_a, "dlse"_a, "q"_a, "k"_a, "v"_a, "out"_a,
+        "lse"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "sinks"_a, "alibi_slopes"_a, "bias"_a,
+        "seed"_a, "causal"_a, "scale"_a, "window"_a, "softcap"_a, "dropout_p"_a, "dq"_a, "dk"_a,
+        "dv"_a, "dsinks"_a, "dbias"_a, "workspace"_a, no_gil);
 
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
   m.def("multiply_in_l1", &multiply_in_l1, "bf16_operands"_a, "repeats"_a, no_gil);

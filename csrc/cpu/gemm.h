@@ -83,23 +83,146 @@ FASTLM_INLINE E to_elem(float x) {
   return from_float<E>(x);
 }
 
-// B[k][n] = source[k * k_stride + n * n_stride], any strides, to panels.
+// ---- packing
+// A vector here is VL words of 32 bits, each KP elements that follow each other along k.
+
+FASTLM_INLINE vint load_words(const void* p) {
+  vint v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTLM_INLINE void store_words(void* p, vint v) { memcpy(p, &v, sizeof v); }
+
+// Lane j of r[i] to lane i of r[j]: log2(VL) rounds, each exchanging halves of blocks twice as wide.
+FASTLM_INLINE void transpose(vint* r) {
+#if FASTLM_VL == 16
+  __m512i t[16], u[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32((__m512i)r[i], (__m512i)r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32((__m512i)r[i], (__m512i)r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // u[i + c]: column c of each 4 x 4 block, rows i .. i + 3
+    u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x88),
+                  b = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xdd),
+                  d = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x88),
+                  e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xdd);
+    r[c] = (vint)_mm512_shuffle_i32x4(a, d, 0x88);
+    r[4 + c] = (vint)_mm512_shuffle_i32x4(b, e, 0x88);
+    r[8 + c] = (vint)_mm512_shuffle_i32x4(a, d, 0xdd);
+    r[12 + c] = (vint)_mm512_shuffle_i32x4(b, e, 0xdd);
+  }
+#elif FASTLM_VL == 8
+  __m256i t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32((__m256i)r[i], (__m256i)r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32((__m256i)r[i], (__m256i)r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    r[c] = (vint)_mm256_permute2x128_si256(u[c], u[4 + c], 0x20);
+    r[4 + c] = (vint)_mm256_permute2x128_si256(u[c], u[4 + c], 0x31);
+  }
+#else
+  const vint a = __builtin_shuffle(r[0], r[1], vint{0, 4, 1, 5}),
+             b = __builtin_shuffle(r[0], r[1], vint{2, 6, 3, 7}),
+             c = __builtin_shuffle(r[2], r[3], vint{0, 4, 1, 5}),
+             d = __builtin_shuffle(r[2], r[3], vint{2, 6, 3, 7});
+  r[0] = __builtin_shuffle(a, c, vint{0, 1, 4, 5});
+  r[1] = __builtin_shuffle(a, c, vint{2, 3, 6, 7});
+  r[2] = __builtin_shuffle(b, d, vint{0, 1, 4, 5});
+  r[3] = __builtin_shuffle(b, d, vint{2, 3, 6, 7});
+#endif
+}
+
+// The words of one row: KP * VL elements from p as E, zero from element n on.
+template <class E, class S>
+FASTLM_INLINE vint row_words(const S* p, int64_t n) {
+  constexpr int whole = KP<E> * VL;
+  if constexpr (sizeof(E) == 4)
+    return as_int(n >= whole ? load(p) : load(p, int(n)));
+  else {
+    alignas(64) E t[whole] = {};
+    if constexpr (sizeof(S) == sizeof(E) && KP<S> == KP<E>) {
+      if (n >= whole) return load_words(p);
+      memcpy(t, p, size_t(n) * sizeof(E));
+    } else {
+      for (int half = 0; half < whole; half += VL)
+        if (n > half)
+          store(t + half, n - half >= VL ? load(p + half) : load(p + half, int(n - half)));
+    }
+    return load_words(t);
+  }
+}
+
+// Words along k from rows of B or columns of A: lane j holds KP elements of column j. `next` is the
+// second row of a bf16 pair.
+#ifdef FASTLM_BF16_DOT
+FASTLM_INLINE vint pair(vfloat first, vfloat second) {
+  alignas(64) static constexpr uint16_t interleave[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vint)_mm512_permutexvar_epi16(
+      _mm512_load_si512(interleave),
+      (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+#endif
+template <class E, class S>
+FASTLM_INLINE vint column_words(const S* p, [[maybe_unused]] int64_t next,
+                               [[maybe_unused]] int64_t k_left, int width) {
+  const vfloat a = width == VL ? load(p) : load(p, width);
+  if constexpr (sizeof(E) == 4) {
+    return as_int(a);
+  } else {
+#ifdef FASTLM_BF16_DOT
+    return pair(a, k_left < 2 ? vfloat{} : width == VL ? load(p + next) : load(p + next, width));
+#endif
+  }
+}
+
+// B[k][n] = source[k * k_stride + n * n_stride], any strides, to panels. One stride is 1 wherever
+// speed matters.
 template <class E, class S>
 void pack_b(const S* source, int64_t k_stride, int64_t n_stride, int64_t k, int64_t n, E* packed) {
   const int64_t kp = padded_k<E>(k);
+  constexpr int P = KP<E>;
   for (int64_t n0 = 0; n0 < n; n0 += VL, packed += kp * VL) {
     const int width = int(std::min<int64_t>(VL, n - n0));
-    if (width < VL || kp > k) memset(packed, 0, size_t(kp) * VL * sizeof(E));
     const S* s = source + n0 * n_stride;
-    if (k_stride == 1) {  // a column of B is contiguous: read along it
-      for (int j = 0; j < width; ++j)
-        for (int64_t i = 0; i < k; ++i)
-          packed[(i / KP<E>)*VL * KP<E> + j * KP<E> + i % KP<E>] =
-              to_elem<E>(to_float(s[j * n_stride + i]));
+    if (n_stride == 1) {
+      for (int64_t i = 0; i < kp; i += P)
+        store_words(packed + i * VL, i < k ? column_words<E>(s + i * k_stride, k_stride, k - i, width)
+                                           : vint{});
+    } else if (k_stride == 1) {  // a column of B is contiguous: transposed VL words at a time
+      for (int64_t i = 0; i < kp; i += P * VL) {
+        vint r[VL];
+        for (int j = 0; j < VL; ++j)
+          r[j] = j < width && i < k ? row_words<E>(s + j * n_stride + i, k - i) : vint{};
+        transpose(r);
+        const int rows = int(std::min<int64_t>(VL, (kp - i) / P));
+        for (int j = 0; j < rows; ++j) store_words(packed + (i + j * P) * VL, r[j]);
+      }
     } else {
+      memset(packed, 0, size_t(kp) * VL * sizeof(E));
       for (int64_t i = 0; i < k; ++i)
         for (int j = 0; j < width; ++j)
-          packed[(i / KP<E>)*VL * KP<E> + j * KP<E> + i % KP<E>] =
+          packed[i / P * VL * P + j * P + i % P] =
               to_elem<E>(to_float(s[i * k_stride + j * n_stride]));
     }
   }
@@ -109,10 +232,41 @@ void pack_b(const S* source, int64_t k_stride, int64_t n_stride, int64_t k, int6
 template <class E, class S>
 void pack_a(const S* source, int64_t m_stride, int64_t k_stride, int64_t m, int64_t k, E* packed) {
   const int64_t kp = padded_k<E>(k);
-  for (int64_t i = 0; i < m; ++i, packed += kp) {
-    const S* s = source + i * m_stride;
-    for (int64_t j = 0; j < k; ++j) packed[j] = to_elem<E>(to_float(s[j * k_stride]));
-    for (int64_t j = k; j < kp; ++j) packed[j] = to_elem<E>(0.f);
+  constexpr int P = KP<E>;
+  if (k_stride == 1) {
+    for (int64_t i = 0; i < m; ++i, packed += kp)
+      for (int64_t j = 0; j < kp; j += P * VL) {
+        const vint words = j < k ? row_words<E>(source + i * m_stride + j, k - j) : vint{};
+        if (kp - j >= P * VL)
+          store_words(packed + j, words);
+        else
+          memcpy(packed + j, &words, size_t(kp - j) * sizeof(E));
+      }
+  } else if (m_stride == 1) {  // a column of A is contiguous
+    for (int64_t i = 0; i < m; i += VL) {
+      const int height = int(std::min<int64_t>(VL, m - i));
+      for (int64_t j = 0; j < kp; j += P * VL) {
+        vint r[VL];
+        for (int w = 0; w < VL; ++w) {
+          const int64_t c = j + w * P;
+          r[w] = c < k ? column_words<E>(source + i + c * k_stride, k_stride, k - c, height) : vint{};
+        }
+        transpose(r);
+        const size_t bytes = size_t(std::min<int64_t>(P * VL, kp - j)) * sizeof(E);
+        for (int h = 0; h < height; ++h) {
+          if (bytes == sizeof(vint))
+            store_words(packed + (i + h) * kp + j, r[h]);
+          else
+            memcpy(packed + (i + h) * kp + j, &r[h], bytes);
+        }
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < m; ++i, packed += kp) {
+      const S* s = source + i * m_stride;
+      for (int64_t j = 0; j < k; ++j) packed[j] = to_elem<E>(to_float(s[j * k_stride]));
+      for (int64_t j = k; j < kp; ++j) packed[j] = to_elem<E>(0.f);
+    }
   }
 }
 
@@ -231,11 +385,12 @@ inline void tile_block(int64_t k, const bf16* a, int64_t lda, const bf16* b, int
 }
 #endif
 
-// C = A . B, or C += A . B when `accumulate`. See the head of the file for the layouts.
+// C = A . B, or C += A . B when `accumulate`. See the head of the file for the layouts. The first k
+// rows of a B that was packed with more: `packed_k` is that count.
 template <class E>
 void gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, float* c,
-          int64_t ldc, bool accumulate) {
-  const int64_t kp = padded_k<E>(k), panel = kp * VL;
+          int64_t ldc, bool accumulate, int64_t packed_k = 0) {
+  const int64_t kp = padded_k<E>(k), panel = padded_k<E>(std::max(k, packed_k)) * VL;
 #ifdef FASTLM_AMX
   if constexpr (sizeof(E) == 2) {
     for (int64_t n0 = 0; n0 < n; n0 += 32)

@@ -63,6 +63,20 @@ void linear_cross_entropy_gradients(TensorView on_p, TensorView on_target, Optio
                                     OptionalTensor dx, OptionalTensor dw, OptionalTensor dbias,
                                     bool accumulate);
 void scale_to(TensorView source, float factor, TensorView out);
+// attention.h; what is absent tells the ops apart (attention_inputs.h)
+void attention_forward(TensorView q, TensorView k, TensorView v, OptionalTensor cu_seqlens_q,
+                       OptionalTensor cu_seqlens_k, OptionalTensor block_table,
+                       OptionalTensor seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,
+                       OptionalTensor sinks, OptionalTensor alibi_slopes, OptionalTensor bias,
+                       OptionalTensor seed, bool causal, float scale, int64_t window, float softcap,
+                       double dropout_p, TensorView out, TensorView lse, TensorView workspace);
+void attention_backward(TensorView dout, OptionalTensor dlse, TensorView q, TensorView k,
+                        TensorView v, TensorView out, TensorView lse, OptionalTensor cu_seqlens_q,
+                        OptionalTensor cu_seqlens_k, OptionalTensor sinks,
+                        OptionalTensor alibi_slopes, OptionalTensor bias, OptionalTensor seed,
+                        bool causal, float scale, int64_t window, float softcap, double dropout_p,
+                        TensorView dq, TensorView dk, TensorView dv, OptionalTensor dsinks,
+                        OptionalTensor dbias, TensorView workspace);
 
 // probe.cpp
 void matmul(TensorView a, TensorView b, TensorView c);

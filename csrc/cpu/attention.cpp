@@ -1,0 +1,33 @@
+#include "cpu/attention_inputs.h"
+#define FASTLM_BODY "cpu/attention.h"
+#include "cpu/each_isa.h"
+#include "cpu/ops.h"
+
+namespace fastlm {
+
+void attention_forward(TensorView q, TensorView k, TensorView v, OptionalTensor cu_seqlens_q,
+                       OptionalTensor cu_seqlens_k, OptionalTensor block_table,
+                       OptionalTensor seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,
+                       OptionalTensor sinks, OptionalTensor alibi_slopes, OptionalTensor bias,
+                       OptionalTensor seed, bool causal, float scale, int64_t window, float softcap,
+                       double dropout_p, TensorView out, TensorView lse, TensorView workspace) {
+  const AttentionInputs in{q,       k,     v,      cu_seqlens_q, cu_seqlens_k, block_table,
+                           seq_lens, k_scale, v_scale, sinks,        alibi_slopes, bias,
+                           seed,    causal, scale,  window,       softcap,      dropout_p};
+  FASTLM_RUN(attention_forward, in, out, lse, workspace);
+}
+
+void attention_backward(TensorView dout, OptionalTensor dlse, TensorView q, TensorView k,
+                        TensorView v, TensorView out, TensorView lse, OptionalTensor cu_seqlens_q,
+                        OptionalTensor cu_seqlens_k, OptionalTensor sinks,
+                        OptionalTensor alibi_slopes, OptionalTensor bias, OptionalTensor seed,
+                        bool causal, float scale, int64_t window, float softcap, double dropout_p,
+                        TensorView dq, TensorView dk, TensorView dv, OptionalTensor dsinks,
+                        OptionalTensor dbias, TensorView workspace) {
+  const AttentionInputs in{q,  k,  v,     cu_seqlens_q, cu_seqlens_k, {},   {},     {},    {},
+                           sinks, alibi_slopes, bias, seed, causal, scale, window, softcap, dropout_p};
+  FASTLM_RUN(attention_backward, in, dout, dlse ? &*dlse : nullptr, out, lse, dq, dk, dv,
+             dsinks ? &*dsinks : nullptr, dbias ? &*dbias : nullptr, workspace);
+}
+
+}  // namespace fastlm

@@ -1,0 +1,229 @@
+// Decoding: the few rows (S queries x heads that share a key head, at most MAX_ROWS) of one sequence
+// and key head against a long cache. Bound by reading the cache, so keys and values are read once,
+// where they lie and in their own dtype, and not packed; the cache is cut into chunks of CHUNK keys
+// so that one sequence and head keeps several threads busy. The chunk is fixed: results do not
+// depend on the number of threads.
+//
+//   partial of a chunk, per row: m, l, O (Dv)   ->   combined in the chunks' order
+
+constexpr int64_t MAX_ROWS = 8;  // beyond it packing costs less than reading every key for each row
+constexpr int64_t CHUNK = 512;   // keys: 128 KiB of a bf16 cache at D 64, 20 us: a task worth a switch
+
+FASTLM_INLINE bool decodes(const Shape& s, int64_t queries) {
+  return queries * (s.H / s.Hkv) <= MAX_ROWS;
+}
+
+template <class C>
+FASTLM_INLINE vfloat load_cached(const C* p, int64_t n) {
+  if constexpr (std::is_same_v<C, int8_t>) {
+    alignas(16) int8_t t[VL] = {};
+    memcpy(t, p, size_t(std::min<int64_t>(n, VL)));
+#if FASTLM_VL == 16
+    return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)t)));
+#elif FASTLM_VL == 8
+    return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)t)));
+#else
+    vfloat v{};
+    for (int i = 0; i < VL; ++i) v[i] = float(t[i]);
+    return v;
+#endif
+  } else {
+    return n >= VL ? load(p) : load(p, int(n));
+  }
+}
+
+// scores[r][j] = q[r] . k[j], `count` keys `stride` apart. Sums of VL keys are turned together: one
+// transposition instead of VL horizontal sums.
+template <int R, class C>
+void dot_rows(const float* q, int64_t ldq, const C* k, int64_t stride, int64_t count, int64_t D,
+              float* scores, int64_t lds) {
+  for (int64_t j = 0; j < count; j += VL) {
+    vint sums[R][VL] = {};
+    const int group = int(std::min<int64_t>(VL, count - j));
+    for (int t = 0; t < group; ++t) {
+      const C* row = k + (j + t) * stride;
+      vfloat acc[R] = {};
+      for (int64_t d = 0; d < D; d += VL) {
+        const vfloat x = load_cached(row + d, D - d);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r] += x * load(q + r * ldq + d);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r][t] = as_int(acc[r]);
+    }
+    for (int r = 0; r < R; ++r) {
+      transpose(sums[r]);
+      vfloat total = as_float(sums[r][0]);
+      for (int t = 1; t < VL; ++t) total += as_float(sums[r][t]);
+      if (group == VL)
+        store(scores + r * lds + j, total);
+      else
+        store(scores + r * lds + j, total, group);
+    }
+  }
+}
+
+// O[r] += sum over j of P[r][j] v[j]
+template <int R, class C>
+void weigh_rows(const float* P, int64_t ldp, const C* v, int64_t stride, int64_t count, int64_t Dv,
+                float* O, int64_t ldo) {
+  constexpr int W = R <= 2 ? 4 : R <= 4 ? 4 : 2;  // R x W accumulators stay in 16 registers
+  for (int64_t d = 0; d < Dv; d += W * VL) {
+    vfloat acc[R][W];
+    for (int r = 0; r < R; ++r)
+      for (int w = 0; w < W; ++w)
+        acc[r][w] = d + w * VL < Dv ? load(O + r * ldo + d + w * VL) : vfloat{};
+    const bool whole = d + W * VL <= Dv;
+    for (int64_t j = 0; j < count; ++j) {
+      vfloat x[W];
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w)
+        x[w] = whole                ? load_cached(v + j * stride + d + w * VL, VL)
+               : d + w * VL < Dv ? load_cached(v + j * stride + d + w * VL, Dv - d - w * VL)
+                                   : vfloat{};
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vfloat p = splat(P[r * ldp + j]);
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) acc[r][w] += p * x[w];
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int w = 0; w < W; ++w)
+        if (d + w * VL < Dv) store(O + r * ldo + d + w * VL, acc[r][w]);
+  }
+}
+
+template <class F>
+FASTLM_INLINE void with_rows(int64_t rows, F&& f) {
+  switch (rows) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 7: return f(std::integral_constant<int, 7>{});
+    default: return f(std::integral_constant<int, 8>{});
+  }
+}
+
+// One chunk of one sequence and key head; partial: rows x (2 + padded Dv) floats.
+template <class T, class C>
+void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int64_t b, int64_t g,
+                  int64_t chunk, float k_scale, float* partial, Buffer& memory) {
+  const int64_t G = s.H / s.Hkv, rows = G * p.queries, ldq = round_up(s.D, VL),
+                ldo = round_up(s.Dv, VL), ldp = 2 + ldo;
+  float* q = memory.take<float>(MAX_ROWS * ldq);
+  float* scores = memory.take<float>(MAX_ROWS * CHUNK);
+  float* O = memory.take<float>(MAX_ROWS * ldo);
+  const float scale = o.scale * k_scale;
+  const bool plain = o.plain() && scale > 0;
+  int64_t low = p.keys, high = 0;  // keys that some row of the chunk sees
+  for (int64_t i = 0; i < p.queries; ++i) {
+    const Span see = s.span(i, p.queries, p.keys);
+    low = std::min(low, see.first), high = std::max(high, see.end);
+  }
+  low = std::max(low, chunk * CHUNK), high = std::min(high, (chunk + 1) * CHUNK);
+  memset(O, 0, size_t(rows * ldo) * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = p.q + (g * G + r / p.queries) * s.q.head + r % p.queries * s.q.row;
+    for (int64_t d = 0; d < s.D; d += VL)
+      store(q + r * ldq + d, s.D - d >= VL ? load(row + d) : load(row + d, int(s.D - d)));
+    partial[r * ldp] = -INFINITE, partial[r * ldp + 1] = 0;
+  }
+  if (low < high) {
+    with_rows(rows, [&](auto R) {
+      for (int64_t j = low; j < high;) {
+        const C* k;
+        const int64_t count = p.k.run(g, j, high, &k);
+        dot_rows<R.value>(q, ldq, k, s.k.row, count, s.D, scores + j - low, CHUNK);
+        j += count;
+      }
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t h = g * G + r / p.queries, i = r % p.queries;
+      const Span see = s.span(i, p.queries, p.keys);
+      const int64_t first = std::max(see.first, low) - low, stop = std::min(see.end, high) - low;
+      float* x = scores + r * CHUNK;
+      if (first >= stop) {
+        memset(x, 0, size_t(high - low) * sizeof(float));
+        continue;
+      }
+      if (!plain) finish_scores(o, scale, b, h, i, i + p.keys - p.queries, low, high - low, x, nullptr);
+      softmax_row<float>(x, first, stop, high - low, plain ? scale * LOG2E : 1.f, nullptr,
+                         partial + r * ldp, partial + r * ldp + 1, x);
+    }
+    with_rows(rows, [&](auto R) {
+      for (int64_t j = low; j < high;) {
+        const C* v;
+        const int64_t count = p.v.run(g, j, high, &v);
+        weigh_rows<R.value>(scores + j - low, CHUNK, v, s.v.row, count, s.Dv, O, ldo);
+        j += count;
+      }
+    });
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    memcpy(partial + r * ldp + 2, O + r * ldo, size_t(ldo) * sizeof(float));
+}
+
+// Row r of `chunks` partials (rows apart by `apart`) -> out, lse.
+template <class T>
+void combine_chunks(const float* partial, int64_t chunks, int64_t apart, float sink, float scale,
+                    int64_t Dv, T* out, float* lse) {
+  float m = sink * LOG2E, l = 0;
+  for (int64_t c = 0; c < chunks; ++c) m = std::max(m, partial[c * apart]);
+  const float offset = m == -INFINITE ? 0.f : m;
+  if (sink != -INFINITE) l = std::exp2(sink * LOG2E - offset);
+  for (int64_t c = 0; c < chunks; ++c)
+    l += partial[c * apart + 1] * std::exp2(partial[c * apart] - offset);
+  for (int64_t d = 0; d < Dv; d += VL) {
+    vfloat sum{};
+    for (int64_t c = 0; c < chunks; ++c)
+      sum += load(partial + c * apart + 2 + d) * std::exp2(partial[c * apart] - offset);
+    const vfloat x = sum * (l == 0 ? 0.f : scale / l);
+    if (Dv - d >= VL)
+      store(out + d, x);
+    else
+      store(out + d, x, int(Dv - d));
+  }
+  *lse = l > 0 || l != l ? m * LN2 + std::log(l) : -INFINITE;
+}
+
+// workspace: B * Hkv * chunks * MAX_ROWS * (2 + padded Dv) floats, chunks = ceil(longest T / CHUNK).
+template <class T, class C>
+void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* problems,
+                       const float* k_scale, const float* v_scale, T* out, float* lse,
+                       float* workspace) {
+  int64_t most = 0, total = 0;
+  for (int64_t b = 0; b < s.B; ++b)
+    most = std::max(most, problems[b].keys), total += problems[b].keys;
+  const int64_t chunks = std::max<int64_t>(1, (most + CHUNK - 1) / CHUNK), G = s.H / s.Hkv;
+  const int64_t ldp = 2 + round_up(s.Dv, VL), apart = MAX_ROWS * ldp;
+  const size_t bytes = Buffer::size_of<float>(MAX_ROWS * round_up(s.D, VL)) +
+                       Buffer::size_of<float>(MAX_ROWS * CHUNK) +
+                       Buffer::size_of<float>(MAX_ROWS * round_up(s.Dv, VL));
+  // below that a parallel region costs more than it saves
+#pragma omp parallel if (total * s.Hkv * (s.D + s.Dv) > 65536)
+  {
+#pragma omp for schedule(dynamic) collapse(3)
+    for (int64_t b = 0; b < s.B; ++b)
+      for (int64_t g = 0; g < s.Hkv; ++g)
+        for (int64_t c = 0; c < chunks; ++c) {
+          Buffer memory(bytes);
+          decode_chunk(problems[b], s, o, b, g, c, k_scale ? k_scale[g] : 1.f,
+                       workspace + ((b * s.Hkv + g) * chunks + c) * apart, memory);
+        }
+#pragma omp for collapse(2)
+    for (int64_t b = 0; b < s.B; ++b)
+      for (int64_t h = 0; h < s.H; ++h) {
+        const Problem<T, C>& p = problems[b];
+        for (int64_t i = 0; i < p.queries; ++i)
+          combine_chunks(workspace + (b * s.Hkv + h / G) * chunks * apart +
+                             (h % G * p.queries + i) * ldp,
+                         chunks, apart, o.sinks ? o.sinks[h] : -INFINITE,
+                         v_scale ? v_scale[h / G] : 1.f, s.Dv,
+                         out + s.out.at(b, h, p.q0 + i), lse + s.lse.at(b, h, p.q0 + i));
+      }
+  }
+}

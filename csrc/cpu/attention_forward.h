@@ -1,0 +1,228 @@
+// Forward by blocks: Q_BLOCK queries of one head against KV_BLOCK keys at a time, running maximum
+// and sum per row (online softmax), so that scores never leave the L2.
+//
+// All keys and values are packed once, shared by the query blocks and, with grouped heads, by the
+// heads:
+//   packed K  [key / VL][D / KP][VL][KP]            one panel per VL keys: columns of S = Q K^T
+//   packed V  per KV_BLOCK keys: [d / VL][key / KP][VL][KP]   columns of O += P V
+// Read per query block: Q once, packed K and V once from L2 or L3.
+
+constexpr int64_t Q_BLOCK = 96;    // multiple of MR = 6 and of the 32 rows of an AMX block
+constexpr int64_t KV_BLOCK = 256;  // scores 96 x 256 fp32: 96 KiB of L2; fewer O reloads than 128
+constexpr float RESCALE = 8.f;     // O is rescaled when a maximum grows by more than 2^8
+
+template <class E>
+struct PackedShape {
+  int64_t D, Dv;  // padded: K rows to K_STEP, V columns to VL
+  explicit PackedShape(const Shape& s) : D(padded_k<E>(s.D)), Dv(round_up(s.Dv, VL)) {}
+  int64_t elements(int64_t rows) const { return rows * (D + Dv); }
+};
+
+// Keys j0 .. j0 + n of head g into the panels that begin at row j0 of `k`, `v`.
+template <class E, class T, class C>
+void pack_keys(const Problem<T, C>& p, const Shape& s, int64_t g, int64_t j0, int64_t n, E* k, E* v,
+               E* scratch) {
+  if constexpr (!std::is_same_v<C, int8_t>) {
+    if (!p.k.table) {
+      pack_b<E>(p.k.base + g * p.k.head + j0 * p.k.row, 1, p.k.row, s.D, n, k);
+      pack_b<E>(p.v.base + g * p.v.head + j0 * p.v.row, p.v.row, 1, n, s.Dv, v);
+      return;
+    }
+  }
+  gather_rows(p.k, g, j0, n, s.D, scratch);
+  pack_b<E>(scratch, 1, s.D, s.D, n, k);
+  gather_rows(p.v, g, j0, n, s.Dv, scratch);
+  pack_b<E>(scratch, s.Dv, 1, n, s.Dv, v);
+}
+
+// A operand of rows [i0, i0 + n): where it lies when that is possible.
+template <class E, class T>
+FASTLM_INLINE const E* as_operand(const T* rows, int64_t stride, int64_t n, int64_t D, E* scratch,
+                                  int64_t* lda) {
+  if constexpr (std::is_same_v<E, T>) {
+    if (padded_k<E>(D) == D) {
+      *lda = stride;
+      return rows;
+    }
+  }
+  *lda = padded_k<E>(D);
+  pack_a<E>(rows, stride, 1, n, D, scratch);
+  return scratch;
+}
+
+// One row of a block of scores: s (n) -> probabilities in P (padded with zeros to n_padded), running
+// maximum m and sum l. Returns the factor that O's row has to be multiplied by first.
+template <class E>
+FASTLM_INLINE float softmax_row(float* s, int64_t first, int64_t end, int64_t n_padded, float c,
+                                const float* factor, float* m, float* l, E* P) {
+  const int64_t begin = first / VL * VL, stop = round_up(end, VL);
+  for (int64_t j = begin; j < first; ++j) s[j] = -INFINITE;
+  for (int64_t j = end; j < stop; ++j) s[j] = -INFINITE;
+  vfloat top0 = load(s + begin), top1 = top0;
+  int64_t j = begin;
+  for (; j + 2 * VL <= stop; j += 2 * VL)
+    top0 = vmax(top0, load(s + j)), top1 = vmax(top1, load(s + j + VL));
+  if (j < stop) top0 = vmax(top0, load(s + j));
+  const float top = hmax(vmax(top0, top1)) * c;
+  float rescale = 1;
+  if (top > *m + RESCALE || *m == -INFINITE) {
+    rescale = *m == -INFINITE ? 0.f : std::exp2(*m - top);
+    *m = top, *l *= rescale;
+  }
+  const vfloat offset = splat(*m == -INFINITE ? 0.f : *m);
+  vfloat sum{};
+  if (begin) memset(P, 0, size_t(begin) * sizeof(E));
+  if (factor) {
+    for (j = begin; j < stop; j += VL) {
+      const vfloat p = vexp2(load(s + j) * c - offset);
+      sum += p;
+      store(P + j, p * load(factor + j));
+    }
+  } else {
+    for (j = begin; j < stop; j += VL) {
+      const vfloat p = vexp2(load(s + j) * c - offset);
+      sum += p;
+      store(P + j, p);
+    }
+  }
+  if (n_padded > stop) memset(P + stop, 0, size_t(n_padded - stop) * sizeof(E));
+  *l += hsum(sum);
+  return rescale;
+}
+
+template <class E, class T, class C>
+struct ForwardBlock {
+  const Shape& s;
+  const Options& o;
+  const PackedShape<E>& packed;
+  const float *k_scale, *v_scale;
+  E *q, *P;
+  float *scores, *O, *factor;
+
+  static size_t bytes(const Shape& s) {
+    return Buffer::size_of<E>(Q_BLOCK * padded_k<E>(s.D)) + Buffer::size_of<E>(Q_BLOCK * KV_BLOCK) +
+           Buffer::size_of<float>(Q_BLOCK * KV_BLOCK) +
+           Buffer::size_of<float>(Q_BLOCK * round_up(s.Dv, VL)) + Buffer::size_of<float>(KV_BLOCK);
+  }
+  ForwardBlock(const Shape& s, const Options& o, const PackedShape<E>& packed, const float* k_scale,
+               const float* v_scale, Buffer& memory)
+      : s(s), o(o), packed(packed), k_scale(k_scale), v_scale(v_scale) {
+    q = memory.take<E>(Q_BLOCK * padded_k<E>(s.D));
+    P = memory.take<E>(Q_BLOCK * KV_BLOCK);
+    scores = memory.take<float>(Q_BLOCK * KV_BLOCK);
+    O = memory.take<float>(Q_BLOCK * packed.Dv);
+    factor = memory.take<float>(KV_BLOCK);
+  }
+
+  // Queries i0 .. i0 + rows of head h; k, v: the packed keys of its sequence and key head.
+  void run(const Problem<T, C>& p, int64_t b, int64_t h, int64_t i0, int64_t rows, const E* k,
+           const E* v, T* out, float* lse) {
+    int64_t lda;
+    const E* a =
+        as_operand(p.q + h * s.q.head + i0 * s.q.row, s.q.row, rows, s.D, q, &lda);
+    const int64_t g = h / (s.H / s.Hkv);
+    const float scale = o.scale * (k_scale ? k_scale[g] : 1.f);
+    const bool plain = o.plain() && scale > 0;
+    const float c = plain ? scale * LOG2E : 1.f;
+    float m[Q_BLOCK], l[Q_BLOCK];
+    for (int64_t r = 0; r < rows; ++r) {
+      m[r] = o.sinks ? o.sinks[h] * LOG2E : -INFINITE;
+      l[r] = m[r] == -INFINITE ? 0.f : 1.f;
+    }
+    const int64_t begin = s.span(i0, p.queries, p.keys).first / KV_BLOCK * KV_BLOCK,
+                  end = s.span(i0 + rows - 1, p.queries, p.keys).end;
+    if (begin >= end) memset(O, 0, size_t(rows * packed.Dv) * sizeof(float));
+    for (int64_t j0 = begin; j0 < end; j0 += KV_BLOCK) {
+      const int64_t n = std::min(KV_BLOCK, end - j0),
+                    in_block = std::min(KV_BLOCK, p.keys - j0), n_padded = padded_k<E>(n);
+      gemm<E>(rows, round_up(n, VL), s.D, a, lda, k + j0 * packed.D, scores, KV_BLOCK, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        const Span see = s.span(i0 + r, p.queries, p.keys);
+        const int64_t first = std::max<int64_t>(see.first - j0, 0), stop = std::min(see.end - j0, n);
+        E* row = P + r * KV_BLOCK;
+        if (first >= stop) {
+          memset(row, 0, size_t(n_padded) * sizeof(E));
+          continue;
+        }
+        float* x = scores + r * KV_BLOCK;
+        if (!plain)
+          finish_scores(o, scale, b, h, i0 + r, i0 + r + p.keys - p.queries, j0, n, x, nullptr);
+        if (o.dropout) dropout_row(o, b, h, i0 + r, j0, n, factor);
+        const float rescale =
+            softmax_row(x, first, stop, n_padded, c, o.dropout ? factor : nullptr, m + r, l + r, row);
+        if (rescale != 1 && j0 > begin)
+          for (int64_t d = 0; d < packed.Dv; d += VL)
+            store(O + r * packed.Dv + d, load(O + r * packed.Dv + d) * rescale);
+      }
+      gemm<E>(rows, packed.Dv, n, P, KV_BLOCK, v + j0 * packed.Dv, O, packed.Dv, j0 > begin,
+              in_block);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      write_row(O + r * packed.Dv, l[r], v_scale ? v_scale[g] : 1.f, s.Dv,
+                out + s.out.at(b, h, p.q0 + i0 + r));
+      lse[s.lse.at(b, h, p.q0 + i0 + r)] = l[r] > 0 || l[r] != l[r]
+                                                               ? m[r] * LN2 + std::log(l[r])
+                                                               : -INFINITE;
+    }
+  }
+
+  static void write_row(const float* row, float l, float scale, int64_t Dv, T* out) {
+    const float inverse = l == 0 ? 0.f : scale / l;
+    for (int64_t d = 0; d < Dv; d += VL) {
+      const vfloat x = load(row + d) * inverse;
+      if (Dv - d >= VL)
+        store(out + d, x);
+      else
+        store(out + d, x, int(Dv - d));
+    }
+  }
+};
+
+// workspace: packed keys, at least PackedShape::elements(rows of all problems) * Hkv elements.
+template <class T, class C>
+void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* problems,
+                       int64_t packed_rows, const float* k_scale, const float* v_scale, T* out,
+                       float* lse, void* workspace) {
+  using E = Elem<T>;
+  const PackedShape<E> packed(s);
+  E* K = static_cast<E*>(workspace);
+  E* V = K + packed_rows * s.Hkv * packed.D;
+  int64_t most_q = 0, most_k = 0;
+  for (int64_t b = 0; b < s.B; ++b)
+    most_q = std::max(most_q, problems[b].queries), most_k = std::max(most_k, problems[b].keys);
+  const int64_t q_blocks = (most_q + Q_BLOCK - 1) / Q_BLOCK,
+                k_blocks = (most_k + KV_BLOCK - 1) / KV_BLOCK, G = s.H / s.Hkv;
+  // rows of key head g of problem b begin at (packed of b) * Hkv + g * (its rows)
+  const auto start = [&](const Problem<T, C>& p, int64_t g) {
+    return p.packed * s.Hkv + g * round_up(p.keys, ROW_PAD);
+  };
+#pragma omp parallel
+  {
+    Buffer memory(ForwardBlock<E, T, C>::bytes(s) +
+                  Buffer::size_of<E>(KV_BLOCK * std::max(s.D, s.Dv)));
+    E* scratch = memory.take<E>(KV_BLOCK * std::max(s.D, s.Dv));
+    ForwardBlock<E, T, C> block(s, o, packed, k_scale, v_scale, memory);
+    TileScope tiles;
+#pragma omp for schedule(dynamic) collapse(3)
+    for (int64_t b = 0; b < s.B; ++b)
+      for (int64_t g = 0; g < s.Hkv; ++g)
+        for (int64_t kb = 0; kb < k_blocks; ++kb) {
+          const Problem<T, C>& p = problems[b];
+          const int64_t j0 = kb * KV_BLOCK, n = std::min(KV_BLOCK, p.keys - j0);
+          if (n > 0)
+            pack_keys<E>(p, s, g, j0, n, K + (start(p, g) + j0) * packed.D,
+                         V + (start(p, g) + j0) * packed.Dv, scratch);
+        }
+    // the last query block sees most keys under a causal mask: largest tasks first
+#pragma omp for schedule(dynamic) collapse(3)
+    for (int64_t b = 0; b < s.B; ++b)
+      for (int64_t h = 0; h < s.H; ++h)
+        for (int64_t back = 0; back < q_blocks; ++back) {
+          const Problem<T, C>& p = problems[b];
+          const int64_t i0 = (q_blocks - 1 - back) * Q_BLOCK, rows = std::min(Q_BLOCK, p.queries - i0);
+          const int64_t at = start(p, h / G);
+          if (rows > 0)
+            block.run(p, b, h, i0, rows, K + at * packed.D, V + at * packed.Dv, out, lse);
+        }
+  }
+}

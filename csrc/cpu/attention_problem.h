@@ -1,0 +1,205 @@
+// One Problem a sequence: pointers to its rows. Dense, packed and paged differ here and nowhere
+// else.
+
+constexpr int64_t ROW_PAD = 32;  // packed keys start at multiples: K_STEP of every E divides it
+FASTLM_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Memory of one thread for one call.
+struct Buffer {
+  char* p;
+  explicit Buffer(size_t bytes) : p(static_cast<char*>(::operator new(bytes, std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(p, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+
+  // The next n elements, on a cache line of their own.
+  template <class X>
+  X* take(int64_t n) {
+    X* out = reinterpret_cast<X*>(p + used);
+    used += size_of<X>(n);
+    return out;
+  }
+  template <class X>
+  static size_t size_of(int64_t n) {
+    return size_t(round_up(n * int64_t(sizeof(X)), 64));
+  }
+
+ private:
+  size_t used = 0;
+};
+
+// Strides in elements of a tensor with rows of heads.
+struct Strides {
+  int64_t batch, head, row;  // batch 0: packed
+  FASTLM_INLINE int64_t at(int64_t b, int64_t h, int64_t i) const {
+    return b * batch + h * head + i * row;
+  }
+};
+
+// Keys or values of one sequence: rows of one tensor, or pages of a cache.
+template <class C>
+struct Rows {
+  const C* base;
+  int64_t head, row;
+  const int32_t* table;  // null: not paged
+  int64_t page_size, page;
+
+  // Row j of head h and, as the result, how many rows from it on are `row` elements apart.
+  FASTLM_INLINE int64_t run(int64_t h, int64_t j, int64_t end, const C** p) const {
+    const C* start = base + h * head;
+    if (!table) {
+      *p = start + j * row;
+      return end - j;
+    }
+    *p = start + table[j / page_size] * page + j % page_size * row;
+    return std::min(end - j, page_size - j % page_size);
+  }
+};
+
+template <class T, class C>
+struct Problem {
+  const T* q;
+  Rows<C> k, v;
+  int64_t out, lse;  // offsets of its first row
+  int64_t queries, keys;
+  int64_t q0, k0;    // its first row within its batch entry: 0 unless packed
+  int64_t before;    // queries of the sequences before it
+  int64_t packed;    // its first row of packed keys
+};
+
+// Keys that row i sees: [first, end).
+struct Span {
+  int64_t first, end;
+};
+
+struct Shape {
+  int64_t B, H, Hkv, D, Dv;
+  Strides q, k, v, out, lse;
+  bool causal;
+  int64_t window;
+
+  FASTLM_INLINE Span span(int64_t i, int64_t S, int64_t keys) const {
+    if (!causal && window == 0) return {0, keys};
+    const int64_t last = i + keys - S;  // the key at the query's own place
+    const int64_t end = std::clamp<int64_t>(last + 1, 0, keys);
+    return {window ? std::clamp<int64_t>(last - window + 1, 0, end) : 0, end};
+  }
+};
+
+inline Strides strides_of(const TensorView& t, int batch, int head, int row) {
+  return {batch < 0 ? 0 : t.stride(batch), t.stride(head), t.stride(row)};
+}
+
+// Sizes and strides; `out` like q in layout, `lse` (B, H, S) or (H, total_q).
+inline Shape shape_of(const AttentionInputs& in, const TensorView& out, const TensorView& lse) {
+  Shape s{};
+  s.causal = in.causal, s.window = in.window;
+  s.D = in.q.size(-1), s.Dv = in.v.size(-1);
+  if (in.cu_seqlens_q) {
+    s.B = in.cu_seqlens_q->size(0) - 1, s.H = in.q.size(1), s.Hkv = in.k.size(1);
+    s.q = strides_of(in.q, -1, 1, 0), s.out = strides_of(out, -1, 1, 0);
+    s.k = strides_of(in.k, -1, 1, 0), s.v = strides_of(in.v, -1, 1, 0);
+    s.lse = strides_of(lse, -1, 0, 1);
+  } else if (in.block_table) {
+    s.B = in.q.size(0), s.H = in.q.size(2), s.Hkv = in.k.size(2);
+    s.q = strides_of(in.q, 0, 2, 1), s.out = strides_of(out, 0, 2, 1);
+    s.k = strides_of(in.k, 0, 2, 1), s.v = strides_of(in.v, 0, 2, 1);
+    s.lse = strides_of(lse, 0, 1, 2);
+  } else {
+    s.B = in.q.size(0), s.H = in.q.size(1), s.Hkv = in.k.size(1);
+    s.q = strides_of(in.q, 0, 1, 2), s.out = strides_of(out, 0, 1, 2);
+    s.k = strides_of(in.k, 0, 1, 2), s.v = strides_of(in.v, 0, 1, 2);
+    s.lse = strides_of(lse, 0, 1, 2);
+  }
+  return s;
+}
+
+inline void check_offsets(const char* argument, const int32_t* offsets, int64_t n, int64_t total) {
+  bool good = offsets[0] == 0 && offsets[n - 1] == total;
+  for (int64_t b = 1; b < n; ++b) good = good && offsets[b - 1] <= offsets[b];
+  if (!good)
+    throw std::invalid_argument(std::string(argument) + ": wanted offsets that rise from 0 to " +
+                                std::to_string(total) + ", got " + std::to_string(offsets[0]) +
+                                " .. " + std::to_string(offsets[n - 1]) + " (" + std::to_string(n) +
+                                " of them)");
+}
+
+inline void check_pages(const AttentionInputs& in, const int32_t* table, int64_t b, int64_t keys) {
+  const int64_t page_size = in.k.size(1), room = in.block_table->size(1) * page_size;
+  if (keys < 0 || keys > room)
+    throw std::invalid_argument("seq_lens: wanted 0 to " + std::to_string(room) +
+                                " (pages a sequence x page size), got " + std::to_string(keys) +
+                                " for sequence " + std::to_string(b));
+  for (int64_t p = 0; p * page_size < keys; ++p)
+    if (table[p] < 0 || table[p] >= in.k.size(0))
+      throw std::invalid_argument("block_table: wanted pages 0 to " +
+                                  std::to_string(in.k.size(0) - 1) + ", got " +
+                                  std::to_string(table[p]) + " for sequence " + std::to_string(b));
+}
+
+// Fills problems[B]; every offset and page is checked here, before anything is read through it.
+// Returns the rows of packed keys that all sequences take together.
+template <class T, class C>
+int64_t make_problems(const AttentionInputs& in, const Shape& s, Problem<T, C>* problems) {
+  const T* q = in.q.data<T>("q");
+  const C *k = in.k.data<C>("k"), *v = in.v.data<C>("v");
+  const int32_t *cu_q = nullptr, *cu_k = nullptr, *lens = nullptr, *tables = nullptr;
+  if (in.cu_seqlens_q) {
+    cu_q = in.cu_seqlens_q->data<int32_t>("cu_seqlens_q");
+    cu_k = in.cu_seqlens_k->data<int32_t>("cu_seqlens_k");
+    check_offsets("cu_seqlens_q", cu_q, s.B + 1, in.q.size(0));
+    check_offsets("cu_seqlens_k", cu_k, s.B + 1, in.k.size(0));
+  } else if (in.block_table) {
+    tables = in.block_table->data<int32_t>("block_table");
+    lens = in.seq_lens->data<int32_t>("seq_lens");
+  }
+  int64_t packed = 0, before = 0;
+  for (int64_t b = 0; b < s.B; ++b) {
+    Problem<T, C>& p = problems[b];
+    const int32_t* table = nullptr;
+    p.q0 = p.k0 = 0;
+    if (cu_q) {
+      p.q0 = cu_q[b], p.k0 = cu_k[b];
+      p.queries = cu_q[b + 1] - p.q0, p.keys = cu_k[b + 1] - p.k0;
+    } else if (lens) {
+      table = tables + b * in.block_table->stride(0);
+      check_pages(in, table, b, lens[b]);
+      p.queries = in.q.size(1), p.keys = lens[b];
+    } else {
+      p.queries = in.q.size(2), p.keys = in.k.size(2);
+    }
+    p.q = q + s.q.at(b, 0, p.q0);
+    p.k = {k, s.k.head, s.k.row, table, table ? in.k.size(1) : 0, s.k.batch};
+    p.v = {v, s.v.head, s.v.row, table, table ? in.k.size(1) : 0, s.v.batch};
+    if (!table) p.k.base += s.k.at(b, 0, p.k0), p.v.base += s.v.at(b, 0, p.k0);
+    p.packed = packed, p.before = before;
+    packed += round_up(p.keys, ROW_PAD), before += p.queries;
+    if (in.bias) {
+      const int64_t rows = in.bias->size(2), keys = in.bias->size(3);
+      if ((rows != 1 && rows < p.queries) || (keys != 1 && keys < p.keys))
+        throw std::invalid_argument("bias: wanted at least (" + std::to_string(p.queries) + ", " +
+                                    std::to_string(p.keys) + ") for sequence " + std::to_string(b) +
+                                    ", got (" + std::to_string(rows) + ", " + std::to_string(keys) +
+                                    ")");
+    }
+  }
+  return packed;
+}
+
+// Rows j .. j + n of head h as E, one after the other, D elements each.
+template <class E, class C>
+void gather_rows(const Rows<C>& rows, int64_t h, int64_t j, int64_t n, int64_t D, E* out) {
+  for (int64_t end = j + n; j < end;) {
+    const C* p;
+    const int64_t count = rows.run(h, j, end, &p);
+    for (int64_t i = 0; i < count; ++i, out += D)
+      for (int64_t d = 0; d < D; ++d) {
+        if constexpr (std::is_same_v<E, C>)
+          out[d] = p[i * rows.row + d];
+        else if constexpr (std::is_same_v<C, int8_t>)
+          out[d] = from_float<E>(float(p[i * rows.row + d]));  // exact: 8 bits fit in a bf16
+        else
+          out[d] = from_float<E>(to_float(p[i * rows.row + d]));
+      }
+    j += count;
+  }
+}

@@ -1,0 +1,159 @@
+// What the options do to one row of scores. Scores leave here in units of log2: exp2 is one
+// instruction cheaper than exp.
+
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+
+typedef uint32_t vuint __attribute__((vector_size(4 * VL)));
+
+FASTLM_INLINE vint iota() {
+  vint v{};
+  for (int i = 0; i < VL; ++i) v[i] = i;
+  return v;
+}
+
+// 2^x for x <= 127; 0 below -126 (-inf too), NaN stays. Degree 5 on [-1/2, 1/2]: 7.5e-8 relative,
+// below an ulp of the sums it goes into.
+FASTLM_INLINE vfloat vexp2(vfloat x) {
+  x = vmax(splat(-200.f), x);  // max returns its second argument when one is NaN
+  const vfloat n = vround(x), r = x - n;
+  vfloat p = splat(0.001327647193559326f);
+  p = p * r + 0.009675541510922023f;
+  p = p * r + 0.055507132752135376f;
+  p = p * r + 0.24022119720600316f;
+  p = p * r + 0.6931469670627479f;
+  p = p * r + 1.0000000716553308f;
+#if FASTLM_VL == 16
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return x < -126.f ? vfloat{} : p * as_float((to_int(n) + 127) << 23);
+#endif
+}
+
+struct Bias {
+  const char* p = nullptr;
+  DType dtype;
+  int64_t batch, head, row, key;  // strides, 0 where the size is 1
+
+  FASTLM_INLINE vfloat load_at(int64_t offset, int n) const {
+    switch (dtype) {
+      case DType::bf16:
+        return load_at(reinterpret_cast<const bf16*>(p) + offset, n);
+      case DType::f16:
+        return load_at(reinterpret_cast<const f16*>(p) + offset, n);
+      default:
+        return load_at(reinterpret_cast<const float*>(p) + offset, n);
+    }
+  }
+
+ private:
+  template <class B>
+  FASTLM_INLINE vfloat load_at(const B* q, int n) const {
+    if (key == 1) return n >= VL ? load(q) : load(q, n);
+    vfloat v{};
+    for (int l = 0; l < std::min(n, VL); ++l) v[l] = to_float(q[l * key]);
+    return v;
+  }
+};
+
+struct Options {
+  float scale, softcap;
+  const float* alibi_slopes = nullptr;
+  const float* sinks = nullptr;
+  Bias bias;
+  bool dropout = false;
+  uint64_t seed = 0;
+  uint32_t threshold = 0;  // a word below it drops
+  float kept = 1;          // 1 / (1 - p)
+
+  // Nothing but scale > 0: the row maximum can be taken before scaling.
+  bool plain() const { return scale > 0 && softcap == 0 && !alibi_slopes && !bias.p; }
+};
+
+inline Options options_of(const AttentionInputs& in) {
+  Options o;
+  o.scale = in.scale, o.softcap = in.softcap;
+  if (in.alibi_slopes) o.alibi_slopes = in.alibi_slopes->data<float>("alibi_slopes");
+  if (in.sinks) o.sinks = in.sinks->data<float>("sinks");
+  if (const auto& t = in.bias) {
+    with_float(t->dtype(), "bias", [&](auto tag) {
+      o.bias.p = reinterpret_cast<const char*>(t->data<decltype(tag)>("bias"));
+    });
+    o.bias.dtype = t->dtype();
+    const auto stride = [&](int i) { return t->size(i) == 1 ? 0 : t->stride(i); };
+    o.bias.batch = stride(0), o.bias.head = stride(1);
+    o.bias.row = stride(2), o.bias.key = stride(3);
+  }
+  if (in.seed) {
+    o.dropout = true;
+    o.seed = uint64_t(*in.seed->data<int64_t>("seed"));
+    // p = 1 drops everything: the factor is 0 whatever the word
+    o.threshold = uint32_t(std::min(in.dropout_p * 4294967296.0, 4294967295.0));
+    o.kept = in.dropout_p < 1 ? float(1 / (1 - in.dropout_p)) : 0.f;
+  }
+  return o;
+}
+
+// Row i of head h of sequence b, keys j0 .. j0 + n: s becomes log2(e) * (scale, softcap, ALiBi, bias
+// of s); `slope` (unless null) the softcap's derivative. `place` is the key at the query's own place.
+inline void finish_scores(const Options& o, float scale, int64_t b, int64_t h, int64_t i, int64_t place,
+                          int64_t j0, int64_t n, float* s, float* slope) {
+  const float alibi = o.alibi_slopes ? o.alibi_slopes[h] : 0.f;
+  const int64_t bias = b * o.bias.batch + h * o.bias.head + i * o.bias.row + j0 * o.bias.key;
+  vfloat distance = splat(float(place - j0)) - __builtin_convertvector(iota(), vfloat);
+  for (int64_t j = 0; j < n; j += VL, distance -= float(VL)) {
+    vfloat x = load(s + j) * scale;
+    if (o.softcap > 0) {
+      const vfloat t = vtanh(x * (1.f / o.softcap));
+      x = t * o.softcap;
+      if (slope) store(slope + j, 1.f - t * t);
+    }
+    if (alibi != 0) x -= vabs(distance) * alibi;
+    if (o.bias.p)
+      x += o.bias.load_at(bias + j * o.bias.key, int(std::min<int64_t>(VL, n - j)));
+    store(s + j, x * LOG2E);
+  }
+}
+
+FASTLM_INLINE vuint multiply_high(vuint a, uint32_t b) {
+#if FASTLM_VL == 16
+  const __m512i m = _mm512_set1_epi32(int(b));
+  const __m512i even = _mm512_mul_epu32((__m512i)a, m),
+                odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), m);
+  return (vuint)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+#elif FASTLM_VL == 8
+  const __m256i m = _mm256_set1_epi32(int(b));
+  const __m256i even = _mm256_mul_epu32((__m256i)a, m),
+                odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), m);
+  return (vuint)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+#else
+  vuint r{};
+  for (int i = 0; i < VL; ++i) r[i] = uint32_t(uint64_t(a[i]) * b >> 32);
+  return r;
+#endif
+}
+
+// Philox4x32-10: the four words of each counter replace it (reference.philox).
+FASTLM_INLINE void philox(vuint c[4], uint64_t seed) {
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    const vuint low_a = c[0] * 0xD2511F53u, high_a = multiply_high(c[0], 0xD2511F53u),
+                low_b = c[2] * 0xCD9E8D57u, high_b = multiply_high(c[2], 0xCD9E8D57u);
+    c[0] = high_b ^ c[1] ^ k0, c[1] = low_b, c[2] = high_a ^ c[3] ^ k1, c[3] = low_a;
+  }
+}
+
+// factor[j - j0] = 0 or 1 / (1 - p) for keys j0 .. j0 + n, j0 a multiple of 64; room for n rounded up
+// to 64. Key j takes word (j / 16) % 4 of counter (j / 64 * 16 + j % 16, i, h, b).
+inline void dropout_row(const Options& o, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n,
+                        float* factor) {
+  for (int64_t j = 0; j < n; j += 64)
+    for (int lane = 0; lane < 16; lane += VL) {
+      vuint c[4] = {(vuint)(iota() + int32_t((j0 + j) / 4 + lane)), vuint{} + uint32_t(i),
+                    vuint{} + uint32_t(h), vuint{} + uint32_t(b)};
+      philox(c, o.seed);
+      for (int word = 0; word < 4; ++word)
+        store(factor + j + word * 16 + lane,
+              c[word] >= o.threshold ? splat(o.kept) : vfloat{});
+    }
+}

@@ -1,0 +1,38 @@
+"""What the tests of the three attention ops share: one run of outputs and gradients, and three-way comparison."""
+
+import torch
+from tolerance import ULP, assert_near
+
+from fastlm import backend
+
+
+def run(function, leaves):
+    """out, lse and the gradients of the leaves under fixed upstream gradients and a fixed dropout seed."""
+    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    torch.manual_seed(5)
+    out, lse = function(*leaves)
+    draw = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(t.shape, generator=draw).to(t.dtype) for t in (out, lse)]
+    # a row that sees nothing has lse -inf: constant
+    return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, upstream)]
+
+
+def assert_kernel_near(function, leaves, names, what):
+    """The kernel against the reference in float64, no worse than 2x (gradients 3x) the reference in float32 arithmetic
+    on inputs and outputs of the same dtype, plus what rounding P and dS to the dtype costs."""
+    mine = run(function, leaves)
+    with backend.use_backend("reference"):
+        plain = run(function, leaves)
+        truth = run(function, [t.double() for t in leaves])
+    dtype = leaves[0].dtype
+    for i, (name, a, p, t) in enumerate(zip(["out", "lse", *names], mine, plain, truth)):
+        seen = torch.isfinite(t)
+        assert torch.equal(torch.isfinite(a), seen), f"{what} {name}: not finite where it should"
+        # the reference keeps P in float32; a kernel rounds it as torch does, one ulp of the dtype
+        # per term; fp32 sums in another order: 8 ulp
+        slack = 2 * ULP[dtype] if dtype != torch.float32 else 8 * ULP[dtype]
+        if name == "lse":
+            slack = 8 * ULP[torch.float32]  # always float32
+        assert_near(
+            a[seen], p[seen], t[seen], factor=2 if i < 2 else 3, floor=slack, what=f"{what} {name}"
+        )  # fmt: skip
