@@ -15,6 +15,8 @@ _PUBLIC = {
     "ops": "fastlm.ops",
     "info": "fastlm.backend",
     "use_backend": "fastlm.backend",
+    "quantize": "fastlm.quant",
+    "QuantizedWeight": "fastlm.quant",
 }
 __all__ = ["InputError", *_PUBLIC]
 

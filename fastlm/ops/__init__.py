@@ -5,6 +5,8 @@ One file an op; see each function's docstring.
 
 import torch  # noqa: F401  (before _cpu: its OpenMP then resolves to torch's)
 
+from fastlm.ops.quantize_weight import quantize_weight
+from fastlm.ops.quantized_linear import quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 
-__all__ = ["rms_norm"]
+__all__ = ["quantize_weight", "quantized_linear", "rms_norm"]
