@@ -25,6 +25,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rms_norm_backward", &rms_norm_backward, "dy"_a, "dh_above"_a, "h"_a, "weight"_a, "rstd"_a,
         "offset"_a, "dx"_a, "dw"_a, no_gil);
 
+  m.def("quantized_linear", &quantized_linear, "x"_a, "qdata"_a, "scales"_a, "zeros"_a, "bias"_a,
+        "bits"_a, "group_size"_a, "act_bits"_a, "form"_a, "y"_a, no_gil);
+  m.def("quantized_linear_backward", &quantized_linear_backward, "dy"_a, "qdata"_a, "scales"_a,
+        "zeros"_a, "bits"_a, "group_size"_a, "dx"_a, no_gil);
+  m.def("dequantize", &dequantize, "qdata"_a, "scales"_a, "zeros"_a, "bits"_a, "group_size"_a,
+        "out"_a, no_gil);
+
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
   m.def("multiply_in_l1", &multiply_in_l1, "bf16_operands"_a, "repeats"_a, no_gil);
   m.def("read_all", &read_all, "buffer"_a, no_gil);

@@ -16,6 +16,15 @@ void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, 
 void rms_norm_backward(TensorView dy, OptionalTensor dh_above, TensorView h, TensorView weight,
                        TensorView rstd, float offset, TensorView dx, TensorView dw);
 
+// quantized_linear.h
+void quantized_linear(TensorView x, TensorView qdata, TensorView scales, OptionalTensor zeros,
+                      OptionalTensor bias, int bits, int64_t group_size, int act_bits, int form,
+                      TensorView y);
+void quantized_linear_backward(TensorView dy, TensorView qdata, TensorView scales,
+                               OptionalTensor zeros, int bits, int64_t group_size, TensorView dx);
+void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int bits,
+                int64_t group_size, TensorView out);
+
 // probe.cpp
 void matmul(TensorView a, TensorView b, TensorView c);
 double multiply_in_l1(bool bf16_operands, int64_t repeats);
