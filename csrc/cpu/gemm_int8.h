@@ -135,13 +135,12 @@ void quantize_row(const T* x, float inverse, const Runs& runs, int8_t* out, int3
 }
 
 // Panel of rows [n, n + rows) of W, `length` columns from k0.
-template <int BITS, class S>
-void integer_panel(const Weight<S>& w, int64_t n, int rows, int64_t k0, int64_t length,
-                   int8_t* out) {
+template <int BITS>
+void integer_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t length, int8_t* out) {
   const int64_t lanes = length / PER_LANE<BITS>;
   for (int64_t l = 0; l < lanes; l += VL) {
     vint t[VL];
-    load_transposed(w, n, rows, k0 / PER_LANE<BITS> + l, t);
+    load_transposed(w, n, rows, k0 / PER_LANE<BITS> + l, length * BITS / 8, t);
     const int count = int(std::min<int64_t>(VL, lanes - l));
     for (int j = 0; j < count; ++j) {
       if constexpr (BITS == 4) {
@@ -203,7 +202,7 @@ FASTLM_INLINE void micro_int8_rows(int rows, Args... args) {
     case 4:
       return micro_int8<BITS, 4, PANELS>(args...);
     case 5:
-      return micro_int8<BITS, MR<5 ? MR : 5, PANELS>(args...);
+      return micro_int8 < BITS, MR<5 ? MR : 5, PANELS>(args...);
     default:
       return micro_int8<BITS, MR, PANELS>(args...);
   }
@@ -287,8 +286,8 @@ void gemm_int8(int64_t m, int64_t n, int64_t k, const int8_t* a, int64_t lda, co
                                    cc, ldc, accumulate);
           break;
         case 3:
-          micro_int8_rows<BITS, NP<3 ? NP : 3>(rows, k, aa, lda, st, start_stride, bb, panel, ss,
-                                               scale_stride, cc, ldc, accumulate);
+          micro_int8_rows < BITS, NP<3 ? NP : 3>(rows, k, aa, lda, st, start_stride, bb, panel, ss,
+                                                 scale_stride, cc, ldc, accumulate);
           break;
         default:
           micro_int8_rows<BITS, NP>(rows, k, aa, lda, st, start_stride, bb, panel, ss, scale_stride,

@@ -9,8 +9,8 @@ namespace fastlm {
 void quantized_linear(TensorView x, TensorView qdata, TensorView scales, OptionalTensor zeros,
                       OptionalTensor bias, int bits, int64_t group_size, int act_bits, int form,
                       TensorView y) {
-  FASTLM_RUN(quantized_linear, x, qdata, scales, zeros ? &*zeros : nullptr,
-             bias ? &*bias : nullptr, bits, group_size, act_bits, form, y);
+  FASTLM_RUN(quantized_linear, x, qdata, scales, zeros ? &*zeros : nullptr, bias ? &*bias : nullptr,
+             bits, group_size, act_bits, form, y);
 }
 
 void quantized_linear_backward(TensorView dy, TensorView qdata, TensorView scales,

@@ -2,9 +2,9 @@
 // set. Two forms, chosen by the number of rows of x:
 //
 //   dot    few rows. A row of W is multiplied where it lies, chunk by chunk, by x arranged alike:
-//          W is read once, x (M x K) comes from the L1 or L2. NW rows of W x up to MX rows of x:
+//          W is read once, x (M x K) comes from the L1 or L2. A row of W x up to MX rows of x:
 //
-//            chunk of W row n          x of row m, arranged       f[n][m], VL partial sums
+//            chunk of W row n          x of row m, arranged       f[m], VL partial sums
 //            [16 lanes x 8 nibbles] -> 8 vectors of 16 floats  ->  += scale(n, lane) * sum
 //                                   or 4 of 32 bf16, 2 of 64 int8
 //
@@ -145,89 +145,80 @@ FASTLM_INLINE vint dot_int8(vint sum, const vint (&u)[VECS<BITS, int8_t>], const
 }
 FASTLM_INLINE vfloat sum_to_float(vint s) { return __builtin_convertvector(s, vfloat); }
 
-// Scales of the lanes of chunk c of a row.
-template <int BITS, class S>
-FASTLM_INLINE vfloat lane_scales(const S* scales, int64_t groups, int64_t size, int64_t c) {
-  const int64_t k0 = c * CHUNK<BITS>;
-  if (size % CHUNK<BITS> == 0 || groups == 1) return splat(to_float(scales[k0 / size]));
-#if FASTLM_VL >= 8
-  const int64_t lanes = size / PER_LANE<BITS>;  // of one group
-  if (VL % lanes == 0) {
-    const int64_t g0 = k0 / size;
-    const vfloat s = load(scales + g0, int(std::min<int64_t>(VL / lanes, groups - g0)));
-    const int shift = __builtin_ctz(unsigned(lanes));
-    vint lane;
-    for (int i = 0; i < VL; ++i) lane[i] = i;
-    return __builtin_shuffle(s, lane >> shift);
+// How the lanes of a chunk share scales; one for a whole weight.
+template <int BITS>
+struct LaneGroups {
+  int64_t size, groups;
+  bool one;   // a chunk lies in one group
+  int shift;  // log2 of the lanes of a group where a chunk holds whole groups, else -1
+  LaneGroups(int64_t size, int64_t groups)
+      : size(size), groups(groups), one(groups == 1 || size % CHUNK<BITS> == 0), shift(-1) {
+    const int64_t lanes = size / PER_LANE<BITS>;
+    if (!one && lanes > 0 && VL % lanes == 0) shift = __builtin_ctz(unsigned(lanes));
   }
-#endif
-  vfloat s;
-  for (int i = 0; i < VL; ++i)
-    s[i] = to_float(scales[std::min((k0 + i * PER_LANE<BITS>) / size, groups - 1)]);
-  return s;
-}
+  // Scales of the lanes of the chunk that begins at column k in group g of a row.
+  FASTLM_INLINE vfloat scales(const Scales& all, int64_t row, int64_t k, int64_t g) const {
+    if (one) return all.everywhere(row + g);
+    vfloat s;
+    if (shift >= 0) {
+      s = all.lanes(row + g, int(std::min<int64_t>(VL >> shift, groups - g)));
+      vint lane;
+      for (int i = 0; i < VL; ++i) lane[i] = i;
+      return __builtin_shuffle(s, lane >> shift);
+    }
+    for (int i = 0; i < VL; ++i)
+      s[i] = all[row + std::min((k + i * PER_LANE<BITS>) / size, groups - 1)];
+    return s;
+  }
+};
 
-// out[i * MX + m] = W row (n + i) . x row m without offsets, i < NW.
-template <int BITS, class X, int NW, int MX, class S>
-void dot_block(const Weight<S>& w, int64_t n, const X* x, int64_t x_stride, float* out) {
+constexpr int64_t DOT_AHEAD = 4096;  // bytes: hardware streams end with a 4 KiB page
+constexpr int64_t DOT_ROWS = 64;     // rows of W per task: 128 KiB of int4 at K = 4096
+
+// out[m] = W row n . x row m, without offsets. One row of W at a time: rows follow each other in
+// memory, so W is one stream; four rows side by side were slower (docs/log.md).
+template <int BITS, class X, int MX>
+void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* out) {
   using Sum = std::conditional_t<sizeof(X) == 1, vint, vfloat>;
   constexpr int64_t x_step = X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));
-  const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>;
-  const int64_t whole = w.row_bytes / (4 * VL);
-  // chunks under one scale; an int32 lane takes 16k chunks of 4 * 255 * 127
-  const int64_t run =
-      w.groups == 1 ? 4096 : w.size % CHUNK<BITS> == 0 ? std::min<int64_t>(w.size / CHUNK<BITS>, 4096) : 1;
-  vfloat f[NW][MX] = {};
-  for (int64_t c0 = 0; c0 < chunks; c0 += run) {
+  const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>, whole = w.row_bytes / (4 * VL);
+  const LaneGroups<BITS> lanes(w.size, w.groups);
+  // chunks under one scale
+  const int64_t run = w.groups == 1 ? chunks : lanes.one ? w.size / CHUNK<BITS> : 1;
+  const int64_t groups_a_run = lanes.shift >= 0 ? VL >> lanes.shift : 1;
+  const uint8_t* row = w.row(n);
+  vfloat f[MX] = {};
+  for (int64_t c0 = 0, g = 0; c0 < chunks; c0 += run, g += groups_a_run) {
     const int64_t c1 = std::min(chunks, c0 + run);
+    Sum sum[MX] = {};
+    for (int64_t c = c0; c < c1; ++c) {
+      const uint8_t* p = row + c * 4 * VL;
+      __builtin_prefetch(p + DOT_AHEAD);
+      const vint v = c < whole ? load_lanes(p) : load_lanes(p, w.row_bytes - c * 4 * VL);
+      Sum u[VECS<BITS, X>];
+      unpack<BITS>(v, u, X{});
 #pragma GCC unroll 4
-    for (int i = 0; i < NW; ++i) {
-      const uint8_t* row = w.row(n + i);
-      Sum sum[MX] = {};
-      for (int64_t c = c0; c < c1; ++c) {
-        const uint8_t* p = row + c * 4 * VL;
-        const vint v = c < whole ? load_lanes(p) : load_lanes(p, w.row_bytes - c * 4 * VL);
-        Sum u[VECS<BITS, X>];
-        unpack<BITS>(v, u, X{});
-#pragma GCC unroll 4
-        for (int m = 0; m < MX; ++m) {
-          const X* xm = x + m * x_stride + c * x_step;
-          if constexpr (sizeof(X) == 1)
-            sum[m] = dot_int8<BITS>(sum[m], u, xm);
-          else
-            sum[m] = dot(sum[m], u, xm);
-        }
+      for (int m = 0; m < MX; ++m) {
+        const X* xm = x + m * x_stride + c * x_step;
+        if constexpr (sizeof(X) == 1)
+          sum[m] = dot_int8<BITS>(sum[m], u, xm);
+        else
+          sum[m] = dot(sum[m], u, xm);
       }
-      const vfloat s = lane_scales<BITS>(w.scales + (n + i) * w.groups, w.groups, w.size, c0);
-#pragma GCC unroll 4
-      for (int m = 0; m < MX; ++m) f[i][m] += sum_to_float(sum[m]) * s;
     }
+    const vfloat s = lanes.scales(w.scales, n * w.groups, c0 * CHUNK<BITS>, g);
+#pragma GCC unroll 4
+    for (int m = 0; m < MX; ++m) f[m] += sum_to_float(sum[m]) * s;
   }
-  for (int i = 0; i < NW; ++i)
-    for (int m = 0; m < MX; ++m) out[i * MX + m] = hsum(f[i][m]);
-}
-
-template <int BITS, class X, int NW, class S>
-void dot_rows(int mx, const Weight<S>& w, int64_t n, const X* x, int64_t x_stride, float* out) {
-  switch (mx) {
-    case 1:
-      return dot_block<BITS, X, NW, 1>(w, n, x, x_stride, out);
-    case 2:
-      return dot_block<BITS, X, NW, 2>(w, n, x, x_stride, out);
-    case 3:
-      return dot_block<BITS, X, NW, 3>(w, n, x, x_stride, out);
-    default:
-      return dot_block<BITS, X, NW, 4>(w, n, x, x_stride, out);
-  }
+  for (int m = 0; m < MX; ++m) out[m] = hsum(f[m]);
 }
 
 // Sum over groups of zeros[n][g] * sums[g].
-template <class S>
-float offset_term(const Weight<S>& w, int64_t n, const float* sums) {
+inline float offset_term(const Weight& w, int64_t n, const float* sums) {
   vfloat total{};
   for (int64_t g = 0; g < w.groups; g += VL) {
     const int count = int(std::min<int64_t>(VL, w.groups - g));
-    total += load(w.zeros + n * w.groups + g, count) * load(sums + g, count);
+    total += w.zeros.lanes(n * w.groups + g, count) * load(sums + g, count);
   }
   return hsum(total);
 }
@@ -247,11 +238,8 @@ void group_sums(const T* x, int64_t k, int64_t size, int64_t groups, bool rounde
   }
 }
 
-constexpr int64_t DOT_NW = 4;     // rows of W at once: four streams, and x is loaded once for all
-constexpr int64_t DOT_ROWS = 64;  // rows of W per task: 128 KiB of int4 at K = 4096
-
-template <int BITS, class X, class T, class S>
-void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w, const float* bias, T* y) {
+template <int BITS, class X, class T>
+void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const float* bias, T* y) {
   const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>,
                 stride = chunks * X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));
   const int64_t x_bytes = m * stride * int64_t(sizeof(X));
@@ -275,39 +263,45 @@ void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w, const
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < tasks; ++t) {
       const int64_t end = std::min(w.n, (t + 1) * DOT_ROWS);
-      for (int64_t n = t * DOT_ROWS; n < end; n += DOT_NW) {
-        const int nw = int(std::min(DOT_NW, end - n));
+      for (int64_t n = t * DOT_ROWS; n < end; ++n)
         for (int64_t m0 = 0; m0 < m; m0 += 4) {
           const int mx = int(std::min<int64_t>(4, m - m0));
-          float out[DOT_NW * 4];
+          float out[4];
           const X* xm = arranged + m0 * stride;
-          if (nw == DOT_NW)
-            dot_rows<BITS, X, DOT_NW>(mx, w, n, xm, stride, out);
-          else
-            for (int i = 0; i < nw; ++i) dot_rows<BITS, X, 1>(mx, w, n + i, xm, stride, out + i * mx);
-          for (int i = 0; i < nw; ++i)
-            for (int j = 0; j < mx; ++j) {
-              float v = out[i * mx + j];
-              if (w.zeros) v += offset_term(w, n + i, sums + (m0 + j) * w.groups);
-              v = v * row_scale[m0 + j] + (bias ? bias[n + i] : 0.f);
-              y[(m0 + j) * w.n + n + i] = from_float<T>(v);
-            }
+          switch (mx) {
+            case 1:
+              dot_row<BITS, X, 1>(w, n, xm, stride, out);
+              break;
+            case 2:
+              dot_row<BITS, X, 2>(w, n, xm, stride, out);
+              break;
+            case 3:
+              dot_row<BITS, X, 3>(w, n, xm, stride, out);
+              break;
+            default:
+              dot_row<BITS, X, 4>(w, n, xm, stride, out);
+          }
+          for (int j = 0; j < mx; ++j) {
+            float v = out[j];
+            if (w.zeros) v += offset_term(w, n, sums + (m0 + j) * w.groups);
+            v = v * row_scale[m0 + j] + (bias ? bias[n] : 0.f);
+            y[(m0 + j) * w.n + n] = from_float<T>(v);
+          }
         }
-      }
     }
   }
 }
 
 // ---- panel form --------------------------------------------------------------------------------
-constexpr int64_t PANEL_N = 2 * NR;   // columns of a task: two register blocks share the A they read
-constexpr int64_t PANEL_K = 512;      // k of one block: 128 KiB of bf16 B, stays in the L2
-constexpr int64_t PANEL_M = 256;      // rows of a task: 256 KiB of A per block, in the L2 too
+constexpr int64_t PANEL_N = 2 * NR;  // columns of a task: two register blocks share the A they read
+constexpr int64_t PANEL_K = 512;     // k of one block: 128 KiB of bf16 B, stays in the L2
+constexpr int64_t PANEL_M = 256;     // rows of a task: 256 KiB of A per block, in the L2 too
 
 // Scales (or zeros) of rows [n, n + rows) as [groups][VL]; rows that do not exist are zero.
-template <class S>
-void transpose_scales(const S* source, int64_t groups, int rows, float* out) {
+inline void transpose_scales(const Scales& source, int64_t n, int64_t groups, int rows,
+                             float* out) {
   for (int64_t g = 0; g < groups; ++g)
-    for (int i = 0; i < VL; ++i) out[g * VL + i] = i < rows ? to_float(source[i * groups + g]) : 0.f;
+    for (int i = 0; i < VL; ++i) out[g * VL + i] = i < rows ? source[(n + i) * groups + g] : 0.f;
 }
 
 template <int BITS, int J, class E>
@@ -319,9 +313,9 @@ FASTLM_INLINE void dequantize_columns(vint v, vfloat s, vfloat z, E* out) {
     } else {
 #ifdef FASTLM_BF16_DOT
       const vfloat low = column<BITS, J>(v) * s + z, high = column<BITS, J + 1>(v) * s + z;
-      const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25,
-                                                  9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
-                                                  17, 1, 16, 0);
+      const __m512i interleave =
+          _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                           6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
       const __m512i pair = _mm512_permutexvar_epi16(
           interleave, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
       _mm512_storeu_si512(out + J * VL, pair);
@@ -333,16 +327,15 @@ FASTLM_INLINE void dequantize_columns(vint v, vfloat s, vfloat z, E* out) {
 
 // Panel of rows [n, n + rows) of W, columns [k0, k0 + kb), k0 a multiple of CHUNK: what pack_b
 // would make of the dequantized weight. scales, zeros as [groups][VL].
-template <int BITS, class E, class S>
-void dequantize_panel(const Weight<S>& w, int64_t n, int rows, int64_t k0, int64_t kb,
+template <int BITS, class E>
+void dequantize_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t kb,
                       const float* scales, const float* zeros, E* out) {
   const int64_t kp = padded_k<E>(kb);
   for (int64_t k = 0; k < kp; k += CHUNK<BITS>) {
     vint t[VL];
-    load_transposed(w, n, rows, (k0 + k) / PER_LANE<BITS>, t);
+    load_transposed(w, n, rows, (k0 + k) / PER_LANE<BITS>, PANEL_K * BITS / 8, t);
     for (int j = 0; j < VL && k + j * PER_LANE<BITS> < kp; ++j) {
-      const int64_t at = k + j * PER_LANE<BITS>,
-                    g = std::min((k0 + at) / w.size, w.groups - 1);
+      const int64_t at = k + j * PER_LANE<BITS>, g = std::min((k0 + at) / w.size, w.groups - 1);
       const vfloat s = load(scales + g * VL), z = zeros ? load(zeros + g * VL) : vfloat{};
       if (at + PER_LANE<BITS> <= kp) {
         dequantize_columns<BITS, 0>(t[j], s, z, out + at * VL);
@@ -371,8 +364,8 @@ void store_rows(const float* c, int64_t ldc, int64_t m, int64_t n, const float* 
   }
 }
 
-template <int BITS, class T, class S>
-void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w, const float* bias, T* y) {
+template <int BITS, class T>
+void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const float* bias, T* y) {
   using E = Elem<T>;
   const int64_t kp = padded_k<E>(w.k);
   const bool in_place = sizeof(E) == sizeof(T) && kp == w.k;
@@ -400,10 +393,10 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w, con
       const int64_t m0 = t / blocks_n * PANEL_M, n0 = t % blocks_n * PANEL_N;
       const int64_t mb = std::min(PANEL_M, m - m0), nb = std::min(PANEL_N, w.n - n0);
       for (int64_t p = 0; p * VL < nb; ++p) {
-        const int64_t first = (n0 + p * VL) * w.groups;
+        const int64_t first = n0 + p * VL;
         const int rows = int(std::min<int64_t>(VL, nb - p * VL));
-        transpose_scales(w.scales + first, w.groups, rows, scales + p * w.groups * VL);
-        if (zeros) transpose_scales(w.zeros + first, w.groups, rows, zeros + p * w.groups * VL);
+        transpose_scales(w.scales, first, w.groups, rows, scales + p * w.groups * VL);
+        if (zeros) transpose_scales(w.zeros, first, w.groups, rows, zeros + p * w.groups * VL);
       }
       for (int64_t k0 = 0; k0 < w.k; k0 += PANEL_K) {
         const int64_t kb = std::min(PANEL_K, w.k - k0);
@@ -419,8 +412,8 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w, con
   }
 }
 
-template <int BITS, class T, class S>
-void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w, const float* bias,
+template <int BITS, class T>
+void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, const float* bias,
                      T* y) {
   const Runs runs(w.k, w.size);
   const int64_t a_bytes = m * runs.row();
@@ -451,10 +444,10 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w
       const int64_t m0 = t / blocks_n * PANEL_M, n0 = t % blocks_n * NR;
       const int64_t mb = std::min(PANEL_M, m - m0), nb = std::min<int64_t>(NR, w.n - n0);
       for (int64_t p = 0; p < panels; ++p) {
-        const int64_t first = std::min(n0 + p * VL, w.n - 1) * w.groups;
+        const int64_t first = n0 + p * VL;
         const int rows = int(std::clamp<int64_t>(nb - p * VL, 0, VL));
-        transpose_scales(w.scales + first, w.groups, rows, scales + p * w.groups * VL);
-        if (zeros) transpose_scales(w.zeros + first, w.groups, rows, zeros + p * w.groups * VL);
+        transpose_scales(w.scales, first, w.groups, rows, scales + p * w.groups * VL);
+        if (zeros) transpose_scales(w.zeros, first, w.groups, rows, zeros + p * w.groups * VL);
       }
       for (int64_t r = 0; r < runs.count; ++r) {
         const int64_t k0 = runs.begin(r), length = runs.padded(r), g = runs.group(r);
@@ -462,8 +455,8 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w
           integer_panel<BITS>(w, n0 + p * VL, int(std::min<int64_t>(VL, nb - p * VL)), k0, length,
                               b + p * VL * length);
         gemm_int8<BITS>(mb, nb, length, a + m0 * runs.row() + r * runs.stride, runs.row(),
-                        start + m0 * runs.count + r, runs.count, b, scales + g * VL,
-                        w.groups * VL, c, NR, r > 0);
+                        start + m0 * runs.count + r, runs.count, b, scales + g * VL, w.groups * VL,
+                        c, NR, r > 0);
       }
       if (zeros)
         for (int64_t i = 0; i < mb; ++i)
@@ -497,24 +490,21 @@ inline void quantized_linear(const TensorView& x, const TensorView& qdata, const
     using T = decltype(tag);
     const T* px = x.data<T>("x");
     T* py = y.data<T>("y");
-    with_float(scales.dtype(), "scales", [&](auto scale_tag) {
-      using S = decltype(scale_tag);
-      const Weight<S> w = weight_of<S>(qdata, scales, zeros, k, bits, group_size);
-      const bool dot = form ? form == 1 : m <= DOT_MAX_ROWS;
-      const auto run = [&](auto b) {
-        constexpr int BITS = decltype(b)::value;
-        if (act_bits == 8)
-          dot ? dot_form<BITS, int8_t>(px, m, x_stride, w, pb, py)
-              : panel_form_int8<BITS>(px, m, x_stride, w, pb, py);
-        else
-          dot ? dot_form<BITS, Elem<T>>(px, m, x_stride, w, pb, py)
-              : panel_form<BITS>(px, m, x_stride, w, pb, py);
-      };
-      if (bits == 4)
-        run(std::integral_constant<int, 4>{});
+    const Weight w = weight_of(qdata, scales, zeros, k, bits, group_size);
+    const bool dot = form ? form == 1 : m <= DOT_MAX_ROWS;
+    const auto run = [&](auto b) {
+      constexpr int BITS = decltype(b)::value;
+      if (act_bits == 8)
+        dot ? dot_form<BITS, int8_t>(px, m, x_stride, w, pb, py)
+            : panel_form_int8<BITS>(px, m, x_stride, w, pb, py);
       else
-        run(std::integral_constant<int, 8>{});
-    });
+        dot ? dot_form<BITS, Elem<T>>(px, m, x_stride, w, pb, py)
+            : panel_form<BITS>(px, m, x_stride, w, pb, py);
+    };
+    if (bits == 4)
+      run(std::integral_constant<int, 4>{});
+    else
+      run(std::integral_constant<int, 8>{});
   });
 }
 
@@ -532,44 +522,41 @@ inline void quantized_linear_backward(const TensorView& dy, const TensorView& qd
     using E = Elem<T>;
     const T* pdy = dy.data<T>("dy");
     T* pdx = dx.data<T>("dx");
-    with_float(scales.dtype(), "scales", [&](auto scale_tag) {
-      using S = decltype(scale_tag);
-      const Weight<S> w = weight_of<S>(qdata, scales, zeros, k, bits, group_size);
-      const int64_t np = padded_k<E>(w.n);
-      Workspace a_work(size_t(m * np) * sizeof(E));
-      E* a = a_work.as<E>();
-      const int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M,
-                    blocks_k = (k + PANEL_N - 1) / PANEL_N, rows = 256;  // 128 KiB of floats
+    const Weight w = weight_of(qdata, scales, zeros, k, bits, group_size);
+    const int64_t np = padded_k<E>(w.n);
+    Workspace a_work(size_t(m * np) * sizeof(E));
+    E* a = a_work.as<E>();
+    const int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M, blocks_k = (k + PANEL_N - 1) / PANEL_N,
+                  rows = 256;  // 128 KiB of floats
 #pragma omp parallel
-      {
+    {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < m; ++i)
-          pack_a<E>(pdy + i * dy_stride, dy_stride, 1, 1, w.n, a + i * np);
-        Workspace work(size_t(rows * PANEL_N + PANEL_M * PANEL_N) * 4 +
-                       size_t(rows * PANEL_N) * sizeof(E));
-        float *wide = work.as<float>(), *c = wide + rows * PANEL_N;
-        E* b = reinterpret_cast<E*>(c + PANEL_M * PANEL_N);
-        TileScope tiles;
+      for (int64_t i = 0; i < m; ++i)
+        pack_a<E>(pdy + i * dy_stride, dy_stride, 1, 1, w.n, a + i * np);
+      Workspace work(size_t(rows * PANEL_N + PANEL_M * PANEL_N) * 4 +
+                     size_t(rows * PANEL_N) * sizeof(E));
+      float *wide = work.as<float>(), *c = wide + rows * PANEL_N;
+      E* b = reinterpret_cast<E*>(c + PANEL_M * PANEL_N);
+      TileScope tiles;
 #pragma omp for schedule(dynamic)
-        for (int64_t t = 0; t < blocks_m * blocks_k; ++t) {
-          const int64_t m0 = t / blocks_k * PANEL_M, k0 = t % blocks_k * PANEL_N;
-          const int64_t mb = std::min(PANEL_M, m - m0), kb = std::min(PANEL_N, k - k0);
-          if (w.n == 0) memset(c, 0, size_t(PANEL_M * PANEL_N) * 4);
-          for (int64_t n0 = 0; n0 < w.n; n0 += rows) {
-            const int64_t nb = std::min(rows, w.n - n0);
-            for (int64_t i = 0; i < nb; ++i) {
-              if (bits == 4)
-                dequantize_row<4>(w, n0 + i, k0, k0 + kb, wide + i * PANEL_N);
-              else
-                dequantize_row<8>(w, n0 + i, k0, k0 + kb, wide + i * PANEL_N);
-            }
-            pack_b<E>(wide, PANEL_N, 1, nb, kb, b);
-            gemm<E>(mb, kb, nb, a + m0 * np + n0, np, b, c, PANEL_N, n0 > 0);
+      for (int64_t t = 0; t < blocks_m * blocks_k; ++t) {
+        const int64_t m0 = t / blocks_k * PANEL_M, k0 = t % blocks_k * PANEL_N;
+        const int64_t mb = std::min(PANEL_M, m - m0), kb = std::min(PANEL_N, k - k0);
+        if (w.n == 0) memset(c, 0, size_t(PANEL_M * PANEL_N) * 4);
+        for (int64_t n0 = 0; n0 < w.n; n0 += rows) {
+          const int64_t nb = std::min(rows, w.n - n0);
+          for (int64_t i = 0; i < nb; ++i) {
+            if (bits == 4)
+              dequantize_row<4>(w, n0 + i, k0, k0 + kb, wide + i * PANEL_N);
+            else
+              dequantize_row<8>(w, n0 + i, k0, k0 + kb, wide + i * PANEL_N);
           }
-          store_rows(c, PANEL_N, mb, kb, nullptr, nullptr, pdx + m0 * k + k0, k);
+          pack_b<E>(wide, PANEL_N, 1, nb, kb, b);
+          gemm<E>(mb, kb, nb, a + m0 * np + n0, np, b, c, PANEL_N, n0 > 0);
         }
+        store_rows(c, PANEL_N, mb, kb, nullptr, nullptr, pdx + m0 * k + k0, k);
       }
-    });
+    }
   });
 }
 
@@ -582,20 +569,17 @@ inline void dequantize(const TensorView& qdata, const TensorView& scales, const 
   with_float(out.dtype(), "out", [&](auto tag) {
     using T = decltype(tag);
     T* po = out.data<T>("out");
-    with_float(scales.dtype(), "scales", [&](auto scale_tag) {
-      using S = decltype(scale_tag);
-      const Weight<S> w = weight_of<S>(qdata, scales, zeros, k, bits, group_size);
+    const Weight w = weight_of(qdata, scales, zeros, k, bits, group_size);
 #pragma omp parallel for schedule(static) if (w.n * w.k > 32768)
-      for (int64_t i = 0; i < w.n; ++i)
-        for (int64_t k0 = 0; k0 < k; k0 += 256) {
-          float block[256];
-          const int64_t k1 = std::min(k, k0 + 256);
-          if (bits == 4)
-            dequantize_row<4>(w, i, k0, k1, block);
-          else
-            dequantize_row<8>(w, i, k0, k1, block);
-          store_rows(block, 256, 1, k1 - k0, nullptr, nullptr, po + i * k + k0, k);
-        }
-    });
+    for (int64_t i = 0; i < w.n; ++i)
+      for (int64_t k0 = 0; k0 < k; k0 += 256) {
+        float block[256];
+        const int64_t k1 = std::min(k, k0 + 256);
+        if (bits == 4)
+          dequantize_row<4>(w, i, k0, k1, block);
+        else
+          dequantize_row<8>(w, i, k0, k1, block);
+        store_rows(block, 256, 1, k1 - k0, nullptr, nullptr, po + i * k + k0, k);
+      }
   });
 }

@@ -12,28 +12,58 @@ constexpr int PER_LANE = 32 / BITS;
 template <int BITS>
 constexpr int CHUNK = VL * PER_LANE<BITS>;
 
-template <class S>
+// Scales or offsets of any float dtype. The dtype is looked at on each read, a branch that
+// predicts: a template parameter would multiply every kernel by three.
+struct Scales {
+  const void* p = nullptr;
+  DType dtype = DType::f32;
+  explicit operator bool() const { return p; }
+  FASTLM_INLINE float operator[](int64_t i) const {
+    if (dtype == DType::bf16) return to_float(static_cast<const bf16*>(p)[i]);
+    if (dtype == DType::f32) return static_cast<const float*>(p)[i];
+    return to_float(static_cast<const f16*>(p)[i]);
+  }
+  FASTLM_INLINE vfloat everywhere(int64_t i) const {  // one of them in all lanes
+#if FASTLM_VL == 16
+    if (dtype == DType::bf16)
+      return (vfloat)_mm512_slli_epi32(
+          _mm512_set1_epi16(short(static_cast<const bf16*>(p)[i].bits)), 16);
+#endif
+    return splat((*this)[i]);
+  }
+  FASTLM_INLINE vfloat lanes(int64_t i, int n) const {
+    if (dtype == DType::bf16) return load(static_cast<const bf16*>(p) + i, n);
+    if (dtype == DType::f32) return load(static_cast<const float*>(p) + i, n);
+    return load(static_cast<const f16*>(p) + i, n);
+  }
+};
+
 struct Weight {
   const uint8_t* q;
-  const S *scales, *zeros;  // (n, groups); zeros may be null
+  Scales scales, zeros;  // (n, groups)
   int64_t n, k, row_bytes, groups, size;
 
   const uint8_t* row(int64_t i) const { return q + i * row_bytes; }
 };
 
-template <class S>
-Weight<S> weight_of(const TensorView& qdata, const TensorView& scales, const TensorView* zeros,
-                    int64_t k, int bits, int64_t size) {
+inline Weight weight_of(const TensorView& qdata, const TensorView& scales, const TensorView* zeros,
+                        int64_t k, int bits, int64_t size) {
   check_contiguous("qdata", qdata), check_contiguous("scales", scales);
-  if (zeros) check_contiguous("zeros", *zeros);
-  const int64_t row_bytes = bits == 8 ? k : (k + 1) / 2;
+  const int64_t row_bytes = bits == 8 ? k : (k + 1) / 2, groups = scales.size(1);
   check_size("qdata", "bytes a row:", row_bytes, qdata.size(1));
-  const int64_t groups = scales.size(1);
   check_size("scales", "groups a row:", (k + size - 1) / size, groups);
-  const void* q = bits == 8 ? static_cast<const void*>(qdata.data<int8_t>("qdata"))
-                            : qdata.data<uint8_t>("qdata");
-  return {static_cast<const uint8_t*>(q), scales.data<S>("scales"),
-          zeros ? zeros->data<S>("zeros") : nullptr, qdata.size(0), k, row_bytes, groups, size};
+  Weight w{};
+  w.q = bits == 8 ? reinterpret_cast<const uint8_t*>(qdata.data<int8_t>("qdata"))
+                  : qdata.data<uint8_t>("qdata");
+  with_float(scales.dtype(), "scales", [&](auto tag) {
+    w.scales = {scales.data<decltype(tag)>("scales"), scales.dtype()};
+    if (zeros) {
+      check_contiguous("zeros", *zeros);
+      w.zeros = {zeros->data<decltype(tag)>("zeros"), scales.dtype()};
+    }
+  });
+  w.n = qdata.size(0), w.k = k, w.row_bytes = row_bytes, w.groups = groups, w.size = size;
+  return w;
 }
 
 FASTLM_INLINE vint load_lanes(const uint8_t* p) {
@@ -79,13 +109,11 @@ FASTLM_INLINE vfloat consecutive(const uint8_t* row, int64_t k, int count) {
 }
 
 // Row i, columns [k0, k1) dequantized to out; k0 is a multiple of VL.
-template <int BITS, class S>
-void dequantize_row(const Weight<S>& w, int64_t i, int64_t k0, int64_t k1, float* out) {
-  const S* scales = w.scales + i * w.groups;
-  const S* zeros = w.zeros ? w.zeros + i * w.groups : nullptr;
+template <int BITS>
+void dequantize_row(const Weight& w, int64_t i, int64_t k0, int64_t k1, float* out) {
   for (int64_t k = k0; k < k1;) {
     const int64_t g = k / w.size, end = std::min((g + 1) * w.size, k1);
-    const float s = to_float(scales[g]), z = zeros ? to_float(zeros[g]) : 0.f;
+    const float s = w.scales[i * w.groups + g], z = w.zeros ? w.zeros[i * w.groups + g] : 0.f;
     for (; k < end; k += VL) {
       const int count = int(std::min<int64_t>(VL, end - k));
       const vfloat v = consecutive<BITS>(w.row(i), k, count) * s + z;
@@ -147,12 +175,13 @@ FASTLM_INLINE void transpose(vint (&t)[VL]) {
 }
 
 // Lanes [lane0, lane0 + VL) of rows [i, i + rows), transposed; what does not exist is zero bytes.
-template <class S>
-FASTLM_INLINE void load_transposed(const Weight<S>& w, int64_t i, int rows, int64_t lane0,
-                                   vint (&t)[VL]) {
+// `ahead` bytes further on in each row is where the caller reads after its next product.
+FASTLM_INLINE void load_transposed(const Weight& w, int64_t i, int rows, int64_t lane0,
+                                   int64_t ahead, vint (&t)[VL]) {
   const int64_t left = w.row_bytes - lane0 * 4;
   for (int r = 0; r < VL; ++r) {
     const uint8_t* p = w.row(i + r) + lane0 * 4;
+    __builtin_prefetch(p + ahead, 0, 2);
     t[r] = r >= rows ? vint{} : left >= 4 * VL ? load_lanes(p) : load_lanes(p, left);
   }
   transpose(t);
