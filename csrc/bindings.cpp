@@ -60,6 +60,12 @@ PYBIND11_MODULE(_cpu, m) {
         "lse"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "sinks"_a, "alibi_slopes"_a, "bias"_a,
         "seed"_a, "causal"_a, "scale"_a, "window"_a, "softcap"_a, "dropout_p"_a, "dq"_a, "dk"_a,
         "dv"_a, "dsinks"_a, "dbias"_a, "workspace"_a, no_gil);
+  m.def("quantized_linear", &quantized_linear, "x"_a, "qdata"_a, "scales"_a, "zeros"_a, "bias"_a,
+        "bits"_a, "group_size"_a, "act_bits"_a, "form"_a, "y"_a, no_gil);
+  m.def("quantized_linear_backward", &quantized_linear_backward, "dy"_a, "qdata"_a, "scales"_a,
+        "zeros"_a, "bits"_a, "group_size"_a, "dx"_a, no_gil);
+  m.def("dequantize", &dequantize, "qdata"_a, "scales"_a, "zeros"_a, "bits"_a, "group_size"_a,
+        "out"_a, no_gil);
 
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
   m.def("multiply_in_l1", &multiply_in_l1, "bf16_operands"_a, "repeats"_a, no_gil);

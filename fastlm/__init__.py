@@ -22,6 +22,8 @@ _PUBLIC = {
     "info": "fastlm.backend",
     "ops": "fastlm.ops",
     "use_backend": "fastlm.backend",
+    "quantize": "fastlm.quant",
+    "QuantizedWeight": "fastlm.quant",
 }
 
 

@@ -77,6 +77,14 @@ void attention_backward(TensorView dout, OptionalTensor dlse, TensorView q, Tens
                         bool causal, float scale, int64_t window, float softcap, double dropout_p,
                         TensorView dq, TensorView dk, TensorView dv, OptionalTensor dsinks,
                         OptionalTensor dbias, TensorView workspace);
+// quantized_linear.h
+void quantized_linear(TensorView x, TensorView qdata, TensorView scales, OptionalTensor zeros,
+                      OptionalTensor bias, int bits, int64_t group_size, int act_bits, int form,
+                      TensorView y);
+void quantized_linear_backward(TensorView dy, TensorView qdata, TensorView scales,
+                               OptionalTensor zeros, int bits, int64_t group_size, TensorView dx);
+void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int bits,
+                int64_t group_size, TensorView out);
 
 // probe.cpp
 void matmul(TensorView a, TensorView b, TensorView c);
