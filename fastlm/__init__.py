@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 # name -> module that defines it
 _PUBLIC = {
+    "CausalLM": "fastlm.model",
+    "ModelConfig": "fastlm.config",
     "ops": "fastlm.ops",
     "info": "fastlm.backend",
     "use_backend": "fastlm.backend",
