@@ -1,6 +1,7 @@
-"""The build: which folders are which packages, and the pybind11 extension. Metadata is in pyproject.toml.
+"""The build: which folders are which packages, and the pybind11 extension.
 
-Environment: FASTLM_SANITIZE=address,undefined builds the extension with those sanitizers (`make sanitize`).
+Metadata is in pyproject.toml. Environment: FASTLM_SANITIZE=address,undefined builds the extension
+with those sanitizers (`make sanitize`).
 """
 
 import os
@@ -22,21 +23,19 @@ COMPILE = [
 LINK = ["-fopenmp"]  # with torch imported first this resolves to torch's libgomp: one thread pool
 
 if sanitizers := os.environ.get("FASTLM_SANITIZE"):
-    COMPILE += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"]
+    COMPILE += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     LINK += [f"-fsanitize={sanitizers}"]
 
 
 def needs_recompile(obj: str, src: str) -> bool:
-    """True unless the object is newer than its source and every header that -MMD recorded for it."""
+    """True unless the object is newer than its source and every header that -MMD recorded."""
     depfile = Path(obj).with_suffix(".d")
     if not Path(obj).exists() or not depfile.exists():
         return True
     words = depfile.read_text().replace("\\\n", " ").split()[1:]
     newest = max(
-        
-            Path(w).stat().st_mtime if Path(w).exists() else float("inf")
-            for w in [src, *words, __file__]
-        
+        Path(w).stat().st_mtime if Path(w).exists() else float("inf")
+        for w in [src, *words, __file__]
     )
     return newest >= Path(obj).stat().st_mtime
 

@@ -4,21 +4,25 @@ Public names load on first use, so that ``fastlm --help`` does not wait for torc
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlm.errors import InputError
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from fastlm import ops
+    from fastlm.backend import info, use_backend
 
-# name -> module that defines it
+__version__ = "0.1.0"
+__all__ = ["InputError", "info", "ops", "use_backend"]
+
+# name -> module that defines it (a name that is itself a module maps to that module)
 _PUBLIC = {
     "CausalLM": "fastlm.model",
+    "info": "fastlm.backend",
     "ModelConfig": "fastlm.config",
     "ops": "fastlm.ops",
-    "info": "fastlm.backend",
     "use_backend": "fastlm.backend",
 }
-__all__ = ["InputError", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,16 +1,19 @@
 """The only file that asks what hardware and extras exist, and picks the implementation of an op.
 
-Every op is one torch operator, ``torch.ops.fastlm.<name>``, with up to four implementations of the same signature:
+Every op is one torch operator, ``torch.ops.fastlm.<name>``, with up to four implementations of the
+same signature:
 
-- ``reference``  plain PyTorch (`fastlm.reference`); the definition; every device, every float dtype;
+- ``reference``  plain PyTorch (`fastlm.reference`); the definition; every device and float dtype;
 - ``cpu``        C++ (`fastlm._cpu`); float32, bfloat16, float16;
 - ``triton``     Triton (`fastlm.kernels`), on CUDA devices;
 - ``cuda``       CUDA C++ (`fastlm._cuda`), on CUDA devices.
 
-`pick` takes the first of `ORDER[device]` that the op has and that is available and serves the dtype. ``FASTLM_BACKEND=name`` or
-``with use_backend("name"):`` forces one, and raises where it cannot serve: nothing falls back silently.
+`pick` takes the first of `ORDER[device]` that the op has and that is available and serves the
+dtype. ``FASTLM_BACKEND=name`` or ``with use_backend("name"):`` forces one, and raises where it
+cannot serve: nothing falls back silently.
 
-Ops register with ``torch.library.Library`` (1.8 us a call here) and not with ``torch.library.custom_op`` (7.6 us).
+Ops register with ``torch.library.Library`` (1.8 us a call here) and not with
+``torch.library.custom_op`` (7.6 us).
 """
 
 import contextlib
@@ -56,7 +59,10 @@ def why_not(backend: str) -> str | None:
     """Why this backend cannot run on this machine, or None when it can."""
     if backend == "cpu":
         if find_spec("fastlm._cpu") is None:
-            return "the C++ extension fastlm._cpu is not built (pip install -e . builds it; it needs a C++17 compiler)"
+            return (
+                "the C++ extension fastlm._cpu is not built"
+                " (pip install -e . builds it; it needs a C++17 compiler)"
+            )
     elif backend == "triton":
         if find_spec("triton") is None:
             return "triton is not installed"
@@ -104,7 +110,10 @@ def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every op inside the ``with`` onto one backend, process-wide; an op that it cannot serve raises."""
+    """Force every op inside the ``with`` onto one backend, process-wide.
+
+    An op that it cannot serve raises.
+    """
     global _forced
     before = _forced
     _forced = _checked_backend(name, "use_backend")
@@ -125,8 +134,9 @@ def register(
     backward: Callable | None = None,
     picked_by: int = 0,
 ) -> Callable:
-    """Define ``torch.ops.fastlm.<name>``: schema, shapes (`fake`), implementations and autograd. Returns the operator.
+    """Define ``torch.ops.fastlm.<name>``: schema, shapes (`fake`), implementations and autograd.
 
+    Returns the operator.
     `picked_by` is the position of the tensor whose device and dtype choose the implementation.
     """
     name = schema.split("(", 1)[0]
@@ -165,7 +175,10 @@ def cpu_isas() -> Sequence[str]:
 
 @contextlib.contextmanager
 def use_cpu_isa(name: str) -> Iterator[None]:
-    """Force the C++ kernels onto one instruction set (amx, avx512, avx2, scalar, amx_emulated), process-wide."""
+    """Force the C++ kernels onto one instruction set, process-wide.
+
+    One of amx, avx512, avx2, scalar, amx_emulated.
+    """
     from fastlm import _cpu
 
     before = _cpu.isa()
@@ -180,7 +193,10 @@ def use_cpu_isa(name: str) -> Iterator[None]:
 
 
 def info() -> dict[str, Any]:
-    """Versions, hardware, extensions, and per op what runs here and why the others do not; JSON-serialisable."""
+    """Versions, hardware, extensions, and per op what runs here and why the others do not.
+
+    JSON-serialisable.
+    """
     import fastlm
     import fastlm.ops  # registers every op
 

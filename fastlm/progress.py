@@ -1,7 +1,8 @@
 """Progress of long work. Library functions take ``track=silent``; the command line passes ``bars``.
 
-``track(iterable, description, total=None, unit="")`` returns an iterable over the same items. Anything else that
-a caller may want to do with progress (a notebook widget, a log line a minute) is a function of that shape.
+``track(iterable, description, total=None, unit="")`` returns an iterable over the same items.
+Anything else that a caller may want to do with progress (a notebook widget, a log line a minute) is
+a function of that shape.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -22,7 +23,10 @@ def silent(
 def bars(
     iterable: Iterable[T], description: str, total: float | None = None, unit: str = ""
 ) -> Iterator[T]:
-    """A rich progress bar on stderr with rate and remaining time; ``total`` defaults to ``len(iterable)``."""
+    """A rich progress bar on stderr with rate and remaining time.
+
+    ``total`` defaults to ``len(iterable)``.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,

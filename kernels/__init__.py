@@ -2,5 +2,6 @@
 
 if __name__ != "fastlm.kernels":
     raise ImportError(
-        f"{__file__} is fastlm.kernels, imported as {__name__!r}: the repository root is on sys.path (use `python -P`)"
+        f"{__file__} is fastlm.kernels, imported as {__name__!r}:"
+        " the repository root is on sys.path (use `python -P`)"
     )

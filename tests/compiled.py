@@ -9,8 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 def assert_compiles_once(
     function: Callable, calls: Sequence[tuple], backend: str = "aot_eager"
 ) -> None:
-    """`function` under ``torch.compile(fullgraph=True, dynamic=True)`` gives, for each argument tuple, the outputs and
-    gradients of the plain call, and is not compiled again after the first."""
+    """`function` under ``torch.compile(fullgraph=True, dynamic=True)`` gives, for each argument
+    tuple, the outputs and gradients of the plain call, and is not compiled again after the first.
+    """
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     count = None

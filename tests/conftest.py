@@ -15,7 +15,10 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    """``torch.empty`` and its kin return NaN (or the largest integer): an output that a kernel leaves unwritten is seen."""
+    """``torch.empty`` and its kin return NaN (or the largest integer).
+
+    An output that a kernel leaves unwritten is seen.
+    """
 
     def poisoned(make):
         def wrapper(*args, **kwargs):
@@ -37,7 +40,7 @@ def _poison(monkeypatch):
 
 @pytest.fixture(params=backend.cpu_isas())
 def isa(request):
-    """Runs the test on every instruction set that this machine has (and on the emulated AMX tiles)."""
+    """Runs the test on every instruction set that this machine has, and on emulated AMX tiles."""
     with backend.use_cpu_isa(request.param):
         yield request.param
 

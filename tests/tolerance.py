@@ -1,8 +1,9 @@
-"""How near is near enough: error against a float64 truth, compared with what plain torch loses in the same dtype.
+"""How near is near enough: error against float64, compared with plain torch's in the same dtype.
 
-A kernel passes when its largest error is at most `factor` times that of the naive computation in the same low precision,
-plus `floor` times the truth's scale. The floor covers the case where the naive error happens to be (nearly) zero:
-one rounding of the result, i.e. half an ulp of the dtype, is always allowed.
+A kernel passes when its largest error is at most `factor` times that of the naive computation in
+the same low precision, plus `floor` times the truth's scale. The floor covers the case where the
+naive error happens to be (nearly) zero: one rounding of the result, i.e. half an ulp of the dtype,
+is always allowed.
 """
 
 import torch
@@ -20,7 +21,10 @@ def assert_near(
     floor: float | None = None,
     what: str = "",
 ) -> None:
-    """`actual` and `naive` in the low precision, `truth` float64; all of one shape. NaN anywhere in `actual` fails."""
+    """`actual` and `naive` in the low precision, `truth` float64; all of one shape.
+
+    NaN anywhere in `actual` fails.
+    """
     assert actual.shape == naive.shape == truth.shape, (
         f"{what}: shapes {tuple(actual.shape)}, {tuple(naive.shape)}, {tuple(truth.shape)}"
     )
@@ -33,5 +37,6 @@ def assert_near(
     mine = (actual.double() - truth).abs().max().item()
     theirs = (naive.double() - truth).abs().max().item()
     assert mine <= factor * theirs + floor, (
-        f"{what}: error {mine:.3e} > {factor} * {theirs:.3e} (naive) + {floor:.1e}; scale {scale:.3e}"
+        f"{what}: error {mine:.3e} > {factor} * {theirs:.3e} (naive) + {floor:.1e};"
+        f" scale {scale:.3e}"
     )

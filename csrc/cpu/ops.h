@@ -18,6 +18,8 @@ void rms_norm_backward(TensorView dy, OptionalTensor dh_above, TensorView h, Ten
 
 // probe.cpp
 void matmul(TensorView a, TensorView b, TensorView c);
+double multiply_in_l1(bool bf16_operands, int64_t repeats);
+double read_all(TensorView buffer);
 int64_t count_elements(TensorView a, TensorView b, TensorView c, TensorView d);
 int thread_count();
 

@@ -1,5 +1,7 @@
-// What tests and benchmarks ask of the extension itself: the bare matrix core, the cost of a bound
-// call, the threads.
+// What tests and benchmarks ask of the extension itself: the bare matrix core, the machine's
+// ceilings, the cost of a bound call, the threads.
+#include <vector>
+
 #define FASTLM_BODY "cpu/probe.h"
 #include "cpu/each_isa.h"
 #include "cpu/ops.h"
@@ -7,6 +9,16 @@
 namespace fastlm {
 
 void matmul(TensorView a, TensorView b, TensorView c) { FASTLM_RUN(matmul, a, b, c); }
+
+double multiply_in_l1(bool bf16_operands, int64_t repeats) {
+  FASTLM_RUN(multiply_in_l1, bf16_operands, repeats);
+  return 0;
+}
+
+double read_all(TensorView buffer) {
+  FASTLM_RUN(read_all, buffer);
+  return 0;
+}
 
 // A call that does nothing but carry four tensors over the boundary.
 int64_t count_elements(TensorView a, TensorView b, TensorView c, TensorView d) {

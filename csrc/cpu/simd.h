@@ -14,7 +14,6 @@ FASTLM_INLINE vfloat as_float(vint v) { return (vfloat)v; }
 FASTLM_INLINE vint as_int(vfloat v) { return (vint)v; }
 
 // ---- one element
-// --------------------------------------------------------------------------------------------------
 FASTLM_INLINE float to_float(float x) { return x; }
 FASTLM_INLINE float to_float(bf16 x) {
   const uint32_t u = uint32_t(x.bits) << 16;
@@ -71,8 +70,7 @@ FASTLM_INLINE f16 from_float<f16>(float x) {
   return f16{uint16_t(sign | (u - 0x38000000) >> 13)};
 }
 
-// ---- load, store: whole vectors, or the first n lanes (the others read as zero and are not
-// written) -----------------
+// ---- load, store: whole vectors, or the first n lanes (the others read as zero, stay unwritten)
 FASTLM_INLINE vfloat load(const float* p) {
   vfloat v;
   memcpy(&v, p, sizeof v);
@@ -209,9 +207,9 @@ FASTLM_INLINE float hmax(vfloat a) {
 FASTLM_INLINE vfloat vabs(vfloat a) { return as_float(as_int(a) & 0x7fffffff); }
 
 // ---- exp and what is made of it
-// ------------------------------------------------------------------------------------- e^x = 2^n
-// e^r, |r| <= ln2/2; degree-6 polynomial of e^r, 2^n by exponent bits in two factors so that
-// results below 2^-126 come out as denormals. 2 ulp on [-104, 88.7]; 0 below, inf above, NaN stays.
+// e^x = 2^n e^r, |r| <= ln2/2; degree-6 polynomial of e^r, 2^n by exponent bits in two factors so
+// that results below 2^-126 come out as denormals. 2 ulp on [-104, 88.7]; 0 below, inf above, NaN
+// stays.
 FASTLM_INLINE vfloat vexp(vfloat x) {
   // operand order: min/max return the second argument when one is NaN
   const vfloat c = vmax(splat(-104.f), vmin(splat(89.f), x));

@@ -1,6 +1,9 @@
-"""The ops: autograd, ``torch.compile(fullgraph=True)``, CPU and GPU. One file an op; see each function's docstring."""
+"""The ops: autograd, ``torch.compile(fullgraph=True)``, CPU and GPU.
 
-import torch  # noqa: F401  (before _cpu: its OpenMP then resolves to torch's and shares the threads)
+One file an op; see each function's docstring.
+"""
+
+import torch  # noqa: F401  (before _cpu: its OpenMP then resolves to torch's)
 
 from fastlm.ops.rms_norm import rms_norm
 

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), alone or fused with the residual addition before it."""
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), alone or after a residual addition."""
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ def rms_norm(
         x: (..., H), float32, bfloat16 or float16 (float64 on the reference).
         weight: (H,), any float dtype.
         eps: added to the mean square.
-        residual: like x. The sum is rounded to x's dtype before it is normalised, as two separate ops would.
+        residual: like x. The sum is rounded to x's dtype before it is normalised, as two separate
+            ops would.
         offset: 1.0 for Gemma, whose weights are stored minus one.
 
     Statistics and products are float32. Forward reads x (and residual) once and writes y (and h)
@@ -37,13 +38,15 @@ def rms_norm(
     """
     if x.dim() == 0 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
         raise InputError(
-            f"weight: wanted shape (H,) = the last dimension of x {tuple(x.shape)}, got {tuple(weight.shape)}"
+            f"weight: wanted shape (H,) = the last dimension of x {tuple(x.shape)},"
+            f" got {tuple(weight.shape)}"
         )
     if not x.is_floating_point():
         raise InputError(f"x: wanted a float dtype, got {x.dtype}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise InputError(
-            f"residual: wanted {x.dtype} of shape {tuple(x.shape)} as x, got {residual.dtype} {tuple(residual.shape)}"
+            f"residual: wanted {x.dtype} of shape {tuple(x.shape)} as x,"
+            f" got {residual.dtype} {tuple(residual.shape)}"
         )
     if weight.device != x.device:
         raise InputError(f"weight: wanted device {x.device} as x, got {weight.device}")

@@ -1,0 +1,49 @@
+# The index of commands. Everything happens in .venv; nothing needs to be installed but Python >= 3.11 and a C++ compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+.PHONY: help setup demo test quick lint format bench sanitize clean
+
+help:            ## this list
+	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/ready  ## .venv with fastlm (editable, extension built) and everything the other targets use
+
+.venv/ready: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: wanted Python >= 3.11, got `$(PYTHON) --version`; name another: make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: .venv/ready  ## text -> tokenizer -> model -> int4 -> runs/demo/report.html, in ten minutes on two cores
+	$(BIN)/fastlm run recipes/demo.toml
+
+test: .venv/ready  ## every check: lint, types, all tests
+	$(MAKE) --no-print-directory lint
+	$(BIN)/pytest
+
+quick: .venv/ready  ## the tests that take seconds
+	$(BIN)/pytest -m 'not slow'
+
+lint: .venv/ready  ## what pre-commit runs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+	$(BIN)/pyright
+
+format: .venv/ready  ## rewrite the sources in the one format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+bench: .venv/ready  ## all benchmarks against their peers; writes bench/results/ and the README's table
+	$(BIN)/python -P bench/run.py
+
+sanitize: .venv/ready  ## the op tests on an AddressSanitizer + UndefinedBehaviorSanitizer build
+	sh tests/sanitize.sh
+
+clean:  ## build products, not .venv and not runs/
+	rm -rf build dist *.egg-info fastlm/*.so

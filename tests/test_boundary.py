@@ -1,0 +1,137 @@
+"""The extension's boundary: what a TensorView takes and refuses, threads shared with torch, the
+choice of instruction set.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastlm import InputError, _cpu, backend
+
+
+def test_takes_torch_parameters_grad_strided_and_numpy():
+    parameter = torch.nn.Parameter(torch.randn(3, 3))
+    with_grad = (parameter * 2).t()  # a view of a tensor in a graph
+    assert _cpu.count_elements(parameter, with_grad, np.ones((2, 2)), torch.empty(0)) == 9 + 9 + 4
+
+
+def test_values_through_both_ways_in():
+    a, b = torch.randn(5, 7), torch.randn(6, 7)
+    for x, y in ((a, b), (a.numpy(), b.numpy()), (a, b.numpy())):
+        c = torch.empty(5, 6)
+        _cpu.matmul(x, y, c)
+        torch.testing.assert_close(c, a @ b.T)
+
+
+def test_refuses_what_is_not_a_tensor_and_wrong_dtypes():
+    t = torch.ones(2, 2)
+    with pytest.raises(TypeError):
+        _cpu.count_elements(t, t, t, [[1, 2], [3, 4]])
+    with pytest.raises(ValueError, match="a: wanted float32, bfloat16 or float16, got float64"):
+        _cpu.matmul(t.double(), t.double(), t)
+    with pytest.raises(ValueError, match="b: wanted columns, as a: 2, got 3"):
+        _cpu.matmul(t, torch.ones(2, 3), t)
+    with pytest.raises(ValueError, match="c: wanted a contiguous tensor"):
+        _cpu.matmul(t, t, torch.ones(2, 4)[:, ::2])
+
+
+def test_a_type_that_dies_does_not_leave_its_entry_behind():
+    for _ in range(50):
+        kind = type("Sub", (torch.Tensor,), {})
+        assert (
+            _cpu.count_elements(
+                torch.ones(2).as_subclass(kind), torch.ones(1), torch.ones(1), np.ones(1)
+            )
+            == 5
+        )
+
+
+def test_threads_follow_torch():
+    before = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            assert _cpu.thread_count() == n
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 1, 1), (37, 53, 45), (6, 64, 512), (33, 129, 700), (200, 17, 31), (65, 100, 1030)],
+)
+def test_matrix_core(isa, kind, m, n, k):
+    a, b = torch.randn(m, k).to(kind), torch.randn(n, k).to(kind)
+    c = torch.empty(m, n)
+    _cpu.matmul(a, b, c)
+    truth = a.double() @ b.double().T
+    # fp32 accumulation of k products: relative to the sum of magnitudes, k * 2^-24 at worst
+    bound = (a.double().abs() @ b.double().abs().T) * (k + 2) * 2**-24
+    assert ((c.double() - truth).abs() <= bound).all()
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_environment_forces_the_instruction_set():
+    for name in backend.cpu_isas():
+        done = _run("import torch; from fastlm import _cpu; print(_cpu.isa())", FASTLM_CPU_ISA=name)
+        assert done.stdout.strip() == name, done.stderr
+    done = _run("import torch; from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA="sse9")
+    assert (
+        "FASTLM_CPU_ISA: wanted one of amx, avx512, avx2, scalar, amx_emulated, got 'sse9'"
+        in done.stderr
+    )
+
+
+def test_environment_is_checked_against_the_machine():
+    missing = [n for n in ("amx", "avx512", "avx2") if _cpu.why_not(n)]
+    for name in missing:
+        done = _run("import torch; from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA=name)
+        assert f"'{name}' cannot run here" in done.stderr
+    assert _cpu.isa() not in missing
+    with pytest.raises(InputError, match="wanted one of"), backend.use_cpu_isa("mmx"):
+        pass
+
+
+def test_backend_from_the_environment():
+    code = "import fastlm, json; print(json.dumps(fastlm.info()['forced_backend']))"
+    assert json.loads(_run(code, FASTLM_BACKEND="reference").stdout) == "reference"
+    assert (
+        "FASTLM_BACKEND: wanted one of cuda, triton, cpu, reference, got 'gpu'"
+        in _run(code, FASTLM_BACKEND="gpu").stderr
+    )
+
+
+def test_info_says_what_runs_and_why_not():
+    info = backend.info()
+    json.dumps(info)
+    assert info["cpu_isa"] == _cpu.isa()
+    assert info["ops"]["rms_norm"]["picked"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    for op in info["ops"].values():
+        assert set(op["why_not"]) | {op["picked"]} <= set(backend.BACKENDS)
+        assert all(op["why_not"].values())
+
+
+def test_forcing_a_backend_that_is_not_here_raises():
+    from fastlm import ops
+
+    with (
+        backend.use_backend("triton"),
+        pytest.raises(InputError, match="'triton' is forced but cannot serve"),
+    ):
+        ops.rms_norm(torch.randn(2, 4), torch.randn(4))
+    with pytest.raises(InputError, match="use_backend: wanted one of"), backend.use_backend("tpu"):
+        pass

@@ -1,0 +1,101 @@
+"""The package as others install it: wheel and sdist, outside the repository; the public surface;
+the kernels guard.
+"""
+
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastlm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_public_names_resolve_and_are_listed():
+    for name in fastlm.__all__:
+        assert getattr(fastlm, name) is not None
+    assert set(fastlm.__all__) <= set(dir(fastlm))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = fastlm.nonsense
+
+
+def test_import_does_not_wait_for_torch():
+    code = "import sys, fastlm; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
+def test_kernels_are_fastlm_kernels_and_nothing_else():
+    import fastlm.kernels
+
+    assert fastlm.kernels.__file__
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import kernels"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert "is fastlm.kernels, imported as 'kernels'" in done.stderr
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
+    """sdist from the tree, wheel from the sdist, installed into a fresh venv that only
+    borrows this one's dependencies.
+    """
+    build = [
+        sys.executable,
+        "-P",
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    (wheel,) = tmp_path.glob("*.whl")
+    with tarfile.open(sdist) as t:
+        names = {n.split("/", 1)[1] for n in t.getnames() if "/" in n}
+    assert {
+        "csrc/tensor.h",
+        "csrc/cpu/simd.h",
+        "kernels/__init__.py",
+        "LICENSE",
+        "setup.py",
+    } <= names
+    with zipfile.ZipFile(wheel) as z:
+        names = set(z.namelist())
+    assert {"fastlm/kernels/__init__.py", "fastlm/ops/rms_norm.py"} <= names
+    assert any(n.startswith("fastlm/_cpu.") for n in names)
+    assert not any(n.startswith(("tests/", "bench/", "kernels/")) for n in names)
+
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False)
+    site = next((home / "lib").glob("python3*")) / "site-packages"
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(site),
+            str(wheel),
+        ],
+        check=True,
+    )
+    borrowed = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "zz_borrowed.pth").write_text("\n".join(borrowed))
+    code = (
+        "import fastlm, fastlm.kernels, torch, pathlib;"
+        f"assert pathlib.Path(fastlm.__file__).is_relative_to({str(site)!r}), fastlm.__file__;"
+        "print(fastlm.ops.rms_norm(torch.ones(2, 8), torch.ones(8)).sum().item())"
+    )
+    done = subprocess.run(
+        [home / "bin" / "python", "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.strip().startswith("16") or abs(float(done.stdout) - 16) < 1e-3, done.stderr
