@@ -5,6 +5,8 @@ One file an op; see each function's docstring.
 
 import torch  # noqa: F401  (before _cpu: its OpenMP then resolves to torch's)
 
+from fastlm.ops.glu import glu
 from fastlm.ops.rms_norm import rms_norm
+from fastlm.ops.rope import rope
 
-__all__ = ["rms_norm"]
+__all__ = ["glu", "rms_norm", "rope"]

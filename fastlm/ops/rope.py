@@ -1,0 +1,98 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries and keys in one call.
+
+One operator serves both directions: the gradient of a rotation is the rotation back, so `_rope`
+with ``inverse=True`` is its own backward. Rejected: two calls, one for q and one for k, which reads
+the tables twice and pays the call twice.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.backend import register
+from fastlm.errors import InputError
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``x * cos + rotate(x) * sin`` for the first R elements of every head of q and k; the rest
+    passes through. ``rotate`` is
+
+    - half-split (Hugging Face, GPT-NeoX): ``cat(-x[..., R/2:], x[..., :R/2])``;
+    - interleaved (GPT-J, Cohere): ``stack(-x[..., 1::2], x[..., 0::2], -1).flatten(-2)``.
+
+    Args:
+        q: (B, H, S, D), any strides, float32, bfloat16 or float16 (float64 on the reference).
+        k: (B, Hkv, S, D), any strides, dtype of q.
+        cos, sin: (S, R), (1, S, R) or (B, S, R), any float dtype, R even and at most D. R < D is a
+            partial rotation. These are what Hugging Face's rotary embeddings return: every angle
+            stands twice, as ``cat(f, f)`` for half-split and ``repeat_interleave(f, 2)`` for
+            interleaved. Tables of R/2 angles are not taken: they would look like a partial
+            rotation. They get no gradient.
+
+    Products and sums are float32, rounded once. Each element is read once and written once; the
+    results have the memory order of q and k.
+
+    Raises:
+        InputError: shapes or dtypes differ, R is odd or wider than D, the tables require grad.
+    """
+    if q.dim() != 4 or not q.is_floating_point():
+        raise InputError(f"q: wanted floats (B, H, S, D), got {q.dtype} {tuple(q.shape)}")
+    batch, _, length, width = q.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
+        raise InputError(
+            f"k: wanted {q.dtype} (B, Hkv, S, D) with B, S, D of q {tuple(q.shape)},"
+            f" got {k.dtype} {tuple(k.shape)}"
+        )
+    if (
+        cos.dim() not in (2, 3)
+        or cos.shape[-2] != length
+        or (cos.dim() == 3 and cos.shape[0] != 1 and cos.shape[0] != batch)
+    ):
+        raise InputError(
+            f"cos: wanted (S, R), (1, S, R) or (B, S, R) with B, S of q {tuple(q.shape)},"
+            f" got {tuple(cos.shape)}"
+        )
+    if cos.shape[-1] % 2 or cos.shape[-1] > width:
+        raise InputError(f"cos: wanted an even width R <= D = {width}, got {cos.shape[-1]}")
+    if sin.shape != cos.shape or sin.dtype != cos.dtype:
+        raise InputError(
+            f"sin: wanted {cos.dtype} {tuple(cos.shape)} as cos, got {sin.dtype} {tuple(sin.shape)}"
+        )
+    if not cos.is_floating_point():
+        raise InputError(f"cos: wanted a float dtype, got {cos.dtype}")
+    if cos.requires_grad or sin.requires_grad:
+        raise InputError(
+            "cos, sin: wanted tables without gradient (detach them), got requires_grad"
+        )
+    if k.device != q.device or cos.device != q.device or sin.device != q.device:
+        raise InputError(
+            f"k, cos, sin: wanted device {q.device} as q,"
+            f" got {k.device}, {cos.device}, {sin.device}"
+        )
+    return _rope(q, k, cos, sin, interleaved, False)
+
+
+def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, cos, sin, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _autograd_backward(ctx, dq, dk):
+    dq, dk = _rope(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+    return dq, dk, None, None, None, None
+
+
+_rope = register(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse)"
+    " -> (Tensor, Tensor)",
+    fake=_fake,
+    implementations={"reference": reference.rope},
+    setup_context=_setup_context,
+    backward=_autograd_backward,
+)
