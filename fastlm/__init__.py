@@ -22,6 +22,8 @@ _PUBLIC = {
     "ModelConfig": "fastlm.config",
     "ops": "fastlm.ops",
     "use_backend": "fastlm.backend",
+    "quantize": "fastlm.quant",
+    "QuantizedWeight": "fastlm.quant",
 }
 
 

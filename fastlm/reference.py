@@ -96,3 +96,75 @@ def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor
         value = 0.5 * x * (1 + t)
         slope = 0.5 * (1 + t) + 0.5 * x * (1 - t.square()) * c * (1 + 3 * 0.044715 * x.square())
     return (g * u * slope).to(gate.dtype).contiguous(), (g * value).to(gate.dtype).contiguous()
+# ---- quantized_linear ----------------------------------------------------------------------------
+def unpack_rows(qdata: Tensor, bits: int, k: int) -> Tensor:
+    """q as int8 (N, K)."""
+    if bits == 8:
+        return qdata
+    nibbles = torch.stack((qdata & 15, qdata >> 4), -1).flatten(-2)
+    return nibbles[..., :k].to(torch.int8) - 8
+
+
+def dequantize_rows(
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(..., K) of the rows given; works on any selection of rows, as an embedding look-up makes."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    q = unpack_rows(qdata, bits, k).to(wide)
+
+    def expand(t: Tensor) -> Tensor:
+        return (
+            t.to(wide).repeat_interleave(group_size, -1)[..., :k] if t.shape[-1] > 1 else t.to(wide)
+        )
+
+    w = q * expand(scales)
+    return (w if zeros is None else w + expand(zeros)).to(dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 activations: q = round(x * (127 / absmax)) and scale = absmax / 127 per row, (N, K) -> q, (N, 1)."""
+    wide = _wide(x)
+    # an all-zero row divides by 1e-30, which keeps 127 / absmax finite
+    absmax = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return (wide * (127.0 / absmax)).round(), absmax / 127.0
+
+
+def quantized_linear_forward(
+    x: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    act_bits: int,
+) -> Tensor:
+    """y = x . W^T + bias; with act_bits 8 the rows of x are rounded to int8 before."""
+    wide = _wide(x)
+    if act_bits == 8:
+        q, scale = quantize_rows(x)
+        wide = q * scale
+    w = dequantize_rows(qdata, scales, zeros, bits, group_size, x.shape[1], wide.dtype)
+    y = wide @ w.t()
+    return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
+
+
+def quantized_linear_backward(
+    dy: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+) -> Tensor:
+    """dx = dy . W."""
+    wide = _wide(dy)
+    w = dequantize_rows(qdata, scales, zeros, bits, group_size, k, wide.dtype)
+    return (wide @ w).to(dy.dtype)

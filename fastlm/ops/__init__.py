@@ -6,7 +6,10 @@ One file an op; see each function's docstring.
 import torch  # noqa: F401  (before _cpu: its OpenMP then resolves to torch's)
 
 from fastlm.ops.glu import glu
+from fastlm.ops.quantize_weight import quantize_weight
+from fastlm.ops.quantized_linear import quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rope import rope
 
 __all__ = ["glu", "rms_norm", "rope"]
+__all__ = ["quantize_weight", "quantized_linear", "rms_norm"]

@@ -1,0 +1,114 @@
+"""x @ W^T with an int8 or int4 W: W4A16, W8A16, W4A8, W8A8."""
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.backend import register
+from fastlm.errors import InputError
+from fastlm.quant.weight import QuantizedWeight
+
+
+def quantized_linear(
+    x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None, *, act_bits: int = 16
+) -> Tensor:
+    """``F.linear(x, qweight.dequantize(x.dtype), bias)``, the weight read as int8 or int4.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 on the reference).
+        qweight: (N, K), see `QuantizedWeight`.
+        bias: (N,), any float dtype, or None.
+        act_bits: 16: x as it is. 8: each row of x is rounded to int8 first, ``q = round(x * (127 / absmax))``,
+            and the products and sums within a group of the weight are exact integers.
+
+    Returns (..., N) of x's dtype; sums are float32. Gradients reach x (``dy @ W``, act_bits 8 as if x had not been
+    rounded) and bias; the weight is frozen. Memory traffic at few rows is that of `qweight`.
+
+    Raises:
+        InputError: sizes, dtypes or devices that do not fit.
+    """
+    n, k = qweight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise InputError(
+            f"x: wanted shape (..., {k}) for a weight of ({n}, {k}), got {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise InputError(f"x: wanted a float dtype, got {x.dtype}")
+    if x.device != qweight.qdata.device:
+        raise InputError(f"x: wanted device {qweight.qdata.device} as qweight, got {x.device}")
+    if act_bits not in (8, 16):
+        raise InputError(f"act_bits: wanted 8 or 16, got {act_bits!r}")
+    if bias is not None and (bias.shape != (n,) or not bias.is_floating_point()):
+        raise InputError(
+            f"bias: wanted a float tensor ({n},), got {bias.dtype} {tuple(bias.shape)}"
+        )
+    y = _forward(
+        x.reshape(-1, k),
+        qweight.qdata,
+        qweight.scales,
+        qweight.zeros,
+        bias,
+        qweight.bits,
+        qweight.group_size,
+        act_bits,
+    )
+    return y.view(*x.shape[:-1], n)
+
+
+def _forward_fake(
+    x: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    act_bits: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], qdata.shape[0])
+
+
+def _backward_fake(
+    dy: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+) -> Tensor:
+    return dy.new_empty(dy.shape[0], k)
+
+
+def _setup_context(ctx, inputs, output):
+    x, qdata, scales, zeros, bias, bits, group_size, _ = inputs
+    ctx.save_for_backward(qdata, scales, zeros)
+    ctx.options = (bits, group_size, x.shape[1])
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _autograd_backward(ctx, dy):
+    qdata, scales, zeros = ctx.saved_tensors
+    dx = _backward(dy, qdata, scales, zeros, *ctx.options) if ctx.needs_input_grad[0] else None
+    db = (
+        dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+        if (ctx.needs_input_grad[4])
+        else None
+    )
+    return dx, None, None, None, db, None, None, None
+
+
+_forward = register(
+    "quantized_linear(Tensor x, Tensor qdata, Tensor scales, Tensor? zeros, Tensor? bias, int bits,"
+    " int group_size, int act_bits) -> Tensor",
+    fake=_forward_fake,
+    implementations={"reference": reference.quantized_linear_forward},
+    setup_context=_setup_context,
+    backward=_autograd_backward,
+)
+_backward = register(
+    "quantized_linear_backward(Tensor dy, Tensor qdata, Tensor scales, Tensor? zeros, int bits,"
+    " int group_size, int k) -> Tensor",
+    fake=_backward_fake,
+    implementations={"reference": reference.quantized_linear_backward},
+)

@@ -1,0 +1,123 @@
+"""A weight matrix in int8 or int4 with one scale (and, where asymmetric, one offset) per group of columns.
+
+The layout is row-major and the same on every machine: a checkpoint is used where it lies, and no second
+copy is made. Rejected: a layout repacked per instruction set (the CPU kernels transpose 16 rows at a time in
+registers, which costs a few percent of one product and nothing in memory).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.errors import InputError
+
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# 8 columns of int4 fill a 32-bit lane: the kernels want a lane to lie in one group.
+GROUP_STEP = 8
+
+
+def check_group_size(group_size: int, k: int) -> int:
+    """The group size with -1 (one group a row) resolved."""
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise InputError(f"group_size: wanted an int, got {group_size!r}")
+    if group_size == -1:
+        return k
+    if group_size <= 0 or (group_size < k and group_size % GROUP_STEP):
+        raise InputError(
+            f"group_size: wanted -1 (one group a row), a multiple of {GROUP_STEP},"
+            f" or at least K = {k}, got {group_size}"
+        )
+    return group_size
+
+
+@dataclass(eq=False)
+class QuantizedWeight:
+    """``w[n, k] = scales[n, k // group_size] * q[n, k] (+ zeros[n, k // group_size])``, shape (N, K).
+
+    The last group of a row is short when `group_size` does not divide K.
+
+    Attributes:
+        qdata: bits 8: int8 (N, K). bits 4: uint8 (N, ceil(K / 2)), column 2i in the low nibble, 2i + 1 in the
+            high one, q = nibble - 8 (the spare nibble of an odd K is not read).
+        scales: (N, ceil(K / group_size)), float32, bfloat16 or float16; any sign.
+        zeros: offsets like `scales`, or None: symmetric.
+        bits: 4 or 8.
+        group_size: columns per scale, a multiple of 8 or at least K.
+        shape: (N, K).
+
+    Raises:
+        InputError: a tensor that does not fit the others.
+    """
+
+    qdata: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group_size: int
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        self.shape = (int(self.shape[0]), int(self.shape[1]))
+        n, k = self.shape
+        if self.bits not in (4, 8):
+            raise InputError(f"bits: wanted 4 or 8, got {self.bits}")
+        self.group_size = check_group_size(self.group_size, k)
+        wanted = (torch.int8, (n, k)) if self.bits == 8 else (torch.uint8, (n, (k + 1) // 2))
+        if (self.qdata.dtype, tuple(self.qdata.shape)) != wanted:
+            raise InputError(
+                f"qdata: wanted {wanted[0]} {wanted[1]} for {self.bits} bits of shape {self.shape},"
+                f" got {self.qdata.dtype} {tuple(self.qdata.shape)}"
+            )
+        groups = (n, -(-k // self.group_size))
+        for name, t in (("scales", self.scales), ("zeros", self.zeros)):
+            if t is None:
+                continue
+            if t.dtype not in SCALE_DTYPES or tuple(t.shape) != groups:
+                raise InputError(
+                    f"{name}: wanted float32, bfloat16 or float16 {groups} for groups of {self.group_size},"
+                    f" got {t.dtype} {tuple(t.shape)}"
+                )
+            if t.device != self.qdata.device:
+                raise InputError(
+                    f"{name}: wanted device {self.qdata.device} as qdata, got {t.device}"
+                )
+        if self.zeros is not None and self.zeros.dtype != self.scales.dtype:
+            raise InputError(f"zeros: wanted {self.scales.dtype} as scales, got {self.zeros.dtype}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in (self.qdata, self.scales, self.zeros) if t is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.qdata.device
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, K) in `dtype`; products and sums in float32 (float64 for float64)."""
+        return reference.dequantize_rows(
+            self.qdata, self.scales, self.zeros, self.bits, self.group_size, self.shape[1], dtype
+        )
+
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """The same weight on another device; dtypes stay."""
+        return QuantizedWeight(
+            self.qdata.to(device),
+            self.scales.to(device),
+            None if self.zeros is None else self.zeros.to(device),
+            self.bits,
+            self.group_size,
+            self.shape,
+        )
+
+
+def pack_rows(q: Tensor, bits: int) -> Tensor:
+    """The inverse of `reference.unpack_rows`; a spare nibble is 8 (q = 0)."""
+    if bits == 8:
+        return q.to(torch.int8).contiguous()
+    nibbles = (q + 8).to(torch.uint8)
+    if nibbles.shape[-1] % 2:
+        nibbles = torch.nn.functional.pad(nibbles, (0, 1), value=8)
+    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).contiguous()
