@@ -94,8 +94,11 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapp
             raise InputError(
                 f"messages[{index}]: wanted a mapping with a text 'role', came {message!r:.80}"
             )
+    # as transformers: an entry of None is no entry, and these two are always defined
+    given = [{k: v for k, v in plain(message).items() if v is not None} for message in messages]
+    variables = {"tools": None, "documents": None, **variables}
     try:
-        return _compile(template).render(messages=plain(messages), **variables)
+        return _compile(template).render(messages=given, **variables)
     except RecursionError:
         raise InputError("chat_template: wanted a template that ends, it recurses without end") from None
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
