@@ -1,0 +1,430 @@
+"""Model files in and out: Hugging Face folders, GGUF files, fastlm's quantized folders, and tensors
+with a checksum for whoever must continue after a crash.
+
+Tensors are read one at a time and only after every header, name and shape has been checked, so a bad
+file costs an error line and no memory. Pickles (``pytorch_model.bin``) are not read: loading one runs
+its author's code. Every write goes beside its final name, is synced, and is renamed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastlm.architectures import check_model_type, check_tensors, size
+from fastlm.errors import InputError
+from fastlm.gguf_file import GGUFFile
+from fastlm.gguf_models import load_gguf
+from fastlm.quant.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from fastlm.tokenizer import Tokenizer
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MODEL_FILES = (CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors")
+MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
+PARTS = ("qdata", "scales", "zeros")  # of a quantized weight, under its module's name
+State = Iterator[tuple[str, Tensor | QuantizedWeight]]
+
+
+# writing
+
+
+def save_atomic(path: str | Path, writer: Callable[[Path], Any]) -> None:
+    """``writer(part)`` makes a file or a folder at ``part``, beside ``path``; then it is synced and
+    takes ``path``'s name. If anything fails nothing new is left and ``path`` is as it was.
+
+    A folder takes two renames, old away and new in: a crash between them leaves the old one complete
+    beside, as ``.NAME.*.old``. A full disk, a read-only place and the like are an InputError.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        writer(part)
+        for item in [*part.rglob("*"), part] if part.is_dir() else [part]:
+            _sync(item)
+        if part.is_dir():
+            _swap(part, path)
+        else:
+            os.replace(part, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written: {_reason(error)}") from error
+    finally:
+        _remove(part)
+
+
+def make_folder(path: str | Path) -> Path:
+    """``path`` as an existing folder."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder: {_reason(error)}") from error
+    return path
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _swap(part: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(part, path)
+        return
+    if not path.is_dir():
+        raise NotADirectoryError(20, "a file of that name exists", str(path))
+    old = part.with_suffix(".old")
+    os.rename(path, old)
+    try:
+        os.rename(part, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    _remove(old)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _keep_others(folder: Path, part: Path) -> None:
+    """Hard-link into ``part`` what ``folder`` holds besides a model (its tokenizer, say)."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without links
+            shutil.copy2(source, target)
+
+    ignore = shutil.ignore_patterns(*MODEL_FILES)
+    shutil.copytree(folder, part, symlinks=True, ignore=ignore, copy_function=link)
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU tensors as safetensors wants them: contiguous, none sharing memory with another."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
+def save_hf(
+    folder: str | Path,
+    config_dict: Mapping[str, Any],
+    state: Mapping[str, Tensor | QuantizedWeight],
+    *,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write a Hugging Face folder: config.json and model.safetensors, or shards of at most
+    ``max_shard_bytes`` (a single larger tensor gets its own) with their index.
+
+    A QuantizedWeight named ``X.weight`` is stored as ``X.qdata``, ``X.scales`` and ``X.zeros``, and
+    config.json gets a ``quantization_config`` unless it has one. Other files of an existing folder
+    stay. The folder is replaced as a whole, or not at all (see ``save_atomic``).
+    """
+    if max_shard_bytes < 1:
+        raise InputError(f"max_shard_bytes: wanted a positive number, came {max_shard_bytes}")
+    folder = Path(folder)
+    config = dict(config_dict)
+    tensors: dict[str, Tensor] = {}
+    quantized: dict[str, QuantizedWeight] = {}
+    for name, value in state.items():
+        if isinstance(value, QuantizedWeight):
+            module = name.removesuffix(".weight")
+            quantized[module] = value
+            parts = zip(PARTS, (value.qdata, value.scales, value.zeros))
+            tensors |= {f"{module}.{part}": t for part, t in parts if t is not None}
+        else:
+            tensors[name] = value
+    if quantized and "quantization_config" not in config:
+        config["quantization_config"] = _describe(quantized)
+
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+
+    def write(part: Path) -> None:
+        if folder.is_dir():
+            _keep_others(folder, part)
+        else:
+            part.mkdir()
+        weight_map = {}
+        for index, shard in enumerate(shards):
+            file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+            file = SINGLE if len(shards) == 1 else file
+            save_file(_own(shard), part / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(part / CONFIG, config)
+
+    make_folder(folder.parent)
+    save_atomic(folder, write)
+
+
+def _describe(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
+    """The quantization_config of these weights; one format and group size only where all agree."""
+    modules = {n: {"bits": w.bits, "group_size": w.group_size} for n, w in quantized.items()}
+    formats = {f"w{w.bits}a16" for w in quantized.values()}
+    groups = {w.group_size for w in quantized.values()}
+    return {
+        "quant_method": "fastlm",
+        "format": formats.pop() if len(formats) == 1 else "mixed",
+        "group_size": groups.pop() if len(groups) == 1 else None,
+        "modules": modules,
+    }
+
+
+# reading
+
+
+def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[str, Any], State]:
+    """``(config, tensors)``: config.json's content, and (name, tensor) one by one under Hugging
+    Face's names, from a Hugging Face folder, a fastlm run folder or a .gguf file.
+
+    Quantized weights come as QuantizedWeight, or as float32 with ``keep_quantized=False``. A tied
+    ``lm_head.weight`` is left out. Everything about the file is checked before the first tensor.
+    Raises InputError: unreadable or cut short, a missing shard, tensor or config entry, an unknown
+    architecture, a tensor of a shape the config does not give.
+    """
+    path = _locate(Path(path))
+    if path.suffix == ".gguf":
+        config, tensors = load_gguf(GGUFFile(path))
+    else:
+        config, tensors = _load_folder(path)
+    if not keep_quantized:
+        tensors = ((n, w.dequantize() if isinstance(w, QuantizedWeight) else w) for n, w in tensors)
+    return config, tensors
+
+
+def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
+    """The tokenizer that lies with a model (or in its run folder), refused when it has ids that the
+    model's embedding lacks."""
+    from fastlm.tokenizer import Tokenizer
+
+    path = Path(path)
+    model = _locate(path)
+    places = [model, path / "tokenizer", path.parent / "tokenizer"]
+    found = next((p for p in places if p.is_file() or (p / "tokenizer.json").exists()), model)
+    tokenizer = Tokenizer.load(found)
+    vocab = size(config, "vocab_size", model)
+    if tokenizer.vocab_size > vocab:
+        raise InputError(
+            f"{found}: wanted a tokenizer of at most {vocab} ids (the model's embedding), "
+            f"came {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _locate(path: Path) -> Path:
+    """The folder with config.json, or the .gguf file, that ``path`` means."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path}: wanted a model folder or a .gguf file, came another file")
+        return path
+    for folder in (path, path / "model"):  # "model": a run folder
+        if (folder / CONFIG).is_file():
+            return folder
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if len(files) == 1:
+        return files[0]
+    came = "no such path" if not path.exists() else f"neither there ({len(files)} .gguf files)"
+    raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, came {came}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{file}: wanted at most {MAX_JSON_BYTES} bytes of JSON")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 alike
+        raise InputError(f"{file}: wanted readable JSON, came: {_reason(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: wanted a JSON object, came {type(value).__name__}")
+    return value
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise InputError(f"{file}: wanted a safetensors file, came none")
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: not a whole safetensors file: {_reason(error)}") from error
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, checked against the files' own headers."""
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file() and list(folder.glob("*.bin")):
+            raise InputError(f"{folder}: wanted {SINGLE}, came a pickle (convert it first)")
+        with _open(folder / SINGLE) as file:
+            return dict.fromkeys(file.keys(), SINGLE)
+    index = folder / INDEX
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: weight_map: wanted tensor names to file names, came none")
+    for name in weight_map.values():
+        # a bare name: an index must not point out of its folder
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise InputError(f"{index}: weight_map: wanted names of files beside it, came {name!r}")
+    for name in sorted(set(weight_map.values())):
+        with _open(folder / name) as file:
+            held = set(file.keys())
+        for tensor, place in weight_map.items():
+            if place == name and tensor not in held:
+                raise InputError(f"{folder / name}: wanted a tensor {tensor} by the index, came none")
+    return weight_map
+
+
+def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
+    config = _read_json(folder / CONFIG)
+    check_model_type(config.get("model_type"), folder / CONFIG)
+    method = (config.get("quantization_config") or {}).get("quant_method", "fastlm")
+    if method != "fastlm":
+        raise InputError(
+            f"{folder / CONFIG}: quantization_config: wanted quant_method fastlm, came {method!r}"
+        )
+    weight_map = _weight_map(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sorted(set(weight_map.values())):
+        with _open(folder / name) as file:
+            for tensor in file.keys():  # noqa: SIM118 (not a dict)
+                if weight_map.get(tensor) == name:
+                    view = file.get_slice(tensor)
+                    shapes |= _logical(tensor, tuple(view.get_shape()), view.get_dtype())
+    check_tensors(shapes, config, folder)
+    drop = "lm_head.weight" if config.get("tie_word_embeddings") else None
+
+    def tensors() -> State:
+        for name in sorted(set(weight_map.values())):
+            with _open(folder / name) as file:
+                for tensor, place in weight_map.items():
+                    module, _, part = tensor.rpartition(".")
+                    if place != name or tensor == drop or part in PARTS[1:]:
+                        continue
+                    if part == PARTS[0]:
+                        yield f"{module}.weight", _quantized(folder, weight_map, module)
+                    else:
+                        yield tensor, _get(file, folder / name, tensor)
+
+    return config, tensors()
+
+
+def _logical(name: str, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[int, ...]]:
+    """The weight's own name and shape for a stored tensor; nothing for scales and offsets."""
+    module, _, part = name.rpartition(".")
+    if part not in PARTS:
+        return {name: shape}
+    if part != PARTS[0]:
+        return {}
+    packed = dtype == "U8" and len(shape) == 2  # two 4-bit values a byte
+    return {f"{module}.weight": (shape[0], 2 * shape[1]) if packed else shape}
+
+
+def _get(file: Any, path: Path, name: str) -> Tensor:
+    try:
+        return file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: {name}: cannot be read: {_reason(error)}") from error
+
+
+def _quantized(folder: Path, weight_map: Mapping[str, str], module: str) -> QuantizedWeight:
+    parts: dict[str, Tensor | None] = {}
+    for part in PARTS:
+        name = f"{module}.{part}"
+        if name in weight_map:
+            file = folder / weight_map[name]
+            with _open(file) as handle:
+                parts[part] = _get(handle, file, name)
+    qdata, scales, zeros = map(parts.get, PARTS)
+    if qdata is None or scales is None or qdata.dim() != 2 or scales.dim() != 2:
+        raise InputError(f"{folder}: {module}: wanted 2-D qdata and scales, came less")
+    bits = 4 if qdata.dtype == torch.uint8 else 8
+    n, k = qdata.shape[0], qdata.shape[1] * (8 // bits)
+    group_size = k // max(scales.shape[1], 1)
+    try:
+        return QuantizedWeight(qdata, scales, zeros, bits, group_size, (n, k))
+    except InputError as error:
+        raise InputError(f"{folder}: {module}: {error}") from error
+
+
+# tensors with a checksum
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write ``tensors`` and JSON ``metadata`` as a folder that ``load_tensors`` verifies."""
+
+    def write(part: Path) -> None:
+        part.mkdir()
+        data = part / "tensors.safetensors"
+        save_file(_own(tensors), data)
+        _write_json(
+            part / "manifest.json",
+            {"bytes": data.stat().st_size, "sha256": _sha256(data), "metadata": metadata or {}},
+        )
+
+    save_atomic(path, write)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """``(tensors, metadata)`` of a ``save_tensors`` folder; InputError if a byte has changed."""
+    path = Path(path)
+    manifest = _read_json(path / "manifest.json")
+    data = path / "tensors.safetensors"
+    try:
+        came = _sha256(data)
+        if came != manifest.get("sha256"):
+            wanted = str(manifest.get("sha256"))
+            raise InputError(f"{data}: corrupt: wanted sha256 {wanted:.12}..., came {came:.12}...")
+        return load_file(data), manifest.get("metadata") or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{data}: cannot be read: {_reason(error)}") from error
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

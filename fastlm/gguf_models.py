@@ -1,0 +1,262 @@
+"""A GGUF file as a Hugging Face checkpoint: config, tensor names, and llama.cpp's changes undone.
+
+llama.cpp's converter renames every tensor, reorders the rows of q and k for its interleaved RoPE
+(architectures llama and smollm3), and adds one to Gemma's norm weights. Each is reversed here, the
+reordering on packed rows too, so the model code knows one layout only.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlm.architectures import KNOWN, check_tensors
+from fastlm.errors import InputError
+from fastlm.gguf_file import GGUFFile
+from fastlm.quant.weight import QuantizedWeight
+
+# general.architecture -> model_type
+ARCHITECTURES = {
+    **{name: name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2")},
+    "gemma3": "gemma3_text",
+    **{name: name for name in ("olmo2", "phi3", "smollm3")},
+}
+INTERLEAVED = ("llama", "mistral", "smollm3")  # q and k rows reordered
+NORM_PLUS_ONE = ("gemma2", "gemma3_text")
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OVERRIDES = {
+    "gemma2": {"ffn_norm": "pre_feedforward_layernorm"},
+    "gemma3_text": {"ffn_norm": "pre_feedforward_layernorm"},
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+}
+ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+# Llama 3.1 and later state their RoPE scaling in a GGUF only as its result, one divisor per
+# frequency. All published models share these three values; the divisors are checked against them.
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def hf_name(name: str, model_type: str) -> str | None:
+    """Hugging Face's name of a GGUF tensor, None for one that this architecture does not have."""
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        layer, part, suffix = match.groups()
+        module = {**LAYER, **OVERRIDES.get(model_type, {})}.get(part)
+        return module and f"model.layers.{layer}.{module}.{suffix}"
+    if match := re.fullmatch(r"(\w+)\.(weight|bias)", name):
+        module = TOP.get(match[1])
+        return module and f"{module}.{match[2]}"
+    return None
+
+
+def config_of(file: GGUFFile) -> dict[str, Any]:
+    """Hugging Face's config.json for the model in ``file``."""
+    metadata = file.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(
+            f"{file.path}: general.architecture: wanted one of {known}, came {architecture!r}"
+        )
+
+    def get(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{architecture}.{key}", default)
+
+    def number(key: str, kind: type = int, default: Any = None) -> Any:
+        value = get(key, default)
+        if type(value) is not kind:
+            raise InputError(
+                f"{file.path}: {architecture}.{key}: wanted one {kind.__name__}, came {value!r:.60}"
+            )
+        # the shortest decimal of the file's float32: 1e-05, as config.json had it
+        return float(str(np.float32(value))) if kind is float else value
+
+    if "token_embd.weight" not in file.tensors:
+        raise InputError(f"{file.path}: wanted a tensor token_embd.weight, came none")
+    window = get("attention.sliding_window")
+    model_type = ARCHITECTURES[architecture]
+    if model_type == "llama" and window:
+        model_type = "mistral"  # llama.cpp files Mistral under llama
+    if model_type == "olmo2" and window:
+        raise InputError(f"{file.path}: general.architecture: wanted olmo2, came olmo3 (windowed)")
+    hidden, heads = number("embedding_length"), number("attention.head_count")
+    layers = number("block_count")
+    rotary = get("rope.dimension_count")
+    head_dim = get("attention.key_length")
+    if head_dim is None:
+        derived = hidden // heads if heads else 0
+        head_dim = rotary if rotary and model_type != "phi3" else derived
+    if type(head_dim) is not int or head_dim < 2 or head_dim % 2:
+        raise InputError(f"{file.path}: head size: wanted a positive even integer, came {head_dim}")
+    config: dict[str, Any] = {
+        "architectures": [KNOWN[model_type]],
+        "model_type": model_type,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", default=heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": number("context_length"),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon", float),
+        "rope_theta": number("rope.freq_base", float, 10000.0),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "hidden_act": "silu",
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+    }
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{key}_token_id"] = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if rotary and head_dim and rotary != head_dim:
+        config["partial_rotary_factor"] = rotary / head_dim
+    if scaling := _rope_scaling(file, config, get):
+        config["rope_scaling"] = scaling
+        if original := scaling.get("original_max_position_embeddings"):
+            config["original_max_position_embeddings"] = original
+    if model_type == "qwen2":
+        del config["attention_bias"]  # always biased; its config has no such key
+    if model_type in ("mistral", "phi3"):
+        config["sliding_window"] = window
+    if model_type == "smollm3":  # llama.cpp fixes the interval in code
+        config["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(layers)]
+    if model_type in NORM_PLUS_ONE:
+        del config["hidden_act"]
+        config |= _gemma(model_type, config, get, number)
+    return config
+
+
+def _gemma(model_type: str, config: dict[str, Any], get: Any, number: Any) -> dict[str, Any]:
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    # the file has no query scale: llama.cpp knows the 27B models by their layer count
+    is_27b = layers == {"gemma2": 46, "gemma3_text": 62}[model_type]
+    scale = config["hidden_size"] // heads if is_27b else config["head_dim"]
+    period = {"gemma2": 2, "gemma3_text": 6}[model_type]  # the last of each is global
+    local = {} if model_type == "gemma2" else {"rope_local_base_freq": 10000.0}
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": number("attention.sliding_window"),
+        "query_pre_attn_scalar": scale,
+        "layer_types": [
+            "full_attention" if (i + 1) % period == 0 else "sliding_attention"
+            for i in range(layers)
+        ],
+        "attn_logit_softcapping": get("attn_logit_softcapping"),
+        "final_logit_softcapping": get("final_logit_softcapping"),
+        **local,
+    }
+
+
+def _rope_scaling(file: GGUFFile, config: dict[str, Any], get: Any) -> dict[str, Any] | None:
+    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor")
+    original = get("rope.scaling.original_context_length")
+    if "rope_factors_long.weight" in file.tensors:
+        tables = {
+            f"{length}_factor": _floats(file, f"rope_factors_{length}.weight").tolist()
+            for length in ("long", "short")
+        }
+        return {"rope_type": "longrope", "original_max_position_embeddings": original, **tables}
+    if "rope_freqs.weight" in file.tensors:
+        return _llama3_scaling(file, config)
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+        }
+    if kind not in ("none", "longrope"):
+        raise InputError(
+            f"{file.path}: rope.scaling.type: wanted none, linear, yarn or longrope, came {kind!r}"
+        )
+    return None
+
+
+def _floats(file: GGUFFile, name: str) -> np.ndarray:
+    if name not in file.tensors or isinstance(tensor := file.load(name), QuantizedWeight):
+        raise InputError(f"{file.path}: {name}: wanted an unquantized tensor, came none")
+    return tensor.double().flatten().numpy()
+
+
+def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    divisors = _floats(file, "rope_freqs.weight")
+    half = config["head_dim"] // 2
+    factor = float(divisors.max(initial=1.0))
+    low, high, original = LLAMA3_ROPE.values()
+    # turns of each frequency over the original context: few turns are stretched by ``factor``
+    turns = original * config["rope_theta"] ** -(np.arange(half) / half) / (2 * np.pi)
+    blend = np.clip((turns - low) / (high - low), 0, 1)
+    wanted = 1 / (blend + (1 - blend) / factor)
+    # the file's divisors were computed in float32
+    if divisors.shape != wanted.shape or not np.allclose(divisors, wanted, rtol=1e-4):
+        raise InputError(f"{file.path}: rope_freqs.weight: wanted Llama 3's scaling, came another")
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
+
+
+def _undo_interleave(
+    weight: Tensor | QuantizedWeight, heads: int
+) -> Tensor | QuantizedWeight:
+    """Rows (head, pair, 2), as interleaved RoPE wants them, back to (head, 2, pair)."""
+    rows = weight.shape[0]
+    order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+    if isinstance(weight, QuantizedWeight):
+        zeros = None if weight.zeros is None else weight.zeros[order]
+        return replace(
+            weight, qdata=weight.qdata[order], scales=weight.scales[order], zeros=zeros
+        )
+    return weight[order]
+
+
+def load_gguf(file: GGUFFile) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]]:
+    """config.json's content, and the tensors one by one under Hugging Face's names."""
+    config = config_of(file)
+    kind = config["model_type"]
+    names = {}
+    for name in file.tensors:
+        if name in ROPE_TABLES:
+            continue
+        if (target := hf_name(name, kind)) is None:
+            raise InputError(f"{file.path}: {name}: wanted a tensor of {kind}, came one it lacks")
+        if target in names.values():
+            raise InputError(f"{file.path}: {name}: wanted one tensor for {target}, came two")
+        names[name] = target
+    shapes = {target: file.tensors[name].shape for name, target in names.items()}
+    check_tensors(shapes, config, file.path)
+
+    def tensors() -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        for name, target in names.items():
+            weight = file.load(name)
+            if file.metadata["general.architecture"] in INTERLEAVED:
+                if ".attn_q." in name:
+                    weight = _undo_interleave(weight, config["num_attention_heads"])
+                elif ".attn_k." in name:
+                    weight = _undo_interleave(weight, config["num_key_value_heads"])
+            if kind in NORM_PLUS_ONE and name.endswith("norm.weight"):
+                weight = weight - 1  # type: ignore[operator]  # norms are never quantized
+            yield target, weight
+
+    return config, tensors()

@@ -1,0 +1,194 @@
+"""The tokenizer inside a GGUF file, rebuilt for the ``tokenizers`` library.
+
+A GGUF states tokens, merges or scores, and the *name* of its pre-tokenizer; the split pattern behind a name is
+llama.cpp's knowledge and is tabled here. An unknown name is refused: a wrong pattern gives ids that look right.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+
+from fastlm.errors import InputError
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = _GPT4 % r"\p{N}{1,3}"
+QWEN2 = _GPT4 % r"\p{N}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O = _CASED % (_CONTRACTION, _CONTRACTION, r"\p{N}{1,3}")
+TEKKEN = _CASED % ("", "", r"\p{N}")
+DIGIT = r"\p{N}"
+
+# tokenizer.ggml.pre -> the patterns to split by, one after the other
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys("gpt-2 phi-2 jina-es jina-de mpt olmo jais exaone4".split(), (GPT2,)),
+    **dict.fromkeys("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral".split(), (LLAMA3,)),
+    **dict.fromkeys("dbrx smaug-bpe glm4 chatglm-bpe lfm2 midm-2.0".split(), (LLAMA3,)),
+    **dict.fromkeys("qwen2 stablelm2 deepseek-r1-qwen hunyuan megrez".split(), (QWEN2,)),
+    **dict.fromkeys("smollm starcoder refact command-r".split(), (DIGIT, GPT2)),
+    **dict.fromkeys("codeshell exaone minerva-7b".split(), (DIGIT, GPT2)),
+    **dict.fromkeys("gpt-4o llama4".split(), (GPT4O,)),
+    "tekken": (TEKKEN,),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+# names under which a pre-token that is in the vocabulary is taken whole, and BOS is added by default
+WHOLE_WORDS = frozenset(
+    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken".split()
+)
+
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type; 1 normal, 2 unknown, 5 unused, 6 byte
+
+
+def byte_level(patterns: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+    """Split by each pattern in turn, then spell bytes in GPT-2's printable alphabet."""
+    return pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(p), "isolated") for p in patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def build(metadata: dict[str, Any], path: Any) -> tuple[Tokenizer, dict[str, str], str | None]:
+    """The tokenizer, its role tokens (``bos_token`` -> text ...) and chat template from a GGUF's metadata."""
+
+    def get(key: str, default: Any = None) -> Any:
+        return metadata.get(f"tokenizer.ggml.{key}", default)
+
+    model, tokens = get("model"), get("tokens")
+    if model not in ("gpt2", "llama"):
+        raise InputError(
+            f"{path}: tokenizer.ggml.model: wanted gpt2 (byte-level BPE) or llama (SentencePiece BPE), "
+            f"came {model!r}"
+        )
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
+        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted a list of strings, came none")
+    if len(set(tokens)) != len(tokens):
+        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted each token once, came duplicates")
+    kinds = list(get("token_type", ()))
+    if kinds and len(kinds) != len(tokens):
+        raise InputError(
+            f"{path}: tokenizer.ggml.token_type: wanted {len(tokens)} entries, came {len(kinds)}"
+        )
+    role_ids = {
+        "bos_token": get("bos_token_id"),
+        "eos_token": get("eos_token_id"),
+        "unk_token": get("unknown_token_id"),
+        "pad_token": get("padding_token_id"),
+    }
+    roles = {}
+    for name, token_id in role_ids.items():
+        if token_id is None or token_id == 2**32 - 1:  # some writers state "none" as -1
+            continue
+        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+            raise InputError(
+                f"{path}: {name}: wanted an id below {len(tokens)} (the tokens), came {token_id!r}"
+            )
+        roles[name] = tokens[token_id]
+
+    if model == "gpt2":
+        tokenizer = _byte_level_bpe(tokens, get("merges"), get("pre", "default"), path)
+        add_bos = get("add_bos_token", get("pre") in WHOLE_WORDS)
+    else:
+        tokenizer = _sentencepiece(metadata, tokens, kinds, roles.get("unk_token"), path)
+        add_bos = get("add_bos_token", True)
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        added = [
+            AddedToken(token, normalized=False, special=special)
+            for token, k in zip(tokens, kinds)
+            if k == kind and token
+        ]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    _add_ends(tokenizer, roles.get("bos_token") if add_bos else None,
+              roles.get("eos_token") if get("add_eos_token", False) else None)
+    template = metadata.get("tokenizer.chat_template")
+    return tokenizer, roles, template if isinstance(template, str) else None
+
+
+def _add_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
+    ends = [token for token in (bos, eos) if token is not None]
+    if ends:
+        # no pair templates: they need type ids that language models do not have
+        single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+        ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(ends)]
+        tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+
+
+def _byte_level_bpe(tokens: list[str], merges: Any, pre: str, path: Any) -> Tokenizer:
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise InputError(f"{path}: tokenizer.ggml.pre: wanted one of {known}, came {pre!r}")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    # a byte-level token holds no space, so the one space separates the two halves
+    pairs = [tuple(m.split(" ", 1)) for m in merges or [] if isinstance(m, str)]
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise InputError(
+                f"{path}: tokenizer.ggml.merges: wanted two tokens whose union is a token, came {pair!r}"
+            )
+    if not pairs:
+        raise InputError(f"{path}: tokenizer.ggml.merges: wanted a list of merges, came none")
+    tokenizer = Tokenizer(BPE(vocab, pairs, ignore_merges=pre in WHOLE_WORDS))
+    tokenizer.pre_tokenizer = byte_level(PRE_TOKENIZERS[pre])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(
+    metadata: dict[str, Any], tokens: list[str], kinds: list[int], unk: str | None, path: Any
+) -> Tokenizer:
+    """BPE over characters, spaces spelt U+2581, unknown characters as their bytes (<0xNN>)."""
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise InputError(f"{path}: tokenizer.ggml.scores: wanted one per token ({len(tokens)})")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    # Gemma's scores are not in merge order; the order of its tokens is
+    gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
+    rank = [-i for i in range(len(tokens))] if gemma else [float(s) for s in scores]
+    mergeable = [t for i, t in enumerate(tokens) if not kinds or kinds[i] in (1, USER_DEFINED)]
+    if unk is None and len(kinds):
+        unk = next((token for token, kind in zip(tokens, kinds) if kind == 2), None)
+    merges = _merges(mergeable, vocab, rank)
+    tokenizer = Tokenizer(
+        BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token=unk)
+    )
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", not gemma))
+    spell = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), spell]) if prefix else spell
+    )
+    tail = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
+    )
+    return tokenizer
+
+
+def _merges(tokens: list[str], vocab: dict[str, int], rank: list[float]) -> list[tuple[str, str]]:
+    """Every way to make a token of two others, best token first; ties by the ids of the halves.
+
+    SentencePiece keeps no merges: it joins the adjacent pair whose union scores highest, which is the same rule.
+    """
+    known = set(tokens)
+    found = []
+    for token in tokens:
+        halves = [
+            (token[:cut], token[cut:])
+            for cut in range(1, len(token))
+            if token[:cut] in known and token[cut:] in known
+        ]
+        halves.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        found += [(-rank[vocab[token]], pair) for pair in halves]
+    found.sort(key=lambda entry: entry[0])  # stable: keeps the order inside one token
+    return [pair for _, pair in found]

@@ -1,0 +1,355 @@
+"""Text to token ids and back: byte-level BPE trained here, or the tokenizer of an existing model.
+
+The work is done by Hugging Face's ``tokenizers``; this class adds what a language model needs around
+it: role tokens, chat templates, exact bytes per token, streaming, files in three formats. Training on
+pre-token counts of our own was the alternative; it is kept for when a corpus does not fit the
+library's memory (one entry per distinct pre-token).
+
+Special tokens written inside a text are text: ``encode(text)`` never yields a special id, so that no
+page from the web and no chat message can close a turn or end a document. ``special=True`` reads them
+as transformers does.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+from fastlm import chat_template, gguf_vocab
+from fastlm.errors import InputError
+from fastlm.progress import Track, silent
+
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+# tokens at which published chat and base models end what they say
+STOPS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|end|>")
+PIECE = 2**20  # characters handed to the trainer at a time: bounds what it holds of one document
+MAX_JSON_BYTES = 2**28  # the largest published tokenizer.json is 33 MB
+
+
+class Tokenizer:
+    """``bos_id``, ``eos_id``, ``pad_id``: int or None. ``chat_template``: Jinja text or None."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        roles: Mapping[str, str],
+        template: str | None = None,
+    ) -> None:
+        self._backend = backend
+        self._roles = {name: token for name, token in roles.items() if token is not None}
+        self.chat_template = template
+        for name, token in self._roles.items():
+            if backend.token_to_id(token) is None:
+                raise InputError(f"{name}: wanted a token of the vocabulary, came {token!r}")
+        self.bos_id, self.eos_id, self.pad_id = map(self._role_id, ROLES[:3])
+        stops = {backend.token_to_id(token) for token in STOPS if token in self._specials}
+        self.stop_ids = frozenset((stops | {self.eos_id}) - {None})
+        decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
+        kinds = {decoder.get("type"), *(d["type"] for d in decoder.get("decoders", ()))}
+        self._byte_level = "ByteLevel" in kinds
+        if not self._byte_level and not kinds & {"ByteFallback", "Metaspace"}:
+            raise InputError(
+                "tokenizer: wanted byte-level or SentencePiece-style BPE, "
+                f"came a decoder of {sorted(map(str, kinds))}"
+            )
+        self._strip_first = bool(kinds & {"Strip", "Metaspace"})
+
+    def _role_id(self, role: str) -> int | None:
+        token = self._roles.get(role)
+        return None if token is None else self._backend.token_to_id(token)
+
+    @cached_property
+    def _specials(self) -> dict[str, int]:
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    @cached_property
+    def _text_backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer to which special tokens are plain text (a flag on the whole object)."""
+        twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        twin.encode_special_tokens = True
+        return twin
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest id: what an embedding needs (ids may have gaps)."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    # training
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        *,
+        special_tokens: Sequence[str] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        track: Track = silent,
+    ) -> "Tokenizer":
+        """Byte-level BPE with GPT-4's split pattern; the special tokens take the first ids.
+
+        ``texts`` is read once, as a stream; memory grows with the number of distinct pre-tokens.
+        All 256 bytes are tokens, so every text comes back. The vocabulary is smaller than asked when
+        the text runs out of pairs. The first special token ends documents (eos and pad); with
+        ChatML's two tokens the chat template is ChatML.
+        """
+        least = 256 + len(special_tokens)
+        if vocab_size < least:
+            raise InputError(
+                f"vocab_size: wanted at least {least} (256 bytes and the special tokens), "
+                f"came {vocab_size}"
+            )
+        if not special_tokens or len(set(special_tokens)) < len(special_tokens):
+            raise InputError(f"special_tokens: wanted distinct tokens, came {special_tokens!r}")
+        backend = tokenizers.Tokenizer(BPE())
+        backend.pre_tokenizer = gguf_vocab.byte_level((gguf_vocab.LLAMA3,))
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(special_tokens),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        characters = 0
+
+        def pieces() -> Iterator[str]:
+            nonlocal characters
+            for text in track(texts, "tokenizer: reading", unit="document"):
+                characters += len(text)
+                for start in range(0, len(text), PIECE):
+                    yield _valid(text[start : start + PIECE])
+
+        backend.train_from_iterator(pieces(), trainer)
+        if not characters:
+            raise InputError("texts: wanted text to train on, came none")
+        chat = {"<|im_start|>", "<|im_end|>"} <= set(special_tokens)
+        roles = {"eos_token": special_tokens[0], "pad_token": special_tokens[0]}
+        return cls(backend, roles, chat_template.CHATML if chat else None)
+
+    # files
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """From a folder with tokenizer.json, that file itself, or a .gguf file."""
+        path = Path(path)
+        if path.suffix == ".gguf":
+            from fastlm.gguf_file import GGUFFile
+
+            return cls(*gguf_vocab.build(GGUFFile(path).metadata, path))
+        file = path / "tokenizer.json" if path.is_dir() else path
+        text = _read(file)
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{file}: wanted a tokenizer.json, came: {error}") from error
+        config = _read_json(file.parent / "tokenizer_config.json")
+        legacy = _read_json(file.parent / "special_tokens_map.json")
+        roles = {name: _content(config.get(name) or legacy.get(name)) for name in ROLES}
+        roles = {n: t for n, t in roles.items() if t and backend.token_to_id(t) is not None}
+        template = config.get("chat_template")
+        if (jinja := file.parent / "chat_template.jinja").exists():
+            template = _read(jinja)
+        if isinstance(template, list):  # several named ones; "default" is for chat
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        return cls(backend, roles, template if isinstance(template, str) else None)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into ``folder``,
+        each whole or not at all; ``transformers.AutoTokenizer`` reads them."""
+        from fastlm.checkpoint import make_folder, save_atomic
+
+        folder = make_folder(folder)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self._roles,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        files = {
+            "tokenizer.json": self._backend.to_str(pretty=True),
+            "special_tokens_map.json": json.dumps(self._roles, indent=2, ensure_ascii=False),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
+        }
+        for name, text in files.items():
+            save_atomic(folder / name, lambda p, t=text: p.write_text(t + "\n", encoding="utf-8"))
+
+    # ids
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of ``text``. ``special=True`` is what transformers' ``encode`` gives: special tokens in
+        the text become their ids, and BOS/EOS are added where the tokenizer says so."""
+        backend = self._backend if special else self._text_backend
+        return backend.encode(_valid(text), add_special_tokens=special).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text, on all cores."""
+        valid = [_valid(text) for text in texts]
+        batch = self._text_backend.encode_batch_fast(valid, add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of ``ids``; special tokens are left out unless ``special``. Bytes that are not UTF-8
+        come out as U+FFFD."""
+        stream = self.stream(special=special)
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def stream(self, *, special: bool = False) -> "TokenStream":
+        """A decoder to push ids into one by one; the pieces join to ``decode``'s text."""
+        return TokenStream(self, special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact bytes that ``token_id`` stands for (a special token: its name)."""
+        if not 0 <= token_id < self.vocab_size:
+            raise InputError(f"token_id: wanted 0 to {self.vocab_size - 1}, came {token_id}")
+        return self._bytes[token_id]
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        added = self._backend.get_added_tokens_decoder()
+        spell = _byte_level_bytes if self._byte_level else _sentencepiece_bytes
+        table = [b""] * self.vocab_size
+        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+            table[index] = token.encode() if index in added else spell(token)
+        return table
+
+    # chat
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt text of ``messages`` ([{"role": ..., "content": ...}]) by the chat template."""
+        if self.chat_template is None:
+            raise InputError("chat_template: wanted one for chat, this tokenizer has none")
+        known = {**self._roles, "add_generation_prompt": add_generation_prompt}
+        return chat_template.render(self.chat_template, messages, {**known, **variables})
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Ids of ``render_chat``; special tokens that stand in a message stay text."""
+        names = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True)))
+        seen: list[str] = []
+        chat_template.plain(messages, seen.append)
+        options = {"add_generation_prompt": add_generation_prompt, **variables}
+        if not names or not any(re.search(names, text) for text in seen):
+            text = _valid(self.render_chat(messages, **options))
+            return self._backend.encode(text, add_special_tokens=False).ids
+        # Break the names inside messages with a character that no message holds, render, cut at
+        # the names that are still whole (the template's own), mend and encode what is between.
+        used = set("".join(seen))
+        mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
+
+        def broken(text: str) -> str:
+            return re.sub(names, lambda m: m[0][0] + mark + m[0][1:], text)
+
+        text = self.render_chat(chat_template.plain(messages, broken), **options)
+        ids: list[int] = []
+        for part in re.split(f"({names})", text):
+            if part in self._specials:
+                ids.append(self._specials[part])
+            elif part:
+                ids += self.encode(part.replace(mark, ""))
+        return ids
+
+
+class TokenStream:
+    """``push(id)`` returns the text that is complete so far, ``flush()`` the rest at the end."""
+
+    def __init__(self, tokenizer: Tokenizer, special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = frozenset() if special else frozenset(tokenizer._specials.values())
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip = tokenizer._strip_first
+
+    def push(self, token_id: int) -> str:
+        data = self._tokenizer.token_bytes(token_id)
+        if token_id in self._hidden:
+            return ""
+        if self._strip:  # the space that encoding put before the text
+            data, self._strip = data.removeprefix(b" "), False
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 as itself, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + index): byte for index, byte in enumerate(others)},
+    }
+
+
+BYTE_OF = _byte_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes(BYTE_OF[character] for character in token)
+    except KeyError:  # a token outside the alphabet: padding entries such as "[PAD 7]"
+        return token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+        return bytes([int(match[1], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def _valid(text: str) -> str:
+    """``text`` if UTF-8 can hold it (no lone surrogates)."""
+    if not isinstance(text, str):
+        raise InputError(f"text: wanted str, came {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text: wanted valid Unicode, came a lone surrogate at {error.start}"
+        ) from None
+    return text
+
+
+def _read(file: Path) -> str:
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{file}: wanted at most {MAX_JSON_BYTES} bytes")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: wanted a readable text file, came: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(_read(file))
+    except ValueError as error:
+        raise InputError(f"{file}: wanted JSON, came: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: wanted a JSON object, came {type(value).__name__}")
+    return value
+
+
+def _content(token: Any) -> str | None:
+    """A role token as config files spell it: text, or a mapping with ``content``."""
+    return token.get("content") if isinstance(token, dict) else token
