@@ -11,5 +11,10 @@ from fastlm.ops.quantized_linear import quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rope import rope
 
-__all__ = ["glu", "rms_norm", "rope"]
-__all__ = ["quantize_weight", "quantized_linear", "rms_norm"]
+__all__ = [
+    "glu",
+    "quantize_weight",
+    "quantized_linear",
+    "rms_norm",
+    "rope",
+]
