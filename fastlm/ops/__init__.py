@@ -18,3 +18,9 @@ __all__ = [
     "rms_norm",
     "rope",
 ]
+from fastlm.ops.attention import attention
+from fastlm.ops.paged_attention import paged_attention
+from fastlm.ops.rms_norm import rms_norm
+from fastlm.ops.varlen_attention import varlen_attention
+
+__all__ = ["attention", "paged_attention", "rms_norm", "varlen_attention"]

@@ -1,0 +1,239 @@
+"""Softmax attention that never holds the (S, T) scores (Dao et al. 2022, arXiv:2205.14135), with every option at once.
+
+The public functions of `varlen_attention` and `paged_attention` check their options with `check_options` here: the
+three ops differ in where queries and keys lie, and share everything else down to one C++ body.
+
+Dropout draws from Philox4x32-10 (Salmon et al. 2011) on (seed, batch, head, row, key), so that the backward redraws the
+forward's mask instead of storing it, and every backend draws the same. The seed is a one-element tensor made by
+``torch.randint`` from torch's generator: under torch.compile it is one more node of the graph, and on a GPU nothing
+waits for it. Rejected: two ints (``.item()`` breaks the graph), torch's generator state (differs between devices).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.backend import register
+from fastlm.errors import InputError
+
+
+class Options(NamedTuple):
+    """The options as operators take them: 0 means none."""
+
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    bias: Tensor | None
+    causal: bool
+    scale: float
+    window: int
+    softcap: float
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)`` with the options below, in this order::
+
+        s = scale * (q @ k.mT)                           scale: 1 / sqrt(D) by default
+        s = softcap * tanh(s / softcap)
+        s = s - alibi_slopes[:, None, None] * |i - j|    i, j aligned at the end: the last query is at the last key
+        s = s + bias
+        s = s where j <= i (causal), 0 <= i - j < window, else -inf
+        lse = logsumexp(s and the head's sink)
+        out = dropout(exp(s - lse)) @ v
+
+    Args:
+        q: (B, H, S, D), k: (B, Hkv, T, D), v: (B, Hkv, T, Dv), one dtype: float32, bfloat16 or float16 (float64 on the
+            reference); H a multiple of Hkv: query head h reads key head h // (H / Hkv). Any strides.
+        sinks: (H,), one more logit per head in the denominator (differentiable).
+        alibi_slopes: (H,); constants, no gradient.
+        bias: float, broadcast to (B, H, S, T) (differentiable); or bool, True where a key is seen.
+        dropout_p: chance to drop a probability; the seed comes from torch's generator.
+        return_lse: also return lse (B, H, S), float32 (differentiable).
+
+    A row that sees nothing is zero, its lse -inf and its gradients zero. Memory beyond the outputs: keys and values once
+    more (packed), never S x T. The backward keeps out and lse and recomputes the rest.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit together, or an option is out of range.
+    """
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise InputError(
+                f"{name}: wanted 4 dimensions (B, heads, length, D), got {tuple(t.shape)}"
+            )
+    if k.shape[0] != q.shape[0] or v.shape[:3] != k.shape[:3]:
+        raise InputError(
+            f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {q.shape[0]} as q, got {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    options = check_options(
+        q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes, bias,
+        (q.shape[0], q.shape[1], q.shape[2], k.shape[2]),
+    )  # fmt: skip
+    seed = dropout_seed(dropout_p, q)
+    out, lse = _forward(q, k, v, *options[:3], seed, *options[3:], float(dropout_p))
+    return (out, lse) if return_lse else out
+
+
+def check_options(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    kv_heads: int,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    bias_shape: tuple[int, ...],
+    *,
+    kv_dtypes: tuple[torch.dtype, ...] = (),
+) -> Options:
+    """Checks what the three attention ops share; `kv_dtypes` lists what k and v may be besides q's dtype."""
+    if not q.is_floating_point():
+        raise InputError(f"q: wanted a float dtype, got {q.dtype}")
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype and t.dtype not in kv_dtypes:
+            raise InputError(f"{name}: wanted {q.dtype} as q, got {t.dtype}")
+        if t.device != q.device:
+            raise InputError(f"{name}: wanted device {q.device} as q, got {t.device}")
+    if q.shape[-1] == 0 or k.shape[-1] != q.shape[-1]:
+        raise InputError(
+            f"k: wanted head width D = {q.shape[-1]} >= 1 as q, got k {tuple(k.shape)}"
+        )
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise InputError(f"q: wanted heads a multiple of k's {kv_heads}, got {heads}")
+    for name, t in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if t is None:
+            continue
+        if t.shape != (heads,) or not t.is_floating_point() or t.device != q.device:
+            raise InputError(
+                f"{name}: wanted ({heads},) floats on {q.device}, one a head, got {t.dtype} {tuple(t.shape)} on {t.device}"
+            )
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise InputError(
+            "alibi_slopes: wanted constants (detach them), got a tensor that requires grad"
+        )
+    if bias is not None:
+        bias = _bias_4d(q, bias, bias_shape)
+    if window is not None and window < 1:
+        raise InputError(f"window: wanted at least 1 or None, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise InputError(f"softcap: wanted above 0 or None, got {softcap}")
+    return Options(
+        sinks,
+        alibi_slopes,
+        bias,
+        causal,
+        1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        window or 0,
+        softcap or 0.0,
+    )
+
+
+def _bias_4d(q: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """bias with four dimensions, each 1 or full."""
+    fits = bias.dim() <= 4 and all(
+        n == 1 or n == full for n, full in zip(bias.shape[::-1], shape[::-1])
+    )
+    if not fits or bias.device != q.device:
+        raise InputError(
+            f"bias: wanted to broadcast to {tuple(shape)} on {q.device}, got {tuple(bias.shape)} on {bias.device}"
+        )
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill(~bias, -math.inf)
+    if not bias.is_floating_point():
+        raise InputError(f"bias: wanted float or bool, got {bias.dtype}")
+    return bias[(None,) * (4 - bias.dim())]
+
+
+def dropout_seed(dropout_p: float, q: Tensor) -> Tensor | None:
+    """(1,) int64 from torch's generator, or None without dropout."""
+    if not 0 <= dropout_p <= 1:
+        raise InputError(f"dropout_p: wanted 0 to 1, got {dropout_p}")
+    if dropout_p == 0:
+        return None
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(q, k, v, sinks, alibi_slopes, bias, seed, *_):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
+
+
+def backward_fake(dout, dlse, q, k, v, out, lse, *rest):
+    """Shapes of the gradients; `rest` is (..., sinks, alibi_slopes, bias, seed, numbers) in both dense and varlen."""
+    sinks, bias, bias_grad = rest[0], rest[2], rest[-1]
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        lse.new_empty(0 if sinks is None else sinks.shape[0]),
+        lse.new_empty(bias.shape if bias is not None and bias_grad else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, sinks, alibi_slopes, bias, seed, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, sinks, alibi_slopes, bias, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx, dout, dlse):
+    q, k, v, out, lse, sinks, alibi_slopes, bias, seed = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = _backward(
+        dout, dlse, q, k, v, out, lse, sinks, alibi_slopes, bias, seed, *ctx.numbers,
+        ctx.needs_input_grad[5],
+    )  # fmt: skip
+    dq, dk, dv, dsinks, dbias = grads
+    return (
+        dq,
+        dk,
+        dv,
+        None if sinks is None else dsinks.to(sinks.dtype),
+        None,
+        dbias.to(bias.dtype) if ctx.needs_input_grad[5] else None,
+        *(None,) * (1 + len(ctx.numbers)),
+    )
+
+
+NUMBERS = "bool causal, float scale, SymInt window, float softcap"
+_forward = register(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
+    f" Tensor? seed, {NUMBERS}, float dropout_p) -> (Tensor, Tensor)",
+    fake=_forward_fake,
+    implementations={"reference": reference.attention_forward},
+    setup_context=_setup_context,
+    backward=_autograd_backward,
+)
+_backward = register(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
+    " Tensor lse, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? seed,"
+    f" {NUMBERS}, float dropout_p, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=backward_fake,
+    implementations={"reference": reference.attention_backward},
+    picked_by=2,
+)

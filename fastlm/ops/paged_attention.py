@@ -1,0 +1,119 @@
+"""Attention on a key-value cache of pages (Kwon et al. 2023, arXiv:2309.06180), for generation; int8 caches too."""
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.backend import register
+from fastlm.errors import InputError
+from fastlm.ops.attention import NUMBERS, check_options, wide_dtype
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fastlm.ops.attention` of the S newest positions of each sequence on its keys and values in pages.
+
+    Key j of sequence b is ``k_cache[block_table[b, j // page_size], j % page_size]``; a sequence has
+    ``seq_lens[b]`` keys, those of q included: with causal, the last query sees all of them.
+
+    Args:
+        q: (B, S, H, D), float32, bfloat16 or float16.
+        k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): q's dtype, or int8 with
+            scales. Any page size.
+        block_table: (B, max_pages) int32; entries past a sequence's last page are not read.
+        seq_lens: (B,) int32.
+        k_scale, v_scale: value of one int8 step: a number, or a tensor of shape () or (Hkv,). int8 caches only.
+        bias: broadcast to (B, H, S, longest T); sequence b uses its first keys.
+        return_lse: also return lse (B, H, S), float32.
+
+    Returns:
+        (B, S, H, Dv). No autograd: it is for generation.
+
+    Raises:
+        InputError: as `attention`; a page outside the cache, a length beyond the table, scales that do not fit.
+    """
+    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if t.dim() != 4:
+            raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")
+    if v_cache.shape[:3] != k_cache.shape[:3] or k_cache.shape[1] == 0:
+        raise InputError(
+            f"v_cache: wanted (pages, page_size, Hkv, Dv) as k_cache {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}"
+        )
+    for name, t, dim in (("block_table", block_table, 2), ("seq_lens", seq_lens, 1)):
+        good = t.dtype in (torch.int32, torch.int64) and t.device == q.device
+        if t.dim() != dim or t.shape[0] != q.shape[0] or not good:
+            raise InputError(
+                f"{name}: wanted {dim} dimension(s), B = {q.shape[0]} rows, int32 on {q.device}, "
+                f"got {t.dtype} {tuple(t.shape)} on {t.device}"
+            )
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+    ):
+        raise InputError(
+            "q, k_cache, v_cache: wanted tensors without grad (it has no backward: use attention), got one that requires grad"
+        )
+    if bias is None:
+        bias_shape = (q.shape[0], q.shape[2], q.shape[1], 1)
+    else:
+        bias_shape = (q.shape[0], q.shape[2], q.shape[1], bias.shape[-1] if bias.dim() else 1)
+    options = check_options(
+        q, k_cache, v_cache, q.shape[2], k_cache.shape[2], causal, scale, window, softcap, sinks, alibi_slopes,
+        bias, bias_shape, kv_dtypes=(torch.int8,),
+    )  # fmt: skip
+    out, lse = _op(
+        q, k_cache, v_cache, block_table.int(), seq_lens.int(),
+        _scales("k", k_scale, k_cache), _scales("v", v_scale, v_cache), *options,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _scales(name: str, scale: float | Tensor | None, cache: Tensor) -> Tensor | None:
+    """(Hkv,) float32, or None for a cache that is not int8."""
+    if (scale is None) == (cache.dtype == torch.int8):
+        wanted = (
+            "a number or a tensor (int8 cache)" if scale is None else f"None ({cache.dtype} cache)"
+        )
+        raise InputError(f"{name}_scale: wanted {wanted}, got {'None' if scale is None else 'one'}")
+    if scale is None:
+        return None
+    heads = cache.shape[2]
+    if not isinstance(scale, Tensor):
+        return torch.full((heads,), scale, device=cache.device)
+    if scale.shape not in ((), (1,), (heads,)) or scale.device != cache.device:
+        raise InputError(
+            f"{name}_scale: wanted shape () or ({heads},) on {cache.device}, got {tuple(scale.shape)} on {scale.device}"
+        )
+    return scale.float().expand(heads).contiguous()
+
+
+def _fake(q, k_cache, v_cache, *_):
+    b, s, h, _ = q.shape
+    return (
+        q.new_empty(b, s, h, v_cache.shape[3]),
+        q.new_empty(b, h, s, dtype=wide_dtype(q)),
+    )
+
+
+_op = register(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens,"
+    " Tensor? k_scale, Tensor? v_scale, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
+    f" {NUMBERS}) -> (Tensor, Tensor)",
+    fake=_fake,
+    implementations={"reference": reference.paged_attention},
+)
