@@ -518,3 +518,208 @@ def paged_attention(
         )
         out[b], lse[b] = o[0].transpose(0, 1).to(out.dtype), one_lse[0]
     return out, lse
+# ---- cross_entropy -------------------------------------------------------------------------------
+def cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    smooth: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What any cross-entropy of a row is made of, with z = softcap(logit_scale * logits) (N, V).
+
+    shift (N) = max z;  log_sum (N) = log sum exp(z - shift), so lse = shift + log_sum;
+    nll (N) = lse - z[target], 0 where the target is ignored;
+    smoothed (N; empty unless `smooth`) = sum over v of class_weight[v] * (lse - z[v]).
+    """
+    check_target(target, logits.shape[1], ignore_index)
+    z = _scores(logits, softcap, logit_scale)
+    if z.shape[1] == 0:
+        raise InputError(f"logits: wanted at least one class, got shape {tuple(logits.shape)}")
+    shift = z.amax(1)
+    shift = torch.where(shift.isinf(), 0.0, shift)  # inf - inf: let the sum be inf or 0 instead
+    z = z - shift[:, None]
+    log_sum = z.exp().sum(1).log()
+    ignored = target == ignore_index
+    at_target = z.gather(1, target.masked_fill(ignored, 0)[:, None])[:, 0]
+    nll = (log_sum - at_target).masked_fill(ignored, 0)
+    if not smooth:
+        return shift, log_sum, nll, z.new_empty(0)
+    logp = log_sum[:, None] - z
+    return (
+        shift,
+        log_sum,
+        nll,
+        (logp if class_weight is None else logp * _wide(class_weight)).sum(1),
+    )
+
+
+def cross_entropy_backward(
+    on_p: Tensor,
+    on_target: Tensor,
+    on_all: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], and on to the logits."""
+    z = _scores(logits, softcap, logit_scale)
+    dz = on_p[:, None] * (z - shift[:, None] - log_sum[:, None]).exp()
+    ignored = target == ignore_index
+    dz.scatter_add_(
+        1,
+        target.masked_fill(ignored, 0)[:, None],
+        on_target.masked_fill(ignored, 0).neg()[:, None],
+    )
+    if on_all is not None:
+        dz -= on_all[:, None] * (1.0 if class_weight is None else _wide(class_weight))
+    if softcap is not None:
+        dz *= 1 - (z / softcap).square()
+    return (dz * logit_scale).to(logits.dtype)
+
+
+def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
+    """On the CPU; elsewhere the check would wait for the device."""
+    if target.device.type != "cpu":
+        return
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        raise bad_target(target, int(bad.nonzero()[0]), classes, ignore_index)
+
+
+def bad_target(target: Tensor, row: int, classes: int, ignore_index: int) -> InputError:
+    return InputError(
+        f"target: wanted 0 <= class < {classes} or ignore_index {ignore_index},"
+        f" got {int(target[row])} in row {row}"
+    )
+
+
+def _scores(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    z = _wide(logits) * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+# ---- linear_cross_entropy ------------------------------------------------------------------------
+def linear_cross_entropy_forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    smooth: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """cross_entropy_forward of input (N, D) @ linear_weight (V, D)^T + linear_bias (V), in float32."""
+    logits = _logits(input, linear_weight, linear_bias)
+    return cross_entropy_forward(
+        logits, target, class_weight, smooth, ignore_index, softcap, logit_scale
+    )
+
+
+def linear_cross_entropy_backward(
+    on_p: Tensor,
+    on_target: Tensor,
+    on_all: Tensor | None,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, linear_weight and linear_bias; empty where not needed."""
+    d_logits = cross_entropy_backward(
+        on_p,
+        on_target,
+        on_all,
+        _logits(input, linear_weight, linear_bias),
+        target,
+        class_weight,
+        shift,
+        log_sum,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
+    none = input.new_empty(0)
+    return (
+        (d_logits @ _wide(linear_weight)).to(input.dtype) if need_input else none,
+        (d_logits.t() @ _wide(input)).to(linear_weight.dtype) if need_weight else none,
+        none if linear_bias is None else d_logits.sum(0).to(linear_bias.dtype),
+    )
+
+
+def linear_cross_entropy_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    on_nll: Tensor,
+    on_smoothed: Tensor | None,
+    on_square: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss = sum over rows of on_nll * nll + on_smoothed * smoothed + on_square * lse^2, and its gradients."""
+    smooth, valid = on_smoothed is not None, target != ignore_index
+    shift, log_sum, nll, smoothed = linear_cross_entropy_forward(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        smooth,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
+    lse = torch.where(valid, shift + log_sum, 0.0)
+    loss, on_p = on_nll * nll, on_nll
+    if on_smoothed is not None:
+        loss = loss + on_smoothed * torch.where(valid, smoothed, 0.0)
+        classes = linear_weight.shape[0]
+        on_p = on_p + on_smoothed * (classes if class_weight is None else _wide(class_weight).sum())
+    if on_square is not None:
+        loss = loss + on_square * lse.square()
+        on_p = on_p + 2 * on_square * lse
+    return loss.sum(), *linear_cross_entropy_backward(
+        on_p,
+        on_nll,
+        on_smoothed,
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        shift,
+        log_sum,
+        ignore_index,
+        softcap,
+        logit_scale,
+        need_input,
+        need_weight,
+    )
+
+
+def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    bias = None if linear_bias is None else _wide(linear_bias)
+    return torch.nn.functional.linear(_wide(input), _wide(linear_weight), bias)
