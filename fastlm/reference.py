@@ -535,7 +535,7 @@ def cross_entropy_forward(
     smoothed (N; empty unless `smooth`) = sum over v of class_weight[v] * (lse - z[v]).
     """
     check_target(target, logits.shape[1], ignore_index)
-    z = _scores(logits, softcap, logit_scale)
+    z = _scaled_logits(logits, softcap, logit_scale)
     if z.shape[1] == 0:
         raise InputError(f"logits: wanted at least one class, got shape {tuple(logits.shape)}")
     shift = z.amax(1)
@@ -570,7 +570,7 @@ def cross_entropy_backward(
     logit_scale: float,
 ) -> Tensor:
     """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], and on to the logits."""
-    z = _scores(logits, softcap, logit_scale)
+    z = _scaled_logits(logits, softcap, logit_scale)
     dz = on_p[:, None] * (z - shift[:, None] - log_sum[:, None]).exp()
     ignored = target == ignore_index
     dz.scatter_add_(
@@ -601,7 +601,7 @@ def bad_target(target: Tensor, row: int, classes: int, ignore_index: int) -> Inp
     )
 
 
-def _scores(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+def _scaled_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     z = _wide(logits) * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
