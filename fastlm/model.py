@@ -16,9 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm.checkpoint import load_state, save_hf
 from fastlm.config import ModelConfig
 from fastlm.errors import InputError
-from fastlm.ops import attention, glu, linear_cross_entropy, rms_norm, rope, varlen_attention
+from fastlm.ops import (
+    attention,
+    glu,
+    linear_cross_entropy,
+    quantized_linear,
+    rms_norm,
+    rope,
+    varlen_attention,
+)
+from fastlm.quant.model import quantization_config
+from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.quant.weight import QuantizedWeight
 from fastlm.rotary import RotaryTables
 
 IGNORE = -100  # label of a token without loss
@@ -321,10 +333,71 @@ class CausalLM(nn.Module):
         return self.model.norm.weight.dtype
 
     @property
-    def head_weight(self) -> Tensor:
-        """(V, E): lm_head's, or the embedding's where they are tied."""
+    def head_weight(self) -> Any:
+        """(V, E), Tensor or QuantizedWeight: lm_head's, or the embedding's where they are tied."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        keep_quantized: bool = True,
+    ) -> "CausalLM":
+        """The model in a Hugging Face folder, a fastlm run folder or a .gguf file, in eval mode.
+
+        `dtype` is the activations' and the unquantized weights'; by default the file's own (float32 where all its
+        matrices are quantized). 4- and 8-bit weights stay so unless `keep_quantized` is False.
+        Raises InputError: see `fastlm.checkpoint.load_state`; a config or a tensor that the model does not have.
+        """
+        config_dict, tensors = load_state(path, keep_quantized=keep_quantized)
+        if not keep_quantized:
+            config_dict.pop("quantization_config", None)
+        config = ModelConfig.from_dict(config_dict)
+        with torch.device("meta"):
+            model = cls(config)
+        state = dict(tensors)
+        if dtype is None:
+            dtype = next(
+                (t.dtype for t in state.values() if isinstance(t, Tensor) and t.dim() == 2),
+                torch.float32,
+            )
+        modules = config.extra.get("quantization_config", {}).get("modules", {})
+        quantized = {}
+        for name in list(state):
+            value = state.pop(name)  # one at a time: never the whole model in two dtypes
+            if isinstance(value, QuantizedWeight):
+                quantized[name.removesuffix(".weight")] = value
+            elif not name.endswith("rotary_emb.inv_freq"):  # of old files
+                _put(model, name, value.to(dtype))
+        for name, weight in quantized.items():
+            _put_quantized(model, name, weight, dtype, modules.get(name, {}).get("act_bits", 16))
+        for name, parameter in model.named_parameters():
+            if parameter.is_meta:
+                raise InputError(f"{path}: wanted a tensor {name}, got none of that name")
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """A Hugging Face folder that `from_pretrained` and (unless quantized) transformers load; see `save_hf`."""
+        state: dict[str, Any] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                state[f"{name}.weight"] = module.weight
+        state.update(self.named_parameters())
+        config = self.config.to_dict()
+        config["dtype"] = config["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        before = config.pop("quantization_config", {})
+        linears = [m for m in self.modules() if isinstance(m, QuantizedLinear)]
+        if linears:
+            config["quantization_config"] = quantization_config(
+                self,
+                f"w{linears[0].bits}a{linears[0].act_bits}",
+                group_size=linears[0].group_size,
+                method=before.get("method", "rtn"),
+            )
+        save_hf(folder, config, state)
 
     def forward(
         self,
@@ -374,9 +447,12 @@ class CausalLM(nn.Module):
             if cu_seqlens is not None:
                 ends = cu_seqlens[1:].long() - 1  # an empty document at the start: row -1 has no label anyway
                 target = target.flatten().index_fill(0, ends % target.numel(), IGNORE)
+        head = self.head_weight
+        if isinstance(head, QuantizedWeight):
+            head = head.dequantize(hidden.dtype)
         loss = linear_cross_entropy(
             hidden.flatten(0, 1),
-            self.head_weight,
+            head,
             target.flatten(),
             softcap=self.config.final_logit_softcapping,
             ignore_index=IGNORE,
@@ -453,8 +529,12 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., E) -> (..., V), softcapped where the family does."""
-        tied = self.config.tie_word_embeddings
-        out = F.linear(hidden, self.head_weight) if tied else self.lm_head(hidden)
+        if not self.config.tie_word_embeddings:
+            out = self.lm_head(hidden)
+        elif isinstance(weight := self.head_weight, QuantizedWeight):
+            out = quantized_linear(hidden, weight)
+        else:
+            out = F.linear(hidden, weight)
         cap = self.config.final_logit_softcapping
         return out if cap is None else cap * torch.tanh(out / cap)
 
@@ -495,3 +575,39 @@ def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
     index = torch.arange(total, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
     return index - cu_seqlens.long()[document]
+
+
+def _module_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter `name`, and its name there."""
+    parent, _, last = name.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+        if last in module._parameters and module._parameters[last] is not None:
+            return module, last
+    except AttributeError:
+        pass
+    raise InputError(f"{name}: wanted tensors of the model only, got one it does not have")
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    module, last = _module_of(model, name)
+    wanted = module._parameters[last]
+    assert wanted is not None
+    if wanted.shape != value.shape:
+        raise InputError(f"{name}: wanted {tuple(wanted.shape)}, got {tuple(value.shape)}")
+    module._parameters[last] = nn.Parameter(value)
+
+
+def _put_quantized(
+    model: nn.Module, name: str, weight: QuantizedWeight, dtype: torch.dtype, act_bits: int
+) -> None:
+    old, _ = _module_of(model, f"{name}.weight")
+    if old.weight.shape != weight.shape:
+        raise InputError(f"{name}: wanted {tuple(old.weight.shape)}, got {weight.shape}")
+    parent, _, last = name.rpartition(".")
+    new = (
+        QuantizedEmbedding(weight, dtype=dtype)
+        if isinstance(old, nn.Embedding)
+        else QuantizedLinear(weight, getattr(old, "bias", None), act_bits=act_bits)
+    )
+    setattr(model.get_submodule(parent), last, new)
