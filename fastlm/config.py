@@ -65,7 +65,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(
         "MistralForCausalLM",
         ("sliding_window",),
-        {"sliding_window": 4096, "num_key_value_heads": 8},
+        {"sliding_window": 4096},
     ),
     "qwen2": Family("Qwen2ForCausalLM", _QWEN, qkv_bias=True),
     "qwen3": Family(
@@ -130,7 +130,8 @@ _ONLY = {"use_bidirectional_attention": (None, False), "resid_pdrop": (0,), "emb
 class ModelConfig:
     """The shape of a `CausalLM`; every field is a config.json entry of the same name.
 
-    A field left out is what transformers assumes for `model_type` (a key of `FAMILIES`). `rope_parameters` is
+    A field left out is what transformers assumes for `model_type` (a key of `FAMILIES`), except that
+    num_key_value_heads is then num_attention_heads. `rope_parameters` is
     transformers 5's: {"rope_type", "rope_theta", ...}, for gemma3_text one such dict per layer type; `from_dict` also
     takes the older ``rope_theta`` / ``rope_scaling`` / ``rope_local_base_freq`` / ``partial_rotary_factor``, and
     `to_dict` writes both, so that every version reads it. `layer_types` says per layer whether it is windowed;
@@ -225,9 +226,7 @@ class ModelConfig:
         _check_size("num_attention_heads", self.num_attention_heads)
         _check_size("max_position_embeddings", self.max_position_embeddings)
         if self.num_key_value_heads is FAMILY or self.num_key_value_heads is None:
-            self.num_key_value_heads = defaults.get(
-                "num_key_value_heads", self.num_attention_heads
-            )
+            self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is FAMILY or self.head_dim is None:
             self.head_dim = defaults.get("head_dim") or self._default_head_dim()
         if self.model_type in ("qwen2", "qwen3", "smollm3") and not self.use_sliding_window:
@@ -348,9 +347,7 @@ class ModelConfig:
         given["rope_parameters"] = _rope_parameters(model_type, given)
         names = {f.name for f in fields(cls)} - {"extra"}
         known = {k: given.pop(k) for k in list(given) if k in names}
-        for name, value in known.items():
-            if value is None and name not in _NONE_MEANS_NONE:
-                known[name] = next(f.default for f in fields(cls) if f.name == name)
+        known = {k: v for k, v in known.items() if v is not None or k in _NONE_MEANS_NONE}
         missing = [f.name for f in fields(cls) if f.name in _REQUIRED and f.name not in known]
         if missing:
             raise InputError(f"{missing[0]}: wanted in the config, got none")
@@ -425,6 +422,8 @@ def _rope_parameters(model_type: str, given: Mapping[str, Any]) -> dict[str, Any
         entry.setdefault("rope_theta", theta)
         if partial is not None:
             entry.setdefault("partial_rotary_factor", partial)
+        if entry.get("partial_rotary_factor") == 1:
+            del entry["partial_rotary_factor"]
         if entry["rope_type"] in ("llama3", "yarn", "longrope"):
             if original is not None:
                 entry["original_max_position_embeddings"] = original

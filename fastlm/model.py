@@ -251,6 +251,10 @@ class Decoder(nn.Module):
                 )
             )
 
+    @property
+    def by_length(self) -> bool:
+        return any(r is not None and r.by_length for r in self._rotary)
+
     def regime(self, length: int) -> tuple[int, ...]:
         """Contexts of two lengths can share a cache where this is equal; see `RotaryTables`."""
         return tuple(r.regime(length) for r in self._rotary if r is not None)
@@ -443,10 +447,11 @@ class CausalLM(nn.Module):
                 f" got {target.dtype} {tuple(target.shape)}"
             )
         if labels is not None:
-            target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+            rows = labels if cu_seqlens is None else labels.view(1, -1)
+            target = F.pad(rows[:, 1:], (0, 1), value=IGNORE)
             if cu_seqlens is not None:
-                ends = cu_seqlens[1:].long() - 1  # an empty document at the start: row -1 has no label anyway
-                target = target.flatten().index_fill(0, ends % target.numel(), IGNORE)
+                ends = cu_seqlens[1:].long() - 1  # an empty first document: -1, the last row, has no label anyway
+                target = target.index_fill(1, ends % target.shape[1], IGNORE)
         head = self.head_weight
         if isinstance(head, QuantizedWeight):
             head = head.dequantize(hidden.dtype)
@@ -492,13 +497,17 @@ class CausalLM(nn.Module):
         longest = start + length
         if cache is not None and longest > cache.capacity:
             raise InputError(f"cache: wanted capacity for {longest} tokens, got {cache.capacity}")
-        visible = None
+        visible, context = None, longest  # context: the length that the rotary tables cover
+        if position_ids is not None and not torch.compiler.is_compiling() and position_ids.numel():
+            context = int(position_ids.max()) + 1
         if cu_seqlens is not None:
             if cache is not None or attention_mask is not None:
                 raise InputError("cu_seqlens: wanted without cache and attention_mask, got both")
-            longest = batch * length if position_ids is None else longest
             if position_ids is None:
-                position_ids = packed_positions(cu_seqlens, batch * length).view(batch, length)
+                context = batch * length
+                position_ids = packed_positions(cu_seqlens, context).view(batch, length)
+                if self.model.by_length:  # waits for the device, for longrope and dynamic only
+                    context = int(cu_seqlens.diff().max())
         elif attention_mask is not None:
             if attention_mask.shape != (batch, longest):
                 raise InputError(
@@ -513,7 +522,7 @@ class CausalLM(nn.Module):
                 f"input_ids: wanted at most max_position_embeddings {self.context_limit} tokens, got {longest}"
             )
         rotary = self.model.rotary(
-            start if position_ids is None else position_ids, length, longest, input_ids.device
+            start if position_ids is None else position_ids, length, context, input_ids.device
         )
         hidden = self.model(input_ids, _Call(cu_seqlens, cache, visible, rotary))
         if cache is not None:

@@ -169,6 +169,11 @@ class RotaryTables:
         self.rope, self.head_dim, self.max_position = rope, head_dim, max_position_embeddings
         self._tables: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the context."""
+        return self.rope["rope_type"] in ("dynamic", "longrope")
+
     def regime(self, length: int) -> int:
         kind = self.rope["rope_type"]
         if kind == "dynamic":
@@ -183,10 +188,11 @@ class RotaryTables:
         found = self._tables.get(key)
         if found is None or found[0].shape[0] < length:
             rows = max(length, 128 if found is None else 2 * found[0].shape[0])
-            freq, scale = frequencies(self.rope, self.head_dim, self.max_position, length)
-            angles = torch.arange(rows, dtype=torch.float32, device="cpu")[:, None] * freq
-            angles = torch.cat((angles, angles), -1)
-            found = (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
+            with torch.inference_mode(False):  # tables made by generation serve training too
+                freq, scale = frequencies(self.rope, self.head_dim, self.max_position, length)
+                angles = torch.arange(rows, dtype=torch.float32, device="cpu")[:, None] * freq
+                angles = torch.cat((angles, angles), -1)
+                found = (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
             if key[1] == 0 or self.rope["rope_type"] != "dynamic":  # dynamic: one use each
                 self._tables[key] = found
         return found
