@@ -149,7 +149,8 @@ def main() -> None:
             rows.append(row)
     print(machine())
     print(
-        f"{path.name}, prompt {PROMPT_TOKENS}, {torch.get_num_threads()} threads; tokens/s of all users"
+        f"{path.name}, prompt {PROMPT_TOKENS}, {torch.get_num_threads()} threads; "
+        "tokens/s of all users"
     )
     print(
         "| users | engine | prefill | fastlm is | decode | fastlm is |\n|---|---|---|---|---|---|"

@@ -1,4 +1,4 @@
-"""``make bench``: every op file and the end-to-end runs, one process each; results and the README's table.
+"""``make bench``: every op file and the end-to-end runs; results and the README's table.
 
 Writes bench/results/<machine>.json and replaces what stands between the two marker lines of
 README.md.

@@ -147,7 +147,8 @@ def main() -> None:
     print(machine())
     print(f"{options.size}, batch {options.batch} x {options.length}, {options.threads} threads")
     print(
-        "| variant | tokens/s | fastlm is | peak MiB | fastlm uses | spread |\n|---|---|---|---|---|---|"
+        "| variant | tokens/s | fastlm is | peak MiB | fastlm uses | spread |\n"
+        "|---|---|---|---|---|---|"
     )
     for r in rows:
         faster = f"{mine['tokens_per_second'] / r['tokens_per_second']:.2f}x" if mine else "-"

@@ -1,7 +1,7 @@
 """The decoder architectures whose checkpoints fastlm reads, and the tensors each must hold.
 
-One table instead of building the model to see whether a file fits it: a checkpoint is refused by its
-headers, before any weight is read.
+One table instead of building the model to see whether a file fits it: a checkpoint is refused by
+its headers, before any weight is read.
 """
 
 from collections.abc import Mapping
@@ -24,25 +24,38 @@ KNOWN = {
 TIED = ("gemma2", "gemma3_text", "smollm3")  # tie_word_embeddings when config.json does not say
 SANDWICH = ("gemma2", "gemma3_text")  # norms before and after both halves of a layer
 MAX_SIZE = 2**31  # of any one dimension: a config beyond it is a mistake, not a model
+MAX_LAYERS = 4096  # the deepest published decoders have under 200
 
 
 def check_model_type(model_type: Any, where: Any) -> str:
-    if model_type not in KNOWN:
+    if not isinstance(model_type, str) or model_type not in KNOWN:
         known = ", ".join(KNOWN)
-        raise InputError(f"{where}: model_type: wanted one of {known}, came {model_type!r}")
+        raise InputError(f"{where}: model_type: wanted one of {known}, got {model_type!r:.60}")
     return model_type
 
 
-def size(config: Mapping[str, Any], key: str, where: Any, default: int | None = None) -> int:
-    value = config.get(key, default)
+def size(
+    config: Mapping[str, Any],
+    key: str,
+    where: Any,
+    default: int | None = None,
+    limit: int = MAX_SIZE,
+) -> int:
+    """``config[key]`` (``default`` where it is missing or null), a positive integer below
+    ``limit``.
+    """
+    value = config.get(key)
     value = default if value is None else value
-    if type(value) is not int or not 0 < value < MAX_SIZE:
-        raise InputError(f"{where}: {key}: wanted a positive integer, came {value!r}")
+    if type(value) is not int or not 0 < value < limit:
+        raise InputError(
+            f"{where}: {key}: wanted a positive integer below {limit}, got {value!r:.60}"
+        )
     return value
 
 
 def expected_shapes(config: Mapping[str, Any], where: Any) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model that ``config`` (Hugging Face's config.json) describes -> its shape.
+    """Every tensor of the model that ``config`` (Hugging Face's config.json) describes -> its
+    shape.
 
     ``lm_head.weight`` is left out when embeddings are tied. ``where`` names the config in errors.
     """
@@ -54,10 +67,10 @@ def expected_shapes(config: Mapping[str, Any], where: Any) -> dict[str, tuple[in
     default = 256 if kind in SANDWICH else max(hidden // heads, 1)
     head_dim = size(config, "head_dim", where, default)
     vocab = size(config, "vocab_size", where)
-    layers = size(config, "num_hidden_layers", where)
+    layers = size(config, "num_hidden_layers", where, limit=MAX_LAYERS)
     if heads % kv_heads:
         raise InputError(
-            f"{where}: num_key_value_heads: wanted a divisor of {heads} heads, came {kv_heads}"
+            f"{where}: num_key_value_heads: wanted a divisor of {heads} heads, got {kv_heads}"
         )
     q, kv = heads * head_dim, kv_heads * head_dim
 
@@ -108,6 +121,6 @@ def check_tensors(
     """
     for name, wanted in expected_shapes(config, where).items():
         if name not in found:
-            raise InputError(f"{where}: wanted a tensor {name} {wanted}, came none of that name")
+            raise InputError(f"{where}: wanted a tensor {name} {wanted}, got none of that name")
         if found[name] != wanted:
-            raise InputError(f"{where}: {name}: wanted {wanted} by the config, came {found[name]}")
+            raise InputError(f"{where}: {name}: wanted {wanted} by the config, got {found[name]}")

@@ -1,8 +1,10 @@
-"""Chat templates: Jinja text that came with a checkpoint, rendered as transformers renders it, in a sandbox.
+"""Chat templates: Jinja text that came with a checkpoint, rendered as transformers renders it, in a
+sandbox.
 
-A template is code from a stranger, so it runs in jinja2's immutable sandbox and sees plain data only. The functions
-it may call beyond Jinja's own are those that published templates rely on: ``raise_exception``, ``tojson`` without
-HTML escapes, ``strftime_now``, and the ``{% generation %}`` block, which marks text for training and renders as is.
+A template is code from a stranger, so it runs in jinja2's immutable sandbox and sees plain data
+only. The functions it may call beyond Jinja's own are those that published templates rely on:
+``raise_exception``, ``tojson`` without HTML escapes, ``strftime_now``, and the ``{% generation %}``
+block, which marks text for training and renders as is.
 """
 
 import json
@@ -70,7 +72,9 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def plain(value: Any, text: Any = str) -> Any:
-    """A copy of JSON-like ``value`` with ``text`` applied to each string; anything else is refused."""
+    """A copy of JSON-like ``value`` with ``text`` applied to each string; anything else is
+    refused.
+    """
     if isinstance(value, str):
         return text(value)
     if value is None or isinstance(value, bool | int | float):
@@ -81,18 +85,22 @@ def plain(value: Any, text: Any = str) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [plain(item, text) for item in value]
     raise InputError(
-        f"messages: wanted text, numbers, lists and mappings, came {type(value).__name__}"
+        f"messages: wanted text, numbers, lists and mappings, got {type(value).__name__}"
     )
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-    """The prompt that ``template`` makes of ``messages``: mappings with a text ``role`` (and ``content``)."""
+def render(
+    template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> str:
+    """The prompt that ``template`` makes of ``messages``: mappings with a text ``role`` (and
+    ``content``).
+    """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise InputError(f"messages: wanted a list of mappings, came {type(messages).__name__}")
+        raise InputError(f"messages: wanted a list of mappings, got {type(messages).__name__}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(
-                f"messages[{index}]: wanted a mapping with a text 'role', came {message!r:.80}"
+                f"messages[{index}]: wanted a mapping with a text 'role', got {message!r:.80}"
             )
     # as transformers: an entry of None is no entry, and these two are always defined
     given = [{k: v for k, v in plain(message).items() if v is not None} for message in messages]
@@ -100,7 +108,9 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapp
     try:
         return _compile(template).render(messages=given, **variables)
     except RecursionError:
-        raise InputError("chat_template: wanted a template that ends, it recurses without end") from None
+        raise InputError(
+            "chat_template: wanted a template that ends, it recurses without end"
+        ) from None
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"chat_template: cannot render these messages: {reason}") from error

@@ -1,9 +1,9 @@
 """Model files in and out: Hugging Face folders, GGUF files, fastlm's quantized folders, and tensors
 with a checksum for whoever must continue after a crash.
 
-Tensors are read one at a time and only after every header, name and shape has been checked, so a bad
-file costs an error line and no memory. Pickles (``pytorch_model.bin``) are not read: loading one runs
-its author's code. Every write goes beside its final name, is synced, and is renamed.
+Tensors are read one at a time and only after every header, name and shape has been checked, so a
+bad file costs an error line and no memory. Pickles (``pytorch_model.bin``) are not read: loading
+one runs its author's code. Every write goes beside its final name, is synced, and is renamed.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,6 +34,7 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 MODEL_FILES = (CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors")
 MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
 PARTS = ("qdata", "scales", "zeros")  # of a quantized weight, under its module's name
+Layout = tuple[int, int, tuple[int, int]]  # bits, group_size, shape of a quantized weight
 State = Iterator[tuple[str, Tensor | QuantizedWeight]]
 
 
@@ -45,8 +45,9 @@ def save_atomic(path: str | Path, writer: Callable[[Path], Any]) -> None:
     """``writer(part)`` makes a file or a folder at ``part``, beside ``path``; then it is synced and
     takes ``path``'s name. If anything fails nothing new is left and ``path`` is as it was.
 
-    A folder takes two renames, old away and new in: a crash between them leaves the old one complete
-    beside, as ``.NAME.*.old``. A full disk, a read-only place and the like are an InputError.
+    A folder takes two renames, old away and new in: a crash between them leaves the old one
+    complete beside, as ``.NAME.*.old``. A full disk, a read-only place and the like are an
+    InputError.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -158,7 +159,7 @@ def save_hf(
     stay. The folder is replaced as a whole, or not at all (see ``save_atomic``).
     """
     if max_shard_bytes < 1:
-        raise InputError(f"max_shard_bytes: wanted a positive number, came {max_shard_bytes}")
+        raise InputError(f"max_shard_bytes: wanted a positive number, got {max_shard_bytes}")
     folder = Path(folder)
     config = dict(config_dict)
     tensors: dict[str, Tensor] = {}
@@ -205,7 +206,17 @@ def save_hf(
 
 def _describe(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
     """The quantization_config of these weights; one format and group size only where all agree."""
-    modules = {n: {"bits": w.bits, "group_size": w.group_size} for n, w in quantized.items()}
+    modules = {
+        name: {
+            "kind": "embedding" if name.endswith("embed_tokens") else "linear",
+            "bits": weight.bits,
+            "group_size": weight.group_size,
+            "shape": list(weight.shape),
+            "scale_dtype": str(weight.scales.dtype).removeprefix("torch."),
+            "zeros": weight.zeros is not None,
+        }
+        for name, weight in quantized.items()
+    }
     formats = {f"w{w.bits}a16" for w in quantized.values()}
     groups = {w.group_size for w in quantized.values()}
     return {
@@ -252,7 +263,7 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
     if tokenizer.vocab_size > vocab:
         raise InputError(
             f"{found}: wanted a tokenizer of at most {vocab} ids (the model's embedding), "
-            f"came {tokenizer.vocab_size}"
+            f"got {tokenizer.vocab_size}"
         )
     return tokenizer
 
@@ -261,7 +272,7 @@ def _locate(path: Path) -> Path:
     """The folder with config.json, or the .gguf file, that ``path`` means."""
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputError(f"{path}: wanted a model folder or a .gguf file, came another file")
+            raise InputError(f"{path}: wanted a model folder or a .gguf file, got another file")
         return path
     for folder in (path, path / "model"):  # "model": a run folder
         if (folder / CONFIG).is_file():
@@ -270,7 +281,7 @@ def _locate(path: Path) -> Path:
     if len(files) == 1:
         return files[0]
     came = "no such path" if not path.exists() else f"neither there ({len(files)} .gguf files)"
-    raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, came {came}")
+    raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, got {came}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -279,15 +290,15 @@ def _read_json(file: Path) -> dict[str, Any]:
             raise InputError(f"{file}: wanted at most {MAX_JSON_BYTES} bytes of JSON")
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 alike
-        raise InputError(f"{file}: wanted readable JSON, came: {_reason(error)}") from error
+        raise InputError(f"{file}: wanted readable JSON, got: {_reason(error)}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{file}: wanted a JSON object, came {type(value).__name__}")
+        raise InputError(f"{file}: wanted a JSON object, got {type(value).__name__}")
     return value
 
 
 def _open(file: Path) -> Any:
     if not file.is_file():
-        raise InputError(f"{file}: wanted a safetensors file, came none")
+        raise InputError(f"{file}: wanted a safetensors file, got none")
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -298,42 +309,47 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, checked against the files' own headers."""
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file() and list(folder.glob("*.bin")):
-            raise InputError(f"{folder}: wanted {SINGLE}, came a pickle (convert it first)")
+            raise InputError(f"{folder}: wanted {SINGLE}, got a pickle (convert it first)")
         with _open(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), SINGLE)
     index = folder / INDEX
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map: wanted tensor names to file names, came none")
+        raise InputError(f"{index}: weight_map: wanted tensor names to file names, got none")
     for name in weight_map.values():
         # a bare name: an index must not point out of its folder
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise InputError(f"{index}: weight_map: wanted names of files beside it, came {name!r}")
+            raise InputError(f"{index}: weight_map: wanted names of files beside it, got {name!r}")
     for name in sorted(set(weight_map.values())):
         with _open(folder / name) as file:
             held = set(file.keys())
         for tensor, place in weight_map.items():
             if place == name and tensor not in held:
-                raise InputError(f"{folder / name}: wanted a tensor {tensor} by the index, came none")
+                raise InputError(
+                    f"{folder / name}: wanted a tensor {tensor} by the index, got none"
+                )
     return weight_map
 
 
 def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     config = _read_json(folder / CONFIG)
     check_model_type(config.get("model_type"), folder / CONFIG)
-    method = (config.get("quantization_config") or {}).get("quant_method", "fastlm")
-    if method != "fastlm":
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization is not None and method != "fastlm":
         raise InputError(
-            f"{folder / CONFIG}: quantization_config: wanted quant_method fastlm, came {method!r}"
+            f"{folder / CONFIG}: quantization_config: wanted quant_method fastlm, "
+            f"got {method!r:.60}"
         )
+    layouts = _layouts(quantization, folder / CONFIG)
     weight_map = _weight_map(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for name in sorted(set(weight_map.values())):
         with _open(folder / name) as file:
-            for tensor in file.keys():  # noqa: SIM118 (not a dict)
+            for tensor in file.keys():
                 if weight_map.get(tensor) == name:
                     view = file.get_slice(tensor)
-                    shapes |= _logical(tensor, tuple(view.get_shape()), view.get_dtype())
+                    shapes |= _logical(tensor, tuple(view.get_shape()), layouts)
     check_tensors(shapes, config, folder)
     drop = "lm_head.weight" if config.get("tie_word_embeddings") else None
 
@@ -345,22 +361,40 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
                     if place != name or tensor == drop or part in PARTS[1:]:
                         continue
                     if part == PARTS[0]:
-                        yield f"{module}.weight", _quantized(folder, weight_map, module)
+                        yield f"{module}.weight", _quantized(folder, weight_map, module, layouts)
                     else:
                         yield tensor, _get(file, folder / name, tensor)
 
     return config, tensors()
 
 
-def _logical(name: str, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[int, ...]]:
+def _layouts(quantization: Any, where: Path) -> dict[str, Layout]:
+    """Module -> (bits, group_size, shape) as quantization_config states them."""
+    modules = quantization.get("modules", {}) if quantization else {}
+    result = {}
+    for name, entry in modules.items() if isinstance(modules, dict) else ():
+        try:
+            bits, group_size, (n, k) = entry["bits"], entry["group_size"], entry["shape"]
+        except (TypeError, KeyError, ValueError):
+            bits = group_size = n = k = None
+        if not all(type(value) is int for value in (bits, group_size, n, k)):
+            raise InputError(
+                f"{where}: quantization_config: {name}: wanted bits, group_size and a shape of two "
+                f"integers, got {entry!r:.100}"
+            )
+        result[name] = (bits, group_size, (n, k))
+    return result
+
+
+def _logical(
+    name: str, shape: tuple[int, ...], layouts: Mapping[str, Layout]
+) -> dict[str, tuple[int, ...]]:
     """The weight's own name and shape for a stored tensor; nothing for scales and offsets."""
     module, _, part = name.rpartition(".")
     if part not in PARTS:
         return {name: shape}
-    if part != PARTS[0]:
-        return {}
-    packed = dtype == "U8" and len(shape) == 2  # two 4-bit values a byte
-    return {f"{module}.weight": (shape[0], 2 * shape[1]) if packed else shape}
+    # packed: only the config says how many columns; without it the weight counts as missing
+    return {f"{module}.weight": layouts[module][2]} if module in layouts else {}
 
 
 def _get(file: Any, path: Path, name: str) -> Tensor:
@@ -370,7 +404,9 @@ def _get(file: Any, path: Path, name: str) -> Tensor:
         raise InputError(f"{path}: {name}: cannot be read: {_reason(error)}") from error
 
 
-def _quantized(folder: Path, weight_map: Mapping[str, str], module: str) -> QuantizedWeight:
+def _quantized(
+    folder: Path, weight_map: Mapping[str, str], module: str, layouts: Mapping[str, Layout]
+) -> QuantizedWeight:
     parts: dict[str, Tensor | None] = {}
     for part in PARTS:
         name = f"{module}.{part}"
@@ -379,13 +415,10 @@ def _quantized(folder: Path, weight_map: Mapping[str, str], module: str) -> Quan
             with _open(file) as handle:
                 parts[part] = _get(handle, file, name)
     qdata, scales, zeros = map(parts.get, PARTS)
-    if qdata is None or scales is None or qdata.dim() != 2 or scales.dim() != 2:
-        raise InputError(f"{folder}: {module}: wanted 2-D qdata and scales, came less")
-    bits = 4 if qdata.dtype == torch.uint8 else 8
-    n, k = qdata.shape[0], qdata.shape[1] * (8 // bits)
-    group_size = k // max(scales.shape[1], 1)
+    if qdata is None or scales is None:
+        raise InputError(f"{folder}: {module}: wanted qdata and scales, got one of them")
     try:
-        return QuantizedWeight(qdata, scales, zeros, bits, group_size, (n, k))
+        return QuantizedWeight(qdata, scales, zeros, *layouts[module])
     except InputError as error:
         raise InputError(f"{folder}: {module}: {error}") from error
 
@@ -419,7 +452,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         came = _sha256(data)
         if came != manifest.get("sha256"):
             wanted = str(manifest.get("sha256"))
-            raise InputError(f"{data}: corrupt: wanted sha256 {wanted:.12}..., came {came:.12}...")
+            raise InputError(f"{data}: corrupt: wanted sha256 {wanted:.12}..., got {came:.12}...")
         return load_file(data), manifest.get("metadata") or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{data}: cannot be read: {_reason(error)}") from error

@@ -1,9 +1,9 @@
 """GGUF files: header, metadata and tensors, with the quantized ones kept as they are.
 
-The header is parsed here, bounds before anything is allocated, because a model file comes from strangers. The reader
-of the ``gguf`` package was the alternative: it believes every count in the file and makes one numpy array per array
-element (1.4 s for the 135M model against 0.1 s here). Its tables of types and block sizes are used, and tests hold
-this module to it.
+The header is parsed here, bounds before anything is allocated, because a model file comes from
+strangers. The reader of the ``gguf`` package was the alternative: it believes every count in the
+file and makes one numpy array per array element (1.4 s for the 135M model against 0.1 s here). Its
+tables of types and block sizes are used, and tests hold this module to it.
 
 What each block format becomes (``d``, ``m``: the block's scale and offset):
 
@@ -16,9 +16,10 @@ What each block format becomes (``d``, ``m``: the block's scale and offset):
     Q5_1 Q5_K        d * q +- m           8 bits, group 32  d, +- m
     Q6_K             d * q                8 bits, group 16  d
 
-All products are exact in float32, so the result equals ``gguf.dequantize`` to the bit, with one exception: for Q4_1
-and Q4_K the sum of offset and 8 d is rounded when their magnitudes are more than about 2^7 (Q4_K) or 2^13 (Q4_1)
-apart; the weight is then off by at most one float32 ulp of the larger of itself and the offset.
+All products are exact in float32, so the result equals ``gguf.dequantize`` to the bit, with one
+exception: for Q4_1 and Q4_K the sum of offset and 8 d is rounded when their magnitudes are more
+than about 2^7 (Q4_K) or 2^13 (Q4_1) apart; the weight is then off by at most one float32 ulp of the
+larger of itself and the offset.
 """
 
 import math
@@ -38,6 +39,7 @@ from fastlm.errors import InputError
 from fastlm.quant.weight import QuantizedWeight
 
 MAX_DIMS = 4  # ggml's own limit
+MAX_NAME = 255  # ggml's is 63 for tensors; the longest key in use is under 60
 # metadata value types of the format: struct code, bytes
 SCALARS = {
     0: ("B", 1),
@@ -73,7 +75,8 @@ class _Cursor:
         start = self.pos
         if size > len(self.data) - start:
             raise InputError(
-                f"{self.path}: cut short: wanted {size} bytes at {start}, the file has {len(self.data)}"
+                f"{self.path}: cut short: wanted {size} bytes at {start}, "
+                f"the file has {len(self.data)}"
             )
         self.pos = start + size
         return start
@@ -82,12 +85,10 @@ class _Cursor:
         return struct.unpack_from("<" + code, self.data, self.take(size))[0]
 
     def count(self, what: str, least: int) -> int:
-        """A 64-bit count of things of at least ``least`` bytes each, which must fit in the rest of the file."""
+        """A 64-bit count of things of at least ``least`` bytes, which must fit in what is left."""
         n = self.number("Q", 8)
         if n > (len(self.data) - self.pos) // least:
-            raise InputError(
-                f"{self.path}: {what}: wanted at most what the file can hold, came {n}"
-            )
+            raise InputError(f"{self.path}: {what}: wanted at most what the file can hold, got {n}")
         return n
 
     def string(self) -> str:
@@ -95,19 +96,29 @@ class _Cursor:
         start = self.take(size)
         return self.data[start : start + size].decode("utf-8", errors="replace")
 
+    def name(self) -> str:
+        """A key or a tensor's name: it goes into messages, so it must be short and printable."""
+        name = self.string()
+        if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+            raise InputError(
+                f"{self.path}: wanted a printable name of 1 to {MAX_NAME} characters, "
+                f"got {name!r:.60}"
+            )
+        return name
+
     def value(self, kind: int, key: str) -> Any:
         if kind in SCALARS:
             return self.number(*SCALARS[kind])
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            raise InputError(f"{self.path}: {key}: wanted a value type from 0 to 12, came {kind}")
+            raise InputError(f"{self.path}: {key}: wanted a value type from 0 to 12, got {kind}")
         item = self.number("I", 4)
         if item == STRING:
             return [self.string() for _ in range(self.count(key, 8))]
         if item not in SCALARS:
             raise InputError(
-                f"{self.path}: {key}: wanted an array of scalars or strings, came {item}"
+                f"{self.path}: {key}: wanted an array of scalars or strings, got {item}"
             )
         code, size = SCALARS[item]
         n = self.count(key, size)
@@ -115,10 +126,11 @@ class _Cursor:
 
 
 class GGUFFile:
-    """``metadata`` (str -> value; arrays of numbers are numpy) and ``tensors`` (name -> TensorInfo), read eagerly;
-    tensor data stays in the memory-mapped file until ``load``.
+    """``metadata`` (str -> value; arrays of numbers are numpy) and ``tensors`` (name -> TensorInfo)
+    are read at once; tensor data stays in the memory-mapped file until ``load``.
 
-    Raises InputError for a file that is not GGUF 2 or 3, is cut short, or whose counts and offsets do not fit it.
+    Raises InputError for a file that is not GGUF 2 or 3, is cut short, or whose counts and offsets
+    do not fit it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -131,30 +143,28 @@ class GGUFFile:
         cursor = _Cursor(self._data, self.path)
         magic = self._data[cursor.take(4) : 4]
         if magic != b"GGUF":
-            raise InputError(
-                f"{self.path}: wanted a GGUF file, came one that begins with {magic!r}"
-            )
+            raise InputError(f"{self.path}: wanted a GGUF file, got one that begins with {magic!r}")
         version = cursor.number("I", 4)
         if version not in (2, 3):
             raise InputError(
-                f"{self.path}: wanted little-endian GGUF version 2 or 3, came {version}"
+                f"{self.path}: wanted little-endian GGUF version 2 or 3, got {version}"
             )
-        # the least a tensor's entry and a metadata entry can take: empty name, no dims; empty name, one byte
+        # the least that an entry can take: an empty name and no dimensions, or one byte of value
         n_tensors = cursor.count("tensor count", 8 + 4 + 4 + 8)
         n_metadata = cursor.count("metadata count", 8 + 4 + 1)
 
         self.metadata: dict[str, Any] = {}
         for _ in range(n_metadata):
-            key = cursor.string()
+            key = cursor.name()
             if key in self.metadata:
-                raise InputError(f"{self.path}: wanted each metadata key once, came {key!r} twice")
+                raise InputError(f"{self.path}: wanted each metadata key once, got {key!r} twice")
             self.metadata[key] = cursor.value(cursor.number("I", 4), key)
         entries = [self._entry(cursor) for _ in range(n_tensors)]
 
         align = self.metadata.get("general.alignment", 32)
         if not isinstance(align, int) or align < 1 or align & (align - 1):
             raise InputError(
-                f"{self.path}: general.alignment: wanted a power of two, came {align!r}"
+                f"{self.path}: general.alignment: wanted a power of two, got {align!r:.60}"
             )
         base = -(-cursor.pos // align) * align
         self.tensors: dict[str, TensorInfo] = {}
@@ -162,8 +172,8 @@ class GGUFFile:
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if shape[-1] % block:
                 raise InputError(
-                    f"{self.path}: {name}: wanted a row of a multiple of {block} values for {kind.name}, "
-                    f"came {shape}"
+                    f"{self.path}: {name}: wanted a row of a multiple of {block} values "
+                    f"for {kind.name}, got {shape}"
                 )
             info = TensorInfo(kind, shape, base + offset, math.prod(shape) // block * block_bytes)
             if info.start + info.size > len(self._data):
@@ -173,22 +183,22 @@ class GGUFFile:
                 )
             if offset % align or name in self.tensors:
                 raise InputError(
-                    f"{self.path}: {name}: wanted one tensor at an aligned offset, came {offset}"
+                    f"{self.path}: {name}: wanted one tensor at an aligned offset, got {offset}"
                 )
             self.tensors[name] = info
 
     def _entry(self, cursor: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
-        name = cursor.string()
+        name = cursor.name()
         dims = cursor.number("I", 4)
         if not 1 <= dims <= MAX_DIMS:
-            raise InputError(f"{self.path}: {name}: wanted 1 to {MAX_DIMS} dimensions, came {dims}")
+            raise InputError(f"{self.path}: {name}: wanted 1 to {MAX_DIMS} dimensions, got {dims}")
         shape = tuple(cursor.number("Q", 8) for _ in range(dims))[::-1]
         raw = cursor.number("I", 4)
         try:
             kind = GGMLQuantizationType(raw)
         except ValueError:
             raise InputError(
-                f"{self.path}: {name}: wanted a known tensor type, came {raw}"
+                f"{self.path}: {name}: wanted a known tensor type, got {raw}"
             ) from None
         return name, kind, shape, cursor.number("Q", 8)
 
@@ -199,7 +209,9 @@ class GGUFFile:
         return flat.reshape(math.prod(info.shape[:-1]), -1) if info.size else flat.reshape(0, 0)
 
     def load(self, name: str) -> Tensor | QuantizedWeight:
-        """The tensor in memory of its own: plain in its dtype, or a QuantizedWeight (2-D block formats)."""
+        """The tensor in memory of its own, in its dtype or (2-D block formats) as a
+        QuantizedWeight.
+        """
         info = self.tensors[name]
         if info.kind in PLAIN:
             data = torch.from_numpy(self.raw(name).copy())
@@ -207,11 +219,11 @@ class GGUFFile:
         if info.kind not in UNPACK:
             known = ", ".join(k.name for k in [*PLAIN, *UNPACK])
             raise InputError(
-                f"{self.path}: {name}: wanted one of the types {known}, came {info.kind.name}"
+                f"{self.path}: {name}: wanted one of the types {known}, got {info.kind.name}"
             )
         if len(info.shape) != 2:
             raise InputError(
-                f"{self.path}: {name}: wanted 2 dimensions for {info.kind.name}, came {info.shape}"
+                f"{self.path}: {name}: wanted 2 dimensions for {info.kind.name}, got {info.shape}"
             )
         return unpack(self.raw(name), info.kind)
 
@@ -222,8 +234,9 @@ PLAIN = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 
-# Each unpacker: blocks (B, bytes) uint8 -> q (B, values), scale (B, groups) float32, offset (B, groups) or None.
-# For 4 bits q is the stored nibble 0..15 and the weight is scale * (q - 8) + offset; else scale * q + offset.
+# Each unpacker: blocks (B, bytes) uint8 -> q (B, values), scale and offset (B, groups) float32, the
+# offset None where there is none. For 4 bits q is the stored nibble 0..15 and the weight is
+# scale * (q - 8) + offset; for 8 bits it is scale * q + offset.
 Unpacked = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
@@ -266,10 +279,11 @@ def _q5_1(blocks: np.ndarray) -> Unpacked:
 
 
 def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and minimum (B, 8) of Q4_K and Q5_K: 8 + 8 six-bit integers in bytes 4..15, times two float16.
+    """Scale and minimum (B, 8) of Q4_K and Q5_K: two float16 times 8 + 8 six-bit integers.
 
-    The first four of each sit in the low 6 bits of bytes 0-3 and 4-7; of the last four, the low nibbles are in
-    bytes 8-11 (scale low, minimum high) and the top 2 bits in the top of the first eight bytes.
+    Those are in the twelve bytes from 4 on: the first four of each in the low 6 bits of bytes 0-3
+    and 4-7; of the last four, the low nibbles in bytes 8-11 (scale low, minimum high) and the top 2
+    bits in the top of the first eight bytes.
     """
     first, second, rest = (blocks[:, a : a + 4] for a in (4, 8, 12))
     scale = np.concatenate([first & 63, (rest & 15) | (first >> 6) << 4], axis=1)
@@ -314,7 +328,7 @@ UNPACK: dict[GGMLQuantizationType, tuple[Callable[[np.ndarray], Unpacked], int, 
 
 
 def unpack(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWeight:
-    """``rows`` (N, bytes per row) uint8 in block format ``kind`` -> the same weight as a QuantizedWeight."""
+    """``rows`` (N, bytes per row) uint8 in block format ``kind`` as a QuantizedWeight."""
     function, bits, group_size = UNPACK[kind]
     block, block_bytes = GGML_QUANT_SIZES[kind]
     n, k = rows.shape[0], rows.shape[1] // block_bytes * block

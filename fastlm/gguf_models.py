@@ -77,10 +77,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     """Hugging Face's config.json for the model in ``file``."""
     metadata = file.metadata
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(
-            f"{file.path}: general.architecture: wanted one of {known}, came {architecture!r}"
+            f"{file.path}: general.architecture: wanted one of {known}, got {architecture!r:.60}"
         )
 
     def get(key: str, default: Any = None) -> Any:
@@ -90,19 +90,19 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         value = get(key, default)
         if type(value) is not kind:
             raise InputError(
-                f"{file.path}: {architecture}.{key}: wanted one {kind.__name__}, came {value!r:.60}"
+                f"{file.path}: {architecture}.{key}: wanted one {kind.__name__}, got {value!r:.60}"
             )
         # the shortest decimal of the file's float32: 1e-05, as config.json had it
         return float(str(np.float32(value))) if kind is float else value
 
     if "token_embd.weight" not in file.tensors:
-        raise InputError(f"{file.path}: wanted a tensor token_embd.weight, came none")
+        raise InputError(f"{file.path}: wanted a tensor token_embd.weight, got none")
     window = get("attention.sliding_window")
     model_type = ARCHITECTURES[architecture]
     if model_type == "llama" and window:
         model_type = "mistral"  # llama.cpp files Mistral under llama
     if model_type == "olmo2" and window:
-        raise InputError(f"{file.path}: general.architecture: wanted olmo2, came olmo3 (windowed)")
+        raise InputError(f"{file.path}: general.architecture: wanted olmo2, got olmo3 (windowed)")
     hidden, heads = number("embedding_length"), number("attention.head_count")
     layers = number("block_count")
     rotary = get("rope.dimension_count")
@@ -111,7 +111,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         derived = hidden // heads if heads else 0
         head_dim = rotary if rotary and model_type != "phi3" else derived
     if type(head_dim) is not int or head_dim < 2 or head_dim % 2:
-        raise InputError(f"{file.path}: head size: wanted a positive even integer, came {head_dim}")
+        raise InputError(f"{file.path}: head size: wanted a positive even integer, got {head_dim}")
     config: dict[str, Any] = {
         "architectures": [KNOWN[model_type]],
         "model_type": model_type,
@@ -191,14 +191,15 @@ def _rope_scaling(file: GGUFFile, config: dict[str, Any], get: Any) -> dict[str,
         }
     if kind not in ("none", "longrope"):
         raise InputError(
-            f"{file.path}: rope.scaling.type: wanted none, linear, yarn or longrope, came {kind!r}"
+            f"{file.path}: rope.scaling.type: wanted none, linear, yarn or longrope, "
+            f"got {kind!r:.60}"
         )
     return None
 
 
 def _floats(file: GGUFFile, name: str) -> np.ndarray:
     if name not in file.tensors or isinstance(tensor := file.load(name), QuantizedWeight):
-        raise InputError(f"{file.path}: {name}: wanted an unquantized tensor, came none")
+        raise InputError(f"{file.path}: {name}: wanted an unquantized tensor, got none")
     return tensor.double().flatten().numpy()
 
 
@@ -213,21 +214,17 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     wanted = 1 / (blend + (1 - blend) / factor)
     # the file's divisors were computed in float32
     if divisors.shape != wanted.shape or not np.allclose(divisors, wanted, rtol=1e-4):
-        raise InputError(f"{file.path}: rope_freqs.weight: wanted Llama 3's scaling, came another")
+        raise InputError(f"{file.path}: rope_freqs.weight: wanted Llama 3's scaling, got another")
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
 
 
-def _undo_interleave(
-    weight: Tensor | QuantizedWeight, heads: int
-) -> Tensor | QuantizedWeight:
+def _undo_interleave(weight: Tensor | QuantizedWeight, heads: int) -> Tensor | QuantizedWeight:
     """Rows (head, pair, 2), as interleaved RoPE wants them, back to (head, 2, pair)."""
     rows = weight.shape[0]
     order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
     if isinstance(weight, QuantizedWeight):
         zeros = None if weight.zeros is None else weight.zeros[order]
-        return replace(
-            weight, qdata=weight.qdata[order], scales=weight.scales[order], zeros=zeros
-        )
+        return replace(weight, qdata=weight.qdata[order], scales=weight.scales[order], zeros=zeros)
     return weight[order]
 
 
@@ -240,9 +237,9 @@ def load_gguf(file: GGUFFile) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]
         if name in ROPE_TABLES:
             continue
         if (target := hf_name(name, kind)) is None:
-            raise InputError(f"{file.path}: {name}: wanted a tensor of {kind}, came one it lacks")
+            raise InputError(f"{file.path}: {name}: wanted a tensor of {kind}, got one it lacks")
         if target in names.values():
-            raise InputError(f"{file.path}: {name}: wanted one tensor for {target}, came two")
+            raise InputError(f"{file.path}: {name}: wanted one tensor for {target}, got two")
         names[name] = target
     shapes = {target: file.tensors[name].shape for name, target in names.items()}
     check_tensors(shapes, config, file.path)

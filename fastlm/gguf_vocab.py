@@ -1,7 +1,8 @@
 """The tokenizer inside a GGUF file, rebuilt for the ``tokenizers`` library.
 
-A GGUF states tokens, merges or scores, and the *name* of its pre-tokenizer; the split pattern behind a name is
-llama.cpp's knowledge and is tabled here. An unknown name is refused: a wrong pattern gives ids that look right.
+A GGUF states tokens, merges or scores, and the *name* of its pre-tokenizer; the split pattern
+behind a name is llama.cpp's knowledge and is tabled here. An unknown name is refused: a wrong
+pattern gives ids that look right.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,8 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "tekken": (TEKKEN,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-# names under which a pre-token that is in the vocabulary is taken whole, and BOS is added by default
+# names under which a pre-token that is in the vocabulary is taken whole, and BOS is added unless
+# the file says otherwise
 WHOLE_WORDS = frozenset(
     "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken".split()
 )
@@ -61,7 +63,9 @@ def byte_level(patterns: Sequence[str]) -> pre_tokenizers.PreTokenizer:
 
 
 def build(metadata: dict[str, Any], path: Any) -> tuple[Tokenizer, dict[str, str], str | None]:
-    """The tokenizer, its role tokens (``bos_token`` -> text ...) and chat template from a GGUF's metadata."""
+    """The tokenizer, its role tokens (``bos_token`` -> text ...) and chat template from a GGUF's
+    metadata.
+    """
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{key}", default)
@@ -69,17 +73,17 @@ def build(metadata: dict[str, Any], path: Any) -> tuple[Tokenizer, dict[str, str
     model, tokens = get("model"), get("tokens")
     if model not in ("gpt2", "llama"):
         raise InputError(
-            f"{path}: tokenizer.ggml.model: wanted gpt2 (byte-level BPE) or llama (SentencePiece BPE), "
-            f"came {model!r}"
+            f"{path}: tokenizer.ggml.model: wanted gpt2 (byte-level BPE) or "
+            f"llama (SentencePiece BPE), got {model!r:.60}"
         )
     if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
-        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted a list of strings, came none")
+        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted a list of strings, got none")
     if len(set(tokens)) != len(tokens):
-        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted each token once, came duplicates")
+        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted each token once, got duplicates")
     kinds = list(get("token_type", ()))
     if kinds and len(kinds) != len(tokens):
         raise InputError(
-            f"{path}: tokenizer.ggml.token_type: wanted {len(tokens)} entries, came {len(kinds)}"
+            f"{path}: tokenizer.ggml.token_type: wanted {len(tokens)} entries, got {len(kinds)}"
         )
     role_ids = {
         "bos_token": get("bos_token_id"),
@@ -93,7 +97,8 @@ def build(metadata: dict[str, Any], path: Any) -> tuple[Tokenizer, dict[str, str
             continue
         if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
             raise InputError(
-                f"{path}: {name}: wanted an id below {len(tokens)} (the tokens), came {token_id!r}"
+                f"{path}: {name}: wanted an id below {len(tokens)} (the tokens), "
+                f"got {token_id!r:.60}"
             )
         roles[name] = tokens[token_id]
 
@@ -110,8 +115,11 @@ def build(metadata: dict[str, Any], path: Any) -> tuple[Tokenizer, dict[str, str
             if k == kind and token
         ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
-    _add_ends(tokenizer, roles.get("bos_token") if add_bos else None,
-              roles.get("eos_token") if get("add_eos_token", False) else None)
+    _add_ends(
+        tokenizer,
+        roles.get("bos_token") if add_bos else None,
+        roles.get("eos_token") if get("add_eos_token", False) else None,
+    )
     template = metadata.get("tokenizer.chat_template")
     return tokenizer, roles, template if isinstance(template, str) else None
 
@@ -126,19 +134,21 @@ def _add_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
 
 
 def _byte_level_bpe(tokens: list[str], merges: Any, pre: str, path: Any) -> Tokenizer:
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise InputError(f"{path}: tokenizer.ggml.pre: wanted one of {known}, came {pre!r}")
+        raise InputError(f"{path}: tokenizer.ggml.pre: wanted one of {known}, got {pre!r:.60}")
     vocab = {token: index for index, token in enumerate(tokens)}
     # a byte-level token holds no space, so the one space separates the two halves
-    pairs = [tuple(m.split(" ", 1)) for m in merges or [] if isinstance(m, str)]
+    texts = [m.partition(" ") for m in merges or [] if isinstance(m, str)]
+    pairs = [(left, right) for left, _, right in texts]
     for pair in pairs:
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+        if not {*pair, "".join(pair)} <= vocab.keys():
             raise InputError(
-                f"{path}: tokenizer.ggml.merges: wanted two tokens whose union is a token, came {pair!r}"
+                f"{path}: tokenizer.ggml.merges: wanted two tokens whose union is a token, "
+                f"got {pair!r:.80}"
             )
     if not pairs:
-        raise InputError(f"{path}: tokenizer.ggml.merges: wanted a list of merges, came none")
+        raise InputError(f"{path}: tokenizer.ggml.merges: wanted a list of merges, got none")
     tokenizer = Tokenizer(BPE(vocab, pairs, ignore_merges=pre in WHOLE_WORDS))
     tokenizer.pre_tokenizer = byte_level(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
@@ -155,14 +165,12 @@ def _sentencepiece(
     vocab = {token: index for index, token in enumerate(tokens)}
     # Gemma's scores are not in merge order; the order of its tokens is
     gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
-    rank = [-i for i in range(len(tokens))] if gemma else [float(s) for s in scores]
+    rank = [-float(i) for i in range(len(tokens))] if gemma else [float(s) for s in scores]
     mergeable = [t for i, t in enumerate(tokens) if not kinds or kinds[i] in (1, USER_DEFINED)]
     if unk is None and len(kinds):
         unk = next((token for token, kind in zip(tokens, kinds) if kind == 2), None)
     merges = _merges(mergeable, vocab, rank)
-    tokenizer = Tokenizer(
-        BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token=unk)
-    )
+    tokenizer = Tokenizer(BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token=unk))
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", not gemma))
     spell = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = (
@@ -178,7 +186,8 @@ def _sentencepiece(
 def _merges(tokens: list[str], vocab: dict[str, int], rank: list[float]) -> list[tuple[str, str]]:
     """Every way to make a token of two others, best token first; ties by the ids of the halves.
 
-    SentencePiece keeps no merges: it joins the adjacent pair whose union scores highest, which is the same rule.
+    SentencePiece keeps no merges: it joins the adjacent pair whose union scores highest, which is
+    the same rule.
     """
     known = set(tokens)
     found = []

@@ -1,13 +1,13 @@
 """Text to token ids and back: byte-level BPE trained here, or the tokenizer of an existing model.
 
-The work is done by Hugging Face's ``tokenizers``; this class adds what a language model needs around
-it: role tokens, chat templates, exact bytes per token, streaming, files in three formats. Training on
-pre-token counts of our own was the alternative; it is kept for when a corpus does not fit the
-library's memory (one entry per distinct pre-token).
+The work is done by Hugging Face's ``tokenizers``; this class adds what a language model needs
+around it: role tokens, chat templates, exact bytes per token, streaming, files in three formats.
+Training on pre-token counts of our own was the alternative; it is kept for when a corpus does not
+fit the library's memory (one entry per distinct pre-token).
 
-Special tokens written inside a text are text: ``encode(text)`` never yields a special id, so that no
-page from the web and no chat message can close a turn or end a document. ``special=True`` reads them
-as transformers does.
+Special tokens written inside a text are text: ``encode(text)`` never yields a special id, so that
+no page from the web and no chat message can close a turn or end a document. ``special=True`` reads
+them as transformers does.
 """
 
 import codecs
@@ -47,9 +47,10 @@ class Tokenizer:
         self.chat_template = template
         for name, token in self._roles.items():
             if backend.token_to_id(token) is None:
-                raise InputError(f"{name}: wanted a token of the vocabulary, came {token!r}")
+                raise InputError(f"{name}: wanted a token of the vocabulary, got {token!r}")
         self.bos_id, self.eos_id, self.pad_id = map(self._role_id, ROLES[:3])
-        stops = {backend.token_to_id(token) for token in STOPS if token in self._specials}
+        added = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
+        stops = {added[token] for token in STOPS if token in added}
         self.stop_ids = frozenset((stops | {self.eos_id}) - {None})
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
         kinds = {decoder.get("type"), *(d["type"] for d in decoder.get("decoders", ()))}
@@ -57,7 +58,7 @@ class Tokenizer:
         if not self._byte_level and not kinds & {"ByteFallback", "Metaspace"}:
             raise InputError(
                 "tokenizer: wanted byte-level or SentencePiece-style BPE, "
-                f"came a decoder of {sorted(map(str, kinds))}"
+                f"got a decoder of {sorted(map(str, kinds))}"
             )
         self._strip_first = bool(kinds & {"Strip", "Metaspace"})
 
@@ -72,8 +73,14 @@ class Tokenizer:
 
     @cached_property
     def _text_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer to which special tokens are plain text (a flag on the whole object)."""
-        twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        """The same tokenizer to which special tokens are plain text (a flag on the whole
+        object).
+        """
+        try:
+            twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        except Exception as error:  # a file whose merges and vocabulary disagree gets this far
+            reason = " ".join(str(error).split())
+            raise InputError(f"tokenizer: wanted a consistent one, got: {reason:.200}") from error
         twin.encode_special_tokens = True
         return twin
 
@@ -96,18 +103,18 @@ class Tokenizer:
         """Byte-level BPE with GPT-4's split pattern; the special tokens take the first ids.
 
         ``texts`` is read once, as a stream; memory grows with the number of distinct pre-tokens.
-        All 256 bytes are tokens, so every text comes back. The vocabulary is smaller than asked when
-        the text runs out of pairs. The first special token ends documents (eos and pad); with
+        All 256 bytes are tokens, so every text comes back. The vocabulary is smaller than asked
+        when the text runs out of pairs. The first special token ends documents (eos and pad); with
         ChatML's two tokens the chat template is ChatML.
         """
         least = 256 + len(special_tokens)
         if vocab_size < least:
             raise InputError(
                 f"vocab_size: wanted at least {least} (256 bytes and the special tokens), "
-                f"came {vocab_size}"
+                f"got {vocab_size}"
             )
         if not special_tokens or len(set(special_tokens)) < len(special_tokens):
-            raise InputError(f"special_tokens: wanted distinct tokens, came {special_tokens!r}")
+            raise InputError(f"special_tokens: wanted distinct tokens, got {special_tokens!r}")
         backend = tokenizers.Tokenizer(BPE())
         backend.pre_tokenizer = gguf_vocab.byte_level((gguf_vocab.LLAMA3,))
         backend.decoder = decoders.ByteLevel()
@@ -128,7 +135,7 @@ class Tokenizer:
 
         backend.train_from_iterator(pieces(), trainer)
         if not characters:
-            raise InputError("texts: wanted text to train on, came none")
+            raise InputError("texts: wanted text to train on, got none")
         chat = {"<|im_start|>", "<|im_end|>"} <= set(special_tokens)
         roles = {"eos_token": special_tokens[0], "pad_token": special_tokens[0]}
         return cls(backend, roles, chat_template.CHATML if chat else None)
@@ -148,7 +155,8 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{file}: wanted a tokenizer.json, came: {error}") from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"{file}: wanted a tokenizer.json, got: {reason:.200}") from error
         config = _read_json(file.parent / "tokenizer_config.json")
         legacy = _read_json(file.parent / "special_tokens_map.json")
         roles = {name: _content(config.get(name) or legacy.get(name)) for name in ROLES}
@@ -185,8 +193,8 @@ class Tokenizer:
     # ids
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of ``text``. ``special=True`` is what transformers' ``encode`` gives: special tokens in
-        the text become their ids, and BOS/EOS are added where the tokenizer says so."""
+        """Ids of ``text``. ``special=True`` is what transformers' ``encode`` gives: special tokens
+        in the text become their ids, and BOS/EOS are added where the tokenizer says so."""
         backend = self._backend if special else self._text_backend
         return backend.encode(_valid(text), add_special_tokens=special).ids
 
@@ -202,14 +210,18 @@ class Tokenizer:
         stream = self.stream(special=special)
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self, *, special: bool = False) -> "TokenStream":
-        """A decoder to push ids into one by one; the pieces join to ``decode``'s text."""
-        return TokenStream(self, special)
+    def stream(self, *, special: bool = False, first: bool = True) -> "TokenStream":
+        """A decoder to push ids into one by one; the pieces join to ``decode``'s text.
+
+        ``first=False`` where the ids go on from a text: SentencePiece vocabularies put a space
+        before a text, which is otherwise taken off again.
+        """
+        return TokenStream(self, special, first)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes that ``token_id`` stands for (a special token: its name)."""
         if not 0 <= token_id < self.vocab_size:
-            raise InputError(f"token_id: wanted 0 to {self.vocab_size - 1}, came {token_id}")
+            raise InputError(f"token_id: wanted 0 to {self.vocab_size - 1}, got {token_id}")
         return self._bytes[token_id]
 
     @cached_property
@@ -230,7 +242,9 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt text of ``messages`` ([{"role": ..., "content": ...}]) by the chat template."""
+        """The prompt text of ``messages`` ([{"role": ..., "content": ...}]) by the chat
+        template.
+        """
         if self.chat_template is None:
             raise InputError("chat_template: wanted one for chat, this tokenizer has none")
         known = {**self._roles, "add_generation_prompt": add_generation_prompt}
@@ -272,11 +286,11 @@ class Tokenizer:
 class TokenStream:
     """``push(id)`` returns the text that is complete so far, ``flush()`` the rest at the end."""
 
-    def __init__(self, tokenizer: Tokenizer, special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: bool, first: bool) -> None:
         self._tokenizer = tokenizer
         self._hidden = frozenset() if special else frozenset(tokenizer._specials.values())
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = tokenizer._strip_first
+        self._strip = first and tokenizer._strip_first
 
     def push(self, token_id: int) -> str:
         data = self._tokenizer.token_bytes(token_id)
@@ -319,12 +333,12 @@ def _sentencepiece_bytes(token: str) -> bytes:
 def _valid(text: str) -> str:
     """``text`` if UTF-8 can hold it (no lone surrogates)."""
     if not isinstance(text, str):
-        raise InputError(f"text: wanted str, came {type(text).__name__}")
+        raise InputError(f"text: wanted str, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"text: wanted valid Unicode, came a lone surrogate at {error.start}"
+            f"text: wanted valid Unicode, got a lone surrogate at {error.start}"
         ) from None
     return text
 
@@ -335,7 +349,7 @@ def _read(file: Path) -> str:
             raise InputError(f"{file}: wanted at most {MAX_JSON_BYTES} bytes")
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: wanted a readable text file, came: {error}") from error
+        raise InputError(f"{file}: wanted a readable text file, got: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -344,9 +358,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read(file))
     except ValueError as error:
-        raise InputError(f"{file}: wanted JSON, came: {error}") from error
+        raise InputError(f"{file}: wanted JSON, got: {error}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{file}: wanted a JSON object, came {type(value).__name__}")
+        raise InputError(f"{file}: wanted a JSON object, got {type(value).__name__}")
     return value
 
 

@@ -17,9 +17,11 @@ from fastlm.errors import InputError
 from fastlm.tokenizer import Tokenizer
 
 PIECES = [
-    "hello world", " the", "DON'T", "it's", "ñandú", "漢字かな交じり文", "한국어", "😀👩‍👩‍👧", "مرحبا",
-    "नमस्ते", "𝒳", "123", "4567.89", "²³½", "  ", "\n\n", "\t", "\r\n", "\u3000", "\u00a0", "\x00",
-    "def f(x):\n    return x+1\n", "{'a': [1,\t2]}", "...", "!?", "_", "://", "\ud7ff", "\U0010ffff",
+    "hello world", " the", "DON'T", "it's", "ñandú", "漢字かな交じり文", "한국어", "😀👩‍👩‍👧",
+    "مرحبا", "नमस्ते",
+    "\U0001d4b3", "123", "4567.89", "²³½", "  ", "\n\n", "\t", "\r\n", "\u3000", "\u00a0", "\x00",
+    "def f(x):\n    return x+1\n", "{'a': [1,\t2]}", "...", "!?", "_", "://", "\ud7ff",
+    "\U0010ffff",
 ]  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def test_short_text_gives_a_smaller_vocabulary():
         ([], 300, {}, "texts: wanted text"),
         (["x"], 300, {"special_tokens": ("a", "a")}, "special_tokens: wanted distinct"),
         (["\ud800"], 300, {}, "lone surrogate"),
-        ([b"x"], 300, {}, "wanted str, came bytes"),
+        ([b"x"], 300, {}, "wanted str, got bytes"),
     ],
 )
 def test_training_refusals(texts, size, options, message):
@@ -122,7 +124,7 @@ def test_training_refusals(texts, size, options, message):
 def test_saved_folder_is_what_transformers_reads(trained, tmp_path):
     theirs = reload_with_transformers(trained, tmp_path / "t")
     ours = Tokenizer.load(tmp_path / "t")
-    for text in mixtures(200) + ["a<|im_end|>b", ""]:
+    for text in [*mixtures(200), "a<|im_end|>b", ""]:
         want = theirs.encode(text)
         assert trained.encode(text, special=True) == ours.encode(text, special=True) == want
     assert (theirs.eos_token_id, theirs.pad_token_id) == (trained.eos_id, trained.pad_id)
@@ -147,7 +149,8 @@ def test_gguf_tokenizer_equals_transformers(smol):
     for text in [*plain, "In 1969, 3 men; 2.5e-3", "a<|im_start|>b"]:
         assert smol.encode(text, special=True) == theirs.encode(text)
     # Transformers does not know the pre-tokenizer "smollm" and splits digits off too late: "\r\n1"
-    # gives it two tokens before the digit. With the split that the model was trained with, all agree.
+    # gives it two tokens before the digit. With the split that the model was trained with, all
+    # agree.
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
@@ -224,6 +227,8 @@ def test_sentencepiece_from_gguf(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.token_bytes(3 + 0xE6) == b"\xe6"
     assert tokenizer.token_bytes(tokenizer._backend.token_to_id("▁abc")) == b" abc"
+    stream = tokenizer.stream(first=False)
+    assert "".join(map(stream.push, tokenizer.encode("abc"))) == " abc"
     # </s> in a text stays text
     assert tokenizer.eos_id not in tokenizer.encode("a</s>b")
     assert tokenizer.decode(tokenizer.encode("a</s>b")) == "a</s>b"
@@ -231,7 +236,9 @@ def test_sentencepiece_from_gguf(tmp_path):
 
 def test_sentencepiece_without_prefix(tmp_path):
     path = sentencepiece_gguf(
-        tmp_path / "m.gguf", tokenizer__ggml__add_space_prefix=False, tokenizer__ggml__add_bos_token=False
+        tmp_path / "m.gguf",
+        tokenizer__ggml__add_space_prefix=False,
+        tokenizer__ggml__add_bos_token=False,
     )
     tokenizer = Tokenizer.load(path)
     assert tokenizer.decode(tokenizer.encode("abc", special=True)) == "abc"
@@ -253,7 +260,7 @@ def test_sentencepiece_equals_transformers(tmp_path):
     ("metadata", "message"),
     [
         ({"model": "bert"}, "tokenizer.ggml.model: wanted gpt2"),
-        ({"model": "gpt2", "tokens": ["a", "a"]}, "came duplicates"),
+        ({"model": "gpt2", "tokens": ["a", "a"]}, "got duplicates"),
         ({"model": "gpt2", "tokens": ["a"], "pre": "nope"}, "tokenizer.ggml.pre: wanted one of"),
         ({"model": "gpt2", "tokens": ["a"], "pre": "gpt-2"}, "merges: wanted a list"),
         ({"model": "gpt2", "tokens": ["a", "b"], "merges": ["a b"]}, "whose union is a token"),
@@ -382,6 +389,30 @@ def test_broken_files(tmp_path, content, message):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(InputError, match=message):
         Tokenizer.load(tmp_path)
+
+
+def test_damaged_tokenizer_json(tmp_path, trained):
+    """One value replaced at random: it works or is refused in a line."""
+    trained.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = file.read_text()
+    draw = random.Random(0)
+    refusals = 0
+    for _ in range(200):
+        node = changed = json.loads(whole)
+        while True:
+            key = draw.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            if not isinstance(node[key], dict | list) or not node[key] or draw.random() < 0.3:
+                break
+            node = node[key]
+        node[key] = draw.choice([None, -1, 10**12, "x", "", [], {}, True, 3.5])
+        file.write_text(json.dumps(changed))
+        try:
+            Tokenizer.load(tmp_path).encode("the <|im_end|> cat")
+        except InputError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+    assert refusals > 50
 
 
 def test_missing_and_foreign(tmp_path, trained):

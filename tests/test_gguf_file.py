@@ -1,0 +1,496 @@
+"""GGUF: block formats against the gguf package, whole models against transformers, broken files."""
+
+import struct
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_files import smollm2, write_gguf
+
+from fastlm.checkpoint import load_state, save_hf
+from fastlm.errors import InputError
+from fastlm.gguf_file import UNPACK, GGUFFile, unpack
+from fastlm.quant.weight import QuantizedWeight
+
+HALVES = {  # byte offsets of the float16 fields of a block
+    Kind.Q4_0: [0],
+    Kind.Q5_0: [0],
+    Kind.Q8_0: [0],
+    Kind.Q6_K: [208],
+    **{kind: [0, 2] for kind in (Kind.Q4_1, Kind.Q5_1, Kind.Q4_K, Kind.Q5_K)},
+}
+kinds = pytest.mark.parametrize("kind", UNPACK, ids=lambda k: k.name)
+
+
+def random_rows(kind: Kind, rows: int, blocks: int, spread: float = 1.0) -> np.ndarray:
+    """Rows of random bits with float16 scales of N(0, 1) * 2**U(-spread, spread)."""
+    rng = np.random.default_rng(0)
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    raw = rng.integers(0, 256, (rows * blocks, size), dtype=np.uint8)
+    for at in HALVES[kind]:
+        scale = rng.standard_normal(len(raw)) * 2.0 ** rng.uniform(-spread, spread, len(raw))
+        raw[:, at : at + 2] = scale.astype(np.float16)[:, None].view(np.uint8)
+    return raw.reshape(rows, blocks * size)
+
+
+@kinds
+def test_random_blocks_equal_the_gguf_package(kind):
+    raw = random_rows(kind, 7, 3)
+    weight = unpack(raw, kind)
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    assert weight.shape == (7, 3 * block)
+    assert (weight.bits, weight.group_size) == UNPACK[kind][1:]
+    want, came = gguf.quants.dequantize(raw, kind), weight.dequantize().numpy()
+    if kind not in (Kind.Q4_K, Kind.Q4_1):
+        np.testing.assert_array_equal(came, want)
+        return
+    # the offset (m + 8 d, 8 d - m) is rounded to float32 where 8 d and m are far apart, which costs
+    # half an ulp of the offset, and the final sum half an ulp of its own
+    offset = np.repeat(weight.zeros.numpy(), weight.group_size, axis=1)
+    ulp = np.spacing(np.maximum(abs(offset), abs(want)))
+    assert (abs(came - want) <= ulp).all()
+    assert (came == want).mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q4_K], ids=lambda k: k.name)
+def test_offset_rounding_is_at_most_an_ulp(kind):
+    """Scale and offset up to 2**20 apart."""
+    raw = random_rows(kind, 50, 4, spread=10)
+    weight = unpack(raw, kind)
+    want, came = gguf.quants.dequantize(raw, kind), weight.dequantize().numpy()
+    offset = np.repeat(weight.zeros.numpy(), weight.group_size, axis=1)
+    assert (abs(came - want) <= np.spacing(np.maximum(abs(offset), abs(want)))).all()
+
+
+QUANTIZABLE = [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0]
+
+
+@pytest.mark.parametrize("kind", QUANTIZABLE, ids=lambda k: k.name)
+def test_quantized_normal_weights_are_exact(kind):
+    w = np.random.default_rng(1).standard_normal((33, 96)).astype(np.float32) * 0.02
+    raw = gguf.quants.quantize(w, kind)
+    came = unpack(raw, kind).dequantize().numpy()
+    np.testing.assert_array_equal(came, gguf.quants.dequantize(raw, kind))
+    assert abs(came - w).max() < 0.02  # and it is that weight: one step of 4 bits
+
+
+def test_four_bit_layout():
+    """Column 2i in the low nibble, 2i+1 in the high one."""
+    raw = np.zeros((1, 18), np.uint8)
+    raw[0, :2] = np.array([1.0], np.float16).view(np.uint8)
+    raw[0, 2:] = np.arange(16) | (15 - np.arange(16)) << 4  # columns 0..15 and 16..31
+    weight = unpack(raw, Kind.Q4_0)
+    values = [*range(-8, 8), *range(7, -9, -1)]
+    assert weight.dequantize()[0].tolist() == values
+    nibbles = [v + 8 for v in values]
+    assert weight.qdata[0].tolist() == [a | b << 4 for a, b in zip(nibbles[::2], nibbles[1::2])]
+
+
+@kinds
+def test_empty_rows(kind):
+    assert unpack(random_rows(kind, 0, 2), kind).dequantize().shape[0] == 0
+
+
+def test_plain_types(tmp_path):
+    w = np.random.default_rng(2).standard_normal((5, 3)).astype(np.float32)
+    bf16 = torch.from_numpy(w).bfloat16()
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        {
+            "f32": w,
+            "f16": w.astype(np.float16),
+            "bf16": (bf16.view(torch.uint8).numpy(), Kind.BF16),
+            "cube": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        },
+    )
+    file = GGUFFile(path)
+    tensors = {name: file.load(name) for name in file.tensors}
+    assert torch.equal(tensors["f32"], torch.from_numpy(w))
+    assert torch.equal(tensors["f16"], torch.from_numpy(w).half())
+    assert torch.equal(tensors["bf16"], bf16) and tensors["bf16"].dtype == torch.bfloat16
+    assert torch.equal(tensors["cube"], torch.arange(24.0).reshape(2, 3, 4))
+    tensors["f32"].add_(1)  # memory of its own, not the file's
+
+
+def test_metadata_equals_the_gguf_reader(tmp_path):
+    values = {
+        "a": 1,
+        "b": -0.5,
+        "c": True,
+        "d": "漢",
+        "e": [1, 2, 3],
+        "f": [0.5, -1.0],
+        "g": ["x", "é"],
+    }
+    path = write_gguf(tmp_path / "m.gguf", {"t": np.zeros((2, 32), np.float32)}, **values)
+    ours, theirs = GGUFFile(path), gguf.GGUFReader(path)
+    want = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
+    came = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in ours.metadata.items()}
+    assert came == want
+    for tensor in theirs.tensors:
+        assert ours.tensors[tensor.name].start == tensor.data_offset
+
+
+# whole models
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-5,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LONG = {
+    "rope_type": "longrope",
+    "long_factor": [1.0 + i for i in range(8)],
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4}
+MODELS = {  # case -> (GGUF architecture, transformers config class, what differs from SMALL)
+    "llama": ("llama", "LlamaConfig", {"rope_theta": 5e4}),
+    "llama-bias": ("llama", "LlamaConfig", {"attention_bias": True}),
+    "llama-head": ("llama", "LlamaConfig", {"head_dim": 32, "tie_word_embeddings": True}),
+    "llama3": ("llama", "LlamaConfig", {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    "llama-linear": (
+        "llama",
+        "LlamaConfig",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "mistral": ("llama", "MistralConfig", {"sliding_window": 5}),
+    "qwen2": ("qwen2", "Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-yarn": ("qwen2", "Qwen2Config", {"rope_scaling": YARN}),
+    "qwen3": ("qwen3", "Qwen3Config", {"head_dim": 32}),
+    "gemma2": ("gemma2", "Gemma2Config", GEMMA | {"attn_logit_softcapping": 5.0}),
+    "gemma3": ("gemma3", "Gemma3TextConfig", GEMMA | {"num_hidden_layers": 7}),
+    "olmo2": ("olmo2", "Olmo2Config", {}),
+    "phi3": ("phi3", "Phi3Config", {"sliding_window": 6}),
+    "phi3-long": (
+        "phi3",
+        "Phi3Config",
+        {"rope_scaling": LONG, "original_max_position_embeddings": 64},
+    ),
+    "smollm3": ("smollm3", "SmolLM3Config", {"num_hidden_layers": 5, "use_sliding_window": False}),
+}
+
+
+def make_model(case: str):
+    import transformers
+
+    architecture, class_name, changes = MODELS[case]
+    config = getattr(transformers, class_name)(**{**SMALL, **changes})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter += 0.1 * torch.randn_like(parameter)  # they start as ones and zeros
+    return architecture, model
+
+
+def convert(architecture: str, model, path, kind: Kind | None = None):
+    """What llama.cpp's converter writes for ``model``; its layers' matrices in format ``kind``."""
+    config = model.config
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    layers = config.num_hidden_layers
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, layers)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        w = tensor.float().numpy()
+        if architecture in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
+            h = heads if "q_proj" in name else kv
+            w = w.reshape(h, 2, w.shape[0] // h // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            w = w + 1
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if kind and "layers" in name and w.ndim == 2:
+            tensors[target] = (gguf.quants.quantize(w, kind), kind)
+        else:
+            tensors[target] = w
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = dict(config.rope_parameters)
+    if architecture == "gemma3":
+        rope = rope["full_attention"]
+    metadata = {
+        "block_count": layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention__head_count": heads,
+        "attention__head_count_kv": kv,
+        "attention__layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention__key_length": head_dim,
+        "rope__dimension_count": head_dim,
+        "rope__freq_base": float(rope["rope_theta"]),
+        "tokenizer__ggml__bos_token_id": 1,
+        "tokenizer__ggml__eos_token_id": 2,
+        "tokenizer__ggml__padding_token_id": 0,
+    }
+    if getattr(config, "sliding_window", None):
+        metadata["attention__sliding_window"] = config.sliding_window
+    if architecture == "gemma2":
+        metadata["attn_logit_softcapping"] = config.attn_logit_softcapping
+        metadata["final_logit_softcapping"] = config.final_logit_softcapping
+    if rope["rope_type"] in ("linear", "yarn"):
+        metadata |= {
+            "rope__scaling__type": rope["rope_type"],
+            "rope__scaling__factor": rope["factor"],
+        }
+        if original := rope.get("original_max_position_embeddings"):
+            metadata["rope__scaling__original_context_length"] = original
+    if rope["rope_type"] == "llama3":
+        frequency = rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
+        wave, old = 2 * np.pi / frequency, rope["original_max_position_embeddings"]
+        smooth = (old / wave - 1) / (4 - 1)
+        mid = 1 / ((1 - smooth) / rope["factor"] + smooth)
+        table = np.where(wave < old / 4, 1, np.where(wave > old / 1, rope["factor"], mid))
+        tensors["rope_freqs.weight"] = table.astype(np.float32)
+    if rope["rope_type"] == "longrope":
+        for length in ("long", "short"):
+            factors = np.array(rope[f"{length}_factor"], np.float32)
+            tensors[f"rope_factors_{length}.weight"] = factors
+        metadata["rope__scaling__original_context_length"] = config.original_max_position_embeddings
+    return write_gguf(path, tensors, architecture, **metadata)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_model_survives_the_conversion(case, tmp_path):
+    """transformers -> GGUF as llama.cpp writes it -> fastlm -> HF folder -> the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    architecture, model = make_model(case)
+    config, tensors = load_state(convert(architecture, model, tmp_path / "m.gguf"))
+    state = dict(tensors)
+    theirs = model.state_dict()
+    if config["tie_word_embeddings"]:
+        del theirs["lm_head.weight"]
+    assert state.keys() == theirs.keys()
+    for name, tensor in state.items():
+        if architecture.startswith("gemma") and "norm" in name:  # (w + 1) - 1 in float32
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=2**-23)
+        else:
+            assert torch.equal(tensor, theirs[name]), name
+    save_hf(tmp_path / "hf", config, state)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = torch.arange(40)[None] % 96
+    with torch.no_grad():
+        want, came = model(ids).logits, again(ids).logits
+    if architecture.startswith("gemma"):  # the norm weights differ in their last bit
+        torch.testing.assert_close(came, want, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(came, want)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_1, Kind.Q8_0], ids=lambda k: k.name)
+def test_row_order_of_packed_q_and_k(kind, tmp_path):
+    """Reordering packed rows is reordering the weight: compare with doing it in float."""
+    architecture, model = make_model("llama")
+    path = convert(architecture, model, tmp_path / "m.gguf", kind)
+    config, tensors = load_state(path)
+    for name, weight in tensors:
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            assert isinstance(weight, QuantizedWeight)
+            part = "attn_q" if "q_proj" in name else "attn_k"
+            file = GGUFFile(path)
+            raw = file.raw(f"blk.{name.split('.')[2]}.{part}.weight")
+            stored = gguf.quants.dequantize(raw, kind)
+            h = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+            want = stored.reshape(h, -1, 2, 64).swapaxes(1, 2).reshape(stored.shape)
+            np.testing.assert_array_equal(weight.dequantize().numpy(), want)
+    _, plain = load_state(path, keep_quantized=False)
+    assert all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 for _, w in plain)
+
+
+@pytest.mark.slow  # loads a 135M model twice: about 15 s
+def test_smollm2_equals_transformers():
+    """Every tensor of the real file, to the bit, and the config."""
+    from transformers import AutoModelForCausalLM
+
+    path = smollm2()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    config, tensors = load_state(path)
+    state, want = dict(tensors), theirs.state_dict()
+    assert state.keys() == want.keys() - {"lm_head.weight"}
+    kinds = {weight.bits for weight in state.values() if isinstance(weight, QuantizedWeight)}
+    assert kinds == {4, 8}
+    for name, weight in state.items():
+        dense = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+        assert torch.equal(dense, want[name]), name
+    for key in ("hidden_size", "num_key_value_heads", "head_dim", "vocab_size", "eos_token_id"):
+        assert config[key] == getattr(theirs.config, key)
+    assert config["rope_theta"] == theirs.config.rope_parameters["rope_theta"]
+    assert config["tie_word_embeddings"] is theirs.config.tie_word_embeddings is True
+
+
+# files that lie
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    architecture, model = make_model("llama")
+    return convert(architecture, model, tmp_path_factory.mktemp("g") / "m.gguf", Kind.Q8_0)
+
+
+def test_every_truncation_is_refused(good, tmp_path):
+    data = good.read_bytes()
+    path = tmp_path / "cut.gguf"
+    # all of the header, and some of the data (whose last tensor is padded to 32 bytes)
+    for size in [*range(0, 2000, 7), *range(2000, len(data) - 32, 9973), len(data) - 33]:
+        path.write_bytes(data[:size])
+        with pytest.raises(InputError) as error:
+            load_state(path)
+        assert "\n" not in str(error.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 4000), st.integers(0, 255))
+def test_a_changed_byte_loads_or_is_refused(good, at, value):
+    data = bytearray(good.read_bytes())
+    data[at] = value
+    path = good.with_name("changed.gguf")
+    path.write_bytes(data)
+    try:
+        for _ in load_state(path)[1]:
+            pass
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+def header(tensors: int, metadata: int, body: bytes = b"", version: int = 3) -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", version, tensors, metadata) + body
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+LYING = {
+    "not gguf": (b"PK\x03\x04" * 20, "wanted a GGUF file"),
+    "version": (header(0, 0, version=1), "version 2 or 3, got 1"),
+    "big endian": (header(0, 0, version=3 << 24), "version 2 or 3"),
+    "tensors": (header(2**60, 0, bytes(64)), "tensor count: wanted at most"),
+    "metadata": (header(0, 2**60, bytes(64)), "metadata count: wanted at most"),
+    "key": (header(0, 1, struct.pack("<Q", 2**62) + bytes(64)), "cut short: wanted 4611"),
+    "name": (header(0, 1, text(b"a\nb") + bytes(64)), "wanted a printable name"),
+    "long name": (header(0, 1, text(b"a" * 300) + bytes(64)), "wanted a printable name"),
+    "type": (
+        header(0, 1, text(b"k") + struct.pack("<I", 99) + bytes(9)),
+        "value type from 0 to 12",
+    ),
+    "array": (
+        header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 4, 2**61) + bytes(64)),
+        "k: wanted at most what the file can hold",
+    ),
+    "nested": (
+        header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 9, 1) + bytes(64)),
+        "wanted an array of scalars or strings",
+    ),
+    "dims": (header(1, 0, text(b"t") + struct.pack("<I", 2**31) + bytes(64)), "1 to 4 dimensions"),
+    "size": (
+        header(1, 0, text(b"t") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0) + bytes(64)),
+        "t: wanted bytes",
+    ),
+    "offset": (
+        header(1, 0, text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 2**40) + bytes(64)),
+        "t: wanted bytes",
+    ),
+    "unaligned": (
+        header(1, 0, text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 1) + bytes(64)),
+        "aligned offset",
+    ),
+    "kind": (header(1, 0, text(b"t") + struct.pack("<IQIQ", 1, 4, 999, 0)), "known tensor type"),
+    "block": (
+        header(1, 0, text(b"t") + struct.pack("<IQIQ", 1, 33, 2, 0) + bytes(64)),
+        "multiple of 32 values for Q4_0",
+    ),
+    "alignment": (
+        header(0, 1, text(b"general.alignment") + struct.pack("<II", 4, 0)),
+        "general.alignment: wanted a power of two",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LYING)
+def test_lying_headers(case, tmp_path):
+    data, message = LYING[case]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        GGUFFile(path)
+
+
+def rewrite(case: str, path, drop=(), add=None, **metadata):
+    """The model of ``case`` with metadata or tensors changed."""
+    architecture, model = make_model(case)
+    good = gguf.GGUFReader(convert(architecture, model, path.with_name("good.gguf")))
+    values = {
+        k: f.contents()
+        for k, f in good.fields.items()
+        if not k.startswith("GGUF.") and k != "general.architecture"
+    }
+    values |= {f"{architecture}.{k.replace('__', '.')}": v for k, v in metadata.items()}
+    values = {k.removeprefix(f"{architecture}."): v for k, v in values.items() if v is not None}
+    tensors = {t.name: t.data for t in good.tensors if t.name not in drop}
+    return write_gguf(path, tensors | (add or {}), architecture, **values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_count": None}, "llama.block_count: wanted one int, got None"),
+        ({"block_count": 3}, "wanted a tensor model.layers.2"),
+        ({"attention__head_count": [4, 4]}, "head_count: wanted one int"),
+        ({"attention__head_count": 0}, "num_attention_heads: wanted a positive integer .* got 0"),
+        ({"attention__key_length": 15}, "head size: wanted a positive even integer"),
+        ({"feed_forward_length": 128}, r"gate_proj.weight: wanted \(128, 64\) by .* \(96, 64\)"),
+        ({"rope__scaling__type": "su"}, "rope.scaling.type: wanted none"),
+        ({"drop": ["blk.1.ffn_up.weight"]}, "wanted a tensor model.layers.1.mlp.up_proj.weight"),
+        ({"drop": ["token_embd.weight"]}, "wanted a tensor token_embd.weight"),
+        (
+            {"add": {"blk.0.ffn_gate_exps.weight": np.zeros((2, 2), np.float32)}},
+            "got one it lacks",
+        ),
+        ({"add": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, "wanted Llama 3's scaling"),
+    ],
+)
+def test_models_that_do_not_fit(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load_state(rewrite("llama", tmp_path / "m.gguf", **changes))
+
+
+def test_unknown_architecture(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", {}, "mamba")
+    with pytest.raises(InputError, match=r"wanted one of llama, mistral, qwen2.*got 'mamba'"):
+        load_state(path)
+
+
+def test_unsupported_block_format(tmp_path):
+    raw = np.zeros((64, 84), np.uint8)
+    path = write_gguf(tmp_path / "m.gguf", {"t": (raw, Kind.Q2_K)})
+    with pytest.raises(InputError, match=r"wanted one of the types F32.*got Q2_K"):
+        GGUFFile(path).load("t")
