@@ -65,12 +65,20 @@ def ellipsis_lines(s: Shape, most: float = 0.3) -> bool:
 
 def alphabetic_words(s: Shape, least: float = 0.8) -> bool:
     """Gopher: at least 80 % of the words hold a letter."""
-    return sum(HAS_LETTER.search(w) is not None for w in s.words) >= least * len(s.words)
+    # islower and isupper settle nearly all words at a tenth of the regex's cost
+    letters = sum(w.islower() or w.isupper() or HAS_LETTER.search(w) is not None for w in s.words)
+    return letters >= least * len(s.words)
 
 
 def stop_words(s: Shape, least: int = 2) -> bool:
     """Gopher: at least two of the, be, to, of, and, that, have, with. English only."""
-    return len(STOP_WORDS.intersection(s.text.lower().split())) >= least
+    found = set()
+    for word in s.words:
+        if word.lower() in STOP_WORDS:
+            found.add(word.lower())
+            if len(found) >= least:
+                return True
+    return len(found) >= least
 
 
 def duplicate_lines(s: Shape, most: float = 0.3) -> bool:

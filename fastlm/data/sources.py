@@ -32,6 +32,7 @@ FORMATS = {
     ".html": "html", ".htm": "html", ".xhtml": "html",
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".warc": "warc",
 }  # fmt: skip
+CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b"))
 COMPRESSED = {".gz", ".zst"}
 # Files of every package that are about the package, not text to learn from.
 PACKAGE_NOISE = re.compile(
@@ -187,7 +188,7 @@ def _refuse_binary(file: SourceFile, head: bytes) -> None:
     head = head[:8192]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16 with its mark: zeros are text there
         return
-    control = sum(b < 32 and b not in b"\t\n\r\f\b\x1b" for b in head)
+    control = len(head) - len(head.translate(None, CONTROL))
     # 1 in 10: text has none, executables and images a third or more
     if b"\0" in head or control * 10 > len(head):
         raise InputError(f"{file.path}: wanted text, it holds binary data")
