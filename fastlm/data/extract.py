@@ -9,12 +9,16 @@ import unicodedata
 
 from fastlm.data.sources import Document
 
-# Sphinx, DocBook, Doxygen, AsciiDoc, GNU: navigation and permalinks inside the main content.
+# Permalinks, page navigation, language bars and indexes of Sphinx, DocBook, AsciiDoc, Doxygen, Drupal
+# and Apache pages, as far as they stand inside what is taken for the main content.
 SKIP_ELEMENTS = [
-    "nav", "footer", "header nav", "a.headerlink", "a.anchor", "div.navheader", "div.navfooter", "div.related", "div.toc",
-    "div.sphinxsidebar", "div.sphinxsidebarwrapper", "div.nav", "div.navigation", "div.breadcrumbs", "div.header-nav",
-    "div#toc", "div#footer", "div#footer-text", "table.navigation", "div.topnav", "div.bottomnav", "ul.docnav", "div.clearer",
-    "div.legalnotice", "div.indextable", "table.indextable", "div.index", "span.linenos", "td.linenos", "button", "select",
+    "nav", "footer", "button", "select", "a.headerlink", "a.anchor", "a.id_link", "a.viewcode-back",
+    "span.viewcode-link", "div.navheader", "div.navfooter", "div.related", "div.toc", "div#toc",
+    "div.sphinxsidebar", "div.nav", "div.navigation", "div.breadcrumbs", "div.header-nav",
+    "div.book-navigation", "div.toplang", "div.bottomlang", "div#path", "div#page-header",
+    "div#quickview", "div.tagline", "div#footer", "div#footer-text", "table.navigation", "ul.docnav",
+    "div.topnav", "div.bottomnav", "div.legalnotice", "div.index", "div.indextable",
+    "table.indextable", "span.linenos", "td.linenos",
 ]  # fmt: skip
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]|[\ud800-\udfff]")

@@ -83,6 +83,7 @@ def scrub(text: str) -> tuple[str, dict[str, int]]:
         return m[0][: m.start(m.lastindex or 0) - m.start()] + "<PHONE>"
 
     text, counts["email"] = _replace(text, LOCAL, DOMAIN, "<EMAIL>", _is_email)
+    text = text.replace("<<EMAIL>>", "<EMAIL>")  # Name <name@host>
     text = IPV6.sub(ip, IPV4.sub(ip, text))
     text = INTERNATIONAL.sub(phone, text)
     text, american = _replace(text, AREA, AMERICAN, "<PHONE>", lambda m: True)

@@ -34,10 +34,12 @@ FORMATS = {
 }  # fmt: skip
 CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b"))
 COMPRESSED = {".gz", ".zst"}
-# Files of every package that are about the package, not text to learn from.
+# Files of every package that are about the package, or the same pages once more (Sphinx's sources and
+# listings): not text to learn from. A glob that names them still gets them.
 PACKAGE_NOISE = re.compile(
-    r"(^|/)(copyright|licen[cs]e|copying|notice|authors|contributors|changelog|changes|news|history|requirements|robots"
-    r"|sources|top_level|entry_points|dependency_links|not-zip-safe|cmakelists)[^/]*$|\.(dist|egg)-info/|(^|/)tests?/",
+    r"(^|/)(copyright|licen[cs]e|copying|notice|authors|contributors|changelog|changes|news|history"
+    r"|requirements|robots|sources|top_level|entry_points|dependency_links|not-zip-safe|cmakelists"
+    r"|genindex)[^/]*$|\.(dist|egg)-info/|(^|/)(tests?|_sources|_modules|node_modules)/",
     re.IGNORECASE,
 )
 
