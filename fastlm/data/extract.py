@@ -34,7 +34,10 @@ SPACES = re.compile("[\xa0\u2000-\u200a\u202f\u3000]")
 
 
 def html_to_text(html: str) -> str:
-    """The main content of a page as plain text, paragraphs and code blocks kept. "" where the parser gives up."""
+    """The main content of a page as plain text, paragraphs and code blocks kept.
+
+    "" where the parser gives up. A bulleted list right below <body> or <main> is taken for navigation.
+    """
     from resiliparse.extract.html2text import extract_plain_text
 
     try:

@@ -1,8 +1,9 @@
 """Opening what may be compressed and writing what must never be half there.
 
-Compression is told by magic bytes rather than by the name, so a mislabelled file is read as what it is. Zstandard and
-gzip are decompressed as a stream: a truncated file raises instead of looking like a shorter one (``zstandard``'s own
-reader ends quietly there, hence the frame check).
+Compression is told by magic bytes rather than by the name, so a mislabelled file is read as what it
+is. Both kinds are decompressed as a stream of bounded pieces, and a truncated file raises instead of
+looking like a shorter one: ``zstandard``'s reader ends quietly there, hence the walk over its frames
+first. (Its ``decompressobj`` would tell, but answers 256 KiB of input with gigabytes if they are a bomb.)
 """
 
 import errno
@@ -23,36 +24,37 @@ GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 READ_BYTES = 1 << 18  # the decompressors' unit of work; larger gains nothing measurable
 
 
-class _ZstdReader(io.RawIOBase):
-    """Zstandard frames, one after the other, to bytes; EOFError where the last frame is cut short."""
+def _check_zstd_is_whole(raw: BinaryIO) -> None:
+    """EOFError where the last frame is cut short; seeks from block to block, about 128 KiB of text each.
 
-    def __init__(self, raw: BinaryIO):
-        self._raw, self._input, self._frame = raw, b"", None
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            if not self._input:
-                self._input = self._raw.read(READ_BYTES)
-                if not self._input:
-                    if self._frame is not None:
-                        raise EOFError("zstd frame ended before its end marker")
-                    return 0
-            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(frame.decompress(self._input))
-            self._input = frame.unused_data if frame.eof else b""
-            self._frame = None if frame.eof else frame
-        n = min(len(buffer), len(self._ready))
-        buffer[:n] = self._ready[:n]
-        self._ready = self._ready[n:]
-        return n
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+    A frame is a header, blocks (3 bytes: bit 0 last, bits 1-2 type, then size) and, perhaps, a checksum.
+    """
+    end = raw.seek(0, os.SEEK_END)
+    at = 0
+    while at < end:
+        raw.seek(at)
+        head = raw.read(18)  # the longest frame header
+        if len(head) < 8:
+            raise EOFError
+        if head[1:4] == ZSTD_MAGIC[1:] and head[0] == ZSTD_MAGIC[0]:
+            at += zstandard.frame_header_size(head)
+            checksum = 4 if zstandard.get_frame_parameters(head).has_checksum else 0
+            last = False
+            while not last:
+                raw.seek(at)
+                if len(header := raw.read(3)) < 3:
+                    raise EOFError
+                block = int.from_bytes(header, "little")
+                last, run_length = bool(block & 1), (block >> 1) & 3 == 1
+                at += 3 + (1 if run_length else block >> 3)
+            at += checksum
+        elif head[1:4] == b"\x2a\x4d\x18":  # skippable frame: its size follows
+            at += 8 + int.from_bytes(head[4:8], "little")
+        else:
+            raise zstandard.ZstdError("not a zstd frame")
+    if at > end:
+        raise EOFError
+    raw.seek(0)
 
 
 @contextmanager
@@ -63,14 +65,16 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror}") from None
     with raw:
-        magic = raw.peek(4)[:4]
-        if magic.startswith(GZIP_MAGIC):
-            stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-        elif magic == ZSTD_MAGIC:
-            stream = cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), READ_BYTES))
-        else:
-            stream = raw
         try:
+            magic = raw.peek(4)[:4]
+            if magic.startswith(GZIP_MAGIC):
+                stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            elif magic == ZSTD_MAGIC:
+                _check_zstd_is_whole(raw)
+                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                stream = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), READ_BYTES))
+            else:
+                stream = raw
             yield stream
         except EOFError:
             raise InputError(f"{path}: wanted whole compressed data, it is cut short") from None
