@@ -21,7 +21,10 @@ WORDS = "the of and to model token weight page line file data with have that rea
 
 def prose(seed: int, words: int = 120) -> str:
     rng = random.Random(seed)
-    lines = [" ".join(rng.choice(WORDS) + rng.choice("abc") for _ in range(12)) for _ in range(words // 12)]
+    lines = [
+        " ".join(rng.choice(WORDS) + rng.choice("abc") for _ in range(12))
+        for _ in range(words // 12)
+    ]
     return "\n\n".join(f"The start and the end of {seed}: {line}." for line in lines)
 
 
@@ -47,7 +50,9 @@ def corpus(tmp_path) -> Path:
 
 
 def run(corpus, out, **options) -> Funnel:
-    return prepare([str(corpus)], out, options=DataOptions(**options), cache=corpus.parent / "cache")
+    return prepare(
+        [str(corpus)], out, options=DataOptions(**options), cache=corpus.parent / "cache"
+    )
 
 
 def test_every_step_is_counted(corpus, tmp_path):
@@ -61,14 +66,18 @@ def test_every_step_is_counted(corpus, tmp_path):
         "repeated paragraphs": {"paragraph": 11, "document mostly repeated": 1},
     }
     assert steps["scrub"]["replaced"] == {"email": 1, "phone": 1, "ip": 0}
-    counts = [steps[s]["documents"] for s in ("gather", "extract", "exact duplicates", "quality rules")]
+    counts = [
+        steps[s]["documents"] for s in ("gather", "extract", "exact duplicates", "quality rules")
+    ]
     assert counts == [47, 46, 45, 44]
     assert steps["repeated paragraphs"]["documents"] == 43
     assert steps["train"]["documents"] + steps["heldout"]["documents"] == 43
     (unreadable,) = [m for m in funnel.unreadable if "bad.txt" in m]
     assert "binary" in unreadable
     assert Funnel.load(tmp_path / "out") == funnel
-    train, heldout = (list(read_documents(tmp_path / "out" / f"{n}.jsonl.zst")) for n in ("train", "heldout"))
+    train, heldout = (
+        list(read_documents(tmp_path / "out" / f"{n}.jsonl.zst")) for n in ("train", "heldout")
+    )
     assert len(train) == steps["train"]["documents"]
     assert sum(len(d.text.encode()) for d in heldout) == steps["heldout"]["bytes"] <= 4000
     assert steps["heldout"]["bytes"] > 2000
@@ -78,7 +87,11 @@ def test_every_step_is_counted(corpus, tmp_path):
     assert {d.id for d in train + heldout} > {"html.html", "good00.txt", "some.txt"}
     tally = funnel.sources[str(corpus)]
     assert (tally["documents"], tally["files"]) == (43, 50)
-    assert sorted(os.listdir(tmp_path / "out")) == ["funnel.json", "heldout.jsonl.zst", "train.jsonl.zst"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "funnel.json",
+        "heldout.jsonl.zst",
+        "train.jsonl.zst",
+    ]
 
 
 def test_no_paragraph_is_in_both_parts(corpus, tmp_path):
@@ -121,7 +134,9 @@ def test_options(corpus, tmp_path):
     assert run(corpus, tmp_path / "o", heldout_bytes=0).steps[-1]["documents"] == 0
     assert list(read_documents(tmp_path / "o" / "heldout.jsonl.zst")) == []
     plain = run(corpus, tmp_path / "p", scrub=False, rules=())
-    assert "me@host.org" in "".join(d.text for d in read_documents(tmp_path / "p" / "train.jsonl.zst"))
+    assert "me@host.org" in "".join(
+        d.text for d in read_documents(tmp_path / "p" / "train.jsonl.zst")
+    )
     assert next(s for s in plain.steps if s["step"] == "quality rules")["removed"] == {}
     few = run(corpus, tmp_path / "q", max_bytes=3000)
     assert 3000 <= sum(s["bytes"] for s in few.sources.values()) < 6000
@@ -130,8 +145,10 @@ def test_options(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"rules": ("nope",)}, "rules: wanted some of"), ({"heldout_bytes": -1}, "heldout_bytes: wanted 0"),
-        ({"workers": 0}, "workers: wanted 1"), ({"heldout_fraction": 0.9}, "heldout_fraction: wanted"),
+        ({"rules": ("nope",)}, "rules: wanted some of"),
+        ({"heldout_bytes": -1}, "heldout_bytes: wanted 0"),
+        ({"heldout_fraction": 0.9}, "heldout_fraction: wanted"),
+        ({"workers": 0}, "workers: wanted 1"),
         ({"max_bytes": 0}, "max_bytes: wanted 1"),
     ],
 )  # fmt: skip
@@ -144,7 +161,8 @@ def test_bad_options(corpus, tmp_path, options, why):
 def test_a_file_that_was_named_is_a_refusal_and_leaves_nothing(corpus, tmp_path):
     out = tmp_path / "out"
     for source, why in (
-        (corpus / "bad.txt", "binary"), (corpus / "cut.txt.gz", "cut short"), (corpus / "nope.txt", "not found"),
+        (corpus / "bad.txt", "binary"), (corpus / "cut.txt.gz", "cut short"),
+        (corpus / "nope.txt", "not found"),
         (corpus / "short.txt", "nothing is left after cleaning: .*word_count"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=why):
@@ -169,7 +187,7 @@ def test_full_disk(corpus, tmp_path, name):
     out = tmp_path / "out"
     out.mkdir()
     (out / f".{name}.partial").symlink_to("/dev/full")
-    with pytest.raises(InputError, match="out/.*: cannot be written: the disk is full"):
+    with pytest.raises(InputError, match=r"out/.*: cannot be written: the disk is full"):
         run(corpus, out)
     assert not (out / "funnel.json").exists()
     assert not list(out.glob(".*"))
@@ -225,14 +243,25 @@ def test_memory_is_bounded(tmp_path):
 
 def test_command_line(corpus, tmp_path):
     out = tmp_path / "out"
-    result = CliRunner().invoke(app, ["prepare", str(corpus), "-o", str(out), "--cache", str(tmp_path / "c")])
+    result = CliRunner().invoke(
+        app, ["prepare", str(corpus), "-o", str(out), "--cache", str(tmp_path / "c")]
+    )
     assert result.exit_code == 0, result.output
     shown = CliRunner().invoke(app, ["show", str(out)])
     assert shown.exit_code == 0
-    for text in ("quality rules", "1 word_count", "repeated paragraphs", "1 email", "skipped: ", "heldout"):
+    for text in (
+        "quality rules",
+        "1 word_count",
+        "repeated paragraphs",
+        "1 email",
+        "skipped: ",
+        "heldout",
+    ):
         assert text in shown.stdout
     assert shown.stdout in result.output
     wrong = CliRunner().invoke(app, ["get", "ftp:thing"])
     assert isinstance(wrong.exception, InputError)
-    rules = CliRunner().invoke(app, ["prepare", str(corpus), "-o", str(out), "--rules", "word_count,nope"])
+    rules = CliRunner().invoke(
+        app, ["prepare", str(corpus), "-o", str(out), "--rules", "word_count,nope"]
+    )
     assert isinstance(rules.exception, InputError)

@@ -195,7 +195,8 @@ def test_a_200_mb_line_is_refused_early(tmp_path, cache, name):
 def test_bad_json_lines(tmp_path, cache):
     p = tmp_path / "j.jsonl"
     for bad, why in (
-        ("{nope", "wanted one JSON object"), ("[1]", "got list"), ('{"body": "x"}', "fields 'body'"),
+        ("{nope", "wanted one JSON object"), ("[1]", "got list"),
+        ('{"body": "x"}', "fields 'body'"),
         ('{"text": 3}', "a text in 'text'"), ("[" * 100_000, "wanted one JSON object"),
     ):  # fmt: skip
         p.write_text('{"text": "fine"}\n' + bad + "\n")

@@ -51,8 +51,9 @@ def test_normalise():
 @pytest.mark.parametrize(
     ("encoding", "body"),
     [
-        ("utf-8", "Grüße – “quoted”"), ("cp1252", "Grüße – “quoted”"),
-        ("shift_jis", "日本語の文章です。" * 5), ("koi8-r", "Привет, это русский текст. " * 5),
+        ("utf-8", "Grüße, “quoted”"), ("cp1252", "Grüße, “quoted”"),
+        ("shift_jis", "日本語の文章です。" * 5),
+        ("koi8-r", "Привет, это русский текст. " * 5),
     ],
 )  # fmt: skip
 def test_encodings_of_web_pages(encoding, body):
@@ -60,6 +61,7 @@ def test_encodings_of_web_pages(encoding, body):
     assert body in decode_web(page.encode(encoding), html=True)
 
 
+LONG_LINE = "a" * 30 + "\n"
 # rule -> a text it must turn away; PROSE passes all
 BAD = {
     "word_count": "too short",
@@ -111,7 +113,7 @@ def test_rule_turns_away_its_case(name):
         ("duplicate_lines", "a\na\na\na\nb\nc\nd\ne\nf\ng", "a\na\na\na\na\nb\nc\nd\ne\nf"),
         ("repeated_characters", "a\na\na\nb\nc\nd\ne\nf\ng\nh", "a\na\na\na\nb\nc\nd\ne\nf\ng"),
         ("sentence_lines", "a.\n" * 13 + "a\n" * 87, "a.\n" * 12 + "a\n" * 88),
-        ("short_lines", "a\n" * 66 + "a" * 30 + "\n" + ("a" * 30 + "\n") * 33, "a\n" * 67 + ("a" * 30 + "\n") * 33),
+        ("short_lines", "a\n" * 66 + LONG_LINE * 34, "a\n" * 67 + LONG_LINE * 33),
     ],
 )  # fmt: skip
 def test_thresholds_are_the_papers(rule, kept, dropped):
@@ -187,7 +189,8 @@ def test_what_only_looks_like_personal_data_stays(text):
 
 
 @pytest.mark.parametrize(
-    "unit", ["a", "a.", "1", "1.", "1-", "+1 ", "2001:", "a@", "(212) ", "tel 1", "@a.", "<<EMAIL>>"]
+    "unit",
+    ["a", "a.", "1", "1.", "1-", "+1 ", "2001:", "a@", "(212) ", "tel 1", "@a.", "<<EMAIL>>"],
 )
 def test_scrubbing_is_linear_on_hostile_repetition(unit):
     text = unit * (1_000_000 // len(unit))

@@ -15,7 +15,7 @@ from fastlm.errors import InputError
 
 
 class Bytes:
-    """A tokenizer: one token a byte, 256 the end of text; ``shift`` moves ids, to leave the vocabulary."""
+    """A tokenizer of bytes, 256 the end of text; ``shift`` moves ids out of the vocabulary."""
 
     def __init__(self, vocab_size=257, eos_id: int | None = 256, shift=0):
         self.vocab_size, self.eos_id, self.shift = vocab_size, eos_id, shift
@@ -39,7 +39,9 @@ def shards(tmp_path):
     return tmp_path / "s"
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "uint16"), (1 << 16, "uint16"), (65_537, "uint32")])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(257, "uint16"), (1 << 16, "uint16"), (65_537, "uint32")]
+)
 def test_round_trip(tmp_path, vocab_size, dtype):
     docs = ["", *texts()]
     info = write_shards(iter(docs), Bytes(vocab_size), tmp_path / "s", shard_tokens=100)
@@ -130,7 +132,13 @@ def test_truncated_missing_or_foreign_files(shards):
         TokenDataset(shards / "none")
     index = json.loads((shards / "index.json").read_text())
     outside = [{**index["shards"][0], "file": "../x.bin"}]
-    for change in ({"format": "x"}, {"dtype": "int8"}, {"tokens": 1}, {"shards": []}, {"shards": outside}):
+    for change in (
+        {"format": "x"},
+        {"dtype": "int8"},
+        {"tokens": 1},
+        {"shards": []},
+        {"shards": outside},
+    ):
         (shards / "index.json").write_text(json.dumps({**index, **change}))
         with pytest.raises(InputError, match="wanted the index of token shards"):
             TokenDataset(shards)
@@ -152,7 +160,9 @@ def windows(sampler, batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def equal(a, b) -> bool:
-    return all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+    return all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -167,7 +177,10 @@ def test_an_epoch_deals_every_window_once_and_labels_follow(shards, shuffle):
         assert torch.equal(ids[0, 1:], labels[0, :-1])
         seen.append([*ids[0].tolist(), int(labels[0, -1])])
     seen.pop()  # the first of the next epoch
-    fits = [[s.tolist() for s in np.lib.stride_tricks.sliding_window_view(want[o:], 17)[::16]] for o in range(16)]
+    fits = [
+        [s.tolist() for s in np.lib.stride_tricks.sliding_window_view(want[o:], 17)[::16]]
+        for o in range(16)
+    ]
     matching = [o for o in range(16) if sorted(fits[o]) == sorted(seen)]
     assert len(matching) == 1
     assert shuffle or (matching == [0] and seen == fits[0])
@@ -206,7 +219,14 @@ def test_foreign_states_are_refused(shards, tmp_path):
     other = BatchSampler(TokenDataset(tmp_path / "other"), 3, 8, seed=5)
     with pytest.raises(InputError, match="sampler state: wanted data"):
         other.load_state_dict(state)
-    bad = ({"seed": 6}, {"seq_len": 9}, {"shuffle": False}, {"position": 10**6}, {"position": -1}, {"epoch": "1"})
+    bad = (
+        {"seed": 6},
+        {"seq_len": 9},
+        {"shuffle": False},
+        {"position": 10**6},
+        {"position": -1},
+        {"epoch": "1"},
+    )
     for change in bad:
         with pytest.raises(InputError, match="sampler state: wanted"):
             sampler.load_state_dict({**state, **change})
@@ -215,7 +235,8 @@ def test_foreign_states_are_refused(shards, tmp_path):
 def test_bad_sampler_arguments(shards):
     data = TokenDataset(shards)
     for arguments, why in (
-        ((0, 8, 1), "batch_size"), ((1, 0, 1), "seq_len"), ((1, 8, -1), "seed"), ((1, data.tokens, 1), "seq_len \\+ 1"),
+        ((0, 8, 1), "batch_size"), ((1, 0, 1), "seq_len"), ((1, 8, -1), "seed"),
+        ((1, data.tokens, 1), "seq_len \\+ 1"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=why):
             BatchSampler(data, arguments[0], arguments[1], seed=arguments[2])

