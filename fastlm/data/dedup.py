@@ -1,0 +1,62 @@
+"""Exact de-duplication, streamed: whole documents, and paragraphs that come back in other
+documents.
+
+Both compare normalised text (case and white space do not count; for paragraphs punctuation does not
+either), keep the first occurrence, and remember 8 or 16 bytes a key: about 100 bytes of memory a
+document and 60 a paragraph. Near duplicates (MinHash) are the full data stage's matter.
+"""
+
+import re
+from hashlib import blake2b
+
+NOT_WORD = re.compile(r"[\W_]+")
+PARAGRAPHS = re.compile(r"\n[ \t]*\n")
+# Shorter ones ("Parameters", "Example:", "Returns a string.") repeat rightly; C4 uses three
+# sentences, about 200 bytes.
+MIN_PARAGRAPH = 80
+
+
+def content_key(text: str) -> bytes:
+    """16 bytes of BLAKE2b over the case-folded text with its white space collapsed."""
+    return blake2b(
+        " ".join(text.casefold().split()).encode("utf-8", "replace"), digest_size=16
+    ).digest()
+
+
+class DocumentDedup:
+    """``is_new(key)``: whether this content was not seen before."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def is_new(self, key: bytes) -> bool:
+        before = len(self._seen)
+        self._seen.add(key)
+        return len(self._seen) > before
+
+
+class ParagraphDedup:
+    """``strip(text)`` removes the paragraphs that an earlier document holds; repeats inside one
+    document stay.
+
+    A paragraph is text between blank lines, of MIN_PARAGRAPH characters or more.
+    """
+
+    def __init__(self, min_length: int = MIN_PARAGRAPH) -> None:
+        self.min_length = min_length
+        self._seen: set[int] = set()
+
+    def strip(self, text: str) -> tuple[str, int]:
+        """-> (text without them, how many were removed)."""
+        kept, mine, removed = [], set(), 0
+        for paragraph in PARAGRAPHS.split(text):
+            if len(paragraph) >= self.min_length:
+                bare = NOT_WORD.sub(" ", paragraph.casefold()).strip().encode("utf-8", "replace")
+                key = int.from_bytes(blake2b(bare, digest_size=8).digest(), "little")
+                if key in self._seen:
+                    removed += 1
+                    continue
+                mine.add(key)
+            kept.append(paragraph)
+        self._seen |= mine
+        return ("\n\n".join(kept) if removed else text), removed

@@ -1,0 +1,121 @@
+"""Opening what may be compressed and writing what must never be half there.
+
+Compression is told by magic bytes rather than by the name, so a mislabelled file is read as what it
+is. Both kinds are decompressed as a stream of bounded pieces, and a truncated file raises instead
+of looking like a shorter one: ``zstandard``'s reader ends quietly there, hence the walk over its
+frames first. (Its ``decompressobj`` would tell, but answers 256 KiB of input with gigabytes if they
+are a bomb.)
+"""
+
+import errno
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+import zstandard
+
+from fastlm.errors import InputError
+
+GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+READ_BYTES = 1 << 18  # the decompressors' unit of work; larger gains nothing measurable
+
+
+def _check_zstd_is_whole(raw: BinaryIO) -> None:
+    """EOFError where the last frame is cut short; seeks from block to block, about 128 KiB of text
+    each.
+
+    A frame is a header, blocks (3 bytes: bit 0 last, bits 1-2 type, then size) and, perhaps, a
+    checksum.
+    """
+    end = raw.seek(0, os.SEEK_END)
+    at = 0
+    while at < end:
+        raw.seek(at)
+        head = raw.read(18)  # the longest frame header
+        if len(head) < 8:
+            raise EOFError
+        if head[1:4] == ZSTD_MAGIC[1:] and head[0] == ZSTD_MAGIC[0]:
+            at += zstandard.frame_header_size(head)
+            checksum = 4 if zstandard.get_frame_parameters(head).has_checksum else 0
+            last = False
+            while not last:
+                raw.seek(at)
+                if len(header := raw.read(3)) < 3:
+                    raise EOFError
+                block = int.from_bytes(header, "little")
+                last, run_length = bool(block & 1), (block >> 1) & 3 == 1
+                at += 3 + (1 if run_length else block >> 3)
+            at += checksum
+        elif head[1:4] == b"\x2a\x4d\x18":  # skippable frame: its size follows
+            at += 8 + int.from_bytes(head[4:8], "little")
+        else:
+            raise zstandard.ZstdError("not a zstd frame")
+    if at > end:
+        raise EOFError
+    raw.seek(0)
+
+
+@contextmanager
+def open_stream(path: Path) -> Iterator[BinaryIO]:
+    """The decompressed bytes of ``path``.
+
+    InputError: cannot be opened, or truncated or corrupt compression.
+    """
+    try:
+        raw = open(path, "rb")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror}") from None
+    with raw:
+        try:
+            magic = raw.peek(4)[:4]
+            if magic.startswith(GZIP_MAGIC):
+                stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            elif magic == ZSTD_MAGIC:
+                _check_zstd_is_whole(raw)
+                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                stream = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), READ_BYTES))
+            else:
+                stream = raw
+            yield stream
+        except EOFError:
+            raise InputError(f"{path}: wanted whole compressed data, it is cut short") from None
+        except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
+            raise InputError(f"{path}: wanted intact compressed data: {e}") from None
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
+
+
+def write_error(path: Path, e: OSError) -> InputError:
+    """The one line for a write that the system refused."""
+    if e.errno == errno.ENOSPC:
+        return InputError(f"{path}: cannot be written: the disk is full")
+    return InputError(f"{path}: cannot be written: {e.strerror or e}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write ``path`` under a name beside it; flushed to disk and renamed only when the block ends
+    well.
+
+    InputError: read-only folder, full disk. The partial file is removed on any failure, and
+    overwritten after a kill.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException as e:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise write_error(path, e) from None
+        raise

@@ -1,0 +1,356 @@
+"""From sources to clean text: gather, extract, drop duplicates, judge, scrub, drop repeated
+paragraphs, split.
+
+One pass, one document in memory at a time (what grows is a key a document and a key a paragraph),
+then a second pass over the compressed result that deals it into train and held-out by the hash of
+the content: the same inputs give the same bytes, in whatever order the disk lists them. The
+held-out part holds no paragraph of MIN_PARAGRAPH characters that the training part holds too, for
+paragraphs are kept once over the whole corpus.
+
+Every step counts what it took and why (``Funnel``). The work on one document (extract, judge,
+scrub) is pure and is what ``workers`` processes share; the decisions that look at other documents
+are made in order in one place.
+"""
+
+import io
+import json
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from fastlm.data.dedup import MIN_PARAGRAPH, DocumentDedup, ParagraphDedup, content_key
+from fastlm.data.extract import extract
+from fastlm.data.files import open_stream, replacing
+from fastlm.data.filter import TECHNICAL, check_rules, first_failed
+from fastlm.data.scrub import scrub
+from fastlm.data.sources import Document, SourceFile, list_files, read_file
+from fastlm.errors import InputError
+from fastlm.progress import silent
+
+TRAIN, HELDOUT, FUNNEL = "train.jsonl.zst", "heldout.jsonl.zst", "funnel.json"
+ZSTD_LEVEL = 3  # level 6 takes twice the time for 5 % less
+# A document that loses more than half to repeats is another one's copy; its rest is headings
+# without text.
+MIN_LEFT = 0.5
+MAX_MESSAGES = 100  # of unreadable files kept word for word in the funnel; all are counted
+BATCH_BYTES = 1 << 20  # handed to a worker at once: some 0.2 s of work against 5 ms of pickling
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """``heldout_bytes`` of clean text at most, and at most ``heldout_fraction`` of all, are held
+    out.
+
+    ``rules`` names quality rules of ``fastlm.data.filter``; ``text_field`` the field of JSON lines
+    that holds the text. ``max_bytes`` stops the gathering once that much clean text is there.
+    """
+
+    rules: tuple[str, ...] = TECHNICAL
+    heldout_bytes: int = 1 << 20
+    heldout_fraction: float = 0.1
+    scrub: bool = True
+    min_paragraph: int = MIN_PARAGRAPH
+    text_field: str = "text"
+    max_bytes: int | None = None
+    workers: int = 1
+
+    def check(self) -> None:
+        """InputError names the option."""
+        check_rules(self.rules)
+        for name, value, least in (
+            ("heldout_bytes", self.heldout_bytes, 0), ("min_paragraph", self.min_paragraph, 1),
+            ("workers", self.workers, 1),
+            ("max_bytes", 1 if self.max_bytes is None else self.max_bytes, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise InputError(f"{name}: wanted {least} or more, got {value}")
+        if not 0 <= self.heldout_fraction <= 0.5:
+            raise InputError(f"heldout_fraction: wanted 0 to 0.5, got {self.heldout_fraction}")
+
+
+@dataclass
+class Funnel:
+    """What each step left and what it removed, and the clean text by source; JSON-serialisable."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)  # the first MAX_MESSAGES one-line reasons
+
+    @classmethod
+    def load(cls, path: Path) -> "Funnel":
+        """``path``: funnel.json or the folder that holds it."""
+        path = path / FUNNEL if path.is_dir() else path
+        try:
+            return cls(**json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as e:
+            raise InputError(f"{path}: wanted the funnel of a prepared data folder: {e}") from None
+
+
+@dataclass(slots=True)
+class _Step:
+    documents: int = 0
+    bytes: int = 0
+    removed: Counter[str] = field(default_factory=Counter)
+
+    def passed(self, size: int) -> None:
+        self.documents += 1
+        self.bytes += size
+
+
+@dataclass(slots=True)
+class _Cleaned:
+    """What can be known of a document by itself. ``failed``: the rule that turned it away."""
+
+    extracted_bytes: int = 0
+    key: bytes = b""
+    failed: str | None = None
+    text: str = ""
+    replaced: dict[str, int] = field(default_factory=dict)
+
+
+def clean(document: Document, options: DataOptions) -> _Cleaned:
+    """Extract, judge and scrub one document."""
+    text = extract(document)
+    if not text.strip():
+        return _Cleaned()
+    result = _Cleaned(len(text.encode()), content_key(text), first_failed(text, options.rules))
+    if result.failed is None:
+        result.text, result.replaced = scrub(text) if options.scrub else (text, {})
+    return result
+
+
+def _clean_batch(batch: list[Document], options: DataOptions) -> list[_Cleaned]:
+    return [clean(document, options) for document in batch]
+
+
+def _clean_all(
+    documents: Iterable[Document], options: DataOptions
+) -> Iterator[tuple[Document, _Cleaned]]:
+    """In order, with at most two batches a worker under way."""
+    if options.workers == 1:
+        for document in documents:
+            yield document, clean(document, options)
+        return
+    # spawn: a fork of a process that runs OpenMP threads (torch) may hang
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        running: deque = deque()
+
+        def finished() -> Iterator[tuple[Document, _Cleaned]]:
+            batch, future = running.popleft()
+            yield from zip(batch, future.result(), strict=True)
+
+        for batch in _batches(documents):
+            running.append((batch, pool.submit(_clean_batch, batch, options)))
+            if len(running) > 2 * options.workers:
+                yield from finished()
+        while running:
+            yield from finished()
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def prepare(
+    sources: Sequence[str],
+    out: Path,
+    *,
+    options: DataOptions | None = None,
+    cache: Path,
+    track=silent,
+) -> Funnel:
+    """Clean text of ``sources`` in ``out``: train.jsonl.zst, heldout.jsonl.zst and, last,
+    funnel.json.
+
+    A line is {"text", "id", "source", "meta"}; ``read_documents`` reads them. A bad file inside a
+    folder or a package is counted as unreadable and skipped; a source or a file that was named and
+    is bad raises.
+
+    InputError: no sources, bad options, nothing left after cleaning, ``out`` not writable, disk
+    full.
+    """
+    options = options or DataOptions()
+    options.check()
+    if isinstance(sources, str) or not sources:
+        raise InputError(f"sources: wanted a list of at least one source, got {sources!r}")
+    out = Path(out)
+    funnel = Funnel()
+    with replacing(
+        out / "clean.jsonl.zst"
+    ) as work:  # opened first: a read-only folder is told before the downloads
+        index = _write_clean(sources, work, funnel, options, cache, track)
+        work.flush()
+        heldout = _choose_heldout(index, options)
+        _write_split(Path(work.name), out, index, heldout, funnel)
+        with replacing(out / FUNNEL) as f:
+            f.write(json.dumps(asdict(funnel), indent=1, ensure_ascii=False).encode())
+    (out / "clean.jsonl.zst").unlink()
+    return funnel
+
+
+def _write_clean(
+    sources, work, funnel: Funnel, options: DataOptions, cache: Path, track
+) -> list[tuple[bytes, int]]:
+    """One line a kept document into ``work``; -> [(content key, text bytes)] in order."""
+    gather, extracted, unique, judged, scrubbed, paragraphs = (_Step() for _ in range(6))
+    replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0} if options.scrub else {})
+    files: list[SourceFile] = []
+    for source in track(sources, "fetching", unit="sources"):
+        listed, passed = list_files(source, cache=cache)
+        files += listed
+        gather.removed.update({f"file: {reason}": n for reason, n in passed.items()})
+        funnel.sources[source] = {"files": len(listed), "documents": 0, "bytes": 0}
+
+    index: list[tuple[bytes, int]] = []
+    documents, repeats = DocumentDedup(), ParagraphDedup(options.min_paragraph)
+    gathered = _gather(track(files, "cleaning", unit="files"), gather, funnel, options)
+    compressor = zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True)
+    total = 0
+    with compressor.stream_writer(work, closefd=False) as lines:
+        for document, result in _clean_all(gathered, options):
+            if not result.key:
+                extracted.removed["no text"] += 1
+                continue
+            extracted.passed(result.extracted_bytes)
+            if not documents.is_new(result.key):
+                unique.removed["same text"] += 1
+                continue
+            unique.passed(result.extracted_bytes)
+            if result.failed is not None:
+                judged.removed[result.failed] += 1
+                continue
+            judged.passed(result.extracted_bytes)
+            replaced.update(result.replaced)
+            scrubbed.passed(len(result.text.encode()))
+            text, removed = repeats.strip(result.text)
+            if removed:
+                paragraphs.removed["paragraph"] += removed
+                if len(text) < MIN_LEFT * len(result.text):
+                    paragraphs.removed["document mostly repeated"] += 1
+                    continue
+                if "word_count" in options.rules and first_failed(text, ["word_count"]):
+                    paragraphs.removed["document left too short"] += 1
+                    continue
+            size = len(text.encode())
+            paragraphs.passed(size)
+            tally = funnel.sources[document.source]
+            tally["documents"] += 1
+            tally["bytes"] += size
+            meta = {k: v for k, v in document.meta.items() if k != "format"}
+            row = {"text": text, "id": document.id, "source": document.source, "meta": meta}
+            lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            index.append((result.key, size))
+            total += size
+            if options.max_bytes is not None and total >= options.max_bytes:
+                break
+
+    steps = {
+        "gather": gather, "extract": extracted, "exact duplicates": unique,
+        "quality rules": judged, "scrub": scrubbed, "repeated paragraphs": paragraphs,
+    }  # fmt: skip
+    for name, step in steps.items():
+        entry = {
+            "step": name,
+            "documents": step.documents,
+            "bytes": step.bytes,
+            "removed": dict(sorted(step.removed.items())),
+        }
+        if step is scrubbed:
+            entry["replaced"] = dict(replaced)
+        funnel.steps.append(entry)
+    if not index:
+        why = {s["step"]: s["removed"] for s in funnel.steps if s["removed"]}
+        raise InputError(
+            f"sources {', '.join(sources)}: wanted text, nothing is left after cleaning: {why}"
+        )
+    return index
+
+
+def _gather(
+    files: Iterable[SourceFile], step: _Step, funnel: Funnel, options: DataOptions
+) -> Iterator[Document]:
+    for file in files:
+        skipped: Counter[str] = Counter()
+        try:
+            for document in read_file(file, field=options.text_field, skipped=skipped):
+                step.passed(len(document.text.encode("utf-8", "replace")))
+                yield document
+        except InputError as e:
+            if file.named:
+                raise
+            step.removed["file: unreadable"] += 1
+            if len(funnel.unreadable) < MAX_MESSAGES:
+                funnel.unreadable.append(str(e))
+        step.removed.update(skipped)
+
+
+def _choose_heldout(index: list[tuple[bytes, int]], options: DataOptions) -> set[int]:
+    """Documents by the hash of their content, as far as they fit: new text moves few of them."""
+    room = min(
+        options.heldout_bytes, int(options.heldout_fraction * sum(size for _, size in index))
+    )
+    chosen = set()
+    for i in sorted(range(len(index)), key=lambda i: index[i][0]):
+        if index[i][1] <= room:
+            chosen.add(i)
+            room -= index[i][1]
+    return chosen if len(chosen) < len(index) else set()
+
+
+def _write_split(
+    work: Path, out: Path, index: list[tuple[bytes, int]], heldout: set[int], funnel: Funnel
+) -> None:
+    compressor = zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True)
+    with (
+        replacing(out / TRAIN) as train_file,
+        replacing(out / HELDOUT) as heldout_file,
+        compressor.stream_writer(train_file, closefd=False) as train,
+        zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True).stream_writer(
+            heldout_file, closefd=False
+        ) as held,
+        open_stream(work) as lines,
+    ):
+        for i, line in enumerate(io.BufferedReader(lines, 1 << 20)):  # type: ignore[arg-type]
+            (held if i in heldout else train).write(line)
+    for name, part in (("train", set(range(len(index))) - heldout), ("heldout", heldout)):
+        funnel.steps.append(
+            {
+                "step": name,
+                "documents": len(part),
+                "bytes": sum(index[i][1] for i in part),
+                "removed": {},
+            }
+        )
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """The documents of train.jsonl.zst or heldout.jsonl.zst.
+
+    InputError: missing, truncated, corrupt, not such a file.
+    """
+    path = Path(path)
+    with open_stream(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                document = Document(**json.loads(line))
+                if not isinstance(document.text, str):
+                    raise TypeError("text is no string")
+            except (ValueError, TypeError) as e:
+                raise InputError(
+                    f"{path}, line {number}: wanted a prepared document: {e}"
+                ) from None
+            yield document

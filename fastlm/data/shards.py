@@ -1,0 +1,319 @@
+"""Token shards: packed tokens on disk, mapped into memory, and the sampler that deals them into
+batches.
+
+``NNNNN.bin``: tokens of whole documents, each followed by end-of-text, little-endian uint16 (or
+uint32 where the vocabulary needs it). ``NNNNN.starts``: int64 offset of each document in its shard.
+``index.json``, written last, holds the sizes and SHA-256 sums; without it there is no data set.
+
+Rejected: Arrow and .npy containers. A raw array maps in one line, and a checksum finds what a
+container would not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastlm.data.files import replacing
+from fastlm.errors import InputError
+from fastlm.progress import silent
+
+if TYPE_CHECKING:
+    from fastlm.tokenizer import Tokenizer
+
+INDEX = "index.json"
+FORMAT = "fastlm-shards-1"
+ENCODE_BYTES = (
+    1 << 20
+)  # a batch for the tokenizer's threads; larger ones gain nothing and hold more memory
+
+
+@dataclass
+class ShardInfo:
+    """What index.json says.
+
+    ``shards``: {file, tokens, documents, bytes_of_text, sha256, starts_sha256} each.
+    """
+
+    dtype: str
+    vocab_size: int
+    eos_id: int
+    tokens: int
+    documents: int
+    bytes_of_text: int
+    shards: list[dict[str, Any]]
+
+
+def write_shards(
+    docs: Iterable[str],
+    tokenizer: "Tokenizer",
+    out: Path,
+    *,
+    shard_tokens: int = 2**24,
+    track=silent,
+) -> ShardInfo:
+    """Tokens of ``docs`` into ``out``. A shard ends with the document that brings it to
+    ``shard_tokens``.
+
+    InputError: no end-of-text token, ids outside the vocabulary, no documents, ``out`` not
+    writable, disk full.
+    """
+    out = Path(out)
+    vocab_size, eos_id = tokenizer.vocab_size, tokenizer.eos_id
+    if eos_id is None or not 0 <= eos_id < vocab_size:
+        raise InputError(
+            f"tokenizer: wanted an end-of-text token within the vocabulary of {vocab_size}, "
+            f"got {eos_id}"
+        )
+    if shard_tokens < 1:
+        raise InputError(f"shard_tokens: wanted 1 or more, got {shard_tokens}")
+    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    encoded = _encode(
+        track(docs, "tokenizing", unit="documents"), tokenizer, vocab_size, eos_id, dtype
+    )
+    shards: list[dict[str, Any]] = []
+    following = next(encoded, None)
+    if following is None:
+        raise InputError("docs: wanted at least one document, got none")
+    (out / INDEX).unlink(
+        missing_ok=True
+    )  # the old set ends here; the new one begins with its index
+    while following is not None:
+        name, starts, tokens, size = f"{len(shards):05d}", [], 0, 0
+        digest = hashlib.sha256()
+        with replacing(out / f"{name}.bin") as f:
+            while following is not None and tokens < shard_tokens:
+                ids, text_bytes = following
+                starts.append(tokens)
+                tokens += len(ids)
+                size += text_bytes
+                digest.update(ids.data)
+                f.write(ids.data)
+                following = next(encoded, None)
+        offsets = np.asarray(starts, "<i8").tobytes()
+        with replacing(out / f"{name}.starts") as f:
+            f.write(offsets)
+        shards.append({
+            "file": f"{name}.bin", "tokens": tokens, "documents": len(starts),
+            "bytes_of_text": size,
+            "sha256": digest.hexdigest(), "starts_sha256": hashlib.sha256(offsets).hexdigest(),
+        })  # fmt: skip
+    for stale in set(out.glob("[0-9]*.bin")) - {out / s["file"] for s in shards}:
+        stale.unlink()
+        stale.with_suffix(".starts").unlink(missing_ok=True)
+    totals = {key: sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")}
+    info = ShardInfo(
+        dtype=dtype.name, vocab_size=vocab_size, eos_id=eos_id, shards=shards, **totals
+    )
+    with replacing(out / INDEX) as f:
+        f.write(json.dumps({"format": FORMAT, **asdict(info)}, indent=1).encode())
+    return info
+
+
+def _encode(
+    docs, tokenizer: "Tokenizer", vocab_size: int, eos_id: int, dtype
+) -> Iterator[tuple[np.ndarray, int]]:
+    """(tokens of a document with end-of-text, bytes of its text), ENCODE_BYTES at a time."""
+
+    def flush(texts: list[str]) -> Iterator[tuple[np.ndarray, int]]:
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            wide = np.asarray([*ids, eos_id], np.int64)
+            if wide.min() < 0 or wide.max() >= vocab_size:
+                bad = int(wide[(wide < 0) | (wide >= vocab_size)][0])
+                raise InputError(
+                    f"tokenizer: wanted token ids from 0 to {vocab_size - 1}, got {bad}"
+                )
+            yield wide.astype(dtype), len(text.encode())
+
+    texts, size = [], 0
+    for text in docs:
+        texts.append(text)
+        size += len(text)
+        if size >= ENCODE_BYTES:
+            yield from flush(texts)
+            texts, size = [], 0
+    yield from flush(texts)
+
+
+class TokenDataset:
+    """The tokens of a shard folder as one long row; nothing is read before it is asked for.
+
+    ``verify`` compares every shard with its checksum (about 1.5 GB/s). ``vocab_size`` is that of
+    the tokenizer or model the tokens are meant for. InputError: no such data set, a shard missing,
+    cut short or changed, another vocabulary.
+    """
+
+    def __init__(self, path: str | Path, *, verify: bool = True, vocab_size: int | None = None):
+        self.path = Path(path)
+        info = _load_index(self.path)
+        if vocab_size is not None and vocab_size != info.vocab_size:
+            raise InputError(
+                f"{self.path}: wanted tokens of a vocabulary of {vocab_size}, got {info.vocab_size}"
+            )
+        self.info = info
+        self.tokens, self.documents, self.bytes_of_text = (
+            info.tokens,
+            info.documents,
+            info.bytes_of_text,
+        )
+        self.vocab_size, self.eos_id = info.vocab_size, info.eos_id
+        dtype = np.dtype(info.dtype).newbyteorder("<")
+        self._shards = [
+            self._map(s["file"], s["tokens"], dtype, s["sha256"] if verify else None)
+            for s in info.shards
+        ]
+        self._ends = np.cumsum([len(s) for s in self._shards])
+        self.fingerprint = hashlib.sha256(
+            "".join(s["sha256"] for s in info.shards).encode()
+        ).hexdigest()
+
+    def _map(self, name: str, count: int, dtype: np.dtype, sha256: str | None) -> np.ndarray:
+        file = self.path / name
+        try:
+            size = file.stat().st_size
+            if size != count * dtype.itemsize:
+                raise InputError(f"{file}: wanted {count * dtype.itemsize:,} bytes, got {size:,}")
+            if sha256 is not None:
+                with open(file, "rb") as f:
+                    found = hashlib.file_digest(f, "sha256").hexdigest()
+                if found != sha256:
+                    raise InputError(f"{file}: wanted sha256 {sha256}, found {found}")
+            return np.memmap(file, dtype, mode="r", shape=(count,))
+        except OSError as e:
+            raise InputError(f"{file}: cannot be read: {e.strerror}") from None
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Tokens ``start .. start + n`` as int64 (n,), across shard borders."""
+        if n < 0 or start < 0 or start + n > self.tokens:
+            raise InputError(
+                f"read: wanted a range within 0..{self.tokens}, got {start}..{start + n}"
+            )
+        out, filled = np.empty(n, np.int64), 0
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while filled < n:
+            tokens = self._shards[shard]
+            at = start + filled - (int(self._ends[shard]) - len(tokens))
+            take = min(n - filled, len(tokens) - at)
+            out[filled : filled + take] = tokens[at : at + take]
+            filled, shard = filled + take, shard + 1
+        return out
+
+    def document_starts(self) -> np.ndarray:
+        """Position of every document's first token, int64 (documents,), ascending."""
+        parts, base = [], 0
+        for s in self.info.shards:
+            name = Path(s["file"]).with_suffix(".starts").name
+            parts.append(
+                self._map(name, s["documents"], np.dtype("<i8"), s["starts_sha256"]) + base
+            )
+            base += s["tokens"]
+        return np.concatenate(parts)
+
+
+def _load_index(path: Path) -> ShardInfo:
+    file = path / INDEX
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+        if raw.pop("format", None) != FORMAT:
+            raise ValueError(f"format is not {FORMAT}")
+        info = ShardInfo(**raw)
+        if info.dtype not in ("uint16", "uint32") or not info.shards:
+            raise ValueError(f"dtype {info.dtype}, {len(info.shards)} shards")
+        for s in info.shards:
+            if Path(s["file"]).name != s["file"] or s["tokens"] < 1 or s["documents"] < 1:
+                raise ValueError(f"shard {s}")
+        if sum(s["tokens"] for s in info.shards) != info.tokens:
+            raise ValueError(f"tokens of the shards do not add up to {info.tokens}")
+        return info
+    except OSError as e:
+        raise InputError(f"{file}: wanted a folder of token shards: {e.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise InputError(f"{file}: wanted the index of token shards: {e}") from None
+
+
+class BatchSampler:
+    """Batches of packed windows: ``next_batch() -> (input_ids, labels)``, both int64 (batch_size,
+    seq_len).
+
+    ``labels[b, i]`` is the token after ``input_ids[b, i]``. An epoch cuts the data into consecutive
+    windows, from a random offset below ``seq_len`` (other windows every epoch), and deals each
+    window once in an order that depends on ``seed`` and epoch only. A batch that an epoch cannot
+    fill goes on with the next one. ``shuffle=False``: in order, offset 0. The state is the
+    position; with the same data, seed and seq_len it resumes exactly, with any batch size.
+
+    InputError: fewer than seq_len + 1 tokens, sizes below 1, a state of other data.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        batch_size: int,
+        seq_len: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+    ):
+        for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+            if value < 1:
+                raise InputError(f"{name}: wanted 1 or more, got {value}")
+        if seed < 0:
+            raise InputError(f"seed: wanted 0 or more, got {seed}")
+        if dataset.tokens < seq_len + 1:
+            raise InputError(
+                f"dataset: wanted at least seq_len + 1 = {seq_len + 1} tokens, got {dataset.tokens}"
+            )
+        self.dataset, self.batch_size, self.seq_len = dataset, batch_size, seq_len
+        self.seed, self.shuffle = seed, shuffle
+        self._begin(epoch=0)
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch, self.position = epoch, 0
+        windows = (self.dataset.tokens - 1) // self.seq_len
+        self._offset, self._order = 0, np.arange(windows)
+        if self.shuffle:
+            rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self._offset = int(rng.integers(min(self.seq_len, self.dataset.tokens - self.seq_len)))
+            self._order = rng.permutation((self.dataset.tokens - 1 - self._offset) // self.seq_len)
+
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = np.empty((self.batch_size, self.seq_len + 1), np.int64)
+        for row in rows:
+            if self.position == len(self._order):
+                self._begin(self.epoch + 1)
+            start = self._offset + int(self._order[self.position]) * self.seq_len
+            row[:] = self.dataset.read(start, self.seq_len + 1)
+            self.position += 1
+        batch = torch.from_numpy(rows)
+        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._identity(), "epoch": self.epoch, "position": self.position}
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "data": self.dataset.fingerprint,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "shuffle": self.shuffle,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key, wanted in self._identity().items():
+            if state.get(key) != wanted:
+                raise InputError(f"sampler state: wanted {key} {wanted!r}, got {state.get(key)!r}")
+        epoch, position = state.get("epoch"), state.get("position")
+        if not (isinstance(epoch, int) and isinstance(position, int) and epoch >= 0):
+            raise InputError(
+                f"sampler state: wanted whole epoch and position, got {epoch!r}, {position!r}"
+            )
+        self._begin(epoch)
+        if not 0 <= position <= len(self._order):
+            raise InputError(
+                f"sampler state: wanted a position within 0..{len(self._order)}, got {position}"
+            )
+        self.position = position

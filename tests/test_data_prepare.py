@@ -1,0 +1,267 @@
+"""The whole stage: funnel, split, determinism, refusals, the command line."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import stat
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fastlm.data.commands import app
+from fastlm.data.prepare import DataOptions, Funnel, prepare, read_documents
+from fastlm.errors import InputError
+
+WORDS = "the of and to model token weight page line file data with have that read write".split()
+
+
+def prose(seed: int, words: int = 120) -> str:
+    rng = random.Random(seed)
+    lines = [
+        " ".join(rng.choice(WORDS) + rng.choice("abc") for _ in range(12))
+        for _ in range(words // 12)
+    ]
+    return "\n\n".join(f"The start and the end of {seed}: {line}." for line in lines)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """40 good documents, and one of everything that some step removes."""
+    d = tmp_path / "corpus"
+    d.mkdir()
+    for i in range(40):
+        (d / f"good{i:02d}.txt").write_text(prose(i))
+    (d / "html.html").write_text(f"<html><body><main><p>{prose(100)}</p></main></body></html>")
+    (d / "twin.txt").write_text(prose(3).upper())
+    (d / "short.txt").write_text("The page and the line.")
+    (d / "blank.txt").write_text("  \n\n ")
+    (d / "bare.html").write_text("<html><body><script>x</script></body></html>")
+    (d / "mail.txt").write_text(prose(200) + "\n\nwrite to me@host.org or phone (212) 555-1234")
+    (d / "some.txt").write_text(prose(5).split("\n\n")[0] + "\n\n" + prose(300))
+    (d / "most.txt").write_text(prose(6) + "\n\nThe end of it and more to read.")
+    (d / "bad.txt").write_bytes(b"\0\0\0")
+    (d / "cut.txt.gz").write_bytes(gzip.compress(prose(7).encode())[:-9])
+    (d / "image.png").write_bytes(b"\x89PNG")
+    return d
+
+
+def run(corpus, out, **options) -> Funnel:
+    return prepare(
+        [str(corpus)], out, options=DataOptions(**options), cache=corpus.parent / "cache"
+    )
+
+
+def test_every_step_is_counted(corpus, tmp_path):
+    funnel = run(corpus, tmp_path / "out", heldout_bytes=4000)
+    steps = {s["step"]: s for s in funnel.steps}
+    assert {name: s["removed"] for name, s in steps.items() if s["removed"]} == {
+        "gather": {"file: type not read": 1, "file: unreadable": 2},
+        "extract": {"no text": 1},
+        "exact duplicates": {"same text": 1},
+        "quality rules": {"word_count": 1},
+        "repeated paragraphs": {"paragraph": 11, "document mostly repeated": 1},
+    }
+    assert steps["scrub"]["replaced"] == {"email": 1, "phone": 1, "ip": 0}
+    counts = [
+        steps[s]["documents"] for s in ("gather", "extract", "exact duplicates", "quality rules")
+    ]
+    assert counts == [47, 46, 45, 44]
+    assert steps["repeated paragraphs"]["documents"] == 43
+    assert steps["train"]["documents"] + steps["heldout"]["documents"] == 43
+    (unreadable,) = [m for m in funnel.unreadable if "bad.txt" in m]
+    assert "binary" in unreadable
+    assert Funnel.load(tmp_path / "out") == funnel
+    train, heldout = (
+        list(read_documents(tmp_path / "out" / f"{n}.jsonl.zst")) for n in ("train", "heldout")
+    )
+    assert len(train) == steps["train"]["documents"]
+    assert sum(len(d.text.encode()) for d in heldout) == steps["heldout"]["bytes"] <= 4000
+    assert steps["heldout"]["bytes"] > 2000
+    everything = "\n".join(d.text for d in train + heldout)
+    assert "<EMAIL> or phone <PHONE>" in everything
+    assert "me@host" not in everything
+    assert {d.id for d in train + heldout} > {"html.html", "good00.txt", "some.txt"}
+    tally = funnel.sources[str(corpus)]
+    assert (tally["documents"], tally["files"]) == (43, 50)
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "funnel.json",
+        "heldout.jsonl.zst",
+        "train.jsonl.zst",
+    ]
+
+
+def test_no_paragraph_is_in_both_parts(corpus, tmp_path):
+    run(corpus, tmp_path / "out", heldout_bytes=8000)
+    parts = []
+    for name in ("train", "heldout"):
+        docs = read_documents(tmp_path / "out" / f"{name}.jsonl.zst")
+        parts.append({p for d in docs for p in d.text.split("\n\n") if len(p) >= 80})
+    assert parts[0] and parts[1]
+    assert not parts[0] & parts[1]
+
+
+def test_same_bytes_whatever_the_order_on_disk_and_the_workers(corpus, tmp_path):
+    other = tmp_path / "other" / "corpus"
+    other.mkdir(parents=True)
+    names = sorted(os.listdir(corpus), key=lambda n: n[::-1], reverse=True)
+    for name in names:
+        shutil.copy(corpus / name, other / name)
+    results = []
+    for folder, workers in ((corpus, 1), (other, 1), (corpus, 2)):
+        os.chdir(folder.parent)
+        out = tmp_path / f"out{len(results)}"
+        prepare(["corpus"], out, options=DataOptions(workers=workers), cache=tmp_path / "cache")
+        results.append([(out / n).read_bytes() for n in sorted(os.listdir(out))])
+    assert results[0] == results[1] == results[2]
+
+
+def test_heldout_hardly_moves_when_text_is_added(corpus, tmp_path):
+    def heldout(out):
+        return {d.id for d in read_documents(out / "heldout.jsonl.zst")}
+
+    run(corpus, tmp_path / "a", heldout_bytes=6000)
+    (corpus / "new.txt").write_text(prose(999))
+    run(corpus, tmp_path / "b", heldout_bytes=6000)
+    assert len(heldout(tmp_path / "a")) >= 4
+    assert len(heldout(tmp_path / "a") - heldout(tmp_path / "b")) <= 1
+
+
+def test_options(corpus, tmp_path):
+    assert run(corpus, tmp_path / "o", heldout_bytes=0).steps[-1]["documents"] == 0
+    assert list(read_documents(tmp_path / "o" / "heldout.jsonl.zst")) == []
+    plain = run(corpus, tmp_path / "p", scrub=False, rules=())
+    assert "me@host.org" in "".join(
+        d.text for d in read_documents(tmp_path / "p" / "train.jsonl.zst")
+    )
+    assert next(s for s in plain.steps if s["step"] == "quality rules")["removed"] == {}
+    few = run(corpus, tmp_path / "q", max_bytes=3000)
+    assert 3000 <= sum(s["bytes"] for s in few.sources.values()) < 6000
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"rules": ("nope",)}, "rules: wanted some of"),
+        ({"heldout_bytes": -1}, "heldout_bytes: wanted 0"),
+        ({"heldout_fraction": 0.9}, "heldout_fraction: wanted"),
+        ({"workers": 0}, "workers: wanted 1"),
+        ({"max_bytes": 0}, "max_bytes: wanted 1"),
+    ],
+)  # fmt: skip
+def test_bad_options(corpus, tmp_path, options, why):
+    with pytest.raises(InputError, match=why):
+        run(corpus, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_was_named_is_a_refusal_and_leaves_nothing(corpus, tmp_path):
+    out = tmp_path / "out"
+    for source, why in (
+        (corpus / "bad.txt", "binary"), (corpus / "cut.txt.gz", "cut short"),
+        (corpus / "nope.txt", "not found"),
+        (corpus / "short.txt", "nothing is left after cleaning: .*word_count"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=why):
+            run(source, out)
+        assert list(out.iterdir()) == []
+    for sources in ([], "text"):
+        with pytest.raises(InputError, match="sources: wanted a list"):
+            prepare(sources, out, cache=tmp_path)
+
+
+def test_an_earlier_result_survives_a_failure(corpus, tmp_path):
+    out = tmp_path / "out"
+    run(corpus, out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(InputError):
+        run(corpus / "bad.txt", out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["clean.jsonl.zst", "train.jsonl.zst", "funnel.json"])
+def test_full_disk(corpus, tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f".{name}.partial").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"out/.*: cannot be written: the disk is full"):
+        run(corpus, out)
+    assert not (out / "funnel.json").exists()
+    assert not list(out.glob(".*"))
+
+
+def test_read_only_folder(corpus, tmp_path, monkeypatch):
+    if os.geteuid() == 0:  # root may write anywhere: the kernel's answer is given by hand
+        real = open
+
+        def refuse(path, mode="r", *args, **kwargs):
+            if "w" in mode:
+                raise PermissionError(13, "Permission denied")
+            return real(path, mode, *args, **kwargs)
+
+        monkeypatch.setattr("builtins.open", refuse)
+    out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(InputError, match="cannot be written: Permission denied"):
+        run(corpus, out)
+    out.chmod(stat.S_IRWXU)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        run(corpus, tmp_path / "file" / "out")
+
+
+def test_read_documents_refuses_what_is_damaged(corpus, tmp_path):
+    run(corpus, tmp_path / "out")
+    p = tmp_path / "out" / "train.jsonl.zst"
+    data = p.read_bytes()
+    for damaged in (data[:-20], data[:300] + bytes([data[300] ^ 1]) + data[301:], b'{"a": 1}\n'):
+        p.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"train\.jsonl\.zst"):
+            list(read_documents(p))
+    with pytest.raises(InputError, match="cannot be read"):
+        list(read_documents(tmp_path / "none.zst"))
+    with pytest.raises(InputError, match="wanted the funnel"):
+        Funnel.load(tmp_path)
+
+
+def test_memory_is_bounded(tmp_path):
+    """40 MB of JSON lines pass through one document at a time, and compress a thousandfold."""
+    p = tmp_path / "big.jsonl"
+    with open(p, "w") as f:
+        for i in range(200):
+            f.write(json.dumps({"text": (f"{i} " + "x" * 1000 + " ") * 200}) + "\n")
+    tracemalloc.start()
+    prepare([str(p)], tmp_path / "out", options=DataOptions(rules=("word_count",)), cache=tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12e6 < p.stat().st_size
+
+
+def test_command_line(corpus, tmp_path):
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        app, ["prepare", str(corpus), "-o", str(out), "--cache", str(tmp_path / "c")]
+    )
+    assert result.exit_code == 0, result.output
+    shown = CliRunner().invoke(app, ["show", str(out)])
+    assert shown.exit_code == 0
+    for text in (
+        "quality rules",
+        "1 word_count",
+        "repeated paragraphs",
+        "1 email",
+        "skipped: ",
+        "heldout",
+    ):
+        assert text in shown.stdout
+    assert shown.stdout in result.output
+    wrong = CliRunner().invoke(app, ["get", "ftp:thing"])
+    assert isinstance(wrong.exception, InputError)
+    rules = CliRunner().invoke(
+        app, ["prepare", str(corpus), "-o", str(out), "--rules", "word_count,nope"]
+    )
+    assert isinstance(rules.exception, InputError)

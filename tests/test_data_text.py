@@ -1,0 +1,199 @@
+"""Extraction, quality rules, de-duplication and scrubbing: one text at a time."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastlm.data import filter as rules
+from fastlm.data.dedup import DocumentDedup, ParagraphDedup, content_key
+from fastlm.data.extract import extract, html_to_text, normalise
+from fastlm.data.filter import RULES, TECHNICAL, WEB, Shape, first_failed
+from fastlm.data.scrub import scrub
+from fastlm.data.sources import Document, decode_web
+from fastlm.errors import InputError
+
+PROSE = "The quick brown fox jumps over the lazy dog, and that is all there is to it. " * 10
+
+
+def test_html_keeps_content_and_drops_the_frame():
+    html = """<html><head><title>T</title><style>p{}</style><script>var x=1;</script></head><body>
+    <nav><a href=/>Home</a> <a href=/n>Next page</a></nav><div role="main">
+    <h1>Title<a class="headerlink" href="#t">\u00b6</a></h1><p>First   paragraph &amp; more.</p>
+    <pre>def f():\n    return 1</pre><ol><li>an item of the list</li></ol></div>
+    <footer>Copyright</footer></body></html>"""
+    text = extract(Document(html, "i", "s", {"format": "html"}))
+    assert "Title\n\nFirst paragraph & more." in text
+    assert "def f():\n    return 1" in text
+    assert "an item of the list" in text
+    for word in ("var x", "Home", "Next page", "Copyright", "\u00b6", "p{}"):
+        assert word not in text
+    assert extract(Document("<p>a</p>", "i", "s", {"format": "text"})) == "<p>a</p>"
+
+
+@given(st.binary(max_size=400))
+@settings(deadline=None, max_examples=200)
+def test_no_bytes_crash_decoding_or_extraction(data):
+    text = normalise(html_to_text(decode_web(b"<html><body><p>" + data, html=True)))
+    assert normalise(text) == text
+    text.encode()
+    normalise(decode_web(data, html=False)).encode()
+
+
+def test_normalise():
+    assert normalise("a\r\nb\rc\x00\x1b\u200bd\u00a0e  \n\n\n\n\n\nf\ufeff") == "a\nb\ncd e\n\n\nf"
+    assert normalise("N\bNA\bAM\bM  _\bx") == "NAM  x"
+    assert normalise("cafe\u0301") == "caf\u00e9"
+    assert normalise("    code\n") == "    code"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("utf-8", "Grüße, “quoted”"), ("cp1252", "Grüße, “quoted”"),
+        ("shift_jis", "日本語の文章です。" * 5),
+        ("koi8-r", "Привет, это русский текст. " * 5),
+    ],
+)  # fmt: skip
+def test_encodings_of_web_pages(encoding, body):
+    page = f'<html><head><meta charset="{encoding}"></head><body>{body}</body></html>'
+    assert body in decode_web(page.encode(encoding), html=True)
+
+
+LONG_LINE = "a" * 30 + "\n"
+# rule -> a text it must turn away; PROSE passes all
+BAD = {
+    "word_count": "too short",
+    "mean_word_length": "a b " * 60 + "the of",
+    "symbol_ratio": PROSE + "# " * 60,
+    "bullet_lines": "\n".join(["- the item of a list that is a list"] * 30),
+    "ellipsis_lines": "\n".join(["read more of the..."] * 5 + ["whole line of text."] * 5),
+    "alphabetic_words": "the of 123 456 789 " * 30,
+    "stop_words": "lorem dolor sit amet consectetur " * 20,
+    "duplicate_lines": "the same line of text\n" * 20,
+    "repeated_characters": PROSE + "\n" + "a line that is in here more than once\n" * 12,
+    "lorem_ipsum": PROSE + "Lorem Ipsum dolor",
+    "curly_brace": PROSE + "int main() { }",
+    "sentence_lines": "\n".join(f"heading number {i} of the list" for i in range(30)),
+    "duplicate_line_characters": PROSE + "\n" + "a line that is in here more than once\n" * 5,
+    "short_lines": "\n".join(f"line {i} of it." for i in range(30)),
+}
+
+
+def test_every_rule_has_a_case_and_the_default_is_the_technical_set():
+    assert set(BAD) == set(RULES) == set(WEB)
+    assert set(WEB) - set(TECHNICAL) == rules.NOT_TECHNICAL < set(WEB)
+    assert first_failed(PROSE, WEB) is None
+    assert first_failed("") == "word_count"
+    with pytest.raises(InputError, match="'nope'"):
+        rules.check_rules(["word_count", "nope"])
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_rule_turns_away_its_case(name):
+    assert RULES[name](Shape(PROSE))
+    assert not RULES[name](Shape(BAD[name]))
+    assert first_failed(BAD[name], [name]) == name
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept", "dropped"),
+    [
+        ("word_count", "word " * 50, "word " * 49),
+        ("word_count", "word " * 100_000, "word " * 100_001),
+        ("mean_word_length", "abc " * 9, "ab " * 9),
+        ("mean_word_length", "a" * 10, "a" * 11),
+        ("symbol_ratio", "#" + " w" * 9, "# #" + " w" * 10),
+        ("symbol_ratio", "w… " + "w " * 9, "w… w... " + "w " * 10),
+        ("bullet_lines", "- a\n" * 9 + "b", "- a\n" * 10 + "b"),
+        ("alphabetic_words", "a b c d 1", "a b c 1 2"),
+        ("ellipsis_lines", "x...\n" * 3 + "y\n" * 7, "x…\n" * 4 + "y\n" * 6),
+        ("stop_words", "the cat and", "the cat the"),
+        ("duplicate_lines", "a\na\na\na\nb\nc\nd\ne\nf\ng", "a\na\na\na\na\nb\nc\nd\ne\nf"),
+        ("repeated_characters", "a\na\na\nb\nc\nd\ne\nf\ng\nh", "a\na\na\na\nb\nc\nd\ne\nf\ng"),
+        ("sentence_lines", "a.\n" * 13 + "a\n" * 87, "a.\n" * 12 + "a\n" * 88),
+        ("short_lines", "a\n" * 66 + LONG_LINE * 34, "a\n" * 67 + LONG_LINE * 33),
+    ],
+)  # fmt: skip
+def test_thresholds_are_the_papers(rule, kept, dropped):
+    assert RULES[rule](Shape(kept))
+    assert not RULES[rule](Shape(dropped))
+
+
+def test_reference_pages_full_of_code_pass_the_default():
+    code = [f"def f{i}(x): return x + {i}  # adds to the argument" for i in range(20)]
+    page = "\n".join(["os.path.join(path, *paths)", "Join paths to one and return it.", "{", *code])
+    assert first_failed(page) is None
+    assert first_failed(page, WEB) is not None
+
+
+def test_document_dedup_ignores_case_and_white_space():
+    seen = DocumentDedup()
+    assert seen.is_new(content_key("Some  Text\n here"))
+    assert not seen.is_new(content_key("some text here "))
+    assert seen.is_new(content_key("some text there"))
+
+
+def test_paragraph_dedup_keeps_the_first_and_repeats_within_a_document():
+    long, other = "A sentence long enough to be counted as a paragraph, " * 2, "Z" * 90
+    seen = ParagraphDedup()
+    text = f"{long}\n\nshort\n\n{long}"
+    assert seen.strip(text) == (text, 0)
+    again = f"Title\n\n{long.upper().replace(',', ';')}\n \nshort\n\n{other}"
+    assert seen.strip(again) == (f"Title\n\nshort\n\n{other}", 1)
+    assert seen.strip(other) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("mail joe.blow+tag@mail.gmail.com now.", "mail <EMAIL> now."),
+        ("Joe Blow <joe@blow.org>, (a-b@c.de)", "Joe Blow <EMAIL>, (<EMAIL>)"),
+        ("http://93.184.216.34:80/ or host 93.184.216.34.", "http://<IP>:80/ or host <IP>."),
+        ("DNS 1.1.1.1, 130.149.17.21", "DNS <IP>, <IP>"),
+        ("at 2001:4860:4860::8888 today", "at <IP> today"),
+        ("+44 20 7946 0958, +1 (212) 555-1234; +33-1-42-68-53-00", "<PHONE>, <PHONE>; <PHONE>"),
+        ("+33 1 42 68 53 00, +442079460958, +49 30 123456", "<PHONE>, <PHONE>, <PHONE>"),
+        ("(212) 555-1234 or 212-555-1234, 1-800-555-1234.", "<PHONE> or <PHONE>, <PHONE>."),
+        ("Tel.: 030 1234567, phone 0171/2345678", "Tel.: <PHONE>, phone <PHONE>"),
+        ("fax (030) 123 45-67.", "fax <PHONE>."),
+    ],
+)
+def test_personal_data_is_replaced(text, clean):
+    found, counts = scrub(text)
+    assert found == clean
+    assert {k: found.count(f"<{k.upper()}>") for k in counts} == counts
+    assert scrub(found) == (found, {"email": 0, "phone": 0, "ip": 0})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "user@example.com someone@sub.example.org x@host.invalid @decorator a @ b",
+        "icon@2x.png getty@tty1.service rev@{upstream} user@host",
+        "10.0.0.1 192.168.1.254 127.0.0.1 169.254.1.1 203.0.113.5 0.0.0.0 255.255.255.255",
+        "version 93.18.216.34, v2.6.32.59, Linux 2.6.32.59, release 10.20.30.40",
+        "openssl-1.10.22.33, foo_1.10.22.33, >= 11.22.33.44, ==12.13.14.15",
+        "1.2.3.4 Overview", "section 11.12.13.14", "1.2.3.4.5", "OID 1.3.6.1.4.1",
+        "300.400.500.600", "93.184.216.34.56", "093.184.216.034",
+        "std::vector a::b dead::beef 12:30:45 fe80::1 2001:db8::1 ::1 20:01:0d:b8:00:00:00:00",
+        "2024-01-02T10:11:12+0200, 1999-2003, 2013-05-12 10:11", "RFC 2616, ISBN 978-0-13-110362-7",
+        "da39a3ee5e6b4b0d3255bfef95601890afd80709 123e4567-e89b-12d3-a456-426614174000",
+        "@@ -1,3 +123,45 @@ +100 lines, +1 2 3 4", "3.14159265358979 100-200-3000 1234567890",
+        "555-1234 4111 1111 1111 1111", "tell 12 people, telephone 2 of 3, mobile 5 GHz, fax",
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_personal_data_stays(text):
+    assert scrub(text) == (text, {"email": 0, "phone": 0, "ip": 0})
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["a", "a.", "1", "1.", "1-", "+1 ", "2001:", "a@", "(212) ", "tel 1", "@a.", "<<EMAIL>>"],
+)
+def test_scrubbing_is_linear_on_hostile_repetition(unit):
+    text = unit * (1_000_000 // len(unit))
+    start = time.perf_counter()
+    scrub(text)
+    assert time.perf_counter() - start < 8  # some 0.3 s alone; a quadratic scan takes hours
