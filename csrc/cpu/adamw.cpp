@@ -58,7 +58,7 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
     float* step = steps[i].data<float>("step");
     *step += 1;
     t.step_size = float(lr / (1 - std::pow(beta1, *step)));
-    t.decay = float(1 - lr * weight_decay);
+    t.decay = float(lr * weight_decay);
     t.beta1 = float(beta1), t.rest1 = float(1 - beta1);
     t.beta2 = float(beta2), t.rest2 = float(1 - beta2);
     t.eps = float(eps);

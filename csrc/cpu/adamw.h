@@ -1,7 +1,10 @@
 // AdamW over many tensors: body of adamw.cpp, compiled per instruction set.
 //
 //   m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
-//   p = p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+//   p = p - (lr wd p + lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps))
+//
+// One subtraction from p: multiplying by 1 - lr wd first rounds that factor, the same way each
+// step.
 //
 // Two passes at most: the sum of squared gradients (only to clip), then one pass that reads g, p,
 // m, v once and writes p, m, v and the 16-bit copy once. Chunks are independent, so any thread may
@@ -146,7 +149,7 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
   const G* g = static_cast<const G*>(t.grad) + start;
   const float scale = clip * t.sign;
   const auto updated = [&](vfloat w, vfloat m, vfloat root) __attribute__((always_inline)) {
-    return w * t.decay - t.step_size * (m / (root * t.root_scale + t.eps));
+    return w - (w * t.decay + m / (root * t.root_scale + t.eps) * t.step_size);
   };
   if (!t.exp_avg_scale) {
     float *m = static_cast<float*>(t.exp_avg) + start,

@@ -21,7 +21,7 @@ struct AdamwTensor {
   void *exp_avg, *exp_avg_sq;  // float32; uint8 codes when the scales are not null
   float *exp_avg_scale, *exp_avg_sq_scale;
   int64_t n;
-  float step_size, decay;  // lr / (1 - beta1^t), 1 - lr * weight_decay
+  float step_size, decay;  // lr / (1 - beta1^t), lr * weight_decay
   float beta1, rest1, beta2, rest2, eps;
   float root_scale;  // 1 / sqrt(1 - beta2^t)
   float sign;        // -1 to maximize
