@@ -25,6 +25,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rms_norm_backward", &rms_norm_backward, "dy"_a, "dh_above"_a, "h"_a, "weight"_a, "rstd"_a,
         "offset"_a, "dx"_a, "dw"_a, no_gil);
 
+  m.def("rope", &rope, "q"_a, "k"_a, "cos"_a, "sin"_a, "interleaved"_a, "inverse"_a, "q_out"_a,
+        "k_out"_a, no_gil);
+
+  m.def("glu_forward", &glu_forward, "gate"_a, "up"_a, "act"_a, "y"_a, no_gil);
+  m.def("glu_backward", &glu_backward, "dy"_a, "gate"_a, "up"_a, "act"_a, "dgate"_a, "dup"_a,
+        no_gil);
+
+  m.def("adamw", &adamw, "params"_a, "grads"_a, "steps"_a, "exp_avgs"_a, "exp_avg_sqs"_a,
+        "exp_avg_scales"_a, "exp_avg_sq_scales"_a, "masters"_a, "options"_a, "keys"_a,
+        "max_grad_norm"_a, "grad_norm"_a, no_gil);
+
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
   m.def("multiply_in_l1", &multiply_in_l1, "bf16_operands"_a, "repeats"_a, no_gil);
   m.def("read_all", &read_all, "buffer"_a, no_gil);

@@ -11,13 +11,15 @@ from fastlm.errors import InputError
 if TYPE_CHECKING:
     from fastlm import ops
     from fastlm.backend import info, use_backend
+    from fastlm.optim import AdamW
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "info", "ops", "use_backend"]
+__all__ = ["AdamW", "InputError", "info", "ops", "use_backend"]
 
 # name -> module that defines it (a name that is itself a module maps to that module)
 _PUBLIC = {
     "CausalLM": "fastlm.model",
+    "AdamW": "fastlm.optim",
     "info": "fastlm.backend",
     "ModelConfig": "fastlm.config",
     "ops": "fastlm.ops",

@@ -210,6 +210,7 @@ def info() -> dict[str, Any]:
     """
     import fastlm
     import fastlm.ops  # registers every op
+    import fastlm.optim
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ops = {}

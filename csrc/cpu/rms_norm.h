@@ -13,8 +13,8 @@
 
 constexpr int64_t BLOCK_ROWS = 64;  // rows per partial sum of dw: 64 blocks for a 4096-row batch
 
-template <class T>
-void rms_norm_row(const T* x, const T* residual, const float* weight, float eps, float offset,
+template <class T, class W>
+void rms_norm_row(const T* x, const T* residual, const W* weight, float eps, float offset,
                   int64_t n, T* h, T* y, float* rstd) {
   vfloat sum{};
   for (int64_t j = 0; j < n; j += VL) {
@@ -41,8 +41,17 @@ void rms_norm_row(const T* x, const T* residual, const float* weight, float eps,
   }
 }
 
-// x (N, H) rows x_stride apart; residual the same or empty; weight (H) float32; y, h (N, H)
-// contiguous; rstd (N) float32
+// f(pointer to the weight): float32, or T as x is.
+template <class T, class F>
+void with_weight(const TensorView& weight, F&& f) {
+  if (weight.dtype() == DType::f32)
+    f(static_cast<const float*>(weight.data<float>("weight")));
+  else
+    f(static_cast<const T*>(weight.data<T>("weight")));
+}
+
+// x (N, H) rows x_stride apart; residual the same or empty; weight (H) float32 or x's dtype; y, h
+// (N, H) contiguous; rstd (N) float32
 inline void rms_norm_forward(const TensorView& x, const TensorView* residual,
                              const TensorView& weight, float eps, float offset, const TensorView& y,
                              const TensorView* h, const TensorView& rstd) {
@@ -52,20 +61,21 @@ inline void rms_norm_forward(const TensorView& x, const TensorView* residual,
     using T = decltype(tag);
     const T* px = x.data<T>("x");
     const T* pr = residual ? residual->data<T>("residual") : nullptr;
-    const float* pw = weight.data<float>("weight");
     T* py = y.data<T>("y");
     T* ph = h ? h->data<T>("h") : nullptr;
     float* ps = rstd.data<float>("rstd");
-#pragma omp parallel for schedule( \
-        static) if (rows * n > 32768)  // below that a parallel region costs more than it saves
-    for (int64_t i = 0; i < rows; ++i)
-      rms_norm_row(px + i * x_stride, pr ? pr + i * r_stride : nullptr, pw, eps, offset, n,
-                   ph ? ph + i * n : nullptr, py + i * n, ps + i);
+    with_weight<T>(weight, [&](const auto* pw) {
+// below 32768 elements a parallel region costs more than it saves
+#pragma omp parallel for schedule(static) if (rows * n > 32768)
+      for (int64_t i = 0; i < rows; ++i)
+        rms_norm_row(px + i * x_stride, pr ? pr + i * r_stride : nullptr, pw, eps, offset, n,
+                     ph ? ph + i * n : nullptr, py + i * n, ps + i);
+    });
   });
 }
 
-template <class T>
-void rms_norm_backward_row(const T* dy, const T* dh_above, const T* h, const float* weight, float r,
+template <class T, class W>
+void rms_norm_backward_row(const T* dy, const T* dh_above, const T* h, const W* weight, float r,
                            float offset, int64_t n, T* dx, float* dw) {
   vfloat dot{};
   for (int64_t j = 0; j < n; j += VL) {
@@ -102,17 +112,19 @@ inline void rms_norm_backward(const TensorView& dy, const TensorView* dh_above, 
     using T = decltype(tag);
     const T *pdy = dy.data<T>("dy"), *pa = dh_above ? dh_above->data<T>("dh_above") : nullptr,
             *ph = h.data<T>("h");
-    const float *pw = weight.data<float>("weight"), *pr = rstd.data<float>("rstd");
+    const float* pr = rstd.data<float>("rstd");
     T* pdx = dx.data<T>("dx");
     float* pdw = dw.data<float>("dw");
     const int64_t s_dy = dy.stride(0), s_a = dh_above ? dh_above->stride(0) : 0, s_h = h.stride(0);
+    with_weight<T>(weight, [&](const auto* pw) {
 #pragma omp parallel for schedule(static) if (rows * n > 32768)
-    for (int64_t b = 0; b < blocks; ++b) {
-      float* partial = pdw + b * n;
-      memset(partial, 0, size_t(n) * sizeof(float));
-      for (int64_t i = b * BLOCK_ROWS; i < std::min(rows, (b + 1) * BLOCK_ROWS); ++i)
-        rms_norm_backward_row(pdy + i * s_dy, pa ? pa + i * s_a : nullptr, ph + i * s_h, pw, pr[i],
-                              offset, n, pdx + i * n, partial);
-    }
+      for (int64_t b = 0; b < blocks; ++b) {
+        float* partial = pdw + b * n;
+        memset(partial, 0, size_t(n) * sizeof(float));
+        for (int64_t i = b * BLOCK_ROWS; i < std::min(rows, (b + 1) * BLOCK_ROWS); ++i)
+          rms_norm_backward_row(pdy + i * s_dy, pa ? pa + i * s_a : nullptr, ph + i * s_h, pw,
+                                pr[i], offset, n, pdx + i * n, partial);
+      }
+    });
   });
 }

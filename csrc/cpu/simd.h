@@ -239,3 +239,28 @@ FASTLM_INLINE vfloat vtanh(vfloat x) {
   const vfloat small = x + x * s * p;
   return vabs(x) < splat(0.25f) ? small : big;
 }
+// erf x: below 7/8 odd, x p(x^2); above 1 - exp(-q(|x|)), q of degree 8, and 1 from 3.95 on.
+// Absolute error under 1.2e-7 (1 ulp of a result near 1), relative under 2e-7 below 7/8; NaN stays.
+// Coefficients: interpolation at Chebyshev nodes of erf(sqrt s) / sqrt s and of -log(erfc a).
+FASTLM_INLINE vfloat verf(vfloat x) {
+  const vfloat a = vmin(splat(3.95f), vabs(x)), s = x * x;
+  vfloat p = splat(8.690368907390262e-05f);
+  p = p * s + splat(-0.0008214570887454587f);
+  p = p * s + splat(0.0052070489106000265f);
+  p = p * s + splat(-0.026861705831181606f);
+  p = p * s + splat(0.11283735210155595f);
+  p = p * s + splat(-0.3761263621367055f);
+  p = p * s + splat(1.1283791668855805f);
+  vfloat q = splat(-1.6553748848748112e-06f);
+  q = q * a + splat(4.637904577756166e-05f);
+  q = q * a + splat(-0.0005991568655794824f);
+  q = q * a + splat(0.00476882734297201f);
+  q = q * a + splat(-0.02644192162020555f);
+  q = q * a + splat(0.11010640863466041f);
+  q = q * a + splat(0.631809715544236f);
+  q = q * a + splat(1.1302357735395205f);
+  q = q * a + splat(-0.0003188438167062844f);
+  const vint sign = as_int(x) & splat_int(int32_t(0x80000000));
+  const vfloat big = as_float(as_int(1.f - vexp(-q)) | sign);
+  return vabs(x) < splat(0.875f) ? x * p : big;
+}

@@ -4,6 +4,7 @@ The backward computes the activation again from `gate` rather than keep it: at t
 multiply-adds per byte moved the arithmetic is free, the memory is not.
 """
 
+import torch
 from torch import Tensor
 
 from fastlm import reference
@@ -49,6 +50,33 @@ def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor, act: str):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
+def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As matrices: one row when all are contiguous; else rows may be apart, elements may not."""
+    if all(t.is_contiguous() for t in tensors):
+        return tuple(t.view(1, -1) for t in tensors)
+    width = tensors[0].shape[-1]
+    rows = (t.reshape(-1, width) for t in tensors)
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in rows)
+
+
+def _cpu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    from fastlm import _cpu
+
+    y = torch.empty(gate.shape, dtype=gate.dtype)
+    if y.numel():
+        _cpu.glu_forward(*_rows(gate, up), act, y)
+    return y
+
+
+def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    from fastlm import _cpu
+
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+    if dgate.numel():
+        _cpu.glu_backward(*_rows(dy, gate, up), act, dgate, dup)
+    return dgate, dup
+
+
 def _setup_context(ctx, inputs, output):
     gate, up, ctx.act = inputs
     ctx.save_for_backward(gate, up)
@@ -61,13 +89,13 @@ def _autograd_backward(ctx, dy):
 _forward = register(
     "glu(Tensor gate, Tensor up, str act) -> Tensor",
     fake=_forward_fake,
-    implementations={"reference": reference.glu_forward},
+    implementations={"reference": reference.glu_forward, "cpu": _cpu_forward},
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
 _backward = register(
     "glu_backward(Tensor dy, Tensor gate, Tensor up, str act) -> (Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={"reference": reference.glu_backward},
+    implementations={"reference": reference.glu_backward, "cpu": _cpu_backward},
     picked_by=1,
 )

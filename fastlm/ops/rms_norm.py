@@ -76,13 +76,20 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The kernels read a weight of float32 or of x's dtype where it lies."""
+    if weight.dtype != dtype and weight.dtype != torch.float32:
+        weight = weight.float()
+    return weight.contiguous()
+
+
 def _cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
     from fastlm import _cpu
 
     y, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:1])
     h = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
     _cpu.rms_norm_forward(
-        _rows(x), _rows(residual), weight.float().contiguous(), eps, offset, y, h, rstd
+        _rows(x), _rows(residual), _weight(weight, x.dtype), eps, offset, y, h, rstd
     )
     return y, x.new_empty(0) if h is None else h, rstd
 
@@ -95,7 +102,7 @@ def _cpu_backward(
     dx = torch.empty(h.shape, dtype=h.dtype)
     dw = torch.empty((h.shape[0] + _BLOCK_ROWS - 1) // _BLOCK_ROWS, h.shape[1])
     _cpu.rms_norm_backward(
-        _rows(dy), _rows(dh_above), _rows(h), weight.float().contiguous(), rstd, offset, dx, dw
+        _rows(dy), _rows(dh_above), _rows(h), _weight(weight, h.dtype), rstd, offset, dx, dw
     )
     return dx, dw.sum(0)
 

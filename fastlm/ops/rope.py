@@ -78,6 +78,21 @@ def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inv
     return torch.empty_like(q), torch.empty_like(k)
 
 
+def _dense(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _cpu_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool):
+    from fastlm import _cpu
+
+    if cos.dtype != torch.float32 and cos.dtype != q.dtype:
+        cos, sin = cos.float(), sin.float()
+    q, k = _dense(q), _dense(k)
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    _cpu.rope(q, k, _dense(cos), _dense(sin), interleaved, inverse, q_out, k_out)
+    return q_out, k_out
+
+
 def _setup_context(ctx, inputs, output):
     _, _, cos, sin, ctx.interleaved, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin)
@@ -92,7 +107,7 @@ _rope = register(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse)"
     " -> (Tensor, Tensor)",
     fake=_fake,
-    implementations={"reference": reference.rope},
+    implementations={"reference": reference.rope, "cpu": _cpu_rope},
     setup_context=_setup_context,
     backward=_autograd_backward,
 )

@@ -1,0 +1,36 @@
+// What an AdamW step works on: every tensor's pointers and scalars, and the chunks they are cut
+// into.
+#pragma once
+
+#include <cstdint>
+
+#include "tensor.h"
+
+namespace fastlm {
+
+// Elements a thread takes at a time. A multiple of the 8-bit block, fixed so that sums and random
+// numbers do not depend on the thread count; 28 B x 32768 = 0.9 MB, about 30 us of memory time.
+constexpr int64_t ADAMW_CHUNK = 32768;
+constexpr int64_t ADAMW_BLOCK = 256;  // elements that share one scale of an 8-bit state
+
+struct AdamwTensor {
+  void* param;
+  const void* grad;
+  DType param_type, grad_type;
+  float* master;               // float32 copy of a 16-bit parameter, or null
+  void *exp_avg, *exp_avg_sq;  // float32; uint8 codes when the scales are not null
+  float *exp_avg_scale, *exp_avg_sq_scale;
+  int64_t n;
+  float step_size, decay;  // lr / (1 - beta1^t), lr * weight_decay
+  float beta1, rest1, beta2, rest2, eps;
+  float root_scale;  // 1 / sqrt(1 - beta2^t)
+  float sign;        // -1 to maximize
+  bool stochastic;
+  uint32_t key;  // of the random numbers: one per tensor and step
+};
+
+struct AdamwChunk {
+  int64_t tensor, start, n;
+};
+
+}  // namespace fastlm

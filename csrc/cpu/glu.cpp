@@ -1,0 +1,16 @@
+#define FASTLM_BODY "cpu/glu.h"
+#include "cpu/each_isa.h"
+#include "cpu/ops.h"
+
+namespace fastlm {
+
+void glu_forward(TensorView gate, TensorView up, const std::string& act, TensorView y) {
+  FASTLM_RUN(glu_forward, gate, up, act, y);
+}
+
+void glu_backward(TensorView dy, TensorView gate, TensorView up, const std::string& act,
+                  TensorView dgate, TensorView dup) {
+  FASTLM_RUN(glu_backward, dy, gate, up, act, dgate, dup);
+}
+
+}  // namespace fastlm

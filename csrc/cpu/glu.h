@@ -1,0 +1,131 @@
+// Gated linear unit: y = act(gate) * up. Body of glu.cpp, compiled per instruction set.
+//
+//   forward    reads gate, up; writes y
+//   backward   reads dy, gate, up; writes dgate = dy * up * act'(gate), dup = dy * act(gate); the
+//              activation is computed again
+//
+// Work is cut into pieces of PIECE elements of a row; contiguous tensors are one row.
+
+constexpr int64_t PIECE = 4096;  // elements: 8 to 16 KiB per operand, enough to forget the loop
+
+enum class Act { silu, gelu_tanh, gelu };
+
+inline Act act_of(const std::string& name) {
+  if (name == "silu") return Act::silu;
+  if (name == "gelu_tanh") return Act::gelu_tanh;
+  if (name == "gelu") return Act::gelu;
+  throw std::invalid_argument("act: wanted silu, gelu_tanh or gelu, got '" + name + "'");
+}
+
+struct ActAndSlope {
+  vfloat value, slope;
+};
+
+struct Sigmoid {
+  vfloat s, rest;  // sigmoid of x and of -x, both to the last bit: 1 - s would cancel
+};
+FASTLM_INLINE Sigmoid both_sigmoids(vfloat x) {
+  const vfloat e = vexp(-vabs(x)), r = 1.f / (1.f + e), er = e * r;
+  const vint negative = x < splat(0.f);
+  return {negative ? er : r, negative ? r : er};
+}
+
+template <Act A>
+FASTLM_INLINE ActAndSlope activate(vfloat x) {
+  if constexpr (A == Act::silu) {
+    const Sigmoid g = both_sigmoids(x);
+    return {x * g.s, g.s * (1.f + x * g.rest)};
+  } else if constexpr (A == Act::gelu) {
+    const vfloat cdf = .5f + .5f * verf(x * 0.70710678118654752f);
+    return {x * cdf, cdf + x * vexp(-.5f * x * x) * 0.39894228040143268f};
+  } else {
+    // .5 (1 + tanh z) is sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
+    const Sigmoid g = both_sigmoids(x * (1.5957691216057308f + 0.071354816272600248f * x * x));
+    const vfloat inner = 1.5957691216057308f + 0.21406444881780074f * x * x;
+    return {x * g.s, g.s * (1.f + x * g.rest * inner)};
+  }
+}
+template <Act A>
+FASTLM_INLINE vfloat value_of(vfloat x) {
+  if constexpr (A == Act::silu) return x / (1.f + vexp(-x));
+  return activate<A>(x).value;
+}
+
+template <Act A, class T>
+void glu_piece(const T* gate, const T* up, int64_t n, T* y) {
+  int64_t j = 0;
+  for (; j + VL <= n; j += VL) store(y + j, value_of<A>(load(gate + j)) * load(up + j));
+  if (const int k = int(n - j)) store(y + j, value_of<A>(load(gate + j, k)) * load(up + j, k), k);
+}
+
+template <Act A, class T>
+void glu_backward_piece(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup) {
+  int64_t j = 0;
+  for (; j + VL <= n; j += VL) {
+    const vfloat g = load(dy + j);
+    const ActAndSlope a = activate<A>(load(gate + j));
+    store(dgate + j, g * load(up + j) * a.slope);
+    store(dup + j, g * a.value);
+  }
+  if (const int k = int(n - j)) {
+    const vfloat g = load(dy + j, k);
+    const ActAndSlope a = activate<A>(load(gate + j, k));
+    store(dgate + j, g * load(up + j, k) * a.slope, k);
+    store(dup + j, g * a.value, k);
+  }
+}
+
+// f(row, first column, columns) for every piece, in parallel.
+template <class F>
+void for_each_piece(int64_t rows, int64_t columns, F&& f) {
+  const int64_t pieces = (columns + PIECE - 1) / PIECE;
+// below 32768 elements a parallel region costs more than it saves
+#pragma omp parallel for collapse(2) schedule(static) if (rows * columns > 32768)
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t p = 0; p < pieces; ++p) f(i, p * PIECE, std::min(PIECE, columns - p * PIECE));
+}
+
+template <class F>
+void with_act(const std::string& name, F&& f) {
+  switch (act_of(name)) {
+    case Act::silu:
+      return f(std::integral_constant<Act, Act::silu>{});
+    case Act::gelu_tanh:
+      return f(std::integral_constant<Act, Act::gelu_tanh>{});
+    case Act::gelu:
+      return f(std::integral_constant<Act, Act::gelu>{});
+  }
+}
+
+// gate, up (N, F) with rows apart, elements of a row not; y (N, F) contiguous
+inline void glu_forward(const TensorView& gate, const TensorView& up, const std::string& act,
+                        const TensorView& y) {
+  with_float(gate.dtype(), "gate", [&](auto tag) {
+    using T = decltype(tag);
+    const T *pg = gate.data<T>("gate"), *pu = up.data<T>("up");
+    T* py = y.data<T>("y");
+    const int64_t n = gate.size(1), s_g = gate.stride(0), s_u = up.stride(0);
+    with_act(act, [&](auto a) {
+      for_each_piece(gate.size(0), n, [&](int64_t i, int64_t j, int64_t k) {
+        glu_piece<a.value>(pg + i * s_g + j, pu + i * s_u + j, k, py + i * n + j);
+      });
+    });
+  });
+}
+
+// dy, gate, up (N, F) with rows apart; dgate, dup (N, F) contiguous
+inline void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView& up,
+                         const std::string& act, const TensorView& dgate, const TensorView& dup) {
+  with_float(gate.dtype(), "gate", [&](auto tag) {
+    using T = decltype(tag);
+    const T *pdy = dy.data<T>("dy"), *pg = gate.data<T>("gate"), *pu = up.data<T>("up");
+    T *pdg = dgate.data<T>("dgate"), *pdu = dup.data<T>("dup");
+    const int64_t n = gate.size(1), s_d = dy.stride(0), s_g = gate.stride(0), s_u = up.stride(0);
+    with_act(act, [&](auto a) {
+      for_each_piece(gate.size(0), n, [&](int64_t i, int64_t j, int64_t k) {
+        glu_backward_piece<a.value>(pdy + i * s_d + j, pg + i * s_g + j, pu + i * s_u + j, k,
+                                    pdg + i * n + j, pdu + i * n + j);
+      });
+    });
+  });
+}

@@ -1,0 +1,293 @@
+"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) in one pass over memory for all tensors.
+
+A drop-in for ``torch.optim.AdamW``; what it adds: clipping by the global norm inside the step, a
+float32 master copy or stochastic rounding for 16-bit parameters, and 8-bit states.
+
+8-bit states are block-wise, as in Dettmers et al. 2022 (arXiv:2110.02861): 256 values share one
+float32 scale, so an outlier costs only its block precision, and a tensor of fewer than 4096
+elements keeps float32. Two things differ from that paper. A code is the top bits of the scaled
+float (a small float, see `reference.pack_state`) rather than an entry of a table: encoding is a
+shift where a table needs a search. And the second moment is stored as its square root, which halves
+the range that has to be covered and puts the rounding error where the update feels it; it never
+rounds to zero.
+
+`state_dict()` always speaks torch's names and float32: an 8-bit optimizer's checkpoint loads into
+torch, into a 32-bit one and back, and packing again gives the same codes. Rejected: saving codes,
+a quarter of the size but a format that only this class reads.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm import backend, reference
+from fastlm.errors import InputError
+
+MIN_8BIT_SIZE = 4096  # smaller tensors (norms, biases) gain nothing from 8 bits; the paper's limit
+
+_CODES = {
+    "exp_avg": False,
+    "exp_avg_sq": True,
+}  # state -> whether its square root is what is stored
+
+
+class AdamW(torch.optim.Optimizer):
+    """``torch.optim.AdamW`` with the same update; see the module docstring for what differs.
+
+    Args:
+        params: parameters or groups; float32, bfloat16, float16 (float64 on the reference).
+            Gradients may be of another of these dtypes than their parameter.
+        lr: float or one-element tensor.
+        betas, eps, weight_decay, maximize: as torch.
+        state_bits: 32 or 8 per element of each moment.
+        master_weights: 16-bit parameters get a float32 copy in the state (`master`); the copy is
+            what is updated, the parameter is its rounding. It is taken at the first step: weights
+            loaded into the model later are not seen.
+        stochastic_rounding: bfloat16 parameters without a master copy are rounded up or down at
+            random, unbiased, so that small updates are not lost. The random numbers are a function
+            of `seed`, step and element. float32 parameters are not rounded at all.
+        max_grad_norm: gradients are scaled inside the step as `torch.nn.utils.clip_grad_norm_` over
+            all parameters would (`p.grad` itself stays as it is); `inf` only measures.
+        seed: of stochastic rounding.
+
+    Attributes:
+        grad_norm: with max_grad_norm, the float32 scalar tensor of the last step's norm.
+
+    States are float32 whatever the parameter's dtype. Traffic per float32 parameter and step: reads
+    16, writes 12 bytes; to clip, the gradients are read once more. The result does not depend on
+    the number of threads. Non-finite gradients propagate as in torch; with 8-bit states to their
+    block.
+
+    state_bits, master_weights, stochastic_rounding may be given per group.
+
+    Raises:
+        InputError: an option out of its range, complex or integer parameters, sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_bits: int = 32,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise InputError(f"max_grad_norm: wanted a number > 0 or None, got {max_grad_norm!r}")
+        self.max_grad_norm = max_grad_norm
+        self.seed = seed
+        self.grad_norm: Tensor | None = None
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "state_bits": state_bits,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            # torch.optim.AdamW looks for these in the groups of a state dict
+            "amsgrad": False,
+            "foreach": None,
+            "capturable": False,
+            "differentiable": False,
+            "fused": None,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except InputError:
+            self.param_groups.pop()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("max_grad_norm", "seed", "grad_norm")}
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a group that torch.optim.AdamW saved lacks our options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            _check_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tables: list[list] = [[] for _ in range(10)]
+        copies: list[tuple[Tensor, Tensor]] = []
+        special: Tensor | None = None  # a parameter that the CPU kernel may not serve
+        ordinal = -1
+        for group in self.param_groups:
+            lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+            options = (lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
+            exact, stochastic = (*options, False), (*options, True)
+            rounding = group["stochastic_rounding"]
+            for param in group["params"]:
+                ordinal += 1
+                grad = param.grad
+                if grad is None:
+                    continue
+                if grad.layout != torch.strided:
+                    raise InputError(f"grad: wanted a dense gradient, got layout {grad.layout}")
+                state = self.state[param]
+                if not state:
+                    self._start(param, group, state)
+                if param.dtype not in backend.DTYPES["cpu"] or param.device.type != "cpu":
+                    special = param
+                target, grad = _dense(param, grad)
+                if target is not param:
+                    copies.append((param, target))
+                rounds = rounding and param.dtype == torch.bfloat16
+                packed = "exp_avg_scale" in state
+                row = (
+                    target,
+                    grad,
+                    state["step"],
+                    state["exp_avg_code" if packed else "exp_avg"],
+                    state["exp_avg_sq_code" if packed else "exp_avg_sq"],
+                    state.get("exp_avg_scale"),
+                    state.get("exp_avg_sq_scale"),
+                    state.get("master"),
+                    stochastic if rounds else exact,
+                    self._key(ordinal, state["step"]) if rounds else 0,
+                )
+                for table, entry in zip(tables, row):
+                    table.append(entry)
+        if tables[0]:
+            norm = None
+            if self.max_grad_norm is not None:
+                norm = self.grad_norm = torch.empty((), device=tables[0][0].device)
+            run = backend.pick("adamw", tables[0][0] if special is None else special)
+            run(*tables, self.max_grad_norm or 0.0, norm)
+            for param, target in copies:
+                param.copy_(target)
+        return loss
+
+    def _key(self, ordinal: int, step: Tensor) -> int:
+        key = reference.mix32((self.seed ^ 0x9E3779B9) & 0xFFFFFFFF)
+        return reference.mix32(reference.mix32(key ^ int(step)) ^ ordinal)
+
+    def _start(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        state["step"] = torch.zeros(())
+        for name in _CODES:
+            state[name] = torch.zeros_like(param, dtype=wide)
+        if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
+            state["master"] = param.detach().to(wide, copy=True)
+        _pack(param, group, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's: `step`, `exp_avg`, `exp_avg_sq` (float32 also for 8 bits), and `master`."""
+        out = super().state_dict()
+        out["state"] = {key: _portable(state) for key, state in out["state"].items()}
+        return out
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state of this class or of ``torch.optim.AdamW``."""
+        # checks the groups; the states it casts to their parameter's dtype are replaced below
+        super().load_state_dict(state_dict)
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        groups = [(param, group) for group in self.param_groups for param in group["params"]]
+        for key, (param, group) in zip(saved, groups):
+            given = state_dict["state"].get(key)
+            if not given:
+                continue
+            wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+            state = self.state[param] = {
+                "step": torch.as_tensor(given["step"], dtype=torch.float32)
+                .cpu()
+                .reshape(())
+                .clone()
+            }
+            for name in ("exp_avg", "exp_avg_sq", "master"):
+                if name in given:
+                    like = torch.empty_like(param, dtype=wide)
+                    state[name] = like.copy_(given[name])
+            _pack(param, group, state)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    def refuse(name: str, wanted: str) -> None:
+        raise InputError(f"{name}: wanted {wanted}, got {group[name]!r}")
+
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise InputError(f"lr: wanted a number or a one-element tensor, got {tuple(lr.shape)}")
+    if not float(lr) >= 0:
+        refuse("lr", "a number >= 0")
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= float(b) < 1 for b in betas):
+        refuse("betas", "two numbers in [0, 1)")
+    if not group["eps"] >= 0:
+        refuse("eps", "a number >= 0")
+    if not group["weight_decay"] >= 0:
+        refuse("weight_decay", "a number >= 0")
+    if group["state_bits"] not in (8, 32):
+        refuse("state_bits", "8 or 32")
+    if group["amsgrad"]:
+        refuse("amsgrad", "False (not offered)")
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise InputError("stochastic_rounding: wanted False with master_weights=True, got True")
+    group["betas"] = (float(betas[0]), float(betas[1]))
+    for param in group["params"]:
+        if not param.is_floating_point():
+            raise InputError(f"params: wanted real floats, got {param.dtype} {tuple(param.shape)}")
+        if group["stochastic_rounding"] and param.dtype == torch.float16:
+            raise InputError(
+                f"stochastic_rounding: wanted bfloat16 or float32 parameters, got {param.dtype}"
+            )
+
+
+def _dense(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without gaps and in one memory order, that of the states; copies where they are not."""
+    if param.is_contiguous() and grad.is_contiguous():
+        return param, grad
+    like = torch.empty_like(param)
+    target = param if like.stride() == param.stride() else like.copy_(param)
+    if grad.stride() != target.stride():
+        grad = torch.empty_like(target, dtype=grad.dtype).copy_(grad)
+    return target, grad
+
+
+def _pack(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    if group["state_bits"] == 8 and param.numel() >= MIN_8BIT_SIZE and param.dtype != torch.float64:
+        for name, root in _CODES.items():
+            x = state.pop(name)
+            codes = reference.pack_state(x.sqrt() if root else x, root=root)
+            state[f"{name}_code"], state[f"{name}_scale"] = codes
+
+
+def _portable(state: dict[str, Any]) -> dict[str, Any]:
+    state = dict(state)
+    for name, root in _CODES.items():
+        if f"{name}_code" in state:
+            codes, scales = state.pop(f"{name}_code"), state.pop(f"{name}_scale")
+            x = reference.unpack_state(codes, scales, root=root)
+            state[name] = x.square() if root else x
+    return state
+
+
+def _cpu_adamw(*arguments: Any) -> None:
+    from fastlm import _cpu
+
+    _cpu.adamw(*arguments)
+
+
+backend.IMPLEMENTATIONS["adamw"] = {"reference": reference.adamw, "cpu": _cpu_adamw}

@@ -1,0 +1,440 @@
+"""AdamW: against torch and float64, dtypes, clipping, 8-bit, rounding, checkpoints, curves."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.utils import clip_grad_norm_
+
+from fastlm import AdamW, InputError, backend, reference
+
+SHAPES = [(33, 70), (257,), (1,), (), (0, 4), (3, 5, 7), (70000,)]
+
+
+def parameters(dtype=torch.float32, shapes=SHAPES):
+    return [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+
+
+def clones(params, dtype=None):
+    return [p.detach().clone().to(dtype or p.dtype).requires_grad_() for p in params]
+
+
+def give_grads(params, *others, dtype=None, scale=1.0):
+    """The same random gradient to each parameter and to its copies in the other lists."""
+    for p, *copies in zip(params, *others):
+        g = (torch.randn(p.shape) * scale).to(dtype or p.dtype)
+        p.grad_dtype = None  # a gradient may have another dtype than its parameter
+        p.grad = g
+        for c in copies:
+            c.grad = g.to(c.dtype)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e6])
+def test_as_exact_as_torch(isa, maximize, max_grad_norm):
+    options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    mine = parameters()
+    theirs, truth = clones(mine), clones(mine, torch.float64)
+    a = AdamW(mine, **options, maximize=maximize, max_grad_norm=max_grad_norm)
+    b = torch.optim.AdamW(theirs, **options, maximize=maximize)
+    c = torch.optim.AdamW(truth, **options, maximize=maximize)
+    for _ in range(5):
+        give_grads(mine, theirs, truth)
+        kept = [p.grad.clone() for p in mine]
+        a.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(mine, kept))
+        if max_grad_norm is not None:
+            clip_grad_norm_(theirs, max_grad_norm)
+            norm = clip_grad_norm_(truth, max_grad_norm)
+            torch.testing.assert_close(a.grad_norm.double(), norm, rtol=1e-6, atol=0)
+        b.step()
+        c.step()
+    for p, q, t in zip(mine, theirs, truth):
+        if p.numel():
+            mine_off, theirs_off = ((x.double() - t).abs().max().item() for x in (p, q))
+            # half a unit in the last place of the largest parameter and step
+            assert mine_off <= 2 * theirs_off + 5 * 2**-24 * t.abs().max().item()
+    for p, t in zip(mine, truth):
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(
+                a.state[p][name].double(), c.state[t][name], rtol=1e-5, atol=1e-7
+            )
+
+
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parameter_and_gradient_dtypes(isa, param_dtype, grad_dtype):
+    mine = parameters(param_dtype, [(257, 3), (5000,)])
+    truth = clones(mine, torch.float64)
+    a = AdamW(mine, lr=1e-2, max_grad_norm=1.0)
+    b = torch.optim.AdamW(truth, lr=1e-2)
+    give_grads(mine, truth, dtype=grad_dtype)
+    a.step()
+    clip_grad_norm_(truth, 1.0)
+    b.step()
+    for p, t in zip(mine, truth):
+        # float32 arithmetic, then one rounding to the parameter's dtype
+        assert p.dtype == param_dtype and a.state[p]["exp_avg"].dtype == torch.float32
+        half_ulp = torch.finfo(param_dtype).eps / 2
+        assert ((p.double() - t).abs() <= (half_ulp + 1e-6) * t.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype16", [torch.bfloat16, torch.float16])
+def test_master_weights_follow_float32(isa, dtype16):
+    mine = parameters(dtype16)
+    wide = clones(mine, torch.float64)
+    a = AdamW(mine, lr=1e-4, master_weights=True)
+    b = torch.optim.AdamW(wide, lr=1e-4)
+    for _ in range(20):
+        give_grads(mine, wide)
+        a.step()
+        b.step()
+    for p, w in zip(mine, wide):
+        # 20 steps of half a unit in the last place
+        torch.testing.assert_close(
+            a.state[p]["master"].double(), w.detach(), rtol=20 * 2**-24, atol=1e-7
+        )
+        assert torch.equal(p, a.state[p]["master"].to(dtype16))
+
+
+def test_stochastic_rounding_is_unbiased_repeats_and_keeps_small_updates(isa):
+    n = 200_000  # more than six chunks
+    results = []
+    for threads, seed in ((1, 1), (2, 1), (2, 2)):
+        p = torch.full((n,), 1.0, dtype=torch.bfloat16, requires_grad=True)
+        opt = AdamW([p], lr=1e-4, weight_decay=0.0, stochastic_rounding=True, seed=seed)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for _ in range(10):
+            p.grad = torch.ones_like(p)
+            opt.step()
+        torch.set_num_threads(before)
+        results.append(p.detach().clone())
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    # ten updates of 1e-4 against spacings of 2^-8 below 1: nearest would not move at all
+    x = results[0].double()
+    assert abs(x.mean().item() - 0.999) < 5 * x.std().item() / math.sqrt(n)
+    assert x.unique().numel() > 1
+    plain = torch.full((n,), 1.0, dtype=torch.bfloat16, requires_grad=True)
+    opt = AdamW([plain], lr=1e-4, weight_decay=0.0)
+    for _ in range(10):
+        plain.grad = torch.ones_like(plain)
+        opt.step()
+    assert (plain == 1).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stochastic_rounding": True, "seed": 7},
+        {"state_bits": 8},
+        {"state_bits": 8, "master_weights": True},
+        {"max_grad_norm": 1.0, "maximize": True},
+    ],
+    ids=str,
+)
+def test_cpu_agrees_with_reference(isa, options):
+    dtype = torch.bfloat16 if len(options) == 2 and "state_bits" not in options else torch.float32
+    if "master_weights" in options or "seed" in options:
+        dtype = torch.bfloat16
+    shapes = [(70000,), (80, 77), (5,)]
+    results = []
+    for name in ("cpu", "reference"):
+        torch.manual_seed(3)
+        params = parameters(dtype, shapes)
+        opt = AdamW(params, lr=1e-2, **options)
+        with backend.use_backend(name):
+            for _ in range(3):
+                give_grads(params)
+                opt.step()
+        results.append((params, opt.state_dict()["state"]))
+    for i, (p, q) in enumerate(zip(results[0][0], results[1][0])):
+        # where float32 sums differ in the last place a rounding may fall the other way: rarely
+        off = (p.float() - q.float()).abs()
+        near = 1e-6 if dtype == torch.float32 else 1e-7
+        assert (off > near).float().mean() < 2e-3 and off.max() < 0.05
+        for key in ("exp_avg", "exp_avg_sq"):
+            x, y = (r[1][i][key] for r in results)
+            assert ((x - y).abs() > 1e-6 * y.abs() + 1e-9).float().mean() < 2e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 700), spread=st.floats(0, 12), root=st.booleans())
+def test_packed_states_keep_what_they_promise(n, spread, root):
+    x = torch.randn(n) * torch.exp(spread * torch.randn(n))
+    x = x.abs() if root else x
+    x[::7] = 0
+    codes, scales = reference.pack_state(x, root=root)
+    y = reference.unpack_state(codes, scales, root=root)
+    top = scales.repeat_interleave(reference.STATE_BLOCK)[:n]
+    assert scales.shape == (-(-n // 256),) and codes.dtype == torch.uint8
+    half_step = 2**-5 if root else 2**-4  # of 4 or 3 mantissa bits
+    smallest = top * 2**-15.7
+    inside = x.abs() > smallest
+    assert ((x - y).abs() <= x.abs() * (half_step + 1e-6))[inside].all()
+    assert ((x - y).abs() <= smallest)[~inside].all()
+    assert (y[x == 0] == 0).all() and (not root or (y[x > 0] > 0).all())
+    again, same = reference.pack_state(y, root=root)
+    assert torch.equal(reference.unpack_state(again, same, root=root), y)
+
+
+def test_8bit_states_are_small_and_start_at_4096():
+    params = parameters(shapes=[(64, 64), (4095,)])
+    opt = AdamW(params, state_bits=8)
+    give_grads(params)
+    opt.step()
+    big, small = (opt.state[p] for p in params)
+    assert sum(t.numel() * t.element_size() for t in big.values()) < 4096 * 2.05
+    assert big["exp_avg_code"].dtype == torch.uint8 and small["exp_avg"].dtype == torch.float32
+
+
+def test_same_bits_on_one_and_two_threads_and_on_repeat(isa):
+    results = []
+    for threads in (1, 2, 2):
+        torch.manual_seed(0)
+        params = parameters(shapes=[(300, 257), (70001,), (9,)])
+        opt = AdamW(params, state_bits=8, max_grad_norm=1.0)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            give_grads(params)
+            opt.step()
+        torch.set_num_threads(before)
+        results.append([*(p.detach() for p in params), opt.grad_norm])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_memory_orders_and_gaps(isa):
+    base = torch.randn(40, 30)
+    variants = [base.clone(), base.t().contiguous().t(), torch.randn(40, 60)[:, ::2].copy_(base)]
+    grad = torch.randn(40, 30)
+    grads = [grad, grad, grad.t().contiguous().t()]
+    results = []
+    for p, g in zip(variants, grads):
+        p = p.detach().requires_grad_()
+        opt = AdamW([p], lr=1e-2, max_grad_norm=1.0)
+        for _ in range(2):
+            p.grad = g
+            opt.step()
+        results.append(p.detach())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-7)
+
+
+def trained(optimizer, params, steps, seed):
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        give_grads(params)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+@pytest.mark.parametrize("mine_first", [True, False])
+def test_checkpoints_go_to_torch_and_back(mine_first, tmp_path):
+    params = parameters()
+    groups = lambda ps: [{"params": ps[:2], "weight_decay": 0.0}, {"params": ps[2:]}]  # noqa: E731
+    makers = [
+        lambda ps: AdamW(groups(ps), lr=1e-2),
+        lambda ps: torch.optim.AdamW(groups(ps), lr=1e-2),
+    ]
+    first, second = makers if mine_first else makers[::-1]
+    whole, part = clones(params), clones(params)
+    opt = first(part)
+    trained(opt, part, 3, seed=1)
+    torch.save(opt.state_dict(), tmp_path / "optimizer.pt")
+    resumed = second(part)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    actual = trained(resumed, part, 3, seed=2)
+    opt = first(whole)
+    trained(opt, whole, 3, seed=1)
+    wanted = trained(opt, whole, 3, seed=2)
+    for a, b in zip(actual, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert resumed.param_groups[0]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"state_bits": 8}),
+        (torch.bfloat16, {"master_weights": True}),
+        (torch.bfloat16, {"master_weights": True, "state_bits": 8}),
+        (torch.bfloat16, {"stochastic_rounding": True, "seed": 5}),
+        (torch.bfloat16, {}),
+    ],
+    ids=str,
+)
+def test_resume_gives_the_same_bits(dtype, options):
+    params = parameters(dtype)
+    whole, part = clones(params), clones(params)
+    opt = AdamW(whole, lr=1e-2, **options)
+    trained(opt, whole, 3, seed=1)
+    wanted = trained(opt, whole, 3, seed=2)
+    opt = AdamW(part, lr=1e-2, **options)
+    trained(opt, part, 3, seed=1)
+    saved = copy.deepcopy(opt.state_dict())
+    resumed = AdamW(part, lr=1e-2, **options)
+    resumed.load_state_dict(saved)
+    actual = trained(resumed, part, 3, seed=2)
+    for key, state in opt.state_dict()["state"].items():  # loading did not alias what was saved
+        assert all(torch.equal(saved["state"][key][name], x) for name, x in state.items())
+    assert all(torch.equal(a, b) for a, b in zip(actual, wanted))
+
+
+def test_schedulers_tensor_lr_closure_deepcopy_and_missing_grads():
+    p, q = parameters(shapes=[(10,), (10,)])
+    opt = AdamW([p, q], lr=torch.tensor(1e-2), max_grad_norm=float("inf"))
+    theirs = clones([p])
+    peer = torch.optim.AdamW(theirs, lr=1e-2)
+    kept = q.detach().clone()
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 10) for o in (opt, peer)]
+    for _ in range(5):
+        give_grads([p], theirs)
+        assert opt.step(lambda: "loss") == "loss"
+        peer.step()
+        for s in schedules:
+            s.step()
+    torch.testing.assert_close(p, theirs[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(q, kept) and q not in opt.state
+    twin = copy.deepcopy(opt)
+    assert twin.max_grad_norm == float("inf") and len(twin.state) == 1
+    opt.zero_grad()
+    opt.step()  # no gradient anywhere: nothing happens
+    assert opt.state[p]["step"].item() == 5
+
+
+def test_options_per_group():
+    a, b = parameters(shapes=[(64, 64), (64, 64)])
+    opt = AdamW([{"params": [a], "state_bits": 8}, {"params": [b], "lr": 0.0, "weight_decay": 0.0}])
+    kept = b.detach().clone()
+    give_grads([a, b])
+    opt.step()
+    assert "exp_avg_code" in opt.state[a] and "exp_avg" in opt.state[b] and torch.equal(b, kept)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_bad_gradients_propagate(isa, bits):
+    for value in (float("nan"), float("inf")):
+        p = torch.randn(5000).requires_grad_()
+        opt = AdamW([p], state_bits=bits)
+        p.grad = torch.randn(5000)
+        p.grad[3] = value
+        opt.step()
+        p.grad = torch.randn(5000)
+        opt.step()
+        assert p[3].isnan() and p[256:].isfinite().all()
+        if bits == 32:
+            assert p.isfinite().sum() == 4999
+    clipped = torch.randn(50).requires_grad_()
+    opt = AdamW([clipped], max_grad_norm=1.0)
+    clipped.grad = torch.full((50,), float("nan"))
+    opt.step()
+    assert opt.grad_norm.isnan() and clipped.isnan().all()  # as clip_grad_norm_
+
+
+def test_float64_runs_on_the_reference_beside_float32():
+    mine = [torch.randn(30, dtype=d).requires_grad_() for d in (torch.float64, torch.float32)]
+    theirs = clones(mine)
+    a, b = AdamW(mine, lr=1e-2, max_grad_norm=0.1), torch.optim.AdamW(theirs, lr=1e-2)
+    give_grads(mine, theirs)
+    a.step()
+    clip_grad_norm_(theirs, 0.1)
+    b.step()
+    for p, q in zip(mine, theirs):
+        torch.testing.assert_close(p, q)
+    with backend.use_backend("cpu"), pytest.raises(InputError, match="not float64"):
+        a.step()
+
+
+def problem(width=64):
+    """A small regression that takes a few hundred steps: a two-layer network learns another."""
+    torch.manual_seed(0)
+    teacher = torch.nn.Sequential(
+        torch.nn.Linear(width, 128), torch.nn.Tanh(), torch.nn.Linear(128, 8)
+    )
+    student = torch.nn.Sequential(
+        torch.nn.Linear(width, 128), torch.nn.SiLU(), torch.nn.Linear(128, 8)
+    )
+    return teacher.requires_grad_(False), student
+
+
+def loss_curve(make, steps=300, dtype=torch.float32):
+    teacher, student = problem()
+    student = student.to(dtype)
+    opt = make(student.parameters())
+    clip = None if isinstance(opt, AdamW) else 1.0
+    torch.manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(128, 64)
+        loss = (student(x.to(dtype)).float() - teacher(x)).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        if clip:
+            clip_grad_norm_(student.parameters(), clip)
+        opt.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+def test_loss_curve_is_that_of_torch():
+    theirs = loss_curve(lambda ps: torch.optim.AdamW(ps, lr=3e-3))
+    mine = loss_curve(lambda ps: AdamW(ps, lr=3e-3, max_grad_norm=1.0))
+    assert theirs[-20:].mean() < 0.25 * theirs[:5].mean()  # it learns
+    torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-5)  # 300 steps of fp32 rounding
+
+
+def test_low_precision_loss_curves_end_where_float32_ends():
+    wanted = loss_curve(lambda ps: torch.optim.AdamW(ps, lr=3e-3))[-20:].mean()
+    ends = {
+        "8-bit": loss_curve(lambda ps: AdamW(ps, lr=3e-3, max_grad_norm=1.0, state_bits=8)),
+        "master": loss_curve(
+            lambda ps: AdamW(ps, lr=3e-3, max_grad_norm=1.0, master_weights=True),
+            dtype=torch.bfloat16,
+        ),
+        "stochastic": loss_curve(
+            lambda ps: AdamW(ps, lr=3e-3, max_grad_norm=1.0, stochastic_rounding=True),
+            dtype=torch.bfloat16,
+        ),
+    }
+    for name, curve in ends.items():
+        assert curve[-20:].mean() < 1.15 * wanted, f"{name}: {curve[-20:].mean()} against {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, r"lr: wanted a number >= 0, got -1\.0"),
+        ({"lr": float("nan")}, "lr: wanted a number >= 0, got nan"),
+        ({"lr": torch.ones(2)}, r"lr: wanted a number or a one-element tensor, got \(2,\)"),
+        ({"betas": (0.9, 1.0)}, r"betas: wanted two numbers in \[0, 1\), got \(0\.9, 1\.0\)"),
+        ({"eps": -1e-8}, "eps: wanted a number >= 0, got -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay: wanted a number >= 0"),
+        ({"state_bits": 4}, "state_bits: wanted 8 or 32, got 4"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm: wanted a number > 0 or None, got 0\.0"),
+        (
+            {"master_weights": True, "stochastic_rounding": True},
+            "stochastic_rounding: wanted False",
+        ),
+    ],
+    ids=str,
+)
+def test_refuses_options(options, message):
+    with pytest.raises(InputError, match=message):
+        AdamW([torch.ones(2, requires_grad=True)], **options)
+
+
+def test_refuses_parameters():
+    with pytest.raises(InputError, match=r"params: wanted real floats, got torch\.complex64"):
+        AdamW([torch.ones(2, dtype=torch.complex64, requires_grad=True)])
+    with pytest.raises(InputError, match="stochastic_rounding: wanted bfloat16 or float32"):
+        AdamW([torch.ones(2).half().requires_grad_()], stochastic_rounding=True)
+    p = torch.ones(3, 2, requires_grad=True)
+    opt = AdamW([p])
+    p.grad = torch.sparse_coo_tensor([[0], [1]], [1.0], (3, 2), check_invariants=True)
+    with pytest.raises(InputError, match=r"grad: wanted a dense gradient, got layout torch.sparse"):
+        opt.step()
