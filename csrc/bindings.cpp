@@ -35,6 +35,23 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("adamw", &adamw, "params"_a, "grads"_a, "steps"_a, "exp_avgs"_a, "exp_avg_sqs"_a,
         "exp_avg_scales"_a, "exp_avg_sq_scales"_a, "masters"_a, "options"_a, "keys"_a,
         "max_grad_norm"_a, "grad_norm"_a, no_gil);
+  m.def("first_bad_target", &first_bad_target, "target"_a, "classes"_a, "ignore_index"_a);
+  m.def("cross_entropy_forward", &cross_entropy_forward, "logits"_a, "target"_a, "class_weight"_a,
+        "ignore_index"_a, "softcap"_a, "scale"_a, "shift"_a, "log_sum"_a, "nll"_a, "smoothed"_a,
+        no_gil);
+  m.def("cross_entropy_backward", &cross_entropy_backward, "on_p"_a, "on_target"_a, "on_all"_a,
+        "logits"_a, "target"_a, "class_weight"_a, "shift"_a, "log_sum"_a, "ignore_index"_a,
+        "softcap"_a, "scale"_a, "dlogits"_a, no_gil);
+
+  m.def("matrix_element_bytes", &matrix_element_bytes, "x"_a);
+  m.def("linear_cross_entropy_scores", &linear_cross_entropy_scores, "x"_a, "w"_a, "bias"_a,
+        "target"_a, "class_weight"_a, "ignore_index"_a, "softcap"_a, "scale"_a, "exponentials"_a,
+        "stats"_a, "at_target"_a, "shift"_a, "log_sum"_a, "nll"_a, "smoothed"_a, no_gil);
+  m.def("linear_cross_entropy_gradients", &linear_cross_entropy_gradients, "on_p"_a, "on_target"_a,
+        "on_all"_a, "x"_a, "w"_a, "bias"_a, "target"_a, "class_weight"_a, "shift"_a, "log_sum"_a,
+        "ignore_index"_a, "softcap"_a, "scale"_a, "have_exponentials"_a, "exponentials"_a,
+        "stats"_a, "at_target"_a, "dx"_a, "dw"_a, "dbias"_a, "accumulate"_a, no_gil);
+  m.def("scale_to", &scale_to, "source"_a, "factor"_a, "out"_a, no_gil);
 
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
   m.def("multiply_in_l1", &multiply_in_l1, "bf16_operands"_a, "repeats"_a, no_gil);

@@ -518,6 +518,8 @@ def paged_attention(
         )
         out[b], lse[b] = o[0].transpose(0, 1).to(out.dtype), one_lse[0]
     return out, lse
+
+
 # ---- cross_entropy -------------------------------------------------------------------------------
 def cross_entropy_forward(
     logits: Tensor,
@@ -540,6 +542,10 @@ def cross_entropy_forward(
         raise InputError(f"logits: wanted at least one class, got shape {tuple(logits.shape)}")
     shift = z.amax(1)
     shift = torch.where(shift.isinf(), 0.0, shift)  # inf - inf: let the sum be inf or 0 instead
+    z = _scores(logits, softcap, logit_scale)
+    if z.shape[1] == 0:
+        raise InputError(f"logits: wanted at least one class, got shape {tuple(logits.shape)}")
+    shift = z.amax(1)
     z = z - shift[:, None]
     log_sum = z.exp().sum(1).log()
     ignored = target == ignore_index
@@ -571,6 +577,8 @@ def cross_entropy_backward(
 ) -> Tensor:
     """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], and on to the logits."""
     z = _scaled_logits(logits, softcap, logit_scale)
+    """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], then to logits."""
+    z = _scores(logits, softcap, logit_scale)
     dz = on_p[:, None] * (z - shift[:, None] - log_sum[:, None]).exp()
     ignored = target == ignore_index
     dz.scatter_add_(
@@ -602,6 +610,7 @@ def bad_target(target: Tensor, row: int, classes: int, ignore_index: int) -> Inp
 
 
 def _scaled_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+def _scores(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     z = _wide(logits) * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
@@ -619,6 +628,7 @@ def linear_cross_entropy_forward(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """cross_entropy_forward of input (N, D) @ linear_weight (V, D)^T + linear_bias (V), in float32."""
+    """cross_entropy_forward of input (N, D) @ linear_weight (V, D)^T + linear_bias (V)."""
     logits = _logits(input, linear_weight, linear_bias)
     return cross_entropy_forward(
         logits, target, class_weight, smooth, ignore_index, softcap, logit_scale
@@ -680,6 +690,7 @@ def linear_cross_entropy_loss(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss = sum over rows of on_nll * nll + on_smoothed * smoothed + on_square * lse^2, and its gradients."""
+    """loss = sum of on_nll * nll + on_smoothed * smoothed + on_square * lse^2; its gradients."""
     smooth, valid = on_smoothed is not None, target != ignore_index
     shift, log_sum, nll, smoothed = linear_cross_entropy_forward(
         input,
@@ -702,6 +713,7 @@ def linear_cross_entropy_loss(
         loss = loss + on_square * lse.square()
         on_p = on_p + 2 * on_square * lse
     return loss.sum(), *linear_cross_entropy_backward(
+    gradients = linear_cross_entropy_backward(
         on_p,
         on_nll,
         on_smoothed,
@@ -717,6 +729,23 @@ def linear_cross_entropy_loss(
         logit_scale,
         need_input,
         need_weight,
+    )
+    return loss.sum(), gradients[0], _wide(gradients[1]), _wide(gradients[2])
+
+
+def linear_cross_entropy_loss_backward(
+    d_loss: Tensor,
+    d_input: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of linear_cross_entropy_loss times that of its loss, in their tensors' dtypes."""
+    return (
+        (d_input * d_loss).to(d_input.dtype),
+        (d_weight * d_loss).to(weight_dtype),
+        (d_bias * d_loss).to(bias_dtype),
     )
 
 

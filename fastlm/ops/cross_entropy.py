@@ -201,6 +201,78 @@ def _backward_fake(
     return logits.new_empty(logits.shape)
 
 
+def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Contiguous, after every class in it was found in range."""
+    from fastlm import _cpu
+
+    target = target.contiguous()
+    if (row := _cpu.first_bad_target(target, classes, ignore_index)) >= 0:
+        raise reference.bad_target(target, row, classes, ignore_index)
+    return target
+
+
+def all_weights(class_weight: Tensor | None, smooth: bool, classes: int) -> Tensor | None:
+    """(V) float32 weights of the sum over all classes, or None without one."""
+    if not smooth:
+        return None
+    return torch.ones(classes) if class_weight is None else class_weight.float().contiguous()
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Rows may be apart, elements of a row may not."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _cpu_forward(logits, target, class_weight, smooth, ignore_index, softcap, logit_scale):
+    from fastlm import _cpu
+
+    n, classes = logits.shape
+    outputs = [*(torch.empty(n) for _ in range(3)), torch.empty(n if smooth else 0)]
+    _cpu.cross_entropy_forward(
+        _rows(logits),
+        checked_target(target, classes, ignore_index),
+        all_weights(class_weight, smooth, classes),
+        ignore_index,
+        softcap or 0.0,
+        logit_scale,
+        *outputs,
+    )
+    return tuple(outputs)
+
+
+def _cpu_backward(
+    on_p,
+    on_target,
+    on_all,
+    logits,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
+):
+    from fastlm import _cpu
+
+    d_logits = torch.empty(logits.shape, dtype=logits.dtype)
+    _cpu.cross_entropy_backward(
+        on_p.contiguous(),
+        on_target.contiguous(),
+        None if on_all is None else on_all.contiguous(),
+        _rows(logits),
+        target.contiguous(),
+        all_weights(class_weight, on_all is not None, logits.shape[1]),
+        shift,
+        log_sum,
+        ignore_index,
+        softcap or 0.0,
+        logit_scale,
+        d_logits,
+    )
+    return d_logits
+
+
 def _setup_context(ctx, inputs, output):
     logits, target, class_weight, ctx.smooth, *ctx.options = inputs
     shift, log_sum, _, _ = output
@@ -243,7 +315,7 @@ _forward = register(
     "cross_entropy(Tensor logits, Tensor target, Tensor? class_weight, bool smooth, int ignore_index,"
     " float? softcap, float logit_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": reference.cross_entropy_forward},
+    implementations={"reference": reference.cross_entropy_forward, "cpu": _cpu_forward},
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -252,6 +324,6 @@ _backward = register(
     " Tensor? class_weight, Tensor shift, Tensor log_sum, int ignore_index, float? softcap,"
     " float logit_scale) -> Tensor",
     fake=_backward_fake,
-    implementations={"reference": reference.cross_entropy_backward},
+    implementations={"reference": reference.cross_entropy_backward, "cpu": _cpu_backward},
     picked_by=3,
 )

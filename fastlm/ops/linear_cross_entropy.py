@@ -15,14 +15,20 @@ from fastlm import reference
 from fastlm.backend import register
 from fastlm.errors import InputError
 from fastlm.ops.cross_entropy import (
+    all_weights,
     check,
     check_options,
+    checked_target,
     coefficients,
     row_factors,
     row_losses,
     wide,
 )
 
+_VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
+_MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
+# What a chunk's exponentials may take; half of it where the float32 gradient is memory as well.
+_WORKSPACE = 64 << 20
 # The first way holds the weight's gradient in float32 until the backward. For a weight of fewer bits that is memory
 # over the gradient itself: above this many elements (64 MiB) the second way, which needs none, is taken.
 _FLOAT32_GRADIENT = 16 << 20
@@ -134,12 +140,247 @@ def _forward_fake(
     return *per_row, input.new_empty(target.shape if smooth else 0, dtype=wide(input))
 
 
-def _gradients_fake(input, linear_weight, linear_bias, need_input, need_weight):
-    return (
-        input.new_empty(input.shape if need_input else 0),
-        linear_weight.new_empty(linear_weight.shape if need_weight else 0),
-        input.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape),
+def _rows_apart(t: Tensor) -> Tensor:
+    """Rows may be apart, elements of a row may not."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+class _Chunks:
+    """Rows in chunks, and the kernels' arguments and workspaces that all chunks share."""
+
+    def __init__(self, input, linear_weight, linear_bias, target, class_weight, smooth, *options):
+        from fastlm import _cpu
+
+        ignore_index, softcap, scale = options
+        self.input, self.weight = _rows_apart(input), _rows_apart(linear_weight)
+        self.bias = None if linear_bias is None else linear_bias.float().contiguous()
+        self.target = checked_target(target, len(linear_weight), ignore_index)
+        self.class_weight = all_weights(class_weight, smooth, len(linear_weight))
+        self.options = (ignore_index, softcap or 0.0, scale)
+        self.blocks = -(-len(linear_weight) // _VB)
+        self.row_bytes = self.blocks * _VB * _cpu.matrix_element_bytes(input)
+        budget = _WORKSPACE if input.dtype.itemsize == 4 else _WORKSPACE // 2
+        self.rows = min(_MOST_ROWS, max(budget // self.row_bytes // _RP * _RP, _RP))
+        outputs = [torch.empty(len(input)) for _ in range(3)]
+        self.shift, self.log_sum, self.nll = outputs
+        self.smoothed = torch.empty(len(input) if smooth else 0)
+        self.workspaces = {}
+
+    def __iter__(self):
+        for i in range(0, len(self.input), self.rows):
+            yield slice(i, min(i + self.rows, len(self.input)))
+
+    def workspace(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """exponentials, stats and at_target of a chunk; only the last chunk differs in size."""
+        rows = part.stop - part.start
+        if rows not in self.workspaces:
+            self.workspaces.clear()
+            padded = -(-rows // _RP) * _RP
+            self.workspaces[rows] = (
+                torch.empty(padded * self.row_bytes, dtype=torch.uint8),
+                torch.empty(3, self.blocks, padded),
+                torch.empty(rows),
+            )
+        return self.workspaces[rows]
+
+    def scores(self, part: slice, exponentials, stats, at_target) -> None:
+        from fastlm import _cpu
+
+        _cpu.linear_cross_entropy_scores(
+            self.input[part],
+            self.weight,
+            self.bias,
+            self.target[part],
+            self.class_weight,
+            *self.options,
+            exponentials,
+            stats,
+            at_target,
+            self.shift[part],
+            self.log_sum[part],
+            self.nll[part],
+            self.smoothed[part],
+        )
+
+    def gradients(
+        self, part, on_p, on_target, on_all, have_exponentials, d_input, d_weight, d_bias
+    ) -> None:
+        from fastlm import _cpu
+
+        _cpu.linear_cross_entropy_gradients(
+            on_p,
+            on_target,
+            on_all,
+            self.input[part],
+            self.weight,
+            self.bias,
+            self.target[part],
+            self.class_weight,
+            self.shift[part],
+            self.log_sum[part],
+            *self.options,
+            have_exponentials,
+            *self.workspace(part),
+            None if d_input is None else d_input[part],
+            d_weight,
+            d_bias,
+            part.start > 0,
+        )
+
+    def outputs(self, linear_bias, need_input, need_weight):
+        """Gradients to be written, those of the weights in float32; None where not needed."""
+        return (
+            torch.empty(self.input.shape, dtype=self.input.dtype) if need_input else None,
+            _accumulator(self.weight.shape, len(self.input)) if need_weight else None,
+            None if linear_bias is None else _accumulator(linear_bias.shape, len(self.input)),
+        )
+
+
+def _accumulator(shape: torch.Size, rows: int) -> Tensor:
+    """The first chunk writes, the others add; without rows nobody writes."""
+    return torch.empty(shape) if rows else torch.zeros(shape)
+
+
+def _or_empty(t: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype) if t is None else t
+
+
+def _cpu_forward(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    smooth,
+    ignore_index,
+    softcap,
+    logit_scale,
+):
+    chunks = _Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        smooth,
+        ignore_index,
+        softcap,
+        logit_scale,
     )
+    chunks.rows = _MOST_ROWS
+    chunks.row_bytes = 0  # no exponentials are kept
+    for part in chunks:
+        _, stats, at_target = chunks.workspace(part)
+        chunks.scores(part, None, stats, at_target)
+    return chunks.shift, chunks.log_sum, chunks.nll, chunks.smoothed
+
+
+def _cpu_backward(
+    on_p,
+    on_target,
+    on_all,
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
+    chunks = _Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        on_all is not None,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
+    chunks.shift, chunks.log_sum = shift, log_sum
+    gradients = chunks.outputs(linear_bias, need_input, need_weight)
+    on_p, on_target = on_p.contiguous(), on_target.contiguous()
+    on_all = None if on_all is None else on_all.contiguous()
+    for part in chunks:
+        chunks.gradients(
+            part,
+            on_p[part],
+            on_target[part],
+            None if on_all is None else on_all[part],
+            False,
+            *gradients,
+        )
+    bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
+    return (
+        _or_empty(gradients[0], input.dtype),
+        _or_empty(gradients[1], input.dtype).to(input.dtype),
+        _or_empty(gradients[2], bias_dtype).to(bias_dtype),
+    )
+
+
+def _cpu_loss(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    on_nll,
+    on_smoothed,
+    on_square,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
+    smooth = on_smoothed is not None
+    chunks = _Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        smooth,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
+    gradients = chunks.outputs(linear_bias, need_input, need_weight)
+    total = chunks.class_weight.sum() if smooth else 0.0
+    for part in chunks:
+        chunks.scores(part, *chunks.workspace(part))
+        on_p = on_nll[part]
+        if on_smoothed is not None:
+            on_p = on_p + on_smoothed[part] * total
+        if on_square is not None:
+            lse = chunks.shift[part] + chunks.log_sum[part]
+            on_p = on_p + 2 * on_square[part] * torch.where(target[part] != ignore_index, lse, 0.0)
+        on_all = None if on_smoothed is None else on_smoothed[part]
+        chunks.gradients(part, on_p, on_nll[part], on_all, True, *gradients)
+    lse = chunks.shift + chunks.log_sum
+    loss = row_losses(
+        on_nll, on_smoothed, on_square, chunks.nll, chunks.smoothed, lse, target != ignore_index
+    )
+    return (
+        loss.sum(),
+        _or_empty(gradients[0], input.dtype),
+        *(_or_empty(g, torch.float32) for g in gradients[1:]),
+    )
+
+
+def _cpu_loss_backward(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype):
+    from fastlm import _cpu
+
+    factor = d_loss.item()  # a CPU tensor: nothing to wait for
+    d_weight_out = torch.empty(d_weight.shape, dtype=weight_dtype)
+    _cpu.scale_to(d_weight, factor, d_weight_out)
+    return d_input * d_loss, d_weight_out, (d_bias * d_loss).to(bias_dtype)
 
 
 def _backward_fake(
@@ -159,7 +400,11 @@ def _backward_fake(
     need_input,
     need_weight,
 ):
-    return _gradients_fake(input, linear_weight, linear_bias, need_input, need_weight)
+    return (
+        input.new_empty(input.shape if need_input else 0),
+        linear_weight.new_empty(linear_weight.shape if need_weight else 0),
+        input.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape),
+    )
 
 
 def _loss_fake(
@@ -177,8 +422,21 @@ def _loss_fake(
     need_input,
     need_weight,
 ):
-    loss = input.new_empty((), dtype=wide(input))
-    return loss, *_gradients_fake(input, linear_weight, linear_bias, need_input, need_weight)
+    dtype = wide(input)
+    return (
+        input.new_empty((), dtype=dtype),
+        input.new_empty(input.shape if need_input else 0),
+        input.new_empty(linear_weight.shape if need_weight else 0, dtype=dtype),
+        input.new_empty(0 if linear_bias is None else linear_bias.shape, dtype=dtype),
+    )
+
+
+def _loss_backward_fake(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype):
+    return (
+        d_input.new_empty(d_input.shape),
+        d_weight.new_empty(d_weight.shape, dtype=weight_dtype),
+        d_bias.new_empty(d_bias.shape, dtype=bias_dtype),
+    )
 
 
 def _setup_forward(ctx, inputs, output):
@@ -219,12 +477,13 @@ def _setup_loss(ctx, inputs, output):
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
     ctx.save_for_backward(*gradients)
+    ctx.dtypes = inputs[1].dtype, (inputs[0] if inputs[2] is None else inputs[2]).dtype
 
 
 def _autograd_loss(ctx, d_loss, *_):
-    need = ctx.needs_input_grad
-    gradients = [g * d_loss if n else None for g, n in zip(ctx.saved_tensors, need)]
-    return *gradients, *[None] * 10
+    gradients = _loss_backward(d_loss, *ctx.saved_tensors, *ctx.dtypes)
+    needed = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad)]
+    return *needed, *[None] * 10
 
 
 _forward = register(
@@ -232,7 +491,7 @@ _forward = register(
     " Tensor? class_weight, bool smooth, int ignore_index, float? softcap, float logit_scale)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": reference.linear_cross_entropy_forward},
+    implementations={"reference": reference.linear_cross_entropy_forward, "cpu": _cpu_forward},
     setup_context=_setup_forward,
     backward=_autograd_forward,
 )
@@ -242,7 +501,7 @@ _backward = register(
     " Tensor log_sum, int ignore_index, float? softcap, float logit_scale, bool need_input,"
     " bool need_weight) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={"reference": reference.linear_cross_entropy_backward},
+    implementations={"reference": reference.linear_cross_entropy_backward, "cpu": _cpu_backward},
     picked_by=3,
 )
 _loss = register(
@@ -251,7 +510,17 @@ _loss = register(
     " float? softcap, float logit_scale, bool need_input, bool need_weight)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_loss_fake,
-    implementations={"reference": reference.linear_cross_entropy_loss},
+    implementations={"reference": reference.linear_cross_entropy_loss, "cpu": _cpu_loss},
     setup_context=_setup_loss,
     backward=_autograd_loss,
+)
+_loss_backward = register(
+    "linear_cross_entropy_loss_backward(Tensor d_loss, Tensor d_input, Tensor d_weight,"
+    " Tensor d_bias, ScalarType weight_dtype, ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)",
+    fake=_loss_backward_fake,
+    implementations={
+        "reference": reference.linear_cross_entropy_loss_backward,
+        "cpu": _cpu_loss_backward,
+    },
+    picked_by=1,
 )

@@ -1,0 +1,24 @@
+// What the two cross-entropies share: logits to scores z = softcap(scale * logit), and the running
+// (maximum, sum of exponentials) of a softmax.
+//
+// Infinities and NaN end as torch's: z - max is NaN where both are infinite, a NaN reaches the sum.
+struct Scores {
+  float scale, cap;  // cap 0: none
+
+  FASTLM_INLINE vfloat operator()(vfloat x) const {
+    x *= scale;
+    return cap ? vtanh(x / cap) * cap : x;
+  }
+  // d z / d (scale * logit), from z
+  FASTLM_INLINE vfloat slope(vfloat z) const {
+    const vfloat t = z / cap;
+    return 1.f - t * t;
+  }
+  FASTLM_INLINE float operator()(float x) const { return (*this)(splat(x))[0]; }
+};
+
+constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
+
+// A finite stand-in for the maximum of scores that are all -inf so far: e^(-inf - 0) = 0, where
+// -inf - -inf would be NaN.
+FASTLM_INLINE float finite_max(float m) { return m == NEGATIVE_INFINITY ? 0.f : m; }
