@@ -52,6 +52,12 @@ PYBIND11_MODULE(_cpu, m) {
         "ignore_index"_a, "softcap"_a, "scale"_a, "have_exponentials"_a, "exponentials"_a,
         "stats"_a, "at_target"_a, "dx"_a, "dw"_a, "dbias"_a, "accumulate"_a, no_gil);
   m.def("scale_to", &scale_to, "source"_a, "factor"_a, "out"_a, no_gil);
+  m.def("quantized_linear", &quantized_linear, "x"_a, "qdata"_a, "scales"_a, "zeros"_a, "bias"_a,
+        "bits"_a, "group_size"_a, "act_bits"_a, "form"_a, "y"_a, no_gil);
+  m.def("quantized_linear_backward", &quantized_linear_backward, "dy"_a, "qdata"_a, "scales"_a,
+        "zeros"_a, "bits"_a, "group_size"_a, "dx"_a, no_gil);
+  m.def("dequantize", &dequantize, "qdata"_a, "scales"_a, "zeros"_a, "bits"_a, "group_size"_a,
+        "out"_a, no_gil);
 
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
   m.def("multiply_in_l1", &multiply_in_l1, "bf16_operands"_a, "repeats"_a, no_gil);

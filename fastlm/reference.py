@@ -134,7 +134,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = _wide(x)
     # an all-zero row divides by 1e-30, which keeps 127 / absmax finite
     absmax = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    return (wide * (127.0 / absmax)).round(), absmax / 127.0
+    # not 127.0 / absmax: torch makes that a reciprocal and a product, which rounds twice
+    inverse = torch.full_like(absmax, 127.0) / absmax
+    return (wide * inverse).round(), absmax / 127.0
 
 
 def quantized_linear_forward(

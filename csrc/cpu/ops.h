@@ -63,6 +63,14 @@ void linear_cross_entropy_gradients(TensorView on_p, TensorView on_target, Optio
                                     OptionalTensor dx, OptionalTensor dw, OptionalTensor dbias,
                                     bool accumulate);
 void scale_to(TensorView source, float factor, TensorView out);
+// quantized_linear.h
+void quantized_linear(TensorView x, TensorView qdata, TensorView scales, OptionalTensor zeros,
+                      OptionalTensor bias, int bits, int64_t group_size, int act_bits, int form,
+                      TensorView y);
+void quantized_linear_backward(TensorView dy, TensorView qdata, TensorView scales,
+                               OptionalTensor zeros, int bits, int64_t group_size, TensorView dx);
+void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int bits,
+                int64_t group_size, TensorView out);
 
 // probe.cpp
 void matmul(TensorView a, TensorView b, TensorView c);

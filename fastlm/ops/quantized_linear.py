@@ -80,6 +80,46 @@ def _backward_fake(
     return dy.new_empty(dy.shape[0], k)
 
 
+def _rows(t: Tensor) -> Tensor:
+    """Rows may be apart, elements of a row may not."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _cpu_forward(
+    x: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    act_bits: int,
+) -> Tensor:
+    from fastlm import _cpu
+
+    y = torch.empty(x.shape[0], qdata.shape[0], dtype=x.dtype)
+    if bias is not None:
+        bias = bias.float().contiguous()
+    _cpu.quantized_linear(_rows(x), qdata, scales, zeros, bias, bits, group_size, act_bits, 0, y)
+    return y
+
+
+def _cpu_backward(
+    dy: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+) -> Tensor:
+    from fastlm import _cpu
+
+    dx = torch.empty(dy.shape[0], k, dtype=dy.dtype)
+    _cpu.quantized_linear_backward(_rows(dy), qdata, scales, zeros, bits, group_size, dx)
+    return dx
+
+
 def _setup_context(ctx, inputs, output):
     x, qdata, scales, zeros, bias, bits, group_size, _ = inputs
     ctx.save_for_backward(qdata, scales, zeros)
@@ -102,7 +142,7 @@ _forward = register(
     "quantized_linear(Tensor x, Tensor qdata, Tensor scales, Tensor? zeros, Tensor? bias, int bits,"
     " int group_size, int act_bits) -> Tensor",
     fake=_forward_fake,
-    implementations={"reference": reference.quantized_linear_forward},
+    implementations={"reference": reference.quantized_linear_forward, "cpu": _cpu_forward},
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -110,5 +150,5 @@ _backward = register(
     "quantized_linear_backward(Tensor dy, Tensor qdata, Tensor scales, Tensor? zeros, int bits,"
     " int group_size, int k) -> Tensor",
     fake=_backward_fake,
-    implementations={"reference": reference.quantized_linear_backward},
+    implementations={"reference": reference.quantized_linear_backward, "cpu": _cpu_backward},
 )

@@ -1,0 +1,601 @@
+// y = x . W^T + bias with an int4 or int8 W. Body of quantized_linear.cpp, compiled per instruction
+// set. Two forms, chosen by the number of rows of x:
+//
+//   dot    few rows. A row of W is multiplied where it lies, chunk by chunk, by x arranged alike:
+//          W is read once, x (M x K) comes from the L1 or L2. NW rows of W x up to MX rows of x:
+//
+//            chunk of W row n          x of row m, arranged       f[n][m], VL partial sums
+//            [16 lanes x 8 nibbles] -> 8 vectors of 16 floats  ->  += scale(n, lane) * sum
+//                                   or 4 of 32 bf16, 2 of 64 int8
+//
+//   panel  more rows. VL rows of W are transposed and become panels of the matrix core: dequantized
+//          (gemm.h) for 16-bit activations, as integers (gemm_int8.h) for 8-bit ones.
+//
+// Every output is computed by one thread in one order: bit-equal on any number of threads.
+#include "cpu/gemm.h"
+#include "cpu/quantized_weight.h"
+//
+#include "cpu/gemm_int8.h"
+
+struct Workspace {  // one allocation a call; 64-byte lines
+  void* p;
+  explicit Workspace(size_t bytes) : p(::operator new(bytes + 64, std::align_val_t(64))) {}
+  ~Workspace() { ::operator delete(p, std::align_val_t(64)); }
+  Workspace(const Workspace&) = delete;
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(p);
+  }
+};
+
+// ---- dot form ----------------------------------------------------------------------------------
+// Operand X: what x becomes. VECS vectors of 4 * VL bytes per chunk.
+template <int BITS, class X>
+constexpr int VECS = PER_LANE<BITS> * int(sizeof(X)) / 4;
+// int8 activations carry one more vector per chunk where q is stored with an offset: minus the
+// offset times the sum of each lane's x, where the integer sum starts.
+template <int BITS, class X>
+constexpr int X_VECS = VECS<BITS, X> + (sizeof(X) == 1 && OFFSET<BITS> != 0);
+
+// Element e of vector j of a chunk is column ORDER of the chunk.
+template <int BITS, class X>
+FASTLM_INLINE int order(int j, int e) {
+  if constexpr (sizeof(X) == 4) return e * PER_LANE<BITS> + j;
+  if constexpr (sizeof(X) == 2)  // int4: word w holds k = 4w + j; int8: pairs along k
+    return BITS == 4 ? 4 * e + j : e / 2 * 4 + 2 * j + e % 2;
+  return BITS == 4 ? 2 * e + j : e;
+}
+
+// A row of x (k elements) arranged; int8: rounded by `inverse`.
+template <int BITS, class X, class T>
+void arrange(const T* x, int64_t k, float inverse, X* out) {
+  constexpr int elements = 4 * VL / int(sizeof(X));
+  for (int64_t k0 = 0; k0 < k; k0 += CHUNK<BITS>) {
+    const int64_t count = std::min<int64_t>(CHUNK<BITS>, k - k0);
+    X values[CHUNK<BITS>] = {};
+    if constexpr (sizeof(X) == 1)
+      to_int8(x + k0, count, CHUNK<BITS>, inverse, values);
+    else if constexpr (sizeof(X) == sizeof(T))
+      memcpy(values, x + k0, size_t(count) * sizeof(X));
+    else
+      for (int64_t i = 0; i < count; i += VL)
+        store(values + i, load(x + k0 + i, int(std::min<int64_t>(VL, count - i))));
+    for (int j = 0; j < VECS<BITS, X>; ++j)
+      for (int e = 0; e < elements; ++e) *out++ = values[order<BITS, X>(j, e)];
+    if constexpr (X_VECS<BITS, X> > VECS<BITS, X>) {
+      int32_t start[VL];
+      for (int lane = 0; lane < VL; ++lane) {
+        int32_t sum = 0;
+        for (int i = 0; i < PER_LANE<BITS>; ++i) sum += values[lane * PER_LANE<BITS> + i];
+        start[lane] = -OFFSET<BITS> * sum;
+      }
+      memcpy(out, start, sizeof start);
+      out += sizeof start;
+    }
+  }
+}
+
+// The sum of products of one chunk: lane l gets the columns of W's lane l.
+template <int BITS>
+FASTLM_INLINE void unpack(vint v, vfloat (&u)[VECS<BITS, float>], float) {
+  u[0] = column<BITS, 0>(v), u[1] = column<BITS, 1>(v);
+  u[2] = column<BITS, 2>(v), u[3] = column<BITS, 3>(v);
+  if constexpr (BITS == 4) {
+    u[4] = column<BITS, 4>(v), u[5] = column<BITS, 5>(v);
+    u[6] = column<BITS, 6>(v), u[7] = column<BITS, 7>(v);
+  }
+}
+template <int V>
+FASTLM_INLINE vfloat dot(vfloat sum, const vfloat (&u)[V], const float* x) {
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) sum += u[j] * load(x + j * VL);
+  return sum;
+}
+FASTLM_INLINE vfloat sum_to_float(vfloat s) { return s; }
+
+#ifdef FASTLM_BF16_DOT
+template <int BITS>
+FASTLM_INLINE void unpack(vint v, vfloat (&u)[VECS<BITS, bf16>], bf16) {
+  const __m512i w = (__m512i)v;
+  if constexpr (BITS == 4) {
+    // bf16 of -8 .. 7, twice: the permutation looks at 5 bits of each word, the nibble is 4
+    const __m512i table = _mm512_set_epi16(
+        0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, short(0xbf80), short(0xc000),
+        short(0xc040), short(0xc080), short(0xc0a0), short(0xc0c0), short(0xc0e0), short(0xc100),
+        0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, short(0xbf80), short(0xc000),
+        short(0xc040), short(0xc080), short(0xc0a0), short(0xc0c0), short(0xc0e0), short(0xc100));
+    u[0] = (vfloat)_mm512_permutexvar_epi16(w, table);
+    u[1] = (vfloat)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), table);
+    u[2] = (vfloat)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 8), table);
+    u[3] = (vfloat)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), table);
+  } else {  // 8 bits fit bf16: the upper half of the float is exact
+    u[0] = (vfloat)_mm512_mask_blend_epi16(
+        0xaaaaaaaa, _mm512_srli_epi32((__m512i)column<8, 0>(v), 16), (__m512i)column<8, 1>(v));
+    u[1] = (vfloat)_mm512_mask_blend_epi16(
+        0xaaaaaaaa, _mm512_srli_epi32((__m512i)column<8, 2>(v), 16), (__m512i)column<8, 3>(v));
+  }
+}
+template <int V>
+FASTLM_INLINE vfloat dot(vfloat sum, const vfloat (&u)[V], const bf16* x) {
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j)
+    sum = multiply_add(sum, u[j], load(reinterpret_cast<const float*>(x + j * 2 * VL)), bf16{});
+  return sum;
+}
+#endif
+
+template <int BITS>
+FASTLM_INLINE void unpack(vint v, vint (&u)[VECS<BITS, int8_t>], int8_t) {
+  if constexpr (BITS == 4) {
+    u[0] = v & 0x0f0f0f0f, u[1] = (v >> 4) & 0x0f0f0f0f;
+    if constexpr (OFFSET<4> == 0)
+      for (vint& w : u) w = signed_nibbles(w);
+  } else {
+    u[0] = OFFSET<8> ? v ^ int32_t(0x80808080) : v;
+  }
+}
+template <int BITS>
+FASTLM_INLINE vint dot_int8(vint sum, const vint (&u)[VECS<BITS, int8_t>], const int8_t* x) {
+  if constexpr (OFFSET<BITS> != 0)
+    sum += load_lanes(reinterpret_cast<const uint8_t*>(x + VECS<BITS, int8_t> * 4 * VL));
+  for (int j = 0; j < VECS<BITS, int8_t>; ++j)
+    sum = dot4<OFFSET<BITS> == 0>(sum, u[j],
+                                  load_lanes(reinterpret_cast<const uint8_t*>(x + j * 4 * VL)));
+  return sum;
+}
+FASTLM_INLINE vfloat sum_to_float(vint s) { return __builtin_convertvector(s, vfloat); }
+
+// Scales of the lanes of chunk c of a row.
+template <int BITS, class S>
+FASTLM_INLINE vfloat lane_scales(const S* scales, int64_t groups, int64_t size, int64_t c) {
+  const int64_t k0 = c * CHUNK<BITS>;
+  if (size % CHUNK<BITS> == 0 || groups == 1) return splat(to_float(scales[k0 / size]));
+#if FASTLM_VL >= 8
+  const int64_t lanes = size / PER_LANE<BITS>;  // of one group
+  if (VL % lanes == 0) {
+    const int64_t g0 = k0 / size;
+    const vfloat s = load(scales + g0, int(std::min<int64_t>(VL / lanes, groups - g0)));
+    const int shift = __builtin_ctz(unsigned(lanes));
+    vint lane;
+    for (int i = 0; i < VL; ++i) lane[i] = i;
+    return __builtin_shuffle(s, lane >> shift);
+  }
+#endif
+  vfloat s;
+  for (int i = 0; i < VL; ++i)
+    s[i] = to_float(scales[std::min((k0 + i * PER_LANE<BITS>) / size, groups - 1)]);
+  return s;
+}
+
+// out[i * MX + m] = W row (n + i) . x row m without offsets, i < NW.
+template <int BITS, class X, int NW, int MX, class S>
+void dot_block(const Weight<S>& w, int64_t n, const X* x, int64_t x_stride, float* out) {
+  using Sum = std::conditional_t<sizeof(X) == 1, vint, vfloat>;
+  constexpr int64_t x_step = X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));
+  const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>;
+  const int64_t whole = w.row_bytes / (4 * VL);
+  // chunks under one scale; an int32 lane takes 16k chunks of 4 * 255 * 127
+  const int64_t run =
+      w.groups == 1 ? 4096 : w.size % CHUNK<BITS> == 0 ? std::min<int64_t>(w.size / CHUNK<BITS>, 4096) : 1;
+  vfloat f[NW][MX] = {};
+  for (int64_t c0 = 0; c0 < chunks; c0 += run) {
+    const int64_t c1 = std::min(chunks, c0 + run);
+#pragma GCC unroll 4
+    for (int i = 0; i < NW; ++i) {
+      const uint8_t* row = w.row(n + i);
+      Sum sum[MX] = {};
+      for (int64_t c = c0; c < c1; ++c) {
+        const uint8_t* p = row + c * 4 * VL;
+        const vint v = c < whole ? load_lanes(p) : load_lanes(p, w.row_bytes - c * 4 * VL);
+        Sum u[VECS<BITS, X>];
+        unpack<BITS>(v, u, X{});
+#pragma GCC unroll 4
+        for (int m = 0; m < MX; ++m) {
+          const X* xm = x + m * x_stride + c * x_step;
+          if constexpr (sizeof(X) == 1)
+            sum[m] = dot_int8<BITS>(sum[m], u, xm);
+          else
+            sum[m] = dot(sum[m], u, xm);
+        }
+      }
+      const vfloat s = lane_scales<BITS>(w.scales + (n + i) * w.groups, w.groups, w.size, c0);
+#pragma GCC unroll 4
+      for (int m = 0; m < MX; ++m) f[i][m] += sum_to_float(sum[m]) * s;
+    }
+  }
+  for (int i = 0; i < NW; ++i)
+    for (int m = 0; m < MX; ++m) out[i * MX + m] = hsum(f[i][m]);
+}
+
+template <int BITS, class X, int NW, class S>
+void dot_rows(int mx, const Weight<S>& w, int64_t n, const X* x, int64_t x_stride, float* out) {
+  switch (mx) {
+    case 1:
+      return dot_block<BITS, X, NW, 1>(w, n, x, x_stride, out);
+    case 2:
+      return dot_block<BITS, X, NW, 2>(w, n, x, x_stride, out);
+    case 3:
+      return dot_block<BITS, X, NW, 3>(w, n, x, x_stride, out);
+    default:
+      return dot_block<BITS, X, NW, 4>(w, n, x, x_stride, out);
+  }
+}
+
+// Sum over groups of zeros[n][g] * sums[g].
+template <class S>
+float offset_term(const Weight<S>& w, int64_t n, const float* sums) {
+  vfloat total{};
+  for (int64_t g = 0; g < w.groups; g += VL) {
+    const int count = int(std::min<int64_t>(VL, w.groups - g));
+    total += load(w.zeros + n * w.groups + g, count) * load(sums + g, count);
+  }
+  return hsum(total);
+}
+
+// Sums of x over each group, as the product sees x (rounded to int8 or not).
+template <class T>
+void group_sums(const T* x, int64_t k, int64_t size, int64_t groups, bool rounded, float inverse,
+                float* sums) {
+  for (int64_t g = 0; g < groups; ++g) {
+    vfloat sum{};
+    const int64_t end = std::min(k, (g + 1) * size);
+    for (int64_t i = g * size; i < end; i += VL) {
+      const vfloat v = load(x + i, int(std::min<int64_t>(VL, end - i)));
+      sum += rounded ? vround(v * inverse) : v;
+    }
+    sums[g] = hsum(sum);
+  }
+}
+
+constexpr int64_t DOT_NW = 4;     // rows of W at once: four streams, and x is loaded once for all
+constexpr int64_t DOT_ROWS = 64;  // rows of W per task: 128 KiB of int4 at K = 4096
+
+template <int BITS, class X, class T, class S>
+void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w, const float* bias, T* y) {
+  const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>,
+                stride = chunks * X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));
+  const int64_t x_bytes = m * stride * int64_t(sizeof(X));
+  Workspace work(size_t(x_bytes + m * (w.groups + 1) * 4));
+  X* arranged = work.as<X>();
+  float* sums = reinterpret_cast<float*>(work.as<char>() + x_bytes);
+  float* row_scale = sums + m * w.groups;
+  const int64_t tasks = (w.n + DOT_ROWS - 1) / DOT_ROWS;
+#pragma omp parallel if (w.n * w.k > 65536)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m; ++i) {
+      const T* row = x + i * x_stride;
+      float inverse = 1;
+      row_scale[i] = 1;
+      if constexpr (sizeof(X) == 1) row_scale[i] = int8_scale(row, w.k, &inverse);
+      arrange<BITS>(row, w.k, inverse, arranged + i * stride);
+      if (w.zeros)
+        group_sums(row, w.k, w.size, w.groups, sizeof(X) == 1, inverse, sums + i * w.groups);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < tasks; ++t) {
+      const int64_t end = std::min(w.n, (t + 1) * DOT_ROWS);
+      for (int64_t n = t * DOT_ROWS; n < end; n += DOT_NW) {
+        const int nw = int(std::min(DOT_NW, end - n));
+        for (int64_t m0 = 0; m0 < m; m0 += 4) {
+          const int mx = int(std::min<int64_t>(4, m - m0));
+          float out[DOT_NW * 4];
+          const X* xm = arranged + m0 * stride;
+          if (nw == DOT_NW)
+            dot_rows<BITS, X, DOT_NW>(mx, w, n, xm, stride, out);
+          else
+            for (int i = 0; i < nw; ++i) dot_rows<BITS, X, 1>(mx, w, n + i, xm, stride, out + i * mx);
+          for (int i = 0; i < nw; ++i)
+            for (int j = 0; j < mx; ++j) {
+              float v = out[i * mx + j];
+              if (w.zeros) v += offset_term(w, n + i, sums + (m0 + j) * w.groups);
+              v = v * row_scale[m0 + j] + (bias ? bias[n + i] : 0.f);
+              y[(m0 + j) * w.n + n + i] = from_float<T>(v);
+            }
+        }
+      }
+    }
+  }
+}
+
+// ---- panel form --------------------------------------------------------------------------------
+constexpr int64_t PANEL_N = 2 * NR;   // columns of a task: two register blocks share the A they read
+constexpr int64_t PANEL_K = 512;      // k of one block: 128 KiB of bf16 B, stays in the L2
+constexpr int64_t PANEL_M = 256;      // rows of a task: 256 KiB of A per block, in the L2 too
+
+// Scales (or zeros) of rows [n, n + rows) as [groups][VL]; rows that do not exist are zero.
+template <class S>
+void transpose_scales(const S* source, int64_t groups, int rows, float* out) {
+  for (int64_t g = 0; g < groups; ++g)
+    for (int i = 0; i < VL; ++i) out[g * VL + i] = i < rows ? to_float(source[i * groups + g]) : 0.f;
+}
+
+template <int BITS, int J, class E>
+FASTLM_INLINE void dequantize_columns(vint v, vfloat s, vfloat z, E* out) {
+  if constexpr (J < PER_LANE<BITS>) {
+    if constexpr (sizeof(E) == 4) {
+      store(out + J * VL, column<BITS, J>(v) * s + z);
+      dequantize_columns<BITS, J + 1>(v, s, z, out);
+    } else {
+#ifdef FASTLM_BF16_DOT
+      const vfloat low = column<BITS, J>(v) * s + z, high = column<BITS, J + 1>(v) * s + z;
+      const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25,
+                                                  9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
+                                                  17, 1, 16, 0);
+      const __m512i pair = _mm512_permutexvar_epi16(
+          interleave, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+      _mm512_storeu_si512(out + J * VL, pair);
+      dequantize_columns<BITS, J + 2>(v, s, z, out);
+#endif
+    }
+  }
+}
+
+// Panel of rows [n, n + rows) of W, columns [k0, k0 + kb), k0 a multiple of CHUNK: what pack_b
+// would make of the dequantized weight. scales, zeros as [groups][VL].
+template <int BITS, class E, class S>
+void dequantize_panel(const Weight<S>& w, int64_t n, int rows, int64_t k0, int64_t kb,
+                      const float* scales, const float* zeros, E* out) {
+  const int64_t kp = padded_k<E>(kb);
+  for (int64_t k = 0; k < kp; k += CHUNK<BITS>) {
+    vint t[VL];
+    load_transposed(w, n, rows, (k0 + k) / PER_LANE<BITS>, t);
+    for (int j = 0; j < VL && k + j * PER_LANE<BITS> < kp; ++j) {
+      const int64_t at = k + j * PER_LANE<BITS>,
+                    g = std::min((k0 + at) / w.size, w.groups - 1);
+      const vfloat s = load(scales + g * VL), z = zeros ? load(zeros + g * VL) : vfloat{};
+      if (at + PER_LANE<BITS> <= kp) {
+        dequantize_columns<BITS, 0>(t[j], s, z, out + at * VL);
+      } else {
+        alignas(64) E whole[PER_LANE<BITS> * VL];
+        dequantize_columns<BITS, 0>(t[j], s, z, whole);
+        memcpy(out + at * VL, whole, size_t(kp - at) * VL * sizeof(E));
+      }
+    }
+  }
+}
+
+template <class T>
+void store_rows(const float* c, int64_t ldc, int64_t m, int64_t n, const float* bias,
+                const float* row_scale, T* y, int64_t ldy) {
+  for (int64_t i = 0; i < m; ++i) {
+    const float r = row_scale ? row_scale[i] : 1.f;
+    for (int64_t j = 0; j < n; j += VL) {
+      const int count = int(std::min<int64_t>(VL, n - j));
+      const vfloat v = load(c + i * ldc + j) * r + (bias ? load(bias + j, count) : vfloat{});
+      if (count == VL)
+        store(y + i * ldy + j, v);
+      else
+        store(y + i * ldy + j, v, count);
+    }
+  }
+}
+
+template <int BITS, class T, class S>
+void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w, const float* bias, T* y) {
+  using E = Elem<T>;
+  const int64_t kp = padded_k<E>(w.k);
+  const bool in_place = sizeof(E) == sizeof(T) && kp == w.k;
+  Workspace a_work(in_place ? 0 : size_t(m * kp) * sizeof(E));
+  const E* a = in_place ? reinterpret_cast<const E*>(x) : a_work.as<E>();
+  const int64_t lda = in_place ? x_stride : kp;
+  const int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M, blocks_n = (w.n + PANEL_N - 1) / PANEL_N,
+                panels = PANEL_N / VL;
+#pragma omp parallel
+  {
+    if (!in_place) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < m; ++i)
+        pack_a<E>(x + i * x_stride, x_stride, 1, 1, w.k, a_work.as<E>() + i * kp);
+    }
+    const int64_t table = panels * w.groups * VL;
+    Workspace work(size_t(PANEL_N * PANEL_K) * sizeof(E) +
+                   size_t(PANEL_M * PANEL_N + 2 * table) * 4);
+    E* b = work.as<E>();
+    float* c = reinterpret_cast<float*>(b + PANEL_N * PANEL_K);
+    float *scales = c + PANEL_M * PANEL_N, *zeros = w.zeros ? scales + table : nullptr;
+    TileScope tiles;
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < blocks_m * blocks_n; ++t) {
+      const int64_t m0 = t / blocks_n * PANEL_M, n0 = t % blocks_n * PANEL_N;
+      const int64_t mb = std::min(PANEL_M, m - m0), nb = std::min(PANEL_N, w.n - n0);
+      for (int64_t p = 0; p * VL < nb; ++p) {
+        const int64_t first = (n0 + p * VL) * w.groups;
+        const int rows = int(std::min<int64_t>(VL, nb - p * VL));
+        transpose_scales(w.scales + first, w.groups, rows, scales + p * w.groups * VL);
+        if (zeros) transpose_scales(w.zeros + first, w.groups, rows, zeros + p * w.groups * VL);
+      }
+      for (int64_t k0 = 0; k0 < w.k; k0 += PANEL_K) {
+        const int64_t kb = std::min(PANEL_K, w.k - k0);
+        for (int64_t p = 0; p * VL < nb; ++p)
+          dequantize_panel<BITS>(w, n0 + p * VL, int(std::min<int64_t>(VL, nb - p * VL)), k0, kb,
+                                 scales + p * w.groups * VL,
+                                 zeros ? zeros + p * w.groups * VL : nullptr,
+                                 b + p * VL * padded_k<E>(kb));
+        gemm<E>(mb, nb, kb, a + m0 * lda + k0, lda, b, c, PANEL_N, k0 > 0);
+      }
+      store_rows(c, PANEL_N, mb, nb, bias ? bias + n0 : nullptr, nullptr, y + m0 * w.n + n0, w.n);
+    }
+  }
+}
+
+template <int BITS, class T, class S>
+void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight<S>& w, const float* bias,
+                     T* y) {
+  const Runs runs(w.k, w.size);
+  const int64_t a_bytes = m * runs.row();
+  Workspace a_work(size_t(a_bytes + m * (runs.count + w.groups + 1) * 4));
+  int8_t* a = a_work.as<int8_t>();
+  int32_t* start = reinterpret_cast<int32_t*>(a + a_bytes);  // (m, runs)
+  float* sums = reinterpret_cast<float*>(start + m * runs.count);
+  float* row_scale = sums + m * w.groups;
+  const int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M, blocks_n = (w.n + NR - 1) / NR;
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m; ++i) {
+      const T* row = x + i * x_stride;
+      float inverse;
+      row_scale[i] = int8_scale(row, w.k, &inverse);
+      quantize_row<BITS>(row, inverse, runs, a + i * runs.row(), start + i * runs.count);
+      if (w.zeros) group_sums(row, w.k, w.size, w.groups, true, inverse, sums + i * w.groups);
+    }
+    const int64_t panels = NR / VL, table = panels * w.groups * VL;
+    Workspace work(size_t(NR * runs.stride) + size_t(PANEL_M * NR + 2 * table) * 4);
+    int8_t* b = work.as<int8_t>();
+    float* c = reinterpret_cast<float*>(b + NR * runs.stride);
+    float *scales = c + PANEL_M * NR, *zeros = w.zeros ? scales + table : nullptr;
+    TileScope tiles;
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < blocks_m * blocks_n; ++t) {
+      const int64_t m0 = t / blocks_n * PANEL_M, n0 = t % blocks_n * NR;
+      const int64_t mb = std::min(PANEL_M, m - m0), nb = std::min<int64_t>(NR, w.n - n0);
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t first = std::min(n0 + p * VL, w.n - 1) * w.groups;
+        const int rows = int(std::clamp<int64_t>(nb - p * VL, 0, VL));
+        transpose_scales(w.scales + first, w.groups, rows, scales + p * w.groups * VL);
+        if (zeros) transpose_scales(w.zeros + first, w.groups, rows, zeros + p * w.groups * VL);
+      }
+      for (int64_t r = 0; r < runs.count; ++r) {
+        const int64_t k0 = runs.begin(r), length = runs.padded(r), g = runs.group(r);
+        for (int64_t p = 0; p * VL < nb; ++p)
+          integer_panel<BITS>(w, n0 + p * VL, int(std::min<int64_t>(VL, nb - p * VL)), k0, length,
+                              b + p * VL * length);
+        gemm_int8<BITS>(mb, nb, length, a + m0 * runs.row() + r * runs.stride, runs.row(),
+                        start + m0 * runs.count + r, runs.count, b, scales + g * VL,
+                        w.groups * VL, c, NR, r > 0);
+      }
+      if (zeros)
+        for (int64_t i = 0; i < mb; ++i)
+          for (int64_t p = 0; p * VL < nb; ++p) {
+            vfloat v = load(c + i * NR + p * VL);
+            for (int64_t g = 0; g < w.groups; ++g)
+              v += load(zeros + (p * w.groups + g) * VL) * sums[(m0 + i) * w.groups + g];
+            store(c + i * NR + p * VL, v);
+          }
+      store_rows(c, NR, mb, nb, bias ? bias + n0 : nullptr, row_scale + m0, y + m0 * w.n + n0, w.n);
+    }
+  }
+}
+
+// ---- choice ------------------------------------------------------------------------------------
+// Rows of x up to which the dot form is faster, measured at 4096 x 4096 (docs/log.md).
+constexpr int64_t DOT_MAX_ROWS = 8;
+
+// x (M, K) rows apart or not; bias (N) float32 or absent; y (M, N) contiguous; form 0 chooses, 1 is
+// dot, 2 is panel (tests and measurements).
+inline void quantized_linear(const TensorView& x, const TensorView& qdata, const TensorView& scales,
+                             const TensorView* zeros, const TensorView* bias, int bits,
+                             int64_t group_size, int act_bits, int form, const TensorView& y) {
+  const int64_t m = x.size(0), k = x.size(1), x_stride = x.stride(0);
+  check_contiguous("y", y);
+  check_size("y", "columns:", qdata.size(0), y.size(1));
+  check_size("y", "rows:", m, y.size(0));
+  const float* pb = bias ? bias->data<float>("bias") : nullptr;
+  if (m == 0 || qdata.size(0) == 0) return;
+  with_float(x.dtype(), "x", [&](auto tag) {
+    using T = decltype(tag);
+    const T* px = x.data<T>("x");
+    T* py = y.data<T>("y");
+    with_float(scales.dtype(), "scales", [&](auto scale_tag) {
+      using S = decltype(scale_tag);
+      const Weight<S> w = weight_of<S>(qdata, scales, zeros, k, bits, group_size);
+      const bool dot = form ? form == 1 : m <= DOT_MAX_ROWS;
+      const auto run = [&](auto b) {
+        constexpr int BITS = decltype(b)::value;
+        if (act_bits == 8)
+          dot ? dot_form<BITS, int8_t>(px, m, x_stride, w, pb, py)
+              : panel_form_int8<BITS>(px, m, x_stride, w, pb, py);
+        else
+          dot ? dot_form<BITS, Elem<T>>(px, m, x_stride, w, pb, py)
+              : panel_form<BITS>(px, m, x_stride, w, pb, py);
+      };
+      if (bits == 4)
+        run(std::integral_constant<int, 4>{});
+      else
+        run(std::integral_constant<int, 8>{});
+    });
+  });
+}
+
+// dx (M, K) = dy (M, N) . W: rows of W are dequantized in blocks and packed along n.
+inline void quantized_linear_backward(const TensorView& dy, const TensorView& qdata,
+                                      const TensorView& scales, const TensorView* zeros, int bits,
+                                      int64_t group_size, const TensorView& dx) {
+  const int64_t m = dy.size(0), k = dx.size(1), dy_stride = dy.stride(0);
+  check_contiguous("dx", dx);
+  check_size("dx", "rows:", m, dx.size(0));
+  check_size("dy", "columns:", qdata.size(0), dy.size(1));
+  if (m == 0) return;
+  with_float(dy.dtype(), "dy", [&](auto tag) {
+    using T = decltype(tag);
+    using E = Elem<T>;
+    const T* pdy = dy.data<T>("dy");
+    T* pdx = dx.data<T>("dx");
+    with_float(scales.dtype(), "scales", [&](auto scale_tag) {
+      using S = decltype(scale_tag);
+      const Weight<S> w = weight_of<S>(qdata, scales, zeros, k, bits, group_size);
+      const int64_t np = padded_k<E>(w.n);
+      Workspace a_work(size_t(m * np) * sizeof(E));
+      E* a = a_work.as<E>();
+      const int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M,
+                    blocks_k = (k + PANEL_N - 1) / PANEL_N, rows = 256;  // 128 KiB of floats
+#pragma omp parallel
+      {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < m; ++i)
+          pack_a<E>(pdy + i * dy_stride, dy_stride, 1, 1, w.n, a + i * np);
+        Workspace work(size_t(rows * PANEL_N + PANEL_M * PANEL_N) * 4 +
+                       size_t(rows * PANEL_N) * sizeof(E));
+        float *wide = work.as<float>(), *c = wide + rows * PANEL_N;
+        E* b = reinterpret_cast<E*>(c + PANEL_M * PANEL_N);
+        TileScope tiles;
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < blocks_m * blocks_k; ++t) {
+          const int64_t m0 = t / blocks_k * PANEL_M, k0 = t % blocks_k * PANEL_N;
+          const int64_t mb = std::min(PANEL_M, m - m0), kb = std::min(PANEL_N, k - k0);
+          if (w.n == 0) memset(c, 0, size_t(PANEL_M * PANEL_N) * 4);
+          for (int64_t n0 = 0; n0 < w.n; n0 += rows) {
+            const int64_t nb = std::min(rows, w.n - n0);
+            for (int64_t i = 0; i < nb; ++i) {
+              if (bits == 4)
+                dequantize_row<4>(w, n0 + i, k0, k0 + kb, wide + i * PANEL_N);
+              else
+                dequantize_row<8>(w, n0 + i, k0, k0 + kb, wide + i * PANEL_N);
+            }
+            pack_b<E>(wide, PANEL_N, 1, nb, kb, b);
+            gemm<E>(mb, kb, nb, a + m0 * np + n0, np, b, c, PANEL_N, n0 > 0);
+          }
+          store_rows(c, PANEL_N, mb, kb, nullptr, nullptr, pdx + m0 * k + k0, k);
+        }
+      }
+    });
+  });
+}
+
+// out (N, K) float32, bfloat16 or float16, contiguous.
+inline void dequantize(const TensorView& qdata, const TensorView& scales, const TensorView* zeros,
+                       int bits, int64_t group_size, const TensorView& out) {
+  const int64_t k = out.size(1);
+  check_contiguous("out", out);
+  check_size("out", "rows:", qdata.size(0), out.size(0));
+  with_float(out.dtype(), "out", [&](auto tag) {
+    using T = decltype(tag);
+    T* po = out.data<T>("out");
+    with_float(scales.dtype(), "scales", [&](auto scale_tag) {
+      using S = decltype(scale_tag);
+      const Weight<S> w = weight_of<S>(qdata, scales, zeros, k, bits, group_size);
+#pragma omp parallel for schedule(static) if (w.n * w.k > 32768)
+      for (int64_t i = 0; i < w.n; ++i)
+        for (int64_t k0 = 0; k0 < k; k0 += 256) {
+          float block[256];
+          const int64_t k1 = std::min(k, k0 + 256);
+          if (bits == 4)
+            dequantize_row<4>(w, i, k0, k1, block);
+          else
+            dequantize_row<8>(w, i, k0, k1, block);
+          store_rows(block, 256, 1, k1 - k0, nullptr, nullptr, po + i * k + k0, k);
+        }
+    });
+  });
+}
