@@ -98,6 +98,8 @@ def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor
         value = 0.5 * x * (1 + t)
         slope = 0.5 * (1 + t) + 0.5 * x * (1 - t.square()) * c * (1 + 3 * 0.044715 * x.square())
     return (g * u * slope).to(gate.dtype).contiguous(), (g * value).to(gate.dtype).contiguous()
+
+
 # ---- quantized_linear ----------------------------------------------------------------------------
 def unpack_rows(qdata: Tensor, bits: int, k: int) -> Tensor:
     """q as int8 (N, K)."""
@@ -172,6 +174,8 @@ def quantized_linear_backward(
     wide = _wide(dy)
     w = dequantize_rows(qdata, scales, zeros, bits, group_size, k, wide.dtype)
     return (wide @ w).to(dy.dtype)
+
+
 # ---- attention -----------------------------------------------------------------------------------
 _ATTENTION_ELEMENTS = (
     1 << 22
@@ -543,11 +547,6 @@ def cross_entropy_forward(
     if z.shape[1] == 0:
         raise InputError(f"logits: wanted at least one class, got shape {tuple(logits.shape)}")
     shift = z.amax(1)
-    shift = torch.where(shift.isinf(), 0.0, shift)  # inf - inf: let the sum be inf or 0 instead
-    z = _scores(logits, softcap, logit_scale)
-    if z.shape[1] == 0:
-        raise InputError(f"logits: wanted at least one class, got shape {tuple(logits.shape)}")
-    shift = z.amax(1)
     z = z - shift[:, None]
     log_sum = z.exp().sum(1).log()
     ignored = target == ignore_index
@@ -577,10 +576,8 @@ def cross_entropy_backward(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], and on to the logits."""
-    z = _scaled_logits(logits, softcap, logit_scale)
     """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], then to logits."""
-    z = _scores(logits, softcap, logit_scale)
+    z = _scaled_logits(logits, softcap, logit_scale)
     dz = on_p[:, None] * (z - shift[:, None] - log_sum[:, None]).exp()
     ignored = target == ignore_index
     dz.scatter_add_(
@@ -612,7 +609,6 @@ def bad_target(target: Tensor, row: int, classes: int, ignore_index: int) -> Inp
 
 
 def _scaled_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-def _scores(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     z = _wide(logits) * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
@@ -629,7 +625,6 @@ def linear_cross_entropy_forward(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """cross_entropy_forward of input (N, D) @ linear_weight (V, D)^T + linear_bias (V), in float32."""
     """cross_entropy_forward of input (N, D) @ linear_weight (V, D)^T + linear_bias (V)."""
     logits = _logits(input, linear_weight, linear_bias)
     return cross_entropy_forward(
@@ -691,7 +686,6 @@ def linear_cross_entropy_loss(
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss = sum over rows of on_nll * nll + on_smoothed * smoothed + on_square * lse^2, and its gradients."""
     """loss = sum of on_nll * nll + on_smoothed * smoothed + on_square * lse^2; its gradients."""
     smooth, valid = on_smoothed is not None, target != ignore_index
     shift, log_sum, nll, smoothed = linear_cross_entropy_forward(
@@ -714,7 +708,6 @@ def linear_cross_entropy_loss(
     if on_square is not None:
         loss = loss + on_square * lse.square()
         on_p = on_p + 2 * on_square * lse
-    return loss.sum(), *linear_cross_entropy_backward(
     gradients = linear_cross_entropy_backward(
         on_p,
         on_nll,

@@ -12,9 +12,6 @@ from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.paged_attention import paged_attention
 from fastlm.ops.quantize_weight import quantize_weight
 from fastlm.ops.quantized_linear import quantized_linear
-from fastlm.ops.cross_entropy import cross_entropy
-from fastlm.ops.glu import glu
-from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rope import rope
 from fastlm.ops.varlen_attention import varlen_attention
@@ -31,4 +28,3 @@ __all__ = [
     "rope",
     "varlen_attention",
 ]
-__all__ = ["cross_entropy", "glu", "linear_cross_entropy", "rms_norm", "rope"]
