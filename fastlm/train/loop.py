@@ -218,7 +218,7 @@ class _Loop:
             betas=options.betas,
             eps=options.eps,
             master_weights=options.dtype != "float32",
-            max_grad_norm=options.max_grad_norm,
+            max_grad_norm=options.max_grad_norm or math.inf,  # the norm is measured either way
         )
         self.step = self.tokens = 0
         self.used = 0.0  # seconds of earlier sittings
