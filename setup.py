@@ -58,5 +58,6 @@ if sys.platform == "linux":
 setup(
     packages=[*find_packages(include=["fastlm", "fastlm.*"]), "fastlm.kernels"],
     package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
+    package_data={"fastlm": ["report.html.jinja"]},
     ext_modules=[cpu],
 )

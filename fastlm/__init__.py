@@ -11,19 +11,37 @@ from fastlm.errors import InputError
 if TYPE_CHECKING:
     from fastlm import ops
     from fastlm.backend import info, use_backend
+    from fastlm.config import ModelConfig
+    from fastlm.model import CausalLM
     from fastlm.optim import AdamW
+    from fastlm.quant import QuantizedWeight, quantize
+    from fastlm.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "InputError", "info", "ops", "use_backend"]
+__all__ = [
+    "AdamW",
+    "CausalLM",
+    "InputError",
+    "ModelConfig",
+    "QuantizedWeight",
+    "Tokenizer",
+    "info",
+    "ops",
+    "quantize",
+    "use_backend",
+]
 
 # name -> module that defines it (a name that is itself a module maps to that module)
 _PUBLIC = {
     "AdamW": "fastlm.optim",
+    "CausalLM": "fastlm.model",
+    "ModelConfig": "fastlm.config",
+    "QuantizedWeight": "fastlm.quant",
+    "Tokenizer": "fastlm.tokenizer",
     "info": "fastlm.backend",
     "ops": "fastlm.ops",
-    "use_backend": "fastlm.backend",
     "quantize": "fastlm.quant",
-    "QuantizedWeight": "fastlm.quant",
+    "use_backend": "fastlm.backend",
 }
 
 

@@ -229,6 +229,8 @@ def adamw(
             exp_avgs[i].copy_(codes), exp_avg_scales[i].copy_(scales)
             codes, scales = pack_state(v.sqrt(), root=True)
             exp_avg_sqs[i].copy_(codes), exp_avg_sq_scales[i].copy_(scales)
+
+
 # ---- cross_entropy -------------------------------------------------------------------------------
 def cross_entropy_forward(
     logits: Tensor,
@@ -246,7 +248,7 @@ def cross_entropy_forward(
     smoothed (N; empty unless `smooth`) = sum over v of class_weight[v] * (lse - z[v]).
     """
     check_target(target, logits.shape[1], ignore_index)
-    z = _scores(logits, softcap, logit_scale)
+    z = _capped(logits, softcap, logit_scale)
     if z.shape[1] == 0:
         raise InputError(f"logits: wanted at least one class, got shape {tuple(logits.shape)}")
     shift = z.amax(1)
@@ -280,7 +282,7 @@ def cross_entropy_backward(
     logit_scale: float,
 ) -> Tensor:
     """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], then to logits."""
-    z = _scores(logits, softcap, logit_scale)
+    z = _capped(logits, softcap, logit_scale)
     dz = on_p[:, None] * (z - shift[:, None] - log_sum[:, None]).exp()
     ignored = target == ignore_index
     dz.scatter_add_(
@@ -311,7 +313,7 @@ def bad_target(target: Tensor, row: int, classes: int, ignore_index: int) -> Inp
     )
 
 
-def _scores(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+def _capped(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     z = _wide(logits) * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
@@ -450,6 +452,8 @@ def linear_cross_entropy_loss_backward(
 def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     bias = None if linear_bias is None else _wide(linear_bias)
     return torch.nn.functional.linear(_wide(input), _wide(linear_weight), bias)
+
+
 # ---- attention -----------------------------------------------------------------------------------
 _ATTENTION_ELEMENTS = (
     1 << 22
@@ -798,6 +802,8 @@ def paged_attention(
         )
         out[b], lse[b] = o[0].transpose(0, 1).to(out.dtype), one_lse[0]
     return out, lse
+
+
 # ---- quantized_linear ----------------------------------------------------------------------------
 def unpack_rows(qdata: Tensor, bits: int, k: int) -> Tensor:
     """q as int8 (N, K)."""

@@ -16,7 +16,15 @@ from fastlm import InputError, backend, ops, reference
 # (B, H, Hkv, S, T, D, Dv)
 SHAPES = [
     (2, 4, 2, 37, 53, 64, 64),
-    (1, 2, 1, 130, 300, 40, 24),  # two blocks of queries and of keys, widths no multiple of a vector
+    (
+        1,
+        2,
+        1,
+        130,
+        300,
+        40,
+        24,
+    ),  # two blocks of queries and of keys, widths no multiple of a vector
     (1, 2, 2, 100, 100, 1, 7),
     (2, 3, 3, 5, 3, 33, 16),  # more queries than keys: causal rows that see nothing
     (1, 6, 2, 1, 700, 64, 48),  # decoding, two chunks

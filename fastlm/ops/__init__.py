@@ -5,11 +5,10 @@ One file an op; see each function's docstring.
 
 import torch  # noqa: F401  (before _cpu: its OpenMP then resolves to torch's)
 
+from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.glu import glu
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
-from fastlm.ops.attention import attention
-from fastlm.ops.glu import glu
 from fastlm.ops.paged_attention import paged_attention
 from fastlm.ops.quantize_weight import quantize_weight
 from fastlm.ops.quantized_linear import quantized_linear
@@ -17,6 +16,15 @@ from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rope import rope
 from fastlm.ops.varlen_attention import varlen_attention
 
-__all__ = ["cross_entropy", "glu", "linear_cross_entropy", "rms_norm", "rope"]
-__all__ = ["attention", "glu", "paged_attention", "rms_norm", "rope", "varlen_attention"]
-__all__ = ["quantize_weight", "quantized_linear", "rms_norm"]
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "glu",
+    "linear_cross_entropy",
+    "paged_attention",
+    "quantize_weight",
+    "quantized_linear",
+    "rms_norm",
+    "rope",
+    "varlen_attention",
+]

@@ -111,7 +111,17 @@ def _fake(q, k_cache, v_cache, *_):
 
 
 def _cpu(
-    q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, sinks, alibi_slopes, bias, *numbers
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    seq_lens,
+    k_scale,
+    v_scale,
+    sinks,
+    alibi_slopes,
+    bias,
+    *numbers,
 ):
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     layout = (None, None, table, seq_lens.contiguous(), k_scale, v_scale)

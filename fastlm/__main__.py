@@ -1,0 +1,5 @@
+"""``python -m fastlm``: the command line."""
+
+from fastlm.cli import main
+
+main()

@@ -1,0 +1,396 @@
+"""``fastlm VERB``: each verb is thin; the work is a function of the package with the same options.
+
+Nothing heavy is imported before a verb runs, so that ``--help`` answers at once. Bad input is one line on stderr and exit
+status 2, a diverged run 3, Ctrl-C 130. Results go to stdout, progress and notes to stderr.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastlm.errors import InputError
+from fastlm.progress import bars
+
+DIVERGED, INTERRUPTED = 3, 130
+
+
+class Verbs(TyperGroup):
+    """The one place where an exception becomes a line and a status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as e:
+            _fail(e, 2)
+        except KeyboardInterrupt as e:
+            _fail(e, INTERRUPTED)
+        except ArithmeticError as e:
+            from fastlm.train.loop import NonFiniteError
+
+            if not isinstance(e, NonFiniteError):
+                raise
+            _fail(e, DIVERGED)
+
+
+def _fail(error: BaseException, status: int) -> None:
+    text = " ".join(str(error).split())
+    typer.echo(f"fastlm: {text}" if text else "fastlm: interrupted", err=True)
+    raise typer.Exit(status)
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help="From raw text to a quantized chat model, on fused kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+tokenizer_app = typer.Typer(help="Train a tokenizer, look at what it does.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+Model = Annotated[
+    Path, typer.Option("--model", "-m", help="Hugging Face folder, .gguf file or fastlm run")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")]
+TopK = Annotated[int | None, typer.Option(help="Choose among the K likeliest tokens")]
+TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest that hold this share")]
+Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text")]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="fastlm")
+
+
+def _data_commands() -> None:
+    from fastlm.data.commands import app as data_app
+
+    app.add_typer(data_app, name="data")
+
+
+_data_commands()
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+) -> None:
+    """Versions, hardware, extensions, and which implementation of every op runs here."""
+    from fastlm import backend
+
+    have = backend.info()
+    if as_json:
+        typer.echo(json.dumps(have, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    facts = Table(box=None, show_header=False)
+    for key, value in have.items():
+        if not isinstance(value, dict):
+            facts.add_row(key, str(value))
+    for key in ("cpu_isa_why_not", "backends"):
+        for name, why in have[key].items():
+            facts.add_row(f"{key.removesuffix('_why_not')} {name}", why or "yes")
+    console.print(facts)
+    ops = Table("op", "runs on", "the others do not, because")
+    for name, row in have["ops"].items():
+        why = "; ".join(f"{b}: {reason}" for b, reason in row["why_not"].items())
+        ops.add_row(name, row["picked"] or "nothing", why)
+    console.print(ops)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, as recipes/demo.toml")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another value for a key: --set pretrain.max_seconds=60"),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Last stage to run")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where packages are kept")] = None,
+) -> None:
+    """Run a whole recipe; what is finished is skipped, what was cut off goes on."""
+    from fastlm.run import run_recipe
+
+    summary = run_recipe(
+        recipe, out, overrides=sets or (), until=until, cache=cache, command=_command(),
+        track=bars, on_event=_show_event,
+    )  # fmt: skip
+    keys = ("bits_per_byte", "bits_per_byte_xz", "bits_per_byte_zstd", "bits_per_byte_int4")
+    if until is None:
+        typer.echo("  ".join(f"{k} {summary[k]:.4f}" for k in keys))
+        typer.echo(str((out or Path("runs") / summary["recipe"]) / "report.html"))
+
+
+def _command() -> str:
+    return shlex.join(["fastlm", *sys.argv[1:]])
+
+
+def _show_event(event: dict[str, Any]) -> None:
+    """Stages, validations and samples, one line each; single steps are the progress bar's."""
+    if "stage" in event:
+        took = f" in {event['seconds']:.1f} s" if "seconds" in event else ""
+        typer.echo(f"{event['stage']}: {event['state']}{took}", err=True)
+    elif "val_loss" in event:
+        typer.echo(
+            f"step {event['step']}: held-out loss {event['val_loss']:.4f}, "
+            f"{event['bits_per_byte']:.4f} bits per byte",
+            err=True,
+        )
+    elif "sample" in event:
+        typer.echo(f"step {event['step']} writes: {event['sample']!r}", err=True)
+
+
+@app.command()
+def pretrain(
+    train: Annotated[Path, typer.Option(help="Folder of token shards to train on")],
+    config: Annotated[Path, typer.Option(help="config.json of the model (Hugging Face's names)")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder")],
+    heldout: Annotated[
+        Path | None, typer.Option(help="Folder of token shards to validate on")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer, for samples and the model folder")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Steps of the whole run")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Seconds of the whole run")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch")] = 16,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence")] = 256,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches of a step")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate")] = 1e-3,
+    schedule: Annotated[str, typer.Option(help="cosine or wsd")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the run")] = 0.02,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices")] = 0.1,
+    max_grad_norm: Annotated[float, typer.Option(help="Clip the gradient to this norm")] = 1.0,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16 (with float32 master weights) or float32")
+    ] = "bfloat16",
+    checkpoint_every: Annotated[int, typer.Option(help="Steps")] = 200,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep")] = 2,
+    seed: Annotated[int, typer.Option(help="Of weights, data order and samples")] = 0,
+) -> None:
+    """Train a model on token shards; the same command again goes on from the last checkpoint."""
+    import torch
+
+    from fastlm.config import ModelConfig
+    from fastlm.data.shards import BatchSampler, TokenDataset
+    from fastlm.model import CausalLM
+    from fastlm.tokenizer import Tokenizer
+    from fastlm.train.loop import TrainOptions
+    from fastlm.train.pretrain import pretrain as train_model
+
+    try:
+        model_config = ModelConfig.from_dict(json.loads(config.read_text("utf-8")))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"config {config}: wanted a readable JSON file: {e}") from None
+    options = TrainOptions(
+        max_steps=max_steps, max_seconds=max_seconds, accumulate=accumulate, dtype=dtype, lr=lr, schedule=schedule,
+        warmup=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed,
+        checkpoint_every=checkpoint_every, keep=keep,
+    )  # fmt: skip
+    options.check()
+    words = Tokenizer.load(tokenizer) if tokenizer else None
+    sampler = BatchSampler(TokenDataset(train), batch_size, seq_len, seed=seed)
+    model = CausalLM(model_config, seed=seed)
+    torch.manual_seed(seed)
+    result = train_model(
+        model, sampler, TokenDataset(heldout) if heldout else None, options, out,
+        tokenizer=words, track=bars, on_event=_show_event,
+    )  # fmt: skip
+    model.save_pretrained(out / "model")
+    if words:
+        words.save(out / "model")
+    typer.echo(
+        f"{result.steps} steps, loss {result.loss}, {result.tokens_per_second:,.0f} tokens/s: {out / 'model'}"
+    )
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the quantized model")],
+    format: Annotated[str, typer.Option(help="w4a16, w8a16, w8a8 or w4a8")] = "w4a16",
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale")] = 128,
+    method: Annotated[str, typer.Option(help="rtn: round to nearest")] = "rtn",
+    embeddings: Annotated[int, typer.Option(help="Bits; 0: those of the format")] = 0,
+    head: Annotated[int, typer.Option(help="Bits; 0: those of the format")] = 0,
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out text: prints the change in bits per byte")
+    ] = None,
+) -> None:
+    """Store the weights in 4 or 8 bits."""
+    from fastlm.checkpoint import load_tokenizer
+    from fastlm.evals.commands import text_bits_per_byte
+    from fastlm.model import CausalLM
+    from fastlm.quant import quantize as quantize_model
+    from fastlm.stages import weight_bytes
+
+    network = CausalLM.from_pretrained(model)
+    tokenizer = load_tokenizer(model, network.config.to_dict())
+    before = text_bits_per_byte(network, tokenizer, data, track=bars) if data else None
+    network = quantize_model(
+        network,
+        format,
+        group_size=group_size,
+        method=method,
+        embeddings=embeddings,
+        head=head,
+        track=bars,
+    )
+    network.save_pretrained(out)
+    tokenizer.save(out)
+    typer.echo(f"{out}: {weight_bytes(out):,} bytes of weights")
+    if data and before:
+        after = text_bits_per_byte(network, tokenizer, data, track=bars)
+        change = 100 * (after["bits_per_byte"] / before["bits_per_byte"] - 1)
+        typer.echo(
+            f"held-out bits per byte: {before['bits_per_byte']:.4f} -> {after['bits_per_byte']:.4f} ({change:+.2f} %)"
+        )
+
+
+@app.command("eval")
+def eval_command(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option(help="Folder of token shards, heldout.jsonl.zst, or files of text")
+    ],
+    seq_len: Annotated[
+        int | None, typer.Option(help="Window; default: the model's context, at most 1024")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens scored of a window; default: half")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+) -> None:
+    """Bits per byte of a text, beside xz -9e and zstd -19 of the same text."""
+    from fastlm.checkpoint import load_tokenizer
+    from fastlm.evals.commands import text_bits_per_byte
+    from fastlm.model import CausalLM
+
+    network = CausalLM.from_pretrained(model)
+    tokenizer = load_tokenizer(model, network.config.to_dict())
+    result = text_bits_per_byte(
+        network, tokenizer, data, seq_len=seq_len, stride=stride, batch_size=batch_size, track=bars
+    )
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        for key, value in result.items():
+            typer.echo(f"{key}  {value:.4f}" if isinstance(value, float) else f"{key}  {value:,}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue or to answer")],
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.7,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Continue the prompt as it stands, without the chat template"),
+    ] = False,
+) -> None:
+    """Write one text, token by token; through the chat template where the model has one."""
+    from fastlm.chat import Writer
+
+    writer = Writer(model)
+    ids = writer.prompt_ids(prompt, raw=raw)
+    writer.write(
+        ids,
+        _echo_piece,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    typer.echo()
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="System message")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_k: TopK = None,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+) -> None:
+    """Talk with a chat model. An empty line or Ctrl-D ends."""
+    from fastlm.chat import Conversation, Writer
+
+    conversation = Conversation(Writer(model), system=system, max_new_tokens=max_new_tokens)
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            said = input("> " if terminal else "").strip()
+        except EOFError:
+            break
+        if not said:
+            break
+        conversation.say(
+            said, _echo_piece, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        typer.echo()
+
+
+def _echo_piece(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    sources: Annotated[list[str], typer.Argument(help="Text: files, folders, or train.jsonl.zst")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tokenizer")],
+    vocab_size: Annotated[int, typer.Option(help="Entries of the vocabulary")] = 32768,
+) -> None:
+    """Train a byte-level BPE tokenizer."""
+    from fastlm.evals.commands import read_texts
+    from fastlm.tokenizer import Tokenizer
+
+    texts = (text for source in sources for text in read_texts(source))
+    tokenizer = Tokenizer.train(texts, vocab_size, track=bars)
+    tokenizer.save(out)
+    typer.echo(f"{out}: {tokenizer.vocab_size:,} tokens")
+
+
+@tokenizer_app.command("encode")
+def tokenizer_encode(
+    tokenizer: Annotated[
+        Path, typer.Option("--tokenizer", "-t", help="Folder, tokenizer.json or .gguf file")
+    ],
+    text: Annotated[str | None, typer.Argument(help="Text; from stdin if left out")] = None,
+    pieces: Annotated[bool, typer.Option("--pieces", help="The bytes of every token too")] = False,
+) -> None:
+    """The tokens of a text."""
+    from fastlm.tokenizer import Tokenizer
+
+    tool = Tokenizer.load(tokenizer)
+    ids = tool.encode(sys.stdin.read() if text is None else text)
+    if pieces:
+        for i in ids:
+            typer.echo(f"{i}\t{tool.token_bytes(i)!r}")
+    else:
+        typer.echo(" ".join(map(str, ids)))
+
+
+if __name__ == "__main__":
+    main()

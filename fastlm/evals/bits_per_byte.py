@@ -1,0 +1,118 @@
+"""Held-out bits per byte: how well a model compresses text it has not seen, whatever its tokenizer.
+
+    bits_per_byte = sum of -log2 p(token | tokens before) / bytes of the text
+
+Every token is predicted once, end-of-text tokens included (they count as bits, not as bytes). Windows overlap:
+of a window of ``seq_len`` tokens only the last ``stride`` are scored, the ones before are their context. xz and zstd
+of the same text are the yardstick; they are spared the document boundaries.
+"""
+
+import lzma
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import zstandard
+from torch import nn
+
+from fastlm.data.shards import TokenDataset
+from fastlm.errors import InputError
+from fastlm.progress import silent
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """``loss`` is nats per token; ``bytes`` the text that ``tokens`` stand for."""
+
+    bits_per_byte: float
+    loss: float
+    tokens: int
+    bytes: float
+
+
+def windows(tokens: int, seq_len: int, stride: int) -> list[tuple[int, int]]:
+    """(begin, first scored): each window is ``tokens[begin : begin + seq_len]``; together they score all once.
+
+    The last begins earlier than its turn, so that all are ``seq_len`` long (or there is only one).
+    """
+    result, scored = [], 0
+    while scored < tokens:
+        end = min(scored + (seq_len if scored == 0 else stride), tokens)
+        result.append((max(end - seq_len, 0), scored))
+        scored = end
+    return result
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: TokenDataset,
+    seq_len: int,
+    batch_size: int,
+    *,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    track=silent,
+) -> BitsPerByte:
+    """Over the whole data set, or over evenly spaced windows of about ``max_tokens`` tokens in all.
+
+    ``stride`` defaults to ``seq_len``: no overlap. With ``max_tokens`` the bytes are those of the average token.
+    """
+    stride = seq_len if stride is None else stride
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name}: wanted 1 or more, got {value}")
+    if not 1 <= stride <= seq_len:
+        raise InputError(f"stride: wanted 1 to seq_len = {seq_len}, got {stride}")
+    chosen = windows(dataset.tokens, seq_len, stride)
+    if max_tokens is not None:
+        chosen = chosen[:: max(1, math.ceil(dataset.tokens / max_tokens))]
+    device = next(model.parameters()).device
+    nats, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        for batch in track(batches, "held-out bits per byte", unit="batches"):
+            rows = [_window(dataset, begin, scored, seq_len, stride) for begin, scored in batch]
+            ids = torch.from_numpy(np.stack([r[0] for r in rows])).to(device)
+            labels = torch.from_numpy(np.stack([r[1] for r in rows])).to(device)
+            nats += float(model(ids, shift_labels=labels, num_items=1).loss)
+            tokens += int((labels != IGNORE).sum())
+    model.train(was_training)
+    size = dataset.bytes_of_text * (tokens / dataset.tokens)
+    return BitsPerByte(nats / math.log(2) / size, nats / tokens, tokens, size)
+
+
+def _window(
+    dataset: TokenDataset, begin: int, scored: int, seq_len: int, stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels (length,); the first token of all is predicted from end-of-text."""
+    length = min(seq_len, dataset.tokens)
+    labels = dataset.read(begin, length)
+    first = dataset.read(begin - 1, 1) if begin else np.array([dataset.eos_id])
+    inputs = np.concatenate([first, labels[:-1]])
+    labels[: scored - begin] = IGNORE
+    return inputs, labels
+
+
+def evaluate_bits_per_byte(
+    model: nn.Module, dataset: TokenDataset, seq_len: int, batch_size: int
+) -> float:
+    """Over the whole data set with half a window of context; see ``evaluate``."""
+    return evaluate(model, dataset, seq_len, batch_size, stride=max(1, seq_len // 2)).bits_per_byte
+
+
+def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
+    """``xz -9e`` and ``zstd -19`` of the texts put together: 8 * compressed / original bytes."""
+    data = b"".join(text.encode() for text in texts)
+    if not data:
+        raise InputError("texts: wanted at least one byte of text, got none")
+    sizes = {
+        "xz": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
+        "zstd": len(zstandard.ZstdCompressor(level=19).compress(data)),
+    }
+    return {name: 8 * size / len(data) for name, size in sizes.items()}

@@ -1,0 +1,238 @@
+"""Generation with a key/value cache: tokens for a batch, or text piece by piece.
+
+Rows of different lengths are padded on the left, and a mask hides the padding: positions count from each row's first
+token, so a row gives what it gives alone. Rejected: right padding, which scatters each step's keys to different columns.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastlm.errors import InputError
+from fastlm.model import CausalLM, KVCache
+from fastlm.sampling import Sampling, make_generators, penalise
+
+if TYPE_CHECKING:
+    from fastlm.tokenizer import Tokenizer
+
+_GREEDY = Sampling(temperature=0.0)
+
+
+class _Decoding:
+    """The state of one generation: left-padded tokens (B, T), their mask, the cache."""
+
+    def __init__(
+        self, model: CausalLM, ids: Tensor, mask: Tensor | None, steps: int, sampling: Sampling
+    ):
+        self.model, self.sampling, self.mask = model, sampling, mask
+        limit = model.context_limit
+        if ids.shape[1] + 1 > limit:
+            raise InputError(
+                f"input_ids: wanted a prompt shorter than max_position_embeddings {limit},"
+                f" got {ids.shape[1]} tokens"
+            )
+        self.steps = min(steps, limit - ids.shape[1])
+        rows, width = ids.shape
+        self.ids = ids.new_zeros(rows, width + self.steps, dtype=torch.int64)
+        self.ids[:, :width] = ids
+        self.length = width
+        self.cache = KVCache(
+            model.config, rows, width + self.steps, dtype=model.dtype, device=model.device
+        )
+        self.regime = None
+        self.seen = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(
+                rows, model.config.vocab_size, dtype=torch.bool, device=ids.device
+            )
+            present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            row = torch.arange(rows, device=ids.device)[:, None].expand_as(ids)
+            self.seen[row[present], ids.long()[present]] = True
+
+    @torch.inference_mode()
+    def step(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Run what the cache lacks and append one token per row, (B,)."""
+        regime = self.model.model.regime(self.length)
+        if regime != self.regime:  # other rotary frequencies: the cached keys do not fit any more
+            self.cache.length, self.regime = 0, regime
+        new = self.ids[:, self.cache.length : self.length]
+        mask = self.mask
+        if mask is not None and mask.shape[1] < self.length:
+            mask = self.mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
+        logits = self.model.next_logits(new, self.cache, mask)
+        if self.seen is not None:
+            logits = penalise(logits.float(), self.seen, self.sampling.repetition_penalty)
+        token = self.sampling.choose(logits, generators)
+        if self.seen is not None:
+            self.seen.scatter_(1, token[:, None], True)
+        self.ids[:, self.length] = token
+        self.length += 1
+        return token
+
+
+def generate(
+    model: CausalLM,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = _GREEDY,
+    seed: int | None = None,
+    stop_ids: Sequence[int] | frozenset[int] = (),
+    attention_mask: Tensor | None = None,
+    on_token: Callable[[int, int], Any] | None = None,
+) -> Any:
+    """Continue every row by at most `max_new_tokens` tokens.
+
+    Args:
+        input_ids: (B, S) integers, or a list of B lists of ids of any lengths >= 1.
+        sampling: see `Sampling`.
+        seed: row r draws from seed + r, so it draws what it would draw alone; None takes torch's generator.
+        stop_ids: a row ends with the first of these it draws (which is kept).
+        attention_mask: (B, S), 0 where a row of the tensor is padding; padding lies on the left.
+        on_token: called with (row, token) for each new token, rows in order; a true result ends the row.
+
+    Generation also ends where the context reaches max_position_embeddings, as it does at max_new_tokens.
+
+    Returns:
+        For a tensor (B, S + new) int64; behind a row's end stands pad_token_id (the row's last token where the config
+        has none). For a list, a list of B lists: prompt and new tokens, no padding.
+
+    Raises InputError: empty prompts, ids out of range, a prompt as long as the context, impossible options.
+    """
+    ids, mask, lengths = _batch(model, input_ids, attention_mask)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise InputError(f"max_new_tokens: wanted an integer >= 0, got {max_new_tokens!r}")
+    stops = frozenset(stop_ids)
+    generators = make_generators(seed, ids.shape[0])
+    new: list[list[int]] = [[] for _ in range(ids.shape[0])]
+    if max_new_tokens and ids.shape[0]:
+        live = set(range(ids.shape[0]))
+        state = _Decoding(model, ids, mask, max_new_tokens, sampling)
+        for _ in range(state.steps):
+            tokens = state.step(generators).tolist()
+            for row in sorted(live):
+                token = tokens[row]
+                new[row].append(token)
+                ends = on_token is not None and on_token(row, token)
+                if ends or token in stops:
+                    live.discard(row)
+            if not live:
+                break
+    if lengths is not None:
+        prompts = [ids[r, ids.shape[1] - n :].tolist() for r, n in enumerate(lengths)]
+        return [p + n for p, n in zip(prompts, new)]
+    width = max(map(len, new), default=0)
+    pad = model.config.pad_token_id
+    rows = [n + [n[-1] if pad is None else pad] * (width - len(n)) for n in new]
+    tail = torch.tensor(rows, dtype=torch.int64, device=ids.device).view(len(rows), width)
+    return torch.cat((ids.long(), tail), 1)
+
+
+def _batch(
+    model: CausalLM, input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, list[int] | None]:
+    """Left-padded ids (B, S), their mask (None where nothing is padded), and the lengths of a list's rows."""
+    lengths = None
+    if isinstance(input_ids, Tensor):
+        ids = input_ids.to(model.device)
+    else:
+        if mask is not None:
+            raise InputError(
+                "attention_mask: wanted with a tensor of input_ids, got it with a list"
+            )
+        lengths = [len(row) for row in input_ids]
+        width = max(lengths, default=0)
+        ids = torch.zeros(len(lengths), width, dtype=torch.int64, device="cpu")
+        for r, row in enumerate(input_ids):
+            ids[r, width - len(row) :] = torch.as_tensor(row, dtype=torch.int64, device="cpu")
+        ids = ids.to(model.device)
+        if min(lengths, default=0) < width:
+            columns = torch.arange(width, device=ids.device)
+            starts = torch.tensor([width - n for n in lengths], device=ids.device)
+            mask = (columns >= starts[:, None]).long()
+    model.check_ids(ids)
+    if mask is not None:
+        if mask.shape != ids.shape:
+            raise InputError(
+                f"attention_mask: wanted {tuple(ids.shape)} as input_ids, got {tuple(mask.shape)}"
+            )
+        mask = mask.to(model.device).long()
+        if not bool((mask.diff(dim=1) >= 0).all()):
+            raise InputError("attention_mask: wanted padding on the left only, got it elsewhere")
+        if bool(mask.all()):
+            mask = None
+    counts = [ids.shape[1]] * ids.shape[0] if mask is None else mask.sum(1).tolist()
+    if ids.shape[0] and min(counts) == 0:
+        raise InputError("input_ids: wanted at least one token in each row, got an empty prompt")
+    return ids, mask, lengths
+
+
+def generate_text(
+    model: CausalLM,
+    tokenizer: "Tokenizer",
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = _GREEDY,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] | frozenset[int] | None = None,
+) -> Iterator[str]:
+    """Continue one prompt, text piece by piece as soon as it is certain.
+
+    `stop` strings end the text before they appear in it, also where they straddle tokens: what may become one is held back.
+    `stop_ids` (by default the tokenizer's) end it too, and are not part of the text.
+    """
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise InputError(f"stop: wanted strings of at least one character, got {stop!r}")
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    batch, mask, _ = _batch(model, [ids], None)
+    ends = frozenset(tokenizer.stop_ids if stop_ids is None else stop_ids)
+    return _pieces(model, tokenizer, batch, mask, max_new_tokens, sampling, seed, stops, ends)
+
+
+def _pieces(
+    model: CausalLM,
+    tokenizer: "Tokenizer",
+    ids: Tensor,
+    mask: Tensor | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int | None,
+    stops: list[str],
+    ends: frozenset[int],
+) -> Iterator[str]:
+    generators = make_generators(seed, 1)
+    state = _Decoding(model, ids, mask, max_new_tokens, sampling)
+    stream = tokenizer.stream()
+    held = ""
+    for _ in range(state.steps):
+        token = int(state.step(generators))
+        if token in ends:
+            break
+        held += stream.push(token)
+        ready, held, stopped = split_at_stop(held, stops)
+        if ready:
+            yield ready
+        if stopped:
+            return
+    ready, held, stopped = split_at_stop(held + stream.flush(), stops)
+    if rest := ready if stopped else ready + held:
+        yield rest
+
+
+def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
+    """(text that is certain, text that may be the beginning of a stop string, whether one is complete)."""
+    found = [place for s in stops if (place := text.find(s)) >= 0]
+    if found:
+        return text[: min(found)], "", True
+    keep = 0
+    for s in stops:
+        for n in range(min(len(s) - 1, len(text)), keep, -1):
+            if text.endswith(s[:n]):
+                keep = n
+                break
+    return text[: len(text) - keep], text[len(text) - keep :], False

@@ -1,0 +1,634 @@
+"""The decoder: one layer class for every family in `fastlm.config.FAMILIES`, on `fastlm.ops`.
+
+Module and parameter names are Hugging Face's for the family, so that checkpoints load by name and what is saved loads
+in transformers. Rejected: a class per architecture (nine near copies), and one own naming with a table of renames.
+
+Shapes: B batch, S tokens of this call, T keys (cache included), E hidden_size, H / Hkv heads, D head_dim, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlm.checkpoint import load_state, save_hf
+from fastlm.config import ModelConfig
+from fastlm.errors import InputError
+from fastlm.ops import (
+    attention,
+    glu,
+    linear_cross_entropy,
+    quantized_linear,
+    rms_norm,
+    rope,
+    varlen_attention,
+)
+from fastlm.quant.model import quantization_config
+from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.quant.weight import QuantizedWeight
+from fastlm.rotary import RotaryTables
+
+IGNORE = -100  # label of a token without loss
+# module names of the norms (before attention, after it, before the MLP, after it)
+_NORMS = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+
+
+@dataclass
+class Output:
+    """loss: float32 scalar, with labels. logits: (B, S, V) in the model's dtype, without."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class KVCache:
+    """Keys and values of a batch, allocated once: (layers, 2, B, Hkv, capacity, D).
+
+    Sliding layers keep everything too: a ring buffer would save memory and cost a gather in each step.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (2, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        self.layers = [
+            torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        ]
+        self.capacity = capacity
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, Hkv, S, D) behind the `length` filled columns; views of all so far (B, Hkv, T, D)."""
+        keys, values = self.layers[layer]
+        end = self.length + k.shape[2]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+@dataclass
+class _Call:
+    """What one forward call tells all its layers."""
+
+    cu_seqlens: Tensor | None
+    cache: KVCache | None
+    visible: Tensor | None  # (B, 1, 1, T) bool: columns that hold a token
+    # per layer: cos, sin, (S, R) or (B, S, R), or None for a layer without positions
+    rotary: list[tuple[Tensor, Tensor] | None]
+
+
+class RMSNorm(nn.Module):
+    """`fastlm.ops.rms_norm` with its weight; Gemma's is stored minus one (`offset`)."""
+
+    def __init__(self, width: int, config: ModelConfig):
+        super().__init__()
+        self.eps, self.offset = config.rms_norm_eps, config.family.norm_offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        return rms_norm(x, self.weight, self.eps, residual=residual, offset=self.offset)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        family, heads, kv_heads = (
+            config.family,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+        self.layer, self.head_dim = layer, config.head_dim
+        self.scale, self.window = config.scale, config.window(layer)
+        self.softcap, self.dropout = config.attn_logit_softcapping, config.attention_dropout
+        self.q_width, self.kv_width = heads * self.head_dim, kv_heads * self.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        if family.fused_projections:
+            self.qkv_proj = nn.Linear(width, self.q_width + 2 * self.kv_width, bias=bias)
+        else:
+            self.q_proj = nn.Linear(width, self.q_width, bias=bias or family.qkv_bias)
+            self.k_proj = nn.Linear(width, self.kv_width, bias=bias or family.qkv_bias)
+            self.v_proj = nn.Linear(width, self.kv_width, bias=bias or family.qkv_bias)
+        self.o_proj = nn.Linear(self.q_width, width, bias=bias)
+        self.qk_norm = family.qk_norm
+        if self.qk_norm:
+            per_head = self.qk_norm == "head"
+            self.q_norm = RMSNorm(self.head_dim if per_head else self.q_width, config)
+            self.k_norm = RMSNorm(self.head_dim if per_head else self.kv_width, config)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, E) -> (B, S, H * D), twice (B, S, Hkv * D)."""
+        if "qkv_proj" in self._modules:
+            qkv = self.qkv_proj(x)
+            q, k, v = qkv.split((self.q_width, self.kv_width, self.kv_width), -1)
+            return q, k, v
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def forward(self, x: Tensor, call: _Call) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.project(x)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (B, S, heads, D)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
+        if (tables := call.rotary[self.layer]) is not None:
+            q, k = rope(q, k, *tables)
+        options: dict[str, Any] = {
+            "causal": True,
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        if call.cu_seqlens is not None:
+            q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * S, heads, D)
+            out = varlen_attention(q, k, v, call.cu_seqlens, **options)
+        else:
+            if call.cache is not None:
+                k, v = call.cache.append(self.layer, k, v)
+            out = attention(q, k, v, bias=call.visible, **options).transpose(1, 2)
+        return self.o_proj(out.reshape(batch, length, self.q_width))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        if config.family.fused_projections:
+            self.gate_up_proj = nn.Linear(width, 2 * inner, bias=bias)
+        else:
+            self.gate_proj = nn.Linear(width, inner, bias=bias)
+            self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.act = config.act
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if "gate_up_proj" in self._modules:
+            gate, up = self.gate_up_proj(x).chunk(2, -1)
+            return gate, up
+        return self.gate_proj(x), self.up_proj(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.project(x)
+        return self.down_proj(glu(gate, up, act=self.act))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.norms = _NORMS[config.family.norms]
+        for name in self.norms:
+            if name:
+                self.add_module(name, RMSNorm(config.hidden_size, config))
+
+    def _norm(self, position: int) -> nn.Module | None:
+        name = self.norms[position]
+        return self._modules[name] if name else None
+
+    def forward(self, stream: Tensor, branch: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+        """The residual stream arrives and leaves as two summands, so that the next norm adds them on its way."""
+        x, stream = _add_norm(self._norm(0), stream, branch)
+        branch = self.self_attn(x, call)
+        if after := self._norm(1):
+            branch = after(branch)
+        x, stream = _add_norm(self._norm(2), stream, branch)
+        branch = self.mlp(x)
+        if after := self._norm(3):
+            branch = after(branch)
+        return stream, branch
+
+
+def _add_norm(norm: nn.Module | None, stream: Tensor, branch: Tensor | None) -> Any:
+    """(norm(stream + branch), stream + branch)."""
+    if branch is None:
+        return (stream if norm is None else norm(stream)), stream
+    if norm is None:
+        stream = stream + branch
+        return stream, stream
+    return norm(branch, residual=stream)
+
+
+class Decoder(nn.Module):
+    """Everything below the head; ``model.`` in parameter names."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config)
+        made: dict[str, RotaryTables] = {}  # one per set of parameters, layers share them
+        self._rotary: list[RotaryTables | None] = []
+        for layer in range(config.num_hidden_layers):
+            parameters = config.rope(layer)
+            self._rotary.append(
+                None
+                if parameters is None
+                else made.setdefault(
+                    repr(parameters),
+                    RotaryTables(parameters, config.head_dim, config.max_position_embeddings),
+                )
+            )
+
+    @property
+    def by_length(self) -> bool:
+        return any(r is not None and r.by_length for r in self._rotary)
+
+    def regime(self, length: int) -> tuple[int, ...]:
+        """Contexts of two lengths can share a cache where this is equal; see `RotaryTables`."""
+        return tuple(r.regime(length) for r in self._rotary if r is not None)
+
+    def rotary(
+        self, positions: Tensor | int, count: int, longest: int, device: torch.device
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """Per layer cos, sin: of `count` positions from an int on, (S, R), or of a tensor of positions, (..., R)."""
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+        out: list[tuple[Tensor, Tensor] | None] = []
+        for tables in self._rotary:
+            if tables is None:
+                out.append(None)
+                continue
+            if id(tables) not in done:
+                cos, sin = tables.tables(longest, device)
+                if isinstance(positions, int):
+                    rows = slice(positions, positions + count)
+                    done[id(tables)] = cos[rows], sin[rows]
+                else:
+                    done[id(tables)] = cos[positions], sin[positions]
+            out.append(done[id(tables)])
+        return out
+
+    def forward(self, input_ids: Tensor, call: _Call) -> Tensor:
+        stream = self.embed_tokens(input_ids)
+        if (
+            self.config.family.scaled_embedding
+        ):  # rounded to the model's dtype, as Gemma was trained
+            stream = stream * torch.tensor(self.config.hidden_size**0.5, dtype=stream.dtype).item()
+        branch = None
+        for layer in self.layers:
+            stream, branch = layer(stream, branch, call)
+        return _add_norm(self.norm, stream, branch)[0]
+
+
+class CausalLM(nn.Module):
+    """A causal language model: ``model(input_ids).logits``, ``model(input_ids, labels=...).loss``, `generate`.
+
+    Parameters are float32 (``.to(dtype)`` as any module). Initialisation: normal(0, initializer_range), zero biases,
+    unit norms, drawn on the CPU from `seed` alone (torch's generator where it is None), the same for every dtype and device;
+    with `scaled_residual`, o_proj and down_proj are divided by sqrt(2 * layers) (GPT-2), which keeps the stream's
+    variance independent of the depth; without, it is transformers' initialisation.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, seed: int | None = None, scaled_residual: bool = True
+    ):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not self.model.embed_tokens.weight.is_meta:
+            self.initialize(seed, scaled_residual=scaled_residual)
+
+    @torch.no_grad()
+    def initialize(self, seed: int | None = None, *, scaled_residual: bool = True) -> None:
+        """Draw every parameter anew; see the class."""
+        generator = None
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+        shrink = 1 / math.sqrt(2 * self.config.num_hidden_layers) if scaled_residual else 1.0
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = name.endswith(("o_proj", "down_proj"))
+                std = self.config.initializer_range * (shrink if residual else 1.0)
+                draw = torch.empty(module.weight.shape, device="cpu")
+                module.weight.copy_(draw.normal_(0.0, std, generator=generator))
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0 - module.offset)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype activations have."""
+        return self.model.norm.weight.dtype
+
+    @property
+    def head_weight(self) -> Any:
+        """(V, E), Tensor or QuantizedWeight: lm_head's, or the embedding's where they are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        keep_quantized: bool = True,
+    ) -> "CausalLM":
+        """The model in a Hugging Face folder, a fastlm run folder or a .gguf file, in eval mode.
+
+        `dtype` is the activations' and the unquantized weights'; by default the file's own (float32 where all its
+        matrices are quantized). 4- and 8-bit weights stay so unless `keep_quantized` is False.
+        Raises InputError: see `fastlm.checkpoint.load_state`; a config or a tensor that the model does not have.
+        """
+        config_dict, tensors = load_state(path, keep_quantized=keep_quantized)
+        if not keep_quantized:
+            config_dict.pop("quantization_config", None)
+        config = ModelConfig.from_dict(config_dict)
+        with torch.device("meta"):
+            model = cls(config)
+        state = dict(tensors)
+        if dtype is None:
+            dtype = next(
+                (t.dtype for t in state.values() if isinstance(t, Tensor) and t.dim() == 2),
+                torch.float32,
+            )
+        modules = config.extra.get("quantization_config", {}).get("modules", {})
+        quantized = {}
+        for name in list(state):
+            value = state.pop(name)  # one at a time: never the whole model in two dtypes
+            if isinstance(value, QuantizedWeight):
+                quantized[name.removesuffix(".weight")] = value
+            elif not name.endswith("rotary_emb.inv_freq"):  # of old files
+                _put(model, name, value.to(dtype))
+        for name, weight in quantized.items():
+            _put_quantized(model, name, weight, dtype, modules.get(name, {}).get("act_bits", 16))
+        for name, parameter in model.named_parameters():
+            if parameter.is_meta:
+                raise InputError(f"{path}: wanted a tensor {name}, got none of that name")
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """A Hugging Face folder that `from_pretrained` and (unless quantized) transformers load; see `save_hf`."""
+        state: dict[str, Any] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                state[f"{name}.weight"] = module.weight
+        state.update(self.named_parameters())
+        config = self.config.to_dict()
+        config["dtype"] = config["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        before = config.pop("quantization_config", {})
+        linears = [m for m in self.modules() if isinstance(m, QuantizedLinear)]
+        if linears:
+            config["quantization_config"] = quantization_config(
+                self,
+                f"w{linears[0].bits}a{linears[0].act_bits}",
+                group_size=linears[0].group_size,
+                method=before.get("method", "rtn"),
+            )
+        save_hf(folder, config, state)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        shift_labels: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Output:
+        """``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without logits in memory, or the logits.
+
+        Args:
+            input_ids: (B, S) int64 or int32, in [0, vocab_size) (checked on the CPU).
+            labels: (B, S): shifted here, as in transformers; -100 has no loss.
+            shift_labels: (B, S): already shifted: the token after each position. One of the two.
+            num_items: divide the summed loss by this, not by the labels seen (gradient accumulation, several ranks).
+            cu_seqlens: (n + 1,) int32: the B * S tokens are n documents, one behind the other; positions restart,
+                attention stays inside, the last token of a document has no label from the next (with `labels`).
+            position_ids: (B, S) or (S,); by default from the cache's length, the mask or cu_seqlens.
+            attention_mask: (B, T), cache included: 0 marks padding, on the left of each row.
+            cache: filled by this call, which continues what it holds.
+            logits_to_keep: only the logits of so many last positions (0: all).
+
+        Raises InputError: shapes or ids that do not fit, or a context beyond max_position_embeddings.
+        """
+        self.check_ids(input_ids)
+        start = 0 if cache is None else cache.length
+        hidden = self._hidden(input_ids, start, cu_seqlens, position_ids, attention_mask, cache)
+        if labels is None and shift_labels is None:
+            return Output(logits=self.logits(hidden[:, -logits_to_keep:]))
+        if labels is not None and shift_labels is not None:
+            raise InputError("labels: wanted labels or shift_labels, got both")
+        name, target = (
+            ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        )
+        assert target is not None
+        if target.shape != input_ids.shape or target.dtype not in (torch.int64, torch.int32):
+            raise InputError(
+                f"{name}: wanted integers {tuple(input_ids.shape)} as input_ids,"
+                f" got {target.dtype} {tuple(target.shape)}"
+            )
+        if labels is not None:
+            rows = labels if cu_seqlens is None else labels.view(1, -1)
+            target = F.pad(rows[:, 1:], (0, 1), value=IGNORE)
+            if cu_seqlens is not None:
+                ends = (
+                    cu_seqlens[1:].long() - 1
+                )  # an empty first document: -1, the last row, has no label anyway
+                target = target.index_fill(1, ends % target.shape[1], IGNORE)
+        head = self.head_weight
+        if isinstance(head, QuantizedWeight):
+            head = head.dequantize(hidden.dtype)
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            head,
+            target.flatten(),
+            softcap=self.config.final_logit_softcapping,
+            ignore_index=IGNORE,
+            num_items=num_items,
+        )
+        return Output(loss=loss)
+
+    def next_logits(
+        self, input_ids: Tensor, cache: KVCache, attention_mask: Tensor | None
+    ) -> Tensor:
+        """(B, S) new ids, checked already, behind what the cache holds -> (B, V): one step of generation."""
+        hidden = self._hidden(input_ids, cache.length, None, None, attention_mask, cache)
+        return self.logits(hidden[:, -1])
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """InputError unless these are (B, S) integers and, where that can be read cheaply, in the vocabulary."""
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(
+                f"input_ids: wanted integers (B, S), got {input_ids.dtype} {tuple(input_ids.shape)}"
+            )
+        if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+            return  # reading the values would break the graph, or wait for the device
+        low, high = torch.aminmax(input_ids)
+        if low < 0 or high >= self.config.vocab_size:
+            bad = int(low if low < 0 else high)
+            raise InputError(f"input_ids: wanted ids in [0, {self.config.vocab_size}), got {bad}")
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        start: int,
+        cu_seqlens: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """(B, S) ids -> (B, S, E), normed; `start` columns lie in the cache."""
+        batch, length = input_ids.shape
+        longest = start + length
+        if cache is not None and longest > cache.capacity:
+            raise InputError(f"cache: wanted capacity for {longest} tokens, got {cache.capacity}")
+        visible, context = None, longest  # context: the length that the rotary tables cover
+        if position_ids is not None and not torch.compiler.is_compiling() and position_ids.numel():
+            context = int(position_ids.max()) + 1
+        if cu_seqlens is not None:
+            if cache is not None or attention_mask is not None:
+                raise InputError("cu_seqlens: wanted without cache and attention_mask, got both")
+            if position_ids is None:
+                context = batch * length
+                position_ids = packed_positions(cu_seqlens, context).view(batch, length)
+                if self.model.by_length:  # waits for the device, for longrope and dynamic only
+                    context = int(cu_seqlens.diff().max())
+        elif attention_mask is not None:
+            if attention_mask.shape != (batch, longest):
+                raise InputError(
+                    f"attention_mask: wanted ({batch}, {longest}), got {tuple(attention_mask.shape)}"
+                )
+            visible = attention_mask.bool()[:, None, None]
+            if position_ids is None:
+                counted = attention_mask.long().cumsum(-1)[:, start:] - 1
+                position_ids = counted.clamp(min=0)
+        if (
+            cu_seqlens is None and longest > self.context_limit
+        ):  # packed: each document's length counts
+            raise InputError(
+                f"input_ids: wanted at most max_position_embeddings {self.context_limit} tokens, got {longest}"
+            )
+        rotary = self.model.rotary(
+            start if position_ids is None else position_ids, length, context, input_ids.device
+        )
+        hidden = self.model(input_ids, _Call(cu_seqlens, cache, visible, rotary))
+        if cache is not None:
+            cache.length = longest
+        return hidden
+
+    @property
+    def context_limit(self) -> int:
+        """Longest context: positions beyond max_position_embeddings were never trained, and are refused, except
+        where dynamic scaling is made for them."""
+        dynamic = self.config.rope_parameters.get("rope_type") == "dynamic"
+        return 2**31 if dynamic else self.config.max_position_embeddings
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., E) -> (..., V), softcapped where the family does."""
+        if not self.config.tie_word_embeddings:
+            out = self.lm_head(hidden)
+        elif isinstance(weight := self.head_weight, QuantizedWeight):
+            out = quantized_linear(hidden, weight)
+        else:
+            out = F.linear(hidden, weight)
+        cap = self.config.final_logit_softcapping
+        return out if cap is None else cap * torch.tanh(out / cap)
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop_ids: Sequence[int] | frozenset[int] = (),
+        attention_mask: Tensor | None = None,
+        on_token: Callable[[int, int], Any] | None = None,
+    ) -> Any:
+        """Continue each row by up to `max_new_tokens` tokens; see `fastlm.generation.generate`."""
+        from fastlm.generation import generate
+        from fastlm.sampling import Sampling
+
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        return generate(
+            self,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop_ids=stop_ids,
+            attention_mask=attention_mask,
+            on_token=on_token,
+        )
+
+
+def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Position of each of `total` packed tokens inside its document, (total,) int64."""
+    index = torch.arange(total, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
+    return index - cu_seqlens.long()[document]
+
+
+def _module_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter `name`, and its name there."""
+    parent, _, last = name.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+        if last in module._parameters and module._parameters[last] is not None:
+            return module, last
+    except AttributeError:
+        pass
+    raise InputError(f"{name}: wanted tensors of the model only, got one it does not have")
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    module, last = _module_of(model, name)
+    wanted = module._parameters[last]
+    assert wanted is not None
+    if wanted.shape != value.shape:
+        raise InputError(f"{name}: wanted {tuple(wanted.shape)}, got {tuple(value.shape)}")
+    module._parameters[last] = nn.Parameter(value)
+
+
+def _put_quantized(
+    model: nn.Module, name: str, weight: QuantizedWeight, dtype: torch.dtype, act_bits: int
+) -> None:
+    old, _ = _module_of(model, f"{name}.weight")
+    if old.weight.shape != weight.shape:
+        raise InputError(f"{name}: wanted {tuple(old.weight.shape)}, got {weight.shape}")
+    parent, _, last = name.rpartition(".")
+    new = (
+        QuantizedEmbedding(weight, dtype=dtype)
+        if isinstance(old, nn.Embedding)
+        else QuantizedLinear(weight, getattr(old, "bias", None), act_bits=act_bits)
+    )
+    setattr(model.get_submodule(parent), last, new)

@@ -1,0 +1,204 @@
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864): tables of cosines and sines, and the ways to stretch them.
+
+``rope_type`` is Hugging Face's: ``default``; ``linear`` (Chen et al. 2023, arXiv:2306.15595); ``dynamic`` (NTK, base grows with the length);
+``yarn`` (Peng et al. 2023, arXiv:2309.00071); ``llama3`` (Llama 3.1's report, arXiv:2407.21783); ``longrope`` (Ding et
+al. 2024, arXiv:2402.13753; Phi-3).
+
+Frequencies and angles are float32, as the checkpoints were trained with; float64 angles would be truer and would
+differ from every other program at position 10^5. Tables are made once per model and grow by doubling; a module
+that computes cos and sin in each forward pass costs about a tenth of a small model's decode step.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.errors import InputError
+
+ROPE_TYPES = {  # -> the entries each needs besides rope_theta
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("original_max_position_embeddings",),
+    "llama3": (
+        *("factor", "low_freq_factor", "high_freq_factor"),
+        "original_max_position_embeddings",
+    ),
+    "longrope": ("long_factor", "short_factor", "original_max_position_embeddings"),
+}
+_NUMBERS = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    *("original_max_position_embeddings", "attention_factor", "partial_rotary_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+)
+
+
+def rotary_width(rope: Mapping[str, Any], head_dim: int) -> int:
+    """How many of a head's features turn."""
+    return int(head_dim * rope.get("partial_rotary_factor", 1.0))
+
+
+def check_rope(rope: Any, head_dim: int, where: str) -> None:
+    """InputError for an unknown rope_type, a missing entry or an impossible number."""
+    if not isinstance(rope, Mapping):
+        raise InputError(f"{where}: wanted a dict, got {rope!r}")
+    kind = rope.get("rope_type")
+    if kind not in ROPE_TYPES:
+        raise InputError(f"{where}: rope_type: wanted one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+    for name in ("rope_theta", *ROPE_TYPES[kind]):
+        if rope.get(name) is None:
+            raise InputError(f"{where}: {name}: wanted for rope_type {kind}, got none")
+    for name in _NUMBERS:
+        value = rope.get(name)
+        if value is None:
+            continue
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 < value < math.inf
+        ):
+            raise InputError(f"{where}: {name}: wanted a positive number, got {value!r}")
+    if rope["rope_theta"] <= 1:
+        raise InputError(f"{where}: rope_theta: wanted more than 1, got {rope['rope_theta']!r}")
+    width = rotary_width(rope, head_dim)
+    if width < 2 or width % 2 or width > head_dim:
+        raise InputError(
+            f"{where}: wanted an even number of turned features up to head_dim {head_dim}, got {width}"
+        )
+    if kind == "dynamic" and width == 2:
+        raise InputError(f"{where}: rope_type dynamic: wanted more than 2 turned features, got 2")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise InputError(
+            f"{where}: low_freq_factor: wanted less than high_freq_factor"
+            f" {rope['high_freq_factor']}, got {rope['low_freq_factor']}"
+        )
+    if kind == "longrope":
+        for name in ("long_factor", "short_factor"):
+            factors = rope[name]
+            if (
+                not isinstance(factors, list | tuple)
+                or len(factors) != width // 2
+                or not all(isinstance(f, int | float) and f > 0 for f in factors)
+            ):
+                raise InputError(
+                    f"{where}: {name}: wanted {width // 2} positive numbers, got {factors!r}"
+                )
+
+
+def frequencies(
+    rope: Mapping[str, Any], head_dim: int, max_position_embeddings: int, length: int
+) -> tuple[Tensor, float]:
+    """Angle per position of each pair, (width / 2) float32, and the factor on cosines and sines.
+
+    `length` is the whole context's; only dynamic and longrope look at it.
+    """
+    kind, base = rope["rope_type"], rope["rope_theta"]
+    width = rotary_width(rope, head_dim)
+    exponents = torch.arange(0, width, 2, dtype=torch.int64, device="cpu").float() / width
+    if kind == "dynamic":
+        factor, longest = rope["factor"], max(length, max_position_embeddings)
+        stretch = factor * longest / max_position_embeddings - (factor - 1)
+        return 1.0 / (base * stretch ** (width / (width - 2))) ** exponents, 1.0
+    turn = base**exponents
+    if kind == "linear":
+        return 1.0 / turn / rope["factor"], 1.0
+    if kind == "yarn":
+        return _yarn(rope, turn, width, max_position_embeddings)
+    if kind == "llama3":
+        return _llama3(rope, 1.0 / turn), 1.0
+    if kind == "longrope":
+        original = rope["original_max_position_embeddings"]
+        factor = rope.get("factor") or max_position_embeddings / original
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        stretch = rope["long_factor" if length > original else "short_factor"]
+        stretch = torch.tensor(stretch, dtype=torch.float32, device="cpu")
+        return 1.0 / (stretch * turn), rope.get("attention_factor") or scale
+    return 1.0 / turn, 1.0
+
+
+def _yarn(
+    rope: Mapping[str, Any], turn: Tensor, width: int, max_position_embeddings: int
+) -> tuple[Tensor, float]:
+    """Pairs that turn often in the original context stay, those that turn less than once are stretched by factor,
+    a ramp between."""
+    original = rope["original_max_position_embeddings"]
+    factor = rope.get("factor") or max_position_embeddings / original
+
+    def mscale(weight: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    def pair(turns: float) -> float:
+        """The pair that makes so many turns over the original context."""
+        theta = math.log(rope["rope_theta"])
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * theta)
+
+    low, high = pair(rope.get("beta_fast") or 32), pair(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    if low == high:
+        high += 0.001  # no division by zero
+    ramp = torch.arange(width // 2, dtype=torch.float32, device="cpu")
+    keep = 1 - ((ramp - low) / (high - low)).clamp(0, 1)
+    freq = 1.0 / (factor * turn) * (1 - keep) + 1.0 / turn * keep
+    scale = rope.get("attention_factor")
+    if scale is None:
+        both = rope.get("mscale") and rope.get("mscale_all_dim")
+        scale = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"]) if both else mscale()
+    return freq, scale
+
+
+def _llama3(rope: Mapping[str, Any], freq: Tensor) -> Tensor:
+    """Wavelengths beyond original / low_freq_factor are stretched by factor, below original / high_freq_factor kept,
+    a blend between."""
+    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    wavelength = 2 * math.pi / freq
+    blend = (original / wavelength - low) / (high - low)
+    blended = (1 - blend) * freq / factor + blend * freq
+    stretched = torch.where(wavelength > original / low, freq / factor, freq)
+    between = (wavelength >= original / high) & (wavelength <= original / low)
+    return torch.where(between, blended, stretched)
+
+
+class RotaryTables:
+    """Cosines and sines of one set of rotary parameters, kept per device and regime.
+
+    A *regime* is the range of context lengths with the same frequencies: one for all lengths, except that longrope
+    has two, and dynamic one per length beyond the original context. Keys turned in one regime do not fit queries of another.
+    """
+
+    def __init__(self, rope: Mapping[str, Any], head_dim: int, max_position_embeddings: int):
+        self.rope, self.head_dim, self.max_position = rope, head_dim, max_position_embeddings
+        self._tables: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the context."""
+        return self.rope["rope_type"] in ("dynamic", "longrope")
+
+    def regime(self, length: int) -> int:
+        kind = self.rope["rope_type"]
+        if kind == "dynamic":
+            return length if length > self.max_position else 0
+        if kind == "longrope":
+            return int(length > self.rope["original_max_position_embeddings"])
+        return 0
+
+    def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, (>= length, width) float32 as `fastlm.ops.rope` takes them, for a context of `length`."""
+        key = (device, self.regime(length))
+        found = self._tables.get(key)
+        if found is None or found[0].shape[0] < length:
+            rows = max(length, 128 if found is None else 2 * found[0].shape[0])
+            with torch.inference_mode(False):  # tables made by generation serve training too
+                freq, scale = frequencies(self.rope, self.head_dim, self.max_position, length)
+                angles = torch.arange(rows, dtype=torch.float32, device="cpu")[:, None] * freq
+                angles = torch.cat((angles, angles), -1)
+                found = (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
+            if key[1] == 0 or self.rope["rope_type"] != "dynamic":  # dynamic: one use each
+                self._tables[key] = found
+        return found

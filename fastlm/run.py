@@ -1,0 +1,228 @@
+"""A recipe as a chain of stages in a run folder: data, tokenizer, shards, pretrain, eval, quantize, report.
+
+A stage's fingerprint covers its part of the recipe, the fingerprint of the stages before and the version of its code. What
+stages.json records with the same fingerprint and whose files are still there is skipped; a stage that was cut off goes on
+where it was (pretrain) or starts again; one whose inputs have changed starts from nothing. A make-like comparison of
+times was the alternative: it reruns everything after a copy of the folder.
+"""
+
+import fcntl
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastlm.checkpoint import make_folder, save_atomic
+from fastlm.errors import InputError
+from fastlm.progress import silent
+from fastlm.recipe import Recipe, load_recipe
+
+STAGES = "stages.json"
+SUMMARY = "summary.json"
+# Raised where a stage gives other results for the same recipe
+VERSIONS = {
+    "data": 1, "tokenizer": 1, "shards": 1, "pretrain": 1, "eval": 1, "quantize": 1, "report": 1,
+}  # fmt: skip
+
+
+@dataclass
+class Context:
+    """What a stage sees: the recipe, the folder, the results of the stages before."""
+
+    recipe: Recipe
+    out: Path
+    cache: Path
+    command: str
+    track: Callable = silent
+    on_event: Callable[[dict[str, Any]], None] | None = None
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``inputs``: what of the recipe it depends on; ``outputs``: files or folders it leaves in the run folder;
+    ``run`` returns a JSON-serialisable result.
+    """
+
+    name: str
+    inputs: Callable[[Recipe], Any]
+    outputs: tuple[str, ...]
+    run: Callable[[Context], dict[str, Any]]
+
+
+def run_recipe(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    cache: Path | None = None,
+    until: str | None = None,
+    command: str | None = None,
+    track=silent,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Runs what has not been run of the recipe at ``path`` into ``out`` (default runs/NAME); -> summary.
+
+    ``until`` names the last stage; ``on_event`` sees {"stage", "state": "skipped" | "started" | "done"} and the
+    lines of metrics. InputError: the recipe, its data, a run folder that is in use or cannot be written.
+    """
+    from fastlm.data.packages import default_cache
+    from fastlm.stages import CHAIN
+
+    recipe = load_recipe(path, overrides)
+    names = [stage.name for stage in CHAIN]
+    if until is not None and until not in names:
+        raise InputError(f"until: wanted one of {', '.join(names)}, got {until!r}")
+    out = Path("runs") / recipe.name if out is None else Path(out)
+    make_folder(out)
+    chain = CHAIN[: names.index(until) + 1] if until else CHAIN
+    context = Context(
+        recipe, out, cache or default_cache(), command or f"fastlm run {path}", track, on_event
+    )
+    with _locked(out):
+        record = _load_record(out)
+        save_atomic(out / "recipe.json", lambda p: _dump(p, asdict(recipe)))
+        upstream = ""
+        for stage in chain:
+            upstream = _fingerprint(stage, recipe, upstream)
+            _run_stage(stage, upstream, record, context)
+    return context.results.get("report", {}) or dict(context.results)
+
+
+def _run_stage(stage: Stage, fingerprint: str, record: dict[str, Any], context: Context) -> None:
+    tell = context.on_event or (lambda event: None)
+    done = record.get(stage.name, {})
+    finished = done.get("fingerprint") == fingerprint and "outputs" in done
+    if finished and _sizes(context.out, stage.outputs) == done["outputs"]:
+        tell({"stage": stage.name, "state": "skipped"})
+    else:
+        if done.get("fingerprint") != fingerprint or finished:
+            _clear(context.out, stage.outputs)
+        record[stage.name] = {"fingerprint": fingerprint}  # begun: what it leaves belongs to this
+        _save_record(context.out, record)
+        tell({"stage": stage.name, "state": "started"})
+        began = time.perf_counter()
+        result = _writing(stage, context)
+        seconds = max(time.perf_counter() - began, result.get("used_seconds", 0.0))
+        done = {
+            "fingerprint": fingerprint, "seconds": seconds, "result": result,
+            "outputs": _sizes(context.out, stage.outputs),
+        }  # fmt: skip
+        record[stage.name] = done
+        _save_record(context.out, record)
+        tell({"stage": stage.name, "state": "done", "seconds": seconds})
+    context.results[stage.name] = done["result"]
+    context.seconds[stage.name] = done["seconds"]
+
+
+def _writing(stage: Stage, context: Context) -> dict[str, Any]:
+    """A full disk or a read-only folder is told in one line, whoever met it."""
+    try:
+        return stage.run(context)
+    except OSError as e:
+        where = e.filename or context.out
+        raise InputError(f"{stage.name}: {where}: {e.strerror or e}") from e
+
+
+def _fingerprint(stage: Stage, recipe: Recipe, upstream: str) -> str:
+    parts = [stage.name, VERSIONS[stage.name], stage.inputs(recipe), upstream]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def source_states(recipe: Recipe) -> list[Any]:
+    """Local sources by names, sizes and times of their files; packages by their spec."""
+    states: list[Any] = []
+    for source in recipe.data.sources:
+        path = Path(source.partition("#")[0])
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+        else:
+            files = [path] if path.is_file() else []
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        states.append([source, stats])
+    return states
+
+
+def _sizes(out: Path, outputs: Sequence[str]) -> dict[str, int] | None:
+    """Bytes of every file below the outputs; None where one is missing."""
+    sizes = {}
+    for output in outputs:
+        path = out / output
+        if not path.exists():
+            return None
+        for p in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if p.is_file():
+                sizes[str(p.relative_to(out))] = p.stat().st_size
+    return sizes
+
+
+def _clear(out: Path, outputs: Sequence[str]) -> None:
+    """Renamed away first: a deletion that is cut off leaves nothing under a final name."""
+    import shutil
+
+    try:
+        for output in outputs:
+            path = out / output
+            old = path.with_name(f".{path.name}.old")
+            if old.exists():
+                shutil.rmtree(old)
+            if path.is_dir():
+                path.rename(old)
+                shutil.rmtree(old)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as e:
+        raise InputError(f"{e.filename or out}: cannot be cleared: {e.strerror}") from e
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One run at a time in a folder; the lock ends with the process."""
+    try:
+        file = open(out / ".lock", "a")  # noqa: SIM115: closed below
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written: {e.strerror}") from e
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another fastlm run is at work in this folder") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _load_record(out: Path) -> dict[str, Any]:
+    path = out / STAGES
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        return {name: dict(entry) for name, entry in record.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise InputError(
+            f"{path}: wanted the record of a run: {e}; delete it to start again"
+        ) from None
+
+
+def _save_record(out: Path, record: dict[str, Any]) -> None:
+    save_atomic(out / STAGES, lambda p: _dump(p, record))
+
+
+def _dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """What ran here, for a report."""
+    from fastlm.backend import info
+
+    have = info()
+    keys = ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python")
+    return {**{k: have.get(k) for k in keys}, "system": platform.platform()}

@@ -1,0 +1,137 @@
+"""From logits to the next token: penalties, filters, and draws that a seed repeats.
+
+The order is transformers': repetition penalty, temperature, top-k, top-p, min-p. Filters work on candidates sorted by
+logit, so that a draw is one uniform number against a cumulative sum. Rejected: masking the vocabulary with -inf and
+``torch.multinomial`` over it; at V = 49152 a full sort takes longer than a layer, and the draw depends on the device.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlm.errors import InputError
+
+# Candidates that top-p and min-p look at before they sort the whole vocabulary: text models put 0.95 on fewer
+_FIRST_LOOK = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose a token; None switches a filter off.
+
+    temperature: divides the logits; 0 is greedy, whatever the filters say.
+    top_k: only the k likeliest.
+    top_p: the fewest likeliest that together reach this probability, at least one.
+    min_p: only those at least min_p as likely as the likeliest.
+    repetition_penalty: logits of tokens already in the row are divided by it where positive, multiplied where negative.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, ">= 0"),
+            ("top_k", self.top_k, self.top_k is None or _whole(self.top_k) >= 1, ">= 1 or None"),
+            (
+                "top_p",
+                self.top_p,
+                self.top_p is None or 0 < _number(self.top_p) <= 1,
+                "in (0, 1] or None",
+            ),
+            (
+                "min_p",
+                self.min_p,
+                self.min_p is None or 0 <= _number(self.min_p) <= 1,
+                "in [0, 1] or None",
+            ),
+            (
+                *("repetition_penalty", self.repetition_penalty),
+                *(0 < _number(self.repetition_penalty) < math.inf, "> 0"),
+            ),
+        )
+        for name, value, good, wanted in checks:
+            if not good:
+                raise InputError(f"{name}: wanted {wanted}, got {value!r}")
+
+    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that may be drawn: probabilities (B, C) float64, falling, 0 behind a row's last, and ids (B, C).
+
+        `logits` (B, V) float32, penalised already; temperature > 0.
+        """
+        scaled = logits / self.temperature
+        vocab = scaled.shape[1]
+        if self.top_k is not None:
+            values, ids = _largest(scaled, min(self.top_k, vocab))
+            return self._filter(values, torch.logsumexp(values.double(), -1, keepdim=True)), ids
+        total = torch.logsumexp(scaled.double(), -1, keepdim=True)
+        if self.top_p is None and self.min_p is None:
+            return (scaled.double() - total).exp(), torch.arange(
+                vocab, device=logits.device
+            ).expand_as(scaled)
+        if vocab > 2 * _FIRST_LOOK:
+            values, ids = _largest(scaled, _FIRST_LOOK)
+            probabilities = self._filter(values, total)
+            if bool((probabilities[:, -1] == 0).all()):  # each row's last candidate is among these
+                return probabilities, ids
+        values, ids = scaled.sort(descending=True, stable=True)
+        return self._filter(values, total), ids
+
+    def _filter(self, values: Tensor, total: Tensor) -> Tensor:
+        """Probabilities of sorted logits (B, C) whose row has logsumexp `total`, filtered ones 0."""
+        p = (values.double() - total).exp()
+        if self.top_p is not None and self.top_p < 1:
+            before = p.cumsum(-1) - p
+            p = p.masked_fill(before >= self.top_p, 0.0)  # the first has 0 before it
+        if self.min_p is not None:
+            p = p.masked_fill(p < self.min_p * p[:, :1], 0.0)
+        return p
+
+    def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """One token per row, (B,) int64, from (B, V) logits and one CPU generator per row."""
+        logits = logits.float()
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        p, ids = self.candidates(logits)
+        draws = [torch.rand(1, dtype=torch.float64, device="cpu", generator=g) for g in generators]
+        u = torch.cat(draws)[:, None].to(logits.device)
+        reached = p.cumsum(-1)
+        # u < 1, so the first sum above u * total has p > 0
+        place = torch.searchsorted(reached, u * reached[:, -1:], right=True)
+        return ids.gather(-1, place.clamp(max=p.shape[1] - 1))[:, 0]
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """(B, V) logits with those of `seen` (B, V) bool tokens made less likely (CTRL, arXiv:1909.05858)."""
+    weakened = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, weakened, logits)
+
+
+def make_generators(seed: int | None, rows: int) -> list[torch.Generator]:
+    """A CPU generator per row. Row r of seed s draws what a single row of seed s + r draws."""
+    if seed is not None and not 0 <= _whole(seed) < 2**63:
+        raise InputError(f"seed: wanted an integer in [0, 2^63) or None, got {seed!r}")
+    if seed is None:
+        seed = int(torch.randint(2**62, (), device="cpu"))
+    return [torch.Generator("cpu").manual_seed((seed + r) % 2**63) for r in range(rows)]
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    top = torch.topk(values, count, dim=-1)
+    return top.values, top.indices
+
+
+def _number(value: object) -> float:
+    """NaN, which fails every comparison, for what is not a number."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if good else math.nan  # type: ignore[arg-type]
+
+
+def _whole(value: object) -> float:
+    return _number(value) if isinstance(value, int) else math.nan

@@ -1,0 +1,411 @@
+"""The training loop: one for every stage. What is trained on is an ``Objective``, next-token prediction is ``pretrain``.
+
+A step: micro-batches of the objective, backward with the global token count, clip and AdamW in one pass, one line in
+metrics.jsonl. A checkpoint remembers how long metrics.jsonl was; starting the same command again cuts it there and
+goes on, so that it holds every step once. Ctrl-C ends the running step, saves and says where.
+
+The loss is read back every step: a loss that is not finite has to stop the run before it spoils the next checkpoint.
+"""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.errors import InputError
+from fastlm.optim import AdamW
+from fastlm.progress import silent
+from fastlm.train.schedule import SCHEDULES, due, learning_rate, progress
+from fastlm.train.state import list_checkpoints, load_checkpoint, prune, save_checkpoint
+
+METRICS = "metrics.jsonl"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient is not finite: the step, its batch and the last good checkpoint, in one line."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the checkpoint that its text names."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """``max_steps`` or ``max_seconds`` ends the run, whichever comes first; the schedule is spread over it.
+
+    ``validations`` are evenly spaced, ``sample_at`` are moments between 0 (before the first step) and 1 (the end).
+    """
+
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    accumulate: int = 1
+    dtype: str = "bfloat16"
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    warmup: float = 0.02
+    decay: float = 0.2
+    final_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float | None = 1.0
+    seed: int = 0
+    validations: int = 20
+    val_tokens: int = 1 << 16
+    sample_at: tuple[float, ...] = (0.0, 0.02, 0.1, 0.3, 1.0)
+    sample_prompt: str = ""
+    sample_tokens: int = 80
+    checkpoint_every: int = 200
+    keep: int = 2
+
+    def check(self) -> None:
+        """InputError names the option."""
+        if self.max_steps is None and self.max_seconds is None:
+            raise InputError("max_steps, max_seconds: wanted at least one of them, got neither")
+        for name in ("max_steps", "max_seconds", "max_grad_norm", "lr", "eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name}: wanted a positive number, got {value}")
+        for name in ("accumulate", "checkpoint_every", "keep", "val_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+        for name in ("validations", "sample_tokens", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+        shares = {"warmup": self.warmup, "decay": self.decay, "final_lr": self.final_lr}
+        shares |= {f"betas[{i}]": b for i, b in enumerate(self.betas)}
+        shares |= {f"sample_at[{i}]": s for i, s in enumerate(self.sample_at)}
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise InputError(f"{name}: wanted 0 to 1, got {value}")
+        if self.schedule not in SCHEDULES:
+            raise InputError(
+                f"schedule: wanted one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """``seconds`` and ``tokens`` over the whole run, interruptions included; ``metrics`` of the last validation."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    loss: float | None
+    metrics: dict[str, float]
+
+
+class Objective(Protocol):
+    """What a stage trains on. The loop owns everything else."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to fit: data, sizes."""
+        ...
+
+    def next_batch(self) -> Any: ...
+
+    def num_items(self, batch: Any) -> int:
+        """Tokens of the batch that the loss counts."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any, num_items: int) -> Tensor:
+        """Sum over the batch / ``num_items`` (of all micro-batches of the step)."""
+        ...
+
+    def position(self) -> str:
+        """Where in the data the next batch begins, for an error message."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def validate(self, model: nn.Module) -> dict[str, float]: ...
+
+    def sample(self, model: nn.Module) -> str | None: ...
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def train(
+    model: nn.Module,
+    objective: Objective,
+    options: TrainOptions,
+    run_dir: Path,
+    *,
+    track=silent,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Trains ``model`` in place to the end of the budget, from the last checkpoint in ``run_dir`` if there is one.
+
+    Leaves metrics.jsonl and checkpoints/ there; ``on_event`` sees every line of metrics as it is written.
+    InputError: options, a checkpoint of another run, a folder that cannot be written. NonFiniteError, Interrupted.
+    """
+    options.check()
+    loop = _Loop(model, objective, options, Path(run_dir), on_event)
+    with loop.metrics, _deferred_interrupt() as interrupted:
+        loop.begin()
+        ticks = loop.ticks(interrupted)
+        for _ in track(ticks, "training", total=loop.total_ticks(), unit=loop.unit()):
+            pass
+        return loop.result()
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C (or SIGTERM) only sets the event; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals belong to the main thread
+        return
+
+    def ask(number, frame) -> None:
+        del number, frame
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout, and training's random numbers untouched."""
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        model.train()
+
+
+class _Loop:
+    def __init__(self, model, objective, options: TrainOptions, run_dir: Path, on_event) -> None:
+        self.model, self.objective, self.options = model, objective, options
+        self.run_dir, self.on_event = run_dir, on_event
+        model.to(DTYPES[options.dtype])
+        model.train()
+        self.optimizer = AdamW(
+            parameter_groups(model, options.weight_decay),
+            lr=options.lr,
+            betas=options.betas,
+            eps=options.eps,
+            master_weights=options.dtype != "float32",
+            max_grad_norm=options.max_grad_norm or math.inf,  # the norm is measured either way
+        )
+        self.step = self.tokens = 0
+        self.used = 0.0  # seconds of earlier sittings
+        self.training_seconds = 0.0  # of steps alone: what tokens_per_second means
+        self.done = -1.0  # progress at the end of the last step; below 0: nothing happened yet
+        self.loss: float | None = None
+        self.last_metrics: dict[str, float] = {}
+        self.saved_step = -1
+        self.started = time.perf_counter()
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self.metrics = open(run_dir / METRICS, "a+b")  # noqa: SIM115: closed by train()
+        except OSError as e:
+            raise InputError(f"{run_dir}: cannot be written: {e.strerror}") from None
+
+    # the budget
+
+    def seconds(self) -> float:
+        return self.used + time.perf_counter() - self.started
+
+    def progress(self) -> float:
+        o = self.options
+        return progress(self.step, self.seconds(), o.max_steps, o.max_seconds)
+
+    def finished(self) -> bool:
+        return self.done >= 1.0
+
+    def unit(self) -> str:
+        return "steps" if self.options.max_seconds is None else "s"
+
+    def total_ticks(self) -> int:
+        """A tick is a step, or a second of the budget."""
+        o = self.options
+        if o.max_seconds is None:
+            return max((o.max_steps or 0) - self.step, 0)
+        return max(int(o.max_seconds - self.seconds()), 0)
+
+    def ticks(self, interrupted: threading.Event) -> Iterator[None]:
+        """Trains; yields a tick after every step, or for every second of the budget that passed."""
+        total, first, ticks = self.total_ticks(), self.seconds(), 0
+        while not self.finished():
+            self.advance()
+            if interrupted.is_set() and not self.finished():
+                raise Interrupted(f"stopped after step {self.step}; saved in {self.save()}")
+            by_time = min(int(self.seconds() - first), total)
+            while ticks < by_time or (self.options.max_seconds is None and ticks < total):
+                ticks += 1
+                yield
+                if self.options.max_seconds is None:
+                    break
+
+    # a step
+
+    def advance(self) -> None:
+        """One step with what is due after it."""
+        o = self.options
+        began = time.perf_counter()
+        lr = learning_rate(
+            progress(self.step + 0.5, self.seconds(), o.max_steps, o.max_seconds),
+            lr=o.lr, schedule=o.schedule, warmup=o.warmup, decay=o.decay, final_lr=o.final_lr,
+        )  # fmt: skip
+        position = self.objective.position()
+        batches = [self.objective.next_batch() for _ in range(o.accumulate)]
+        num_items = sum(self.objective.num_items(batch) for batch in batches)
+        total: Tensor | float = 0.0
+        for batch in batches:
+            loss = self.objective.loss(self.model, batch, num_items)
+            loss.backward()
+            total = total + loss.detach().float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss_value = float(total)
+        if not math.isfinite(loss_value):
+            raise self.not_finite("loss", loss_value, position)
+        norm = self.update()
+        if not math.isfinite(norm):
+            raise self.not_finite("gradient norm", norm, position)
+        self.step += 1
+        self.tokens += num_items
+        took = time.perf_counter() - began
+        self.training_seconds += took
+        self.loss = loss_value
+        self.log({
+            "step": self.step, "loss": loss_value, "lr": lr, "grad_norm": norm, "tokens": self.tokens,
+            "tokens_per_second": num_items / took, "seconds": self.seconds(),
+        })  # fmt: skip
+        self.moments()
+        if self.finished() or self.step % o.checkpoint_every == 0:
+            self.save()
+
+    def update(self) -> float:
+        """Clip and step; -> the gradient's norm before clipping."""
+        self.optimizer.step()
+        norm = float(self.optimizer.grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def not_finite(self, what: str, value: float, position: str) -> NonFiniteError:
+        good = list_checkpoints(self.run_dir)
+        return NonFiniteError(
+            f"step {self.step + 1}: the {what} is {value}; batch: {position}; "
+            f"last good checkpoint: {good[-1] if good else 'none'}"
+        )
+
+    def moments(self) -> None:
+        """Validations and samples that fall between the last step and now."""
+        o, before = self.options, self.done
+        self.done = self.progress()
+        if due(
+            (i / o.validations for i in range(o.validations + 1 if o.validations else 0)),
+            before,
+            self.done,
+        ):
+            with _evaluating(self.model):
+                self.last_metrics = self.objective.validate(self.model)
+            self.log({"step": self.step, **self.last_metrics})
+        if due(o.sample_at, before, self.done):
+            with _evaluating(self.model):
+                text = self.objective.sample(self.model)
+            if text is not None:
+                self.log({"step": self.step, "sample": text, "progress": self.done})
+
+    # what stays
+
+    def log(self, event: dict[str, Any]) -> None:
+        try:
+            self.metrics.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
+            self.metrics.flush()
+        except OSError as e:
+            raise InputError(f"{self.run_dir / METRICS}: cannot be written: {e.strerror}") from None
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def identity(self) -> dict[str, Any]:
+        options = json.loads(json.dumps(asdict(self.options)))
+        shapes = str([(name, tuple(p.shape)) for name, p in self.model.named_parameters()])
+        digest = hashlib.sha256(shapes.encode()).hexdigest()[:16]
+        return {**options, **self.objective.identity(), "parameters": digest}
+
+    def begin(self) -> None:
+        """Goes to the last checkpoint, or to the beginning."""
+        prune(self.run_dir, self.options.keep)
+        found = list_checkpoints(self.run_dir)
+        length = 0
+        if found:
+            state = load_checkpoint(found[-1], self.model, self.optimizer, self.identity())
+            self.objective.load_state_dict(state["objective"])
+            self.step, self.tokens, self.used = state["step"], state["tokens"], state["seconds"]
+            self.done, self.loss, self.last_metrics = (
+                state["done"],
+                state["loss"],
+                state["last_metrics"],
+            )
+            self.training_seconds = state["training_seconds"]
+            length, self.saved_step = state["metrics_bytes"], self.step
+        have = self.metrics.seek(0, os.SEEK_END)
+        if have < length:
+            raise InputError(
+                f"{self.run_dir / METRICS}: wanted the {length} bytes that {found[-1].name} goes on from, got {have}"
+            )
+        self.metrics.truncate(length)
+        self.started = time.perf_counter()
+        if not found:
+            self.moments()
+
+    def save(self) -> Path:
+        os.fsync(self.metrics.fileno())
+        self.saved_step = self.step
+        state = {
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds(), "done": self.done,
+            "training_seconds": self.training_seconds, "loss": self.loss, "last_metrics": self.last_metrics,
+            "metrics_bytes": self.metrics.tell(), "objective": self.objective.state_dict(),
+        }  # fmt: skip
+        return save_checkpoint(
+            self.run_dir,
+            self.step,
+            self.model,
+            self.optimizer,
+            state,
+            self.identity(),
+            keep=self.options.keep,
+        )
+
+    def result(self) -> TrainResult:
+        rate = self.tokens / self.training_seconds if self.training_seconds else 0.0
+        return TrainResult(
+            self.step, self.tokens, self.seconds(), rate, self.loss, self.last_metrics
+        )

@@ -1,0 +1,55 @@
+"""How far a run is and which learning rate that means.
+
+Everything that happens at moments of a run (learning rate, validations, samples) is a function of ``progress``, 0 to
+1: the larger of steps done and seconds used over what is allowed. So a run that is given ten minutes anneals to its
+end whatever the machine. Schedules in steps were the alternative: they cannot end a run on time.
+"""
+
+import math
+from collections.abc import Iterable
+
+from fastlm.errors import InputError
+
+SCHEDULES = ("cosine", "wsd")
+
+
+def progress(
+    steps: float, seconds: float, max_steps: int | None, max_seconds: float | None
+) -> float:
+    """0 at the start, 1 when the first of the two budgets is used."""
+    parts = [0.0]
+    if max_steps is not None:
+        parts.append(steps / max_steps)
+    if max_seconds is not None:
+        parts.append(seconds / max_seconds)
+    return min(max(parts), 1.0)
+
+
+def learning_rate(
+    done: float,
+    *,
+    lr: float,
+    schedule: str = "cosine",
+    warmup: float = 0.02,
+    decay: float = 0.2,
+    final_lr: float = 0.0,
+) -> float:
+    """The rate at ``done`` (0..1): linear from 0 to ``lr`` within ``warmup``, at 1 it is ``final_lr * lr``.
+
+    cosine: falls from the end of the warm-up on. wsd: stays, then falls linearly within the last ``decay``.
+    """
+    if done < warmup:
+        return lr * done / warmup
+    if schedule == "cosine":
+        falling = (done - warmup) / max(1 - warmup, 1e-9)
+        share = 0.5 * (1 + math.cos(math.pi * min(falling, 1.0)))
+    elif schedule == "wsd":
+        share = min(1.0, (1 - done) / decay) if decay > 0 else 1.0
+    else:
+        raise InputError(f"schedule: wanted one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    return lr * (final_lr + (1 - final_lr) * share)
+
+
+def due(moments: Iterable[float], before: float, now: float) -> bool:
+    """Whether one of ``moments`` lies in (before, now]."""
+    return any(before < moment <= now for moment in moments)

@@ -1,0 +1,128 @@
+"""Checkpoints of a run under way: all that is needed to go on to the same losses, bit for bit.
+
+``checkpoints/step-00000200/`` holds the parameters, the optimizer, the random state and, as JSON, step, seconds, position
+in the data, length of metrics.jsonl and what the run is (options, model, data). It is written beside and renamed; an old one
+is renamed away before it is deleted: a folder named step-* is whole at any moment. No pickles: tensors in
+safetensors with a checksum, the rest as JSON.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.checkpoint import load_tensors, make_folder, save_tensors
+from fastlm.errors import InputError
+
+FOLDER = "checkpoints"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / FOLDER / f"step-{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Oldest first."""
+    folder = run_dir / FOLDER
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(
+        (p for p in found if NAME.fullmatch(p.name)),
+        key=lambda p: int(p.name.removeprefix("step-")),
+    )
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Leaves the newest ``keep`` checkpoints, and nothing of writes or deletions that were cut off."""
+    folder = run_dir / FOLDER
+    for path in list_checkpoints(run_dir)[:-keep]:
+        path.rename(path.with_name(f".{path.name}.old"))
+    for stray in folder.glob(".step-*"):
+        shutil.rmtree(stray, ignore_errors=True)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """``optimizer.state_dict()`` as flat named tensors and the JSON rest."""
+    state = optimizer.state_dict()
+    tensors, scalars = {}, {}
+    for index, slots in state["state"].items():
+        for name, value in slots.items():
+            key = f"{index}.{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            else:
+                scalars[key] = value
+    return tensors, {"state": scalars, "groups": len(state["param_groups"])}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> None:
+    """The inverse; param_groups stay those of ``optimizer``, whose options the run identity has compared."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *rest["state"].items()]:
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    if rest["groups"] != len(groups):
+        raise InputError(f"optimizer: wanted {len(groups)} parameter groups, got {rest['groups']}")
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    identity: dict[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Writes step-<step> and prunes. ``progress`` and ``identity`` are JSON-serialisable."""
+    path = checkpoint_path(run_dir, step)
+    make_folder(path.parent)
+    optimizer_tensors, optimizer_rest = pack_optimizer(optimizer)
+    tensors = {
+        **{f"model.{k}": v for k, v in model.state_dict().items()},
+        **{f"optimizer.{k}": v for k, v in optimizer_tensors.items()},
+        "rng.cpu": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    save_tensors(
+        path, tensors, {"progress": progress, "identity": identity, "optimizer": optimizer_rest}
+    )
+    prune(run_dir, keep)
+    return path
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Loads all in place; -> progress. InputError: corrupt, or of another run (the first difference is named)."""
+    tensors, rest = load_tensors(path)
+    try:
+        saved, progress, optimizer_rest = rest["identity"], rest["progress"], rest["optimizer"]
+    except (KeyError, TypeError):
+        raise InputError(f"{path}: wanted a training checkpoint, got other tensors") from None
+    for key in identity.keys() | saved.keys():
+        if saved.get(key) != identity.get(key):
+            raise InputError(
+                f"{path}: is of another run: {key} was {saved.get(key)!r}, now {identity.get(key)!r}; "
+                "choose another folder, or delete it to start again"
+            )
+    part = {
+        prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        for prefix in ("model.", "optimizer.", "rng.")
+    }
+    model.load_state_dict(part["model."])
+    unpack_optimizer(optimizer, part["optimizer."], optimizer_rest)
+    torch.set_rng_state(part["rng."]["cpu"])
+    if "cuda" in part["rng."] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(part["rng."]["cuda"])
+    return progress

@@ -1,0 +1,201 @@
+"""The command line: verbs, help that is quick, results on stdout, refusals in one line with status 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_recipe
+from typer.testing import CliRunner
+
+import fastlm.cli
+from fastlm.cli import app
+from fastlm.run import run_recipe
+
+VERBS = ("info", "run", "pretrain", "quantize", "eval", "generate", "chat", "tokenizer", "data")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    recipe = tiny_recipe.write(folder)
+    run_recipe(recipe, folder / "run")
+    return folder / "run"
+
+
+def call(*arguments, status=0, **kwargs):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], **kwargs)
+    assert result.exit_code == status, (result.output, result.exception)
+    return result
+
+
+def refused(*arguments, text):
+    result = call(*arguments, status=2)
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("fastlm: ") and text in line
+
+
+def test_help_lists_the_verbs_without_torch():
+    code = (
+        "import sys; from fastlm.cli import main; sys.argv = ['fastlm', *sys.argv[1:]]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
+    )
+    for arguments in (["--help"], ["pretrain", "--help"], ["data", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Usage: fastlm" in done.stdout
+    listed = call("--help").stdout
+    assert all(f"  {verb} " in listed for verb in VERBS)
+    assert "sft" not in listed
+
+
+def test_info():
+    have = json.loads(call("info", "--json").stdout)
+    assert have["ops"]["rms_norm"]["picked"]
+    text = call("info").stdout
+    assert "rms_norm" in text and "torch" in text
+
+
+def test_generate_repeats_with_a_seed_and_streams(finished):
+    options = ["generate", "--model", finished, "--prompt", "The tree", "--max-new-tokens", 12]
+    first = call(*options, "--seed", 5).stdout
+    assert first == call(*options, "--seed", 5).stdout
+    assert first != call(*options, "--seed", 6).stdout
+    greedy = call(*options, "--temperature", 0).stdout
+    assert greedy == call(*options, "--temperature", 0, "--raw", "--seed", 1).stdout
+    call("generate", "--model", finished / "model-int4", "--prompt", "The", "--max-new-tokens", 3)
+
+
+def test_generate_refuses_a_prompt_beyond_the_context(finished):
+    refused("generate", "--model", finished, "--prompt", "x " * 40, text="32 tokens of context")
+
+
+def test_chat_answers_with_a_chat_model(finished, tmp_path):
+    from fastlm.tokenizer import Tokenizer
+
+    refused("chat", "--model", finished, text="no chat template")
+    import shutil
+
+    shutil.copytree(finished / "model", tmp_path / "chat")
+    tool = Tokenizer.load(finished / "tokenizer")
+    tool.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    tool.save(tmp_path / "chat")
+    options = ["--max-new-tokens", 4, "--seed", 1]
+    said = call(
+        "chat", "--model", tmp_path / "chat", *options, input="The tree\nThe river sees\n\n"
+    ).stdout
+    assert said.count("\n") >= 2
+
+
+def test_a_conversation_forgets_its_oldest_turns(finished, tmp_path):
+    import shutil
+
+    from fastlm.chat import Conversation, Writer
+
+    shutil.copytree(finished / "model", tmp_path / "chat")
+    writer = Writer(tmp_path / "chat")
+    writer.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    talk = Conversation(writer, system="S", max_new_tokens=4)
+    pieces: list[str] = []
+    for _ in range(6):
+        answer = talk.say("The tree sees", pieces.append, seed=0)
+    assert len(talk.turns) < 12 and talk.turns[0]["role"] == "user"
+    assert "".join(pieces).endswith(answer)
+
+
+def test_eval_of_shards_and_of_text(finished, tmp_path):
+    shards = json.loads(
+        call("eval", "-m", finished, "--data", finished / "shards/heldout", "--json").stdout
+    )
+    text = json.loads(
+        call("eval", "-m", finished, "--data", finished / "data/heldout.jsonl.zst", "--json").stdout
+    )
+    assert text["bits_per_byte"] == pytest.approx(shards["bits_per_byte"], rel=1e-6)
+    assert text["bits_per_byte_xz"] > 0 and "bits_per_byte_xz" not in shards
+    assert (
+        "bits_per_byte"
+        in call("eval", "-m", finished, "--data", finished / "shards/heldout").stdout
+    )
+    refused("eval", "-m", finished, "--data", tmp_path / "none", text="none")
+
+
+def test_quantize_prints_the_change(finished, tmp_path):
+    data = ["--data", finished / "shards/heldout"]
+    said = call(
+        "quantize",
+        "-m",
+        finished,
+        "-o",
+        tmp_path / "q",
+        "--format",
+        "w8a16",
+        "--group-size",
+        16,
+        *data,
+    ).stdout
+    assert "held-out bits per byte: " in said and "%)" in said
+    assert (tmp_path / "q/tokenizer.json").exists()
+    call("generate", "-m", tmp_path / "q", "-p", "The", "--max-new-tokens", 2)
+    refused(
+        "quantize",
+        "-m",
+        finished,
+        "-o",
+        tmp_path / "r",
+        "--format",
+        "w3a16",
+        text="format: wanted one of w4a16",
+    )
+    assert not (tmp_path / "r").exists()
+
+
+def test_pretrain_goes_on_where_it_was(finished, tmp_path):
+    options = ["pretrain", "--train", finished / "shards/train", "--config", finished / "model/config.json",
+               "--out", tmp_path / "p", "--batch-size", 2, "--seq-len", 16, "--checkpoint-every", 2]  # fmt: skip
+    said = call(*options, "--max-steps", 4, "--tokenizer", finished / "tokenizer").stdout
+    assert said.startswith("4 steps, loss ") and (tmp_path / "p/model/config.json").exists()
+    call("generate", "-m", tmp_path / "p", "-p", "The", "--max-new-tokens", 2)
+    refused(*options, "--max-steps", 5, text="max_steps was 4, now 5")
+    refused(*options, text="max_steps, max_seconds: wanted at least one of them")
+
+
+def test_tokenizer_train_and_encode(finished, tmp_path):
+    call(
+        "tokenizer",
+        "train",
+        finished / "data/train.jsonl.zst",
+        "-o",
+        tmp_path / "t",
+        "--vocab-size",
+        280,
+    )
+    ids = call("tokenizer", "encode", "-t", tmp_path / "t", "The tree").stdout.split()
+    assert ids == call("tokenizer", "encode", "-t", tmp_path / "t", input="The tree").stdout.split()
+    pieces = call("tokenizer", "encode", "-t", tmp_path / "t", "--pieces", "The tree").stdout
+    assert len(pieces.splitlines()) == len(ids) and "b'T" in pieces
+    refused("tokenizer", "train", finished / "data/train.jsonl.zst", "-o", tmp_path / "u", "--vocab-size", 5,
+            text="vocab_size: wanted at least")  # fmt: skip
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    refused("generate", "-m", tmp_path / "none", "-p", "x", text="none")
+
+
+def test_interrupts_and_divergence_have_their_status(monkeypatch):
+    from fastlm.train.loop import Interrupted, NonFiniteError
+
+    for error, status in (
+        (Interrupted("stopped after step 3; saved in x"), 130),
+        (NonFiniteError("step 3"), 3),
+    ):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr("fastlm.run.run_recipe", fail)
+        result = call("run", "x.toml", status=status)
+        assert str(error) in result.stderr
+    assert fastlm.cli.INTERRUPTED == 130

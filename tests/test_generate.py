@@ -1,0 +1,334 @@
+"""Generation: cache, batches, filters, seeds, stops, text streams."""
+
+import pytest
+import torch
+from tolerance import ULP
+
+from fastlm.config import ModelConfig
+from fastlm.errors import InputError
+from fastlm.generation import generate_text, split_at_stop
+from fastlm.model import CausalLM, KVCache
+from fastlm.sampling import Sampling, make_generators, penalise
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 48,
+    "initializer_range": 0.3,  # so that the likeliest token is clear
+    "pad_token_id": None,
+}
+KINDS = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "gemma2": {"sliding_window": 4},
+    "olmo2": {},
+    "smollm3": {},
+}
+
+
+def model_of(kind="llama", **changes):
+    config = ModelConfig(model_type=kind, **{**SIZES, **KINDS[kind], **changes})
+    return CausalLM(config, seed=4, scaled_residual=False).eval()
+
+
+def ids_of(rows, length, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 101, (rows, length), generator=g)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pieces", [(1,) * 17, (16, 1), (3, 1, 9, 4)], ids=str)
+def test_cache_equals_full_pass(kind, pieces):
+    model = model_of(kind)
+    ids = ids_of(2, sum(pieces))
+    cache = KVCache(model.config, 2, 20, dtype=torch.float32)
+    with torch.inference_mode():
+        full = model(ids).logits
+        parts = [model(part, cache=cache).logits for part in ids.split(pieces, 1)]
+    # products of other shapes round otherwise: 2^7 units in the last place, as in test_model.py
+    error = (torch.cat(parts, 1) - full).abs().max()
+    assert error <= 2**7 * ULP[torch.float32] * full.abs().max()
+    assert cache.length == 17
+    with pytest.raises(InputError, match="cache: wanted capacity for 21 tokens, got 20"):
+        model(ids[:, :4], cache=cache)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_batch_equals_each_row_alone(kind):
+    model = model_of(kind)
+    prompts = [ids_of(1, n, seed=n)[0].tolist() for n in (1, 7, 12, 4)]
+    for options in (
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.7},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2},
+    ):
+        together = model.generate(prompts, max_new_tokens=9, seed=11, **options)
+        alone = [
+            model.generate([p], max_new_tokens=9, seed=11 + r, **options)[0]
+            for r, p in enumerate(prompts)
+        ]
+        assert together == alone
+        assert [t[: len(p)] for t, p in zip(together, prompts)] == prompts
+        assert [len(t) - len(p) for t, p in zip(together, prompts)] == [9] * 4
+
+
+def test_attention_mask_hides_padding():
+    model = model_of()
+    prompt = ids_of(1, 6)
+    padded = torch.cat((torch.full((1, 3), 50), prompt), 1)
+    mask = torch.tensor([[0] * 3 + [1] * 6])
+    alone = model.generate(prompt, max_new_tokens=5, temperature=0.0)
+    masked = model.generate(padded, attention_mask=mask, max_new_tokens=5, temperature=0.0)
+    assert torch.equal(masked[:, 3:], alone)
+    logits = model(padded, attention_mask=mask).logits[:, 3:]
+    torch.testing.assert_close(logits, model(prompt).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_shapes_and_stops():
+    model = model_of(pad_token_id=7)
+    ids = ids_of(3, 5)
+    free = model.generate(ids, max_new_tokens=8, temperature=0.0)
+    assert free.shape == (3, 13) and free.dtype == torch.int64
+    assert torch.equal(free[:, :5], ids)
+    stop = int(free[1, 7])  # row 1 ends at its third new token, or before
+    first = [(row[5:] == stop).nonzero() for row in free]
+    ends = [int(f[0]) + 1 if len(f) else 8 for f in first]
+    stopped = model.generate(ids, max_new_tokens=8, temperature=0.0, stop_ids=[stop])
+    assert stopped.shape == (3, 5 + max(ends))
+    for row, plain, end in zip(stopped, free, ends):
+        assert torch.equal(row[: 5 + end], plain[: 5 + end])
+        assert (row[5 + end :] == 7).all()
+    lists = model.generate(ids.tolist(), max_new_tokens=8, temperature=0.0, stop_ids={stop})
+    assert [len(x) for x in lists] == [5 + e for e in ends]
+
+    seen = []
+    model.generate(ids, max_new_tokens=4, temperature=0.0, on_token=lambda *a: seen.append(a))
+    assert seen == [(r, int(free[r, 5 + i])) for i in range(4) for r in range(3)]
+    cut = model.generate(
+        ids.tolist(), max_new_tokens=4, temperature=0.0, on_token=lambda row, _: row == 1
+    )
+    assert [len(x) for x in cut] == [9, 6, 9]
+
+    assert torch.equal(model.generate(ids, max_new_tokens=0), ids)
+    assert model.generate(ids[:0], max_new_tokens=3).shape == (0, 5)
+
+
+def test_generation_ends_with_the_context():
+    model = model_of()
+    assert model.generate(ids_of(1, 40), max_new_tokens=30).shape == (1, 48)
+    assert model.generate(ids_of(1, 47), max_new_tokens=30).shape == (1, 48)
+    with pytest.raises(InputError, match="shorter than max_position_embeddings 48, got 48"):
+        model.generate(ids_of(1, 48), max_new_tokens=1)
+
+
+def test_seeds():
+    model = model_of()
+    ids = ids_of(1, 4).expand(3, 4)
+    first = model.generate(ids, max_new_tokens=12, temperature=1.5, seed=3)
+    assert torch.equal(first, model.generate(ids, max_new_tokens=12, temperature=1.5, seed=3))
+    assert not torch.equal(first, model.generate(ids, max_new_tokens=12, temperature=1.5, seed=4))
+    assert len({tuple(r.tolist()) for r in first}) == 3  # rows draw differently
+    torch.manual_seed(8)
+    unseeded = model.generate(ids, max_new_tokens=12)
+    torch.manual_seed(8)
+    assert torch.equal(unseeded, model.generate(ids, max_new_tokens=12))
+
+
+FILTERS = [
+    {},
+    {"temperature": 0.3},
+    {"top_k": 1},
+    {"top_k": 40, "temperature": 1.7},
+    {"top_k": 5000},
+    {"top_p": 0.9},
+    {"top_p": 1e-6},
+    {"top_p": 0.999, "temperature": 4.0},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"top_k": 50, "top_p": 0.8, "min_p": 0.1, "temperature": 0.8},
+]
+
+
+@pytest.mark.parametrize("spread", [0.02, 1.0, 6.0])
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_filters_are_those_of_transformers(options, spread):
+    from transformers import generation as hf
+
+    logits = torch.randn(5, 3001, generator=torch.Generator().manual_seed(2)) * spread
+    sampling = Sampling(**options)
+    p, ids = sampling.candidates(logits)
+    ours = torch.zeros(5, 3001, dtype=torch.float64).scatter_(1, ids, p)
+    ours /= ours.sum(-1, keepdim=True)
+
+    scores = logits
+    processors = [
+        hf.TemperatureLogitsWarper(sampling.temperature),
+        *([hf.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []),
+        *([hf.TopPLogitsWarper(sampling.top_p)] if sampling.top_p else []),
+        *([hf.MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []),
+    ]
+    for process in processors:
+        scores = process(torch.zeros(5, 1, dtype=torch.long), scores)
+    theirs = scores.double().softmax(-1)
+    assert (p.diff(dim=1) <= 0).all() or not (sampling.top_k or sampling.top_p or sampling.min_p)
+    # theirs sums 3001 float32 probabilities: at the border of top-p one token may fall on either side
+    differ = ((ours > 0) != (theirs > 0)).sum(-1)
+    assert (differ <= (1 if sampling.top_p else 0)).all()
+    assert (ours - theirs).abs().max() <= 1e-5 + (differ > 0).any() * (1 / (ours > 0).sum(-1).min())
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    from transformers import generation as hf
+
+    logits = torch.randn(3, 50) * 3
+    ids = torch.randint(0, 50, (3, 20))
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, ids, True)
+    theirs = hf.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
+    torch.testing.assert_close(penalise(logits, seen, 1.3), theirs)
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([[2.0, 0.0, 1.0, -9.0, 1.5]]).expand(20000, 5)
+    for options in ({}, {"top_k": 3}, {"min_p": 0.3, "temperature": 1.5}):
+        sampling = Sampling(**options)
+        tokens = sampling.choose(logits, make_generators(0, 20000))
+        p, ids = sampling.candidates(logits[:1])
+        expected = torch.zeros(5, dtype=torch.float64).scatter_(0, ids[0], p[0] / p.sum())
+        counted = torch.bincount(tokens, minlength=5) / 20000
+        # five standard deviations of a count of 20000
+        assert ((counted - expected).abs() <= 5 * (expected * (1 - expected) / 20000).sqrt()).all()
+        assert (counted[expected == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": -0.1}, "temperature: wanted >= 0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": "hot"}, "temperature: wanted >= 0, got 'hot'"),
+        ({"top_k": 0}, "top_k: wanted >= 1 or None, got 0"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"top_p": 0.0}, "top_p: wanted in "),
+        ({"top_p": 1.1}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: wanted > 0, got 0.0"),
+        ({"seed": -1}, "seed: wanted an integer"),
+        ({"seed": 1.5}, "seed"),
+        ({"max_new_tokens": -1}, "max_new_tokens: wanted an integer >= 0, got -1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+    ],
+)  # fmt: skip
+def test_impossible_options(options, message):
+    model = model_of()
+    with pytest.raises(InputError, match=message):
+        model.generate(ids_of(1, 3), **{"max_new_tokens": 2, **options})
+
+
+def test_impossible_prompts():
+    model = model_of()
+    ids = ids_of(2, 4)
+    for prompt, options, message in (
+        (ids + 90, {}, r"input_ids: wanted ids in \[0, 101\)"),
+        ([[1, 101]], {}, r"input_ids: wanted ids in \[0, 101\), got 101"),
+        (ids[:, :0], {}, "at least one token"),
+        ([[1], []], {}, "at least one token"),
+        (ids[0], {}, r"input_ids: wanted integers \(B, S\)"),
+        (ids, {"attention_mask": ids[:, :2]}, "attention_mask: wanted"),
+        (ids, {"attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)}, "padding on the left"),
+        (ids, {"attention_mask": torch.zeros(2, 4)}, "at least one token"),
+        (ids.tolist(), {"attention_mask": ids}, "attention_mask: wanted with a tensor"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.generate(prompt, max_new_tokens=2, **options)
+
+
+class Letters:
+    """A tokenizer of two bytes a token over 101 ids, for streams: "é" straddles tokens."""
+
+    stop_ids = frozenset()
+
+    def __init__(self, text):
+        data = text.encode()
+        self.parts = [data[i : i + 2] for i in range(0, len(data), 2)]
+
+    def stream(self):
+        return self
+
+    def start(self):
+        self.buffer, self.place = b"", 0
+
+    def push(self, _):
+        self.buffer += self.parts[self.place % len(self.parts)]
+        self.place += 1
+        for cut in range(len(self.buffer), -1, -1):
+            try:
+                text = self.buffer[:cut].decode()
+            except UnicodeDecodeError:
+                continue
+            self.buffer = self.buffer[cut:]
+            return text
+        return ""
+
+    def flush(self):
+        return self.buffer.decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "stop, expected",
+    [
+        ((), "abcdéfgh"),
+        ("zz", "abcdéfgh"),
+        ("é", "abcd"),
+        ("cdéf", "ab"),
+        (["gX", "éfg"], "abcd"),
+        (["h!", "bq"], "abcdéfgh"),
+        ("ab", ""),
+    ],
+)
+def test_stop_strings(stop, expected):
+    letters = Letters("abcdéfg" + "h")
+    letters.start()
+    pieces = list(
+        generate_text(model_of(), letters, [1, 2], max_new_tokens=len(letters.parts), stop=stop)
+    )
+    assert "".join(pieces) == expected
+    assert all(pieces)
+    if not stop:
+        assert len(pieces) > 1  # streamed, not kept to the end
+
+
+def test_stop_ids_end_the_text():
+    model = model_of()
+    free = model.generate([[1, 2]], max_new_tokens=6, temperature=0.0)[0][2:]
+    letters = Letters("abcdefghijkl")
+    letters.start()
+    stop = free[3]
+    text = "".join(generate_text(model, letters, [1, 2], max_new_tokens=6, stop_ids=[stop]))
+    assert text == "abcdefghijkl"[: 2 * free.index(stop)]
+    with pytest.raises(InputError, match="stop: wanted strings of at least one character"):
+        generate_text(model, letters, [1], max_new_tokens=1, stop=["a", ""])
+
+
+def test_split_at_stop():
+    assert split_at_stop("hello <|e", ["<|end|>"]) == ("hello ", "<|e", False)
+    assert split_at_stop("a stop b", ["stop", "p b"]) == ("a ", "", True)
+    assert split_at_stop("aaa", ["aab"]) == ("a", "aa", False)
+    assert split_at_stop("", ["x"]) == ("", "", False)
+
+
+def test_generation_leaves_no_trace():
+    """Weights can still be trained after inference mode, and a second call starts afresh."""
+    model = model_of()
+    ids = ids_of(2, 6)
+    first = model.generate(ids, max_new_tokens=3, temperature=0.0)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert torch.equal(model.generate(ids, max_new_tokens=3, temperature=0.0), first)

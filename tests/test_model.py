@@ -1,0 +1,379 @@
+"""CausalLM against transformers: random small models of every family, and SmolLM2's weights."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import ULP
+
+from fastlm.config import FAMILIES, ModelConfig
+from fastlm.errors import InputError
+from fastlm.model import CausalLM
+
+transformers = pytest.importorskip("transformers")
+
+# Odd on purpose: 3 key/value heads of 24, 97 tokens, sizes that are no multiple of a vector
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 60,
+    "intermediate_size": 52,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 24,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # logits of order 1: with 0.02 a small model's are all alike
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(5)],
+    "long_factor": [1.5 + 0.7 * i for i in range(5)],
+}
+CASES = {
+    "llama": {"tie_word_embeddings": True},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+    "llama-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}},
+    "llama-dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        "max_position_embeddings": 8,
+    },
+    "llama-llama3": {"rope_parameters": LLAMA3},
+    "llama-yarn": {"rope_parameters": {**YARN, "rope_theta": 1e3}},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "qwen3": {"tie_word_embeddings": True},
+    "qwen3-yarn": {"rope_parameters": {**YARN, "rope_theta": 1e4, "beta_fast": 16.0}},
+    "gemma2": {
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 30,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 7},
+    "olmo2": {},
+    "phi3": {"sliding_window": 7, "head_dim": None},
+    "phi3-longrope": {
+        "head_dim": None,
+        "rope_parameters": {**LONG, "rope_theta": 1e4},
+        "original_max_position_embeddings": 16,
+    },
+    "smollm3": {"num_hidden_layers": 5},
+    "smollm3-window": {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 3},
+}
+
+
+def hf_config(case, **changes):
+    options = {**SMALL, **CASES[case], **changes}
+    options = {k: v for k, v in options.items() if k != "head_dim" or v is not None}
+    model_type = case.split("-")[0]
+    if FAMILIES[model_type].norms == "sandwich" and "hidden_act" in options:
+        options["hidden_activation"] = options.pop("hidden_act")
+    return transformers.AutoConfig.for_model(model_type, attn_implementation="eager", **options)
+
+
+def pair(case, dtype=torch.float32, **changes):
+    """The same random model in transformers and here, in eval mode."""
+    torch.manual_seed(1)
+    config = hf_config(case, **changes)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "norm" in name or name.endswith("bias"):  # ones and zeros would hide a mix-up
+                p.add_(torch.randn_like(p) * 0.3)
+    ours = CausalLM(ModelConfig.from_dict(config.to_dict())).to(dtype).eval()
+    state = {k: v for k, v in theirs.state_dict().items()}
+    if ours.config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    ours.load_state_dict(state, strict=True)
+    return theirs, ours
+
+
+def ids_of(rows=2, length=20, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, SMALL["vocab_size"], (rows, length), generator=g)
+
+
+def assert_same(ours, theirs, dtype, what):
+    """Both sides round each of a few hundred operations in another order: 2^7 units in the last place of the largest
+    value (1.5e-5 in float32). A wrong constant or a mixed-up weight is beyond 1e-3."""
+    scale = theirs.abs().max().item()
+    worst = (ours - theirs).abs().max().item()
+    assert worst <= 2**7 * ULP[dtype] * max(scale, 1e-30), f"{what}: {worst:.2e} of {scale:.2e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_and_gradients(case):
+    theirs, ours = pair(case)
+    ids = ids_of()
+    with torch.no_grad():
+        assert_same(ours(ids).logits, theirs(ids).logits, torch.float32, "logits")
+    labels = ids.clone()
+    labels[0, :5] = -100
+    expected = theirs(ids, labels=labels).loss
+    expected.backward()
+    out = ours(ids, labels=labels)
+    assert out.logits is None and out.loss.dtype == torch.float32
+    out.loss.backward()
+    assert_same(out.loss, expected, torch.float32, "loss")
+    wanted = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert_same(p.grad, wanted[name].grad, torch.float32, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_generation(case):
+    """The cache against transformers computing every step from the start (its own caches keep stale rotary
+    frequencies for dynamic scaling). 13 + 8 tokens cross longrope's switch at 16 and every window."""
+    theirs, ours = pair(case)
+    ids = ids_of(2, 13)
+    full = ids
+    with torch.no_grad():
+        for _ in range(8):
+            full = torch.cat((full, theirs(full).logits[:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(ours.generate(ids, max_new_tokens=8, temperature=0.0), full)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_models_load_on_both_sides(case, tmp_path):
+    theirs, ours = pair(case)
+    ids = ids_of()
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = CausalLM.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    )
+    assert type(again) is type(theirs)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, ours(ids).logits)
+        assert torch.equal(again(ids).logits, theirs(ids).logits)
+        assert torch.equal(
+            CausalLM.from_pretrained(tmp_path / "ours")(ids).logits, ours(ids).logits
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_low_precision_loses_no_more_than_transformers(dtype):
+    theirs, ours = pair("llama")
+    ids = ids_of()
+    with torch.no_grad():
+        truth = theirs.double()(ids).logits
+        naive = theirs.to(dtype)(ids).logits.double()
+        mine = ours.to(dtype)(ids).logits
+    assert mine.dtype == dtype
+    # The mean over 3880 logits, not the largest: one unlucky rounding at the start moves a whole row
+    lost, theirs_lost = (mine.double() - truth).abs().mean(), (naive - truth).abs().mean()
+    assert lost <= 1.25 * theirs_lost, f"{lost:.3e} > 1.25 * {theirs_lost:.3e}"
+
+
+def test_shift_labels_and_num_items():
+    _, model = pair("gemma2")
+    ids = ids_of()
+    labels = ids.clone()
+    labels[1, 7:] = -100
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    loss = model(ids, labels=labels).loss
+    assert torch.equal(model(ids, shift_labels=shifted).loss, loss)
+    count = int((shifted != -100).sum())
+    torch.testing.assert_close(model(ids, labels=labels, num_items=2 * count).loss, loss / 2)
+    logits = model(ids).logits
+    torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), shifted.flatten()), loss)
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "olmo2", "phi3-longrope", "smollm3"])
+def test_packed_documents_are_separate(case):
+    _, model = pair(case)
+    lengths = [5, 1, 9, 3]
+    documents = [ids_of(1, n, seed=n) for n in lengths]
+    packed = torch.cat(documents, 1)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    logits = torch.cat([model(d).logits for d in documents], 1)
+    assert_same(model(packed, cu_seqlens=ends).logits, logits, torch.float32, "packed logits")
+    losses = [
+        F.cross_entropy(model(d).logits[0, :-1], d[0, 1:], reduction="sum")
+        for d in documents
+        if d.shape[1] > 1
+    ]
+    loss = model(packed, labels=packed, cu_seqlens=ends).loss
+    torch.testing.assert_close(loss, sum(losses) / (sum(lengths) - len(lengths)))
+    # the same four documents as two rows of nine
+    folded = model(packed.view(2, 9), labels=packed.view(2, 9), cu_seqlens=ends).loss
+    torch.testing.assert_close(folded, loss)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_round_trip(case):
+    theirs = hf_config(case)
+    ours = ModelConfig.from_dict(json.loads(theirs.to_json_string(use_diff=False)))
+    written = json.loads(json.dumps(ours.to_dict()))
+    assert ModelConfig.from_dict(written).to_dict() == ours.to_dict()
+    again = type(theirs).from_dict(written)
+    skip = {"id2label", "architectures", "dtype", "transformers_version", "_sliding_window_pattern"}
+    for name, value in theirs.to_dict().items():
+        if name not in skip:
+            assert getattr(again, name) == value, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_of_older_transformers(case):
+    """rope_theta and rope_scaling at the top, as transformers 4 wrote them."""
+    new = hf_config(case).to_dict()
+    expected = ModelConfig.from_dict(new)
+    old = {k: v for k, v in expected.to_dict().items() if k != "rope_parameters"}
+    if old["rope_scaling"]:
+        old["rope_scaling"]["type"] = old["rope_scaling"].pop("rope_type")
+    old.pop("layer_types", None)
+    old.pop("no_rope_layers", None)
+    old["sliding_window_pattern"] = 6
+    ours = ModelConfig.from_dict(old)
+    for layer in range(ours.num_hidden_layers):
+        assert ours.rope(layer) == expected.rope(layer)
+        assert ours.window(layer) == expected.window(layer)
+
+
+def test_defaults_are_those_of_transformers():
+    """A config.json that leaves entries out means what it means to transformers."""
+    for model_type in FAMILIES:
+        theirs = transformers.AutoConfig.for_model(model_type)
+        needed = {k: getattr(theirs, k) for k in list(SMALL)[:5]}
+        ours = ModelConfig.from_dict({"model_type": model_type, **needed})
+        for name in (
+            *("head_dim", "hidden_act", "hidden_activation", "sliding_window"),
+            *("rms_norm_eps", "tie_word_embeddings", "layer_types", "no_rope_layers"),
+            *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+            *("rope_parameters", "attention_bias", "mlp_bias"),
+        ):
+            if hasattr(theirs, name) and getattr(theirs, name) is not None:
+                mine = ours.to_dict()[name]
+                if name == "rope_parameters" and "partial_rotary_factor" in getattr(theirs, name):
+                    mine = {"partial_rotary_factor": 1.0, **mine}
+                assert mine == getattr(theirs, name), (model_type, name)
+
+
+def small(**changes):
+    return ModelConfig(**{**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "gpt2"}, "model_type: wanted one of llama, mistral"),
+        ({"hidden_size": 62, "head_dim": None}, "hidden_size: wanted a multiple of num_attention"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads: wanted a divisor"),
+        ({"hidden_size": -60}, "hidden_size: wanted a positive integer, got -60"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: wanted a positive integer"),
+        ({"vocab_size": 97.5}, "vocab_size: wanted a positive integer"),
+        ({"intermediate_size": 2**40}, "intermediate_size"),
+        ({"head_dim": 23}, "even number of turned features"),
+        ({"hidden_act": "relu6"}, "hidden_act: wanted one of silu"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps: wanted a positive number"),
+        ({"sliding_window": 8}, "sliding_window: llama has none"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: wanted a positive"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias: mistral has none"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type: wanted one of"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor: wanted for"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -1}},
+            "factor: wanted a positive number",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, "rope_theta"),
+        ({"rope_parameters": {**LONG, "rope_theta": 1e4, "original_max_position_embeddings": 8}}, "long_factor"),
+        ({"layer_types": ["full_attention"]}, "layer_types: wanted a list of num_hidden_layers"),
+        ({"attention_dropout": 1.0}, "attention_dropout"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+    ],
+)  # fmt: skip
+def test_impossible_configs(changes, message):
+    with pytest.raises(InputError, match=message):
+        small(**changes)
+
+
+def test_impossible_config_files():
+    good = hf_config("llama").to_dict()
+    for changes, message in (
+        ({"model_type": "bert"}, "model_type"),
+        ({"vocab_size": None}, "vocab_size: wanted in the config, got none"),
+        ({"rope_parameters": [1]}, "rope_parameters: wanted a dict"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: llama has none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ModelConfig.from_dict({**good, **changes})
+
+
+def test_impossible_calls():
+    _, model = pair("llama")
+    ids = ids_of()
+    for call, message in (
+        (lambda: model(ids[0]), r"input_ids: wanted integers \(B, S\)"),
+        (lambda: model(ids.float()), "input_ids: wanted integers"),
+        (lambda: model(ids + 90), r"input_ids: wanted ids in \[0, 97\)"),
+        (lambda: model(ids - 97), r"input_ids: wanted ids in \[0, 97\)"),
+        (lambda: model(ids, labels=ids[:, 1:]), r"labels: wanted integers \(2, 20\)"),
+        (lambda: model(ids, labels=ids.float()), "labels: wanted integers"),
+        (lambda: model(ids, labels=ids, shift_labels=ids), "got both"),
+        (lambda: model(ids, labels=ids + 90), "target"),
+        (lambda: model(ids_of(1, 65)), "at most max_position_embeddings 64 tokens, got 65"),
+        (lambda: model(ids, attention_mask=ids[:, :3]), "attention_mask: wanted"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_initialisation():
+    config = small(num_hidden_layers=2, hidden_size=240, head_dim=40, initializer_range=0.02)
+    model = CausalLM(config, seed=5)
+    state = model.state_dict()
+    again = CausalLM(config, seed=5).state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in state.items())
+    assert not torch.equal(CausalLM(config, seed=6).head_weight, model.head_weight)
+    std = {k: v.std().item() for k, v in state.items() if v.dim() == 2}
+    for name, value in std.items():
+        expected = 0.01 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        assert abs(value / expected - 1) < 0.05, name  # 5000 or more draws each: 1 % is one sigma
+    unscaled = CausalLM(config, seed=5, scaled_residual=False).state_dict()
+    name = "model.layers.0.mlp.down_proj.weight"
+    torch.testing.assert_close(unscaled[name], 2 * state[name])
+    assert torch.equal(state["model.norm.weight"], torch.ones(240))
+    gemma = CausalLM(ModelConfig(**{**SMALL, "model_type": "gemma2"}))
+    assert torch.equal(gemma.model.norm.weight, torch.zeros(60))
+
+
+def test_attention_dropout_only_in_training():
+    model = CausalLM(small(attention_dropout=0.5), seed=0)
+    ids = ids_of()
+    model.eval()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_training_step_compiles_without_a_break():
+    model = CausalLM(small(), seed=0)
+    step = torch.compile(
+        lambda ids: model(ids, labels=ids).loss, fullgraph=True, backend="aot_eager"
+    )
+    ids = ids_of()
+    loss = step(ids)
+    loss.backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    expected = model(ids, labels=ids).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,208 @@
+"""The chain of stages through the command line: everything there at the end, skipped, redone, resumed, refused."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_recipe
+import torch
+
+from fastlm.errors import InputError
+from fastlm.run import run_recipe
+
+TIMES = ("seconds", "tokens_per_second", "progress")
+
+
+def fastlm(*arguments, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-P", "-m", "fastlm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(recipe, run folder) of a run through the command line."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = tiny_recipe.write(folder)
+    done = fastlm("run", recipe, "--out", folder / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("report.html")
+    return recipe, folder / "run"
+
+
+def run_again(recipe, out, **kwargs) -> dict[str, str]:
+    """stage -> skipped or done."""
+    states: dict[str, str] = {}
+    run_recipe(
+        recipe,
+        out,
+        on_event=lambda e: "stage" in e and states.update({e["stage"]: e["state"]}),
+        **kwargs,
+    )
+    return states
+
+
+def test_everything_is_there(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fastlm.model import CausalLM
+
+    _, run = finished
+    summary = json.loads((run / "summary.json").read_text())
+    for key in ("bits_per_byte", "bits_per_byte_xz", "bits_per_byte_zstd", "bits_per_byte_int4", "bf16_bytes",
+                "int4_bytes", "tokens_per_second", "seconds", "parameters", "tokens"):  # fmt: skip
+        assert summary[key] > 0, key
+    assert summary["tokens"] == 12 * 4 * 32
+    assert summary["int4_bytes"] < summary["bf16_bytes"]
+    assert summary["seconds"] == pytest.approx(sum(summary["stage_seconds"].values()))
+    for name in ("data/train.jsonl.zst", "tokenizer/tokenizer.json", "shards/train/index.json", "report.html",
+                 "model/config.json", "model-int4/model.safetensors", "stages.json"):  # fmt: skip
+        assert (run / name).is_file(), name
+    left = [p for p in run.rglob("*") if p.name.endswith((".part", ".old"))]
+    assert not left
+    # what was saved is what transformers computes
+    ids = torch.tensor([[5, 6, 7, 8]])
+    theirs = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    ours = CausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(run / "model").decode([5]) is not None
+
+
+def test_heldout_text_is_not_trained_on(finished):
+    from fastlm.data.prepare import read_documents
+
+    _, run = finished
+    train = {d.text for d in read_documents(run / "data/train.jsonl.zst")}
+    held = [d.text for d in read_documents(run / "data/heldout.jsonl.zst")]
+    assert held and not train.intersection(held)
+
+
+def test_again_is_skipped_and_a_change_redoes_what_depends_on_it(finished):
+    recipe, run = finished
+    before = (run / "metrics.jsonl").read_bytes()
+    assert set(run_again(recipe, run).values()) == {"skipped"}
+    states = run_again(recipe, run, overrides=["eval.stride=8"])
+    assert [n for n, s in states.items() if s == "done"] == ["eval", "quantize", "report"]
+    (run / "model-int4/model.safetensors").unlink()
+    states = run_again(recipe, run, overrides=["eval.stride=8"])
+    assert [n for n, s in states.items() if s == "done"] == ["quantize"]
+    assert (run / "metrics.jsonl").read_bytes() == before
+    states = run_again(recipe, run, overrides=["pretrain.lr=2e-2"])
+    assert [n for n, s in states.items() if s == "skipped"] == ["data", "tokenizer", "shards"]
+    steps = [m["step"] for m in metrics(run) if "loss" in m]
+    assert steps == list(range(1, 13)) and (run / "metrics.jsonl").read_bytes() != before
+
+
+def test_changed_local_text_is_seen(tmp_path):
+    recipe = tiny_recipe.write(tmp_path)
+    assert run_again(recipe, tmp_path / "run", until="data") == {"data": "done"}
+    assert run_again(recipe, tmp_path / "run", until="data") == {"data": "skipped"}
+    with open(tmp_path / "docs/00.txt", "a") as f:
+        f.write("\nOne more line.\n")
+    assert run_again(recipe, tmp_path / "run", until="data") == {"data": "done"}
+
+
+def test_killed_in_training_and_started_again(finished, tmp_path):
+    """SIGKILL from outside, at whatever instruction: the same command goes on to the same losses."""
+    recipe, _ = finished
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    sets = ["--set", "pretrain.max_steps=60", "--set", "quantize.group_size=32"]
+    assert fastlm("run", recipe, "--out", whole, "--until", "pretrain", *sets).returncode == 0
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "fastlm",
+        "run",
+        recipe,
+        "--out",
+        run,
+        "--until",
+        "pretrain",
+        *sets,
+    ]
+    with open(tmp_path / "log", "wb") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while child.poll() is None and time.monotonic() < deadline:
+            if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 3000:
+                break
+            time.sleep(0.002)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    assert child.returncode == -signal.SIGKILL
+    again = fastlm("run", recipe, "--out", run, "--until", "pretrain", *sets)
+    assert again.returncode == 0, again.stderr
+    assert "data: skipped" in again.stderr and "pretrain: started" in again.stderr
+    assert metrics(run) == metrics(whole)
+    weights = "model/model.safetensors"
+    assert (run / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def one_line(done, text):
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
+    assert text in line and "Traceback" not in done.stderr
+
+
+def test_a_disk_that_takes_no_more(finished, tmp_path):
+    """Every file beyond a size fails to be written, as on a full disk: one line, status 2, nothing half-written."""
+    recipe, _ = finished
+    run = tmp_path / "run"
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = fastlm("run", recipe, "--out", run, preexec_fn=limit)
+    one_line(done, "File too large")
+    assert not [p for p in run.rglob("*") if p.name.endswith((".part", ".old", ".tmp"))]
+    assert fastlm("run", recipe, "--out", run, "--until", "shards").returncode == 0
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not hasattr(os, "setuid"), reason="needs root to become somebody else"
+)
+def test_a_run_folder_of_somebody_else(tmp_path):
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents:
+        if parent.owner() == "root" and parent.name.startswith("pytest"):
+            parent.chmod(0o755)
+    recipe = tiny_recipe.write(tmp_path)
+    (tmp_path / "run").mkdir(mode=0o755)
+    done = fastlm("run", recipe, "--out", tmp_path / "run", preexec_fn=lambda: os.setuid(65534))
+    one_line(done, "Permission denied")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_place_where_no_folder_can_be(finished, tmp_path):
+    recipe, _ = finished
+    (tmp_path / "file").write_text("")
+    one_line(fastlm("run", recipe, "--out", tmp_path / "file" / "run"), "cannot be made a folder")
+
+
+def test_one_run_at_a_time(finished):
+    import fcntl
+
+    recipe, run = finished
+    with open(run / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another fastlm run is at work in this folder"):
+            run_recipe(recipe, run)
+
+
+def test_an_unknown_last_stage(finished):
+    recipe, run = finished
+    with pytest.raises(InputError, match="until: wanted one of data, tokenizer"):
+        run_recipe(recipe, run, until="sft")

@@ -1,0 +1,241 @@
+"""The training loop: schedules, accumulation, events, resuming after SIGKILL and Ctrl-C, non-finite losses."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import tiny_run
+import torch
+from tiny_run import OPTIONS, start
+
+from fastlm.errors import InputError
+from fastlm.train.loop import Interrupted, NonFiniteError
+from fastlm.train.schedule import due, learning_rate, progress
+from fastlm.train.state import list_checkpoints
+
+TIMES = ("seconds", "tokens_per_second", "progress")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.shards(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def events(run):
+    """metrics.jsonl without what a clock wrote."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def test_schedules():
+    flat = dict(lr=2.0, warmup=0.1)
+    assert learning_rate(0.05, **flat) == 1.0
+    assert learning_rate(0.1, **flat) == pytest.approx(2.0)
+    assert learning_rate(0.55, **flat) == pytest.approx(1.0)
+    assert learning_rate(1.0, **flat, final_lr=0.1) == pytest.approx(0.2)
+    wsd = dict(flat, schedule="wsd", decay=0.2)
+    assert learning_rate(0.5, **wsd) == learning_rate(0.79, **wsd) == 2.0
+    assert learning_rate(0.9, **wsd) == pytest.approx(1.0)
+    assert learning_rate(1.0, **wsd) == 0.0
+    assert progress(5, 30, 10, 40) == 0.75
+    assert progress(5, 50, None, 40) == 1.0
+    assert due((0.0, 0.5), -1.0, 0.0) and due((0.5,), 0.4, 0.5) and not due((0.5,), 0.5, 0.6)
+
+
+def test_a_run_learns_and_writes_every_step(data, tmp_path):
+    seen = []
+    result = start(data, tmp_path, on_event=seen.append)
+    written = events(tmp_path)
+    assert [e["step"] for e in written if "loss" in e] == list(range(1, 25))
+    assert [e["step"] for e in written if "val_loss" in e] == [0, 6, 12, 18, 24]
+    assert [e["step"] for e in written if "sample" in e] == [0, 12, 24]
+    assert len(seen) == len(written)
+    values = [e["val_loss"] for e in written if "val_loss" in e]
+    assert values[-1] < values[0] - 0.3
+    assert result.steps == 24 and result.tokens == 24 * 2 * 4 * tiny_run.SEQ
+    assert result.metrics["bits_per_byte"] == written[-2]["bits_per_byte"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000020", "step-00000024"]
+    # starting a finished run again does nothing
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert start(data, tmp_path).steps == 24
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_accumulation_is_one_large_batch(data, tmp_path):
+    """Two micro-batches of 4 windows against one of 8, in float32 without dropout."""
+    plain = replace(OPTIONS, dtype="float32", max_steps=3, validations=0, sample_at=())
+
+    def losses(name, accumulate, batch):
+        torch.manual_seed(1)
+        model = tiny_run.TinyLM()
+        model.train = lambda mode=True: model  # no dropout: the two would draw different masks
+        model.eval()
+        model.training = False
+        sampler = tiny_run.BatchSampler(
+            tiny_run.TokenDataset(data / "train"), batch, tiny_run.SEQ, seed=7
+        )
+        options = replace(plain, accumulate=accumulate)
+        tiny_run.pretrain(model, sampler, None, options, tmp_path / name)
+        return [e["loss"] for e in events(tmp_path / name)]
+
+    assert losses("a", 2, 4) == pytest.approx(losses("b", 1, 8), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "point, count",
+    [("step", 1), ("step", 16), ("step", 33), ("write", 1), ("write", 3), ("rename", 1), ("rename", 2), ("rename", 6),
+     ("metrics", 9)],
+)  # fmt: skip
+def test_sigkill_anywhere_goes_on_to_the_same_losses(data, tmp_path, uninterrupted, point, count):
+    """Killed at one point, started again: the same lines in metrics.jsonl, each step once, the same parameters."""
+    run = tmp_path / "run"
+    child = FORKS.Process(target=tiny_run.start_and_die, args=(data, run, point, count))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    start(data, run)
+    assert events(run) == events(uninterrupted)
+    assert last_tensors(run) == last_tensors(uninterrupted)
+    names = [p.name for p in (run / "checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000020", "step-00000024"]
+
+
+# a server that has imported torch forks a child in milliseconds; it never ran a parallel region itself
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "fastlm.train.pretrain"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("whole")
+    start(data, run)
+    return run
+
+
+def last_tensors(run):
+    return (list_checkpoints(run)[-1] / "tensors.safetensors").read_bytes()
+
+
+def test_ctrl_c_saves_and_says_where(data, tmp_path, uninterrupted):
+    def press(event):
+        if event.get("step") == 8 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"after step 8; saved in .*step-00000008$"):
+        start(data, tmp_path, on_event=press)
+    assert signal.getsignal(signal.SIGINT) is handler
+    start(data, tmp_path)
+    assert events(tmp_path) == events(uninterrupted)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient norm"])
+def test_non_finite_names_step_batch_and_checkpoint(data, tmp_path, monkeypatch, where):
+    calls = 0
+    forward = tiny_run.TinyLM.forward
+
+    def broken(self, *args, **kwargs):
+        nonlocal calls
+        out = forward(self, *args, **kwargs)
+        calls += self.training
+        if calls == 23:  # the first micro-batch of step 12
+            if where == "loss":
+                out.loss = out.loss * math.nan
+            else:
+                out.loss.register_hook(lambda g: g * math.inf)
+        return out
+
+    monkeypatch.setattr(tiny_run.TinyLM, "forward", broken)
+    with pytest.raises(NonFiniteError) as e:
+        start(data, tmp_path)
+    text = str(e.value)
+    assert "\n" not in text
+    assert f"step 12: the {where} is " in text
+    assert "windows from 88 of" in text  # 11 steps of 2 batches of 4
+    assert text.endswith("step-00000010")
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000010"]
+
+
+def test_time_budget_ends_the_run_and_keeps_used_time(data, tmp_path):
+    options = replace(OPTIONS, max_steps=None, max_seconds=1.0, checkpoint_every=10, validations=2)
+
+    def press(event):
+        if event.get("seconds", 0) > 0.5 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        start(data, tmp_path, options, on_event=press)
+    half = events(tmp_path)[-1]["step"]
+    result = start(data, tmp_path, options)
+    steps = [e["step"] for e in events(tmp_path) if "loss" in e]
+    assert steps == list(range(1, result.steps + 1)) and result.steps > half
+    rates = [e["lr"] for e in events(tmp_path) if "loss" in e]
+    assert rates[-1] < 0.1 * max(rates)
+    assert 1.0 <= result.seconds < 3.0
+
+
+def test_checkpoints_of_another_run_are_refused(data, tmp_path):
+    start(data, tmp_path)
+    with pytest.raises(InputError, match="lr was 0.003, now 0.001"):
+        start(data, tmp_path, replace(OPTIONS, lr=1e-3))
+
+
+def test_a_corrupt_checkpoint_is_refused(data, tmp_path):
+    start(data, tmp_path)
+    file = list_checkpoints(tmp_path)[-1] / "tensors.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(InputError, match="corrupt"):
+        start(data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"max_steps": None}, "max_steps, max_seconds: wanted at least one"),
+        ({"lr": -1.0}, "lr: wanted a positive number, got -1.0"),
+        ({"schedule": "linear"}, "schedule: wanted one of cosine, wsd"),
+        ({"sample_at": (2.0,)}, r"sample_at\[0\]: wanted 0 to 1"),
+        ({"keep": 0}, "keep: wanted 1 or more"),
+        ({"dtype": "float64"}, "dtype: wanted one of bfloat16, float32"),
+    ],
+)
+def test_options_are_checked(data, tmp_path, change, text):
+    with pytest.raises(InputError, match=text):
+        start(data, tmp_path, replace(OPTIONS, **change))
+
+
+def test_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
+    from fastlm import checkpoint
+
+    save_file = checkpoint.save_file
+    calls = 0
+
+    def full(tensors, path, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise OSError(28, "No space left on device")
+        return save_file(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match="step-00000015: cannot be written: No space left"):
+        start(data, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name[0] == "."] == []
+    assert list_checkpoints(tmp_path)[-1].name == "step-00000010"

@@ -1,0 +1,58 @@
+"""A recipe that goes through every stage in seconds, and the text for it."""
+
+import random
+from pathlib import Path
+
+RECIPE = """\
+name = "tiny"
+seed = 3
+
+[data]
+sources = ["{docs}"]
+heldout_bytes = 6000
+rules = ["none"]
+
+[tokenizer]
+vocab_size = 300
+
+[model]
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 1
+num_attention_heads = 2
+
+[pretrain]
+max_steps = 12
+batch_size = 4
+seq_len = 32
+lr = 1e-2
+validations = 3
+val_tokens = 512
+sample_at = [0.0, 1.0]
+sample_tokens = 8
+checkpoint_every = 3
+
+[eval]
+stride = 16
+
+[quantize]
+group_size = 16
+"""
+NOUNS = "tree river stone <b>bird</b> cloud road house & garden letter winter".split()
+VERBS = "sees finds follows leaves remembers crosses paints".split()
+
+
+def write(folder: Path) -> Path:
+    """Documents and the recipe over them; -> the recipe's path."""
+    docs = folder / "docs"
+    docs.mkdir(parents=True)
+    draw = random.Random(0)
+    for i in range(24):
+        lines = [
+            f"The {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)} in year {draw.randrange(9999)}."
+            for _ in range(40)
+        ]
+        (docs / f"{i:02d}.txt").write_text("\n".join(lines))
+    path = folder / "tiny.toml"
+    path.write_text(RECIPE.format(docs=docs))
+    return path
