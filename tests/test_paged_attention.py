@@ -1,4 +1,4 @@
-"""paged_attention: pages in any order are what the dense op gives on the gathered keys; int8; refusals."""
+"""paged_attention: pages in any order are the dense op on the gathered keys; int8; refusals."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastlm import InputError, backend, ops
 
 
 def cache(lengths, page_size, hkv, d, dv, dtype):
-    """k, v pages in shuffled order, NaN where no key lies; the block table with garbage past each sequence's end."""
+    """k, v pages in shuffled order, NaN where no key lies; garbage past a sequence's pages."""
     counts = [(n + page_size - 1) // page_size for n in lengths]
     pages = sum(counts) + 2
     k = torch.randn(pages, page_size, hkv, d)
@@ -41,7 +41,11 @@ def assert_paged_near(q, k, v, table, lens, what, **options):
     for name, a, p, t in zip(("out", "lse"), mine, plain, truth):
         seen = torch.isfinite(t)
         assert torch.equal(torch.isfinite(a), seen), f"{what} {name}"
-        ulp = ULP[torch.float32] * 8 if name == "lse" or q.dtype == torch.float32 else 2 * ULP[q.dtype]
+        ulp = (
+            ULP[torch.float32] * 8
+            if name == "lse" or q.dtype == torch.float32
+            else 2 * ULP[q.dtype]
+        )
         assert_near(a[seen], p[seen], t[seen], floor=ulp, what=f"{what} {name}")
 
 
@@ -49,7 +53,8 @@ OPTIONS = {
     "causal": {"causal": True},
     "window sinks": {"causal": True, "window": 30, "sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])},
     "softcap alibi bias": {
-        "softcap": 3.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "bias": torch.linspace(-1, 1, 700),
+        "softcap": 3.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        "bias": torch.linspace(-1, 1, 700),
     },
 }  # fmt: skip
 
@@ -105,7 +110,8 @@ def test_any_shape_agrees_with_reference(lengths, page_size, queries, heads, int
     scales = {"k_scale": 0.02, "v_scale": 0.02} if int8 else {}
     dtype = torch.int8 if int8 else torch.float32
     assert_paged_near(
-        q, *cache(lengths, page_size, hkv, 20, 12, dtype), what="any", causal=causal, window=window, **scales
+        q, *cache(lengths, page_size, hkv, 20, 12, dtype), what="any", causal=causal, window=window,
+        **scales,
     )  # fmt: skip
 
 
@@ -144,7 +150,8 @@ def test_opcheck_and_compile():
         (q, k, v, table, lens, None, None, None, None, None, True, 0.3, 0, 0.0),
     )
     compiled = torch.compile(
-        lambda q: ops.paged_attention(q, k, v, table, lens, causal=True), fullgraph=True, backend="aot_eager"
+        lambda q: ops.paged_attention(q, k, v, table, lens, causal=True), fullgraph=True,
+        backend="aot_eager"
     )  # fmt: skip
     torch.testing.assert_close(compiled(q), ops.paged_attention(q, k, v, table, lens, causal=True))
 
@@ -158,10 +165,14 @@ def test_refuses_what_would_be_read_out_of_bounds(name, queries):
         for page in (-1, 10):
             bad = table.clone()
             bad[1, 2] = page
-            with pytest.raises(InputError, match=f"block_table: wanted pages 0 to 9, got .*{page}.* for sequence 1"):
+            with pytest.raises(
+                InputError, match=f"block_table: wanted pages 0 to 9, got .*{page}.* for sequence 1"
+            ):
                 ops.paged_attention(q, k, v, bad, lens)
         for n in (-3, 21):
-            with pytest.raises(InputError, match=f"seq_lens: wanted 0 to 20 .* got {n} for sequence 0"):
+            with pytest.raises(
+                InputError, match=f"seq_lens: wanted 0 to 20 .* got {n} for sequence 0"
+            ):
                 ops.paged_attention(q, k, v, table, torch.tensor([n, 20]))
 
 
@@ -171,18 +182,42 @@ def test_refusals():
     k8, v8 = k.to(torch.int8), v.to(torch.int8)
     for arguments, options, message in (
         ((q[0], k, v, table, lens), {}, r"q: wanted 4 dimensions, got \(1, 4, 16\)"),
-        ((q, k, v[:, :3], table, lens), {}, r"v_cache: wanted \(pages, page_size, Hkv, Dv\) as k_cache"),
-        ((q, k, v, table[:1], lens), {}, r"block_table: wanted 2 dimension\(s\), B = 2 rows, int32 on cpu"),
-        ((q, k, v, table, lens.float()), {}, r"seq_lens: wanted 1 dimension\(s\), B = 2 rows, int32 on cpu"),
-        ((q, k8, v8, table, lens), {}, r"k_scale: wanted a number or a tensor \(int8 cache\), got None"),
-        ((q, k, v, table, lens), {"k_scale": 1.0}, r"k_scale: wanted None \(torch.float32 cache\), got one"),
+        (
+            (q, k, v[:, :3], table, lens),
+            {},
+            r"v_cache: wanted \(pages, page_size, Hkv, Dv\) as k_cache",
+        ),
+        (
+            (q, k, v, table[:1], lens),
+            {},
+            r"block_table: wanted 2 dimension\(s\), B = 2 rows, int32 on cpu",
+        ),
+        (
+            (q, k, v, table, lens.float()),
+            {},
+            r"seq_lens: wanted 1 dimension\(s\), B = 2 rows, int32 on cpu",
+        ),
+        (
+            (q, k8, v8, table, lens),
+            {},
+            r"k_scale: wanted a number or a tensor \(int8 cache\), got None",
+        ),
+        (
+            (q, k, v, table, lens),
+            {"k_scale": 1.0},
+            r"k_scale: wanted None \(torch.float32 cache\), got one",
+        ),
         (
             (q, k8, v8, table, lens),
             {"k_scale": torch.ones(3), "v_scale": 1.0},
             r"k_scale: wanted shape \(\) or \(2,\) on cpu, got \(3,\)",
         ),
         ((q.bfloat16(), k, v, table, lens), {}, "k: wanted torch.bfloat16 as q, got torch.float32"),
-        ((q.requires_grad_(), k, v, table, lens), {}, "wanted tensors without grad .* got one that requires grad"),
+        (
+            (q.requires_grad_(), k, v, table, lens),
+            {},
+            "wanted tensors without grad .* got one that requires grad",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             ops.paged_attention(*arguments, **options)

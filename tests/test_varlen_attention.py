@@ -17,7 +17,8 @@ LENGTHS = [
 OPTIONS = {
     "causal": {"causal": True},
     "everything": {
-        "causal": True, "window": 50, "softcap": 4.0, "alibi": True, "bias": True, "sinks": True, "dropout_p": 0.3,
+        "causal": True, "window": 50, "softcap": 4.0, "alibi": True, "bias": True, "sinks": True,
+        "dropout_p": 0.3,
     },
 }  # fmt: skip
 
@@ -29,7 +30,11 @@ def offsets(lengths, dtype=torch.int32):
 def case(lengths, options, dtype, heads=(4, 2), widths=(24, 40)):
     (lq, lk), (h, hkv), (d, dv) = lengths, heads, widths
     options = dict(options)
-    leaves = [torch.randn(sum(lq), h, d), torch.randn(sum(lk), hkv, d), torch.randn(sum(lk), hkv, dv)]
+    leaves = [
+        torch.randn(sum(lq), h, d),
+        torch.randn(sum(lk), hkv, d),
+        torch.randn(sum(lk), hkv, dv),
+    ]
     leaves = [x.to(dtype) for x in leaves]
     names = ["q", "k", "v"]
     if options.pop("bias", False):
@@ -44,7 +49,15 @@ def case(lengths, options, dtype, heads=(4, 2), widths=(24, 40)):
         given = dict(zip(names, leaves))
         q, k, v = (given.pop(n) for n in "qkv")
         return ops.varlen_attention(
-            q, k, v, offsets(lq), offsets(lk), alibi_slopes=slopes, return_lse=True, **given, **options
+            q,
+            k,
+            v,
+            offsets(lq),
+            offsets(lk),
+            alibi_slopes=slopes,
+            return_lse=True,
+            **given,
+            **options,
         )
 
     return function, leaves, ["d" + n for n in names]
@@ -57,7 +70,7 @@ def test_matches_float64(isa, dtype, lengths, options):
 
 
 def test_is_attention_of_each_sequence(isa, dtype):
-    """Bit for bit what the dense op gives on each sequence alone: nothing of the neighbours is seen."""
+    """Bit for bit what the dense op gives on each sequence alone."""
     lengths = [40, 3, 97]
     q, k, v = (torch.randn(140, h, 32).to(dtype) for h in (4, 2, 2))
     out, lse = ops.varlen_attention(q, k, v, offsets(lengths), causal=True, return_lse=True)
@@ -115,12 +128,31 @@ def test_opcheck():
     bias, sinks = torch.randn(1, 1, 5, 5, requires_grad=True), torch.randn(4, requires_grad=True)
     torch.library.opcheck(
         torch.ops.fastlm.varlen_attention.default,
-        (q, k, v, cu, cu, sinks, torch.rand(4), bias, torch.tensor([3]), 5, 5, True, 0.3, 4, 5.0, 0.2),
+        (
+            q,
+            k,
+            v,
+            cu,
+            cu,
+            sinks,
+            torch.rand(4),
+            bias,
+            torch.tensor([3]),
+            5,
+            5,
+            True,
+            0.3,
+            4,
+            5.0,
+            0.2,
+        ),
     )
 
 
 def test_gradcheck_of_the_reference():
-    function, leaves, _ = case(([3, 0, 4], [2, 1, 5]), OPTIONS["everything"], torch.float64, widths=(3, 2))
+    function, leaves, _ = case(
+        ([3, 0, 4], [2, 1, 5]), OPTIONS["everything"], torch.float64, widths=(3, 2)
+    )
 
     def fixed(*x):
         torch.manual_seed(3)
@@ -140,7 +172,9 @@ def test_compiles_without_break_or_recompile():
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-@pytest.mark.parametrize("bad", [[0, 5, 3, 9], [0, 4, 8], [1, 4, 9], [0, -1, 9], [0, 4, 12]], ids=str)
+@pytest.mark.parametrize(
+    "bad", [[0, 5, 3, 9], [0, 4, 8], [1, 4, 9], [0, -1, 9], [0, 4, 12]], ids=str
+)
 def test_refuses_wrong_offsets(name, bad):
     q = torch.randn(9, 2, 8)
     wanted = "cu_seqlens_q: wanted offsets that rise from 0 to 9, got"
@@ -154,10 +188,18 @@ def test_refusals():
     for arguments, message in (
         ((q[None], q, q, cu), r"q: wanted 3 dimensions \(total, heads, D\), got \(1, 9, 2, 8\)"),
         ((q, q, q[:8], cu), r"v: wanted \(total_k, Hkv, Dv\) as k \(9, 2, 8\), got \(8, 2, 8\)"),
-        ((q, q, q, cu.float()), r"cu_seqlens_q: wanted \(B \+ 1,\) int32 on cpu, got torch.float32"),
-        ((q, q, q, cu, cu[:2]), r"cu_seqlens_k: wanted \(B \+ 1,\) as cu_seqlens_q \(3,\), got \(2,\)"),
+        (
+            (q, q, q, cu.float()),
+            r"cu_seqlens_q: wanted \(B \+ 1,\) int32 on cpu, got torch.float32",
+        ),
+        (
+            (q, q, q, cu, cu[:2]),
+            r"cu_seqlens_k: wanted \(B \+ 1,\) as cu_seqlens_q \(3,\), got \(2,\)",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             ops.varlen_attention(*arguments)
-    with pytest.raises(InputError, match=r"bias: wanted at least \(5, 5\) for sequence 1, got \(4, 5\)"):
+    with pytest.raises(
+        InputError, match=r"bias: wanted at least \(5, 5\) for sequence 1, got \(4, 5\)"
+    ):
         ops.varlen_attention(q, q, q, cu, bias=torch.zeros(4, 5))
