@@ -455,9 +455,7 @@ def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
 
 
 # ---- attention -----------------------------------------------------------------------------------
-_ATTENTION_ELEMENTS = (
-    1 << 22
-)  # scores that exist at a time: S = T = 2048 stays below 100 MB in float64
+_ATTENTION_SCORES = 1 << 22  # that exist at a time: 32 MB of each tensor in float64
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
@@ -474,11 +472,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list
 def dropout_factor(
     seed: Tensor, p: float, batch: Tensor, heads: int, rows: Tensor, keys: int
 ) -> Tensor:
-    """0 or 1 / (1 - p) for each score (batch, head, row, key): a function of these four and the seed, and of
-    nothing else, so that every backend and block size draws the same.
+    """0 or 1 / (1 - p) for each score: a function of batch, head, row, key and seed, and of nothing
+    else, so that every backend and block size draws the same.
 
-    Key j takes word (j // 16) % 4 of counter ((j // 64) * 16 + j % 16, row, head, batch): 16 lanes of a vector are
-    16 neighbouring keys. It is dropped when the word is below p * 2^32.
+    Key j takes word (j // 16) % 4 of counter ((j // 64) * 16 + j % 16, row, head, batch): 16 lanes
+    of a vector are 16 neighbouring keys. It is dropped when the word is below p * 2^32.
     """
     groups = (keys + 63) // 64
     device = seed.device
@@ -502,7 +500,9 @@ def _scores(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """q (B, Hkv, G, R, D), k (B, Hkv, T, D) wide -> scores (B, H, R, T), and d score / d (scale q k) under a softcap."""
+    """q (B, Hkv, G, R, D), k (B, Hkv, T, D) wide -> scores (B, H, R, T) of these rows, and under a
+    softcap their derivative by scale q k.
+    """
     s = scale * (q @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)
     slope = None
     if softcap > 0:
@@ -524,7 +524,7 @@ def _scores(
 
 
 def _query_blocks(q: Tensor, keys: int):
-    step = max(1, _ATTENTION_ELEMENTS // max(1, q.shape[0] * q.shape[1] * keys))
+    step = max(1, _ATTENTION_SCORES // max(1, q.shape[0] * q.shape[1] * keys))
     for start in range(0, q.shape[2], step):
         yield torch.arange(start, min(start + step, q.shape[2]), device=q.device)
 
@@ -544,8 +544,10 @@ def attention_forward(
     dropout_p: float,
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv) -> out (B, H, S, Dv), lse (B, H, S), a block of queries at a
-    time. window 0 and softcap 0 mean none; bias is 4-D; first_batch numbers the sequences for dropout."""
+    """q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv) -> out (B, H, S, Dv), lse (B, H, S), a
+    block of queries at a time. window 0 and softcap 0 mean none; bias is 4-D; first_batch numbers
+    the sequences for dropout.
+    """
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     wide_k, wide_v = _wide(k), _wide(v)
     batch = torch.arange(first_batch, first_batch + q.shape[0], device=q.device)
@@ -591,7 +593,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv like q, k, v; dsinks (H) and dbias (as bias) wide, or empty.
 
-    P = exp(s - lse), dP = dout v^T (through dropout), delta = sum(dout out) - dlse, ds = P (dP - delta).
+    P = exp(s - lse), dP = dout v^T (through dropout), delta = sum(dout out) - dlse,
+    ds = P (dP - delta).
     """
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     wide_k, wide_v = _wide(k), _wide(v)
@@ -634,7 +637,7 @@ def attention_backward(
 # ---- varlen_attention ----------------------------------------------------------------------------
 def _offsets(cu_seqlens: Tensor, total: int, name: str) -> list[int]:
     offsets = cu_seqlens.tolist()
-    rising = all(a <= b for a, b in zip(offsets, offsets[1:]))
+    rising = offsets == sorted(offsets)
     if not offsets or offsets[0] != 0 or offsets[-1] != total or not rising:
         raise InputError(f"{name}: wanted offsets that rise from 0 to {total}, got {offsets[:8]}")
     return offsets
@@ -667,14 +670,18 @@ def varlen_attention_forward(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """`attention_forward` of each sequence: q (total_q, H, D) -> out (total_q, H, Dv), lse (H, total_q)."""
+    """`attention_forward` of each sequence: q (total_q, H, D) -> out (total_q, H, Dv),
+    lse (H, total_q).
+    """
     out = q.new_zeros(*q.shape[:2], v.shape[2])
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=_wide(q[:0]).dtype).to(q.device)
     ends_q = _offsets(cu_seqlens_q, q.shape[0], "cu_seqlens_q")
     ends_k = _offsets(cu_seqlens_k, k.shape[0], "cu_seqlens_k")
     for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:])):
         o, one_lse = attention_forward(
-            *(t.transpose(0, 1)[None] for t in (q[q0:q1], k[k0:k1], v[k0:k1])),
+            q[q0:q1].transpose(0, 1)[None],
+            k[k0:k1].transpose(0, 1)[None],
+            v[k0:k1].transpose(0, 1)[None],
             sinks,
             alibi_slopes,
             _bias_of(bias, b, q1 - q0, k1 - k0),
@@ -719,12 +726,13 @@ def varlen_attention_backward(
     dbias = lse.new_zeros(bias.shape if bias is not None and bias_grad else 0)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:])):
-        packed = (dout[q0:q1], q[q0:q1], k[k0:k1], v[k0:k1], out[q0:q1])
-        one_dout, *qkvo = (t.transpose(0, 1)[None] for t in packed)
         one_dq, one_dk, one_dv, one_dsinks, one_dbias = attention_backward(
-            one_dout,
+            dout[q0:q1].transpose(0, 1)[None],
             None if dlse is None else dlse[None, :, q0:q1],
-            *qkvo,
+            q[q0:q1].transpose(0, 1)[None],
+            k[k0:k1].transpose(0, 1)[None],
+            v[k0:k1].transpose(0, 1)[None],
+            out[q0:q1].transpose(0, 1)[None],
             lse[None, :, q0:q1],
             sinks,
             alibi_slopes,
@@ -764,7 +772,9 @@ def paged_attention(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """`attention_forward` of each sequence on its pages: q (B, S, H, D) -> out (B, S, H, Dv), lse (B, H, S)."""
+    """`attention_forward` of each sequence on its pages: q (B, S, H, D) -> out (B, S, H, Dv),
+    lse (B, H, S).
+    """
     pages, page_size = k_cache.shape[:2]
     out = q.new_zeros(*q.shape[:3], v_cache.shape[3])
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_wide(q[:0]).dtype)
@@ -777,14 +787,14 @@ def paged_attention(
     for b, keys in enumerate(seq_lens.tolist()):
         if not 0 <= keys <= block_table.shape[1] * page_size:
             raise InputError(
-                f"seq_lens: wanted 0 to {block_table.shape[1] * page_size} (pages a sequence x page size), "
-                f"got {keys} for sequence {b}"
+                f"seq_lens: wanted 0 to {block_table.shape[1] * page_size}"
+                f" (pages a sequence x page size), got {keys} for sequence {b}"
             )
         table = block_table[b, : (keys + page_size - 1) // page_size].long()
         if table.numel() and not 0 <= int(table.min()) <= int(table.max()) < pages:
             raise InputError(
-                f"block_table: wanted pages 0 to {pages - 1}, got {int(table.min())} to {int(table.max())} "
-                f"for sequence {b}"
+                f"block_table: wanted pages 0 to {pages - 1},"
+                f" got {int(table.min())} to {int(table.max())} for sequence {b}"
             )
         o, one_lse = attention_forward(
             _wide(q[b : b + 1].transpose(1, 2)),

@@ -1,4 +1,4 @@
-"""What the tests of the three attention ops share: one run of outputs and gradients, and three-way comparison."""
+"""What the tests of the three attention ops share: a run with gradients, a three-way comparison."""
 
 import torch
 from tolerance import ULP, assert_near
@@ -7,19 +7,20 @@ from fastlm import backend
 
 
 def run(function, leaves):
-    """out, lse and the gradients of the leaves under fixed upstream gradients and a fixed dropout seed."""
+    """out, lse and the gradients of the leaves; upstream gradients and dropout seed are fixed."""
     leaves = [t.detach().clone().requires_grad_() for t in leaves]
     torch.manual_seed(5)
     out, lse = function(*leaves)
     draw = torch.Generator().manual_seed(1)
     upstream = [torch.randn(t.shape, generator=draw).to(t.dtype) for t in (out, lse)]
-    # a row that sees nothing has lse -inf: constant
     return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, upstream)]
 
 
 def assert_kernel_near(function, leaves, names, what):
-    """The kernel against the reference in float64, no worse than 2x (gradients 3x) the reference in float32 arithmetic
-    on inputs and outputs of the same dtype, plus what rounding P and dS to the dtype costs."""
+    """The kernel against the reference in float64: no worse than 2x (gradients 3x) the reference
+    that computes in float32 on inputs and outputs of the same dtype, plus what rounding P and dS to
+    the dtype costs.
+    """
     mine = run(function, leaves)
     with backend.use_backend("reference"):
         plain = run(function, leaves)

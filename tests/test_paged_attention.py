@@ -1,4 +1,4 @@
-"""paged_attention: pages in any order are what the dense op gives on the gathered keys; int8; refusals."""
+"""paged_attention: pages in any order are the dense op on the gathered keys; int8; refusals."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastlm import InputError, backend, ops
 
 
 def cache(lengths, page_size, hkv, d, dv, dtype):
-    """k, v pages in shuffled order, NaN where no key lies; the block table with garbage past each sequence's end."""
+    """k, v pages in shuffled order, NaN where no key lies; garbage past a sequence's pages."""
     counts = [(n + page_size - 1) // page_size for n in lengths]
     pages = sum(counts) + 2
     k = torch.randn(pages, page_size, hkv, d)
@@ -53,7 +53,8 @@ OPTIONS = {
     "causal": {"causal": True},
     "window sinks": {"causal": True, "window": 30, "sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])},
     "softcap alibi bias": {
-        "softcap": 3.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "bias": torch.linspace(-1, 1, 700),
+        "softcap": 3.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        "bias": torch.linspace(-1, 1, 700),
     },
 }  # fmt: skip
 
@@ -109,7 +110,8 @@ def test_any_shape_agrees_with_reference(lengths, page_size, queries, heads, int
     scales = {"k_scale": 0.02, "v_scale": 0.02} if int8 else {}
     dtype = torch.int8 if int8 else torch.float32
     assert_paged_near(
-        q, *cache(lengths, page_size, hkv, 20, 12, dtype), what="any", causal=causal, window=window, **scales
+        q, *cache(lengths, page_size, hkv, 20, 12, dtype), what="any", causal=causal, window=window,
+        **scales,
     )  # fmt: skip
 
 
@@ -148,7 +150,8 @@ def test_opcheck_and_compile():
         (q, k, v, table, lens, None, None, None, None, None, True, 0.3, 0, 0.0),
     )
     compiled = torch.compile(
-        lambda q: ops.paged_attention(q, k, v, table, lens, causal=True), fullgraph=True, backend="aot_eager"
+        lambda q: ops.paged_attention(q, k, v, table, lens, causal=True), fullgraph=True,
+        backend="aot_eager"
     )  # fmt: skip
     torch.testing.assert_close(compiled(q), ops.paged_attention(q, k, v, table, lens, causal=True))
 

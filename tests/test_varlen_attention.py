@@ -17,7 +17,8 @@ LENGTHS = [
 OPTIONS = {
     "causal": {"causal": True},
     "everything": {
-        "causal": True, "window": 50, "softcap": 4.0, "alibi": True, "bias": True, "sinks": True, "dropout_p": 0.3,
+        "causal": True, "window": 50, "softcap": 4.0, "alibi": True, "bias": True, "sinks": True,
+        "dropout_p": 0.3,
     },
 }  # fmt: skip
 
@@ -69,7 +70,7 @@ def test_matches_float64(isa, dtype, lengths, options):
 
 
 def test_is_attention_of_each_sequence(isa, dtype):
-    """Bit for bit what the dense op gives on each sequence alone: nothing of the neighbours is seen."""
+    """Bit for bit what the dense op gives on each sequence alone."""
     lengths = [40, 3, 97]
     q, k, v = (torch.randn(140, h, 32).to(dtype) for h in (4, 2, 2))
     out, lse = ops.varlen_attention(q, k, v, offsets(lengths), causal=True, return_lse=True)

@@ -1,12 +1,14 @@
-"""Softmax attention that never holds the (S, T) scores (Dao et al. 2022, arXiv:2205.14135), with every option at once.
+"""Softmax attention that never holds the (S, T) scores (Dao et al. 2022, arXiv:2205.14135).
 
-The public functions of `varlen_attention` and `paged_attention` check their options with `check_options` here: the
-three ops differ in where queries and keys lie, and share everything else down to one C++ body.
+Every option works with every other. The three ops `attention`, `varlen_attention` and
+`paged_attention` differ in where queries and keys lie; they share `check_options` here and, on the
+CPU, one C++ body.
 
-Dropout draws from Philox4x32-10 (Salmon et al. 2011) on (seed, batch, head, row, key), so that the backward redraws the
-forward's mask instead of storing it, and every backend draws the same. The seed is a one-element tensor made by
-``torch.randint`` from torch's generator: under torch.compile it is one more node of the graph, and on a GPU nothing
-waits for it. Rejected: two ints (``.item()`` breaks the graph), torch's generator state (differs between devices).
+Dropout draws from Philox4x32-10 (Salmon et al. 2011) on (seed, batch, head, row, key): the backward
+redraws the forward's mask instead of storing it, and every backend draws the same. The seed is a
+one-element tensor from ``torch.randint``: under torch.compile one more node of the graph, and on a
+GPU nothing waits for it. Rejected: ints (``.item()`` breaks the graph) and torch's generator state
+(differs between devices).
 """
 
 import math
@@ -47,27 +49,29 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)`` with the options below, in this order::
+    """``F.scaled_dot_product_attention(q, k, v, enable_gqa=True)`` with these options, in order::
 
         s = scale * (q @ k.mT)                           scale: 1 / sqrt(D) by default
         s = softcap * tanh(s / softcap)
-        s = s - alibi_slopes[:, None, None] * |i - j|    i, j aligned at the end: the last query is at the last key
+        s = s - alibi_slopes[:, None, None] * |i - j|    aligned: the last query at the last key
         s = s + bias
         s = s where j <= i (causal), 0 <= i - j < window, else -inf
         lse = logsumexp(s and the head's sink)
         out = dropout(exp(s - lse)) @ v
 
     Args:
-        q: (B, H, S, D), k: (B, Hkv, T, D), v: (B, Hkv, T, Dv), one dtype: float32, bfloat16 or float16 (float64 on the
-            reference); H a multiple of Hkv: query head h reads key head h // (H / Hkv). Any strides.
+        q: (B, H, S, D), k: (B, Hkv, T, D), v: (B, Hkv, T, Dv), one dtype: float32, bfloat16 or
+            float16 (float64 on the reference). H is a multiple of Hkv: query head h reads key head
+            h // (H / Hkv). Any strides.
         sinks: (H,), one more logit per head in the denominator (differentiable).
         alibi_slopes: (H,); constants, no gradient.
         bias: float, broadcast to (B, H, S, T) (differentiable); or bool, True where a key is seen.
         dropout_p: chance to drop a probability; the seed comes from torch's generator.
         return_lse: also return lse (B, H, S), float32 (differentiable).
 
-    A row that sees nothing is zero, its lse -inf and its gradients zero. Memory beyond the outputs: keys and values once
-    more (packed), never S x T. The backward keeps out and lse and recomputes the rest.
+    A row that sees nothing is zero, its lse -inf and its gradients zero. Memory beyond the outputs:
+    keys and values once more (packed), never S x T. The backward keeps out and lse and recomputes
+    the rest.
 
     Raises:
         InputError: shapes, dtypes or devices do not fit together, or an option is out of range.
@@ -79,7 +83,8 @@ def attention(
             )
     if k.shape[0] != q.shape[0] or v.shape[:3] != k.shape[:3]:
         raise InputError(
-            f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {q.shape[0]} as q, got {tuple(k.shape)}, {tuple(v.shape)}"
+            f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {q.shape[0]} as q,"
+            f" got {tuple(k.shape)}, {tuple(v.shape)}"
         )
     options = check_options(
         q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes, bias,
@@ -107,7 +112,7 @@ def check_options(
     *,
     kv_dtypes: tuple[torch.dtype, ...] = (),
 ) -> Options:
-    """Checks what the three attention ops share; `kv_dtypes` lists what k and v may be besides q's dtype."""
+    """Checks what the three ops share. `kv_dtypes`: what k and v may be besides q's dtype."""
     if not q.is_floating_point():
         raise InputError(f"q: wanted a float dtype, got {q.dtype}")
     for name, t in (("k", k), ("v", v)):
@@ -126,7 +131,8 @@ def check_options(
             continue
         if t.shape != (heads,) or not t.is_floating_point() or t.device != q.device:
             raise InputError(
-                f"{name}: wanted ({heads},) floats on {q.device}, one a head, got {t.dtype} {tuple(t.shape)} on {t.device}"
+                f"{name}: wanted ({heads},) floats on {q.device}, one a head,"
+                f" got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise InputError(
@@ -156,7 +162,8 @@ def _bias_4d(q: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
     if not fits or bias.device != q.device:
         raise InputError(
-            f"bias: wanted to broadcast to {tuple(shape)} on {q.device}, got {tuple(bias.shape)} on {bias.device}"
+            f"bias: wanted to broadcast to {tuple(shape)} on {q.device},"
+            f" got {tuple(bias.shape)} on {bias.device}"
         )
     if bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill(~bias, -math.inf)
@@ -183,7 +190,7 @@ def _forward_fake(q, k, v, sinks, alibi_slopes, bias, seed, *_):
 
 
 def backward_fake(dout, dlse, q, k, v, out, lse, *rest):
-    """Shapes of the gradients; `rest` is (..., sinks, alibi_slopes, bias, seed, numbers) in both dense and varlen."""
+    """Shapes of the gradients; `rest` is sinks, alibi_slopes, bias, seed and the numbers."""
     sinks, bias, bias_grad = rest[0], rest[2], rest[-1]
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
@@ -221,14 +228,17 @@ def cpu_forward(
     sequences: int,
     key_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """The C++ forward of all three ops: `layout` is (cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale,
-    v_scale), `key_rows` an upper bound of the keys of all sequences together."""
+    """The C++ forward of all three ops.
+
+    `layout` is (cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale), `key_rows` an
+    upper bound of the keys of all sequences together.
+    """
     from fastlm import _cpu
 
     q, k, v = elements_last(q, k, v)
     out, lse = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype), torch.empty(lse_shape)
-    # Either keys and values once more, each sequence padded to 32 rows and 32 columns, or, for decoding, partial
-    # results: at most 8 rows of 2 + Dv floats for every 512 keys (attention_forward.h, attention_decode.h).
+    # Keys and values once more, padded to 32 rows a sequence and 32 columns (attention_forward.h);
+    # or partial results: 8 rows of 2 + Dv floats for every 512 keys (attention_decode.h).
     heads = k.shape[-2] if k.dim() != 4 or layout[2] is not None else k.shape[1]
     width = _padded(q.shape[-1], 32) + _padded(v.shape[-1], 32)
     packed = (key_rows + 32 * sequences) * width
@@ -236,7 +246,8 @@ def cpu_forward(
     workspace = torch.empty(heads * max(packed, partial))
     try:
         _cpu.attention_forward(
-            q, k, v, *layout, _float(sinks), _float(alibi_slopes), bias, seed, *numbers, out, lse, workspace
+            q, k, v, *layout, _float(sinks), _float(alibi_slopes), bias, seed, *numbers,
+            out, lse, workspace,
         )  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -269,13 +280,14 @@ def cpu_backward(
     heads, kv_heads = (q.shape[1], k.shape[1])
     dsinks = None if sinks is None else torch.empty(sequences, heads)
     dbias = torch.zeros(bias.shape) if bias is not None and bias_grad else None
-    # With fewer than 8 key heads in all, a task takes 512 keys and leaves its part of dq (attention_backward.h).
+    # With fewer than 8 key heads in all, a task takes 512 keys and leaves its part of dq
+    # (attention_backward.h).
     spans = 0 if sequences * kv_heads >= 8 else (longest_keys + 511) // 512
     rows = q.numel() // q.shape[-1]
     workspace = torch.empty(spans * rows * _padded(q.shape[-1], 16) if spans > 1 else 0)
     _cpu.attention_backward(
-        dout, dlse, q, k, v, out, lse, *cu_seqlens, _float(sinks), _float(alibi_slopes), bias, seed, *numbers,
-        dq, dk, dv, dsinks, dbias, workspace,
+        dout, dlse, q, k, v, out, lse, *cu_seqlens, _float(sinks), _float(alibi_slopes), bias, seed,
+        *numbers, dq, dk, dv, dsinks, dbias, workspace,
     )  # fmt: skip
     return (
         dq,
@@ -298,8 +310,8 @@ def _cpu_backward(
 ):
     *numbers, bias_grad = numbers_and_bias_grad
     return cpu_backward(
-        dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed, numbers, bias_grad,
-        q.shape[0], k.shape[2],
+        dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed,
+        tuple(numbers), bias_grad, q.shape[0], k.shape[2],
     )  # fmt: skip
 
 

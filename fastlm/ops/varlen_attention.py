@@ -1,4 +1,4 @@
-"""Attention over sequences packed one after the other, without padding and without a leak from one to the next."""
+"""Attention over sequences packed one after the other: no padding, no leak between them."""
 
 import torch
 from torch import Tensor
@@ -36,13 +36,15 @@ def varlen_attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`fastlm.ops.attention` of each sequence b on the rows ``cu_seqlens[b]:cu_seqlens[b + 1]``; same options.
+    """`attention` of each sequence b on its rows ``cu_seqlens[b]:cu_seqlens[b + 1]``; same options.
 
     Args:
         q: (total_q, H, D), k: (total_k, Hkv, D), v: (total_k, Hkv, Dv). Any strides.
-        cu_seqlens_q: (B + 1,), int32 or int64, from 0 to total_q without falling; empty sequences are allowed.
+        cu_seqlens_q: (B + 1,), int32 or int64, from 0 to total_q without falling; a sequence may
+            be empty.
         cu_seqlens_k: the same for the keys; cu_seqlens_q by default.
-        max_seqlen_q, max_seqlen_k: the longest sequences, a hint for GPU launches; the totals by default.
+        max_seqlen_q, max_seqlen_k: the longest sequences, a hint for GPU launches; the totals by
+            default.
         bias: broadcast to (B, H, longest S, longest T); sequence b uses its first rows and keys.
         return_lse: also return lse (H, total_q), float32.
 
@@ -61,19 +63,22 @@ def varlen_attention(
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if t.dim() != 1 or t.dtype not in (torch.int32, torch.int64) or t.device != q.device:
             raise InputError(
-                f"{name}: wanted (B + 1,) int32 on {q.device}, got {t.dtype} {tuple(t.shape)} on {t.device}"
+                f"{name}: wanted (B + 1,) int32 on {q.device},"
+                f" got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
     if cu_seqlens_k.shape != cu_seqlens_q.shape or cu_seqlens_q.shape[0] == 0:
         raise InputError(
-            f"cu_seqlens_k: wanted (B + 1,) as cu_seqlens_q {tuple(cu_seqlens_q.shape)}, got {tuple(cu_seqlens_k.shape)}"
+            f"cu_seqlens_k: wanted (B + 1,) as cu_seqlens_q {tuple(cu_seqlens_q.shape)},"
+            f" got {tuple(cu_seqlens_k.shape)}"
         )
     batch = cu_seqlens_q.shape[0] - 1
     if bias is None:
         bias_shape = (batch, q.shape[1], 1, 1)
-    else:  # its own last two sizes are the longest lengths, checked against the offsets where those are read
+    else:  # its last two sizes are checked where the offsets are read
         bias_shape = (batch, q.shape[1], *(1, 1, *bias.shape)[-2:])
     options = check_options(
-        q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes, bias, bias_shape
+        q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes, bias,
+        bias_shape,
     )  # fmt: skip
     seed = dropout_seed(dropout_p, q)
     out, lse = _forward(
@@ -112,8 +117,9 @@ def _cpu_backward(
 ):  # fmt: skip
     *numbers, bias_grad = numbers_and_bias_grad
     return cpu_backward(
-        dout, dlse, q, k, v, out, lse, (cu_q.contiguous(), cu_k.contiguous()), sinks, alibi_slopes, bias, seed,
-        numbers, bias_grad, cu_q.shape[0] - 1, int(cu_k.diff().max()) if cu_k.shape[0] > 1 else 0,
+        dout, dlse, q, k, v, out, lse, (cu_q.contiguous(), cu_k.contiguous()), sinks, alibi_slopes,
+        bias, seed, tuple(numbers), bias_grad, cu_q.shape[0] - 1,
+        int(cu_k.diff().max()) if cu_k.shape[0] > 1 else 0,
     )  # fmt: skip
 
 
