@@ -99,32 +99,50 @@ void with_act(const std::string& name, F&& f) {
   }
 }
 
-// gate, up (N, F) with rows apart, elements of a row not; y (N, F) contiguous
+struct Matrix {
+  int64_t rows, columns;
+};
+// Contiguous tensors of any shape are one row; others are matrices with rows apart.
+inline Matrix matrix_of(std::initializer_list<const TensorView*> tensors) {
+  const TensorView& first = **tensors.begin();
+  bool contiguous = true;
+  for (const TensorView* t : tensors) contiguous = contiguous && t->contiguous();
+  if (contiguous) return {1, first.numel()};
+  for (const TensorView* t : tensors) check_size("glu", "dimensions:", 2, t->ndim());
+  return {first.size(0), first.size(1)};
+}
+
+// gate, up contiguous, or (N, F) with rows apart, elements of a row not; y contiguous
 inline void glu_forward(const TensorView& gate, const TensorView& up, const std::string& act,
                         const TensorView& y) {
   with_float(gate.dtype(), "gate", [&](auto tag) {
     using T = decltype(tag);
     const T *pg = gate.data<T>("gate"), *pu = up.data<T>("up");
     T* py = y.data<T>("y");
-    const int64_t n = gate.size(1), s_g = gate.stride(0), s_u = up.stride(0);
+    const Matrix m = matrix_of({&gate, &up});
+    const int64_t rows = m.rows, n = m.columns;
+    const int64_t s_g = rows > 1 ? gate.stride(0) : 0, s_u = rows > 1 ? up.stride(0) : 0;
     with_act(act, [&](auto a) {
-      for_each_piece(gate.size(0), n, [&](int64_t i, int64_t j, int64_t k) {
+      for_each_piece(rows, n, [&](int64_t i, int64_t j, int64_t k) {
         glu_piece<a.value>(pg + i * s_g + j, pu + i * s_u + j, k, py + i * n + j);
       });
     });
   });
 }
 
-// dy, gate, up (N, F) with rows apart; dgate, dup (N, F) contiguous
+// dy, gate, up as above; dgate, dup contiguous
 inline void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView& up,
                          const std::string& act, const TensorView& dgate, const TensorView& dup) {
   with_float(gate.dtype(), "gate", [&](auto tag) {
     using T = decltype(tag);
     const T *pdy = dy.data<T>("dy"), *pg = gate.data<T>("gate"), *pu = up.data<T>("up");
     T *pdg = dgate.data<T>("dgate"), *pdu = dup.data<T>("dup");
-    const int64_t n = gate.size(1), s_d = dy.stride(0), s_g = gate.stride(0), s_u = up.stride(0);
+    const Matrix m = matrix_of({&dy, &gate, &up});
+    const int64_t rows = m.rows, n = m.columns;
+    const int64_t s_d = rows > 1 ? dy.stride(0) : 0, s_g = rows > 1 ? gate.stride(0) : 0,
+                  s_u = rows > 1 ? up.stride(0) : 0;
     with_act(act, [&](auto a) {
-      for_each_piece(gate.size(0), n, [&](int64_t i, int64_t j, int64_t k) {
+      for_each_piece(rows, n, [&](int64_t i, int64_t j, int64_t k) {
         glu_backward_piece<a.value>(pdy + i * s_d + j, pg + i * s_g + j, pu + i * s_u + j, k,
                                     pdg + i * n + j, pdu + i * n + j);
       });

@@ -51,9 +51,7 @@ def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor, act: str):
 
 
 def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As matrices: one row when all are contiguous; else rows may be apart, elements may not."""
-    if all(t.is_contiguous() for t in tensors):
-        return tuple(t.view(1, -1) for t in tensors)
+    """As matrices whose rows may be apart, elements of a row not."""
     width = tensors[0].shape[-1]
     rows = (t.reshape(-1, width) for t in tensors)
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in rows)
@@ -62,8 +60,11 @@ def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _cpu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     from fastlm import _cpu
 
-    y = torch.empty(gate.shape, dtype=gate.dtype)
-    if y.numel():
+    if gate.is_contiguous() and up.is_contiguous():
+        y = torch.empty_like(gate)
+        _cpu.glu_forward(gate, up, act, y)
+    else:
+        y = torch.empty(gate.shape, dtype=gate.dtype)
         _cpu.glu_forward(*_rows(gate, up), act, y)
     return y
 
@@ -72,8 +73,9 @@ def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tenso
     from fastlm import _cpu
 
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
-    if dgate.numel():
-        _cpu.glu_backward(*_rows(dy, gate, up), act, dgate, dup)
+    if not (dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous()):
+        dy, gate, up = _rows(dy, gate, up)
+    _cpu.glu_backward(dy, gate, up, act, dgate, dup)
     return dgate, dup
 
 

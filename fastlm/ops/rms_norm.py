@@ -86,8 +86,9 @@ def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
     from fastlm import _cpu
 
-    y, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:1])
-    h = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
+    rstd = torch.empty(x.shape[0])
+    h = None if residual is None else torch.empty_like(y)
     _cpu.rms_norm_forward(
         _rows(x), _rows(residual), _weight(weight, x.dtype), eps, offset, y, h, rstd
     )
