@@ -85,11 +85,10 @@ FASTLM_INLINE void unpack(vint v, vfloat (&u)[VECS<BITS, float>], float) {
     u[6] = column<BITS, 6>(v), u[7] = column<BITS, 7>(v);
   }
 }
-template <int V>
-FASTLM_INLINE vfloat dot(vfloat sum, const vfloat (&u)[V], const float* x) {
+template <int CHAINS, int V>
+FASTLM_INLINE void dot(vfloat (&sum)[CHAINS], const vfloat (&u)[V], const float* x) {
 #pragma GCC unroll 8
-  for (int j = 0; j < V; ++j) sum += u[j] * load(x + j * VL);
-  return sum;
+  for (int j = 0; j < V; ++j) sum[j % CHAINS] += u[j] * load(x + j * VL);
 }
 FASTLM_INLINE vfloat sum_to_float(vfloat s) { return s; }
 
@@ -115,12 +114,12 @@ FASTLM_INLINE void unpack(vint v, vfloat (&u)[VECS<BITS, bf16>], bf16) {
         0xaaaaaaaa, _mm512_srli_epi32((__m512i)column<8, 2>(v), 16), (__m512i)column<8, 3>(v));
   }
 }
-template <int V>
-FASTLM_INLINE vfloat dot(vfloat sum, const vfloat (&u)[V], const bf16* x) {
+template <int CHAINS, int V>
+FASTLM_INLINE void dot(vfloat (&sum)[CHAINS], const vfloat (&u)[V], const bf16* x) {
 #pragma GCC unroll 4
   for (int j = 0; j < V; ++j)
-    sum = multiply_add(sum, u[j], load(reinterpret_cast<const float*>(x + j * 2 * VL)), bf16{});
-  return sum;
+    sum[j % CHAINS] = multiply_add(sum[j % CHAINS], u[j],
+                                   load(reinterpret_cast<const float*>(x + j * 2 * VL)), bf16{});
 }
 #endif
 
@@ -134,14 +133,14 @@ FASTLM_INLINE void unpack(vint v, vint (&u)[VECS<BITS, int8_t>], int8_t) {
     u[0] = OFFSET<8> ? v ^ int32_t(0x80808080) : v;
   }
 }
-template <int BITS>
-FASTLM_INLINE vint dot_int8(vint sum, const vint (&u)[VECS<BITS, int8_t>], const int8_t* x) {
+template <int CHAINS, int V>
+FASTLM_INLINE void dot(vint (&sum)[CHAINS], const vint (&u)[V], const int8_t* x) {
+  constexpr int BITS = V == 2 ? 4 : 8;
   if constexpr (OFFSET<BITS> != 0)
-    sum += load_lanes(reinterpret_cast<const uint8_t*>(x + VECS<BITS, int8_t> * 4 * VL));
-  for (int j = 0; j < VECS<BITS, int8_t>; ++j)
-    sum = dot4<OFFSET<BITS> == 0>(sum, u[j],
-                                  load_lanes(reinterpret_cast<const uint8_t*>(x + j * 4 * VL)));
-  return sum;
+    sum[CHAINS - 1] += load_lanes(reinterpret_cast<const uint8_t*>(x + V * 4 * VL));
+  for (int j = 0; j < V; ++j)
+    sum[j % CHAINS] = dot4<OFFSET<BITS> == 0>(
+        sum[j % CHAINS], u[j], load_lanes(reinterpret_cast<const uint8_t*>(x + j * 4 * VL)));
 }
 FASTLM_INLINE vfloat sum_to_float(vint s) { return __builtin_convertvector(s, vfloat); }
 
@@ -180,6 +179,7 @@ constexpr int64_t DOT_ROWS = 64;     // rows of W per task: 128 KiB of int4 at K
 template <int BITS, class X, int MX>
 void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* out) {
   using Sum = std::conditional_t<sizeof(X) == 1, vint, vfloat>;
+  constexpr int CHAINS = MX <= 2 ? 2 : 1;  // of dependent products: few rows need more in flight
   constexpr int64_t x_step = X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));
   const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>, whole = w.row_bytes / (4 * VL);
   const LaneGroups<BITS> lanes(w.size, w.groups);
@@ -188,27 +188,37 @@ void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* ou
   const int64_t groups_a_run = lanes.shift >= 0 ? VL >> lanes.shift : 1;
   const uint8_t* row = w.row(n);
   vfloat f[MX] = {};
-  for (int64_t c0 = 0, g = 0; c0 < chunks; c0 += run, g += groups_a_run) {
-    const int64_t c1 = std::min(chunks, c0 + run);
-    Sum sum[MX] = {};
-    for (int64_t c = c0; c < c1; ++c) {
-      const uint8_t* p = row + c * 4 * VL;
-      __builtin_prefetch(p + DOT_AHEAD);
-      const vint v = c < whole ? load_lanes(p) : load_lanes(p, w.row_bytes - c * 4 * VL);
-      Sum u[VECS<BITS, X>];
-      unpack<BITS>(v, u, X{});
+  const auto add_chunk = [&](int64_t c, Sum(&sum)[MX][CHAINS]) __attribute__((always_inline)) {
+    const uint8_t* p = row + c * 4 * VL;
+    __builtin_prefetch(p + DOT_AHEAD);
+    const vint v = c < whole ? load_lanes(p) : load_lanes(p, w.row_bytes - c * 4 * VL);
+    Sum u[VECS<BITS, X>];
+    unpack<BITS>(v, u, X{});
 #pragma GCC unroll 4
-      for (int m = 0; m < MX; ++m) {
-        const X* xm = x + m * x_stride + c * x_step;
-        if constexpr (sizeof(X) == 1)
-          sum[m] = dot_int8<BITS>(sum[m], u, xm);
-        else
-          sum[m] = dot(sum[m], u, xm);
-      }
+    for (int m = 0; m < MX; ++m) dot(sum[m], u, x + m * x_stride + c * x_step);
+  };
+  const auto add_scaled = [&](int64_t c, int64_t g,
+                              Sum(&sum)[MX][CHAINS]) __attribute__((always_inline)) {
+    const vfloat s = lanes.scales(w.scales, n * w.groups, c * CHUNK<BITS>, g);
+#pragma GCC unroll 4
+    for (int m = 0; m < MX; ++m) {
+      if constexpr (CHAINS == 2) sum[m][0] += sum[m][1];
+      f[m] += sum_to_float(sum[m][0]) * s;
     }
-    const vfloat s = lanes.scales(w.scales, n * w.groups, c0 * CHUNK<BITS>, g);
-#pragma GCC unroll 4
-    for (int m = 0; m < MX; ++m) f[m] += sum_to_float(sum[m]) * s;
+  };
+  if (run ==
+      1) {  // its own loop: an inner one of a single round costs a third (int4, groups of 128)
+    for (int64_t c = 0, g = 0; c < chunks; ++c, g += groups_a_run) {
+      Sum sum[MX][CHAINS] = {};
+      add_chunk(c, sum);
+      add_scaled(c, g, sum);
+    }
+  } else {
+    for (int64_t c0 = 0, g = 0; c0 < chunks; c0 += run, ++g) {
+      Sum sum[MX][CHAINS] = {};
+      for (int64_t c = c0; c < std::min(chunks, c0 + run); ++c) add_chunk(c, sum);
+      add_scaled(c0, g, sum);
+    }
   }
   for (int m = 0; m < MX; ++m) out[m] = hsum(f[m]);
 }
@@ -263,9 +273,10 @@ void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const fl
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < tasks; ++t) {
       const int64_t end = std::min(w.n, (t + 1) * DOT_ROWS);
-      for (int64_t n = t * DOT_ROWS; n < end; ++n)
-        for (int64_t m0 = 0; m0 < m; m0 += 4) {
-          const int mx = int(std::min<int64_t>(4, m - m0));
+      for (int64_t m0 = 0; m0 < m;
+           m0 += 4) {  // the task's W comes from the L2 after the first time
+        const int mx = int(std::min<int64_t>(4, m - m0));
+        for (int64_t n = t * DOT_ROWS; n < end; ++n) {
           float out[4];
           const X* xm = arranged + m0 * stride;
           switch (mx) {
@@ -288,6 +299,7 @@ void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const fl
             y[(m0 + j) * w.n + n] = from_float<T>(v);
           }
         }
+      }
     }
   }
 }
@@ -300,8 +312,14 @@ constexpr int64_t PANEL_M = 256;     // rows of a task: 256 KiB of A per block, 
 // Scales (or zeros) of rows [n, n + rows) as [groups][VL]; rows that do not exist are zero.
 inline void transpose_scales(const Scales& source, int64_t n, int64_t groups, int rows,
                              float* out) {
-  for (int64_t g = 0; g < groups; ++g)
-    for (int i = 0; i < VL; ++i) out[g * VL + i] = i < rows ? source[(n + i) * groups + g] : 0.f;
+  for (int64_t g = 0; g < groups; g += VL) {
+    const int count = int(std::min<int64_t>(VL, groups - g));
+    vint t[VL];
+    for (int i = 0; i < VL; ++i)
+      t[i] = i < rows ? as_int(source.lanes((n + i) * groups + g, count)) : vint{};
+    transpose(t);
+    for (int i = 0; i < count; ++i) store(out + (g + i) * VL, as_float(t[i]));
+  }
 }
 
 template <int BITS, int J, class E>
@@ -331,11 +349,13 @@ template <int BITS, class E>
 void dequantize_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t kb,
                       const float* scales, const float* zeros, E* out) {
   const int64_t kp = padded_k<E>(kb);
+  int64_t g = k0 / w.size;
   for (int64_t k = 0; k < kp; k += CHUNK<BITS>) {
     vint t[VL];
     load_transposed(w, n, rows, (k0 + k) / PER_LANE<BITS>, PANEL_K * BITS / 8, t);
     for (int j = 0; j < VL && k + j * PER_LANE<BITS> < kp; ++j) {
-      const int64_t at = k + j * PER_LANE<BITS>, g = std::min((k0 + at) / w.size, w.groups - 1);
+      const int64_t at = k + j * PER_LANE<BITS>;
+      while (k0 + at >= (g + 1) * w.size && g + 1 < w.groups) ++g;
       const vfloat s = load(scales + g * VL), z = zeros ? load(zeros + g * VL) : vfloat{};
       if (at + PER_LANE<BITS> <= kp) {
         dequantize_columns<BITS, 0>(t[j], s, z, out + at * VL);
@@ -472,8 +492,9 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
 }
 
 // ---- choice ------------------------------------------------------------------------------------
-// Rows of x up to which the dot form is faster, measured at 4096 x 4096 (docs/log.md).
-constexpr int64_t DOT_MAX_ROWS = 8;
+// Rows of x up to which the dot form is faster at 4096 x 4096, groups of 128. The panel form has a
+// fixed cost (transpose, dequantize) that 8-bit activations nearly lack, and twice the rate.
+constexpr int64_t DOT_MAX_ROWS_16 = 12, DOT_MAX_ROWS_8 = 7;
 
 // x (M, K) rows apart or not; bias (N) float32 or absent; y (M, N) contiguous; form 0 chooses, 1 is
 // dot, 2 is panel (tests and measurements).
@@ -481,17 +502,17 @@ inline void quantized_linear(const TensorView& x, const TensorView& qdata, const
                              const TensorView* zeros, const TensorView* bias, int bits,
                              int64_t group_size, int act_bits, int form, const TensorView& y) {
   const int64_t m = x.size(0), k = x.size(1), x_stride = x.stride(0);
-  check_contiguous("y", y);
   check_size("y", "columns:", qdata.size(0), y.size(1));
   check_size("y", "rows:", m, y.size(0));
-  const float* pb = bias ? bias->data<float>("bias") : nullptr;
   if (m == 0 || qdata.size(0) == 0) return;
+  check_contiguous("y", y);
+  const float* pb = bias ? bias->data<float>("bias") : nullptr;
   with_float(x.dtype(), "x", [&](auto tag) {
     using T = decltype(tag);
     const T* px = x.data<T>("x");
     T* py = y.data<T>("y");
     const Weight w = weight_of(qdata, scales, zeros, k, bits, group_size);
-    const bool dot = form ? form == 1 : m <= DOT_MAX_ROWS;
+    const bool dot = form ? form == 1 : m <= (act_bits == 8 ? DOT_MAX_ROWS_8 : DOT_MAX_ROWS_16);
     const auto run = [&](auto b) {
       constexpr int BITS = decltype(b)::value;
       if (act_bits == 8)
@@ -513,10 +534,10 @@ inline void quantized_linear_backward(const TensorView& dy, const TensorView& qd
                                       const TensorView& scales, const TensorView* zeros, int bits,
                                       int64_t group_size, const TensorView& dx) {
   const int64_t m = dy.size(0), k = dx.size(1), dy_stride = dy.stride(0);
-  check_contiguous("dx", dx);
   check_size("dx", "rows:", m, dx.size(0));
   check_size("dy", "columns:", qdata.size(0), dy.size(1));
   if (m == 0) return;
+  check_contiguous("dx", dx);
   with_float(dy.dtype(), "dy", [&](auto tag) {
     using T = decltype(tag);
     using E = Elem<T>;
@@ -564,8 +585,9 @@ inline void quantized_linear_backward(const TensorView& dy, const TensorView& qd
 inline void dequantize(const TensorView& qdata, const TensorView& scales, const TensorView* zeros,
                        int bits, int64_t group_size, const TensorView& out) {
   const int64_t k = out.size(1);
-  check_contiguous("out", out);
   check_size("out", "rows:", qdata.size(0), out.size(0));
+  if (out.size(0) == 0) return;
+  check_contiguous("out", out);
   with_float(out.dtype(), "out", [&](auto tag) {
     using T = decltype(tag);
     T* po = out.data<T>("out");

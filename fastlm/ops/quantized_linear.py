@@ -27,6 +27,8 @@ def quantized_linear(
     Raises:
         InputError: sizes, dtypes or devices that do not fit.
     """
+    if not isinstance(qweight, QuantizedWeight):
+        raise InputError(f"qweight: wanted a QuantizedWeight, got {type(qweight).__name__}")
     n, k = qweight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise InputError(

@@ -1,0 +1,260 @@
+"""quantized_linear on every instruction set against the dequantized weight in float64.
+
+16-bit activations: the usual rule, error at most twice that of plain torch on the dequantized weight in the same dtype.
+8-bit activations: the rounding of x is part of the definition, so the truth is float64 on the rounded rows, and what
+remains is one rounding per group and of the result.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import assert_compiles_once
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import ULP, assert_near
+
+from fastlm import InputError, backend, ops, reference
+from fastlm.quant import QuantizedWeight
+
+# (M, N, K): ragged in every direction; one, a few and many rows (dot form, panel form, two blocks of rows)
+SHAPES = [(1, 20, 64), (3, 67, 507), (5, 64, 123), (9, 70, 252), (34, 33, 1), (2, 1, 1030)]
+SHAPES += [(40, 130, 600), (257, 5, 130)]
+GROUPS = [16, 32, 40, 128, -1]
+
+
+def weight(n, k, bits, group_size=128, symmetric=True, scale_dtype=torch.bfloat16):
+    return ops.quantize_weight(
+        torch.randn(n, k),
+        bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+    )
+
+
+def sum_floor(dtype, k):
+    """Half an ulp of the result; in float32 the order of k additions shows: a random walk of k roundings."""
+    return ULP[dtype] * (max(1.0, k**0.5 / 4) if dtype == torch.float32 else 1.0)
+
+
+def check(x, q, bias, act_bits, what=""):
+    actual = ops.quantized_linear(x, q, bias, act_bits=act_bits)
+    w64, b64 = q.dequantize(torch.float64), None if bias is None else bias.double()
+    if act_bits == 16:
+        truth = F.linear(x.double(), w64, b64)
+        naive = F.linear(x, q.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+        assert_near(actual, naive, truth, floor=sum_floor(x.dtype, x.shape[1]), what=what)
+        return
+    rounded, scale = reference.quantize_rows(x)
+    truth = F.linear(rounded.double() * scale.double(), w64, b64)
+    # exact integers per group; then float32: one product and one sum per group, and the result's rounding
+    groups = q.scales.shape[1]
+    terms = F.linear((rounded * scale).abs().double(), w64.abs()) + (
+        0 if bias is None else b64.abs()
+    )
+    if q.zeros is not None:
+        # q and the offset are summed apart and may cancel
+        magnitude = q.dequantize(torch.float64).abs().amax() + q.zeros.double().abs().amax() * 2
+        terms = terms + (rounded * scale).abs().double().sum(-1, keepdim=True) * magnitude
+    bound = terms * (groups + 4) * ULP[torch.float32] + truth.abs() * ULP[x.dtype]
+    bound += torch.finfo(x.dtype).tiny * ULP[x.dtype]  # subnormal results
+    assert ((actual.double() - truth).abs() <= bound).all(), what
+
+
+@pytest.mark.parametrize("act_bits", [16, 8])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_matches_float64(isa, dtype, bits, act_bits, symmetric):
+    scale_dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float16))
+    for (m, n, k), group_size in itertools.product(SHAPES, GROUPS):
+        q = weight(n, k, bits, group_size, symmetric, next(scale_dtypes))
+        x = torch.randn(m, k).to(dtype)
+        bias = torch.randn(n).to(dtype) if m % 2 else None
+        check(x, q, bias, act_bits, f"{isa} {m, n, k} group {group_size}")
+
+
+def test_int8_activations_are_near_the_unrounded_product(isa, dtype):
+    # uniform rounding of Gaussian rows at absmax / 127: absmax of 512 is near 3.1 sigma, noise step^2 / 12,
+    # so 10 log10(12 * 127^2 / 3.1^2) = 43 dB; 38 leaves room for the largest of the rows' maxima
+    q = weight(64, 512, 4)
+    x = torch.randn(40, 512).to(dtype)
+    truth = F.linear(x.double(), q.dequantize(torch.float64))
+    noise = ops.quantized_linear(x, q, act_bits=8).double() - truth
+    assert 10 * torch.log10(truth.square().sum() / noise.square().sum()) > 38
+
+
+def test_integer_part_is_exact(isa):
+    # scales 1 and integer rows with absmax 127: every product and sum is an integer below 2^24
+    for bits, m in itertools.product((4, 8), (1, 40)):
+        top = 7 if bits == 4 else 127
+        codes = torch.randint(-top - 1, top + 1, (33, 130))
+        stored = reference_pack(codes, bits)
+        q = QuantizedWeight(stored, torch.ones(33, 5), None, bits, 32, (33, 130))
+        x = torch.randint(-127, 128, (m, 130))
+        x[:, 0] = 127
+        y = ops.quantized_linear(x.float(), q, act_bits=8)
+        # the row's scale is 127 / 127 = 1
+        assert torch.equal(y, (x @ codes.t()).float())
+
+
+def reference_pack(codes, bits):
+    if bits == 8:
+        return codes.to(torch.int8)
+    nibbles = (codes + 8).to(torch.uint8)
+    return nibbles[:, 0::2] + 16 * nibbles[:, 1::2]
+
+
+def test_extreme_codes(isa):
+    """-128 and the ends of int4 against 127: where saturating instructions would show."""
+    for bits, sign in itertools.product((4, 8), (1, -1)):
+        codes = torch.full((17, 128), -8 if bits == 4 else -128)
+        q = QuantizedWeight(
+            reference_pack(codes, bits), torch.ones(17, 1), None, bits, 128, (17, 128)
+        )
+        for m in (1, 40):
+            x = torch.full((m, 128), 127.0 * sign)
+            for act_bits in (8, 16):
+                y = ops.quantized_linear(x, q, act_bits=act_bits)
+                assert torch.equal(y, x @ codes.t().float())
+
+
+def test_rows_of_zeros_and_nan(isa, dtype):
+    q = weight(20, 64, 4)
+    for m in (3, 30):
+        x = torch.randn(m, 64).to(dtype)
+        x[0] = 0
+        x[1, 5] = float("nan")
+        for act_bits in (8, 16):
+            y = ops.quantized_linear(x, q, act_bits=act_bits)
+            assert torch.equal(y[0], torch.zeros(20, dtype=dtype))
+            assert y[1].isnan().all()
+            assert y[2].isfinite().all()
+
+
+def test_strided_empty_and_leading_dimensions(isa, dtype):
+    q = weight(24, 48, 8, 16)
+    base = torch.randn(12, 96).to(dtype)
+    for x in (base[:, 8:56], base[::3, :48], torch.randn(48, 5).to(dtype).t()):
+        for act_bits in (8, 16):
+            assert torch.equal(
+                ops.quantized_linear(x, q, act_bits=act_bits),
+                ops.quantized_linear(x.contiguous(), q, act_bits=act_bits),
+            )
+    x = torch.randn(2, 3, 48).to(dtype)
+    assert torch.equal(
+        ops.quantized_linear(x, q).view(6, 24), ops.quantized_linear(x.view(6, 48), q)
+    )
+    assert ops.quantized_linear(torch.empty(0, 48, dtype=dtype), q).shape == (0, 24)
+    assert ops.quantized_linear(x, weight(0, 48, 4)).shape == (2, 3, 0)
+
+
+@pytest.mark.parametrize("m", [1, 6, 70])
+def test_same_bits_on_repeat_and_on_one_and_two_threads(isa, m):
+    q = weight(301, 512, 4)
+    x, dy = torch.randn(m, 512), torch.randn(m, 301)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            leaf = x.clone().requires_grad_()
+            a, b = (ops.quantized_linear(leaf, q, act_bits=bits) for bits in (8, 16))
+            results.append((a.detach(), b.detach(), *torch.autograd.grad(b, leaf, dy)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_backward_matches_float64(isa, dtype, bits, symmetric):
+    for (m, n, k), group_size in itertools.product(SHAPES, (32, -1)):
+        q = weight(n, k, bits, group_size, symmetric)
+        x = torch.randn(m, k).to(dtype).requires_grad_()
+        bias = torch.randn(n).to(dtype).requires_grad_()
+        dy = torch.randn(m, n).to(dtype)
+        dx, db = torch.autograd.grad(ops.quantized_linear(x, q, bias), (x, bias), dy)
+        naive = dy @ q.dequantize(dtype)
+        truth = dy.double() @ q.dequantize(torch.float64)
+        assert_near(
+            dx, naive, truth, factor=3, floor=sum_floor(dtype, n), what=f"dx {isa} {m, n, k}"
+        )
+        assert_near(db, dy.sum(0), dy.double().sum(0), factor=3, what="db")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(0, 40),
+    n=st.integers(1, 80),
+    k=st.integers(1, 300),
+    bits=st.sampled_from([4, 8]),
+    act_bits=st.sampled_from([8, 16]),
+    group_size=st.sampled_from([8, 16, 24, 64, 128, -1]),
+    symmetric=st.booleans(),
+)
+def test_any_shape_agrees_with_reference(m, n, k, bits, act_bits, group_size, symmetric):
+    q = weight(n, k, bits, group_size, symmetric)
+    x = torch.randn(m, k)
+    mine = ops.quantized_linear(x, q, act_bits=act_bits)
+    with backend.use_backend("reference"):
+        theirs = ops.quantized_linear(x, q, act_bits=act_bits)
+    # float32 sums of k terms of size about 3
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5 * k**0.5)
+
+
+def test_dequantize_on_every_isa(isa, dtype):
+    from fastlm import _cpu
+
+    for bits, symmetric in itertools.product((4, 8), (True, False)):
+        q = weight(13, 517, bits, 40, symmetric, torch.float32)
+        out = torch.empty(13, 517, dtype=dtype)
+        _cpu.dequantize(q.qdata, q.scales, q.zeros, bits, q.group_size, out)
+        # a fused multiply-add rounds once where the reference rounds twice
+        torch.testing.assert_close(out, q.dequantize(dtype), rtol=2 * ULP[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_opcheck(act_bits):
+    q = weight(12, 40, 4, 16, symmetric=act_bits == 8)
+    x, bias = torch.randn(5, 40, requires_grad=True), torch.randn(12, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.fastlm.quantized_linear.default,
+        (x, q.qdata, q.scales, q.zeros, bias, 4, 16, act_bits),
+    )
+    torch.library.opcheck(
+        torch.ops.fastlm.quantized_linear_backward.default,
+        (torch.randn(5, 12), q.qdata, q.scales, q.zeros, 4, 16, 40),
+    )
+
+
+def test_gradcheck_of_the_reference():
+    q = weight(6, 16, 8, 8, symmetric=False)
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, b: ops.quantized_linear(x, q, b), (x, bias))
+
+
+def test_compiles_without_break_or_recompile():
+    q = weight(32, 64, 4)
+    assert_compiles_once(
+        lambda x: ops.quantized_linear(x, q) * 2,
+        [(torch.randn(m, 64, requires_grad=True),) for m in (4, 9, 17)],
+    )
+
+
+def test_refusals():
+    q = weight(6, 16, 8, 8)
+    x = torch.randn(2, 16)
+    with pytest.raises(InputError, match=r"x: wanted shape \(..., 16\) .*got \(2, 17\)"):
+        ops.quantized_linear(torch.randn(2, 17), q)
+    with pytest.raises(InputError, match="x: wanted a float dtype, got torch.int64"):
+        ops.quantized_linear(torch.ones(2, 16, dtype=torch.int64), q)
+    with pytest.raises(InputError, match="act_bits: wanted 8 or 16, got 4"):
+        ops.quantized_linear(x, q, act_bits=4)
+    with pytest.raises(InputError, match=r"bias: wanted a float tensor \(6,\), got .*\(5,\)"):
+        ops.quantized_linear(x, q, torch.randn(5))
+    with pytest.raises(InputError, match="qweight: wanted a QuantizedWeight, got Tensor"):
+        ops.quantized_linear(x, torch.randn(6, 16))
