@@ -413,10 +413,11 @@ def linear_cross_entropy_loss(
     if on_square is not None:
         loss = loss + on_square * lse.square()
         on_p = on_p + 2 * on_square * lse
+    on_p = torch.where(valid, on_p, 0.0)
     gradients = linear_cross_entropy_backward(
         on_p,
         on_nll,
-        on_smoothed,
+        None if on_smoothed is None else torch.where(valid, on_smoothed, 0.0),
         input,
         linear_weight,
         linear_bias,

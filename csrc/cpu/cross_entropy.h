@@ -25,8 +25,8 @@ template <class T>
 void cross_entropy_row(const CrossEntropyRow<T>& row, float* shift, float* log_sum, float* nll,
                        float* smoothed) {
   alignas(64) float z[BLOCK];
-  vfloat sum[2] = {}, weighted{};  // weighted: class_weight * (z - m)
-  float m = NEGATIVE_INFINITY, weight_so_far = 0;
+  vfloat weighted{};  // class_weight * (z - m)
+  float m = NEGATIVE_INFINITY, sum = 0, weight_so_far = 0;
   for (int64_t v0 = 0; v0 < row.classes; v0 += BLOCK) {
     const int64_t n = std::min(BLOCK, row.classes - v0), whole = n / VL * VL;
     const T* x = row.logits + v0;
@@ -45,11 +45,12 @@ void cross_entropy_row(const CrossEntropyRow<T>& row, float* shift, float* log_s
     if (block_max > m) m = block_max;
     const float now = finite_max(m);
     if (now != before) {
-      const vfloat keep = vexp(splat(before - now));
-      sum[0] *= keep, sum[1] *= keep;
+      sum *= std::exp(before - now);
       if (row.class_weight) weighted[0] += (before - now) * weight_so_far;
     }
-    for (int64_t j = 0; j < n; j += VL) sum[j / VL & 1] += vexp(load(z + j) - now);
+    vfloat block_sum[2] = {};  // summed per block: 50 thousand additions in a row would lose digits
+    for (int64_t j = 0; j < n; j += VL) block_sum[j / VL & 1] += vexp(load(z + j) - now);
+    sum += hsum(block_sum[0] + block_sum[1]);
     if (row.class_weight) {
       vfloat weights{};
       for (int64_t j = 0; j < n; j += VL) {
@@ -60,8 +61,8 @@ void cross_entropy_row(const CrossEntropyRow<T>& row, float* shift, float* log_s
       weight_so_far += hsum(weights);
     }
   }
-  const float log_of_sum = m == NEGATIVE_INFINITY ? std::numeric_limits<float>::quiet_NaN()
-                                                  : std::log(hsum(sum[0] + sum[1]));
+  const float log_of_sum =
+      m == NEGATIVE_INFINITY ? std::numeric_limits<float>::quiet_NaN() : std::log(sum);
   *shift = m, *log_sum = log_of_sum;
   *nll = row.target < 0 ? 0.f : log_of_sum - (row.score(to_float(row.logits[row.target])) - m);
   if (row.class_weight) *smoothed = weight_so_far * log_of_sum - hsum(weighted);

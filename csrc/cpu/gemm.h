@@ -283,55 +283,86 @@ FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, bf16) {
 }
 #endif
 
-// ROWS x (PANELS * VL) of C over k elements; the last panel holds `last` columns.
+// ROWS x (PANELS * VL) of C over k elements: whole vectors, sums in registers, C touched once at the
+// end. The loops are unrolled by pragma so that `acc` never has an address. While a block is
+// multiplied, its C and the next block's rows of A are on their way to the L1.
 template <class E, int ROWS, int PANELS>
 void micro(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b, int64_t panel,
-           float* __restrict c, int64_t ldc, int last, bool accumulate) {
+           float* __restrict c, int64_t ldc, bool accumulate) {
   vfloat acc[ROWS][PANELS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int p = 0; p < PANELS; ++p)
-      acc[r][p] = !accumulate                    ? vfloat{}
-                  : p < PANELS - 1 || last == VL ? load(c + r * ldc + p * VL)
-                                                 : load(c + r * ldc + p * VL, last);
-  for (int64_t i = 0; i < k; i += KP<E>) {
-    vfloat column[PANELS];
-#pragma GCC unroll 4
-    for (int p = 0; p < PANELS; ++p)
-      column[p] = load(reinterpret_cast<const float*>(b + p * panel + i * VL));
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const vfloat row = broadcast(a + r * lda + i);
+  for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-      for (int p = 0; p < PANELS; ++p) acc[r][p] = multiply_add(acc[r][p], row, column[p], E{});
+    for (int p = 0; p < PANELS; ++p) {
+      acc[r][p] = vfloat{};
+      __builtin_prefetch(c + r * ldc + p * VL, 1);
+    }
+  constexpr int LINE = 64 / int(sizeof(E));  // elements of A per cache line
+  for (int64_t line = 0; line < k; line += LINE) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(a + (ROWS + r) * lda + line);
+    const int64_t end = std::min<int64_t>(k, line + LINE);
+    for (int64_t i = line; i < end; i += KP<E>) {
+      vfloat column[PANELS];
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; ++p)
+        column[p] = load(reinterpret_cast<const float*>(b + p * panel + i * VL));
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const vfloat row = broadcast(a + r * lda + i);
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; ++p) acc[r][p] = multiply_add(acc[r][p], row, column[p], E{});
+      }
     }
   }
+  if (accumulate) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; ++p) acc[r][p] += load(c + r * ldc + p * VL);
+  }
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
-    for (int p = 0; p < PANELS; ++p) {
-      if (p < PANELS - 1 || last == VL)
-        store(c + r * ldc + p * VL, acc[r][p]);
-      else
-        store(c + r * ldc + p * VL, acc[r][p], last);
-    }
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; ++p) store(c + r * ldc + p * VL, acc[r][p]);
 }
 
+// A last panel of fewer than VL columns goes through `edge`.
 template <class E, int PANELS>
 void micro_rows(int rows, int64_t k, const E* a, int64_t lda, const E* b, int64_t panel, float* c,
                 int64_t ldc, int last, bool accumulate) {
   static_assert(MR <= 6);
+  constexpr int W = PANELS * VL;
+  alignas(64) float edge[MR * W];
+  float* const to = c;
+  const int64_t to_ldc = ldc, columns = W - VL + last;
+  if (last < VL) {
+    if (accumulate)
+      for (int r = 0; r < rows; ++r) memcpy(edge + r * W, c + r * ldc, size_t(columns) * 4);
+    c = edge, ldc = W;
+  }
   switch (rows) {
     case 1:
-      return micro<E, 1, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+      micro<E, 1, PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      break;
     case 2:
-      return micro<E, 2, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+      micro<E, 2, PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      break;
     case 3:
-      return micro<E, 3, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+      micro<E, 3, PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      break;
     case 4:
-      return micro<E, 4, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+      micro<E, 4, PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      break;
     case 5:
-      return micro < E, MR<5 ? MR : 5, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+      micro<E, std::min(MR, 5), PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      break;
     case 6:
-      return micro < E, MR<6 ? MR : 6, PANELS>(k, a, lda, b, panel, c, ldc, last, accumulate);
+      micro<E, std::min(MR, 6), PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      break;
   }
+  if (last < VL)
+    for (int r = 0; r < rows; ++r) memcpy(to + r * to_ldc, edge + r * W, size_t(columns) * 4);
 }
 
 #ifdef FASTLM_AMX

@@ -45,7 +45,7 @@ def cross_entropy(
         z_loss: factor of lse^2 (PaLM, arXiv:2204.02311).
         softcap: > 0, or None.
         reduction: "none", "sum" or "mean": over the rows not ignored (their weights with `weight`). With every
-            row ignored the mean is NaN, as torch's; with `num_items` it is 0.
+            row ignored the mean is NaN (its gradient 0), as torch's; with `num_items` it is 0.
         num_items: divide by this in place of the rows seen here (the tokens of all micro-batches or ranks).
             A tensor is not waited for.
         return_lse: also return logsumexp(z), (...), differentiable, ignored rows included.

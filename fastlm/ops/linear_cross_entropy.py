@@ -339,7 +339,26 @@ def _cpu_loss(
     need_input,
     need_weight,
 ):
-    smooth = on_smoothed is not None
+    smooth, valid = on_smoothed is not None, target != ignore_index
+    if not valid.all():  # leave the ignored rows out: in fine-tuning they are most of a batch
+        rows = valid.nonzero()[:, 0]
+        loss, d_input, *rest = _cpu_loss(
+            input[rows],
+            linear_weight,
+            linear_bias,
+            target[rows],
+            class_weight,
+            *(None if f is None else f[rows] for f in (on_nll, on_smoothed, on_square)),
+            ignore_index,
+            softcap,
+            logit_scale,
+            need_input,
+            need_weight,
+        )
+        loss = loss + (0 * on_nll[~valid]).sum()  # NaN where the mean is over no row, as torch's
+        if need_input:
+            d_input = torch.zeros(input.shape, dtype=input.dtype).index_copy_(0, rows, d_input)
+        return loss, d_input, *rest
     chunks = _Chunks(
         input,
         linear_weight,
@@ -360,13 +379,11 @@ def _cpu_loss(
             on_p = on_p + on_smoothed[part] * total
         if on_square is not None:
             lse = chunks.shift[part] + chunks.log_sum[part]
-            on_p = on_p + 2 * on_square[part] * torch.where(target[part] != ignore_index, lse, 0.0)
+            on_p = on_p + 2 * on_square[part] * lse
         on_all = None if on_smoothed is None else on_smoothed[part]
         chunks.gradients(part, on_p, on_nll[part], on_all, True, *gradients)
     lse = chunks.shift + chunks.log_sum
-    loss = row_losses(
-        on_nll, on_smoothed, on_square, chunks.nll, chunks.smoothed, lse, target != ignore_index
-    )
+    loss = row_losses(on_nll, on_smoothed, on_square, chunks.nll, chunks.smoothed, lse, valid)
     return (
         loss.sum(),
         _or_empty(gradients[0], input.dtype),

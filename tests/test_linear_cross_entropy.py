@@ -1,0 +1,368 @@
+"""linear_cross_entropy against F.linear + F.cross_entropy in float64: both ways through the kernels ("mean" and "sum"
+with gradients in the forward, "none" and lse with logits recomputed), every option, chunk and block edges."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import assert_compiles_once
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cross_entropy import plain
+from tolerance import ULP, assert_near
+
+from fastlm import InputError, backend, ops
+from fastlm.ops import linear_cross_entropy as module_function
+
+MODULE = sys.modules[module_function.__module__]
+
+
+def naive(x, w, target, *, linear_bias=None, **options):
+    return plain(F.linear(x, w, linear_bias), target, **options)
+
+
+def naive_low(x, w, target, *, linear_bias=None, **options):
+    """What torch does in the low precision: logits and their gradient in x's dtype, the loss in float32."""
+    return plain(F.linear(x, w, linear_bias).float(), target, **options)
+
+
+def outputs_and_gradients(function, x, w, bias, target, upstream, **options):
+    leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (x, w, bias)]
+    out = function(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
+    out = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(out, [u.to(o.dtype) for u, o in zip(upstream, out)])
+    return [*(o.detach() for o in out), *(t.grad for t in leaves if t is not None)]
+
+
+def make(rows, width, classes, dtype, ignored=0.25, scale=3.0, bias=True):
+    x = torch.randn(rows, width).to(dtype)
+    w = (torch.randn(classes, width) * scale / width**0.5).to(dtype)
+    target = torch.randint(0, classes, (rows,))
+    target[torch.rand(rows) < ignored] = -100
+    if rows:
+        target[0] = classes - 1
+    return x, w, torch.randn(classes).to(dtype) if bias else None, target
+
+
+def check(x, w, bias, target, *, ulps=2, **options):
+    """ulps: the gradient of a logit is rounded once to x's dtype before the matrix products, as torch's is, and the
+    exponential it is made of once more."""
+    upstream = [torch.randn(target.shape if options.get("reduction") == "none" else ())]
+    upstream += [torch.randn(target.shape)]
+    wide = [t if t is None else t.double() for t in (x, w, bias)]
+    mine = outputs_and_gradients(ops.linear_cross_entropy, x, w, bias, target, upstream, **options)
+    truth = outputs_and_gradients(naive, *wide, target, upstream, **options)
+    low = outputs_and_gradients(naive_low, x, w, bias, target, upstream, **options)
+    names = ["loss", "lse"][: len(mine) - 2 - (bias is not None)] + ["dx", "dw", "dbias"]
+    assert mine[0].dtype == torch.float32
+    for name, a, p, t in zip(names, mine, low, truth):
+        factor = 3 if name.startswith("d") else 2
+        assert_near(a, p, t, factor=factor, floor=ulps * ULP[a.dtype], what=f"{name} {options}")
+
+
+OPTIONS = [
+    {},
+    {"reduction": "sum", "z_loss": 1e-2},
+    {"reduction": "none"},
+    {"reduction": "none", "label_smoothing": 0.1, "z_loss": 1e-2},
+    {"label_smoothing": 0.1, "num_items": 77},
+    {"softcap": 5.0, "logit_scale": 0.7},
+    {"softcap": 5.0, "logit_scale": 0.7, "return_lse": True},
+    {"softcap": 5.0, "label_smoothing": 0.3, "reduction": "sum"},
+]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+# ragged everywhere; one of each; more rows than a chunk is wide and a vocabulary of two blocks and one
+@pytest.mark.parametrize("shape", [(37, 50, 123), (2, 1, 3), (70, 64, 513)], ids=str)
+def test_matches_float64(isa, dtype, shape, options, weighted):
+    weight = torch.rand(shape[2]) if weighted else None
+    check(*make(*shape, dtype), weight=weight, **options)
+
+
+@pytest.mark.parametrize("shape", [(252, 507, 123), (5, 64, 50257), (530, 40, 700)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_larger_shapes(isa, dtype, shape, reduction):
+    if isa in ("scalar", "amx_emulated"):
+        shape = (min(shape[0], 70), min(shape[1], 96), min(shape[2], 1030))  # slow by nature
+    check(*make(*shape, dtype), reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_many_chunks_are_one(isa, dtype, reduction, monkeypatch):
+    """With 32 rows a chunk the gradients of the weights are sums over chunks, the last of which is ragged."""
+    monkeypatch.setattr(MODULE, "_MOST_ROWS", 32)
+    x, w, bias, target = make(107, 48, 300, dtype)
+    check(x, w, bias, target, reduction=reduction, z_loss=0.01)
+    check(x, w, None, target.clamp_min(0), reduction=reduction)
+
+
+def test_ways_agree(isa, dtype, monkeypatch):
+    """A weight above the float32-gradient limit takes the recomputing way: same gradients."""
+    arguments = make(64, 32, 90, dtype)
+    first = outputs_and_gradients(ops.linear_cross_entropy, *arguments, [torch.tensor(0.7)])
+    x, w, bias, target = arguments
+    second = outputs_and_gradients(
+        lambda *a, **k: ops.linear_cross_entropy(*a, return_lse=True, **k)[0],
+        x,
+        w,
+        bias,
+        target,
+        [torch.tensor(0.7)],
+    )
+    for a, b in zip(first, second):
+        torch.testing.assert_close(
+            a, b, rtol=4 * ULP[a.dtype], atol=4 * ULP[dtype] * b.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("case", ["peaked", "all negative", "common offset"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hard_logits(isa, dtype, case, reduction):
+    x, w, bias, target = make(40, 32, 700, dtype)
+    if case == "peaked":
+        x = x * 8
+    elif (
+        case == "all negative"
+    ):  # the largest logit is far below 0: a maximum that starts at 0 gives lse = -inf
+        bias = bias - 200
+    else:  # 1e4 in every logit, representable in all dtypes
+        bias = torch.full_like(bias, 8192.0)
+    check(x, w, bias, target, reduction=reduction)
+
+
+def test_not_finite_stays_in_its_row(isa, dtype):
+    x, w, bias, target = make(6, 8, 20, dtype, ignored=0)
+    x[1, 2], x[3, 0] = float("nan"), float("inf")
+    for reduction in ("none", "sum"):
+        upstream = [torch.ones(6 if reduction == "none" else ())]
+        mine = outputs_and_gradients(
+            ops.linear_cross_entropy, x, w, bias, target, upstream, reduction=reduction
+        )
+        rows = mine[1].isnan().all(1)
+        assert rows.tolist() == [False, True, False, True, False, False]
+        assert mine[0].isnan().sum() == (2 if reduction == "none" else 1)
+        assert mine[2].isnan().all() and mine[3].isnan().all()
+    ignored = target.clone()
+    ignored[[1, 3]] = -100
+    mine = outputs_and_gradients(
+        ops.linear_cross_entropy, x, w, bias, ignored, [torch.ones(())], reduction="sum"
+    )
+    assert all(t.isfinite().all() for t in mine)  # ignored rows are left out altogether
+
+
+def test_every_row_ignored_and_no_rows(isa):
+    x, w, bias, _ = make(3, 8, 20, torch.float32)
+    ignored = torch.full((3,), -100)
+    for options, wanted in (
+        ({}, float("nan")),
+        ({"num_items": 4}, 0.0),
+        ({"reduction": "sum"}, 0.0),
+    ):
+        loss, *gradients = outputs_and_gradients(
+            ops.linear_cross_entropy, x, w, bias, ignored, [torch.ones(())], **options
+        )
+        torch.testing.assert_close(loss, torch.tensor(wanted), equal_nan=True)
+        assert all((g == 0).all() for g in gradients)
+    for reduction in ("sum", "none"):
+        upstream = [torch.ones(0 if reduction == "none" else ())]
+        loss, *gradients = outputs_and_gradients(
+            ops.linear_cross_entropy, x[:0], w, bias, ignored[:0], upstream, reduction=reduction
+        )
+        assert loss.sum() == 0 and all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("needed", ["x", "w", "bias"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_only_what_is_needed(isa, needed, reduction):
+    """A frozen head (LoRA) and a frozen trunk."""
+    x, w, bias, target = make(20, 16, 40, torch.float32)
+    whole = outputs_and_gradients(
+        ops.linear_cross_entropy,
+        x,
+        w,
+        bias,
+        target,
+        [torch.ones(20)[: 20 if reduction == "none" else 1].squeeze()],
+        reduction=reduction,
+    )
+    leaf = {"x": x, "w": w, "bias": bias}[needed].requires_grad_()
+    ops.linear_cross_entropy(x, w, target, linear_bias=bias, reduction=reduction).sum().backward()
+    torch.testing.assert_close(leaf.grad, whole[1 + ["x", "w", "bias"].index(needed)])
+
+
+def test_strides_leading_dimensions_and_tied_weight(isa, dtype):
+    base, wide = torch.randn(4, 5, 96).to(dtype), torch.randn(33, 96).to(dtype)
+    target = torch.randint(0, 33, (4, 5))
+    for x, w in ((base[..., :32], wide[:, 8:40]), (base[..., ::2], wide[:, ::2])):
+        out = ops.linear_cross_entropy(x, w, target, reduction="none")
+        assert out.shape == (4, 5)
+        assert torch.equal(
+            out, ops.linear_cross_entropy(x.contiguous(), w.contiguous(), target, reduction="none")
+        )
+    w = torch.randn(33, 16, requires_grad=True)
+    ops.linear_cross_entropy(w[target], w, target).backward()
+    tied = w.grad.clone()
+    w.grad = None
+    F.cross_entropy(F.linear(w[target], w).flatten(0, 1), target.flatten()).backward()
+    torch.testing.assert_close(tied, w.grad)
+
+
+def test_backward_twice_and_no_grad():
+    x, w, bias, target = make(9, 8, 20, torch.float32)
+    x.requires_grad_()
+    loss = ops.linear_cross_entropy(x, w, target)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(x.grad, 2 * once)
+    with torch.no_grad():
+        torch.testing.assert_close(ops.linear_cross_entropy(x, w, target), loss.detach())
+    with torch.inference_mode():
+        torch.testing.assert_close(ops.linear_cross_entropy(x, w, target), loss.detach())
+
+
+def test_same_bits_on_repeat_and_on_one_and_two_threads(isa):
+    arguments = make(70, 130, 600, torch.bfloat16)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            results.append(
+                outputs_and_gradients(ops.linear_cross_entropy, *arguments, [torch.ones(())])
+                + outputs_and_gradients(
+                    ops.linear_cross_entropy, *arguments, [torch.ones(70)], reduction="none"
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+MEMORY = """
+import resource, torch
+from fastlm import ops
+n, d, v = 1024, 128, 32768
+x, w = torch.randn(n, d).bfloat16().requires_grad_(), torch.randn(v, d).bfloat16().requires_grad_()
+t = torch.randint(0, v, (n,))
+ops.linear_cross_entropy(x[:32], w, t[:32]).backward()  # libraries loaded, threads started
+x.grad = w.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ops.linear_cross_entropy(x, w, t).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def test_logits_are_never_in_memory():
+    """1024 x 32768 logits are 64 MiB in bf16 and twice that in float32, and their gradient as much again; what may be
+    used is 32 MiB of exponentials, the float32 gradient (16) and the gradients (8). In a process of its own: the peak
+    of a process never falls."""
+    out = subprocess.run(
+        [sys.executable, "-P", "-c", MEMORY], capture_output=True, text=True, check=True
+    )
+    assert int(out.stdout) <= 64, out.stdout
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 80),
+    width=st.integers(1, 70),
+    classes=st.integers(1, 300),
+    bias=st.booleans(),
+    weighted=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.2, 1.0]),
+    z_loss=st.sampled_from([0.0, 0.1]),
+    softcap=st.sampled_from([None, 2.0]),
+    reduction=st.sampled_from(["none", "sum"]),
+    return_lse=st.booleans(),
+    ignored=st.sampled_from([0.0, 0.5]),
+)
+def test_any_options_agree_with_the_definition(
+    rows, width, classes, bias, weighted, smoothing, z_loss, softcap, reduction, return_lse, ignored
+):
+    check(
+        *make(rows, width, classes, torch.float32, ignored, bias=bias),
+        ulps=32,  # the gradient is a difference of terms several times its size, summed over rows
+        weight=torch.rand(classes) if weighted else None,
+        label_smoothing=smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        reduction=reduction,
+        return_lse=return_lse,
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradcheck_of_the_reference(options):
+    x, w, bias, target = make(5, 4, 7, torch.float64)
+    leaves = [t.requires_grad_() for t in (x, w, bias)]
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: ops.linear_cross_entropy(
+            x, w, target, linear_bias=b, weight=torch.arange(7.0), **options
+        ),
+        leaves,
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck(bias):
+    x, w, b, target = make(6, 8, 32, torch.float32, bias=bias)
+    leaves = [t if t is None else t.requires_grad_() for t in (x, w, b)]
+    operators = torch.ops.fastlm
+    torch.library.opcheck(
+        operators.linear_cross_entropy.default,
+        (*leaves, target, torch.rand(32), True, -100, 3.0, 1.0),
+    )
+    torch.library.opcheck(
+        operators.linear_cross_entropy_loss.default,
+        (*leaves, target, None, torch.rand(6), None, torch.rand(6), -100, None, 1.0, True, True),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_break_or_recompile(reduction):
+    w = torch.randn(40, 16)
+    assert_compiles_once(
+        lambda x, w, t: ops.linear_cross_entropy(x, w, t, z_loss=0.1, reduction=reduction),
+        [
+            (torch.randn(n, 16, requires_grad=True), w.requires_grad_(), torch.arange(n))
+            for n in (4, 9, 17)
+        ],
+    )
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_target_out_of_range(name):
+    x, w, _, target = make(5, 4, 8, torch.float32, ignored=0)
+    target[3] = 8
+    for grad in (False, True):
+        with (
+            backend.use_backend(name),
+            pytest.raises(InputError, match=r"target: wanted 0 <= class < 8 .*, got 8 in row 3"),
+        ):
+            ops.linear_cross_entropy(x.requires_grad_(grad), w, target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"linear_weight": torch.randn(8, 5)}, r"linear_weight: wanted shape \(V, D\).*got \(8, 5\)"),
+        ({"linear_weight": torch.randn(8, 4).half()}, "wanted torch.float32 on cpu as input, got torch.float16"),
+        ({"linear_bias": torch.randn(7)}, r"linear_bias: wanted shape \(8,\), got \(7,\)"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, r"target: wanted shape \(2,\) \(the rows of input\)"),
+        ({"reduction": "avg"}, "reduction: wanted none, mean or sum"),
+    ],
+)  # fmt: skip
+def test_refusals(change, message):
+    arguments = {
+        "input": torch.randn(2, 4),
+        "linear_weight": torch.randn(8, 4),
+        "target": torch.zeros(2, dtype=torch.int64),
+        **change,
+    }
+    with pytest.raises(InputError, match=message):
+        ops.linear_cross_entropy(**arguments)
