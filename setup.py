@@ -45,8 +45,6 @@ cpu = Pybind11Extension(
     sorted(str(p) for p in [Path("csrc/bindings.cpp"), *Path("csrc/cpu").glob("*.cpp")]),
     depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),  # a header alone starts a build
     include_dirs=["csrc"],
-    # without these a changed header alone rebuilds nothing
-    depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
     cxx_std=17,
     extra_compile_args=[*COMPILE, "-MMD"],
     extra_link_args=LINK,

@@ -377,3 +377,100 @@ def test_training_step_compiles_without_a_break():
     torch.testing.assert_close(loss, expected)
     for name, p in model.named_parameters():
         torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("format", ["w4a16", "w8a8"])
+def test_quantized_models_are_saved_and_loaded(kind, format, tmp_path):
+    import fastlm
+
+    _, model = pair(kind, hidden_size=72, head_dim=12, tie_word_embeddings=kind == "llama")
+    exact = model(ids_of()).logits
+    fastlm.quantize(model, format, group_size=16)
+    ids = ids_of()
+    with torch.no_grad():
+        logits, loss = model(ids).logits, model(ids, labels=ids).loss
+        error = (logits - exact).square().mean() / exact.square().mean()
+        assert 0 < error < 0.2  # 4 bits of random weights, through 3 layers
+        # the loss reads the head dequantized, the logits through quantized_linear
+        rounded = 8 in (m.act_bits for m in model.modules() if hasattr(m, "act_bits"))
+        expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        torch.testing.assert_close(loss, expected, rtol=3e-2 if rounded else 1e-5, atol=0)
+        model.save_pretrained(tmp_path / "q")
+        loaded = CausalLM.from_pretrained(tmp_path / "q")
+        assert torch.equal(loaded(ids).logits, logits)
+        assert loaded.dtype == torch.float32
+        plain = CausalLM.from_pretrained(tmp_path / "q", keep_quantized=False)
+        assert not any("qdata" in name for name in plain.state_dict())
+        if format == "w4a16":
+            assert_same(plain(ids).logits, logits, torch.float32, "dequantized")
+        half = CausalLM.from_pretrained(tmp_path / "q", dtype=torch.bfloat16)
+        assert half(ids).logits.dtype == torch.bfloat16
+        loaded.save_pretrained(tmp_path / "again")
+    saved = [(tmp_path / d / "config.json").read_text() for d in ("q", "again")]
+    assert saved[0] == saved[1]
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    theirs, _ = pair("llama-biases")
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_bias": False}))
+    with pytest.raises(InputError, match=r"bias: wanted tensors of the model only"):
+        CausalLM.from_pretrained(tmp_path)
+
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Water boils at a temperature of",
+    "Once upon a time, in a small village,",
+    "1 + 1 = 2, 2 + 2 = 4, 3 + 3 =",
+    "<|im_start|>user\nWrite a haiku about the sea.<|im_end|>\n<|im_start|>assistant\n",
+    "Die Hauptstadt von Deutschland",
+    "To be, or not to be,",
+    "The three laws of thermodynamics are",
+    "Dear Sir or Madam,\n\n",
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    from fastlm.data.sources import fetch_model
+
+    return fetch_model("model:smollm2", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.slow
+def test_smollm2_is_what_transformers_computes(smollm2):
+    """Greedy tokens of the same GGUF, dequantized to float32 on both sides."""
+    from fastlm.tokenizer import Tokenizer
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
+    ours = CausalLM.from_pretrained(smollm2, dtype=torch.float32, keep_quantized=False)
+    tokenizer = Tokenizer.load(smollm2)
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt, special=True)])
+        expected = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None
+            ),
+        )
+        got = ours.generate(ids, max_new_tokens=64, temperature=0.0)
+        assert torch.equal(got, expected), prompt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_quantized", [True, False])
+def test_smollm2_knows_the_capital_of_france(smollm2, keep_quantized):
+    from fastlm.generation import generate_text
+    from fastlm.tokenizer import Tokenizer
+
+    model = CausalLM.from_pretrained(smollm2, keep_quantized=keep_quantized)
+    tokenizer = Tokenizer.load(smollm2)
+    ids = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
+    assert "Paris" in "".join(generate_text(model, tokenizer, ids, max_new_tokens=24))

@@ -11,9 +11,9 @@ void attention_forward(TensorView q, TensorView k, TensorView v, OptionalTensor 
                        OptionalTensor sinks, OptionalTensor alibi_slopes, OptionalTensor bias,
                        OptionalTensor seed, bool causal, float scale, int64_t window, float softcap,
                        double dropout_p, TensorView out, TensorView lse, TensorView workspace) {
-  const AttentionInputs in{q,       k,     v,      cu_seqlens_q, cu_seqlens_k, block_table,
+  const AttentionInputs in{q,        k,       v,       cu_seqlens_q, cu_seqlens_k, block_table,
                            seq_lens, k_scale, v_scale, sinks,        alibi_slopes, bias,
-                           seed,    causal, scale,  window,       softcap,      dropout_p};
+                           seed,     causal,  scale,   window,       softcap,      dropout_p};
   FASTLM_RUN(attention_forward, in, out, lse, workspace);
 }
 
@@ -24,8 +24,9 @@ void attention_backward(TensorView dout, OptionalTensor dlse, TensorView q, Tens
                         bool causal, float scale, int64_t window, float softcap, double dropout_p,
                         TensorView dq, TensorView dk, TensorView dv, OptionalTensor dsinks,
                         OptionalTensor dbias, TensorView workspace) {
-  const AttentionInputs in{q,  k,  v,     cu_seqlens_q, cu_seqlens_k, {},   {},     {},    {},
-                           sinks, alibi_slopes, bias, seed, causal, scale, window, softcap, dropout_p};
+  const AttentionInputs in{q,    k,      v,     cu_seqlens_q, cu_seqlens_k, {},
+                           {},   {},     {},    sinks,        alibi_slopes, bias,
+                           seed, causal, scale, window,       softcap,      dropout_p};
   FASTLM_RUN(attention_backward, in, dout, dlse ? &*dlse : nullptr, out, lse, dq, dk, dv,
              dsinks ? &*dsinks : nullptr, dbias ? &*dbias : nullptr, workspace);
 }

@@ -7,8 +7,8 @@
 //   attention_decode.h    a few queries against a long cache, read once where it lies
 //   attention_backward.h  gradients
 //
-// Names: b batch, h query head, i query row, j key; S, T lengths; D, Dv widths; E what is multiplied
-// (gemm.h), T the dtype of q, C that of k and v.
+// Names: b batch, h query head, i query row, j key; S, T lengths; D, Dv widths; E what is
+// multiplied (gemm.h), T the dtype of q, C that of k and v.
 #include "cpu/gemm.h"
 
 namespace attention_body {
@@ -31,7 +31,8 @@ void forward(const AttentionInputs& in, const TensorView& out, const TensorView&
   T* p_out = out.data<T>("out");
   float *p_lse = lse.data<float>("lse"), *p_workspace = workspace.data<float>("workspace");
   const auto check_room = [&](int64_t bytes) {
-    if (workspace.numel() * 4 < bytes) check_size("workspace", "bytes", bytes, workspace.numel() * 4);
+    if (workspace.numel() * 4 < bytes)
+      check_size("workspace", "bytes", bytes, workspace.numel() * 4);
   };
   if (!in.cu_seqlens_q && !in.seed && s.B > 0 && decodes(s, problems[0].queries)) {
     int64_t most = 0;
@@ -46,8 +47,8 @@ void forward(const AttentionInputs& in, const TensorView& out, const TensorView&
 }
 
 // workspace: float32, see forward_by_blocks and forward_by_chunks
-inline void attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
-                              const TensorView& workspace) {
+inline void attention_forward(const AttentionInputs& in, const TensorView& out,
+                              const TensorView& lse, const TensorView& workspace) {
   with_float(in.q.dtype(), "q", [&](auto tag) {
     using T = decltype(tag);
     if (in.k.dtype() == DType::i8)
@@ -57,13 +58,14 @@ inline void attention_forward(const AttentionInputs& in, const TensorView& out, 
   });
 }
 
-// dout like out, dlse (may be absent) like lse; dq, dk, dv like q, k, v; dsinks (B, H); dbias like the
-// bias, zero; workspace: spans x queries of all sequences x H x padded D floats when there are several
-// spans
-inline void attention_backward(const AttentionInputs& in, const TensorView& dout, const TensorView* dlse,
-                               const TensorView& out, const TensorView& lse, const TensorView& dq,
-                               const TensorView& dk, const TensorView& dv, const TensorView* dsinks,
-                               const TensorView* dbias, const TensorView& workspace) {
+// dout like out, dlse (may be absent) like lse; dq, dk, dv like q, k, v; dsinks (B, H); dbias like
+// the bias, zero; workspace: spans x queries of all sequences x H x padded D floats when there are
+// several spans
+inline void attention_backward(const AttentionInputs& in, const TensorView& dout,
+                               const TensorView* dlse, const TensorView& out, const TensorView& lse,
+                               const TensorView& dq, const TensorView& dk, const TensorView& dv,
+                               const TensorView* dsinks, const TensorView* dbias,
+                               const TensorView& workspace) {
   with_float(in.q.dtype(), "q", [&](auto tag) {
     using T = decltype(tag);
     const Shape s = shape_of(in, out, lse);

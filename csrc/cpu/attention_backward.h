@@ -14,10 +14,10 @@
 //
 // Rejected: dK = dS^T Q with dS as A, which needs a transposition of dS in the inner loop.
 
-constexpr int64_t BQ = 128;          // queries a block: k of the dK and dV products
-constexpr int64_t BK = 128;          // keys a block: two fp32 tiles of 64 KiB and P, dS in the L2
-constexpr int64_t SPAN = 512;        // keys of a task when there are fewer than MIN_TASKS heads
-constexpr int64_t MIN_TASKS = 8;     // key heads x sequences that keep the cores of one socket busy
+constexpr int64_t BQ = 128;       // queries a block: k of the dK and dV products
+constexpr int64_t BK = 128;       // keys a block: two fp32 tiles of 64 KiB and P, dS in the L2
+constexpr int64_t SPAN = 512;     // keys of a task when there are fewer than MIN_TASKS heads
+constexpr int64_t MIN_TASKS = 8;  // key heads x sequences that keep the cores of one socket busy
 
 FASTLM_INLINE int64_t spans_of(const Shape& s, int64_t longest) {
   return s.B * s.Hkv >= MIN_TASKS ? 1 : std::max<int64_t>(1, (longest + SPAN - 1) / SPAN);
@@ -32,9 +32,9 @@ struct Gradients {
 // Scores s and dP of row i become P after dropout, and dS (of the scaled scores; of the biased ones
 // when `for_bias`).
 template <class T, class C>
-inline void backward_row(const Shape& s, const Options& o, const Problem<T, C>& p, int64_t b, int64_t h,
-                         int64_t i, int64_t j0, int64_t n, float lse, float delta, bool for_bias,
-                         float* x, float* dp, float* factor, float* slope) {
+inline void backward_row(const Shape& s, const Options& o, const Problem<T, C>& p, int64_t b,
+                         int64_t h, int64_t i, int64_t j0, int64_t n, float lse, float delta,
+                         bool for_bias, float* x, float* dp, float* factor, float* slope) {
   const Span see = s.span(i, p.queries, p.keys);
   const int64_t stop = round_up(n, VL), first = std::clamp<int64_t>(see.first - j0, 0, stop),
                 end = std::clamp<int64_t>(see.end - j0, 0, n);
@@ -66,7 +66,7 @@ inline void backward_row(const Shape& s, const Options& o, const Problem<T, C>& 
 
 // Rows r .. r + KP of a tile (rows apart by BK) to the panels of a B operand with `packed_k` rows.
 template <class E>
-FASTLM_INLINE void panel_rows(const float* tile, int64_t r, int64_t rows, int64_t n, int64_t packed_k,
+FASTLM_INLINE void panel_rows(const float* tile, int64_t r, int64_t n, int64_t packed_k,
                               E* panels) {
   const float* x = tile + r * BK;
   for (int64_t j = 0; j < n; j += VL, panels += packed_k * VL) {
@@ -101,7 +101,8 @@ void store_transposed(const float* in, int64_t ld, int64_t n, int64_t D, float s
 }
 
 template <class T>
-void store_rows(const float* in, int64_t ld, int64_t n, int64_t D, float scale, T* out, int64_t stride) {
+void store_rows(const float* in, int64_t ld, int64_t n, int64_t D, float scale, T* out,
+                int64_t stride) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t d = 0; d < D; d += VL) {
       const vfloat x = load(in + i * ld + d) * scale;
@@ -125,7 +126,8 @@ struct BackwardSizes {
   }
   size_t bytes(const Shape& s) const {
     size_t n = 0;
-    for (int64_t e : {k_panels, v_panels, k_rows, q_columns, dO_columns, q, dO, BQ * BK, BQ * BK, BQ * BK})
+    for (int64_t e :
+         {k_panels, v_panels, k_rows, q_columns, dO_columns, q, dO, BQ * BK, BQ * BK, BQ * BK})
       n += Buffer::size_of<E>(e);
     for (int64_t e : {keys * s.D, keys * s.Dv, queries * D_wide, queries, BQ * BK, BQ * BK, BK, BK})
       n += Buffer::size_of<float>(e);
@@ -145,8 +147,9 @@ struct BackwardTask {
   E *k_panels, *v_panels, *k_rows, *q_columns, *dO_columns, *q, *dO, *P, *dS, *dS_rows;
   float *dk, *dv, *dq, *delta, *scores, *dP, *factor, *slope;
 
-  BackwardTask(const Shape& s, const Options& o, const Gradients& grad, const BackwardSizes<E>& size,
-               const T* dout, const T* out, const float* lse, Buffer& memory)
+  BackwardTask(const Shape& s, const Options& o, const Gradients& grad,
+               const BackwardSizes<E>& size, const T* dout, const T* out, const float* lse,
+               Buffer& memory)
       : s(s), o(o), grad(grad), size(size), dout(dout), out(out), lse(lse) {
     k_panels = memory.take<E>(size.k_panels), v_panels = memory.take<E>(size.v_panels);
     k_rows = memory.take<E>(size.k_rows);
@@ -191,7 +194,8 @@ struct BackwardTask {
   void pack_span(const Problem<T, T>& p, int64_t g, int64_t j_begin, int64_t j_end) {
     for (int64_t j = j_begin; j < j_end; j += BK) {
       const int64_t n = std::min(BK, j_end - j), at = j - j_begin;
-      const T *k = p.k.base + g * p.k.head + j * p.k.row, *v = p.v.base + g * p.v.head + j * p.v.row;
+      const T *k = p.k.base + g * p.k.head + j * p.k.row,
+              *v = p.v.base + g * p.v.head + j * p.v.row;
       pack_b<E>(k, 1, p.k.row, s.D, n, k_panels + at * size.D);
       pack_b<E>(v, 1, p.v.row, s.Dv, n, v_panels + at * size.Dv);
       pack_b<E>(k, p.k.row, 1, n, s.D, k_rows + at * size.D_wide);
@@ -199,16 +203,18 @@ struct BackwardTask {
   }
 
   // S and dP of queries [i0, i0 + rows) and keys [j0, j0 + n), then P and dS in their place.
-  void tile(const Problem<T, T>& p, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0, int64_t n,
-            int64_t j_begin, bool for_bias) {
+  void tile(const Problem<T, T>& p, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0,
+            int64_t n, int64_t j_begin, bool for_bias) {
     int64_t lda;
     const E* a = as_operand(p.q + h * s.q.head + i0 * s.q.row, s.q.row, rows, s.D, q, &lda);
-    gemm<E>(rows, round_up(n, VL), s.D, a, lda, k_panels + (j0 - j_begin) * size.D, scores, BK, false);
+    gemm<E>(rows, round_up(n, VL), s.D, a, lda, k_panels + (j0 - j_begin) * size.D, scores, BK,
+            false);
     a = as_operand(dO_row(p, b, h, i0), grad.dout.row, rows, s.Dv, dO, &lda);
-    gemm<E>(rows, round_up(n, VL), s.Dv, a, lda, v_panels + (j0 - j_begin) * size.Dv, dP, BK, false);
+    gemm<E>(rows, round_up(n, VL), s.Dv, a, lda, v_panels + (j0 - j_begin) * size.Dv, dP, BK,
+            false);
     for (int64_t r = 0; r < rows; ++r)
-      backward_row(s, o, p, b, h, i0 + r, j0, n, lse[s.lse.at(b, h, p.q0 + i0 + r)],
-                   delta[i0 + r], for_bias, scores + r * BK, dP + r * BK, factor, slope);
+      backward_row(s, o, p, b, h, i0 + r, j0, n, lse[s.lse.at(b, h, p.q0 + i0 + r)], delta[i0 + r],
+                   for_bias, scores + r * BK, dP + r * BK, factor, slope);
   }
 
   // Whether some query of [i0, i0 + rows) sees a key of [j0, j0 + n).
@@ -236,11 +242,12 @@ struct BackwardTask {
         for (int64_t r = 0; r < rows; ++r) {
           E* row = dS_rows + r * BK;
           for (int64_t j = 0; j < wide; j += VL) store(row + j, load(dP + r * BK + j));
-          if (padded_k<E>(n) > wide) memset(row + wide, 0, size_t(padded_k<E>(n) - wide) * sizeof(E));
+          if (padded_k<E>(n) > wide)
+            memset(row + wide, 0, size_t(padded_k<E>(n) - wide) * sizeof(E));
         }
         for (int64_t r = 0; r < rows; r += KP<E>) {
-          panel_rows<E>(scores, r, rows, wide, k, P);
-          panel_rows<E>(dP, r, rows, wide, k, dS);
+          panel_rows<E>(scores, r, wide, k, P);
+          panel_rows<E>(dP, r, wide, k, dS);
         }
         for (int64_t panel = 0; panel < wide / VL && k > round_up(rows, KP<E>); ++panel) {
           const int64_t from = (panel * k + round_up(rows, KP<E>)) * VL, to = (panel + 1) * k * VL;
@@ -258,9 +265,9 @@ struct BackwardTask {
 
 // dq_parts: spans x (rows of all queries x H x padded D) float, used when there are several spans.
 template <class T>
-void backward_all(const Shape& s, const Options& o, const Gradients& grad, const Problem<T, T>* problems,
-                  const T* dout, const T* out, const float* lse, T* dq, T* dk, T* dv, float* dq_parts,
-                  int64_t all_rows) {
+void backward_all(const Shape& s, const Options& o, const Gradients& grad,
+                  const Problem<T, T>* problems, const T* dout, const T* out, const float* lse,
+                  T* dq, T* dk, T* dv, float* dq_parts, int64_t all_rows) {
   using E = Elem<T>;
   int64_t most_q = 0, most_k = 0;
   for (int64_t b = 0; b < s.B; ++b)
@@ -310,19 +317,21 @@ void backward_all(const Shape& s, const Options& o, const Gradients& grad, const
             float* first = dq_parts + ((p.before + i) * s.H + h) * D_wide;
             for (int64_t span = 1; span < spans; ++span)
               for (int64_t d = 0; d < D_wide; d += VL)
-                store(first + d, load(first + d) + load(first + span * all_rows * s.H * D_wide + d));
+                store(first + d,
+                      load(first + d) + load(first + span * all_rows * s.H * D_wide + d));
             store_rows(first, D_wide, 1, s.D, o.scale, dq + grad.dq.at(b, h, p.q0 + i), 0);
           }
     }
   }
 }
 
-// dbias: a task owns one row block (all rows where the bias has one) of one batch entry and head of the
-// bias and sums over the sequences, heads, rows and keys that share an element, in order. It costs S and
-// dP once more, and only where a bias learns.
+// dbias: a task owns one row block (all rows where the bias has one) of one batch entry and head of
+// the bias and sums over the sequences, heads, rows and keys that share an element, in order. It
+// costs S and dP once more, and only where a bias learns.
 template <class T>
-void backward_bias(const Shape& s, const Options& o, const Gradients& grad, const Problem<T, T>* problems,
-                   const T* dout, const T* out, const float* lse, const TensorView& dbias) {
+void backward_bias(const Shape& s, const Options& o, const Gradients& grad,
+                   const Problem<T, T>* problems, const T* dout, const T* out, const float* lse,
+                   const TensorView& dbias) {
   using E = Elem<T>;
   float* p_dbias = dbias.data<float>("dbias");
   const auto stride = [&](int i) { return dbias.size(i) == 1 ? 0 : dbias.stride(i); };
@@ -353,7 +362,8 @@ void backward_bias(const Shape& s, const Options& o, const Gradients& grad, cons
                   if (!task.visible(p, i0, rows, j0, n)) continue;
                   task.tile(p, b, h, i0, rows, j0, n, j0, true);
                   for (int64_t r = 0; r < rows; ++r) {
-                    float* to = p_dbias + bb * stride(0) + bh * stride(1) + (i0 + r) * row + j0 * key;
+                    float* to =
+                        p_dbias + bb * stride(0) + bh * stride(1) + (i0 + r) * row + j0 * key;
                     for (int64_t j = 0; j < n; ++j) to[j * key] += task.dP[r * BK + j];
                   }
                 }

@@ -1,13 +1,14 @@
-// Decoding: the few rows (S queries x heads that share a key head, at most MAX_ROWS) of one sequence
-// and key head against a long cache. Bound by reading the cache, so keys and values are read once,
-// where they lie and in their own dtype, and not packed; the cache is cut into chunks of CHUNK keys
-// so that one sequence and head keeps several threads busy. The chunk is fixed: results do not
-// depend on the number of threads.
+// Decoding: the few rows (S queries x heads that share a key head, at most MAX_ROWS) of one
+// sequence and key head against a long cache. Bound by reading the cache, so keys and values are
+// read once, where they lie and in their own dtype, and not packed; the cache is cut into chunks of
+// CHUNK keys so that one sequence and head keeps several threads busy. The chunk is fixed: results
+// do not depend on the number of threads.
 //
 //   partial of a chunk, per row: m, l, O (Dv)   ->   combined in the chunks' order
 
 constexpr int64_t MAX_ROWS = 8;  // beyond it packing costs less than reading every key for each row
-constexpr int64_t CHUNK = 512;   // keys: 128 KiB of a bf16 cache at D 64, 20 us: a task worth a switch
+constexpr int64_t CHUNK =
+    512;  // keys: 128 KiB of a bf16 cache at D 64, 20 us: a task worth a switch
 
 FASTLM_INLINE bool decodes(const Shape& s, int64_t queries) {
   return queries * (s.H / s.Hkv) <= MAX_ROWS;
@@ -78,9 +79,9 @@ void weigh_rows(const float* P, int64_t ldp, const C* v, int64_t stride, int64_t
       vfloat x[W];
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w)
-        x[w] = whole                ? load_cached(v + j * stride + d + w * VL, VL)
+        x[w] = whole             ? load_cached(v + j * stride + d + w * VL, VL)
                : d + w * VL < Dv ? load_cached(v + j * stride + d + w * VL, Dv - d - w * VL)
-                                   : vfloat{};
+                                 : vfloat{};
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const vfloat p = splat(P[r * ldp + j]);
@@ -97,14 +98,22 @@ void weigh_rows(const float* P, int64_t ldp, const C* v, int64_t stride, int64_t
 template <class F>
 FASTLM_INLINE void with_rows(int64_t rows, F&& f) {
   switch (rows) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    case 5: return f(std::integral_constant<int, 5>{});
-    case 6: return f(std::integral_constant<int, 6>{});
-    case 7: return f(std::integral_constant<int, 7>{});
-    default: return f(std::integral_constant<int, 8>{});
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    case 5:
+      return f(std::integral_constant<int, 5>{});
+    case 6:
+      return f(std::integral_constant<int, 6>{});
+    case 7:
+      return f(std::integral_constant<int, 7>{});
+    default:
+      return f(std::integral_constant<int, 8>{});
   }
 }
 
@@ -150,7 +159,8 @@ void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int6
         memset(x, 0, size_t(high - low) * sizeof(float));
         continue;
       }
-      if (!plain) finish_scores(o, scale, b, h, i, i + p.keys - p.queries, low, high - low, x, nullptr);
+      if (!plain)
+        finish_scores(o, scale, b, h, i, i + p.keys - p.queries, low, high - low, x, nullptr);
       softmax_row<float>(x, first, stop, high - low, plain ? scale * LOG2E : 1.f, nullptr,
                          partial + r * ldp, partial + r * ldp + 1, x);
     }
@@ -190,7 +200,8 @@ void combine_chunks(const float* partial, int64_t chunks, int64_t apart, float s
   *lse = l > 0 || l != l ? m * LN2 + std::log(l) : -INFINITE;
 }
 
-// workspace: B * Hkv * chunks * MAX_ROWS * (2 + padded Dv) floats, chunks = ceil(longest T / CHUNK).
+// workspace: B * Hkv * chunks * MAX_ROWS * (2 + padded Dv) floats, chunks = ceil(longest T /
+// CHUNK).
 template <class T, class C>
 void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* problems,
                        const float* k_scale, const float* v_scale, T* out, float* lse,
@@ -219,11 +230,10 @@ void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* pr
       for (int64_t h = 0; h < s.H; ++h) {
         const Problem<T, C>& p = problems[b];
         for (int64_t i = 0; i < p.queries; ++i)
-          combine_chunks(workspace + (b * s.Hkv + h / G) * chunks * apart +
-                             (h % G * p.queries + i) * ldp,
-                         chunks, apart, o.sinks ? o.sinks[h] : -INFINITE,
-                         v_scale ? v_scale[h / G] : 1.f, s.Dv,
-                         out + s.out.at(b, h, p.q0 + i), lse + s.lse.at(b, h, p.q0 + i));
+          combine_chunks(
+              workspace + (b * s.Hkv + h / G) * chunks * apart + (h % G * p.queries + i) * ldp,
+              chunks, apart, o.sinks ? o.sinks[h] : -INFINITE, v_scale ? v_scale[h / G] : 1.f, s.Dv,
+              out + s.out.at(b, h, p.q0 + i), lse + s.lse.at(b, h, p.q0 + i));
       }
   }
 }

@@ -50,8 +50,8 @@ FASTLM_INLINE const E* as_operand(const T* rows, int64_t stride, int64_t n, int6
   return scratch;
 }
 
-// One row of a block of scores: s (n) -> probabilities in P (padded with zeros to n_padded), running
-// maximum m and sum l. Returns the factor that O's row has to be multiplied by first.
+// One row of a block of scores: s (n) -> probabilities in P (padded with zeros to n_padded),
+// running maximum m and sum l. Returns the factor that O's row has to be multiplied by first.
 template <class E>
 FASTLM_INLINE float softmax_row(float* s, int64_t first, int64_t end, int64_t n_padded, float c,
                                 const float* factor, float* m, float* l, E* P) {
@@ -118,8 +118,7 @@ struct ForwardBlock {
   void run(const Problem<T, C>& p, int64_t b, int64_t h, int64_t i0, int64_t rows, const E* k,
            const E* v, T* out, float* lse) {
     int64_t lda;
-    const E* a =
-        as_operand(p.q + h * s.q.head + i0 * s.q.row, s.q.row, rows, s.D, q, &lda);
+    const E* a = as_operand(p.q + h * s.q.head + i0 * s.q.row, s.q.row, rows, s.D, q, &lda);
     const int64_t g = h / (s.H / s.Hkv);
     const float scale = o.scale * (k_scale ? k_scale[g] : 1.f);
     const bool plain = o.plain() && scale > 0;
@@ -133,12 +132,13 @@ struct ForwardBlock {
                   end = s.span(i0 + rows - 1, p.queries, p.keys).end;
     if (begin >= end) memset(O, 0, size_t(rows * packed.Dv) * sizeof(float));
     for (int64_t j0 = begin; j0 < end; j0 += KV_BLOCK) {
-      const int64_t n = std::min(KV_BLOCK, end - j0),
-                    in_block = std::min(KV_BLOCK, p.keys - j0), n_padded = padded_k<E>(n);
+      const int64_t n = std::min(KV_BLOCK, end - j0), in_block = std::min(KV_BLOCK, p.keys - j0),
+                    n_padded = padded_k<E>(n);
       gemm<E>(rows, round_up(n, VL), s.D, a, lda, k + j0 * packed.D, scores, KV_BLOCK, false);
       for (int64_t r = 0; r < rows; ++r) {
         const Span see = s.span(i0 + r, p.queries, p.keys);
-        const int64_t first = std::max<int64_t>(see.first - j0, 0), stop = std::min(see.end - j0, n);
+        const int64_t first = std::max<int64_t>(see.first - j0, 0),
+                      stop = std::min(see.end - j0, n);
         E* row = P + r * KV_BLOCK;
         if (first >= stop) {
           memset(row, 0, size_t(n_padded) * sizeof(E));
@@ -148,8 +148,8 @@ struct ForwardBlock {
         if (!plain)
           finish_scores(o, scale, b, h, i0 + r, i0 + r + p.keys - p.queries, j0, n, x, nullptr);
         if (o.dropout) dropout_row(o, b, h, i0 + r, j0, n, factor);
-        const float rescale =
-            softmax_row(x, first, stop, n_padded, c, o.dropout ? factor : nullptr, m + r, l + r, row);
+        const float rescale = softmax_row(x, first, stop, n_padded, c, o.dropout ? factor : nullptr,
+                                          m + r, l + r, row);
         if (rescale != 1 && j0 > begin)
           for (int64_t d = 0; d < packed.Dv; d += VL)
             store(O + r * packed.Dv + d, load(O + r * packed.Dv + d) * rescale);
@@ -160,9 +160,8 @@ struct ForwardBlock {
     for (int64_t r = 0; r < rows; ++r) {
       write_row(O + r * packed.Dv, l[r], v_scale ? v_scale[g] : 1.f, s.Dv,
                 out + s.out.at(b, h, p.q0 + i0 + r));
-      lse[s.lse.at(b, h, p.q0 + i0 + r)] = l[r] > 0 || l[r] != l[r]
-                                                               ? m[r] * LN2 + std::log(l[r])
-                                                               : -INFINITE;
+      lse[s.lse.at(b, h, p.q0 + i0 + r)] =
+          l[r] > 0 || l[r] != l[r] ? m[r] * LN2 + std::log(l[r]) : -INFINITE;
     }
   }
 
@@ -219,7 +218,8 @@ void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* pr
       for (int64_t h = 0; h < s.H; ++h)
         for (int64_t back = 0; back < q_blocks; ++back) {
           const Problem<T, C>& p = problems[b];
-          const int64_t i0 = (q_blocks - 1 - back) * Q_BLOCK, rows = std::min(Q_BLOCK, p.queries - i0);
+          const int64_t i0 = (q_blocks - 1 - back) * Q_BLOCK,
+                        rows = std::min(Q_BLOCK, p.queries - i0);
           const int64_t at = start(p, h / G);
           if (rows > 0)
             block.run(p, b, h, i0, rows, K + at * packed.D, V + at * packed.Dv, out, lse);

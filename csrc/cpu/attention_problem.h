@@ -7,7 +7,8 @@ FASTLM_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) 
 // Memory of one thread for one call.
 struct Buffer {
   char* p;
-  explicit Buffer(size_t bytes) : p(static_cast<char*>(::operator new(bytes, std::align_val_t(64)))) {}
+  explicit Buffer(size_t bytes)
+      : p(static_cast<char*>(::operator new(bytes, std::align_val_t(64)))) {}
   ~Buffer() { ::operator delete(p, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
 
@@ -61,9 +62,9 @@ struct Problem {
   Rows<C> k, v;
   int64_t out, lse;  // offsets of its first row
   int64_t queries, keys;
-  int64_t q0, k0;    // its first row within its batch entry: 0 unless packed
-  int64_t before;    // queries of the sequences before it
-  int64_t packed;    // its first row of packed keys
+  int64_t q0, k0;  // its first row within its batch entry: 0 unless packed
+  int64_t before;  // queries of the sequences before it
+  int64_t packed;  // its first row of packed keys
 };
 
 // Keys that row i sees: [first, end).

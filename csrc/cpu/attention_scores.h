@@ -94,10 +94,11 @@ inline Options options_of(const AttentionInputs& in) {
   return o;
 }
 
-// Row i of head h of sequence b, keys j0 .. j0 + n: s becomes log2(e) * (scale, softcap, ALiBi, bias
-// of s); `slope` (unless null) the softcap's derivative. `place` is the key at the query's own place.
-inline void finish_scores(const Options& o, float scale, int64_t b, int64_t h, int64_t i, int64_t place,
-                          int64_t j0, int64_t n, float* s, float* slope) {
+// Row i of head h of sequence b, keys j0 .. j0 + n: s becomes log2(e) * (scale, softcap, ALiBi,
+// bias of s); `slope` (unless null) the softcap's derivative. `place` is the key at the query's own
+// place.
+inline void finish_scores(const Options& o, float scale, int64_t b, int64_t h, int64_t i,
+                          int64_t place, int64_t j0, int64_t n, float* s, float* slope) {
   const float alibi = o.alibi_slopes ? o.alibi_slopes[h] : 0.f;
   const int64_t bias = b * o.bias.batch + h * o.bias.head + i * o.bias.row + j0 * o.bias.key;
   vfloat distance = splat(float(place - j0)) - __builtin_convertvector(iota(), vfloat);
@@ -109,8 +110,7 @@ inline void finish_scores(const Options& o, float scale, int64_t b, int64_t h, i
       if (slope) store(slope + j, 1.f - t * t);
     }
     if (alibi != 0) x -= vabs(distance) * alibi;
-    if (o.bias.p)
-      x += o.bias.load_at(bias + j * o.bias.key, int(std::min<int64_t>(VL, n - j)));
+    if (o.bias.p) x += o.bias.load_at(bias + j * o.bias.key, int(std::min<int64_t>(VL, n - j)));
     store(s + j, x * LOG2E);
   }
 }
@@ -143,8 +143,8 @@ FASTLM_INLINE void philox(vuint c[4], uint64_t seed) {
   }
 }
 
-// factor[j - j0] = 0 or 1 / (1 - p) for keys j0 .. j0 + n, j0 a multiple of 64; room for n rounded up
-// to 64. Key j takes word (j / 16) % 4 of counter (j / 64 * 16 + j % 16, i, h, b).
+// factor[j - j0] = 0 or 1 / (1 - p) for keys j0 .. j0 + n, j0 a multiple of 64; room for n rounded
+// up to 64. Key j takes word (j / 16) % 4 of counter (j / 64 * 16 + j % 16, i, h, b).
 inline void dropout_row(const Options& o, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n,
                         float* factor) {
   for (int64_t j = 0; j < n; j += 64)
@@ -153,7 +153,6 @@ inline void dropout_row(const Options& o, int64_t b, int64_t h, int64_t i, int64
                     vuint{} + uint32_t(h), vuint{} + uint32_t(b)};
       philox(c, o.seed);
       for (int word = 0; word < 4; ++word)
-        store(factor + j + word * 16 + lane,
-              c[word] >= o.threshold ? splat(o.kept) : vfloat{});
+        store(factor + j + word * 16 + lane, c[word] >= o.threshold ? splat(o.kept) : vfloat{});
     }
 }

@@ -93,7 +93,8 @@ FASTLM_INLINE vint load_words(const void* p) {
 }
 FASTLM_INLINE void store_words(void* p, vint v) { memcpy(p, &v, sizeof v); }
 
-// Lane j of r[i] to lane i of r[j]: log2(VL) rounds, each exchanging halves of blocks twice as wide.
+// Lane j of r[i] to lane i of r[j]: log2(VL) rounds, each exchanging halves of blocks twice as
+// wide.
 FASTLM_INLINE void transpose(vint* r) {
 #if FASTLM_VL == 16
   __m512i t[16], u[16];
@@ -179,13 +180,12 @@ FASTLM_INLINE vint pair(vfloat first, vfloat second) {
       0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return (vint)_mm512_permutexvar_epi16(
-      _mm512_load_si512(interleave),
-      (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+      _mm512_load_si512(interleave), (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 }
 #endif
 template <class E, class S>
 FASTLM_INLINE vint column_words(const S* p, [[maybe_unused]] int64_t next,
-                               [[maybe_unused]] int64_t k_left, int width) {
+                                [[maybe_unused]] int64_t k_left, int width) {
   const vfloat a = width == VL ? load(p) : load(p, width);
   if constexpr (sizeof(E) == 4) {
     return as_int(a);
@@ -207,8 +207,8 @@ void pack_b(const S* source, int64_t k_stride, int64_t n_stride, int64_t k, int6
     const S* s = source + n0 * n_stride;
     if (n_stride == 1) {
       for (int64_t i = 0; i < kp; i += P)
-        store_words(packed + i * VL, i < k ? column_words<E>(s + i * k_stride, k_stride, k - i, width)
-                                           : vint{});
+        store_words(packed + i * VL,
+                    i < k ? column_words<E>(s + i * k_stride, k_stride, k - i, width) : vint{});
     } else if (k_stride == 1) {  // a column of B is contiguous: transposed VL words at a time
       for (int64_t i = 0; i < kp; i += P * VL) {
         vint r[VL];
@@ -249,7 +249,8 @@ void pack_a(const S* source, int64_t m_stride, int64_t k_stride, int64_t m, int6
         vint r[VL];
         for (int w = 0; w < VL; ++w) {
           const int64_t c = j + w * P;
-          r[w] = c < k ? column_words<E>(source + i + c * k_stride, k_stride, k - c, height) : vint{};
+          r[w] =
+              c < k ? column_words<E>(source + i + c * k_stride, k_stride, k - c, height) : vint{};
         }
         transpose(r);
         const size_t bytes = size_t(std::min<int64_t>(P * VL, kp - j)) * sizeof(E);
@@ -283,8 +284,8 @@ FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, bf16) {
 }
 #endif
 
-// ROWS x (PANELS * VL) of C over k elements: whole vectors, sums in registers, C touched once at the
-// end. The loops are unrolled by pragma so that `acc` never has an address. While a block is
+// ROWS x (PANELS * VL) of C over k elements: whole vectors, sums in registers, C touched once at
+// the end. The loops are unrolled by pragma so that `acc` never has an address. While a block is
 // multiplied, its C and the next block's rows of A are on their way to the L1.
 template <class E, int ROWS, int PANELS>
 void micro(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b, int64_t panel,

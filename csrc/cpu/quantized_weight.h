@@ -126,54 +126,6 @@ void dequantize_row(const Weight& w, int64_t i, int64_t k0, int64_t k1, float* o
   }
 }
 
-// t[j] lane i = lane j of row i: VL rows of VL lanes transposed.
-FASTLM_INLINE void transpose(vint (&t)[VL]) {
-#if FASTLM_VL == 16
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32((__m512i)t[i], (__m512i)t[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32((__m512i)t[i], (__m512i)t[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
-      b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
-    }
-  for (int i = 0; i < 8; ++i) {  // rows i and i + 4 of each half
-    const int r = i / 4 * 8 + i % 4;
-    a[r] = _mm512_shuffle_i32x4(b[r], b[r + 4], 0x88);
-    a[r + 4] = _mm512_shuffle_i32x4(b[r], b[r + 4], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    const int column = i % 4 + (i / 4) * 4;
-    t[column] = (vint)_mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-    t[column + 8] = (vint)_mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
-  }
-#elif FASTLM_VL == 8
-  __m256i a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_epi32((__m256i)t[i], (__m256i)t[i + 1]);
-    a[i + 1] = _mm256_unpackhi_epi32((__m256i)t[i], (__m256i)t[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + 2 + j]);
-      b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + 2 + j]);
-    }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = (vint)_mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
-    t[i + 4] = (vint)_mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
-  }
-#else
-  for (int i = 0; i < VL; ++i)
-    for (int j = 0; j < i; ++j) {
-      const int32_t x = t[i][j];
-      t[i][j] = t[j][i];
-      t[j][i] = x;
-    }
-#endif
-}
-
 // Lanes [lane0, lane0 + VL) of rows [i, i + rows), transposed; what does not exist is zero bytes.
 // `ahead` bytes further on in each row is where the caller reads after its next product.
 FASTLM_INLINE void load_transposed(const Weight& w, int64_t i, int rows, int64_t lane0,
