@@ -66,8 +66,8 @@ inline void backward_row(const Shape& s, const Options& o, const Problem<T, C>& 
 
 // Rows r .. r + KP of a tile (rows apart by BK) to the panels of a B operand with `packed_k` rows.
 template <class E>
-FASTLM_INLINE void panel_rows(const float* tile, int64_t r, int64_t n, int64_t packed_k,
-                              E* panels) {
+FASTLM_INLINE void panel_rows(const float* tile, int64_t r, [[maybe_unused]] int64_t rows,
+                              int64_t n, int64_t packed_k, E* panels) {
   const float* x = tile + r * BK;
   for (int64_t j = 0; j < n; j += VL, panels += packed_k * VL) {
     if constexpr (sizeof(E) == 4) {
@@ -246,8 +246,8 @@ struct BackwardTask {
             memset(row + wide, 0, size_t(padded_k<E>(n) - wide) * sizeof(E));
         }
         for (int64_t r = 0; r < rows; r += KP<E>) {
-          panel_rows<E>(scores, r, wide, k, P);
-          panel_rows<E>(dP, r, wide, k, dS);
+          panel_rows<E>(scores, r, rows, wide, k, P);
+          panel_rows<E>(dP, r, rows, wide, k, dS);
         }
         for (int64_t panel = 0; panel < wide / VL && k > round_up(rows, KP<E>); ++panel) {
           const int64_t from = (panel * k + round_up(rows, KP<E>)) * VL, to = (panel + 1) * k * VL;
