@@ -1,4 +1,6 @@
-"""Writing text with a model and its tokenizer: one text, or a conversation. The command line is a thin shell around it."""
+"""Writing text with a model and its tokenizer: one text, or a conversation. The command line is
+a thin shell around it.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,9 @@ class Writer:
         self.tokenizer = load_tokenizer(path, self.model.config.to_dict())
 
     def prompt_ids(self, prompt: str, *, raw: bool = False) -> list[int]:
-        """Through the chat template as a user's message, or as it stands: ``raw``, or no template."""
+        """Through the chat template as a user's message, or as it stands: ``raw``, or no
+        template.
+        """
         if raw or self.tokenizer.chat_template is None:
             start = (
                 self.tokenizer.bos_id
@@ -73,7 +77,9 @@ class Writer:
 
 
 class Conversation:
-    """Turns with a chat model. When the context is full the oldest turns are forgotten, never the system message."""
+    """Turns with a chat model. When the context is full the oldest turns are forgotten,
+    never the system message.
+    """
 
     def __init__(self, writer: Writer, *, system: str | None = None, max_new_tokens: int = 512):
         if writer.tokenizer.chat_template is None:

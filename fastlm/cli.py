@@ -1,7 +1,8 @@
 """``fastlm VERB``: each verb is thin; the work is a function of the package with the same options.
 
-Nothing heavy is imported before a verb runs, so that ``--help`` answers at once. Bad input is one line on stderr and exit
-status 2, a diverged run 3, Ctrl-C 130. Results go to stdout, progress and notes to stderr.
+Nothing heavy is imported before a verb runs, so that ``--help`` answers at once. Bad input is one
+line on stderr and exit status 2, a diverged run 3, Ctrl-C 130. Results go to stdout, progress and
+notes to stderr.
 """
 
 import json

@@ -1,9 +1,10 @@
 """What a model is: `ModelConfig`, in Hugging Face's names, so that a config.json is a ModelConfig and back.
 
-What transformers writes in code for each architecture (where the norms stand, which projections have biases, ...)
-is one row of `FAMILIES` here, chosen by ``model_type`` and never stored in config.json: a file can then not
-contradict the architecture that transformers would build from it. Rejected: one free field per trait; half of the
-combinations would be models that no other program loads.
+What transformers writes in code for each architecture (where the norms stand, which projections
+have biases, ...) is one row of `FAMILIES` here, chosen by ``model_type`` and never stored in
+config.json: a file can then not contradict the architecture that transformers would build from it.
+Rejected: one free field per trait; half of the combinations would be models that no other program
+loads.
 """
 
 from collections.abc import Mapping
@@ -122,7 +123,8 @@ _OPTIONAL = {  # fields that only some families have -> the value that says "wit
     "original_max_position_embeddings": None,
     "use_sliding_window": False,
 }
-# Entries of Hugging Face configs that change the result and that CausalLM does not compute, with the value it does
+# Entries of Hugging Face configs that change the result and that CausalLM does not compute, with
+# the value it does
 _ONLY = {"use_bidirectional_attention": (None, False), "resid_pdrop": (0,), "embd_pdrop": (0,)}
 
 
@@ -130,15 +132,17 @@ _ONLY = {"use_bidirectional_attention": (None, False), "resid_pdrop": (0,), "emb
 class ModelConfig:
     """The shape of a `CausalLM`; every field is a config.json entry of the same name.
 
-    A field left out is what transformers assumes for `model_type` (a key of `FAMILIES`), except that
-    num_key_value_heads is then num_attention_heads. `rope_parameters` is
-    transformers 5's: {"rope_type", "rope_theta", ...}, for gemma3_text one such dict per layer type; `from_dict` also
-    takes the older ``rope_theta`` / ``rope_scaling`` / ``rope_local_base_freq`` / ``partial_rotary_factor``, and
-    `to_dict` writes both, so that every version reads it. `layer_types` says per layer whether it is windowed;
-    `no_rope_layers` has a 1 for each layer *with* rotary positions (Hugging Face's name and meaning).
-    `extra` keeps the entries of a config.json that the model does not need.
+    A field left out is what transformers assumes for `model_type` (a key of `FAMILIES`), except
+    that num_key_value_heads is then num_attention_heads. `rope_parameters` is transformers 5's:
+    {"rope_type", "rope_theta", ...}, for gemma3_text one such dict per layer type; `from_dict`
+    also takes the older ``rope_theta`` / ``rope_scaling`` / ``rope_local_base_freq`` /
+    ``partial_rotary_factor``, and `to_dict` writes both, so that every version reads it.
+    `layer_types` says per layer whether it is windowed; `no_rope_layers` has a 1 for each layer
+    *with* rotary positions (Hugging Face's name and meaning). `extra` keeps the entries of a
+    config.json that the model does not need.
 
-    Raises InputError: unknown model_type, activation or rope_type, impossible shapes, an option that the family lacks.
+    Raises InputError: unknown model_type, activation or rope_type, impossible shapes, an option
+    that the family lacks.
     """
 
     model_type: str = "llama"
@@ -283,7 +287,7 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             optional = name in _OPTIONAL and value is None
-            if not optional and not (_is_number(value) and (value > 0 or zero and value == 0)):
+            if not optional and not (_is_number(value) and (value > 0 or (zero and value == 0))):
                 raise InputError(f"{name}: wanted a positive number, got {value!r}")
         if self.attention_dropout >= 1:
             raise InputError(f"attention_dropout: wanted less than 1, got {self.attention_dropout}")
@@ -373,7 +377,7 @@ class ModelConfig:
             "model_type": self.model_type,
         }
         for f in fields(self):
-            if f.name == "extra" or f.name in _FAMILY_ONLY and f.name not in self.family.keys:
+            if f.name == "extra" or (f.name in _FAMILY_ONLY and f.name not in self.family.keys):
                 continue
             value = getattr(self, f.name)
             out[f.name] = list(value) if isinstance(value, list) else value

@@ -1,7 +1,8 @@
 """Generation with a key/value cache: tokens for a batch, or text piece by piece.
 
-Rows of different lengths are padded on the left, and a mask hides the padding: positions count from each row's first
-token, so a row gives what it gives alone. Rejected: right padding, which scatters each step's keys to different columns.
+Rows of different lengths are padded on the left, and a mask hides the padding: positions count
+from each row's first token, so a row gives what it gives alone. Rejected: right padding, which
+scatters each step's keys to different columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -88,18 +89,22 @@ def generate(
     Args:
         input_ids: (B, S) integers, or a list of B lists of ids of any lengths >= 1.
         sampling: see `Sampling`.
-        seed: row r draws from seed + r, so it draws what it would draw alone; None takes torch's generator.
-        stop_ids: a row ends with the first of these it draws (which is kept).
+        seed: row r draws from seed + r, so it draws what it would draw alone; None takes torch's
+        generator. stop_ids: a row ends with the first of these it draws (which is kept).
         attention_mask: (B, S), 0 where a row of the tensor is padding; padding lies on the left.
-        on_token: called with (row, token) for each new token, rows in order; a true result ends the row.
+        on_token: called with (row, token) for each new token, rows in order; a true result ends
+        the row.
 
-    Generation also ends where the context reaches max_position_embeddings, as it does at max_new_tokens.
+    Generation also ends where the context reaches max_position_embeddings, as it does at
+    max_new_tokens.
 
     Returns:
-        For a tensor (B, S + new) int64; behind a row's end stands pad_token_id (the row's last token where the config
-        has none). For a list, a list of B lists: prompt and new tokens, no padding.
+        For a tensor (B, S + new) int64; behind a row's end stands pad_token_id (the row's last
+        token where the config has none). For a list, a list of B lists: prompt and new tokens, no
+        padding.
 
-    Raises InputError: empty prompts, ids out of range, a prompt as long as the context, impossible options.
+    Raises InputError: empty prompts, ids out of range, a prompt as long as the context, impossible
+    options.
     """
     ids, mask, lengths = _batch(model, input_ids, attention_mask)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -133,7 +138,9 @@ def generate(
 def _batch(
     model: CausalLM, input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, list[int] | None]:
-    """Left-padded ids (B, S), their mask (None where nothing is padded), and the lengths of a list's rows."""
+    """Left-padded ids (B, S), their mask (None where nothing is padded), and the lengths of
+    a list's rows.
+    """
     lengths = None
     if isinstance(input_ids, Tensor):
         ids = input_ids.to(model.device)
@@ -182,8 +189,9 @@ def generate_text(
 ) -> Iterator[str]:
     """Continue one prompt, text piece by piece as soon as it is certain.
 
-    `stop` strings end the text before they appear in it, also where they straddle tokens: what may become one is held back.
-    `stop_ids` (by default the tokenizer's) end it too, and are not part of the text.
+    `stop` strings end the text before they appear in it, also where they straddle tokens: what may
+    become one is held back. `stop_ids` (by default the tokenizer's) end it too, and are not part
+    of the text.
     """
     stops = [stop] if isinstance(stop, str) else list(stop)
     if not all(isinstance(s, str) and s for s in stops):
@@ -225,7 +233,9 @@ def _pieces(
 
 
 def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
-    """(text that is certain, text that may be the beginning of a stop string, whether one is complete)."""
+    """(text that is certain, text that may be the beginning of a stop string, whether one is
+    complete).
+    """
     found = [place for s in stops if (place := text.find(s)) >= 0]
     if found:
         return text[: min(found)], "", True

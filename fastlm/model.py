@@ -1,9 +1,11 @@
 """The decoder: one layer class for every family in `fastlm.config.FAMILIES`, on `fastlm.ops`.
 
-Module and parameter names are Hugging Face's for the family, so that checkpoints load by name and what is saved loads
-in transformers. Rejected: a class per architecture (nine near copies), and one own naming with a table of renames.
+Module and parameter names are Hugging Face's for the family, so that checkpoints load by name and
+what is saved loads in transformers. Rejected: a class per architecture (nine near copies), and one
+own naming with a table of renames.
 
-Shapes: B batch, S tokens of this call, T keys (cache included), E hidden_size, H / Hkv heads, D head_dim, V vocabulary.
+Shapes: B batch, S tokens of this call, T keys (cache included), E hidden_size, H / Hkv heads, D
+head_dim, V vocabulary.
 """
 
 import math
@@ -56,7 +58,8 @@ class Output:
 class KVCache:
     """Keys and values of a batch, allocated once: (layers, 2, B, Hkv, capacity, D).
 
-    Sliding layers keep everything too: a ring buffer would save memory and cost a gather in each step.
+    Sliding layers keep everything too: a ring buffer would save memory and cost a gather in each
+    step.
     """
 
     def __init__(
@@ -76,7 +79,9 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, Hkv, S, D) behind the `length` filled columns; views of all so far (B, Hkv, T, D)."""
+        """Write k, v (B, Hkv, S, D) behind the `length` filled columns; views of all so
+        far (B, Hkv, T, D).
+        """
         keys, values = self.layers[layer]
         end = self.length + k.shape[2]
         keys[:, :, self.length : end] = k
@@ -207,7 +212,9 @@ class DecoderLayer(nn.Module):
         return self._modules[name] if name else None
 
     def forward(self, stream: Tensor, branch: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
-        """The residual stream arrives and leaves as two summands, so that the next norm adds them on its way."""
+        """The residual stream arrives and leaves as two summands, so that the next norm
+        adds them on its way.
+        """
         x, stream = _add_norm(self._norm(0), stream, branch)
         branch = self.self_attn(x, call)
         if after := self._norm(1):
@@ -264,7 +271,9 @@ class Decoder(nn.Module):
     def rotary(
         self, positions: Tensor | int, count: int, longest: int, device: torch.device
     ) -> list[tuple[Tensor, Tensor] | None]:
-        """Per layer cos, sin: of `count` positions from an int on, (S, R), or of a tensor of positions, (..., R)."""
+        """Per layer cos, sin: of `count` positions from an int on, (S, R), or of a
+        tensor of positions, (..., R).
+        """
         done: dict[int, tuple[Tensor, Tensor]] = {}
         out: list[tuple[Tensor, Tensor] | None] = []
         for tables in self._rotary:
@@ -296,10 +305,12 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """A causal language model: ``model(input_ids).logits``, ``model(input_ids, labels=...).loss``, `generate`.
 
-    Parameters are float32 (``.to(dtype)`` as any module). Initialisation: normal(0, initializer_range), zero biases,
-    unit norms, drawn on the CPU from `seed` alone (torch's generator where it is None), the same for every dtype and device;
-    with `scaled_residual`, o_proj and down_proj are divided by sqrt(2 * layers) (GPT-2), which keeps the stream's
-    variance independent of the depth; without, it is transformers' initialisation.
+    Parameters are float32 (``.to(dtype)`` as any module). Initialisation: normal(0,
+    initializer_range), zero biases, unit norms, drawn on the CPU from `seed` alone (torch's
+    generator where it is None), the same for every dtype and device; with `scaled_residual`,
+    o_proj and down_proj are divided by sqrt(2
+    * layers) (GPT-2), which keeps the stream's variance independent of the depth; without, it is
+    transformers' initialisation.
     """
 
     def __init__(
@@ -356,9 +367,10 @@ class CausalLM(nn.Module):
     ) -> "CausalLM":
         """The model in a Hugging Face folder, a fastlm run folder or a .gguf file, in eval mode.
 
-        `dtype` is the activations' and the unquantized weights'; by default the file's own (float32 where all its
-        matrices are quantized). 4- and 8-bit weights stay so unless `keep_quantized` is False.
-        Raises InputError: see `fastlm.checkpoint.load_state`; a config or a tensor that the model does not have.
+        `dtype` is the activations' and the unquantized weights'; by default the file's own
+        (float32 where all its matrices are quantized). 4- and 8-bit weights stay so unless
+        `keep_quantized` is False. Raises InputError: see `fastlm.checkpoint.load_state`; a config
+        or a tensor that the model does not have.
         """
         config_dict, tensors = load_state(path, keep_quantized=keep_quantized)
         if not keep_quantized:
@@ -388,7 +400,9 @@ class CausalLM(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """A Hugging Face folder that `from_pretrained` and (unless quantized) transformers load; see `save_hf`."""
+        """A Hugging Face folder that `from_pretrained` and (unless quantized)
+        transformers load; see `save_hf`.
+        """
         state: dict[str, Any] = {}
         for name, module in self.named_modules():
             if isinstance(module, QuantizedLinear | QuantizedEmbedding):
@@ -426,15 +440,18 @@ class CausalLM(nn.Module):
             input_ids: (B, S) int64 or int32, in [0, vocab_size) (checked on the CPU).
             labels: (B, S): shifted here, as in transformers; -100 has no loss.
             shift_labels: (B, S): already shifted: the token after each position. One of the two.
-            num_items: divide the summed loss by this, not by the labels seen (gradient accumulation, several ranks).
-            cu_seqlens: (n + 1,) int32: the B * S tokens are n documents, one behind the other; positions restart,
-                attention stays inside, the last token of a document has no label from the next (with `labels`).
-            position_ids: (B, S) or (S,); by default from the cache's length, the mask or cu_seqlens.
-            attention_mask: (B, T), cache included: 0 marks padding, on the left of each row.
-            cache: filled by this call, which continues what it holds.
-            logits_to_keep: only the logits of so many last positions (0: all).
+            num_items: divide the summed loss by this, not by the labels seen (gradient
+            accumulation, several ranks). cu_seqlens: (n + 1,) int32: the B * S tokens are n
+            documents, one behind the other; positions restart,
+                attention stays inside, the last token of a document has no label from the next
+                (with `labels`).
+            position_ids: (B, S) or (S,); by default from the cache's length, the mask or
+            cu_seqlens. attention_mask: (B, T), cache included: 0 marks padding, on the left of
+            each row. cache: filled by this call, which continues what it holds. logits_to_keep:
+            only the logits of so many last positions (0: all).
 
-        Raises InputError: shapes or ids that do not fit, or a context beyond max_position_embeddings.
+        Raises InputError: shapes or ids that do not fit, or a context beyond
+        max_position_embeddings.
         """
         self.check_ids(input_ids)
         start = 0 if cache is None else cache.length
@@ -476,12 +493,16 @@ class CausalLM(nn.Module):
     def next_logits(
         self, input_ids: Tensor, cache: KVCache, attention_mask: Tensor | None
     ) -> Tensor:
-        """(B, S) new ids, checked already, behind what the cache holds -> (B, V): one step of generation."""
+        """(B, S) new ids, checked already, behind what the cache holds -> (B, V): one
+        step of generation.
+        """
         hidden = self._hidden(input_ids, cache.length, None, None, attention_mask, cache)
         return self.logits(hidden[:, -1])
 
     def check_ids(self, input_ids: Tensor) -> None:
-        """InputError unless these are (B, S) integers and, where that can be read cheaply, in the vocabulary."""
+        """InputError unless these are (B, S) integers and, where that can be read
+        cheaply, in the vocabulary.
+        """
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise InputError(
                 f"input_ids: wanted integers (B, S), got {input_ids.dtype} {tuple(input_ids.shape)}"

@@ -1,8 +1,9 @@
 """Recipes: a whole run as one TOML file, read into typed dataclasses.
 
-Every table is the dataclass of the stage it configures (``[pretrain]`` is ``TrainOptions`` and the batch's shape), so that
-a recipe has no names of its own. An unknown key is refused with the nearest known one, a wrong type with both types.
-Hydra- and YAML-style composition was left out: a run is read from top to bottom in one file.
+Every table is the dataclass of the stage it configures (``[pretrain]`` is ``TrainOptions`` and the
+batch's shape), so that a recipe has no names of its own. An unknown key is refused with the
+nearest known one, a wrong type with both types. Hydra- and YAML-style composition was left out: a
+run is read from top to bottom in one file.
 """
 
 import difflib
@@ -53,7 +54,9 @@ class PretrainSection(TrainOptions):
 
 @dataclass(frozen=True)
 class EvalSection:
-    """The last ``stride`` tokens of every window of the training length are scored; the rest is context."""
+    """The last ``stride`` tokens of every window of the training length are scored; the rest
+    is context.
+    """
 
     stride: int = 128
     batch_size: int = 32
@@ -75,7 +78,9 @@ class QuantizeSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``model`` holds ModelConfig's names; the vocabulary is the tokenizer's and need not be given."""
+    """``model`` holds ModelConfig's names; the vocabulary is the tokenizer's and need not be
+    given.
+    """
 
     name: str
     description: str = ""
@@ -103,7 +108,8 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The checked recipe. ``overrides``: "pretrain.max_seconds=60", the value in TOML (a bare word is a string).
 
-    InputError: no such file, not TOML, an unknown or missing key, a wrong type, a value that a stage refuses.
+    InputError: no such file, not TOML, an unknown or missing key, a wrong type, a value that a
+    stage refuses.
     """
     path = Path(path)
     try:

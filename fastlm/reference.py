@@ -281,7 +281,9 @@ def cross_entropy_backward(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], then to logits."""
+    """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], then to
+    logits.
+    """
     z = _capped(logits, softcap, logit_scale)
     dz = on_p[:, None] * (z - shift[:, None] - log_sum[:, None]).exp()
     ignored = target == ignore_index
@@ -442,7 +444,9 @@ def linear_cross_entropy_loss_backward(
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of linear_cross_entropy_loss times that of its loss, in their tensors' dtypes."""
+    """The gradients of linear_cross_entropy_loss times that of its loss, in their tensors'
+    dtypes.
+    """
     return (
         (d_input * d_loss).to(d_input.dtype),
         (d_weight * d_loss).to(weight_dtype),
@@ -847,7 +851,9 @@ def dequantize_rows(
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 activations: q = round(x * (127 / absmax)) and scale = absmax / 127 per row, (N, K) -> q, (N, 1)."""
+    """int8 activations: q = round(x * (127 / absmax)) and scale = absmax / 127 per row, (N,
+    K) -> q, (N, 1).
+    """
     wide = _wide(x)
     # an all-zero row divides by 1e-30, which keeps 127 / absmax finite
     absmax = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30)

@@ -1,8 +1,9 @@
 """report.html: one page about one run, whole in itself: no scripts, no network, light, printable.
 
-Charts are matplotlib's SVG inside the page: they stay sharp and their numbers can be searched. A page of JavaScript charts
-was the alternative; it would have to carry its library or fetch it. Every text of the run (samples are written by a model,
-names of sources come from a recipe) goes through jinja2's escaping.
+Charts are matplotlib's SVG inside the page: they stay sharp and their numbers can be searched. A
+page of JavaScript charts was the alternative; it would have to carry its library or fetch it.
+Every text of the run (samples are written by a model, names of sources come from a recipe) goes
+through jinja2's escaping.
 """
 
 import io
@@ -29,7 +30,9 @@ def write_report(
     metrics: list[dict[str, Any]],
     recipe: "Recipe",
 ) -> None:
-    """Writes the page at ``path``. ``summary`` as in summary.json, ``metrics`` the lines of metrics.jsonl."""
+    """Writes the page at ``path``. ``summary`` as in summary.json, ``metrics`` the lines of
+    metrics.jsonl.
+    """
     html = render_report(summary, funnel, metrics, recipe)
     save_atomic(path, lambda p: p.write_text(html, "utf-8"))
 
@@ -66,7 +69,9 @@ def markup(svg: str) -> Any:
 
 
 def funnel_rows(funnel: Funnel) -> list[dict[str, Any]]:
-    """A row a step: what is left, as a share of what was gathered, and the largest reasons for what went."""
+    """A row a step: what is left, as a share of what was gathered, and the largest reasons
+    for what went.
+    """
     most = max((s["bytes"] for s in funnel.steps), default=1) or 1
     rows = []
     for step in funnel.steps:
@@ -109,7 +114,9 @@ def stage_rows(seconds: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def loss_chart(metrics: list[dict[str, Any]]) -> str:
-    """Training loss (each step pale, running mean strong) and held-out loss, in nats per token, over tokens seen."""
+    """Training loss (each step pale, running mean strong) and held-out loss, in nats per
+    token, over tokens seen.
+    """
     steps = [m for m in metrics if "loss" in m]
     tokens = {m["step"]: m["tokens"] / 1e6 for m in steps} | {0: 0.0}
     figure, axes = _axes("million tokens seen", "loss, nats per token")
@@ -155,7 +162,8 @@ def bits_chart(metrics: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         )  # fmt: skip
     top = max(summary["bits_per_byte_zstd"], summary["bits_per_byte"])
     values = [summary["bits_per_byte"], summary["bits_per_byte_xz"]]
-    # an untrained model starts near 3 bits per byte or higher: the axis shows where it crosses the lines
+    # an untrained model starts near 3 bits per byte or higher: the axis shows where it
+    # crosses the lines
     axes.set_ylim(min(values) - 0.15 * top, top * 1.6)
     return _svg(figure)
 

@@ -1,12 +1,14 @@
 """Rotary positions (Su et al. 2021, arXiv:2104.09864): tables of cosines and sines, and the ways to stretch them.
 
-``rope_type`` is Hugging Face's: ``default``; ``linear`` (Chen et al. 2023, arXiv:2306.15595); ``dynamic`` (NTK, base grows with the length);
-``yarn`` (Peng et al. 2023, arXiv:2309.00071); ``llama3`` (Llama 3.1's report, arXiv:2407.21783); ``longrope`` (Ding et
-al. 2024, arXiv:2402.13753; Phi-3).
+``rope_type`` is Hugging Face's: ``default``; ``linear`` (Chen et al. 2023, arXiv:2306.15595);
+``dynamic`` (NTK, base grows with the length); ``yarn`` (Peng et al. 2023, arXiv:2309.00071);
+``llama3`` (Llama 3.1's report, arXiv:2407.21783); ``longrope`` (Ding et al. 2024,
+arXiv:2402.13753; Phi-3).
 
-Frequencies and angles are float32, as the checkpoints were trained with; float64 angles would be truer and would
-differ from every other program at position 10^5. Tables are made once per model and grow by doubling; a module
-that computes cos and sin in each forward pass costs about a tenth of a small model's decode step.
+Frequencies and angles are float32, as the checkpoints were trained with; float64 angles would be
+truer and would differ from every other program at position 10^5. Tables are made once per model
+and grow by doubling; a module that computes cos and sin in each forward pass costs about a tenth
+of a small model's decode step.
 """
 
 import math
@@ -167,8 +169,9 @@ def _llama3(rope: Mapping[str, Any], freq: Tensor) -> Tensor:
 class RotaryTables:
     """Cosines and sines of one set of rotary parameters, kept per device and regime.
 
-    A *regime* is the range of context lengths with the same frequencies: one for all lengths, except that longrope
-    has two, and dynamic one per length beyond the original context. Keys turned in one regime do not fit queries of another.
+    A *regime* is the range of context lengths with the same frequencies: one for all lengths,
+    except that longrope has two, and dynamic one per length beyond the original context. Keys
+    turned in one regime do not fit queries of another.
     """
 
     def __init__(self, rope: Mapping[str, Any], head_dim: int, max_position_embeddings: int):
@@ -189,7 +192,9 @@ class RotaryTables:
         return 0
 
     def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin, (>= length, width) float32 as `fastlm.ops.rope` takes them, for a context of `length`."""
+        """cos and sin, (>= length, width) float32 as `fastlm.ops.rope` takes them, for a
+        context of `length`.
+        """
         key = (device, self.regime(length))
         found = self._tables.get(key)
         if found is None or found[0].shape[0] < length:

@@ -1,9 +1,10 @@
 """A recipe as a chain of stages in a run folder: data, tokenizer, shards, pretrain, eval, quantize, report.
 
-A stage's fingerprint covers its part of the recipe, the fingerprint of the stages before and the version of its code. What
-stages.json records with the same fingerprint and whose files are still there is skipped; a stage that was cut off goes on
-where it was (pretrain) or starts again; one whose inputs have changed starts from nothing. A make-like comparison of
-times was the alternative: it reruns everything after a copy of the folder.
+A stage's fingerprint covers its part of the recipe, the fingerprint of the stages before and the
+version of its code. What stages.json records with the same fingerprint and whose files are still
+there is skipped; a stage that was cut off goes on where it was (pretrain) or starts again; one
+whose inputs have changed starts from nothing. A make- like comparison of times was the
+alternative: it reruns everything after a copy of the folder.
 """
 
 import fcntl
@@ -70,7 +71,8 @@ def run_recipe(
     """Runs what has not been run of the recipe at ``path`` into ``out`` (default runs/NAME); -> summary.
 
     ``until`` names the last stage; ``on_event`` sees {"stage", "state": "skipped" | "started" | "done"} and the
-    lines of metrics. InputError: the recipe, its data, a run folder that is in use or cannot be written.
+    lines of metrics. InputError: the recipe, its data, a run folder that is in use or cannot be
+    written.
     """
     from fastlm.data.packages import default_cache
     from fastlm.stages import CHAIN

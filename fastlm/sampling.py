@@ -1,8 +1,9 @@
 """From logits to the next token: penalties, filters, and draws that a seed repeats.
 
-The order is transformers': repetition penalty, temperature, top-k, top-p, min-p. Filters work on candidates sorted by
-logit, so that a draw is one uniform number against a cumulative sum. Rejected: masking the vocabulary with -inf and
-``torch.multinomial`` over it; at V = 49152 a full sort takes longer than a layer, and the draw depends on the device.
+The order is transformers': repetition penalty, temperature, top-k, top-p, min-p. Filters work on
+candidates sorted by logit, so that a draw is one uniform number against a cumulative sum.
+Rejected: masking the vocabulary with -inf and ``torch.multinomial`` over it; at V = 49152 a full
+sort takes longer than a layer, and the draw depends on the device.
 """
 
 import math
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 
-# Candidates that top-p and min-p look at before they sort the whole vocabulary: text models put 0.95 on fewer
+# Candidates that top-p and min-p look at before they sort the whole vocabulary: text models put
+# 0.95 on fewer
 _FIRST_LOOK = 256
 
 
@@ -26,7 +28,8 @@ class Sampling:
     top_k: only the k likeliest.
     top_p: the fewest likeliest that together reach this probability, at least one.
     min_p: only those at least min_p as likely as the likeliest.
-    repetition_penalty: logits of tokens already in the row are divided by it where positive, multiplied where negative.
+    repetition_penalty: logits of tokens already in the row are divided by it where positive,
+    multiplied where negative.
     """
 
     temperature: float = 1.0
@@ -84,7 +87,9 @@ class Sampling:
         return self._filter(values, total), ids
 
     def _filter(self, values: Tensor, total: Tensor) -> Tensor:
-        """Probabilities of sorted logits (B, C) whose row has logsumexp `total`, filtered ones 0."""
+        """Probabilities of sorted logits (B, C) whose row has logsumexp `total`,
+        filtered ones 0.
+        """
         p = (values.double() - total).exp()
         if self.top_p is not None and self.top_p < 1:
             before = p.cumsum(-1) - p
@@ -108,7 +113,9 @@ class Sampling:
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """(B, V) logits with those of `seen` (B, V) bool tokens made less likely (CTRL, arXiv:1909.05858)."""
+    """(B, V) logits with those of `seen` (B, V) bool tokens made less likely (CTRL,
+    arXiv:1909.05858).
+    """
     weakened = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, weakened, logits)
 

@@ -1,4 +1,6 @@
-"""Bits per byte: every token once, the value of a known model, and compressors measured on the same bytes."""
+"""Bits per byte: every token once, the value of a known model, and compressors measured on the
+same bytes.
+"""
 
 import lzma
 import math
@@ -16,7 +18,9 @@ from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate, windo
 
 
 class Recorder(nn.Module):
-    """Predicts P(token) = (token + 1) / Z from nothing, and notes what it was asked to predict and from what."""
+    """Predicts P(token) = (token + 1) / Z from nothing, and notes what it was asked to
+    predict and from what.
+    """
 
     def __init__(self):
         super().__init__()

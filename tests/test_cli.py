@@ -1,4 +1,6 @@
-"""The command line: verbs, help that is quick, results on stdout, refusals in one line with status 2."""
+"""The command line: verbs, help that is quick, results on stdout, refusals in one line with
+status 2.
+"""
 
 import json
 import subprocess

@@ -64,7 +64,8 @@ def check(logits, target, *, ulps=1, **options):
     upstream = [torch.randn(target.shape if options.get("reduction") == "none" else ())]
     upstream += [torch.randn(target.shape)]
     mine = outputs_and_gradient(ops.cross_entropy, logits, target, upstream, **options)
-    # the logits' own rounding is theirs: truth and naive start from the same ones; naive in float32, as losses are
+    # the logits' own rounding is theirs: truth and naive start from the same ones; naive in
+    # float32, as losses are
     truth = outputs_and_gradient(plain, logits.double(), target, upstream, **options)
     naive = outputs_and_gradient(plain, logits.float(), target, upstream, **options)
     assert mine[0].dtype == torch.float32 and mine[-1].dtype == logits.dtype
@@ -116,7 +117,9 @@ def test_vocabulary_not_a_multiple_of_the_block(isa, dtype, classes):
 
 @pytest.mark.parametrize("case", ["peaked", "all negative", "common offset", "rising", "falling"])
 def test_hard_logits(isa, dtype, case):
-    """A padded column counted as exp(0), a maximum that starts at 0, an lse rounded at 1e4: all seen in the field."""
+    """A padded column counted as exp(0), a maximum that starts at 0, an lse rounded at 1e4:
+    all seen in the field.
+    """
     logits, target = make(6, 1500, dtype)
     if case == "peaked":
         logits[torch.arange(6), target.clamp_min(0)] += 80
@@ -198,7 +201,9 @@ def test_no_rows(isa, dtype):
 
 
 def test_offsets_beyond_32_bits(isa):
-    """Rows 2^31 elements apart: an index multiplied in 32 bits would read elsewhere. One row of memory is touched."""
+    """Rows 2^31 elements apart: an index multiplied in 32 bits would read elsewhere. One row
+    of memory is touched.
+    """
     if isa in ("scalar", "amx_emulated"):
         pytest.skip("the same index arithmetic as avx2, and the mapping is 4 GiB of address space")
     apart = 2**31 + 64

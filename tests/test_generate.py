@@ -176,7 +176,8 @@ def test_filters_are_those_of_transformers(options, spread):
         scores = process(torch.zeros(5, 1, dtype=torch.long), scores)
     theirs = scores.double().softmax(-1)
     assert (p.diff(dim=1) <= 0).all() or not (sampling.top_k or sampling.top_p or sampling.min_p)
-    # theirs sums 3001 float32 probabilities: at the border of top-p one token may fall on either side
+    # theirs sums 3001 float32 probabilities: at the border of top-p one token may fall on
+    # either side
     differ = ((ours > 0) != (theirs > 0)).sum(-1)
     assert (differ <= (1 if sampling.top_p else 0)).all()
     assert (ours - theirs).abs().max() <= 1e-5 + (differ > 0).any() * (1 / (ours > 0).sum(-1).min())

@@ -24,7 +24,9 @@ def naive(x, w, target, *, linear_bias=None, **options):
 
 
 def naive_low(x, w, target, *, linear_bias=None, **options):
-    """What torch does in the low precision: logits and their gradient in x's dtype, the loss in float32."""
+    """What torch does in the low precision: logits and their gradient in x's dtype, the loss
+    in float32.
+    """
     return plain(F.linear(x, w, linear_bias).float(), target, **options)
 
 
@@ -76,7 +78,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-# ragged everywhere; one of each; more rows than a chunk is wide and a vocabulary of two blocks and one
+# ragged everywhere; one of each; more rows than a chunk is wide and a vocabulary of two blocks
+# and one
 @pytest.mark.parametrize("shape", [(37, 50, 123), (2, 1, 3), (70, 64, 513)], ids=str)
 def test_matches_float64(isa, dtype, shape, options, weighted):
     weight = torch.rand(shape[2]) if weighted else None
@@ -93,7 +96,9 @@ def test_larger_shapes(isa, dtype, shape, reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_many_chunks_are_one(isa, dtype, reduction, monkeypatch):
-    """With 32 rows a chunk the gradients of the weights are sums over chunks, the last of which is ragged."""
+    """With 32 rows a chunk the gradients of the weights are sums over chunks, the last of
+    which is ragged.
+    """
     monkeypatch.setattr(MODULE, "_MOST_ROWS", 32)
     x, w, bias, target = make(107, 48, 300, dtype)
     check(x, w, bias, target, reduction=reduction, z_loss=0.01)
@@ -259,7 +264,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 
 def test_logits_are_never_in_memory():
     """1024 x 32768 logits are 64 MiB in bf16 and twice that in float32, and their gradient as much again; what may be
-    used is 32 MiB of exponentials, the float32 gradient (16) and the gradients (8). In a process of its own: the peak
+    used is 32 MiB of exponentials, the float32 gradient (16) and the gradients (8). In a process
+    of its own: the peak
     of a process never falls."""
     out = subprocess.run(
         [sys.executable, "-P", "-c", MEMORY], capture_output=True, text=True, check=True

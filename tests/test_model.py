@@ -174,7 +174,8 @@ def test_low_precision_loses_no_more_than_transformers(dtype):
         naive = theirs.to(dtype)(ids).logits.double()
         mine = ours.to(dtype)(ids).logits
     assert mine.dtype == dtype
-    # The mean over 3880 logits, not the largest: one unlucky rounding at the start moves a whole row
+    # The mean over 3880 logits, not the largest: one unlucky rounding at the start moves a
+    # whole row
     lost, theirs_lost = (mine.double() - truth).abs().mean(), (naive - truth).abs().mean()
     assert lost <= 1.25 * theirs_lost, f"{lost:.3e} > 1.25 * {theirs_lost:.3e}"
 

@@ -1,8 +1,8 @@
 """quantized_linear on every instruction set against the dequantized weight in float64.
 
-16-bit activations: the usual rule, error at most twice that of plain torch on the dequantized weight in the same dtype.
-8-bit activations: the rounding of x is part of the definition, so the truth is float64 on the rounded rows, and what
-remains is one rounding per group and of the result.
+16-bit activations: the usual rule, error at most twice that of plain torch on the dequantized
+weight in the same dtype. 8-bit activations: the rounding of x is part of the definition, so the
+truth is float64 on the rounded rows, and what remains is one rounding per group and of the result.
 """
 
 import itertools
@@ -18,7 +18,8 @@ from tolerance import ULP, assert_near
 from fastlm import InputError, backend, ops, reference
 from fastlm.quant import QuantizedWeight
 
-# (M, N, K): ragged in every direction; one, a few and many rows (dot form, panel form, two blocks of rows)
+# (M, N, K): ragged in every direction; one, a few and many rows (dot form, panel form, two blocks
+# of rows)
 SHAPES = [(1, 20, 64), (3, 67, 507), (5, 64, 123), (9, 70, 252), (34, 33, 1), (2, 1, 1030)]
 SHAPES += [(40, 130, 600), (257, 5, 130)]
 GROUPS = [16, 32, 40, 128, -1]
@@ -35,7 +36,9 @@ def weight(n, k, bits, group_size=128, symmetric=True, scale_dtype=torch.bfloat1
 
 
 def sum_floor(dtype, k):
-    """Half an ulp of the result; in float32 the order of k additions shows: a random walk of k roundings."""
+    """Half an ulp of the result; in float32 the order of k additions shows: a random walk of
+    k roundings.
+    """
     return ULP[dtype] * (max(1.0, k**0.5 / 4) if dtype == torch.float32 else 1.0)
 
 
@@ -49,7 +52,8 @@ def check(x, q, bias, act_bits, what=""):
         return
     rounded, scale = reference.quantize_rows(x)
     truth = F.linear(rounded.double() * scale.double(), w64, b64)
-    # exact integers per group; then float32: one product and one sum per group, and the result's rounding
+    # exact integers per group; then float32: one product and one sum per group, and the
+    # result's rounding
     groups = q.scales.shape[1]
     terms = F.linear((rounded * scale).abs().double(), w64.abs()) + (
         0 if bias is None else b64.abs()
@@ -76,7 +80,8 @@ def test_matches_float64(isa, dtype, bits, act_bits, symmetric):
 
 
 def test_int8_activations_are_near_the_unrounded_product(isa, dtype):
-    # uniform rounding of Gaussian rows at absmax / 127: absmax of 512 is near 3.1 sigma, noise step^2 / 12,
+    # uniform rounding of Gaussian rows at absmax / 127: absmax of 512 is near 3.1 sigma,
+    # noise step^2 / 12,
     # so 10 log10(12 * 127^2 / 3.1^2) = 43 dB; 38 leaves room for the largest of the rows' maxima
     q = weight(64, 512, 4)
     x = torch.randn(40, 512).to(dtype)

@@ -1,4 +1,6 @@
-"""The chain of stages through the command line: everything there at the end, skipped, redone, resumed, refused."""
+"""The chain of stages through the command line: everything there at the end, skipped, redone,
+resumed, refused.
+"""
 
 import json
 import os
@@ -114,7 +116,9 @@ def test_changed_local_text_is_seen(tmp_path):
 
 
 def test_killed_in_training_and_started_again(finished, tmp_path):
-    """SIGKILL from outside, at whatever instruction: the same command goes on to the same losses."""
+    """SIGKILL from outside, at whatever instruction: the same command goes on to the same
+    losses.
+    """
     recipe, _ = finished
     whole, run = tmp_path / "whole", tmp_path / "run"
     sets = ["--set", "pretrain.max_steps=60", "--set", "quantize.group_size=32"]
@@ -157,7 +161,9 @@ def one_line(done, text):
 
 
 def test_a_disk_that_takes_no_more(finished, tmp_path):
-    """Every file beyond a size fails to be written, as on a full disk: one line, status 2, nothing half-written."""
+    """Every file beyond a size fails to be written, as on a full disk: one line, status 2,
+    nothing half-written.
+    """
     recipe, _ = finished
     run = tmp_path / "run"
 

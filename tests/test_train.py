@@ -1,4 +1,6 @@
-"""The training loop: schedules, accumulation, events, resuming after SIGKILL and Ctrl-C, non-finite losses."""
+"""The training loop: schedules, accumulation, events, resuming after SIGKILL and Ctrl-C, non-
+finite losses.
+"""
 
 import json
 import math
@@ -101,7 +103,9 @@ def test_accumulation_is_one_large_batch(data, tmp_path):
      ("metrics", 9)],
 )  # fmt: skip
 def test_sigkill_anywhere_goes_on_to_the_same_losses(data, tmp_path, uninterrupted, point, count):
-    """Killed at one point, started again: the same lines in metrics.jsonl, each step once, the same parameters."""
+    """Killed at one point, started again: the same lines in metrics.jsonl, each step once,
+    the same parameters.
+    """
     run = tmp_path / "run"
     child = FORKS.Process(target=tiny_run.start_and_die, args=(data, run, point, count))
     child.start()
@@ -114,7 +118,8 @@ def test_sigkill_anywhere_goes_on_to_the_same_losses(data, tmp_path, uninterrupt
     assert sorted(names) == ["step-00000020", "step-00000024"]
 
 
-# a server that has imported torch forks a child in milliseconds; it never ran a parallel region itself
+# a server that has imported torch forks a child in milliseconds; it never ran a parallel region
+# itself
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "fastlm.train.pretrain"])
 

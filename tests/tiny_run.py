@@ -25,7 +25,9 @@ OPTIONS = TrainOptions(
 
 
 class Letters:
-    """A tokenizer of one token a letter; the tokens are learnable: each letter tends to follow the one before."""
+    """A tokenizer of one token a letter; the tokens are learnable: each letter tends to
+    follow the one before.
+    """
 
     vocab_size, eos_id = VOCAB, 0
 

@@ -2,9 +2,10 @@
 
     bits_per_byte = sum of -log2 p(token | tokens before) / bytes of the text
 
-Every token is predicted once, end-of-text tokens included (they count as bits, not as bytes). Windows overlap:
-of a window of ``seq_len`` tokens only the last ``stride`` are scored, the ones before are their context. xz and zstd
-of the same text are the yardstick; they are spared the document boundaries.
+Every token is predicted once, end-of-text tokens included (they count as bits, not as bytes).
+Windows overlap: of a window of ``seq_len`` tokens only the last ``stride`` are scored, the ones
+before are their context. xz and zstd of the same text are the yardstick; they are spared the
+document boundaries.
 """
 
 import lzma
@@ -59,7 +60,8 @@ def evaluate(
 ) -> BitsPerByte:
     """Over the whole data set, or over evenly spaced windows of about ``max_tokens`` tokens in all.
 
-    ``stride`` defaults to ``seq_len``: no overlap. With ``max_tokens`` the bytes are those of the average token.
+    ``stride`` defaults to ``seq_len``: no overlap. With ``max_tokens`` the bytes are those of the
+    average token.
     """
     stride = seq_len if stride is None else stride
     for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):

@@ -1,4 +1,6 @@
-"""What ``fastlm eval`` and its like do with a path: shards, prepared documents or plain text, measured."""
+"""What ``fastlm eval`` and its like do with a path: shards, prepared documents or plain text,
+measured.
+"""
 
 import tempfile
 from collections.abc import Iterator

@@ -1,14 +1,16 @@
 """Cross-entropy over the last dimension, with every option around one flag-free kernel.
 
-The kernel gives, per row, ``shift``, ``log_sum`` (lse = shift + log_sum), ``nll`` and, for label smoothing, the
-sum of all classes' nll; class weights, smoothing, z-loss, reduction and ignored rows are arithmetic on those
-(N,) vectors in plain torch, so autograd hands the backward kernel three coefficients a row:
+The kernel gives, per row, ``shift``, ``log_sum`` (lse = shift + log_sum), ``nll`` and, for label
+smoothing, the sum of all classes' nll; class weights, smoothing, z-loss, reduction and ignored
+rows are arithmetic on those (N,) vectors in plain torch, so autograd hands the backward kernel
+three coefficients a row:
 
     dz[v] = on_p * softmax(z)[v] - on_target * (v == target) - on_all * class_weight[v]
 
-lse travels as two numbers because a sum rounded at 1e4 (a common offset of the logits) would cost every
-probability 1e-3. Rejected: one fused kernel with a branch per option (Liger's takes 18 flags), and gradients
-written in the forward (they need a second pass when the upstream gradient is not 1).
+lse travels as two numbers because a sum rounded at 1e4 (a common offset of the logits) would cost
+every probability 1e-3. Rejected: one fused kernel with a branch per option (Liger's takes 18
+flags), and gradients written in the forward (they need a second pass when the upstream gradient is
+not 1).
 """
 
 import torch
@@ -37,24 +39,23 @@ def cross_entropy(
     ``F.cross_entropy(z, target, ...) + z_loss * logsumexp(z) ** 2`` a row, in float32.
 
     Args:
-        logits: (..., V): classes are the last dimension. float32, bfloat16 or float16 (float64 on the reference).
-        target: (...), int64 or int32 class of each row.
-        weight: (V,), weight of each class, as torch's. The z-loss of a row is not weighted.
-        ignore_index: rows with this target have no loss and no gradient.
-        label_smoothing: in [0, 1], as torch's.
-        z_loss: factor of lse^2 (PaLM, arXiv:2204.02311).
-        softcap: > 0, or None.
-        reduction: "none", "sum" or "mean": over the rows not ignored (their weights with `weight`). With every
+        logits: (..., V): classes are the last dimension. float32, bfloat16 or float16 (float64 on
+        the reference). target: (...), int64 or int32 class of each row. weight: (V,), weight of
+        each class, as torch's. The z-loss of a row is not weighted. ignore_index: rows with this
+        target have no loss and no gradient. label_smoothing: in [0, 1], as torch's. z_loss: factor
+        of lse^2 (PaLM, arXiv:2204.02311). softcap: > 0, or None. reduction: "none", "sum" or
+        "mean": over the rows not ignored (their weights with `weight`). With every
             row ignored the mean is NaN (its gradient 0), as torch's; with `num_items` it is 0.
-        num_items: divide by this in place of the rows seen here (the tokens of all micro-batches or ranks).
+        num_items: divide by this in place of the rows seen here (the tokens of all micro-batches
+        or ranks).
             A tensor is not waited for.
         return_lse: also return logsumexp(z), (...), differentiable, ignored rows included.
 
     Returns:
         The float32 loss: a scalar, or (...) for "none"; with `return_lse` a pair.
 
-    Forward reads the logits once; backward reads them once and writes the gradient, in their dtype, once. Kept
-    between the two: the logits and two float32 a row.
+    Forward reads the logits once; backward reads them once and writes the gradient, in their
+    dtype, once. Kept between the two: the logits and two float32 a row.
 
     Raises:
         InputError: shapes or options that do not fit; on the CPU also a target out of range.
@@ -101,7 +102,9 @@ def row_factors(
     num_items: int | Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Factors (N) of nll, smoothed and lse^2 whose products add up to the rows' losses, reduction included."""
+    """Factors (N) of nll, smoothed and lse^2 whose products add up to the rows' losses,
+    reduction included.
+    """
     valid = target != ignore_index
     seen = each = valid.to(dtype)
     if (
@@ -125,7 +128,9 @@ def row_losses(
     lse: Tensor,
     valid: Tensor,
 ) -> Tensor:
-    """(N). `where`, not a factor of 0: an infinite lse of an ignored row stays out of loss and gradient."""
+    """(N). `where`, not a factor of 0: an infinite lse of an ignored row stays out of loss
+    and gradient.
+    """
     loss = on_nll * nll
     if on_smoothed is not None:
         loss = loss + on_smoothed * torch.where(valid, smoothed, 0.0)
@@ -288,7 +293,9 @@ def coefficients(
     ignore_index: int,
     total_weight,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """on_p, on_target, on_all of the module's docstring from the gradients of the forward's outputs."""
+    """on_p, on_target, on_all of the module's docstring from the gradients of the forward's
+    outputs.
+    """
     d_nll = torch.where(target == ignore_index, 0.0, d_nll)
     on_p = d_log_sum + d_nll
     return (on_p if d_smoothed is None else on_p + total_weight * d_smoothed), d_nll, d_smoothed

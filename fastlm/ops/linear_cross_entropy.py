@@ -3,7 +3,8 @@
 Two ways, one kernel pair (csrc/cpu/linear_cross_entropy.h):
 
 - "sum" and "mean": the gradient of each row is known in the forward up to one factor, so it is computed there, chunk
-  of rows by chunk of rows, while the chunk's exponentials are at hand: 3 matrix products (`linear_cross_entropy_loss`);
+  of rows by chunk of rows, while the chunk's exponentials are at hand: 3 matrix products
+  (`linear_cross_entropy_loss`);
 - "none", or with lse: the gradient of each row is known in the backward only: lse in the forward, the logits again in
   the backward: 4 matrix products (`linear_cross_entropy`, `linear_cross_entropy_backward`).
 """
@@ -29,8 +30,10 @@ _VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: a
 _MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
 # What a chunk's exponentials may take; half of it where the float32 gradient is memory as well.
 _WORKSPACE = 64 << 20
-# The first way holds the weight's gradient in float32 until the backward. For a weight of fewer bits that is memory
-# over the gradient itself: above this many elements (64 MiB) the second way, which needs none, is taken.
+# The first way holds the weight's gradient in float32 until the backward. For a weight of fewer
+# bits that is memory
+# over the gradient itself: above this many elements (64 MiB) the second way, which needs none, is
+# taken.
 _FLOAT32_GRADIENT = 16 << 20
 
 
@@ -59,11 +62,13 @@ def linear_cross_entropy(
         linear_bias: (V,), any float dtype.
         others: as in `cross_entropy`.
 
-    Logits, sums and lse are float32; the gradient of the logits is rounded to input's dtype for the matrix products
-    that follow it, which sum in float32. Memory beside the gradients: at most 64 MiB.
+    Logits, sums and lse are float32; the gradient of the logits is rounded to input's dtype for
+    the matrix products that follow it, which sum in float32. Memory beside the gradients: at most
+    64 MiB.
 
     Raises:
-        InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of range.
+        InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
+        range.
     """
     if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
         raise InputError(

@@ -1,4 +1,6 @@
-"""Round to nearest onto int8 or int4, the scale of each group chosen for the smallest squared error."""
+"""Round to nearest onto int8 or int4, the scale of each group chosen for the smallest squared
+error.
+"""
 
 import torch
 from torch import Tensor
@@ -6,8 +8,10 @@ from torch import Tensor
 from fastlm.errors import InputError
 from fastlm.quant.weight import SCALE_DTYPES, QuantizedWeight, check_group_size, pack_rows
 
-# int4 scales tried, as fractions of the one that puts the group's largest weight on the end of the range. Clipping the
-# largest weight a little costs less than a coarser step for all others; below 0.7 nothing is ever chosen (docs/log.md).
+# int4 scales tried, as fractions of the one that puts the group's largest weight on the end of
+# the range. Clipping the
+# largest weight a little costs less than a coarser step for all others; below 0.7 nothing is ever
+# chosen (docs/log.md).
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 _BLOCK = 1 << 16  # weights per pass over the candidates: the float32 temporaries stay in the L2
 
@@ -25,9 +29,10 @@ def quantize_weight(
     Args:
         w: (N, K), any float dtype, strided or not; finite.
         bits: 4 or 8.
-        group_size: a multiple of 8, or -1 for one group a row. Where it does not divide K the last group is short.
-        symmetric: without offsets, q in [-127, 127] or [-8, 7]. Otherwise the range is that of the group's values.
-        scale_dtype: of scales and zeros. q is rounded against the stored scale, so bfloat16 costs no accuracy.
+        group_size: a multiple of 8, or -1 for one group a row. Where it does not divide K the last
+        group is short. symmetric: without offsets, q in [-127, 127] or [-8, 7]. Otherwise the
+        range is that of the group's values. scale_dtype: of scales and zeros. q is rounded against
+        the stored scale, so bfloat16 costs no accuracy.
 
     int8: scale = absmax / 127. int4, symmetric: the largest weight is put on -8 (the longer side, so scales have a
     sign) or on 7, full or clipped, whichever gives the group the smallest squared error.
@@ -70,7 +75,9 @@ def quantize_weight(
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as it will be stored, back in float32; 1 where the group is all zero (or too small for the dtype)."""
+    """The scale as it will be stored, back in float32; 1 where the group is all zero (or too
+    small for the dtype).
+    """
     s = scale.to(dtype).float()
     return torch.where(s == 0, 1.0, s)
 

@@ -18,11 +18,13 @@ def quantized_linear(
         x: (..., K), float32, bfloat16 or float16 (float64 on the reference).
         qweight: (N, K), see `QuantizedWeight`.
         bias: (N,), any float dtype, or None.
-        act_bits: 16: x as it is. 8: each row of x is rounded to int8 first, ``q = round(x * (127 / absmax))``,
+        act_bits: 16: x as it is. 8: each row of x is rounded to int8 first, ``q = round(x * (127 /
+        absmax))``,
             and the products and sums within a group of the weight are exact integers.
 
-    Returns (..., N) of x's dtype; sums are float32. Gradients reach x (``dy @ W``, act_bits 8 as if x had not been
-    rounded) and bias; the weight is frozen. Memory traffic at few rows is that of `qweight`.
+    Returns (..., N) of x's dtype; sums are float32. Gradients reach x (``dy @ W``, act_bits 8 as
+    if x had not been rounded) and bias; the weight is frozen. Memory traffic at few rows is that
+    of `qweight`.
 
     Raises:
         InputError: sizes, dtypes or devices that do not fit.

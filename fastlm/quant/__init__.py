@@ -1,4 +1,6 @@
-"""Quantized weights, modules that hold them, and `quantize`, which puts them into any torch model."""
+"""Quantized weights, modules that hold them, and `quantize`, which puts them into any torch
+model.
+"""
 
 from fastlm.quant.model import apply_config, load_quantized, quantization_config, quantize
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear

@@ -1,7 +1,8 @@
 """`quantize`: nn.Linear and nn.Embedding of any model replaced in place, and the same from a saved configuration.
 
-A weight that several modules share (an embedding tied to the head) is quantized once and stays shared. Rejected: tensor
-subclasses in place of parameters, which every op of a model would then have to know.
+A weight that several modules share (an embedding tied to the head) is quantized once and stays
+shared. Rejected: tensor subclasses in place of parameters, which every op of a model would then
+have to know.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,18 +36,20 @@ def quantize(
 
     Args:
         model: any module tree; returned.
-        format: w4a16, w8a16, w8a8 or w4a8: bits of the weights and of the activations of the linear layers.
-        group_size: columns per scale, see `fastlm.ops.quantize_weight`.
-        method: "rtn", round to nearest.
-        calibration: for methods that look at activations; refused by rtn.
+        format: w4a16, w8a16, w8a8 or w4a8: bits of the weights and of the activations of the
+        linear layers. group_size: columns per scale, see `fastlm.ops.quantize_weight`. method:
+        "rtn", round to nearest. calibration: for methods that look at activations; refused by rtn.
         embeddings: bits of the embeddings: 4, 8, None (left as they are), or 0: those of `format`.
-        head: bits of the head, the linear layer that `model.get_output_embeddings()` or an attribute `lm_head`
-            names, likewise. A head tied to an embedding shares its quantized weight, so the two must not disagree.
+        head: bits of the head, the linear layer that `model.get_output_embeddings()` or an
+        attribute `lm_head`
+            names, likewise. A head tied to an embedding shares its quantized weight, so the two
+            must not disagree.
         scale_dtype: of the scales.
         track: progress, as `fastlm.progress`.
 
     Raises:
-        InputError: an unknown format or method, sizes that do not fit, tied weights with two wishes.
+        InputError: an unknown format or method, sizes that do not fit, tied weights with two
+        wishes.
     """
     if format not in FORMATS:
         raise InputError(f"format: wanted one of {', '.join(FORMATS)}, got {format!r}")
@@ -125,7 +128,9 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 def quantization_config(
     model: nn.Module, format: str, *, group_size: int, method: str = "rtn"
 ) -> dict[str, Any]:
-    """What config.json says of a quantized model: enough to rebuild its modules with empty buffers."""
+    """What config.json says of a quantized model: enough to rebuild its modules with empty
+    buffers.
+    """
     modules = {
         name: {
             "kind": "embedding" if isinstance(m, QuantizedEmbedding) else "linear",
@@ -202,8 +207,8 @@ def load_quantized(
 ) -> nn.Module:
     """Replace modules as ``quantization_config`` says and fill the whole model from `state`, strictly.
 
-    `state` has ``<name>.qdata``, ``<name>.scales`` and where asymmetric ``<name>.zeros`` for quantized modules. A tied head
-    may be absent from it: it then shares the embedding's.
+    `state` has ``<name>.qdata``, ``<name>.scales`` and where asymmetric ``<name>.zeros`` for
+    quantized modules. A tied head may be absent from it: it then shares the embedding's.
     """
     if config.get("quant_method") != "fastlm":
         raise InputError(

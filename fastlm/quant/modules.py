@@ -11,7 +11,8 @@ from fastlm.quant.weight import QuantizedWeight
 class _Quantized(nn.Module):
     """Buffers `qdata`, `scales`, `zeros`; ``state_dict`` names are ``<name>.qdata`` and so on.
 
-    ``.to(dtype)`` and ``.half()`` leave the buffers as they are: scales are part of the format, not activations.
+    ``.to(dtype)`` and ``.half()`` leave the buffers as they are: scales are part of the format,
+    not activations.
     """
 
     qdata: Tensor
@@ -45,8 +46,9 @@ class _Quantized(nn.Module):
 class QuantizedLinear(_Quantized):
     """``F.linear(x, weight.dequantize(x.dtype), bias)`` through `fastlm.ops.quantized_linear`.
 
-    x (..., in_features) -> (..., out_features). `act_bits` 8 rounds the rows of x to int8 as well. The weight is
-    frozen; `bias` stays a parameter and gradients reach x, so adapters around it train.
+    x (..., in_features) -> (..., out_features). `act_bits` 8 rounds the rows of x to int8 as well.
+    The weight is frozen; `bias` stays a parameter and gradients reach x, so adapters around it
+    train.
     """
 
     def __init__(
@@ -72,8 +74,8 @@ class QuantizedLinear(_Quantized):
 class QuantizedEmbedding(_Quantized):
     """``F.embedding(ids, weight.dequantize(dtype))``: only the rows looked up are dequantized, into `dtype`.
 
-    `padding_idx` changes no value (it only stops a gradient, and the weight has none). A head tied to the
-    embedding is a `QuantizedLinear` on the same `QuantizedWeight`: the buffers are shared.
+    `padding_idx` changes no value (it only stops a gradient, and the weight has none). A head tied
+    to the embedding is a `QuantizedLinear` on the same `QuantizedWeight`: the buffers are shared.
     """
 
     def __init__(self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> None:

@@ -1,8 +1,8 @@
 """A weight matrix in int8 or int4 with one scale (and, where asymmetric, one offset) per group of columns.
 
-The layout is row-major and the same on every machine: a checkpoint is used where it lies, and no second
-copy is made. Rejected: a layout repacked per instruction set (the CPU kernels transpose 16 rows at a time in
-registers, which costs a few percent of one product and nothing in memory).
+The layout is row-major and the same on every machine: a checkpoint is used where it lies, and no
+second copy is made. Rejected: a layout repacked per instruction set (the CPU kernels transpose 16
+rows at a time in registers, which costs a few percent of one product and nothing in memory).
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,8 @@ class QuantizedWeight:
     The last group of a row is short when `group_size` does not divide K.
 
     Attributes:
-        qdata: bits 8: int8 (N, K). bits 4: uint8 (N, ceil(K / 2)), column 2i in the low nibble, 2i + 1 in the
+        qdata: bits 8: int8 (N, K). bits 4: uint8 (N, ceil(K / 2)), column 2i in the low nibble, 2i
+        + 1 in the
             high one, q = nibble - 8 (the spare nibble of an odd K is not read).
         scales: (N, ceil(K / group_size)), float32, bfloat16 or float16; any sign.
         zeros: offsets like `scales`, or None: symmetric.

@@ -1,10 +1,12 @@
 """The training loop: one for every stage. What is trained on is an ``Objective``, next-token prediction is ``pretrain``.
 
-A step: micro-batches of the objective, backward with the global token count, clip and AdamW in one pass, one line in
-metrics.jsonl. A checkpoint remembers how long metrics.jsonl was; starting the same command again cuts it there and
-goes on, so that it holds every step once. Ctrl-C ends the running step, saves and says where.
+A step: micro-batches of the objective, backward with the global token count, clip and AdamW in one
+pass, one line in metrics.jsonl. A checkpoint remembers how long metrics.jsonl was; starting the
+same command again cuts it there and goes on, so that it holds every step once. Ctrl-C ends the
+running step, saves and says where.
 
-The loss is read back every step: a loss that is not finite has to stop the run before it spoils the next checkpoint.
+The loss is read back every step: a loss that is not finite has to stop the run before it spoils
+the next checkpoint.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +36,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is not finite: the step, its batch and the last good checkpoint, in one line."""
+    """The loss or the gradient is not finite: the step, its batch and the last good
+    checkpoint, in one line.
+    """
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,7 +49,8 @@ class Interrupted(KeyboardInterrupt):
 class TrainOptions:
     """``max_steps`` or ``max_seconds`` ends the run, whichever comes first; the schedule is spread over it.
 
-    ``validations`` are evenly spaced, ``sample_at`` are moments between 0 (before the first step) and 1 (the end).
+    ``validations`` are evenly spaced, ``sample_at`` are moments between 0 (before the first step)
+    and 1 (the end).
     """
 
     max_steps: int | None = None
@@ -100,7 +105,9 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``seconds`` and ``tokens`` over the whole run, interruptions included; ``metrics`` of the last validation."""
+    """``seconds`` and ``tokens`` over the whole run, interruptions included; ``metrics`` of
+    the last validation.
+    """
 
     steps: int
     tokens: int
@@ -162,8 +169,9 @@ def train(
 ) -> TrainResult:
     """Trains ``model`` in place to the end of the budget, from the last checkpoint in ``run_dir`` if there is one.
 
-    Leaves metrics.jsonl and checkpoints/ there; ``on_event`` sees every line of metrics as it is written.
-    InputError: options, a checkpoint of another run, a folder that cannot be written. NonFiniteError, Interrupted.
+    Leaves metrics.jsonl and checkpoints/ there; ``on_event`` sees every line of metrics as it is
+    written. InputError: options, a checkpoint of another run, a folder that cannot be written.
+    NonFiniteError, Interrupted.
     """
     options.check()
     loop = _Loop(model, objective, options, Path(run_dir), on_event)

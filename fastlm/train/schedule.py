@@ -1,8 +1,9 @@
 """How far a run is and which learning rate that means.
 
-Everything that happens at moments of a run (learning rate, validations, samples) is a function of ``progress``, 0 to
-1: the larger of steps done and seconds used over what is allowed. So a run that is given ten minutes anneals to its
-end whatever the machine. Schedules in steps were the alternative: they cannot end a run on time.
+Everything that happens at moments of a run (learning rate, validations, samples) is a function of
+``progress``, 0 to 1: the larger of steps done and seconds used over what is allowed. So a run that
+is given ten minutes anneals to its end whatever the machine. Schedules in steps were the
+alternative: they cannot end a run on time.
 """
 
 import math
@@ -36,7 +37,8 @@ def learning_rate(
 ) -> float:
     """The rate at ``done`` (0..1): linear from 0 to ``lr`` within ``warmup``, at 1 it is ``final_lr * lr``.
 
-    cosine: falls from the end of the warm-up on. wsd: stays, then falls linearly within the last ``decay``.
+    cosine: falls from the end of the warm-up on. wsd: stays, then falls linearly within the last
+    ``decay``.
     """
     if done < warmup:
         return lr * done / warmup

@@ -1,9 +1,10 @@
 """Checkpoints of a run under way: all that is needed to go on to the same losses, bit for bit.
 
-``checkpoints/step-00000200/`` holds the parameters, the optimizer, the random state and, as JSON, step, seconds, position
-in the data, length of metrics.jsonl and what the run is (options, model, data). It is written beside and renamed; an old one
-is renamed away before it is deleted: a folder named step-* is whole at any moment. No pickles: tensors in
-safetensors with a checksum, the rest as JSON.
+``checkpoints/step-00000200/`` holds the parameters, the optimizer, the random state and, as JSON,
+step, seconds, position in the data, length of metrics.jsonl and what the run is (options, model,
+data). It is written beside and renamed; an old one is renamed away before it is deleted: a folder
+named step-* is whole at any moment. No pickles: tensors in safetensors with a checksum, the rest
+as JSON.
 """
 
 import re
@@ -37,7 +38,9 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Leaves the newest ``keep`` checkpoints, and nothing of writes or deletions that were cut off."""
+    """Leaves the newest ``keep`` checkpoints, and nothing of writes or deletions that were
+    cut off.
+    """
     folder = run_dir / FOLDER
     for path in list_checkpoints(run_dir)[:-keep]:
         path.rename(path.with_name(f".{path.name}.old"))
@@ -62,7 +65,9 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """The inverse; param_groups stay those of ``optimizer``, whose options the run identity has compared."""
+    """The inverse; param_groups stay those of ``optimizer``, whose options the run identity
+    has compared.
+    """
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["state"].items()]:
         index, name = key.split(".", 1)
@@ -104,7 +109,9 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """Loads all in place; -> progress. InputError: corrupt, or of another run (the first difference is named)."""
+    """Loads all in place; -> progress. InputError: corrupt, or of another run (the first
+    difference is named).
+    """
     tensors, rest = load_tensors(path)
     try:
         saved, progress, optimizer_rest = rest["identity"], rest["progress"], rest["optimizer"]
