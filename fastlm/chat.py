@@ -52,7 +52,8 @@ class Writer:
         room = self.context_limit - len(ids)
         if room < 1:
             raise InputError(
-                f"prompt: wanted fewer than the model's {self.context_limit} tokens of context, got {len(ids)}"
+                f"prompt: wanted fewer than the model's {self.context_limit} tokens of context,"
+                f" got {len(ids)}"
             )
         stream = self.tokenizer.stream()
         stop_ids = self.tokenizer.stop_ids
@@ -84,7 +85,8 @@ class Conversation:
     def __init__(self, writer: Writer, *, system: str | None = None, max_new_tokens: int = 512):
         if writer.tokenizer.chat_template is None:
             raise InputError(
-                "model: wanted a chat model, this one has no chat template (fastlm generate continues text)"
+                "model: wanted a chat model, this one has no chat template"
+                " (fastlm generate continues text)"
             )
         self.writer, self.max_new_tokens = writer, max_new_tokens
         self.system = [{"role": "system", "content": system}] if system else []

@@ -197,9 +197,9 @@ def pretrain(
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"config {config}: wanted a readable JSON file: {e}") from None
     options = TrainOptions(
-        max_steps=max_steps, max_seconds=max_seconds, accumulate=accumulate, dtype=dtype, lr=lr, schedule=schedule,
-        warmup=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed,
-        checkpoint_every=checkpoint_every, keep=keep,
+        max_steps=max_steps, max_seconds=max_seconds, accumulate=accumulate, dtype=dtype, lr=lr,
+        schedule=schedule, warmup=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
+        seed=seed, checkpoint_every=checkpoint_every, keep=keep,
     )  # fmt: skip
     options.check()
     words = Tokenizer.load(tokenizer) if tokenizer else None
@@ -214,7 +214,8 @@ def pretrain(
     if words:
         words.save(out / "model")
     typer.echo(
-        f"{result.steps} steps, loss {result.loss}, {result.tokens_per_second:,.0f} tokens/s: {out / 'model'}"
+        f"{result.steps} steps, loss {result.loss}, {result.tokens_per_second:,.0f} tokens/s:"
+        f" {out / 'model'}"
     )
 
 
@@ -257,7 +258,8 @@ def quantize(
         after = text_bits_per_byte(network, tokenizer, data, track=bars)
         change = 100 * (after["bits_per_byte"] / before["bits_per_byte"] - 1)
         typer.echo(
-            f"held-out bits per byte: {before['bits_per_byte']:.4f} -> {after['bits_per_byte']:.4f} ({change:+.2f} %)"
+            f"held-out bits per byte: {before['bits_per_byte']:.4f} -> {after['bits_per_byte']:.4f}"
+            f" ({change:+.2f} %)"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a model is: `ModelConfig`, in Hugging Face's names, so that a config.json is a ModelConfig and back.
+"""What a model is: `ModelConfig`, in Hugging Face's names: a config.json is a ModelConfig and back.
 
 What transformers writes in code for each architecture (where the norms stand, which projections
 have biases, ...) is one row of `FAMILIES` here, chosen by ``model_type`` and never stored in
@@ -30,7 +30,8 @@ class Family:
     """What model_type alone decides.
 
     keys: entries of config.json beyond those that all families have.
-    norms: "pre" (Llama), "post" (OLMo-2: after each branch, before the addition) or "sandwich" (Gemma: both).
+    norms: "pre" (Llama), "post" (OLMo-2: after each branch, before the addition) or "sandwich"
+    (Gemma: both).
     qk_norm: over each head, or over all heads at once.
     """
 
@@ -296,7 +297,8 @@ class ModelConfig:
         for name, without in _OPTIONAL.items():
             if getattr(self, name) != without and name not in self.family.keys:
                 raise InputError(
-                    f"{name}: {self.model_type} has none: wanted {without}, got {getattr(self, name)!r}"
+                    f"{name}: {self.model_type} has none: wanted {without},"
+                    f" got {getattr(self, name)!r}"
                 )
         self._check_layers()
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -317,7 +319,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, list) or len(value) < self.num_hidden_layers:
                 raise InputError(
-                    f"{name}: wanted a list of num_hidden_layers {self.num_hidden_layers} entries, got {value!r}"
+                    f"{name}: wanted a list of num_hidden_layers {self.num_hidden_layers} entries,"
+                    f" got {value!r}"
                 )
             for entry in value:
                 if entry not in allowed:

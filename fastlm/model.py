@@ -303,7 +303,8 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A causal language model: ``model(input_ids).logits``, ``model(input_ids, labels=...).loss``, `generate`.
+    """A causal language model: ``model(input_ids).logits``, ``model(input_ids, labels=...).loss``,
+    `generate`.
 
     Parameters are float32 (``.to(dtype)`` as any module). Initialisation: normal(0,
     initializer_range), zero biases, unit norms, drawn on the CPU from `seed` alone (torch's
@@ -434,7 +435,8 @@ class CausalLM(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Output:
-        """``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without logits in memory, or the logits.
+        """``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without logits in memory, or
+        the logits.
 
         Args:
             input_ids: (B, S) int64 or int32, in [0, vocab_size) (checked on the CPU).
@@ -542,17 +544,18 @@ class CausalLM(nn.Module):
         elif attention_mask is not None:
             if attention_mask.shape != (batch, longest):
                 raise InputError(
-                    f"attention_mask: wanted ({batch}, {longest}), got {tuple(attention_mask.shape)}"
+                    f"attention_mask: wanted ({batch}, {longest}),"
+                    f" got {tuple(attention_mask.shape)}"
                 )
             visible = attention_mask.bool()[:, None, None]
             if position_ids is None:
                 counted = attention_mask.long().cumsum(-1)[:, start:] - 1
                 position_ids = counted.clamp(min=0)
-        if (
-            cu_seqlens is None and longest > self.context_limit
-        ):  # packed: each document's length counts
+        # packed: each document's length counts
+        if cu_seqlens is None and longest > self.context_limit:
             raise InputError(
-                f"input_ids: wanted at most max_position_embeddings {self.context_limit} tokens, got {longest}"
+                f"input_ids: wanted at most max_position_embeddings {self.context_limit} tokens,"
+                f" got {longest}"
             )
         rotary = self.model.rotary(
             start if position_ids is None else position_ids, length, context, input_ids.device
@@ -564,8 +567,8 @@ class CausalLM(nn.Module):
 
     @property
     def context_limit(self) -> int:
-        """Longest context: positions beyond max_position_embeddings were never trained, and are refused, except
-        where dynamic scaling is made for them."""
+        """Longest context: positions beyond max_position_embeddings were never trained, and are
+        refused, except where dynamic scaling is made for them."""
         dynamic = self.config.rope_parameters.get("rope_type") == "dynamic"
         return 2**31 if dynamic else self.config.max_position_embeddings
 

@@ -106,7 +106,8 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The checked recipe. ``overrides``: "pretrain.max_seconds=60", the value in TOML (a bare word is a string).
+    """The checked recipe. ``overrides``: "pretrain.max_seconds=60", the value in TOML (a bare word
+    is a string).
 
     InputError: no such file, not TOML, an unknown or missing key, a wrong type, a value that a
     stage refuses.
@@ -145,7 +146,8 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
             raise InputError(f"{name}.{e}") from None
     if recipe.eval.stride > recipe.pretrain.seq_len:
         raise InputError(
-            f"eval.stride: wanted at most pretrain.seq_len = {recipe.pretrain.seq_len}, got {recipe.eval.stride}"
+            f"eval.stride: wanted at most pretrain.seq_len = {recipe.pretrain.seq_len},"
+            f" got {recipe.eval.stride}"
         )
     try:
         recipe.model_config(max(recipe.tokenizer.vocab_size, 1), 0)

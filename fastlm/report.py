@@ -150,7 +150,8 @@ def bits_chart(metrics: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         axes.plot(*zip(*held), color=ORANGE, linewidth=2, marker="o", markersize=4)
         axes.annotate(
             f"model {summary['bits_per_byte']:.3f}", (held[-1][0], summary["bits_per_byte"]),
-            (-4, -14), textcoords="offset points", ha="right", color=BLUE, fontsize=9, weight="bold",
+            (-4, -14), textcoords="offset points", ha="right", color=BLUE, fontsize=9,
+            weight="bold",
         )  # fmt: skip
         axes.plot([held[-1][0]], [summary["bits_per_byte"]], "o", color=BLUE, markersize=6)
     for key, name, above in (("xz", "xz -9e", -11), ("zstd", "zstd -19", 4)):

@@ -1,4 +1,5 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864): tables of cosines and sines, and the ways to stretch them.
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864): tables of cosines and sines, and the ways
+to stretch them.
 
 ``rope_type`` is Hugging Face's: ``default``; ``linear`` (Chen et al. 2023, arXiv:2306.15595);
 ``dynamic`` (NTK, base grows with the length); ``yarn`` (Peng et al. 2023, arXiv:2309.00071);
@@ -68,7 +69,8 @@ def check_rope(rope: Any, head_dim: int, where: str) -> None:
     width = rotary_width(rope, head_dim)
     if width < 2 or width % 2 or width > head_dim:
         raise InputError(
-            f"{where}: wanted an even number of turned features up to head_dim {head_dim}, got {width}"
+            f"{where}: wanted an even number of turned features up to head_dim {head_dim},"
+            f" got {width}"
         )
     if kind == "dynamic" and width == 2:
         raise InputError(f"{where}: rope_type dynamic: wanted more than 2 turned features, got 2")
@@ -124,8 +126,8 @@ def frequencies(
 def _yarn(
     rope: Mapping[str, Any], turn: Tensor, width: int, max_position_embeddings: int
 ) -> tuple[Tensor, float]:
-    """Pairs that turn often in the original context stay, those that turn less than once are stretched by factor,
-    a ramp between."""
+    """Pairs that turn often in the original context stay, those that turn less than once are
+    stretched by factor, a ramp between."""
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or max_position_embeddings / original
 
@@ -154,8 +156,8 @@ def _yarn(
 
 
 def _llama3(rope: Mapping[str, Any], freq: Tensor) -> Tensor:
-    """Wavelengths beyond original / low_freq_factor are stretched by factor, below original / high_freq_factor kept,
-    a blend between."""
+    """Wavelengths beyond original / low_freq_factor are stretched by factor, below original /
+    high_freq_factor kept, a blend between."""
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wavelength = 2 * math.pi / freq

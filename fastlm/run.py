@@ -1,4 +1,5 @@
-"""A recipe as a chain of stages in a run folder: data, tokenizer, shards, pretrain, eval, quantize, report.
+"""A recipe as a chain of stages in a run folder: data, tokenizer, shards, pretrain, eval, quantize,
+report.
 
 A stage's fingerprint covers its part of the recipe, the fingerprint of the stages before and the
 version of its code. What stages.json records with the same fingerprint and whose files are still
@@ -47,8 +48,8 @@ class Context:
 
 @dataclass(frozen=True)
 class Stage:
-    """``inputs``: what of the recipe it depends on; ``outputs``: files or folders it leaves in the run folder;
-    ``run`` returns a JSON-serialisable result.
+    """``inputs``: what of the recipe it depends on; ``outputs``: files or folders it leaves in the
+    run folder; ``run`` returns a JSON-serialisable result.
     """
 
     name: str
@@ -68,11 +69,12 @@ def run_recipe(
     track=silent,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Runs what has not been run of the recipe at ``path`` into ``out`` (default runs/NAME); -> summary.
+    """Runs what has not been run of the recipe at ``path`` into ``out`` (default runs/NAME);
+    -> summary.
 
-    ``until`` names the last stage; ``on_event`` sees {"stage", "state": "skipped" | "started" | "done"} and the
-    lines of metrics. InputError: the recipe, its data, a run folder that is in use or cannot be
-    written.
+    ``until`` names the last stage; ``on_event`` sees {"stage", "state": "skipped" | "started" |
+    "done"} and the lines of metrics. InputError: the recipe, its data, a run folder that is in use
+    or cannot be written.
     """
     from fastlm.data.packages import default_cache
     from fastlm.stages import CHAIN
@@ -187,7 +189,7 @@ def _clear(out: Path, outputs: Sequence[str]) -> None:
 def _locked(out: Path) -> Iterator[None]:
     """One run at a time in a folder; the lock ends with the process."""
     try:
-        file = open(out / ".lock", "a")  # noqa: SIM115: closed below
+        file = open(out / ".lock", "a")  # noqa: SIM115  closed below
     except OSError as e:
         raise InputError(f"{out}: cannot be written: {e.strerror}") from e
     with file:

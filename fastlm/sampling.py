@@ -64,7 +64,8 @@ class Sampling:
                 raise InputError(f"{name}: wanted {wanted}, got {value!r}")
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that may be drawn: probabilities (B, C) float64, falling, 0 behind a row's last, and ids (B, C).
+        """The tokens that may be drawn: probabilities (B, C) float64, falling, 0 behind a row's
+        last, and ids (B, C).
 
         `logits` (B, V) float32, penalised already; temperature > 0.
         """

@@ -102,7 +102,8 @@ def run_eval(c: Context) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     packed = compressed_bits_per_byte(texts)
     return {
-        "bits_per_byte": value, "bits_per_byte_xz": packed["xz"], "bits_per_byte_zstd": packed["zstd"],
+        "bits_per_byte": value,
+        "bits_per_byte_xz": packed["xz"], "bits_per_byte_zstd": packed["zstd"],
         "heldout_bytes": sum(len(t.encode()) for t in texts), "heldout_documents": len(texts),
         "eval_seconds": seconds,
     }  # fmt: skip
@@ -111,8 +112,8 @@ def run_eval(c: Context) -> dict[str, Any]:
 def bits_per_byte(c: Context, model: torch.nn.Module) -> float:
     section = c.recipe.eval
     return evaluate(
-        model, TokenDataset(c.out / "shards/heldout"), c.recipe.pretrain.seq_len, section.batch_size,
-        stride=section.stride, track=c.track,
+        model, TokenDataset(c.out / "shards/heldout"), c.recipe.pretrain.seq_len,
+        section.batch_size, stride=section.stride, track=c.track,
     ).bits_per_byte  # fmt: skip
 
 
@@ -129,7 +130,8 @@ def run_quantize(c: Context) -> dict[str, Any]:
         "format": section["format"], "group_size": section["group_size"],
         "bits_per_byte_int4": bits_per_byte(c, after),
         "bf16_bytes": weight_bytes(c.out / MODEL), "int4_bytes": weight_bytes(c.out / QUANTIZED),
-        "decode_tokens_per_second_bf16": speed["bf16"], "decode_tokens_per_second_int4": speed["int4"],
+        "decode_tokens_per_second_bf16": speed["bf16"],
+        "decode_tokens_per_second_int4": speed["int4"],
     }  # fmt: skip
 
 
@@ -160,7 +162,8 @@ def run_report(c: Context) -> dict[str, Any]:
         **r["quantize"],
         "tokens_per_second": r["pretrain"]["tokens_per_second"],
         "parameters": r["pretrain"]["parameters"], "tokens": r["pretrain"]["tokens"],
-        "steps": r["pretrain"]["steps"], "epochs": r["pretrain"]["epochs"], "train_loss": r["pretrain"]["loss"],
+        "steps": r["pretrain"]["steps"], "epochs": r["pretrain"]["epochs"],
+        "train_loss": r["pretrain"]["loss"],
         "vocab_size": r["tokenizer"]["vocab_size"], **r["shards"],
         "heldout_documents": r["eval"]["heldout_documents"],
         "seconds": sum(c.seconds.values()), "stage_seconds": dict(c.seconds), "machine": machine(),

@@ -155,8 +155,11 @@ def test_quantize_prints_the_change(finished, tmp_path):
 
 
 def test_pretrain_goes_on_where_it_was(finished, tmp_path):
-    options = ["pretrain", "--train", finished / "shards/train", "--config", finished / "model/config.json",
-               "--out", tmp_path / "p", "--batch-size", 2, "--seq-len", 16, "--checkpoint-every", 2]  # fmt: skip
+    options = [
+        "pretrain", "--train", finished / "shards/train",
+        "--config", finished / "model/config.json", "--out", tmp_path / "p",
+        "--batch-size", 2, "--seq-len", 16, "--checkpoint-every", 2,
+    ]  # fmt: skip
     said = call(*options, "--max-steps", 4, "--tokenizer", finished / "tokenizer").stdout
     assert said.startswith("4 steps, loss ") and (tmp_path / "p/model/config.json").exists()
     call("generate", "-m", tmp_path / "p", "-p", "The", "--max-new-tokens", 2)
@@ -178,8 +181,10 @@ def test_tokenizer_train_and_encode(finished, tmp_path):
     assert ids == call("tokenizer", "encode", "-t", tmp_path / "t", input="The tree").stdout.split()
     pieces = call("tokenizer", "encode", "-t", tmp_path / "t", "--pieces", "The tree").stdout
     assert len(pieces.splitlines()) == len(ids) and "b'T" in pieces
-    refused("tokenizer", "train", finished / "data/train.jsonl.zst", "-o", tmp_path / "u", "--vocab-size", 5,
-            text="vocab_size: wanted at least")  # fmt: skip
+    refused(
+        "tokenizer", "train", finished / "data/train.jsonl.zst", "-o", tmp_path / "u",
+        "--vocab-size", 5, text="vocab_size: wanted at least",
+    )  # fmt: skip
 
 
 def test_a_model_that_is_not_there(tmp_path):

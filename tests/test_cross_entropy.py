@@ -1,5 +1,7 @@
-"""cross_entropy against F.cross_entropy in float64: every option, dtype and instruction set; the logits that broke
-others (peaked, offset, all negative, ragged vocabularies, infinities); registration, compile, refusals."""
+"""cross_entropy against F.cross_entropy in float64: every option, dtype and instruction set; the
+logits that broke others (peaked, offset, all negative, ragged vocabularies, infinities);
+registration, compile, refusals.
+"""
 
 import pytest
 import torch
@@ -69,7 +71,8 @@ def check(logits, target, *, ulps=1, **options):
     truth = outputs_and_gradient(plain, logits.double(), target, upstream, **options)
     naive = outputs_and_gradient(plain, logits.float(), target, upstream, **options)
     assert mine[0].dtype == torch.float32 and mine[-1].dtype == logits.dtype
-    for name, a, p, t in zip(["loss", "lse"][: len(mine) - 1] + ["gradient"], mine, naive, truth):
+    names = [*["loss", "lse"][: len(mine) - 1], "gradient"]
+    for name, a, p, t in zip(names, mine, naive, truth):
         if name == "gradient":
             p = p.to(a.dtype)  # rounded once, as ours
         factor = 3 if name == "gradient" else 2

@@ -1,5 +1,7 @@
-"""linear_cross_entropy against F.linear + F.cross_entropy in float64: both ways through the kernels ("mean" and "sum"
-with gradients in the forward, "none" and lse with logits recomputed), every option, chunk and block edges."""
+"""linear_cross_entropy against F.linear + F.cross_entropy in float64: both ways through the kernels
+("mean" and "sum" with gradients in the forward, "none" and lse with logits recomputed), every
+option, chunk and block edges.
+"""
 
 import subprocess
 import sys
@@ -49,15 +51,16 @@ def make(rows, width, classes, dtype, ignored=0.25, scale=3.0, bias=True):
 
 
 def check(x, w, bias, target, *, ulps=2, **options):
-    """ulps: the gradient of a logit is rounded once to x's dtype before the matrix products, as torch's is, and the
-    exponential it is made of once more."""
+    """ulps: the gradient of a logit is rounded once to x's dtype before the matrix products, as
+    torch's is, and the exponential it is made of once more.
+    """
     upstream = [torch.randn(target.shape if options.get("reduction") == "none" else ())]
     upstream += [torch.randn(target.shape)]
     wide = [t if t is None else t.double() for t in (x, w, bias)]
     mine = outputs_and_gradients(ops.linear_cross_entropy, x, w, bias, target, upstream, **options)
     truth = outputs_and_gradients(naive, *wide, target, upstream, **options)
     low = outputs_and_gradients(naive_low, x, w, bias, target, upstream, **options)
-    names = ["loss", "lse"][: len(mine) - 2 - (bias is not None)] + ["dx", "dw", "dbias"]
+    names = [*["loss", "lse"][: len(mine) - 2 - (bias is not None)], "dx", "dw", "dbias"]
     assert mine[0].dtype == torch.float32
     for name, a, p, t in zip(names, mine, low, truth):
         factor = 3 if name.startswith("d") else 2
@@ -217,7 +220,7 @@ def test_strides_leading_dimensions_and_tied_weight(isa, dtype):
 
 
 def test_backward_twice_and_no_grad():
-    x, w, bias, target = make(9, 8, 20, torch.float32)
+    x, w, _, target = make(9, 8, 20, torch.float32)
     x.requires_grad_()
     loss = ops.linear_cross_entropy(x, w, target)
     loss.backward(retain_graph=True)
@@ -263,10 +266,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 
 
 def test_logits_are_never_in_memory():
-    """1024 x 32768 logits are 64 MiB in bf16 and twice that in float32, and their gradient as much again; what may be
-    used is 32 MiB of exponentials, the float32 gradient (16) and the gradients (8). In a process
-    of its own: the peak
-    of a process never falls."""
+    """1024 x 32768 logits are 64 MiB in bf16 and twice that in float32, and their gradient as much
+    again; what may be used is 32 MiB of exponentials, the float32 gradient (16) and the gradients
+    (8). In a process of its own: the peak of a process never falls.
+    """
     out = subprocess.run(
         [sys.executable, "-P", "-c", MEMORY], capture_output=True, text=True, check=True
     )
@@ -356,10 +359,19 @@ def test_target_out_of_range(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"linear_weight": torch.randn(8, 5)}, r"linear_weight: wanted shape \(V, D\).*got \(8, 5\)"),
-        ({"linear_weight": torch.randn(8, 4).half()}, "wanted torch.float32 on cpu as input, got torch.float16"),
+        (
+            {"linear_weight": torch.randn(8, 5)},
+            r"linear_weight: wanted shape \(V, D\).*got \(8, 5\)",
+        ),
+        (
+            {"linear_weight": torch.randn(8, 4).half()},
+            "wanted torch.float32 on cpu as input, got torch.float16",
+        ),
         ({"linear_bias": torch.randn(7)}, r"linear_bias: wanted shape \(8,\), got \(7,\)"),
-        ({"target": torch.zeros(3, dtype=torch.int64)}, r"target: wanted shape \(2,\) \(the rows of input\)"),
+        (
+            {"target": torch.zeros(3, dtype=torch.int64)},
+            r"target: wanted shape \(2,\) \(the rows of input\)",
+        ),
         ({"reduction": "avg"}, "reduction: wanted none, mean or sum"),
     ],
 )  # fmt: skip

@@ -107,8 +107,10 @@ def ids_of(rows=2, length=20, seed=3):
 
 
 def assert_same(ours, theirs, dtype, what):
-    """Both sides round each of a few hundred operations in another order: 2^7 units in the last place of the largest
-    value (1.5e-5 in float32). A wrong constant or a mixed-up weight is beyond 1e-3."""
+    """Both sides round each of a few hundred operations in another order: 2^7 units in the last
+    place of the largest value (1.5e-5 in float32). A wrong constant or a mixed-up weight is beyond
+    1e-3.
+    """
     scale = theirs.abs().max().item()
     worst = (ours - theirs).abs().max().item()
     assert worst <= 2**7 * ULP[dtype] * max(scale, 1e-30), f"{what}: {worst:.2e} of {scale:.2e}"
@@ -135,8 +137,10 @@ def test_logits_loss_and_gradients(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_generation(case):
-    """The cache against transformers computing every step from the start (its own caches keep stale rotary
-    frequencies for dynamic scaling). 13 + 8 tokens cross longrope's switch at 16 and every window."""
+    """The cache against transformers computing every step from the start (its own caches keep stale
+    rotary frequencies for dynamic scaling). 13 + 8 tokens cross longrope's switch at 16 and every
+    window.
+    """
     theirs, ours = pair(case)
     ids = ids_of(2, 13)
     full = ids
@@ -285,14 +289,20 @@ def small(**changes):
         ({"sliding_window": 8}, "sliding_window: llama has none"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: wanted a positive"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias: mistral has none"),
-        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type: wanted one of"),
+        (
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+            "rope_type: wanted one of",
+        ),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor: wanted for"),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -1}},
             "factor: wanted a positive number",
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, "rope_theta"),
-        ({"rope_parameters": {**LONG, "rope_theta": 1e4, "original_max_position_embeddings": 8}}, "long_factor"),
+        (
+            {"rope_parameters": {**LONG, "rope_theta": 1e4, "original_max_position_embeddings": 8}},
+            "long_factor",
+        ),
         ({"layer_types": ["full_attention"]}, "layer_types: wanted a list of num_hidden_layers"),
         ({"attention_dropout": 1.0}, "attention_dropout"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),

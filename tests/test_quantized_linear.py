@@ -255,7 +255,7 @@ def test_refusals():
     x = torch.randn(2, 16)
     with pytest.raises(InputError, match=r"x: wanted shape \(..., 16\) .*got \(2, 17\)"):
         ops.quantized_linear(torch.randn(2, 17), q)
-    with pytest.raises(InputError, match="x: wanted a float dtype, got torch.int64"):
+    with pytest.raises(InputError, match=r"x: wanted a float dtype, got torch\.int64"):
         ops.quantized_linear(torch.ones(2, 16, dtype=torch.int64), q)
     with pytest.raises(InputError, match="act_bits: wanted 8 or 16, got 4"):
         ops.quantized_linear(x, q, act_bits=4)

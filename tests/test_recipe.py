@@ -35,13 +35,28 @@ def test_overrides(path):
 @pytest.mark.parametrize(
     "override, text",
     [
-        ("pretrain.bach_size=4", "pretrain.bach_size: unknown key; the nearest known one is 'batch_size'"),
+        (
+            "pretrain.bach_size=4",
+            "pretrain.bach_size: unknown key; the nearest known one is 'batch_size'",
+        ),
         ("pretrian.lr=1", "pretrian: unknown key; the nearest known one is 'pretrain'"),
-        ("model.hiden_size=4", "model.hiden_size: unknown key; the nearest known one is 'hidden_size'"),
-        ("model.num_attention_heads=3", "model.hidden_size: wanted a multiple of num_attention_heads 3"),
-        ("pretrain.batch_size='four'", "pretrain.batch_size: wanted a whole number, got a string 'four'"),
+        (
+            "model.hiden_size=4",
+            "model.hiden_size: unknown key; the nearest known one is 'hidden_size'",
+        ),
+        (
+            "model.num_attention_heads=3",
+            "model.hidden_size: wanted a multiple of num_attention_heads 3",
+        ),
+        (
+            "pretrain.batch_size='four'",
+            "pretrain.batch_size: wanted a whole number, got a string 'four'",
+        ),
         ("pretrain.batch_size=4.5", "pretrain.batch_size: wanted a whole number, got a number 4.5"),
-        ("pretrain.batch_size=true", "pretrain.batch_size: wanted a whole number, got true or false True"),
+        (
+            "pretrain.batch_size=true",
+            "pretrain.batch_size: wanted a whole number, got true or false True",
+        ),
         ("pretrain.lr='fast'", "pretrain.lr: wanted a number, got a string"),
         ("pretrain.lr=nan", "pretrain.lr: wanted a number"),
         ("pretrain.betas=[0.9]", "pretrain.betas: wanted 2 values, got 1"),

@@ -34,7 +34,10 @@ class Page(HTMLParser):
 def html():
     recipe = parse_recipe({
         "name": "evil", "description": EVIL, "data": {"sources": [EVIL]},
-        "model": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "model": {
+            "hidden_size": 64, "intermediate_size": 64,
+            "num_hidden_layers": 1, "num_attention_heads": 2,
+        },
         "pretrain": {"max_steps": 3, "sample_prompt": EVIL},
     })  # fmt: skip
     funnel = Funnel(
@@ -61,12 +64,16 @@ def html():
     metrics.append({"step": 3, "val_loss": 2.5, "bits_per_byte": 1.5})
     metrics.append({"step": 3, "sample": "\u2028\x00 fine", "progress": 1.0})
     summary = {
-        "recipe": EVIL, "command": f"fastlm run '{EVIL}'", "bits_per_byte": 1.5, "bits_per_byte_xz": 2.0,
+        "recipe": EVIL, "command": f"fastlm run '{EVIL}'",
+        "bits_per_byte": 1.5, "bits_per_byte_xz": 2.0,
         "bits_per_byte_zstd": 2.1, "bits_per_byte_int4": 1.53, "format": "w4a16", "group_size": 128,
-        "bf16_bytes": 1000, "int4_bytes": 300, "tokens_per_second": 1234.5, "parameters": 5_600_000, "tokens": 300,
-        "steps": 3, "epochs": 1, "vocab_size": 512, "train_tokens": 1000, "heldout_documents": 5,
-        "heldout_bytes": 5000, "decode_tokens_per_second_bf16": 10.0, "decode_tokens_per_second_int4": 20.0,
-        "seconds": 65.0, "stage_seconds": {"data": 5.0, "pretrain": 60.0}, "machine": {"cpu": EVIL, "threads": 2},
+        "bf16_bytes": 1000, "int4_bytes": 300, "tokens_per_second": 1234.5,
+        "parameters": 5_600_000, "tokens": 300,
+        "steps": 3, "epochs": 1, "vocab_size": 512, "train_tokens": 1000,
+        "heldout_documents": 5, "heldout_bytes": 5000,
+        "decode_tokens_per_second_bf16": 10.0, "decode_tokens_per_second_int4": 20.0,
+        "seconds": 65.0, "stage_seconds": {"data": 5.0, "pretrain": 60.0},
+        "machine": {"cpu": EVIL, "threads": 2},
     }  # fmt: skip
     return render_report(summary, funnel, metrics, recipe)
 
@@ -95,7 +102,9 @@ def test_the_page_says_what_happened(html):
     page.feed(html)
     text = " ".join(" ".join(page.text).split())
     for piece in (
-        "1.500", "25 % below xz -9e", "5.60 M", "0.30×", "+2.00 %", "2.00×", "4 email replaced", "1 min 05 s in all",
+        "1.500", "25 % below xz -9e", "5.60 M",
+        "0.30×", "+2.00 %", "2.00×",  # noqa: RUF001 - the page prints the multiplication sign
+        "4 email replaced", "1 min 05 s in all",
         "before training", "after step 3", "xz -9e", "zstd -19",
     ):  # fmt: skip
         assert piece in text, piece

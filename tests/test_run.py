@@ -61,14 +61,18 @@ def test_everything_is_there(finished):
 
     _, run = finished
     summary = json.loads((run / "summary.json").read_text())
-    for key in ("bits_per_byte", "bits_per_byte_xz", "bits_per_byte_zstd", "bits_per_byte_int4", "bf16_bytes",
-                "int4_bytes", "tokens_per_second", "seconds", "parameters", "tokens"):  # fmt: skip
+    for key in (
+        "bits_per_byte", "bits_per_byte_xz", "bits_per_byte_zstd", "bits_per_byte_int4",
+        "bf16_bytes", "int4_bytes", "tokens_per_second", "seconds", "parameters", "tokens",
+    ):  # fmt: skip
         assert summary[key] > 0, key
     assert summary["tokens"] == 12 * 4 * 32
     assert summary["int4_bytes"] < summary["bf16_bytes"]
     assert summary["seconds"] == pytest.approx(sum(summary["stage_seconds"].values()))
-    for name in ("data/train.jsonl.zst", "tokenizer/tokenizer.json", "shards/train/index.json", "report.html",
-                 "model/config.json", "model-int4/model.safetensors", "stages.json"):  # fmt: skip
+    for name in (
+        "data/train.jsonl.zst", "tokenizer/tokenizer.json", "shards/train/index.json",
+        "report.html", "model/config.json", "model-int4/model.safetensors", "stages.json",
+    ):  # fmt: skip
         assert (run / name).is_file(), name
     left = [p for p in run.rglob("*") if p.name.endswith((".part", ".old"))]
     assert not left

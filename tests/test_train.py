@@ -99,8 +99,10 @@ def test_accumulation_is_one_large_batch(data, tmp_path):
 
 @pytest.mark.parametrize(
     "point, count",
-    [("step", 1), ("step", 16), ("step", 33), ("write", 1), ("write", 3), ("rename", 1), ("rename", 2), ("rename", 6),
-     ("metrics", 9)],
+    [
+        ("step", 1), ("step", 16), ("step", 33), ("write", 1), ("write", 3),
+        ("rename", 1), ("rename", 2), ("rename", 6), ("metrics", 9),
+    ],
 )  # fmt: skip
 def test_sigkill_anywhere_goes_on_to_the_same_losses(data, tmp_path, uninterrupted, point, count):
     """Killed at one point, started again: the same lines in metrics.jsonl, each step once,
@@ -196,7 +198,7 @@ def test_time_budget_ends_the_run_and_keeps_used_time(data, tmp_path):
 
 def test_checkpoints_of_another_run_are_refused(data, tmp_path):
     start(data, tmp_path)
-    with pytest.raises(InputError, match="lr was 0.003, now 0.001"):
+    with pytest.raises(InputError, match=r"lr was 0\.003, now 0\.001"):
         start(data, tmp_path, replace(OPTIONS, lr=1e-3))
 
 

@@ -49,7 +49,8 @@ def write(folder: Path) -> Path:
     draw = random.Random(0)
     for i in range(24):
         lines = [
-            f"The {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)} in year {draw.randrange(9999)}."
+            f"The {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)} "
+            f"in year {draw.randrange(9999)}."
             for _ in range(40)
         ]
         (docs / f"{i:02d}.txt").write_text("\n".join(lines))

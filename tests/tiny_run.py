@@ -1,4 +1,5 @@
-"""A training run of half a second, and ways to kill it: what test_train.py starts in processes of their own.
+"""A training run of half a second, and ways to kill it: what test_train.py starts in processes of
+their own.
 
 The model has dropout, so that a run whose random state is lost does not go on to the same losses.
 """
@@ -85,8 +86,9 @@ def start(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs):
 
 
 def start_and_die(data: Path, run: Path, point: str, count: int) -> None:
-    """``point``: "step" dies in the ``count``-th backward, "write" in the middle of the ``count``-th checkpoint's
-    tensors, "rename" right after its folder has its name, "metrics" in the middle of a line.
+    """``point``: "step" dies in the ``count``-th backward, "write" in the middle of the
+    ``count``-th checkpoint's tensors, "rename" right after its folder has its name, "metrics" in
+    the middle of a line.
     """
     torch.set_num_threads(1)
 

@@ -36,7 +36,8 @@ class BitsPerByte:
 
 
 def windows(tokens: int, seq_len: int, stride: int) -> list[tuple[int, int]]:
-    """(begin, first scored): each window is ``tokens[begin : begin + seq_len]``; together they score all once.
+    """(begin, first scored) of windows ``tokens[begin : begin + seq_len]``; together they score all
+    once.
 
     The last begins earlier than its turn, so that all are ``seq_len`` long (or there is only one).
     """

@@ -53,7 +53,8 @@ def text_bits_per_byte(
         dataset = TokenDataset(data)
         if dataset.vocab_size > vocab_size:
             raise InputError(
-                f"data: wanted tokens of a vocabulary of at most {vocab_size}, got {dataset.vocab_size}"
+                f"data: wanted tokens of a vocabulary of at most {vocab_size},"
+                f" got {dataset.vocab_size}"
             )
         result = evaluate(model, dataset, seq_len, batch_size, **options)
     else:
@@ -67,5 +68,6 @@ def text_bits_per_byte(
     return {
         "bits_per_byte": result.bits_per_byte,
         **{f"bits_per_byte_{name}": value for name, value in packed.items()},
-        "loss": result.loss, "tokens": result.tokens, "bytes": round(result.bytes), "seq_len": seq_len,
+        "loss": result.loss, "tokens": result.tokens, "bytes": round(result.bytes),
+        "seq_len": seq_len,
     }  # fmt: skip

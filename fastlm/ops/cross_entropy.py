@@ -152,13 +152,15 @@ def check(
         raise InputError(f"target: wanted int64 class numbers, got {target.dtype}")
     if target.shape != x.shape[:-1]:
         raise InputError(
-            f"target: wanted shape {tuple(x.shape[:-1])} (the rows of {name}), got {tuple(target.shape)}"
+            f"target: wanted shape {tuple(x.shape[:-1])} (the rows of {name}),"
+            f" got {tuple(target.shape)}"
         )
     if target.device != x.device:
         raise InputError(f"target: wanted device {x.device} as {name}, got {target.device}")
     if weight is not None and (weight.shape != (classes,) or weight.device != x.device):
         raise InputError(
-            f"weight: wanted shape ({classes},) on {x.device}, got {tuple(weight.shape)} on {weight.device}"
+            f"weight: wanted shape ({classes},) on {x.device},"
+            f" got {tuple(weight.shape)} on {weight.device}"
         )
     if not 0.0 <= smoothing <= 1.0:
         raise InputError(f"label_smoothing: wanted 0 to 1, got {smoothing}")
@@ -319,16 +321,16 @@ def _autograd_backward(ctx, _, d_log_sum, d_nll, d_smoothed):
 
 
 _forward = register(
-    "cross_entropy(Tensor logits, Tensor target, Tensor? class_weight, bool smooth, int ignore_index,"
-    " float? softcap, float logit_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "cross_entropy(Tensor logits, Tensor target, Tensor? class_weight, bool smooth,"
+    " int ignore_index, float? softcap, float logit_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
     implementations={"reference": reference.cross_entropy_forward, "cpu": _cpu_forward},
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
 _backward = register(
-    "cross_entropy_backward(Tensor on_p, Tensor on_target, Tensor? on_all, Tensor logits, Tensor target,"
-    " Tensor? class_weight, Tensor shift, Tensor log_sum, int ignore_index, float? softcap,"
+    "cross_entropy_backward(Tensor on_p, Tensor on_target, Tensor? on_all, Tensor logits,"
+    " Tensor target, Tensor? class_weight, Tensor shift, Tensor log_sum, int ignore_index, float? softcap,"
     " float logit_scale) -> Tensor",
     fake=_backward_fake,
     implementations={"reference": reference.cross_entropy_backward, "cpu": _cpu_backward},

@@ -2,11 +2,12 @@
 
 Two ways, one kernel pair (csrc/cpu/linear_cross_entropy.h):
 
-- "sum" and "mean": the gradient of each row is known in the forward up to one factor, so it is computed there, chunk
-  of rows by chunk of rows, while the chunk's exponentials are at hand: 3 matrix products
-  (`linear_cross_entropy_loss`);
-- "none", or with lse: the gradient of each row is known in the backward only: lse in the forward, the logits again in
-  the backward: 4 matrix products (`linear_cross_entropy`, `linear_cross_entropy_backward`).
+- "sum" and "mean": the gradient of each row is known in the forward up to one factor, so it is
+  computed there, chunk of rows by chunk of rows, while the chunk's exponentials are at hand: 3
+  matrix products (`linear_cross_entropy_loss`);
+- "none", or with lse: the gradient of each row is known in the backward only: lse in the forward,
+  the logits again in the backward: 4 matrix products (`linear_cross_entropy`,
+  `linear_cross_entropy_backward`).
 """
 
 import torch
@@ -72,8 +73,8 @@ def linear_cross_entropy(
     """
     if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
         raise InputError(
-            f"linear_weight: wanted shape (V, D), D the last dimension of input {tuple(input.shape)},"
-            f" got {tuple(linear_weight.shape)}"
+            "linear_weight: wanted shape (V, D), D the last dimension of input"
+            f" {tuple(input.shape)}, got {tuple(linear_weight.shape)}"
         )
     if linear_weight.dtype != input.dtype or linear_weight.device != input.device:
         raise InputError(
@@ -527,9 +528,9 @@ _backward = register(
     picked_by=3,
 )
 _loss = register(
-    "linear_cross_entropy_loss(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
-    " Tensor? class_weight, Tensor on_nll, Tensor? on_smoothed, Tensor? on_square, int ignore_index,"
-    " float? softcap, float logit_scale, bool need_input, bool need_weight)"
+    "linear_cross_entropy_loss(Tensor input, Tensor linear_weight, Tensor? linear_bias,"
+    " Tensor target, Tensor? class_weight, Tensor on_nll, Tensor? on_smoothed, Tensor? on_square,"
+    " int ignore_index, float? softcap, float logit_scale, bool need_input, bool need_weight)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_loss_fake,
     implementations={"reference": reference.linear_cross_entropy_loss, "cpu": _cpu_loss},

@@ -34,8 +34,9 @@ def quantize_weight(
         range is that of the group's values. scale_dtype: of scales and zeros. q is rounded against
         the stored scale, so bfloat16 costs no accuracy.
 
-    int8: scale = absmax / 127. int4, symmetric: the largest weight is put on -8 (the longer side, so scales have a
-    sign) or on 7, full or clipped, whichever gives the group the smallest squared error.
+    int8: scale = absmax / 127. int4, symmetric: the largest weight is put on -8 (the longer side,
+    so scales have a sign) or on 7, full or clipped, whichever gives the group the smallest squared
+    error.
 
     Raises:
         InputError: not a matrix of finite floats, bits or group_size not as above.

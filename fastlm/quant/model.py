@@ -1,4 +1,5 @@
-"""`quantize`: nn.Linear and nn.Embedding of any model replaced in place, and the same from a saved configuration.
+"""`quantize`: nn.Linear and nn.Embedding of any model replaced in place, and the same from a saved
+configuration.
 
 A weight that several modules share (an embedding tied to the head) is quantized once and stays
 shared. Rejected: tensor subclasses in place of parameters, which every op of a model would then
@@ -32,7 +33,8 @@ def quantize(
     scale_dtype: torch.dtype = torch.bfloat16,
     track: Callable | None = None,
 ) -> nn.Module:
-    """Replace every ``nn.Linear`` by `QuantizedLinear` and every ``nn.Embedding`` by `QuantizedEmbedding`, in place.
+    """Replace every ``nn.Linear`` by `QuantizedLinear` and every ``nn.Embedding`` by
+    `QuantizedEmbedding`, in place.
 
     Args:
         model: any module tree; returned.
@@ -76,8 +78,8 @@ def quantize(
         other, before = wishes.setdefault(id(module.weight), (name, wish))
         if before != wish:
             raise InputError(
-                f"{'head' if module is head_module else 'embeddings'}: {name} shares its weight with {other}:"
-                f" wanted the same bits for both, got {wish} and {before}"
+                f"{'head' if module is head_module else 'embeddings'}: {name} shares its weight"
+                f" with {other}: wanted the same bits for both, got {wish} and {before}"
             )
         if wish is not None:
             plan.append((name, module, wish))
@@ -158,8 +160,9 @@ def apply_config(
     config: Mapping[str, Any],
     weights: Mapping[str, QuantizedWeight] | None = None,
 ) -> nn.Module:
-    """Replace the modules that `config` (a ``quantization_config``) lists by quantized ones with the `weights` given
-    (module name -> weight), or with zeros to be filled by ``load_state_dict``. Tied modules share one weight."""
+    """Replace the modules that `config` (a ``quantization_config``) lists by quantized ones with
+    the `weights` given (module name -> weight), or with zeros to be filled by ``load_state_dict``.
+    Tied modules share one weight."""
     made: dict[int, QuantizedWeight] = {}
     for name, entry in config["modules"].items():
         try:
@@ -168,12 +171,13 @@ def apply_config(
             raise InputError(f"quantization_config: {name} is not a module of the model") from None
         if type(module) not in (nn.Linear, nn.Embedding):
             raise InputError(
-                f"quantization_config: {name}: wanted nn.Linear or nn.Embedding, got {type(module).__name__}"
+                f"quantization_config: {name}: wanted nn.Linear or nn.Embedding,"
+                f" got {type(module).__name__}"
             )
         if list(module.weight.shape) != list(entry["shape"]):
             raise InputError(
-                f"quantization_config: {name}: wanted shape {list(module.weight.shape)} as the model,"
-                f" got {entry['shape']}"
+                f"quantization_config: {name}: wanted shape {list(module.weight.shape)}"
+                f" as the model, got {entry['shape']}"
             )
         weight = (weights or {}).get(name)
         if weight is None:
@@ -205,7 +209,8 @@ def _blank(entry: Mapping[str, Any], device: torch.device) -> QuantizedWeight:
 def load_quantized(
     model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> nn.Module:
-    """Replace modules as ``quantization_config`` says and fill the whole model from `state`, strictly.
+    """Replace modules as ``quantization_config`` says and fill the whole model from `state`,
+    strictly.
 
     `state` has ``<name>.qdata``, ``<name>.scales`` and where asymmetric ``<name>.zeros`` for
     quantized modules. A tied head may be absent from it: it then shares the embedding's.
@@ -240,6 +245,7 @@ def load_quantized(
     missing = [n for n in missing if model.state_dict()[n].data_ptr() not in filled]
     if missing or unexpected:
         raise InputError(
-            f"state: missing {', '.join(missing) or 'nothing'}; not of the model: {', '.join(unexpected) or 'nothing'}"
+            f"state: missing {', '.join(missing) or 'nothing'};"
+            f" not of the model: {', '.join(unexpected) or 'nothing'}"
         )
     return model

@@ -66,13 +66,14 @@ class QuantizedLinear(_Quantized):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
-            f" w{self.bits}a{self.act_bits}, group_size={self.group_size}"
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" bias={self.bias is not None}, w{self.bits}a{self.act_bits}, group_size={self.group_size}"
         )
 
 
 class QuantizedEmbedding(_Quantized):
-    """``F.embedding(ids, weight.dequantize(dtype))``: only the rows looked up are dequantized, into `dtype`.
+    """``F.embedding(ids, weight.dequantize(dtype))``: only the rows looked up are dequantized, into
+    `dtype`.
 
     `padding_idx` changes no value (it only stops a gradient, and the weight has none). A head tied
     to the embedding is a `QuantizedLinear` on the same `QuantizedWeight`: the buffers are shared.
@@ -104,4 +105,7 @@ class QuantizedEmbedding(_Quantized):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, int{self.bits}, group_size={self.group_size}"
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, int{self.bits},"
+            f" group_size={self.group_size}"
+        )

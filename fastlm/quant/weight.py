@@ -1,4 +1,5 @@
-"""A weight matrix in int8 or int4 with one scale (and, where asymmetric, one offset) per group of columns.
+"""A weight matrix in int8 or int4 with one scale (and, where asymmetric, one offset) per group of
+columns.
 
 The layout is row-major and the same on every machine: a checkpoint is used where it lies, and no
 second copy is made. Rejected: a layout repacked per instruction set (the CPU kernels transpose 16
@@ -34,7 +35,8 @@ def check_group_size(group_size: int, k: int) -> int:
 
 @dataclass(eq=False)
 class QuantizedWeight:
-    """``w[n, k] = scales[n, k // group_size] * q[n, k] (+ zeros[n, k // group_size])``, shape (N, K).
+    """``w[n, k] = scales[n, k // group_size] * q[n, k] (+ zeros[n, k // group_size])``, shape
+    (N, K).
 
     The last group of a row is short when `group_size` does not divide K.
 
@@ -77,8 +79,8 @@ class QuantizedWeight:
                 continue
             if t.dtype not in SCALE_DTYPES or tuple(t.shape) != groups:
                 raise InputError(
-                    f"{name}: wanted float32, bfloat16 or float16 {groups} for groups of {self.group_size},"
-                    f" got {t.dtype} {tuple(t.shape)}"
+                    f"{name}: wanted float32, bfloat16 or float16 {groups}"
+                    f" for groups of {self.group_size}, got {t.dtype} {tuple(t.shape)}"
                 )
             if t.device != self.qdata.device:
                 raise InputError(

@@ -1,4 +1,5 @@
-"""The training loop: one for every stage. What is trained on is an ``Objective``, next-token prediction is ``pretrain``.
+"""The training loop: one for every stage. What is trained on is an ``Objective``, next-token
+prediction is ``pretrain``.
 
 A step: micro-batches of the objective, backward with the global token count, clip and AdamW in one
 pass, one line in metrics.jsonl. A checkpoint remembers how long metrics.jsonl was; starting the
@@ -47,7 +48,8 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """``max_steps`` or ``max_seconds`` ends the run, whichever comes first; the schedule is spread over it.
+    """``max_steps`` or ``max_seconds`` ends the run, whichever comes first; the schedule is spread
+    over it.
 
     ``validations`` are evenly spaced, ``sample_at`` are moments between 0 (before the first step)
     and 1 (the end).
@@ -167,7 +169,8 @@ def train(
     track=silent,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
-    """Trains ``model`` in place to the end of the budget, from the last checkpoint in ``run_dir`` if there is one.
+    """Trains ``model`` in place to the end of the budget, from the last checkpoint in ``run_dir``
+    if there is one.
 
     Leaves metrics.jsonl and checkpoints/ there; ``on_event`` sees every line of metrics as it is
     written. InputError: options, a checkpoint of another run, a folder that cannot be written.
@@ -240,7 +243,7 @@ class _Loop:
         self.started = time.perf_counter()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self.metrics = open(run_dir / METRICS, "a+b")  # noqa: SIM115: closed by train()
+            self.metrics = open(run_dir / METRICS, "a+b")  # noqa: SIM115  closed by train()
         except OSError as e:
             raise InputError(f"{run_dir}: cannot be written: {e.strerror}") from None
 
@@ -312,8 +315,8 @@ class _Loop:
         self.training_seconds += took
         self.loss = loss_value
         self.log({
-            "step": self.step, "loss": loss_value, "lr": lr, "grad_norm": norm, "tokens": self.tokens,
-            "tokens_per_second": num_items / took, "seconds": self.seconds(),
+            "step": self.step, "loss": loss_value, "lr": lr, "grad_norm": norm,
+            "tokens": self.tokens, "tokens_per_second": num_items / took, "seconds": self.seconds(),
         })  # fmt: skip
         self.moments()
         if self.finished() or self.step % o.checkpoint_every == 0:
@@ -387,7 +390,8 @@ class _Loop:
         have = self.metrics.seek(0, os.SEEK_END)
         if have < length:
             raise InputError(
-                f"{self.run_dir / METRICS}: wanted the {length} bytes that {found[-1].name} goes on from, got {have}"
+                f"{self.run_dir / METRICS}: wanted the {length} bytes that {found[-1].name} goes on"
+                f" from, got {have}"
             )
         self.metrics.truncate(length)
         self.started = time.perf_counter()
@@ -399,8 +403,8 @@ class _Loop:
         self.saved_step = self.step
         state = {
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds(), "done": self.done,
-            "training_seconds": self.training_seconds, "loss": self.loss, "last_metrics": self.last_metrics,
-            "metrics_bytes": self.metrics.tell(), "objective": self.objective.state_dict(),
+            "training_seconds": self.training_seconds, "loss": self.loss,
+            "last_metrics": self.last_metrics, "metrics_bytes": self.metrics.tell(), "objective": self.objective.state_dict(),
         }  # fmt: skip
         return save_checkpoint(
             self.run_dir,

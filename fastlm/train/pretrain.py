@@ -50,7 +50,10 @@ class NextToken:
 
     def position(self) -> str:
         state = self.sampler.state_dict()
-        return f"epoch {state['epoch']}, windows from {state['position']} of {self.sampler.dataset.path}"
+        return (
+            f"epoch {state['epoch']}, windows from {state['position']}"
+            f" of {self.sampler.dataset.path}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return self.sampler.state_dict()

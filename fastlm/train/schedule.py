@@ -35,7 +35,8 @@ def learning_rate(
     decay: float = 0.2,
     final_lr: float = 0.0,
 ) -> float:
-    """The rate at ``done`` (0..1): linear from 0 to ``lr`` within ``warmup``, at 1 it is ``final_lr * lr``.
+    """The rate at ``done`` (0..1): linear from 0 to ``lr`` within ``warmup``, at 1 it is
+    ``final_lr * lr``.
 
     cosine: falls from the end of the warm-up on. wsd: stays, then falls linearly within the last
     ``decay``.

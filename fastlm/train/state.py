@@ -120,8 +120,8 @@ def load_checkpoint(
     for key in identity.keys() | saved.keys():
         if saved.get(key) != identity.get(key):
             raise InputError(
-                f"{path}: is of another run: {key} was {saved.get(key)!r}, now {identity.get(key)!r}; "
-                "choose another folder, or delete it to start again"
+                f"{path}: is of another run: {key} was {saved.get(key)!r},"
+                f" now {identity.get(key)!r}; choose another folder, or delete it to start again"
             )
     part = {
         prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
