@@ -354,7 +354,9 @@ def _cpu_loss(
             linear_bias,
             target[rows],
             class_weight,
-            *(None if f is None else f[rows] for f in (on_nll, on_smoothed, on_square)),
+            on_nll[rows],
+            None if on_smoothed is None else on_smoothed[rows],
+            None if on_square is None else on_square[rows],
             ignore_index,
             softcap,
             logit_scale,
@@ -377,7 +379,8 @@ def _cpu_loss(
         logit_scale,
     )
     gradients = chunks.outputs(linear_bias, need_input, need_weight)
-    total = chunks.class_weight.sum() if smooth else 0.0
+    # None without smoothing
+    total = 0.0 if chunks.class_weight is None else chunks.class_weight.sum()
     for part in chunks:
         chunks.scores(part, *chunks.workspace(part))
         on_p = on_nll[part]
