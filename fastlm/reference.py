@@ -786,7 +786,7 @@ def paged_attention(
     lse = lse.to(q.device)
 
     def gather(cache: Tensor, table: Tensor, keys: int, scales: Tensor | None) -> Tensor:
-        rows = _wide(cache[table].flatten(0, 1)[:keys].transpose(0, 1)[None])
+        rows = cache[table].flatten(0, 1)[:keys].transpose(0, 1)[None].to(_wide(q[:0]).dtype)
         return rows if scales is None else rows * scales.to(rows.dtype)[:, None, None]
 
     for b, keys in enumerate(seq_lens.tolist()):
