@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.model import CausalLM, KVCache
+from fastlm.layers import KVCache
+from fastlm.model import CausalLM
 from fastlm.sampling import Sampling, make_generators, penalise
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from tolerance import ULP
 from fastlm.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.generation import generate_text, split_at_stop
-from fastlm.model import CausalLM, KVCache
+from fastlm.layers import KVCache
+from fastlm.model import CausalLM
 from fastlm.sampling import Sampling, make_generators, penalise
 
 SIZES = {
