@@ -44,6 +44,7 @@ class _Decoding:
             model.config, rows, width + self.steps, dtype=model.dtype, device=model.device
         )
         self.regime = None
+        model.model.fuse()
         self.seen = None
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(

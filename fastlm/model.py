@@ -233,7 +233,9 @@ class CausalLM(nn.Module):
         """(B, S) new ids, checked already, behind what the cache holds -> (B, V): one
         step of generation.
         """
-        hidden = self._hidden(input_ids, cache.length, None, None, attention_mask, cache)
+        hidden = self._hidden(
+            input_ids, cache.length, None, None, attention_mask, cache, fused=True
+        )
         return self.logits(hidden[:, -1])
 
     def check_ids(self, input_ids: Tensor) -> None:
@@ -259,6 +261,7 @@ class CausalLM(nn.Module):
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
         cache: KVCache | None,
+        fused: bool = False,
     ) -> Tensor:
         """(B, S) ids -> (B, S, E), normed; `start` columns lie in the cache."""
         batch, length = input_ids.shape
@@ -295,7 +298,7 @@ class CausalLM(nn.Module):
         rotary = self.model.rotary(
             start if position_ids is None else position_ids, length, context, input_ids.device
         )
-        hidden = self.model(input_ids, Call(cu_seqlens, cache, visible, rotary))
+        hidden = self.model(input_ids, Call(cu_seqlens, cache, visible, rotary, fused))
         if cache is not None:
             cache.length = longest
         return hidden
