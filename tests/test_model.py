@@ -402,7 +402,7 @@ def test_quantized_models_are_saved_and_loaded(kind, format, tmp_path):
     with (
         torch.no_grad()
     ):  # the same weights in float32: what is left is how activations are rounded
-        for name, module in plain.named_modules():
+        for module in plain.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
                 weight = fastlm.ops.quantize_weight(module.weight, int(format[1]), group_size=16)
                 module.weight.copy_(weight.dequantize())
