@@ -380,10 +380,6 @@ def _cpu_loss(
         logit_scale,
     )
     gradients = chunks.outputs(linear_bias, need_input, need_weight)
-<<<<<<< HEAD
-    # None without smoothing
-=======
->>>>>>> 196ba78400b66f1bc41e3fed7b5fd21a258d421d
     total = 0.0 if chunks.class_weight is None else chunks.class_weight.sum()
     for part in chunks:
         chunks.scores(part, *chunks.workspace(part))
