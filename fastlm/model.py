@@ -144,7 +144,9 @@ class CausalLM(nn.Module):
                 state[f"{name}.weight"] = module.weight
         state.update(self.named_parameters())
         config = self.config.to_dict()
-        config["dtype"] = config["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        for key in ("dtype", "torch_dtype"):  # the new name and transformers 4's, always last
+            config.pop(key, None)
+            config[key] = str(self.dtype).removeprefix("torch.")
         before = config.pop("quantization_config", {})
         linears = [m for m in self.modules() if isinstance(m, QuantizedLinear)]
         if linears:
