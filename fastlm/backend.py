@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from fastlm.errors import InputError
 
@@ -164,7 +165,7 @@ def register(
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not torch._C._len_torch_dispatch_stack()
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and _functorch.peek_interpreter_stack() is None
         ):
             return pick(name, args[picked_by])(*args)
         return operator(*args)

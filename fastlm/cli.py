@@ -251,6 +251,7 @@ def quantize(
         head=head,
         track=bars,
     )
+    assert isinstance(network, CausalLM)  # only modules inside it are replaced
     network.save_pretrained(out)
     tokenizer.save(out)
     typer.echo(f"{out}: {weight_bytes(out):,} bytes of weights")

@@ -9,7 +9,7 @@ loads.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from fastlm.errors import InputError
 from fastlm.rotary import check_rope
@@ -357,7 +357,7 @@ class ModelConfig:
             given["no_rope_layers"] = [int((i + 1) % interval != 0) for i in layers]
         given["rope_parameters"] = _rope_parameters(model_type, given)
         names = {f.name for f in fields(cls)} - {"extra"}
-        known = {k: given.pop(k) for k in list(given) if k in names}
+        known: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in names}
         known = {k: v for k, v in known.items() if v is not None or k in _NONE_MEANS_NONE}
         missing = [f.name for f in fields(cls) if f.name in _REQUIRED and f.name not in known]
         if missing:
@@ -460,7 +460,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -170,7 +170,10 @@ class Attention(nn.Module):
         else:
             if call.cache is not None:
                 k, v = call.cache.append(self.layer, k, v)
-            out = attention(q, k, v, bias=call.visible, **options).transpose(1, 2)
+            out = attention(q, k, v, bias=call.visible, **options)
+            assert isinstance(out, Tensor)  # a pair only with return_lse
+            out = out.transpose(1, 2)
+        assert isinstance(out, Tensor)  # varlen_attention's likewise
         return self.o_proj(out.reshape(batch, length, self.q_width))
 
 
@@ -223,6 +226,7 @@ class DecoderLayer(nn.Module):
         branch = self.mlp(x)
         if after := self._norm(3):
             branch = after(branch)
+        assert branch is not None  # the MLP's output
         return stream, branch
 
 
@@ -410,7 +414,9 @@ class CausalLM(nn.Module):
                 state[f"{name}.weight"] = module.weight
         state.update(self.named_parameters())
         config = self.config.to_dict()
-        config["dtype"] = config["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        for key in ("dtype", "torch_dtype"):  # the new name and transformers 4's, always last
+            config.pop(key, None)
+            config[key] = str(self.dtype).removeprefix("torch.")
         before = config.pop("quantization_config", {})
         linears = [m for m in self.modules() if isinstance(m, QuantizedLinear)]
         if linears:
@@ -490,6 +496,7 @@ class CausalLM(nn.Module):
             ignore_index=IGNORE,
             num_items=num_items,
         )
+        assert isinstance(loss, Tensor)  # a pair only with return_lse
         return Output(loss=loss)
 
     def next_logits(
@@ -646,9 +653,11 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
 def _put_quantized(
     model: nn.Module, name: str, weight: QuantizedWeight, dtype: torch.dtype, act_bits: int
 ) -> None:
-    old, _ = _module_of(model, f"{name}.weight")
-    if old.weight.shape != weight.shape:
-        raise InputError(f"{name}: wanted {tuple(old.weight.shape)}, got {weight.shape}")
+    old, last = _module_of(model, f"{name}.weight")
+    wanted = old._parameters[last]
+    assert wanted is not None  # _module_of refuses a name without a parameter
+    if wanted.shape != weight.shape:
+        raise InputError(f"{name}: wanted {tuple(wanted.shape)}, got {weight.shape}")
     parent, _, last = name.rpartition(".")
     new = (
         QuantizedEmbedding(weight, dtype=dtype)

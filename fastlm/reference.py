@@ -204,11 +204,11 @@ def adamw(
         clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     for i, param in enumerate(params):
         lr, beta1, beta2, eps, weight_decay, maximize, stochastic = options[i]
-        packed, master = exp_avg_scales[i] is not None, masters[i]
-        m, v = exp_avgs[i], exp_avg_sqs[i]
-        if packed:
-            m = unpack_state(m, exp_avg_scales[i], root=False)
-            v = unpack_state(v, exp_avg_sq_scales[i], root=True).square()
+        m, v, master = exp_avgs[i], exp_avg_sqs[i], masters[i]
+        m_scale, v_scale = exp_avg_scales[i], exp_avg_sq_scales[i]
+        if m_scale is not None and v_scale is not None:
+            m = unpack_state(m, m_scale, root=False)
+            v = unpack_state(v, v_scale, root=True).square()
         g = grads[i].to(m.dtype)
         if clip is not None:
             g = g * clip.to(g.device, g.dtype)
@@ -224,11 +224,11 @@ def adamw(
         if master is not None:
             master.copy_(w)
         param.copy_(round_stochastic(w, keys[i]) if stochastic else w)
-        if packed:
-            codes, scales = pack_state(m, root=False)
-            exp_avgs[i].copy_(codes), exp_avg_scales[i].copy_(scales)
-            codes, scales = pack_state(v.sqrt(), root=True)
-            exp_avg_sqs[i].copy_(codes), exp_avg_sq_scales[i].copy_(scales)
+        if m_scale is not None and v_scale is not None:
+            states = ((m, exp_avgs[i], m_scale, False), (v.sqrt(), exp_avg_sqs[i], v_scale, True))
+            for x, codes, scales, root in states:
+                for old, new in zip((codes, scales), pack_state(x, root=root)):
+                    old.copy_(new)
 
 
 # ---- cross_entropy -------------------------------------------------------------------------------
@@ -786,7 +786,7 @@ def paged_attention(
     lse = lse.to(q.device)
 
     def gather(cache: Tensor, table: Tensor, keys: int, scales: Tensor | None) -> Tensor:
-        rows = _wide(cache[table].flatten(0, 1)[:keys].transpose(0, 1)[None])
+        rows = cache[table].flatten(0, 1)[:keys].transpose(0, 1)[None].to(_wide(q[:0]).dtype)
         return rows if scales is None else rows * scales.to(rows.dtype)[:, None, None]
 
     for b, keys in enumerate(seq_lens.tolist()):

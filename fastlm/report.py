@@ -189,7 +189,10 @@ def _svg(figure: Any) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    style = {"svg.fonttype": "none", "svg.hashsalt": "fastlm", "font.family": "sans-serif"}
+    # Any: rc_context wants its keys as literals
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": "fastlm", "font.family": "sans-serif",
+    }  # fmt: skip
     with matplotlib.rc_context(style):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

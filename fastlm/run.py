@@ -189,7 +189,7 @@ def _clear(out: Path, outputs: Sequence[str]) -> None:
 def _locked(out: Path) -> Iterator[None]:
     """One run at a time in a folder; the lock ends with the process."""
     try:
-        file = open(out / ".lock", "a")  # noqa: SIM115  closed below
+        file = open(out / ".lock", "a")  # closed below
     except OSError as e:
         raise InputError(f"{out}: cannot be written: {e.strerror}") from e
     with file:

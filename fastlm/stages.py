@@ -122,6 +122,7 @@ def run_quantize(c: Context) -> dict[str, Any]:
     tokenizer = Tokenizer.load(c.out / "tokenizer")
     before = CausalLM.from_pretrained(c.out / MODEL)
     small = quantize(CausalLM.from_pretrained(c.out / MODEL), track=c.track, **section)
+    assert isinstance(small, CausalLM)  # only modules inside it are replaced
     small.save_pretrained(c.out / QUANTIZED)
     tokenizer.save(c.out / QUANTIZED)
     after = CausalLM.from_pretrained(c.out / QUANTIZED, dtype=before.dtype)

@@ -51,7 +51,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = map(self._role_id, ROLES[:3])
         added = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
         stops = {added[token] for token in STOPS if token in added}
-        self.stop_ids = frozenset((stops | {self.eos_id}) - {None})
+        self.stop_ids = frozenset(stops if self.eos_id is None else stops | {self.eos_id})
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
         kinds = {decoder.get("type"), *(d["type"] for d in decoder.get("decoders", ()))}
         self._byte_level = "ByteLevel" in kinds

@@ -29,11 +29,14 @@ def assert_kernel_near(function, leaves, names, what):
     for i, (name, a, p, t) in enumerate(zip(["out", "lse", *names], mine, plain, truth)):
         seen = torch.isfinite(t)
         assert torch.equal(torch.isfinite(a), seen), f"{what} {name}: not finite where it should"
-        # the reference keeps P in float32; a kernel rounds it as torch does, one ulp of the dtype
-        # per term; fp32 sums in another order: 8 ulp
-        slack = 2 * ULP[dtype] if dtype != torch.float32 else 8 * ULP[dtype]
-        if name == "lse":
-            slack = 8 * ULP[torch.float32]  # always float32
+        # P and dS are rounded to the dtype, as torch does and the reference does not: 2 ulp
+        slack = 2 * ULP[dtype]
+        if name == "lse" or dtype == torch.float32:
+            # fp32 sums in another order, of terms whose size is not the result's: dP = dO v is
+            # about sqrt(Dv) and cancels in dP - delta
+            terms = 1.0 if i < 2 else leaves[2].shape[-1] ** 0.5
+            scale = t[seen].abs().max().item() if seen.any() else 1.0
+            slack = 4 * ULP[torch.float32] * max(2.0, terms / max(scale, 1e-30))
         assert_near(
             a[seen], p[seen], t[seen], factor=2 if i < 2 else 3, floor=slack, what=f"{what} {name}"
         )  # fmt: skip

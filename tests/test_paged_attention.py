@@ -214,7 +214,7 @@ def test_refusals():
         ),
         ((q.bfloat16(), k, v, table, lens), {}, "k: wanted torch.bfloat16 as q, got torch.float32"),
         (
-            (q.requires_grad_(), k, v, table, lens),
+            (q.clone().requires_grad_(), k, v, table, lens),
             {},
             "wanted tensors without grad .* got one that requires grad",
         ),

@@ -30,13 +30,14 @@ FASTLM_INLINE Sigmoid both_sigmoids(vfloat x) {
   return {negative ? er : r, negative ? r : er};
 }
 
-template <Act A>
+template <Act A, class T>
 FASTLM_INLINE ActAndSlope activate(vfloat x) {
   if constexpr (A == Act::silu) {
     const Sigmoid g = both_sigmoids(x);
     return {x * g.s, g.s * (1.f + x * g.rest)};
   } else if constexpr (A == Act::gelu) {
-    const vfloat cdf = .5f + .5f * verf(x * 0.70710678118654752f);
+    const vfloat z = x * 0.70710678118654752f;
+    const vfloat cdf = .5f + .5f * (sizeof(T) == 2 ? verf_coarse(z) : verf(z));
     return {x * cdf, cdf + x * vexp(-.5f * x * x) * 0.39894228040143268f};
   } else {
     // .5 (1 + tanh z) is sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3); beyond 1e4, where
@@ -47,17 +48,18 @@ FASTLM_INLINE ActAndSlope activate(vfloat x) {
     return {x * g.s, g.s * (1.f + g.rest * inner)};
   }
 }
-template <Act A>
+template <Act A, class T>
 FASTLM_INLINE vfloat value_of(vfloat x) {
   if constexpr (A == Act::silu) return x / (1.f + vexp(-x));
-  return activate<A>(x).value;
+  return activate<A, T>(x).value;
 }
 
 template <Act A, class T>
 void glu_piece(const T* gate, const T* up, int64_t n, T* y) {
   int64_t j = 0;
-  for (; j + VL <= n; j += VL) store(y + j, value_of<A>(load(gate + j)) * load(up + j));
-  if (const int k = int(n - j)) store(y + j, value_of<A>(load(gate + j, k)) * load(up + j, k), k);
+  for (; j + VL <= n; j += VL) store(y + j, value_of<A, T>(load(gate + j)) * load(up + j));
+  if (const int k = int(n - j))
+    store(y + j, value_of<A, T>(load(gate + j, k)) * load(up + j, k), k);
 }
 
 template <Act A, class T>
@@ -65,13 +67,13 @@ void glu_backward_piece(const T* dy, const T* gate, const T* up, int64_t n, T* d
   int64_t j = 0;
   for (; j + VL <= n; j += VL) {
     const vfloat g = load(dy + j);
-    const ActAndSlope a = activate<A>(load(gate + j));
+    const ActAndSlope a = activate<A, T>(load(gate + j));
     store(dgate + j, g * load(up + j) * a.slope);
     store(dup + j, g * a.value);
   }
   if (const int k = int(n - j)) {
     const vfloat g = load(dy + j, k);
-    const ActAndSlope a = activate<A>(load(gate + j, k));
+    const ActAndSlope a = activate<A, T>(load(gate + j, k));
     store(dgate + j, g * load(up + j, k) * a.slope, k);
     store(dup + j, g * a.value, k);
   }

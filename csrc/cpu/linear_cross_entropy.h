@@ -188,7 +188,8 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
     on_p[i] = real ? of.on_p[i] * score.scale : 0.f;
     on_target[i] = real ? of.on_target[i] * score.scale : 0.f;
     on_all[i] = real && of.on_all ? of.on_all[i] * score.scale : 0.f;
-    shift[i] = real ? of.shift[i] : 0.f, log_sum[i] = real ? of.log_sum[i] : 0.f;
+    // a padded column's scores are the bias: whatever it is, e^(bias - inf) is 0
+    shift[i] = real ? of.shift[i] : -NEGATIVE_INFINITY, log_sum[i] = real ? of.log_sum[i] : 0.f;
   }
   if (!have_exponentials) chunk.pack_x(packed);
   const int64_t panel = padded_k<E>(chunk.rows) * VL;

@@ -224,8 +224,12 @@ FASTLM_INLINE vfloat vexp(vfloat x) {
   p = p * r + splat(.5f);
   p = p * r + splat(1.f);
   p = p * r + splat(1.f);
+#if FASTLM_VL == 16
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);  // one instruction for the seven below
+#else
   const vint e = to_int(n), half = e >> 1;
   return p * as_float((half + 127) << 23) * as_float((e - half + 127) << 23);
+#endif
 }
 FASTLM_INLINE vfloat vsigmoid(vfloat x) { return 1.f / (1.f + vexp(-x)); }
 // tanh x = 1 - 2 / (e^2x + 1); near 0 that cancels, so |x| < 0.25 takes the odd series to x^9
@@ -263,4 +267,22 @@ FASTLM_INLINE vfloat verf(vfloat x) {
   const vint sign = as_int(x) & splat_int(int32_t(0x80000000));
   const vfloat big = as_float(as_int(1.f - vexp(-q)) | sign);
   return vabs(x) < splat(0.875f) ? x * p : big;
+}
+// The same to 4e-7, absolute and relative, at half the cost: one rational function of degree 11 /
+// 10 and no exp. For results that are rounded to 16 bits (2^-12 at best).
+FASTLM_INLINE vfloat verf_coarse(vfloat x) {
+  const vfloat c = vmax(splat(-4.f), vmin(splat(4.f), x)), s = c * c;
+  vfloat n = splat(1.986937604669947e-06f);
+  n = n * s + splat(0.00028453560662455857f);
+  n = n * s + splat(0.0038821750786155462f);
+  n = n * s + splat(0.05309814214706421f);
+  n = n * s + splat(0.19351835548877716f);
+  n = n * s + splat(1.1283791065216064f);
+  vfloat d = splat(3.7420191802084446e-05f);
+  d = d * s + splat(0.001185279805213213f);
+  d = d * s + splat(0.01520492136478424f);
+  d = d * s + splat(0.11533889174461365f);
+  d = d * s + splat(0.5048337578773499f);
+  d = d * s + splat(1.f);
+  return c * n / d;
 }

@@ -330,8 +330,8 @@ _forward = register(
 )
 _backward = register(
     "cross_entropy_backward(Tensor on_p, Tensor on_target, Tensor? on_all, Tensor logits,"
-    " Tensor target, Tensor? class_weight, Tensor shift, Tensor log_sum, int ignore_index, float? softcap,"
-    " float logit_scale) -> Tensor",
+    " Tensor target, Tensor? class_weight, Tensor shift, Tensor log_sum, int ignore_index,"
+    " float? softcap, float logit_scale) -> Tensor",
     fake=_backward_fake,
     implementations={"reference": reference.cross_entropy_backward, "cpu": _cpu_backward},
     picked_by=3,

@@ -8,6 +8,10 @@ Two ways, one kernel pair (csrc/cpu/linear_cross_entropy.h):
 - "none", or with lse: the gradient of each row is known in the backward only: lse in the forward,
   the logits again in the backward: 4 matrix products (`linear_cross_entropy`,
   `linear_cross_entropy_backward`).
+
+The weight's gradient is summed over chunks in float32. Rejected: slabs of the vocabulary, which
+need no such sum for a 16-bit weight but take 5 products; torch's matrix products on chunks, which
+sum 16-bit gradients in 16 bits.
 """
 
 import torch
@@ -29,13 +33,9 @@ from fastlm.ops.cross_entropy import (
 
 _VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
 _MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
-# What a chunk's exponentials may take; half of it where the float32 gradient is memory as well.
+# What a chunk's exponentials may take: half of it where the float32 gradient of a 16-bit weight is
+# memory as well, more where an eighth of that gradient is more.
 _WORKSPACE = 64 << 20
-# The first way holds the weight's gradient in float32 until the backward. For a weight of fewer
-# bits that is memory
-# over the gradient itself: above this many elements (64 MiB) the second way, which needs none, is
-# taken.
-_FLOAT32_GRADIENT = 16 << 20
 
 
 def linear_cross_entropy(
@@ -64,8 +64,9 @@ def linear_cross_entropy(
         others: as in `cross_entropy`.
 
     Logits, sums and lse are float32; the gradient of the logits is rounded to input's dtype for
-    the matrix products that follow it, which sum in float32. Memory beside the gradients: at most
-    64 MiB.
+    the matrix products that follow it, which sum in float32. Memory beside the gradients: 32 to 64
+    MiB of workspace (more under a weight of more than 64 Mi elements), and for a 16-bit weight the
+    float32 sum of its gradient.
 
     Raises:
         InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
@@ -109,7 +110,6 @@ def linear_cross_entropy(
         and reduction != "none"
         and not return_lse
         and not (softcap is not None and label_smoothing)
-        and (input.dtype.itemsize >= 4 or linear_weight.numel() <= _FLOAT32_GRADIENT)
     ):
         return _loss(
             flat,
@@ -166,6 +166,7 @@ class _Chunks:
         self.blocks = -(-len(linear_weight) // _VB)
         self.row_bytes = self.blocks * _VB * _cpu.matrix_element_bytes(input)
         budget = _WORKSPACE if input.dtype.itemsize == 4 else _WORKSPACE // 2
+        budget = max(budget, linear_weight.numel() * 4 // 8)
         self.rows = min(_MOST_ROWS, max(budget // self.row_bytes // _RP * _RP, _RP))
         outputs = [torch.empty(len(input)) for _ in range(3)]
         self.shift, self.log_sum, self.nll = outputs
@@ -354,7 +355,9 @@ def _cpu_loss(
             linear_bias,
             target[rows],
             class_weight,
-            *(None if f is None else f[rows] for f in (on_nll, on_smoothed, on_square)),
+            on_nll[rows],
+            None if on_smoothed is None else on_smoothed[rows],
+            None if on_square is None else on_square[rows],
             ignore_index,
             softcap,
             logit_scale,
@@ -377,7 +380,7 @@ def _cpu_loss(
         logit_scale,
     )
     gradients = chunks.outputs(linear_bias, need_input, need_weight)
-    total = chunks.class_weight.sum() if smooth else 0.0
+    total = 0.0 if chunks.class_weight is None else chunks.class_weight.sum()
     for part in chunks:
         chunks.scores(part, *chunks.workspace(part))
         on_p = on_nll[part]

@@ -71,6 +71,7 @@ def quantize(
         # subclasses may compute something else with their weight
         if type(module) not in (nn.Linear, nn.Embedding):
             continue
+        assert isinstance(module, nn.Linear | nn.Embedding)  # its type is one of the two
         wish = (
             embeddings if isinstance(module, nn.Embedding) else head if module is head_module else 0
         )
@@ -107,7 +108,7 @@ def quantize(
 
 def find_head(model: nn.Module) -> nn.Module | None:
     """The output layer, by Hugging Face's conventions."""
-    getter = getattr(model, "get_output_embeddings", None)
+    getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else getattr(model, "lm_head", None)
 
 
@@ -174,6 +175,7 @@ def apply_config(
                 f"quantization_config: {name}: wanted nn.Linear or nn.Embedding,"
                 f" got {type(module).__name__}"
             )
+        assert isinstance(module, nn.Linear | nn.Embedding)  # its type is one of the two
         if list(module.weight.shape) != list(entry["shape"]):
             raise InputError(
                 f"quantization_config: {name}: wanted shape {list(module.weight.shape)}"

@@ -67,7 +67,8 @@ class QuantizedLinear(_Quantized):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features},"
-            f" bias={self.bias is not None}, w{self.bits}a{self.act_bits}, group_size={self.group_size}"
+            f" bias={self.bias is not None}, w{self.bits}a{self.act_bits},"
+            f" group_size={self.group_size}"
         )
 
 

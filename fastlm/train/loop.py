@@ -243,7 +243,7 @@ class _Loop:
         self.started = time.perf_counter()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self.metrics = open(run_dir / METRICS, "a+b")  # noqa: SIM115  closed by train()
+            self.metrics = open(run_dir / METRICS, "a+b")  # closed by train()
         except OSError as e:
             raise InputError(f"{run_dir}: cannot be written: {e.strerror}") from None
 
@@ -325,6 +325,7 @@ class _Loop:
     def update(self) -> float:
         """Clip and step; -> the gradient's norm before clipping."""
         self.optimizer.step()
+        assert self.optimizer.grad_norm is not None  # measured: max_grad_norm is never None here
         norm = float(self.optimizer.grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -404,7 +405,8 @@ class _Loop:
         state = {
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds(), "done": self.done,
             "training_seconds": self.training_seconds, "loss": self.loss,
-            "last_metrics": self.last_metrics, "metrics_bytes": self.metrics.tell(), "objective": self.objective.state_dict(),
+            "last_metrics": self.last_metrics, "metrics_bytes": self.metrics.tell(),
+            "objective": self.objective.state_dict(),
         }  # fmt: skip
         return save_checkpoint(
             self.run_dir,

@@ -1,0 +1,74 @@
+"""linear_cross_entropy against F.linear + F.cross_entropy, eager and compiled, and torch's own
+chunked function: loss and gradients of input and weight."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+from harness import Case, main
+
+from fastlm import ops
+
+# rows, width, classes, dtype, share of rows ignored
+SHAPES = [
+    (4096, 512, 32768, torch.bfloat16, 0.0),
+    (4096, 512, 32768, torch.bfloat16, 0.6),  # fine-tuning: most of a batch is prompt
+    (2048, 512, 32768, torch.float32, 0.0),
+    (507, 252, 50257, torch.bfloat16, 0.0),
+]
+
+
+def eager(x, w, target):
+    return F.cross_entropy(F.linear(x, w), target)
+
+
+def torch_chunked(x, w, target):
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x, w, target, options=options)
+
+
+def cases() -> list[Case]:
+    made = []
+    for rows, width, classes, dtype, ignored in SHAPES:
+        x = torch.randn(rows, width).to(dtype).requires_grad_()
+        w = (torch.randn(classes, width) * 2 / width**0.5).to(dtype).requires_grad_()
+        target = torch.randint(0, classes, (rows,))
+        target[torch.rand(rows) < ignored] = -100
+        compiled = torch.compile(eager, dynamic=False)
+
+        def both(f, x=x, w=w, target=target):
+            return torch.autograd.grad(f(x, w, target), (x, w))
+
+        def recomputing(x, w, target):
+            return ops.linear_cross_entropy(x, w, target, return_lse=True)[0]
+
+        variants = {
+            "fastlm": lambda run=both: run(ops.linear_cross_entropy),
+            "fastlm (4 products)": lambda run=both, f=recomputing: run(f),
+            "torch": lambda run=both: run(eager),
+            "torch.compile": lambda run=both, c=compiled: run(c),
+        }
+        missing = {}
+        if not ignored and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            variants["F.linear_cross_entropy"] = lambda run=both: run(torch_chunked)
+        elif not ignored:
+            missing["F.linear_cross_entropy"] = "torch >= 2.13"
+        kind = "fp32" if dtype == torch.float32 else "bf16"
+        made.append(
+            Case(
+                f"linear_cross_entropy fwd+bwd {str(dtype).removeprefix('torch.')}",
+                f"{rows} x {width} -> {classes}" + (f", {ignored:.0%} ignored" if ignored else ""),
+                variants,
+                flops=3 * 2 * rows * width * classes * (1 - ignored),
+                dtype=kind,
+                missing=missing,
+            )
+        )
+    return made
+
+
+if __name__ == "__main__":
+    main("linear_cross_entropy", cases)
