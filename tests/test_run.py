@@ -5,6 +5,7 @@ resumed, refused.
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,8 +104,16 @@ def test_again_is_skipped_and_a_change_redoes_what_depends_on_it(finished):
     (run / "model-int4/model.safetensors").unlink()
     states = run_again(recipe, run, overrides=["eval.stride=8"])
     assert [n for n, s in states.items() if s == "done"] == ["quantize"]
+    # a lost model comes back from the last checkpoint; after that nobody misses checkpoints
+    shutil.rmtree(run / "model")
+    states = run_again(recipe, run, overrides=["eval.stride=8"])
+    assert [n for n, s in states.items() if s == "done"] == ["pretrain"]
+    shutil.rmtree(run / "checkpoints")
+    assert set(run_again(recipe, run, overrides=["eval.stride=8"]).values()) == {"skipped"}
     assert (run / "metrics.jsonl").read_bytes() == before
+    (run / ".model.0123.part").mkdir()  # of a process that was killed
     states = run_again(recipe, run, overrides=["pretrain.lr=2e-2"])
+    assert not list(run.glob(".*.part"))
     assert [n for n, s in states.items() if s == "skipped"] == ["data", "tokenizer", "shards"]
     steps = [m["step"] for m in metrics(run) if "loss" in m]
     assert steps == list(range(1, 13)) and (run / "metrics.jsonl").read_bytes() != before
