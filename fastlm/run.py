@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,13 +50,15 @@ class Context:
 @dataclass(frozen=True)
 class Stage:
     """``inputs``: what of the recipe it depends on; ``outputs``: files or folders it leaves in the
-    run folder; ``run`` returns a JSON-serialisable result.
+    run folder; ``run`` returns a JSON-serialisable result. A stage with ``scratch`` goes on from
+    there when it was cut off; once it is finished nobody misses it.
     """
 
     name: str
     inputs: Callable[[Recipe], Any]
     outputs: tuple[str, ...]
     run: Callable[[Context], dict[str, Any]]
+    scratch: tuple[str, ...] = ()
 
 
 def run_recipe(
@@ -90,6 +93,7 @@ def run_recipe(
         recipe, out, cache or default_cache(), command or f"fastlm run {path}", track, on_event
     )
     with _locked(out):
+        _sweep(out)
         record = _load_record(out)
         save_atomic(out / "recipe.json", lambda p: _dump(p, asdict(recipe)))
         upstream = ""
@@ -106,8 +110,8 @@ def _run_stage(stage: Stage, fingerprint: str, record: dict[str, Any], context: 
     if finished and _sizes(context.out, stage.outputs) == done["outputs"]:
         tell({"stage": stage.name, "state": "skipped"})
     else:
-        if done.get("fingerprint") != fingerprint or finished:
-            _clear(context.out, stage.outputs)
+        if not stage.scratch or done.get("fingerprint") != fingerprint:
+            _clear(context.out, stage.outputs + stage.scratch)
         record[stage.name] = {"fingerprint": fingerprint}  # begun: what it leaves belongs to this
         _save_record(context.out, record)
         tell({"stage": stage.name, "state": "started"})
@@ -166,10 +170,17 @@ def _sizes(out: Path, outputs: Sequence[str]) -> dict[str, int] | None:
     return sizes
 
 
+def _sweep(out: Path) -> None:
+    """Removes what a killed process was writing or deleting beside final names."""
+    for stray in (p for pattern in (".*.part", ".*.old") for p in out.glob(pattern)):
+        if stray.is_dir():
+            shutil.rmtree(stray, ignore_errors=True)
+        else:
+            stray.unlink(missing_ok=True)
+
+
 def _clear(out: Path, outputs: Sequence[str]) -> None:
     """Renamed away first: a deletion that is cut off leaves nothing under a final name."""
-    import shutil
-
     try:
         for output in outputs:
             path = out / output

@@ -189,7 +189,7 @@ CHAIN = (
     ),
     Stage("tokenizer", lambda r: asdict(r.tokenizer), ("tokenizer",), run_tokenizer),
     Stage("shards", lambda r: None, ("shards",), run_shards),
-    Stage("pretrain", _training_inputs, (MODEL, METRICS, CHECKPOINTS), run_pretrain),
+    Stage("pretrain", _training_inputs, (MODEL, METRICS), run_pretrain, scratch=(CHECKPOINTS,)),
     Stage("eval", lambda r: asdict(r.eval), (), run_eval),
     Stage("quantize", lambda r: asdict(r.quantize), (QUANTIZED,), run_quantize),
     Stage("report", lambda r: r.name, ("report.html", SUMMARY), run_report),
