@@ -494,7 +494,7 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
 // ---- choice ------------------------------------------------------------------------------------
 // Rows of x up to which the dot form is faster at 4096 x 4096, groups of 128. The panel form has a
 // fixed cost (transpose, dequantize) that 8-bit activations nearly lack, and twice the rate.
-constexpr int64_t DOT_MAX_ROWS_16 = 12, DOT_MAX_ROWS_8 = 7;
+constexpr int64_t DOT_MAX_ROWS_16 = 8, DOT_MAX_ROWS_8 = 6;
 
 // x (M, K) rows apart or not; bias (N) float32 or absent; y (M, N) contiguous; form 0 chooses, 1 is
 // dot, 2 is panel (tests and measurements).
