@@ -393,6 +393,9 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const 
   Workspace a_work(in_place ? 0 : size_t(m * kp) * sizeof(E));
   const E* a = in_place ? reinterpret_cast<const E*>(x) : a_work.as<E>();
   const int64_t lda = in_place ? x_stride : kp;
+  // equal blocks of k near PANEL_K, not a rest of a few columns: 576 is one block
+  const int64_t blocks_k = std::max<int64_t>(1, (w.k + PANEL_K / 2) / PANEL_K),
+                block_k = (w.k + blocks_k * 128 - 1) / (blocks_k * 128) * 128;
   const int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M, blocks_n = (w.n + PANEL_N - 1) / PANEL_N,
                 panels = PANEL_N / VL;
 #pragma omp parallel
@@ -403,10 +406,10 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const 
         pack_a<E>(x + i * x_stride, x_stride, 1, 1, w.k, a_work.as<E>() + i * kp);
     }
     const int64_t table = panels * w.groups * VL;
-    Workspace work(size_t(PANEL_N * PANEL_K) * sizeof(E) +
+    Workspace work(size_t(PANEL_N * block_k) * sizeof(E) +
                    size_t(PANEL_M * PANEL_N + 2 * table) * 4);
     E* b = work.as<E>();
-    float* c = reinterpret_cast<float*>(b + PANEL_N * PANEL_K);
+    float* c = reinterpret_cast<float*>(b + PANEL_N * block_k);
     float *scales = c + PANEL_M * PANEL_N, *zeros = w.zeros ? scales + table : nullptr;
     TileScope tiles;
 #pragma omp for schedule(dynamic)
@@ -419,8 +422,8 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const 
         transpose_scales(w.scales, first, w.groups, rows, scales + p * w.groups * VL);
         if (zeros) transpose_scales(w.zeros, first, w.groups, rows, zeros + p * w.groups * VL);
       }
-      for (int64_t k0 = 0; k0 < w.k; k0 += PANEL_K) {
-        const int64_t kb = std::min(PANEL_K, w.k - k0);
+      for (int64_t k0 = 0; k0 < w.k; k0 += block_k) {
+        const int64_t kb = std::min(block_k, w.k - k0);
         for (int64_t p = 0; p * VL < nb; ++p)
           dequantize_panel<BITS>(w, n0 + p * VL, int(std::min<int64_t>(VL, nb - p * VL)), k0, kb,
                                  scales + p * w.groups * VL,
