@@ -44,18 +44,18 @@ inline void backward_row(const Shape& s, const Options& o, const Problem<T, C>& 
                   o.softcap > 0 && !for_bias ? slope : nullptr);
   for (int64_t j = 0; j < first; ++j) x[j] = -INFINITE;
   for (int64_t j = end; j < stop; ++j) x[j] = -INFINITE;
-  const float c = plain ? o.scale * LOG2E : 1.f;
-  const float offset = lse == -INFINITE ? INFINITE : lse * LOG2E;  // nothing seen: P = 0
+  const float c = plain ? o.scale : 1.f;
+  const float offset = lse == -INFINITE ? INFINITE : lse;  // nothing seen: P = 0
   if (!o.dropout) {
     for (int64_t j = 0; j < stop; j += VL) {
-      const vfloat P = vexp2(load(x + j) * c - offset);
+      const vfloat P = vexp2((load(x + j) * c - offset) * LOG2E);
       store(x + j, P);
       store(dp + j, P * (load(dp + j) - delta));
     }
   } else {
     dropout_row(o, b, h, i, j0, n, factor);
     for (int64_t j = 0; j < stop; j += VL) {
-      const vfloat P = vexp2(load(x + j) * c - offset), keep = load(factor + j);
+      const vfloat P = vexp2((load(x + j) * c - offset) * LOG2E), keep = load(factor + j);
       store(x + j, P * keep);
       store(dp + j, P * (load(dp + j) * keep - delta));
     }
@@ -168,7 +168,7 @@ struct BackwardTask {
 
   // delta of every row of head h; returns the head's gradient of its sink.
   float rows_of_head(const Problem<T, T>& p, int64_t b, int64_t h) {
-    float dsink = 0;
+    double dsink = 0;  // terms of both signs over all rows: their sum may be far below any of them
     for (int64_t i = 0; i < p.queries; ++i) {
       const T *g = dO_row(p, b, h, i), *y = out + s.out.at(b, h, p.q0 + i);
       vfloat sum{};
@@ -181,9 +181,9 @@ struct BackwardTask {
       delta[i] = hsum(sum);
       if (grad.dlse_p) delta[i] -= grad.dlse_p[grad.dlse.at(b, h, p.q0 + i)];
       const float z = lse[s.lse.at(b, h, p.q0 + i)];
-      if (o.sinks && z != -INFINITE) dsink -= std::exp(o.sinks[h] - z) * delta[i];
+      if (o.sinks && z != -INFINITE) dsink -= double(std::exp(o.sinks[h] - z)) * delta[i];
     }
-    return dsink;
+    return float(dsink);
   }
 
   void pack_head(const Problem<T, T>& p, int64_t b, int64_t h) {

@@ -161,7 +161,7 @@ void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int6
       }
       if (!plain)
         finish_scores(o, scale, b, h, i, i + p.keys - p.queries, low, high - low, x, nullptr);
-      softmax_row<float>(x, first, stop, high - low, plain ? scale * LOG2E : 1.f, nullptr,
+      softmax_row<float>(x, first, stop, high - low, plain ? scale : 1.f, nullptr,
                          partial + r * ldp, partial + r * ldp + 1, x);
     }
     with_rows(rows, [&](auto R) {
@@ -181,23 +181,23 @@ void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int6
 template <class T>
 void combine_chunks(const float* partial, int64_t chunks, int64_t apart, float sink, float scale,
                     int64_t Dv, T* out, float* lse) {
-  float m = sink * LOG2E, l = 0;
+  float m = sink, l = 0;
   for (int64_t c = 0; c < chunks; ++c) m = std::max(m, partial[c * apart]);
   const float offset = m == -INFINITE ? 0.f : m;
-  if (sink != -INFINITE) l = std::exp2(sink * LOG2E - offset);
+  if (sink != -INFINITE) l = std::exp2((sink - offset) * LOG2E);
   for (int64_t c = 0; c < chunks; ++c)
-    l += partial[c * apart + 1] * std::exp2(partial[c * apart] - offset);
+    l += partial[c * apart + 1] * std::exp2((partial[c * apart] - offset) * LOG2E);
   for (int64_t d = 0; d < Dv; d += VL) {
     vfloat sum{};
     for (int64_t c = 0; c < chunks; ++c)
-      sum += load(partial + c * apart + 2 + d) * std::exp2(partial[c * apart] - offset);
+      sum += load(partial + c * apart + 2 + d) * std::exp2((partial[c * apart] - offset) * LOG2E);
     const vfloat x = sum * (l == 0 ? 0.f : scale / l);
     if (Dv - d >= VL)
       store(out + d, x);
     else
       store(out + d, x, int(Dv - d));
   }
-  *lse = l > 0 || l != l ? m * LN2 + std::log(l) : -INFINITE;
+  *lse = l > 0 || l != l ? m + std::log(l) : -INFINITE;
 }
 
 // workspace: B * Hkv * chunks * MAX_ROWS * (2 + padded Dv) floats, chunks = ceil(longest T /

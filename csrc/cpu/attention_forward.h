@@ -9,7 +9,7 @@
 
 constexpr int64_t Q_BLOCK = 96;    // multiple of MR = 6 and of the 32 rows of an AMX block
 constexpr int64_t KV_BLOCK = 256;  // scores 96 x 256 fp32: 96 KiB of L2; fewer O reloads than 128
-constexpr float RESCALE = 8.f;     // O is rescaled when a maximum grows by more than 2^8
+constexpr float RESCALE = 5.5f;    // O is rescaled when a row's sum could grow by more than e^5.5
 
 template <class E>
 struct PackedShape {
@@ -66,7 +66,7 @@ FASTLM_INLINE float softmax_row(float* s, int64_t first, int64_t end, int64_t n_
   const float top = hmax(vmax(top0, top1)) * c;
   float rescale = 1;
   if (top > *m + RESCALE || *m == -INFINITE) {
-    rescale = *m == -INFINITE ? 0.f : std::exp2(*m - top);
+    rescale = *m == -INFINITE ? 0.f : std::exp2((*m - top) * LOG2E);
     *m = top, *l *= rescale;
   }
   const vfloat offset = splat(*m == -INFINITE ? 0.f : *m);
@@ -74,13 +74,13 @@ FASTLM_INLINE float softmax_row(float* s, int64_t first, int64_t end, int64_t n_
   if (begin) memset(P, 0, size_t(begin) * sizeof(E));
   if (factor) {
     for (j = begin; j < stop; j += VL) {
-      const vfloat p = vexp2(load(s + j) * c - offset);
+      const vfloat p = vexp2((load(s + j) * c - offset) * LOG2E);
       sum += p;
       store(P + j, p * load(factor + j));
     }
   } else {
     for (j = begin; j < stop; j += VL) {
-      const vfloat p = vexp2(load(s + j) * c - offset);
+      const vfloat p = vexp2((load(s + j) * c - offset) * LOG2E);
       sum += p;
       store(P + j, p);
     }
@@ -122,10 +122,10 @@ struct ForwardBlock {
     const int64_t g = h / (s.H / s.Hkv);
     const float scale = o.scale * (k_scale ? k_scale[g] : 1.f);
     const bool plain = o.plain() && scale > 0;
-    const float c = plain ? scale * LOG2E : 1.f;
+    const float c = plain ? scale : 1.f;
     float m[Q_BLOCK], l[Q_BLOCK];
     for (int64_t r = 0; r < rows; ++r) {
-      m[r] = o.sinks ? o.sinks[h] * LOG2E : -INFINITE;
+      m[r] = o.sinks ? o.sinks[h] : -INFINITE;
       l[r] = m[r] == -INFINITE ? 0.f : 1.f;
     }
     const int64_t begin = s.span(i0, p.queries, p.keys).first / KV_BLOCK * KV_BLOCK,
@@ -161,7 +161,7 @@ struct ForwardBlock {
       write_row(O + r * packed.Dv, l[r], v_scale ? v_scale[g] : 1.f, s.Dv,
                 out + s.out.at(b, h, p.q0 + i0 + r));
       lse[s.lse.at(b, h, p.q0 + i0 + r)] =
-          l[r] > 0 || l[r] != l[r] ? m[r] * LN2 + std::log(l[r]) : -INFINITE;
+          l[r] > 0 || l[r] != l[r] ? m[r] + std::log(l[r]) : -INFINITE;
     }
   }
 

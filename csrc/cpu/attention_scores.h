@@ -1,7 +1,6 @@
-// What the options do to one row of scores. Scores leave here in units of log2: exp2 is one
-// instruction cheaper than exp.
+// What the options do to one row of scores: scale, softcap, ALiBi, bias; dropout; and 2^x.
 
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+constexpr float LOG2E = 1.44269504088896341f;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 typedef uint32_t vuint __attribute__((vector_size(4 * VL)));
@@ -12,17 +11,22 @@ FASTLM_INLINE vint iota() {
   return v;
 }
 
-// 2^x for x <= 127; 0 below -126 (-inf too), NaN stays. Degree 5 on [-1/2, 1/2]: 7.5e-8 relative,
-// below an ulp of the sums it goes into.
+// Scores, maxima and lse stay in natural units, and the exponential is vexp2((s - m) * LOG2E): the
+// difference first, because products of s and m with log2(e) would each be rounded, and P and lse
+// be off by |s| units in the last place. One multiplication more per score.
+//
+// 2^x for x <= 127; 0 below -126 (-inf too), NaN stays. Degree 6 on [-1/2, 1/2] through 2^0 = 1:
+// 2e-9 relative before rounding; a lone visible key has P = 1 exactly.
 FASTLM_INLINE vfloat vexp2(vfloat x) {
   x = vmax(splat(-200.f), x);  // max returns its second argument when one is NaN
   const vfloat n = vround(x), r = x - n;
-  vfloat p = splat(0.001327647193559326f);
-  p = p * r + 0.009675541510922023f;
-  p = p * r + 0.055507132752135376f;
-  p = p * r + 0.24022119720600316f;
-  p = p * r + 0.6931469670627479f;
-  p = p * r + 1.0000000716553308f;
+  vfloat p = splat(0.00015353361959569156f);
+  p = p * r + 0.0013398875016719103f;
+  p = p * r + 0.00961843691766262f;
+  p = p * r + 0.055503323674201965f;
+  p = p * r + 0.24022647738456726f;
+  p = p * r + 0.6931471824645996f;
+  p = p * r + 1.f;
 #if FASTLM_VL == 16
   return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -94,8 +98,8 @@ inline Options options_of(const AttentionInputs& in) {
   return o;
 }
 
-// Row i of head h of sequence b, keys j0 .. j0 + n: s becomes log2(e) * (scale, softcap, ALiBi,
-// bias of s); `slope` (unless null) the softcap's derivative. `place` is the key at the query's own
+// Row i of head h of sequence b, keys j0 .. j0 + n: s becomes unit * (scale, softcap, ALiBi, bias
+// of s); `slope` (unless null) the softcap's derivative. `place` is the key at the query's own
 // place.
 inline void finish_scores(const Options& o, float scale, int64_t b, int64_t h, int64_t i,
                           int64_t place, int64_t j0, int64_t n, float* s, float* slope) {
@@ -111,7 +115,7 @@ inline void finish_scores(const Options& o, float scale, int64_t b, int64_t h, i
     }
     if (alibi != 0) x -= vabs(distance) * alibi;
     if (o.bias.p) x += o.bias.load_at(bias + j * o.bias.key, int(std::min<int64_t>(VL, n - j)));
-    store(s + j, x * LOG2E);
+    store(s + j, x);
   }
 }
 
