@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.model import CausalLM, KVCache
+from fastlm.layers import KVCache
+from fastlm.model import CausalLM
 from fastlm.sampling import Sampling, make_generators, penalise
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class _Decoding:
             model.config, rows, width + self.steps, dtype=model.dtype, device=model.device
         )
         self.regime = None
+        model.model.fuse()
         self.seen = None
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(

@@ -33,10 +33,11 @@ def assert_kernel_near(function, leaves, names, what):
         slack = 2 * ULP[dtype]
         if name == "lse" or dtype == torch.float32:
             # fp32 sums in another order, of terms whose size is not the result's: dP = dO v is
-            # about sqrt(Dv) and cancels in dP - delta
+            # about sqrt(Dv) and cancels in dP - delta; and P = exp2(s log2e - lse log2e) has the
+            # rounding of both arguments, about 8 ulp where |s| is 5 to 10
             terms = 1.0 if i < 2 else leaves[2].shape[-1] ** 0.5
             scale = t[seen].abs().max().item() if seen.any() else 1.0
-            slack = 4 * ULP[torch.float32] * max(2.0, terms / max(scale, 1e-30))
+            slack = 16 * ULP[torch.float32] * max(2.0, terms / max(scale, 1e-30))
         assert_near(
             a[seen], p[seen], t[seen], factor=2 if i < 2 else 3, floor=slack, what=f"{what} {name}"
         )  # fmt: skip

@@ -7,7 +7,8 @@ from tolerance import ULP
 from fastlm.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.generation import generate_text, split_at_stop
-from fastlm.model import CausalLM, KVCache
+from fastlm.layers import KVCache
+from fastlm.model import CausalLM
 from fastlm.sampling import Sampling, make_generators, penalise
 
 SIZES = {
@@ -32,7 +33,7 @@ KINDS = {
 
 
 def model_of(kind="llama", **changes):
-    config = ModelConfig(model_type=kind, **{**SIZES, **KINDS[kind], **changes})
+    config = ModelConfig(model_type=kind, **{**SIZES, **KINDS.get(kind, {}), **changes})
     return CausalLM(config, seed=4, scaled_residual=False).eval()
 
 
@@ -323,6 +324,51 @@ def test_split_at_stop():
     assert split_at_stop("a stop b", ["stop", "p b"]) == ("a ", "", True)
     assert split_at_stop("aaa", ["aab"]) == ("a", "aa", False)
     assert split_at_stop("", ["x"]) == ("", "", False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "phi3"])
+def test_fused_projections_of_quantized_models(kind, tmp_path):
+    import fastlm
+
+    model = fastlm.quantize(model_of(kind), "w4a16", group_size=16)
+    ids = ids_of(2, 6)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def by_full_passes(model):
+        full = ids
+        with torch.no_grad():
+            for _ in range(6):
+                full = torch.cat((full, model(full).logits[:, -1].argmax(-1, keepdim=True)), 1)
+        return full
+
+    def generated(model):
+        return model.generate(ids, max_new_tokens=6, temperature=0.0)
+
+    assert torch.equal(generated(model), by_full_passes(model))
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    assert (attention.fused is None) == (mlp.fused is None) == (kind == "phi3")
+    made = attention.fused and attention.fused.weight
+    generated(model)
+    assert (attention.fused and attention.fused.weight) is made  # not made again
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(generated(CausalLM.from_pretrained(tmp_path)), generated(model))
+
+    torch.manual_seed(1)  # other weights: written in place, then put in place of a buffer
+    other = fastlm.quantize(model_of(kind).apply(_redraw), "w4a16", group_size=16)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(generated(model), by_full_passes(other))
+    mlp.down_proj.qdata = before["model.layers.0.mlp.down_proj.qdata"]
+    if kind != "phi3":
+        attention.k_proj.qdata = before["model.layers.0.self_attn.k_proj.qdata"]
+    assert torch.equal(generated(model), by_full_passes(model))
+
+
+def _redraw(module):
+    if isinstance(module, torch.nn.Linear):
+        torch.nn.init.normal_(module.weight, std=0.3)
 
 
 def test_generation_leaves_no_trace():

@@ -50,9 +50,10 @@ def make(rows, width, classes, dtype, ignored=0.25, scale=3.0, bias=True):
     return x, w, torch.randn(classes).to(dtype) if bias else None, target
 
 
-def check(x, w, bias, target, *, ulps=2, **options):
+def check(x, w, bias, target, *, ulps=2, of_terms=False, **options):
     """ulps: the gradient of a logit is rounded once to x's dtype before the matrix products, as
-    torch's is, and the exponential it is made of once more.
+    torch's is, and the exponential it is made of once more. of_terms: a share of the terms p and 1
+    whose difference that gradient is, where the difference may vanish (one class).
     """
     upstream = [torch.randn(target.shape if options.get("reduction") == "none" else ())]
     upstream += [torch.randn(target.shape)]
@@ -60,10 +61,15 @@ def check(x, w, bias, target, *, ulps=2, **options):
     mine = outputs_and_gradients(ops.linear_cross_entropy, x, w, bias, target, upstream, **options)
     truth = outputs_and_gradients(naive, *wide, target, upstream, **options)
     low = outputs_and_gradients(naive_low, x, w, bias, target, upstream, **options)
+    size = upstream[0].abs().max().item() if of_terms and len(x) else 0.0
+    terms = {"dx": size * w.abs().max().item(), "dbias": size}
+    terms["dw"] = size * x.abs().max().item() if size else 0.0
     names = [*["loss", "lse"][: len(mine) - 2 - (bias is not None)], "dx", "dw", "dbias"]
     assert mine[0].dtype == torch.float32
     for name, a, p, t in zip(names, mine, low, truth):
         factor = 3 if name.startswith("d") else 2
+        if term := terms.get(name, 0.0):  # as a share of the truth's scale, which may be 0
+            a, p, t = (torch.cat((v.flatten(), v.new_tensor([term]))) for v in (a, p, t))
         assert_near(a, p, t, factor=factor, floor=ulps * ULP[a.dtype], what=f"{name} {options}")
 
 
@@ -296,6 +302,7 @@ def test_any_options_agree_with_the_definition(
     check(
         *make(rows, width, classes, torch.float32, ignored, bias=bias),
         ulps=32,  # the gradient is a difference of terms several times its size, summed over rows
+        of_terms=True,
         weight=torch.rand(classes) if weighted else None,
         label_smoothing=smoothing,
         z_loss=z_loss,

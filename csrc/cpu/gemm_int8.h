@@ -158,30 +158,43 @@ void integer_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t len
   }
 }
 
+// Registers and prefetch as `micro` of gemm.h.
 template <int BITS, int ROWS, int PANELS>
 void micro_int8(int64_t k, const int8_t* __restrict a, int64_t lda, const int32_t* start,
                 int64_t start_stride, const int8_t* __restrict b, int64_t panel,
                 const float* scales, int64_t scale_stride, float* __restrict c, int64_t ldc,
                 bool accumulate) {
   vint acc[ROWS][PANELS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int p = 0; p < PANELS; ++p) acc[r][p] = splat_int(start[r * start_stride]);
-  for (int64_t i = 0; i < k; i += 4) {
-    vint column[PANELS];
-#pragma GCC unroll 4
-    for (int p = 0; p < PANELS; ++p) memcpy(&column[p], b + p * panel + i * VL, sizeof(vint));
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      int32_t quad;
-      memcpy(&quad, a + r * lda + i, 4);
-      const vint row = splat_int(quad);
+  for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-      for (int p = 0; p < PANELS; ++p)
-        acc[r][p] = dot4<OFFSET<BITS> == 0>(acc[r][p], column[p], row);
+    for (int p = 0; p < PANELS; ++p) {
+      acc[r][p] = splat_int(start[r * start_stride]);
+      __builtin_prefetch(c + r * ldc + p * VL, 1);
+    }
+  for (int64_t line = 0; line < k; line += 64) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(a + (ROWS + r) * lda + line);
+    const int64_t end = std::min<int64_t>(k, line + 64);
+    for (int64_t i = line; i < end; i += 4) {
+      vint column[PANELS];
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; ++p) column[p] = load_words(b + p * panel + i * VL);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        int32_t quad;
+        memcpy(&quad, a + r * lda + i, 4);
+        const vint row = splat_int(quad);
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; ++p)
+          acc[r][p] = dot4<OFFSET<BITS> == 0>(acc[r][p], column[p], row);
+      }
     }
   }
+#pragma GCC unroll 4
   for (int p = 0; p < PANELS; ++p) {
     const vfloat s = load(scales + p * scale_stride);
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       float* to = c + r * ldc + p * VL;
       const vfloat v = __builtin_convertvector(acc[r][p], vfloat) * s;

@@ -308,6 +308,7 @@ void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const fl
 constexpr int64_t PANEL_N = 2 * NR;  // columns of a task: two register blocks share the A they read
 constexpr int64_t PANEL_K = 512;     // k of one block: 128 KiB of bf16 B, stays in the L2
 constexpr int64_t PANEL_M = 256;     // rows of a task: 256 KiB of A per block, in the L2 too
+constexpr int64_t PANEL_M8 = 512;    // the same bytes of int8; B is unpacked half as often
 
 // Scales (or zeros) of rows [n, n + rows) as [groups][VL]; rows that do not exist are zero.
 inline void transpose_scales(const Scales& source, int64_t n, int64_t groups, int rows,
@@ -392,6 +393,9 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const 
   Workspace a_work(in_place ? 0 : size_t(m * kp) * sizeof(E));
   const E* a = in_place ? reinterpret_cast<const E*>(x) : a_work.as<E>();
   const int64_t lda = in_place ? x_stride : kp;
+  // equal blocks of k near PANEL_K, not a rest of a few columns: 576 is one block
+  const int64_t blocks_k = std::max<int64_t>(1, (w.k + PANEL_K / 2) / PANEL_K),
+                block_k = (w.k + blocks_k * 128 - 1) / (blocks_k * 128) * 128;
   const int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M, blocks_n = (w.n + PANEL_N - 1) / PANEL_N,
                 panels = PANEL_N / VL;
 #pragma omp parallel
@@ -402,10 +406,10 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const 
         pack_a<E>(x + i * x_stride, x_stride, 1, 1, w.k, a_work.as<E>() + i * kp);
     }
     const int64_t table = panels * w.groups * VL;
-    Workspace work(size_t(PANEL_N * PANEL_K) * sizeof(E) +
+    Workspace work(size_t(PANEL_N * block_k) * sizeof(E) +
                    size_t(PANEL_M * PANEL_N + 2 * table) * 4);
     E* b = work.as<E>();
-    float* c = reinterpret_cast<float*>(b + PANEL_N * PANEL_K);
+    float* c = reinterpret_cast<float*>(b + PANEL_N * block_k);
     float *scales = c + PANEL_M * PANEL_N, *zeros = w.zeros ? scales + table : nullptr;
     TileScope tiles;
 #pragma omp for schedule(dynamic)
@@ -418,8 +422,8 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const 
         transpose_scales(w.scales, first, w.groups, rows, scales + p * w.groups * VL);
         if (zeros) transpose_scales(w.zeros, first, w.groups, rows, zeros + p * w.groups * VL);
       }
-      for (int64_t k0 = 0; k0 < w.k; k0 += PANEL_K) {
-        const int64_t kb = std::min(PANEL_K, w.k - k0);
+      for (int64_t k0 = 0; k0 < w.k; k0 += block_k) {
+        const int64_t kb = std::min(block_k, w.k - k0);
         for (int64_t p = 0; p * VL < nb; ++p)
           dequantize_panel<BITS>(w, n0 + p * VL, int(std::min<int64_t>(VL, nb - p * VL)), k0, kb,
                                  scales + p * w.groups * VL,
@@ -442,7 +446,7 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
   int32_t* start = reinterpret_cast<int32_t*>(a + a_bytes);  // (m, runs)
   float* sums = reinterpret_cast<float*>(start + m * runs.count);
   float* row_scale = sums + m * w.groups;
-  const int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M, blocks_n = (w.n + NR - 1) / NR;
+  const int64_t blocks_m = (m + PANEL_M8 - 1) / PANEL_M8, blocks_n = (w.n + PANEL_N - 1) / PANEL_N;
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
@@ -453,16 +457,16 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
       quantize_row<BITS>(row, inverse, runs, a + i * runs.row(), start + i * runs.count);
       if (w.zeros) group_sums(row, w.k, w.size, w.groups, true, inverse, sums + i * w.groups);
     }
-    const int64_t panels = NR / VL, table = panels * w.groups * VL;
-    Workspace work(size_t(NR * runs.stride) + size_t(PANEL_M * NR + 2 * table) * 4);
+    const int64_t panels = PANEL_N / VL, table = panels * w.groups * VL;
+    Workspace work(size_t(PANEL_N * runs.stride) + size_t(PANEL_M8 * PANEL_N + 2 * table) * 4);
     int8_t* b = work.as<int8_t>();
-    float* c = reinterpret_cast<float*>(b + NR * runs.stride);
-    float *scales = c + PANEL_M * NR, *zeros = w.zeros ? scales + table : nullptr;
+    float* c = reinterpret_cast<float*>(b + PANEL_N * runs.stride);
+    float *scales = c + PANEL_M8 * PANEL_N, *zeros = w.zeros ? scales + table : nullptr;
     TileScope tiles;
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < blocks_m * blocks_n; ++t) {
-      const int64_t m0 = t / blocks_n * PANEL_M, n0 = t % blocks_n * NR;
-      const int64_t mb = std::min(PANEL_M, m - m0), nb = std::min<int64_t>(NR, w.n - n0);
+      const int64_t m0 = t / blocks_n * PANEL_M8, n0 = t % blocks_n * PANEL_N;
+      const int64_t mb = std::min(PANEL_M8, m - m0), nb = std::min(PANEL_N, w.n - n0);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t first = n0 + p * VL;
         const int rows = int(std::clamp<int64_t>(nb - p * VL, 0, VL));
@@ -476,17 +480,18 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
                               b + p * VL * length);
         gemm_int8<BITS>(mb, nb, length, a + m0 * runs.row() + r * runs.stride, runs.row(),
                         start + m0 * runs.count + r, runs.count, b, scales + g * VL, w.groups * VL,
-                        c, NR, r > 0);
+                        c, PANEL_N, r > 0);
       }
       if (zeros)
         for (int64_t i = 0; i < mb; ++i)
           for (int64_t p = 0; p * VL < nb; ++p) {
-            vfloat v = load(c + i * NR + p * VL);
+            vfloat v = load(c + i * PANEL_N + p * VL);
             for (int64_t g = 0; g < w.groups; ++g)
               v += load(zeros + (p * w.groups + g) * VL) * sums[(m0 + i) * w.groups + g];
-            store(c + i * NR + p * VL, v);
+            store(c + i * PANEL_N + p * VL, v);
           }
-      store_rows(c, NR, mb, nb, bias ? bias + n0 : nullptr, row_scale + m0, y + m0 * w.n + n0, w.n);
+      store_rows(c, PANEL_N, mb, nb, bias ? bias + n0 : nullptr, row_scale + m0, y + m0 * w.n + n0,
+                 w.n);
     }
   }
 }
@@ -494,7 +499,7 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
 // ---- choice ------------------------------------------------------------------------------------
 // Rows of x up to which the dot form is faster at 4096 x 4096, groups of 128. The panel form has a
 // fixed cost (transpose, dequantize) that 8-bit activations nearly lack, and twice the rate.
-constexpr int64_t DOT_MAX_ROWS_16 = 12, DOT_MAX_ROWS_8 = 7;
+constexpr int64_t DOT_MAX_ROWS_16 = 8, DOT_MAX_ROWS_8 = 6;
 
 // x (M, K) rows apart or not; bias (N) float32 or absent; y (M, N) contiguous; form 0 chooses, 1 is
 // dot, 2 is panel (tests and measurements).

@@ -72,9 +72,14 @@ FASTLM_INLINE vint load_lanes(const uint8_t* p) {
   return v;
 }
 FASTLM_INLINE vint load_lanes(const uint8_t* p, int64_t bytes) {  // what is beyond reads as zero
+#if FASTLM_VL == 16
+  const uint64_t mask = bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0;
+  return (vint)_mm512_maskz_loadu_epi8(mask, p);
+#else
   vint v{};
   if (bytes > 0) memcpy(&v, p, size_t(std::min<int64_t>(bytes, sizeof v)));
   return v;
+#endif
 }
 
 // q of the J-th column of every lane, as float.

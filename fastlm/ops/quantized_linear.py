@@ -156,3 +156,43 @@ _backward = register(
     fake=_backward_fake,
     implementations={"reference": reference.quantized_linear_backward, "cpu": _cpu_backward},
 )
+
+
+def _dequantize_fake(
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return scales.new_empty(qdata.shape[0], k, dtype=dtype)
+
+
+def _cpu_dequantize(
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    from fastlm import _cpu
+
+    if dtype == torch.float64:  # a reference's business
+        return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
+    out = torch.empty(qdata.shape[0], k, dtype=dtype)
+    _cpu.dequantize(qdata, scales, zeros, bits, group_size, out)
+    return out
+
+
+# (rows, K) of a QuantizedWeight, or of rows taken from one. picked_by: qdata is no float.
+dequantize = register(
+    "dequantize(Tensor qdata, Tensor scales, Tensor? zeros, int bits, int group_size, int k,"
+    " ScalarType dtype) -> Tensor",
+    fake=_dequantize_fake,
+    implementations={"reference": reference.dequantize_rows, "cpu": _cpu_dequantize},
+    picked_by=1,
+)

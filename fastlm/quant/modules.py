@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastlm import ops, reference
+from fastlm import ops
 from fastlm.errors import InputError
 from fastlm.quant.weight import QuantizedWeight
 
@@ -89,7 +89,7 @@ class QuantizedEmbedding(_Quantized):
         def rows(t: Tensor) -> Tensor:
             return t[ids.reshape(-1)]
 
-        out = reference.dequantize_rows(
+        out = torch.ops.fastlm.dequantize(
             rows(self.qdata),
             rows(self.scales),
             None if self.zeros is None else rows(self.zeros),

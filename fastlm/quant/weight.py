@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlm import reference
 from fastlm.errors import InputError
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,8 +99,16 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) in `dtype`; products and sums in float32 (float64 for float64)."""
-        return reference.dequantize_rows(
-            self.qdata, self.scales, self.zeros, self.bits, self.group_size, self.shape[1], dtype
+        import fastlm.ops  # noqa: F401  (registers the operator; it imports this module)
+
+        return torch.ops.fastlm.dequantize(
+            self.qdata,
+            self.scales,
+            self.zeros,
+            self.bits,
+            self.group_size,
+            self.shape[1],
+            dtype,
         )
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
@@ -117,7 +124,7 @@ class QuantizedWeight:
 
 
 def pack_rows(q: Tensor, bits: int) -> Tensor:
-    """The inverse of `reference.unpack_rows`; a spare nibble is 8 (q = 0)."""
+    """The inverse of `fastlm.reference.unpack_rows`; a spare nibble is 8 (q = 0)."""
     if bits == 8:
         return q.to(torch.int8).contiguous()
     nibbles = (q + 8).to(torch.uint8)

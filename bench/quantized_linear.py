@@ -1,0 +1,133 @@
+"""quantized_linear against torch's bf16 linear, its int4 and int8 kernels and `_int_mm`.
+
+Every case goes through several copies of its weight in turn, more than the L3 holds, as the layers
+of a model do: one copy would be timed from the cache. FASTLM_BENCH_DRAM=1 takes 1.5 GB of copies,
+for machines whose L3 is hundreds of MB.
+"""
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+from harness import Case, main
+
+from fastlm import ops
+from fastlm.quant import QuantizedWeight
+
+COPIES_BYTES = 1500 << 20 if os.environ.get("FASTLM_BENCH_DRAM") else 80 << 20
+GROUP = 128
+# bits, activation bits, rows of x, N, K
+SHAPES = [
+    *((bits, act, m, 4096, 4096) for bits, act in ((4, 16), (8, 16)) for m in (1, 16, 64, 512)),
+    *((4, 8, m, 4096, 4096) for m in (1, 16, 64, 512)),
+    (8, 8, 1, 4096, 4096),
+    (8, 8, 2048, 2048, 2048),
+    *((4, 16, m, 1536, 576) for m in (1, 8, 64)),
+    (4, 16, 123, 507, 252),
+]
+
+
+def in_turn(items):
+    """The next of `items` at each call, over and over."""
+    return itertools.cycle(items).__next__
+
+
+def copies_of(bytes_each: int) -> int:
+    return max(2, COPIES_BYTES // bytes_each)
+
+
+@cache
+def quantized(bits: int, n: int, k: int) -> Callable[[], QuantizedWeight]:
+    repeat = -(-n // 8)  # codes and scales of a real distribution, quickly
+    q = ops.quantize_weight(torch.randn(8, k), bits, group_size=GROUP)
+    qdata, scales = q.qdata.repeat(repeat, 1)[:n], q.scales.repeat(repeat, 1)[:n]
+    return in_turn(
+        [
+            QuantizedWeight(qdata.clone(), scales.clone(), None, bits, GROUP, (n, k))
+            for _ in range(copies_of(n * k * bits // 8))
+        ]
+    )
+
+
+@cache
+def bf16(n: int, k: int) -> Callable[[], torch.Tensor]:
+    return in_turn([torch.randn(n, k).bfloat16() for _ in range(copies_of(2 * n * k))])
+
+
+@cache
+def int8(n: int, k: int) -> Callable[[], torch.Tensor]:
+    return in_turn(
+        [torch.randint(-127, 128, (n, k), dtype=torch.int8) for _ in range(copies_of(n * k))]
+    )
+
+
+@cache
+def int4pack(n: int, k: int) -> Callable[[], torch.Tensor]:
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
+    return in_turn([packed.clone() for _ in range(copies_of(n * k // 2))])
+
+
+def peers(bits: int, act: int, x: torch.Tensor, n: int, k: int) -> tuple[dict, dict]:
+    """torch's calls for the same product, and why those that are absent are."""
+    weight = bf16(n, k)
+    calls: dict[str, Callable] = {"torch bf16 linear": lambda: F.linear(x, weight())}
+    missing = {}
+    if act == 8:
+        if bits == 8 and x.shape[0] > 16:  # its own condition on the rows
+            rounded, next_weight = torch.randint(-127, 128, x.shape, dtype=torch.int8), int8(n, k)
+            calls["torch._int_mm"] = lambda: torch._int_mm(rounded, next_weight().t())
+            scales = torch.ones(n)
+
+            def whole():  # the same work: rows of x rounded before, scales after
+                step = x.float().abs().amax(-1, keepdim=True) / 127
+                q = (x / step).round().to(torch.int8)
+                return (torch._int_mm(q, next_weight().t()) * (step * scales)).bfloat16()
+
+            calls["torch rounding + _int_mm + scales"] = whole
+        else:
+            missing["torch._int_mm"] = "int8 weights and more than 16 rows only"
+    elif bits == 8:
+        scales, next_weight = torch.ones(n).bfloat16(), int8(n, k)
+        calls["torch int8pack"] = lambda: torch._weight_int8pack_mm(x, next_weight(), scales)
+    elif n % 64 == 0 and k % GROUP == 0:
+        next_weight, both = int4pack(n, k), torch.ones(k // GROUP, n, 2).bfloat16()
+        calls["torch int4pack"] = lambda: torch._weight_int4pack_mm_for_cpu(
+            x, next_weight(), GROUP, both
+        )
+    else:
+        missing["torch int4pack"] = "N and K must be multiples of 64 and the group"
+    return calls, missing
+
+
+def cases() -> list[Case]:
+    made = []
+    for bits, act, m, n, k in SHAPES:
+        x, weight = torch.randn(m, k).bfloat16(), quantized(bits, n, k)
+        calls, missing = peers(bits, act, x, n, k)
+
+        def ours(x=x, weight=weight, act=act):
+            return ops.quantized_linear(x, weight(), act_bits=act)
+
+        made.append(
+            Case(
+                f"w{bits}a{act}",
+                f"{m} x {k} -> {n}",
+                {"fastlm": ours, **calls},
+                flops=2.0 * m * n * k,
+                bytes=float(n * k * bits // 8 + 2 * n * k // GROUP) if m <= 8 else None,
+                missing=missing,
+            )
+        )
+    return made
+
+
+if __name__ == "__main__":
+    main("quantized_linear", cases)

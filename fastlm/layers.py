@@ -1,0 +1,354 @@
+"""The decoder's layers on `fastlm.ops`, and the cache they fill: one class each for every family in
+`fastlm.config.FAMILIES`, whose module names are Hugging Face's.
+
+Rejected: a class per architecture (nine near copies), and own names with a table of renames.
+
+Shapes: B batch, S tokens of this call, T keys (cache included), E hidden_size, H / Hkv heads,
+D head_dim, R turned features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.config import ModelConfig
+from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
+from fastlm.quant.modules import QuantizedLinear
+from fastlm.quant.weight import QuantizedWeight
+from fastlm.rotary import RotaryTables
+
+# module names of the norms (before attention, after it, before the MLP, after it)
+_NORMS = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+
+
+class KVCache:
+    """Keys and values of a batch, allocated once: (layers, 2, B, Hkv, capacity, D).
+
+    Sliding layers keep everything too: a ring buffer would save memory and cost a gather in each
+    step.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (2, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        self.layers = [
+            torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        ]
+        self.capacity = capacity
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, Hkv, S, D) behind the `length` filled columns; views of all so
+        far (B, Hkv, T, D).
+        """
+        keys, values = self.layers[layer]
+        end = self.length + k.shape[2]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+@dataclass
+class Call:
+    """What one forward call tells all its layers."""
+
+    cu_seqlens: Tensor | None
+    cache: KVCache | None
+    visible: Tensor | None  # (B, 1, 1, T) bool: columns that hold a token
+    # per layer: cos, sin, (S, R) or (B, S, R), or None for a layer without positions
+    rotary: list[tuple[Tensor, Tensor] | None]
+    fused: bool = False  # layers may use what `Decoder.fuse` joined
+
+
+@dataclass
+class Fused:
+    """Quantized projections of one input as one product: fewer calls in a decode step (7 % of
+    SmolLM2's CPU time, measured). Their buffers are rows of `weight`, so nothing is stored twice.
+
+    Unquantized projections stay apart: moving a Parameter's memory under an optimizer that may
+    remember its address is not worth the 9 % measured there.
+    """
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    act_bits: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return quantized_linear(x, self.weight, self.bias, act_bits=self.act_bits)
+
+
+def fuse(modules: Sequence[nn.Module | None], before: Fused | None) -> Fused | None:
+    """`before` where it still holds these modules' buffers, else made anew; None where they are not
+    quantized alike."""
+    linears = [m for m in modules if isinstance(m, QuantizedLinear)]
+    formats = {
+        (m.bits, m.group_size, m.act_bits, m.scales.dtype, m.zeros is None, m.bias is None)
+        for m in linears
+    }
+    if len(linears) < len(modules) or len(formats) != 1:
+        return None
+    biases = [m.bias.detach() for m in linears if m.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if before is not None and all(_storage(m) == _storage(before.weight) for m in linears):
+        return Fused(before.weight, bias, before.act_bits)
+    joined: dict[str, Tensor | None] = {"zeros": None}
+    rows = [m.out_features for m in linears]
+    for name in ("qdata", "scales", "zeros"):
+        if getattr(linears[0], name) is not None:
+            joined[name] = whole = torch.cat([getattr(m, name) for m in linears])
+            for m, part in zip(linears, whole.split(rows)):
+                setattr(m, name, part)
+    first = linears[0]
+    shape = (sum(rows), first.in_features)
+    weight = QuantizedWeight(**joined, bits=first.bits, group_size=first.group_size, shape=shape)  # type: ignore[arg-type]
+    return Fused(weight, bias, first.act_bits)
+
+
+def _storage(weight: QuantizedLinear | QuantizedWeight) -> list[int]:
+    """Where the buffers' memory begins, the same for rows of one matrix."""
+    parts = (weight.qdata, weight.scales, weight.zeros)
+    return [t.untyped_storage().data_ptr() for t in parts if t is not None]
+
+
+class RMSNorm(nn.Module):
+    """`fastlm.ops.rms_norm` with its weight; Gemma's is stored minus one (`offset`)."""
+
+    def __init__(self, width: int, config: ModelConfig):
+        super().__init__()
+        self.eps, self.offset = config.rms_norm_eps, config.family.norm_offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        return rms_norm(x, self.weight, self.eps, residual=residual, offset=self.offset)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        family, heads, kv_heads = (
+            config.family,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+        self.layer, self.head_dim = layer, config.head_dim
+        self.scale, self.window = config.scale, config.window(layer)
+        self.softcap, self.dropout = config.attn_logit_softcapping, config.attention_dropout
+        self.q_width, self.kv_width = heads * self.head_dim, kv_heads * self.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        if family.fused_projections:
+            self.qkv_proj = nn.Linear(width, self.q_width + 2 * self.kv_width, bias=bias)
+        else:
+            self.q_proj = nn.Linear(width, self.q_width, bias=bias or family.qkv_bias)
+            self.k_proj = nn.Linear(width, self.kv_width, bias=bias or family.qkv_bias)
+            self.v_proj = nn.Linear(width, self.kv_width, bias=bias or family.qkv_bias)
+        self.o_proj = nn.Linear(self.q_width, width, bias=bias)
+        self.fused: Fused | None = None
+        self.qk_norm = family.qk_norm
+        if self.qk_norm:
+            per_head = self.qk_norm == "head"
+            self.q_norm = RMSNorm(self.head_dim if per_head else self.q_width, config)
+            self.k_norm = RMSNorm(self.head_dim if per_head else self.kv_width, config)
+
+    def fuse(self) -> None:
+        if "q_proj" in self._modules:
+            self.fused = fuse([self.q_proj, self.k_proj, self.v_proj], self.fused)
+
+    def project(self, x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, E) -> (B, S, H * D), twice (B, S, Hkv * D)."""
+        joined = self.fused if fused else None
+        if joined is not None or "qkv_proj" in self._modules:
+            qkv = self.qkv_proj(x) if joined is None else joined(x)
+            q, k, v = qkv.split((self.q_width, self.kv_width, self.kv_width), -1)
+            return q, k, v
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.project(x, call.fused)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (B, S, heads, D)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
+        if (tables := call.rotary[self.layer]) is not None:
+            q, k = rope(q, k, *tables)
+        options: dict[str, Any] = {
+            "causal": True,
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        if call.cu_seqlens is not None:
+            q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * S, heads, D)
+            out = varlen_attention(q, k, v, call.cu_seqlens, **options)
+        else:
+            if call.cache is not None:
+                k, v = call.cache.append(self.layer, k, v)
+            out = attention(q, k, v, bias=call.visible, **options)
+            assert isinstance(out, Tensor)  # a pair only with return_lse
+            out = out.transpose(1, 2)
+        assert isinstance(out, Tensor)  # varlen_attention's likewise
+        return self.o_proj(out.reshape(batch, length, self.q_width))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        if config.family.fused_projections:
+            self.gate_up_proj = nn.Linear(width, 2 * inner, bias=bias)
+        else:
+            self.gate_proj = nn.Linear(width, inner, bias=bias)
+            self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.fused: Fused | None = None
+        self.act = config.act
+
+    def fuse(self) -> None:
+        if "gate_proj" in self._modules:
+            self.fused = fuse([self.gate_proj, self.up_proj], self.fused)
+
+    def project(self, x: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+        joined = self.fused if fused else None
+        if joined is not None or "gate_up_proj" in self._modules:
+            gate, up = (self.gate_up_proj(x) if joined is None else joined(x)).chunk(2, -1)
+            return gate, up
+        return self.gate_proj(x), self.up_proj(x)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        gate, up = self.project(x, call.fused)
+        return self.down_proj(glu(gate, up, act=self.act))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.norms = _NORMS[config.family.norms]
+        for name in self.norms:
+            if name:
+                self.add_module(name, RMSNorm(config.hidden_size, config))
+
+    def _norm(self, position: int) -> nn.Module | None:
+        name = self.norms[position]
+        return self._modules[name] if name else None
+
+    def forward(self, stream: Tensor, branch: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        """The residual stream arrives and leaves as two summands, so that the next norm
+        adds them on its way.
+        """
+        x, stream = _add_norm(self._norm(0), stream, branch)
+        branch = self.self_attn(x, call)
+        if after := self._norm(1):
+            branch = after(branch)
+        x, stream = _add_norm(self._norm(2), stream, branch)
+        branch = self.mlp(x, call)
+        if after := self._norm(3):
+            branch = after(branch)
+        assert branch is not None  # the MLP's output
+        return stream, branch
+
+
+def _add_norm(norm: nn.Module | None, stream: Tensor, branch: Tensor | None) -> Any:
+    """(norm(stream + branch), stream + branch)."""
+    if branch is None:
+        return (stream if norm is None else norm(stream)), stream
+    if norm is None:
+        stream = stream + branch
+        return stream, stream
+    return norm(branch, residual=stream)
+
+
+class Decoder(nn.Module):
+    """Everything below the head; ``model.`` in parameter names."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config)
+        made: dict[str, RotaryTables] = {}  # one per set of parameters, layers share them
+        self._rotary: list[RotaryTables | None] = []
+        for layer in range(config.num_hidden_layers):
+            parameters = config.rope(layer)
+            self._rotary.append(
+                None
+                if parameters is None
+                else made.setdefault(
+                    repr(parameters),
+                    RotaryTables(parameters, config.head_dim, config.max_position_embeddings),
+                )
+            )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Join quantized projections of one input, for the steps of one generation."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.self_attn.fuse()
+            layer.mlp.fuse()
+
+    @property
+    def by_length(self) -> bool:
+        return any(r is not None and r.by_length for r in self._rotary)
+
+    def regime(self, length: int) -> tuple[int, ...]:
+        """Contexts of two lengths can share a cache where this is equal; see `RotaryTables`."""
+        return tuple(r.regime(length) for r in self._rotary if r is not None)
+
+    def rotary(
+        self, positions: Tensor | int, count: int, longest: int, device: torch.device
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """Per layer cos, sin: of `count` positions from an int on, (S, R), or of a
+        tensor of positions, (..., R).
+        """
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+        out: list[tuple[Tensor, Tensor] | None] = []
+        for tables in self._rotary:
+            if tables is None:
+                out.append(None)
+                continue
+            if id(tables) not in done:
+                cos, sin = tables.tables(longest, device)
+                if isinstance(positions, int):
+                    rows = slice(positions, positions + count)
+                    done[id(tables)] = cos[rows], sin[rows]
+                else:
+                    done[id(tables)] = cos[positions], sin[positions]
+            out.append(done[id(tables)])
+        return out
+
+    def forward(self, input_ids: Tensor, call: Call) -> Tensor:
+        stream = self.embed_tokens(input_ids)
+        if (
+            self.config.family.scaled_embedding
+        ):  # rounded to the model's dtype, as Gemma was trained
+            stream = stream * torch.tensor(self.config.hidden_size**0.5, dtype=stream.dtype).item()
+        branch = None
+        for layer in self.layers:
+            stream, branch = layer(stream, branch, call)
+        return _add_norm(self.norm, stream, branch)[0]
