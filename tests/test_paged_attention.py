@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_cases import lse_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import ULP, assert_near
@@ -46,6 +47,9 @@ def assert_paged_near(q, k, v, table, lens, what, **options):
             if name == "lse" or q.dtype == torch.float32
             else 2 * ULP[q.dtype]
         )
+        if name == "lse" and seen.any():
+            size = lse_size(t[seen], lens.max().item())
+            ulp = max(ulp, 4 * ULP[torch.float32] * size / max(t[seen].abs().max().item(), 1e-30))
         assert_near(a[seen], p[seen], t[seen], floor=ulp, what=f"{what} {name}")
 
 

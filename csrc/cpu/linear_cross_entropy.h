@@ -202,21 +202,27 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
                   std::min<int64_t>(VL, d - p * VL), packed_rows + p * panel);
     }
     Scratch<E> rows_of_w(have_exponentials ? 0 : VB * padded_k<E>(d)), g(VB * rp);
-    Scratch<float> z(have_exponentials ? 0 : VB * RC), factor(rp), bias_sum(VB);
+    Scratch<float> z(have_exponentials ? 0 : VB * RC), factor(rp);
+    // double: the terms of all rows less those of the targets may cancel to nothing
+    Scratch<double> bias_sum(VB);
     TileScope tiles;
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0);
       E* region = exponentials + v0 * rp;
-      memset(bias_sum, 0, VB * sizeof(float));
+      memset(bias_sum, 0, VB * sizeof(double));
       // G^T, one element to be corrected per target
       const auto put = [&](int64_t r, int64_t i, vfloat gradient, vfloat& sum) {
         sum += gradient;
         store(g + r * rp + i, gradient);
       };
+      const auto add_lanes = [&](vfloat sum, double& total) {
+        if (dbias)
+          for (int lane = 0; lane < VL; ++lane) total += sum[lane];
+      };
       const auto correct = [&](int64_t i, float gradient, float slope) {
         const int64_t r = target[i] - v0;
-        bias_sum[r] -= on_target[i] * slope;
+        bias_sum[r] -= double(on_target[i]) * slope;
         g[r * rp + i] = from_float<E>(gradient - on_target[i] * slope);
       };
       const auto here = [&](int64_t i) {
@@ -237,7 +243,7 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
           else
             for (int64_t i = 0; i < rp; i += VL)
               put(r, i, load(region + r * rp + i) * load(factor + i), sum);
-          bias_sum[r] = hsum(sum);
+          add_lanes(sum, bias_sum[r]);
         }
         for (int64_t i = 0; i < chunk.rows; ++i)
           if (here(i)) {
@@ -260,7 +266,7 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
             vfloat sum{};
             for (int64_t j = 0; j < n; j += VL)
               put(r, j0 + j, gradient(load(z + r * n + j), j0 + j, w), sum);
-            bias_sum[r] += hsum(sum);
+            add_lanes(sum, bias_sum[r]);
           }
           for (int64_t i = j0; i < std::min(j0 + n, chunk.rows); ++i)
             if (here(i)) {
@@ -274,7 +280,7 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
       }
       if (dbias)
         for (int64_t r = 0; r < count; ++r)
-          dbias[v0 + r] = bias_sum[r] + (accumulate ? dbias[v0 + r] : 0.f);
+          dbias[v0 + r] = float(bias_sum[r] + (accumulate ? dbias[v0 + r] : 0.f));
       if (dw) gemm<E>(count, d, chunk.rows, g, rp, packed_rows, dw + v0 * d, d, accumulate);
       if (dx) pack_a<E>(static_cast<const E*>(g), 1, rp, rp, count, region);
     }
