@@ -32,6 +32,7 @@ SHAPES = [
     *((4, 16, m, 1536, 576) for m in (1, 8, 64)),
     (4, 16, 123, 507, 252),
 ]
+LINEAR = [(4096, 1536, 512), (4096, 2816, 512), (4096, 32768, 512)]  # rows, N, K; torch runs these
 
 
 def in_turn(items):
@@ -107,8 +108,19 @@ def peers(bits: int, act: int, x: torch.Tensor, n: int, k: int) -> tuple[dict, d
     return calls, missing
 
 
+def linear(m: int, n: int, k: int) -> Case:
+    """Projections in bf16 are torch's (oneDNN): the row shows what the machine gives them."""
+    x, weight = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+    return Case(
+        "bf16 linear, left to torch",
+        f"{m} x {k} -> {n}",
+        {"torch": lambda: F.linear(x, weight)},
+        flops=2.0 * m * n * k,
+    )
+
+
 def cases() -> list[Case]:
-    made = []
+    made = [linear(*shape) for shape in LINEAR]
     for bits, act, m, n, k in SHAPES:
         x, weight = torch.randn(m, k).bfloat16(), quantized(bits, n, k)
         calls, missing = peers(bits, act, x, n, k)
