@@ -25,11 +25,20 @@ def run(function, gate, up, dy, act):
     return [y.detach(), *torch.autograd.grad(y, (gate, up), dy)]
 
 
-def check(gate, up, dy, act, what):
+ACT_ERROR = 4e-7  # of act and act' in float32, relative to max(1, |value|), at every bfloat16 gate
+
+
+def check(gate, up, dy, act, what, act_error=None):
+    """act_error: allow for that of act and act', whatever the product with up and dy is; a product
+    near zero, where plain torch may happen to be exact, needs it.
+    """
     actual, plain = (run(f, gate, up, dy, act) for f in (ops.glu, naive))
     truth = run(naive, gate.double(), up.double(), dy.double(), act)
-    for name, a, p, t in zip(("y", "dgate", "dup"), actual, plain, truth):
-        assert_near(a, p, t, factor=2 if name == "y" else 3, what=f"{name} {what}")
+    for name, a, p, t, rest in zip(("y", "dgate", "dup"), actual, plain, truth, (up, up * dy, dy)):
+        floor = None
+        if act_error and t.numel():
+            floor = act_error * max(1.0, rest.abs().max().item() / max(t.abs().max().item(), 1e-30))
+        assert_near(a, p, t, factor=2 if name == "y" else 3, floor=floor, what=f"{name} {what}")
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -53,7 +62,9 @@ def test_every_bfloat16_gate(isa, act):
     )
     for name, a, t in zip(("y", "dgate", "dup"), actual, truth):
         error = (a.double() - t).abs() / t.abs().clamp_min(1.0)
-        assert error.max() < 4e-7, f"{name}: {error.max():.2e} at {gate[error.argmax()].item()}"
+        assert error.max() < ACT_ERROR, (
+            f"{name}: {error.max():.2e} at {gate[error.argmax()].item()}"
+        )
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -104,7 +115,7 @@ def test_empty_repeat_and_threads(isa, dtype):
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(0, 40), width=st.integers(0, 300), act=st.sampled_from(ACTS))
 def test_any_shape_matches_float64(rows, width, act):
-    check(*torch.randn(3, rows, width).unbind(0), act, "any")
+    check(*torch.randn(3, rows, width).unbind(0), act, "any", ACT_ERROR)
 
 
 @pytest.mark.parametrize("act", ACTS)
