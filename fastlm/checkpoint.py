@@ -50,6 +50,8 @@ def save_atomic(path: str | Path, writer: Callable[[Path], Any]) -> None:
     InputError.
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        raise InputError(f"{path}: wanted a path that ends in a name")
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         writer(part)
@@ -103,6 +105,9 @@ def _swap(part: Path, path: Path) -> None:
         return
     if not path.is_dir():
         raise NotADirectoryError(20, "a file of that name exists", str(path))
+    here = Path.cwd()
+    if path.resolve() in (here, *here.parents):  # whoever is inside would stay in the old folder
+        raise InputError(f"{path}: wanted a folder that is not the working directory")
     old = part.with_suffix(".old")
     os.rename(path, old)
     try:
@@ -126,7 +131,11 @@ def _keep_others(folder: Path, part: Path) -> None:
         except OSError:  # a file system without links
             shutil.copy2(source, target)
 
-    ignore = shutil.ignore_patterns(*MODEL_FILES)
+    model_files = shutil.ignore_patterns(*MODEL_FILES)
+
+    def ignore(place: str, names: list[str]) -> set[str]:
+        return model_files(place, names) if Path(place) == folder else set()  # not other models
+
     shutil.copytree(folder, part, symlinks=True, ignore=ignore, copy_function=link)
 
 

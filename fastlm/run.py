@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +94,8 @@ def run_recipe(
         recipe, out, cache or default_cache(), command or f"fastlm run {path}", track, on_event
     )
     with _locked(out):
-        _sweep(out)
+        _refuse_foreign(out, CHAIN)
+        _sweep(out, CHAIN)
         record = _load_record(out)
         save_atomic(out / "recipe.json", lambda p: _dump(p, asdict(recipe)))
         upstream = ""
@@ -170,9 +172,23 @@ def _sizes(out: Path, outputs: Sequence[str]) -> dict[str, int] | None:
     return sizes
 
 
-def _sweep(out: Path) -> None:
-    """Removes what a killed process was writing or deleting beside final names."""
-    for stray in (p for pattern in (".*.part", ".*.old") for p in out.glob(pattern)):
+def _refuse_foreign(out: Path, chain: Sequence[Stage]) -> None:
+    """A stage begins by clearing its names: they must not be somebody's own data or model."""
+    names = [name for stage in chain for name in (*stage.outputs, *stage.scratch)]
+    there = [name for name in names if (out / name).exists()]
+    if there and not (out / STAGES).exists():
+        raise InputError(
+            f"{out}: wanted an empty folder or that of a run, got one with {there[0]!r}"
+            f" and no {STAGES}"
+        )
+
+
+def _sweep(out: Path, chain: Sequence[Stage]) -> None:
+    """Removes what a killed process was writing or deleting beside the names of a run."""
+    names = [STAGES, "recipe.json", *(n for s in chain for n in (*s.outputs, *s.scratch))]
+    # .NAME.old of _clear, .NAME.RANDOM.part and .NAME.RANDOM.old of save_atomic
+    ours = re.compile(rf"\.({'|'.join(map(re.escape, names))})(\.[0-9a-f]+)?\.(part|old)")
+    for stray in [p for p in out.iterdir() if ours.fullmatch(p.name)]:
         if stray.is_dir():
             shutil.rmtree(stray, ignore_errors=True)
         else:

@@ -199,6 +199,31 @@ def test_saving_again_keeps_other_files(tmp_path):
     assert files(tmp_path) == {"m"}
 
 
+def test_a_model_in_a_folder_inside_stays(tmp_path):
+    save_hf(tmp_path / "run" / "model", CONFIG, make_state())
+    save_hf(tmp_path / "run" / "model" / "best", CONFIG, make_state(), max_shard_bytes=40_000)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for _ in range(2):
+        save_hf(tmp_path / "run", CONFIG, make_state())
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
+@pytest.mark.parametrize("path", [".", ".."])
+def test_a_place_without_a_name_is_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="wanted a path that ends in a name"):
+        save_hf(path, CONFIG, make_state())
+    assert files(tmp_path) == set()
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "m" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "m" / "here")
+    with pytest.raises(InputError, match="not the working directory"):
+        save_hf(tmp_path / "m", CONFIG, make_state())
+    assert files(tmp_path) == {"m"} and files(tmp_path / "m") == {"here"}
+
+
 def test_a_run_folder_is_a_model(tmp_path):
     save_hf(tmp_path / "run" / "model", CONFIG, make_state())
     Tokenizer.train(["some text"], 262).save(tmp_path / "run" / "tokenizer")

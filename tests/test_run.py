@@ -213,6 +213,29 @@ def test_a_place_where_no_folder_can_be(finished, tmp_path):
     one_line(fastlm("run", recipe, "--out", tmp_path / "file" / "run"), "cannot be made a folder")
 
 
+@pytest.mark.parametrize("name", ["data", "model", "metrics.jsonl", "checkpoints"])
+def test_a_folder_with_somebody_elses_files_is_left_alone(tmp_path, name):
+    recipe = tiny_recipe.write(tmp_path)
+    mine = tmp_path / "project" / name / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(InputError, match=f"wanted an empty folder .* got one with '{name}'"):
+        run_recipe(recipe, tmp_path / "project")
+    assert mine.read_text() == "precious"
+
+
+def test_only_strays_of_runs_are_swept(finished):
+    recipe, run = finished
+    mine = [run / ".vimrc.old", run / ".part", run / ".notes.part"]
+    strays = [run / ".model.0123abcd.part", run / ".stages.json.0123abcd.part", run / ".data.old"]
+    for file in mine + strays:
+        file.write_text("x")
+    run_again(recipe, run)
+    assert all(file.exists() for file in mine) and not any(file.exists() for file in strays)
+    for file in mine:
+        file.unlink()
+
+
 def test_one_run_at_a_time(finished):
     import fcntl
 
