@@ -8,9 +8,10 @@ run is read from top to bottom in one file.
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,6 +20,8 @@ from fastlm.config import ModelConfig
 from fastlm.data.filter import TECHNICAL, WEB
 from fastlm.data.prepare import DataOptions
 from fastlm.errors import InputError
+from fastlm.quant.model import check_options
+from fastlm.tokenizer import SPECIAL_TOKENS, check_vocab_size
 from fastlm.train.loop import TrainOptions
 
 T = TypeVar("T")
@@ -38,6 +41,10 @@ class TokenizerSection:
 
     vocab_size: int = 8192
     train_bytes: int = 1 << 26
+
+    def check(self) -> None:
+        check_vocab_size(self.vocab_size, SPECIAL_TOKENS)
+        _at_least_one(self, "train_bytes")
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,9 @@ class QuantizeSection:
     method: str = "rtn"
     embeddings: int = 0
     head: int = 0
+
+    def check(self) -> None:
+        check_options(**asdict(self))
 
 
 @dataclass(frozen=True)
@@ -135,13 +145,14 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     for key in recipe.model:
         if key not in known:
             raise InputError(_unknown(f"model.{key}", key, known))
-    for name, section in (
-        ("data", recipe.data),
-        ("pretrain", recipe.pretrain),
-        ("eval", recipe.eval),
-    ):
+    if not re.fullmatch(r"\w[\w .+-]*", recipe.name):
+        raise InputError(f"name: wanted the name of a folder below runs/, got {recipe.name!r}")
+    if recipe.seed < 0:
+        raise InputError(f"seed: wanted 0 or more, got {recipe.seed}")
+    # all of it before the first stage: the last one runs when the training is over
+    for name in ("data", "tokenizer", "pretrain", "eval", "quantize"):
         try:
-            section.check()
+            getattr(recipe, name).check()
         except InputError as e:
             raise InputError(f"{name}.{e}") from None
     if recipe.eval.stride > recipe.pretrain.seq_len:
@@ -150,9 +161,14 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
             f" got {recipe.eval.stride}"
         )
     try:
-        recipe.model_config(max(recipe.tokenizer.vocab_size, 1), 0)
+        config = recipe.model_config(recipe.tokenizer.vocab_size, 0)
     except InputError as e:
         raise InputError(f"model.{e}") from None
+    bits = recipe.quantize
+    if config.tie_word_embeddings and bits.head not in (0, bits.embeddings):
+        raise InputError(
+            f"quantize.head: shares its weight with the embeddings: wanted 0, got {bits.head}"
+        )
     return recipe
 
 

@@ -29,6 +29,7 @@ from fastlm.progress import Track, silent
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # tokens at which published chat and base models end what they say
 STOPS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|end|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # of a tokenizer trained here
 PIECE = 2**20  # characters handed to the trainer at a time: bounds what it holds of one document
 MAX_JSON_BYTES = 2**28  # the largest published tokenizer.json is 33 MB
 
@@ -97,7 +98,7 @@ class Tokenizer:
         texts: Iterable[str],
         vocab_size: int,
         *,
-        special_tokens: Sequence[str] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
         track: Track = silent,
     ) -> "Tokenizer":
         """Byte-level BPE with GPT-4's split pattern; the special tokens take the first ids.
@@ -107,12 +108,7 @@ class Tokenizer:
         when the text runs out of pairs. The first special token ends documents (eos and pad); with
         ChatML's two tokens the chat template is ChatML.
         """
-        least = 256 + len(special_tokens)
-        if vocab_size < least:
-            raise InputError(
-                f"vocab_size: wanted at least {least} (256 bytes and the special tokens), "
-                f"got {vocab_size}"
-            )
+        check_vocab_size(vocab_size, special_tokens)
         if not special_tokens or len(set(special_tokens)) < len(special_tokens):
             raise InputError(f"special_tokens: wanted distinct tokens, got {special_tokens!r}")
         backend = tokenizers.Tokenizer(BPE())
@@ -304,6 +300,16 @@ class TokenStream:
         return self._utf8.decode(b"", final=True)
 
 
+def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
+    """InputError unless all bytes and the special tokens fit."""
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise InputError(
+            f"vocab_size: wanted at least {least} (256 bytes and the special tokens), "
+            f"got {vocab_size}"
+        )
+
+
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's spelling of bytes: printable Latin-1 as itself, the others from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -366,4 +372,5 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _content(token: Any) -> str | None:
     """A role token as config files spell it: text, or a mapping with ``content``."""
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None

@@ -68,6 +68,17 @@ def test_overrides(path):
         ("data.workers=0", "data.workers: wanted 1 or more, got 0"),
         ("eval.stride=64", "eval.stride: wanted at most pretrain.seq_len = 32, got 64"),
         ("lr", "set: wanted KEY=VALUE"),
+        ("name=''", "name: wanted the name of a folder below runs/, got ''"),
+        ("name='../other'", "name: wanted the name of a folder"),
+        ("name='/tmp/x'", "name: wanted the name of a folder"),
+        ("seed=-1", "seed: wanted 0 or more, got -1"),
+        ("tokenizer.vocab_size=5", "tokenizer.vocab_size: wanted at least 259"),
+        ("tokenizer.train_bytes=0", "tokenizer.train_bytes: wanted 1 or more"),
+        ("quantize.format='w4a17'", "quantize.format: wanted one of w4a16"),
+        ("quantize.method='gptq'", "quantize.method: wanted one of rtn"),
+        ("quantize.group_size=-3", "quantize.group_size: wanted -1"),
+        ("quantize.embeddings=3", "quantize.embeddings: wanted 4, 8"),
+        ("quantize.head=8", "quantize.head: shares its weight with the embeddings"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_key_what_is_wanted_and_what_came(path, override, text):

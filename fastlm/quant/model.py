@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.errors import InputError
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
-from fastlm.quant.weight import QuantizedWeight, check_group_size
+from fastlm.quant.weight import ANY_K, QuantizedWeight, check_group_size
 
 FORMATS = {"w4a16": (4, 16), "w8a16": (8, 16), "w8a8": (8, 8), "w4a8": (4, 8)}
 METHODS = ("rtn",)
@@ -53,18 +53,15 @@ def quantize(
         InputError: an unknown format or method, sizes that do not fit, tied weights with two
         wishes.
     """
-    if format not in FORMATS:
-        raise InputError(f"format: wanted one of {', '.join(FORMATS)}, got {format!r}")
-    if method not in METHODS:
-        raise InputError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
+    check_options(format, group_size, method, embeddings, head)
     if calibration is not None:
         raise InputError(f"calibration: {method} uses none, got {type(calibration).__name__}")
-    check_group_size(group_size, 1 << 62)
     bits, act_bits = FORMATS[format]
-    for name, wish in (("embeddings", embeddings), ("head", head)):
-        if wish not in (None, 0, 4, 8):
-            raise InputError(f"{name}: wanted 4, 8, None or 0 (as the format), got {wish!r}")
     head_module = find_head(model)
+    if head_module is None and head not in (0, embeddings):
+        raise InputError(
+            f"head: {type(model).__name__} has none beside its embeddings: wanted 0, got {head}"
+        )
     plan: list[tuple[str, nn.Linear | nn.Embedding, int]] = []
     wishes: dict[int, tuple[str, int | None]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -104,6 +101,20 @@ def quantize(
         new.train(module.training)
         model = _replace(model, name, new)
     return model
+
+
+def check_options(
+    format: str, group_size: int, method: str, embeddings: int | None, head: int | None
+) -> None:
+    """InputError for what `quantize` refuses whatever the model."""
+    if format not in FORMATS:
+        raise InputError(f"format: wanted one of {', '.join(FORMATS)}, got {format!r}")
+    if method not in METHODS:
+        raise InputError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
+    check_group_size(group_size, ANY_K)
+    for name, wish in (("embeddings", embeddings), ("head", head)):
+        if wish not in (None, 0, 4, 8):
+            raise InputError(f"{name}: wanted 4, 8, None or 0 (as the format), got {wish!r}")
 
 
 def find_head(model: nn.Module) -> nn.Module | None:

@@ -16,6 +16,7 @@ from fastlm.errors import InputError
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 8 columns of int4 fill a 32-bit lane: the kernels want a lane to lie in one group.
 GROUP_STEP = 8
+ANY_K = 1 << 62  # for check_group_size where there is no weight yet
 
 
 def check_group_size(group_size: int, k: int) -> int:
@@ -26,8 +27,8 @@ def check_group_size(group_size: int, k: int) -> int:
         return k
     if group_size <= 0 or (group_size < k and group_size % GROUP_STEP):
         raise InputError(
-            f"group_size: wanted -1 (one group a row), a multiple of {GROUP_STEP},"
-            f" or at least K = {k}, got {group_size}"
+            f"group_size: wanted -1 (one group a row), a multiple of {GROUP_STEP}"
+            f"{f', or at least K = {k}' if k < ANY_K else ''}, got {group_size}"
         )
     return group_size
 
