@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastlm.architectures import check_model_type, check_tensors, size
+from fastlm.architectures import check_tensors, config_of
 from fastlm.errors import InputError
 from fastlm.gguf_file import GGUFFile
 from fastlm.gguf_models import load_gguf
@@ -34,6 +34,8 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 MODEL_FILES = (CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors")
 MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
 PARTS = ("qdata", "scales", "zeros")  # of a quantized weight, under its module's name
+DTYPES = ("F32", "BF16", "F16", "F64")  # of weights, as safetensors writes them
+PACKED_DTYPES = ("U8", "I8")
 Layout = tuple[int, int, tuple[int, int]]  # bits, group_size, shape of a quantized weight
 State = Iterator[tuple[str, Tensor | QuantizedWeight]]
 
@@ -268,7 +270,7 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
     places = [model, path / "tokenizer", path.parent / "tokenizer"]
     found = next((p for p in places if p.is_file() or (p / "tokenizer.json").exists()), model)
     tokenizer = Tokenizer.load(found)
-    vocab = size(config, "vocab_size", model)
+    vocab = config_of(config, model).vocab_size
     if tokenizer.vocab_size > vocab:
         raise InputError(
             f"{found}: wanted a tokenizer of at most {vocab} ids (the model's embedding), "
@@ -342,7 +344,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     config = _read_json(folder / CONFIG)
-    check_model_type(config.get("model_type"), folder / CONFIG)
+    model = config_of(config, folder / CONFIG)
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if quantization is not None and method != "fastlm":
@@ -358,9 +360,15 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
             for tensor in file.keys():
                 if weight_map.get(tensor) == name:
                     view = file.get_slice(tensor)
+                    wanted = PACKED_DTYPES if tensor.endswith(f".{PARTS[0]}") else DTYPES
+                    if view.get_dtype() not in wanted:
+                        raise InputError(
+                            f"{folder / name}: {tensor}: wanted one of {', '.join(wanted)},"
+                            f" got {view.get_dtype()}"
+                        )
                     shapes |= _logical(tensor, tuple(view.get_shape()), layouts)
-    check_tensors(shapes, config, folder)
-    drop = "lm_head.weight" if config.get("tie_word_embeddings") else None
+    check_tensors(shapes, model, folder)
+    drop = "lm_head.weight" if model.tie_word_embeddings else None
 
     def tensors() -> State:
         for name in sorted(set(weight_map.values())):

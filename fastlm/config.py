@@ -22,6 +22,7 @@ ACTIVATIONS = {  # hidden_act -> fastlm.ops.glu's act
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+MAX_LAYERS = 4096  # the deepest published decoders have under 200
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -226,9 +227,9 @@ class ModelConfig:
         for f in fields(self):
             if getattr(self, f.name) is FAMILY and f.name not in _DERIVED:
                 setattr(self, f.name, defaults.get(f.name))
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
             _check_size(name, getattr(self, name))
-        _check_size("num_attention_heads", self.num_attention_heads)
+        _check_layer_count(self.num_hidden_layers)
         _check_size("max_position_embeddings", self.max_position_embeddings)
         if self.num_key_value_heads is FAMILY or self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -277,7 +278,7 @@ class ModelConfig:
                 f"num_key_value_heads: wanted a divisor of num_attention_heads"
                 f" {self.num_attention_heads}, got {self.num_key_value_heads}"
             )
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise InputError(
                 f"hidden_act: wanted one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}"
             )
@@ -335,9 +336,11 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """From the content of a config.json, as any transformers version writes it."""
+        if not isinstance(config, Mapping):
+            raise InputError(f"config: wanted a mapping, got {type(config).__name__}")
         given = dict(config)
         model_type = given.get("model_type", "llama")
-        if model_type not in FAMILIES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise InputError(f"model_type: wanted one of {', '.join(FAMILIES)}, got {model_type!r}")
         for name, allowed in _ONLY.items():
             if given.get(name, allowed[0]) not in allowed:
@@ -348,12 +351,12 @@ class ModelConfig:
         pattern = given.get("sliding_window_pattern", given.get("_sliding_window_pattern"))
         if model_type == "gemma3_text" and pattern and not given.get("layer_types"):
             _check_size("sliding_window_pattern", pattern)
-            layers = range(given.get("num_hidden_layers") or 0)
+            layers = range(_check_layer_count(given.get("num_hidden_layers")))
             given["layer_types"] = [LAYER_TYPES[(i + 1) % pattern != 0] for i in layers]
         interval = given.get("no_rope_layer_interval")
         if model_type == "smollm3" and interval and not given.get("no_rope_layers"):
             _check_size("no_rope_layer_interval", interval)
-            layers = range(given.get("num_hidden_layers") or 0)
+            layers = range(_check_layer_count(given.get("num_hidden_layers")))
             given["no_rope_layers"] = [int((i + 1) % interval != 0) for i in layers]
         given["rope_parameters"] = _rope_parameters(model_type, given)
         names = {f.name for f in fields(cls)} - {"extra"}
@@ -464,6 +467,15 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_size(name: str, value: Any) -> None:
-    if not _is_int(value) or not 0 < value < 2**31:  # beyond it is a mistake, not a model
-        raise InputError(f"{name}: wanted a positive integer, got {value!r}")
+def _check_size(name: str, value: Any, most: int = 2**31 - 1) -> None:
+    # beyond the limit it is a mistake, not a model
+    if not _is_int(value) or value < 1:
+        raise InputError(f"{name}: wanted a positive integer, got {value!r:.60}")
+    if value > most:
+        raise InputError(f"{name}: wanted at most {most}, got {value}")
+
+
+def _check_layer_count(value: Any) -> int:
+    """Checked before lists of that length are made."""
+    _check_size("num_hidden_layers", value, MAX_LAYERS)
+    return value

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.architectures import KNOWN, check_tensors
+from fastlm import architectures
+from fastlm.config import FAMILIES, MAX_LAYERS
 from fastlm.errors import InputError
 from fastlm.gguf_file import GGUFFile
 from fastlm.quant.weight import QuantizedWeight
@@ -105,6 +106,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         raise InputError(f"{file.path}: general.architecture: wanted olmo2, got olmo3 (windowed)")
     hidden, heads = number("embedding_length"), number("attention.head_count")
     layers = number("block_count")
+    if not 0 < layers <= MAX_LAYERS:  # before lists of that length are made
+        raise InputError(
+            f"{file.path}: {architecture}.block_count: wanted 1 to {MAX_LAYERS}, got {layers}"
+        )
     rotary = get("rope.dimension_count")
     head_dim = get("attention.key_length")
     if head_dim is None:
@@ -113,7 +118,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     if type(head_dim) is not int or head_dim < 2 or head_dim % 2:
         raise InputError(f"{file.path}: head size: wanted a positive even integer, got {head_dim}")
     config: dict[str, Any] = {
-        "architectures": [KNOWN[model_type]],
+        "architectures": [FAMILIES[model_type].architecture],
         "model_type": model_type,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
@@ -242,7 +247,7 @@ def load_gguf(file: GGUFFile) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]
             raise InputError(f"{file.path}: {name}: wanted one tensor for {target}, got two")
         names[name] = target
     shapes = {target: file.tensors[name].shape for name, target in names.items()}
-    check_tensors(shapes, config, file.path)
+    architectures.check_tensors(shapes, architectures.config_of(config, file.path), file.path)
 
     def tensors() -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         for name, target in names.items():

@@ -119,7 +119,7 @@ class CausalLM(nn.Module):
                 (t.dtype for t in state.values() if isinstance(t, Tensor) and t.dim() == 2),
                 torch.float32,
             )
-        modules = config.extra.get("quantization_config", {}).get("modules", {})
+        modules = (config.extra.get("quantization_config") or {}).get("modules") or {}
         quantized = {}
         for name in list(state):
             value = state.pop(name)  # one at a time: never the whole model in two dtypes

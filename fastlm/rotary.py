@@ -49,7 +49,7 @@ def check_rope(rope: Any, head_dim: int, where: str) -> None:
     if not isinstance(rope, Mapping):
         raise InputError(f"{where}: wanted a dict, got {rope!r}")
     kind = rope.get("rope_type")
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise InputError(f"{where}: rope_type: wanted one of {', '.join(ROPE_TYPES)}, got {kind!r}")
     for name in ("rope_theta", *ROPE_TYPES[kind]):
         if rope.get(name) is None:

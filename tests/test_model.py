@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import ULP
 
+from fastlm.architectures import expected_shapes
 from fastlm.config import FAMILIES, ModelConfig
 from fastlm.errors import InputError
 from fastlm.model import CausalLM
@@ -282,6 +283,9 @@ def small(**changes):
         ({"num_key_value_heads": 4}, "num_key_value_heads: wanted a divisor"),
         ({"hidden_size": -60}, "hidden_size: wanted a positive integer, got -60"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: wanted a positive integer"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers: wanted at most 4096"),
+        ({"hidden_act": ["silu"]}, "hidden_act: wanted one of silu"),
+        ({"rope_parameters": {"rope_type": [1], "rope_theta": 1e4}}, "rope_type: wanted one of"),
         ({"vocab_size": 97.5}, "vocab_size: wanted a positive integer"),
         ({"intermediate_size": 2**40}, "intermediate_size"),
         ({"head_dim": 23}, "even number of turned features"),
@@ -318,6 +322,11 @@ def test_impossible_config_files():
     good = hf_config("llama").to_dict()
     for changes, message in (
         ({"model_type": "bert"}, "model_type"),
+        ({"model_type": ["llama"]}, "model_type: wanted one of"),
+        (
+            {"model_type": "smollm3", "no_rope_layer_interval": 2, "num_hidden_layers": "x"},
+            "num_hidden_layers: wanted a positive integer, got 'x'",
+        ),
         ({"vocab_size": None}, "vocab_size: wanted in the config, got none"),
         ({"rope_parameters": [1]}, "rope_parameters: wanted a dict"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
@@ -325,6 +334,22 @@ def test_impossible_config_files():
     ):
         with pytest.raises(InputError, match=message):
             ModelConfig.from_dict({**good, **changes})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tensors_a_checkpoint_must_hold_are_the_models(case):
+    """Also where config.json leaves out what transformers assumes (Qwen3's head_dim, Gemma's tied
+    embeddings).
+    """
+    full = hf_config(case).to_dict()
+    sizes = (*("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),)
+    bare = {"model_type": full["model_type"], "num_attention_heads": 2, "num_key_value_heads": 1}
+    for given in (full, bare | {name: full[name] for name in sizes}):
+        config = ModelConfig.from_dict(given)
+        with torch.device("meta"):
+            model = CausalLM(config)
+        have = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        assert expected_shapes(config) == have
 
 
 def test_impossible_calls():
