@@ -6,14 +6,12 @@ bad file costs an error line and no memory. Pickles (``pytorch_model.bin``) are 
 one runs its author's code. Every write goes beside its final name, is synced, and is renamed.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from fastlm.architectures import check_tensors, config_of
 from fastlm.errors import InputError
+from fastlm.files import make_folder, reason, save_atomic
 from fastlm.gguf_file import GGUFFile
 from fastlm.gguf_models import load_gguf
 from fastlm.quant.weight import QuantizedWeight
@@ -41,83 +40,6 @@ State = Iterator[tuple[str, Tensor | QuantizedWeight]]
 
 
 # writing
-
-
-def save_atomic(path: str | Path, writer: Callable[[Path], Any]) -> None:
-    """``writer(part)`` makes a file or a folder at ``part``, beside ``path``; then it is synced and
-    takes ``path``'s name. If anything fails nothing new is left and ``path`` is as it was.
-
-    A folder takes two renames, old away and new in: a crash between them leaves the old one
-    complete beside, as ``.NAME.*.old``. A full disk, a read-only place and the like are an
-    InputError.
-    """
-    path = Path(path)
-    if path.name in ("", ".."):
-        raise InputError(f"{path}: wanted a path that ends in a name")
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        writer(part)
-        for item in [*part.rglob("*"), part] if part.is_dir() else [part]:
-            _sync(item)
-        if part.is_dir():
-            _swap(part, path)
-        else:
-            os.replace(part, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written: {_reason(error)}") from error
-    finally:
-        _remove(part)
-
-
-def make_folder(path: str | Path) -> Path:
-    """``path`` as an existing folder."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made a folder: {_reason(error)}") from error
-    return path
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()) or type(error).__name__
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _swap(part: Path, path: Path) -> None:
-    if not path.exists():
-        os.rename(part, path)
-        return
-    if not path.is_dir():
-        raise NotADirectoryError(20, "a file of that name exists", str(path))
-    here = Path.cwd()
-    if path.resolve() in (here, *here.parents):  # whoever is inside would stay in the old folder
-        raise InputError(f"{path}: wanted a folder that is not the working directory")
-    old = part.with_suffix(".old")
-    os.rename(path, old)
-    try:
-        os.rename(part, path)
-    except OSError:
-        os.rename(old, path)
-        raise
-    _remove(old)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -295,13 +217,14 @@ def _locate(path: Path) -> Path:
     raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, got {came}")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``. InputError: unreadable, too large, something else."""
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{file}: wanted at most {MAX_JSON_BYTES} bytes of JSON")
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 alike
-        raise InputError(f"{file}: wanted readable JSON, got: {_reason(error)}") from error
+        raise InputError(f"{file}: wanted readable JSON, got: {reason(error)}") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: wanted a JSON object, got {type(value).__name__}")
     return value
@@ -313,7 +236,7 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: not a whole safetensors file: {_reason(error)}") from error
+        raise InputError(f"{file}: not a whole safetensors file: {reason(error)}") from error
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -324,7 +247,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         with _open(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), SINGLE)
     index = folder / INDEX
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map: wanted tensor names to file names, got none")
     for name in weight_map.values():
@@ -343,7 +266,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     model = config_of(config, folder / CONFIG)
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -418,7 +341,7 @@ def _get(file: Any, path: Path, name: str) -> Tensor:
     try:
         return file.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: {name}: cannot be read: {_reason(error)}") from error
+        raise InputError(f"{path}: {name}: cannot be read: {reason(error)}") from error
 
 
 def _quantized(
@@ -463,7 +386,7 @@ def save_tensors(
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """``(tensors, metadata)`` of a ``save_tensors`` folder; InputError if a byte has changed."""
     path = Path(path)
-    manifest = _read_json(path / "manifest.json")
+    manifest = read_json(path / "manifest.json")
     data = path / "tensors.safetensors"
     try:
         came = _sha256(data)
@@ -472,7 +395,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise InputError(f"{data}: corrupt: wanted sha256 {wanted:.12}..., got {came:.12}...")
         return load_file(data), manifest.get("metadata") or {}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{data}: cannot be read: {_reason(error)}") from error
+        raise InputError(f"{data}: cannot be read: {reason(error)}") from error
 
 
 def _sha256(path: Path) -> str:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from fastlm.checkpoint import save_atomic
 from fastlm.data.prepare import Funnel
+from fastlm.files import save_atomic
 
 if TYPE_CHECKING:
     from fastlm.recipe import Recipe

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastlm.checkpoint import make_folder, save_atomic
 from fastlm.errors import InputError
+from fastlm.files import make_folder, save_atomic
 from fastlm.progress import silent
 from fastlm.recipe import Recipe, load_recipe
 

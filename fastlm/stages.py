@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from fastlm.checkpoint import save_atomic
 from fastlm.data.prepare import HELDOUT, TRAIN, DataOptions, Funnel, prepare, read_documents
 from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
 from fastlm.errors import InputError
 from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate
+from fastlm.files import save_atomic
 from fastlm.model import CausalLM
 from fastlm.quant import quantize
 from fastlm.run import SUMMARY, Context, Stage, machine, source_states

@@ -24,6 +24,7 @@ from tokenizers.models import BPE
 
 from fastlm import chat_template, gguf_vocab
 from fastlm.errors import InputError
+from fastlm.files import make_folder, save_atomic
 from fastlm.progress import Track, silent
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -168,8 +169,6 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into ``folder``,
         each whole or not at all; ``transformers.AutoTokenizer`` reads them."""
-        from fastlm.checkpoint import make_folder, save_atomic
-
         folder = make_folder(folder)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",

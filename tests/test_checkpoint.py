@@ -19,11 +19,11 @@ from fastlm.checkpoint import (
     load_state,
     load_tensors,
     load_tokenizer,
-    save_atomic,
     save_hf,
     save_tensors,
 )
 from fastlm.errors import InputError
+from fastlm.files import save_atomic
 from fastlm.model import CausalLM
 from fastlm.quant.weight import QuantizedWeight
 from fastlm.tokenizer import Tokenizer
@@ -507,7 +507,7 @@ def test_a_file_in_the_way(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from fastlm.checkpoint import save_atomic
+from fastlm.files import save_atomic
 def write(part):
     part.mkdir()
     (part / "config.json").write_text("{")

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from disk import full_disk
 
 from fastlm.data import packages
-from fastlm.data.files import replacing
 from fastlm.data.sources import MAX_DOCUMENT_BYTES, PIECE_BYTES, list_files, read_file, read_source
 from fastlm.errors import InputError
+from fastlm.files import replacing
 
 PAGE = "<html><head><title>t</title></head><body><p>Grüße from {}</p></body></html>"
 
@@ -307,16 +308,21 @@ def test_model_is_checked_before_it_gets_its_name(cache, monkeypatch):
         packages.fetch_model("model:gpt9", cache)
 
 
-def test_replacing_leaves_nothing_half_written(tmp_path):
+def test_replacing_leaves_nothing_half_written(tmp_path, monkeypatch):
     path = tmp_path / "f.bin"
     path.write_bytes(b"old")
-    (tmp_path / ".f.bin.partial").symlink_to("/dev/full")  # the kernel's own "disk full"
-    with pytest.raises(InputError, match=r"f\.bin: cannot be written: the disk is full"):
+    full_disk(monkeypatch, path)
+    with pytest.raises(InputError, match=r"f\.bin: cannot be written: No space left on device"):
         with replacing(path) as f:
             f.write(b"new")
     with pytest.raises(KeyError), replacing(path) as f:
         f.write(b"new")
         raise KeyError
+    with replacing(path) as one, replacing(path) as other:  # two at once: each whole, the last wins
+        one.write(b"one, the longer")
+        other.write(b"other")
+    assert path.read_bytes() == b"one, the longer"
+    path.write_bytes(b"old")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

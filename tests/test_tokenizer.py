@@ -415,6 +415,15 @@ def test_damaged_tokenizer_json(tmp_path, trained):
     assert refusals > 50
 
 
+@pytest.mark.parametrize("token", [1, 2.5, [], ["<|endoftext|>"], True, {"content": 3}])
+def test_a_role_that_is_no_text_is_no_role(tmp_path, trained, token):
+    trained.save(tmp_path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = tmp_path / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": token}))
+    assert Tokenizer.load(tmp_path).eos_id is None
+
+
 def test_missing_and_foreign(tmp_path, trained):
     with pytest.raises(InputError, match="readable text file"):
         Tokenizer.load(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""Opening what may be compressed and writing what must never be half there.
+"""Opening what may be compressed.
 
 Compression is told by magic bytes rather than by the name, so a mislabelled file is read as what it
 is. Both kinds are decompressed as a stream of bounded pieces, and a truncated file raises instead
@@ -7,15 +7,14 @@ frames first. (Its ``decompressobj`` would tell, but answers 256 KiB of input wi
 are a bomb.)
 """
 
-import errno
 import gzip
 import io
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import zstandard
 
@@ -88,34 +87,3 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
             raise InputError(f"{path}: wanted intact compressed data: {e}") from None
         except OSError as e:
             raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
-
-
-def write_error(path: Path, e: OSError) -> InputError:
-    """The one line for a write that the system refused."""
-    if e.errno == errno.ENOSPC:
-        return InputError(f"{path}: cannot be written: the disk is full")
-    return InputError(f"{path}: cannot be written: {e.strerror or e}")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Write ``path`` under a name beside it; flushed to disk and renamed only when the block ends
-    well.
-
-    InputError: read-only folder, full disk. The partial file is removed on any failure, and
-    overwritten after a kill.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except BaseException as e:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            raise write_error(path, e) from None
-        raise

