@@ -202,6 +202,19 @@ def test_checkpoints_of_another_run_are_refused(data, tmp_path):
         start(data, tmp_path, replace(OPTIONS, lr=1e-3))
 
 
+def test_one_training_at_a_time_in_a_folder(data, tmp_path):
+    import fcntl
+
+    start(data, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with open(tmp_path / "metrics.jsonl", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another training is at work in this folder"):
+            start(data, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    start(data, tmp_path)
+
+
 def test_a_corrupt_checkpoint_is_refused(data, tmp_path):
     start(data, tmp_path)
     file = list_checkpoints(tmp_path)[-1] / "tensors.safetensors"

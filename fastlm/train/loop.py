@@ -10,6 +10,7 @@ The loss is read back every step: a loss that is not finite has to stop the run 
 the next checkpoint.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -246,6 +247,13 @@ class _Loop:
             self.metrics = open(run_dir / METRICS, "a+b")  # closed by train()
         except OSError as e:
             raise InputError(f"{run_dir}: cannot be written: {e.strerror}") from None
+        try:
+            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        except BlockingIOError:
+            self.metrics.close()
+            raise InputError(f"{run_dir}: another training is at work in this folder") from None
+        except OSError:
+            pass  # a file system without locks
 
     # the budget
 
