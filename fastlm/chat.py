@@ -4,7 +4,7 @@ a thin shell around it.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,15 +13,23 @@ from fastlm.data.packages import default_cache, fetch_model
 from fastlm.errors import InputError
 from fastlm.model import CausalLM
 
+if TYPE_CHECKING:
+    from fastlm.tokenizer import Tokenizer
+
+
+def load_model(path: str | Path) -> tuple[CausalLM, "Tokenizer"]:
+    """The model and its tokenizer at ``path``, or from a package: ``model:smollm2``."""
+    if str(path).startswith("model:"):
+        path = fetch_model(str(path), default_cache())
+    model = CausalLM.from_pretrained(path)
+    return model, load_tokenizer(path, model.config.to_dict())
+
 
 class Writer:
     """A model and its tokenizer from ``path``, or from a package: ``model:smollm2``."""
 
     def __init__(self, path: str | Path):
-        if str(path).startswith("model:"):
-            path = fetch_model(str(path), default_cache())
-        self.model = CausalLM.from_pretrained(path)
-        self.tokenizer = load_tokenizer(path, self.model.config.to_dict())
+        self.model, self.tokenizer = load_model(path)
 
     def prompt_ids(self, prompt: str, *, raw: bool = False) -> list[int]:
         """Through the chat template as a user's message, or as it stands: ``raw``, or no

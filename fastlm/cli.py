@@ -5,6 +5,8 @@ line on stderr and exit status 2, a diverged run 3, Ctrl-C 130. Results go to st
 notes to stderr.
 """
 
+import errno
+import io
 import json
 import shlex
 import sys
@@ -27,6 +29,10 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as e:
+            _fail(e, 2)
+        except OSError as e:
+            if e.errno == errno.EPIPE:  # the reader has gone: click ends quietly
+                raise
             _fail(e, 2)
         except KeyboardInterrupt as e:
             _fail(e, INTERRUPTED)
@@ -56,7 +62,8 @@ tokenizer_app = typer.Typer(help="Train a tokenizer, look at what it does.", no_
 app.add_typer(tokenizer_app, name="tokenizer")
 
 Model = Annotated[
-    Path, typer.Option("--model", "-m", help="Hugging Face folder, .gguf file or fastlm run")
+    Path,
+    typer.Option("--model", "-m", help="Hugging Face folder, .gguf, fastlm run or model:smollm2"),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")]
@@ -67,6 +74,8 @@ Seed = Annotated[int | None, typer.Option(help="The same seed writes the same te
 
 def main() -> None:
     """The console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding shows "?"
+        sys.stdout.reconfigure(errors="replace")
     app(prog_name="fastlm")
 
 
@@ -185,17 +194,15 @@ def pretrain(
     """Train a model on token shards; the same command again goes on from the last checkpoint."""
     import torch
 
-    from fastlm.config import ModelConfig
+    from fastlm.architectures import config_of
+    from fastlm.checkpoint import read_json
     from fastlm.data.shards import BatchSampler, TokenDataset
     from fastlm.model import CausalLM
     from fastlm.tokenizer import Tokenizer
     from fastlm.train.loop import TrainOptions
     from fastlm.train.pretrain import pretrain as train_model
 
-    try:
-        model_config = ModelConfig.from_dict(json.loads(config.read_text("utf-8")))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"config {config}: wanted a readable JSON file: {e}") from None
+    model_config = config_of(read_json(config), config)
     options = TrainOptions(
         max_steps=max_steps, max_seconds=max_seconds, accumulate=accumulate, dtype=dtype, lr=lr,
         schedule=schedule, warmup=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
@@ -226,21 +233,22 @@ def quantize(
     format: Annotated[str, typer.Option(help="w4a16, w8a16, w8a8 or w4a8")] = "w4a16",
     group_size: Annotated[int, typer.Option(help="Weights that share a scale")] = 128,
     method: Annotated[str, typer.Option(help="rtn: round to nearest")] = "rtn",
-    embeddings: Annotated[int, typer.Option(help="Bits; 0: those of the format")] = 0,
-    head: Annotated[int, typer.Option(help="Bits; 0: those of the format")] = 0,
+    embeddings: Annotated[int, typer.Option(help="Bits; 16: left alone; 0: as the format")] = 0,
+    head: Annotated[int, typer.Option(help="Bits; 16: left alone; 0: as the format")] = 0,
     data: Annotated[
         Path | None, typer.Option(help="Held-out text: prints the change in bits per byte")
     ] = None,
 ) -> None:
     """Store the weights in 4 or 8 bits."""
-    from fastlm.checkpoint import load_tokenizer
+    from fastlm.chat import load_model
     from fastlm.evals.commands import text_bits_per_byte
     from fastlm.model import CausalLM
     from fastlm.quant import quantize as quantize_model
     from fastlm.stages import weight_bytes
 
-    network = CausalLM.from_pretrained(model)
-    tokenizer = load_tokenizer(model, network.config.to_dict())
+    if out.exists() and any(p.exists() and out.samefile(p) for p in (model, model / "model")):
+        raise InputError(f"out: wanted another folder than the model's, got {out}")
+    network, tokenizer = load_model(model)
     before = text_bits_per_byte(network, tokenizer, data, track=bars) if data else None
     network = quantize_model(
         network,
@@ -280,12 +288,10 @@ def eval_command(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
 ) -> None:
     """Bits per byte of a text, beside xz -9e and zstd -19 of the same text."""
-    from fastlm.checkpoint import load_tokenizer
+    from fastlm.chat import load_model
     from fastlm.evals.commands import text_bits_per_byte
-    from fastlm.model import CausalLM
 
-    network = CausalLM.from_pretrained(model)
-    tokenizer = load_tokenizer(model, network.config.to_dict())
+    network, tokenizer = load_model(model)
     result = text_bits_per_byte(
         network, tokenizer, data, seq_len=seq_len, stride=stride, batch_size=batch_size, track=bars
     )

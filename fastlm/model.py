@@ -8,6 +8,7 @@ Shapes: B batch, S tokens of this call, T keys (cache included), E hidden_size, 
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm.architectures import expected_shapes
 from fastlm.checkpoint import load_state, save_hf
 from fastlm.config import ModelConfig
 from fastlm.errors import InputError
@@ -53,6 +55,8 @@ class CausalLM(nn.Module):
     ):
         super().__init__()
         self.config = config
+        if torch.empty(0).device.type == "cpu":
+            _check_memory(config)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -352,6 +356,19 @@ class CausalLM(nn.Module):
             stop_ids=stop_ids,
             attention_mask=attention_mask,
             on_token=on_token,
+        )
+
+
+def _check_memory(config: ModelConfig) -> None:
+    """InputError for a model that this machine cannot hold: Linux would rather kill the process
+    half-way than refuse the memory.
+    """
+    parameters = sum(map(math.prod, expected_shapes(config).values()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * parameters > memory:  # float32
+        raise InputError(
+            f"config: wanted a model that fits into {memory:,} bytes of memory,"
+            f" got {parameters:,} parameters"
         )
 
 

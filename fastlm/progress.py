@@ -53,6 +53,10 @@ def bars(
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=total)
-        for item in iterable:
-            yield item
-            progress.advance(task)
+        try:
+            for item in iterable:
+                yield item
+                progress.advance(task)
+        except BaseException:  # a refusal is one line, not one below a bar that stopped
+            progress.update(task, visible=False)
+            raise

@@ -74,7 +74,9 @@ class EvalSection:
 
 @dataclass(frozen=True)
 class QuantizeSection:
-    """As ``fastlm.quantize``; ``embeddings`` and ``head``: bits, 0 for those of ``format``."""
+    """As ``fastlm.quantize``; ``embeddings`` and ``head``: bits, 16 to leave them, 0 for those
+    of ``format``.
+    """
 
     format: str = "w4a16"
     group_size: int = 128

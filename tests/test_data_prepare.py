@@ -5,12 +5,17 @@ import json
 import os
 import random
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 import tempfile
+import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
+from disk import full_disk
 from typer.testing import CliRunner
 
 from fastlm.data.commands import app
@@ -191,8 +196,8 @@ def test_full_disk(corpus, tmp_path, name, monkeypatch):
         full = lambda dir: open("/dev/full", "w+b", buffering=0)  # noqa: E731
         monkeypatch.setattr(tempfile, "TemporaryFile", full)
     else:
-        (out / f".{name}.partial").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"out.*: cannot be written: the disk is full"):
+        full_disk(monkeypatch, out / name)
+    with pytest.raises(InputError, match=r"out.*: cannot be written: No space left on device"):
         run(corpus, out)
     assert not (out / "funnel.json").exists()
     assert not list(out.glob(".*"))
@@ -267,3 +272,26 @@ def test_command_line(corpus, tmp_path):
         app, ["prepare", str(corpus), "-o", str(out), "--rules", "word_count,nope"]
     )
     assert isinstance(rules.exception, InputError)
+
+
+def test_ctrl_c_ends_the_workers_too(tmp_path):
+    """The terminal interrupts every process of the command: one line, no result, status 130."""
+    for i in range(300):
+        (tmp_path / f"{i}.txt").write_text("\n\n".join(prose(i * 40 + k) for k in range(40)))
+    fastlm = [sys.executable, "-P", "-m", "fastlm", "data", "prepare"]
+    done = subprocess.Popen(
+        [*fastlm, tmp_path, "-o", tmp_path / "out", "--workers", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while True:  # until both workers are up
+        children = Path(f"/proc/{done.pid}/task/{done.pid}/children").read_text().split()
+        if len(children) >= 3:  # and multiprocessing's resource tracker
+            break
+        assert done.poll() is None, done.stderr and done.stderr.read()
+        time.sleep(0.05)
+    time.sleep(1.5)  # a worker that is still starting prints a traceback of Python's own
+    os.killpg(done.pid, signal.SIGINT)
+    _, said = done.communicate(timeout=60)
+    assert done.returncode == 130 and "Traceback" not in said, said
+    assert said.strip().endswith("fastlm: interrupted")
+    assert not (tmp_path / "out" / "train.jsonl.zst").exists()

@@ -77,7 +77,7 @@ def test_overrides(path):
         ("quantize.format='w4a17'", "quantize.format: wanted one of w4a16"),
         ("quantize.method='gptq'", "quantize.method: wanted one of rtn"),
         ("quantize.group_size=-3", "quantize.group_size: wanted -1"),
-        ("quantize.embeddings=3", "quantize.embeddings: wanted 4, 8"),
+        ("quantize.embeddings=3", "quantize.embeddings: wanted 4, 8, 16"),
         ("quantize.head=8", "quantize.head: shares its weight with the embeddings"),
     ],
 )  # fmt: skip

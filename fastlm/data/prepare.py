@@ -14,6 +14,7 @@ are made in order in one place.
 
 import io
 import json
+import signal
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,11 +28,12 @@ import zstandard
 
 from fastlm.data.dedup import MIN_PARAGRAPH, DocumentDedup, ParagraphDedup, content_key
 from fastlm.data.extract import extract
-from fastlm.data.files import open_stream, replacing, write_error
+from fastlm.data.files import open_stream
 from fastlm.data.filter import TECHNICAL, check_rules, first_failed
 from fastlm.data.scrub import scrub
 from fastlm.data.sources import Document, SourceFile, list_files, read_file
 from fastlm.errors import InputError
+from fastlm.files import replacing, write_error
 from fastlm.progress import silent
 
 TRAIN, HELDOUT, FUNNEL = "train.jsonl.zst", "heldout.jsonl.zst", "funnel.json"
@@ -88,8 +90,17 @@ class Funnel:
         """``path``: funnel.json or the folder that holds it."""
         path = path / FUNNEL if path.is_dir() else path
         try:
-            return cls(**json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as e:
+            funnel = cls(**json.loads(path.read_text("utf-8")))
+            for entry in (*funnel.steps, *funnel.sources.values()):
+                if not all(isinstance(entry[key], int) for key in ("documents", "bytes")):
+                    raise ValueError("documents and bytes are no whole numbers")
+            for step in funnel.steps:
+                if not (isinstance(step["step"], str) and isinstance(step["removed"], dict)):
+                    raise ValueError("a step without a name or reasons")
+            if not all(isinstance(s["files"], int) for s in funnel.sources.values()):
+                raise ValueError("files are no whole number")
+            return funnel
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as e:
             raise InputError(f"{path}: wanted the funnel of a prepared data folder: {e}") from None
 
 
@@ -126,6 +137,11 @@ def clean(document: Document, options: DataOptions) -> _Cleaned:
     return result
 
 
+def _leave_ctrl_c_to_parent() -> None:
+    """A terminal sends it to all processes; a worker would answer with a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _clean_batch(batch: list[Document], options: DataOptions) -> list[_Cleaned]:
     return [clean(document, options) for document in batch]
 
@@ -139,7 +155,9 @@ def _clean_all(
             yield document, clean(document, options)
         return
     # spawn: a fork of a process that runs OpenMP threads (torch) may hang
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        options.workers, mp_context=get_context("spawn"), initializer=_leave_ctrl_c_to_parent
+    ) as pool:
         running: deque = deque()
 
         def finished() -> Iterator[tuple[Document, _Cleaned]]:
@@ -355,7 +373,7 @@ def read_documents(path: Path) -> Iterator[Document]:
                 document = Document(**json.loads(line))
                 if not isinstance(document.text, str):
                     raise TypeError("text is no string")
-            except (ValueError, TypeError) as e:
+            except (ValueError, TypeError, RecursionError) as e:
                 raise InputError(
                     f"{path}, line {number}: wanted a prepared document: {e}"
                 ) from None

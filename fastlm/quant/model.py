@@ -41,7 +41,8 @@ def quantize(
         format: w4a16, w8a16, w8a8 or w4a8: bits of the weights and of the activations of the
         linear layers. group_size: columns per scale, see `fastlm.ops.quantize_weight`. method:
         "rtn", round to nearest. calibration: for methods that look at activations; refused by rtn.
-        embeddings: bits of the embeddings: 4, 8, None (left as they are), or 0: those of `format`.
+        embeddings: bits of the embeddings: 4, 8, 16 or None (left as they are), or 0: those of
+        `format`.
         head: bits of the head, the linear layer that `model.get_output_embeddings()` or an
         attribute `lm_head`
             names, likewise. A head tied to an embedding shares its quantized weight, so the two
@@ -72,7 +73,7 @@ def quantize(
         wish = (
             embeddings if isinstance(module, nn.Embedding) else head if module is head_module else 0
         )
-        wish = bits if wish == 0 else wish
+        wish = {0: bits, 16: None}.get(wish, wish) if wish is not None else None
         other, before = wishes.setdefault(id(module.weight), (name, wish))
         if before != wish:
             raise InputError(
@@ -113,8 +114,8 @@ def check_options(
         raise InputError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
     check_group_size(group_size, ANY_K)
     for name, wish in (("embeddings", embeddings), ("head", head)):
-        if wish not in (None, 0, 4, 8):
-            raise InputError(f"{name}: wanted 4, 8, None or 0 (as the format), got {wish!r}")
+        if wish not in (None, 0, 4, 8, 16):
+            raise InputError(f"{name}: wanted 4, 8, 16 or 0 (as the format), got {wish!r}")
 
 
 def find_head(model: nn.Module) -> nn.Module | None:

@@ -1,0 +1,287 @@
+"""What a user may do wrong, from the command line: one line that names it, exit status 2, and
+nothing half-written. The modules' own tests have the details; a row here is a promise of the
+README's kind, for everything that a command can be given.
+
+Not here, because no command takes tensors: mismatched dtypes and devices and targets outside the
+vocabulary (tests of the ops). A disk that is full and a read-only run folder: test_run.py.
+"""
+
+import gzip
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import tiny_recipe
+import zstandard
+from model_files import write_gguf
+from typer.testing import CliRunner
+
+from fastlm.cli import app
+from fastlm.run import run_recipe
+
+PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>A page.</p>"
+WARC = (
+    b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:1>\r\n"
+    b"Content-Type: application/http; msgtype=response\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
+) % (len(PAGE), PAGE)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    recipe = tiny_recipe.write(folder)
+    run_recipe(recipe, folder / "run")
+    return folder
+
+
+def refused(*arguments, text: str) -> None:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], input="")
+    assert result.exit_code == 2, (result.output, result.exception)
+    (line,) = [s for s in result.stderr.splitlines() if "fastlm: " in s]
+    assert line.startswith("fastlm: ") and text in line
+
+
+SOURCES = {  # file name -> its bytes (None: no such file) and the refusal
+    "nowhere": (None, "not found"),
+    "empty.txt": (b"", "the file is empty"),
+    "program.txt": (b"\x7fELF\2\1\1" + bytes(500), "it holds binary data"),
+    "cut.txt.gz": (gzip.compress(b"text " * 1000)[:-9], "it is cut short"),
+    "cut.txt.zst": (zstandard.compress(b"text " * 1000)[:-3], "it is cut short"),
+    "cut.warc": (WARC + WARC[:-20], "its last record is cut short"),
+    "cut.warc.gz": (gzip.compress(WARC)[:-6], "it is cut short"),
+    "no.warc": (b"<html>", "wanted a WARC archive"),
+    "latin1.txt": ("Stra\xdfe\n".encode("latin-1") * 9, "line 1: wanted UTF-8, got byte 0xdf"),
+    "long.txt.zst": (zstandard.compress(b"x" * 200_000_000), "wanted lines of at most 16,777,216"),
+    "long.jsonl.zst": (zstandard.compress(b"x" * 200_000_000), "this one is longer"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: wanted one JSON object"),
+    "other.jsonl": (b'{"body": "a"}\n', "wanted an object with a text in 'text'"),
+    "book.pdf": (b"%PDF", "wanted a file ending in .txt"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources(name, tmp_path):
+    data, text = SOURCES[name]
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    refused("data", "prepare", tmp_path / name, "-o", tmp_path / "out", text=text)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_source_names(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for source, text in (
+        (tmp_path / "folder", "found none"),
+        ("pypi:a/../b", "wanted pypi:NAME"),
+        ("deb:BAD NAME", "wanted deb:NAME"),
+        ("", "got an empty text"),
+    ):
+        refused("data", "prepare", source, "-o", tmp_path / "out", text=text)
+    refused("data", "get", "model:gpt9", text="wanted one of model:smollm2")
+    refused("data", "get", "gpt9", text="wanted model:NAME or pypi:NAME")
+    refused("data", "show", tmp_path, text="wanted the funnel")
+
+
+def test_a_corrupt_shard(finished, tmp_path):
+    run = finished / "run"
+    shutil.copytree(run / "shards", tmp_path / "shards")
+    for part in ("train", "heldout"):
+        file = tmp_path / "shards" / part / "00000.bin"
+        data = bytearray(file.read_bytes())
+        data[7] ^= 1
+        file.write_bytes(data)
+    refused("eval", "-m", run, "--data", tmp_path / "shards/heldout", text="wanted sha256")
+    refused(
+        "pretrain", "--train", tmp_path / "shards/train", "--config", run / "model/config.json",
+        "-o", tmp_path / "out", "--max-steps", 1, text="wanted sha256",
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def model(finished, tmp_path):
+    shutil.copytree(finished / "run/model", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lie(file: Path) -> None:
+    """The header says that the first tensor goes on behind the file's end."""
+    data = file.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    name = next(n for n in header if n != "__metadata__")
+    header[name]["data_offsets"][1] += 10**9
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+@pytest.mark.parametrize("damage", [cut, lie])
+def test_safetensors(model, damage):
+    damage(model / "model.safetensors")
+    refused("generate", "-m", model, "-p", "x", text="not a whole safetensors file")
+
+
+def test_gguf(tmp_path):
+    import numpy as np
+
+    path = write_gguf(tmp_path / "m.gguf", {"token_embd.weight": np.ones((9, 8), "f4")}, "llama")
+    whole = path.read_bytes()
+    for data, text in (
+        (whole[:-10], "cut short"),
+        (whole[:30], "wanted at most what the file can hold"),
+        (b"", "cannot be read"),
+        (whole[:8] + struct.pack("<Q", 2**60) + whole[16:], "tensor count: wanted at most"),
+        (b"GGML" + whole[4:], "wanted a GGUF file"),
+    ):
+        path.write_bytes(data)
+        refused("generate", "-m", path, "-p", "x", text=text)
+        refused("tokenizer", "encode", "-t", path, "x", text=text)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"hidden_size": 31}, "hidden_size: wanted a multiple of num_attention_heads"),
+        ({"hidden_size": 64}, "embed_tokens.weight: wanted"),
+        ({"num_attention_heads": 0}, "num_attention_heads: wanted a positive integer"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: wanted at most 4096"),
+        ({"vocab_size": -1}, "vocab_size: wanted a positive integer"),
+        ({"model_type": "mamba"}, "model_type: wanted one of llama"),
+        ({"vocab_size": "x" * 500}, "vocab_size: wanted a positive integer"),
+    ],
+)
+def test_configs(finished, model, tmp_path, change, text):
+    file = model / "config.json"
+    config = {"head_dim": None, **json.loads(file.read_text()), **change}
+    if "hidden_size" in change:
+        config["head_dim"] = None
+    file.write_text(json.dumps(config))
+    refused("generate", "-m", model, "-p", "x", text=text)
+    if "embed_tokens" not in text:
+        refused(
+            "pretrain", "--train", finished / "run/shards/train", "--config", file,
+            "-o", tmp_path / "out", "--max-steps", 1, text=text,
+        )  # fmt: skip
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_model_larger_than_the_memory(finished, tmp_path):
+    config = json.loads((finished / "run/model/config.json").read_text())
+    config |= {"hidden_size": 2**24, "head_dim": 2**23}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(
+        "pretrain", "--train", finished / "run/shards/train", "--config", tmp_path / "config.json",
+        "-o", tmp_path / "out", "--max-steps", 1, text="wanted a model that fits into",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "\xff", "[" * 100_000])
+def test_a_config_that_is_none(finished, tmp_path, text):
+    (tmp_path / "c.json").write_text(text, "latin-1")
+    refused(
+        "pretrain", "--train", finished / "run/shards/train", "--config", tmp_path / "c.json",
+        "-o", tmp_path / "out", "--max-steps", 1, text="c.json: wanted",
+    )  # fmt: skip
+
+
+def test_a_tokenizer_that_does_not_fit(finished, model, tmp_path):
+    docs = finished / "docs"
+    CliRunner().invoke(
+        app, ["tokenizer", "train", str(docs), "-o", str(tmp_path / "t"), "--vocab-size", "400"]
+    )
+    for file in (tmp_path / "t").iterdir():
+        shutil.copy(file, model)
+    refused("generate", "-m", model, "-p", "x", text="wanted a tokenizer of at most")
+    refused(
+        "pretrain", "--train", finished / "run/shards/train", "--config", model / "config.json",
+        "--tokenizer", tmp_path / "t", "-o", tmp_path / "out", "--max-steps", 1,
+        text="tokenizer: wanted a vocabulary of at most the model's",
+    )  # fmt: skip
+
+
+def test_token_ids_out_of_range(finished, tmp_path):
+    """Shards whose checksums are right and whose tokens no embedding has."""
+    import hashlib
+
+    shutil.copytree(finished / "run/shards/heldout", tmp_path / "shards")
+    file, index = tmp_path / "shards/00000.bin", tmp_path / "shards/index.json"
+    data = b"\xff\xff" + file.read_bytes()[2:]
+    file.write_bytes(data)
+    said = json.loads(index.read_text())
+    said["shards"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    index.write_text(json.dumps(said))
+    refused(
+        "eval", "-m", finished / "run", "--data", tmp_path / "shards",
+        text="wanted ids in [0, ",
+    )  # fmt: skip
+    index.write_text(json.dumps(said | {"vocab_size": 65536}))
+    refused(
+        "eval", "-m", finished / "run", "--data", tmp_path / "shards",
+        text="wanted tokens of a vocabulary of at most",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (["--group-size", -3], "group_size: wanted -1 (one group a row), a multiple of 8, got -3"),
+        (["--group-size", 0], "group_size: wanted"),
+        (["--format", "w3a16"], "format: wanted one of w4a16"),
+        (["--method", "magic"], "method: wanted one of rtn"),
+        (["--embeddings", 5], "embeddings: wanted 4, 8, 16 or 0"),
+        (["--head", 8], "head: CausalLM has none beside its embeddings"),
+    ],
+)
+def test_quantize(finished, tmp_path, options, text):
+    refused("quantize", "-m", finished / "run", "-o", tmp_path / "q", *options, text=text)
+    assert not (tmp_path / "q").exists()
+
+
+def test_quantize_onto_the_model_itself(finished):
+    before = (finished / "run/model/model.safetensors").read_bytes()
+    for out in (finished / "run", finished / "run/model"):
+        refused(
+            "quantize", "-m", finished / "run", "-o", out, "--group-size", 16,
+            text="out: wanted another folder than the model's",
+        )  # fmt: skip
+    assert (finished / "run/model/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (["--temperature", "inf"], "temperature: wanted >= 0"),
+        (["--top-k", 0], "top_k: wanted >= 1"),
+        (["--top-p", 1.5], "top_p: wanted in (0, 1]"),
+        (["--seed", -1], "seed: wanted an integer"),
+        (["--prompt", "a\udcff"], "lone surrogate"),
+    ],
+)
+def test_generate(finished, options, text):
+    refused("generate", "-m", finished / "run", "-p", "The", *options, text=text)
+
+
+def test_recipes(finished, tmp_path):
+    recipe = finished / "tiny.toml"
+    for override, text in (
+        ("pretrain.bach_size=4", "unknown key; the nearest known one is 'batch_size'"),
+        ("quantize.group_size=-3", "quantize.group_size: wanted"),
+        ("data.sources=['nowhere']", "source nowhere"),
+    ):
+        refused("run", recipe, "-o", tmp_path / "run", "--set", override, text=text)
+    refused("run", tmp_path / "none.toml", text="cannot be read: No such file")
+    refused("run", recipe, "-o", tmp_path / "run", "--until", "sft", text="until: wanted one of")
+    (tmp_path / "run/stages.json").write_text("{")
+    refused("run", recipe, "-o", tmp_path / "run", text="delete it to start again")
+
+
+def test_a_folder_without_funnel_fields(tmp_path):
+    for text in ('{"steps": 3}', '{"steps": [{"a": 1}]}', "[]", '{"sources": {"x": 1}}'):
+        (tmp_path / "funnel.json").write_text(text)
+        refused("data", "show", tmp_path, text="wanted the funnel of a prepared data folder")
