@@ -2,16 +2,16 @@
 a thin shell around it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from fastlm.checkpoint import load_tokenizer
 from fastlm.data.packages import default_cache, fetch_model
 from fastlm.errors import InputError
+from fastlm.generation import generate_text
 from fastlm.model import CausalLM
+from fastlm.sampling import Sampling
 
 if TYPE_CHECKING:
     from fastlm.tokenizer import Tokenizer
@@ -54,37 +54,32 @@ class Writer:
         return self.model.context_limit
 
     def write(
-        self, ids: list[int], piece: Callable[[str], Any], *, max_new_tokens: int, **options: Any
+        self,
+        ids: list[int],
+        piece: Callable[[str], Any],
+        *,
+        max_new_tokens: int,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
     ) -> str:
-        """Continues ``ids`` until a stop token; ``piece`` gets the text as it comes. -> all of it.
+        """Continues ``ids`` until a stop token or string; ``piece`` gets the text as it comes.
+        -> all of it.
 
-        ``options`` as ``CausalLM.generate``. Longer than the context: it stops there.
+        ``sampling`` as `fastlm.sampling.Sampling`. Longer than the context: it stops there.
         """
-        room = self.context_limit - len(ids)
-        if room < 1:
+        if len(ids) >= self.context_limit:
             raise InputError(
                 f"prompt: wanted fewer than the model's {self.context_limit} tokens of context,"
                 f" got {len(ids)}"
             )
-        stream = self.tokenizer.stream()
-        stop_ids = self.tokenizer.stop_ids
-        parts: list[str] = []
-
-        def emit(text: str) -> None:
-            if text:
-                parts.append(text)
-                piece(text)
-
-        def on_token(row: int, token: int) -> None:
-            del row
-            if token not in stop_ids:
-                emit(stream.push(token))
-
-        self.model.generate(
-            torch.tensor([ids]), max_new_tokens=min(max_new_tokens, room), stop_ids=stop_ids,
-            on_token=on_token, **options,
-        )  # fmt: skip
-        emit(stream.flush())
+        parts = []
+        for text in generate_text(
+            self.model, self.tokenizer, ids, max_new_tokens=max_new_tokens,
+            sampling=Sampling(**sampling), seed=seed, stop=stop,
+        ):  # fmt: skip
+            parts.append(text)
+            piece(text)
         return "".join(parts)
 
 

@@ -69,6 +69,9 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most"
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")]
 TopK = Annotated[int | None, typer.Option(help="Choose among the K likeliest tokens")]
 TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest that hold this share")]
+MinP = Annotated[float | None, typer.Option(help="Only tokens so likely beside the likeliest")]
+Penalty = Annotated[float, typer.Option(help="Above 1: what was said becomes less likely")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given again")]
 Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text")]
 
 
@@ -310,6 +313,9 @@ def generate(
     temperature: Temperature = 0.7,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
     seed: Seed = None,
     raw: Annotated[
         bool,
@@ -328,6 +334,9 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop or (),
         seed=seed,
     )
     typer.echo()
@@ -341,6 +350,9 @@ def chat(
     temperature: Temperature = 0.7,
     top_k: TopK = None,
     top_p: TopP = 0.95,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
     seed: Seed = None,
 ) -> None:
     """Talk with a chat model. An empty line or Ctrl-D ends."""
@@ -356,8 +368,9 @@ def chat(
         if not said:
             break
         conversation.say(
-            said, _echo_piece, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-        )
+            said, _echo_piece, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
+        )  # fmt: skip
         typer.echo()
 
 

@@ -1,9 +1,11 @@
 """The stages of ``fastlm run``: each a function of the run folder and of the results before it."""
 
 import json
+import math
 import statistics
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,14 @@ def run_data(c: Context) -> dict[str, Any]:
     return {"train_bytes": steps["train"]["bytes"], "heldout_bytes": steps["heldout"]["bytes"]}
 
 
+def _prepared(c: Context, part: str) -> tuple[int, int]:
+    """Documents and bytes of "train" or "heldout": what is known before they are read, so that
+    progress has an end.
+    """
+    (step,) = (s for s in Funnel.load(c.out / "data").steps if s["step"] == part)
+    return step["documents"], step["bytes"]
+
+
 def run_tokenizer(c: Context) -> dict[str, Any]:
     def texts():
         left = c.recipe.tokenizer.train_bytes
@@ -53,7 +63,10 @@ def run_tokenizer(c: Context) -> dict[str, Any]:
             yield document.text
             left -= len(document.text.encode())
 
-    tokenizer = Tokenizer.train(texts(), c.recipe.tokenizer.vocab_size, track=c.track)
+    documents, size = _prepared(c, "train")
+    documents = math.ceil(documents * min(1.0, c.recipe.tokenizer.train_bytes / size))
+    track = partial(c.track, total=documents)
+    tokenizer = Tokenizer.train(texts(), c.recipe.tokenizer.vocab_size, track=track)
     tokenizer.chat_template = None  # a base model continues text; fine-tuning gives it a template
     tokenizer.save(c.out / "tokenizer")
     return {"vocab_size": tokenizer.vocab_size}
@@ -64,7 +77,8 @@ def run_shards(c: Context) -> dict[str, Any]:
     result = {}
     for name, file in (("train", TRAIN), ("heldout", HELDOUT)):
         texts = (document.text for document in read_documents(c.out / "data" / file))
-        info = write_shards(texts, tokenizer, c.out / "shards" / name, track=c.track)
+        track = partial(c.track, total=_prepared(c, name)[0])
+        info = write_shards(texts, tokenizer, c.out / "shards" / name, track=track)
         result |= {f"{name}_tokens": info.tokens, f"{name}_bytes": info.bytes_of_text}
     return result
 

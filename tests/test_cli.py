@@ -71,6 +71,20 @@ def test_generate_repeats_with_a_seed_and_streams(finished):
     call("generate", "--model", finished / "model-int4", "--prompt", "The", "--max-new-tokens", 3)
 
 
+def test_generate_has_every_way_to_choose_a_token(finished):
+    options = ["generate", "-m", finished, "-p", "The tree", "--max-new-tokens", 20]
+    greedy = call(*options, "--temperature", 0).stdout.rstrip("\n")
+    assert len(greedy) > 3
+    half = greedy[len(greedy) // 2 :][:2]
+    stopped = call(*options, "--temperature", 0, "--stop", "never", "--stop", half).stdout
+    assert stopped.rstrip("\n") == greedy[: greedy.index(half)]
+    other = call(*options, "--temperature", 0, "--repetition-penalty", 1.5).stdout
+    assert other.rstrip("\n") != greedy
+    assert call(*options, "--min-p", 1.0, "--seed", 3).stdout.rstrip("\n") == greedy
+    refused(*options, "--min-p", 2, text="min_p: wanted in [0, 1]")
+    refused(*options, "--stop", "", text="stop: wanted strings of at least one character")
+
+
 def test_generate_refuses_a_prompt_beyond_the_context(finished):
     refused("generate", "--model", finished, "--prompt", "x " * 40, text="32 tokens of context")
 

@@ -2,6 +2,7 @@
 the kernels guard.
 """
 
+import json
 import subprocess
 import sys
 import tarfile
@@ -67,7 +68,8 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     } <= names
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
-    assert {"fastlm/kernels/__init__.py", "fastlm/ops/rms_norm.py"} <= names
+    wanted = ("kernels/__init__.py", "ops/rms_norm.py", "data/prepare.py", "report.html.jinja")
+    assert {f"fastlm/{name}" for name in wanted} <= names
     assert any(n.startswith("fastlm/_cpu.") for n in names)
     assert not any(n.startswith(("tests/", "bench/", "kernels/")) for n in names)
 
@@ -98,4 +100,9 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     done = subprocess.run(
         [home / "bin" / "python", "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
+    script = subprocess.run(
+        [home / "bin" / "python", "-P", "-m", "fastlm", "info", "--json"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert json.loads(script.stdout)["ops"]["rms_norm"]["picked"] == "cpu", script.stderr
     assert done.stdout.strip().startswith("16") or abs(float(done.stdout) - 16) < 1e-3, done.stderr

@@ -291,7 +291,7 @@ def test_quantize_refusals():
         ({"method": "gptq"}, "method: wanted one of rtn, got 'gptq'"),
         ({"calibration": [1]}, "calibration: rtn uses none, got list"),
         ({"group_size": -5}, "group_size: wanted -1"),
-        ({"embeddings": 3}, "embeddings: wanted 4, 8, None or 0"),
+        ({"embeddings": 3}, "embeddings: wanted 4, 8, 16 or 0"),
     ]:
         model = Small()
         with pytest.raises(InputError, match=message):
