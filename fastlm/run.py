@@ -30,7 +30,7 @@ STAGES = "stages.json"
 SUMMARY = "summary.json"
 # Raised where a stage gives other results for the same recipe
 VERSIONS = {
-    "data": 1, "tokenizer": 1, "shards": 1, "pretrain": 1, "eval": 1, "quantize": 1, "report": 1,
+    "data": 2, "tokenizer": 1, "shards": 1, "pretrain": 1, "eval": 1, "quantize": 1, "report": 1,
 }  # fmt: skip
 
 

@@ -41,6 +41,24 @@ def test_no_bytes_crash_decoding_or_extraction(data):
     normalise(decode_web(data, html=False)).encode()
 
 
+@pytest.mark.parametrize(
+    "text", ["a\x01\u0300", "a\u200b\u0300", "x \u00b6\xa0\u00b6 ", "\u2000\u00b6"]
+)
+def test_normalising_again_changes_nothing(text):
+    once = normalise(text)
+    assert normalise(once) == once
+
+
+@pytest.mark.parametrize(
+    "unit", [" ", "\t", "\xa0", "\u00b6", " \u00b6", "\b", "\n", "\n ", "\r", "\u200b"]
+)
+def test_normalising_is_linear_on_hostile_repetition(unit):
+    text = "x" + unit * (2_000_000 // len(unit)) + "x"
+    start = time.process_time()
+    normalise(text)
+    assert time.process_time() - start < 5  # quadratic: an hour
+
+
 def test_normalise():
     assert normalise("a\r\nb\rc\x00\x1b\u200bd\u00a0e  \n\n\n\n\n\nf\ufeff") == "a\nb\ncd e\n\n\nf"
     assert normalise("N\bNA\bAM\bM  _\bx") == "NAM  x"

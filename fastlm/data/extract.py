@@ -24,15 +24,13 @@ SKIP_ELEMENTS = [
 ]  # fmt: skip
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]|[\ud800-\udfff]")
-# Zero-width and soft hyphens, byte-order marks, the permalink sign where it is left alone at a
-# line's end.
+# Zero-width and soft hyphens, byte-order marks.
 INVISIBLE = re.compile("[\u00ad\u200b\u200c\u2060\ufeff]")
-PERMALINK = re.compile(r"[ \t]*[¶\uf0c1]+[ \t]*$", re.MULTILINE)
+PERMALINKS = ("\u00b6", "\uf0c1")  # left alone at a line's end
 OVERSTRIKE = re.compile(
     r".\x08"
 )  # nroff's bold and underline: the glyph, a backspace, the glyph again
 BLANKS = re.compile(r"\n{4,}")
-TRAILING = re.compile(r"[ \t\xa0]+$", re.MULTILINE)
 SPACES = re.compile("[\xa0\u2000-\u200a\u202f\u3000]")
 
 
@@ -59,11 +57,18 @@ def normalise(text: str) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n").replace("\v", "\n")
     if "\b" in text:
         text = OVERSTRIKE.sub("", text)
+    text = CONTROL.sub("", text)
     if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-        text = SPACES.sub(" ", INVISIBLE.sub("", PERMALINK.sub("", text)))
-    text = TRAILING.sub("", CONTROL.sub("", text))
+        text = SPACES.sub(" ", INVISIBLE.sub("", text))
+        text = unicodedata.normalize("NFC", text)  # last: what is gone may have kept marks apart
+    text = "\n".join(map(_without_trailing, text.split("\n")))
     return BLANKS.sub("\n\n\n", text).strip("\n")
+
+
+def _without_trailing(line: str) -> str:
+    """Not a regex: ``[ ]+$`` takes quadratic time where a long run is followed by a word."""
+    line = line.rstrip(" \t")
+    return line.rstrip(" \t" + "".join(PERMALINKS)) if line.endswith(PERMALINKS) else line
 
 
 def extract(document: Document) -> str:
