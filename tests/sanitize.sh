@@ -43,7 +43,7 @@ export preload
 printf '%s\n' "$@" | xargs -P "$(getconf _NPROCESSORS_ONLN)" -I{} sh -c '
   LD_PRELOAD=$preload "$0" -P -m pytest -v --capture=sys -p no:faulthandler --tb=short -m "not slow" -k "not compile" tests/test_{}.py >logs/{} 2>&1
   status=$?
-  last=$(tail -n 1 logs/{} | grep -E " (passed|failed)") || last="stopped by the report below"
+  last=$(tail -n 1 logs/{} | tr -d = | grep -E " (passed|failed)") || last="stopped by the report below"
   echo "{}: $last"
   exit $status' "$python" || status=1
 
