@@ -17,11 +17,12 @@ struct Buffer {
   X* take(int64_t n) {
     X* out = reinterpret_cast<X*>(p + used);
     used += size_of<X>(n);
+    FASTLM_POISON(out + n, p + used - reinterpret_cast<char*>(out + n));
     return out;
   }
   template <class X>
   static size_t size_of(int64_t n) {
-    return size_t(round_up(n * int64_t(sizeof(X)), 64));
+    return size_t(round_up(n * int64_t(sizeof(X)), 64)) + FASTLM_GUARD;
   }
 
  private:

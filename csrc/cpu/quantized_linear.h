@@ -19,7 +19,7 @@
 
 struct Workspace {  // one allocation a call; 64-byte lines
   void* p;
-  explicit Workspace(size_t bytes) : p(::operator new(bytes + 64, std::align_val_t(64))) {}
+  explicit Workspace(size_t bytes) : p(::operator new(bytes, std::align_val_t(64))) {}
   ~Workspace() { ::operator delete(p, std::align_val_t(64)); }
   Workspace(const Workspace&) = delete;
   template <class T>

@@ -74,6 +74,7 @@ FASTLM_INLINE vint load_lanes(const uint8_t* p) {
 FASTLM_INLINE vint load_lanes(const uint8_t* p, int64_t bytes) {  // what is beyond reads as zero
 #if FASTLM_VL == 16
   const uint64_t mask = bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0;
+  FASTLM_READS(p, std::clamp<int64_t>(bytes, 0, 64));
   return (vint)_mm512_maskz_loadu_epi8(mask, p);
 #else
   vint v{};

@@ -88,13 +88,16 @@ FASTLM_INLINE vfloat load(const f16* p) {
   return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
 FASTLM_INLINE vfloat load(const float* p, int n) {
+  FASTLM_READS(p, 4 * n);
   return (vfloat)_mm512_maskz_loadu_ps(first_lanes(n), p);
 }
 FASTLM_INLINE vfloat load(const bf16* p, int n) {
+  FASTLM_READS(p, 2 * n);
   return (vfloat)_mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16));
 }
 FASTLM_INLINE vfloat load(const f16* p, int n) {
+  FASTLM_READS(p, 2 * n);
   return (vfloat)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
 FASTLM_INLINE void store(bf16* p, vfloat v) {
@@ -104,12 +107,15 @@ FASTLM_INLINE void store(f16* p, vfloat v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0));
 }
 FASTLM_INLINE void store(float* p, vfloat v, int n) {
+  FASTLM_WRITES(p, 4 * n);
   _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
 }
 FASTLM_INLINE void store(bf16* p, vfloat v, int n) {
+  FASTLM_WRITES(p, 2 * n);
   _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)_mm512_cvtneps_pbh((__m512)v));
 }
 FASTLM_INLINE void store(f16* p, vfloat v, int n) {
+  FASTLM_WRITES(p, 2 * n);
   _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph((__m512)v, 0));
 }
 FASTLM_INLINE vfloat vmax(vfloat a, vfloat b) {
