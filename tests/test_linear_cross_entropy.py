@@ -374,7 +374,15 @@ def test_target_out_of_range(name):
             {"linear_weight": torch.randn(8, 4).half()},
             "wanted torch.float32 on cpu as input, got torch.float16",
         ),
-        ({"linear_bias": torch.randn(7)}, r"linear_bias: wanted shape \(8,\), got \(7,\)"),
+        (
+            {"linear_bias": torch.randn(7)},
+            r"linear_bias: wanted floats of shape \(8,\) on cpu, got torch.float32 \(7,\)",
+        ),
+        ({"linear_bias": torch.ones(8).long()}, "linear_bias: wanted floats .* got torch.int64"),
+        (
+            {"input": torch.randn(3, 0), "linear_weight": torch.randn(8, 0)},
+            r"input: wanted at least one feature, got shape \(3, 0\)",
+        ),
         (
             {"target": torch.zeros(3, dtype=torch.int64)},
             r"target: wanted shape \(2,\) \(the rows of input\)",

@@ -218,6 +218,11 @@ def test_refusals():
         ),
         ((q.bfloat16(), k, v, table, lens), {}, "k: wanted torch.bfloat16 as q, got torch.float32"),
         (
+            (q, k, v, table, lens),
+            {"sinks": torch.zeros(4, requires_grad=True)},
+            "wanted tensors without grad .* got one that requires grad",
+        ),
+        (
             (q.clone().requires_grad_(), k, v, table, lens),
             {},
             "wanted tensors without grad .* got one that requires grad",

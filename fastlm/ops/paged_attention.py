@@ -65,12 +65,12 @@ def paged_attention(
                 f"{name}: wanted {dim} dimension(s), B = {q.shape[0]} rows, int32 on {q.device}, "
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
-    if torch.is_grad_enabled() and (
-        q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k_cache, v_cache, sinks, bias)
     ):
         raise InputError(
-            "q, k_cache, v_cache: wanted tensors without grad (it has no backward: use attention),"
-            " got one that requires grad"
+            "q, k_cache, v_cache, sinks, bias: wanted tensors without grad (it has no backward:"
+            " use attention), got one that requires grad"
         )
     if bias is None:
         bias_shape = (q.shape[0], q.shape[2], q.shape[1], 1)
@@ -98,7 +98,7 @@ def _scales(name: str, scale: float | Tensor | None, cache: Tensor) -> Tensor | 
         return None
     heads = cache.shape[2]
     if not isinstance(scale, Tensor):
-        return torch.full((heads,), scale, device=cache.device)
+        return torch.full((heads,), scale, dtype=torch.float32, device=cache.device)
     if scale.shape not in ((), (1,), (heads,)) or scale.device != cache.device:
         raise InputError(
             f"{name}_scale: wanted shape () or ({heads},) on {cache.device},"
