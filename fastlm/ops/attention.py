@@ -227,11 +227,12 @@ def cpu_forward(
     lse_shape: tuple[int, ...],
     sequences: int,
     key_rows: int,
+    longest_keys: int,
 ) -> tuple[Tensor, Tensor]:
     """The C++ forward of all three ops.
 
     `layout` is (cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale), `key_rows` an
-    upper bound of the keys of all sequences together.
+    upper bound of the keys of all sequences together, `longest_keys` of those of one.
     """
     from fastlm import _cpu
 
@@ -239,11 +240,12 @@ def cpu_forward(
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(lse_shape, dtype=torch.float32)
     # Keys and values once more, padded to 32 rows a sequence and 32 columns (attention_forward.h);
-    # or partial results: 8 rows of 2 + Dv floats for every 512 keys (attention_decode.h).
+    # or partial results: 8 rows of 2 + Dv floats for every 512 keys of the longest sequence, for
+    # each sequence (attention_decode.h).
     heads = k.shape[-2] if k.dim() != 4 or layout[2] is not None else k.shape[1]
     width = _padded(q.shape[-1], 32) + _padded(v.shape[-1], 32)
     packed = (key_rows + 32 * sequences) * width
-    partial = (key_rows // 512 + sequences) * 8 * (2 + _padded(v.shape[-1], 16))
+    partial = sequences * (longest_keys // 512 + 1) * 8 * (2 + _padded(v.shape[-1], 16))
     workspace = lse.new_empty(heads * max(packed, partial))
     try:
         _cpu.attention_forward(
@@ -302,7 +304,7 @@ def cpu_backward(
 def _cpu_forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
     return cpu_forward(
         q, k, v, (None,) * 6, sinks, alibi_slopes, bias, seed, numbers, q.shape[:3], q.shape[0],
-        k.shape[0] * k.shape[2],
+        k.shape[0] * k.shape[2], k.shape[2],
     )  # fmt: skip
 
 

@@ -8,6 +8,10 @@ from fastlm.backend import register
 from fastlm.errors import InputError
 from fastlm.ops.attention import NUMBERS, check_options, cpu_forward, wide_dtype
 
+# Keys that the table has room for, from which on the workspace is sized by the lengths (4 us more):
+# a server's tables have room for the longest context in every row.
+_ROOM = 1 << 15
+
 
 def paged_attention(
     q: Tensor,
@@ -131,9 +135,14 @@ def _cpu(
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     layout = (None, None, table, seq_lens.contiguous(), k_scale, v_scale)
     b, s, h, _ = q.shape
+    longest = table.shape[1] * k_cache.shape[1]
+    rows = b * longest
+    if rows > _ROOM:
+        rows = min(rows, max(0, int(seq_lens.sum())))
+        longest = min(longest, max(0, int(seq_lens.max())))
     return cpu_forward(
         q, k_cache, v_cache, layout, sinks, alibi_slopes, bias, None, (*numbers, 0.0), (b, h, s), b,
-        b * table.shape[1] * k_cache.shape[1],
+        rows, longest,
     )  # fmt: skip
 
 
