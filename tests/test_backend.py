@@ -55,10 +55,9 @@ CALLS = {
     "dequantize": (lambda: _quantized.dequantize(torch.bfloat16), ()),
 }
 each_op = pytest.mark.parametrize("function, tensors", CALLS.values(), ids=CALLS)
+DIFFERENTIABLE = {n: c for n, c in CALLS.items() if "paged" not in n and n != "dequantize"}
 differentiable = pytest.mark.parametrize(
-    "function, tensors",
-    [c for n, c in CALLS.items() if "paged" not in n and n != "dequantize"],
-    ids=[n for n in CALLS if "paged" not in n and n != "dequantize"],
+    "function, tensors", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE
 )
 
 
@@ -163,6 +162,19 @@ def test_no_second_derivative_rather_than_zeros(function, tensors):
         return
     with pytest.raises(NotImplementedError, match="_backward has no derivative"):
         torch.autograd.grad(first.square().sum(), leaves)
+
+
+@pytest.mark.slow
+@each_op
+def test_inductor(function, tensors):
+    """The default backend of torch.compile, which asserts the strides that fakes promise."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: function(*t) * 2, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*tensors), function(*tensors) * 2)
+    if function in [f for f, _ in DIFFERENTIABLE.values()]:
+        for a, b in zip(gradients(compiled, tensors), gradients(function, tensors)):
+            torch.testing.assert_close(a, b * 2)
 
 
 def test_other_threads_follow_torch():
