@@ -175,14 +175,18 @@ struct type_caster<fastlm::TensorView> {
       return true;
     }
     if (!hasattr(source, "__dlpack__")) return false;
+    object capsule;
     // numpy < 2.1 and older producers do not know max_version
     try {
-      capsule_ = source.attr("__dlpack__")(arg("max_version") = make_tuple(1, 0));
+      capsule = source.attr("__dlpack__")(arg("max_version") = make_tuple(1, 0));
     } catch (error_already_set& e) {
       if (!e.matches(PyExc_TypeError)) throw;
-      capsule_ = source.attr("__dlpack__")();
+      capsule = source.attr("__dlpack__")();
     }
-    if (void* p = PyCapsule_GetPointer(capsule_.ptr(), "dltensor_versioned")) {
+    // Kept by the call, not by this caster: those of an optional or of a vector's elements die
+    // before the function runs. Never renamed "used_": the capsule's destructor frees the tensor.
+    loader_life_support::add_patient(capsule);
+    if (void* p = PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")) {
       auto* managed = static_cast<fastlm::dlpack::ManagedVersioned*>(p);
       if (managed->version.major != 1)
         throw type_error("DLPack major version " + std::to_string(managed->version.major) +
@@ -190,17 +194,14 @@ struct type_caster<fastlm::TensorView> {
       value.dl = managed->tensor;
     } else {
       PyErr_Clear();
-      p = PyCapsule_GetPointer(capsule_.ptr(), "dltensor");
+      p = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
       if (!p) throw error_already_set();
       value.dl = static_cast<fastlm::dlpack::Managed*>(p)->tensor;
     }
-    return true;  // the capsule is never renamed "used_": its own destructor frees the tensor when
-                  // the call ends
+    return true;
   }
 
  private:
-  object capsule_;
-
   // The exchange table of a Python type, or null. One entry is remembered: calls come in runs of
   // the same type.
   static const fastlm::dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {

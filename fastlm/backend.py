@@ -17,6 +17,7 @@ Ops register with ``torch.library.Library`` (1.8 us a call here) and not with
 """
 
 import contextlib
+import functools
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,11 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+# What an operator called without the dispatcher may be given: FakeTensor, DTensor and other
+# subclasses in any place dispatch.
+_PLAIN = frozenset(
+    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype)
+)
 _library = torch.library.Library("fastlm", "DEF")
 _picked: dict[tuple, Callable] = {}
 
@@ -93,6 +98,9 @@ def _why_not_here(op: str, backend: str, device: str, dtype: torch.dtype) -> str
 
 def pick(op: str, tensor: torch.Tensor) -> Callable:
     """The implementation that `op` runs on tensors like this one."""
+    # torch hands its number of threads to OpenMP once per thread of Python, when it is asked here;
+    # a kernel that came before that would take every core
+    torch.get_num_threads()
     key = (op, tensor.device.type, tensor.dtype)
     if (chosen := _picked.get(key)) is None:
         chosen = _picked[key] = _choose(*key)
@@ -145,7 +153,8 @@ def register(
     as much as a decode-size kernel). A backward runs without gradients, so it gains too.
     """
     name = schema.split("(", 1)[0]
-    IMPLEMENTATIONS[name] = implementations
+    definition = _without_autocast(implementations["reference"])
+    IMPLEMENTATIONS[name] = implementations | {"reference": definition}
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any) -> Any:
@@ -153,17 +162,20 @@ def register(
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(
-            f"fastlm::{name}", backward, setup_context=setup_context, lib=_library
-        )
+
+    def refuse(*_: Any) -> Any:  # without it torch warns and goes on with zeros
+        raise NotImplementedError(f"fastlm::{name} has no derivative")
+
+    torch.library.register_autograd(
+        f"fastlm::{name}", backward or refuse, setup_context=setup_context, lib=_library
+    )
     operator = getattr(torch.ops.fastlm, name).default
 
     def call(*args: Any) -> Any:
         if (
-            type(args[picked_by]) in _PLAIN_TENSORS  # FakeTensor and other subclasses dispatch
-            and not torch.is_grad_enabled()
+            not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and _PLAIN.issuperset(map(type, args))
             and not torch._C._len_torch_dispatch_stack()
             and _functorch.peek_interpreter_stack() is None
         ):
@@ -173,13 +185,34 @@ def register(
     return call
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """The reference computes in float32 or wider also where autocast would take 16 bits."""
+
+    @functools.wraps(function)
+    def wide(*args: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return wide
+
+
 def cpu_isa() -> str | None:
     """The instruction set the C++ kernels run on, or None without the extension."""
     if why_not("cpu"):
         return None
     from fastlm import _cpu
 
-    return _cpu.isa()
+    try:
+        return _cpu.isa()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+if os.environ.get("FASTLM_CPU_ISA"):
+    cpu_isa()  # a name that cannot run here is refused now, not by the first kernel
 
 
 def cpu_isas() -> Sequence[str]:
@@ -224,10 +257,12 @@ def info() -> dict[str, Any]:
     for op in sorted(IMPLEMENTATIONS):
         dtype = torch.bfloat16
         rows = {b: _why_not_here(op, b, device, dtype) for b in BACKENDS}
-        order = [b for b in ORDER[device] if rows[b] is None]
+        candidates = ORDER[device] if _forced is None else (_forced,)
+        order = [b for b in candidates if rows[b] is None]
         ops[op] = {
             "picked": order[0] if order else None,
-            "why_not": {b: r for b, r in rows.items() if r is not None},
+            "why_not": {b: f"{_forced} is forced" for b in BACKENDS if _forced not in (None, b)}
+            | {b: r for b, r in rows.items() if r is not None},
         }
     isas: dict[str, str | None] = {}
     if why_not("cpu") is None:

@@ -154,8 +154,11 @@ class AdamW(torch.optim.Optimizer):
                 target, grad = _dense(param, grad)
                 if target is not param:
                     copies.append((param, target))
-                rounds = rounding and param.dtype == torch.bfloat16
                 packed = "exp_avg_scale" in state
+                if state["exp_avg_code" if packed else "exp_avg"].stride() != target.stride():
+                    # the parameter changed its memory order, as by .to(memory_format=...)
+                    state = self.state[param] = _laid_out(param, group, _portable(state))
+                rounds = rounding and param.dtype == torch.bfloat16
                 row = (
                     target,
                     grad,
@@ -173,7 +176,9 @@ class AdamW(torch.optim.Optimizer):
         if tables[0]:
             norm = None
             if self.max_grad_norm is not None:
-                norm = self.grad_norm = torch.empty((), device=tables[0][0].device)
+                norm = self.grad_norm = torch.empty(
+                    (), dtype=torch.float32, device=tables[0][0].device
+                )
             run = backend.pick("adamw", tables[0][0] if special is None else special)
             run(*tables, self.max_grad_norm or 0.0, norm)
             for param, target in copies:
@@ -186,7 +191,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _start(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        state["step"] = torch.zeros(())
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name in _CODES:
             state[name] = torch.zeros_like(param, dtype=wide)
         if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
@@ -209,18 +214,7 @@ class AdamW(torch.optim.Optimizer):
             given = state_dict["state"].get(key)
             if not given:
                 continue
-            wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-            state = self.state[param] = {
-                "step": torch.as_tensor(given["step"], dtype=torch.float32)
-                .cpu()
-                .reshape(())
-                .clone()
-            }
-            for name in ("exp_avg", "exp_avg_sq", "master"):
-                if name in given:
-                    like = torch.empty_like(param, dtype=wide)
-                    state[name] = like.copy_(given[name])
-            _pack(param, group, state)
+            self.state[param] = _laid_out(param, group, given)
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -266,6 +260,18 @@ def _dense(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return target, grad
 
 
+def _laid_out(param: Tensor, group: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a portable state in the memory order of its parameter."""
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    step = torch.as_tensor(given["step"], dtype=torch.float32, device="cpu")
+    state = {"step": step.reshape(()).clone()}
+    for name in ("exp_avg", "exp_avg_sq", "master"):
+        if name in given:
+            state[name] = torch.empty_like(param, dtype=wide).copy_(given[name])
+    _pack(param, group, state)
+    return state
+
+
 def _pack(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
     if group["state_bits"] == 8 and param.numel() >= MIN_8BIT_SIZE and param.dtype != torch.float64:
         for name, root in _CODES.items():
@@ -287,7 +293,10 @@ def _portable(state: dict[str, Any]) -> dict[str, Any]:
 def _cpu_adamw(*arguments: Any) -> None:
     from fastlm import _cpu
 
-    _cpu.adamw(*arguments)
+    try:
+        _cpu.adamw(*arguments)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 backend.IMPLEMENTATIONS["adamw"] = {"reference": reference.adamw, "cpu": _cpu_adamw}

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 
+# Scores or logits that exist at a time: 32 MB of each temporary in float64, so that the truth of
+# 2048 x 2048 scores or of 32768 classes fits beside what is tested.
+_SCORES = 1 << 22
+
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -232,6 +236,11 @@ def adamw(
 
 
 # ---- cross_entropy -------------------------------------------------------------------------------
+def _row_blocks(rows: int, classes: int) -> list[slice]:
+    step = max(1, _SCORES // max(1, classes))
+    return [slice(i, i + step) for i in range(0, max(1, rows), step)]
+
+
 def cross_entropy_forward(
     logits: Tensor,
     target: Tensor,
@@ -247,10 +256,26 @@ def cross_entropy_forward(
     nll (N) = lse - z[target], 0 where the target is ignored;
     smoothed (N; empty unless `smooth`) = sum over v of class_weight[v] * (lse - z[v]).
     """
-    check_target(target, logits.shape[1], ignore_index)
-    z = _capped(logits, softcap, logit_scale)
-    if z.shape[1] == 0:
+    if logits.shape[1] == 0:
         raise InputError(f"logits: wanted at least one class, got shape {tuple(logits.shape)}")
+    check_target(target, logits.shape[1], ignore_index)
+    options = (class_weight, smooth, ignore_index, softcap, logit_scale)
+    blocks = _row_blocks(*logits.shape)
+    parts = [_cross_entropy_rows(logits[b], target[b], *options) for b in blocks]
+    shift, log_sum, nll, smoothed = (torch.cat(part) for part in zip(*parts))
+    return shift, log_sum, nll, smoothed
+
+
+def _cross_entropy_rows(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    smooth: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z = _capped(logits, softcap, logit_scale)
     shift = z.amax(1)
     z = z - shift[:, None]
     log_sum = z.exp().sum(1).log()
@@ -284,6 +309,37 @@ def cross_entropy_backward(
     """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], then to
     logits.
     """
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for b in _row_blocks(*logits.shape):
+        d_logits[b] = _cross_entropy_rows_backward(
+            on_p[b],
+            on_target[b],
+            None if on_all is None else on_all[b],
+            logits[b],
+            target[b],
+            class_weight,
+            shift[b],
+            log_sum[b],
+            ignore_index,
+            softcap,
+            logit_scale,
+        )
+    return d_logits
+
+
+def _cross_entropy_rows_backward(
+    on_p: Tensor,
+    on_target: Tensor,
+    on_all: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
     z = _capped(logits, softcap, logit_scale)
     dz = on_p[:, None] * (z - shift[:, None] - log_sum[:, None]).exp()
     ignored = target == ignore_index
@@ -333,10 +389,14 @@ def linear_cross_entropy_forward(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """cross_entropy_forward of input (N, D) @ linear_weight (V, D)^T + linear_bias (V)."""
-    logits = _logits(input, linear_weight, linear_bias)
-    return cross_entropy_forward(
-        logits, target, class_weight, smooth, ignore_index, softcap, logit_scale
-    )
+    check_target(target, len(linear_weight), ignore_index)
+    options = (class_weight, smooth, ignore_index, softcap, logit_scale)
+    parts = [
+        _cross_entropy_rows(_logits(input[b], linear_weight, linear_bias), target[b], *options)
+        for b in _row_blocks(len(input), len(linear_weight))
+    ]
+    shift, log_sum, nll, smoothed = (torch.cat(part) for part in zip(*parts))
+    return shift, log_sum, nll, smoothed
 
 
 def linear_cross_entropy_backward(
@@ -357,24 +417,30 @@ def linear_cross_entropy_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, linear_weight and linear_bias; empty where not needed."""
-    d_logits = cross_entropy_backward(
-        on_p,
-        on_target,
-        on_all,
-        _logits(input, linear_weight, linear_bias),
-        target,
-        class_weight,
-        shift,
-        log_sum,
-        ignore_index,
-        softcap,
-        logit_scale,
-    )
-    none = input.new_empty(0)
+    x, w, none = _wide(input), _wide(linear_weight), input.new_empty(0)
+    d_input, d_weight = torch.zeros_like(x), torch.zeros_like(w)
+    d_bias = w.new_zeros(len(w))
+    for b in _row_blocks(len(input), len(linear_weight)):
+        d_logits = _cross_entropy_rows_backward(
+            on_p[b],
+            on_target[b],
+            None if on_all is None else on_all[b],
+            _logits(x[b], w, linear_bias),
+            target[b],
+            class_weight,
+            shift[b],
+            log_sum[b],
+            ignore_index,
+            softcap,
+            logit_scale,
+        )
+        d_input[b] = d_logits @ w
+        d_weight += d_logits.t() @ x[b]
+        d_bias += d_logits.sum(0)
     return (
-        (d_logits @ _wide(linear_weight)).to(input.dtype) if need_input else none,
-        (d_logits.t() @ _wide(input)).to(linear_weight.dtype) if need_weight else none,
-        none if linear_bias is None else d_logits.sum(0).to(linear_bias.dtype),
+        d_input.to(input.dtype) if need_input else none,
+        d_weight.to(linear_weight.dtype) if need_weight else none,
+        none if linear_bias is None else d_bias.to(linear_bias.dtype),
     )
 
 
@@ -460,9 +526,6 @@ def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
 
 
 # ---- attention -----------------------------------------------------------------------------------
-_ATTENTION_SCORES = 1 << 22  # that exist at a time: 32 MB of each tensor in float64
-
-
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al. 2011): four 32-bit words per counter, in int64 tensors."""
     c, k0, k1 = list(counter), seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
@@ -529,7 +592,7 @@ def _scores(
 
 
 def _query_blocks(q: Tensor, keys: int):
-    step = max(1, _ATTENTION_SCORES // max(1, q.shape[0] * q.shape[1] * keys))
+    step = max(1, _SCORES // max(1, q.shape[0] * q.shape[1] * keys))
     for start in range(0, q.shape[2], step):
         yield torch.arange(start, min(start + step, q.shape[2]), device=q.device)
 

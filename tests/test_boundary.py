@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -49,6 +50,39 @@ def test_a_type_that_dies_does_not_leave_its_entry_behind():
             )
             == 5
         )
+
+
+class Producer:
+    """A DLPack producer of its own type that makes new memory for every capsule."""
+
+    def __init__(self, name, array, log):
+        self.name, self.array, self.log = name, array, log
+
+    def __dlpack__(self, **options):
+        self.log.append(f"take {self.name}")
+        made = self.array.copy()
+        weakref.finalize(made, self.log.append, f"free {self.name}")
+        return made.__dlpack__(**options)
+
+
+def test_capsules_live_until_the_call_ends():
+    """Also those of optional arguments and of the elements of lists."""
+    x, residual, w = np.ones((4, 8), "f"), np.full((4, 8), 2, "f"), np.ones(8, "f")
+    y, h, rstd = np.zeros((4, 8), "f"), np.zeros((4, 8), "f"), np.zeros(4, "f")
+    log = []
+    given = [Producer(n, a, log) for n, a in (("x", x), ("residual", residual), ("w", w))]
+    _cpu.rms_norm_forward(*given, 0.0, 0.0, y, h, rstd)
+    assert log[:3] == ["take x", "take residual", "take w"]
+    assert sorted(log[3:]) == ["free residual", "free w", "free x"]
+    assert (h == 3).all() and (y == 1).all()
+    log.clear()
+    param, state = np.ones(8, "f"), [np.zeros(8, "f") for _ in range(2)]
+    grads = [Producer("a", np.ones(8, "f"), log), Producer("b", np.ones(8, "f"), log)]
+    _cpu.adamw(
+        [param, param.copy()], grads, [np.zeros((), "f")] * 2, [state[0]] * 2, [state[1]] * 2,
+        *[[None] * 2] * 3, [(0.5, 0.9, 0.9, 0.0, 0.0, False, False)] * 2, [0, 0], 0.0, None,
+    )  # fmt: skip
+    assert log[:2] == ["take a", "take b"] and (param == 0.5).all()
 
 
 def test_threads_follow_torch():
@@ -123,6 +157,26 @@ def test_info_says_what_runs_and_why_not():
     for op in info["ops"].values():
         assert set(op["why_not"]) | {op["picked"]} <= set(backend.BACKENDS)
         assert all(op["why_not"].values())
+
+
+def test_info_follows_a_forced_backend():
+    with backend.use_backend("reference"):
+        row = backend.info()["ops"]["glu"]
+    assert row["picked"] == "reference" and row["why_not"]["cpu"] == "reference is forced"
+    with backend.use_backend("triton"):
+        row = backend.info()["ops"]["glu"]
+    assert row["picked"] is None and "triton" in row["why_not"]["triton"]
+
+
+def test_wrong_instruction_set_is_one_line_of_the_command():
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "fastlm", "info"],
+        env={**os.environ, "FASTLM_CPU_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "FASTLM_CPU_ISA: wanted one of amx" in done.stderr
 
 
 def test_forcing_a_backend_that_is_not_here_raises():

@@ -271,6 +271,33 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
+REFERENCE_MEMORY = """
+import resource, torch
+from fastlm import ops, backend
+n, d, v = 2048, 16, 32768
+x, w = (torch.randn(s, d, dtype=torch.float64, requires_grad=True) for s in (n, v))
+z = torch.randn(n, v)  # 256 MiB, with its gradient twice that
+t = torch.randint(0, v, (n,))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with backend.use_backend("reference"):
+    ops.linear_cross_entropy(x, w, t, label_smoothing=0.1).backward()
+    first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ops.cross_entropy(z.requires_grad_(), t, label_smoothing=0.1).backward()
+last = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((first - before) >> 10, (last - first) >> 10)
+"""
+
+
+@pytest.mark.slow
+def test_reference_is_bounded_by_its_blocks():
+    """2048 x 32768 logits in float64 are 512 MiB, and a loss makes half a dozen such."""
+    out = subprocess.run(
+        [sys.executable, "-P", "-c", REFERENCE_MEMORY], capture_output=True, text=True, check=True
+    )
+    linear, logits = (int(part) for part in out.stdout.split())
+    assert linear <= 320 and logits <= 256 + 64, out.stdout
+
+
 def test_logits_are_never_in_memory():
     """1024 x 32768 logits are 64 MiB in bf16 and twice that in float32, and their gradient as much
     again; what may be used is 32 MiB of exponentials, the float32 gradient (16) and the gradients
@@ -374,7 +401,15 @@ def test_target_out_of_range(name):
             {"linear_weight": torch.randn(8, 4).half()},
             "wanted torch.float32 on cpu as input, got torch.float16",
         ),
-        ({"linear_bias": torch.randn(7)}, r"linear_bias: wanted shape \(8,\), got \(7,\)"),
+        (
+            {"linear_bias": torch.randn(7)},
+            r"linear_bias: wanted floats of shape \(8,\) on cpu, got torch.float32 \(7,\)",
+        ),
+        ({"linear_bias": torch.ones(8).long()}, "linear_bias: wanted floats .* got torch.int64"),
+        (
+            {"input": torch.randn(3, 0), "linear_weight": torch.randn(8, 0)},
+            r"input: wanted at least one feature, got shape \(3, 0\)",
+        ),
         (
             {"target": torch.zeros(3, dtype=torch.int64)},
             r"target: wanted shape \(2,\) \(the rows of input\)",

@@ -225,6 +225,43 @@ def test_memory_orders_and_gaps(isa):
         torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("options", [{}, {"state_bits": 8}, {"master_weights": True}], ids=str)
+def test_memory_order_that_changes_between_steps(isa, options):
+    """.to(memory_format=...) of a model in training: states follow their elements."""
+    dtype = torch.bfloat16 if "master_weights" in options else torch.float32
+    start = torch.randn(16, 16, 5, 5).to(dtype)
+    grads = torch.randn(4, 16, 16, 5, 5)
+    results = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        p = start.clone().requires_grad_()
+        opt = AdamW([p], lr=1e-2, **options)
+        for i, g in enumerate(grads.to(dtype)):
+            if i == 2:
+                p.grad = None
+                p.data = p.data.to(memory_format=order)
+            p.grad = g.to(memory_format=order) if i > 1 else g
+            opt.step()
+        results.append((p.detach(), opt.state_dict()["state"][0]["exp_avg"]))
+    # 8 bits: other elements share a scale, so codes of 3 bits of mantissa are rounded anew
+    near = 2**-4 if "state_bits" in options else 1e-6
+    for a, b in zip(*results):
+        assert (a - b).norm() <= near * b.norm()
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_refuses_gradients_the_kernel_does_not_take(clip):
+    """In a parallel region this would end the process; and nothing may have been written."""
+    params = parameters(shapes=[(9,), (9,)])
+    kept = [p.detach().clone() for p in params]
+    opt = AdamW(params, max_grad_norm=clip)
+    give_grads(params)
+    params[1].grad = params[1].grad.double()
+    with pytest.raises(InputError, match=r"grad: wanted float32, .* got float64"):
+        opt.step()
+    assert all(torch.equal(p, k) for p, k in zip(params, kept))
+    assert all(opt.state[p]["step"] == 0 for p in params)
+
+
 def trained(optimizer, params, steps, seed):
     torch.manual_seed(seed)
     for _ in range(steps):

@@ -146,6 +146,29 @@ def test_strided_cache(isa):
         assert torch.equal(ops.paged_attention(q, k, v, table, lens), expected)
 
 
+@pytest.mark.parametrize("queries", [1, 20])
+def test_table_much_wider_than_the_sequences(isa, queries, monkeypatch):
+    """A server's table has room for the longest context in every row: memory goes by lengths."""
+    k, v, table, lens = cache([600, 3, 0, 9], 16, 2, 32, 32, torch.float32)
+    q = torch.randn(4, queries, 4, 32)
+    expected = ops.paged_attention(q, k, v, table, lens)
+    wide = torch.full((4, 1 << 16), 2**31 - 1, dtype=torch.int32)
+    wide[:, : table.shape[1]] = table
+    sizes = []
+    make = torch.Tensor.new_empty
+
+    def recorded(self, *size, **options):
+        made = make(self, *size, **options)
+        sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", recorded)
+    with torch.no_grad():
+        assert torch.equal(ops.paged_attention(q, k, v, wide, lens), expected)
+    # two heads: keys and values of 612 rows, and of 32 for each sequence; the table's are 2^22
+    assert max(sizes) <= 2 * (612 + 4 * 32) * 64
+
+
 def test_opcheck_and_compile():
     k, v, table, lens = cache([9, 20], 4, 2, 16, 16, torch.float32)
     q = torch.randn(2, 3, 4, 16)
@@ -217,6 +240,11 @@ def test_refusals():
             r"k_scale: wanted shape \(\) or \(2,\) on cpu, got \(3,\)",
         ),
         ((q.bfloat16(), k, v, table, lens), {}, "k: wanted torch.bfloat16 as q, got torch.float32"),
+        (
+            (q, k, v, table, lens),
+            {"sinks": torch.zeros(4, requires_grad=True)},
+            "wanted tensors without grad .* got one that requires grad",
+        ),
         (
             (q.clone().requires_grad_(), k, v, table, lens),
             {},

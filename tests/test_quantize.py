@@ -144,7 +144,14 @@ def test_weight_refusals():
     ]:
         with pytest.raises(InputError, match=message):
             call()
-    q = ops.quantize_weight(w, 8, group_size=16)
+    for symmetric in (True, False):  # int4: 1e7 / 8 is beyond 65504
+        with pytest.raises(InputError, match=r"scale_dtype: wanted .* weights up to 1e\+07"):
+            ops.quantize_weight(w.fill_(1e7), 4, symmetric=symmetric, scale_dtype=torch.float16)
+    with pytest.raises(InputError, match=r"scale_dtype: wanted .* up to 1e\+300, got torch.bfloat"):
+        ops.quantize_weight(torch.full((2, 8), 1e300, dtype=torch.float64), 8)
+    with pytest.raises(InputError, match=r"shape: wanted \(N, K\), K >= 1, got \(4, 0\)"):
+        QuantizedWeight(torch.empty(4, 0, dtype=torch.int8), torch.empty(4, 0), None, 8, -1, (4, 0))
+    q = ops.quantize_weight(torch.randn(4, 32), 8, group_size=16)
     for changed, message in [
         ({"qdata": q.qdata[:, :31]}, r"qdata: wanted torch.int8 \(4, 32\)"),
         ({"qdata": q.qdata.int()}, "qdata: wanted torch.int8"),

@@ -261,7 +261,9 @@ def test_refusals():
         ops.quantized_linear(torch.ones(2, 16, dtype=torch.int64), q)
     with pytest.raises(InputError, match="act_bits: wanted 8 or 16, got 4"):
         ops.quantized_linear(x, q, act_bits=4)
-    with pytest.raises(InputError, match=r"bias: wanted a float tensor \(6,\), got .*\(5,\)"):
+    with pytest.raises(
+        InputError, match=r"bias: wanted a float tensor \(6,\) on cpu, got .*\(5,\)"
+    ):
         ops.quantized_linear(x, q, torch.randn(5))
     with pytest.raises(InputError, match="qweight: wanted a QuantizedWeight, got Tensor"):
         ops.quantized_linear(x, torch.randn(6, 16))

@@ -6,6 +6,7 @@ from compiled import assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_near
+from torch._subclasses import FakeTensorMode
 
 from fastlm import InputError, backend, ops
 
@@ -183,6 +184,26 @@ def test_compiles_without_break_or_recompile():
         q = torch.randn(b, s, 4, 16).transpose(1, 2).requires_grad_()
         calls.append((q, torch.randn(b, 2, s, 16, requires_grad=True), *tables(s, 16)))
     assert_compiles_once(both, calls)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_fake_knows_the_strides(name):
+    """inductor asserts the strides that the fake promised, also of heads that lie across."""
+    tables = torch.randn(2, 6, 8).unbind(0)
+    across = torch.randn(2, 3, 8, 6).transpose(-1, -2)
+    for q in (across, torch.randn(2, 6, 3, 8).transpose(1, 2), torch.randn(2, 3, 6, 16)[..., ::2]):
+        given, fakes = (q, q[:, :1], *tables), FakeTensorMode()
+        promised = [fakes.from_tensor(t) for t in given]
+        with backend.use_backend(name):
+            real = ops.rope(*given)
+            with fakes:
+                promised = ops.rope(*promised)
+        assert [t.stride() for t in real] == [t.stride() for t in promised]
+    q = across.requires_grad_()
+    dout = across.detach().clone()  # autograd may hand over any gradient
+    out = ops.rope(q, q[:, :1].detach(), *tables)[0]
+    expected = torch.autograd.grad(out, q, dout.contiguous(), retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(out, q, dout)[0], expected)
 
 
 def test_refusals():

@@ -16,7 +16,11 @@ void update(const AdamwTensor* t, const AdamwChunk* c, int64_t count, float clip
   FASTLM_RUN(adamw_update, t, c, count, clip);
 }
 
-void* data_of(const TensorView& t) { return static_cast<char*>(t.dl.data) + t.dl.byte_offset; }
+void* data_of(const TensorView& t, const char* argument) {
+  void* p = nullptr;
+  with_float(t.dtype(), argument, [&](auto tag) { p = t.data<decltype(tag)>(argument); });
+  return p;
+}
 
 float* optional_floats(const OptionalTensor& t, const char* argument) {
   return t ? t->data<float>(argument) : nullptr;
@@ -33,15 +37,17 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
            const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm) {
   std::vector<AdamwTensor> tensors(params.size());
   std::vector<AdamwChunk> chunks;
+  std::vector<float*> counts(params.size());
+  // Everything is checked before anything is written: a refusal leaves the state as it was, and a
+  // parallel region must not throw.
   for (size_t i = 0; i < params.size(); ++i) {
-    const auto [lr, beta1, beta2, eps, weight_decay, maximize, stochastic] = options[i];
     AdamwTensor& t = tensors[i];
     t.n = params[i].numel();
     check_size("grad", "elements:", t.n, grads[i].numel());
     check_size("exp_avg", "elements:", t.n, exp_avgs[i].numel());
     check_size("exp_avg_sq", "elements:", t.n, exp_avg_sqs[i].numel());
-    t.param = data_of(params[i]), t.param_type = params[i].dtype();
-    t.grad = data_of(grads[i]), t.grad_type = grads[i].dtype();
+    t.param = data_of(params[i], "param"), t.param_type = params[i].dtype();
+    t.grad = data_of(grads[i], "grad"), t.grad_type = grads[i].dtype();
     t.master = optional_floats(masters[i], "master");
     t.exp_avg_scale = optional_floats(exp_avg_scales[i], "exp_avg_scale");
     t.exp_avg_sq_scale = optional_floats(exp_avg_sq_scales[i], "exp_avg_sq_scale");
@@ -55,27 +61,32 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
       t.exp_avg = exp_avgs[i].data<float>("exp_avg");
       t.exp_avg_sq = exp_avg_sqs[i].data<float>("exp_avg_sq");
     }
-    float* step = steps[i].data<float>("step");
-    *step += 1;
-    t.step_size = float(lr / (1 - std::pow(beta1, *step)));
+    counts[i] = steps[i].data<float>("step");
+  }
+  float* norm_out = optional_floats(grad_norm, "grad_norm");
+  for (size_t i = 0; i < params.size(); ++i) {
+    const auto [lr, beta1, beta2, eps, weight_decay, maximize, stochastic] = options[i];
+    AdamwTensor& t = tensors[i];
+    const float step = *counts[i] += 1;
+    t.step_size = float(lr / (1 - std::pow(beta1, step)));
     t.decay = float(lr * weight_decay);
     t.beta1 = float(beta1), t.rest1 = float(1 - beta1);
     t.beta2 = float(beta2), t.rest2 = float(1 - beta2);
     t.eps = float(eps);
-    t.root_scale = float(1 / std::sqrt(1 - std::pow(beta2, *step)));
+    t.root_scale = float(1 / std::sqrt(1 - std::pow(beta2, step)));
     t.sign = maximize ? -1.f : 1.f;
     t.stochastic = stochastic, t.key = keys[i];
     for (int64_t start = 0; start < t.n; start += ADAMW_CHUNK)
       chunks.push_back({int64_t(i), start, std::min(ADAMW_CHUNK, t.n - start)});
   }
   float clip = 1;
-  if (grad_norm) {
+  if (norm_out) {
     std::vector<double> sums(chunks.size());
     square_sums(tensors.data(), chunks.data(), int64_t(chunks.size()), sums.data());
     double total = 0;
     for (double s : sums) total += s;  // in order: the same bits on any number of threads
     const float norm = float(std::sqrt(total));
-    *grad_norm->data<float>("grad_norm") = norm;
+    *norm_out = norm;
     const float wanted = float(max_grad_norm) / (norm + 1e-6f);  // as clip_grad_norm_; NaN stays
     clip = wanted > 1 ? 1 : wanted;
   }

@@ -227,23 +227,26 @@ def cpu_forward(
     lse_shape: tuple[int, ...],
     sequences: int,
     key_rows: int,
+    longest_keys: int,
 ) -> tuple[Tensor, Tensor]:
     """The C++ forward of all three ops.
 
     `layout` is (cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale), `key_rows` an
-    upper bound of the keys of all sequences together.
+    upper bound of the keys of all sequences together, `longest_keys` of those of one.
     """
     from fastlm import _cpu
 
     q, k, v = elements_last(q, k, v)
-    out, lse = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype), torch.empty(lse_shape)
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse = q.new_empty(lse_shape, dtype=torch.float32)
     # Keys and values once more, padded to 32 rows a sequence and 32 columns (attention_forward.h);
-    # or partial results: 8 rows of 2 + Dv floats for every 512 keys (attention_decode.h).
+    # or partial results: 8 rows of 2 + Dv floats for every 512 keys of the longest sequence, for
+    # each sequence (attention_decode.h).
     heads = k.shape[-2] if k.dim() != 4 or layout[2] is not None else k.shape[1]
     width = _padded(q.shape[-1], 32) + _padded(v.shape[-1], 32)
     packed = (key_rows + 32 * sequences) * width
-    partial = (key_rows // 512 + sequences) * 8 * (2 + _padded(v.shape[-1], 16))
-    workspace = torch.empty(heads * max(packed, partial))
+    partial = sequences * (longest_keys // 512 + 1) * 8 * (2 + _padded(v.shape[-1], 16))
+    workspace = lse.new_empty(heads * max(packed, partial))
     try:
         _cpu.attention_forward(
             q, k, v, *layout, _float(sinks), _float(alibi_slopes), bias, seed, *numbers,
@@ -276,15 +279,15 @@ def cpu_backward(
     from fastlm import _cpu
 
     dout, q, k, v, out = elements_last(dout, q, k, v, out)
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     heads, kv_heads = (q.shape[1], k.shape[1])
-    dsinks = None if sinks is None else torch.empty(sequences, heads)
-    dbias = torch.zeros(bias.shape) if bias is not None and bias_grad else None
+    dsinks = None if sinks is None else lse.new_empty(sequences, heads)
+    dbias = lse.new_zeros(bias.shape) if bias is not None and bias_grad else None
     # With fewer than 8 key heads in all, a task takes 512 keys and leaves its part of dq
     # (attention_backward.h).
     spans = 0 if sequences * kv_heads >= 8 else (longest_keys + 511) // 512
     rows = q.numel() // q.shape[-1]
-    workspace = torch.empty(spans * rows * _padded(q.shape[-1], 16) if spans > 1 else 0)
+    workspace = lse.new_empty(spans * rows * _padded(q.shape[-1], 16) if spans > 1 else 0)
     _cpu.attention_backward(
         dout, dlse, q, k, v, out, lse, *cu_seqlens, _float(sinks), _float(alibi_slopes), bias, seed,
         *numbers, dq, dk, dv, dsinks, dbias, workspace,
@@ -293,15 +296,15 @@ def cpu_backward(
         dq,
         dk,
         dv,
-        torch.empty(0) if dsinks is None else dsinks.sum(0),
-        torch.empty(0) if dbias is None else dbias,
+        lse.new_empty(0) if dsinks is None else dsinks.sum(0),
+        lse.new_empty(0) if dbias is None else dbias,
     )
 
 
 def _cpu_forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
     return cpu_forward(
         q, k, v, (None,) * 6, sinks, alibi_slopes, bias, seed, numbers, q.shape[:3], q.shape[0],
-        k.shape[0] * k.shape[2],
+        k.shape[0] * k.shape[2], k.shape[2],
     )  # fmt: skip
 
 

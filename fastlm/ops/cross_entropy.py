@@ -40,15 +40,18 @@ def cross_entropy(
 
     Args:
         logits: (..., V): classes are the last dimension. float32, bfloat16 or float16 (float64 on
-        the reference). target: (...), int64 or int32 class of each row. weight: (V,), weight of
-        each class, as torch's. The z-loss of a row is not weighted. ignore_index: rows with this
-        target have no loss and no gradient. label_smoothing: in [0, 1], as torch's. z_loss: factor
-        of lse^2 (PaLM, arXiv:2204.02311). softcap: > 0, or None. reduction: "none", "sum" or
-        "mean": over the rows not ignored (their weights with `weight`). With every
-            row ignored the mean is NaN (its gradient 0), as torch's; with `num_items` it is 0.
+            the reference).
+        target: (...), int64 or int32 class of each row.
+        weight: (V,), weight of each class, as torch's. The z-loss of a row is not weighted.
+        ignore_index: rows with this target have no loss and no gradient.
+        label_smoothing: in [0, 1], as torch's.
+        z_loss: factor of lse^2 (PaLM, arXiv:2204.02311).
+        softcap: > 0, or None.
+        reduction: "none", "sum" or "mean": over the rows not ignored (their weights with `weight`).
+            With every row ignored the mean is NaN (its gradient 0), as torch's; with `num_items` it
+            is 0.
         num_items: divide by this in place of the rows seen here (the tokens of all micro-batches
-        or ranks).
-            A tensor is not waited for.
+            or ranks). A tensor is not waited for.
         return_lse: also return logsumexp(z), (...), differentiable, ignored rows included.
 
     Returns:
@@ -157,10 +160,12 @@ def check(
         )
     if target.device != x.device:
         raise InputError(f"target: wanted device {x.device} as {name}, got {target.device}")
-    if weight is not None and (weight.shape != (classes,) or weight.device != x.device):
+    if weight is not None and (
+        weight.shape != (classes,) or weight.device != x.device or not weight.is_floating_point()
+    ):
         raise InputError(
-            f"weight: wanted shape ({classes},) on {x.device},"
-            f" got {tuple(weight.shape)} on {weight.device}"
+            f"weight: wanted floats of shape ({classes},) on {x.device},"
+            f" got {weight.dtype} {tuple(weight.shape)} on {weight.device}"
         )
     if not 0.0 <= smoothing <= 1.0:
         raise InputError(f"label_smoothing: wanted 0 to 1, got {smoothing}")
@@ -222,7 +227,9 @@ def all_weights(class_weight: Tensor | None, smooth: bool, classes: int) -> Tens
     """(V) float32 weights of the sum over all classes, or None without one."""
     if not smooth:
         return None
-    return torch.ones(classes) if class_weight is None else class_weight.float().contiguous()
+    if class_weight is None:
+        return torch.ones(classes, dtype=torch.float32, device="cpu")
+    return class_weight.float().contiguous()
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -234,7 +241,8 @@ def _cpu_forward(logits, target, class_weight, smooth, ignore_index, softcap, lo
     from fastlm import _cpu
 
     n, classes = logits.shape
-    outputs = [*(torch.empty(n) for _ in range(3)), torch.empty(n if smooth else 0)]
+    sizes = (n, n, n, n if smooth else 0)
+    outputs = [logits.new_empty(size, dtype=torch.float32) for size in sizes]
     _cpu.cross_entropy_forward(
         _rows(logits),
         checked_target(target, classes, ignore_index),
@@ -262,7 +270,7 @@ def _cpu_backward(
 ):
     from fastlm import _cpu
 
-    d_logits = torch.empty(logits.shape, dtype=logits.dtype)
+    d_logits = logits.new_empty(logits.shape)
     _cpu.cross_entropy_backward(
         on_p.contiguous(),
         on_target.contiguous(),

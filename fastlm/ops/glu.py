@@ -64,7 +64,7 @@ def _cpu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
         y = torch.empty_like(gate)
         _cpu.glu_forward(gate, up, act, y)
     else:
-        y = torch.empty(gate.shape, dtype=gate.dtype)
+        y = gate.new_empty(gate.shape)
         _cpu.glu_forward(*_rows(gate, up), act, y)
     return y
 
@@ -72,7 +72,7 @@ def _cpu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
 def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
     from fastlm import _cpu
 
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+    dgate, dup = (gate.new_empty(gate.shape) for _ in range(2))
     if not (dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous()):
         dy, gate, up = _rows(dy, gate, up)
     _cpu.glu_backward(dy, gate, up, act, dgate, dup)

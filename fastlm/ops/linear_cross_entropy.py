@@ -83,8 +83,17 @@ def linear_cross_entropy(
             f" got {linear_weight.dtype} on {linear_weight.device}"
         )
     classes = linear_weight.shape[0]
-    if linear_bias is not None and linear_bias.shape != (classes,):
-        raise InputError(f"linear_bias: wanted shape ({classes},), got {tuple(linear_bias.shape)}")
+    if input.shape[-1] == 0:
+        raise InputError(f"input: wanted at least one feature, got shape {tuple(input.shape)}")
+    if linear_bias is not None and (
+        linear_bias.shape != (classes,)
+        or not linear_bias.is_floating_point()
+        or linear_bias.device != input.device
+    ):
+        raise InputError(
+            f"linear_bias: wanted floats of shape ({classes},) on {input.device},"
+            f" got {linear_bias.dtype} {tuple(linear_bias.shape)} on {linear_bias.device}"
+        )
     check(input, "input", classes, target, weight, label_smoothing)
     check_options(softcap, reduction, num_items)
     rows, flat = target.reshape(-1).long(), input.reshape(-1, input.shape[-1])
@@ -168,9 +177,9 @@ class _Chunks:
         budget = _WORKSPACE if input.dtype.itemsize == 4 else _WORKSPACE // 2
         budget = max(budget, linear_weight.numel() * 4 // 8)
         self.rows = min(_MOST_ROWS, max(budget // self.row_bytes // _RP * _RP, _RP))
-        outputs = [torch.empty(len(input)) for _ in range(3)]
-        self.shift, self.log_sum, self.nll = outputs
-        self.smoothed = torch.empty(len(input) if smooth else 0)
+        sizes = (*(len(input),) * 3, len(input) if smooth else 0)
+        outputs = [input.new_empty(size, dtype=torch.float32) for size in sizes]
+        self.shift, self.log_sum, self.nll, self.smoothed = outputs
         self.workspaces = {}
 
     def __iter__(self):
@@ -184,9 +193,9 @@ class _Chunks:
             self.workspaces.clear()
             padded = -(-rows // _RP) * _RP
             self.workspaces[rows] = (
-                torch.empty(padded * self.row_bytes, dtype=torch.uint8),
-                torch.empty(3, self.blocks, padded),
-                torch.empty(rows),
+                self.shift.new_empty(padded * self.row_bytes, dtype=torch.uint8),
+                self.shift.new_empty(3, self.blocks, padded),
+                self.shift.new_empty(rows),
             )
         return self.workspaces[rows]
 
@@ -237,7 +246,7 @@ class _Chunks:
     def outputs(self, linear_bias, need_input, need_weight):
         """Gradients to be written, those of the weights in float32; None where not needed."""
         return (
-            torch.empty(self.input.shape, dtype=self.input.dtype) if need_input else None,
+            self.input.new_empty(self.input.shape) if need_input else None,
             _accumulator(self.weight.shape, len(self.input)) if need_weight else None,
             None if linear_bias is None else _accumulator(linear_bias.shape, len(self.input)),
         )
@@ -245,11 +254,12 @@ class _Chunks:
 
 def _accumulator(shape: torch.Size, rows: int) -> Tensor:
     """The first chunk writes, the others add; without rows nobody writes."""
-    return torch.empty(shape) if rows else torch.zeros(shape)
+    make = torch.empty if rows else torch.zeros
+    return make(shape, dtype=torch.float32, device="cpu")
 
 
 def _or_empty(t: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.empty(0, dtype=dtype) if t is None else t
+    return torch.empty(0, dtype=dtype, device="cpu") if t is None else t
 
 
 def _cpu_forward(
@@ -366,7 +376,7 @@ def _cpu_loss(
         )
         loss = loss + (0 * on_nll[~valid]).sum()  # NaN where the mean is over no row, as torch's
         if need_input:
-            d_input = torch.zeros(input.shape, dtype=input.dtype).index_copy_(0, rows, d_input)
+            d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)
         return loss, d_input, *rest
     chunks = _Chunks(
         input,
@@ -404,7 +414,7 @@ def _cpu_loss_backward(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dty
     from fastlm import _cpu
 
     factor = d_loss.item()  # a CPU tensor: nothing to wait for
-    d_weight_out = torch.empty(d_weight.shape, dtype=weight_dtype)
+    d_weight_out = d_weight.new_empty(d_weight.shape, dtype=weight_dtype)
     _cpu.scale_to(d_weight, factor, d_weight_out)
     return d_input * d_loss, d_weight_out, (d_bias * d_loss).to(bias_dtype)
 

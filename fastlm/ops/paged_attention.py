@@ -8,6 +8,10 @@ from fastlm.backend import register
 from fastlm.errors import InputError
 from fastlm.ops.attention import NUMBERS, check_options, cpu_forward, wide_dtype
 
+# Keys that the table has room for, from which on the workspace is sized by the lengths (4 us more):
+# a server's tables have room for the longest context in every row.
+_ROOM = 1 << 15
+
 
 def paged_attention(
     q: Tensor,
@@ -65,12 +69,12 @@ def paged_attention(
                 f"{name}: wanted {dim} dimension(s), B = {q.shape[0]} rows, int32 on {q.device}, "
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
-    if torch.is_grad_enabled() and (
-        q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k_cache, v_cache, sinks, bias)
     ):
         raise InputError(
-            "q, k_cache, v_cache: wanted tensors without grad (it has no backward: use attention),"
-            " got one that requires grad"
+            "q, k_cache, v_cache, sinks, bias: wanted tensors without grad (it has no backward:"
+            " use attention), got one that requires grad"
         )
     if bias is None:
         bias_shape = (q.shape[0], q.shape[2], q.shape[1], 1)
@@ -98,7 +102,7 @@ def _scales(name: str, scale: float | Tensor | None, cache: Tensor) -> Tensor | 
         return None
     heads = cache.shape[2]
     if not isinstance(scale, Tensor):
-        return torch.full((heads,), scale, device=cache.device)
+        return torch.full((heads,), scale, dtype=torch.float32, device=cache.device)
     if scale.shape not in ((), (1,), (heads,)) or scale.device != cache.device:
         raise InputError(
             f"{name}_scale: wanted shape () or ({heads},) on {cache.device},"
@@ -131,9 +135,14 @@ def _cpu(
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     layout = (None, None, table, seq_lens.contiguous(), k_scale, v_scale)
     b, s, h, _ = q.shape
+    longest = table.shape[1] * k_cache.shape[1]
+    rows = b * longest
+    if rows > _ROOM:
+        rows = min(rows, max(0, int(seq_lens.sum())))
+        longest = min(longest, max(0, int(seq_lens.max())))
     return cpu_forward(
         q, k_cache, v_cache, layout, sinks, alibi_slopes, bias, None, (*numbers, 0.0), (b, h, s), b,
-        b * table.shape[1] * k_cache.shape[1],
+        rows, longest,
     )  # fmt: skip
 
 

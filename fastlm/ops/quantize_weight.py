@@ -31,16 +31,19 @@ def quantize_weight(
         w: (N, K), any float dtype, strided or not; finite.
         bits: 4 or 8.
         group_size: a multiple of 8, or -1 for one group a row. Where it does not divide K the last
-        group is short. symmetric: without offsets, q in [-127, 127] or [-8, 7]. Otherwise the
-        range is that of the group's values. scale_dtype: of scales and zeros. q is rounded against
-        the stored scale, so bfloat16 costs no accuracy.
+            group is short.
+        symmetric: without offsets, q in [-127, 127] or [-8, 7]. Otherwise the range is that of the
+            group's values.
+        scale_dtype: of scales and zeros. q is rounded against the stored scale, so bfloat16 costs
+            no accuracy.
 
     int8: scale = absmax / 127. int4, symmetric: the largest weight is put on -8 (the longer side,
     so scales have a sign) or on 7, full or clipped, whichever gives the group the smallest squared
     error.
 
     Raises:
-        InputError: not a matrix of finite floats, bits or group_size not as above.
+        InputError: not a matrix of finite floats, bits or group_size not as above, a scale that
+            scale_dtype cannot hold.
     """
     if w.dim() != 2 or not w.is_floating_point() or w.shape[1] == 0:
         raise InputError(f"w: wanted a float matrix (N, K), K >= 1, got {w.dtype} {tuple(w.shape)}")
@@ -69,6 +72,11 @@ def quantize_weight(
             q, s = _int8(v, scale_dtype)
         else:
             q, s = _int4(v, scale_dtype)
+        if not bool(torch.isfinite(s).all()):
+            raise InputError(
+                f"scale_dtype: wanted one that holds the scales of weights up to"
+                f" {float(block.abs().max()):.2g}, got {scale_dtype}"
+            )
         qdata.append(pack_rows(q.reshape(-1, groups * width)[:, :k], bits))
         scales.append(s)
     return QuantizedWeight(

@@ -18,9 +18,9 @@ def quantized_linear(
         x: (..., K), float32, bfloat16 or float16 (float64 on the reference).
         qweight: (N, K), see `QuantizedWeight`.
         bias: (N,), any float dtype, or None.
-        act_bits: 16: x as it is. 8: each row of x is rounded to int8 first, ``q = round(x * (127 /
-        absmax))``,
-            and the products and sums within a group of the weight are exact integers.
+        act_bits: 16: x as it is. 8: each row of x is rounded to int8 first,
+            ``q = round(x * (127 / absmax))``, and the products and sums within a group of the
+            weight are exact integers.
 
     Returns (..., N) of x's dtype; sums are float32. Gradients reach x (``dy @ W``, act_bits 8 as
     if x had not been rounded) and bias; the weight is frozen. Memory traffic at few rows is that
@@ -42,9 +42,12 @@ def quantized_linear(
         raise InputError(f"x: wanted device {qweight.qdata.device} as qweight, got {x.device}")
     if act_bits not in (8, 16):
         raise InputError(f"act_bits: wanted 8 or 16, got {act_bits!r}")
-    if bias is not None and (bias.shape != (n,) or not bias.is_floating_point()):
+    if bias is not None and (
+        bias.shape != (n,) or not bias.is_floating_point() or bias.device != x.device
+    ):
         raise InputError(
-            f"bias: wanted a float tensor ({n},), got {bias.dtype} {tuple(bias.shape)}"
+            f"bias: wanted a float tensor ({n},) on {x.device},"
+            f" got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
         )
     y = _forward(
         x.reshape(-1, k),
@@ -101,7 +104,7 @@ def _cpu_forward(
 ) -> Tensor:
     from fastlm import _cpu
 
-    y = torch.empty(x.shape[0], qdata.shape[0], dtype=x.dtype)
+    y = x.new_empty(x.shape[0], qdata.shape[0])
     if bias is not None:
         bias = bias.float().contiguous()
     _cpu.quantized_linear(_rows(x), qdata, scales, zeros, bias, bits, group_size, act_bits, 0, y)
@@ -119,7 +122,7 @@ def _cpu_backward(
 ) -> Tensor:
     from fastlm import _cpu
 
-    dx = torch.empty(dy.shape[0], k, dtype=dy.dtype)
+    dx = dy.new_empty(dy.shape[0], k)
     _cpu.quantized_linear_backward(_rows(dy), qdata, scales, zeros, bits, group_size, dx)
     return dx
 
@@ -183,7 +186,7 @@ def _cpu_dequantize(
 
     if dtype == torch.float64:  # a reference's business
         return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
-    out = torch.empty(qdata.shape[0], k, dtype=dtype)
+    out = qdata.new_empty(qdata.shape[0], k, dtype=dtype)
     _cpu.dequantize(qdata, scales, zeros, bits, group_size, out)
     return out
 

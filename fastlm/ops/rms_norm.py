@@ -34,22 +34,29 @@ def rms_norm(
     once; the backward keeps h and one float32 per row.
 
     Raises:
-        InputError: the last sizes differ, or residual differs from x in shape or dtype.
+        InputError: H is 0 or not the weight's size, or residual differs from x in shape, dtype or
+            device.
     """
-    if x.dim() == 0 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+    if not x.is_floating_point():
+        raise InputError(f"x: wanted a float dtype, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise InputError(f"x: wanted shape (..., H), H >= 1, got {tuple(x.shape)}")
+    if weight.shape != x.shape[-1:]:
         raise InputError(
             f"weight: wanted shape (H,) = the last dimension of x {tuple(x.shape)},"
             f" got {tuple(weight.shape)}"
         )
-    if not x.is_floating_point():
-        raise InputError(f"x: wanted a float dtype, got {x.dtype}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+    if weight.device != x.device or not weight.is_floating_point():
         raise InputError(
-            f"residual: wanted {x.dtype} of shape {tuple(x.shape)} as x,"
-            f" got {residual.dtype} {tuple(residual.shape)}"
+            f"weight: wanted floats on {x.device} as x, got {weight.dtype} on {weight.device}"
         )
-    if weight.device != x.device:
-        raise InputError(f"weight: wanted device {x.device} as x, got {weight.device}")
+    if residual is not None and (
+        residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
+    ):
+        raise InputError(
+            f"residual: wanted {x.dtype} of shape {tuple(x.shape)} as x on {x.device},"
+            f" got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
+        )
     rows = x.reshape(-1, x.shape[-1])
     y, h, _ = _forward(
         rows, None if residual is None else residual.reshape(rows.shape), weight, eps, offset
@@ -86,9 +93,9 @@ def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
     from fastlm import _cpu
 
-    y = torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
-    rstd = torch.empty(x.shape[0])
-    h = None if residual is None else torch.empty_like(y)
+    y = x.new_empty(x.shape)
+    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
+    h = None if residual is None else x.new_empty(x.shape)
     _cpu.rms_norm_forward(
         _rows(x), _rows(residual), _weight(weight, x.dtype), eps, offset, y, h, rstd
     )
@@ -100,8 +107,9 @@ def _cpu_backward(
 ):
     from fastlm import _cpu
 
-    dx = torch.empty(h.shape, dtype=h.dtype)
-    dw = torch.empty((h.shape[0] + _BLOCK_ROWS - 1) // _BLOCK_ROWS, h.shape[1])
+    dx = h.new_empty(h.shape)
+    blocks = (h.shape[0] + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    dw = rstd.new_empty(blocks, h.shape[1])
     _cpu.rms_norm_backward(
         _rows(dy), _rows(dh_above), _rows(h), _weight(weight, h.dtype), rstd, offset, dx, dw
     )

@@ -71,7 +71,7 @@ def rope(
             f"k, cos, sin: wanted device {q.device} as q,"
             f" got {k.device}, {cos.device}, {sin.device}"
         )
-    return _rope(q, k, cos, sin, interleaved, False)
+    return _rope(_dense(q), _dense(k), cos, sin, interleaved, False)
 
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool):
@@ -79,6 +79,9 @@ def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inv
 
 
 def _dense(t: Tensor) -> Tensor:
+    """Elements of a head one after the other: the results have the memory order of the arguments,
+    and the operator's fake tensors must know it.
+    """
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
@@ -99,7 +102,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, dq, dk):
-    dq, dk = _rope(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+    dq, dk = _rope(_dense(dq), _dense(dk), *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
     return dq, dk, None, None, None, None
 
 

@@ -107,7 +107,7 @@ def _cpu_forward(
     layout = (cu_q.contiguous(), cu_k.contiguous(), None, None, None, None)
     return cpu_forward(
         q, k, v, layout, sinks, alibi_slopes, bias, seed, numbers, (q.shape[1], q.shape[0]),
-        cu_q.shape[0] - 1, k.shape[0],
+        cu_q.shape[0] - 1, k.shape[0], 0,  # packed sequences never decode
     )  # fmt: skip
 
 

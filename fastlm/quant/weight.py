@@ -41,9 +41,8 @@ class QuantizedWeight:
     The last group of a row is short when `group_size` does not divide K.
 
     Attributes:
-        qdata: bits 8: int8 (N, K). bits 4: uint8 (N, ceil(K / 2)), column 2i in the low nibble, 2i
-        + 1 in the
-            high one, q = nibble - 8 (the spare nibble of an odd K is not read).
+        qdata: bits 8: int8 (N, K). bits 4: uint8 (N, ceil(K / 2)), column 2i in the low nibble,
+            2i + 1 in the high one, q = nibble - 8 (the spare nibble of an odd K is not read).
         scales: (N, ceil(K / group_size)), float32, bfloat16 or float16; any sign.
         zeros: offsets like `scales`, or None: symmetric.
         bits: 4 or 8.
@@ -64,6 +63,8 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         self.shape = (int(self.shape[0]), int(self.shape[1]))
         n, k = self.shape
+        if n < 0 or k < 1:
+            raise InputError(f"shape: wanted (N, K), K >= 1, got {self.shape}")
         if self.bits not in (4, 8):
             raise InputError(f"bits: wanted 4 or 8, got {self.bits}")
         self.group_size = check_group_size(self.group_size, k)
