@@ -13,9 +13,14 @@ def run(function, leaves):
     leaves = [t.detach().clone().requires_grad_() for t in leaves]
     torch.manual_seed(5)
     out, lse = function(*leaves)
+    return [
+        out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, upstream(out, lse))
+    ]  # fmt: skip
+
+
+def upstream(out, lse):
     draw = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=draw).to(t.dtype) for t in (out, lse)]
-    return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, upstream)]
+    return [torch.randn(t.shape, generator=draw).to(t.dtype) for t in (out, lse)]
 
 
 def lse_size(lse, keys):
@@ -28,35 +33,57 @@ def count(k):
     return k.shape[0 if k.dim() == 3 else 2]
 
 
-def roots(function, leaves, names, lse):
-    """For each leaf, how far the rounding errors of dS add up in its gradient: sqrt(sum P^2).
+def rounding_sizes(function, leaves, names, out, lse):
+    """Per gradient, the size whose ulps it errs by: its terms' rounding errors, added as roots.
 
-    dS = P (dP - delta), and dP - delta may cancel to nothing, so one row errs by P times the
-    rounding of dP whatever dS is. The gradient of a key sums this over the rows that see it, that
-    of a broadcast bias over what it is broadcast over; errors that are independent add up as
-    the root of the sum of their squares (Higham and Mary 2019). P is the output where v is the
-    identity. A query's gradient sums over keys, where sum P^2 <= 1, and dv does not cancel: 1.
+    dS = P (dP - delta + dlse), and the difference may cancel to nothing: a row errs by P times the
+    rounding of dP = dO v and of delta = dO out, whatever dS is. Independent errors add up as the
+    root of the sum of their squares (Higham and Mary 2019): inside the two products, whose partial
+    sums are of the root of their squared terms, and over the rows or keys that a gradient sums;
+    only delta's error is one for all keys of a row. All in float64; P is the output where v is the
+    identity, before and after dropout.
     """
-    q, k, v, *_ = leaves
-    packed = q.dim() == 3
-    eye = torch.eye(count(k), dtype=torch.float64)
+    packed = leaves[0].dim() == 3
+
+    def dense(t):  # (B, heads, length, width)
+        return (t.movedim(1, 0)[None] if packed else t).double()
+
+    (q, k, v), heads = (dense(t.detach()) for t in leaves[:3]), leaves[0].shape[1]
+    eye = torch.eye(count(leaves[1]), dtype=torch.float64)
     eye = eye[:, None].expand(-1, k.shape[1], -1) if packed else eye.expand(*k.shape[:2], -1, -1)
+    given = [leaves[0].double(), leaves[1].double(), eye, *(t.double() for t in leaves[3:])]
     torch.manual_seed(5)
-    p, _ = function(*(eye if t is v else t.double() for t in leaves))
-    p = (p.movedim(1, 0)[None] if packed else p).square()  # (B, heads, rows, keys)
-    result = []
-    for name, leaf in zip(names, leaves):
-        if name == "dk":
-            total = p.sum(2).unflatten(1, (k.shape[1], -1)).sum(2)
-        elif name == "dbias":
+    kept = dense(function(*given)[0])
+    p = dense(function(*given, dropout_p=0.0)[0])
+    up, up_lse = upstream(out, lse)
+    up, out = dense(up), dense(out)
+    values, keys = (t.repeat_interleave(heads // k.shape[1], 1) for t in (v, k))
+    product = (up @ values.mT).abs() + (up.square() @ values.mT.square()).sqrt()
+    terms = up * out
+    delta = terms.sum(-1).abs() + terms.square().sum(-1).sqrt() + up_lse.double().abs()
+    of_product, of_delta = (kept * product).square(), p * delta[..., None]
+    error = of_product + of_delta.square()
+    scale = q.shape[-1] ** -0.5
+
+    def over_groups(t):
+        return t.unflatten(1, (k.shape[1], -1)).sum(2)
+
+    squares = {
+        "dq": scale**2 * (of_product @ keys.square() + (of_delta @ keys).square()),
+        "dk": scale**2 * over_groups(error.mT @ q.square()),
+        "dv": over_groups(kept.mT.square() @ up.square()),
+    }
+    for name, leaf in zip(names[3:], leaves[3:]):
+        if name == "dbias":
             size = (1,) * (4 - leaf.dim()) + leaf.shape
-            total = p.sum_to_size((1, size[1], *p.shape[2:]) if packed else size)
-        elif name == "dsinks":  # P of the sink: exp(sink - lse)
-            total = (2 * (leaf.double()[:, None] - lse)).exp().movedim(-2, 0).flatten(1).sum(1)
-        else:
-            total = p.new_zeros(0)
-        result.append(max(1.0, total.max().item() ** 0.5 if total.numel() else 0.0))
-    return result
+            size = (1, size[1], *p.shape[2:]) if packed else size
+            if size[-1] == 1:
+                error = of_product.sum(-1, True) + of_delta.sum(-1, True).square()
+            squares[name] = error.sum_to_size(size)
+        else:  # P of the sink: exp(sink - lse)
+            sink = (leaf.double()[:, None] - lse).exp() * delta
+            squares[name] = sink.square().movedim(-2, 0).flatten(1).sum(1)
+    return [squares[n].max().sqrt().item() if squares[n].numel() else 0.0 for n in names]
 
 
 def assert_kernel_near(function, leaves, names, what):
@@ -68,7 +95,7 @@ def assert_kernel_near(function, leaves, names, what):
     with backend.use_backend("reference"):
         plain = run(function, leaves)
         truth = run(function, [t.double() for t in leaves])
-        spread = roots(function, leaves, names, truth[1])
+        sizes = rounding_sizes(function, leaves, names, *truth[:2])
     dtype = leaves[0].dtype
     for i, (name, a, p, t) in enumerate(zip(["out", "lse", *names], mine, plain, truth)):
         seen = torch.isfinite(t)
@@ -76,15 +103,14 @@ def assert_kernel_near(function, leaves, names, what):
         # P and dS are rounded to the dtype, as torch does and the reference does not: 2 ulp
         slack = 2 * ULP[dtype]
         if name == "lse" or dtype == torch.float32:
-            # fp32 sums in another order, of terms whose size is not the result's: dP = dO v is
-            # about sqrt(Dv) and cancels in dP - delta
+            # fp32 sums in another order, of terms whose size is not the result's
             scale = t[seen].abs().max().item() if seen.any() else 1.0
             if name == "out":
-                terms = 1.0
+                terms = 0.0
             elif name == "lse":
                 terms = lse_size(t[seen], count(leaves[1]))
             else:
-                terms = leaves[2].shape[-1] ** 0.5 * spread[i - 2]
+                terms = sizes[i - 2]
             slack = 4 * ULP[torch.float32] * max(2.0, terms / max(scale, 1e-30))
         assert_near(
             a[seen], p[seen], t[seen], factor=2 if i < 2 else 3, floor=slack, what=f"{what} {name}"

@@ -60,10 +60,10 @@ def case(shape, options, dtype):
         names.append("sinks")
     slopes = torch.rand(h) if options.pop("alibi", False) else None
 
-    def function(*leaves):
-        given = dict(zip(names, leaves))
+    def function(*leaves, **other):
+        given = dict(zip(names, leaves)) | options | other
         q, k, v = (given.pop(n) for n in "qkv")
-        return ops.attention(q, k, v, alibi_slopes=slopes, return_lse=True, **given, **options)
+        return ops.attention(q, k, v, alibi_slopes=slopes, return_lse=True, **given)
 
     return function, leaves, ["d" + n for n in names]
 
@@ -180,7 +180,7 @@ def test_peaked_and_offset(isa, dtype, offset):
     q, k, v = (torch.randn(1, 2, 40, 16).to(dtype) for _ in range(3))
     k[:, :, 7] *= 30
     bias = torch.full((1, 1, 40, 40), offset).to(dtype)
-    function = lambda q, k, v: ops.attention(q, k, v, bias=bias, return_lse=True)  # noqa: E731
+    function = lambda *qkv, **other: ops.attention(*qkv, bias=bias, return_lse=True, **other)  # noqa: E731
     assert_kernel_near(function, [q, k, v], ["dq", "dk", "dv"], what=isa)
 
 

@@ -45,8 +45,8 @@ def case(lengths, options, dtype, heads=(4, 2), widths=(24, 40)):
         names.append("sinks")
     slopes = torch.rand(h) if options.pop("alibi", False) else None
 
-    def function(*leaves):
-        given = dict(zip(names, leaves))
+    def function(*leaves, **other):
+        given = dict(zip(names, leaves)) | options | other
         q, k, v = (given.pop(n) for n in "qkv")
         return ops.varlen_attention(
             q,
@@ -57,7 +57,6 @@ def case(lengths, options, dtype, heads=(4, 2), widths=(24, 40)):
             alibi_slopes=slopes,
             return_lse=True,
             **given,
-            **options,
         )
 
     return function, leaves, ["d" + n for n in names]
