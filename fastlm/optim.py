@@ -285,9 +285,7 @@ def _portable(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cpu_adamw(*arguments: Any) -> None:
-    from fastlm import _cpu
-
-    _cpu.adamw(*arguments)
+    backend.cpu_extension.adamw(*arguments)
 
 
 backend.IMPLEMENTATIONS["adamw"] = {"reference": reference.adamw, "cpu": _cpu_adamw}

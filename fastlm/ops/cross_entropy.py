@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import register
 from fastlm.errors import InputError
 
@@ -210,8 +211,6 @@ def _backward_fake(
 
 def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     """Contiguous, after every class in it was found in range."""
-    from fastlm import _cpu
-
     target = target.contiguous()
     if (row := _cpu.first_bad_target(target, classes, ignore_index)) >= 0:
         raise reference.bad_target(target, row, classes, ignore_index)
@@ -231,8 +230,6 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _cpu_forward(logits, target, class_weight, smooth, ignore_index, softcap, logit_scale):
-    from fastlm import _cpu
-
     n, classes = logits.shape
     outputs = [*(torch.empty(n) for _ in range(3)), torch.empty(n if smooth else 0)]
     _cpu.cross_entropy_forward(
@@ -260,8 +257,6 @@ def _cpu_backward(
     softcap,
     logit_scale,
 ):
-    from fastlm import _cpu
-
     d_logits = torch.empty(logits.shape, dtype=logits.dtype)
     _cpu.cross_entropy_backward(
         on_p.contiguous(),
