@@ -508,9 +508,14 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
 }
 
 // ---- choice ------------------------------------------------------------------------------------
-// Rows of x up to which the dot form is faster at 4096 x 4096, groups of 128. The panel form has a
-// fixed cost (transpose, dequantize) that 8-bit activations nearly lack, and twice the rate.
-constexpr int64_t DOT_MAX_ROWS_16 = 8, DOT_MAX_ROWS_8 = 6;
+// Rows of x up to which the dot form is faster, measured with groups of 128. It unpacks W for every
+// 4 rows; the panel form unpacks once, and pays for the transposition. From 2048 x 2048 on the
+// second pass over bf16 products is hidden behind the reading of W.
+constexpr int64_t DOT_MAX_ROWS_8 = 6;
+template <class E>
+FASTLM_INLINE int64_t dot_max_rows_16(const Weight& w) {
+  return sizeof(E) == 2 && w.n * w.k >= 2048 * 2048 ? 8 : 4;
+}
 
 // x (..., K) as rows.h says; bias (N) float32 or absent; y (..., N) contiguous; form 0 chooses, 1
 // is dot, 2 is panel (tests and measurements).
@@ -529,7 +534,8 @@ inline void quantized_linear(const TensorView& x, const TensorView& qdata, const
     const T* px = x.data<T>("x");
     T* py = y.data<T>("y");
     const Weight w = weight_of(qdata, scales, zeros, k, bits, group_size);
-    const bool dot = form ? form == 1 : m <= (act_bits == 8 ? DOT_MAX_ROWS_8 : DOT_MAX_ROWS_16);
+    const bool dot =
+        form ? form == 1 : m <= (act_bits == 8 ? DOT_MAX_ROWS_8 : dot_max_rows_16<Elem<T>>(w));
     const auto run = [&](auto b) {
       constexpr int BITS = decltype(b)::value;
       if (act_bits == 8)
