@@ -18,6 +18,7 @@ Ops register with ``torch.library.Library`` (1.8 us a call here) and not with
 
 import contextlib
 import functools
+import importlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,10 @@ import torch
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from fastlm.errors import InputError
+
+# The extension, or None where it is not built; one that is broken raises here. After torch, whose
+# OpenMP runtime it shares.
+cpu_extension: Any = importlib.import_module("fastlm._cpu") if find_spec("fastlm._cpu") else None
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 # Best first, per device type. A device that is not listed runs the reference.
@@ -65,7 +70,7 @@ if _forced is not None:
 def why_not(backend: str) -> str | None:
     """Why this backend cannot run on this machine, or None when it can."""
     if backend == "cpu":
-        if find_spec("fastlm._cpu") is None:
+        if cpu_extension is None:
             return (
                 "the C++ extension fastlm._cpu is not built"
                 " (pip install -e . builds it; it needs a C++17 compiler)"
@@ -101,7 +106,7 @@ def pick(op: str, tensor: torch.Tensor) -> Callable:
     # torch hands its number of threads to OpenMP once per thread of Python, when it is asked here;
     # a kernel that came before that would take every core
     torch.get_num_threads()
-    key = (op, tensor.device.type, tensor.dtype)
+    key = (op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
     if (chosen := _picked.get(key)) is None:
         chosen = _picked[key] = _choose(*key)
     return chosen
@@ -135,6 +140,13 @@ def use_backend(name: str) -> Iterator[None]:
         _picked.clear()
 
 
+def _needs_gradient(args: tuple) -> bool:
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.requires_grad:
+            return True
+    return False
+
+
 def register(
     schema: str,
     *,
@@ -148,9 +160,9 @@ def register(
 
     `picked_by` is the position of the tensor whose device and dtype choose the implementation.
 
-    Returns what the public function calls: the operator, or, without gradients on plain tensors and
-    with nothing tracing or transforming, the implementation itself (the dispatcher costs 4 us here,
-    as much as a decode-size kernel). A backward runs without gradients, so it gains too.
+    Returns what the public function calls: the operator, or, on plain tensors that need no gradient
+    and with nothing tracing or transforming, the implementation itself (the dispatcher costs 4 us
+    here, as much as a decode-size kernel). A backward runs without gradients, so it gains too.
     """
     name = schema.split("(", 1)[0]
     definition = _without_autocast(implementations["reference"])
@@ -173,9 +185,9 @@ def register(
 
     def call(*args: Any) -> Any:
         if (
-            not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
+            not torch.compiler.is_compiling()
             and _PLAIN.issuperset(map(type, args))
+            and not (torch.is_grad_enabled() and _needs_gradient(args))
             and not torch._C._len_torch_dispatch_stack()
             and _functorch.peek_interpreter_stack() is None
         ):
@@ -203,10 +215,8 @@ def cpu_isa() -> str | None:
     """The instruction set the C++ kernels run on, or None without the extension."""
     if why_not("cpu"):
         return None
-    from fastlm import _cpu
-
     try:
-        return _cpu.isa()
+        return cpu_extension.isa()
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -219,9 +229,7 @@ def cpu_isas() -> Sequence[str]:
     """Every instruction set the C++ kernels can run on here, best first."""
     if why_not("cpu"):
         return ()
-    from fastlm import _cpu
-
-    return _cpu.supported_isas()
+    return cpu_extension.supported_isas()
 
 
 @contextlib.contextmanager
@@ -230,17 +238,15 @@ def use_cpu_isa(name: str) -> Iterator[None]:
 
     One of amx, avx512, avx2, scalar, amx_emulated.
     """
-    from fastlm import _cpu
-
-    before = _cpu.isa()
+    before = cpu_extension.isa()
     try:
-        _cpu.set_isa(name)
+        cpu_extension.set_isa(name)
     except ValueError as error:
         raise InputError(str(error)) from None
     try:
         yield
     finally:
-        _cpu.set_isa(before)
+        cpu_extension.set_isa(before)
 
 
 def info() -> dict[str, Any]:
@@ -266,9 +272,8 @@ def info() -> dict[str, Any]:
         }
     isas: dict[str, str | None] = {}
     if why_not("cpu") is None:
-        from fastlm import _cpu
-
-        isas = {name: _cpu.why_not(name) or None for name in ("amx", "avx512", "avx2", "scalar")}
+        names = ("amx", "avx512", "avx2", "scalar")
+        isas = {name: cpu_extension.why_not(name) or None for name in names}
     return {
         "fastlm": fastlm.__version__,
         "python": platform.python_version(),

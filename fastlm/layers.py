@@ -48,8 +48,9 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         shape = (2, batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        self.layers = [
-            torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        self.layers = [  # keys, values
+            torch.empty(shape, dtype=dtype, device=device).unbind()
+            for _ in range(config.num_hidden_layers)
         ]
         self.capacity = capacity
         self.length = 0
@@ -59,10 +60,11 @@ class KVCache:
         far (B, Hkv, T, D).
         """
         keys, values = self.layers[layer]
-        end = self.length + k.shape[2]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        count = k.shape[2]
+        keys.narrow(2, self.length, count).copy_(k)
+        values.narrow(2, self.length, count).copy_(v)
+        end = self.length + count
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Call:
 class Fused:
     """Quantized projections of one input as one product: fewer calls in a decode step (7 % of
     SmolLM2's CPU time, measured). Their buffers are rows of `weight`, so nothing is stored twice.
+    A single projection gains too: its weight is put together and checked once, not in each step.
 
     Unquantized projections stay apart: moving a Parameter's memory under an optimizer that may
     remember its address is not worth the 9 % measured there.
@@ -108,14 +111,16 @@ def fuse(modules: Sequence[nn.Module | None], before: Fused | None) -> Fused | N
     bias = torch.cat(biases) if biases else None
     if before is not None and all(_storage(m) == _storage(before.weight) for m in linears):
         return Fused(before.weight, bias, before.act_bits)
+    first = linears[0]
+    if len(linears) == 1:
+        return Fused(first.weight, bias, first.act_bits)
     joined: dict[str, Tensor | None] = {"zeros": None}
     rows = [m.out_features for m in linears]
     for name in ("qdata", "scales", "zeros"):
-        if getattr(linears[0], name) is not None:
+        if getattr(first, name) is not None:
             joined[name] = whole = torch.cat([getattr(m, name) for m in linears])
             for m, part in zip(linears, whole.split(rows)):
                 setattr(m, name, part)
-    first = linears[0]
     shape = (sum(rows), first.in_features)
     weight = QuantizedWeight(**joined, bits=first.bits, group_size=first.group_size, shape=shape)  # type: ignore[arg-type]
     return Fused(weight, bias, first.act_bits)
@@ -160,6 +165,7 @@ class Attention(nn.Module):
             self.v_proj = nn.Linear(width, self.kv_width, bias=bias or family.qkv_bias)
         self.o_proj = nn.Linear(self.q_width, width, bias=bias)
         self.fused: Fused | None = None
+        self.fused_out: Fused | None = None
         self.qk_norm = family.qk_norm
         if self.qk_norm:
             per_head = self.qk_norm == "head"
@@ -169,13 +175,14 @@ class Attention(nn.Module):
     def fuse(self) -> None:
         if "q_proj" in self._modules:
             self.fused = fuse([self.q_proj, self.k_proj, self.v_proj], self.fused)
+        self.fused_out = fuse([self.o_proj], self.fused_out)
 
     def project(self, x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, E) -> (B, S, H * D), twice (B, S, Hkv * D)."""
         joined = self.fused if fused else None
         if joined is not None or "qkv_proj" in self._modules:
             qkv = self.qkv_proj(x) if joined is None else joined(x)
-            q, k, v = qkv.split((self.q_width, self.kv_width, self.kv_width), -1)
+            q, k, v = qkv.split_with_sizes((self.q_width, self.kv_width, self.kv_width), -1)
             return q, k, v
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
@@ -184,7 +191,8 @@ class Attention(nn.Module):
         q, k, v = self.project(x, call.fused)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (B, S, heads, D)
+        heads = (batch, length, -1, self.head_dim)
+        q, k, v = q.view(heads), k.view(heads), v.view(heads)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
@@ -207,7 +215,8 @@ class Attention(nn.Module):
             assert isinstance(out, Tensor)  # a pair only with return_lse
             out = out.transpose(1, 2)
         assert isinstance(out, Tensor)  # varlen_attention's likewise
-        return self.o_proj(out.reshape(batch, length, self.q_width))
+        project = (call.fused and self.fused_out) or self.o_proj
+        return project(out.reshape(batch, length, self.q_width))
 
 
 class MLP(nn.Module):
@@ -221,11 +230,13 @@ class MLP(nn.Module):
             self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
         self.fused: Fused | None = None
+        self.fused_down: Fused | None = None
         self.act = config.act
 
     def fuse(self) -> None:
         if "gate_proj" in self._modules:
             self.fused = fuse([self.gate_proj, self.up_proj], self.fused)
+        self.fused_down = fuse([self.down_proj], self.fused_down)
 
     def project(self, x: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
         joined = self.fused if fused else None
@@ -236,7 +247,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         gate, up = self.project(x, call.fused)
-        return self.down_proj(glu(gate, up, act=self.act))
+        project = (call.fused and self.fused_down) or self.down_proj
+        return project(glu(gate, up, act=self.act))
 
 
 class DecoderLayer(nn.Module):

@@ -291,10 +291,8 @@ def _portable(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cpu_adamw(*arguments: Any) -> None:
-    from fastlm import _cpu
-
     try:
-        _cpu.adamw(*arguments)
+        backend.cpu_extension.adamw(*arguments)
     except ValueError as error:
         raise InputError(str(error)) from None
 

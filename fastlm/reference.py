@@ -27,12 +27,12 @@ def rms_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h = x + residual, rstd = 1 / sqrt(mean(h^2) + eps), y = h * rstd * (offset + weight).
 
-    x (N, H) -> y (N, H), h (N, H; empty without residual), rstd (N).
+    x (..., H) -> y (..., H), h (..., H; empty without residual), rstd (...).
     """
     h = x if residual is None else x + residual
     wide = _wide(h)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    y = (wide * rstd[:, None] * (offset + _wide(weight))).to(x.dtype)
+    y = (wide * rstd[..., None] * (offset + _wide(weight))).to(x.dtype)
     return y, (x.new_empty(0) if residual is None else h), rstd
 
 
@@ -40,12 +40,12 @@ def rms_norm_backward(
     dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of h and of the weight; `dh_above` reaches h from the residual stream."""
-    g, wide, r = _wide(dy), _wide(h), rstd[:, None]
+    g, wide, r = _wide(dy), _wide(h), rstd[..., None]
     gw = g * (offset + _wide(weight))
     dh = r * (gw - wide * r.square() * (gw * wide).mean(-1, keepdim=True))
     if dh_above is not None:
         dh = dh + _wide(dh_above)
-    return dh.to(h.dtype), (g * wide * r).sum(0)
+    return dh.to(h.dtype), (g * wide * r).reshape(-1, h.shape[-1]).sum(0)
 
 
 # ---- rope ----------------------------------------------------------------------------------------
@@ -940,7 +940,7 @@ def quantized_linear_forward(
     if act_bits == 8:
         q, scale = quantize_rows(x)
         wide = q * scale
-    w = dequantize_rows(qdata, scales, zeros, bits, group_size, x.shape[1], wide.dtype)
+    w = dequantize_rows(qdata, scales, zeros, bits, group_size, x.shape[-1], wide.dtype)
     y = wide @ w.t()
     return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
 

@@ -189,3 +189,31 @@ def test_forcing_a_backend_that_is_not_here_raises():
         ops.rms_norm(torch.randn(2, 4), torch.randn(4))
     with pytest.raises(InputError, match="use_backend: wanted one of"), backend.use_backend("tpu"):
         pass
+
+
+def test_operator_is_skipped_only_where_nothing_watches(monkeypatch):
+    """Without gradients the kernel is called at once; autograd and modes see the op."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fastlm import ops
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list = []
+    gate, up = torch.randn(2, 3, 40)
+    glu = torch.ops.fastlm.glu.default
+    with Watch():
+        want = ops.glu(gate, up)
+    assert glu in seen
+    callers = []
+    pick = backend.pick
+    monkeypatch.setattr(
+        backend, "pick", lambda *a: callers.append(sys._getframe(1).f_code.co_name) or pick(*a)
+    )
+    assert torch.is_grad_enabled() and torch.equal(ops.glu(gate, up), want)
+    assert callers.pop() == "call"  # not "run", which the operator calls
+    assert ops.glu(gate, up.clone().requires_grad_()).grad_fn is not None
+    assert callers.pop() == "run"

@@ -222,15 +222,20 @@ def test_dequantize_on_every_isa(isa, dtype):
 @pytest.mark.parametrize("act_bits", [8, 16])
 def test_opcheck(act_bits):
     q = weight(12, 40, 4, 16, symmetric=act_bits == 8)
-    x, bias = torch.randn(5, 40, requires_grad=True), torch.randn(12, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.fastlm.quantized_linear.default,
-        (x, q.qdata, q.scales, q.zeros, bias, 4, 16, act_bits),
-    )
-    torch.library.opcheck(
-        torch.ops.fastlm.quantized_linear_backward.default,
-        (torch.randn(5, 12), q.qdata, q.scales, q.zeros, 4, 16, 40),
-    )
+    bias = torch.randn(12, requires_grad=True)
+    for shape in ((5, 40), (2, 3, 40)):
+        torch.library.opcheck(
+            torch.ops.fastlm.quantized_linear.default,
+            (
+                torch.randn(shape, requires_grad=True),
+                *(q.qdata, q.scales, q.zeros, bias, 4, 16, act_bits),
+            ),
+        )
+    for dy in (torch.randn(5, 12), torch.randn(2, 3, 12)):
+        torch.library.opcheck(
+            torch.ops.fastlm.quantized_linear_backward.default,
+            (dy, q.qdata, q.scales, q.zeros, 4, 16, 40),
+        )
     torch.library.opcheck(
         torch.ops.fastlm.dequantize.default,
         (q.qdata, q.scales, q.zeros, 4, 16, 40, torch.bfloat16),

@@ -69,6 +69,22 @@ def test_rows_apart_and_transposed(isa, dtype):
         assert torch.equal(ops.rms_norm(x, w), ops.rms_norm(x.contiguous(), w))
 
 
+def test_leading_dimensions(isa, dtype):
+    """(..., H) with any strides is the rows of its copy; dy strided as well."""
+    weight = torch.randn(33, requires_grad=True)
+    x = torch.randn(4, 3, 2, 33).to(dtype).transpose(0, 2).requires_grad_()
+    dy = torch.randn(4, 3, 2, 33).to(dtype).transpose(0, 2)
+    flat = x.detach().reshape(-1, 33).requires_grad_()
+    y, h = ops.rms_norm(x, weight, residual=x)
+    y_flat, h_flat = ops.rms_norm(flat, weight, residual=flat)
+    assert torch.equal(y.reshape(-1, 33), y_flat) and torch.equal(h.reshape(-1, 33), h_flat)
+    dx, dw = torch.autograd.grad(y, (x, weight), dy)
+    dx_flat, dw_flat = torch.autograd.grad(y_flat, (flat, weight), dy.reshape(-1, 33))
+    assert torch.equal(dx.reshape(-1, 33), dx_flat) and torch.equal(dw, dw_flat)
+    row = x.detach()[1, 2, 3]
+    assert torch.equal(ops.rms_norm(row, weight), ops.rms_norm(row[None], weight)[0])
+
+
 def test_empty_and_repeat(isa, dtype):
     weight = torch.randn(8)
     assert ops.rms_norm(torch.empty(0, 8, dtype=dtype), weight).shape == (0, 8)
@@ -124,9 +140,10 @@ def test_any_shape_agrees_with_reference(rows, width, with_residual, offset):
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_opcheck(with_residual):
-    x = torch.randn(6, 32, requires_grad=True)
-    residual = torch.randn(6, 32, requires_grad=True) if with_residual else None
+@pytest.mark.parametrize("shape", [(6, 32), (2, 3, 32), (32,)])
+def test_opcheck(with_residual, shape):
+    x = torch.randn(shape, requires_grad=True)
+    residual = torch.randn(shape, requires_grad=True) if with_residual else None
     torch.library.opcheck(
         torch.ops.fastlm.rms_norm.default,
         (x, residual, torch.randn(32, requires_grad=True), 1e-6, 0.0),

@@ -214,26 +214,33 @@ void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* pr
   const size_t bytes = Buffer::size_of<float>(MAX_ROWS * round_up(s.D, VL)) +
                        Buffer::size_of<float>(MAX_ROWS * CHUNK) +
                        Buffer::size_of<float>(MAX_ROWS * round_up(s.Dv, VL));
-  // below that a parallel region costs more than it saves
-#pragma omp parallel if (total * s.Hkv * (s.D + s.Dv) > 65536)
+  const int64_t tasks = s.B * s.Hkv * chunks, rows = s.B * s.H;
+  const auto attend = [&](int64_t t) {
+    const int64_t b = t / chunks / s.Hkv, g = t / chunks % s.Hkv;
+    Buffer memory(bytes);
+    decode_chunk(problems[b], s, o, b, g, t % chunks, k_scale ? k_scale[g] : 1.f,
+                 workspace + t * apart, memory);
+  };
+  const auto combine = [&](int64_t row) {
+    const int64_t b = row / s.H, h = row % s.H;
+    const Problem<T, C>& p = problems[b];
+    for (int64_t i = 0; i < p.queries; ++i)
+      combine_chunks(
+          workspace + (b * s.Hkv + h / G) * chunks * apart + (h % G * p.queries + i) * ldp, chunks,
+          apart, o.sinks ? o.sinks[h] : -INFINITE, v_scale ? v_scale[h / G] : 1.f, s.Dv,
+          out + s.out.at(b, h, p.q0 + i), lse + s.lse.at(b, h, p.q0 + i));
+  };
+  // 131072 elements are 10 us of one thread; for less a parallel region does not pay
+  if (total * s.Hkv * (s.D + s.Dv) <= 131072) {
+    for (int64_t t = 0; t < tasks; ++t) attend(t);
+    for (int64_t row = 0; row < rows; ++row) combine(row);
+    return;
+  }
+#pragma omp parallel
   {
-#pragma omp for schedule(dynamic) collapse(3)
-    for (int64_t b = 0; b < s.B; ++b)
-      for (int64_t g = 0; g < s.Hkv; ++g)
-        for (int64_t c = 0; c < chunks; ++c) {
-          Buffer memory(bytes);
-          decode_chunk(problems[b], s, o, b, g, c, k_scale ? k_scale[g] : 1.f,
-                       workspace + ((b * s.Hkv + g) * chunks + c) * apart, memory);
-        }
-#pragma omp for collapse(2)
-    for (int64_t b = 0; b < s.B; ++b)
-      for (int64_t h = 0; h < s.H; ++h) {
-        const Problem<T, C>& p = problems[b];
-        for (int64_t i = 0; i < p.queries; ++i)
-          combine_chunks(
-              workspace + (b * s.Hkv + h / G) * chunks * apart + (h % G * p.queries + i) * ldp,
-              chunks, apart, o.sinks ? o.sinks[h] : -INFINITE, v_scale ? v_scale[h / G] : 1.f, s.Dv,
-              out + s.out.at(b, h, p.q0 + i), lse + s.lse.at(b, h, p.q0 + i));
-      }
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < tasks; ++t) attend(t);
+#pragma omp for
+    for (int64_t row = 0; row < rows; ++row) combine(row);
   }
 }

@@ -5,6 +5,7 @@
 //              activation is computed again
 //
 // Work is cut into pieces of PIECE elements of a row; contiguous tensors are one row.
+#include "cpu/parallel.h"
 
 constexpr int64_t PIECE = 4096;  // elements: 8 to 16 KiB per operand, enough to forget the loop
 
@@ -83,10 +84,11 @@ void glu_backward_piece(const T* dy, const T* gate, const T* up, int64_t n, T* d
 template <class F>
 void for_each_piece(int64_t rows, int64_t columns, F&& f) {
   const int64_t pieces = (columns + PIECE - 1) / PIECE;
-// below 32768 elements a parallel region costs more than it saves
-#pragma omp parallel for collapse(2) schedule(static) if (rows * columns > 32768)
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t p = 0; p < pieces; ++p) f(i, p * PIECE, std::min(PIECE, columns - p * PIECE));
+  // below 32768 elements a parallel region costs more than it saves
+  parallel_for(rows * pieces, rows * columns > 32768, [&](int64_t t) {
+    const int64_t i = t / pieces, j = t % pieces * PIECE;
+    f(i, j, std::min(PIECE, columns - j));
+  });
 }
 
 template <class F>

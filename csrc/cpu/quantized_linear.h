@@ -14,6 +14,7 @@
 // Every output is computed by one thread in one order: bit-equal on any number of threads.
 #include "cpu/gemm.h"
 #include "cpu/quantized_weight.h"
+#include "cpu/rows.h"
 //
 #include "cpu/gemm_int8.h"
 
@@ -258,49 +259,59 @@ void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const fl
   float* sums = reinterpret_cast<float*>(work.as<char>() + x_bytes);
   float* row_scale = sums + m * w.groups;
   const int64_t tasks = (w.n + DOT_ROWS - 1) / DOT_ROWS;
-#pragma omp parallel if (w.n * w.k > 65536)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < m; ++i) {
-      const T* row = x + i * x_stride;
-      float inverse = 1;
-      row_scale[i] = 1;
-      if constexpr (sizeof(X) == 1) row_scale[i] = int8_scale(row, w.k, &inverse);
-      arrange<BITS>(row, w.k, inverse, arranged + i * stride);
-      if (w.zeros)
-        group_sums(row, w.k, w.size, w.groups, sizeof(X) == 1, inverse, sums + i * w.groups);
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < tasks; ++t) {
-      const int64_t end = std::min(w.n, (t + 1) * DOT_ROWS);
-      for (int64_t m0 = 0; m0 < m;
-           m0 += 4) {  // the task's W comes from the L2 after the first time
-        const int mx = int(std::min<int64_t>(4, m - m0));
-        for (int64_t n = t * DOT_ROWS; n < end; ++n) {
-          float out[4];
-          const X* xm = arranged + m0 * stride;
-          switch (mx) {
-            case 1:
-              dot_row<BITS, X, 1>(w, n, xm, stride, out);
-              break;
-            case 2:
-              dot_row<BITS, X, 2>(w, n, xm, stride, out);
-              break;
-            case 3:
-              dot_row<BITS, X, 3>(w, n, xm, stride, out);
-              break;
-            default:
-              dot_row<BITS, X, 4>(w, n, xm, stride, out);
-          }
-          for (int j = 0; j < mx; ++j) {
-            float v = out[j];
-            if (w.zeros) v += offset_term(w, n, sums + (m0 + j) * w.groups);
-            v = v * row_scale[m0 + j] + (bias ? bias[n] : 0.f);
-            y[(m0 + j) * w.n + n] = from_float<T>(v);
-          }
+  const auto prepare = [&](int64_t i) {
+    const T* row = x + i * x_stride;
+    float inverse = 1;
+    row_scale[i] = 1;
+    if constexpr (sizeof(X) == 1) row_scale[i] = int8_scale(row, w.k, &inverse);
+    arrange<BITS>(row, w.k, inverse, arranged + i * stride);
+    if (w.zeros)
+      group_sums(row, w.k, w.size, w.groups, sizeof(X) == 1, inverse, sums + i * w.groups);
+  };
+  const auto multiply = [&](int64_t t) {
+    const int64_t end = std::min(w.n, (t + 1) * DOT_ROWS);
+    for (int64_t m0 = 0; m0 < m; m0 += 4) {  // the task's W comes from the L2 after the first time
+      const int mx = int(std::min<int64_t>(4, m - m0));
+      for (int64_t n = t * DOT_ROWS; n < end; ++n) {
+        float out[4];
+        const X* xm = arranged + m0 * stride;
+        switch (mx) {
+          case 1:
+            dot_row<BITS, X, 1>(w, n, xm, stride, out);
+            break;
+          case 2:
+            dot_row<BITS, X, 2>(w, n, xm, stride, out);
+            break;
+          case 3:
+            dot_row<BITS, X, 3>(w, n, xm, stride, out);
+            break;
+          default:
+            dot_row<BITS, X, 4>(w, n, xm, stride, out);
+        }
+        for (int j = 0; j < mx; ++j) {
+          float v = out[j];
+          if (w.zeros) v += offset_term(w, n, sums + (m0 + j) * w.groups);
+          v = v * row_scale[m0 + j] + (bias ? bias[n] : 0.f);
+          y[(m0 + j) * w.n + n] = from_float<T>(v);
         }
       }
     }
+  };
+  // 131072 products are 6 us of one thread; for less a parallel region does not pay
+  if (m == 1 || m * w.n * w.k <= 131072)
+    for (int64_t i = 0; i < m; ++i) prepare(i);
+  if (m * w.n * w.k <= 131072) {
+    for (int64_t t = 0; t < tasks; ++t) multiply(t);
+    return;
+  }
+#pragma omp parallel
+  {
+    if (m > 1) {  // else it is done, and the threads need not meet
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < m; ++i) prepare(i);
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t t = 0; t < tasks; ++t) multiply(t);
   }
 }
 
@@ -497,18 +508,24 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
 }
 
 // ---- choice ------------------------------------------------------------------------------------
-// Rows of x up to which the dot form is faster at 4096 x 4096, groups of 128. The panel form has a
-// fixed cost (transpose, dequantize) that 8-bit activations nearly lack, and twice the rate.
-constexpr int64_t DOT_MAX_ROWS_16 = 8, DOT_MAX_ROWS_8 = 6;
+// Rows of x up to which the dot form is faster, measured with groups of 128. It unpacks W for every
+// 4 rows; the panel form unpacks once, and pays for the transposition. From 2048 x 2048 on the
+// second pass over bf16 products is hidden behind the reading of W.
+constexpr int64_t DOT_MAX_ROWS_8 = 6;
+template <class E>
+FASTLM_INLINE int64_t dot_max_rows_16(const Weight& w) {
+  return sizeof(E) == 2 && w.n * w.k >= 2048 * 2048 ? 8 : 4;
+}
 
-// x (M, K) rows apart or not; bias (N) float32 or absent; y (M, N) contiguous; form 0 chooses, 1 is
-// dot, 2 is panel (tests and measurements).
+// x (..., K) as rows.h says; bias (N) float32 or absent; y (..., N) contiguous; form 0 chooses, 1
+// is dot, 2 is panel (tests and measurements).
 inline void quantized_linear(const TensorView& x, const TensorView& qdata, const TensorView& scales,
                              const TensorView* zeros, const TensorView* bias, int bits,
                              int64_t group_size, int act_bits, int form, const TensorView& y) {
-  const int64_t m = x.size(0), k = x.size(1), x_stride = x.stride(0);
-  check_size("y", "columns:", qdata.size(0), y.size(1));
-  check_size("y", "rows:", m, y.size(0));
+  const Rows rows = rows_of("x", x);
+  const int64_t m = rows.count, k = rows.width, x_stride = rows.stride;
+  check_size("y", "columns:", qdata.size(0), y.size(-1));
+  check_size("y", "elements:", m * qdata.size(0), y.numel());
   if (m == 0 || qdata.size(0) == 0) return;
   check_contiguous("y", y);
   const float* pb = bias ? bias->data<float>("bias") : nullptr;
@@ -517,7 +534,8 @@ inline void quantized_linear(const TensorView& x, const TensorView& qdata, const
     const T* px = x.data<T>("x");
     T* py = y.data<T>("y");
     const Weight w = weight_of(qdata, scales, zeros, k, bits, group_size);
-    const bool dot = form ? form == 1 : m <= (act_bits == 8 ? DOT_MAX_ROWS_8 : DOT_MAX_ROWS_16);
+    const bool dot =
+        form ? form == 1 : m <= (act_bits == 8 ? DOT_MAX_ROWS_8 : dot_max_rows_16<Elem<T>>(w));
     const auto run = [&](auto b) {
       constexpr int BITS = decltype(b)::value;
       if (act_bits == 8)
@@ -534,13 +552,14 @@ inline void quantized_linear(const TensorView& x, const TensorView& qdata, const
   });
 }
 
-// dx (M, K) = dy (M, N) . W: rows of W are dequantized in blocks and packed along n.
+// dx (..., K) = dy (..., N) . W: rows of W are dequantized in blocks and packed along n.
 inline void quantized_linear_backward(const TensorView& dy, const TensorView& qdata,
                                       const TensorView& scales, const TensorView* zeros, int bits,
                                       int64_t group_size, const TensorView& dx) {
-  const int64_t m = dy.size(0), k = dx.size(1), dy_stride = dy.stride(0);
-  check_size("dx", "rows:", m, dx.size(0));
-  check_size("dy", "columns:", qdata.size(0), dy.size(1));
+  const Rows rows = rows_of("dy", dy);
+  const int64_t m = rows.count, k = dx.size(-1), dy_stride = rows.stride;
+  check_size("dx", "elements:", m * k, dx.numel());
+  check_size("dy", "columns:", qdata.size(0), rows.width);
   if (m == 0) return;
   check_contiguous("dx", dx);
   with_float(dy.dtype(), "dy", [&](auto tag) {
@@ -553,15 +572,15 @@ inline void quantized_linear_backward(const TensorView& dy, const TensorView& qd
     Workspace a_work(size_t(m * np) * sizeof(E));
     E* a = a_work.as<E>();
     const int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M, blocks_k = (k + PANEL_N - 1) / PANEL_N,
-                  rows = 256;  // 128 KiB of floats
+                  part = 256;  // rows of W: 128 KiB of floats
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < m; ++i)
         pack_a<E>(pdy + i * dy_stride, dy_stride, 1, 1, w.n, a + i * np);
-      Workspace work(size_t(rows * PANEL_N + PANEL_M * PANEL_N) * 4 +
-                     size_t(rows * PANEL_N) * sizeof(E));
-      float *wide = work.as<float>(), *c = wide + rows * PANEL_N;
+      Workspace work(size_t(part * PANEL_N + PANEL_M * PANEL_N) * 4 +
+                     size_t(part * PANEL_N) * sizeof(E));
+      float *wide = work.as<float>(), *c = wide + part * PANEL_N;
       E* b = reinterpret_cast<E*>(c + PANEL_M * PANEL_N);
       TileScope tiles;
 #pragma omp for schedule(dynamic)
@@ -569,8 +588,8 @@ inline void quantized_linear_backward(const TensorView& dy, const TensorView& qd
         const int64_t m0 = t / blocks_k * PANEL_M, k0 = t % blocks_k * PANEL_N;
         const int64_t mb = std::min(PANEL_M, m - m0), kb = std::min(PANEL_N, k - k0);
         if (w.n == 0) memset(c, 0, size_t(PANEL_M * PANEL_N) * 4);
-        for (int64_t n0 = 0; n0 < w.n; n0 += rows) {
-          const int64_t nb = std::min(rows, w.n - n0);
+        for (int64_t n0 = 0; n0 < w.n; n0 += part) {
+          const int64_t nb = std::min(part, w.n - n0);
           for (int64_t i = 0; i < nb; ++i) {
             if (bits == 4)
               dequantize_row<4>(w, n0 + i, k0, k0 + kb, wide + i * PANEL_N);

@@ -10,6 +10,8 @@
 // Each row is read twice: from memory, then from the L1 that it still fits (a row is at most a few
 // tens of KiB). dw is summed per block of BLOCK_ROWS rows and then over blocks in order, so it does
 // not depend on the thread count.
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
 
 constexpr int64_t BLOCK_ROWS = 64;  // rows per partial sum of dw: 64 blocks for a 4096-row batch
 
@@ -50,13 +52,14 @@ void with_weight(const TensorView& weight, F&& f) {
     f(static_cast<const T*>(weight.data<T>("weight")));
 }
 
-// x (N, H) rows x_stride apart; residual the same or empty; weight (H) float32 or x's dtype; y, h
-// (N, H) contiguous; rstd (N) float32
+// x (..., H) as rows.h says; residual the same or empty; weight (H) float32 or x's dtype; y, h like
+// x, contiguous; rstd (...) float32
 inline void rms_norm_forward(const TensorView& x, const TensorView* residual,
                              const TensorView& weight, float eps, float offset, const TensorView& y,
                              const TensorView* h, const TensorView& rstd) {
-  const int64_t rows = x.size(0), n = x.size(1), x_stride = x.stride(0),
-                r_stride = residual ? residual->stride(0) : 0;
+  const Rows r = rows_of("x", x);
+  const int64_t rows = r.count, n = r.width, x_stride = r.stride;
+  const int64_t r_stride = residual ? rows_of("residual", *residual).stride : 0;
   with_float(x.dtype(), "x", [&](auto tag) {
     using T = decltype(tag);
     const T* px = x.data<T>("x");
@@ -65,11 +68,11 @@ inline void rms_norm_forward(const TensorView& x, const TensorView* residual,
     T* ph = h ? h->data<T>("h") : nullptr;
     float* ps = rstd.data<float>("rstd");
     with_weight<T>(weight, [&](const auto* pw) {
-// below 32768 elements a parallel region costs more than it saves
-#pragma omp parallel for schedule(static) if (rows * n > 32768)
-      for (int64_t i = 0; i < rows; ++i)
+      // below 32768 elements a parallel region costs more than it saves
+      parallel_for(rows, rows * n > 32768, [&](int64_t i) {
         rms_norm_row(px + i * x_stride, pr ? pr + i * r_stride : nullptr, pw, eps, offset, n,
                      ph ? ph + i * n : nullptr, py + i * n, ps + i);
+      });
     });
   });
 }
@@ -101,12 +104,15 @@ void rms_norm_backward_row(const T* dy, const T* dh_above, const T* h, const W* 
   }
 }
 
-// dy, dh_above (may be absent), h (N, H); rstd (N); dx (N, H) contiguous; dw (blocks, H) float32
-// with blocks = ceil(N / 64): partial sums
+// dy, dh_above (may be absent), h (..., H) as rows.h says; rstd (...); dx like h, contiguous; dw
+// (blocks, H) float32 with blocks = ceil(N / 64): partial sums
 inline void rms_norm_backward(const TensorView& dy, const TensorView* dh_above, const TensorView& h,
                               const TensorView& weight, const TensorView& rstd, float offset,
                               const TensorView& dx, const TensorView& dw) {
-  const int64_t rows = h.size(0), n = h.size(1), blocks = dw.size(0);
+  const Rows r = rows_of("h", h);
+  const int64_t rows = r.count, n = r.width, s_h = r.stride;
+  const int64_t s_dy = rows_of("dy", dy).stride, blocks = dw.size(0),
+                s_a = dh_above ? rows_of("dh_above", *dh_above).stride : 0;
   check_size("dw", "ceil(N / 64) rows:", (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, blocks);
   with_float(h.dtype(), "h", [&](auto tag) {
     using T = decltype(tag);
@@ -115,16 +121,14 @@ inline void rms_norm_backward(const TensorView& dy, const TensorView* dh_above, 
     const float* pr = rstd.data<float>("rstd");
     T* pdx = dx.data<T>("dx");
     float* pdw = dw.data<float>("dw");
-    const int64_t s_dy = dy.stride(0), s_a = dh_above ? dh_above->stride(0) : 0, s_h = h.stride(0);
     with_weight<T>(weight, [&](const auto* pw) {
-#pragma omp parallel for schedule(static) if (rows * n > 32768)
-      for (int64_t b = 0; b < blocks; ++b) {
+      parallel_for(blocks, rows * n > 32768, [&](int64_t b) {
         float* partial = pdw + b * n;
         memset(partial, 0, size_t(n) * sizeof(float));
         for (int64_t i = b * BLOCK_ROWS; i < std::min(rows, (b + 1) * BLOCK_ROWS); ++i)
           rms_norm_backward_row(pdy + i * s_dy, pa ? pa + i * s_a : nullptr, ph + i * s_h, pw,
                                 pr[i], offset, n, pdx + i * n, partial);
-      }
+      });
     });
   });
 }

@@ -8,6 +8,7 @@
 // One unit of work is all heads of one position, so the table row (R floats, twice) is read from
 // memory once and from the L1 for every further head. Each element of q and k is read once and
 // written once.
+#include "cpu/parallel.h"
 
 // Neighbours change places: (1, 0, 3, 2, ...).
 FASTLM_INLINE vfloat swap_pairs(vfloat x) {
@@ -73,25 +74,25 @@ void rope_typed(const TensorView* const (&inputs)[2], const TensorView* const (&
   const float sign = inverse ? -1.f : 1.f;
   const T* px[2] = {inputs[0]->data<T>("q"), inputs[1]->data<T>("k")};
   T* py[2] = {outputs[0]->data<T>("q_out"), outputs[1]->data<T>("k_out")};
-// below 32768 elements a parallel region costs more than it saves
-#pragma omp parallel for collapse(2) schedule(static) if (batch * length * heads * width > 32768)
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t i = 0; i < length; ++i) {
-      const U *c = pc + b * c_batch + i * c_row, *s = ps + b * s_batch + i * s_row;
-      for (int t = 0; t < 2; ++t) {
-        const TensorView &in = *inputs[t], &out = *outputs[t];
-        const T* x = px[t] + b * in.stride(0) + i * in.stride(2);
-        T* y = py[t] + b * out.stride(0) + i * out.stride(2);
-        const int64_t x_head = in.stride(1), y_head = out.stride(1);
-        for (int64_t h = 0; h < in.size(1); ++h, x += x_head, y += y_head) {
-          if (interleaved)
-            rope_interleaved(x, c, s, turned, sign, y);
-          else
-            rope_half_split(x, c, s, turned / 2, sign, y);
-          if (turned < width) memcpy(y + turned, x + turned, size_t(width - turned) * sizeof(T));
-        }
+  // below 32768 elements a parallel region costs more than it saves
+  const bool worthwhile = batch * length * heads * width > 32768;
+  parallel_for(batch * length, worthwhile, [&](int64_t position) {
+    const int64_t b = position / length, i = position % length;
+    const U *c = pc + b * c_batch + i * c_row, *s = ps + b * s_batch + i * s_row;
+    for (int t = 0; t < 2; ++t) {
+      const TensorView &in = *inputs[t], &out = *outputs[t];
+      const T* x = px[t] + b * in.stride(0) + i * in.stride(2);
+      T* y = py[t] + b * out.stride(0) + i * out.stride(2);
+      const int64_t x_head = in.stride(1), y_head = out.stride(1);
+      for (int64_t h = 0; h < in.size(1); ++h, x += x_head, y += y_head) {
+        if (interleaved)
+          rope_interleaved(x, c, s, turned, sign, y);
+        else
+          rope_half_split(x, c, s, turned / 2, sign, y);
+        if (turned < width) memcpy(y + turned, x + turned, size_t(width - turned) * sizeof(T));
       }
     }
+  });
 }
 
 // q, q_out (B, H, S, D), k, k_out (B, Hkv, S, D): any strides but 1 along D; cos, sin (S, R),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import register
 from fastlm.errors import InputError
 
@@ -76,11 +77,9 @@ def attention(
     Raises:
         InputError: shapes, dtypes or devices do not fit together, or an option is out of range.
     """
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 4:
-            raise InputError(
-                f"{name}: wanted 4 dimensions (B, heads, length, D), got {tuple(t.shape)}"
-            )
+    if not q.dim() == k.dim() == v.dim() == 4:
+        name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
+        raise InputError(f"{name}: wanted 4 dimensions (B, heads, length, D), got {tuple(t.shape)}")
     if k.shape[0] != q.shape[0] or v.shape[:3] != k.shape[:3]:
         raise InputError(
             f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {q.shape[0]} as q,"
@@ -115,11 +114,12 @@ def check_options(
     """Checks what the three ops share. `kv_dtypes`: what k and v may be besides q's dtype."""
     if not q.is_floating_point():
         raise InputError(f"q: wanted a float dtype, got {q.dtype}")
+    dtype, device = q.dtype, q.device
     for name, t in (("k", k), ("v", v)):
-        if t.dtype != q.dtype and t.dtype not in kv_dtypes:
-            raise InputError(f"{name}: wanted {q.dtype} as q, got {t.dtype}")
-        if t.device != q.device:
-            raise InputError(f"{name}: wanted device {q.device} as q, got {t.device}")
+        if t.dtype != dtype and t.dtype not in kv_dtypes:
+            raise InputError(f"{name}: wanted {dtype} as q, got {t.dtype}")
+        if t.device != device:
+            raise InputError(f"{name}: wanted device {device} as q, got {t.device}")
     if q.shape[-1] == 0 or k.shape[-1] != q.shape[-1]:
         raise InputError(
             f"k: wanted head width D = {q.shape[-1]} >= 1 as q, got k {tuple(k.shape)}"
@@ -234,8 +234,6 @@ def cpu_forward(
     `layout` is (cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale), `key_rows` an
     upper bound of the keys of all sequences together, `longest_keys` of those of one.
     """
-    from fastlm import _cpu
-
     q, k, v = elements_last(q, k, v)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(lse_shape, dtype=torch.float32)
@@ -276,8 +274,6 @@ def cpu_backward(
     longest_keys: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The C++ backward of the dense and the packed op."""
-    from fastlm import _cpu
-
     dout, q, k, v, out = elements_last(dout, q, k, v, out)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     heads, kv_heads = (q.shape[1], k.shape[1])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import register
 from fastlm.errors import InputError
 
@@ -215,8 +216,6 @@ def _backward_fake(
 
 def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     """Contiguous, after every class in it was found in range."""
-    from fastlm import _cpu
-
     target = target.contiguous()
     if (row := _cpu.first_bad_target(target, classes, ignore_index)) >= 0:
         raise reference.bad_target(target, row, classes, ignore_index)
@@ -238,8 +237,6 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _cpu_forward(logits, target, class_weight, smooth, ignore_index, softcap, logit_scale):
-    from fastlm import _cpu
-
     n, classes = logits.shape
     sizes = (n, n, n, n if smooth else 0)
     outputs = [logits.new_empty(size, dtype=torch.float32) for size in sizes]
@@ -268,8 +265,6 @@ def _cpu_backward(
     softcap,
     logit_scale,
 ):
-    from fastlm import _cpu
-
     d_logits = logits.new_empty(logits.shape)
     _cpu.cross_entropy_backward(
         on_p.contiguous(),

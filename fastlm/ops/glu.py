@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import register
 from fastlm.errors import InputError
 
@@ -58,8 +59,6 @@ def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _cpu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    from fastlm import _cpu
-
     if gate.is_contiguous() and up.is_contiguous():
         y = torch.empty_like(gate)
         _cpu.glu_forward(gate, up, act, y)
@@ -70,8 +69,6 @@ def _cpu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
 
 def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    from fastlm import _cpu
-
     dgate, dup = (gate.new_empty(gate.shape) for _ in range(2))
     if not (dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous()):
         dy, gate, up = _rows(dy, gate, up)

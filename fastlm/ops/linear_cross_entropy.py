@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import register
 from fastlm.errors import InputError
 from fastlm.ops.cross_entropy import (
@@ -164,8 +165,6 @@ class _Chunks:
     """Rows in chunks, and the kernels' arguments and workspaces that all chunks share."""
 
     def __init__(self, input, linear_weight, linear_bias, target, class_weight, smooth, *options):
-        from fastlm import _cpu
-
         ignore_index, softcap, scale = options
         self.input, self.weight = _rows_apart(input), _rows_apart(linear_weight)
         self.bias = None if linear_bias is None else linear_bias.float().contiguous()
@@ -200,8 +199,6 @@ class _Chunks:
         return self.workspaces[rows]
 
     def scores(self, part: slice, exponentials, stats, at_target) -> None:
-        from fastlm import _cpu
-
         _cpu.linear_cross_entropy_scores(
             self.input[part],
             self.weight,
@@ -221,8 +218,6 @@ class _Chunks:
     def gradients(
         self, part, on_p, on_target, on_all, have_exponentials, d_input, d_weight, d_bias
     ) -> None:
-        from fastlm import _cpu
-
         _cpu.linear_cross_entropy_gradients(
             on_p,
             on_target,
@@ -411,8 +406,6 @@ def _cpu_loss(
 
 
 def _cpu_loss_backward(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype):
-    from fastlm import _cpu
-
     factor = d_loss.item()  # a CPU tensor: nothing to wait for
     d_weight_out = d_weight.new_empty(d_weight.shape, dtype=weight_dtype)
     _cpu.scale_to(d_weight, factor, d_weight_out)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import register
 from fastlm.errors import InputError
 from fastlm.quant.weight import QuantizedWeight
@@ -49,8 +50,8 @@ def quantized_linear(
             f"bias: wanted a float tensor ({n},) on {x.device},"
             f" got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
         )
-    y = _forward(
-        x.reshape(-1, k),
+    return _forward(
+        x,
         qweight.qdata,
         qweight.scales,
         qweight.zeros,
@@ -59,7 +60,6 @@ def quantized_linear(
         qweight.group_size,
         act_bits,
     )
-    return y.view(*x.shape[:-1], n)
 
 
 def _forward_fake(
@@ -72,7 +72,7 @@ def _forward_fake(
     group_size: int,
     act_bits: int,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], qdata.shape[0])
+    return x.new_empty(*x.shape[:-1], qdata.shape[0])
 
 
 def _backward_fake(
@@ -84,11 +84,15 @@ def _backward_fake(
     group_size: int,
     k: int,
 ) -> Tensor:
-    return dy.new_empty(dy.shape[0], k)
+    return dy.new_empty(*dy.shape[:-1], k)
 
 
 def _rows(t: Tensor) -> Tensor:
-    """Rows may be apart, elements of a row may not."""
+    """As the kernels take them: contiguous, or a matrix whose rows may be apart, elements of a row
+    not."""
+    if t.is_contiguous():
+        return t
+    t = t.reshape(-1, t.shape[-1])
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
@@ -102,9 +106,7 @@ def _cpu_forward(
     group_size: int,
     act_bits: int,
 ) -> Tensor:
-    from fastlm import _cpu
-
-    y = x.new_empty(x.shape[0], qdata.shape[0])
+    y = x.new_empty(*x.shape[:-1], qdata.shape[0])
     if bias is not None:
         bias = bias.float().contiguous()
     _cpu.quantized_linear(_rows(x), qdata, scales, zeros, bias, bits, group_size, act_bits, 0, y)
@@ -120,9 +122,7 @@ def _cpu_backward(
     group_size: int,
     k: int,
 ) -> Tensor:
-    from fastlm import _cpu
-
-    dx = dy.new_empty(dy.shape[0], k)
+    dx = dy.new_empty(*dy.shape[:-1], k)
     _cpu.quantized_linear_backward(_rows(dy), qdata, scales, zeros, bits, group_size, dx)
     return dx
 
@@ -130,18 +130,17 @@ def _cpu_backward(
 def _setup_context(ctx, inputs, output):
     x, qdata, scales, zeros, bias, bits, group_size, _ = inputs
     ctx.save_for_backward(qdata, scales, zeros)
-    ctx.options = (bits, group_size, x.shape[1])
+    ctx.options = (bits, group_size, x.shape[-1])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _autograd_backward(ctx, dy):
     qdata, scales, zeros = ctx.saved_tensors
     dx = _backward(dy, qdata, scales, zeros, *ctx.options) if ctx.needs_input_grad[0] else None
-    db = (
-        dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
-        if (ctx.needs_input_grad[4])
-        else None
-    )
+    db = None
+    if ctx.needs_input_grad[4]:
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        db = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide).to(ctx.bias_dtype)
     return dx, None, None, None, db, None, None, None
 
 
@@ -182,8 +181,6 @@ def _cpu_dequantize(
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    from fastlm import _cpu
-
     if dtype == torch.float64:  # a reference's business
         return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
     out = qdata.new_empty(qdata.shape[0], k, dtype=dtype)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import register
 from fastlm.errors import InputError
 
@@ -57,30 +58,29 @@ def rms_norm(
             f"residual: wanted {x.dtype} of shape {tuple(x.shape)} as x on {x.device},"
             f" got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
         )
-    rows = x.reshape(-1, x.shape[-1])
-    y, h, _ = _forward(
-        rows, None if residual is None else residual.reshape(rows.shape), weight, eps, offset
-    )
-    if residual is None:
-        return y.view(x.shape)
-    return y.view(x.shape), h.view(x.shape)
+    y, h, _ = _forward(x, residual, weight, eps, offset)
+    return y if residual is None else (y, h)
 
 
 def _forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     h = x.new_empty(0) if residual is None else x.new_empty(x.shape)
-    return x.new_empty(x.shape), h, x.new_empty(x.shape[:1], dtype=wide)
+    return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=wide)
 
 
 def _backward_fake(
     dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
 ):
-    return h.new_empty(h.shape), h.new_empty(h.shape[1:], dtype=rstd.dtype)
+    return h.new_empty(h.shape), h.new_empty(h.shape[-1:], dtype=rstd.dtype)
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    """Rows may be apart, elements of a row may not."""
-    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    """As the kernels take them: contiguous, or a matrix whose rows may be apart, elements of a row
+    not."""
+    if t is None or t.is_contiguous():
+        return t
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,10 +91,8 @@ def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
-    from fastlm import _cpu
-
     y = x.new_empty(x.shape)
-    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     h = None if residual is None else x.new_empty(x.shape)
     _cpu.rms_norm_forward(
         _rows(x), _rows(residual), _weight(weight, x.dtype), eps, offset, y, h, rstd
@@ -105,11 +103,9 @@ def _cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
 def _cpu_backward(
     dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
 ):
-    from fastlm import _cpu
-
     dx = h.new_empty(h.shape)
-    blocks = (h.shape[0] + _BLOCK_ROWS - 1) // _BLOCK_ROWS
-    dw = rstd.new_empty(blocks, h.shape[1])
+    blocks = (rstd.numel() + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    dw = rstd.new_empty(blocks, h.shape[-1])
     _cpu.rms_norm_backward(
         _rows(dy), _rows(dh_above), _rows(h), _weight(weight, h.dtype), rstd, offset, dx, dw
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import register
 from fastlm.errors import InputError
 
@@ -86,8 +87,6 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _cpu_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool):
-    from fastlm import _cpu
-
     if cos.dtype != torch.float32 and cos.dtype != q.dtype:
         cos, sin = cos.float(), sin.float()
     q, k = _dense(q), _dense(k)

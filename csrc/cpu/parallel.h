@@ -1,0 +1,12 @@
+// f(i) for i in [0, count), in equal shares on all threads where that is `worthwhile`; else here,
+// without a parallel region: libgomp makes a team even for one thread (`omp parallel if (false)`),
+// which costs 1 us, as much as a kernel on one row.
+template <class F>
+FASTLM_INLINE void parallel_for(int64_t count, bool worthwhile, F&& f) {
+  if (!worthwhile) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < count; ++i) f(i);
+}

@@ -1,0 +1,11 @@
+// Rows of a tensor (..., width): contiguous, any dimensions, or a matrix with rows apart.
+struct Rows {
+  int64_t count, width, stride;
+};
+inline Rows rows_of(const char* argument, const TensorView& t) {
+  if (t.ndim() == 2) return {t.size(0), t.size(1), t.stride(0)};
+  check_contiguous(argument, t);
+  int64_t count = 1;
+  for (int i = 0; i < t.ndim() - 1; ++i) count *= t.size(i);
+  return {count, t.size(-1), t.size(-1)};
+}
