@@ -177,20 +177,23 @@ void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int6
     memcpy(partial + r * ldp + 2, O + r * ldo, size_t(ldo) * sizeof(float));
 }
 
-// Row r of `chunks` partials (rows apart by `apart`) -> out, lse.
+// Row r of `chunks` partials (rows apart by `apart`) -> out, lse. A partial's m becomes its weight.
 template <class T>
-void combine_chunks(const float* partial, int64_t chunks, int64_t apart, float sink, float scale,
+void combine_chunks(float* partial, int64_t chunks, int64_t apart, float sink, float scale,
                     int64_t Dv, T* out, float* lse) {
   float m = sink, l = 0;
   for (int64_t c = 0; c < chunks; ++c) m = std::max(m, partial[c * apart]);
   const float offset = m == -INFINITE ? 0.f : m;
   if (sink != -INFINITE) l = std::exp2((sink - offset) * LOG2E);
-  for (int64_t c = 0; c < chunks; ++c)
-    l += partial[c * apart + 1] * std::exp2((partial[c * apart] - offset) * LOG2E);
+  for (int64_t c = 0; c < chunks; ++c) {
+    float& weight = partial[c * apart];
+    weight = std::exp2((weight - offset) * LOG2E);
+    l += partial[c * apart + 1] * weight;
+  }
   for (int64_t d = 0; d < Dv; d += VL) {
     vfloat sum{};
     for (int64_t c = 0; c < chunks; ++c)
-      sum += load(partial + c * apart + 2 + d) * std::exp2((partial[c * apart] - offset) * LOG2E);
+      sum += load(partial + c * apart + 2 + d) * partial[c * apart];
     const vfloat x = sum * (l == 0 ? 0.f : scale / l);
     if (Dv - d >= VL)
       store(out + d, x);

@@ -82,10 +82,10 @@ void glu_backward_piece(const T* dy, const T* gate, const T* up, int64_t n, T* d
 
 // f(row, first column, columns) for every piece, in parallel.
 template <class F>
-void for_each_piece(int64_t rows, int64_t columns, F&& f) {
+void for_each_piece(int64_t rows, int64_t columns, F f) {
   const int64_t pieces = (columns + PIECE - 1) / PIECE;
   // below 32768 elements a parallel region costs more than it saves
-  parallel_for(rows * pieces, rows * columns > 32768, [&](int64_t t) {
+  parallel_for(rows * pieces, rows * columns > 32768, [=](int64_t t) {
     const int64_t i = t / pieces, j = t % pieces * PIECE;
     f(i, j, std::min(PIECE, columns - j));
   });
@@ -127,7 +127,7 @@ inline void glu_forward(const TensorView& gate, const TensorView& up, const std:
     const int64_t rows = m.rows, n = m.columns;
     const int64_t s_g = rows > 1 ? gate.stride(0) : 0, s_u = rows > 1 ? up.stride(0) : 0;
     with_act(act, [&](auto a) {
-      for_each_piece(rows, n, [&](int64_t i, int64_t j, int64_t k) {
+      for_each_piece(rows, n, [=](int64_t i, int64_t j, int64_t k) {
         glu_piece<a.value>(pg + i * s_g + j, pu + i * s_u + j, k, py + i * n + j);
       });
     });
@@ -146,7 +146,7 @@ inline void glu_backward(const TensorView& dy, const TensorView& gate, const Ten
     const int64_t s_d = rows > 1 ? dy.stride(0) : 0, s_g = rows > 1 ? gate.stride(0) : 0,
                   s_u = rows > 1 ? up.stride(0) : 0;
     with_act(act, [&](auto a) {
-      for_each_piece(rows, n, [&](int64_t i, int64_t j, int64_t k) {
+      for_each_piece(rows, n, [=](int64_t i, int64_t j, int64_t k) {
         glu_backward_piece<a.value>(pdy + i * s_d + j, pg + i * s_g + j, pu + i * s_u + j, k,
                                     pdg + i * n + j, pdu + i * n + j);
       });

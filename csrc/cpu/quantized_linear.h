@@ -172,8 +172,9 @@ struct LaneGroups {
   }
 };
 
-constexpr int64_t DOT_AHEAD = 4096;  // bytes: hardware streams end with a 4 KiB page
-constexpr int64_t DOT_ROWS = 64;     // rows of W per task: 128 KiB of int4 at K = 4096
+constexpr int64_t DOT_AHEAD = 4096;   // bytes: hardware streams end with a 4 KiB page
+constexpr int64_t SCALES_AHEAD = 16;  // rows; two short streams that the hardware finds too late
+constexpr int64_t DOT_ROWS = 64;      // rows of W per task: 128 KiB of int4 at K = 4096
 
 // out[m] = W row n . x row m, without offsets. One row of W at a time: rows follow each other in
 // memory, so W is one stream; four rows side by side were slower (docs/log.md).
@@ -275,6 +276,8 @@ void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const fl
       for (int64_t n = t * DOT_ROWS; n < end; ++n) {
         float out[4];
         const X* xm = arranged + m0 * stride;
+        w.scales.prefetch((n + SCALES_AHEAD) * w.groups, w.groups);
+        w.zeros.prefetch((n + SCALES_AHEAD) * w.groups, w.groups);
         switch (mx) {
           case 1:
             dot_row<BITS, X, 1>(w, n, xm, stride, out);

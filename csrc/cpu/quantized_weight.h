@@ -18,6 +18,12 @@ struct Scales {
   const void* p = nullptr;
   DType dtype = DType::f32;
   explicit operator bool() const { return p; }
+  FASTLM_INLINE void prefetch(int64_t i, int64_t n) const {  // may lie behind the end
+    if (!p) return;
+    const int64_t bytes = dtype == DType::f32 ? 4 : 2;
+    for (int64_t at = i * bytes; at < (i + n) * bytes; at += 64)
+      __builtin_prefetch(static_cast<const char*>(p) + at);
+  }
   FASTLM_INLINE float operator[](int64_t i) const {
     if (dtype == DType::bf16) return to_float(static_cast<const bf16*>(p)[i]);
     if (dtype == DType::f32) return static_cast<const float*>(p)[i];

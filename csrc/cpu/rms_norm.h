@@ -69,7 +69,7 @@ inline void rms_norm_forward(const TensorView& x, const TensorView* residual,
     float* ps = rstd.data<float>("rstd");
     with_weight<T>(weight, [&](const auto* pw) {
       // below 32768 elements a parallel region costs more than it saves
-      parallel_for(rows, rows * n > 32768, [&](int64_t i) {
+      parallel_for(rows, rows * n > 32768, [=](int64_t i) {
         rms_norm_row(px + i * x_stride, pr ? pr + i * r_stride : nullptr, pw, eps, offset, n,
                      ph ? ph + i * n : nullptr, py + i * n, ps + i);
       });
@@ -122,7 +122,7 @@ inline void rms_norm_backward(const TensorView& dy, const TensorView* dh_above, 
     T* pdx = dx.data<T>("dx");
     float* pdw = dw.data<float>("dw");
     with_weight<T>(weight, [&](const auto* pw) {
-      parallel_for(blocks, rows * n > 32768, [&](int64_t b) {
+      parallel_for(blocks, rows * n > 32768, [=](int64_t b) {
         float* partial = pdw + b * n;
         memset(partial, 0, size_t(n) * sizeof(float));
         for (int64_t i = b * BLOCK_ROWS; i < std::min(rows, (b + 1) * BLOCK_ROWS); ++i)

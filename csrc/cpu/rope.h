@@ -76,7 +76,7 @@ void rope_typed(const TensorView* const (&inputs)[2], const TensorView* const (&
   T* py[2] = {outputs[0]->data<T>("q_out"), outputs[1]->data<T>("k_out")};
   // below 32768 elements a parallel region costs more than it saves
   const bool worthwhile = batch * length * heads * width > 32768;
-  parallel_for(batch * length, worthwhile, [&](int64_t position) {
+  parallel_for(batch * length, worthwhile, [=](int64_t position) {
     const int64_t b = position / length, i = position % length;
     const U *c = pc + b * c_batch + i * c_row, *s = ps + b * s_batch + i * s_row;
     for (int t = 0; t < 2; ++t) {

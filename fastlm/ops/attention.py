@@ -80,14 +80,16 @@ def attention(
     if not q.dim() == k.dim() == v.dim() == 4:
         name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
         raise InputError(f"{name}: wanted 4 dimensions (B, heads, length, D), got {tuple(t.shape)}")
-    if k.shape[0] != q.shape[0] or v.shape[:3] != k.shape[:3]:
+    batch, heads, queries, _ = q.shape
+    kv_batch, kv_heads, keys, _ = k.shape
+    if kv_batch != batch or v.shape[:3] != (batch, kv_heads, keys):
         raise InputError(
-            f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {q.shape[0]} as q,"
+            f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {batch} as q,"
             f" got {tuple(k.shape)}, {tuple(v.shape)}"
         )
     options = check_options(
-        q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes, bias,
-        (q.shape[0], q.shape[1], q.shape[2], k.shape[2]),
+        q, k, v, heads, kv_heads, causal, scale, window, softcap, sinks, alibi_slopes, bias,
+        (batch, heads, queries, keys),
     )  # fmt: skip
     seed = dropout_seed(dropout_p, q)
     out, lse = _forward(q, k, v, *options[:3], seed, *options[3:], float(dropout_p))
@@ -120,18 +122,17 @@ def check_options(
             raise InputError(f"{name}: wanted {dtype} as q, got {t.dtype}")
         if t.device != device:
             raise InputError(f"{name}: wanted device {device} as q, got {t.device}")
-    if q.shape[-1] == 0 or k.shape[-1] != q.shape[-1]:
-        raise InputError(
-            f"k: wanted head width D = {q.shape[-1]} >= 1 as q, got k {tuple(k.shape)}"
-        )
+    width = q.shape[-1]
+    if width == 0 or k.shape[-1] != width:
+        raise InputError(f"k: wanted head width D = {width} >= 1 as q, got k {tuple(k.shape)}")
     if kv_heads == 0 or heads % kv_heads != 0:
         raise InputError(f"q: wanted heads a multiple of k's {kv_heads}, got {heads}")
     for name, t in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if t is None:
             continue
-        if t.shape != (heads,) or not t.is_floating_point() or t.device != q.device:
+        if t.shape != (heads,) or not t.is_floating_point() or t.device != device:
             raise InputError(
-                f"{name}: wanted ({heads},) floats on {q.device}, one a head,"
+                f"{name}: wanted ({heads},) floats on {device}, one a head,"
                 f" got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
     if alibi_slopes is not None and alibi_slopes.requires_grad:
@@ -149,7 +150,7 @@ def check_options(
         alibi_slopes,
         bias,
         causal,
-        1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        1 / math.sqrt(width) if scale is None else float(scale),
         window or 0,
         softcap or 0.0,
     )
@@ -235,15 +236,15 @@ def cpu_forward(
     upper bound of the keys of all sequences together, `longest_keys` of those of one.
     """
     q, k, v = elements_last(q, k, v)
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    width, v_width = q.shape[-1], v.shape[-1]
+    out = q.new_empty(*q.shape[:-1], v_width)
     lse = q.new_empty(lse_shape, dtype=torch.float32)
     # Keys and values once more, padded to 32 rows a sequence and 32 columns (attention_forward.h);
     # or partial results: 8 rows of 2 + Dv floats for every 512 keys of the longest sequence, for
     # each sequence (attention_decode.h).
     heads = k.shape[-2] if k.dim() != 4 or layout[2] is not None else k.shape[1]
-    width = _padded(q.shape[-1], 32) + _padded(v.shape[-1], 32)
-    packed = (key_rows + 32 * sequences) * width
-    partial = sequences * (longest_keys // 512 + 1) * 8 * (2 + _padded(v.shape[-1], 16))
+    packed = (key_rows + 32 * sequences) * (_padded(width, 32) + _padded(v_width, 32))
+    partial = sequences * (longest_keys // 512 + 1) * 8 * (2 + _padded(v_width, 16))
     workspace = lse.new_empty(heads * max(packed, partial))
     try:
         _cpu.attention_forward(
