@@ -36,7 +36,7 @@ SOURCES = "sources.json"  # hashes of local sources (`fastlm.data.content`)
 SUMMARY = "summary.json"
 # Raised where a stage gives other results for the same recipe
 VERSIONS = {
-    "data": 2, "tokenizer": 1, "shards": 1, "pretrain": 1, "eval": 1, "quantize": 1, "report": 1,
+    "data": 3, "tokenizer": 1, "shards": 1, "pretrain": 1, "eval": 1, "quantize": 1, "report": 1,
 }  # fmt: skip
 
 
