@@ -24,6 +24,7 @@ from fastlm.errors import InputError
 from fastlm.files import make_folder, reason, save_atomic
 from fastlm.gguf_file import GGUFFile
 from fastlm.gguf_models import load_gguf
+from fastlm.quant.model import describe
 from fastlm.quant.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -140,14 +141,7 @@ def save_hf(
 def _describe(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
     """The quantization_config of these weights; one format and group size only where all agree."""
     modules = {
-        name: {
-            "kind": "embedding" if name.endswith("embed_tokens") else "linear",
-            "bits": weight.bits,
-            "group_size": weight.group_size,
-            "shape": list(weight.shape),
-            "scale_dtype": str(weight.scales.dtype).removeprefix("torch."),
-            "zeros": weight.zeros is not None,
-        }
+        name: describe("embedding" if name.endswith("embed_tokens") else "linear", weight)
         for name, weight in quantized.items()
     }
     formats = {f"w{w.bits}a16" for w in quantized.values()}

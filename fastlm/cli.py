@@ -155,6 +155,8 @@ def _show_event(event: dict[str, Any]) -> None:
     """Stages, validations and samples, one line each; single steps are the progress bar's."""
     if "stage" in event:
         took = f" in {event['seconds']:.1f} s" if "seconds" in event else ""
+        if "path" in event:
+            took = f", it no longer fits; what was trained is now in {event['path']}"
         typer.echo(f"{event['stage']}: {event['state']}{took}", err=True)
     elif "val_loss" in event:
         typer.echo(
@@ -209,7 +211,7 @@ def pretrain(
     options = TrainOptions(
         max_steps=max_steps, max_seconds=max_seconds, accumulate=accumulate, dtype=dtype, lr=lr,
         schedule=schedule, warmup=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
-        seed=seed, checkpoint_every=checkpoint_every, keep=keep,
+        checkpoint_every=checkpoint_every, keep=keep,
     )  # fmt: skip
     options.check()
     words = Tokenizer.load(tokenizer) if tokenizer else None

@@ -24,7 +24,7 @@ from fastlm.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.layers import Call, Decoder, KVCache, RMSNorm
 from fastlm.ops import linear_cross_entropy, quantized_linear
-from fastlm.quant.model import quantization_config
+from fastlm.quant.model import put_quantized, quantization_config
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.quant.weight import QuantizedWeight
 
@@ -132,7 +132,8 @@ class CausalLM(nn.Module):
             elif not name.endswith("rotary_emb.inv_freq"):  # of old files
                 _put(model, name, value.to(dtype))
         for name, weight in quantized.items():
-            _put_quantized(model, name, weight, dtype, modules.get(name, {}).get("act_bits", 16))
+            act_bits = modules.get(name, {}).get("act_bits", 16)
+            put_quantized(model, name, weight, act_bits=act_bits, dtype=dtype)
         for name, parameter in model.named_parameters():
             if parameter.is_meta:
                 raise InputError(f"{path}: wanted a tensor {name}, got none of that name")
@@ -398,20 +399,3 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
     if wanted.shape != value.shape:
         raise InputError(f"{name}: wanted {tuple(wanted.shape)}, got {tuple(value.shape)}")
     module._parameters[last] = nn.Parameter(value)
-
-
-def _put_quantized(
-    model: nn.Module, name: str, weight: QuantizedWeight, dtype: torch.dtype, act_bits: int
-) -> None:
-    old, last = _module_of(model, f"{name}.weight")
-    wanted = old._parameters[last]
-    assert wanted is not None  # _module_of refuses a name without a parameter
-    if wanted.shape != weight.shape:
-        raise InputError(f"{name}: wanted {tuple(wanted.shape)}, got {weight.shape}")
-    parent, _, last = name.rpartition(".")
-    new = (
-        QuantizedEmbedding(weight, dtype=dtype)
-        if isinstance(old, nn.Embedding)
-        else QuantizedLinear(weight, getattr(old, "bias", None), act_bits=act_bits)
-    )
-    setattr(model.get_submodule(parent), last, new)

@@ -4,8 +4,10 @@ report.
 A stage's fingerprint covers its part of the recipe, the fingerprint of the stages before and the
 version of its code. What stages.json records with the same fingerprint and whose files are still
 there is skipped; a stage that was cut off goes on where it was (pretrain) or starts again; one
-whose inputs have changed starts from nothing. A make- like comparison of times was the
-alternative: it reruns everything after a copy of the folder.
+whose inputs have changed starts from nothing. A training that then has to give way is not deleted:
+it moves to previous/, with all that was made from it, its recipe and its record
+(`fastlm.previous`). A make-like comparison of times was the alternative: it reruns everything after
+a copy of the folder.
 """
 
 import fcntl
@@ -21,16 +23,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastlm.data.content import source_states
 from fastlm.errors import InputError
 from fastlm.files import make_folder, save_atomic
+from fastlm.previous import finish_moving, set_aside
 from fastlm.progress import silent
 from fastlm.recipe import Recipe, load_recipe
 
 STAGES = "stages.json"
+RECIPE = "recipe.json"
+SOURCES = "sources.json"  # hashes of local sources (`fastlm.data.content`)
 SUMMARY = "summary.json"
 # Raised where a stage gives other results for the same recipe
 VERSIONS = {
-    "data": 2, "tokenizer": 1, "shards": 1, "pretrain": 1, "eval": 1, "quantize": 1, "report": 1,
+    "data": 3, "tokenizer": 1, "shards": 1, "pretrain": 1, "eval": 1, "quantize": 1, "report": 1,
 }  # fmt: skip
 
 
@@ -50,13 +56,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Stage:
-    """``inputs``: what of the recipe it depends on; ``outputs``: files or folders it leaves in the
-    run folder; ``run`` returns a JSON-serialisable result. A stage with ``scratch`` goes on from
-    there when it was cut off; once it is finished nobody misses it.
+    """``inputs``: what it depends on besides the stages before; ``outputs``: files or folders it
+    leaves in the run folder; ``run`` returns a JSON-serialisable result. A stage with ``scratch``
+    goes on from there when it was cut off; once it is finished nobody misses it.
     """
 
     name: str
-    inputs: Callable[[Recipe], Any]
+    inputs: Callable[[Context], Any]
     outputs: tuple[str, ...]
     run: Callable[[Context], dict[str, Any]]
     scratch: tuple[str, ...] = ()
@@ -76,9 +82,10 @@ def run_recipe(
     """Runs what has not been run of the recipe at ``path`` into ``out`` (default runs/NAME);
     -> summary.
 
-    ``until`` names the last stage; ``on_event`` sees {"stage", "state": "skipped" | "started" |
-    "done"} and the lines of metrics. InputError: the recipe, its data, a run folder that is in use
-    or cannot be written.
+    ``until`` names the last stage; ``on_event`` sees {"stage", "state": "set aside" | "skipped" |
+    "started" | "done"} and the lines of metrics; "set aside" comes with "path", where the training
+    now is that this recipe or its data no longer fit. InputError: the recipe, its data, a run
+    folder that is in use or cannot be written.
     """
     from fastlm.data.packages import default_cache
     from fastlm.stages import CHAIN
@@ -95,21 +102,67 @@ def run_recipe(
     )
     with _locked(out):
         _refuse_foreign(out, CHAIN)
+        finish_moving(out)
         _sweep(out, CHAIN)
         record = _load_record(out)
-        save_atomic(out / "recipe.json", lambda p: _dump(p, asdict(recipe)))
-        upstream = ""
+        prints = _fingerprints(CHAIN, context)
+        _keep_training(CHAIN, len(chain), prints, record, context)
+        save_atomic(out / RECIPE, lambda p: _dump(p, asdict(recipe)))
         for stage in chain:
-            upstream = _fingerprint(stage, recipe, upstream)
-            _run_stage(stage, upstream, record, context)
+            _run_stage(stage, prints[stage.name], record, context)
     return context.results.get("report", {}) or dict(context.results)
+
+
+def _keep_training(
+    chain: Sequence[Stage],
+    wanted: int,
+    prints: dict[str, str],
+    record: dict[str, Any],
+    context: Context,
+) -> None:
+    """Where one of the first ``wanted`` stages starts from nothing and a training depends on it,
+    all that the stages from there on have left is set aside.
+    """
+    out = context.out
+    over = (i for i, s in enumerate(chain[:wanted]) if _starts_over(s, prints, record, out))
+    stale = chain[next(over, len(chain)) :]
+    held = [s for s in stale if any(_holds_something(out / n) for n in _kept_by(s))]
+    if not held:
+        return
+    names = [name for s in stale for name in (*s.outputs, *s.scratch)]
+    path = set_aside(out, names, copies=(STAGES, RECIPE))
+    for s in stale:
+        record.pop(s.name, None)
+    _save_record(out, record)
+    if context.on_event is not None:
+        context.on_event({"stage": held[0].name, "state": "set aside", "path": str(path)})
+
+
+def _starts_over(stage: Stage, prints: dict[str, str], record: dict[str, Any], out: Path) -> bool:
+    done = record.get(stage.name, {})
+    if done.get("fingerprint") != prints[stage.name]:
+        return True
+    lost = "outputs" in done and not _intact(out, stage, done)  # and nothing left to go on from
+    return (
+        lost and bool(stage.scratch) and not any(_holds_something(out / n) for n in stage.scratch)
+    )
+
+
+def _kept_by(stage: Stage) -> tuple[str, ...]:
+    """What is worth keeping: of a stage that goes on from where it was, it took long."""
+    return (*stage.outputs, *stage.scratch) if stage.scratch else ()
+
+
+def _holds_something(path: Path) -> bool:
+    """A folder with a model or a checkpoint; the metrics of a few steps are no loss."""
+    return path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir())
 
 
 def _run_stage(stage: Stage, fingerprint: str, record: dict[str, Any], context: Context) -> None:
     tell = context.on_event or (lambda event: None)
     done = record.get(stage.name, {})
     finished = done.get("fingerprint") == fingerprint and "outputs" in done
-    if finished and _sizes(context.out, stage.outputs) == done["outputs"]:
+    if finished and _intact(context.out, stage, done):
         tell({"stage": stage.name, "state": "skipped"})
     else:
         if not stage.scratch or done.get("fingerprint") != fingerprint:
@@ -140,23 +193,35 @@ def _writing(stage: Stage, context: Context) -> dict[str, Any]:
         raise InputError(f"{stage.name}: {where}: {e.strerror or e}") from e
 
 
-def _fingerprint(stage: Stage, recipe: Recipe, upstream: str) -> str:
-    parts = [stage.name, VERSIONS[stage.name], stage.inputs(recipe), upstream]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+def _fingerprints(chain: Sequence[Stage], context: Context) -> dict[str, str]:
+    prints, upstream = {}, ""
+    for stage in chain:
+        parts = [stage.name, VERSIONS[stage.name], stage.inputs(context), upstream]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        prints[stage.name] = upstream = hashlib.sha256(text.encode()).hexdigest()
+    return prints
 
 
-def source_states(recipe: Recipe) -> list[Any]:
-    """Local sources by names, sizes and times of their files; packages by their spec."""
-    states: list[Any] = []
-    for source in recipe.data.sources:
-        path = Path(source.partition("#")[0])
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file())
-        else:
-            files = [path] if path.is_file() else []
-        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        states.append([source, stats])
+def local_sources(context: Context) -> list[Any]:
+    """The content of the recipe's local sources; what was hashed is remembered in the folder."""
+    path = context.out / SOURCES
+    try:
+        seen = json.loads(path.read_text("utf-8"))
+        seen = {name: entry for name, entry in seen.items() if len(entry) == 4}
+    except (OSError, ValueError, TypeError, AttributeError):
+        seen = {}  # hashed again
+    before = dict(seen)
+    sources = context.recipe.data.sources
+    states = source_states(sources, seen, cache=context.cache, track=context.track)
+    if seen != before:
+        save_atomic(path, lambda p: _dump(p, seen))
     return states
+
+
+def _intact(out: Path, stage: Stage, done: dict[str, Any]) -> bool:
+    """All that the stage left is there; what somebody has added to its folders is theirs."""
+    sizes = _sizes(out, stage.outputs)
+    return sizes is not None and done["outputs"].items() <= sizes.items()
 
 
 def _sizes(out: Path, outputs: Sequence[str]) -> dict[str, int] | None:
@@ -185,7 +250,7 @@ def _refuse_foreign(out: Path, chain: Sequence[Stage]) -> None:
 
 def _sweep(out: Path, chain: Sequence[Stage]) -> None:
     """Removes what a killed process was writing or deleting beside the names of a run."""
-    names = [STAGES, "recipe.json", *(n for s in chain for n in (*s.outputs, *s.scratch))]
+    names = [STAGES, RECIPE, SOURCES, *(n for s in chain for n in (*s.outputs, *s.scratch))]
     # .NAME.old of _clear, .NAME.RANDOM.part and .NAME.RANDOM.old of save_atomic
     ours = re.compile(rf"\.({'|'.join(map(re.escape, names))})(\.[0-9a-f]+)?\.(part|old)")
     for stray in [p for p in out.iterdir() if ours.fullmatch(p.name)]:

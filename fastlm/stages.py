@@ -18,7 +18,7 @@ from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate
 from fastlm.files import save_atomic
 from fastlm.model import CausalLM
 from fastlm.quant import quantize
-from fastlm.run import SUMMARY, Context, Stage, machine, source_states
+from fastlm.run import SUMMARY, Context, Stage, local_sources, machine
 from fastlm.tokenizer import Tokenizer
 from fastlm.train.loop import METRICS
 from fastlm.train.pretrain import pretrain
@@ -190,21 +190,20 @@ def run_report(c: Context) -> dict[str, Any]:
     return summary
 
 
-def _training_inputs(recipe) -> list[Any]:
-    return [asdict(recipe.pretrain), recipe.model, recipe.seed]
+def _data_inputs(c: Context) -> list[Any]:
+    return [asdict(replace(c.recipe.data, workers=1)), local_sources(c)]
+
+
+def _training_inputs(c: Context) -> list[Any]:
+    return [c.recipe.pretrain.identity(), c.recipe.model, c.recipe.seed]
 
 
 CHAIN = (
-    Stage(
-        "data",
-        lambda r: [asdict(replace(r.data, workers=1)), source_states(r)],
-        ("data",),
-        run_data,
-    ),
-    Stage("tokenizer", lambda r: asdict(r.tokenizer), ("tokenizer",), run_tokenizer),
-    Stage("shards", lambda r: None, ("shards",), run_shards),
+    Stage("data", _data_inputs, ("data",), run_data),
+    Stage("tokenizer", lambda c: asdict(c.recipe.tokenizer), ("tokenizer",), run_tokenizer),
+    Stage("shards", lambda c: None, ("shards",), run_shards),
     Stage("pretrain", _training_inputs, (MODEL, METRICS), run_pretrain, scratch=(CHECKPOINTS,)),
-    Stage("eval", lambda r: asdict(r.eval), (), run_eval),
-    Stage("quantize", lambda r: asdict(r.quantize), (QUANTIZED,), run_quantize),
-    Stage("report", lambda r: r.name, ("report.html", SUMMARY), run_report),
+    Stage("eval", lambda c: asdict(c.recipe.eval), (), run_eval),
+    Stage("quantize", lambda c: asdict(c.recipe.quantize), (QUANTIZED,), run_quantize),
+    Stage("report", lambda c: c.recipe.name, ("report.html", SUMMARY), run_report),
 )

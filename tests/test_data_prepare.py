@@ -46,6 +46,7 @@ def corpus(tmp_path) -> Path:
     (d / "short.txt").write_text("The page and the line.")
     (d / "blank.txt").write_text("  \n\n ")
     (d / "bare.html").write_text("<html><body><script>x</script></body></html>")
+    (d / "deep.html").write_text("<div>" * 20_000 + prose(400))
     (d / "mail.txt").write_text(prose(200) + "\n\nwrite to me@host.org or phone (212) 555-1234")
     (d / "some.txt").write_text(prose(5).split("\n\n")[0] + "\n\n" + prose(300))
     (d / "most.txt").write_text(prose(6) + "\n\nThe end of it and more to read.")
@@ -66,7 +67,7 @@ def test_every_step_is_counted(corpus, tmp_path):
     steps = {s["step"]: s for s in funnel.steps}
     assert {name: s["removed"] for name, s in steps.items() if s["removed"]} == {
         "gather": {"file: type not read": 1, "file: unreadable": 2},
-        "extract": {"no text": 1},
+        "extract": {"nested too deep": 1, "no text": 1},
         "exact duplicates": {"same text": 1},
         "quality rules": {"word_count": 1},
         "repeated paragraphs": {"paragraph": 11, "document mostly repeated": 1},
@@ -75,7 +76,7 @@ def test_every_step_is_counted(corpus, tmp_path):
     counts = [
         steps[s]["documents"] for s in ("gather", "extract", "exact duplicates", "quality rules")
     ]
-    assert counts == [47, 46, 45, 44]
+    assert counts == [48, 46, 45, 44]
     assert steps["repeated paragraphs"]["documents"] == 43
     assert steps["train"]["documents"] + steps["heldout"]["documents"] == 43
     (unreadable,) = [m for m in funnel.unreadable if "bad.txt" in m]
@@ -92,7 +93,7 @@ def test_every_step_is_counted(corpus, tmp_path):
     assert "me@host" not in everything
     assert {d.id for d in train + heldout} > {"html.html", "good00.txt", "some.txt"}
     tally = funnel.sources[str(corpus)]
-    assert (tally["documents"], tally["files"]) == (43, 50)
+    assert (tally["documents"], tally["files"]) == (43, 51)
     assert sorted(os.listdir(tmp_path / "out")) == [
         "funnel.json",
         "heldout.jsonl.zst",
@@ -276,7 +277,7 @@ def test_command_line(corpus, tmp_path):
 
 def test_ctrl_c_ends_the_workers_too(tmp_path):
     """The terminal interrupts every process of the command: one line, no result, status 130."""
-    for i in range(300):
+    for i in range(1200):  # some 4 s of work, longer than the sleep below
         (tmp_path / f"{i}.txt").write_text("\n\n".join(prose(i * 40 + k) for k in range(40)))
     fastlm = [sys.executable, "-P", "-m", "fastlm", "data", "prepare"]
     done = subprocess.Popen(

@@ -10,8 +10,9 @@ from fastlm.data import filter as rules
 from fastlm.data.dedup import DocumentDedup, ParagraphDedup, content_key
 from fastlm.data.extract import extract, html_to_text, normalise
 from fastlm.data.filter import RULES, TECHNICAL, WEB, Shape, first_failed
+from fastlm.data.nesting import FEW_TAGS, costly_markup
 from fastlm.data.scrub import scrub
-from fastlm.data.sources import Document, decode_web
+from fastlm.data.sources import MAX_DOCUMENT_BYTES, Document, decode_web
 from fastlm.errors import InputError
 
 PROSE = "The quick brown fox jumps over the lazy dog, and that is all there is to it. " * 10
@@ -30,6 +31,58 @@ def test_html_keeps_content_and_drops_the_frame():
     for word in ("var x", "Home", "Next page", "Copyright", "\u00b6", "p{}"):
         assert word not in text
     assert extract(Document("<p>a</p>", "i", "s", {"format": "text"})) == "<p>a</p>"
+
+
+FORMATS = "".join(f"<b id={i}>" for i in range(200))
+# Each as long as a page may be; parsing a thousandth of them takes seconds
+HOSTILE = {
+    "blocks": ("<div>", "", "nested too deep"),
+    "closed by other names": ("<div></p></x>", "", "nested too deep"),
+    "closed in an attribute": ("<div title='</div>'>", "", "nested too deep"),
+    "closed in a comment": ("<div><!-- </div> -->", "", "nested too deep"),
+    "closed in a script": ("<div><script></div></script>", "", "nested too deep"),
+    "a quote that is none": ('<div ">', "", "nested too deep"),
+    "formatting": ("<b id=x>", "", "too many elements"),
+    "formatting in every paragraph": ("<p>x</p>", f"<p>{FORMATS}</p>", "too many elements"),
+    "comments": ("<!--", "", ""),
+    "scripts": ("<script>", "", ""),
+    "quotes": ('<a b="', "", ""),
+    "names": ("<a ", "", ""),
+    "signs": ("<", "", ""),
+    "ends": ("</", "", ""),
+}
+
+
+@pytest.mark.parametrize("unit, before, reason", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_markup_is_told_in_linear_time(unit, before, reason):
+    page = before + unit * (MAX_DOCUMENT_BYTES // len(unit))
+    began = time.perf_counter()
+    assert costly_markup(page) == reason
+    assert time.perf_counter() - began < 10  # at most 1 s here
+
+
+def test_a_page_as_deep_as_is_let_through_takes_seconds():
+    deep = "<div>" * 5000 + "text"
+    for page, text in ((deep, "text"), ("<div>" * 20_000 + "text", "")):
+        began = time.perf_counter()
+        assert html_to_text(page).strip() == text
+        assert time.perf_counter() - began < 20  # 0.5 s here
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "<div><p>one<br>two<ul><li>a<li>b</ul></div>",
+        "<TR><TD><FONT color=red>x</FONT><td><a href='x>y'>z</A>",
+        "<script>if (a < b) { s = '<div><div>' }</script>",
+        "<style>a > b {}</style><p title='<div>'>x",
+        "<!-- <div> --><img src=x /><input disabled>",
+        "<pre><span class='k'>for</span> <span>x</span> <b>in</b> <i>y</i></pre>",
+    ],
+)
+def test_large_ordinary_markup_is_let_through(unit):
+    assert costly_markup(unit * 20_000) == ""
+    assert (unit * 20_000).count("<") > FEW_TAGS
 
 
 @given(st.binary(max_size=400))

@@ -280,7 +280,7 @@ def test_state_refusals():
         quant.load_quantized(Small(False), without("layers.0.bias"), config)
     with pytest.raises(InputError, match=r"not of the model: extra"):
         quant.load_quantized(Small(False), state | {"extra": torch.ones(1)}, config)
-    with pytest.raises(InputError, match=r"missing lm_head.qdata"):
+    with pytest.raises(InputError, match=r"state: lm_head.qdata is missing"):
         no_head = {n: t for n, t in state.items() if not n.startswith("lm_head")}
         quant.load_quantized(Small(False), no_head, config)
     with pytest.raises(InputError, match=r"wanted shape .* as the model"):

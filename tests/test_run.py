@@ -128,6 +128,134 @@ def test_changed_local_text_is_seen(tmp_path):
     assert run_again(recipe, tmp_path / "run", until="data") == {"data": "done"}
 
 
+def test_a_changed_file_with_a_number_sign_in_its_name_is_seen(tmp_path):
+    recipe, run = tiny_recipe.write(tmp_path), tmp_path / "run"
+    named = tmp_path / "c#.txt"
+    (tmp_path / "docs/00.txt").rename(named)
+    sources = [f"data.sources=[{str(named)!r}, {str(tmp_path / 'docs')!r}]"]
+    assert run_again(recipe, run, until="data", overrides=sources) == {"data": "done"}
+    with open(named, "a") as f:
+        f.write("\nOne more line.\n")
+    assert run_again(recipe, run, until="data", overrides=sources) == {"data": "done"}
+
+
+def press_at(step):
+    """An ``on_event`` that presses Ctrl-C after this step."""
+
+    def press(event):
+        if event.get("step") == step and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return press
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+WATCHING = ["pretrain.keep=3", "pretrain.checkpoint_every=4", "pretrain.validations=1",
+            "pretrain.val_tokens=256", "pretrain.sample_at=[0.5]", "pretrain.sample_prompt='The'",
+            "pretrain.sample_tokens=2", "data.workers=2"]  # fmt: skip
+
+
+def test_what_does_not_change_the_model_goes_on_with_the_training(tmp_path):
+    """Other moments to look and save, and a source whose time alone is new."""
+    recipe, whole, run = tiny_recipe.write(tmp_path), tmp_path / "whole", tmp_path / "run"
+    run_recipe(recipe, whole, until="pretrain")
+    with pytest.raises(KeyboardInterrupt, match="step-00000006"):
+        run_recipe(recipe, run, until="pretrain", on_event=press_at(6))
+    for file in (tmp_path / "docs").iterdir():
+        os.utime(file, (1, 1))
+    steps = []
+    run_recipe(
+        recipe, run, until="pretrain", overrides=WATCHING,
+        on_event=lambda e: steps.append(e["step"]) if "loss" in e else None,
+    )  # fmt: skip
+    assert steps == list(range(7, 13))
+    assert not (run / "previous").exists()
+    weights = files_of(run / "model")
+    assert weights["model.safetensors"] == (whole / "model/model.safetensors").read_bytes()
+    states = run_again(recipe, run, until="pretrain")
+    assert set(states.values()) == {"skipped"} and files_of(run / "model") == weights
+
+
+def test_an_unchanged_source_is_not_read_again(tmp_path, monkeypatch):
+    from fastlm.data import content
+
+    recipe, run, read, digest = tiny_recipe.write(tmp_path), tmp_path / "run", [], content._digest
+    monkeypatch.setattr(content, "_digest", lambda p: read.append(p.name) or digest(p))
+    assert run_again(recipe, run, until="data") == {"data": "done"} and len(read) == 24
+    read.clear()
+    assert run_again(recipe, run, until="data") == {"data": "skipped"} and not read
+    os.utime(tmp_path / "docs/03.txt")
+    assert run_again(recipe, run, until="data") == {"data": "skipped"} and read == ["03.txt"]
+    # the same size and the same time, another text
+    file = tmp_path / "docs/05.txt"
+    before = file.stat()
+    file.write_text(file.read_text().swapcase())
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert run_again(recipe, run, until="data") == {"data": "done"}
+    (run / "sources.json").write_text('{"cut off')
+    assert run_again(recipe, run, until="data") == {"data": "skipped"}
+
+
+def test_a_training_that_gives_way_is_set_aside_and_can_go_on(tmp_path):
+    recipe, run = tiny_recipe.write(tmp_path), tmp_path / "run"
+    first = fastlm("run", recipe, "--out", run)
+    assert first.returncode == 0, first.stderr
+    model, steps = files_of(run / "model"), files_of(run / "checkpoints")
+    report, log = (run / "report.html").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    again = fastlm("run", recipe, "--out", run, "--until", "pretrain", "--set", "pretrain.lr=2e-2")
+    assert again.returncode == 0, again.stderr
+    (line,) = [line for line in again.stderr.splitlines() if "set aside" in line]
+    assert line.startswith("pretrain: ") and line.endswith(str(run / "previous"))
+    previous = run / "previous"
+    assert files_of(previous / "model") == model and files_of(previous / "checkpoints") == steps
+    assert (previous / "report.html").read_bytes() == report
+    assert (previous / "metrics.jsonl").read_bytes() == log
+    assert json.loads((previous / "recipe.json").read_text())["pretrain"]["lr"] == 1e-2
+    assert files_of(run / "model") != model and not (run / "report.html").exists()
+    # it is a run folder of its own: nothing is trained again there
+    states = run_again(recipe, previous, until="pretrain")
+    assert states == {"data": "done", "tokenizer": "done", "shards": "done", "pretrain": "skipped"}
+
+    # another text: the training is in nobody's way before the data is made again
+    second = files_of(run / "model")
+    (tmp_path / "docs/00.txt").write_text("A tree sees the river.\n" * 50)
+    states = run_again(recipe, run, overrides=["pretrain.lr=2e-2"], until="data")
+    assert states == {"pretrain": "set aside", "data": "done"}
+    assert files_of(previous / "model") == second and (previous / "shards").is_dir()
+    assert not (run / "model").exists() and not list(run.glob(".previous*"))
+    # nothing trained since: what was set aside stays
+    states = run_again(recipe, run, overrides=["data.heldout_bytes=5000"], until="data")
+    assert states == {"data": "done"} and files_of(previous / "model") == second
+
+
+def test_a_file_beside_the_model_does_not_train_it_again(finished):
+    recipe, run = finished
+    run_recipe(recipe, run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "model/README.md").write_text("mine")
+    assert set(run_again(recipe, run).values()) == {"skipped"}
+    # one that is damaged is trained again, and stays where it can be looked at
+    weights = (run / "model/model.safetensors").read_bytes()
+    (run / "model/model.safetensors").write_bytes(weights[:-1])
+    states = run_again(recipe, run, until="pretrain")
+    assert states["pretrain"] == "done"
+    assert (run / "previous/model/model.safetensors").read_bytes() == weights[:-1]
+    assert (run / "model/model.safetensors").read_bytes() == weights
+
+
+def test_ctrl_c_in_the_last_step_ends_the_chain(tmp_path):
+    recipe, run, seen = tiny_recipe.write(tmp_path), tmp_path / "run", []
+    press = press_at(12)
+    with pytest.raises(KeyboardInterrupt, match=r"after step 12; saved in .*step-00000012$"):
+        run_recipe(recipe, run, on_event=lambda e: (seen.append(e.get("stage")), press(e)))
+    assert "eval" not in seen and not (run / "model").exists()
+    assert run_again(recipe, run, until="pretrain")["pretrain"] == "done"
+    assert [m["step"] for m in metrics(run) if "loss" in m] == list(range(1, 13))
+
+
 def test_killed_in_training_and_started_again(finished, tmp_path):
     """SIGKILL from outside, at whatever instruction: the same command goes on to the same
     losses.

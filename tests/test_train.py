@@ -151,6 +151,37 @@ def test_ctrl_c_saves_and_says_where(data, tmp_path, uninterrupted):
     assert events(tmp_path) == events(uninterrupted)
 
 
+def test_ctrl_c_in_the_last_step_is_not_lost(data, tmp_path, uninterrupted):
+    def press(event):
+        if event.get("step") == 24 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=r"after step 24; saved in .*step-00000024$"):
+        start(data, tmp_path, on_event=press)
+    assert start(data, tmp_path).steps == 24
+    assert events(tmp_path) == events(uninterrupted)
+
+
+def test_other_moments_to_look_and_save_go_on_from_the_same_checkpoint(
+    data, tmp_path, uninterrupted
+):
+    def press(event):
+        if event.get("step") == 8 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        start(data, tmp_path, on_event=press)
+    watching = replace(
+        OPTIONS, validations=1, val_tokens=64, sample_at=(0.6,), sample_prompt="b",
+        sample_tokens=2, checkpoint_every=7, keep=3,
+    )  # fmt: skip
+    start(data, tmp_path, watching)
+    losses = [[e["loss"] for e in events(run) if "loss" in e] for run in (tmp_path, uninterrupted)]
+    assert losses[0] == losses[1]
+    names = [p.name for p in list_checkpoints(tmp_path)]
+    assert names == ["step-00000014", "step-00000021", "step-00000024"]
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
 def test_non_finite_names_step_batch_and_checkpoint(data, tmp_path, monkeypatch, where):
     calls = 0

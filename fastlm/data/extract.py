@@ -8,6 +8,7 @@ permalink signs, page navigation, indexes.
 import re
 import unicodedata
 
+from fastlm.data.nesting import costly_markup
 from fastlm.data.sources import Document
 
 # Permalinks, page navigation, language bars and indexes of Sphinx, DocBook, AsciiDoc, Doxygen,
@@ -37,11 +38,13 @@ SPACES = re.compile("[\xa0\u2000-\u200a\u202f\u3000]")
 def html_to_text(html: str) -> str:
     """The main content of a page as plain text, paragraphs and code blocks kept.
 
-    "" where the parser gives up. A bulleted list right below <body> or <main> is taken for
-    navigation.
+    "" where the parser gives up, or would take minutes (`costly_markup`). A bulleted list right
+    below <body> or <main> is taken for navigation.
     """
     from resiliparse.extract.html2text import extract_plain_text
 
+    if costly_markup(html):
+        return ""
     try:
         return extract_plain_text(
             html, preserve_formatting=True, main_content=True, list_bullets=True, alt_texts=False,

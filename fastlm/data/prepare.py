@@ -30,6 +30,7 @@ from fastlm.data.dedup import MIN_PARAGRAPH, DocumentDedup, ParagraphDedup, cont
 from fastlm.data.extract import extract
 from fastlm.data.files import open_stream
 from fastlm.data.filter import TECHNICAL, check_rules, first_failed
+from fastlm.data.nesting import costly_markup
 from fastlm.data.scrub import scrub
 from fastlm.data.sources import Document, SourceFile, list_files, read_file
 from fastlm.errors import InputError
@@ -117,7 +118,9 @@ class _Step:
 
 @dataclass(slots=True)
 class _Cleaned:
-    """What can be known of a document by itself. ``failed``: the rule that turned it away."""
+    """What can be known of a document by itself. ``failed``: the rule that turned it away, or,
+    without a key, what kept it from being parsed.
+    """
 
     extracted_bytes: int = 0
     key: bytes = b""
@@ -130,7 +133,8 @@ def clean(document: Document, options: DataOptions) -> _Cleaned:
     """Extract, judge and scrub one document."""
     text = extract(document)
     if not text.strip():
-        return _Cleaned()
+        page = document.meta.get("format") == "html"
+        return _Cleaned(failed=costly_markup(document.text) if page else None)
     result = _Cleaned(len(text.encode()), content_key(text), first_failed(text, options.rules))
     if result.failed is None:
         result.text, result.replaced = scrub(text) if options.scrub else (text, {})
@@ -244,7 +248,7 @@ def _write_clean(
     with compressor.stream_writer(work, closefd=False) as lines:
         for document, result in _clean_all(gathered, options):
             if not result.key:
-                extracted.removed["no text"] += 1
+                extracted.removed[result.failed or "no text"] += 1
                 continue
             extracted.passed(result.extracted_bytes)
             if not documents.is_new(result.key):

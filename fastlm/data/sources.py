@@ -77,6 +77,19 @@ def file_format(name: str) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
+def parse_source(spec: str) -> tuple[str, str, str]:
+    """(scheme, package, glob), or ("", path, glob) of a local source. A "#" in the name of a path
+    that exists belongs to the name.
+    """
+    from fastlm.data import packages
+
+    body, _, glob = spec.partition("#")
+    scheme, _, name = body.partition(":")
+    if scheme in packages.SCHEMES:
+        return scheme, name, glob
+    return ("", body, glob) if glob and not Path(spec).exists() else ("", spec, "")
+
+
 def list_files(spec: str, *, cache: Path) -> tuple[list[SourceFile], Counter[str]]:
     """The files of one source in sorted order, and how many were passed over, by reason.
 
@@ -87,19 +100,12 @@ def list_files(spec: str, *, cache: Path) -> tuple[list[SourceFile], Counter[str
 
     if not spec.strip():
         raise InputError("source: wanted a path, pypi:NAME or deb:NAME, got an empty text")
-    body, _, glob = spec.partition("#")
-    scheme, _, name = body.partition(":")
+    scheme, name, glob = parse_source(spec)
+    package = bool(scheme)
     passed: Counter[str] = Counter()
-    if scheme in packages.SCHEMES:
-        root, package = packages.fetch(scheme, name, cache=cache), True
-    else:
-        root, package = Path(spec), False
-        if not root.exists() and glob:
-            root = Path(body)
-        elif glob:
-            glob = ""
-        if not root.exists():
-            raise InputError(f"source {spec}: wanted a path, pypi:NAME or deb:NAME; not found")
+    root = packages.fetch(scheme, name, cache=cache) if package else Path(name)
+    if not root.exists():
+        raise InputError(f"source {spec}: wanted a path, pypi:NAME or deb:NAME; not found")
     if root.is_file():
         return [_named_file(root, spec)], passed
 

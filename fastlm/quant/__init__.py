@@ -2,7 +2,7 @@
 model.
 """
 
-from fastlm.quant.model import apply_config, load_quantized, quantization_config, quantize
+from fastlm.quant.model import load_quantized, quantization_config, quantize
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.quant.weight import QuantizedWeight
 
@@ -10,7 +10,6 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedWeight",
-    "apply_config",
     "load_quantized",
     "quantization_config",
     "quantize",

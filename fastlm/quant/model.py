@@ -95,12 +95,7 @@ def quantize(
             done[key] = ops.quantize_weight(
                 module.weight, wish, group_size=group_size, scale_dtype=scale_dtype
             )
-        if isinstance(module, nn.Embedding):
-            new = _embedding(module, done[key])
-        else:
-            new = QuantizedLinear(done[key], module.bias, act_bits=act_bits)
-        new.train(module.training)
-        model = _replace(model, name, new)
+        model = put_quantized(model, name, done[key], act_bits=act_bits)
     return model
 
 
@@ -124,15 +119,33 @@ def find_head(model: nn.Module) -> nn.Module | None:
     return getter() if callable(getter) else getattr(model, "lm_head", None)
 
 
-def _embedding(module: nn.Embedding, weight: QuantizedWeight) -> QuantizedEmbedding:
-    if module.max_norm is not None:
+def put_quantized(
+    model: nn.Module,
+    name: str,
+    weight: QuantizedWeight,
+    *,
+    act_bits: int = 16,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """`model` with `weight` in the place of its nn.Linear or nn.Embedding `name`, whose bias stays.
+
+    `dtype`: of the rows that an embedding gives, by default its own. InputError: no such module,
+    another shape.
+    """
+    old = _module(model, name)
+    if old.weight.shape != weight.shape:
+        raise InputError(
+            f"{name}: wanted shape {list(old.weight.shape)} as the model, got {list(weight.shape)}"
+        )
+    if isinstance(old, nn.Linear):
+        new: nn.Module = QuantizedLinear(weight, old.bias, act_bits=act_bits)
+    elif old.max_norm is None:
+        new = QuantizedEmbedding(weight, dtype=dtype or old.weight.dtype)
+    else:
         raise InputError(
             "model: an nn.Embedding with max_norm rescales its rows; it cannot be quantized"
         )
-    return QuantizedEmbedding(weight, dtype=module.weight.dtype)
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    new.train(old.training)
     if not name:
         return new
     parent, _, child = name.rpartition(".")
@@ -140,25 +153,42 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return model
 
 
+def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise InputError(f"{name} is not a module of the model") from None
+    # subclasses may compute something else with their weight
+    if type(module) not in (nn.Linear, nn.Embedding):
+        raise InputError(f"{name}: wanted nn.Linear or nn.Embedding, got {type(module).__name__}")
+    assert isinstance(module, nn.Linear | nn.Embedding)  # its type is one of the two
+    return module
+
+
+def describe(kind: str, weight: QuantizedWeight) -> dict[str, Any]:
+    """What a ``quantization_config`` says of one "linear" or "embedding"."""
+    return {
+        "kind": kind,
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        "shape": list(weight.shape),
+        "scale_dtype": str(weight.scales.dtype).removeprefix("torch."),
+        "zeros": weight.zeros is not None,
+    }
+
+
 def quantization_config(
     model: nn.Module, format: str, *, group_size: int, method: str = "rtn"
 ) -> dict[str, Any]:
-    """What config.json says of a quantized model: enough to rebuild its modules with empty
-    buffers.
+    """What config.json says of a quantized model: enough to read its weights and rebuild its
+    modules.
     """
-    modules = {
-        name: {
-            "kind": "embedding" if isinstance(m, QuantizedEmbedding) else "linear",
-            "bits": m.bits,
-            "group_size": m.group_size,
-            "shape": list(m.shape),
-            "scale_dtype": str(m.scales.dtype).removeprefix("torch."),
-            "zeros": m.zeros is not None,
-            **({"act_bits": m.act_bits} if isinstance(m, QuantizedLinear) else {}),
-        }
-        for name, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, QuantizedLinear | QuantizedEmbedding)
-    }
+    modules: dict[str, dict[str, Any]] = {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        if isinstance(m, QuantizedLinear):
+            modules[name] = {**describe("linear", m.weight), "act_bits": m.act_bits}
+        elif isinstance(m, QuantizedEmbedding):
+            modules[name] = describe("embedding", m.weight)
     return {
         "quant_method": "fastlm",
         "format": format,
@@ -166,58 +196,6 @@ def quantization_config(
         "method": method,
         "modules": modules,
     }
-
-
-def apply_config(
-    model: nn.Module,
-    config: Mapping[str, Any],
-    weights: Mapping[str, QuantizedWeight] | None = None,
-) -> nn.Module:
-    """Replace the modules that `config` (a ``quantization_config``) lists by quantized ones with
-    the `weights` given (module name -> weight), or with zeros to be filled by ``load_state_dict``.
-    Tied modules share one weight."""
-    made: dict[int, QuantizedWeight] = {}
-    for name, entry in config["modules"].items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise InputError(f"quantization_config: {name} is not a module of the model") from None
-        if type(module) not in (nn.Linear, nn.Embedding):
-            raise InputError(
-                f"quantization_config: {name}: wanted nn.Linear or nn.Embedding,"
-                f" got {type(module).__name__}"
-            )
-        assert isinstance(module, nn.Linear | nn.Embedding)  # its type is one of the two
-        if list(module.weight.shape) != list(entry["shape"]):
-            raise InputError(
-                f"quantization_config: {name}: wanted shape {list(module.weight.shape)}"
-                f" as the model, got {entry['shape']}"
-            )
-        weight = (weights or {}).get(name)
-        if weight is None:
-            weight = made.get(id(module.weight)) or _blank(entry, module.weight.device)
-        made[id(module.weight)] = weight
-        if isinstance(module, nn.Embedding):
-            new: nn.Module = _embedding(module, weight)
-        else:
-            new = QuantizedLinear(weight, module.bias, act_bits=entry.get("act_bits", 16))
-        model = _replace(model, name, new.train(module.training))
-    return model
-
-
-def _blank(entry: Mapping[str, Any], device: torch.device) -> QuantizedWeight:
-    n, k = entry["shape"]
-    bits = entry["bits"]
-    groups = -(-k // check_group_size(entry["group_size"], k))
-    dtype = getattr(torch, entry["scale_dtype"])
-    qdata = (
-        torch.zeros(n, k, dtype=torch.int8, device=device)
-        if bits == 8
-        else torch.full((n, (k + 1) // 2), 0x88, dtype=torch.uint8, device=device)
-    )
-    scales = torch.zeros(n, groups, dtype=dtype, device=device)
-    zeros = torch.zeros_like(scales) if entry["zeros"] else None
-    return QuantizedWeight(qdata, scales, zeros, bits, entry["group_size"], (n, k))
 
 
 def load_quantized(
@@ -252,7 +230,14 @@ def load_quantized(
             entry["group_size"],
             tuple(entry["shape"]),
         )
-    model = apply_config(model, config, weights)
+    # tied modules are those with one parameter
+    keys = {name: id(_module(model, name).weight) for name in config["modules"]}
+    shared = {keys[name]: weight for name, weight in weights.items()}
+    for name, entry in config["modules"].items():
+        weight = weights.get(name) or shared.get(keys[name])
+        if weight is None:
+            raise InputError(f"state: {name}.qdata is missing")
+        model = put_quantized(model, name, weight, act_bits=entry.get("act_bits", 16))
     missing, unexpected = model.load_state_dict(dict(state), strict=False)
     # names whose storage another name of the state has already filled
     filled = {t.data_ptr() for n, t in model.state_dict().items() if n in state}

@@ -31,9 +31,20 @@ from fastlm.errors import InputError
 from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.train.schedule import SCHEDULES, due, learning_rate, progress
-from fastlm.train.state import list_checkpoints, load_checkpoint, prune, save_checkpoint
+from fastlm.train.state import (
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+)
 
 METRICS = "metrics.jsonl"
+# What is watched and kept on the way: it draws from no random numbers of the training
+OBSERVING = (
+    "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
+    "keep",
+)  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -69,7 +80,6 @@ class TrainOptions:
     eps: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float | None = 1.0
-    seed: int = 0
     validations: int = 20
     val_tokens: int = 1 << 16
     sample_at: tuple[float, ...] = (0.0, 0.02, 0.1, 0.3, 1.0)
@@ -77,6 +87,10 @@ class TrainOptions:
     sample_tokens: int = 80
     checkpoint_every: int = 200
     keep: int = 2
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide what is trained: all but OBSERVING."""
+        return {k: v for k, v in asdict(self).items() if k not in OBSERVING}
 
     def check(self) -> None:
         """InputError names the option."""
@@ -89,7 +103,7 @@ class TrainOptions:
         for name in ("accumulate", "checkpoint_every", "keep", "val_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
-        for name in ("validations", "sample_tokens", "weight_decay", "seed"):
+        for name in ("validations", "sample_tokens", "weight_decay"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
         shares = {"warmup": self.warmup, "decay": self.decay, "final_lr": self.final_lr}
@@ -184,6 +198,8 @@ def train(
         ticks = loop.ticks(interrupted)
         for _ in track(ticks, "training", total=loop.total_ticks(), unit=loop.unit()):
             pass
+        if interrupted.is_set():  # after the last step too: what comes next was not wanted
+            raise Interrupted(f"stopped after step {loop.step}; saved in {loop.saved()}")
         return loop.result()
 
 
@@ -278,12 +294,14 @@ class _Loop:
         return max(int(o.max_seconds - self.seconds()), 0)
 
     def ticks(self, interrupted: threading.Event) -> Iterator[None]:
-        """Trains; yields a tick after every step, or for every second of the budget that passed."""
+        """Trains, to the end or to an interrupt; yields a tick after every step, or for every
+        second of the budget that passed.
+        """
         total, first, ticks = self.total_ticks(), self.seconds(), 0
         while not self.finished():
             self.advance()
-            if interrupted.is_set() and not self.finished():
-                raise Interrupted(f"stopped after step {self.step}; saved in {self.save()}")
+            if interrupted.is_set():
+                return
             by_time = min(int(self.seconds() - first), total)
             while ticks < by_time or (self.options.max_seconds is None and ticks < total):
                 ticks += 1
@@ -375,7 +393,7 @@ class _Loop:
             self.on_event(event)
 
     def identity(self) -> dict[str, Any]:
-        options = json.loads(json.dumps(asdict(self.options)))
+        options = json.loads(json.dumps(self.options.identity()))
         shapes = str([(name, tuple(p.shape)) for name, p in self.model.named_parameters()])
         digest = hashlib.sha256(shapes.encode()).hexdigest()[:16]
         return {**options, **self.objective.identity(), "parameters": digest}
@@ -406,6 +424,12 @@ class _Loop:
         self.started = time.perf_counter()
         if not found:
             self.moments()
+
+    def saved(self) -> Path:
+        """The checkpoint of this step, written unless it is there."""
+        if self.saved_step == self.step:
+            return checkpoint_path(self.run_dir, self.step)
+        return self.save()
 
     def save(self) -> Path:
         os.fsync(self.metrics.fileno())

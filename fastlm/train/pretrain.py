@@ -79,7 +79,7 @@ class NextToken:
             ids = [self.sampler.dataset.eos_id]
         tokens = model.generate(  # type: ignore[operator]
             torch.tensor([ids], device=self.device),
-            max_new_tokens=o.sample_tokens, temperature=0.8, top_k=50, seed=o.seed,
+            max_new_tokens=o.sample_tokens, temperature=0.8, top_k=50, seed=self.sampler.seed,
             stop_ids=(self.sampler.dataset.eos_id,),
         )  # fmt: skip
         return o.sample_prompt + self.tokenizer.decode(tokens[0, len(ids) :].tolist())
