@@ -60,8 +60,11 @@ def readme_section(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("only", nargs="*", choices=[*OPS, *END_TO_END], help="default: all")
+    known = [*OPS, *END_TO_END]
+    parser.add_argument("only", nargs="*", help=f"of {', '.join(known)}; default: all")
     options = parser.parse_args()
+    if unknown := set(options.only) - set(known):
+        parser.error(f"only: wanted some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     about = machine()
     name = re.sub(
         r"[^a-z0-9]+", "-", f"{about['cpu']}-{about['cpu_isa']}-{about['threads']}t".lower()
@@ -70,7 +73,7 @@ def main() -> None:
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     results["machine"] = about
-    for script in options.only or [*OPS, *END_TO_END]:
+    for script in options.only or known:
         results[script] = run(script)
     path.write_text(json.dumps(results, indent=1) + "\n")
     readme = ROOT / "README.md"
