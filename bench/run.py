@@ -1,7 +1,7 @@
-"""``make bench``: every op file and the end-to-end runs; results and the README's table.
+"""``make bench``: every op file and the end-to-end runs; results, docs/benchmarks.md, the README.
 
-Writes bench/results/<machine>.json and replaces what stands between the two marker lines of
-README.md.
+Writes bench/results/<machine>.json and docs/benchmarks.md with every row, and replaces what stands
+between the two marker lines of README.md: the rows of `HEADLINE`, and every row that a peer wins.
 """
 
 import argparse
@@ -26,6 +26,19 @@ OPS = (
     "boundary",
 )
 END_TO_END = ("train_step", "decode")
+# op -> shapes that the README shows
+HEADLINE = {
+    "attention": ("(8, 8/8, 512, 64)", "(1, 16/16, 2048, 128)", "(1, 9/3, 1 x 1024, 64)"),
+    "cross_entropy": ("4096 x 32768",),
+    "linear_cross_entropy": ("4096 x 512 -> 32768",),
+    "rms_norm": ("4096 x 512", "1 x 576"),
+    "rope": ("B 8 H 8/8 S 512 D 64 R 64",),
+    "glu": ("4096 x 2816",),
+    "adamw": ("40 M fp32", "40 M"),
+    "quantized_linear": (
+        *(f"{m} x 4096 -> 4096" for m in (1, 16, 64, 512)), "2048 x 2048 -> 2048",
+    ),
+}  # fmt: skip
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -41,15 +54,30 @@ def run(script: str, *arguments: str) -> dict:
     return {**json.loads(last), "table": [line for line in lines if line.startswith("|")]}
 
 
-def readme_section(results: dict) -> str:
+def rows_of(results: dict, headline: bool) -> list[Row]:
+    """Rows of all ops, named with their op; of the headline, or all."""
+    rows = []
+    for op in OPS:
+        for row in (Row(**r) for r in results.get(op, {}).get("rows", [])):
+            lost = op in HEADLINE and row.ratio is not None and row.ratio < 1
+            if headline and row.shape not in HEADLINE.get(op, ()) and not lost:
+                continue
+            if op not in row.name:
+                row.name = f"{op}: {row.name}"
+            rows.append(row)
+    return rows
+
+
+def section(results: dict, headline: bool) -> str:
+    """Markdown: machine, table of the ops, tables of the end-to-end runs, what failed."""
     about = results["machine"]
     parts = [
         f"Measured by `make bench` on {about['date']}: {about['cpu']}, {about['threads']} threads, "
         f"instruction set {about['cpu_isa']}, torch {about['torch']}, commit {about['commit']}. "
-        "Medians of rounds in which both sides take turns; ratios below 1 are where the peer wins.",
+        "Medians of rounds in which both sides take turns; ratios below 1 are where the peer wins. "
+        "Ceilings are measured in the same run; above 100 % of memory the data lay in a cache.",
+        table(rows_of(results, headline)),
     ]
-    rows = [Row(**row) for op in OPS for row in results.get(op, {}).get("rows", [])]
-    parts.append(table(rows))
     for name in END_TO_END:
         if lines := results.get(name, {}).get("table"):
             parts.append(f"`python -P bench/{name}.py`:\n\n" + "\n".join(lines))
@@ -60,6 +88,7 @@ def readme_section(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--write-only", action="store_true", help="tables of the results there are")
     known = [*OPS, *END_TO_END]
     parser.add_argument("only", nargs="*", help=f"of {', '.join(known)}; default: all")
     options = parser.parse_args()
@@ -72,17 +101,21 @@ def main() -> None:
     path = ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
-    results["machine"] = about
-    for script in options.only or known:
-        results[script] = run(script)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    if not options.write_only:
+        results["machine"] = about
+        for script in options.only or known:
+            results[script] = run(script)
+        path.write_text(json.dumps(results, indent=1) + "\n")
     readme = ROOT / "README.md"
     text = readme.read_text()
     if BEGIN in text and END in text:
         head, rest = text.split(BEGIN, 1)
         tail = rest.split(END, 1)[1]
-        readme.write_text(f"{head}{BEGIN}\n{readme_section(results)}\n{END}{tail}")
-    print(f"\nwritten: {path.relative_to(ROOT)}, README.md")
+        readme.write_text(f"{head}{BEGIN}\n{section(results, headline=True)}\n{END}{tail}")
+    (ROOT / "docs" / "benchmarks.md").write_text(
+        f"# Every row of `make bench`\n\n{section(results, headline=False)}\n"
+    )
+    print(f"\nwritten: {path.relative_to(ROOT)}, docs/benchmarks.md, README.md")
 
 
 if __name__ == "__main__":
