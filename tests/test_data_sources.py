@@ -256,6 +256,19 @@ def test_package_is_unpacked_once_without_links_and_noise(tmp_path, cache, monke
     assert [p.name for p in (cache / "pypi").iterdir()] == ["some-pkg-1.2"]
 
 
+def test_only_the_archive_itself_is_wanted_as_source(tmp_path, cache, monkeypatch):
+    (tmp_path / "guide.txt").write_text("text")
+
+    def sdist(folder):
+        with tarfile.open(folder / "some_pkg-1.2.tar.gz", "w:gz") as t:
+            t.add(tmp_path / "guide.txt", "some_pkg-1.2/guide.txt")
+
+    calls = fake_pip(monkeypatch, sdist)
+    list_files("sdist:Some.Pkg", cache=cache)
+    # ":all:" would compile the packages that the archive's metadata needs: Cython, for minutes
+    assert calls[0][-3:] == ["--no-binary", "some-pkg", "some-pkg"]
+
+
 def test_hostile_archives(tmp_path, cache, monkeypatch):
     def escaping(folder):
         with tarfile.open(folder / "evil-1.0.tar.gz", "w:gz") as t:

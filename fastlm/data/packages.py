@@ -182,7 +182,8 @@ def _download_pypi(scheme: str, name: str, version: str | None, into: Path) -> t
     ]
     command += ["--quiet", "--dest", str(into / "pip")]
     if scheme == "sdist":
-        command += ["--no-binary", ":all:"]
+        # not ":all:": what the metadata step needs (Cython for SQLAlchemy) would be compiled too
+        command += ["--no-binary", name]
     _run([*command, wanted], what)
     archive = next(iter(sorted((into / "pip").iterdir())))
     # NAME-VERSION-tags.whl, NAME-VERSION.tar.gz: names of archives hold no version-like part but
