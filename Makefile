@@ -15,7 +15,8 @@ setup: .venv/ready  ## .venv with fastlm (editable, extension built) and everyth
 	  { echo "make: wanted Python >= 3.11, got `$(PYTHON) --version`; name another: make PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "make: fetching torch and compiling the kernels: minutes without output"
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
 demo: .venv/ready  ## text -> tokenizer -> model -> int4 -> runs/demo/report.html, in ten minutes on two cores
