@@ -91,7 +91,7 @@ def _data_commands() -> None:
 _data_commands()
 
 
-@app.command()
+@app.command(short_help="Versions, hardware, and which implementation of every op runs.")
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
 ) -> None:
@@ -116,14 +116,18 @@ def info(
     console.print(facts)
     ops = Table("op", "runs on", "the others do not, because")
     for name, row in have["ops"].items():
-        why = "; ".join(f"{b}: {reason}" for b, reason in row["why_not"].items())
+        reasons: dict[str, list[str]] = {}
+        for b, reason in row["why_not"].items():
+            short = "no kernel" if reason == f"{name} has no {b} implementation" else reason
+            reasons.setdefault(short, []).append(b)
+        why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
         ops.add_row(name, row["picked"] or "nothing", why)
     console.print(ops)
 
 
-@app.command()
+@app.command(short_help="From a recipe to a model and its report, or on from where it was.")
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, as recipes/demo.toml")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.toml")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME")
     ] = None,
@@ -131,7 +135,10 @@ def run(
         list[str] | None,
         typer.Option("--set", help="Another value for a key: --set pretrain.max_seconds=60"),
     ] = None,
-    until: Annotated[str | None, typer.Option(help="Last stage to run")] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(help="Stop after data, tokenizer, shards, pretrain, eval, quantize or report"),
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Where packages are kept")] = None,
 ) -> None:
     """Run a whole recipe; what is finished is skipped, what was cut off goes on."""
@@ -168,7 +175,7 @@ def _show_event(event: dict[str, Any]) -> None:
         typer.echo(f"step {event['step']} writes: {event['sample']!r}", err=True)
 
 
-@app.command()
+@app.command(short_help="Train a model on token shards, or go on with it.")
 def pretrain(
     train: Annotated[Path, typer.Option(help="Folder of token shards to train on")],
     config: Annotated[Path, typer.Option(help="config.json of the model (Hugging Face's names)")],
@@ -277,7 +284,7 @@ def quantize(
         )
 
 
-@app.command("eval")
+@app.command("eval", short_help="Bits per byte of a text, beside those of xz and zstd.")
 def eval_command(
     model: Model,
     data: Annotated[
@@ -307,7 +314,7 @@ def eval_command(
             typer.echo(f"{key}  {value:.4f}" if isinstance(value, float) else f"{key}  {value:,}")
 
 
-@app.command()
+@app.command(short_help="Answer a prompt, or continue it: one text.")
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue or to answer")],
