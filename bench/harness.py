@@ -182,7 +182,7 @@ def table(rows: Sequence[Row]) -> str:
         mine = r.milliseconds.get("fastlm")
         peers = sorted((ms, n) for n, ms in r.milliseconds.items() if n != "fastlm")
         cells = [f"{n} {ms:.3g}" for ms, n in peers] + [
-            f"{n}: {why}" for n, why in r.missing.items()
+            f"({n}: {why})" for n, why in r.missing.items()
         ]
         ratio = "-" if r.ratio is None else f"{r.ratio:.2f}x"
         share = "-" if r.of_ceiling is None else f"{r.of_ceiling:.0%} {r.ceiling}"

@@ -25,7 +25,11 @@ OPS = (
     "quantized_linear",
     "boundary",
 )
-END_TO_END = ("train_step", "decode")
+# script -> what its table shows
+END_TO_END = {
+    "train_step": "Training of a Llama-like 42 M, 8 x 512 tokens a step; spread: range / median",
+    "decode": "SmolLM2-135M-Instruct (Q4_1), 512 tokens of prompt, 64 new; tokens/s of all users",
+}
 # op -> shapes that the README shows
 HEADLINE = {
     "attention": ("(8, 8/8, 512, 64)", "(1, 16/16, 2048, 128)", "(1, 9/3, 1 x 1024, 64)"),
@@ -71,16 +75,25 @@ def rows_of(results: dict, headline: bool) -> list[Row]:
 def section(results: dict, headline: bool) -> str:
     """Markdown: machine, table of the ops, tables of the end-to-end runs, what failed."""
     about = results["machine"]
+    measured = (results[n] for n in (*OPS, *END_TO_END) if "machine" in results.get(n, {}))
+    commits = dict.fromkeys(str(r["machine"]["commit"]) for r in measured)
     parts = [
         f"Measured by `make bench` on {about['date']}: {about['cpu']}, {about['threads']} threads, "
-        f"instruction set {about['cpu_isa']}, torch {about['torch']}, commit {about['commit']}. "
+        f"instruction set {about['cpu_isa']}, torch {about['torch']}, "
+        f"commit {' and '.join(commits) or about['commit']}. "
         "Medians of rounds in which both sides take turns; ratios below 1 are where the peer wins. "
-        "Ceilings are measured in the same run; above 100 % of memory the data lay in a cache.",
+        "Ceilings are measured in the same run; above 100 % of memory the data lay in a cache, "
+        "above 100 % of the bf16 matrix ceiling the products are of int8.",
+        "How to read a row. Attention: (batch, query heads/key heads, length, head size); "
+        "`M x K -> N`: M rows of K inputs, N outputs; w4a16: weights of 4 bits, activations of 16; "
+        "spread: (upper - lower quartile) / median of the least steady variant. "
+        "Other variants of fastlm stand among the peers and do not count for the ratio.",
         table(rows_of(results, headline)),
     ]
     for name in END_TO_END:
         if lines := results.get(name, {}).get("table"):
-            parts.append(f"`python -P bench/{name}.py`:\n\n" + "\n".join(lines))
+            heading = f"{END_TO_END[name]} (`python -P bench/{name}.py`):"
+            parts.append(f"{heading}\n\n" + "\n".join(lines))
     errors = [r["error"] for r in results.values() if isinstance(r, dict) and "error" in r]
     parts += [f"Not measured: {e}." for e in errors]
     return "\n\n".join(parts)

@@ -4,8 +4,8 @@ Every variant is a process of its own (so that its peak memory is its own) which
 turn: the steps of all variants alternate, one step each, on otherwise idle cores. Forward,
 backward, clipping and AdamW are in the step.
 
-    python -P bench/train_step.py                        the 42.4 M configuration of the README's
-    table python -P bench/train_step.py --size 10m --length 256 --threads 1
+    python -P bench/train_step.py     the 42.4 M configuration of the README's table
+    python -P bench/train_step.py --size 10m --length 256 --threads 1
 """
 
 import argparse
