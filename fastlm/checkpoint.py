@@ -133,6 +133,8 @@ def save_hf(
             total = sum(tensor.nbytes for tensor in tensors.values())
             _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(part / CONFIG, config)
+        for file in set(weight_map.values()):  # safetensors makes them the owner's alone
+            shutil.copymode(part / CONFIG, part / file)
 
     make_folder(folder.parent)
     save_atomic(folder, write)

@@ -173,6 +173,8 @@ def test_tied_head_is_left_out(tmp_path):
     state = make_state()
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # shared memory
     save_hf(tmp_path / "m", {**CONFIG, "tie_word_embeddings": True}, state)
+    modes = {p.name: p.stat().st_mode for p in (tmp_path / "m").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]  # who may read one may read all
     came = dict(load_state(tmp_path / "m")[1])
     assert "lm_head.weight" not in came and len(came) == len(state) - 1
 
