@@ -39,7 +39,7 @@ def bars(
     class Rate(TextColumn):
         def render(self, task):  # type: ignore[override]
             speed = task.finished_speed or task.speed
-            self.text_format = f"{speed:,.1f} {unit}/s" if speed else ""
+            self.text_format = f"{speed:,.1f} {unit}/s" if speed and unit != "s" else ""
             return super().render(task)
 
     if total is None and isinstance(iterable, Sized):

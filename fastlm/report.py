@@ -79,7 +79,7 @@ def funnel_rows(funnel: Funnel) -> list[dict[str, Any]]:
         replaced = [f"{n:,} {what} replaced" for what, n in step.get("replaced", {}).items() if n]
         why = [f"{count:,} {reason}" for reason, count in reasons[:5]]
         if len(reasons) > 5:
-            why.append(f"{sum(n for _, n in reasons[5:]):,} for {len(reasons) - 5} other reasons")
+            why.append(f"{sum(n for _, n in reasons[5:]):,} for other reasons")
         rows.append({
             "step": step["step"], "documents": step["documents"], "bytes": step["bytes"],
             "percent": 100 * step["bytes"] / most, "why": why + replaced,
@@ -164,8 +164,9 @@ def bits_chart(metrics: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     top = max(summary["bits_per_byte_zstd"], summary["bits_per_byte"])
     values = [summary["bits_per_byte"], summary["bits_per_byte_xz"]]
     # an untrained model starts near 3 bits per byte or higher: the axis shows where it
-    # crosses the lines
-    axes.set_ylim(min(values) - 0.15 * top, top * 1.6)
+    # crosses the lines, and the start as long as that is not far above them
+    first = min(held[0][1], 2 * top) if held else top
+    axes.set_ylim(min(values) - 0.15 * top, max(1.6 * top, 1.04 * first))
     return _svg(figure)
 
 

@@ -125,7 +125,7 @@ class Tokenizer:
 
         def pieces() -> Iterator[str]:
             nonlocal characters
-            for text in track(texts, "tokenizer: reading", unit="document"):
+            for text in track(texts, "tokenizer: reading", unit="documents"):
                 characters += len(text)
                 for start in range(0, len(text), PIECE):
                     yield _valid(text[start : start + PIECE])

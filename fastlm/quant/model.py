@@ -88,7 +88,7 @@ def quantize(
         )
 
     done: dict[int, QuantizedWeight] = {}
-    steps = track(plan, "quantize", total=len(plan), unit="layer") if track else plan
+    steps = track(plan, "quantize", total=len(plan), unit="layers") if track else plan
     for name, module, wish in steps:
         key = id(module.weight)
         if key not in done:
