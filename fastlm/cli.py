@@ -369,6 +369,8 @@ def chat(
 
     conversation = Conversation(Writer(model), system=system, max_new_tokens=max_new_tokens)
     terminal = sys.stdin.isatty()
+    if terminal:
+        typer.echo("An empty line or Ctrl-D ends.", err=True)
     while True:
         try:
             said = input("> " if terminal else "").strip()
