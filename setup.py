@@ -24,6 +24,7 @@ LINK = ["-fopenmp"]  # with torch imported first this resolves to torch's libgom
 
 if sanitizers := os.environ.get("FASTLM_SANITIZE"):
     COMPILE += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    COMPILE += ["-fno-wrapv"]  # Python builds with -fwrapv, under which overflow is no finding
     COMPILE += ["-O1", "-g1"]  # half the compile time of -O2; line numbers in the reports
     LINK += [f"-fsanitize={sanitizers}"]
 

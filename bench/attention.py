@@ -23,7 +23,7 @@ TRAINING = [  # (B, H, Hkv, S, D), dtype; the first two are the rows of the targ
     ((4, 9, 3, 507, 64), torch.bfloat16),  # SmolLM2's heads, ragged
     ((2, 4, 4, 252, 80), torch.bfloat16),
 ]
-DECODING = [(1, 9, 3, t, 64) for t in (512, 1024, 4096)] + [(4, 32, 8, 1024, 128)]
+DECODING = [(1, 9, 3, t, 64) for t in (64, 512, 1024, 4096)] + [(4, 32, 8, 1024, 128)]
 
 
 def cases() -> list[Case]:
