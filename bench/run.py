@@ -1,7 +1,8 @@
 """``make bench``: every op file and the end-to-end runs; results, docs/benchmarks.md, the README.
 
 Writes bench/results/<machine>.json and docs/benchmarks.md with every row, and replaces what stands
-between the two marker lines of README.md: the rows of `HEADLINE`, and every row that a peer wins.
+between the two marker lines of README.md: the rows of `HEADLINE`, and every row of those ops that a
+peer wins.
 """
 
 import argparse

@@ -6,6 +6,7 @@ notes to stderr.
 """
 
 import errno
+import importlib.metadata
 import io
 import json
 import shlex
@@ -89,6 +90,22 @@ def _data_commands() -> None:
 
 
 _data_commands()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastlm {importlib.metadata.version('fastlm')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version"),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(short_help="Versions, hardware, and which implementation of every op runs.")

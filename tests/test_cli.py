@@ -54,6 +54,10 @@ def test_help_lists_the_verbs_without_torch():
     assert "sft" not in listed
 
 
+def test_version():
+    assert call("--version").stdout.split() == ["fastlm", fastlm.__version__]
+
+
 def test_info():
     have = json.loads(call("info", "--json").stdout)
     assert have["ops"]["rms_norm"]["picked"]
