@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -225,6 +226,19 @@ def test_time_budget_ends_the_run_and_keeps_used_time(data, tmp_path):
     rates = [e["lr"] for e in events(tmp_path) if "loss" in e]
     assert rates[-1] < 0.1 * max(rates)
     assert 1.0 <= result.seconds < 3.0
+
+
+def test_budget_and_warmup_begin_with_the_first_step(data, tmp_path):
+    """However long the validation before it takes."""
+    options = replace(OPTIONS, max_steps=None, max_seconds=1.0, warmup=0.5, validations=2)
+
+    def wait(event):
+        if event["step"] == 0 and "val_loss" in event:
+            time.sleep(0.6)
+
+    start(data, tmp_path, options, on_event=wait)
+    first = next(e for e in events(tmp_path) if "loss" in e)
+    assert first["lr"] < 0.5 * options.lr
 
 
 def test_checkpoints_of_another_run_are_refused(data, tmp_path):
