@@ -2,13 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from fastlm import backend
-
-# Draws that are slow because the machine is busy say nothing about the code.
-settings.register_profile("fastlm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("fastlm")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

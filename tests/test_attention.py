@@ -180,7 +180,10 @@ def test_peaked_and_offset(isa, dtype, offset):
     q, k, v = (torch.randn(1, 2, 40, 16).to(dtype) for _ in range(3))
     k[:, :, 7] *= 30
     bias = torch.full((1, 1, 40, 40), offset).to(dtype)
-    function = lambda *qkv, **other: ops.attention(*qkv, bias=bias, return_lse=True, **other)  # noqa: E731
+
+    def function(*qkv, **other):
+        return ops.attention(*qkv, bias=bias, return_lse=True, **other)
+
     assert_kernel_near(function, [q, k, v], ["dq", "dk", "dv"], what=isa)
 
 
