@@ -8,6 +8,7 @@ D head_dim, R turned features.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.config import ModelConfig
+from fastlm.memory import made_again
 from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
 from fastlm.quant.modules import QuantizedLinear
 from fastlm.quant.weight import QuantizedWeight
@@ -143,6 +145,23 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         return rms_norm(x, self.weight, self.eps, residual=residual, offset=self.offset)
 
+    def again(self, x: Tensor, summed: Tensor) -> AbstractContextManager:
+        """Inside, `x`, the norm of `summed`, is not kept for the backward but made again."""
+        if not _keeping(x):
+            return nullcontext()
+        summed, weight = summed.detach(), self.weight.detach()
+        return made_again(x, lambda: _only(rms_norm(summed, weight, self.eps, offset=self.offset)))
+
+
+def _keeping(x: Tensor) -> bool:
+    """Whether operations on x now would keep it for a backward, and Python may decide how."""
+    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _only(out: Any) -> Tensor:
+    assert isinstance(out, Tensor)  # a pair only with residual
+    return out
+
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
@@ -248,7 +267,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         gate, up = self.project(x, call.fused)
         project = (call.fused and self.fused_down) or self.down_proj
-        return project(glu(gate, up, act=self.act))
+        product = glu(gate, up, act=self.act)
+        if not _keeping(product):
+            return project(product)
+        gate, up = gate.detach(), up.detach()
+        with made_again(product, lambda: glu(gate, up, act=self.act)):
+            return project(product)
 
 
 class DecoderLayer(nn.Module):
@@ -269,26 +293,33 @@ class DecoderLayer(nn.Module):
         """The residual stream arrives and leaves as two summands, so that the next norm
         adds them on its way.
         """
-        x, stream = _add_norm(self._norm(0), stream, branch)
-        branch = self.self_attn(x, call)
+        x, stream, again = _add_norm(self._norm(0), stream, branch)
+        with again:
+            branch = self.self_attn(x, call)
         if after := self._norm(1):
             branch = after(branch)
-        x, stream = _add_norm(self._norm(2), stream, branch)
-        branch = self.mlp(x, call)
+        x, stream, again = _add_norm(self._norm(2), stream, branch)
+        with again:
+            branch = self.mlp(x, call)
         if after := self._norm(3):
             branch = after(branch)
         assert branch is not None  # the MLP's output
         return stream, branch
 
 
-def _add_norm(norm: nn.Module | None, stream: Tensor, branch: Tensor | None) -> Any:
-    """(norm(stream + branch), stream + branch)."""
-    if branch is None:
-        return (stream if norm is None else norm(stream)), stream
+def _add_norm(
+    norm: nn.Module | None, stream: Tensor, branch: Tensor | None
+) -> tuple[Tensor, Tensor, AbstractContextManager]:
+    """norm(stream + branch), stream + branch, and the context in which to use the former."""
     if norm is None:
-        stream = stream + branch
-        return stream, stream
-    return norm(branch, residual=stream)
+        stream = stream if branch is None else stream + branch
+        return stream, stream, nullcontext()
+    assert isinstance(norm, RMSNorm)
+    if branch is None:
+        x = norm(stream)
+    else:
+        x, stream = norm(branch, residual=stream)
+    return x, stream, norm.again(x, stream)
 
 
 class Decoder(nn.Module):

@@ -187,19 +187,28 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def _forward_fake(q, k, v, sinks, alibi_slopes, bias, seed, *_):
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
+    (q,) = elements_last(q)
+    return empty_out(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
 def backward_fake(dout, dlse, q, k, v, out, lse, *rest):
     """Shapes of the gradients; `rest` is sinks, alibi_slopes, bias, seed and the numbers."""
     sinks, bias, bias_grad = rest[0], rest[2], rest[-1]
     return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-        torch.empty_like(v, memory_format=torch.contiguous_format),
+        *(torch.empty_like(t) for t in elements_last(q, k, v)),
         lse.new_empty(0 if sinks is None else sinks.shape[0]),
         lse.new_empty(bias.shape if bias is not None and bias_grad else (0,)),
     )
+
+
+def empty_out(q: Tensor, width: int) -> Tensor:
+    """q's shape with `width` elements a row, in q's memory order: where q is a projection's
+    (B, S, H, D) transposed, the result is one too, and goes into the next projection uncopied.
+    """
+    if q.dim() == 4 and q.stride(1) < q.stride(2):
+        batch, heads, rows, _ = q.shape
+        return q.new_empty(batch, rows, heads, width).transpose(1, 2)
+    return q.new_empty(*q.shape[:-1], width)
 
 
 def elements_last(*tensors: Tensor) -> list[Tensor]:
@@ -237,7 +246,7 @@ def cpu_forward(
     """
     q, k, v = elements_last(q, k, v)
     width, v_width = q.shape[-1], v.shape[-1]
-    out = q.new_empty(*q.shape[:-1], v_width)
+    out = empty_out(q, v_width)
     lse = q.new_empty(lse_shape, dtype=torch.float32)
     # Keys and values once more, padded to 32 rows a sequence and 32 columns (attention_forward.h);
     # or partial results: 8 rows of 2 + Dv floats for every 512 keys of the longest sequence, for
@@ -276,7 +285,7 @@ def cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The C++ backward of the dense and the packed op."""
     dout, q, k, v, out = elements_last(dout, q, k, v, out)
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     heads, kv_heads = (q.shape[1], k.shape[1])
     dsinks = None if sinks is None else lse.new_empty(sequences, heads)
     dbias = lse.new_zeros(bias.shape) if bias is not None and bias_grad else None
@@ -315,6 +324,23 @@ def _cpu_backward(
     )  # fmt: skip
 
 
+def _reference_forward(q: Tensor, k: Tensor, v: Tensor, *rest):
+    out, lse = reference.attention_forward(q, k, v, *rest)
+    (q,) = elements_last(q)
+    return empty_out(q, v.shape[3]).copy_(out), lse
+
+
+def in_order(backward):
+    """`backward` with gradients in the memory order of q, k and v, as `backward_fake` promises."""
+
+    def ordered(dout, dlse, q, k, v, *rest):
+        *grads, dsinks, dbias = backward(dout, dlse, q, k, v, *rest)
+        inputs = elements_last(q, k, v)
+        return *(torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads)), dsinks, dbias
+
+    return ordered
+
+
 def _setup_context(ctx, inputs, output):
     q, k, v, sinks, alibi_slopes, bias, seed, *ctx.numbers = inputs
     ctx.save_for_backward(q, k, v, *output, sinks, alibi_slopes, bias, seed)
@@ -346,7 +372,7 @@ _forward = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
     f" Tensor? seed, {NUMBERS}, float dropout_p) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": reference.attention_forward, "cpu": _cpu_forward},
+    implementations={"reference": _reference_forward, "cpu": _cpu_forward},
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -355,6 +381,6 @@ _backward = register(
     " Tensor lse, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? seed,"
     f" {NUMBERS}, float dropout_p, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=backward_fake,
-    implementations={"reference": reference.attention_backward, "cpu": _cpu_backward},
+    implementations={"reference": in_order(reference.attention_backward), "cpu": _cpu_backward},
     picked_by=2,
 )

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
+from fastlm.memory import keep_freed_memory
 from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.train.schedule import SCHEDULES, due, learning_rate, progress
@@ -189,9 +190,11 @@ def train(
 
     Leaves metrics.jsonl and checkpoints/ there; ``on_event`` sees every line of metrics as it is
     written. InputError: options, a checkpoint of another run, a folder that cannot be written.
-    NonFiniteError, Interrupted.
+    NonFiniteError, Interrupted. The process keeps its freed memory from here on
+    (`fastlm.memory.keep_freed_memory`).
     """
     options.check()
+    keep_freed_memory()
     loop = _Loop(model, objective, options, Path(run_dir), on_event)
     with loop.metrics, _deferred_interrupt() as interrupted:
         loop.begin()

@@ -1,0 +1,67 @@
+"""Memory of a training step: what need not be kept, and what need not be given back.
+
+Both exist because a step is made of large tensors that live for milliseconds. On the machine of
+docs/log.md (42 M parameters, 4096 tokens) a step asked the kernel for 150,000 fresh pages, 12 % of
+its time, until freed memory stayed in the process.
+"""
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep the memory it frees, for the tensors of the next step.
+
+    glibc hands large blocks back to the kernel at once and takes them again page by page, each
+    zeroed. This turns both off (``mallopt``: no mmap for blocks, no trimming), for the whole
+    process and until it ends: its size stays at its peak. `fastlm.train` calls it; call it once in
+    a training script of your own. Not for a process that needs much memory once and then little
+    for long.
+
+    Returns whether it could: False without glibc (macOS, musl), where nothing changes.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+class made_again(saved_tensors_hooks):
+    """Context: operations inside keep a note of `value` for their backward instead of its memory.
+
+    The first of them whose backward comes calls `make` (which gives `value` again, bit by bit, from
+    tensors that are kept anyway), the last lets go of it. For what costs less to compute than to
+    keep: a norm before its projections, a GLU's product before down_proj. Rejected:
+    ``torch.utils.checkpoint``, which would run the matrix products between them again too.
+    """
+
+    def __init__(self, value: Tensor, make: Callable[[], Tensor]):
+        where, size = value.data_ptr(), value.numel()
+        made: Tensor | None = None
+        notes = left = 0
+
+        def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+            nonlocal notes, left
+            if saved.data_ptr() != where or saved.numel() != size:
+                return saved
+            notes, left = notes + 1, left + 1
+            return saved.shape, saved.stride()
+
+        def unpack(note: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+            nonlocal made, left
+            if isinstance(note, Tensor):
+                return note
+            out = made if made is not None else make()
+            left -= 1
+            made = out if left else None
+            left = left or notes  # a second backward through a kept graph
+            return out.as_strided(*note)
+
+        super().__init__(pack, unpack)

@@ -1,0 +1,130 @@
+"""fastlm.memory: gradients do not change when values are made again, memory does."""
+
+import ctypes
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+import fastlm
+from fastlm import layers
+from fastlm.memory import keep_freed_memory, made_again
+
+
+def small_model(family="llama", **changes):
+    config = fastlm.ModelConfig(
+        model_type=family, vocab_size=97, hidden_size=48, num_hidden_layers=2,
+        num_attention_heads=3, num_key_value_heads=1, intermediate_size=80,
+        max_position_embeddings=64, **changes,
+    )  # fmt: skip
+    return fastlm.CausalLM(config, seed=1)
+
+
+def gradients(model, backwards=1):
+    ids = torch.randint(0, 97, (2, 33), generator=torch.Generator().manual_seed(0))
+    loss = model(ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss
+    for i in range(backwards):
+        loss.backward(retain_graph=i + 1 < backwards)
+    return loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2"])
+def test_gradients_are_those_of_kept_values(dtype, family, monkeypatch):
+    model = small_model(family, head_dim=16).to(dtype)
+    loss, grads = gradients(model)
+    model.zero_grad(set_to_none=True)
+    monkeypatch.setattr(layers, "_keeping", lambda x: False)
+    want_loss, want = gradients(model)
+    assert torch.equal(loss, want_loss)
+    for got, expected in zip(grads, want):
+        assert torch.equal(got, expected)
+
+
+def test_second_backward_of_a_kept_graph():
+    model = small_model()
+    _, once = gradients(model)
+    model.zero_grad(set_to_none=True)
+    _, twice = gradients(model, backwards=2)
+    for a, b in zip(once, twice):
+        torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=1e-7)
+
+
+class Blocks(ctypes.Structure):  # glibc's struct mallinfo2
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+def bytes_in_use():
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Blocks
+    now = mallinfo2()
+    return now.hblkhd + now.uordblks
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize("cover", [True, False])
+def test_value_is_not_kept(cover):
+    x = torch.randn(1 << 18, 32, requires_grad=True)  # 32 MiB
+    first, second = nn.Linear(32, 1), nn.Linear(32, 1)
+    calls = 0
+
+    def make():
+        nonlocal calls
+        calls += 1
+        return (x * 2).detach()
+
+    before = bytes_in_use()
+    value = x * 2
+    with made_again(value, make) if cover else nullcontext():
+        out = first(value).sum() + second(value).sum()
+    del value
+    kept = bytes_in_use() - before
+    assert kept < 8 << 20 if cover else kept > 32 << 20
+    out.backward()
+    assert calls == cover  # once for both
+    want = torch.autograd.grad(first(x * 2).sum() + second(x * 2).sum(), x)[0]
+    assert torch.equal(x.grad, want)
+
+
+def test_parameters_that_need_no_gradient():
+    model = small_model()
+    for p in model.model.layers[0].parameters():
+        p.requires_grad_(False)
+    loss = model(torch.zeros(1, 8, dtype=torch.long), labels=torch.zeros(1, 8, dtype=torch.long))
+    loss.loss.backward()
+    assert model.model.layers[1].mlp.down_proj.weight.grad is not None
+
+
+PROGRAM = """
+import resource, torch
+from fastlm.memory import keep_freed_memory
+CALL
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(8 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize("call", ["assert keep_freed_memory()", ""])
+def test_freed_memory_is_not_asked_for_again(call):
+    """32 MiB four times: 8192 pages each time with glibc's defaults, none where it is kept."""
+    command = [sys.executable, "-P", "-c", PROGRAM.replace("CALL", call)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    faults = int(done.stdout)
+    assert faults < 500 if call else faults > 4000
+
+
+def test_says_where_it_cannot(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert keep_freed_memory() is False
