@@ -2,10 +2,12 @@
 
 Every variant is a process of its own (so that its peak memory is its own) which waits for its
 turn: the steps of all variants alternate, one step each, on otherwise idle cores. Forward,
-backward, clipping and AdamW are in the step.
+backward, clipping and AdamW are in the step. fastlm's process keeps its freed memory, as
+`fastlm.train` does; one peer does too, to tell the kernels' share from the allocator's.
 
     python -P bench/train_step.py     the 42.4 M configuration of the README's table
     python -P bench/train_step.py --size 10m --length 256 --threads 1
+    python -P bench/train_step.py --scaling     other sizes, lengths and thread counts
 """
 
 import argparse
@@ -30,12 +32,34 @@ SIZES = {
     "124m": (50304, 768, 12, 12, 2048),
     "350m": (50304, 1024, 24, 16, 2816),
 }
-VARIANTS = ("fastlm", "torch.compile autocast", "eager autocast", "eager bf16", "eager fp32")
+VARIANTS = (
+    "fastlm",
+    "torch.compile autocast",
+    "torch.compile autocast, memory kept",
+    "eager autocast",
+    "eager bf16",
+    "eager fp32",
+)
+# size, batch, length, threads; against the strongest peer, 2 steps to warm up and 3 timed
+SCALING = [
+    *(("10m", 8, 512, t) for t in (1, 2)),
+    *(("42m", batch, length, 1) for batch, length in ((16, 256), (8, 512), (2, 2048), (1, 8192))),
+    *(("42m", batch, length, 2) for batch, length in ((16, 256), (2, 2048), (1, 8192))),
+    ("10m", 16, 256, 2),
+    ("10m", 1, 8192, 2),
+    *(("124m", 4, 512, t) for t in (1, 2)),
+    ("124m", 1, 4096, 2),
+    *(("350m", 2, 512, t) for t in (1, 2)),
+    ("350m", 1, 2048, 2),
+]
+STRONGEST = ("fastlm", "torch.compile autocast")
 
 
 def fastlm_step(size, length):
     import fastlm
+    from fastlm.memory import keep_freed_memory
 
+    keep_freed_memory()
     vocab, width, layers, heads, hidden = size
     config = fastlm.ModelConfig(
         model_type="llama",
@@ -62,11 +86,15 @@ def fastlm_step(size, length):
 
 
 def plain_step(variant, size, length):
+    if variant.endswith("memory kept"):
+        from fastlm.memory import keep_freed_memory
+
+        keep_freed_memory()
     model = PlainLlama(*size, length)
     if variant == "eager bf16":
         model = model.bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    autocast = variant.endswith("autocast")
+    autocast = "autocast" in variant
 
     def loss_of(ids, labels):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -103,6 +131,55 @@ def worker(pipe, variant, size, batch, length, threads):
         pipe.send((time.perf_counter() - start, loss.item()))
 
 
+def measure(name, batch, length, threads, variants, steps) -> list[dict]:
+    """Rows of one configuration, fastlm's share of each peer in them."""
+    size = SIZES[name]
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for variant in variants:
+        pipes[variant], theirs = spawn.Pipe()
+        arguments = (theirs, variant, size, batch, length, threads)
+        processes.append(spawn.Process(target=worker, args=arguments, daemon=True))
+        processes[-1].start()
+    seconds = {v: [] for v in pipes}
+    for i in range(steps + 2):
+        for variant, pipe in pipes.items():
+            pipe.send("step")
+            elapsed, loss = pipe.recv()
+            if i >= 2:
+                seconds[variant].append(elapsed)
+            if not loss == loss:
+                sys.exit(f"bench: {variant}: loss is NaN at step {i}")
+    rows = []
+    for variant, pipe in pipes.items():
+        pipe.send("memory")
+        median = statistics.median(seconds[variant])
+        rows.append(
+            {
+                "configuration": f"{name}, {batch} x {length}, {threads} thread{'s'[: threads - 1]}",
+                "variant": variant,
+                "tokens_per_second": batch * length / median,
+                "spread": (max(seconds[variant]) - min(seconds[variant])) / median,
+                "peak_mib": pipe.recv(),
+            }
+        )
+        pipe.send("stop")
+    for process in processes:
+        process.join()
+    mine = next((r for r in rows if r["variant"] == "fastlm"), None)
+    for r in rows if mine else ():
+        r["fastlm_is"] = mine["tokens_per_second"] / r["tokens_per_second"]
+        r["fastlm_uses"] = mine["peak_mib"] / r["peak_mib"]
+    return rows
+
+
+def line(r: dict) -> str:
+    cells = (r["configuration"], r["variant"], f"{r['tokens_per_second']:.0f}")
+    cells += (f"{r['fastlm_is']:.2f}x" if "fastlm_is" in r else "-", f"{r['peak_mib']:.0f}")
+    cells += (f"{r['fastlm_uses']:.2f}x" if "fastlm_uses" in r else "-", f"{r['spread']:.0%}")
+    return "| " + " | ".join(cells) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--size", choices=SIZES, default="42m")
@@ -111,51 +188,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two to warm up")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--scaling", action="store_true", help="every line of SCALING instead")
     options = parser.parse_args()
-    size = SIZES[options.size]
-    spawn = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for variant in options.variants:
-        pipes[variant], theirs = spawn.Pipe()
-        arguments = (theirs, variant, size, options.batch, options.length, options.threads)
-        processes.append(spawn.Process(target=worker, args=arguments, daemon=True))
-        processes[-1].start()
-    seconds = {v: [] for v in pipes}
-    for i in range(options.steps + 2):
-        for variant, pipe in pipes.items():
-            pipe.send("step")
-            elapsed, loss = pipe.recv()
-            if i >= 2:
-                seconds[variant].append(elapsed)
-            if not loss == loss:
-                sys.exit(f"bench: {variant}: loss is NaN at step {i}")
-    tokens = options.batch * options.length
-    rows = []
-    for variant, pipe in pipes.items():
-        pipe.send("memory")
-        median = statistics.median(seconds[variant])
-        rows.append(
-            {
-                "variant": variant,
-                "tokens_per_second": tokens / median,
-                "spread": (max(seconds[variant]) - min(seconds[variant])) / median,
-                "peak_mib": pipe.recv(),
-            }
-        )
-        pipe.send("stop")
-    mine = next((r for r in rows if r["variant"] == "fastlm"), None)
     print(machine())
-    print(f"{options.size}, batch {options.batch} x {options.length}, {options.threads} threads")
     print(
-        "| variant | tokens/s | fastlm is | peak MiB | fastlm uses | spread |\n"
-        "|---|---|---|---|---|---|"
+        "| configuration | variant | tokens/s | fastlm is | peak MiB | fastlm uses | spread |\n"
+        "|---|---|---|---|---|---|---|"
     )
-    for r in rows:
-        faster = f"{mine['tokens_per_second'] / r['tokens_per_second']:.2f}x" if mine else "-"
-        memory = f"{mine['peak_mib'] / r['peak_mib']:.2f}x" if mine else "-"
-        rate, mib = f"{r['tokens_per_second']:.0f}", f"{r['peak_mib']:.0f}"
-        cells = (r["variant"], rate, faster, mib, memory, f"{r['spread']:.0%}")
-        print("| " + " | ".join(cells) + " |")
+    if options.scaling:
+        runs = [(*c, STRONGEST, 3) for c in SCALING if c[3] <= torch.get_num_threads()]
+    else:
+        runs = [(
+            options.size, options.batch, options.length, options.threads, options.variants,
+            options.steps,
+        )]  # fmt: skip
+    rows = []
+    for run in runs:
+        measured = measure(*run)
+        rows += measured
+        print("\n".join(map(line, measured)), flush=True)
     print(json.dumps({"train_step": vars(options), "machine": machine(), "rows": rows}))
 
 
