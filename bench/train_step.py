@@ -72,8 +72,10 @@ def fastlm_step(size, length):
         max_position_embeddings=length,
         tie_word_embeddings=True,
     )
-    model = fastlm.CausalLM(config).bfloat16()
+    model = fastlm.CausalLM(config)
     optimizer = fastlm.AdamW(model.parameters(), lr=1e-4, master_weights=True, max_grad_norm=1.0)
+    optimizer.keep_masters()
+    model.bfloat16()
 
     def step(ids, labels):
         loss = model(ids, shift_labels=labels).loss

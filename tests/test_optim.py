@@ -475,3 +475,35 @@ def test_refuses_parameters():
     p.grad = torch.sparse_coo_tensor([[0], [1]], [1.0], (3, 2), check_invariants=True)
     with pytest.raises(InputError, match=r"grad: wanted a dense gradient, got layout torch.sparse"):
         opt.step()
+
+
+def test_masters_kept_before_the_cast():
+    """The masters are the float32 values, also where bfloat16 rounds them; a small update counts."""
+    module = torch.nn.Linear(64, 64)
+    exact = [p.detach().clone() for p in module.parameters()]
+    optimizer = AdamW(module.parameters(), lr=1e-6, weight_decay=0.0, master_weights=True)
+    optimizer.keep_masters()
+    module.bfloat16()
+    for p, e in zip(module.parameters(), exact):
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(optimizer.state[p]["master"], e)
+        assert torch.equal(p, e.bfloat16())
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, e in zip(module.parameters(), exact):
+        torch.testing.assert_close(optimizer.state[p]["master"], e - 1e-6, rtol=0, atol=1e-8)
+        assert torch.equal(p, optimizer.state[p]["master"].bfloat16())
+    saved = optimizer.state_dict()
+    other = AdamW(module.parameters(), master_weights=True)
+    other.load_state_dict(saved)
+    for p in module.parameters():
+        assert torch.equal(other.state[p]["master"], optimizer.state[p]["master"])
+
+
+def test_masters_are_kept_where_asked_for_only():
+    a, b = (torch.nn.Parameter(torch.randn(8)) for _ in range(2))
+    low = torch.nn.Parameter(torch.randn(8).bfloat16())
+    groups = [{"params": [a, low], "master_weights": True}, {"params": [b]}]
+    optimizer = AdamW(groups)
+    optimizer.keep_masters()
+    assert list(optimizer.state) == [a]

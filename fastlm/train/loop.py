@@ -243,8 +243,6 @@ class _Loop:
     def __init__(self, model, objective, options: TrainOptions, run_dir: Path, on_event) -> None:
         self.model, self.objective, self.options = model, objective, options
         self.run_dir, self.on_event = run_dir, on_event
-        model.to(DTYPES[options.dtype])
-        model.train()
         self.optimizer = AdamW(
             parameter_groups(model, options.weight_decay),
             lr=options.lr,
@@ -253,6 +251,9 @@ class _Loop:
             master_weights=options.dtype != "float32",
             max_grad_norm=options.max_grad_norm or math.inf,  # the norm is measured either way
         )
+        self.optimizer.keep_masters()  # what bfloat16 would cut off a new model's weights
+        model.to(DTYPES[options.dtype])
+        model.train()
         self.step = self.tokens = 0
         self.used = 0.0  # seconds of earlier sittings
         self.training_seconds = 0.0  # of steps alone: what tokens_per_second means
