@@ -2,7 +2,7 @@
 
 One initial state, one order of the data, one learning rate. Plain PyTorch under bf16 autocast is
 the third curve: how far 16 bits move a run without any kernel of ours. The text is Python's own
-documentation strings and sources as they stand in the standard library.
+standard library.
 
     python -P bench/loss_curve.py         docs/loss-curve.png, about 12 minutes on 2 cores
 """
@@ -10,9 +10,11 @@ documentation strings and sources as they stand in the standard library.
 import argparse
 import json
 import math
+import re
 import sys
 import sysconfig
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -30,11 +32,7 @@ BATCH, LENGTH, LR, WARMUP = 2, 256, 3e-4, 30
 
 
 def text_tokens(vocabulary: int, count: int) -> Tensor:
-    """The standard library's sources as ids: a byte and its two predecessors, hashed, would need no
-    tokenizer but mean nothing; words do: each distinct word or mark is an id, rare ones share one."""
-    import re
-    from collections import Counter
-
+    """The standard library's sources: each distinct word or mark is an id, rare ones share one."""
     words: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         words += re.findall(r"\w+|[^\w\s]|\n", path.read_text("utf-8", errors="replace"))
@@ -91,7 +89,9 @@ def train(variant: str, size: tuple, tokens: Tensor, steps: int) -> list[float]:
         optimizer = fastlm.AdamW(parameters, lr=LR, master_weights=True, max_grad_norm=1.0)
         optimizer.keep_masters()
         model.bfloat16()
-        loss_of = lambda ids, labels: model(ids, shift_labels=labels).loss  # noqa: E731
+
+        def loss_of(ids, labels):
+            return model(ids, shift_labels=labels).loss
     else:
         parameters = list(plain.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
@@ -115,10 +115,6 @@ def train(variant: str, size: tuple, tokens: Tensor, steps: int) -> list[float]:
         losses.append(loss.item())
     print(f"{variant}: {losses[0]:.4f} -> {losses[-1]:.4f}, {time.perf_counter() - began:.0f} s")
     return losses
-
-
-def smoothed(losses: list[float], over: int = 20) -> Tensor:
-    return torch.tensor(losses).unfold(0, over, 1).mean(-1)
 
 
 def plot(curves: dict[str, list[float]], path: Path) -> None:
@@ -158,15 +154,15 @@ def main() -> None:
     curves = {name: train(name, size, tokens, options.steps) for name in names}
     plot(curves, options.out)
     truth = torch.tensor(curves["eager fp32"])
-    apart = {
-        name: {
-            "mean difference": float((torch.tensor(losses) - truth).mean()),
-            "root mean square difference": float((torch.tensor(losses) - truth).square().mean() ** 0.5),
-            "difference of the last 20 steps": float(smoothed(losses)[-1] - smoothed(curves["eager fp32"])[-1]),
-            "last 20 steps": float(smoothed(losses)[-1]),
+    apart = {}
+    for name, losses in curves.items():
+        difference = torch.tensor(losses) - truth
+        apart[name] = {
+            "mean difference": float(difference.mean()),
+            "root mean square difference": float(difference.square().mean().sqrt()),
+            "difference of the last 20 steps": float(difference[-20:].mean()),
+            "last 20 steps": float(torch.tensor(losses[-20:]).mean()),
         }
-        for name, losses in curves.items()
-    }  # fmt: skip
     for name, numbers in apart.items():
         print(name, {k: round(v, 5) for k, v in numbers.items()})
     print(json.dumps({"loss_curve": apart, "curves": curves, "machine": machine()}))

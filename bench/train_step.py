@@ -152,13 +152,14 @@ def measure(name, batch, length, threads, variants, steps) -> list[dict]:
                 seconds[variant].append(elapsed)
             if not loss == loss:
                 sys.exit(f"bench: {variant}: loss is NaN at step {i}")
+    label = f"{name}, {batch} x {length}, {threads} thread{'s' if threads > 1 else ''}"
     rows = []
     for variant, pipe in pipes.items():
         pipe.send("memory")
         median = statistics.median(seconds[variant])
         rows.append(
             {
-                "configuration": f"{name}, {batch} x {length}, {threads} thread{'s'[: threads - 1]}",
+                "configuration": label,
                 "variant": variant,
                 "tokens_per_second": batch * length / median,
                 "spread": (max(seconds[variant]) - min(seconds[variant])) / median,

@@ -478,7 +478,7 @@ def test_refuses_parameters():
 
 
 def test_masters_kept_before_the_cast():
-    """The masters are the float32 values, also where bfloat16 rounds them; a small update counts."""
+    """The masters are the float32 values; an update that bfloat16 cannot hold is not lost."""
     module = torch.nn.Linear(64, 64)
     exact = [p.detach().clone() for p in module.parameters()]
     optimizer = AdamW(module.parameters(), lr=1e-6, weight_decay=0.0, master_weights=True)
