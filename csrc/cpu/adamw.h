@@ -113,13 +113,17 @@ double square_sum(const G* g, int64_t n) {
 
 inline void adamw_square_sums(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count,
                               double* sums) {
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t c = 0; c < count; ++c) {
-    const AdamwTensor& t = tensors[chunks[c].tensor];
-    with_float(t.grad_type, "grad", [&](auto tag) {
-      using G = decltype(tag);
-      sums[c] = square_sum(static_cast<const G*>(t.grad) + chunks[c].start, chunks[c].n);
-    });
+#pragma omp parallel
+  {
+    FlushDenormals flush;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t c = 0; c < count; ++c) {
+      const AdamwTensor& t = tensors[chunks[c].tensor];
+      with_float(t.grad_type, "grad", [&](auto tag) {
+        using G = decltype(tag);
+        sums[c] = square_sum(static_cast<const G*>(t.grad) + chunks[c].start, chunks[c].n);
+      });
+    }
   }
 }
 
@@ -201,13 +205,18 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
 
 inline void adamw_update(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count,
                          float clip) {
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t c = 0; c < count; ++c) {
-    const AdamwTensor& t = tensors[chunks[c].tensor];
-    with_float(t.param_type, "param", [&](auto p) {
-      with_float(t.grad_type, "grad", [&](auto g) {
-        adamw_chunk<decltype(p), decltype(g)>(t, chunks[c].start, chunks[c].n, clip);
+#pragma omp parallel
+  {
+    // moments of weights that get no gradient decay into denormals, and would stay there
+    FlushDenormals flush;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t c = 0; c < count; ++c) {
+      const AdamwTensor& t = tensors[chunks[c].tensor];
+      with_float(t.param_type, "param", [&](auto p) {
+        with_float(t.grad_type, "grad", [&](auto g) {
+          adamw_chunk<decltype(p), decltype(g)>(t, chunks[c].start, chunks[c].n, clip);
+        });
       });
-    });
+    }
   }
 }

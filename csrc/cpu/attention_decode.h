@@ -203,46 +203,47 @@ void combine_chunks(float* partial, int64_t chunks, int64_t apart, float sink, f
   *lse = l > 0 || l != l ? m + std::log(l) : -INFINITE;
 }
 
-// workspace: B * Hkv * chunks * MAX_ROWS * (2 + padded Dv) floats, chunks = ceil(longest T /
-// CHUNK).
 template <class T, class C>
 void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* problems,
                        const float* k_scale, const float* v_scale, T* out, float* lse,
-                       float* workspace) {
+                       Workspace workspace) {
   int64_t most = 0, total = 0;
   for (int64_t b = 0; b < s.B; ++b)
     most = std::max(most, problems[b].keys), total += problems[b].keys;
   const int64_t chunks = std::max<int64_t>(1, (most + CHUNK - 1) / CHUNK), G = s.H / s.Hkv;
   const int64_t ldp = 2 + round_up(s.Dv, VL), apart = MAX_ROWS * ldp;
-  const size_t bytes = Buffer::size_of<float>(MAX_ROWS * round_up(s.D, VL)) +
-                       Buffer::size_of<float>(MAX_ROWS * CHUNK) +
-                       Buffer::size_of<float>(MAX_ROWS * round_up(s.Dv, VL));
+  float* partials = workspace.take<float>(s.B * s.Hkv * chunks * apart);
+  workspace.divide(Buffer::size_of<float>(MAX_ROWS * round_up(s.D, VL)) +
+                   Buffer::size_of<float>(MAX_ROWS * CHUNK) +
+                   Buffer::size_of<float>(MAX_ROWS * round_up(s.Dv, VL)));
   const int64_t tasks = s.B * s.Hkv * chunks, rows = s.B * s.H;
-  const auto attend = [&](int64_t t) {
+  const auto attend = [&](int64_t t, void* mine) {
     const int64_t b = t / chunks / s.Hkv, g = t / chunks % s.Hkv;
-    Buffer memory(bytes);
+    Buffer memory(mine);
     decode_chunk(problems[b], s, o, b, g, t % chunks, k_scale ? k_scale[g] : 1.f,
-                 workspace + t * apart, memory);
+                 partials + t * apart, memory);
   };
   const auto combine = [&](int64_t row) {
     const int64_t b = row / s.H, h = row % s.H;
     const Problem<T, C>& p = problems[b];
     for (int64_t i = 0; i < p.queries; ++i)
       combine_chunks(
-          workspace + (b * s.Hkv + h / G) * chunks * apart + (h % G * p.queries + i) * ldp, chunks,
+          partials + (b * s.Hkv + h / G) * chunks * apart + (h % G * p.queries + i) * ldp, chunks,
           apart, o.sinks ? o.sinks[h] : -INFINITE, v_scale ? v_scale[h / G] : 1.f, s.Dv,
           out + s.out.at(b, h, p.q0 + i), lse + s.lse.at(b, h, p.q0 + i));
   };
   // 131072 elements are 10 us of one thread; for less a parallel region does not pay
   if (total * s.Hkv * (s.D + s.Dv) <= 131072) {
-    for (int64_t t = 0; t < tasks; ++t) attend(t);
+    FlushDenormals flush;
+    for (int64_t t = 0; t < tasks; ++t) attend(t, workspace.p);
     for (int64_t row = 0; row < rows; ++row) combine(row);
     return;
   }
-#pragma omp parallel
+#pragma omp parallel num_threads(workspace.threads)
   {
+    FlushDenormals flush;
 #pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < tasks; ++t) attend(t);
+    for (int64_t t = 0; t < tasks; ++t) attend(t, workspace.mine());
 #pragma omp for
     for (int64_t row = 0; row < rows; ++row) combine(row);
   }

@@ -83,11 +83,15 @@ inline void cross_entropy_forward(const TensorView& logits, const TensorView& ta
   with_float(logits.dtype(), "logits", [&](auto tag) {
     using T = decltype(tag);
     const T* x = logits.data<T>("logits");
-#pragma omp parallel for schedule(dynamic, 4) if (rows * classes > 32768)
-    for (int64_t i = 0; i < rows; ++i)
-      cross_entropy_row<T>(
-          {x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}},
-          out[0] + i, out[1] + i, out[2] + i, out[3] + i);
+#pragma omp parallel if (rows * classes > 32768)
+    {
+      FlushDenormals flush;
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t i = 0; i < rows; ++i)
+        cross_entropy_row<T>(
+            {x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}},
+            out[0] + i, out[1] + i, out[2] + i, out[3] + i);
+    }
   });
 }
 
@@ -133,15 +137,19 @@ inline void cross_entropy_backward(const TensorView& on_p, const TensorView& on_
     using T = decltype(tag);
     const T* x = logits.data<T>("logits");
     T* out = dlogits.data<T>("dlogits");
-#pragma omp parallel for schedule(dynamic, 4) if (rows * classes > 32768)
-    for (int64_t i = 0; i < rows; ++i) {
-      const float a = all ? all[i] : 0.f;
-      if (p[i] == 0 && at[i] == 0 && a == 0)  // ignored: zero whatever the logits are
-        memset(out + i * classes, 0, size_t(classes) * sizeof(T));
-      else
-        cross_entropy_backward_row<T>(
-            {x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}}, m[i],
-            s[i], p[i], at[i], a, out + i * classes);
+#pragma omp parallel if (rows * classes > 32768)
+    {
+      FlushDenormals flush;
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t i = 0; i < rows; ++i) {
+        const float a = all ? all[i] : 0.f;
+        if (p[i] == 0 && at[i] == 0 && a == 0)  // ignored: zero whatever the logits are
+          memset(out + i * classes, 0, size_t(classes) * sizeof(T));
+        else
+          cross_entropy_backward_row<T>(
+              {x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}},
+              m[i], s[i], p[i], at[i], a, out + i * classes);
+      }
     }
   });
 }

@@ -1,5 +1,5 @@
 // The matrix core that every op with a matrix product shares. One thread; an op splits its work and
-// calls this on blocks, inside a region that holds a `TileScope` (nothing except on AMX).
+// calls this on blocks, inside a region that holds a `TileScope` (tiles on AMX, no denormals).
 //
 //     C (M, N) float32  =  A (M, K) . B (K, N)      or  +=
 //
@@ -42,7 +42,7 @@ using Elem = typename ElemOf<T>::type;
 #include "cpu/amx.h"
 #else
 struct TileScope {
-  ~TileScope() {}
+  FlushDenormals flush;
 };
 #endif
 
@@ -272,7 +272,17 @@ void pack_a(const S* source, int64_t m_stride, int64_t k_stride, int64_t m, int6
 }
 
 FASTLM_INLINE vfloat broadcast(const float* a) { return splat(*a); }
-FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, float) { return c + a * b; }
+// One rounding: left to itself, GCC fuses or not by the shape of the loop, and a row's sum would
+// depend on how many rows it is multiplied with.
+FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, float) {
+#if FASTLM_VL == 16
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FASTLM_VL == 8
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return c + a * b;
+#endif
+}
 #ifdef FASTLM_BF16_DOT
 FASTLM_INLINE vfloat broadcast(const bf16* a) {
   int32_t pair;

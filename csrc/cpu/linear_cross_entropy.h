@@ -393,13 +393,17 @@ inline void scale_to(const TensorView& source, float factor, const TensorView& o
   with_float(out.dtype(), "out", [&](auto tag) {
     using T = decltype(tag);
     T* o = out.data<T>("out");
-#pragma omp parallel for schedule(static) if (n > 32768)
-    for (int64_t b = 0; b < n; b += VL) {
-      const int k = int(std::min<int64_t>(VL, n - b));
-      if (k == VL)
-        store(o + b, load(s + b) * factor);
-      else
-        store(o + b, load(s + b, k) * factor, k);
+#pragma omp parallel if (n > 32768)
+    {
+      FlushDenormals flush;
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < n; b += VL) {
+        const int k = int(std::min<int64_t>(VL, n - b));
+        if (k == VL)
+          store(o + b, load(s + b) * factor);
+        else
+          store(o + b, load(s + b, k) * factor, k);
+      }
     }
   });
 }

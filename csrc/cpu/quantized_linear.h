@@ -301,14 +301,16 @@ void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const fl
     }
   };
   // 131072 products are 6 us of one thread; for less a parallel region does not pay
-  if (m == 1 || m * w.n * w.k <= 131072)
+  const bool worthwhile = m * w.n * w.k > 131072;
+  if (m == 1 || !worthwhile) {
+    FlushDenormals flush;
     for (int64_t i = 0; i < m; ++i) prepare(i);
-  if (m * w.n * w.k <= 131072) {
-    for (int64_t t = 0; t < tasks; ++t) multiply(t);
-    return;
+    for (int64_t t = 0; t < (worthwhile ? 0 : tasks); ++t) multiply(t);
   }
+  if (!worthwhile) return;
 #pragma omp parallel
   {
+    FlushDenormals flush;
     if (m > 1) {  // else it is done, and the threads need not meet
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < m; ++i) prepare(i);
@@ -619,16 +621,20 @@ inline void dequantize(const TensorView& qdata, const TensorView& scales, const 
     using T = decltype(tag);
     T* po = out.data<T>("out");
     const Weight w = weight_of(qdata, scales, zeros, k, bits, group_size);
-#pragma omp parallel for schedule(static) if (w.n * w.k > 32768)
-    for (int64_t i = 0; i < w.n; ++i)
-      for (int64_t k0 = 0; k0 < k; k0 += 256) {
-        float block[256];
-        const int64_t k1 = std::min(k, k0 + 256);
-        if (bits == 4)
-          dequantize_row<4>(w, i, k0, k1, block);
-        else
-          dequantize_row<8>(w, i, k0, k1, block);
-        store_rows(block, 256, 1, k1 - k0, nullptr, nullptr, po + i * k + k0, k);
-      }
+#pragma omp parallel if (w.n * w.k > 32768)
+    {
+      FlushDenormals flush;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < w.n; ++i)
+        for (int64_t k0 = 0; k0 < k; k0 += 256) {
+          float block[256];
+          const int64_t k1 = std::min(k, k0 + 256);
+          if (bits == 4)
+            dequantize_row<4>(w, i, k0, k1, block);
+          else
+            dequantize_row<8>(w, i, k0, k1, block);
+          store_rows(block, 256, 1, k1 - k0, nullptr, nullptr, po + i * k + k0, k);
+        }
+    }
   });
 }

@@ -248,13 +248,23 @@ def cpu_forward(
     width, v_width = q.shape[-1], v.shape[-1]
     out = empty_out(q, v_width)
     lse = q.new_empty(lse_shape, dtype=torch.float32)
-    # Keys and values once more, padded to 32 rows a sequence and 32 columns (attention_forward.h);
-    # or partial results: 8 rows of 2 + Dv floats for every 512 keys of the longest sequence, for
-    # each sequence (attention_decode.h).
-    heads = k.shape[-2] if k.dim() != 4 or layout[2] is not None else k.shape[1]
-    packed = (key_rows + 32 * sequences) * (_padded(width, 32) + _padded(v_width, 32))
-    partial = sequences * (longest_keys // 512 + 1) * 8 * (2 + _padded(v_width, 16))
-    workspace = lse.new_empty(heads * max(packed, partial))
+    d, dv = _padded(width, 32), _padded(v_width, 32)
+    position = 1 if q.dim() == 3 or layout[2] is None else 2
+    heads, groups = k.shape[position], q.shape[position] // k.shape[position]
+    queries = q.shape[3 - position] if q.dim() == 4 else q.shape[0]
+    if q.dim() == 4 and seed is None and queries * groups <= 8:
+        # attention_decode.h: partial results, 8 rows of 2 + Dv floats for every 512 keys of the
+        # longest sequence, for each sequence; a thread's 8 rows of q, of 512 scores and of out
+        shared = heads * sequences * (longest_keys // 512 + 1) * 8 * (2 + dv)
+        each = 8 * (d + 512 + dv)
+    else:
+        # attention_forward.h: keys and values once more, padded to 32 rows a sequence and 32
+        # columns; a thread's 96 rows of q and out, twice 96 x 256 scores, 256 keys
+        shared = heads * (key_rows + 32 * sequences) * (d + dv)
+        each = 96 * (d + dv + 2 * 256) + 256 * (max(width, v_width) + 1)
+    # 48 floats of pointers and sizes a sequence; 256 a thread so that arrays begin at cache lines
+    shared += 32 + 48 * sequences
+    workspace = lse.new_empty(shared + torch.get_num_threads() * (each + 256))
     try:
         _cpu.attention_forward(
             q, k, v, *layout, _float(sinks), _float(alibi_slopes), bias, seed, *numbers,
@@ -281,6 +291,7 @@ def cpu_backward(
     numbers: tuple,
     bias_grad: bool,
     sequences: int,
+    longest_queries: int,
     longest_keys: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The C++ backward of the dense and the packed op."""
@@ -289,11 +300,12 @@ def cpu_backward(
     heads, kv_heads = (q.shape[1], k.shape[1])
     dsinks = None if sinks is None else lse.new_empty(sequences, heads)
     dbias = lse.new_zeros(bias.shape) if bias is not None and bias_grad else None
-    # With fewer than 8 key heads in all, a task takes 512 keys and leaves its part of dq
-    # (attention_backward.h).
-    spans = 0 if sequences * kv_heads >= 8 else (longest_keys + 511) // 512
-    rows = q.numel() // q.shape[-1]
-    workspace = lse.new_empty(spans * rows * _padded(q.shape[-1], 16) if spans > 1 else 0)
+    rows = q.numel() // (heads * q.shape[-1]) if heads else 0
+    workspace = lse.new_empty(
+        _cpu.attention_backward_workspace(
+            q, sequences, heads, kv_heads, v.shape[-1], longest_queries, longest_keys, rows
+        )
+    )
     _cpu.attention_backward(
         dout, dlse, q, k, v, out, lse, *cu_seqlens, _float(sinks), _float(alibi_slopes), bias, seed,
         *numbers, dq, dk, dv, dsinks, dbias, workspace,
@@ -320,7 +332,7 @@ def _cpu_backward(
     *numbers, bias_grad = numbers_and_bias_grad
     return cpu_backward(
         dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed,
-        tuple(numbers), bias_grad, q.shape[0], k.shape[2],
+        tuple(numbers), bias_grad, q.shape[0], q.shape[2], k.shape[2],
     )  # fmt: skip
 
 
