@@ -27,6 +27,9 @@ from fastlm.errors import InputError
 
 MIN_8BIT_SIZE = 4096  # smaller tensors (norms, biases) gain nothing from 8 bits; the paper's limit
 
+# csrc/cpu/adamw_table.h: elements a thread takes, int64 of workspace a tensor and a chunk
+_CHUNK, _TENSOR_INTS, _CHUNK_INTS = 32768, 20, 4
+
 _CODES = {
     "exp_avg": False,
     "exp_avg_sq": True,
@@ -313,8 +316,13 @@ def _portable(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cpu_adamw(*arguments: Any) -> None:
+    params = arguments[0]
+    chunks = sum([-(-param.numel() // _CHUNK) for param in params])
+    workspace = torch.empty(
+        len(params) * _TENSOR_INTS + chunks * _CHUNK_INTS, dtype=torch.int64, device="cpu"
+    )
     try:
-        backend.cpu_extension.adamw(*arguments)
+        backend.cpu_extension.adamw(*arguments, workspace)
     except ValueError as error:
         raise InputError(str(error)) from None
 

@@ -212,7 +212,7 @@ def make_target(case: Case, rows: int, classes: int) -> tuple[Tensor, dict]:
 
 
 def draw_cross_entropy(r: Random, isa: str) -> Case:
-    rows, classes = size(r, 200), size(r, 2000 if isa in SLOW else 9000, 1)
+    rows, classes = size(r, 200), size(r, 2000 if isa in SLOW else 9000, 2)
     return {"shape": [rows, classes], **draw_loss(r, classes)}
 
 
@@ -230,7 +230,8 @@ def build_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
 def draw_linear_cross_entropy(r: Random, isa: str) -> Case:
     work = 4e6 if isa in SLOW else 8e7
     while True:
-        rows, width, classes = size(r, 1200), size(r, 300, 1), size(r, 6000, 1)
+        # one class alone: its gradient is 0, and terms that cancel are all there is
+        rows, width, classes = size(r, 1200), size(r, 300, 1), size(r, 6000, 2)
         if rows * width * classes <= work:
             break
     return {"shape": [rows, width, classes], "bias": r.random() < 0.5, **draw_loss(r, classes)}
@@ -247,8 +248,8 @@ def build_linear_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
         return ops.linear_cross_entropy(x, w, target, linear_bias=bias, **options)
 
     def check():
-        # gradients sum over rows, in any order; of one class they cancel
-        ulps = 2 + (rows**0.5 / 2 if dtype == torch.float32 else 0)
+        # gradients sum over rows, logits over features, in any order; a few rows' lse may be small
+        ulps = 2 + ((rows**0.5 + width**0.5) / 2 + 64 / (rows + 4) if dtype == torch.float32 else 0)
         test_linear_cross_entropy.check(x, w, bias, target, ulps=ulps, of_terms=True, **options)
 
     return Built(function, [x, w, target, *([bias] if case["bias"] else [])], check)
@@ -396,12 +397,24 @@ def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
         return y, q.dequantize(dtype)
 
     def check():
-        test_quantized_linear.check(x, q, bias, case["act_bits"])
+        if case["act_bits"] == 8:
+            test_quantized_linear.check(x, q, bias, 8)
+        else:
+            y = ops.quantized_linear(x, q, bias)
+            near_product(y, x, q.dequantize(torch.float64).T, bias, 2)
         leaf = x.clone().requires_grad_()
         (dx,) = torch.autograd.grad(ops.quantized_linear(leaf, q), leaf, dy)
-        truth = dy.double() @ q.dequantize(torch.float64)
-        floor = test_quantized_linear.sum_floor(dtype, n)
-        assert_near(dx, dy @ q.dequantize(dtype), truth, factor=3, floor=floor, what="dx")
+        near_product(dx, dy, q.dequantize(torch.float64), None, 3)
+
+    def near_product(got, a, b, bias, factor):
+        """As test_quantized_linear.check; sums of few outputs may all be small: by their terms."""
+        truth, plain = a.double() @ b, a @ b.to(a.dtype)
+        if bias is not None:
+            truth, plain = truth + bias.double(), plain + bias
+        terms = (a.double().square() @ b.square()).sqrt()
+        ratio = (terms.max() / truth.abs().max()).item() if truth.numel() else 0.0
+        floor = test_quantized_linear.sum_floor(dtype, len(b)) * max(1.0, ratio)
+        assert_near(got, plain, truth, factor=factor, floor=floor, what="product")
 
     return Built(function, [x, *([] if bias is None else [bias])], check)
 

@@ -36,7 +36,8 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
            const std::vector<OptionalTensor>& exp_avg_scales,
            const std::vector<OptionalTensor>& exp_avg_sq_scales,
            const std::vector<OptionalTensor>& masters, const std::vector<AdamwOptions>& options,
-           const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm);
+           const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm,
+           TensorView workspace);
 // cross_entropy.h; first_bad_target: row of the first class out of range, or -1
 int64_t first_bad_target(TensorView target, int64_t classes, int64_t ignore_index);
 void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor class_weight,
