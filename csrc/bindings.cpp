@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &set_isa, "isa"_a);
   m.def("supported_isas", &supported_isas);
   m.def("why_not", &why_not, "isa"_a);
+  m.def("prefer_huge_pages", &prefer_huge_pages, "output"_a);
 
   m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
         "y"_a, "h"_a, "rstd"_a, no_gil);
