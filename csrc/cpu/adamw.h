@@ -199,9 +199,11 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
   }
 }
 
+// Eight chunks in a row go to one thread: the hardware's prefetchers follow the seven streams of a
+// tensor and lose them where a thread jumps.
 inline void adamw_update(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count,
                          float clip) {
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for schedule(dynamic, 8)
   for (int64_t c = 0; c < count; ++c) {
     const AdamwTensor& t = tensors[chunks[c].tensor];
     with_float(t.param_type, "param", [&](auto p) {

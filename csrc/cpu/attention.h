@@ -37,8 +37,9 @@ void forward(const AttentionInputs& in, const TensorView& out, const TensorView&
   if (!in.cu_seqlens_q && !in.seed && s.B > 0 && decodes(s, problems[0].queries)) {
     int64_t most = 0;
     for (int64_t b = 0; b < s.B; ++b) most = std::max(most, problems[b].keys);
-    check_room(s.B * s.Hkv * std::max<int64_t>(1, (most + CHUNK - 1) / CHUNK) * MAX_ROWS *
-               (2 + round_up(s.Dv, VL)) * 4);
+    const int64_t chunks = (most + CHUNK - 1) / CHUNK,
+                  rows = round_up(s.H / s.Hkv * problems[0].queries, MAX_ROWS);
+    if (chunks > 1) check_room(s.B * s.Hkv * chunks * rows * (2 + round_up(s.Dv, VL)) * 4);
     forward_by_chunks(s, o, problems, k_scale, v_scale, p_out, p_lse, p_workspace);
   } else {
     check_room(PackedShape<Elem<T>>(s).elements(packed_rows) * s.Hkv * int64_t(sizeof(Elem<T>)));

@@ -274,7 +274,9 @@ void backward_all(const Shape& s, const Options& o, const Gradients& grad,
     most_q = std::max(most_q, problems[b].queries), most_k = std::max(most_k, problems[b].keys);
   const int64_t spans = spans_of(s, most_k), G = s.H / s.Hkv, D_wide = round_up(s.D, VL);
   const BackwardSizes<E> size(s, most_q, spans == 1 ? most_k : SPAN, std::is_same_v<E, T>);
-#pragma omp parallel
+  // below it a second thread costs more than it saves: 10 products of 131072 are 10 us
+  const bool worthwhile = s.B * s.H * most_q * most_k * (s.D + s.Dv) > 262144;
+#pragma omp parallel if (worthwhile)
   {
     Buffer memory(size.bytes(s));
     BackwardTask<T> task(s, o, grad, size, dout, out, lse, memory);

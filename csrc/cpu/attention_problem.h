@@ -20,6 +20,11 @@ struct Buffer {
     FASTLM_POISON(out + n, p + used - reinterpret_cast<char*>(out + n));
     return out;
   }
+  // All of it may be taken again.
+  void clear() {
+    FASTLM_UNPOISON(p, used);
+    used = 0;
+  }
   template <class X>
   static size_t size_of(int64_t n) {
     return size_t(round_up(n * int64_t(sizeof(X)), 64)) + FASTLM_GUARD;
