@@ -244,22 +244,22 @@ def cpu_forward(
     v_width = v.shape[-1]
     out = empty_out(q, v_width)
     lse = q.new_empty(lse_shape, dtype=torch.float32)
-    cu_seqlens_q, _, block_table, *_ = layout
-    rows_at, heads_at = (1, 2) if block_table is not None else (2, 1)
-    kv_heads = k.shape[heads_at]
-    queries, group = q.shape[rows_at], q.shape[heads_at] // kv_heads
-    if cu_seqlens_q is None and seed is None and (queries == 1 or queries * group <= 8):
-        # partial results of 512 keys each, 2 + Dv floats a row, rows in eights, where there are
-        # several (attention_decode.h)
-        chunks = (longest_keys + 511) // 512
-        rows = sequences * kv_heads * _padded(queries * group, 8)
-        workspace = (
-            lse if chunks <= 1 else lse.new_empty(rows * chunks * (2 + _padded(v_width, 16)))
-        )
+    q_shape, k_shape = q.shape, k.shape
+    rows_at, heads_at = (2, 1) if layout[2] is None else (1, 2)
+    queries, kv_heads = q_shape[rows_at], k_shape[heads_at]
+    group = q_shape[heads_at] // kv_heads
+    if layout[0] is None and seed is None and (queries == 1 or queries * group <= 8):
+        workspace = lse  # nothing is needed
+        if longest_keys > 512:
+            # partial results of 512 keys each, 2 + Dv floats a row, rows in eights
+            # (attention_decode.h)
+            rows = sequences * kv_heads * _padded(queries * group, 8)
+            chunks = (longest_keys + 511) // 512
+            workspace = lse.new_empty(rows * chunks * (2 + _padded(v_width, 16)))
     else:
         # keys and values once more, padded to 32 rows a sequence and 32 columns
         # (attention_forward.h)
-        widths = _padded(q.shape[-1], 32) + _padded(v_width, 32)
+        widths = _padded(q_shape[-1], 32) + _padded(v_width, 32)
         workspace = lse.new_empty(kv_heads * (key_rows + 32 * sequences) * widths)
     if sinks is not None:
         sinks = _float(sinks)
