@@ -123,6 +123,13 @@ inline void adamw_square_sums(const AdamwTensor* tensors, const AdamwChunk* chun
   }
 }
 
+// Sixteen cache lines on: with seven streams the hardware's prefetchers alone left 5 % (two
+// threads, Zen 5; 64 lines on was slower than none).
+template <class X>
+FASTLM_INLINE void ahead(const X* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
+}
+
 // Writes one vector of parameters: w - what the step subtracts, to the master and the parameter.
 template <class P>
 struct Weights {
@@ -133,6 +140,10 @@ struct Weights {
 
   FASTLM_INLINE vfloat get(int64_t j, int n) const {
     return master ? load_some(master + j, n) : load_some(param + j, n);
+  }
+  FASTLM_INLINE void fetch(int64_t j) const {
+    if (master) ahead(master + j);
+    ahead(param + j);
   }
   FASTLM_INLINE void put(int64_t j, vfloat w, int n) const {
     if (master) store_some(master + j, w, n);
@@ -155,6 +166,7 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
     float *m = static_cast<float*>(t.exp_avg) + start,
           *v = static_cast<float*>(t.exp_avg_sq) + start;
     const auto step = [&](int64_t j, int n) __attribute__((always_inline)) {
+      ahead(g + j), ahead(m + j), ahead(v + j), weights.fetch(j);
       const vfloat grad = load_some(g + j, n) * scale;
       const vfloat m1 = load_some(m + j, n) * t.beta1 + grad * t.rest1;
       const vfloat v1 = load_some(v + j, n) * t.beta2 + grad * grad * t.rest2;
@@ -162,6 +174,10 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
       weights.put(j, updated(weights.get(j, n), m1, vsqrt(v1)), n);
     };
     int64_t j = 0;
+    for (; j + 4 * VL <= count; j += 4 * VL) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) step(j + u * VL, VL);
+    }
     for (; j + VL <= count; j += VL) step(j, VL);
     if (j < count) step(j, int(count - j));
     return;
