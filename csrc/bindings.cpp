@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_cpu, m) {
         return choice_on({avx2, avx512, amx_cpu, amx_permission});
       },
       "avx2"_a, "avx512"_a, "amx_cpu"_a, "amx_permission"_a);
+  m.def("prefer_huge_pages", &prefer_huge_pages, "output"_a);
 
   m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
         "y"_a, "h"_a, "rstd"_a, no_gil);

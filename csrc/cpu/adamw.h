@@ -127,6 +127,13 @@ inline void adamw_square_sums(const AdamwTensor* tensors, const AdamwChunk* chun
   }
 }
 
+// Sixteen cache lines on: with seven streams the hardware's prefetchers alone left 5 % (two
+// threads, Zen 5; 64 lines on was slower than none).
+template <class X>
+FASTLM_INLINE void ahead(const X* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
+}
+
 // Writes one vector of parameters: w - what the step subtracts, to the master and the parameter.
 template <class P>
 struct Weights {
@@ -137,6 +144,10 @@ struct Weights {
 
   FASTLM_INLINE vfloat get(int64_t j, int n) const {
     return master ? load_some(master + j, n) : load_some(param + j, n);
+  }
+  FASTLM_INLINE void fetch(int64_t j) const {
+    if (master) ahead(master + j);
+    ahead(param + j);
   }
   FASTLM_INLINE void put(int64_t j, vfloat w, int n) const {
     if (master) store_some(master + j, w, n);
@@ -159,6 +170,7 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
     float *m = static_cast<float*>(t.exp_avg) + start,
           *v = static_cast<float*>(t.exp_avg_sq) + start;
     const auto step = [&](int64_t j, int n) __attribute__((always_inline)) {
+      ahead(g + j), ahead(m + j), ahead(v + j), weights.fetch(j);
       const vfloat grad = load_some(g + j, n) * scale;
       const vfloat m1 = load_some(m + j, n) * t.beta1 + grad * t.rest1;
       const vfloat v1 = load_some(v + j, n) * t.beta2 + grad * grad * t.rest2;
@@ -166,6 +178,10 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
       weights.put(j, updated(weights.get(j, n), m1, vsqrt(v1)), n);
     };
     int64_t j = 0;
+    for (; j + 4 * VL <= count; j += 4 * VL) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) step(j + u * VL, VL);
+    }
     for (; j + VL <= count; j += VL) step(j, VL);
     if (j < count) step(j, int(count - j));
     return;
@@ -203,13 +219,15 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
   }
 }
 
+// Eight chunks in a row go to one thread: the hardware's prefetchers follow the seven streams of a
+// tensor and lose them where a thread jumps.
 inline void adamw_update(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count,
                          float clip) {
 #pragma omp parallel
   {
     // moments of weights that get no gradient decay into denormals, and would stay there
     FlushDenormals flush;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 8)
     for (int64_t c = 0; c < count; ++c) {
       const AdamwTensor& t = tensors[chunks[c].tensor];
       with_float(t.param_type, "param", [&](auto p) {

@@ -1,6 +1,7 @@
 #include "cpu/attention_inputs.h"
 #define FASTLM_BODY "cpu/attention.h"
 #include "cpu/each_isa.h"
+#include "cpu/huge_pages.h"
 #include "cpu/ops.h"
 
 namespace fastlm {
@@ -14,6 +15,7 @@ void attention_forward(TensorView q, TensorView k, TensorView v, OptionalTensor 
   const AttentionInputs in{q,        k,       v,       cu_seqlens_q, cu_seqlens_k, block_table,
                            seq_lens, k_scale, v_scale, sinks,        alibi_slopes, bias,
                            seed,     causal,  scale,   window,       softcap,      dropout_p};
+  prefer_huge_pages(out), prefer_huge_pages(workspace);
   FASTLM_RUN(attention_forward, in, out, lse, workspace);
 }
 
@@ -27,6 +29,7 @@ void attention_backward(TensorView dout, OptionalTensor dlse, TensorView q, Tens
   const AttentionInputs in{q,    k,      v,     cu_seqlens_q, cu_seqlens_k, {},
                            {},   {},     {},    sinks,        alibi_slopes, bias,
                            seed, causal, scale, window,       softcap,      dropout_p};
+  for (const TensorView* t : {&dq, &dk, &dv, &workspace}) prefer_huge_pages(*t);
   FASTLM_RUN(attention_backward, in, dout, dlse ? &*dlse : nullptr, out, lse, dq, dk, dv,
              dsinks ? &*dsinks : nullptr, dbias ? &*dbias : nullptr, workspace);
 }

@@ -19,14 +19,17 @@ namespace attention_body {
 #include "cpu/attention_decode.h"
 #include "cpu/attention_backward.h"
 
+constexpr int64_t FEW_SEQUENCES = 16;  // 3 KiB of problems on the stack
+
 template <class T, class C>
 void forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
              Workspace workspace) {
   static_assert(sizeof(Problem<T, C>) <= 192);  // 48 floats: the workspace's size counts on it
   const Shape s = shape_of(in, out, lse);
-  if (s.B == 0) return;
   const Options o = options_of(in);
-  auto* problems = workspace.take<Problem<T, C>>(s.B);
+  if (s.B == 0) return;
+  Problem<T, C> few[FEW_SEQUENCES];
+  auto* problems = s.B <= FEW_SEQUENCES ? few : workspace.take<Problem<T, C>>(s.B);
   const int64_t packed_rows = make_problems(in, s, problems);
   const float* k_scale = in.k_scale ? in.k_scale->data<float>("k_scale") : nullptr;
   const float* v_scale = in.v_scale ? in.v_scale->data<float>("v_scale") : nullptr;

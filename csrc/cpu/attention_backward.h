@@ -289,7 +289,9 @@ void backward_all(const Shape& s, const Options& o, const Gradients& grad,
   float* dq_parts = workspace.take<float>(lengths.parts(s));
   const BackwardSizes<E> size = sizes_of<T>(s, lengths);
   workspace.divide(size.bytes(s));
-#pragma omp parallel num_threads(workspace.threads)
+  // below it a second thread costs more than it saves: 10 products of 131072 are 10 us
+  const bool worthwhile = s.B * s.H * lengths.most_q * lengths.most_k * (s.D + s.Dv) > 262144;
+#pragma omp parallel num_threads(workspace.threads) if (worthwhile)
   {
     Buffer memory(workspace.mine());
     BackwardTask<T> task(s, o, grad, size, dout, out, lse, memory);

@@ -21,7 +21,7 @@ void linear_cross_entropy_scores(TensorView x, TensorView w, OptionalTensor bias
                                  float scale, OptionalTensor exponentials, TensorView stats,
                                  TensorView at_target, TensorView shift, TensorView log_sum,
                                  TensorView nll, TensorView smoothed) {
-  if (exponentials) use_huge_pages(*exponentials);
+  if (exponentials) prefer_huge_pages(*exponentials);
   FASTLM_RUN(linear_cross_entropy_scores, x, w, pointer(bias), target, pointer(class_weight),
              ignore_index, softcap, scale, pointer(exponentials), stats, at_target, shift, log_sum,
              nll, smoothed);
@@ -35,7 +35,7 @@ void linear_cross_entropy_gradients(TensorView on_p, TensorView on_target, Optio
                                     TensorView exponentials, TensorView stats, TensorView at_target,
                                     OptionalTensor dx, OptionalTensor dw, OptionalTensor dbias,
                                     bool accumulate) {
-  if (dw && !accumulate) use_huge_pages(*dw);
+  if (dw && !accumulate) prefer_huge_pages(*dw);
   FASTLM_RUN(linear_cross_entropy_gradients, on_p, on_target, pointer(on_all), x, w, pointer(bias),
              target, pointer(class_weight), shift, log_sum, ignore_index, softcap, scale,
              have_exponentials, exponentials, stats, at_target, pointer(dx), pointer(dw),
@@ -43,7 +43,7 @@ void linear_cross_entropy_gradients(TensorView on_p, TensorView on_target, Optio
 }
 
 void scale_to(TensorView source, float factor, TensorView out) {
-  use_huge_pages(out);
+  prefer_huge_pages(out);
   FASTLM_RUN(scale_to, source, factor, out);
 }
 

@@ -4,7 +4,8 @@ FASTLM_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) 
 
 // Memory that the caller lends for one call, dealt out array by array.
 struct Buffer {
-  char *const begin, *p;
+  char* const begin;
+  char* p;
   explicit Buffer(void* memory) : begin(static_cast<char*>(memory)), p(begin) {}
   ~Buffer() { FASTLM_UNPOISON(begin, p - begin); }
   Buffer(const Buffer&) = delete;
@@ -16,6 +17,11 @@ struct Buffer {
     p += size_of<X>(n);
     FASTLM_POISON(out + n, p - reinterpret_cast<char*>(out + n));
     return out;
+  }
+  // All of it may be taken again.
+  void clear() {
+    FASTLM_UNPOISON(begin, p - begin);
+    p = begin;
   }
   template <class X>
   static int64_t size_of(int64_t n) {
@@ -46,10 +52,10 @@ struct Workspace {
   // The rest in equal parts: the region runs on no more threads than have one.
   void divide(int64_t bytes_a_thread) {
     check(bytes_a_thread);
-    each = bytes_a_thread;
-    threads = int(std::min<int64_t>(omp_get_max_threads(), bytes / each));
+    each = bytes_a_thread, threads = omp_get_max_threads();
+    if (each > 0) threads = int(std::min<int64_t>(threads, bytes / each));
   }
-  void* mine() const { return p + omp_get_thread_num() * each; }
+  char* mine() const { return p + omp_get_thread_num() * each; }
 
  private:
   void check(int64_t wanted) const {
