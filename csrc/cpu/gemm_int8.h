@@ -35,7 +35,6 @@ constexpr int PANEL_OFFSET = OFFSET<BITS>;
 #endif
 constexpr int64_t RUN_MAX = 512;  // k of a run: 32 KiB of B per 64 columns, in the L1
 
-typedef int8_t bytes16 __attribute__((vector_size(16)));
 typedef int8_t lane_bytes __attribute__((vector_size(4 * VL)));
 typedef int8_t narrow __attribute__((vector_size(VL)));
 
@@ -87,7 +86,11 @@ FASTLM_INLINE float int8_scale(const T* x, int64_t k, float* inverse) {
   for (int64_t i = 0; i < k; i += VL) {
     const int count = int(std::min<int64_t>(VL, k - i));
     const vint bits = as_int(count == VL ? load(x + i) : load(x + i, count)) & 0x7fffffff;
+#if FASTLM_VL == 16
+    most = (vint)_mm512_max_epi32((__m512i)most, (__m512i)bits);
+#else
     most = bits > most ? bits : most;
+#endif
   }
   const int32_t top = hmax(most);
   float absmax;
@@ -97,24 +100,47 @@ FASTLM_INLINE float int8_scale(const T* x, int64_t k, float* inverse) {
   return absmax / 127.f;
 }
 
+FASTLM_INLINE vint round_to_int(vfloat v) {
+#if FASTLM_VL > 4
+  return to_int(v);  // the conversion rounds to nearest even
+#else
+  return to_int(vround(v));
+#endif
+}
+// The low byte of each lane; EVEN_FIRST: of 8 in a row, those of even lanes before the others.
+template <bool EVEN_FIRST = false>
+FASTLM_INLINE narrow to_bytes(vint v) {
+#if FASTLM_VL == 16  // not vpmovdb, which is slow where it stores
+  const __m512i order =
+      EVEN_FIRST
+          ? _mm512_castsi128_si512(
+                _mm_setr_epi8(0, 8, 16, 24, 4, 12, 20, 28, 32, 40, 48, 56, 36, 44, 52, 60))
+          : _mm512_castsi128_si512(
+                _mm_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60));
+  return (narrow)_mm512_castsi512_si128(_mm512_permutexvar_epi8(order, (__m512i)v));
+#else
+  static_assert(!EVEN_FIRST);
+  return __builtin_convertvector(v, narrow);
+#endif
+}
+
 // q = round(x * inverse) of k elements, then zeros up to `padded`; their sum.
-template <class T>
+template <bool EVEN_FIRST = false, class T>
 FASTLM_INLINE int32_t to_int8(const T* x, int64_t k, int64_t padded, float inverse, int8_t* out) {
   vint sum{};
   int64_t i = 0;
   for (; i + VL <= k; i += VL) {
-    const vint v = to_int(vround(load(x + i) * inverse));
-    const narrow q = __builtin_convertvector(v, narrow);
+    const vint v = round_to_int(load(x + i) * inverse);
+    const narrow q = to_bytes<EVEN_FIRST>(v);
     memcpy(out + i, &q, sizeof q);
     sum += v;
   }
-  if (i < k) {
-    const vint v = to_int(vround(load(x + i, int(k - i)) * inverse));
-    const narrow q = __builtin_convertvector(v, narrow);
-    memcpy(out + i, &q, size_t(k - i));
+  for (; i < padded; i += VL) {
+    const vint v = i < k ? round_to_int(load(x + i, int(k - i)) * inverse) : vint{};
+    const narrow q = to_bytes<EVEN_FIRST>(v);
+    memcpy(out + i, &q, size_t(std::min<int64_t>(VL, padded - i)));
     sum += v;
   }
-  if (padded > k) memset(out + k, 0, size_t(padded - k));
   return hsum(sum);
 }
 
@@ -167,16 +193,15 @@ void round_row(const T* x, const Runs& runs, const Rounded& out) {
       int8_t* q = out.q + r * runs.stride;
       float inverse;
       const float scale = int8_scale(x + k0, length, &inverse);
-      const int32_t sum = to_int8(x + k0, length, runs.stride, inverse, q);
+      constexpr bool FUSED = BITS == 4 && VL == 16;
+      const int32_t sum = to_int8<FUSED>(x + k0, length, runs.stride, inverse, q);
       out.scale[r] = scale, out.sums[r] = scale * float(sum);
       out.start[r] = -PANEL_OFFSET<BITS> * sum;
-      if constexpr (BITS == 4)
-        for (int64_t i = 0; i < runs.stride; i += 16) {
-          bytes16 v{};
-          const size_t bytes = size_t(std::min<int64_t>(16, runs.stride - i));
-          memcpy(&v, q + i, bytes);
-          v = __builtin_shuffle(v, bytes16{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
-          memcpy(q + i, &v, bytes);
+      if constexpr (BITS == 4 && !FUSED)
+        for (int64_t i = 0; i < runs.stride; i += 8) {
+          const int8_t v[8] = {q[i], q[i + 2], q[i + 4], q[i + 6],
+                               q[i + 1], q[i + 3], q[i + 5], q[i + 7]};
+          memcpy(q + i, v, 8);
         }
     }
   }
