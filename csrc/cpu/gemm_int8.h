@@ -172,31 +172,38 @@ struct Runs {
   }
 };
 
-// Rows of x, from some row on, `row` bytes or `count` numbers apart.
+// x rounded: rows of q, `row` bytes apart, and per run three numbers, in blocks of MR rows as the
+// kernel reads them, (M / MR, count, [scale | sum | start], MR).
 struct Rounded {
   int8_t* q;
-  float *scale, *sums;  // per run; sums: scale * sum of q
-  int32_t* start;       // minus the offset of B times the sum of q: where the integer sums begin
+  float* numbers;
   int64_t row, count;
-  FASTLM_INLINE Rounded from(int64_t m) const {
-    return {q + m * row, scale + m * count, sums + m * count, start + m * count, row, count};
+  static int64_t size(int64_t m, int64_t count) { return (m + MR - 1) / MR * MR * count * 3; }
+  FASTLM_INLINE float* scale(int64_t m, int64_t run) const {
+    return numbers + (m / MR * count + run) * 3 * MR + m % MR;
   }
+  // scale * the sum of q
+  FASTLM_INLINE static float* sum(float* scale) { return scale + MR; }
+  // int32: minus the offset of B times the sum of q, where the integer sums begin
+  FASTLM_INLINE static float* start(float* scale) { return scale + 2 * MR; }
 };
 
 template <int BITS, class T>
-void round_row(const T* x, const Runs& runs, const Rounded& out) {
+void round_row(const T* x, int64_t m, const Runs& runs, const Rounded& out) {
   int64_t r = 0;
   for (int64_t g0 = 0; g0 < runs.k; g0 += runs.size) {
     const int64_t end = std::min(runs.k, g0 + runs.size);
     for (int64_t k0 = g0; k0 < end; k0 += RUN_MAX, ++r) {
       const int64_t length = std::min(RUN_MAX, end - k0);
-      int8_t* q = out.q + r * runs.stride;
+      int8_t* q = out.q + m * out.row + r * runs.stride;
       float inverse;
       const float scale = int8_scale(x + k0, length, &inverse);
       constexpr bool FUSED = BITS == 4 && VL == 16;
       const int32_t sum = to_int8<FUSED>(x + k0, length, runs.stride, inverse, q);
-      out.scale[r] = scale, out.sums[r] = scale * float(sum);
-      out.start[r] = -PANEL_OFFSET<BITS> * sum;
+      float* to = out.scale(m, r);
+      const int32_t start = -PANEL_OFFSET<BITS> * sum;
+      *to = scale, *out.sum(to) = scale * float(sum);
+      memcpy(out.start(to), &start, sizeof start);
       if constexpr (BITS == 4 && !FUSED)
         for (int64_t i = 0; i < runs.stride; i += 8) {
           const int8_t v[8] = {q[i], q[i + 2], q[i + 4], q[i + 6],
@@ -250,42 +257,53 @@ struct Block8 {
 
 // Prefetch as `micro` of gemm.h.
 template <int BITS, int ROWS, int PANELS>
-void micro_int8(const Block8& block, const Rounded& x, float* __restrict c, bool accumulate) {
+void micro_int8(const Block8& block, const Rounded& x, int64_t m, float* __restrict c,
+                bool accumulate) {
   const int64_t stride = block.stride, panel = (block.last - block.first) * stride * VL;
-  const int8_t *a = x.q + block.first * stride, *b = block.b;
+  const int8_t *a = x.q + m * x.row + block.first * stride, *b = block.b;
+  float* scale = x.scale(m, block.first);
   vfloat f[ROWS][PANELS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p)
       f[r][p] = accumulate ? load(c + r * NR8 + p * VL) : vfloat{};
-  for (int64_t run = block.first; run < block.last; ++run, a += stride, b += stride * VL) {
+  for (int64_t run = block.first; run < block.last;
+       ++run, a += stride, b += stride * VL, scale += 3 * MR) {
     vint acc[ROWS][PANELS];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r) {
+      const vint start = as_int(splat(x.start(scale)[r]));
 #pragma GCC unroll 4
-      for (int p = 0; p < PANELS; ++p) acc[r][p] = splat_int(x.start[r * x.count + run]);
+      for (int p = 0; p < PANELS; ++p) acc[r][p] = start;
+    }
+    const auto eight = [&](int64_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int64_t j = i; j < i + 8; j += 4) {
+        vint column[PANELS];
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; ++p) column[p] = load_words(b + p * panel + j * VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          int32_t quad;
+          memcpy(&quad, a + r * x.row + j, 4);
+          const vint row = splat_int(quad);
+#pragma GCC unroll 4
+          for (int p = 0; p < PANELS; ++p)
+            acc[r][p] = dot4<OFFSET<BITS> == 0>(acc[r][p], column[p], row);
+        }
+      }
+    };
     const int64_t length = block.runs[run].length;
     for (int64_t line = 0; line < length; line += 64) {
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) __builtin_prefetch(a + (ROWS + r) * x.row + line);
+      if (length == 32) {  // the group of most formats: 4 rounds of a loop cost 2 %
+        eight(0), eight(8), eight(16), eight(24);
+        break;
+      }
       const int64_t end = std::min<int64_t>(length, line + 64);
-      for (int64_t i = line; i < end; i += 8)
-#pragma GCC unroll 2
-        for (int64_t j = i; j < i + 8; j += 4) {
-          vint column[PANELS];
-#pragma GCC unroll 4
-          for (int p = 0; p < PANELS; ++p) column[p] = load_words(b + p * panel + j * VL);
-#pragma GCC unroll 8
-          for (int r = 0; r < ROWS; ++r) {
-            int32_t quad;
-            memcpy(&quad, a + r * x.row + j, 4);
-            const vint row = splat_int(quad);
-#pragma GCC unroll 4
-            for (int p = 0; p < PANELS; ++p)
-              acc[r][p] = dot4<OFFSET<BITS> == 0>(acc[r][p], column[p], row);
-          }
-        }
+      for (int64_t i = line; i < end; i += 8) eight(i);
     }
     const int64_t group = int64_t(block.runs[run].group) * VL;
 #pragma GCC unroll 4
@@ -294,11 +312,11 @@ void micro_int8(const Block8& block, const Rounded& x, float* __restrict c, bool
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r)
         f[r][p] +=
-            __builtin_convertvector(acc[r][p], vfloat) * (s * splat(x.scale[r * x.count + run]));
+            __builtin_convertvector(acc[r][p], vfloat) * (s * splat(scale[r]));
       if (block.zeros) {
         const vfloat z = load(block.zeros + p * block.table + group);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) f[r][p] += z * splat(x.sums[r * x.count + run]);
+        for (int r = 0; r < ROWS; ++r) f[r][p] += z * splat(x.sum(scale)[r]);
       }
     }
   }
@@ -328,12 +346,12 @@ FASTLM_INLINE void micro_int8_rows(int rows, const Args&... args) {
 
 #ifdef FASTLM_AMX
 // 32 x 32 of C: two tiles of A and two of B per 64 k, each used twice.
-inline void tile_block_int8(const Block8& block, const Rounded& x, int rows, bool right, float* c,
-                            bool accumulate) {
+inline void tile_block_int8(const Block8& block, const Rounded& x, int64_t m, int rows, bool right,
+                            float* c, bool accumulate) {
   alignas(64) int8_t edge[32 * 64];
   alignas(64) int32_t sums[32 * 32];
   const int64_t stride = block.stride, panel = (block.last - block.first) * stride * VL;
-  const int8_t *a = x.q + block.first * stride, *b = block.b;
+  const int8_t *a = x.q + m * x.row + block.first * stride, *b = block.b;
   if (rows < 32) memset(edge, 0, sizeof edge);
   if (!accumulate) memset(c, 0, size_t(rows * NR8) * 4);
   for (int64_t run = block.first; run < block.last; ++run, a += stride, b += stride * VL) {
@@ -365,34 +383,34 @@ inline void tile_block_int8(const Block8& block, const Rounded& x, int rows, boo
       const vfloat s = load(block.scales + p * block.table + group),
                    z = block.zeros ? load(block.zeros + p * block.table + group) : vfloat{};
       for (int r = 0; r < rows; ++r) {
-        const float scale = x.scale[r * x.count + run], sum = x.sums[r * x.count + run];
+        float* scale = x.scale(m + r, run);
         const vfloat v = __builtin_convertvector(load_words(sums + r * 32 + p * VL), vfloat);
         float* to = c + r * NR8 + p * VL;
-        store(to, load(to) + v * (s * scale) + z * sum);
+        store(to, load(to) + v * (s * *scale) + z * *x.sum(scale));
       }
     }
   }
 }
 #endif
 
-// C (m, n), n <= NR8, rows NR8 apart, (+)= a block; done(m0, rows) follows each block of rows, while
-// it is in the L1.
+// C (m, n), n <= NR8, rows NR8 apart, (+)= a block, with rows of x from `from` on, a multiple of MR;
+// done(m0, rows) follows each block of rows, while it is in the L1.
 template <int BITS, class Done>
-void gemm_int8(int64_t m, int64_t n, const Block8& block, const Rounded& x, float* c,
+void gemm_int8(int64_t m, int64_t n, const Block8& block, const Rounded& x, int64_t from, float* c,
                bool accumulate, const Done& done) {
 #ifdef FASTLM_AMX
   for (int64_t m0 = 0; m0 < m; m0 += 32) {
     const int rows = int(std::min<int64_t>(32, m - m0));
-    tile_block_int8(block, x.from(m0), rows, n > VL, c + m0 * NR8, accumulate);
+    tile_block_int8(block, x, from + m0, rows, n > VL, c + m0 * NR8, accumulate);
     done(m0, rows);
   }
 #else
   for (int64_t m0 = 0; m0 < m; m0 += MR) {
     const int rows = int(std::min<int64_t>(MR, m - m0));
     if (n > VL)
-      micro_int8_rows<BITS, NP8>(rows, block, x.from(m0), c + m0 * NR8, accumulate);
+      micro_int8_rows<BITS, NP8>(rows, block, x, from + m0, c + m0 * NR8, accumulate);
     else
-      micro_int8_rows<BITS, 1>(rows, block, x.from(m0), c + m0 * NR8, accumulate);
+      micro_int8_rows<BITS, 1>(rows, block, x, from + m0, c + m0 * NR8, accumulate);
     done(m0, rows);
   }
 #endif

@@ -485,6 +485,8 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const 
   }
 }
 
+constexpr int64_t ROWS_A_THREAD = 128;  // from here on unpacking W for them is under 4 %
+
 // Runs whose B of NR8 columns stays in the L1.
 inline int64_t runs_per_block(const Runs& runs) {
   return std::max<int64_t>(1, B_BLOCK_BYTES / NR8 / runs.stride);
@@ -494,29 +496,30 @@ template <int BITS, class T>
 void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, const float* bias,
                      T* y) {
   const Runs runs(w.k, w.size);
-  const int64_t numbers = m * runs.count, a_bytes = (m * runs.row() + 63) / 64 * 64;
-  Workspace a_work(size_t(a_bytes + 3 * numbers * 4) + size_t(runs.count) * sizeof(Run));
-  float* scale = reinterpret_cast<float*>(a_work.as<int8_t>() + a_bytes);
-  const Rounded a{a_work.as<int8_t>(), scale,      scale + numbers,
-                  reinterpret_cast<int32_t*>(scale + 2 * numbers), runs.row(), runs.count};
-  Run* list = reinterpret_cast<Run*>(scale + 3 * numbers);
+  const int64_t numbers = Rounded::size(m, runs.count), a_bytes = (m * runs.row() + 63) / 64 * 64;
+  Workspace a_work(size_t(a_bytes + numbers * 4) + size_t(runs.count) * sizeof(Run));
+  const Rounded a{a_work.as<int8_t>(), reinterpret_cast<float*>(a_work.as<int8_t>() + a_bytes),
+                  runs.row(), runs.count};
+  Run* list = reinterpret_cast<Run*>(a.numbers + numbers);
   runs.list(list);
-  const int64_t blocks_m = (m + PANEL_M8 - 1) / PANEL_M8, blocks_n = (w.n + NR8 - 1) / NR8,
-                block = runs_per_block(runs), panel = std::min(block, runs.count) * runs.stride * VL,
-                table = w.groups * VL;
+  const int64_t blocks_n = (w.n + NR8 - 1) / NR8, block = runs_per_block(runs),
+                panel = std::min(block, runs.count) * runs.stride * VL, table = w.groups * VL;
+  // Many rows: a thread rounds and multiplies the same ones, which lie in its L2, and unpacks all of
+  // W for them. Few: W is unpacked once, and threads share its columns.
+  const int64_t threads = omp_get_max_threads();
+  const bool by_rows = m >= ROWS_A_THREAD * threads;
+  const int64_t parts = by_rows ? threads : 1,
+                blocks_m = (m + PANEL_M8 * parts - 1) / (PANEL_M8 * parts) * parts,
+                block_m = ((m + blocks_m - 1) / blocks_m + MR - 1) / MR * MR;
 #pragma omp parallel
   {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < m; ++i) round_row<BITS>(x + i * x_stride, runs, a.from(i));
-    Workspace work(size_t(NP8 * panel) + size_t(PANEL_M8 * NR8 + 2 * NP8 * table) * 4);
+    Workspace work(size_t(NP8 * panel) + size_t(block_m * NR8 + 2 * NP8 * table) * 4);
     int8_t* b = work.as<int8_t>();
     float* c = reinterpret_cast<float*>(b + NP8 * panel);
-    float *scales = c + PANEL_M8 * NR8, *zeros = w.zeros ? scales + NP8 * table : nullptr;
+    float *scales = c + block_m * NR8, *zeros = w.zeros ? scales + NP8 * table : nullptr;
     TileScope tiles;
-#pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < blocks_m * blocks_n; ++t) {
-      const int64_t m0 = t / blocks_n * PANEL_M8, n0 = t % blocks_n * NR8;
-      const int64_t mb = std::min(PANEL_M8, m - m0), nb = std::min<int64_t>(NR8, w.n - n0);
+    const auto multiply = [&](int64_t m0, int64_t n0) {
+      const int64_t mb = std::min(block_m, m - m0), nb = std::min<int64_t>(NR8, w.n - n0);
       const auto rows = [&](int64_t p) { return int(std::min<int64_t>(VL, nb - p * VL)); };
       for (int64_t p = 0; p * VL < nb; ++p) {
         transpose_scales(w.scales, n0 + p * VL, w.groups, rows(p), scales + p * table);
@@ -544,8 +547,23 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
                        y + (m0 + i) * w.n + n0, w.n);
         };
         gemm_int8<BITS>(mb, nb, Block8{list, first, last, runs.stride, b, scales, zeros, table},
-                        a.from(m0), c, first > 0, finish);
+                        a, m0, c, first > 0, finish);
       }
+    };
+    const auto round = [&](int64_t i) { round_row<BITS>(x + i * x_stride, i, runs, a); };
+    if (by_rows) {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < blocks_m; ++t) {
+        const int64_t m0 = t * block_m, end = std::min(m, m0 + block_m);
+        for (int64_t i = m0; i < end; ++i) round(i);
+        for (int64_t n0 = 0; n0 < w.n && m0 < m; n0 += NR8) multiply(m0, n0);
+      }
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < m; ++i) round(i);
+#pragma omp for schedule(dynamic)
+      for (int64_t t = 0; t < blocks_m * blocks_n; ++t)
+        multiply(t / blocks_n * block_m, t % blocks_n * NR8);
     }
   }
 }
