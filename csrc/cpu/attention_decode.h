@@ -295,8 +295,7 @@ void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* pr
     Buffer memory(on_stack ? local : workspace.p);
     FlushDenormals flush;
     for (int64_t t = 0; t < tasks; ++t) attend(t, memory);
-    for (int64_t set = 0; chunks > 1 && set < sets; ++set)
-      combine(set, all + set * chunks * apart);
+    for (int64_t set = 0; chunks > 1 && set < sets; ++set) combine(set, all + set * chunks * apart);
     return;
   }
 #pragma omp parallel num_threads(workspace.threads)

@@ -19,7 +19,7 @@ struct FlushDenormals {
   FlushDenormals(const FlushDenormals&) = delete;
 };
 
-FASTLM_INLINE vfloat splat(float x) { return vfloat{} + x; }
+FASTLM_INLINE vfloat splat(float x) { return x - vfloat{}; }  // not 0 + x: an addition, for -0
 FASTLM_INLINE vint splat_int(int32_t x) { return vint{} + x; }
 FASTLM_INLINE vfloat as_float(vint v) { return (vfloat)v; }
 FASTLM_INLINE vint as_int(vfloat v) { return (vint)v; }
