@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: help setup demo test quick lint format bench sanitize clean
+.PHONY: help setup demo test quick lint format bench fuzz sanitize clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ format: .venv/ready  ## rewrite the sources in the one format
 
 bench: .venv/ready  ## all benchmarks against their peers; writes bench/results/ and the README's table
 	$(BIN)/python -P bench/run.py
+
+fuzz: .venv/ready  ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7
+	$(BIN)/python -P tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0)
 
 sanitize: .venv/ready  ## the op tests on an AddressSanitizer + UndefinedBehaviorSanitizer build
 	sh tests/sanitize.sh

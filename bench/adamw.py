@@ -1,5 +1,5 @@
-"""AdamW against torch's fused, foreach and loop variants: 40 M parameters as 100 tensors, and one
-model of many small tensors, where the cost of the call shows."""
+"""AdamW against torch's fused, foreach and loop variants: 40 M parameters as 100 tensors, and small
+or odd tensors, where the cost of the call shows."""
 
 import sys
 from pathlib import Path
@@ -14,6 +14,7 @@ from fastlm import AdamW
 
 BIG = [(400, 1000)] * 100
 SMALL = [(64, 64), (64,)] * 100
+ODD = [(509, 1021), (1021,), (3, 80), (1,)] * 3
 
 
 def tensors(shapes, dtype, grad_dtype):
@@ -101,7 +102,20 @@ def cases() -> list[Case]:
         },
         bytes=28 * sum(torch.Size(s).numel() for s in SMALL),
     )
-    return [step, whole, small]
+    odd = [
+        Case(
+            f"step {kind}",
+            shape,
+            {
+                "fastlm": AdamW(tensors(shapes, dtype, dtype)).step,
+                "torch fused": torch.optim.AdamW(tensors(shapes, dtype, dtype), fused=True).step,
+            },
+            bytes=(20 + 2 * dtype.itemsize) * sum(torch.Size(s).numel() for s in shapes),
+        )
+        for shape, shapes in (("12 odd tensors, 1.6 M", ODD), ("1 element", [(1,)]))
+        for kind, dtype in (("fp32", fp32), ("bf16", bf16))
+    ]
+    return [step, whole, small, *odd]
 
 
 if __name__ == "__main__":

@@ -22,8 +22,21 @@ TRAINING = [  # (B, H, Hkv, S, D), dtype; the first two are the rows of the targ
     ((1, 16, 16, 2048, 128), torch.float32),
     ((4, 9, 3, 507, 64), torch.bfloat16),  # SmolLM2's heads, ragged
     ((2, 4, 4, 252, 80), torch.bfloat16),
+    # odd: three heads of 80, primes, one key head for many, a lone token
+    *(
+        (shape, dtype)
+        for shape in [
+            (1, 3, 3, 127, 80),
+            (3, 5, 1, 509, 96),
+            (2, 3, 3, 1021, 128),
+            (1, 3, 1, 1, 80),
+        ]
+        for dtype in (torch.bfloat16, torch.float32)
+    ),
 ]
 DECODING = [(1, 9, 3, t, 64) for t in (64, 512, 1024, 4096)] + [(4, 32, 8, 1024, 128)]
+# odd: a lone key, three heads of 80, groups of 7 and of 71 query heads
+ODD_DECODING = [(1, 3, 3, 1, 80), (1, 3, 3, 127, 80), (3, 14, 2, 509, 64), (1, 71, 1, 257, 64)]
 
 
 def cases() -> list[Case]:
@@ -31,11 +44,13 @@ def cases() -> list[Case]:
         *(c for shape, dtype in TRAINING for c in _training(shape, dtype)),
         *(
             _decoding(shape, dtype)
-            for shape in DECODING
+            for shape in DECODING + ODD_DECODING
             for dtype in (torch.bfloat16, torch.float32)
         ),
-        *(_paged(shape) for shape in DECODING),
-        _varlen(),
+        *(_paged(shape) for shape in [*DECODING, (3, 3, 3, 509, 80)]),
+        *(_full((2, 3, 3, 509, 80), dtype) for dtype in (torch.bfloat16, torch.float32)),
+        _varlen([37, 512, 1024, 200, 3, 800, 1024, 496], 8, 64),
+        _varlen([1, 127, 251, 509], 3, 80),
     ]
 
 
@@ -75,6 +90,19 @@ def _training(shape: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
     ]  # fmt: skip
 
 
+def _full(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    """Without a mask, as an encoder."""
+    b, h, hkv, s, d = shape
+    q, k, v = (torch.randn(b, n, s, d, dtype=dtype) for n in (h, hkv, hkv))
+    calls = {
+        "fastlm": lambda: ops.attention(q, k, v),
+        "torch": lambda: F.scaled_dot_product_attention(q, k, v),
+    }
+    return Case(f"full {_short(dtype)} forward", f"({b}, {h}/{hkv}, {s}, {d})",
+                {n: _inference(c) for n, c in calls.items()}, 4 * b * h * s * s * d,
+                dtype=_short(dtype))  # fmt: skip
+
+
 def _inference(call):
     def run():
         with torch.inference_mode():
@@ -100,14 +128,14 @@ def _paged(shape: tuple[int, ...]) -> Case:
     """A cache in pages of 16, bf16 and int8; torch, without paged attention on a CPU, gathers."""
     b, h, hkv, t, d = shape
     q = torch.randn(b, 1, h, d, dtype=torch.bfloat16)
-    pages = b * t // 16
+    pages = b * -(-t // 16)
     k, v = (torch.randn(pages, 16, hkv, d, dtype=torch.bfloat16) for _ in range(2))
     k8, v8 = (t.mul(30).clamp(-127, 127).to(torch.int8) for t in (k, v))
     table = torch.randperm(pages).int().view(b, -1)
     lens = torch.full((b,), t, dtype=torch.int32)
 
     def gather():
-        keys, values = (x[table].flatten(1, 2).transpose(1, 2) for x in (k, v))
+        keys, values = (x[table].flatten(1, 2)[:, :t].transpose(1, 2) for x in (k, v))
         return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=True)
 
     calls = {
@@ -123,10 +151,8 @@ def _paged(shape: tuple[int, ...]) -> Case:
     )
 
 
-def _varlen() -> Case:
-    """Documents packed into 4096 rows; torch pads them to the longest."""
-    lengths = [37, 512, 1024, 200, 3, 800, 1024, 496]
-    h, d = 8, 64
+def _varlen(lengths: list[int], h: int, d: int) -> Case:
+    """Documents packed one after the other; torch pads them to the longest."""
     q, k, v = (
         torch.randn(sum(lengths), h, d, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
     )
@@ -149,7 +175,10 @@ def _varlen() -> Case:
     }
     flops = 3.5 * sum(4 * h * n * n * d / 2 for n in lengths)
     return Case(
-        "varlen causal bf16 forward+backward", f"{len(lengths)} in {sum(lengths)}", calls, flops
+        "varlen causal bf16 forward+backward",
+        f"{len(lengths)} in {sum(lengths)}, {h} heads of {d}",
+        calls,
+        flops,
     )
 
 

@@ -28,22 +28,22 @@ def cases() -> list[Case]:
         Case(
             "four tensors, bound call",
             "4 x (4, 4)",
-            {"fastlm": lambda: _cpu.count_elements(*tensors), "four data_ptr()": plain},
+            {"fastlm": lambda: _cpu.count_elements(*tensors), "floor: four data_ptr()": plain},
         ),
         Case(
             "four strided tensors",
             "4 x (4, 4)",
-            {"fastlm": lambda: _cpu.count_elements(*strided), "four data_ptr()": plain},
+            {"fastlm": lambda: _cpu.count_elements(*strided), "floor: four data_ptr()": plain},
         ),
         Case(
             "four Parameters",
             "4 x (4, 4)",
-            {"fastlm": lambda: _cpu.count_elements(*parameters), "four data_ptr()": plain},
+            {"fastlm": lambda: _cpu.count_elements(*parameters), "floor: four data_ptr()": plain},
         ),
         Case(
             "four numpy arrays",
             "4 x (4, 4)",
-            {"fastlm": lambda: _cpu.count_elements(*arrays), "four data_ptr()": plain},
+            {"fastlm": lambda: _cpu.count_elements(*arrays), "floor: four data_ptr()": plain},
         ),
         Case(
             "whole op (rms_norm of one row)",

@@ -8,7 +8,7 @@ The last line of every script is JSON.
 
     python -P bench/attention.py                 all cases of the file
     python -P bench/attention.py causal          cases whose name contains "causal"
-    FASTLM_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 python -P bench/attention.py
+    python -P bench/run.py --isa avx2 attention  both sides held to AVX2
 """
 
 import argparse
@@ -38,8 +38,8 @@ MIN_ROUND_SECONDS = 0.01  # a round repeats a short call until the clock's noise
 
 @dataclass
 class Case:
-    """One op at one shape. `flops` and `bytes` are what the work needs at least, for the
-    share of the ceiling.
+    """One op at one shape. `flops` and `bytes` are what the work needs at least, for the share of
+    the ceiling. A variant named "floor ..." does less than the work: it is shown, not compared.
     """
 
     name: str
@@ -113,7 +113,7 @@ def run_case(case: Case, limits: dict[str, float], rounds: int = ROUNDS) -> Row:
     for name, t in times.items():
         low, _, high = statistics.quantiles(t, n=4)
         spread[name] = (high - low) / median[name]
-    peers = {name: s for name, s in median.items() if not name.startswith("fastlm")}
+    peers = {n: s for n, s in median.items() if not n.startswith(("fastlm", "floor"))}
     best_peer = min(peers, key=peers.__getitem__, default="")
     mine = median.get("fastlm")
     share, unit = None, ""

@@ -17,7 +17,11 @@ SHAPES = {
     "partial": (4, 16, 16, 512, 80, 32),
     "odd": (2, 9, 3, 507, 64, 64),
     "decode": (1, 32, 8, 1, 128, 128),
+    "decode odd": (1, 3, 1, 1, 80, 80),
+    "three heads": (1, 3, 3, 127, 80, 80),
+    "primes": (3, 5, 1, 509, 96, 96),
 }
+COMPILED = ("train", "long", "partial", "odd", "decode")  # the others against eager torch alone
 
 
 def rotate_half(x):
@@ -59,13 +63,14 @@ def cases() -> list[Case]:
             return torch.autograd.grad(f(x, y, cos, sin), (x, y), (q, k))
 
         for label, run, factor in (("fwd", forward, 1), ("fwd+bwd", both, 2)):
-            if name == "decode" and label != "fwd":
+            if name.startswith("decode") and label != "fwd":
                 continue
             variants = {
                 "fastlm": lambda run=run: run(ops.rope),
                 "torch": lambda run=run: run(hugging_face),
-                "torch.compile": lambda run=run, c=compiled: run(c),
             }
+            if name in COMPILED:
+                variants["torch.compile"] = lambda run=run, c=compiled: run(c)
             made.append(Case(f"{name} {label}", shape, variants, bytes=factor * moved))
     return made
 

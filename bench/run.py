@@ -3,10 +3,14 @@
 Writes bench/results/<machine>.json and docs/benchmarks.md with every row, and replaces what stands
 between the two marker lines of README.md: the rows of `HEADLINE`, and every row of those ops that a
 peer wins.
+
+``--isa avx2`` holds both sides to one instruction set (`FORCED`), runs the ops and writes
+docs/benchmarks-avx2.md and a results file of its own; the README stays as it is.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,6 +48,30 @@ HEADLINE = {
         *(f"{m} x 4096 -> 4096" for m in (1, 16, 64, 512)), "2048 x 2048 -> 2048",
     ),
 }  # fmt: skip
+# --isa -> what holds fastlm, ATen, oneDNN, MKL and torch.compile's code to it. oneDNN's and MKL's
+# own limits are needed too: without them torch's matrix products ignore ATEN_CPU_CAPABILITY.
+FORCED = {
+    "avx512": {
+        "FASTLM_CPU_ISA": "avx512",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",  # as fastlm's avx512: bf16 and int8 dot products
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+    "avx2": {
+        "FASTLM_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",
+    },
+    "scalar": {
+        "FASTLM_CPU_ISA": "scalar",
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "TORCHINDUCTOR_CPP_MARCH": "x86-64",
+    },
+}
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -73,13 +101,15 @@ def rows_of(results: dict, headline: bool) -> list[Row]:
     return rows
 
 
-def section(results: dict, headline: bool) -> str:
+def section(results: dict, headline: bool, isa: str | None = None) -> str:
     """Markdown: machine, table of the ops, tables of the end-to-end runs, what failed."""
     about = results["machine"]
+    rows = rows_of(results, headline)
+    command = "make bench" if isa is None else f"python -P bench/run.py --isa {isa}"
     measured = (results[n] for n in (*OPS, *END_TO_END) if "machine" in results.get(n, {}))
     commits = dict.fromkeys(str(r["machine"]["commit"]) for r in measured)
     parts = [
-        f"Measured by `make bench` on {about['date']}: {about['cpu']}, {about['threads']} threads, "
+        f"Measured by `{command}` on {about['date']}: {about['cpu']}, {about['threads']} threads, "
         f"instruction set {about['cpu_isa']}, torch {about['torch']}, "
         f"commit {' and '.join(commits) or about['commit']}. "
         "Medians of rounds in which both sides take turns; ratios below 1 are where the peer wins. "
@@ -89,8 +119,15 @@ def section(results: dict, headline: bool) -> str:
         "`M x K -> N`: M rows of K inputs, N outputs; w4a16: weights of 4 bits, activations of 16; "
         "spread: (upper - lower quartile) / median of the least steady variant. "
         "Other variants of fastlm stand among the peers and do not count for the ratio.",
-        table(rows_of(results, headline)),
+        table(rows),
     ]
+    if isa:
+        limits = " ".join(f"{k}={v}" for k, v in FORCED[isa].items())
+        parts.insert(1, f"Both sides are held to {isa}: `{limits}`.")
+    if not headline:
+        compared = [r.ratio for r in rows if r.ratio is not None]
+        lost = sum(ratio < 1 for ratio in compared)
+        parts.insert(-1, f"{len(compared)} rows with a peer, {lost} of them under 1.00x.")
     for name in END_TO_END:
         if lines := results.get(name, {}).get("table"):
             heading = f"{END_TO_END[name]} (`python -P bench/{name}.py`):"
@@ -103,31 +140,48 @@ def section(results: dict, headline: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--write-only", action="store_true", help="tables of the results there are")
+    parser.add_argument("--isa", choices=FORCED, help="hold both sides to one instruction set")
     known = [*OPS, *END_TO_END]
     parser.add_argument("only", nargs="*", help=f"of {', '.join(known)}; default: all")
     options = parser.parse_args()
     if unknown := set(options.only) - set(known):
         parser.error(f"only: wanted some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    isa = options.isa
+    if isa and any(os.environ.get(name) != value for name, value in FORCED[isa].items()):
+        # torch reads them when it is imported: begin again
+        os.execve(sys.executable, [sys.executable, "-P", *sys.argv], {**os.environ, **FORCED[isa]})
     about = machine()
-    name = re.sub(
-        r"[^a-z0-9]+", "-", f"{about['cpu']}-{about['cpu_isa']}-{about['threads']}t".lower()
-    )
+    kind = f"forced-{isa}" if isa else about["cpu_isa"]
+    name = re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']}-{kind}-{about['threads']}t".lower())
     path = ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     if not options.write_only:
         results["machine"] = about
-        for script in options.only or known:
+        # the boundary has no peer in torch; the end-to-end runs are of the machine as it is
+        scripts = [op for op in OPS if op != "boundary"] if isa else known
+        for script in options.only or scripts:
             results[script] = run(script)
         path.write_text(json.dumps(results, indent=1) + "\n")
+    if isa:
+        page = ROOT / "docs" / f"benchmarks-{isa}.md"
+        page.write_text(
+            f"# Every op with {isa} forced\n\n{section(results, headline=False, isa=isa)}\n"
+        )
+        print(f"\nwritten: {path.relative_to(ROOT)}, {page.relative_to(ROOT)}")
+        return
     readme = ROOT / "README.md"
     text = readme.read_text()
     if BEGIN in text and END in text:
         head, rest = text.split(BEGIN, 1)
         tail = rest.split(END, 1)[1]
         readme.write_text(f"{head}{BEGIN}\n{section(results, headline=True)}\n{END}{tail}")
+    pages = [isa for isa in FORCED if (ROOT / "docs" / f"benchmarks-{isa}.md").exists()]
+    links = ", ".join(f"[{isa}](benchmarks-{isa}.md)" for isa in pages)
     (ROOT / "docs" / "benchmarks.md").write_text(
-        f"# Every row of `make bench`\n\n{section(results, headline=False)}\n"
+        "# Every row of `make bench`\n\n"
+        + (f"The same with an instruction set forced on both sides: {links}.\n\n" if pages else "")
+        + f"{section(results, headline=False)}\n"
     )
     print(f"\nwritten: {path.relative_to(ROOT)}, docs/benchmarks.md, README.md")
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
@@ -19,6 +20,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &set_isa, "isa"_a);
   m.def("supported_isas", &supported_isas);
   m.def("why_not", &why_not, "isa"_a);
+  m.def(
+      "choice_on",
+      [](bool avx2, bool avx512, bool amx_cpu, bool amx_permission) {
+        return choice_on({avx2, avx512, amx_cpu, amx_permission});
+      },
+      "avx2"_a, "avx512"_a, "amx_cpu"_a, "amx_permission"_a);
+  m.def("prefer_huge_pages", &prefer_huge_pages, "output"_a);
 
   m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
         "y"_a, "h"_a, "rstd"_a, no_gil);
@@ -34,7 +42,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("adamw", &adamw, "params"_a, "grads"_a, "steps"_a, "exp_avgs"_a, "exp_avg_sqs"_a,
         "exp_avg_scales"_a, "exp_avg_sq_scales"_a, "masters"_a, "options"_a, "keys"_a,
-        "max_grad_norm"_a, "grad_norm"_a, no_gil);
+        "max_grad_norm"_a, "grad_norm"_a, "workspace"_a, no_gil);
   m.def("first_bad_target", &first_bad_target, "target"_a, "classes"_a, "ignore_index"_a);
   m.def("cross_entropy_forward", &cross_entropy_forward, "logits"_a, "target"_a, "class_weight"_a,
         "ignore_index"_a, "softcap"_a, "scale"_a, "shift"_a, "log_sum"_a, "nll"_a, "smoothed"_a,
@@ -60,6 +68,8 @@ PYBIND11_MODULE(_cpu, m) {
         "lse"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "sinks"_a, "alibi_slopes"_a, "bias"_a,
         "seed"_a, "causal"_a, "scale"_a, "window"_a, "softcap"_a, "dropout_p"_a, "dq"_a, "dk"_a,
         "dv"_a, "dsinks"_a, "dbias"_a, "workspace"_a, no_gil);
+  m.def("attention_backward_workspace", &attention_backward_workspace, "q"_a, "sequences"_a,
+        "heads"_a, "kv_heads"_a, "v_width"_a, "most_q"_a, "most_k"_a, "all_rows"_a);
   m.def("quantized_linear", &quantized_linear, "x"_a, "qdata"_a, "scales"_a, "zeros"_a, "bias"_a,
         "bits"_a, "group_size"_a, "act_bits"_a, "form"_a, "y"_a, no_gil);
   m.def("quantized_linear_backward", &quantized_linear_backward, "dy"_a, "qdata"_a, "scales"_a,
@@ -72,4 +82,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("read_all", &read_all, "buffer"_a, no_gil);
   m.def("count_elements", &count_elements, "a"_a, "b"_a, "c"_a, "d"_a, no_gil);
   m.def("thread_count", &thread_count, no_gil);
+  m.def("threads_that_flush", &threads_that_flush, no_gil);
 }

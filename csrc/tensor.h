@@ -95,6 +95,7 @@ struct TensorView {
     return n;
   }
   bool contiguous() const {
+    if (numel() == 0) return true;
     int64_t expected = 1;
     for (int i = dl.ndim - 1; i >= 0; --i) {
       if (dl.shape[i] != 1 && stride(i) != expected) return false;

@@ -27,10 +27,15 @@ from fastlm.errors import InputError
 
 MIN_8BIT_SIZE = 4096  # smaller tensors (norms, biases) gain nothing from 8 bits; the paper's limit
 
+# csrc/cpu/adamw_table.h: elements a thread takes, int64 of workspace a tensor and a chunk
+_CHUNK, _TENSOR_INTS, _CHUNK_INTS = 32768, 20, 4
+
 _CODES = {
     "exp_avg": False,
     "exp_avg_sq": True,
 }  # state -> whether its square root is what is stored
+
+_PLAIN, _PACKED = ("exp_avg", "exp_avg_sq"), ("exp_avg_code", "exp_avg_sq_code")
 
 
 class AdamW(torch.optim.Optimizer):
@@ -131,10 +136,10 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tables: list[list] = [[] for _ in range(10)]
+        rows: list[tuple] = []  # of the kernel's ten tables
         copies: list[tuple[Tensor, Tensor]] = []
         special: Tensor | None = None  # a parameter that the CPU kernel may not serve
-        ordinal = -1
+        ordinal, served = -1, backend.DTYPES["cpu"]
         for group in self.param_groups:
             lr, (beta1, beta2) = float(group["lr"]), group["betas"]
             options = (lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
@@ -150,32 +155,34 @@ class AdamW(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     self._start(param, group, state)
-                if param.dtype not in backend.DTYPES["cpu"] or param.device.type != "cpu":
+                if param.dtype not in served or not param.is_cpu:
                     special = param
                 target, grad = _dense(param, grad)
                 if target is not param:
                     copies.append((param, target))
                 packed = "exp_avg_scale" in state
-                if state["exp_avg_code" if packed else "exp_avg"].stride() != target.stride():
+                moments = _PACKED if packed else _PLAIN
+                if state[moments[0]].stride() != target.stride():
                     # the parameter changed its memory order, as by .to(memory_format=...)
                     portable = _portable(state, param)
                     state = self.state[param] = _laid_out(param, group, portable)
                 rounds = rounding and param.dtype == torch.bfloat16
-                row = (
-                    target,
-                    grad,
-                    state["step"],
-                    state["exp_avg_code" if packed else "exp_avg"],
-                    state["exp_avg_sq_code" if packed else "exp_avg_sq"],
-                    state.get("exp_avg_scale"),
-                    state.get("exp_avg_sq_scale"),
-                    state.get("master_low" if param.dtype == torch.bfloat16 else "master"),
-                    stochastic if rounds else exact,
-                    self._key(ordinal, state["step"]) if rounds else 0,
+                rows.append(
+                    (
+                        target,
+                        grad,
+                        state["step"],
+                        state[moments[0]],
+                        state[moments[1]],
+                        state.get("exp_avg_scale"),
+                        state.get("exp_avg_sq_scale"),
+                        state.get("master_low" if param.dtype == torch.bfloat16 else "master"),
+                        stochastic if rounds else exact,
+                        self._key(ordinal, state["step"]) if rounds else 0,
+                    )
                 )
-                for table, entry in zip(tables, row):
-                    table.append(entry)
-        if tables[0]:
+        if rows:
+            tables = [list(column) for column in zip(*rows)]
             norm = None
             if self.max_grad_norm is not None:
                 norm = self.grad_norm = torch.empty(
@@ -340,8 +347,13 @@ def _portable(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
 
 
 def _cpu_adamw(*arguments: Any) -> None:
+    params = arguments[0]
+    chunks = sum([-(-param.numel() // _CHUNK) for param in params])
+    workspace = torch.empty(
+        len(params) * _TENSOR_INTS + chunks * _CHUNK_INTS, dtype=torch.int64, device="cpu"
+    )
     try:
-        backend.cpu_extension.adamw(*arguments)
+        backend.cpu_extension.adamw(*arguments, workspace)
     except ValueError as error:
         raise InputError(str(error)) from None
 

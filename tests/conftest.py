@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from poison import patched, poisoned
 
 from fastlm import backend
 
@@ -14,28 +15,10 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """``torch.empty`` and its kin return NaN (or the largest integer).
-
-    An output that a kernel leaves unwritten is seen.
-    """
-
-    def poisoned(make):
-        def wrapper(*args, **kwargs):
-            t = make(*args, **kwargs)
-            if torch.compiler.is_compiling() or type(t) is not torch.Tensor or t.is_meta:
-                return t
-            return t.fill_(
-                float("nan")
-                if t.is_floating_point()
-                else (1 if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
-            )
-
-        return wrapper
-
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+def _poison():
+    """An output that a kernel leaves unwritten is seen."""
+    with patched(poisoned):
+        yield
 
 
 @pytest.fixture(params=backend.cpu_isas())

@@ -4,6 +4,7 @@ choice of instruction set.
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import weakref
@@ -82,6 +83,7 @@ def test_capsules_live_until_the_call_ends():
     _cpu.adamw(
         params, grads, [np.zeros((), "f") for _ in range(2)], *state,
         *[[None] * 2] * 3, [(0.5, 0.9, 0.9, 0.0, 0.0, False, False)] * 2, [0, 0], 0.0, None,
+        np.zeros(2 * 24, "i8"),
     )  # fmt: skip
     assert log[:2] == ["take a", "take b"] and all((p == 0.5).all() for p in params)
 
@@ -139,6 +141,58 @@ def test_environment_is_checked_against_the_machine():
     assert _cpu.isa() not in missing
     with pytest.raises(InputError, match="wanted one of"), backend.use_cpu_isa("mmx"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("features", "wanted", "why_not_amx"),
+    [
+        ((True, True, True, True), "amx", ""),
+        ((True, True, True, False), "avx512", "the kernel refused the permission to use AMX tiles"),
+        ((True, True, False, False), "avx512", "this CPU has no AMX tiles"),
+        ((True, False, False, False), "avx2", "this CPU has no AMX tiles"),
+        ((False, False, False, False), "scalar", "this CPU has no AMX tiles"),
+    ],
+)
+def test_next_of_the_list_where_one_is_missing(features, wanted, why_not_amx):
+    picked, why = _cpu.choice_on(*features)
+    assert picked == wanted and why.startswith(why_not_amx) and bool(why) == bool(why_not_amx)
+
+
+# Refuses arch_prctl(ARCH_REQ_XCOMP_PERM), as a kernel before 5.16 or a container's filter does.
+REFUSED = """
+import ctypes, json, struct
+ARCH_PRCTL, REQUEST, EPERM = 158, 0x1023, 1
+def instruction(code, value, yes=0, no=0):
+    return struct.pack("HBBI", code, yes, no, value)
+program = b"".join([
+    instruction(0x20, 0),                   # load the system call's number
+    instruction(0x15, ARCH_PRCTL, no=3),
+    instruction(0x20, 16),                  # load its first argument
+    instruction(0x15, REQUEST, no=1),
+    instruction(0x06, 0x50000 | EPERM),     # fails
+    instruction(0x06, 0x7FFF0000),          # goes on
+])
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+wanted = Filter(len(program) // 8, program)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(wanted), 0, 0) == 0
+assert libc.syscall(ARCH_PRCTL, REQUEST, 18) == -1 and ctypes.get_errno() == EPERM
+import fastlm
+print(json.dumps(fastlm.info()))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="arch_prctl")
+def test_refused_permission_is_said_and_the_next_runs():
+    done = _run(REFUSED, FASTLM_CPU_ISA="")
+    assert done.returncode == 0, done.stderr
+    info = json.loads(done.stdout)
+    assert info["cpu_isa"] != "amx"
+    with open("/proc/cpuinfo") as f:
+        has_tiles = "amx_tile" in f.read()
+    wanted = "the kernel refused the permission" if has_tiles else "this CPU has no AMX tiles"
+    assert info["cpu_isa_why_not"]["amx"].startswith(wanted)
 
 
 def test_backend_from_the_environment():

@@ -1,5 +1,6 @@
 #include "cpu/adamw_table.h"
 
+#include <new>
 #include <vector>
 
 #define FASTLM_BODY "cpu/adamw.h"
@@ -34,14 +35,22 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
            const std::vector<OptionalTensor>& exp_avg_scales,
            const std::vector<OptionalTensor>& exp_avg_sq_scales,
            const std::vector<OptionalTensor>& masters, const std::vector<AdamwOptions>& options,
-           const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm) {
-  std::vector<AdamwTensor> tensors(params.size());
-  std::vector<AdamwChunk> chunks;
-  std::vector<float*> counts(params.size());
+           const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm,
+           TensorView workspace) {
+  const int64_t count = int64_t(params.size());
+  int64_t chunk_count = 0;
+  for (const TensorView& p : params) chunk_count += (p.numel() + ADAMW_CHUNK - 1) / ADAMW_CHUNK;
+  // Its parts: the table of tensors, that of chunks, and a sum of squares a chunk
+  check_size("workspace", "elements:", count * ADAMW_TENSOR_INTS + chunk_count * ADAMW_CHUNK_INTS,
+             workspace.numel());
+  auto* tensors = reinterpret_cast<AdamwTensor*>(workspace.data<int64_t>("workspace"));
+  auto* chunks = reinterpret_cast<AdamwChunk*>(workspace.data<int64_t>("workspace") +
+                                               count * ADAMW_TENSOR_INTS);
+  auto* sums = reinterpret_cast<double*>(chunks + chunk_count);
   // Everything is checked before anything is written: a refusal leaves the state as it was, and a
   // parallel region must not throw.
-  for (size_t i = 0; i < params.size(); ++i) {
-    AdamwTensor& t = tensors[i];
+  for (int64_t i = 0; i < count; ++i) {
+    AdamwTensor& t = *new (tensors + i) AdamwTensor{};
     t.n = params[i].numel();
     check_size("grad", "elements:", t.n, grads[i].numel());
     check_size("exp_avg", "elements:", t.n, exp_avgs[i].numel());
@@ -68,13 +77,14 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
       t.exp_avg = exp_avgs[i].data<float>("exp_avg");
       t.exp_avg_sq = exp_avg_sqs[i].data<float>("exp_avg_sq");
     }
-    counts[i] = steps[i].data<float>("step");
+    t.step = steps[i].data<float>("step");
   }
   float* norm_out = optional_floats(grad_norm, "grad_norm");
-  for (size_t i = 0; i < params.size(); ++i) {
+  AdamwChunk* next = chunks;
+  for (int64_t i = 0; i < count; ++i) {
     const auto [lr, beta1, beta2, eps, weight_decay, maximize, stochastic] = options[i];
     AdamwTensor& t = tensors[i];
-    const float step = *counts[i] += 1;
+    const float step = *t.step += 1;
     t.step_size = float(lr / (1 - std::pow(beta1, step)));
     t.decay = float(lr * weight_decay);
     t.beta1 = float(beta1), t.rest1 = float(1 - beta1);
@@ -84,20 +94,20 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
     t.sign = maximize ? -1.f : 1.f;
     t.stochastic = stochastic, t.key = keys[i];
     for (int64_t start = 0; start < t.n; start += ADAMW_CHUNK)
-      chunks.push_back({int64_t(i), start, std::min(ADAMW_CHUNK, t.n - start)});
+      new (next++) AdamwChunk{i, start, std::min(ADAMW_CHUNK, t.n - start)};
   }
   float clip = 1;
   if (norm_out) {
-    std::vector<double> sums(chunks.size());
-    square_sums(tensors.data(), chunks.data(), int64_t(chunks.size()), sums.data());
+    square_sums(tensors, chunks, chunk_count, sums);
     double total = 0;
-    for (double s : sums) total += s;  // in order: the same bits on any number of threads
+    for (int64_t c = 0; c < chunk_count; ++c)
+      total += sums[c];  // in order: the same bits on any number of threads
     const float norm = float(std::sqrt(total));
     *norm_out = norm;
     const float wanted = float(max_grad_norm) / (norm + 1e-6f);  // as clip_grad_norm_; NaN stays
     clip = wanted > 1 ? 1 : wanted;
   }
-  update(tensors.data(), chunks.data(), int64_t(chunks.size()), clip);
+  update(tensors, chunks, chunk_count, clip);
 }
 
 }  // namespace fastlm

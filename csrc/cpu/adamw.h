@@ -113,13 +113,17 @@ double square_sum(const G* g, int64_t n) {
 
 inline void adamw_square_sums(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count,
                               double* sums) {
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t c = 0; c < count; ++c) {
-    const AdamwTensor& t = tensors[chunks[c].tensor];
-    with_float(t.grad_type, "grad", [&](auto tag) {
-      using G = decltype(tag);
-      sums[c] = square_sum(static_cast<const G*>(t.grad) + chunks[c].start, chunks[c].n);
-    });
+#pragma omp parallel
+  {
+    FlushDenormals flush;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t c = 0; c < count; ++c) {
+      const AdamwTensor& t = tensors[chunks[c].tensor];
+      with_float(t.grad_type, "grad", [&](auto tag) {
+        using G = decltype(tag);
+        sums[c] = square_sum(static_cast<const G*>(t.grad) + chunks[c].start, chunks[c].n);
+      });
+    }
   }
 }
 
@@ -151,6 +155,13 @@ FASTLM_INLINE void split_master(vfloat w, bf16* high, int16_t* low, int n) {
   store_halves(low, (vint)bits, n);
 }
 
+// Sixteen cache lines on: with seven streams the hardware's prefetchers alone left 5 % (two
+// threads, Zen 5; 64 lines on was slower than none).
+template <class X>
+FASTLM_INLINE void ahead(const X* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
+}
+
 // Writes one vector of parameters: w - what the step subtracts, to the master and the parameter.
 template <class P>
 struct Weights {
@@ -164,6 +175,11 @@ struct Weights {
     if constexpr (std::is_same_v<P, bf16>)
       if (low) return join_master(param + j, low + j, n);
     return master ? load_some(master + j, n) : load_some(param + j, n);
+  }
+  FASTLM_INLINE void fetch(int64_t j) const {
+    if (master) ahead(master + j);
+    if (low) ahead(low + j);
+    ahead(param + j);
   }
   FASTLM_INLINE void put(int64_t j, vfloat w, int n) const {
     if constexpr (std::is_same_v<P, bf16>)
@@ -188,6 +204,7 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
     float *m = static_cast<float*>(t.exp_avg) + start,
           *v = static_cast<float*>(t.exp_avg_sq) + start;
     const auto step = [&](int64_t j, int n) __attribute__((always_inline)) {
+      ahead(g + j), ahead(m + j), ahead(v + j), weights.fetch(j);
       const vfloat grad = load_some(g + j, n) * scale;
       const vfloat m1 = load_some(m + j, n) * t.beta1 + grad * t.rest1;
       const vfloat v1 = load_some(v + j, n) * t.beta2 + grad * grad * t.rest2;
@@ -195,6 +212,10 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
       weights.put(j, updated(weights.get(j, n), m1, vsqrt(v1)), n);
     };
     int64_t j = 0;
+    for (; j + 4 * VL <= count; j += 4 * VL) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) step(j + u * VL, VL);
+    }
     for (; j + VL <= count; j += VL) step(j, VL);
     if (j < count) step(j, int(count - j));
     return;
@@ -232,15 +253,22 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
   }
 }
 
+// Eight chunks in a row go to one thread: the hardware's prefetchers follow the seven streams of a
+// tensor and lose them where a thread jumps.
 inline void adamw_update(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count,
                          float clip) {
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t c = 0; c < count; ++c) {
-    const AdamwTensor& t = tensors[chunks[c].tensor];
-    with_float(t.param_type, "param", [&](auto p) {
-      with_float(t.grad_type, "grad", [&](auto g) {
-        adamw_chunk<decltype(p), decltype(g)>(t, chunks[c].start, chunks[c].n, clip);
+#pragma omp parallel
+  {
+    // moments of weights that get no gradient decay into denormals, and would stay there
+    FlushDenormals flush;
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t c = 0; c < count; ++c) {
+      const AdamwTensor& t = tensors[chunks[c].tensor];
+      with_float(t.param_type, "param", [&](auto p) {
+        with_float(t.grad_type, "grad", [&](auto g) {
+          adamw_chunk<decltype(p), decltype(g)>(t, chunks[c].start, chunks[c].n, clip);
+        });
       });
-    });
+    }
   }
 }

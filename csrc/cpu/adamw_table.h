@@ -14,6 +14,7 @@ constexpr int64_t ADAMW_CHUNK = 32768;
 constexpr int64_t ADAMW_BLOCK = 256;  // elements that share one scale of an 8-bit state
 
 struct AdamwTensor {
+  float* step;
   void* param;
   const void* grad;
   DType param_type, grad_type;
@@ -33,5 +34,10 @@ struct AdamwTensor {
 struct AdamwChunk {
   int64_t tensor, start, n;
 };
+
+// What the workspace of a step has for each (fastlm/optim.py)
+constexpr int64_t ADAMW_TENSOR_INTS = 20, ADAMW_CHUNK_INTS = 4;  // of a chunk with its sum
+static_assert(sizeof(AdamwTensor) <= 8 * ADAMW_TENSOR_INTS);
+static_assert(sizeof(AdamwChunk) + sizeof(double) <= 8 * ADAMW_CHUNK_INTS);
 
 }  // namespace fastlm

@@ -52,7 +52,7 @@ inline void tile_int8() {
       }
 }
 struct TileScope {
-  ~TileScope() {}
+  FlushDenormals flush;
 };
 #else
 template <int T>
@@ -88,6 +88,7 @@ FASTLM_INLINE void tile_int8() {
 // work (55 ns), release it at the end so that the operating system need not save 8 KiB at each
 // switch.
 struct TileScope {
+  FlushDenormals flush;
   TileScope() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -1,6 +1,7 @@
 #include "cpu/attention_inputs.h"
 #define FASTLM_BODY "cpu/attention.h"
 #include "cpu/each_isa.h"
+#include "cpu/huge_pages.h"
 #include "cpu/ops.h"
 
 namespace fastlm {
@@ -14,6 +15,7 @@ void attention_forward(TensorView q, TensorView k, TensorView v, OptionalTensor 
   const AttentionInputs in{q,        k,       v,       cu_seqlens_q, cu_seqlens_k, block_table,
                            seq_lens, k_scale, v_scale, sinks,        alibi_slopes, bias,
                            seed,     causal,  scale,   window,       softcap,      dropout_p};
+  prefer_huge_pages(out), prefer_huge_pages(workspace);
   FASTLM_RUN(attention_forward, in, out, lse, workspace);
 }
 
@@ -27,8 +29,17 @@ void attention_backward(TensorView dout, OptionalTensor dlse, TensorView q, Tens
   const AttentionInputs in{q,    k,      v,     cu_seqlens_q, cu_seqlens_k, {},
                            {},   {},     {},    sinks,        alibi_slopes, bias,
                            seed, causal, scale, window,       softcap,      dropout_p};
+  for (const TensorView* t : {&dq, &dk, &dv, &workspace}) prefer_huge_pages(*t);
   FASTLM_RUN(attention_backward, in, dout, dlse ? &*dlse : nullptr, out, lse, dq, dk, dv,
              dsinks ? &*dsinks : nullptr, dbias ? &*dbias : nullptr, workspace);
+}
+
+int64_t attention_backward_workspace(TensorView q, int64_t sequences, int64_t heads,
+                                     int64_t kv_heads, int64_t v_width, int64_t most_q,
+                                     int64_t most_k, int64_t all_rows) {
+  FASTLM_RUN(attention_backward_workspace, q, sequences, heads, kv_heads, v_width, most_q, most_k,
+             all_rows);
+  return 0;
 }
 
 }  // namespace fastlm

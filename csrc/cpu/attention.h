@@ -10,6 +10,7 @@
 // Names: b batch, h query head, i query row, j key; S, T lengths; D, Dv widths; E what is
 // multiplied (gemm.h), T the dtype of q, C that of k and v.
 #include "cpu/gemm.h"
+#include "cpu/workspace.h"
 
 namespace attention_body {
 #include "cpu/attention_problem.h"
@@ -18,49 +19,72 @@ namespace attention_body {
 #include "cpu/attention_decode.h"
 #include "cpu/attention_backward.h"
 
+constexpr int64_t FEW_SEQUENCES = 16;  // 3 KiB of problems on the stack
+
 template <class T, class C>
 void forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
-             const TensorView& workspace) {
+             Workspace workspace) {
+  static_assert(sizeof(Problem<T, C>) <= 192);  // 48 floats: the workspace's size counts on it
   const Shape s = shape_of(in, out, lse);
   const Options o = options_of(in);
-  Buffer memory(Buffer::size_of<Problem<T, C>>(s.B));
-  auto* problems = memory.take<Problem<T, C>>(s.B);
+  if (s.B == 0) return;
+  Problem<T, C> few[FEW_SEQUENCES];
+  auto* problems = s.B <= FEW_SEQUENCES ? few : workspace.take<Problem<T, C>>(s.B);
   const int64_t packed_rows = make_problems(in, s, problems);
   const float* k_scale = in.k_scale ? in.k_scale->data<float>("k_scale") : nullptr;
   const float* v_scale = in.v_scale ? in.v_scale->data<float>("v_scale") : nullptr;
   T* p_out = out.data<T>("out");
-  float *p_lse = lse.data<float>("lse"), *p_workspace = workspace.data<float>("workspace");
-  const auto check_room = [&](int64_t bytes) {
-    if (workspace.numel() * 4 < bytes)
-      check_size("workspace", "bytes", bytes, workspace.numel() * 4);
-  };
-  if (!in.cu_seqlens_q && !in.seed && s.B > 0 && decodes(s, problems[0].queries)) {
-    int64_t most = 0;
-    for (int64_t b = 0; b < s.B; ++b) most = std::max(most, problems[b].keys);
-    check_room(s.B * s.Hkv * std::max<int64_t>(1, (most + CHUNK - 1) / CHUNK) * MAX_ROWS *
-               (2 + round_up(s.Dv, VL)) * 4);
-    forward_by_chunks(s, o, problems, k_scale, v_scale, p_out, p_lse, p_workspace);
-  } else {
-    check_room(PackedShape<Elem<T>>(s).elements(packed_rows) * s.Hkv * int64_t(sizeof(Elem<T>)));
-    forward_by_blocks(s, o, problems, packed_rows, k_scale, v_scale, p_out, p_lse, p_workspace);
-  }
+  float* p_lse = lse.data<float>("lse");
+  if (!in.cu_seqlens_q && !in.seed && decodes(s, problems[0].queries))
+    forward_by_chunks(s, o, problems, k_scale, v_scale, p_out, p_lse, workspace);
+  else
+    forward_by_blocks(s, o, problems, packed_rows, k_scale, v_scale, p_out, p_lse, workspace);
 }
 
-// workspace: float32, see forward_by_blocks and forward_by_chunks
+// workspace: float32; its parts are in `forward`, forward_by_blocks and forward_by_chunks, its size
+// in ops/attention.py
 inline void attention_forward(const AttentionInputs& in, const TensorView& out,
                               const TensorView& lse, const TensorView& workspace) {
   with_float(in.q.dtype(), "q", [&](auto tag) {
     using T = decltype(tag);
     if (in.k.dtype() == DType::i8)
-      forward<T, int8_t>(in, out, lse, workspace);
+      forward<T, int8_t>(in, out, lse, Workspace(workspace));
     else
-      forward<T, T>(in, out, lse, workspace);
+      forward<T, T>(in, out, lse, Workspace(workspace));
   });
 }
 
+template <class T>
+Lengths lengths_of(const Shape& s, const Problem<T, T>* problems) {
+  Lengths of;
+  for (int64_t b = 0; b < s.B; ++b) {
+    of.most_q = std::max(of.most_q, problems[b].queries), of.all_rows += problems[b].queries;
+    of.most_k = std::max(of.most_k, problems[b].keys);
+  }
+  of.spans = spans_of(s, of.most_k);
+  return of;
+}
+
+// Floats of attention_backward's workspace on the threads that there are; `most_q`, `most_k`: of
+// the longest sequence, `all_rows`: queries of all.
+inline int64_t attention_backward_workspace(const TensorView& q, int64_t sequences, int64_t heads,
+                                            int64_t kv_heads, int64_t v_width, int64_t most_q,
+                                            int64_t most_k, int64_t all_rows) {
+  Shape s{};
+  s.B = sequences, s.H = heads, s.Hkv = kv_heads, s.D = q.size(-1), s.Dv = v_width;
+  int64_t bytes = 64 + round_up(s.B * int64_t(sizeof(Problem<float, float>)), 64);
+  with_float(q.dtype(), "q", [&](auto tag) {
+    using T = decltype(tag);
+    const Lengths lengths{most_q, most_k, all_rows, spans_of(s, most_k)};
+    const BackwardSizes<Elem<T>> of_bias(s, most_q, BK, std::is_same_v<Elem<T>, T>);
+    bytes += round_up(lengths.parts(s) * 4, 64) +
+             omp_get_max_threads() * std::max(sizes_of<T>(s, lengths).bytes(s), of_bias.bytes(s));
+  });
+  return (bytes + 3) / 4;
+}
+
 // dout like out, dlse (may be absent) like lse; dq, dk, dv like q, k, v; dsinks (B, H); dbias like
-// the bias, zero; workspace: spans x queries of all sequences x H x padded D floats when there are
-// several spans
+// the bias, zero; workspace: float32, of attention_backward_workspace elements
 inline void attention_backward(const AttentionInputs& in, const TensorView& dout,
                                const TensorView* dlse, const TensorView& out, const TensorView& lse,
                                const TensorView& dq, const TensorView& dk, const TensorView& dv,
@@ -70,15 +94,10 @@ inline void attention_backward(const AttentionInputs& in, const TensorView& dout
     using T = decltype(tag);
     const Shape s = shape_of(in, out, lse);
     const Options o = options_of(in);
-    Buffer memory(Buffer::size_of<Problem<T, T>>(s.B));
-    auto* problems = memory.take<Problem<T, T>>(s.B);
+    Workspace room(workspace);
+    auto* problems = room.take<Problem<T, T>>(s.B);
     make_problems(in, s, problems);
-    int64_t all_rows = 0, most_k = 0;
-    for (int64_t b = 0; b < s.B; ++b)
-      all_rows += problems[b].queries, most_k = std::max(most_k, problems[b].keys);
-    const int64_t spans = spans_of(s, most_k);
-    const int64_t floats = spans > 1 ? spans * all_rows * s.H * round_up(s.D, VL) : 0;
-    if (workspace.numel() < floats) check_size("workspace", "floats", floats, workspace.numel());
+    const Lengths lengths = lengths_of(s, problems);
     Gradients grad{};
     const bool packed = bool(in.cu_seqlens_q);
     const auto rows = [&](const TensorView& t) {
@@ -93,10 +112,11 @@ inline void attention_backward(const AttentionInputs& in, const TensorView& dout
     const T *p_dout = dout.data<T>("dout"), *p_out = out.data<T>("out");
     const float* p_lse = lse.data<float>("lse");
     backward_all(s, o, grad, problems, p_dout, p_out, p_lse, dq.data<T>("dq"), dk.data<T>("dk"),
-                 dv.data<T>("dv"), workspace.data<float>("workspace"), all_rows);
-    if (dbias) backward_bias(s, o, grad, problems, p_dout, p_out, p_lse, *dbias);
+                 dv.data<T>("dv"), lengths, room);
+    if (dbias) backward_bias(s, o, grad, problems, p_dout, p_out, p_lse, *dbias, lengths, room);
   });
 }
 }  // namespace attention_body
 using attention_body::attention_backward;
+using attention_body::attention_backward_workspace;
 using attention_body::attention_forward;

@@ -124,8 +124,8 @@ struct BackwardSizes {
     q_columns = s.D * queries, dO_columns = s.Dv * queries;
     q = direct && D == s.D ? 0 : BQ * D, dO = direct && Dv == s.Dv ? 0 : BQ * Dv;
   }
-  size_t bytes(const Shape& s) const {
-    size_t n = 0;
+  int64_t bytes(const Shape& s) const {
+    int64_t n = 0;
     for (int64_t e :
          {k_panels, v_panels, k_rows, q_columns, dO_columns, q, dO, BQ * BK, BQ * BK, BQ * BK})
       n += Buffer::size_of<E>(e);
@@ -134,6 +134,22 @@ struct BackwardSizes {
     return n;
   }
 };
+
+// Of the sequences of one call.
+struct Lengths {
+  int64_t most_q = 0, most_k = 0, all_rows = 0, spans = 1;
+
+  // dq of each span: spans x rows of all queries x H x padded D floats, where there are several.
+  int64_t parts(const Shape& s) const {
+    return spans > 1 ? spans * all_rows * s.H * round_up(s.D, VL) : 0;
+  }
+};
+
+template <class T>
+BackwardSizes<Elem<T>> sizes_of(const Shape& s, const Lengths& lengths) {
+  return {s, lengths.most_q, lengths.spans == 1 ? lengths.most_k : SPAN,
+          std::is_same_v<Elem<T>, T>};
+}
 
 template <class T>
 struct BackwardTask {
@@ -263,20 +279,21 @@ struct BackwardTask {
   }
 };
 
-// dq_parts: spans x (rows of all queries x H x padded D) float, used when there are several spans.
 template <class T>
 void backward_all(const Shape& s, const Options& o, const Gradients& grad,
                   const Problem<T, T>* problems, const T* dout, const T* out, const float* lse,
-                  T* dq, T* dk, T* dv, float* dq_parts, int64_t all_rows) {
+                  T* dq, T* dk, T* dv, const Lengths& lengths, Workspace workspace) {
   using E = Elem<T>;
-  int64_t most_q = 0, most_k = 0;
-  for (int64_t b = 0; b < s.B; ++b)
-    most_q = std::max(most_q, problems[b].queries), most_k = std::max(most_k, problems[b].keys);
-  const int64_t spans = spans_of(s, most_k), G = s.H / s.Hkv, D_wide = round_up(s.D, VL);
-  const BackwardSizes<E> size(s, most_q, spans == 1 ? most_k : SPAN, std::is_same_v<E, T>);
-#pragma omp parallel
+  const int64_t spans = lengths.spans, all_rows = lengths.all_rows, G = s.H / s.Hkv,
+                D_wide = round_up(s.D, VL);
+  float* dq_parts = workspace.take<float>(lengths.parts(s));
+  const BackwardSizes<E> size = sizes_of<T>(s, lengths);
+  workspace.divide(size.bytes(s));
+  // below it a second thread costs more than it saves: 10 products of 131072 are 10 us
+  const bool worthwhile = s.B * s.H * lengths.most_q * lengths.most_k * (s.D + s.Dv) > 262144;
+#pragma omp parallel num_threads(workspace.threads) if (worthwhile)
   {
-    Buffer memory(size.bytes(s));
+    Buffer memory(workspace.mine());
     BackwardTask<T> task(s, o, grad, size, dout, out, lse, memory);
     TileScope tiles;
 #pragma omp for schedule(dynamic) collapse(3)
@@ -331,18 +348,17 @@ void backward_all(const Shape& s, const Options& o, const Gradients& grad,
 template <class T>
 void backward_bias(const Shape& s, const Options& o, const Gradients& grad,
                    const Problem<T, T>* problems, const T* dout, const T* out, const float* lse,
-                   const TensorView& dbias) {
+                   const TensorView& dbias, const Lengths& lengths, Workspace workspace) {
   using E = Elem<T>;
   float* p_dbias = dbias.data<float>("dbias");
   const auto stride = [&](int i) { return dbias.size(i) == 1 ? 0 : dbias.stride(i); };
   const int64_t bias_b = dbias.size(0), bias_h = dbias.size(1), row = stride(2), key = stride(3);
-  int64_t most_q = 0;
-  for (int64_t b = 0; b < s.B; ++b) most_q = std::max(most_q, problems[b].queries);
-  const int64_t blocks = row ? (most_q + BQ - 1) / BQ : 1, G = s.H / s.Hkv;
-  const BackwardSizes<E> size(s, most_q, BK, std::is_same_v<E, T>);
-#pragma omp parallel
+  const int64_t blocks = row ? (lengths.most_q + BQ - 1) / BQ : 1, G = s.H / s.Hkv;
+  const BackwardSizes<E> size(s, lengths.most_q, BK, std::is_same_v<E, T>);
+  workspace.divide(size.bytes(s));
+#pragma omp parallel num_threads(workspace.threads)
   {
-    Buffer memory(size.bytes(s));
+    Buffer memory(workspace.mine());
     BackwardTask<T> task(s, o, grad, size, dout, out, lse, memory);
     TileScope tiles;
 #pragma omp for schedule(dynamic) collapse(3)

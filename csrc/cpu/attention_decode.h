@@ -1,8 +1,8 @@
-// Decoding: the few rows (S queries x heads that share a key head, at most MAX_ROWS) of one
-// sequence and key head against a long cache. Bound by reading the cache, so keys and values are
-// read once, where they lie and in their own dtype, and not packed; the cache is cut into chunks of
-// CHUNK keys so that one sequence and head keeps several threads busy. The chunk is fixed: results
-// do not depend on the number of threads.
+// Decoding: the few rows (S queries x heads that share a key head, at most MAX_ROWS; with one query
+// any number of heads, MAX_ROWS at a time) of one sequence and key head against a long cache. Bound
+// by reading the cache, so keys and values are read once, where they lie and in their own dtype,
+// and not packed; the cache is cut into chunks of CHUNK keys so that one sequence and head keeps
+// several threads busy. The chunk is fixed: results do not depend on the number of threads.
 //
 //   partial of a chunk, per row: m, l, O (Dv)   ->   combined in the chunks' order
 
@@ -11,21 +11,24 @@ constexpr int64_t CHUNK =
     512;  // keys: 128 KiB of a bf16 cache at D 64, 20 us: a task worth a switch
 
 FASTLM_INLINE bool decodes(const Shape& s, int64_t queries) {
-  return queries * (s.H / s.Hkv) <= MAX_ROWS;
+  return queries == 1 || queries * (s.H / s.Hkv) <= MAX_ROWS;
 }
 
 template <class C>
 FASTLM_INLINE vfloat load_cached(const C* p, int64_t n) {
   if constexpr (std::is_same_v<C, int8_t>) {
     alignas(16) int8_t t[VL] = {};
-    memcpy(t, p, size_t(std::min<int64_t>(n, VL)));
+    if (n < VL) {
+      memcpy(t, p, size_t(n));
+      p = t;
+    }
 #if FASTLM_VL == 16
-    return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)t)));
+    return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif FASTLM_VL == 8
-    return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)t)));
+    return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
     vfloat v{};
-    for (int i = 0; i < VL; ++i) v[i] = float(t[i]);
+    for (int i = 0; i < VL; ++i) v[i] = float(p[i]);
     return v;
 #endif
   } else {
@@ -33,13 +36,52 @@ FASTLM_INLINE vfloat load_cached(const C* p, int64_t n) {
   }
 }
 
-// scores[r][j] = q[r] . k[j], `count` keys `stride` apart. Sums of VL keys are turned together: one
-// transposition instead of VL horizontal sums.
+// Lane i: the sum of r[i]'s lanes. A transposition whose halves are added on the way: half the
+// shuffles.
+FASTLM_INLINE vfloat sums_of(vfloat* r) {
+#if FASTLM_VL == 4
+  transpose(reinterpret_cast<vint*>(r));
+  return (r[0] + r[1]) + (r[2] + r[3]);
+#else
+#pragma GCC unroll 8
+  for (int i = 0; i < VL / 2; ++i) {
+#if FASTLM_VL == 16
+    const __m512 a = (__m512)r[2 * i], b = (__m512)r[2 * i + 1];
+    r[i] = (vfloat)_mm512_unpacklo_ps(a, b) + (vfloat)_mm512_unpackhi_ps(a, b);
+#else
+    const __m256 a = (__m256)r[2 * i], b = (__m256)r[2 * i + 1];
+    r[i] = (vfloat)_mm256_unpacklo_ps(a, b) + (vfloat)_mm256_unpackhi_ps(a, b);
+#endif
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < VL / 4; ++i) {  // four sums in each 128 bits, parts of them in the others
+#if FASTLM_VL == 16
+    const __m512d a = (__m512d)r[2 * i], b = (__m512d)r[2 * i + 1];
+    r[i] = (vfloat)_mm512_unpacklo_pd(a, b) + (vfloat)_mm512_unpackhi_pd(a, b);
+#else
+    const __m256d a = (__m256d)r[2 * i], b = (__m256d)r[2 * i + 1];
+    r[i] = (vfloat)_mm256_unpacklo_pd(a, b) + (vfloat)_mm256_unpackhi_pd(a, b);
+#endif
+  }
+#if FASTLM_VL == 16
+  const auto halves = [](vfloat a, vfloat b) __attribute__((always_inline)) {
+    return (vfloat)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) +
+           (vfloat)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd);
+  };
+  return halves(halves(r[0], r[1]), halves(r[2], r[3]));
+#else
+  return (vfloat)_mm256_permute2f128_ps((__m256)r[0], (__m256)r[1], 0x20) +
+         (vfloat)_mm256_permute2f128_ps((__m256)r[0], (__m256)r[1], 0x31);
+#endif
+#endif
+}
+
+// scores[r][j] = q[r] . k[j], `count` keys `stride` apart, VL of them summed up together.
 template <int R, class C>
 void dot_rows(const float* q, int64_t ldq, const C* k, int64_t stride, int64_t count, int64_t D,
               float* scores, int64_t lds) {
   for (int64_t j = 0; j < count; j += VL) {
-    vint sums[R][VL] = {};
+    vfloat sums[R][VL];
     const int group = int(std::min<int64_t>(VL, count - j));
     for (int t = 0; t < group; ++t) {
       const C* row = k + (j + t) * stride;
@@ -50,12 +92,12 @@ void dot_rows(const float* q, int64_t ldq, const C* k, int64_t stride, int64_t c
         for (int r = 0; r < R; ++r) acc[r] += x * load(q + r * ldq + d);
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[r][t] = as_int(acc[r]);
+      for (int r = 0; r < R; ++r) sums[r][t] = acc[r];
     }
+    for (int t = group; t < VL; ++t)
+      for (int r = 0; r < R; ++r) sums[r][t] = vfloat{};
     for (int r = 0; r < R; ++r) {
-      transpose(sums[r]);
-      vfloat total = as_float(sums[r][0]);
-      for (int t = 1; t < VL; ++t) total += as_float(sums[r][t]);
+      const vfloat total = sums_of(sums[r]);
       if (group == VL)
         store(scores + r * lds + j, total);
       else
@@ -117,12 +159,13 @@ FASTLM_INLINE void with_rows(int64_t rows, F&& f) {
   }
 }
 
-// One chunk of one sequence and key head; partial: rows x (2 + padded Dv) floats.
+// One chunk of one sequence and key head for its rows from row0 on; partial: MAX_ROWS x (2 + padded
+// Dv) floats.
 template <class T, class C>
 void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int64_t b, int64_t g,
-                  int64_t chunk, float k_scale, float* partial, Buffer& memory) {
-  const int64_t G = s.H / s.Hkv, rows = G * p.queries, ldq = round_up(s.D, VL),
-                ldo = round_up(s.Dv, VL), ldp = 2 + ldo;
+                  int64_t row0, int64_t chunk, float k_scale, float* partial, Buffer& memory) {
+  const int64_t G = s.H / s.Hkv, rows = std::min(MAX_ROWS, G * p.queries - row0),
+                ldq = round_up(s.D, VL), ldo = round_up(s.Dv, VL), ldp = 2 + ldo;
   float* q = memory.take<float>(MAX_ROWS * ldq);
   float* scores = memory.take<float>(MAX_ROWS * CHUNK);
   float* O = memory.take<float>(MAX_ROWS * ldo);
@@ -136,7 +179,8 @@ void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int6
   low = std::max(low, chunk * CHUNK), high = std::min(high, (chunk + 1) * CHUNK);
   memset(O, 0, size_t(rows * ldo) * sizeof(float));
   for (int64_t r = 0; r < rows; ++r) {
-    const T* row = p.q + (g * G + r / p.queries) * s.q.head + r % p.queries * s.q.row;
+    const int64_t h = g * G + (row0 + r) / p.queries, i = (row0 + r) % p.queries;
+    const T* row = p.q + h * s.q.head + i * s.q.row;
     for (int64_t d = 0; d < s.D; d += VL)
       store(q + r * ldq + d, s.D - d >= VL ? load(row + d) : load(row + d, int(s.D - d)));
     partial[r * ldp] = -INFINITE, partial[r * ldp + 1] = 0;
@@ -151,7 +195,7 @@ void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int6
       }
     });
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t h = g * G + r / p.queries, i = r % p.queries;
+      const int64_t h = g * G + (row0 + r) / p.queries, i = (row0 + r) % p.queries;
       const Span see = s.span(i, p.queries, p.keys);
       const int64_t first = std::max(see.first, low) - low, stop = std::min(see.end, high) - low;
       float* x = scores + r * CHUNK;
@@ -186,8 +230,8 @@ void combine_chunks(float* partial, int64_t chunks, int64_t apart, float sink, f
   const float offset = m == -INFINITE ? 0.f : m;
   if (sink != -INFINITE) l = std::exp2((sink - offset) * LOG2E);
   for (int64_t c = 0; c < chunks; ++c) {
-    float& weight = partial[c * apart];
-    weight = std::exp2((weight - offset) * LOG2E);
+    float& weight = partial[c * apart];  // 1 where it is the largest, as always with one chunk
+    weight = weight == m ? 1.f : std::exp2((weight - offset) * LOG2E);
     l += partial[c * apart + 1] * weight;
   }
   for (int64_t d = 0; d < Dv; d += VL) {
@@ -203,47 +247,67 @@ void combine_chunks(float* partial, int64_t chunks, int64_t apart, float sink, f
   *lse = l > 0 || l != l ? m + std::log(l) : -INFINITE;
 }
 
-// workspace: B * Hkv * chunks * MAX_ROWS * (2 + padded Dv) floats, chunks = ceil(longest T /
-// CHUNK).
+constexpr int64_t ON_STACK = 48 << 10;  // of a thread: enough up to D, Dv = 256
+
+// workspace: with several chunks B * Hkv * groups * chunks * MAX_ROWS * (2 + padded Dv) floats,
+// groups of MAX_ROWS rows, chunks = ceil(longest T / CHUNK); a thread's arrays where they are wide.
 template <class T, class C>
 void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* problems,
                        const float* k_scale, const float* v_scale, T* out, float* lse,
-                       float* workspace) {
+                       Workspace workspace) {
   int64_t most = 0, total = 0;
   for (int64_t b = 0; b < s.B; ++b)
     most = std::max(most, problems[b].keys), total += problems[b].keys;
   const int64_t chunks = std::max<int64_t>(1, (most + CHUNK - 1) / CHUNK), G = s.H / s.Hkv;
   const int64_t ldp = 2 + round_up(s.Dv, VL), apart = MAX_ROWS * ldp;
-  const size_t bytes = Buffer::size_of<float>(MAX_ROWS * round_up(s.D, VL)) +
-                       Buffer::size_of<float>(MAX_ROWS * CHUNK) +
-                       Buffer::size_of<float>(MAX_ROWS * round_up(s.Dv, VL));
-  const int64_t tasks = s.B * s.Hkv * chunks, rows = s.B * s.H;
-  const auto attend = [&](int64_t t) {
-    const int64_t b = t / chunks / s.Hkv, g = t / chunks % s.Hkv;
-    Buffer memory(bytes);
-    decode_chunk(problems[b], s, o, b, g, t % chunks, k_scale ? k_scale[g] : 1.f,
-                 workspace + t * apart, memory);
-  };
-  const auto combine = [&](int64_t row) {
-    const int64_t b = row / s.H, h = row % s.H;
+  const int64_t bytes = Buffer::size_of<float>(MAX_ROWS * round_up(s.D, VL)) +
+                        Buffer::size_of<float>(MAX_ROWS * CHUNK) +
+                        Buffer::size_of<float>(MAX_ROWS * round_up(s.Dv, VL)) +
+                        Buffer::size_of<float>(apart);
+  // problem b, key head g, its rows from row0 on; their partials are `chunks` x `apart` floats
+  const int64_t groups = (G * problems[0].queries + MAX_ROWS - 1) / MAX_ROWS,
+                sets = s.B * s.Hkv * groups, tasks = sets * chunks;
+  float* all = chunks > 1 ? workspace.take<float>(tasks * apart) : nullptr;
+  const bool on_stack = bytes <= ON_STACK;
+  workspace.divide(on_stack ? 0 : bytes);
+  const auto combine = [&](int64_t set, float* partials) {
+    const int64_t b = set / groups / s.Hkv, g = set / groups % s.Hkv,
+                  row0 = set % groups * MAX_ROWS;
     const Problem<T, C>& p = problems[b];
-    for (int64_t i = 0; i < p.queries; ++i)
-      combine_chunks(
-          workspace + (b * s.Hkv + h / G) * chunks * apart + (h % G * p.queries + i) * ldp, chunks,
-          apart, o.sinks ? o.sinks[h] : -INFINITE, v_scale ? v_scale[h / G] : 1.f, s.Dv,
-          out + s.out.at(b, h, p.q0 + i), lse + s.lse.at(b, h, p.q0 + i));
+    for (int64_t r = 0; r < std::min(MAX_ROWS, G * p.queries - row0); ++r) {
+      const int64_t h = g * G + (row0 + r) / p.queries, i = (row0 + r) % p.queries;
+      combine_chunks(partials + r * ldp, chunks, apart, o.sinks ? o.sinks[h] : -INFINITE,
+                     v_scale ? v_scale[g] : 1.f, s.Dv, out + s.out.at(b, h, p.q0 + i),
+                     lse + s.lse.at(b, h, p.q0 + i));
+    }
+  };
+  const auto attend = [&](int64_t t, Buffer& memory) {
+    const int64_t set = t / chunks, b = set / groups / s.Hkv, g = set / groups % s.Hkv;
+    memory.clear();
+    float* partial = chunks == 1 ? memory.take<float>(apart) : all + t * apart;
+    decode_chunk(problems[b], s, o, b, g, set % groups * MAX_ROWS, t % chunks,
+                 k_scale ? k_scale[g] : 1.f, partial, memory);
+    if (chunks == 1) combine(set, partial);
   };
   // 131072 elements are 10 us of one thread; for less a parallel region does not pay
-  if (total * s.Hkv * (s.D + s.Dv) <= 131072) {
-    for (int64_t t = 0; t < tasks; ++t) attend(t);
-    for (int64_t row = 0; row < rows; ++row) combine(row);
+  if (total * s.Hkv * groups * (s.D + s.Dv) <= 131072) {
+    alignas(64) char local[ON_STACK];
+    Buffer memory(on_stack ? local : workspace.p);
+    FlushDenormals flush;
+    for (int64_t t = 0; t < tasks; ++t) attend(t, memory);
+    for (int64_t set = 0; chunks > 1 && set < sets; ++set) combine(set, all + set * chunks * apart);
     return;
   }
-#pragma omp parallel
+#pragma omp parallel num_threads(workspace.threads)
   {
+    alignas(64) char local[ON_STACK];
+    Buffer memory(on_stack ? local : workspace.mine());
+    FlushDenormals flush;
 #pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < tasks; ++t) attend(t);
+    for (int64_t t = 0; t < tasks; ++t) attend(t, memory);
+    if (chunks > 1) {
 #pragma omp for
-    for (int64_t row = 0; row < rows; ++row) combine(row);
+      for (int64_t set = 0; set < sets; ++set) combine(set, all + set * chunks * apart);
+    }
   }
 }

@@ -96,17 +96,19 @@ struct ForwardBlock {
   const Options& o;
   const PackedShape<E>& packed;
   const float *k_scale, *v_scale;
-  E *q, *P;
+  E *scratch, *q, *P;
   float *scores, *O, *factor;
 
-  static size_t bytes(const Shape& s) {
-    return Buffer::size_of<E>(Q_BLOCK * padded_k<E>(s.D)) + Buffer::size_of<E>(Q_BLOCK * KV_BLOCK) +
+  static int64_t bytes(const Shape& s) {
+    return Buffer::size_of<E>(KV_BLOCK * std::max(s.D, s.Dv)) +
+           Buffer::size_of<E>(Q_BLOCK * padded_k<E>(s.D)) + Buffer::size_of<E>(Q_BLOCK * KV_BLOCK) +
            Buffer::size_of<float>(Q_BLOCK * KV_BLOCK) +
            Buffer::size_of<float>(Q_BLOCK * round_up(s.Dv, VL)) + Buffer::size_of<float>(KV_BLOCK);
   }
   ForwardBlock(const Shape& s, const Options& o, const PackedShape<E>& packed, const float* k_scale,
                const float* v_scale, Buffer& memory)
       : s(s), o(o), packed(packed), k_scale(k_scale), v_scale(v_scale) {
+    scratch = memory.take<E>(KV_BLOCK * std::max(s.D, s.Dv));
     q = memory.take<E>(Q_BLOCK * padded_k<E>(s.D));
     P = memory.take<E>(Q_BLOCK * KV_BLOCK);
     scores = memory.take<float>(Q_BLOCK * KV_BLOCK);
@@ -177,15 +179,15 @@ struct ForwardBlock {
   }
 };
 
-// workspace: packed keys, at least PackedShape::elements(rows of all problems) * Hkv elements.
 template <class T, class C>
 void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* problems,
                        int64_t packed_rows, const float* k_scale, const float* v_scale, T* out,
-                       float* lse, void* workspace) {
+                       float* lse, Workspace workspace) {
   using E = Elem<T>;
   const PackedShape<E> packed(s);
-  E* K = static_cast<E*>(workspace);
+  E* K = workspace.take<E>(packed.elements(packed_rows) * s.Hkv);
   E* V = K + packed_rows * s.Hkv * packed.D;
+  workspace.divide(ForwardBlock<E, T, C>::bytes(s));
   int64_t most_q = 0, most_k = 0;
   for (int64_t b = 0; b < s.B; ++b)
     most_q = std::max(most_q, problems[b].queries), most_k = std::max(most_k, problems[b].keys);
@@ -195,11 +197,9 @@ void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* pr
   const auto start = [&](const Problem<T, C>& p, int64_t g) {
     return p.packed * s.Hkv + g * round_up(p.keys, ROW_PAD);
   };
-#pragma omp parallel
+#pragma omp parallel num_threads(workspace.threads)
   {
-    Buffer memory(ForwardBlock<E, T, C>::bytes(s) +
-                  Buffer::size_of<E>(KV_BLOCK * std::max(s.D, s.Dv)));
-    E* scratch = memory.take<E>(KV_BLOCK * std::max(s.D, s.Dv));
+    Buffer memory(workspace.mine());
     ForwardBlock<E, T, C> block(s, o, packed, k_scale, v_scale, memory);
     TileScope tiles;
 #pragma omp for schedule(dynamic) collapse(3)
@@ -210,7 +210,7 @@ void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* pr
           const int64_t j0 = kb * KV_BLOCK, n = std::min(KV_BLOCK, p.keys - j0);
           if (n > 0)
             pack_keys<E>(p, s, g, j0, n, K + (start(p, g) + j0) * packed.D,
-                         V + (start(p, g) + j0) * packed.Dv, scratch);
+                         V + (start(p, g) + j0) * packed.Dv, block.scratch);
         }
     // the last query block sees most keys under a causal mask: largest tasks first
 #pragma omp for schedule(dynamic) collapse(3)

@@ -2,32 +2,6 @@
 // else.
 
 constexpr int64_t ROW_PAD = 32;  // packed keys start at multiples: K_STEP of every E divides it
-FASTLM_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Memory of one thread for one call.
-struct Buffer {
-  char* p;
-  explicit Buffer(size_t bytes)
-      : p(static_cast<char*>(::operator new(bytes, std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(p, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-
-  // The next n elements, on a cache line of their own.
-  template <class X>
-  X* take(int64_t n) {
-    X* out = reinterpret_cast<X*>(p + used);
-    used += size_of<X>(n);
-    FASTLM_POISON(out + n, p + used - reinterpret_cast<char*>(out + n));
-    return out;
-  }
-  template <class X>
-  static size_t size_of(int64_t n) {
-    return size_t(round_up(n * int64_t(sizeof(X)), 64)) + FASTLM_GUARD;
-  }
-
- private:
-  size_t used = 0;
-};
 
 // Strides in elements of a tensor with rows of heads.
 struct Strides {

@@ -1,5 +1,6 @@
 #define FASTLM_BODY "cpu/cross_entropy.h"
 #include "cpu/each_isa.h"
+#include "cpu/huge_pages.h"
 #include "cpu/ops.h"
 
 namespace fastlm {
@@ -22,6 +23,7 @@ void cross_entropy_backward(TensorView on_p, TensorView on_target, OptionalTenso
                             TensorView logits, TensorView target, OptionalTensor class_weight,
                             TensorView shift, TensorView log_sum, int64_t ignore_index,
                             float softcap, float scale, TensorView dlogits) {
+  prefer_huge_pages(dlogits);
   FASTLM_RUN(cross_entropy_backward, on_p, on_target, on_all ? &*on_all : nullptr, logits, target,
              class_weight ? &*class_weight : nullptr, shift, log_sum, ignore_index, softcap, scale,
              dlogits);

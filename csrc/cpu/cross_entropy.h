@@ -8,10 +8,15 @@
 //
 // Forward reads the logits once: a block of BLOCK goes from memory to the L1, where maximum, then
 // exponentials are taken; the sum so far is rescaled when the maximum grows. Backward reads once
-// and writes once.
+// and writes once. A row is a sequence of spans, summed apart and added in order: few rows of a
+// large vocabulary keep all threads busy, and the bits do not depend on who took which span.
+#include "cpu/parallel.h"
 #include "cpu/scores.h"
 
-constexpr int64_t BLOCK = 1024;  // 4 KiB of scores: they stay in the L1 between the two loops
+constexpr int64_t BLOCK = 1024;     // 4 KiB of scores: they stay in the L1 between the two loops
+constexpr int64_t SPAN = 16384;     // classes: 5 us, what a task has to be worth
+constexpr int64_t FEW_ROWS = 8;     // fewer go through the threads span by span
+constexpr int64_t MOST_SPANS = 32;  // of a row then: 512 thousand classes
 
 template <class T>
 struct CrossEntropyRow {
@@ -21,14 +26,32 @@ struct CrossEntropyRow {
   Scores score;
 };
 
+// What a span of a row's classes gives: maximum m, sum of e^(z - m), sums of class_weight * (z - m)
+// and of class_weight.
+struct SpanSums {
+  float m = NEGATIVE_INFINITY, sum = 0, weighted = 0, weights = 0;
+
+  // Both relative to the larger maximum. The order is the classes', so the bits are too.
+  void add(const SpanSums& other) {
+    const float top = std::max(m, other.m), now = finite_max(top);
+    const float up = finite_max(m) - now, other_up = finite_max(other.m) - now;
+    // a sum of 0 stays 0 where the factor is infinite: maxima of -inf stand for 0 here
+    sum = (sum != 0 ? sum * std::exp(up) : 0.f) +
+          (other.sum != 0 ? other.sum * std::exp(other_up) : 0.f);
+    weighted += up * weights + other.weighted + other_up * other.weights;
+    weights += other.weights;
+    m = top;
+  }
+};
+
 template <class T>
-void cross_entropy_row(const CrossEntropyRow<T>& row, float* shift, float* log_sum, float* nll,
-                       float* smoothed) {
+SpanSums cross_entropy_span(const CrossEntropyRow<T>& row, int64_t from) {
   alignas(64) float z[BLOCK];
   vfloat weighted{};  // class_weight * (z - m)
   float m = NEGATIVE_INFINITY, sum = 0, weight_so_far = 0;
-  for (int64_t v0 = 0; v0 < row.classes; v0 += BLOCK) {
-    const int64_t n = std::min(BLOCK, row.classes - v0), whole = n / VL * VL;
+  const int64_t end = std::min(row.classes, from + SPAN);
+  for (int64_t v0 = from; v0 < end; v0 += BLOCK) {
+    const int64_t n = std::min(BLOCK, end - v0), whole = n / VL * VL;
     const T* x = row.logits + v0;
     vfloat most[2] = {splat(NEGATIVE_INFINITY), splat(NEGATIVE_INFINITY)};
     for (int64_t j = 0; j < whole; j += VL) {
@@ -45,7 +68,7 @@ void cross_entropy_row(const CrossEntropyRow<T>& row, float* shift, float* log_s
     if (block_max > m) m = block_max;
     const float now = finite_max(m);
     if (now != before) {
-      sum *= std::exp(before - now);
+      if (sum != 0) sum *= std::exp(before - now);
       if (row.class_weight) weighted[0] += (before - now) * weight_so_far;
     }
     vfloat block_sum[2] = {};  // summed per block: 50 thousand additions in a row would lose digits
@@ -61,11 +84,17 @@ void cross_entropy_row(const CrossEntropyRow<T>& row, float* shift, float* log_s
       weight_so_far += hsum(weights);
     }
   }
+  return {m, sum, hsum(weighted), weight_so_far};
+}
+
+template <class T>
+void cross_entropy_finish(const CrossEntropyRow<T>& row, const SpanSums& s, float* shift,
+                          float* log_sum, float* nll, float* smoothed) {
   const float log_of_sum =
-      m == NEGATIVE_INFINITY ? std::numeric_limits<float>::quiet_NaN() : std::log(sum);
-  *shift = m, *log_sum = log_of_sum;
-  *nll = row.target < 0 ? 0.f : log_of_sum - (row.score(to_float(row.logits[row.target])) - m);
-  if (row.class_weight) *smoothed = weight_so_far * log_of_sum - hsum(weighted);
+      s.m == NEGATIVE_INFINITY ? std::numeric_limits<float>::quiet_NaN() : std::log(s.sum);
+  *shift = s.m, *log_sum = log_of_sum;
+  *nll = row.target < 0 ? 0.f : log_of_sum - (row.score(to_float(row.logits[row.target])) - s.m);
+  if (row.class_weight) *smoothed = s.weights * log_of_sum - s.weighted;
 }
 
 // logits (N, V) rows apart, target (N) int64; class_weight (V) float32 or absent; shift, log_sum,
@@ -78,37 +107,61 @@ inline void cross_entropy_forward(const TensorView& logits, const TensorView& ta
   const int64_t rows = logits.size(0), classes = logits.size(1), stride = logits.stride(0);
   const int64_t* t = target.data<int64_t>("target");
   const float* w = class_weight ? class_weight->data<float>("class_weight") : nullptr;
-  float* out[] = {shift.data<float>("shift"), log_sum.data<float>("log_sum"),
-                  nll.data<float>("nll"), smoothed.data<float>("smoothed")};
+  float* const out[] = {shift.data<float>("shift"), log_sum.data<float>("log_sum"),
+                        nll.data<float>("nll"), smoothed.data<float>("smoothed")};
+  const int64_t spans = (classes + SPAN - 1) / SPAN;
   with_float(logits.dtype(), "logits", [&](auto tag) {
     using T = decltype(tag);
     const T* x = logits.data<T>("logits");
-#pragma omp parallel for schedule(dynamic, 4) if (rows * classes > 32768)
-    for (int64_t i = 0; i < rows; ++i)
-      cross_entropy_row<T>(
-          {x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}},
-          out[0] + i, out[1] + i, out[2] + i, out[3] + i);
+    const auto row_at = [=](int64_t i) {
+      return CrossEntropyRow<T>{
+          x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}};
+    };
+    const auto finish = [=](const CrossEntropyRow<T>& row, int64_t i, const SpanSums& s) {
+      cross_entropy_finish<T>(row, s, out[0] + i, out[1] + i, out[2] + i, out[3] + i);
+    };
+    if (rows < FEW_ROWS && spans > 1 && spans <= MOST_SPANS) {
+      SpanSums sums[FEW_ROWS * MOST_SPANS];
+#pragma omp parallel
+      {
+        FlushDenormals flush;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < rows * spans; ++task)
+          sums[task] = cross_entropy_span<T>(row_at(task / spans), task % spans * SPAN);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t k = 1; k < spans; ++k) sums[i * spans].add(sums[i * spans + k]);
+        finish(row_at(i), i, sums[i * spans]);
+      }
+      return;
+    }
+    // below 32768 elements a parallel region costs more than it saves
+    parallel_for(rows, rows * classes > 32768, [=](int64_t i) {
+      const CrossEntropyRow<T> row = row_at(i);
+      SpanSums s = cross_entropy_span<T>(row, 0);
+      for (int64_t k = 1; k < spans; ++k) s.add(cross_entropy_span<T>(row, k * SPAN));
+      finish(row, i, s);
+    });
   });
 }
 
 template <class T>
-void cross_entropy_backward_row(const CrossEntropyRow<T>& row, float shift, float log_sum,
-                                float on_p, float on_target, float on_all, T* out) {
+void cross_entropy_backward_span(const CrossEntropyRow<T>& row, int64_t from, float shift,
+                                 float log_sum, float on_p, float on_target, float on_all, T* out) {
   const Scores score = row.score;
-  const auto gradient = [&](vfloat x, vfloat w) {
+  const auto gradient = [&](vfloat x, vfloat w) __attribute__((always_inline)) {
     const vfloat z = score(x);
     vfloat g = vexp(z - shift - log_sum) * on_p - w * on_all;
     if (score.cap) g *= score.slope(z);
     return g * score.scale;
   };
-  const int64_t whole = row.classes / VL * VL;
+  const int64_t end = std::min(row.classes, from + SPAN), whole = from + (end - from) / VL * VL;
   const float* w = row.class_weight;
-  for (int64_t j = 0; j < whole; j += VL)
+  for (int64_t j = from; j < whole; j += VL)
     store(out + j, gradient(load(row.logits + j), w ? load(w + j) : vfloat{}));
-  if (const int k = int(row.classes - whole))
+  if (const int k = int(end - whole))
     store(out + whole, gradient(load(row.logits + whole, k), w ? load(w + whole, k) : vfloat{}), k);
-  if (row.target >= 0) {
-    const int64_t t = row.target;
+  if (const int64_t t = row.target; t >= from && t < end) {
     const vfloat x = splat(to_float(row.logits[t]));
     float g = gradient(x, splat(w ? w[t] : 0.f))[0];
     g -= on_target * score.scale * (score.cap ? score.slope(score(x))[0] : 1.f);
@@ -133,15 +186,16 @@ inline void cross_entropy_backward(const TensorView& on_p, const TensorView& on_
     using T = decltype(tag);
     const T* x = logits.data<T>("logits");
     T* out = dlogits.data<T>("dlogits");
-#pragma omp parallel for schedule(dynamic, 4) if (rows * classes > 32768)
-    for (int64_t i = 0; i < rows; ++i) {
+    const int64_t spans = (classes + SPAN - 1) / SPAN;
+    parallel_for(rows * spans, rows * classes > 32768, [=](int64_t task) {
+      const int64_t i = task / spans, from = task % spans * SPAN;
       const float a = all ? all[i] : 0.f;
       if (p[i] == 0 && at[i] == 0 && a == 0)  // ignored: zero whatever the logits are
-        memset(out + i * classes, 0, size_t(classes) * sizeof(T));
+        memset(out + i * classes + from, 0, size_t(std::min(SPAN, classes - from)) * sizeof(T));
       else
-        cross_entropy_backward_row<T>(
-            {x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}}, m[i],
-            s[i], p[i], at[i], a, out + i * classes);
-    }
+        cross_entropy_backward_span<T>(
+            {x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}}, from,
+            m[i], s[i], p[i], at[i], a, out + i * classes);
+    });
   });
 }

@@ -17,10 +17,6 @@ namespace {
 
 constexpr const char* kNames[kIsaCount] = {"amx", "avx512", "avx2", "scalar", "amx_emulated"};
 
-struct Features {
-  bool avx2 = false, avx512 = false, amx_cpu = false, amx_permission = false;
-};
-
 // The tile state is 8 KiB that the kernel saves per thread only after a process has asked for it
 // (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 18). Without it the first tile instruction
 // is SIGILL.
@@ -56,8 +52,7 @@ const Features& features() {
   return f;
 }
 
-std::string reason(Isa isa) {
-  const Features& f = features();
+std::string reason(Isa isa, const Features& f = features()) {
   switch (isa) {
     case Isa::amx:
       if (!f.amx_cpu) return "this CPU has no AMX tiles (amx-tile, amx-int8, amx-bf16)";
@@ -89,11 +84,15 @@ Isa checked(const std::string& wanted) {
   return isa;
 }
 
-Isa choose() {
-  if (const char* forced = std::getenv("FASTLM_CPU_ISA"); forced && *forced) return checked(forced);
+Isa best(const Features& f) {
   for (Isa i : {Isa::amx, Isa::avx512, Isa::avx2})
-    if (reason(i).empty()) return i;
+    if (reason(i, f).empty()) return i;
   return Isa::scalar;
+}
+
+Isa choose() {
+  const char* forced = std::getenv("FASTLM_CPU_ISA");
+  return forced && *forced ? checked(forced) : best(features());
 }
 
 Isa& current() {
@@ -107,6 +106,10 @@ const char* name(Isa i) { return kNames[static_cast<int>(i)]; }
 Isa isa() { return current(); }
 void set_isa(const std::string& wanted) { current() = checked(wanted); }
 std::string why_not(const std::string& wanted) { return reason(parse(wanted)); }
+
+std::pair<std::string, std::string> choice_on(const Features& f) {
+  return {name(best(f)), reason(Isa::amx, f)};
+}
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;

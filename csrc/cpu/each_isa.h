@@ -32,15 +32,18 @@
 extern "C" void __asan_loadN(const void* p, size_t bytes);
 extern "C" void __asan_storeN(const void* p, size_t bytes);
 extern "C" void __asan_poison_memory_region(const volatile void* p, size_t bytes);
+extern "C" void __asan_unpoison_memory_region(const volatile void* p, size_t bytes);
 #define FASTLM_READS(p, bytes) __asan_loadN(p, size_t(bytes))
 #define FASTLM_WRITES(p, bytes) __asan_storeN(p, size_t(bytes))
 #define FASTLM_GUARD 64  // bytes between the parts of one allocation that nobody may touch
 #define FASTLM_POISON(p, bytes) __asan_poison_memory_region(p, size_t(bytes))
+#define FASTLM_UNPOISON(p, bytes) __asan_unpoison_memory_region(p, size_t(bytes))
 #else
 #define FASTLM_READS(p, bytes)
 #define FASTLM_WRITES(p, bytes)
 #define FASTLM_GUARD 0
 #define FASTLM_POISON(p, bytes)
+#define FASTLM_UNPOISON(p, bytes)
 #endif
 
 #ifndef FASTLM_BODY

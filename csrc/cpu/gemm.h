@@ -1,5 +1,5 @@
 // The matrix core that every op with a matrix product shares. One thread; an op splits its work and
-// calls this on blocks, inside a region that holds a `TileScope` (nothing except on AMX).
+// calls this on blocks, inside a region that holds a `TileScope` (tiles on AMX, no denormals).
 //
 //     C (M, N) float32  =  A (M, K) . B (K, N)      or  +=
 //
@@ -17,7 +17,7 @@
 //            VL columns           VL columns
 //          +-------------+      +-------------+      a panel is contiguous: one vector per KP rows,
 //     K/KP | pair,pair.. |      |             |      streamed once per block of MR rows of A;
-//          +-------------+      +-------------+      KC rows of NP panels stay in the L1
+//          +-------------+      +-------------+      KC rows of NP panels stay in the L2
 //
 // Register block: MR rows x NP panels, accumulators in registers over KC.
 #ifdef FASTLM_BF16_DOT
@@ -42,7 +42,7 @@ using Elem = typename ElemOf<T>::type;
 #include "cpu/amx.h"
 #else
 struct TileScope {
-  ~TileScope() {}
+  FlushDenormals flush;
 };
 #endif
 
@@ -68,10 +68,10 @@ constexpr int NP = 2, MR = 6;  // 12 + 2 + 1 of 16
 constexpr int NP = 2, MR = 4;  // 8 + 2 + 1 of 16
 #endif
 constexpr int NR = NP * VL;
-constexpr int B_BLOCK_BYTES =
-    32 << 10;  // of B in the L1 (32 to 48 KiB everywhere), the rest is for A and C
+// k summed in registers before C is touched: 2 KiB of each column of B. With 64 columns that block
+// lives in the L2; one of 32 KiB in the L1 lost 3 % to reloads of C.
 template <class E>
-constexpr int KC = B_BLOCK_BYTES / NR / int(sizeof(E)) / 32 * 32;
+constexpr int KC = 2048 / int(sizeof(E));
 
 template <class E>
 FASTLM_INLINE int64_t packed_b_elements(int64_t k, int64_t n) {
@@ -202,14 +202,30 @@ template <class E, class S>
 void pack_b(const S* source, int64_t k_stride, int64_t n_stride, int64_t k, int64_t n, E* packed) {
   const int64_t kp = padded_k<E>(k);
   constexpr int P = KP<E>;
+  if (n_stride == 1) {
+    for (; n >= 4 * VL; n -= 4 * VL, source += 4 * VL, packed += 4 * kp * VL) {
+      for (int64_t i = 0; i + P <= k; i += P)
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p)  // whole cache lines of the source
+          store_words(packed + (p * kp + i) * VL,
+                      column_words<E>(source + i * k_stride + p * VL, k_stride, P, VL));
+      for (int64_t i = k / P * P; i < kp; i += P)
+        for (int p = 0; p < 4; ++p)
+          store_words(packed + (p * kp + i) * VL,
+                      i < k ? column_words<E>(source + i * k_stride + p * VL, k_stride, k - i, VL)
+                            : vint{});
+    }
+    for (; n > 0; n -= VL, source += VL, packed += kp * VL)
+      for (int64_t i = 0; i < kp; i += P)
+        store_words(packed + i * VL, i < k ? column_words<E>(source + i * k_stride, k_stride, k - i,
+                                                             int(std::min<int64_t>(VL, n)))
+                                           : vint{});
+    return;
+  }
   for (int64_t n0 = 0; n0 < n; n0 += VL, packed += kp * VL) {
     const int width = int(std::min<int64_t>(VL, n - n0));
     const S* s = source + n0 * n_stride;
-    if (n_stride == 1) {
-      for (int64_t i = 0; i < kp; i += P)
-        store_words(packed + i * VL,
-                    i < k ? column_words<E>(s + i * k_stride, k_stride, k - i, width) : vint{});
-    } else if (k_stride == 1) {  // a column of B is contiguous: transposed VL words at a time
+    if (k_stride == 1) {  // a column of B is contiguous: transposed VL words at a time
       for (int64_t i = 0; i < kp; i += P * VL) {
         vint r[VL];
         for (int j = 0; j < VL; ++j)
@@ -272,7 +288,17 @@ void pack_a(const S* source, int64_t m_stride, int64_t k_stride, int64_t m, int6
 }
 
 FASTLM_INLINE vfloat broadcast(const float* a) { return splat(*a); }
-FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, float) { return c + a * b; }
+// One rounding: left to itself, GCC fuses or not by the shape of the loop, and a row's sum would
+// depend on how many rows it is multiplied with.
+FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, float) {
+#if FASTLM_VL == 16
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FASTLM_VL == 8
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return c + a * b;
+#endif
+}
 #ifdef FASTLM_BF16_DOT
 FASTLM_INLINE vfloat broadcast(const bf16* a) {
   int32_t pair;

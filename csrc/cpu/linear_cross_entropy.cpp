@@ -3,6 +3,7 @@
 
 #define FASTLM_BODY "cpu/linear_cross_entropy.h"
 #include "cpu/each_isa.h"
+#include "cpu/huge_pages.h"
 #include "cpu/ops.h"
 
 namespace fastlm {
@@ -20,6 +21,7 @@ void linear_cross_entropy_scores(TensorView x, TensorView w, OptionalTensor bias
                                  float scale, OptionalTensor exponentials, TensorView stats,
                                  TensorView at_target, TensorView shift, TensorView log_sum,
                                  TensorView nll, TensorView smoothed) {
+  if (exponentials) prefer_huge_pages(*exponentials);
   FASTLM_RUN(linear_cross_entropy_scores, x, w, pointer(bias), target, pointer(class_weight),
              ignore_index, softcap, scale, pointer(exponentials), stats, at_target, shift, log_sum,
              nll, smoothed);
@@ -33,6 +35,7 @@ void linear_cross_entropy_gradients(TensorView on_p, TensorView on_target, Optio
                                     TensorView exponentials, TensorView stats, TensorView at_target,
                                     OptionalTensor dx, OptionalTensor dw, OptionalTensor dbias,
                                     bool accumulate) {
+  if (dw && !accumulate) prefer_huge_pages(*dw);
   FASTLM_RUN(linear_cross_entropy_gradients, on_p, on_target, pointer(on_all), x, w, pointer(bias),
              target, pointer(class_weight), shift, log_sum, ignore_index, softcap, scale,
              have_exponentials, exponentials, stats, at_target, pointer(dx), pointer(dw),
@@ -40,6 +43,7 @@ void linear_cross_entropy_gradients(TensorView on_p, TensorView on_target, Optio
 }
 
 void scale_to(TensorView source, float factor, TensorView out) {
+  prefer_huge_pages(out);
   FASTLM_RUN(scale_to, source, factor, out);
 }
 

@@ -1,27 +1,35 @@
 // Cross-entropy of x (R, D) . w (V, D)^T + bias for one chunk of R rows; the caller loops over
 // chunks. Body of linear_cross_entropy.cpp, compiled per instruction set.
 //
-//            R columns (rows of x)            scores     z^T block = w block . x^T, softmax
-//            statistics
-//          +------------------------+                    per column; optionally e^(z - block's max)
-//   VB rows|  block of z^T, one     |                    is kept
-//   of w   |  thread's work         |         gradients  G^T = dloss/dz^T, from the exponentials or
-//   from
-//          +------------------------+                    z^T again;  dw block (+)= G^T . x
-//          |  ...                   |                    then, all blocks done, dx = G . w
+//            R columns (rows of x)            scores     z^T block = w block . x^T, E = e^(z -
+//            base)
+//          +------------------------+                    and its sum per column; E may be kept
+//   VB rows|  block of z^T, one     |         gradients  dw block (+)= E . (f x), f turning E into
+//   of w   |  thread's work         |                    dloss/dz^T, and E turned in place; then,
+//          +------------------------+                    all blocks done, dx = f (E^T . w)
+//          |  ...                   |
 //
 // Transposed scores: w's rows are then the A operand where they lie, x is packed once per chunk,
-// the rows' statistics sit in lanes (no horizontal reduction), and G^T is already the A operand of
-// dw. G^T is turned in place once (region [R][VB]) to be the A operand of dx.
+// the rows' statistics sit in lanes (no horizontal reduction), and E is already the A operand of
+// dw. What dloss/dz has besides f E, one element per target, is added to dw and dx in float32.
+// Label smoothing would be of rank 1, but the difference needs E's precision: dloss/dz takes E's
+// place.
 //
-// R is padded to a multiple of RP with zero rows of x. E is what gemm.h multiplies (bf16 or float).
+// `base` is one number per row, not the block's maximum, so that f is one number per row too: the
+// largest of a few scores, which is the row's maximum give or take a window in which nothing over-
+// or underflows. Where it is not, the chunk is done again with the maximum itself.
+//
+// R is padded to a multiple of RP with zero rows of x. E's elements are what gemm.h multiplies
+// (bf16 or float).
 #include "cpu/gemm.h"
 #include "cpu/scores.h"
 
-constexpr int64_t VB = 256;  // rows of w per block: 256 x 512 fp32 of dw or z^T are half of an L2
-constexpr int64_t DB = 128;  // columns of dx per task: 512 x 128 fp32 = 256 KiB in the L2
-constexpr int64_t RC = 256;  // columns of z^T at a time: 256 KiB of fp32 in the L2
-constexpr int64_t RP = 32;   // a tile row of bf16: G^T is used as it lies
+constexpr int64_t VB = 256;     // rows of w per block: 256 x 512 fp32 of dw are half of an L2
+constexpr int64_t DB = 256;     // most columns of dx per task: 512 x 256 fp32 in the L2
+constexpr int64_t RC = 256;     // columns of z^T at a time: 256 KiB of fp32 in the L2
+constexpr int64_t RP = 32;      // a tile row of bf16: E is used as it lies
+constexpr int64_t SAMPLE = 64;  // scores whose maximum is the first `base`: one micro-panel
+constexpr double WINDOW = 50;   // e^50 squared is a float, e^-50 and 16 digits below it are too
 
 // Memory of one thread for one call.
 template <class X>
@@ -63,249 +71,379 @@ struct LinearScores {
   // Scores of `count` rows of w from v0 on against columns [j0, j0 + n) of x^T, to z (count, n).
   // `rows_of_w` holds the rows of w where they cannot be used as they lie.
   void block(int64_t v0, int64_t count, int64_t j0, int64_t n, const E* packed, E* rows_of_w,
-             float* z) const {
+             float* z, bool pack) const {
     const E* a = rows_of_w;
     int64_t lda = padded_k<E>(width);
     if constexpr (std::is_same_v<E, T>)
       if (width == lda) a = w + v0 * w_stride, lda = w_stride;
-    if (a == rows_of_w && j0 == 0)
-      pack_a<E>(w + v0 * w_stride, w_stride, 1, count, width, rows_of_w);
+    if (a == rows_of_w && pack) pack_a<E>(w + v0 * w_stride, w_stride, 1, count, width, rows_of_w);
     gemm<E>(count, n, width, a, lda, packed + j0 * padded_k<E>(width), z, n, false);
     if (!bias && score.scale == 1 && !score.cap) return;
     for (int64_t r = 0; r < count; ++r)
       for (int64_t j = 0; j < n; j += VL)
         store(z + r * n + j, score(load(z + r * n + j) + (bias ? bias[v0 + r] : 0.f)));
   }
-};
 
-// Statistics of a block: maximum, sum of exponentials and weighted sum of z - maximum per column,
-// each (blocks, R padded).
-struct BlockStats {
-  float *most, *sum, *weighted;
-  int64_t padded;
-  BlockStats(const TensorView& stats, int64_t blocks, int64_t padded)
-      : most(stats.data<float>("stats")),
-        sum(most + blocks * padded),
-        weighted(sum + blocks * padded),
-        padded(padded) {}
-};
-
-// x (R, D), w (V, D), bias (V) float32 or absent, target (R) int64, class_weight (V) float32 or
-// absent; exponentials: V rounded up to VB times R padded elements of E, or absent; stats (3,
-// blocks, R padded) float32; at_target, shift, log_sum, nll, smoothed (R) float32
-template <class T>
-void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t* target,
-                                    const float* class_weight, int64_t ignore_index,
-                                    Elem<T>* exponentials, BlockStats stats, float* at_target,
-                                    float* shift, float* log_sum, float* nll, float* smoothed) {
-  using E = Elem<T>;
-  const int64_t rp = chunk.padded(), blocks = vocabulary_blocks(chunk.classes);
-  Scratch<E> packed(rp * padded_k<E>(chunk.width));
-  chunk.pack_x(packed);
+  // f(b, v0, count, j0, n, z) for every block of scores, on all threads.
+  template <class F>
+  void each_block(const E* packed, F f) const {
+    const int64_t blocks = vocabulary_blocks(classes), rp = padded();
 #pragma omp parallel
-  {
-    Scratch<E> rows_of_w(VB * padded_k<E>(chunk.width));
-    Scratch<float> z(VB * RC);
-    TileScope tiles;
+    {
+      Scratch<E> rows_of_w(VB * padded_k<E>(width));
+      Scratch<float> z(VB * RC);
+      TileScope tiles;
 #pragma omp for schedule(dynamic)
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0);
-      for (int64_t j0 = 0; j0 < rp; j0 += RC) {
-        const int64_t n = std::min(RC, rp - j0);
-        chunk.block(v0, count, j0, n, packed, rows_of_w, z);
-        for (int64_t i = j0; i < std::min(j0 + n, chunk.rows); ++i)
-          if (target[i] != ignore_index && target[i] >= v0 && target[i] < v0 + count)
-            at_target[i] = z[(target[i] - v0) * n + i - j0];
-        for (int64_t j = 0; j < n; j += 2 * VL) {  // two vectors: a whole cache line or two per row
-          const float* column = z + j;
-          vfloat most[2] = {load(column), load(column + VL)};
-          for (int64_t r = 1; r < count; ++r)
-            for (int p = 0; p < 2; ++p) most[p] = vmax(most[p], load(column + r * n + p * VL));
-          for (int p = 0; p < 2; ++p) {
-            const vfloat least = splat(NEGATIVE_INFINITY);
-            const vfloat m = most[p] == least ? vfloat{} : most[p];
-            vfloat sum{}, weighted{};
-            for (int64_t r = 0; r < count; ++r) {
-              const vfloat s = load(column + r * n + p * VL), e = vexp(s - m);
-              sum += e;
-              if (class_weight) weighted += class_weight[v0 + r] * (s - m);
-              if (exponentials)
-                store(exponentials + (v0 + r) * rp + j0 + j + p * VL,
-                      chunk.score.cap ? e * chunk.score.slope(s) : e);
-            }
-            const int64_t at = b * rp + j0 + j + p * VL;
-            store(stats.most + at, most[p]), store(stats.sum + at, sum);
-            store(stats.weighted + at, weighted);
-          }
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t v0 = b * VB, count = std::min(VB, classes - v0);
+        for (int64_t j0 = 0; j0 < rp; j0 += RC) {
+          const int64_t n = std::min(RC, rp - j0);
+          block(v0, count, j0, n, packed, rows_of_w, z, j0 == 0);
+          f(b, v0, count, j0, n, static_cast<const float*>(z));
         }
       }
     }
   }
-  for (int64_t i = 0; i < chunk.rows; ++i) {
-    float m = NEGATIVE_INFINITY, sum = 0, weighted = 0, weights = 0;
-    for (int64_t b = 0; b < blocks; ++b) m = std::max(m, stats.most[b * rp + i]);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const float below = finite_max(stats.most[b * rp + i]) - m;
-      sum += stats.sum[b * rp + i] * std::exp(below);
-      if (class_weight) {
-        float w = 0;
-        for (int64_t v = b * VB; v < std::min((b + 1) * VB, chunk.classes); ++v)
-          w += class_weight[v];
-        weights += w, weighted += stats.weighted[b * rp + i] + w * below;
-      }
-    }
-    shift[i] = m, log_sum[i] = std::log(sum);
-    nll[i] = target[i] == ignore_index ? 0.f : log_sum[i] - (at_target[i] - m);
-    if (class_weight) smoothed[i] = weights * log_sum[i] - weighted;
+};
+
+// Statistics of a chunk: `base` per column, then per block and column the sum of E and the
+// weighted sum of z - base.
+struct ChunkStats {
+  float *base, *sum, *weighted;
+  int64_t padded;
+  static int64_t elements(int64_t blocks, int64_t padded) { return (1 + 2 * blocks) * padded; }
+  ChunkStats(float* stats, int64_t blocks, int64_t padded)
+      : base(stats), sum(base + padded), weighted(sum + blocks * padded), padded(padded) {}
+};
+
+// y += a x
+template <class X>
+FASTLM_INLINE void add_scaled(float* y, float a, const X* x, int64_t n) {
+  for (int64_t j = 0; j < n; j += VL) {
+    const int k = int(std::min<int64_t>(VL, n - j));
+    if (k == VL)
+      store(y + j, load(y + j) + a * load(x + j));
+    else
+      store(y + j, load(y + j, k) + a * load(x + j, k), k);
   }
 }
 
-// Coefficients of the rows, padded with zeros: on_p e^(block's max - lse) and so on.
+// The largest of `count` scores per column of z (count, n).
+inline void largest(const float* z, int64_t count, int64_t n, float* most) {
+  for (int64_t j = 0; j < n; j += VL) store(most + j, load(z + j));
+  for (int64_t r = 1; r < count; ++r)
+    for (int64_t j = 0; j < n; j += VL) store(most + j, vmax(load(most + j), load(z + r * n + j)));
+}
+
+// Two vectors that follow each other.
+template <class E>
+FASTLM_INLINE void store_pair(E* p, vfloat a, vfloat b) {
+#ifdef FASTLM_BF16_DOT
+  if constexpr (sizeof(E) == 2) {
+    const auto both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    memcpy(p, &both, sizeof both);
+    return;
+  }
+#endif
+  store(p, a), store(p + VL, b);
+}
+
+// E and its sum for P vectors of columns of z (count, n).
+template <int P, class E>
+void exponentials_of(const Scores& score, const float* z, int64_t count, int64_t n,
+                     const float* base, float* sums, E* kept, int64_t kept_stride) {
+  vfloat sum[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) sum[p] = vfloat{};
+  for (int64_t r = 0; r < count; ++r) {
+    vfloat e[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      e[p] = vexp(load(z + r * n + p * VL) - load(base + p * VL));
+      sum[p] += e[p];
+    }
+    if (!kept) continue;
+    if (score.cap)
+      for (int p = 0; p < P; ++p) e[p] *= score.slope(load(z + r * n + p * VL));
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p += 2) store_pair(kept + r * kept_stride + p * VL, e[p], e[p + 1]);
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) store(sums + p * VL, sum[p]);
+}
+
+// x (R, D), w (V, D), bias (V) float32 or absent, target (R) int64, class_weight (V) float32 or
+// absent; exponentials: V rounded up to VB times R padded elements of E, or absent; stats
+// (1 + 2 blocks, R padded) float32; at_target, shift, log_sum, nll, smoothed (R) float32.
+// shift + log_sum is the log of the sum of e^z, shift its nearest float.
+template <class T>
+void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t* target,
+                                    const float* class_weight, int64_t ignore_index,
+                                    Elem<T>* exponentials, ChunkStats stats, float* at_target,
+                                    float* shift, float* log_sum, float* nll, float* smoothed) {
+  using E = Elem<T>;
+  const int64_t rp = chunk.padded(), rows = chunk.rows, blocks = vocabulary_blocks(chunk.classes);
+  Scratch<E> packed(rp * padded_k<E>(chunk.width));
+  chunk.pack_x(packed);
+  Scratch<double> total(rows);
+  const auto set_base = [&](const float* most) {
+    for (int64_t i = 0; i < rp; ++i)  // a padded column's E is 0, whatever the bias is
+      stats.base[i] = i >= rows ? -NEGATIVE_INFINITY : finite_max(most[i]);
+  };
+  const auto sweep = [&] {
+    chunk.each_block(packed, [&](int64_t b, int64_t v0, int64_t count, int64_t j0, int64_t n,
+                                 const float* z) {
+      for (int64_t i = j0; i < std::min(j0 + n, rows); ++i)
+        if (target[i] != ignore_index && target[i] >= v0 && target[i] < v0 + count)
+          at_target[i] = z[(target[i] - v0) * n + i - j0];
+      constexpr int P = VL == 16 ? 8 : RP / VL;  // 128 columns with 32 registers
+      for (int64_t j = 0; j < n;) {
+        const auto part = [&](auto vectors) {
+          exponentials_of<decltype(vectors)::value, E>(
+              chunk.score, z + j, count, n, stats.base + j0 + j, stats.sum + b * rp + j0 + j,
+              exponentials ? exponentials + v0 * rp + j0 + j : nullptr, rp);
+          j += decltype(vectors)::value * VL;
+        };
+        if (n - j >= P * VL)
+          part(std::integral_constant<int, P>{});
+        else
+          part(std::integral_constant<int, RP / VL>{});
+      }
+      if (class_weight)
+        for (int64_t j = 0; j < n; j += VL) {
+          vfloat weighted{};
+          for (int64_t r = 0; r < count; ++r)
+            weighted += class_weight[v0 + r] * (load(z + r * n + j) - load(stats.base + j0 + j));
+          store(stats.weighted + b * rp + j0 + j, weighted);
+        }
+    });
+    for (int64_t i = 0; i < rows; ++i) total[i] = 0;
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t i = 0; i < rows; ++i) total[i] += stats.sum[b * rp + i];
+  };
+  {
+    Scratch<float> most(rp);
+#pragma omp parallel
+    {
+      const int64_t count = std::min(SAMPLE, chunk.classes), width = std::min<int64_t>(rp, 2 * RP);
+      Scratch<E> rows_of_w(SAMPLE * padded_k<E>(chunk.width));
+      Scratch<float> z(SAMPLE * width);
+      TileScope tiles;
+#pragma omp for schedule(static)
+      for (int64_t j0 = 0; j0 < rp; j0 += width) {
+        const int64_t n = std::min(width, rp - j0);
+        chunk.block(0, count, j0, n, packed, rows_of_w, z, true);
+        largest(z, count, n, most + j0);
+      }
+    }
+    set_base(most);
+    for (int64_t i = 0; i < rows; ++i)
+      if (!std::isfinite(stats.base[i])) stats.base[i] = 0;
+  }
+  sweep();
+  bool in_window = true;  // not where a total is NaN
+  for (int64_t i = 0; i < rows; ++i) in_window &= std::abs(std::log(total[i])) < WINDOW;
+  if (!in_window) {
+    chunk.each_block(packed,
+                     [&](int64_t b, int64_t, int64_t count, int64_t j0, int64_t n, const float* z) {
+                       largest(z, count, n, stats.sum + b * rp + j0);
+                     });
+    for (int64_t b = 1; b < blocks; ++b)
+      for (int64_t i = 0; i < rows; ++i)
+        stats.sum[i] = std::max(stats.sum[i], stats.sum[b * rp + i]);
+    set_base(stats.sum);
+    sweep();
+  }
+  double weights = 0;
+  if (class_weight)
+    for (int64_t v = 0; v < chunk.classes; ++v) weights += class_weight[v];
+  for (int64_t i = 0; i < rows; ++i) {
+    const double above = std::log(total[i]), lse = stats.base[i] + above;
+    shift[i] = float(lse);
+    log_sum[i] = std::isfinite(lse) ? float(lse - shift[i]) : 0.f;
+    nll[i] = target[i] == ignore_index ? 0.f : float(lse - at_target[i]);
+    if (class_weight) {
+      double weighted = 0;
+      for (int64_t b = 0; b < blocks; ++b) weighted += stats.weighted[b * rp + i];
+      smoothed[i] = float(weights * above - weighted);
+    }
+  }
+}
+
+// Coefficients of the rows: dloss/dz = on_p p - on_target [v is the target] - on_all class_weight.
 struct Coefficients {
   const float *on_p, *on_target, *on_all, *shift, *log_sum;
 };
 
 // dx (R, D) like x, dw (V, D) float32, dbias (V) float32: each may be absent. `have_exponentials`:
 // `exponentials`, `stats` and `at_target` are as linear_cross_entropy_scores left them; without,
-// they are workspace. dw and dbias are added to when `accumulate`.
+// exponentials is workspace, in which dloss/dz^T is made from scores computed again. dw and dbias
+// are added to when `accumulate`.
 template <class T>
 void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coefficients& of,
                                        const int64_t* target, const float* class_weight,
                                        int64_t ignore_index, bool have_exponentials,
-                                       Elem<T>* exponentials, BlockStats stats,
+                                       Elem<T>* exponentials, ChunkStats stats,
                                        const float* at_target, T* dx, float* dw, float* dbias,
                                        bool accumulate) {
   using E = Elem<T>;
-  const int64_t rp = chunk.padded(), d = chunk.width, blocks = vocabulary_blocks(chunk.classes);
+  const int64_t rows = chunk.rows, rp = chunk.padded(), d = chunk.width,
+                blocks = vocabulary_blocks(chunk.classes);
   const Scores score = chunk.score;
+  // E is multiplied as it was kept; else dloss/dz^T is made in its place first
+  const bool direct = have_exponentials && !of.on_all;
   Scratch<E> packed(have_exponentials ? 0 : rp * padded_k<E>(d));  // for z^T = w . x^T
-  Scratch<E> packed_rows(packed_b_elements<E>(chunk.rows, d));     // for dw = G^T . x
-  Scratch<float> coefficients(5 * rp);
+  Scratch<E> scaled(rows * d);                                     // f x
+  Scratch<E> packed_rows(packed_b_elements<E>(rows, d));           // the same for dw = E . (f x)
+  // Per column: the coefficients, padded with zeros; `factor` that turns E into on_p p; f, what is
+  // left of it for x and dx; at the target, on_p p - on_target and E.
+  Scratch<float> coefficients(9 * rp);
   float *on_p = coefficients, *on_target = on_p + rp, *on_all = on_target + rp,
-        *shift = on_all + rp, *log_sum = shift + rp;
+        *shift = on_all + rp, *log_sum = shift + rp, *factor = log_sum + rp, *f = factor + rp,
+        *whole = f + rp, *e_target = whole + rp;
   for (int64_t i = 0; i < rp; ++i) {
-    const bool real = i < chunk.rows;
+    const bool real = i < rows;
     on_p[i] = real ? of.on_p[i] * score.scale : 0.f;
     on_target[i] = real ? of.on_target[i] * score.scale : 0.f;
     on_all[i] = real && of.on_all ? of.on_all[i] * score.scale : 0.f;
     // a padded column's scores are the bias: whatever it is, e^(bias - inf) is 0
     shift[i] = real ? of.shift[i] : -NEGATIVE_INFINITY, log_sum[i] = real ? of.log_sum[i] : 0.f;
+    f[i] = real ? 1.f : 0.f;
+    factor[i] = whole[i] = e_target[i] = 0.f;
+    if (!real || !have_exponentials) continue;
+    const double lse = double(shift[i]) + log_sum[i];
+    factor[i] = float(on_p[i] * std::exp(stats.base[i] - lse));
+    if (direct) f[i] = factor[i];
+    const float slope = score.cap ? score.slope(splat(at_target[i]))[0] : 1.f;
+    whole[i] = float(on_p[i] * std::exp(at_target[i] - lse) - on_target[i]) * slope;
   }
   if (!have_exponentials) chunk.pack_x(packed);
-  const int64_t panel = padded_k<E>(chunk.rows) * VL;
+  const int64_t panel = padded_k<E>(rows) * VL;
+  Scratch<E*> turned(blocks);  // where a block's E^T lies: in the block that was turned before
 #pragma omp parallel
   {
+    TileScope tiles;
     if (dw) {
 #pragma omp for schedule(static)
-      for (int64_t p = 0; p < (d + VL - 1) / VL; ++p)
-        pack_b<E>(chunk.x + p * VL, chunk.x_stride, 1, chunk.rows,
-                  std::min<int64_t>(VL, d - p * VL), packed_rows + p * panel);
+      for (int64_t p = 0; p < (d + VL - 1) / VL; ++p) {
+        const int64_t j = p * VL;
+        const int n = int(std::min<int64_t>(VL, d - j));
+        for (int64_t i = 0; i < rows; ++i) {
+          const T* from = chunk.x + i * chunk.x_stride + j;
+          const vfloat x = n == VL ? load(from) : load(from, n);
+          store(scaled + i * d + j, x * f[i], n);
+        }
+        pack_b<E>(scaled + j, d, 1, rows, n, packed_rows + p * panel);
+      }
     }
-    Scratch<E> rows_of_w(have_exponentials ? 0 : VB * padded_k<E>(d)), g(VB * rp);
-    Scratch<float> z(have_exponentials ? 0 : VB * RC), factor(rp);
+    Scratch<E> rows_of_w(have_exponentials ? 0 : VB * padded_k<E>(d)), first_spare(VB * rp);
+    Scratch<float> z(have_exponentials ? 0 : VB * RC);
     // double: the terms of all rows less those of the targets may cancel to nothing
     Scratch<double> bias_sum(VB);
-    TileScope tiles;
+    E* spare = first_spare;
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0);
       E* region = exponentials + v0 * rp;
-      memset(bias_sum, 0, VB * sizeof(double));
-      // G^T, one element to be corrected per target
-      const auto put = [&](int64_t r, int64_t i, vfloat gradient, vfloat& sum) {
-        sum += gradient;
-        store(g + r * rp + i, gradient);
-      };
-      const auto add_lanes = [&](vfloat sum, double& total) {
-        if (dbias)
-          for (int lane = 0; lane < VL; ++lane) total += sum[lane];
-      };
-      const auto correct = [&](int64_t i, float gradient, float slope) {
-        const int64_t r = target[i] - v0;
-        bias_sum[r] -= double(on_target[i]) * slope;
-        g[r * rp + i] = from_float<E>(gradient - on_target[i] * slope);
-      };
       const auto here = [&](int64_t i) {
         return target[i] != ignore_index && target[i] >= v0 && target[i] < v0 + count;
       };
-      if (have_exponentials) {
-        for (int64_t i = 0; i < rp; i += VL) {
-          const vfloat m = load(stats.most + b * rp + i), p = load(on_p + i);
-          const vfloat f = vexp(m - load(shift + i) - load(log_sum + i)) * p;
-          store(factor + i, f);
-        }
+      const auto weight_of = [&](int64_t r) { return class_weight ? class_weight[v0 + r] : 0.f; };
+      if (dbias) memset(bias_sum, 0, VB * sizeof(double));
+      if (have_exponentials && !direct) {
         for (int64_t r = 0; r < count; ++r) {
-          const float w = class_weight ? class_weight[v0 + r] : 0.f;
-          vfloat sum{};
-          if (of.on_all)
-            for (int64_t i = 0; i < rp; i += VL)
-              put(r, i, load(region + r * rp + i) * load(factor + i) - load(on_all + i) * w, sum);
-          else
-            for (int64_t i = 0; i < rp; i += VL)
-              put(r, i, load(region + r * rp + i) * load(factor + i), sum);
-          add_lanes(sum, bias_sum[r]);
+          E* g = region + r * rp;
+          const float w = weight_of(r);
+          for (int64_t i = 0; i < rp; i += VL)
+            store(g + i, load(g + i) * load(factor + i) - load(on_all + i) * w);
         }
-        for (int64_t i = 0; i < chunk.rows; ++i)
+        for (int64_t i = 0; i < rows; ++i)
           if (here(i)) {
             const int64_t r = target[i] - v0;
-            const float gradient = to_float(region[r * rp + i]) * factor[i] -
-                                   (of.on_all ? on_all[i] * class_weight[v0 + r] : 0.f);
-            correct(i, gradient, score.cap ? score.slope(splat(at_target[i]))[0] : 1.f);
+            region[r * rp + i] = from_float<E>(whole[i] - on_all[i] * weight_of(r));
           }
-      } else {
+      }
+      if (!have_exponentials)
         for (int64_t j0 = 0; j0 < rp; j0 += RC) {
           const int64_t n = std::min(RC, rp - j0);
-          chunk.block(v0, count, j0, n, packed, rows_of_w, z);
+          chunk.block(v0, count, j0, n, packed, rows_of_w, z, j0 == 0);
           const auto gradient = [&](vfloat s, int64_t i, float w) {
             vfloat e = vexp(s - load(shift + i) - load(log_sum + i)) * load(on_p + i);
             if (of.on_all) e -= load(on_all + i) * w;
             return score.cap ? e * score.slope(s) : e;
           };
           for (int64_t r = 0; r < count; ++r) {
-            const float w = class_weight ? class_weight[v0 + r] : 0.f;
-            vfloat sum{};
+            const float w = weight_of(r);
             for (int64_t j = 0; j < n; j += VL)
-              put(r, j0 + j, gradient(load(z + r * n + j), j0 + j, w), sum);
-            add_lanes(sum, bias_sum[r]);
+              store(region + r * rp + j0 + j, gradient(load(z + r * n + j), j0 + j, w));
           }
-          for (int64_t i = j0; i < std::min(j0 + n, chunk.rows); ++i)
+          for (int64_t i = j0; i < std::min(j0 + n, rows); ++i)
             if (here(i)) {
               const int64_t r = target[i] - v0, j = (i - j0) / VL * VL;
-              const float w = class_weight ? class_weight[v0 + r] : 0.f;
               const vfloat s = load(z + r * n + j);
               const int lane = int(i - j0 - j);
-              correct(i, gradient(s, j0 + j, w)[lane], score.cap ? score.slope(s)[lane] : 1.f);
+              const float slope = score.cap ? score.slope(s)[lane] : 1.f;
+              const float g = gradient(s, j0 + j, weight_of(r))[lane] - on_target[i] * slope;
+              region[r * rp + i] = from_float<E>(g);
+              if (dbias) bias_sum[r] += double(g) - to_float(region[r * rp + i]);
             }
         }
-      }
+      if (dbias)
+        for (int64_t r = 0; r < count; ++r) {
+          vfloat sum{};
+          for (int64_t i = 0; i < rp; i += VL) sum += load(region + r * rp + i) * load(f + i);
+          for (int lane = 0; lane < VL; ++lane) bias_sum[r] += sum[lane];
+        }
+      if (dw) gemm<E>(count, d, rows, region, rp, packed_rows, dw + v0 * d, d, accumulate);
+      if (direct)
+        for (int64_t i = 0; i < rows; ++i)
+          if (here(i)) {
+            const int64_t r = target[i] - v0;
+            e_target[i] = to_float(region[r * rp + i]);
+            if (dbias) bias_sum[r] += double(whole[i]) - double(f[i]) * e_target[i];
+            if (!dw) continue;
+            add_scaled(dw + (v0 + r) * d, whole[i], chunk.x + i * chunk.x_stride, d);
+            add_scaled(dw + (v0 + r) * d, -e_target[i], static_cast<const E*>(scaled) + i * d, d);
+          }
       if (dbias)
         for (int64_t r = 0; r < count; ++r)
           dbias[v0 + r] = float(bias_sum[r] + (accumulate ? dbias[v0 + r] : 0.f));
-      if (dw) gemm<E>(count, d, chunk.rows, g, rp, packed_rows, dw + v0 * d, d, accumulate);
-      if (dx) pack_a<E>(static_cast<const E*>(g), 1, rp, rp, count, region);
+      if (dx) {
+        pack_a<E>(static_cast<const E*>(region), 1, rp, rp, count, spare);
+        turned[b] = spare, spare = region;
+      }
     }
     if (dx) {
-      const int64_t across = (d + DB - 1) / DB;
-      // rows are split only where there are more threads than column blocks: each task packs w
-      const int64_t wanted = (omp_get_num_threads() + across - 1) / across;
-      const int64_t rows = std::max(RP, padded_rows((chunk.rows + wanted - 1) / wanted)),
-                    down = (chunk.rows + rows - 1) / rows;
-      Scratch<float> c(rows * DB);
-      Scratch<E> panels(packed_b_elements<E>(VB, DB));
+      // columns are split among the threads, rows only where there are more threads than that
+      // gives: each task packs its columns of w
+      const int64_t threads = omp_get_num_threads(),
+                    least = (((d + DB - 1) / DB + threads - 1) / threads) * threads,
+                    width = std::min(
+                        DB, std::max<int64_t>(((d + least - 1) / least + 63) / 64 * 64, 64)),
+                    across = (d + width - 1) / width, wanted = (threads + across - 1) / across,
+                    height = std::max(RP, padded_rows((rows + wanted - 1) / wanted)),
+                    down = (rows + height - 1) / height;
+      Scratch<float> c(height * width);
+      Scratch<E> panels(packed_b_elements<E>(VB, width));
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < across * down; ++task) {
-        const int64_t i0 = task / across * rows, d0 = task % across * DB;
-        const int64_t m = std::min(rows, chunk.rows - i0), n = std::min(DB, d - d0);
+        const int64_t i0 = task / across * height, d0 = task % across * width;
+        const int64_t m = std::min(height, rows - i0), n = std::min(width, d - d0);
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0),
                         lda = padded_k<E>(count);
           pack_b<E>(chunk.w + v0 * chunk.w_stride + d0, chunk.w_stride, 1, count, n, panels);
-          gemm<E>(m, n, count, exponentials + v0 * rp + i0 * lda, lda, panels, c, DB, b > 0);
+          gemm<E>(m, n, count, turned[b] + i0 * lda, lda, panels, c, width, b > 0);
         }
-        for (int64_t i = 0; i < m; ++i)
+        for (int64_t i = i0; i < i0 + m; ++i) {
+          float* sum = c + (i - i0) * width;
+          for (int64_t j = 0; j < n; j += VL) store(sum + j, load(sum + j) * f[i]);
+          if (direct && target[i] != ignore_index)
+            add_scaled(sum, whole[i] - f[i] * e_target[i],
+                       chunk.w + target[i] * chunk.w_stride + d0, n);
           for (int64_t j = 0; j < n; j += VL)
-            store(dx + (i0 + i) * d + d0 + j, load(c + i * DB + j),
-                  int(std::min<int64_t>(VL, n - j)));
+            store(dx + i * d + d0 + j, load(sum + j), int(std::min<int64_t>(VL, n - j)));
+        }
       }
     }
   }
@@ -350,11 +488,11 @@ inline void linear_cross_entropy_scores(const TensorView& x, const TensorView& w
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
     const int64_t rp = chunk.padded(), blocks = vocabulary_blocks(chunk.classes);
-    check_size("stats", "elements:", 3 * blocks * rp, stats.numel());
+    check_size("stats", "elements:", ChunkStats::elements(blocks, rp), stats.numel());
     linear_cross_entropy_scores_of<T>(
         chunk, target.data<int64_t>("target"), data_or_null<float>(class_weight, "class_weight"),
         ignore_index, workspace<Elem<T>>(exponentials, "exponentials", blocks * VB * rp),
-        BlockStats(stats, blocks, rp), at_target.data<float>("at_target"),
+        ChunkStats(stats.data<float>("stats"), blocks, rp), at_target.data<float>("at_target"),
         shift.data<float>("shift"), log_sum.data<float>("log_sum"), nll.data<float>("nll"),
         smoothed.data<float>("smoothed"));
   });
@@ -371,7 +509,7 @@ inline void linear_cross_entropy_gradients(
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
     const int64_t rp = chunk.padded(), blocks = vocabulary_blocks(chunk.classes);
-    check_size("stats", "elements:", 3 * blocks * rp, stats.numel());
+    check_size("stats", "elements:", ChunkStats::elements(blocks, rp), stats.numel());
     linear_cross_entropy_gradients_of<T>(
         chunk,
         {on_p.data<float>("on_p"), on_target.data<float>("on_target"),
@@ -380,7 +518,7 @@ inline void linear_cross_entropy_gradients(
         target.data<int64_t>("target"), data_or_null<float>(class_weight, "class_weight"),
         ignore_index, have_exponentials,
         workspace<Elem<T>>(&exponentials, "exponentials", blocks * VB * rp),
-        BlockStats(stats, blocks, rp), at_target.data<float>("at_target"),
+        ChunkStats(stats.data<float>("stats"), blocks, rp), at_target.data<float>("at_target"),
         data_or_null<T>(dx, "dx"), data_or_null<float>(dw, "dw"),
         data_or_null<float>(dbias, "dbias"), accumulate);
   });
@@ -393,13 +531,17 @@ inline void scale_to(const TensorView& source, float factor, const TensorView& o
   with_float(out.dtype(), "out", [&](auto tag) {
     using T = decltype(tag);
     T* o = out.data<T>("out");
-#pragma omp parallel for schedule(static) if (n > 32768)
-    for (int64_t b = 0; b < n; b += VL) {
-      const int k = int(std::min<int64_t>(VL, n - b));
-      if (k == VL)
-        store(o + b, load(s + b) * factor);
-      else
-        store(o + b, load(s + b, k) * factor, k);
+#pragma omp parallel if (n > 32768)
+    {
+      FlushDenormals flush;
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < n; b += VL) {
+        const int k = int(std::min<int64_t>(VL, n - b));
+        if (k == VL)
+          store(o + b, load(s + b) * factor);
+        else
+          store(o + b, load(s + b, k) * factor, k);
+      }
     }
   });
 }

@@ -36,7 +36,8 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
            const std::vector<OptionalTensor>& exp_avg_scales,
            const std::vector<OptionalTensor>& exp_avg_sq_scales,
            const std::vector<OptionalTensor>& masters, const std::vector<AdamwOptions>& options,
-           const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm);
+           const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm,
+           TensorView workspace);
 // cross_entropy.h; first_bad_target: row of the first class out of range, or -1
 int64_t first_bad_target(TensorView target, int64_t classes, int64_t ignore_index);
 void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor class_weight,
@@ -77,6 +78,9 @@ void attention_backward(TensorView dout, OptionalTensor dlse, TensorView q, Tens
                         bool causal, float scale, int64_t window, float softcap, double dropout_p,
                         TensorView dq, TensorView dk, TensorView dv, OptionalTensor dsinks,
                         OptionalTensor dbias, TensorView workspace);
+int64_t attention_backward_workspace(TensorView q, int64_t sequences, int64_t heads,
+                                     int64_t kv_heads, int64_t v_width, int64_t most_q,
+                                     int64_t most_k, int64_t all_rows);
 // quantized_linear.h
 void quantized_linear(TensorView x, TensorView qdata, TensorView scales, OptionalTensor zeros,
                       OptionalTensor bias, int bits, int64_t group_size, int act_bits, int form,
@@ -92,5 +96,6 @@ double multiply_in_l1(bool bf16_operands, int64_t repeats);
 double read_all(TensorView buffer);
 int64_t count_elements(TensorView a, TensorView b, TensorView c, TensorView d);
 int thread_count();
+int threads_that_flush();  // of all, those to which a denormal number is zero
 
 }  // namespace fastlm

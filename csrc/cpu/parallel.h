@@ -5,9 +5,14 @@
 template <class F>
 FASTLM_INLINE void parallel_for(int64_t count, bool worthwhile, F f) {
   if (!worthwhile) {
+    FlushDenormals flush;
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
   }
-#pragma omp parallel for schedule(static) firstprivate(f)
-  for (int64_t i = 0; i < count; ++i) f(i);
+#pragma omp parallel firstprivate(f)
+  {
+    FlushDenormals flush;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; ++i) f(i);
+  }
 }

@@ -33,4 +33,12 @@ int thread_count() {
   return n;
 }
 
+int threads_that_flush() {
+  int n = 0;
+#pragma omp parallel
+#pragma omp atomic
+  n += (_mm_getcsr() & 0x8040) != 0;
+  return n;
+}
+
 }  // namespace fastlm

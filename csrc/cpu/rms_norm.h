@@ -13,14 +13,14 @@
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
+constexpr int SUMS = 4;             // independent sums of a row
 constexpr int64_t BLOCK_ROWS = 64;  // rows per partial sum of dw: 64 blocks for a 4096-row batch
 
 template <class T, class W>
 void rms_norm_row(const T* x, const T* residual, const W* weight, float eps, float offset,
                   int64_t n, T* h, T* y, float* rstd) {
-  vfloat sum{};
-  for (int64_t j = 0; j < n; j += VL) {
-    const int k = int(std::min<int64_t>(VL, n - j));
+  vfloat sums[SUMS] = {};  // one chain of additions would wait for itself
+  const auto square = [&](int64_t j, int k) __attribute__((always_inline)) {
     vfloat v = k == VL ? load(x + j) : load(x + j, k);
     if (residual) {
       v += k == VL ? load(residual + j) : load(residual + j, k);
@@ -29,18 +29,22 @@ void rms_norm_row(const T* x, const T* residual, const W* weight, float eps, flo
       else
         store(h + j, v, k), v = load(h + j, k);
     }
-    sum += v * v;
+    return v * v;
+  };
+  int64_t j = 0;
+  for (; j + SUMS * VL <= n; j += SUMS * VL) {
+#pragma GCC unroll 4
+    for (int u = 0; u < SUMS; ++u) sums[u] += square(j + u * VL, VL);
   }
-  const float r = 1.f / std::sqrt(hsum(sum) / float(n) + eps);
+  for (; j + VL <= n; j += VL) sums[0] += square(j, VL);
+  if (j < n) sums[0] += square(j, int(n - j));
+  const float r = 1.f / std::sqrt(hsum((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(n) + eps);
   *rstd = r;
   const T* source = residual ? h : x;
-  for (int64_t j = 0; j < n; j += VL) {
-    const int k = int(std::min<int64_t>(VL, n - j));
-    if (k == VL)
-      store(y + j, load(source + j) * r * (load(weight + j) + offset));
-    else
-      store(y + j, load(source + j, k) * r * (load(weight + j, k) + offset), k);
-  }
+  for (j = 0; j + VL <= n; j += VL)
+    store(y + j, load(source + j) * r * (load(weight + j) + offset));
+  if (const int k = int(n - j))
+    store(y + j, load(source + j, k) * r * (load(weight + j, k) + offset), k);
 }
 
 // f(pointer to the weight): float32, or T as x is.
@@ -80,15 +84,19 @@ inline void rms_norm_forward(const TensorView& x, const TensorView* residual,
 template <class T, class W>
 void rms_norm_backward_row(const T* dy, const T* dh_above, const T* h, const W* weight, float r,
                            float offset, int64_t n, T* dx, float* dw) {
-  vfloat dot{};
-  for (int64_t j = 0; j < n; j += VL) {
-    const int k = int(std::min<int64_t>(VL, n - j));
-    if (k == VL)
-      dot += load(dy + j) * (load(weight + j) + offset) * load(h + j);
-    else
-      dot += load(dy + j, k) * (load(weight + j, k) + offset) * load(h + j, k);
+  vfloat dots[SUMS] = {};
+  const auto product = [&](int64_t j) __attribute__((always_inline)) {
+    return load(dy + j) * (load(weight + j) + offset) * load(h + j);
+  };
+  int64_t i = 0;
+  for (; i + SUMS * VL <= n; i += SUMS * VL) {
+#pragma GCC unroll 4
+    for (int u = 0; u < SUMS; ++u) dots[u] += product(i + u * VL);
   }
-  const float c = hsum(dot) * r * r / float(n);
+  for (; i + VL <= n; i += VL) dots[0] += product(i);
+  if (const int k = int(n - i))
+    dots[0] += load(dy + i, k) * (load(weight + i, k) + offset) * load(h + i, k);
+  const float c = hsum((dots[0] + dots[1]) + (dots[2] + dots[3])) * r * r / float(n);
   for (int64_t j = 0; j < n; j += VL) {
     const int k = int(std::min<int64_t>(VL, n - j));
     const vfloat g = k == VL ? load(dy + j) : load(dy + j, k),

@@ -12,7 +12,6 @@ GPU nothing waits for it. Rejected: ints (``.item()`` breaks the graph) and torc
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,17 +21,9 @@ from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import register
 from fastlm.errors import InputError
 
-
-class Options(NamedTuple):
-    """The options as operators take them: 0 means none."""
-
-    sinks: Tensor | None
-    alibi_slopes: Tensor | None
-    bias: Tensor | None
-    causal: bool
-    scale: float
-    window: int
-    softcap: float
+# sinks, alibi_slopes, bias, causal, scale, window, softcap as operators take them: 0 means none.
+# A plain tuple: a named one costs 0.4 us, a twentieth of a decode call.
+Options = tuple[Tensor | None, Tensor | None, Tensor | None, bool, float, int, float]
 
 
 def attention(
@@ -77,22 +68,24 @@ def attention(
     Raises:
         InputError: shapes, dtypes or devices do not fit together, or an option is out of range.
     """
-    if not q.dim() == k.dim() == v.dim() == 4:
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
         raise InputError(f"{name}: wanted 4 dimensions (B, heads, length, D), got {tuple(t.shape)}")
-    batch, heads, queries, _ = q.shape
-    kv_batch, kv_heads, keys, _ = k.shape
-    if kv_batch != batch or v.shape[:3] != (batch, kv_heads, keys):
+    batch, heads, queries, _ = q_shape
+    kv_batch, kv_heads, keys, _ = k_shape
+    v_batch, v_heads, v_keys, _ = v_shape
+    if not (kv_batch == v_batch == batch and v_heads == kv_heads and v_keys == keys):
         raise InputError(
             f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {batch} as q,"
             f" got {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    options = check_options(
+    sinks, alibi_slopes, bias, *numbers = check_options(
         q, k, v, heads, kv_heads, causal, scale, window, softcap, sinks, alibi_slopes, bias,
         (batch, heads, queries, keys),
     )  # fmt: skip
     seed = dropout_seed(dropout_p, q)
-    out, lse = _forward(q, k, v, *options[:3], seed, *options[3:], float(dropout_p))
+    out, lse = _forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers, float(dropout_p))
     return (out, lse) if return_lse else out
 
 
@@ -117,17 +110,21 @@ def check_options(
     if not q.is_floating_point():
         raise InputError(f"q: wanted a float dtype, got {q.dtype}")
     dtype, device = q.dtype, q.device
-    for name, t in (("k", k), ("v", v)):
-        if t.dtype != dtype and t.dtype not in kv_dtypes:
-            raise InputError(f"{name}: wanted {dtype} as q, got {t.dtype}")
-        if t.device != device:
-            raise InputError(f"{name}: wanted device {device} as q, got {t.device}")
+    if not (k.dtype == v.dtype == dtype and k.device == v.device == device):
+        for name, t in (("k", k), ("v", v)):
+            if t.dtype != dtype and t.dtype not in kv_dtypes:
+                raise InputError(f"{name}: wanted {dtype} as q, got {t.dtype}")
+            if t.device != device:
+                raise InputError(f"{name}: wanted device {device} as q, got {t.device}")
     width = q.shape[-1]
     if width == 0 or k.shape[-1] != width:
         raise InputError(f"k: wanted head width D = {width} >= 1 as q, got k {tuple(k.shape)}")
     if kv_heads == 0 or heads % kv_heads != 0:
         raise InputError(f"q: wanted heads a multiple of k's {kv_heads}, got {heads}")
-    for name, t in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+    given = (
+        () if sinks is alibi_slopes is None else (("sinks", sinks), ("alibi_slopes", alibi_slopes))
+    )
+    for name, t in given:
         if t is None:
             continue
         if t.shape != (heads,) or not t.is_floating_point() or t.device != device:
@@ -145,15 +142,8 @@ def check_options(
         raise InputError(f"window: wanted at least 1 or None, got {window}")
     if softcap is not None and not softcap > 0:
         raise InputError(f"softcap: wanted above 0 or None, got {softcap}")
-    return Options(
-        sinks,
-        alibi_slopes,
-        bias,
-        causal,
-        1 / math.sqrt(width) if scale is None else float(scale),
-        window or 0,
-        softcap or 0.0,
-    )
+    scale = 1 / math.sqrt(width) if scale is None else float(scale)
+    return sinks, alibi_slopes, bias, causal, scale, window or 0, softcap or 0.0
 
 
 def _bias_4d(q: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -205,6 +195,8 @@ def empty_out(q: Tensor, width: int) -> Tensor:
     """q's shape with `width` elements a row, in q's memory order: where q is a projection's
     (B, S, H, D) transposed, the result is one too, and goes into the next projection uncopied.
     """
+    if width == q.shape[-1] and q.is_contiguous():
+        return torch.empty_like(q)
     if q.dim() == 4 and q.stride(1) < q.stride(2):
         batch, heads, rows, _ = q.shape
         return q.new_empty(batch, rows, heads, width).transpose(1, 2)
@@ -222,6 +214,10 @@ def _float(t: Tensor | None) -> Tensor | None:
 
 def _padded(n: int, step: int) -> int:
     return (n + step - 1) // step * step
+
+
+_APART = 256  # floats: so that a thread's arrays begin at cache lines, with gaps under a sanitizer
+_DENSE = (None,) * 6  # the layout of the dense op
 
 
 def cpu_forward(
@@ -244,22 +240,41 @@ def cpu_forward(
     `layout` is (cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale), `key_rows` an
     upper bound of the keys of all sequences together, `longest_keys` of those of one.
     """
-    q, k, v = elements_last(q, k, v)
-    width, v_width = q.shape[-1], v.shape[-1]
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = elements_last(q, k, v)
+    v_width = v.shape[-1]
     out = empty_out(q, v_width)
     lse = q.new_empty(lse_shape, dtype=torch.float32)
-    # Keys and values once more, padded to 32 rows a sequence and 32 columns (attention_forward.h);
-    # or partial results: 8 rows of 2 + Dv floats for every 512 keys of the longest sequence, for
-    # each sequence (attention_decode.h).
-    heads = k.shape[-2] if k.dim() != 4 or layout[2] is not None else k.shape[1]
-    packed = (key_rows + 32 * sequences) * (_padded(width, 32) + _padded(v_width, 32))
-    partial = sequences * (longest_keys // 512 + 1) * 8 * (2 + _padded(v_width, 16))
-    workspace = lse.new_empty(heads * max(packed, partial))
+    q_shape, k_shape = q.shape, k.shape
+    rows_at, heads_at = (2, 1) if layout[2] is None else (1, 2)
+    queries, kv_heads = q_shape[rows_at], k_shape[heads_at]
+    group = q_shape[heads_at] // kv_heads
+    # 48 floats of pointers and sizes a sequence, from 16 sequences on
+    floats, wide = 48 * sequences if sequences > 16 else 0, max(q_shape[-1], v_width)
+    if layout[0] is None and seed is None and (queries == 1 or queries * group <= 8):
+        if longest_keys > 512:
+            # partial results of 512 keys each, 2 + Dv floats a row, rows in eights
+            # (attention_decode.h)
+            rows = sequences * kv_heads * _padded(queries * group, 8)
+            floats += rows * ((longest_keys + 511) // 512) * (2 + _padded(v_width, 16))
+        if wide > 256:  # a thread's eight rows of q, of 512 scores and twice of out
+            floats += torch.get_num_threads() * (8 * (3 * _padded(wide, 32) + 514) + _APART)
+    else:
+        # keys and values once more, padded to 32 rows a sequence and 32 columns; a thread's 96 rows
+        # of q and out, twice 96 x 256 scores, 256 keys (attention_forward.h)
+        widths = _padded(q_shape[-1], 32) + _padded(v_width, 32)
+        floats += kv_heads * (key_rows + 32 * sequences) * widths
+        each = 96 * (widths + 2 * 256) + 256 * (wide + 1)
+        floats += torch.get_num_threads() * (each + _APART)
+    workspace = lse.new_empty(floats + 64) if floats else lse
+    if sinks is not None:
+        sinks = _float(sinks)
+    if alibi_slopes is not None:
+        alibi_slopes = _float(alibi_slopes)
     try:
         _cpu.attention_forward(
-            q, k, v, *layout, _float(sinks), _float(alibi_slopes), bias, seed, *numbers,
-            out, lse, workspace,
-        )  # fmt: skip
+            q, k, v, *layout, sinks, alibi_slopes, bias, seed, *numbers, out, lse, workspace
+        )
     except ValueError as error:
         raise InputError(str(error)) from None
     return out, lse
@@ -281,19 +296,21 @@ def cpu_backward(
     numbers: tuple,
     bias_grad: bool,
     sequences: int,
+    longest_queries: int,
     longest_keys: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The C++ backward of the dense and the packed op."""
     dout, q, k, v, out = elements_last(dout, q, k, v, out)
-    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     heads, kv_heads = (q.shape[1], k.shape[1])
     dsinks = None if sinks is None else lse.new_empty(sequences, heads)
     dbias = lse.new_zeros(bias.shape) if bias is not None and bias_grad else None
-    # With fewer than 8 key heads in all, a task takes 512 keys and leaves its part of dq
-    # (attention_backward.h).
-    spans = 0 if sequences * kv_heads >= 8 else (longest_keys + 511) // 512
-    rows = q.numel() // q.shape[-1]
-    workspace = lse.new_empty(spans * rows * _padded(q.shape[-1], 16) if spans > 1 else 0)
+    rows = q.numel() // (heads * q.shape[-1]) if heads else 0
+    workspace = lse.new_empty(
+        _cpu.attention_backward_workspace(
+            q, sequences, heads, kv_heads, v.shape[-1], longest_queries, longest_keys, rows
+        )
+    )
     _cpu.attention_backward(
         dout, dlse, q, k, v, out, lse, *cu_seqlens, _float(sinks), _float(alibi_slopes), bias, seed,
         *numbers, dq, dk, dv, dsinks, dbias, workspace,
@@ -309,7 +326,7 @@ def cpu_backward(
 
 def _cpu_forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
     return cpu_forward(
-        q, k, v, (None,) * 6, sinks, alibi_slopes, bias, seed, numbers, q.shape[:3], q.shape[0],
+        q, k, v, _DENSE, sinks, alibi_slopes, bias, seed, numbers, q.shape[:3], q.shape[0],
         k.shape[0] * k.shape[2], k.shape[2],
     )  # fmt: skip
 
@@ -320,7 +337,7 @@ def _cpu_backward(
     *numbers, bias_grad = numbers_and_bias_grad
     return cpu_backward(
         dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed,
-        tuple(numbers), bias_grad, q.shape[0], k.shape[2],
+        tuple(numbers), bias_grad, q.shape[0], q.shape[2], k.shape[2],
     )  # fmt: skip
 
 

@@ -68,9 +68,10 @@ def cross_entropy(
         logits, "logits", logits.shape[-1] if logits.dim() else 0, target, weight, label_smoothing
     )
     check_options(softcap, reduction, num_items)
-    rows = target.reshape(-1).long()
+    rows = target if target.dim() == 1 else target.reshape(-1)
+    rows = rows.long()
     shift, log_sum, nll, smoothed = _forward(
-        logits.reshape(-1, logits.shape[-1]),
+        logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1]),
         rows,
         weight if label_smoothing else None,
         label_smoothing > 0,
@@ -78,6 +79,8 @@ def cross_entropy(
         softcap,
         logit_scale,
     )
+    if weight is None and not label_smoothing and not z_loss and not return_lse:
+        return _reduced(nll, rows, target.shape, ignore_index, reduction, num_items)
     lse = shift + log_sum
     on_nll, on_smoothed, on_square = row_factors(
         rows,
@@ -93,6 +96,23 @@ def cross_entropy(
     loss = row_losses(on_nll, on_smoothed, on_square, nll, smoothed, lse, rows != ignore_index)
     loss = loss.view(target.shape) if reduction == "none" else loss.sum()
     return (loss, lse.view(target.shape)) if return_lse else loss
+
+
+def _reduced(
+    nll: Tensor,
+    target: Tensor,
+    shape: torch.Size,
+    ignore_index: int,
+    reduction: str,
+    num_items: int | Tensor | None,
+) -> Tensor:
+    """The loss without options, where `row_factors` would all be 1: nll is 0 in ignored rows."""
+    if reduction == "none":
+        return nll.view(shape)
+    loss = nll.sum()
+    if reduction == "sum":
+        return loss
+    return loss / ((target != ignore_index).sum() if num_items is None else num_items)
 
 
 def row_factors(
@@ -238,8 +258,9 @@ def _rows(t: Tensor) -> Tensor:
 
 def _cpu_forward(logits, target, class_weight, smooth, ignore_index, softcap, logit_scale):
     n, classes = logits.shape
-    sizes = (n, n, n, n if smooth else 0)
-    outputs = [logits.new_empty(size, dtype=torch.float32) for size in sizes]
+    shift = logits.new_empty(n, dtype=torch.float32)
+    log_sum, nll = torch.empty_like(shift), torch.empty_like(shift)
+    smoothed = shift.new_empty(n if smooth else 0)
     _cpu.cross_entropy_forward(
         _rows(logits),
         checked_target(target, classes, ignore_index),
@@ -247,9 +268,12 @@ def _cpu_forward(logits, target, class_weight, smooth, ignore_index, softcap, lo
         ignore_index,
         softcap or 0.0,
         logit_scale,
-        *outputs,
+        shift,
+        log_sum,
+        nll,
+        smoothed,
     )
-    return tuple(outputs)
+    return shift, log_sum, nll, smoothed
 
 
 def _cpu_backward(
@@ -288,10 +312,11 @@ def _setup_context(ctx, inputs, output):
     shift, log_sum, _, _ = output
     ctx.mark_non_differentiable(shift)
     ctx.save_for_backward(logits, target, class_weight, shift, log_sum)
+    ctx.set_materialize_grads(False)
 
 
 def coefficients(
-    d_log_sum: Tensor,
+    d_log_sum: Tensor | None,
     d_nll: Tensor,
     d_smoothed: Tensor | None,
     target: Tensor,
@@ -299,15 +324,17 @@ def coefficients(
     total_weight,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """on_p, on_target, on_all of the module's docstring from the gradients of the forward's
-    outputs.
+    outputs (None: nothing depends on it).
     """
     d_nll = torch.where(target == ignore_index, 0.0, d_nll)
-    on_p = d_log_sum + d_nll
+    on_p = d_nll if d_log_sum is None else d_log_sum + d_nll
     return (on_p if d_smoothed is None else on_p + total_weight * d_smoothed), d_nll, d_smoothed
 
 
 def _autograd_backward(ctx, _, d_log_sum, d_nll, d_smoothed):
     logits, target, class_weight, shift, log_sum = ctx.saved_tensors
+    if d_nll is None:
+        d_nll = torch.zeros_like(shift)
     total = logits.shape[1] if class_weight is None else class_weight.to(shift.dtype).sum()
     d_logits = _backward(
         *coefficients(

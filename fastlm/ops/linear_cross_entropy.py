@@ -193,7 +193,7 @@ class _Chunks:
             padded = -(-rows // _RP) * _RP
             self.workspaces[rows] = (
                 self.shift.new_empty(padded * self.row_bytes, dtype=torch.uint8),
-                self.shift.new_empty(3, self.blocks, padded),
+                self.shift.new_empty(1 + 2 * self.blocks, padded),
                 self.shift.new_empty(rows),
             )
         return self.workspaces[rows]

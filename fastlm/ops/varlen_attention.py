@@ -120,7 +120,7 @@ def _cpu_backward(
     return cpu_backward(
         dout, dlse, q, k, v, out, lse, (cu_q.contiguous(), cu_k.contiguous()), sinks, alibi_slopes,
         bias, seed, tuple(numbers), bias_grad, cu_q.shape[0] - 1,
-        int(cu_k.diff().max()) if cu_k.shape[0] > 1 else 0,
+        *(int(cu.diff().max()) if cu.shape[0] > 1 else 0 for cu in (cu_q, cu_k)),
     )  # fmt: skip
 
 

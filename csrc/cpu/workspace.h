@@ -1,0 +1,64 @@
+// Memory that Python allocates for a call: what all threads share, then a part for each thread. No
+// kernel allocates: in a parallel region a failure would end the process.
+FASTLM_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Memory that the caller lends for one call, dealt out array by array.
+struct Buffer {
+  char* const begin;
+  char* p;
+  explicit Buffer(void* memory) : begin(static_cast<char*>(memory)), p(begin) {}
+  ~Buffer() { FASTLM_UNPOISON(begin, p - begin); }
+  Buffer(const Buffer&) = delete;
+
+  // The next n elements, on a cache line of their own.
+  template <class X>
+  X* take(int64_t n) {
+    X* out = reinterpret_cast<X*>(p);
+    p += size_of<X>(n);
+    FASTLM_POISON(out + n, p - reinterpret_cast<char*>(out + n));
+    return out;
+  }
+  // All of it may be taken again.
+  void clear() {
+    FASTLM_UNPOISON(begin, p - begin);
+    p = begin;
+  }
+  template <class X>
+  static int64_t size_of(int64_t n) {
+    return round_up(n * int64_t(sizeof(X)), 64) + FASTLM_GUARD;
+  }
+};
+
+// A call's workspace: arrays that its threads share, then a part for each thread.
+struct Workspace {
+  char* p;
+  int64_t bytes;
+  int threads = 0;
+  int64_t each = 0;
+  explicit Workspace(const TensorView& t)
+      : p(reinterpret_cast<char*>(t.data<float>("workspace"))), bytes(t.numel() * 4) {
+    const int64_t skipped = -reinterpret_cast<intptr_t>(p) & 63;
+    p += skipped, bytes -= skipped;
+  }
+
+  template <class X>
+  X* take(int64_t n) {
+    const int64_t taken = round_up(n * int64_t(sizeof(X)), 64);
+    check(taken);
+    X* out = reinterpret_cast<X*>(p);
+    p += taken, bytes -= taken;
+    return out;
+  }
+  // The rest in equal parts: the region runs on no more threads than have one.
+  void divide(int64_t bytes_a_thread) {
+    check(bytes_a_thread);
+    each = bytes_a_thread, threads = omp_get_max_threads();
+    if (each > 0) threads = int(std::min<int64_t>(threads, bytes / each));
+  }
+  char* mine() const { return p + omp_get_thread_num() * each; }
+
+ private:
+  void check(int64_t wanted) const {
+    if (wanted > bytes) check_size("workspace", "bytes more:", wanted, bytes);
+  }
+};

@@ -1,0 +1,67 @@
+"""Fresh memory that tells: NaN where nothing was written, guards that must stay as they are."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+MAKERS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
+GUARD = 192  # bytes on each side: three cache lines, wider than any store of a kernel
+
+
+def poisoned(t: Tensor) -> Tensor:
+    """Filled with NaN, or the largest integer."""
+    if torch.compiler.is_compiling() or type(t) is not Tensor or t.is_meta:
+        return t
+    if t.is_floating_point():
+        return t.fill_(float("nan"))
+    return t.fill_(1 if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
+
+
+class Guards:
+    """The storages handed out since the last check, and what lay around their elements."""
+
+    def __init__(self) -> None:
+        self.edges: list[Tensor] = []
+
+    def guarded(self, t: Tensor) -> Tensor:
+        """In place of t one like it, poisoned, between two guards."""
+        if type(t) is not Tensor or t.device.type != "cpu" or t.layout != torch.strided:
+            return t
+        used = t.untyped_storage().nbytes()
+        storage = torch.UntypedStorage(used + 2 * GUARD)
+        with torch.no_grad():
+            whole = torch.tensor([], dtype=torch.uint8).set_(storage)
+            self.edges += [whole[:GUARD].fill_(0xA5), whole[GUARD + used :].fill_(0xA5)]
+            inner = torch.tensor([], dtype=t.dtype)
+            inner.set_(storage, GUARD // t.element_size(), t.shape, t.stride())
+            return poisoned(inner).requires_grad_(t.requires_grad)
+
+    def check(self) -> None:
+        assert all((edge == 0xA5).all() for edge in self.edges), "written beside an allocation"
+        self.edges.clear()
+
+
+@contextlib.contextmanager
+def patched(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """``torch.empty`` and its kin return what `change` makes of their result."""
+
+    def wrap(make):
+        return lambda *args, **kwargs: change(make(*args, **kwargs))
+
+    originals = [(owner, name, getattr(owner, name)) for owner, name in MAKERS]
+    for owner, name, make in originals:
+        setattr(owner, name, wrap(make))
+    try:
+        yield
+    finally:
+        for owner, name, make in originals:
+            setattr(owner, name, make)
+
+
+@contextlib.contextmanager
+def guarded_memory() -> Iterator[Guards]:
+    guards = Guards()
+    with patched(guards.guarded):
+        yield guards
