@@ -228,6 +228,17 @@ def _without_autocast(function: Callable) -> Callable:
     return wide
 
 
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as ``F.linear`` takes them: in the dtype of ``torch.autocast`` where it is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
 def cpu_isa() -> str | None:
     """The instruction set the C++ kernels run on, or None without the extension."""
     if why_not("cpu"):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import autocast, register
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.backend import register
 from fastlm.errors import InputError
 from fastlm.ops.cross_entropy import (
     all_weights,
@@ -64,6 +64,7 @@ def linear_cross_entropy(
         linear_bias: (V,), any float dtype.
         others: as in `cross_entropy`.
 
+    Under ``torch.autocast`` input and linear_weight are cast to its dtype, as F.linear's are.
     Logits, sums and lse are float32; the gradient of the logits is rounded to input's dtype for
     the matrix products that follow it, which sum in float32. Memory beside the gradients: 32 to 64
     MiB of workspace (more under a weight of more than 64 Mi elements), and for a 16-bit weight the
@@ -73,6 +74,7 @@ def linear_cross_entropy(
         InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
         range.
     """
+    input, linear_weight = autocast(input, linear_weight)
     if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
         raise InputError(
             "linear_weight: wanted shape (V, D), D the last dimension of input"
