@@ -48,7 +48,7 @@ def attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As the registry's functions: query (B, H, S, D), key and value (B, Hkv, T, D) -> (B, S, H, D).
+    """As the registry's: query (B, H, S, D), key and value (B, Hkv, T, D) -> (B, S, H, D).
 
     Raises InputError: output_attentions or position_bias, which no kernel here has.
     """
@@ -116,7 +116,7 @@ def attention_mask(
         return None
     if (
         aligned and q_length == kv_length > 1 and attention_mask is None
-        and (local_size is None or local_size == window and local_size > 1)
+        and (local_size is None or (local_size == window and local_size > 1))
         and not torch.compiler.is_compiling()
     ):  # fmt: skip
         offsets = _packed(mask_function, batch_size, q_length, kwargs.get("device"))

@@ -29,6 +29,7 @@ from fastlm.ops import rope
 from fastlm.patched import ROTATE, become, logit_scale, variant_of
 
 OPS = ("rms_norm", "rope", "glu", "attention", "linear_cross_entropy")
+Plan = dict[nn.Module, tuple[str, dict[str, Any]]]  # what a module becomes: op, options
 _ACTIVATIONS = {
     "silu": F.silu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
@@ -44,9 +45,9 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     - ``glu``: SwiGLU and GeGLU between the projections of every MLP;
     - ``attention``: transformers' ``attn_implementation="fastlm"`` (padding, packed sequences,
       sliding windows, softcap, sinks, caches; no repeated key heads, no S x S masks);
-    - ``linear_cross_entropy``: with ``labels`` the model returns the loss and ``logits`` None, which
-      never exist (``num_items_in_batch``, ``shift_labels``, ``ignore_index`` as transformers'
-      ``ForCausalLMLoss``); without labels the logits, as before.
+    - ``linear_cross_entropy``: with ``labels`` the model returns the loss, and None for the logits,
+      which never exist (``num_items_in_batch``, ``shift_labels``, ``ignore_index`` as
+      transformers' ``ForCausalLMLoss``); without labels the logits, as before.
 
     Args:
         model: any nn.Module. What is not recognised in it stays as it is: LoRA and quantized layers
@@ -72,10 +73,10 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     if unknown := [op for op in ops or () if op not in OPS]:
         raise InputError(f"ops: wanted some of {', '.join(OPS)}, got {unknown[0]!r}")
     before = {m: type(m) for m in model.modules()}
-    _restore_classes(model)
+    own = _restore(model)
     try:
-        plan, attentions = _plan(model, OPS if ops is None else ops)
-        found = _count(plan, attentions)
+        plan = _plan(model, OPS if ops is None else ops)
+        found = _count(plan)
         missing = [op for op in (OPS if ops is None else ops) if not found[op]]
         if not found or (ops is not None and missing):
             kinds = sorted({type(m).__name__ for m in model.modules()})
@@ -83,7 +84,7 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
                 f"model: wanted modules for {' and '.join(missing)},"
                 f" found none among {', '.join(kinds)}"
             )
-        for module in (*plan, *attentions):
+        for module in plan:
             if "forward" in vars(module):
                 raise InputError(
                     f"model: wanted modules that run their class's forward, got a"
@@ -92,10 +93,11 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     except BaseException:
         for module, cls in before.items():
             module.__class__ = cls
+        for config in own.values():
+            config._attn_implementation_internal = "fastlm"
         raise
-    _restore_attention(before)
-    _set_attention(model, attentions, before)
-    for module, (op, options) in (plan | attentions).items():
+    _set_attention(model, plan, own)
+    for module, (op, options) in plan.items():
         become(module, op, **options)
     return model
 
@@ -105,21 +107,18 @@ def unpatch(model: nn.Module) -> nn.Module:
     that is not patched stays as it is. Returns model."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: wanted a torch module, got {type(model).__name__}")
-    before = {m: type(m) for m in model.modules()}
-    _restore_classes(model)
-    _restore_attention(before)
+    _restore(model)
     return model
 
 
 def patched_ops(model: nn.Module) -> dict[str, int]:
     """How many modules of `model` run each op: {} for a model that is not patched."""
-    parts = {m: v[1:] for m in model.modules() if (v := variant_of(m)) is not None}
-    return dict(_count(parts, {}))
+    return dict(_count({m: v[1:] for m in model.modules() if (v := variant_of(m)) is not None}))
 
 
-def _count(*parts: dict[nn.Module, tuple[str, dict[str, Any]]]) -> Counter[str]:
+def _count(plan: Plan) -> Counter[str]:
     found: Counter[str] = Counter()
-    for op, options in (v for part in parts for v in part.values()):
+    for op, options in plan.values():
         if op == "attention":
             found["rope"] += options["interleaved"] is not None
             found["attention"] += options["implementation"] is not None
@@ -128,44 +127,36 @@ def _count(*parts: dict[nn.Module, tuple[str, dict[str, Any]]]) -> Counter[str]:
     return +found
 
 
-def _restore_classes(model: nn.Module) -> None:
+def _restore(model: nn.Module) -> dict[int, Any]:
+    """Classes and attention as before `patch`; the configs that said fastlm, by id."""
+    own = {}
     for module in model.modules():
-        if (variant := variant_of(module)) is not None:
-            module.__class__ = variant[0]
+        if (variant := variant_of(module)) is None:
+            continue
+        module.__class__, op, options = variant
+        if op == "attention" and options["implementation"] is not None:
+            config = own[id(module.config)] = module.config
+            config._attn_implementation_internal = options["implementation"]
+    return own
 
 
-def _restore_attention(before: dict[nn.Module, type]) -> None:
-    for module, cls in before.items():
-        _, op, options = getattr(cls, "_fastlm_variant", (None, None, ()))
-        if op == "attention" and (implementation := dict(options)["implementation"]) is not None:
-            module.config._attn_implementation_internal = implementation  # type: ignore
-
-
-def _set_attention(
-    model: nn.Module,
-    attentions: dict[nn.Module, tuple[str, dict[str, Any]]],
-    before: dict[nn.Module, type],
-) -> None:
-    """Configs of these attention modules say fastlm, in copies that only this model holds."""
-    chosen = [m for m, (_, options) in attentions.items() if options["implementation"] is not None]
-    own = {
-        id(m.config) for m, cls in before.items()
-        if dict(getattr(cls, "_fastlm_variant", (0, 0, ()))[2]).get("implementation") is not None
-    }  # fmt: skip
-    configs = {id(m.config): m.config for m in chosen}
-    copies = {i: c if i in own else copy.copy(c) for i, c in configs.items()}
+def _set_attention(model: nn.Module, plan: Plan, own: dict[int, Any]) -> None:
+    """Configs of the attention modules say fastlm, in copies that only this model holds; `own` are
+    such copies already."""
+    copies = {}
+    for module, (op, options) in plan.items():
+        if op == "attention" and options["implementation"] is not None:
+            key, config = id(module.config), module.config
+            copies.setdefault(key, config if key in own else copy.copy(config))
     for config in copies.values():
         config._attn_implementation_internal = "fastlm"
     for module in model.modules():
-        config = vars(module).get("config")
-        if id(config) in copies:
-            module.config = copies[id(config)]
+        if (key := id(vars(module).get("config"))) in copies:
+            module.config = copies[key]
 
 
-def _plan(model: nn.Module, ops: Sequence[str]) -> tuple[dict, dict]:
-    """module -> (op, options): of norms, MLPs, layers and heads, and of attention modules."""
-    plan: dict[nn.Module, tuple[str, dict[str, Any]]] = {}
-    attentions: dict[nn.Module, tuple[str, dict[str, Any]]] = {}
+def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
+    plan: Plan = {}
     looks = {"rms_norm": _as_rms_norm, "glu": _as_glu, "linear_cross_entropy": _as_causal_lm}
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         for module in model.modules():
@@ -179,13 +170,12 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> tuple[dict, dict]:
                 "implementation": _attempt(_implementation, module) if "attention" in ops else None,
             }
             if any(v is not None for v in options.values()):
-                attentions[module] = ("attention", options)
-        if "rms_norm" in ops:
-            for module in model.modules():
-                if (options := _attempt(_as_layer, module)) is not None:
-                    if plan.get(getattr(module, options["norm"]), (None,))[0] == "rms_norm":
-                        plan[module] = ("layer", options)
-    return plan, attentions
+                plan[module] = ("attention", options)
+        for module in model.modules() if "rms_norm" in ops else ():
+            if (options := _attempt(_as_layer, module)) is not None:
+                if plan.get(getattr(module, options["norm"]), (None,))[0] == "rms_norm":
+                    plan[module] = ("layer", options)
+    return plan
 
 
 def _attempt(look: Callable, module: nn.Module) -> Any:
@@ -200,8 +190,15 @@ def _stand_in(module: nn.Module, **children: nn.Module) -> Any:
     """The module without hooks, with other children of these names; nothing is copied."""
     twin = object.__new__(type(module))
     vars(twin).update(vars(module))
-    vars(twin)["_modules"] = module._modules | children
+    vars(twin).pop("forward", None)  # `patch` refuses it later
+    for name in vars(module):
+        if name.endswith("_hooks") and isinstance(vars(module)[name], dict):
+            vars(twin)[name] = {}
     vars(twin)["_parameters"] = dict(module._parameters)
+    vars(twin)["_modules"] = {
+        name: children[name] if name in children else child and _stand_in(child)
+        for name, child in module._modules.items()
+    }
     return twin
 
 
