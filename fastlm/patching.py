@@ -196,7 +196,7 @@ def _stand_in(module: nn.Module, **children: nn.Module) -> Any:
             vars(twin)[name] = {}
     vars(twin)["_parameters"] = dict(module._parameters)
     vars(twin)["_modules"] = {
-        name: children[name] if name in children else child and _stand_in(child)
+        name: children.get(name) or (None if child is None else _stand_in(child))
         for name, child in module._modules.items()
     }
     return twin
