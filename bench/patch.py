@@ -3,7 +3,9 @@ PyTorch, eager and under torch.compile.
 
 Random weights, so nothing is fetched. Forward, backward, clipping and AdamW are in the step;
 "bf16" is a model of bfloat16 parameters, "autocast" one of float32 under torch.autocast. All
-variants use torch's fused AdamW, except the rows that say otherwise.
+variants use torch's fused AdamW, except the rows that say otherwise. "memory kept" is
+`fastlm.memory.keep_freed_memory` called first, which any training script may do; a row under
+torch.compile has it too, to tell the kernels' share from the allocator's.
 
     python -P bench/patch.py                 a Llama of 42.4 M parameters, batch 8 x 512
     python -P bench/patch.py --size 135m --batch 4
@@ -27,16 +29,20 @@ SIZES = {
     "42m": (32768, 512, 8, 8, 8, 1408),
     "135m": (49152, 576, 30, 9, 3, 1536),
 }
-MINE = "patched autocast"
+MINE = "patched bf16, memory kept"
+KEPT, FASTLM_ADAMW = "memory kept", "fastlm.AdamW"
 VARIANTS = (
     MINE,
-    "torch.compile autocast",
-    "eager autocast",
     "patched bf16",
+    "patched autocast, memory kept",
+    "patched autocast",
     "torch.compile bf16",
+    "torch.compile autocast, memory kept",
+    "torch.compile autocast",
     "eager bf16",
-    "patched autocast, fastlm.AdamW",
-    "patched bf16, fastlm.AdamW",
+    "eager autocast",
+    "patched bf16, memory kept, fastlm.AdamW",
+    "patched autocast, memory kept, fastlm.AdamW",
 )
 
 
@@ -45,6 +51,7 @@ def make(variant: str, size: tuple[int, ...], batch: int, length: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import fastlm
+    from fastlm.memory import keep_freed_memory
 
     vocab, width, layers, heads, kv_heads, hidden = size
     config = LlamaConfig(
@@ -58,14 +65,16 @@ def make(variant: str, size: tuple[int, ...], batch: int, length: int):
         tie_word_embeddings=True,
         use_cache=False,
     )
-    how, _, optimizer_name = variant.partition(", ")
+    how, *extras = variant.split(", ")
     code, dtype = how.split(" ")
+    if KEPT in extras:
+        keep_freed_memory()
     model = LlamaForCausalLM(config).train()
     if dtype == "bf16":
         model = model.bfloat16()
     if code == "patched":
         fastlm.patch(model)
-    if optimizer_name:
+    if FASTLM_ADAMW in extras:
         optimizer = fastlm.AdamW(model.parameters(), lr=1e-4, max_grad_norm=1.0)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -76,7 +85,7 @@ def make(variant: str, size: tuple[int, ...], batch: int, length: int):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
             loss = forward(input_ids=ids, labels=ids).loss
         loss.backward()
-        if not optimizer_name:  # fastlm's clips on its way
+        if FASTLM_ADAMW not in extras:  # fastlm's clips on its way
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

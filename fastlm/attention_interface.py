@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     causal_mask_function,
-    prepare_padding_mask,
     sdpa_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -64,13 +64,15 @@ def attention_forward(
     if attention_mask is not None and attention_mask.dim() == 4:
         out = attention(query, key, value, bias=attention_mask[..., : key.shape[2]], **options)
         return _plain(out).transpose(1, 2), None
-    options |= {"causal": is_causal, "window": sliding_window if is_causal else None}
+    # some models say is_causal = False because they have a mask; one of ours is causal
+    causal = is_causal or attention_mask is not None
+    options |= {"causal": causal, "window": sliding_window if causal else None}
     offsets = attention_mask
     if offsets is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
         offsets = cu_seq_lens_q  # of transformers' collator for packed batches
     if offsets is not None and offsets.dim() == 1:
-        rows = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
-        out = _plain(varlen_attention(*rows, offsets, **options))
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+        out = _plain(varlen_attention(q, k, v, offsets, **options))
         return out.unflatten(0, (query.shape[0], query.shape[2])), None
     if attention_mask is not None:
         options["bias"] = attention_mask[:, None, None]
@@ -84,49 +86,59 @@ def _plain(out: Any) -> Tensor:
 
 def attention_mask(
     batch_size: int,
-    q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_length: int = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
+    use_vmap: bool | None = None,
     config: Any = None,
+    cache_position: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of one forward for all layers of a kind; arguments are the registry's."""
+    """The mask of one forward for all layers of a kind; arguments are the registry's, those of
+    transformers 4 (`cache_position` in place of `q_length` and `q_offset`) too."""
+    compiling = torch.compiler.is_compiling()
+    if cache_position is None:
+        place = {"q_length": q_length, "q_offset": q_offset}
+    else:
+        place = {"cache_position": cache_position}
+        q_length = len(cache_position)
+        q_offset = None if compiling else int(cache_position[0])
     window = getattr(config, "sliding_window", None)
     aligned = (  # the last query at the last key, as the kernels align them
         not use_vmap and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     )
     implied = mask_function is causal_mask_function or (
         # chunks come with a local size too
-        local_size is not None and local_size == window and allow_is_causal_skip
+        local_size is not None and local_size == window
         and getattr(config, "attention_chunk_size", None) is None
     )  # fmt: skip
     if aligned and implied and allow_is_causal_skip:
-        visible = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        if visible is None:
+        if attention_mask is None:
             return None
-        visible = visible[:, kv_offset : kv_offset + kv_length]
-        if torch.compiler.is_compiling() or not visible.all():
-            return visible
-        return None
+        end = kv_offset + kv_length
+        missing = max(end - attention_mask.shape[1], 0)
+        visible = F.pad(attention_mask, (0, missing))[:, kv_offset:end]
+        return visible if compiling or not visible.all() else None
     if (
-        aligned and q_length == kv_length > 1 and attention_mask is None
-        and (local_size is None or (local_size == window and local_size > 1))
-        and not torch.compiler.is_compiling()
+        # use_vmap is False: nothing but windows, packing and blocks is in the function
+        aligned and use_vmap is False and q_length == kv_length > 1 and attention_mask is None
+        and (local_size is None or (local_size == window and local_size > 1)) and not compiling
     ):  # fmt: skip
         offsets = _packed(mask_function, batch_size, q_length, kwargs.get("device"))
         if offsets is not None:
             return offsets
     kwargs["allow_is_bidirectional_skip"] = False  # None would be read as causal
+    if use_vmap is not None:
+        kwargs["use_vmap"] = use_vmap
     return sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-        local_size=local_size, allow_is_causal_skip=False, use_vmap=use_vmap, **kwargs,
+        batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, local_size=local_size,
+        mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
+        **place, **kwargs,
     )  # fmt: skip
 
 

@@ -59,8 +59,7 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple:
 def _again(base: type, op: str, options: tuple) -> nn.Module:
     if op == "attention":
         import fastlm.attention_interface  # noqa: F401  registers what the config names
-    made = variant(base, op, options)
-    return made.__new__(made)
+    return object.__new__(variant(base, op, options))
 
 
 def _rms_norm(base: type, *, eps: str, offset: float) -> Callable:
@@ -115,13 +114,13 @@ def _layer(base: type, *, after: str | None, norm: str, last: str | None) -> Cal
     MLP and behind it.
 
     Where the layer hands a stream of float32 to projections that autocast runs in 16 bits, the
-    norm's output is cast here, once and not once a projection.
+    norm's output is cast here, once and not once a projection (if the module is known to project).
     """
     parameters = list(inspect.signature(inspect.unwrap(base.forward)).parameters)[2:]
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(parameters, args))
-        (x,) = autocast(self.input_layernorm(hidden_states))
+        x = _cast_for(self.self_attn, self.input_layernorm(hidden_states))
         branch, _ = self.self_attn(hidden_states=x, **kwargs)
         if after:
             branch = getattr(self, after)(branch)
@@ -131,11 +130,14 @@ def _layer(base: type, *, after: str | None, norm: str, last: str | None) -> Cal
         else:
             stream = hidden_states + branch
             x = middle(stream)
-        (x,) = autocast(x)
-        branch = self.mlp(x)
+        branch = self.mlp(_cast_for(self.mlp, x))
         return stream + (getattr(self, last)(branch) if last else branch)
 
     return functools.wraps(base.forward)(forward)
+
+
+def _cast_for(module: nn.Module, x: Tensor) -> Tensor:
+    return x if variant_of(module) is None else autocast(x)[0]
 
 
 def _hooked(module: nn.Module) -> bool:

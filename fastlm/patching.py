@@ -135,7 +135,8 @@ def _restore(model: nn.Module) -> dict[int, Any]:
             continue
         module.__class__, op, options = variant
         if op == "attention" and options["implementation"] is not None:
-            config = own[id(module.config)] = module.config
+            config: Any = module.config
+            own[id(config)] = config
             config._attn_implementation_internal = options["implementation"]
     return own
 
@@ -213,24 +214,24 @@ def _same(a: Any, b: Tensor) -> bool:
 
 def _linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
     """Without drawing its weights."""
-    linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, dtype=torch.float32)
-    linear.weight.copy_(_numbers(outputs, inputs, scale=scale))
+    with torch.device("meta"):
+        linear = nn.Linear(inputs, outputs, bias=False)
+    linear.weight = nn.Parameter(_numbers(outputs, inputs, scale=scale))
     return linear
 
 
 def _as_rms_norm(module: nn.Module) -> dict[str, Any] | None:
-    parameters = [n for n, p in module._parameters.items() if p is not None]
-    if parameters != ["weight"] or module.weight.dim() != 1 or module._modules:
+    (name, parameter), *more = ((n, p) for n, p in module._parameters.items() if p is not None)
+    if name != "weight" or more or parameter.dim() != 1 or module._modules:
         return None
     eps = next(name for name in ("variance_epsilon", "eps") if hasattr(module, name))
     twin = _stand_in(module)
-    weight = _numbers(module.weight.numel())  # type: ignore[operator]
+    weight = _numbers(parameter.numel())
     twin._parameters["weight"] = nn.Parameter(weight)
     # rows whose mean squares are far above and near eps
     x = _numbers(2, len(weight)) * torch.tensor([[1.0], [1e-3]])
-    result = twin.forward(x)
+    result, epsilon = twin.forward(x), getattr(module, eps)
     for offset in (0.0, 1.0):
-        epsilon = getattr(module, eps)
         if _same(result, F.rms_norm(x, x.shape[1:], weight + offset, epsilon)):
             return {"eps": eps, "offset": offset}
     return None
