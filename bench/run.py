@@ -33,6 +33,7 @@ OPS = (
 # script -> what its table shows
 END_TO_END = {
     "train_step": "Training of a Llama-like 42 M, 8 x 512 tokens a step; spread: range / median",
+    "patch": "Training of a Hugging Face Llama of 42 M, 8 x 512 tokens a step, with `fastlm.patch`",
     "decode": "SmolLM2-135M-Instruct (Q4_1), 512 tokens of prompt, 64 new; tokens/s of all users",
 }
 # op -> shapes that the README shows

@@ -173,6 +173,7 @@ def _linear_cross_entropy(
             or type(head) is not nn.Linear  # LoRA, quantized: the layer's own product
             or _hooked(head)
             or self.loss_function.__name__ != "ForCausalLMLoss"
+            or _routers_count(self.config, given)
             or variant_of(self) is None  # what accelerate wrapped outlives `unpatch`
         ):
             return base.forward(self, *args, **kwargs)
@@ -198,6 +199,12 @@ def _linear_cross_entropy(
         return out if as_dict else out.to_tuple()
 
     return forward
+
+
+def _routers_count(config: Any, given: dict[str, Any]) -> bool:
+    """Whether a mixture of experts adds the routers' loss to the model's."""
+    asked = given.get("output_router_logits")
+    return getattr(config, "output_router_logits", False) if asked is None else asked
 
 
 def logit_scale(config: Any, name: str | None) -> float:

@@ -341,19 +341,26 @@ def _as_causal_lm(module: nn.Module) -> dict[str, Any] | None:
     head = module.get_output_embeddings()  # type: ignore[operator]
     if type(head) is not nn.Linear or module.loss_function.__name__ != "ForCausalLMLoss":  # type: ignore
         return None
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Outputs
+    from transformers import modeling_outputs
 
     name = next(n for n, m in module._modules.items() if m is head)
     hidden, config = _numbers(1, 5, 4, scale=6.0), module.config
     small = _linear(4, head.out_features, 3.0)
     if head.bias is not None:
         small.bias = nn.Parameter(_numbers(head.out_features))
-    below = _Returns(Outputs(last_hidden_state=hidden))
-    twin = _stand_in(module, **{decoder: below, name: small})
     ids = torch.arange(5)[None] % head.out_features
     labels = ids.masked_fill(ids == 1, -100)
-    found = twin.forward(input_ids=ids, labels=labels, num_items_in_batch=7, return_dict=True)
-    logits = small(hidden).float()
+
+    def run(outputs: str) -> Any:
+        below = _Returns(getattr(modeling_outputs, outputs)(last_hidden_state=hidden))
+        twin = _stand_in(module, **{decoder: below, name: small})
+        return twin.forward(input_ids=ids, labels=labels, num_items_in_batch=7, return_dict=True)
+
+    try:  # each has a field that some heads read and the other lacks
+        found = run("BaseModelOutputWithPastAndCrossAttentions")
+    except AttributeError:
+        found = run("MoeModelOutputWithPast")
+    logits = small(hidden)
     softcaps = [None, *(n for n in ("final_logit_softcapping",) if getattr(config, n, None))]
     scales = [
         None,
@@ -365,7 +372,7 @@ def _as_causal_lm(module: nn.Module) -> dict[str, Any] | None:
             if softcap:
                 z = getattr(config, softcap) * torch.tanh(z / getattr(config, softcap))
             nll = F.cross_entropy(z[0, :-1], labels[0, 1:], reduction="sum") / 7
-            if _same(found.logits.float(), z) and _same(found.loss, nll):
+            if _same(found.logits, z) and _same(found.loss, nll):
                 return {
                     "decoder": decoder, "output": type(found), "softcap": softcap, "scale": scale,
                 }  # fmt: skip
