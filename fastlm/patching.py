@@ -212,12 +212,16 @@ def _same(a: Any, b: Tensor) -> bool:
     return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5)
 
 
-def _linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
-    """Without drawing its weights."""
-    with torch.device("meta"):
-        linear = nn.Linear(inputs, outputs, bias=False)
-    linear.weight = nn.Parameter(_numbers(outputs, inputs, scale=scale))
-    return linear
+class _Linear(nn.Module):
+    """nn.Linear without its initialisation, which draws random numbers."""
+
+    def __init__(self, inputs: int, outputs: int, scale: float = 1.0, *, bias: bool = False):
+        super().__init__()
+        self.weight = _numbers(outputs, inputs, scale=scale)
+        self.bias = _numbers(outputs) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 def _as_rms_norm(module: nn.Module) -> dict[str, Any] | None:
@@ -238,13 +242,13 @@ def _as_rms_norm(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _as_glu(module: nn.Module) -> dict[str, Any] | None:
-    down, x = _linear(8, 4), _numbers(3, 4)
+    down, x = _Linear(8, 4), _numbers(3, 4)
     if {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
-        gate, up = _linear(4, 8, 3.0), _linear(4, 8, -2.0)
+        gate, up = _Linear(4, 8, 3.0), _Linear(4, 8, -2.0)
         twin = _stand_in(module, gate_proj=gate, up_proj=up, down_proj=down)
         name, halves = "gate_proj", (gate(x), up(x))
     elif {"gate_up_proj", "down_proj"} <= module._modules.keys():
-        both = _linear(4, 16, 3.0)
+        both = _Linear(4, 16, 3.0)
         twin = _stand_in(module, gate_up_proj=both, down_proj=down)
         name, halves = "gate_up_proj", both(x).chunk(2, -1)
     else:
@@ -345,9 +349,7 @@ def _as_causal_lm(module: nn.Module) -> dict[str, Any] | None:
 
     name = next(n for n, m in module._modules.items() if m is head)
     hidden, config = _numbers(1, 5, 4, scale=6.0), module.config
-    small = _linear(4, head.out_features, 3.0)
-    if head.bias is not None:
-        small.bias = nn.Parameter(_numbers(head.out_features))
+    small = _Linear(4, head.out_features, 3.0, bias=head.bias is not None)
     ids = torch.arange(5)[None] % head.out_features
     labels = ids.masked_fill(ids == 1, -100)
 

@@ -563,7 +563,7 @@ def test_copies_and_pickles(tmp_path):
     assert torch.equal(loaded(ids).logits, plain(ids).logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_compiles_in_one_graph(family):
     plain, fast = pair(family)
     names = set()
