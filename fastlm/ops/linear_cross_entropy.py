@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import autocast, register
+from fastlm.backend import autocast, autocast_somewhere, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 from fastlm.ops.cross_entropy import (
@@ -74,7 +74,8 @@ def linear_cross_entropy(
         InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
         range.
     """
-    input, linear_weight = autocast(input, linear_weight)
+    if autocast_somewhere():
+        input, linear_weight = autocast(input, linear_weight)
     if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
         raise InputError(
             "linear_weight: wanted shape (V, D), D the last dimension of input"
