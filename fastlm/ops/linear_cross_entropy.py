@@ -505,6 +505,7 @@ def _autograd_forward(ctx, _, d_log_sum, d_nll, d_smoothed):
 def _setup_loss(ctx, inputs, output):
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)  # else the backward begins with zeros for each of them
     ctx.save_for_backward(*gradients)
     ctx.dtypes = inputs[1].dtype, (inputs[0] if inputs[2] is None else inputs[2]).dtype
 
