@@ -103,9 +103,7 @@ def int4pack(n: int, k: int) -> Callable[[], torch.Tensor]:
     return in_turn([packed.clone() for _ in range(copies_of(n * k // 2))])
 
 
-def peers(
-    bits: int, act: int, x: torch.Tensor, n: int, k: int, group: int
-) -> tuple[dict, dict]:
+def peers(bits: int, act: int, x: torch.Tensor, n: int, k: int, group: int) -> tuple[dict, dict]:
     """torch's calls for the same product, and why those that are absent are."""
     weight = bf16(n, k)
     calls: dict[str, Callable] = {"torch bf16 linear": lambda: F.linear(x, weight())}

@@ -92,7 +92,7 @@ def test_int8_activations_are_near_the_unrounded_product(isa, dtype):
 
 
 def test_integer_part_is_exact(isa):
-    # scales 1 and integer runs of 32 with absmax 127: every product and sum is an integer below 2^24
+    # scales 1, integer runs of 32 with absmax 127: every product and sum is an integer below 2^24
     for bits, m in itertools.product((4, 8), (1, 40)):
         top = 7 if bits == 4 else 127
         codes = torch.randint(-top - 1, top + 1, (33, 130))

@@ -358,10 +358,10 @@ void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const fl
 }
 
 // ---- panel form --------------------------------------------------------------------------------
-constexpr int64_t PANEL_N = NR;    // columns of a task
-constexpr int64_t PANEL_K = 512;   // k of one block: 64 KiB of bf16 B, stays in the L2
-constexpr int64_t PANEL_M = 512;   // rows of a task: 512 KiB of A per block, mostly in the L2 too; W
-                                   // is dequantized once per task (256 rows: 2 to 4 % slower)
+constexpr int64_t PANEL_N = NR;   // columns of a task
+constexpr int64_t PANEL_K = 512;  // k of one block: 64 KiB of bf16 B, stays in the L2
+constexpr int64_t PANEL_M = 512;  // rows of a task: 512 KiB of A per block, mostly in the L2 too; W
+                                  // is dequantized once per task (256 rows: 2 to 4 % slower)
 constexpr int64_t PANEL_M8 = 512;  // the same of int8
 
 // Scales (or zeros) of rows [n, n + rows) as [groups][VL]; rows that do not exist are zero.
@@ -526,15 +526,18 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
     const auto multiply = [&](int64_t m0, int64_t n0) {
       const int64_t mb = std::min(block_m, m - m0), nb = std::min<int64_t>(NR8, w.n - n0);
       const auto rows = [&](int64_t p) { return int(std::min<int64_t>(VL, nb - p * VL)); };
+      w.scales.prefetch((n0 + NR8) * w.groups, NR8 * w.groups);
+      w.zeros.prefetch((n0 + NR8) * w.groups, NR8 * w.groups);
       for (int64_t p = 0; p * VL < nb; ++p) {
         transpose_scales(w.scales, n0 + p * VL, w.groups, rows(p), scales + p * table);
         if (zeros) transpose_scales(w.zeros, n0 + p * VL, w.groups, rows(p), zeros + p * table);
       }
       for (int64_t first = 0; first < runs.count; first += block) {
         const int64_t last = std::min(first + block, runs.count), width = runs.stride * VL;
-        // the next block of these columns, or the next columns: they follow in memory
-        const int64_t ahead =
-            last < runs.count ? block * runs.stride * BITS / 8 : (NR8 - 1) * w.row_bytes;
+        // bytes to the same place of the next block, or of the next columns' first: they follow
+        const int64_t ahead = last < runs.count
+                                  ? runs.begin(last) * BITS / 8 - runs.begin(first) * BITS / 8
+                                  : NR8 * w.row_bytes - runs.begin(first) * BITS / 8;
         for (int64_t p = 0; p * VL < nb; ++p) {
           int8_t* to = b + p * (last - first) * width;
           const int64_t n = n0 + p * VL;
