@@ -52,6 +52,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}
 _PLAIN = frozenset(
     (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype)
 )
+_get_num_threads = torch.get_num_threads
 _library = torch.library.Library("fastlm", "DEF")
 _picked: dict[tuple, Callable] = {}
 
@@ -105,7 +106,7 @@ def pick(op: str, tensor: torch.Tensor) -> Callable:
     """The implementation that `op` runs on tensors like this one."""
     # torch hands its number of threads to OpenMP once per thread of Python, when it is asked here;
     # a kernel that came before that would take every core
-    torch.get_num_threads()
+    _get_num_threads()
     key = (op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
     if (chosen := _picked.get(key)) is None:
         chosen = _picked[key] = _choose(*key)
@@ -184,14 +185,11 @@ def register(
     )
     operator = getattr(torch.ops.fastlm, name).default
     differentiable = backward and _differentiable(name, run, setup_context, backward)
+    is_compiling, plain = torch.compiler.is_compiling, _PLAIN.issuperset
+    modes, transforms = torch._C._len_torch_dispatch_stack, _functorch.peek_interpreter_stack
 
     def call(*args: Any) -> Any:
-        if (
-            not torch.compiler.is_compiling()
-            and _PLAIN.issuperset(map(type, args))
-            and not torch._C._len_torch_dispatch_stack()
-            and _functorch.peek_interpreter_stack() is None
-        ):
+        if not is_compiling() and plain(map(type, args)) and not modes() and transforms() is None:
             if not (torch.is_grad_enabled() and _needs_gradient(args)):
                 return pick(name, args[picked_by])(*args)
             if differentiable:
