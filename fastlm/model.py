@@ -96,6 +96,13 @@ class CausalLM(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
+    @property
+    def head_act_bits(self) -> int:
+        """Of a quantized head tied to the embedding: those of the linear layers, which the head
+        is one of."""
+        linear = self.model.layers[-1].mlp.down_proj
+        return linear.act_bits if isinstance(linear, QuantizedLinear) else 16
+
     @classmethod
     def from_pretrained(
         cls,
@@ -322,7 +329,7 @@ class CausalLM(nn.Module):
         if not self.config.tie_word_embeddings:
             out = self.lm_head(hidden)
         elif isinstance(weight := self.head_weight, QuantizedWeight):
-            out = quantized_linear(hidden, weight)
+            out = quantized_linear(hidden, weight, act_bits=self.head_act_bits)
         else:
             out = F.linear(hidden, weight)
         cap = self.config.final_logit_softcapping
