@@ -92,16 +92,27 @@ void turned_head(const AttentionInputs<C>& a, const float* all, int64_t heads, i
     for (int64_t i = 0; i < D; ++i) out[i] *= factor;
 }
 
+template <class C>
+FASTLM_INLINE void prefetch_row(const C* row, int64_t n) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < n * int64_t(sizeof(C)); i += 64) __builtin_prefetch(p + i);
+}
+
 // scores[r][j] = q[r] . k[j]. The sums of VL keys are turned together: one transposition instead
 // of VL horizontal sums.
-template <int R, class C>
-void dot_keys(const float* q, int64_t ldq, const C* k, int64_t count, int64_t D, float* scores) {
+// `ahead` is what is read after the keys, from the same place on: the values.
+template <int R, int FIXED, class C>
+void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t count, int64_t width,
+              float* scores) {
+  const int64_t D = FIXED ? FIXED : width;
   for (int64_t j = 0; j < count; j += VL) {
     vint sums[R][VL] = {};
     const int group = int(std::min<int64_t>(VL, count - j));
     for (int t = 0; t < group; ++t) {
       const C* row = k + (j + t) * D;
+      prefetch_row(ahead + (j + t) * D, D);
       vfloat acc[R] = {};
+#pragma GCC unroll 4
       for (int64_t d = 0; d < D; d += VL) {
         const vfloat x = D - d >= VL ? load(row + d) : load(row + d, int(D - d));
 #pragma GCC unroll 4
@@ -120,13 +131,17 @@ void dot_keys(const float* q, int64_t ldq, const C* k, int64_t count, int64_t D,
 }
 
 // O[r] = sum over j of P[r][j] v[j]
-template <int R, class C>
-void weigh_values(const float* P, const C* v, int64_t count, int64_t D, float* O, int64_t ldo) {
+// `ahead`: the keys of the next chunk.
+template <int R, int FIXED, class C>
+void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int64_t width,
+                  float* O, int64_t ldo) {
+  const int64_t D = FIXED ? FIXED : width;
   constexpr int W = 4;  // R x W accumulators
   for (int64_t d = 0; d < D; d += W * VL) {
     vfloat acc[R][W] = {};
-    const bool whole = d + W * VL <= D;
+    const bool whole = FIXED % (W * VL) == 0 && FIXED ? true : d + W * VL <= D;
     for (int64_t j = 0; j < count; ++j) {
+      if (d == 0) prefetch_row(ahead + j * D, D);
       vfloat x[W];
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) {
@@ -179,7 +194,11 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
     if (ratio - r == 1) f(std::integral_constant<int, 1>{}, r);
   };
   in_fours([&](auto R, int64_t r) {
-    dot_keys<R.value>(q + r * ldq, ldq, keys + low * D, count, D, scores + r * DECODE_KEYS);
+    const C *k = keys + low * D, *v = values + low * D;
+    if (D == 64)
+      dot_keys<R.value, 64>(q + r * ldq, ldq, k, v, count, D, scores + r * DECODE_KEYS);
+    else
+      dot_keys<R.value, 0>(q + r * ldq, ldq, k, v, count, D, scores + r * DECODE_KEYS);
   });
   for (int64_t r = 0; r < ratio; ++r) {
     float* s = scores + r * DECODE_KEYS;
@@ -208,8 +227,13 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
   }
   const int64_t apart = a.chunks * partial_size(D);  // between heads
   in_fours([&](auto R, int64_t r) {
-    weigh_values<R.value>(scores + r * DECODE_KEYS, values + low * D, count, D,
-                          a.partial(m, g * ratio + r, c), apart);
+    const float* P = scores + r * DECODE_KEYS;
+    const C *v = values + low * D, *k = keys + high * D;
+    float* O = a.partial(m, g * ratio + r, c);
+    if (D == 64)
+      weigh_values<R.value, 64>(P, v, k, count, D, O, apart);
+    else
+      weigh_values<R.value, 0>(P, v, k, count, D, O, apart);
   });
 }
 

@@ -1,6 +1,7 @@
 // The products of decode_step.h: a tile of 16 rows of W (quantized or dense) with M rows of x.
 
 constexpr int64_t PANEL_LANES = 256;  // transposed W at a time: 16 KiB of 64-byte vectors, in the L1
+constexpr int64_t AHEAD = 16;         // rows of W prefetched ahead: the next tile
 constexpr int MOST_ROWS = VL == 16 ? 8 : 4;  // of x in one pass: two accumulators each in registers
 
 struct Activations {  // M rows
@@ -41,17 +42,30 @@ FASTLM_INLINE int32_t hsum_int(vint v) {
 #endif
 }
 
+// The runs of K columns one after the other: those of `Runs`, without its divisions.
+struct Run {
+  int64_t k, size, index, group, begin, length;
+  Run(int64_t k, int64_t size) : k(k), size(size), index(0), group(0), begin(0) { cut(); }
+  explicit operator bool() const { return begin < k; }
+  FASTLM_INLINE void next() {
+    begin += length, ++index, group += begin == (group + 1) * size;
+    cut();
+  }
+
+ private:
+  FASTLM_INLINE void cut() { length = std::min({RUN_MAX, (group + 1) * size - begin, k - begin}); }
+};
+
 // Row m of x as `l` wants it.
 inline void round_row(const DecodeLinear& l, const Activations& a, const Activations::Format& f,
                       int64_t m) {
   if (l.bits == 16) return;
-  const Runs runs(l.k, l.group_size);
   const float* x = a.x + m * a.stride;
   int8_t* q = f.q + m * a.stride;
   float *scale = f.scale + m * a.runs, *sum = f.sum + m * a.runs;
   int32_t* start = f.start + m * a.runs;
-  for (int64_t r = 0; r < runs.count; ++r) {
-    const int64_t begin = runs.begin(r), length = runs.length(r);
+  for (Run run(l.k, l.group_size); run; run.next()) {
+    const int64_t r = run.index, begin = run.begin, length = run.length;
     if (!l.int8_activations) {
       vfloat total{};
       for (int64_t i = 0; i < length; i += VL)
@@ -100,9 +114,8 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
 // Runs [first, last) of VL rows of W, transposed.
 struct TilePart {
   const uint8_t* panel;
-  int64_t lane0;  // of the panel's first vector
-  const Runs& runs;
-  int64_t first, last;
+  Run first;
+  int64_t end;  // column
   const char* table;  // of this tile, at its first of these VL rows
   DType dtype;
 
@@ -126,18 +139,18 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
   constexpr int CHAINS = ROWS <= 2 ? 2 : 1;  // of dependent products
   vfloat f[ROWS];
   for (int r = 0; r < ROWS; ++r)
-    f[r] = part.first ? load(out + r * DECODE_TILE) : vfloat{};
+    f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
   const int8_t* q = x.q + m * a.stride;
   const float *scale = x.scale + m * a.runs, *sum = x.sum + m * a.runs;
   const int32_t* start = x.start + m * a.runs;
-  for (int64_t run = part.first; run < part.last; ++run) {
-    const int64_t begin = part.runs.begin(run), lane = begin / PER_LANE<BITS>;
-    const int64_t lanes = (part.runs.length(run) + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
-    const uint8_t* w = part.panel + (lane - part.lane0) * 4 * VL;
+  const uint8_t* w = part.panel;
+  for (Run run = part.first; run.begin < part.end; run.next()) {
+    const int64_t begin = run.begin, i = run.index;
+    const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
     vint acc[ROWS][CHAINS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      acc[r][0] = BITS == 4 && OFFSETS ? vint{} : splat_int(start[r * a.runs + run]);
+      acc[r][0] = BITS == 4 && OFFSETS ? vint{} : splat_int(start[r * a.runs + i]);
       if constexpr (CHAINS == 2) acc[r][1] = vint{};
     }
 #pragma GCC unroll 4
@@ -162,15 +175,15 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
         }
       }
     }
-    const int64_t g = part.runs.group(run) * (1 + OFFSETS);
+    const int64_t g = run.group * (1 + OFFSETS);
     const vfloat s = part.from_table(g);
     vfloat z{};
     if constexpr (OFFSETS) z = part.from_table(g + 1);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       if constexpr (CHAINS == 2) acc[r][0] += acc[r][1];
-      f[r] += __builtin_convertvector(acc[r][0], vfloat) * (s * scale[r * a.runs + run]);
-      if constexpr (OFFSETS) f[r] += z * sum[r * a.runs + run];
+      f[r] += __builtin_convertvector(acc[r][0], vfloat) * (s * scale[r * a.runs + i]);
+      if constexpr (OFFSETS) f[r] += z * sum[r * a.runs + i];
     }
   }
   for (int r = 0; r < ROWS; ++r) store(out + r * DECODE_TILE, f[r]);
@@ -193,16 +206,16 @@ void float_product(const TilePart& part, const Activations& a, const Activations
   constexpr int CHAINS = ROWS <= 2 ? 2 : 1;
   vfloat f[ROWS];
   for (int r = 0; r < ROWS; ++r)
-    f[r] = part.first ? load(out + r * DECODE_TILE) : vfloat{};
+    f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
   const float *row = a.x + m * a.stride, *sum = x.sum + m * a.runs;
-  for (int64_t run = part.first; run < part.last; ++run) {
-    const int64_t begin = part.runs.begin(run), lane = begin / PER_LANE<BITS>;
-    const int64_t lanes = (part.runs.length(run) + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
-    const uint8_t* w = part.panel + (lane - part.lane0) * 4 * VL;
+  const uint8_t* w = part.panel;
+  for (Run run = part.first; run.begin < part.end; run.next()) {
+    const int64_t begin = run.begin, i = run.index;
+    const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
     vfloat acc[ROWS][CHAINS] = {};
     for (int64_t l = 0; l < lanes; ++l, w += 4 * VL)
       add_columns<BITS, 0>(load_lanes(w), row + begin + l * PER_LANE<BITS>, a.stride, acc);
-    const int64_t g = part.runs.group(run) * (1 + OFFSETS);
+    const int64_t g = run.group * (1 + OFFSETS);
     const vfloat s = part.from_table(g);
     vfloat z{};
     if constexpr (OFFSETS) {
@@ -213,7 +226,7 @@ void float_product(const TilePart& part, const Activations& a, const Activations
     for (int r = 0; r < ROWS; ++r) {
       if constexpr (CHAINS == 2) acc[r][0] += acc[r][1];
       f[r] += acc[r][0] * s;
-      if constexpr (OFFSETS) f[r] += z * sum[r * a.runs + run];
+      if constexpr (OFFSETS) f[r] += z * sum[r * a.runs + i];
     }
   }
   for (int r = 0; r < ROWS; ++r) store(out + r * DECODE_TILE, f[r]);
@@ -236,29 +249,30 @@ void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
   Weight w{};
   w.q = reinterpret_cast<const uint8_t*>(l.weight), w.row_bytes = l.row_bytes;
   const int present = int(std::clamp<int64_t>(l.n - n, 0, VL));
-  const Runs runs(l.k, l.group_size);
   const int64_t entry = l.dtype == DType::f32 ? 4 : 2,
                 table = n / DECODE_TILE * l.groups * (1 + OFFSETS) * DECODE_TILE + n % DECODE_TILE;
-  TilePart part{panel, 0, runs, 0, 0, l.table + table * entry, l.dtype};
-  while (part.last < runs.count) {
-    part.first = part.last++;
-    part.lane0 = runs.begin(part.first) / PER_LANE<BITS>;
-    const auto lanes_to = [&](int64_t run) {  // of runs [part.first, run]
-      return (runs.begin(run) + runs.length(run) + PER_LANE<BITS> - 1) / PER_LANE<BITS> -
-             part.lane0;
-    };
-    while (part.last < runs.count && lanes_to(part.last) <= PANEL_LANES) ++part.last;
-    const int64_t lanes = lanes_to(part.last - 1);
+  TilePart part{panel, Run(l.k, l.group_size), 0, l.table + table * entry, l.dtype};
+  for (Run run = part.first; run; part.first = run) {
+    const int64_t most = run.begin + PANEL_LANES * PER_LANE<BITS>;
+    for (; run && run.begin + run.length <= most; run.next()) part.end = run.begin + run.length;
+    const int64_t lane0 = part.first.begin / PER_LANE<BITS>,
+                  lanes = (part.end + PER_LANE<BITS> - 1) / PER_LANE<BITS> - lane0;
     for (int64_t i = 0; i < lanes; i += VL) {
+      const int64_t byte = (lane0 + i) * 4;
       vint t[VL];
-      load_transposed(w, n, present, part.lane0 + i, VL * l.row_bytes, t);
-      const int count = int(std::min<int64_t>(VL, lanes - i));
-      if (count == VL) {
+      if (present == VL && byte + 4 * VL <= l.row_bytes) {
+        const uint8_t* p = w.row(n) + byte;
 #pragma GCC unroll 16
-        for (int j = 0; j < VL; ++j) memcpy(panel + (i + j) * 4 * VL, &t[j], sizeof(vint));
+        for (int r = 0; r < VL; ++r) {
+          __builtin_prefetch(p + (AHEAD + r) * l.row_bytes, 0, 2);
+          t[r] = load_lanes(p + r * l.row_bytes);
+        }
+        transpose(t);
       } else {
-        for (int j = 0; j < count; ++j) memcpy(panel + (i + j) * 4 * VL, &t[j], sizeof(vint));
+        load_transposed(w, n, present, lane0 + i, AHEAD * l.row_bytes, t);
       }
+#pragma GCC unroll 16
+      for (int j = 0; j < VL; ++j) memcpy(panel + (i + j) * 4 * VL, &t[j], sizeof(vint));
     }
     in_passes(rows, [&](auto r, int64_t m) {
       if (l.int8_activations)

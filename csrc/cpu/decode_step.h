@@ -29,8 +29,7 @@ constexpr int64_t SPLIT_ROWS = 4;  // of x: from so many on their preparation is
 
 struct DecodeWork {  // of one step; everything is written before it is read
   float *qkv, *branch, *inner, *partials, *most, *sum;
-  std::atomic<int64_t>* tasks;  // of attention, taken so far, per layer
-  struct Slot {                 // what `prepare` makes: one, or one per thread
+  struct Slot {  // what `prepare` makes: one, or one per thread
     float* stream;
     Activations x;
   }* slots;
@@ -65,7 +64,6 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t capacity, int 
   w.partials = a.take<float>(rows * p.heads * chunks * partial_size(p.head_dim));
   w.most = a.take<float>(rows * p.heads * chunks);
   w.sum = a.take<float>(rows * p.heads * chunks);
-  w.tasks = a.take<std::atomic<int64_t>>(int64_t(p.layers.size()));
   const int64_t widest = std::max({p.hidden, q_width, p.inner}), runs = (widest + 7) / 8;
   const int64_t slots = rows >= SPLIT_ROWS ? 1 : threads;
   w.slots = a.take<DecodeWork::Slot>(slots);
@@ -85,7 +83,7 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t capacity, int 
   }
   for (int t = 0; t < threads; ++t) {
     DecodeWork::Thread own{};
-    own.panel = a.take<uint8_t>(PANEL_LANES * 4 * VL);
+    own.panel = a.take<uint8_t>((PANEL_LANES + VL) * 4 * VL);  // whole vectors are written
     own.out = a.take<float>(2 * rows * DECODE_TILE);
     own.q = a.take<float>(ratio * round16(p.head_dim));
     own.scores = a.take<float>(ratio * DECODE_KEYS);
@@ -277,7 +275,8 @@ struct DecodeStep {
       const AttentionInputs<C> attend = attention(i);
       const int64_t first = attend.first_chunk(), chunks = attend.last_chunk() + 1 - first,
                     tasks = rows * p.kv_heads * chunks;
-      for (int64_t t; (t = w.tasks[i].fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      auto [from, to] = share(tasks);
+      for (int64_t t = from; t < to; ++t)
         attend_chunk(attend, t / chunks / p.kv_heads, t / chunks % p.kv_heads, first + t % chunks,
                      own().q, own().scores);
       meet();
@@ -336,7 +335,6 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
     throw std::invalid_argument("workspace: wanted " + std::to_string(bytes + 64) + " bytes, got " +
                                 std::to_string(workspace.numel()));
   lay_out(p, rows, capacity, threads, aligned, work);
-  for (size_t i = 0; i < p.layers.size(); ++i) new (&work.tasks[i]) std::atomic<int64_t>(0);
   std::vector<const float*> tables;
   int64_t widths[8] = {};
   for (size_t i = 0; i < rotary.size(); ++i) {
