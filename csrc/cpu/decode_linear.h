@@ -118,8 +118,10 @@ struct TilePart {
   int64_t end;  // column
   const char* table;  // of this tile, at its first of these VL rows
   DType dtype;
+  int64_t next;  // entries of DECODE_TILE from this tile's table to the next one's
 
   FASTLM_INLINE vfloat from_table(int64_t i) const {
+    __builtin_prefetch(table + (i + next) * DECODE_TILE * (dtype == DType::f32 ? 4 : 2), 0, 2);
     if (dtype == DType::f16) return load(reinterpret_cast<const f16*>(table) + i * DECODE_TILE);
     if (dtype == DType::bf16) return load(reinterpret_cast<const bf16*>(table) + i * DECODE_TILE);
     return load(reinterpret_cast<const float*>(table) + i * DECODE_TILE);
@@ -251,7 +253,8 @@ void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
   const int present = int(std::clamp<int64_t>(l.n - n, 0, VL));
   const int64_t entry = l.dtype == DType::f32 ? 4 : 2,
                 table = n / DECODE_TILE * l.groups * (1 + OFFSETS) * DECODE_TILE + n % DECODE_TILE;
-  TilePart part{panel, Run(l.k, l.group_size), 0, l.table + table * entry, l.dtype};
+  TilePart part{panel, Run(l.k, l.group_size), 0, l.table + table * entry, l.dtype,
+                l.groups * (1 + OFFSETS)};
   for (Run run = part.first; run; part.first = run) {
     const int64_t most = run.begin + PANEL_LANES * PER_LANE<BITS>;
     for (; run && run.begin + run.length <= most; run.next()) part.end = run.begin + run.length;

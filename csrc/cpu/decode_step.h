@@ -104,7 +104,7 @@ class Meeting {
   void wait(int64_t everybody) {  // how many have come once this meeting is over
     arrived_.fetch_add(1, std::memory_order_acq_rel);
     for (int turns = 0; arrived_.load(std::memory_order_acquire) < everybody; ++turns)
-      turns < 20000 ? _mm_pause() : void(sched_yield());
+      turns < 2000 ? _mm_pause() : void(sched_yield());
   }
 
  private:
