@@ -60,7 +60,7 @@ class Plan:
         config, decoder = model.config, model.model
         embedding = self._linear(decoder.embed_tokens, None, 16)
         head = (
-            self._linear(decoder.embed_tokens, None, model.head_act_bits)
+            self._linear(decoder.embed_tokens, None, getattr(decoder.embed_tokens, "act_bits", 16))
             if config.tie_word_embeddings
             else self._module(model.lm_head)
         )

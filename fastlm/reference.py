@@ -913,16 +913,26 @@ def dequantize_rows(
     return (w if zeros is None else w + expand(zeros)).to(dtype)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 activations: q = round(x * (127 / absmax)) and scale = absmax / 127 per row, (N,
-    K) -> q, (N, 1).
+RUN_MAX = 512  # columns that int8 activations share a scale over, at most
+
+
+def round_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """int8 activations: q = round(x * (127 / absmax)) and scale = absmax / 127 per run of a row,
+    (N, K) -> q, scale, both (N, K). A run is a group of the weight's columns, cut at 512.
     """
     wide = _wide(x)
-    # an all-zero row divides by 1e-30, which keeps 127 / absmax finite
-    absmax = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    # not 127.0 / absmax: torch makes that a reciprocal and a product, which rounds twice
-    inverse = torch.full_like(absmax, 127.0) / absmax
-    return (wide * inverse).round(), absmax / 127.0
+    q, scale = torch.empty_like(wide), torch.empty_like(wide)
+    for begin in range(0, x.shape[-1], group_size):
+        group = slice(begin, begin + group_size)
+        parts = zip(*(t[..., group].split(RUN_MAX, -1) for t in (wide, q, scale)))
+        for values, rounded, scales in parts:
+            # an all-zero run divides by 1e-30, which keeps 127 / absmax finite
+            absmax = values.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+            # not 127.0 / absmax: torch makes that a reciprocal and a product, which rounds twice
+            inverse = torch.full_like(absmax, 127.0) / absmax
+            rounded.copy_((values * inverse).round())
+            scales.copy_(absmax / 127.0)
+    return q, scale
 
 
 def quantized_linear_forward(
@@ -935,10 +945,10 @@ def quantized_linear_forward(
     group_size: int,
     act_bits: int,
 ) -> Tensor:
-    """y = x . W^T + bias; with act_bits 8 the rows of x are rounded to int8 before."""
+    """y = x . W^T + bias; with act_bits 8 x is rounded to int8 before (`round_rows`)."""
     wide = _wide(x)
     if act_bits == 8:
-        q, scale = quantize_rows(x)
+        q, scale = round_rows(x, group_size)
         wide = q * scale
     w = dequantize_rows(qdata, scales, zeros, bits, group_size, x.shape[-1], wide.dtype)
     y = wide @ w.t()

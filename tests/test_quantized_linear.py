@@ -50,11 +50,11 @@ def check(x, q, bias, act_bits, what=""):
         naive = F.linear(x, q.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
         assert_near(actual, naive, truth, floor=sum_floor(x.dtype, x.shape[1]), what=what)
         return
-    rounded, scale = reference.quantize_rows(x)
+    rounded, scale = reference.round_rows(x, q.group_size)
     truth = F.linear(rounded.double() * scale.double(), w64, b64)
     # exact integers per group; then float32: one product and one sum per group, and the
     # result's rounding
-    groups = q.scales.shape[1]
+    groups = q.scales.shape[1] + x.shape[1] // 512
     terms = F.linear((rounded * scale).abs().double(), w64.abs()) + (
         0 if bias is None else b64.abs()
     )
@@ -91,16 +91,16 @@ def test_int8_activations_are_near_the_unrounded_product(isa, dtype):
 
 
 def test_integer_part_is_exact(isa):
-    # scales 1 and integer rows with absmax 127: every product and sum is an integer below 2^24
+    # scales 1 and integer runs of 32 with absmax 127: every product and sum is an integer below 2^24
     for bits, m in itertools.product((4, 8), (1, 40)):
         top = 7 if bits == 4 else 127
         codes = torch.randint(-top - 1, top + 1, (33, 130))
         stored = reference_pack(codes, bits)
         q = QuantizedWeight(stored, torch.ones(33, 5), None, bits, 32, (33, 130))
         x = torch.randint(-127, 128, (m, 130))
-        x[:, 0] = 127
+        x[:, ::32] = 127
         y = ops.quantized_linear(x.float(), q, act_bits=8)
-        # the row's scale is 127 / 127 = 1
+        # every scale is 127 / 127 = 1
         assert torch.equal(y, (x @ codes.t()).float())
 
 

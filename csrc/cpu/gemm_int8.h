@@ -1,14 +1,17 @@
 // The int8 matrix core of quantized_linear.h, one thread:
 //
-//     C (M, N) float32  =  scale(n) * A (M, K) int8 . B (K, N)      or  +=
+//     C (M, N) float32  (+)=  sum over runs r of
+//         scale(m, r) * (scale(n, r) * A_r (M, K_r) int8 . B_r (K_r, N)  +  zero(n, r) * sum(A_r))
 //
-// with int32 sums over one run of k, which lies in one group of the weight.
+// A run lies in one group of the weight (`Runs`): integer sums within it, float32 between runs.
 //
-//   A  rows of int8, run after run, each padded with zeros to K_STEP8 (`Runs` says where)
-//   B  panels of VL columns [K/4][VL][4], as the weight stores it: nibbles, or bytes with the sign
-//      bit flipped, on VNNI, which multiplies unsigned by signed; signed elsewhere. int4 keeps
-//      the order of its nibbles, even k of 8 and then odd; quantize_row arranges A alike.
-//   start  minus the offset of B times the sum of A's run: where the int32 sums begin
+//   A  rows of int8, run after run, each padded with zeros to K_STEP8: `Rounded`
+//   B  panels of VL columns, in a panel run after run [K_r/4][VL][4], as the weight stores it:
+//      nibbles, or bytes with the sign bit flipped, on VNNI, which multiplies unsigned by signed;
+//      signed elsewhere. int4 keeps the order of its nibbles, even k of 8 and then odd; A alike.
+//
+// Register block: MR rows x NP8 panels of integer sums and as many of float32. Sums of a run that
+// went to memory instead (NP panels, C read and written once per run) lost a third at groups of 32.
 
 // What is added to q where it is stored unsigned.
 #if FASTLM_VL == 16
@@ -32,7 +35,6 @@ constexpr int PANEL_OFFSET = OFFSET<BITS>;
 #endif
 constexpr int64_t RUN_MAX = 512;  // k of a run: 32 KiB of B per 64 columns, in the L1
 
-typedef int8_t bytes16 __attribute__((vector_size(16)));
 typedef int8_t lane_bytes __attribute__((vector_size(4 * VL)));
 typedef int8_t narrow __attribute__((vector_size(VL)));
 
@@ -58,41 +60,94 @@ FASTLM_INLINE vint dot4(vint sum, vint w, vint x) {
 #endif
 }
 
-// scale = absmax / 127 of a row; inverse = 127 / absmax. NaN in the row stays NaN in the scale.
+FASTLM_INLINE int32_t hmax(vint v) {
+#if FASTLM_VL == 16
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t top = v[0];
+  for (int i = 1; i < VL; ++i) top = std::max(top, v[i]);
+  return top;
+#endif
+}
+FASTLM_INLINE int32_t hsum(vint v) {
+#if FASTLM_VL == 16
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < VL; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+// scale = absmax / 127 of a run; inverse = 127 / absmax. NaN in the run stays NaN in the scale.
 template <class T>
-float int8_scale(const T* x, int64_t k, float* inverse) {
+FASTLM_INLINE float int8_scale(const T* x, int64_t k, float* inverse) {
   vint most{};  // magnitudes compare as integers, with NaN above all
   for (int64_t i = 0; i < k; i += VL) {
     const int count = int(std::min<int64_t>(VL, k - i));
     const vint bits = as_int(count == VL ? load(x + i) : load(x + i, count)) & 0x7fffffff;
+#if FASTLM_VL == 16
+    most = (vint)_mm512_max_epi32((__m512i)most, (__m512i)bits);
+#else
     most = bits > most ? bits : most;
+#endif
   }
-  int32_t top = 0;
-  for (int i = 0; i < VL; ++i) top = std::max(top, most[i]);
+  const int32_t top = hmax(most);
   float absmax;
   memcpy(&absmax, &top, 4);
-  if (absmax < 1e-30f) absmax = 1e-30f;  // keeps 127 / absmax finite for a row of zeros
+  if (absmax < 1e-30f) absmax = 1e-30f;  // keeps 127 / absmax finite for a run of zeros
   *inverse = 127.f / absmax;
   return absmax / 127.f;
 }
 
-// q = round(x * inverse) of k elements, then zeros up to `padded`.
-template <class T>
-void to_int8(const T* x, int64_t k, int64_t padded, float inverse, int8_t* out) {
-  int64_t i = 0;
-  for (; i + VL <= k; i += VL) {
-    const narrow q = __builtin_convertvector(to_int(vround(load(x + i) * inverse)), narrow);
-    memcpy(out + i, &q, sizeof q);
-  }
-  if (i < k) {
-    const narrow q =
-        __builtin_convertvector(to_int(vround(load(x + i, int(k - i)) * inverse)), narrow);
-    memcpy(out + i, &q, size_t(k - i));
-  }
-  if (padded > k) memset(out + k, 0, size_t(padded - k));
+FASTLM_INLINE vint round_to_int(vfloat v) {
+#if FASTLM_VL > 4
+  return to_int(v);  // the conversion rounds to nearest even
+#else
+  return to_int(vround(v));
+#endif
+}
+// The low byte of each lane; EVEN_FIRST: of 8 in a row, those of even lanes before the others.
+template <bool EVEN_FIRST = false>
+FASTLM_INLINE narrow to_bytes(vint v) {
+#if FASTLM_VL == 16  // not vpmovdb, which is slow where it stores
+  const __m512i order =
+      EVEN_FIRST
+          ? _mm512_castsi128_si512(
+                _mm_setr_epi8(0, 8, 16, 24, 4, 12, 20, 28, 32, 40, 48, 56, 36, 44, 52, 60))
+          : _mm512_castsi128_si512(
+                _mm_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60));
+  return (narrow)_mm512_castsi512_si128(_mm512_permutexvar_epi8(order, (__m512i)v));
+#else
+  static_assert(!EVEN_FIRST);
+  return __builtin_convertvector(v, narrow);
+#endif
 }
 
-// Groups cut into runs of at most RUN_MAX columns.
+// q = round(x * inverse) of k elements, then zeros up to `padded`; their sum.
+template <bool EVEN_FIRST = false, class T>
+FASTLM_INLINE int32_t to_int8(const T* x, int64_t k, int64_t padded, float inverse, int8_t* out) {
+  vint sum{};
+  int64_t i = 0;
+  for (; i + VL <= k; i += VL) {
+    const vint v = round_to_int(load(x + i) * inverse);
+    const narrow q = to_bytes<EVEN_FIRST>(v);
+    memcpy(out + i, &q, sizeof q);
+    sum += v;
+  }
+  for (; i < padded; i += VL) {
+    const vint v = i < k ? round_to_int(load(x + i, int(k - i)) * inverse) : vint{};
+    const narrow q = to_bytes<EVEN_FIRST>(v);
+    memcpy(out + i, &q, size_t(std::min<int64_t>(VL, padded - i)));
+    sum += v;
+  }
+  return hsum(sum);
+}
+
+// Groups cut into runs of at most RUN_MAX columns: what x is rounded by.
+struct Run {
+  int32_t length, group;  // padded columns
+};
 struct Runs {
   int64_t k, size, parts, count, stride;
   Runs(int64_t k, int64_t group_size) : k(k), size(std::min(group_size, k)) {
@@ -107,40 +162,66 @@ struct Runs {
   int64_t length(int64_t r) const {
     return std::min({begin(r) + RUN_MAX, (group(r) + 1) * size, k}) - begin(r);
   }
-  int64_t padded(int64_t r) const { return round_up(length(r)); }
   int64_t row() const { return count * stride; }  // bytes of a row of A
+  bool contiguous() const {  // padding only behind the last
+    return size >= k || size % stride == 0;
+  }
+  void list(Run* out) const {
+    for (int64_t r = 0; r < count; ++r)
+      out[r] = {int32_t(round_up(length(r))), int32_t(group(r))};
+  }
+};
+
+// x rounded: rows of q, `row` bytes apart, and per run three numbers, in blocks of MR rows as the
+// kernel reads them, (M / MR, count, [scale | sum | start], MR).
+struct Rounded {
+  int8_t* q;
+  float* numbers;
+  int64_t row, count;
+  static int64_t size(int64_t m, int64_t count) { return (m + MR - 1) / MR * MR * count * 3; }
+  FASTLM_INLINE float* scale(int64_t m, int64_t run) const {
+    return numbers + (m / MR * count + run) * 3 * MR + m % MR;
+  }
+  // scale * the sum of q
+  FASTLM_INLINE static float* sum(float* scale) { return scale + MR; }
+  // int32: minus the offset of B times the sum of q, where the integer sums begin
+  FASTLM_INLINE static float* start(float* scale) { return scale + 2 * MR; }
 };
 
 template <int BITS, class T>
-void quantize_row(const T* x, float inverse, const Runs& runs, int8_t* out, int32_t* start) {
-  for (int64_t r = 0; r < runs.count; ++r) {
-    int8_t* q = out + r * runs.stride;
-    to_int8(x + runs.begin(r), runs.length(r), runs.stride, inverse, q);
-    if constexpr (PANEL_OFFSET<BITS> != 0) {
-      int32_t sum = 0;
-      for (int64_t i = 0; i < runs.stride; ++i) sum += q[i];
-      start[r] = -PANEL_OFFSET<BITS> * sum;
-    } else {
-      start[r] = 0;
+void round_row(const T* x, int64_t m, const Runs& runs, const Rounded& out) {
+  int64_t r = 0;
+  for (int64_t g0 = 0; g0 < runs.k; g0 += runs.size) {
+    const int64_t end = std::min(runs.k, g0 + runs.size);
+    for (int64_t k0 = g0; k0 < end; k0 += RUN_MAX, ++r) {
+      const int64_t length = std::min(RUN_MAX, end - k0);
+      int8_t* q = out.q + m * out.row + r * runs.stride;
+      float inverse;
+      const float scale = int8_scale(x + k0, length, &inverse);
+      constexpr bool FUSED = BITS == 4 && VL == 16;
+      const int32_t sum = to_int8<FUSED>(x + k0, length, runs.stride, inverse, q);
+      float* to = out.scale(m, r);
+      const int32_t start = -PANEL_OFFSET<BITS> * sum;
+      *to = scale, *out.sum(to) = scale * float(sum);
+      memcpy(out.start(to), &start, sizeof start);
+      if constexpr (BITS == 4 && !FUSED)
+        for (int64_t i = 0; i < runs.stride; i += 8) {
+          const int8_t v[8] = {q[i], q[i + 2], q[i + 4], q[i + 6],
+                               q[i + 1], q[i + 3], q[i + 5], q[i + 7]};
+          memcpy(q + i, v, 8);
+        }
     }
-    if constexpr (BITS == 4)
-      for (int64_t i = 0; i < runs.stride; i += 16) {
-        bytes16 v{};
-        const size_t bytes = size_t(std::min<int64_t>(16, runs.stride - i));
-        memcpy(&v, q + i, bytes);
-        v = __builtin_shuffle(v, bytes16{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
-        memcpy(q + i, &v, bytes);
-      }
   }
 }
 
-// Panel of rows [n, n + rows) of W, `length` columns from k0.
+// Panel of rows [n, n + rows) of W, `length` columns from k0. `ahead`: see load_transposed.
 template <int BITS>
-void integer_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t length, int8_t* out) {
+void integer_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t length, int64_t ahead,
+                   int8_t* out) {
   const int64_t lanes = length / PER_LANE<BITS>;
   for (int64_t l = 0; l < lanes; l += VL) {
     vint t[VL];
-    load_transposed(w, n, rows, k0 / PER_LANE<BITS> + l, length * BITS / 8, t);
+    load_transposed(w, n, rows, k0 / PER_LANE<BITS> + l, ahead, t);
     const int count = int(std::min<int64_t>(VL, lanes - l));
     for (int j = 0; j < count; ++j) {
       if constexpr (BITS == 4) {
@@ -158,53 +239,95 @@ void integer_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t len
   }
 }
 
-// Registers and prefetch as `micro` of gemm.h.
+#if FASTLM_VL == 16
+constexpr int NP8 = 2;  // 12 + 12 sums, 2 of B, 1 of A of 32 registers
+#else
+constexpr int NP8 = NP;
+#endif
+constexpr int NR8 = NP8 * VL;
+
+// Runs [first, last) of a block: B, scales and zeros of NP8 panels.
+struct Block8 {
+  const Run* runs;
+  int64_t first, last, stride;  // columns from run to run
+  const int8_t* b;
+  const float *scales, *zeros;  // (panel, group, VL); zeros may be absent
+  int64_t table;                // numbers from panel to panel
+};
+
+// Prefetch as `micro` of gemm.h.
 template <int BITS, int ROWS, int PANELS>
-void micro_int8(int64_t k, const int8_t* __restrict a, int64_t lda, const int32_t* start,
-                int64_t start_stride, const int8_t* __restrict b, int64_t panel,
-                const float* scales, int64_t scale_stride, float* __restrict c, int64_t ldc,
+void micro_int8(const Block8& block, const Rounded& x, int64_t m, float* __restrict c,
                 bool accumulate) {
-  vint acc[ROWS][PANELS];
+  const int64_t stride = block.stride, panel = (block.last - block.first) * stride * VL;
+  const int8_t *a = x.q + m * x.row + block.first * stride, *b = block.b;
+  float* scale = x.scale(m, block.first);
+  vfloat f[ROWS][PANELS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int p = 0; p < PANELS; ++p) {
-      acc[r][p] = splat_int(start[r * start_stride]);
-      __builtin_prefetch(c + r * ldc + p * VL, 1);
+    for (int p = 0; p < PANELS; ++p)
+      f[r][p] = accumulate ? load(c + r * NR8 + p * VL) : vfloat{};
+  for (int64_t run = block.first; run < block.last;
+       ++run, a += stride, b += stride * VL, scale += 3 * MR) {
+    vint acc[ROWS][PANELS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const vint start = as_int(splat(x.start(scale)[r]));
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; ++p) acc[r][p] = start;
     }
-  for (int64_t line = 0; line < k; line += 64) {
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(a + (ROWS + r) * lda + line);
-    const int64_t end = std::min<int64_t>(k, line + 64);
-    for (int64_t i = line; i < end; i += 4) {
-      vint column[PANELS];
+    const auto eight = [&](int64_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int64_t j = i; j < i + 8; j += 4) {
+        vint column[PANELS];
 #pragma GCC unroll 4
-      for (int p = 0; p < PANELS; ++p) column[p] = load_words(b + p * panel + i * VL);
+        for (int p = 0; p < PANELS; ++p) column[p] = load_words(b + p * panel + j * VL);
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-        int32_t quad;
-        memcpy(&quad, a + r * lda + i, 4);
-        const vint row = splat_int(quad);
+        for (int r = 0; r < ROWS; ++r) {
+          int32_t quad;
+          memcpy(&quad, a + r * x.row + j, 4);
+          const vint row = splat_int(quad);
 #pragma GCC unroll 4
-        for (int p = 0; p < PANELS; ++p)
-          acc[r][p] = dot4<OFFSET<BITS> == 0>(acc[r][p], column[p], row);
+          for (int p = 0; p < PANELS; ++p)
+            acc[r][p] = dot4<OFFSET<BITS> == 0>(acc[r][p], column[p], row);
+        }
+      }
+    };
+    const int64_t length = block.runs[run].length;
+    for (int64_t line = 0; line < length; line += 64) {
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(a + (ROWS + r) * x.row + line);
+      if (length == 32) {  // the group of most formats: 4 rounds of a loop cost 2 %
+        eight(0), eight(8), eight(16), eight(24);
+        break;
+      }
+      const int64_t end = std::min<int64_t>(length, line + 64);
+      for (int64_t i = line; i < end; i += 8) eight(i);
+    }
+    const int64_t group = int64_t(block.runs[run].group) * VL;
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; ++p) {
+      const vfloat s = load(block.scales + p * block.table + group);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+        f[r][p] +=
+            __builtin_convertvector(acc[r][p], vfloat) * (s * splat(scale[r]));
+      if (block.zeros) {
+        const vfloat z = load(block.zeros + p * block.table + group);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) f[r][p] += z * splat(x.sum(scale)[r]);
       }
     }
   }
-#pragma GCC unroll 4
-  for (int p = 0; p < PANELS; ++p) {
-    const vfloat s = load(scales + p * scale_stride);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      float* to = c + r * ldc + p * VL;
-      const vfloat v = __builtin_convertvector(acc[r][p], vfloat) * s;
-      store(to, accumulate ? load(to) + v : v);
-    }
-  }
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; ++p) store(c + r * NR8 + p * VL, f[r][p]);
 }
 
 template <int BITS, int PANELS, class... Args>
-FASTLM_INLINE void micro_int8_rows(int rows, Args... args) {
+FASTLM_INLINE void micro_int8_rows(int rows, const Args&... args) {
   switch (rows) {
     case 1:
       return micro_int8<BITS, 1, PANELS>(args...);
@@ -215,7 +338,7 @@ FASTLM_INLINE void micro_int8_rows(int rows, Args... args) {
     case 4:
       return micro_int8<BITS, 4, PANELS>(args...);
     case 5:
-      return micro_int8 < BITS, MR<5 ? MR : 5, PANELS>(args...);
+      return micro_int8<BITS, std::min(MR, 5), PANELS>(args...);
     default:
       return micro_int8<BITS, MR, PANELS>(args...);
   }
@@ -223,90 +346,72 @@ FASTLM_INLINE void micro_int8_rows(int rows, Args... args) {
 
 #ifdef FASTLM_AMX
 // 32 x 32 of C: two tiles of A and two of B per 64 k, each used twice.
-inline void tile_block_int8(int64_t k, const int8_t* a, int64_t lda, const int8_t* b, int64_t panel,
-                            const float* scales, int64_t scale_stride, float* c, int64_t ldc,
-                            int rows, bool right, bool accumulate) {
+inline void tile_block_int8(const Block8& block, const Rounded& x, int64_t m, int rows, bool right,
+                            float* c, bool accumulate) {
   alignas(64) int8_t edge[32 * 64];
   alignas(64) int32_t sums[32 * 32];
-  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  const int64_t stride = block.stride, panel = (block.last - block.first) * stride * VL;
+  const int8_t *a = x.q + m * x.row + block.first * stride, *b = block.b;
   if (rows < 32) memset(edge, 0, sizeof edge);
-  for (int64_t i = 0; i < k; i += 64) {
-    const int8_t *top = a + i, *bottom = a + 16 * lda + i;
-    int64_t stride = lda;
-    if (rows < 32) {
-      for (int r = 0; r < rows; ++r) memcpy(edge + r * 64, a + r * lda + i, 64);
-      top = edge, bottom = edge + 16 * 64, stride = 64;
+  if (!accumulate) memset(c, 0, size_t(rows * NR8) * 4);
+  for (int64_t run = block.first; run < block.last; ++run, a += stride, b += stride * VL) {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    for (int64_t i = 0; i < block.runs[run].length; i += 64) {
+      const int8_t *top = a + i, *bottom = a + 16 * x.row + i;
+      int64_t lda = x.row;
+      if (rows < 32) {
+        for (int r = 0; r < rows; ++r) memcpy(edge + r * 64, a + r * x.row + i, 64);
+        top = edge, bottom = edge + 16 * 64, lda = 64;
+      }
+      tile_load<4>(top, lda);
+      tile_load_once<6>(b + i * VL, 64);
+      tile_int8<0, 4, 6>();
+      if (rows > 16) {
+        tile_load<5>(bottom, lda);
+        tile_int8<2, 5, 6>();
+      }
+      if (right) {
+        tile_load_once<7>(b + panel + i * VL, 64);
+        tile_int8<1, 4, 7>();
+        if (rows > 16) tile_int8<3, 5, 7>();
+      }
     }
-    tile_load<4>(top, stride);
-    tile_load_once<6>(b + i * VL, 64);
-    tile_int8<0, 4, 6>();
-    if (rows > 16) {
-      tile_load<5>(bottom, stride);
-      tile_int8<2, 5, 6>();
-    }
-    if (right) {
-      tile_load_once<7>(b + panel + i * VL, 64);
-      tile_int8<1, 4, 7>();
-      if (rows > 16) tile_int8<3, 5, 7>();
-    }
-  }
-  tile_store<0>(sums, 128), tile_store<1>(sums + 16, 128);
-  tile_store<2>(sums + 16 * 32, 128), tile_store<3>(sums + 16 * 32 + 16, 128);
-  for (int p = 0; p < 1 + right; ++p) {
-    const vfloat s = load(scales + p * scale_stride);
-    for (int r = 0; r < rows; ++r) {
-      vint q;
-      memcpy(&q, sums + r * 32 + p * VL, sizeof q);
-      float* to = c + r * ldc + p * VL;
-      const vfloat v = __builtin_convertvector(q, vfloat) * s;
-      store(to, accumulate ? load(to) + v : v);
+    tile_store<0>(sums, 128), tile_store<1>(sums + 16, 128);
+    tile_store<2>(sums + 16 * 32, 128), tile_store<3>(sums + 16 * 32 + 16, 128);
+    const int64_t group = int64_t(block.runs[run].group) * VL;
+    for (int p = 0; p < 1 + right; ++p) {
+      const vfloat s = load(block.scales + p * block.table + group),
+                   z = block.zeros ? load(block.zeros + p * block.table + group) : vfloat{};
+      for (int r = 0; r < rows; ++r) {
+        float* scale = x.scale(m + r, run);
+        const vfloat v = __builtin_convertvector(load_words(sums + r * 32 + p * VL), vfloat);
+        float* to = c + r * NR8 + p * VL;
+        store(to, load(to) + v * (s * *scale) + z * *x.sum(scale));
+      }
     }
   }
 }
 #endif
 
-// One run: C rows are `ldc` apart and hold whole panels. Panel p's scales are VL floats at
-// scales + p * scale_stride.
-template <int BITS>
-void gemm_int8(int64_t m, int64_t n, int64_t k, const int8_t* a, int64_t lda, const int32_t* start,
-               int64_t start_stride, const int8_t* b, const float* scales, int64_t scale_stride,
-               float* c, int64_t ldc, bool accumulate) {
-  const int64_t panel = k * VL;
+// C (m, n), n <= NR8, rows NR8 apart, (+)= a block, with rows of x from `from` on, a multiple of MR;
+// done(m0, rows) follows each block of rows, while it is in the L1.
+template <int BITS, class Done>
+void gemm_int8(int64_t m, int64_t n, const Block8& block, const Rounded& x, int64_t from, float* c,
+               bool accumulate, const Done& done) {
 #ifdef FASTLM_AMX
-  (void)start, (void)start_stride;
-  for (int64_t n0 = 0; n0 < n; n0 += 2 * VL)
-    for (int64_t m0 = 0; m0 < m; m0 += 32)
-      tile_block_int8(k, a + m0 * lda, lda, b + n0 / VL * panel, panel,
-                      scales + n0 / VL * scale_stride, scale_stride, c + m0 * ldc + n0, ldc,
-                      int(std::min<int64_t>(32, m - m0)), n - n0 > VL, accumulate);
+  for (int64_t m0 = 0; m0 < m; m0 += 32) {
+    const int rows = int(std::min<int64_t>(32, m - m0));
+    tile_block_int8(block, x, from + m0, rows, n > VL, c + m0 * NR8, accumulate);
+    done(m0, rows);
+  }
 #else
-  for (int64_t n0 = 0; n0 < n; n0 += NR) {
-    const int panels = int((std::min<int64_t>(NR, n - n0) + VL - 1) / VL);
-    const int8_t* bb = b + n0 / VL * panel;
-    const float* ss = scales + n0 / VL * scale_stride;
-    for (int64_t m0 = 0; m0 < m; m0 += MR) {
-      const int rows = int(std::min<int64_t>(MR, m - m0));
-      const int8_t* aa = a + m0 * lda;
-      const int32_t* st = start + m0 * start_stride;
-      float* cc = c + m0 * ldc + n0;
-      switch (panels) {
-        case 1:
-          micro_int8_rows<BITS, 1>(rows, k, aa, lda, st, start_stride, bb, panel, ss, scale_stride,
-                                   cc, ldc, accumulate);
-          break;
-        case 2:
-          micro_int8_rows<BITS, 2>(rows, k, aa, lda, st, start_stride, bb, panel, ss, scale_stride,
-                                   cc, ldc, accumulate);
-          break;
-        case 3:
-          micro_int8_rows < BITS, NP<3 ? NP : 3>(rows, k, aa, lda, st, start_stride, bb, panel, ss,
-                                                 scale_stride, cc, ldc, accumulate);
-          break;
-        default:
-          micro_int8_rows<BITS, NP>(rows, k, aa, lda, st, start_stride, bb, panel, ss, scale_stride,
-                                    cc, ldc, accumulate);
-      }
-    }
+  for (int64_t m0 = 0; m0 < m; m0 += MR) {
+    const int rows = int(std::min<int64_t>(MR, m - m0));
+    if (n > VL)
+      micro_int8_rows<BITS, NP8>(rows, block, x, from + m0, c + m0 * NR8, accumulate);
+    else
+      micro_int8_rows<BITS, 1>(rows, block, x, from + m0, c + m0 * NR8, accumulate);
+    done(m0, rows);
   }
 #endif
 }

@@ -33,10 +33,12 @@ struct Workspace {  // one allocation a call; 64-byte lines
 // Operand X: what x becomes. VECS vectors of 4 * VL bytes per chunk.
 template <int BITS, class X>
 constexpr int VECS = PER_LANE<BITS> * int(sizeof(X)) / 4;
-// int8 activations carry one more vector per chunk where q is stored with an offset: minus the
-// offset times the sum of each lane's x, where the integer sum starts.
+// int8 activations carry more vectors per chunk: where q is stored with an offset, minus the offset
+// times the sum of each lane's x, where the integer sum starts; and the scale of each lane's x.
+template <int BITS>
+constexpr int START_VECS = OFFSET<BITS> != 0;
 template <int BITS, class X>
-constexpr int X_VECS = VECS<BITS, X> + (sizeof(X) == 1 && OFFSET<BITS> != 0);
+constexpr int X_VECS = VECS<BITS, X> + (sizeof(X) == 1 ? START_VECS<BITS> + 1 : 0);
 
 // Element e of vector j of a chunk is column ORDER of the chunk.
 template <int BITS, class X>
@@ -47,23 +49,21 @@ FASTLM_INLINE int order(int j, int e) {
   return BITS == 4 ? 2 * e + j : e;
 }
 
-// A row of x (k elements) arranged; int8: rounded by `inverse`.
+// A row of x (k elements) arranged; int8 is rounded before, `scales` are those of its lanes.
 template <int BITS, class X, class T>
-void arrange(const T* x, int64_t k, float inverse, X* out) {
+void arrange(const T* x, int64_t k, const float* scales, X* out) {
   constexpr int elements = 4 * VL / int(sizeof(X));
   for (int64_t k0 = 0; k0 < k; k0 += CHUNK<BITS>) {
     const int64_t count = std::min<int64_t>(CHUNK<BITS>, k - k0);
     X values[CHUNK<BITS>] = {};
-    if constexpr (sizeof(X) == 1)
-      to_int8(x + k0, count, CHUNK<BITS>, inverse, values);
-    else if constexpr (sizeof(X) == sizeof(T))
+    if constexpr (sizeof(X) == sizeof(T))
       memcpy(values, x + k0, size_t(count) * sizeof(X));
     else
       for (int64_t i = 0; i < count; i += VL)
         store(values + i, load(x + k0 + i, int(std::min<int64_t>(VL, count - i))));
     for (int j = 0; j < VECS<BITS, X>; ++j)
       for (int e = 0; e < elements; ++e) *out++ = values[order<BITS, X>(j, e)];
-    if constexpr (X_VECS<BITS, X> > VECS<BITS, X>) {
+    if constexpr (sizeof(X) == 1 && START_VECS<BITS>) {
       int32_t start[VL];
       for (int lane = 0; lane < VL; ++lane) {
         int32_t sum = 0;
@@ -73,7 +73,33 @@ void arrange(const T* x, int64_t k, float inverse, X* out) {
       memcpy(out, start, sizeof start);
       out += sizeof start;
     }
+    if constexpr (sizeof(X) == 1) {
+      memcpy(out, scales + k0 / PER_LANE<BITS>, 4 * VL);
+      out += 4 * VL;
+    }
   }
+}
+
+// A row of x rounded: q (k), the scale of each lane, the sum over each group. Lanes beyond k have
+// some finite scale.
+template <int BITS, class T>
+void round_lanes(const T* x, const Weight& w, int8_t* q, float* scales, float* sums) {
+  const int64_t lanes = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS> * VL;
+  int64_t lane = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t end = std::min(w.k, (g + 1) * w.size);
+    float sum = 0;
+    for (int64_t k0 = g * w.size; k0 < end; k0 += RUN_MAX) {
+      const int64_t length = std::min(RUN_MAX, end - k0);
+      float inverse;
+      const float scale = int8_scale(x + k0, length, &inverse);
+      sum += scale * float(to_int8(x + k0, length, length, inverse, q + k0));
+      const int64_t lane_end = (k0 + length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
+      for (; lane < lane_end; ++lane) scales[lane] = scale;
+    }
+    sums[g] = sum;
+  }
+  for (; lane < lanes; ++lane) scales[lane] = 0;
 }
 
 // The sum of products of one chunk: lane l gets the columns of W's lane l.
@@ -185,8 +211,9 @@ void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* ou
   constexpr int64_t x_step = X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));
   const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>, whole = w.row_bytes / (4 * VL);
   const LaneGroups<BITS> lanes(w.size, w.groups);
-  // chunks under one scale
-  const int64_t run = w.groups == 1 ? chunks : lanes.one ? w.size / CHUNK<BITS> : 1;
+  // chunks under one scale, of W and of x
+  const int64_t group = w.groups == 1 ? chunks : lanes.one ? w.size / CHUNK<BITS> : 1;
+  const int64_t run = sizeof(X) == 1 ? std::min(group, RUN_MAX / CHUNK<BITS>) : group;
   const int64_t groups_a_run = lanes.shift >= 0 ? VL >> lanes.shift : 1;
   const uint8_t* row = w.row(n);
   vfloat f[MX] = {};
@@ -205,7 +232,11 @@ void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* ou
 #pragma GCC unroll 4
     for (int m = 0; m < MX; ++m) {
       if constexpr (CHAINS == 2) sum[m][0] += sum[m][1];
-      f[m] += sum_to_float(sum[m][0]) * s;
+      if constexpr (sizeof(X) == 1)
+        f[m] += sum_to_float(sum[m][0]) *
+                (s * load(reinterpret_cast<const float*>(x + m * x_stride + (c + 1) * x_step) - VL));
+      else
+        f[m] += sum_to_float(sum[m][0]) * s;
     }
   };
   if (run ==
@@ -216,10 +247,13 @@ void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* ou
       add_scaled(c, g, sum);
     }
   } else {
-    for (int64_t c0 = 0, g = 0; c0 < chunks; c0 += run, ++g) {
-      Sum sum[MX][CHAINS] = {};
-      for (int64_t c = c0; c < std::min(chunks, c0 + run); ++c) add_chunk(c, sum);
-      add_scaled(c0, g, sum);
+    for (int64_t begin = 0, g = 0; begin < chunks; begin += group, ++g) {
+      const int64_t end = std::min(chunks, begin + group);
+      for (int64_t c0 = begin; c0 < end; c0 += run) {
+        Sum sum[MX][CHAINS] = {};
+        for (int64_t c = c0; c < std::min(end, c0 + run); ++c) add_chunk(c, sum);
+        add_scaled(c0, g, sum);
+      }
     }
   }
   for (int m = 0; m < MX; ++m) out[m] = hsum(f[m]);
@@ -235,17 +269,14 @@ inline float offset_term(const Weight& w, int64_t n, const float* sums) {
   return hsum(total);
 }
 
-// Sums of x over each group, as the product sees x (rounded to int8 or not).
+// Sums of x over each group.
 template <class T>
-void group_sums(const T* x, int64_t k, int64_t size, int64_t groups, bool rounded, float inverse,
-                float* sums) {
+void group_sums(const T* x, int64_t k, int64_t size, int64_t groups, float* sums) {
   for (int64_t g = 0; g < groups; ++g) {
     vfloat sum{};
     const int64_t end = std::min(k, (g + 1) * size);
-    for (int64_t i = g * size; i < end; i += VL) {
-      const vfloat v = load(x + i, int(std::min<int64_t>(VL, end - i)));
-      sum += rounded ? vround(v * inverse) : v;
-    }
+    for (int64_t i = g * size; i < end; i += VL)
+      sum += load(x + i, int(std::min<int64_t>(VL, end - i)));
     sums[g] = hsum(sum);
   }
 }
@@ -254,20 +285,25 @@ template <int BITS, class X, class T>
 void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const float* bias, T* y) {
   const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>,
                 stride = chunks * X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));
-  const int64_t x_bytes = m * stride * int64_t(sizeof(X));
-  Workspace work(size_t(x_bytes + m * (w.groups + 1) * 4));
+  const int64_t x_bytes = m * stride * int64_t(sizeof(X)),
+                row_bytes = sizeof(X) == 1 ? chunks * (4 * VL + CHUNK<BITS>) : 0;
+  Workspace work(size_t(x_bytes + m * (row_bytes + w.groups * 4)));
   X* arranged = work.as<X>();
-  float* sums = reinterpret_cast<float*>(work.as<char>() + x_bytes);
-  float* row_scale = sums + m * w.groups;
+  char* rounded = work.as<char>() + x_bytes;  // a row of x: scales of lanes, then int8
+  float* sums = reinterpret_cast<float*>(rounded + m * row_bytes);
   const int64_t tasks = (w.n + DOT_ROWS - 1) / DOT_ROWS;
   const auto prepare = [&](int64_t i) {
     const T* row = x + i * x_stride;
-    float inverse = 1;
-    row_scale[i] = 1;
-    if constexpr (sizeof(X) == 1) row_scale[i] = int8_scale(row, w.k, &inverse);
-    arrange<BITS>(row, w.k, inverse, arranged + i * stride);
-    if (w.zeros)
-      group_sums(row, w.k, w.size, w.groups, sizeof(X) == 1, inverse, sums + i * w.groups);
+    X* to = arranged + i * stride;
+    if constexpr (sizeof(X) == 1) {
+      float* scales = reinterpret_cast<float*>(rounded + i * row_bytes);
+      int8_t* q = reinterpret_cast<int8_t*>(scales + chunks * VL);
+      round_lanes<BITS>(row, w, q, scales, sums + i * w.groups);
+      arrange<BITS>(q, w.k, scales, to);
+    } else {
+      arrange<BITS>(row, w.k, nullptr, to);
+      if (w.zeros) group_sums(row, w.k, w.size, w.groups, sums + i * w.groups);
+    }
   };
   const auto multiply = [&](int64_t t) {
     const int64_t end = std::min(w.n, (t + 1) * DOT_ROWS);
@@ -294,7 +330,7 @@ void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const fl
         for (int j = 0; j < mx; ++j) {
           float v = out[j];
           if (w.zeros) v += offset_term(w, n, sums + (m0 + j) * w.groups);
-          v = v * row_scale[m0 + j] + (bias ? bias[n] : 0.f);
+          if (bias) v += bias[n];
           y[(m0 + j) * w.n + n] = from_float<T>(v);
         }
       }
@@ -384,13 +420,12 @@ void dequantize_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t 
 }
 
 template <class T>
-void store_rows(const float* c, int64_t ldc, int64_t m, int64_t n, const float* bias,
-                const float* row_scale, T* y, int64_t ldy) {
+void store_rows(const float* c, int64_t ldc, int64_t m, int64_t n, const float* bias, T* y,
+                int64_t ldy) {
   for (int64_t i = 0; i < m; ++i) {
-    const float r = row_scale ? row_scale[i] : 1.f;
     for (int64_t j = 0; j < n; j += VL) {
       const int count = int(std::min<int64_t>(VL, n - j));
-      const vfloat v = load(c + i * ldc + j) * r + (bias ? load(bias + j, count) : vfloat{});
+      const vfloat v = load(c + i * ldc + j) + (bias ? load(bias + j, count) : vfloat{});
       if (count == VL)
         store(y + i * ldy + j, v);
       else
@@ -445,67 +480,90 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const 
                                  b + p * VL * padded_k<E>(kb));
         gemm<E>(mb, nb, kb, a + m0 * lda + k0, lda, b, c, PANEL_N, k0 > 0);
       }
-      store_rows(c, PANEL_N, mb, nb, bias ? bias + n0 : nullptr, nullptr, y + m0 * w.n + n0, w.n);
+      store_rows(c, PANEL_N, mb, nb, bias ? bias + n0 : nullptr, y + m0 * w.n + n0, w.n);
     }
   }
+}
+
+constexpr int64_t ROWS_A_THREAD = 128;  // from here on unpacking W for them is under 4 %
+
+// Runs whose B of NR8 columns stays in the L1.
+inline int64_t runs_per_block(const Runs& runs) {
+  return std::max<int64_t>(1, B_BLOCK_BYTES / NR8 / runs.stride);
 }
 
 template <int BITS, class T>
 void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, const float* bias,
                      T* y) {
   const Runs runs(w.k, w.size);
-  const int64_t a_bytes = m * runs.row();
-  Workspace a_work(size_t(a_bytes + m * (runs.count + w.groups + 1) * 4));
-  int8_t* a = a_work.as<int8_t>();
-  int32_t* start = reinterpret_cast<int32_t*>(a + a_bytes);  // (m, runs)
-  float* sums = reinterpret_cast<float*>(start + m * runs.count);
-  float* row_scale = sums + m * w.groups;
-  const int64_t blocks_m = (m + PANEL_M8 - 1) / PANEL_M8, blocks_n = (w.n + PANEL_N - 1) / PANEL_N;
+  const int64_t numbers = Rounded::size(m, runs.count), a_bytes = (m * runs.row() + 63) / 64 * 64;
+  Workspace a_work(size_t(a_bytes + numbers * 4) + size_t(runs.count) * sizeof(Run));
+  const Rounded a{a_work.as<int8_t>(), reinterpret_cast<float*>(a_work.as<int8_t>() + a_bytes),
+                  runs.row(), runs.count};
+  Run* list = reinterpret_cast<Run*>(a.numbers + numbers);
+  runs.list(list);
+  const int64_t blocks_n = (w.n + NR8 - 1) / NR8, block = runs_per_block(runs),
+                panel = std::min(block, runs.count) * runs.stride * VL, table = w.groups * VL;
+  // Many rows: a thread rounds and multiplies the same ones, which lie in its L2, and unpacks all of
+  // W for them. Few: W is unpacked once, and threads share its columns.
+  const int64_t threads = omp_get_max_threads();
+  const bool by_rows = m >= ROWS_A_THREAD * threads;
+  const int64_t parts = by_rows ? threads : 1,
+                blocks_m = (m + PANEL_M8 * parts - 1) / (PANEL_M8 * parts) * parts,
+                block_m = ((m + blocks_m - 1) / blocks_m + MR - 1) / MR * MR;
 #pragma omp parallel
   {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < m; ++i) {
-      const T* row = x + i * x_stride;
-      float inverse;
-      row_scale[i] = int8_scale(row, w.k, &inverse);
-      quantize_row<BITS>(row, inverse, runs, a + i * runs.row(), start + i * runs.count);
-      if (w.zeros) group_sums(row, w.k, w.size, w.groups, true, inverse, sums + i * w.groups);
-    }
-    const int64_t panels = PANEL_N / VL, table = panels * w.groups * VL;
-    Workspace work(size_t(PANEL_N * runs.stride) + size_t(PANEL_M8 * PANEL_N + 2 * table) * 4);
+    Workspace work(size_t(NP8 * panel) + size_t(block_m * NR8 + 2 * NP8 * table) * 4);
     int8_t* b = work.as<int8_t>();
-    float* c = reinterpret_cast<float*>(b + PANEL_N * runs.stride);
-    float *scales = c + PANEL_M8 * PANEL_N, *zeros = w.zeros ? scales + table : nullptr;
+    float* c = reinterpret_cast<float*>(b + NP8 * panel);
+    float *scales = c + block_m * NR8, *zeros = w.zeros ? scales + NP8 * table : nullptr;
     TileScope tiles;
+    const auto multiply = [&](int64_t m0, int64_t n0) {
+      const int64_t mb = std::min(block_m, m - m0), nb = std::min<int64_t>(NR8, w.n - n0);
+      const auto rows = [&](int64_t p) { return int(std::min<int64_t>(VL, nb - p * VL)); };
+      for (int64_t p = 0; p * VL < nb; ++p) {
+        transpose_scales(w.scales, n0 + p * VL, w.groups, rows(p), scales + p * table);
+        if (zeros) transpose_scales(w.zeros, n0 + p * VL, w.groups, rows(p), zeros + p * table);
+      }
+      for (int64_t first = 0; first < runs.count; first += block) {
+        const int64_t last = std::min(first + block, runs.count), width = runs.stride * VL;
+        // the next block of these columns, or the next columns: they follow in memory
+        const int64_t ahead =
+            last < runs.count ? block * runs.stride * BITS / 8 : (NR8 - 1) * w.row_bytes;
+        for (int64_t p = 0; p * VL < nb; ++p) {
+          int8_t* to = b + p * (last - first) * width;
+          const int64_t n = n0 + p * VL;
+          if (runs.contiguous())
+            integer_panel<BITS>(w, n, rows(p), runs.begin(first),
+                                (last - first - 1) * runs.stride + list[last - 1].length, ahead, to);
+          else
+            for (int64_t r = first; r < last; ++r)
+              integer_panel<BITS>(w, n, rows(p), runs.begin(r), list[r].length, ahead,
+                                  to + (r - first) * width);
+        }
+        const auto finish = [&](int64_t i, int64_t count) {
+          if (last == runs.count)
+            store_rows(c + i * NR8, NR8, count, nb, bias ? bias + n0 : nullptr,
+                       y + (m0 + i) * w.n + n0, w.n);
+        };
+        gemm_int8<BITS>(mb, nb, Block8{list, first, last, runs.stride, b, scales, zeros, table},
+                        a, m0, c, first > 0, finish);
+      }
+    };
+    const auto round = [&](int64_t i) { round_row<BITS>(x + i * x_stride, i, runs, a); };
+    if (by_rows) {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < blocks_m; ++t) {
+        const int64_t m0 = t * block_m, end = std::min(m, m0 + block_m);
+        for (int64_t i = m0; i < end; ++i) round(i);
+        for (int64_t n0 = 0; n0 < w.n && m0 < m; n0 += NR8) multiply(m0, n0);
+      }
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < m; ++i) round(i);
 #pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < blocks_m * blocks_n; ++t) {
-      const int64_t m0 = t / blocks_n * PANEL_M8, n0 = t % blocks_n * PANEL_N;
-      const int64_t mb = std::min(PANEL_M8, m - m0), nb = std::min(PANEL_N, w.n - n0);
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t first = n0 + p * VL;
-        const int rows = int(std::clamp<int64_t>(nb - p * VL, 0, VL));
-        transpose_scales(w.scales, first, w.groups, rows, scales + p * w.groups * VL);
-        if (zeros) transpose_scales(w.zeros, first, w.groups, rows, zeros + p * w.groups * VL);
-      }
-      for (int64_t r = 0; r < runs.count; ++r) {
-        const int64_t k0 = runs.begin(r), length = runs.padded(r), g = runs.group(r);
-        for (int64_t p = 0; p * VL < nb; ++p)
-          integer_panel<BITS>(w, n0 + p * VL, int(std::min<int64_t>(VL, nb - p * VL)), k0, length,
-                              b + p * VL * length);
-        gemm_int8<BITS>(mb, nb, length, a + m0 * runs.row() + r * runs.stride, runs.row(),
-                        start + m0 * runs.count + r, runs.count, b, scales + g * VL, w.groups * VL,
-                        c, PANEL_N, r > 0);
-      }
-      if (zeros)
-        for (int64_t i = 0; i < mb; ++i)
-          for (int64_t p = 0; p * VL < nb; ++p) {
-            vfloat v = load(c + i * PANEL_N + p * VL);
-            for (int64_t g = 0; g < w.groups; ++g)
-              v += load(zeros + (p * w.groups + g) * VL) * sums[(m0 + i) * w.groups + g];
-            store(c + i * PANEL_N + p * VL, v);
-          }
-      store_rows(c, PANEL_N, mb, nb, bias ? bias + n0 : nullptr, row_scale + m0, y + m0 * w.n + n0,
-                 w.n);
+      for (int64_t t = 0; t < blocks_m * blocks_n; ++t)
+        multiply(t / blocks_n * block_m, t % blocks_n * NR8);
     }
   }
 }
@@ -602,7 +660,7 @@ inline void quantized_linear_backward(const TensorView& dy, const TensorView& qd
           pack_b<E>(wide, PANEL_N, 1, nb, kb, b);
           gemm<E>(mb, kb, nb, a + m0 * np + n0, np, b, c, PANEL_N, n0 > 0);
         }
-        store_rows(c, PANEL_N, mb, kb, nullptr, nullptr, pdx + m0 * k + k0, k);
+        store_rows(c, PANEL_N, mb, kb, nullptr, pdx + m0 * k + k0, k);
       }
     }
   });
@@ -628,7 +686,7 @@ inline void dequantize(const TensorView& qdata, const TensorView& scales, const 
           dequantize_row<4>(w, i, k0, k1, block);
         else
           dequantize_row<8>(w, i, k0, k1, block);
-        store_rows(block, 256, 1, k1 - k0, nullptr, nullptr, po + i * k + k0, k);
+        store_rows(block, 256, 1, k1 - k0, nullptr, po + i * k + k0, k);
       }
   });
 }

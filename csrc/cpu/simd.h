@@ -8,7 +8,7 @@ typedef int32_t vint __attribute__((vector_size(4 * VL)));
 #undef FASTLM_INLINE
 #define FASTLM_INLINE inline __attribute__((always_inline))
 
-FASTLM_INLINE vfloat splat(float x) { return vfloat{} + x; }
+FASTLM_INLINE vfloat splat(float x) { return x - vfloat{}; }  // not 0 + x: an addition, for -0
 FASTLM_INLINE vint splat_int(int32_t x) { return vint{} + x; }
 FASTLM_INLINE vfloat as_float(vint v) { return (vfloat)v; }
 FASTLM_INLINE vint as_int(vfloat v) { return (vint)v; }

@@ -19,9 +19,11 @@ def quantized_linear(
         x: (..., K), float32, bfloat16 or float16 (float64 on the reference).
         qweight: (N, K), see `QuantizedWeight`.
         bias: (N,), any float dtype, or None.
-        act_bits: 16: x as it is. 8: each row of x is rounded to int8 first,
-            ``q = round(x * (127 / absmax))``, and the products and sums within a group of the
-            weight are exact integers.
+        act_bits: 16: x as it is. 8: x is rounded to int8 first, ``q = round(x * (127 / absmax))``
+            with one absmax per row and run; a run is a group of the weight's columns, cut at 512.
+            Products and sums within a run are exact integers. (As llama.cpp and OpenVINO do. One
+            scale a row loses 7 to 12 dB on SmolLM2's activations, which have outliers: perplexity
+            +3.0 % against +0.2 % for groups of 32.)
 
     Returns (..., N) of x's dtype; sums are float32. Gradients reach x (``dy @ W``, act_bits 8 as
     if x had not been rounded) and bias; the weight is frozen. Memory traffic at few rows is that

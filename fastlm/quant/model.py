@@ -140,7 +140,7 @@ def put_quantized(
     if isinstance(old, nn.Linear):
         new: nn.Module = QuantizedLinear(weight, old.bias, act_bits=act_bits)
     elif old.max_norm is None:
-        new = QuantizedEmbedding(weight, dtype=dtype or old.weight.dtype)
+        new = QuantizedEmbedding(weight, dtype=dtype or old.weight.dtype, act_bits=act_bits)
     else:
         raise InputError(
             "model: an nn.Embedding with max_norm rescales its rows; it cannot be quantized"
@@ -188,7 +188,7 @@ def quantization_config(
         if isinstance(m, QuantizedLinear):
             modules[name] = {**describe("linear", m.weight), "act_bits": m.act_bits}
         elif isinstance(m, QuantizedEmbedding):
-            modules[name] = describe("embedding", m.weight)
+            modules[name] = {**describe("embedding", m.weight), "act_bits": m.act_bits}
     return {
         "quant_method": "fastlm",
         "format": format,

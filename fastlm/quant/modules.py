@@ -8,6 +8,12 @@ from fastlm.errors import InputError
 from fastlm.quant.weight import QuantizedWeight
 
 
+def check_act_bits(act_bits: int) -> int:
+    if act_bits not in (8, 16):
+        raise InputError(f"act_bits: wanted 8 or 16, got {act_bits!r}")
+    return act_bits
+
+
 class _Quantized(nn.Module):
     """Buffers `qdata`, `scales`, `zeros`; ``state_dict`` names are ``<name>.qdata`` and so on.
 
@@ -46,7 +52,7 @@ class _Quantized(nn.Module):
 class QuantizedLinear(_Quantized):
     """``F.linear(x, weight.dequantize(x.dtype), bias)`` through `fastlm.ops.quantized_linear`.
 
-    x (..., in_features) -> (..., out_features). `act_bits` 8 rounds the rows of x to int8 as well.
+    x (..., in_features) -> (..., out_features). `act_bits` 8 rounds x to int8 as well.
     The weight is frozen; `bias` stays a parameter and gradients reach x, so adapters around it
     train.
     """
@@ -54,11 +60,9 @@ class QuantizedLinear(_Quantized):
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None = None, *, act_bits: int = 16
     ) -> None:
-        if act_bits not in (8, 16):
-            raise InputError(f"act_bits: wanted 8 or 16, got {act_bits!r}")
         super().__init__(weight)
         self.out_features, self.in_features = weight.shape
-        self.act_bits = act_bits
+        self.act_bits = check_act_bits(act_bits)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,10 +82,18 @@ class QuantizedEmbedding(_Quantized):
 
     `padding_idx` changes no value (it only stops a gradient, and the weight has none). A head tied
     to the embedding is a `QuantizedLinear` on the same `QuantizedWeight`: the buffers are shared.
+    `act_bits` is for a head without a module of its own.
     """
 
-    def __init__(self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        *,
+        dtype: torch.dtype = torch.float32,
+        act_bits: int = 16,
+    ) -> None:
         super().__init__(weight)
+        self.act_bits = check_act_bits(act_bits)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.dtype = dtype
 
