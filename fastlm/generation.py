@@ -41,6 +41,7 @@ class _Decoding:
         self.ids = ids.new_zeros(rows, width + self.steps, dtype=torch.int64)
         self.ids[:, :width] = ids
         self.length = width
+        model.model.fuse()
         plan = decoding.plan_of(model) if rows <= decoding.MAX_ROWS else None
         self.cache = KVCache(
             model.config,
@@ -52,7 +53,6 @@ class _Decoding:
         starts = None if mask is None else mask.shape[1] - mask.sum(1)
         self.steps_of = None if plan is None else decoding.Steps(model, plan, self.cache, starts)
         self.regime = None
-        model.model.fuse()
         self.seen = None
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(

@@ -88,8 +88,8 @@ void turned_head(const AttentionInputs<C>& a, const float* all, int64_t heads, i
       store(out + half + j, hi * load(cos + half + j, n) + lo * load(sin + half + j, n), n);
     }
   }
-  if (factor != 1.f)
-    for (int64_t i = 0; i < D; ++i) out[i] *= factor;
+  for (int64_t i = 0; i < D; ++i) out[i] *= factor;
+  for (int64_t i = D; i < (D + 15) / 16 * 16; ++i) out[i] = 0;  // products read whole vectors
 }
 
 template <class C>

@@ -23,29 +23,10 @@ inline int format_of(const DecodeLinear* const* linears, int i) {
   return i;
 }
 
-FASTLM_INLINE int32_t hmax_int(vint v) {
-#if FASTLM_VL == 16
-  return _mm512_reduce_max_epi32((__m512i)v);
-#else
-  int32_t m = v[0];
-  for (int i = 1; i < VL; ++i) m = std::max(m, v[i]);
-  return m;
-#endif
-}
-FASTLM_INLINE int32_t hsum_int(vint v) {
-#if FASTLM_VL == 16
-  return _mm512_reduce_add_epi32((__m512i)v);
-#else
-  int32_t s = 0;
-  for (int i = 0; i < VL; ++i) s += v[i];
-  return s;
-#endif
-}
-
-// The runs of K columns one after the other: those of `Runs`, without its divisions.
-struct Run {
+// The runs of K columns one after the other: those of `Runs` in gemm_int8.h, without its divisions.
+struct RunAt {
   int64_t k, size, index, group, begin, length;
-  Run(int64_t k, int64_t size) : k(k), size(size), index(0), group(0), begin(0) { cut(); }
+  RunAt(int64_t k, int64_t size) : k(k), size(size), index(0), group(0), begin(0) { cut(); }
   explicit operator bool() const { return begin < k; }
   FASTLM_INLINE void next() {
     begin += length, ++index, group += begin == (group + 1) * size;
@@ -56,6 +37,8 @@ struct Run {
   FASTLM_INLINE void cut() { length = std::min({RUN_MAX, (group + 1) * size - begin, k - begin}); }
 };
 
+typedef int8_t octets __attribute__((vector_size(16)));
+
 // Row m of x as `l` wants it.
 inline void round_row(const DecodeLinear& l, const Activations& a, const Activations::Format& f,
                       int64_t m) {
@@ -64,7 +47,7 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
   int8_t* q = f.q + m * a.stride;
   float *scale = f.scale + m * a.runs, *sum = f.sum + m * a.runs;
   int32_t* start = f.start + m * a.runs;
-  for (Run run(l.k, l.group_size); run; run.next()) {
+  for (RunAt run(l.k, l.group_size); run; run.next()) {
     const int64_t r = run.index, begin = run.begin, length = run.length;
     if (!l.int8_activations) {
       vfloat total{};
@@ -73,29 +56,18 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
       sum[r] = hsum(total);
       continue;
     }
-    vint most{};  // magnitudes compare as integers, with NaN above all
-    for (int64_t i = 0; i < length; i += VL) {
-      const int count = int(std::min<int64_t>(VL, length - i));
-      const vint v = as_int(count == VL ? load(x + begin + i) : load(x + begin + i, count));
-      const vint bits = v & 0x7fffffff;
-      most = bits > most ? bits : most;
-    }
-    const int32_t top = hmax_int(most);
-    float absmax;
-    memcpy(&absmax, &top, 4);
-    if (absmax < 1e-30f) absmax = 1e-30f;  // keeps 127 / absmax finite for zeros
-    const float inverse = 127.f / absmax;
+    float inverse;
+    scale[r] = int8_scale(x + begin, length, &inverse);
     vint total{};
     for (int64_t i = 0; i < length; i += VL) {
       const int count = int(std::min<int64_t>(VL, length - i));
       const vfloat v = count == VL ? load(x + begin + i) : load(x + begin + i, count);
-      const vint rounded = to_int(vround(v * inverse));
+      const vint rounded = round_to_int(v * inverse);
       total += rounded;
-      const narrow bytes = __builtin_convertvector(rounded, narrow);
+      const narrow bytes = to_bytes(rounded);
       memcpy(q + begin + i, &bytes, size_t(count));
     }
-    const int32_t exact = hsum_int(total);
-    scale[r] = absmax / 127.f;
+    const int32_t exact = hsum(total);
     sum[r] = scale[r] * float(exact);
     start[r] = -(l.bits == 4 ? 8 : OFFSET<8>)*exact;
   }
@@ -104,9 +76,9 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
   for (int64_t i = l.k; i < padded; ++i) q[i] = 0;
   if (l.bits == 4)
     for (int64_t i = 0; i < padded; i += 16) {  // the row has a multiple of 16 bytes
-      bytes16 v;
+      octets v;
       memcpy(&v, q + i, 16);
-      v = __builtin_shuffle(v, bytes16{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
+      v = __builtin_shuffle(v, octets{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
       memcpy(q + i, &v, 16);
     }
 }
@@ -114,7 +86,7 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
 // Runs [first, last) of VL rows of W, transposed.
 struct TilePart {
   const uint8_t* panel;
-  Run first;
+  RunAt first;
   int64_t end;  // column
   const char* table;  // of this tile, at its first of these VL rows
   DType dtype;
@@ -146,7 +118,7 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
   const float *scale = x.scale + m * a.runs, *sum = x.sum + m * a.runs;
   const int32_t* start = x.start + m * a.runs;
   const uint8_t* w = part.panel;
-  for (Run run = part.first; run.begin < part.end; run.next()) {
+  for (RunAt run = part.first; run.begin < part.end; run.next()) {
     const int64_t begin = run.begin, i = run.index;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
     vint acc[ROWS][CHAINS];
@@ -211,7 +183,7 @@ void float_product(const TilePart& part, const Activations& a, const Activations
     f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
   const float *row = a.x + m * a.stride, *sum = x.sum + m * a.runs;
   const uint8_t* w = part.panel;
-  for (Run run = part.first; run.begin < part.end; run.next()) {
+  for (RunAt run = part.first; run.begin < part.end; run.next()) {
     const int64_t begin = run.begin, i = run.index;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
     vfloat acc[ROWS][CHAINS] = {};
@@ -253,9 +225,9 @@ void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
   const int present = int(std::clamp<int64_t>(l.n - n, 0, VL));
   const int64_t entry = l.dtype == DType::f32 ? 4 : 2,
                 table = n / DECODE_TILE * l.groups * (1 + OFFSETS) * DECODE_TILE + n % DECODE_TILE;
-  TilePart part{panel, Run(l.k, l.group_size), 0, l.table + table * entry, l.dtype,
+  TilePart part{panel, RunAt(l.k, l.group_size), 0, l.table + table * entry, l.dtype,
                 l.groups * (1 + OFFSETS)};
-  for (Run run = part.first; run; part.first = run) {
+  for (RunAt run = part.first; run; part.first = run) {
     const int64_t most = run.begin + PANEL_LANES * PER_LANE<BITS>;
     for (; run && run.begin + run.length <= most; run.next()) part.end = run.begin + run.length;
     const int64_t lane0 = part.first.begin / PER_LANE<BITS>,
