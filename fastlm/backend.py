@@ -113,6 +113,11 @@ def pick(op: str, tensor: torch.Tensor) -> Callable:
     return chosen
 
 
+def serves_by(backend: str, op: str, tensor: torch.Tensor) -> bool:
+    """Whether `op` runs on this backend for tensors like this one."""
+    return pick(op, tensor) is IMPLEMENTATIONS[op].get(backend)
+
+
 def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
     if _forced is not None:
         if reason := _why_not_here(op, _forced, device, dtype):
