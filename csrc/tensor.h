@@ -25,11 +25,12 @@ struct f16 {
   uint16_t bits;
 };
 
-enum class DType { f32, f64, bf16, f16, i8, u8, i32, i64, boolean, other };
+enum class DType { f32, f64, bf16, f16, i8, u8, i16, i32, i64, boolean, other };
 
 inline const char* name(DType t) {
-  static const char* names[] = {"float32", "float64", "bfloat16", "float16", "int8",
-                                "uint8",   "int32",   "int64",    "bool",    "unsupported dtype"};
+  static const char* names[] = {
+      "float32", "float64", "bfloat16", "float16", "int8",
+      "uint8",   "int16",   "int32",    "int64",   "bool", "unsupported dtype"};
   return names[static_cast<int>(t)];
 }
 
@@ -58,6 +59,10 @@ constexpr DType dtype_of<int8_t>() {
 template <>
 constexpr DType dtype_of<uint8_t>() {
   return DType::u8;
+}
+template <>
+constexpr DType dtype_of<int16_t>() {
+  return DType::i16;
 }
 template <>
 constexpr DType dtype_of<int32_t>() {
@@ -111,6 +116,7 @@ struct TensorView {
     if (code == dlpack::kBfloat && bits == 16) return DType::bf16;
     if (code == dlpack::kInt)
       return bits == 8    ? DType::i8
+             : bits == 16 ? DType::i16
              : bits == 32 ? DType::i32
              : bits == 64 ? DType::i64
                           : DType::other;

@@ -47,9 +47,10 @@ class AdamW(torch.optim.Optimizer):
         lr: float or one-element tensor.
         betas, eps, weight_decay, maximize: as torch.
         state_bits: 32 or 8 per element of each moment.
-        master_weights: 16-bit parameters get a float32 copy in the state (`master`); the copy is
-            what is updated, the parameter is its rounding. It is taken at the first step: weights
-            loaded into the model later are not seen. See also `keep_masters`.
+        master_weights: what is updated is a float32 value of each 16-bit parameter, the parameter
+            is its rounding. For bfloat16 only the 16 bits that the parameter lacks are kept, so a
+            master costs 2 bytes, not 4; for float16 a float32 copy, taken at the first step:
+            weights loaded into the model later are not seen. See also `keep_masters`.
         stochastic_rounding: bfloat16 parameters without a master copy are rounded up or down at
             random, unbiased, so that small updates are not lost. The random numbers are a function
             of `seed`, step and element. float32 parameters are not rounded at all.
@@ -163,7 +164,8 @@ class AdamW(torch.optim.Optimizer):
                 moments = _PACKED if packed else _PLAIN
                 if state[moments[0]].stride() != target.stride():
                     # the parameter changed its memory order, as by .to(memory_format=...)
-                    state = self.state[param] = _laid_out(param, group, _portable(state))
+                    portable = _portable(state, param)
+                    state = self.state[param] = _laid_out(param, group, portable)
                 rounds = rounding and param.dtype == torch.bfloat16
                 rows.append(
                     (
@@ -174,7 +176,7 @@ class AdamW(torch.optim.Optimizer):
                         state[moments[1]],
                         state.get("exp_avg_scale"),
                         state.get("exp_avg_sq_scale"),
-                        state.get("master"),
+                        state.get("master_low" if param.dtype == torch.bfloat16 else "master"),
                         stochastic if rounds else exact,
                         self._key(ordinal, state["step"]) if rounds else 0,
                     )
@@ -212,7 +214,7 @@ class AdamW(torch.optim.Optimizer):
                     state = self.state[param]
                     if not state:
                         self._start(param, group, state)
-                    state["master"] = param.detach().clone()
+                    state["master_low"] = _low_half(param)
 
     def _key(self, ordinal: int, step: Tensor) -> int:
         key = reference.mix32((self.seed ^ 0x9E3779B9) & 0xFFFFFFFF)
@@ -223,18 +225,25 @@ class AdamW(torch.optim.Optimizer):
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name in _CODES:
             state[name] = torch.zeros_like(param, dtype=wide)
-        if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
+        if group["master_weights"] and param.dtype == torch.bfloat16:
+            state["master_low"] = torch.zeros_like(param, dtype=torch.int16)
+        elif group["master_weights"] and param.dtype == torch.float16:
             state["master"] = param.detach().to(wide, copy=True)
         _pack(param, group, state)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's: `step`, `exp_avg`, `exp_avg_sq` (float32 also for 8 bits), and `master`."""
+        """torch's `step`, `exp_avg`, `exp_avg_sq` (float32 also for 8 bits); `master`, float32."""
         out = super().state_dict()
-        out["state"] = {key: _portable(state) for key, state in out["state"].items()}
+        # torch numbers the parameters in the order of the groups
+        params = [param for group in self.param_groups for param in group["params"]]
+        out["state"] = {key: _portable(state, params[key]) for key, state in out["state"].items()}
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state of this class or of ``torch.optim.AdamW``."""
+        """Take a state of this class or of ``torch.optim.AdamW``.
+
+        A bfloat16 parameter becomes the rounding of its `master`, which it was when it was saved.
+        """
         # checks the groups; the states it casts to their parameter's dtype are replaced below
         super().load_state_dict(state_dict)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -297,8 +306,23 @@ def _laid_out(param: Tensor, group: dict[str, Any], given: dict[str, Any]) -> di
     for name in ("exp_avg", "exp_avg_sq", "master"):
         if name in given:
             state[name] = torch.empty_like(param, dtype=wide).copy_(given[name])
+    if "master" in state and param.dtype == torch.bfloat16:
+        high, state["master_low"] = reference.split_master(state.pop("master"))
+        with torch.no_grad():
+            param.copy_(high)
     _pack(param, group, state)
     return state
+
+
+def _low_half(param: Tensor) -> Tensor:
+    """What a float32 parameter loses by ``.bfloat16()``, as int16 (`reference.split_master`).
+
+    That rounds ties to even: where it rounds one down, the half that is lost is one bit too large
+    for an int16, and the master becomes its neighbour.
+    """
+    _, low = reference.split_master(param.detach())
+    even = (param.detach().view(torch.int32) >> 16) & 1 == 0
+    return torch.where((low == -0x8000) & even, 0x7FFF, low)
 
 
 def _pack(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -309,8 +333,11 @@ def _pack(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
             state[f"{name}_code"], state[f"{name}_scale"] = codes
 
 
-def _portable(state: dict[str, Any]) -> dict[str, Any]:
+def _portable(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     state = dict(state)
+    low = state.pop("master_low", None)
+    if low is not None and param.dtype == torch.bfloat16:
+        state["master"] = reference.join_master(param.detach(), low)
     for name, root in _CODES.items():
         if f"{name}_code" in state:
             codes, scales = state.pop(f"{name}_code"), state.pop(f"{name}_scale")

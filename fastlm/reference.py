@@ -181,6 +181,21 @@ def round_stochastic(x: Tensor, key: int) -> Tensor:
     return _unflat(rounded, x).bfloat16()
 
 
+def join_master(param: Tensor, low: Tensor) -> Tensor:
+    """The float32 master of a bfloat16 parameter and the 16 bits (int16) that it lacks."""
+    high = param.view(torch.int16).int() << 16
+    return (high + low.int()).view(torch.float32)
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """The bfloat16 nearest to each float32 (ties away from zero) and the lower 16 bits: read as a
+    signed number, what has to be added to the former's bits to give the latter's."""
+    master = torch.where(master.isnan(), torch.nan, master)  # one NaN, which cannot round up
+    bits = master.view(torch.int32)
+    high = ((bits + 0x8000) >> 16).short().view(torch.bfloat16)
+    return high, bits.short()
+
+
 def adamw(
     params: list[Tensor],
     grads: list[Tensor],
@@ -197,8 +212,9 @@ def adamw(
 ) -> None:
     """One AdamW step (Loshchilov and Hutter 2019, arXiv:1711.05101) of every tensor, in place.
 
-    `options` per tensor: lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding. With
-    `grad_norm` (a scalar, written), gradients are scaled as `clip_grad_norm_` would do.
+    `options` per tensor: lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding.
+    `masters`: float32 of a float16 parameter, the lower half of `split_master` of a bfloat16 one.
+    With `grad_norm` (a scalar, written), gradients are scaled as `clip_grad_norm_` would do.
     """
     clip = None
     if grad_norm is not None:
@@ -222,12 +238,18 @@ def adamw(
         step = steps[i].item()
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        w = (param if master is None else master).to(m.dtype)
+        split = master is not None and param.dtype == torch.bfloat16
+        w = param if master is None else join_master(param, master) if split else master
+        w = w.to(m.dtype)
         denominator = v.sqrt() / math.sqrt(1 - beta2**step) + eps
         w = w - (lr * weight_decay * w + lr / (1 - beta1**step) * (m / denominator))
-        if master is not None:
-            master.copy_(w)
-        param.copy_(round_stochastic(w, keys[i]) if stochastic else w)
+        if split:
+            high, low = split_master(w)
+            param.copy_(high), master.copy_(low)
+        else:
+            if master is not None:
+                master.copy_(w)
+            param.copy_(round_stochastic(w, keys[i]) if stochastic else w)
         if m_scale is not None and v_scale is not None:
             states = ((m, exp_avgs[i], m_scale, False), (v.sqrt(), exp_avg_sqs[i], v_scale, True))
             for x, codes, scales, root in states:

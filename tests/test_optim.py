@@ -92,12 +92,13 @@ def test_master_weights_follow_float32(isa, dtype16):
         give_grads(mine, wide)
         a.step()
         b.step()
-    for p, w in zip(mine, wide):
+    saved = a.state_dict()["state"]
+    for i, (p, w) in enumerate(zip(mine, wide)):
         # 20 steps of half a unit in the last place
         torch.testing.assert_close(
-            a.state[p]["master"].double(), w.detach(), rtol=20 * 2**-24, atol=1e-7
+            saved[i]["master"].double(), w.detach(), rtol=20 * 2**-24, atol=1e-7
         )
-        assert torch.equal(p, a.state[p]["master"].to(dtype16))
+        assert torch.equal(p, saved[i]["master"].to(dtype16))
 
 
 def test_stochastic_rounding_is_unbiased_repeats_and_keeps_small_updates(isa):
@@ -313,12 +314,18 @@ def test_resume_gives_the_same_bits(dtype, options):
     wanted = trained(opt, whole, 3, seed=2)
     opt = AdamW(part, lr=1e-2, **options)
     trained(opt, part, 3, seed=1)
-    saved = copy.deepcopy(opt.state_dict())
+    saved = opt.state_dict()
+    kept, own = copy.deepcopy(saved), copy.deepcopy(list(opt.state.values()))
     resumed = AdamW(part, lr=1e-2, **options)
     resumed.load_state_dict(saved)
     actual = trained(resumed, part, 3, seed=2)
-    for key, state in opt.state_dict()["state"].items():  # loading did not alias what was saved
-        assert all(torch.equal(saved["state"][key][name], x) for name, x in state.items())
+    # loading did not alias what was saved, nor the optimizer it came from
+    for now, before in (
+        (saved["state"].values(), kept["state"].values()),
+        (opt.state.values(), own),
+    ):
+        for a, b in zip(now, before):
+            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert all(torch.equal(a, b) for a, b in zip(actual, wanted))
 
 
@@ -484,20 +491,79 @@ def test_masters_kept_before_the_cast():
     optimizer = AdamW(module.parameters(), lr=1e-6, weight_decay=0.0, master_weights=True)
     optimizer.keep_masters()
     module.bfloat16()
-    for p, e in zip(module.parameters(), exact):
+    before = optimizer.state_dict()["state"]
+    for i, (p, e) in enumerate(zip(module.parameters(), exact)):
         assert p.dtype == torch.bfloat16
-        assert torch.equal(optimizer.state[p]["master"], e)
+        assert torch.equal(before[i]["master"], e)
         assert torch.equal(p, e.bfloat16())
         p.grad = torch.ones_like(p)
     optimizer.step()
-    for p, e in zip(module.parameters(), exact):
-        torch.testing.assert_close(optimizer.state[p]["master"], e - 1e-6, rtol=0, atol=1e-8)
-        assert torch.equal(p, optimizer.state[p]["master"].bfloat16())
     saved = optimizer.state_dict()
+    for i, (p, e) in enumerate(zip(module.parameters(), exact)):
+        torch.testing.assert_close(saved["state"][i]["master"], e - 1e-6, rtol=0, atol=1e-8)
+        assert torch.equal(p, saved["state"][i]["master"].bfloat16())
     other = AdamW(module.parameters(), master_weights=True)
     other.load_state_dict(saved)
-    for p in module.parameters():
-        assert torch.equal(other.state[p]["master"], optimizer.state[p]["master"])
+    for i, again in other.state_dict()["state"].items():
+        assert torch.equal(again["master"], saved["state"][i]["master"])
+
+
+HARD = [
+    0x3F808000,
+    0x3F818000,
+    0xBF808000,
+    0x3F807FFF,
+    0x00008000,
+    0x00000001,
+    0x7F7F7FFF,
+    0x80000000,
+]
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_masters_of_every_kind_of_bits(isa, name):
+    """Ties and signed zeros come through a step that changes nothing, denormals flushed or not."""
+    bits = torch.cat([torch.tensor(HARD, dtype=torch.int64), torch.randint(0, 2**32, (1000,))])
+    exact = bits.int().view(torch.float32)
+    exact = exact.where(exact.abs() < 3e38, 1.0)
+    high, low = reference.split_master(exact)
+    assert torch.equal(reference.join_master(high, low).view(torch.int32), exact.view(torch.int32))
+    p = high.clone().requires_grad_()
+    optimizer = AdamW([p], lr=0.0, weight_decay=0.0, master_weights=True)
+    p.grad = torch.zeros_like(p)
+    with backend.use_backend(name):
+        optimizer.step()
+        optimizer.state[p]["master_low"].copy_(low)
+        optimizer.step()
+    after = reference.join_master(p.detach(), optimizer.state[p]["master_low"])
+    normal = exact.abs() >= torch.finfo(torch.float32).tiny
+    assert torch.equal(after[normal].view(torch.int32), exact[normal].view(torch.int32))
+    assert (after[~normal].abs() < torch.finfo(torch.float32).tiny).all()  # flushed, or as it was
+
+
+def test_a_tie_keeps_within_one_unit_of_float32():
+    """``.bfloat16()`` rounds ties to even; the master then is the float32 beside it."""
+    p = torch.tensor([0x3F808000, 0x3F818000], dtype=torch.int32).view(torch.float32)
+    exact = p.clone()
+    module = torch.nn.ParameterList([torch.nn.Parameter(p)])
+    optimizer = AdamW(module.parameters(), master_weights=True)
+    optimizer.keep_masters()
+    module.bfloat16()
+    master = optimizer.state_dict()["state"][0]["master"]
+    assert ((master.view(torch.int32) - exact.view(torch.int32)).abs() <= 1).all()
+
+
+def test_loading_a_master_sets_its_parameter():
+    p = torch.randn(300).bfloat16().requires_grad_()
+    optimizer = AdamW([p], master_weights=True)
+    give_grads([p])
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = torch.zeros(300).bfloat16().requires_grad_()
+    resumed = AdamW([other], master_weights=True)
+    resumed.load_state_dict(saved)
+    assert torch.equal(other, p)
+    assert torch.equal(resumed.state_dict()["state"][0]["master"], saved["state"][0]["master"])
 
 
 def test_masters_are_kept_where_asked_for_only():

@@ -57,7 +57,14 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
     check_size("exp_avg_sq", "elements:", t.n, exp_avg_sqs[i].numel());
     t.param = data_of(params[i], "param"), t.param_type = params[i].dtype();
     t.grad = data_of(grads[i], "grad"), t.grad_type = grads[i].dtype();
-    t.master = optional_floats(masters[i], "master");
+    t.master = nullptr, t.master_low = nullptr;
+    if (masters[i]) {
+      check_size("master", "elements:", t.n, masters[i]->numel());
+      if (t.param_type == DType::bf16)
+        t.master_low = masters[i]->data<int16_t>("master_low");
+      else
+        t.master = masters[i]->data<float>("master");
+    }
     t.exp_avg_scale = optional_floats(exp_avg_scales[i], "exp_avg_scale");
     t.exp_avg_sq_scale = optional_floats(exp_avg_sq_scales[i], "exp_avg_sq_scale");
     if (t.exp_avg_scale) {

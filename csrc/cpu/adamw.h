@@ -7,7 +7,7 @@
 // step.
 //
 // Two passes at most: the sum of squared gradients (only to clip), then one pass that reads g, p,
-// m, v once and writes p, m, v and the 16-bit copy once. Chunks are independent, so any thread may
+// m, v once and writes p, m, v once (a master of bfloat16 is p and 16 bits more). Chunks are independent, so any thread may
 // take any of them. Plain stores: the lines have just been read (non-temporal ones measured 18 %
 // slower).
 //
@@ -127,6 +127,34 @@ inline void adamw_square_sums(const AdamwTensor* tensors, const AdamwChunk* chun
   }
 }
 
+// A float32 master in two halves: the parameter, its upper 16 bits rounded to nearest (ties away
+// from zero), and the lower 16 bits, which are then what to add to the parameter's bits as a signed
+// number. Integer moves: a conversion to bfloat16 would flush denormals and quiet NaN.
+typedef int16_t vshort __attribute__((vector_size(2 * VL)));
+FASTLM_INLINE vint load_halves(const void* p, int n) {
+  vshort h{};
+  if (n == VL)
+    memcpy(&h, p, sizeof h);
+  else
+    memcpy(&h, p, size_t(n) * 2);
+  return __builtin_convertvector(h, vint);
+}
+FASTLM_INLINE void store_halves(void* p, vint v, int n) {
+  const vshort h = __builtin_convertvector(v, vshort);
+  if (n == VL)
+    memcpy(p, &h, sizeof h);
+  else
+    memcpy(p, &h, size_t(n) * 2);
+}
+FASTLM_INLINE vfloat join_master(const bf16* high, const int16_t* low, int n) {
+  return (vfloat)(((vuint)load_halves(high, n) << 16) + (vuint)load_halves(low, n));
+}
+FASTLM_INLINE void split_master(vfloat w, bf16* high, int16_t* low, int n) {
+  const vuint bits = (vuint)(w == w ? as_int(w) : splat_int(0x7fc00000));  // NaN must not round up
+  store_halves(high, (vint)((bits + 0x8000u) >> 16), n);
+  store_halves(low, (vint)bits, n);
+}
+
 // Sixteen cache lines on: with seven streams the hardware's prefetchers alone left 5 % (two
 // threads, Zen 5; 64 lines on was slower than none).
 template <class X>
@@ -139,17 +167,23 @@ template <class P>
 struct Weights {
   P* param;
   float* master;
+  int16_t* low;
   bool stochastic;
   uint32_t key;
 
   FASTLM_INLINE vfloat get(int64_t j, int n) const {
+    if constexpr (std::is_same_v<P, bf16>)
+      if (low) return join_master(param + j, low + j, n);
     return master ? load_some(master + j, n) : load_some(param + j, n);
   }
   FASTLM_INLINE void fetch(int64_t j) const {
     if (master) ahead(master + j);
+    if (low) ahead(low + j);
     ahead(param + j);
   }
   FASTLM_INLINE void put(int64_t j, vfloat w, int n) const {
+    if constexpr (std::is_same_v<P, bf16>)
+      if (low) return split_master(w, param + j, low + j, n);
     if (master) store_some(master + j, w, n);
     if (stochastic) w = round_stochastic(w, mix32((lanes() + uint32_t(j)) * 0x9e3779b9u + key));
     store_some(param + j, w, n);
@@ -159,7 +193,7 @@ struct Weights {
 template <class P, class G>
 void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip) {
   const Weights<P> weights{static_cast<P*>(t.param) + start, t.master ? t.master + start : nullptr,
-                           t.stochastic,
+                           t.master_low ? t.master_low + start : nullptr, t.stochastic,
                            mix32(t.key + uint32_t(start / ADAMW_CHUNK) * 0x9e3779b9u)};
   const G* g = static_cast<const G*>(t.grad) + start;
   const float scale = clip * t.sign;

@@ -18,7 +18,8 @@ struct AdamwTensor {
   void* param;
   const void* grad;
   DType param_type, grad_type;
-  float* master;               // float32 copy of a 16-bit parameter, or null
+  float* master;               // float32 copy of a float16 parameter, or null
+  int16_t* master_low;         // what a bfloat16 parameter lacks of its float32 master, or null
   void *exp_avg, *exp_avg_sq;  // float32; uint8 codes when the scales are not null
   float *exp_avg_scale, *exp_avg_sq_scale;
   int64_t n;

@@ -490,7 +490,8 @@ void panel_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const 
 
 constexpr int64_t ROWS_A_THREAD = 128;  // from here on unpacking W for them is under 4 %
 
-// Runs whose B of NR8 columns stays in the L1.
+// Runs whose B of NR8 columns stays in the L1 (32 to 48 KiB everywhere; the rest is for A and C).
+constexpr int64_t B_BLOCK_BYTES = 32 << 10;
 inline int64_t runs_per_block(const Runs& runs) {
   return std::max<int64_t>(1, B_BLOCK_BYTES / NR8 / runs.stride);
 }
