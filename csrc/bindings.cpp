@@ -28,6 +28,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "avx2"_a, "avx512"_a, "amx_cpu"_a, "amx_permission"_a);
   m.def("prefer_huge_pages", &prefer_huge_pages, "output"_a);
+  m.def("want_huge_pages", [](bool wanted) { huge_pages_wanted = wanted; }, "wanted"_a);
 
   m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
         "y"_a, "h"_a, "rstd"_a, no_gil);
