@@ -81,7 +81,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<DecodeLinear>(m, "DecodeLinear")
       .def(py::init<TensorView, OptionalTensor, OptionalTensor, int, int64_t, int64_t, int>(),
-           "weight"_a, "table"_a, "bias"_a, "bits"_a, "k"_a, "group_size"_a, "act_bits"_a);
+           "weight"_a, "table"_a, "bias"_a, "bits"_a, "k"_a, "group_size"_a, "act_bits"_a)
+      .def_property_readonly("tile_bytes", &DecodeLinear::tile_bytes)
+      .def("pack", &DecodeLinear::pack, "tiles"_a);
   py::class_<DecodePlan>(m, "DecodePlan")
       .def(py::init<const DecodeLinear&, const DecodeLinear&, TensorView, int64_t, int64_t, int64_t,
                     const std::string&, float, float, float, float, float>(),
