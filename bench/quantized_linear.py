@@ -23,14 +23,19 @@ from fastlm.quant import QuantizedWeight
 
 COPIES_BYTES = 1500 << 20 if os.environ.get("FASTLM_BENCH_DRAM") else 80 << 20
 GROUP = 128
-# bits, activation bits, rows of x, N, K
+# bits, activation bits, rows of x, N, K, and where it is not GROUP the group size
 SHAPES = [
     *((bits, act, m, 4096, 4096) for bits, act in ((4, 16), (8, 16)) for m in (1, 16, 64, 512)),
     *((4, 8, m, 4096, 4096) for m in (1, 16, 64, 512)),
     (8, 8, 1, 4096, 4096),
     (8, 8, 2048, 2048, 2048),
-    *((4, 16, m, 1536, 576) for m in (1, 8, 64)),
-    (4, 16, 123, 507, 252),
+    *((4, 16, m, 1536, 576) for m in (1, 2, 4, 8, 33, 64)),
+    *((8, act, m, 1536, 576) for act in (8, 16) for m in (2, 4, 8, 33)),
+    *((4, act, 123, 507, 252) for act in (8, 16)),
+    *((bits, act, 3, 1009, 577) for bits in (4, 8) for act in (8, 16)),
+    (8, 8, 2048, 2048, 2048, -1),
+    *((4, act, m, 3072, 576, 32) for act in (8, 16) for m in (8, 512)),
+    *((4, act, m, 576, 1536, 32) for act in (8, 16) for m in (8, 512)),
     # odd: primes, and a vocabulary
     *(
         (bits, act, m, n, k)
@@ -51,13 +56,29 @@ def copies_of(bytes_each: int) -> int:
 
 
 @cache
-def quantized(bits: int, n: int, k: int) -> Callable[[], QuantizedWeight]:
+def quantized(bits: int, n: int, k: int, group: int) -> Callable[[], QuantizedWeight]:
+    """Groups of 32 have offsets and float32 scales, as weights from a GGUF's Q4_1."""
+    gguf = group == 32
     repeat = -(-n // 8)  # codes and scales of a real distribution, quickly
-    q = ops.quantize_weight(torch.randn(8, k), bits, group_size=GROUP)
-    qdata, scales = q.qdata.repeat(repeat, 1)[:n], q.scales.repeat(repeat, 1)[:n]
+    few = ops.quantize_weight(
+        torch.randn(8, k),
+        bits,
+        group_size=group,
+        symmetric=not gguf,
+        scale_dtype=torch.float32 if gguf else torch.bfloat16,
+    )
+
+    def rows(t: torch.Tensor) -> torch.Tensor:
+        return t.repeat(repeat, 1)[:n].clone()
+
     return in_turn(
         [
-            QuantizedWeight(qdata.clone(), scales.clone(), None, bits, GROUP, (n, k))
+            QuantizedWeight(
+                rows(few.qdata),
+                rows(few.scales),
+                None if few.zeros is None else rows(few.zeros),
+                *(bits, group, (n, k)),
+            )
             for _ in range(copies_of(n * k * bits // 8))
         ]
     )
@@ -82,7 +103,7 @@ def int4pack(n: int, k: int) -> Callable[[], torch.Tensor]:
     return in_turn([packed.clone() for _ in range(copies_of(n * k // 2))])
 
 
-def peers(bits: int, act: int, x: torch.Tensor, n: int, k: int) -> tuple[dict, dict]:
+def peers(bits: int, act: int, x: torch.Tensor, n: int, k: int, group: int) -> tuple[dict, dict]:
     """torch's calls for the same product, and why those that are absent are."""
     weight = bf16(n, k)
     calls: dict[str, Callable] = {"torch bf16 linear": lambda: F.linear(x, weight())}
@@ -104,10 +125,10 @@ def peers(bits: int, act: int, x: torch.Tensor, n: int, k: int) -> tuple[dict, d
     elif bits == 8:
         scales, next_weight = torch.ones(n).bfloat16(), int8(n, k)
         calls["torch int8pack"] = lambda: torch._weight_int8pack_mm(x, next_weight(), scales)
-    elif n % 64 == 0 and k % GROUP == 0:
-        next_weight, both = int4pack(n, k), torch.ones(k // GROUP, n, 2).bfloat16()
+    elif n % 64 == 0 and k % group == 0:
+        next_weight, both = int4pack(n, k), torch.ones(k // group, n, 2).bfloat16()
         calls["torch int4pack"] = lambda: torch._weight_int4pack_mm_for_cpu(
-            x, next_weight(), GROUP, both
+            x, next_weight(), group, both
         )
     else:
         missing["torch int4pack"] = "N and K must be multiples of 64 and the group"
@@ -127,20 +148,23 @@ def linear(m: int, n: int, k: int) -> Case:
 
 def cases() -> list[Case]:
     made = [linear(*shape) for shape in LINEAR]
-    for bits, act, m, n, k in SHAPES:
-        x, weight = torch.randn(m, k).bfloat16(), quantized(bits, n, k)
-        calls, missing = peers(bits, act, x, n, k)
+    for bits, act, m, n, k, *rest in SHAPES:
+        group = rest[0] if rest else GROUP
+        x, weight = torch.randn(m, k).bfloat16(), quantized(bits, n, k, group)
+        group = weight().group_size
+        calls, missing = peers(bits, act, x, n, k, group)
+        name = f"w{bits}a{act}" + (f", groups of {group}" if group != GROUP else "")
 
         def ours(x=x, weight=weight, act=act):
             return ops.quantized_linear(x, weight(), act_bits=act)
 
         made.append(
             Case(
-                f"w{bits}a{act}",
+                name,
                 f"{m} x {k} -> {n}",
                 {"fastlm": ours, **calls},
                 flops=2.0 * m * n * k,
-                bytes=float(n * k * bits // 8 + 2 * n * k // GROUP) if m <= 8 else None,
+                bytes=float(weight().nbytes) if m <= 8 else None,
                 missing=missing,
             )
         )

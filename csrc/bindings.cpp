@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/huge_pages.h"
+#include "cpu/decode_plan.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
@@ -76,6 +77,20 @@ PYBIND11_MODULE(_cpu, m) {
         "zeros"_a, "bits"_a, "group_size"_a, "dx"_a, no_gil);
   m.def("dequantize", &dequantize, "qdata"_a, "scales"_a, "zeros"_a, "bits"_a, "group_size"_a,
         "out"_a, no_gil);
+
+  py::class_<DecodeLinear>(m, "DecodeLinear")
+      .def(py::init<TensorView, OptionalTensor, OptionalTensor, int, int64_t, int64_t, int>(),
+           "weight"_a, "table"_a, "bias"_a, "bits"_a, "k"_a, "group_size"_a, "act_bits"_a);
+  py::class_<DecodePlan>(m, "DecodePlan")
+      .def(py::init<const DecodeLinear&, const DecodeLinear&, TensorView, int64_t, int64_t, int64_t,
+                    const std::string&, float, float, float, float, float>(),
+           "embedding"_a, "head"_a, "norm"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "act"_a,
+           "eps"_a, "scale"_a, "softcap"_a, "embedding_scale"_a, "logit_softcap"_a)
+      .def("add_layer", &DecodePlan::add_layer, "norms"_a, "qkv"_a, "out"_a, "gate"_a, "up"_a,
+           "down"_a, "q_norm"_a, "k_norm"_a, "window"_a, "rotary"_a)
+      .def("workspace_bytes", &DecodePlan::workspace_bytes, "rows"_a, "capacity"_a);
+  m.def("decode_step", &decode_step, "plan"_a, "tokens"_a, "starts"_a, "cache"_a, "length"_a,
+        "rotary"_a, "workspace"_a, "logits"_a, no_gil);
 
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
   m.def("multiply_in_l1", &multiply_in_l1, "bf16_operands"_a, "repeats"_a, no_gil);

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastlm.config import ModelConfig
     from fastlm.model import CausalLM
     from fastlm.optim import AdamW
+    from fastlm.patching import patch, unpatch
     from fastlm.quant import QuantizedWeight, quantize
     from fastlm.tokenizer import Tokenizer
 
@@ -27,7 +28,9 @@ __all__ = [
     "Tokenizer",
     "info",
     "ops",
+    "patch",
     "quantize",
+    "unpatch",
     "use_backend",
 ]
 
@@ -40,7 +43,9 @@ _PUBLIC = {
     "Tokenizer": "fastlm.tokenizer",
     "info": "fastlm.backend",
     "ops": "fastlm.ops",
+    "patch": "fastlm.patching",
     "quantize": "fastlm.quant",
+    "unpatch": "fastlm.patching",
     "use_backend": "fastlm.backend",
 }
 

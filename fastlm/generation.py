@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastlm import decoding
 from fastlm.errors import InputError
 from fastlm.layers import KVCache
 from fastlm.model import CausalLM
@@ -40,11 +41,18 @@ class _Decoding:
         self.ids = ids.new_zeros(rows, width + self.steps, dtype=torch.int64)
         self.ids[:, :width] = ids
         self.length = width
-        self.cache = KVCache(
-            model.config, rows, width + self.steps, dtype=model.dtype, device=model.device
-        )
-        self.regime = None
         model.model.fuse()
+        plan = decoding.plan_of(model) if rows <= decoding.MAX_ROWS else None
+        self.cache = KVCache(
+            model.config,
+            rows,
+            width + self.steps,
+            dtype=model.dtype if plan is None else plan.cache_dtype,
+            device=model.device,
+        )
+        starts = None if mask is None else mask.shape[1] - mask.sum(1)
+        self.steps_of = None if plan is None else decoding.Steps(model, plan, self.cache, starts)
+        self.regime = None
         self.seen = None
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(
@@ -64,7 +72,10 @@ class _Decoding:
         mask = self.mask
         if mask is not None and mask.shape[1] < self.length:
             mask = self.mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
-        logits = self.model.next_logits(new, self.cache, mask)
+        if self.steps_of is not None and self.cache.length and new.shape[1] == 1:
+            logits = self.steps_of.logits(new[:, 0].contiguous())
+        else:
+            logits = self.model.next_logits(new, self.cache, mask)
         if self.seen is not None:
             logits = penalise(logits.float(), self.seen, self.sampling.repetition_penalty)
         token = self.sampling.choose(logits, generators)

@@ -50,23 +50,23 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         shape = (2, batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        self.layers = [  # keys, values
-            torch.empty(shape, dtype=dtype, device=device).unbind()
-            for _ in range(config.num_hidden_layers)
-        ]
+        self.data = torch.empty(config.num_hidden_layers, *shape, dtype=dtype, device=device)
+        self.layers = [layer.unbind() for layer in self.data]  # keys, values
         self.capacity = capacity
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, Hkv, S, D) behind the `length` filled columns; views of all so
-        far (B, Hkv, T, D).
+        """Write k, v (B, Hkv, S, D) behind the `length` filled columns; all so far
+        (B, Hkv, T, D) in k's dtype: views, where the cache has it too.
         """
         keys, values = self.layers[layer]
         count = k.shape[2]
         keys.narrow(2, self.length, count).copy_(k)
         values.narrow(2, self.length, count).copy_(v)
+        if k.dtype != keys.dtype and self.length == 0:
+            return k, v  # unrounded
         end = self.length + count
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        return keys.narrow(2, 0, end).to(k.dtype), values.narrow(2, 0, end).to(v.dtype)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_files import smollm2, write_gguf
 
+import fastlm
 from fastlm.checkpoint import load_state, save_hf
 from fastlm.errors import InputError
 from fastlm.gguf_file import UNPACK, GGUFFile, unpack
@@ -322,6 +323,26 @@ def test_row_order_of_packed_q_and_k(kind, tmp_path):
             np.testing.assert_array_equal(weight.dequantize().numpy(), want)
     _, plain = load_state(path, keep_quantized=False)
     assert all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 for _, w in plain)
+
+
+def test_activations_are_rounded_unless_told_otherwise(tmp_path):
+    path = convert(*make_model("llama"), tmp_path / "m.gguf", Kind.Q4_1)
+
+    def bits(where, **options):
+        model = fastlm.CausalLM.from_pretrained(where, **options)
+        found = {m.act_bits for m in model.modules() if hasattr(m, "qdata")}
+        assert len(found) == 1
+        return found.pop(), model
+
+    assert bits(path, act_bits=16)[0] == 16
+    rounded, model = bits(path)
+    assert rounded == 8
+    model.save_pretrained(tmp_path / "folder")
+    assert bits(tmp_path / "folder")[0] == 8
+    assert bits(tmp_path / "folder", act_bits=16)[0] == 16
+    refused = pytest.raises(fastlm.InputError, match="act_bits: wanted 8 or 16, got 4")
+    with refused:
+        bits(path, act_bits=4)
 
 
 @pytest.mark.slow  # loads a 135M model twice: about 15 s

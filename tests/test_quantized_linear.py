@@ -21,8 +21,9 @@ from fastlm.quant import QuantizedWeight
 # (M, N, K): ragged in every direction; one, a few and many rows (dot form, panel form, two blocks
 # of rows)
 SHAPES = [(1, 20, 64), (3, 67, 507), (5, 64, 123), (9, 70, 252), (34, 33, 1), (2, 1, 1030)]
-SHAPES += [(40, 130, 600), (257, 5, 130)]
-GROUPS = [16, 32, 40, 128, -1]
+# two blocks of k; rows enough for each thread to take its own
+SHAPES += [(40, 130, 600), (257, 5, 130), (14, 37, 1630), (300, 40, 1100)]
+GROUPS = [16, 32, 40, 128, 520, -1]
 
 
 def weight(n, k, bits, group_size=128, symmetric=True, scale_dtype=torch.bfloat16):
@@ -54,7 +55,7 @@ def check(x, q, bias, act_bits, what=""):
     truth = F.linear(rounded.double() * scale.double(), w64, b64)
     # exact integers per group; then float32: one product and one sum per group, and the
     # result's rounding
-    groups = q.scales.shape[1] + x.shape[1] // 512
+    groups = q.scales.shape[1] + x.shape[1] // reference.RUN_MAX
     terms = F.linear((rounded * scale).abs().double(), w64.abs()) + (
         0 if bias is None else b64.abs()
     )
@@ -91,7 +92,7 @@ def test_int8_activations_are_near_the_unrounded_product(isa, dtype):
 
 
 def test_integer_part_is_exact(isa):
-    # scales 1 and integer runs of 32 with absmax 127: every product and sum is an integer below 2^24
+    # scales 1, integer runs of 32 with absmax 127: every product and sum is an integer below 2^24
     for bits, m in itertools.product((4, 8), (1, 40)):
         top = 7 if bits == 4 else 127
         codes = torch.randint(-top - 1, top + 1, (33, 130))
@@ -125,6 +126,23 @@ def test_extreme_codes(isa):
                 assert torch.equal(y, x @ codes.t().float())
 
 
+def test_an_outlier_costs_only_its_own_run(isa, dtype):
+    # a scale per row would leave the others 127 / 1000 of a step each: zeros
+    for k, group_size, alone in ((256, 32, 32), (1536, -1, reference.RUN_MAX)):
+        q = weight(30, k, 8, group_size)
+        for m in (2, 40):
+            x = torch.rand(m, k).to(dtype) + 1
+            x[:, 0] = 1000
+            rest = QuantizedWeight(
+                q.qdata.clone().index_fill_(1, torch.arange(alone), 0),
+                *(q.scales, None, 8, q.group_size, (30, k)),
+            )
+            got = ops.quantized_linear(x, rest, act_bits=8).double()
+            truth = F.linear(x.double(), rest.dequantize(torch.float64))
+            noise = (got - truth).square().sum() / truth.square().sum()
+            assert noise < 1e-3, (m, k)
+
+
 def test_rows_of_zeros_and_nan(isa, dtype):
     q = weight(20, 64, 4)
     for m in (3, 30):
@@ -155,7 +173,7 @@ def test_strided_empty_and_leading_dimensions(isa, dtype):
     assert ops.quantized_linear(x, weight(0, 48, 4)).shape == (2, 3, 0)
 
 
-@pytest.mark.parametrize("m", [1, 6, 70])
+@pytest.mark.parametrize("m", [1, 6, 70, 300])
 def test_same_bits_on_repeat_and_on_one_and_two_threads(isa, m):
     q = weight(301, 512, 4)
     x, dy = torch.randn(m, 512), torch.randn(m, 301)

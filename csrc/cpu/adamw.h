@@ -45,12 +45,31 @@ FASTLM_INLINE vfloat round_stochastic(vfloat x, vuint h) {
 
 FASTLM_INLINE vint load_codes(const uint8_t* p, int n) {
   vbyte b{};
-  memcpy(&b, p, size_t(n));
+  if (n == VL)
+    memcpy(&b, p, VL);
+  else
+    memcpy(&b, p, size_t(n));
+#if FASTLM_VL == 8  // GCC 12 converts lane by lane
+  int64_t word;
+  memcpy(&word, &b, 8);
+  return (vint)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(word));
+#else
   return __builtin_convertvector(b, vint);
+#endif
 }
 FASTLM_INLINE void store_codes(uint8_t* p, vint c, int n) {
+#if FASTLM_VL == 8
+  const __m256i words = _mm256_packus_epi32((__m256i)c, (__m256i)c);
+  const __m128i low =
+      _mm_unpacklo_epi64(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const int64_t b = _mm_cvtsi128_si64(_mm_packus_epi16(low, low));
+#else
   const vbyte b = __builtin_convertvector(c, vbyte);
-  memcpy(p, &b, size_t(n));
+#endif
+  if (n == VL)
+    memcpy(p, &b, VL);
+  else
+    memcpy(p, &b, size_t(n));
 }
 // A magnitude in (0, 1] and its code, 1.0 <-> MAX; MANTISSA bits of it are kept.
 template <int MANTISSA, int MAX>

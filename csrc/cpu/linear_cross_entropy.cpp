@@ -36,6 +36,7 @@ void linear_cross_entropy_gradients(TensorView on_p, TensorView on_target, Optio
                                     OptionalTensor dx, OptionalTensor dw, OptionalTensor dbias,
                                     bool accumulate) {
   if (dw && !accumulate) prefer_huge_pages(*dw);
+  if (!have_exponentials) prefer_huge_pages(exponentials);
   FASTLM_RUN(linear_cross_entropy_gradients, on_p, on_target, pointer(on_all), x, w, pointer(bias),
              target, pointer(class_weight), shift, log_sum, ignore_index, softcap, scale,
              have_exponentials, exponentials, stats, at_target, pointer(dx), pointer(dw),

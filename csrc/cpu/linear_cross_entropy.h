@@ -275,7 +275,8 @@ struct Coefficients {
   const float *on_p, *on_target, *on_all, *shift, *log_sum;
 };
 
-// dx (R, D) like x, dw (V, D) float32, dbias (V) float32: each may be absent. `have_exponentials`:
+// dx (R, D) like x; dw (V, D) float32, or like x where it is not added to (`dw_narrow`); dbias (V)
+// float32: each may be absent. `have_exponentials`:
 // `exponentials`, `stats` and `at_target` are as linear_cross_entropy_scores left them; without,
 // exponentials is workspace, in which dloss/dz^T is made from scores computed again. dw and dbias
 // are added to when `accumulate`.
@@ -284,8 +285,8 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
                                        const int64_t* target, const float* class_weight,
                                        int64_t ignore_index, bool have_exponentials,
                                        Elem<T>* exponentials, ChunkStats stats,
-                                       const float* at_target, T* dx, float* dw, float* dbias,
-                                       bool accumulate) {
+                                       const float* at_target, T* dx, float* dw, T* dw_narrow,
+                                       float* dbias, bool accumulate) {
   using E = Elem<T>;
   const int64_t rows = chunk.rows, rp = chunk.padded(), d = chunk.width,
                 blocks = vocabulary_blocks(chunk.classes);
@@ -323,7 +324,7 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
 #pragma omp parallel
   {
     TileScope tiles;
-    if (dw) {
+    if (dw || dw_narrow) {
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < (d + VL - 1) / VL; ++p) {
         const int64_t j = p * VL;
@@ -340,6 +341,7 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
     Scratch<float> z(have_exponentials ? 0 : VB * RC);
     // double: the terms of all rows less those of the targets may cancel to nothing
     Scratch<double> bias_sum(VB);
+    Scratch<float> wide(dw_narrow ? VB * d : 0);
     E* spare = first_spare;
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
@@ -394,17 +396,26 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
           for (int64_t i = 0; i < rp; i += VL) sum += load(region + r * rp + i) * load(f + i);
           for (int lane = 0; lane < VL; ++lane) bias_sum[r] += sum[lane];
         }
-      if (dw) gemm<E>(count, d, rows, region, rp, packed_rows, dw + v0 * d, d, accumulate);
+      float* dw_block = dw ? dw + v0 * d : dw_narrow ? wide.data : nullptr;
+      if (dw_block) gemm<E>(count, d, rows, region, rp, packed_rows, dw_block, d, accumulate);
       if (direct)
         for (int64_t i = 0; i < rows; ++i)
           if (here(i)) {
             const int64_t r = target[i] - v0;
             e_target[i] = to_float(region[r * rp + i]);
             if (dbias) bias_sum[r] += double(whole[i]) - double(f[i]) * e_target[i];
-            if (!dw) continue;
-            add_scaled(dw + (v0 + r) * d, whole[i], chunk.x + i * chunk.x_stride, d);
-            add_scaled(dw + (v0 + r) * d, -e_target[i], static_cast<const E*>(scaled) + i * d, d);
+            if (!dw_block) continue;
+            add_scaled(dw_block + r * d, whole[i], chunk.x + i * chunk.x_stride, d);
+            add_scaled(dw_block + r * d, -e_target[i], static_cast<const E*>(scaled) + i * d, d);
           }
+      if (dw_narrow)
+        for (int64_t j = 0; j < count * d; j += VL) {
+          const int n = int(std::min<int64_t>(VL, count * d - j));
+          if (n == VL)
+            store(dw_narrow + v0 * d + j, load(wide + j));
+          else
+            store(dw_narrow + v0 * d + j, load(wide + j, n), n);
+        }
       if (dbias)
         for (int64_t r = 0; r < count; ++r)
           dbias[v0 + r] = float(bias_sum[r] + (accumulate ? dbias[v0 + r] : 0.f));
@@ -510,6 +521,8 @@ inline void linear_cross_entropy_gradients(
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
     const int64_t rp = chunk.padded(), blocks = vocabulary_blocks(chunk.classes);
     check_size("stats", "elements:", ChunkStats::elements(blocks, rp), stats.numel());
+    const bool narrow = dw && dw->dtype() != DType::f32;
+    if (narrow && accumulate) throw std::invalid_argument("dw: wanted float32 to add to");
     linear_cross_entropy_gradients_of<T>(
         chunk,
         {on_p.data<float>("on_p"), on_target.data<float>("on_target"),
@@ -519,8 +532,8 @@ inline void linear_cross_entropy_gradients(
         ignore_index, have_exponentials,
         workspace<Elem<T>>(&exponentials, "exponentials", blocks * VB * rp),
         ChunkStats(stats.data<float>("stats"), blocks, rp), at_target.data<float>("at_target"),
-        data_or_null<T>(dx, "dx"), data_or_null<float>(dw, "dw"),
-        data_or_null<float>(dbias, "dbias"), accumulate);
+        data_or_null<T>(dx, "dx"), narrow ? nullptr : data_or_null<float>(dw, "dw"),
+        narrow ? dw->data<T>("dw") : nullptr, data_or_null<float>(dbias, "dbias"), accumulate);
   });
 }
 

@@ -2,6 +2,7 @@
 
 #define FASTLM_BODY "cpu/quantized_linear.h"
 #include "cpu/each_isa.h"
+#include "cpu/huge_pages.h"
 #include "cpu/ops.h"
 
 namespace fastlm {
@@ -9,6 +10,7 @@ namespace fastlm {
 void quantized_linear(TensorView x, TensorView qdata, TensorView scales, OptionalTensor zeros,
                       OptionalTensor bias, int bits, int64_t group_size, int act_bits, int form,
                       TensorView y) {
+  prefer_huge_pages(y);
   FASTLM_RUN(quantized_linear, x, qdata, scales, zeros ? &*zeros : nullptr, bias ? &*bias : nullptr,
              bits, group_size, act_bits, form, y);
 }

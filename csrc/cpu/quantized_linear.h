@@ -358,10 +358,11 @@ void dot_form(const T* x, int64_t m, int64_t x_stride, const Weight& w, const fl
 }
 
 // ---- panel form --------------------------------------------------------------------------------
-constexpr int64_t PANEL_N = 2 * NR;  // columns of a task: two register blocks share the A they read
-constexpr int64_t PANEL_K = 512;     // k of one block: 128 KiB of bf16 B, stays in the L2
-constexpr int64_t PANEL_M = 256;     // rows of a task: 256 KiB of A per block, in the L2 too
-constexpr int64_t PANEL_M8 = 512;    // the same bytes of int8; B is unpacked half as often
+constexpr int64_t PANEL_N = NR;   // columns of a task
+constexpr int64_t PANEL_K = 512;  // k of one block: 64 KiB of bf16 B, stays in the L2
+constexpr int64_t PANEL_M = 512;  // rows of a task: 512 KiB of A per block, mostly in the L2 too; W
+                                  // is dequantized once per task (256 rows: 2 to 4 % slower)
+constexpr int64_t PANEL_M8 = 512;  // the same of int8
 
 // Scales (or zeros) of rows [n, n + rows) as [groups][VL]; rows that do not exist are zero.
 inline void transpose_scales(const Scales& source, int64_t n, int64_t groups, int rows,
@@ -525,15 +526,18 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
     const auto multiply = [&](int64_t m0, int64_t n0) {
       const int64_t mb = std::min(block_m, m - m0), nb = std::min<int64_t>(NR8, w.n - n0);
       const auto rows = [&](int64_t p) { return int(std::min<int64_t>(VL, nb - p * VL)); };
+      w.scales.prefetch((n0 + NR8) * w.groups, NR8 * w.groups);
+      w.zeros.prefetch((n0 + NR8) * w.groups, NR8 * w.groups);
       for (int64_t p = 0; p * VL < nb; ++p) {
         transpose_scales(w.scales, n0 + p * VL, w.groups, rows(p), scales + p * table);
         if (zeros) transpose_scales(w.zeros, n0 + p * VL, w.groups, rows(p), zeros + p * table);
       }
       for (int64_t first = 0; first < runs.count; first += block) {
         const int64_t last = std::min(first + block, runs.count), width = runs.stride * VL;
-        // the next block of these columns, or the next columns: they follow in memory
-        const int64_t ahead =
-            last < runs.count ? block * runs.stride * BITS / 8 : (NR8 - 1) * w.row_bytes;
+        // bytes to the same place of the next block, or of the next columns' first: they follow
+        const int64_t ahead = last < runs.count
+                                  ? runs.begin(last) * BITS / 8 - runs.begin(first) * BITS / 8
+                                  : NR8 * w.row_bytes - runs.begin(first) * BITS / 8;
         for (int64_t p = 0; p * VL < nb; ++p) {
           int8_t* to = b + p * (last - first) * width;
           const int64_t n = n0 + p * VL;
@@ -574,13 +578,15 @@ void panel_form_int8(const T* x, int64_t m, int64_t x_stride, const Weight& w, c
 }
 
 // ---- choice ------------------------------------------------------------------------------------
-// Rows of x up to which the dot form is faster, measured with groups of 128. It unpacks W for every
-// 4 rows; the panel form unpacks once, and pays for the transposition. From 2048 x 2048 on the
-// second pass over bf16 products is hidden behind the reading of W.
-constexpr int64_t DOT_MAX_ROWS_8 = 6;
-template <class E>
-FASTLM_INLINE int64_t dot_max_rows_16(const Weight& w) {
-  return sizeof(E) == 2 && w.n * w.k >= 2048 * 2048 ? 8 : 4;
+// Rows of x up to which the dot form is faster, measured. It unpacks W for every 4 rows; the panel
+// form unpacks once, and pays for the transposition. From 2048 x 2048 on more passes over products
+// hide behind the reading of W; int8 products are too quick for that.
+template <int BITS, class X>
+FASTLM_INLINE int64_t dot_max_rows(const Weight& w) {
+  const bool large = w.n * w.k >= 2048 * 2048;
+  if (sizeof(X) == 1) return large ? 3 : 1;
+  if (sizeof(X) == 2) return !large ? 4 : BITS == 4 ? 8 : 5;
+  return large ? 4 : 3;
 }
 
 // x (..., K) as rows.h says; bias (N) float32 or absent; y (..., N) contiguous; form 0 chooses, 1
@@ -600,16 +606,17 @@ inline void quantized_linear(const TensorView& x, const TensorView& qdata, const
     const T* px = x.data<T>("x");
     T* py = y.data<T>("y");
     const Weight w = weight_of(qdata, scales, zeros, k, bits, group_size);
-    const bool dot =
-        form ? form == 1 : m <= (act_bits == 8 ? DOT_MAX_ROWS_8 : dot_max_rows_16<Elem<T>>(w));
     const auto run = [&](auto b) {
       constexpr int BITS = decltype(b)::value;
-      if (act_bits == 8)
+      if (act_bits == 8) {
+        const bool dot = form ? form == 1 : m <= dot_max_rows<BITS, int8_t>(w);
         dot ? dot_form<BITS, int8_t>(px, m, x_stride, w, pb, py)
             : panel_form_int8<BITS>(px, m, x_stride, w, pb, py);
-      else
+      } else {
+        const bool dot = form ? form == 1 : m <= dot_max_rows<BITS, Elem<T>>(w);
         dot ? dot_form<BITS, Elem<T>>(px, m, x_stride, w, pb, py)
             : panel_form<BITS>(px, m, x_stride, w, pb, py);
+      }
     };
     if (bits == 4)
       run(std::integral_constant<int, 4>{});

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import autocast, autocast_somewhere, register
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.backend import register
 from fastlm.errors import InputError
 
 # sinks, alibi_slopes, bias, causal, scale, window, softcap as operators take them: 0 means none.
@@ -61,6 +61,8 @@ def attention(
         dropout_p: chance to drop a probability; the seed comes from torch's generator.
         return_lse: also return lse (B, H, S), float32 (differentiable).
 
+    Under ``torch.autocast`` q, k and v are cast to its dtype, as torch's are.
+
     A row that sees nothing is zero, its lse -inf and its gradients zero. Memory beyond the outputs:
     keys and values once more (packed), never S x T. The backward keeps out and lse and recomputes
     the rest.
@@ -68,6 +70,8 @@ def attention(
     Raises:
         InputError: shapes, dtypes or devices do not fit together, or an option is out of range.
     """
+    if autocast_somewhere():
+        q, k, v = autocast(q, k, v)
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)

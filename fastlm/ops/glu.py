@@ -35,7 +35,11 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
         raise InputError(f"act: wanted one of {', '.join(ACTIVATIONS)}, got {act!r}")
     if not gate.is_floating_point():
         raise InputError(f"gate: wanted a float dtype, got {gate.dtype}")
-    if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
+    if (
+        up.shape != gate.shape
+        or up.dtype != gate.dtype
+        or not ((up.is_cpu and gate.is_cpu) or up.device == gate.device)
+    ):
         raise InputError(
             f"up: wanted {gate.dtype} {tuple(gate.shape)} on {gate.device} as gate,"
             f" got {up.dtype} {tuple(up.shape)} on {up.device}"
@@ -69,8 +73,10 @@ def _cpu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
 
 def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    dgate, dup = (gate.new_empty(gate.shape) for _ in range(2))
-    if not (dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous()):
+    if dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous():
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    else:
+        dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
         dy, gate, up = _rows(dy, gate, up)
     _cpu.glu_backward(dy, gate, up, act, dgate, dup)
     return dgate, dup

@@ -7,7 +7,8 @@ Two ways, one kernel pair (csrc/cpu/linear_cross_entropy.h):
   matrix products (`linear_cross_entropy_loss`);
 - "none", or with lse: the gradient of each row is known in the backward only: lse in the forward,
   the logits again in the backward: 4 matrix products (`linear_cross_entropy`,
-  `linear_cross_entropy_backward`).
+  `linear_cross_entropy_backward`). Few rows go this way too: it writes the weight's gradient once,
+  in the weight's dtype, and that is what they spend their time on.
 
 The weight's gradient is summed over chunks in float32. Rejected: slabs of the vocabulary, which
 need no such sum for a 16-bit weight but take 5 products; torch's matrix products on chunks, which
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import autocast, autocast_somewhere, register
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.backend import register
 from fastlm.errors import InputError
 from fastlm.ops.cross_entropy import (
     all_weights,
@@ -34,6 +35,7 @@ from fastlm.ops.cross_entropy import (
 
 _VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
 _MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
+_FEW_ROWS = 64  # the fourth product costs what a float32 gradient of the weight would at 100 to 200
 # What a chunk's exponentials may take: half of it where the float32 gradient of a 16-bit weight is
 # memory as well, more where an eighth of that gradient is more.
 _WORKSPACE = 64 << 20
@@ -64,6 +66,7 @@ def linear_cross_entropy(
         linear_bias: (V,), any float dtype.
         others: as in `cross_entropy`.
 
+    Under ``torch.autocast`` input and linear_weight are cast to its dtype, as F.linear's are.
     Logits, sums and lse are float32; the gradient of the logits is rounded to input's dtype for
     the matrix products that follow it, which sum in float32. Memory beside the gradients: 32 to 64
     MiB of workspace (more under a weight of more than 64 Mi elements), and for a 16-bit weight the
@@ -73,6 +76,8 @@ def linear_cross_entropy(
         InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
         range.
     """
+    if autocast_somewhere():
+        input, linear_weight = autocast(input, linear_weight)
     if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
         raise InputError(
             "linear_weight: wanted shape (V, D), D the last dimension of input"
@@ -118,6 +123,7 @@ def linear_cross_entropy(
     if (
         (need_input or need_weight or need_bias)
         and reduction != "none"
+        and len(flat) > _FEW_ROWS
         and not return_lse
         and not (softcap is not None and label_smoothing)
     ):
@@ -238,19 +244,20 @@ class _Chunks:
             part.start > 0,
         )
 
-    def outputs(self, linear_bias, need_input, need_weight):
-        """Gradients to be written, those of the weights in float32; None where not needed."""
+    def outputs(self, linear_bias, need_input, need_weight, weight_dtype=torch.float32):
+        """Gradients to be written, that of the bias in float32; None where not needed."""
+        rows = len(self.input)
         return (
             self.input.new_empty(self.input.shape) if need_input else None,
-            _accumulator(self.weight.shape, len(self.input)) if need_weight else None,
-            None if linear_bias is None else _accumulator(linear_bias.shape, len(self.input)),
+            _accumulator(self.weight.shape, rows, weight_dtype) if need_weight else None,
+            None if linear_bias is None else _accumulator(linear_bias.shape, rows),
         )
 
 
-def _accumulator(shape: torch.Size, rows: int) -> Tensor:
+def _accumulator(shape: torch.Size, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The first chunk writes, the others add; without rows nobody writes."""
     make = torch.empty if rows else torch.zeros
-    return make(shape, dtype=torch.float32, device="cpu")
+    return make(shape, dtype=dtype, device="cpu")
 
 
 def _or_empty(t: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -304,6 +311,31 @@ def _cpu_backward(
     need_input,
     need_weight,
 ):
+    used = (on_p != 0) | (on_target != 0)
+    if on_all is not None:
+        used |= on_all != 0
+    if not used.all():  # as in _cpu_loss
+        rows = used.nonzero()[:, 0]
+        d_input, *rest = _cpu_backward(
+            on_p[rows],
+            on_target[rows],
+            None if on_all is None else on_all[rows],
+            input[rows],
+            linear_weight,
+            linear_bias,
+            target[rows],
+            class_weight,
+            shift[rows],
+            log_sum[rows],
+            ignore_index,
+            softcap,
+            logit_scale,
+            need_input,
+            need_weight,
+        )
+        if need_input:
+            d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)
+        return d_input, *rest
     chunks = _Chunks(
         input,
         linear_weight,
@@ -316,7 +348,9 @@ def _cpu_backward(
         logit_scale,
     )
     chunks.shift, chunks.log_sum = shift, log_sum
-    gradients = chunks.outputs(linear_bias, need_input, need_weight)
+    once = len(input) <= chunks.rows
+    dtype = input.dtype if once else torch.float32
+    gradients = chunks.outputs(linear_bias, need_input, need_weight, dtype)
     on_p, on_target = on_p.contiguous(), on_target.contiguous()
     on_all = None if on_all is None else on_all.contiguous()
     for part in chunks:
@@ -505,6 +539,7 @@ def _autograd_forward(ctx, _, d_log_sum, d_nll, d_smoothed):
 def _setup_loss(ctx, inputs, output):
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)  # else the backward begins with zeros for each of them
     ctx.save_for_backward(*gradients)
     ctx.dtypes = inputs[1].dtype, (inputs[0] if inputs[2] is None else inputs[2]).dtype
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import register
+from fastlm.backend import autocast, autocast_somewhere, register
 from fastlm.errors import InputError
 from fastlm.ops.attention import (
     NUMBERS,
@@ -52,6 +52,8 @@ def varlen_attention(
     Raises:
         InputError: as `attention`, and when the offsets do not rise from 0 to the total.
     """
+    if autocast_somewhere():
+        q, k, v = autocast(q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 3:
             raise InputError(f"{name}: wanted 3 dimensions (total, heads, D), got {tuple(t.shape)}")

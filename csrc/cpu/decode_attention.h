@@ -1,0 +1,268 @@
+// Attention of decode_step.h: one query per head against a cache, cut into chunks of DECODE_KEYS
+// keys. A task is a chunk for the heads that share a key head, so keys and values are read once and
+// come from the L1 after the first heads.
+//
+//   partial of a head and chunk: m, l, O (D)    combined in the chunks' order by `combine`
+
+inline int64_t partial_size(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+template <class C>
+struct AttentionInputs {
+  int64_t heads, kv_heads, head_dim, width;
+  const float* qkv;  // (M, width): q heads, k heads, v heads
+  C *keys, *values;  // (M, kv_heads, capacity, head_dim)
+  int64_t capacity, length, window;  // length: the new token included; window 0: none
+  const int64_t* starts;
+  int64_t chunks;
+  float *partials, *most, *sum;  // (M, heads, chunks, partial_size); (M, heads, chunks)
+  const float *q_norm, *k_norm;
+  bool norm_whole;
+  float eps, scale, softcap;
+  const float *cos, *sin;
+  int64_t turned;
+
+  int64_t start(int64_t m) const { return starts ? starts[m] : 0; }
+  int64_t first_key(int64_t m) const {
+    return std::max(start(m), window ? length - window : int64_t(0));
+  }
+  int64_t first_chunk() const {  // that any row sees
+    return (window ? std::max<int64_t>(0, length - window) : 0) / DECODE_KEYS;
+  }
+  int64_t last_chunk() const { return (length - 1) / DECODE_KEYS; }
+  float* partial(int64_t m, int64_t h, int64_t c) const {
+    return partials + ((m * heads + h) * chunks + c) * partial_size(head_dim);
+  }
+};
+
+FASTLM_INLINE float rms_factor(const float* x, int64_t n, float eps) {
+  vfloat sum{};
+  for (int64_t i = 0; i < n; i += VL) {
+    const int count = int(std::min<int64_t>(VL, n - i));
+    const vfloat v = count == VL ? load(x + i) : load(x + i, count);
+    sum += v * v;
+  }
+  return 1.f / std::sqrt(hsum(sum) / float(n) + eps);
+}
+FASTLM_INLINE void scale_by(const float* x, const float* weight, float factor, int64_t n,
+                            float* y) {
+  for (int64_t i = 0; i < n; i += VL) {
+    const int count = int(std::min<int64_t>(VL, n - i));
+    if (count == VL)
+      store(y + i, load(x + i) * factor * load(weight + i));
+    else
+      store(y + i, load(x + i, count) * factor * load(weight + i, count), count);
+  }
+}
+inline void rms_norm_into(const float* x, const float* weight, float eps, int64_t n, float* y) {
+  scale_by(x, weight, rms_factor(x, n, eps), n, y);
+}
+inline void add(float* x, const float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += VL) {
+    const int count = int(std::min<int64_t>(VL, n - i));
+    if (count == VL)
+      store(x + i, load(x + i) + load(y + i));
+    else
+      store(x + i, load(x + i, count) + load(y + i, count), count);
+  }
+}
+
+// Head `h` of a row's `all` heads: norm, rotation, times `factor`.
+template <class C>
+void turned_head(const AttentionInputs<C>& a, const float* all, int64_t heads, int64_t h,
+                 const float* norm, int64_t position, float factor, float* out) {
+  const int64_t D = a.head_dim;
+  const float* x = all + h * D;
+  if (norm && a.norm_whole)
+    scale_by(x, norm + h * D, rms_factor(all, heads * D, a.eps), D, out);
+  else if (norm)
+    rms_norm_into(x, norm, a.eps, D, out);
+  else
+    memcpy(out, x, size_t(D) * sizeof(float));
+  if (a.cos) {
+    const float *cos = a.cos + position * a.turned, *sin = a.sin + position * a.turned;
+    const int64_t half = a.turned / 2;
+    for (int64_t j = 0; j < half; j += VL) {
+      const int n = int(std::min<int64_t>(VL, half - j));
+      const vfloat lo = load(out + j, n), hi = load(out + half + j, n);
+      store(out + j, lo * load(cos + j, n) - hi * load(sin + j, n), n);
+      store(out + half + j, hi * load(cos + half + j, n) + lo * load(sin + half + j, n), n);
+    }
+  }
+  for (int64_t i = 0; i < D; ++i) out[i] *= factor;
+  for (int64_t i = D; i < (D + 15) / 16 * 16; ++i) out[i] = 0;  // products read whole vectors
+}
+
+template <class C>
+FASTLM_INLINE void prefetch_row(const C* row, int64_t n) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < n * int64_t(sizeof(C)); i += 64) __builtin_prefetch(p + i);
+}
+
+// scores[r][j] = q[r] . k[j]. The sums of VL keys are turned together: one transposition instead
+// of VL horizontal sums.
+// `ahead` is what is read after the keys, from the same place on: the values.
+template <int R, int FIXED, class C>
+void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t count, int64_t width,
+              float* scores) {
+  const int64_t D = FIXED ? FIXED : width;
+  for (int64_t j = 0; j < count; j += VL) {
+    vint sums[R][VL] = {};
+    const int group = int(std::min<int64_t>(VL, count - j));
+    for (int t = 0; t < group; ++t) {
+      const C* row = k + (j + t) * D;
+      prefetch_row(ahead + (j + t) * D, D);
+      vfloat acc[R] = {};
+#pragma GCC unroll 4
+      for (int64_t d = 0; d < D; d += VL) {
+        const vfloat x = D - d >= VL ? load(row + d) : load(row + d, int(D - d));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r] += x * load(q + r * ldq + d);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r][t] = as_int(acc[r]);
+    }
+    for (int r = 0; r < R; ++r) {
+      transpose(sums[r]);
+      vfloat total = as_float(sums[r][0]);
+      for (int t = 1; t < VL; ++t) total += as_float(sums[r][t]);
+      store(scores + r * DECODE_KEYS + j, total);  // a row of scores is whole vectors
+    }
+  }
+}
+
+// O[r] = sum over j of P[r][j] v[j]
+// `ahead`: the keys of the next chunk.
+template <int R, int FIXED, class C>
+void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int64_t width,
+                  float* O, int64_t ldo) {
+  const int64_t D = FIXED ? FIXED : width;
+  constexpr int W = 4;  // R x W accumulators
+  for (int64_t d = 0; d < D; d += W * VL) {
+    vfloat acc[R][W] = {};
+    const bool whole = FIXED % (W * VL) == 0 && FIXED ? true : d + W * VL <= D;
+    for (int64_t j = 0; j < count; ++j) {
+      if (d == 0) prefetch_row(ahead + j * D, D);
+      vfloat x[W];
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        const C* at = v + j * D + d + w * VL;
+        const int64_t left = D - d - w * VL;
+        x[w] = whole ? load(at) : left > 0 ? load(at, int(std::min<int64_t>(VL, left))) : vfloat{};
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const vfloat p = splat(P[r * DECODE_KEYS + j]);
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) acc[r][w] += p * x[w];
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int w = 0; w < W; ++w)
+        if (d + w * VL < D) store(O + r * ldo + d + w * VL, acc[r][w]);
+  }
+}
+
+// Chunk c of row m for the heads of key head g: their partials. The task with the newest key
+// writes key and value into the cache first.
+template <class C>
+void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, float* q,
+                  float* scores) {
+  const int64_t D = a.head_dim, ldq = (D + 15) / 16 * 16, ratio = a.heads / a.kv_heads;
+  const int64_t low = std::max(c * DECODE_KEYS, a.first_key(m)),
+                high = std::min((c + 1) * DECODE_KEYS, a.length), count = high - low;
+  if (count <= 0) return;  // `combine` does not look at it
+  const float* row = a.qkv + m * a.width;
+  const int64_t position = a.length - 1 - a.start(m);
+  C *keys = a.keys + (m * a.kv_heads + g) * a.capacity * D,
+    *values = a.values + (m * a.kv_heads + g) * a.capacity * D;
+  if (high == a.length) {
+    turned_head(a, row + a.heads * D, a.kv_heads, g, a.k_norm, position, 1.f, q);
+    const float* v = row + (a.heads + a.kv_heads + g) * D;
+    for (int64_t i = 0; i < D; i += VL) {
+      const int n = int(std::min<int64_t>(VL, D - i));
+      store(keys + (high - 1) * D + i, load(q + i, n), n);
+      store(values + (high - 1) * D + i, load(v + i, n), n);
+    }
+  }
+  for (int64_t r = 0; r < ratio; ++r)
+    turned_head(a, row, a.heads, g * ratio + r, a.q_norm, position, a.scale, q + r * ldq);
+  const auto in_fours = [&](auto f) {
+    int64_t r = 0;
+    for (; ratio - r >= 4; r += 4) f(std::integral_constant<int, 4>{}, r);
+    if (ratio - r == 3) f(std::integral_constant<int, 3>{}, r);
+    if (ratio - r == 2) f(std::integral_constant<int, 2>{}, r);
+    if (ratio - r == 1) f(std::integral_constant<int, 1>{}, r);
+  };
+  in_fours([&](auto R, int64_t r) {
+    const C *k = keys + low * D, *v = values + low * D;
+    if (D == 64)
+      dot_keys<R.value, 64>(q + r * ldq, ldq, k, v, count, D, scores + r * DECODE_KEYS);
+    else
+      dot_keys<R.value, 0>(q + r * ldq, ldq, k, v, count, D, scores + r * DECODE_KEYS);
+  });
+  for (int64_t r = 0; r < ratio; ++r) {
+    float* s = scores + r * DECODE_KEYS;
+    const auto at = [&](int64_t j) {
+      return j + VL <= count ? load(s + j) : load(s + j, int(count - j));
+    };
+    if (a.softcap > 0)
+      for (int64_t j = 0; j < count; j += VL)
+        store(s + j, vtanh(load(s + j) * (1.f / a.softcap)) * a.softcap);
+    float most = s[0];
+    for (int64_t j = 0; j + VL <= count; j += VL) most = std::max(most, hmax(load(s + j)));
+    for (int64_t j = count / VL * VL; j < count; ++j) most = std::max(most, s[j]);
+    vfloat sum{};
+    for (int64_t j = 0; j < count; j += VL) {
+      vfloat e = vexp(at(j) - most);
+      if (j + VL > count) {
+        store(s + j, e, int(count - j));
+        e = load(s + j, int(count - j));
+      } else {
+        store(s + j, e);
+      }
+      sum += e;
+    }
+    const int64_t at_partial = (m * a.heads + g * ratio + r) * a.chunks + c;
+    a.most[at_partial] = most, a.sum[at_partial] = hsum(sum);
+  }
+  const int64_t apart = a.chunks * partial_size(D);  // between heads
+  in_fours([&](auto R, int64_t r) {
+    const float* P = scores + r * DECODE_KEYS;
+    const C *v = values + low * D, *k = keys + high * D;
+    float* O = a.partial(m, g * ratio + r, c);
+    if (D == 64)
+      weigh_values<R.value, 64>(P, v, k, count, D, O, apart);
+    else
+      weigh_values<R.value, 0>(P, v, k, count, D, O, apart);
+  });
+}
+
+// out (heads, D) = the attention of row m from its partials
+template <class C>
+void combine(const AttentionInputs<C>& a, int64_t m, float* out) {
+  const int64_t D = a.head_dim, first = a.first_key(m) / DECODE_KEYS, end = a.last_chunk() + 1;
+  for (int64_t h = 0; h < a.heads; ++h, out += D) {
+    const float *most = a.most + (m * a.heads + h) * a.chunks,
+                *sum = a.sum + (m * a.heads + h) * a.chunks;
+    float top = most[first];
+    for (int64_t c = first + 1; c < end; ++c) top = std::max(top, most[c]);
+    vfloat total{};
+    for (int64_t c = first; c < end; c += VL) {
+      const int count = int(std::min<int64_t>(VL, end - c));
+      total += load(sum + c, count) * vexp(load(most + c, count) - top);
+    }
+    const float inverse = 1.f / hsum(total);
+    memset(out, 0, size_t(D) * sizeof(float));
+    for (int64_t c = first; c < end; c += VL) {
+      const int count = int(std::min<int64_t>(VL, end - c));
+      const vfloat weights = vexp(load(most + c, count) - top) * inverse;
+      for (int i = 0; i < count; ++i) {
+        const float* partial = a.partial(m, h, c + i);
+        for (int64_t d = 0; d < D; d += VL) {
+          const int n = int(std::min<int64_t>(VL, D - d));
+          store(out + d, load(out + d, n) + load(partial + d, n) * weights[i], n);
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,340 @@
+// The products of decode_step.h: a tile of 16 rows of W (quantized or dense) with M rows of x.
+
+constexpr int64_t PANEL_LANES = 256;  // transposed W at a time: 16 KiB of 64-byte vectors, in the L1
+constexpr int64_t AHEAD = 16;         // rows of W prefetched ahead: the next tile
+constexpr int MOST_ROWS = VL == 16 ? 8 : 4;  // of x in one pass: two accumulators each in registers
+
+struct Activations {  // M rows
+  float* x;           // (M, stride), zero from K to the next multiple of 16
+  int64_t stride, runs;
+  struct Format {  // as one weight wants them; per run of columns under one scale (`Runs`)
+    int8_t* q;     // (M, stride), of int4 weights: even k of 8 and then odd
+    float *scale, *sum;  // (M, runs): x is near scale * q; sum of x, or of scale * q
+    int32_t* start;      // (M, runs): where an integer sum begins, for an offset of 8 or 128 in W
+  } formats[3];
+};
+
+// Which of `formats` linear i reads: that of the first linear with the same wish.
+inline int format_of(const DecodeLinear* const* linears, int i) {
+  for (int j = 0; j < i; ++j)
+    if (linears[j]->bits == linears[i]->bits && linears[j]->group_size == linears[i]->group_size &&
+        linears[j]->int8_activations == linears[i]->int8_activations)
+      return j;
+  return i;
+}
+
+// The runs of K columns one after the other: those of `Runs` in gemm_int8.h, without its divisions.
+struct RunAt {
+  int64_t k, size, index, group, begin, length;
+  RunAt(int64_t k, int64_t size) : k(k), size(size), index(0), group(0), begin(0) { cut(); }
+  explicit operator bool() const { return begin < k; }
+  FASTLM_INLINE void next() {
+    begin += length, ++index, group += begin == (group + 1) * size;
+    cut();
+  }
+
+ private:
+  FASTLM_INLINE void cut() { length = std::min({RUN_MAX, (group + 1) * size - begin, k - begin}); }
+};
+
+typedef int8_t octets __attribute__((vector_size(16)));
+
+// Row m of x as `l` wants it.
+inline void round_row(const DecodeLinear& l, const Activations& a, const Activations::Format& f,
+                      int64_t m) {
+  if (l.bits == 16) return;
+  const float* x = a.x + m * a.stride;
+  int8_t* q = f.q + m * a.stride;
+  float *scale = f.scale + m * a.runs, *sum = f.sum + m * a.runs;
+  int32_t* start = f.start + m * a.runs;
+  for (RunAt run(l.k, l.group_size); run; run.next()) {
+    const int64_t r = run.index, begin = run.begin, length = run.length;
+    if (!l.int8_activations) {
+      vfloat total{};
+      for (int64_t i = 0; i < length; i += VL)
+        total += load(x + begin + i, int(std::min<int64_t>(VL, length - i)));
+      sum[r] = hsum(total);
+      continue;
+    }
+    float inverse;
+    scale[r] = int8_scale(x + begin, length, &inverse);
+    vint total{};
+    for (int64_t i = 0; i < length; i += VL) {
+      const int count = int(std::min<int64_t>(VL, length - i));
+      const vfloat v = count == VL ? load(x + begin + i) : load(x + begin + i, count);
+      const vint rounded = round_to_int(v * inverse);
+      total += rounded;
+      const narrow bytes = to_bytes(rounded);
+      memcpy(q + begin + i, &bytes, size_t(count));
+    }
+    const int32_t exact = hsum(total);
+    sum[r] = scale[r] * float(exact);
+    start[r] = -(l.bits == 4 ? 8 : OFFSET<8>)*exact;
+  }
+  if (!l.int8_activations) return;
+  const int64_t padded = (l.k + 7) / 8 * 8;
+  for (int64_t i = l.k; i < padded; ++i) q[i] = 0;
+  if (l.bits == 4)
+    for (int64_t i = 0; i < padded; i += 16) {  // the row has a multiple of 16 bytes
+      octets v;
+      memcpy(&v, q + i, 16);
+      v = __builtin_shuffle(v, octets{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
+      memcpy(q + i, &v, 16);
+    }
+}
+
+// Runs [first, last) of VL rows of W, transposed.
+struct TilePart {
+  const uint8_t* panel;
+  RunAt first;
+  int64_t end;  // column
+  const char* table;  // of this tile, at its first of these VL rows
+  DType dtype;
+  int64_t next;  // entries of DECODE_TILE from this tile's table to the next one's
+
+  FASTLM_INLINE vfloat from_table(int64_t i) const {
+    __builtin_prefetch(table + (i + next) * DECODE_TILE * (dtype == DType::f32 ? 4 : 2), 0, 2);
+    if (dtype == DType::f16) return load(reinterpret_cast<const f16*>(table) + i * DECODE_TILE);
+    if (dtype == DType::bf16) return load(reinterpret_cast<const bf16*>(table) + i * DECODE_TILE);
+    return load(reinterpret_cast<const float*>(table) + i * DECODE_TILE);
+  }
+};
+
+FASTLM_INLINE vint broadcast4(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return splat_int(four);
+}
+
+// out[r][0 .. VL) (+)= W . x row r, over the part's runs; x rounded.
+template <int BITS, bool OFFSETS, int ROWS>
+void int8_product(const TilePart& part, const Activations& a, const Activations::Format& x,
+                  int64_t m, float* out) {
+  constexpr int CHAINS = ROWS <= 2 ? 2 : 1;  // of dependent products
+  vfloat f[ROWS];
+  for (int r = 0; r < ROWS; ++r)
+    f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
+  const int8_t* q = x.q + m * a.stride;
+  const float *scale = x.scale + m * a.runs, *sum = x.sum + m * a.runs;
+  const int32_t* start = x.start + m * a.runs;
+  const uint8_t* w = part.panel;
+  for (RunAt run = part.first; run.begin < part.end; run.next()) {
+    const int64_t begin = run.begin, i = run.index;
+    const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
+    vint acc[ROWS][CHAINS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      acc[r][0] = BITS == 4 && OFFSETS ? vint{} : splat_int(start[r * a.runs + i]);
+      if constexpr (CHAINS == 2) acc[r][1] = vint{};
+    }
+#pragma GCC unroll 4
+    for (int64_t l = 0; l < lanes; ++l, w += 4 * VL) {
+      const vint v = load_lanes(w);
+      if constexpr (BITS == 4) {
+        const vint even = v & 0x0f0f0f0f, odd = (v >> 4) & 0x0f0f0f0f;
+        const int8_t* at = q + begin + l * 8;
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          acc[r][0] = dot4<OFFSET<4> == 0>(acc[r][0], even, broadcast4(at + r * a.stride));
+          acc[r][CHAINS - 1] =
+              dot4<OFFSET<4> == 0>(acc[r][CHAINS - 1], odd, broadcast4(at + r * a.stride + 4));
+        }
+      } else {
+        const vint u = OFFSET<8> ? v ^ int32_t(0x80808080) : v;
+        const int8_t* at = q + begin + l * 4;
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          vint& sum_of = acc[r][CHAINS == 2 ? l % 2 : 0];
+          sum_of = dot4<OFFSET<8> == 0>(sum_of, u, broadcast4(at + r * a.stride));
+        }
+      }
+    }
+    const int64_t g = run.group * (1 + OFFSETS);
+    const vfloat s = part.from_table(g);
+    vfloat z{};
+    if constexpr (OFFSETS) z = part.from_table(g + 1);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      if constexpr (CHAINS == 2) acc[r][0] += acc[r][1];
+      f[r] += __builtin_convertvector(acc[r][0], vfloat) * (s * scale[r * a.runs + i]);
+      if constexpr (OFFSETS) f[r] += z * sum[r * a.runs + i];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) store(out + r * DECODE_TILE, f[r]);
+}
+
+template <int BITS, int J, int ROWS, int CHAINS>
+FASTLM_INLINE void add_columns(vint v, const float* x, int64_t stride, vfloat (&acc)[ROWS][CHAINS]) {
+  if constexpr (J < PER_LANE<BITS>) {
+    const vfloat w = column<BITS, J>(v);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) acc[r][J % CHAINS] += w * splat(x[r * stride + J]);
+    add_columns<BITS, J + 1>(v, x, stride, acc);
+  }
+}
+
+// The same with x as it is.
+template <int BITS, bool OFFSETS, int ROWS>
+void float_product(const TilePart& part, const Activations& a, const Activations::Format& x,
+                   int64_t m, float* out) {
+  constexpr int CHAINS = ROWS <= 2 ? 2 : 1;
+  vfloat f[ROWS];
+  for (int r = 0; r < ROWS; ++r)
+    f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
+  const float *row = a.x + m * a.stride, *sum = x.sum + m * a.runs;
+  const uint8_t* w = part.panel;
+  for (RunAt run = part.first; run.begin < part.end; run.next()) {
+    const int64_t begin = run.begin, i = run.index;
+    const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
+    vfloat acc[ROWS][CHAINS] = {};
+    for (int64_t l = 0; l < lanes; ++l, w += 4 * VL)
+      add_columns<BITS, 0>(load_lanes(w), row + begin + l * PER_LANE<BITS>, a.stride, acc);
+    const int64_t g = run.group * (1 + OFFSETS);
+    const vfloat s = part.from_table(g);
+    vfloat z{};
+    if constexpr (OFFSETS) {
+      z = part.from_table(g + 1);
+      if constexpr (BITS == 4) z += s * 8.f;  // `column` gives nibble - 8
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      if constexpr (CHAINS == 2) acc[r][0] += acc[r][1];
+      f[r] += acc[r][0] * s;
+      if constexpr (OFFSETS) f[r] += z * sum[r * a.runs + i];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) store(out + r * DECODE_TILE, f[r]);
+}
+
+// f(std::integral_constant<int, R>, m) over M rows in passes of 8, 4, 2 and 1
+template <class F>
+FASTLM_INLINE void in_passes(int64_t rows, F f) {
+  int64_t m = 0;
+  if constexpr (MOST_ROWS == 8)
+    for (; rows - m >= 8; m += 8) f(std::integral_constant<int, 8>{}, m);
+  for (; rows - m >= 4; m += 4) f(std::integral_constant<int, 4>{}, m);
+  if (rows - m >= 2) f(std::integral_constant<int, 2>{}, m), m += 2;
+  if (rows - m >= 1) f(std::integral_constant<int, 1>{}, m);
+}
+
+template <int BITS, bool OFFSETS>
+void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
+                    const Activations::Format& x, int64_t rows, uint8_t* panel, float* out) {
+  Weight w{};
+  w.q = reinterpret_cast<const uint8_t*>(l.weight), w.row_bytes = l.row_bytes;
+  const int present = int(std::clamp<int64_t>(l.n - n, 0, VL));
+  const int64_t entry = l.dtype == DType::f32 ? 4 : 2,
+                table = n / DECODE_TILE * l.groups * (1 + OFFSETS) * DECODE_TILE + n % DECODE_TILE;
+  TilePart part{panel, RunAt(l.k, l.group_size), 0, l.table + table * entry, l.dtype,
+                l.groups * (1 + OFFSETS)};
+  for (RunAt run = part.first; run; part.first = run) {
+    const int64_t most = run.begin + PANEL_LANES * PER_LANE<BITS>;
+    for (; run && run.begin + run.length <= most; run.next()) part.end = run.begin + run.length;
+    const int64_t lane0 = part.first.begin / PER_LANE<BITS>,
+                  lanes = (part.end + PER_LANE<BITS> - 1) / PER_LANE<BITS> - lane0;
+    for (int64_t i = 0; i < lanes; i += VL) {
+      const int64_t byte = (lane0 + i) * 4;
+      vint t[VL];
+      if (present == VL && byte + 4 * VL <= l.row_bytes) {
+        const uint8_t* p = w.row(n) + byte;
+#pragma GCC unroll 16
+        for (int r = 0; r < VL; ++r) {
+          __builtin_prefetch(p + (AHEAD + r) * l.row_bytes, 0, 2);
+          t[r] = load_lanes(p + r * l.row_bytes);
+        }
+        transpose(t);
+      } else {
+        load_transposed(w, n, present, lane0 + i, AHEAD * l.row_bytes, t);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < VL; ++j) memcpy(panel + (i + j) * 4 * VL, &t[j], sizeof(vint));
+    }
+    in_passes(rows, [&](auto r, int64_t m) {
+      if (l.int8_activations)
+        int8_product<BITS, OFFSETS, r.value>(part, a, x, m, out + m * DECODE_TILE);
+      else
+        float_product<BITS, OFFSETS, r.value>(part, a, x, m, out + m * DECODE_TILE);
+    });
+  }
+}
+
+template <class T>
+void dense_tile(const DecodeLinear& l, int64_t n, const Activations& a, int64_t rows, float* out) {
+  const int64_t present = std::min(DECODE_TILE, l.n - n);
+  for (int64_t i = 0; i < present; ++i) {
+    const T* w = reinterpret_cast<const T*>(l.weight) + (n + i) * l.k;
+    in_passes(rows, [&](auto r, int64_t m) {
+      constexpr int ROWS = r.value, CHAINS = ROWS <= 2 ? 4 : 1;
+      const float* x = a.x + m * a.stride;
+      vfloat acc[ROWS][CHAINS] = {};
+      int64_t k = 0;
+      for (; k + CHAINS * VL <= l.k; k += CHAINS * VL)
+#pragma GCC unroll 4
+        for (int c = 0; c < CHAINS; ++c) {
+          const vfloat v = load(w + k + c * VL);
+#pragma GCC unroll 8
+          for (int j = 0; j < ROWS; ++j) acc[j][c] += v * load(x + j * a.stride + k + c * VL);
+        }
+      for (; k < l.k; k += VL) {
+        const int count = int(std::min<int64_t>(VL, l.k - k));
+        const vfloat v = load(w + k, count);
+        for (int j = 0; j < ROWS; ++j) acc[j][0] += v * load(x + j * a.stride + k, count);
+      }
+      for (int j = 0; j < ROWS; ++j) {
+        for (int c = 1; c < CHAINS; ++c) acc[j][0] += acc[j][c];
+        out[(m + j) * DECODE_TILE + i] = hsum(acc[j][0]);
+      }
+    });
+  }
+}
+
+// out[m][i] = x row m . W row n + i, + bias; i < 16 (rows that W lacks: anything)
+inline void tile_product(const DecodeLinear& l, int64_t n, const Activations& a, int format,
+                         int64_t rows, uint8_t* panel, float* out) {
+  const Activations::Format& x = a.formats[format];
+  if (l.bits == 16) {
+    with_float(l.dtype, "weight", [&](auto tag) {
+      dense_tile<decltype(tag)>(l, n, a, rows, out);
+    });
+  } else {
+    for (int64_t i = 0; i < DECODE_TILE; i += VL) {
+      if (l.bits == 4)
+        l.offsets ? quantized_tile<4, true>(l, n + i, a, x, rows, panel, out + i)
+                  : quantized_tile<4, false>(l, n + i, a, x, rows, panel, out + i);
+      else
+        l.offsets ? quantized_tile<8, true>(l, n + i, a, x, rows, panel, out + i)
+                  : quantized_tile<8, false>(l, n + i, a, x, rows, panel, out + i);
+    }
+  }
+  if (!l.bias) return;
+  const int64_t present = std::min(DECODE_TILE, l.n - n);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t i = 0; i < present; ++i) out[m * DECODE_TILE + i] += l.bias[n + i];
+}
+
+// Row `token` of a table of embeddings, as float.
+inline void embed(const DecodeLinear& l, int64_t token, float factor, float* out) {
+  const char* row = l.weight + token * l.row_bytes;
+  if (l.bits == 16) {
+    with_float(l.dtype, "weight", [&](auto tag) {
+      const auto* w = reinterpret_cast<const decltype(tag)*>(row);
+      for (int64_t k = 0; k < l.k; ++k) out[k] = to_float(w[k]) * factor;
+    });
+    return;
+  }
+  for (int64_t g = 0; g < l.groups; ++g) {
+    float scale = 0, offset = 0;
+    with_float(l.dtype, "table", [&](auto tag) {
+      const auto* t = reinterpret_cast<const decltype(tag)*>(l.table) +
+                      (token / DECODE_TILE * l.groups + g) * (1 + l.offsets) * DECODE_TILE +
+                      token % DECODE_TILE;
+      scale = to_float(t[0]);
+      offset = l.offsets ? to_float(t[DECODE_TILE]) : l.bits == 4 ? -8 * scale : 0.f;
+    });
+    for (int64_t k = g * l.group_size; k < std::min(l.k, (g + 1) * l.group_size); ++k) {
+      const uint8_t byte = uint8_t(row[l.bits == 8 ? k : k / 2]);
+      const int q = l.bits == 8 ? int8_t(byte) : k % 2 ? byte >> 4 : byte & 15;
+      out[k] = (scale * float(q) + offset) * factor;
+    }
+  }
+}

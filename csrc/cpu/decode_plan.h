@@ -1,0 +1,68 @@
+// What one decode step needs to know of a model: pointers and sizes, no memory of its own. Python
+// (fastlm/decoding.py) builds it once per model and keeps the tensors alive.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/ops.h"
+
+namespace fastlm {
+
+constexpr int64_t DECODE_TILE = 16;   // rows of W per unit of work: one AVX-512 vector of outputs
+constexpr int64_t DECODE_KEYS = 128;  // of one attention task: 16 KiB of 16-bit keys at D 64, in L1
+constexpr int64_t DECODE_RUN = 512;   // columns per scale of int8 activations, at most
+
+// y = x W^T + bias. A quantized W has a table of its scales (and offsets) as the kernel reads them:
+// [ceil(n / 16)][groups][1 or 2][16], where
+//   4 bits   w = scale * nibble + offset   (offset absent: -8 scale)
+//   8 bits   w = scale * q + offset        (offset absent: 0)
+struct DecodeLinear {
+  const char* weight = nullptr;
+  DType dtype = DType::f32;  // of a dense W; else of the table
+  int bits = 16;             // 4, 8, or 16: dense
+  bool offsets = false, int8_activations = false;
+  int64_t n = 0, k = 0, row_bytes = 0, group_size = 0, groups = 0;
+  const char* table = nullptr;
+  const float* bias = nullptr;
+
+  DecodeLinear() = default;
+  DecodeLinear(TensorView weight, OptionalTensor table, OptionalTensor bias, int bits, int64_t k,
+               int64_t group_size, int act_bits);
+};
+
+struct DecodeLayer {
+  const float* norms[4] = {};  // before and after attention, before and after the MLP; may be null
+  std::vector<DecodeLinear> qkv;  // one behind the other: q, k, v, or what they are joined into
+  DecodeLinear out, gate, up, down;
+  const float *q_norm = nullptr, *k_norm = nullptr;
+  bool norm_whole = false;  // q_norm over all heads at once, not over each
+  int64_t window = 0;       // keys a query sees; 0: all
+  int rotary = -1;          // which tables; -1: no positions
+};
+
+struct DecodePlan {
+  int64_t hidden, heads, kv_heads, head_dim, inner;
+  float eps, scale, softcap, embedding_scale, logit_softcap;
+  std::string act;
+  DecodeLinear embedding, head;
+  const float* norm;
+  std::vector<DecodeLayer> layers;
+
+  DecodePlan(const DecodeLinear& embedding, const DecodeLinear& head, TensorView norm,
+             int64_t heads, int64_t kv_heads, int64_t head_dim, const std::string& act, float eps,
+             float scale, float softcap, float embedding_scale, float logit_softcap);
+  void add_layer(const std::vector<OptionalTensor>& norms, const std::vector<DecodeLinear>& qkv,
+                 const DecodeLinear& out, const DecodeLinear& gate, const DecodeLinear& up,
+                 const DecodeLinear& down, OptionalTensor q_norm, OptionalTensor k_norm,
+                 int64_t window, int rotary);
+  // bytes that `decode_step` wants for so many rows and cached tokens
+  int64_t workspace_bytes(int64_t rows, int64_t capacity) const;
+};
+
+// decode_step.h
+void decode_step(const DecodePlan& plan, TensorView tokens, OptionalTensor starts, TensorView cache,
+                 int64_t length, const std::vector<TensorView>& rotary, TensorView workspace,
+                 TensorView logits);
+
+}  // namespace fastlm

@@ -1,0 +1,363 @@
+// One token of each of M sequences through the whole decoder, in one parallel region. Body of
+// decode_step.cpp, compiled per instruction set.
+//
+//   prepare  residual, norm        ->  x (M, K), rounded to int8 where the weight wants it
+//   project  x . W^T, in tiles of 16 rows of W, each tile by one thread, for all M rows
+//
+//   layer:  prepare -> qkv | rope, cache, attention | prepare -> out | prepare -> gate, up, act |
+//           prepare -> down |                                          | is a barrier
+//
+// With few rows every thread prepares all of them for itself, which is cheaper than meeting once
+// more; with many they share the work. The residual stream, products and sums are float32. A row's
+// result does not depend on the other rows, and nothing on the number of threads: no sum is split
+// between threads, attention is cut into chunks of DECODE_KEYS keys wherever it runs.
+//
+// W is read where it lies, once; 16 rows are transposed (vectors of W in lanes), so that outputs
+// are lanes and no sum crosses them:
+//
+//   lane i of vector l   4 bytes of row n + i: columns [l * PER_LANE, ...)    x broadcast
+#include "cpu/gemm.h"
+#include "cpu/quantized_weight.h"
+//
+#include "cpu/gemm_int8.h"
+
+#include "cpu/decode_linear.h"
+//
+#include "cpu/decode_attention.h"
+
+constexpr int64_t SPLIT_ROWS = 4;  // of x: from so many on their preparation is shared out
+
+struct DecodeWork {  // of one step; everything is written before it is read
+  float *qkv, *branch, *inner, *partials, *most, *sum;
+  struct Slot {  // what `prepare` makes: one, or one per thread
+    float* stream;
+    Activations x;
+  }* slots;
+  struct Thread {
+    uint8_t* panel;
+    float *out, *q, *scores;
+  }* threads;
+};
+
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(base + used);
+    used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+inline int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
+
+// Parts of a workspace at `base`; base null: only its size is meant. Returns the size.
+inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t capacity, int threads, char* base,
+                       DecodeWork& w) {
+  Arena a{base};
+  const int64_t q_width = p.heads * p.head_dim, kv_width = p.kv_heads * p.head_dim;
+  const int64_t chunks = (capacity + DECODE_KEYS - 1) / DECODE_KEYS, ratio = p.heads / p.kv_heads;
+  w.qkv = a.take<float>(rows * (q_width + 2 * kv_width));
+  w.branch = a.take<float>(rows * p.hidden);
+  w.inner = a.take<float>(rows * p.inner);
+  w.partials = a.take<float>(rows * p.heads * chunks * partial_size(p.head_dim));
+  w.most = a.take<float>(rows * p.heads * chunks);
+  w.sum = a.take<float>(rows * p.heads * chunks);
+  const int64_t widest = std::max({p.hidden, q_width, p.inner}), runs = (widest + 7) / 8;
+  const int64_t slots = rows >= SPLIT_ROWS ? 1 : threads;
+  w.slots = a.take<DecodeWork::Slot>(slots);
+  w.threads = a.take<DecodeWork::Thread>(threads);
+  for (int64_t s = 0; s < slots; ++s) {
+    DecodeWork::Slot slot{};
+    slot.stream = a.take<float>(rows * p.hidden);
+    slot.x.stride = round16(widest), slot.x.runs = runs;
+    slot.x.x = a.take<float>(rows * slot.x.stride);
+    for (Activations::Format& f : slot.x.formats) {
+      f.q = a.take<int8_t>(rows * slot.x.stride);
+      f.scale = a.take<float>(rows * runs);
+      f.sum = a.take<float>(rows * runs);
+      f.start = a.take<int32_t>(rows * runs);
+    }
+    if (base) w.slots[s] = slot;
+  }
+  for (int t = 0; t < threads; ++t) {
+    DecodeWork::Thread own{};
+    own.panel = a.take<uint8_t>((PANEL_LANES + VL) * 4 * VL);  // whole vectors are written
+    own.out = a.take<float>(2 * rows * DECODE_TILE);
+    own.q = a.take<float>(ratio * round16(p.head_dim));
+    own.scores = a.take<float>(ratio * DECODE_KEYS);
+    if (base) w.threads[t] = own;
+  }
+  return a.used;
+}
+
+inline int64_t decode_workspace(const DecodePlan& p, int64_t rows, int64_t capacity, int threads) {
+  DecodeWork w;
+  return lay_out(p, rows, capacity, threads, nullptr, w);
+}
+
+// Threads meet: each counts itself and waits for the others, a while in place (a phase ends within
+// microseconds), then leaving its core to others (a machine with more to do than cores).
+class Meeting {
+ public:
+  void wait(int64_t everybody) {  // how many have come once this meeting is over
+    arrived_.fetch_add(1, std::memory_order_acq_rel);
+    for (int turns = 0; arrived_.load(std::memory_order_acquire) < everybody; ++turns)
+      turns < 2000 ? _mm_pause() : void(sched_yield());
+  }
+
+ private:
+  alignas(64) std::atomic<int64_t> arrived_{0};
+};
+
+template <class C>
+struct DecodeStep {
+  const DecodePlan& p;
+  const DecodeWork& w;
+  const int64_t *tokens, *starts;  // starts: columns of padding, may be null
+  int64_t rows, capacity, length;  // length: cached tokens, without the new one
+  C* cache;                        // (layers, 2, rows, kv_heads, capacity, head_dim)
+  const std::vector<const float*>& rotary;
+  int64_t rotary_width[8];
+  float* logits;
+  Meeting& meeting;
+  // one per thread
+  int thread, threads;
+  int64_t met = 0;
+
+  DecodeWork::Slot& slot() const { return w.slots[rows >= SPLIT_ROWS ? 0 : thread]; }
+  DecodeWork::Thread& own() const { return w.threads[thread]; }
+  void meet() { meeting.wait(met += threads); }
+
+  // f(row) for the rows this thread prepares, then the formats that `linears` want.
+  template <class F>
+  void prepare(std::initializer_list<const DecodeLinear*> linears, F f) {
+    prepare(linears.begin(), int(linears.size()), f);
+  }
+  template <class F>
+  void prepare(const DecodeLinear* const* linears, int count, F f) {
+    const bool split = rows >= SPLIT_ROWS;
+    const int64_t from = split ? rows * thread / threads : 0,
+                  to = split ? rows * (thread + 1) / threads : rows;
+    Activations& x = slot().x;
+    for (int64_t m = from; m < to; ++m) {
+      float* row = x.x + m * x.stride;
+      f(m, slot().stream + m * p.hidden, row);
+      const int64_t k = linears[0]->k;
+      for (int64_t i = k; i < round16(k); ++i) row[i] = 0.f;
+      for (int i = 0; i < count; ++i)
+        if (format_of(linears, i) == i) round_row(*linears[i], x, x.formats[i], m);
+    }
+    if (split) meet();
+  }
+
+  // Units of 16 outputs, [from, to) of this thread: each one's share of `units`.
+  std::pair<int64_t, int64_t> share(int64_t units) const {
+    return {units * thread / threads, units * (thread + 1) / threads};
+  }
+  static int64_t tiles(const DecodeLinear& l) { return (l.n + DECODE_TILE - 1) / DECODE_TILE; }
+
+  // y[m * stride + n] = x W^T + bias for all outputs of several W behind each other
+  void project(const DecodeLinear* const* linears, int count, float* y, int64_t stride) {
+    int64_t units = 0;
+    for (int i = 0; i < count; ++i) units += tiles(*linears[i]);
+    auto [from, to] = share(units);
+    int64_t column = 0, first = 0;
+    for (int i = 0; i < count; ++i) {
+      const DecodeLinear& l = *linears[i];
+      const int64_t last = first + tiles(l);
+      for (int64_t u = std::max(from, first); u < std::min(to, last); ++u) {
+        const int64_t n = (u - first) * DECODE_TILE, width = std::min(DECODE_TILE, l.n - n);
+        tile_product(l, n, slot().x, format_of(linears, i), rows, own().panel, own().out);
+        for (int64_t m = 0; m < rows; ++m)
+          memcpy(y + m * stride + column + n, own().out + m * DECODE_TILE,
+                 size_t(width) * sizeof(float));
+      }
+      first = last, column += l.n;
+    }
+  }
+
+  // inner = act(gate) * up
+  void project_glu(const DecodeLayer& layer) {
+    const DecodeLinear* const both[] = {&layer.gate, &layer.up};
+    auto [from, to] = share(tiles(layer.gate));
+    float *gate = own().out, *up = gate + rows * DECODE_TILE;
+    const int act = p.act == "silu" ? 0 : p.act == "gelu_tanh" ? 1 : 2;
+    for (int64_t u = from; u < to; ++u) {
+      const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, layer.gate.n - n);
+      tile_product(layer.gate, n, slot().x, 0, rows, own().panel, gate);
+      tile_product(layer.up, n, slot().x, format_of(both, 1), rows, own().panel, up);
+      for (int64_t i = 0; i < rows * DECODE_TILE; i += VL)
+        store(gate + i, activate(act, load(gate + i)) * load(up + i));
+      for (int64_t m = 0; m < rows; ++m)
+        memcpy(w.inner + m * layer.gate.n + n, gate + m * DECODE_TILE,
+               size_t(width) * sizeof(float));
+    }
+  }
+
+  static vfloat activate(int act, vfloat x) {
+    if (act == 0) return x * vsigmoid(x);
+    if (act == 1)
+      return x * 0.5f * (1.f + vtanh((x + x * x * x * 0.044715f) * 0.7978845608028654f));
+    return x * 0.5f * (1.f + verf(x * 0.7071067811865476f));
+  }
+
+  void project_head() {
+    auto [from, to] = share(tiles(p.head));
+    const int64_t n_all = p.head.n;
+    for (int64_t u = from; u < to; ++u) {
+      const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, n_all - n);
+      float* out = own().out;
+      tile_product(p.head, n, slot().x, 0, rows, own().panel, out);
+      if (p.logit_softcap > 0)
+        for (int64_t i = 0; i < rows * DECODE_TILE; i += VL)
+          store(out + i, vtanh(load(out + i) * (1.f / p.logit_softcap)) * p.logit_softcap);
+      for (int64_t m = 0; m < rows; ++m)
+        memcpy(logits + m * n_all + n, out + m * DECODE_TILE, size_t(width) * sizeof(float));
+    }
+  }
+
+  // stream += after(branch); row = before(stream)
+  void add_and_norm(int64_t m, float* stream, float* row, const float* after, const float* before) {
+    const float* branch = w.branch + m * p.hidden;
+    if (after) {
+      rms_norm_into(branch, after, p.eps, p.hidden, row);
+      branch = row;
+    }
+    add(stream, branch, p.hidden);
+    if (before)
+      rms_norm_into(stream, before, p.eps, p.hidden, row);
+    else
+      memcpy(row, stream, size_t(p.hidden) * sizeof(float));
+  }
+
+  AttentionInputs<C> attention(size_t index) const {
+    const DecodeLayer& layer = p.layers[index];
+    const int64_t plane = rows * p.kv_heads * capacity * p.head_dim;
+    AttentionInputs<C> a{};
+    a.heads = p.heads, a.kv_heads = p.kv_heads, a.head_dim = p.head_dim;
+    a.width = (p.heads + 2 * p.kv_heads) * p.head_dim;
+    a.qkv = w.qkv, a.keys = cache + int64_t(index) * 2 * plane, a.values = a.keys + plane;
+    a.capacity = capacity, a.length = length + 1, a.window = layer.window, a.starts = starts;
+    a.chunks = (capacity + DECODE_KEYS - 1) / DECODE_KEYS, a.partials = w.partials;
+    a.most = w.most, a.sum = w.sum;
+    a.q_norm = layer.q_norm, a.k_norm = layer.k_norm, a.norm_whole = layer.norm_whole;
+    a.eps = p.eps, a.scale = p.scale, a.softcap = p.softcap;
+    if (layer.rotary >= 0) {
+      a.cos = rotary[size_t(2 * layer.rotary)], a.sin = rotary[size_t(2 * layer.rotary + 1)];
+      a.turned = rotary_width[layer.rotary];
+    }
+    return a;
+  }
+
+  void run() {
+    for (size_t i = 0; i < p.layers.size(); ++i) {
+      const DecodeLayer& layer = p.layers[i];
+      const DecodeLayer* below = i ? &p.layers[i - 1] : nullptr;
+      const DecodeLinear* qkv[3];
+      const int parts = int(layer.qkv.size());
+      for (int j = 0; j < parts; ++j) qkv[j] = &layer.qkv[size_t(j)];
+      prepare(qkv, parts, [&](int64_t m, float* stream, float* row) {
+        if (below) {
+          add_and_norm(m, stream, row, below->norms[3], layer.norms[0]);
+          return;
+        }
+        embed(p.embedding, tokens[m], p.embedding_scale, stream);
+        if (layer.norms[0])
+          rms_norm_into(stream, layer.norms[0], p.eps, p.hidden, row);
+        else
+          memcpy(row, stream, size_t(p.hidden) * sizeof(float));
+      });
+      project(qkv, parts, w.qkv, (p.heads + 2 * p.kv_heads) * p.head_dim);
+      meet();
+
+      const AttentionInputs<C> attend = attention(i);
+      const int64_t first = attend.first_chunk(), chunks = attend.last_chunk() + 1 - first,
+                    tasks = rows * p.kv_heads * chunks;
+      auto [from, to] = share(tasks);
+      for (int64_t t = from; t < to; ++t)
+        attend_chunk(attend, t / chunks / p.kv_heads, t / chunks % p.kv_heads, first + t % chunks,
+                     own().q, own().scores);
+      meet();
+
+      const DecodeLinear *out = &layer.out, *down = &layer.down;
+      prepare({out}, [&](int64_t m, float*, float* row) { combine(attend, m, row); });
+      project(&out, 1, w.branch, p.hidden);
+      meet();
+
+      prepare({&layer.gate, &layer.up}, [&](int64_t m, float* stream, float* row) {
+        add_and_norm(m, stream, row, layer.norms[1], layer.norms[2]);
+      });
+      project_glu(layer);
+      meet();
+
+      prepare({down}, [&](int64_t m, float*, float* row) {
+        memcpy(row, w.inner + m * layer.down.k, size_t(layer.down.k) * sizeof(float));
+      });
+      project(&down, 1, w.branch, p.hidden);
+      meet();
+    }
+    prepare({&p.head}, [&](int64_t m, float* stream, float* row) {
+      add_and_norm(m, stream, row, p.layers.back().norms[3], p.norm);
+    });
+    project_head();
+  }
+};
+
+// tokens (M) int64; starts (M) int64 or absent: columns of padding before each sequence; cache
+// (layers, 2, M, kv_heads, capacity, head_dim), its first `length` columns filled, the next one
+// written here; rotary: cos, sin, cos, sin .. (positions, R) float32; logits (M, V) float32
+inline void decode_step(const DecodePlan& p, const TensorView& tokens, const TensorView* starts,
+                        const TensorView& cache, int64_t length,
+                        const std::vector<TensorView>& rotary, const TensorView& workspace,
+                        const TensorView& logits) {
+  const int64_t rows = tokens.numel(), capacity = cache.size(4);
+  if (rows == 0) return;
+  check_contiguous("tokens", tokens), check_contiguous("cache", cache);
+  check_contiguous("logits", logits);
+  check_size("cache", "layers:", int64_t(p.layers.size()), cache.size(0));
+  check_size("cache", "rows:", rows, cache.size(2));
+  check_size("cache", "heads:", p.kv_heads, cache.size(3));
+  check_size("cache", "features:", p.head_dim, cache.size(5));
+  check_size("logits", "elements:", rows * p.head.n, logits.numel());
+  if (length < 0 || length >= capacity)
+    throw std::invalid_argument("length: wanted less than the cache's " + std::to_string(capacity) +
+                                " columns, got " + std::to_string(length));
+  if (rotary.size() > 16) throw std::invalid_argument("rotary: wanted at most 8 pairs of tables");
+  if (starts) check_size("starts", "elements:", rows, starts->numel());
+  const int threads = omp_get_max_threads();
+  DecodeWork work;
+  const int64_t bytes = lay_out(p, rows, capacity, threads, nullptr, work);
+  char* base = reinterpret_cast<char*>(workspace.data<uint8_t>("workspace"));
+  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(base) + 63) / 64 * 64);
+  if (aligned - base + bytes > workspace.numel())
+    throw std::invalid_argument("workspace: wanted " + std::to_string(bytes + 64) + " bytes, got " +
+                                std::to_string(workspace.numel()));
+  lay_out(p, rows, capacity, threads, aligned, work);
+  std::vector<const float*> tables;
+  int64_t widths[8] = {};
+  for (size_t i = 0; i < rotary.size(); ++i) {
+    check_contiguous("rotary", rotary[i]);
+    if (rotary[i].size(0) <= length)
+      throw std::invalid_argument("rotary: wanted tables of more than " + std::to_string(length) +
+                                  " positions, got " + std::to_string(rotary[i].size(0)));
+    tables.push_back(rotary[i].data<float>("rotary"));
+    widths[i / 2] = rotary[i].size(1);
+  }
+  const int64_t *ids = tokens.data<int64_t>("tokens"),
+                *first = starts ? starts->data<int64_t>("starts") : nullptr;
+  float* out = logits.data<float>("logits");
+  Meeting meeting;
+  with_float(cache.dtype(), "cache", [&](auto tag) {
+    using C = decltype(tag);
+    DecodeStep<C> step{p,      work,  ids,     first, rows, capacity, length, cache.data<C>("cache"),
+                       tables, {},    out,     meeting, 0, 1};
+    std::copy(widths, widths + 8, step.rotary_width);
+#pragma omp parallel num_threads(threads) firstprivate(step)
+    {
+      step.thread = omp_get_thread_num(), step.threads = omp_get_num_threads();
+      step.run();
+    }
+  });
+}

@@ -1,0 +1,165 @@
+"""fastlm's attention in transformers' registry, under the name ``fastlm``, with its mask function.
+
+Importing this module registers both; ``attn_implementation="fastlm"`` then works for every model
+that calls its attention through the registry, patched or not.
+
+A mask stays as small as what it says:
+
+- None: causal, or causal in the window that the layer passes;
+- (n + 1,) int32: the same inside packed sequences, of which these are the offsets in the rows of
+  the batch one behind the other (position_ids that start again);
+- (B, T) bool: the same on the keys that are not padding;
+- (B, 1, S, T): everything, nothing is implied. For what the others cannot say: a static cache,
+  blocks, chunks, a mask of the caller's own. Under torch.compile also packing and padding, which
+  cannot be looked at there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastlm.errors import InputError
+from fastlm.ops import attention, varlen_attention
+
+NAME = "fastlm"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As the registry's: query (B, H, S, D), key and value (B, Hkv, T, D) -> (B, S, H, D).
+
+    Raises InputError: output_attentions or position_bias, which no kernel here has.
+    """
+    if kwargs.get("output_attentions"):
+        raise InputError("output_attentions: wanted False: fastlm holds no attention weights")
+    if kwargs.get("position_bias") is not None:
+        raise InputError("position_bias: wanted None with attn_implementation='fastlm'")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    options: dict[str, Any] = {
+        "scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout,
+    }  # fmt: skip
+    if attention_mask is not None and attention_mask.dim() == 4:
+        out = attention(query, key, value, bias=attention_mask[..., : key.shape[2]], **options)
+        return _plain(out).transpose(1, 2), None
+    # some models say is_causal = False because they have a mask; one of ours is causal
+    causal = is_causal or attention_mask is not None
+    options |= {"causal": causal, "window": sliding_window if causal else None}
+    offsets = attention_mask
+    if offsets is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
+        offsets = cu_seq_lens_q  # of transformers' collator for packed batches
+    if offsets is not None and offsets.dim() == 1:
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+        out = _plain(varlen_attention(q, k, v, offsets, **options))
+        return out.unflatten(0, (query.shape[0], query.shape[2])), None
+    if attention_mask is not None:
+        options["bias"] = attention_mask[:, None, None]
+    return _plain(attention(query, key, value, **options)).transpose(1, 2), None
+
+
+def _plain(out: Any) -> Tensor:
+    assert isinstance(out, Tensor)  # a pair only with return_lse
+    return out
+
+
+def attention_mask(
+    batch_size: int,
+    kv_length: int,
+    q_length: int = 0,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool | None = None,
+    config: Any = None,
+    cache_position: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of one forward for all layers of a kind; arguments are the registry's, those of
+    transformers 4 (`cache_position` in place of `q_length` and `q_offset`) too."""
+    compiling = torch.compiler.is_compiling()
+    if cache_position is None:
+        place = {"q_length": q_length, "q_offset": q_offset}
+    else:
+        place = {"cache_position": cache_position}
+        q_length = len(cache_position)
+        q_offset = None if compiling else int(cache_position[0])
+    window = getattr(config, "sliding_window", None)
+    aligned = (  # the last query at the last key, as the kernels align them
+        not use_vmap and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    )
+    implied = mask_function is causal_mask_function or (
+        # chunks come with a local size too
+        local_size is not None and local_size == window
+        and getattr(config, "attention_chunk_size", None) is None
+    )  # fmt: skip
+    if aligned and implied and allow_is_causal_skip:
+        if attention_mask is None:
+            return None
+        end = kv_offset + kv_length
+        missing = max(end - attention_mask.shape[1], 0)
+        visible = F.pad(attention_mask, (0, missing))[:, kv_offset:end]
+        return visible if compiling or not visible.all() else None
+    if (
+        # use_vmap is False: nothing but windows, packing and blocks is in the function
+        aligned and use_vmap is False and q_length == kv_length > 1 and attention_mask is None
+        and (local_size is None or (local_size == window and local_size > 1)) and not compiling
+    ):  # fmt: skip
+        offsets = _packed(mask_function, batch_size, q_length, kwargs.get("device"))
+        if offsets is not None:
+            return offsets
+    kwargs["allow_is_bidirectional_skip"] = False  # None would be read as causal
+    if use_vmap is not None:
+        kwargs["use_vmap"] = use_vmap
+    return sdpa_mask(
+        batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, local_size=local_size,
+        mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
+        **place, **kwargs,
+    )  # fmt: skip
+
+
+def _packed(mask_function: Callable, batch: int, length: int, device: Any) -> Tensor | None:
+    """Offsets of the sequences packed into the rows, None where the mask is of another kind.
+
+    The function is asked whether neighbours see each other. A token that does not see the one
+    before it begins a sequence; one that sees the next is in a block without causality.
+    """
+    row = torch.arange(batch, device=device)[:, None]
+    head = torch.zeros_like(row)
+    token = torch.arange(length, device=device)[None]
+    before = mask_function(row, head, token[:, 1:], token[:, :-1])
+    behind = mask_function(row, head, token[:, :-1], token[:, 1:])
+    if before.all() or behind.any():
+        return None
+    begins = torch.ones(batch, length, dtype=torch.bool, device=device)
+    begins[:, 1:] = ~before
+    starts = begins.flatten().nonzero()[:, 0]
+    return torch.cat((starts, starts.new_tensor([batch * length]))).int()
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, attention_mask)

@@ -1,0 +1,209 @@
+"""Decode steps on the CPU as one call into `fastlm._cpu`: a token of each row through the whole
+model in one parallel region (csrc/cpu/decode_step.h).
+
+The modules give the same to rounding, op by op: some 300 calls a step, each a parallel region, cost
+a small model more than its weights do. Here activations stay float32 between the weights, so that
+16-bit models are a little nearer to the truth than their modules; a row's result depends neither on
+the other rows nor on the number of threads.
+
+`why_not` says which models take the modules instead. Rejected: CUDA-graph-like recording of the op
+calls, which keeps the parallel regions; and a copy of the weights packed for the kernel, which
+reads them where they lie (only the scales are copied, into the order in which they are read).
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import backend
+from fastlm.layers import KVCache
+from fastlm.model import CausalLM
+from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.quant.weight import QuantizedWeight
+
+_TILE = 16  # rows of a weight whose scales lie together, as the kernel reads them
+MAX_ROWS = 64  # beyond, the modules' matrix products are as fast
+
+_plans: "weakref.WeakKeyDictionary[CausalLM, Plan]" = weakref.WeakKeyDictionary()
+
+
+def why_not(model: CausalLM) -> str | None:
+    """Why this model's steps go through its modules, or None: they do not."""
+    if model.device.type != "cpu" or torch.compiler.is_compiling():
+        return "the kernel runs on the CPU, outside torch.compile"
+    if backend.why_not("cpu"):
+        return backend.why_not("cpu")
+    if not backend.serves_by("cpu", "rms_norm", model.model.norm.weight):
+        return "another backend is forced, or the kernel does not serve the model's dtype"
+    if model.training and model.config.attention_dropout:
+        return "the model is training with dropout"
+    for name, module in model.named_modules():
+        if type(module) not in _KNOWN and not type(module).__module__.startswith("fastlm."):
+            return f"{name} is {type(module).__name__}, which the kernel does not know"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name} has hooks"
+    return None
+
+
+_KNOWN = (nn.Linear, nn.Embedding, nn.ModuleList)
+
+
+class Plan:
+    """A model as the kernel sees it. Weights are read where they lie; `tensors` keeps what the
+    kernel points to alive."""
+
+    def __init__(self, model: CausalLM):
+        self.tensors: list[Tensor] = []
+        self.state = _state(model)
+        config, decoder = model.config, model.model
+        embedding = self._linear(decoder.embed_tokens, None, 16)
+        head = (
+            self._linear(decoder.embed_tokens, None, getattr(decoder.embed_tokens, "act_bits", 16))
+            if config.tie_word_embeddings
+            else self._module(model.lm_head)
+        )
+        self.cpp = backend.cpu_extension.DecodePlan(
+            embedding=embedding,
+            head=head,
+            norm=self._norm(decoder.norm),
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            act=config.act,
+            eps=config.rms_norm_eps,
+            scale=config.scale,
+            softcap=config.attn_logit_softcapping or 0.0,
+            embedding_scale=config.hidden_size**0.5 if config.family.scaled_embedding else 1.0,
+            logit_softcap=config.final_logit_softcapping or 0.0,
+        )
+        # keys and values of a model that rounds its activations to 8 bits lose nothing that counts
+        # in float16, and a cache is half of what 16 users read
+        rounds = any(isinstance(m, QuantizedLinear) and m.act_bits == 8 for m in model.modules())
+        self.cache_dtype = torch.float16 if rounds else model.dtype
+        self.rotary = list({id(t): t for t in decoder._rotary if t is not None}.values())
+        places = {id(t): i for i, t in enumerate(self.rotary)}
+        for layer, tables in zip(decoder.layers, decoder._rotary):
+            self._add_layer(layer, -1 if tables is None else places[id(tables)])
+
+    def _add_layer(self, layer: Any, rotary: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        if "qkv_proj" in attention._modules:
+            qkv = [self._module(attention.qkv_proj)]
+        else:
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            qkv = [self._module(m) for m in projections]
+        if "gate_up_proj" in mlp._modules:
+            gate, up = (self._module(mlp.gate_up_proj, half) for half in (0, 1))
+        else:
+            gate, up = self._module(mlp.gate_proj), self._module(mlp.up_proj)
+        self.cpp.add_layer(
+            norms=[n and self._norm(layer._modules[n]) for n in layer.norms],
+            qkv=qkv,
+            out=self._module(attention.o_proj),
+            gate=gate,
+            up=up,
+            down=self._module(mlp.down_proj),
+            q_norm=self._norm(attention.q_norm) if attention.qk_norm else None,
+            k_norm=self._norm(attention.k_norm) if attention.qk_norm else None,
+            window=attention.window or 0,
+            rotary=rotary,
+        )
+
+    def _keep(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is not None:
+            self.tensors.append(tensor)
+        return tensor
+
+    def _norm(self, norm: Any) -> Tensor | None:
+        return self._keep((norm.weight.detach().float() + norm.offset).contiguous())
+
+    def _module(self, module: Any, half: int | None = None) -> Any:
+        act_bits = module.act_bits if isinstance(module, QuantizedLinear) else 16
+        bias = None if module.bias is None else module.bias.detach().float().contiguous()
+        return self._linear(module, bias, act_bits, half)
+
+    def _linear(
+        self, module: Any, bias: Tensor | None, act_bits: int, half: int | None = None
+    ) -> Any:
+        """The C++ view of a weight, or of one half of its rows."""
+        weight = module.weight
+        n, k = weight.shape
+        rows = slice(0, n) if half is None else slice(half * n // 2, (half + 1) * n // 2)
+        if isinstance(weight, QuantizedWeight):
+            data, bits, group_size = weight.qdata, weight.bits, weight.group_size
+            zeros = None if weight.zeros is None else weight.zeros[rows]
+            table = self._keep(scale_table(weight.scales[rows], zeros, bits))
+        else:
+            data, table, bits, group_size = weight.detach(), None, 16, 0
+        return backend.cpu_extension.DecodeLinear(
+            weight=self._keep(data[rows].contiguous()),
+            table=table,
+            bias=None if bias is None else self._keep(bias[rows].contiguous()),
+            bits=bits,
+            k=k,
+            group_size=group_size,
+            act_bits=act_bits,
+        )
+
+
+def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """(N, groups) -> (ceil(N / 16), groups, 1 or 2, 16): scales, and offsets for unsigned nibbles
+    (4 bits) or for q (8). In 16 bits where nothing is lost: a file's scales usually were so."""
+    parts = [scales.float()]
+    if zeros is not None:
+        parts.append(zeros.float() - 8 * parts[0] if bits == 4 else zeros.float())
+    table = torch.stack(parts, -1)  # (N, groups, parts)
+    for narrow in (torch.float16, torch.bfloat16):
+        if torch.equal(table.to(narrow).float(), table):
+            table = table.to(narrow)
+            break
+    n, groups, count = table.shape
+    blocks = -(-n // _TILE)
+    padded = table.new_zeros(blocks * _TILE, groups, count)
+    padded[:n] = table
+    return padded.view(blocks, _TILE, groups, count).permute(0, 2, 3, 1).contiguous()
+
+
+def _state(model: CausalLM) -> list[tuple[int, int]]:
+    """What a plan was made from: where each tensor lies and how often it was written to."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def plan_of(model: CausalLM) -> Plan | None:
+    """The model's plan, made once and again when its tensors have changed; None where `why_not`
+    has a reason."""
+    if why_not(model) is not None:
+        return None
+    plan = _plans.get(model)
+    if plan is None or plan.state != _state(model):
+        plan = _plans[model] = Plan(model)
+    return plan
+
+
+class Steps:
+    """The decode steps of one generation. `starts`: columns of padding before each row, or None."""
+
+    def __init__(self, model: CausalLM, plan: Plan, cache: KVCache, starts: Tensor | None):
+        self.plan, self.cache = plan, cache
+        self.starts = None if starts is None else starts.long().contiguous()
+        self.vocab = model.config.vocab_size
+        self.workspace = torch.empty(0, dtype=torch.uint8)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B,) int64 tokens behind what the cache holds -> (B, V) float32."""
+        torch.get_num_threads()  # hands torch's number of threads to OpenMP
+        cache, plan = self.cache, self.plan
+        rows, length = tokens.shape[0], cache.length
+        wanted = plan.cpp.workspace_bytes(rows, cache.capacity) + 64
+        if self.workspace.numel() < wanted:  # the first step, or more threads than before
+            self.workspace = torch.empty(wanted, dtype=torch.uint8)
+        rotary = [t for r in plan.rotary for t in r.tables(length + 1, tokens.device)]
+        out = torch.empty(rows, self.vocab)
+        backend.cpu_extension.decode_step(
+            plan.cpp, tokens, self.starts, cache.data, length, rotary, self.workspace, out
+        )
+        cache.length = length + 1
+        return out

@@ -1,0 +1,224 @@
+"""What the modules of a patched Hugging Face model run: one function per op.
+
+A patched module keeps its parameters, its children and its place in the model; only its class
+changes, to a subclass made by `variant` whose `forward` is one of `FORWARDS`. So ``isinstance``,
+hooks, ``state_dict``, LoRA layers among the children and gradient checkpointing stay as they were,
+and taking the patch away is giving the class back. Rejected: a ``forward`` in the instance's
+``__dict__`` (a deep copy or a pickle would call the old module's), and other modules in place of
+the old ones (hooks and references are lost).
+
+`fastlm.patching` decides which module becomes what.
+"""
+
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlm.backend import autocast
+from fastlm.ops import glu, linear_cross_entropy, rms_norm, rope
+
+
+def variant_of(module: nn.Module) -> tuple[type, str, dict[str, Any]] | None:
+    """(the class it had, the op, its options) of a patched module, None of another."""
+    found = getattr(type(module), "_fastlm_variant", None)
+    return None if found is None else (found[0], found[1], dict(found[2]))
+
+
+def become(module: nn.Module, op: str, **options: Any) -> None:
+    """Give `module` the forward of `op`."""
+    module.__class__ = variant(type(module), op, tuple(sorted(options.items())))
+
+
+@functools.cache
+def variant(base: type, op: str, options: tuple[tuple[str, Any], ...]) -> type:
+    """The subclass of `base` under its own name (transformers looks classes up by it), one for all
+    layers: torch.compile takes them for one."""
+    members = {
+        "forward": FORWARDS[op](base, **dict(options)),
+        "_fastlm_variant": (base, op, options),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+    }
+    return type(base)(base.__name__, (base,), members)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple:
+    """Pickled as how to make its class: that has the name of another."""
+    return _again, type(self)._fastlm_variant, self.__getstate__()  # type: ignore[attr-defined]
+
+
+def _again(base: type, op: str, options: tuple) -> nn.Module:
+    if op == "attention":
+        import fastlm.attention_interface  # noqa: F401  registers what the config names
+    return object.__new__(variant(base, op, options))
+
+
+def _rms_norm(base: type, *, eps: str, offset: float) -> Callable:
+    @functools.wraps(base.forward)
+    def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
+        epsilon = getattr(self, eps)
+        if epsilon is None:  # torch's own RMSNorm
+            epsilon = torch.finfo(hidden_states.dtype).eps
+        return rms_norm(hidden_states, self.weight, epsilon, residual=residual, offset=offset)
+
+    return forward
+
+
+def _glu(base: type, *, gate: str, act: str) -> Callable:
+    @functools.wraps(base.forward)
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if gate == "gate_up_proj":
+            halves = self.gate_up_proj(hidden_states).chunk(2, -1)
+        else:
+            halves = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(glu(*halves, act=act))
+
+    return forward
+
+
+def _attention(base: type, *, interleaved: bool | None, implementation: str | None) -> Callable:
+    """`interleaved`: how heads are rotated, None to leave that as it is. `implementation`: what
+    config._attn_implementation said before, None where it is as it was."""
+    if interleaved is None:
+        return base.forward
+    original = inspect.unwrap(base.forward)
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, unsqueeze_dim: int = 1) -> Any:
+        if unsqueeze_dim == 1:
+            return rope(q, k, cos, sin, interleaved=interleaved)
+        q, k = rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, interleaved=interleaved)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    # The model's own code with one global name of its own; without __name__, by which torch.compile
+    # would find the names of the module instead.
+    names = {k: v for k, v in original.__globals__.items() if k != "__name__"}
+    names[ROTATE] = rotate
+    forward = types.FunctionType(
+        original.__code__, names, "forward", original.__defaults__, original.__closure__
+    )
+    forward.__kwdefaults__ = original.__kwdefaults__
+    return functools.wraps(base.forward)(forward)
+
+
+def _layer(base: type, *, after: str | None, norm: str, last: str | None) -> Callable:
+    """A decoder layer that adds and norms at once; names of the norms behind attention, before the
+    MLP and behind it.
+
+    Where the layer hands a stream of float32 to projections that autocast runs in 16 bits, the
+    norm's output is cast here, once and not once a projection (if the module is known to project).
+    """
+    parameters = list(inspect.signature(inspect.unwrap(base.forward)).parameters)[2:]
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(parameters, args))
+        x = _cast_for(self.self_attn, self.input_layernorm(hidden_states))
+        branch, _ = self.self_attn(hidden_states=x, **kwargs)
+        if after:
+            branch = getattr(self, after)(branch)
+        middle = getattr(self, norm)
+        if branch.dtype == hidden_states.dtype and not _hooked(middle):
+            x, stream = middle(branch, residual=hidden_states)
+        else:
+            stream = hidden_states + branch
+            x = middle(stream)
+        branch = self.mlp(_cast_for(self.mlp, x))
+        return stream + (getattr(self, last)(branch) if last else branch)
+
+    return functools.wraps(base.forward)(forward)
+
+
+def _cast_for(module: nn.Module, x: Tensor) -> Tensor:
+    return x if variant_of(module) is None else autocast(x)[0]
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at the module's inputs or outputs."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _linear_cross_entropy(
+    base: type, *, decoder: str, output: type, softcap: str | None, scale: str | None
+) -> Callable:
+    """With labels the loss without logits, without labels the model's own forward.
+
+    `decoder`: name of the child below the head. `output`: what the forward returns. `softcap`: name
+    in the config. `scale`: "attribute" or "1/attribute" of the config, by which logits are
+    multiplied.
+    """
+    parameters = list(inspect.signature(inspect.unwrap(base.forward)).parameters)[1:]
+    fields = {f.name for f in dataclasses.fields(output)} - {"loss", "logits"}
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(parameters, args)) | kwargs
+        labels, kept = given.pop("labels", None), given.pop("logits_to_keep", 0)
+        head = self.get_output_embeddings()
+        if (
+            labels is None
+            or not (isinstance(kept, int) and kept == 0)
+            or type(head) is not nn.Linear  # LoRA, quantized: the layer's own product
+            or _hooked(head)
+            or self.loss_function.__name__ != "ForCausalLMLoss"
+            or _routers_count(self.config, given)
+            or variant_of(self) is None  # what accelerate wrapped outlives `unpatch`
+        ):
+            return base.forward(self, *args, **kwargs)
+        return_dict = given.pop("return_dict", None)
+        outputs = getattr(self, decoder)(**given)
+        ignore = given.get("ignore_index", -100)
+        target = given.get("shift_labels")
+        if target is None:
+            target = F.pad(labels, (0, 1), value=ignore)[..., 1:]
+        hidden = outputs.last_hidden_state
+        loss = linear_cross_entropy(
+            hidden,
+            head.weight,
+            target.to(hidden.device),
+            linear_bias=head.bias,
+            ignore_index=ignore,
+            softcap=getattr(self.config, softcap) if softcap else None,
+            logit_scale=logit_scale(self.config, scale),
+            num_items=given.get("num_items_in_batch"),
+        )
+        out = output(loss=loss, **{k: v for k, v in outputs.items() if k in fields})
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return out if as_dict else out.to_tuple()
+
+    return forward
+
+
+def _routers_count(config: Any, given: dict[str, Any]) -> bool:
+    """Whether a mixture of experts adds the routers' loss to the model's."""
+    asked = given.get("output_router_logits")
+    return getattr(config, "output_router_logits", False) if asked is None else asked
+
+
+def logit_scale(config: Any, name: str | None) -> float:
+    if name is None:
+        return 1.0
+    value = getattr(config, name.removeprefix("1/"))
+    return 1 / value if name.startswith("1/") else value
+
+
+ROTATE = "apply_rotary_pos_emb"  # the name by which every model of transformers rotates
+FORWARDS: dict[str, Callable[..., Callable]] = {
+    "rms_norm": _rms_norm,
+    "glu": _glu,
+    "attention": _attention,
+    "layer": _layer,
+    "linear_cross_entropy": _linear_cross_entropy,
+}

@@ -1,0 +1,390 @@
+"""`patch` and `unpatch`: fastlm's kernels in a Hugging Face model, found by what its modules do.
+
+A module is taken for an RMSNorm, a GLU, a decoder layer or a head with its loss when its children
+and attributes look like one *and* it computes like one: the module's own forward runs on a few
+numbers, with tiny layers for its children, and must give what the kernel would. So an architecture
+needs no entry in a table here, one that is nearly like another is not taken for it, and weights are
+neither read nor moved. Rejected: a list of classes of transformers (a new one a month, and each
+changes between releases); replacing functions in transformers' modules (every model of the process
+would change).
+
+What patched modules run is in `fastlm.patched`. (This module is not called ``patch``: the import
+system would put it in the place of the function ``fastlm.patch``.)
+"""
+
+import copy
+import functools
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlm.errors import InputError
+from fastlm.ops import rope
+from fastlm.patched import ROTATE, become, logit_scale, variant_of
+
+OPS = ("rms_norm", "rope", "glu", "attention", "linear_cross_entropy")
+Plan = dict[nn.Module, tuple[str, dict[str, Any]]]  # what a module becomes: op, options
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+}
+
+
+def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
+    """Run `model`, a Hugging Face model (or one built like it), on fastlm's kernels, in place.
+
+    - ``rms_norm``: every RMSNorm, with the residual addition before it inside a decoder layer;
+    - ``rope``: the rotation of queries and keys in every attention module;
+    - ``glu``: SwiGLU and GeGLU between the projections of every MLP;
+    - ``attention``: transformers' ``attn_implementation="fastlm"`` (padding, packed sequences,
+      sliding windows, softcap, sinks, caches; no repeated key heads, no S x S masks);
+    - ``linear_cross_entropy``: with ``labels`` the model returns the loss, and None for the logits,
+      which never exist (``num_items_in_batch``, ``shift_labels``, ``ignore_index`` as
+      transformers' ``ForCausalLMLoss``); without labels the logits, as before.
+
+    Args:
+        model: any nn.Module. What is not recognised in it stays as it is: LoRA and quantized layers
+            are called as before, and a head that is one keeps its logits.
+        ops: what to run, of the names above. By default all that the model has a place for.
+
+    Parameters, their names, hooks and checkpoints do not change; `unpatch` undoes everything. A
+    second call replaces what the first chose. The model gets a config object of its own, so that
+    another model made from the same one stays as it is.
+
+    Returns:
+        model itself. `patched_ops` tells what runs where.
+
+    Raises:
+        InputError: ops has an unknown name; the model has no place for one of `ops`, or for
+            anything; a module has a forward of its own (patch before accelerate wraps the model).
+            The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: wanted a torch module, got {type(model).__name__}")
+    if isinstance(ops, str):
+        raise InputError(f"ops: wanted several names, got the string {ops!r}")
+    if unknown := [op for op in ops or () if op not in OPS]:
+        raise InputError(f"ops: wanted some of {', '.join(OPS)}, got {unknown[0]!r}")
+    before = {m: type(m) for m in model.modules()}
+    own = _restore(model)
+    try:
+        plan = _plan(model, OPS if ops is None else ops)
+        found = _count(plan)
+        missing = [op for op in (OPS if ops is None else ops) if not found[op]]
+        if not found or (ops is not None and missing):
+            kinds = sorted({type(m).__name__ for m in model.modules()})
+            raise InputError(
+                f"model: wanted modules for {' and '.join(missing)},"
+                f" found none among {', '.join(kinds)}"
+            )
+        for module in plan:
+            if "forward" in vars(module):
+                raise InputError(
+                    f"model: wanted modules that run their class's forward, got a"
+                    f" {type(module).__name__} with one of its own (patch before accelerate wraps)"
+                )
+    except BaseException:
+        for module, cls in before.items():
+            module.__class__ = cls
+        for config in own.values():
+            config._attn_implementation_internal = "fastlm"
+        raise
+    _set_attention(model, plan, own)
+    for module, (op, options) in plan.items():
+        become(module, op, **options)
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo `patch`: the same classes, forwards and attention as before it, bit for bit. A model
+    that is not patched stays as it is. Returns model."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: wanted a torch module, got {type(model).__name__}")
+    _restore(model)
+    return model
+
+
+def patched_ops(model: nn.Module) -> dict[str, int]:
+    """How many modules of `model` run each op: {} for a model that is not patched."""
+    return dict(_count({m: v[1:] for m in model.modules() if (v := variant_of(m)) is not None}))
+
+
+def _count(plan: Plan) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for op, options in plan.values():
+        if op == "attention":
+            found["rope"] += options["interleaved"] is not None
+            found["attention"] += options["implementation"] is not None
+        elif op != "layer":  # where norms are called from, not one more
+            found[op] += 1
+    return +found
+
+
+def _restore(model: nn.Module) -> dict[int, Any]:
+    """Classes and attention as before `patch`; the configs that said fastlm, by id."""
+    own = {}
+    for module in model.modules():
+        if (variant := variant_of(module)) is None:
+            continue
+        module.__class__, op, options = variant
+        if op == "attention" and options["implementation"] is not None:
+            config: Any = module.config
+            own[id(config)] = config
+            config._attn_implementation_internal = options["implementation"]
+    return own
+
+
+def _set_attention(model: nn.Module, plan: Plan, own: dict[int, Any]) -> None:
+    """Configs of the attention modules say fastlm, in copies that only this model holds; `own` are
+    such copies already."""
+    copies = {}
+    for module, (op, options) in plan.items():
+        if op == "attention" and options["implementation"] is not None:
+            key, config = id(module.config), module.config
+            copies.setdefault(key, config if key in own else copy.copy(config))
+    for config in copies.values():
+        config._attn_implementation_internal = "fastlm"
+    for module in model.modules():
+        if (key := id(vars(module).get("config"))) in copies:
+            module.config = copies[key]
+
+
+def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
+    plan: Plan = {}
+    looks = {"rms_norm": _as_rms_norm, "glu": _as_glu, "linear_cross_entropy": _as_causal_lm}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        for module in model.modules():
+            if type(module).__module__.partition(".")[0] == "fastlm":
+                continue  # runs the kernels already
+            for op in (op for op in ops if op in looks):
+                if (options := _attempt(looks[op], module)) is not None:
+                    plan[module] = (op, options)
+            options = {
+                "interleaved": _attempt(_rotation, module) if "rope" in ops else None,
+                "implementation": _attempt(_implementation, module) if "attention" in ops else None,
+            }
+            if any(v is not None for v in options.values()):
+                plan[module] = ("attention", options)
+        for module in model.modules() if "rms_norm" in ops else ():
+            if (options := _attempt(_as_layer, module)) is not None:
+                if plan.get(getattr(module, options["norm"]), (None,))[0] == "rms_norm":
+                    plan[module] = ("layer", options)
+    return plan
+
+
+def _attempt(look: Callable, module: nn.Module) -> Any:
+    """What `look` says of the module; None where its forward cannot even be called like that."""
+    try:
+        return look(module)
+    except Exception:
+        return None
+
+
+def _stand_in(module: nn.Module, **children: nn.Module) -> Any:
+    """The module without hooks, with other children of these names; nothing is copied."""
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    vars(twin).pop("forward", None)  # `patch` refuses it later
+    for name in vars(module):
+        if name.endswith("_hooks") and isinstance(vars(module)[name], dict):
+            vars(twin)[name] = {}
+    vars(twin)["_parameters"] = dict(module._parameters)
+    vars(twin)["_modules"] = {
+        name: children.get(name) or (None if child is None else _stand_in(child))
+        for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _numbers(*shape: int, scale: float = 1.0) -> Tensor:
+    """Without the random generator, whose state is the caller's."""
+    return (torch.arange(math.prod(shape), dtype=torch.float32).sin() * scale).reshape(shape)
+
+
+def _same(a: Any, b: Tensor) -> bool:
+    return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5)
+
+
+class _Linear(nn.Module):
+    """nn.Linear without its initialisation, which draws random numbers."""
+
+    def __init__(self, inputs: int, outputs: int, scale: float = 1.0, *, bias: bool = False):
+        super().__init__()
+        self.weight = _numbers(outputs, inputs, scale=scale)
+        self.bias = _numbers(outputs) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def _as_rms_norm(module: nn.Module) -> dict[str, Any] | None:
+    (name, parameter), *more = ((n, p) for n, p in module._parameters.items() if p is not None)
+    if name != "weight" or more or parameter.dim() != 1 or module._modules:
+        return None
+    eps = next(name for name in ("variance_epsilon", "eps") if hasattr(module, name))
+    twin = _stand_in(module)
+    weight = _numbers(parameter.numel())
+    twin._parameters["weight"] = nn.Parameter(weight)
+    # rows whose mean squares are far above and near eps
+    x = _numbers(2, len(weight)) * torch.tensor([[1.0], [1e-3]])
+    result, epsilon = twin.forward(x), getattr(module, eps)
+    for offset in (0.0, 1.0):
+        if _same(result, F.rms_norm(x, x.shape[1:], weight + offset, epsilon)):
+            return {"eps": eps, "offset": offset}
+    return None
+
+
+def _as_glu(module: nn.Module) -> dict[str, Any] | None:
+    down, x = _Linear(8, 4), _numbers(3, 4)
+    if {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
+        gate, up = _Linear(4, 8, 3.0), _Linear(4, 8, -2.0)
+        twin = _stand_in(module, gate_proj=gate, up_proj=up, down_proj=down)
+        name, halves = "gate_proj", (gate(x), up(x))
+    elif {"gate_up_proj", "down_proj"} <= module._modules.keys():
+        both = _Linear(4, 16, 3.0)
+        twin = _stand_in(module, gate_up_proj=both, down_proj=down)
+        name, halves = "gate_up_proj", both(x).chunk(2, -1)
+    else:
+        return None
+    result = twin.forward(x)
+    for act, function in _ACTIVATIONS.items():
+        if _same(result, down(function(halves[0]) * halves[1])):
+            return {"gate": name, "act": act}
+    return None
+
+
+class _Affine(nn.Module):
+    """Stands for a part of a layer: no two orders or numbers of these give the same."""
+
+    def __init__(self, factor: float, *more: None):
+        super().__init__()
+        self.factor, self.more = factor, more
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        y = self.factor * hidden_states + self.factor
+        return (y, *self.more) if self.more else y
+
+
+def _as_layer(module: nn.Module) -> dict[str, Any] | None:
+    parts: dict[str, nn.Module] = {
+        "input_layernorm": _Affine(1.1), "self_attn": _Affine(1.3, None), "mlp": _Affine(1.7),
+        "post_attention_layernorm": _Affine(1.9),
+    }  # fmt: skip
+    if not parts.keys() <= module._modules.keys():
+        return None
+    names: dict[str, Any] = {"after": None, "norm": "post_attention_layernorm", "last": None}
+    if "pre_feedforward_layernorm" in module._modules:
+        parts["pre_feedforward_layernorm"] = _Affine(2.3)
+        parts["post_feedforward_layernorm"] = _Affine(2.9)
+        names = {
+            "after": "post_attention_layernorm", "norm": "pre_feedforward_layernorm",
+            "last": "post_feedforward_layernorm",
+        }  # fmt: skip
+    rest = [m for name, m in module._modules.items() if name not in parts]
+    if not all(isinstance(m, nn.Dropout) and m.p == 0 for m in rest):
+        return None
+    x = _numbers(1, 2, 4)
+    result = _stand_in(module, **parts).forward(
+        x, attention_mask=None, position_ids=None, position_embeddings=None
+    )
+    branch, _ = parts["self_attn"](parts["input_layernorm"](x))
+    stream = x + (parts[names["after"]](branch) if names["after"] else branch)
+    branch = parts["mlp"](parts[names["norm"]](stream))
+    expected = stream + (parts[names["last"]](branch) if names["last"] else branch)
+    return names if _same(result, expected) else None
+
+
+def _code(module: nn.Module) -> Any:
+    """The innermost forward of the module's class, below its decorators."""
+    return inspect.unwrap(type(module).forward)
+
+
+def _rotation(module: nn.Module) -> bool | None:
+    """Whether the module's forward rotates interleaved, None where it does neither."""
+    forward = _code(module)
+    if ROTATE not in forward.__code__.co_names:
+        return None
+    rotate = forward.__globals__[ROTATE]
+    q, k, angles = _numbers(2, 4, 3, 8), _numbers(2, 2, 3, 8, scale=2.0), _numbers(2, 3, 4)
+    tables = {False: torch.cat((angles, angles), -1), True: angles.repeat_interleave(2, -1)}
+    for interleaved, table in tables.items():
+        pairs = zip(rotate(q, k, table.cos(), table.sin()), rope(
+            q, k, table.cos(), table.sin(), interleaved=interleaved
+        ))  # fmt: skip
+        if all(_same(a, b) for a, b in pairs):
+            return interleaved
+    return None
+
+
+def _implementation(module: nn.Module) -> str | None:
+    """What the config of an attention module says now, None where transformers' registry is not
+    asked."""
+    forward, config = _code(module), vars(module).get("config")
+    if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names or config is None:
+        return None
+    passed = {n for c in forward.__code__.co_consts if isinstance(c, tuple) for n in c}
+    if getattr(config, "sliding_window", None) and "sliding_window" not in passed:
+        return None  # the window is in a mask that fastlm does not make
+    import fastlm.attention_interface  # noqa: F401  registers
+
+    return config._attn_implementation
+
+
+def _as_causal_lm(module: nn.Module) -> dict[str, Any] | None:
+    """Runs the model's own forward on a decoder that returns a few numbers, with labels."""
+    decoder = getattr(module, "base_model_prefix", None)
+    if decoder not in module._modules or not hasattr(module, "loss_function"):
+        return None
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear or module.loss_function.__name__ != "ForCausalLMLoss":  # type: ignore
+        return None
+    from transformers import modeling_outputs
+
+    name = next(n for n, m in module._modules.items() if m is head)
+    hidden, config = _numbers(1, 5, 4, scale=6.0), module.config
+    small = _Linear(4, head.out_features, 3.0, bias=head.bias is not None)
+    ids = torch.arange(5)[None] % head.out_features
+    labels = ids.masked_fill(ids == 1, -100)
+
+    def run(outputs: str) -> Any:
+        below = _Returns(getattr(modeling_outputs, outputs)(last_hidden_state=hidden))
+        twin = _stand_in(module, **{decoder: below, name: small})
+        return twin.forward(input_ids=ids, labels=labels, num_items_in_batch=7, return_dict=True)
+
+    try:  # each has a field that some heads read and the other lacks
+        found = run("BaseModelOutputWithPastAndCrossAttentions")
+    except AttributeError:
+        found = run("MoeModelOutputWithPast")
+    logits = small(hidden)
+    softcaps = [None, *(n for n in ("final_logit_softcapping",) if getattr(config, n, None))]
+    scales = [
+        None,
+        *(n for n in ("logit_scale", "1/logits_scaling") if hasattr(config, n.removeprefix("1/"))),
+    ]
+    for softcap in softcaps:
+        for scale in scales:
+            z = logits * logit_scale(config, scale)
+            if softcap:
+                z = getattr(config, softcap) * torch.tanh(z / getattr(config, softcap))
+            nll = F.cross_entropy(z[0, :-1], labels[0, 1:], reduction="sum") / 7
+            if _same(found.logits, z) and _same(found.loss, nll):
+                return {
+                    "decoder": decoder, "output": type(found), "softcap": softcap, "scale": scale,
+                }  # fmt: skip
+    return None
+
+
+class _Returns(nn.Module):
+    def __init__(self, value: Any):
+        super().__init__()
+        self.value = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value
