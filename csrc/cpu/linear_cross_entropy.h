@@ -1,17 +1,17 @@
 // Cross-entropy of x (R, D) . w (V, D)^T + bias for one chunk of R rows; the caller loops over
 // chunks. Body of linear_cross_entropy.cpp, compiled per instruction set.
 //
-//            R columns (rows of x)            scores     z^T block = w block . x^T, E = e^(z - base)
-//          +------------------------+                    and its sum per column; E may be kept
-//   VB rows|  block of z^T, one     |         gradients  dw block (+)= E . (f x), f turning E into
-//   of w   |  thread's work         |                    dloss/dz^T, and E turned in place; then,
-//          +------------------------+                    all blocks done, dx = f (E^T . w)
-//          |  ...                   |
+//            R columns (rows of x)            scores     z^T block = w block . x^T, with its
+//          +------------------------+                    E = e^(z - base) and their sum per column;
+//   VB rows|  block of z^T, one     |                    E may be kept
+//   of w   |  thread's work         |         gradients  dw block (+)= E . (f x), f turning E into
+//          +------------------------+                    dloss/dz^T; E is transposed; then, all
+//          |  ...                   |                    blocks done, dx = f (E^T . w)
 //
 // Transposed scores: w's rows are then the A operand where they lie, x is packed once per chunk,
 // the rows' statistics sit in lanes (no horizontal reduction), and E is already the A operand of
-// dw. What dloss/dz has besides f E, one element per target, is added to dw and dx in float32. Label
-// smoothing would be of rank 1, but the difference needs E's precision: dloss/dz takes E's place.
+// dw. What dloss/dz has besides f E, one element per target, is added to dw and dx in float32. With
+// label smoothing dloss/dz is made in E's place: its terms may cancel, so they meet before the sums.
 //
 // `base` is one number per row, not the block's maximum, so that f is one number per row too: the
 // largest of a few scores, which is the row's maximum give or take a window in which nothing over-
@@ -22,12 +22,12 @@
 #include "cpu/gemm.h"
 #include "cpu/scores.h"
 
-constexpr int64_t VB = 256;      // rows of w per block: 256 x 512 fp32 of dw are half of an L2
-constexpr int64_t DB = 256;      // most columns of dx per task: 512 x 256 fp32 in the L2
-constexpr int64_t RC = 256;      // columns of z^T at a time: 256 KiB of fp32 in the L2
-constexpr int64_t RP = 32;       // a tile row of bf16: E is used as it lies
-constexpr int64_t SAMPLE = 64;   // scores whose maximum is the first `base`: one micro-panel
-constexpr double WINDOW = 50;    // e^50 squared is a float, e^-50 and 16 digits below it are too
+constexpr int64_t VB = 256;     // rows of w per block: 256 x 512 fp32 of dw are half of an L2
+constexpr int64_t DB = 256;     // most columns of dx per task: 512 x 256 fp32 in the L2
+constexpr int64_t RC = 256;     // columns of z^T at a time: 256 KiB of fp32 in the L2
+constexpr int64_t RP = 32;      // a tile row of bf16: E is used as it lies
+constexpr int64_t SAMPLE = 64;  // scores whose maximum is the first `base`: one micro-panel
+constexpr double WINDOW = 50;   // e^50 squared is a float, e^-50 and 16 digits below it are too
 
 // Memory of one thread for one call.
 template <class X>
@@ -74,8 +74,7 @@ struct LinearScores {
     int64_t lda = padded_k<E>(width);
     if constexpr (std::is_same_v<E, T>)
       if (width == lda) a = w + v0 * w_stride, lda = w_stride;
-    if (a == rows_of_w && pack)
-      pack_a<E>(w + v0 * w_stride, w_stride, 1, count, width, rows_of_w);
+    if (a == rows_of_w && pack) pack_a<E>(w + v0 * w_stride, w_stride, 1, count, width, rows_of_w);
     gemm<E>(count, n, width, a, lda, packed + j0 * padded_k<E>(width), z, n, false);
     if (!bias && score.scale == 1 && !score.cap) return;
     for (int64_t r = 0; r < count; ++r)
@@ -131,8 +130,7 @@ FASTLM_INLINE void add_scaled(float* y, float a, const X* x, int64_t n) {
 inline void largest(const float* z, int64_t count, int64_t n, float* most) {
   for (int64_t j = 0; j < n; j += VL) store(most + j, load(z + j));
   for (int64_t r = 1; r < count; ++r)
-    for (int64_t j = 0; j < n; j += VL)
-      store(most + j, vmax(load(most + j), load(z + r * n + j)));
+    for (int64_t j = 0; j < n; j += VL) store(most + j, vmax(load(most + j), load(z + r * n + j)));
 }
 
 // Two vectors that follow each other.
@@ -244,10 +242,10 @@ void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t*
   bool in_window = true;  // not where a total is NaN
   for (int64_t i = 0; i < rows; ++i) in_window &= std::abs(std::log(total[i])) < WINDOW;
   if (!in_window) {
-    chunk.each_block(packed, [&](int64_t b, int64_t, int64_t count, int64_t j0, int64_t n,
-                                 const float* z) {
-      largest(z, count, n, stats.sum + b * rp + j0);
-    });
+    chunk.each_block(packed,
+                     [&](int64_t b, int64_t, int64_t count, int64_t j0, int64_t n, const float* z) {
+                       largest(z, count, n, stats.sum + b * rp + j0);
+                     });
     for (int64_t b = 1; b < blocks; ++b)
       for (int64_t i = 0; i < rows; ++i)
         stats.sum[i] = std::max(stats.sum[i], stats.sum[b * rp + i]);
@@ -429,9 +427,9 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
       // gives: each task packs its columns of w
       const int64_t threads = omp_get_num_threads(),
                     least = (((d + DB - 1) / DB + threads - 1) / threads) * threads,
-                    width = std::min(DB, std::max<int64_t>(((d + least - 1) / least + 63) / 64 * 64, 64)),
-                    across = (d + width - 1) / width,
-                    wanted = (threads + across - 1) / across,
+                    width = std::min(
+                        DB, std::max<int64_t>(((d + least - 1) / least + 63) / 64 * 64, 64)),
+                    across = (d + width - 1) / width, wanted = (threads + across - 1) / across,
                     height = std::max(RP, padded_rows((rows + wanted - 1) / wanted)),
                     down = (rows + height - 1) / height;
       Scratch<float> c(height * width);
