@@ -11,7 +11,8 @@
 // Transposed scores: w's rows are then the A operand where they lie, x is packed once per chunk,
 // the rows' statistics sit in lanes (no horizontal reduction), and E is already the A operand of
 // dw. What dloss/dz has besides f E, one element per target, is added to dw and dx in float32. With
-// label smoothing dloss/dz is made in E's place: its terms may cancel, so they meet before the sums.
+// label smoothing dloss/dz is made in E's place: its terms may cancel, so they meet before the
+// sums.
 //
 // `base` is one number per row, not the block's maximum, so that f is one number per row too: the
 // largest of a few scores, which is the row's maximum give or take a window in which nothing over-
