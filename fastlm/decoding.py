@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastlm import backend
 from fastlm.layers import KVCache
 from fastlm.model import CausalLM
-from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.quant.modules import QuantizedLinear
 from fastlm.quant.weight import QuantizedWeight
 
 _TILE = 16  # rows of a weight whose scales lie together, as the kernel reads them
