@@ -351,8 +351,8 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
   Meeting meeting;
   with_float(cache.dtype(), "cache", [&](auto tag) {
     using C = decltype(tag);
-    DecodeStep<C> step{p,      work,  ids,     first, rows, capacity, length, cache.data<C>("cache"),
-                       tables, {},    out,     meeting, 0, 1};
+    DecodeStep<C> step{p,      work, ids, first,   rows, capacity, length, cache.data<C>("cache"),
+                       tables, {},   out, meeting, 0,    1};
     std::copy(widths, widths + 8, step.rotary_width);
 #pragma omp parallel num_threads(threads) firstprivate(step)
     {
