@@ -192,6 +192,8 @@ class AdamW(torch.optim.Optimizer):
             run(*tables, self.max_grad_norm or 0.0, norm)
             for param, target in copies:
                 param.copy_(target)
+            # what the kernel wrote, torch must know: saved tensors, and a decoder's packed copies
+            torch.autograd.graph.increment_version([row[0] for row in rows])
         return loss
 
     @torch.no_grad()

@@ -594,3 +594,15 @@ def test_masters_are_kept_where_asked_for_only():
     optimizer = AdamW(groups)
     optimizer.keep_masters()
     assert list(optimizer.state) == [a]
+
+
+def test_torch_knows_what_a_step_wrote(isa):
+    """A tensor saved for a backward must not change unseen, nor what was packed from it."""
+    p = torch.randn(8, requires_grad=True)
+    optimizer = AdamW([p])
+    p.grad = torch.ones_like(p)
+    before, product = p._version, p * p
+    optimizer.step()
+    assert p._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()

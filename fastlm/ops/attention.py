@@ -291,6 +291,10 @@ def cpu_forward(
     return out, lse
 
 
+def _empty_contiguous(t: Tensor) -> Tensor:
+    return t.new_empty(t.shape)
+
+
 def cpu_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -312,7 +316,9 @@ def cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The C++ backward of the dense and the packed op."""
     dout, q, k, v, out = elements_last(dout, q, k, v, out)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    # the dense op's gradients have the memory order of q, k and v (`_backward_fake`)
+    empty = torch.empty_like if cu_seqlens[0] is None else _empty_contiguous
+    dq, dk, dv = empty(q), empty(k), empty(v)
     heads, kv_heads = (q.shape[1], k.shape[1])
     dsinks = None if sinks is None else lse.new_empty(sequences, heads)
     dbias = lse.new_zeros(bias.shape) if bias is not None and bias_grad else None
