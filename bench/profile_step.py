@@ -1,4 +1,4 @@
-"""Where a training step's time goes: the table of docs/training-step.md.
+"""Where a training step's time goes.
 
 torch.profiler over steps of `fastlm_step` (bench/train_step.py), its operators grouped into parts,
 each beside what the machine could do: matrix products against the bf16 ceiling of bench/harness.py.

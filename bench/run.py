@@ -30,12 +30,28 @@ OPS = (
     "quantized_linear",
     "boundary",
 )
-# script -> what its table shows
+# name in the results -> command, what its table shows; the last two on docs/benchmarks.md only
 END_TO_END = {
-    "train_step": "Training of a Llama-like 42 M, 8 x 512 tokens a step; spread: range / median",
-    "patch": "Training of a Hugging Face Llama of 42 M, 8 x 512 tokens a step, with `fastlm.patch`",
-    "decode": "SmolLM2-135M-Instruct (Q4_1), 512 tokens of prompt, 64 new; tokens/s of all users",
+    "train_step": (
+        "train_step.py",
+        "Training of a Llama-like 42 M, 8 x 512 tokens a step; spread: range / median",
+    ),
+    "patch": (
+        "patch.py",
+        "Training of a Hugging Face Llama of 42 M, 8 x 512 tokens a step, with `fastlm.patch`",
+    ),
+    "decode": (
+        "decode.py",
+        "SmolLM2-135M-Instruct (Q4_1), 512 tokens of prompt, 64 new; tokens/s of all users",
+    ),
+    "scaling": (
+        "train_step.py --scaling",
+        "Training at other sizes, lengths and thread counts, against torch.compile under bf16"
+        " autocast",
+    ),
+    "profile_step": ("profile_step.py", "Where a training step of the 42 M model goes"),
 }
+HEADLINE_RUNS = ("train_step", "patch", "decode")
 # op -> shapes that the README shows
 HEADLINE = {
     "attention": ("(8, 8/8, 512, 64)", "(1, 16/16, 2048, 128)", "(1, 9/3, 1 x 1024, 64)"),
@@ -76,11 +92,12 @@ FORCED = {
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
-def run(script: str, *arguments: str) -> dict:
+def run(command: str, *arguments: str) -> dict:
     """Runs one benchmark, shows its output, returns the JSON of its last line."""
-    command = [sys.executable, "-P", str(Path(__file__).parent / f"{script}.py"), *arguments]
-    print(f"\n== {script}", flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    script, *fixed = command.split()
+    print(f"\n== {command}", flush=True)
+    words = [sys.executable, "-P", str(Path(__file__).parent / script), *fixed, *arguments]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     *lines, last = done.stdout.splitlines() or [""]
     print("\n".join(lines), flush=True)
     if done.returncode:
@@ -129,9 +146,10 @@ def section(results: dict, headline: bool, isa: str | None = None) -> str:
         compared = [r.ratio for r in rows if r.ratio is not None]
         lost = sum(ratio < 1 for ratio in compared)
         parts.insert(-1, f"{len(compared)} rows with a peer, {lost} of them under 1.00x.")
-    for name in END_TO_END:
+    for name in HEADLINE_RUNS if headline else END_TO_END:
         if lines := results.get(name, {}).get("table"):
-            heading = f"{END_TO_END[name]} (`python -P bench/{name}.py`):"
+            script, title = END_TO_END[name]
+            heading = f"{title} (`python -P bench/{script}`):"
             parts.append(f"{heading}\n\n" + "\n".join(lines))
     errors = [r["error"] for r in results.values() if isinstance(r, dict) and "error" in r]
     parts += [f"Not measured: {e}." for e in errors]
@@ -164,7 +182,7 @@ def main() -> None:
         scripts = [op for op in OPS if op != "boundary"] if isa else known
         for script in options.only or scripts:
             gate = ["--no-gate"] if options.no_gate and script in OPS else []
-            results[script] = run(script, *gate)
+            results[script] = run(END_TO_END.get(script, (f"{script}.py",))[0], *gate)
         path.write_text(json.dumps(results, indent=1) + "\n")
     if isa:
         page = ROOT / "docs" / f"benchmarks-{isa}.md"

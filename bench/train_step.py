@@ -12,16 +12,13 @@ backward, clipping and AdamW are in the step. fastlm's process keeps its freed m
 
 import argparse
 import json
-import multiprocessing
-import resource
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+import turns
 from harness import machine
 from plain import PlainLlama
 
@@ -43,10 +40,10 @@ VARIANTS = (
 # size, batch, length, threads; against the strongest peer, 2 steps to warm up and 3 timed
 SCALING = [
     *(("10m", 8, 512, t) for t in (1, 2)),
-    *(("42m", batch, length, 1) for batch, length in ((16, 256), (8, 512), (2, 2048), (1, 8192))),
-    *(("42m", batch, length, 2) for batch, length in ((16, 256), (2, 2048), (1, 8192))),
     ("10m", 16, 256, 2),
     ("10m", 1, 8192, 2),
+    *(("42m", batch, length, 2) for batch, length in ((16, 256), (2, 2048), (1, 8192))),
+    *(("42m", batch, length, 1) for batch, length in ((8, 512), (1, 4096))),
     *(("124m", 4, 512, t) for t in (1, 2)),
     ("124m", 1, 4096, 2),
     *(("350m", 2, 512, t) for t in (1, 2)),
@@ -116,71 +113,42 @@ def plain_step(variant, size, length):
     return step
 
 
-def worker(pipe, variant, size, batch, length, threads):
-    """Builds the variant, then answers each "step" with (seconds, loss), and "memory" with MiB."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def make_step(variant, size, batch, length):
     make = fastlm_step if variant == "fastlm" else lambda *a: plain_step(variant, *a)
     step = make(size, length)
-    while (message := pipe.recv()) != "stop":
-        if message == "memory":
-            pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-            continue
+
+    def on_random_ids():
         ids = torch.randint(0, size[0], (batch, length + 1))
-        start = time.perf_counter()
-        loss = step(ids[:, :-1], ids[:, 1:].contiguous())
-        pipe.send((time.perf_counter() - start, loss.item()))
+        return step(ids[:, :-1], ids[:, 1:].contiguous())
+
+    return on_random_ids
 
 
 def measure(name, batch, length, threads, variants, steps) -> list[dict]:
-    """Rows of one configuration, fastlm's share of each peer in them."""
-    size = SIZES[name]
-    spawn = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for variant in variants:
-        pipes[variant], theirs = spawn.Pipe()
-        arguments = (theirs, variant, size, batch, length, threads)
-        processes.append(spawn.Process(target=worker, args=arguments, daemon=True))
-        processes[-1].start()
-    seconds = {v: [] for v in pipes}
-    for i in range(steps + 2):
-        for variant, pipe in pipes.items():
-            pipe.send("step")
-            elapsed, loss = pipe.recv()
-            if i >= 2:
-                seconds[variant].append(elapsed)
-            if not loss == loss:
-                sys.exit(f"bench: {variant}: loss is NaN at step {i}")
-    label = f"{name}, {batch} x {length}, {threads} thread{'s' if threads > 1 else ''}"
+    arguments = (SIZES[name], batch, length)
+    return turns.measure(
+        variants, make_step, arguments, steps=steps, tokens=batch * length, threads=threads
+    )
+
+
+def scaling() -> list[dict]:
+    """Prints one line a configuration, returns every row."""
+    print(
+        "| model, batch x length, threads | fastlm tokens/s | torch.compile | fastlm is | peak MiB "
+        "| torch.compile | fastlm uses |\n|---|---|---|---|---|---|---|"
+    )
     rows = []
-    for variant, pipe in pipes.items():
-        pipe.send("memory")
-        median = statistics.median(seconds[variant])
-        rows.append(
-            {
-                "configuration": label,
-                "variant": variant,
-                "tokens_per_second": batch * length / median,
-                "spread": (max(seconds[variant]) - min(seconds[variant])) / median,
-                "peak_mib": pipe.recv(),
-            }
-        )
-        pipe.send("stop")
-    for process in processes:
-        process.join()
-    mine = next((r for r in rows if r["variant"] == "fastlm"), None)
-    for r in rows if mine else ():
-        r["fastlm_is"] = mine["tokens_per_second"] / r["tokens_per_second"]
-        r["fastlm_uses"] = mine["peak_mib"] / r["peak_mib"]
+    for name, batch, length, threads in SCALING:
+        if threads > torch.get_num_threads():
+            continue
+        label = f"{name}, {batch} x {length}, {threads}"
+        mine, peer = measure(name, batch, length, threads, STRONGEST, steps=3)
+        rows += [{"configuration": label, **r} for r in (mine, peer)]
+        rate, peer_rate = (r["tokens_per_second"] for r in (mine, peer))
+        peak, peer_peak = (r["peak_mib"] for r in (mine, peer))
+        print(f"| {label} | {rate:.0f} | {peer_rate:.0f} | {rate / peer_rate:.2f}x | {peak:.0f} "
+              f"| {peer_peak:.0f} | {peak / peer_peak:.2f}x |", flush=True)  # fmt: skip
     return rows
-
-
-def line(r: dict) -> str:
-    cells = (r["configuration"], r["variant"], f"{r['tokens_per_second']:.0f}")
-    cells += (f"{r['fastlm_is']:.2f}x" if "fastlm_is" in r else "-", f"{r['peak_mib']:.0f}")
-    cells += (f"{r['fastlm_uses']:.2f}x" if "fastlm_uses" in r else "-", f"{r['spread']:.0%}")
-    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -194,22 +162,15 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="every line of SCALING instead")
     options = parser.parse_args()
     print(machine())
-    print(
-        "| configuration | variant | tokens/s | fastlm is | peak MiB | fastlm uses | spread |\n"
-        "|---|---|---|---|---|---|---|"
-    )
     if options.scaling:
-        runs = [(*c, STRONGEST, 3) for c in SCALING if c[3] <= torch.get_num_threads()]
+        rows = scaling()
     else:
-        runs = [(
+        print(f"{options.size}, {options.batch} x {options.length}, {options.threads} threads")
+        rows = measure(
             options.size, options.batch, options.length, options.threads, options.variants,
             options.steps,
-        )]  # fmt: skip
-    rows = []
-    for run in runs:
-        measured = measure(*run)
-        rows += measured
-        print("\n".join(map(line, measured)), flush=True)
+        )  # fmt: skip
+        print(turns.table(rows, "fastlm"))
     print(json.dumps({"train_step": vars(options), "machine": machine(), "rows": rows}))
 
 

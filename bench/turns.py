@@ -43,11 +43,12 @@ def measure(
     one step of `tokens` tokens and returns its loss. One row a variant.
     """
     spawn = multiprocessing.get_context("spawn")
-    pipes = {}
+    pipes, processes = {}, []
     for variant in variants:
         pipes[variant], theirs = spawn.Pipe()
         its = (theirs, make, variant, arguments, threads)
-        spawn.Process(target=_worker, args=its, daemon=True).start()
+        processes.append(spawn.Process(target=_worker, args=its, daemon=True))
+        processes[-1].start()
     seconds: dict[str, list[float]] = {v: [] for v in pipes}
     for i in range(WARM_UP + steps):
         for variant, pipe in pipes.items():
@@ -70,6 +71,8 @@ def measure(
             }
         )
         pipe.send("stop")
+    for process in processes:
+        process.join()
     return rows
 
 

@@ -28,6 +28,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "avx2"_a, "avx512"_a, "amx_cpu"_a, "amx_permission"_a);
   m.def("prefer_huge_pages", &prefer_huge_pages, "output"_a);
+  m.def("want_huge_pages", [](bool wanted) { huge_pages_wanted = wanted; }, "wanted"_a);
 
   m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
         "y"_a, "h"_a, "rstd"_a, no_gil);
@@ -80,7 +81,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<DecodeLinear>(m, "DecodeLinear")
       .def(py::init<TensorView, OptionalTensor, OptionalTensor, int, int64_t, int64_t, int>(),
-           "weight"_a, "table"_a, "bias"_a, "bits"_a, "k"_a, "group_size"_a, "act_bits"_a);
+           "weight"_a, "table"_a, "bias"_a, "bits"_a, "k"_a, "group_size"_a, "act_bits"_a)
+      .def_property_readonly("tile_bytes", &DecodeLinear::tile_bytes)
+      .def("pack", &DecodeLinear::pack, "tiles"_a);
   py::class_<DecodePlan>(m, "DecodePlan")
       .def(py::init<const DecodeLinear&, const DecodeLinear&, TensorView, int64_t, int64_t, int64_t,
                     const std::string&, float, float, float, float, float>(),

@@ -85,6 +85,12 @@ OPTIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def gradients_in_the_forward(monkeypatch):
+    """As with many rows; test_few_rows puts it back."""
+    monkeypatch.setattr(MODULE, "_FEW_ROWS", 0)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 # ragged everywhere; one of each; more rows than a chunk is wide and a vocabulary of two blocks
@@ -131,6 +137,25 @@ def test_ways_agree(isa, dtype):
         torch.testing.assert_close(
             a, b, rtol=4 * ULP[a.dtype], atol=4 * ULP[dtype] * b.abs().max().item()
         )
+
+
+@pytest.mark.parametrize("rows", [1, 33, 64])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "reduction": "sum"}], ids=str)
+def test_few_rows(isa, dtype, rows, options, monkeypatch):
+    """The gradients are made in the backward, the weight's in its own dtype."""
+    monkeypatch.setattr(MODULE, "_FEW_ROWS", 64)
+    check(*make(rows, 50, 300, dtype), **options)
+    check(*make(rows, 16, 300, dtype, bias=False, ignored=0), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"reduction": "none"}], ids=str)
+def test_scores_far_above_the_first(isa, dtype, options):
+    """e^(z - base) is larger than a float where the base is one of the first classes' scores."""
+    x, w, bias, target = make(40, 32, 700, dtype)
+    w[:64] /= 64
+    w[64:] *= 8
+    assert (F.linear(x, w).float().amax(1) - F.linear(x, w[:64]).float().amax(1)).max() > 50
+    check(x, w, bias, target, **options)
 
 
 @pytest.mark.parametrize("case", ["peaked", "all negative", "common offset"])

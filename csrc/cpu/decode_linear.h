@@ -37,6 +37,18 @@ struct RunAt {
   FASTLM_INLINE void cut() { length = std::min({RUN_MAX, (group + 1) * size - begin, k - begin}); }
 };
 
+// a * b + c rounded once. The compiler fuses too, but not in every loop alike, and a row's result
+// must not depend on how many share its pass.
+FASTLM_INLINE vfloat fused(vfloat a, vfloat b, vfloat c) {
+#if FASTLM_VL == 16
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FASTLM_VL == 8
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;  // no target to fuse for
+#endif
+}
+
 typedef int8_t octets __attribute__((vector_size(16)));
 
 // Row m of x as `l` wants it.
@@ -156,19 +168,21 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       if constexpr (CHAINS == 2) acc[r][0] += acc[r][1];
-      f[r] += __builtin_convertvector(acc[r][0], vfloat) * (s * scale[r * a.runs + i]);
-      if constexpr (OFFSETS) f[r] += z * sum[r * a.runs + i];
+      const vfloat total = __builtin_convertvector(acc[r][0], vfloat);
+      f[r] = fused(total, s * splat(scale[r * a.runs + i]), f[r]);
+      if constexpr (OFFSETS) f[r] = fused(z, splat(sum[r * a.runs + i]), f[r]);
     }
   }
   for (int r = 0; r < ROWS; ++r) store(out + r * DECODE_TILE, f[r]);
 }
 
-template <int BITS, int J, int ROWS, int CHAINS>
-FASTLM_INLINE void add_columns(vint v, const float* x, int64_t stride, vfloat (&acc)[ROWS][CHAINS]) {
+template <int BITS, int J, int ROWS>
+FASTLM_INLINE void add_columns(vint v, const float* x, int64_t stride, vfloat (&acc)[ROWS][2]) {
   if constexpr (J < PER_LANE<BITS>) {
     const vfloat w = column<BITS, J>(v);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) acc[r][J % CHAINS] += w * splat(x[r * stride + J]);
+    for (int r = 0; r < ROWS; ++r)
+      acc[r][J % 2] = fused(w, splat(x[r * stride + J]), acc[r][J % 2]);
     add_columns<BITS, J + 1>(v, x, stride, acc);
   }
 }
@@ -177,7 +191,6 @@ FASTLM_INLINE void add_columns(vint v, const float* x, int64_t stride, vfloat (&
 template <int BITS, bool OFFSETS, int ROWS>
 void float_product(const TilePart& part, const Activations& a, const Activations::Format& x,
                    int64_t m, float* out) {
-  constexpr int CHAINS = ROWS <= 2 ? 2 : 1;
   vfloat f[ROWS];
   for (int r = 0; r < ROWS; ++r)
     f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
@@ -186,7 +199,7 @@ void float_product(const TilePart& part, const Activations& a, const Activations
   for (RunAt run = part.first; run.begin < part.end; run.next()) {
     const int64_t begin = run.begin, i = run.index;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
-    vfloat acc[ROWS][CHAINS] = {};
+    vfloat acc[ROWS][2] = {};
     for (int64_t l = 0; l < lanes; ++l, w += 4 * VL)
       add_columns<BITS, 0>(load_lanes(w), row + begin + l * PER_LANE<BITS>, a.stride, acc);
     const int64_t g = run.group * (1 + OFFSETS);
@@ -194,13 +207,12 @@ void float_product(const TilePart& part, const Activations& a, const Activations
     vfloat z{};
     if constexpr (OFFSETS) {
       z = part.from_table(g + 1);
-      if constexpr (BITS == 4) z += s * 8.f;  // `column` gives nibble - 8
+      if constexpr (BITS == 4) z = fused(s, splat(8.f), z);  // `column` gives nibble - 8
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      if constexpr (CHAINS == 2) acc[r][0] += acc[r][1];
-      f[r] += acc[r][0] * s;
-      if constexpr (OFFSETS) f[r] += z * sum[r * a.runs + i];
+      f[r] = fused(acc[r][0] + acc[r][1], s, f[r]);
+      if constexpr (OFFSETS) f[r] = fused(z, splat(sum[r * a.runs + i]), f[r]);
     }
   }
   for (int r = 0; r < ROWS; ++r) store(out + r * DECODE_TILE, f[r]);
@@ -225,8 +237,20 @@ void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
   const int present = int(std::clamp<int64_t>(l.n - n, 0, VL));
   const int64_t entry = l.dtype == DType::f32 ? 4 : 2,
                 table = n / DECODE_TILE * l.groups * (1 + OFFSETS) * DECODE_TILE + n % DECODE_TILE;
-  TilePart part{panel, RunAt(l.k, l.group_size), 0, l.table + table * entry, l.dtype,
+  const auto multiply = [&](const TilePart& part) {
+    in_passes(rows, [&](auto r, int64_t m) {
+      if (l.int8_activations)
+        int8_product<BITS, OFFSETS, r.value>(part, a, x, m, out + m * DECODE_TILE);
+      else
+        float_product<BITS, OFFSETS, r.value>(part, a, x, m, out + m * DECODE_TILE);
+    });
+  };
+  TilePart part{panel, RunAt(l.k, l.group_size), l.k, l.table + table * entry, l.dtype,
                 l.groups * (1 + OFFSETS)};
+  if (l.tile_lanes == VL) {
+    part.panel = l.tiles + n * l.lanes() * 4;
+    return multiply(part);
+  }
   for (RunAt run = part.first; run; part.first = run) {
     const int64_t most = run.begin + PANEL_LANES * PER_LANE<BITS>;
     for (; run && run.begin + run.length <= most; run.next()) part.end = run.begin + run.length;
@@ -249,13 +273,28 @@ void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
 #pragma GCC unroll 16
       for (int j = 0; j < VL; ++j) memcpy(panel + (i + j) * 4 * VL, &t[j], sizeof(vint));
     }
-    in_passes(rows, [&](auto r, int64_t m) {
-      if (l.int8_activations)
-        int8_product<BITS, OFFSETS, r.value>(part, a, x, m, out + m * DECODE_TILE);
-      else
-        float_product<BITS, OFFSETS, r.value>(part, a, x, m, out + m * DECODE_TILE);
-    });
+    multiply(part);
   }
+}
+
+// What `quantized_tile` makes of each tile, kept.
+template <int BITS>
+void pack_tiles(const DecodeLinear& l, uint8_t* out) {
+  Weight w{};
+  w.q = reinterpret_cast<const uint8_t*>(l.weight), w.row_bytes = l.row_bytes;
+  const int64_t lanes = l.lanes();
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < (l.n + DECODE_TILE - 1) / DECODE_TILE * DECODE_TILE; n += VL)
+    for (int64_t i = 0; i < lanes; i += VL) {
+      vint t[VL];
+      load_transposed(w, n, int(std::clamp<int64_t>(l.n - n, 0, VL)), i, 0, t);
+      for (int64_t j = 0; j < std::min<int64_t>(VL, lanes - i); ++j)
+        memcpy(out + n * lanes * 4 + (i + j) * 4 * VL, &t[j], sizeof(vint));
+    }
+}
+inline void pack_tiles(DecodeLinear& l, uint8_t* out) {
+  l.bits == 4 ? pack_tiles<4>(l, out) : pack_tiles<8>(l, out);
+  l.tiles = out, l.tile_lanes = VL;
 }
 
 template <class T>
@@ -264,7 +303,7 @@ void dense_tile(const DecodeLinear& l, int64_t n, const Activations& a, int64_t 
   for (int64_t i = 0; i < present; ++i) {
     const T* w = reinterpret_cast<const T*>(l.weight) + (n + i) * l.k;
     in_passes(rows, [&](auto r, int64_t m) {
-      constexpr int ROWS = r.value, CHAINS = ROWS <= 2 ? 4 : 1;
+      constexpr int ROWS = r.value, CHAINS = 2;
       const float* x = a.x + m * a.stride;
       vfloat acc[ROWS][CHAINS] = {};
       int64_t k = 0;
@@ -273,16 +312,17 @@ void dense_tile(const DecodeLinear& l, int64_t n, const Activations& a, int64_t 
         for (int c = 0; c < CHAINS; ++c) {
           const vfloat v = load(w + k + c * VL);
 #pragma GCC unroll 8
-          for (int j = 0; j < ROWS; ++j) acc[j][c] += v * load(x + j * a.stride + k + c * VL);
+          for (int j = 0; j < ROWS; ++j)
+            acc[j][c] = fused(v, load(x + j * a.stride + k + c * VL), acc[j][c]);
         }
       for (; k < l.k; k += VL) {
         const int count = int(std::min<int64_t>(VL, l.k - k));
         const vfloat v = load(w + k, count);
-        for (int j = 0; j < ROWS; ++j) acc[j][0] += v * load(x + j * a.stride + k, count);
+        for (int j = 0; j < ROWS; ++j)
+          acc[j][0] = fused(v, load(x + j * a.stride + k, count), acc[j][0]);
       }
       for (int j = 0; j < ROWS; ++j) {
-        for (int c = 1; c < CHAINS; ++c) acc[j][0] += acc[j][c];
-        out[(m + j) * DECODE_TILE + i] = hsum(acc[j][0]);
+        out[(m + j) * DECODE_TILE + i] = hsum(acc[j][0] + acc[j][1]);
       }
     });
   }

@@ -25,10 +25,15 @@ struct DecodeLinear {
   int64_t n = 0, k = 0, row_bytes = 0, group_size = 0, groups = 0;
   const char* table = nullptr;
   const float* bias = nullptr;
+  const uint8_t* tiles = nullptr;  // a copy of the codes, transposed as the kernel wants them
+  int tile_lanes = 0;              // for vectors of so many lanes; others read `weight`
 
   DecodeLinear() = default;
   DecodeLinear(TensorView weight, OptionalTensor table, OptionalTensor bias, int bits, int64_t k,
                int64_t group_size, int act_bits);
+  int64_t lanes() const { return (k * bits + 31) / 32; }  // 4 bytes of a row each
+  int64_t tile_bytes() const { return (n + DECODE_TILE - 1) / DECODE_TILE * DECODE_TILE * lanes() * 4; }
+  void pack(TensorView tiles);  // (tile_bytes) uint8: filled, and read by every step from then on
 };
 
 struct DecodeLayer {

@@ -54,6 +54,13 @@ DecodeLinear::DecodeLinear(TensorView w, OptionalTensor scales, OptionalTensor b
   bias = floats("bias", b, n);
 }
 
+void DecodeLinear::pack(TensorView out) {
+  if (bits == 16) throw std::invalid_argument("weight: wanted a quantized one, got a dense one");
+  check_contiguous("tiles", out);
+  check_size("tiles", "bytes:", tile_bytes(), out.numel());
+  FASTLM_RUN(pack_tiles, *this, out.data<uint8_t>("tiles"));
+}
+
 DecodePlan::DecodePlan(const DecodeLinear& embedding, const DecodeLinear& head, TensorView norm,
                        int64_t heads, int64_t kv_heads, int64_t head_dim, const std::string& act,
                        float eps, float scale, float softcap, float embedding_scale,

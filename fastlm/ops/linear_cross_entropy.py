@@ -545,6 +545,8 @@ def _setup_loss(ctx, inputs, output):
 
 
 def _autograd_loss(ctx, d_loss, *_):
+    if d_loss is None:
+        return (None,) * 13
     gradients = _loss_backward(d_loss, *ctx.saved_tensors, *ctx.dtypes)
     needed = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad)]
     return *needed, *[None] * 10

@@ -1,0 +1,265 @@
+"""The decode step in one call against the modules, which are tested against transformers."""
+
+import copy
+
+import pytest
+import torch
+from tolerance import ULP
+
+import fastlm
+from fastlm import backend, decoding
+from fastlm.config import ModelConfig
+from fastlm.layers import KVCache
+from fastlm.model import CausalLM
+from fastlm.ops import quantize_weight
+from fastlm.quant.model import put_quantized
+
+# Odd on purpose: heads of 24, no size a multiple of a vector
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 60,
+    "intermediate_size": 52,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 24,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+}
+CASES = {
+    "llama": {"tie_word_embeddings": True},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "qwen3": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "gemma2": {
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 30,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 7},
+    "olmo2": {},
+    "phi3": {"sliding_window": 7, "head_dim": None},
+    "smollm3": {"num_hidden_layers": 5},
+}
+# The modules' products of other shapes round otherwise: 2^7 units in the last place, as in
+# test_model.py. Where x is rounded to int8, a value next to a tie may then go to the other side, by
+# 1/127 of its run's largest, which three layers of random weights make up to 4 % of a logit's.
+NEAR, FLIPPED = 2**7 * ULP[torch.float32], 0.08
+
+
+def model_of(case="llama", **changes):
+    config = ModelConfig(
+        model_type=case.split("-")[0], **{**SMALL, **CASES.get(case, {}), **changes}
+    )
+    return CausalLM(config, seed=4, scaled_residual=False).eval()
+
+
+def prefilled(model, rows, length, capacity, dtype=torch.float32, seed=0):
+    """ids (rows, capacity), and a cache that holds the first `length` of them."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.config.vocab_size, (rows, capacity), generator=g)
+    cache = KVCache(model.config, rows, capacity, dtype=dtype)
+    with torch.inference_mode():
+        model.next_logits(ids[:, :length], cache, None)
+    return ids, cache
+
+
+def copy_of(model, cache, **options):
+    other = KVCache(model.config, cache.data.shape[2], cache.capacity, dtype=cache.data.dtype)
+    other.data.copy_(cache.data)
+    other.length = cache.length
+    return decoding.Steps(model, decoding.Plan(model), other, options.get("starts"))
+
+
+def assert_steps_equal_modules(model, rows=3, length=9, count=4, act_bits=16):
+    ids, cache = prefilled(model, rows, length, length + count)
+    assert decoding.why_not(model) is None
+    steps = copy_of(model, cache)
+    errors = []
+    with torch.inference_mode():
+        for i in range(length, length + count):
+            wanted = model.next_logits(ids[:, i : i + 1], cache, None)
+            got = steps.logits(ids[:, i].contiguous())
+            errors.append(error_of(got, wanted))
+            errors.append(error_of(steps.cache.data[..., i, :], cache.data[..., i, :]))
+            steps.cache.data.copy_(cache.data)
+    if act_bits == 16:
+        assert max(errors) <= NEAR
+    else:
+        assert max(errors) <= FLIPPED
+
+
+def error_of(got, wanted):
+    assert got.isfinite().all()
+    return ((got - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_families(case):
+    assert_steps_equal_modules(model_of(case))
+    assert_steps_equal_modules(fastlm.quantize(model_of(case), "w4a16", group_size=16))
+
+
+@pytest.mark.parametrize("format", ["w4a16", "w8a16", "w8a8", "w4a8"])
+@pytest.mark.parametrize("group_size", [8, 32, 40, -1])
+def test_formats(format, group_size, isa):
+    model = fastlm.quantize(model_of(), format, group_size=group_size, scale_dtype=torch.float32)
+    assert_steps_equal_modules(model, rows=5, act_bits=8 if format.endswith("a8") else 16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_offsets(bits, act_bits, isa):
+    """Asymmetric weights, a row of several panels and runs, projections of different formats."""
+    model = model_of(intermediate_size=2600, num_hidden_layers=2)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            own = 12 - bits if name.endswith("v_proj") else bits
+            group = -1 if name.endswith("down_proj") else 24
+            weight = quantize_weight(module.weight, own, group_size=group, symmetric=False)
+            put_quantized(model, name, weight, act_bits=act_bits)
+    assert_steps_equal_modules(model, rows=2, act_bits=act_bits)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 15])
+def test_rows(rows, isa):
+    assert_steps_equal_modules(model_of(), rows=rows, count=2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 64}, {"head_dim": 80}], ids=str)
+@pytest.mark.parametrize("case", ["llama", "mistral"])
+def test_long_contexts(case, changes):
+    window = {"sliding_window": 150} if case == "mistral" else {}
+    assert_steps_equal_modules(model_of(case, **changes, **window), length=254, count=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models_are_nearer_to_the_truth(dtype):
+    model = model_of("qwen3").to(dtype)
+    truth = copy.deepcopy(model).double()
+    ids, cache = prefilled(model, 4, 9, 10, dtype=dtype)
+    steps = copy_of(model, cache)
+    with torch.inference_mode():
+        wanted = truth(ids).logits[:, -1]
+        theirs = model.next_logits(ids[:, 9:], cache, None).double()
+        mine = steps.logits(ids[:, 9].contiguous()).double()
+    assert (mine - wanted).abs().max() <= 2 * (theirs - wanted).abs().max()
+
+
+@pytest.mark.parametrize("format", [None, "w4a8", "w8a16"])
+def test_same_bits(format, isa):
+    """On repeat, on one thread and two, and for a row alone and among others."""
+    model = model_of(hidden_size=96, intermediate_size=224)
+    if format:
+        model = fastlm.quantize(model, format, group_size=32)
+    ids, cache = prefilled(model, 11, 140, 142)
+    tokens = ids[:, 140].contiguous()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            results.append(copy_of(model, cache).logits(tokens))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
+    for row in (0, 10):
+        alone = KVCache(model.config, 1, 142, dtype=torch.float32)
+        alone.data.copy_(cache.data[:, :, row : row + 1])
+        alone.length = 140
+        assert torch.equal(copy_of(model, alone).logits(tokens[row : row + 1])[0], results[0][row])
+
+
+def test_generate_takes_it_and_gives_what_modules_give(monkeypatch):
+    model = model_of("mistral")
+    prompts = [[5], [7, 8, 9, 10, 11, 12], [3, 4]]
+    calls = []
+    run = decoding.Steps.logits
+    monkeypatch.setattr(decoding.Steps, "logits", lambda *a: calls.append(1) or run(*a))
+    fast = model.generate(prompts, max_new_tokens=12, temperature=0.0)
+    assert len(calls) == 11  # all but the first, which is the prompt's
+    monkeypatch.setattr(decoding, "why_not", lambda model: "tested without")
+    assert model.generate(prompts, max_new_tokens=12, temperature=0.0) == fast
+    assert len(calls) == 11
+
+
+def test_plan_follows_the_weights():
+    model = fastlm.quantize(model_of(), "w4a16", group_size=16)
+    first = decoding.plan_of(model)
+    assert decoding.plan_of(model) is first
+    before = model.generate([[1, 2]], max_new_tokens=4, temperature=0.0)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(-1)
+    after = model.generate([[1, 2]], max_new_tokens=4, temperature=0.0)
+    assert after != before
+    full = torch.tensor([[1, 2]])
+    with torch.no_grad():
+        for _ in range(4):
+            full = torch.cat((full, model(full).logits[:, -1].argmax(-1, keepdim=True)), 1)
+    assert after == full.tolist()
+
+
+def test_8_bit_activations_keep_a_float16_cache():
+    model = fastlm.quantize(model_of(), "w4a8", group_size=32)
+    assert decoding.plan_of(model).cache_dtype == torch.float16
+    assert decoding.plan_of(model_of()).cache_dtype == torch.float32
+    ids, cache = prefilled(model, 2, 20, 22, dtype=torch.float16)
+    _, wide = prefilled(model, 2, 20, 22)
+    got, wanted = (copy_of(model, c).logits(ids[:, 20].contiguous()) for c in (cache, wide))
+    assert error_of(got, wanted) <= FLIPPED
+    with torch.inference_mode():  # the modules read such a cache too
+        modules = model.next_logits(ids[:, 20:21], cache, None)
+    assert error_of(modules, wanted) <= FLIPPED
+
+
+def test_why_not():
+    class Adapter(torch.nn.Linear):
+        pass
+
+    model = model_of()
+    assert decoding.why_not(model) is None
+    with backend.use_backend("reference"):
+        assert "another backend is forced" in str(decoding.why_not(model))
+    assert "dtype" in str(decoding.why_not(model_of().double()))
+    hooked = model_of()
+    hooked.model.layers[1].mlp.register_forward_hook(lambda *a: None)
+    assert decoding.why_not(hooked) == "model.layers.1.mlp has hooks"
+    model.model.layers[0].mlp.up_proj = Adapter(60, 52, bias=False)
+    assert "model.layers.0.mlp.up_proj is Adapter" in str(decoding.why_not(model))
+    assert len(model.generate([[1]], max_new_tokens=3)[0]) == 4  # through the modules
+
+
+def test_refusals():
+    model = model_of()
+    ids, cache = prefilled(model, 2, 4, 5)
+    steps = copy_of(model, cache)
+    step = backend.cpu_extension.decode_step
+    rotary = list(steps.plan.rotary[0].tables(8, torch.device("cpu")))
+    out, work = torch.empty(2, 97), torch.empty(1 << 20, dtype=torch.uint8)
+    good = {
+        "plan": steps.plan.cpp,
+        "tokens": ids[:, 4].contiguous(),
+        "starts": None,
+        "cache": cache.data,
+        "length": 4,
+        "rotary": rotary,
+        "workspace": work,
+        "logits": out,
+    }
+    step(**good)
+    assert out.isfinite().all()
+    for change, message in (
+        ({"length": 5}, "length: wanted less than the cache's 5 columns, got 5"),
+        ({"workspace": work[:100].clone()}, "workspace: wanted"),
+        ({"cache": cache.data[:2].contiguous()}, "cache: wanted layers: 3, got 2"),
+        ({"cache": cache.data[:, :, :1].contiguous()}, "cache: wanted rows: 2, got 1"),
+        ({"tokens": ids[:, 4].int()}, "tokens: wanted dtype int64, got int32"),
+        ({"logits": out[:1].clone()}, "logits: wanted elements: 194, got 97"),
+        ({"rotary": [t[:4].clone() for t in rotary]}, "rotary: wanted tables of more than 4"),
+        ({"starts": torch.zeros(1, dtype=torch.int64)}, "starts: wanted elements: 2, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(**good | change)
