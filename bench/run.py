@@ -157,7 +157,7 @@ def section(results: dict, headline: bool, isa: str | None = None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--write-only", action="store_true", help="tables of the results there are")
     parser.add_argument("--no-gate", action="store_true", help="skip the tests (not for claims)")
     parser.add_argument("--isa", choices=FORCED, help="hold both sides to one instruction set")
