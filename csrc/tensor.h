@@ -29,8 +29,8 @@ enum class DType { f32, f64, bf16, f16, i8, u8, i16, i32, i64, boolean, other };
 
 inline const char* name(DType t) {
   static const char* names[] = {
-      "float32", "float64", "bfloat16", "float16", "int8",
-      "uint8",   "int16",   "int32",    "int64",   "bool", "unsupported dtype"};
+      "float32", "float64", "bfloat16", "float16",          "int8", "uint8", "int16",
+      "int32",   "int64",   "bool",     "unsupported dtype"};
   return names[static_cast<int>(t)];
 }
 

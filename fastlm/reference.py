@@ -182,9 +182,10 @@ def round_stochastic(x: Tensor, key: int) -> Tensor:
 
 
 def join_master(param: Tensor, low: Tensor) -> Tensor:
-    """The float32 master of a bfloat16 parameter and the 16 bits (int16) that it lacks."""
+    """The float32 master of a bfloat16 parameter and the 16 bits (int16) that it lacks; zero lacks
+    none (those of the last step stay behind where somebody sets a parameter to zero)."""
     high = param.view(torch.int16).int() << 16
-    return (high + low.int()).view(torch.float32)
+    return (high + low.int().masked_fill(param == 0, 0)).view(torch.float32)
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,14 +239,15 @@ def adamw(
         step = steps[i].item()
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        split = master is not None and param.dtype == torch.bfloat16
+        split = master is not None and master.dtype == torch.int16
         w = param if master is None else join_master(param, master) if split else master
         w = w.to(m.dtype)
         denominator = v.sqrt() / math.sqrt(1 - beta2**step) + eps
         w = w - (lr * weight_decay * w + lr / (1 - beta1**step) * (m / denominator))
-        if split:
-            high, low = split_master(w)
-            param.copy_(high), master.copy_(low)
+        if split and master is not None:
+            param_bits, master_bits = split_master(w)
+            param.copy_(param_bits)
+            master.copy_(master_bits)
         else:
             if master is not None:
                 master.copy_(w)

@@ -526,19 +526,40 @@ def test_masters_of_every_kind_of_bits(isa, name):
     bits = torch.cat([torch.tensor(HARD, dtype=torch.int64), torch.randint(0, 2**32, (1000,))])
     exact = bits.int().view(torch.float32)
     exact = exact.where(exact.abs() < 3e38, 1.0)
+    normal = exact.abs() >= torch.finfo(torch.float32).tiny
+
+    def check(after):
+        assert torch.equal(after[normal].view(torch.int32), exact[normal].view(torch.int32))
+        assert (after[~normal].abs() <= exact[~normal].abs()).all()  # flushed, or as it was
+
     high, low = reference.split_master(exact)
-    assert torch.equal(reference.join_master(high, low).view(torch.int32), exact.view(torch.int32))
+    check(reference.join_master(high, low))
     p = high.clone().requires_grad_()
     optimizer = AdamW([p], lr=0.0, weight_decay=0.0, master_weights=True)
     p.grad = torch.zeros_like(p)
     with backend.use_backend(name):
         optimizer.step()
+        with torch.no_grad():
+            p.copy_(high)
         optimizer.state[p]["master_low"].copy_(low)
         optimizer.step()
-    after = reference.join_master(p.detach(), optimizer.state[p]["master_low"])
-    normal = exact.abs() >= torch.finfo(torch.float32).tiny
-    assert torch.equal(after[normal].view(torch.int32), exact[normal].view(torch.int32))
-    assert (after[~normal].abs() < torch.finfo(torch.float32).tiny).all()  # flushed, or as it was
+    check(reference.join_master(p.detach(), optimizer.state[p]["master_low"]))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_parameter_set_to_zero_between_steps(isa, name):
+    """As a pruning mask does: what its master had below bfloat16 must not turn zero into NaN."""
+    p = torch.randn(100).bfloat16().requires_grad_()
+    optimizer = AdamW([p], lr=1e-3, master_weights=True)
+    with backend.use_backend(name):
+        for _ in range(3):
+            give_grads([p])
+            optimizer.step()
+            with torch.no_grad():
+                p[::2] = 0.0
+        give_grads([p])
+        optimizer.step()
+    assert (p[::2].abs() < 2e-3).all() and p.isfinite().all()
 
 
 def test_a_tie_keeps_within_one_unit_of_float32():

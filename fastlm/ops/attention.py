@@ -189,10 +189,16 @@ def backward_fake(dout, dlse, q, k, v, out, lse, *rest):
     """Shapes of the gradients; `rest` is sinks, alibi_slopes, bias, seed and the numbers."""
     sinks, bias, bias_grad = rest[0], rest[2], rest[-1]
     return (
-        *(torch.empty_like(t) for t in elements_last(q, k, v)),
+        *(t.new_empty(t.shape) for t in (q, k, v)),
         lse.new_empty(0 if sinks is None else sinks.shape[0]),
         lse.new_empty(bias.shape if bias is not None and bias_grad else (0,)),
     )
+
+
+def _backward_fake(dout, dlse, q, k, v, *rest):
+    """Gradients in the memory order of q, k and v, for the same reason as `empty_out`."""
+    _, _, _, dsinks, dbias = backward_fake(dout, dlse, q, k, v, *rest)
+    return *(torch.empty_like(t) for t in elements_last(q, k, v)), dsinks, dbias
 
 
 def empty_out(q: Tensor, width: int) -> Tensor:
@@ -247,7 +253,8 @@ def cpu_forward(
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = elements_last(q, k, v)
     v_width = v.shape[-1]
-    out = empty_out(q, v_width)
+    dense = layout[0] is None and layout[2] is None
+    out = empty_out(q, v_width) if dense else q.new_empty(*q.shape[:-1], v_width)
     lse = q.new_empty(lse_shape, dtype=torch.float32)
     q_shape, k_shape = q.shape, k.shape
     rows_at, heads_at = (2, 1) if layout[2] is None else (1, 2)
@@ -351,15 +358,10 @@ def _reference_forward(q: Tensor, k: Tensor, v: Tensor, *rest):
     return empty_out(q, v.shape[3]).copy_(out), lse
 
 
-def in_order(backward):
-    """`backward` with gradients in the memory order of q, k and v, as `backward_fake` promises."""
-
-    def ordered(dout, dlse, q, k, v, *rest):
-        *grads, dsinks, dbias = backward(dout, dlse, q, k, v, *rest)
-        inputs = elements_last(q, k, v)
-        return *(torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads)), dsinks, dbias
-
-    return ordered
+def _reference_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest):
+    *grads, dsinks, dbias = reference.attention_backward(dout, dlse, q, k, v, *rest)
+    inputs = elements_last(q, k, v)
+    return *(torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads)), dsinks, dbias
 
 
 def _setup_context(ctx, inputs, output):
@@ -401,7 +403,7 @@ _backward = register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? seed,"
     f" {NUMBERS}, float dropout_p, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=backward_fake,
-    implementations={"reference": in_order(reference.attention_backward), "cpu": _cpu_backward},
+    fake=_backward_fake,
+    implementations={"reference": _reference_backward, "cpu": _cpu_backward},
     picked_by=2,
 )

@@ -13,7 +13,6 @@ from fastlm.ops.attention import (
     cpu_backward,
     cpu_forward,
     dropout_seed,
-    in_order,
     wide_dtype,
 )
 
@@ -171,9 +170,6 @@ _backward = register(
     f" Tensor? bias, Tensor? seed, {_NUMBERS}, float dropout_p, bool bias_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={
-        "reference": in_order(reference.varlen_attention_backward),
-        "cpu": _cpu_backward,
-    },
+    implementations={"reference": reference.varlen_attention_backward, "cpu": _cpu_backward},
     picked_by=2,
 )
