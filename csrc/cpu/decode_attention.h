@@ -9,8 +9,8 @@ inline int64_t partial_size(int64_t head_dim) { return (head_dim + 15) / 16 * 16
 template <class C>
 struct AttentionInputs {
   int64_t heads, kv_heads, head_dim, width;
-  const float* qkv;  // (M, width): q heads, k heads, v heads
-  C *keys, *values;  // (M, kv_heads, capacity, head_dim)
+  const float* qkv;                  // (M, width): q heads, k heads, v heads
+  C *keys, *values;                  // (M, kv_heads, capacity, head_dim)
   int64_t capacity, length, window;  // length: the new token included; window 0: none
   const int64_t* starts;
   int64_t chunks;

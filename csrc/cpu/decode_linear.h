@@ -1,14 +1,15 @@
 // The products of decode_step.h: a tile of 16 rows of W (quantized or dense) with M rows of x.
 
-constexpr int64_t PANEL_LANES = 256;  // transposed W at a time: 16 KiB of 64-byte vectors, in the L1
-constexpr int64_t AHEAD = 16;         // rows of W prefetched ahead: the next tile
+constexpr int64_t PANEL_LANES =
+    256;                       // transposed W at a time: 16 KiB of 64-byte vectors, in the L1
+constexpr int64_t AHEAD = 16;  // rows of W prefetched ahead: the next tile
 constexpr int MOST_ROWS = VL == 16 ? 8 : 4;  // of x in one pass: two accumulators each in registers
 
 struct Activations {  // M rows
   float* x;           // (M, stride), zero from K to the next multiple of 16
   int64_t stride, runs;
-  struct Format {  // as one weight wants them; per run of columns under one scale (`Runs`)
-    int8_t* q;     // (M, stride), of int4 weights: even k of 8 and then odd
+  struct Format {        // as one weight wants them; per run of columns under one scale (`Runs`)
+    int8_t* q;           // (M, stride), of int4 weights: even k of 8 and then odd
     float *scale, *sum;  // (M, runs): x is near scale * q; sum of x, or of scale * q
     int32_t* start;      // (M, runs): where an integer sum begins, for an offset of 8 or 128 in W
   } formats[3];
@@ -99,10 +100,16 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
 struct TilePart {
   const uint8_t* panel;
   RunAt first;
-  int64_t end;  // column
+  int64_t end;        // column
   const char* table;  // of this tile, at its first of these VL rows
   DType dtype;
-  int64_t next;  // entries of DECODE_TILE from this tile's table to the next one's
+  int64_t next;       // entries of DECODE_TILE from this tile's table to the next one's
+  int64_t ahead = 0;  // bytes from this tile to the next one, where W is packed
+
+  FASTLM_INLINE void prefetch(const uint8_t* w, int64_t lanes) const {
+    if (ahead)
+      for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(w + ahead + i * 4 * VL, 0, 2);
+  }
 
   FASTLM_INLINE vfloat from_table(int64_t i) const {
     __builtin_prefetch(table + (i + next) * DECODE_TILE * (dtype == DType::f32 ? 4 : 2), 0, 2);
@@ -124,8 +131,7 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
                   int64_t m, float* out) {
   constexpr int CHAINS = ROWS <= 2 ? 2 : 1;  // of dependent products
   vfloat f[ROWS];
-  for (int r = 0; r < ROWS; ++r)
-    f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
+  for (int r = 0; r < ROWS; ++r) f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
   const int8_t* q = x.q + m * a.stride;
   const float *scale = x.scale + m * a.runs, *sum = x.sum + m * a.runs;
   const int32_t* start = x.start + m * a.runs;
@@ -133,6 +139,7 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
   for (RunAt run = part.first; run.begin < part.end; run.next()) {
     const int64_t begin = run.begin, i = run.index;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
+    part.prefetch(w, lanes);
     vint acc[ROWS][CHAINS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
@@ -192,13 +199,13 @@ template <int BITS, bool OFFSETS, int ROWS>
 void float_product(const TilePart& part, const Activations& a, const Activations::Format& x,
                    int64_t m, float* out) {
   vfloat f[ROWS];
-  for (int r = 0; r < ROWS; ++r)
-    f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
+  for (int r = 0; r < ROWS; ++r) f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
   const float *row = a.x + m * a.stride, *sum = x.sum + m * a.runs;
   const uint8_t* w = part.panel;
   for (RunAt run = part.first; run.begin < part.end; run.next()) {
     const int64_t begin = run.begin, i = run.index;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
+    part.prefetch(w, lanes);
     vfloat acc[ROWS][2] = {};
     for (int64_t l = 0; l < lanes; ++l, w += 4 * VL)
       add_columns<BITS, 0>(load_lanes(w), row + begin + l * PER_LANE<BITS>, a.stride, acc);
@@ -245,10 +252,11 @@ void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
         float_product<BITS, OFFSETS, r.value>(part, a, x, m, out + m * DECODE_TILE);
     });
   };
-  TilePart part{panel, RunAt(l.k, l.group_size), l.k, l.table + table * entry, l.dtype,
-                l.groups * (1 + OFFSETS)};
+  TilePart part{panel,   RunAt(l.k, l.group_size), l.k, l.table + table * entry,
+                l.dtype, l.groups * (1 + OFFSETS)};
   if (l.tile_lanes == VL) {
     part.panel = l.tiles + n * l.lanes() * 4;
+    part.ahead = VL * l.lanes() * 4;
     return multiply(part);
   }
   for (RunAt run = part.first; run; part.first = run) {
@@ -333,9 +341,7 @@ inline void tile_product(const DecodeLinear& l, int64_t n, const Activations& a,
                          int64_t rows, uint8_t* panel, float* out) {
   const Activations::Format& x = a.formats[format];
   if (l.bits == 16) {
-    with_float(l.dtype, "weight", [&](auto tag) {
-      dense_tile<decltype(tag)>(l, n, a, rows, out);
-    });
+    with_float(l.dtype, "weight", [&](auto tag) { dense_tile<decltype(tag)>(l, n, a, rows, out); });
   } else {
     for (int64_t i = 0; i < DECODE_TILE; i += VL) {
       if (l.bits == 4)

@@ -32,7 +32,9 @@ struct DecodeLinear {
   DecodeLinear(TensorView weight, OptionalTensor table, OptionalTensor bias, int bits, int64_t k,
                int64_t group_size, int act_bits);
   int64_t lanes() const { return (k * bits + 31) / 32; }  // 4 bytes of a row each
-  int64_t tile_bytes() const { return (n + DECODE_TILE - 1) / DECODE_TILE * DECODE_TILE * lanes() * 4; }
+  int64_t tile_bytes() const {
+    return (n + DECODE_TILE - 1) / DECODE_TILE * DECODE_TILE * lanes() * 4;
+  }
   void pack(TensorView tiles);  // (tile_bytes) uint8: filled, and read by every step from then on
 };
 

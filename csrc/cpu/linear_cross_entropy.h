@@ -1,19 +1,18 @@
 // Cross-entropy of x (R, D) . w (V, D)^T + bias for one chunk of R rows; the caller loops over
 // chunks. Body of linear_cross_entropy.cpp, compiled per instruction set.
 //
-//            R columns (rows of x)            scores     z^T block = w block . x^T, E = e^(z -
-//            base)
-//          +------------------------+                    and its sum per column; E may be kept
-//   VB rows|  block of z^T, one     |         gradients  dw block (+)= E . (f x), f turning E into
-//   of w   |  thread's work         |                    dloss/dz^T, and E turned in place; then,
-//          +------------------------+                    all blocks done, dx = f (E^T . w)
-//          |  ...                   |
+//            R columns (rows of x)            scores     z^T block = w block . x^T, with its
+//          +------------------------+                    E = e^(z - base) and their sum per column;
+//   VB rows|  block of z^T, one     |                    E may be kept
+//   of w   |  thread's work         |         gradients  dw block (+)= E . (f x), f turning E into
+//          +------------------------+                    dloss/dz^T; E is transposed; then, all
+//          |  ...                   |                    blocks done, dx = f (E^T . w)
 //
 // Transposed scores: w's rows are then the A operand where they lie, x is packed once per chunk,
 // the rows' statistics sit in lanes (no horizontal reduction), and E is already the A operand of
-// dw. What dloss/dz has besides f E, one element per target, is added to dw and dx in float32.
-// Label smoothing would be of rank 1, but the difference needs E's precision: dloss/dz takes E's
-// place.
+// dw. What dloss/dz has besides f E, one element per target, is added to dw and dx in float32. With
+// label smoothing dloss/dz is made in E's place: its terms may cancel, so they meet before the
+// sums.
 //
 // `base` is one number per row, not the block's maximum, so that f is one number per row too: the
 // largest of a few scores, which is the row's maximum give or take a window in which nothing over-

@@ -38,7 +38,7 @@ inline void matmul(const TensorView& a, const TensorView& b, const TensorView& c
 // Random data: zeros run faster. Returns floating-point operations done; the caller takes the time.
 template <class E>
 double multiply_in_l1(int64_t repeats) {
-  constexpr int64_t M = 4 * MR, K = KC<E>;
+  constexpr int64_t M = 4 * MR, K = (32 << 10) / NR / int64_t(sizeof(E));  // 32 KiB of b
   int threads = 0;
 #pragma omp parallel
   {
