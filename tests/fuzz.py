@@ -11,6 +11,7 @@ tests from then on (test_fuzz.py).
 
 import argparse
 import collections
+import contextlib
 import faulthandler
 import json
 import re
@@ -72,19 +73,12 @@ def fuzz(ops: list[str], minutes: float, seed: int) -> int:
     cases: collections.Counter = collections.Counter()
     seen: collections.Counter = collections.Counter()
     told = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    # interrupted, it still says what it did
+    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
         current = Path(folder) / "case"
         while spent < minutes * 60:
-            command = [
-                sys.executable,
-                "-P",
-                __file__,
-                "--worker",
-                str(current),
-                "--seed",
-                str(seed),
-            ]
-            command += ["--minutes", str(minutes - spent / 60), "--op", *ops]
+            command = [sys.executable, "-P", __file__, "--worker", str(current)]
+            command += ["--seed", str(seed), "--minutes", str(minutes - spent / 60), "--op", *ops]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
                 assert worker.stdout
                 for line in worker.stdout:
@@ -127,7 +121,8 @@ def main() -> int:
         return 0
     if arguments.worker:
         current = Path(arguments.worker)
-        work(arguments.op, arguments.seed, arguments.minutes * 60, current)
+        with contextlib.suppress(KeyboardInterrupt):
+            work(arguments.op, arguments.seed, arguments.minutes * 60, current)
         return 0
     if not arguments.op:
         from fuzz_cases import OPS

@@ -118,7 +118,7 @@ struct DecodeStep {
   const int64_t *tokens, *starts;  // starts: columns of padding, may be null
   int64_t rows, capacity, length;  // length: cached tokens, without the new one
   C* cache;                        // (layers, 2, rows, kv_heads, capacity, head_dim)
-  const std::vector<const float*>& rotary;
+  const float* const* rotary;
   int64_t rotary_width[8];
   float* logits;
   Meeting& meeting;
@@ -335,14 +335,14 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
     throw std::invalid_argument("workspace: wanted " + std::to_string(bytes + 64) + " bytes, got " +
                                 std::to_string(workspace.numel()));
   lay_out(p, rows, capacity, threads, aligned, work);
-  std::vector<const float*> tables;
+  const float* tables[16] = {};
   int64_t widths[8] = {};
   for (size_t i = 0; i < rotary.size(); ++i) {
     check_contiguous("rotary", rotary[i]);
     if (rotary[i].size(0) <= length)
       throw std::invalid_argument("rotary: wanted tables of more than " + std::to_string(length) +
                                   " positions, got " + std::to_string(rotary[i].size(0)));
-    tables.push_back(rotary[i].data<float>("rotary"));
+    tables[i] = rotary[i].data<float>("rotary");
     widths[i / 2] = rotary[i].size(1);
   }
   const int64_t *ids = tokens.data<int64_t>("tokens"),
@@ -356,6 +356,7 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
     std::copy(widths, widths + 8, step.rotary_width);
 #pragma omp parallel num_threads(threads) firstprivate(step)
     {
+      FlushDenormals flush;
       step.thread = omp_get_thread_num(), step.threads = omp_get_num_threads();
       step.run();
     }

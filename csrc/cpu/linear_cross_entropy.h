@@ -22,6 +22,7 @@
 // (bf16 or float).
 #include "cpu/gemm.h"
 #include "cpu/scores.h"
+#include "cpu/workspace.h"
 
 constexpr int64_t VB = 256;     // rows of w per block: 256 x 512 fp32 of dw are half of an L2
 constexpr int64_t DB = 256;     // most columns of dx per task: 512 x 256 fp32 in the L2
@@ -29,17 +30,6 @@ constexpr int64_t RC = 256;     // columns of z^T at a time: 256 KiB of fp32 in 
 constexpr int64_t RP = 32;      // a tile row of bf16: E is used as it lies
 constexpr int64_t SAMPLE = 64;  // scores whose maximum is the first `base`: one micro-panel
 constexpr double WINDOW = 50;   // e^50 squared is a float, e^-50 and 16 digits below it are too
-
-// Memory of one thread for one call.
-template <class X>
-struct Scratch {
-  X* data;
-  explicit Scratch(int64_t n)
-      : data(static_cast<X*>(aligned_alloc(64, (size_t(n) * sizeof(X) + 63) / 64 * 64))) {}
-  ~Scratch() { free(data); }
-  Scratch(const Scratch&) = delete;
-  operator X*() const { return data; }
-};
 
 inline int64_t padded_rows(int64_t r) { return (r + RP - 1) / RP * RP; }
 inline int64_t vocabulary_blocks(int64_t v) { return (v + VB - 1) / VB; }
@@ -85,12 +75,13 @@ struct LinearScores {
 
   // f(b, v0, count, j0, n, z) for every block of scores, on all threads.
   template <class F>
-  void each_block(const E* packed, F f) const {
+  void each_block(const Workspace& room, const E* packed, F f) const {
     const int64_t blocks = vocabulary_blocks(classes), rp = padded();
-#pragma omp parallel
+#pragma omp parallel num_threads(room.threads)
     {
-      Scratch<E> rows_of_w(VB * padded_k<E>(width));
-      Scratch<float> z(VB * RC);
+      Buffer memory(room.mine());
+      E* rows_of_w = memory.take<E>(VB * padded_k<E>(width));
+      float* z = memory.take<float>(VB * RC);
       TileScope tiles;
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < blocks; ++b) {
@@ -172,61 +163,67 @@ void exponentials_of(const Scores& score, const float* z, int64_t count, int64_t
 }
 
 // x (R, D), w (V, D), bias (V) float32 or absent, target (R) int64, class_weight (V) float32 or
-// absent; exponentials: V rounded up to VB times R padded elements of E, or absent; stats
-// (1 + 2 blocks, R padded) float32; at_target, shift, log_sum, nll, smoothed (R) float32.
+// absent; exponentials: V rounded up to VB times R padded elements of E, or absent; stats: float32,
+// (1 + 2 blocks, R padded) of them and behind these what the kernels need (its size is in
+// ops/linear_cross_entropy.py); at_target, shift, log_sum, nll, smoothed (R) float32.
 // shift + log_sum is the log of the sum of e^z, shift its nearest float.
 template <class T>
 void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t* target,
                                     const float* class_weight, int64_t ignore_index,
                                     Elem<T>* exponentials, ChunkStats stats, float* at_target,
-                                    float* shift, float* log_sum, float* nll, float* smoothed) {
+                                    float* shift, float* log_sum, float* nll, float* smoothed,
+                                    Workspace room) {
   using E = Elem<T>;
   const int64_t rp = chunk.padded(), rows = chunk.rows, blocks = vocabulary_blocks(chunk.classes);
-  Scratch<E> packed(rp * padded_k<E>(chunk.width));
+  E* packed = room.take<E>(rp * padded_k<E>(chunk.width));
   chunk.pack_x(packed);
-  Scratch<double> total(rows);
+  double* total = room.take<double>(rows);
+  float* most = room.take<float>(rp);
+  room.divide(Buffer::size_of<E>(VB * padded_k<E>(chunk.width)) + Buffer::size_of<float>(VB * RC));
   const auto set_base = [&](const float* most) {
     for (int64_t i = 0; i < rp; ++i)  // a padded column's E is 0, whatever the bias is
       stats.base[i] = i >= rows ? -NEGATIVE_INFINITY : finite_max(most[i]);
   };
   const auto sweep = [&] {
-    chunk.each_block(packed, [&](int64_t b, int64_t v0, int64_t count, int64_t j0, int64_t n,
-                                 const float* z) {
-      for (int64_t i = j0; i < std::min(j0 + n, rows); ++i)
-        if (target[i] != ignore_index && target[i] >= v0 && target[i] < v0 + count)
-          at_target[i] = z[(target[i] - v0) * n + i - j0];
-      constexpr int P = VL == 16 ? 8 : RP / VL;  // 128 columns with 32 registers
-      for (int64_t j = 0; j < n;) {
-        const auto part = [&](auto vectors) {
-          exponentials_of<decltype(vectors)::value, E>(
-              chunk.score, z + j, count, n, stats.base + j0 + j, stats.sum + b * rp + j0 + j,
-              exponentials ? exponentials + v0 * rp + j0 + j : nullptr, rp);
-          j += decltype(vectors)::value * VL;
-        };
-        if (n - j >= P * VL)
-          part(std::integral_constant<int, P>{});
-        else
-          part(std::integral_constant<int, RP / VL>{});
-      }
-      if (class_weight)
-        for (int64_t j = 0; j < n; j += VL) {
-          vfloat weighted{};
-          for (int64_t r = 0; r < count; ++r)
-            weighted += class_weight[v0 + r] * (load(z + r * n + j) - load(stats.base + j0 + j));
-          store(stats.weighted + b * rp + j0 + j, weighted);
-        }
-    });
+    chunk.each_block(
+        room, packed,
+        [&](int64_t b, int64_t v0, int64_t count, int64_t j0, int64_t n, const float* z) {
+          for (int64_t i = j0; i < std::min(j0 + n, rows); ++i)
+            if (target[i] != ignore_index && target[i] >= v0 && target[i] < v0 + count)
+              at_target[i] = z[(target[i] - v0) * n + i - j0];
+          constexpr int P = VL == 16 ? 8 : RP / VL;  // 128 columns with 32 registers
+          for (int64_t j = 0; j < n;) {
+            const auto part = [&](auto vectors) {
+              exponentials_of<decltype(vectors)::value, E>(
+                  chunk.score, z + j, count, n, stats.base + j0 + j, stats.sum + b * rp + j0 + j,
+                  exponentials ? exponentials + v0 * rp + j0 + j : nullptr, rp);
+              j += decltype(vectors)::value * VL;
+            };
+            if (n - j >= P * VL)
+              part(std::integral_constant<int, P>{});
+            else
+              part(std::integral_constant<int, RP / VL>{});
+          }
+          if (class_weight)
+            for (int64_t j = 0; j < n; j += VL) {
+              vfloat weighted{};
+              for (int64_t r = 0; r < count; ++r)
+                weighted +=
+                    class_weight[v0 + r] * (load(z + r * n + j) - load(stats.base + j0 + j));
+              store(stats.weighted + b * rp + j0 + j, weighted);
+            }
+        });
     for (int64_t i = 0; i < rows; ++i) total[i] = 0;
     for (int64_t b = 0; b < blocks; ++b)
       for (int64_t i = 0; i < rows; ++i) total[i] += stats.sum[b * rp + i];
   };
   {
-    Scratch<float> most(rp);
-#pragma omp parallel
+#pragma omp parallel num_threads(room.threads)
     {
       const int64_t count = std::min(SAMPLE, chunk.classes), width = std::min<int64_t>(rp, 2 * RP);
-      Scratch<E> rows_of_w(SAMPLE * padded_k<E>(chunk.width));
-      Scratch<float> z(SAMPLE * width);
+      Buffer memory(room.mine());
+      E* rows_of_w = memory.take<E>(SAMPLE * padded_k<E>(chunk.width));
+      float* z = memory.take<float>(SAMPLE * width);
       TileScope tiles;
 #pragma omp for schedule(static)
       for (int64_t j0 = 0; j0 < rp; j0 += width) {
@@ -243,7 +240,7 @@ void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t*
   bool in_window = true;  // not where a total is NaN
   for (int64_t i = 0; i < rows; ++i) in_window &= std::abs(std::log(total[i])) < WINDOW;
   if (!in_window) {
-    chunk.each_block(packed,
+    chunk.each_block(room, packed,
                      [&](int64_t b, int64_t, int64_t count, int64_t j0, int64_t n, const float* z) {
                        largest(z, count, n, stats.sum + b * rp + j0);
                      });
@@ -285,20 +282,19 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
                                        int64_t ignore_index, bool have_exponentials,
                                        Elem<T>* exponentials, ChunkStats stats,
                                        const float* at_target, T* dx, float* dw, T* dw_narrow,
-                                       float* dbias, bool accumulate) {
+                                       float* dbias, bool accumulate, Workspace room) {
   using E = Elem<T>;
   const int64_t rows = chunk.rows, rp = chunk.padded(), d = chunk.width,
                 blocks = vocabulary_blocks(chunk.classes);
   const Scores score = chunk.score;
   // E is multiplied as it was kept; else dloss/dz^T is made in its place first
   const bool direct = have_exponentials && !of.on_all;
-  Scratch<E> packed(have_exponentials ? 0 : rp * padded_k<E>(d));  // for z^T = w . x^T
-  Scratch<E> scaled(rows * d);                                     // f x
-  Scratch<E> packed_rows(packed_b_elements<E>(rows, d));           // the same for dw = E . (f x)
+  E* packed = room.take<E>(have_exponentials ? 0 : rp * padded_k<E>(d));  // for z^T = w . x^T
+  E* scaled = room.take<E>(rows * d);                                     // f x
+  E* packed_rows = room.take<E>(packed_b_elements<E>(rows, d));  // the same for dw = E . (f x)
   // Per column: the coefficients, padded with zeros; `factor` that turns E into on_p p; f, what is
   // left of it for x and dx; at the target, on_p p - on_target and E.
-  Scratch<float> coefficients(9 * rp);
-  float *on_p = coefficients, *on_target = on_p + rp, *on_all = on_target + rp,
+  float *on_p = room.take<float>(9 * rp), *on_target = on_p + rp, *on_all = on_target + rp,
         *shift = on_all + rp, *log_sum = shift + rp, *factor = log_sum + rp, *f = factor + rp,
         *whole = f + rp, *e_target = whole + rp;
   for (int64_t i = 0; i < rp; ++i) {
@@ -319,9 +315,17 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
   }
   if (!have_exponentials) chunk.pack_x(packed);
   const int64_t panel = padded_k<E>(rows) * VL;
-  Scratch<E*> turned(blocks);  // where a block's E^T lies: in the block that was turned before
-#pragma omp parallel
+  E** turned = room.take<E*>(blocks);  // a block's E^T lies in the block that was turned before
+  const int64_t sizes_e[] = {have_exponentials ? 0 : VB * padded_k<E>(d), VB * rp,
+                             packed_b_elements<E>(VB, DB)},
+                sizes_f[] = {have_exponentials ? 0 : VB * RC, dw_narrow ? VB * d : 0, rp * DB};
+  int64_t each = Buffer::size_of<double>(VB);
+  for (int64_t n : sizes_e) each += Buffer::size_of<E>(n);
+  for (int64_t n : sizes_f) each += Buffer::size_of<float>(n);
+  room.divide(each);
+#pragma omp parallel num_threads(room.threads)
   {
+    Buffer memory(room.mine());
     TileScope tiles;
     if (dw || dw_narrow) {
 #pragma omp for schedule(static)
@@ -336,12 +340,10 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
         pack_b<E>(scaled + j, d, 1, rows, n, packed_rows + p * panel);
       }
     }
-    Scratch<E> rows_of_w(have_exponentials ? 0 : VB * padded_k<E>(d)), first_spare(VB * rp);
-    Scratch<float> z(have_exponentials ? 0 : VB * RC);
+    E *rows_of_w = memory.take<E>(sizes_e[0]), *spare = memory.take<E>(sizes_e[1]);
+    float *z = memory.take<float>(sizes_f[0]), *wide = memory.take<float>(sizes_f[1]);
     // double: the terms of all rows less those of the targets may cancel to nothing
-    Scratch<double> bias_sum(VB);
-    Scratch<float> wide(dw_narrow ? VB * d : 0);
-    E* spare = first_spare;
+    double* bias_sum = memory.take<double>(VB);
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0);
@@ -395,7 +397,7 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
           for (int64_t i = 0; i < rp; i += VL) sum += load(region + r * rp + i) * load(f + i);
           for (int lane = 0; lane < VL; ++lane) bias_sum[r] += sum[lane];
         }
-      float* dw_block = dw ? dw + v0 * d : dw_narrow ? wide.data : nullptr;
+      float* dw_block = dw ? dw + v0 * d : dw_narrow ? wide : nullptr;
       if (dw_block) gemm<E>(count, d, rows, region, rp, packed_rows, dw_block, d, accumulate);
       if (direct)
         for (int64_t i = 0; i < rows; ++i)
@@ -433,8 +435,8 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
                     across = (d + width - 1) / width, wanted = (threads + across - 1) / across,
                     height = std::max(RP, padded_rows((rows + wanted - 1) / wanted)),
                     down = (rows + height - 1) / height;
-      Scratch<float> c(height * width);
-      Scratch<E> panels(packed_b_elements<E>(VB, width));
+      float* c = memory.take<float>(height * width);
+      E* panels = memory.take<E>(packed_b_elements<E>(VB, width));
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < across * down; ++task) {
         const int64_t i0 = task / across * height, d0 = task % across * width;
@@ -498,13 +500,14 @@ inline void linear_cross_entropy_scores(const TensorView& x, const TensorView& w
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
     const int64_t rp = chunk.padded(), blocks = vocabulary_blocks(chunk.classes);
-    check_size("stats", "elements:", ChunkStats::elements(blocks, rp), stats.numel());
+    Workspace room(stats);
+    float* of_chunk = room.take<float>(ChunkStats::elements(blocks, rp));
     linear_cross_entropy_scores_of<T>(
         chunk, target.data<int64_t>("target"), data_or_null<float>(class_weight, "class_weight"),
         ignore_index, workspace<Elem<T>>(exponentials, "exponentials", blocks * VB * rp),
-        ChunkStats(stats.data<float>("stats"), blocks, rp), at_target.data<float>("at_target"),
+        ChunkStats(of_chunk, blocks, rp), at_target.data<float>("at_target"),
         shift.data<float>("shift"), log_sum.data<float>("log_sum"), nll.data<float>("nll"),
-        smoothed.data<float>("smoothed"));
+        smoothed.data<float>("smoothed"), room);
   });
 }
 
@@ -519,7 +522,8 @@ inline void linear_cross_entropy_gradients(
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
     const int64_t rp = chunk.padded(), blocks = vocabulary_blocks(chunk.classes);
-    check_size("stats", "elements:", ChunkStats::elements(blocks, rp), stats.numel());
+    Workspace room(stats);
+    float* of_chunk = room.take<float>(ChunkStats::elements(blocks, rp));
     const bool narrow = dw && dw->dtype() != DType::f32;
     if (narrow && accumulate) throw std::invalid_argument("dw: wanted float32 to add to");
     linear_cross_entropy_gradients_of<T>(
@@ -530,9 +534,10 @@ inline void linear_cross_entropy_gradients(
         target.data<int64_t>("target"), data_or_null<float>(class_weight, "class_weight"),
         ignore_index, have_exponentials,
         workspace<Elem<T>>(&exponentials, "exponentials", blocks * VB * rp),
-        ChunkStats(stats.data<float>("stats"), blocks, rp), at_target.data<float>("at_target"),
+        ChunkStats(of_chunk, blocks, rp), at_target.data<float>("at_target"),
         data_or_null<T>(dx, "dx"), narrow ? nullptr : data_or_null<float>(dw, "dw"),
-        narrow ? dw->data<T>("dw") : nullptr, data_or_null<float>(dbias, "dbias"), accumulate);
+        narrow ? dw->data<T>("dw") : nullptr, data_or_null<float>(dbias, "dbias"), accumulate,
+        room);
   });
 }
 

@@ -197,9 +197,16 @@ class _Chunks:
         if rows not in self.workspaces:
             self.workspaces.clear()
             padded = -(-rows // _RP) * _RP
+            # x packed, scaled and packed again, 12 numbers a row, 2 a block; a thread's blocks of
+            # w, of scores, of gradients and of dx; gaps between them
+            width = -(-self.input.shape[1] // 32) * 32
+            shared = padded * (3 * width + 12) + 2 * self.blocks + 256
+            each = _VB * (2 * width + padded + 3 * _VB) + _VB * padded + 1024
             self.workspaces[rows] = (
                 self.shift.new_empty(padded * self.row_bytes, dtype=torch.uint8),
-                self.shift.new_empty(1 + 2 * self.blocks, padded),
+                self.shift.new_empty(
+                    (1 + 2 * self.blocks) * padded + shared + torch.get_num_threads() * each
+                ),
                 self.shift.new_empty(rows),
             )
         return self.workspaces[rows]
