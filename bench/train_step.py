@@ -40,14 +40,11 @@ VARIANTS = (
 # size, batch, length, threads; against the strongest peer, 2 steps to warm up and 3 timed
 SCALING = [
     *(("10m", 8, 512, t) for t in (1, 2)),
-    ("10m", 16, 256, 2),
     ("10m", 1, 8192, 2),
+    ("42m", 8, 512, 1),
     *(("42m", batch, length, 2) for batch, length in ((16, 256), (2, 2048), (1, 8192))),
-    *(("42m", batch, length, 1) for batch, length in ((8, 512), (1, 4096))),
-    *(("124m", 4, 512, t) for t in (1, 2)),
-    ("124m", 1, 4096, 2),
-    *(("350m", 2, 512, t) for t in (1, 2)),
-    ("350m", 1, 2048, 2),
+    ("124m", 4, 512, 2),
+    *(("350m", batch, length, 2) for batch, length in ((2, 512), (1, 2048))),
 ]
 STRONGEST = ("fastlm", "torch.compile autocast")
 
