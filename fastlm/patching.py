@@ -343,7 +343,7 @@ def _as_causal_lm(module: nn.Module) -> dict[str, Any] | None:
     if decoder not in module._modules or not hasattr(module, "loss_function"):
         return None
     head = module.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear or module.loss_function.__name__ != "ForCausalLMLoss":  # type: ignore
+    if type(head) is not nn.Linear or module.loss_function.__name__ != "ForCausalLMLoss":  # type: ignore[operator, union-attr]
         return None
     from transformers import modeling_outputs
 
