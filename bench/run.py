@@ -22,6 +22,7 @@ from harness import ROOT, Row, machine, table
 OPS = (
     "attention",
     "cross_entropy",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
@@ -56,6 +57,7 @@ HEADLINE_RUNS = ("train_step", "patch", "decode")
 HEADLINE = {
     "attention": ("(8, 8/8, 512, 64)", "(1, 16/16, 2048, 128)", "(1, 9/3, 1 x 1024, 64)"),
     "cross_entropy": ("4096 x 32768",),
+    "linear": ("4096 x 512 -> 1408",),
     "linear_cross_entropy": ("4096 x 512 -> 32768",),
     "rms_norm": ("4096 x 512", "1 x 576"),
     "rope": ("B 8 H 8/8 S 512 D 64 R 64",),

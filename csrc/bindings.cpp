@@ -42,6 +42,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("glu_backward", &glu_backward, "dy"_a, "gate"_a, "up"_a, "act"_a, "dgate"_a, "dup"_a,
         no_gil);
 
+  m.def("linear_workspace", &linear_workspace, "m"_a, "n"_a, "k"_a, "weight_gradient"_a);
+  m.def("linear_forward", &linear_forward, "x"_a, "w"_a, "bias"_a, "y"_a, "workspace"_a, no_gil);
+  m.def("linear_input_gradient", &linear_input_gradient, "dy"_a, "w"_a, "dx"_a, "workspace"_a,
+        no_gil);
+  m.def("linear_weight_gradient", &linear_weight_gradient, "dy"_a, "x"_a, "dw"_a, "workspace"_a,
+        no_gil);
+
   m.def("adamw", &adamw, "params"_a, "grads"_a, "steps"_a, "exp_avgs"_a, "exp_avg_sqs"_a,
         "exp_avg_scales"_a, "exp_avg_sq_scales"_a, "masters"_a, "options"_a, "keys"_a,
         "max_grad_norm"_a, "grad_norm"_a, "workspace"_a, no_gil);

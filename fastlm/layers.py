@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.config import ModelConfig
+from fastlm.linear import Linear
 from fastlm.memory import made_again
 from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
 from fastlm.quant.modules import QuantizedLinear
@@ -177,12 +178,12 @@ class Attention(nn.Module):
         self.q_width, self.kv_width = heads * self.head_dim, kv_heads * self.head_dim
         width, bias = config.hidden_size, config.attention_bias
         if family.fused_projections:
-            self.qkv_proj = nn.Linear(width, self.q_width + 2 * self.kv_width, bias=bias)
+            self.qkv_proj = Linear(width, self.q_width + 2 * self.kv_width, bias=bias)
         else:
-            self.q_proj = nn.Linear(width, self.q_width, bias=bias or family.qkv_bias)
-            self.k_proj = nn.Linear(width, self.kv_width, bias=bias or family.qkv_bias)
-            self.v_proj = nn.Linear(width, self.kv_width, bias=bias or family.qkv_bias)
-        self.o_proj = nn.Linear(self.q_width, width, bias=bias)
+            self.q_proj = Linear(width, self.q_width, bias=bias or family.qkv_bias)
+            self.k_proj = Linear(width, self.kv_width, bias=bias or family.qkv_bias)
+            self.v_proj = Linear(width, self.kv_width, bias=bias or family.qkv_bias)
+        self.o_proj = Linear(self.q_width, width, bias=bias)
         self.fused: Fused | None = None
         self.fused_out: Fused | None = None
         self.qk_norm = family.qk_norm
@@ -243,11 +244,11 @@ class MLP(nn.Module):
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         if config.family.fused_projections:
-            self.gate_up_proj = nn.Linear(width, 2 * inner, bias=bias)
+            self.gate_up_proj = Linear(width, 2 * inner, bias=bias)
         else:
-            self.gate_proj = nn.Linear(width, inner, bias=bias)
-            self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+            self.gate_proj = Linear(width, inner, bias=bias)
+            self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
         self.fused: Fused | None = None
         self.fused_down: Fused | None = None
         self.act = config.act

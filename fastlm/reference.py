@@ -48,6 +48,25 @@ def rms_norm_backward(
     return dh.to(h.dtype), (g * wide * r).reshape(-1, h.shape[-1]).sum(0)
 
 
+# ---- linear --------------------------------------------------------------------------------------
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x weight^T + bias: (..., K), (N, K), (N,) -> (..., N)."""
+    y = _wide(x) @ _wide(weight).mT
+    return (y if bias is None else y + _wide(bias)).to(x.dtype)
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = dy weight, dweight = dy^T x, dbias = sum of dy; empty where not wanted."""
+    n, k = weight.shape
+    rows, none = math.prod(x.shape[:-1]), x.new_empty(0)
+    g = _wide(dy).reshape(rows, n)
+    dx = (g @ _wide(weight)).to(x.dtype).view(x.shape) if want_x else none
+    dweight = (g.mT @ _wide(x).reshape(rows, k)).to(x.dtype) if want_weight else none
+    return dx, dweight, g.sum(0).to(x.dtype) if want_bias else none
+
+
 # ---- rope ----------------------------------------------------------------------------------------
 def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool

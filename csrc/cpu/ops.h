@@ -27,6 +27,13 @@ void glu_forward(TensorView gate, TensorView up, const std::string& act, TensorV
 void glu_backward(TensorView dy, TensorView gate, TensorView up, const std::string& act,
                   TensorView dgate, TensorView dup);
 
+// linear.h
+int64_t linear_workspace(int64_t m, int64_t n, int64_t k, bool weight_gradient);
+void linear_forward(TensorView x, TensorView w, OptionalTensor bias, TensorView y,
+                    TensorView workspace);
+void linear_input_gradient(TensorView dy, TensorView w, TensorView dx, TensorView workspace);
+void linear_weight_gradient(TensorView dy, TensorView x, TensorView dw, TensorView workspace);
+
 // adamw.h: one step of every tensor. States are float32, or uint8 codes where the scales are given
 using AdamwOptions = std::tuple<double, double, double, double, double, bool, bool>;
 // lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding

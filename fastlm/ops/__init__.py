@@ -8,6 +8,7 @@ import torch  # noqa: F401  (before _cpu: its OpenMP then resolves to torch's)
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.glu import glu
+from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.paged_attention import paged_attention
 from fastlm.ops.quantize_weight import quantize_weight
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "glu",
+    "linear",
     "linear_cross_entropy",
     "paged_attention",
     "quantize_weight",

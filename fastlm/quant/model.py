@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.errors import InputError
+from fastlm.linear import Linear
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.quant.weight import ANY_K, QuantizedWeight, check_group_size
 
 FORMATS = {"w4a16": (4, 16), "w8a16": (8, 16), "w8a8": (8, 8), "w4a8": (4, 8)}
 METHODS = ("rtn",)
+# Other subclasses may compute something else with their weight.
+_REPLACED = (nn.Linear, Linear, nn.Embedding)
 
 
 def quantize(
@@ -66,10 +69,9 @@ def quantize(
     plan: list[tuple[str, nn.Linear | nn.Embedding, int]] = []
     wishes: dict[int, tuple[str, int | None]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        # subclasses may compute something else with their weight
-        if type(module) not in (nn.Linear, nn.Embedding):
+        if type(module) not in _REPLACED:
             continue
-        assert isinstance(module, nn.Linear | nn.Embedding)  # its type is one of the two
+        assert isinstance(module, nn.Linear | nn.Embedding)
         wish = (
             embeddings if isinstance(module, nn.Embedding) else head if module is head_module else 0
         )
@@ -158,10 +160,9 @@ def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
         module = model.get_submodule(name)
     except AttributeError:
         raise InputError(f"{name} is not a module of the model") from None
-    # subclasses may compute something else with their weight
-    if type(module) not in (nn.Linear, nn.Embedding):
+    if type(module) not in _REPLACED:
         raise InputError(f"{name}: wanted nn.Linear or nn.Embedding, got {type(module).__name__}")
-    assert isinstance(module, nn.Linear | nn.Embedding)  # its type is one of the two
+    assert isinstance(module, nn.Linear | nn.Embedding)
     return module
 
 

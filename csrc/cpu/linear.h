@@ -1,0 +1,163 @@
+// Products of a bf16 linear layer, y = x w^T + b: forward, gradient of x, gradient of w. Body of
+// linear.cpp, compiled per instruction set.
+//
+//   forward   y  (M, N) = x  (M, K) . w^T (K, N)     A where it lies, B = w, packed once, whole;
+//   input     dx (M, K) = dy (M, N) . w   (N, K)     threads share the blocks of rows
+//   weight    dw (N, K) = dy^T (N, M) . x (M, K)     both packed, CHUNK of M at a time; sums (N, K)
+//                                                    in float32 between the chunks
+//
+// What is packed lies in the order it is read in, so that the speed does not depend on where the
+// caller's rows begin: rows a power of two apart share a few sets of the L2.
+//
+// E's elements are what gemm.h multiplies (bf16 or float).
+#include "cpu/gemm.h"
+#include "cpu/workspace.h"
+
+using E = Elem<bf16>;
+constexpr int64_t IN_L2 = 256 << 10;  // elements of A per block: half of an L2 of 1 MiB
+constexpr int64_t MOST_ROWS = 512;    // per block: 64 columns of float32 sums are 128 KiB
+constexpr int64_t CHUNK = 1024;       // rows of x and dy at a time: KC of bf16
+constexpr int64_t GROUP = 4 * VL;     // columns that pack_b takes at a time
+
+// Rows per block, in whole register tiles: A in half of the L2, the same number for every thread.
+inline int64_t block_rows(int64_t m, int64_t padded_k) {
+  const int64_t threads = omp_get_max_threads(),
+                most = std::max<int64_t>(MR, std::min(MOST_ROWS, IN_L2 / padded_k)),
+                blocks = (m + most * threads - 1) / (most * threads) * threads;
+  return round_up((m + blocks - 1) / blocks, MR);
+}
+
+// Bytes of a product's shared operands and of each thread's blocks.
+struct LinearRoom {
+  int64_t rows, shared, each;
+};
+inline LinearRoom room_for_rows(int64_t m, int64_t n, int64_t k) {
+  const int64_t kp = padded_k<E>(k), rows = block_rows(m, kp);
+  return {rows, round_up(packed_b_elements<E>(k, n) * int64_t(sizeof(E)), 64),
+          Buffer::size_of<float>(rows * NR) + Buffer::size_of<E>(rows * kp)};
+}
+inline LinearRoom room_for_columns(int64_t m, int64_t n, int64_t k) {
+  const int64_t most = padded_k<E>(std::min(CHUNK, m));
+  return {block_rows(n, most),
+          round_up(n * most * int64_t(sizeof(E)), 64) +
+              round_up(packed_b_elements<E>(most, k) * int64_t(sizeof(E)), 64) +
+              round_up(n * k * 4, 64),
+          0};
+}
+
+// Bytes for y = x w^T of x (m, k), w (n, k), or for its dw; dx is such a y of x (m, n), w^T (k, n).
+inline int64_t linear_workspace(int64_t m, int64_t n, int64_t k, bool weight_gradient) {
+  const LinearRoom room = weight_gradient ? room_for_columns(m, n, k) : room_for_rows(m, n, k);
+  return room.shared + room.each * omp_get_max_threads() + 64;
+}
+
+// Where the core multiplies bf16: the operand itself.
+template <class T>
+FASTLM_INLINE const E* as_it_lies([[maybe_unused]] const T* p) {
+  if constexpr (std::is_same_v<E, T>)
+    return p;
+  else
+    return nullptr;
+}
+
+// A row of `from` (float32), to bf16.
+FASTLM_INLINE void store_row(bf16* to, const float* from, int64_t n) {
+  for (int64_t j = 0; j < n; j += VL) {
+    const int width = int(std::min<int64_t>(VL, n - j));
+    if (width == VL)
+      store(to + j, load(from + j));
+    else
+      store(to + j, load(from + j, width), width);
+  }
+}
+
+// out (m, n) = a (m, k) . b (k, n) + bias; rows of a and out have strides.
+inline void multiply_rows(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t a_stride,
+                          const bf16* b, int64_t b_k_stride, int64_t b_n_stride, const bf16* bias,
+                          bf16* out, int64_t out_stride, Workspace room) {
+  const int64_t kp = padded_k<E>(k);
+  const auto [rows, _, each] = room_for_rows(m, n, k);
+  E* packed = room.take<E>(packed_b_elements<E>(k, n));
+  room.divide(each);
+#pragma omp parallel num_threads(room.threads) firstprivate(rows)
+  {
+    Buffer memory(room.mine());
+    float* c = memory.take<float>(rows * NR);
+    E* own = memory.take<E>(rows * kp);
+    TileScope tiles;
+#pragma omp for schedule(static)
+    for (int64_t n0 = 0; n0 < n; n0 += GROUP)
+      pack_b<E>(b + n0 * b_n_stride, b_k_stride, b_n_stride, k, std::min(GROUP, n - n0),
+                packed + n0 * kp);
+#pragma omp for schedule(dynamic)
+    for (int64_t m0 = 0; m0 < m; m0 += rows) {
+      const int64_t count = std::min(rows, m - m0);
+      const E* block = kp == k ? as_it_lies(a + m0 * a_stride) : nullptr;
+      const int64_t lda = block ? a_stride : kp;
+      if (!block) pack_a<E>(a + m0 * a_stride, a_stride, 1, count, k, own), block = own;
+      for (int64_t n0 = 0; n0 < n; n0 += NR) {
+        const int64_t width = std::min<int64_t>(NR, n - n0);
+        gemm<E>(count, width, k, block, lda, packed + n0 * kp, c, NR, false);
+        for (int64_t i = 0; i < count; ++i) {
+          if (bias)
+            for (int64_t j = 0; j < width; ++j) c[i * NR + j] += to_float(bias[n0 + j]);
+          store_row(out + (m0 + i) * out_stride + n0, c + i * NR, width);
+        }
+      }
+    }
+  }
+}
+
+// dw (n, k) = dy^T (n, m) . x (m, k)
+inline void multiply_columns(int64_t m, int64_t n, int64_t k, const bf16* dy, int64_t dy_stride,
+                             const bf16* x, int64_t x_stride, bf16* dw, Workspace room) {
+  const int64_t most = padded_k<E>(std::min(CHUNK, m)), rows = room_for_columns(m, n, k).rows;
+  E* a = room.take<E>(n * most);
+  E* b = room.take<E>(packed_b_elements<E>(most, k));
+  float* c = room.take<float>(n * k);
+#pragma omp parallel
+  {
+    TileScope tiles;
+    for (int64_t m0 = 0; m0 < m; m0 += CHUNK) {
+      const int64_t count = std::min(CHUNK, m - m0), kp = padded_k<E>(count);
+#pragma omp for schedule(static) nowait
+      for (int64_t j = 0; j < k; j += GROUP)
+        pack_b<E>(x + m0 * x_stride + j, x_stride, 1, count, std::min(GROUP, k - j), b + j * kp);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < n; i += GROUP)
+        pack_a<E>(dy + m0 * dy_stride + i, 1, dy_stride, std::min(GROUP, n - i), count, a + i * kp);
+#pragma omp for schedule(dynamic)
+      for (int64_t i0 = 0; i0 < n; i0 += rows) {
+        const int64_t height = std::min(rows, n - i0);
+        gemm<E>(height, k, count, a + i0 * kp, kp, b, c + i0 * k, k, m0 > 0);
+        if (m0 + count == m) store_row(dw + i0 * k, c + i0 * k, height * k);
+      }
+    }
+  }
+}
+
+inline void linear_forward(const TensorView& x, const TensorView& w, const TensorView* bias,
+                           const TensorView& y, const TensorView& workspace) {
+  check_size("w", "columns, as x:", x.size(1), w.size(1));
+  check_contiguous("y", y);
+  multiply_rows(x.size(0), w.size(0), x.size(1), x.data<bf16>("x"), x.stride(0), w.data<bf16>("w"),
+                1, w.stride(0), bias ? bias->data<bf16>("bias") : nullptr, y.data<bf16>("y"),
+                w.size(0), Workspace(workspace));
+}
+
+inline void linear_input_gradient(const TensorView& dy, const TensorView& w, const TensorView& dx,
+                                  const TensorView& workspace) {
+  check_size("w", "rows, as columns of dy:", dy.size(1), w.size(0));
+  check_contiguous("dx", dx);
+  multiply_rows(dy.size(0), w.size(1), dy.size(1), dy.data<bf16>("dy"), dy.stride(0),
+                w.data<bf16>("w"), w.stride(0), 1, nullptr, dx.data<bf16>("dx"), w.size(1),
+                Workspace(workspace));
+}
+
+inline void linear_weight_gradient(const TensorView& dy, const TensorView& x, const TensorView& dw,
+                                   const TensorView& workspace) {
+  check_size("x", "rows, as dy:", dy.size(0), x.size(0));
+  check_contiguous("dw", dw);
+  multiply_columns(dy.size(0), dy.size(1), x.size(1), dy.data<bf16>("dy"), dy.stride(0),
+                   x.data<bf16>("x"), x.stride(0), dw.data<bf16>("dw"), Workspace(workspace));
+}

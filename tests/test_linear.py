@@ -1,0 +1,181 @@
+"""linear: the own products on every instruction set against float64, strides, threads, compile,
+refusals; where they do not run, torch's."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import assert_compiles_once
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_near
+
+from fastlm import InputError, backend, ops
+
+SHAPES = [  # rows, K, N
+    (1, 1, 1),
+    (7, 32, 16),
+    (65, 80, 130),
+    (513, 67, 29),  # more than one block of rows, odd widths
+    (1030, 48, 33),  # more than one chunk of the weight gradient
+    (40, 1100, 70),  # sums of more than one piece of k
+]
+module = sys.modules["fastlm.ops.linear"]
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """The own products for every number of rows and instruction set."""
+    monkeypatch.setattr(module, "_ROWS", 1)
+    monkeypatch.setattr(module, "_ISAS", backend.cpu_isas())
+
+
+def inputs(rows, k, n, bias=True):
+    make = lambda *shape: torch.randn(*shape).bfloat16()  # noqa: E731
+    return make(rows, k), make(n, k) / k**0.5, make(n) if bias else None, make(rows, n)
+
+
+def run(function, x, weight, bias, dy):
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = function(*leaves)
+    wanted = [t for t in leaves if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
+
+
+def check(given_, what):
+    actual, plain = run(ops.linear, *given_), run(F.linear, *given_)
+    truth = run(F.linear, *(None if t is None else t.double() for t in given_))
+    names = ("y", "dx", "dweight", "dbias")
+    for name, a, p, t in zip(names, actual, plain, truth, strict=False):
+        assert a.dtype == p.dtype and a.is_contiguous()
+        assert_near(a, p, t, factor=2 if name == "y" else 3, what=f"{name} {what}")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_matches_float64(own, isa, shape, bias):
+    check(inputs(*shape, bias), f"{isa} {shape}")
+
+
+def test_the_own_product_ran(own, isa, monkeypatch):
+    calls = []
+    for name in ("linear_forward", "linear_input_gradient", "linear_weight_gradient"):
+        real = getattr(module._cpu, name)
+        spy = lambda *a, name=name, real=real: (calls.append(name), real(*a))[1]  # noqa: E731
+        monkeypatch.setattr(module._cpu, name, spy)
+    run(ops.linear, *inputs(9, 16, 8))
+    assert calls == ["linear_forward", "linear_input_gradient", "linear_weight_gradient"]
+    calls.clear()
+    x, weight, bias, dy = inputs(9, 16, 8)
+    ops.linear(x, weight.requires_grad_(), bias).backward(dy)  # no gradient of x is made
+    assert calls == ["linear_forward", "linear_weight_gradient"] and x.grad is None
+
+
+def test_few_rows_and_other_dtypes_are_torchs(isa):
+    for rows, dtype in ((3, torch.bfloat16), (1100, torch.float32), (1100, torch.float16)):
+        x, w, b = torch.randn(rows, 40), torch.randn(24, 40), torch.randn(24)
+        x, w, b = x.to(dtype), w.to(dtype), b.to(dtype)
+        assert torch.equal(ops.linear(x, w, b), F.linear(x, w, b))
+        x.requires_grad_()
+        node = ops.linear(x, w, b).grad_fn
+        assert node is not None and type(node).__name__ == "AddmmBackward0"
+
+
+def test_strided_operands(own, isa):
+    x, w, b, dy = inputs(130, 64, 48)
+    apart = run(ops.linear, x, w, b, dy)
+    wide = torch.randn(130, 200).bfloat16()
+    wide[:, 10:74] = x
+    columns = dy.mT.contiguous().mT
+    for view in (
+        (wide[:, 10:74], w, b, dy),
+        (x.mT.contiguous().mT, w.mT.contiguous().mT, b, columns),
+        (x.view(2, 65, 64), w, b.repeat_interleave(2)[::2], dy.view(2, 65, 48)),
+    ):
+        for a, e in zip(run(ops.linear, *view), apart, strict=True):
+            assert torch.equal(a.reshape(e.shape), e)
+    one = torch.ones((), dtype=torch.bfloat16)
+    for a, e in zip(
+        run(ops.linear, x, w, b, one.expand(130, 48)),
+        run(ops.linear, x, w, b, one.expand(130, 48).contiguous()),
+        strict=True,
+    ):
+        assert torch.equal(a, e)
+
+
+def test_repeat_and_threads(own, isa):
+    case = inputs(1100, 96, 72)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 2):
+            torch.set_num_threads(n)
+            results.append(run(ops.linear, *case))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_empty(own):
+    for rows, k, n in ((0, 8, 4), (3, 0, 4), (3, 8, 0)):
+        y, dx, dw, db = run(ops.linear, *inputs(rows, max(k, 1), n)) if k else (None,) * 4
+        if k:
+            assert y.shape == (rows, n) and dx.shape == (rows, k)
+            assert dw.shape == (n, k) and db.shape == (n,)
+        else:
+            assert ops.linear(torch.empty(3, 0), torch.empty(4, 0)).shape == (3, 4)
+
+
+def test_nan_and_infinity_stay_in_their_rows(own, isa):
+    x, w, _, _ = inputs(64, 32, 16, bias=False)
+    clean = ops.linear(x, w)
+    x[5, 3], x[9, 0] = float("nan"), float("inf")
+    y = ops.linear(x, w)
+    assert y[5].isnan().all() and not y[9].isfinite().any()
+    rest = [i for i in range(64) if i not in (5, 9)]
+    assert torch.equal(y[rest], clean[rest])
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 90), k=st.integers(1, 150), n=st.integers(1, 150), bias=st.booleans())
+def test_any_shape_matches_float64(rows, k, n, bias):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_ROWS", 1)
+        patch.setattr(module, "_ISAS", backend.cpu_isas())
+        check(inputs(rows, k, n, bias), "any")
+
+
+def test_follows_autocast():
+    x, w, b = torch.randn(1100, 24), torch.randn(8, 24), torch.randn(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(x, w, b)
+        assert y.dtype == torch.bfloat16 and ops.linear(x, w).dtype == torch.bfloat16
+        assert_near(y, F.linear(x, w, b), F.linear(x.double(), w.double(), b.double()))
+
+
+def test_opcheck_and_gradcheck():
+    x, w, b, _ = inputs(6, 32, 8)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    torch.library.opcheck(torch.ops.fastlm.linear.default, leaves)
+    wide = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 7), (3, 7), (3,))]
+    with backend.use_backend("reference"):
+        assert torch.autograd.gradcheck(torch.ops.fastlm.linear.default, wide)
+
+
+def test_compiles_without_break_or_recompile():
+    calls = []
+    for rows in (1030, 1100, 2050):
+        x, w, _, _ = inputs(rows, 32, 16)
+        calls.append((x.requires_grad_(), w.requires_grad_()))
+    assert_compiles_once(lambda x, w: ops.linear(x, w), calls)
+
+
+def test_refusals():
+    x, w = torch.randn(2, 8), torch.randn(3, 8)
+    with pytest.raises(InputError, match=r"weight: wanted \(N, K\), K = .* \(2, 8\), got \(3, 7\)"):
+        ops.linear(x, w[:, :7])
+    with pytest.raises(InputError, match="weight: wanted torch.float32 .* got torch.bfloat16"):
+        ops.linear(x, w.bfloat16())
+    with pytest.raises(InputError, match=r"bias: wanted shape \(3,\), .* got \(2,\)"):
+        ops.linear(x, w, torch.randn(2))
