@@ -38,12 +38,14 @@ def cases() -> list[Case]:
             for _ in range(COPIES)
         ]
 
-        def forward(f, next_=itertools.cycle(inputs).__next__, weight=weight):
-            with torch.no_grad():
-                return f(next_()[0], weight)
+        turns = itertools.cycle(inputs)
 
-        def both(f, next_=itertools.cycle(inputs).__next__, weight=weight):
-            x, dy = next_()
+        def forward(f, turns=turns, weight=weight):
+            with torch.no_grad():
+                return f(next(turns)[0], weight)
+
+        def both(f, turns=turns, weight=weight):
+            x, dy = next(turns)
             return torch.autograd.grad(f(x, weight), (x, weight), dy)
 
         for label, run, products in (("fwd", forward, 1), ("fwd+bwd", both, 3)):

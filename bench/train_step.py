@@ -31,6 +31,7 @@ SIZES = {
 }
 VARIANTS = (
     "fastlm",
+    "fastlm, 8-bit AdamW",
     "torch.compile autocast",
     "torch.compile autocast, memory kept",
     "eager autocast",
@@ -43,13 +44,15 @@ SCALING = [
     ("10m", 1, 8192, 2),
     ("42m", 8, 512, 1),
     *(("42m", batch, length, 2) for batch, length in ((16, 256), (2, 2048), (1, 8192))),
-    ("124m", 4, 512, 2),
-    *(("350m", batch, length, 2) for batch, length in ((2, 512), (1, 2048))),
+    *(("124m", 4, 512, t) for t in (1, 2)),
+    ("124m", 8, 256, 2),
+    *(("350m", 2, 512, t) for t in (1, 2)),
+    ("350m", 1, 2048, 2),
 ]
 STRONGEST = ("fastlm", "torch.compile autocast")
 
 
-def fastlm_step(size, length):
+def fastlm_step(size, length, state_bits=32):
     import fastlm
     from fastlm.memory import keep_freed_memory
 
@@ -67,7 +70,9 @@ def fastlm_step(size, length):
         tie_word_embeddings=True,
     )
     model = fastlm.CausalLM(config)
-    optimizer = fastlm.AdamW(model.parameters(), lr=1e-4, master_weights=True, max_grad_norm=1.0)
+    optimizer = fastlm.AdamW(
+        model.parameters(), lr=1e-4, master_weights=True, max_grad_norm=1.0, state_bits=state_bits
+    )
     optimizer.keep_masters()
     model.bfloat16()
 
@@ -111,8 +116,10 @@ def plain_step(variant, size, length):
 
 
 def make_step(variant, size, batch, length):
-    make = fastlm_step if variant == "fastlm" else lambda *a: plain_step(variant, *a)
-    step = make(size, length)
+    if variant.startswith("fastlm"):
+        step = fastlm_step(size, length, state_bits=8 if "8-bit" in variant else 32)
+    else:
+        step = plain_step(variant, size, length)
 
     def on_random_ids():
         ids = torch.randint(0, size[0], (batch, length + 1))

@@ -158,7 +158,9 @@ def test_opcheck_and_gradcheck():
     x, w, b, _ = inputs(6, 32, 8)
     leaves = [t.requires_grad_() for t in (x, w, b)]
     torch.library.opcheck(torch.ops.fastlm.linear.default, leaves)
-    wide = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 7), (3, 7), (3,))]
+    wide = [
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 7), (3, 7), (3,))
+    ]
     with backend.use_backend("reference"):
         assert torch.autograd.gradcheck(torch.ops.fastlm.linear.default, wide)
 
@@ -175,7 +177,7 @@ def test_refusals():
     x, w = torch.randn(2, 8), torch.randn(3, 8)
     with pytest.raises(InputError, match=r"weight: wanted \(N, K\), K = .* \(2, 8\), got \(3, 7\)"):
         ops.linear(x, w[:, :7])
-    with pytest.raises(InputError, match="weight: wanted torch.float32 .* got torch.bfloat16"):
+    with pytest.raises(InputError, match=r"weight: wanted torch.float32 .* got torch.bfloat16"):
         ops.linear(x, w.bfloat16())
     with pytest.raises(InputError, match=r"bias: wanted shape \(3,\), .* got \(2,\)"):
         ops.linear(x, w, torch.randn(2))
