@@ -64,7 +64,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     if bias is None:
-        return *autocast(x, weight), None
+        x, weight = autocast(x, weight)
+        return x, weight, None
     x, weight, bias = autocast(x, weight, bias)
     return x, weight, bias
 
