@@ -12,6 +12,7 @@ byte strings that no change of a strategy survives; a line of JSON outlives it.
 import contextlib
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from fastlm import AdamW, _cpu, backend, ops
 
+linear_module = sys.modules["fastlm.ops.linear"]  # the name in fastlm.ops is the function's
 Case = dict[str, Any]
 
 
@@ -447,6 +449,37 @@ def build_matmul(case: Case, dtype: torch.dtype) -> Built:
     return Built(function, [a, b], check, differentiable=False)
 
 
+def draw_linear(r: Random, isa: str) -> Case:
+    work = 1e6 if isa in SLOW else 2e7
+    while True:
+        shape = [size(r, 3000, 1), size(r, 600, 1), size(r, 1500, 1)]
+        if math.prod(shape) <= work:
+            return {"shape": shape, "bias": r.random() < 0.5}
+
+
+def build_linear(case: Case, _: torch.dtype) -> Built:
+    """The own products, which are bfloat16's, for any number of rows."""
+    m, n, k = case["shape"]
+    make = lambda *shape: torch.randn(shape).bfloat16()  # noqa: E731
+    x, weight, dy = make(m, k), make(n, k), make(m, n)
+    bias = [make(n)] if case["bias"] else []
+
+    def function(x, weight, dy, bias=None):
+        y = linear_module.own_forward(x, weight, bias)
+        return y, *linear_module.own_backward(dy, x, weight, True, True, bias is not None)
+
+    def check():
+        x64, w64, dy64 = x.double(), weight.double(), dy.double()
+        terms = [(x64, w64.T, k), (dy64, w64, n), (dy64.T, x64, m)]
+        for got, (a, b, count) in zip(function(x, weight, dy), terms, strict=False):
+            truth = a @ b
+            # rounded once after float32 sums of `count` products, whose order is anyone's
+            bound = truth.abs() * 2**-8 + a.abs() @ b.abs() * (count + 2) * 2**-24
+            assert ((got.double() - truth).abs() <= bound).all()
+
+    return Built(function, [x, weight, dy, *bias], check, differentiable=False)
+
+
 # ---- AdamW
 
 
@@ -570,6 +603,7 @@ OPS = {
     "attention": Op(draw_attention, build_attention),
     "cross_entropy": Op(draw_cross_entropy, build_cross_entropy),
     "glu": Op(draw_glu, build_glu),
+    "linear": Op(draw_linear, build_linear),
     "linear_cross_entropy": Op(draw_linear_cross_entropy, build_linear_cross_entropy),
     "matmul": Op(draw_matmul, build_matmul),
     "paged_attention": Op(draw_paged, build_paged),

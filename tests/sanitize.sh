@@ -8,7 +8,7 @@ root=$PWD
 copy=$root/build/sanitize
 python=$root/.venv/bin/python
 # the longest first
-all="attention linear_cross_entropy cross_entropy varlen_attention paged_attention quantized_linear boundary optim glu rope rms_norm quantize"
+all="attention linear_cross_entropy cross_entropy varlen_attention paged_attention quantized_linear linear boundary optim glu rope rms_norm quantize"
 test $# -gt 0 || set -- $all
 
 start=$(date +%s)

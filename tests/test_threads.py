@@ -44,6 +44,7 @@ CASES = {
     "cross_entropy smoothed": {
         "shape": [67, 3001], **LOSS, "options": {"label_smoothing": 0.1, "softcap": 9.0},
     },
+    "linear": {"shape": [1500, 130, 71], "bias": True},
     "linear_cross_entropy": {"shape": [151, 71, 900], "bias": True, **LOSS, "options": {}},
     "linear_cross_entropy recomputed": {
         "shape": [151, 71, 900], "bias": True, **LOSS, "options": {"reduction": "none"},

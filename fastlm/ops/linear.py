@@ -103,10 +103,8 @@ def _workspace(m: int, n: int, k: int, *, weight_gradient: bool = False) -> Tens
     return torch.empty(_cpu.linear_workspace(m, n, k, weight_gradient) // 4 + 1)
 
 
-def _cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def own_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
-    if not _own(x) or n == 0:
-        return F.linear(x, weight, bias)
     rows = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
     bias = None if bias is None else bias.contiguous()
@@ -115,12 +113,10 @@ def _cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _cpu_backward(
+def own_backward(
     dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     n, k = weight.shape
-    if not _own(x) or n == 0:
-        return _library_backward(dy, x, weight, want_x, want_weight, want_bias)
     rows = x.numel() // k
     dy, weight = _matrix(dy), _matrix(weight)
     dx = dw = db = x.new_empty(0)
@@ -138,13 +134,26 @@ def _cpu_backward(
 
 def _library_backward(
     dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     n, k = weight.shape
     rows, none = math.prod(x.shape[:-1]), x.new_empty(0)
     dy = dy.reshape(rows, n)
     dx = (dy @ weight).view(x.shape) if want_x else none
     dw = dy.mT @ x.reshape(rows, k) if want_weight else none
     return dx, dw, dy.sum(0) if want_bias else none
+
+
+def _cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    own = _own(x) and weight.shape[0] > 0
+    return (own_forward if own else F.linear)(x, weight, bias)
+
+
+def _cpu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    own = _own(x) and weight.shape[0] > 0
+    backward = own_backward if own else _library_backward
+    return backward(dy, x, weight, want_x, want_weight, want_bias)
 
 
 def _setup_context(ctx, inputs, output):
