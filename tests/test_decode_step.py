@@ -7,7 +7,7 @@ import torch
 from tolerance import ULP
 
 import fastlm
-from fastlm import backend, decoding
+from fastlm import backend, decoding, layers
 from fastlm.config import ModelConfig
 from fastlm.layers import KVCache
 from fastlm.model import CausalLM
@@ -101,6 +101,31 @@ def error_of(got, wanted):
 def test_families(case):
     assert_steps_equal_modules(model_of(case))
     assert_steps_equal_modules(fastlm.quantize(model_of(case), "w4a16", group_size=16))
+
+
+def test_a_prompt_beside_a_narrow_cache_is_attended_in_bfloat16(monkeypatch):
+    model, seen = model_of("gemma2"), []
+    ours = layers.attention
+
+    def spy(q, k, v, **options):
+        seen.append({q.dtype, k.dtype, v.dtype})
+        return ours(q, k, v, **options)
+
+    monkeypatch.setattr(layers, "attention", spy)
+    ids = torch.randint(0, 97, (2, layers._PREFILL + 5))
+    logits = {}
+    for dtype in (torch.float32, torch.float16):
+        cache = KVCache(model.config, 2, 80, dtype=dtype)
+        with torch.inference_mode():
+            logits[dtype] = [
+                model.next_logits(part, cache, None)
+                for part in ids.tensor_split([layers._PREFILL, layers._PREFILL + 1], 1)
+            ]
+    count = model.config.num_hidden_layers
+    wide, narrow = {torch.float32}, {torch.bfloat16}
+    assert seen == 3 * count * [wide] + count * [narrow] + 2 * count * [wide]
+    for got, wanted in zip(logits[torch.float16], logits[torch.float32], strict=True):
+        assert 0 < error_of(got, wanted) < 2 * ULP[torch.bfloat16]
 
 
 @pytest.mark.parametrize("format", ["w4a16", "w8a16", "w8a8", "w4a8"])

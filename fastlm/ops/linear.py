@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlm import backend, reference
 from fastlm.backend import autocast, autocast_somewhere, register
@@ -60,6 +60,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         own = x.is_cpu and _own(x)
     return _forward(x, weight, bias) if own else F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` on `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.errors import InputError
-from fastlm.linear import Linear
+from fastlm.ops.linear import Linear
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.quant.weight import ANY_K, QuantizedWeight, check_group_size
 
