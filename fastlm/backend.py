@@ -47,9 +47,11 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}
-# What tensors of an operator called without the dispatcher may be: FakeTensor, DTensor and other
-# subclasses in any place dispatch. (A SymInt comes with fake tensors or under a mode.)
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+# What an operator called without the dispatcher may be given: FakeTensor, DTensor and other
+# subclasses in any place dispatch.
+_PLAIN = frozenset(
+    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype)
+)
 _get_num_threads = torch.get_num_threads
 _library = torch.library.Library("fastlm", "DEF")
 _picked: dict[tuple, Callable] = {}
@@ -122,7 +124,7 @@ def is_eager(*tensors: torch.Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and _functorch.peek_interpreter_stack() is None
-        and all(type(t) in _PLAIN for t in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -190,35 +192,33 @@ def register(
         f"fastlm::{name}", backward or refuse, setup_context=setup_context, lib=_library
     )
     operator = getattr(torch.ops.fastlm, name).default
-    differentiable = backward and _differentiable(name, run, setup_context, backward)
+    differentiable = operator
+    if backward:
+        differentiable = _differentiable(name, picked_by, setup_context, backward)
     tensors = [i for i, a in enumerate(operator._schema.arguments) if "Tensor" in str(a.type)]
-    is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+    is_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
     modes, transforms = torch._C._len_torch_dispatch_stack, _functorch.peek_interpreter_stack
+    plain = _PLAIN.issuperset
 
     def call(*args: Any) -> Any:
-        if not is_compiling() and not modes() and transforms() is None:
-            needs_gradient = False
-            for i in tensors:  # one pass: each look at a tensor is 0.05 us
-                if (tensor := args[i]) is not None:
-                    if type(tensor) not in _PLAIN:
-                        break
-                    if tensor.requires_grad:
-                        needs_gradient = True
-            else:
-                if not (needs_gradient and is_grad_enabled()):
-                    return pick(name, args[picked_by])(*args)
-                if differentiable:
-                    return differentiable(*args)
+        if not is_compiling() and plain(map(type, args)) and not modes() and transforms() is None:
+            if is_grad_enabled():
+                for i in tensors:
+                    if (tensor := args[i]) is not None and tensor.requires_grad:
+                        return differentiable(*args)
+            return pick(name, args[picked_by])(*args)
         return operator(*args)
 
     return call
 
 
-def _differentiable(name: str, run: Callable, setup: Callable | None, backward: Callable):
-    """`run` with its derivative, for plain tensors: what `register_autograd` gives the operator."""
+def _differentiable(name: str, picked_by: int, setup: Callable | None, backward: Callable):
+    """The implementation with its derivative, for plain tensors: what `register_autograd` gives the
+    operator.
+    """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = run(*args)
+        output = pick(name, args[picked_by])(*args)
         if setup is not None:
             setup(ctx, args, output)
         return output

@@ -84,13 +84,46 @@ def attention(
             f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {batch} as q,"
             f" got {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    sinks, alibi_slopes, bias, *numbers = check_options(
-        q, k, v, heads, kv_heads, causal, scale, window, softcap, sinks, alibi_slopes, bias,
-        (batch, heads, queries, keys),
-    )  # fmt: skip
-    seed = dropout_seed(dropout_p, q)
-    out, lse = _forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers, float(dropout_p))
+    if sinks is alibi_slopes is bias is window is softcap is None and dropout_p == 0:
+        check_tensors(q, k, v, heads, kv_heads)
+        scale = 1 / math.sqrt(q_shape[3]) if scale is None else float(scale)
+        out, lse = _forward(q, k, v, None, None, None, None, causal, scale, 0, 0.0, 0.0)
+    else:
+        sinks, alibi_slopes, bias, *numbers = check_options(
+            q, k, v, heads, kv_heads, causal, scale, window, softcap, sinks, alibi_slopes, bias,
+            (batch, heads, queries, keys),
+        )  # fmt: skip
+        seed = dropout_seed(dropout_p, q)
+        out, lse = _forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers, float(dropout_p))
     return (out, lse) if return_lse else out
+
+
+def check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    kv_heads: int,
+    kv_dtypes: tuple[torch.dtype, ...] = (),
+) -> None:
+    """`kv_dtypes`: what k and v may be besides q's dtype."""
+    if not q.is_floating_point():
+        raise InputError(f"q: wanted a float dtype, got {q.dtype}")
+    dtype, device = q.dtype, q.device
+    if not (
+        k.dtype == v.dtype == dtype
+        and ((q.is_cpu and k.is_cpu and v.is_cpu) or k.device == v.device == device)
+    ):
+        for name, t in (("k", k), ("v", v)):
+            if t.dtype != dtype and t.dtype not in kv_dtypes:
+                raise InputError(f"{name}: wanted {dtype} as q, got {t.dtype}")
+            if t.device != device:
+                raise InputError(f"{name}: wanted device {device} as q, got {t.device}")
+    width = q.shape[-1]
+    if width == 0 or k.shape[-1] != width:
+        raise InputError(f"k: wanted head width D = {width} >= 1 as q, got k {tuple(k.shape)}")
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise InputError(f"q: wanted heads a multiple of k's {kv_heads}, got {heads}")
 
 
 def check_options(
@@ -110,21 +143,9 @@ def check_options(
     *,
     kv_dtypes: tuple[torch.dtype, ...] = (),
 ) -> Options:
-    """Checks what the three ops share. `kv_dtypes`: what k and v may be besides q's dtype."""
-    if not q.is_floating_point():
-        raise InputError(f"q: wanted a float dtype, got {q.dtype}")
-    dtype, device = q.dtype, q.device
-    if not (k.dtype == v.dtype == dtype and k.device == v.device == device):
-        for name, t in (("k", k), ("v", v)):
-            if t.dtype != dtype and t.dtype not in kv_dtypes:
-                raise InputError(f"{name}: wanted {dtype} as q, got {t.dtype}")
-            if t.device != device:
-                raise InputError(f"{name}: wanted device {device} as q, got {t.device}")
-    width = q.shape[-1]
-    if width == 0 or k.shape[-1] != width:
-        raise InputError(f"k: wanted head width D = {width} >= 1 as q, got k {tuple(k.shape)}")
-    if kv_heads == 0 or heads % kv_heads != 0:
-        raise InputError(f"q: wanted heads a multiple of k's {kv_heads}, got {heads}")
+    """Checks what the three ops share, tensors included."""
+    check_tensors(q, k, v, heads, kv_heads, kv_dtypes)
+    device, width = q.device, q.shape[-1]
     given = (
         () if sinks is alibi_slopes is None else (("sinks", sinks), ("alibi_slopes", alibi_slopes))
     )
@@ -350,19 +371,56 @@ def cpu_backward(
     )
 
 
+# Up to here the C++ body has room for a call on the stack, and the sizes below need no arithmetic: 1
+# us of a lone token's 7. Sequences, D and Dv; rows of a key head, keys of the forward; queries and
+# keys of the backward (attention_decode.h, attention_backward.h).
+_FEW_SEQUENCES, _FEW_WIDE, _FEW_ROWS, _FEW_KEYS, _FEW = 16, 256, 8, 512, 8
+
+
 def _cpu_forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
+    batch, heads, queries, width = q.shape
+    _, kv_heads, keys, _ = k.shape
+    if (
+        seed is sinks is alibi_slopes is None
+        and keys <= _FEW_KEYS
+        and queries * heads <= _FEW_ROWS * kv_heads
+        and batch <= _FEW_SEQUENCES
+        and width <= _FEW_WIDE
+        and v.shape == k.shape
+        and _all_contiguous(q, k, v)
+    ):
+        out, lse = torch.empty_like(q), _NOTHING.new_empty(batch, heads, queries)
+        _cpu.attention_forward(q, k, v, *_DENSE, None, None, bias, None, *numbers, out, lse, lse)
+        return out, lse
     return cpu_forward(
-        q, k, v, _DENSE, sinks, alibi_slopes, bias, seed, numbers, q.shape[:3], q.shape[0],
-        k.shape[0] * k.shape[2], k.shape[2],
+        q, k, v, _DENSE, sinks, alibi_slopes, bias, seed, numbers, (batch, heads, queries), batch,
+        batch * keys, keys,
     )  # fmt: skip
 
 
 def _cpu_backward(
     dout, dlse, q, k, v, out, lse, sinks, alibi_slopes, bias, seed, *numbers_and_bias_grad
 ):
+    batch, _, queries, width = q.shape
+    keys = k.shape[2]
+    if (
+        keys <= _FEW
+        and queries <= _FEW
+        and batch <= _FEW_SEQUENCES
+        and width <= _FEW_WIDE
+        and sinks is alibi_slopes is bias is None
+        and v.shape == k.shape
+        and _all_contiguous(dout, q, k, v, out)
+    ):
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _cpu.attention_backward(
+            dout, dlse, q, k, v, out, lse, None, None, None, None, None, seed,
+            *numbers_and_bias_grad[:-1], dq, dk, dv, None, None, lse,
+        )  # fmt: skip
+        return dq, dk, dv, _NOTHING, _NOTHING
     return cpu_backward(
         dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed,
-        numbers_and_bias_grad[:-1], numbers_and_bias_grad[-1], q.shape[0], q.shape[2], k.shape[2],
+        numbers_and_bias_grad[:-1], numbers_and_bias_grad[-1], batch, queries, keys,
     )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def linear_cross_entropy(
         and target.numel() * linear_weight.numel() <= _SMALL
         and is_eager(input, linear_weight, target)
         and serves_by("cpu", "linear_cross_entropy", input)
-        and ignore_index not in target.flatten().tolist()  # those have no part in dw, even as NaN
+        and ignore_index not in target.reshape(-1).tolist()  # those have no part in dw, even as NaN
     ):
         logits = _float32_logits(input, linear_weight, linear_bias)
         return cross_entropy(
