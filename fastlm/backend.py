@@ -227,7 +227,7 @@ def _differentiable(name: str, picked_by: int, setup: Callable | None, backward:
     function: Any = type(name, (torch.autograd.Function,), methods)
     function._backward_cls.apply = backward  # torch's own looks for other kinds of derivative
     # Function.apply looks for transforms, 0.9 us a call: `call` has looked
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _without_autocast(function: Callable) -> Callable:

@@ -371,9 +371,9 @@ def cpu_backward(
     )
 
 
-# Up to here the C++ body has room for a call on the stack, and the sizes below need no arithmetic: 1
-# us of a lone token's 7. Sequences, D and Dv; rows of a key head, keys of the forward; queries and
-# keys of the backward (attention_decode.h, attention_backward.h).
+# Up to these sizes the C++ body needs no workspace, and finding that out need not cost 1 us of a
+# lone token's 7: sequences, D and Dv; rows of a key head and keys of the forward
+# (attention_decode.h); queries and keys of the backward (attention_backward.h).
 _FEW_SEQUENCES, _FEW_WIDE, _FEW_ROWS, _FEW_KEYS, _FEW = 16, 256, 8, 512, 8
 
 
@@ -455,7 +455,7 @@ def _autograd_backward(ctx, dout, dlse):
         dv,
         None if sinks is None else dsinks.to(sinks.dtype),
         None,
-        dbias.to(bias.dtype) if bias_grad else None,
+        None if bias is None or not bias_grad else dbias.to(bias.dtype),
         *(None,) * 6,  # seed, the numbers
     )
 

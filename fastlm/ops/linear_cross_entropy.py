@@ -10,8 +10,8 @@ Two ways, one kernel pair (csrc/cpu/linear_cross_entropy.h):
   `linear_cross_entropy_backward`). Few rows go this way too: it writes the weight's gradient once,
   in the weight's dtype, and that is what they spend their time on.
 
-Where the products are so small that the calls around them are what costs, the loss is the definition
-itself: float32 logits in memory and `cross_entropy` on them.
+Where the products are so small that the calls around them are what costs, the loss is the
+definition itself: float32 logits in memory and `cross_entropy` on them.
 
 The weight's gradient is summed over chunks in float32. Rejected: slabs of the vocabulary, which
 need no such sum for a 16-bit weight but take 5 products; torch's matrix products on chunks, which
@@ -41,8 +41,8 @@ from fastlm.ops.cross_entropy import (
 _VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
 _MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
 _FEW_ROWS = 64  # the fourth product costs what a float32 gradient of the weight would at 100 to 200
-# Rows x features x classes: up to here the definition takes less time than the kernels' calls, by 5x
-# at 4 thousand and even at 1 to 4 million.
+# Rows x features x classes: up to here the definition takes less time than the kernels' calls: a
+# fifth at 4 thousand, as much at 2 to 4 million.
 _SMALL = 1 << 20
 # What a chunk's exponentials may take: half of it where the float32 gradient of a 16-bit weight is
 # memory as well, more where an eighth of that gradient is more.
@@ -78,7 +78,8 @@ def linear_cross_entropy(
     Logits, sums and lse are float32; the gradient of the logits is rounded to input's dtype for
     the matrix products that follow it, which sum in float32. Memory beside the gradients: 32 to 64
     MiB of workspace (more under a weight of more than 64 Mi elements), and for a 16-bit weight the
-    float32 sum of its gradient.
+    float32 sum of its gradient; for products of a few rows at most 4 MiB each of logits and of a
+    16-bit weight in float32.
 
     Raises:
         InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
