@@ -335,6 +335,13 @@ def test_backward_refuses_a_loss_without_statistics():
         )
 
 
+def test_loss_compiles_without_break_or_recompile():
+    assert_compiles_once(
+        lambda z, t: ops.cross_entropy(z, t, softcap=9.0),
+        [(torch.randn(n, 64, requires_grad=True), torch.arange(n)) for n in (5, 9, 70)],
+    )
+
+
 def test_compiles_without_break_or_recompile():
     weight = torch.rand(64)
     assert_compiles_once(

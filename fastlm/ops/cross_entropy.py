@@ -67,7 +67,7 @@ def cross_entropy(
         The float32 loss: a scalar, or (...) for "none"; with `return_lse` a pair.
 
     Forward reads the logits once; backward reads them once and writes the gradient, in their
-    dtype, once. Kept between the two: the logits and two float32 a row.
+    dtype, once. Kept between the two: the logits and two or three float32 a row.
 
     Raises:
         InputError: shapes or options that do not fit; on the CPU also a target out of range.
