@@ -59,6 +59,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cross_entropy_backward", &cross_entropy_backward, "on_p"_a, "on_target"_a, "on_all"_a,
         "logits"_a, "target"_a, "class_weight"_a, "shift"_a, "log_sum"_a, "ignore_index"_a,
         "softcap"_a, "scale"_a, "dlogits"_a, no_gil);
+  m.def("cross_entropy_loss", &cross_entropy_loss, "logits"_a, "target"_a, "ignore_index"_a,
+        "mean"_a, "softcap"_a, "scale"_a, "loss"_a, "stats"_a, no_gil);
+  m.def("cross_entropy_loss_backward", &cross_entropy_loss_backward, "dloss"_a, "logits"_a,
+        "target"_a, "stats"_a, "ignore_index"_a, "mean"_a, "softcap"_a, "scale"_a, "dlogits"_a,
+        no_gil);
 
   m.def("matrix_element_bytes", &matrix_element_bytes, "x"_a);
   m.def("linear_cross_entropy_scores", &linear_cross_entropy_scores, "x"_a, "w"_a, "bias"_a,
@@ -78,7 +83,7 @@ PYBIND11_MODULE(_cpu, m) {
         "seed"_a, "causal"_a, "scale"_a, "window"_a, "softcap"_a, "dropout_p"_a, "dq"_a, "dk"_a,
         "dv"_a, "dsinks"_a, "dbias"_a, "workspace"_a, no_gil);
   m.def("attention_backward_workspace", &attention_backward_workspace, "q"_a, "sequences"_a,
-        "heads"_a, "kv_heads"_a, "v_width"_a, "most_q"_a, "most_k"_a, "all_rows"_a);
+        "heads"_a, "kv_heads"_a, "v_width"_a, "most_q"_a, "most_k"_a, "all_rows"_a, "bias_grad"_a);
   m.def("quantized_linear", &quantized_linear, "x"_a, "qdata"_a, "scales"_a, "zeros"_a, "bias"_a,
         "bits"_a, "group_size"_a, "act_bits"_a, "form"_a, "y"_a, no_gil);
   m.def("quantized_linear_backward", &quantized_linear_backward, "dy"_a, "qdata"_a, "scales"_a,

@@ -118,6 +118,16 @@ def serves_by(backend: str, op: str, tensor: torch.Tensor) -> bool:
     return pick(op, tensor) is IMPLEMENTATIONS[op].get(backend)
 
 
+def is_eager(*tensors: torch.Tensor) -> bool:
+    """Whether these are plain tensors and nothing traces or transforms: values may be asked for."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and _functorch.peek_interpreter_stack() is None
+        and _PLAIN.issuperset(map(type, tensors))
+    )
+
+
 def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
     if _forced is not None:
         if reason := _why_not_here(op, _forced, device, dtype):
@@ -144,13 +154,6 @@ def use_backend(name: str) -> Iterator[None]:
     finally:
         _forced = before
         _picked.clear()
-
-
-def _needs_gradient(args: tuple) -> bool:
-    for arg in args:
-        if isinstance(arg, torch.Tensor) and arg.requires_grad:
-            return True
-    return False
 
 
 def register(
@@ -189,32 +192,42 @@ def register(
         f"fastlm::{name}", backward or refuse, setup_context=setup_context, lib=_library
     )
     operator = getattr(torch.ops.fastlm, name).default
-    differentiable = backward and _differentiable(name, run, setup_context, backward)
-    is_compiling, plain = torch.compiler.is_compiling, _PLAIN.issuperset
+    differentiable = operator
+    if backward:
+        differentiable = _differentiable(name, picked_by, setup_context, backward)
+    tensors = [i for i, a in enumerate(operator._schema.arguments) if "Tensor" in str(a.type)]
+    is_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
     modes, transforms = torch._C._len_torch_dispatch_stack, _functorch.peek_interpreter_stack
+    plain = _PLAIN.issuperset
 
     def call(*args: Any) -> Any:
         if not is_compiling() and plain(map(type, args)) and not modes() and transforms() is None:
-            if not (torch.is_grad_enabled() and _needs_gradient(args)):
-                return pick(name, args[picked_by])(*args)
-            if differentiable:
-                return differentiable(*args)
+            if is_grad_enabled():
+                for i in tensors:
+                    if (tensor := args[i]) is not None and tensor.requires_grad:
+                        return differentiable(*args)
+            return pick(name, args[picked_by])(*args)
         return operator(*args)
 
     return call
 
 
-def _differentiable(name: str, run: Callable, setup: Callable | None, backward: Callable):
-    """`run` with its derivative, for plain tensors: what `register_autograd` gives the operator."""
+def _differentiable(name: str, picked_by: int, setup: Callable | None, backward: Callable):
+    """The implementation with its derivative, for plain tensors: what `register_autograd` gives the
+    operator.
+    """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = run(*args)
+        output = pick(name, args[picked_by])(*args)
         if setup is not None:
             setup(ctx, args, output)
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), methods).apply
+    function: Any = type(name, (torch.autograd.Function,), methods)
+    function._backward_cls.apply = backward  # torch's own looks for other kinds of derivative
+    # Function.apply looks for transforms, 0.9 us a call: `call` has looked
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _without_autocast(function: Callable) -> Callable:

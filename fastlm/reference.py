@@ -398,6 +398,47 @@ def _cross_entropy_rows_backward(
     return (dz * logit_scale).to(logits.dtype)
 
 
+def cross_entropy_loss(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    mean: bool,
+    softcap: float | None,
+    logit_scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sum of `cross_entropy_forward`'s nll, or its mean over the rows not ignored; with `keep` also
+    its (shift, log_sum, nll) as one (3, N), else an empty tensor.
+    """
+    shift, log_sum, nll, _ = cross_entropy_forward(
+        logits, target, None, False, ignore_index, softcap, logit_scale
+    )
+    loss = nll.sum()
+    if mean:
+        loss = loss / (target != ignore_index).sum()
+    return loss, torch.stack((shift, log_sum, nll)) if keep else nll.new_empty(0)
+
+
+def cross_entropy_loss_backward(
+    d_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    mean: bool,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """The gradient of `cross_entropy_loss`: zero in ignored rows, also where the mean is NaN."""
+    valid = target != ignore_index
+    on_row = d_loss / valid.sum() if mean else d_loss
+    on_p = torch.where(valid, on_row, 0.0).to(stats.dtype)
+    shift, log_sum, _ = stats
+    return cross_entropy_backward(
+        on_p, on_p, None, logits, target, None, shift, log_sum, ignore_index, softcap, logit_scale
+    )
+
+
 def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
     """On the CPU; elsewhere the check would wait for the device."""
     if target.device.type != "cpu":

@@ -30,6 +30,9 @@ SHAPES = [
     (1, 6, 2, 1, 700, 64, 48),  # decoding, two chunks
     (1, 2, 1, 2, 600, 256, 256),
     (1, 10, 1, 1, 40, 80, 80),  # more rows on a key head than decoding takes
+    (1, 3, 1, 1, 1, 80, 80),  # a lone token; up to 8 queries and keys have a backward of their own
+    (2, 4, 2, 8, 8, 256, 24),
+    (3, 2, 2, 7, 8, 40, 40),
 ]
 OPTIONS = {
     "plain": {},

@@ -292,6 +292,56 @@ def test_opcheck(smooth):
     )
 
 
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_opcheck_of_the_loss(mean, keep):
+    logits, target = make(6, 32, torch.float32)
+    torch.library.opcheck(
+        torch.ops.fastlm.cross_entropy_loss.default,
+        (logits.requires_grad_(keep), target, -100, mean, 3.0, 1.0, keep),
+    )
+    stats = torch.ops.fastlm.cross_entropy_loss.default(
+        logits.detach(), target, -100, mean, 3.0, 1.0, True
+    )[1]
+    torch.library.opcheck(
+        torch.ops.fastlm.cross_entropy_loss_backward.default,
+        (torch.tensor(0.7), logits.detach(), target, stats, -100, mean, 3.0, 1.0),
+    )
+
+
+# The plain sum and mean go their own way; 64 rows are the most without a tensor of statistics
+@pytest.mark.parametrize("rows", [1, 8, 64, 65])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum"}, {"num_items": 9}, {"softcap": 3.0, "logit_scale": 0.5}]
+)
+def test_loss_without_options(isa, dtype, rows, options):
+    logits, target = make(rows, 123, dtype)
+    check(logits, target, **options)
+    check(logits, target.clamp_min(0), **options)
+    with torch.no_grad():
+        alone = ops.cross_entropy(logits, target, **options)
+    with_gradient = ops.cross_entropy(logits.detach().requires_grad_(), target, **options)
+    assert torch.equal(alone, with_gradient)
+
+
+def test_backward_refuses_a_loss_without_statistics():
+    logits, target = make(3, 7, torch.float32)
+    loss, stats = torch.ops.fastlm.cross_entropy_loss.default(
+        logits, target, -100, True, None, 1.0, False
+    )
+    with pytest.raises(ValueError, match="stats: wanted elements: 9, got 0"):
+        torch.ops.fastlm.cross_entropy_loss_backward.default(
+            loss, logits, target, stats, -100, True, None, 1.0
+        )
+
+
+def test_loss_compiles_without_break_or_recompile():
+    assert_compiles_once(
+        lambda z, t: ops.cross_entropy(z, t, softcap=9.0),
+        [(torch.randn(n, 64, requires_grad=True), torch.arange(n) % 64) for n in (5, 9, 70)],
+    )
+
+
 def test_compiles_without_break_or_recompile():
     weight = torch.rand(64)
     assert_compiles_once(

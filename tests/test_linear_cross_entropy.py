@@ -87,8 +87,15 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True)
 def gradients_in_the_forward(monkeypatch):
-    """As with many rows; test_few_rows puts it back."""
+    """As with many rows and large products; test_few_rows and `small` put it back."""
     monkeypatch.setattr(MODULE, "_FEW_ROWS", 0)
+    monkeypatch.setattr(MODULE, "_SMALL", 0)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(MODULE, "_FEW_ROWS", 64)
+    monkeypatch.setattr(MODULE, "_SMALL", 1 << 20)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -401,6 +408,51 @@ def test_compiles_without_break_or_recompile(reduction):
             for n in (4, 9, 17)
         ],
     )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 17, 3), (7, 40, 123)], ids=str)
+def test_small_products_are_the_definition(dtype, shape, options, weighted, small, monkeypatch):
+    """Both ways meet the same bound; which one runs is seen in the kernels' calls."""
+    weight = torch.rand(shape[2]) if weighted else None
+    tensors = make(*shape, dtype, ignored=0)
+    called = []
+    for name in ("_forward", "_loss"):
+        run = getattr(MODULE, name)
+        monkeypatch.setattr(MODULE, name, lambda *a, run=run: called.append(1) or run(*a))
+    check(*tensors, weight=weight, of_terms=True, **options)
+    assert not called
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which F.linear of floats would follow
+        x, w, bias, target = tensors
+        out = ops.linear_cross_entropy(x, w, target, linear_bias=bias)
+    low = ops.linear_cross_entropy(x.bfloat16(), w.bfloat16(), target, linear_bias=bias)
+    assert torch.equal(out, low) and not called
+
+
+def test_small_products_leave_ignored_rows_out(small):
+    x, w, _, target = make(3, 8, 5, torch.float32, ignored=0, bias=False)
+    x[1], target[1] = float("nan"), -100
+    x.requires_grad_(), w.requires_grad_()
+    dx, dw = torch.autograd.grad(ops.linear_cross_entropy(x, w, target), (x, w))
+    assert dw.isfinite().all() and not dx[1].any() and dx[0].any()
+
+
+def test_small_products_same_bits_on_one_and_two_threads(small):
+    threads, results = torch.get_num_threads(), []
+    x, w, bias, target = make(8, 64, 2000, torch.float32, ignored=0)
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            results.append(
+                outputs_and_gradients(
+                    ops.linear_cross_entropy, x, w, bias, target, [torch.ones(())]
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])

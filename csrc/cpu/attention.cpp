@@ -36,9 +36,9 @@ void attention_backward(TensorView dout, OptionalTensor dlse, TensorView q, Tens
 
 int64_t attention_backward_workspace(TensorView q, int64_t sequences, int64_t heads,
                                      int64_t kv_heads, int64_t v_width, int64_t most_q,
-                                     int64_t most_k, int64_t all_rows) {
+                                     int64_t most_k, int64_t all_rows, bool bias_grad) {
   FASTLM_RUN(attention_backward_workspace, q, sequences, heads, kv_heads, v_width, most_q, most_k,
-             all_rows);
+             all_rows, bias_grad);
   return 0;
 }
 

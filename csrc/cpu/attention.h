@@ -19,8 +19,6 @@ namespace attention_body {
 #include "cpu/attention_decode.h"
 #include "cpu/attention_backward.h"
 
-constexpr int64_t FEW_SEQUENCES = 16;  // 3 KiB of problems on the stack
-
 template <class T, class C>
 void forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
              Workspace workspace) {
@@ -65,13 +63,14 @@ Lengths lengths_of(const Shape& s, const Problem<T, T>* problems) {
   return of;
 }
 
-// Floats of attention_backward's workspace on the threads that there are; `most_q`, `most_k`: of
-// the longest sequence, `all_rows`: queries of all.
+// Floats of attention_backward's workspace on the threads that there are, 0 where it needs none;
+// `most_q`, `most_k`: of the longest sequence, `all_rows`: queries of all.
 inline int64_t attention_backward_workspace(const TensorView& q, int64_t sequences, int64_t heads,
                                             int64_t kv_heads, int64_t v_width, int64_t most_q,
-                                            int64_t most_k, int64_t all_rows) {
+                                            int64_t most_k, int64_t all_rows, bool bias_grad) {
   Shape s{};
   s.B = sequences, s.H = heads, s.Hkv = kv_heads, s.D = q.size(-1), s.Dv = v_width;
+  if (are_few(s, most_q, most_k) && !bias_grad) return 0;
   int64_t bytes = 64 + round_up(s.B * int64_t(sizeof(Problem<float, float>)), 64);
   with_float(q.dtype(), "q", [&](auto tag) {
     using T = decltype(tag);
@@ -95,7 +94,8 @@ inline void attention_backward(const AttentionInputs& in, const TensorView& dout
     const Shape s = shape_of(in, out, lse);
     const Options o = options_of(in);
     Workspace room(workspace);
-    auto* problems = room.take<Problem<T, T>>(s.B);
+    Problem<T, T> few[FEW_SEQUENCES];
+    auto* problems = s.B <= FEW_SEQUENCES ? few : room.take<Problem<T, T>>(s.B);
     make_problems(in, s, problems);
     const Lengths lengths = lengths_of(s, problems);
     Gradients grad{};
@@ -111,6 +111,9 @@ inline void attention_backward(const AttentionInputs& in, const TensorView& dout
     grad.dsinks = dsinks ? dsinks->data<float>("dsinks") : nullptr;
     const T *p_dout = dout.data<T>("dout"), *p_out = out.data<T>("out");
     const float* p_lse = lse.data<float>("lse");
+    if (are_few(s, lengths.most_q, lengths.most_k) && !dbias)
+      return backward_few(s, o, grad, problems, p_dout, p_out, p_lse, dq.data<T>("dq"),
+                          dk.data<T>("dk"), dv.data<T>("dv"));
     backward_all(s, o, grad, problems, p_dout, p_out, p_lse, dq.data<T>("dq"), dk.data<T>("dk"),
                  dv.data<T>("dv"), lengths, room);
     if (dbias) backward_bias(s, o, grad, problems, p_dout, p_out, p_lse, *dbias, lengths, room);

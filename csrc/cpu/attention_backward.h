@@ -23,6 +23,17 @@ FASTLM_INLINE int64_t spans_of(const Shape& s, int64_t longest) {
   return s.B * s.Hkv >= MIN_TASKS ? 1 : std::max<int64_t>(1, (longest + SPAN - 1) / SPAN);
 }
 
+// So few queries and keys that packing them costs more than the products (a lone token: 5 us of
+// packing, 0.3 of products) go row by row, in float32 on the stack.
+constexpr int64_t FEW = 8;             // queries and keys
+constexpr int64_t FEW_WIDE = 256;      // D and Dv
+constexpr int64_t FEW_SEQUENCES = 16;  // 3 KiB of problems on the stack
+
+FASTLM_INLINE bool are_few(const Shape& s, int64_t most_q, int64_t most_k) {
+  return s.B <= FEW_SEQUENCES && most_q <= FEW && most_k <= FEW && s.D <= FEW_WIDE &&
+         s.Dv <= FEW_WIDE;
+}
+
 struct Gradients {
   Strides dq, dk, dv, dout, dlse;
   const float* dlse_p;  // (B, H, S) or (H, total_q), or null
@@ -62,6 +73,19 @@ inline void backward_row(const Shape& s, const Options& o, const Problem<T, C>& 
   }
   if (o.softcap > 0 && !for_bias)
     for (int64_t j = 0; j < stop; j += VL) store(dp + j, load(dp + j) * load(slope + j));
+}
+
+// sum(dO O) of one row
+template <class T>
+FASTLM_INLINE float delta_of(const T* g, const T* y, int64_t Dv) {
+  vfloat sum{};
+  for (int64_t d = 0; d < Dv; d += VL) {
+    if (Dv - d >= VL)
+      sum += load(g + d) * load(y + d);
+    else
+      sum += load(g + d, int(Dv - d)) * load(y + d, int(Dv - d));
+  }
+  return hsum(sum);
 }
 
 // Rows r .. r + KP of a tile (rows apart by BK) to the panels of a B operand with `packed_k` rows.
@@ -187,14 +211,7 @@ struct BackwardTask {
     double dsink = 0;  // terms of both signs over all rows: their sum may be far below any of them
     for (int64_t i = 0; i < p.queries; ++i) {
       const T *g = dO_row(p, b, h, i), *y = out + s.out.at(b, h, p.q0 + i);
-      vfloat sum{};
-      for (int64_t d = 0; d < s.Dv; d += VL) {
-        if (s.Dv - d >= VL)
-          sum += load(g + d) * load(y + d);
-        else
-          sum += load(g + d, int(s.Dv - d)) * load(y + d, int(s.Dv - d));
-      }
-      delta[i] = hsum(sum);
+      delta[i] = delta_of(g, y, s.Dv);
       if (grad.dlse_p) delta[i] -= grad.dlse_p[grad.dlse.at(b, h, p.q0 + i)];
       const float z = lse[s.lse.at(b, h, p.q0 + i)];
       if (o.sinks && z != -INFINITE) dsink -= double(std::exp(o.sinks[h] - z)) * delta[i];
@@ -340,6 +357,71 @@ void backward_all(const Shape& s, const Options& o, const Gradients& grad,
           }
     }
   }
+}
+
+// n rows of T in float32, a whole number of vectors each (`ld` floats), zeros beyond D.
+template <class T>
+FASTLM_INLINE void widen_rows(const T* rows, int64_t stride, int64_t n, int64_t D, int64_t ld,
+                              float* out) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t d = 0; d < D; d += VL)
+      store(out + j * ld + d,
+            D - d >= VL ? load(rows + j * stride + d) : load(rows + j * stride + d, int(D - d)));
+}
+
+FASTLM_INLINE float dot(const float* a, const float* b, int64_t n) {
+  vfloat sum{};
+  for (int64_t d = 0; d < n; d += VL) sum += load(a + d) * load(b + d);
+  return hsum(sum);
+}
+
+// out += factor * x
+FASTLM_INLINE void add_scaled(float factor, const float* x, int64_t n, float* out) {
+  for (int64_t d = 0; d < n; d += VL) store(out + d, load(out + d) + factor * load(x + d));
+}
+
+template <class T>
+void backward_few(const Shape& s, const Options& o, const Gradients& grad,
+                  const Problem<T, T>* problems, const T* dout, const T* out, const float* lse,
+                  T* dq, T* dk, T* dv) {
+  FlushDenormals flush;
+  alignas(64) float K[FEW * FEW_WIDE], V[FEW * FEW_WIDE], dK[FEW * FEW_WIDE], dV[FEW * FEW_WIDE],
+      q[FEW_WIDE], dO[FEW_WIDE], dQ[FEW_WIDE], P[2 * FEW], dS[2 * FEW], factor[64], slope[2 * FEW];
+  const int64_t G = s.H / s.Hkv, D = round_up(s.D, VL), Dv = round_up(s.Dv, VL);
+  for (int64_t b = 0; b < s.B; ++b)
+    for (int64_t g = 0; g < s.Hkv; ++g) {
+      const Problem<T, T>& p = problems[b];
+      widen_rows(p.k.base + g * p.k.head, p.k.row, p.keys, s.D, D, K);
+      widen_rows(p.v.base + g * p.v.head, p.v.row, p.keys, s.Dv, Dv, V);
+      memset(dK, 0, size_t(p.keys * D) * sizeof(float));
+      memset(dV, 0, size_t(p.keys * Dv) * sizeof(float));
+      for (int64_t h = g * G; h < (g + 1) * G; ++h) {
+        double dsink = 0;
+        for (int64_t i = 0; i < p.queries; ++i) {
+          const T* dO_row = dout + grad.dout.at(b, h, p.q0 + i);
+          widen_rows(p.q + h * s.q.head + i * s.q.row, 0, 1, s.D, D, q);
+          widen_rows(dO_row, 0, 1, s.Dv, Dv, dO);
+          float delta = delta_of(dO_row, out + s.out.at(b, h, p.q0 + i), s.Dv);
+          if (grad.dlse_p) delta -= grad.dlse_p[grad.dlse.at(b, h, p.q0 + i)];
+          const float z = lse[s.lse.at(b, h, p.q0 + i)];
+          if (o.sinks && z != -INFINITE) dsink -= double(std::exp(o.sinks[h] - z)) * delta;
+          for (int64_t j = 0; j < 2 * FEW; ++j) P[j] = dS[j] = 0;
+          for (int64_t j = 0; j < p.keys; ++j)
+            P[j] = dot(q, K + j * D, D), dS[j] = dot(dO, V + j * Dv, Dv);
+          backward_row(s, o, p, b, h, i, 0, p.keys, z, delta, false, P, dS, factor, slope);
+          memset(dQ, 0, size_t(D) * sizeof(float));
+          for (int64_t j = 0; j < p.keys; ++j) {
+            add_scaled(dS[j], K + j * D, D, dQ);
+            add_scaled(dS[j], q, D, dK + j * D);
+            add_scaled(P[j], dO, Dv, dV + j * Dv);
+          }
+          store_rows(dQ, D, 1, s.D, o.scale, dq + grad.dq.at(b, h, p.q0 + i), 0);
+        }
+        if (grad.dsinks) grad.dsinks[b * s.H + h] = float(dsink);
+      }
+      store_rows(dK, D, p.keys, s.D, o.scale, dk + grad.dk.at(b, g, p.k0), grad.dk.row);
+      store_rows(dV, Dv, p.keys, s.Dv, 1.f, dv + grad.dv.at(b, g, p.k0), grad.dv.row);
+    }
 }
 
 // dbias: a task owns one row block (all rows where the bias has one) of one batch entry and head of

@@ -97,18 +97,11 @@ void cross_entropy_finish(const CrossEntropyRow<T>& row, const SpanSums& s, floa
   if (row.class_weight) *smoothed = s.weights * log_of_sum - s.weighted;
 }
 
-// logits (N, V) rows apart, target (N) int64; class_weight (V) float32 or absent; shift, log_sum,
-// nll, smoothed (N) float32, smoothed only with class_weight
-inline void cross_entropy_forward(const TensorView& logits, const TensorView& target,
-                                  const TensorView* class_weight, int64_t ignore_index,
-                                  float softcap, float scale, const TensorView& shift,
-                                  const TensorView& log_sum, const TensorView& nll,
-                                  const TensorView& smoothed) {
+// out: shift, log_sum, nll and, with class_weight w, smoothed of N rows
+inline void cross_entropy_rows(const TensorView& logits, const int64_t* t, const float* w,
+                               int64_t ignore_index, float softcap, float scale,
+                               float* const (&out)[4]) {
   const int64_t rows = logits.size(0), classes = logits.size(1), stride = logits.stride(0);
-  const int64_t* t = target.data<int64_t>("target");
-  const float* w = class_weight ? class_weight->data<float>("class_weight") : nullptr;
-  float* const out[] = {shift.data<float>("shift"), log_sum.data<float>("log_sum"),
-                        nll.data<float>("nll"), smoothed.data<float>("smoothed")};
   const int64_t spans = (classes + SPAN - 1) / SPAN;
   with_float(logits.dtype(), "logits", [&](auto tag) {
     using T = decltype(tag);
@@ -145,6 +138,45 @@ inline void cross_entropy_forward(const TensorView& logits, const TensorView& ta
   });
 }
 
+// logits (N, V) rows apart, target (N) int64; class_weight (V) float32 or absent; shift, log_sum,
+// nll, smoothed (N) float32, smoothed only with class_weight
+inline void cross_entropy_forward(const TensorView& logits, const TensorView& target,
+                                  const TensorView* class_weight, int64_t ignore_index,
+                                  float softcap, float scale, const TensorView& shift,
+                                  const TensorView& log_sum, const TensorView& nll,
+                                  const TensorView& smoothed) {
+  cross_entropy_rows(logits, target.data<int64_t>("target"),
+                     class_weight ? class_weight->data<float>("class_weight") : nullptr,
+                     ignore_index, softcap, scale,
+                     {shift.data<float>("shift"), log_sum.data<float>("log_sum"),
+                      nll.data<float>("nll"), smoothed.data<float>("smoothed")});
+}
+
+// What the sum of the rows' losses is multiplied by: NaN where the mean is over no row, as torch's.
+inline float share_of_row(const TensorView& target, int64_t ignore_index, bool mean) {
+  if (!mean) return 1;
+  const int64_t* t = target.data<int64_t>("target");
+  return float(1. / double(target.numel() - std::count(t, t + target.numel(), ignore_index)));
+}
+
+constexpr int64_t STATS_ON_STACK = 64;  // rows
+
+// loss () and stats (3, N) float32: shift, log_sum, nll; up to STATS_ON_STACK rows may lack them
+inline void cross_entropy_loss(const TensorView& logits, const TensorView& target,
+                               int64_t ignore_index, bool mean, float softcap, float scale,
+                               const TensorView& loss, const TensorView* stats) {
+  const int64_t rows = logits.size(0);
+  float local[3 * STATS_ON_STACK];
+  check_size("stats", "elements:", 3 * rows,
+             stats ? stats->numel() : 3 * std::min(rows, STATS_ON_STACK));
+  float *s = stats ? stats->data<float>("stats") : local, *nll = s + 2 * rows;
+  cross_entropy_rows(logits, target.data<int64_t>("target"), nullptr, ignore_index, softcap, scale,
+                     {s, s + rows, nll, nullptr});
+  double sum = 0;
+  for (int64_t i = 0; i < rows; ++i) sum += nll[i];
+  *loss.data<float>("loss") = float(sum) * share_of_row(target, ignore_index, mean);
+}
+
 template <class T>
 void cross_entropy_backward_span(const CrossEntropyRow<T>& row, int64_t from, float shift,
                                  float log_sum, float on_p, float on_target, float on_all, T* out) {
@@ -169,19 +201,13 @@ void cross_entropy_backward_span(const CrossEntropyRow<T>& row, int64_t from, fl
   }
 }
 
-// on_p, on_target, shift, log_sum (N) float32, on_all the same or absent; dlogits (N, V) contiguous
-inline void cross_entropy_backward(const TensorView& on_p, const TensorView& on_target,
-                                   const TensorView* on_all, const TensorView& logits,
-                                   const TensorView& target, const TensorView* class_weight,
-                                   const TensorView& shift, const TensorView& log_sum,
-                                   int64_t ignore_index, float softcap, float scale,
-                                   const TensorView& dlogits) {
+// coefficients(i): on_p, on_target, on_all of row i; shift, log_sum (N); dlogits (N, V) contiguous
+template <class F>
+void cross_entropy_rows_backward(F coefficients, const TensorView& logits, const int64_t* t,
+                                 const float* w, const float* shift, const float* log_sum,
+                                 int64_t ignore_index, float softcap, float scale,
+                                 const TensorView& dlogits) {
   const int64_t rows = logits.size(0), classes = logits.size(1), stride = logits.stride(0);
-  const int64_t* t = target.data<int64_t>("target");
-  const float *w = class_weight ? class_weight->data<float>("class_weight") : nullptr,
-              *all = on_all ? on_all->data<float>("on_all") : nullptr,
-              *p = on_p.data<float>("on_p"), *at = on_target.data<float>("on_target"),
-              *m = shift.data<float>("shift"), *s = log_sum.data<float>("log_sum");
   with_float(logits.dtype(), "logits", [&](auto tag) {
     using T = decltype(tag);
     const T* x = logits.data<T>("logits");
@@ -189,13 +215,51 @@ inline void cross_entropy_backward(const TensorView& on_p, const TensorView& on_
     const int64_t spans = (classes + SPAN - 1) / SPAN;
     parallel_for(rows * spans, rows * classes > 32768, [=](int64_t task) {
       const int64_t i = task / spans, from = task % spans * SPAN;
-      const float a = all ? all[i] : 0.f;
-      if (p[i] == 0 && at[i] == 0 && a == 0)  // ignored: zero whatever the logits are
+      const auto [on_p, on_target, on_all] = coefficients(i);
+      if (on_p == 0 && on_target == 0 && on_all == 0)  // ignored: zero whatever the logits are
         memset(out + i * classes + from, 0, size_t(std::min(SPAN, classes - from)) * sizeof(T));
       else
         cross_entropy_backward_span<T>(
             {x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}}, from,
-            m[i], s[i], p[i], at[i], a, out + i * classes);
+            shift[i], log_sum[i], on_p, on_target, on_all, out + i * classes);
     });
   });
+}
+
+struct Coefficients {
+  float on_p, on_target, on_all;
+};
+
+// on_p, on_target, shift, log_sum (N) float32, on_all the same or absent; dlogits (N, V) contiguous
+inline void cross_entropy_backward(const TensorView& on_p, const TensorView& on_target,
+                                   const TensorView* on_all, const TensorView& logits,
+                                   const TensorView& target, const TensorView* class_weight,
+                                   const TensorView& shift, const TensorView& log_sum,
+                                   int64_t ignore_index, float softcap, float scale,
+                                   const TensorView& dlogits) {
+  const float *all = on_all ? on_all->data<float>("on_all") : nullptr,
+              *p = on_p.data<float>("on_p"), *at = on_target.data<float>("on_target");
+  cross_entropy_rows_backward(
+      [=](int64_t i) { return Coefficients{p[i], at[i], all ? all[i] : 0.f}; }, logits,
+      target.data<int64_t>("target"),
+      class_weight ? class_weight->data<float>("class_weight") : nullptr,
+      shift.data<float>("shift"), log_sum.data<float>("log_sum"), ignore_index, softcap, scale,
+      dlogits);
+}
+
+// dloss () and stats (3, N) float32, as the loss left them; dlogits (N, V) contiguous
+inline void cross_entropy_loss_backward(const TensorView& dloss, const TensorView& logits,
+                                        const TensorView& target, const TensorView& stats,
+                                        int64_t ignore_index, bool mean, float softcap, float scale,
+                                        const TensorView& dlogits) {
+  const int64_t* t = target.data<int64_t>("target");
+  const float* s = stats.data<float>("stats");
+  check_size("stats", "elements:", 3 * logits.size(0), stats.numel());
+  const float on_row = *dloss.data<float>("dloss") * share_of_row(target, ignore_index, mean);
+  cross_entropy_rows_backward(
+      [=](int64_t i) {
+        const float c = t[i] == ignore_index ? 0.f : on_row;
+        return Coefficients{c, c, 0.f};
+      },
+      logits, t, nullptr, s, s + logits.size(0), ignore_index, softcap, scale, dlogits);
 }

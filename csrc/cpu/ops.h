@@ -46,7 +46,7 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
            const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm,
            TensorView workspace);
 // cross_entropy.h; first_bad_target: row of the first class out of range, or -1
-int64_t first_bad_target(TensorView target, int64_t classes, int64_t ignore_index);
+int64_t first_bad_target(const TensorView& target, int64_t classes, int64_t ignore_index);
 void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor class_weight,
                            int64_t ignore_index, float softcap, float scale, TensorView shift,
                            TensorView log_sum, TensorView nll, TensorView smoothed);
@@ -54,6 +54,12 @@ void cross_entropy_backward(TensorView on_p, TensorView on_target, OptionalTenso
                             TensorView logits, TensorView target, OptionalTensor class_weight,
                             TensorView shift, TensorView log_sum, int64_t ignore_index,
                             float softcap, float scale, TensorView dlogits);
+// the loss of all rows: returns first_bad_target, and computes nothing where there is one
+int64_t cross_entropy_loss(TensorView logits, TensorView target, int64_t ignore_index, bool mean,
+                           float softcap, float scale, TensorView loss, OptionalTensor stats);
+void cross_entropy_loss_backward(TensorView dloss, TensorView logits, TensorView target,
+                                 TensorView stats, int64_t ignore_index, bool mean, float softcap,
+                                 float scale, TensorView dlogits);
 
 // linear_cross_entropy.h
 int64_t matrix_element_bytes(TensorView x);
@@ -87,7 +93,7 @@ void attention_backward(TensorView dout, OptionalTensor dlse, TensorView q, Tens
                         OptionalTensor dbias, TensorView workspace);
 int64_t attention_backward_workspace(TensorView q, int64_t sequences, int64_t heads,
                                      int64_t kv_heads, int64_t v_width, int64_t most_q,
-                                     int64_t most_k, int64_t all_rows);
+                                     int64_t most_k, int64_t all_rows, bool bias_grad);
 // quantized_linear.h
 void quantized_linear(TensorView x, TensorView qdata, TensorView scales, OptionalTensor zeros,
                       OptionalTensor bias, int bits, int64_t group_size, int act_bits, int form,

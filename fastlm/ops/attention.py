@@ -84,13 +84,46 @@ def attention(
             f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {batch} as q,"
             f" got {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    sinks, alibi_slopes, bias, *numbers = check_options(
-        q, k, v, heads, kv_heads, causal, scale, window, softcap, sinks, alibi_slopes, bias,
-        (batch, heads, queries, keys),
-    )  # fmt: skip
-    seed = dropout_seed(dropout_p, q)
-    out, lse = _forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers, float(dropout_p))
+    if sinks is alibi_slopes is bias is window is softcap is None and dropout_p == 0:
+        check_tensors(q, k, v, heads, kv_heads)
+        scale = 1 / math.sqrt(q_shape[3]) if scale is None else float(scale)
+        out, lse = _forward(q, k, v, None, None, None, None, causal, scale, 0, 0.0, 0.0)
+    else:
+        sinks, alibi_slopes, bias, *numbers = check_options(
+            q, k, v, heads, kv_heads, causal, scale, window, softcap, sinks, alibi_slopes, bias,
+            (batch, heads, queries, keys),
+        )  # fmt: skip
+        seed = dropout_seed(dropout_p, q)
+        out, lse = _forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers, float(dropout_p))
     return (out, lse) if return_lse else out
+
+
+def check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    kv_heads: int,
+    kv_dtypes: tuple[torch.dtype, ...] = (),
+) -> None:
+    """`kv_dtypes`: what k and v may be besides q's dtype."""
+    if not q.is_floating_point():
+        raise InputError(f"q: wanted a float dtype, got {q.dtype}")
+    dtype, device = q.dtype, q.device
+    if not (
+        k.dtype == v.dtype == dtype
+        and ((q.is_cpu and k.is_cpu and v.is_cpu) or k.device == v.device == device)
+    ):
+        for name, t in (("k", k), ("v", v)):
+            if t.dtype != dtype and t.dtype not in kv_dtypes:
+                raise InputError(f"{name}: wanted {dtype} as q, got {t.dtype}")
+            if t.device != device:
+                raise InputError(f"{name}: wanted device {device} as q, got {t.device}")
+    width = q.shape[-1]
+    if width == 0 or k.shape[-1] != width:
+        raise InputError(f"k: wanted head width D = {width} >= 1 as q, got k {tuple(k.shape)}")
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise InputError(f"q: wanted heads a multiple of k's {kv_heads}, got {heads}")
 
 
 def check_options(
@@ -110,21 +143,9 @@ def check_options(
     *,
     kv_dtypes: tuple[torch.dtype, ...] = (),
 ) -> Options:
-    """Checks what the three ops share. `kv_dtypes`: what k and v may be besides q's dtype."""
-    if not q.is_floating_point():
-        raise InputError(f"q: wanted a float dtype, got {q.dtype}")
-    dtype, device = q.dtype, q.device
-    if not (k.dtype == v.dtype == dtype and k.device == v.device == device):
-        for name, t in (("k", k), ("v", v)):
-            if t.dtype != dtype and t.dtype not in kv_dtypes:
-                raise InputError(f"{name}: wanted {dtype} as q, got {t.dtype}")
-            if t.device != device:
-                raise InputError(f"{name}: wanted device {device} as q, got {t.device}")
-    width = q.shape[-1]
-    if width == 0 or k.shape[-1] != width:
-        raise InputError(f"k: wanted head width D = {width} >= 1 as q, got k {tuple(k.shape)}")
-    if kv_heads == 0 or heads % kv_heads != 0:
-        raise InputError(f"q: wanted heads a multiple of k's {kv_heads}, got {heads}")
+    """Checks what the three ops share, tensors included."""
+    check_tensors(q, k, v, heads, kv_heads, kv_dtypes)
+    device, width = q.device, q.shape[-1]
     given = (
         () if sinks is alibi_slopes is None else (("sinks", sinks), ("alibi_slopes", alibi_slopes))
     )
@@ -218,6 +239,13 @@ def elements_last(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in tensors]
 
 
+def _all_contiguous(*tensors: Tensor) -> bool:
+    for t in tensors:
+        if not t.is_contiguous():
+            return False
+    return True
+
+
 def _float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
@@ -228,6 +256,7 @@ def _padded(n: int, step: int) -> int:
 
 _APART = 256  # floats: so that a thread's arrays begin at cache lines, with gaps under a sanitizer
 _DENSE = (None,) * 6  # the layout of the dense op
+_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")  # a gradient that is not wanted
 
 
 def cpu_forward(
@@ -250,12 +279,12 @@ def cpu_forward(
     `layout` is (cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale), `key_rows` an
     upper bound of the keys of all sequences together, `longest_keys` of those of one.
     """
-    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+    if not _all_contiguous(q, k, v):
         q, k, v = elements_last(q, k, v)
     v_width = v.shape[-1]
     dense = layout[0] is None and layout[2] is None
     out = empty_out(q, v_width) if dense else q.new_empty(*q.shape[:-1], v_width)
-    lse = q.new_empty(lse_shape, dtype=torch.float32)
+    lse = _NOTHING.new_empty(*lse_shape)  # one by one: 0.6 us less than a torch.Size
     q_shape, k_shape = q.shape, k.shape
     rows_at, heads_at = (2, 1) if layout[2] is None else (1, 2)
     queries, kv_heads = q_shape[rows_at], k_shape[heads_at]
@@ -315,19 +344,20 @@ def cpu_backward(
     longest_keys: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The C++ backward of the dense and the packed op."""
-    dout, q, k, v, out = elements_last(dout, q, k, v, out)
+    if not _all_contiguous(dout, q, k, v, out):
+        dout, q, k, v, out = elements_last(dout, q, k, v, out)
     # the dense op's gradients have the memory order of q, k and v (`_backward_fake`)
     empty = torch.empty_like if cu_seqlens[0] is None else _empty_contiguous
     dq, dk, dv = empty(q), empty(k), empty(v)
-    heads, kv_heads = (q.shape[1], k.shape[1])
+    heads, kv_heads = q.shape[1], k.shape[1]
     dsinks = None if sinks is None else lse.new_empty(sequences, heads)
     dbias = lse.new_zeros(bias.shape) if bias is not None and bias_grad else None
     rows = q.numel() // (heads * q.shape[-1]) if heads else 0
-    workspace = lse.new_empty(
-        _cpu.attention_backward_workspace(
-            q, sequences, heads, kv_heads, v.shape[-1], longest_queries, longest_keys, rows
-        )
-    )
+    floats = _cpu.attention_backward_workspace(
+        q, sequences, heads, kv_heads, v.shape[-1], longest_queries, longest_keys, rows,
+        dbias is not None,
+    )  # fmt: skip
+    workspace = lse.new_empty(floats) if floats else lse
     _cpu.attention_backward(
         dout, dlse, q, k, v, out, lse, *cu_seqlens, _float(sinks), _float(alibi_slopes), bias, seed,
         *numbers, dq, dk, dv, dsinks, dbias, workspace,
@@ -336,25 +366,61 @@ def cpu_backward(
         dq,
         dk,
         dv,
-        lse.new_empty(0) if dsinks is None else dsinks.sum(0),
-        lse.new_empty(0) if dbias is None else dbias,
+        _NOTHING if dsinks is None else dsinks.sum(0),
+        _NOTHING if dbias is None else dbias,
     )
 
 
+# Up to these sizes the C++ body needs no workspace, and finding that out need not cost 1 us of a
+# lone token's 7: sequences, D and Dv; rows of a key head and keys of the forward
+# (attention_decode.h); queries and keys of the backward (attention_backward.h).
+_FEW_SEQUENCES, _FEW_WIDE, _FEW_ROWS, _FEW_KEYS, _FEW = 16, 256, 8, 512, 8
+
+
 def _cpu_forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
+    batch, heads, queries, width = q.shape
+    _, kv_heads, keys, _ = k.shape
+    if (
+        seed is sinks is alibi_slopes is None
+        and keys <= _FEW_KEYS
+        and queries * heads <= _FEW_ROWS * kv_heads
+        and batch <= _FEW_SEQUENCES
+        and width <= _FEW_WIDE
+        and v.shape == k.shape
+        and _all_contiguous(q, k, v)
+    ):
+        out, lse = torch.empty_like(q), _NOTHING.new_empty(batch, heads, queries)
+        _cpu.attention_forward(q, k, v, *_DENSE, None, None, bias, None, *numbers, out, lse, lse)
+        return out, lse
     return cpu_forward(
-        q, k, v, _DENSE, sinks, alibi_slopes, bias, seed, numbers, q.shape[:3], q.shape[0],
-        k.shape[0] * k.shape[2], k.shape[2],
+        q, k, v, _DENSE, sinks, alibi_slopes, bias, seed, numbers, (batch, heads, queries), batch,
+        batch * keys, keys,
     )  # fmt: skip
 
 
 def _cpu_backward(
     dout, dlse, q, k, v, out, lse, sinks, alibi_slopes, bias, seed, *numbers_and_bias_grad
 ):
-    *numbers, bias_grad = numbers_and_bias_grad
+    batch, _, queries, width = q.shape
+    keys = k.shape[2]
+    if (
+        keys <= _FEW
+        and queries <= _FEW
+        and batch <= _FEW_SEQUENCES
+        and width <= _FEW_WIDE
+        and sinks is alibi_slopes is bias is None
+        and v.shape == k.shape
+        and _all_contiguous(dout, q, k, v, out)
+    ):
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _cpu.attention_backward(
+            dout, dlse, q, k, v, out, lse, None, None, None, None, None, seed,
+            *numbers_and_bias_grad[:-1], dq, dk, dv, None, None, lse,
+        )  # fmt: skip
+        return dq, dk, dv, _NOTHING, _NOTHING
     return cpu_backward(
         dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed,
-        tuple(numbers), bias_grad, q.shape[0], q.shape[2], k.shape[2],
+        numbers_and_bias_grad[:-1], numbers_and_bias_grad[-1], batch, queries, keys,
     )  # fmt: skip
 
 
@@ -377,22 +443,20 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, dout, dlse):
-    q, k, v, out, lse, sinks, alibi_slopes, bias, seed = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    _, _, _, out, _, sinks, _, bias, _ = saved
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = _backward(
-        dout, dlse, q, k, v, out, lse, sinks, alibi_slopes, bias, seed, *ctx.numbers,
-        ctx.needs_input_grad[5],
-    )  # fmt: skip
-    dq, dk, dv, dsinks, dbias = grads
+    bias_grad = bias is not None and ctx.needs_input_grad[5]
+    dq, dk, dv, dsinks, dbias = _backward(dout, dlse, *saved, *ctx.numbers, bias_grad)
     return (
         dq,
         dk,
         dv,
         None if sinks is None else dsinks.to(sinks.dtype),
         None,
-        dbias.to(bias.dtype) if ctx.needs_input_grad[5] else None,
-        *(None,) * (1 + len(ctx.numbers)),
+        None if bias is None or not bias_grad else dbias.to(bias.dtype),
+        *(None,) * 6,  # seed, the numbers
     )
 
 

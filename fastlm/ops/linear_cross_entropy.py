@@ -10,16 +10,20 @@ Two ways, one kernel pair (csrc/cpu/linear_cross_entropy.h):
   `linear_cross_entropy_backward`). Few rows go this way too: it writes the weight's gradient once,
   in the weight's dtype, and that is what they spend their time on.
 
+Where the products are so small that the calls around them are what costs, the loss is the
+definition itself: float32 logits in memory and `cross_entropy` on them.
+
 The weight's gradient is summed over chunks in float32. Rejected: slabs of the vocabulary, which
 need no such sum for a 16-bit weight but take 5 products; torch's matrix products on chunks, which
 sum 16-bit gradients in 16 bits.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import autocast, autocast_somewhere, register
+from fastlm.backend import autocast, autocast_somewhere, is_eager, register, serves_by
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 from fastlm.ops.cross_entropy import (
@@ -28,6 +32,7 @@ from fastlm.ops.cross_entropy import (
     check_options,
     checked_target,
     coefficients,
+    cross_entropy,
     row_factors,
     row_losses,
     wide,
@@ -36,6 +41,9 @@ from fastlm.ops.cross_entropy import (
 _VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
 _MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
 _FEW_ROWS = 64  # the fourth product costs what a float32 gradient of the weight would at 100 to 200
+# Rows x features x classes: up to here the definition takes less time than the kernels' calls: a
+# fifth at 4 thousand, as much at 2 to 4 million.
+_SMALL = 1 << 20
 # What a chunk's exponentials may take: half of it where the float32 gradient of a 16-bit weight is
 # memory as well, more where an eighth of that gradient is more.
 _WORKSPACE = 64 << 20
@@ -70,7 +78,8 @@ def linear_cross_entropy(
     Logits, sums and lse are float32; the gradient of the logits is rounded to input's dtype for
     the matrix products that follow it, which sum in float32. Memory beside the gradients: 32 to 64
     MiB of workspace (more under a weight of more than 64 Mi elements), and for a 16-bit weight the
-    float32 sum of its gradient.
+    float32 sum of its gradient; for products of a few rows at most 4 MiB each of logits and of a
+    16-bit weight in float32.
 
     Raises:
         InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
@@ -102,6 +111,27 @@ def linear_cross_entropy(
         )
     check(input, "input", classes, target, weight, label_smoothing)
     check_options(softcap, reduction, num_items)
+    if (
+        target.numel() <= _FEW_ROWS
+        and target.numel() * linear_weight.numel() <= _SMALL
+        and is_eager(input, linear_weight, target)
+        and serves_by("cpu", "linear_cross_entropy", input)
+        and ignore_index not in target.reshape(-1).tolist()  # those have no part in dw, even as NaN
+    ):
+        logits = _float32_logits(input, linear_weight, linear_bias)
+        return cross_entropy(
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            reduction=reduction,
+            num_items=num_items,
+            return_lse=return_lse,
+        )
     rows, flat = target.reshape(-1).long(), input.reshape(-1, input.shape[-1])
     factors = row_factors(
         rows,
@@ -145,6 +175,17 @@ def linear_cross_entropy(
     loss = row_losses(*factors, nll, smoothed, lse, rows != ignore_index)
     loss = loss.view(target.shape) if reduction == "none" else loss.sum()
     return (loss, lse.view(target.shape)) if return_lse else loss
+
+
+def _float32_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    if autocast_somewhere():
+        with torch.autocast("cpu", enabled=False):
+            return _float32_logits(input, linear_weight, linear_bias)
+    if linear_bias is not None and linear_bias.dtype is not torch.float32:
+        linear_bias = linear_bias.float()
+    if input.dtype is not torch.float32:
+        input, linear_weight = input.float(), linear_weight.float()
+    return F.linear(input, linear_weight, linear_bias)
 
 
 def _forward_fake(
