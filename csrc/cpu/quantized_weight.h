@@ -52,13 +52,19 @@ struct Weight {
   const uint8_t* row(int64_t i) const { return q + i * row_bytes; }
 };
 
+inline Weight weight_of_size(int64_t n, int64_t k, int bits, int64_t size) {  // no pointers yet
+  Weight w{};
+  w.n = n, w.k = k, w.row_bytes = bits == 8 ? k : (k + 1) / 2;
+  w.groups = (k + size - 1) / size, w.size = size;
+  return w;
+}
+
 inline Weight weight_of(const TensorView& qdata, const TensorView& scales, const TensorView* zeros,
                         int64_t k, int bits, int64_t size) {
   check_contiguous("qdata", qdata), check_contiguous("scales", scales);
-  const int64_t row_bytes = bits == 8 ? k : (k + 1) / 2, groups = scales.size(1);
-  check_size("qdata", "bytes a row:", row_bytes, qdata.size(1));
-  check_size("scales", "groups a row:", (k + size - 1) / size, groups);
-  Weight w{};
+  Weight w = weight_of_size(qdata.size(0), k, bits, size);
+  check_size("qdata", "bytes a row:", w.row_bytes, qdata.size(1));
+  check_size("scales", "groups a row:", w.groups, scales.size(1));
   w.q = bits == 8 ? reinterpret_cast<const uint8_t*>(qdata.data<int8_t>("qdata"))
                   : qdata.data<uint8_t>("qdata");
   with_float(scales.dtype(), "scales", [&](auto tag) {
@@ -68,7 +74,6 @@ inline Weight weight_of(const TensorView& qdata, const TensorView& scales, const
       w.zeros = {zeros->data<decltype(tag)>("zeros"), scales.dtype()};
     }
   });
-  w.n = qdata.size(0), w.k = k, w.row_bytes = row_bytes, w.groups = groups, w.size = size;
   return w;
 }
 

@@ -111,7 +111,12 @@ def _cpu_forward(
     y = x.new_empty(*x.shape[:-1], qdata.shape[0])
     if bias is not None:
         bias = bias.float().contiguous()
-    _cpu.quantized_linear(_rows(x), qdata, scales, zeros, bias, bits, group_size, act_bits, 0, y)
+    x = _rows(x)
+    floats = _cpu.quantized_linear_workspace(x, qdata.shape[0], bits, group_size, act_bits, 0)
+    workspace = x.new_empty(floats, dtype=torch.float32) if floats else None
+    _cpu.quantized_linear(
+        x, qdata, scales, zeros, bias, bits, group_size, act_bits, 0, y, workspace
+    )
     return y
 
 
@@ -125,7 +130,9 @@ def _cpu_backward(
     k: int,
 ) -> Tensor:
     dx = dy.new_empty(*dy.shape[:-1], k)
-    _cpu.quantized_linear_backward(_rows(dy), qdata, scales, zeros, bits, group_size, dx)
+    dy = _rows(dy)
+    workspace = dy.new_empty(_cpu.quantized_linear_backward_workspace(dy), dtype=torch.float32)
+    _cpu.quantized_linear_backward(dy, qdata, scales, zeros, bits, group_size, dx, workspace)
     return dx
 
 
