@@ -2,7 +2,10 @@
 // are dequantized into B of the matrix core (gemm.h).
 //
 //   task: PANEL_N rows of W for PANEL_M rows of x. For each block of k: W -> B, which stays in the
-//   L2; then, ROW_STEP rows of x at a time, C (+)= A . B, while the next block of W is fetched.
+//   L2, while the next block of W is fetched; then, ROW_STEP rows of x at a time, C (+)= A . B.
+//
+// Fetching the next block while multiplying, a share with each ROW_STEP rows, was slower: at 16 to
+// 64 rows by 12 to 20 %.
 constexpr int64_t PANEL_N = NR;
 template <class E>
 constexpr int64_t PANEL_K = KC<E>;  // most k of a block: 128 KiB of B
@@ -26,50 +29,88 @@ inline void transpose_scales(const Scales& source, int64_t n, int64_t groups, in
   }
 }
 
-template <int BITS, int J, class E>
-FASTLM_INLINE void dequantize_columns(vint v, vfloat s, vfloat z, E* out) {
-  if constexpr (J < PER_LANE<BITS>) {
-    if constexpr (sizeof(E) == 4) {
-      store(out + J * VL, column<BITS, J>(v) * s + z);
-      dequantize_columns<BITS, J + 1>(v, s, z, out);
-    } else {
-#ifdef FASTLM_BF16_DOT
-      const vfloat low = column<BITS, J>(v) * s + z, high = column<BITS, J + 1>(v) * s + z;
-      const __m512i interleave =
-          _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                           6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-      const __m512i pair = _mm512_permutexvar_epi16(
-          interleave, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-      _mm512_storeu_si512(out + J * VL, pair);
-      dequantize_columns<BITS, J + 2>(v, s, z, out);
-#endif
-    }
-  }
-}
-
-// Panel of rows [n, n + rows) of W, columns [k0, k0 + kb), k0 a multiple of CHUNK: what pack_b
-// would make of the dequantized weight. scales, zeros as [groups][VL].
+// Scales and offsets of a group; makes its lanes of W columns of B.
 template <int BITS, class E>
-void dequantize_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t kb,
-                      const float* scales, const float* zeros, E* out) {
-  const int64_t kp = padded_k<E>(kb);
-  int64_t g = k0 / w.size;
-  for (int64_t k = 0; k < kp; k += CHUNK<BITS>) {
-    vint t[VL];
-    load_transposed(w, n, rows, (k0 + k) / PER_LANE<BITS>, 0, t);
-    for (int j = 0; j < VL && k + j * PER_LANE<BITS> < kp; ++j) {
-      const int64_t at = k + j * PER_LANE<BITS>;
-      while (k0 + at >= (g + 1) * w.size && g + 1 < w.groups) ++g;
-      const vfloat s = load(scales + g * VL), z = zeros ? load(zeros + g * VL) : vfloat{};
-      if (at + PER_LANE<BITS> <= kp) {
-        dequantize_columns<BITS, 0>(t[j], s, z, out + at * VL);
+struct GroupOfPanel {
+  vfloat s, z;
+  FASTLM_INLINE GroupOfPanel(const float* scales, const float* zeros)
+      : s(load(scales)), z(zeros ? load(zeros) : vfloat{}) {}
+  template <int J = 0>
+  FASTLM_INLINE void dequantize(vint lanes, E* out) const {
+    if constexpr (J < PER_LANE<BITS>) {
+      const vfloat first = column<BITS, J>(lanes) * s + z;
+      if constexpr (sizeof(E) == 4) {
+        store(out + J * VL, first);
+        dequantize<J + 1>(lanes, out);
       } else {
-        alignas(64) E whole[PER_LANE<BITS> * VL];
-        dequantize_columns<BITS, 0>(t[j], s, z, whole);
-        memcpy(out + at * VL, whole, size_t(kp - at) * VL * sizeof(E));
+#ifdef FASTLM_BF16_DOT
+        store_words(out + J * VL, pair(first, column<BITS, J + 1>(lanes) * s + z));
+        dequantize<J + 2>(lanes, out);
+#endif
       }
     }
   }
+};
+#ifdef FASTLM_BF16_DOT
+// Bytes go to where B wants them before they are floats: two columns of eight lanes a vector, the
+// first and the second half of a vector of pairs. Half the operations of the above. A byte is the
+// highest of its word, 2^24 times too much, which the scale takes back (a shift for it costs 20 %).
+template <>
+struct GroupOfPanel<8, bf16> {
+  __m512 s[2], z[2];
+  FASTLM_INLINE GroupOfPanel(const float* scales, const float* zeros) {
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    for (int half = 0; half < 2; ++half) {
+      const __m512i lanes = _mm512_add_epi32(twice, _mm512_set1_epi32(8 * half));
+      s[half] = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(scales)) * 0x1p-24f;
+      z[half] = zeros ? _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(zeros)) : _mm512_setzero_ps();
+    }
+  }
+  template <int HALF, int COLUMN>
+  FASTLM_INLINE __m512 floats(vint lanes) const {
+    constexpr vint from = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
+    const vint bytes = (from + (32 * HALF + COLUMN)) << 24;
+    const __m512i q =
+        _mm512_maskz_permutexvar_epi8(0x8888888888888888, (__m512i)bytes, (__m512i)lanes);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), s[HALF], z[HALF]);
+  }
+  FASTLM_INLINE void dequantize(vint lanes, bf16* out) const {
+    const auto both = [](__m512 first, __m512 second) {
+      return (vint)(__m512i)_mm512_cvtne2ps_pbh(second, first);
+    };
+    store_words(out, both(floats<0, 0>(lanes), floats<1, 0>(lanes)));
+    store_words(out + 2 * VL, both(floats<0, 2>(lanes), floats<1, 2>(lanes)));
+  }
+};
+#endif
+
+// Panel of rows [n, n + rows) of W, columns [k0, k0 + kb), k0 a multiple of CHUNK: what pack_b
+// would make of the dequantized weight. scales, zeros as [groups][VL]; `ahead`: see
+// load_transposed.
+template <int BITS, class E>
+void dequantize_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t kb,
+                      const float* scales, const float* zeros, int64_t ahead, E* out) {
+  constexpr int64_t LANE = PER_LANE<BITS>;
+  const int64_t kp = padded_k<E>(kb), whole = kp / LANE * LANE;
+  vint t[VL];
+  const auto lanes_at = [&](int64_t k) __attribute__((always_inline)) {
+    const int64_t j = k / LANE % VL;
+    if (j == 0) load_transposed(w, n, rows, (k0 + k) / LANE, ahead, t);
+    return t[j];
+  };
+  const auto group_of = [&](int64_t g) __attribute__((always_inline)) {
+    return GroupOfPanel<BITS, E>(scales + g * VL, zeros ? zeros + g * VL : nullptr);
+  };
+  int64_t k = 0, g = k0 / w.size;
+  for (; k < whole; ++g) {
+    const auto group = group_of(g);
+    const int64_t end = g + 1 < w.groups ? std::min(whole, (g + 1) * w.size - k0) : whole;
+    for (; k < end; k += LANE) group.dequantize(lanes_at(k), out + k * VL);
+  }
+  if (k == kp) return;
+  alignas(64) E last[LANE * VL];  // less than a lane
+  group_of(std::min((k0 + k) / w.size, w.groups - 1)).dequantize(lanes_at(k), last);
+  memcpy(out + k * VL, last, size_t(kp - k) * VL * sizeof(E));
 }
 
 template <class T>
@@ -87,24 +128,6 @@ void store_rows(const float* c, int64_t ldc, int64_t m, int64_t n, const float* 
   }
 }
 
-// Columns [k0, k0 + kb) of rows [n, n + rows) of W, to be fetched before they are dequantized: the
-// machine's own prefetching does not follow so many short rows.
-struct ComingBlock {
-  const uint8_t* first;
-  int64_t row_bytes, lines_a_row, lines;
-  template <int BITS>
-  static ComingBlock of(const Weight& w, int64_t n, int64_t rows, int64_t k0, int64_t kb) {
-    rows = std::clamp<int64_t>(w.n - n, 0, rows);
-    const int64_t lines = (kb * BITS / 8 + 63) / 64;
-    return {w.row(n) + k0 * BITS / 8, w.row_bytes, lines, lines * rows};
-  }
-  // Part i of `parts`.
-  FASTLM_INLINE void fetch(int64_t i, int64_t parts) const {
-    for (int64_t l = lines * i / parts; l < lines * (i + 1) / parts; ++l)
-      __builtin_prefetch(first + l / lines_a_row * row_bytes + l % lines_a_row * 64, 0, 2);
-  }
-};
-
 template <int BITS, class T>
 struct PanelForm {
   using E = Elem<T>;
@@ -115,7 +138,8 @@ struct PanelForm {
   // equal blocks, not a rest of a few columns
   int64_t blocks_k = (w.k + PANEL_K<E> - 1) / PANEL_K<E>;
   int64_t block_k = round_up((w.k + blocks_k - 1) / blocks_k, 128);
-  int64_t block_m = std::min(PANEL_M, round_up(m, ROW_STEP));
+  int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M;
+  int64_t block_m = round_up((m + blocks_m - 1) / blocks_m, ROW_STEP);
   int64_t table = PANEL_N / VL * w.groups * VL;  // scales of a task
 
   int64_t shared() const { return in_place ? 0 : round_up(m * kp * int64_t(sizeof(E)), 64); }
@@ -129,7 +153,7 @@ struct PanelForm {
     const E* a = in_place ? reinterpret_cast<const E*>(x) : packed;
     const int64_t lda = in_place ? x_stride : kp;
     room.divide(each());
-    const int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M, blocks_n = (w.n + PANEL_N - 1) / PANEL_N;
+    const int64_t blocks_n = (w.n + PANEL_N - 1) / PANEL_N;
 #pragma omp parallel num_threads(room.threads)
     {
       if (packed) {
@@ -145,10 +169,15 @@ struct PanelForm {
       TileScope tiles;
 #pragma omp for schedule(dynamic)
       for (int64_t t = 0; t < blocks_m * blocks_n; ++t) {
-        const int64_t m0 = t / blocks_n * PANEL_M, n0 = t % blocks_n * PANEL_N;
-        const int64_t mb = std::min(PANEL_M, m - m0), nb = std::min(PANEL_N, w.n - n0);
+        const int64_t m0 = t / blocks_n * block_m, n0 = t % blocks_n * PANEL_N;
+        const int64_t mb = std::min(block_m, m - m0), nb = std::min(PANEL_N, w.n - n0);
+        if (mb <= 0) continue;
         const auto rows = [&](int64_t p) { return int(std::min<int64_t>(VL, nb - p * VL)); };
         const int64_t panel_table = w.groups * VL;
+        // the rows of the next task, which is about as many further on as there are threads
+        const int64_t next = n0 + PANEL_N * room.threads;
+        w.scales.prefetch(next * w.groups, PANEL_N * w.groups);
+        w.zeros.prefetch(next * w.groups, PANEL_N * w.groups);
         for (int64_t p = 0; p * VL < nb; ++p) {
           transpose_scales(w.scales, n0 + p * VL, w.groups, rows(p), scales + p * panel_table);
           if (zeros)
@@ -157,17 +186,14 @@ struct PanelForm {
         for (int64_t k0 = 0; k0 < w.k; k0 += block_k) {
           const int64_t kb = std::min(block_k, w.k - k0);
           const bool last = k0 + kb == w.k;
-          // the thread's next task is about as many further on as there are threads
-          const auto coming =
-              last ? ComingBlock::of<BITS>(w, n0 + PANEL_N * room.threads, PANEL_N, 0, block_k)
-                   : ComingBlock::of<BITS>(w, n0, nb, k0 + kb, std::min(block_k, w.k - k0 - kb));
+          const int64_t ahead =
+              last ? (next - n0) * w.row_bytes - k0 * BITS / 8 : block_k * BITS / 8;
           for (int64_t p = 0; p * VL < nb; ++p)
             dequantize_panel<BITS>(w, n0 + p * VL, rows(p), k0, kb, scales + p * panel_table,
-                                   zeros ? zeros + p * panel_table : nullptr,
+                                   zeros ? zeros + p * panel_table : nullptr, ahead,
                                    b + p * VL * padded_k<E>(kb));
           for (int64_t i = 0; i < mb; i += ROW_STEP) {
             const int64_t count = std::min(ROW_STEP, mb - i);
-            coming.fetch(i / ROW_STEP, (mb + ROW_STEP - 1) / ROW_STEP);
             T* out = y + (m0 + i) * w.n + n0;
             if (last)
               for (int64_t r = 0; r < count; ++r)
