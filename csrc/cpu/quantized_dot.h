@@ -101,12 +101,7 @@ template <int BITS>
 FASTLM_INLINE void unpack(vint v, vfloat (&u)[VECS<BITS, bf16>], bf16) {
   const __m512i w = (__m512i)v;
   if constexpr (BITS == 4) {
-    // bf16 of -8 .. 7, twice: the permutation looks at 5 bits of each word, the nibble is 4
-    const __m512i table = _mm512_set_epi16(
-        0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, short(0xbf80), short(0xc000),
-        short(0xc040), short(0xc080), short(0xc0a0), short(0xc0c0), short(0xc0e0), short(0xc100),
-        0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, short(0xbf80), short(0xc000),
-        short(0xc040), short(0xc080), short(0xc0a0), short(0xc0c0), short(0xc0e0), short(0xc100));
+    const __m512i table = nibble_table();
     u[0] = (vfloat)_mm512_permutexvar_epi16(w, table);
     u[1] = (vfloat)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), table);
     u[2] = (vfloat)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 8), table);

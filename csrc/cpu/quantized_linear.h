@@ -4,6 +4,7 @@
 //   quantized_dot.h         few rows of x: a row of W is multiplied where it lies
 //   quantized_panel.h       more rows: VL rows of W are transposed and dequantized, and become
 //                           panels of the matrix core (gemm.h)
+//   quantized_scaled.h      the same for bf16 and int4 up to 128 rows: panels of q, sums scaled
 //   quantized_panel_int8.h  the same with 8-bit activations: panels of integers (gemm_int8.h)
 //
 // Every output is computed by one thread in one order: bit-equal on any number of threads.
@@ -15,6 +16,8 @@
 #include "cpu/gemm_int8.h"
 //
 #include "cpu/quantized_dot.h"
+#include "cpu/quantized_scaled.h"
+//
 #include "cpu/quantized_panel.h"
 //
 #include "cpu/quantized_panel_int8.h"

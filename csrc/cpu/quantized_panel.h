@@ -54,7 +54,8 @@ struct GroupOfPanel {
 #ifdef FASTLM_BF16_DOT
 // Bytes go to where B wants them before they are floats: two columns of eight lanes a vector, the
 // first and the second half of a vector of pairs. Half the operations of the above. A byte is the
-// highest of its word, 2^24 times too much, which the scale takes back (a shift for it costs 20 %).
+// highest of its word, 2^24 times too much, which the scale takes back (a shift for it costs 20 %);
+// a scale below 2^-102 is zero then.
 template <>
 struct GroupOfPanel<8, bf16> {
   __m512 s[2], z[2];
@@ -172,6 +173,8 @@ struct PanelForm {
         const int64_t m0 = t / blocks_n * block_m, n0 = t % blocks_n * PANEL_N;
         const int64_t mb = std::min(block_m, m - m0), nb = std::min(PANEL_N, w.n - n0);
         if (mb <= 0) continue;
+        const bool scaled =
+            SCALED_SUMS<BITS, E> && !zeros && nb == NR && m <= SCALED_M && w.size >= SCALED_SIZE;
         const auto rows = [&](int64_t p) { return int(std::min<int64_t>(VL, nb - p * VL)); };
         const int64_t panel_table = w.groups * VL;
         // the rows of the next task, which is about as many further on as there are threads
@@ -188,10 +191,17 @@ struct PanelForm {
           const bool last = k0 + kb == w.k;
           const int64_t ahead =
               last ? (next - n0) * w.row_bytes - k0 * BITS / 8 : block_k * BITS / 8;
-          for (int64_t p = 0; p * VL < nb; ++p)
+          for (int64_t p = 0; p * VL < nb; ++p) {
+            E* to = b + p * VL * padded_k<E>(kb);
+            if constexpr (SCALED_SUMS<BITS, E>) {
+              if (scaled) {
+                integer_panel(w, n0 + p * VL, rows(p), k0, kb, ahead, to);
+                continue;
+              }
+            }
             dequantize_panel<BITS>(w, n0 + p * VL, rows(p), k0, kb, scales + p * panel_table,
-                                   zeros ? zeros + p * panel_table : nullptr, ahead,
-                                   b + p * VL * padded_k<E>(kb));
+                                   zeros ? zeros + p * panel_table : nullptr, ahead, to);
+          }
           for (int64_t i = 0; i < mb; i += ROW_STEP) {
             const int64_t count = std::min(ROW_STEP, mb - i);
             T* out = y + (m0 + i) * w.n + n0;
@@ -199,10 +209,13 @@ struct PanelForm {
               for (int64_t r = 0; r < count; ++r)
                 for (int64_t j = 0; j < nb; j += 64 / int64_t(sizeof(T)))
                   __builtin_prefetch(out + r * w.n + j, 1);
-            gemm<E>(count, nb, kb, a + (m0 + i) * lda + k0, lda, b, c + i * PANEL_N, PANEL_N,
-                    k0 > 0);
-            if (last)
-              store_rows(c + i * PANEL_N, PANEL_N, count, nb, bias ? bias + n0 : nullptr, out, w.n);
+            const E* rows_of_x = a + (m0 + i) * lda + k0;
+            float* sums = c + i * PANEL_N;
+            if constexpr (SCALED_SUMS<BITS, E>) {
+              if (scaled) gemm_scaled(count, w, k0, kb, rows_of_x, lda, b, scales, sums);
+            }
+            if (!scaled) gemm<E>(count, nb, kb, rows_of_x, lda, b, sums, PANEL_N, k0 > 0);
+            if (last) store_rows(sums, PANEL_N, count, nb, bias ? bias + n0 : nullptr, out, w.n);
           }
         }
       }

@@ -94,6 +94,15 @@ FASTLM_INLINE vint load_lanes(const uint8_t* p, int64_t bytes) {  // what is bey
 #endif
 }
 
+#ifdef FASTLM_BF16_DOT
+// bf16 of -8 .. 7 for nibbles 0 .. 15, twice: the permutation of words looks at 5 bits of each.
+FASTLM_INLINE __m512i nibble_table() {
+  return _mm512_broadcast_i64x4(_mm256_setr_epi16(
+      short(0xc100), short(0xc0e0), short(0xc0c0), short(0xc0a0), short(0xc080), short(0xc040),
+      short(0xc000), short(0xbf80), 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+}
+#endif
+
 // q of the J-th column of every lane, as float.
 template <int BITS, int J>
 FASTLM_INLINE vfloat column(vint v) {
