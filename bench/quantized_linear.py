@@ -122,6 +122,8 @@ def peers(bits: int, act: int, x: torch.Tensor, n: int, k: int, group: int) -> t
             calls["torch rounding + _int_mm + scales"] = whole
         else:
             missing["torch._int_mm"] = "int8 weights and more than 16 rows only"
+    elif bits == 8 and k % 32:
+        missing["torch int8pack"] = "K must be a multiple of 32: it ends the process at 577"
     elif bits == 8:
         scales, next_weight = torch.ones(n).bfloat16(), int8(n, k)
         calls["torch int8pack"] = lambda: torch._weight_int8pack_mm(x, next_weight(), scales)

@@ -85,9 +85,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("attention_backward_workspace", &attention_backward_workspace, "q"_a, "sequences"_a,
         "heads"_a, "kv_heads"_a, "v_width"_a, "most_q"_a, "most_k"_a, "all_rows"_a, "bias_grad"_a);
   m.def("quantized_linear", &quantized_linear, "x"_a, "qdata"_a, "scales"_a, "zeros"_a, "bias"_a,
-        "bits"_a, "group_size"_a, "act_bits"_a, "form"_a, "y"_a, no_gil);
+        "bits"_a, "group_size"_a, "act_bits"_a, "form"_a, "y"_a, "workspace"_a, no_gil);
+  m.def("quantized_linear_workspace", &quantized_linear_workspace, "x"_a, "n"_a, "bits"_a,
+        "group_size"_a, "act_bits"_a, "form"_a);
   m.def("quantized_linear_backward", &quantized_linear_backward, "dy"_a, "qdata"_a, "scales"_a,
-        "zeros"_a, "bits"_a, "group_size"_a, "dx"_a, no_gil);
+        "zeros"_a, "bits"_a, "group_size"_a, "dx"_a, "workspace"_a, no_gil);
+  m.def("quantized_linear_backward_workspace", &quantized_linear_backward_workspace, "dy"_a);
   m.def("dequantize", &dequantize, "qdata"_a, "scales"_a, "zeros"_a, "bits"_a, "group_size"_a,
         "out"_a, no_gil);
 

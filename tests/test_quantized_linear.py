@@ -174,9 +174,9 @@ def test_strided_empty_and_leading_dimensions(isa, dtype):
 
 
 @pytest.mark.parametrize("m", [1, 6, 70, 300])
-def test_same_bits_on_repeat_and_on_one_and_two_threads(isa, m):
+def test_same_bits_on_repeat_and_on_one_and_two_threads(isa, dtype, m):
     q = weight(301, 512, 4)
-    x, dy = torch.randn(m, 512), torch.randn(m, 301)
+    x, dy = torch.randn(m, 512).to(dtype), torch.randn(m, 301).to(dtype)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -206,6 +206,13 @@ def test_backward_matches_float64(isa, dtype, bits, symmetric):
             dx, naive, truth, factor=3, floor=sum_floor(dtype, n), what=f"dx {isa} {m, n, k}"
         )
         assert_near(db, dy.sum(0), dy.double().sum(0), factor=3, what="db")
+
+
+@pytest.mark.parametrize("k", [8192, 13500])  # no workspace, and one for most formats
+def test_one_long_row(isa, dtype, k):
+    for bits, act_bits in itertools.product((4, 8), (8, 16)):
+        x = torch.randn(1, k).to(dtype)
+        check(x, weight(3, k, bits, 8, symmetric=False), None, act_bits)
 
 
 @settings(max_examples=60, deadline=None)
@@ -288,5 +295,9 @@ def test_refusals():
         InputError, match=r"bias: wanted a float tensor \(6,\) on cpu, got .*\(5,\)"
     ):
         ops.quantized_linear(x, q, torch.randn(5))
+    with pytest.raises(ValueError, match=r"workspace: wanted bytes more: [1-9].* got 0"):
+        # 40 rows need one; the op allocates it
+        args = (q.qdata, q.scales, None, None, 8, 8, 16, 0)
+        backend.cpu_extension.quantized_linear(torch.randn(40, 16), *args, torch.empty(40, 6), None)
     with pytest.raises(InputError, match="qweight: wanted a QuantizedWeight, got Tensor"):
         ops.quantized_linear(x, torch.randn(6, 16))

@@ -310,20 +310,11 @@ FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, bf16) {
 }
 #endif
 
-// ROWS x (PANELS * VL) of C over k elements: whole vectors, sums in registers, C touched once at
-// the end. The loops are unrolled by pragma so that `acc` never has an address. While a block is
-// multiplied, its C and the next block's rows of A are on their way to the L1.
+// acc += A . B of ROWS x (PANELS * VL) over k elements. The loops are unrolled by pragma so that
+// `acc` never has an address. The next block's rows of A are fetched meanwhile.
 template <class E, int ROWS, int PANELS>
-void micro(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b, int64_t panel,
-           float* __restrict c, int64_t ldc, bool accumulate) {
-  vfloat acc[ROWS][PANELS];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int p = 0; p < PANELS; ++p) {
-      acc[r][p] = vfloat{};
-      __builtin_prefetch(c + r * ldc + p * VL, 1);
-    }
+FASTLM_INLINE void products(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b,
+                            int64_t panel, vfloat (&acc)[ROWS][PANELS]) {
   constexpr int LINE = 64 / int(sizeof(E));  // elements of A per cache line
   for (int64_t line = 0; line < k; line += LINE) {
 #pragma GCC unroll 8
@@ -342,6 +333,22 @@ void micro(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b,
       }
     }
   }
+}
+
+// ROWS x (PANELS * VL) of C over k elements: whole vectors, sums in registers, C touched once at
+// the end; it is fetched while the block is multiplied.
+template <class E, int ROWS, int PANELS>
+void micro(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b, int64_t panel,
+           float* __restrict c, int64_t ldc, bool accumulate) {
+  vfloat acc[ROWS][PANELS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; ++p) {
+      acc[r][p] = vfloat{};
+      __builtin_prefetch(c + r * ldc + p * VL, 1);
+    }
+  products<E>(k, a, lda, b, panel, acc);
   if (accumulate) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)

@@ -97,9 +97,13 @@ int64_t attention_backward_workspace(TensorView q, int64_t sequences, int64_t he
 // quantized_linear.h
 void quantized_linear(TensorView x, TensorView qdata, TensorView scales, OptionalTensor zeros,
                       OptionalTensor bias, int bits, int64_t group_size, int act_bits, int form,
-                      TensorView y);
+                      TensorView y, OptionalTensor workspace);
+int64_t quantized_linear_workspace(TensorView x, int64_t n, int bits, int64_t group_size,
+                                   int act_bits, int form);
 void quantized_linear_backward(TensorView dy, TensorView qdata, TensorView scales,
-                               OptionalTensor zeros, int bits, int64_t group_size, TensorView dx);
+                               OptionalTensor zeros, int bits, int64_t group_size, TensorView dx,
+                               TensorView workspace);
+int64_t quantized_linear_backward_workspace(TensorView dy);
 void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int bits,
                 int64_t group_size, TensorView out);
 

@@ -1,4 +1,4 @@
-#include <new>
+#include <type_traits>
 
 #define FASTLM_BODY "cpu/quantized_linear.h"
 #include "cpu/each_isa.h"
@@ -9,16 +9,28 @@ namespace fastlm {
 
 void quantized_linear(TensorView x, TensorView qdata, TensorView scales, OptionalTensor zeros,
                       OptionalTensor bias, int bits, int64_t group_size, int act_bits, int form,
-                      TensorView y) {
+                      TensorView y, OptionalTensor workspace) {
   prefer_huge_pages(y);
   FASTLM_RUN(quantized_linear, x, qdata, scales, zeros ? &*zeros : nullptr, bias ? &*bias : nullptr,
-             bits, group_size, act_bits, form, y);
+             bits, group_size, act_bits, form, y, workspace ? &*workspace : nullptr);
+}
+
+int64_t quantized_linear_workspace(TensorView x, int64_t n, int bits, int64_t group_size,
+                                   int act_bits, int form) {
+  FASTLM_RUN(quantized_linear_workspace, x, n, bits, group_size, act_bits, form);
+  return 0;
 }
 
 void quantized_linear_backward(TensorView dy, TensorView qdata, TensorView scales,
-                               OptionalTensor zeros, int bits, int64_t group_size, TensorView dx) {
+                               OptionalTensor zeros, int bits, int64_t group_size, TensorView dx,
+                               TensorView workspace) {
   FASTLM_RUN(quantized_linear_backward, dy, qdata, scales, zeros ? &*zeros : nullptr, bits,
-             group_size, dx);
+             group_size, dx, workspace);
+}
+
+int64_t quantized_linear_backward_workspace(TensorView dy) {
+  FASTLM_RUN(quantized_linear_backward_workspace, dy);
+  return 0;
 }
 
 void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int bits,

@@ -52,13 +52,19 @@ struct Weight {
   const uint8_t* row(int64_t i) const { return q + i * row_bytes; }
 };
 
+inline Weight weight_of_size(int64_t n, int64_t k, int bits, int64_t size) {  // no pointers yet
+  Weight w{};
+  w.n = n, w.k = k, w.row_bytes = bits == 8 ? k : (k + 1) / 2;
+  w.groups = (k + size - 1) / size, w.size = size;
+  return w;
+}
+
 inline Weight weight_of(const TensorView& qdata, const TensorView& scales, const TensorView* zeros,
                         int64_t k, int bits, int64_t size) {
   check_contiguous("qdata", qdata), check_contiguous("scales", scales);
-  const int64_t row_bytes = bits == 8 ? k : (k + 1) / 2, groups = scales.size(1);
-  check_size("qdata", "bytes a row:", row_bytes, qdata.size(1));
-  check_size("scales", "groups a row:", (k + size - 1) / size, groups);
-  Weight w{};
+  Weight w = weight_of_size(qdata.size(0), k, bits, size);
+  check_size("qdata", "bytes a row:", w.row_bytes, qdata.size(1));
+  check_size("scales", "groups a row:", w.groups, scales.size(1));
   w.q = bits == 8 ? reinterpret_cast<const uint8_t*>(qdata.data<int8_t>("qdata"))
                   : qdata.data<uint8_t>("qdata");
   with_float(scales.dtype(), "scales", [&](auto tag) {
@@ -68,7 +74,6 @@ inline Weight weight_of(const TensorView& qdata, const TensorView& scales, const
       w.zeros = {zeros->data<decltype(tag)>("zeros"), scales.dtype()};
     }
   });
-  w.n = qdata.size(0), w.k = k, w.row_bytes = row_bytes, w.groups = groups, w.size = size;
   return w;
 }
 
@@ -88,6 +93,15 @@ FASTLM_INLINE vint load_lanes(const uint8_t* p, int64_t bytes) {  // what is bey
   return v;
 #endif
 }
+
+#ifdef FASTLM_BF16_DOT
+// bf16 of -8 .. 7 for nibbles 0 .. 15, twice: the permutation of words looks at 5 bits of each.
+FASTLM_INLINE __m512i nibble_table() {
+  return _mm512_broadcast_i64x4(_mm256_setr_epi16(
+      short(0xc100), short(0xc0e0), short(0xc0c0), short(0xc0a0), short(0xc080), short(0xc040),
+      short(0xc000), short(0xbf80), 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+}
+#endif
 
 // q of the J-th column of every lane, as float.
 template <int BITS, int J>

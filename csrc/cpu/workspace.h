@@ -35,6 +35,8 @@ struct Workspace {
   int64_t bytes;
   int threads = 0;
   int64_t each = 0;
+  explicit Workspace(void* memory = nullptr, int64_t bytes = 0)
+      : p(static_cast<char*>(memory)), bytes(bytes) {}
   explicit Workspace(const TensorView& t)
       : p(reinterpret_cast<char*>(t.data<float>("workspace"))), bytes(t.numel() * 4) {
     const int64_t skipped = -reinterpret_cast<intptr_t>(p) & 63;
