@@ -295,6 +295,168 @@ def test_nothing_is_taken_for_what_it_is_not():
         fastlm.patch(Almost())
 
 
+class Linears(nn.Module):
+    """The projections of a GLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Clamped(Linears):
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=50.0), self.up_proj(x)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+class DropsInTraining(Linears):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Scaled(Linears):
+    """As before until somebody loads another number."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+class Norm(nn.Module):
+    def __init__(self, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), eps
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class Gated(Norm):
+    """As Mamba's: without a gate it is an RMSNorm."""
+
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * nn.functional.silu(gate))
+
+
+class OutsideTheRoot(Norm):
+    def forward(self, x):
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn, self.mlp = nn.Linear(8, 8), Linears()
+        self.input_layernorm, self.post_attention_layernorm = Norm(), Norm()
+
+    def forward(self, hidden_states, **kwargs):
+        x = hidden_states + self.self_attn(self.input_layernorm(hidden_states))[0]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DropsLayer(Layer):
+    def forward(self, hidden_states, **kwargs):
+        x = self.self_attn(self.input_layernorm(hidden_states))[0]
+        x = hidden_states + nn.functional.dropout(x, 0.1, self.training)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ScaledLayer(Layer):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("layer_scalar", torch.ones(()))
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states) * self.layer_scalar
+
+
+@pytest.mark.parametrize(
+    "module, found",
+    [
+        (Linears(), {"glu": 1}),
+        (Clamped(), {}),
+        (DropsInTraining().eval(), {}),
+        (Scaled(), {}),
+        (Norm(), {"rms_norm": 1}),
+        (Norm(1e-12), {"rms_norm": 1}),
+        (Gated(), {}),
+        (OutsideTheRoot(1e-12), {}),
+        (Layer().eval(), {"rms_norm": 2, "glu": 1, "layer": 1}),
+        (DropsLayer().eval(), {"rms_norm": 2, "glu": 1}),
+        (ScaledLayer().eval(), {"rms_norm": 2, "glu": 1}),
+    ],
+    ids=lambda m: type(m).__name__ if isinstance(m, nn.Module) else "",
+)
+def test_what_computes_another_thing_elsewhere(module, found):
+    """In training, with another argument, for large numbers, with other values in its buffers."""
+    module, state = copy.deepcopy(module), torch.get_rng_state()
+    if found:
+        fastlm.patch(module)
+    else:
+        with pytest.raises(InputError, match="found none among"):
+            fastlm.patch(module)
+    layers = sum((variant_of(m) or "  ")[1] == "layer" for m in module.modules())
+    assert patched_ops(module) == {k: v for k, v in found.items() if k != "layer"}
+    assert layers == found.get("layer", 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+TINY = {"vocab_size": 99, "d_model": 32, "pad_token_id": 0}
+BIGBIRD = {
+    **TINY, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+}  # fmt: skip
+
+
+def test_attention_whose_causality_is_in_the_mask():
+    """Of a model that always makes one, and so does not say that it is causal."""
+    config = transformers.BigBirdPegasusConfig(**BIGBIRD)
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError, match="found none among"):
+        fastlm.patch(copy.deepcopy(plain), ops=("attention",))
+
+
+def test_attention_with_options_that_no_kernel_has():
+    """T5 adds a bias of positions to the scores."""
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    from fastlm.attention_interface import UNSERVED, attention_forward
+    from fastlm.patching import _implementation
+
+    config = transformers.T5Config(d_model=32, d_kv=8, num_heads=4)
+    assert _implementation(T5Attention(config)) is None
+    assert "position_bias" in UNSERVED
+    q = torch.randn(1, 2, 3, 8)
+    for name in UNSERVED:
+        with pytest.raises(InputError, match=f"{name}: wanted None"):
+            attention_forward(nn.Module(), q, q, q, None, **{name: torch.zeros(1)})
+
+
+def test_attention_that_computes_with_its_mask():
+    """It takes the mask for one of four dimensions: fastlm's are smaller."""
+    from fastlm.patching import _implementation
+
+    model = model_of()
+    attention = model.model.layers[0].self_attn
+
+    class Appends(type(attention)):
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, :, :, :5]
+            interface = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+            return interface["sdpa"](self, hidden_states, attention_mask, **kwargs)
+
+    assert _implementation(attention) == "sdpa"
+    attention.__class__ = Appends
+    assert _implementation(attention) is None
+
+
 def test_a_model_of_ones_own():
     class Block(nn.Module):
         def __init__(self):
@@ -481,6 +643,49 @@ def test_hooks_see_what_they_saw():
     for (model, name), out in list(seen.items()):
         if model is plain:
             torch.testing.assert_close(seen[fast, name], out, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_on_the_activation():
+    """Of those who look at neurons: a GLU whose activation is watched runs the model's own code."""
+    plain, fast = pair()
+    ids, seen = tokens(), []
+    for model in (plain, fast):
+        act = model.model.layers[0].mlp.act_fn
+        act.register_forward_hook(lambda m, i, o: seen.append(o) or o * 2)
+    torch.testing.assert_close(fast(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
+
+
+def test_unpatch_refuses_what_lies_on_top():
+    """parametrize (and fully_shard) make a class of their own from the patched one."""
+    model = fastlm.patch(model_of())
+    norm, ids = model.model.norm, tokens()
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    expected, found = model(ids).logits, patched_ops(model)
+    for function in (fastlm.unpatch, fastlm.patch):
+        with pytest.raises(InputError, match="ParametrizedLlamaRMSNorm made on top of it"):
+            function(model)
+    assert patched_ops(model) == found and torch.equal(model(ids).logits, expected)
+    torch.nn.utils.parametrize.remove_parametrizations(norm, "weight")
+    assert patched_ops(fastlm.unpatch(model)) == {}
+
+
+def test_a_rotation_told_more():
+    """An apply_rotary_pos_emb that is given unsqueeze_dim by its place."""
+    from fastlm.patched import _attention
+
+    seen = []
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        seen.append(unsqueeze_dim)
+        return q, k
+
+    names = {"apply_rotary_pos_emb": apply_rotary_pos_emb}
+    exec("def forward(self, q, k): return apply_rotary_pos_emb(q, k, q, k, 2)", names)
+    base = type("Base", (), {"forward": names["forward"]})
+    q = torch.randn(1, 2, 3, 8)
+    forward = _attention(base, interleaved=False, implementation=None)
+    assert forward(None, q, q) == (q, q) and seen == [2]
 
 
 def test_refuses_attention_weights():
