@@ -63,7 +63,7 @@ def rounding_sizes(function, leaves, names, out, lse):
     delta = terms.sum(-1).abs() + terms.square().sum(-1).sqrt() + up_lse.double().abs()
     of_product, of_delta = (kept * product).square(), p * delta[..., None]
     error = of_product + of_delta.square()
-    scale = q.shape[-1] ** -0.5
+    scale = getattr(function, "scale", None) or q.shape[-1] ** -0.5
 
     def over_groups(t):
         return t.unflatten(1, (k.shape[1], -1)).sum(2)
@@ -83,8 +83,9 @@ def rounding_sizes(function, leaves, names, out, lse):
             squares[name] = error.sum_to_size(size)
         else:  # P of the sink: exp(sink - lse)
             sink = (leaf.double()[:, None] - lse).exp() * delta
-            # lse is kept in float32: half an ulp of it, an eighth of the 4 that the sum may err by
-            sink = sink.square() * (1 + (lse / 8).square())
+            # by lse too: half an ulp of it, an eighth of the 4 that sums may err by, and its scores
+            scores = scale**2 * (p * (q.square() @ keys.square().mT)).sum(-1)
+            sink = sink.square() * (1 + (lse / 8).square() + scores)
             squares[name] = sink.movedim(-2, 0).flatten(1).sum(1)
     return {n: squares[n].max().sqrt().item() if squares[n].numel() else 0.0 for n in squares}
 
