@@ -31,6 +31,8 @@ from fastlm.errors import InputError
 from fastlm.ops import attention, varlen_attention
 
 NAME = "fastlm"
+# of models that select keys, or add to the scores, in ways no kernel here has
+UNSERVED = ("position_bias", "sinks", "indices", "block_indices")
 
 
 def attention_forward(
@@ -50,12 +52,13 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """As the registry's: query (B, H, S, D), key and value (B, Hkv, T, D) -> (B, S, H, D).
 
-    Raises InputError: output_attentions or position_bias, which no kernel here has.
+    Raises InputError: output_attentions, or one of `UNSERVED`.
     """
     if kwargs.get("output_attentions"):
         raise InputError("output_attentions: wanted False: fastlm holds no attention weights")
-    if kwargs.get("position_bias") is not None:
-        raise InputError("position_bias: wanted None with attn_implementation='fastlm'")
+    for name in UNSERVED:
+        if kwargs.get(name) is not None:
+            raise InputError(f"{name}: wanted None with attn_implementation='fastlm'")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     options: dict[str, Any] = {

@@ -39,11 +39,19 @@ def why_not(model: CausalLM) -> str | None:
         return "another backend is forced, or the kernel does not serve the model's dtype"
     if model.training and model.config.attention_dropout:
         return "the model is training with dropout"
+    layers: Any = model.model.layers
+    if [layer.self_attn.layer for layer in layers] != list(range(model.config.num_hidden_layers)):
+        return "its layers are not those of its config"
+    every = torch.nn.modules.module
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return "all modules have hooks"
     for name, module in model.named_modules():
         if type(module) not in _KNOWN and not type(module).__module__.startswith("fastlm."):
             return f"{name} is {type(module).__name__}, which the kernel does not know"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has hooks"
+        if "forward" in vars(module):
+            return f"{name} has a forward of its own"
     return None
 
 
@@ -51,11 +59,12 @@ _KNOWN = (nn.Linear, nn.Embedding, nn.ModuleList)
 
 
 class Plan:
-    """A model as the kernel sees it. Weights are read where they lie; `tensors` keeps what the
-    kernel points to alive."""
+    """A model as the kernel sees it. Weights are read where they lie; `tensors` keeps alive what
+    the kernel points to, and what `state` knows by its address."""
 
     def __init__(self, model: CausalLM):
-        self.tensors: list[Tensor] = []
+        self.tensors = [t.detach() for t in _tensors(model)]
+        self.copies: list[tuple[Tensor, Tensor, float]] = []  # copy == source.float() + offset
         self.state = _state(model)
         self.packs = packs(model)
         config, decoder = model.config, model.model
@@ -76,7 +85,7 @@ class Plan:
             eps=config.rms_norm_eps,
             scale=config.scale,
             softcap=config.attn_logit_softcapping or 0.0,
-            embedding_scale=config.hidden_size**0.5 if config.family.scaled_embedding else 1.0,
+            embedding_scale=decoder.embedding_scale(model.dtype),
             logit_softcap=config.final_logit_softcapping or 0.0,
         )
         # keys and values of a model that rounds its activations to 8 bits lose nothing that counts
@@ -117,12 +126,25 @@ class Plan:
             self.tensors.append(tensor)
         return tensor
 
-    def _norm(self, norm: Any) -> Tensor | None:
-        return self._keep((norm.weight.detach().float() + norm.offset).contiguous())
+    def _copy(self, source: Tensor, offset: float = 0.0) -> Tensor:
+        source = source.detach()
+        copy = (source.float() + offset).contiguous()
+        self.copies.append((copy, source, offset))
+        return copy
+
+    def follows(self, model: CausalLM) -> bool:
+        """Whether the model is still what the plan was made from. Norms and biases are compared:
+        whoever writes to ``p.data`` (averaged weights, say) leaves no trace."""
+        return self.state == _state(model) and all(
+            torch.equal(copy, source.float() + offset) for copy, source, offset in self.copies
+        )
+
+    def _norm(self, norm: Any) -> Tensor:
+        return self._copy(norm.weight, norm.offset)
 
     def _module(self, module: Any, half: int | None = None) -> Any:
         act_bits = module.act_bits if isinstance(module, QuantizedLinear) else 16
-        bias = None if module.bias is None else module.bias.detach().float().contiguous()
+        bias = None if module.bias is None else self._copy(module.bias)
         return self._linear(module, bias, act_bits, half)
 
     def _linear(
@@ -185,19 +207,26 @@ def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     return padded.view(blocks, _TILE, groups, count).permute(0, 2, 3, 1).contiguous()
 
 
-def _state(model: CausalLM) -> list[tuple[int, int]]:
-    """What a plan was made from: where each tensor lies and how often it was written to."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+def _tensors(model: CausalLM) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _state(model: CausalLM) -> tuple:
+    """What a plan was made from: the config, how activations are rounded, where each tensor lies
+    and how often it was written to."""
+    written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
+    act_bits = [getattr(m, "act_bits", 16) for m in model.modules()]
+    return dict(vars(model.config)), act_bits, written
 
 
 def plan_of(model: CausalLM) -> Plan | None:
-    """The model's plan, made once and again when its tensors have changed; None where `why_not`
-    has a reason."""
+    """The model's plan, made once and again when the model has changed (codes and scales of
+    quantized weights written through ``.data`` are not noticed); None where `why_not` has a
+    reason."""
     if why_not(model) is not None:
         return None
     plan = _plans.get(model)
-    if plan is None or plan.state != _state(model):
+    if plan is None or not plan.follows(model):
         plan = _plans[model] = Plan(model)
     return plan
 

@@ -397,12 +397,16 @@ class Decoder(nn.Module):
             out.append(done[id(tables)])
         return out
 
+    def embedding_scale(self, dtype: torch.dtype) -> float:
+        """Rounded to the model's dtype, as Gemma was trained."""
+        if not self.config.family.scaled_embedding:
+            return 1.0
+        return torch.tensor(self.config.hidden_size**0.5, dtype=dtype).item()
+
     def forward(self, input_ids: Tensor, call: Call) -> Tensor:
         stream = self.embed_tokens(input_ids)
-        if (
-            self.config.family.scaled_embedding
-        ):  # rounded to the model's dtype, as Gemma was trained
-            stream = stream * torch.tensor(self.config.hidden_size**0.5, dtype=stream.dtype).item()
+        if self.config.family.scaled_embedding:
+            stream = stream * self.embedding_scale(stream.dtype)
         branch = None
         for layer in self.layers:
             stream, branch = layer(stream, branch, call)

@@ -45,7 +45,17 @@ class made_again(saved_tensors_hooks):
     tensors that are kept anyway), the last lets go of it. For what costs less to compute than to
     keep: a norm before its projections, a GLU's product before down_proj. Rejected:
     ``torch.utils.checkpoint``, which would run the matrix products between them again too.
+
+    Inside hooks of somebody else's (``torch.utils.checkpoint``, ``save_on_cpu``) it does nothing:
+    they would see none of what is saved in here, and keep all of it.
     """
+
+    @classmethod
+    def welcome(cls) -> bool:
+        """Whether no hooks but those of this class have a say in what is saved now."""
+        autograd = torch._C._autograd  # type: ignore[attr-defined]
+        top = autograd._top_saved_tensors_default_hooks(True)
+        return top is None or top[0].__module__ == __name__
 
     def __init__(self, value: Tensor, make: Callable[[], Tensor]):
         where, size = value.data_ptr(), value.numel()
@@ -70,3 +80,14 @@ class made_again(saved_tensors_hooks):
             return out.as_strided(*note)
 
         super().__init__(pack, unpack)
+        self.entered = False
+
+    def __enter__(self) -> None:
+        if self.welcome():
+            super().__enter__()
+            self.entered = True
+
+    def __exit__(self, *args: object) -> None:
+        if self.entered:
+            super().__exit__(*args)
+            self.entered = False

@@ -155,6 +155,8 @@ class AdamW(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     self._start(param, group, state)
+                if group["master_weights"]:
+                    _keep_master(param, state)
                 if param.dtype not in served or not param.is_cpu:
                     special = param
                 target, grad = _dense(param, grad)
@@ -227,10 +229,8 @@ class AdamW(torch.optim.Optimizer):
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name in _CODES:
             state[name] = torch.zeros_like(param, dtype=wide)
-        if group["master_weights"] and param.dtype == torch.bfloat16:
-            state["master_low"] = torch.zeros_like(param, dtype=torch.int16)
-        elif group["master_weights"] and param.dtype == torch.float16:
-            state["master"] = param.detach().to(wide, copy=True)
+        if group["master_weights"]:
+            _keep_master(param, state)
         _pack(param, group, state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -314,6 +314,18 @@ def _laid_out(param: Tensor, group: dict[str, Any], given: dict[str, Any]) -> di
             param.copy_(high)
     _pack(param, group, state)
     return state
+
+
+def _keep_master(param: Tensor, state: dict[str, Any]) -> None:
+    """A master where the parameter's dtype wants one and it lacks it, also when the model was cast
+    after its first steps; none of `keep_masters` where float32 went on."""
+    if param.dtype == torch.bfloat16:
+        if "master_low" not in state:
+            state["master_low"] = torch.zeros_like(param, dtype=torch.int16)
+    else:
+        state.pop("master_low", None)
+        if param.dtype == torch.float16 and "master" not in state:
+            state["master"] = param.detach().float()
 
 
 def _low_half(param: Tensor) -> Tensor:

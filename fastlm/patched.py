@@ -74,8 +74,12 @@ def _rms_norm(base: type, *, eps: str, offset: float) -> Callable:
 
 
 def _glu(base: type, *, gate: str, act: str) -> Callable:
+    known = {gate, "up_proj", "down_proj"}
+
     @functools.wraps(base.forward)
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if any(_hooked(m) for name, m in self._modules.items() if name not in known and m):
+            return base.forward(self, hidden_states)  # somebody looks at the activation
         if gate == "gate_up_proj":
             halves = self.gate_up_proj(hidden_states).chunk(2, -1)
         else:
@@ -91,8 +95,13 @@ def _attention(base: type, *, interleaved: bool | None, implementation: str | No
     if interleaved is None:
         return base.forward
     original = inspect.unwrap(base.forward)
+    theirs = original.__globals__[ROTATE]
 
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, unsqueeze_dim: int = 1) -> Any:
+    def rotate(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, unsqueeze_dim: int = 1
+    ) -> Any:
+        if more:  # positions, or their unsqueeze_dim by its place
+            return theirs(q, k, cos, sin, *more)
         if unsqueeze_dim == 1:
             return rope(q, k, cos, sin, interleaved=interleaved)
         q, k = rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, interleaved=interleaved)

@@ -13,8 +13,10 @@ system would put it in the place of the function ``fastlm.patch``.)
 """
 
 import copy
+import dis
 import functools
 import inspect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -130,9 +132,16 @@ def _count(plan: Plan) -> Counter[str]:
 def _restore(model: nn.Module) -> dict[int, Any]:
     """Classes and attention as before `patch`; the configs that said fastlm, by id."""
     own = {}
-    for module in model.modules():
-        if (variant := variant_of(module)) is None:
-            continue
+    patched = [m for m in model.modules() if variant_of(m) is not None]
+    for module in patched:
+        if "_fastlm_variant" not in vars(type(module)):  # torch's parametrize, fully_shard
+            raise InputError(
+                f"model: wanted modules with the class that patch gave them, got"
+                f" {type(module).__name__} made on top of it (unpatch before that)"
+            )
+    for module in patched:
+        variant = variant_of(module)
+        assert variant is not None
         module.__class__, op, options = variant
         if op == "attention" and options["implementation"] is not None:
             config: Any = module.config
@@ -159,45 +168,66 @@ def _set_attention(model: nn.Module, plan: Plan, own: dict[int, Any]) -> None:
 def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
     plan: Plan = {}
     looks = {"rms_norm": _as_rms_norm, "glu": _as_glu, "linear_cross_entropy": _as_causal_lm}
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+    masks = {}  # module -> whether the model it belongs to leaves causality to the kernel
+    for module in model.modules():
+        if hasattr(module, "_supports_sdpa"):
+            masks.update(dict.fromkeys(module.modules(), module._supports_sdpa))
+    numbers = torch.random.fork_rng(devices=())  # a module that drops out draws some
+    with numbers, torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         for module in model.modules():
             if type(module).__module__.partition(".")[0] == "fastlm":
                 continue  # runs the kernels already
             for op in (op for op in ops if op in looks):
-                if (options := _attempt(looks[op], module)) is not None:
+                if (options := _in_both_modes(looks[op], module)) is not None:
                     plan[module] = (op, options)
             options = {
                 "interleaved": _attempt(_rotation, module) if "rope" in ops else None,
                 "implementation": _attempt(_implementation, module) if "attention" in ops else None,
             }
+            if not masks.get(module, True) and not getattr(module, "is_causal", False):
+                options["implementation"] = None  # its masks are never left out
             if any(v is not None for v in options.values()):
                 plan[module] = ("attention", options)
         for module in model.modules() if "rms_norm" in ops else ():
-            if (options := _attempt(_as_layer, module)) is not None:
+            if (options := _in_both_modes(_as_layer, module)) is not None:
                 if plan.get(getattr(module, options["norm"]), (None,))[0] == "rms_norm":
                     plan[module] = ("layer", options)
     return plan
 
 
-def _attempt(look: Callable, module: nn.Module) -> Any:
+def _attempt(look: Callable, *arguments: Any) -> Any:
     """What `look` says of the module; None where its forward cannot even be called like that."""
     try:
-        return look(module)
+        return look(*arguments)
     except Exception:
         return None
 
 
-def _stand_in(module: nn.Module, **children: nn.Module) -> Any:
+def _in_both_modes(look: Callable, module: nn.Module) -> Any:
+    """What `look` says, None where training (dropout, say) and evaluation are not the same."""
+    found = _attempt(look, module, True)
+    return found if found is not None and _attempt(look, module, False) == found else None
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether the forward has one argument (a gated norm has two) and computes from the module's
+    children alone: a factor that is 1 now may be another number later."""
+    forward = inspect.signature(_code(module)).parameters
+    return len(forward) == 2 and not module._buffers
+
+
+def _stand_in(module: nn.Module, training: bool, **children: nn.Module) -> Any:
     """The module without hooks, with other children of these names; nothing is copied."""
     twin = object.__new__(type(module))
     vars(twin).update(vars(module))
+    vars(twin)["training"] = training
     vars(twin).pop("forward", None)  # `patch` refuses it later
     for name in vars(module):
         if name.endswith("_hooks") and isinstance(vars(module)[name], dict):
             vars(twin)[name] = {}
     vars(twin)["_parameters"] = dict(module._parameters)
     vars(twin)["_modules"] = {
-        name: children.get(name) or (None if child is None else _stand_in(child))
+        name: children.get(name) or (None if child is None else _stand_in(child, training))
         for name, child in module._modules.items()
     }
     return twin
@@ -224,32 +254,38 @@ class _Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-def _as_rms_norm(module: nn.Module) -> dict[str, Any] | None:
+def _as_rms_norm(module: nn.Module, training: bool) -> dict[str, Any] | None:
     (name, parameter), *more = ((n, p) for n, p in module._parameters.items() if p is not None)
     if name != "weight" or more or parameter.dim() != 1 or module._modules:
         return None
+    if not _takes_one(module):
+        return None
     eps = next(name for name in ("variance_epsilon", "eps") if hasattr(module, name))
-    twin = _stand_in(module)
+    twin = _stand_in(module, training)
     weight = _numbers(parameter.numel())
     twin._parameters["weight"] = nn.Parameter(weight)
+    epsilon = getattr(module, eps)
     # rows whose mean squares are far above and near eps
-    x = _numbers(2, len(weight)) * torch.tensor([[1.0], [1e-3]])
-    result, epsilon = twin.forward(x), getattr(module, eps)
+    x = _numbers(2, len(weight)) * torch.tensor([[1.0], [math.sqrt(epsilon or 1e-6)]])
+    result = twin.forward(x)
     for offset in (0.0, 1.0):
         if _same(result, F.rms_norm(x, x.shape[1:], weight + offset, epsilon)):
             return {"eps": eps, "offset": offset}
     return None
 
 
-def _as_glu(module: nn.Module) -> dict[str, Any] | None:
-    down, x = _Linear(8, 4), _numbers(3, 4)
+def _as_glu(module: nn.Module, training: bool) -> dict[str, Any] | None:
+    if not _takes_one(module) or module._parameters:
+        return None
+    # the last row is beyond every limit that an activation is clamped to
+    down, x = _Linear(8, 4), _numbers(3, 4) * torch.tensor([[1.0], [1.0], [1e3]])
     if {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
         gate, up = _Linear(4, 8, 3.0), _Linear(4, 8, -2.0)
-        twin = _stand_in(module, gate_proj=gate, up_proj=up, down_proj=down)
+        twin = _stand_in(module, training, gate_proj=gate, up_proj=up, down_proj=down)
         name, halves = "gate_proj", (gate(x), up(x))
     elif {"gate_up_proj", "down_proj"} <= module._modules.keys():
         both = _Linear(4, 16, 3.0)
-        twin = _stand_in(module, gate_up_proj=both, down_proj=down)
+        twin = _stand_in(module, training, gate_up_proj=both, down_proj=down)
         name, halves = "gate_up_proj", both(x).chunk(2, -1)
     else:
         return None
@@ -272,7 +308,9 @@ class _Affine(nn.Module):
         return (y, *self.more) if self.more else y
 
 
-def _as_layer(module: nn.Module) -> dict[str, Any] | None:
+def _as_layer(module: nn.Module, training: bool) -> dict[str, Any] | None:
+    if module._parameters or module._buffers:
+        return None
     parts: dict[str, nn.Module] = {
         "input_layernorm": _Affine(1.1), "self_attn": _Affine(1.3, None), "mlp": _Affine(1.7),
         "post_attention_layernorm": _Affine(1.9),
@@ -291,7 +329,7 @@ def _as_layer(module: nn.Module) -> dict[str, Any] | None:
     if not all(isinstance(m, nn.Dropout) and m.p == 0 for m in rest):
         return None
     x = _numbers(1, 2, 4)
-    result = _stand_in(module, **parts).forward(
+    result = _stand_in(module, training, **parts).forward(
         x, attention_mask=None, position_ids=None, position_embeddings=None
     )
     branch, _ = parts["self_attn"](parts["input_layernorm"](x))
@@ -332,12 +370,20 @@ def _implementation(module: nn.Module) -> str | None:
     passed = {n for c in forward.__code__.co_consts if isinstance(c, tuple) for n in c}
     if getattr(config, "sliding_window", None) and "sliding_window" not in passed:
         return None  # the window is in a mask that fastlm does not make
-    import fastlm.attention_interface  # noqa: F401  registers
+    import fastlm.attention_interface  # registers
 
+    if passed & set(fastlm.attention_interface.UNSERVED):
+        return None
+    steps = list(dis.get_instructions(forward))
+    for before, step in itertools.pairwise(steps):
+        stored = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if step.opname.startswith("STORE_FAST") and stored[0] == "attention_mask":
+            if not before.opname.startswith("LOAD_FAST"):  # nor another one's mask
+                return None  # computes with the mask, and takes it for one of four dimensions
     return config._attn_implementation
 
 
-def _as_causal_lm(module: nn.Module) -> dict[str, Any] | None:
+def _as_causal_lm(module: nn.Module, training: bool) -> dict[str, Any] | None:
     """Runs the model's own forward on a decoder that returns a few numbers, with labels."""
     decoder = getattr(module, "base_model_prefix", None)
     if decoder not in module._modules or not hasattr(module, "loss_function"):
@@ -355,7 +401,7 @@ def _as_causal_lm(module: nn.Module) -> dict[str, Any] | None:
 
     def run(outputs: str) -> Any:
         below = _Returns(getattr(modeling_outputs, outputs)(last_hidden_state=hidden))
-        twin = _stand_in(module, **{decoder: below, name: small})
+        twin = _stand_in(module, training, **{decoder: below, name: small})
         return twin.forward(input_ids=ids, labels=labels, num_items_in_batch=7, return_dict=True)
 
     try:  # each has a field that some heads read and the other lacks

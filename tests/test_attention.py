@@ -68,6 +68,7 @@ def case(shape, options, dtype):
         q, k, v = (given.pop(n) for n in "qkv")
         return ops.attention(q, k, v, alibi_slopes=slopes, return_lse=True, **given)
 
+    function.scale = options.get("scale")
     return function, leaves, ["d" + n for n in names]
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from families import CASES, SMALL
 from tolerance import ULP
 
 import fastlm
@@ -14,36 +15,6 @@ from fastlm.model import CausalLM
 from fastlm.ops import quantize_weight
 from fastlm.quant.model import put_quantized
 
-# Odd on purpose: heads of 24, no size a multiple of a vector
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 60,
-    "intermediate_size": 52,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 24,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
-}
-CASES = {
-    "llama": {"tie_word_embeddings": True},
-    "llama-biases": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
-    "mistral": {"sliding_window": 5},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
-    "qwen3": {"tie_word_embeddings": True, "num_key_value_heads": 1},
-    "gemma2": {
-        "sliding_window": 4,
-        "query_pre_attn_scalar": 30,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 3.0,
-    },
-    "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 7},
-    "olmo2": {},
-    "phi3": {"sliding_window": 7, "head_dim": None},
-    "smollm3": {"num_hidden_layers": 5},
-}
 # The modules' products of other shapes round otherwise: 2^7 units in the last place, as in
 # test_model.py. Where x is rounded to int8, a value next to a tie may then go to the other side, by
 # 1/127 of its run's largest, which three layers of random weights make up to 4 % of a logit's.
@@ -51,9 +22,8 @@ NEAR, FLIPPED = 2**7 * ULP[torch.float32], 0.08
 
 
 def model_of(case="llama", **changes):
-    config = ModelConfig(
-        model_type=case.split("-")[0], **{**SMALL, **CASES.get(case, {}), **changes}
-    )
+    options = {**SMALL, "max_position_embeddings": 512, **CASES[case], **changes}
+    config = ModelConfig.from_dict({"model_type": case.split("-")[0], **options})
     return CausalLM(config, seed=4, scaled_residual=False).eval()
 
 
@@ -161,6 +131,22 @@ def test_long_contexts(case, changes):
     assert_steps_equal_modules(model_of(case, **changes, **window), length=254, count=5)
 
 
+@pytest.mark.parametrize("length", [9, 254])
+def test_all_scores_far_below_zero(length, isa):
+    """As keys with large biases make them: e^-score is beyond float32 from -89 on."""
+    model = model_of("llama-biases")
+    for layer in model.model.layers:
+        for projection, bias in ((layer.self_attn.q_proj, 30.0), (layer.self_attn.k_proj, -30.0)):
+            heads = projection.bias.data.view(-1, SMALL["head_dim"])
+            heads[:, [11, 23]] = bias  # the pair that positions turn least
+    ids, cache = prefilled(model, 2, length, length + 1)
+    steps = copy_of(model, cache)
+    with torch.inference_mode():
+        wanted = model.next_logits(ids[:, length:], cache, None)
+    # scores near -370 have 370 times the rounding of scores near 1
+    assert error_of(steps.logits(ids[:, length].contiguous()), wanted) <= 370 * NEAR
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_models_are_nearer_to_the_truth(dtype):
     model = model_of("qwen3").to(dtype)
@@ -211,6 +197,48 @@ def test_generate_takes_it_and_gives_what_modules_give(monkeypatch):
     assert len(calls) == 11
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_embeddings_are_scaled_as_the_family_scales_them(dtype):
+    """sqrt(60) rounded to 16 bits, as in transformers; attention, whose cache rounds too, off."""
+    model = model_of("gemma2").to(dtype)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    truth = copy.deepcopy(model).double()
+    truth.model.embedding_scale = lambda _: torch.tensor(60**0.5, dtype=dtype).item()
+    ids, cache = prefilled(model, 2, 9, 10, dtype=dtype)
+    with torch.inference_mode():
+        wanted = truth(ids).logits[:, -1]
+    assert error_of(copy_of(model, cache).logits(ids[:, 9].contiguous()), wanted) <= NEAR
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_plan_follows_what_leaves_no_trace(quantized):
+    """Writes to `.data`, a parameter in the place of a freed one, other options."""
+    model = model_of("llama-biases")
+    if quantized:
+        model = fastlm.quantize(model, "w8a16", group_size=16)
+    plans = [decoding.plan_of(model)]
+    assert decoding.plan_of(model) is plans[0]
+
+    def changed():
+        plans.append(decoding.plan_of(model))
+        assert decoding.plan_of(model) is plans[-1]
+        return plans[-1] is not plans[-2]
+
+    model.model.layers[1].post_attention_layernorm.weight.data.mul_(-1)
+    assert changed()
+    model.model.layers[2].self_attn.k_proj.bias.data.add_(1)
+    assert changed()
+    model.config.final_logit_softcapping = 3.0
+    assert changed()
+    if quantized:
+        model.model.layers[0].mlp.up_proj.act_bits = 8
+        assert changed()
+    assert not changed()
+    known = {t.data_ptr() for t in plans[-1].tensors}  # held, so no new tensor can lie there
+    assert {t.data_ptr() for t in (*model.parameters(), *model.buffers())} <= known
+
+
 def test_plan_follows_the_weights():
     model = fastlm.quantize(model_of(), "w4a16", group_size=16)
     first = decoding.plan_of(model)
@@ -255,6 +283,18 @@ def test_why_not():
     model.model.layers[0].mlp.up_proj = Adapter(60, 52, bias=False)
     assert "model.layers.0.mlp.up_proj is Adapter" in str(decoding.why_not(model))
     assert len(model.generate([[1]], max_new_tokens=3)[0]) == 4  # through the modules
+    own = model_of()
+    own.model.layers[2].mlp.forward = torch.zeros_like
+    assert decoding.why_not(own) == "model.layers.2.mlp has a forward of its own"
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)
+    try:
+        assert decoding.why_not(model_of()) == "all modules have hooks"
+    finally:
+        hook.remove()
+    pruned = model_of("smollm3")  # which layers have positions goes by their first numbers
+    del pruned.model.layers[2]
+    assert "layers are not those of its config" in str(decoding.why_not(pruned))
+    assert len(pruned.generate([[1]], max_new_tokens=3)[0]) == 4
 
 
 def test_refusals():
@@ -285,6 +325,11 @@ def test_refusals():
         ({"logits": out[:1].clone()}, "logits: wanted elements: 194, got 97"),
         ({"rotary": [t[:4].clone() for t in rotary]}, "rotary: wanted tables of more than 4"),
         ({"starts": torch.zeros(1, dtype=torch.int64)}, "starts: wanted elements: 2, got 1"),
+        ({"starts": torch.tensor([0, 5])}, r"starts: wanted values in \[0, 5\), got 5"),
+        ({"tokens": torch.tensor([0, 97])}, r"tokens: wanted values in \[0, 97\), got 97"),
+        ({"tokens": torch.tensor([-1, 0])}, r"tokens: wanted values in \[0, 97\), got -1"),
+        ({"rotary": []}, "rotary: wanted tables for every layer, got 0 pairs"),
+        ({"rotary": [t.repeat(1, 2) for t in rotary]}, "rotary: wanted columns: 24, got 48"),
     ):
         with pytest.raises(ValueError, match=message):
             step(**good | change)

@@ -17,8 +17,8 @@ from fastlm.memory import keep_freed_memory, made_again
 def small_model(family="llama", **changes):
     config = fastlm.ModelConfig(
         model_type=family, vocab_size=97, hidden_size=48, num_hidden_layers=2,
-        num_attention_heads=3, num_key_value_heads=1, intermediate_size=80,
-        max_position_embeddings=64, **changes,
+        num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=64,
+        **{"intermediate_size": 80, **changes},
     )  # fmt: skip
     return fastlm.CausalLM(config, seed=1)
 
@@ -90,6 +90,40 @@ def test_value_is_not_kept(cover):
     assert calls == cover  # once for both
     want = torch.autograd.grad(first(x * 2).sum() + second(x * 2).sum(), x)[0]
     assert torch.equal(x.grad, want)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_checkpointing_still_saves_memory(monkeypatch):
+    """What its hooks do not see it cannot drop."""
+    model = small_model(intermediate_size=3000)
+    x = torch.randn(1, 400, 48, requires_grad=True)
+    layer, call = model.model.layers[0], layers.Call(None, None, None, [None, None])
+
+    def kept():
+        before = bytes_in_use()
+        stream, branch = torch.utils.checkpoint.checkpoint(
+            lambda x: layer(x, None, call), x, use_reentrant=False
+        )
+        found = bytes_in_use() - before
+        grad = torch.autograd.grad((stream + branch).sum(), x)[0]
+        return found, grad
+
+    kept()
+    mine, grad = kept()
+    monkeypatch.setattr(layers, "_keeping", lambda x: False)
+    plain, want = kept()
+    assert mine < 1.5 * plain and torch.equal(grad, want)
+
+
+def test_nested_in_its_own_kind_only():
+    x = torch.randn(4, requires_grad=True)
+    with made_again(x, lambda: x):
+        assert made_again.welcome()
+        with torch.autograd.graph.save_on_cpu():
+            assert not made_again.welcome()
+            with made_again(x, lambda: x):
+                pass
+        assert made_again.welcome()
 
 
 def test_parameters_that_need_no_gradient():

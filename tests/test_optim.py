@@ -562,6 +562,42 @@ def test_a_parameter_set_to_zero_between_steps(isa, name):
     assert (p[::2].abs() < 2e-3).all() and p.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("begin", ["steps", "keep_masters"])
+def test_masters_of_a_model_cast_later(dtype, begin):
+    """After steps in float32, or to another 16-bit dtype than `keep_masters` is for: small updates
+    are not lost."""
+    p = torch.nn.Parameter(torch.full((64,), 2.0))
+    module = torch.nn.ParameterList([p])
+    optimizer = AdamW([p], lr=1e-4, weight_decay=0.0, master_weights=True)
+    if begin == "keep_masters":
+        optimizer.keep_masters()
+    else:
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    module.to(dtype)
+    for _ in range(400):  # each a hundredth of bfloat16's step
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    torch.testing.assert_close(p.float(), torch.full((64,), 1.96), rtol=0, atol=0.01)
+    assert optimizer.state_dict()["state"][0]["master"].dtype == torch.float32
+
+
+def test_masters_kept_and_overtaken():
+    """float32 steps after `keep_masters`: what it kept is of weights that are no more."""
+    p = torch.nn.Parameter(torch.randn(64))
+    module = torch.nn.ParameterList([p])
+    optimizer = AdamW([p], lr=0.1, master_weights=True)
+    optimizer.keep_masters()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    module.bfloat16()
+    optimizer.param_groups[0] |= {"lr": 0.0, "weight_decay": 0.0}
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(optimizer.state_dict()["state"][0]["master"], p.float())
+
+
 def test_a_tie_keeps_within_one_unit_of_float32():
     """``.bfloat16()`` rounds ties to even; the master then is the float32 beside it."""
     p = torch.tensor([0x3F808000, 0x3F818000], dtype=torch.int32).view(torch.float32)

@@ -3,149 +3,29 @@
 import copy
 import pickle
 
-import peft
 import pytest
 import torch
-import transformers
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Olmo2Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
+from patch_models import (
+    FAMILIES,
+    IDS,
+    SMALL,
+    assert_equal_gradients,
+    each_family,
+    gradients,
+    model_of,
+    pair,
+    tokens,
 )
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 import fastlm
 from fastlm import InputError, backend
 from fastlm.patched import variant_of
 from fastlm.patching import OPS, patched_ops
 
-transformers.logging.set_verbosity_error()
 # what transformers and peft say of each other's names is not about the model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-WINDOW = 8  # shorter than the sequences: it must be seen
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SMALL = {
-    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "max_position_embeddings": 128, **IDS,
-}  # fmt: skip
-_NEOX = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}
-_GPT2 = {
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-    "resid_pdrop": 0,
-    "attn_pdrop": 0,
-    "embd_pdrop": 0,
-}
-_ALL = {"rope": 2, "attention": 2, "glu": 2, "linear_cross_entropy": 1}
-# family -> (config, what `patch` finds in it, decoder layers that add and norm at once)
-FAMILIES = {
-    "llama": (LlamaConfig(**SMALL), {**_ALL, "rms_norm": 5}, 2),
-    "mistral": (MistralConfig(**SMALL, sliding_window=WINDOW), {**_ALL, "rms_norm": 5}, 2),
-    "qwen2": (
-        Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
-        {**_ALL, "rms_norm": 5},
-        2,
-    ),
-    "qwen3": (Qwen3Config(**SMALL), {**_ALL, "rms_norm": 9}, 2),
-    "smollm3": (SmolLM3Config(**SMALL, no_rope_layers=[1, 0]), {**_ALL, "rms_norm": 5}, 2),
-    "gemma": (GemmaConfig(**SMALL), {**_ALL, "rms_norm": 5}, 2),
-    "gemma2": (
-        Gemma2Config(
-            **SMALL, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
-        ),
-        {**_ALL, "rms_norm": 9},
-        2,
-    ),
-    "gemma3": (
-        Gemma3TextConfig(
-            **SMALL, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
-        ),
-        {**_ALL, "rms_norm": 13},
-        2,
-    ),
-    "phi3": (
-        Phi3Config(**SMALL, partial_rotary_factor=0.5, sliding_window=WINDOW),
-        {**_ALL, "rms_norm": 5},
-        2,
-    ),
-    "olmo2": (Olmo2Config(**SMALL), {**_ALL, "rms_norm": 9}, 0),
-    "granite": (
-        GraniteConfig(**SMALL, logits_scaling=3.0, residual_multiplier=0.5),
-        {**_ALL, "rms_norm": 5},
-        0,
-    ),
-    "cohere": (CohereConfig(**SMALL, logit_scale=0.25), _ALL, 0),
-    "gpt2": (
-        GPT2Config(vocab_size=99, **_GPT2, **IDS), {"attention": 2, "linear_cross_entropy": 1}, 0
-    ),
-    "neox": (
-        GPTNeoXConfig(**_NEOX, rotary_pct=0.25),
-        {"rope": 2, "attention": 2, "linear_cross_entropy": 1},
-        0,
-    ),
-    "mixtral": (
-        MixtralConfig(**SMALL, num_local_experts=2),
-        {"rope": 2, "attention": 2, "rms_norm": 5, "linear_cross_entropy": 1},
-        2,
-    ),
-}  # fmt: skip
-each_family = pytest.mark.parametrize("family", FAMILIES)
-# sliding windows, softcaps, offsets and sandwich norms, LayerNorm: every path of the mask
-few_families = pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
-
-
-def model_of(family="llama", dtype=torch.float32, **changes):
-    config = copy.deepcopy(FAMILIES[family][0])
-    for name, value in changes.items():
-        setattr(config, name, value)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 1 or "embed" in name or "wte" in name:
-                p.add_(0.3 * torch.randn_like(p))  # no norm is 1, no bias 0, logits differ
-    return model.to(dtype)
-
-
-def pair(family="llama", *, ops=None, **options):
-    """The same model twice, the second one patched."""
-    plain = model_of(family, **options)
-    return plain, fastlm.patch(copy.deepcopy(plain), ops=ops)
-
-
-def tokens(batch=2, length=20):
-    return torch.randint(3, 99, (batch, length))
-
-
-def gradients(model, **inputs):
-    model.zero_grad()
-    out = model(**inputs)
-    out.loss.backward()
-    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal_gradients(a, b, tolerance=1e-4):
-    assert a.keys() == b.keys()
-    for name in a:
-        scale = a[name].abs().max().clamp_min(1e-6)
-        error = (a[name] - b[name]).abs().max() / scale
-        assert error < tolerance, f"{name}: {error:.1e}"
 
 
 @each_family
@@ -271,160 +151,6 @@ def test_a_refused_model_is_as_it_was():
     assert patched_ops(model) == before and model.config._attn_implementation == "fastlm"
 
 
-def test_nothing_is_taken_for_what_it_is_not():
-    class Almost(nn.Module):
-        """The parts of a GLU and of an RMSNorm, other arithmetic."""
-
-        def __init__(self):
-            super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8) for _ in range(3))
-            self.norm = Scale()
-
-        def forward(self, x):
-            return self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(self.norm(x)))
-
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
-
-        def forward(self, x):
-            return self.weight * x / (x.square().mean(-1, keepdim=True) + self.eps)
-
-    with pytest.raises(InputError, match="found none among Almost, Linear, Scale"):
-        fastlm.patch(Almost())
-
-
-def test_a_model_of_ones_own():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.act_fn = nn.RMSNorm(8), nn.GELU()
-            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8) for _ in range(3))
-
-        def forward(self, x):
-            x = self.norm(x) if x.dim() == 3 else x
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-    block, x = Block(), torch.randn(2, 3, 8)
-    expected = block.norm(x)
-    fastlm.patch(block, ops=("rms_norm",))
-    assert patched_ops(block) == {"rms_norm": 1}
-    torch.testing.assert_close(block.norm(x), expected)
-
-
-def test_looking_disturbs_nothing():
-    """Neither torch's generator, nor hooks, nor weights, nor another model of the same config."""
-    config = copy.deepcopy(FAMILIES["llama"][0])
-    model, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
-    other.config = model.config  # as LlamaForCausalLM(config) twice
-    called = []
-    for m in model.modules():
-        m.register_forward_hook(lambda *_: called.append(1))
-    weights = {n: p.clone() for n, p in model.named_parameters()}
-    state = torch.get_rng_state()
-    fastlm.patch(model)
-    assert torch.equal(torch.get_rng_state(), state) and not called
-    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
-    assert other.config._attn_implementation == "sdpa"
-
-
-@few_families
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(family, side):
-    plain, fast = pair(family)
-    ids, mask = tokens(3), torch.ones(3, 20, dtype=torch.long)
-    for row, padding in enumerate((0, 3, 13)):
-        mask[row, slice(0, padding) if side == "left" else slice(20 - padding, 20)] = 0
-    # a row's first token has no label: what stands before it in its row is arbitrary
-    labels = ids.masked_fill(mask.cumsum(1) * mask <= 1, -100)
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    (a, ga), (b, gb) = (gradients(m, **inputs) for m in (plain, fast))
-    torch.testing.assert_close(b.loss, a.loss, rtol=1e-6, atol=1e-6)
-    assert_equal_gradients(ga, gb)
-    del inputs["labels"]
-    x, y = (m(**inputs).logits[mask.bool()] for m in (plain, fast))
-    torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
-
-
-@few_families
-def test_packed_sequences(family):
-    """position_ids that start again: attention stays inside, in every row."""
-    plain, fast = pair(family)
-    ids = tokens(2, 24)
-    positions = torch.stack(
-        [torch.cat([torch.arange(n) for n in lengths]) for lengths in ((11, 1, 12), (24,))]
-    )
-    inputs = {"input_ids": ids, "position_ids": positions, "labels": ids}
-    (a, ga), (b, gb) = (gradients(m, **inputs) for m in (plain, fast))
-    torch.testing.assert_close(b.loss, a.loss, rtol=1e-6, atol=1e-6)
-    assert_equal_gradients(ga, gb)
-    alone = plain(ids[:1, 12:]).logits
-    packed = fast(ids, position_ids=positions, use_cache=False).logits[:1, 12:]
-    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
-
-
-def test_packed_sequences_by_offsets():
-    """cu_seq_lens of transformers' DataCollatorWithFlattening."""
-    plain, fast = pair()
-    ids, offsets = tokens(1, 24), torch.tensor([0, 11, 24], dtype=torch.int32)
-    out = fast(
-        ids, position_ids=torch.arange(24)[None], cu_seq_lens_q=offsets, cu_seq_lens_k=offsets,
-        max_length_q=13, max_length_k=13,
-    ).logits  # fmt: skip
-    expected = torch.cat((plain(ids[:, :11]).logits, plain(ids[:, 11:]).logits), 1)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_masks_stay_small():
-    from fastlm.attention_interface import attention_mask as mask
-
-    config = FAMILIES["mistral"][0]
-    sliding = transformers.masking_utils.sliding_window_causal_mask_function(WINDOW)
-    sizes = {"batch_size": 2, "q_length": 20, "kv_length": 20, "config": config}
-    assert mask(**sizes) is None
-    assert mask(**sizes, mask_function=sliding, local_size=WINDOW) is None
-    full = torch.ones(2, 20, dtype=torch.bool)
-    assert mask(**sizes, attention_mask=full) is None
-    full[0, :3] = False
-    assert mask(**sizes, attention_mask=full).shape == (2, 20)
-    # a static cache's empty places, and other patterns, need every element
-    assert mask(**{**sizes, "kv_length": 32}).shape == (2, 1, 20, 32)
-    chunked = transformers.masking_utils.chunked_causal_mask_function(4, torch.zeros(2).long())
-    assert mask(**sizes, mask_function=chunked, local_size=4).shape == (2, 1, 20, 20)
-    both = transformers.masking_utils.bidirectional_mask_function
-    assert mask(**sizes, mask_function=both, allow_is_bidirectional_skip=True).all()
-
-
-def test_a_mask_of_the_callers_own():
-    plain, fast = pair()
-    ids = tokens()
-    allowed = torch.rand(2, 1, 20, 20) < 0.5
-    allowed |= torch.eye(20, dtype=torch.bool)
-    for mask in (allowed, torch.zeros(2, 1, 20, 20).masked_fill(~allowed, -1e30)):
-        torch.testing.assert_close(
-            fast(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits,
-            rtol=1e-4, atol=1e-4,
-        )  # fmt: skip
-
-
-@few_families
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_generate(family, cache):
-    """Greedy tokens, past the window, of rows padded on the left."""
-    plain, fast = (m.eval() for m in pair(family))
-    ids = tokens(2, 12)
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    options = {
-        "max_new_tokens": 10, "do_sample": False, "attention_mask": mask, "eos_token_id": None,
-    }  # fmt: skip
-    if cache:
-        options["cache_implementation"] = cache
-        options["disable_compile"] = True
-    assert torch.equal(fast.generate(ids, **options), plain.generate(ids, **options))
-
-
 def test_loss_options():
     plain, fast = pair()
     ids, other = tokens(), tokens()
@@ -483,61 +209,29 @@ def test_hooks_see_what_they_saw():
             torch.testing.assert_close(seen[fast, name], out, rtol=1e-4, atol=1e-4)
 
 
-def test_refuses_attention_weights():
-    _, fast = pair()
-    with pytest.raises(InputError, match="output_attentions: wanted False"):
-        fast(tokens(), output_attentions=True)
-
-
-def test_registry_without_patch():
-    """``attn_implementation="fastlm"`` alone, once the registry has it."""
-    import fastlm.attention_interface  # noqa: F401
-
-    plain, other = model_of("gemma2"), model_of("gemma2")
-    other.set_attn_implementation("fastlm")
-    ids = tokens()
-    torch.testing.assert_close(other(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
-
-
-@few_families
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(family, reentrant):
-    plain, fast = pair(family)
-    ids = tokens()
-    _, expected = gradients(fast.train(), input_ids=ids, labels=ids)
-    fast.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    fast.enable_input_require_grads()
-    _, found = gradients(fast, input_ids=ids, labels=ids)
-    assert all(torch.equal(found[n], g) for n, g in expected.items())
-    _, plainly = gradients(plain.train(), input_ids=ids, labels=ids)
-    assert_equal_gradients(plainly, found)
-
-
-@each_family
-@pytest.mark.parametrize("mode", ["bf16", "autocast"])
-def test_low_precision(family, mode):
-    """No further from float32 than the model itself in the same precision."""
-    exact = model_of(family)
-    ids = tokens()
-    truth, true_gradients = gradients(exact, input_ids=ids, labels=ids)
-    plain, fast = pair(family, dtype=torch.bfloat16 if mode == "bf16" else torch.float32)
-    losses, errors = [], []
+def test_hooks_on_the_activation():
+    """Of those who look at neurons: a GLU whose activation is watched runs the model's own code."""
+    plain, fast = pair()
+    ids, seen = tokens(), []
     for model in (plain, fast):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-            loss = model(ids, labels=ids).loss
-        loss.backward()
-        losses.append((loss.float() - truth.loss).abs().item())
-        total = 0.0
-        for n, p in model.named_parameters():
-            assert p.grad is None or p.grad.dtype == p.dtype
-            if n in true_gradients:
-                total += (p.grad.float() - true_gradients[n]).norm().item() ** 2
-        errors.append(total**0.5)
-    scale = sum(g.norm().item() ** 2 for g in true_gradients.values()) ** 0.5
-    # noise of one draw: within twice the plain model's, or 1 % (a few of bfloat16's 2^-8)
-    assert losses[1] <= 2 * losses[0] + 1e-2
-    assert errors[1] <= 1.5 * errors[0] + 1e-2 * scale
+        act = model.model.layers[0].mlp.act_fn
+        act.register_forward_hook(lambda m, i, o: seen.append(o) or o * 2)
+    torch.testing.assert_close(fast(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
+
+
+def test_unpatch_refuses_what_lies_on_top():
+    """parametrize (and fully_shard) make a class of their own from the patched one."""
+    model = fastlm.patch(model_of())
+    norm, ids = model.model.norm, tokens()
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    expected, found = model(ids).logits, patched_ops(model)
+    for function in (fastlm.unpatch, fastlm.patch):
+        with pytest.raises(InputError, match="ParametrizedLlamaRMSNorm made on top of it"):
+            function(model)
+    assert patched_ops(model) == found and torch.equal(model(ids).logits, expected)
+    torch.nn.utils.parametrize.remove_parametrizations(norm, "weight")
+    assert patched_ops(fastlm.unpatch(model)) == {}
 
 
 def test_every_backend():
@@ -561,144 +255,3 @@ def test_copies_and_pickles(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert patched_ops(loaded) == {} and type(loaded) is type(plain)
     assert torch.equal(loaded(ids).logits, plain(ids).logits)
-
-
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
-def test_compiles_in_one_graph(family):
-    plain, fast = pair(family)
-    names = set()
-
-    def watch(graph, inputs):
-        names.update(str(n.target) for n in graph.graph.nodes)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = torch.compile(fast, fullgraph=True, backend=watch)
-    ids = tokens()
-    _, expected = gradients(plain, input_ids=ids, labels=ids)
-    fast.zero_grad()
-    compiled(input_ids=ids, labels=ids).loss.backward()
-    found = {n: p.grad for n, p in fast.named_parameters() if p.grad is not None}
-    assert_equal_gradients(expected, found)
-    ops = {n.split(".")[1] for n in names if n.startswith("fastlm.")}
-    assert ops == {"rms_norm", "rope", "glu", "attention", "linear_cross_entropy"}
-
-
-def train(model, steps, dtype=torch.float32):
-    torch.manual_seed(1)
-    table = torch.randint(3, 99, (99,))  # each token is followed by the same one: to be learnt
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(steps):
-        rows = [torch.randint(3, 99, (8, 1))]
-        for _ in range(15):
-            rows.append(table[rows[-1]])
-        ids = torch.cat(rows, 1)
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return torch.tensor(losses)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fifty_steps_of_training(dtype):
-    plain, fast = pair(dtype=dtype)
-    a, b = train(plain.train(), 50), train(fast.train(), 50)
-    assert a[-1] < 0.5 * a[0]
-    # float32: rounding, which training lets grow; bfloat16: a few of its roundings a step
-    assert ((a - b).abs() / a).max() < (1e-3 if dtype == torch.float32 else 5e-2)
-
-
-class Rows(torch.utils.data.Dataset):
-    """Documents of unequal length: micro-batches of unequal numbers of labels."""
-
-    def __init__(self, count=32):
-        generator = torch.Generator().manual_seed(2)
-        self.rows = []
-        for i in range(count):
-            ids = torch.randint(3, 99, (16,), generator=generator)
-            labels = ids.clone()
-            labels[: i % 12] = -100
-            self.rows.append({"input_ids": ids, "labels": labels})
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return self.rows[i]
-
-
-def trainer_losses(model, folder, **options):
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=4,
-        max_steps=4, logging_steps=1, learning_rate=1e-3, report_to=[], use_cpu=True, seed=3,
-        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-        eval_strategy="steps", eval_steps=4, **options,
-    )  # fmt: skip
-    trainer = transformers.Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows(4))
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-    assert trainer.model_accepts_loss_kwargs  # num_items_in_batch reaches the loss
-    return [log.get("loss", log.get("eval_loss")) for log in trainer.state.log_history[:-1]]
-
-
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "checkpointing"])
-def test_trainer(tmp_path, mode):
-    plain, fast = pair()
-    options = {"bf16": mode == "bf16", "gradient_checkpointing": mode == "checkpointing"}
-    a = trainer_losses(plain, tmp_path / "a", **options)
-    b = trainer_losses(fast, tmp_path / "b", **options)
-    assert len(a) == 5 and a[0] != a[1]
-    torch.testing.assert_close(b, a, rtol=1e-2 if mode == "bf16" else 1e-4, atol=0)
-    ids = tokens()
-    fastlm.unpatch(fast)  # also where accelerate wrapped the forward
-    fast.eval()
-    assert fast(ids, labels=ids).logits is not None
-    assert patched_ops(fast) == {}
-
-
-@pytest.mark.parametrize("first", ["patch", "lora"])
-def test_lora(first):
-    config = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "gate_proj", "down_proj"], init_lora_weights=False
-    )
-    plain, fast = peft.get_peft_model(model_of(), config), model_of()
-    if first == "patch":
-        fast = peft.get_peft_model(fastlm.patch(fast), config)
-    else:
-        fast = fastlm.patch(peft.get_peft_model(fast, config))
-    fast.load_state_dict(plain.state_dict())
-    assert patched_ops(fast) == FAMILIES["llama"][1]
-    ids = tokens()
-    (a, ga), (b, gb) = (gradients(m, input_ids=ids, labels=ids) for m in (plain, fast))
-    torch.testing.assert_close(b.loss, a.loss, rtol=1e-6, atol=1e-6)
-    assert b.logits is None
-    assert len(gb) == 12 and all("lora" in n for n in gb)
-    assert_equal_gradients(ga, gb)
-
-
-def test_lora_on_the_head_keeps_its_logits():
-    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
-    model = peft.get_peft_model(fastlm.patch(model_of()), config)
-    ids = tokens()
-    out = model(input_ids=ids, labels=ids)
-    out.loss.backward()
-    assert out.logits is not None
-    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B" in n)
-
-
-def test_dropout_of_attention():
-    """Drawn by the kernel: repeats with the seed, differs between seeds, and not in eval."""
-    _, fast = pair(attention_dropout=0.5)
-    ids = tokens()
-
-    def loss(seed):
-        torch.manual_seed(seed)
-        return fast(ids, labels=ids).loss
-
-    fast.train()
-    assert torch.equal(loss(1), loss(1)) and not torch.equal(loss(1), loss(2))
-    fast.eval()
-    assert torch.equal(loss(1), loss(2))

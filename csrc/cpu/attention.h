@@ -33,7 +33,7 @@ void forward(const AttentionInputs& in, const TensorView& out, const TensorView&
   const float* v_scale = in.v_scale ? in.v_scale->data<float>("v_scale") : nullptr;
   T* p_out = out.data<T>("out");
   float* p_lse = lse.data<float>("lse");
-  if (!in.cu_seqlens_q && !in.seed && decodes(s, problems[0].queries))
+  if (decodes(s, o, problems[0].queries))
     forward_by_chunks(s, o, problems, k_scale, v_scale, p_out, p_lse, workspace);
   else
     forward_by_blocks(s, o, problems, packed_rows, k_scale, v_scale, p_out, p_lse, workspace);

@@ -235,14 +235,42 @@ struct BackwardTask {
     }
   }
 
+  // Whether forward_by_chunks gave these rows their lse, and P keeps what their sums err by.
+  bool as_decoded(const Problem<T, T>& p) const {
+    return sizeof(E) == 4 && decodes(s, o, p.queries) && p.queries * round_up(s.D, VL) <= BQ * BK;
+  }
+
+  // The scores by the same sums as in decode_chunk: what they err by is then in lse too, and leaves
+  // P of a key that outweighs the others at 1. Sums in another order made dv's error 5 times as
+  // large where scores are.
+  void scores_as_decoded(const Problem<T, T>& p, int64_t h, int64_t i0, int64_t rows, int64_t j0,
+                         int64_t n) {
+    const int64_t ldq = round_up(s.D, VL), g = h / (s.H / s.Hkv);
+    float* wide = dP;  // not written yet
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = p.q + h * s.q.head + (i0 + r) * s.q.row;
+      for (int64_t d = 0; d < s.D; d += VL)
+        store(wide + r * ldq + d, s.D - d >= VL ? load(row + d) : load(row + d, int(s.D - d)));
+      for (int64_t j = n; j < round_up(n, VL); ++j) scores[r * BK + j] = 0;
+    }
+    with_rows(rows, [&](auto R) {
+      dot_rows<R.value>(wide, ldq, p.k.base + g * p.k.head + j0 * p.k.row, p.k.row, n, s.D, scores,
+                        BK);
+    });
+  }
+
   // S and dP of queries [i0, i0 + rows) and keys [j0, j0 + n), then P and dS in their place.
   void tile(const Problem<T, T>& p, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0,
             int64_t n, int64_t j_begin, bool for_bias) {
     int64_t lda;
-    const E* a = as_operand(p.q + h * s.q.head + i0 * s.q.row, s.q.row, rows, s.D, q, &lda);
-    gemm<E>(rows, round_up(n, VL), s.D, a, lda, k_panels + (j0 - j_begin) * size.D, scores, BK,
-            false);
-    a = as_operand(dO_row(p, b, h, i0), grad.dout.row, rows, s.Dv, dO, &lda);
+    if (as_decoded(p)) {
+      scores_as_decoded(p, h, i0, rows, j0, n);
+    } else {
+      const E* a = as_operand(p.q + h * s.q.head + i0 * s.q.row, s.q.row, rows, s.D, q, &lda);
+      gemm<E>(rows, round_up(n, VL), s.D, a, lda, k_panels + (j0 - j_begin) * size.D, scores, BK,
+              false);
+    }
+    const E* a = as_operand(dO_row(p, b, h, i0), grad.dout.row, rows, s.Dv, dO, &lda);
     gemm<E>(rows, round_up(n, VL), s.Dv, a, lda, v_panels + (j0 - j_begin) * size.Dv, dP, BK,
             false);
     for (int64_t r = 0; r < rows; ++r)
@@ -424,6 +452,39 @@ void backward_few(const Shape& s, const Options& o, const Gradients& grad,
     }
 }
 
+// to[r][j] += tile (rows, n), rows apart by BK; `row`, `key` 0: the sum over them. A tile is summed
+// before it is added: thousands of additions to one sum, each rounded at the size of the whole,
+// lost ten times as much.
+inline void add_tile(const float* tile, int64_t rows, int64_t n, int64_t row, int64_t key,
+                     float* sums, float* to) {
+  if (row && key) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < n; ++j) to[r * row + j * key] += tile[r * BK + j];
+    return;
+  }
+  const auto at = [&](int64_t r, int64_t j) {
+    const float* x = tile + r * BK + j;
+    return n - j >= VL ? load(x) : load(x, int(n - j));
+  };
+  if (row) {
+    for (int64_t r = 0; r < rows; ++r) {
+      vfloat sum{};
+      for (int64_t j = 0; j < n; j += VL) sum += at(r, j);
+      to[r * row] += hsum(sum);
+    }
+    return;
+  }
+  vfloat total{};
+  for (int64_t j = 0; j < n; j += VL) {
+    vfloat sum[4] = {};
+    for (int64_t r = 0; r < rows; ++r) sum[r % 4] += at(r, j);
+    const vfloat all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    store(sums + j, all), total += all;
+  }
+  if (!key) *to += hsum(total);
+  for (int64_t j = 0; key && j < n; ++j) to[j * key] += sums[j];
+}
+
 // dbias: a task owns one row block (all rows where the bias has one) of one batch entry and head of
 // the bias and sums over the sequences, heads, rows and keys that share an element, in order. It
 // costs S and dP once more, and only where a bias learns.
@@ -459,11 +520,8 @@ void backward_bias(const Shape& s, const Options& o, const Gradients& grad,
                   const int64_t rows = std::min(BQ, i_end - i0);
                   if (!task.visible(p, i0, rows, j0, n)) continue;
                   task.tile(p, b, h, i0, rows, j0, n, j0, true);
-                  for (int64_t r = 0; r < rows; ++r) {
-                    float* to =
-                        p_dbias + bb * stride(0) + bh * stride(1) + (i0 + r) * row + j0 * key;
-                    for (int64_t j = 0; j < n; ++j) to[j * key] += task.dP[r * BK + j];
-                  }
+                  add_tile(task.dP, rows, n, row, key, task.factor,
+                           p_dbias + bb * stride(0) + bh * stride(1) + i0 * row + j0 * key);
                 }
               }
             }

@@ -10,8 +10,8 @@ constexpr int64_t MAX_ROWS = 8;  // beyond it packing costs less than reading ev
 constexpr int64_t CHUNK =
     512;  // keys: 128 KiB of a bf16 cache at D 64, 20 us: a task worth a switch
 
-FASTLM_INLINE bool decodes(const Shape& s, int64_t queries) {
-  return queries == 1 || queries * (s.H / s.Hkv) <= MAX_ROWS;
+FASTLM_INLINE bool decodes(const Shape& s, const Options& o, int64_t queries) {
+  return !s.packed && !o.dropout && (queries == 1 || queries * (s.H / s.Hkv) <= MAX_ROWS);
 }
 
 template <class C>

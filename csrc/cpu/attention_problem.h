@@ -50,7 +50,7 @@ struct Span {
 struct Shape {
   int64_t B, H, Hkv, D, Dv;
   Strides q, k, v, out, lse;
-  bool causal;
+  bool causal, packed;
   int64_t window;
 
   FASTLM_INLINE Span span(int64_t i, int64_t S, int64_t keys) const {
@@ -68,7 +68,7 @@ inline Strides strides_of(const TensorView& t, int batch, int head, int row) {
 // Sizes and strides; `out` like q in layout, `lse` (B, H, S) or (H, total_q).
 inline Shape shape_of(const AttentionInputs& in, const TensorView& out, const TensorView& lse) {
   Shape s{};
-  s.causal = in.causal, s.window = in.window;
+  s.causal = in.causal, s.packed = bool(in.cu_seqlens_q), s.window = in.window;
   s.D = in.q.size(-1), s.Dv = in.v.size(-1);
   if (in.cu_seqlens_q) {
     s.B = in.cu_seqlens_q->size(0) - 1, s.H = in.q.size(1), s.Hkv = in.k.size(1);

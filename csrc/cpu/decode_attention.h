@@ -246,16 +246,20 @@ void combine(const AttentionInputs<C>& a, int64_t m, float* out) {
                 *sum = a.sum + (m * a.heads + h) * a.chunks;
     float top = most[first];
     for (int64_t c = first + 1; c < end; ++c) top = std::max(top, most[c]);
+    // <= 1 also in lanes without a chunk, where a `top` far below 0 would give infinity; NaN stays
+    const auto weights_at = [&](int64_t c, int count) {
+      return vexp(vmin(splat(0.f), load(most + c, count) - top));
+    };
     vfloat total{};
     for (int64_t c = first; c < end; c += VL) {
       const int count = int(std::min<int64_t>(VL, end - c));
-      total += load(sum + c, count) * vexp(load(most + c, count) - top);
+      total += load(sum + c, count) * weights_at(c, count);
     }
     const float inverse = 1.f / hsum(total);
     memset(out, 0, size_t(D) * sizeof(float));
     for (int64_t c = first; c < end; c += VL) {
       const int count = int(std::min<int64_t>(VL, end - c));
-      const vfloat weights = vexp(load(most + c, count) - top) * inverse;
+      const vfloat weights = weights_at(c, count) * inverse;
       for (int i = 0; i < count; ++i) {
         const float* partial = a.partial(m, h, c + i);
         for (int64_t d = 0; d < D; d += VL) {

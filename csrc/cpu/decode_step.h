@@ -305,6 +305,13 @@ struct DecodeStep {
   }
 };
 
+inline void check_range(const char* argument, const int64_t* x, int64_t count, int64_t end) {
+  for (int64_t i = 0; i < count; ++i)
+    if (x[i] < 0 || x[i] >= end)
+      throw std::invalid_argument(std::string(argument) + ": wanted values in [0, " +
+                                  std::to_string(end) + "), got " + std::to_string(x[i]));
+}
+
 // tokens (M) int64; starts (M) int64 or absent: columns of padding before each sequence; cache
 // (layers, 2, M, kv_heads, capacity, head_dim), its first `length` columns filled, the next one
 // written here; rotary: cos, sin, cos, sin .. (positions, R) float32; logits (M, V) float32
@@ -326,6 +333,10 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
                                 " columns, got " + std::to_string(length));
   if (rotary.size() > 16) throw std::invalid_argument("rotary: wanted at most 8 pairs of tables");
   if (starts) check_size("starts", "elements:", rows, starts->numel());
+  const int64_t *ids = tokens.data<int64_t>("tokens"),
+                *first = starts ? starts->data<int64_t>("starts") : nullptr;
+  check_range("tokens", ids, rows, p.embedding.n);
+  if (first) check_range("starts", first, rows, length + 1);
   const int threads = omp_get_max_threads();
   DecodeWork work;
   const int64_t bytes = lay_out(p, rows, capacity, threads, nullptr, work);
@@ -344,9 +355,12 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
                                   " positions, got " + std::to_string(rotary[i].size(0)));
     tables[i] = rotary[i].data<float>("rotary");
     widths[i / 2] = rotary[i].size(1);
+    if (widths[i / 2] > p.head_dim) check_size("rotary", "columns:", p.head_dim, widths[i / 2]);
   }
-  const int64_t *ids = tokens.data<int64_t>("tokens"),
-                *first = starts ? starts->data<int64_t>("starts") : nullptr;
+  for (const DecodeLayer& layer : p.layers)
+    if (layer.rotary >= int64_t(rotary.size() / 2))
+      throw std::invalid_argument("rotary: wanted tables for every layer, got " +
+                                  std::to_string(rotary.size() / 2) + " pairs");
   float* out = logits.data<float>("logits");
   Meeting meeting;
   with_float(cache.dtype(), "cache", [&](auto tag) {

@@ -1,0 +1,207 @@
+"""What `fastlm.patch` takes a module for, and what it does not."""
+
+import copy
+
+import pytest
+import torch
+from patch_models import (
+    FAMILIES,
+)
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import fastlm
+from fastlm import InputError
+from fastlm.patched import variant_of
+from fastlm.patching import patched_ops
+
+# what transformers and peft say of each other's names is not about the model
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def test_nothing_is_taken_for_what_it_is_not():
+    class Almost(nn.Module):
+        """The parts of a GLU and of an RMSNorm, other arithmetic."""
+
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8) for _ in range(3))
+            self.norm = Scale()
+
+        def forward(self, x):
+            return self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(self.norm(x)))
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x):
+            return self.weight * x / (x.square().mean(-1, keepdim=True) + self.eps)
+
+    with pytest.raises(InputError, match="found none among Almost, Linear, Scale"):
+        fastlm.patch(Almost())
+
+
+class Linears(nn.Module):
+    """The projections of a GLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Clamped(Linears):
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=50.0), self.up_proj(x)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+class DropsInTraining(Linears):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Scaled(Linears):
+    """As before until somebody loads another number."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+class Norm(nn.Module):
+    def __init__(self, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), eps
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class Gated(Norm):
+    """As Mamba's: without a gate it is an RMSNorm."""
+
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * nn.functional.silu(gate))
+
+
+class OutsideTheRoot(Norm):
+    def forward(self, x):
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn, self.mlp = nn.Linear(8, 8), Linears()
+        self.input_layernorm, self.post_attention_layernorm = Norm(), Norm()
+
+    def forward(self, hidden_states, **kwargs):
+        x = hidden_states + self.self_attn(self.input_layernorm(hidden_states))[0]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DropsLayer(Layer):
+    def forward(self, hidden_states, **kwargs):
+        x = self.self_attn(self.input_layernorm(hidden_states))[0]
+        x = hidden_states + nn.functional.dropout(x, 0.1, self.training)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ScaledLayer(Layer):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("layer_scalar", torch.ones(()))
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states) * self.layer_scalar
+
+
+@pytest.mark.parametrize(
+    "module, found",
+    [
+        (Linears(), {"glu": 1}),
+        (Clamped(), {}),
+        (DropsInTraining().eval(), {}),
+        (Scaled(), {}),
+        (Norm(), {"rms_norm": 1}),
+        (Norm(1e-12), {"rms_norm": 1}),
+        (Gated(), {}),
+        (OutsideTheRoot(1e-12), {}),
+        (Layer().eval(), {"rms_norm": 2, "glu": 1, "layer": 1}),
+        (DropsLayer().eval(), {"rms_norm": 2, "glu": 1}),
+        (ScaledLayer().eval(), {"rms_norm": 2, "glu": 1}),
+    ],
+    ids=lambda m: type(m).__name__ if isinstance(m, nn.Module) else "",
+)
+def test_what_computes_another_thing_elsewhere(module, found):
+    """In training, with another argument, for large numbers, with other values in its buffers."""
+    module, state = copy.deepcopy(module), torch.get_rng_state()
+    if found:
+        fastlm.patch(module)
+    else:
+        with pytest.raises(InputError, match="found none among"):
+            fastlm.patch(module)
+    layers = sum((variant_of(m) or "  ")[1] == "layer" for m in module.modules())
+    assert patched_ops(module) == {k: v for k, v in found.items() if k != "layer"}
+    assert layers == found.get("layer", 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_of_ones_own():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.act_fn = nn.RMSNorm(8), nn.GELU()
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            x = self.norm(x) if x.dim() == 3 else x
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    block, x = Block(), torch.randn(2, 3, 8)
+    expected = block.norm(x)
+    fastlm.patch(block, ops=("rms_norm",))
+    assert patched_ops(block) == {"rms_norm": 1}
+    torch.testing.assert_close(block.norm(x), expected)
+
+
+def test_looking_disturbs_nothing():
+    """Neither torch's generator, nor hooks, nor weights, nor another model of the same config."""
+    config = copy.deepcopy(FAMILIES["llama"][0])
+    model, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    other.config = model.config  # as LlamaForCausalLM(config) twice
+    called = []
+    for m in model.modules():
+        m.register_forward_hook(lambda *_: called.append(1))
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    fastlm.patch(model)
+    assert torch.equal(torch.get_rng_state(), state) and not called
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert other.config._attn_implementation == "sdpa"
+
+
+def test_a_rotation_told_more():
+    """An apply_rotary_pos_emb that is given unsqueeze_dim by its place."""
+    from fastlm.patched import _attention
+
+    seen = []
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        seen.append(unsqueeze_dim)
+        return q, k
+
+    names = {"apply_rotary_pos_emb": apply_rotary_pos_emb}
+    exec("def forward(self, q, k): return apply_rotary_pos_emb(q, k, q, k, 2)", names)
+    base = type("Base", (), {"forward": names["forward"]})
+    q = torch.randn(1, 2, 3, 8)
+    forward = _attention(base, interleaved=False, implementation=None)
+    assert forward(None, q, q) == (q, q) and seen == [2]
