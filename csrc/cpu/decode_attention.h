@@ -98,15 +98,14 @@ FASTLM_INLINE void prefetch_row(const C* row, int64_t n) {
   for (int64_t i = 0; i < n * int64_t(sizeof(C)); i += 64) __builtin_prefetch(p + i);
 }
 
-// scores[r][j] = q[r] . k[j]. The sums of VL keys are turned together: one transposition instead
-// of VL horizontal sums.
+// scores[r][j] = q[r] . k[j], VL keys summed up together.
 // `ahead` is what is read after the keys, from the same place on: the values.
 template <int R, int FIXED, class C>
 void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t count, int64_t width,
               float* scores) {
   const int64_t D = FIXED ? FIXED : width;
   for (int64_t j = 0; j < count; j += VL) {
-    vint sums[R][VL] = {};
+    vfloat sums[R][VL];
     const int group = int(std::min<int64_t>(VL, count - j));
     for (int t = 0; t < group; ++t) {
       const C* row = k + (j + t) * D;
@@ -119,14 +118,12 @@ void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t c
         for (int r = 0; r < R; ++r) acc[r] += x * load(q + r * ldq + d);
       }
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sums[r][t] = as_int(acc[r]);
+      for (int r = 0; r < R; ++r) sums[r][t] = acc[r];
     }
-    for (int r = 0; r < R; ++r) {
-      transpose(sums[r]);
-      vfloat total = as_float(sums[r][0]);
-      for (int t = 1; t < VL; ++t) total += as_float(sums[r][t]);
-      store(scores + r * DECODE_KEYS + j, total);  // a row of scores is whole vectors
-    }
+    for (int t = group; t < VL; ++t)
+      for (int r = 0; r < R; ++r) sums[r][t] = vfloat{};
+    for (int r = 0; r < R; ++r)  // a row of scores is whole vectors
+      store(scores + r * DECODE_KEYS + j, sums_of(sums[r]));
   }
 }
 

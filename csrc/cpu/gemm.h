@@ -152,6 +152,46 @@ FASTLM_INLINE void transpose(vint* r) {
 #endif
 }
 
+// Lane i: the sum of r[i]'s lanes. A transposition whose halves are added on the way: half the
+// shuffles.
+FASTLM_INLINE vfloat sums_of(vfloat* r) {
+#if FASTLM_VL == 4
+  transpose(reinterpret_cast<vint*>(r));
+  return (r[0] + r[1]) + (r[2] + r[3]);
+#else
+#pragma GCC unroll 8
+  for (int i = 0; i < VL / 2; ++i) {
+#if FASTLM_VL == 16
+    const __m512 a = (__m512)r[2 * i], b = (__m512)r[2 * i + 1];
+    r[i] = (vfloat)_mm512_unpacklo_ps(a, b) + (vfloat)_mm512_unpackhi_ps(a, b);
+#else
+    const __m256 a = (__m256)r[2 * i], b = (__m256)r[2 * i + 1];
+    r[i] = (vfloat)_mm256_unpacklo_ps(a, b) + (vfloat)_mm256_unpackhi_ps(a, b);
+#endif
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < VL / 4; ++i) {  // four sums in each 128 bits, parts of them in the others
+#if FASTLM_VL == 16
+    const __m512d a = (__m512d)r[2 * i], b = (__m512d)r[2 * i + 1];
+    r[i] = (vfloat)_mm512_unpacklo_pd(a, b) + (vfloat)_mm512_unpackhi_pd(a, b);
+#else
+    const __m256d a = (__m256d)r[2 * i], b = (__m256d)r[2 * i + 1];
+    r[i] = (vfloat)_mm256_unpacklo_pd(a, b) + (vfloat)_mm256_unpackhi_pd(a, b);
+#endif
+  }
+#if FASTLM_VL == 16
+  const auto halves = [](vfloat a, vfloat b) __attribute__((always_inline)) {
+    return (vfloat)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) +
+           (vfloat)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd);
+  };
+  return halves(halves(r[0], r[1]), halves(r[2], r[3]));
+#else
+  return (vfloat)_mm256_permute2f128_ps((__m256)r[0], (__m256)r[1], 0x20) +
+         (vfloat)_mm256_permute2f128_ps((__m256)r[0], (__m256)r[1], 0x31);
+#endif
+#endif
+}
+
 // The words of one row: KP * VL elements from p as E, zero from element n on.
 template <class E, class S>
 FASTLM_INLINE vint row_words(const S* p, int64_t n) {
