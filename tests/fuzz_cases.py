@@ -252,6 +252,7 @@ def build_linear_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
     def check():
         # gradients sum over rows, logits over features, in any order; a few rows' lse may be small
         ulps = 2 + ((rows**0.5 + width**0.5) / 2 + 64 / (rows + 4) if dtype == torch.float32 else 0)
+        ulps *= 2 if "softcap" in options else 1  # of tanh and its slope
         test_linear_cross_entropy.check(x, w, bias, target, ulps=ulps, of_terms=True, **options)
 
     return Built(function, [x, w, target, *([bias] if case["bias"] else [])], check)
@@ -275,11 +276,10 @@ def draw_glu(r: Random, isa: str) -> Case:
 
 def build_glu(case: Case, dtype: torch.dtype) -> Built:
     gate, up, dy = (case["spread"] * torch.randn(3, *case["shape"])).to(dtype).unbind(0)
-    error = test_glu.ACT_ERROR if dtype == torch.float32 else None
     return Built(
         lambda gate, up: ops.glu(gate, up, act=case["act"]),
         [gate.clone(), up.clone()],
-        lambda: test_glu.check(gate, up, dy, case["act"], "glu", error),
+        lambda: test_glu.check(gate, up, dy, case["act"], "glu", test_glu.ACT_ERROR),
     )
 
 
@@ -411,14 +411,15 @@ def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
         near_product(dx, dy, q.dequantize(torch.float64), None, 3)
 
     def near_product(got, a, b, bias, factor):
-        """As test_quantized_linear.check; sums of few outputs may all be small: by their terms."""
+        """As test_quantized_linear.check; sums of few outputs may all be small: by their terms. The
+        worst of 100,000 cases walks twice as far as the worst of a test's."""
         truth, plain = a.double() @ b, a @ b.to(a.dtype)
         if bias is not None:
             truth, plain = truth + bias.double(), plain + bias
         apart = 0.0 if q.zeros is None else 2 * q.zeros.double().abs().max()  # q and offset
         terms = (a.double().square() @ (b.abs() + apart).square()).sqrt()
         ratio = (terms.max() / truth.abs().max()).item() if truth.numel() else 0.0
-        floor = test_quantized_linear.sum_floor(dtype, len(b)) * max(1.0, ratio)
+        floor = 2 * test_quantized_linear.sum_floor(dtype, len(b)) * max(1.0, ratio)
         assert_near(got, plain, truth, factor=factor, floor=floor, what="product")
 
     return Built(function, [x, *([] if bias is None else [bias])], check)
