@@ -1,6 +1,8 @@
 """linear_cross_entropy against F.linear + F.cross_entropy, eager and compiled, and torch's own
 chunked function: loss and gradients of input and weight."""
 
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -47,9 +49,18 @@ def torch_chunked(x, w, target):
     return F.linear_cross_entropy(x, w, target, options=options)
 
 
+def shapes() -> list[tuple]:
+    """Without bf16 dot products torch takes half a minute for one of the large bf16 calls."""
+    held = os.environ.get("ATEN_CPU_CAPABILITY") in ("avx2", "default")
+    most = 1e10 if held else math.inf
+    return [
+        s for s in SHAPES + ODD if s[3] != torch.bfloat16 or math.prod(s[:3]) * (1 - s[4]) <= most
+    ]
+
+
 def cases() -> list[Case]:
     made = []
-    for rows, width, classes, dtype, ignored in SHAPES + ODD:
+    for rows, width, classes, dtype, ignored in shapes():
         odd = (rows, width, classes, dtype, ignored) in ODD
         x = torch.randn(rows, width).to(dtype).requires_grad_()
         w = (torch.randn(classes, width) * 2 / width**0.5).to(dtype).requires_grad_()
