@@ -277,7 +277,7 @@ def test_command_line(corpus, tmp_path):
 
 def test_ctrl_c_ends_the_workers_too(tmp_path):
     """The terminal interrupts every process of the command: one line, no result, status 130."""
-    for i in range(1200):  # some 4 s of work, longer than the sleep below
+    for i in range(3000):  # some 10 s of work, longer than the sleep below on any machine
         (tmp_path / f"{i}.txt").write_text("\n\n".join(prose(i * 40 + k) for k in range(40)))
     fastlm = [sys.executable, "-P", "-m", "fastlm", "data", "prepare"]
     done = subprocess.Popen(
