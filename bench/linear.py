@@ -40,21 +40,16 @@ def cases() -> list[Case]:
 
         turns = itertools.cycle(inputs)
 
-        def forward(f, turns=turns, weight=weight):
-            with torch.no_grad():
-                return f(next(turns)[0], weight)
-
         def both(f, turns=turns, weight=weight):
             x, dy = next(turns)
             return torch.autograd.grad(f(x, weight), (x, weight), dy)
 
-        for label, run, products in (("fwd", forward, 1), ("fwd+bwd", both, 3)):
-            variants = {
-                "fastlm": lambda run=run: run(ops.linear),
-                "torch": lambda run=run: run(F.linear),
-            }
-            flops = 2 * products * rows * k * n
-            made.append(Case(f"{label} bf16", f"{rows} x {k} -> {n}", variants, flops=flops))
+        variants = {
+            "fastlm": lambda run=both: run(ops.linear),
+            "torch": lambda run=both: run(F.linear),
+        }
+        flops = 3 * 2 * rows * k * n
+        made.append(Case("fwd+bwd bf16", f"{rows} x {k} -> {n}", variants, flops=flops))
     return made
 
 

@@ -275,6 +275,11 @@ if os.environ.get("FASTLM_CPU_ISA"):
     cpu_isa()  # a name that cannot run here is refused now, not by the first kernel
 
 
+def multiplies_bf16() -> bool:
+    """Whether the C++ kernels multiply bfloat16 as such: elsewhere they widen it to float32."""
+    return cpu_isa() in ("amx", "avx512", "amx_emulated")
+
+
 def cpu_isas() -> Sequence[str]:
     """Every instruction set the C++ kernels can run on here, best first."""
     if why_not("cpu"):

@@ -39,9 +39,6 @@ def why_not(model: CausalLM) -> str | None:
         return "another backend is forced, or the kernel does not serve the model's dtype"
     if model.training and model.config.attention_dropout:
         return "the model is training with dropout"
-    layers: Any = model.model.layers
-    if [layer.self_attn.layer for layer in layers] != list(range(model.config.num_hidden_layers)):
-        return "its layers are not those of its config"
     every = torch.nn.modules.module
     if every._global_forward_hooks or every._global_forward_pre_hooks:
         return "all modules have hooks"
@@ -52,6 +49,9 @@ def why_not(model: CausalLM) -> str | None:
             return f"{name} has hooks"
         if "forward" in vars(module):
             return f"{name} has a forward of its own"
+    layers: Any = model.model.layers
+    if [layer.self_attn.layer for layer in layers] != list(range(model.config.num_hidden_layers)):
+        return "its layers are not those of its config"
     return None
 
 
@@ -224,6 +224,7 @@ def plan_of(model: CausalLM) -> Plan | None:
     quantized weights written through ``.data`` are not noticed); None where `why_not` has a
     reason."""
     if why_not(model) is not None:
+        _plans.pop(model, None)  # it would keep the parameters it was made of
         return None
     plan = _plans.get(model)
     if plan is None or not plan.follows(model):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlm.backend import multiplies_bf16
 from fastlm.config import ModelConfig
 from fastlm.memory import made_again
 from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
@@ -86,9 +87,16 @@ class Call:
     fused: bool = False  # layers may use what `Decoder.fuse` joined
 
     def rounds(self, x: Tensor) -> bool:
-        """Whether keys and values of x go into a narrower cache (`fastlm.decoding`: of a model that
-        rounds its activations to 8 bits): then attention may multiply 16 bits as well."""
-        return self.cache is not None and self.cache.data.element_size() < x.element_size()
+        """Whether keys and values of x go into a cache of 16 bits (`fastlm.decoding`: the model
+        rounds its activations to 8), and attention of 16 bits is faster here."""
+        narrow = (torch.float16, torch.bfloat16)
+        return (
+            self.cache is not None
+            and self.cache.data.dtype in narrow
+            and x.dtype == torch.float32
+            and x.is_cpu
+            and multiplies_bf16()
+        )
 
 
 @dataclass
@@ -218,8 +226,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = self.project(x, call.fused)
-        if call.rounds(x) and length >= _PREFILL:
-            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         heads = (batch, length, -1, self.head_dim)
@@ -242,12 +248,16 @@ class Attention(nn.Module):
         else:
             if call.cache is not None:
                 k, v = call.cache.append(self.layer, k, v)
+            if rounds := length >= _PREFILL and call.rounds(x):
+                q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
             out = attention(q, k, v, bias=call.visible, **options)
             assert isinstance(out, Tensor)  # a pair only with return_lse
             out = out.transpose(1, 2)
+            if rounds:
+                out = out.to(x.dtype)
         assert isinstance(out, Tensor)  # varlen_attention's likewise
         project = (call.fused and self.fused_out) or self.o_proj
-        return project(out.reshape(batch, length, self.q_width).to(x.dtype))
+        return project(out.reshape(batch, length, self.q_width))
 
 
 class MLP(nn.Module):

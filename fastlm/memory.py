@@ -55,7 +55,7 @@ class made_again(saved_tensors_hooks):
         """Whether no hooks but those of this class have a say in what is saved now."""
         autograd = torch._C._autograd  # type: ignore[attr-defined]
         top = autograd._top_saved_tensors_default_hooks(True)
-        return top is None or top[0].__module__ == __name__
+        return top is None or getattr(top[0], "__module__", None) == __name__
 
     def __init__(self, value: Tensor, make: Callable[[], Tensor]):
         where, size = value.data_ptr(), value.numel()

@@ -56,15 +56,20 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = dy weight, dweight = dy^T x, dbias = sum of dy; empty where not wanted."""
-    n, k = weight.shape
-    rows, none = math.prod(x.shape[:-1]), x.new_empty(0)
-    g = _wide(dy).reshape(rows, n)
-    dx = (g @ _wide(weight)).to(x.dtype).view(x.shape) if want_x else none
-    dweight = (g.mT @ _wide(x).reshape(rows, k)).to(x.dtype) if want_weight else none
-    return dx, dweight, g.sum(0).to(x.dtype) if want_bias else none
+    """dx = dy weight where weight is given, dweight = dy^T x where x is, dbias = sum of dy; empty
+    where not wanted."""
+    n, g = dy.shape[-1], _wide(dy)
+    rows = g.reshape(math.prod(dy.shape[:-1]), n)
+    dx, dweight, dbias = (g.new_empty(0) for _ in range(3))
+    if weight is not None:
+        dx = g @ _wide(weight)
+    if x is not None:
+        dweight = rows.mT @ _wide(x).reshape(len(rows), x.shape[-1])
+    if want_bias:
+        dbias = rows.sum(0)
+    return dx.to(dy.dtype), dweight.to(dy.dtype), dbias.to(dy.dtype)
 
 
 # ---- rope ----------------------------------------------------------------------------------------

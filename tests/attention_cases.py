@@ -63,7 +63,8 @@ def rounding_sizes(function, leaves, names, out, lse):
     delta = terms.sum(-1).abs() + terms.square().sum(-1).sqrt() + up_lse.double().abs()
     of_product, of_delta = (kept * product).square(), p * delta[..., None]
     error = of_product + of_delta.square()
-    scale = getattr(function, "scale", None) or q.shape[-1] ** -0.5
+    scale = getattr(function, "scale", None)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def over_groups(t):
         return t.unflatten(1, (k.shape[1], -1)).sum(2)

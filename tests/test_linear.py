@@ -10,6 +10,7 @@ from compiled import assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_near
+from torch.autograd import forward_ad
 
 from fastlm import InputError, backend, ops
 
@@ -118,17 +119,22 @@ def test_repeat_and_threads(own, isa):
 
 
 def test_empty(own):
-    for rows, k, n in ((0, 8, 4), (3, 0, 4), (3, 8, 0)):
-        y, dx, dw, db = run(ops.linear, *inputs(rows, max(k, 1), n)) if k else (None,) * 4
-        if k:
-            assert y.shape == (rows, n) and dx.shape == (rows, k)
-            assert dw.shape == (n, k) and db.shape == (n,)
-        else:
-            assert ops.linear(torch.empty(3, 0), torch.empty(4, 0)).shape == (3, 4)
+    for rows, k, n in ((0, 8, 4), (3, 8, 0), (3, 0, 4)):
+        x, weight, bias, dy = (
+            torch.empty(rows, k),
+            torch.empty(n, k),
+            torch.ones(n),
+            torch.ones(rows, n),
+        )
+        y, dx, dw, db = run(ops.linear, *(t.bfloat16() for t in (x, weight, bias, dy)))
+        assert y.shape == (rows, n) and dx.shape == (rows, k)
+        assert dw.shape == (n, k) and db.shape == (n,)
+        assert (y == 1).all() and (db == rows).all()
 
 
 def test_nan_and_infinity_stay_in_their_rows(own, isa):
     x, w, _, _ = inputs(64, 32, 16, bias=False)
+    w.requires_grad_()
     clean = ops.linear(x, w)
     x[5, 3], x[9, 0] = float("nan"), float("inf")
     y = ops.linear(x, w)
@@ -148,16 +154,22 @@ def test_any_shape_matches_float64(rows, k, n, bias):
 
 def test_follows_autocast():
     x, w, b = torch.randn(1100, 24), torch.randn(8, 24), torch.randn(8)
+    w.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = ops.linear(x, w, b)
         assert y.dtype == torch.bfloat16 and ops.linear(x, w).dtype == torch.bfloat16
         assert_near(y, F.linear(x, w, b), F.linear(x.double(), w.double(), b.double()))
+        y.sum().backward()
+    assert w.grad is not None and w.grad.dtype == torch.float32
 
 
 def test_opcheck_and_gradcheck():
-    x, w, b, _ = inputs(6, 32, 8)
+    x, w, b, dy = inputs(6, 32, 8)
     leaves = [t.requires_grad_() for t in (x, w, b)]
     torch.library.opcheck(torch.ops.fastlm.linear.default, leaves)
+    for given_ in ((x, None, False), (None, w, True), (x, w, True)):
+        args = [t.detach() if isinstance(t, torch.Tensor) else t for t in (dy, *given_)]
+        torch.library.opcheck(torch.ops.fastlm.linear_backward.default, args)
     wide = [
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 7), (3, 7), (3,))
     ]
@@ -181,3 +193,45 @@ def test_refusals():
         ops.linear(x, w.bfloat16())
     with pytest.raises(InputError, match=r"bias: wanted shape \(3,\), .* got \(2,\)"):
         ops.linear(x, w, torch.randn(2))
+
+
+def test_defaults_of_torch_do_not_reach_the_workspace(own):
+    case = inputs(20, 24, 8)
+    expected = run(ops.linear, *case)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            results = run(ops.linear, *case)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_keeps_only_what_the_backward_needs(own):
+    x, w, b, dy = inputs(20, 24, 8)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    for learns, wanted in (((w,), [x]), ((x,), [w]), ((x, w, b), [x, w])):
+        leaves = [t.detach().requires_grad_(any(t is one for one in learns)) for t in (x, w, b)]
+        kept.clear()
+        with hooks:
+            y = ops.linear(*leaves)
+        assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in wanted]
+        y.backward(dy)
+
+
+def test_without_a_gradient_and_under_transforms_it_is_torchs(own):
+    x, w, b, _ = inputs(20, 24, 8)
+    assert torch.equal(ops.linear(x, w, b), F.linear(x, w, b))
+    w.requires_grad_()
+    ours, theirs = (
+        torch.func.vmap(lambda row, f=f: f(row, w, b))(x) for f in (ops.linear, F.linear)
+    )
+    assert torch.equal(ours, theirs)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        ours, theirs = (
+            forward_ad.unpack_dual(f(dual, w, b)).tangent for f in (ops.linear, F.linear)
+        )
+    assert ours is not None and torch.equal(ours, theirs)

@@ -28,10 +28,11 @@ FASTLM_INLINE int64_t spans_of(const Shape& s, int64_t longest) {
 constexpr int64_t FEW = 8;             // queries and keys
 constexpr int64_t FEW_WIDE = 256;      // D and Dv
 constexpr int64_t FEW_SEQUENCES = 16;  // 3 KiB of problems on the stack
+constexpr int64_t FEW_WORK = 1 << 18;  // products: above, all threads are worth waking
 
 FASTLM_INLINE bool are_few(const Shape& s, int64_t most_q, int64_t most_k) {
   return s.B <= FEW_SEQUENCES && most_q <= FEW && most_k <= FEW && s.D <= FEW_WIDE &&
-         s.Dv <= FEW_WIDE;
+         s.Dv <= FEW_WIDE && s.B * s.H * most_q * most_k * (s.D + s.Dv) <= FEW_WORK;
 }
 
 struct Gradients {
@@ -434,8 +435,11 @@ void backward_few(const Shape& s, const Options& o, const Gradients& grad,
           const float z = lse[s.lse.at(b, h, p.q0 + i)];
           if (o.sinks && z != -INFINITE) dsink -= double(std::exp(o.sinks[h] - z)) * delta;
           for (int64_t j = 0; j < 2 * FEW; ++j) P[j] = dS[j] = 0;
-          for (int64_t j = 0; j < p.keys; ++j)
-            P[j] = dot(q, K + j * D, D), dS[j] = dot(dO, V + j * Dv, Dv);
+          for (int64_t j = 0; j < p.keys; ++j) dS[j] = dot(dO, V + j * Dv, Dv);
+          if (decodes(s, o, p.queries))  // the sums that lse is of: see scores_as_decoded
+            dot_rows<1>(q, D, p.k.base + g * p.k.head, p.k.row, p.keys, s.D, P, 2 * FEW);
+          else
+            for (int64_t j = 0; j < p.keys; ++j) P[j] = dot(q, K + j * D, D);
           backward_row(s, o, p, b, h, i, 0, p.keys, z, delta, false, P, dS, factor, slope);
           memset(dQ, 0, size_t(D) * sizeof(float));
           for (int64_t j = 0; j < p.keys; ++j) {

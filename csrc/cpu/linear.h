@@ -14,7 +14,7 @@
 #include "cpu/workspace.h"
 
 using E = Elem<bf16>;
-constexpr int64_t IN_L2 = 256 << 10;  // elements of A per block: half of an L2 of 1 MiB
+constexpr int64_t IN_L2 = 256 << 10;  // elements of A per block: in bf16 half of an L2 of 1 MiB
 constexpr int64_t MOST_ROWS = 512;    // per block: 64 columns of float32 sums are 128 KiB
 constexpr int64_t CHUNK = 1024;       // rows of x and dy at a time: KC of bf16
 constexpr int64_t GROUP = 4 * VL;     // columns that pack_b takes at a time

@@ -375,6 +375,7 @@ def cpu_backward(
 # lone token's 7: sequences, D and Dv; rows of a key head and keys of the forward
 # (attention_decode.h); queries and keys of the backward (attention_backward.h).
 _FEW_SEQUENCES, _FEW_WIDE, _FEW_ROWS, _FEW_KEYS, _FEW = 16, 256, 8, 512, 8
+_FEW_WORK = 1 << 17  # products of the backward where D = Dv
 
 
 def _cpu_forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
@@ -390,7 +391,12 @@ def _cpu_forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
         and _all_contiguous(q, k, v)
     ):
         out, lse = torch.empty_like(q), _NOTHING.new_empty(batch, heads, queries)
-        _cpu.attention_forward(q, k, v, *_DENSE, None, None, bias, None, *numbers, out, lse, lse)
+        try:
+            _cpu.attention_forward(
+                q, k, v, *_DENSE, None, None, bias, None, *numbers, out, lse, lse
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
         return out, lse
     return cpu_forward(
         q, k, v, _DENSE, sinks, alibi_slopes, bias, seed, numbers, (batch, heads, queries), batch,
@@ -408,6 +414,7 @@ def _cpu_backward(
         and queries <= _FEW
         and batch <= _FEW_SEQUENCES
         and width <= _FEW_WIDE
+        and q.numel() * keys <= _FEW_WORK
         and sinks is alibi_slopes is bias is None
         and v.shape == k.shape
         and _all_contiguous(dout, q, k, v, out)

@@ -5,14 +5,13 @@ training step take 5 to 30 % longer in one process than in the next; `csrc/cpu/l
 it reads twice. Where that does not pay, torch's product is what runs (`_own`).
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from fastlm import backend, reference
-from fastlm.backend import autocast, autocast_somewhere, register
+from fastlm import reference
+from fastlm.backend import autocast, autocast_somewhere, cpu_isa, is_eager, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
@@ -33,14 +32,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (N,), x's dtype.
 
     Sums are float32 and rounded once. On a CPU with bfloat16 dot products but no AMX, bfloat16
-    inputs of 1024 rows or more run on fastlm's kernels, everything else on torch's. Keeps x and
-    weight for the backward.
+    products of 1024 rows or more that need a gradient run on fastlm's kernels; everything else, and
+    everything under ``torch.compile``, on torch's. The backward keeps x and weight, each where the
+    other learns, and takes N K float32 and the packed operands beside its results.
 
     Raises:
         InputError: shapes or dtypes do not fit.
     """
-    if autocast_somewhere():
-        x, weight, bias = _cast(x, weight, bias)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise InputError(
             f"weight: wanted (N, K), K = the last dimension of x {tuple(x.shape)},"
@@ -50,16 +48,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise InputError(
             f"bias: wanted shape ({weight.shape[0]},), the rows of weight, got {tuple(bias.shape)}"
         )
+    casts = autocast_somewhere()
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
+        if t is not None and ((t.dtype != x.dtype and not casts) or t.device != x.device):
             raise InputError(
                 f"{name}: wanted {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
             )
-    if torch.compiler.is_compiling():  # rows may not be known yet: the operator decides
-        own = x.is_cpu and x.dtype == torch.bfloat16
-    else:
-        own = x.is_cpu and _own(x)
-    return _forward(x, weight, bias) if own else F.linear(x, weight, bias)
+    if not _own(x, weight):
+        return F.linear(x, weight, bias)
+    if casts:
+        x, weight = autocast(x, weight)
+        bias = None if bias is None else autocast(bias)[0]
+    return _forward(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -69,34 +69,31 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    if bias is None:
-        x, weight = autocast(x, weight)
-        return x, weight, None
-    x, weight, bias = autocast(x, weight, bias)
-    return x, weight, bias
+def _own(x: Tensor, weight: Tensor) -> bool:
+    """Whether the own products run: where they are faster and nothing but a gradient is asked."""
+    if not is_eager(x, weight) or not x.is_cpu or x.numel() < _ROWS * x.shape[-1]:
+        return False
+    autocasts = torch.is_autocast_enabled("cpu")
+    return (
+        (torch.get_autocast_dtype("cpu") if autocasts else x.dtype) == torch.bfloat16
+        and torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad)
+        and cpu_isa() in _ISAS
+        and weight.numel() > 0
+        and forward_ad._current_level < 0
+    )
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
-):
+def _backward_fake(dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool):
+    n = dy.shape[-1]
     return (
-        x.new_empty(x.shape if want_x else 0),
-        x.new_empty(weight.shape if want_weight else 0),
-        x.new_empty(weight.shape[0] if want_bias else 0),
-    )
-
-
-def _own(x: Tensor) -> bool:
-    """Whether the own products run on x (..., K)."""
-    return (
-        x.dtype == torch.bfloat16
-        and x.numel() >= _ROWS * x.shape[-1] > 0
-        and backend.cpu_isa() in _ISAS
+        dy.new_empty(0 if weight is None else (*dy.shape[:-1], weight.shape[1])),
+        dy.new_empty(0 if x is None else (n, x.shape[-1])),
+        dy.new_empty(n if want_bias else 0),
     )
 
 
@@ -107,10 +104,13 @@ def _matrix(t: Tensor) -> Tensor:
 
 
 def _workspace(m: int, n: int, k: int, *, weight_gradient: bool = False) -> Tensor:
-    return torch.empty(_cpu.linear_workspace(m, n, k, weight_gradient) // 4 + 1)
+    size = _cpu.linear_workspace(m, n, k, weight_gradient) // 4 + 1
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
-def own_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype != torch.bfloat16 or 0 in (x.numel(), weight.numel()):
+        return F.linear(x, weight, bias)
     n, k = weight.shape
     rows = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
@@ -120,57 +120,36 @@ def own_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def own_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, k = weight.shape
-    rows = x.numel() // k
-    dy, weight = _matrix(dy), _matrix(weight)
-    dx = dw = db = x.new_empty(0)
-    if want_x:
-        dx = x.new_empty(x.shape)
-        _cpu.linear_input_gradient(dy, weight, dx.view(rows, k), _workspace(rows, k, n))
-    if want_weight:
-        dw = x.new_empty(n, k)
-        room = _workspace(rows, n, k, weight_gradient=True)
-        _cpu.linear_weight_gradient(dy, _matrix(x), dw, room)
-    if want_bias:
-        db = dy.sum(0)
-    return dx, dw, db
-
-
-def _library_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, k = weight.shape
-    rows, none = math.prod(x.shape[:-1]), x.new_empty(0)
-    dy = dy.reshape(rows, n)
-    dx = (dy @ weight).view(x.shape) if want_x else none
-    dw = dy.mT @ x.reshape(rows, k) if want_weight else none
-    return dx, dw, dy.sum(0) if want_bias else none
-
-
-def _cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    own = _own(x) and weight.shape[0] > 0
-    return (own_forward if own else F.linear)(x, weight, bias)
-
-
 def _cpu_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    own = _own(x) and weight.shape[0] > 0
-    backward = own_backward if own else _library_backward
-    return backward(dy, x, weight, want_x, want_weight, want_bias)
+    if dy.dtype != torch.bfloat16 or any(t is not None and not t.numel() for t in (dy, x, weight)):
+        return reference.linear_backward(dy, x, weight, want_bias)
+    shape, n = dy.shape[:-1], dy.shape[-1]
+    dy = _matrix(dy)
+    rows = len(dy)
+    dx, dweight = dy.new_empty(0), dy.new_empty(0)
+    if weight is not None:
+        k = weight.shape[1]
+        dx = dy.new_empty(*shape, k)
+        _cpu.linear_input_gradient(dy, _matrix(weight), dx.view(rows, k), _workspace(rows, k, n))
+    if x is not None:
+        k = x.shape[-1]
+        dweight = dy.new_empty(n, k)
+        room = _workspace(rows, n, k, weight_gradient=True)
+        _cpu.linear_weight_gradient(dy, _matrix(x), dweight, room)
+    return dx, dweight, dy.sum(0) if want_bias else dy.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+    want_x, want_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if want_weight else None, weight if want_x else None)
 
 
 def _autograd_backward(ctx, dy):
     wanted = ctx.needs_input_grad
-    grads = _backward(dy, *ctx.saved_tensors, *wanted)
+    grads = _backward(dy, *ctx.saved_tensors, wanted[2])
     return tuple(g if want else None for g, want in zip(grads, wanted))
 
 
@@ -182,9 +161,8 @@ _forward = register(
     backward=_autograd_backward,
 )
 _backward = register(
-    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool want_x, bool want_weight,"
-    " bool want_bias) -> (Tensor, Tensor, Tensor)",
+    "linear_backward(Tensor dy, Tensor? x, Tensor? weight, bool want_bias)"
+    " -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     implementations={"reference": reference.linear_backward, "cpu": _cpu_backward},
-    picked_by=1,
 )

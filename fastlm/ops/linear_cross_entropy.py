@@ -112,9 +112,9 @@ def linear_cross_entropy(
     check(input, "input", classes, target, weight, label_smoothing)
     check_options(softcap, reduction, num_items)
     if (
-        target.numel() <= _FEW_ROWS
+        is_eager(input, linear_weight, target)  # first: a traced size would be a guard
+        and target.numel() <= _FEW_ROWS
         and target.numel() * linear_weight.numel() <= _SMALL
-        and is_eager(input, linear_weight, target)
         and serves_by("cpu", "linear_cross_entropy", input)
         and ignore_index not in target.reshape(-1).tolist()  # those have no part in dw, even as NaN
     ):
@@ -178,7 +178,7 @@ def linear_cross_entropy(
 
 
 def _float32_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
-    if autocast_somewhere():
+    if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return _float32_logits(input, linear_weight, linear_bias)
     if linear_bias is not None and linear_bias.dtype is not torch.float32:
