@@ -36,8 +36,8 @@ FASTLM_INLINE vfloat vexp2(vfloat x) {
 
 struct Bias {
   const char* p = nullptr;
-  DType dtype;
-  int64_t batch, head, row, key;  // strides, 0 where the size is 1
+  DType dtype = DType::f32;
+  int64_t batch = 0, head = 0, row = 0, key = 0;  // strides, 0 where the size is 1
 
   FASTLM_INLINE vfloat load_at(int64_t offset, int n) const {
     switch (dtype) {

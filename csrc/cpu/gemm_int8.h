@@ -73,9 +73,9 @@ FASTLM_INLINE int32_t hsum(vint v) {
 #if FASTLM_VL == 16
   return _mm512_reduce_add_epi32((__m512i)v);
 #else
-  int32_t sum = 0;
-  for (int i = 0; i < VL; ++i) sum += v[i];
-  return sum;
+  uint32_t sum = 0;  // of NaN's rows, too, which overflow: nobody reads those
+  for (int i = 0; i < VL; ++i) sum += uint32_t(v[i]);
+  return int32_t(sum);
 #endif
 }
 
@@ -126,21 +126,22 @@ FASTLM_INLINE narrow to_bytes(vint v) {
 // q = round(x * inverse) of k elements, then zeros up to `padded`; their sum.
 template <bool EVEN_FIRST = false, class T>
 FASTLM_INLINE int32_t to_int8(const T* x, int64_t k, int64_t padded, float inverse, int8_t* out) {
-  vint sum{};
+  typedef uint32_t wrapping __attribute__((vector_size(4 * VL)));
+  wrapping sum{};  // a row with NaN overflows, and its scale is NaN
   int64_t i = 0;
   for (; i + VL <= k; i += VL) {
     const vint v = round_to_int(load(x + i) * inverse);
     const narrow q = to_bytes<EVEN_FIRST>(v);
     memcpy(out + i, &q, sizeof q);
-    sum += v;
+    sum += (wrapping)v;
   }
   for (; i < padded; i += VL) {
     const vint v = i < k ? round_to_int(load(x + i, int(k - i)) * inverse) : vint{};
     const narrow q = to_bytes<EVEN_FIRST>(v);
     memcpy(out + i, &q, size_t(std::min<int64_t>(VL, padded - i)));
-    sum += v;
+    sum += (wrapping)v;
   }
-  return hsum(sum);
+  return hsum((vint)sum);
 }
 
 // Groups cut into runs of at most RUN_MAX columns: what x is rounded by.
