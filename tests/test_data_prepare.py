@@ -280,12 +280,13 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
     for i in range(1200):  # some 4 s of work, longer than the sleep below
         (tmp_path / f"{i}.txt").write_text("\n\n".join(prose(i * 40 + k) for k in range(40)))
     fastlm = [sys.executable, "-P", "-m", "fastlm", "data", "prepare"]
+    # a shell starts jobs in the background with the signal ignored, which a child would inherit
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     done = subprocess.Popen(
         [*fastlm, tmp_path, "-o", tmp_path / "out", "--workers", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # a shell starts jobs in the background with the signal ignored, and so would these be
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     while True:  # until both workers are up
         children = Path(f"/proc/{done.pid}/task/{done.pid}/children").read_text().split()
         if len(children) >= 3:  # and multiprocessing's resource tracker
