@@ -484,9 +484,8 @@ def draw_linear(r: Random, isa: str) -> Case:
 def build_linear(case: Case, _: torch.dtype) -> Built:
     """The own products, which are bfloat16's whatever the case's dtype, for any number of rows."""
     m, n, k = case["shape"]
-    make = lambda *shape: torch.randn(shape).bfloat16()  # noqa: E731
-    x, weight, dy = make(m, k), make(n, k), make(m, n)
-    bias = [make(n)] if case["bias"] else []
+    x, weight, dy = (torch.randn(s).bfloat16() for s in ((m, k), (n, k), (m, n)))
+    bias = [torch.randn(n).bfloat16()] if case["bias"] else []
 
     def function(x, weight, dy, bias=None):
         y = linear_module._cpu_forward(x, weight, bias)

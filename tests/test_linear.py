@@ -33,8 +33,8 @@ def own(monkeypatch):
 
 
 def inputs(rows, k, n, bias=True):
-    make = lambda *shape: torch.randn(*shape).bfloat16()  # noqa: E731
-    return make(rows, k), make(n, k) / k**0.5, make(n) if bias else None, make(rows, n)
+    x, weight, b, dy = (torch.randn(s).bfloat16() for s in ((rows, k), (n, k), (n,), (rows, n)))
+    return x, weight / k**0.5, b if bias else None, dy
 
 
 def run(function, x, weight, bias, dy):
