@@ -156,8 +156,9 @@ FASTLM_INLINE void transpose(vint* r) {
 // shuffles.
 FASTLM_INLINE vfloat sums_of(vfloat* r) {
 #if FASTLM_VL == 4
-  transpose(reinterpret_cast<vint*>(r));
-  return (r[0] + r[1]) + (r[2] + r[3]);
+  vint t[4] = {as_int(r[0]), as_int(r[1]), as_int(r[2]), as_int(r[3])};
+  transpose(t);
+  return (as_float(t[0]) + as_float(t[1])) + (as_float(t[2]) + as_float(t[3]));
 #else
 #pragma GCC unroll 8
   for (int i = 0; i < VL / 2; ++i) {

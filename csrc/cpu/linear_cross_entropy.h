@@ -19,7 +19,8 @@
 // or underflows. Where it is not, the chunk is done again with the maximum itself.
 //
 // R is padded to a multiple of RP with zero rows of x. E's elements are what gemm.h multiplies
-// (bf16 or float).
+// (bf16 or float). Up to FEW rows cost what reading w costs: their scores are dot products with w's
+// rows as they lie.
 #include "cpu/gemm.h"
 #include "cpu/scores.h"
 #include "cpu/workspace.h"
@@ -29,10 +30,46 @@ constexpr int64_t DB = 256;     // most columns of dx per task: 512 x 256 fp32 i
 constexpr int64_t RC = 256;     // columns of z^T at a time: 256 KiB of fp32 in the L2
 constexpr int64_t RP = 32;      // a tile row of bf16: E is used as it lies
 constexpr int64_t SAMPLE = 64;  // scores whose maximum is the first `base`: one micro-panel
+constexpr int64_t FEW = 8;      // rows of x that memory is slower than
 constexpr double WINDOW = 50;   // e^50 squared is a float, e^-50 and 16 digits below it are too
 
 inline int64_t padded_rows(int64_t r) { return (r + RP - 1) / RP * RP; }
 inline int64_t vocabulary_blocks(int64_t v) { return (v + VB - 1) / VB; }
+
+// z (count, n): dot products of `count` rows of w with R rows of x, which lie `ldx` apart with
+// zeros behind them. VL sums are finished together, W rows of w run side by side.
+template <int R, class E, class T>
+void few_products(int64_t count, int64_t k, const T* w, int64_t w_stride, const E* x, int64_t ldx,
+                  float* z, int64_t n) {
+  constexpr int STEP = KP<E> * VL, GROUP = VL / R, W = std::min(GROUP, VL == 16 ? 4 : 2);
+  for (int64_t v = 0; v < count; v += GROUP) {
+    alignas(64) float sums[VL];
+    vfloat parts[VL] = {};
+    for (int64_t c = 0; c < GROUP; c += W) {
+      const T* rows[W];  // behind the last row it is taken again
+      for (int i = 0; i < W; ++i) rows[i] = w + std::min(v + c + i, count - 1) * w_stride;
+      vfloat acc[W][R] = {};
+      for (int64_t j = 0; j < k; j += STEP) {
+#pragma GCC unroll 4
+        for (int i = 0; i < W; ++i) {
+          __builtin_prefetch(rows[i] + W * w_stride + j);
+          const vfloat row = as_float(row_words<E>(rows[i] + j, k - j));
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r)
+            acc[i][r] = multiply_add(acc[i][r], row,
+                                     load(reinterpret_cast<const float*>(x + r * ldx + j)), E{});
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < W; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) parts[(c + i) * R + r] = acc[i][r];
+    }
+    store(sums, sums_of(parts));
+    for (int64_t i = 0; i < std::min<int64_t>(GROUP, count - v); ++i)
+      memcpy(z + (v + i) * n, sums + i * R, R * sizeof(float));
+  }
+}
 
 // What both functions know of the chunk.
 template <class T>
@@ -44,9 +81,22 @@ struct LinearScores {
   Scores score;
 
   int64_t padded() const { return padded_rows(rows); }
+  bool few() const { return rows <= FEW; }
+  int64_t row_of_few() const { return (width + KP<E> * VL - 1) / (KP<E> * VL) * KP<E> * VL; }
+  int64_t packed_elements() const {
+    return few() ? FEW * row_of_few() : padded() * padded_k<E>(width);
+  }
 
-  // x as B operand of z^T = w . x^T: (K = D) x (N = R)
+  // x as B operand of z^T = w . x^T: (K = D) x (N = R); few rows as they are, zeros behind them
   void pack_x(E* packed) const {
+    if (few()) {
+      const int64_t ldx = row_of_few();
+      memset(packed, 0, size_t(FEW * ldx) * sizeof(E));
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < width; j += KP<E> * VL)
+          store_words(packed + i * ldx + j, row_words<E>(x + i * x_stride + j, width - j));
+      return;
+    }
     const int64_t panel = padded_k<E>(width) * VL, panels = padded() / VL;
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < panels; ++p)
@@ -61,22 +111,45 @@ struct LinearScores {
   // `rows_of_w` holds the rows of w where they cannot be used as they lie.
   void block(int64_t v0, int64_t count, int64_t j0, int64_t n, const E* packed, E* rows_of_w,
              float* z, bool pack) const {
-    const E* a = rows_of_w;
-    int64_t lda = padded_k<E>(width);
-    if constexpr (std::is_same_v<E, T>)
-      if (width == lda) a = w + v0 * w_stride, lda = w_stride;
-    if (a == rows_of_w && pack) pack_a<E>(w + v0 * w_stride, w_stride, 1, count, width, rows_of_w);
-    gemm<E>(count, n, width, a, lda, packed + j0 * padded_k<E>(width), z, n, false);
+    if (few()) {
+      memset(z, 0, size_t(count * n) * sizeof(float));
+      const int64_t ldx = row_of_few();
+      const T* from = w + v0 * w_stride;
+      for (int64_t i = 0; i < rows;) {
+        const auto some = [&](auto R) {
+          constexpr int r = decltype(R)::value;
+          few_products<r>(count, width, from, w_stride, packed + i * ldx, ldx, z + i, n);
+          i += r;
+        };
+        if (rows - i > 2)
+          some(std::integral_constant<int, 4>{});
+        else if (rows - i == 2)
+          some(std::integral_constant<int, 2>{});
+        else
+          some(std::integral_constant<int, 1>{});
+      }
+    } else
+      many(v0, count, j0, n, packed, rows_of_w, z, pack);
     if (!bias && score.scale == 1 && !score.cap) return;
     for (int64_t r = 0; r < count; ++r)
       for (int64_t j = 0; j < n; j += VL)
         store(z + r * n + j, score(load(z + r * n + j) + (bias ? bias[v0 + r] : 0.f)));
   }
 
-  // f(b, v0, count, j0, n, z) for every block of scores, on all threads.
+  void many(int64_t v0, int64_t count, int64_t j0, int64_t n, const E* packed, E* rows_of_w,
+            float* z, bool pack) const {
+    const E* a = rows_of_w;
+    int64_t lda = padded_k<E>(width);
+    if constexpr (std::is_same_v<E, T>)
+      if (width == lda) a = w + v0 * w_stride, lda = w_stride;
+    if (a == rows_of_w && pack) pack_a<E>(w + v0 * w_stride, w_stride, 1, count, width, rows_of_w);
+    gemm<E>(count, n, width, a, lda, packed + j0 * padded_k<E>(width), z, n, false);
+  }
+
+  // f(b, v0, count, j0, n, z) for every block of scores of `columns`, on all threads.
   template <class F>
-  void each_block(const Workspace& room, const E* packed, F f) const {
-    const int64_t blocks = vocabulary_blocks(classes), rp = padded();
+  void each_block(const Workspace& room, const E* packed, int64_t columns, F f) const {
+    const int64_t blocks = vocabulary_blocks(classes);
 #pragma omp parallel num_threads(room.threads)
     {
       Buffer memory(room.mine());
@@ -86,8 +159,8 @@ struct LinearScores {
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t v0 = b * VB, count = std::min(VB, classes - v0);
-        for (int64_t j0 = 0; j0 < rp; j0 += RC) {
-          const int64_t n = std::min(RC, rp - j0);
+        for (int64_t j0 = 0; j0 < columns; j0 += RC) {
+          const int64_t n = std::min(RC, columns - j0);
           block(v0, count, j0, n, packed, rows_of_w, z, j0 == 0);
           f(b, v0, count, j0, n, static_cast<const float*>(z));
         }
@@ -138,7 +211,7 @@ FASTLM_INLINE void store_pair(E* p, vfloat a, vfloat b) {
   store(p, a), store(p + VL, b);
 }
 
-// E and its sum for P vectors of columns of z (count, n).
+// E and its sum for P vectors of columns of z (count, n); a single vector is not kept.
 template <int P, class E>
 void exponentials_of(const Scores& score, const float* z, int64_t count, int64_t n,
                      const float* base, float* sums, E* kept, int64_t kept_stride) {
@@ -152,11 +225,13 @@ void exponentials_of(const Scores& score, const float* z, int64_t count, int64_t
       e[p] = vexp(load(z + r * n + p * VL) - load(base + p * VL));
       sum[p] += e[p];
     }
-    if (!kept) continue;
-    if (score.cap)
-      for (int p = 0; p < P; ++p) e[p] *= score.slope(load(z + r * n + p * VL));
+    if constexpr (P % 2 == 0) {
+      if (!kept) continue;
+      if (score.cap)
+        for (int p = 0; p < P; ++p) e[p] *= score.slope(load(z + r * n + p * VL));
 #pragma GCC unroll 8
-    for (int p = 0; p < P; p += 2) store_pair(kept + r * kept_stride + p * VL, e[p], e[p + 1]);
+      for (int p = 0; p < P; p += 2) store_pair(kept + r * kept_stride + p * VL, e[p], e[p + 1]);
+    }
   }
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) store(sums + p * VL, sum[p]);
@@ -175,7 +250,9 @@ void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t*
                                     Workspace room) {
   using E = Elem<T>;
   const int64_t rp = chunk.padded(), rows = chunk.rows, blocks = vocabulary_blocks(chunk.classes);
-  E* packed = room.take<E>(rp * padded_k<E>(chunk.width));
+  // only kept exponentials need columns of padding
+  const int64_t columns = chunk.few() && !exponentials ? (rows + VL - 1) / VL * VL : chunk.padded();
+  E* packed = room.take<E>(chunk.packed_elements());
   chunk.pack_x(packed);
   double* total = room.take<double>(rows);
   float* most = room.take<float>(rp);
@@ -186,7 +263,7 @@ void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t*
   };
   const auto sweep = [&] {
     chunk.each_block(
-        room, packed,
+        room, packed, columns,
         [&](int64_t b, int64_t v0, int64_t count, int64_t j0, int64_t n, const float* z) {
           for (int64_t i = j0; i < std::min(j0 + n, rows); ++i)
             if (target[i] != ignore_index && target[i] >= v0 && target[i] < v0 + count)
@@ -201,8 +278,10 @@ void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t*
             };
             if (n - j >= P * VL)
               part(std::integral_constant<int, P>{});
-            else
+            else if (n - j >= RP)
               part(std::integral_constant<int, RP / VL>{});
+            else
+              part(std::integral_constant<int, 1>{});
           }
           if (class_weight)
             for (int64_t j = 0; j < n; j += VL) {
@@ -220,14 +299,15 @@ void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t*
   {
 #pragma omp parallel num_threads(room.threads)
     {
-      const int64_t count = std::min(SAMPLE, chunk.classes), width = std::min<int64_t>(rp, 2 * RP);
+      const int64_t count = std::min(SAMPLE, chunk.classes),
+                    width = std::min<int64_t>(columns, 2 * RP);
       Buffer memory(room.mine());
       E* rows_of_w = memory.take<E>(SAMPLE * padded_k<E>(chunk.width));
       float* z = memory.take<float>(SAMPLE * width);
       TileScope tiles;
 #pragma omp for schedule(static)
-      for (int64_t j0 = 0; j0 < rp; j0 += width) {
-        const int64_t n = std::min(width, rp - j0);
+      for (int64_t j0 = 0; j0 < columns; j0 += width) {
+        const int64_t n = std::min(width, columns - j0);
         chunk.block(0, count, j0, n, packed, rows_of_w, z, true);
         largest(z, count, n, most + j0);
       }
@@ -240,7 +320,7 @@ void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t*
   bool in_window = true;  // not where a total is NaN
   for (int64_t i = 0; i < rows; ++i) in_window &= std::abs(std::log(total[i])) < WINDOW;
   if (!in_window) {
-    chunk.each_block(room, packed,
+    chunk.each_block(room, packed, columns,
                      [&](int64_t b, int64_t, int64_t count, int64_t j0, int64_t n, const float* z) {
                        largest(z, count, n, stats.sum + b * rp + j0);
                      });
@@ -289,8 +369,8 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
   const Scores score = chunk.score;
   // E is multiplied as it was kept; else dloss/dz^T is made in its place first
   const bool direct = have_exponentials && !of.on_all;
-  E* packed = room.take<E>(have_exponentials ? 0 : rp * padded_k<E>(d));  // for z^T = w . x^T
-  E* scaled = room.take<E>(rows * d);                                     // f x
+  E* packed = room.take<E>(have_exponentials ? 0 : chunk.packed_elements());  // for z^T = w . x^T
+  E* scaled = room.take<E>(rows * d);                                         // f x
   E* packed_rows = room.take<E>(packed_b_elements<E>(rows, d));  // the same for dw = E . (f x)
   // Per column: the coefficients, padded with zeros; `factor` that turns E into on_p p; f, what is
   // left of it for x and dx; at the target, on_p p - on_target and E.
