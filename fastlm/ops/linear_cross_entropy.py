@@ -185,7 +185,8 @@ def _float32_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
         linear_bias = linear_bias.float()
     if input.dtype is not torch.float32:
         input, linear_weight = input.float(), linear_weight.float()
-    return F.linear(input, linear_weight, linear_bias)
+    # contiguous: the library's sums depend on strides
+    return F.linear(input.contiguous(), linear_weight.contiguous(), linear_bias)
 
 
 def _forward_fake(
