@@ -185,8 +185,14 @@ def _float32_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
         linear_bias = linear_bias.float()
     if input.dtype is not torch.float32:
         input, linear_weight = input.float(), linear_weight.float()
-    # contiguous: the library's sums depend on strides
-    return F.linear(input.contiguous(), linear_weight.contiguous(), linear_bias)
+    return F.linear(_plain(input), _plain(linear_weight), linear_bias)
+
+
+def _plain(t: Tensor) -> Tensor:
+    """The library's sums depend on strides, those of dimensions of size 1 too."""
+    strides = (1,) if t.dim() == 1 else (t.shape[-1], 1)
+    plain = t.is_contiguous() and t.stride()[-2:] == strides
+    return t if plain else t.clone(memory_format=torch.contiguous_format)
 
 
 def _forward_fake(
