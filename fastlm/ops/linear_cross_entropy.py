@@ -11,7 +11,8 @@ Two ways, one kernel pair (csrc/cpu/linear_cross_entropy.h):
   in the weight's dtype, and that is what they spend their time on.
 
 Where the products are so small that the calls around them are what costs, the loss is the
-definition itself: float32 logits in memory and `cross_entropy` on them.
+definition itself: float32 logits in memory and `cross_entropy` on them. Those products are torch's,
+whose last bit may depend on the number of threads and on where operands lie (seen on a Zen 4).
 
 The weight's gradient is summed over chunks in float32. Rejected: slabs of the vocabulary, which
 need no such sum for a 16-bit weight but take 5 products; torch's matrix products on chunks, which
@@ -185,14 +186,7 @@ def _float32_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
         linear_bias = linear_bias.float()
     if input.dtype is not torch.float32:
         input, linear_weight = input.float(), linear_weight.float()
-    return F.linear(_plain(input), _plain(linear_weight), linear_bias)
-
-
-def _plain(t: Tensor) -> Tensor:
-    """The library's sums depend on strides, those of dimensions of size 1 too."""
-    strides = (1,) if t.dim() == 1 else (t.shape[-1], 1)
-    plain = t.is_contiguous() and t.stride()[-2:] == strides
-    return t if plain else t.clone(memory_format=torch.contiguous_format)
+    return F.linear(input, linear_weight, linear_bias)
 
 
 def _forward_fake(
