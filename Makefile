@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: help setup demo test quick lint format bench fuzz sanitize clean
+.PHONY: help setup demo test quick lint format bench fuzz sanitize gate clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,11 @@ fuzz: .venv/ready  ## an hour of random cases of every op; make fuzz MINUTES=5 S
 
 sanitize: .venv/ready  ## the op tests on an AddressSanitizer + UndefinedBehaviorSanitizer build
 	sh tests/sanitize.sh
+
+gate: .venv/ready  ## every Triton kernel compiled for sm_80, sm_90, sm_100 by two versions of Triton, machine code against the tables
+	test -d .venv/triton-3.6.0 || $(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 triton==3.6.0
+	PYTHONPATH=.venv/triton-3.6.0:tests $(BIN)/python -P -m triton_gate
+	PYTHONPATH=tests $(BIN)/python -P -m triton_gate
 
 clean:  ## build products, not .venv and not runs/
 	rm -rf build dist *.egg-info fastlm/*.so

@@ -5,7 +5,8 @@ same signature:
 
 - ``reference``  plain PyTorch (`fastlm.reference`); the definition; every device and float dtype;
 - ``cpu``        C++ (`fastlm._cpu`); float32, bfloat16, float16;
-- ``triton``     Triton (`fastlm.kernels`), on CUDA devices;
+- ``triton``     Triton (`fastlm.kernels`), on CUDA devices; on CPU tensors where
+                 ``TRITON_INTERPRET=1`` (numpy stands in for the GPU: for tests);
 - ``cuda``       CUDA C++ (`fastlm._cuda`), on CUDA devices.
 
 `pick` takes the first of `ORDER[device]` that the op has and that is available and serves the
@@ -46,7 +47,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cuda": (torch.bfloat16, torch.float16),
 }
 
-IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {}  # callables, or `Kernel` until first picked
 # What an operator called without the dispatcher may be given: FakeTensor, DTensor and other
 # subclasses in any place dispatch.
 _PLAIN = frozenset(
@@ -79,7 +80,7 @@ def why_not(backend: str) -> str | None:
     elif backend == "triton":
         if find_spec("triton") is None:
             return "triton is not installed"
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and not _triton_is_interpreted():
             return "no CUDA device is visible to torch"
     elif backend == "cuda":
         if find_spec("fastlm._cuda") is None:
@@ -89,12 +90,17 @@ def why_not(backend: str) -> str | None:
     return None
 
 
+def _triton_is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _why_not_here(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot serve `op` on tensors of this device type and dtype, or None."""
     if backend not in IMPLEMENTATIONS[op]:
         return f"{op} has no {backend} implementation"
     if backend != "reference":
-        if backend not in ORDER.get(device, ()):
+        interpreted = backend == "triton" and device == "cpu" and _triton_is_interpreted()
+        if not interpreted and backend not in ORDER.get(device, ()):
             return f"{backend} does not run on {device} tensors"
         if dtype not in DTYPES[backend]:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[backend])
@@ -118,6 +124,25 @@ def serves_by(backend: str, op: str, tensor: torch.Tensor) -> bool:
     return pick(op, tensor) is IMPLEMENTATIONS[op].get(backend)
 
 
+class Kernel:
+    """A function of ``fastlm.kernels.<module>``, imported when it is first picked: Triton may be
+    missing, and takes half a second.
+    """
+
+    def __init__(self, module: str, name: str):
+        self.module, self.name = module, name
+
+    def load(self) -> Callable:
+        return getattr(importlib.import_module(f"fastlm.kernels.{self.module}"), self.name)
+
+
+def _loaded(op: str, backend: str) -> Callable:
+    implementation = IMPLEMENTATIONS[op][backend]
+    if isinstance(implementation, Kernel):
+        implementation = IMPLEMENTATIONS[op][backend] = implementation.load()
+    return implementation
+
+
 def is_eager(*tensors: torch.Tensor) -> bool:
     """Whether these are plain tensors and nothing traces or transforms: values may be asked for."""
     return (
@@ -132,10 +157,10 @@ def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
     if _forced is not None:
         if reason := _why_not_here(op, _forced, device, dtype):
             raise InputError(f"backend: {_forced!r} is forced but cannot serve: {reason}")
-        return IMPLEMENTATIONS[op][_forced]
+        return _loaded(op, _forced)
     for backend in ORDER.get(device, ("reference",)):
         if _why_not_here(op, backend, device, dtype) is None:
-            return IMPLEMENTATIONS[op][backend]
+            return _loaded(op, backend)
     raise InputError(f"{op}: no implementation for {device} tensors of {dtype}")
 
 
@@ -160,7 +185,7 @@ def register(
     schema: str,
     *,
     fake: Callable,
-    implementations: dict[str, Callable],
+    implementations: dict[str, Any],
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     picked_by: int = 0,

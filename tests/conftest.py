@@ -1,7 +1,17 @@
-"""Fixtures for all tests: poisoned memory, the instruction sets of this machine, seeds."""
+"""Fixtures for all tests: poisoned memory, the instruction sets of this machine, seeds.
+
+Without a GPU Triton kernels are interpreted: `TRITON_INTERPRET` is read when they are decorated.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-import torch
 from poison import patched, poisoned
 
 from fastlm import backend
@@ -26,6 +36,21 @@ def isa(request):
     """Runs the test on every instruction set that this machine has, and on emulated AMX tiles."""
     with backend.use_cpu_isa(request.param):
         yield request.param
+
+
+@pytest.fixture
+def triton():
+    """Every op on its Triton kernel. Returns the device its tensors must be on."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        with backend.use_backend("triton"):
+            yield "cuda"
+        return
+    from interpreter import repair_bfloat16
+
+    repair_bfloat16()
+    # masked-off lanes compute as well; numpy warns where a GPU gives inf or NaN
+    with backend.use_backend("triton"), np.errstate(all="ignore"):
+        yield "cpu"
 
 
 @pytest.fixture(params=FLOATS, ids=lambda d: str(d).removeprefix("torch."))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import Kernel, register
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.backend import register
 from fastlm.errors import InputError
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -94,13 +94,21 @@ def _autograd_backward(ctx, dy):
 _forward = register(
     "glu(Tensor gate, Tensor up, str act) -> Tensor",
     fake=_forward_fake,
-    implementations={"reference": reference.glu_forward, "cpu": _cpu_forward},
+    implementations={
+        "reference": reference.glu_forward,
+        "cpu": _cpu_forward,
+        "triton": Kernel("glu", "glu_forward"),
+    },
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
 _backward = register(
     "glu_backward(Tensor dy, Tensor gate, Tensor up, str act) -> (Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={"reference": reference.glu_backward, "cpu": _cpu_backward},
+    implementations={
+        "reference": reference.glu_backward,
+        "cpu": _cpu_backward,
+        "triton": Kernel("glu", "glu_backward"),
+    },
     picked_by=1,
 )

@@ -1,0 +1,119 @@
+"""y = act(gate) * up, forward and backward: one read of each operand, one write of each result.
+
+Rows may be apart (`gate` and `up` as halves of one projection), elements of a row not. A program
+takes BLOCK elements of one row; contiguous operands count as a single row.
+
+    program (row, block):   gate [row * gate_stride + block * BLOCK ...)  ->  y [row * width + ...)
+
+Activations are float32. tanh is 1 - 2 / (e^2x + 1): the backend's own differs between versions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastlm.kernels.launch import Config, launch
+from torch import Tensor
+
+ACTS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+# 8 elements of 16 bits a thread: one 128-bit access of each operand
+_CONFIG = Config({"BLOCK": 2048}, num_warps=8)
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def _value_and_slope(x, ACT: tl.constexpr):
+    """act(x) and act'(x)."""
+    if ACT == 0:
+        s = tl.sigmoid(x)
+        value = x * s
+        slope = s * (1.0 + x * (1.0 - s))
+    elif ACT == 1:
+        c: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
+        t = _tanh(c * (x + 0.044715 * x * x * x))
+        value = 0.5 * x * (1.0 + t)
+        slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * c * (1.0 + 0.134145 * x * x)
+    else:
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        value = x * cdf
+        slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327  # 1 / sqrt(2 pi)
+    return value, slope
+
+
+@triton.jit
+def _forward(
+    gate,  # (rows, width), rows gate_stride apart
+    up,  # likewise
+    y,  # (rows, width), contiguous
+    width,
+    gate_stride,
+    up_stride,
+    ACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < width
+    x = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
+    value, _ = _value_and_slope(x, ACT)
+    tl.store(y + row * width + at, (value * u).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward(
+    dy,  # (rows, width), rows dy_stride apart
+    gate,
+    up,
+    dgate,  # (rows, width), contiguous
+    dup,
+    width,
+    dy_stride,
+    gate_stride,
+    up_stride,
+    ACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < width
+    g = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
+    value, slope = _value_and_slope(x, ACT)
+    tl.store(dgate + row * width + at, (g * u * slope).to(dgate.dtype.element_ty), mask=mask)
+    tl.store(dup + row * width + at, (g * value).to(dup.dtype.element_ty), mask=mask)
+
+
+def _rows(*tensors: Tensor) -> tuple[int, int, list[Tensor], list[int]]:
+    """rows, width, operands whose rows are contiguous, and how far their rows are apart."""
+    if all(t.is_contiguous() for t in tensors):
+        return 1, tensors[0].numel(), list(tensors), [0] * len(tensors)
+    width = tensors[0].shape[-1]
+    flat = [t.reshape(-1, width) for t in tensors]
+    flat = [t if t.stride(-1) == 1 else t.contiguous() for t in flat]
+    return flat[0].shape[0], width, flat, [t.stride(0) for t in flat]
+
+
+def _grid(rows: int, width: int) -> tuple[int, int]:
+    return triton.cdiv(width, _CONFIG.sizes["BLOCK"]), rows
+
+
+def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    rows, width, (g, u), strides = _rows(gate, up)
+    launch(_forward, _grid(rows, width), g, u, y, width, *strides, config=_CONFIG, ACT=ACTS[act])
+    return y
+
+
+def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    rows, width, (d, g, u), strides = _rows(dy, gate, up)
+    launch(
+        _backward, _grid(rows, width), d, g, u, dgate, dup, width, *strides, config=_CONFIG,
+        ACT=ACTS[act],
+    )  # fmt: skip
+    return dgate, dup

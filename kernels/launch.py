@@ -1,0 +1,194 @@
+"""How a Triton kernel is started, and with which tile sizes.
+
+    launch(kernel, grid, *tensors_and_numbers, config=Config({"BLOCK": 1024}, num_warps=4), N=..)
+
+- On a GPU: on the device of the first tensor.
+- Interpreted (``TRITON_INTERPRET=1``, read when a kernel is decorated): on CPU tensors, by numpy.
+- Compiled without a GPU: `compiling(target)` sends every launch, made from tensors on the meta
+  device, to a list of machine code that tests/triton_gate.py reads. What runs there is the whole
+  host function: one that asks a tensor for its value fails.
+
+Tile sizes come from a table beside each kernel, `{80: .., 90: .., 100: ..}` by compute capability,
+so that a first call compiles one variant and measures none. ``FASTLM_TUNE=1`` measures a kernel's
+`candidates` once per shape class and keeps the fastest in ~/.cache/fastlm/triton/<card>.json, which
+later processes read whether it is set or not. Rejected: `triton.autotune`, which measures in every
+process, and whose first call takes minutes.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+INTERPRETED: bool = knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compile-time sizes of a kernel and Triton's two knobs."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def arguments(self) -> dict[str, int]:
+        return {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+class Compiled(NamedTuple):
+    """One launch under `compiling`."""
+
+    name: str
+    config: Config
+    constants: dict[str, Any]
+    kernel: Any  # triton's CompiledKernel
+
+
+_compiled: list[Compiled] | None = None  # where launches go under `compiling`
+_target: GPUTarget | None = None
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any
+) -> None:
+    """Starts `kernel` on `grid`; an empty grid starts nothing. Floats enter as float32."""
+    if 0 in grid:
+        return
+    options = {**constants, **config.arguments(), "enable_fp_fusion": True}
+    if _compiled is not None:
+        made = kernel.warmup(*args, grid=grid, **options)
+        _compiled.append(Compiled(kernel.__name__, config, constants, made))
+        return
+    if INTERPRETED:
+        kernel[grid](*args, **options)
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    if device.index == torch.cuda.current_device():
+        kernel[grid](*args, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
+
+
+def arch(tensor: torch.Tensor) -> int:
+    """Compute capability, 90 for 9.0; the interpreter takes 80's tables."""
+    if _target is not None:
+        return int(_target.arch)
+    if INTERPRETED:
+        return 80
+    return _capability(tensor.device.index)
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run at a time at least; a fixed number where there is no device."""
+    if device.type != "cuda":
+        return 4 if INTERPRETED else 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def of_arch(table: Mapping[int, Config], tensor: torch.Tensor) -> Config:
+    """The entry of the newest architecture in the table that is not newer than the tensor's."""
+    have = arch(tensor)
+    return table[max((a for a in table if a <= have), default=min(table))]
+
+
+# ---- tuning --------------------------------------------------------------------------------------
+
+
+def tuned(
+    name: str, key: Sequence[Any], default: Config, candidates: Sequence[Config], run: Any
+) -> Config:
+    """`default`, or what was measured to be fastest for this card, kernel `name` and shape class
+    `key`. `run(config)` does the work once; it must be repeatable.
+    """
+    if INTERPRETED or _compiled is not None:
+        return default
+    card = torch.cuda.get_device_name()
+    known, entry = _known(card), f"{name} {' '.join(map(str, key))}"
+    if entry not in known and os.environ.get("FASTLM_TUNE") == "1":
+        times = {}
+        for config in (default, *candidates):
+            with contextlib.suppress(triton.runtime.errors.OutOfResources):
+                times[config] = triton.testing.do_bench(lambda c=config: run(c))
+        best = min(times, key=lambda c: times[c])
+        known[entry] = {
+            "sizes": dict(best.sizes),
+            "num_warps": best.num_warps,
+            "num_stages": best.num_stages,
+        }
+        path = _tuning_file(card)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(known, indent=1))
+        beside.replace(path)
+    return Config(**known[entry]) if entry in known else default
+
+
+def _tuning_file(card: str) -> Path:
+    return Path.home() / ".cache/fastlm/triton" / (re.sub(r"\W+", "-", card).lower() + ".json")
+
+
+@functools.cache
+def _known(card: str) -> dict[str, Any]:
+    path = _tuning_file(card)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# ---- compiling without a GPU ---------------------------------------------------------------------
+
+
+class _NoDevice:
+    """A Triton driver that compiles for an architecture and cannot run anything."""
+
+    launcher_cls = None
+    utils = None
+
+    def __init__(self, target: GPUTarget):
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return int(self._target.arch)  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+@contextlib.contextmanager
+def compiling(capability: int) -> Iterator[list[Compiled]]:
+    """Every `launch` inside compiles for sm_<capability> and runs nothing; yields what was made."""
+    global _compiled, _target
+    _target, _compiled = GPUTarget("cuda", capability, 32), []
+    driver.set_active(_NoDevice(_target))
+    try:
+        yield _compiled
+    finally:
+        _target = _compiled = None
+        with contextlib.suppress(RuntimeError):  # where there is no GPU, there is no driver
+            driver.reset_active()
