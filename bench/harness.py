@@ -106,8 +106,10 @@ def ceilings() -> dict[str, float]:
     return best
 
 
-def run_case(case: Case, limits: dict[str, float], rounds: int = ROUNDS) -> Row:
-    times = measure(case.variants, rounds)
+def run_case(
+    case: Case, limits: dict[str, float], rounds: int = ROUNDS, timed: Callable = measure
+) -> Row:
+    times = timed(case.variants, rounds)
     median = {name: statistics.median(t) for name, t in times.items()}
     spread = {}
     for name, t in times.items():

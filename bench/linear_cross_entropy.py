@@ -1,5 +1,5 @@
 """linear_cross_entropy against F.linear + F.cross_entropy, eager and compiled, and torch's own
-chunked function: loss and gradients of input and weight."""
+chunked function: loss and gradients of input and weight, and of few rows the loss alone."""
 
 import math
 import os
@@ -36,6 +36,12 @@ ODD = [
     ]
     for dtype in (torch.float32, torch.bfloat16)
 ]
+# the loss alone, as where a text is scored token by token; against eager torch alone
+FEW = [
+    (rows, width, classes, dtype)
+    for rows, width, classes in [(1, 509, 50257), (1, 1024, 128256), (8, 576, 49152)]
+    for dtype in (torch.float32, torch.bfloat16)
+]
 # F.linear_cross_entropy takes 6 s and more a call: on this shape only
 WITH_CHUNKED = SHAPES[0]
 
@@ -58,8 +64,28 @@ def shapes() -> list[tuple]:
     ]
 
 
-def cases() -> list[Case]:
+def losses_alone() -> list[Case]:
     made = []
+    for rows, width, classes, dtype in FEW:
+        x, target = torch.randn(rows, width).to(dtype), torch.randint(0, classes, (rows,))
+        w = (torch.randn(classes, width) * 2 / width**0.5).to(dtype)
+
+        def loss(f, x=x, w=w, target=target):
+            with torch.no_grad():
+                return f(x, w, target)
+
+        variants = {
+            "fastlm": lambda run=loss: run(ops.linear_cross_entropy),
+            "torch": lambda run=loss: run(eager),
+        }
+        name = f"linear_cross_entropy fwd {str(dtype).removeprefix('torch.')}"
+        shape = f"{rows} x {width} -> {classes}"
+        made.append(Case(name, shape, variants, bytes=w.numel() * w.itemsize))
+    return made
+
+
+def cases() -> list[Case]:
+    made = losses_alone()
     for rows, width, classes, dtype, ignored in shapes():
         odd = (rows, width, classes, dtype, ignored) in ODD
         x = torch.randn(rows, width).to(dtype).requires_grad_()

@@ -5,7 +5,8 @@ between the two marker lines of README.md: the rows of `HEADLINE`, and every row
 peer wins.
 
 ``--isa avx2`` holds both sides to one instruction set (`FORCED`), runs the ops and writes
-docs/benchmarks-avx2.md and a results file of its own; the README stays as it is.
+docs/benchmarks-avx2.md and a results file of its own; the README stays as it is. ``--page zen4``
+writes every row to docs/benchmarks-zen4.md instead: for another machine than the README's.
 """
 
 import argparse
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--write-only", action="store_true", help="tables of the results there are")
     parser.add_argument("--no-gate", action="store_true", help="skip the tests (not for claims)")
     parser.add_argument("--isa", choices=FORCED, help="hold both sides to one instruction set")
+    parser.add_argument("--page", metavar="NAME", help="docs/benchmarks-NAME.md, not the README")
     known = [*OPS, *END_TO_END]
     parser.add_argument("only", nargs="*", help=f"of {', '.join(known)}; default: all")
     options = parser.parse_args()
@@ -186,11 +188,10 @@ def main() -> None:
             gate = ["--no-gate"] if options.no_gate and script in OPS else []
             results[script] = run(END_TO_END.get(script, (f"{script}.py",))[0], *gate)
         path.write_text(json.dumps(results, indent=1) + "\n")
-    if isa:
-        page = ROOT / "docs" / f"benchmarks-{isa}.md"
-        page.write_text(
-            f"# Every op with {isa} forced\n\n{section(results, headline=False, isa=isa)}\n"
-        )
+    if isa or options.page:
+        page = ROOT / "docs" / f"benchmarks-{options.page or isa}.md"
+        title = f"Every op with {isa} forced" if isa else f"Every row on {about['cpu']}"
+        page.write_text(f"# {title}\n\n{section(results, headline=False, isa=isa)}\n")
         print(f"\nwritten: {path.relative_to(ROOT)}, {page.relative_to(ROOT)}")
         return
     readme = ROOT / "README.md"

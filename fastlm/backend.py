@@ -22,6 +22,7 @@ import functools
 import importlib
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -381,10 +382,15 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    """The model's name, and its numbers: "AMD EPYC" alone is the name of five generations here."""
     try:
         with open("/proc/cpuinfo") as f:
-            return next(
-                line.split(":", 1)[1].strip() for line in f if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
+            first = f.read().split("\n\n", 1)[0]
+    except OSError:
         return platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.M))
+    numbers = [
+        f"{k.removeprefix('cpu ')} {fields[k]}" for k in ("cpu family", "model") if k in fields
+    ]
+    name = fields.get("model name", platform.machine()).strip()
+    return f"{name} ({', '.join(numbers)})" if numbers else name

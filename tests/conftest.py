@@ -19,6 +19,11 @@ from fastlm import backend
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

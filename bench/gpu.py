@@ -1,0 +1,344 @@
+"""Every Triton kernel on the GPU at hand against what torch has there: one table, one JSON.
+
+    sh bench/gpu.sh                              builds, tests, then this
+    python -P bench/gpu.py [attention ...]       these ops only
+    python -P bench/gpu.py --smoke               every case once, small, checked for running at all
+
+Times are CUDA events around calls that take turns, the L2 flushed before each (median of rounds).
+Ceilings are measured first: a bf16 matrix product of 8192^3 on random data, and a copy of 2 GiB,
+bytes read and written. CPU time of a call is the time until it returns with the stream busy.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+from harness import Case, machine, run_case, table
+
+import fastlm
+from fastlm import backend, ops
+
+BF16 = torch.bfloat16
+DEVICE = "cuda"  # tests/test_gpu_bench.py runs the small cases on the CPU, kernels interpreted
+SDPA = {
+    "torch cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "torch flash": SDPBackend.FLASH_ATTENTION,
+    "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def timed_on_gpu(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call, per variant and round; variants take turns inside each round."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)  # more than any L2
+    for call in variants.values():
+        for _ in range(3):
+            call()  # compile, fill the allocator
+    torch.cuda.synchronize()
+    events = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {n: [a.elapsed_time(b) / 1e3 for a, b in pairs] for n, pairs in events.items()}
+
+
+def ceilings(small: bool) -> dict[str, float]:
+    """FLOP/s of a bf16 product, bytes/s of a copy; best of several."""
+    side, size = (1024, 1 << 20) if small else (8192, 1 << 30)
+    a, b = torch.randn(2, side, side, dtype=BF16, device=DEVICE)
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    to = torch.empty_like(source)
+    work = {"bf16": lambda: a @ b, "read": lambda: to.copy_(source)}
+    amount = {"bf16": 2 * side**3, "read": 2 * size}
+    best = {n: min(t) for n, t in timed_on_gpu(work, 10).items()}
+    return {n: amount[n] / best[n] for n in work}
+
+
+def grads(function: Callable, *inputs: torch.Tensor) -> Callable[[], object]:
+    """A call that makes output and gradients, the upstream gradient ready before."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with torch.no_grad():
+        upstream = torch.randn_like(function(*leaves))
+    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
+
+
+def causal(q, k, v):
+    return ops.attention(q, k, v, causal=True)
+
+
+def causal_sdpa(kind: SDPBackend, q, k, v):
+    with sdpa_kernel(kind):
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+
+
+def attention(small: bool) -> Iterator[Case]:
+    shapes = [(1, 4, 4, 64, 64)] if small else [(4, 16, 16, 4096, 128), (4, 32, 8, 4096, 128)]
+    shapes += [] if small else [(16, 16, 16, 1024, 64)]
+    for b, h, kv, s, d in shapes:
+        q = torch.randn(b, h, s, d, dtype=BF16, device=DEVICE)
+        k, v = torch.randn(2, b, kv, s, d, dtype=BF16, device=DEVICE).unbind(0)
+        functions, missing = {"fastlm": causal}, {}
+        for name, kind in SDPA.items():
+            try:
+                causal_sdpa(kind, q, k, v)
+                functions[name] = partial(causal_sdpa, kind)
+            except RuntimeError as error:
+                missing[name] = str(error).splitlines()[0][:60]
+        shape, flops = f"({b}, {h}/{kv}, {s}, {d})", 2 * b * h * s * s * d
+        calls = {n: partial(f, q, k, v) for n, f in functions.items()}
+        yield Case("attention fwd", shape, calls, flops=flops, missing=missing)
+        calls = {n: grads(f, q, k, v) for n, f in functions.items()}
+        yield Case("attention fwd+bwd", shape, calls, flops=3.5 * flops, missing=missing)
+
+
+def paged_attention(small: bool) -> Iterator[Case]:
+    page, h, kv, d = 16, 32, 8, 128
+    for users, keys in [(2, 64)] if small else [(1, 32768), (8, 4096), (64, 1024), (64, 8192)]:
+        pages = users * keys // page
+        q = torch.randn(users, 1, h, d, dtype=BF16, device=DEVICE)
+        cache = torch.randn(2, pages, page, kv, d, dtype=BF16, device=DEVICE)
+        scale = cache.abs().amax(-1).float() / 127
+        codes = (cache / scale[..., None]).round().to(torch.int8)
+        block = torch.randperm(pages, device=DEVICE).view(users, -1).int()
+        lens = torch.full((users,), keys, dtype=torch.int32, device=DEVICE)
+        dense = torch.randn(2, users, kv, keys, d, dtype=BF16, device=DEVICE)
+
+        def sdpa(q=q, dense=dense):
+            return F.scaled_dot_product_attention(q.transpose(1, 2), *dense, enable_gqa=True)
+
+        variants = {
+            "fastlm": lambda q=q, c=cache, b=block, n=lens: ops.paged_attention(q, *c, b, n),
+            "fastlm int8": lambda q=q, c=codes, s=scale, b=block, n=lens: ops.paged_attention(
+                q, *c, b, n, k_scale=s[0], v_scale=s[1]
+            ),
+            "torch SDPA, no pages": sdpa,
+        }
+        size = cache.numel() * 2
+        yield Case("paged_attention", f"{users} x {keys}, {h}/{kv}, {d}", variants, bytes=size)
+
+
+def eager_loss(x, w, target):
+    return F.cross_entropy(F.linear(x, w).float(), target)
+
+
+def linear_cross_entropy(small: bool) -> Iterator[Case]:
+    shapes = [(64, 128, 1000)] if small else [(4096, 4096, 128256), (8192, 2048, 32768)]
+    for n, d, v in shapes:
+        x = torch.randn(n, d, dtype=BF16, device=DEVICE)
+        w = torch.randn(v, d, dtype=BF16, device=DEVICE) / d**0.5
+        target = torch.randint(0, v, (n,), device=DEVICE)
+        losses = {
+            "fastlm": ops.linear_cross_entropy,
+            "torch": eager_loss,
+            "torch.compile": torch.compile(eager_loss),
+        }
+        if hasattr(F, "linear_cross_entropy"):
+            losses["F.linear_cross_entropy"] = F.linear_cross_entropy
+        calls = {
+            name: grads(lambda x, w, f=f, t=target: f(x, w, t), x, w) for name, f in losses.items()
+        }
+        yield Case("linear_cross_entropy fwd+bwd", f"{n} x {d} -> {v}", calls, flops=6 * n * d * v)
+
+
+def cross_entropy(small: bool) -> Iterator[Case]:
+    n, v = (64, 1000) if small else (8192, 128256)
+    logits = torch.randn(n, v, dtype=BF16, device=DEVICE)
+    target = torch.randint(0, v, (n,), device=DEVICE)
+
+    def plain(z):
+        return F.cross_entropy(z.float(), target)
+
+    compiled = torch.compile(plain)
+    functions = {
+        "fastlm": lambda z: ops.cross_entropy(z, target),
+        "torch": plain,
+        "torch.compile": compiled,
+    }
+    calls = {name: grads(f, logits) for name, f in functions.items()}
+    # logits read twice, gradient written
+    yield Case("cross_entropy fwd+bwd", f"{n} x {v}", calls, bytes=3 * 2 * n * v)
+
+
+def rows(small: bool) -> Iterator[Case]:
+    n, width = (64, 256) if small else (16384, 4096)
+    x, y = torch.randn(2, n, width, dtype=BF16, device=DEVICE)
+    weight = torch.randn(width, dtype=BF16, device=DEVICE)
+    compiled_norm = torch.compile(lambda x, w: F.rms_norm(x, (width,), w, 1e-6))
+    norms = {
+        "fastlm": lambda x, w: ops.rms_norm(x, w),
+        "torch": lambda x, w: F.rms_norm(x, (width,), w, 1e-6),
+        "torch.compile": compiled_norm,
+    }
+    size = 2 * n * width
+    calls = {name: lambda f=f: f(x, weight) for name, f in norms.items()}
+    yield Case("rms_norm fwd", f"{n} x {width}", calls, bytes=2 * size)
+    calls = {name: grads(f, x, weight) for name, f in norms.items()}
+    yield Case("rms_norm fwd+bwd", f"{n} x {width}", calls, bytes=5 * size)
+    compiled_glu = torch.compile(lambda g, u: F.silu(g) * u)
+    gates = {
+        "fastlm": lambda g, u: ops.glu(g, u),
+        "torch": lambda g, u: F.silu(g) * u,
+        "torch.compile": compiled_glu,
+    }
+    calls = {name: lambda f=f: f(x, y) for name, f in gates.items()}
+    yield Case("glu fwd", f"{n} x {width}", calls, bytes=3 * size)
+    calls = {name: grads(f, x, y) for name, f in gates.items()}
+    yield Case("glu fwd+bwd", f"{n} x {width}", calls, bytes=8 * size)
+
+
+def rope(small: bool) -> Iterator[Case]:
+    b, h, kv, s, d = (1, 4, 2, 64, 64) if small else (4, 32, 8, 4096, 128)
+    q = torch.randn(b, s, h, d, dtype=BF16, device=DEVICE).transpose(1, 2)
+    k = torch.randn(b, s, kv, d, dtype=BF16, device=DEVICE).transpose(1, 2)
+    angles = torch.outer(torch.arange(s), 10000 ** (-torch.arange(0, d, 2) / d)).repeat(1, 2)
+    cos, sin = angles.cos().to(DEVICE), angles.sin().to(DEVICE)
+
+    def plain(q, k):
+        def turn(x):
+            a, b = x.chunk(2, -1)
+            return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+        return turn(q), turn(k)
+
+    compiled = torch.compile(plain)
+    variants = {
+        "fastlm": lambda: ops.rope(q, k, cos, sin),
+        "torch": lambda: plain(q, k),
+        "torch.compile": lambda: compiled(q, k),
+    }
+    shape = f"B {b} H {h}/{kv} S {s} D {d}"
+    yield Case("rope fwd", shape, variants, bytes=4 * (q.numel() + k.numel()))
+
+
+def adamw(small: bool) -> Iterator[Case]:
+    sizes = [(64, 64)] * 4 if small else [(4096, 4096)] * 24 + [(4096,)] * 200
+
+    def stepper(make: Callable) -> Callable[[], object]:
+        weights = [torch.randn(s, device=DEVICE).requires_grad_() for s in sizes]
+        for w in weights:
+            w.grad = torch.randn_like(w)
+        return make(weights).step
+
+    variants = {
+        "fastlm": stepper(lambda w: fastlm.AdamW(w)),
+        "fastlm 8-bit": stepper(lambda w: fastlm.AdamW(w, state_bits=8)),
+        "torch fused": stepper(lambda w: torch.optim.AdamW(w, fused=True)),
+    }
+    count = sum(torch.Size(s).numel() for s in sizes)
+    # weight, two states and the gradient read, the first three written
+    yield Case("adamw step", f"{count / 1e6:.0f} M fp32", variants, bytes=28 * count)
+
+
+def quantized_linear(small: bool) -> Iterator[Case]:
+    n, k = (256, 256) if small else (14336, 4096)
+    w = torch.randn(n, k, dtype=BF16, device=DEVICE) / k**0.5
+    codes = {bits: ops.quantize_weight(w, bits) for bits in (4, 8)}
+    for m in (1, 16) if small else (1, 4, 16, 64, 512, 4096):
+        x = torch.randn(m, k, dtype=BF16, device=DEVICE)
+        for bits, weight in codes.items():
+            variants = {
+                "fastlm": lambda x=x, q=weight: ops.quantized_linear(x, q),
+                "torch bf16 linear": lambda x=x: F.linear(x, w),
+            }
+            yield Case(
+                f"quantized_linear w{bits}a16", f"{m} x {k} -> {n}", variants,
+                flops=2 * m * n * k, bytes=n * k * bits // 8,
+            )  # fmt: skip
+
+
+OPS = {
+    f.__name__: f
+    for f in (
+        attention, paged_attention, linear_cross_entropy, cross_entropy, rows, rope, adamw,
+        quantized_linear,
+    )
+}  # fmt: skip
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Memory that a call takes beside what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def host_microseconds(call: Callable[[], object]) -> float:
+    """Time until a call returns while the GPU has more to do."""
+    times = []
+    for _ in range(20):
+        torch.cuda._sleep(20_000_000)  # cycles: 10 ms
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    return statistics.median(times) * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("ops", nargs="*", help=f"of {', '.join(OPS)}; default: all")
+    parser.add_argument("--smoke", action="store_true", help="small shapes, two rounds")
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    if unknown := set(options.ops) - set(OPS):
+        parser.error(f"ops: wanted some of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
+    if not torch.cuda.is_available():
+        sys.exit(f"bench: wanted a GPU, got none: {backend.why_not('triton')}")
+    torch.manual_seed(0)
+    limits = ceilings(options.smoke)
+    measured, extra, failed = [], [], {}
+    for name in options.ops or OPS:
+        try:
+            for case in OPS[name](options.smoke):
+                row = run_case(case, limits, 2 if options.smoke else options.rounds, timed_on_gpu)
+                measured.append(row)
+                for variant, call in case.variants.items():
+                    extra.append(
+                        {
+                            "case": f"{row.name} {row.shape}",
+                            "variant": variant,
+                            "peak_mib": peak_bytes(call) / 2**20,
+                            "host_us": host_microseconds(call),
+                        }
+                    )
+        except Exception as error:  # one op's fault must not cost the others their time on a card
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        torch.cuda.empty_cache()
+    about = machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    print(about)
+    print(
+        f"ceilings: {limits['bf16'] / 1e12:.0f} TFLOP/s bf16, copy {limits['read'] / 1e9:.0f} GB/s"
+    )
+    print(table(measured))
+    print("| case | variant | peak MiB | host us |\n|---|---|---|---|")
+    for e in extra:
+        print(f"| {e['case']} | {e['variant']} | {e['peak_mib']:.0f} | {e['host_us']:.0f} |")
+    for name, why in failed.items():
+        print(f"FAILED {name}: {why}")
+    rows_json = [vars(r) for r in measured]
+    print(json.dumps({"machine": about, "ceilings": limits, "rows": rows_json, "calls": extra,
+                      "failed": failed}))  # fmt: skip
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What only a GPU can show: bfloat16 at real sizes, graphs, nothing waiting for the device.
+
+`bench/gpu.sh` runs these, and tests/test_triton_*.py, where there is one. Not run on a GPU yet.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_near
+
+import fastlm
+from fastlm import ops
+
+pytestmark = pytest.mark.gpu
+BF16 = torch.bfloat16
+
+
+def random(*shape, dtype=BF16, scale=1.0):
+    return (scale * torch.randn(*shape, device="cuda")).to(dtype)
+
+
+def attention_inputs():
+    return [random(2, h, 1000, 128) for h in (16, 4, 4)]
+
+
+def loss_inputs():
+    return [random(1000, 512), random(32000, 512, scale=0.05)]
+
+
+TARGET = 77  # every row's: any class will do
+# name -> inputs, the op, plain torch in the inputs' dtype
+OPS = {
+    "attention": (
+        attention_inputs,
+        lambda q, k, v: ops.attention(q, k, v, causal=True),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    ),
+    "rms_norm": (
+        lambda: [random(4096, 4096), random(4096)],
+        lambda x, w: ops.rms_norm(x, w),
+        lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6),
+    ),
+    "glu": (
+        lambda: [random(4096, 2816), random(4096, 2816)],
+        lambda g, u: ops.glu(g, u),
+        lambda g, u: F.silu(g) * u,
+    ),
+    "cross_entropy": (
+        lambda: [random(1000, 128256)],
+        lambda z: ops.cross_entropy(z, torch.full((1000,), TARGET, device="cuda")),
+        lambda z: F.cross_entropy(z.float(), torch.full((1000,), TARGET, device="cuda")),
+    ),
+    "linear_cross_entropy": (
+        loss_inputs,
+        lambda x, w: ops.linear_cross_entropy(x, w, torch.full((1000,), TARGET, device="cuda")),
+        lambda x, w: F.cross_entropy(
+            F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)),
+            torch.full((1000,), TARGET, device="cuda"),
+        ),
+    ),
+}
+
+
+def both(function, inputs, upstream):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_bfloat16_against_float64(name):
+    make, op, plain = OPS[name]
+    inputs = make()
+    with torch.no_grad():
+        upstream = torch.randn_like(op(*inputs))
+    mine, theirs = both(op, inputs, upstream), both(plain, inputs, upstream)
+    truth = both(plain, [t.double() for t in inputs], upstream)
+    for i, (a, p, t) in enumerate(zip(mine, theirs, truth)):
+        assert_near(a, p.to(a.dtype), t, factor=3 if i else 2, what=f"{name} {i}")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_repeats_to_the_last_bit(name):
+    make, op, _ = OPS[name]
+    inputs = make()
+    with torch.no_grad():
+        upstream = torch.randn_like(op(*inputs))
+    first = both(op, inputs, upstream)
+    for _ in range(5):
+        for a, b in zip(first, both(op, inputs, upstream)):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_nothing_waits_for_the_device(name):
+    make, op, _ = OPS[name]
+    inputs = make()
+    with torch.no_grad():
+        upstream = torch.randn_like(op(*inputs))
+    both(op, inputs, upstream)  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both(op, inputs, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_cuda_graph(name):
+    make, op, _ = OPS[name]
+    inputs = make()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            op(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = op(*inputs)
+    for t in inputs:
+        t.copy_(random(*t.shape, scale=0.5))
+    graph.replay()
+    assert torch.equal(out, op(*inputs))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_without_a_break(name):
+    make, op, _ = OPS[name]
+    inputs = make()
+    compiled = torch.compile(op, fullgraph=True)
+    assert torch.equal(compiled(*inputs), op(*inputs))
+
+
+def test_past_two_to_the_31_elements():
+    rows, width = 2**19 + 3, 4096
+    gate = torch.zeros(rows, width, dtype=BF16, device="cuda")
+    gate[-1] = 3.0
+    y = ops.glu(gate, gate)
+    wanted = F.silu(torch.tensor(3.0)) * 3
+    assert y.numel() > 2**31 and (y[-1].float() - wanted).abs().max() < 0.05
+    assert not y[:-1].any()
+
+
+def test_adamw_step_in_a_graph():
+    weights = [torch.randn(n, device="cuda").requires_grad_() for n in (5, 4096, 100_003)]
+    twins = [w.detach().clone().requires_grad_() for w in weights]
+    mine, theirs = fastlm.AdamW(weights, lr=1e-2), torch.optim.AdamW(twins, lr=1e-2)
+    for _ in range(5):
+        for w, t in zip(weights, twins):
+            w.grad = torch.randn_like(w)
+            t.grad = w.grad.clone()
+        mine.step()
+        theirs.step()
+    for w, t in zip(weights, twins):
+        torch.testing.assert_close(w, t)
