@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: help setup demo test quick lint format bench fuzz sanitize gate clean
+.PHONY: help setup demo test quick lint format bench fuzz sanitize gate triton-sanitize clean
 
 help:            ## this list
-	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
 setup: .venv/ready  ## .venv with fastlm (editable, extension built) and everything the other targets use
 
@@ -53,6 +53,10 @@ gate: .venv/ready  ## every Triton kernel compiled for sm_80, sm_90, sm_100 by t
 	test -d .venv/triton-3.6.0 || $(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 triton==3.6.0
 	PYTHONPATH=.venv/triton-3.6.0:tests $(BIN)/python -P -m triton_gate
 	PYTHONPATH=tests $(BIN)/python -P -m triton_gate
+
+triton-sanitize: .venv/ready  ## every Triton kernel's addresses checked by triton-viz, on Triton 3.6.0
+	test -d .venv/triton-viz || $(BIN)/python -m pip install --quiet --target .venv/triton-viz triton==3.6.0 triton-viz==3.0 'numpy<2.4'
+	PYTHONPATH=.venv/triton-viz $(BIN)/python -P tests/triton_sanitize.py
 
 clean:  ## build products, not .venv and not runs/
 	rm -rf build dist *.egg-info fastlm/*.so
