@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h c
 .PHONY: help setup demo test quick lint format bench fuzz sanitize gate triton-sanitize clean
 
 help:            ## this list
-	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 18
 
 setup: .venv/ready  ## .venv with fastlm (editable, extension built) and everything the other targets use
 

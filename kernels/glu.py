@@ -11,8 +11,9 @@ Activations are float32. tanh is 1 - 2 / (e^2x + 1): the backend's own differs b
 import torch
 import triton
 import triton.language as tl
-from fastlm.kernels.launch import Config, launch
 from torch import Tensor
+
+from fastlm.kernels.launch import Config, launch
 
 ACTS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 # 8 elements of 16 bits a thread: one 128-bit access of each operand

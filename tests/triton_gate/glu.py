@@ -1,8 +1,8 @@
 """What the gate compiles of glu; see tests/triton_gate/__main__.py."""
 
 import torch
-from fastlm.kernels import glu
 
+from fastlm.kernels import glu
 from triton_gate import LOADS, Case, meta
 
 
