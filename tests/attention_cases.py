@@ -114,7 +114,7 @@ def assert_kernel_near(function, leaves, names, what):
             slack = 4 * ULP[torch.float32] * max(2.0, terms / max(scale, 1e-30))
         elif seen.any():
             # sums of terms of either sign, each rounded to the dtype on its way (half an ulp): in
-            # P v and P dO, P; in dO out, out. dv has thousands of elements, of which the worst counts.
+            # P v and P dO, P; in dO out, out. The worst of dv's thousands of elements counts.
             ulps = 1 if name == "dv" else 0.5
             terms = ulps * sizes[name] / max(t[seen].abs().max().item(), 1e-30)
             slack = max(slack, ULP[dtype] * terms)
