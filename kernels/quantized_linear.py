@@ -29,9 +29,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastlm import reference
 from fastlm.kernels.launch import Config, launch, multiprocessors, of_arch
 from torch import Tensor
+
+from fastlm import reference
 
 RUN_MAX = tl.constexpr(reference.RUN_MAX)
 
@@ -40,7 +41,7 @@ RUN_MAX = tl.constexpr(reference.RUN_MAX)
 # the speed of 700 TFLOP/s, which a product that unpacks its operand does not reach. From these
 # figures of an H100; not measured on a GPU.
 FUSED_ROWS = 512
-# weights dequantized at a time for torch's matmul: 32 MB of 16 bits, which an H100's L2 (50 MB) holds
+# weights dequantized at a time for torch's matmul: 32 MB of 16 bits stay in an H100's L2 of 50 MB
 _BLOCK_WEIGHTS = 1 << 24
 VECTOR_ROWS = 4  # above, 16 rows of a matrix instruction cost no more
 
@@ -54,7 +55,8 @@ def _codes(packed, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     if BITS == 4:
         wide = packed.to(tl.int32)
         return tl.join(wide & 15, wide >> 4).reshape(ROWS, COLUMNS)
-    return (packed.to(tl.uint8, bitcast=True) ^ 128).to(tl.int32)
+    else:
+        return (packed.to(tl.uint8, bitcast=True) ^ 128).to(tl.int32)
 
 
 @triton.jit
@@ -70,7 +72,8 @@ def _spread(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
     count: tl.constexpr = COLUMNS // STEP
     if count == 1:
         return t
-    return t[:, :, None].broadcast_to(ROWS, count, STEP).reshape(ROWS, COLUMNS)
+    else:
+        return t[:, :, None].broadcast_to(ROWS, count, STEP).reshape(ROWS, COLUMNS)
 
 
 @triton.jit
@@ -78,7 +81,8 @@ def _group_of(k, GROUP: tl.constexpr):
     """Of a column; GROUP 0 is one group a row."""
     if GROUP == 0:
         return k * 0
-    return k // GROUP
+    else:
+        return k // GROUP
 
 
 @triton.jit
@@ -86,8 +90,8 @@ def _run_of(k, GROUP: tl.constexpr, RUNS: tl.constexpr):
     """The run of a column; RUNS are those of a group (of the only one: unused)."""
     if GROUP == 0:
         return k // RUN_MAX
-    group = k // GROUP
-    return group * RUNS + (k - group * GROUP) // RUN_MAX
+    else:
+        return (k // GROUP) * RUNS + (k % GROUP) // RUN_MAX
 
 
 # ---- dequantize ----------------------------------------------------------------------------------
@@ -235,7 +239,7 @@ def _vector(
 
 @triton.jit
 def _tile_of(m, n, BN: tl.constexpr, BM: tl.constexpr):
-    """This program's block of N and of M: 8 blocks of M go together, so that W comes from the L2."""
+    """This program's block of N and of M; 8 blocks of M go together: they share W in the L2."""
     program = tl.program_id(0)
     blocks_n, blocks_m = tl.cdiv(n, BN), tl.cdiv(m, BM)
     strip = program // (8 * blocks_n)
@@ -390,10 +394,11 @@ def _add_parts(parts, bias, y, n, size, PARTS: tl.constexpr, BLOCK: tl.constexpr
 
 # ---- host ----------------------------------------------------------------------------------------
 
-_DEQUANTIZE = {4: Config({"BLOCK": 1024}, num_warps=4), 8: Config({"BLOCK": 1024}, num_warps=4)}
+# 8 elements of 16 bits a thread: one 128-bit store
+_DEQUANTIZE = Config({"BLOCK": 1024}, num_warps=4)
 _ROUND = 4096  # elements of a program
-_VECTOR = {1: {80: Config({"BN": 8, "BK": 1024})}, 2: {80: Config({"BN": 8, "BK": 1024})}}
-_VECTOR[4] = {80: Config({"BN": 16, "BK": 1024})}
+# a thread keeps two rows of W and one row of x (of 32 columns) a row of x: 4 rows fit in registers
+_VECTOR = {80: Config({"BN": 8, "BK": 1024})}
 # by rows of x in a tile
 _MATRIX = {
     16: {80: Config({"BN": 64, "BM": 16, "BK": 128}, num_warps=4, num_stages=3)},
@@ -405,10 +410,10 @@ _MATRIX_FLOAT32 = {
     16: {80: Config({"BN": 64, "BM": 16, "BK": 32}, num_warps=4, num_stages=2)},
     64: {80: Config({"BN": 64, "BM": 64, "BK": 32}, num_warps=8, num_stages=2)},
 }
+# a tile of 128 x 128 spills: beside its sums it holds those of int32
 _INTEGERS = {
     16: {80: Config({"BN": 64, "BM": 16}, num_warps=4, num_stages=3)},
     64: {80: Config({"BN": 128, "BM": 64}, num_warps=8, num_stages=3)},
-    128: {80: Config({"BN": 128, "BM": 128}, num_warps=8, num_stages=3)},
 }
 _ADD = Config({"BLOCK": 1024}, num_warps=4)
 MAX_PARTS = 8  # partial sums are 4 PARTS / BN bytes a weight: at 64 rows an eighth of int4
@@ -446,12 +451,11 @@ def _write(w: _Weight, rows: slice, columns: slice, out: Tensor) -> Tensor:
     """These rows and columns of W -> out, contiguous; columns begin at a multiple of BLOCK."""
     qdata, scales = w.qdata[rows], w.scales[rows]
     zeros = None if w.zeros is None else w.zeros[rows]
-    config = _DEQUANTIZE[w.bits]
-    block = config.sizes["BLOCK"]
+    block = _DEQUANTIZE.sizes["BLOCK"]
     launch(
         _dequantize, (out.shape[0], triton.cdiv(out.shape[1], block)), qdata, scales, zeros, out,
-        columns.start, out.shape[1], w.k, w.row_bytes, w.groups, config=config, BITS=w.bits,
-        GROUP=w.group, STEP=w.step(block),
+        columns.start, out.shape[1], w.k, w.row_bytes, w.groups, config=_DEQUANTIZE,
+        BITS=w.bits, GROUP=w.group, STEP=w.step(block),
     )  # fmt: skip
     return out
 
@@ -490,7 +494,7 @@ def _rounded(x: Tensor, w: _Weight) -> tuple[Tensor, Tensor, Tensor]:
 
 def _few_rows(x: Tensor, scale: Tensor | None, w: _Weight, bias: Tensor | None, y: Tensor) -> None:
     rows = triton.next_power_of_2(x.shape[0])
-    config = of_arch(_VECTOR[rows], x)
+    config = of_arch(_VECTOR, x)
     grid = (triton.cdiv(w.n, config.sizes["BN"]),)
     launch(
         _vector, grid, x, scale, *w.tensors(), bias, y, x.shape[0], w.n, w.k, x.stride(0),
@@ -622,7 +626,7 @@ def quantized_linear_backward(
         return out.zero_()
     dy, dx = _rows(dy), out.view(-1, k)
     # blocks of columns: sums over rows of W stay whole
-    block = _DEQUANTIZE[bits].sizes["BLOCK"]
+    block = _DEQUANTIZE.sizes["BLOCK"]
     step = max(block, _BLOCK_WEIGHTS // w.n // block * block)
     for begin in range(0, k, step):
         columns = slice(begin, min(begin + step, k))

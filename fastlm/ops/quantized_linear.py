@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import Kernel, register
+from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 from fastlm.quant.weight import QuantizedWeight
 
