@@ -416,7 +416,7 @@ _INTEGERS = {
     64: {80: Config({"BN": 128, "BM": 64}, num_warps=8, num_stages=3)},
 }
 _ADD = Config({"BLOCK": 1024}, num_warps=4)
-MAX_PARTS = 8  # partial sums are 4 PARTS / BN bytes a weight: at 64 rows an eighth of int4
+MAX_PARTS = 8  # enough for N = 1024 at 64 columns a tile
 _PART_TILES = 4  # at least: a part's loop must be long enough to fill its pipeline
 
 
@@ -503,13 +503,6 @@ def _few_rows(x: Tensor, scale: Tensor | None, w: _Weight, bias: Tensor | None, 
     )  # fmt: skip
 
 
-def _parts(blocks: int, tiles: int, device: torch.device) -> tuple[int, int]:
-    """How many parts, of how many tiles, K is cut into: two programs a multiprocessor."""
-    most = min(MAX_PARTS, tiles // _PART_TILES, 2 * multiprocessors(device) // blocks)
-    part_tiles = triton.cdiv(tiles, max(1, most))
-    return triton.cdiv(tiles, part_tiles), part_tiles
-
-
 class _Tiling(NamedTuple):
     config: Config
     grid: tuple[int, int]
@@ -518,10 +511,14 @@ class _Tiling(NamedTuple):
     to: Tensor  # y, or (parts, M, N) float32
 
 
-def _tiling(config: Config, tiles: int, y: Tensor) -> _Tiling:
+def _tiling(config: Config, tiles: int, w: _Weight, y: Tensor) -> _Tiling:
     m, n = y.shape
     blocks = triton.cdiv(n, config.sizes["BN"]) * triton.cdiv(m, config.sizes["BM"])
-    parts, part_tiles = _parts(blocks, tiles, y.device)
+    # two programs a multiprocessor, but partial sums (written and read, 8 M bytes a row of W) must
+    # not be more than the row itself
+    most = min(2 * multiprocessors(y.device) // blocks, w.row_bytes // (8 * m))
+    part_tiles = triton.cdiv(tiles, max(1, min(most, MAX_PARTS, tiles // _PART_TILES)))
+    parts = triton.cdiv(tiles, part_tiles)
     to = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=y.device)
     return _Tiling(config, (blocks, parts), parts, part_tiles, to)
 
@@ -541,7 +538,7 @@ def _of_rows(table: Mapping[int, Mapping[int, Config]], x: Tensor) -> Config:
 
 def _some_rows(x: Tensor, w: _Weight, bias: Tensor | None, y: Tensor) -> None:
     config = _of_rows(_MATRIX_FLOAT32 if x.dtype == torch.float32 else _MATRIX, x)
-    t = _tiling(config, triton.cdiv(w.k, config.sizes["BK"]), y)
+    t = _tiling(config, triton.cdiv(w.k, config.sizes["BK"]), w, y)
     launch(
         _matrix, t.grid, x, *w.tensors(), bias, t.to, *y.shape, w.k, x.stride(0), w.row_bytes,
         w.groups, t.part_tiles, config=config, BITS=w.bits, GROUP=w.group,
@@ -557,27 +554,30 @@ def _integer_rows(
     width = min(128, max(32, triton.next_power_of_2(w.group or w.k)))
     config = _of_rows(_INTEGERS, x)
     config = replace(config, sizes={**config.sizes, "BK": width})
-    a_group = triton.cdiv(w.group or w.k, width)
-    tiles = a_group if not w.group else (w.groups - 1) * a_group
-    if w.group:  # the last group may be short
-        tiles += triton.cdiv(w.k - (w.groups - 1) * w.group, width)
-    t = _tiling(config, tiles, y)
+    a_group = triton.cdiv(w.group, width)
+    whole = w.groups - 1 if w.group else 0  # groups; the last one may be short
+    tiles = whole * a_group + triton.cdiv(w.k - whole * w.group, width)
+    t = _tiling(config, tiles, w, y)
     launch(
         _integers, t.grid, x, scale, sums, *w.tensors(), bias, t.to, *y.shape, w.k, w.row_bytes,
         w.groups, w.runs, tiles, t.part_tiles, config=config, BITS=w.bits, GROUP=w.group,
-        RUNS=w.runs_a_group, TILES=a_group if w.group else 0, PARTS=t.parts,
+        RUNS=w.runs_a_group, TILES=a_group, PARTS=t.parts,
     )  # fmt: skip
     _add(t, bias, y)
 
 
 def _many_rows(x: Tensor, w: _Weight, bias: Tensor | None, y: Tensor) -> None:
+    if bias is not None:
+        bias = bias.to(y.dtype)
     step = max(1, _BLOCK_WEIGHTS // w.k)
     for begin in range(0, w.n, step):
         rows = slice(begin, min(begin + step, w.n))
         block = torch.empty((rows.stop - begin, w.k), dtype=x.dtype, device=x.device)
-        torch.mm(x, _write(w, rows, slice(0, w.k), block).t(), out=y[:, rows])
-    if bias is not None:
-        y += bias.to(y.dtype)
+        block = _write(w, rows, slice(0, w.k), block).t()
+        if bias is None:
+            torch.mm(x, block, out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, block, out=y[:, rows])
 
 
 def quantized_linear_forward(
@@ -596,13 +596,14 @@ def quantized_linear_forward(
     if out.numel() == 0:
         return out
     x, y = _rows(x), out.view(-1, w.n)
+    few = x.shape[0] <= VECTOR_ROWS
     if act_bits == 8:
         q, scale, sums = _rounded(x, w)
-        if x.shape[0] <= VECTOR_ROWS:
+        if few:
             _few_rows(q, scale, w, bias, y)
         else:
             _integer_rows(q, scale, sums, w, bias, y)
-    elif x.shape[0] <= VECTOR_ROWS:
+    elif few:
         _few_rows(x, None, w, bias, y)
     elif x.shape[0] <= FUSED_ROWS:
         _some_rows(x, w, bias, y)
