@@ -68,7 +68,7 @@ def test_forms_by_rows(launched, act_bits):
     for m, names in ((1, ["_vector"]), (4, ["_vector"]), (5, [main, "_add_parts"]), (66, [main])):
         launched.clear()
         on_cpu.check(torch.randn(m, 1160).bfloat16(), q, bias, act_bits, f"{m} rows")
-        # check's own reference dequantizes twice
+        # check dequantizes as well
         assert [name for name in launched if name != "_dequantize"] == rounding + names
 
 
@@ -79,8 +79,7 @@ def test_many_rows_by_blocks(launched, module, monkeypatch, dtype, with_bias):
     q = on_cpu.weight(33, 300, 4, 40, symmetric=False)
     bias = torch.randn(33).to(dtype) if with_bias else None
     on_cpu.check(torch.randn(11, 300).to(dtype), q, bias, 16)
-    assert launched.count("_dequantize") == 4 + 2  # and those of check
-    assert set(launched) == {"_dequantize"}
+    assert launched == ["_dequantize"] * (4 + 1)  # the last one is check's
 
 
 @pytest.mark.parametrize("bits", [4, 8])
