@@ -138,10 +138,12 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         rows: list[tuple] = []  # of the kernel's ten tables
         copies: list[tuple[Tensor, Tensor]] = []
-        special: Tensor | None = None  # a parameter that the CPU kernel may not serve
+        special: Tensor | None = None  # a parameter that no kernel, or not the CPU's, may serve
         ordinal, served = -1, backend.DTYPES["cpu"]
         for group in self.param_groups:
-            lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            if not isinstance(lr, Tensor) or lr.is_cpu:  # of a GPU: asking would wait for it
+                lr = float(lr)
             options = (lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
             exact, stochastic = (*options, False), (*options, True)
             rounding = group["stochastic_rounding"]
@@ -157,7 +159,7 @@ class AdamW(torch.optim.Optimizer):
                     self._start(param, group, state)
                 if group["master_weights"]:
                     _keep_master(param, state)
-                if param.dtype not in served or not param.is_cpu:
+                if param.dtype not in served or (special is None and not param.is_cpu):
                     special = param
                 target, grad = _dense(param, grad)
                 if target is not param:
@@ -180,7 +182,7 @@ class AdamW(torch.optim.Optimizer):
                         state.get("exp_avg_sq_scale"),
                         state.get("master_low" if param.dtype == torch.bfloat16 else "master"),
                         stochastic if rounds else exact,
-                        self._key(ordinal, state["step"]) if rounds else 0,
+                        (self.seed, ordinal),
                     )
                 )
         if rows:
@@ -220,13 +222,9 @@ class AdamW(torch.optim.Optimizer):
                         self._start(param, group, state)
                     state["master_low"] = _low_half(param)
 
-    def _key(self, ordinal: int, step: Tensor) -> int:
-        key = reference.mix32((self.seed ^ 0x9E3779B9) & 0xFFFFFFFF)
-        return reference.mix32(reference.mix32(key ^ int(step)) ^ ordinal)
-
     def _start(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         for name in _CODES:
             state[name] = torch.zeros_like(param, dtype=wide)
         if group["master_weights"]:
@@ -303,7 +301,7 @@ def _dense(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 def _laid_out(param: Tensor, group: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A copy of a portable state in the memory order of its parameter."""
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    step = torch.as_tensor(given["step"], dtype=torch.float32, device="cpu")
+    step = torch.as_tensor(given["step"], dtype=torch.float32, device=param.device)
     state = {"step": step.reshape(()).clone()}
     for name in ("exp_avg", "exp_avg_sq", "master"):
         if name in given:
@@ -349,6 +347,7 @@ def _pack(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
 
 def _portable(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     state = dict(state)
+    state["step"] = state["step"].cpu()  # torch's own has it there, and asks for its value
     low = state.pop("master_low", None)
     if low is not None and param.dtype == torch.bfloat16:
         state["master"] = reference.join_master(param.detach(), low)
@@ -361,15 +360,23 @@ def _portable(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
 
 
 def _cpu_adamw(*arguments: Any) -> None:
-    params = arguments[0]
+    params, steps, options, keys = (arguments[i] for i in (0, 2, 8, 9))
+    if any(row[-1] for row in options):
+        keys = [reference.step_key(*key, int(step)) for key, step in zip(keys, steps)]
+    else:
+        keys = [0] * len(params)
     chunks = sum([-(-param.numel() // _CHUNK) for param in params])
     workspace = torch.empty(
         len(params) * _TENSOR_INTS + chunks * _CHUNK_INTS, dtype=torch.int64, device="cpu"
     )
     try:
-        backend.cpu_extension.adamw(*arguments, workspace)
+        backend.cpu_extension.adamw(*arguments[:9], keys, *arguments[10:], workspace)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-backend.IMPLEMENTATIONS["adamw"] = {"reference": reference.adamw, "cpu": _cpu_adamw}
+backend.IMPLEMENTATIONS["adamw"] = {
+    "reference": reference.adamw,
+    "cpu": _cpu_adamw,
+    "triton": backend.Kernel("adamw", "adamw"),
+}

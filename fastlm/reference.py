@@ -205,6 +205,13 @@ def round_stochastic(x: Tensor, key: int) -> Tensor:
     return _unflat(rounded, x).bfloat16()
 
 
+def step_key(seed: int, ordinal: int, step: int) -> int:
+    """The key of a tensor's random numbers in the step after `step` others; `ordinal` is its place
+    in the optimizer."""
+    key = mix32((seed ^ 0x9E3779B9) & 0xFFFFFFFF)
+    return mix32(mix32(key ^ step) ^ ordinal)
+
+
 def join_master(param: Tensor, low: Tensor) -> Tensor:
     """The float32 master of a bfloat16 parameter and the 16 bits (int16) that it lacks; zero lacks
     none (those of the last step stay behind where somebody sets a parameter to zero)."""
@@ -230,14 +237,15 @@ def adamw(
     exp_avg_scales: list[Tensor | None],
     exp_avg_sq_scales: list[Tensor | None],
     masters: list[Tensor | None],
-    options: list[tuple[float, float, float, float, float, bool, bool]],
-    keys: list[int],
+    options: list[tuple[float | Tensor, float, float, float, float, bool, bool]],
+    keys: list[tuple[int, int]],
     max_grad_norm: float,
     grad_norm: Tensor | None,
 ) -> None:
     """One AdamW step (Loshchilov and Hutter 2019, arXiv:1711.05101) of every tensor, in place.
 
     `options` per tensor: lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding.
+    `keys`: seed and ordinal of `step_key`.
     `masters`: float32 of a float16 parameter, the lower half of `split_master` of a bfloat16 one.
     With `grad_norm` (a scalar, written), gradients are scaled as `clip_grad_norm_` would do.
     """
@@ -249,6 +257,7 @@ def adamw(
         clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     for i, param in enumerate(params):
         lr, beta1, beta2, eps, weight_decay, maximize, stochastic = options[i]
+        lr = float(lr)
         m, v, master = exp_avgs[i], exp_avg_sqs[i], masters[i]
         m_scale, v_scale = exp_avg_scales[i], exp_avg_sq_scales[i]
         if m_scale is not None and v_scale is not None:
@@ -275,7 +284,9 @@ def adamw(
         else:
             if master is not None:
                 master.copy_(w)
-            param.copy_(round_stochastic(w, keys[i]) if stochastic else w)
+            if stochastic:
+                w = round_stochastic(w, step_key(*keys[i], int(step) - 1))
+            param.copy_(w)
         if m_scale is not None and v_scale is not None:
             states = ((m, exp_avgs[i], m_scale, False), (v.sqrt(), exp_avg_sqs[i], v_scale, True))
             for x, codes, scales, root in states:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import Kernel, register
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.backend import register
 from fastlm.errors import InputError
 from fastlm.quant.weight import QuantizedWeight
 
@@ -165,7 +165,11 @@ _forward = register(
     "quantized_linear(Tensor x, Tensor qdata, Tensor scales, Tensor? zeros, Tensor? bias, int bits,"
     " int group_size, int act_bits) -> Tensor",
     fake=_forward_fake,
-    implementations={"reference": reference.quantized_linear_forward, "cpu": _cpu_forward},
+    implementations={
+        "reference": reference.quantized_linear_forward,
+        "cpu": _cpu_forward,
+        "triton": Kernel("quantized_linear", "quantized_linear_forward"),
+    },
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -173,7 +177,11 @@ _backward = register(
     "quantized_linear_backward(Tensor dy, Tensor qdata, Tensor scales, Tensor? zeros, int bits,"
     " int group_size, int k) -> Tensor",
     fake=_backward_fake,
-    implementations={"reference": reference.quantized_linear_backward, "cpu": _cpu_backward},
+    implementations={
+        "reference": reference.quantized_linear_backward,
+        "cpu": _cpu_backward,
+        "triton": Kernel("quantized_linear", "quantized_linear_backward"),
+    },
 )
 
 
@@ -210,6 +218,10 @@ dequantize = register(
     "dequantize(Tensor qdata, Tensor scales, Tensor? zeros, int bits, int group_size, int k,"
     " ScalarType dtype) -> Tensor",
     fake=_dequantize_fake,
-    implementations={"reference": reference.dequantize_rows, "cpu": _cpu_dequantize},
+    implementations={
+        "reference": reference.dequantize_rows,
+        "cpu": _cpu_dequantize,
+        "triton": Kernel("quantized_linear", "dequantize"),
+    },
     picked_by=1,
 )

@@ -1,0 +1,509 @@
+"""AdamW of every tensor of an optimizer: a launch per kind of tensor, however many there are.
+
+    tensors (T, 12) int64   pointers, elements, settings and random key of each tensor
+    settings (S, 8) float64 lr, betas, eps, weight decay, sign: one row per set of options
+    chunks (C, 2) int32     a program's work: CHUNK elements of one tensor
+
+    1. _squares   to clip: the sum of squares of each chunk of gradients
+    2. _norm      one program: their sum, the norm, the factor of the gradients
+    3. _begin     a tensor a lane: step += 1, the step's scalars (float64), its random key
+    4. _update    a chunk a program: reads g, p, m, v once, writes p, m, v once
+
+Nothing comes back to the host: step, norm and factor stay on the device, so that a step can be
+captured in a CUDA graph (with lr as a tensor, which is read each time; gradients must keep their
+memory, as for any graph). The tables depend on addresses and options alone; they are kept as long
+as those are the same, and after a change go over in one copy that the host does not wait for.
+
+A kind is what is compiled in: the dtypes of parameter and gradient, the master, 8-bit states,
+stochastic rounding, and whether all pointers allow 128-bit accesses. Formulas and random numbers
+are those of csrc/cpu/adamw.h, where the 8-bit codes are explained.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from fastlm.kernels.launch import Config, launch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.errors import InputError
+
+# elements of a program: 1 MB of chunks table per 1e9 parameters, and enough programs from 1 M on;
+# divides the 32768 that share a key of random numbers
+CHUNK = 8192
+_STATE_BLOCK = tl.constexpr(reference.STATE_BLOCK)
+_RANDOM_CHUNK = tl.constexpr(32768)  # elements that share a key (reference.round_stochastic)
+# 8 elements a thread: two 128-bit accesses of each float32 operand, one of 16 bits
+_UPDATE = Config({"BLOCK": 1024}, num_warps=4)
+_SQUARES = Config({"BLOCK": 1024}, num_warps=4)
+_NORM = Config({"BLOCK": 1024}, num_warps=8)
+_BEGIN = Config({"BLOCK": 128}, num_warps=4)
+_KEPT_TABLES = 16  # optimizers, and patterns of gradient addresses, of a process
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
+
+# columns of the table of tensors
+PARAM, GRAD, MOMENT, ROOT, MOMENT_SCALE, ROOT_SCALE, MASTER, SIZE, STEP, SETTING, SEED, ORDINAL = (
+    tl.constexpr(i) for i in range(12)
+)
+COLUMNS = tl.constexpr(12)
+SCALARS = tl.constexpr(16)  # float32 of a tensor in this step, of which 9 are used
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _pointer(row, COLUMN: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(row + COLUMN).to(tl.pointer_type(KIND))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+# ---- the norm ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _squares(
+    tensors,  # (T, COLUMNS)
+    chunks,  # (programs, 2)
+    sums,  # (programs,) float64
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = tensors + tl.load(chunks + 2 * program).to(tl.int64) * COLUMNS
+    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    grad, size = _pointer(row, GRAD, G, ALIGNED), tl.load(row + SIZE)
+    # at most CHUNK / BLOCK float32 additions before float64 takes over
+    total = tl.zeros([BLOCK], tl.float32)
+    for begin in range(start, tl.minimum(start + CHUNK, size), BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        if begin + BLOCK <= size:
+            g = tl.load(grad + at).to(tl.float32)
+        else:
+            g = tl.load(grad + at, mask=at < size, other=0.0).to(tl.float32)
+        total += g * g
+    tl.store(sums + program, tl.sum(total.to(tl.float64), 0))
+
+
+@triton.jit
+def _norm(
+    sums,  # (count,) float64
+    grad_norm,  # () float32
+    clip,  # (1,) float32
+    count,
+    max_grad_norm,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, count, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        total += tl.load(sums + at, mask=at < count, other=0.0)
+    norm = tl.sqrt(tl.sum(total, 0)).to(tl.float32)
+    tl.store(grad_norm, norm)
+    wanted = max_grad_norm / (norm + 1e-6)  # as clip_grad_norm_
+    tl.store(clip, tl.where(wanted > 1.0, 1.0, wanted))  # NaN stays
+
+
+# ---- the step's scalars --------------------------------------------------------------------------
+
+
+@triton.jit
+def _power(base, exponent):
+    """base^exponent in float64, exponent below 2^24 (beyond, float32 counts no further)."""
+    result = base * 0.0 + 1.0
+    for _ in tl.static_range(24):
+        result = tl.where(exponent & 1 != 0, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def _begin(
+    tensors,  # (T, COLUMNS)
+    settings,  # (S, 8)
+    scalars,  # (T, SCALARS)
+    keys,  # (T,) int32
+    count,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    row = tensors + i * COLUMNS
+    step_at = tl.load(row + STEP, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    before = tl.load(step_at, mask=inside, other=0.0)
+    tl.store(step_at, before + 1.0, mask=inside)
+    setting = settings + tl.load(row + SETTING, mask=inside, other=0) * 8
+    lr = tl.load(setting)
+    beta1, beta2 = tl.load(setting + 1), tl.load(setting + 2)
+    eps, weight_decay, sign = tl.load(setting + 3), tl.load(setting + 4), tl.load(setting + 5)
+    step = (before + 1.0).to(tl.int32)
+    step_size = lr / (1.0 - _power(beta1, step))
+    root_scale = 1.0 / tl.sqrt(1.0 - _power(beta2, step))
+    to = scalars + i * SCALARS
+    tl.store(to, step_size.to(tl.float32), mask=inside)
+    tl.store(to + 1, (lr * weight_decay).to(tl.float32), mask=inside)
+    tl.store(to + 2, beta1.to(tl.float32), mask=inside)
+    tl.store(to + 3, (1.0 - beta1).to(tl.float32), mask=inside)
+    tl.store(to + 4, beta2.to(tl.float32), mask=inside)
+    tl.store(to + 5, (1.0 - beta2).to(tl.float32), mask=inside)
+    tl.store(to + 6, eps.to(tl.float32), mask=inside)
+    tl.store(to + 7, root_scale.to(tl.float32), mask=inside)
+    tl.store(to + 8, sign.to(tl.float32), mask=inside)
+    seed = tl.load(row + SEED, mask=inside, other=0).to(tl.uint32)
+    ordinal = tl.load(row + ORDINAL, mask=inside, other=0).to(tl.uint32)
+    key = _mix(_mix(seed ^ before.to(tl.uint32)) ^ ordinal)
+    tl.store(keys + i, key.to(tl.int32, bitcast=True), mask=inside)
+
+
+# ---- the update ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _some(pointer, at, size, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(pointer + at)
+    else:
+        return tl.load(pointer + at, mask=at < size, other=0)
+
+
+@triton.jit
+def _put(pointer, at, value, size, WHOLE: tl.constexpr):
+    value = value.to(pointer.dtype.element_ty)
+    if WHOLE:
+        tl.store(pointer + at, value)
+    else:
+        tl.store(pointer + at, value, mask=at < size)
+
+
+@triton.jit
+def _decode(code, SHIFT: tl.constexpr, MOST: tl.constexpr):
+    offset: tl.constexpr = (0x3F800000 >> SHIFT) - MOST
+    value = ((code + offset) << SHIFT).to(tl.float32, bitcast=True)
+    return tl.where(code > 0, value, 0.0)
+
+
+@triton.jit
+def _encode(x, SHIFT: tl.constexpr, MOST: tl.constexpr):
+    """The nearest code of x in [0, 1], ties up; under 1 where x is too small."""
+    offset: tl.constexpr = (0x3F800000 >> SHIFT) - MOST
+    return ((x.to(tl.int32, bitcast=True) + (1 << (SHIFT - 1))) >> SHIFT) - offset
+
+
+@triton.jit
+def _decode_moment(code):
+    value = _decode(code & 127, 20, 127)
+    return tl.where(code > 127, -value, value)
+
+
+@triton.jit
+def _encode_moment(x):
+    magnitude = tl.abs(x)
+    code = _encode(magnitude, 20, 127)
+    low = tl.where(magnitude >= 9.5367431640625e-06, 1, 0)  # 1.25 * 2^-17: half of code 1
+    return tl.where(code > 0, code, low) | ((x.to(tl.int32, bitcast=True) >> 24) & 128)
+
+
+@triton.jit
+def _encode_root(x):
+    return tl.maximum(_encode(x, 19, 255), tl.where(x > 0.0, 1, 0))
+
+
+@triton.jit
+def _block(
+    tensor,  # its row of the table
+    of,  # its scalars
+    key,  # of the random numbers of this chunk
+    clip,
+    begin,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    MASTERS: tl.constexpr,  # 0 none, 1 float32, 2 the lower halves of float32
+    PACKED: tl.constexpr,
+    ROUND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,  # no element of the block is beyond the end
+    BLOCK: tl.constexpr,
+):
+    size = tl.load(tensor + SIZE)
+    at = begin + tl.arange(0, BLOCK)
+    if PACKED:  # a block of states a row
+        rows: tl.constexpr = BLOCK // _STATE_BLOCK
+        at = at.reshape(rows, _STATE_BLOCK)
+    step_size, decay = tl.load(of), tl.load(of + 1)
+    beta1, rest1 = tl.load(of + 2), tl.load(of + 3)
+    beta2, rest2 = tl.load(of + 4), tl.load(of + 5)
+    eps, root_scale, sign = tl.load(of + 6), tl.load(of + 7), tl.load(of + 8)
+    g = _some(_pointer(tensor, GRAD, G, ALIGNED), at, size, WHOLE).to(tl.float32) * (clip * sign)
+    if PACKED:
+        codes_m = _pointer(tensor, MOMENT, tl.uint8, ALIGNED)
+        codes_r = _pointer(tensor, ROOT, tl.uint8, ALIGNED)
+        block = begin // _STATE_BLOCK + tl.arange(0, rows)
+        held = block * _STATE_BLOCK < size
+        scales_m = _pointer(tensor, MOMENT_SCALE, tl.float32, False) + block
+        scales_r = _pointer(tensor, ROOT_SCALE, tl.float32, False) + block
+        scale_m = tl.load(scales_m, mask=held, other=0.0)
+        scale_r = tl.load(scales_r, mask=held, other=0.0)
+        m = _decode_moment(_some(codes_m, at, size, WHOLE).to(tl.int32))
+        m = m * (scale_m * beta1)[:, None] + g * rest1
+        root = _decode(_some(codes_r, at, size, WHOLE).to(tl.int32), 19, 255) * scale_r[:, None]
+        root = tl.sqrt_rn(root * root * beta2 + g * g * rest2)
+        # one bad value makes its block NaN, so that it is seen; a maximum may drop it
+        poison = tl.sum((m + root) * 0.0, 1)
+        scale_m, scale_r = tl.max(tl.abs(m), 1) + poison, tl.max(root, 1) + poison
+        tl.store(scales_m, scale_m, mask=held)
+        tl.store(scales_r, scale_r, mask=held)
+        inverse_m = tl.where(scale_m > 1e-37, tl.math.div_rn(1.0, scale_m), 0.0)
+        inverse_r = tl.where(scale_r > 1e-37, tl.math.div_rn(1.0, scale_r), 0.0)
+        _put(codes_m, at, _encode_moment(m * inverse_m[:, None]), size, WHOLE)
+        _put(codes_r, at, _encode_root(root * inverse_r[:, None]), size, WHOLE)
+    else:
+        moments = _pointer(tensor, MOMENT, tl.float32, ALIGNED)
+        squares = _pointer(tensor, ROOT, tl.float32, ALIGNED)
+        m = _some(moments, at, size, WHOLE) * beta1 + g * rest1
+        v = _some(squares, at, size, WHOLE) * beta2 + g * g * rest2
+        _put(moments, at, m, size, WHOLE)
+        _put(squares, at, v, size, WHOLE)
+        root = tl.sqrt_rn(v)
+    # the lower half of a master is what to add to the parameter's bits as a signed number
+    if MASTERS == 2:
+        param = _pointer(tensor, PARAM, tl.int16, ALIGNED)
+        master = _pointer(tensor, MASTER, tl.int16, ALIGNED)
+        high = _some(param, at, size, WHOLE).to(tl.int32) << 16
+        low = _some(master, at, size, WHOLE).to(tl.int32)
+        # zero has no lower half: one that was set to zero after its last step keeps that step's
+        bits = tl.where((high << 1) != 0, high + low, high)
+        w = bits.to(tl.float32, bitcast=True)
+    else:
+        param = _pointer(tensor, PARAM, P, ALIGNED)
+        master = _pointer(tensor, MASTER, tl.float32, ALIGNED)
+        w = _some(master if MASTERS == 1 else param, at, size, WHOLE).to(tl.float32)
+    w = w - (w * decay + tl.math.div_rn(m, root * root_scale + eps) * step_size)
+    if MASTERS == 2:
+        bits = tl.where(w == w, w, float("nan")).to(tl.int32, bitcast=True)
+        bits = tl.where(w == w, bits, 0x7FC00000)  # one NaN, which cannot round up
+        _put(param, at, (bits.to(tl.uint32, bitcast=True) + 0x8000) >> 16, size, WHOLE)
+        _put(master, at, bits, size, WHOLE)
+    else:
+        if MASTERS == 1:
+            _put(master, at, w, size, WHOLE)
+        if ROUND:
+            random = _mix((at % _RANDOM_CHUNK).to(tl.uint32) * 0x9E3779B9 + key)
+            up = w.to(tl.uint32, bitcast=True) + (random >> 16)
+            rounded = (up & 0xFFFF0000).to(tl.float32, bitcast=True)
+            w = tl.where(tl.abs(w) <= 3.4028234663852886e38, rounded, w)
+        _put(param, at, w, size, WHOLE)
+
+
+@triton.jit
+def _update(
+    tensors,  # (T, COLUMNS)
+    scalars,  # (T, SCALARS)
+    keys,  # (T,)
+    chunks,  # (programs, 2)
+    clip,  # (1,) or None
+    P: tl.constexpr,
+    G: tl.constexpr,
+    MASTERS: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROUND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    i = tl.load(chunks + 2 * program).to(tl.int64)
+    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    row, of = tensors + i * COLUMNS, scalars + i * SCALARS
+    key = tl.load(keys + i).to(tl.uint32, bitcast=True)
+    key = _mix(key + (start // _RANDOM_CHUNK).to(tl.uint32) * 0x9E3779B9)
+    factor = 1.0
+    if clip is not None:
+        factor = tl.load(clip)
+    size = tl.load(row + SIZE)
+    for begin in range(start, tl.minimum(start + CHUNK, size), BLOCK):
+        if begin + BLOCK <= size:
+            _block(row, of, key, factor, begin, P, G, MASTERS, PACKED, ROUND, ALIGNED, True, BLOCK)
+        else:
+            _block(row, of, key, factor, begin, P, G, MASTERS, PACKED, ROUND, ALIGNED, False, BLOCK)
+
+
+# ---- host ----------------------------------------------------------------------------------------
+
+
+class _Kind(NamedTuple):
+    """What the kernels of a tensor are compiled for."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    masters: int
+    packed: bool
+    rounds: bool
+    aligned: bool
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "P": _TYPES[self.param],
+            "G": _TYPES[self.grad],
+            "MASTERS": self.masters,
+            "PACKED": self.packed,
+            "ROUND": self.rounds,
+            "ALIGNED": self.aligned,
+        }
+
+
+class _Tables(NamedTuple):
+    tensors: Tensor
+    settings: Tensor
+    chunks: list[tuple[_Kind, Tensor]]
+
+
+_captured: list[_Tables] = []  # a CUDA graph reads its tables as long as it is
+
+
+def _upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """To the device without waiting for what runs there."""
+    host = torch.from_numpy(values)
+    return (
+        host.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else host.to(device)
+    )
+
+
+@functools.lru_cache(maxsize=_KEPT_TABLES)
+def _tables(
+    device: torch.device, rows: tuple, kinds: tuple[_Kind, ...], settings: tuple, tensor_lrs: tuple
+) -> _Tables:
+    """`tensor_lrs`: the addresses of lrs that are written into the settings at every step."""
+    sizes = np.array([row[SIZE.value] for row in rows])
+    chunks = []
+    for kind in dict.fromkeys(kinds):
+        of_kind = np.array([i for i, k in enumerate(kinds) if k == kind])
+        counts = -(-sizes[of_kind] // CHUNK)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        table = np.stack([np.repeat(of_kind, counts), np.arange(counts.sum()) - first], 1)
+        chunks.append((kind, _upload(table.astype(np.int32), device)))
+    table = np.array(rows, dtype=np.int64).reshape(len(rows), COLUMNS.value)
+    padded = np.zeros((len(settings), 8))
+    padded[:, :6] = settings
+    return _Tables(_upload(table, device), _upload(padded, device), chunks)
+
+
+def _check(name: str, tensor: Tensor, device: torch.device, size: int | None = None) -> None:
+    if tensor.dtype not in _TYPES:
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{name}: wanted float32, bfloat16 or float16, got {got}")
+    if tensor.device != device:
+        raise InputError(
+            f"{name}: wanted device {device} as the first parameter, got {tensor.device}"
+        )
+    if size is not None and tensor.numel() != size:
+        raise InputError(f"{name}: wanted elements: {size}, got {tensor.numel()}")
+
+
+def adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    steps: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    exp_avg_scales: list[Tensor | None],
+    exp_avg_sq_scales: list[Tensor | None],
+    masters: list[Tensor | None],
+    options: list[tuple[float | Tensor, float, float, float, float, bool, bool]],
+    keys: list[tuple[int, int]],
+    max_grad_norm: float,
+    grad_norm: Tensor | None,
+) -> None:
+    """`reference.adamw`, in place. Everything is checked before anything is written."""
+    device = params[0].device
+    rows, kinds = [], []
+    settings: dict[tuple, int] = {}
+    lrs: dict[int, Tensor] = {}  # row of the settings -> lr
+    seeds: dict[int, int] = {}
+    for i, param in enumerate(params):
+        size, master = param.numel(), masters[i]
+        scales = exp_avg_scales[i], exp_avg_sq_scales[i]
+        _check("param", param, device)
+        _check("grad", grads[i], device, size)
+        _check("step", steps[i], device, 1)
+        lr, *numbers, maximize, rounds = options[i]
+        by_tensor = isinstance(lr, Tensor)
+        setting = (id(lr) if by_tensor else lr, *numbers, maximize)
+        place = settings.setdefault(setting, len(settings))
+        if by_tensor:
+            lrs[place] = lr
+        seed, ordinal = keys[i]
+        if seed not in seeds:
+            seeds[seed] = reference.mix32((seed ^ 0x9E3779B9) & 0xFFFFFFFF)
+        optional = [0 if t is None else t.data_ptr() for t in (*scales, master)]
+        pointers = [t.data_ptr() for t in (param, grads[i], exp_avgs[i], exp_avg_sqs[i])]
+        together = functools.reduce(int.__or__, pointers) | optional[2]
+        rows.append((*pointers, *optional, size, steps[i].data_ptr(), place, seeds[seed], ordinal))
+        kinds.append(
+            _Kind(
+                param.dtype,
+                grads[i].dtype,
+                _MASTERS[None if master is None else master.dtype],
+                scales[0] is not None,
+                rounds,
+                together % 16 == 0,
+            )
+        )
+    numbers = tuple(
+        (0.0 if place in lrs else lr, *rest, -1.0 if maximize else 1.0)
+        for (lr, *rest, maximize), place in settings.items()
+    )
+    addresses = tuple((place, lr.data_ptr()) for place, lr in lrs.items())
+    tables = _tables(device, tuple(rows), tuple(kinds), numbers, addresses)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(tables)
+    for place, lr in lrs.items():
+        tables.settings[place, 0].copy_(lr.reshape(()), non_blocking=True)
+    clip = None
+    if grad_norm is not None:
+        clip = _factor(tables, max_grad_norm, grad_norm)
+    count = len(params)
+    scalars = torch.empty((count, SCALARS.value), dtype=torch.float32, device=device)
+    random_keys = torch.empty(count, dtype=torch.int32, device=device)
+    grid = (triton.cdiv(count, _BEGIN.sizes["BLOCK"]),)
+    launch(
+        _begin, grid, tables.tensors, tables.settings, scalars, random_keys, count, config=_BEGIN
+    )  # fmt: skip
+    for kind, chunks in tables.chunks:
+        launch(
+            _update, (len(chunks),), tables.tensors, scalars, random_keys, chunks, clip,
+            config=_UPDATE, CHUNK=CHUNK, **kind.constants(),
+        )  # fmt: skip
+
+
+def _factor(tables: _Tables, max_grad_norm: float, grad_norm: Tensor) -> Tensor:
+    """Writes the norm of all gradients; what they are multiplied by, (1,) float32."""
+    device = tables.tensors.device
+    count = sum(len(chunks) for _, chunks in tables.chunks)
+    sums = torch.empty(count, dtype=torch.float64, device=device)
+    first = 0
+    for kind, chunks in tables.chunks:
+        launch(
+            _squares, (len(chunks),), tables.tensors, chunks, sums[first : first + len(chunks)],
+            config=_SQUARES, G=_TYPES[kind.grad], ALIGNED=kind.aligned, CHUNK=CHUNK,
+        )  # fmt: skip
+        first += len(chunks)
+    clip = torch.empty(1, dtype=torch.float32, device=device)
+    launch(_norm, (1,), sums, grad_norm, clip, count, float(max_grad_norm), config=_NORM)
+    return clip
