@@ -53,18 +53,19 @@ def outputs_and_gradient(function, logits, target, upstream, **options):
     return [*(o.detach() for o in out), z.grad]
 
 
-def make(rows, classes, dtype, ignored=0.25, scale=3.0, offset=0.0):
+def make(rows, classes, dtype, ignored=0.25, scale=3.0, offset=0.0, device="cpu"):
     logits = (torch.randn(rows, classes) * scale + offset).to(dtype)
     target = torch.randint(0, classes, (rows,))
     target[torch.rand(rows) < ignored] = -100
     if rows:
         target[0] = classes - 1
-    return logits, target
+    return logits.to(device), target.to(device)
 
 
 def check(logits, target, *, ulps=1, of_terms=False, **options):
     upstream = [torch.randn(target.shape if options.get("reduction") == "none" else ())]
     upstream += [torch.randn(target.shape)]
+    upstream = [u.to(logits.device) for u in upstream]
     mine = outputs_and_gradient(ops.cross_entropy, logits, target, upstream, **options)
     # the logits' own rounding is theirs: truth and naive start from the same ones; naive in
     # float32, as losses are

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import Kernel, register
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.backend import register
 from fastlm.errors import InputError
 
 _CLASS_NUMBERS = (torch.int64, torch.int32)
@@ -412,7 +412,11 @@ _forward = register(
     "cross_entropy(Tensor logits, Tensor target, Tensor? class_weight, bool smooth,"
     " int ignore_index, float? softcap, float logit_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": reference.cross_entropy_forward, "cpu": _cpu_forward},
+    implementations={
+        "reference": reference.cross_entropy_forward,
+        "cpu": _cpu_forward,
+        "triton": Kernel("cross_entropy", "cross_entropy_forward"),
+    },
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -421,14 +425,22 @@ _backward = register(
     " Tensor target, Tensor? class_weight, Tensor shift, Tensor log_sum, int ignore_index,"
     " float? softcap, float logit_scale) -> Tensor",
     fake=_backward_fake,
-    implementations={"reference": reference.cross_entropy_backward, "cpu": _cpu_backward},
+    implementations={
+        "reference": reference.cross_entropy_backward,
+        "cpu": _cpu_backward,
+        "triton": Kernel("cross_entropy", "cross_entropy_backward"),
+    },
     picked_by=3,
 )
 _loss = register(
     "cross_entropy_loss(Tensor logits, Tensor target, int ignore_index, bool mean, float? softcap,"
     " float logit_scale, bool keep) -> (Tensor, Tensor)",
     fake=_loss_fake,
-    implementations={"reference": reference.cross_entropy_loss, "cpu": _cpu_loss},
+    implementations={
+        "reference": reference.cross_entropy_loss,
+        "cpu": _cpu_loss,
+        "triton": Kernel("cross_entropy", "cross_entropy_loss"),
+    },
     setup_context=_setup_loss,
     backward=_autograd_loss,
 )
@@ -436,6 +448,10 @@ _loss_backward = register(
     "cross_entropy_loss_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor stats,"
     " int ignore_index, bool mean, float? softcap, float logit_scale) -> Tensor",
     fake=_loss_backward_fake,
-    implementations={"reference": reference.cross_entropy_loss_backward, "cpu": _cpu_loss_backward},
+    implementations={
+        "reference": reference.cross_entropy_loss_backward,
+        "cpu": _cpu_loss_backward,
+        "triton": Kernel("cross_entropy", "cross_entropy_loss_backward"),
+    },
     picked_by=1,
 )

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import autocast, autocast_somewhere, is_eager, register, serves_by
+from fastlm.backend import Kernel, autocast, autocast_somewhere, is_eager, register, serves_by
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 from fastlm.ops.cross_entropy import (
@@ -606,7 +606,11 @@ _forward = register(
     " Tensor? class_weight, bool smooth, int ignore_index, float? softcap, float logit_scale)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": reference.linear_cross_entropy_forward, "cpu": _cpu_forward},
+    implementations={
+        "reference": reference.linear_cross_entropy_forward,
+        "cpu": _cpu_forward,
+        "triton": Kernel("linear_cross_entropy", "linear_cross_entropy_forward"),
+    },
     setup_context=_setup_forward,
     backward=_autograd_forward,
 )
@@ -616,7 +620,11 @@ _backward = register(
     " Tensor log_sum, int ignore_index, float? softcap, float logit_scale, bool need_input,"
     " bool need_weight) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={"reference": reference.linear_cross_entropy_backward, "cpu": _cpu_backward},
+    implementations={
+        "reference": reference.linear_cross_entropy_backward,
+        "cpu": _cpu_backward,
+        "triton": Kernel("linear_cross_entropy", "linear_cross_entropy_backward"),
+    },
     picked_by=3,
 )
 _loss = register(
@@ -625,7 +633,11 @@ _loss = register(
     " int ignore_index, float? softcap, float logit_scale, bool need_input, bool need_weight)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_loss_fake,
-    implementations={"reference": reference.linear_cross_entropy_loss, "cpu": _cpu_loss},
+    implementations={
+        "reference": reference.linear_cross_entropy_loss,
+        "cpu": _cpu_loss,
+        "triton": Kernel("linear_cross_entropy", "linear_cross_entropy_loss"),
+    },
     setup_context=_setup_loss,
     backward=_autograd_loss,
 )
@@ -636,6 +648,7 @@ _loss_backward = register(
     implementations={
         "reference": reference.linear_cross_entropy_loss_backward,
         "cpu": _cpu_loss_backward,
+        "triton": Kernel("linear_cross_entropy", "linear_cross_entropy_loss_backward"),
     },
     picked_by=1,
 )

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import Kernel, register
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.backend import register
 from fastlm.errors import InputError
 
 _BLOCK_ROWS = 64  # rows per partial sum of the weight's gradient, as in csrc/cpu/rms_norm.h
@@ -129,7 +129,11 @@ _forward = register(
     "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, float offset)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": reference.rms_norm_forward, "cpu": _cpu_forward},
+    implementations={
+        "reference": reference.rms_norm_forward,
+        "cpu": _cpu_forward,
+        "triton": Kernel("rms_norm", "rms_norm_forward"),
+    },
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -137,6 +141,10 @@ _backward = register(
     "rms_norm_backward(Tensor dy, Tensor? dh_above, Tensor h, Tensor weight, Tensor rstd,"
     " float offset) -> (Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={"reference": reference.rms_norm_backward, "cpu": _cpu_backward},
+    implementations={
+        "reference": reference.rms_norm_backward,
+        "cpu": _cpu_backward,
+        "triton": Kernel("rms_norm", "rms_norm_backward"),
+    },
     picked_by=2,
 )

@@ -1,0 +1,430 @@
+"""Rows of logits to lse and nll, and to their gradient: two kernels with no option but a few flags.
+
+z = softcap(logit_scale * (logits + bias)); softcap, bias and the sum over all classes are
+compile-time flags. `linear_cross_entropy` runs its chunks of logits through the same two kernels.
+
+Forward: a program walks a row, or one of `splits` parts of it, in blocks. Every lane keeps its own
+running maximum m and s = sum of e^(z - m), one exponential an element (of e^(z - m) and e^(m - z)
+one is 1), and no two threads speak to each other before the end:
+
+    row:      | part 0                    | part 1                    |      parts: 1 with many rows
+              | BLOCK | BLOCK | BLOCK ... | BLOCK | BLOCK | BLOCK ... |
+    lane j:      j       j       j           (m, s, sum of weight, sum of weight * (m - z))
+
+Few rows with many classes would leave most of the GPU idle: their rows are split, and a second
+kernel adds the parts in a fixed order. Rejected: atomics, whose order and so whose bits vary.
+
+Backward: a program takes one block of one row: dz = on_p * p - on_target * (v == target)
+- on_all * weight, from lse as two numbers. A row whose coefficients are all 0 is not read.
+
+Logits are read once each way, the gradient is written once; all arithmetic is float32. A class that
+does not exist is not looked up: its row's loss and gradient are NaN. Nothing was measured on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastlm.kernels.launch import Config, launch, multiprocessors
+from torch import Tensor
+
+_BLOCK = 4096  # classes: 16 a thread, whose m and s stay in registers
+_WAVES = 4  # programs a multiprocessor, below which rows are split
+# Below every logit but -inf: a maximum that began at -inf would make -inf - -inf of a masked class
+_LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def _scaled(logits, bias, at, mask, scale, cap, BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    """z of some classes of a row, and dz / d(scale * logit)."""
+    z = tl.load(logits + at, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        z += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+    z *= scale
+    slope = 1.0
+    if CAPPED:
+        t = _tanh(z / cap)
+        z = cap * t
+        slope = 1.0 - t * t
+    return z, slope
+
+
+@triton.jit
+def _store_row(
+    row,
+    m,
+    s,
+    weights,
+    spread,
+    logits,  # of this row
+    bias,
+    target,
+    shift,
+    log_sum,
+    nll,
+    smoothed,
+    classes,
+    ignore_index,
+    scale,
+    cap,
+    BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """A row's results from the sums over all its classes."""
+    log_s = tl.log(s)
+    tl.store(shift + row, m)
+    tl.store(log_sum + row, log_s)
+    if SMOOTH:
+        tl.store(smoothed + row, spread + log_s * weights)
+    label = tl.load(target + row)
+    exists = (label >= 0) & (label < classes)
+    z, _ = _scaled(logits, bias, tl.where(exists, label, 0), exists, scale, cap, BIAS, CAPPED)
+    loss = tl.where(exists, log_s - (z - m), float("nan"))
+    tl.store(nll + row, tl.where(label == ignore_index, 0.0, loss))
+
+
+@triton.jit
+def _combined(m, s, weights, spread, SMOOTH: tl.constexpr):
+    """Sums relative to one maximum from sums relative to several."""
+    top = tl.max(m, 0)
+    s = tl.sum(s * tl.exp(m - top), 0)
+    if SMOOTH:
+        spread = tl.sum(spread + (top - m) * weights, 0)
+        weights = tl.sum(weights, 0)
+    return top, s, weights, spread
+
+
+@triton.jit
+def _forward(
+    logits,  # (rows, classes), rows stride apart
+    bias,  # (classes,), or anything
+    target,  # (rows,) int64
+    class_weight,  # (classes,), or None: weights of 1
+    parts,  # (4, rows, splits) float32: m, s, sum of weights, sum of weight * (m - z)
+    shift,  # (rows,) float32
+    log_sum,  # (rows,) float32
+    nll,  # (rows,) float32
+    smoothed,  # (rows,) float32, or empty
+    classes,
+    stride,
+    ignore_index,
+    scale,
+    cap,
+    width,  # classes of a part: whole blocks
+    splits,
+    BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    logits += row * stride
+    m = tl.full([BLOCK], _LOWEST, tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    weights = tl.zeros([BLOCK], tl.float32)
+    spread = tl.zeros([BLOCK], tl.float32)
+    for start in range(part * width, tl.minimum((part + 1) * width, classes), BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < classes
+        z, _ = _scaled(logits, bias, at, mask, scale, cap, BIAS, CAPPED)
+        z = tl.where(mask, z, float("-inf"))
+        above = tl.maximum(m, z)
+        if SMOOTH:
+            w = tl.where(mask, 1.0, 0.0)
+            if WEIGHTED:
+                w = tl.load(class_weight + at, mask=mask, other=0.0).to(tl.float32)
+            spread += (above - m) * weights + tl.where(mask, w * (above - z), 0.0)
+            weights += w
+        e = tl.exp(-tl.abs(z - m))
+        s = tl.where(z > m, s * e + 1.0, s + e)
+        m = above
+    m, s, weights, spread = _combined(m, s, weights, spread, SMOOTH)
+    if SPLIT:
+        to = parts + row * splits + part
+        step = tl.num_programs(0).to(tl.int64) * splits
+        tl.store(to, m)
+        tl.store(to + step, s)
+        if SMOOTH:
+            tl.store(to + 2 * step, weights)
+            tl.store(to + 3 * step, spread)
+    else:
+        _store_row(
+            row, m, s, weights, spread, logits, bias, target, shift, log_sum, nll, smoothed,
+            classes, ignore_index, scale, cap, BIAS, CAPPED, SMOOTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_parts(
+    logits,  # as in _forward
+    bias,
+    target,
+    parts,
+    shift,
+    log_sum,
+    nll,
+    smoothed,
+    classes,
+    stride,
+    ignore_index,
+    scale,
+    cap,
+    splits,
+    BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < splits
+    step = tl.num_programs(0).to(tl.int64) * splits
+    parts += row * splits + at
+    m = tl.load(parts, mask=mask, other=_LOWEST)
+    s = tl.load(parts + step, mask=mask, other=0.0)
+    weights = tl.zeros([BLOCK], tl.float32)
+    spread = weights
+    if SMOOTH:
+        weights = tl.load(parts + 2 * step, mask=mask, other=0.0)
+        spread = tl.load(parts + 3 * step, mask=mask, other=0.0)
+    m, s, weights, spread = _combined(m, s, weights, spread, SMOOTH)
+    _store_row(
+        row, m, s, weights, spread, logits + row * stride, bias, target, shift, log_sum, nll,
+        smoothed, classes, ignore_index, scale, cap, BIAS, CAPPED, SMOOTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def _backward(
+    on_p,  # (rows,) float32
+    on_target,  # (rows,) float32
+    on_all,  # (rows,) float32, or anything
+    logits,  # (rows, classes), rows stride apart
+    bias,  # (classes,), or anything
+    target,  # (rows,) int64
+    class_weight,  # (classes,), or None: weights of 1
+    shift,  # (rows,) float32
+    log_sum,  # (rows,) float32
+    d_logits,  # (rows, classes), contiguous; may be logits
+    classes,
+    stride,
+    ignore_index,
+    scale,
+    cap,
+    BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < classes
+    label = tl.load(target + row)
+    valid = label != ignore_index
+    missing = valid & ((label < 0) | (label >= classes))
+    on_class = tl.where(valid, tl.load(on_target + row), 0.0)
+    on_prob = tl.where(missing, float("nan"), tl.load(on_p + row))
+    # what has no part in the loss has a gradient of 0, also where a logit is NaN
+    used = (on_prob != 0.0) | (on_class != 0.0)
+    if SMOOTH:
+        all_classes = tl.load(on_all + row)
+        used |= all_classes != 0.0
+    read = at < tl.where(used, classes, 0)
+    z, slope = _scaled(logits + row * stride, bias, at, read, scale, cap, BIAS, CAPPED)
+    dz = on_prob * tl.exp(z - tl.load(shift + row) - tl.load(log_sum + row))
+    dz = tl.where(on_prob == 0.0, 0.0, dz)
+    less = tl.where(at == label, on_class, 0.0)
+    if SMOOTH:
+        w = all_classes
+        if WEIGHTED:
+            w *= tl.load(class_weight + at, mask=mask, other=0.0).to(tl.float32)
+        less += w
+    dz -= less  # as one: of one class on_p is their sum, and the difference 0
+    grad = tl.where(read, dz * slope * scale, 0.0)
+    tl.store(d_logits + row * classes + at, grad.to(d_logits.dtype.element_ty), mask=mask)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Rows may be apart, elements of a row may not."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _config(classes: int) -> Config:
+    block = min(_BLOCK, triton.next_power_of_2(classes))
+    return Config({"BLOCK": block}, num_warps=max(1, min(8, block // 128)))
+
+
+def row_statistics(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    smooth: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """`outputs` (shift, log_sum, nll, smoothed), each contiguous, of the rows of logits + bias."""
+    rows, classes = logits.shape
+    logits, config = _rows(logits), _config(classes)
+    blocks = triton.cdiv(classes, config.sizes["BLOCK"])
+    wanted = triton.cdiv(_WAVES * multiprocessors(logits.device), max(1, rows))
+    each = triton.cdiv(blocks, min(blocks, wanted))
+    splits = triton.cdiv(blocks, each)
+    parts = outputs[0]
+    if splits > 1:
+        make = {"dtype": torch.float32, "device": logits.device}
+        parts = torch.empty(4 if smooth else 2, rows, splits, **make)
+    width = each * config.sizes["BLOCK"]
+    operands = (logits, bias if bias is not None else logits, target.contiguous())
+    sizes = (classes, logits.stride(0), ignore_index, logit_scale, softcap or 1.0)
+    flags = {"BIAS": bias is not None, "CAPPED": softcap is not None, "SMOOTH": smooth}
+    launch(
+        _forward, (rows, splits), *operands, class_weight, parts, *outputs, *sizes, width, splits,
+        config=config, WEIGHTED=class_weight is not None, SPLIT=splits > 1, **flags,
+    )  # fmt: skip
+    if splits > 1:
+        adding = Config({"BLOCK": triton.next_power_of_2(splits)}, num_warps=1)
+        launch(
+            _add_parts, (rows,), *operands, parts, *outputs, *sizes, splits, config=adding, **flags
+        )
+
+
+def row_gradients(
+    on_p: Tensor,
+    on_target: Tensor,
+    on_all: Tensor | None,
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    d_logits: Tensor,
+) -> None:
+    """`d_logits`: contiguous, any float dtype; may be `logits` where that is contiguous."""
+    rows, classes = logits.shape
+    logits, config = _rows(logits), _config(classes)
+    on_p, on_target = on_p.contiguous(), on_target.contiguous()
+    launch(
+        _backward,
+        (rows, triton.cdiv(classes, config.sizes["BLOCK"])),
+        on_p,
+        on_target,
+        on_p if on_all is None else on_all.contiguous(),
+        logits,
+        logits if bias is None else bias,
+        target.contiguous(),
+        class_weight,
+        shift,
+        log_sum,
+        d_logits,
+        classes,
+        logits.stride(0),
+        ignore_index,
+        logit_scale,
+        softcap or 1.0,
+        config=config,
+        BIAS=bias is not None,
+        CAPPED=softcap is not None,
+        SMOOTH=on_all is not None,
+        WEIGHTED=class_weight is not None,
+    )
+
+
+def row_outputs(target: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """shift, log_sum, nll and smoothed (empty unless `smooth`), to be written."""
+    make = {"dtype": torch.float32, "device": target.device}
+    shift, log_sum, nll = (torch.empty(target.shape, **make) for _ in range(3))
+    return shift, log_sum, nll, torch.empty(target.shape if smooth else 0, **make)
+
+
+def cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    smooth: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = row_outputs(target, smooth)
+    weight = class_weight.contiguous() if smooth and class_weight is not None else None
+    options = (ignore_index, softcap, logit_scale)
+    row_statistics(logits, None, target, weight, smooth, *options, outputs)
+    return outputs
+
+
+def cross_entropy_backward(
+    on_p: Tensor,
+    on_target: Tensor,
+    on_all: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    weight = class_weight.contiguous() if on_all is not None and class_weight is not None else None
+    row_gradients(
+        on_p, on_target, on_all, logits, None, target, weight, shift, log_sum, ignore_index,
+        softcap, logit_scale, d_logits,
+    )  # fmt: skip
+    return d_logits
+
+
+def cross_entropy_loss(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    mean: bool,
+    softcap: float | None,
+    logit_scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    stats = torch.empty(3, len(target), dtype=torch.float32, device=logits.device)
+    shift, log_sum, nll = stats.unbind(0)
+    outputs = (shift, log_sum, nll, nll)
+    row_statistics(
+        logits, None, target, None, False, ignore_index, softcap, logit_scale, outputs
+    )  # fmt: skip
+    loss = nll.sum()
+    if mean:
+        loss = loss / (target != ignore_index).sum()
+    return loss, stats if keep else stats.new_empty(0)
+
+
+def cross_entropy_loss_backward(
+    d_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    mean: bool,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    valid = target != ignore_index
+    on_row = torch.where(valid, d_loss / valid.sum() if mean else d_loss, 0.0)
+    shift, log_sum, _ = stats.unbind(0)
+    return cross_entropy_backward(
+        on_row, on_row, None, logits, target, None, shift, log_sum, ignore_index, softcap,
+        logit_scale,
+    )  # fmt: skip

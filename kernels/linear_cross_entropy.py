@@ -1,0 +1,218 @@
+"""Cross-entropy of x W^T + bias, chunk of rows by chunk of rows: matrix products by cuBLAS, the
+logits by `cross_entropy`'s two kernels.
+
+    per chunk of rows:   logits   = x[chunk] W^T               float32, (chunk, V)
+                         lse, nll = forward(logits + bias)     reads logits once
+                         d_logits = backward(logits + bias)    reads them again, writes x's dtype
+                         d_input[chunk] = d_logits W
+                         d_weight      += d_logits^T x[chunk]  summed in float32 in memory
+
+Logits are float32: cuBLAS holds them so and 16-bit products may keep them (``out_dtype``), rounding
+them would cost the loss 2^-9 of each logit. d_weight is added to by ``addmm`` into itself, which
+reads and writes it once a chunk; that, and tiles that fill the GPU, is why chunks are large.
+
+Memory beside the results: a chunk's logits and their gradient, 6 bytes a logit (4 of float32, whose
+gradient takes the logits' place). What torch holds of `F.cross_entropy(F.linear(x, w).float())` at
+its peak, in the backward, is 12 bytes of all N V logits. A chunk has N / 4 rows (at least 128), so
+
+    chunk * V * 6  <=  N * V * 12 / 8,      and never more than `_WORKSPACE` where 128 rows fit.
+
+Nothing waits for the GPU: ignored rows are not left out, as on the CPU, but have coefficients, and
+so gradients, of 0; their x is set to 0 for d_weight, in which 0 * NaN would stay NaN.
+
+Rejected: one program a row that writes the gradient over the logits it has just summed. Rows of
+float32 are 0.5 MB at 128 thousand classes, 70 MB for one row a multiprocessor, more than an H100's
+L2 cache: the second read comes from memory either way, and few rows would leave the GPU idle.
+Nothing was measured on a GPU.
+"""
+
+import torch
+import torch.nn.functional as F
+from fastlm.kernels.cross_entropy import row_gradients, row_outputs, row_statistics
+from torch import Tensor
+
+_TILE = 128  # rows: what a product's tile takes
+_WORKSPACE = 1 << 30  # bytes: 1300 rows of 128 thousand classes
+
+
+def _chunk_rows(rows: int, classes: int, itemsize: int) -> int:
+    bytes_a_row = classes * (4 if itemsize == 4 else 4 + itemsize)
+    most = min(rows // 4, _WORKSPACE // bytes_a_row)
+    return min(rows, max(_TILE, most // _TILE * _TILE))
+
+
+class _Chunks:
+    """Rows in chunks, their workspace and what all of them share."""
+
+    def __init__(self, input, linear_weight, linear_bias, target, class_weight, *options):
+        self.x, self.w, self.target, self.options = input, linear_weight, target, options
+        self.bias = None if linear_bias is None else linear_bias.contiguous()
+        self.class_weight = None if class_weight is None else class_weight.contiguous()
+        classes = len(linear_weight)
+        self.rows = _chunk_rows(len(input), classes, input.element_size())
+        make = {"dtype": torch.float32, "device": input.device}
+        self.logits = torch.empty(self.rows, classes, **make)
+        self.d_logits = self.logits  # element by element in the same place
+        self.make = make
+
+    def __iter__(self):
+        for i in range(0, len(self.x), self.rows):
+            part = slice(i, min(i + self.rows, len(self.x)))
+            x, logits = self.x[part], self.logits[: part.stop - i]
+            if x.dtype == torch.float32:
+                torch.mm(x, self.w.t(), out=logits)
+            elif x.device.type == "cpu":
+                logits.copy_(F.linear(x.float(), self.w.float()))
+            else:
+                torch.mm(x, self.w.t(), out_dtype=torch.float32, out=logits)
+            yield part, logits
+
+    def statistics(self, part: slice, logits: Tensor, smooth: bool, outputs) -> None:
+        shift, log_sum, nll, smoothed = outputs
+        here = (shift[part], log_sum[part], nll[part], smoothed[part] if smooth else smoothed)
+        row_statistics(
+            logits, self.bias, self.target[part], self.class_weight, smooth, *self.options, here
+        )
+
+    def outputs(self, linear_bias: Tensor | None, need_input: bool, need_weight: bool) -> None:
+        """Gradients to be written, that of weight and bias in float32; empty where not needed."""
+        x, w, make = self.x, self.w, self.make
+        if x.dtype != torch.float32:
+            self.d_logits = torch.empty(self.logits.shape, dtype=x.dtype, device=x.device)
+        self.d_input = torch.empty(x.shape if need_input else 0, dtype=x.dtype, device=x.device)
+        self.d_weight = torch.empty(w.shape if need_weight else 0, **make)
+        self.d_bias = torch.zeros(0 if linear_bias is None else len(w), **make)
+        if not len(x):
+            self.d_weight.zero_()
+
+    def gradients(self, part: slice, logits: Tensor, on_p, on_target, on_all, stats) -> None:
+        x, target = self.x[part], self.target[part]
+        d_logits = self.d_logits[: len(x)]
+        shift, log_sum = (t[part] for t in stats)
+        row_gradients(
+            on_p, on_target, on_all, logits, self.bias, target, self.class_weight, shift, log_sum,
+            *self.options, d_logits,
+        )  # fmt: skip
+        if self.d_input.numel():
+            torch.mm(d_logits, self.w, out=self.d_input[part])
+        if self.d_weight.numel():
+            used = (on_p != 0) | (on_target != 0)
+            if on_all is not None:
+                used |= on_all != 0
+            self._add_to_weight(d_logits.t(), x.masked_fill(~used[:, None], 0), part.start == 0)
+        if self.bias is not None:
+            self.d_bias += d_logits.sum(0, dtype=torch.float32)
+
+    def _add_to_weight(self, d_logits: Tensor, x: Tensor, first: bool) -> None:
+        d_weight = self.d_weight
+        if x.device.type == "cpu":  # which multiplies 16 bits to 16 bits only
+            d_logits, x = d_logits.float(), x.float()
+        mixed = {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
+        if first:
+            torch.mm(d_logits, x, **mixed, out=d_weight)
+        else:
+            torch.addmm(d_weight, d_logits, x, **mixed, out=d_weight)
+
+
+def linear_cross_entropy_forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    smooth: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (ignore_index, softcap, logit_scale)
+    chunks = _Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
+    outputs = row_outputs(target, smooth)
+    for part, logits in chunks:
+        chunks.statistics(part, logits, smooth, outputs)
+    return outputs
+
+
+def linear_cross_entropy_backward(
+    on_p: Tensor,
+    on_target: Tensor,
+    on_all: Tensor | None,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (ignore_index, softcap, logit_scale)
+    chunks = _Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
+    chunks.outputs(linear_bias, need_input, need_weight)
+    for part, logits in chunks:
+        every = None if on_all is None else on_all[part]
+        chunks.gradients(part, logits, on_p[part], on_target[part], every, (shift, log_sum))
+    bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
+    return chunks.d_input, chunks.d_weight.to(input.dtype), chunks.d_bias.to(bias_dtype)
+
+
+def linear_cross_entropy_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    on_nll: Tensor,
+    on_smoothed: Tensor | None,
+    on_square: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    smooth, valid = on_smoothed is not None, target != ignore_index
+    options = (ignore_index, softcap, logit_scale)
+    chunks = _Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
+    chunks.outputs(linear_bias, need_input, need_weight)
+    shift, log_sum, nll, smoothed = outputs = row_outputs(target, smooth)
+    total = len(linear_weight) if class_weight is None else class_weight.float().sum()
+    # `where`, not a factor of 0: the mean over no row is a factor of NaN
+    on_target = torch.where(valid, on_nll, 0.0)
+    on_all = None if on_smoothed is None else torch.where(valid, on_smoothed, 0.0)
+    for part, logits in chunks:
+        chunks.statistics(part, logits, smooth, outputs)
+        on_p = on_target[part]
+        if on_all is not None:
+            on_p = on_p + on_all[part] * total
+        if on_square is not None:
+            lse = shift[part] + log_sum[part]
+            on_p = on_p + torch.where(valid[part], 2 * on_square[part] * lse, 0.0)
+        every = None if on_all is None else on_all[part]
+        chunks.gradients(part, logits, on_p, on_target[part], every, (shift, log_sum))
+    loss = on_nll * nll
+    if on_smoothed is not None:
+        loss = loss + on_smoothed * torch.where(valid, smoothed, 0.0)
+    if on_square is not None:
+        loss = loss + on_square * torch.where(valid, shift + log_sum, 0.0).square()
+    return loss.sum(), chunks.d_input, chunks.d_weight, chunks.d_bias
+
+
+def linear_cross_entropy_loss_backward(
+    d_loss: Tensor,
+    d_input: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results are rounded from the float32 product: torch computes 16-bit times 0-dim so."""
+    gradients = ((d_input, d_input.dtype), (d_weight, weight_dtype), (d_bias, bias_dtype))
+    scaled = [torch.empty(t.shape, dtype=dtype, device=t.device) for t, dtype in gradients]
+    for (t, _), out in zip(gradients, scaled):
+        torch.mul(t, d_loss, out=out)
+    return scaled[0], scaled[1], scaled[2]

@@ -1,0 +1,291 @@
+"""h = x + residual, y = h * rstd * (offset + weight) with rstd = 1 / sqrt(mean(h^2) + eps).
+
+Forward, rows of up to `_WHOLE` elements: a program takes ROWS rows whole into registers, so that
+x (and residual) are read once and y (and h) written once. Wider rows are walked twice in blocks;
+the second walk reads what the first has brought into the cache.
+
+    program i:   rows [i * ROWS ...)  x  [0 ... BLOCK)      BLOCK a power of two >= H
+
+Backward, with g = dy * (offset + weight): dh = rstd * (g - h * rstd^2 * mean(g * h)) + dh_above,
+dweight = sum over rows of dy * h * rstd. A program walks every `programs`-th tile of rows and
+keeps its share of dweight in registers; shares are added by torch, in a fixed order. Each operand
+is read once. Rows wider than `_WHOLE`: one program a row walks it twice for dh, and dweight is a
+kernel of its own over columns, which reads dy and h a third time.
+
+    dweight:  program (j, p):  columns [j * BLOCK ...)  x  rows p, p + programs, ...
+
+Statistics, products and sums are float32; h is rounded to x's dtype before it is normalised.
+Nothing was measured on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastlm.kernels.launch import Config, launch, multiprocessors
+from torch import Tensor
+
+_WHOLE = 8192  # elements of a row in registers: 16 to 32 a thread for each of up to four operands
+_TILE = 4096  # elements of narrow rows that a program takes: 32 a thread
+_BLOCK = 4096  # elements of a wide row at a time
+# Programs of the backward a multiprocessor: enough to hide latency; each costs H float32 of dweight
+_WAVES = 4
+
+
+@triton.jit
+def _rstd(squares, width, eps):
+    return 1.0 / tl.sqrt_rn(squares / width + eps)
+
+
+@triton.jit
+def _sum_of(x, residual, at, other_at, mask, HAS_RESIDUAL: tl.constexpr):
+    """x + residual, rounded to x's dtype."""
+    h = tl.load(x + at, mask=mask, other=0.0)
+    if HAS_RESIDUAL:
+        r = tl.load(residual + other_at, mask=mask, other=0.0)
+        h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
+    return h
+
+
+@triton.jit
+def _forward(
+    x,  # (rows, width), rows x_stride apart
+    residual,  # likewise, or None
+    weight,  # (width,)
+    y,  # (rows, width), contiguous
+    h,  # likewise, or None
+    rstd,  # (rows,) float32
+    rows,
+    width,
+    x_stride,
+    residual_stride,
+    eps,
+    offset,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (at < width)[None, :]
+    from_x = row[:, None] * x_stride + at[None, :]
+    to = row[:, None] * width + at[None, :]
+    from_residual = row[:, None] * residual_stride + at[None, :]
+    sum_ = _sum_of(x, residual, from_x, from_residual, mask, HAS_RESIDUAL)
+    if HAS_RESIDUAL:
+        tl.store(h + to, sum_, mask=mask)
+    wide = sum_.to(tl.float32)
+    r = _rstd(tl.sum(wide * wide, 1), width, eps)
+    w = offset + tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
+    tl.store(y + to, (wide * r[:, None] * w[None, :]).to(y.dtype.element_ty), mask=mask)
+    tl.store(rstd + row, r, mask=row < rows)
+
+
+@triton.jit
+def _forward_wide(
+    x,  # (rows, width), rows x_stride apart
+    residual,  # likewise, or None
+    weight,  # (width,)
+    y,  # (rows, width), contiguous
+    h,  # likewise, or None
+    rstd,  # (rows,) float32
+    width,
+    x_stride,
+    residual_stride,
+    eps,
+    offset,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        wide = _sum_of(
+            x, residual, row * x_stride + at, row * residual_stride + at, at < width, HAS_RESIDUAL
+        ).to(tl.float32)
+        squares += wide * wide
+    r = _rstd(tl.sum(squares, 0), width, eps)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < width
+        sum_ = _sum_of(
+            x, residual, row * x_stride + at, row * residual_stride + at, mask, HAS_RESIDUAL
+        )
+        if HAS_RESIDUAL:
+            tl.store(h + row * width + at, sum_, mask=mask)
+        w = offset + tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+        scaled = sum_.to(tl.float32) * r * w
+        tl.store(y + row * width + at, scaled.to(y.dtype.element_ty), mask=mask)
+    tl.store(rstd + row, r)
+
+
+@triton.jit
+def _backward(
+    dy,  # (rows, width), rows dy_stride apart
+    dh_above,  # likewise, or None
+    h,  # likewise
+    weight,  # (width,)
+    rstd,  # (rows,) float32
+    dh,  # (rows, width), contiguous
+    dweight,  # (programs, width) float32, contiguous
+    rows,
+    width,
+    dy_stride,
+    above_stride,
+    h_stride,
+    offset,
+    HAS_ABOVE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    w = offset + tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
+    share = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (at < width)[None, :]
+        r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+        d = tl.load(dy + row[:, None] * dy_stride + at[None, :], mask=mask, other=0.0)
+        d = d.to(tl.float32)
+        normed = tl.load(h + row[:, None] * h_stride + at[None, :], mask=mask, other=0.0)
+        normed = normed.to(tl.float32) * r
+        share += d * normed
+        g = d * w[None, :]
+        mean = tl.sum(g * normed, 1) / width
+        grad = r * (g - normed * mean[:, None])
+        if HAS_ABOVE:
+            from_above = row[:, None] * above_stride + at[None, :]
+            grad += tl.load(dh_above + from_above, mask=mask, other=0.0).to(tl.float32)
+        to = row[:, None] * width + at[None, :]
+        tl.store(dh + to, grad.to(dh.dtype.element_ty), mask=mask)
+    tl.store(dweight + program * width + at, tl.sum(share, 0), mask=at < width)
+
+
+@triton.jit
+def _backward_wide(
+    dy,  # (rows, width), rows dy_stride apart
+    dh_above,  # likewise, or None
+    h,  # likewise
+    weight,  # (width,)
+    rstd,  # (rows,) float32
+    dh,  # (rows, width), contiguous
+    width,
+    dy_stride,
+    above_stride,
+    h_stride,
+    offset,
+    HAS_ABOVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    r = tl.load(rstd + row)
+    products = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < width
+        w = offset + tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32) * w
+        normed = tl.load(h + row * h_stride + at, mask=mask, other=0.0).to(tl.float32) * r
+        products += g * normed
+    mean = tl.sum(products, 0) / width
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < width
+        w = offset + tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32) * w
+        normed = tl.load(h + row * h_stride + at, mask=mask, other=0.0).to(tl.float32) * r
+        grad = r * (g - normed * mean)
+        if HAS_ABOVE:
+            grad += tl.load(dh_above + row * above_stride + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dh + row * width + at, grad.to(dh.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_gradient(
+    dy,  # (rows, width), rows dy_stride apart
+    h,  # likewise
+    rstd,  # (rows,) float32
+    dweight,  # (programs, width) float32, contiguous
+    rows,
+    width,
+    dy_stride,
+    h_stride,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < width
+    share = tl.zeros([BLOCK], tl.float32)
+    for row in range(program, rows, tl.num_programs(1)):
+        d = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32)
+        normed = tl.load(h + row * h_stride + at, mask=mask, other=0.0).to(tl.float32)
+        share += d * (normed * tl.load(rstd + row))
+    tl.store(dweight + program * width + at, share, mask=mask)
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """(rows, width), rows apart, elements of a row side by side."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _tile(rows: int, width: int, most: int) -> Config:
+    """Whole rows: one of a wide kind, several of a narrow kind, no more than there are."""
+    block = triton.next_power_of_2(width)
+    tile = max(1, min(most // block, triton.next_power_of_2(rows)))
+    # 16 elements a thread, and 32 where 16 warps are not enough
+    return Config({"ROWS": tile, "BLOCK": block}, num_warps=max(1, min(16, tile * block // 512)))
+
+
+_WIDE = Config({"BLOCK": _BLOCK}, num_warps=8)  # 16 elements a thread
+_COLUMNS = Config({"BLOCK": 1024}, num_warps=4)  # 8: one 128-bit access of 16-bit elements
+
+
+def rms_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = x.shape[-1]
+    make = {"dtype": x.dtype, "device": x.device}
+    y, h = torch.empty(x.shape, **make), torch.empty(0 if residual is None else x.shape, **make)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    xs = _matrix(x)
+    rs = xs if residual is None else _matrix(residual)
+    operands = (xs, rs, weight.contiguous(), y, h, rstd)
+    sizes = (width, xs.stride(0), rs.stride(0), eps, offset)
+    rows, flags = len(xs), {"HAS_RESIDUAL": residual is not None}
+    if width > _WHOLE:
+        launch(_forward_wide, (rows,), *operands, *sizes, config=_WIDE, **flags)
+    else:
+        config = _tile(rows, width, _TILE)
+        grid = (triton.cdiv(rows, config.sizes["ROWS"]),)
+        launch(_forward, grid, *operands, rows, *sizes, config=config, **flags)
+    return y, h, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
+) -> tuple[Tensor, Tensor]:
+    width = h.shape[-1]
+    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    ds, hs = _matrix(dy), _matrix(h)
+    above = ds if dh_above is None else _matrix(dh_above)
+    operands = (ds, above, hs, weight.contiguous(), rstd, dh)
+    sizes = (width, ds.stride(0), above.stride(0), hs.stride(0), offset)
+    rows, flags = len(hs), {"HAS_ABOVE": dh_above is not None}
+    most = _WAVES * multiprocessors(h.device)
+    make = {"dtype": torch.float32, "device": h.device}
+    if width > _WHOLE:
+        launch(_backward_wide, (rows,), *operands, *sizes, config=_WIDE, **flags)
+        columns = triton.cdiv(width, _COLUMNS.sizes["BLOCK"])
+        shares = torch.empty(min(rows, triton.cdiv(most, columns)), width, **make)
+        launch(
+            _weight_gradient, (columns, len(shares)), ds, hs, rstd, shares, rows, width,
+            ds.stride(0), hs.stride(0), config=_COLUMNS,
+        )  # fmt: skip
+    else:
+        config = _tile(rows, width, _TILE // 2)
+        tiles = triton.cdiv(rows, config.sizes["ROWS"])
+        shares = torch.empty(min(tiles, most), width, **make)
+        launch(_backward, (len(shares),), *operands, shares, rows, *sizes, config=config, **flags)
+    return dh, shares.sum(0)
