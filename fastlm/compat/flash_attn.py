@@ -70,8 +70,9 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_func` of qkv (B, S, 3, H, D), read where it lies."""
+    q, k, v = _parts("qkv", qkv, 3, 5)
     return flash_attn_func(
-        *_parts("qkv", qkv, 3, 5), dropout_p, softmax_scale, causal, window_size, softcap,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -89,8 +90,9 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_func` of q (B, S, H, D) and kv (B, T, 2, Hkv, D), read where it lies."""
+    k, v = _parts("kv", kv, 2, 5)
     return flash_attn_func(
-        q, *_parts("kv", kv, 2, 5), dropout_p, softmax_scale, causal, window_size, softcap,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -168,8 +170,9 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_varlen_func` of qkv (total, 3, H, D)."""
+    q, k, v = _parts("qkv", qkv, 3, 4)
     return flash_attn_varlen_func(
-        *_parts("qkv", qkv, 3, 4), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p,
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p,
         softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -191,8 +194,9 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_varlen_func` of q (total_q, H, D) and kv (total_k, 2, Hkv, D)."""
+    k, v = _parts("kv", kv, 2, 4)
     return flash_attn_varlen_func(
-        q, *_parts("kv", kv, 2, 4), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
