@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastlm.optim import AdamW
     from fastlm.patching import patch, unpatch
     from fastlm.quant import QuantizedWeight, quantize
+    from fastlm.sdpa import register_sdpa
     from fastlm.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "ops",
     "patch",
     "quantize",
+    "register_sdpa",
     "unpatch",
     "use_backend",
 ]
@@ -45,6 +47,7 @@ _PUBLIC = {
     "ops": "fastlm.ops",
     "patch": "fastlm.patching",
     "quantize": "fastlm.quant",
+    "register_sdpa": "fastlm.sdpa",
     "unpatch": "fastlm.patching",
     "use_backend": "fastlm.backend",
 }

@@ -1,0 +1,385 @@
+"""flash-attn 2's functions by its documented signatures, on `fastlm.ops`, on a CPU as well::
+
+    from fastlm.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
+
+Tensors are (B, S, H, D), packed ones (total, H, D). Any head width, float32 too. What differs:
+
+- ``deterministic`` and ``num_splits`` change nothing: every backward here gives the same bits.
+- ``return_attn_probs`` gives (out, lse, an empty tensor), what flash-attn gives without dropout;
+  with dropout it is refused, since nothing here holds probabilities. lse is differentiable, and
+  -inf where a row sees nothing.
+- Dropout draws other numbers.
+- Pages of ``block_table`` may have any size; ``cache_leftpad`` works with them.
+- ``flash_attn_with_kvcache`` has no backward, as there; here a tensor that asks for one is refused.
+
+A window that looks ahead (right > 0, or a left one alone without ``causal``) and slopes that differ
+in the batch become a bias: (S, T), or (B, H, S, T) for the slopes, in memory. All else is free.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.errors import InputError
+from fastlm.ops import attention, paged_attention, rope, varlen_attention
+
+Window = tuple[int, int]  # keys seen to the left and to the right, -1: all
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`fastlm.ops.attention` of q (B, S, H, D), k and v (B, T, Hkv, D) -> (B, S, H, D).
+
+    Query i sees keys i + T - S - left to i + T - S + right; ``causal`` is right = 0. alibi_slopes:
+    (H,) or (B, H). lse is (B, H, S).
+    """
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise InputError(f"{name}: wanted (B, length, heads, D), got {tuple(t.shape)}")
+    rows, keys = q.shape[1], k.shape[1]
+    options = _options(q, causal, window_size, alibi_slopes, rows, keys, keys - rows)
+    out, lse = attention(
+        *(t.transpose(1, 2) for t in (q, k, v)),
+        **options, **_numbers(softmax_scale, softcap), dropout_p=dropout_p, return_lse=True,
+    )  # fmt: skip
+    return _result(q, out.transpose(1, 2), lse, dropout_p, return_attn_probs)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` of qkv (B, S, 3, H, D), read where it lies."""
+    q, k, v = _parts("qkv", qkv, 3, 5)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` of q (B, S, H, D) and kv (B, T, 2, Hkv, D), read where it lies."""
+    k, v = _parts("kv", kv, 2, 5)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Any:
+    """`flash_attn_func` of each sequence in q (total_q, H, D), k and v (total_k, Hkv, D).
+
+    With block_table (B, pages a sequence) k and v are pages (pages, page_size, Hkv, D), of which
+    ``cu_seqlens_k`` gives the lengths; q is then padded to max_seqlen_q rows a sequence, and there
+    is neither dropout nor a backward. lse is (H, total_q).
+    """
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if t.dim() != 1:
+            raise InputError(f"{name}: wanted (B + 1,), got {tuple(t.shape)}")
+    numbers = _numbers(softmax_scale, softcap)
+    lengths = cu_seqlens_k.diff()
+    if block_table is not None:
+        if dropout_p:
+            raise InputError(f"dropout_p: wanted 0 with block_table, got {dropout_p}")
+        options = _options(
+            q, causal, window_size, alibi_slopes, max_seqlen_q,
+            block_table.shape[1] * k.shape[1], _per_sequence(lengths - max_seqlen_q),
+        )  # fmt: skip
+        # sequences end at the last row, as their keys do: row r of sequence b is first[b] + r
+        first = cu_seqlens_q[1:] - max_seqlen_q
+        place = first[:, None] + torch.arange(max_seqlen_q, device=q.device)
+        padded = q[place.clamp(0, max(q.shape[0] - 1, 0))]
+        out, lse = paged_attention(
+            padded, k, v, block_table, lengths, **options, **numbers, return_lse=True
+        )
+        token = torch.arange(q.shape[0], device=q.device)
+        sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token, right=True)
+        row = token - first[sequence]
+        out, lse = out[sequence, row], lse[sequence, :, row].mT
+    else:
+        options = _options(
+            q, causal, window_size, alibi_slopes, max_seqlen_q, max_seqlen_k,
+            _per_sequence(lengths - cu_seqlens_q.diff()),
+        )  # fmt: skip
+        out, lse = varlen_attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k, **options, **numbers, dropout_p=dropout_p, return_lse=True,
+        )  # fmt: skip
+    return _result(q, out, lse, dropout_p, return_attn_probs)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` of qkv (total, 3, H, D)."""
+    q, k, v = _parts("qkv", qkv, 3, 4)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` of q (total_q, H, D) and kv (total_k, 2, Hkv, D)."""
+    k, v = _parts("kv", kv, 2, 4)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Attention of q (B, S, H, D) on a cache, into which k and v (B, S_new, Hkv, D) go first.
+
+    Args:
+        k_cache, v_cache: (rows, T, Hkv, D), or pages (pages, page_size, Hkv, D) with block_table.
+            Written in place.
+        cache_seqlens: keys that a sequence has, a number or (B,); T by default, needed with k.
+        cache_batch_idx: (B,), the row of the cache of each sequence; 0 to B - 1 by default.
+        cache_leftpad: (B,), keys at the beginning of the row that are not seen.
+        block_table: (B, pages a sequence).
+        rotary_cos, rotary_sin: (positions, R / 2), with k only: k is rotated at cache_seqlens and
+            the places behind it, q too if causal or in a window, else all of q at cache_seqlens.
+        rotary_interleaved: pairs (0, 1), (2, 3), ...; else (0, R / 2), (1, R / 2 + 1), ...
+
+    Returns:
+        out (B, S, H, D), with return_softmax_lse and lse (B, H, S).
+
+    Raises:
+        InputError: as `fastlm.ops.paged_attention`; k or v do not fit into the cache, on the CPU
+            also by their number (the cache is then as it was).
+    """
+    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+        if t is not None and t.dim() != 4:
+            raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")
+        if t is not None and t.requires_grad:
+            raise InputError(f"{name}: wanted a tensor without grad (detach it): no backward")
+    batch, rows = q.shape[:2]
+    page_size, device = k_cache.shape[1], q.device
+    if (k is None) != (v is None):
+        raise InputError("k, v: wanted both or neither, got one")
+    if rotary_cos is not None and (k is None or rotary_sin is None):
+        raise InputError("rotary_cos: wanted rotary_sin, k and v with it, got None")
+    if block_table is not None and cache_batch_idx is not None:
+        raise InputError("cache_batch_idx: wanted None with block_table")
+    if cache_seqlens is None and k is not None:
+        raise InputError("cache_seqlens: wanted where k and v go, got None")
+    if block_table is None:  # a row of the cache is a page
+        if cache_batch_idx is None:
+            cache_batch_idx = torch.arange(batch, dtype=torch.int32, device=device)
+        block_table = cache_batch_idx[:, None]
+    capacity = block_table.shape[1] * page_size
+    if not isinstance(cache_seqlens, Tensor):
+        full = capacity if cache_seqlens is None else cache_seqlens
+        cache_seqlens = torch.full((batch,), full, dtype=torch.int32, device=device)
+    lengths = cache_seqlens
+    if k is not None and v is not None:
+        new = k.shape[1]
+        for name, t, cache in (("k", k, k_cache), ("v", v, v_cache)):
+            wanted = (batch, new, *cache.shape[2:])
+            if t.shape != wanted or t.dtype != cache.dtype:
+                raise InputError(
+                    f"{name}: wanted {cache.dtype} {wanted} as {name}_cache,"
+                    f" got {t.dtype} {tuple(t.shape)}"
+                )
+        lengths = cache_seqlens + new
+        if device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would be waited for
+            longest = int(cache_seqlens.max()) if batch else 0
+            room = capacity - new
+            if rotary_cos is not None:
+                room = min(room, rotary_cos.shape[0] - max(new, rows))
+            if longest > room:
+                raise InputError(
+                    f"cache_seqlens: wanted at most {room} with {new} new keys, a cache of"
+                    f" {capacity} (and its positions in rotary_cos), got {longest}"
+                )
+        place = cache_seqlens.long()[:, None] + torch.arange(new, device=device)
+        if rotary_cos is not None and rotary_sin is not None:
+            ordered = causal or tuple(window_size) != (-1, -1)
+            q_place = cache_seqlens.long()[:, None].expand(-1, rows)
+            if ordered:
+                q_place = q_place + torch.arange(rows, device=device)
+            q, k = (
+                _rotated(x, rotary_cos, rotary_sin, at, rotary_interleaved)
+                for x, at in ((q, q_place), (k, place))
+            )
+        page = block_table.long().gather(1, place // page_size)
+        k_cache[page, place % page_size] = k
+        v_cache[page, place % page_size] = v
+    options = _options(
+        q, causal, window_size, alibi_slopes, rows, capacity, _per_sequence(lengths - rows),
+        cache_leftpad,
+    )  # fmt: skip
+    out, lse = paged_attention(
+        q, k_cache, v_cache, block_table, lengths, **options, **_numbers(softmax_scale, softcap),
+        return_lse=True,
+    )  # fmt: skip
+    return (out, lse) if return_softmax_lse else out
+
+
+def _numbers(softmax_scale: float | None, softcap: float) -> dict[str, Any]:
+    return {"scale": softmax_scale, "softcap": softcap if softcap > 0 else None}
+
+
+def _parts(name: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
+    if packed.dim() != dims or packed.shape[-3] != parts:
+        raise InputError(
+            f"{name}: wanted (..., {parts}, heads, D), {dims} dimensions, got {tuple(packed.shape)}"
+        )
+    return packed.unbind(-3)
+
+
+def _per_sequence(numbers: Tensor) -> Tensor:
+    return numbers[:, None, None, None]
+
+
+def _options(
+    q: Tensor,
+    causal: bool,
+    window_size: Window,
+    alibi_slopes: Tensor | None,
+    rows: int,
+    keys: int,
+    offset: int | Tensor,
+    leftpad: Tensor | None = None,
+) -> dict[str, Any]:
+    """causal, window, alibi_slopes and bias of `fastlm.ops`. `offset`, a number or (B, 1, 1, 1), is
+    added to a query's row for its place among the keys."""
+    left, right = window_size
+    options: dict[str, Any] = {"alibi_slopes": alibi_slopes}
+    if causal or right == 0:
+        options |= {"causal": True, "window": left + 1 if left >= 0 else None}
+        left = right = -1
+    per_batch = alibi_slopes is not None and alibi_slopes.dim() == 2
+    if left < 0 and right < 0 and not per_batch and leftpad is None:
+        return options
+    key = torch.arange(keys, device=q.device)
+    ahead = key - (torch.arange(rows, device=q.device)[:, None] + offset)
+    seen = None
+    if left >= 0 or right >= 0:
+        seen = (ahead >= -left) if left >= 0 else (ahead <= right)
+        if left >= 0 and right >= 0:
+            seen = seen & (ahead <= right)
+    if leftpad is not None:
+        visible = key >= _per_sequence(leftpad)
+        seen = visible if seen is None else seen & visible
+    bias = seen
+    if per_batch and alibi_slopes is not None:
+        options["alibi_slopes"] = None
+        bias = -alibi_slopes.detach()[:, :, None, None] * ahead.abs()
+        bias = bias if seen is None else bias.masked_fill(~seen, -torch.inf)
+    return options | {"bias": bias}
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor, interleaved: bool) -> Tensor:
+    """x (B, S, H, D) at `place` (B, S) of tables of R / 2 angles."""
+    tables = []
+    for table in (cos, sin):
+        half = F.embedding(place, table)
+        tables.append(half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1))
+    heads = x.transpose(1, 2)
+    turned, _ = rope(heads, heads[:, :0], *tables, interleaved=interleaved)
+    return turned.transpose(1, 2)
+
+
+def _result(q: Tensor, out: Tensor, lse: Tensor, dropout_p: float, return_attn_probs: bool) -> Any:
+    if not return_attn_probs:
+        return out
+    if dropout_p:
+        raise InputError("return_attn_probs: wanted False with dropout: none are held")
+    return out, lse, q.new_empty(0)

@@ -1,0 +1,395 @@
+"""Liger-Kernel's losses, norms, rotation and MLPs by its names, on `fastlm.ops`, on a CPU as well::
+
+    from fastlm.compat.liger import LigerCrossEntropyLoss, LigerRMSNorm, LigerSwiGLUMLP
+
+Arguments, defaults and the names of parameters in a state_dict are those of Liger 0.8. As there, a
+mean over no rows is 0 (torch's is NaN), and the mean of a z-loss is over rows whatever their
+weights. What differs:
+
+- A loss is float32 whatever the inputs (Liger's of bfloat16 logits is bfloat16). Inputs keep their
+  values, and a backward may run twice: nothing is written in place.
+- ``in_place``, ``row_mode``, ``accum_dtype`` and ``chunk_mem_const`` change nothing: they trade
+  memory and rounding that the kernels here do not spend. Sums are float32.
+- ``casting_mode``: norms compute in float32 and round once, as "gemma"; "llama" and "none" differ
+  from it by roundings of 16-bit inputs.
+- Tokens and their accuracy cost a pass over the logits; from a fused loss they cost its product
+  once more, by blocks of rows, and so does ``use_token_scaling``.
+
+For a whole Hugging Face model `fastlm.patch` is shorter and takes more of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlm.errors import InputError
+from fastlm.ops import cross_entropy, glu, linear_cross_entropy, rms_norm, rope
+from fastlm.ops.cross_entropy import check_options
+
+_BLOCK_ROWS = 256  # of logits that exist to predict tokens: 64 MB at 128 k classes of bfloat16
+_CASTING_MODES = ("llama", "gemma", "none")
+
+
+@dataclass
+class CrossEntropyOutput:
+    """What a loss returns when more than the loss is asked for."""
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+
+
+def liger_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """``F.cross_entropy`` of input (N, V), plus ``lse_square_scale * lse ** 2`` a row.
+
+    Returns the loss, or a `CrossEntropyOutput` where one of the three more is asked for: the part
+    of the loss that is z-loss, the share of rows whose largest logit is the target's (a number a
+    row for reduction "none"), the class of that logit (-1 where ignored).
+    """
+    for name, value in (("size_average", size_average), ("reduce", reduce)):
+        if value is not None:
+            raise InputError(f"{name}: wanted None (reduction says it), got {value}")
+    return _loss(
+        partial(cross_entropy, input, target),
+        lambda: input.argmax(-1),
+        target, weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,
+        return_z_loss, return_token_accuracy, return_predicted_tokens, False,
+    )  # fmt: skip
+
+
+def liger_fused_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ce_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    chunk_mem_const: int = 1,
+) -> Tensor | CrossEntropyOutput:
+    """`liger_cross_entropy` of ``F.linear(input, weight, bias)``, whose logits never exist.
+
+    use_token_scaling: each row's loss times the probability of its target, a constant.
+    """
+    return _loss(
+        partial(linear_cross_entropy, input, weight, target, linear_bias=bias),
+        lambda: _largest(input, weight, bias),
+        target, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,
+        return_z_loss, return_token_accuracy, return_predicted_tokens, use_token_scaling,
+    )  # fmt: skip
+
+
+class LigerCrossEntropyLoss(nn.Module):
+    """`liger_cross_entropy` as a module: ``loss(logits, target)``."""
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.ignore_index = ignore_index
+        self.lse_square_scale = lse_square_scale
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.softcap = softcap
+        self.return_z_loss = return_z_loss
+        self.return_token_accuracy = return_token_accuracy
+        self.return_predicted_tokens = return_predicted_tokens
+
+    def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
+        return liger_cross_entropy(
+            _input, target, self.weight,
+            ignore_index=self.ignore_index, lse_square_scale=self.lse_square_scale,
+            label_smoothing=self.label_smoothing, reduction=self.reduction, softcap=self.softcap,
+            return_z_loss=self.return_z_loss, return_token_accuracy=self.return_token_accuracy,
+            return_predicted_tokens=self.return_predicted_tokens,
+        )  # fmt: skip
+
+
+class LigerFusedLinearCrossEntropyLoss(nn.Module):
+    """`liger_fused_linear_cross_entropy` as a module: ``loss(lin_weight, input, target, bias)``."""
+
+    ce_weight: Tensor | None
+
+    def __init__(
+        self,
+        ce_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("ce_weight", ce_weight, persistent=False)
+        self.ignore_index = ignore_index
+        self.lse_square_scale = lse_square_scale
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.softcap = softcap
+        self.return_z_loss = return_z_loss
+        self.accum_dtype = accum_dtype
+        self.use_token_scaling = use_token_scaling
+        self.return_token_accuracy = return_token_accuracy
+        self.return_predicted_tokens = return_predicted_tokens
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor | CrossEntropyOutput:
+        return liger_fused_linear_cross_entropy(
+            _input, lin_weight, target, bias, self.ce_weight, self.ignore_index,
+            self.lse_square_scale, self.label_smoothing, self.reduction, self.softcap,
+            self.return_z_loss, self.accum_dtype, self.use_token_scaling,
+            self.return_token_accuracy, self.return_predicted_tokens,
+        )  # fmt: skip
+
+
+def liger_rms_norm(
+    X: Tensor,
+    W: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+    in_place: bool = True,
+) -> Tensor:
+    """``F.rms_norm(X, X.shape[-1:], offset + W, eps)``; without W no weight at all."""
+    if casting_mode not in _CASTING_MODES:
+        raise InputError(
+            f"casting_mode: wanted one of {', '.join(_CASTING_MODES)}, got {casting_mode!r}"
+        )
+    if W is None:
+        W, offset = X.new_ones(X.shape[-1:]), 0.0
+    y = rms_norm(X, W, eps, offset=offset)
+    assert isinstance(y, Tensor)  # a pair only with a residual
+    return y
+
+
+class LigerRMSNorm(nn.Module):
+    """`liger_rms_norm` with a weight of its own."""
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        offset: float = 0.0,
+        casting_mode: str = "llama",
+        init_fn: str = "ones",
+        in_place: bool = True,
+        row_mode: bool | None = None,
+        elementwise_affine: bool = True,
+    ) -> None:
+        super().__init__()
+        if init_fn not in ("ones", "zeros"):
+            raise InputError(f"init_fn: wanted ones or zeros, got {init_fn!r}")
+        initial = getattr(torch, init_fn)(hidden_size) if elementwise_affine else None
+        self.register_parameter("weight", None if initial is None else nn.Parameter(initial))
+        self.elementwise_affine = elementwise_affine
+        self.variance_epsilon = eps
+        self.offset = offset
+        self.casting_mode = casting_mode
+        self.in_place = in_place
+        self.row_mode = row_mode
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return liger_rms_norm(
+            hidden_states, self.weight, self.variance_epsilon, self.offset, self.casting_mode
+        )
+
+    def extra_repr(self) -> str:
+        shape = None if self.weight is None else tuple(self.weight.shape)
+        return f"weight_shape={shape}, eps={self.variance_epsilon}, offset={self.offset}"
+
+
+def liger_rotary_pos_emb(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    unsqueeze_dim: int = 1,
+    rotary_dim: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`fastlm.ops.rope`, half-split: q (B, H, S, D) and k (B, Hkv, S, D) rotated.
+
+    cos and sin: (S, R), (1, S, R) or (B, S, R), or with one more dimension of size 1 at
+    unsqueeze_dim. position_ids is not read, as in Liger: the tables are already those of the
+    positions. rotary_dim: elements of a head that turn, where the tables hold every angle once
+    (width rotary_dim / 2) or are wider.
+    """
+    if rotary_dim is not None and not (
+        0 < rotary_dim <= q.shape[-1] and rotary_dim % 2 == 0 and rotary_dim <= 2 * cos.shape[-1]
+    ):
+        raise InputError(
+            f"rotary_dim: wanted even, at most D = {q.shape[-1]} and twice the tables'"
+            f" {cos.shape[-1]}, got {rotary_dim}"
+        )
+    tables = []
+    for table in (cos, sin):
+        if table.dim() == 4:
+            table = table.squeeze(unsqueeze_dim)
+        if rotary_dim is not None:
+            half = table[..., : rotary_dim // 2]
+            table = torch.cat((half, half), -1)
+        tables.append(table)
+    return rope(q, k, *tables)
+
+
+def liger_swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """``F.silu(a) * b``."""
+    return glu(a, b, act="silu")
+
+
+def liger_geglu(a: Tensor, b: Tensor) -> Tensor:
+    """``F.gelu(a, approximate="tanh") * b``."""
+    return glu(a, b, act="gelu_tanh")
+
+
+class _MLP(nn.Module):
+    product: Callable[[Tensor, Tensor], Tensor]
+
+    def __init__(self, config: Any, intermediate_size: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = intermediate_size or config.intermediate_size
+        self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.product(self.gate_proj(x), self.up_proj(x)))
+
+
+class LigerSwiGLUMLP(_MLP):
+    """``down_proj(silu(gate_proj(x)) * up_proj(x))`` of config's sizes."""
+
+    product = staticmethod(liger_swiglu)
+
+    def __init__(self, config: Any, intermediate_size: int | None = None) -> None:
+        if config.hidden_act not in ("silu", "swish"):
+            raise InputError(f"config.hidden_act: wanted silu or swish, got {config.hidden_act!r}")
+        super().__init__(config, intermediate_size)
+
+
+class LigerGEGLUMLP(_MLP):
+    """``down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))`` of config's sizes, whatever its act."""
+
+    product = staticmethod(liger_geglu)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+
+
+def _loss(
+    run: Callable[..., Any],
+    predict: Callable[[], Tensor],
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    lse_square_scale: float,
+    label_smoothing: float,
+    reduction: str,
+    softcap: float | None,
+    return_z_loss: bool,
+    return_token_accuracy: bool,
+    return_predicted_tokens: bool,
+    use_token_scaling: bool,
+) -> Tensor | CrossEntropyOutput:
+    """`run` is the op with its tensors, `predict` gives the classes of the largest logits."""
+    check_options(softcap, reduction, None)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap}
+    # the op would divide the z-loss by the rows' weights too
+    apart = return_z_loss or bool(lse_square_scale and weight is not None and reduction == "mean")
+    by_row = reduction == "none" or use_token_scaling
+    loss = run(
+        weight=weight, label_smoothing=label_smoothing, reduction="none" if by_row else "sum",
+        z_loss=0.0 if apart else lse_square_scale, return_lse=apart, **options,
+    )  # fmt: skip
+    valid = target != ignore_index
+    z_loss = None
+    if apart:
+        loss, lse = loss
+        z_loss = lse_square_scale * torch.where(valid, lse, 0.0).square()
+    if use_token_scaling:
+        with torch.no_grad():
+            probability = run(reduction="none", **options).neg().exp()
+        loss = loss * probability
+        z_loss = None if z_loss is None else z_loss * probability
+    rows = valid.sum().clamp(min=1)
+    if reduction != "none":
+        loss = loss.sum()
+        z_loss = None if z_loss is None else z_loss.sum()
+    if reduction == "mean":
+        total = rows
+        if weight is not None:  # looked up after the op has refused targets out of range
+            seen = weight.float()[torch.where(valid, target, 0)] * valid
+            total = torch.where(valid.any(), seen.sum(), 1.0)
+        loss = loss / total
+        z_loss = None if z_loss is None else z_loss / rows
+    if z_loss is not None:
+        loss = loss + z_loss
+    if not (return_z_loss or return_token_accuracy or return_predicted_tokens):
+        return loss
+    output = CrossEntropyOutput(loss, z_loss if return_z_loss else None)
+    if return_token_accuracy or return_predicted_tokens:
+        with torch.no_grad():
+            predicted = torch.where(valid, predict(), -1)
+        if return_predicted_tokens:
+            output.predicted_tokens = predicted
+        if return_token_accuracy:
+            hits = ((predicted == target) & valid).float()
+            output.token_accuracy = hits if reduction == "none" else hits.sum() / rows
+    return output
+
+
+def _largest(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(input.dtype)
+    rows = input.reshape(-1, input.shape[-1]).split(_BLOCK_ROWS)
+    classes = [F.linear(block, weight, bias).argmax(-1) for block in rows]
+    return torch.cat(classes).view(input.shape[:-1])

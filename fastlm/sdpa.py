@@ -1,0 +1,129 @@
+"""fastlm's attention behind ``F.scaled_dot_product_attention`` on a CPU, by torch's own door::
+
+    fastlm.register_sdpa()                                   # puts "fastlm" on torch's list
+    torch.nn.attention.activate_flash_attention_impl("fastlm")
+    torch.nn.attention.restore_flash_attention_impl()        # and back
+
+That door (torch >= 2.11) calls a function that registers kernels with the dispatcher; those torch
+brings itself are for CUDA. Here the operators behind the flash path on CPU tensors are replaced,
+``aten::_scaled_dot_product_flash_attention_for_cpu`` and its backward, so that a model that calls
+the function runs on fastlm's kernels without a change. What never gets there stays torch's:
+dropout, masks that need a gradient, values of another width than the keys, other devices.
+
+``is_causal`` is aligned at the top left there, at the bottom right in fastlm: where lengths differ,
+the keys behind the last query are left out, or the queries behind the last key see all keys.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.nn.attention
+from torch import Tensor
+
+from fastlm.errors import InputError
+from fastlm.ops.attention import _backward, _bias_4d, _forward
+
+NAME = "fastlm"
+_OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def register_sdpa() -> None:
+    """Put "fastlm" on the list of `torch.nn.attention.list_flash_attention_impls`; nothing changes
+    before `torch.nn.attention.activate_flash_attention_impl("fastlm")`.
+
+    Raises:
+        InputError: torch has no such list.
+    """
+    register = getattr(torch.nn.attention, "register_flash_attention_impl", None)
+    if register is None:
+        raise InputError(
+            "torch: wanted one with torch.nn.attention.register_flash_attention_impl,"
+            f" got {torch.__version__}"
+        )
+    register(NAME, register_fn=_Active)
+
+
+class _Active:
+    """The replaced operators; torch keeps it until another implementation is activated."""
+
+    def __init__(self) -> None:
+        self.library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+            self.library.impl(_OPERATOR, _sdpa_forward, "CPU")
+            self.library.impl(f"{_OPERATOR}_backward", _sdpa_backward, "CPU")
+
+    def remove(self) -> None:
+        self.library = None
+
+
+def _parts(q: Tensor, k: Tensor, causal: bool) -> tuple[int, Iterator[tuple[slice, bool]]]:
+    """Keys that have a part, and the rows of each call with whether it is causal."""
+    rows, keys = q.shape[2], k.shape[2]
+    if not causal or rows <= keys:
+        return rows if causal else keys, iter([(slice(0, rows), causal)])
+    return keys, iter([(slice(0, keys), True), (slice(keys, rows), False)])
+
+
+def _bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else _bias_4d(q, mask, (*q.shape[:3], k.shape[2]))
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[3] ** -0.5 if scale is None else scale
+
+
+def _sdpa_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    keys, parts = _parts(query, key, is_causal)
+    bias, scale = _bias(query, key, attn_mask), _scale(query, scale)
+    k, v = key[:, :, :keys], value[:, :, :keys]
+    results = [
+        _forward(query[:, :, rows], k, v, None, None, bias, None, causal, scale, 0, 0.0, dropout_p)
+        for rows, causal in parts
+    ]
+    out, lse = results[0] if len(results) == 1 else (torch.cat(t, 2) for t in zip(*results))
+    # in the memory order that torch's own kernels and its tracing give
+    out = torch.empty_like(query).copy_(out) if out.stride() != query.stride() else out
+    return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _sdpa_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys, parts = _parts(query, key, is_causal)
+    bias, scale = _bias(query, key, attn_mask), _scale(query, scale)
+    lse = logsumexp.contiguous()
+    order = (0, 2, 1, 3)  # (B, S, H, D) in memory, as torch's own
+    dq, dk, dv = (torch.empty_permuted(t.shape, order, dtype=t.dtype) for t in (query, key, value))
+    for t in (dk, dv):
+        t[:, :, keys:] = 0
+    for i, (rows, causal) in enumerate(parts):
+        each, *keys_and_values = _backward(
+            grad_out[:, :, rows], None, query[:, :, rows], key[:, :, :keys], value[:, :, :keys],
+            out[:, :, rows], lse[:, :, rows].contiguous(), None, None, bias, None, causal, scale,
+            0, 0.0, dropout_p, False,
+        )[:3]  # fmt: skip
+        dq[:, :, rows] = each
+        for t, part in zip((dk, dv), keys_and_values):
+            t[:, :, :keys] = part if i == 0 else t[:, :, :keys] + part
+    return dq, dk, dv

@@ -1,0 +1,503 @@
+"""`fastlm.compat.flash_attn` against flash-attn's documented behaviour, written out in float64."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from tolerance import assert_near
+
+from fastlm import InputError
+from fastlm.compat import flash_attn as door
+from fastlm.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+
+COMMON = (
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,"
+    " alibi_slopes=None, deterministic=False, return_attn_probs=False"
+)
+SIGNATURES = {
+    "flash_attn_func": f"q, k, v, {COMMON}",
+    "flash_attn_kvpacked_func": f"q, kv, {COMMON}",
+    "flash_attn_qkvpacked_func": f"qkv, {COMMON}",
+    "flash_attn_varlen_func": (
+        f"q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {COMMON},"
+        " block_table=None"
+    ),
+    "flash_attn_varlen_kvpacked_func": (
+        f"q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {COMMON}"
+    ),
+    "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {COMMON}",
+    "flash_attn_with_kvcache": (
+        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None,"
+        " cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None,"
+        " softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,"
+        " rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False"
+    ),
+}  # of flash-attn 2.8
+
+WINDOWS = [(-1, -1), (3, 0), (3, -1), (-1, 2), (2, 1), (0, 0), (-1, 0), (100, 100)]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    found = inspect.signature(getattr(door, name)).parameters.values()
+    assert ", ".join(str(p.replace(annotation=p.empty)) for p in found) == SIGNATURES[name]
+
+
+def visible(rows, keys, causal=False, window_size=(-1, -1)):
+    """Query i sees [i + keys - rows - left, i + keys - rows + right], inclusive."""
+    left, right = window_size
+    right = 0 if causal else right
+    seen = [
+        [(left < 0 or j >= i - left) and (right < 0 or j <= i + right) for j in range(keys)]
+        for i in range(keys - rows, keys)
+    ]
+    return torch.tensor(seen, dtype=torch.bool).view(rows, keys)
+
+
+def naive(
+    q, k, v, *, softmax_scale=None, softcap=0.0, alibi_slopes=None, first=0, **mask
+):  # fmt: skip
+    """(B, S, H, D) -> out, lse (B, H, S). Keys before `first` are not seen."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    rows, keys = q.shape[2], k.shape[2]
+    scale = 1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
+    s = q @ k.mT * scale
+    if softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+    if alibi_slopes is not None:
+        distance = (torch.arange(rows)[:, None] + keys - rows - torch.arange(keys)).abs()
+        slopes = alibi_slopes.double().reshape(-1, q.shape[1], 1, 1)
+        s = s - slopes * distance
+    seen = visible(rows, keys, **mask) & (torch.arange(keys) >= first)
+    s = torch.where(seen, s, -1e30)
+    lse = torch.where(seen.any(-1), s.logsumexp(-1), -torch.inf)
+    return ((s.softmax(-1) * seen) @ v).transpose(1, 2), lse
+
+
+def tensors(batch, rows, keys, heads, kv_heads, width=16, dtype=torch.float32):
+    return tuple(
+        torch.randn(batch, n, h, width).to(dtype).requires_grad_()
+        for n, h in ((rows, heads), (keys, kv_heads), (keys, kv_heads))
+    )
+
+
+def near(actual, truth, tolerance=2e-5):
+    """float32 sums of tens of terms of size 1."""
+    torch.testing.assert_close(actual.double(), truth, rtol=tolerance, atol=tolerance)
+
+
+def check(function, truth, leaves, tolerance=2e-5):
+    """Output and gradients of `function(*leaves)` against those of `truth` in float64."""
+    out, lse, _ = function(*leaves)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    expected, expected_lse = truth(*doubles)
+    near(out, expected, tolerance)
+    near(lse, expected_lse, tolerance)
+    upstream = torch.randn(out.shape)
+    found = torch.autograd.grad(out, leaves, upstream)
+    wanted = torch.autograd.grad(expected, doubles, upstream.double())
+    for a, b in zip(found, wanted):
+        near(a, b, tolerance)
+
+
+@pytest.mark.parametrize("rows, keys", [(2, 5), (5, 2)])
+def test_causal_masks_of_the_documentation(rows, keys):
+    """Aligned at the bottom right; a row whose mask is all zero gives zero."""
+    drawn = {(2, 5): ["11110", "11111"], (5, 2): ["00", "00", "00", "10", "11"]}[rows, keys]
+    seen = torch.tensor([[int(c) for c in row] for row in drawn]).bool()
+    q, k = torch.zeros(1, rows, 1, 8), torch.zeros(1, keys, 1, 8)
+    v = torch.eye(keys, 8)[None, :, None]  # the output says which keys had a part
+    out = flash_attn_func(q, k, v, causal=True)[0, :, 0, :keys]
+    assert torch.equal(out > 0, seen)
+    assert torch.equal(out[~seen.any(1)], torch.zeros(int((~seen.any(1)).sum()), keys))
+    assert torch.equal(visible(rows, keys, causal=True), seen)
+
+
+@pytest.mark.parametrize("window_size", WINDOWS, ids=str)
+@pytest.mark.parametrize("rows, keys", [(7, 7), (5, 11), (11, 5), (1, 6)])
+def test_windows(rows, keys, window_size):
+    for causal in (False, True):
+        options = {"causal": causal, "window_size": window_size}
+        check(
+            lambda *t, o=options: flash_attn_func(*t, **o, return_attn_probs=True),
+            lambda *t, o=options: naive(*t, **o),
+            tensors(2, rows, keys, 4, 2),
+        )
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("slopes", [None, "heads", "batch"])
+@pytest.mark.parametrize("window_size", [(-1, -1), (4, 0), (3, 2)], ids=str)
+def test_options(heads, kv_heads, slopes, window_size):
+    shape = {None: None, "heads": (heads,), "batch": (2, heads)}[slopes]
+    options = {
+        "softmax_scale": 0.3, "softcap": 1.5, "window_size": window_size,
+        "alibi_slopes": None if shape is None else torch.rand(shape),
+    }  # fmt: skip
+    check(
+        lambda *t: flash_attn_func(*t, **options, deterministic=True, return_attn_probs=True),
+        lambda *t: naive(*t, **options),
+        tensors(2, 9, 13, heads, kv_heads, width=24),
+    )
+
+
+def test_low_precision(dtype):
+    q, k, v = (t.detach() for t in tensors(2, 40, 56, 4, 2, width=64, dtype=dtype))
+    truth, _ = naive(q.double(), k.double(), v.double(), causal=True, window_size=(20, -1))
+    plain, _ = naive(q, k, v, causal=True, window_size=(20, -1))
+    out = flash_attn_func(q, k, v, causal=True, window_size=(20, -1))
+    assert out.dtype == dtype
+    assert_near(out, plain, truth)
+
+
+def test_packed_tensors():
+    """As the separate ones, to the last bit, and the gradient is one packed tensor."""
+    qkv = torch.randn(2, 9, 3, 4, 16, requires_grad=True)
+    slopes = torch.rand(4)
+    options = (0.0, 0.2, True, (5, 0), 3.0, slopes, True, True)
+    upstream = torch.randn(2, 9, 4, 16)
+    expected = flash_attn_func(*qkv.unbind(2), *options)
+    (wanted,) = torch.autograd.grad(expected[0], qkv, upstream)
+    for out in (
+        flash_attn_qkvpacked_func(qkv, *options),
+        flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:], *options),
+    ):
+        assert len(out) == 3 and all(torch.equal(a, b) for a, b in zip(out, expected))
+        assert torch.equal(torch.autograd.grad(out[0], qkv, upstream)[0], wanted)
+
+
+LENGTHS = [([3, 0, 7, 1], [3, 0, 7, 1]), ([3, 2, 0, 7], [5, 2, 4, 1])]
+
+
+def offsets(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+
+
+def one_by_one(q, k, v, q_lengths, k_lengths, alibi_slopes=None, **options):
+    outs, lses = [], []
+    parts = zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths))
+    for b, part in enumerate(parts):
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b]
+        out, lse = naive(*(t[None] for t in part), alibi_slopes=slopes, **options)
+        outs.append(out[0])
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, -1)
+
+
+@pytest.mark.parametrize("q_lengths, k_lengths", LENGTHS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window_size", [(-1, -1), (2, 0), (2, 1)], ids=str)
+@pytest.mark.parametrize("slopes", [None, (4,), (4, 4)])
+def test_varlen(q_lengths, k_lengths, causal, window_size, slopes):
+    """Each sequence as if it were alone."""
+    options = {
+        "causal": causal, "window_size": window_size, "softcap": 2.0,
+        "alibi_slopes": None if slopes is None else torch.rand(slopes),
+    }  # fmt: skip
+    lengths = (offsets(q_lengths), offsets(k_lengths), max(q_lengths), max(k_lengths))
+    leaves = [
+        t[0].detach().requires_grad_() for t in tensors(1, sum(q_lengths), sum(k_lengths), 4, 2)
+    ]
+    check(
+        lambda *t: flash_attn_varlen_func(*t, *lengths, **options, return_attn_probs=True),
+        lambda *t: one_by_one(*t, q_lengths, k_lengths, **options),
+        leaves,
+    )
+
+
+def test_varlen_of_full_rows_is_dense():
+    """Of flash-attn's own tests: packing rows of one length changes nothing but the shape."""
+    q, k, v = tensors(3, 8, 8, 4, 2)
+    cu = offsets([8] * 3)
+    dense = flash_attn_func(q, k, v, causal=True)
+    packed = flash_attn_varlen_func(
+        *(t.flatten(0, 1) for t in (q, k, v)), cu, cu, 8, 8, causal=True
+    )
+    torch.testing.assert_close(packed.view(dense.shape), dense, rtol=1e-6, atol=1e-6)
+
+
+def test_packed_tensors_of_varlen():
+    qkv = torch.randn(11, 3, 4, 16, requires_grad=True)
+    cu = offsets([3, 0, 7, 1])
+    options = (0.0, 0.2, True, (5, 0), 3.0, torch.rand(4), True, True)
+    expected = flash_attn_varlen_func(*qkv.unbind(1), cu, cu, 7, 7, *options)
+    for out in (
+        flash_attn_varlen_qkvpacked_func(qkv, cu, 7, *options),
+        flash_attn_varlen_kvpacked_func(qkv[:, 0], qkv[:, 1:], cu, cu, 7, 7, *options),
+    ):
+        assert len(out) == 3 and all(torch.equal(a, b) for a, b in zip(out, expected))
+
+
+def paged(k, lengths, page_size, pages):
+    """Packed keys in pages out of order, NaN where no key lies; and the table."""
+    most = -(-max(lengths) // page_size)
+    cache = torch.full((pages, page_size, *k.shape[1:]), torch.nan)
+    table = torch.randperm(pages)[: len(lengths) * most].view(len(lengths), most).int()
+    for b, part in enumerate(k.split(lengths)):
+        for j, row in enumerate(part):
+            cache[table[b, j // page_size], j % page_size] = row
+    return cache, table
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), (2, 0), (2, 1)], ids=str)
+@pytest.mark.parametrize("slopes", [None, (4,), (4, 4)])
+def test_varlen_in_pages(window_size, slopes):
+    q_lengths, k_lengths = [3, 2, 0, 5], [5, 2, 4, 9]
+    options = {
+        "causal": window_size == (-1, -1), "window_size": window_size,
+        "alibi_slopes": None if slopes is None else torch.rand(slopes),
+    }  # fmt: skip
+    q, k, v = (t[0].detach() for t in tensors(1, 10, 20, 4, 2))
+    torch.manual_seed(1)
+    k_pages, table = paged(k, k_lengths, 4, 16)
+    torch.manual_seed(1)
+    v_pages, _ = paged(v, k_lengths, 4, 16)
+    out, lse, _ = flash_attn_varlen_func(
+        q, k_pages, v_pages, offsets(q_lengths), offsets(k_lengths), 5, 9, **options,
+        block_table=table, return_attn_probs=True,
+    )  # fmt: skip
+    doubles = (t.double() for t in (q, k, v))
+    expected, expected_lse = one_by_one(*doubles, q_lengths, k_lengths, **options)
+    near(out, expected)
+    near(lse, expected_lse)
+
+
+def turned(x, cos, sin, places, interleaved):
+    """x (S, H, D) rotated by tables (positions, R / 2) at `places` (S)."""
+    x, half = x.clone(), cos.shape[1]
+    c, s = cos[places][:, None].double(), sin[places][:, None].double()
+    pairs = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    if not interleaved:
+        pairs = (slice(0, half), slice(half, 2 * half))
+    a, b = (x[..., p].clone() for p in pairs)
+    x[..., pairs[0]], x[..., pairs[1]] = a * c - b * s, b * c + a * s
+    return x
+
+
+CAPACITY, NEW = 16, 3
+KVCACHE = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (4, 0), "softcap": 2.0},
+    "ahead": {"window_size": (4, 1)},
+    "slopes": {"causal": True, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4])},
+    "slopes of the batch": {"alibi_slopes": torch.linspace(0.1, 0.8, 8).view(2, 4)},
+}
+
+
+@pytest.mark.parametrize("options", KVCACHE.values(), ids=KVCACHE)
+@pytest.mark.parametrize("layout", ["rows", "chosen rows", "pages", "left padding"])
+@pytest.mark.parametrize("new", [None, "plain", "interleaved", "half"])
+@pytest.mark.parametrize("rows", [1, NEW])
+def test_kvcache(options, layout, new, rows):
+    """Keys are appended in place, at cache_seqlens, and seen."""
+    seqlens = torch.tensor([5, 11], dtype=torch.int32)
+    q, k, v = (t.detach() for t in tensors(2, rows, rows, 4, 2))
+    shape = (10, 4, 2, 16) if layout == "pages" else (5, CAPACITY, 2, 16)
+    caches = torch.randn(2, *shape)
+    before = caches.clone()
+    arguments, first = {}, [0, 0]
+    row_of = [0, 1]
+    if layout == "pages":
+        table = torch.randperm(10)[:8].view(2, 4).int()
+        arguments["block_table"] = table
+        indices = [table[b].long() for b in range(2)]
+    else:
+        if layout != "rows":
+            row_of = [4, 2]
+            arguments["cache_batch_idx"] = torch.tensor(row_of, dtype=torch.int32)
+        if layout == "left padding":
+            first = [2, 0]
+            arguments["cache_leftpad"] = torch.tensor(first, dtype=torch.int32)
+        indices = [torch.tensor([r]) for r in row_of]
+    if new is not None:
+        arguments |= {"k": k, "v": v}
+    cos = sin = None
+    interleaved = new == "interleaved"
+    if new in ("interleaved", "half"):
+        angles = torch.randn(CAPACITY, 4)
+        cos, sin = angles.cos(), angles.sin()
+        arguments |= {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved}
+    out, lse = flash_attn_with_kvcache(
+        q, *caches, cache_seqlens=seqlens, **arguments, **options, return_softmax_lse=True
+    )
+    for b in range(2):
+        at, length = int(seqlens[b]), int(seqlens[b])
+        seen = [c[indices[b]].flatten(0, 1).double() for c in before]
+        query = q[b].double()
+        if new is not None:
+            keys = k[b].double()
+            places = at + torch.arange(rows)
+            if cos is not None:
+                keys = turned(keys, cos, sin, places, interleaved)
+                local = options.get("causal") or "window_size" in options
+                query = turned(
+                    query, cos, sin, places if local else torch.full((rows,), at), interleaved
+                )
+            for cache, more in zip(seen, (keys, v[b].double())):
+                cache[at : at + rows] = more
+            length += rows
+            for cache, wanted in zip(caches, seen):
+                near(cache[indices[b]].flatten(0, 1), wanted, 1e-6)
+        each = dict(options)
+        if "alibi_slopes" in each and each["alibi_slopes"].dim() == 2:
+            each["alibi_slopes"] = each["alibi_slopes"][b]
+        kv = (t[None, :length] for t in seen)
+        expected, expected_lse = naive(query[None], *kv, first=first[b], **each)
+        near(out[b], expected[0])
+        near(lse[b], expected_lse[0])
+    if new is None:
+        assert torch.equal(caches, before)
+    else:  # nothing else was written
+        assert int((caches != before).any(-1).any(-1).sum()) == 2 * 2 * rows
+
+
+def test_kvcache_lengths():
+    """A number for all sequences; all of the cache where none is given."""
+    q, k_cache, v_cache = (t.detach() for t in tensors(2, 1, 8, 4, 2))
+    whole = flash_attn_with_kvcache(q, k_cache, v_cache)
+    assert torch.equal(whole, flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=8))
+    near(whole, naive(*(t.double() for t in (q, k_cache, v_cache)))[0])
+    five = torch.tensor([5, 5], dtype=torch.int32)
+    expected = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=five, num_splits=2)
+    assert torch.equal(flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=5), expected)
+
+
+def test_decoding_token_by_token_is_one_causal_call():
+    q, k, v = (t.detach() for t in tensors(2, 9, 9, 4, 2))
+    caches = [torch.full((2, 9, 2, 16), torch.nan) for _ in range(2)]
+    steps = [
+        flash_attn_with_kvcache(
+            *(q[:, i : i + 1], *caches, k[:, i : i + 1], v[:, i : i + 1]), cache_seqlens=i,
+            causal=True,
+        )
+        for i in range(9)
+    ]  # fmt: skip
+    torch.testing.assert_close(
+        torch.cat(steps, 1), flash_attn_func(q, k, v, causal=True), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_dropout():
+    """Draws from torch's generator, keeps the mean; its probabilities are not to be had."""
+    q, k, v = (t.detach() for t in tensors(1, 4, 256, 2, 2))
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return flash_attn_func(q, k, torch.ones_like(v), 0.25)
+
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+    # each output is a sum of 256 probabilities, kept or not: of 1 on average
+    assert (torch.stack([run(i) for i in range(50)]).mean() - 1).abs() < 0.05
+    with pytest.raises(InputError, match="return_attn_probs: wanted False with dropout"):
+        flash_attn_func(q, k, v, 0.25, return_attn_probs=True)
+
+
+def test_probabilities_without_dropout_are_an_empty_tensor():
+    out, lse, probabilities = flash_attn_func(*tensors(2, 3, 5, 4, 2), return_attn_probs=True)
+    assert out.shape == (2, 3, 4, 16) and lse.shape == (2, 4, 3) and lse.dtype == torch.float32
+    assert probabilities.numel() == 0
+
+
+def test_no_rows():
+    q, k, v = tensors(2, 0, 5, 4, 2)
+    assert flash_attn_func(q, k, v, causal=True, window_size=(2, 2)).shape == q.shape
+    assert flash_attn_func(k, q[:, :, :2], q[:, :, :2]).eq(0).all()
+
+
+def test_compiles_in_one_graph():
+    q, k, v = tensors(2, 8, 8, 4, 2)
+    cu = offsets([3, 5])
+    cache = torch.randn(2, 16, 2, 16)
+    seqlens = torch.tensor([4, 6], dtype=torch.int32)
+
+    def dense(q, k, v):
+        return flash_attn_func(q, k, v, causal=True, window_size=(3, 0))
+
+    def packed(q, k, v):
+        q, k, v = (t[0] for t in (q, k, v))
+        return flash_attn_varlen_func(q, k, v, cu, cu, 5, 5, window_size=(2, 1))
+
+    def decode(q, k, v):
+        q, k, v = (t.detach()[:, :1] for t in (q, k, v))
+        return flash_attn_with_kvcache(
+            q, cache.clone(), cache.clone(), k, v, cache_seqlens=seqlens, causal=True
+        )
+
+    for function in (dense, packed, decode):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(q, k, v), function(q, k, v), rtol=1e-6, atol=1e-6)
+
+
+def cached(**changes):
+    q, k, v = (t.detach() for t in tensors(2, 2, 2, 4, 2))
+    cache = torch.zeros(2, 8, 2, 16)
+    given = {"k_cache": cache, "v_cache": cache.clone(), "k": k, "v": v, "cache_seqlens": 3}
+    return flash_attn_with_kvcache(q, **(given | changes))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda t: flash_attn_func(t[0][0], *t[1:]), r"q: wanted \(B, length, heads, D\), got"),
+        (lambda t: flash_attn_func(t[0][..., :8], *t[1:]), "k: wanted head width D = 8"),
+        (lambda t: flash_attn_func(t[0][:, :, :3], *t[1:]), "q: wanted heads a multiple of"),
+        (lambda t: flash_attn_qkvpacked_func(t[0]), r"qkv: wanted \(..., 3, heads, D\), 5 dim"),
+        (lambda t: flash_attn_kvpacked_func(t[0], t[1]), r"kv: wanted \(..., 2, heads, D\), 5 dim"),
+        (
+            lambda t: flash_attn_varlen_func(*(x[0] for x in t), offsets([2])[None], None, 2, 2),
+            r"cu_seqlens_q: wanted \(B \+ 1,\)",
+        ),
+        (
+            lambda t: flash_attn_varlen_func(
+                t[0][0], t[1], t[2], offsets([2]), offsets([2]), 2, 2, 0.5,
+                block_table=torch.zeros(1, 1).int(),
+            ),
+            "dropout_p: wanted 0 with block_table, got 0.5",
+        ),
+        (lambda t: cached(v=None), "k, v: wanted both or neither"),
+        (lambda t: cached(cache_seqlens=None), "cache_seqlens: wanted where k and v go, got None"),
+        (lambda t: cached(cache_seqlens=7), "cache_seqlens: wanted at most 6 with 2 new keys"),
+        (
+            lambda t: cached(rotary_cos=torch.ones(4, 4), rotary_sin=torch.ones(4, 4)),
+            "cache_seqlens: wanted at most 2 with 2 new",
+        ),
+        (lambda t: cached(v=t[2].detach().half()), "v: wanted torch.float32 .* got torch.float16"),
+        (lambda t: cached(rotary_cos=torch.ones(8, 4)), "rotary_cos: wanted rotary_sin, k and v"),
+        (lambda t: cached(k=t[0].detach()), r"k: wanted torch.float32 \(2, 2, 2, 16\) as"),
+        (lambda t: cached(k=t[1]), "k: wanted a tensor without grad"),
+        (
+            lambda t: cached(
+                block_table=torch.zeros(2, 1).int(), cache_batch_idx=torch.zeros(2).int()
+            ),
+            "cache_batch_idx: wanted None with block_table",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals(call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call(tensors(2, 2, 2, 4, 2))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_append_writes_nothing():
+    q, k, v = (t.detach() for t in tensors(2, 2, 2, 4, 2))
+    cache = torch.zeros(2, 8, 2, 16)
+    for changes in ({"cache_seqlens": 7}, {"cache_seqlens": 3, "v": v[..., :8]}):
+        with pytest.raises(InputError):
+            flash_attn_with_kvcache(q, cache, cache, **({"k": k, "v": v} | changes))
+    assert torch.equal(cache, torch.zeros(2, 8, 2, 16))

@@ -1,0 +1,417 @@
+"""`fastlm.compat.liger` against plain torch, argument by argument, as Liger documents them."""
+
+import copy
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from patch_models import SMALL, pair, tokens
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+)
+
+from fastlm import InputError
+from fastlm.compat import liger as door
+from fastlm.compat.liger import (
+    CrossEntropyOutput,
+    LigerCrossEntropyLoss,
+    LigerFusedLinearCrossEntropyLoss,
+    LigerGEGLUMLP,
+    LigerRMSNorm,
+    LigerSwiGLUMLP,
+    liger_cross_entropy,
+    liger_fused_linear_cross_entropy,
+    liger_geglu,
+    liger_rms_norm,
+    liger_rotary_pos_emb,
+    liger_swiglu,
+)
+
+# what transformers says of its own names is not about the kernels
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+MORE = "return_z_loss=False, return_token_accuracy=False, return_predicted_tokens=False"
+LOSS = "lse_square_scale=0.0, label_smoothing=0.0, reduction='mean', softcap=None"
+SIGNATURES = {
+    "liger_cross_entropy": (
+        "input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,"
+        " reduction='mean', label_smoothing=0.0, lse_square_scale=0.0, softcap=None, " + MORE
+    ),
+    "liger_fused_linear_cross_entropy": (
+        f"input, weight, target, bias=None, ce_weight=None, ignore_index=-100, {LOSS},"
+        " return_z_loss=False, accum_dtype=None, use_token_scaling=False,"
+        " return_token_accuracy=False, return_predicted_tokens=False, chunk_mem_const=1"
+    ),
+    "LigerCrossEntropyLoss": f"weight=None, ignore_index=-100, {LOSS}, {MORE}",
+    "LigerFusedLinearCrossEntropyLoss": (
+        f"ce_weight=None, ignore_index=-100, {LOSS}, return_z_loss=False, accum_dtype=None,"
+        " use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False"
+    ),
+    "liger_rms_norm": "X, W, eps, offset=0.0, casting_mode='llama', in_place=True",
+    "LigerRMSNorm": (
+        "hidden_size, eps=1e-06, offset=0.0, casting_mode='llama', init_fn='ones', in_place=True,"
+        " row_mode=None, elementwise_affine=True"
+    ),
+    "liger_rotary_pos_emb": ("q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None"),
+    "liger_swiglu": "a, b",
+    "liger_geglu": "a, b",
+    "LigerSwiGLUMLP": "config, intermediate_size=None",
+    "LigerGEGLUMLP": "config",
+}  # of Liger-Kernel 0.8
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    found = inspect.signature(getattr(door, name)).parameters.values()
+    assert ", ".join(str(p.replace(annotation=p.empty)) for p in found) == SIGNATURES[name]
+
+
+ROWS, CLASSES, WIDTH, IGNORED = 13, 37, 8, 5
+
+
+def truth(logits, target, *, weight, ignore_index, smoothing, scale, reduction, softcap):
+    """loss and its z-loss in float64; the loss of an ignored row is 0."""
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    valid = target != ignore_index
+    loss = F.cross_entropy(
+        z, target, weight, ignore_index=ignore_index, label_smoothing=smoothing, reduction="none"
+    )
+    z_loss = scale * z.logsumexp(-1).square() * valid
+    if reduction == "none":
+        return loss + z_loss, z_loss
+    total = (valid if weight is None else weight[target.clamp(min=0)] * valid).sum()
+    if reduction == "sum":
+        total, count = 1, 1
+    else:
+        count = valid.sum()
+    return loss.sum() / total + z_loss.sum() / count, z_loss.sum() / count
+
+
+def drawn(dtype=torch.float32, ignore_index=IGNORED):
+    x = torch.randn(ROWS, WIDTH).to(dtype)
+    head = torch.randn(CLASSES, WIDTH).to(dtype)
+    target = torch.randint(0, CLASSES, (ROWS,))
+    target[::4] = ignore_index
+    return x, head, target
+
+
+LOSSES = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "smoothing": {"label_smoothing": 0.1},
+    "softcap": {"softcap": 2.0},
+    "z-loss": {"lse_square_scale": 0.01},
+    "weights": {"weight": True},
+    "weights, sum": {"weight": True, "reduction": "sum", "lse_square_scale": 0.01},
+    "all": {"weight": True, "label_smoothing": 0.1, "softcap": 2.0, "lse_square_scale": 0.01},
+    "all, none": {
+        "weight": True, "label_smoothing": 0.1, "softcap": 2.0, "lse_square_scale": 0.01,
+        "reduction": "none",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("ignore_index", [-100, IGNORED])
+@pytest.mark.parametrize("fused", [False, True])
+def test_losses(options, more, ignore_index, fused):
+    options = dict(options)
+    x, head, target = drawn(ignore_index=ignore_index)
+    bias = torch.randn(CLASSES)
+    weight = torch.rand(CLASSES) + 0.1 if options.pop("weight", False) else None
+    options |= {"ignore_index": ignore_index, "return_z_loss": more}
+    options |= {"return_token_accuracy": more, "return_predicted_tokens": more}
+    leaves = (x, head, bias) if fused else (F.linear(x, head, bias),)
+    leaves = [t.requires_grad_() for t in leaves]
+    if fused:
+        module = LigerFusedLinearCrossEntropyLoss(ce_weight=weight, **options)
+        out = module(head, x, target, bias)
+        again = liger_fused_linear_cross_entropy(
+            x, head, target, bias, ce_weight=weight, accum_dtype=torch.float32, chunk_mem_const=2,
+            **options,
+        )  # fmt: skip
+    else:
+        module = LigerCrossEntropyLoss(weight=weight, **options)
+        out = module(leaves[0], target)
+        again = liger_cross_entropy(leaves[0], target, weight, **options)
+    assert not module.state_dict() and not list(module.parameters())
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    logits = F.linear(*doubles) if fused else doubles[0]
+    reduction = options.get("reduction", "mean")
+    expected, z_loss = truth(
+        logits, target, weight=None if weight is None else weight.double(),
+        ignore_index=ignore_index, smoothing=options.get("label_smoothing", 0.0),
+        scale=options.get("lse_square_scale", 0.0), reduction=reduction,
+        softcap=options.get("softcap"),
+    )  # fmt: skip
+    loss = out
+    if more:
+        assert isinstance(out, CrossEntropyOutput) and torch.equal(out.loss, again.loss)
+        loss = out.loss
+        torch.testing.assert_close(out.z_loss.double(), z_loss, rtol=1e-5, atol=1e-6)
+        valid = target != ignore_index
+        predicted = torch.where(valid, logits.argmax(-1), -1)
+        assert torch.equal(out.predicted_tokens, predicted)
+        hits = (predicted == target).float()
+        accuracy = hits if reduction == "none" else hits.sum() / valid.sum()
+        torch.testing.assert_close(out.token_accuracy, accuracy)
+    else:
+        assert torch.equal(out, again)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(loss.shape)  # not 1, and of either sign
+    found = torch.autograd.grad(loss, leaves, upstream)
+    wanted = torch.autograd.grad(expected, doubles, upstream.double())
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("more", [{}, {"label_smoothing": 0.1, "lse_square_scale": 0.01}])
+def test_token_scaling(reduction, more):
+    """Each row's loss times the probability of its target, through which no gradient goes."""
+    x, head, target = drawn()
+    x.requires_grad_()
+    out = liger_fused_linear_cross_entropy(
+        x, head, target, ignore_index=IGNORED, reduction=reduction, use_token_scaling=True,
+        softcap=3.0, return_z_loss=True, **more,
+    )  # fmt: skip
+    wide = x.detach().double().requires_grad_()
+    logits = F.linear(wide, head.double())
+    rows, z_rows = truth(
+        logits, target, weight=None, ignore_index=IGNORED, reduction="none", softcap=3.0,
+        smoothing=more.get("label_smoothing", 0.0), scale=more.get("lse_square_scale", 0.0),
+    )  # fmt: skip
+    probability = (3 * torch.tanh(logits / 3)).softmax(-1)[torch.arange(ROWS), target].detach()
+    divisor = (target != IGNORED).sum() if reduction == "mean" else 1
+    for found, each in ((out.loss, rows), (out.z_loss, z_rows)):
+        each = each * probability / divisor
+        expected = each if reduction == "none" else each.sum()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        if found is out.loss:
+            (a,) = torch.autograd.grad(found.sum(), x)
+            (b,) = torch.autograd.grad(expected.sum(), wide)
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_all_rows_ignored(weighted):
+    """0, as Liger's, with a gradient of 0; torch's mean is NaN."""
+    x, head, _ = drawn()
+    x.requires_grad_()
+    target = torch.full((ROWS,), -100)
+    weight = torch.rand(CLASSES) if weighted else None
+    for loss in (
+        liger_cross_entropy(F.linear(x, head), target, weight, lse_square_scale=0.1),
+        liger_fused_linear_cross_entropy(x, head, target, ce_weight=weight, lse_square_scale=0.1),
+    ):
+        assert loss == 0
+        assert torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_losses_in_low_precision(dtype, fused):
+    """The logits survive, and a second backward gives the same."""
+    x, head, target = drawn(dtype)
+    logits = F.linear(x, head)
+    leaf = (x if fused else logits).requires_grad_()
+    before = leaf.detach().clone()
+    if fused:
+        loss = liger_fused_linear_cross_entropy(x, head, target)
+    else:
+        loss = liger_cross_entropy(leaf, target)
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, leaf)[0]) and first.dtype == dtype
+    assert torch.equal(leaf, before) and loss.dtype == torch.float32
+    wide = F.linear(x.double(), head.double()) if fused else logits.double()
+    # logits are rounded to the dtype where they exist
+    torch.testing.assert_close(loss.double(), F.cross_entropy(wide, target), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("offset, init", [(0.0, "ones"), (1.0, "zeros")])
+def test_rms_norm(dtype, affine, offset, init):
+    x = torch.randn(5, 24).to(dtype).requires_grad_()
+    for mode in ("llama", "gemma", "none"):
+        norm = LigerRMSNorm(24, 1e-5, offset, mode, init, False, True, affine)
+        assert list(norm.state_dict()) == (["weight"] if affine else [])
+        weight = torch.ones(24, dtype=torch.float64)
+        if affine:
+            assert torch.equal(norm.weight + offset, torch.ones(24))
+            nn.init.normal_(norm.weight)
+            weight = norm.weight.detach().double() + offset
+        y = norm(x)
+        assert y.dtype == dtype
+        wide = x.detach().double().requires_grad_()
+        expected = F.rms_norm(wide, (24,), weight, 1e-5)
+        tolerance = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=1e-6)
+        upstream = torch.randn(y.shape).to(dtype)
+        (a,) = torch.autograd.grad(y, x, upstream)
+        (b,) = torch.autograd.grad(expected, wide, upstream.double())
+        torch.testing.assert_close(a.double(), b, rtol=4 * tolerance, atol=10 * tolerance)
+        assert torch.equal(y, liger_rms_norm(x, norm.weight, 1e-5, offset, mode))
+
+
+def test_rms_norm_of_models():
+    """In the place of transformers' norms, with their weights."""
+    x = torch.randn(3, 7, 32)
+    for theirs, options in ((LlamaRMSNorm(32), {}), (GemmaRMSNorm(32), {"offset": 1.0})):
+        nn.init.normal_(theirs.weight)
+        ours = LigerRMSNorm(32, 1e-6, **options)
+        ours.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotary(batch):
+    q, k = torch.randn(2, 4, 9, 16, requires_grad=True), torch.randn(2, 2, 9, 16)
+    angles = torch.randn(batch, 9, 8)
+    cos, sin = (torch.cat((t, t), -1) for t in (angles.cos(), angles.sin()))
+    expected = apply_rotary_pos_emb(q, k, cos, sin)
+    upstream = torch.randn(2, 4, 9, 16)
+    (wanted,) = torch.autograd.grad(expected[0], q, upstream)
+    places = torch.arange(9)[None]
+    for found in (
+        liger_rotary_pos_emb(q, k, cos, sin, places),
+        liger_rotary_pos_emb(q, k, cos[:, None], sin[:, None]),
+        liger_rotary_pos_emb(q, k, cos[:, :, None], sin[:, :, None], places, 2),
+        liger_rotary_pos_emb(q, k, angles.cos(), angles.sin(), rotary_dim=16),
+    ):
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        (gradient,) = torch.autograd.grad(found[0], q, upstream)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-6)
+    half = cos[..., 4:12], sin[..., 4:12]  # the first 8 elements turn, the rest stays
+    q_out, _ = liger_rotary_pos_emb(q, k, *half, rotary_dim=8)
+    table = [torch.cat((t[..., :4], t[..., :4]), -1) for t in half]
+    turned, _ = apply_rotary_pos_emb(q[..., :8], k[..., :8], *table)
+    torch.testing.assert_close(q_out[..., :8], turned, rtol=1e-6, atol=1e-6)
+    assert torch.equal(q_out[..., 8:], q[..., 8:])
+
+
+def test_gated_products():
+    a, b = torch.randn(2, 3, 5, 11).unbind()
+    torch.testing.assert_close(liger_swiglu(a, b), F.silu(a) * b)
+    torch.testing.assert_close(liger_geglu(a, b), F.gelu(a, approximate="tanh") * b)
+
+
+@pytest.mark.parametrize(
+    "cls, act", [(LigerSwiGLUMLP, "silu"), (LigerGEGLUMLP, "gelu_pytorch_tanh")]
+)
+def test_mlps(cls, act):
+    """In the place of Llama's MLP, with its weights."""
+    config = LlamaConfig(**SMALL, hidden_act=act)
+    theirs, ours = LlamaMLP(config), cls(config)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+
+
+def test_mlp_sizes():
+    config = SimpleNamespace(hidden_size=8, intermediate_size=16, hidden_act="swish")
+    assert LigerSwiGLUMLP(config, intermediate_size=24).up_proj.weight.shape == (24, 8)
+    config.hidden_act = "gelu"
+    with pytest.raises(InputError, match=r"config\.hidden_act: wanted silu or swish, got 'gelu'"):
+        LigerSwiGLUMLP(config)
+
+
+def swapped(model, dtype):
+    """A Llama whose norms and MLPs are Liger's names, with the model's own weights."""
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        mlp = LigerSwiGLUMLP(model.config)
+        mlp.load_state_dict(layer.mlp.state_dict())
+        layer.mlp = mlp
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm = LigerRMSNorm(64, model.config.rms_norm_eps)
+            norm.load_state_dict(getattr(layer, name).state_dict())
+            setattr(layer, name, norm)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convergence(dtype):
+    """Liger's own test in small: a model of its modules and its loss trains as the plain one."""
+    plain, _ = pair(dtype=dtype)
+    fast = swapped(plain, dtype)
+    fused = LigerFusedLinearCrossEntropyLoss()
+    table = torch.randint(3, 99, (99,))
+    histories = []
+    for model in (plain.train(), fast.train()):
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(32):
+            rows = [tokens(4, 1)]
+            for _ in range(11):
+                rows.append(table[rows[-1]])
+            ids = torch.cat(rows, 1)
+            if model is fast:
+                hidden = model.model(ids).last_hidden_state[:, :-1]
+                loss = fused(model.lm_head.weight, hidden.reshape(-1, 64), ids[:, 1:].reshape(-1))
+            else:
+                loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        histories.append(torch.tensor(losses))
+    a, b = histories
+    assert a[-1] < 0.7 * a[0]
+    # float32: rounding, which training lets grow; bfloat16: a few of its roundings a step
+    assert ((a - b).abs() / a).max() < (1e-3 if dtype == torch.float32 else 5e-2)
+
+
+def test_compiles_in_one_graph():
+    x, head, target = drawn()
+
+    def function(x, head):
+        x = liger_rms_norm(x, head[0], 1e-6)
+        loss = liger_fused_linear_cross_entropy(x, head, target, lse_square_scale=0.1)
+        return loss + liger_cross_entropy(F.linear(x, head), target, return_z_loss=True).loss
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, head), function(x, head))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x, h, t: liger_cross_entropy(x, t, size_average=True), "size_average: wanted None"),
+        (lambda x, h, t: liger_cross_entropy(x, t, reduce=False), "reduce: wanted None"),
+        (lambda x, h, t: liger_cross_entropy(x, t, reduction="batchmean"), "reduction: wanted"),
+        (lambda x, h, t: liger_cross_entropy(x, t, softcap=-1.0), "softcap: wanted > 0"),
+        (lambda x, h, t: LigerCrossEntropyLoss(label_smoothing=2)(x, t), "label_smoothing: wanted"),
+        (lambda x, h, t: liger_cross_entropy(x, t + 99), "target: wanted"),
+        (
+            lambda x, h, t: liger_cross_entropy(x, t + 99, torch.ones(WIDTH)),
+            "target: wanted",
+        ),
+        (lambda x, h, t: liger_rms_norm(x, h[0], 1e-6, 0.0, "gemm"), "casting_mode: wanted one of"),
+        (lambda x, h, t: LigerRMSNorm(8, init_fn="randn"), "init_fn: wanted ones or zeros"),
+        (
+            lambda x, h, t: liger_rotary_pos_emb(
+                *torch.zeros(4, 1, 1, 5, 8).unbind(), rotary_dim=7
+            ),
+            "rotary_dim: wanted even, at most D = 8",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals(call, message):
+    x, head, target = drawn()
+    target = target.remainder(WIDTH)
+    with pytest.raises(InputError, match=message) as caught:
+        call(x, head, target)
+    assert "\n" not in str(caught.value)
