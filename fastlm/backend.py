@@ -120,6 +120,11 @@ def pick(op: str, tensor: torch.Tensor) -> Callable:
     return chosen
 
 
+def forced() -> str | None:
+    """The backend that ``FASTLM_BACKEND`` or `use_backend` forces."""
+    return _forced
+
+
 def serves_by(backend: str, op: str, tensor: torch.Tensor) -> bool:
     """Whether `op` runs on this backend for tensors like this one."""
     return pick(op, tensor) is IMPLEMENTATIONS[op].get(backend)

@@ -25,8 +25,8 @@ from fastlm.kernels.launch import Config, launch, multiprocessors
 from torch import Tensor
 
 _WHOLE = 8192  # elements of a row in registers: 16 to 32 a thread for each of up to four operands
-_TILE = 4096  # elements of narrow rows that a program takes: 32 a thread
-_BLOCK = 4096  # elements of a wide row at a time
+_TILE = 4096  # elements of narrow rows that a program of the forward takes, the backward half
+_BLOCK = 2048  # elements of a wide row at a time
 # Programs of the backward a multiprocessor: enough to hide latency; each costs H float32 of dweight
 _WAVES = 4
 
@@ -230,15 +230,16 @@ def _matrix(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _tile(rows: int, width: int, most: int) -> Config:
-    """Whole rows: one of a wide kind, several of a narrow kind, no more than there are."""
+def _tile(rows: int, width: int, most: int, each: int) -> Config:
+    """Whole rows: one of a wide kind, several of a narrow kind, no more than there are; `each`
+    elements a thread, twice that where 16 warps are not enough."""
     block = triton.next_power_of_2(width)
     tile = max(1, min(most // block, triton.next_power_of_2(rows)))
-    # 16 elements a thread, and 32 where 16 warps are not enough
-    return Config({"ROWS": tile, "BLOCK": block}, num_warps=max(1, min(16, tile * block // 512)))
+    warps = max(1, min(16, tile * block // (32 * each)))
+    return Config({"ROWS": tile, "BLOCK": block}, num_warps=warps)
 
 
-_WIDE = Config({"BLOCK": _BLOCK}, num_warps=8)  # 16 elements a thread
+_WIDE = Config({"BLOCK": _BLOCK}, num_warps=8)  # 8 elements a thread: at 16 ptxas 12.8 spills two
 _COLUMNS = Config({"BLOCK": 1024}, num_warps=4)  # 8: one 128-bit access of 16-bit elements
 
 
@@ -257,7 +258,7 @@ def rms_norm_forward(
     if width > _WHOLE:
         launch(_forward_wide, (rows,), *operands, *sizes, config=_WIDE, **flags)
     else:
-        config = _tile(rows, width, _TILE)
+        config = _tile(rows, width, _TILE, 16)
         grid = (triton.cdiv(rows, config.sizes["ROWS"]),)
         launch(_forward, grid, *operands, rows, *sizes, config=config, **flags)
     return y, h, rstd
@@ -284,7 +285,7 @@ def rms_norm_backward(
             ds.stride(0), hs.stride(0), config=_COLUMNS,
         )  # fmt: skip
     else:
-        config = _tile(rows, width, _TILE // 2)
+        config = _tile(rows, width, _TILE // 2, 8)  # of four operands
         tiles = triton.cdiv(rows, config.sizes["ROWS"])
         shares = torch.empty(min(tiles, most), width, **make)
         launch(_backward, (len(shares),), *operands, shares, rows, *sizes, config=config, **flags)

@@ -235,3 +235,9 @@ def test_without_a_gradient_and_under_transforms_it_is_torchs(own):
             forward_ad.unpack_dual(f(dual, w, b)).tangent for f in (ops.linear, F.linear)
         )
     assert ours is not None and torch.equal(ours, theirs)
+
+
+def test_triton_leaves_products_to_torch(own, triton):
+    tensors = [None if t is None else t.to(triton) for t in inputs(65, 80, 130)]
+    mine, torchs = run(ops.linear, *tensors), run(F.linear, *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(mine, torchs, strict=True))

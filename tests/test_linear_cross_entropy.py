@@ -57,6 +57,7 @@ def check(x, w, bias, target, *, ulps=2, of_terms=False, **options):
     """
     upstream = [torch.randn(target.shape if options.get("reduction") == "none" else ())]
     upstream += [torch.randn(target.shape)]
+    upstream = [u.to(x.device) for u in upstream]
     wide = [t if t is None else t.double() for t in (x, w, bias)]
     mine = outputs_and_gradients(ops.linear_cross_entropy, x, w, bias, target, upstream, **options)
     truth = outputs_and_gradients(naive, *wide, target, upstream, **options)

@@ -23,12 +23,12 @@ def walk(request, monkeypatch, triton):
 
 # several rows a program and a ragged tile of them, one element, more rows than programs
 @pytest.mark.parametrize(
-    "shape", [(4, 512), (13, 107), (3, 5, 64), (2, 1), (70, 17), (20, 3000)], ids=str
+    "shape", [(4, 512), (13, 107), (3, 5, 64), (2, 1), (70, 17), (18, 1100)], ids=str
 )
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_matches_float64(walk, dtype, shape, with_residual, offset):
-    if with_residual != bool(offset) and (dtype != torch.float32 or max(shape) > 1000):
+    if with_residual != bool(offset) and (dtype != torch.float32 or max(shape) > 500):
         return  # half of the combinations will do
     test_rms_norm.check(dtype, shape, with_residual, offset, walk)
 

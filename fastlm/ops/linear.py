@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastlm import reference
-from fastlm.backend import autocast, autocast_somewhere, cpu_isa, is_eager, register
+from fastlm.backend import autocast, autocast_somewhere, cpu_isa, forced, is_eager, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
@@ -79,6 +79,7 @@ def _own(x: Tensor, weight: Tensor) -> bool:
         and torch.is_grad_enabled()
         and (x.requires_grad or weight.requires_grad)
         and cpu_isa() in _ISAS
+        and forced() != "triton"  # interpreted: it leaves products to torch, as on a GPU
         and weight.numel() > 0
         and forward_ad._current_level < 0
     )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import Kernel, register
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.backend import register
 from fastlm.errors import InputError
 
 
@@ -109,7 +109,11 @@ _rope = register(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse)"
     " -> (Tensor, Tensor)",
     fake=_fake,
-    implementations={"reference": reference.rope, "cpu": _cpu_rope},
+    implementations={
+        "reference": reference.rope,
+        "cpu": _cpu_rope,
+        "triton": Kernel("rope", "rope"),
+    },
     setup_context=_setup_context,
     backward=_autograd_backward,
 )

@@ -1,0 +1,203 @@
+"""Rotary embedding of q and k in one launch: y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2.
+
+x1 and x2 are the two halves of a head's first R elements, or its even and odd ones (interleaved).
+The inverse is the same with (sin1, sin2) := (-sin2, -sin1). Elements past R are copied.
+
+    program (t, g, b):   TOKENS positions from t * TOKENS  x  HEADS heads of q, or of k: the groups
+                         of q's heads come first, then k's
+    tables of its positions stay in registers over the heads; x is read once and y written once
+
+Any strides but those of elements; results have the memory order of the operands. Products and sums
+are float32. With many positions a program takes several heads, so that tables come from the L2
+cache once a group; with few, one each, so that all of them run at a time. Nothing was measured on a
+GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastlm.kernels.launch import Config, launch, multiprocessors
+from torch import Tensor
+
+_PAIRS = 1024  # of a program and head: 8 a thread, so that a half of 16 bits is one 128-bit access
+_HEADS = 4  # of a program: 4 loads in flight a thread, with tables in 32 registers
+
+
+@triton.jit
+def _pairs(at, inside, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
+    """x1 and x2 (TOKENS, PAIRS), float32, of rows that start at `at` (TOKENS, 1)."""
+    if INTERLEAVED:
+        e = tl.arange(0, 2 * PAIRS)[None, :]
+        x = tl.load(at + e, mask=inside & (e < 2 * HALF), other=0.0).to(tl.float32)
+        x1, x2 = tl.split(tl.reshape(x, [x.shape[0], PAIRS, 2]))
+    else:
+        e = tl.arange(0, PAIRS)[None, :]
+        mask = inside & (e < HALF)
+        x1 = tl.load(at + e, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(at + HALF + e, mask=mask, other=0.0).to(tl.float32)
+    return x1, x2
+
+
+@triton.jit
+def _turn(
+    x,  # (heads, tokens, width) of a batch's entry
+    y,  # likewise
+    heads,
+    first,
+    token,  # (TOKENS, 1) int64
+    inside,  # (TOKENS, 1)
+    tables,
+    x_head,
+    x_token,
+    y_head,
+    y_token,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    cos1, cos2, sin1, sin2 = tables
+    for i in tl.static_range(HEADS):
+        head = first + i
+        here = inside & (head < heads)
+        from_ = x + head * x_head + token * x_token
+        to = y + head * y_head + token * y_token
+        if HALF > 0:
+            x1, x2 = _pairs(from_, here, HALF, INTERLEAVED, PAIRS)
+            y1 = (x1 * cos1 - x2 * sin1).to(y.dtype.element_ty)
+            y2 = (x2 * cos2 + x1 * sin2).to(y.dtype.element_ty)
+            if INTERLEAVED:
+                e = tl.arange(0, 2 * PAIRS)[None, :]
+                both = tl.reshape(tl.join(y1, y2), [y1.shape[0], 2 * PAIRS])
+                tl.store(to + e, both, mask=here & (e < 2 * HALF))
+            else:
+                e = tl.arange(0, PAIRS)[None, :]
+                tl.store(to + e, y1, mask=here & (e < HALF))
+                tl.store(to + HALF + e, y2, mask=here & (e < HALF))
+        if REST > 0:
+            e = tl.arange(0, TAIL)[None, :]
+            mask = here & (e < REST)
+            tl.store(
+                to + 2 * HALF + e, tl.load(from_ + 2 * HALF + e, mask=mask, other=0.0), mask=mask
+            )
+
+
+@triton.jit
+def _rope(
+    q,  # (batch, q_heads, length, 2 HALF + REST)
+    k,  # (batch, k_heads, length, 2 HALF + REST)
+    cos,  # (batch, length, 2 HALF), or of all batches
+    sin,
+    q_out,
+    k_out,
+    q_heads,
+    k_heads,
+    length,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
+    q_out_batch,
+    q_out_head,
+    q_out_token,
+    k_out_batch,
+    k_out_head,
+    k_out_token,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    inside = token < length
+    group = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    tables = (0.0, 0.0, 0.0, 0.0)
+    if HALF > 0:
+        at = cos + batch * cos_batch + token * cos_token
+        cos1, cos2 = _pairs(at, inside, HALF, INTERLEAVED, PAIRS)
+        at = sin + batch * sin_batch + token * sin_token
+        sin1, sin2 = _pairs(at, inside, HALF, INTERLEAVED, PAIRS)
+        tables = (cos1, cos2, -sin2, -sin1) if INVERSE else (cos1, cos2, sin1, sin2)
+    groups = tl.cdiv(q_heads, HEADS)
+    if group < groups:
+        _turn(
+            q + batch * q_batch, q_out + batch * q_out_batch, q_heads, group * HEADS, token, inside,
+            tables, q_head, q_token, q_out_head, q_out_token,
+            HALF, REST, INTERLEAVED, HEADS, PAIRS, TAIL,
+        )  # fmt: skip
+    else:
+        _turn(
+            k + batch * k_batch, k_out + batch * k_out_batch, k_heads, (group - groups) * HEADS,
+            token, inside, tables, k_head, k_token, k_out_head, k_out_token,
+            HALF, REST, INTERLEAVED, HEADS, PAIRS, TAIL,
+        )  # fmt: skip
+
+
+def _dense(t: Tensor) -> Tensor:
+    """Elements side by side."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    q, k, cos, sin = (_dense(t) for t in (q, k, cos, sin))
+    out = torch.empty_like(q), torch.empty_like(k)
+    batch, _, length, width = q.shape
+    turned = cos.shape[-1]
+    if width == 0:
+        return out
+    # tables of one batch's entry serve all
+    shared = [0 if t.dim() == 2 or t.shape[0] == 1 else t.stride(0) for t in (cos, sin)]
+    pairs = triton.next_power_of_2(max(1, turned // 2))
+    tokens = max(1, min(_PAIRS // pairs, triton.next_power_of_2(max(1, length))))
+    tiles = triton.cdiv(length, tokens)
+    heads = q.shape[1] + k.shape[1]
+    enough = batch * tiles * heads >= _HEADS * 4 * multiprocessors(q.device)
+    each = _HEADS if enough else 1
+    sizes = {
+        "TOKENS": tokens,
+        "HEADS": each,
+        "PAIRS": pairs,
+        "TAIL": triton.next_power_of_2(max(1, width - turned)),
+    }
+    groups = triton.cdiv(q.shape[1], each) + triton.cdiv(k.shape[1], each)
+    launch(
+        _rope,
+        (tiles, groups, batch),
+        q,
+        k,
+        cos,
+        sin,
+        *out,
+        q.shape[1],
+        k.shape[1],
+        length,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        shared[0],
+        cos.stride(-2),
+        shared[1],
+        sin.stride(-2),
+        *out[0].stride()[:3],
+        *out[1].stride()[:3],
+        config=Config(sizes, num_warps=max(1, min(4, tokens * pairs // 256))),
+        HALF=turned // 2,
+        REST=width - turned,
+        INTERLEAVED=interleaved,
+        INVERSE=inverse,
+    )
+    return out
