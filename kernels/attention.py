@@ -17,8 +17,8 @@ BLOCK_M rows of one key head and walks along the keys that they see, BLOCK_N at 
   leave out and lse of their share in float32; `_combine` adds them up in the order of the splits.
 
 q is read once, K and V once for each block of rows (from L2 after the first). Scores are kept in
-units of log2(e), so that exp is exp2. Products of 16-bit tensors run on the tensor cores with float32
-sums, those of float32 in float32. Nothing of this has been measured on a GPU.
+units of log2(e), so that exp is exp2. Products of 16-bit tensors run on the tensor cores with
+float32 sums, those of float32 in float32. Nothing of this has been measured on a GPU.
 
 Names: b sequence, i query aligned to the keys (the last query at the last key), j key, `_row` etc.
 strides in units of UNIT elements, so that they are known to be multiples of 8 where they are.
@@ -39,7 +39,16 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # What a new value need not compile a new variant for
 LENGTHS = ["blocks", "queries", "keys", "sequences", "total_q", "total_k", "window", "splits"]
-LENGTHS += ["bias_rows", "bias_keys", "threshold", "lse_batch", "lse_head", "lse_rows", "table_row", "pages"]
+LENGTHS += [
+    "bias_rows",
+    "bias_keys",
+    "threshold",
+    "lse_batch",
+    "lse_head",
+    "lse_rows",
+    "table_row",
+    "pages",
+]
 
 
 # ---- what the kernels of all three ops share -----------------------------------------------------
@@ -152,7 +161,11 @@ def kept(seed, threshold, b, head, query, start, BLOCK: tl.constexpr):
         lanes = start // 64 * 16 + tl.arange(0, 16)
     zero = query[:, None] * 0 + lanes[None, :] * 0
     w0, w1, w2, w3 = tl.philox(
-        tl.load(seed), lanes[None, :] + zero, query[:, None] + zero, head + zero, b + zero
+        tl.load(seed),
+        lanes[None, :] + zero,
+        query[:, None] + zero,
+        (head + zero).to(tl.int32),
+        b + zero,
     )
     least = threshold.to(tl.uint32, bitcast=True)
     k0, k1, k2, k3 = (
@@ -328,21 +341,24 @@ def _forward(
         result, total, top = _attend(
             result, total, top, q_tile, k, v, seed, table, bias_at, lo, full_lo, keys,
             query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
-            pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys, scale, softcap, window, threshold,
+            pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys, scale, softcap, window,
+            threshold,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, PAGE, SOFTCAP, slopes is not None,
             bias is not None, seed is not None, CAUSAL, WINDOW, True,
         )  # fmt: skip
     result, total, top = _attend(
         result, total, top, q_tile, k, v, seed, table, bias_at, full_lo, full_hi, keys,
         query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
-        pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys, scale, softcap, window, threshold,
+        pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys, scale, softcap, window,
+        threshold,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, PAGE, SOFTCAP, slopes is not None,
         bias is not None, seed is not None, CAUSAL, WINDOW, False,
     )  # fmt: skip
     result, total, top = _attend(
         result, total, top, q_tile, k, v, seed, table, bias_at, full_hi, hi, keys,
         query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
-        pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys, scale, softcap, window, threshold,
+        pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys, scale, softcap, window,
+        threshold,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, PAGE, SOFTCAP, slopes is not None,
         bias is not None, seed is not None, CAUSAL, WINDOW, True,
     )  # fmt: skip
@@ -460,7 +476,8 @@ class Layout(NamedTuple):
     longest_q: int = 0  # packed: a hint
     table: Tensor | None = None
     seq_lens: Tensor | None = None
-    page: int = 0
+    page: int = 0  # keys of a page
+    pages: int = 0
 
 
 class Options(NamedTuple):
@@ -558,13 +575,15 @@ def forward(
         strides(q, dims), strides(k, kv_dims), strides(v, kv_dims),
         (0, 0, 0) if splits > 1 else out_steps,
     )  # fmt: skip
-    lse_batch, lse_head = (0, layout.queries) if varlen else (heads * layout.queries, layout.queries)
+    lse_batch, lse_head = (
+        (0, layout.queries) if varlen else (heads * layout.queries, layout.queries)
+    )
     launch(
         _forward, (programs * splits,),
         q, k, v, to, to_lse, o.sinks, o.slopes, o.bias, o.seed, k_scale, v_scale,
         layout.cu_q, layout.cu_k, layout.table, layout.seq_lens,
         blocks, layout.queries, layout.keys, layout.sequences, slots, layout.queries, layout.keys,
-        splits, 0 if layout.table is None else layout.table.stride(0), 0,
+        splits, 0 if layout.table is None else layout.table.stride(0), layout.pages,
         *steps, lse_batch, lse_head, lse.numel(), *bias_arguments(o.bias), *o.numbers(),
         config=config, D=width, DV=v_width, BLOCK_D=block_d, BLOCK_DV=block_dv, UNIT=unit,
         GROUP=group, PACK=pack, VARLEN=varlen, PAGE=layout.page, SPLIT=splits > 1, **o.flags(),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import register
+from fastlm.backend import Kernel, register
 from fastlm.errors import InputError
 from fastlm.ops.attention import NUMBERS, check_options, cpu_forward, wide_dtype
 
@@ -151,5 +151,9 @@ _op = register(
     " Tensor? k_scale, Tensor? v_scale, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
     f" {NUMBERS}) -> (Tensor, Tensor)",
     fake=_fake,
-    implementations={"reference": reference.paged_attention, "cpu": _cpu},
+    implementations={
+        "reference": reference.paged_attention,
+        "cpu": _cpu,
+        "triton": Kernel("paged_attention", "paged_attention"),
+    },
 )

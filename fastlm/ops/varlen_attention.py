@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import autocast, autocast_somewhere, register
+from fastlm.backend import Kernel, autocast, autocast_somewhere, register
 from fastlm.errors import InputError
 from fastlm.ops.attention import (
     NUMBERS,
@@ -160,7 +160,11 @@ _forward = register(
     " Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? seed,"
     f" {_NUMBERS}, float dropout_p) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": reference.varlen_attention_forward, "cpu": _cpu_forward},
+    implementations={
+        "reference": reference.varlen_attention_forward,
+        "cpu": _cpu_forward,
+        "triton": Kernel("varlen_attention", "varlen_attention_forward"),
+    },
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -170,6 +174,10 @@ _backward = register(
     f" Tensor? bias, Tensor? seed, {_NUMBERS}, float dropout_p, bool bias_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={"reference": reference.varlen_attention_backward, "cpu": _cpu_backward},
+    implementations={
+        "reference": reference.varlen_attention_backward,
+        "cpu": _cpu_backward,
+        "triton": Kernel("varlen_attention", "varlen_attention_backward"),
+    },
     picked_by=2,
 )
