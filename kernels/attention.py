@@ -168,24 +168,25 @@ def kept(seed, threshold, b, head, query, start, BLOCK: tl.constexpr):
         b + zero,
     )
     least = threshold.to(tl.uint32, bitcast=True)
-    k0, k1, k2, k3 = (
-        (w0 >= least).to(tl.int8),
-        (w1 >= least).to(tl.int8),
-        (w2 >= least).to(tl.int8),
-        (w3 >= least).to(tl.int8),
-    )
+    k0 = (w0 >= least).to(tl.int8)
+    k1 = (w1 >= least).to(tl.int8)
+    k2 = (w2 >= least).to(tl.int8)
+    k3 = (w3 >= least).to(tl.int8)
     rows: tl.constexpr = query.shape[0]
     if BLOCK >= 64:
         four = tl.join(tl.join(k0, k2), tl.join(k1, k3))  # (rows, lanes, 2, 2): words 0 1, 2 3
         four = tl.reshape(four, (rows, BLOCK // 64, 16, 4))
-        return tl.reshape(tl.permute(four, (0, 1, 3, 2)), (rows, BLOCK)) != 0
-    upper = start // 32 % 2 == 1
-    first = tl.where(upper, k2, k0)
-    second = tl.where(upper, k3, k1)
-    if BLOCK == 32:
-        return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (rows, BLOCK)) != 0
-    tl.static_assert(BLOCK == 16)
-    return tl.where(start // 16 % 2 == 1, second, first) != 0
+        keep = tl.reshape(tl.permute(four, (0, 1, 3, 2)), (rows, BLOCK))
+    else:
+        upper = start // 32 % 2 == 1
+        first = tl.where(upper, k2, k0)
+        second = tl.where(upper, k3, k1)
+        if BLOCK == 32:
+            keep = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (rows, BLOCK))
+        else:
+            tl.static_assert(BLOCK == 16)
+            keep = tl.where(start // 16 % 2 == 1, second, first)
+    return keep != 0
 
 
 # ---- forward -------------------------------------------------------------------------------------
