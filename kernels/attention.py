@@ -264,7 +264,7 @@ def _forward(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     UNIT: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, VARLEN: tl.constexpr,
     PAGE: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, FIRST_PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     task = tl.program_id(0)
     split = task % splits
@@ -310,7 +310,8 @@ def _forward(
         bias_at = bias + wide_b * bias_batch + wide_head * bias_head + query.to(tl.int64) * bias_row
         seen_bias = seen_rows & (query < bias_rows)
 
-    # what the rows see; bounds are multiples of BLOCK_N but for hi
+    # what the rows see, in up to three parts: masked lo .. full_lo (window), full_lo .. full_hi,
+    # masked full_hi .. hi; bounds are multiples of BLOCK_N but for hi
     shift = keys - queries
     earliest = first // PACK + shift
     latest = tl.minimum((first + BLOCK_M - 1) // PACK, queries - 1) + shift
@@ -324,45 +325,39 @@ def _forward(
         share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BLOCK_N) * BLOCK_N
         lo += split * share
         hi = tl.minimum(hi, lo + share)
-    full_hi = hi
-    if CAUSAL:
-        full_hi = tl.minimum(hi, earliest + 1)
-    full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N, lo)
-
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if (sinks is not None) and (not SPLIT):
         top = tl.load(sinks + head, mask=seen_rows, other=0.0) * LOG2E
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     result = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    full_hi = hi
+    if CAUSAL:
+        full_hi = tl.minimum(hi, earliest + 1)
+    full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N, lo)
     full_lo = lo
     if WINDOW:
         full_lo = tl.cdiv(tl.maximum(latest - window + 1, 0), BLOCK_N) * BLOCK_N
         full_lo = tl.minimum(tl.maximum(full_lo, lo), full_hi)
+    if FIRST_PART == 2:
+        full_hi = lo
+    for part in tl.static_range(FIRST_PART, 3):
+        if part == 0:
+            start = lo
+            end = full_lo
+        elif part == 1:
+            start = full_lo
+            end = full_hi
+        else:
+            start = full_hi
+            end = hi
         result, total, top = _attend(
-            result, total, top, q_tile, k, v, seed, table, bias_at, lo, full_lo, keys,
+            result, total, top, q_tile, k, v, seed, table, bias_at, start, end, keys,
             query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
             pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys, scale, softcap, window,
-            threshold,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, PAGE, SOFTCAP, slopes is not None,
-            bias is not None, seed is not None, CAUSAL, WINDOW, True,
+            threshold, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, PAGE, SOFTCAP,
+            slopes is not None, bias is not None, seed is not None, CAUSAL, WINDOW, part != 1,
         )  # fmt: skip
-    result, total, top = _attend(
-        result, total, top, q_tile, k, v, seed, table, bias_at, full_lo, full_hi, keys,
-        query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
-        pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys, scale, softcap, window,
-        threshold,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, PAGE, SOFTCAP, slopes is not None,
-        bias is not None, seed is not None, CAUSAL, WINDOW, False,
-    )  # fmt: skip
-    result, total, top = _attend(
-        result, total, top, q_tile, k, v, seed, table, bias_at, full_hi, hi, keys,
-        query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
-        pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys, scale, softcap, window,
-        threshold,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, PAGE, SOFTCAP, slopes is not None,
-        bias is not None, seed is not None, CAUSAL, WINDOW, True,
-    )  # fmt: skip
 
     factor = tl.where(total == 0.0, 0.0, 1.0 / total)
     if seed is not None:
@@ -428,26 +423,35 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # By element size and padded head width, then by architecture: no register spills, tensor cores
-# (tests/triton_gate/attention.py)
+# (tests/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi or softcap, which take
+# registers; where there is no such line the plain one serves.
+OPTIONS = "options"
 _MANY = {
-    (2, 64): {80: _tiles(128, 64, 8, 3)},
-    (2, 128): {80: _tiles(64, 64, 4, 3), 90: _tiles(128, 64, 8, 3)},
-    (2, 256): {80: _tiles(64, 32, 8, 2)},
-    (4, 64): {80: _tiles(32, 32, 4, 2)},
-    (4, 128): {80: _tiles(32, 32, 4, 2)},
-    (4, 256): {80: _tiles(16, 32, 4, 1)},
+    (2, 64): {80: _tiles(128, 64, 8, 3), 100: _tiles(128, 128, 8, 2)},
+    (2, 64, OPTIONS): {80: _tiles(64, 64, 4, 2)},
+    (2, 128): {80: _tiles(128, 64, 8, 3)},
+    (2, 128, OPTIONS): {80: _tiles(64, 64, 4, 2), 90: _tiles(128, 64, 8, 2)},
+    (2, 256): {80: _tiles(64, 64, 8, 2)},
+    (2, 512): {80: _tiles(16, 32, 4, 1)},
+    (4, 64): {80: _tiles(32, 32, 4, 1)},
+    (4, 64, OPTIONS): {80: _tiles(16, 32, 4, 1)},
+    (4, 128): {80: _tiles(16, 32, 8, 1)},
+    (4, 256): {80: _tiles(16, 16, 8, 1)},
+    (4, 512): {80: _tiles(16, 16, 8, 1)},
 }
 # 16 rows are the least of a matrix instruction
 _FEW = {
-    (2, 64): {80: _tiles(16, 128, 4, 3)},
+    (2, 64): {80: _tiles(16, 64, 4, 3)},
     (2, 128): {80: _tiles(16, 64, 4, 3)},
     (2, 256): {80: _tiles(16, 32, 4, 3)},
-    (4, 64): {80: _tiles(16, 32, 4, 2)},
-    (4, 128): {80: _tiles(16, 32, 4, 2)},
-    (4, 256): {80: _tiles(16, 32, 4, 1)},
+    (2, 512): {80: _tiles(16, 32, 4, 1)},
+    (4, 64): {80: _tiles(16, 32, 4, 1)},
+    (4, 128): {80: _tiles(16, 32, 8, 1)},
+    (4, 256): {80: _tiles(16, 16, 8, 1)},
+    (4, 512): {80: _tiles(16, 16, 8, 1)},
 }
 FEW_ROWS = 16
-_WIDEST = 256  # wider heads take its tiles
+_WIDEST = 512  # wider heads take its tiles; from 512 on they are not in the gate
 _MOST_SPLITS = 32  # partial results of one row that `_combine` holds in registers
 _LEAST_SHARE = 256  # keys that are worth a program of their own
 
@@ -457,9 +461,12 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def sizes_of(table: dict, q: Tensor, width: int) -> Config:
-    """The entry for q's dtype, a padded head width and q's architecture."""
-    return of_arch(table[q.element_size(), min(max(width, 64), _WIDEST)], q)
+def sizes_of(table: dict, q: Tensor, width: int, o: "Options") -> Config:
+    """The entry for q's dtype and architecture, a padded head width, and the options given."""
+    key = q.element_size(), min(max(width, 64), _WIDEST)
+    if o.slopes is o.bias is o.seed is None and o.softcap == 0:
+        return of_arch(table[key], q)
+    return of_arch(table.get((*key, OPTIONS), table[key]), q)
 
 
 # ---- host ----------------------------------------------------------------------------------------
@@ -497,6 +504,11 @@ class Options(NamedTuple):
 
     def flags(self) -> dict[str, bool]:
         return {"CAUSAL": self.causal, "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0}
+
+    def parts(self) -> dict[str, int]:
+        """Of the forward and of dq: see `_forward`. With dropout the draws outweigh masks: one
+        masked part is a third of the code."""
+        return {"FIRST_PART": 2 if self.seed is not None else 0 if self.window > 0 else 1}
 
     def numbers(self) -> tuple:
         return float(self.scale), float(self.softcap), self.window, self.threshold, self.keep_scale
@@ -553,10 +565,10 @@ def forward(
     widest = max(block_d, block_dv)
     varlen = layout.cu_q is not None
     longest = layout.longest_q if varlen else layout.queries
-    config = sizes_of(_MANY, q, widest)
+    config = sizes_of(_MANY, q, widest, o)
     pack = group if longest < config.sizes["BLOCK_M"] else 1
     if longest * pack <= FEW_ROWS:
-        config = sizes_of(_FEW, q, widest)
+        config = sizes_of(_FEW, q, widest, o)
     block_m = config.sizes["BLOCK_M"]
     blocks = triton.cdiv(layout.queries * pack, block_m)
     if varlen:
@@ -588,6 +600,7 @@ def forward(
         *steps, lse_batch, lse_head, lse.numel(), *bias_arguments(o.bias), *o.numbers(),
         config=config, D=width, DV=v_width, BLOCK_D=block_d, BLOCK_DV=block_dv, UNIT=unit,
         GROUP=group, PACK=pack, VARLEN=varlen, PAGE=layout.page, SPLIT=splits > 1, **o.flags(),
+        **o.parts(),
     )  # fmt: skip
     if splits > 1:
         launch(

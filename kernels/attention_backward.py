@@ -25,6 +25,7 @@ import triton.language as tl
 from fastlm.kernels.attention import (
     LENGTHS,
     LOG2E,
+    OPTIONS,
     Layout,
     Options,
     bias_arguments,
@@ -137,7 +138,8 @@ def _dq(
     scale, softcap, window, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     UNIT: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FIRST_PART: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0) % slots
     head = (tl.program_id(0) // slots).to(tl.int64)
@@ -181,39 +183,38 @@ def _dq(
     latest = tl.minimum(first + BLOCK_M, queries) - 1 + shift
     lo = keys * 0
     hi = keys
-    full_hi = keys
     if CAUSAL:
         hi = tl.minimum(keys, latest + 1)
-        full_hi = tl.minimum(keys, earliest + 1)
     if WINDOW:
         lo = tl.maximum(earliest - window + 1, 0) // BLOCK_N * BLOCK_N
+    result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    full_hi = keys
+    if CAUSAL:
+        full_hi = tl.minimum(keys, earliest + 1)
     full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N, lo)
     full_lo = lo
-    result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if WINDOW:
         full_lo = tl.cdiv(tl.maximum(latest - window + 1, 0), BLOCK_N) * BLOCK_N
         full_lo = tl.minimum(tl.maximum(full_lo, lo), full_hi)
+    if FIRST_PART == 2:
+        full_hi = lo
+    for part in tl.static_range(FIRST_PART, 3):
+        if part == 0:
+            start = lo
+            end = full_lo
+        elif part == 1:
+            start = full_lo
+            end = full_hi
+        else:
+            start = full_hi
+            end = hi
         result = _along_keys(
-            result, q_tile, g, base, delta_tile, k, v, seed, bias_at, lo, full_lo, keys,
+            result, q_tile, g, base, delta_tile, k, v, seed, bias_at, start, end, keys,
             query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
             k_row, v_row, bias_key, bias_keys, scale, softcap, window, threshold, keep_scale,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, SOFTCAP, slopes is not None,
-            bias is not None, seed is not None, CAUSAL, WINDOW, True,
+            bias is not None, seed is not None, CAUSAL, WINDOW, part != 1,
         )  # fmt: skip
-    result = _along_keys(
-        result, q_tile, g, base, delta_tile, k, v, seed, bias_at, full_lo, full_hi, keys,
-        query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
-        k_row, v_row, bias_key, bias_keys, scale, softcap, window, threshold, keep_scale,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, SOFTCAP, slopes is not None,
-        bias is not None, seed is not None, CAUSAL, WINDOW, False,
-    )  # fmt: skip
-    result = _along_keys(
-        result, q_tile, g, base, delta_tile, k, v, seed, bias_at, full_hi, hi, keys,
-        query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
-        k_row, v_row, bias_key, bias_keys, scale, softcap, window, threshold, keep_scale,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, SOFTCAP, slopes is not None,
-        bias is not None, seed is not None, CAUSAL, WINDOW, True,
-    )  # fmt: skip
     dq_at = dq + (wide_b * dq_batch + head * dq_head + wide_row * dq_row)[:, None] * UNIT
     store_rows(dq_at + key_columns[None, :], result * scale, key_columns, seen_rows, D, BLOCK_D)
 
@@ -278,7 +279,8 @@ def _dkdv(
     scale, softcap, window, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     UNIT: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FIRST_PART: tl.constexpr, LAST_PART: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0) % slots
     kv_head = (tl.program_id(0) // slots).to(tl.int64)
@@ -299,7 +301,8 @@ def _dkdv(
     v_at = v + (wide_b * v_batch + kv_head * v_head + wide_key * v_row)[:, None] * UNIT
     v_tile = load_rows(v_at + value_columns[None, :], value_columns, inside, DV, BLOCK_DV, True)
 
-    # rows that see any of the keys, and among them those that see all
+    # rows that see any of the keys, in up to three parts: masked lo .. full_lo (causal),
+    # full_lo .. full_hi, which see all of them, masked full_hi .. hi (window)
     shift = keys - queries
     last = tl.minimum(first + BLOCK_N, keys) - 1
     lo = queries * 0
@@ -317,6 +320,8 @@ def _dkdv(
     full_hi = full_lo + tl.maximum(full_hi - full_lo, 0) // BLOCK_M * BLOCK_M
     if not WINDOW:
         full_hi = hi
+    if LAST_PART == 0:
+        full_lo = hi
 
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -330,31 +335,23 @@ def _dkdv(
         bias_of = bias
         if bias is not None:
             bias_of = bias + wide_b * bias_batch + head * bias_head
-        if CAUSAL:
+        for part in tl.static_range(FIRST_PART, LAST_PART + 1):
+            if part == 0:
+                start = lo
+                end = full_lo
+            elif part == 1:
+                start = full_lo
+                end = full_hi
+            else:
+                start = full_hi
+                end = hi
             dk_tile, dv_tile = _along_rows(
                 dk_tile, dv_tile, k_tile, v_tile, q_of, g_of, lse + lse_row, delta + lse_row, seed,
-                bias_of, lo, full_lo, queries, keys, j, shift, slope, b, head, first,
+                bias_of, start, end, queries, keys, j, shift, slope, b, head, first,
                 key_columns, value_columns, q_row, dout_row, bias_row, bias_key, bias_rows,
                 bias_keys, scale, softcap, window, threshold, keep_scale,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, UNIT, SOFTCAP, slopes is not None,
-                bias is not None, seed is not None, CAUSAL, WINDOW, True,
-            )  # fmt: skip
-        dk_tile, dv_tile = _along_rows(
-            dk_tile, dv_tile, k_tile, v_tile, q_of, g_of, lse + lse_row, delta + lse_row, seed,
-            bias_of, full_lo, full_hi, queries, keys, j, shift, slope, b, head, first,
-            key_columns, value_columns, q_row, dout_row, bias_row, bias_key, bias_rows,
-            bias_keys, scale, softcap, window, threshold, keep_scale,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, UNIT, SOFTCAP, slopes is not None,
-            bias is not None, seed is not None, CAUSAL, WINDOW, False,
-        )  # fmt: skip
-        if WINDOW:
-            dk_tile, dv_tile = _along_rows(
-                dk_tile, dv_tile, k_tile, v_tile, q_of, g_of, lse + lse_row, delta + lse_row, seed,
-                bias_of, full_hi, hi, queries, keys, j, shift, slope, b, head, first,
-                key_columns, value_columns, q_row, dout_row, bias_row, bias_key, bias_rows,
-                bias_keys, scale, softcap, window, threshold, keep_scale,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, UNIT, SOFTCAP, slopes is not None,
-                bias is not None, seed is not None, CAUSAL, WINDOW, True,
+                bias is not None, seed is not None, CAUSAL, WINDOW, part != 1,
             )  # fmt: skip
     dk_at = dk + (wide_b * dk_batch + kv_head * dk_head + wide_key * dk_row)[:, None] * UNIT
     store_rows(dk_at + key_columns[None, :], dk_tile * scale, key_columns, inside, D, BLOCK_D)
@@ -491,28 +488,39 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 _DELTA = Config({"BLOCK_M": 32}, num_warps=4)
 _DQ = {
     (2, 64): {80: _tiles(128, 64, 8, 2)},
+    (2, 64, OPTIONS): {80: _tiles(128, 32, 8, 1)},
     (2, 128): {80: _tiles(128, 32, 8, 2), 90: _tiles(128, 64, 8, 2)},
+    (2, 128, OPTIONS): {80: _tiles(128, 32, 8, 1)},
     (2, 256): {80: _tiles(64, 32, 8, 1)},
+    (2, 512): {80: _tiles(16, 16, 4, 1)},
     (4, 64): {80: _tiles(32, 32, 4, 1)},
     (4, 128): {80: _tiles(16, 32, 4, 1)},
     (4, 256): {80: _tiles(16, 16, 4, 1)},
+    (4, 512): {80: _tiles(16, 16, 4, 1)},
 }
 _DKDV = {
-    (2, 64): {80: _tiles(32, 64, 4, 1), 90: _tiles(64, 128, 8, 2)},
-    (2, 128): {80: _tiles(32, 64, 8, 1), 90: _tiles(64, 64, 8, 1)},
+    (2, 64): {80: _tiles(32, 128, 8, 2), 100: _tiles(64, 64, 8, 1)},
+    (2, 64, OPTIONS): {80: _tiles(16, 64, 8, 1)},
+    (2, 128): {80: _tiles(64, 64, 8, 1), 90: _tiles(16, 128, 8, 1), 100: _tiles(32, 64, 8, 1)},
+    (2, 128, OPTIONS): {80: _tiles(16, 64, 8, 1)},
     (2, 256): {80: _tiles(16, 64, 8, 1)},
+    (2, 512): {80: _tiles(16, 16, 4, 1)},
     (4, 64): {80: _tiles(32, 32, 4, 1)},
     (4, 128): {80: _tiles(16, 32, 4, 1)},
     (4, 256): {80: _tiles(16, 16, 4, 1)},
+    (4, 512): {80: _tiles(16, 16, 4, 1)},
 }
 _DBIAS = {
-    (2, 64): {80: _tiles(64, 64, 4, 1)},
-    (2, 128): {80: _tiles(64, 64, 4, 1)},
+    (2, 64): {80: _tiles(64, 64, 8, 1)},
+    (2, 128): {80: _tiles(64, 64, 8, 1)},
     (2, 256): {80: _tiles(32, 32, 4, 1)},
+    (2, 512): {80: _tiles(16, 16, 4, 1)},
     (4, 64): {80: _tiles(32, 32, 4, 1)},
     (4, 128): {80: _tiles(16, 32, 4, 1)},
     (4, 256): {80: _tiles(16, 16, 4, 1)},
+    (4, 512): {80: _tiles(16, 16, 4, 1)},
 }
+
 
 # ---- host ----------------------------------------------------------------------------------------
 
@@ -554,27 +562,33 @@ def backward(
         blocks = triton.cdiv(rows, block)
         return blocks, rows // block + layout.sequences if varlen else blocks * layout.sequences
 
-    config = sizes_of(_DQ, q, widest)
+    config = sizes_of(_DQ, q, widest, o)
     unit, steps = in_units(*inputs, strides(dq, dims))
     blocks, programs = slots(layout.queries, config.sizes["BLOCK_M"])
     launch(
         _dq, (programs * heads if layout.queries else 0,), q, k, v, dout, lse, delta, dq, *tensors,
         blocks, layout.queries, layout.keys, layout.sequences, programs, *totals,
         *steps, *lse_steps, *options_, config=config, UNIT=unit, **constants,
+        **o.parts(),
     )  # fmt: skip
-    config = sizes_of(_DKDV, q, widest)
+    if o.seed is not None:  # one masked part, as in `Options.parts`
+        first_part, last_part = 0, 0
+    else:
+        first_part, last_part = 0 if o.causal else 1, 2 if o.window > 0 else 1
+    config = sizes_of(_DKDV, q, widest, o)
     unit, steps = in_units(*inputs, strides(dk, dims), strides(dv, dims))
     blocks, programs = slots(layout.keys, config.sizes["BLOCK_N"])
     launch(
         _dkdv, (programs * kv_heads if layout.keys else 0,), q, k, v, dout, lse, delta, dk, dv,
         *tensors, blocks, layout.queries, layout.keys, layout.sequences, programs, *totals,
         *steps, *lse_steps, *options_, config=config, UNIT=unit, **constants,
+        FIRST_PART=first_part, LAST_PART=last_part,
     )  # fmt: skip
 
     dbias = lse.new_empty(0)
     if o.bias is not None and bias_grad:
         dbias = lse.new_empty(o.bias.shape)
-        config = sizes_of(_DBIAS, q, widest)
+        config = sizes_of(_DBIAS, q, widest, o)
         batches, bias_heads, rows, columns = o.bias.shape
         tiles = triton.cdiv(rows, config.sizes["BLOCK_M"])
         tiles *= triton.cdiv(columns, config.sizes["BLOCK_N"])

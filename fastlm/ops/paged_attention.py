@@ -51,8 +51,8 @@ def paged_attention(
         (B, S, H, Dv). No autograd: it is for generation.
 
     Raises:
-        InputError: as `attention`; a page outside the cache, a length beyond the table, scales that
-            do not fit.
+        InputError: as `attention`; scales that do not fit; on the CPU, a page outside the cache or
+            a length beyond the table (a GPU would have to be waited for; its kernels stay inside).
     """
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:

@@ -49,7 +49,8 @@ def varlen_attention(
         return_lse: also return lse (H, total_q), float32.
 
     Raises:
-        InputError: as `attention`, and when the offsets do not rise from 0 to the total.
+        InputError: as `attention`; on the CPU, when the offsets do not rise from 0 to the total
+            (a GPU would have to be waited for; its kernels stay inside the tensors).
     """
     if autocast_somewhere():
         q, k, v = autocast(q, k, v)
