@@ -3,10 +3,9 @@
 Dense, packed (varlen) and paged tensors; `fastlm.reference` defines the scores. A program owns
 BLOCK_M rows of one key head and walks along the keys that they see, BLOCK_N at a time:
 
-                 keys   lo                      full           hi
-    rows          |      |  whole tiles, unmasked  | masked tiles |        split 0 | split 1 | ..
-    BLOCK_M of    |      |------------------------>|------------->|
-    PACK heads    |
+                   keys   lo      full_lo            full_hi        hi
+    BLOCK_M rows    |      |masked  |  whole, unmasked  |  masked    |      split 0 | split 1 | ..
+    of PACK heads   |      |------->|------------------>|----------->|
 
 - Tiles that no row sees (after the diagonal, before the window) are not visited; only the tiles at
   the edges of what is seen are masked.
@@ -38,17 +37,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # What a new value need not compile a new variant for
-LENGTHS = ["blocks", "queries", "keys", "sequences", "total_q", "total_k", "window", "splits"]
-LENGTHS += [
-    "bias_rows",
-    "bias_keys",
-    "threshold",
-    "lse_batch",
-    "lse_head",
-    "lse_rows",
-    "table_row",
-    "pages",
-]
+LENGTHS = (
+    "blocks queries keys sequences slots total_q total_k window splits bias_rows bias_keys"
+    " threshold lse_batch lse_head lse_rows table_row pages"
+).split()
 
 
 # ---- what the kernels of all three ops share -----------------------------------------------------

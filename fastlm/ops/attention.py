@@ -1,8 +1,8 @@
 """Softmax attention that never holds the (S, T) scores (Dao et al. 2022, arXiv:2205.14135).
 
 Every option works with every other. The three ops `attention`, `varlen_attention` and
-`paged_attention` differ in where queries and keys lie; they share `check_options` here, one C++ body
-on the CPU and one Triton kernel on a GPU.
+`paged_attention` differ in where queries and keys lie; they share `check_options` here and one body
+each in C++ and in Triton.
 
 Dropout draws from Philox4x32-10 (Salmon et al. 2011) on (seed, batch, head, row, key): the backward
 redraws the forward's mask instead of storing it, and every backend draws the same. The seed is a
