@@ -1,8 +1,8 @@
 """Softmax attention that never holds the (S, T) scores (Dao et al. 2022, arXiv:2205.14135).
 
 Every option works with every other. The three ops `attention`, `varlen_attention` and
-`paged_attention` differ in where queries and keys lie; they share `check_options` here and, on the
-CPU, one C++ body.
+`paged_attention` differ in where queries and keys lie; they share `check_options` here and one body
+each in C++ and in Triton.
 
 Dropout draws from Philox4x32-10 (Salmon et al. 2011) on (seed, batch, head, row, key): the backward
 redraws the forward's mask instead of storing it, and every backend draws the same. The seed is a
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import autocast, autocast_somewhere, register
+from fastlm.backend import Kernel, autocast, autocast_somewhere, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
@@ -472,7 +472,11 @@ _forward = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
     f" Tensor? seed, {NUMBERS}, float dropout_p) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": _reference_forward, "cpu": _cpu_forward},
+    implementations={
+        "reference": _reference_forward,
+        "cpu": _cpu_forward,
+        "triton": Kernel("attention", "attention_forward"),
+    },
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -481,6 +485,10 @@ _backward = register(
     " Tensor lse, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? seed,"
     f" {NUMBERS}, float dropout_p, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={"reference": _reference_backward, "cpu": _cpu_backward},
+    implementations={
+        "reference": _reference_backward,
+        "cpu": _cpu_backward,
+        "triton": Kernel("attention_backward", "attention_backward"),
+    },
     picked_by=2,
 )

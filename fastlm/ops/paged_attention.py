@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import register
+from fastlm.backend import Kernel, register
 from fastlm.errors import InputError
 from fastlm.ops.attention import NUMBERS, check_options, cpu_forward, wide_dtype
 
@@ -51,8 +51,8 @@ def paged_attention(
         (B, S, H, Dv). No autograd: it is for generation.
 
     Raises:
-        InputError: as `attention`; a page outside the cache, a length beyond the table, scales that
-            do not fit.
+        InputError: as `attention`; scales that do not fit; on the CPU, a page outside the cache or
+            a length beyond the table (a GPU would have to be waited for; its kernels stay inside).
     """
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
@@ -151,5 +151,9 @@ _op = register(
     " Tensor? k_scale, Tensor? v_scale, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
     f" {NUMBERS}) -> (Tensor, Tensor)",
     fake=_fake,
-    implementations={"reference": reference.paged_attention, "cpu": _cpu},
+    implementations={
+        "reference": reference.paged_attention,
+        "cpu": _cpu,
+        "triton": Kernel("paged_attention", "paged_attention"),
+    },
 )

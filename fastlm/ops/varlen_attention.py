@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import autocast, autocast_somewhere, register
+from fastlm.backend import Kernel, autocast, autocast_somewhere, register
 from fastlm.errors import InputError
 from fastlm.ops.attention import (
     NUMBERS,
@@ -49,7 +49,8 @@ def varlen_attention(
         return_lse: also return lse (H, total_q), float32.
 
     Raises:
-        InputError: as `attention`, and when the offsets do not rise from 0 to the total.
+        InputError: as `attention`; on the CPU, when the offsets do not rise from 0 to the total
+            (a GPU would have to be waited for; its kernels stay inside the tensors).
     """
     if autocast_somewhere():
         q, k, v = autocast(q, k, v)
@@ -160,7 +161,11 @@ _forward = register(
     " Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? seed,"
     f" {_NUMBERS}, float dropout_p) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    implementations={"reference": reference.varlen_attention_forward, "cpu": _cpu_forward},
+    implementations={
+        "reference": reference.varlen_attention_forward,
+        "cpu": _cpu_forward,
+        "triton": Kernel("varlen_attention", "varlen_attention_forward"),
+    },
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
@@ -170,6 +175,10 @@ _backward = register(
     f" Tensor? bias, Tensor? seed, {_NUMBERS}, float dropout_p, bool bias_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={"reference": reference.varlen_attention_backward, "cpu": _cpu_backward},
+    implementations={
+        "reference": reference.varlen_attention_backward,
+        "cpu": _cpu_backward,
+        "triton": Kernel("varlen_attention", "varlen_attention_backward"),
+    },
     picked_by=2,
 )

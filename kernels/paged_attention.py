@@ -1,0 +1,35 @@
+"""attention on a cache of pages: the kernel of attention.py, which looks up the page of each key.
+
+The lengths stay on the device. The number of programs that share a sequence's keys follows from the
+keys that the table has room for; they divide the keys that there are. Lengths and pages that are
+out of bounds cannot be refused, as the CPU does: they are held inside the table and the cache.
+"""
+
+import torch
+from fastlm.kernels.attention import Layout, forward, options
+from torch import Tensor
+
+from fastlm.ops.attention import elements_last
+
+_DIMS = (0, 2, 1)  # where sequence (or page), head and row are
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    k_scale: Tensor | None, v_scale: Tensor | None, sinks: Tensor | None,
+    alibi_slopes: Tensor | None, bias: Tensor | None, causal: bool, scale: float, window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k_cache, v_cache = elements_last(q, k_cache, v_cache)
+    table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
+    batch, queries, heads, _ = q.shape
+    out = q.new_empty(batch, queries, heads, v_cache.shape[3])
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    o = options(sinks, alibi_slopes, bias, None, causal, scale, window, softcap, 0.0)
+    page = k_cache.shape[1]
+    layout = Layout(
+        batch, queries, table.shape[1] * page, table=table, seq_lens=seq_lens.contiguous(),
+        page=page, pages=k_cache.shape[0],
+    )  # fmt: skip
+    forward(q, k_cache, v_cache, out, lse, _DIMS, _DIMS, layout, o, k_scale, v_scale)
+    return out, lse

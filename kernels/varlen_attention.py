@@ -1,0 +1,53 @@
+"""attention of packed sequences: the kernels of attention.py and attention_backward.py, whose
+programs find their sequence in cu_seqlens on the device. max_seqlen_q only chooses tile sizes: a
+wrong one costs time, not rows.
+
+Offsets cannot be refused here, as the CPU does: that would wait for the device. They are held
+inside the tensors; rows that no sequence has are left as they were.
+"""
+
+from typing import Any
+
+import torch
+from fastlm.kernels.attention import Layout, forward, options
+from fastlm.kernels.attention_backward import backward
+from torch import Tensor
+
+from fastlm.ops.attention import elements_last
+
+_DIMS = (None, 1, 0)  # where sequence, head and row are
+
+
+def _layout(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int) -> Layout:
+    return Layout(
+        cu_q.shape[0] - 1, q.shape[0], k.shape[0], cu_q.contiguous(), cu_k.contiguous(), longest_q
+    )
+
+
+def varlen_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    sinks: Tensor | None, alibi_slopes: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int, *numbers: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v = elements_last(q, k, v)
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    o = options(sinks, alibi_slopes, bias, seed, *numbers)
+    layout = _layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
+    forward(q, k, v, out, lse, _DIMS, _DIMS, layout, o)
+    return out, lse
+
+
+def varlen_attention_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None,
+    bias: Tensor | None, seed: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    *numbers_and_bias_grad: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *numbers, bias_grad = numbers_and_bias_grad
+    dout, q, k, v, out = elements_last(dout, q, k, v, out)
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    o = options(sinks, alibi_slopes, bias, seed, *numbers)
+    layout = _layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
+    rest = backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, _DIMS, layout, o, bias_grad)
+    return dq, dk, dv, *rest

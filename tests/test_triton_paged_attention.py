@@ -1,0 +1,57 @@
+"""paged_attention's Triton kernels against float64, interpreted where there is no GPU."""
+
+import pytest
+import test_paged_attention
+import torch
+from fastlm.kernels import attention as kernel
+from test_paged_attention import OPTIONS, assert_paged_near, cache
+
+from fastlm import ops
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("queries", [1, 3, 20])
+@pytest.mark.parametrize("page_size", [1, 7, 64])
+def test_matches_float64(triton, page_size, queries, options):
+    q = torch.randn(3, queries, 4, 40)
+    parts = cache([53, 0, 130], page_size, 2, 40, 24, q.dtype)
+    assert_paged_near(q, *parts, what="triton", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_match_float64(triton, dtype):
+    q = torch.randn(2, 3, 4, 40).to(dtype)
+    parts = cache([53, 130], 16, 2, 40, 24, q.dtype)
+    assert_paged_near(q, *parts, what="triton", causal=True)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("scales", [(0.02, 0.03), (torch.tensor([0.02, 0.01]), torch.tensor(0.03))])
+def test_int8_cache(triton, dtype, queries, scales):
+    q = torch.randn(2, queries, 4, 64).to(dtype)
+    assert_paged_near(
+        q, *cache([90, 70], 16, 2, 64, 64, torch.int8), what="triton", causal=True,
+        k_scale=scales[0], v_scale=scales[1],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_splits_of_any_length(triton, options, monkeypatch):
+    """Four programs a sequence whatever it has: some of them have nothing."""
+    monkeypatch.setattr(kernel, "_splits", lambda *_: 4)
+    q = torch.randn(4, 1, 4, 16)
+    parts = cache([300, 1, 0, 40], 16, 2, 16, 16, q.dtype)
+    assert_paged_near(q, *parts, what="splits", **options)
+
+
+def test_strided(triton):
+    test_paged_attention.test_strided_cache(None)
+
+
+def test_lengths_and_pages_out_of_bounds_stay_inside(triton):
+    """What the CPU refuses a GPU cannot see in time: it reads nothing outside the tensors."""
+    k, v, table, lens = cache([9, 20], 4, 2, 16, 16, torch.float32)
+    q = torch.randn(2, 1, 4, 16)
+    good = ops.paged_attention(q, k, v, table, lens)
+    table[1, 2], lens[1] = 2**31 - 1, 2**20
+    assert torch.equal(ops.paged_attention(q, k, v, table, lens)[0], good[0])

@@ -1,0 +1,63 @@
+"""varlen_attention's Triton kernels against float64, interpreted where there is no GPU."""
+
+import pytest
+import torch
+from attention_cases import assert_kernel_near, run
+from test_varlen_attention import OPTIONS, case, offsets
+
+from fastlm import ops
+
+LENGTHS = [
+    ([5, 0, 70, 1, 37], [9, 3, 40, 1, 0]),  # empty on either side, several tiles
+    ([0, 33, 0], [0, 33, 0]),
+    ([1], [70]),
+    ([], []),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("lengths", LENGTHS[:3], ids=str)
+def test_matches_float64(triton, lengths, options):
+    assert_kernel_near(*case(lengths, options, torch.float32, widths=(16, 24)), what="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_match_float64(triton, dtype):
+    assert_kernel_near(*case(LENGTHS[0], OPTIONS["everything"], dtype), what="triton")
+
+
+def test_no_sequences(triton):
+    q = torch.zeros(0, 2, 16)
+    assert ops.varlen_attention(q, q, q, offsets([])).shape == q.shape
+
+
+@pytest.mark.parametrize("longest", [1, 5, 40, 1000])
+def test_any_hint_gives_the_same(triton, longest):
+    """max_seqlen_q chooses tiles and packs heads; a wrong one loses no row."""
+    lengths = [20, 3, 40]
+    q, k, v = (torch.randn(63, h, 16) for h in (4, 2, 2))
+    cu = offsets(lengths)
+    expected = ops.varlen_attention(q, k, v, cu, causal=True)
+    mine = ops.varlen_attention(q, k, v, cu, causal=True, max_seqlen_q=longest)
+    torch.testing.assert_close(mine, expected)
+
+
+def test_no_leak(triton):
+    lengths = [20, 3, 40]
+    q, k, v = (torch.randn(63, h, 16) for h in (4, 2, 2))
+    cu = offsets(lengths, torch.int64)
+    out = ops.varlen_attention(q, k, v, cu, causal=True)
+    k[20:23], v[20:23] = float("nan"), float("nan")
+    again = ops.varlen_attention(q, k, v, cu, causal=True)
+    assert torch.equal(again[:20], out[:20]) and torch.equal(again[23:], out[23:])
+    assert again[20:23].isnan().all()
+
+
+def test_strided_and_repeated(triton):
+    q, k, v = torch.randn(60, 3, 4, 16).unbind(1)  # rows apart, as a fused projection leaves them
+    function = lambda *x: ops.varlen_attention(  # noqa: E731
+        *x, offsets([20, 40]), causal=True, return_lse=True
+    )
+    expected = run(function, [t.contiguous() for t in (q, k, v)])
+    assert torch.equal(function(q, k, v)[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(run(function, [q, k, v]), expected))
