@@ -33,6 +33,10 @@ def count(k):
     return k.shape[0 if k.dim() == 3 else 2]
 
 
+def dense_lse(lse, packed):
+    return (lse[None] if packed else lse).double()
+
+
 def rounding_sizes(function, leaves, names, out, lse):
     """The size whose ulps out and each gradient err by: its terms' rounding errors, added as roots.
 
@@ -69,6 +73,9 @@ def rounding_sizes(function, leaves, names, out, lse):
     def over_groups(t):
         return t.unflatten(1, (k.shape[1], -1)).sum(2)
 
+    if leaves[0].dtype == torch.float32:  # P errs by its score too: products, tanh, exp
+        score = torch.where(p > 0, p.log() + dense_lse(lse, packed)[..., None], 0.0)
+        kept = kept * (1 + score.square()).sqrt()
     squares = {
         "out": kept.square() @ values.square(),
         "dq": scale**2 * (of_product @ keys.square() + (of_delta @ keys).square()),
