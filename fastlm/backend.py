@@ -387,7 +387,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """The model's name, and its numbers: "AMD EPYC" alone is the name of five generations here."""
+    """The model's name, and its numbers: virtual machines say "AMD EPYC" of any generation."""
     try:
         with open("/proc/cpuinfo") as f:
             first = f.read().split("\n\n", 1)[0]
