@@ -2,7 +2,6 @@
 smaller tensors, agreement with the reference, and what only a GPU's tables can get wrong.
 """
 
-import functools
 from random import Random
 
 import fuzz_cases
@@ -19,8 +18,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _device(triton, monkeypatch):
-    small = functools.partial(on_cpu.parameters, shapes=SHAPES)
-    monkeypatch.setattr(on_cpu, "parameters", small)
+    parameters = on_cpu.parameters
+    monkeypatch.setattr(
+        on_cpu, "parameters", lambda dtype=torch.float32, shapes=SHAPES: parameters(dtype, shapes)
+    )
     with torch.device(triton):
         yield
 
