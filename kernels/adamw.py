@@ -123,9 +123,9 @@ def _norm(
 
 @triton.jit
 def _power(base, exponent):
-    """base^exponent in float64, exponent below 2^24 (beyond, float32 counts no further)."""
+    """base^exponent in float64, exponent up to 2^24 (beyond, float32 counts no further)."""
     result = base * 0.0 + 1.0
-    for _ in tl.static_range(24):
+    for _ in tl.static_range(25):
         result = tl.where(exponent & 1 != 0, result * base, result)
         base = base * base
         exponent = exponent >> 1
