@@ -258,9 +258,7 @@ def test_bias_correction_of_late_steps(module):
 
 def test_refuses_tensors_of_several_devices(module):
     one, there = torch.ones(3), torch.ones(3, device="meta")
-    with pytest.raises(
-        InputError, match=r"grad: wanted device .* as the first .*, got meta"
-    ):
+    with pytest.raises(InputError, match=r"grad: wanted device .* as the first .*, got meta"):
         none, options = [None], [(0.1, 0.9, 0.9, 0.0, 0.0, False, False)]
         step = torch.zeros(())
         module.adamw(
