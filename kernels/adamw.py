@@ -490,9 +490,10 @@ def adamw(
         _begin, grid, tables.tensors, tables.settings, scalars, random_keys, count, config=_BEGIN
     )  # fmt: skip
     for kind, chunks in tables.chunks:
+        config = _UPDATE_MASTERS if kind.masters == 1 else _UPDATE
         launch(
             _update, (len(chunks),), tables.tensors, scalars, random_keys, chunks, clip,
-            config=_UPDATE_MASTERS if kind.masters == 1 else _UPDATE, CHUNK=CHUNK, **kind.constants(),
+            config=config, CHUNK=CHUNK, **kind.constants(),
         )  # fmt: skip
 
 
