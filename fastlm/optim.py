@@ -171,19 +171,20 @@ class AdamW(torch.optim.Optimizer):
                     portable = _portable(state, param)
                     state = self.state[param] = _laid_out(param, group, portable)
                 rounds = rounding and param.dtype == torch.bfloat16
+                tensors = (
+                    target,
+                    grad,
+                    state["step"],
+                    state[moments[0]],
+                    state[moments[1]],
+                    state.get("exp_avg_scale"),
+                    state.get("exp_avg_sq_scale"),
+                    state.get("master_low" if param.dtype == torch.bfloat16 else "master"),
+                )
+                if _is_sharded(param):
+                    tensors = tuple(map(self._local, tensors))
                 rows.append(
-                    (
-                        target,
-                        grad,
-                        state["step"],
-                        state[moments[0]],
-                        state[moments[1]],
-                        state.get("exp_avg_scale"),
-                        state.get("exp_avg_sq_scale"),
-                        state.get("master_low" if param.dtype == torch.bfloat16 else "master"),
-                        stochastic if rounds else exact,
-                        (self.seed, ordinal),
-                    )
+                    (*tensors, stochastic if rounds else exact, (self.seed, ordinal)),
                 )
         if rows:
             tables = [list(column) for column in zip(*rows)]
@@ -221,6 +222,14 @@ class AdamW(torch.optim.Optimizer):
                     if not state:
                         self._start(param, group, state)
                     state["master_low"] = _low_half(param)
+
+    def _local(self, tensor: Any) -> Any:
+        if self.max_grad_norm is not None:
+            raise InputError(
+                "max_grad_norm: wanted None with sharded parameters (a norm of all shards is"
+                f" torch.nn.utils.clip_grad_norm_'s), got {self.max_grad_norm}"
+            )
+        return tensor.to_local() if _is_sharded(tensor) else tensor
 
     def _start(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -281,10 +290,17 @@ def _check_group(group: dict[str, Any]) -> None:
     for param in group["params"]:
         if not param.is_floating_point():
             raise InputError(f"params: wanted real floats, got {param.dtype} {tuple(param.shape)}")
+        if group["state_bits"] == 8 and _is_sharded(param):
+            raise InputError("state_bits: wanted 32 for sharded parameters, got 8")
         if group["stochastic_rounding"] and param.dtype == torch.float16:
             raise InputError(
                 f"stochastic_rounding: wanted bfloat16 or float32 parameters, got {param.dtype}"
             )
+
+
+def _is_sharded(tensor: Any) -> bool:
+    """A DTensor, as FSDP2 makes of parameters; importing its class takes half a second."""
+    return hasattr(tensor, "to_local")
 
 
 def _dense(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,8 @@ _STATE_BLOCK = tl.constexpr(reference.STATE_BLOCK)
 _RANDOM_CHUNK = tl.constexpr(32768)  # elements that share a key (reference.round_stochastic)
 # 8 elements a thread: two 128-bit accesses of each float32 operand, one of 16 bits
 _UPDATE = Config({"BLOCK": 1024}, num_warps=4)
+# float32 masters are two operands more: with 8 elements a thread they spilled (sm_80, Triton 3.9)
+_UPDATE_MASTERS = Config({"BLOCK": 1024}, num_warps=8)
 _SQUARES = Config({"BLOCK": 1024}, num_warps=4)
 _NORM = Config({"BLOCK": 1024}, num_warps=8)
 _BEGIN = Config({"BLOCK": 128}, num_warps=4)
@@ -123,9 +125,9 @@ def _norm(
 
 @triton.jit
 def _power(base, exponent):
-    """base^exponent in float64, exponent below 2^24 (beyond, float32 counts no further)."""
+    """base^exponent in float64, exponent up to 2^24 (beyond, float32 counts no further)."""
     result = base * 0.0 + 1.0
-    for _ in tl.static_range(24):
+    for _ in tl.static_range(25):
         result = tl.where(exponent & 1 != 0, result * base, result)
         base = base * base
         exponent = exponent >> 1
@@ -240,10 +242,12 @@ def _block(
     BLOCK: tl.constexpr,
 ):
     size = tl.load(tensor + SIZE)
-    at = begin + tl.arange(0, BLOCK)
     if PACKED:  # a block of states a row
         rows: tl.constexpr = BLOCK // _STATE_BLOCK
-        at = at.reshape(rows, _STATE_BLOCK)
+        at = tl.arange(0, rows)[:, None] * _STATE_BLOCK + tl.arange(0, _STATE_BLOCK)[None, :]
+        at += begin
+    else:
+        at = begin + tl.arange(0, BLOCK)
     step_size, decay = tl.load(of), tl.load(of + 1)
     beta1, rest1 = tl.load(of + 2), tl.load(of + 3)
     beta2, rest2 = tl.load(of + 4), tl.load(of + 5)
@@ -486,9 +490,10 @@ def adamw(
         _begin, grid, tables.tensors, tables.settings, scalars, random_keys, count, config=_BEGIN
     )  # fmt: skip
     for kind, chunks in tables.chunks:
+        config = _UPDATE_MASTERS if kind.masters == 1 else _UPDATE
         launch(
             _update, (len(chunks),), tables.tensors, scalars, random_keys, chunks, clip,
-            config=_UPDATE, CHUNK=CHUNK, **kind.constants(),
+            config=config, CHUNK=CHUNK, **kind.constants(),
         )  # fmt: skip
 
 

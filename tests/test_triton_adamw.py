@@ -2,7 +2,6 @@
 smaller tensors, agreement with the reference, and what only a GPU's tables can get wrong.
 """
 
-import functools
 from random import Random
 
 import fuzz_cases
@@ -19,8 +18,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _device(triton, monkeypatch):
-    small = functools.partial(on_cpu.parameters, shapes=SHAPES)
-    monkeypatch.setattr(on_cpu, "parameters", small)
+    parameters = on_cpu.parameters
+    monkeypatch.setattr(
+        on_cpu, "parameters", lambda dtype=torch.float32, shapes=SHAPES: parameters(dtype, shapes)
+    )
+    from fastlm.kernels import adamw, launch
+
+    if launch.INTERPRETED:  # a quarter of the iterations
+        larger = launch.Config({"BLOCK": 4096})
+        monkeypatch.setattr(adamw, "_UPDATE", larger)
+        monkeypatch.setattr(adamw, "_SQUARES", larger)
     with torch.device(triton):
         yield
 
@@ -84,7 +91,7 @@ def test_agrees_with_reference(dtype, options):
     results = []
     for name in ("triton", "reference"):
         torch.manual_seed(3)
-        params = on_cpu.parameters(dtype, shapes=[(40000,), (80, 77)])  # beyond a key's 32768
+        params = on_cpu.parameters(dtype, shapes=[(33000,), (80, 77)])  # beyond a key's 32768
         optimizer = AdamW(params, lr=1e-2, **options)
         with backend.use_backend(name):
             for _ in range(2):
@@ -135,6 +142,7 @@ def test_options():
     on_cpu.test_torch_knows_what_a_step_wrote(None)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy, of a maximum
 @pytest.mark.parametrize("bits", [32, 8])
 def test_bad_gradients_propagate(bits):
     on_cpu.test_bad_gradients_propagate(None, bits)
@@ -159,7 +167,7 @@ def test_same_bits_on_repeat():
 
 
 def test_many_tensors_are_one_launch(launched):
-    params = on_cpu.parameters(shapes=[(4 * i,) for i in range(1, 301)])
+    params = on_cpu.parameters(shapes=[(4 * i,) for i in range(1, 101)])
     wanted = on_cpu.clones(params)
     on_cpu.give_grads(params, wanted)
     AdamW(params).step()
@@ -237,8 +245,8 @@ def test_bias_correction_of_late_steps(module):
     for before, betas in ((0, (0.9, 0.9999)), (123_456, (0.99999, 0.999999)), (2**24, (0.9, 0.99))):
         p = torch.ones(8, dtype=torch.float32, requires_grad=True)
         twin = torch.ones(8, dtype=torch.float64, requires_grad=True)
-        mine = AdamW([p], lr=1.0, betas=betas, weight_decay=0.0)
-        theirs = torch.optim.AdamW([twin], lr=1.0, betas=betas, weight_decay=0.0)
+        mine = AdamW([p], lr=0.1, betas=betas, weight_decay=0.0)
+        theirs = torch.optim.AdamW([twin], lr=0.1, betas=betas, weight_decay=0.0)
         for parameter, optimizer in ((p, mine), (twin, theirs)):
             parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
@@ -250,7 +258,7 @@ def test_bias_correction_of_late_steps(module):
 
 def test_refuses_tensors_of_several_devices(module):
     one, there = torch.ones(3), torch.ones(3, device="meta")
-    with pytest.raises(InputError, match=r"grad: wanted device .* as the first param, got meta"):
+    with pytest.raises(InputError, match=r"grad: wanted device .* as the first .*, got meta"):
         none, options = [None], [(0.1, 0.9, 0.9, 0.0, 0.0, False, False)]
         step = torch.zeros(())
         module.adamw(

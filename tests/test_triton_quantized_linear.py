@@ -18,6 +18,7 @@ SHAPES = [(1, 20, 64), (2, 9, 1030), (3, 37, 507), (4, 5, 123), (5, 64, 123), (9
 SHAPES += [(17, 33, 1), (34, 30, 252), (70, 70, 136), (130, 5, 100)]
 GROUPS = [8, 16, 32, 40, 128, 520, -1]
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
+_scales = itertools.cycle(SCALES)
 _forms = itertools.cycle(itertools.product(SHAPES, GROUPS))
 
 
@@ -49,12 +50,13 @@ def launched(module, monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_matches_float64(dtype, bits, act_bits, symmetric):
-    for i, scale_dtype in enumerate(SCALES):
+    for i in range(2):
         (m, n, k), group_size = next(_forms)
+        scale_dtype = next(_scales)
         for _ in range(10):  # the next test begins at another place of the list
             next(_forms)
         q = on_cpu.weight(n, k, bits, group_size, symmetric, scale_dtype)
-        bias = torch.randn(n).to(SCALES[i]) if i else None
+        bias = torch.randn(n).to(scale_dtype) if i else None
         x = torch.randn(m, k).to(dtype)
         on_cpu.check(x, q, bias, act_bits, f"{m, n, k} group {group_size}")
 

@@ -35,7 +35,8 @@ LEAST = 24  # instructions
 MATRIX = {80: ("HMMA", "IMMA"), 90: ("HGMMA", "IGMMA", "HMMA", "IMMA")}
 MATRIX[100] = ("UTCHMMA", "UTCIMMA", "HMMA", "IMMA")
 KEPT = ("config", "registers", "stack", "shared", "opcodes")  # of a kernel in the table
-SHOWN = ("LDG.E.128", "STG.E.128", "HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "LDGSTS", "UTMALDG")
+SHOWN = ("LDG.E.128", "STG.E.128", "LDGSTS", "UTMALDG")
+SHOWN += ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA")
 
 
 def ops() -> list[str]:
