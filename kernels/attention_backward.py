@@ -485,7 +485,7 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # As in kernels/attention.py
-_DELTA = Config({"BLOCK_M": 32}, num_warps=4)
+_DELTA = Config({"BLOCK_M": 16}, num_warps=4)
 _DQ = {
     (2, 64): {80: _tiles(128, 64, 8, 2)},
     (2, 64, OPTIONS): {80: _tiles(128, 32, 8, 1)},
