@@ -485,7 +485,7 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # As in kernels/attention.py
-_DELTA = Config({"BLOCK_M": 32}, num_warps=4)
+_DELTA = Config({"BLOCK_M": 16}, num_warps=4)
 _DQ = {
     (2, 64): {80: _tiles(128, 64, 8, 2)},
     (2, 64, OPTIONS): {80: _tiles(128, 32, 8, 1)},
@@ -499,9 +499,9 @@ _DQ = {
     (4, 512): {80: _tiles(16, 16, 8, 1)},
 }
 _DKDV = {
-    (2, 64): {80: _tiles(32, 128, 8, 2), 100: _tiles(64, 64, 8, 1)},
+    (2, 64): {80: _tiles(32, 64, 8, 1), 90: _tiles(32, 128, 8, 2), 100: _tiles(64, 64, 8, 1)},
     (2, 64, OPTIONS): {80: _tiles(16, 128, 8, 1)},
-    (2, 128): {80: _tiles(64, 64, 8, 1), 90: _tiles(16, 128, 8, 1), 100: _tiles(32, 64, 8, 1)},
+    (2, 128): {80: _tiles(64, 64, 8, 1), 90: _tiles(16, 128, 8, 1), 100: _tiles(16, 64, 8, 1)},
     (2, 128, OPTIONS): {
         80: _tiles(16, 64, 8, 1),
         90: _tiles(16, 128, 8, 1),
