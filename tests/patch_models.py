@@ -20,6 +20,7 @@ from transformers import (
     Olmo2Config,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     SmolLM3Config,
 )
@@ -76,6 +77,11 @@ FAMILIES = {
         {**_ALL, "rms_norm": 5},
         2,
     ),
+    "phi4": (  # of Phi-3's classes
+        Phi3Config(**SMALL, partial_rotary_factor=0.75, tie_word_embeddings=True),
+        {**_ALL, "rms_norm": 5},
+        2,
+    ),
     "olmo2": (Olmo2Config(**SMALL), {**_ALL, "rms_norm": 9}, 0),
     "granite": (
         GraniteConfig(**SMALL, logits_scaling=3.0, residual_multiplier=0.5),
@@ -94,6 +100,14 @@ FAMILIES = {
     "mixtral": (
         MixtralConfig(**SMALL, num_local_experts=2),
         {"rope": 2, "attention": 2, "rms_norm": 5, "linear_cross_entropy": 1},
+        2,
+    ),
+    "qwen2_moe": (  # a dense layer, then experts beside a shared one, which is a dense MLP
+        Qwen2MoeConfig(
+            **SMALL, decoder_sparse_step=2, num_experts=2, num_experts_per_tok=1,
+            moe_intermediate_size=32, shared_expert_intermediate_size=48,
+        ),
+        {**_ALL, "rms_norm": 5},
         2,
     ),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from patch_models import (
     pair,
     tokens,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastlm
 from fastlm.patching import patched_ops
@@ -81,6 +82,31 @@ def test_compiles_in_one_graph(family):
     assert_equal_gradients(expected, found)
     ops = {n.split(".")[1] for n in names if n.startswith("fastlm.")}
     assert ops == {"rms_norm", "rope", "glu", "attention", "linear_cross_entropy"}
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("labels", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_new_shapes_are_not_compiled_again(family, labels):
+    """One graph for every number and length of rows, from the second shape on."""
+    _, fast = pair(family)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend=counter)
+    counts = []
+    for shape in ((2, 20), (3, 24), (4, 17), (7, 33), (2, 20)):
+        ids = tokens(*shape)
+        inputs = {"input_ids": ids, "use_cache": False} | ({"labels": ids} if labels else {})
+        out = compiled(**inputs)
+        counts.append(counter.frame_count)
+        if labels:
+            fast.zero_grad()
+            out.loss.backward()
+            found = {n: p.grad for n, p in fast.named_parameters() if p.grad is not None}
+            _, expected = gradients(fast, **inputs)
+            assert_equal_gradients(expected, found)
+        else:
+            torch.testing.assert_close(out.logits, fast(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert counts[1:] == [counts[1]] * 4 and counts[1] <= 2 * counts[0]
 
 
 def train(model, steps, dtype=torch.float32):

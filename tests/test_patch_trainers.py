@@ -1,0 +1,161 @@
+"""Patched models in Hugging Face's Trainer and TRL's SFTTrainer over 50 steps, and `fastlm.AdamW`
+as their optimizer: the losses of the plain model with torch's."""
+
+import peft
+import pytest
+import torch
+import transformers
+from patch_models import pair
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+import fastlm
+from fastlm import attention_interface
+from fastlm.ops import attention
+from fastlm.patching import patched_ops
+
+# what transformers, peft and TRL say of each other's names is not about the model
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+
+STEPS, RATE = 50, 3e-3
+ARGUMENTS = {
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS,
+    "logging_steps": 1, "learning_rate": RATE, "report_to": [], "use_cpu": True, "seed": 3,
+    "disable_tqdm": True, "dataloader_pin_memory": False, "lr_scheduler_type": "linear",
+    "warmup_steps": 5, "weight_decay": 0.1,
+}  # fmt: skip
+
+
+def rows(count=96):
+    """Of unequal length, each token followed by the same one: to be learnt."""
+    draw = torch.Generator().manual_seed(2)
+    table = torch.randint(3, 99, (99,), generator=draw).tolist()
+    made = []
+    for i in range(count):
+        row = torch.randint(3, 99, (1,), generator=draw).tolist()
+        while len(row) < 6 + i % 9:
+            row.append(table[row[-1]])
+        made.append(row)
+    return made
+
+
+def losses(trainer, **options):
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(**options)
+    return torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
+
+
+def assert_same_curve(a, b, end=0.7):
+    assert len(a) == len(b) == STEPS and a[-5:].mean() < end * a[0]
+    # rounding, which training lets grow
+    assert ((a - b).abs() / a).max() < 1e-3
+
+
+class Padded(torch.utils.data.Dataset):
+    """Rows of 16, padded on the right; the padding has no label."""
+
+    def __init__(self):
+        self.rows = [torch.tensor(row) for row in rows()]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row, rest = self.rows[i], 16 - len(self.rows[i])
+        return {
+            "input_ids": torch.nn.functional.pad(row, (0, rest)),
+            "attention_mask": torch.tensor([1] * len(row) + [0] * rest),
+            "labels": torch.nn.functional.pad(row, (0, rest), value=-100),
+        }
+
+
+def trainer_of(model, folder, optimizer=None, **options):
+    arguments = transformers.TrainingArguments(
+        str(folder), **{**ARGUMENTS, "save_strategy": "no", **options}
+    )
+    return transformers.Trainer(
+        model, arguments, train_dataset=Padded(), optimizer_cls_and_kwargs=optimizer
+    )
+
+
+@pytest.fixture(scope="module")
+def plain_losses(tmp_path_factory):
+    torch.manual_seed(0)
+    return losses(trainer_of(pair()[0], tmp_path_factory.mktemp("plain")))
+
+
+@pytest.mark.parametrize("mode", ["plain", "checkpointing", "adamw"])
+def test_trainer(plain_losses, tmp_path, mode):
+    """Micro-batches with unequal numbers of labels; with "adamw" the clip is the optimizer's."""
+    _, fast = pair()
+    options = {"gradient_checkpointing": True} if mode == "checkpointing" else {}
+    optimizer = None
+    if mode == "adamw":
+        options["max_grad_norm"] = 0  # no clip by Trainer
+        optimizer = (fastlm.AdamW, {"lr": RATE, "max_grad_norm": 1.0})
+    trainer = trainer_of(fast, tmp_path, optimizer, **options)
+    assert_same_curve(plain_losses, losses(trainer))
+    assert patched_ops(fast)
+    if mode == "adamw":
+        assert isinstance(trainer.optimizer.optimizer, fastlm.AdamW)
+        decays = {group["weight_decay"] for group in trainer.optimizer.param_groups}
+        assert decays == {0.0, 0.1}  # as Trainer groups norms and the rest
+
+
+def test_adamw_of_bfloat16_in_trainer_resumes(tmp_path):
+    """A run cut off at step 25 goes on from its checkpoint, masters and 8-bit states included."""
+    optimizer = (fastlm.AdamW, {"lr": RATE, "master_weights": True, "state_bits": 8})
+    options = {"save_strategy": "steps", "save_steps": 25, "max_grad_norm": 0}
+    _, fast = pair(dtype=torch.bfloat16)
+    whole = losses(trainer_of(fast, tmp_path, optimizer, **options))
+    assert whole[-5:].mean() < 0.7 * whole[0]
+    _, again = pair(dtype=torch.bfloat16)
+    trainer = trainer_of(again, tmp_path, optimizer, **options)
+    resumed = losses(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-25"))
+    assert torch.equal(resumed[-25:], whole[-25:])
+    for a, b in zip(fast.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def sft_losses(model, folder, *, lora=False, **options):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    names = {f"t{i}": i for i in range(99)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(names, unk_token="t3")), pad_token="t0",
+        bos_token="t1", eos_token="t2",
+    )  # fmt: skip
+    config = peft.LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "up_proj", "down_proj"])
+    torch.manual_seed(4)  # LoRA's own weights
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(folder), save_strategy="no", max_length=32, **{**ARGUMENTS, **options}),
+        train_dataset=datasets.Dataset.from_dict({"input_ids": rows()}),
+        processing_class=tokenizer, peft_config=config if lora else None,
+    )  # fmt: skip
+    found = losses(trainer)
+    trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+    assert all("lora" in n for n in trained) == lora
+    return found
+
+
+@pytest.mark.parametrize("mode", ["plain", "lora"])
+def test_sft_trainer(tmp_path, monkeypatch, mode):
+    """TRL's defaults: gradient checkpointing, and a loss of its own without logits."""
+    plain, fast = pair()
+    options = {"bf16": False, "lora": mode == "lora"}
+    a = sft_losses(plain, tmp_path, **options)
+    calls = []
+
+    def counted(*arguments, **named):
+        calls.append(1)
+        return attention(*arguments, **named)
+
+    monkeypatch.setattr(attention_interface, "attention", counted)
+    b = sft_losses(fast, tmp_path, **options)
+    assert_same_curve(a, b, 0.97 if mode == "lora" else 0.7)
+    # 2 layers, 2 micro-batches a step, and once more for the backward
+    assert len(calls) == 2 * 2 * 2 * STEPS
