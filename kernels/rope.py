@@ -163,17 +163,14 @@ def rope(
     # tables of one batch's entry serve all
     shared = [0 if t.dim() == 2 or t.shape[0] == 1 else t.stride(0) for t in (cos, sin)]
     pairs = triton.next_power_of_2(max(1, turned // 2))
-    tokens = max(1, min(_PAIRS // pairs, triton.next_power_of_2(max(1, length))))
+    tail = triton.next_power_of_2(max(1, width - turned))
+    most = max(1, _PAIRS // max(pairs, tail // 2))
+    tokens = min(most, triton.next_power_of_2(max(1, length)))
     tiles = triton.cdiv(length, tokens)
     heads = q.shape[1] + k.shape[1]
     enough = batch * tiles * heads >= _HEADS * 4 * multiprocessors(q.device)
     each = _HEADS if enough else 1
-    sizes = {
-        "TOKENS": tokens,
-        "HEADS": each,
-        "PAIRS": pairs,
-        "TAIL": triton.next_power_of_2(max(1, width - turned)),
-    }
+    sizes = {"TOKENS": tokens, "HEADS": each, "PAIRS": pairs, "TAIL": tail}
     groups = triton.cdiv(q.shape[1], each) + triton.cdiv(k.shape[1], each)
     launch(
         _rope,

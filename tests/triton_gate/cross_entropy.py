@@ -38,9 +38,9 @@ def _case(
 # by 128 bits, few classes make a small block
 CASES = [
     _case(4096, 32768, dtypes=FLOATS),
-    _case(4096, 128256, smooth=True, weighted=True, softcap=30.0, dtypes=FLOATS),
-    _case(4096, 128256, smooth=True, dtypes=HALVES),
-    _case(8, 262144, softcap=30.0, dtypes=HALVES),
+    _case(4096, 128256, smooth=True, weighted=True, softcap=30.0, dtypes=HALVES),
+    _case(4096, 128256, smooth=True),
+    _case(8, 262144, softcap=30.0),
     _case(8, 262144, smooth=True, weighted=True),
     _case(64, 50257, vectors=False),
     _case(64, 100, vectors=False),
