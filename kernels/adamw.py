@@ -26,11 +26,11 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from fastlm.kernels.launch import Config, launch
 from torch import Tensor
 
 from fastlm import reference
 from fastlm.errors import InputError
+from fastlm.kernels.launch import Config, launch
 
 # elements of a program: 1 MB of chunks table per 1e9 parameters, and enough programs from 1 M on;
 # divides the 32768 that share a key of random numbers

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastlm.kernels.launch import Config, launch, multiprocessors, of_arch
 from torch import Tensor
 
+from fastlm.kernels.launch import Config, launch, multiprocessors, of_arch
 from fastlm.ops.attention import elements_last, empty_out
 
 LOG2E = tl.constexpr(1.4426950408889634)

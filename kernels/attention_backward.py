@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastlm.kernels.attention import (
     LENGTHS,
     LOG2E,
@@ -42,8 +44,6 @@ from fastlm.kernels.attention import (
     strides,
 )
 from fastlm.kernels.launch import Config, launch
-from torch import Tensor
-
 from fastlm.ops.attention import elements_last
 
 

@@ -24,8 +24,9 @@ does not exist is not looked up: its row's loss and gradient are NaN. Nothing wa
 import torch
 import triton
 import triton.language as tl
-from fastlm.kernels.launch import Config, launch, multiprocessors
 from torch import Tensor
+
+from fastlm.kernels.launch import Config, launch, multiprocessors
 
 _BLOCK = 4096  # classes: 16 a thread, whose m and s stay in registers
 _WAVES = 4  # programs a multiprocessor, below which rows are split

@@ -28,8 +28,9 @@ Nothing was measured on a GPU.
 
 import torch
 import torch.nn.functional as F
-from fastlm.kernels.cross_entropy import row_gradients, row_outputs, row_statistics
 from torch import Tensor
+
+from fastlm.kernels.cross_entropy import row_gradients, row_outputs, row_statistics
 
 _TILE = 128  # rows: what a product's tile takes
 _WORKSPACE = 1 << 30  # bytes: 1300 rows of 128 thousand classes

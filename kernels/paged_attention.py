@@ -6,9 +6,9 @@ out of bounds cannot be refused, as the CPU does: they are held inside the table
 """
 
 import torch
-from fastlm.kernels.attention import Layout, forward, options
 from torch import Tensor
 
+from fastlm.kernels.attention import Layout, forward, options
 from fastlm.ops.attention import elements_last
 
 _DIMS = (0, 2, 1)  # where sequence (or page), head and row are

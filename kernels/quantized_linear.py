@@ -29,10 +29,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastlm.kernels.launch import Config, launch, multiprocessors, of_arch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.kernels.launch import Config, launch, multiprocessors, of_arch
 
 RUN_MAX = tl.constexpr(reference.RUN_MAX)
 

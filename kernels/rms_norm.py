@@ -21,8 +21,9 @@ Nothing was measured on a GPU.
 import torch
 import triton
 import triton.language as tl
-from fastlm.kernels.launch import Config, launch, multiprocessors
 from torch import Tensor
+
+from fastlm.kernels.launch import Config, launch, multiprocessors
 
 _WHOLE = 8192  # elements of a row in registers: 16 to 32 a thread for each of up to four operands
 _TILE = 4096  # elements of narrow rows that a program of the forward takes, the backward half

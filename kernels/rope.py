@@ -16,8 +16,9 @@ GPU.
 import torch
 import triton
 import triton.language as tl
-from fastlm.kernels.launch import Config, launch, multiprocessors
 from torch import Tensor
+
+from fastlm.kernels.launch import Config, launch, multiprocessors
 
 _PAIRS = 1024  # of a program and head: 8 a thread, so that a half of 16 bits is one 128-bit access
 _HEADS = 4  # of a program: 4 loads in flight a thread, with tables in 32 registers

@@ -9,10 +9,10 @@ inside the tensors; rows that no sequence has are left as they were.
 from typing import Any
 
 import torch
-from fastlm.kernels.attention import Layout, forward, options
-from fastlm.kernels.attention_backward import backward
 from torch import Tensor
 
+from fastlm.kernels.attention import Layout, forward, options
+from fastlm.kernels.attention_backward import backward
 from fastlm.ops.attention import elements_last
 
 _DIMS = (None, 1, 0)  # where sequence, head and row are

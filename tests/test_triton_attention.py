@@ -6,10 +6,10 @@ import pytest
 import test_attention
 import torch
 from attention_cases import assert_kernel_near, run
-from fastlm.kernels import attention as kernel
 from test_attention import OPTIONS, case
 
 from fastlm import backend, ops
+from fastlm.kernels import attention as kernel
 
 # (B, H, Hkv, S, T, D, Dv): one tile and several of rows and of keys, widths that are no power of
 # two, few rows (packed heads), rows that see nothing, one key

@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from fastlm.kernels import launch
 from test_cross_entropy import OPTIONS, check, make, outputs_and_gradient
 
 from fastlm import ops
+from fastlm.kernels import launch
 
 
 @pytest.fixture(params=["whole rows", "split rows"])

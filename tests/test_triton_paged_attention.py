@@ -3,10 +3,10 @@
 import pytest
 import test_paged_attention
 import torch
-from fastlm.kernels import attention as kernel
 from test_paged_attention import OPTIONS, assert_paged_near, cache
 
 from fastlm import ops
+from fastlm.kernels import attention as kernel
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

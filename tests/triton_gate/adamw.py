@@ -1,8 +1,8 @@
 """What the gate compiles of AdamW; see tests/triton_gate/__main__.py."""
 
 import torch
-from fastlm.kernels import adamw as op
 
+from fastlm.kernels import adamw as op
 from triton_gate import LOADS, Case, meta
 
 

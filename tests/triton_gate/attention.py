@@ -1,8 +1,8 @@
 """What the gate compiles of attention; see tests/triton_gate/__main__.py."""
 
 import torch
-from fastlm.kernels import attention, attention_backward
 
+from fastlm.kernels import attention, attention_backward
 from triton_gate import MATRIX, Case, meta
 
 BFLOAT16 = (torch.bfloat16,)  # float16 takes the same tiles

@@ -1,8 +1,8 @@
 """What the gate compiles of cross_entropy; see tests/triton_gate/__main__.py."""
 
 import torch
-from fastlm.kernels import cross_entropy
 
+from fastlm.kernels import cross_entropy
 from triton_gate import FLOATS, HALVES, LOADS, Case, meta
 
 

@@ -5,8 +5,8 @@ host functions run on tensors without memory: none of them waits for a GPU.
 """
 
 import torch
-from fastlm.kernels import linear_cross_entropy
 
+from fastlm.kernels import linear_cross_entropy
 from triton_gate import LOADS, Case, meta
 
 

@@ -1,8 +1,8 @@
 """What the gate compiles of paged_attention; see tests/triton_gate/__main__.py."""
 
 import torch
-from fastlm.kernels import paged_attention
 
+from fastlm.kernels import paged_attention
 from triton_gate import MATRIX, Case, meta
 
 

@@ -1,8 +1,8 @@
 """What the gate compiles of quantized_linear; see tests/triton_gate/__main__.py."""
 
 import torch
-from fastlm.kernels import quantized_linear as op
 
+from fastlm.kernels import quantized_linear as op
 from triton_gate import HALVES, MATRIX, Case, meta
 
 N = K = 4096

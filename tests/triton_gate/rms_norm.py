@@ -1,8 +1,8 @@
 """What the gate compiles of rms_norm; see tests/triton_gate/__main__.py."""
 
 import torch
-from fastlm.kernels import rms_norm
 
+from fastlm.kernels import rms_norm
 from triton_gate import FLOATS, HALVES, LOADS, Case, meta
 
 

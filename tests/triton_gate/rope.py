@@ -1,8 +1,8 @@
 """What the gate compiles of rope; see tests/triton_gate/__main__.py."""
 
 import torch
-from fastlm.kernels import rope
 
+from fastlm.kernels import rope
 from triton_gate import FLOATS, LOADS, Case, meta
 
 

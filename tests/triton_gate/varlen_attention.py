@@ -4,8 +4,8 @@ The kernels are attention's: one width shows that finding a sequence costs no sp
 """
 
 import torch
-from fastlm.kernels import varlen_attention
 
+from fastlm.kernels import varlen_attention
 from triton_gate import MATRIX, Case, meta
 
 
