@@ -420,9 +420,9 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 OPTIONS = "options"
 _MANY = {
     (2, 64): {80: _tiles(128, 64, 8, 3), 100: _tiles(128, 128, 8, 2)},
-    (2, 64, OPTIONS): {80: _tiles(64, 64, 4, 2)},
+    (2, 64, OPTIONS): {80: _tiles(64, 64, 8, 2)},
     (2, 128): {80: _tiles(128, 64, 8, 3)},
-    (2, 128, OPTIONS): {80: _tiles(64, 64, 4, 2), 90: _tiles(128, 64, 8, 2)},
+    (2, 128, OPTIONS): {80: _tiles(64, 64, 8, 2), 90: _tiles(128, 64, 8, 2)},
     (2, 256): {80: _tiles(64, 64, 8, 2)},
     (2, 512): {80: _tiles(16, 32, 4, 1)},
     (4, 64): {80: _tiles(32, 32, 4, 1)},
