@@ -68,6 +68,10 @@ class AdamW(torch.optim.Optimizer):
 
     state_bits, master_weights, stochastic_rounding may be given per group.
 
+    Hugging Face's Trainer takes it as ``optimizer_cls_and_kwargs=(AdamW, {"lr": 3e-4,
+    "max_grad_norm": 1.0})``, with ``max_grad_norm=0`` in its own arguments (their ``optim`` knows
+    transformers' names only, and clips in a pass of its own).
+
     Raises:
         InputError: an option out of its range, complex or integer parameters, sparse gradients.
     """
