@@ -46,7 +46,7 @@ def _turn(
     heads,
     first,
     token,  # (TOKENS, 1) int64
-    inside,  # (TOKENS, 1)
+    length,
     tables,
     x_head,
     x_token,
@@ -62,7 +62,7 @@ def _turn(
     cos1, cos2, sin1, sin2 = tables
     for i in tl.static_range(HEADS):
         head = first + i
-        here = inside & (head < heads)
+        here = token < tl.where(head < heads, length, 0)
         from_ = x + head * x_head + token * x_token
         to = y + head * y_head + token * y_token
         if HALF > 0:
@@ -135,14 +135,14 @@ def _rope(
     groups = tl.cdiv(q_heads, HEADS)
     if group < groups:
         _turn(
-            q + batch * q_batch, q_out + batch * q_out_batch, q_heads, group * HEADS, token, inside,
+            q + batch * q_batch, q_out + batch * q_out_batch, q_heads, group * HEADS, token, length,
             tables, q_head, q_token, q_out_head, q_out_token,
             HALF, REST, INTERLEAVED, HEADS, PAIRS, TAIL,
         )  # fmt: skip
     else:
         _turn(
             k + batch * k_batch, k_out + batch * k_out_batch, k_heads, (group - groups) * HEADS,
-            token, inside, tables, k_head, k_token, k_out_head, k_out_token,
+            token, length, tables, k_head, k_token, k_out_head, k_out_token,
             HALF, REST, INTERLEAVED, HEADS, PAIRS, TAIL,
         )  # fmt: skip
 
