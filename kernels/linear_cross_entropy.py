@@ -50,7 +50,7 @@ class _Chunks:
         self.bias = None if linear_bias is None else linear_bias.contiguous()
         self.class_weight = None if class_weight is None else class_weight.contiguous()
         classes = len(linear_weight)
-        self.rows = _chunk_rows(len(input), classes, input.element_size())
+        self.rows = max(1, _chunk_rows(len(input), classes, input.element_size()))
         make = {"dtype": torch.float32, "device": input.device}
         self.logits = torch.empty(self.rows, classes, **make)
         self.d_logits = self.logits  # element by element in the same place
