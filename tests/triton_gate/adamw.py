@@ -25,7 +25,7 @@ def _step(
             clip, norm,
         )  # fmt: skip
 
-    wanted = {"_update": ("LDG.E.128", "STG.E.128") if bits == 32 else (), "_squares": LOADS[:1]}
+    wanted = {"_update": LOADS, "_squares": LOADS[:1]}
     return Case(name, run, wanted, dtypes)
 
 
