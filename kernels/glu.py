@@ -3,7 +3,7 @@
 Rows may be apart (`gate` and `up` as halves of one projection), elements of a row not. A program
 takes BLOCK elements of one row; contiguous operands count as a single row.
 
-    program (row, block):   gate [row * gate_stride + block * BLOCK ...)  ->  y [row * width + ...)
+    program row * blocks + block:   gate [row * gate_stride + block * BLOCK ..  ->  y [row * width ..
 
 Activations are float32. tanh is 1 - 2 / (e^2x + 1): the backend's own differs between versions.
 """
@@ -50,13 +50,14 @@ def _forward(
     up,  # likewise
     y,  # (rows, width), contiguous
     width,
+    blocks,  # of a row
     gate_stride,
     up_stride,
     ACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
     x = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
@@ -72,14 +73,15 @@ def _backward(
     dgate,  # (rows, width), contiguous
     dup,
     width,
+    blocks,
     dy_stride,
     gate_stride,
     up_stride,
     ACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
     g = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
@@ -99,22 +101,22 @@ def _rows(*tensors: Tensor) -> tuple[int, int, list[Tensor], list[int]]:
     return flat[0].shape[0], width, flat, [t.stride(0) for t in flat]
 
 
-def _grid(rows: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(width, _CONFIG.sizes["BLOCK"]), rows
-
-
 def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     rows, width, (g, u), strides = _rows(gate, up)
-    launch(_forward, _grid(rows, width), g, u, y, width, *strides, config=_CONFIG, ACT=ACTS[act])
+    blocks = triton.cdiv(width, _CONFIG.sizes["BLOCK"])
+    launch(
+        _forward, (rows * blocks,), g, u, y, width, blocks, *strides, config=_CONFIG, ACT=ACTS[act]
+    )  # fmt: skip
     return y
 
 
 def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     rows, width, (d, g, u), strides = _rows(dy, gate, up)
+    blocks = triton.cdiv(width, _CONFIG.sizes["BLOCK"])
     launch(
-        _backward, _grid(rows, width), d, g, u, dgate, dup, width, *strides, config=_CONFIG,
-        ACT=ACTS[act],
+        _backward, (rows * blocks,), d, g, u, dgate, dup, width, blocks, *strides,
+        config=_CONFIG, ACT=ACTS[act],
     )  # fmt: skip
     return dgate, dup
