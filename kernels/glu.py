@@ -3,7 +3,7 @@
 Rows may be apart (`gate` and `up` as halves of one projection), elements of a row not. A program
 takes BLOCK elements of one row; contiguous operands count as a single row.
 
-    program row * blocks + block:   gate [row * gate_stride + block * BLOCK ..  ->  y [row * width ..
+    program row * blocks + block:   gate[row, block * BLOCK ..]  ->  y[row, block * BLOCK ..]
 
 Activations are float32. tanh is 1 - 2 / (e^2x + 1): the backend's own differs between versions.
 """
