@@ -123,7 +123,7 @@ def paged_attention():
         cache = torch.zeros(2, 2 * pages, page, 2, 24)
         block, lens = torch.arange(2 * pages).view(2, -1).int(), torch.tensor([50, 3]).int()
         ops.paged_attention(torch.zeros(2, 1, 4, 24), *cache, block, lens)
-        scale = torch.ones(2, *cache.shape[1:4])
+        scale = torch.ones(2, 2)
         codes = cache.to(torch.int8)
         ops.paged_attention(
             torch.zeros(2, 3, 4, 24), *codes, block, lens, k_scale=scale[0], v_scale=scale[1]
