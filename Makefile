@@ -54,7 +54,7 @@ gate: .venv/ready  ## every Triton kernel compiled for sm_80, sm_90, sm_100 by t
 	PYTHONPATH=.venv/triton-3.6.0:tests $(BIN)/python -P -m triton_gate
 	PYTHONPATH=tests $(BIN)/python -P -m triton_gate
 
-triton-sanitize: .venv/ready  ## every Triton kernel's addresses checked by triton-viz, on Triton 3.6.0
+triton-sanitize: .venv/ready  ## addresses of the Triton kernels that triton-viz can follow, on Triton 3.6.0
 	test -d .venv/triton-viz || $(BIN)/python -m pip install --quiet --target .venv/triton-viz triton==3.6.0 triton-viz==3.0 'numpy<2.4'
 	PYTHONPATH=.venv/triton-viz $(BIN)/python -P tests/triton_sanitize.py
 

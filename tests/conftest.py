@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-from poison import patched, poisoned
+from poison import guarded_memory, patched, poisoned
 
 from fastlm import backend
 
@@ -54,8 +54,9 @@ def triton():
 
     repair_bfloat16()
     # masked-off lanes compute as well; numpy warns where a GPU gives inf or NaN
-    with backend.use_backend("triton"), np.errstate(all="ignore"):
+    with backend.use_backend("triton"), np.errstate(all="ignore"), guarded_memory() as memory:
         yield "cpu"
+        memory.check()  # nothing was written beside an output
 
 
 @pytest.fixture(params=FLOATS, ids=lambda d: str(d).removeprefix("torch."))
