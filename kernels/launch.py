@@ -9,20 +9,14 @@
   host function: one that asks a tensor for its value fails.
 
 Tile sizes come from a table beside each kernel, `{80: .., 90: .., 100: ..}` by compute capability,
-so that a first call compiles one variant and measures none. ``FASTLM_TUNE=1`` measures a kernel's
-`candidates` once per shape class and keeps the fastest in ~/.cache/fastlm/triton/<card>.json, which
-later processes read whether it is set or not. Rejected: `triton.autotune`, which measures in every
-process, and whose first call takes minutes.
+so that a first call compiles one variant and measures none. Rejected: `triton.autotune`, which
+measures in every process, and whose first call takes minutes.
 """
 
 import contextlib
 import functools
-import json
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -108,48 +102,6 @@ def of_arch(table: Mapping[int, Config], tensor: torch.Tensor) -> Config:
     """The entry of the newest architecture in the table that is not newer than the tensor's."""
     have = arch(tensor)
     return table[max((a for a in table if a <= have), default=min(table))]
-
-
-# ---- tuning --------------------------------------------------------------------------------------
-
-
-def tuned(
-    name: str, key: Sequence[Any], default: Config, candidates: Sequence[Config], run: Any
-) -> Config:
-    """`default`, or what was measured to be fastest for this card, kernel `name` and shape class
-    `key`. `run(config)` does the work once; it must be repeatable.
-    """
-    if INTERPRETED or _compiled is not None:
-        return default
-    card = torch.cuda.get_device_name()
-    known, entry = _known(card), f"{name} {' '.join(map(str, key))}"
-    if entry not in known and os.environ.get("FASTLM_TUNE") == "1":
-        times = {}
-        for config in (default, *candidates):
-            with contextlib.suppress(triton.runtime.errors.OutOfResources):
-                times[config] = triton.testing.do_bench(lambda c=config: run(c))
-        best = min(times, key=lambda c: times[c])
-        known[entry] = {
-            "sizes": dict(best.sizes),
-            "num_warps": best.num_warps,
-            "num_stages": best.num_stages,
-        }
-        path = _tuning_file(card)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(known, indent=1))
-        beside.replace(path)
-    return Config(**known[entry]) if entry in known else default
-
-
-def _tuning_file(card: str) -> Path:
-    return Path.home() / ".cache/fastlm/triton" / (re.sub(r"\W+", "-", card).lower() + ".json")
-
-
-@functools.cache
-def _known(card: str) -> dict[str, Any]:
-    path = _tuning_file(card)
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 # ---- compiling without a GPU ---------------------------------------------------------------------
