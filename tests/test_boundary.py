@@ -214,13 +214,21 @@ def test_info_says_what_runs_and_why_not():
         assert all(op["why_not"].values())
 
 
-def test_info_follows_a_forced_backend():
+def test_info_follows_a_forced_backend(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with backend.use_backend("reference"):
         row = backend.info()["ops"]["glu"]
     assert row["picked"] == "reference" and row["why_not"]["cpu"] == "reference is forced"
-    with backend.use_backend("triton"):
+    with backend.use_backend("cuda"):
         row = backend.info()["ops"]["glu"]
-    assert row["picked"] is None and "triton" in row["why_not"]["triton"]
+    assert row["picked"] is None and "glu has no cuda" in row["why_not"]["cuda"]
+    if not torch.cuda.is_available():
+        with backend.use_backend("triton"):
+            row = backend.info()["ops"]["glu"]
+        assert row["picked"] is None and "triton does not run on cpu" in row["why_not"]["triton"]
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with backend.use_backend("triton"):
+            assert backend.info()["ops"]["glu"]["picked"] == "triton"
 
 
 def test_wrong_instruction_set_is_one_line_of_the_command():
@@ -234,9 +242,10 @@ def test_wrong_instruction_set_is_one_line_of_the_command():
     assert "FASTLM_CPU_ISA: wanted one of amx" in done.stderr
 
 
-def test_forcing_a_backend_that_is_not_here_raises():
+def test_forcing_a_backend_that_is_not_here_raises(monkeypatch):
     from fastlm import ops
 
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with (
         backend.use_backend("triton"),
         pytest.raises(InputError, match="'triton' is forced but cannot serve"),
