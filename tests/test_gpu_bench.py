@@ -8,7 +8,7 @@ import torch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="bench/gpu.py --smoke")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="bench/gpu.sh runs it all")
 @pytest.mark.parametrize("op", gpu.OPS)
 def test_every_case_runs(triton, monkeypatch, op):
     monkeypatch.setattr(gpu, "DEVICE", triton)

@@ -55,9 +55,10 @@ def test_no_leak(triton):
 
 def test_strided_and_repeated(triton):
     q, k, v = torch.randn(60, 3, 4, 16).unbind(1)  # rows apart, as a fused projection leaves them
-    function = lambda *x: ops.varlen_attention(  # noqa: E731
-        *x, offsets([20, 40]), causal=True, return_lse=True
-    )
+
+    def function(*x):
+        return ops.varlen_attention(*x, offsets([20, 40]), causal=True, return_lse=True)
+
     expected = run(function, [t.contiguous() for t in (q, k, v)])
     assert torch.equal(function(q, k, v)[0], expected[0])
     assert all(torch.equal(a, b) for a, b in zip(run(function, [q, k, v]), expected))

@@ -61,7 +61,10 @@ def machine_code(cubin: bytes) -> dict:
     found = dict(re.findall(r"(\w+):(\d+)", next(x for x in usage.splitlines() if "REG:" in x)))
     names = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code)
     counts: collections.Counter = collections.Counter(names)
-    starting = lambda head: sum(n for name, n in counts.items() if name.startswith(head))  # noqa: E731
+
+    def starting(head: str) -> int:
+        return sum(n for name, n in counts.items() if name.startswith(head))
+
     return {
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]),
@@ -150,6 +153,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the table anew")
     parser.add_argument("--show", action="store_true", help="print every kernel's figures")
     options = parser.parse_args()
+    if options.write and options.sample > 1:
+        parser.error("--write: wanted every case, got --sample: the others would leave the table")
     failed = made = 0
     jobs = [(op, c, options.sample) for op in options.op for c in options.capability]
     fresh: dict[str, dict] = {op: {} for op in options.op}
