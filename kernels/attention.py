@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.launch import Config, launch, multiprocessors, of_arch
+from fastlm.kernels.launch import Config, Tiles, launch, multiprocessors
 from fastlm.ops.attention import elements_last, empty_out
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -418,30 +418,36 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 # (tests/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi or softcap, which take
 # registers; where there is no such line the plain one serves.
 OPTIONS = "options"
-_MANY = {
-    (2, 64): {80: _tiles(128, 64, 8, 3), 100: _tiles(128, 128, 8, 2)},
-    (2, 64, OPTIONS): {80: _tiles(64, 64, 8, 2)},
-    (2, 128): {80: _tiles(128, 64, 8, 3)},
-    (2, 128, OPTIONS): {80: _tiles(64, 64, 8, 2), 90: _tiles(128, 64, 8, 2)},
-    (2, 256): {80: _tiles(64, 64, 8, 2)},
-    (2, 512): {80: _tiles(16, 32, 4, 1)},
-    (4, 64): {80: _tiles(32, 32, 4, 1)},
-    (4, 64, OPTIONS): {80: _tiles(16, 32, 4, 1)},
-    (4, 128): {80: _tiles(16, 32, 8, 1), 100: _tiles(16, 16, 8, 1)},
-    (4, 256): {80: _tiles(16, 16, 8, 1)},
-    (4, 512): {80: _tiles(16, 16, 8, 1)},
-}
+_MANY = Tiles(
+    "attention",
+    {
+        (2, 64): {80: _tiles(128, 64, 8, 3), 100: _tiles(128, 128, 8, 2)},
+        (2, 64, OPTIONS): {80: _tiles(64, 64, 8, 2)},
+        (2, 128): {80: _tiles(128, 64, 8, 3)},
+        (2, 128, OPTIONS): {80: _tiles(64, 64, 8, 2), 90: _tiles(128, 64, 8, 2)},
+        (2, 256): {80: _tiles(64, 64, 8, 2)},
+        (2, 512): {80: _tiles(16, 32, 4, 1)},
+        (4, 64): {80: _tiles(32, 32, 4, 1)},
+        (4, 64, OPTIONS): {80: _tiles(16, 32, 4, 1)},
+        (4, 128): {80: _tiles(16, 32, 8, 1), 100: _tiles(16, 16, 8, 1)},
+        (4, 256): {80: _tiles(16, 16, 8, 1)},
+        (4, 512): {80: _tiles(16, 16, 8, 1)},
+    },
+)
 # 16 rows are the least of a matrix instruction
-_FEW = {
-    (2, 64): {80: _tiles(16, 64, 4, 3)},
-    (2, 128): {80: _tiles(16, 64, 4, 3)},
-    (2, 256): {80: _tiles(16, 32, 4, 3)},
-    (2, 512): {80: _tiles(16, 32, 4, 1)},
-    (4, 64): {80: _tiles(16, 32, 4, 1)},
-    (4, 128): {80: _tiles(16, 32, 8, 1), 100: _tiles(16, 16, 8, 1)},
-    (4, 256): {80: _tiles(16, 16, 8, 1)},
-    (4, 512): {80: _tiles(16, 16, 8, 1)},
-}
+_FEW = Tiles(
+    "attention, few rows",
+    {
+        (2, 64): {80: _tiles(16, 64, 4, 3)},
+        (2, 128): {80: _tiles(16, 64, 4, 3)},
+        (2, 256): {80: _tiles(16, 32, 4, 3)},
+        (2, 512): {80: _tiles(16, 32, 4, 1)},
+        (4, 64): {80: _tiles(16, 32, 4, 1)},
+        (4, 128): {80: _tiles(16, 32, 8, 1), 100: _tiles(16, 16, 8, 1)},
+        (4, 256): {80: _tiles(16, 16, 8, 1)},
+        (4, 512): {80: _tiles(16, 16, 8, 1)},
+    },
+)
 FEW_ROWS = 16
 _WIDEST = 512  # wider heads take its tiles; from 512 on they are not in the gate
 _MOST_SPLITS = 32  # partial results of one row that `_combine` holds in registers
@@ -453,12 +459,13 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def sizes_of(table: dict, q: Tensor, width: int, o: "Options") -> Config:
+def sizes_of(tiles: Tiles, q: Tensor, width: int, o: "Options") -> Config:
     """The entry for q's dtype and architecture, a padded head width, and the options given."""
     key = q.element_size(), min(max(width, 64), _WIDEST)
-    if o.slopes is o.bias is o.seed is None and o.softcap == 0:
-        return of_arch(table[key], q)
-    return of_arch(table.get((*key, OPTIONS), table[key]), q)
+    if not (o.slopes is o.bias is o.seed is None and o.softcap == 0):
+        with_options = (*key, OPTIONS)
+        key = with_options if with_options in tiles.table else key
+    return tiles.of(key, q)
 
 
 # ---- host ----------------------------------------------------------------------------------------

@@ -8,18 +8,25 @@
   device, to a list of machine code that tests/triton_gate.py reads. What runs there is the whole
   host function: one that asks a tensor for its value fails.
 
-Tile sizes come from a table beside each kernel, `{80: .., 90: .., 100: ..}` by compute capability,
-so that a first call compiles one variant and measures none. Rejected: `triton.autotune`, which
-measures in every process, and whose first call takes minutes.
+Tile sizes come from `Tiles` beside each kernel: a fixed table by compute capability, so that a
+first call compiles one variant and measures none; what `python -m fastlm.kernels.tune` measured on
+this machine's GPU goes before it, from a file in the user's cache. Rejected: `triton.autotune`,
+whose first call of every shape takes minutes.
 """
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+import json
+import os
+import re
+import warnings
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -40,16 +47,16 @@ class Config:
 
 
 class Compiled(NamedTuple):
-    """One launch under `compiling`."""
+    """One launch under `compiling` or `recording`."""
 
     name: str
     config: Config
     constants: dict[str, Any]
-    kernel: Any  # triton's CompiledKernel
+    kernel: Any  # triton's CompiledKernel; None where interpreted
 
 
-_compiled: list[Compiled] | None = None  # where launches go under `compiling`
-_target: GPUTarget | None = None
+_launches: list[Compiled] | None = None  # where they go under `compiling` and `recording`
+_target: GPUTarget | None = None  # under `compiling`
 
 
 def launch(
@@ -59,19 +66,30 @@ def launch(
     if 0 in grid:
         return
     options = {**constants, **config.arguments(), "enable_fp_fusion": True}
-    if _compiled is not None:
+    if _target is not None:
         made = kernel.warmup(*args, grid=grid, **options)
-        _compiled.append(Compiled(kernel.__name__, config, constants, made))
-        return
-    if INTERPRETED:
-        kernel[grid](*args, **options)
-        return
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    if device.index == torch.cuda.current_device():
-        kernel[grid](*args, **options)
+    elif INTERPRETED:
+        made = kernel[grid](*args, **options)
     else:
-        with torch.cuda.device(device):
-            kernel[grid](*args, **options)
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        if device.index == torch.cuda.current_device():
+            made = kernel[grid](*args, **options)
+        else:
+            with torch.cuda.device(device):
+                made = kernel[grid](*args, **options)
+    if _launches is not None:
+        _launches.append(Compiled(kernel.__name__, config, constants, made))
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Compiled]]:
+    """Yields the launches made inside."""
+    global _launches
+    before, _launches = _launches, []
+    try:
+        yield _launches
+    finally:
+        _launches = before
 
 
 def arch(tensor: torch.Tensor) -> int:
@@ -97,10 +115,98 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def of_arch(table: Mapping[int, Config], tensor: torch.Tensor) -> Config:
-    """The entry of the newest architecture in the table that is not newer than the tensor's."""
-    have = arch(tensor)
-    return table[max((a for a in table if a <= have), default=min(table))]
+# ---- tile sizes ----------------------------------------------------------------------------------
+
+Key = tuple[Hashable, ...]
+
+
+class Tiles:
+    """Tile sizes of one kernel, by class of shapes (`key`), then by compute capability."""
+
+    def __init__(self, kernel: str, table: Mapping[Key, Mapping[int, Config]]):
+        self.kernel, self.table = kernel, table
+        self._chosen: dict[tuple[Key, int, int | None], Config] = {}
+
+    def of(self, key: Key, tensor: torch.Tensor) -> Config:
+        """What was measured here, or the entry of the newest architecture in the table that is not
+        newer than the tensor's.
+        """
+        if _asked is not None:
+            _asked.append((self, key, tensor))
+        have = arch(tensor)
+        at = key, have, tensor.device.index
+        if (chosen := self._chosen.get(at)) is None:
+            chosen = self._chosen[at] = self._measured(key, tensor) or self.fixed(key, have)
+        return chosen
+
+    def fixed(self, key: Key, have: int) -> Config:
+        table = self.table[key]
+        return table[max((a for a in table if a <= have), default=min(table))]
+
+    @contextlib.contextmanager
+    def trying(self, key: Key, config: Config, tensor: torch.Tensor) -> Iterator[None]:
+        """`of` answers `config` for this key and device inside."""
+        at = key, arch(tensor), tensor.device.index
+        before = self._chosen.pop(at, None)
+        self._chosen[at] = config
+        try:
+            yield
+        finally:
+            del self._chosen[at]
+            if before is not None:
+                self._chosen[at] = before
+
+    def forget(self) -> None:
+        """Reads again what was measured."""
+        self._chosen.clear()
+
+    def label(self, key: Key) -> str:
+        return " ".join(map(str, (self.kernel, *key)))
+
+    def _measured(self, key: Key, tensor: torch.Tensor) -> Config | None:
+        if _target is not None:
+            return None
+        found = measured(cache_file(tensor)).get(self.label(key))
+        # of a kernel that has other sizes by now: measured before an update
+        if found is None or found.sizes.keys() != self.fixed(key, arch(tensor)).sizes.keys():
+            return None
+        return found
+
+
+_asked: list[tuple[Tiles, Key, torch.Tensor]] | None = None  # under `asking`
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[list[tuple[Tiles, Key, torch.Tensor]]]:
+    """Yields what `Tiles.of` is asked inside."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+def cache_file(tensor: torch.Tensor) -> Path:
+    """Where `fastlm.kernels.tune` leaves what it measured on this kind of GPU."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
+    folder = Path(os.environ.get("FASTLM_CACHE") or default)
+    card = "interpreter" if INTERPRETED else torch.cuda.get_device_name(tensor.device)
+    card = re.sub(r"\W+", "-", card)
+    return folder / f"tiles-{card}-triton-{triton.__version__}.json"
+
+
+@functools.cache
+def measured(file: Path) -> dict[str, Config]:
+    """The entries of a file of measurements; none where there is no file."""
+    try:
+        entries = json.loads(file.read_text())
+        return {label: Config(**entry) for label, entry in entries.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"{file}: not tile sizes, fixed ones serve: {error}", stacklevel=2)
+        return {}
 
 
 # ---- compiling without a GPU ---------------------------------------------------------------------
@@ -134,12 +240,13 @@ class _NoDevice:
 @contextlib.contextmanager
 def compiling(capability: int) -> Iterator[list[Compiled]]:
     """Every `launch` inside compiles for sm_<capability> and runs nothing; yields what was made."""
-    global _compiled, _target
-    _target, _compiled = GPUTarget("cuda", capability, 32), []
+    global _target
+    _target = GPUTarget("cuda", capability, 32)
     driver.set_active(_NoDevice(_target))
     try:
-        yield _compiled
+        with recording() as made:
+            yield made
     finally:
-        _target = _compiled = None
+        _target = None
         with contextlib.suppress(RuntimeError):  # where there is no GPU, there is no driver
             driver.reset_active()

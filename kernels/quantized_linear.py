@@ -22,7 +22,6 @@ Integers become floats by their bits (2^23 + q is a float whose mantissa ends in
 instruction runs at a quarter of the rate of an addition.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.kernels.launch import Config, launch, multiprocessors, of_arch
+from fastlm.kernels.launch import Config, Tiles, launch, multiprocessors
 
 RUN_MAX = tl.constexpr(reference.RUN_MAX)
 
@@ -398,23 +397,32 @@ def _add_parts(parts, bias, y, n, size, PARTS: tl.constexpr, BLOCK: tl.constexpr
 _DEQUANTIZE = Config({"BLOCK": 1024}, num_warps=4)
 _ROUND = 4096  # elements of a program
 # a thread keeps two rows of W and one row of x (of 32 columns) a row of x: 4 rows fit in registers
-_VECTOR = {80: Config({"BN": 8, "BK": 1024})}
+_VECTOR = Tiles("quantized_linear, vector", {(): {80: Config({"BN": 8, "BK": 1024})}})
 # by rows of x in a tile
-_MATRIX = {
-    16: {80: Config({"BN": 64, "BM": 16, "BK": 128}, num_warps=4, num_stages=3)},
-    32: {80: Config({"BN": 64, "BM": 32, "BK": 128}, num_warps=4, num_stages=3)},
-    64: {80: Config({"BN": 128, "BM": 64, "BK": 64}, num_warps=8, num_stages=3)},
-    128: {80: Config({"BN": 128, "BM": 128, "BK": 64}, num_warps=8, num_stages=3)},
-}
-_MATRIX_FLOAT32 = {
-    16: {80: Config({"BN": 64, "BM": 16, "BK": 32}, num_warps=4, num_stages=2)},
-    64: {80: Config({"BN": 64, "BM": 64, "BK": 32}, num_warps=8, num_stages=2)},
-}
+_MATRIX = Tiles(
+    "quantized_linear",
+    {
+        (16,): {80: Config({"BN": 64, "BM": 16, "BK": 128}, num_warps=4, num_stages=3)},
+        (32,): {80: Config({"BN": 64, "BM": 32, "BK": 128}, num_warps=4, num_stages=3)},
+        (64,): {80: Config({"BN": 128, "BM": 64, "BK": 64}, num_warps=8, num_stages=3)},
+        (128,): {80: Config({"BN": 128, "BM": 128, "BK": 64}, num_warps=8, num_stages=3)},
+    },
+)
+_MATRIX_FLOAT32 = Tiles(
+    "quantized_linear float32",
+    {
+        (16,): {80: Config({"BN": 64, "BM": 16, "BK": 32}, num_warps=4, num_stages=2)},
+        (64,): {80: Config({"BN": 64, "BM": 64, "BK": 32}, num_warps=8, num_stages=2)},
+    },
+)
 # a tile of 128 x 128 spills: beside its sums it holds those of int32
-_INTEGERS = {
-    16: {80: Config({"BN": 64, "BM": 16}, num_warps=4, num_stages=3)},
-    64: {80: Config({"BN": 128, "BM": 64}, num_warps=8, num_stages=3)},
-}
+_INTEGERS = Tiles(
+    "quantized_linear int8",
+    {
+        (16,): {80: Config({"BN": 64, "BM": 16}, num_warps=4, num_stages=3)},
+        (64,): {80: Config({"BN": 128, "BM": 64}, num_warps=8, num_stages=3)},
+    },
+)
 _ADD = Config({"BLOCK": 1024}, num_warps=4)
 MAX_PARTS = 8  # enough for N = 1024 at 64 columns a tile
 _PART_TILES = 4  # at least: a part's loop must be long enough to fill its pipeline
@@ -494,7 +502,7 @@ def _rounded(x: Tensor, w: _Weight) -> tuple[Tensor, Tensor, Tensor]:
 
 def _few_rows(x: Tensor, scale: Tensor | None, w: _Weight, bias: Tensor | None, y: Tensor) -> None:
     rows = triton.next_power_of_2(x.shape[0])
-    config = of_arch(_VECTOR, x)
+    config = _VECTOR.of((), x)
     grid = (triton.cdiv(w.n, config.sizes["BN"]),)
     launch(
         _vector, grid, x, scale, *w.tensors(), bias, y, x.shape[0], w.n, w.k, x.stride(0),
@@ -530,10 +538,10 @@ def _add(t: _Tiling, bias: Tensor | None, y: Tensor) -> None:
         launch(_add_parts, grid, t.to, bias, y, y.shape[1], size, config=_ADD, PARTS=t.parts)
 
 
-def _of_rows(table: Mapping[int, Mapping[int, Config]], x: Tensor) -> Config:
+def _of_rows(tiles: Tiles, x: Tensor) -> Config:
     """The narrowest tile that holds all rows of x, or the widest."""
-    fitting = (width for width in table if width >= x.shape[0])
-    return of_arch(table[min(fitting, default=max(table))], x)
+    fitting = (key for key in tiles.table if key[0] >= x.shape[0])
+    return tiles.of(min(fitting, default=max(tiles.table)), x)
 
 
 def _some_rows(x: Tensor, w: _Weight, bias: Tensor | None, y: Tensor) -> None:

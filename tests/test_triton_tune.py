@@ -1,0 +1,146 @@
+"""The tuner of tile sizes: with a clock of the tests, kernels interpreted where there is no GPU."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastlm import ops
+
+pytest.importorskip("triton", reason="fastlm.kernels needs Triton")
+from fastlm.kernels import attention, launch, tune
+
+KEY = (4, 64)  # float32, heads of up to 64
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path))
+    yield tmp_path
+    launch.measured.cache_clear()
+    attention._MANY.forget()
+
+
+@pytest.fixture
+def call(triton):
+    q, k, v = torch.randn(3, 1, 2, 40, 32, device=triton)
+    return lambda: ops.attention(q, k, v, causal=True)
+
+
+def sizes_of(call):
+    with launch.recording() as made:
+        call()
+    return next(m.config for m in made if m.name == "_forward")
+
+
+def prefers(**wanted):
+    """A clock by which each wanted size halves the time."""
+
+    def timer(call):
+        have = sizes_of(call).arguments()
+        return 2.0 ** -sum(have[name] == value for name, value in wanted.items())
+
+    return timer
+
+
+def test_climbs_to_the_fastest_and_keeps_it(cache, call):
+    before = sizes_of(call)
+    wanted = {"BLOCK_M": before.sizes["BLOCK_M"] // 2, "num_warps": 2 * before.num_warps}
+    (tuned,) = tune.tune(call, timer=prefers(**wanted))
+    assert tuned.before == before and tuned.kernel == "attention 4 64"
+    assert tuned.seconds_before / tuned.seconds_after == 4
+    assert wanted.items() <= tuned.after.arguments().items()
+    assert sizes_of(call) == tuned.after
+
+    launch.measured.cache_clear()  # what another process sees
+    attention._MANY.forget()
+    assert sizes_of(call) == tuned.after
+    (file,) = cache.iterdir()
+    assert f"triton-{launch.triton.__version__}" in file.name
+
+
+def test_entries_of_other_kernels_stay(cache, call):
+    tune.tune(call, timer=prefers(num_stages=2))
+    (file,) = cache.iterdir()
+    entries = json.loads(file.read_text())
+    file.write_text(json.dumps({"another": next(iter(entries.values()))} | entries))
+    launch.measured.cache_clear()
+    tune.tune(call, timer=prefers(num_warps=8))
+    assert json.loads(file.read_text()).keys() == {"another", "attention 4 64"}
+
+
+def test_without_a_gain_nothing_is_written(cache, call):
+    (tuned,) = tune.tune(call, timer=lambda call: 1.0)
+    assert tuned.before == tuned.after
+    assert not list(cache.iterdir())
+
+
+def test_a_candidate_that_changes_the_result_is_out(cache, call):
+    before = sizes_of(call)
+
+    def wrong_in_other_sizes():
+        out = call()
+        return out if sizes_of(call) == before else out + 1
+
+    (tuned,) = tune.tune(wrong_in_other_sizes, timer=prefers(num_warps=8))
+    assert tuned.after == before
+
+
+def test_a_candidate_that_spills_is_out(cache, call, monkeypatch):
+    @contextlib.contextmanager
+    def spilling():
+        with launch.recording() as made:
+            yield made
+        made[:] = [
+            m._replace(kernel=SimpleNamespace(n_spills=4 * (m.config.num_warps == 8))) for m in made
+        ]
+
+    monkeypatch.setattr(tune, "recording", spilling)
+    (tuned,) = tune.tune(call, timer=prefers(num_warps=8))
+    assert tuned.after == tuned.before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"attention 4 64": {"tile": 3}}'])
+def test_a_broken_file_is_named_and_fixed_sizes_serve(cache, call, text):
+    before = sizes_of(call)
+    q = torch.empty(0, device="cpu" if launch.INTERPRETED else "cuda")
+    launch.cache_file(q).write_text(text)
+    launch.measured.cache_clear()
+    attention._MANY.forget()
+    with pytest.warns(UserWarning, match="not tile sizes"):
+        assert sizes_of(call) == before
+
+
+def test_sizes_of_an_older_kernel_are_not_taken(cache, call):
+    before = sizes_of(call)
+    (tuned,) = tune.tune(call, timer=prefers(num_warps=8))
+    (file,) = cache.iterdir()
+    file.write_text(file.read_text().replace("BLOCK_M", "ROWS"))
+    launch.measured.cache_clear()
+    attention._MANY.forget()
+    assert sizes_of(call) == before != tuned.after
+
+
+def test_neighbours_change_one_thing():
+    config = launch.Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=8, num_stages=1)
+    for other in tune.neighbours(config):
+        changed = [n for n, v in other.arguments().items() if config.arguments()[n] != v]
+        assert len(changed) == 1
+    assert replace(config, num_stages=2) in tune.neighbours(config)
+
+
+@pytest.mark.parametrize("name", ["attention", "quantized_linear"])
+def test_the_command_without_a_gpu_says_so(name):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is at hand")
+    command = [sys.executable, "-P", "-m", "fastlm.kernels.tune"]
+    result = subprocess.run([*command, name], capture_output=True, text=True)
+    assert result.returncode and "wanted a CUDA device" in result.stderr
+    assert "Traceback" not in result.stderr
+    result = subprocess.run([*command, "rope"], capture_output=True, text=True)
+    assert "wanted attention or quantized_linear, got 'rope'" in result.stderr
