@@ -1,7 +1,8 @@
 # The index of commands. Everything happens in .venv; nothing needs to be installed but Python >= 3.11 and a C++ compiler.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/simt/*.cu)
+SOURCES := pyproject.toml setup.py $(CPP)
 
 .PHONY: help setup demo test quick lint format bench fuzz sanitize gate triton-sanitize clean
 
@@ -16,7 +17,7 @@ setup: .venv/ready  ## .venv with fastlm (editable, extension built) and everyth
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
 	@echo "make: fetching torch and compiling the kernels: minutes without output"
-	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	FASTLM_SIMT=1 PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
 demo: .venv/ready  ## text -> tokenizer -> model -> int4 -> runs/demo/report.html, in ten minutes on two cores
@@ -32,13 +33,13 @@ quick: .venv/ready  ## the tests that take seconds
 lint: .venv/ready  ## what pre-commit runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/pyright
 
 format: .venv/ready  ## rewrite the sources in the one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+	$(BIN)/clang-format -i $(CPP)
 
 bench: .venv/ready  ## all benchmarks against their peers; writes bench/results/ and the README's table
 	$(BIN)/python -P bench/run.py

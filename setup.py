@@ -1,14 +1,23 @@
-"""The build: which folders are which packages, and the pybind11 extension.
+"""The build: which folders are which packages, and the pybind11 extensions.
 
-Metadata is in pyproject.toml. Environment: FASTLM_SANITIZE=address,undefined builds the extension
-with those sanitizers (`make sanitize`).
+    fastlm._cpu    always
+    fastlm._cuda   where nvcc is found: on PATH, in CUDA_HOME, or in pip's nvidia-cuda-nvcc
+    fastlm._simt   the .cu files on the CPU emulator, for tests; where the CUDA headers are found
+
+Metadata is in pyproject.toml. Environment: FASTLM_SANITIZE=address,undefined builds with those
+sanitizers (`make sanitize`); FASTLM_CUDA_ARCHS, default "80;90a;100a", the last also as PTX;
+FASTLM_CUDA=0 leaves _cuda out, FASTLM_SIMT=1 builds _simt; FASTLM_BUILD_JOBS, default all cores.
 """
 
 import os
+import shutil
+import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 COMPILE = [
@@ -52,6 +61,88 @@ cpu = Pybind11Extension(
     extra_link_args=LINK,
 )
 
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+def cuda_home() -> Path | None:
+    """The folder with bin/nvcc and include/cuda_runtime.h."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        candidates.append(Path(nvcc).resolve().parent.parent)
+    candidates.append("/usr/local/cuda")
+    site = Path(sysconfig.get_path("purelib"))
+    candidates += sorted(site.glob("nvidia/cu*"), reverse=True)  # pip's packages
+    for home in filter(None, candidates):
+        if Path(home, "include/cuda_runtime.h").exists():
+            return Path(home)
+    return None
+
+
+def kernel_command(name: str, home: Path) -> list[str]:
+    """The compiler of .cu files for this extension, with its options."""
+    if name == "fastlm._simt":
+        return [
+            *["g++", "-x", "c++", "-std=c++20", "-fPIC", "-DFASTLM_SIMT", "-g1"],
+            *["-Wno-unknown-pragmas", "-fno-strict-aliasing", "-isystem", str(home / "include")],
+            *COMPILE,
+            "-Wno-maybe-uninitialized",  # of lanes that a mask keeps out
+        ]
+    archs = os.environ.get("FASTLM_CUDA_ARCHS", "80;90a;100a").split(";")
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return [
+        *[str(home / "bin/nvcc"), "-std=c++20", "-O3", "-Xcompiler=-fPIC,-Wall"],
+        *["-Xcudafe=--display_error_number", "--threads=2", *codes],
+    ]
+
+
+class Build(build_ext):
+    """pybind11's, which also compiles .cu files."""
+
+    def build_extension(self, ext):
+        kernels = [s for s in ext.sources if s.endswith(".cu")]
+        if kernels:
+            ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
+            command = [*kernel_command(ext.name, CUDA_HOME), "-MMD", "-Icsrc"]
+            folder = Path(self.build_temp, ext.name)
+            folder.mkdir(parents=True, exist_ok=True)
+
+            def compiled(source: str) -> str:
+                obj = str(folder / (Path(source).stem + ".o"))
+                if self.force or needs_recompile(obj, source):
+                    subprocess.run([*command, "-c", source, "-o", obj], check=True)
+                return obj
+
+            with ThreadPoolExecutor(int(os.environ.get("FASTLM_BUILD_JOBS") or 0) or None) as pool:
+                ext.extra_objects = list(pool.map(compiled, kernels))
+        super().build_extension(ext)
+
+
+def cuda_extension(name: str, sources: list[Path], options: list[str], link: list[str]):
+    return Pybind11Extension(
+        name,
+        sorted(str(p) for p in [*Path("csrc/cuda").glob("*.cpp"), *sources]),
+        depends=sorted(str(p) for p in Path("csrc").rglob("*.*h")),
+        include_dirs=["csrc"],
+        cxx_std=20,
+        extra_compile_args=[*COMPILE, "-MMD", *options],
+        extra_link_args=[*LINK, *link],
+    )
+
+
+CUDA_HOME = cuda_home()
+KERNELS = sorted(Path("csrc/cuda").glob("*.cu"))
+extensions = [cpu]
+if CUDA_HOME and (CUDA_HOME / "bin/nvcc").exists() and os.environ.get("FASTLM_CUDA") != "0":
+    libraries = next(p for n in ("lib64", "lib") if (p := CUDA_HOME / n).exists())
+    link = [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    extensions.append(cuda_extension("fastlm._cuda", KERNELS, [], link))
+if CUDA_HOME and os.environ.get("FASTLM_SIMT") == "1":
+    simt = ["-DFASTLM_SIMT", "-fno-strict-aliasing", "-g1", f"-isystem{CUDA_HOME / 'include'}"]
+    sources = [*KERNELS, *Path("csrc/simt").glob("*.cpp")]
+    extensions.append(cuda_extension("fastlm._simt", sources, simt, []))
+
 if sys.platform == "linux":
     ParallelCompile("FASTLM_BUILD_JOBS", needs_recompile=needs_recompile).install()
 
@@ -59,5 +150,6 @@ setup(
     packages=[*find_packages(include=["fastlm", "fastlm.*"]), "fastlm.kernels"],
     package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
     package_data={"fastlm": ["report.html.jinja"]},
-    ext_modules=[cpu],
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build},
 )

@@ -6,6 +6,7 @@
 #include "cpu/decode_plan.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "tensor_caster.h"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -1,14 +1,6 @@
-// TensorView: what a kernel knows of a tensor (pointer, shape, strides, dtype, device), and the
-// pybind11 caster that fills it from any DLPack producer.
-//
-// Two ways in. `type(x).__dlpack_c_exchange_api__` (torch >= 2.10) fills the view without a Python
-// object being made: 0.1 us, takes Parameters and tensors that require grad. `x.__dlpack__()`
-// (numpy, jax, cupy) makes a capsule that the caster keeps until the call ends. Rejected:
-// torch/extension.h (seconds of compile time, one build per torch release) and passing data_ptr()
-// integers (same cost as a view, but carries no shape to check).
+// TensorView: what a kernel knows of a tensor (pointer, shape, strides, dtype, device). Filled from
+// any DLPack producer by the caster in tensor_caster.h.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -125,10 +117,15 @@ struct TensorView {
     return DType::other;
   }
 
-  // The elements as T; `argument` names the tensor in the refusal.
+  // The elements as T, on the CPU; `argument` names the tensor in the refusal.
   template <class T>
   T* data(const char* argument) const {
     if (!on_cpu()) throw std::invalid_argument(std::string(argument) + ": wanted a CPU tensor");
+    return elements<T>(argument);
+  }
+  // The elements as T, wherever they are.
+  template <class T>
+  T* elements(const char* argument) const {
     if (dtype() != dtype_of<T>())
       throw std::invalid_argument(std::string(argument) + ": wanted dtype " + name(dtype_of<T>()) +
                                   ", got " + name(dtype()));
@@ -168,70 +165,3 @@ void with_float(DType dtype, const char* argument, F&& f) {
 }
 
 }  // namespace fastlm
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<fastlm::TensorView> {
-  PYBIND11_TYPE_CASTER(fastlm::TensorView, const_name("Tensor"));
-
-  bool load(handle source, bool) {
-    const fastlm::dlpack::ExchangeApi* api = exchange_api(Py_TYPE(source.ptr()));
-    if (api) {
-      if (api->view_of_object(source.ptr(), &value.dl) != 0) throw error_already_set();
-      return true;
-    }
-    if (!hasattr(source, "__dlpack__")) return false;
-    object capsule;
-    // numpy < 2.1 and older producers do not know max_version
-    try {
-      capsule = source.attr("__dlpack__")(arg("max_version") = make_tuple(1, 0));
-    } catch (error_already_set& e) {
-      if (!e.matches(PyExc_TypeError)) throw;
-      capsule = source.attr("__dlpack__")();
-    }
-    // Kept by the call, not by this caster: those of an optional or of a vector's elements die
-    // before the function runs. Never renamed "used_": the capsule's destructor frees the tensor.
-    loader_life_support::add_patient(capsule);
-    if (void* p = PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")) {
-      auto* managed = static_cast<fastlm::dlpack::ManagedVersioned*>(p);
-      if (managed->version.major != 1)
-        throw type_error("DLPack major version " + std::to_string(managed->version.major) +
-                         ": wanted 1");
-      value.dl = managed->tensor;
-    } else {
-      PyErr_Clear();
-      p = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
-      if (!p) throw error_already_set();
-      value.dl = static_cast<fastlm::dlpack::Managed*>(p)->tensor;
-    }
-    return true;
-  }
-
- private:
-  // The exchange table of a Python type, or null. One entry is remembered: calls come in runs of
-  // the same type.
-  static const fastlm::dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
-    static PyTypeObject* last_type = nullptr;
-    static const fastlm::dlpack::ExchangeApi* last_api = nullptr;
-    if (type == last_type) return last_api;
-    const fastlm::dlpack::ExchangeApi* api = nullptr;
-    if (PyObject* attribute = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type),
-                                                     "__dlpack_c_exchange_api__")) {
-      if (PyCapsule_IsValid(attribute, "dlpack_exchange_api"))
-        api = static_cast<const fastlm::dlpack::ExchangeApi*>(
-            PyCapsule_GetPointer(attribute, "dlpack_exchange_api"));
-      Py_DECREF(attribute);
-      while (api && (api->version.major != 1 || !api->view_of_object)) api = api->previous;
-    } else {
-      PyErr_Clear();
-    }
-    Py_INCREF(type);  // a freed type's address could come back as another type
-    Py_XDECREF(last_type);
-    last_type = type;
-    last_api = api;
-    return api;
-  }
-};
-
-}  // namespace pybind11::detail

@@ -7,7 +7,9 @@ same signature:
 - ``cpu``        C++ (`fastlm._cpu`); float32, bfloat16, float16;
 - ``triton``     Triton (`fastlm.kernels`), on CUDA devices; on CPU tensors where
                  ``TRITON_INTERPRET=1`` (numpy stands in for the GPU: for tests);
-- ``cuda``       CUDA C++ (`fastlm._cuda`), on CUDA devices.
+- ``cuda``       CUDA C++ (`fastlm._cuda`), on CUDA devices;
+- ``simt``       the same CUDA C++ on CPU tensors, by an emulator (`fastlm._simt`), where forced:
+                 for tests.
 
 `pick` takes the first of `ORDER[device]` that the op has and that is available and serves the
 dtype. ``FASTLM_BACKEND=name`` or ``with use_backend("name"):`` forces one, and raises where it
@@ -36,7 +38,7 @@ from fastlm.errors import InputError
 # OpenMP runtime it shares.
 cpu_extension: Any = importlib.import_module("fastlm._cpu") if find_spec("fastlm._cpu") else None
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = ("cuda", "simt", "triton", "cpu", "reference")
 # Best first, per device type. A device that is not listed runs the reference.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
@@ -45,8 +47,9 @@ ORDER: dict[str, tuple[str, ...]] = {
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "cuda": (torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+DTYPES["simt"] = DTYPES["cuda"]
 
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {}  # callables, or `Kernel` until first picked
 # What an operator called without the dispatcher may be given: FakeTensor, DTensor and other
@@ -88,6 +91,8 @@ def why_not(backend: str) -> str | None:
             return "the CUDA extension fastlm._cuda is not built"
         if not torch.cuda.is_available():
             return "no CUDA device is visible to torch"
+    elif backend == "simt" and find_spec("fastlm._simt") is None:
+        return "the emulator fastlm._simt is not built (FASTLM_SIMT=1 pip install -e .)"
     return None
 
 
@@ -100,8 +105,8 @@ def _why_not_here(op: str, backend: str, device: str, dtype: torch.dtype) -> str
     if backend not in IMPLEMENTATIONS[op]:
         return f"{op} has no {backend} implementation"
     if backend != "reference":
-        interpreted = backend == "triton" and device == "cpu" and _triton_is_interpreted()
-        if not interpreted and backend not in ORDER.get(device, ()):
+        on_cpu = backend == "simt" or (backend == "triton" and _triton_is_interpreted())
+        if not (on_cpu and device == "cpu") and backend not in ORDER.get(device, ()):
             return f"{backend} does not run on {device} tensors"
         if dtype not in DTYPES[backend]:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[backend])
@@ -135,11 +140,19 @@ class Kernel:
     missing, and takes half a second.
     """
 
+    package = "fastlm.kernels"
+
     def __init__(self, module: str, name: str):
         self.module, self.name = module, name
 
     def load(self) -> Callable:
-        return getattr(importlib.import_module(f"fastlm.kernels.{self.module}"), self.name)
+        return getattr(importlib.import_module(f"{self.package}.{self.module}"), self.name)
+
+
+class CudaKernel(Kernel):
+    """A function of ``fastlm.cuda.<module>``; serves ``cuda`` and ``simt``."""
+
+    package = "fastlm.cuda"
 
 
 def _loaded(op: str, backend: str) -> Callable:
@@ -208,6 +221,8 @@ def register(
     name = schema.split("(", 1)[0]
     definition = _without_autocast(implementations["reference"])
     IMPLEMENTATIONS[name] = implementations | {"reference": definition}
+    if "cuda" in implementations:
+        IMPLEMENTATIONS[name]["simt"] = implementations["cuda"]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any) -> Any:

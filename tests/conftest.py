@@ -3,6 +3,7 @@
 Without a GPU Triton kernels are interpreted: `TRITON_INTERPRET` is read when they are decorated.
 """
 
+import importlib
 import os
 
 import numpy as np
@@ -55,6 +56,22 @@ def triton():
     repair_bfloat16()
     # masked-off lanes compute as well; numpy warns where a GPU gives inf or NaN
     with backend.use_backend("triton"), np.errstate(all="ignore"), guarded_memory() as memory:
+        yield "cpu"
+        memory.check()  # nothing was written beside an output
+
+
+@pytest.fixture(params=[1, 2], ids=lambda seed: f"seed {seed}")
+def cuda(request):
+    """Every op on its CUDA kernel. Returns the device its tensors must be on: without a GPU the
+    CPU, where csrc/simt runs the kernels, their threads in the seed's order.
+    """
+    if torch.cuda.is_available():
+        with backend.use_backend("cuda"):
+            yield "cuda"
+        return
+    with backend.use_backend("simt"), guarded_memory() as memory:
+        simt = importlib.import_module("fastlm._simt")
+        simt.set_options(seed=request.param)
         yield "cpu"
         memory.check()  # nothing was written beside an output
 

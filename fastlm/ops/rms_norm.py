@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel, register
+from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
@@ -133,6 +133,7 @@ _forward = register(
         "reference": reference.rms_norm_forward,
         "cpu": _cpu_forward,
         "triton": Kernel("rms_norm", "rms_norm_forward"),
+        "cuda": CudaKernel("rms_norm", "rms_norm_forward"),
     },
     setup_context=_setup_context,
     backward=_autograd_backward,

@@ -1,0 +1,124 @@
+// How host code starts a kernel: pointers of tensors, sizes of the grid, the launch.
+//
+//     launch({"name", grid, block, shared_bytes, stream}, kernel<T>, input<T>(x, "x"), ...);
+//
+// On a GPU, and under the emulator, where the tensors are the CPU's and their bounds are remembered
+// for its checks.
+#pragma once
+
+#include <optional>
+
+#include "cuda/ptx.cuh"
+#include "tensor.h"
+
+namespace fastlm {
+
+template <>
+constexpr DType dtype_of<bfloat16>() {
+  return DType::bf16;
+}
+template <>
+constexpr DType dtype_of<float16>() {
+  return DType::f16;
+}
+
+// Whether every pointer is a multiple of `bytes`; null is.
+template <class... P>
+bool aligned(size_t bytes, const P*... p) {
+  return ((reinterpret_cast<uintptr_t>(p) % bytes == 0) && ...);
+}
+
+constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Calls f with a value of the device type behind a float dtype.
+template <class F>
+void with_device_float(DType dtype, const char* argument, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(bfloat16{});
+    case DType::f16:
+      return f(float16{});
+    default:
+      throw std::invalid_argument(std::string(argument) +
+                                  ": wanted float32, bfloat16 or float16, got " + name(dtype));
+  }
+}
+
+#ifdef __CUDACC__
+
+struct Launch {
+  const char* name;
+  dim3 grid, block;
+  size_t shared = 0;  // bytes of dynamic shared memory
+  cudaStream_t stream = nullptr;
+};
+
+inline void succeed(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// On the current device; an empty grid starts nothing.
+template <class... P, class... A>
+void launch(const Launch& how, void (*kernel)(P...), A... arguments) {
+  if (!how.grid.x || !how.grid.y || !how.grid.z) return;
+  if (how.shared > 48 * 1024)
+    succeed(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(how.shared)),
+            how.name);
+  kernel<<<how.grid, how.block, how.shared, how.stream>>>(static_cast<P>(arguments)...);
+  succeed(cudaGetLastError(), how.name);
+}
+
+template <class T>
+T* output(const TensorView& t, const char* argument) {
+  if (t.dl.device.type != dlpack::kCUDA)
+    throw std::invalid_argument(std::string(argument) + ": wanted a CUDA tensor");
+  return t.elements<T>(argument);
+}
+template <class T>
+const T* input(const TensorView& t, const char* argument) {
+  return output<T>(t, argument);
+}
+
+#else
+
+using simt::launch;
+using simt::Launch;
+
+// Bytes from the first element to behind the last.
+inline size_t span(const TensorView& t) {
+  if (t.numel() == 0) return 0;
+  int64_t last = 0;
+  for (int i = 0; i < t.ndim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return (last + 1) * t.dl.dtype.bits / 8;
+}
+template <class T>
+T* output(const TensorView& t, const char* argument) {
+  T* p = t.data<T>(argument);
+  simt::know(p, span(t), argument, true);
+  return p;
+}
+template <class T>
+const T* input(const TensorView& t, const char* argument) {
+  const T* p = t.data<T>(argument);
+  simt::know(p, span(t), argument, false);
+  return p;
+}
+
+#endif
+
+// The same of a tensor that may be missing.
+template <class T>
+const T* input(const std::optional<TensorView>& t, const char* argument) {
+  return t ? input<T>(*t, argument) : nullptr;
+}
+template <class T>
+T* output(const std::optional<TensorView>& t, const char* argument) {
+  return t ? output<T>(*t, argument) : nullptr;
+}
+
+}  // namespace fastlm

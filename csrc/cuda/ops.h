@@ -1,0 +1,20 @@
+// Every function that the CUDA extension exports, as C++. Outputs and workspaces are allocated by
+// the caller (fastlm/cuda/<op>.py); `stream` is a cudaStream_t of the current device.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "tensor.h"
+
+namespace fastlm {
+
+using OptionalTensor = std::optional<TensorView>;
+using Stream = uintptr_t;
+
+// rms_norm.cu
+void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
+                      float offset, TensorView y, OptionalTensor h, TensorView rstd, Stream stream);
+
+}  // namespace fastlm

@@ -1,0 +1,234 @@
+// The instructions that kernels use: one wrapper each, with the same name and meaning under nvcc
+// (PTX) and under g++ (the emulator in csrc/simt). A kernel reaches memory through `load` and
+// `store`, so that the emulator can check it; `p[i]` compiles to the same instruction, unchecked.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#ifndef __CUDACC__
+#include "simt/simt.h"
+#endif
+
+namespace fastlm {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+#ifdef __CUDACC__
+
+#define DEVICE __device__ __forceinline__
+// N values of T that the threads of a block share; every element is read and written by load, store
+#define SHARED(T, name, N) __shared__ T name[N]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+template <class T>
+DEVICE T load(const T* p) {
+  return *p;
+}
+template <class T, class V>
+DEVICE void store(T* p, V value) {
+  *p = value;
+}
+
+// Read once by the whole grid (weights of a decode step): does not stay in L1.
+DEVICE uint4 load_once(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// Copies `valid` of Bytes (4, 8, 16) to shared memory, zeros for the rest, without waiting.
+template <int Bytes>
+DEVICE void cp_async(void* to, const void* from, int valid = Bytes) {
+  if constexpr (Bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(valid)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)),
+                 "l"(from), "n"(Bytes), "r"(valid)
+                 : "memory");
+}
+DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GroupsLeft>
+DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
+}
+
+// `threads` of the block meet at barrier 1 to 15.
+DEVICE void named_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Four matrices of 8 x 8 x 16 bits; lanes 8 i to 8 i + 7 give the rows of matrix i.
+DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d (16 x 8) += a (16 x 16) b (16 x 8), sums in float32
+DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bfloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// d (16 x 8) += a (16 x 32) b (32 x 8), exact
+DEVICE void mma(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int8_t) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Bit by bit, the entry of the truth table that the bits of a, b, c select: (a & b) | c is
+// (0xf0 & 0xcc) | 0xaa.
+template <int Table>
+DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(Table));
+  return d;
+}
+
+#else
+
+#define DEVICE inline
+using simt::Site;
+
+template <class T>
+T load(const T* p, Site site = Site::current()) {
+  simt::check(p, sizeof(T), alignof(T), simt::Access::read, site);
+  return *p;
+}
+template <class T, class V>
+void store(T* p, V value, Site site = Site::current()) {
+  simt::check(p, sizeof(T), alignof(T), simt::Access::write, site);
+  *p = value;
+}
+inline uint4 load_once(const uint4* p, Site site = Site::current()) { return load(p, site); }
+
+template <int Bytes>
+void cp_async(void* to, const void* from, int valid = Bytes, Site site = Site::current()) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  simt::start_copy({to, from, Bytes, static_cast<uint32_t>(valid)}, site);
+}
+inline void cp_async_commit() { simt::commit_copies(); }
+template <int GroupsLeft>
+void cp_async_wait(Site site = Site::current()) {
+  simt::wait_copies(GroupsLeft, site);
+}
+
+inline void named_barrier(int number, int threads, Site site = Site::current()) {
+  simt::barrier(number, threads, site);
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::current()) {
+  simt::load_matrices(r, 4, false, row, site);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, Site site = Site::current()) {
+  simt::load_matrices(r, 2, false, row, site);
+}
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row, Site site = Site::current()) {
+  simt::load_matrices(r, 4, true, row, site);
+}
+
+template <class D, class E>
+void mma(D (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], E kind,
+         Site site = Site::current()) {
+  simt::mma(d, a, b, kind, site);
+}
+
+template <int Table>
+uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int i = 0; i < 8; ++i)
+    if (Table >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return d;
+}
+
+#endif
+
+// ---- of both
+
+template <class T>
+DEVICE float to_float(T x) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return __bfloat162float(x);
+  else if constexpr (std::is_same_v<T, float16>)
+    return __half2float(x);
+  else
+    return x;
+}
+template <class T>
+DEVICE T from_float(float x) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return __float2bfloat16(x);
+  else if constexpr (std::is_same_v<T, float16>)
+    return __float2half(x);
+  else
+    return x;
+}
+
+// N neighbours that are read and written at once: 16 bytes at most.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T at[N];
+};
+
+DEVICE float sum_of_warp(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+DEVICE float max_of_warp(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  return x;
+}
+
+// Of all threads of a block of THREADS, to all of them; the block is in step behind it.
+template <int THREADS>
+DEVICE float sum_of_block(float x) {
+  SHARED(float, part, THREADS / 32);
+  x = sum_of_warp(x);
+  if (threadIdx.x % 32 == 0) store(part + threadIdx.x / 32, x);
+  __syncthreads();
+  x = sum_of_warp(threadIdx.x % 32 < THREADS / 32 ? load(part + threadIdx.x % 32) : 0.0f);
+  __syncthreads();  // `part` may be written again
+  return x;
+}
+
+}  // namespace fastlm

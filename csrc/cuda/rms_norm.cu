@@ -1,0 +1,158 @@
+// y = h / rms(h) * (offset + weight), h = x + residual or x: RMSNorm of each row (arXiv:1910.07467)
+// for the decode step, where starting kernels is most of the time.
+//
+//     block = row:   h[row, ..] -> sum of squares (warps, then block) -> y[row, ..]
+//
+// `rms_norm_kernel` keeps a row in registers, PER vectors a thread, and reads it once;
+// `rms_norm_wide_kernel` reads a row of any width twice. Sums are float32. The norm is of h as stored.
+#include "cuda/launch.h"
+#include "cuda/ops.h"
+
+namespace fastlm {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T>
+struct Rows {
+  const T *x, *residual;  // rows x_stride, residual_stride apart; residual may be null
+  T *y, *h;               // contiguous; h only with residual
+  float* rstd;
+  int width;
+  int64_t x_stride, residual_stride;
+};
+
+// h of one vector in float32; stores it where there is a residual.
+template <int VEC, class T>
+DEVICE void load_h(const Rows<T>& p, int64_t row, int at, float (&value)[VEC]) {
+  using V = Vector<T, VEC>;
+  const V v = load(reinterpret_cast<const V*>(p.x + row * p.x_stride + at));
+#pragma unroll
+  for (int j = 0; j < VEC; ++j) value[j] = to_float(v.at[j]);
+  if (!p.residual) return;
+  const V r = load(reinterpret_cast<const V*>(p.residual + row * p.residual_stride + at));
+  V sum;
+#pragma unroll
+  for (int j = 0; j < VEC; ++j) {
+    sum.at[j] = from_float<T>(value[j] + to_float(r.at[j]));
+    value[j] = to_float(sum.at[j]);
+  }
+  store(reinterpret_cast<V*>(p.h + row * p.width + at), sum);
+}
+
+template <int VEC, class T, class W>
+DEVICE void store_y(const Rows<T>& p, const W* weight, float offset, int64_t row, int at,
+                    const float (&value)[VEC], float scale) {
+  const auto w = load(reinterpret_cast<const Vector<W, VEC>*>(weight + at));
+  Vector<T, VEC> v;
+#pragma unroll
+  for (int j = 0; j < VEC; ++j)
+    v.at[j] = from_float<T>(value[j] * scale * (offset + to_float(w.at[j])));
+  store(reinterpret_cast<Vector<T, VEC>*>(p.y + row * p.width + at), v);
+}
+
+// Of all threads' parts of the sum of squares; thread 0 stores it.
+template <class T>
+DEVICE float scale_of(const Rows<T>& p, int64_t row, float squares, float eps) {
+  const float scale = rsqrtf(sum_of_block<kThreads>(squares) / p.width + eps);
+  if (threadIdx.x == 0) store(p.rstd + row, scale);
+  return scale;
+}
+
+template <int VEC, int PER, class T, class W>
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_kernel(Rows<T> p, const W* weight, float eps, float offset) {
+  const int64_t row = blockIdx.x;
+  float value[PER][VEC];
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < PER; ++i) {
+    const int at = (i * kThreads + threadIdx.x) * VEC;
+    if (at >= p.width) break;
+    load_h(p, row, at, value[i]);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) squares += value[i][j] * value[i][j];
+  }
+  const float scale = scale_of(p, row, squares, eps);
+#pragma unroll
+  for (int i = 0; i < PER; ++i) {
+    const int at = (i * kThreads + threadIdx.x) * VEC;
+    if (at < p.width) store_y(p, weight, offset, row, at, value[i], scale);
+  }
+}
+
+template <int VEC, class T, class W>
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_wide_kernel(Rows<T> p, const W* weight, float eps, float offset) {
+  const int64_t row = blockIdx.x;
+  float value[VEC];
+  float squares = 0;
+  for (int at = threadIdx.x * VEC; at < p.width; at += kThreads * VEC) {
+    load_h(p, row, at, value);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) squares += value[j] * value[j];
+  }
+  const float scale = scale_of(p, row, squares, eps);
+  for (int at = threadIdx.x * VEC; at < p.width; at += kThreads * VEC) {
+    load_h(p, row, at, value);  // stores the same h again: cheaper than to read it back
+    store_y(p, weight, offset, row, at, value, scale);
+  }
+}
+
+template <int VEC, class T, class W>
+void start(const Rows<T>& p, const W* weight, float eps, float offset, int rows, Stream stream) {
+  const Launch how{"rms_norm", dim3(rows), dim3(kThreads), 0,
+                   reinterpret_cast<cudaStream_t>(stream)};
+  const int vectors = ceil_div(p.width, VEC * kThreads);
+  if (vectors <= 1)
+    launch(how, rms_norm_kernel<VEC, 1, T, W>, p, weight, eps, offset);
+  else if (vectors <= 2)
+    launch(how, rms_norm_kernel<VEC, 2, T, W>, p, weight, eps, offset);
+  else if (vectors <= 4)
+    launch(how, rms_norm_kernel<VEC, 4, T, W>, p, weight, eps, offset);
+  else
+    launch(how, rms_norm_wide_kernel<VEC, T, W>, p, weight, eps, offset);
+}
+
+int64_t row_stride(const TensorView& t) {  // (rows, width), or contiguous of any shape
+  return t.contiguous() ? t.size(-1) : t.stride(0);
+}
+
+}  // namespace
+
+void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
+                      float offset, TensorView y, OptionalTensor h, TensorView rstd,
+                      Stream stream) {
+  check_contiguous("y", y);
+  check_contiguous("weight", weight);
+  check_size("weight", "size", x.size(-1), weight.numel());
+  check_size("y", "elements", x.numel(), y.numel());
+  const int64_t rows = rstd.numel();
+  if (x.numel() == 0) return;
+  with_device_float(x.dtype(), "x", [&](auto element) {
+    using T = decltype(element);
+    const Rows<T> p{input<T>(x, "x"),
+                    input<T>(residual, "residual"),
+                    output<T>(y, "y"),
+                    output<T>(h, "h"),
+                    output<float>(rstd, "rstd"),
+                    static_cast<int>(x.size(-1)),
+                    row_stride(x),
+                    residual ? row_stride(*residual) : 0};
+    const auto with_weight = [&](auto* w) {
+      constexpr int kVec = 16 / sizeof(T);
+      const bool whole = aligned(16, p.x, p.residual, p.y, p.h, w) && p.width % kVec == 0 &&
+                         p.x_stride % kVec == 0 && p.residual_stride % kVec == 0;
+      if (whole)
+        start<kVec>(p, w, eps, offset, rows, stream);
+      else
+        start<1>(p, w, eps, offset, rows, stream);
+    };
+    if (weight.dtype() == DType::f32)
+      with_weight(input<float>(weight, "weight"));
+    else
+      with_weight(input<T>(weight, "weight"));
+  });
+}
+
+}  // namespace fastlm

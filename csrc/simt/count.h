@@ -1,0 +1,40 @@
+// What the memory instructions of a kernel cost, counted from their addresses.
+//
+// Lanes do not run in step here. The k-th access of each lane of a warp at one place of the source
+// counts as one instruction. Global: 32-byte sectors that it touches, and how few would hold its
+// bytes. Shared: passes over the 32 banks of 4 bytes (8-byte accesses go by half warps, 16-byte ones
+// by quarters), and how few it could be.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "simt/memory.h"
+
+namespace simt {
+
+struct Count {
+  int64_t instructions = 0, done = 0, least = 0;  // sectors or passes
+};
+
+struct Counts {
+  struct Note {
+    const void* address;
+    uint32_t size;
+    Access access;
+    bool shared;
+    Site site;
+  };
+  std::vector<std::vector<Note>> notes;  // of each thread
+
+  void begin(int threads);
+  void note(const void* address, size_t size, Access access, bool shared, const Site& site);
+  void end(const char* kernel, const Block& block);
+};
+
+// By "kernel file:line read|write|atomic global|shared"; since the last reset.
+std::map<std::string, Count> report();
+void reset_report();
+
+}  // namespace simt

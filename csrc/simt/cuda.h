@@ -1,0 +1,153 @@
+// CUDA's own names for device code, on the host: indices, barriers, shuffles, votes, atomics, and
+// the mathematics that the CUDA headers leave to nvcc. What is missing is added when a kernel asks.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <type_traits>
+
+#include "simt/warp.h"
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __noinline__
+#define __noinline__ __attribute__((noinline))
+#undef __forceinline__
+#define __forceinline__ inline
+
+#define threadIdx (::simt::self->index)
+#define blockIdx (::simt::self->block->index)
+#define blockDim (::simt::self->block->dim)
+#define gridDim (::simt::self->block->grid)
+
+// ---- barriers
+
+inline void __syncthreads(simt::Site site = simt::Site::current()) { simt::barrier(0, 0, site); }
+inline int __syncthreads_count(int p, simt::Site site = simt::Site::current()) {
+  return simt::barrier_count(p != 0, site);
+}
+inline int __syncthreads_or(int p, simt::Site site = simt::Site::current()) {
+  return simt::barrier_count(p != 0, site) != 0;
+}
+inline int __syncthreads_and(int p, simt::Site site = simt::Site::current()) {
+  return simt::barrier_count(p == 0, site) == 0;
+}
+inline void __syncwarp(unsigned mask = simt::kAllLanes, simt::Site site = simt::Site::current()) {
+  simt::sync_warp(mask, site);
+}
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+// ---- shuffles: `width` lanes form a group of their own
+
+template <class T>
+T __shfl_sync(unsigned mask, T v, int source, int width = 32,
+              simt::Site site = simt::Site::current()) {
+  const int group = simt::self->lane & -width;
+  return simt::shuffle("__shfl_sync", mask, v, group + (source & (width - 1)), site);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T v, int lanes, int width = 32,
+                  simt::Site site = simt::Site::current()) {
+  const int lane = simt::self->lane, source = lane ^ lanes, end = (lane & -width) + width;
+  return simt::shuffle("__shfl_xor_sync", mask, v, source < end ? source : -1, site);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T v, int lanes, int width = 32,
+                   simt::Site site = simt::Site::current()) {
+  const int lane = simt::self->lane, source = lane + lanes, end = (lane & -width) + width;
+  return simt::shuffle("__shfl_down_sync", mask, v, source < end ? source : -1, site);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T v, int lanes, int width = 32,
+                 simt::Site site = simt::Site::current()) {
+  const int lane = simt::self->lane, source = lane - lanes;
+  return simt::shuffle("__shfl_up_sync", mask, v, source >= (lane & -width) ? source : -1, site);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int p, simt::Site site = simt::Site::current()) {
+  return simt::ballot(mask, p != 0, site);
+}
+inline int __any_sync(unsigned mask, int p, simt::Site site = simt::Site::current()) {
+  return simt::ballot(mask, p != 0, site) != 0;
+}
+inline int __all_sync(unsigned mask, int p, simt::Site site = simt::Site::current()) {
+  return simt::ballot(mask, p == 0, site) == 0;
+}
+inline unsigned __activemask() { return simt::self->warp->live; }
+
+// ---- atomics, of every block: OpenMP runs several at a time
+
+namespace simt {
+template <class T, class F>
+T atomic(T* p, F&& change, const Site& site) {
+  check(p, sizeof(T), sizeof(T), Access::atomic, site);
+  T before, after;
+  __atomic_load(p, &before, __ATOMIC_RELAXED);
+  do after = change(before);
+  while (!__atomic_compare_exchange(p, &before, &after, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+  return before;
+}
+}  // namespace simt
+
+template <class T>
+T atomicAdd(T* p, std::type_identity_t<T> v, simt::Site site = simt::Site::current()) {
+  return simt::atomic(p, [v](T x) { return T(x + v); }, site);
+}
+template <class T>
+T atomicMax(T* p, std::type_identity_t<T> v, simt::Site site = simt::Site::current()) {
+  return simt::atomic(p, [v](T x) { return x < v ? v : x; }, site);
+}
+template <class T>
+T atomicExch(T* p, std::type_identity_t<T> v, simt::Site site = simt::Site::current()) {
+  return simt::atomic(p, [v](T) { return v; }, site);
+}
+// (x >= v) ? 0 : x + 1
+inline unsigned atomicInc(unsigned* p, unsigned v, simt::Site site = simt::Site::current()) {
+  return simt::atomic(p, [v](unsigned x) { return x >= v ? 0u : x + 1; }, site);
+}
+
+// ---- mathematics; the fast forms are as exact as the others here
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t(a) * b) >> 32; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned s = selector >> 4 * i;
+    unsigned byte = bytes >> 8 * (s & 7) & 0xff;
+    if (s & 8) byte = byte & 0x80 ? 0xff : 0;
+    result |= byte << 8 * i;
+  }
+  return result;
+}
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i) c += int8_t(a >> 8 * i) * int8_t(b >> 8 * i);
+  return c;
+}
+
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  return __floats2half2_rn(std::fma(__low2float(a), __low2float(b), __low2float(c)),
+                           std::fma(__high2float(a), __high2float(b), __high2float(c)));
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return __floats2bfloat162_rn(std::fma(__low2float(a), __low2float(b), __low2float(c)),
+                               std::fma(__high2float(a), __high2float(b), __high2float(c)));
+}

@@ -1,0 +1,253 @@
+#include "simt/memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <new>
+
+#include "simt/count.h"
+#include "simt/tsan.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define SIMT_POISON(p, n) __asan_poison_memory_region(p, n)
+#define SIMT_UNPOISON(p, n) __asan_unpoison_memory_region(p, n)
+#else
+#define SIMT_POISON(p, n)
+#define SIMT_UNPOISON(p, n)
+#endif
+
+namespace simt {
+namespace {
+
+constexpr size_t kPage = 4096;
+constexpr size_t kGap = 64;      // between shared variables, for AddressSanitizer
+constexpr int kPoison = 0xff;    // NaN as float32, bfloat16 and float16; -1 as an integer
+
+struct Range {
+  const char *begin, *end;
+  const char* name;
+  bool writable;
+};
+std::vector<Range> ranges;
+
+std::string hex(const void* p) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%p", p);
+  return buffer;
+}
+
+const char* verb(Access access) {
+  return access == Access::read ? "read" : access == Access::write ? "write" : "atomic access";
+}
+
+void check_global(const void* address, size_t size, Access access, const Site& site) {
+  const char* p = static_cast<const char*>(address);
+  const Range* nearest = nullptr;
+  for (const Range& r : ranges) {
+    if (p >= r.begin && p + size <= r.end) {
+      if (access != Access::read && !r.writable)
+        fail(std::string(verb(access)) + " of '" + r.name + "', which is an input", site);
+      return;
+    }
+    const auto distance = [&](const Range& x) {
+      return p < x.begin ? x.begin - p : p + size > x.end ? p + size - x.end : 0;
+    };
+    if (!nearest || distance(r) < distance(*nearest)) nearest = &r;
+  }
+  std::string where = "of no tensor";
+  if (nearest && p < nearest->begin)
+    where = std::to_string(nearest->begin - p) + " bytes before '" + nearest->name + "'";
+  else if (nearest)
+    where = std::to_string(p - nearest->begin) + " bytes into '" + nearest->name + "', which has " +
+            std::to_string(nearest->end - nearest->begin);
+  fail("out of bounds: " + std::string(verb(access)) + " of " + std::to_string(size) +
+           " bytes at " + hex(address) + ", " + where,
+       site);
+}
+
+}  // namespace
+
+void know(const void* begin, size_t bytes, const char* name, bool writable) {
+  const char* p = static_cast<const char*>(begin);
+  ranges.push_back({p, p + bytes, name, writable});
+}
+
+void forget() { ranges.clear(); }
+
+size_t known_bytes(const void* begin) {
+  size_t bytes = 0;
+  for (const Range& r : ranges)
+    if (r.begin == begin) bytes = std::max<size_t>(bytes, r.end - r.begin);
+  return bytes;
+}
+
+void check(const void* address, size_t size, size_t alignment, Access access, const Site& site) {
+  const Quiet quiet;
+  self->site = site;
+  maybe_yield();
+  if (reinterpret_cast<uintptr_t>(address) % alignment)
+    fail("misaligned: " + std::string(verb(access)) + " of " + std::to_string(size) +
+             " bytes at " + hex(address),
+         site);
+  Shared& shared = *self->block->shared;
+  const bool is_shared = shared.contains(address);
+  if (is_shared)
+    shared.access(address, size, access, site);
+  else
+    check_global(address, size, access, site);
+  if (options().count) self->block->counts->note(address, size, access, is_shared, site);
+}
+
+// [guard][static variables][guard][dynamic, at the end of its room][guard]
+Shared::Shared() {
+  const size_t dynamic_room = (kMostDynamic + 2 * kPage - 1) / kPage * kPage;
+  size = kPage + kMostStatic + kPage + dynamic_room + kPage;
+  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  base = static_cast<unsigned char*>(p);
+  mprotect(base, kPage, PROT_NONE);
+  mprotect(base + kPage + kMostStatic, kPage, PROT_NONE);
+  mprotect(base + size - kPage, kPage, PROT_NONE);
+}
+
+Shared::~Shared() { munmap(base, size); }
+
+void Shared::begin(size_t bytes) {
+  SIMT_UNPOISON(base + kPage, kMostStatic);
+  std::memset(base + kPage, kPoison, used);
+  used = 0;
+  SIMT_POISON(base + kPage, kMostStatic);
+  std::fill(slots.begin(), slots.end(), nullptr);
+  // as much as a shared address must be aligned for any instruction
+  dynamic = base + size - kPage - (bytes + 127) / 128 * 128;
+  dynamic_bytes = bytes;
+  SIMT_UNPOISON(dynamic, bytes);
+  std::memset(dynamic, kPoison, base + size - kPage - dynamic);
+  SIMT_POISON(dynamic + bytes, base + size - kPage - dynamic - bytes);
+  words.assign(words.size(), Word{});
+}
+
+void* Shared::variable(size_t id, size_t bytes, size_t alignment, const Site& site) {
+  const Quiet quiet;
+  if (slots.size() <= id) slots.resize(id + 1);
+  if (!slots[id]) {
+    alignment = std::max<size_t>(alignment, 16);
+    used = (used + alignment - 1) / alignment * alignment;
+    if (used + bytes > kMostStatic) fail("over 48 KiB of static shared memory", site);
+    slots[id] = base + kPage + used;
+    SIMT_UNPOISON(slots[id], bytes);
+    std::memset(slots[id], kPoison, bytes);
+    used += bytes;
+#if defined(__SANITIZE_ADDRESS__)
+    used += kGap;
+#endif
+  }
+  return slots[id];
+}
+
+size_t new_variable() {
+  static std::atomic<size_t> count{0};
+  return count++;
+}
+
+void Shared::inside(const void* p, size_t bytes, const Site& site) const {
+  const auto* c = static_cast<const unsigned char*>(p);
+  const unsigned char* variables = base + kPage;
+  if (c >= variables && c + bytes <= variables + used) return;
+  if (c >= dynamic && c + bytes <= dynamic + dynamic_bytes) return;
+  const bool is_dynamic = c >= variables + kMostStatic;
+  fail("out of bounds: " + std::to_string(bytes) + " bytes of shared memory at byte " +
+           std::to_string(is_dynamic ? c - dynamic : c - variables) + " of " +
+           std::to_string(is_dynamic ? dynamic_bytes : used) +
+           (is_dynamic ? " dynamic ones" : " static ones"),
+       site);
+}
+
+bool Shared::ordered(const Stamp& before) {
+  const Warp& warp = *self->warp;
+  const int its_warp = before.thread / 32, warp_number = self->number / 32;
+  if (before.thread == self->number) return true;
+  if (its_warp == warp_number)
+    return before.syncs < warp.syncs || before.clock < warp.clocks[warp_number];
+  return warp.clocks[its_warp] >= before.clock;
+}
+
+void Shared::refuse_race(const Stamp& before, bool wrote, const void* p, const Site& site) const {
+  const bool is_dynamic = p >= dynamic;
+  fail(std::string("race: thread ") + std::to_string(before.thread) + (wrote ? " wrote" : " read") +
+           " these bytes, and nothing orders the two (byte " +
+           std::to_string(static_cast<const unsigned char*>(p) -
+                          (is_dynamic ? dynamic : base + kPage)) +
+           (is_dynamic ? " of dynamic" : " of static") + " shared memory)",
+       site);
+}
+
+void Shared::touch(Word& word, uint8_t bytes, Access access, const void* p, const Site& site) {
+  if (word.in_flight & bytes) fail("a cp.async that no one has waited for fills these bytes", site);
+  if (access != Access::write && (word.written & bytes) != bytes)
+    fail("shared memory that nobody has written is read", site);
+  const bool atomic = access == Access::atomic;
+  if (word.writer.bytes & bytes && !(atomic && word.writer.atomic) && !ordered(word.writer))
+    refuse_race(word.writer, true, p, site);
+  const Warp& warp = *self->warp;
+  const Stamp now{static_cast<uint16_t>(self->number), bytes, atomic,
+                  warp.clocks[self->number / 32], warp.syncs};
+  if (access == Access::read) {
+    // two readers are remembered: an ordered one makes room first, then any
+    for (Stamp& reader : word.readers)
+      if (!reader.bytes || (ordered(reader) && (reader.bytes & ~bytes) == 0)) {
+        reader = now;
+        return;
+      }
+    word.readers[random_number() & 1] = now;
+    return;
+  }
+  for (Stamp& reader : word.readers)
+    if (reader.bytes & bytes) {
+      if (!ordered(reader)) refuse_race(reader, false, p, site);
+      reader.bytes &= ~bytes;
+    }
+  word.writer = now;
+  word.written |= bytes;
+}
+
+namespace {
+
+// Calls f(word number, mask of its bytes) for every word of [offset, offset + bytes).
+template <class F>
+void each_word(size_t offset, size_t bytes, F&& f) {
+  for (size_t end = offset + bytes; offset < end;) {
+    const size_t first = offset % 4, count = std::min(4 - first, end - offset);
+    f(offset / 4, static_cast<uint8_t>(((1u << count) - 1) << first));
+    offset += count;
+  }
+}
+
+}  // namespace
+
+void Shared::access(const void* p, size_t bytes, Access access, const Site& site) {
+  inside(p, bytes, site);
+  if (words.empty()) words.resize(size / 4);
+  each_word(offset(p), bytes,
+            [&](size_t w, uint8_t mask) { touch(words[w], mask, access, p, site); });
+}
+
+void Shared::begin_copy(const Copy& copy) {
+  each_word(offset(copy.to), copy.bytes,
+            [&](size_t w, uint8_t mask) { words[w].in_flight |= mask; });
+  std::memset(copy.to, kPoison, copy.bytes);
+}
+
+void Shared::end_copy(const Copy& copy, const Site& site) {
+  each_word(offset(copy.to), copy.bytes,
+            [&](size_t w, uint8_t mask) { words[w].in_flight &= ~mask; });
+  access(copy.to, copy.bytes, Access::write, site);
+  std::memcpy(copy.to, copy.from, copy.valid);
+  std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
+}
+
+}  // namespace simt

@@ -1,0 +1,23 @@
+"""Host side of the CUDA C++ kernels (csrc/cuda), one file per op: allocates, and starts them through
+``fastlm._cuda``; through ``fastlm._simt`` (csrc/simt), where ``FASTLM_BACKEND=simt`` forces the
+emulator.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+
+from fastlm import backend
+
+
+def extension() -> Any:
+    """The module whose functions start kernels."""
+    return importlib.import_module(f"fastlm._{'simt' if backend.forced() == 'simt' else 'cuda'}")
+
+
+def stream(tensor: torch.Tensor) -> int:
+    """The current CUDA stream of the tensor's device; 0 on the emulator."""
+    if not tensor.is_cuda:
+        return 0
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,149 @@
+"""The emulator itself: kernels with one planted bug each are found out, the same ones mended are
+clean; addresses, counts; and the same under the sanitizers.
+"""
+
+import importlib.util
+import os
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = 20
+
+# what the fault of each planted bug must say, at the least
+SAYS = {
+    "reads_before_the_barrier": ("race", "nobody has written"),
+    "writes_before_all_have_read": ("race",),
+    "no_syncwarp": ("race", "nobody has written"),
+    "shuffle_for_a_barrier": ("race",),
+    "two_write_one_word": ("race",),
+    "sum_without_atomics": ("race",),
+    "reads_what_nobody_wrote": ("nobody has written",),
+    "named_barrier_of_too_few": ("race", "nobody has written"),
+    "no_wait": ("cp.async",),
+    "waits_for_too_few": ("cp.async",),
+    "copies_into_what_is_read": ("cp.async", "race"),
+    "returns_before_copies": ("not waited for",),
+    "divergent_barrier": ("divergent __syncthreads",),
+    "mask_of_lanes_that_returned": ("have returned", "deadlock"),
+    "shuffle_from_outside_the_mask": ("not in its mask",),
+    "half_a_warp_multiplies": ("of its mask is in", "deadlock"),
+    "barrier_that_one_warp_skips": ("deadlock",),
+    "reads_behind_the_end": ("256 bytes into 'x', which has 256",),
+    "writes_before_the_start": ("4 bytes before 'y'",),
+    "writes_an_input": ("'x', which is an input",),
+    "misaligned_vector": ("misaligned: read of 16 bytes",),
+    "shared_out_of_bounds": ("byte 256 of 256 dynamic",),
+    "ldmatrix_of_registers": ("not an address of shared memory",),
+}
+
+
+def cuda_home() -> Path:
+    """As setup.py finds it."""
+    text = (ROOT / "setup.py").read_text()
+    start, end = text.index("def cuda_home"), text.index("def kernel_command")
+    names: dict = {}
+    head = "import os, shutil, sysconfig\nfrom pathlib import Path\n"
+    exec(head + text[start:end], names)
+    home = names["cuda_home"]()
+    assert home, "the CUDA headers are wanted (docs/simt.md)"
+    return home
+
+
+def build(folder: Path, *options: str, core: tuple[str, ...] = ()) -> Path:
+    """planted.cu with the emulator; `core`: the emulator's own options, where they differ."""
+    common = ["g++", "-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-fopenmp"]
+    common += [f"-I{ROOT / 'csrc'}", "-isystem", str(cuda_home() / "include")]
+    sources = [str(p) for p in sorted((ROOT / "csrc/simt").glob("*.cpp"))]
+    objects = []
+    for source in sources:
+        objects.append(str(folder / f"{Path(source).stem}.o"))
+        subprocess.run([*common, *(core or options), "-c", source, "-o", objects[-1]], check=True)
+    program = folder / "planted"
+    kernels = ["-x", "c++", str(ROOT / "tests/simt/planted.cu"), "-x", "none"]
+    subprocess.run(
+        [*common, *options, "-Wno-unknown-pragmas", *kernels, *objects, "-o", program], check=True
+    )
+    return program
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("planted"))
+
+
+def run(program: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "2"} | environment
+    command = [str(program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def faults(output: str) -> dict[tuple[str, bool], list[str]]:
+    runs = defaultdict(list)
+    for line in output.splitlines():
+        name, bug, _, fault = line.split("\t")
+        runs[name, bug == "1"].append(fault)
+    return runs
+
+
+def test_every_planted_bug_is_found_whatever_the_order(planted):
+    runs = faults(run(planted, "both", SEEDS).stdout)
+    assert {name for name, _ in runs} == SAYS.keys()
+    for (name, bug), found in runs.items():
+        assert len(found) == SEEDS
+        if not bug:
+            assert set(found) == {""}, name
+            continue
+        for fault in found:
+            assert any(words in fault for words in SAYS[name]), (name, fault)
+            assert f"kernel {name}, block " in fault and ", thread " in fault
+            assert "at planted.cu:" in fault
+
+
+def test_a_seed_gives_the_same_run_again(planted):
+    first, second = (run(planted, "both", 5).stdout for _ in range(2))
+    strip = [[f.split(" at 0x")[0] for f in found] for found in faults(first).values()]
+    again = [[f.split(" at 0x")[0] for f in found] for found in faults(second).values()]
+    assert strip == again
+
+
+def test_a_wild_pointer_ends_the_process_with_kernel_and_thread(planted):
+    result = run(planted, "wild")
+    assert result.returncode < 0
+    assert "simt: access to 0x" in result.stderr
+    assert "[kernel touches_nothing_at_all, block 0,0,0, thread " in result.stderr
+
+
+def test_counts_bank_conflicts_and_sectors(planted):
+    lines = [line.split("\t") for line in run(planted, "count").stdout.splitlines()]
+    counts = {(int(s), place.split(":")[1][4:]): tuple(map(int, rest)) for s, place, *rest in lines}
+    # 32 lanes, 4 bytes each: instructions, passes or sectors, the least
+    assert counts[1, "write shared"] == counts[33, "write shared"] == (1, 1, 1)
+    assert counts[32, "write shared"] == counts[32, "read shared"] == (1, 32, 1)
+    assert counts[1, "read global"] == counts[1, "write global"] == (1, 4, 4)
+    assert counts[32, "read global"] == (1, 2, 1)  # two words, 128 bytes apart
+
+
+@pytest.mark.slow
+def test_clean_under_address_and_undefined_sanitizers(tmp_path):
+    program = build(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    # a thread that is left where it stands keeps its strings
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    result = run(program, "both", 2, ASAN_OPTIONS=options)
+    assert result.returncode == 0, result.stderr
+    assert len(faults(result.stdout)) == 2 * len(SAYS)
+
+
+@pytest.mark.slow
+def test_clean_under_thread_sanitizer(tmp_path):
+    program = build(tmp_path, "-fsanitize=thread", core=("-DSIMT_TSAN",))
+    result = run(program, "mended", 2, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert len(faults(result.stdout)) == len(SAYS)
+
+
+def test_the_extension_is_built():
+    assert importlib.util.find_spec("fastlm._simt"), "make setup builds it (FASTLM_SIMT=1)"
