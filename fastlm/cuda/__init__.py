@@ -1,6 +1,6 @@
-"""Host side of the CUDA C++ kernels (csrc/cuda), one file per op: allocates, and starts them through
-``fastlm._cuda``; through ``fastlm._simt`` (csrc/simt), where ``FASTLM_BACKEND=simt`` forces the
-emulator.
+"""Host side of the CUDA C++ kernels (csrc/cuda), one file per op: allocates, and starts them
+through ``fastlm._cuda``, or through ``fastlm._simt`` (csrc/simt) where ``FASTLM_BACKEND=simt``
+forces the emulator.
 """
 
 import importlib
