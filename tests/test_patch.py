@@ -139,7 +139,7 @@ def test_refuses_a_model_of_fastlm():
     config = fastlm.ModelConfig(
         model_type="llama", **{k: v for k, v in SMALL.items() if k not in IDS}
     )
-    with pytest.raises(InputError, match="model: .* got fastlm's CausalLM, which runs"):
+    with pytest.raises(InputError, match=r"model: .* got fastlm's CausalLM, which runs"):
         fastlm.patch(fastlm.CausalLM(config))
 
 
