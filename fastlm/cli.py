@@ -127,7 +127,7 @@ def info(
         typer.echo(json.dumps(have, indent=1))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
     facts = Table(box=None, show_header=False)
@@ -138,7 +138,7 @@ def info(
         for name, why in have[key].items():
             facts.add_row(f"{key.removesuffix('_why_not')} {name}", why or "yes")
     console.print(facts)
-    ops = Table("op", "runs on", "the others do not, because")
+    ops = Table(Column("op", no_wrap=True), "runs on", "the others do not, because")
     for name, row in have["ops"].items():
         reasons: dict[str, list[str]] = {}
         for b, reason in row["why_not"].items():
