@@ -282,6 +282,8 @@ def quantize(
     from fastlm.quant import quantize as quantize_model
     from fastlm.stages import weight_bytes
 
+    if out.exists() and not out.is_dir():  # before the work, not after it
+        raise InputError(f"out: wanted a folder, got the file {out}")
     if out.exists() and any(p.exists() and out.samefile(p) for p in (model, model / "model")):
         raise InputError(f"out: wanted another folder than the model's, got {out}")
     network, tokenizer = load_model(model)
