@@ -4,6 +4,20 @@ BIN := .venv/bin
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/simt/*.cu)
 SOURCES := pyproject.toml setup.py $(CPP)
 
+# before the minutes of fetching; setuptools takes the same compiler
+define BUILD_NEEDS
+import os, shutil, sys, sysconfig
+cxx = (os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++').split()[0]
+if not shutil.which(cxx):
+    print(f'make: wanted a C++17 compiler (Debian: g++), got no {cxx}; name another: make CXX=...')
+    sys.exit(2)
+header = os.path.join(sysconfig.get_path('include'), 'Python.h')
+if not os.path.exists(header):
+    print(f'make: wanted the headers of Python (Debian: python3-dev), got no {header}')
+    sys.exit(2)
+endef
+export BUILD_NEEDS
+
 .PHONY: help setup demo test quick lint format bench fuzz sanitize gate triton-sanitize clean
 
 help:            ## this list
@@ -14,6 +28,7 @@ setup: .venv/ready  ## .venv with fastlm (editable, extension built) and everyth
 .venv/ready: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: wanted Python >= 3.11, got `$(PYTHON) --version`; name another: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c "$$BUILD_NEEDS"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
 	@echo "make: fetching torch and compiling the kernels: minutes without output"

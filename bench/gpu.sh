@@ -1,18 +1,23 @@
 #!/bin/sh
-# On a machine with a GPU: builds fastlm for the python3 there, runs the tests that need the GPU, then bench/gpu.py; under ten
-# minutes in all. Not run on a GPU yet.
+# On a machine with a GPU: builds fastlm for the Python there ($PYTHON, .venv or python3), runs the tests that need the GPU, then
+# bench/gpu.py; under ten minutes in all. Not run on a GPU yet.
 #     sh bench/gpu.sh [folder for results]        default: bench/results
 # Nothing is fetched: packages that are missing there travel as wheels, on PYTHONPATH. Every step runs, whatever failed before.
 set -u
 out=${1:-bench/results}
 mkdir -p "$out"
-python=${PYTHON:-python3}
+test -x .venv/bin/python && python=.venv/bin/python || python=python3
+python=${PYTHON:-$python}
 here=$(pwd)
 site=$(mktemp -d) # stands for an installation: fastlm, and ./kernels as fastlm.kernels
 status=0
 
+$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+  echo "gpu.sh: wanted a GPU that the torch of $python sees, got none"
+  exit 1
+}
 $python setup.py -q build_ext --inplace >"$out/gpu-build.log" 2>&1 || {
-  echo "gpu.sh: the C++ extension does not build: $out/gpu-build.log"
+  echo "gpu.sh: the C++ extension does not build: $(tail -n 1 "$out/gpu-build.log") ($out/gpu-build.log)"
   exit 1
 }
 ln -s "$here/fastlm" "$site/fastlm"

@@ -127,7 +127,7 @@ def info(
         typer.echo(json.dumps(have, indent=1))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
     facts = Table(box=None, show_header=False)
@@ -138,7 +138,7 @@ def info(
         for name, why in have[key].items():
             facts.add_row(f"{key.removesuffix('_why_not')} {name}", why or "yes")
     console.print(facts)
-    ops = Table("op", "runs on", "the others do not, because")
+    ops = Table(Column("op", no_wrap=True), "runs on", "the others do not, because")
     for name, row in have["ops"].items():
         reasons: dict[str, list[str]] = {}
         for b, reason in row["why_not"].items():
@@ -282,6 +282,8 @@ def quantize(
     from fastlm.quant import quantize as quantize_model
     from fastlm.stages import weight_bytes
 
+    if out.exists() and not out.is_dir():  # before the work, not after it
+        raise InputError(f"out: wanted a folder, got the file {out}")
     if out.exists() and any(p.exists() and out.samefile(p) for p in (model, model / "model")):
         raise InputError(f"out: wanted another folder than the model's, got {out}")
     network, tokenizer = load_model(model)

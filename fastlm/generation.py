@@ -5,7 +5,7 @@ from each row's first token, so a row gives what it gives alone. Rejected: right
 scatters each step's keys to different columns.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,7 +143,8 @@ def generate(
         return [p + n for p, n in zip(prompts, new)]
     width = max(map(len, new), default=0)
     pad = model.config.pad_token_id
-    rows = [n + [n[-1] if pad is None else pad] * (width - len(n)) for n in new]
+    # a slice: with max_new_tokens 0 no row has a last token
+    rows = [n + (n[-1:] if pad is None else [pad]) * (width - len(n)) for n in new]
     tail = torch.tensor(rows, dtype=torch.int64, device=ids.device).view(len(rows), width)
     return torch.cat((ids.long(), tail), 1)
 
@@ -161,6 +162,11 @@ def _batch(
         if mask is not None:
             raise InputError(
                 "attention_mask: wanted with a tensor of input_ids, got it with a list"
+            )
+        if isinstance(input_ids, Mapping) or any(isinstance(row, int) for row in input_ids):
+            raise InputError(
+                "input_ids: wanted a tensor (B, S) or a list of B lists,"
+                f" got a flat {type(input_ids).__name__}"
             )
         lengths = [len(row) for row in input_ids]
         width = max(lengths, default=0)

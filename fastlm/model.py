@@ -54,6 +54,11 @@ class CausalLM(nn.Module):
         self, config: ModelConfig, *, seed: int | None = None, scaled_residual: bool = True
     ):
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise InputError(
+                f"config: wanted a fastlm.ModelConfig, got {type(config).__name__}"
+                " (of transformers: fastlm.ModelConfig.from_dict(config.to_dict()))"
+            )
         self.config = config
         if torch.empty(0).device.type == "cpu":
             _check_memory(config)
@@ -257,6 +262,8 @@ class CausalLM(nn.Module):
         """InputError unless these are (B, S) integers and, where that can be read
         cheaply, in the vocabulary.
         """
+        if not isinstance(input_ids, Tensor):  # the tokenizer's whole output, a list
+            raise InputError(f"input_ids: wanted a tensor (B, S), got {type(input_ids).__name__}")
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise InputError(
                 f"input_ids: wanted integers (B, S), got {input_ids.dtype} {tuple(input_ids.shape)}"

@@ -74,6 +74,13 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
         raise InputError(f"ops: wanted several names, got the string {ops!r}")
     if unknown := [op for op in ops or () if op not in OPS]:
         raise InputError(f"ops: wanted some of {', '.join(OPS)}, got {unknown[0]!r}")
+    if ops is not None and not ops:
+        raise InputError(f"ops: wanted some of {', '.join(OPS)}, got none")
+    if _is_ours(model):
+        raise InputError(
+            f"model: wanted one of other code, got fastlm's {type(model).__name__},"
+            " which runs the kernels already"
+        )
     before = {m: type(m) for m in model.modules()}
     own = _restore(model)
     try:
@@ -116,6 +123,10 @@ def unpatch(model: nn.Module) -> nn.Module:
 def patched_ops(model: nn.Module) -> dict[str, int]:
     """How many modules of `model` run each op: {} for a model that is not patched."""
     return dict(_count({m: v[1:] for m in model.modules() if (v := variant_of(m)) is not None}))
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "fastlm"
 
 
 def _count(plan: Plan) -> Counter[str]:
@@ -175,7 +186,7 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
     numbers = torch.random.fork_rng(devices=())  # a module that drops out draws some
     with numbers, torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         for module in model.modules():
-            if type(module).__module__.partition(".")[0] == "fastlm":
+            if _is_ours(module):
                 continue  # runs the kernels already
             for op in (op for op in ops if op in looks):
                 if (options := _in_both_modes(looks[op], module)) is not None:

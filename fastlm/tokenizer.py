@@ -24,7 +24,7 @@ from tokenizers.models import BPE
 
 from fastlm import chat_template, gguf_vocab
 from fastlm.errors import InputError
-from fastlm.files import make_folder, save_atomic
+from fastlm.files import make_folder, reason, save_atomic
 from fastlm.progress import Track, silent
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -81,8 +81,9 @@ class Tokenizer:
         try:
             twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
         except Exception as error:  # a file whose merges and vocabulary disagree gets this far
-            reason = " ".join(str(error).split())
-            raise InputError(f"tokenizer: wanted a consistent one, got: {reason:.200}") from error
+            raise InputError(
+                f"tokenizer: wanted a consistent one, got: {reason(error):.200}"
+            ) from error
         twin.encode_special_tokens = True
         return twin
 
@@ -152,8 +153,9 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            reason = " ".join(str(error).split())
-            raise InputError(f"{file}: wanted a tokenizer.json, got: {reason:.200}") from error
+            raise InputError(
+                f"{file}: wanted a tokenizer.json, got: {reason(error):.200}"
+            ) from error
         config = _read_json(file.parent / "tokenizer_config.json")
         legacy = _read_json(file.parent / "special_tokens_map.json")
         roles = {name: _content(config.get(name) or legacy.get(name)) for name in ROLES}
@@ -354,7 +356,7 @@ def _read(file: Path) -> str:
             raise InputError(f"{file}: wanted at most {MAX_JSON_BYTES} bytes")
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: wanted a readable text file, got: {error}") from error
+        raise InputError(f"{file}: wanted a readable text file, got: {reason(error)}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

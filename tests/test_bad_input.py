@@ -203,6 +203,11 @@ def test_a_tokenizer_that_does_not_fit(finished, model, tmp_path):
         "--tokenizer", tmp_path / "t", "-o", tmp_path / "out", "--max-steps", 1,
         text="tokenizer: wanted a vocabulary of at most the model's",
     )  # fmt: skip
+    (model / "tokenizer.json").unlink()
+    refused(
+        "generate", "-m", model, "-p", "x",
+        text="tokenizer.json: wanted a readable text file, got: No such file or directory",
+    )  # fmt: skip
 
 
 def test_token_ids_out_of_range(finished, tmp_path):
@@ -251,6 +256,10 @@ def test_quantize_onto_the_model_itself(finished):
             text="out: wanted another folder than the model's",
         )  # fmt: skip
     assert (finished / "run/model/model.safetensors").read_bytes() == before
+    refused(
+        "quantize", "-m", finished / "run", "-o", finished / "tiny.toml", "--group-size", 16,
+        text="out: wanted a folder, got the file",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

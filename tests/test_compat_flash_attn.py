@@ -469,6 +469,18 @@ def cached(**changes):
             ),
             "dropout_p: wanted 0 with block_table, got 0.5",
         ),
+        (
+            lambda t: flash_attn_varlen_func(*(x[0] for x in t), [0, 2], [0, 2], 2, 2),
+            r"cu_seqlens_q: wanted a tensor \(B \+ 1,\), got list",
+        ),
+        (
+            lambda t: flash_attn_func(*t, window_size=128),
+            r"window_size: wanted \(left, right\), -1 for no limit, got 128",
+        ),
+        (
+            lambda t: cached(cache_seqlens=torch.tensor([3, 3])),
+            r"cache_seqlens: wanted a number or int32 \(2,\), .* got torch.int64 \(2,\)",
+        ),
         (lambda t: cached(v=None), "k, v: wanted both or neither"),
         (lambda t: cached(cache_seqlens=None), "cache_seqlens: wanted where k and v go, got None"),
         (lambda t: cached(cache_seqlens=7), "cache_seqlens: wanted at most 6 with 2 new keys"),

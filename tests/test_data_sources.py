@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import resource
+import sys
 import tarfile
 import time
 import zipfile
@@ -231,6 +232,16 @@ def fake_pip(monkeypatch, make) -> list:
 
     monkeypatch.setattr(packages, "_run", run)
     return calls
+
+
+def test_a_refusal_of_pip_names_pip_and_the_reason():
+    crash = "import sys; sys.exit('ERROR: Exception:\\nTraceback\\nOSError: No space left')"
+    for command, reason in (
+        (["-m", "pip", "fly"], r"pypi:x: pip refused: ERROR: unknown command"),
+        (["-c", crash], r"pypi:x: python\S* refused: OSError: No space left"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            packages._run([sys.executable, *command], "pypi:x")
 
 
 def test_package_is_unpacked_once_without_links_and_noise(tmp_path, cache, monkeypatch):

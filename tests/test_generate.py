@@ -107,6 +107,9 @@ def test_shapes_and_stops():
     lists = model.generate(ids.tolist(), max_new_tokens=8, temperature=0.0, stop_ids={stop})
     assert [len(x) for x in lists] == [5 + e for e in ends]
 
+    for pad in (7, None):
+        assert torch.equal(model_of(pad_token_id=pad).generate(ids, max_new_tokens=0), ids)
+
     seen = []
     model.generate(ids, max_new_tokens=4, temperature=0.0, on_token=lambda *a: seen.append(a))
     assert seen == [(r, int(free[r, 5 + i])) for i in range(4) for r in range(3)]
@@ -247,6 +250,8 @@ def test_impossible_prompts():
         (ids, {"attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)}, "padding on the left"),
         (ids, {"attention_mask": torch.zeros(2, 4)}, "at least one token"),
         (ids.tolist(), {"attention_mask": ids}, "attention_mask: wanted with a tensor"),
+        ([1, 2], {}, r"input_ids: wanted a tensor \(B, S\) or a list of B lists, got a flat list"),
+        ({"input_ids": ids}, {}, "input_ids: wanted a tensor .* got a flat dict"),
     ):
         with pytest.raises(InputError, match=message):
             model.generate(prompt, max_new_tokens=2, **options)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from families import CASES, LONG, SMALL
 from tolerance import ULP
+from transformers import LlamaConfig
 
 from fastlm.architectures import expected_shapes
 from fastlm.config import FAMILIES, ModelConfig
@@ -299,6 +300,8 @@ def test_impossible_calls():
     _, model = pair("llama")
     ids = ids_of()
     for call, message in (
+        (lambda: CausalLM(LlamaConfig()), "config: wanted a fastlm.ModelConfig, got LlamaConfig"),
+        (lambda: model(ids.tolist()), r"input_ids: wanted a tensor \(B, S\), got list"),
         (lambda: model(ids[0]), r"input_ids: wanted integers \(B, S\)"),
         (lambda: model(ids.float()), "input_ids: wanted integers"),
         (lambda: model(ids + 90), r"input_ids: wanted ids in \[0, 97\)"),

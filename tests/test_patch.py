@@ -119,6 +119,7 @@ def test_kernels_run_and_no_logits_exist(monkeypatch):
     [
         (lambda m: fastlm.patch(m, ops=("rms_norm", "rmsnorm")), "ops: wanted some of rms_norm, "),
         (lambda m: fastlm.patch(m, ops="rms_norm"), "ops: wanted several names"),
+        (lambda m: fastlm.patch(m, ops=()), "ops: wanted some of rms_norm, .*, got none"),
         (lambda m: fastlm.patch(nn.Linear(2, 2)), "found none among Linear"),
         (lambda m: fastlm.patch("gpt2"), "model: wanted a torch module, got str"),
         (lambda m: fastlm.unpatch(None), "model: wanted a torch module, got NoneType"),
@@ -138,7 +139,7 @@ def test_refuses_a_model_of_fastlm():
     config = fastlm.ModelConfig(
         model_type="llama", **{k: v for k, v in SMALL.items() if k not in IDS}
     )
-    with pytest.raises(InputError, match=r"found none among .*CausalLM"):
+    with pytest.raises(InputError, match=r"model: .* got fastlm's CausalLM, which runs"):
         fastlm.patch(fastlm.CausalLM(config))
 
 

@@ -306,6 +306,9 @@ def test_quantize_refusals():
         assert isinstance(model.embed, nn.Embedding)  # refused before anything was replaced
     with pytest.raises(InputError, match=r"model: ReLU has no nn\.Linear or nn\.Embedding"):
         fastlm.quantize(nn.ReLU(), "w4a16")
+    twice = fastlm.quantize(Small(), "w8a16")
+    with pytest.raises(InputError, match="model: wanted one that is not quantized yet"):
+        fastlm.quantize(twice, "w4a16")
     with pytest.raises(InputError, match="max_norm"):
         fastlm.quantize(nn.Embedding(4, 8, max_norm=1.0), "w4a16")
 

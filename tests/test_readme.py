@@ -1,17 +1,42 @@
 """The README's Python is run as it stands."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
 README = Path(__file__).parent.parent / "README.md"
 
 
+def python_of(heading: str) -> str:
+    section = README.read_text("utf-8").split(f"## {heading}", 1)[1]
+    return re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.M)[0]
+
+
+def test_training_on_the_cpu(tmp_path):
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SIZES)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    block = python_of("Training on the CPU").replace("path/to/a/llama", str(tmp_path))
+    names: dict = {}
+    exec(compile(block, str(README), "exec"), names)
+    model, optimizer = names["model"], names["optimizer"]
+    ids = torch.arange(24).view(2, 12)
+    losses = []
+    for _ in range(20):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] and losses[0].item() == pytest.approx(math.log(64), rel=0.1)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
 def test_ten_lines_of_python():
-    section = README.read_text("utf-8").split("## Ten lines of Python", 1)[1]
-    block = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.M)[0]
+    block = python_of("Ten lines of Python")
     torch.manual_seed(0)
     names: dict = {}
     exec(compile(block, str(README), "exec"), names)

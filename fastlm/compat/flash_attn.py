@@ -16,6 +16,7 @@ A window that looks ahead (right > 0, or a left one alone without ``causal``) an
 in the batch become a bias: (S, T), or (B, H, S, T) for the slopes, in memory. All else is free.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,6 +123,8 @@ def flash_attn_varlen_func(
     is neither dropout nor a backward. lse is (H, total_q).
     """
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(t, Tensor):
+            raise InputError(f"{name}: wanted a tensor (B + 1,), got {type(t).__name__}")
         if t.dim() != 1:
             raise InputError(f"{name}: wanted (B + 1,), got {tuple(t.shape)}")
     numbers = _numbers(softmax_scale, softcap)
@@ -267,6 +270,11 @@ def flash_attn_with_kvcache(
     if not isinstance(cache_seqlens, Tensor):
         full = capacity if cache_seqlens is None else cache_seqlens
         cache_seqlens = torch.full((batch,), full, dtype=torch.int32, device=device)
+    elif cache_seqlens.shape != (batch,) or cache_seqlens.dtype != torch.int32:
+        raise InputError(
+            f"cache_seqlens: wanted a number or int32 ({batch},), a length for each row of q,"
+            f" got {cache_seqlens.dtype} {tuple(cache_seqlens.shape)}"
+        )
     lengths = cache_seqlens
     if k is not None and v is not None:
         new = k.shape[1]
@@ -340,6 +348,8 @@ def _options(
 ) -> dict[str, Any]:
     """causal, window, alibi_slopes and bias of `fastlm.ops`. `offset`, a number or (B, 1, 1, 1), is
     added to a query's row for its place among the keys."""
+    if not isinstance(window_size, Sequence) or len(window_size) != 2:
+        raise InputError(f"window_size: wanted (left, right), -1 for no limit, got {window_size!r}")
     left, right = window_size
     options: dict[str, Any] = {"alibi_slopes": alibi_slopes}
     if causal or right == 0:

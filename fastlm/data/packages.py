@@ -163,8 +163,11 @@ def _run(command: Sequence[str], what: str, **kwargs) -> str:
             for s in (done.stderr or done.stdout).splitlines()
             if re.match(r"(ERROR|E|dpkg-deb: error):", s)
         ]
+        if lines and lines[-1] == "ERROR: Exception:":  # pip's own: the traceback's end says what
+            lines = []
         reason = (lines or done.stderr.splitlines() or ["no reason given"])[-1]
-        raise InputError(f"{what}: {command[0].rpartition('/')[2]} refused: {reason.strip()[:300]}")
+        program = "pip" if command[1:3] == ["-m", "pip"] else command[0].rpartition("/")[2]
+        raise InputError(f"{what}: {program} refused: {reason.strip()[:300]}")
     return done.stdout
 
 

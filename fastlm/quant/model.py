@@ -85,6 +85,8 @@ def quantize(
         if wish is not None:
             plan.append((name, module, wish))
     if not plan:
+        if any(isinstance(m, QuantizedLinear | QuantizedEmbedding) for m in model.modules()):
+            raise InputError("model: wanted one that is not quantized yet, got one that is")
         raise InputError(
             f"model: {type(model).__name__} has no nn.Linear or nn.Embedding to quantize"
         )
