@@ -62,10 +62,13 @@ bench: .venv/ready  ## all benchmarks against their peers; writes bench/results/
 fuzz: .venv/ready  ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7
 	$(BIN)/python -P tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0)
 
-sanitize: .venv/ready  ## the op tests on an AddressSanitizer + UndefinedBehaviorSanitizer build
+sanitize: .venv/ready  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitizer builds, the CUDA kernels on ThreadSanitizer too
 	sh tests/sanitize.sh
+	sh tests/sanitize_simt.sh address
+	sh tests/sanitize_simt.sh thread
 
-gate: .venv/ready  ## every Triton kernel compiled for sm_80, sm_90, sm_100 by two versions of Triton, machine code against the tables
+gate: .venv/ready  ## machine code of every CUDA and Triton kernel for sm_80, sm_90, sm_100 against the tables
+	$(BIN)/python -P tests/cuda_gate.py
 	test -d .venv/triton-3.6.0 || $(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 triton==3.6.0
 	PYTHONPATH=.venv/triton-3.6.0:tests $(BIN)/python -P -m triton_gate
 	PYTHONPATH=tests $(BIN)/python -P -m triton_gate

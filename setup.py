@@ -4,9 +4,13 @@
     fastlm._cuda   where nvcc is found: on PATH, in CUDA_HOME, or in pip's nvidia-cuda-nvcc
     fastlm._simt   the .cu files on the CPU emulator, for tests; where the CUDA headers are found
 
-Metadata is in pyproject.toml. Environment: FASTLM_SANITIZE=address,undefined builds with those
-sanitizers (`make sanitize`); FASTLM_CUDA_ARCHS, default "80;90a;100a", the last also as PTX;
-FASTLM_CUDA=0 leaves _cuda out, FASTLM_SIMT=1 builds _simt; FASTLM_BUILD_JOBS, default all cores.
+Metadata is in pyproject.toml. Environment:
+
+    FASTLM_CUDA_ARCHS   default "80;90a;100a", the last one also as PTX
+    FASTLM_CUDA=0       leaves _cuda out; FASTLM_CPU=0 likewise
+    FASTLM_SIMT=1       builds _simt
+    FASTLM_BUILD_JOBS   compilers at a time, default all cores
+    FASTLM_SANITIZE     address,undefined for all; thread for the kernels of _simt
 """
 
 import os
@@ -31,7 +35,12 @@ COMPILE = [
 ]
 LINK = ["-fopenmp"]  # with torch imported first this resolves to torch's libgomp: one thread pool
 
-if sanitizers := os.environ.get("FASTLM_SANITIZE"):
+TSAN: list[str] = []  # of the .cu files alone: the emulator tells ThreadSanitizer what it does
+if (sanitizers := os.environ.get("FASTLM_SANITIZE")) == "thread":
+    TSAN = ["-fsanitize=thread"]
+    COMPILE += ["-DSIMT_TSAN"]
+    LINK += TSAN
+elif sanitizers:
     COMPILE += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     COMPILE += ["-fno-wrapv"]  # Python builds with -fwrapv, under which overflow is no finding
     COMPILE += ["-O1", "-g1"]  # half the compile time of -O2; line numbers in the reports
@@ -86,7 +95,9 @@ def kernel_command(name: str, home: Path) -> list[str]:
             *["g++", "-x", "c++", "-std=c++20", "-fPIC", "-DFASTLM_SIMT", "-g1"],
             *["-Wno-unknown-pragmas", "-fno-strict-aliasing", "-isystem", str(home / "include")],
             *COMPILE,
+            *TSAN,
             "-Wno-maybe-uninitialized",  # of lanes that a mask keeps out
+            *os.environ.get("CFLAGS", "").split(),
         ]
     archs = os.environ.get("FASTLM_CUDA_ARCHS", "80;90a;100a").split(";")
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -133,7 +144,7 @@ def cuda_extension(name: str, sources: list[Path], options: list[str], link: lis
 
 CUDA_HOME = cuda_home()
 KERNELS = sorted(Path("csrc/cuda").glob("*.cu"))
-extensions = [cpu]
+extensions = [] if os.environ.get("FASTLM_CPU") == "0" else [cpu]
 if CUDA_HOME and (CUDA_HOME / "bin/nvcc").exists() and os.environ.get("FASTLM_CUDA") != "0":
     libraries = next(p for n in ("lib64", "lib") if (p := CUDA_HOME / n).exists())
     link = [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

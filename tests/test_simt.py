@@ -143,6 +143,8 @@ def test_clean_under_thread_sanitizer(tmp_path):
     result = run(program, "mended", 2, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert len(faults(result.stdout)) == len(SAYS)
+    racing = run(program, "global", OMP_NUM_THREADS="1")
+    assert racing.returncode != 0 and "ThreadSanitizer: data race" in racing.stderr
 
 
 def test_the_extension_is_built():

@@ -4,7 +4,8 @@
 //     block = row:   h[row, ..] -> sum of squares (warps, then block) -> y[row, ..]
 //
 // `rms_norm_kernel` keeps a row in registers, PER vectors a thread, and reads it once;
-// `rms_norm_wide_kernel` reads a row of any width twice. Sums are float32. The norm is of h as stored.
+// `rms_norm_wide_kernel` reads a row of any width twice. Sums are float32. The norm is of h as
+// stored.
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 
@@ -87,12 +88,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = blockIdx.x;
   float value[VEC];
   float squares = 0;
+#pragma unroll 1  // by four, as nvcc likes, it spills on sm_90
   for (int at = threadIdx.x * VEC; at < p.width; at += kThreads * VEC) {
     load_h(p, row, at, value);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) squares += value[j] * value[j];
   }
   const float scale = scale_of(p, row, squares, eps);
+#pragma unroll 1
   for (int at = threadIdx.x * VEC; at < p.width; at += kThreads * VEC) {
     load_h(p, row, at, value);  // stores the same h again: cheaper than to read it back
     store_y(p, weight, offset, row, at, value, scale);
@@ -131,14 +134,10 @@ void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, 
   if (x.numel() == 0) return;
   with_device_float(x.dtype(), "x", [&](auto element) {
     using T = decltype(element);
-    const Rows<T> p{input<T>(x, "x"),
-                    input<T>(residual, "residual"),
-                    output<T>(y, "y"),
-                    output<T>(h, "h"),
-                    output<float>(rstd, "rstd"),
-                    static_cast<int>(x.size(-1)),
-                    row_stride(x),
-                    residual ? row_stride(*residual) : 0};
+    const Rows<T> p{
+        input<T>(x, "x"),  input<T>(residual, "residual"),      output<T>(y, "y"),
+        output<T>(h, "h"), output<float>(rstd, "rstd"),         static_cast<int>(x.size(-1)),
+        row_stride(x),     residual ? row_stride(*residual) : 0};
     const auto with_weight = [&](auto* w) {
       constexpr int kVec = 16 / sizeof(T);
       const bool whole = aligned(16, p.x, p.residual, p.y, p.h, w) && p.width % kVec == 0 &&

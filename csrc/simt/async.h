@@ -1,5 +1,6 @@
-// cp.async: copies from global to shared memory behind the kernel's back. Here they arrive when they
-// are waited for, not before; until then the destination is poison, and touching it is an error.
+// cp.async: copies from global to shared memory behind the kernel's back. Here they arrive when
+// they are waited for, not before; until then the destination is poison, and touching it is an
+// error.
 #pragma once
 
 #include "simt/memory.h"

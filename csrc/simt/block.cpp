@@ -76,8 +76,7 @@ void join_clocks(const std::vector<Thread*>& threads) {
   Block& block = scheduler->block;
   std::vector<uint32_t> joined(block.warps.size(), 0);
   for (Thread* t : threads)
-    for (size_t w = 0; w < joined.size(); ++w)
-      joined[w] = std::max(joined[w], t->warp->clocks[w]);
+    for (size_t w = 0; w < joined.size(); ++w) joined[w] = std::max(joined[w], t->warp->clocks[w]);
   for (Thread* t : threads) {
     auto& clocks = t->warp->clocks;
     const size_t own = t->warp - block.warps.data();
@@ -119,7 +118,7 @@ void end_thread() {
 void thread_main() {
   Scheduler& s = *scheduler;
   arrived(self->fiber, s.main.fiber);
-  acquire(&s.main);
+  acquire(&s.ready);
   (*s.kernel)();
   end_thread();
   next(true);
@@ -192,7 +191,8 @@ void run_block(Scheduler& s, const Launch& launch, uint64_t number) {
   }
   self = &s.main;
   adopt(s.main.fiber);
-  release(&s.main);
+  release(
+      &s.ready);  // what came before the block, to its threads; s.main: their ends, to what follows
   next();
   acquire(&s.main);
   if (s.fault.empty() && block.live) {
@@ -232,7 +232,8 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
       std::swap(order[i], order[(r >> 33) % (i + 1)]);
     }
   std::string fault;
-  int64_t faulty = blocks;  // the first block that has one, of `order`: so it is the same every time
+  int64_t faulty =
+      blocks;  // the first block that has one, of `order`: so it is the same every time
   std::mutex mutex;
   const SegvGuard guard(launch.name);
 #pragma omp parallel

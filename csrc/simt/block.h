@@ -30,8 +30,8 @@ struct Fault : std::runtime_error {
 
 struct Options {
   uint64_t seed = 1;
-  bool count = false;             // bank conflicts and memory transactions; see count.h
-  int preempt = 16;               // one checked access in so many lets another thread run; 0: none
+  bool count = false;  // bank conflicts and memory transactions; see count.h
+  int preempt = 16;    // one checked access in so many lets another thread run; 0: none
   int64_t max_steps = 2'000'000'000;  // switches of a launch before it counts as stuck
 };
 Options& options();
@@ -72,7 +72,7 @@ struct Thread {
   bool done = true;
   const char* waits_in = nullptr;  // what for, and where: for the report of a deadlock
   Site site;
-  std::vector<Copy> open;               // copies since the last commit
+  std::vector<Copy> open;                // copies since the last commit
   std::deque<std::vector<Copy>> groups;  // committed, not waited for
   Fiber fiber;
 };

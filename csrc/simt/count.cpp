@@ -65,10 +65,10 @@ void Counts::end(const char* kernel, const Block& block) {
       std::map<std::tuple<const char*, unsigned, unsigned, int, bool>, size_t> seen;
       for (const Note& n : notes[t]) {
         const int access = static_cast<int>(n.access);
-        const auto key = std::tuple(n.site.file_name(), n.site.line(), n.site.column(), access,
-                                    n.shared);
-        auto& instructions = places[{n.site.file_name(), n.site.line(), n.site.column(), access,
-                                     n.shared}];
+        const auto key =
+            std::tuple(n.site.file_name(), n.site.line(), n.site.column(), access, n.shared);
+        auto& instructions =
+            places[{n.site.file_name(), n.site.line(), n.site.column(), access, n.shared}];
         const size_t k = seen[key]++;
         if (instructions.size() <= k) instructions.resize(k + 1);
         instructions[k].push_back(&n);
@@ -77,10 +77,9 @@ void Counts::end(const char* kernel, const Block& block) {
     for (const auto& [place, instructions] : places) {
       const auto& [file, line, column, access, shared] = place;
       const size_t slash = file.rfind('/');
-      const std::string name = std::string(kernel) + " " +
-                               file.substr(slash == std::string::npos ? 0 : slash + 1) + ":" +
-                               std::to_string(line) + " " + verbs[access] +
-                               (shared ? " shared" : " global");
+      const std::string name =
+          std::string(kernel) + " " + file.substr(slash == std::string::npos ? 0 : slash + 1) +
+          ":" + std::to_string(line) + " " + verbs[access] + (shared ? " shared" : " global");
       Count& sum = total[name];
       for (const Notes& lanes : instructions) {
         const Count c = shared ? shared_cost(lanes) : global_cost(lanes);

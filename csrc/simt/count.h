@@ -2,8 +2,8 @@
 //
 // Lanes do not run in step here. The k-th access of each lane of a warp at one place of the source
 // counts as one instruction. Global: 32-byte sectors that it touches, and how few would hold its
-// bytes. Shared: passes over the 32 banks of 4 bytes (8-byte accesses go by half warps, 16-byte ones
-// by quarters), and how few it could be.
+// bytes. Shared: passes over the 32 banks of 4 bytes (8-byte accesses go by half warps, 16-byte
+// ones by quarters), and how few it could be.
 #pragma once
 
 #include <map>

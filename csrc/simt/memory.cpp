@@ -24,8 +24,8 @@ namespace simt {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kGap = 64;      // between shared variables, for AddressSanitizer
-constexpr int kPoison = 0xff;    // NaN as float32, bfloat16 and float16; -1 as an integer
+constexpr size_t kGap = 64;    // between shared variables, for AddressSanitizer
+constexpr int kPoison = 0xff;  // NaN as float32, bfloat16 and float16; -1 as an integer
 
 struct Range {
   const char *begin, *end;
@@ -90,8 +90,8 @@ void check(const void* address, size_t size, size_t alignment, Access access, co
   self->site = site;
   maybe_yield();
   if (reinterpret_cast<uintptr_t>(address) % alignment)
-    fail("misaligned: " + std::string(verb(access)) + " of " + std::to_string(size) +
-             " bytes at " + hex(address),
+    fail("misaligned: " + std::string(verb(access)) + " of " + std::to_string(size) + " bytes at " +
+             hex(address),
          site);
   Shared& shared = *self->block->shared;
   const bool is_shared = shared.contains(address);

@@ -1,11 +1,12 @@
 // Memory as a checker sees it.
 //
 // Global: the tensors that the host code named with `know`; an access by load, store, an atomic or
-// cp.async must lie inside one of them. Shared: the block's variables, poisoned when it begins, with
-// a shadow word for every 4 bytes that says who wrote and who read last. Two accesses by two threads
-// one of which writes must be ordered: by a barrier between the warps, by a barrier or __syncwarp
-// between lanes of one warp (a shuffle, a vote or a matrix instruction orders nothing). This finds a
-// race whatever order the threads ran in; what the kernel reads and writes past these functions
+// cp.async must lie inside one of them. Shared: the block's variables, poisoned when it begins,
+// with a shadow word for every 4 bytes that says who wrote and who read last. Two accesses by two
+// threads one of which writes must be ordered: by a barrier between the warps, by a barrier or
+// __syncwarp between lanes of one warp (a shuffle, a vote or a matrix instruction orders nothing).
+// This finds a race whatever order the threads ran in; what the kernel reads and writes past these
+// functions
 // (`p[i]`) is seen by the sanitizers and by the poison alone.
 #pragma once
 
@@ -47,7 +48,7 @@ struct Shared {
 
   void access(const void* p, size_t bytes, Access access, const Site& site);
   void begin_copy(const Copy& copy);                  // cp.async: no one may touch it
-  void end_copy(const Copy& copy, const Site& site);    // it is written by who waited
+  void end_copy(const Copy& copy, const Site& site);  // it is written by who waited
 
  private:
   struct Stamp {  // who and when; of which of the 4 bytes

@@ -22,11 +22,12 @@ const char* current_kernel = "?";
   int n;
   if (self && self->block) {
     const uint3 b = self->block->index, t = self->index;
-    n = std::snprintf(text, sizeof text,
-                      "simt: access to %p [kernel %s, block %u,%u,%u, thread %u,%u,%u, last checked "
-                      "access at %s:%u]\n",
-                      info->si_addr, current_kernel, b.x, b.y, b.z, t.x, t.y, t.z,
-                      self->site.file_name(), static_cast<unsigned>(self->site.line()));
+    n = std::snprintf(
+        text, sizeof text,
+        "simt: access to %p [kernel %s, block %u,%u,%u, thread %u,%u,%u, last checked "
+        "access at %s:%u]\n",
+        info->si_addr, current_kernel, b.x, b.y, b.z, t.x, t.y, t.z, self->site.file_name(),
+        static_cast<unsigned>(self->site.line()));
   } else {
     n = std::snprintf(text, sizeof text, "simt: access to %p outside of a kernel\n", info->si_addr);
   }

@@ -15,7 +15,8 @@ class SegvGuard {  // of a launch: installs the handler
   struct sigaction before_segv, before_bus;
 };
 
-class SegvStack {  // of an OS thread: handlers run here, for the fiber's own stack may be what ended
+class SegvStack {  // of an OS thread: handlers run here, for the fiber's own stack may be what
+                   // ended
  public:
   SegvStack();
   ~SegvStack();

@@ -1,10 +1,10 @@
 // simt: CUDA kernels on a CPU, with the checks of a debugger.
 //
 // A .cu file that takes its instructions from csrc/cuda/ptx.cuh compiles with g++ against this
-// header. What it does: every CUDA thread is a fiber, a block's threads take turns in an order drawn
-// with a seed, warp collectives and barriers are where they meet. What it finds: docs/simt.md. What
-// it cannot find: an error that this emulator and a kernel share (fragment layouts were never seen
-// on a GPU), the hardware's weak memory order, registers, time.
+// header. What it does: every CUDA thread is a fiber, a block's threads take turns in an order
+// drawn with a seed, warp collectives and barriers are where they meet. What it finds:
+// docs/simt.md. What it cannot find: an error that this emulator and a kernel share (fragment
+// layouts were never seen on a GPU), the hardware's weak memory order, registers, time.
 //
 //   fiber     a stack, and switching to another
 //   block     threads, barriers, warp collectives, the scheduler
@@ -20,7 +20,8 @@
 #include "simt/cuda.h"
 
 // __shared__ T name[N] for every block; read and written by load and store.
-#define SHARED(T, name, N) T* const name = ::simt::shared_array<T, N>([] {}, ::simt::Site::current())
+#define SHARED(T, name, N) \
+  T* const name = ::simt::shared_array<T, N>([] {}, ::simt::Site::current())
 #define DYNAMIC_SHARED(name) unsigned char* const name = ::simt::self->block->shared->dynamic
 
 namespace simt {

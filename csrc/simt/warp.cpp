@@ -87,7 +87,8 @@ void sync_warp(uint32_t mask, const Site& site) {
 void load_matrices(uint32_t* registers, int matrices, bool transposed, const void* row,
                    const Site& site) {
   if (self->lane < 8 * matrices) {
-    if (!self->block->shared->contains(row)) fail("ldmatrix: not an address of shared memory", site);
+    if (!self->block->shared->contains(row))
+      fail("ldmatrix: not an address of shared memory", site);
     check(row, 16, 16, Access::read, site);
   }
   Rows rows{registers, row, matrices, transposed};

@@ -1,5 +1,5 @@
-// What the lanes of a warp do together: shuffles, votes, ldmatrix, mma. Each lane brings a pointer to
-// its arguments; the last to come works for all (`collective` in block.h).
+// What the lanes of a warp do together: shuffles, votes, ldmatrix, mma. Each lane brings a pointer
+// to its arguments; the last to come works for all (`collective` in block.h).
 //
 // Fragment layouts are those of the PTX manual, "Matrix fragments for mma.m16n8k16" and
 // "ldmatrix": lane 4 r + c holds row r (and r + 8), columns 2 c, 2 c + 1 (and + 8) of 16-bit

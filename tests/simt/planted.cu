@@ -191,9 +191,12 @@ __global__ void half_a_warp_multiplies(const float*, float* y, int) {
   const int t = threadIdx.x;
   uint32_t a[4] = {}, b[2] = {};
   float d[4] = {};
-  if (BUG && t % 32 >= 16) d[0] = __shfl_sync(kAllLanes, d[0], 0);
-  else if (BUG) mma(d, a, b, bfloat16{});
-  else mma(d, a, b, bfloat16{});
+  if (BUG && t % 32 >= 16)
+    d[0] = __shfl_sync(kAllLanes, d[0], 0);
+  else if (BUG)
+    mma(d, a, b, bfloat16{});
+  else
+    mma(d, a, b, bfloat16{});
   store(y + t, d[0]);
 }
 
@@ -258,7 +261,10 @@ struct Case {
   const char* name;
   void (*kernels[2])(const float*, float*, int);  // mended, with the bug
 };
-#define CASE(kernel) {#kernel, {kernel<false>, kernel<true>}}
+#define CASE(kernel)                         \
+  {                                          \
+    #kernel, { kernel<false>, kernel<true> } \
+  }
 const Case cases[] = {
     CASE(reads_before_the_barrier),
     CASE(writes_before_all_have_read),
@@ -287,6 +293,11 @@ const Case cases[] = {
 
 __global__ void touches_nothing_at_all(float* y) { y[threadIdx.x] = 1; }
 
+// y[0] of two warps, unordered: for ThreadSanitizer, the emulator's own checks are of shared memory
+__global__ void two_warps_write_one_global_word(float* y) {
+  if (threadIdx.x % 32 == 0) store(y, float(threadIdx.x));
+}
+
 __global__ void strides(const float* x, float* y, int stride) {
   SHARED(float, s, 32 * 33);
   const int t = threadIdx.x;
@@ -298,7 +309,8 @@ __global__ void strides(const float* x, float* y, int stride) {
 }  // namespace
 
 // planted both|mended SEEDS: every case over seeds 0 to SEEDS - 1, a line for each run.
-// planted wild: a raw access to nowhere. planted count: what three strides cost.
+// planted wild: a raw access to nowhere. planted global: a race in global memory.
+// planted count: what three strides cost.
 int main(int argc, char** argv) {
   if (argc < 2) return 2;
   alignas(128) static float x[64], y[64];
@@ -307,6 +319,10 @@ int main(int argc, char** argv) {
   if (!strcmp(argv[1], "wild")) {
     simt::launch({"touches_nothing_at_all", 1, 32}, touches_nothing_at_all,
                  reinterpret_cast<float*>(64));
+    return 0;
+  }
+  if (!strcmp(argv[1], "global")) {
+    simt::launch({"two_warps_write_one_global_word", 1, 64}, two_warps_write_one_global_word, y);
     return 0;
   }
   if (!strcmp(argv[1], "count")) {

@@ -1,0 +1,58 @@
+"""The machine code of the CUDA kernels against the table, and that the gate can fail."""
+
+import json
+
+import cuda_gate
+import pytest
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    path = cuda_gate.library()
+    if path is None:
+        pytest.skip("fastlm._cuda is not built: no nvcc here")
+    return cuda_gate.read(path)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return json.loads(cuda_gate.TABLE.read_text())
+
+
+def test_every_kernel_is_as_recorded(kernels, table):
+    same = cuda_gate.nvcc_version(cuda_gate.library()) == table["nvcc"]
+    assert cuda_gate.faults(kernels, table if same else None) == []
+    assert cuda_gate.unmatched(kernels) == []
+
+
+def test_all_architectures_are_there(kernels):
+    assert kernels.keys() == {80, 90, 100}
+    assert kernels[80].keys() == kernels[90].keys() == kernels[100].keys()
+    assert all(len(k.opcodes) > 5 for of_arch in kernels.values() for k in of_arch.values())
+
+
+def test_occupancy():
+    kernel = cuda_gate.Kernel(64, 0, 0, 256, {})
+    assert kernel.warps(90) == 32  # 64 registers x 256 threads: four blocks
+    assert kernel._replace(registers=32).warps(90) == 64
+    assert kernel._replace(registers=32, shared=40 * 1024).warps(80) == 8 * 4
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"opcodes": {"LDL.64": 1}}, "bytes of stack"),
+        ({"opcodes": {"LDG.E": 4}}, "no LDG.E.128, STG.E.128"),
+        ({"registers": 255}, "registers 255, on record"),
+        ({"shared": 50 * 1024}, "51200 bytes of static shared memory"),
+        ({"threads": 1024, "registers": 60}, "warps 32, on record"),
+    ],
+    ids=str,
+)
+def test_what_is_worse_is_a_fault(kernels, table, change, says):
+    name = "rms_norm_kernel<8, 1, __nv_bfloat16, float>"
+    good = kernels[90][name]
+    assert cuda_gate.faults({90: {name: good}}, table) == []
+    found = cuda_gate.faults({90: {name: good._replace(**change)}}, table)
+    assert any(says in fault for fault in found), found
