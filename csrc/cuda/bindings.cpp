@@ -26,12 +26,22 @@ void emulator(py::module_& m) {
   py::register_exception<simt::Fault>(m, "Fault", PyExc_RuntimeError);
   m.def(
       "set_options",
-      [](uint64_t seed, bool count, int preempt) {
+      [](uint64_t seed, bool count, bool dry, int preempt) {
         simt::options().seed = seed;
         simt::options().count = count;
+        simt::options().dry = dry;
         simt::options().preempt = preempt;
       },
-      "seed"_a = 1, "count"_a = false, "preempt"_a = 16);
+      "seed"_a = 1, "count"_a = false, "dry"_a = false, "preempt"_a = 16);
+  // [(kernel, blocks, threads of a block, bytes of dynamic shared memory)] since the last call
+  m.def("dry_launches", [] {
+    py::list result;
+    for (const simt::Launch& l : simt::dry_launches())
+      result.append(py::make_tuple(l.name, int64_t(l.grid.x) * l.grid.y * l.grid.z,
+                                   l.block.x * l.block.y * l.block.z, l.shared));
+    simt::dry_launches().clear();
+    return result;
+  });
   // {"kernel file:line read|write|atomic global|shared": (instructions, sectors or passes, least)}
   m.def("report", [] {
     py::dict result;

@@ -212,6 +212,11 @@ Options& options() {
   return instance;
 }
 
+std::vector<Launch>& dry_launches() {
+  static std::vector<Launch> instance;
+  return instance;
+}
+
 void run(const Launch& launch, const std::function<void()>& kernel) {
   const int64_t threads = int64_t(launch.block.x) * launch.block.y * launch.block.z;
   const int64_t blocks = int64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
@@ -223,6 +228,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
     refuse("grid over the limit of an axis");
   if (launch.shared > kMostDynamic)
     refuse(std::to_string(launch.shared) + " bytes of dynamic shared memory");
+  if (options().dry) return dry_launches().push_back(launch);
   // blocks in no order that a kernel could rely on
   std::vector<int64_t> order(blocks);
   std::iota(order.begin(), order.end(), 0);

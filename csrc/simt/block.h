@@ -31,6 +31,7 @@ struct Fault : std::runtime_error {
 struct Options {
   uint64_t seed = 1;
   bool count = false;  // bank conflicts and memory transactions; see count.h
+  bool dry = false;    // launches are noted, nothing runs
   int preempt = 16;    // one checked access in so many lets another thread run; 0: none
   int64_t max_steps = 2'000'000'000;  // switches of a launch before it counts as stuck
 };
@@ -103,6 +104,8 @@ struct Launch {
   size_t shared = 0;  // bytes of dynamic shared memory
   cudaStream_t stream = nullptr;
 };
+
+std::vector<Launch>& dry_launches();
 
 // Runs every block of the grid, those of OpenMP's threads at a time. Throws the first Fault.
 void run(const Launch& launch, const std::function<void()>& kernel);
