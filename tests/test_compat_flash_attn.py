@@ -471,14 +471,14 @@ def cached(**changes):
         ),
         (lambda t: cached(v=None), "k, v: wanted both or neither"),
         (lambda t: cached(cache_seqlens=None), "cache_seqlens: wanted where k and v go, got None"),
-        (lambda t: cached(cache_seqlens=7), "cache_seqlens: wanted at most 6 with 2 new keys"),
+        (lambda t: cached(cache_seqlens=7), "cache_seqlens: wanted 0 to 6 with 2 new keys"),
         (
             lambda t: cached(rotary_cos=torch.ones(4, 4), rotary_sin=torch.ones(4, 4)),
-            "cache_seqlens: wanted at most 2 with 2 new",
+            "cache_seqlens: wanted 0 to 2 with 2 new",
         ),
         (lambda t: cached(v=t[2].detach().half()), "v: wanted torch.float32 .* got torch.float16"),
-        (lambda t: cached(rotary_cos=torch.ones(8, 4)), "rotary_cos: wanted rotary_sin, k and v"),
-        (lambda t: cached(k=t[0].detach()), r"k: wanted torch.float32 \(2, 2, 2, 16\) as"),
+        (lambda t: cached(rotary_cos=torch.ones(8, 4)), "rotary_cos, rotary_sin: wanted both"),
+        (lambda t: cached(k=t[0].detach()), r"k: wanted torch.float32 \(2, 2, 2, 16\) on cpu as"),
         (lambda t: cached(k=t[1]), "k: wanted a tensor without grad"),
         (
             lambda t: cached(
@@ -494,10 +494,47 @@ def test_refusals(call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_refused_append_writes_nothing():
+def integers(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+REFUSED = {
+    "cache_seqlens: wanted 0 to 6": {"cache_seqlens": 7},
+    "cache_seqlens: wanted 0 to 6 .* got -1": {"cache_seqlens": integers(0, -1)},
+    r"cache_seqlens: wanted 1 dim.* \(3,\)": {"cache_seqlens": integers(0, 0, 0)},
+    "cache_seqlens: wanted .* got torch.float32": {"cache_seqlens": torch.zeros(2)},
+    "v: wanted torch.float32": {"v": torch.zeros(2, 2, 2, 8)},
+    "v_cache: wanted": {"v_cache": torch.zeros(2, 7, 2, 16)},
+    "q: wanted torch.float32 of width 16 as k_cache": {"q": torch.zeros(2, 2, 4, 8)},
+    "q: wanted torch.float32 of .* got torch.float16": {"q": torch.zeros(2, 2, 4, 16).half()},
+    "q: wanted heads a multiple": {"q": torch.zeros(2, 2, 3, 16)},
+    r"alibi_slopes: wanted \(4,\) floats": {"alibi_slopes": torch.ones(3)},
+    r"alibi_slopes: wanted \(4,\) or \(B, H\) = \(2, 4\)": {"alibi_slopes": torch.ones(3, 4)},
+    "window_size: wanted": {"window_size": 3},
+    "cache_leftpad: wanted 1 dim": {"cache_leftpad": integers(0, 0, 0)},
+    "cache_batch_idx: wanted 1 dim": {"cache_batch_idx": integers(0, 0, 0)},
+    "cache_batch_idx: wanted 0 to 1, got 7": {"cache_batch_idx": integers(0, 7)},
+    "block_table: wanted 0 to 1, got -1": {"block_table": integers(0, -1)[:, None]},
+    "block_table: wanted 2 dim": {"block_table": torch.zeros(2, 1)},
+    "rotary_cos, rotary_sin: wanted both": {"rotary_sin": torch.ones(8, 4)},
+    "sin: wanted": {"rotary_cos": torch.ones(8, 6), "rotary_sin": torch.ones(8, 4)},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_refused_append_writes_nothing(message):
     q, k, v = (t.detach() for t in tensors(2, 2, 2, 4, 2))
-    cache = torch.zeros(2, 8, 2, 16)
-    for changes in ({"cache_seqlens": 7}, {"cache_seqlens": 3, "v": v[..., :8]}):
-        with pytest.raises(InputError):
-            flash_attn_with_kvcache(q, cache, cache, **({"k": k, "v": v} | changes))
-    assert torch.equal(cache, torch.zeros(2, 8, 2, 16))
+    caches = {name: torch.zeros(2, 8, 2, 16) for name in ("k_cache", "v_cache")}
+    given = {"q": q, **caches, "k": k, "v": v, "cache_seqlens": 3, "causal": True}
+    with pytest.raises(InputError, match=message) as caught:
+        flash_attn_with_kvcache(**(given | REFUSED[message]))
+    assert "\n" not in str(caught.value)
+    assert not any(cache.any() for cache in caches.values())
+
+
+def test_lengths_that_are_too_short():
+    """Rows behind max_seqlen would be masked as others are, or left out."""
+    q, k, v = (t[0].detach() for t in tensors(1, 5, 5, 4, 2))
+    for sizes, side in (((1, 3), "q"), ((3, 2), "k")):
+        with pytest.raises(InputError, match=f"max_seqlen_{side}: wanted at least 3, got"):
+            flash_attn_varlen_func(q, k, v, offsets([2, 3]), offsets([2, 3]), *sizes)
