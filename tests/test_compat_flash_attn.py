@@ -560,6 +560,10 @@ REFUSED = {
     "cache_batch_idx: wanted 1 dim": {"cache_batch_idx": integers(0, 0, 0)},
     "cache_batch_idx: wanted 0 to 1, got 7": {"cache_batch_idx": integers(0, 7)},
     "block_table: wanted 0 to 1, got -1": {"block_table": integers(0, -1)[:, None]},
+    r"k_cache: wanted B = 2 rows, got \(1, 8": {
+        "k_cache": torch.zeros(1, 8, 2, 16),
+        "v_cache": torch.zeros(1, 8, 2, 16),
+    },
     "block_table: wanted 2 dim": {"block_table": torch.zeros(2, 1)},
     "rotary_cos, rotary_sin: wanted both": {"rotary_sin": torch.ones(8, 4)},
     "sin: wanted": {"rotary_cos": torch.ones(8, 6), "rotary_sin": torch.ones(8, 4)},

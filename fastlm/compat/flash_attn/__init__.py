@@ -280,9 +280,9 @@ def flash_attn_with_kvcache(
                     f"{name}: wanted {dim} dimension(s), B = {batch} rows, int32 on {device},"
                     f" got {t.dtype} {tuple(t.shape)} on {t.device}"
                 )
-    pages_of = "block_table"
+    chosen_by = "block_table"
     if block_table is None:  # a row of the cache is a page
-        pages_of = "cache_batch_idx"
+        chosen_by = "" if cache_batch_idx is None else "cache_batch_idx"
         if cache_batch_idx is None:
             cache_batch_idx = torch.arange(batch, dtype=torch.int32, device=device)
         block_table = cache_batch_idx[:, None]
@@ -311,12 +311,15 @@ def flash_attn_with_kvcache(
                 f"cache_seqlens: wanted 0 to {room} with {new} new keys, a cache of {capacity}"
                 f" (and its positions in rotary_cos), got {shortest if shortest < 0 else longest}"
             )
-        read = torch.arange(block_table.shape[1]) * page_size < lengths[:, None]
-        low, high = (int(t) for t in block_table.where(read, 0).aminmax())
-        if low < 0 or high >= max(len(k_cache), 1):
-            raise InputError(
-                f"{pages_of}: wanted 0 to {len(k_cache) - 1}, got {low if low < 0 else high}"
-            )
+        if chosen_by and block_table.numel():
+            read = torch.arange(block_table.shape[1]) * page_size < lengths[:, None]
+            low, high = (int(t) for t in block_table.where(read, 0).aminmax())
+            if low < 0 or high >= len(k_cache):
+                raise InputError(
+                    f"{chosen_by}: wanted 0 to {len(k_cache) - 1}, got {low if low < 0 else high}"
+                )
+        elif batch > len(k_cache):
+            raise InputError(f"k_cache: wanted B = {batch} rows, got {tuple(k_cache.shape)}")
     place = cache_seqlens.long()[:, None] + torch.arange(new, device=device)
     if k is not None and rotary_cos is not None and rotary_sin is not None:
         ordered = causal or tuple(window_size) != (-1, -1)
