@@ -10,8 +10,8 @@ A mask stays as small as what it says:
   the batch one behind the other (position_ids that start again);
 - (B, T) bool: the same on the keys that are not padding;
 - (B, 1, S, T): everything, nothing is implied. For what the others cannot say: a static cache,
-  blocks, chunks, a mask of the caller's own. Under torch.compile also packing and padding, which
-  cannot be looked at there.
+  blocks, chunks, a mask of the caller's own. Under torch.compile and in a CUDA graph's capture also
+  packing and padding, which cannot be looked at there.
 """
 
 from collections.abc import Callable
@@ -104,13 +104,15 @@ def attention_mask(
 ) -> Tensor | None:
     """The mask of one forward for all layers of a kind; arguments are the registry's, those of
     transformers 4 (`cache_position` in place of `q_length` and `q_offset`) too."""
-    compiling = torch.compiler.is_compiling()
+    recording = torch.compiler.is_compiling() or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )
     if cache_position is None:
         place = {"q_length": q_length, "q_offset": q_offset}
     else:
         place = {"cache_position": cache_position}
         q_length = len(cache_position)
-        q_offset = None if compiling else int(cache_position[0])
+        q_offset = None if recording else int(cache_position[0])
     window = getattr(config, "sliding_window", None)
     aligned = (  # the last query at the last key, as the kernels align them
         not use_vmap and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
@@ -126,11 +128,11 @@ def attention_mask(
         end = kv_offset + kv_length
         missing = max(end - attention_mask.shape[1], 0)
         visible = F.pad(attention_mask, (0, missing))[:, kv_offset:end]
-        return visible if compiling or not visible.all() else None
+        return visible if recording or not visible.all() else None
     if (
         # use_vmap is False: nothing but windows, packing and blocks is in the function
         aligned and use_vmap is False and q_length == kv_length > 1 and attention_mask is None
-        and (local_size is None or (local_size == window and local_size > 1)) and not compiling
+        and (local_size is None or (local_size == window and local_size > 1)) and not recording
     ):  # fmt: skip
         offsets = _packed(mask_function, batch_size, q_length, kwargs.get("device"))
         if offsets is not None:

@@ -162,7 +162,10 @@ def _hooked(module: nn.Module) -> bool:
 def _linear_cross_entropy(
     base: type, *, decoder: str, output: type, softcap: str | None, scale: str | None
 ) -> Callable:
-    """With labels the loss without logits, without labels the model's own forward.
+    """With labels the loss without logits, else the model's own forward.
+
+    An evaluation (eval mode without gradients) has logits too: Trainer's compute_metrics wants
+    them. The call's `skip_logits`, a name of Liger-Kernel's, decides for either.
 
     `decoder`: name of the child below the head. `output`: what the forward returns. `softcap`: name
     in the config. `scale`: "attribute" or "1/attribute" of the config, by which logits are
@@ -173,15 +176,19 @@ def _linear_cross_entropy(
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        skip = kwargs.pop("skip_logits", None)
+        if skip is None:
+            skip = self.training or torch.is_grad_enabled()
         given = dict(zip(parameters, args)) | kwargs
         labels, kept = given.pop("labels", None), given.pop("logits_to_keep", 0)
         head = self.get_output_embeddings()
         if (
             labels is None
+            or not skip
             or not (isinstance(kept, int) and kept == 0)
             or type(head) is not nn.Linear  # LoRA, quantized: the layer's own product
             or _hooked(head)
-            or self.loss_function.__name__ != "ForCausalLMLoss"
+            or getattr(self.loss_function, "__name__", None) != "ForCausalLMLoss"
             or _routers_count(self.config, given)
             or variant_of(self) is None  # what accelerate wrapped outlives `unpatch`
         ):

@@ -49,7 +49,8 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
       sliding windows, softcap, sinks, caches; no repeated key heads, no S x S masks);
     - ``linear_cross_entropy``: with ``labels`` the model returns the loss, and None for the logits,
       which never exist (``num_items_in_batch``, ``shift_labels``, ``ignore_index`` as
-      transformers' ``ForCausalLMLoss``); without labels the logits, as before.
+      transformers' ``ForCausalLMLoss``); without labels the logits, as before. In eval mode
+      without gradients both, for metrics, unless the call says ``skip_logits=True``.
 
     Args:
         model: any nn.Module. What is not recognised in it stays as it is: LoRA and quantized layers
@@ -400,7 +401,8 @@ def _as_causal_lm(module: nn.Module, training: bool) -> dict[str, Any] | None:
     if decoder not in module._modules or not hasattr(module, "loss_function"):
         return None
     head = module.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear or module.loss_function.__name__ != "ForCausalLMLoss":  # type: ignore[operator, union-attr]
+    loss = getattr(module.loss_function, "__name__", None)
+    if type(head) is not nn.Linear or loss != "ForCausalLMLoss":
         return None
     from transformers import modeling_outputs
 

@@ -74,6 +74,18 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[3] ** -0.5 if scale is None else scale
 
 
+def _empty_as_torch(t: Tensor) -> Tensor:
+    """Of t's shape, (B, S, H, D) in memory: how torch's own gradients and its tracing lie."""
+    return torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype)
+
+
+def _as_torch(t: Tensor) -> Tensor:
+    _, heads, rows, width = t.shape
+    if t.stride() == (rows * heads * width, width, heads * width, 1):
+        return t
+    return _empty_as_torch(t).copy_(t)
+
+
 def _sdpa_forward(
     query: Tensor,
     key: Tensor,
@@ -113,8 +125,14 @@ def _sdpa_backward(
     keys, parts = _parts(query, key, is_causal)
     bias, scale = _bias(query, key, attn_mask), _scale(query, scale)
     lse = logsumexp.contiguous()
-    order = (0, 2, 1, 3)  # (B, S, H, D) in memory, as torch's own
-    dq, dk, dv = (torch.empty_permuted(t.shape, order, dtype=t.dtype) for t in (query, key, value))
+    if keys == key.shape[2] and (not is_causal or query.shape[2] <= keys):  # one part is all
+        gradients = _backward(
+            grad_out, None, query, key, value, out, lse, None, None, bias, None, is_causal, scale,
+            0, 0.0, dropout_p, False,
+        )[:3]  # fmt: skip
+        dq, dk, dv = (_as_torch(t) for t in gradients)
+        return dq, dk, dv
+    dq, dk, dv = (_empty_as_torch(t) for t in (query, key, value))
     for t in (dk, dv):
         t[:, :, keys:] = 0
     for i, (rows, causal) in enumerate(parts):

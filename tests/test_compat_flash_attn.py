@@ -18,6 +18,12 @@ from fastlm.compat.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from fastlm.compat.flash_attn.bert_padding import (
+    index_first_axis,
+    index_put_first_axis,
+    pad_input,
+    unpad_input,
+)
 
 COMMON = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,"
@@ -35,6 +41,8 @@ SIGNATURES = {
         f"q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {COMMON}"
     ),
     "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {COMMON}",
+    "unpad_input": "hidden_states, attention_mask, unused_mask=None",
+    "pad_input": "hidden_states, indices, batch, seqlen",
     "flash_attn_with_kvcache": (
         "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None,"
         " cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None,"
@@ -48,7 +56,8 @@ WINDOWS = [(-1, -1), (3, 0), (3, -1), (-1, 2), (2, 1), (0, 0), (-1, 0), (100, 10
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
-    found = inspect.signature(getattr(door, name)).parameters.values()
+    function = getattr(door, name, None) or getattr(door.bert_padding, name)
+    found = inspect.signature(function).parameters.values()
     assert ", ".join(str(p.replace(annotation=p.empty)) for p in found) == SIGNATURES[name]
 
 
@@ -239,6 +248,42 @@ def test_packed_tensors_of_varlen():
         flash_attn_varlen_kvpacked_func(qkv[:, 0], qkv[:, 1:], cu, cu, 7, 7, *options),
     ):
         assert len(out) == 3 and all(torch.equal(a, b) for a, b in zip(out, expected))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64])
+def test_padding(kind):
+    """Rows out of a padded batch, through the packed function, and back: as the dense one."""
+    lengths = [5, 0, 9, 3]
+    mask = torch.zeros(4, 9, dtype=kind)
+    for b, (length, left) in enumerate(zip(lengths, (True, False, True, False))):
+        mask[b, slice(9 - length, 9) if left else slice(0, length)] = 1
+    x = torch.randn(4, 9, 3, 4, 16, requires_grad=True)
+    packed, indices, cu_seqlens, longest, used = unpad_input(x, mask)
+    assert packed.shape == (17, 3, 4, 16) and longest == 9 and used.tolist() == lengths
+    assert torch.equal(cu_seqlens, offsets(lengths)) and used.dtype == torch.int32
+    assert torch.equal(packed, x[mask.bool()])
+    out = flash_attn_varlen_qkvpacked_func(packed, cu_seqlens, longest, causal=True)
+    padded = pad_input(out, indices, 4, 9)
+    for b, row in enumerate(mask.bool()):
+        assert not padded[b, ~row].any()
+        if row.any():
+            alone = flash_attn_qkvpacked_func(x[b, row][None], causal=True)[0]
+            torch.testing.assert_close(padded[b, row], alone, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(padded.square().sum(), x)
+    assert gradient[mask.bool()].abs().sum() > 0 and not gradient[~mask.bool()].any()
+
+
+def test_padding_with_rows_kept_unused():
+    mask, more = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]), torch.tensor([[0, 0, 1, 0]] * 2)
+    x = torch.randn(2, 4, 8)
+    packed, indices, cu_seqlens, longest, used = unpad_input(x, mask, more)
+    assert indices.tolist() == [0, 1, 2, 4, 6] and cu_seqlens.tolist() == [0, 3, 5]
+    assert longest == 3 and used.tolist() == [2, 1]
+    assert torch.equal(packed, index_first_axis(x.flatten(0, 1), indices))
+    put = index_put_first_axis(packed, indices, 8)
+    assert torch.equal(put, pad_input(packed, indices, 2, 4).flatten(0, 1))
+    with pytest.raises(InputError, match=r"attention_mask: wanted \(2, 4\) as hidden_states"):
+        unpad_input(x, mask[:, :3])
 
 
 def paged(k, lengths, page_size, pages):
@@ -483,14 +528,14 @@ def cached(**changes):
         ),
         (lambda t: cached(v=None), "k, v: wanted both or neither"),
         (lambda t: cached(cache_seqlens=None), "cache_seqlens: wanted where k and v go, got None"),
-        (lambda t: cached(cache_seqlens=7), "cache_seqlens: wanted at most 6 with 2 new keys"),
+        (lambda t: cached(cache_seqlens=7), "cache_seqlens: wanted 0 to 6 with 2 new keys"),
         (
             lambda t: cached(rotary_cos=torch.ones(4, 4), rotary_sin=torch.ones(4, 4)),
-            "cache_seqlens: wanted at most 2 with 2 new",
+            "cache_seqlens: wanted 0 to 2 with 2 new",
         ),
         (lambda t: cached(v=t[2].detach().half()), "v: wanted torch.float32 .* got torch.float16"),
-        (lambda t: cached(rotary_cos=torch.ones(8, 4)), "rotary_cos: wanted rotary_sin, k and v"),
-        (lambda t: cached(k=t[0].detach()), r"k: wanted torch.float32 \(2, 2, 2, 16\) as"),
+        (lambda t: cached(rotary_cos=torch.ones(8, 4)), "rotary_cos, rotary_sin: wanted both"),
+        (lambda t: cached(k=t[0].detach()), r"k: wanted torch.float32 \(2, 2, 2, 16\) on cpu as"),
         (lambda t: cached(k=t[1]), "k: wanted a tensor without grad"),
         (
             lambda t: cached(
@@ -506,10 +551,51 @@ def test_refusals(call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_refused_append_writes_nothing():
+def integers(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+REFUSED = {
+    "cache_seqlens: wanted 0 to 6": {"cache_seqlens": 7},
+    "cache_seqlens: wanted 0 to 6 .* got -1": {"cache_seqlens": integers(0, -1)},
+    r"cache_seqlens: wanted 1 dim.* \(3,\)": {"cache_seqlens": integers(0, 0, 0)},
+    "cache_seqlens: wanted .* got torch.float32": {"cache_seqlens": torch.zeros(2)},
+    "v: wanted torch.float32": {"v": torch.zeros(2, 2, 2, 8)},
+    "v_cache: wanted": {"v_cache": torch.zeros(2, 7, 2, 16)},
+    "q: wanted torch.float32 of width 16 as k_cache": {"q": torch.zeros(2, 2, 4, 8)},
+    "q: wanted torch.float32 of .* got torch.float16": {"q": torch.zeros(2, 2, 4, 16).half()},
+    "q: wanted heads a multiple": {"q": torch.zeros(2, 2, 3, 16)},
+    r"alibi_slopes: wanted \(4,\) floats": {"alibi_slopes": torch.ones(3)},
+    r"alibi_slopes: wanted \(4,\) or \(B, H\) = \(2, 4\)": {"alibi_slopes": torch.ones(3, 4)},
+    "window_size: wanted": {"window_size": 3},
+    "cache_leftpad: wanted 1 dim": {"cache_leftpad": integers(0, 0, 0)},
+    "cache_batch_idx: wanted 1 dim": {"cache_batch_idx": integers(0, 0, 0)},
+    "cache_batch_idx: wanted 0 to 1, got 7": {"cache_batch_idx": integers(0, 7)},
+    "block_table: wanted 0 to 1, got -1": {"block_table": integers(0, -1)[:, None]},
+    r"k_cache: wanted B = 2 rows, got \(1, 8": {
+        "k_cache": torch.zeros(1, 8, 2, 16),
+        "v_cache": torch.zeros(1, 8, 2, 16),
+    },
+    "block_table: wanted 2 dim": {"block_table": torch.zeros(2, 1)},
+    "rotary_cos, rotary_sin: wanted both": {"rotary_sin": torch.ones(8, 4)},
+    "sin: wanted": {"rotary_cos": torch.ones(8, 6), "rotary_sin": torch.ones(8, 4)},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_refused_append_writes_nothing(message):
     q, k, v = (t.detach() for t in tensors(2, 2, 2, 4, 2))
-    cache = torch.zeros(2, 8, 2, 16)
-    for changes in ({"cache_seqlens": 7}, {"cache_seqlens": 3, "v": v[..., :8]}):
-        with pytest.raises(InputError):
-            flash_attn_with_kvcache(q, cache, cache, **({"k": k, "v": v} | changes))
-    assert torch.equal(cache, torch.zeros(2, 8, 2, 16))
+    caches = {name: torch.zeros(2, 8, 2, 16) for name in ("k_cache", "v_cache")}
+    given = {"q": q, **caches, "k": k, "v": v, "cache_seqlens": 3, "causal": True}
+    with pytest.raises(InputError, match=message) as caught:
+        flash_attn_with_kvcache(**(given | REFUSED[message]))
+    assert "\n" not in str(caught.value)
+    assert not any(cache.any() for cache in caches.values())
+
+
+def test_lengths_that_are_too_short():
+    """Rows behind max_seqlen would be masked as others are, or left out."""
+    q, k, v = (t[0].detach() for t in tensors(1, 5, 5, 4, 2))
+    for sizes, side in (((1, 3), "q"), ((3, 2), "k")):
+        with pytest.raises(InputError, match=f"max_seqlen_{side}: wanted at least 3, got"):
+            flash_attn_varlen_func(q, k, v, offsets([2, 3]), offsets([2, 3]), *sizes)

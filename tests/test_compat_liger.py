@@ -7,15 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from patch_models import SMALL, pair, tokens
+from patch_models import FAMILIES, SMALL, model_of, pair, tokens
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
     apply_rotary_pos_emb,
 )
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from fastlm import InputError
 from fastlm.compat import liger as door
@@ -33,12 +34,14 @@ from fastlm.compat.liger import (
     liger_rotary_pos_emb,
     liger_swiglu,
 )
+from fastlm.patching import patched_ops
 
 # what transformers says of its own names is not about the kernels
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 MORE = "return_z_loss=False, return_token_accuracy=False, return_predicted_tokens=False"
 LOSS = "lse_square_scale=0.0, label_smoothing=0.0, reduction='mean', softcap=None"
+APPLY = "rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, "
 SIGNATURES = {
     "liger_cross_entropy": (
         "input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,"
@@ -59,6 +62,34 @@ SIGNATURES = {
         "hidden_size, eps=1e-06, offset=0.0, casting_mode='llama', init_fn='ones', in_place=True,"
         " row_mode=None, elementwise_affine=True"
     ),
+    "LigerRMSNormForGemma": (
+        "hidden_size, eps=1e-06, offset=1.0, casting_mode='gemma', init_fn='zeros', in_place=True,"
+        " row_mode=None"
+    ),
+    "LigerRMSNormForGemma2": (
+        "hidden_size, eps=1e-06, offset=1.0, casting_mode='gemma', init_fn='zeros', in_place=False,"
+        " row_mode=None"
+    ),
+    "LigerRMSNormForGemma3": (
+        "dim, eps=1e-06, offset=1.0, casting_mode='gemma', init_fn='zeros', in_place=False"
+    ),
+    "LigerRMSNormForOlmo2": (
+        "hidden_size, eps=1e-06, offset=0.0, casting_mode='llama', init_fn='ones', in_place=False,"
+        " row_mode=None"
+    ),
+    "LigerRMSNormForGlm4": (
+        "hidden_size, eps=1e-06, offset=0.0, casting_mode='llama', init_fn='ones', in_place=False,"
+        " row_mode=None"
+    ),
+    "liger_fused_add_rms_norm": "X, R, W, eps, offset=0.0, casting_mode='llama', in_place=True",
+    "LigerFusedAddRMSNorm": (
+        "hidden_size, eps=1e-06, offset=0.0, casting_mode='llama', init_fn='ones', in_place=False"
+    ),
+    "apply_liger_kernel_to_llama": APPLY + "swiglu=True, model=None",
+    "apply_liger_kernel_to_mixtral": APPLY + "swiglu=True, model=None",
+    "apply_liger_kernel_to_gemma2": APPLY + "geglu=True, model=None",
+    "liger_rope": "q, k, cos, sin, position_ids=None, unsqueeze_dim=1",
+    "LigerPhi3SwiGLUMLP": "config",
     "liger_rotary_pos_emb": ("q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None"),
     "liger_swiglu": "a, b",
     "liger_geglu": "a, b",
@@ -265,11 +296,31 @@ def test_rms_norm(dtype, affine, offset, init):
 def test_rms_norm_of_models():
     """In the place of transformers' norms, with their weights."""
     x = torch.randn(3, 7, 32)
-    for theirs, options in ((LlamaRMSNorm(32), {}), (GemmaRMSNorm(32), {"offset": 1.0})):
+    for theirs, ours in (
+        (LlamaRMSNorm(32), LigerRMSNorm(32)),
+        (GemmaRMSNorm(32), LigerRMSNorm(32, offset=1.0, init_fn="zeros")),
+        (GemmaRMSNorm(32), door.LigerRMSNormForGemma(32)),
+        (GemmaRMSNorm(32), door.LigerRMSNormForGemma3(dim=32)),
+        (LlamaRMSNorm(32), door.LigerRMSNormForOlmo2(32)),
+    ):
+        assert torch.equal(ours(x), liger_rms_norm(x, theirs.weight, 1e-6, ours.offset))
         nn.init.normal_(theirs.weight)
-        ours = LigerRMSNorm(32, 1e-6, **options)
         ours.load_state_dict(theirs.state_dict())
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset, init", [(0.0, "ones"), (1.0, "zeros")])
+def test_rms_norm_of_a_sum(offset, init):
+    x, residual = torch.randn(2, 3, 7, 32).requires_grad_().unbind()
+    norm = door.LigerFusedAddRMSNorm(32, 1e-5, offset, init_fn=init)
+    assert list(norm.state_dict()) == ["weight"]
+    nn.init.normal_(norm.weight)
+    y, total = norm(x, residual)
+    torch.testing.assert_close(total, x + residual)
+    expected = F.rms_norm(x + residual, (32,), norm.weight + offset, 1e-5)
+    torch.testing.assert_close(y, expected)
+    with pytest.raises(InputError, match="casting_mode: wanted one of"):
+        door.liger_fused_add_rms_norm(x, residual, norm.weight, 1e-5, casting_mode="bf16")
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -283,6 +334,7 @@ def test_rotary(batch):
     places = torch.arange(9)[None]
     for found in (
         liger_rotary_pos_emb(q, k, cos, sin, places),
+        door.liger_rope(q, k, cos, sin, places),
         liger_rotary_pos_emb(q, k, cos[:, None], sin[:, None]),
         liger_rotary_pos_emb(q, k, cos[:, :, None], sin[:, :, None], places, 2),
         liger_rotary_pos_emb(q, k, angles.cos(), angles.sin(), rotary_dim=16),
@@ -317,6 +369,42 @@ def test_mlps(cls, act):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(x).dtype == torch.bfloat16
+
+
+def test_mlp_of_one_projection():
+    """In the place of Phi-3's MLP, with its weights."""
+    config = Phi3Config(**SMALL)
+    theirs, ours = Phi3MLP(config), door.LigerPhi3SwiGLUMLP(config)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"config\.hidden_act: wanted silu or swish"):
+        door.LigerPhi3SwiGLUMLP(Phi3Config(**SMALL, hidden_act="gelu"))
+
+
+APPLIED = [n for n in door.__all__ if n.startswith("apply_liger_kernel_to_")]
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_apply_to_models(name):
+    """The ops that are asked for, of those the model has a place for; attention as it was."""
+    kind = name.removeprefix("apply_liger_kernel_to_")
+    family = {"gemma3_text": "gemma3", "qwen3_moe": "qwen2_moe"}.get(kind, kind)
+    apply, found = getattr(door, name), dict(FAMILIES[family][1])
+    model = model_of(family)
+    apply(model=model)
+    del found["attention"]
+    assert patched_ops(model) == found
+    apply(model=model, rope=False, fused_linear_cross_entropy=False)
+    assert patched_ops(model).keys() == found.keys() - {"rope", "linear_cross_entropy"}
+    apply(False, False, True, False, False, model)
+    assert patched_ops(model).keys() == {"linear_cross_entropy"}
+    apply(False, False, False, False, False, model)
+    assert patched_ops(model) == {}
+    with pytest.raises(InputError, match="model: wanted one"):
+        apply()
+    with pytest.raises(InputError, match="cross_entropy: wanted False"):
+        apply(cross_entropy=True, fused_linear_cross_entropy=False, model=model)
 
 
 def test_mlp_sizes():

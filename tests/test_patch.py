@@ -1,6 +1,7 @@
 """`fastlm.patch`: the same results, on fastlm's kernels, and back again."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -171,6 +172,32 @@ def test_loss_options():
                 torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
         if "use_cache" in options:
             assert {k for k in a if k != "logits"} == set(b)
+
+
+def test_an_evaluation_has_logits():
+    """Eval mode without gradients: metrics want them; `skip_logits` decides for either."""
+    plain, fast = (m.eval() for m in pair())
+    ids = tokens()
+    assert fast(ids, labels=ids).logits is None  # a loop of one's own on a model just loaded
+    with torch.no_grad():
+        expected, out = plain(ids, labels=ids), fast(ids, labels=ids)
+        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=1e-6)
+        alone = fast(ids, labels=ids, skip_logits=True)
+        assert alone.logits is None and torch.allclose(alone.loss, out.loss)
+        assert fast.train()(ids, labels=ids).logits is None
+        assert fast(ids, labels=ids, skip_logits=False).logits is not None
+        assert fast(ids, skip_logits=True).logits is not None  # no loss without labels
+
+
+def test_a_loss_function_without_a_name():
+    """functools.partial has none: not known, so it gets its logits."""
+    plain, fast = pair()
+    ids = tokens()
+    fast.loss_function = functools.partial(plain.loss_function)
+    out = fast(ids, labels=ids)
+    assert out.logits is not None and torch.allclose(out.loss, plain(ids, labels=ids).loss)
+    assert "linear_cross_entropy" not in patched_ops(fastlm.patch(fast))
 
 
 def test_what_needs_logits_has_them():

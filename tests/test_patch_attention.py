@@ -142,6 +142,27 @@ def test_masks_stay_small():
     assert mask(**sizes, mask_function=both, allow_is_bidirectional_skip=True).all()
 
 
+def test_nothing_is_looked_at_in_a_capture(monkeypatch):
+    """A CUDA graph's capture forbids to wait for values, and would keep the branch taken."""
+    from fastlm.attention_interface import attention_mask as mask
+
+    sizes = {"batch_size": 2, "q_length": 20, "kv_length": 20, "config": FAMILIES["llama"][0]}
+    packed = transformers.masking_utils.packed_sequence_mask_function(
+        (torch.arange(20) // 8).expand(2, -1)
+    )
+    packed = transformers.masking_utils.and_masks(
+        transformers.masking_utils.causal_mask_function, packed
+    )
+    sequences = {**sizes, "mask_function": packed, "use_vmap": False}
+    full = torch.ones(2, 20, dtype=torch.bool)
+    assert mask(**sizes, attention_mask=full) is None
+    assert mask(**sequences).dim() == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert mask(**sizes, attention_mask=full).shape == (2, 20)
+    assert mask(**sequences).shape == (2, 1, 20, 20)
+
+
 def test_a_mask_of_the_callers_own():
     plain, fast = pair()
     ids = tokens()

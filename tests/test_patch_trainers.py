@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import fastlm
-from fastlm import attention_interface
-from fastlm.ops import attention
+from fastlm import InputError, attention_interface
+from fastlm.ops import attention, linear_cross_entropy
 from fastlm.patching import patched_ops
 
 # what transformers, peft and TRL say of each other's names is not about the model
@@ -120,7 +120,10 @@ def test_adamw_of_bfloat16_in_trainer_resumes(tmp_path):
         assert torch.equal(a, b)
 
 
-def sft_losses(model, folder, *, lora=False, **options):
+LORA = peft.LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "up_proj", "down_proj"])
+
+
+def sft_trainer(model, folder, *, lora=None, trainer=None, **options):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     names = {f"t{i}": i for i in range(99)}
@@ -128,14 +131,17 @@ def sft_losses(model, folder, *, lora=False, **options):
         tokenizer_object=Tokenizer(WordLevel(names, unk_token="t3")), pad_token="t0",
         bos_token="t1", eos_token="t2",
     )  # fmt: skip
-    config = peft.LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "up_proj", "down_proj"])
+    given = {"bf16": False, "save_strategy": "no", "max_length": 32, **ARGUMENTS, **options}
+    dataset = datasets.Dataset.from_dict({"input_ids": rows()})
     torch.manual_seed(4)  # LoRA's own weights
-    trainer = trl.SFTTrainer(
-        model,
-        trl.SFTConfig(str(folder), save_strategy="no", max_length=32, **{**ARGUMENTS, **options}),
-        train_dataset=datasets.Dataset.from_dict({"input_ids": rows()}),
-        processing_class=tokenizer, peft_config=config if lora else None,
+    return (trainer or trl.SFTTrainer)(
+        model, trl.SFTConfig(str(folder), **given), train_dataset=dataset,
+        eval_dataset=dataset.select(range(8)), processing_class=tokenizer, peft_config=lora,
     )  # fmt: skip
+
+
+def sft_losses(model, folder, *, lora=False, **options):
+    trainer = sft_trainer(model, folder, lora=LORA if lora else None, **options)
     found = losses(trainer)
     trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert all("lora" in n for n in trained) == lora
@@ -146,7 +152,7 @@ def sft_losses(model, folder, *, lora=False, **options):
 def test_sft_trainer(tmp_path, monkeypatch, mode):
     """TRL's defaults: gradient checkpointing, and a loss of its own without logits."""
     plain, fast = pair()
-    options = {"bf16": False, "lora": mode == "lora"}
+    options = {"lora": mode == "lora"}
     a = sft_losses(plain, tmp_path, **options)
     calls = []
 
@@ -159,3 +165,52 @@ def test_sft_trainer(tmp_path, monkeypatch, mode):
     assert_same_curve(a, b, 0.97 if mode == "lora" else 0.7)
     # 2 layers, 2 micro-batches a step, and once more for the backward
     assert len(calls) == 2 * 2 * 2 * STEPS
+
+
+@pytest.mark.parametrize("mode", ["plain", "lora", "packing"])
+def test_sft_trainer_with_the_loss_of_the_model(tmp_path, monkeypatch, mode):
+    """`fastlm.compat.trl.SFTTrainer`: TRL's losses of the plain model, from the fused op; an
+    evaluation as TRL's."""
+    from fastlm import patched
+    from fastlm.compat.trl import SFTTrainer
+
+    plain, fast = pair()
+    # packing: sequences one behind the other in one row, by position_ids and cu_seq_lens
+    options = {"plain": {}, "lora": {"lora": LORA}, "packing": {"packing": True}}[mode]
+    theirs = sft_trainer(plain, tmp_path, **options)
+    calls = []
+
+    def counted(*arguments, **named):
+        calls.append(1)
+        return linear_cross_entropy(*arguments, **named)
+
+    monkeypatch.setattr(patched, "linear_cross_entropy", counted)
+    ours = sft_trainer(fast, tmp_path, trainer=SFTTrainer, **options)
+    assert_same_curve(losses(theirs), losses(ours), 0.97 if mode == "lora" else 0.7)
+    assert len(calls) == 2 * STEPS  # micro-batches
+    a, b = (trainer.evaluate() for trainer in (theirs, ours))
+    assert len(calls) == 2 * STEPS
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert abs(a[name] - b[name]) <= 1e-3 * a[name]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"ops": ("attention",)}, "model: wanted one patched with linear_cross_entropy"),
+        ({"loss_type": "dft"}, "args.loss_type: wanted nll with the model's loss, got dft"),
+        ({"label_smoothing_factor": 0.1}, "args.label_smoothing_factor: wanted 0.0"),
+        (
+            {"lora": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])},
+            "model: wanted a head that is nn.Linear, got ModulesToSaveWrapper",
+        ),
+    ],
+)
+def test_sft_trainer_refuses_another_loss(tmp_path, options, message):
+    from fastlm.compat.trl import SFTTrainer
+
+    options = dict(options)
+    _, fast = pair(ops=options.pop("ops", None))
+    with pytest.raises(InputError, match=message) as caught:
+        sft_trainer(fast, tmp_path, trainer=SFTTrainer, **options)
+    assert "\n" not in str(caught.value)

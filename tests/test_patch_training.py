@@ -185,6 +185,27 @@ def test_trainer(tmp_path, mode):
     assert patched_ops(fast) == {}
 
 
+def test_trainer_computes_metrics(tmp_path):
+    """An evaluation whose compute_metrics reads the logits."""
+
+    def accuracy(found):
+        return {"accuracy": (found.predictions.argmax(-1) == found.label_ids).mean()}
+
+    metrics = []
+    for model in pair():
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, arguments, eval_dataset=Rows(4), compute_metrics=accuracy
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        found = trainer.evaluate()
+        metrics.append([found["eval_accuracy"], found["eval_loss"]])
+    torch.testing.assert_close(*metrics, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("first", ["patch", "lora"])
 def test_lora(first):
     config = peft.LoraConfig(

@@ -54,6 +54,35 @@ def paged_attention(
         InputError: as `attention`; scales that do not fit; on the CPU, a page outside the cache or
             a length beyond the table (a GPU would have to be waited for; its kernels stay inside).
     """
+    out, lse = op(
+        *checked(
+            q, k_cache, v_cache, block_table, seq_lens, k_scale=k_scale, v_scale=v_scale,
+            causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+            alibi_slopes=alibi_slopes, bias=bias,
+        )
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def checked(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple:
+    """The arguments of `op`: all that `paged_attention` refuses without a look at values. The
+    caches are passed on as they are, so that what is written to them before `op` runs counts."""
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")
@@ -84,11 +113,10 @@ def paged_attention(
         q, k_cache, v_cache, q.shape[2], k_cache.shape[2], causal, scale, window, softcap, sinks,
         alibi_slopes, bias, bias_shape, kv_dtypes=(torch.int8,),
     )  # fmt: skip
-    out, lse = _op(
+    return (
         q, k_cache, v_cache, block_table.int(), seq_lens.int(),
         _scales("k", k_scale, k_cache), _scales("v", v_scale, v_cache), *options,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
 
 
 def _scales(name: str, scale: float | Tensor | None, cache: Tensor) -> Tensor | None:
@@ -146,7 +174,7 @@ def _cpu(
     )  # fmt: skip
 
 
-_op = register(
+op = register(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens,"
     " Tensor? k_scale, Tensor? v_scale, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
     f" {NUMBERS}) -> (Tensor, Tensor)",

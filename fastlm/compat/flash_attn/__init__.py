@@ -25,6 +25,8 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.ops import attention, paged_attention, rope, varlen_attention
+from fastlm.ops.paged_attention import checked
+from fastlm.ops.paged_attention import op as paged
 
 Window = tuple[int, int]  # keys seen to the left and to the right, -1: all
 
@@ -127,6 +129,9 @@ def flash_attn_varlen_func(
             raise InputError(f"{name}: wanted a tensor (B + 1,), got {type(t).__name__}")
         if t.dim() != 1:
             raise InputError(f"{name}: wanted (B + 1,), got {tuple(t.shape)}")
+    for side, cu, given in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
+        if _looks(q) and len(cu) > 1 and (longest := int(cu.diff().max())) > given:
+            raise InputError(f"max_seqlen_{side}: wanted at least {longest}, got {given}")
     numbers = _numbers(softmax_scale, softcap)
     lengths = cu_seqlens_k.diff()
     if block_table is not None:
@@ -244,8 +249,8 @@ def flash_attn_with_kvcache(
         out (B, S, H, D), with return_softmax_lse and lse (B, H, S).
 
     Raises:
-        InputError: as `fastlm.ops.paged_attention`; k or v do not fit into the cache, on the CPU
-            also by their number (the cache is then as it was).
+        InputError: as `fastlm.ops.paged_attention`; a shape or dtype that does not fit; on the CPU
+            also more keys than the cache has room for. The cache is then as it was.
     """
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         if t is not None and t.dim() != 4:
@@ -254,15 +259,33 @@ def flash_attn_with_kvcache(
             raise InputError(f"{name}: wanted a tensor without grad (detach it): no backward")
     batch, rows = q.shape[:2]
     page_size, device = k_cache.shape[1], q.device
+    if q.dtype != k_cache.dtype or q.shape[3] != k_cache.shape[3]:
+        raise InputError(
+            f"q: wanted {k_cache.dtype} of width {k_cache.shape[3]} as k_cache,"
+            f" got {q.dtype} {tuple(q.shape)}"
+        )
     if (k is None) != (v is None):
         raise InputError("k, v: wanted both or neither, got one")
-    if rotary_cos is not None and (k is None or rotary_sin is None):
-        raise InputError("rotary_cos: wanted rotary_sin, k and v with it, got None")
+    if (rotary_cos is None) != (rotary_sin is None) or (rotary_cos is not None and k is None):
+        raise InputError("rotary_cos, rotary_sin: wanted both, with k and v, or neither, got some")
     if block_table is not None and cache_batch_idx is not None:
         raise InputError("cache_batch_idx: wanted None with block_table")
     if cache_seqlens is None and k is not None:
         raise InputError("cache_seqlens: wanted where k and v go, got None")
+    for name, t, dim in (
+        ("cache_seqlens", cache_seqlens, 1), ("cache_batch_idx", cache_batch_idx, 1),
+        ("cache_leftpad", cache_leftpad, 1), ("block_table", block_table, 2),
+    ):  # fmt: skip
+        if isinstance(t, Tensor):
+            integers = t.dtype in (torch.int32, torch.int64)
+            if not integers or t.dim() != dim or len(t) != batch or t.device != device:
+                raise InputError(
+                    f"{name}: wanted {dim} dimension(s), B = {batch} rows, int32 on {device},"
+                    f" got {t.dtype} {tuple(t.shape)} on {t.device}"
+                )
+    chosen_by = "block_table"
     if block_table is None:  # a row of the cache is a page
+        chosen_by = "" if cache_batch_idx is None else "cache_batch_idx"
         if cache_batch_idx is None:
             cache_batch_idx = torch.arange(batch, dtype=torch.int32, device=device)
         block_table = cache_batch_idx[:, None]
@@ -270,54 +293,69 @@ def flash_attn_with_kvcache(
     if not isinstance(cache_seqlens, Tensor):
         full = capacity if cache_seqlens is None else cache_seqlens
         cache_seqlens = torch.full((batch,), full, dtype=torch.int32, device=device)
-    elif cache_seqlens.shape != (batch,) or cache_seqlens.dtype != torch.int32:
+    elif cache_seqlens.dtype != torch.int32:
         raise InputError(
             f"cache_seqlens: wanted a number or int32 ({batch},), a length for each row of q,"
             f" got {cache_seqlens.dtype} {tuple(cache_seqlens.shape)}"
         )
-    lengths = cache_seqlens
+    lengths, new = cache_seqlens, 0
     if k is not None and v is not None:
         new = k.shape[1]
         for name, t, cache in (("k", k, k_cache), ("v", v, v_cache)):
             wanted = (batch, new, *cache.shape[2:])
-            if t.shape != wanted or t.dtype != cache.dtype:
+            if t.shape != wanted or t.dtype != cache.dtype or t.device != cache.device:
                 raise InputError(
-                    f"{name}: wanted {cache.dtype} {wanted} as {name}_cache,"
-                    f" got {t.dtype} {tuple(t.shape)}"
+                    f"{name}: wanted {cache.dtype} {wanted} on {cache.device} as {name}_cache,"
+                    f" got {t.dtype} {tuple(t.shape)} on {t.device}"
                 )
         lengths = cache_seqlens + new
-        if device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would be waited for
-            longest = int(cache_seqlens.max()) if batch else 0
-            room = capacity - new
-            if rotary_cos is not None:
-                room = min(room, rotary_cos.shape[0] - max(new, rows))
-            if longest > room:
-                raise InputError(
-                    f"cache_seqlens: wanted at most {room} with {new} new keys, a cache of"
-                    f" {capacity} (and its positions in rotary_cos), got {longest}"
-                )
-        place = cache_seqlens.long()[:, None] + torch.arange(new, device=device)
-        if rotary_cos is not None and rotary_sin is not None:
-            ordered = causal or tuple(window_size) != (-1, -1)
-            q_place = cache_seqlens.long()[:, None].expand(-1, rows)
-            if ordered:
-                q_place = q_place + torch.arange(rows, device=device)
-            q, k = (
-                _rotated(x, rotary_cos, rotary_sin, at, rotary_interleaved)
-                for x, at in ((q, q_place), (k, place))
+    if _looks(q) and batch:
+        room = capacity - new
+        if rotary_cos is not None:
+            room = min(room, rotary_cos.shape[0] - max(new, rows))
+        shortest, longest = (int(t) for t in cache_seqlens.aminmax())
+        if shortest < 0 or longest > room:
+            raise InputError(
+                f"cache_seqlens: wanted 0 to {room} with {new} new keys, a cache of {capacity}"
+                f" (and its positions in rotary_cos), got {shortest if shortest < 0 else longest}"
             )
-        page = block_table.long().gather(1, place // page_size)
-        k_cache[page, place % page_size] = k
-        v_cache[page, place % page_size] = v
+        if chosen_by and block_table.numel():
+            read = torch.arange(block_table.shape[1]) * page_size < lengths[:, None]
+            low, high = (int(t) for t in block_table.where(read, 0).aminmax())
+            if low < 0 or high >= len(k_cache):
+                raise InputError(
+                    f"{chosen_by}: wanted 0 to {len(k_cache) - 1}, got {low if low < 0 else high}"
+                )
+        elif batch > len(k_cache):
+            raise InputError(f"k_cache: wanted B = {batch} rows, got {tuple(k_cache.shape)}")
+    place = cache_seqlens.long()[:, None] + torch.arange(new, device=device)
+    if k is not None and rotary_cos is not None and rotary_sin is not None:
+        ordered = causal or tuple(window_size) != (-1, -1)
+        q_place = cache_seqlens.long()[:, None].expand(-1, rows)
+        if ordered:
+            q_place = q_place + torch.arange(rows, device=device)
+        q, k = (
+            _rotated(x, rotary_cos, rotary_sin, at, rotary_interleaved)
+            for x, at in ((q, q_place), (k, place))
+        )
     options = _options(
         q, causal, window_size, alibi_slopes, rows, capacity, _per_sequence(lengths - rows),
         cache_leftpad,
     )  # fmt: skip
-    out, lse = paged_attention(
-        q, k_cache, v_cache, block_table, lengths, **options, **_numbers(softmax_scale, softcap),
-        return_lse=True,
-    )  # fmt: skip
+    arguments = checked(
+        q, k_cache, v_cache, block_table, lengths, **options, **_numbers(softmax_scale, softcap)
+    )
+    if k is not None and v is not None:  # nothing is refused from here on
+        page = block_table.long().gather(1, place // page_size)
+        k_cache[page, place % page_size] = k
+        v_cache[page, place % page_size] = v
+    out, lse = paged(*arguments)
     return (out, lse) if return_softmax_lse else out
+
+
+def _looks(t: Tensor) -> bool:
+    """Whether values may be looked at: a GPU would be waited for."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _numbers(softmax_scale: float | None, softcap: float) -> dict[str, Any]:
@@ -356,6 +394,13 @@ def _options(
         options |= {"causal": True, "window": left + 1 if left >= 0 else None}
         left = right = -1
     per_batch = alibi_slopes is not None and alibi_slopes.dim() == 2
+    if per_batch and alibi_slopes is not None:
+        wanted = (len(offset) if isinstance(offset, Tensor) else len(q), q.shape[-2])
+        if alibi_slopes.shape != wanted:
+            raise InputError(
+                f"alibi_slopes: wanted {wanted[1:]} or (B, H) = {wanted},"
+                f" got {tuple(alibi_slopes.shape)}"
+            )
     if left < 0 and right < 0 and not per_batch and leftpad is None:
         return options
     key = torch.arange(keys, device=q.device)

@@ -15,7 +15,9 @@ weights. What differs:
 - Tokens and their accuracy cost a pass over the logits; from a fused loss they cost its product
   once more, by blocks of rows, and so does ``use_token_scaling``.
 
-For a whole Hugging Face model `fastlm.patch` is shorter and takes more of it.
+For a whole Hugging Face model there is `fastlm.patch`, and Liger's ``apply_liger_kernel_to_*`` as
+names of it (`fastlm.compat.liger.monkey_patch`). Not here: Liger's losses of two distributions and
+of preferences, and what it runs on other operations (LayerNorm, softmax, experts).
 """
 
 from collections.abc import Callable
@@ -27,12 +29,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm.compat.liger.monkey_patch import (
+    _apply_liger_kernel_to_instance,
+    apply_liger_kernel_to_gemma,
+    apply_liger_kernel_to_gemma2,
+    apply_liger_kernel_to_gemma3_text,
+    apply_liger_kernel_to_llama,
+    apply_liger_kernel_to_mistral,
+    apply_liger_kernel_to_mixtral,
+    apply_liger_kernel_to_olmo2,
+    apply_liger_kernel_to_phi3,
+    apply_liger_kernel_to_qwen2,
+    apply_liger_kernel_to_qwen3,
+    apply_liger_kernel_to_qwen3_moe,
+    apply_liger_kernel_to_smollm3,
+)
+from fastlm.compat.liger.rms_norm import (
+    LigerFusedAddRMSNorm,
+    LigerRMSNorm,
+    LigerRMSNormForGemma,
+    LigerRMSNormForGemma2,
+    LigerRMSNormForGemma3,
+    LigerRMSNormForGlm4,
+    LigerRMSNormForOlmo2,
+    liger_fused_add_rms_norm,
+    liger_rms_norm,
+)
 from fastlm.errors import InputError
-from fastlm.ops import cross_entropy, glu, linear_cross_entropy, rms_norm, rope
+from fastlm.ops import cross_entropy, glu, linear_cross_entropy, rope
 from fastlm.ops.cross_entropy import check_options
 
+__all__ = [
+    "CrossEntropyOutput",
+    "LigerCrossEntropyLoss",
+    "LigerFusedAddRMSNorm",
+    "LigerFusedLinearCrossEntropyLoss",
+    "LigerGEGLUMLP",
+    "LigerPhi3SwiGLUMLP",
+    "LigerRMSNorm",
+    "LigerRMSNormForGemma",
+    "LigerRMSNormForGemma2",
+    "LigerRMSNormForGemma3",
+    "LigerRMSNormForGlm4",
+    "LigerRMSNormForOlmo2",
+    "LigerSwiGLUMLP",
+    "_apply_liger_kernel_to_instance",
+    "apply_liger_kernel_to_gemma",
+    "apply_liger_kernel_to_gemma2",
+    "apply_liger_kernel_to_gemma3_text",
+    "apply_liger_kernel_to_llama",
+    "apply_liger_kernel_to_mistral",
+    "apply_liger_kernel_to_mixtral",
+    "apply_liger_kernel_to_olmo2",
+    "apply_liger_kernel_to_phi3",
+    "apply_liger_kernel_to_qwen2",
+    "apply_liger_kernel_to_qwen3",
+    "apply_liger_kernel_to_qwen3_moe",
+    "apply_liger_kernel_to_smollm3",
+    "liger_cross_entropy",
+    "liger_fused_add_rms_norm",
+    "liger_fused_linear_cross_entropy",
+    "liger_geglu",
+    "liger_rms_norm",
+    "liger_rope",
+    "liger_rotary_pos_emb",
+    "liger_swiglu",
+]
+
 _BLOCK_ROWS = 256  # of logits that exist to predict tokens: 64 MB at 128 k classes of bfloat16
-_CASTING_MODES = ("llama", "gemma", "none")
 
 
 @dataclass
@@ -188,64 +252,6 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         )  # fmt: skip
 
 
-def liger_rms_norm(
-    X: Tensor,
-    W: Tensor | None,
-    eps: float,
-    offset: float = 0.0,
-    casting_mode: str = "llama",
-    in_place: bool = True,
-) -> Tensor:
-    """``F.rms_norm(X, X.shape[-1:], offset + W, eps)``; without W no weight at all."""
-    if casting_mode not in _CASTING_MODES:
-        raise InputError(
-            f"casting_mode: wanted one of {', '.join(_CASTING_MODES)}, got {casting_mode!r}"
-        )
-    if W is None:
-        W, offset = X.new_ones(X.shape[-1:]), 0.0
-    y = rms_norm(X, W, eps, offset=offset)
-    assert isinstance(y, Tensor)  # a pair only with a residual
-    return y
-
-
-class LigerRMSNorm(nn.Module):
-    """`liger_rms_norm` with a weight of its own."""
-
-    weight: Tensor | None
-
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-6,
-        offset: float = 0.0,
-        casting_mode: str = "llama",
-        init_fn: str = "ones",
-        in_place: bool = True,
-        row_mode: bool | None = None,
-        elementwise_affine: bool = True,
-    ) -> None:
-        super().__init__()
-        if init_fn not in ("ones", "zeros"):
-            raise InputError(f"init_fn: wanted ones or zeros, got {init_fn!r}")
-        initial = getattr(torch, init_fn)(hidden_size) if elementwise_affine else None
-        self.register_parameter("weight", None if initial is None else nn.Parameter(initial))
-        self.elementwise_affine = elementwise_affine
-        self.variance_epsilon = eps
-        self.offset = offset
-        self.casting_mode = casting_mode
-        self.in_place = in_place
-        self.row_mode = row_mode
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return liger_rms_norm(
-            hidden_states, self.weight, self.variance_epsilon, self.offset, self.casting_mode
-        )
-
-    def extra_repr(self) -> str:
-        shape = None if self.weight is None else tuple(self.weight.shape)
-        return f"weight_shape={shape}, eps={self.variance_epsilon}, offset={self.offset}"
-
-
 def liger_rotary_pos_emb(
     q: Tensor,
     k: Tensor,
@@ -278,6 +284,18 @@ def liger_rotary_pos_emb(
             table = torch.cat((half, half), -1)
         tables.append(table)
     return rope(q, k, *tables)
+
+
+def liger_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    unsqueeze_dim: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """`liger_rotary_pos_emb` by the name of Liger's functional module."""
+    return liger_rotary_pos_emb(q, k, cos, sin, position_ids, unsqueeze_dim)
 
 
 def liger_swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -315,6 +333,24 @@ class LigerSwiGLUMLP(_MLP):
         if config.hidden_act not in ("silu", "swish"):
             raise InputError(f"config.hidden_act: wanted silu or swish, got {config.hidden_act!r}")
         super().__init__(config, intermediate_size)
+
+
+class LigerPhi3SwiGLUMLP(nn.Module):
+    """`LigerSwiGLUMLP` whose gate and up are one projection, as in Phi-3."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if config.hidden_act not in ("silu", "swish"):
+            raise InputError(f"config.hidden_act: wanted silu or swish, got {config.hidden_act!r}")
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = config.intermediate_size
+        self.gate_up_proj = nn.Linear(self.hidden_size, 2 * self.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, -1)
+        return self.down_proj(liger_swiglu(gate, up))
 
 
 class LigerGEGLUMLP(_MLP):

@@ -1,0 +1,54 @@
+"""flash-attn's ``bert_padding``: padded batches to packed rows and back, in plain torch::
+
+    from fastlm.compat.flash_attn.bert_padding import pad_input, unpad_input
+
+Names, arguments and results are those of flash-attn 2.8. Nothing here is a kernel: gathers of rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.errors import InputError
+
+
+def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
+    """``x[indices]``: rows of x (N, ...)."""
+    return x.index_select(0, indices)
+
+
+def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """(first_axis_dim, ...) with row ``indices[i]`` from ``values[i]``, zero elsewhere."""
+    rows = values.new_zeros(first_axis_dim, *values.shape[1:])
+    return rows.index_copy(0, indices, values)
+
+
+def unpad_input(
+    hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """The rows of hidden_states (B, S, ...) where attention_mask (B, S) is not 0.
+
+    unused_mask: (B, S), more rows to keep, disjoint from the first.
+
+    Returns:
+        rows (total, ...); their indices in the flat batch (total,); cu_seqlens (B + 1,) int32; the
+        longest sequence, an int (a GPU is waited for); rows of attention_mask alone (B,) int32.
+    """
+    if attention_mask.shape != hidden_states.shape[:2]:
+        raise InputError(
+            f"attention_mask: wanted {tuple(hidden_states.shape[:2])} as hidden_states,"
+            f" got {tuple(attention_mask.shape)}"
+        )
+    kept = attention_mask if unused_mask is None else attention_mask + unused_mask
+    lengths = kept.sum(-1, dtype=torch.int32)
+    indices = kept.flatten().nonzero()[:, 0]
+    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max()) if len(lengths) else 0
+    rows = index_first_axis(hidden_states.flatten(0, 1), indices)
+    return rows, indices, cu_seqlens, longest, attention_mask.sum(-1, dtype=torch.int32)
+
+
+def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
+    """`unpad_input` undone: (total, ...) -> (batch, seqlen, ...), zero where nothing was."""
+    rows = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    return rows.unflatten(0, (batch, seqlen))

@@ -1,0 +1,65 @@
+"""TRL's SFTTrainer on the loss of a patched model::
+
+    from fastlm.compat.trl import SFTTrainer
+
+    SFTTrainer(fastlm.patch(model), args, train_dataset=dataset).train()
+
+TRL (1.16) takes no loss from the model: it multiplies the head's weight itself, in chunks, for each
+token's log-probability, entropy and rank, so the loss that `fastlm.patch` gives a model never runs.
+Overriding ``compute_loss`` in a subclass is the way that TRL's documentation names for another one
+(``compute_loss_func`` there has the logits made and a second forward run for the metrics).
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from trl.trainer import sft_trainer
+
+from fastlm.errors import InputError
+from fastlm.patching import patched_ops
+
+
+class SFTTrainer(sft_trainer.SFTTrainer):
+    """`trl.SFTTrainer` whose training steps take the model's loss, as transformers' Trainer does.
+
+    The loss and its gradient are the same numbers. Logs of training have neither ``entropy`` nor
+    ``mean_token_accuracy`` nor ``num_tokens``, which would cost the product with the head again
+    (``include_num_input_tokens_seen`` counts tokens); an evaluation is TRL's, with all its metrics.
+
+    Raises:
+        InputError: the model has no ``linear_cross_entropy`` of `fastlm.patch`, or its head is
+            another layer by now; an option that asks for another loss.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        model: Any = self.model
+        args: Any = self.args
+        if "linear_cross_entropy" not in patched_ops(model):
+            raise InputError(
+                "model: wanted one patched with linear_cross_entropy (fastlm.patch),"
+                f" got {type(model).__name__}"
+            )
+        if type(head := model.get_output_embeddings()) is not nn.Linear:
+            raise InputError(f"model: wanted a head that is nn.Linear, got {type(head).__name__}")
+        for name, value, wanted in (
+            ("args.loss_type", args.loss_type, "nll"),
+            ("args.label_smoothing_factor", args.label_smoothing_factor, 0.0),
+            ("compute_loss_func", self.compute_loss_func, None),
+            ("model.config.output_router_logits", self.aux_loss_enabled, False),
+        ):
+            if value != wanted:
+                raise InputError(f"{name}: wanted {wanted} with the model's loss, got {value}")
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if return_outputs or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs["use_cache"] = False
+        above: Any = super(sft_trainer.SFTTrainer, self)  # what TRL's class overrides
+        return above.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
