@@ -1,0 +1,163 @@
+"""How long the CUDA kernels should take on cards that are not at hand, and how long they took.
+
+    python -P bench/cuda_model.py [quantized_linear ...]
+
+For each case the host code runs on the emulator without running its kernels, which gives the real
+launches: blocks, threads, shared memory. A launch takes the longest of
+
+- bytes / bandwidth and operations / peak, at the fractions of the public figures that good kernels
+  reach (BANDWIDTH, PEAK), in whole waves of blocks: the last one takes as long as a full one;
+- bytes by latency: what the resident warps have under way (IN_FLIGHT each) in a memory latency;
+- LATENCY for every wave;
+
+plus LAUNCH for each launch in a stream. Registers and threads come from tests/cuda_gate.json.
+"Measured" is what bench/results/gpu.json holds for the card; without it "not measured".
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastlm import backend, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+BF16 = torch.bfloat16
+
+
+class Card(NamedTuple):
+    """Public figures: GB/s, dense bf16 and int8 TFLOP/s, multiprocessors, architecture."""
+
+    bandwidth: float
+    bf16: float
+    int8: float
+    multiprocessors: int
+    arch: int
+
+
+CARDS = {
+    "A100": Card(2039, 312, 624, 108, 80),
+    "H100": Card(3350, 989, 1979, 132, 90),
+    "H200": Card(4800, 989, 1979, 132, 90),
+    "B200": Card(8000, 2250, 4500, 148, 100),
+}
+BANDWIDTH, PEAK = 0.9, 0.7
+LATENCY = 1e-6  # of a wave: a block's start, one trip to memory, its end
+IN_FLIGHT = 2048  # bytes a warp has under way: four 16-byte loads a lane
+MEMORY_LATENCY = 0.7e-6
+LAUNCH = 2.5e-6
+
+
+class Case(NamedTuple):
+    op: str
+    shape: str
+    call: Callable[[], object]
+    bytes: float
+    flops: float = 0
+    kind: str = "bf16"  # whose peak the operations have
+
+
+class Kernel(NamedTuple):
+    name: str
+    blocks: int
+    threads: int
+    shared: int
+
+
+def launches(case: Case) -> list[Kernel]:
+    from fastlm import _simt  # pyright: ignore[reportAttributeAccessIssue]
+
+    _simt.set_options(dry=True)
+    try:
+        with backend.use_backend("simt"):
+            case.call()
+    finally:
+        _simt.set_options()
+    return [Kernel(*launch) for launch in _simt.dry_launches()]
+
+
+def registers(name: str, arch: int) -> int:
+    """The most that a kernel of this name takes; 64 where the gate does not know it."""
+    of_arch = json.loads((ROOT / "tests/cuda_gate.json").read_text())["kernels"][f"sm_{arch}"]
+    found = [k["registers"] for full, k in of_arch.items() if full.startswith(name)]
+    return max(found, default=64)
+
+
+def seconds(case: Case, kernels: list[Kernel], card: Card) -> float:
+    """The case's bytes and operations are those of the launch with the most threads."""
+    main = max(kernels, key=lambda k: k.blocks * k.threads)
+    total = 0.0
+    for kernel in kernels:
+        warps = -(-kernel.threads // 32)
+        of_registers = 65536 // (-(-registers(kernel.name, card.arch) // 8) * 8 * 32 * warps)
+        of_shared = {80: 164, 90: 228, 100: 228}[card.arch] * 1024 // (kernel.shared + 1024)
+        resident = max(1, min(64 // warps, 32, of_registers, of_shared)) * card.multiprocessors
+        waves = -(-kernel.blocks // resident)
+        total += LAUNCH
+        if kernel is not main:
+            total += waves * LATENCY
+            continue
+        full = waves * resident / kernel.blocks if kernel.blocks > resident else 1.0
+        busy = min(kernel.blocks, resident) * warps * IN_FLIGHT / MEMORY_LATENCY
+        bandwidth = min(BANDWIDTH * card.bandwidth * 1e9, busy)
+        peak = PEAK * (card.int8 if case.kind == "int8" else card.bf16) * 1e12
+        peak *= min(1.0, kernel.blocks / card.multiprocessors)
+        total += max(full * max(case.bytes / bandwidth, case.flops / peak), waves * LATENCY)
+    return total
+
+
+# ---- cases ---------------------------------------------------------------------------------------
+
+
+def rms_norm() -> Iterator[Case]:
+    for rows, width in ((1, 4096), (64, 4096), (16384, 4096)):
+        x, r = (torch.empty(rows, width, dtype=BF16) for _ in range(2))
+        weight = torch.empty(width, dtype=BF16)
+        yield Case(
+            "rms_norm", f"{rows} x {width}, residual", lambda x=x, r=r, w=weight: ops.rms_norm(
+                x, w, residual=r
+            ), 4 * 2 * rows * width,
+        )  # fmt: skip
+
+
+CASES = {f.__name__: f for f in (rms_norm,)}
+
+
+def measured() -> tuple[str, dict[tuple[str, str], float]]:
+    """The card of bench/results/gpu.json and its fastlm times by op and shape."""
+    path = ROOT / "bench/results/gpu.json"
+    if not path.exists():
+        return "", {}
+    found = json.loads(path.read_text())
+    milliseconds = {(r["name"], r["shape"]): r["milliseconds"].get("fastlm") for r in found["rows"]}
+    return found["machine"]["gpu"], milliseconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("ops", nargs="*", help=f"of {', '.join(CASES)}; default: all")
+    names = parser.parse_args().ops
+    if unknown := set(names) - set(CASES):
+        parser.error(f"ops: wanted some of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
+    card_of, times = measured()
+    rows = []
+    for name in names or CASES:
+        for case in CASES[name]():
+            kernels = launches(case)
+            blocks = ", ".join(f"{k.name} {k.blocks} x {k.threads}" for k in kernels)
+            row = [case.op, case.shape, blocks, f"{case.bytes / 2**20:.1f}"]
+            row += [f"{seconds(case, kernels, card) * 1e6:.1f}" for card in CARDS.values()]
+            took = times.get((case.op, case.shape))
+            row.append(f"{took * 1e3:.1f} ({card_of})" if took else "not measured")
+            rows.append(row)
+    heads = ["op", "shape", "launches, blocks x threads", "MiB"]
+    heads += [*(f"{card} us" for card in CARDS), "measured us"]
+    for row in [heads, ["---"] * len(heads), *rows]:
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
