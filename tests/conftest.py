@@ -63,7 +63,8 @@ def triton():
 @pytest.fixture(params=[1, 2], ids=lambda seed: f"seed {seed}")
 def cuda(request):
     """Every op on its CUDA kernel. Returns the device its tensors must be on: without a GPU the
-    CPU, where csrc/simt runs the kernels, their threads in the seed's order.
+    CPU, where csrc/simt runs the kernels, their threads in the seed's order; with seed 2 races in
+    global memory are looked for, too.
     """
     if torch.cuda.is_available():
         with backend.use_backend("cuda"):
@@ -71,7 +72,7 @@ def cuda(request):
         return
     with backend.use_backend("simt"), guarded_memory() as memory:
         simt = importlib.import_module("fastlm._simt")
-        simt.set_options(seed=request.param)
+        simt.set_options(seed=request.param, races=request.param == 2)
         yield "cpu"
         memory.check()  # nothing was written beside an output
 

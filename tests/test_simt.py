@@ -38,6 +38,9 @@ SAYS = {
     "misaligned_vector": ("misaligned: read of 16 bytes",),
     "shared_out_of_bounds": ("byte 256 of 256 dynamic",),
     "ldmatrix_of_registers": ("not an address of shared memory",),
+    "two_warps_write_one_word": ("race: thread",),
+    "two_blocks_write_one_word": ("race: thread",),
+    "sums_of_blocks": ("race: thread",),
 }
 
 

@@ -26,13 +26,14 @@ void emulator(py::module_& m) {
   py::register_exception<simt::Fault>(m, "Fault", PyExc_RuntimeError);
   m.def(
       "set_options",
-      [](uint64_t seed, bool count, bool dry, int preempt) {
+      [](uint64_t seed, bool count, bool races, bool dry, int preempt) {
         simt::options().seed = seed;
         simt::options().count = count;
+        simt::options().races = races;
         simt::options().dry = dry;
         simt::options().preempt = preempt;
       },
-      "seed"_a = 1, "count"_a = false, "dry"_a = false, "preempt"_a = 16);
+      "seed"_a = 1, "count"_a = false, "races"_a = false, "dry"_a = false, "preempt"_a = 16);
   // [(kernel, blocks, threads of a block, bytes of dynamic shared memory)] since the last call
   m.def("dry_launches", [] {
     py::list result;

@@ -155,6 +155,9 @@ void run_block(Scheduler& s, const Launch& launch, uint64_t number) {
   block.index = {static_cast<unsigned>(number % grid.x),
                  static_cast<unsigned>(number / grid.x % grid.y),
                  static_cast<unsigned>(number / grid.x / grid.y)};
+  block.number = static_cast<uint32_t>(number);
+  block.epoch = 1;
+  block.sees.clear();
   block.dim = dim;
   block.grid = grid;
   block.live = threads;
@@ -242,7 +245,8 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
       blocks;  // the first block that has one, of `order`: so it is the same every time
   std::mutex mutex;
   const SegvGuard guard(launch.name);
-#pragma omp parallel
+  if (options().races) begin_races();
+#pragma omp parallel if (!options().races)
   {
     static thread_local std::unique_ptr<Scheduler> mine;
     if (!mine) mine = std::make_unique<Scheduler>();

@@ -15,6 +15,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "simt/fiber.h"
@@ -31,6 +32,7 @@ struct Fault : std::runtime_error {
 struct Options {
   uint64_t seed = 1;
   bool count = false;  // bank conflicts and memory transactions; see count.h
+  bool races = false;  // in global memory; blocks run one at a time
   bool dry = false;    // launches are noted, nothing runs
   int preempt = 16;    // one checked access in so many lets another thread run; 0: none
   int64_t max_steps = 2'000'000'000;  // switches of a launch before it counts as stuck
@@ -84,13 +86,19 @@ struct Barrier {
   int expected = 0;
 };
 
+using Views = std::unordered_map<uint32_t, uint32_t>;  // up to which epoch, by block
+
 struct Block {
   uint3 index{};
+  uint32_t number = 0;
   dim3 dim, grid;
   int live = 0;  // threads that have not returned
   std::vector<Warp> warps;
   Barrier barriers[16];
   int votes = 0;  // of __syncthreads_count and its kin
+  uint32_t epoch =
+      1;  // counts its atomics; of other blocks it `sees` what came before those epochs
+  Views sees;
   Shared* shared = nullptr;
   Counts* counts = nullptr;
 };

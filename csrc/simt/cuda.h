@@ -82,6 +82,7 @@ namespace simt {
 template <class T, class F>
 T atomic(T* p, F&& change, const Site& site) {
   check(p, sizeof(T), sizeof(T), Access::atomic, site);
+  meet_blocks(p);
   T before, after;
   __atomic_load(p, &before, __ATOMIC_RELAXED);
   do after = change(before);

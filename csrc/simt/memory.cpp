@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <new>
+#include <unordered_map>
 
 #include "simt/count.h"
 #include "simt/tsan.h"
@@ -33,6 +34,8 @@ struct Range {
   bool writable;
 };
 std::vector<Range> ranges;
+std::unordered_map<uintptr_t, Word> global_words;  // by address / 4
+std::unordered_map<const void*, Views> meeting_places;
 
 std::string hex(const void* p) {
   char buffer[32];
@@ -44,6 +47,39 @@ const char* verb(Access access) {
   return access == Access::read ? "read" : access == Access::write ? "write" : "atomic access";
 }
 
+// Calls f(word number, mask of its bytes) for every word of [offset, offset + bytes).
+template <class F>
+void each_word(uintptr_t offset, uintptr_t bytes, F&& f) {
+  for (uintptr_t end = offset + bytes; offset < end;) {
+    const uintptr_t first = offset % 4, count = std::min(4 - first, end - offset);
+    f(offset / 4, static_cast<uint8_t>(((1u << count) - 1) << first));
+    offset += count;
+  }
+}
+
+// What a Stamp's access did comes before what the running thread does now.
+bool ordered(const Stamp& before) {
+  const Block& block = *self->block;
+  if (before.block != block.number) {
+    const auto seen = block.sees.find(before.block);
+    return seen != block.sees.end() && seen->second > before.epoch;
+  }
+  if (before.thread == self->number) return true;
+  const Warp& warp = *self->warp;
+  const int its_warp = before.thread / 32, own = self->number / 32;
+  if (its_warp == own) return before.syncs < warp.syncs || before.clock < warp.clocks[own];
+  return warp.clocks[its_warp] >= before.clock;
+}
+
+void refuse_race(const Stamp& before, bool wrote, const void* p, const Site& site) {
+  const Shared& shared = *self->block->shared;
+  std::string who = "race: thread " + std::to_string(before.thread);
+  if (before.block != self->block->number) who += " of block " + std::to_string(before.block);
+  fail(who + (wrote ? " wrote" : " read") + " these bytes, and nothing orders the two (" +
+           (shared.contains(p) ? shared.place(p) : hex(p)) + ")",
+       site);
+}
+
 void check_global(const void* address, size_t size, Access access, const Site& site) {
   const char* p = static_cast<const char*>(address);
   const Range* nearest = nullptr;
@@ -51,6 +87,9 @@ void check_global(const void* address, size_t size, Access access, const Site& s
     if (p >= r.begin && p + size <= r.end) {
       if (access != Access::read && !r.writable)
         fail(std::string(verb(access)) + " of '" + r.name + "', which is an input", site);
+      if (options().races)
+        each_word(reinterpret_cast<uintptr_t>(p), size,
+                  [&](uintptr_t w, uint8_t mask) { global_words[w].touch(mask, access, p, site); });
       return;
     }
     const auto distance = [&](const Range& x) {
@@ -70,6 +109,57 @@ void check_global(const void* address, size_t size, Access access, const Site& s
 }
 
 }  // namespace
+
+void Word::touch(uint8_t bytes, Access access, const void* p, const Site& site) {
+  const bool atomic = access == Access::atomic;
+  if (writer.bytes & bytes && !(atomic && writer.atomic) && !ordered(writer))
+    refuse_race(writer, true, p, site);
+  const Warp& warp = *self->warp;
+  const Stamp now{self->block->number,
+                  static_cast<uint16_t>(self->number),
+                  bytes,
+                  atomic,
+                  warp.clocks[self->number / 32],
+                  warp.syncs,
+                  self->block->epoch};
+  if (access == Access::read) {
+    // two readers are remembered: an ordered one makes room first, then any
+    for (Stamp& reader : readers)
+      if (!reader.bytes || (ordered(reader) && (reader.bytes & ~bytes) == 0)) {
+        reader = now;
+        return;
+      }
+    readers[random_number() & 1] = now;
+    return;
+  }
+  for (Stamp& reader : readers)
+    if (reader.bytes & bytes) {
+      if (!ordered(reader)) refuse_race(reader, false, p, site);
+      reader.bytes &= ~bytes;
+    }
+  writer = now;
+  written |= bytes;
+}
+
+void begin_races() {
+  global_words.clear();
+  meeting_places.clear();
+}
+
+void meet_blocks(const void* address) {
+  if (!options().races) return;
+  Block& block = *self->block;
+  Views& place = meeting_places[address];
+  for (const auto& [number, epoch] : place) {
+    uint32_t& seen = block.sees[number];
+    seen = std::max(seen, epoch);
+  }
+  block.sees[block.number] = ++block.epoch;
+  for (const auto& [number, epoch] : block.sees) {
+    uint32_t& seen = place[number];
+    seen = std::max(seen, epoch);
+  }
+}
 
 void know(const void* begin, size_t bytes, const char* name, bool writable) {
   const char* p = static_cast<const char*>(begin);
@@ -128,7 +218,8 @@ void Shared::begin(size_t bytes) {
   SIMT_UNPOISON(dynamic, bytes);
   std::memset(dynamic, kPoison, base + size - kPage - dynamic);
   SIMT_POISON(dynamic + bytes, base + size - kPage - dynamic - bytes);
-  words.assign(words.size(), Word{});
+  static_words.clear();
+  dynamic_words.clear();
 }
 
 void* Shared::variable(size_t id, size_t bytes, size_t alignment, const Site& site) {
@@ -154,97 +245,53 @@ size_t new_variable() {
   return count++;
 }
 
+std::string Shared::place(const void* p) const {
+  const auto* c = static_cast<const unsigned char*>(p);
+  const unsigned char* variables = base + kPage;
+  if (c >= variables + kMostStatic)
+    return "byte " + std::to_string(c - dynamic) + " of " + std::to_string(dynamic_bytes) +
+           " dynamic ones of shared memory";
+  return "byte " + std::to_string(c - variables) + " of " + std::to_string(used) +
+         " static ones of shared memory";
+}
+
 void Shared::inside(const void* p, size_t bytes, const Site& site) const {
   const auto* c = static_cast<const unsigned char*>(p);
   const unsigned char* variables = base + kPage;
   if (c >= variables && c + bytes <= variables + used) return;
   if (c >= dynamic && c + bytes <= dynamic + dynamic_bytes) return;
-  const bool is_dynamic = c >= variables + kMostStatic;
-  fail("out of bounds: " + std::to_string(bytes) + " bytes of shared memory at byte " +
-           std::to_string(is_dynamic ? c - dynamic : c - variables) + " of " +
-           std::to_string(is_dynamic ? dynamic_bytes : used) +
-           (is_dynamic ? " dynamic ones" : " static ones"),
-       site);
+  fail("out of bounds: " + std::to_string(bytes) + " bytes at " + place(p), site);
 }
 
-bool Shared::ordered(const Stamp& before) {
-  const Warp& warp = *self->warp;
-  const int its_warp = before.thread / 32, warp_number = self->number / 32;
-  if (before.thread == self->number) return true;
-  if (its_warp == warp_number)
-    return before.syncs < warp.syncs || before.clock < warp.clocks[warp_number];
-  return warp.clocks[its_warp] >= before.clock;
+Word& Shared::word(size_t offset) {
+  const size_t of_static = offset - kPage, of_dynamic = offset - this->offset(dynamic);
+  auto& words = of_static < kMostStatic ? static_words : dynamic_words;
+  const size_t number = (of_static < kMostStatic ? of_static : of_dynamic) / 4;
+  if (words.size() <= number) words.resize(number + 1);
+  return words[number];
 }
-
-void Shared::refuse_race(const Stamp& before, bool wrote, const void* p, const Site& site) const {
-  const bool is_dynamic = p >= dynamic;
-  fail(std::string("race: thread ") + std::to_string(before.thread) + (wrote ? " wrote" : " read") +
-           " these bytes, and nothing orders the two (byte " +
-           std::to_string(static_cast<const unsigned char*>(p) -
-                          (is_dynamic ? dynamic : base + kPage)) +
-           (is_dynamic ? " of dynamic" : " of static") + " shared memory)",
-       site);
-}
-
-void Shared::touch(Word& word, uint8_t bytes, Access access, const void* p, const Site& site) {
-  if (word.in_flight & bytes) fail("a cp.async that no one has waited for fills these bytes", site);
-  if (access != Access::write && (word.written & bytes) != bytes)
-    fail("shared memory that nobody has written is read", site);
-  const bool atomic = access == Access::atomic;
-  if (word.writer.bytes & bytes && !(atomic && word.writer.atomic) && !ordered(word.writer))
-    refuse_race(word.writer, true, p, site);
-  const Warp& warp = *self->warp;
-  const Stamp now{static_cast<uint16_t>(self->number), bytes, atomic,
-                  warp.clocks[self->number / 32], warp.syncs};
-  if (access == Access::read) {
-    // two readers are remembered: an ordered one makes room first, then any
-    for (Stamp& reader : word.readers)
-      if (!reader.bytes || (ordered(reader) && (reader.bytes & ~bytes) == 0)) {
-        reader = now;
-        return;
-      }
-    word.readers[random_number() & 1] = now;
-    return;
-  }
-  for (Stamp& reader : word.readers)
-    if (reader.bytes & bytes) {
-      if (!ordered(reader)) refuse_race(reader, false, p, site);
-      reader.bytes &= ~bytes;
-    }
-  word.writer = now;
-  word.written |= bytes;
-}
-
-namespace {
-
-// Calls f(word number, mask of its bytes) for every word of [offset, offset + bytes).
-template <class F>
-void each_word(size_t offset, size_t bytes, F&& f) {
-  for (size_t end = offset + bytes; offset < end;) {
-    const size_t first = offset % 4, count = std::min(4 - first, end - offset);
-    f(offset / 4, static_cast<uint8_t>(((1u << count) - 1) << first));
-    offset += count;
-  }
-}
-
-}  // namespace
 
 void Shared::access(const void* p, size_t bytes, Access access, const Site& site) {
   inside(p, bytes, site);
-  if (words.empty()) words.resize(size / 4);
-  each_word(offset(p), bytes,
-            [&](size_t w, uint8_t mask) { touch(words[w], mask, access, p, site); });
+  each_word(offset(p), bytes, [&](size_t w, uint8_t mask) {
+    Word& shadow = word(4 * w);
+    if (shadow.in_flight & mask)
+      fail("a cp.async that no one has waited for fills these bytes", site);
+    if (access != Access::write && (shadow.written & mask) != mask)
+      fail("shared memory that nobody has written is read", site);
+    shadow.touch(mask, access, p, site);
+  });
 }
 
 void Shared::begin_copy(const Copy& copy) {
   each_word(offset(copy.to), copy.bytes,
-            [&](size_t w, uint8_t mask) { words[w].in_flight |= mask; });
+            [&](size_t w, uint8_t mask) { word(4 * w).in_flight |= mask; });
   std::memset(copy.to, kPoison, copy.bytes);
 }
 
 void Shared::end_copy(const Copy& copy, const Site& site) {
   each_word(offset(copy.to), copy.bytes,
-            [&](size_t w, uint8_t mask) { words[w].in_flight &= ~mask; });
+            [&](size_t w, uint8_t mask) { word(4 * w).in_flight &= ~mask; });
   access(copy.to, copy.bytes, Access::write, site);
   std::memcpy(copy.to, copy.from, copy.valid);
   std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);

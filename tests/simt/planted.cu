@@ -257,6 +257,34 @@ __global__ void ldmatrix_of_registers(const float* x, float* y, int) {
   store(y + t, float(r[0]));
 }
 
+// ---- order of accesses to global memory
+
+template <bool BUG>
+__global__ void two_warps_write_one_word(const float* x, float* y, int) {
+  const int t = threadIdx.x;
+  if (blockIdx.x == 0 && t % 32 == 0) store(y + (BUG ? 0 : t), load(x + t));
+}
+
+template <bool BUG>
+__global__ void two_blocks_write_one_word(const float* x, float* y, int) {
+  const int t = threadIdx.x;
+  if (t < 8) store(y + t + (BUG ? 0 : 8 * blockIdx.x), load(x + t));
+}
+
+template <bool BUG>  // the last block to come adds up what all have written
+__global__ void sums_of_blocks(const float* x, float* y, int) {
+  SHARED(int, last, 1);
+  const int t = threadIdx.x;
+  if (t == 0) {
+    store(y + blockIdx.x, load(x + blockIdx.x));
+    __threadfence();
+    auto* counter = reinterpret_cast<unsigned*>(y + 60);
+    store(last, BUG ? int(blockIdx.x == 1) : int(atomicAdd(counter, 1u) == gridDim.x - 1));
+  }
+  __syncthreads();
+  if (t == 0 && load(last)) store(y + 10, load(y) + load(y + 1));
+}
+
 struct Case {
   const char* name;
   void (*kernels[2])(const float*, float*, int);  // mended, with the bug
@@ -289,14 +317,13 @@ const Case cases[] = {
     CASE(misaligned_vector),
     CASE(shared_out_of_bounds),
     CASE(ldmatrix_of_registers),
+    CASE(two_warps_write_one_word),
+    CASE(two_blocks_write_one_word),
+    CASE(sums_of_blocks),
 };
+constexpr int kGlobal = 3;  // so many at the end are for Options::races
 
 __global__ void touches_nothing_at_all(float* y) { y[threadIdx.x] = 1; }
-
-// y[0] of two warps, unordered: for ThreadSanitizer, the emulator's own checks are of shared memory
-__global__ void two_warps_write_one_global_word(float* y) {
-  if (threadIdx.x % 32 == 0) store(y, float(threadIdx.x));
-}
 
 __global__ void strides(const float* x, float* y, int stride) {
   SHARED(float, s, 32 * 33);
@@ -322,7 +349,7 @@ int main(int argc, char** argv) {
     return 0;
   }
   if (!strcmp(argv[1], "global")) {
-    simt::launch({"two_warps_write_one_global_word", 1, 64}, two_warps_write_one_global_word, y);
+    simt::launch({"two_warps_write_one_word", 1, 64}, two_warps_write_one_word<true>, x, y, 64);
     return 0;
   }
   if (!strcmp(argv[1], "count")) {
@@ -341,6 +368,8 @@ int main(int argc, char** argv) {
     for (int bug = 0; bug < variants; ++bug)
       for (int seed = 0; seed < atoi(argv[2]); ++seed) {
         simt::options().seed = seed;
+        simt::options().races = &c >= std::end(cases) - kGlobal;
+        memset(y, 0, sizeof y);
         const char* fault = "";
         std::string text;
         try {
