@@ -3,8 +3,9 @@
 x1 and x2 are the two halves of a head's first R elements, or its even and odd ones (interleaved).
 The inverse is the same with (sin1, sin2) := (-sin2, -sin1). Elements past R are copied.
 
-    program (t, g, b):   TOKENS positions from t * TOKENS  x  HEADS heads of q, or of k: the groups
-                         of q's heads come first, then k's
+    program (t, g):      TOKENS positions of a batch's entry  x  HEADS heads of q, or of k: the groups
+                         of q's heads come first, then k's. t walks the tiles of positions, entry by
+                         entry: a grid's second and third dimension end at 65535
     tables of its positions stay in registers over the heads; x is read once and y written once
 
 Any strides but those of elements; results have the memory order of the operands. Products and sums
@@ -96,6 +97,7 @@ def _rope(
     q_heads,
     k_heads,
     length,
+    tiles,  # of TOKENS positions
     q_batch,
     q_head,
     q_token,
@@ -121,10 +123,11 @@ def _rope(
     PAIRS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    token = (tile * TOKENS + tl.arange(0, TOKENS))[:, None]
     inside = token < length
     group = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
     tables = (0.0, 0.0, 0.0, 0.0)
     if HALF > 0:
         at = cos + batch * cos_batch + token * cos_token
@@ -175,7 +178,7 @@ def rope(
     groups = triton.cdiv(q.shape[1], each) + triton.cdiv(k.shape[1], each)
     launch(
         _rope,
-        (tiles, groups, batch),
+        (batch * tiles, groups),
         q,
         k,
         cos,
@@ -184,6 +187,7 @@ def rope(
         q.shape[1],
         k.shape[1],
         length,
+        tiles,
         *q.stride()[:3],
         *k.stride()[:3],
         shared[0],

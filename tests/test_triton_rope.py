@@ -88,6 +88,16 @@ def test_nothing_to_turn(heads, dtype):
         assert [t.shape for t in turned] == [q.shape, q[:, :1].shape]
 
 
+def test_a_batch_beyond_a_grid_s_third_dimension(triton, monkeypatch):
+    q = torch.randn(70_000, 1, 1, 2, device=triton)
+    ops.rope(q[:1], q[:1], q[0, 0], q[0, 0])  # imported
+    grids = []
+    module = sys.modules["fastlm.kernels.rope"]
+    monkeypatch.setattr(module, "launch", lambda _, grid, *a, **k: grids.append(grid))
+    ops.rope(q, q, q[0, 0], q[0, 0])
+    assert all(size <= 65535 for size in grids[0][1:])
+
+
 def test_not_finite_stays_in_its_pair(heads):
     q = torch.ones(1, 2, 3, 8, device=heads)
     q[0, 1, 2, 1], q[0, 0, 0, 7] = float("nan"), float("inf")
