@@ -3,9 +3,9 @@
 x1 and x2 are the two halves of a head's first R elements, or its even and odd ones (interleaved).
 The inverse is the same with (sin1, sin2) := (-sin2, -sin1). Elements past R are copied.
 
-    program (t, g):      TOKENS positions of a batch's entry  x  HEADS heads of q, or of k: the groups
-                         of q's heads come first, then k's. t walks the tiles of positions, entry by
-                         entry: a grid's second and third dimension end at 65535
+    program (t, g):   TOKENS positions of a batch's entry  x  HEADS heads of q, or of k: the groups
+                      of q's heads come first, then k's. t walks the tiles of positions, entry by
+                      entry: a grid's second and third dimension end at 65535
     tables of its positions stay in registers over the heads; x is read once and y written once
 
 Any strides but those of elements; results have the memory order of the operands. Products and sums
