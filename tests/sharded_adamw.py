@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from fastlm import AdamW, backend
+from fastlm import AdamW, InputError, backend
 
 CASES = {
     "plain": {},
@@ -96,6 +96,18 @@ def check(name: str, options: dict) -> None:
     compare(name, mine, resumed, alone, b)
 
 
+def check_refusal() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Replicate()]))
+    p.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    try:
+        AdamW([p], max_grad_norm=1.0).step()
+    except InputError as error:
+        assert str(error).startswith("grad: wanted shards or replicas, got (Partial"), error
+    else:
+        raise AssertionError("a sum that is not made yet has no norm")
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     if sys.argv[1] == "triton":
@@ -107,6 +119,7 @@ def main() -> None:
             check(name, options)
             if dist.get_rank() == 0:
                 print("equal:", name, flush=True)
+        check_refusal()
     dist.destroy_process_group()
 
 
