@@ -35,8 +35,8 @@ for step in $steps; do
     tail -n 25 "$out/gpu-tests.log"
     ;;
   triton)
-    $pytest 110 $python -P -m pytest -q -W default $parallel --maxfail=20 --ignore=tests/test_triton_gate.py tests/test_triton_*.py \
-      >"$out/gpu-triton.log" 2>&1 || status=1
+    files=$(ls tests/test_triton_*.py | grep -v gate) # the gate compiles for other GPUs
+    $pytest 110 $python -P -m pytest -q -W default $parallel --maxfail=20 $files >"$out/gpu-triton.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-triton.log"
     ;;
   bench)
