@@ -1,8 +1,14 @@
-"""Every Triton kernel on the GPU at hand against what torch has there: one table, one JSON.
+"""Every Triton kernel on the GPU at hand against what torch has there: a line of JSON a case as
+soon as it is measured, a table in the end.
 
     sh bench/gpu.sh                              builds, tests, then this
     python -P bench/gpu.py [attention ...]       these ops only
     python -P bench/gpu.py --smoke               every case once, small, checked for running at all
+    python -P bench/gpu.py --seconds 180         ends before the case that it has no time for
+
+Minutes on a card are few: a peer that fails is left out, a case of ours that fails is reported and
+the next one measured, in a new process where the fault took the CUDA context with it (what an
+illegal address does).
 
 Times are CUDA events around calls that take turns, the L2 flushed before each (median of rounds).
 Ceilings are measured first: a bf16 matrix product of 8192^3 on random data, and a copy of 2 GiB,
@@ -11,6 +17,7 @@ bytes read and written. CPU time of a call is the time until it returns with the
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -23,7 +30,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
-from harness import Case, machine, run_case, table
+from harness import Case, Row, machine, run_case, table
 
 import fastlm
 from fastlm import backend, ops
@@ -284,7 +291,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 def host_microseconds(call: Callable[[], object]) -> float:
     """Time until a call returns while the GPU has more to do."""
     times = []
-    for _ in range(20):
+    for _ in range(10):
         torch.cuda._sleep(20_000_000)  # cycles: 10 ms
         start = time.perf_counter()
         call()
@@ -293,51 +300,100 @@ def host_microseconds(call: Callable[[], object]) -> float:
     return statistics.median(times) * 1e6
 
 
+def without_broken_peers(case: Case) -> Case:
+    """Every variant called once; a peer that cannot be is missing, and says why."""
+    for name, call in list(case.variants.items()):
+        try:
+            call()
+            torch.cuda.synchronize()
+        except Exception as error:
+            if name.startswith("fastlm") or context_is_lost():
+                raise
+            del case.variants[name]
+            case.missing[name] = first_line(error)
+    return case
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def context_is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+        torch.empty(1, device=DEVICE).fill_(0.0)
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def measure_op(name: str, limits: dict[str, float], options: argparse.Namespace) -> list[Row]:
+    """Prints and returns the rows of one op; what fails is printed and raises where the rest of
+    this process would fail as well."""
+    rounds, measured = 2 if options.smoke else options.rounds, []
+    for case in OPS[name](options.smoke):
+        if time.monotonic() > options.end:
+            print(json.dumps({"out of time": name, "before": f"{case.name} {case.shape}"}))
+            break
+        try:
+            row = run_case(without_broken_peers(case), limits, rounds, timed_on_gpu)
+            calls = {
+                variant: {"peak_mib": peak_bytes(call) / 2**20, "host_us": host_microseconds(call)}
+                for variant, call in case.variants.items()
+            }
+        except Exception as error:
+            print(json.dumps({"failed": f"{case.name} {case.shape}", "why": first_line(error)}))
+            options.failed = True
+            if context_is_lost():
+                raise
+            continue
+        measured.append(row)
+        print(json.dumps({"row": vars(row), "calls": calls}), flush=True)
+    return measured
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("ops", nargs="*", help=f"of {', '.join(OPS)}; default: all")
     parser.add_argument("--smoke", action="store_true", help="small shapes, two rounds")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument(
+        "--failed", action="store_true", help=argparse.SUPPRESS
+    )  # before a new start
     options = parser.parse_args()
+    options.end = time.monotonic() + options.seconds
     if unknown := set(options.ops) - set(OPS):
         parser.error(f"ops: wanted some of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         sys.exit(f"bench: wanted a GPU, got none: {backend.why_not('triton')}")
     torch.manual_seed(0)
-    limits = ceilings(options.smoke)
-    measured, extra, failed = [], [], {}
-    for name in options.ops or OPS:
-        try:
-            for case in OPS[name](options.smoke):
-                row = run_case(case, limits, 2 if options.smoke else options.rounds, timed_on_gpu)
-                measured.append(row)
-                for variant, call in case.variants.items():
-                    extra.append(
-                        {
-                            "case": f"{row.name} {row.shape}",
-                            "variant": variant,
-                            "peak_mib": peak_bytes(call) / 2**20,
-                            "host_us": host_microseconds(call),
-                        }
-                    )
-        except Exception as error:  # one op's fault must not cost the others their time on a card
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        torch.cuda.empty_cache()
     about = machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    print(about)
+    limits = ceilings(options.smoke)
+    print(json.dumps({"machine": about, "ceilings": limits}), flush=True)
+    measured, left = [], list(options.ops or OPS)
+    while left and time.monotonic() < options.end:
+        name = left.pop(0)
+        try:
+            measured += measure_op(name, limits, options)
+        except Exception as error:
+            print(json.dumps({"failed": name, "why": first_line(error)}), flush=True)
+            options.failed = True
+            if context_is_lost() and left:
+                print(table(measured), flush=True)
+                again = ["--rounds", str(options.rounds), "--failed", *["--smoke"] * options.smoke]
+                again += ["--seconds", str(options.end - time.monotonic()), *left]
+                os.execv(sys.executable, [sys.executable, "-P", __file__, *again])
+        torch.cuda.empty_cache()
+    if left:
+        print(json.dumps({"out of time": left}))
     print(
         f"ceilings: {limits['bf16'] / 1e12:.0f} TFLOP/s bf16, copy {limits['read'] / 1e9:.0f} GB/s"
     )
     print(table(measured))
-    print("| case | variant | peak MiB | host us |\n|---|---|---|---|")
-    for e in extra:
-        print(f"| {e['case']} | {e['variant']} | {e['peak_mib']:.0f} | {e['host_us']:.0f} |")
-    for name, why in failed.items():
-        print(f"FAILED {name}: {why}")
-    rows_json = [vars(r) for r in measured]
-    print(json.dumps({"machine": about, "ceilings": limits, "rows": rows_json, "calls": extra,
-                      "failed": failed}))  # fmt: skip
-    sys.exit(bool(failed))
+    sys.exit(options.failed)
 
 
 if __name__ == "__main__":

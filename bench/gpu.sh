@@ -1,10 +1,12 @@
 #!/bin/sh
-# On a machine with a GPU: builds fastlm for the Python there ($PYTHON, .venv or python3), runs the tests that need the GPU, then
-# bench/gpu.py; under ten minutes in all. Not run on a GPU yet.
-#     sh bench/gpu.sh [folder for results]        default: bench/results
+# On a machine with a GPU: builds fastlm for the Python there ($PYTHON, .venv or python3), runs the tests that need the GPU, then bench/gpu.py; under ten
+# minutes in all: what is not done by then is cut off and has printed what it has. Not run on a GPU yet.
+#     sh bench/gpu.sh [folder for results] [tests|triton|bench ...]        default: bench/results, all three
 # Nothing is fetched: packages that are missing there travel as wheels, on PYTHONPATH. Every step runs, whatever failed before.
 set -u
 out=${1:-bench/results}
+test $# -gt 0 && shift
+steps=${*:-tests triton bench}
 mkdir -p "$out"
 test -x .venv/bin/python && python=.venv/bin/python || python=python3
 python=${PYTHON:-$python}
@@ -16,20 +18,42 @@ $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
   echo "gpu.sh: wanted a GPU that the torch of $python sees, got none"
   exit 1
 }
-$python setup.py -q build_ext --inplace >"$out/gpu-build.log" 2>&1 || {
-  echo "gpu.sh: the C++ extension does not build: $(tail -n 1 "$out/gpu-build.log") ($out/gpu-build.log)"
-  exit 1
+# The kernels of the GPU do not need the extension: without it everything here but some tests' imports still runs
+timeout 150 $python setup.py -q build_ext --inplace >"$out/gpu-build.log" 2>&1 || {
+  status=1
+  echo "gpu.sh: the C++ extension does not build, going on without it: $out/gpu-build.log"
+  tail -n 5 "$out/gpu-build.log"
 }
 ln -s "$here/fastlm" "$site/fastlm"
 test -e fastlm/kernels || ln -s ../kernels fastlm/kernels # ignored by git
 trap 'rm -f fastlm/kernels; rm -rf "$site"' EXIT
-export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-timeout 280 $python -P -m pytest -q tests/test_gpu.py >"$out/gpu-tests.log" 2>&1 || status=1
-tail -n 15 "$out/gpu-tests.log"
-timeout 120 $python -P -m pytest -q --maxfail=20 --ignore=tests/test_triton_gate.py tests/test_triton_*.py >"$out/gpu-triton.log" 2>&1 || status=1
-tail -n 15 "$out/gpu-triton.log"
-timeout 280 $python -P bench/gpu.py >"$out/gpu.txt" 2>"$out/gpu-bench.log" || status=1
-cat "$out/gpu.txt"
-tail -n 1 "$out/gpu.txt" >"$out/gpu.json"
+# -W default: a warning of this machine's versions is not a failure. SIGINT: pytest still says what it found
+pytest="timeout -s INT -k 10"
+parallel=
+$python -c 'import xdist' 2>/dev/null && parallel="-n 8" # compiling takes the time, and one core each
+for step in $steps; do
+  case $step in
+  tests)
+    $pytest 140 $python -P -m pytest -q -W default tests/test_gpu.py >"$out/gpu-tests.log" 2>&1 || status=1
+    tail -n 25 "$out/gpu-tests.log"
+    ;;
+  triton)
+    files=$(ls tests/test_triton_*.py | grep -v gate) # the gate compiles for other GPUs
+    $pytest 110 $python -P -m pytest -q -W default $parallel --maxfail=20 $files >"$out/gpu-triton.log" 2>&1 || status=1
+    tail -n 25 "$out/gpu-triton.log"
+    ;;
+  bench)
+    timeout -s INT -k 10 190 $python -P bench/gpu.py --seconds 160 >"$out/gpu.txt" 2>"$out/gpu-bench.log" || status=1
+    cat "$out/gpu.txt"
+    tail -n 5 "$out/gpu-bench.log"
+    grep '^{' "$out/gpu.txt" >"$out/gpu.jsonl"
+    ;;
+  *)
+    echo "gpu.sh: steps: wanted tests, triton or bench, got $step"
+    exit 2
+    ;;
+  esac
+done
 exit $status

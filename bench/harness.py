@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from fastlm import _cpu, backend
+from fastlm import backend
 
 # a case of its own shape is a compilation of its own: behind the limit of 8 the peer would be eager
 torch._dynamo.config.recompile_limit = 256
@@ -98,10 +98,10 @@ def ceilings() -> dict[str, float]:
     for _ in range(7):
         for key, flag in (("bf16", True), ("fp32", False)):
             start = time.perf_counter()
-            flops = _cpu.multiply_in_l1(flag, 500)
+            flops = backend.cpu_extension.multiply_in_l1(flag, 500)
             best[key] = max(best[key], flops / (time.perf_counter() - start))
         start = time.perf_counter()
-        _cpu.read_all(buffer)
+        backend.cpu_extension.read_all(buffer)
         best["read"] = max(best["read"], buffer.numel() * 4 / (time.perf_counter() - start))
     return best
 
@@ -161,9 +161,12 @@ def gate(op: str) -> None:
 def machine() -> dict[str, object]:
     """What a number needs beside it: machine, versions, commit."""
     info = backend.info()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+    except OSError:  # a machine without git
+        commit = ""
     keys = ("cpu", "cpu_isa", "threads", "torch", "python", "fastlm")
     return {
         **{k: info[k] for k in keys},

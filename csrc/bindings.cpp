@@ -52,7 +52,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("adamw", &adamw, "params"_a, "grads"_a, "steps"_a, "exp_avgs"_a, "exp_avg_sqs"_a,
         "exp_avg_scales"_a, "exp_avg_sq_scales"_a, "masters"_a, "options"_a, "keys"_a,
-        "max_grad_norm"_a, "grad_norm"_a, "workspace"_a, no_gil);
+        "max_grad_norm"_a, "grad_norm"_a, "have_norm"_a, "workspace"_a, no_gil);
   m.def("first_bad_target", &first_bad_target, "target"_a, "classes"_a, "ignore_index"_a);
   m.def("cross_entropy_forward", &cross_entropy_forward, "logits"_a, "target"_a, "class_weight"_a,
         "ignore_index"_a, "softcap"_a, "scale"_a, "shift"_a, "log_sum"_a, "nll"_a, "smoothed"_a,

@@ -68,6 +68,14 @@ class AdamW(torch.optim.Optimizer):
 
     state_bits, master_weights, stochastic_rounding may be given per group.
 
+    Parameters sharded by FSDP2 (DTensor) are updated where they lie; the norm is that of all ranks'
+    gradients. States go through ``torch.distributed.checkpoint.state_dict`` as DTensors. Blocks of
+    8-bit states begin with each shard.
+
+    On a GPU a step may be part of a CUDA graph: `lr` a tensor of the device, one step before the
+    capture, and gradients that stay where they are (``zero_grad(set_to_none=False)`` inside the
+    graph).
+
     Hugging Face's Trainer takes it as ``optimizer_cls_and_kwargs=(AdamW, {"lr": 3e-4,
     "max_grad_norm": 1.0})``, with ``max_grad_norm=0`` in its own arguments (their ``optim`` knows
     transformers' names only, and clips in a pass of its own).
@@ -142,6 +150,7 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         rows: list[tuple] = []  # of the kernel's ten tables
         copies: list[tuple[Tensor, Tensor]] = []
+        grads: list[Tensor] = []
         special: Tensor | None = None  # a parameter that no kernel, or not the CPU's, may serve
         ordinal, served = -1, backend.DTYPES["cpu"]
         for group in self.param_groups:
@@ -165,40 +174,43 @@ class AdamW(torch.optim.Optimizer):
                     _keep_master(param, state)
                 if param.dtype not in served or (special is None and not param.is_cpu):
                     special = param
-                target, grad = _dense(param, grad)
-                if target is not param:
-                    copies.append((param, target))
+                grads.append(grad)
+                here = _local(param)
+                target, grad = _dense(here, _local(grad))
+                if target is not here:
+                    copies.append((here, target))
                 packed = "exp_avg_scale" in state
                 moments = _PACKED if packed else _PLAIN
-                if state[moments[0]].stride() != target.stride():
+                if _local(state[moments[0]]).stride() != target.stride():
                     # the parameter changed its memory order, as by .to(memory_format=...)
                     portable = _portable(state, param)
                     state = self.state[param] = _laid_out(param, group, portable)
                 rounds = rounding and param.dtype == torch.bfloat16
-                tensors = (
-                    target,
-                    grad,
-                    state["step"],
-                    state[moments[0]],
-                    state[moments[1]],
-                    state.get("exp_avg_scale"),
-                    state.get("exp_avg_sq_scale"),
-                    state.get("master_low" if param.dtype == torch.bfloat16 else "master"),
-                )
-                if _is_sharded(param):
-                    tensors = tuple(map(self._local, tensors))
                 rows.append(
-                    (*tensors, stochastic if rounds else exact, (self.seed, ordinal)),
+                    (
+                        target,
+                        grad,
+                        state["step"],
+                        _local(state[moments[0]]),
+                        _local(state[moments[1]]),
+                        state.get("exp_avg_scale"),
+                        state.get("exp_avg_sq_scale"),
+                        _local(
+                            state.get("master_low" if param.dtype == torch.bfloat16 else "master")
+                        ),
+                        stochastic if rounds else exact,
+                        (self.seed, ordinal),
+                    )
                 )
         if rows:
             tables = [list(column) for column in zip(*rows)]
-            norm = None
+            norm, have_norm = None, False
             if self.max_grad_norm is not None:
-                norm = self.grad_norm = torch.empty(
-                    (), dtype=torch.float32, device=tables[0][0].device
-                )
+                have_norm = any(map(_is_sharded, grads))
+                norm = torch.empty((), dtype=torch.float32, device=tables[0][0].device)
+                self.grad_norm = norm = _norm_of_shards(grads, norm) if have_norm else norm
             run = backend.pick("adamw", tables[0][0] if special is None else special)
-            run(*tables, self.max_grad_norm or 0.0, norm)
+            run(*tables, self.max_grad_norm or 0.0, norm, have_norm)
             for param, target in copies:
                 param.copy_(target)
             # what the kernel wrote, torch must know: saved tensors, and a decoder's packed copies
@@ -226,14 +238,6 @@ class AdamW(torch.optim.Optimizer):
                     if not state:
                         self._start(param, group, state)
                     state["master_low"] = _low_half(param)
-
-    def _local(self, tensor: Any) -> Any:
-        if self.max_grad_norm is not None:
-            raise InputError(
-                "max_grad_norm: wanted None with sharded parameters (a norm of all shards is"
-                f" torch.nn.utils.clip_grad_norm_'s), got {self.max_grad_norm}"
-            )
-        return tensor.to_local() if _is_sharded(tensor) else tensor
 
     def _start(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -294,8 +298,6 @@ def _check_group(group: dict[str, Any]) -> None:
     for param in group["params"]:
         if not param.is_floating_point():
             raise InputError(f"params: wanted real floats, got {param.dtype} {tuple(param.shape)}")
-        if group["state_bits"] == 8 and _is_sharded(param):
-            raise InputError("state_bits: wanted 32 for sharded parameters, got 8")
         if group["stochastic_rounding"] and param.dtype == torch.float16:
             raise InputError(
                 f"stochastic_rounding: wanted bfloat16 or float32 parameters, got {param.dtype}"
@@ -305,6 +307,48 @@ def _check_group(group: dict[str, Any]) -> None:
 def _is_sharded(tensor: Any) -> bool:
     """A DTensor, as FSDP2 makes of parameters; importing its class takes half a second."""
     return hasattr(tensor, "to_local")
+
+
+def _local(tensor: Any) -> Any:
+    """This rank's shard; anything else as it is."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor
+
+
+def _sharded_as(param: Tensor, shard: Tensor) -> Tensor:
+    """The inverse of `_local` for what is element by element beside `param`."""
+    if not _is_sharded(param):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    whole: Any = param
+    return DTensor.from_local(
+        shard, whole.device_mesh, whole.placements, shape=param.shape, stride=param.stride()
+    )
+
+
+def _norm_of_shards(grads: list[Tensor], norm: Tensor) -> Tensor:
+    """The norm of all ranks' gradients, like `norm`. Squares are added over those dimensions of a
+    mesh that a gradient is sharded along; nothing waits for the device."""
+    parts: dict[tuple, list[Tensor]] = {}
+    for grad in grads:
+        along: tuple = ()
+        if _is_sharded(grad):
+            whole: Any = grad
+            if any(p.is_partial() for p in whole.placements):
+                raise InputError(f"grad: wanted shards or replicas, got {whole.placements}")
+            sharded = enumerate(whole.placements)
+            along = tuple((whole.device_mesh, i) for i, p in sharded if not p.is_replicate())
+        parts.setdefault(along, []).append(_local(grad))
+    total = torch.zeros_like(norm, dtype=torch.float64)
+    for along, shards in parts.items():
+        norms = torch._foreach_norm(  # pyright: ignore[reportPrivateImportUsage]
+            shards, 2, dtype=torch.float32
+        )
+        squares = torch.stack(norms).double().square().sum()
+        for mesh, dimension in along:
+            torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
+        total += squares
+    return total.sqrt().to(norm.dtype)
 
 
 def _dense(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,9 +371,10 @@ def _laid_out(param: Tensor, group: dict[str, Any], given: dict[str, Any]) -> di
         if name in given:
             state[name] = torch.empty_like(param, dtype=wide).copy_(given[name])
     if "master" in state and param.dtype == torch.bfloat16:
-        high, state["master_low"] = reference.split_master(state.pop("master"))
+        high, low = reference.split_master(_local(state.pop("master")))
+        state["master_low"] = _sharded_as(param, low)
         with torch.no_grad():
-            param.copy_(high)
+            _local(param).copy_(high)
     _pack(param, group, state)
     return state
 
@@ -352,15 +397,16 @@ def _low_half(param: Tensor) -> Tensor:
     That rounds ties to even: where it rounds one down, the half that is lost is one bit too large
     for an int16, and the master becomes its neighbour.
     """
-    _, low = reference.split_master(param.detach())
-    even = (param.detach().view(torch.int32) >> 16) & 1 == 0
-    return torch.where((low == -0x8000) & even, 0x7FFF, low)
+    here = _local(param.detach())
+    _, low = reference.split_master(here)
+    even = (here.view(torch.int32) >> 16) & 1 == 0
+    return _sharded_as(param, torch.where((low == -0x8000) & even, 0x7FFF, low))
 
 
 def _pack(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
     if group["state_bits"] == 8 and param.numel() >= MIN_8BIT_SIZE and param.dtype != torch.float64:
         for name, root in _CODES.items():
-            x = state.pop(name)
+            x = _local(state.pop(name))
             codes = reference.pack_state(x.sqrt() if root else x, root=root)
             state[f"{name}_code"], state[f"{name}_scale"] = codes
 
@@ -370,12 +416,13 @@ def _portable(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     state["step"] = state["step"].cpu()  # torch's own has it there, and asks for its value
     low = state.pop("master_low", None)
     if low is not None and param.dtype == torch.bfloat16:
-        state["master"] = reference.join_master(param.detach(), low)
+        master = reference.join_master(_local(param.detach()), _local(low))
+        state["master"] = _sharded_as(param, master)
     for name, root in _CODES.items():
         if f"{name}_code" in state:
             codes, scales = state.pop(f"{name}_code"), state.pop(f"{name}_scale")
             x = reference.unpack_state(codes, scales, root=root)
-            state[name] = x.square() if root else x
+            state[name] = _sharded_as(param, x.square() if root else x)
     return state
 
 

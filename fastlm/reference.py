@@ -241,19 +241,21 @@ def adamw(
     keys: list[tuple[int, int]],
     max_grad_norm: float,
     grad_norm: Tensor | None,
+    have_norm: bool,
 ) -> None:
     """One AdamW step (Loshchilov and Hutter 2019, arXiv:1711.05101) of every tensor, in place.
 
     `options` per tensor: lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding.
     `keys`: seed and ordinal of `step_key`.
     `masters`: float32 of a float16 parameter, the lower half of `split_master` of a bfloat16 one.
-    With `grad_norm` (a scalar, written), gradients are scaled as `clip_grad_norm_` would do.
+    With `grad_norm` (a scalar, written unless `have_norm`), gradients are scaled as
+    `clip_grad_norm_` would do.
     """
     clip = None
     if grad_norm is not None:
-        squares = [_wide(g).double().square().sum().to(grad_norm.device) for g in grads]
-        total = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-        grad_norm.copy_(total)
+        if not have_norm:
+            squares = [_wide(g).double().square().sum().to(grad_norm.device) for g in grads]
+            grad_norm.copy_(torch.stack(squares).sum().sqrt() if squares else torch.zeros(()))
         clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     for i, param in enumerate(params):
         lr, beta1, beta2, eps, weight_decay, maximize, stochastic = options[i]

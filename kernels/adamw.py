@@ -9,10 +9,14 @@
     3. _begin     a tensor a lane: step += 1, the step's scalars (float64), its random key
     4. _update    a chunk a program: reads g, p, m, v once, writes p, m, v once
 
-Nothing comes back to the host: step, norm and factor stay on the device, so that a step can be
-captured in a CUDA graph (with lr as a tensor, which is read each time; gradients must keep their
-memory, as for any graph). The tables depend on addresses and options alone; they are kept as long
-as those are the same, and after a change go over in one copy that the host does not wait for.
+Nothing comes back to the host: step, norm and factor stay on the device. Each table is kept as long
+as what it is made of is the same (addresses; sizes and dtypes; options), and after a change goes
+over in one copy that the host does not wait for: a schedule of lr costs 64 bytes a step.
+
+A step can be captured in a CUDA graph that finds its tables made, as a copy from the host has no
+place in it: take a step before, lr a tensor of the device (it is read at every replay), and
+gradients that stay where they are, `zero_grad(set_to_none=False)` inside the graph. A step that
+does not is refused before anything is written. A captured step keeps its tables for good.
 
 A kind is what is compiled in: the dtypes of parameter and gradient, the master, 8-bit states,
 stochastic rounding, and whether all pointers allow 128-bit accesses. Formulas and random numbers
@@ -44,7 +48,7 @@ _UPDATE_MASTERS = Config({"BLOCK": 1024}, num_warps=8)
 _SQUARES = Config({"BLOCK": 1024}, num_warps=4)
 _NORM = Config({"BLOCK": 1024}, num_warps=8)
 _BEGIN = Config({"BLOCK": 128}, num_warps=4)
-_KEPT_TABLES = 16  # optimizers, and patterns of gradient addresses, of a process
+_KEPT_TABLES = 16  # of a kind: optimizers, and patterns of gradient addresses, of a process
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
@@ -373,14 +377,24 @@ class _Kind(NamedTuple):
 class _Tables(NamedTuple):
     tensors: Tensor
     settings: Tensor
-    chunks: list[tuple[_Kind, Tensor]]
+    chunks: tuple[tuple[_Kind, Tensor], ...]
 
 
 _captured: list[_Tables] = []  # a CUDA graph reads its tables as long as it is
 
 
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _upload(values: np.ndarray, device: torch.device) -> Tensor:
     """To the device without waiting for what runs there."""
+    if _is_capturing(device):
+        raise InputError(
+            "step: wanted, in the capture of a CUDA graph, gradients where they were in a step"
+            " before it (zero_grad(set_to_none=False)), the same options and lr as a tensor on"
+            f" {device}, got others"
+        )
     host = torch.from_numpy(values)
     return (
         host.pin_memory().to(device, non_blocking=True)
@@ -390,22 +404,33 @@ def _upload(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=_KEPT_TABLES)
-def _tables(
-    device: torch.device, rows: tuple, kinds: tuple[_Kind, ...], settings: tuple, tensor_lrs: tuple
-) -> _Tables:
-    """`tensor_lrs`: the addresses of lrs that are written into the settings at every step."""
-    sizes = np.array([row[SIZE.value] for row in rows])
+def _tensor_table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
+    table = np.array(rows, dtype=np.int64).reshape(len(rows), COLUMNS.value)
+    return _upload(table, device)
+
+
+@functools.lru_cache(maxsize=_KEPT_TABLES)
+def _chunk_tables(
+    device: torch.device, sizes: tuple[int, ...], kinds: tuple[_Kind, ...]
+) -> tuple[tuple[_Kind, Tensor], ...]:
     chunks = []
     for kind in dict.fromkeys(kinds):
         of_kind = np.array([i for i, k in enumerate(kinds) if k == kind])
-        counts = -(-sizes[of_kind] // CHUNK)
+        counts = -(-np.array(sizes)[of_kind] // CHUNK)
         first = np.repeat(np.cumsum(counts) - counts, counts)
         table = np.stack([np.repeat(of_kind, counts), np.arange(counts.sum()) - first], 1)
         chunks.append((kind, _upload(table.astype(np.int32), device)))
-    table = np.array(rows, dtype=np.int64).reshape(len(rows), COLUMNS.value)
+    return tuple(chunks)
+
+
+@functools.lru_cache(maxsize=_KEPT_TABLES)
+def _setting_table(
+    device: torch.device, settings: tuple[tuple[float, ...], ...], tensor_lrs: tuple
+) -> Tensor:
+    """`tensor_lrs`: the addresses of lrs that are written into it at every step."""
     padded = np.zeros((len(settings), 8))
     padded[:, :6] = settings
-    return _Tables(_upload(table, device), _upload(padded, device), chunks)
+    return _upload(padded, device)
 
 
 def _check(name: str, tensor: Tensor, device: torch.device, size: int | None = None) -> None:
@@ -433,6 +458,7 @@ def adamw(
     keys: list[tuple[int, int]],
     max_grad_norm: float,
     grad_norm: Tensor | None,
+    have_norm: bool,
 ) -> None:
     """`reference.adamw`, in place. Everything is checked before anything is written."""
     device = params[0].device
@@ -474,14 +500,22 @@ def adamw(
         for (lr, *rest, maximize), place in settings.items()
     )
     addresses = tuple((place, lr.data_ptr()) for place, lr in lrs.items())
-    tables = _tables(device, tuple(rows), tuple(kinds), numbers, addresses)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    tables = _Tables(
+        _tensor_table(device, tuple(rows)),
+        _setting_table(device, numbers, addresses),
+        _chunk_tables(device, tuple(param.numel() for param in params), tuple(kinds)),
+    )
+    if _is_capturing(device):
         _captured.append(tables)
     for place, lr in lrs.items():
         tables.settings[place, 0].copy_(lr.reshape(()), non_blocking=True)
     clip = None
     if grad_norm is not None:
-        clip = _factor(tables, max_grad_norm, grad_norm)
+        clip = torch.empty(1, dtype=torch.float32, device=device)
+        sums = _sums(tables) if not have_norm else grad_norm.double().square().reshape(1)
+        launch(
+            _norm, (1,), sums, grad_norm, clip, len(sums), float(max_grad_norm), config=_NORM
+        )  # fmt: skip
     count = len(params)
     scalars = torch.empty((count, SCALARS.value), dtype=torch.float32, device=device)
     random_keys = torch.empty(count, dtype=torch.int32, device=device)
@@ -497,8 +531,8 @@ def adamw(
         )  # fmt: skip
 
 
-def _factor(tables: _Tables, max_grad_norm: float, grad_norm: Tensor) -> Tensor:
-    """Writes the norm of all gradients; what they are multiplied by, (1,) float32."""
+def _sums(tables: _Tables) -> Tensor:
+    """Of the squares of each chunk of gradients, float64."""
     device = tables.tensors.device
     count = sum(len(chunks) for _, chunks in tables.chunks)
     sums = torch.empty(count, dtype=torch.float64, device=device)
@@ -509,6 +543,4 @@ def _factor(tables: _Tables, max_grad_norm: float, grad_norm: Tensor) -> Tensor:
             config=_SQUARES, G=_TYPES[kind.grad], ALIGNED=kind.aligned, CHUNK=CHUNK,
         )  # fmt: skip
         first += len(chunks)
-    clip = torch.empty(1, dtype=torch.float32, device=device)
-    launch(_norm, (1,), sums, grad_norm, clip, count, float(max_grad_norm), config=_NORM)
-    return clip
+    return sums

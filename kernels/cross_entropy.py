@@ -30,8 +30,9 @@ from fastlm.kernels.launch import Config, launch, multiprocessors
 
 _BLOCK = 4096  # classes: 16 a thread, whose m and s stay in registers
 _WAVES = 4  # programs a multiprocessor, below which rows are split
-# Below every logit but -inf: a maximum that began at -inf would make -inf - -inf of a masked class
-_LOWEST = tl.constexpr(-3.0e38)
+# The least float32, below every logit but -inf and itself (a mask's finfo.min makes rows of it): a
+# maximum that began at -inf would make -inf - -inf of a masked class
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit

@@ -21,6 +21,9 @@ from torch import Tensor
 from fastlm.kernels.launch import Config, launch, multiprocessors
 
 _PAIRS = 1024  # of a program and head: 8 a thread, so that a half of 16 bits is one 128-bit access
+# Of a launch: a grid's third dimension ends there. Rejected: tiles of all entries in the first one,
+# whose division took registers (64 -> 71 on sm_90)
+_BATCH = 65535
 _HEADS = 4  # of a program: 4 loads in flight a thread, with tables in 32 registers
 
 
@@ -157,10 +160,30 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     q, k, cos, sin = (_dense(t) for t in (q, k, cos, sin))
     out = torch.empty_like(q), torch.empty_like(k)
+    if q.shape[-1] == 0:
+        return out
+    if q.shape[0] <= _BATCH:
+        _launch(q, k, cos, sin, *out, interleaved, inverse)
+        return out
+    for first in range(0, q.shape[0], _BATCH):
+        part = slice(first, first + _BATCH)
+        tables = (t if t.dim() == 2 or t.shape[0] == 1 else t[part] for t in (cos, sin))
+        _launch(q[part], k[part], *tables, *(t[part] for t in out), interleaved, inverse)
+    return out
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
     batch, _, length, width = q.shape
     turned = cos.shape[-1]
-    if width == 0:
-        return out
     # tables of one batch's entry serve all
     shared = [0 if t.dim() == 2 or t.shape[0] == 1 else t.stride(0) for t in (cos, sin)]
     pairs = triton.next_power_of_2(max(1, turned // 2))
@@ -180,7 +203,8 @@ def rope(
         k,
         cos,
         sin,
-        *out,
+        q_out,
+        k_out,
         q.shape[1],
         k.shape[1],
         length,
@@ -190,12 +214,11 @@ def rope(
         cos.stride(-2),
         shared[1],
         sin.stride(-2),
-        *out[0].stride()[:3],
-        *out[1].stride()[:3],
+        *q_out.stride()[:3],
+        *k_out.stride()[:3],
         config=Config(sizes, num_warps=max(1, min(4, tokens * pairs // 256))),
         HALF=turned // 2,
         REST=width - turned,
         INTERLEAVED=interleaved,
         INVERSE=inverse,
     )
-    return out

@@ -83,7 +83,7 @@ def test_capsules_live_until_the_call_ends():
     _cpu.adamw(
         params, grads, [np.zeros((), "f") for _ in range(2)], *state,
         *[[None] * 2] * 3, [(0.5, 0.9, 0.9, 0.0, 0.0, False, False)] * 2, [0, 0], 0.0, None,
-        np.zeros(2 * 24, "i8"),
+        False, np.zeros(2 * 24, "i8"),
     )  # fmt: skip
     assert log[:2] == ["take a", "take b"] and all((p == 0.5).all() for p in params)
 

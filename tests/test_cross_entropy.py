@@ -187,6 +187,9 @@ def test_num_items_as_tensor_and_other_ignore_index():
     )
     torch.testing.assert_close(by_tensor, by_int)
     torch.testing.assert_close(by_int, [t / 13 for t in theirs])
+    for options in ({}, {"label_smoothing": 0.1}):  # one number in a dimension: a loss has none
+        loss = ops.cross_entropy(logits, target, num_items=torch.tensor([13]), **options)
+        assert loss.shape == ()
 
 
 def test_leading_dimensions_strides_and_int32(isa, dtype):

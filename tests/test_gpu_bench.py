@@ -1,8 +1,12 @@
-"""bench/gpu.py has to run the first time it meets a GPU: its small cases, interpreted here."""
+"""bench/gpu.py has to run the first time it meets a GPU: its small cases, interpreted here, and
+what it does about what fails."""
 
+import json
 import os
+import subprocess
 
 import gpu
+import harness
 import pytest
 import torch
 
@@ -20,3 +24,69 @@ def test_every_case_runs(triton, monkeypatch, op):
             if name != "torch.compile":
                 made = call()
                 assert not isinstance(made, torch.Tensor) or made.isfinite().all(), name
+
+
+def fail():
+    raise RuntimeError("no such kernel\nand a second line")
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    """Everything that asks the card, answered without one."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(gpu, "ceilings", lambda small: {"bf16": 1e12, "read": 1e9})
+    monkeypatch.setattr(gpu, "timed_on_gpu", lambda v, rounds: {n: [1.0] * rounds for n in v})
+    monkeypatch.setattr(gpu, "peak_bytes", lambda call: 0)
+    monkeypatch.setattr(gpu, "host_microseconds", lambda call: 0.0)
+    monkeypatch.setattr(gpu, "machine", lambda: {"cpu": "some"})
+
+    def cases(small):
+        good = {"fastlm": int, "torch": int, "torch.compile": fail}
+        yield gpu.Case("first", "1", dict(good), bytes=1)
+        yield gpu.Case("ours fails", "1", {"fastlm": fail, "torch": int}, bytes=1)
+        yield gpu.Case("last", "1", dict(good), bytes=1)
+
+    monkeypatch.setattr(gpu, "OPS", {"op": cases, "other": cases})
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    lines = capsys.readouterr().out.splitlines()
+    return ended.value.code, [json.loads(line) for line in lines if line.startswith("{")], lines
+
+
+def test_one_fault_costs_one_case(no_card, monkeypatch, capsys):
+    code, found, lines = run_main(monkeypatch, capsys)
+    rows = [line["row"] for line in found if "row" in line]
+    assert [row["name"] for row in rows] == ["first", "last"] * 2
+    assert rows[0]["missing"] == {"torch.compile": "RuntimeError: no such kernel"}
+    assert [line["failed"] for line in found if "failed" in line] == ["ours fails 1"] * 2
+    assert code and any("| last |" in line for line in lines)
+
+
+def test_a_lost_context_starts_a_new_process(no_card, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "context_is_lost", lambda: True)
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *a: started.append(a[1]) or exit(1))
+    code, found, _ = run_main(monkeypatch, capsys, "--seconds", "100", "--smoke")
+    assert code == 1 and started[0][-1] == "other" and "--failed" in started[0]
+    assert [line["failed"] for line in found if "failed" in line]
+
+
+def test_ends_in_time(no_card, monkeypatch, capsys):
+    code, found, _ = run_main(monkeypatch, capsys, "--seconds", "0")
+    assert not code and found[-1] == {"out of time": ["op", "other"]}
+
+
+def test_a_machine_without_git(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert harness.machine()["commit"] == ""

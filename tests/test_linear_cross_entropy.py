@@ -147,6 +147,31 @@ def test_ways_agree(isa, dtype):
         )
 
 
+def half_gradients(function, x, w, target, **options):
+    """As in mixed precision: the loss times GradScaler's first factor, gradients divided by it."""
+    leaves = [x.detach().requires_grad_(), w.detach().requires_grad_()]
+    (function(*leaves, target, **options) * 2.0**16).backward()
+    return [t.grad.double() / 2**16 for t in leaves]
+
+
+def check_float16_under_a_grad_scaler(device, rows, width, classes, **options):
+    """The error of unfused float16, which knows the factor from the start."""
+    x, w, _, target = make(rows, width, classes, torch.float16, scale=1.0)
+    x, w, target = (t.to(device) for t in (x, w, target))
+    mine = half_gradients(ops.linear_cross_entropy, x, w, target, **options)
+    low = half_gradients(naive_low, x, w, target, **options)
+    truth = half_gradients(naive, x.double(), w.double(), target, **options)
+    for name, a, p, t in zip(("dx", "dw"), mine, low, truth):
+        assert (a - t).norm() <= 2 * (p - t).norm(), (name, options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 1.0}, {"logit_scale": 0.01}, {"z_loss": 1.0}], ids=str
+)
+def test_float16_under_a_grad_scaler(isa, options):
+    check_float16_under_a_grad_scaler("cpu", 4096, 512, 70, **options)
+
+
 @pytest.mark.parametrize("rows", [1, 33, 64])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "reduction": "sum"}], ids=str)
 def test_few_rows(isa, dtype, rows, options, monkeypatch):

@@ -191,21 +191,58 @@ def test_tensors_that_begin_between_16_bytes(launched):
     assert flat[1000] == kept
 
 
-def test_tables_are_kept_until_an_address_changes(module):
+@pytest.fixture
+def uploaded(module, monkeypatch):
+    """The shapes of the tables that went to the device; none is kept from other tests."""
+    for tables in (module._tensor_table, module._chunk_tables, module._setting_table):
+        tables.cache_clear()
+    shapes, upload = [], module._upload
+    monkeypatch.setattr(
+        module, "_upload", lambda v, device: shapes.append(v.shape) or upload(v, device)
+    )
+    return shapes
+
+
+def test_tables_are_kept_until_what_they_say_changes(uploaded):
+    params = on_cpu.parameters(shapes=[(50,), (3,)])
+    optimizer = AdamW(params, max_grad_norm=1.0)
+    on_cpu.give_grads(params)
+    optimizer.step()
+    assert sorted(uploaded) == [(1, 8), (2, 2), (2, 12)]  # settings, chunks, tensors
+    uploaded.clear()
+    optimizer.step()
+    assert uploaded == []
+    params[0].grad = params[0].grad.clone()
+    optimizer.step()
+    assert uploaded == [(2, 12)]
+    before = params[0].detach().clone()
+    optimizer.param_groups[0]["lr"] = 0.0  # as a schedule does at every step
+    uploaded.clear()
+    optimizer.step()
+    assert uploaded == [(1, 8)]
+    assert torch.equal(params[0], before)
+
+
+def test_capture_of_a_graph_wants_its_tables_made(uploaded, module, monkeypatch):
+    """What a copy from the host would break is refused, and nothing was written."""
     params = on_cpu.parameters(shapes=[(50,), (3,)])
     optimizer = AdamW(params)
     on_cpu.give_grads(params)
-    module._tables.cache_clear()
-    for _ in range(3):
+    kept, message = [p.detach().clone() for p in params], "step: wanted, in the capture of a CUDA"
+    monkeypatch.setattr(module, "_captured", [])
+    with monkeypatch.context() as capture:
+        capture.setattr(module, "_is_capturing", lambda device: True)
+        with pytest.raises(InputError, match=message):
+            optimizer.step()
+    assert all(torch.equal(p, k) for p, k in zip(params, kept)) and not module._captured
+    optimizer.step()
+    monkeypatch.setattr(module, "_is_capturing", lambda device: True)
+    optimizer.step()
+    assert len(module._captured) == 1
+    params[1].grad = params[1].grad.clone()  # zero_grad() without set_to_none=False
+    with pytest.raises(InputError, match=message):
         optimizer.step()
-    assert module._tables.cache_info().misses == 1
-    params[0].grad = params[0].grad.clone()
-    optimizer.step()
-    assert module._tables.cache_info().misses == 2
-    before = params[0].detach().clone()
-    optimizer.param_groups[0]["lr"] = 0.0
-    optimizer.step()
-    assert torch.equal(params[0], before)
+    assert all(optimizer.state[p]["step"] == 2 for p in params)
 
 
 def test_lr_of_the_device_is_read_at_every_step(module):
@@ -220,7 +257,7 @@ def test_lr_of_the_device_is_read_at_every_step(module):
         none = [None]
         state = [states[i][0]], [states[i][1]]
         module.adamw(
-            [param], [g], [steps[i]], *state, none, none, none, options, [(0, 0)], 0.0, None
+            [param], [g], [steps[i]], *state, none, none, none, options, [(0, 0)], 0.0, None, False
         )
 
     for value in (1e-2, 1e-3, 0.5):
@@ -262,5 +299,6 @@ def test_refuses_tensors_of_several_devices(module):
         none, options = [None], [(0.1, 0.9, 0.9, 0.0, 0.0, False, False)]
         step = torch.zeros(())
         module.adamw(
-            [one], [there], [step], [one], [one], none, none, none, options, [(0, 0)], 0.0, None
-        )
+            [one], [there], [step], [one], [one], none, none, none, options, [(0, 0)], 0.0, None,
+            False,
+        )  # fmt: skip

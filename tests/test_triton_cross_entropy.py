@@ -55,6 +55,18 @@ def test_hard_logits(split, dtype, case):
     check(logits, target, label_smoothing=0.2, reduction="none")
 
 
+def test_rows_of_the_lowest_number(split, dtype):
+    """What adding a mask's finfo.min to all of a row's logits leaves."""
+    logits, target = make(3, 200, dtype, device=split, ignored=0)
+    logits[1:] = torch.finfo(dtype).min
+    target[2] = -100
+    upstream = [torch.ones((), device=split)]
+    mine = outputs_and_gradient(ops.cross_entropy, logits, target, upstream)
+    theirs = outputs_and_gradient(F.cross_entropy, logits.float(), target, upstream)
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b.to(a.dtype))
+
+
 def test_own_blocks(triton):
     """The block and the splits that ship."""
     check(*make(2, 50257, torch.bfloat16, device=triton), z_loss=1e-2)

@@ -8,7 +8,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from test_linear_cross_entropy import OPTIONS, check, make, outputs_and_gradients
+from test_linear_cross_entropy import (
+    OPTIONS,
+    check,
+    check_float16_under_a_grad_scaler,
+    make,
+    outputs_and_gradients,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import ops
@@ -52,6 +58,10 @@ def test_hard_logits(way, dtype, case):
     else:
         bias = torch.full_like(bias, 8192.0)
     check(*on(way, x, w, bias, target))
+
+
+def test_float16_under_a_grad_scaler(triton):
+    check_float16_under_a_grad_scaler(triton, 1024, 128, 2000)
 
 
 def test_not_finite_stays_in_its_row(way, dtype):

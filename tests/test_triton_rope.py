@@ -88,6 +88,23 @@ def test_nothing_to_turn(heads, dtype):
         assert [t.shape for t in turned] == [q.shape, q[:, :1].shape]
 
 
+def test_a_batch_beyond_a_grid_s_third_dimension(triton, monkeypatch):
+    q, dq = torch.randn(2, 5, 2, 3, 8, device=triton).unbind(0)
+    k, dk = torch.randn(2, 5, 1, 3, 8, device=triton).unbind(0)
+    tables_of_each = (t.to(triton) for t in tables(3, 8, batch=5))
+    ops.rope(q, k, q[0, 0], q[0, 0])  # imported
+    module, grids = sys.modules["fastlm.kernels.rope"], []
+    launch = module.launch
+    monkeypatch.setattr(
+        module, "launch", lambda f, grid, *a, **o: grids.append(grid) or launch(f, grid, *a, **o)
+    )
+    assert module._BATCH == 65535
+    monkeypatch.setattr(module, "_BATCH", 2)
+    check(q, k, *tables_of_each, dq, dk, False)
+    check(q, k, *(t.to(triton) for t in tables(3, 8)), dq, dk, False)
+    assert {grid[2] for grid in grids} == {2, 1}
+
+
 def test_not_finite_stays_in_its_pair(heads):
     q = torch.ones(1, 2, 3, 8, device=heads)
     q[0, 1, 2, 1], q[0, 0, 0, 7] = float("nan"), float("inf")

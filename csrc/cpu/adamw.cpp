@@ -36,7 +36,7 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
            const std::vector<OptionalTensor>& exp_avg_sq_scales,
            const std::vector<OptionalTensor>& masters, const std::vector<AdamwOptions>& options,
            const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm,
-           TensorView workspace) {
+           bool have_norm, TensorView workspace) {
   const int64_t count = int64_t(params.size());
   int64_t chunk_count = 0;
   for (const TensorView& p : params) chunk_count += (p.numel() + ADAMW_CHUNK - 1) / ADAMW_CHUNK;
@@ -79,7 +79,7 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
     }
     t.step = steps[i].data<float>("step");
   }
-  float* norm_out = optional_floats(grad_norm, "grad_norm");
+  float* norm = optional_floats(grad_norm, "grad_norm");
   AdamwChunk* next = chunks;
   for (int64_t i = 0; i < count; ++i) {
     const auto [lr, beta1, beta2, eps, weight_decay, maximize, stochastic] = options[i];
@@ -97,14 +97,15 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
       new (next++) AdamwChunk{i, start, std::min(ADAMW_CHUNK, t.n - start)};
   }
   float clip = 1;
-  if (norm_out) {
+  if (norm && !have_norm) {
     square_sums(tensors, chunks, chunk_count, sums);
     double total = 0;
     for (int64_t c = 0; c < chunk_count; ++c)
       total += sums[c];  // in order: the same bits on any number of threads
-    const float norm = float(std::sqrt(total));
-    *norm_out = norm;
-    const float wanted = float(max_grad_norm) / (norm + 1e-6f);  // as clip_grad_norm_; NaN stays
+    *norm = float(std::sqrt(total));
+  }
+  if (norm) {
+    const float wanted = float(max_grad_norm) / (*norm + 1e-6f);  // as clip_grad_norm_; NaN stays
     clip = wanted > 1 ? 1 : wanted;
   }
   update(tensors, chunks, chunk_count, clip);

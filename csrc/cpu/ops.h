@@ -37,6 +37,7 @@ void linear_weight_gradient(TensorView dy, TensorView x, TensorView dw, TensorVi
 // adamw.h: one step of every tensor. States are float32, or uint8 codes where the scales are given
 using AdamwOptions = std::tuple<double, double, double, double, double, bool, bool>;
 // lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding
+// have_norm: grad_norm is read, not written
 void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>& grads,
            const std::vector<TensorView>& steps, const std::vector<TensorView>& exp_avgs,
            const std::vector<TensorView>& exp_avg_sqs,
@@ -44,7 +45,7 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
            const std::vector<OptionalTensor>& exp_avg_sq_scales,
            const std::vector<OptionalTensor>& masters, const std::vector<AdamwOptions>& options,
            const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm,
-           TensorView workspace);
+           bool have_norm, TensorView workspace);
 // cross_entropy.h; first_bad_target: row of the first class out of range, or -1
 int64_t first_bad_target(const TensorView& target, int64_t classes, int64_t ignore_index);
 void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor class_weight,

@@ -91,7 +91,7 @@ def cross_entropy(
             logit_scale,
             logits.requires_grad and torch.is_grad_enabled(),
         )
-        return loss if num_items is None else loss / num_items
+        return loss if num_items is None else loss / one_number(num_items)
     shift, log_sum, nll, smoothed = _forward(
         logits,
         rows,
@@ -141,7 +141,7 @@ def row_factors(
     ):  # clamp: a target out of range is refused by the kernel, not by this look-up
         seen = torch.where(valid, weight.detach().to(dtype)[target.clamp(0, classes - 1)], 0.0)
     if reduction == "mean":
-        share = 1.0 / (seen.sum() if num_items is None else num_items)
+        share = 1.0 / (seen.sum() if num_items is None else one_number(num_items))
         seen, each = seen * share, each * share
     on_nll = seen * (1.0 - label_smoothing)
     on_smoothed = each * (label_smoothing / classes) if label_smoothing else None
@@ -213,6 +213,11 @@ def check_options(softcap: float | None, reduction: str, num_items: int | Tensor
                 )
         elif not num_items > 0:
             raise InputError(f"num_items: wanted > 0, got {num_items}")
+
+
+def one_number(num_items: int | Tensor) -> int | Tensor:
+    """Without the dimension that (1,) would add to a scalar loss."""
+    return num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -48,6 +48,11 @@ _SMALL = 1 << 20
 # What a chunk's exponentials may take: half of it where the float32 gradient of a 16-bit weight is
 # memory as well, more where an eighth of that gradient is more.
 _WORKSPACE = 64 << 20
+# Gradients made in the forward do not have GradScaler's factor yet: in float16 a mean over a
+# thousand rows would lose all but the targets' classes, and the input's gradient its last bits. 64
+# is what its first factor, 2^16, makes of 1024 rows: a class's share of 1e-9 is kept, and weights
+# of up to 256 do not overflow.
+_HALF_PEAK = 64.0
 
 
 def linear_cross_entropy(
@@ -158,7 +163,10 @@ def linear_cross_entropy(
         and not return_lse
         and not (softcap is not None and label_smoothing)
     ):
-        return _loss(
+        unit = _unit(*factors[:2], classes, logit_scale) if input.dtype is torch.float16 else None
+        if unit is not None:
+            factors = tuple(f if f is None else f * unit for f in factors)
+        loss = _loss(
             flat,
             linear_weight,
             linear_bias,
@@ -169,6 +177,7 @@ def linear_cross_entropy(
             need_input,
             need_weight,
         )[0]
+        return loss if unit is None else loss / unit
     shift, log_sum, nll, smoothed = _forward(
         flat, linear_weight, linear_bias, rows, smoothing_weight, label_smoothing > 0, *options
     )
@@ -176,6 +185,15 @@ def linear_cross_entropy(
     loss = row_losses(*factors, nll, smoothed, lse, rows != ignore_index)
     loss = loss.view(target.shape) if reduction == "none" else loss.sum()
     return (loss, lse.view(target.shape)) if return_lse else loss
+
+
+def _unit(on_nll: Tensor, on_smoothed: Tensor | None, classes: int, logit_scale: float) -> Tensor:
+    """A power of two that brings the largest coefficient of a logit's gradient to `_HALF_PEAK`."""
+    most = on_nll if on_smoothed is None else on_nll + on_smoothed * classes
+    # of no row, or of rows without a factor: 1
+    most = F.pad(most.detach(), (0, 1)).amax() * abs(logit_scale)
+    most = torch.where((most > 0) & (most < torch.inf), most, _HALF_PEAK)
+    return torch.exp2(-torch.log2(most / _HALF_PEAK).floor())
 
 
 def _float32_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ def _step(
         norm = meta() if clip else None
         op.adamw(
             params, grads, steps, m, v, scales, scales, masters, options, [(0, 0), (0, 1)],
-            clip, norm,
+            clip, norm, False,
         )  # fmt: skip
 
     wanted = {"_update": LOADS, "_squares": LOADS[:1]}

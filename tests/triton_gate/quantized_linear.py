@@ -9,9 +9,10 @@ N = K = 4096
 LOAD, STORE = ("LDG.E.128",), ("STG.E.128",)
 
 
-def _weight(bits: int, group_size: int, zeros: bool) -> tuple:
-    stored = meta(N, K * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
-    scales = meta(N, K // group_size, dtype=torch.bfloat16)
+def _weight(bits: int, group_size: int, zeros: bool, n: int = N, k: int = K) -> tuple:
+    row_bytes = -(-k * bits // 8)
+    stored = meta(n, row_bytes, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scales = meta(n, -(-k // group_size), dtype=torch.bfloat16)
     return stored, scales, scales if zeros else None
 
 
@@ -31,6 +32,17 @@ def _forward(
     return Case(name, run, wanted, dtypes)
 
 
+def _of_one(rows: int, n: int, k: int, act_bits: int) -> Case:
+    """Sizes of 1 are constants to Triton: arithmetic on them must still compile."""
+
+    def run(dtype: torch.dtype) -> None:
+        weight = _weight(4, 128, True, n, k)
+        x, bias = meta(rows, k, dtype=dtype), meta(n, dtype=dtype)
+        op.quantized_linear_forward(x, *weight, bias, 4, 128, act_bits)
+
+    return Case(f"{rows} x {k} -> {n}, w4a{act_bits}", run, {}, HALVES[:1])
+
+
 def _backward(bits: int) -> Case:
     def run(dtype: torch.dtype) -> None:
         op.quantized_linear_backward(
@@ -48,6 +60,9 @@ CASES = [
     *(_forward(rows, 4, 8) for rows in (1, 16)),
     *(_forward(rows, 8, 8) for rows in (16, 512)),
     _forward(512, 4, 8, group_size=32, zeros=True),
+    *(_of_one(rows, 1, 4096, act_bits) for rows in (1, 16) for act_bits in (16, 8)),
+    *(_of_one(rows, 4096, 1, act_bits) for rows in (1, 16) for act_bits in (16, 8)),
+    _of_one(1, 1, 1, 16),
     _backward(4),
     _backward(8),
 ]
