@@ -70,6 +70,17 @@ def test_dropout_draws_the_same(triton):
     assert ops.attention(q, k, v, dropout_p=1.0).eq(0).all()
 
 
+def test_a_window_of_every_key(triton):
+    """Added to a row it passes 2^31."""
+    leaves = [torch.randn(1, 2, n, 16) for n in (20, 70, 70)]
+    plain, wide = (
+        run(lambda *x, w=w: ops.attention(*x, causal=True, window=w, return_lse=True), leaves)
+        for w in (None, 2**31 - 1)
+    )
+    for a, b in zip(plain, wide):
+        torch.testing.assert_close(a, b)
+
+
 def test_sees_nothing(triton):
     test_attention.test_sees_nothing(None, torch.float32)
 

@@ -55,3 +55,12 @@ def test_lengths_and_pages_out_of_bounds_stay_inside(triton):
     good = ops.paged_attention(q, k, v, table, lens)
     table[1, 2], lens[1] = 2**31 - 1, 2**20
     assert torch.equal(ops.paged_attention(q, k, v, table, lens)[0], good[0])
+
+
+def test_no_pages(triton):
+    """A table of pages that no cache has: there is nothing to read."""
+    cache = torch.zeros(0, 4, 2, 16)
+    table, lens = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([5, 9], dtype=torch.int32)
+    q = torch.randn(2, 1, 4, 16)
+    out, lse = ops.paged_attention(q, cache, cache, table, lens, return_lse=True)
+    assert out.eq(0).all() and lse.eq(-torch.inf).all()
