@@ -448,8 +448,8 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # By element size and padded head width, then by architecture: no register spills, tensor cores
-# (tests/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi or softcap, which take
-# registers; where there is no such line the plain one serves.
+# (tests/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi, softcap or int8 keys, which
+# take registers; where there is no such line the plain one serves.
 OPTIONS = "options"
 _MANY = {
     (2, 64): {80: _tiles(128, 64, 8, 3), 100: _tiles(128, 128, 8, 2)},
@@ -467,7 +467,8 @@ _MANY = {
 # 16 rows are the least of a matrix instruction
 _FEW = {
     (2, 64): {80: _tiles(16, 64, 4, 3)},
-    (2, 128): {80: _tiles(16, 64, 4, 3)},
+    (2, 128): {80: _tiles(16, 64, 4, 3), 100: _tiles(16, 64, 4, 2)},
+    (2, 128, OPTIONS): {80: _tiles(16, 32, 4, 3)},
     (2, 256): {80: _tiles(16, 32, 4, 3)},
     (2, 512): {80: _tiles(16, 32, 4, 1)},
     (4, 64): {80: _tiles(16, 32, 4, 1)},
@@ -487,10 +488,10 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def sizes_of(table: dict, q: Tensor, width: int, o: "Options") -> Config:
+def sizes_of(table: dict, q: Tensor, width: int, o: "Options", int8: bool = False) -> Config:
     """The entry for q's dtype and architecture, a padded head width, and the options given."""
     key = q.element_size(), min(max(width, 64), _WIDEST)
-    if o.slopes is o.bias is o.seed is None and o.softcap == 0:
+    if o.slopes is o.bias is o.seed is None and o.softcap == 0 and not int8:
         return of_arch(table[key], q)
     return of_arch(table.get((*key, OPTIONS), table[key]), q)
 
@@ -592,10 +593,11 @@ def forward(
     widest = max(block_d, block_dv)
     varlen = layout.cu_q is not None
     longest = layout.longest_q if varlen else layout.queries
-    config = sizes_of(_MANY, q, widest, o)
+    int8 = k.dtype == torch.int8
+    config = sizes_of(_MANY, q, widest, o, int8)
     pack = group if longest < config.sizes["BLOCK_M"] else 1
     if longest * pack <= FEW_ROWS:
-        config = sizes_of(_FEW, q, widest, o)
+        config = sizes_of(_FEW, q, widest, o, int8)
     block_m = config.sizes["BLOCK_M"]
     blocks = triton.cdiv(layout.queries * pack, block_m)
     if varlen:

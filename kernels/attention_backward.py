@@ -472,7 +472,7 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # As in kernels/attention.py
-_DELTA = Config({"BLOCK_M": 16}, num_warps=4)
+_DELTA_ELEMENTS = 2048  # of either operand, 16 a thread of four warps
 _DQ = {
     (2, 64): {80: _tiles(128, 64, 8, 2)},
     (2, 64, OPTIONS): {80: _tiles(128, 32, 8, 1)},
@@ -485,29 +485,29 @@ _DQ = {
     (2, 256): {80: _tiles(64, 32, 8, 1), 90: _tiles(32, 32, 8, 1), 100: _tiles(64, 32, 8, 1)},
     (2, 512): {80: _tiles(16, 16, 4, 1)},
     (4, 64): {80: _tiles(16, 16, 8, 1)},
-    (4, 128): {80: _tiles(16, 16, 8, 1)},
-    (4, 256): {80: _tiles(16, 16, 8, 1)},
-    (4, 512): {80: _tiles(16, 16, 8, 1)},
+    (4, 128): {80: _tiles(16, 16, 8, 2)},
+    (4, 256): {80: _tiles(16, 16, 8, 2)},
+    (4, 512): {80: _tiles(16, 16, 8, 2)},
 }
 _DKDV = {
     (2, 64): {80: _tiles(32, 64, 8, 1), 90: _tiles(32, 128, 8, 2), 100: _tiles(64, 64, 8, 1)},
     (2, 64, OPTIONS): {80: _tiles(16, 128, 8, 1)},
-    (2, 128): {80: _tiles(64, 64, 8, 1), 90: _tiles(16, 128, 8, 1), 100: _tiles(16, 32, 8, 1)},
+    (2, 128): {80: _tiles(64, 64, 8, 1), 90: _tiles(16, 128, 8, 1), 100: _tiles(64, 128, 8, 1)},
     (2, 128, OPTIONS): {80: _tiles(32, 32, 8, 1)},
     (2, 256): {80: _tiles(32, 32, 8, 1)},
     (2, 512): {80: _tiles(16, 16, 8, 1)},
     (4, 64): {80: _tiles(16, 32, 8, 1)},
     (4, 128): {80: _tiles(16, 16, 8, 1)},
-    (4, 256): {80: _tiles(16, 16, 8, 1)},
-    (4, 512): {80: _tiles(16, 16, 8, 1)},
+    (4, 256): {80: _tiles(16, 16, 8, 2)},
+    (4, 512): {80: _tiles(16, 16, 8, 2)},
 }
 _DBIAS = {
     (2, 64): {80: _tiles(32, 32, 8, 1)},
     (2, 128): {80: _tiles(16, 32, 8, 1), 90: _tiles(32, 32, 8, 1)},
     (2, 256): {80: _tiles(16, 32, 8, 1)},
     (2, 512): {80: _tiles(16, 16, 8, 1)},
-    (4, 64): {80: _tiles(16, 16, 8, 1)},
-    (4, 128): {80: _tiles(16, 16, 8, 1)},
+    (4, 64): {80: _tiles(32, 32, 8, 1), 90: _tiles(16, 16, 8, 1), 100: _tiles(16, 16, 8, 2)},
+    (4, 128): {80: _tiles(32, 32, 8, 1), 90: _tiles(16, 16, 8, 1), 100: _tiles(32, 32, 8, 1)},
     (4, 256): {80: _tiles(16, 16, 8, 1)},
     (4, 512): {80: _tiles(16, 16, 8, 1)},
 }
@@ -532,11 +532,12 @@ def backward(
     # packed rows are those of one sequence as far as delta is concerned
     delta = torch.empty_like(lse)
     unit, steps = in_units(strides(dout, dims), strides(out, dims))
-    blocks = triton.cdiv(layout.queries, _DELTA.sizes["BLOCK_M"])
+    config = Config({"BLOCK_M": max(1, _DELTA_ELEMENTS // block_dv)}, num_warps=4)
+    blocks = triton.cdiv(layout.queries, config.sizes["BLOCK_M"])
     parts = heads * (1 if varlen else layout.sequences)
     launch(
         _delta, (blocks * parts,), dout, out, None if dlse is None else dlse.float().contiguous(),
-        delta, layout.queries, heads, *steps, config=_DELTA, DV=v_width, BLOCK_DV=block_dv,
+        delta, layout.queries, heads, *steps, config=config, DV=v_width, BLOCK_DV=block_dv,
         UNIT=unit,
     )  # fmt: skip
 

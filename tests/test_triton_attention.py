@@ -5,7 +5,7 @@ import math
 import pytest
 import test_attention
 import torch
-from attention_cases import assert_kernel_near, run
+from attention_cases import assert_kernel_near, far_apart, run
 from test_attention import OPTIONS, case
 
 from fastlm import backend, ops
@@ -91,6 +91,25 @@ def test_empty(triton):
 
 def test_strided(triton):
     test_attention.test_strided(None, torch.float16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes memory that is not touched")
+def test_rows_past_two_to_the_31_elements(triton):
+    """The third row of q, k and v lies behind 2^31 elements: the same bits as of packed rows."""
+    bias = torch.randn(3, 3)
+    qkv = [far_apart((3, 1, 1, 16), 2**30 + 8, torch.float16) for _ in range(3)]
+
+    def function(*qkv):
+        return ops.attention(*(t.permute(1, 2, 0, 3) for t in qkv), bias=bias, return_lse=True)
+
+    leaves = [t.requires_grad_() for t in qkv]
+    out, lse = function(*leaves)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    packed = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in qkv]
+    other, other_lse = function(*packed)
+    assert torch.equal(out, other) and torch.equal(lse, other_lse)
+    for a, b in zip(grads, torch.autograd.grad(other.sum(), packed)):
+        assert torch.equal(a, b)
 
 
 def test_memory_order(triton):
