@@ -20,7 +20,7 @@ units of log2(e), so that exp is exp2. Products of 16-bit tensors run on the ten
 float32 sums, those of float32 in float32. Nothing of this has been measured on a GPU.
 
 Names: b sequence, i query aligned to the keys (the last query at the last key), j key, `_row` etc.
-strides in units of UNIT elements, so that they are known to be multiples of 8 where they are.
+strides in units of UNIT elements, so that they are known to be multiples of 16 or 8 where they are.
 """
 
 from typing import Any, NamedTuple
@@ -36,27 +36,38 @@ from fastlm.ops.attention import elements_last, empty_out
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# What a new value need not compile a new variant for
+# What a new value compiles no new variant for: sizes, and strides but for a bias's, whose last one
+# must be known to be 1 where it is. UNIT says what alignment needs of the others.
 LENGTHS = (
     "blocks queries keys sequences slots total_q total_k window splits bias_rows bias_keys"
-    " threshold lse_batch lse_head lse_rows table_row pages"
+    " threshold lse_batch lse_head lse_rows table_row pages rows columns heads batches"
 ).split()
+LENGTHS += [
+    f"{t}_{step}" for t in "q k v out dout dq dk dv".split() for step in ("batch", "head", "row")
+]
 
 
 # ---- what the kernels of all three ops share -----------------------------------------------------
 
 
 @triton.jit
+def sequence(cu, b, total):
+    """First row and length of packed sequence b, held inside the tensor whatever cu says."""
+    start = tl.minimum(tl.maximum(tl.load(cu + b), 0), total)
+    return start, tl.maximum(tl.minimum(tl.load(cu + b + 1), total) - start, 0)
+
+
+@triton.jit
 def place(
     slot, blocks, length, other_length, cu, other_cu, total, other_total, sequences,
-    PACK: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
+    PACK: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr, LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Which BLOCK of which sequence a slot is: b, block, and first row and length of the sequence
-    in this tensor and in the other one (keys for queries, queries for keys).
+    """Which BLOCK of which sequence a slot is: b, the block's first row, and first row and length
+    of the sequence in this tensor and in the other one (keys for queries, queries for keys).
 
     Packed: sequence b has its slots from cu[b] * PACK // BLOCK + b on, at least as many as blocks,
-    so that the grid follows from the totals. Offsets are held inside the tensors: a kernel cannot
-    refuse them.
+    so that the grid follows from the totals. Offsets that do not rise from 0 may leave a slot
+    before its sequence: it gets no rows.
     """
     if VARLEN:
         low = slot * 0
@@ -67,17 +78,53 @@ def place(
             low = tl.where(after, low, middle)
             high = tl.where(after, middle, high)
         b = low
-        start = tl.minimum(tl.maximum(tl.load(cu + b), 0), total)
-        length = tl.minimum(tl.load(cu + b + 1), total) - start
-        other = tl.minimum(tl.maximum(tl.load(other_cu + b), 0), other_total)
-        other_length = tl.maximum(tl.minimum(tl.load(other_cu + b + 1), other_total) - other, 0)
+        start, length = sequence(cu, b, total)
+        other, other_length = sequence(other_cu, b, other_total)
         block = slot - (start * PACK // BLOCK + b)
+        first = tl.where(block < 0, length * PACK, block * BLOCK)
     else:
         b = slot // blocks
         block = slot % blocks
+        if LAST_FIRST:
+            block = blocks - 1 - block
+        first = block * BLOCK
         start = slot * 0
         other = start
-    return b, block, start, length, other, other_length
+    return b, first, start, length, other, other_length
+
+
+@triton.jit
+def seen_keys(
+    earliest, latest, keys, window,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """lo and hi: the keys that any row of earliest .. latest sees; lo is a multiple of BLOCK_N."""
+    lo = keys * 0
+    hi = keys
+    if CAUSAL:
+        hi = tl.minimum(keys, latest + 1)
+    if WINDOW:
+        lo = tl.maximum(earliest - window + 1, 0) // BLOCK_N * BLOCK_N
+    return lo, hi
+
+
+@triton.jit
+def whole_tiles(
+    lo, hi, earliest, latest, window,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FIRST_PART: tl.constexpr,
+):  # fmt: skip
+    """full_lo and full_hi, multiples of BLOCK_N: of lo .. hi the keys that every row sees."""
+    full_hi = hi
+    if CAUSAL:
+        full_hi = tl.minimum(hi, earliest + 1)
+    full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N, lo)
+    full_lo = lo
+    if WINDOW:
+        full_lo = tl.cdiv(tl.maximum(latest - window + 1, 0), BLOCK_N) * BLOCK_N
+        full_lo = tl.minimum(tl.maximum(full_lo, lo), full_hi)
+    if FIRST_PART == 2:
+        full_hi = lo
+    return full_lo, full_hi
 
 
 @triton.jit
@@ -262,12 +309,10 @@ def _forward(
     split = task % splits
     slot = task // splits % slots
     heads = task // splits // slots  # PACK of them
-    b, block, row, queries, key_row, keys = place(
-        slot, blocks, queries, keys, cu_q, cu_k, total_q, total_k, sequences, PACK, BLOCK_M, VARLEN
-    )
-    if not VARLEN:
-        block = blocks - 1 - block  # causal: the longest first
-    first = block * BLOCK_M
+    b, first, row, queries, key_row, keys = place(
+        slot, blocks, queries, keys, cu_q, cu_k, total_q, total_k, sequences, PACK, BLOCK_M, VARLEN,
+        True,  # causal: the longest first
+    )  # fmt: skip
     if first >= queries * PACK:
         return
     wide_b = b.to(tl.int64)
@@ -303,36 +348,24 @@ def _forward(
         seen_bias = seen_rows & (query < bias_rows)
 
     # what the rows see, in up to three parts: masked lo .. full_lo (window), full_lo .. full_hi,
-    # masked full_hi .. hi; bounds are multiples of BLOCK_N but for hi
+    # masked full_hi .. hi
     shift = keys - queries
     earliest = first // PACK + shift
     latest = tl.minimum((first + BLOCK_M - 1) // PACK, queries - 1) + shift
-    lo = keys * 0
-    hi = keys
-    if CAUSAL:
-        hi = tl.minimum(keys, latest + 1)
-    if WINDOW:
-        lo = tl.maximum(earliest - window + 1, 0) // BLOCK_N * BLOCK_N
+    lo, hi = seen_keys(earliest, latest, keys, window, BLOCK_N, CAUSAL, WINDOW)
     if SPLIT:
         share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BLOCK_N) * BLOCK_N
         lo += split * share
         hi = tl.minimum(hi, lo + share)
+    full_lo, full_hi = whole_tiles(
+        lo, hi, earliest, latest, window, BLOCK_N, CAUSAL, WINDOW, FIRST_PART
+    )
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if (sinks is not None) and (not SPLIT):
         top = tl.load(sinks + head, mask=seen_rows, other=0.0) * LOG2E
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     result = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    full_hi = hi
-    if CAUSAL:
-        full_hi = tl.minimum(hi, earliest + 1)
-    full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N, lo)
-    full_lo = lo
-    if WINDOW:
-        full_lo = tl.cdiv(tl.maximum(latest - window + 1, 0), BLOCK_N) * BLOCK_N
-        full_lo = tl.minimum(tl.maximum(full_lo, lo), full_hi)
-    if FIRST_PART == 2:
-        full_hi = lo
     for part in tl.static_range(FIRST_PART, 3):
         if part == 0:
             start = lo
@@ -369,7 +402,7 @@ def _forward(
     store_rows(out_at, result * factor[:, None], value_columns, seen_rows, DV, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["queries", "lse_rows", "splits", "heads"])
+@triton.jit(do_not_specialize=LENGTHS)
 def _combine(
     parts,  # (splits, B, H, S, DV) float32
     part_lse,  # (splits, B, H, S), in units of log2(e)
@@ -415,8 +448,8 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # By element size and padded head width, then by architecture: no register spills, tensor cores
-# (tests/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi or softcap, which take
-# registers; where there is no such line the plain one serves.
+# (tests/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi, softcap or int8 keys, which
+# take registers; where there is no such line the plain one serves.
 OPTIONS = "options"
 _MANY = Tiles(
     "attention",
@@ -439,7 +472,8 @@ _FEW = Tiles(
     "attention, few rows",
     {
         (2, 64): {80: _tiles(16, 64, 4, 3)},
-        (2, 128): {80: _tiles(16, 64, 4, 3)},
+        (2, 128): {80: _tiles(16, 64, 4, 3), 100: _tiles(16, 64, 4, 2)},
+        (2, 128, OPTIONS): {80: _tiles(16, 32, 4, 3)},
         (2, 256): {80: _tiles(16, 32, 4, 3)},
         (2, 512): {80: _tiles(16, 32, 4, 1)},
         (4, 64): {80: _tiles(16, 32, 4, 1)},
@@ -452,6 +486,7 @@ FEW_ROWS = 16
 _WIDEST = 512  # wider heads take its tiles; from 512 on they are not in the gate
 _MOST_SPLITS = 32  # partial results of one row that `_combine` holds in registers
 _LEAST_SHARE = 256  # keys that are worth a program of their own
+_WIDEST_WINDOW = 2**30  # sees all of as many keys; kernels add it to a row in 32 bits
 
 
 def padded(width: int) -> int:
@@ -459,10 +494,10 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def sizes_of(tiles: Tiles, q: Tensor, width: int, o: "Options") -> Config:
+def sizes_of(tiles: Tiles, q: Tensor, width: int, o: "Options", int8: bool = False) -> Config:
     """The entry for q's dtype and architecture, a padded head width, and the options given."""
     key = q.element_size(), min(max(width, 64), _WIDEST)
-    if not (o.slopes is o.bias is o.seed is None and o.softcap == 0):
+    if not (o.slopes is o.bias is o.seed is None and o.softcap == 0) or int8:
         with_options = (*key, OPTIONS)
         key = with_options if with_options in tiles.table else key
     return tiles.of(key, q)
@@ -516,8 +551,8 @@ class Options(NamedTuple):
 def options(sinks, alibi_slopes, bias, seed, causal, scale, window, softcap, dropout_p) -> Options:
     drops = min(int(dropout_p * 2**32), 2**32 - 1)  # all of them: by keep_scale 0
     return Options(
-        _floats(sinks), _floats(alibi_slopes), bias, seed, causal or window > 0, scale, window,
-        softcap, drops - 2**32 if drops >= 2**31 else drops,
+        _floats(sinks), _floats(alibi_slopes), bias, seed, causal or window > 0, scale,
+        min(window, _WIDEST_WINDOW), softcap, drops - 2**32 if drops >= 2**31 else drops,
         1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
     )  # fmt: skip
 
@@ -533,9 +568,10 @@ def strides(t: Tensor, dims: tuple[int | None, int, int]) -> tuple[int, int, int
 
 
 def in_units(*steps: tuple[int, ...]) -> tuple[int, list[int]]:
-    """UNIT, and the strides in it: multiples of 8 elements can be read 8 at a time."""
+    """UNIT, and the strides in it: reading 16 bytes at a time takes multiples of 16 elements of
+    int8, of 8 or fewer of the others."""
     flat = [n for step in steps for n in step]
-    unit = 8 if all(n % 8 == 0 for n in flat) else 1
+    unit = next(u for u in (16, 8, 1) if all(n % u == 0 for n in flat))
     return unit, [n // unit for n in flat]
 
 
@@ -564,10 +600,11 @@ def forward(
     widest = max(block_d, block_dv)
     varlen = layout.cu_q is not None
     longest = layout.longest_q if varlen else layout.queries
-    config = sizes_of(_MANY, q, widest, o)
+    int8 = k.dtype == torch.int8
+    config = sizes_of(_MANY, q, widest, o, int8)
     pack = group if longest < config.sizes["BLOCK_M"] else 1
     if longest * pack <= FEW_ROWS:
-        config = sizes_of(_FEW, q, widest, o)
+        config = sizes_of(_FEW, q, widest, o, int8)
     block_m = config.sizes["BLOCK_M"]
     blocks = triton.cdiv(layout.queries * pack, block_m)
     if varlen:

@@ -39,15 +39,18 @@ from fastlm.kernels.attention import (
     padded,
     place,
     scores,
+    seen_keys,
+    sequence,
     sizes_of,
     store_rows,
     strides,
+    whole_tiles,
 )
 from fastlm.kernels.launch import Config, Tiles, launch
 from fastlm.ops.attention import elements_last
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=LENGTHS)
 def _delta(
     dout,  # rows of DV elements, strides _batch, _head, _row
     out,  # likewise
@@ -143,12 +146,10 @@ def _dq(
 ):  # fmt: skip
     slot = tl.program_id(0) % slots
     head = (tl.program_id(0) // slots).to(tl.int64)
-    b, block, row, queries, key_row, keys = place(
-        slot, blocks, queries, keys, cu_q, cu_k, total_q, total_k, sequences, 1, BLOCK_M, VARLEN
-    )
-    if not VARLEN:
-        block = blocks - 1 - block  # causal: the longest first
-    first = block * BLOCK_M
+    b, first, row, queries, key_row, keys = place(
+        slot, blocks, queries, keys, cu_q, cu_k, total_q, total_k, sequences, 1, BLOCK_M, VARLEN,
+        True,  # causal: the longest first
+    )  # fmt: skip
     if first >= queries:
         return
     wide_b = b.to(tl.int64)
@@ -181,23 +182,11 @@ def _dq(
     shift = keys - queries
     earliest = first + shift
     latest = tl.minimum(first + BLOCK_M, queries) - 1 + shift
-    lo = keys * 0
-    hi = keys
-    if CAUSAL:
-        hi = tl.minimum(keys, latest + 1)
-    if WINDOW:
-        lo = tl.maximum(earliest - window + 1, 0) // BLOCK_N * BLOCK_N
+    lo, hi = seen_keys(earliest, latest, keys, window, BLOCK_N, CAUSAL, WINDOW)
+    full_lo, full_hi = whole_tiles(
+        lo, hi, earliest, latest, window, BLOCK_N, CAUSAL, WINDOW, FIRST_PART
+    )
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full_hi = keys
-    if CAUSAL:
-        full_hi = tl.minimum(keys, earliest + 1)
-    full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N, lo)
-    full_lo = lo
-    if WINDOW:
-        full_lo = tl.cdiv(tl.maximum(latest - window + 1, 0), BLOCK_N) * BLOCK_N
-        full_lo = tl.minimum(tl.maximum(full_lo, lo), full_hi)
-    if FIRST_PART == 2:
-        full_hi = lo
     for part in tl.static_range(FIRST_PART, 3):
         if part == 0:
             start = lo
@@ -284,10 +273,10 @@ def _dkdv(
 ):  # fmt: skip
     slot = tl.program_id(0) % slots
     kv_head = (tl.program_id(0) // slots).to(tl.int64)
-    b, block, key_row, keys, row, queries = place(
-        slot, blocks, keys, queries, cu_k, cu_q, total_k, total_q, sequences, 1, BLOCK_N, VARLEN
-    )
-    first = block * BLOCK_N
+    b, first, key_row, keys, row, queries = place(
+        slot, blocks, keys, queries, cu_k, cu_q, total_k, total_q, sequences, 1, BLOCK_N, VARLEN,
+        False,
+    )  # fmt: skip
     if first >= keys:
         return
     wide_b = b.to(tl.int64)
@@ -359,7 +348,7 @@ def _dkdv(
     store_rows(dv_at + value_columns[None, :], dv_tile, value_columns, inside, DV, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "batches", "heads", "rows", "columns"])
+@triton.jit(do_not_specialize=LENGTHS)
 def _dbias(
     q, k, v, dout, lse, delta,  # as in `_dq`
     dbias,  # (batches, bias_heads, rows, columns) float32, contiguous
@@ -401,10 +390,8 @@ def _dbias(
     for b in tl.range(first_batch, last_batch):
         wide_b = (task * 0 + b).to(tl.int64)  # interpreted, b is Python's int
         if VARLEN:
-            row = tl.minimum(tl.maximum(tl.load(cu_q + b), 0), total_q)
-            queries = tl.maximum(tl.minimum(tl.load(cu_q + b + 1), total_q) - row, 0)
-            key_row = tl.minimum(tl.maximum(tl.load(cu_k + b), 0), total_k)
-            keys = tl.maximum(tl.minimum(tl.load(cu_k + b + 1), total_k) - key_row, 0)
+            row, queries = sequence(cu_q, b, total_q)
+            key_row, keys = sequence(cu_k, b, total_k)
         shift = keys - queries
         wide_row = row.to(tl.int64)
         wide_key = key_row.to(tl.int64)
@@ -485,7 +472,7 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # As in kernels/attention.py
-_DELTA = Config({"BLOCK_M": 16}, num_warps=4)
+_DELTA_ELEMENTS = 2048  # of either operand, 16 a thread of four warps
 _DQ = Tiles(
     "attention dq",
     {
@@ -500,9 +487,9 @@ _DQ = Tiles(
         (2, 256): {80: _tiles(64, 32, 8, 1), 90: _tiles(32, 32, 8, 1), 100: _tiles(64, 32, 8, 1)},
         (2, 512): {80: _tiles(16, 16, 4, 1)},
         (4, 64): {80: _tiles(16, 16, 8, 1)},
-        (4, 128): {80: _tiles(16, 16, 8, 1)},
-        (4, 256): {80: _tiles(16, 16, 8, 1)},
-        (4, 512): {80: _tiles(16, 16, 8, 1)},
+        (4, 128): {80: _tiles(16, 16, 8, 2)},
+        (4, 256): {80: _tiles(16, 16, 8, 2)},
+        (4, 512): {80: _tiles(16, 16, 8, 2)},
     },
 )
 _DKDV = Tiles(
@@ -510,14 +497,14 @@ _DKDV = Tiles(
     {
         (2, 64): {80: _tiles(32, 64, 8, 1), 90: _tiles(32, 128, 8, 2), 100: _tiles(64, 64, 8, 1)},
         (2, 64, OPTIONS): {80: _tiles(16, 128, 8, 1)},
-        (2, 128): {80: _tiles(64, 64, 8, 1), 90: _tiles(16, 128, 8, 1), 100: _tiles(16, 32, 8, 1)},
+        (2, 128): {80: _tiles(64, 64, 8, 1), 90: _tiles(16, 128, 8, 1), 100: _tiles(64, 128, 8, 1)},
         (2, 128, OPTIONS): {80: _tiles(32, 32, 8, 1)},
         (2, 256): {80: _tiles(32, 32, 8, 1)},
         (2, 512): {80: _tiles(16, 16, 8, 1)},
         (4, 64): {80: _tiles(16, 32, 8, 1)},
         (4, 128): {80: _tiles(16, 16, 8, 1)},
-        (4, 256): {80: _tiles(16, 16, 8, 1)},
-        (4, 512): {80: _tiles(16, 16, 8, 1)},
+        (4, 256): {80: _tiles(16, 16, 8, 2)},
+        (4, 512): {80: _tiles(16, 16, 8, 2)},
     },
 )
 _DBIAS = Tiles(
@@ -527,8 +514,8 @@ _DBIAS = Tiles(
         (2, 128): {80: _tiles(16, 32, 8, 1), 90: _tiles(32, 32, 8, 1)},
         (2, 256): {80: _tiles(16, 32, 8, 1)},
         (2, 512): {80: _tiles(16, 16, 8, 1)},
-        (4, 64): {80: _tiles(16, 16, 8, 1)},
-        (4, 128): {80: _tiles(16, 16, 8, 1)},
+        (4, 64): {80: _tiles(32, 32, 8, 1), 90: _tiles(16, 16, 8, 1), 100: _tiles(16, 16, 8, 2)},
+        (4, 128): {80: _tiles(32, 32, 8, 1), 90: _tiles(16, 16, 8, 1), 100: _tiles(32, 32, 8, 1)},
         (4, 256): {80: _tiles(16, 16, 8, 1)},
         (4, 512): {80: _tiles(16, 16, 8, 1)},
     },
@@ -554,11 +541,12 @@ def backward(
     # packed rows are those of one sequence as far as delta is concerned
     delta = torch.empty_like(lse)
     unit, steps = in_units(strides(dout, dims), strides(out, dims))
-    blocks = triton.cdiv(layout.queries, _DELTA.sizes["BLOCK_M"])
+    config = Config({"BLOCK_M": max(1, _DELTA_ELEMENTS // block_dv)}, num_warps=4)
+    blocks = triton.cdiv(layout.queries, config.sizes["BLOCK_M"])
     parts = heads * (1 if varlen else layout.sequences)
     launch(
         _delta, (blocks * parts,), dout, out, None if dlse is None else dlse.float().contiguous(),
-        delta, layout.queries, heads, *steps, config=_DELTA, DV=v_width, BLOCK_DV=block_dv,
+        delta, layout.queries, heads, *steps, config=config, DV=v_width, BLOCK_DV=block_dv,
         UNIT=unit,
     )  # fmt: skip
 

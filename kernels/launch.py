@@ -5,7 +5,7 @@
 - On a GPU: on the device of the first tensor.
 - Interpreted (``TRITON_INTERPRET=1``, read when a kernel is decorated): on CPU tensors, by numpy.
 - Compiled without a GPU: `compiling(target)` sends every launch, made from tensors on the meta
-  device, to a list of machine code that tests/triton_gate.py reads. What runs there is the whole
+  device, to a list of machine code that tests/triton_gate reads. What runs there is the whole
   host function: one that asks a tensor for its value fails.
 
 Tile sizes come from `Tiles` beside each kernel: a fixed table by compute capability, so that a

@@ -26,10 +26,10 @@ def paged_attention(
     out = q.new_empty(batch, queries, heads, v_cache.shape[3])
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     o = options(sinks, alibi_slopes, bias, None, causal, scale, window, softcap, 0.0)
-    page = k_cache.shape[1]
+    pages, page = k_cache.shape[:2]
+    room = table.shape[1] * page if pages else 0  # no page is nearest where there are none
     layout = Layout(
-        batch, queries, table.shape[1] * page, table=table, seq_lens=seq_lens.contiguous(),
-        page=page, pages=k_cache.shape[0],
-    )  # fmt: skip
+        batch, queries, room, table=table, seq_lens=seq_lens.contiguous(), page=page, pages=pages
+    )
     forward(q, k_cache, v_cache, out, lse, _DIMS, _DIMS, layout, o, k_scale, v_scale)
     return out, lse

@@ -1,6 +1,7 @@
 """What the tests of the three attention ops share: a run with gradients, a three-way comparison."""
 
 import math
+import mmap
 
 import torch
 from tolerance import ULP, assert_near
@@ -16,6 +17,16 @@ def run(function, leaves):
     return [
         out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, upstream(out, lse))
     ]  # fmt: skip
+
+
+def far_apart(shape, step, dtype):
+    """Random rows `step` elements apart along the first dimension: memory without pages but where
+    there are rows."""
+    size = ((shape[0] - 1) * step + math.prod(shape[1:])) * dtype.itemsize
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    inner = torch.empty(shape[1:]).stride()
+    t = torch.frombuffer(memory, dtype=dtype).as_strided(shape, (step, *inner))
+    return t.copy_((torch.randn(shape) * (40 if dtype == torch.int8 else 1)).to(dtype))
 
 
 def upstream(out, lse):

@@ -5,7 +5,7 @@ import math
 import pytest
 import test_attention
 import torch
-from attention_cases import assert_kernel_near, run
+from attention_cases import assert_kernel_near, far_apart, run
 from test_attention import OPTIONS, case
 
 from fastlm import backend, ops
@@ -70,6 +70,17 @@ def test_dropout_draws_the_same(triton):
     assert ops.attention(q, k, v, dropout_p=1.0).eq(0).all()
 
 
+def test_a_window_of_every_key(triton):
+    """Added to a row it passes 2^31."""
+    leaves = [torch.randn(1, 2, n, 16) for n in (20, 70, 70)]
+    plain, wide = (
+        run(lambda *x, w=w: ops.attention(*x, causal=True, window=w, return_lse=True), leaves)
+        for w in (None, 2**31 - 1)
+    )
+    for a, b in zip(plain, wide):
+        torch.testing.assert_close(a, b)
+
+
 def test_sees_nothing(triton):
     test_attention.test_sees_nothing(None, torch.float32)
 
@@ -80,6 +91,25 @@ def test_empty(triton):
 
 def test_strided(triton):
     test_attention.test_strided(None, torch.float16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes memory that is not touched")
+def test_rows_past_two_to_the_31_elements(triton):
+    """The third row of q, k and v lies behind 2^31 elements: the same bits as of packed rows."""
+    bias = torch.randn(3, 3)
+    qkv = [far_apart((3, 1, 1, 16), 2**30 + 8, torch.float16) for _ in range(3)]
+
+    def function(*qkv):
+        return ops.attention(*(t.permute(1, 2, 0, 3) for t in qkv), bias=bias, return_lse=True)
+
+    leaves = [t.requires_grad_() for t in qkv]
+    out, lse = function(*leaves)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    packed = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in qkv]
+    other, other_lse = function(*packed)
+    assert torch.equal(out, other) and torch.equal(lse, other_lse)
+    for a, b in zip(grads, torch.autograd.grad(other.sum(), packed)):
+        assert torch.equal(a, b)
 
 
 def test_memory_order(triton):

@@ -3,6 +3,7 @@
 import pytest
 import test_paged_attention
 import torch
+from attention_cases import far_apart
 from test_paged_attention import OPTIONS, assert_paged_near, cache
 
 from fastlm import ops
@@ -55,3 +56,21 @@ def test_lengths_and_pages_out_of_bounds_stay_inside(triton):
     good = ops.paged_attention(q, k, v, table, lens)
     table[1, 2], lens[1] = 2**31 - 1, 2**20
     assert torch.equal(ops.paged_attention(q, k, v, table, lens)[0], good[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes memory that is not touched")
+def test_pages_past_two_to_the_31_elements(triton):
+    k, v = (far_apart((3, 4, 2, 16), 2**30 + 16, torch.int8) for _ in range(2))
+    table, lens = torch.tensor([[2, 0, 1]], dtype=torch.int32), torch.tensor([11]).int()
+    q, scales = torch.randn(1, 1, 4, 16), {"k_scale": 0.02, "v_scale": 0.03}
+    expected = ops.paged_attention(q, k.contiguous(), v.contiguous(), table, lens, **scales)
+    assert torch.equal(ops.paged_attention(q, k, v, table, lens, **scales), expected)
+
+
+def test_no_pages(triton):
+    """A table of pages that no cache has: there is nothing to read."""
+    cache = torch.zeros(0, 4, 2, 16)
+    table, lens = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([5, 9], dtype=torch.int32)
+    q = torch.randn(2, 1, 4, 16)
+    out, lse = ops.paged_attention(q, cache, cache, table, lens, return_lse=True)
+    assert out.eq(0).all() and lse.eq(-torch.inf).all()

@@ -54,6 +54,8 @@ CASES = [
     _training("causal 256", 256, BFLOAT16, PRODUCTS),
     _training("every option 128", 128, BFLOAT16, PRODUCTS, all_options=True),
     _training("causal 64", 64, FLOAT32, {}),
+    _training("causal 256", 256, FLOAT32, {}),
+    _training("every option 64", 64, FLOAT32, {}, all_options=True),
     _training("every option 128", 128, FLOAT32, {}, all_options=True),
     _decoding(128),
 ]
