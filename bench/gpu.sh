@@ -1,12 +1,12 @@
 #!/bin/sh
 # On a machine with a GPU: builds fastlm for the Python there ($PYTHON, .venv or python3), runs the tests that need the GPU, then bench/gpu.py; under ten
 # minutes in all: what is not done by then is cut off and has printed what it has. Not run on a GPU yet.
-#     sh bench/gpu.sh [folder for results] [tests|triton|bench ...]        default: bench/results, all three
+#     sh bench/gpu.sh [folder for results] [tests|triton|cuda|bench ...]        default: bench/results, all four
 # Nothing is fetched: packages that are missing there travel as wheels, on PYTHONPATH. Every step runs, whatever failed before.
 set -u
 out=${1:-bench/results}
 test $# -gt 0 && shift
-steps=${*:-tests triton bench}
+steps=${*:-tests triton cuda bench}
 mkdir -p "$out"
 test -x .venv/bin/python && python=.venv/bin/python || python=python3
 python=${PYTHON:-$python}
@@ -18,7 +18,10 @@ $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
   echo "gpu.sh: wanted a GPU that the torch of $python sees, got none"
   exit 1
 }
-# The kernels of the GPU do not need the extension: without it everything here but some tests' imports still runs
+# CUDA kernels for this card alone: a third of the time
+capability=$($python -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a > 8))')
+export FASTLM_CUDA_ARCHS="$capability"
+# Without the extensions everything here but the CUDA kernels and some tests' imports still runs
 timeout 150 $python setup.py -q build_ext --inplace >"$out/gpu-build.log" 2>&1 || {
   status=1
   echo "gpu.sh: the C++ extension does not build, going on without it: $out/gpu-build.log"
@@ -44,6 +47,19 @@ for step in $steps; do
     $pytest 110 $python -P -m pytest -q -W default $parallel --maxfail=20 $files >"$out/gpu-triton.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-triton.log"
     ;;
+  cuda)
+    # what the emulator cannot know is seen here first: fragment layouts, the memory's order
+    $pytest 60 $python -P -m pytest -q -W default $parallel --maxfail=20 $(ls tests/test_cuda_*.py | grep -v gate) >"$out/gpu-cuda.log" 2>&1 || status=1
+    tail -n 25 "$out/gpu-cuda.log"
+    if command -v compute-sanitizer >/dev/null; then
+      for tool in memcheck racecheck; do
+        timeout 45 compute-sanitizer --tool $tool --error-exitcode 9 $python -P -m pytest -q -W default -x -k "float16 and 507 or repeats" tests/test_cuda_rms_norm.py >"$out/gpu-$tool.log" 2>&1 || status=1
+        tail -n 3 "$out/gpu-$tool.log"
+      done
+    else
+      echo "gpu.sh: compute-sanitizer is not on PATH: memcheck and racecheck did not run"
+    fi
+    ;;
   bench)
     timeout -s INT -k 10 190 $python -P bench/gpu.py --seconds 160 >"$out/gpu.txt" 2>"$out/gpu-bench.log" || status=1
     cat "$out/gpu.txt"
@@ -51,7 +67,7 @@ for step in $steps; do
     grep '^{' "$out/gpu.txt" >"$out/gpu.jsonl"
     ;;
   *)
-    echo "gpu.sh: steps: wanted tests, triton or bench, got $step"
+    echo "gpu.sh: steps: wanted tests, triton, cuda or bench, got $step"
     exit 2
     ;;
   esac
