@@ -17,12 +17,13 @@ plus LAUNCH for each launch in a stream. Registers and threads come from tests/c
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from fastlm import backend, ops
+from fastlm import AdamW, backend, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16 = torch.bfloat16
@@ -112,18 +113,82 @@ def seconds(case: Case, kernels: list[Kernel], card: Card) -> float:
 # ---- cases ---------------------------------------------------------------------------------------
 
 
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
 def rms_norm() -> Iterator[Case]:
     for rows, width in ((1, 4096), (64, 4096), (16384, 4096)):
-        x, r = (torch.empty(rows, width, dtype=BF16) for _ in range(2))
-        weight = torch.empty(width, dtype=BF16)
-        yield Case(
-            "rms_norm", f"{rows} x {width}, residual", lambda x=x, r=r, w=weight: ops.rms_norm(
-                x, w, residual=r
-            ), 4 * 2 * rows * width,
-        )  # fmt: skip
+        x, r, weight = empty(rows, width), empty(rows, width), empty(width)
+        call = partial(ops.rms_norm, x, weight, residual=r)
+        yield Case("rms_norm", f"{rows} x {width}, residual", call, 4 * 2 * rows * width)
 
 
-CASES = {f.__name__: f for f in (rms_norm,)}
+def glu() -> Iterator[Case]:
+    for rows, width in ((1, 14336), (64, 14336)):
+        call = partial(ops.glu, empty(rows, width), empty(rows, width))
+        yield Case("glu", f"{rows} x {width}", call, 3 * 2 * rows * width)
+
+
+def rope() -> Iterator[Case]:
+    for users in (1, 64):
+        q, k = empty(users, 32, 1, 128), empty(users, 8, 1, 128)
+        tables = torch.zeros(users, 1, 128), torch.zeros(users, 1, 128)
+        call = partial(ops.rope, q, k, *tables)
+        yield Case("rope", f"B {users} H 32/8 S 1 D 128", call, 2 * 2 * (q.numel() + k.numel()))
+
+
+def cross_entropy() -> Iterator[Case]:
+    for rows, classes in ((8, 128256), (8192, 128256)):
+        logits, target = empty(rows, classes), torch.zeros(rows, dtype=torch.int64)
+        call = partial(ops.cross_entropy, logits, target)
+        yield Case("cross_entropy fwd", f"{rows} x {classes}", call, 2 * rows * classes)
+
+
+def adamw() -> Iterator[Case]:
+    weights = [empty(4096, 4096).requires_grad_() for _ in range(24)]
+    weights += [empty(4096).requires_grad_() for _ in range(200)]
+    count = sum(w.numel() for w in weights)
+    for w in weights:
+        w.grad = torch.empty_like(w)
+    # weight and gradient of 2 bytes, states of 4 or 1: read, and all but the gradient written
+    for bits, size in ((32, 2 + 4 + 16), (8, 2 + 4 + 4)):
+        step = AdamW(weights, state_bits=bits).step
+        yield Case("adamw step", f"{count / 1e6:.0f} M bf16, {bits}-bit states", step, size * count)
+
+
+def paged_attention() -> Iterator[Case]:
+    page, h, kv, d = 16, 32, 8, 128
+    for users, keys in ((1, 32768), (8, 4096), (64, 1024), (256, 1024)):
+        pages = users * keys // page
+        block = torch.arange(pages, dtype=torch.int32).view(users, -1)
+        lens = torch.full((users,), keys, dtype=torch.int32)
+        q = empty(users, 1, h, d)
+        for dtype in (BF16, torch.int8):
+            cache = empty(2, pages, page, kv, d, dtype=dtype)
+            scales = {} if dtype == BF16 else {"k_scale": 1.0, "v_scale": 1.0}
+            call = partial(ops.paged_attention, q, *cache, block, lens, **scales)
+            size = cache.numel() * cache.element_size()
+            name = "paged_attention" if dtype == BF16 else "paged_attention int8"
+            shape = f"{users} x {keys}, {h}/{kv}, {d}"
+            yield Case(name, shape, call, size, 4 * users * keys * h * d)
+
+
+def quantized_linear() -> Iterator[Case]:
+    n, k = 14336, 4096
+    codes = {bits: ops.quantize_weight(torch.zeros(n, k, dtype=BF16), bits) for bits in (4, 8)}
+    for bits, act_bits in ((4, 16), (8, 16), (8, 8), (4, 8)):
+        for m in (1, 4, 16, 64):
+            call = partial(ops.quantized_linear, empty(m, k), codes[bits], act_bits=act_bits)
+            name, kind = f"quantized_linear w{bits}a{act_bits}", "int8" if act_bits == 8 else "bf16"
+            size = n * k * bits // 8 + n * k // 128 * 2
+            yield Case(name, f"{m} x {k} -> {n}", call, size, 2 * m * n * k, kind)
+
+
+CASES = {
+    f.__name__: f
+    for f in (quantized_linear, paged_attention, cross_entropy, adamw, rms_norm, rope, glu)
+}
 
 
 def measured() -> tuple[str, dict[tuple[str, str], float]]:
