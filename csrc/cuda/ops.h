@@ -13,6 +13,22 @@ namespace fastlm {
 using OptionalTensor = std::optional<TensorView>;
 using Stream = uintptr_t;
 
+// cross_entropy.cu; softcap 0: none; partial (rows, parts, 4) where rows are split
+void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor class_weight,
+                           bool smooth, int64_t ignore_index, float softcap, float scale,
+                           OptionalTensor partial, TensorView shift, TensorView log_sum,
+                           TensorView nll, OptionalTensor smoothed, Stream stream);
+void cross_entropy_sum(TensorView nll, TensorView target, int64_t ignore_index, bool mean,
+                       TensorView loss, Stream stream);
+void cross_entropy_backward(TensorView on_p, TensorView on_target, OptionalTensor on_all,
+                            TensorView logits, TensorView target, OptionalTensor class_weight,
+                            TensorView shift, TensorView log_sum, int64_t ignore_index,
+                            float softcap, float scale, TensorView d_logits, Stream stream);
+void cross_entropy_loss_backward(TensorView d_loss, TensorView logits, TensorView target,
+                                 TensorView shift, TensorView log_sum, int64_t ignore_index,
+                                 bool mean, float softcap, float scale, TensorView share,
+                                 TensorView d_logits, Stream stream);
+
 // rms_norm.cu
 void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
                       float offset, TensorView y, OptionalTensor h, TensorView rstd, Stream stream);
