@@ -63,6 +63,9 @@ void bind(py::module_& m) {
       "fastlm.ops.";
   emulator(m);
 
+  m.def("adamw", &adamw, "tensors"_a, "settings"_a, "chunks"_a, "chunk_size"_a, "scalars"_a,
+        "keys"_a, "sums"_a, "grad_norm"_a, "clip"_a, "max_grad_norm"_a, "read"_a, "written"_a,
+        "stream"_a, Guard());
   m.def("cross_entropy_forward", &cross_entropy_forward, "logits"_a, "target"_a, "class_weight"_a,
         "smooth"_a, "ignore_index"_a, "softcap"_a, "scale"_a, "partial"_a, "shift"_a, "log_sum"_a,
         "nll"_a, "smoothed"_a, "stream"_a, Guard());

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "tensor.h"
 
@@ -12,6 +13,13 @@ namespace fastlm {
 
 using OptionalTensor = std::optional<TensorView>;
 using Stream = uintptr_t;
+
+// adamw.cu; sums, grad_norm and clip to clip (no sums: grad_norm is given); read and written: what
+// the table points at, for the emulator alone
+void adamw(TensorView tensors, TensorView settings, TensorView chunks, int chunk_size,
+           TensorView scalars, TensorView keys, OptionalTensor sums, OptionalTensor grad_norm,
+           OptionalTensor clip, float max_grad_norm, const std::vector<TensorView>& read,
+           const std::vector<TensorView>& written, Stream stream);
 
 // cross_entropy.cu; softcap 0: none; partial (rows, parts, 4) where rows are split
 void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor class_weight,

@@ -51,15 +51,27 @@ DEVICE uint4 load_once(const uint4* p) {
   return v;
 }
 
-// 16 bytes of global memory as one: nvcc may take `store` of a vector apart.
+// An address out of a table, which nvcc would reach as one of any memory.
+template <class T>
+DEVICE T* global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
+// 4, 8 or 16 bytes of global memory as one: nvcc may take `store` of a vector apart.
 template <class V>
 DEVICE void store_global(V* p, const V& value) {
-  static_assert(sizeof(V) == 16 && alignof(V) == 16);
-  uint4 v;
-  memcpy(&v, &value, sizeof v);
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
-               : "memory");
+  static_assert(alignof(V) == sizeof(V));
+  uint32_t v[sizeof(V) / 4];
+  memcpy(v, &value, sizeof v);
+  if constexpr (sizeof(V) == 4)
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v[0]) : "memory");
+  else if constexpr (sizeof(V) == 8)
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v[0]), "r"(v[1]) : "memory");
+  else
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3])
+                 : "memory");
 }
 
 // Copies `valid` of Bytes (4, 8, 16) to shared memory, zeros for the rest, without waiting.
@@ -158,6 +170,10 @@ void store(T* p, V value, Site site = Site::current()) {
   *p = value;
 }
 inline uint4 load_once(const uint4* p, Site site = Site::current()) { return load(p, site); }
+template <class T>
+T* global(T* p) {
+  return p;
+}
 template <class V>
 void store_global(V* p, const V& value, Site site = Site::current()) {
   store(p, value, site);
