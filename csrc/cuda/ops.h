@@ -37,8 +37,15 @@ void cross_entropy_loss_backward(TensorView d_loss, TensorView logits, TensorVie
                                  bool mean, float softcap, float scale, TensorView share,
                                  TensorView d_logits, Stream stream);
 
+// glu.cu; act: 0 silu, 1 gelu_tanh, 2 gelu
+void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream stream);
+
 // rms_norm.cu
 void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
                       float offset, TensorView y, OptionalTensor h, TensorView rstd, Stream stream);
+
+// rope.cu
+void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool interleaved,
+          bool inverse, int heads_of_group, TensorView q_out, TensorView k_out, Stream stream);
 
 }  // namespace fastlm
