@@ -3,8 +3,8 @@
 // the same with (sin1, sin2) := (-sin2, -sin1). Elements past R are copied.
 //
 //     thread (u, row)   row = (batch, position, group of heads of q or of k)
-//     unit u < units    two runs of VEC elements: u VEC and R / 2 + u VEC, or 2 u VEC and
-//                       (2 u + 1) VEC; a run of the rest from there on
+//     unit u < units    two runs of VEC elements, from u VEC and from R / 2 + u VEC; a run of the
+//                       rest from there on
 //
 // Any strides but those of elements. Products and sums are float32. A thread reads its part of the
 // tables once for all heads of its group: one at a decode step, where all of them run at a time,
@@ -43,16 +43,11 @@ struct Problem {
   bool inverse;
 };
 
-// VEC neighbours at `p`, 16 bytes at a time at most
 template <int VEC, class U>
 DEVICE void load_run(const U* p, float* x) {
-  constexpr int N = VEC * sizeof(U) > 16 ? 16 / sizeof(U) : VEC;
+  const auto v = load(reinterpret_cast<const Vector<U, VEC>*>(p));
 #pragma unroll
-  for (int i = 0; i < VEC; i += N) {
-    const auto v = load(reinterpret_cast<const Vector<U, N>*>(p + i));
-#pragma unroll
-    for (int j = 0; j < N; ++j) x[i + j] = to_float(v.at[j]);
-  }
+  for (int j = 0; j < VEC; ++j) x[j] = to_float(v.at[j]);
 }
 template <int VEC, class T>
 DEVICE void store_run(T* p, const Vector<T, VEC>& v) {
@@ -78,8 +73,8 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(Problem<T, U> p) {
   T* y = t.y + batch * t.y_batch + token * t.y_token + first_head * t.y_head;
   const int units = p.half / VEC;
   for (int u = threadIdx.x; u < units; u += blockDim.x) {
-    const int first = INTERLEAVED ? 2 * u * VEC : u * VEC;
-    const int second = first + (INTERLEAVED ? VEC : p.half);
+    constexpr bool APART = INTERLEAVED && VEC == 1;  // a run does not hold a pair
+    const int first = APART ? 2 * u : u * VEC, second = first + (APART ? 1 : p.half);
     float c[2 * VEC], s[2 * VEC];
     const U* cos = p.cos.at + batch * p.cos.batch + token * p.cos.token;
     const U* sin = p.sin.at + batch * p.sin.batch + token * p.sin.token;
@@ -129,7 +124,7 @@ Table<U> table_of(const TensorView& t, const char* name) {
 
 template <class T>
 bool whole(const Heads<T>& t, int vec) {
-  return aligned(16, t.x, t.y) && t.x_batch % vec == 0 && t.x_head % vec == 0 &&
+  return aligned(vec * sizeof(T), t.x, t.y) && t.x_batch % vec == 0 && t.x_head % vec == 0 &&
          t.x_token % vec == 0 && t.y_batch % vec == 0 && t.y_head % vec == 0 &&
          t.y_token % vec == 0;
 }
@@ -175,7 +170,7 @@ void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool inter
                             static_cast<int>(width),
                             static_cast<int>(each),
                             inverse};
-      constexpr int VEC = 16 / sizeof(T);
+      constexpr int VEC = 16 / sizeof(U);  // of a longer run of the tables lanes read half sectors
       if (whole(p.q, VEC) && whole(p.k, VEC) && whole(p.cos, VEC) && whole(p.sin, VEC) &&
           p.half % VEC == 0 && p.width % VEC == 0)
         start<VEC>(p, interleaved, stream);
