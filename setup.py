@@ -127,6 +127,7 @@ class Build(build_ext):
 
             with ThreadPoolExecutor(int(os.environ.get("FASTLM_BUILD_JOBS") or 0) or None) as pool:
                 ext.extra_objects = list(pool.map(compiled, kernels))
+            ext.depends = [*ext.depends, *ext.extra_objects]  # else a .cu alone links nothing anew
         super().build_extension(ext)
 
 

@@ -446,4 +446,6 @@ backend.IMPLEMENTATIONS["adamw"] = {
     "reference": reference.adamw,
     "cpu": _cpu_adamw,
     "triton": backend.Kernel("adamw", "adamw"),
+    "cuda": backend.CudaKernel("adamw", "adamw"),
+    "simt": backend.CudaKernel("adamw", "adamw"),
 }

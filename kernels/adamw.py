@@ -1,17 +1,12 @@
-"""AdamW of every tensor of an optimizer: a launch per kind of tensor, however many there are.
-
-    tensors (T, 12) int64   pointers, elements, settings and random key of each tensor
-    settings (S, 8) float64 lr, betas, eps, weight decay, sign: one row per set of options
-    chunks (C, 2) int32     a program's work: CHUNK elements of one tensor
+"""AdamW of every tensor of an optimizer: a launch per kind of tensor, however many there are, over
+the tables of fastlm/adamw_tables.py.
 
     1. _squares   to clip: the sum of squares of each chunk of gradients
     2. _norm      one program: their sum, the norm, the factor of the gradients
     3. _begin     a tensor a lane: step += 1, the step's scalars (float64), its random key
     4. _update    a chunk a program: reads g, p, m, v once, writes p, m, v once
 
-Nothing comes back to the host: step, norm and factor stay on the device. Each table is kept as long
-as what it is made of is the same (addresses; sizes and dtypes; options), and after a change goes
-over in one copy that the host does not wait for: a schedule of lr costs 64 bytes a step.
+Nothing comes back to the host: step, norm and factor stay on the device.
 
 A step can be captured in a CUDA graph that finds its tables made, as a copy from the host has no
 place in it: take a step before, lr a tensor of the device (it is read at every replay), and
@@ -23,22 +18,17 @@ stochastic rounding, and whether all pointers allow 128-bit accesses. Formulas a
 are those of csrc/cpu/adamw.h, where the 8-bit codes are explained.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm import reference
-from fastlm.errors import InputError
+from fastlm import adamw_tables, reference
+from fastlm.adamw_tables import CHUNK, Kind, Tables, tables_of
 from fastlm.kernels.launch import Config, launch
 
-# elements of a program: 1 MB of chunks table per 1e9 parameters, and enough programs from 1 M on;
-# divides the 32768 that share a key of random numbers
-CHUNK = 8192
 _STATE_BLOCK = tl.constexpr(reference.STATE_BLOCK)
 _RANDOM_CHUNK = tl.constexpr(32768)  # elements that share a key (reference.round_stochastic)
 # 8 elements a thread: two 128-bit accesses of each float32 operand, one of 16 bits
@@ -48,17 +38,15 @@ _UPDATE_MASTERS = Config({"BLOCK": 1024}, num_warps=8)
 _SQUARES = Config({"BLOCK": 1024}, num_warps=4)
 _NORM = Config({"BLOCK": 1024}, num_warps=8)
 _BEGIN = Config({"BLOCK": 128}, num_warps=4)
-_KEPT_TABLES = 16  # of a kind: optimizers, and patterns of gradient addresses, of a process
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
 
 # columns of the table of tensors
 PARAM, GRAD, MOMENT, ROOT, MOMENT_SCALE, ROOT_SCALE, MASTER, SIZE, STEP, SETTING, SEED, ORDINAL = (
     tl.constexpr(i) for i in range(12)
 )
-COLUMNS = tl.constexpr(12)
-SCALARS = tl.constexpr(16)  # float32 of a tensor in this step, of which 9 are used
+COLUMNS = tl.constexpr(adamw_tables.COLUMNS)
+SCALARS = tl.constexpr(adamw_tables.SCALARS)
 
 
 @triton.jit
@@ -353,96 +341,15 @@ def _update(
 # ---- host ----------------------------------------------------------------------------------------
 
 
-class _Kind(NamedTuple):
-    """What the kernels of a tensor are compiled for."""
-
-    param: torch.dtype
-    grad: torch.dtype
-    masters: int
-    packed: bool
-    rounds: bool
-    aligned: bool
-
-    def constants(self) -> dict[str, Any]:
-        return {
-            "P": _TYPES[self.param],
-            "G": _TYPES[self.grad],
-            "MASTERS": self.masters,
-            "PACKED": self.packed,
-            "ROUND": self.rounds,
-            "ALIGNED": self.aligned,
-        }
-
-
-class _Tables(NamedTuple):
-    tensors: Tensor
-    settings: Tensor
-    chunks: tuple[tuple[_Kind, Tensor], ...]
-
-
-_captured: list[_Tables] = []  # a CUDA graph reads its tables as long as it is
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """To the device without waiting for what runs there."""
-    if _is_capturing(device):
-        raise InputError(
-            "step: wanted, in the capture of a CUDA graph, gradients where they were in a step"
-            " before it (zero_grad(set_to_none=False)), the same options and lr as a tensor on"
-            f" {device}, got others"
-        )
-    host = torch.from_numpy(values)
-    return (
-        host.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else host.to(device)
-    )
-
-
-@functools.lru_cache(maxsize=_KEPT_TABLES)
-def _tensor_table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
-    table = np.array(rows, dtype=np.int64).reshape(len(rows), COLUMNS.value)
-    return _upload(table, device)
-
-
-@functools.lru_cache(maxsize=_KEPT_TABLES)
-def _chunk_tables(
-    device: torch.device, sizes: tuple[int, ...], kinds: tuple[_Kind, ...]
-) -> tuple[tuple[_Kind, Tensor], ...]:
-    chunks = []
-    for kind in dict.fromkeys(kinds):
-        of_kind = np.array([i for i, k in enumerate(kinds) if k == kind])
-        counts = -(-np.array(sizes)[of_kind] // CHUNK)
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        table = np.stack([np.repeat(of_kind, counts), np.arange(counts.sum()) - first], 1)
-        chunks.append((kind, _upload(table.astype(np.int32), device)))
-    return tuple(chunks)
-
-
-@functools.lru_cache(maxsize=_KEPT_TABLES)
-def _setting_table(
-    device: torch.device, settings: tuple[tuple[float, ...], ...], tensor_lrs: tuple
-) -> Tensor:
-    """`tensor_lrs`: the addresses of lrs that are written into it at every step."""
-    padded = np.zeros((len(settings), 8))
-    padded[:, :6] = settings
-    return _upload(padded, device)
-
-
-def _check(name: str, tensor: Tensor, device: torch.device, size: int | None = None) -> None:
-    if tensor.dtype not in _TYPES:
-        got = str(tensor.dtype).removeprefix("torch.")
-        raise InputError(f"{name}: wanted float32, bfloat16 or float16, got {got}")
-    if tensor.device != device:
-        raise InputError(
-            f"{name}: wanted device {device} as the first parameter, got {tensor.device}"
-        )
-    if size is not None and tensor.numel() != size:
-        raise InputError(f"{name}: wanted elements: {size}, got {tensor.numel()}")
+def _constants(kind: Kind) -> dict[str, Any]:
+    return {
+        "P": _TYPES[kind.param],
+        "G": _TYPES[kind.grad],
+        "MASTERS": kind.masters,
+        "PACKED": kind.packed,
+        "ROUND": kind.rounds,
+        "ALIGNED": kind.aligned,
+    }
 
 
 def adamw(
@@ -462,53 +369,10 @@ def adamw(
 ) -> None:
     """`reference.adamw`, in place. Everything is checked before anything is written."""
     device = params[0].device
-    rows, kinds = [], []
-    settings: dict[tuple, int] = {}
-    lrs: dict[int, Tensor] = {}  # row of the settings -> lr
-    seeds: dict[int, int] = {}
-    for i, param in enumerate(params):
-        size, master = param.numel(), masters[i]
-        scales = exp_avg_scales[i], exp_avg_sq_scales[i]
-        _check("param", param, device)
-        _check("grad", grads[i], device, size)
-        _check("step", steps[i], device, 1)
-        lr, *numbers, maximize, rounds = options[i]
-        by_tensor = isinstance(lr, Tensor)
-        setting = (id(lr) if by_tensor else lr, *numbers, maximize)
-        place = settings.setdefault(setting, len(settings))
-        if by_tensor:
-            lrs[place] = lr
-        seed, ordinal = keys[i]
-        if seed not in seeds:
-            seeds[seed] = reference.mix32((seed ^ 0x9E3779B9) & 0xFFFFFFFF)
-        optional = [0 if t is None else t.data_ptr() for t in (*scales, master)]
-        pointers = [t.data_ptr() for t in (param, grads[i], exp_avgs[i], exp_avg_sqs[i])]
-        together = functools.reduce(int.__or__, pointers) | optional[2]
-        rows.append((*pointers, *optional, size, steps[i].data_ptr(), place, seeds[seed], ordinal))
-        kinds.append(
-            _Kind(
-                param.dtype,
-                grads[i].dtype,
-                _MASTERS[None if master is None else master.dtype],
-                scales[0] is not None,
-                rounds,
-                together % 16 == 0,
-            )
-        )
-    numbers = tuple(
-        (0.0 if place in lrs else lr, *rest, -1.0 if maximize else 1.0)
-        for (lr, *rest, maximize), place in settings.items()
-    )
-    addresses = tuple((place, lr.data_ptr()) for place, lr in lrs.items())
-    tables = _Tables(
-        _tensor_table(device, tuple(rows)),
-        _setting_table(device, numbers, addresses),
-        _chunk_tables(device, tuple(param.numel() for param in params), tuple(kinds)),
-    )
-    if _is_capturing(device):
-        _captured.append(tables)
-    for place, lr in lrs.items():
-        tables.settings[place, 0].copy_(lr.reshape(()), non_blocking=True)
+    tables = tables_of(
+        params, grads, steps, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, masters,
+        options, keys, by_kind=True,
+    )  # fmt: skip
     clip = None
     if grad_norm is not None:
         clip = torch.empty(1, dtype=torch.float32, device=device)
@@ -517,7 +381,7 @@ def adamw(
             _norm, (1,), sums, grad_norm, clip, len(sums), float(max_grad_norm), config=_NORM
         )  # fmt: skip
     count = len(params)
-    scalars = torch.empty((count, SCALARS.value), dtype=torch.float32, device=device)
+    scalars = torch.empty((count, adamw_tables.SCALARS), dtype=torch.float32, device=device)
     random_keys = torch.empty(count, dtype=torch.int32, device=device)
     grid = (triton.cdiv(count, _BEGIN.sizes["BLOCK"]),)
     launch(
@@ -527,11 +391,11 @@ def adamw(
         config = _UPDATE_MASTERS if kind.masters == 1 else _UPDATE
         launch(
             _update, (len(chunks),), tables.tensors, scalars, random_keys, chunks, clip,
-            config=config, CHUNK=CHUNK, **kind.constants(),
+            config=config, CHUNK=CHUNK, **_constants(kind),
         )  # fmt: skip
 
 
-def _sums(tables: _Tables) -> Tensor:
+def _sums(tables: Tables) -> Tensor:
     """Of the squares of each chunk of gradients, float64."""
     device = tables.tensors.device
     count = sum(len(chunks) for _, chunks in tables.chunks)

@@ -9,7 +9,7 @@ import pytest
 import test_optim as on_cpu
 import torch
 
-from fastlm import AdamW, InputError, backend
+from fastlm import AdamW, InputError, adamw_tables, backend
 
 # a chunk and a bit, less than a block, rows, a scalar, nothing
 SHAPES = [(9000,), (257,), (3, 5, 7), (), (0, 4)]
@@ -192,13 +192,13 @@ def test_tensors_that_begin_between_16_bytes(launched):
 
 
 @pytest.fixture
-def uploaded(module, monkeypatch):
+def uploaded(monkeypatch):
     """The shapes of the tables that went to the device; none is kept from other tests."""
-    for tables in (module._tensor_table, module._chunk_tables, module._setting_table):
-        tables.cache_clear()
-    shapes, upload = [], module._upload
+    for table in ("_tensor_table", "_chunk_tables", "_setting_table"):
+        getattr(adamw_tables, table).cache_clear()
+    shapes, upload = [], adamw_tables._upload
     monkeypatch.setattr(
-        module, "_upload", lambda v, device: shapes.append(v.shape) or upload(v, device)
+        adamw_tables, "_upload", lambda v, device: shapes.append(v.shape) or upload(v, device)
     )
     return shapes
 
@@ -223,22 +223,22 @@ def test_tables_are_kept_until_what_they_say_changes(uploaded):
     assert torch.equal(params[0], before)
 
 
-def test_capture_of_a_graph_wants_its_tables_made(uploaded, module, monkeypatch):
+def test_capture_of_a_graph_wants_its_tables_made(uploaded, monkeypatch):
     """What a copy from the host would break is refused, and nothing was written."""
     params = on_cpu.parameters(shapes=[(50,), (3,)])
     optimizer = AdamW(params)
     on_cpu.give_grads(params)
     kept, message = [p.detach().clone() for p in params], "step: wanted, in the capture of a CUDA"
-    monkeypatch.setattr(module, "_captured", [])
+    monkeypatch.setattr(adamw_tables, "_captured", [])
     with monkeypatch.context() as capture:
-        capture.setattr(module, "_is_capturing", lambda device: True)
+        capture.setattr(adamw_tables, "_is_capturing", lambda device: True)
         with pytest.raises(InputError, match=message):
             optimizer.step()
-    assert all(torch.equal(p, k) for p, k in zip(params, kept)) and not module._captured
+    assert all(torch.equal(p, k) for p, k in zip(params, kept)) and not adamw_tables._captured
     optimizer.step()
-    monkeypatch.setattr(module, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(adamw_tables, "_is_capturing", lambda device: True)
     optimizer.step()
-    assert len(module._captured) == 1
+    assert len(adamw_tables._captured) == 1
     params[1].grad = params[1].grad.clone()  # zero_grad() without set_to_none=False
     with pytest.raises(InputError, match=message):
         optimizer.step()

@@ -63,8 +63,25 @@ void bind(py::module_& m) {
       "fastlm.ops.";
   emulator(m);
 
+  m.def("adamw", &adamw, "tensors"_a, "settings"_a, "chunks"_a, "chunk_size"_a, "scalars"_a,
+        "keys"_a, "sums"_a, "grad_norm"_a, "clip"_a, "max_grad_norm"_a, "read"_a, "written"_a,
+        "stream"_a, Guard());
+  m.def("cross_entropy_forward", &cross_entropy_forward, "logits"_a, "target"_a, "class_weight"_a,
+        "smooth"_a, "ignore_index"_a, "softcap"_a, "scale"_a, "partial"_a, "shift"_a, "log_sum"_a,
+        "nll"_a, "smoothed"_a, "stream"_a, Guard());
+  m.def("cross_entropy_sum", &cross_entropy_sum, "nll"_a, "target"_a, "ignore_index"_a, "mean"_a,
+        "loss"_a, "stream"_a, Guard());
+  m.def("cross_entropy_backward", &cross_entropy_backward, "on_p"_a, "on_target"_a, "on_all"_a,
+        "logits"_a, "target"_a, "class_weight"_a, "shift"_a, "log_sum"_a, "ignore_index"_a,
+        "softcap"_a, "scale"_a, "d_logits"_a, "stream"_a, Guard());
+  m.def("cross_entropy_loss_backward", &cross_entropy_loss_backward, "d_loss"_a, "logits"_a,
+        "target"_a, "shift"_a, "log_sum"_a, "ignore_index"_a, "mean"_a, "softcap"_a, "scale"_a,
+        "share"_a, "d_logits"_a, "stream"_a, Guard());
+  m.def("glu_forward", &glu_forward, "gate"_a, "up"_a, "act"_a, "y"_a, "stream"_a, Guard());
   m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
         "y"_a, "h"_a, "rstd"_a, "stream"_a, Guard());
+  m.def("rope", &rope, "q"_a, "k"_a, "cos"_a, "sin"_a, "interleaved"_a, "inverse"_a,
+        "heads_of_group"_a, "q_out"_a, "k_out"_a, "stream"_a, Guard());
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "tensor.h"
 
@@ -13,8 +14,38 @@ namespace fastlm {
 using OptionalTensor = std::optional<TensorView>;
 using Stream = uintptr_t;
 
+// adamw.cu; sums, grad_norm and clip to clip (no sums: grad_norm is given); read and written: what
+// the table points at, for the emulator alone
+void adamw(TensorView tensors, TensorView settings, TensorView chunks, int chunk_size,
+           TensorView scalars, TensorView keys, OptionalTensor sums, OptionalTensor grad_norm,
+           OptionalTensor clip, float max_grad_norm, const std::vector<TensorView>& read,
+           const std::vector<TensorView>& written, Stream stream);
+
+// cross_entropy.cu; softcap 0: none; partial (rows, parts, 4) where rows are split
+void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor class_weight,
+                           bool smooth, int64_t ignore_index, float softcap, float scale,
+                           OptionalTensor partial, TensorView shift, TensorView log_sum,
+                           TensorView nll, OptionalTensor smoothed, Stream stream);
+void cross_entropy_sum(TensorView nll, TensorView target, int64_t ignore_index, bool mean,
+                       TensorView loss, Stream stream);
+void cross_entropy_backward(TensorView on_p, TensorView on_target, OptionalTensor on_all,
+                            TensorView logits, TensorView target, OptionalTensor class_weight,
+                            TensorView shift, TensorView log_sum, int64_t ignore_index,
+                            float softcap, float scale, TensorView d_logits, Stream stream);
+void cross_entropy_loss_backward(TensorView d_loss, TensorView logits, TensorView target,
+                                 TensorView shift, TensorView log_sum, int64_t ignore_index,
+                                 bool mean, float softcap, float scale, TensorView share,
+                                 TensorView d_logits, Stream stream);
+
+// glu.cu; act: 0 silu, 1 gelu_tanh, 2 gelu
+void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream stream);
+
 // rms_norm.cu
 void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
                       float offset, TensorView y, OptionalTensor h, TensorView rstd, Stream stream);
+
+// rope.cu
+void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool interleaved,
+          bool inverse, int heads_of_group, TensorView q_out, TensorView k_out, Stream stream);
 
 }  // namespace fastlm

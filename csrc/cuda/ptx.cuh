@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #ifndef __CUDACC__
@@ -48,6 +49,29 @@ DEVICE uint4 load_once(const uint4* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
+}
+
+// An address out of a table, which nvcc would reach as one of any memory.
+template <class T>
+DEVICE T* global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
+// 4, 8 or 16 bytes of global memory as one: nvcc may take `store` of a vector apart.
+template <class V>
+DEVICE void store_global(V* p, const V& value) {
+  static_assert(alignof(V) == sizeof(V));
+  uint32_t v[sizeof(V) / 4];
+  memcpy(v, &value, sizeof v);
+  if constexpr (sizeof(V) == 4)
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v[0]) : "memory");
+  else if constexpr (sizeof(V) == 8)
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v[0]), "r"(v[1]) : "memory");
+  else
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3])
+                 : "memory");
 }
 
 // Copies `valid` of Bytes (4, 8, 16) to shared memory, zeros for the rest, without waiting.
@@ -123,6 +147,13 @@ DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+// 2^x to 2 ulp; below 2^-126: 0.
+DEVICE float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 #else
 
 #define DEVICE inline
@@ -139,6 +170,14 @@ void store(T* p, V value, Site site = Site::current()) {
   *p = value;
 }
 inline uint4 load_once(const uint4* p, Site site = Site::current()) { return load(p, site); }
+template <class T>
+T* global(T* p) {
+  return p;
+}
+template <class V>
+void store_global(V* p, const V& value, Site site = Site::current()) {
+  store(p, value, site);
+}
 
 template <int Bytes>
 void cp_async(void* to, const void* from, int valid = Bytes, Site site = Site::current()) {
@@ -177,6 +216,11 @@ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   for (int i = 0; i < 8; ++i)
     if (Table >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return d;
+}
+
+inline float exp2_approximate(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
 }
 
 #endif
@@ -220,6 +264,16 @@ DEVICE float max_of_warp(float x) {
 }
 
 // Of all threads of a block of THREADS, to all of them; the block is in step behind it.
+template <int THREADS>
+DEVICE float max_of_block(float x) {
+  SHARED(float, part, THREADS / 32);
+  x = max_of_warp(x);
+  if (threadIdx.x % 32 == 0) store(part + threadIdx.x / 32, x);
+  __syncthreads();
+  x = max_of_warp(load(part + threadIdx.x % (THREADS / 32)));
+  __syncthreads();  // `part` may be written again
+  return x;
+}
 template <int THREADS>
 DEVICE float sum_of_block(float x) {
   SHARED(float, part, THREADS / 32);

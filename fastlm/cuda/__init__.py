@@ -3,6 +3,7 @@ through ``fastlm._cuda``, or through ``fastlm._simt`` (csrc/simt) where ``FASTLM
 forces the emulator.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -21,3 +22,11 @@ def stream(tensor: torch.Tensor) -> int:
     if not tensor.is_cuda:
         return 0
     return torch._C._cuda_getCurrentRawStream(tensor.device.index)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; a few on the emulator."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

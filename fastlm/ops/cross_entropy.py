@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel, register
+from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
@@ -421,6 +421,7 @@ _forward = register(
         "reference": reference.cross_entropy_forward,
         "cpu": _cpu_forward,
         "triton": Kernel("cross_entropy", "cross_entropy_forward"),
+        "cuda": CudaKernel("cross_entropy", "cross_entropy_forward"),
     },
     setup_context=_setup_context,
     backward=_autograd_backward,
@@ -434,6 +435,7 @@ _backward = register(
         "reference": reference.cross_entropy_backward,
         "cpu": _cpu_backward,
         "triton": Kernel("cross_entropy", "cross_entropy_backward"),
+        "cuda": CudaKernel("cross_entropy", "cross_entropy_backward"),
     },
     picked_by=3,
 )
@@ -445,6 +447,7 @@ _loss = register(
         "reference": reference.cross_entropy_loss,
         "cpu": _cpu_loss,
         "triton": Kernel("cross_entropy", "cross_entropy_loss"),
+        "cuda": CudaKernel("cross_entropy", "cross_entropy_loss"),
     },
     setup_context=_setup_loss,
     backward=_autograd_loss,
@@ -457,6 +460,7 @@ _loss_backward = register(
         "reference": reference.cross_entropy_loss_backward,
         "cpu": _cpu_loss_backward,
         "triton": Kernel("cross_entropy", "cross_entropy_loss_backward"),
+        "cuda": CudaKernel("cross_entropy", "cross_entropy_loss_backward"),
     },
     picked_by=1,
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel, register
+from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
@@ -98,6 +98,7 @@ _forward = register(
         "reference": reference.glu_forward,
         "cpu": _cpu_forward,
         "triton": Kernel("glu", "glu_forward"),
+        "cuda": CudaKernel("glu", "glu_forward"),
     },
     setup_context=_setup_context,
     backward=_autograd_backward,

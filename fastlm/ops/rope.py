@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel, register
+from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
@@ -113,6 +113,7 @@ _rope = register(
         "reference": reference.rope,
         "cpu": _cpu_rope,
         "triton": Kernel("rope", "rope"),
+        "cuda": CudaKernel("rope", "rope"),
     },
     setup_context=_setup_context,
     backward=_autograd_backward,

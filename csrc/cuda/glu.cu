@@ -1,0 +1,85 @@
+// y = act(gate) * up: one read of each operand, one write of the result.
+//
+//     block = row * blocks + i:   gate[row, i * THREADS * VEC ..]  ->  y[row, i * THREADS * VEC ..]
+//
+// Rows may be apart (gate and up as halves of one projection), elements of a row not; contiguous
+// operands count as one row. A thread takes one vector of each, or one element where a row cannot
+// be read in vectors. Activations are float32; silu and the tanh form of gelu are both x times a
+// sigmoid. Not measured on a GPU.
+#include "cuda/launch.h"
+#include "cuda/ops.h"
+
+namespace fastlm {
+namespace {
+
+constexpr int kThreads = 256;
+
+enum Act { kSilu, kGeluTanh, kGelu };  // in the order of fastlm.ops.glu.ACTIVATIONS
+
+DEVICE float activation(float x, int act) {
+  if (act == kGelu) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+  constexpr float log2e = 1.4426950408889634f, c = 2 * 0.7978845608028654f;  // 2 sqrt(2 / pi)
+  const float of = act == kSilu ? x : c * (x + 0.044715f * x * x * x);
+  return __fdividef(x, 1.0f + exp2_approximate(-log2e * of));
+}
+
+template <int VEC, class T>
+__global__ void __launch_bounds__(kThreads)
+    glu_kernel(const T* gate, const T* up, T* y, int64_t width, int blocks, int64_t gate_stride,
+               int64_t up_stride, int act) {
+  const int64_t row = blockIdx.x / blocks;
+  const int64_t at = (static_cast<int64_t>(blockIdx.x % blocks) * blockDim.x + threadIdx.x) * VEC;
+  if (at >= width) return;
+  using V = Vector<T, VEC>;
+  const V x = load(reinterpret_cast<const V*>(gate + row * gate_stride + at));
+  const V u = load(reinterpret_cast<const V*>(up + row * up_stride + at));
+  V result;
+#pragma unroll
+  for (int j = 0; j < VEC; ++j)
+    result.at[j] = from_float<T>(activation(to_float(x.at[j]), act) * to_float(u.at[j]));
+  V* to = reinterpret_cast<V*>(y + row * width + at);
+  if constexpr (VEC > 1)
+    store_global(to, result);
+  else
+    store(to, result);
+}
+
+}  // namespace
+
+void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream stream) {
+  check_contiguous("y", y);
+  check_size("up", "elements", gate.numel(), up.numel());
+  check_size("y", "elements", gate.numel(), y.numel());
+  if (act < kSilu || act > kGelu)
+    throw std::invalid_argument("act: wanted 0 to 2, got " + std::to_string(act));
+  if (gate.numel() == 0) return;
+  const bool one = gate.contiguous() && up.contiguous();
+  if (!one && (gate.ndim() != 2 || up.ndim() != 2 || gate.stride(1) != 1 || up.stride(1) != 1))
+    throw std::invalid_argument("gate, up: wanted rows whose elements lie side by side");
+  const int64_t rows = one ? 1 : gate.size(0), width = gate.numel() / rows;
+  const int64_t gate_stride = one ? 0 : gate.stride(0), up_stride = one ? 0 : up.stride(0);
+  with_device_float(gate.dtype(), "gate", [&](auto element) {
+    using T = decltype(element);
+    const T *x = input<T>(gate, "gate"), *u = input<T>(up, "up");
+    T* to = output<T>(y, "y");
+    const auto start = [&](auto vec) {
+      constexpr int VEC = decltype(vec)::value;
+      const int64_t vectors = (width + VEC - 1) / VEC;
+      // a narrow row fills no block of 256
+      const int threads = vectors < kThreads ? ceil_div(vectors, 32) * 32 : kThreads;
+      const int blocks = ceil_div(vectors, threads);
+      if (rows * blocks > INT32_MAX)
+        throw std::invalid_argument("gate: wanted fewer rows, got " + std::to_string(rows));
+      launch({"glu", dim3(static_cast<unsigned>(rows * blocks)), dim3(threads), 0,
+              reinterpret_cast<cudaStream_t>(stream)},
+             glu_kernel<VEC, T>, x, u, to, width, blocks, gate_stride, up_stride, act);
+    };
+    constexpr int VEC = 16 / sizeof(T);
+    if (aligned(16, x, u, to) && width % VEC == 0 && gate_stride % VEC == 0 && up_stride % VEC == 0)
+      start(std::integral_constant<int, VEC>{});
+    else
+      start(std::integral_constant<int, 1>{});
+  });
+}
+
+}  // namespace fastlm

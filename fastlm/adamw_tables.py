@@ -1,0 +1,185 @@
+"""The tables that AdamW's GPU kernels (kernels/adamw.py, csrc/cuda/adamw.cu) walk.
+
+    tensors (T, 12) int64   pointers, elements, settings and random key of each tensor
+    settings (S, 8) float64 lr, betas, eps, weight decay, sign: one row per set of options
+    chunks (C, 2) int32     a program's work: CHUNK elements of one tensor
+
+Each is kept as long as what it is made of is the same (addresses; sizes and dtypes; options), and
+after a change goes over in one copy that the host does not wait for: a schedule of lr costs 64
+bytes a step.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.errors import InputError
+
+# elements of a program: 1 MB of chunks table per 1e9 parameters, and enough programs from 1 M on;
+# divides the 32768 that share a key of random numbers
+CHUNK = 8192
+# columns of `tensors`: PARAM, GRAD, MOMENT, ROOT, MOMENT_SCALE, ROOT_SCALE, MASTER, SIZE, STEP,
+# SETTING, SEED, ORDINAL, whose upper 32 bits are `Kind.code`
+COLUMNS = 12
+SCALARS = 16  # float32 of a tensor in this step, of which 9 are used
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
+_KEPT_TABLES = 16  # of a kind: optimizers, and patterns of gradient addresses, of a process
+
+
+class Kind(NamedTuple):
+    """What a kernel must know of a tensor beside its row."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    masters: int  # of MASTERS
+    packed: bool  # 8-bit states
+    rounds: bool  # stochastic rounding
+    aligned: bool  # every pointer allows 128-bit accesses
+
+    def code(self) -> int:
+        flags = self.packed << 6 | self.rounds << 7 | self.aligned << 8
+        return TYPES.index(self.param) | TYPES.index(self.grad) << 2 | self.masters << 4 | flags
+
+
+class Tables(NamedTuple):
+    tensors: Tensor
+    settings: Tensor
+    chunks: tuple[tuple[Kind | None, Tensor], ...]  # by kind; None: of all kinds
+
+
+_captured: list[Tables] = []  # a CUDA graph reads its tables as long as it is
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """To the device without waiting for what runs there."""
+    if _is_capturing(device):
+        raise InputError(
+            "step: wanted, in the capture of a CUDA graph, gradients where they were in a step"
+            " before it (zero_grad(set_to_none=False)), the same options and lr as a tensor on"
+            f" {device}, got others"
+        )
+    host = torch.from_numpy(values)
+    return (
+        host.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else host.to(device)
+    )
+
+
+@functools.lru_cache(maxsize=_KEPT_TABLES)
+def _tensor_table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
+    table = np.array(rows, dtype=np.int64).reshape(len(rows), COLUMNS)
+    return _upload(table, device)
+
+
+@functools.lru_cache(maxsize=_KEPT_TABLES)
+def _chunk_tables(
+    device: torch.device, sizes: tuple[int, ...], kinds: tuple[Kind | None, ...]
+) -> tuple[tuple[Kind | None, Tensor], ...]:
+    chunks = []
+    for kind in dict.fromkeys(kinds):
+        of_kind = np.array([i for i, k in enumerate(kinds) if k == kind])
+        counts = -(-np.array(sizes)[of_kind] // CHUNK)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        table = np.stack([np.repeat(of_kind, counts), np.arange(counts.sum()) - first], 1)
+        chunks.append((kind, _upload(table.astype(np.int32), device)))
+    return tuple(chunks)
+
+
+@functools.lru_cache(maxsize=_KEPT_TABLES)
+def _setting_table(
+    device: torch.device, settings: tuple[tuple[float, ...], ...], tensor_lrs: tuple
+) -> Tensor:
+    """`tensor_lrs`: the addresses of lrs that are written into it at every step."""
+    padded = np.zeros((len(settings), 8))
+    padded[:, :6] = settings
+    return _upload(padded, device)
+
+
+def _check(name: str, tensor: Tensor, device: torch.device, size: int | None = None) -> None:
+    if tensor.dtype not in TYPES:
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{name}: wanted float32, bfloat16 or float16, got {got}")
+    if tensor.device != device:
+        raise InputError(
+            f"{name}: wanted device {device} as the first parameter, got {tensor.device}"
+        )
+    if size is not None and tensor.numel() != size:
+        raise InputError(f"{name}: wanted elements: {size}, got {tensor.numel()}")
+
+
+def tables_of(
+    params: list[Tensor],
+    grads: list[Tensor],
+    steps: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    exp_avg_scales: list[Tensor | None],
+    exp_avg_sq_scales: list[Tensor | None],
+    masters: list[Tensor | None],
+    options: list[tuple[float | Tensor, float, float, float, float, bool, bool]],
+    keys: list[tuple[int, int]],
+    *,
+    by_kind: bool,
+) -> Tables:
+    """The arguments of `reference.adamw`, checked. `by_kind`: chunks in a table a kind, for kernels
+    compiled for one; otherwise in one."""
+    device = params[0].device
+    rows: list[tuple[int, ...]] = []
+    kinds: list[Kind | None] = []
+    settings: dict[tuple, int] = {}
+    lrs: dict[int, Tensor] = {}  # row of the settings -> lr
+    seeds: dict[int, int] = {}
+    for i, param in enumerate(params):
+        size, master = param.numel(), masters[i]
+        scales = exp_avg_scales[i], exp_avg_sq_scales[i]
+        _check("param", param, device)
+        _check("grad", grads[i], device, size)
+        _check("step", steps[i], device, 1)
+        lr, *numbers, maximize, rounds = options[i]
+        by_tensor = isinstance(lr, Tensor)
+        setting = (id(lr) if by_tensor else lr, *numbers, maximize)
+        place = settings.setdefault(setting, len(settings))
+        if by_tensor:
+            lrs[place] = lr
+        seed, ordinal = keys[i]
+        if seed not in seeds:
+            seeds[seed] = reference.mix32((seed ^ 0x9E3779B9) & 0xFFFFFFFF)
+        optional = [0 if t is None else t.data_ptr() for t in (*scales, master)]
+        pointers = [t.data_ptr() for t in (param, grads[i], exp_avgs[i], exp_avg_sqs[i])]
+        together = functools.reduce(int.__or__, pointers) | optional[2]
+        kind = Kind(
+            param.dtype,
+            grads[i].dtype,
+            MASTERS[None if master is None else master.dtype],
+            scales[0] is not None,
+            rounds,
+            together % 16 == 0,
+        )
+        last = seeds[seed], ordinal | kind.code() << 32
+        rows.append((*pointers, *optional, size, steps[i].data_ptr(), place, *last))
+        kinds.append(kind if by_kind else None)
+    numbers = tuple(
+        (0.0 if place in lrs else lr, *rest, -1.0 if maximize else 1.0)
+        for (lr, *rest, maximize), place in settings.items()
+    )
+    addresses = tuple((place, lr.data_ptr()) for place, lr in lrs.items())
+    tables = Tables(
+        _tensor_table(device, tuple(rows)),
+        _setting_table(device, numbers, addresses),
+        _chunk_tables(device, tuple(param.numel() for param in params), tuple(kinds)),
+    )
+    if _is_capturing(device):
+        _captured.append(tables)
+    for place, lr in lrs.items():
+        tables.settings[place, 0].copy_(lr.reshape(()), non_blocking=True)
+    return tables

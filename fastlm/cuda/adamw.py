@@ -1,0 +1,35 @@
+"""AdamW by csrc/cuda/adamw.cu: one launch for all tensors, two or three small ones before it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.adamw_tables import CHUNK, SCALARS, tables_of
+from fastlm.cuda import extension, stream
+
+
+def _pointed_at(arguments: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """What the table points at, read and written: the emulator checks accesses against it."""
+    params, grads, *others = arguments[:8]
+    return grads, [t for column in (params, *others) for t in column if t is not None]
+
+
+def adamw(*arguments: Any) -> None:
+    """`reference.adamw`, in place. Everything is checked before anything is written."""
+    *tensors_options_keys, max_grad_norm, grad_norm, have_norm = arguments
+    tables = tables_of(*tensors_options_keys, by_kind=False)
+    device, (_, chunks) = tables.tensors.device, tables.chunks[0]
+    count = len(tables.tensors)
+    scalars = torch.empty((count, SCALARS), dtype=torch.float32, device=device)
+    keys = torch.empty(count, dtype=torch.int32, device=device)
+    clip = sums = None
+    if grad_norm is not None:
+        clip = torch.empty(1, dtype=torch.float32, device=device)
+        if not have_norm:
+            sums = torch.empty(len(chunks), dtype=torch.float64, device=device)
+    read, written = ([], []) if device.type == "cuda" else _pointed_at(arguments)
+    extension().adamw(
+        tables.tensors, tables.settings, chunks, CHUNK, scalars, keys, sums, grad_norm, clip,
+        max_grad_norm, read, written, stream(tables.tensors),
+    )  # fmt: skip

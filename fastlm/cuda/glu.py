@@ -1,0 +1,22 @@
+"""glu by csrc/cuda/glu.cu."""
+
+import torch
+from torch import Tensor
+
+from fastlm.cuda import extension, stream
+from fastlm.ops.glu import ACTIVATIONS
+
+
+def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous, or matrices whose rows may be apart, elements of a row not."""
+    if all(t.is_contiguous() for t in tensors):
+        return tensors
+    rows = (t.reshape(-1, t.shape[-1]) for t in tensors)
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in rows)
+
+
+def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if y.numel():
+        extension().glu_forward(*_rows(gate, up), ACTIVATIONS.index(act), y, stream(gate))
+    return y
