@@ -13,6 +13,14 @@ namespace fastlm {
 using OptionalTensor = std::optional<TensorView>;
 using Stream = uintptr_t;
 
+// paged_attention.cu
+void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorView block_table,
+                             TensorView seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,
+                             OptionalTensor sinks, OptionalTensor slopes, OptionalTensor bias,
+                             bool causal, float scale, int64_t window, float softcap,
+                             int least_tiles, TensorView out, TensorView lse, TensorView part,
+                             TensorView part_sum, TensorView record, Stream stream);
+
 // rms_norm.cu
 void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
                       float offset, TensorView y, OptionalTensor h, TensorView rstd, Stream stream);
