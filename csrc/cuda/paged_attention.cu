@@ -3,7 +3,7 @@
 // once from memory by 128-bit loads (int8: 64), q and the page table from L2. How the keys are
 // divided: paged_attention.cuh.
 //
-// `paged_dot_kernel`: up to 4 rows a unit, or float32. A key's row lies across 2^n lanes, 8
+// `paged_dot_kernel`: up to 2 rows a unit, or float32. A key's row lies across 2^n lanes, 8
 // elements each; a warp has several keys at once, kUnroll of each group of lanes in flight:
 //
 //     lanes  | key 0: q k, 8 columns a lane | key 1 ...  |    every group of lanes has a softmax
@@ -45,6 +45,14 @@ DEVICE void to_floats(const Eight<C>& x, float (&f)[8]) {
     for (int i = 0; i < 8; ++i)
       f[i] = __uint_as_float(__byte_perm(words[i / 4] ^ 0x80808080u, 0x4b000000u, 0x7440 + i % 4)) -
              8388736.0f;
+  } else if constexpr (std::is_same_v<C, bfloat16>) {
+    // from words: taken apart first, eight values would lie in eight registers
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(&x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      f[2 * i] = __uint_as_float(words[i] << 16);
+      f[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
   } else {
     constexpr int kPer = 8 / Eight<C>::kPieces;
 #pragma unroll
@@ -55,7 +63,7 @@ DEVICE void to_floats(const Eight<C>& x, float (&f)[8]) {
 // 128 registers for 16 warps on a multiprocessor, of which each lane has 2 kUnroll loads under way
 template <int ROWS, class T, class C>
 __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p, int lanes_log2) {
-  constexpr int kUnroll = sizeof(C) == 4 ? 2 : 4;
+  constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
   DYNAMIC_SHARED(memory);
   SHARED(float2, sums, kWarps * ROWS);
   float* const outs = reinterpret_cast<float*>(memory);  // (kWarps, ROWS, dv)
@@ -65,9 +73,10 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
 
   for_each_piece<kThreads>(p.work, p.record, [&](const Piece& piece) {
     const int kv_head = piece.unit / p.row_groups;
-    const float scale = p.scale * (p.k_scale ? load(p.k_scale + kv_head) : 1.0f);
-    const C* k = p.k + kv_head * p.k_step.head + column;
-    const C* v = p.v + kv_head * p.v_step.head + column;
+    const float scale = scale_of(p, kv_head);
+    // lanes beyond the row read its start: k times a q of zero, an out that nobody stores
+    const C* const k = p.k + kv_head * p.k_step.head + (column < p.d ? column : 0);
+    const C* const v = p.v + kv_head * p.v_step.head + (column < p.dv ? column : 0);
     Row row[ROWS];
     float q[ROWS][8] = {}, out[ROWS][8] = {}, top[ROWS], sum[ROWS];
 #pragma unroll
@@ -83,23 +92,24 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
     const auto key = [&](int from, int u) {
       return from + (u * kWarps + warp) * groups + key_of_warp;
     };
+    const int last = piece.end - 1;  // lanes beyond it read it again, and `score` leaves it out
     int page[kUnroll];
     const auto find_pages = [&](int from) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        if (key(from, u) < piece.end) page[u] = page_of(p, piece.b, key(from, u));
+      for (int u = 0; u < kUnroll; ++u) page[u] = page_of(p, piece.b, min(key(from, u), last));
     };
-    find_pages(piece.begin);
-    for (int from = piece.begin; from < piece.end; from += kUnroll * kWarps * groups) {
-      Eight<C> keys[kUnroll] = {}, values[kUnroll] = {};
+    const int step = kUnroll * kWarps * groups;
+    if (piece.begin < piece.end) find_pages(piece.begin);
+#pragma unroll 1  // twice as many keys would not fit
+    for (int from = piece.begin; from < piece.end; from += step) {
+      Eight<C> keys[kUnroll], values[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (key(from, u) >= piece.end) continue;
-        const KeyAt at = key_at(p, page[u], key(from, u));
-        if (column < p.d) keys[u] = load_eight(k + at.k);
-        if (column < p.dv) values[u] = load_eight(v + at.v);
+        const KeyAt at = key_at(p, page[u], min(key(from, u), last));
+        keys[u] = load_eight(k + at.k);
+        values[u] = load_eight(v + at.v);
       }
-      find_pages(from + kUnroll * kWarps * groups);  // under way while the keys are
+      find_pages(from + step);  // under way while the keys are
       float s[ROWS][kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -234,19 +244,25 @@ void start(Problem<T, C>& p, int rows, int blocks, cudaStream_t stream) {
     if (rows == 1)
       launch(how, paged_dot_kernel<1, T, C>, p, lanes_log2);
     else
-      launch(how, paged_dot_kernel<4, T, C>, p, lanes_log2);
+      launch(how, paged_dot_kernel<2, T, C>, p, lanes_log2);
   }
   if (blocks > 1)
     launch({"paged_attention combine", dim3(blocks, rows), dim3(kCombineThreads), 0, stream},
            paged_combine_kernel<T, C>, p);
 }
 
-Strides strides_of(const TensorView& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+CacheStrides strides_of(const char* argument, const TensorView& t) {
+  for (int i = 0; i < 2; ++i)
+    if (t.size(i) > 1 && t.stride(i) != static_cast<int>(t.stride(i)))
+      throw std::invalid_argument(std::string(argument) + ": wanted strides below 2^31, got " +
+                                  std::to_string(t.stride(i)));
+  return {static_cast<int>(t.stride(0)), static_cast<int>(t.stride(1)), t.stride(2)};
+}
 
 }  // namespace
 }  // namespace paged
 
-// part: (2 blocks, rows of a block, Dv): 1 or 4 rows by dot products, 16 or 64 by matrix
+// part: (2 blocks, rows of a block, Dv): 1 or 2 rows by dot products, 16 or 64 by matrix
 // instructions (16-bit q).
 void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorView block_table,
                              TensorView seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,
@@ -279,9 +295,9 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
       for (int i = 0; i < 4; ++i) p.bias_step[i] = bias->size(i) == 1 ? 0 : bias->stride(i);
       if (bias->size(3) != 1) p.bias_keys = static_cast<int>(bias->size(3));
     }
-    p.q_step = paged::strides_of(q);
-    p.k_step = paged::strides_of(k);
-    p.v_step = paged::strides_of(v);
+    p.q_step = {q.stride(0), q.stride(1), q.stride(2)};
+    p.k_step = paged::strides_of("k_cache", k);
+    p.v_step = paged::strides_of("v_cache", v);
     p.table_row = block_table.stride(0);
     p.page_size = paged::divisor(static_cast<int>(k.size(1)));
     p.pages = static_cast<int>(k.size(0));
@@ -291,8 +307,10 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
     p.row_groups = ceil_div(p.rows, rows);
     p.d = static_cast<int>(q.size(3));
     p.dv = static_cast<int>(v.size(3));
-    p.scale = scale;
-    p.softcap = softcap;
+    p.scale = scale * paged::kLog2e;
+    p.softcap = softcap * paged::kLog2e;
+    p.softcap_inverse = softcap > 0 ? 1 / p.softcap : 0;
+    p.plain = !p.softcap && !slopes && !bias;
     p.causal = causal || window > 0;
     p.work.seq_lens = input<int>(seq_lens, "seq_lens");
     p.work.batch = static_cast<int>(q.size(0));

@@ -35,7 +35,11 @@ struct Work {
 };
 
 struct Strides {
-  int64_t outer, row, head;  // of sequence or page, of query or key
+  int64_t outer, row, head;  // of sequence, query, head
+};
+struct CacheStrides {
+  int page, row;  // 32 bits: one multiplication to 64 each
+  int64_t head;
 };
 
 // n / by for 0 <= n < 2^31 (Granlund and Montgomery 1994)
@@ -66,12 +70,14 @@ struct Problem {
   const float *sinks, *slopes, *bias;  // (H,), (H,), (B, H, S, T) or null
   int64_t bias_step[4];                // of sequence, head, query, key
   int bias_keys;
-  Strides q_step, k_step, v_step;
+  Strides q_step;
+  CacheStrides k_step, v_step;
   int64_t table_row;
   Divisor page_size;
   int pages, heads, group, rows, row_groups, d, dv;
-  float scale, softcap;  // softcap 0: none
+  float scale, softcap, softcap_inverse;  // in units of log2(e); softcap 0: none
   bool causal;
+  bool plain;  // no softcap, slopes, bias
   Work work;
 };
 
@@ -127,10 +133,8 @@ DEVICE void for_each_piece(const Work& w, int4* record, F&& attend) {
   const int share = max((total + blocks - 1) / blocks, w.least);
   const int first = block * share;
   int left = min(share, total - first);
-  if (left <= 0) {
-    if (threadIdx.x == 0) store(record + block, int4{0, 0, 0, 0});
-    return;
-  }
+  if (threadIdx.x == 0) store(record + block, int4{0, 0, 0, 0});
+  if (left <= 0) return;
   for (int from = 0, before = 0; before <= first; from += THREADS) {
     const int b = from + threadIdx.x;
     const int n = b < w.batch ? tiles_of(keys_of(w, b)) * w.units : 0;
@@ -143,21 +147,22 @@ DEVICE void for_each_piece(const Work& w, int4* record, F&& attend) {
   }
   __syncthreads();
   int b = load(found), at = load(found + 1);
-  int4 continues{0, 0, 0, 0};
   while (left > 0) {
     const Keys keys = keys_of(w, b);
     const int n = tiles_of(keys), unit = at / n, tile = at - unit * n;
     const int count = min(left, n - tile);
     const bool begins = tile == 0, ends = tile + count == n;
     const int begin = keys.first + tile * kTile;
-    attend(Piece{b, unit, begin, min(begin + count * kTile, keys.end), keys.all,
-                 begins && ends ? -1 : 2 * block + begins});
-    if (begins && !ends) continues = {b, unit, 1 + (n - count + share - 1) / share, 0};
+    const Piece piece{b,        unit,
+                      begin,    min(begin + count * kTile, keys.end),
+                      keys.all, begins && ends ? -1 : 2 * block + begins};
+    if (begins && !ends && threadIdx.x == 0)
+      store(record + block, int4{b, unit, 1 + (n - count + share - 1) / share, 0});
     left -= count;
     at += count;
     if (at == n * w.units) ++b, at = 0;
+    attend(piece);
   }
-  if (threadIdx.x == 0) store(record + block, continues);
 }
 
 // Elements from the cache's start to key j of sequence b in k and in v, of head 0.
@@ -172,7 +177,8 @@ DEVICE int page_of(const Problem<T, C>& p, int b, int j) {
 template <class T, class C>
 DEVICE KeyAt key_at(const Problem<T, C>& p, int page, int j) {
   const int slot = j - divide(j, p.page_size) * p.page_size.by;
-  return {page * p.k_step.outer + slot * p.k_step.row, page * p.v_step.outer + slot * p.v_step.row};
+  return {int64_t{page} * p.k_step.page + int64_t{slot} * p.k_step.row,
+          int64_t{page} * p.v_step.page + int64_t{slot} * p.v_step.row};
 }
 
 // A row of q: which it is, and the keys that it sees. What only options need is looked up by
@@ -192,24 +198,30 @@ DEVICE Row row_of(const Problem<T, C>& p, const Piece& piece, int r) {
           p.causal ? min(piece.all, position + 1) : piece.all};
 }
 
-// log2(e) times the score of key j, from q k: scale, softcap, ALiBi, bias, mask.
+// log2(e) times the score of key j, from q k: scale, softcap, ALiBi, bias, mask. `scale` is log2(e)
+// times that of the scores.
 template <class T, class C>
 DEVICE float score(const Problem<T, C>& p, const Piece& piece, const Row& row, int j, float product,
                    float scale) {
   const bool sees = j >= row.first && j < min(row.end, piece.end);
-  if (p.softcap > 0)
-    product = tanhf(product * scale / p.softcap) * (p.softcap * kLog2e);
-  else
-    product *= scale * kLog2e;
-  if (p.slopes && sees) {
-    const int distance = row.query + piece.all - p.work.queries - j;
-    product -= load(p.slopes + row.head) * kLog2e * fabsf(static_cast<float>(distance));
+  product *= scale;
+  if (!p.plain) {
+    if (p.softcap > 0) product = tanhf(product * p.softcap_inverse) * p.softcap;
+    if (p.slopes && sees) {
+      const int distance = row.query + piece.all - p.work.queries - j;
+      product -= load(p.slopes + row.head) * kLog2e * fabsf(static_cast<float>(distance));
+    }
+    if (p.bias && sees && j < p.bias_keys)
+      product += load(p.bias + piece.b * p.bias_step[0] + row.head * p.bias_step[1] +
+                      row.query * p.bias_step[2] + j * p.bias_step[3]) *
+                 kLog2e;
   }
-  if (p.bias && sees && j < p.bias_keys)
-    product += load(p.bias + piece.b * p.bias_step[0] + row.head * p.bias_step[1] +
-                    row.query * p.bias_step[2] + j * p.bias_step[3]) *
-               kLog2e;
   return sees ? product : -INFINITY;
+}
+
+template <class T, class C>
+DEVICE float scale_of(const Problem<T, C>& p, int kv_head) {
+  return p.scale * (p.k_scale ? load(p.k_scale + kv_head) : 1.0f);
 }
 
 DEVICE float or_zero(float top) { return top == -INFINITY ? 0.0f : top; }

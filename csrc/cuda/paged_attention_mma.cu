@@ -1,4 +1,4 @@
-// paged_attention's units of 5 to 64 rows of 16 bits, by m16n8k16. Tiles of 64 keys go through
+// paged_attention's units of 3 to 64 rows of 16 bits, by m16n8k16. Tiles of 64 keys go through
 // shared memory, the next one under way (cp.async) while this one is computed; q stays there. WM
 // warps have 16 rows each, the other warps other keys of the tile:
 //
@@ -125,7 +125,7 @@ DEVICE int threads_log2(int padded) {
 }
 
 template <int WM, int WIDTH, class T, class C>
-__global__ void __launch_bounds__(kThreads) paged_mma_kernel(Problem<T, C> p, Sizes size) {
+__global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p, Sizes size) {
   constexpr int WK = kWarps / WM, kRows = 16 * WM, kKeys = kTile / WK;  // of a warp
   DYNAMIC_SHARED(memory);
   SHARED(int64_t, k_at, 2 * kTile);  // of the rows of this tile and the next; -1: zeros
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) paged_mma_kernel(Problem<T, C> p, Si
 
   for_each_piece<kThreads>(p.work, p.record, [&](const Piece& piece) {
     const int kv_head = piece.unit;
-    const float scale = p.scale * (p.k_scale ? load(p.k_scale + kv_head) : 1.0f);
+    const float scale = scale_of(p, kv_head);
     const C* const k = p.k + kv_head * p.k_step.head;
     const C* const v = p.v + kv_head * p.v_step.head;
     const int count = (piece.end - piece.begin + kTile - 1) / kTile;

@@ -19,9 +19,7 @@ _TILE = 64  # keys, as in csrc/cuda/paged_attention.cuh
 _LEAST_TILES = 4  # that are worth a block of their own: 256 keys, as in kernels/attention.py
 _WIDEST = 256
 _MOST_ROWS = 64
-# Up to so many rows products by element keep up with the memory: a key costs as many instructions
-# whatever its width in bytes.
-_DOT_ROWS = {1: 2, 2: 4}
+_DOT_ROWS = 2  # more take more registers than two blocks on a multiprocessor have
 
 
 @functools.cache
@@ -38,7 +36,7 @@ def _aligned(t: Tensor, size: int) -> bool:
 
 
 def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """1 or 4 by dot products, 16 or 64 by matrix instructions, 0: not here."""
+    """1 or 2 by dot products, 16 or 64 by matrix instructions, 0: not here."""
     width, v_width = q.shape[-1], v.shape[-1]
     rows = q.shape[1] * (q.shape[2] // k.shape[2])
     if (
@@ -50,8 +48,8 @@ def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
         or not all(_aligned(t, min(16, 8 * t.element_size())) for t in (q, k, v))
     ):
         return 0
-    few = 1 if rows == 1 else 4
-    if q.dtype == torch.float32 or rows <= _DOT_ROWS[k.element_size()]:
+    few = 1 if rows == 1 else 2
+    if q.dtype == torch.float32 or rows <= _DOT_ROWS:
         return few
     if not (width * k.element_size() % 16 == v_width * k.element_size() % 16 == 0):
         return few  # int8 rows that are no multiples of 16 bytes
@@ -63,9 +61,7 @@ def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
 def _other(q: Tensor) -> Callable:
     """For what the kernel does not take; the emulator has no Triton beside it."""
     if q.is_cuda and backend.why_not("triton") is None:
-        from fastlm.kernels.paged_attention import paged_attention as triton
-
-        return triton
+        return backend.Kernel("paged_attention", "paged_attention").load()
     return reference.paged_attention
 
 
