@@ -13,6 +13,11 @@ namespace fastlm {
 using OptionalTensor = std::optional<TensorView>;
 using Stream = uintptr_t;
 
+// paged_append.cu
+void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache,
+                  TensorView block_table, TensorView positions, TensorView k_scale,
+                  TensorView v_scale, Stream stream);
+
 // paged_attention.cu
 void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorView block_table,
                              TensorView seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,

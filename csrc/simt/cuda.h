@@ -112,6 +112,7 @@ inline unsigned atomicInc(unsigned* p, unsigned v, simt::Site site = simt::Site:
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
+inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
