@@ -39,6 +39,18 @@ void cross_entropy_loss_backward(TensorView d_loss, TensorView logits, TensorVie
 
 // glu.cu; act: 0 silu, 1 gelu_tanh, 2 gelu
 void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream stream);
+// paged_append.cu
+void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache,
+                  TensorView block_table, TensorView positions, TensorView k_scale,
+                  TensorView v_scale, Stream stream);
+
+// paged_attention.cu
+void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorView block_table,
+                             TensorView seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,
+                             OptionalTensor sinks, OptionalTensor slopes, OptionalTensor bias,
+                             bool causal, float scale, int64_t window, float softcap,
+                             int least_tiles, TensorView out, TensorView lse, TensorView part,
+                             TensorView part_sum, TensorView record, Stream stream);
 
 // rms_norm.cu
 void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,

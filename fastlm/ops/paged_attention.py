@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel, register
+from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.errors import InputError
 from fastlm.ops.attention import NUMBERS, check_options, cpu_forward, wide_dtype
 
@@ -183,5 +183,6 @@ op = register(
         "reference": reference.paged_attention,
         "cpu": _cpu,
         "triton": Kernel("paged_attention", "paged_attention"),
+        "cuda": CudaKernel("paged_attention", "paged_attention"),
     },
 )

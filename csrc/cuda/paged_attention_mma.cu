@@ -1,0 +1,337 @@
+// paged_attention's units of 3 to 64 rows of 16 bits, by m16n8k16. Tiles of 64 keys go through
+// shared memory, the next one under way (cp.async) while this one is computed; q stays there. WM
+// warps have 16 rows each, the other warps other keys of the tile:
+//
+//     WM = 1:  rows 0-15    keys 0-15 | 16-31 | 32-47 | 48-63     a warp each, merged at the end
+//     WM = 4:  rows 0-15, 16-31, 32-47, 48-63    keys 0-63 each
+//
+// Scores and probabilities stay in registers: the result of q k is laid out as the left operand
+// of p v. An int8 cache is copied as it is and widened between shared memory and the matrix
+// instruction, where a register has 4 neighbours of a row:
+//
+//     k   elements 4 c .. 4 c + 3 of 16 become slots 2 c, 2 c + 1, 2 c + 8, 2 c + 9 of the sum:
+//         q lies in shared memory in that order
+//     v   a transposed pair of keys has columns 2 n and 2 n + 1: even and odd columns are tiles of
+//         their own
+//
+// Rows in shared memory are an odd number of 16 bytes apart: no bank conflicts in ldmatrix.
+// Not measured on a GPU.
+#include "cuda/paged_attention.cuh"
+
+namespace fastlm::paged {
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+
+struct Sizes {
+  int d_pad, dv_pad;                // columns, zero beyond D and Dv
+  int q_pitch, k_pitch, v_pitch;    // bytes from row to row
+  int k_bytes, v_bytes, out_pitch;  // of a tile; floats from row to row
+};
+
+constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+template <class T, class C>
+Sizes sizes_of(const Problem<T, C>& p) {
+  const auto pitch = [](int columns, int bytes) { return (columns * bytes / 16 | 1) * 16; };
+  Sizes s;
+  s.d_pad = round_up(p.d, 16);
+  s.dv_pad = round_up(p.dv, sizeof(C) == 1 ? 32 : 16);  // what ldmatrix_x4_transposed covers
+  s.q_pitch = pitch(s.d_pad, sizeof(T));
+  s.k_pitch = pitch(s.d_pad, sizeof(C));
+  s.v_pitch = pitch(s.dv_pad, sizeof(C));
+  s.k_bytes = kTile * s.k_pitch;
+  s.v_bytes = kTile * s.v_pitch;
+  s.out_pitch = s.dv_pad + 8;
+  return s;
+}
+
+template <class T>
+DEVICE uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+// Two of four bytes 128 + x as two of T, exactly. Selects: which bytes, beside those of a constant.
+constexpr uint32_t kFirstTwo = 0x4140, kLastTwo = 0x4342, kEven = 0x4240, kOdd = 0x4341;
+template <class T>
+DEVICE uint32_t widen(uint32_t bytes, uint32_t select) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    // 128 + the lower seven bits, less 256 or, where the eighth is set, 128
+    const uint32_t x = __byte_perm(bytes, 0x43434343u, select);
+    const uint32_t low = x & 0xff7fff7fu, less = (x & 0x00800080u) ^ 0x43804380u;
+    const auto y = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low),
+                           reinterpret_cast<const __nv_bfloat162&>(less));
+    return reinterpret_cast<const uint32_t&>(y);
+  } else {
+    const uint32_t x = __byte_perm(bytes, 0x64646464u, select);  // 1024 + 128 + x
+    const uint32_t less = 0x64806480u;
+    const auto y =
+        __hsub2(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(less));
+    return reinterpret_cast<const uint32_t&>(y);
+  }
+}
+
+// q of the unit's rows, zeros for rows and columns that are not there
+template <int ROWS, class T, class C>
+DEVICE void load_q(const Problem<T, C>& p, const Sizes& size, const Piece& piece,
+                   unsigned char* to) {
+  using V = Vector<T, 8>;
+  const int columns = size.d_pad / 8;
+  for (int i = threadIdx.x; i < ROWS * columns; i += kThreads) {
+    const int r = i / columns, column = i % columns * 8;
+    const Row row = row_of<ROWS>(p, piece, r);
+    V x{};
+    if (row.there() && column < p.d)
+      x = load(reinterpret_cast<const V*>(p.q + piece.b * p.q_step.outer +
+                                          row.query * p.q_step.row + row.head * p.q_step.head +
+                                          column));
+    T* const at = reinterpret_cast<T*>(to + r * size.q_pitch);
+    if constexpr (sizeof(C) == 1) {
+      const int slot = column / 16 * 16 + column % 16 / 2;
+      using Half = Vector<T, 4>;
+      store(reinterpret_cast<Half*>(at + slot), Half{x.at[0], x.at[1], x.at[4], x.at[5]});
+      store(reinterpret_cast<Half*>(at + slot + 8), Half{x.at[2], x.at[3], x.at[6], x.at[7]});
+    } else {
+      store(reinterpret_cast<V*>(at + column), x);
+    }
+  }
+}
+
+// The rows of a tile, 2^log2 threads a row; zeros behind the last key and `width`.
+template <class C>
+DEVICE void copy_rows(unsigned char* to, int pitch, const C* from, const int64_t* at, int width,
+                      int padded, int log2) {
+  constexpr int kPer = 16 / sizeof(C);
+  const int column = (threadIdx.x & ((1 << log2) - 1)) * kPer;
+  if (column >= padded) return;
+  for (int row = threadIdx.x >> log2; row < kTile; row += kThreads >> log2) {
+    const int64_t where = load(at + row);
+    const bool there = where >= 0 && column < width;
+    cp_async<16>(to + row * pitch + column * sizeof(C), there ? from + where + column : from,
+                 there ? 16 : 0);
+  }
+}
+template <class C>
+DEVICE int threads_log2(int padded) {
+  int log2 = 0;
+  while (16 / static_cast<int>(sizeof(C)) << log2 < padded) ++log2;
+  return log2;
+}
+
+template <int WM, int WIDTH, class T, class C>
+__global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p, Sizes size) {
+  constexpr int WK = kWarps / WM, kRows = 16 * WM, kKeys = kTile / WK;  // of a warp
+  DYNAMIC_SHARED(memory);
+  SHARED(int64_t, k_at, 2 * kTile);  // of the rows of this tile and the next; -1: zeros
+  SHARED(int64_t, v_at, 2 * kTile);
+  SHARED(float2, sums, WK * kRows);
+  unsigned char* const q_tile = memory;
+  unsigned char* const tiles = memory + kRows * size.q_pitch;  // two of k, two of v
+  unsigned char* const v_tiles = tiles + 2 * size.k_bytes;
+  float* const outs = reinterpret_cast<float*>(tiles);  // (WK, kRows, out_pitch), at the end
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int wm = warp % WM, first_key = warp / WM * kKeys;
+  const int k_log2 = threads_log2<C>(size.d_pad), v_log2 = threads_log2<C>(size.dv_pad);
+
+  for_each_piece<kThreads>(p.work, p.record, [&](const Piece& piece) {
+    const int kv_head = piece.unit;
+    const float scale = scale_of(p, kv_head);
+    const C* const k = p.k + kv_head * p.k_step.head;
+    const C* const v = p.v + kv_head * p.v_step.head;
+    const int count = (piece.end - piece.begin + kTile - 1) / kTile;
+    const auto find_rows = [&](int tile) {
+      if (threadIdx.x >= kTile || tile >= count) return;
+      const int j = piece.begin + tile * kTile + threadIdx.x;
+      KeyAt at{-1, -1};
+      if (j < piece.end) at = key_at(p, page_of(p, piece.b, j), j);
+      store(k_at + tile % 2 * kTile + threadIdx.x, at.k);
+      store(v_at + tile % 2 * kTile + threadIdx.x, at.v);
+    };
+    const auto copy_tile = [&](int tile) {
+      if (tile < count) {
+        const int stage = tile % 2;
+        copy_rows(tiles + stage * size.k_bytes, size.k_pitch, k, k_at + stage * kTile, p.d,
+                  size.d_pad, k_log2);
+        copy_rows(v_tiles + stage * size.v_bytes, size.v_pitch, v, v_at + stage * kTile, p.dv,
+                  size.dv_pad, v_log2);
+      }
+      cp_async_commit();
+    };
+    find_rows(0);
+    find_rows(1);
+    load_q<kRows>(p, size, piece, q_tile);
+    __syncthreads();
+    copy_tile(0);
+
+    Row row[2];  // of this lane: lane / 4 and 8 below
+#pragma unroll
+    for (int h = 0; h < 2; ++h) row[h] = row_of<kRows>(p, piece, wm * 16 + h * 8 + lane / 4);
+    float out[WIDTH / 8][4] = {};
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    for (int tile = 0; tile < count; ++tile) {
+      cp_async_wait<0>();
+      __syncthreads();  // this tile is there, the one before has been read
+      copy_tile(tile + 1);
+      find_rows(tile + 2);
+      const unsigned char* const k_tile =
+          tiles + tile % 2 * size.k_bytes + first_key * size.k_pitch;
+      const unsigned char* const v_tile =
+          v_tiles + tile % 2 * size.v_bytes + first_key * size.v_pitch;
+
+      float s[kKeys / 8][4] = {};
+#pragma unroll 4
+      for (int at = 0; at < size.d_pad; at += 16) {
+        uint32_t a[4];
+        ldmatrix_x4(a, q_tile + (wm * 16 + lane % 16) * size.q_pitch + (at + lane / 16 * 8) * 2);
+#pragma unroll
+        for (int n = 0; n < kKeys; n += 16) {
+          uint32_t b[2][2];
+          if constexpr (sizeof(C) == 1) {
+            uint32_t x[2];
+            ldmatrix_x2(x, k_tile + (n + lane % 16) * size.k_pitch + at);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              b[i][0] = widen<T>(x[i] ^ 0x80808080u, kFirstTwo);
+              b[i][1] = widen<T>(x[i] ^ 0x80808080u, kLastTwo);
+            }
+          } else {
+            uint32_t x[4];
+            ldmatrix_x4(x, k_tile + (n + lane % 8 + lane / 16 * 8) * size.k_pitch +
+                               (at + lane / 8 % 2 * 8) * 2);
+            b[0][0] = x[0], b[0][1] = x[1], b[1][0] = x[2], b[1][1] = x[3];
+          }
+          mma(s[n / 8], a, b[0], T{});
+          mma(s[n / 8 + 1], a, b[1], T{});
+        }
+      }
+
+      float rescale[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float higher = top[h];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int j = piece.begin + tile * kTile + first_key + n * 8 + lane % 4 * 2 + i;
+            float& x = s[n][2 * h + i];
+            x = score(p, piece, row[h], j, x, scale);
+            higher = fmaxf(higher, x);
+          }
+        higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, 1));
+        higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, 2));
+        rescale[h] = exp2f(top[h] - or_zero(higher));
+        top[h] = higher;
+        sum[h] *= rescale[h];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& x = s[n][2 * h + i];
+            x = exp2f(x - or_zero(higher));
+            sum[h] += x;
+          }
+      }
+#pragma unroll
+      for (int n = 0; n < WIDTH / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
+
+#pragma unroll
+      for (int n = 0; n < kKeys; n += 16) {
+        const float (&left)[4] = s[n / 8], (&right)[4] = s[n / 8 + 1];
+        const uint32_t a[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
+                               pack<T>(right[0], right[1]), pack<T>(right[2], right[3])};
+        const unsigned char* const at = v_tile + (n + lane % 16) * size.v_pitch + lane / 16 * 16;
+        constexpr int kStep = sizeof(C) == 1 ? 32 : 16;
+#pragma unroll
+        for (int c = 0; c < WIDTH; c += kStep) {
+          if (c >= size.dv_pad) break;
+          uint32_t x[4];
+          ldmatrix_x4_transposed(x, at + c * sizeof(C));
+          if constexpr (sizeof(C) == 1) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[i] ^= 0x80808080u;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const uint32_t select = i % 2 ? kOdd : kEven;
+              const uint32_t b[2] = {widen<T>(x[i / 2 * 2], select),
+                                     widen<T>(x[i / 2 * 2 + 1], select)};
+              mma(out[c / 8 + i], a, b, T{});
+            }
+          } else {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const uint32_t b[2] = {x[2 * i], x[2 * i + 1]};
+              mma(out[c / 8 + i], a, b, T{});
+            }
+          }
+        }
+      }
+    }
+
+    cp_async_wait<0>();
+    __syncthreads();  // `outs` lies where the tiles were
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(kAllLanes, sum[h], 1);
+      sum[h] += __shfl_xor_sync(kAllLanes, sum[h], 2);
+      const int r = warp / WM * kRows + wm * 16 + h * 8 + lane / 4;
+      if (lane % 4 == 0) store(sums + r, float2{top[h], sum[h]});
+#pragma unroll
+      for (int n = 0; n < WIDTH / 8; n += 2) {
+        if (n * 8 >= size.dv_pad) break;
+        const float (&x)[4] = out[n], (&y)[4] = out[n + 1];
+        float* const at = outs + r * size.out_pitch + n * 8;
+        if constexpr (sizeof(C) == 1) {  // even columns in x, odd ones in y
+          store(reinterpret_cast<float4*>(at + lane % 4 * 4),
+                float4{x[2 * h], y[2 * h], x[2 * h + 1], y[2 * h + 1]});
+        } else {
+          store(reinterpret_cast<float2*>(at + lane % 4 * 2), float2{x[2 * h], x[2 * h + 1]});
+          store(reinterpret_cast<float2*>(at + 8 + lane % 4 * 2), float2{y[2 * h], y[2 * h + 1]});
+        }
+      }
+    }
+    __syncthreads();
+    write_rows<kThreads, WK, kRows>(p, piece, outs, size.out_pitch, sums);
+    __syncthreads();  // all of it may be written again
+  });
+}
+
+template <int WM, class T, class C>
+void start(const Problem<T, C>& p, int blocks, cudaStream_t stream) {
+  const Sizes size = sizes_of(p);
+  const size_t tiles = 2 * (size.k_bytes + size.v_bytes);
+  const size_t outs = kTile * size.out_pitch * sizeof(float);  // WK * 16 WM rows
+  const Launch how{"paged_attention", dim3(blocks), dim3(kThreads),
+                   16 * WM * size.q_pitch + std::max(tiles, outs), stream};
+  const int width = std::max(size.d_pad, size.dv_pad);
+  if (width <= 64)
+    launch(how, paged_mma_kernel<WM, 64, T, C>, p, size);
+  else if (width <= 128)
+    launch(how, paged_mma_kernel<WM, 128, T, C>, p, size);
+  else
+    launch(how, paged_mma_kernel<WM, 256, T, C>, p, size);
+}
+
+}  // namespace
+
+template <class T, class C>
+void start_mma(const Problem<T, C>& p, int rows, int blocks, cudaStream_t stream) {
+  if (rows == 16)
+    start<1>(p, blocks, stream);
+  else
+    start<4>(p, blocks, stream);
+}
+template void start_mma(const Problem<bfloat16, bfloat16>&, int, int, cudaStream_t);
+template void start_mma(const Problem<bfloat16, int8_t>&, int, int, cudaStream_t);
+template void start_mma(const Problem<float16, float16>&, int, int, cudaStream_t);
+template void start_mma(const Problem<float16, int8_t>&, int, int, cudaStream_t);
+
+}  // namespace fastlm::paged

@@ -1,0 +1,103 @@
+"""paged_attention by csrc/cuda/paged_attention.cu: the decode step.
+
+It serves up to 64 rows of q a key head (queries times the group of heads that share it), heads of
+up to 256 that are multiples of 8, and rows that can be read 8 elements at a time, 16 bytes at a
+time by the matrix instructions. What else there is goes to the Triton kernel.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastlm import backend, reference
+from fastlm.cuda import extension, stream
+from fastlm.ops.attention import elements_last
+
+_TILE = 64  # keys, as in csrc/cuda/paged_attention.cuh
+_LEAST_TILES = 4  # that are worth a block of their own: 256 keys, as in kernels/attention.py
+_WIDEST = 256
+_MOST_ROWS = 64
+_DOT_ROWS = 2  # more take more registers than two blocks on a multiprocessor have
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # the emulator
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _aligned(t: Tensor, size: int) -> bool:
+    """Whether every row begins at a multiple of `size` bytes."""
+    steps = (s for n, s in zip(t.shape[:-1], t.stride()) if n > 1)
+    return t.data_ptr() % size == 0 and all(s * t.element_size() % size == 0 for s in steps)
+
+
+def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """1 or 2 by dot products, 16 or 64 by matrix instructions, 0: not here."""
+    width, v_width = q.shape[-1], v.shape[-1]
+    rows = q.shape[1] * (q.shape[2] // k.shape[2])
+    if (
+        rows > _MOST_ROWS
+        or max(width, v_width) > _WIDEST
+        or width % 8
+        or v_width % 8
+        or k.dtype != v.dtype  # one of them int8
+        or not all(_aligned(t, min(16, 8 * t.element_size())) for t in (q, k, v))
+    ):
+        return 0
+    few = 1 if rows == 1 else 2
+    if q.dtype == torch.float32 or rows <= _DOT_ROWS:
+        return few
+    if not (width * k.element_size() % 16 == v_width * k.element_size() % 16 == 0):
+        return few  # int8 rows that are no multiples of 16 bytes
+    if not (_aligned(k, 16) and _aligned(v, 16)):
+        return few
+    return 16 if rows <= 16 else 64
+
+
+def _other(q: Tensor) -> Callable:
+    """For what the kernel does not take; the emulator has no Triton beside it."""
+    if q.is_cuda and backend.why_not("triton") is None:
+        return backend.Kernel("paged_attention", "paged_attention").load()
+    return reference.paged_attention
+
+
+def _floats(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    k_scale: Tensor | None, v_scale: Tensor | None, sinks: Tensor | None,
+    alibi_slopes: Tensor | None, bias: Tensor | None, causal: bool, scale: float, window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k_cache, v_cache = elements_last(q, k_cache, v_cache)
+    rows = _rows_of_a_block(q, k_cache, v_cache)
+    if rows == 0:
+        return _other(q)(
+            q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, sinks, alibi_slopes, bias,
+            causal, scale, window, softcap,
+        )  # fmt: skip
+    batch, queries, heads, _ = q.shape
+    v_width = v_cache.shape[3]
+    out = q.new_empty(batch, queries, heads, v_width)
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
+    # two blocks on a multiprocessor, where there are tiles for them
+    units = batch * k_cache.shape[2] * -(-queries * heads // k_cache.shape[2] // rows)
+    tiles = -(-table.shape[1] * k_cache.shape[1] // _TILE)
+    blocks = min(2 * _multiprocessors(q.device), units * max(1, -(-tiles // _LEAST_TILES)))
+    part = lse.new_empty(2 * blocks, rows, v_width)
+    extension().paged_attention_forward(
+        q, k_cache, v_cache, table, seq_lens.contiguous(), k_scale, v_scale, _floats(sinks),
+        _floats(alibi_slopes), None if bias is None else bias.float(), causal, scale, window,
+        softcap, _LEAST_TILES, out, lse, part, lse.new_empty(2 * blocks, rows, 2),
+        torch.empty(blocks, 4, dtype=torch.int32, device=q.device), stream(q),
+    )  # fmt: skip
+    return out, lse

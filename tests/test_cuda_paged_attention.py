@@ -1,0 +1,214 @@
+"""paged_attention's CUDA kernels against float64, on the emulator where there is no GPU."""
+
+import importlib
+
+import pytest
+import torch
+from test_paged_attention import OPTIONS, assert_paged_near, cache
+
+from fastlm import ops, reference
+from fastlm.cuda import paged_attention as host
+
+
+@pytest.fixture(autouse=True)
+def only_here(monkeypatch):
+    """Nothing is handed on, unless a test says so: it would be the reference against itself."""
+
+    def refuse(q):
+        raise AssertionError("handed on")
+
+    monkeypatch.setattr(host, "_other", refuse)
+
+
+def on(device, *values):
+    """Tensors to the device, also those in dicts."""
+    moved = []
+    for v in values:
+        if isinstance(v, dict):
+            v = dict(zip(v, on(device, *v.values())))
+        moved.append(v.to(device) if isinstance(v, torch.Tensor) else v)
+    return moved
+
+
+def check(cuda, q, parts, what, **options):
+    q, *parts, options = on(cuda, q, *parts, options)
+    assert_paged_near(q, *parts, what=what, **options)
+
+
+# rows of a key head: 2 and 6 by dot products, or with 16 bits 16 and 64 rows of matrix instructions
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("queries, page_size", [(1, 7), (3, 64), (9, 1)])
+def test_matches_float64(cuda, dtype, page_size, queries, options):
+    q = torch.randn(3, queries, 4, 40).to(dtype)
+    check(cuda, q, cache([53, 0, 130], page_size, 2, 40, 24, dtype), "", **options)
+
+
+@pytest.mark.parametrize("group, d, dv", [(1, 16, 256), (16, 256, 16), (33, 72, 128), (3, 64, 8)])
+def test_widths(cuda, dtype, group, d, dv):
+    q = torch.randn(1, 1, group, d).to(dtype)
+    check(cuda, q, cache([70], 16, 1, d, dv, dtype), "", causal=True)
+
+
+@pytest.mark.parametrize(
+    "queries, group, d, dv",
+    [(1, 1, 64, 64), (1, 4, 48, 80), (3, 2, 24, 40), (5, 4, 16, 160), (2, 4, 256, 16)],
+)
+def test_int8_cache(cuda, dtype, queries, group, d, dv):
+    q = torch.randn(2, queries, 2 * group, d).to(dtype)
+    scales = {"k_scale": torch.tensor([0.02, 0.01]), "v_scale": 0.03}
+    check(cuda, q, cache([90, 70], 16, 2, d, dv, torch.int8), "", causal=True, **scales)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_every_int8_is_widened_exactly(cuda, dtype, heads):
+    """Sequence b has b + 1 keys, and the last of them has all the weight: its score is 16 more than
+    the one before. q picks the column that is the score."""
+    k = torch.arange(-128, 128).to(torch.int8).reshape(1, 16, 1, 16).to(cuda)
+    lens = torch.arange(1, 17, dtype=torch.int32, device=cuda)
+    table = torch.zeros(16, 1, dtype=torch.int32, device=cuda)
+    values = k[0, :, 0].float()
+    for column in (0, 1, 2, 3, 6, 12):  # of each kind of place in a fragment
+        q = torch.zeros(16, 1, heads, 16, dtype=dtype, device=cuda)
+        q[..., column] = 1
+        out, lse = ops.paged_attention(
+            q, k, k, table, lens, k_scale=1.0, v_scale=1.0, scale=1.0, return_lse=True
+        )
+        torch.testing.assert_close(out[:, 0], values[:, None].to(dtype).expand(16, heads, 16))
+        wanted = values[:, None, column].expand(16, heads)
+        torch.testing.assert_close(lse[:, :, 0], wanted, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("blocks", [2, 6, 40])
+def test_any_division_of_the_keys(cuda, monkeypatch, blocks, queries, options):
+    """Blocks that have a part of a unit, several units, nothing; units of many blocks."""
+    monkeypatch.setattr(host, "_LEAST_TILES", 1)
+    monkeypatch.setattr(host, "_multiprocessors", lambda _: blocks // 2)
+    dtype = torch.float32 if queries == 1 else torch.float16
+    q = torch.randn(5, queries, 4, 16).to(dtype)
+    parts = cache([300, 1, 0, 40, 200], 16, 2, 16, 24, dtype)
+    check(cuda, q, parts, f"{blocks} blocks", **options)
+
+
+def test_more_sequences_than_threads(cuda):
+    lengths = torch.randint(0, 90, (300,)).tolist()
+    q = torch.randn(300, 1, 1, 8)
+    check(cuda, q, cache(lengths, 32, 1, 8, 8, q.dtype), "", causal=True)
+
+
+def test_sinks_without_keys(cuda, dtype):
+    q = torch.randn(1, 3, 4, 16).to(dtype)
+    parts = cache([2], 4, 2, 16, 16, dtype)
+    check(cuda, q, parts, "", causal=True, sinks=torch.tensor([0.3, -1.0, 2.0, -torch.inf]))
+
+
+def test_strided(cuda, dtype):
+    """Keys and values interleaved in one allocation, a table that is a view, q of a projection."""
+    both = torch.randn(6, 8, 2, 2, 32, device=cuda).to(dtype)
+    k, v = both.unbind(2)
+    table = torch.tensor([[3, 9, 1, 9, 5]], dtype=torch.int32, device=cuda)[:, ::2]
+    lens = torch.tensor([20], dtype=torch.int32, device=cuda)
+    for queries in (1, 10):
+        q = torch.randn(1, 4, queries, 64, device=cuda).to(dtype).transpose(1, 2)[..., 16:48]
+        expected = ops.paged_attention(
+            q.contiguous(), k.contiguous(), v.contiguous(), table.contiguous(), lens
+        )
+        assert torch.equal(ops.paged_attention(q, k, v, table, lens), expected)
+
+
+@pytest.mark.parametrize("queries", [1, 10])
+def test_repeats_bit_for_bit(cuda, dtype, queries):
+    parts = on(cuda, *cache([300, 3], 16, 2, 32, 32, dtype))
+    q = torch.randn(2, queries, 4, 32, device=cuda).to(dtype)
+    first = ops.paged_attention(q, *parts, return_lse=True)
+    again = ops.paged_attention(q, *parts, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_nan_is_not_hidden(cuda, queries):
+    k, v, table, lens = on(cuda, *cache([60], 16, 1, 16, 16, torch.bfloat16))
+    q = torch.randn(1, queries, 2, 16, device=cuda).bfloat16()
+    q[0, 0, 0] = torch.nan
+    out = ops.paged_attention(q, k, v, table, lens)
+    assert out[0, 0, 0].isnan().all() and not out[0, 0, 1].isnan().any()
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_lengths_and_pages_out_of_bounds_stay_inside(cuda, queries):
+    """What the CPU refuses a GPU cannot see in time: it reads nothing outside the tensors."""
+    k, v, table, lens = on(cuda, *cache([9, 20], 4, 2, 16, 16, torch.bfloat16))
+    q = torch.randn(2, queries, 4, 16, device=cuda).bfloat16()
+    good = ops.paged_attention(q, k, v, table, lens)
+    table[1, 2], lens[1] = 2**31 - 1, 2**20
+    assert torch.equal(ops.paged_attention(q, k, v, table, lens)[0], good[0])
+
+
+@pytest.mark.parametrize(
+    "shape, heads, width", [((0, 1), 2, 16), ((1, 0), 2, 16), ((2, 1), 2, 16)], ids=str
+)
+def test_empty(cuda, shape, heads, width):
+    """No sequence, no query, no page."""
+    k = torch.empty(0, 4, 1, width, device=cuda)
+    table = torch.zeros(shape[0], 3, dtype=torch.int32, device=cuda)
+    lens = torch.zeros(shape[0], dtype=torch.int32, device=cuda)
+    q = torch.randn(*shape, heads, width, device=cuda)
+    out, lse = ops.paged_attention(q, k, k, table, lens, return_lse=True)
+    assert out.eq(0).all() and lse.eq(-torch.inf).all()
+
+
+# more rows, wider or odd heads, rows that no 16 bytes begin at, one of two caches int8
+HANDED_ON = {
+    "65 rows": ((13, 5, 16), {}),
+    "width": ((1, 1, 264), {}),
+    "odd width": ((1, 1, 20), {}),
+    "unaligned": ((1, 1, 16), {"offset": 1}),
+    "mixed": ((1, 1, 16), {"mixed": True}),
+}
+
+
+@pytest.mark.parametrize("shape, change", HANDED_ON.values(), ids=HANDED_ON)
+def test_hands_on(cuda, monkeypatch, shape, change):
+    calls = []
+
+    def other(q):
+        calls.append(q.shape)
+        return reference.paged_attention
+
+    monkeypatch.setattr(host, "_other", other)
+    queries, heads, width = shape
+    k, v, table, lens = on(cuda, *cache([40], 16, 1, width + 8, width + 8, torch.bfloat16))
+    offset = change.get("offset", 0)
+    k, v = (t[..., offset : offset + width] for t in (k, v))
+    scales = {}
+    if change.get("mixed"):
+        k, scales = (k.nan_to_num() * 10).to(torch.int8), {"k_scale": 0.1}
+    q = torch.randn(1, queries, heads, width, device=cuda).bfloat16()
+    out = ops.paged_attention(q, k, v, table, lens, causal=True, **scales)
+    assert calls and not out.isnan().any()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts are the emulator's")
+def test_reads_whole_sectors_without_bank_conflicts():
+    """Of the kernel of matrix instructions, by the emulator's counts: K and V are copied in whole
+    sectors, and ldmatrix has no bank conflict."""
+    from fastlm import backend
+
+    simt = importlib.import_module("fastlm._simt")
+    parts = cache([200], 16, 1, 128, 128, torch.bfloat16)
+    q = torch.randn(1, 1, 8, 128).bfloat16()
+    with backend.use_backend("simt"):
+        simt.reset_report()
+        simt.set_options(seed=1, count=True)
+        try:
+            ops.paged_attention(q, *parts)
+        finally:
+            simt.set_options()
+    counts = {
+        place: cost
+        for place, cost in simt.report().items()
+        if place.startswith("paged_attention paged_attention_mma.cu")
+    }
+    assert len(counts) > 10
+    assert {place: cost for place, cost in counts.items() if cost[1] != cost[2]} == {}
