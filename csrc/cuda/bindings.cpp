@@ -54,6 +54,13 @@ void bind(py::module_& m) {
 
   m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
         "y"_a, "h"_a, "rstd"_a, "stream"_a, Guard());
+  m.def("quantized_linear_vector", &quantized_linear_vector, "x"_a, "x_scale"_a, "qdata"_a,
+        "scales"_a, "zeros"_a, "bias"_a, "bits"_a, "group_size"_a, "k"_a, "y"_a, "stream"_a,
+        Guard());
+  m.def("quantized_linear_round", &quantized_linear_round, "x"_a, "qdata"_a, "scales"_a, "bits"_a,
+        "group_size"_a, "q"_a, "x_scale"_a, "x_sums"_a, "stream"_a, Guard());
+  m.def("dequantize", &dequantize, "qdata"_a, "scales"_a, "zeros"_a, "bits"_a, "group_size"_a,
+        "out"_a, "stream"_a, Guard());
 }
 
 }  // namespace

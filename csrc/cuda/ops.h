@@ -17,4 +17,14 @@ using Stream = uintptr_t;
 void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
                       float offset, TensorView y, OptionalTensor h, TensorView rstd, Stream stream);
 
+// quantized_vector.cu, quantized_round.cu, dequantize.cu
+void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qdata,
+                             TensorView scales, OptionalTensor zeros, OptionalTensor bias, int bits,
+                             int64_t group_size, int64_t k, TensorView y, Stream stream);
+void quantized_linear_round(TensorView x, TensorView qdata, TensorView scales, int bits,
+                            int64_t group_size, TensorView q, TensorView x_scale, TensorView x_sums,
+                            Stream stream);
+void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int bits,
+                int64_t group_size, TensorView out, Stream stream);
+
 }  // namespace fastlm

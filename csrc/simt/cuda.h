@@ -109,6 +109,8 @@ inline unsigned atomicInc(unsigned* p, unsigned v, simt::Site site = simt::Site:
 
 // ---- mathematics; the fast forms are as exact as the others here
 
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
