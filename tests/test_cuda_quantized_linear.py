@@ -13,8 +13,10 @@ from tolerance import assert_near
 
 from fastlm import backend, ops, reference
 
-# every form: 1, 2 and up to 4 rows; one chunk of columns a warp and several
+# every form: 1, 2 and up to 4 rows, one chunk of columns a warp and several; 8, 16, 32 and 64 rows
+# a block; more
 SHAPES = [(1, 20, 64), (2, 9, 2080), (3, 37, 507), (4, 5, 123), (1, 9, 4104)]
+SHAPES += [(5, 64, 123), (9, 67, 1160), (17, 33, 8), (34, 130, 252), (64, 40, 264), (70, 30, 136)]
 GROUPS = [8, 16, 32, 40, 128, 520, -1]
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
 _scales = itertools.cycle(SCALES)

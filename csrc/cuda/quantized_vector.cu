@@ -33,7 +33,7 @@ struct Rows {
 
 template <int BITS, class X, int M>
 struct Shape {
-  static constexpr int kR = M == 4 ? 4 : 8;              // rows of W in flight: registers
+  static constexpr int kR = M == 1 ? 8 : 4;              // rows of W in flight: registers
   static constexpr int kColumns = 128 / BITS;            // of a lane: 16 bytes of codes
   static constexpr int kChunk = 32 * kColumns;           // columns of a warp
   static constexpr int kUnit = 16 / sizeof(X);           // columns in 16 bytes of x
@@ -42,22 +42,16 @@ struct Shape {
   static constexpr int kStaged = kUnits * kPlane * 16;   // bytes of a chunk of one row of x
 };
 
-// The 16 bytes of codes at byte `at` of a row, zeros behind its end.
+// The 16 bytes of codes at byte `at` of a row, zeros behind its end. ALIGNED: rows are, to 16 bytes.
+template <bool ALIGNED>
 DEVICE uint4 load_codes(const Weight& w, const uint8_t* row, int at) {
-  if (w.granule == 16) return at < w.row_bytes ? load_once(reinterpret_cast<const uint4*>(row + at))
-                                               : uint4{0, 0, 0, 0};
+  if constexpr (ALIGNED)
+    return at < w.row_bytes ? load_once(reinterpret_cast<const uint4*>(row + at))
+                            : uint4{0, 0, 0, 0};
   uint32_t v[4] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int left = w.row_bytes - at - 4 * i;
-    if (w.granule == 4 && left > 0) {
-      v[i] = load(reinterpret_cast<const uint32_t*>(row + at + 4 * i));
-    } else if (left > 0) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (j < left) v[i] |= static_cast<uint32_t>(load(row + at + 4 * i + j)) << 8 * j;
-    }
-  }
+  for (int i = 0; i < 16; ++i)
+    if (at + i < w.row_bytes) v[i / 4] |= static_cast<uint32_t>(load(row + at + i)) << i % 4 * 8;
   return {v[0], v[1], v[2], v[3]};
 }
 
@@ -152,8 +146,9 @@ DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged
   }
 }
 
-template <int BITS, class X, int M>
-__global__ void __launch_bounds__(kWarps * 32)
+template <int BITS, class X, int M, bool ALIGNED>
+// int8 x: 3 blocks a multiprocessor, since the int8 form of 4 rows needs more than 128 registers
+__global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t> ? 3 : 4)
     vector_kernel(Rows<X> p, Weight w, const void* bias, DType bias_dtype, void* y, DType y_dtype,
                   int warps_k) {
   using S = Shape<BITS, X, M>;
@@ -180,8 +175,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     int group = w.group_of(column);
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      codes[r] =
-          load_codes(w, w.codes + static_cast<int64_t>(row[r]) * w.row_bytes, column * BITS / 8);
+      codes[r] = load_codes<ALIGNED>(w, w.codes + static_cast<int64_t>(row[r]) * w.row_bytes,
+                                     column * BITS / 8);
       scale[r] =
           load_float(w.scales, w.factors, static_cast<int64_t>(row[r]) * w.groups + group);
     }
@@ -239,7 +234,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
 }
 
-template <int BITS, class X, int M>
+template <int BITS, class X, int M, bool ALIGNED = true>
 void start(const Rows<X>& p, const Weight& w, const OptionalTensor& bias, void* y, DType y_dtype,
            Stream stream) {
   using S = Shape<BITS, X, M>;
@@ -249,7 +244,7 @@ void start(const Rows<X>& p, const Weight& w, const OptionalTensor& bias, void* 
   const size_t shared = static_cast<size_t>(warps_k) * M * S::kStaged;
   launch({"quantized_linear vector", grid, dim3(kWarps * 32), shared,
           reinterpret_cast<cudaStream_t>(stream)},
-         vector_kernel<BITS, X, M>, p, w, any_float(bias, "bias"),
+         vector_kernel<BITS, X, M, ALIGNED>, p, w, any_float(bias, "bias"),
          bias ? bias->dtype() : DType::f32, y, y_dtype, warps_k);
 }
 
@@ -277,7 +272,9 @@ void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qd
                         (x_scale || k * sizeof(X) % 16 == 0)};
     const auto with_bits = [&](auto b) {
       constexpr int kBits = decltype(b)::value;
-      if (p.rows == 1)
+      if (w.granule != 16)  // one variant is enough for weights of odd widths
+        start<kBits, X, 4, false>(p, w, bias, to, y.dtype(), stream);
+      else if (p.rows == 1)
         start<kBits, X, 1>(p, w, bias, to, y.dtype(), stream);
       else if (p.rows == 2)
         start<kBits, X, 2>(p, w, bias, to, y.dtype(), stream);

@@ -4,6 +4,8 @@ By the rows of x: up to 4 the vector kernel, up to FUSED_ROWS matrix instruction
 are made in registers, above a dequantized block of W and torch's matmul.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,13 @@ VECTOR_ROWS = 4  # above, the 8 rows of a matrix instruction cost no more
 FUSED_ROWS = 64
 # weights dequantized at a time for torch's matmul: 32 MB of 16 bits stay in an H100's L2 of 50 MB
 _BLOCK_WEIGHTS = 1 << 24
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the emulator's: parts show at small sizes
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -75,14 +84,27 @@ def quantized_linear_forward(
     if bias is not None:
         bias = (bias if bias.dtype != torch.float64 else bias.float()).contiguous()
     rows, x_scale, x_sums = x.shape[0], None, None
+    by_vectors = rows <= VECTOR_ROWS
     if act_bits == 8:
+        # an instruction multiplies 32 columns: they must have one scale
+        by_vectors = by_vectors or (group_size < k and group_size % 32 != 0)
         x, x_scale, x_sums = _rounded(x, weight, bits, group_size)
-    if rows <= VECTOR_ROWS or act_bits == 8:
-        extension().quantized_linear_vector(
+    elif not by_vectors and (rows > FUSED_ROWS or x.dtype == torch.float32):
+        _many_rows(x, weight, bias, bits, group_size, y)
+        return out
+    kernels = extension()
+    if by_vectors:
+        kernels.quantized_linear_vector(
             x, x_scale, *weight, bias, bits, group_size, k, y, stream(x)
         )
-    else:
-        _many_rows(x, weight, bias, bits, group_size, y)
+        return out
+    count = kernels.quantized_linear_parts(*y.shape, k, bits, _multiprocessors(x.device))
+    parts = None
+    if count > 1:
+        parts = torch.empty((count, *y.shape), dtype=torch.float32, device=x.device)
+    kernels.quantized_linear_matrix(
+        x, x_scale, x_sums, *weight, bias, bits, group_size, k, y, parts, stream(x)
+    )
     return out
 
 

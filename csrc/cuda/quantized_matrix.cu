@@ -1,0 +1,395 @@
+// y = x W^T + bias by matrix instructions, W in int8 or int4: bfloat16 and float16 x of up to 64 rows
+// a block, int8 x (quantized_round.cu) of any number.
+//
+//     W is the left operand: y^T (16 x 8) += W (16 x 16) x^T (16 x 8), so few rows of x waste little.
+//
+//     block (m, n, part), 8 warps, a tile of K at a time:                k ->
+//       codes      n [ warps_n x 16 rows ][ warps_k x 128 columns ]      read once per block of m
+//       x          m [ 8 NT rows ][ warps_k x 128 columns ]              read once per block of n
+//       warp       16 rows of W, all of x's, 128 columns: 4 steps of 32
+//
+// Both come by cp.async, STAGES tiles deep, as they lie in memory. No other layout of the codes is
+// needed: an instruction's k may be any columns as long as both operands agree, and with lane c of a
+// row's four holding the octet 8 c of a step, codes are one 32-bit (int4) or 64-bit (int8) read and x
+// one of 128 bits (int8: 64). Rows in shared memory are padded so that these meet no bank twice.
+// A repacked weight would save the pad and 6 reads of codes in 8, 6 instructions of 150 in a warp's
+// 128 columns, and cost a second copy of every checkpoint.
+//
+// EXACT: symmetric, groups of a multiple of 32. The instructions multiply q, which 16 bits hold; the
+// scale goes onto the sums of a group, in float32. Otherwise w = scale q + zero is made in float32
+// and rounded to x's dtype, as dequantize does.
+//
+// Where blocks are few, K is cut into parts: sums in float32, added in order by add_parts. A counter
+// with "the last block adds" would save that kernel's start, but must be zero before and belong to
+// one stream alone, which a captured graph cannot promise.
+//
+// Not measured on a GPU.
+#include <algorithm>
+
+#include "cuda/quantized_weight.cuh"
+
+namespace fastlm {
+namespace {
+
+constexpr int kWarps = 8, kThreads = kWarps * 32;
+constexpr int kRange = 128, kSteps = kRange / 32;  // columns of a warp in a tile
+
+template <class T>
+struct Rows {
+  const T* x;                  // (rows, k), rows x_stride apart
+  const float *scale, *sums;   // (runs, scale_stride): of int8 x; sum of q times scale
+  int rows;
+  int64_t x_stride, scale_stride;
+  int granule;
+};
+
+struct Output {
+  void* y;  // (rows, n)
+  DType dtype;
+  const void* bias;  // (n), or null
+  DType bias_dtype;
+  float* parts;  // (parts, rows, n); null: one part
+  int part_tiles;
+};
+
+// NT: blocks of 8 rows of x. More rows of W share a block of x the more rows that has.
+template <int BITS, class T, int NT>
+struct Shape {
+  static constexpr bool kInteger = std::is_same_v<T, int8_t>;
+  static constexpr int kWarpsN = NT == 1 ? 2 : NT == 2 ? 4 : 8, kWarpsK = kWarps / kWarpsN;
+  static constexpr int kN = 16 * kWarpsN, kM = 8 * NT, kColumns = kRange * kWarpsK;
+  static constexpr int kCodeBytes = kColumns * BITS / 8, kXBytes = kColumns * sizeof(T);
+  // 8 (codes of int4), 4 (of int8, x of int8) or 2 rows (x of 16 bits) fill the banks together
+  static constexpr int kCodeStride = kCodeBytes + 4 * BITS;
+  static constexpr int kXStride = kXBytes + 32 * sizeof(T);
+  static constexpr int kStage = kN * kCodeStride + kM * kXStride;
+  // 96 KB: two blocks on an A100 or H100 with room for L1, one where 99 KB is all there is
+  static constexpr int kStages = 4 * kStage <= 98304 ? 4 : 98304 / kStage;
+  static constexpr int kSumStride = kN + 4;  // lanes of a store 8 banks apart
+  static_assert(kStages >= 2 && kWarpsK * kM * kSumStride * 4 <= kStages * kStage);
+};
+
+// ROWS rows of BYTES bytes, STRIDE apart, of a matrix of which `rows` rows and `valid` bytes are left;
+// zeros for the rest.
+template <int ROWS, int BYTES, int STRIDE>
+DEVICE void copy_rows(unsigned char* to, const void* matrix, int64_t row_bytes, int rows,
+                      int64_t valid, int granule) {
+  const auto* from = static_cast<const unsigned char*>(matrix);
+  const auto copy = [&](auto bytes) {
+    constexpr int kBytes = decltype(bytes)::value, kRow = BYTES / kBytes;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < ROWS * kRow; i += kThreads) {
+      const int row = i / kRow, at = i % kRow * kBytes;
+      const int left =
+          row < rows && at < valid ? static_cast<int>(valid - at < kBytes ? valid - at : kBytes) : 0;
+      const unsigned char* source = left ? from + row * row_bytes + at : from;
+      if constexpr (kBytes == 1)
+        store(to + row * STRIDE + at, left ? load(source) : static_cast<unsigned char>(0));
+      else
+        cp_async<kBytes>(to + row * STRIDE + at, source, left);
+    }
+  };
+  if (granule == 16)
+    copy(std::integral_constant<int, 16>{});
+  else if (granule == 4)
+    copy(std::integral_constant<int, 4>{});
+  else
+    copy(std::integral_constant<int, 1>{});
+}
+
+// Scales and offsets of a lane's two rows in the steps of a range.
+struct Factors {
+  float scale[kSteps][2], zero[kSteps][2];
+};
+// `each`: of every step; otherwise the last one's are all that is needed.
+template <bool EXACT>
+DEVICE Factors load_factors(const Weight& w, const int (&row)[2], int column, bool each) {
+  Factors f;
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    if (EXACT && !each && s < kSteps - 1) continue;
+    const int group = w.group_of(column + 32 * s + (EXACT ? 0 : threadIdx.x % 4 * 8));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t at = static_cast<int64_t>(row[r]) * w.groups + group;
+      f.scale[s][r] = load_float(w.scales, w.factors, at);
+      f.zero[s][r] = w.zeros ? load_float(w.zeros, w.factors, at) : 0.0f;
+    }
+  }
+  return f;
+}
+
+DEVICE uint32_t pair_of(float a, float b, bfloat16) {
+  const __nv_bfloat162 p = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&p);
+}
+DEVICE uint32_t pair_of(float a, float b, float16) {
+  const __half2 p = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&p);
+}
+
+template <int WORDS>
+DEVICE void load_words(uint32_t (&words)[WORDS], const unsigned char* p) {
+  const auto v = load(reinterpret_cast<const Vector<uint32_t, WORDS>*>(p));
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) words[i] = v.at[i];
+}
+
+// One step of 32 columns: sums += W x^T for this lane's octets of two rows of W and of NT of x.
+template <bool EXACT, int BITS, class T, int NT, class Sum>
+DEVICE void multiply(const uint32_t (&codes)[2][BITS / 4], const Factors& f, int s,
+                     const unsigned char* x, Sum (&sums)[NT][4]) {
+  using S = Shape<BITS, T, NT>;
+  if constexpr (S::kInteger) {
+    uint32_t q[2][2];
+    to_bytes(codes[0], q[0]);
+    to_bytes(codes[1], q[1]);
+    const uint32_t a[4] = {q[0][0], q[1][0], q[0][1], q[1][1]};
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+      uint32_t b[2];
+      load_words(b, x + t * 8 * S::kXStride);
+      mma(sums[t], a, b, T{});
+    }
+  } else {
+    uint32_t pair[2][4];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (EXACT) {
+        to_pairs(codes[r], pair[r], T{});
+      } else {
+        float q[8];
+        to_floats(codes[r], q);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          pair[r][i] = pair_of(q[2 * i] * f.scale[s][r] + f.zero[s][r],
+                               q[2 * i + 1] * f.scale[s][r] + f.zero[s][r], T{});
+      }
+    }
+    const uint32_t low[4] = {pair[0][0], pair[1][0], pair[0][1], pair[1][1]};
+    const uint32_t high[4] = {pair[0][2], pair[1][2], pair[0][3], pair[1][3]};
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+      uint32_t b[4];
+      load_words(b, x + t * 8 * S::kXStride);
+      mma(sums[t], low, {b[0], b[1]}, T{});
+      mma(sums[t], high, {b[2], b[3]}, T{});
+    }
+  }
+}
+
+template <bool EXACT, int BITS, class T, int NT>
+__global__ void __launch_bounds__(kThreads)
+    matrix_kernel(Rows<T> p, Weight w, Output out) {
+  using S = Shape<BITS, T, NT>;
+  using Sum = std::conditional_t<S::kInteger, int, float>;
+  DYNAMIC_SHARED(shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_n = warp % S::kWarpsN, warp_k = warp / S::kWarpsN;
+  const int first_m = blockIdx.x * S::kM, first_n = blockIdx.y * S::kN;
+  const int tiles = (w.k + S::kColumns - 1) / S::kColumns;
+  const int first = blockIdx.z * out.part_tiles, end = min(first + out.part_tiles, tiles);
+  const bool each = w.groups > 1 && w.group % kRange;  // a scale for every step
+
+  const auto copy = [&](int tile) {
+    if (tile < end) {
+      unsigned char* stage = shared + tile % S::kStages * S::kStage;
+      const int64_t code = static_cast<int64_t>(tile) * S::kCodeBytes;
+      copy_rows<S::kN, S::kCodeBytes, S::kCodeStride>(
+          stage, w.codes + static_cast<int64_t>(first_n) * w.row_bytes + code, w.row_bytes,
+          w.n - first_n, w.row_bytes - code, w.granule);
+      const int64_t column = static_cast<int64_t>(tile) * S::kColumns;
+      copy_rows<S::kM, S::kXBytes, S::kXStride>(
+          stage + S::kN * S::kCodeStride, p.x + first_m * p.x_stride + column,
+          p.x_stride * sizeof(T), p.rows - first_m, (w.k - column) * sizeof(T), p.granule);
+    }
+    cp_async_commit();
+  };
+#pragma unroll
+  for (int s = 0; s < S::kStages - 1; ++s) copy(first + s);
+
+  int row[2];  // rows behind the last one count with its scales and are not stored
+#pragma unroll
+  for (int r = 0; r < 2; ++r) row[r] = min(first_n + warp_n * 16 + lane / 4 + 8 * r, w.n - 1);
+  const auto column_of = [&](int tile) { return tile * S::kColumns + warp_k * kRange; };
+  Factors next = load_factors<EXACT>(w, row, column_of(first), each);
+  float total[NT][4] = {};
+  Sum sums[NT][4] = {};
+  for (int tile = first; tile < end; ++tile) {
+    const Factors f = next;
+    cp_async_wait<S::kStages - 2>();
+    __syncthreads();  // of all threads; and the stage filled next was read
+    copy(tile + S::kStages - 1);
+    next = load_factors<EXACT>(w, row, column_of(tile + 1), each);
+    const unsigned char* stage = shared + tile % S::kStages * S::kStage;
+    const unsigned char* codes = stage + (warp_n * 16 + lane / 4) * S::kCodeStride +
+                                 warp_k * (kRange * BITS / 8) + lane % 4 * BITS;
+    const unsigned char* x = stage + S::kN * S::kCodeStride + lane / 4 * S::kXStride +
+                             (warp_k * kRange + lane % 4 * 8) * sizeof(T);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      uint32_t octets[2][BITS / 4];
+      load_words(octets[0], codes + s * 4 * BITS);
+      load_words(octets[1], codes + s * 4 * BITS + 8 * S::kCodeStride);
+      if constexpr (!EXACT) {
+        multiply<EXACT, BITS, T, NT>(octets, f, s, x + s * 32 * sizeof(T), total);
+        continue;
+      }
+      multiply<EXACT, BITS, T, NT>(octets, f, s, x + s * 32 * sizeof(T), sums);
+      if (s < kSteps - 1 && !each) continue;
+      const int column = column_of(tile) + (each ? 32 * s : 0);
+      const bool begins = S::kInteger && w.zeros && w.begins_run(column);
+      const int64_t run = S::kInteger ? w.run_of(column) * p.scale_stride : 0;
+#pragma unroll
+      for (int t = 0; t < NT; ++t) {
+        Vector<float, 2> x_scale{{1, 1}}, x_sum{};
+        if constexpr (S::kInteger) {
+          const int64_t at = run + first_m + 8 * t + lane % 4 * 2;
+          x_scale = load(reinterpret_cast<const Vector<float, 2>*>(p.scale + at));
+          if (begins) x_sum = load(reinterpret_cast<const Vector<float, 2>*>(p.sums + at));
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float scale = f.scale[s][e / 2];
+          if constexpr (S::kInteger) scale *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<BITS>);
+          total[t][e] += static_cast<float>(sums[t][e]) * scale;
+          if (begins) total[t][e] += f.zero[s][e / 2] * x_sum.at[e % 2];
+          sums[t][e] = 0;
+        }
+      }
+    }
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // the stages' memory now holds sums: (warps_k, m, n)
+  float* const part = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int t = 0; t < NT; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      store(part + (warp_k * S::kM + 8 * t + lane % 4 * 2 + e % 2) * S::kSumStride + warp_n * 16 +
+                lane / 4 + e / 2 * 8,
+            total[t][e]);
+  __syncthreads();
+  for (int i = threadIdx.x; i < S::kM * S::kN; i += kThreads) {
+    const int m = i / S::kN, n = i % S::kN;
+    if (first_m + m >= p.rows || first_n + n >= w.n) continue;
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < S::kWarpsK; ++k) sum += load(part + (k * S::kM + m) * S::kSumStride + n);
+    const int64_t at = static_cast<int64_t>(first_m + m) * w.n + first_n + n;
+    if (out.parts) {
+      store(out.parts + static_cast<int64_t>(blockIdx.z) * p.rows * w.n + at, sum);
+    } else {
+      if (out.bias) sum += load_float(out.bias, out.bias_dtype, first_n + n);
+      store_float(out.y, out.dtype, at, sum);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) add_parts(Output out, int parts, int n, int64_t size) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= size) return;
+  float sum = 0;
+  for (int part = 0; part < parts; ++part) sum += load(out.parts + part * size + i);
+  if (out.bias) sum += load_float(out.bias, out.bias_dtype, i % n);
+  store_float(out.y, out.dtype, i, sum);
+}
+
+// Calls f with the number of blocks of 8 rows that a block of threads takes.
+template <class F>
+void with_tiles(int64_t rows, F&& f) {
+  if (rows <= 8) return f(std::integral_constant<int, 1>{});
+  if (rows <= 16) return f(std::integral_constant<int, 2>{});
+  if (rows <= 32) return f(std::integral_constant<int, 4>{});
+  f(std::integral_constant<int, 8>{});
+}
+
+}  // namespace
+
+int quantized_linear_parts(int64_t rows, int64_t n, int64_t k, int bits, int multiprocessors) {
+  int parts = 1;
+  with_tiles(rows, [&](auto nt) {
+    using S = Shape<4, bfloat16, decltype(nt)::value>;
+    const int64_t tiles = ceil_div(k, S::kColumns);
+    const int64_t blocks = static_cast<int64_t>(ceil_div(rows, S::kM)) * ceil_div(n, S::kN);
+    // two blocks a multiprocessor; a part long enough to fill its stages; and partial sums, written
+    // and read, of no more bytes than the codes
+    const int64_t most =
+        std::min(std::min(2 * multiprocessors / blocks, tiles / 4), k * bits / (64 * rows));
+    const int part_tiles = ceil_div(tiles, std::max(most, int64_t{1}));
+    parts = ceil_div(tiles, part_tiles);
+  });
+  return parts;
+}
+
+void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTensor x_sums,
+                             TensorView qdata, TensorView scales, OptionalTensor zeros,
+                             OptionalTensor bias, int bits, int64_t group_size, int64_t k,
+                             TensorView y, OptionalTensor parts, Stream stream) {
+  check_contiguous("y", y);
+  check_size("y", "rows", x.size(0), y.size(0));
+  check_size("y", "columns", qdata.size(0), y.size(1));
+  const Weight w = weight_of(qdata, scales, zeros, bits, group_size, k);
+  const bool by_steps = w.groups == 1 || w.group % 32 == 0;
+  if (x_scale && !by_steps)
+    throw std::invalid_argument("group_size: wanted a multiple of 32, got " +
+                                std::to_string(group_size));
+  const int count = parts ? static_cast<int>(parts->size(0)) : 1;
+  if (parts) {
+    check_contiguous("parts", *parts);
+    check_size("parts", "elements", count * y.numel(), parts->numel());
+  }
+  Output out{nullptr, y.dtype(), any_float(bias, "bias"), bias ? bias->dtype() : DType::f32,
+             output<float>(parts, "parts"), 0};
+  with_device_float(y.dtype(), "y",
+                    [&](auto element) { out.y = output<decltype(element)>(y, "y"); });
+  const int rows = static_cast<int>(x.size(0));
+  const auto start = [&](auto* from, auto exact, auto b, auto nt) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+    constexpr int kBits = decltype(b)::value, kNT = decltype(nt)::value;
+    using S = Shape<kBits, T, kNT>;
+    const int64_t stride = x.stride(0);
+    const Rows<T> p{from,
+                    input<float>(x_scale, "x_scale"),
+                    input<float>(x_sums, "x_sums"),
+                    rows,
+                    stride,
+                    x_scale ? x_scale->size(1) : 0,
+                    granule_of(from, stride * static_cast<int64_t>(sizeof(T)))};
+    out.part_tiles = ceil_div(ceil_div(k, S::kColumns), count);
+    launch({"quantized_linear matrix",
+            dim3(ceil_div(rows, S::kM), ceil_div(w.n, S::kN), count), dim3(kThreads),
+            static_cast<size_t>(S::kStages) * S::kStage, reinterpret_cast<cudaStream_t>(stream)},
+           matrix_kernel<decltype(exact)::value, kBits, T, kNT>, p, w, out);
+  };
+  const auto with_rows = [&](auto* from) {
+    with_tiles(rows, [&](auto nt) {
+      const auto with_exact = [&](auto exact) {
+        if (bits == 4)
+          start(from, exact, std::integral_constant<int, 4>{}, nt);
+        else
+          start(from, exact, std::integral_constant<int, 8>{}, nt);
+      };
+      if constexpr (std::is_same_v<decltype(from), const int8_t*>)
+        with_exact(std::true_type{});
+      else if (by_steps && !zeros)
+        with_exact(std::true_type{});
+      else
+        with_exact(std::false_type{});
+    });
+  };
+  if (x_scale)
+    with_rows(input<int8_t>(x, "x"));
+  else if (x.dtype() == DType::bf16)
+    with_rows(input<bfloat16>(x, "x"));
+  else
+    with_rows(input<float16>(x, "x"));
+  if (count == 1) return;
+  const int64_t size = y.numel();
+  launch({"quantized_linear add_parts", dim3(ceil_div(size, kThreads)), dim3(kThreads), 0,
+          reinterpret_cast<cudaStream_t>(stream)},
+         add_parts, out, count, w.n, size);
+}
+
+}  // namespace fastlm
