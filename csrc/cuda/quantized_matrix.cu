@@ -65,59 +65,49 @@ struct Shape {
   static constexpr int kStage = kN * kCodeStride + kM * kXStride;
   // 96 KB: two blocks on an A100 or H100 with room for L1, one where 99 KB is all there is
   static constexpr int kStages = 4 * kStage <= 98304 ? 4 : 98304 / kStage;
+  // a multiprocessor; int8 to bfloat16 takes a few more than 128 registers
+  static constexpr int kBlocks = BITS == 8 && std::is_same_v<T, bfloat16> && NT == 8 ? 1 : 2;
   static constexpr int kSumStride = kN + 4;  // lanes of a store 8 banks apart
   static_assert(kStages >= 2 && kWarpsK * kM * kSumStride * 4 <= kStages * kStage);
 };
 
-// ROWS rows of BYTES bytes, STRIDE apart, of a matrix of which `rows` rows and `valid` bytes are left;
-// zeros for the rest.
+// Copies ROWS rows of BYTES bytes of a matrix to shared memory, STRIDE apart, kBytes a thread and
+// pass; zeros for what the matrix does not have.
 template <int ROWS, int BYTES, int STRIDE>
-DEVICE void copy_rows(unsigned char* to, const void* matrix, int64_t row_bytes, int rows,
-                      int64_t valid, int granule) {
-  const auto* from = static_cast<const unsigned char*>(matrix);
-  const auto copy = [&](auto bytes) {
-    constexpr int kBytes = decltype(bytes)::value, kRow = BYTES / kBytes;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < ROWS * kRow; i += kThreads) {
-      const int row = i / kRow, at = i % kRow * kBytes;
-      const int left =
-          row < rows && at < valid ? static_cast<int>(valid - at < kBytes ? valid - at : kBytes) : 0;
-      const unsigned char* source = left ? from + row * row_bytes + at : from;
-      if constexpr (kBytes == 1)
-        store(to + row * STRIDE + at, left ? load(source) : static_cast<unsigned char>(0));
-      else
-        cp_async<kBytes>(to + row * STRIDE + at, source, left);
-    }
-  };
-  if (granule == 16)
-    copy(std::integral_constant<int, 16>{});
-  else if (granule == 4)
-    copy(std::integral_constant<int, 4>{});
-  else
-    copy(std::integral_constant<int, 1>{});
-}
+struct Copier {
+  const unsigned char* from;  // this thread's first bytes in the first tile
+  int64_t row_bytes;
+  int rows, valid;  // left from there: rows, bytes of a row
 
-// Scales and offsets of a lane's two rows in the steps of a range.
-struct Factors {
-  float scale[kSteps][2], zero[kSteps][2];
-};
-// `each`: of every step; otherwise the last one's are all that is needed.
-template <bool EXACT>
-DEVICE Factors load_factors(const Weight& w, const int (&row)[2], int column, bool each) {
-  Factors f;
+  DEVICE Copier(const void* matrix, int64_t row_bytes, int64_t column, int rows, int valid,
+                int bytes)
+      : row_bytes(row_bytes) {
+    const int row = threadIdx.x / (BYTES / bytes), at = threadIdx.x % (BYTES / bytes) * bytes;
+    from = static_cast<const unsigned char*>(matrix) + row * row_bytes + column + at;
+    this->rows = rows - row;
+    this->valid = valid - at;
+  }
+
+  // The tile `tile` tiles behind the first.
+  template <int kBytes>
+  DEVICE void copy(unsigned char* to, int tile) const {
+    constexpr int kRow = BYTES / kBytes, kPass = kThreads / kRow;  // chunks of a row, rows of a pass
+    static_assert(kThreads % kRow == 0 && (ROWS % kPass == 0 || ROWS < kPass));
+    const unsigned char* source = from + static_cast<int64_t>(tile) * BYTES;
+    const int left = min(max(valid - tile * BYTES, 0), kBytes);
+    to += threadIdx.x / kRow * STRIDE + threadIdx.x % kRow * kBytes;
+    if (ROWS < kPass && threadIdx.x / kRow >= ROWS) return;
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    if (EXACT && !each && s < kSteps - 1) continue;
-    const int group = w.group_of(column + 32 * s + (EXACT ? 0 : threadIdx.x % 4 * 8));
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t at = static_cast<int64_t>(row[r]) * w.groups + group;
-      f.scale[s][r] = load_float(w.scales, w.factors, at);
-      f.zero[s][r] = w.zeros ? load_float(w.zeros, w.factors, at) : 0.0f;
+    for (int i = 0; i < (ROWS + kPass - 1) / kPass; ++i) {
+      const int bytes = i * kPass < rows ? left : 0;
+      if constexpr (kBytes == 1)
+        store(to + i * kPass * STRIDE, bytes ? load(source) : static_cast<unsigned char>(0));
+      else
+        cp_async<kBytes>(to + i * kPass * STRIDE, source, bytes);
+      source += kPass * row_bytes;
     }
   }
-  return f;
-}
+};
 
 DEVICE uint32_t pair_of(float a, float b, bfloat16) {
   const __nv_bfloat162 p = __floats2bfloat162_rn(a, b);
@@ -135,10 +125,26 @@ DEVICE void load_words(uint32_t (&words)[WORDS], const unsigned char* p) {
   for (int i = 0; i < WORDS; ++i) words[i] = v.at[i];
 }
 
+// Scales and offsets of a lane's two rows of W.
+struct Factors {
+  float scale[2], zero[2];
+};
+DEVICE Factors load_factors(const Weight& w, const int (&row)[2], int column) {
+  Factors f;
+  const int group = w.group_of(column);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int64_t at = static_cast<int64_t>(row[r]) * w.groups + group;
+    f.scale[r] = load_float(w.scales, w.factors, at);
+    f.zero[r] = w.zeros ? load_float(w.zeros, w.factors, at) : 0.0f;
+  }
+  return f;
+}
+
 // One step of 32 columns: sums += W x^T for this lane's octets of two rows of W and of NT of x.
 template <bool EXACT, int BITS, class T, int NT, class Sum>
-DEVICE void multiply(const uint32_t (&codes)[2][BITS / 4], const Factors& f, int s,
-                     const unsigned char* x, Sum (&sums)[NT][4]) {
+DEVICE void multiply(const uint32_t (&codes)[2][BITS / 4], const Factors& f, const unsigned char* x,
+                     Sum (&sums)[NT][4]) {
   using S = Shape<BITS, T, NT>;
   if constexpr (S::kInteger) {
     uint32_t q[2][2];
@@ -162,8 +168,8 @@ DEVICE void multiply(const uint32_t (&codes)[2][BITS / 4], const Factors& f, int
         to_floats(codes[r], q);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          pair[r][i] = pair_of(q[2 * i] * f.scale[s][r] + f.zero[s][r],
-                               q[2 * i + 1] * f.scale[s][r] + f.zero[s][r], T{});
+          pair[r][i] = pair_of(q[2 * i] * f.scale[r] + f.zero[r],
+                               q[2 * i + 1] * f.scale[r] + f.zero[r], T{});
       }
     }
     const uint32_t low[4] = {pair[0][0], pair[1][0], pair[0][1], pair[1][1]};
@@ -178,8 +184,9 @@ DEVICE void multiply(const uint32_t (&codes)[2][BITS / 4], const Factors& f, int
   }
 }
 
-template <bool EXACT, int BITS, class T, int NT>
-__global__ void __launch_bounds__(kThreads)
+// ALIGNED: rows of codes and of x are, to 16 bytes; otherwise one variant serves all.
+template <bool EXACT, int BITS, class T, int NT, bool ALIGNED>
+__global__ void __launch_bounds__(kThreads, Shape<BITS, T, NT>::kBlocks)
     matrix_kernel(Rows<T> p, Weight w, Output out) {
   using S = Shape<BITS, T, NT>;
   using Sum = std::conditional_t<S::kInteger, int, float>;
@@ -187,40 +194,54 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_n = warp % S::kWarpsN, warp_k = warp / S::kWarpsN;
   const int first_m = blockIdx.x * S::kM, first_n = blockIdx.y * S::kN;
-  const int tiles = (w.k + S::kColumns - 1) / S::kColumns;
-  const int first = blockIdx.z * out.part_tiles, end = min(first + out.part_tiles, tiles);
+  const int first = blockIdx.z * out.part_tiles;
+  const int tiles =
+      min(out.part_tiles, (w.k + S::kColumns - 1) / S::kColumns - first);  // of this part
   const bool each = w.groups > 1 && w.group % kRange;  // a scale for every step
 
+  const int granule = ALIGNED ? 16 : min(w.granule, 4), x_granule = ALIGNED ? 16 : min(p.granule, 4);
+  const Copier<S::kN, S::kCodeBytes, S::kCodeStride> code_copier(
+      w.codes + static_cast<int64_t>(first_n) * w.row_bytes, w.row_bytes,
+      static_cast<int64_t>(first) * S::kCodeBytes, w.n - first_n,
+      w.row_bytes - first * S::kCodeBytes, granule);
+  const Copier<S::kM, S::kXBytes, S::kXStride> x_copier(
+      p.x + first_m * p.x_stride, p.x_stride * sizeof(T), static_cast<int64_t>(first) * S::kXBytes,
+      p.rows - first_m, (w.k - first * S::kColumns) * static_cast<int>(sizeof(T)), x_granule);
   const auto copy = [&](int tile) {
-    if (tile < end) {
+    if (tile < tiles) {
       unsigned char* stage = shared + tile % S::kStages * S::kStage;
-      const int64_t code = static_cast<int64_t>(tile) * S::kCodeBytes;
-      copy_rows<S::kN, S::kCodeBytes, S::kCodeStride>(
-          stage, w.codes + static_cast<int64_t>(first_n) * w.row_bytes + code, w.row_bytes,
-          w.n - first_n, w.row_bytes - code, w.granule);
-      const int64_t column = static_cast<int64_t>(tile) * S::kColumns;
-      copy_rows<S::kM, S::kXBytes, S::kXStride>(
-          stage + S::kN * S::kCodeStride, p.x + first_m * p.x_stride + column,
-          p.x_stride * sizeof(T), p.rows - first_m, (w.k - column) * sizeof(T), p.granule);
+      unsigned char* x = stage + S::kN * S::kCodeStride;
+      if constexpr (ALIGNED) {
+        code_copier.template copy<16>(stage, tile);
+        x_copier.template copy<16>(x, tile);
+      } else {
+        if (granule == 4)
+          code_copier.template copy<4>(stage, tile);
+        else
+          code_copier.template copy<1>(stage, tile);
+        if (x_granule == 4)
+          x_copier.template copy<4>(x, tile);
+        else
+          x_copier.template copy<1>(x, tile);
+      }
     }
     cp_async_commit();
   };
 #pragma unroll
-  for (int s = 0; s < S::kStages - 1; ++s) copy(first + s);
+  for (int s = 0; s < S::kStages - 1; ++s) copy(s);
 
   int row[2];  // rows behind the last one count with its scales and are not stored
 #pragma unroll
   for (int r = 0; r < 2; ++r) row[r] = min(first_n + warp_n * 16 + lane / 4 + 8 * r, w.n - 1);
-  const auto column_of = [&](int tile) { return tile * S::kColumns + warp_k * kRange; };
-  Factors next = load_factors<EXACT>(w, row, column_of(first), each);
   float total[NT][4] = {};
   Sum sums[NT][4] = {};
-  for (int tile = first; tile < end; ++tile) {
-    const Factors f = next;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int column = (first + tile) * S::kColumns + warp_k * kRange;
+    Factors f;
+    if (EXACT && !each) f = load_factors(w, row, column);  // used when the range is through
     cp_async_wait<S::kStages - 2>();
     __syncthreads();  // of all threads; and the stage filled next was read
     copy(tile + S::kStages - 1);
-    next = load_factors<EXACT>(w, row, column_of(tile + 1), each);
     const unsigned char* stage = shared + tile % S::kStages * S::kStage;
     const unsigned char* codes = stage + (warp_n * 16 + lane / 4) * S::kCodeStride +
                                  warp_k * (kRange * BITS / 8) + lane % 4 * BITS;
@@ -228,18 +249,19 @@ __global__ void __launch_bounds__(kThreads)
                              (warp_k * kRange + lane % 4 * 8) * sizeof(T);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
+      if (!EXACT || each) f = load_factors(w, row, column + 32 * s + (EXACT ? 0 : lane % 4 * 8));
       uint32_t octets[2][BITS / 4];
       load_words(octets[0], codes + s * 4 * BITS);
       load_words(octets[1], codes + s * 4 * BITS + 8 * S::kCodeStride);
       if constexpr (!EXACT) {
-        multiply<EXACT, BITS, T, NT>(octets, f, s, x + s * 32 * sizeof(T), total);
+        multiply<EXACT, BITS, T, NT>(octets, f, x + s * 32 * sizeof(T), total);
         continue;
       }
-      multiply<EXACT, BITS, T, NT>(octets, f, s, x + s * 32 * sizeof(T), sums);
+      multiply<EXACT, BITS, T, NT>(octets, f, x + s * 32 * sizeof(T), sums);
       if (s < kSteps - 1 && !each) continue;
-      const int column = column_of(tile) + (each ? 32 * s : 0);
-      const bool begins = S::kInteger && w.zeros && w.begins_run(column);
-      const int64_t run = S::kInteger ? w.run_of(column) * p.scale_stride : 0;
+      const int scaled = column + (each ? 32 * s : 0);  // the first column of these sums
+      const bool begins = S::kInteger && w.zeros && w.begins_run(scaled);
+      const int64_t run = S::kInteger ? w.run_of(scaled) * p.scale_stride : 0;
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
         Vector<float, 2> x_scale{{1, 1}}, x_sum{};
@@ -250,10 +272,10 @@ __global__ void __launch_bounds__(kThreads)
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          float scale = f.scale[s][e / 2];
+          float scale = f.scale[e / 2];
           if constexpr (S::kInteger) scale *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<BITS>);
           total[t][e] += static_cast<float>(sums[t][e]) * scale;
-          if (begins) total[t][e] += f.zero[s][e / 2] * x_sum.at[e % 2];
+          if (begins) total[t][e] += f.zero[e / 2] * x_sum.at[e % 2];
           sums[t][e] = 0;
         }
       }
@@ -345,7 +367,7 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
   with_device_float(y.dtype(), "y",
                     [&](auto element) { out.y = output<decltype(element)>(y, "y"); });
   const int rows = static_cast<int>(x.size(0));
-  const auto start = [&](auto* from, auto exact, auto b, auto nt) {
+  const auto start = [&](auto* from, auto exact, auto b, auto nt, auto aligned) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
     constexpr int kBits = decltype(b)::value, kNT = decltype(nt)::value;
     using S = Shape<kBits, T, kNT>;
@@ -361,23 +383,26 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
     launch({"quantized_linear matrix",
             dim3(ceil_div(rows, S::kM), ceil_div(w.n, S::kN), count), dim3(kThreads),
             static_cast<size_t>(S::kStages) * S::kStage, reinterpret_cast<cudaStream_t>(stream)},
-           matrix_kernel<decltype(exact)::value, kBits, T, kNT>, p, w, out);
+           matrix_kernel<decltype(exact)::value, kBits, T, kNT, decltype(aligned)::value>, p, w,
+           out);
   };
   const auto with_rows = [&](auto* from) {
-    with_tiles(rows, [&](auto nt) {
-      const auto with_exact = [&](auto exact) {
-        if (bits == 4)
-          start(from, exact, std::integral_constant<int, 4>{}, nt);
-        else
-          start(from, exact, std::integral_constant<int, 8>{}, nt);
-      };
-      if constexpr (std::is_same_v<decltype(from), const int8_t*>)
-        with_exact(std::true_type{});
-      else if (by_steps && !zeros)
-        with_exact(std::true_type{});
-      else
-        with_exact(std::false_type{});
-    });
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+    using Integer = std::is_same<T, int8_t>;
+    const bool aligned = granule_of(from, x.stride(0) * sizeof(T)) == 16 && w.granule == 16;
+    const auto with_bits = [&](auto b) {
+      if (!aligned)
+        return start(from, Integer{}, b, std::integral_constant<int, 8>{}, std::false_type{});
+      with_tiles(rows, [&](auto nt) {
+        if constexpr (!Integer::value)
+          if (zeros || !by_steps) return start(from, std::false_type{}, b, nt, std::true_type{});
+        start(from, std::true_type{}, b, nt, std::true_type{});
+      });
+    };
+    if (bits == 4)
+      with_bits(std::integral_constant<int, 4>{});
+    else
+      with_bits(std::integral_constant<int, 8>{});
   };
   if (x_scale)
     with_rows(input<int8_t>(x, "x"));

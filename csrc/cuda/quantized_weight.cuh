@@ -38,8 +38,9 @@ struct Weight {
 // An element of a tensor whose dtype is known at run time.
 DEVICE float load_float(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::f32) return load(static_cast<const float*>(p) + i);
-  if (dtype == DType::bf16) return to_float(load(static_cast<const bfloat16*>(p) + i));
-  return to_float(load(static_cast<const float16*>(p) + i));
+  const uint16_t bits = load(static_cast<const uint16_t*>(p) + i);
+  const float16 half = *reinterpret_cast<const float16*>(&bits);
+  return dtype == DType::bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : to_float(half);
 }
 DEVICE void store_float(void* p, DType dtype, int64_t i, float v) {
   if (dtype == DType::f32)
