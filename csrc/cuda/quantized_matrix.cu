@@ -65,8 +65,7 @@ struct Shape {
   static constexpr int kStage = kN * kCodeStride + kM * kXStride;
   // 96 KB: two blocks on an A100 or H100 with room for L1, one where 99 KB is all there is
   static constexpr int kStages = 4 * kStage <= 98304 ? 4 : 98304 / kStage;
-  // a multiprocessor; int8 to bfloat16 takes a few more than 128 registers
-  static constexpr int kBlocks = BITS == 8 && std::is_same_v<T, bfloat16> && NT == 8 ? 1 : 2;
+  static constexpr int kProducts = kInteger ? 1 : 2;  // instructions of a step and 8 rows of x
   static constexpr int kSumStride = kN + 4;  // lanes of a store 8 banks apart
   static_assert(kStages >= 2 && kWarpsK * kM * kSumStride * 4 <= kStages * kStage);
 };
@@ -141,55 +140,45 @@ DEVICE Factors load_factors(const Weight& w, const int (&row)[2], int column) {
   return f;
 }
 
-// One step of 32 columns: sums += W x^T for this lane's octets of two rows of W and of NT of x.
-template <bool EXACT, int BITS, class T, int NT, class Sum>
-DEVICE void multiply(const uint32_t (&codes)[2][BITS / 4], const Factors& f, const unsigned char* x,
-                     Sum (&sums)[NT][4]) {
-  using S = Shape<BITS, T, NT>;
-  if constexpr (S::kInteger) {
-    uint32_t q[2][2];
-    to_bytes(codes[0], q[0]);
-    to_bytes(codes[1], q[1]);
-    const uint32_t a[4] = {q[0][0], q[1][0], q[0][1], q[1][1]};
+// The left operands of one step of 32 columns, from this lane's octets of two rows of W.
+template <bool EXACT, int BITS>
+DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const Factors&,
+                        uint32_t (&a)[1][4], int8_t) {
+  uint32_t q[2][2];
+  to_bytes(octets[0], q[0]);
+  to_bytes(octets[1], q[1]);
 #pragma unroll
-    for (int t = 0; t < NT; ++t) {
-      uint32_t b[2];
-      load_words(b, x + t * 8 * S::kXStride);
-      mma(sums[t], a, b, T{});
+  for (int i = 0; i < 4; ++i) a[0][i] = q[i % 2][i / 2];
+}
+template <bool EXACT, int BITS, class T>
+DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const Factors& f,
+                        uint32_t (&a)[2][4], T kind) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    uint32_t pair[4];
+    if constexpr (EXACT) {
+      to_pairs(octets[r], pair, kind);
+    } else {
+      float q[8];
+      to_floats(octets[r], q);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        pair[i] = pair_of(q[2 * i] * f.scale[r] + f.zero[r],
+                          q[2 * i + 1] * f.scale[r] + f.zero[r], kind);
     }
-  } else {
-    uint32_t pair[2][4];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if constexpr (EXACT) {
-        to_pairs(codes[r], pair[r], T{});
-      } else {
-        float q[8];
-        to_floats(codes[r], q);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          pair[r][i] = pair_of(q[2 * i] * f.scale[r] + f.zero[r],
-                               q[2 * i + 1] * f.scale[r] + f.zero[r], T{});
-      }
-    }
-    const uint32_t low[4] = {pair[0][0], pair[1][0], pair[0][1], pair[1][1]};
-    const uint32_t high[4] = {pair[0][2], pair[1][2], pair[0][3], pair[1][3]};
-#pragma unroll
-    for (int t = 0; t < NT; ++t) {
-      uint32_t b[4];
-      load_words(b, x + t * 8 * S::kXStride);
-      mma(sums[t], low, {b[0], b[1]}, T{});
-      mma(sums[t], high, {b[2], b[3]}, T{});
-    }
+    for (int i = 0; i < 4; ++i) a[i / 2][i % 2 * 2 + r] = pair[i];
   }
 }
 
 // ALIGNED: rows of codes and of x are, to 16 bytes; otherwise one variant serves all.
 template <bool EXACT, int BITS, class T, int NT, bool ALIGNED>
-__global__ void __launch_bounds__(kThreads, Shape<BITS, T, NT>::kBlocks)
+__global__ void __launch_bounds__(kThreads, ALIGNED ? 2 : 1)
     matrix_kernel(Rows<T> p, Weight w, Output out) {
   using S = Shape<BITS, T, NT>;
   using Sum = std::conditional_t<S::kInteger, int, float>;
+  // steps whose operands are made at once: they are scaled together, but lie in registers
+  constexpr int kUnit = !EXACT || NT == 8 ? 1 : 4;
   DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_n = warp % S::kWarpsN, warp_k = warp / S::kWarpsN;
@@ -234,11 +223,10 @@ __global__ void __launch_bounds__(kThreads, Shape<BITS, T, NT>::kBlocks)
 #pragma unroll
   for (int r = 0; r < 2; ++r) row[r] = min(first_n + warp_n * 16 + lane / 4 + 8 * r, w.n - 1);
   float total[NT][4] = {};
-  Sum sums[NT][4] = {};
   for (int tile = 0; tile < tiles; ++tile) {
     const int column = (first + tile) * S::kColumns + warp_k * kRange;
-    Factors f;
-    if (EXACT && !each) f = load_factors(w, row, column);  // used when the range is through
+    Factors f[kUnit];
+    if (EXACT && !each) f[kUnit - 1] = load_factors(w, row, column);  // used behind the products
     cp_async_wait<S::kStages - 2>();
     __syncthreads();  // of all threads; and the stage filled next was read
     copy(tile + S::kStages - 1);
@@ -248,35 +236,50 @@ __global__ void __launch_bounds__(kThreads, Shape<BITS, T, NT>::kBlocks)
     const unsigned char* x = stage + S::kN * S::kCodeStride + lane / 4 * S::kXStride +
                              (warp_k * kRange + lane % 4 * 8) * sizeof(T);
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      if (!EXACT || each) f = load_factors(w, row, column + 32 * s + (EXACT ? 0 : lane % 4 * 8));
-      uint32_t octets[2][BITS / 4];
-      load_words(octets[0], codes + s * 4 * BITS);
-      load_words(octets[1], codes + s * 4 * BITS + 8 * S::kCodeStride);
-      if constexpr (!EXACT) {
-        multiply<EXACT, BITS, T, NT>(octets, f, x + s * 32 * sizeof(T), total);
-        continue;
+    for (int unit = 0; unit < kSteps; unit += kUnit) {
+      uint32_t a[kUnit][S::kProducts][4];
+#pragma unroll
+      for (int s = 0; s < kUnit; ++s) {
+        const int step = unit + s;
+        if (!EXACT || each)
+          f[s] = load_factors(w, row, column + 32 * step + (EXACT ? 0 : lane % 4 * 8));
+        uint32_t octets[2][BITS / 4];
+        load_words(octets[0], codes + step * 4 * BITS);
+        load_words(octets[1], codes + step * 4 * BITS + 8 * S::kCodeStride);
+        operands_of<EXACT, BITS>(octets, f[s], a[s], T{});
       }
-      multiply<EXACT, BITS, T, NT>(octets, f, x + s * 32 * sizeof(T), sums);
-      if (s < kSteps - 1 && !each) continue;
-      const int scaled = column + (each ? 32 * s : 0);  // the first column of these sums
-      const bool begins = S::kInteger && w.zeros && w.begins_run(scaled);
-      const int64_t run = S::kInteger ? w.run_of(scaled) * p.scale_stride : 0;
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
-        Vector<float, 2> x_scale{{1, 1}}, x_sum{};
-        if constexpr (S::kInteger) {
-          const int64_t at = run + first_m + 8 * t + lane % 4 * 2;
-          x_scale = load(reinterpret_cast<const Vector<float, 2>*>(p.scale + at));
-          if (begins) x_sum = load(reinterpret_cast<const Vector<float, 2>*>(p.sums + at));
-        }
+        Sum sums[4] = {};
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float scale = f.scale[e / 2];
-          if constexpr (S::kInteger) scale *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<BITS>);
-          total[t][e] += static_cast<float>(sums[t][e]) * scale;
-          if (begins) total[t][e] += f.zero[e / 2] * x_sum.at[e % 2];
-          sums[t][e] = 0;
+        for (int s = 0; s < kUnit; ++s) {
+          uint32_t b[2 * S::kProducts];
+          load_words(b, x + t * 8 * S::kXStride + (unit + s) * 32 * sizeof(T));
+#pragma unroll
+          for (int i = 0; i < S::kProducts; ++i) {
+            if constexpr (EXACT)
+              mma(sums, a[s][i], {b[2 * i], b[2 * i + 1]}, T{});
+            else
+              mma(total[t], a[s][i], {b[2 * i], b[2 * i + 1]}, T{});
+          }
+          if (!EXACT || (s < kUnit - 1 && !each)) continue;
+          Vector<float, 2> x_scale{{1, 1}}, x_sum{};
+          bool begins = false;
+          if constexpr (S::kInteger) {
+            const int from = column + 32 * (each ? unit + s : unit);  // these sums' first column
+            const int64_t at = w.run_of(from) * p.scale_stride + first_m + 8 * t + lane % 4 * 2;
+            x_scale = load(reinterpret_cast<const Vector<float, 2>*>(p.scale + at));
+            begins = w.zeros && w.begins_run(from);
+            if (begins) x_sum = load(reinterpret_cast<const Vector<float, 2>*>(p.sums + at));
+          }
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float scale = f[s].scale[e / 2];
+            if constexpr (S::kInteger) scale *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<BITS>);
+            total[t][e] += static_cast<float>(sums[e]) * scale;
+            if (begins) total[t][e] += f[s].zero[e / 2] * x_sum.at[e % 2];
+            sums[e] = 0;
+          }
         }
       }
     }
