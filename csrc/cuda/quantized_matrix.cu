@@ -1,7 +1,8 @@
-// y = x W^T + bias by matrix instructions, W in int8 or int4: bfloat16 and float16 x of up to 64 rows
-// a block, int8 x (quantized_round.cu) of any number.
+// y = x W^T + bias by matrix instructions, W in int8 or int4: bfloat16 and float16 x of up to 64
+// rows a block, int8 x (quantized_round.cu) of any number.
 //
-//     W is the left operand: y^T (16 x 8) += W (16 x 16) x^T (16 x 8), so few rows of x waste little.
+//     W is the left operand: y^T (16 x 8) += W (16 x 16) x^T (16 x 8), so few rows of x waste
+//     little.
 //
 //     block (m, n, part), 8 warps, a tile of K at a time:                k ->
 //       codes      n [ warps_n x 16 rows ][ warps_k x 128 columns ]      read once per block of m
@@ -9,19 +10,19 @@
 //       warp       16 rows of W, all of x's, 128 columns: 4 steps of 32
 //
 // Both come by cp.async, STAGES tiles deep, as they lie in memory. No other layout of the codes is
-// needed: an instruction's k may be any columns as long as both operands agree, and with lane c of a
-// row's four holding the octet 8 c of a step, codes are one 32-bit (int4) or 64-bit (int8) read and x
-// one of 128 bits (int8: 64). Rows in shared memory are padded so that these meet no bank twice.
-// A repacked weight would save the pad and 6 reads of codes in 8, 6 instructions of 150 in a warp's
-// 128 columns, and cost a second copy of every checkpoint.
+// needed: an instruction's k may be any columns as long as both operands agree, and with lane c of
+// a row's four holding the octet 8 c of a step, codes are one 32-bit (int4) or 64-bit (int8) read
+// and x one of 128 bits (int8: 64). Rows in shared memory are padded so that these meet no bank
+// twice. A repacked weight would save the pad and 6 reads of codes in 8, 6 instructions of 150 in a
+// warp's 128 columns, and cost a second copy of every checkpoint.
 //
-// EXACT: symmetric, groups of a multiple of 32. The instructions multiply q, which 16 bits hold; the
-// scale goes onto the sums of a group, in float32. Otherwise w = scale q + zero is made in float32
-// and rounded to x's dtype, as dequantize does.
+// EXACT: symmetric, groups of a multiple of 32. The instructions multiply q, which 16 bits hold;
+// the scale goes onto the sums of a group, in float32. Otherwise w = scale q + zero is made in
+// float32 and rounded to x's dtype, as dequantize does.
 //
-// Where blocks are few, K is cut into parts: sums in float32, added in order by add_parts. A counter
-// with "the last block adds" would save that kernel's start, but must be zero before and belong to
-// one stream alone, which a captured graph cannot promise.
+// Where blocks are few, K is cut into parts: sums in float32, added in order by add_parts. A
+// counter with "the last block adds" would save that kernel's start, but must be zero before and
+// belong to one stream alone, which a captured graph cannot promise.
 //
 // Not measured on a GPU.
 #include <algorithm>
@@ -36,9 +37,9 @@ constexpr int kRange = 128, kSteps = kRange / 32;  // columns of a warp in a til
 
 template <class T>
 struct Rows {
-  const T* x;                  // (rows, k), rows x_stride apart
-  const float *scale, *sums;   // (runs, scale_stride): of int8 x; sum of q times scale
-  int rows;
+  const T* x;                 // (rows, width), rows x_stride apart
+  const float *scale, *sums;  // (runs, scale_stride): of int8 x; sum of q times scale
+  int rows, width;
   int64_t x_stride, scale_stride;
   int granule;
 };
@@ -66,7 +67,7 @@ struct Shape {
   // 96 KB: two blocks on an A100 or H100 with room for L1, one where 99 KB is all there is
   static constexpr int kStages = 4 * kStage <= 98304 ? 4 : 98304 / kStage;
   static constexpr int kProducts = kInteger ? 1 : 2;  // instructions of a step and 8 rows of x
-  static constexpr int kSumStride = kN + 4;  // lanes of a store 8 banks apart
+  static constexpr int kSumStride = kN + 4;           // lanes of a store 8 banks apart
   static_assert(kStages >= 2 && kWarpsK * kM * kSumStride * 4 <= kStages * kStage);
 };
 
@@ -90,7 +91,8 @@ struct Copier {
   // The tile `tile` tiles behind the first.
   template <int kBytes>
   DEVICE void copy(unsigned char* to, int tile) const {
-    constexpr int kRow = BYTES / kBytes, kPass = kThreads / kRow;  // chunks of a row, rows of a pass
+    constexpr int kRow = BYTES / kBytes,
+                  kPass = kThreads / kRow;  // chunks of a row, rows of a pass
     static_assert(kThreads % kRow == 0 && (ROWS % kPass == 0 || ROWS < kPass));
     const unsigned char* source = from + static_cast<int64_t>(tile) * BYTES;
     const int left = min(max(valid - tile * BYTES, 0), kBytes);
@@ -142,8 +144,8 @@ DEVICE Factors load_factors(const Weight& w, const int (&row)[2], int column) {
 
 // The left operands of one step of 32 columns, from this lane's octets of two rows of W.
 template <bool EXACT, int BITS>
-DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const Factors&,
-                        uint32_t (&a)[1][4], int8_t) {
+DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const Factors&, uint32_t (&a)[1][4],
+                        int8_t) {
   uint32_t q[2][2];
   to_bytes(octets[0], q[0]);
   to_bytes(octets[1], q[1]);
@@ -163,8 +165,8 @@ DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const Factors& f,
       to_floats(octets[r], q);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        pair[i] = pair_of(q[2 * i] * f.scale[r] + f.zero[r],
-                          q[2 * i + 1] * f.scale[r] + f.zero[r], kind);
+        pair[i] =
+            pair_of(q[2 * i] * f.scale[r] + f.zero[r], q[2 * i + 1] * f.scale[r] + f.zero[r], kind);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i / 2][i % 2 * 2 + r] = pair[i];
@@ -186,16 +188,17 @@ __global__ void __launch_bounds__(kThreads, ALIGNED ? 2 : 1)
   const int first = blockIdx.z * out.part_tiles;
   const int tiles =
       min(out.part_tiles, (w.k + S::kColumns - 1) / S::kColumns - first);  // of this part
-  const bool each = w.groups > 1 && w.group % kRange;  // a scale for every step
+  const bool each = w.groups > 1 && w.group % kRange;                      // a scale for every step
 
-  const int granule = ALIGNED ? 16 : min(w.granule, 4), x_granule = ALIGNED ? 16 : min(p.granule, 4);
+  const int granule = ALIGNED ? 16 : min(w.granule, 4),
+            x_granule = ALIGNED ? 16 : min(p.granule, 4);
   const Copier<S::kN, S::kCodeBytes, S::kCodeStride> code_copier(
       w.codes + static_cast<int64_t>(first_n) * w.row_bytes, w.row_bytes,
       static_cast<int64_t>(first) * S::kCodeBytes, w.n - first_n,
       w.row_bytes - first * S::kCodeBytes, granule);
   const Copier<S::kM, S::kXBytes, S::kXStride> x_copier(
       p.x + first_m * p.x_stride, p.x_stride * sizeof(T), static_cast<int64_t>(first) * S::kXBytes,
-      p.rows - first_m, (w.k - first * S::kColumns) * static_cast<int>(sizeof(T)), x_granule);
+      p.rows - first_m, (p.width - first * S::kColumns) * static_cast<int>(sizeof(T)), x_granule);
   const auto copy = [&](int tile) {
     if (tile < tiles) {
       unsigned char* stage = shared + tile % S::kStages * S::kStage;
@@ -365,8 +368,12 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
     check_contiguous("parts", *parts);
     check_size("parts", "elements", count * y.numel(), parts->numel());
   }
-  Output out{nullptr, y.dtype(), any_float(bias, "bias"), bias ? bias->dtype() : DType::f32,
-             output<float>(parts, "parts"), 0};
+  Output out{nullptr,
+             y.dtype(),
+             any_float(bias, "bias"),
+             bias ? bias->dtype() : DType::f32,
+             output<float>(parts, "parts"),
+             0};
   with_device_float(y.dtype(), "y",
                     [&](auto element) { out.y = output<decltype(element)>(y, "y"); });
   const int rows = static_cast<int>(x.size(0));
@@ -379,13 +386,14 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
                     input<float>(x_scale, "x_scale"),
                     input<float>(x_sums, "x_sums"),
                     rows,
+                    static_cast<int>(x.size(1)),
                     stride,
                     x_scale ? x_scale->size(1) : 0,
                     granule_of(from, stride * static_cast<int64_t>(sizeof(T)))};
     out.part_tiles = ceil_div(ceil_div(k, S::kColumns), count);
-    launch({"quantized_linear matrix",
-            dim3(ceil_div(rows, S::kM), ceil_div(w.n, S::kN), count), dim3(kThreads),
-            static_cast<size_t>(S::kStages) * S::kStage, reinterpret_cast<cudaStream_t>(stream)},
+    launch({"quantized_linear matrix", dim3(ceil_div(rows, S::kM), ceil_div(w.n, S::kN), count),
+            dim3(kThreads), static_cast<size_t>(S::kStages) * S::kStage,
+            reinterpret_cast<cudaStream_t>(stream)},
            matrix_kernel<decltype(exact)::value, kBits, T, kNT, decltype(aligned)::value>, p, w,
            out);
   };

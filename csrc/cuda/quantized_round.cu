@@ -1,12 +1,12 @@
-// Rows of x in int8, a scale for each run of them: the activations of quantized_linear with act_bits
-// 8 (reference.round_rows: q = round(x (127 / absmax)), half to even; a run is a group of W's
-// columns, cut at 512). x is read once.
+// Rows of x in int8, a scale for each run of them: the activations of quantized_linear with
+// act_bits 8 (reference.round_rows: q = round(x (127 / absmax)), half to even; a run is a group of
+// W's columns, cut at 512). x is read once.
 //
 //     warp: one run of one row, an octet a lane (two in runs over 256) -> absmax -> q, scale, sum
 //
 // q is laid out for the products: rows are 16 bytes apart or a multiple of that, zeros behind the
-// last column, and for int4 weights an octet's even columns come before its odd ones. A run with NaN
-// or infinity has the scale NaN, and zeros.
+// last column, and for int4 weights an octet's even columns come before its odd ones. A run with
+// NaN or infinity has the scale NaN, and zeros.
 #include "cuda/quantized_weight.cuh"
 
 namespace fastlm {

@@ -9,8 +9,8 @@
 // The warps of a block share the columns of W by chunks (1024 of int4, 512 of int8); each lane has
 // R rows in flight at a time. x is staged in shared memory, once a block, in the order in which
 // lanes read it: the 16-byte units of a lane's columns lie kPlane units apart, so that neither the
-// write (by columns) nor the read (by lanes) meets a bank twice. Sums: lanes by shuffles, then warps
-// in their order through shared memory, so results are the same bits on every run.
+// write (by columns) nor the read (by lanes) meets a bank twice. Sums: lanes by shuffles, then
+// warps in their order through shared memory, so results are the same bits on every run.
 //
 // Not measured on a GPU. From the instructions: 1.13 on the integer pipe (64 a clock) and 2 on the
 // float32 pipe (128 a clock) for each int4 code of a 4096 x 4096 W are 1.3 us of each on 132
@@ -33,16 +33,17 @@ struct Rows {
 
 template <int BITS, class X, int M>
 struct Shape {
-  static constexpr int kR = M == 1 ? 8 : 4;              // rows of W in flight: registers
-  static constexpr int kColumns = 128 / BITS;            // of a lane: 16 bytes of codes
-  static constexpr int kChunk = 32 * kColumns;           // columns of a warp
-  static constexpr int kUnit = 16 / sizeof(X);           // columns in 16 bytes of x
-  static constexpr int kUnits = kColumns / kUnit;        // of a lane
-  static constexpr int kPlane = 32 + 8 / kUnits % 8;     // units from one to the lane's next
-  static constexpr int kStaged = kUnits * kPlane * 16;   // bytes of a chunk of one row of x
+  static constexpr int kR = M == 1 ? 8 : 4;             // rows of W in flight: registers
+  static constexpr int kColumns = 128 / BITS;           // of a lane: 16 bytes of codes
+  static constexpr int kChunk = 32 * kColumns;          // columns of a warp
+  static constexpr int kUnit = 16 / sizeof(X);          // columns in 16 bytes of x
+  static constexpr int kUnits = kColumns / kUnit;       // of a lane
+  static constexpr int kPlane = 32 + 8 / kUnits % 8;    // units from one to the lane's next
+  static constexpr int kStaged = kUnits * kPlane * 16;  // bytes of a chunk of one row of x
 };
 
-// The 16 bytes of codes at byte `at` of a row, zeros behind its end. ALIGNED: rows are, to 16 bytes.
+// The 16 bytes of codes at byte `at` of a row, zeros behind its end. ALIGNED: rows are, to 16
+// bytes.
 template <bool ALIGNED>
 DEVICE uint4 load_codes(const Weight& w, const uint8_t* row, int at) {
   if constexpr (ALIGNED)
@@ -121,16 +122,21 @@ DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged
 
 // The same in integers; x of int4 has the even columns of an octet first.
 template <int BITS, class X, int M, int R>
-DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged,
-                     int (&part)[R][M], int (&sum)[M]) {
+DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged, int (&part)[R][M],
+                     int (&sum)[M]) {
   using S = Shape<BITS, X, M>;
-  using Octet = Vector<int, 2>;
-  Octet x[M];
+  using Unit = Vector<int, 4>;  // of two octets: of the second it is in registers by then
+  const int at = o % 2 * 2;
+  int x[M][2];
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    x[m] = load(reinterpret_cast<const Octet*>(staged + m * S::kStaged + o / 2 * S::kPlane * 16 +
-                                               o % 2 * 8));
-    sum[m] = __dp4a(x[m].at[1], 0x01010101, __dp4a(x[m].at[0], 0x01010101, sum[m]));
+    const Unit v =
+        load(reinterpret_cast<const Unit*>(staged + m * S::kStaged + o / 2 * S::kPlane * 16));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      x[m][i] = v.at[at + i];
+      sum[m] = __dp4a(x[m][i], 0x01010101, sum[m]);
+    }
   }
 #pragma unroll
   for (int r = 0; r < R; ++r) {
@@ -141,8 +147,8 @@ DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged
     to_bytes(octet, q);
 #pragma unroll
     for (int m = 0; m < M; ++m)
-      part[r][m] = __dp4a(static_cast<int>(q[1]), x[m].at[1],
-                          __dp4a(static_cast<int>(q[0]), x[m].at[0], part[r][m]));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) part[r][m] = __dp4a(static_cast<int>(q[i]), x[m][i], part[r][m]);
   }
 }
 
@@ -177,8 +183,7 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t> ? 3 : 4
     for (int r = 0; r < kR; ++r) {
       codes[r] = load_codes<ALIGNED>(w, w.codes + static_cast<int64_t>(row[r]) * w.row_bytes,
                                      column * BITS / 8);
-      scale[r] =
-          load_float(w.scales, w.factors, static_cast<int64_t>(row[r]) * w.groups + group);
+      scale[r] = load_float(w.scales, w.factors, static_cast<int64_t>(row[r]) * w.groups + group);
     }
     if (slab) __syncthreads();  // the last slab of x was read
     stage<BITS, X, M>(p, first_m, w.k, slab, min(warps_k, chunks - slab), staged);
@@ -258,18 +263,17 @@ void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qd
   check_size("y", "columns", qdata.size(0), y.size(1));
   const Weight w = weight_of(qdata, scales, zeros, bits, group_size, k);
   void* to = nullptr;
-  with_device_float(y.dtype(), "y",
-                    [&](auto element) { to = output<decltype(element)>(y, "y"); });
+  with_device_float(y.dtype(), "y", [&](auto element) { to = output<decltype(element)>(y, "y"); });
   const auto with_rows = [&](auto* from) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
     const int64_t stride = x.stride(0);
-    const Rows<X> p{from,
-                    input<float>(x_scale, "x_scale"),
-                    static_cast<int>(x.size(0)),
-                    stride,
-                    x_scale ? x_scale->size(1) : 0,
-                    aligned(16, from) && stride * sizeof(X) % 16 == 0 &&
-                        (x_scale || k * sizeof(X) % 16 == 0)};
+    const Rows<X> p{
+        from,
+        input<float>(x_scale, "x_scale"),
+        static_cast<int>(x.size(0)),
+        stride,
+        x_scale ? x_scale->size(1) : 0,
+        aligned(16, from) && stride * sizeof(X) % 16 == 0 && (x_scale || k * sizeof(X) % 16 == 0)};
     const auto with_bits = [&](auto b) {
       constexpr int kBits = decltype(b)::value;
       if (w.granule != 16)  // one variant is enough for weights of odd widths
@@ -287,9 +291,8 @@ void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qd
       with_bits(std::integral_constant<int, 8>{});
   };
   if (x_scale) return with_rows(input<int8_t>(x, "x"));
-  with_device_float(x.dtype(), "x", [&](auto element) {
-    with_rows(input<decltype(element)>(x, "x"));
-  });
+  with_device_float(x.dtype(), "x",
+                    [&](auto element) { with_rows(input<decltype(element)>(x, "x")); });
 }
 
 }  // namespace fastlm

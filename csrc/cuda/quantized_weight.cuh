@@ -15,13 +15,13 @@ namespace fastlm {
 constexpr int kRunMax = 512;  // columns of 8-bit activations with one scale: reference.RUN_MAX
 
 struct Weight {
-  const uint8_t* codes;         // (n, row_bytes)
-  const void *scales, *zeros;   // (n, groups) of `factors`; zeros may be null
+  const uint8_t* codes;        // (n, row_bytes)
+  const void *scales, *zeros;  // (n, groups) of `factors`; zeros may be null
   DType factors;
   int n, k, row_bytes, groups, group;
-  uint32_t inverse;             // of a group in units of 4 columns, times 2^32
-  int runs, group_runs;         // of a row, of a group
-  int granule;                  // bytes that every row's first address is a multiple of: 16, 4, 1
+  uint32_t inverse;      // of a group in units of 4 columns, times 2^32
+  int runs, group_runs;  // of a row, of a group
+  int granule;           // bytes that every row's first address is a multiple of: 16, 4, 1
 
   DEVICE int group_of(int column) const {  // a column behind the last one counts to its group
     return min(static_cast<int>(__umulhi(column / 4, inverse)), groups - 1);

@@ -48,7 +48,9 @@ def dequantize(
     return out
 
 
-def _many_rows(x: Tensor, weight: tuple, bias: Tensor | None, bits: int, group_size: int, y: Tensor):
+def _many_rows(
+    x: Tensor, weight: tuple, bias: Tensor | None, bits: int, group_size: int, y: Tensor
+):
     qdata, scales, zeros = weight
     if bias is not None:
         bias = bias.to(y.dtype)
@@ -115,7 +117,5 @@ def _rounded(x: Tensor, weight: tuple, bits: int, group_size: int) -> tuple[Tens
     runs = weight[1].shape[1] * -(-group // reference.RUN_MAX)
     q = torch.empty((rows, -(-k // 16) * 16), dtype=torch.int8, device=x.device)
     scale, sums = torch.empty((2, runs, -(-rows // 64) * 64), dtype=torch.float32, device=x.device)
-    extension().quantized_linear_round(
-        x, *weight[:2], bits, group_size, q, scale, sums, stream(x)
-    )
+    extension().quantized_linear_round(x, *weight[:2], bits, group_size, q, scale, sums, stream(x))
     return q, scale, sums
