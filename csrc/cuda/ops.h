@@ -59,5 +59,20 @@ void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, 
 // rope.cu
 void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool interleaved,
           bool inverse, int heads_of_group, TensorView q_out, TensorView k_out, Stream stream);
+// quantized_vector.cu, quantized_matrix.cu, quantized_round.cu, dequantize.cu
+void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qdata,
+                             TensorView scales, OptionalTensor zeros, OptionalTensor bias, int bits,
+                             int64_t group_size, int64_t k, TensorView y, Stream stream);
+// In how many parts the matrix kernel should cut K; y's workspace has one matrix for each.
+int quantized_linear_parts(int64_t rows, int64_t n, int64_t k, int bits, int multiprocessors);
+void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTensor x_sums,
+                             TensorView qdata, TensorView scales, OptionalTensor zeros,
+                             OptionalTensor bias, int bits, int64_t group_size, int64_t k,
+                             TensorView y, OptionalTensor parts, Stream stream);
+void quantized_linear_round(TensorView x, TensorView qdata, TensorView scales, int bits,
+                            int64_t group_size, TensorView q, TensorView x_scale, TensorView x_sums,
+                            Stream stream);
+void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int bits,
+                int64_t group_size, TensorView out, Stream stream);
 
 }  // namespace fastlm

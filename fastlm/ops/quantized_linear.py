@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel, register
+from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 from fastlm.quant.weight import QuantizedWeight
@@ -169,6 +169,7 @@ _forward = register(
         "reference": reference.quantized_linear_forward,
         "cpu": _cpu_forward,
         "triton": Kernel("quantized_linear", "quantized_linear_forward"),
+        "cuda": CudaKernel("quantized_linear", "quantized_linear_forward"),
     },
     setup_context=_setup_context,
     backward=_autograd_backward,
@@ -222,6 +223,7 @@ dequantize = register(
         "reference": reference.dequantize_rows,
         "cpu": _cpu_dequantize,
         "triton": Kernel("quantized_linear", "dequantize"),
+        "cuda": CudaKernel("quantized_linear", "dequantize"),
     },
     picked_by=1,
 )
