@@ -104,6 +104,7 @@ def kernel_command(name: str, home: Path) -> list[str]:
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     return [
         *[str(home / "bin/nvcc"), "-std=c++20", "-O3", "-Xcompiler=-fPIC,-Wall"],
+        "-Xfatbin=-compress-all",
         *["-Xcudafe=--display_error_number", "--threads=2", *codes],
     ]
 

@@ -2,7 +2,9 @@
 the kernels guard.
 """
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -54,7 +56,9 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
         str(tmp_path),
         str(ROOT),
     ]
-    subprocess.run(build, check=True, capture_output=True)
+    # one card's CUDA kernels will do
+    env = os.environ | {"FASTLM_CUDA_ARCHS": "90a"}
+    subprocess.run(build, check=True, capture_output=True, env=env)
     (sdist,) = tmp_path.glob("*.tar.gz")
     (wheel,) = tmp_path.glob("*.whl")
     with tarfile.open(sdist) as t:
@@ -62,6 +66,8 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     assert {
         "csrc/tensor.h",
         "csrc/cpu/simd.h",
+        "csrc/cuda/rms_norm.cu",
+        "csrc/simt/simt.h",
         "kernels/__init__.py",
         "LICENSE",
         "setup.py",
@@ -71,6 +77,9 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     wanted = ("kernels/__init__.py", "ops/rms_norm.py", "data/prepare.py", "report.html.jinja")
     assert {f"fastlm/{name}" for name in wanted} <= names
     assert any(n.startswith("fastlm/_cpu.") for n in names)
+    has_cuda = any(n.startswith("fastlm/_cuda.") for n in names)
+    assert has_cuda == (importlib.util.find_spec("fastlm._cuda") is not None)
+    assert not any(n.startswith("fastlm/_simt.") for n in names)
     assert not any(n.startswith(("tests/", "bench/", "kernels/")) for n in names)
 
     home = tmp_path / "venv"
@@ -95,6 +104,8 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     code = (
         "import fastlm, fastlm.kernels, torch, pathlib;"
         f"assert pathlib.Path(fastlm.__file__).is_relative_to({str(site)!r}), fastlm.__file__;"
+        f"has_cuda = {has_cuda};"
+        "exec('import fastlm._cuda' if has_cuda else '');"  # without a GPU, too
         "print(fastlm.ops.rms_norm(torch.ones(2, 8), torch.ones(8)).sum().item())"
     )
     done = subprocess.run(
