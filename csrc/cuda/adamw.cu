@@ -252,6 +252,7 @@ DEVICE void packed_states(const int64_t* row, const Place& place, const Scalars&
   // one bad value makes its block NaN, so that it is seen; a maximum drops it
   poison = sum_of_warp(poison);
   most_m = max_of_warp(most_m) + poison, most_r = max_of_warp(most_r) + poison;
+  __syncwarp();  // all lanes have read the scales: a shuffle does not say so
   if (threadIdx.x % 32 == 0) store(scale_m_at, most_m), store(scale_r_at, most_r);
   const float inverse_m = inverse_of(most_m), inverse_r = inverse_of(most_r);
   int code_m[kEach], code_r[kEach];
