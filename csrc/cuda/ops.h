@@ -22,9 +22,9 @@ void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_c
 void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorView block_table,
                              TensorView seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,
                              OptionalTensor sinks, OptionalTensor slopes, OptionalTensor bias,
-                             bool causal, float scale, int64_t window, float softcap,
-                             int least_tiles, TensorView out, TensorView lse, TensorView part,
-                             TensorView part_sum, TensorView record, Stream stream);
+                             bool causal, float scale, int64_t window, float softcap, int rows,
+                             int blocks, int least_tiles, TensorView out, TensorView lse,
+                             TensorView workspace, Stream stream);
 
 // rms_norm.cu
 void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
