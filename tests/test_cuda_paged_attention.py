@@ -198,6 +198,19 @@ def test_hands_on(cuda, monkeypatch, shape, change):
     assert calls and not out.isnan().any()
 
 
+def test_hands_on_what_has_no_room(cuda, monkeypatch):
+    """Tiles of wide heads do not fit into the shared memory of every architecture."""
+    monkeypatch.setattr(host, "_fits", lambda device, rows, *_: rows <= 16)
+    parts = on(cuda, *cache([40], 16, 1, 16, 16, torch.bfloat16))
+    for rows in (16, 17):
+        q = torch.randn(1, 1, rows, 16, device=cuda).bfloat16()
+        if rows > 16:
+            with pytest.raises(AssertionError, match="handed on"):
+                ops.paged_attention(q, *parts)
+        else:
+            ops.paged_attention(q, *parts)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts are the emulator's")
 @pytest.mark.parametrize("heads", [2, 8])
 def test_reads_whole_sectors_without_bank_conflicts(heads):
