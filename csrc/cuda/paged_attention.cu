@@ -262,16 +262,16 @@ CacheStrides strides_of(const char* argument, const TensorView& t) {
 }  // namespace
 }  // namespace paged
 
-// part: (2 blocks, rows of a block, Dv): 1 or 2 rows by dot products, 16 or 64 by matrix
-// instructions (16-bit q).
+// `rows` of a unit at a time: 1 or 2 by dot products, 16 or 64 by matrix instructions (16-bit q).
 void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorView block_table,
                              TensorView seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,
                              OptionalTensor sinks, OptionalTensor slopes, OptionalTensor bias,
-                             bool causal, float scale, int64_t window, float softcap,
-                             int least_tiles, TensorView out, TensorView lse, TensorView part,
-                             TensorView part_sum, TensorView record, Stream stream) {
+                             bool causal, float scale, int64_t window, float softcap, int rows,
+                             int blocks, int least_tiles, TensorView out, TensorView lse,
+                             TensorView workspace, Stream stream) {
   using paged::kTile;
-  const int blocks = static_cast<int>(record.size(0)), rows = static_cast<int>(part.size(1));
+  const int64_t slots = int64_t{2} * blocks * rows;
+  check_size("workspace", "floats", slots * (v.size(3) + 2) + 4 * blocks, workspace.numel());
   const auto with_cache = [&](auto element, auto cached) {
     using T = decltype(element);
     using C = decltype(cached);
@@ -281,9 +281,9 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
     p.v = input<C>(v, "v_cache");
     p.out = output<T>(out, "out");
     p.lse = output<float>(lse, "lse");
-    p.part = output<float>(part, "part");
-    p.part_sum = reinterpret_cast<float2*>(output<float>(part_sum, "part_sum"));
-    p.record = reinterpret_cast<int4*>(output<int>(record, "record"));
+    p.part = output<float>(workspace, "workspace");
+    p.part_sum = reinterpret_cast<float2*>(p.part + slots * v.size(3));
+    p.record = reinterpret_cast<int4*>(p.part + slots * (v.size(3) + 2));
     p.table = input<int>(block_table, "block_table");
     p.k_scale = input<float>(k_scale, "k_scale");
     p.v_scale = input<float>(v_scale, "v_scale");

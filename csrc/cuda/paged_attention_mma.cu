@@ -18,6 +18,8 @@
 // Not measured on a GPU.
 #include "cuda/paged_attention.cuh"
 
+#include "cuda/ops.h"
+
 namespace fastlm::paged {
 namespace {
 
@@ -31,19 +33,24 @@ struct Sizes {
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-template <class T, class C>
-Sizes sizes_of(const Problem<T, C>& p) {
-  const auto pitch = [](int columns, int bytes) { return (columns * bytes / 16 | 1) * 16; };
+Sizes sizes_of(int d, int dv, int bytes) {
+  const auto pitch = [](int columns, int each) { return (columns * each / 16 | 1) * 16; };
   Sizes s;
-  s.d_pad = round_up(p.d, 16);
-  s.dv_pad = round_up(p.dv, sizeof(C) == 1 ? 32 : 16);  // what ldmatrix_x4_transposed covers
-  s.q_pitch = pitch(s.d_pad, sizeof(T));
-  s.k_pitch = pitch(s.d_pad, sizeof(C));
-  s.v_pitch = pitch(s.dv_pad, sizeof(C));
+  s.d_pad = round_up(d, 16);
+  s.dv_pad = round_up(dv, bytes == 1 ? 32 : 16);  // what ldmatrix_x4_transposed covers
+  s.q_pitch = pitch(s.d_pad, 2);
+  s.k_pitch = pitch(s.d_pad, bytes);
+  s.v_pitch = pitch(s.dv_pad, bytes);
   s.k_bytes = kTile * s.k_pitch;
   s.v_bytes = kTile * s.v_pitch;
   s.out_pitch = s.dv_pad + 8;
   return s;
+}
+
+size_t shared_bytes(const Sizes& size, int rows) {
+  const size_t tiles = 2 * (size.k_bytes + size.v_bytes);
+  const size_t outs = kTile * size.out_pitch * sizeof(float);  // WK * 16 WM rows
+  return rows * size.q_pitch + std::max(tiles, outs);
 }
 
 template <class T>
@@ -306,11 +313,9 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
 
 template <int WM, class T, class C>
 void start(const Problem<T, C>& p, int blocks, cudaStream_t stream) {
-  const Sizes size = sizes_of(p);
-  const size_t tiles = 2 * (size.k_bytes + size.v_bytes);
-  const size_t outs = kTile * size.out_pitch * sizeof(float);  // WK * 16 WM rows
-  const Launch how{"paged_attention", dim3(blocks), dim3(kThreads),
-                   16 * WM * size.q_pitch + std::max(tiles, outs), stream};
+  const Sizes size = sizes_of(p.d, p.dv, sizeof(C));
+  const Launch how{"paged_attention", dim3(blocks), dim3(kThreads), shared_bytes(size, 16 * WM),
+                   stream};
   const int width = std::max(size.d_pad, size.dv_pad);
   if (width <= 64)
     launch(how, paged_mma_kernel<WM, 64, T, C>, p, size);
@@ -335,3 +340,11 @@ template void start_mma(const Problem<float16, float16>&, int, int, cudaStream_t
 template void start_mma(const Problem<float16, int8_t>&, int, int, cudaStream_t);
 
 }  // namespace fastlm::paged
+
+namespace fastlm {
+
+int64_t paged_attention_shared(int rows, int d, int dv, int bytes) {
+  return paged::shared_bytes(paged::sizes_of(d, dv, bytes), rows) + (3 << 10);  // static ones
+}
+
+}  // namespace fastlm

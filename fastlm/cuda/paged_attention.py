@@ -1,8 +1,8 @@
 """paged_attention by csrc/cuda/paged_attention.cu: the decode step.
 
-It serves up to 64 rows of q a key head (queries times the group of heads that share it), heads of
-up to 256 that are multiples of 8, and rows that can be read 8 elements at a time, 16 bytes at a
-time by the matrix instructions. What else there is goes to the Triton kernel.
+It serves up to 64 rows of q a key head (queries times the group of heads that share it), 8 in
+float32; heads of up to 256 that are multiples of 8; rows that begin at multiples of 16 bytes (of 8
+in an int8 cache). What else there is goes to the Triton kernel.
 """
 
 import functools
@@ -19,7 +19,9 @@ _TILE = 64  # keys, as in csrc/cuda/paged_attention.cuh
 _LEAST_TILES = 4  # that are worth a block of their own: 256 keys, as in kernels/attention.py
 _WIDEST = 256
 _MOST_ROWS = 64
-_DOT_ROWS = 2  # more take more registers than two blocks on a multiprocessor have
+_DOT_ROWS = 2  # at a time: more take more registers than two blocks on a multiprocessor have
+# Those that matrix instructions cannot take, float32 for one, read K and V once for every two rows.
+_MOST_DOT_ROWS = 8
 
 
 @functools.cache
@@ -29,33 +31,48 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def _fits(device: torch.device, rows: int, width: int, v_width: int, size: int) -> bool:
+    """Whether a block has the shared memory: rows of 256 take 143 KiB, more than an L40S has, with
+    64 rows of q 168, more than an A100."""
+    if device.type != "cuda":
+        return True
+    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return extension().paged_attention_shared(rows, width, v_width, size) <= most
+
+
 def _aligned(t: Tensor, size: int) -> bool:
     """Whether every row begins at a multiple of `size` bytes."""
-    steps = (s for n, s in zip(t.shape[:-1], t.stride()) if n > 1)
-    return t.data_ptr() % size == 0 and all(s * t.element_size() % size == 0 for s in steps)
+    each = t.element_size()
+    if t.data_ptr() % size:
+        return False
+    if t.is_contiguous():
+        return t.shape[-1] * each % size == 0
+    return all(n == 1 or s * each % size == 0 for n, s in zip(t.shape[:-1], t.stride()))
 
 
 def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
     """1 or 2 by dot products, 16 or 64 by matrix instructions, 0: not here."""
-    width, v_width = q.shape[-1], v.shape[-1]
-    rows = q.shape[1] * (q.shape[2] // k.shape[2])
+    q_shape, width, v_width = q.shape, q.shape[-1], v.shape[-1]
+    rows = q_shape[1] * (q_shape[2] // k.shape[2])
+    size = k.element_size()
     if (
         rows > _MOST_ROWS
         or max(width, v_width) > _WIDEST
         or width % 8
         or v_width % 8
         or k.dtype != v.dtype  # one of them int8
-        or not all(_aligned(t, min(16, 8 * t.element_size())) for t in (q, k, v))
+        or not _aligned(q, 16)
     ):
         return 0
-    few = 1 if rows == 1 else 2
-    if q.dtype == torch.float32 or rows <= _DOT_ROWS:
-        return few
-    if not (width * k.element_size() % 16 == v_width * k.element_size() % 16 == 0):
-        return few  # int8 rows that are no multiples of 16 bytes
-    if not (_aligned(k, 16) and _aligned(v, 16)):
-        return few
-    return 16 if rows <= 16 else 64
+    whole = _aligned(k, 16) and _aligned(v, 16)
+    if rows > _DOT_ROWS and q.element_size() == 2 and whole and width * size % 16 == 0:
+        if v_width * size % 16 == 0:
+            rows = 16 if rows <= 16 else 64
+            return rows if _fits(q.device, rows, width, v_width, size) else 0
+    if rows > _MOST_DOT_ROWS or not (whole or (size == 1 and _aligned(k, 8) and _aligned(v, 8))):
+        return 0
+    return 1 if rows == 1 else 2
 
 
 def _other(q: Tensor) -> Callable:
@@ -77,7 +94,7 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k_cache, v_cache = elements_last(q, k_cache, v_cache)
     rows = _rows_of_a_block(q, k_cache, v_cache)
-    if rows == 0:
+    if not rows:
         return _other(q)(
             q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, sinks, alibi_slopes, bias,
             causal, scale, window, softcap,
@@ -93,11 +110,11 @@ def paged_attention(
     units = batch * k_cache.shape[2] * -(-queries * heads // k_cache.shape[2] // rows)
     tiles = -(-table.shape[1] * k_cache.shape[1] // _TILE)
     blocks = min(2 * _multiprocessors(q.device), units * max(1, -(-tiles // _LEAST_TILES)))
-    part = lse.new_empty(2 * blocks, rows, v_width)
+    # two slots a block: out, largest score and sum of each row; and a record of 4 numbers
+    workspace = lse.new_empty(blocks * (2 * rows * (v_width + 2) + 4))
     extension().paged_attention_forward(
         q, k_cache, v_cache, table, seq_lens.contiguous(), k_scale, v_scale, _floats(sinks),
         _floats(alibi_slopes), None if bias is None else bias.float(), causal, scale, window,
-        softcap, _LEAST_TILES, out, lse, part, lse.new_empty(2 * blocks, rows, 2),
-        torch.empty(blocks, 4, dtype=torch.int32, device=q.device), stream(q),
+        softcap, rows, blocks, _LEAST_TILES, out, lse, workspace, stream(q),
     )  # fmt: skip
     return out, lse
