@@ -181,6 +181,7 @@ __global__ void __launch_bounds__(kThreads, ALIGNED&& NT < 8 ? 2 : 1)
     matrix_kernel(Rows<T> p, Weight w, Output out) {
   using S = Shape<BITS, T, NT>;
   using Sum = std::conditional_t<S::kInteger, int, float>;
+  constexpr Sum kZero = S::kInteger ? kIntegerZero : 0;
   // steps whose operands are made at once: they are scaled together, but lie in registers
   constexpr int kUnit = EXACT ? S::kSteps : 1;
   DYNAMIC_SHARED(shared);
@@ -263,7 +264,9 @@ __global__ void __launch_bounds__(kThreads, ALIGNED&& NT < 8 ? 2 : 1)
       }
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
-        Sum sums[S::kTiles][4] = {};
+        Sum sums[S::kTiles][4];
+#pragma unroll
+        for (int i = 0; i < 4 * S::kTiles; ++i) sums[i / 4][i % 4] = kZero;
 #pragma unroll
         for (int s = 0; s < kUnit; ++s) {
           uint32_t b[2 * S::kProducts];
@@ -293,9 +296,9 @@ __global__ void __launch_bounds__(kThreads, ALIGNED&& NT < 8 ? 2 : 1)
             for (int e = 0; e < 4; ++e) {
               float scale = f[s][i].scale[e / 2];
               if constexpr (S::kInteger) scale *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<BITS>);
-              total[i][t][e] += static_cast<float>(sums[i][e]) * scale;
+              total[i][t][e] += value_of(sums[i][e]) * scale;
               if (begins) total[i][t][e] += f[s][i].zero[e / 2] * x_sum.at[e % 2];
-              sums[i][e] = 0;
+              sums[i][e] = kZero;
             }
         }
       }
