@@ -78,10 +78,11 @@ def test_matrix_forms(m, bits, group_size):
 def test_forms_by_rows(started, act_bits):
     bias = torch.randn(24)
     for group_size, m, k, name in (
-        (32, 4, 96, "vector"),
+        (32, 2, 96, "vector"),
+        (32, 3, 96, "matrix" if act_bits == 16 else "vector"),
         (32, 5, 96, "matrix"),
         (40, 5, 96, "matrix" if act_bits == 16 else "vector"),
-        (-1, 65, 40, "many" if act_bits == 16 else "matrix"),
+        (-1, 257, 40, "many" if act_bits == 16 else "matrix"),
     ):
         q = on_cpu.weight(24, k, 4, group_size, symmetric=False)
         x = torch.randn(m, k).bfloat16()
@@ -94,6 +95,9 @@ def test_forms_by_rows(started, act_bits):
         }[name]
         rounding = [] if act_bits == 16 else ["quantized_linear_round"]
         assert started == rounding + names, (group_size, m)
+    started.clear()
+    ops.quantized_linear(torch.randn(5, 96), on_cpu.weight(24, 96, 8), bias, act_bits=act_bits)
+    assert ("dequantize" in started) == (act_bits == 16)  # no instruction multiplies float32
 
 
 def test_parts_of_k(dtype):
@@ -101,7 +105,7 @@ def test_parts_of_k(dtype):
     parts = extension().quantized_linear_parts
     for m, k, count in ((9, 2080, 2), (33, 1184, 2), (7, 4128, 2)):
         assert parts(m, 20, k, 4, 4) == count
-        assert parts(m, 20, k, 4, 1) == min(2, count)
+        assert parts(m, 20, k, 4, 1) == 1
         assert parts(m, 5000, k, 4, 4) == 1  # blocks enough
         q = on_cpu.weight(20, k, 4)
         x = torch.randn(m, k).to(dtype)

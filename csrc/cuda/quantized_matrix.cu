@@ -4,10 +4,10 @@
 //     W is the left operand: y^T (16 x 8) += W (16 x 16) x^T (16 x 8), so few rows of x waste
 //     little.
 //
-//     block (m, n, part), 8 warps, a tile of K at a time:                k ->
-//       codes      n [ warps_n x 16 rows ][ warps_k x 128 columns ]      read once per block of m
-//       x          m [ 8 NT rows ][ warps_k x 128 columns ]              read once per block of n
-//       warp       16 rows of W, all of x's, 128 columns: 4 steps of 32
+//     block (m, n, part), 8 warps, a tile of K at a time:              k ->
+//       codes      n [ warps_n x 16 TILES rows ][ warps_k x RANGE ]    read once per block of m
+//       x          m [ 8 NT rows ][ warps_k x RANGE columns ]          read once per block of n
+//       warp       16 TILES rows of W, all of x's, RANGE columns in steps of 32
 //
 // Both come by cp.async, STAGES tiles deep, as they lie in memory. No other layout of the codes is
 // needed: an instruction's k may be any columns as long as both operands agree, and with lane c of
@@ -33,7 +33,6 @@ namespace fastlm {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * 32;
-constexpr int kRange = 128, kSteps = kRange / 32;  // columns of a warp in a tile
 
 template <class T>
 struct Rows {
@@ -53,12 +52,16 @@ struct Output {
   int part_tiles;
 };
 
-// NT: blocks of 8 rows of x. More rows of W share a block of x the more rows that has.
+// NT: blocks of 8 rows of x. The more rows it has, the more rows of W share them: a block's, by way
+// of the L2, and a warp's (TILES of 16), whose reads of x from shared memory, 4 KB for 64 rows of
+// 32 columns at 128 bytes a clock, would take longer than 16 rows' instructions.
 template <int BITS, class T, int NT>
 struct Shape {
   static constexpr bool kInteger = std::is_same_v<T, int8_t>;
-  static constexpr int kWarpsN = NT == 1 ? 2 : NT == 2 ? 4 : 8, kWarpsK = kWarps / kWarpsN;
-  static constexpr int kN = 16 * kWarpsN, kM = 8 * NT, kColumns = kRange * kWarpsK;
+  static constexpr int kTiles = NT < 4 ? 1 : 2;
+  static constexpr int kWarpsN = NT == 1 ? 2 : 4, kWarpsK = kWarps / kWarpsN;
+  static constexpr int kRange = 128 / kTiles, kSteps = kRange / 32;  // columns of a warp in a tile
+  static constexpr int kN = 16 * kTiles * kWarpsN, kM = 8 * NT, kColumns = kRange * kWarpsK;
   static constexpr int kCodeBytes = kColumns * BITS / 8, kXBytes = kColumns * sizeof(T);
   // 8 (codes of int4), 4 (of int8, x of int8) or 2 rows (x of 16 bits) fill the banks together
   static constexpr int kCodeStride = kCodeBytes + 4 * BITS;
@@ -126,13 +129,12 @@ DEVICE void load_words(uint32_t (&words)[WORDS], const unsigned char* p) {
   for (int i = 0; i < WORDS; ++i) words[i] = v.at[i];
 }
 
-// Scales and offsets of a lane's two rows of W.
+// Scales and offsets of a lane's two rows in a tile of W.
 struct Factors {
   float scale[2], zero[2];
 };
-DEVICE Factors load_factors(const Weight& w, const int (&row)[2], int column) {
+DEVICE Factors load_factors(const Weight& w, const int (&row)[2], int group) {
   Factors f;
-  const int group = w.group_of(column);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int64_t at = static_cast<int64_t>(row[r]) * w.groups + group;
@@ -175,12 +177,13 @@ DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const Factors& f,
 
 // ALIGNED: rows of codes and of x are, to 16 bytes; otherwise one variant serves all.
 template <bool EXACT, int BITS, class T, int NT, bool ALIGNED>
-__global__ void __launch_bounds__(kThreads, ALIGNED ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, ALIGNED&& NT < 8 ? 2 : 1)
     matrix_kernel(Rows<T> p, Weight w, Output out) {
   using S = Shape<BITS, T, NT>;
   using Sum = std::conditional_t<S::kInteger, int, float>;
+  constexpr Sum kZero = S::kInteger ? kIntegerZero : 0;
   // steps whose operands are made at once: they are scaled together, but lie in registers
-  constexpr int kUnit = !EXACT || NT == 8 ? 1 : 4;
+  constexpr int kUnit = EXACT ? S::kSteps : 1;
   DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_n = warp % S::kWarpsN, warp_k = warp / S::kWarpsN;
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, ALIGNED ? 2 : 1)
   const int first = blockIdx.z * out.part_tiles;
   const int tiles =
       min(out.part_tiles, (w.k + S::kColumns - 1) / S::kColumns - first);  // of this part
-  const bool each = w.groups > 1 && w.group % kRange;                      // a scale for every step
+  const bool each = w.groups > 1 && w.group % S::kRange;                   // a scale for every step
 
   const int granule = ALIGNED ? 16 : min(w.granule, 4),
             x_granule = ALIGNED ? 16 : min(p.granule, 4);
@@ -222,49 +225,61 @@ __global__ void __launch_bounds__(kThreads, ALIGNED ? 2 : 1)
 #pragma unroll
   for (int s = 0; s < S::kStages - 1; ++s) copy(s);
 
-  int row[2];  // rows behind the last one count with its scales and are not stored
+  int row[S::kTiles][2];  // rows behind the last one count with its scales and are not stored
 #pragma unroll
-  for (int r = 0; r < 2; ++r) row[r] = min(first_n + warp_n * 16 + lane / 4 + 8 * r, w.n - 1);
-  float total[NT][4] = {};
+  for (int i = 0; i < 2 * S::kTiles; ++i)
+    row[i / 2][i % 2] = min(first_n + warp_n * 16 * S::kTiles + lane / 4 + 8 * i, w.n - 1);
+  float total[S::kTiles][NT][4] = {};
   for (int tile = 0; tile < tiles; ++tile) {
-    const int column = (first + tile) * S::kColumns + warp_k * kRange;
-    Factors f[kUnit];
-    if (EXACT && !each) f[kUnit - 1] = load_factors(w, row, column);  // used behind the products
+    const int column = (first + tile) * S::kColumns + warp_k * S::kRange;
+    Factors f[kUnit][S::kTiles];
+    if (EXACT && !each) {  // used behind the products
+      const int group = w.group_of(column);
+#pragma unroll
+      for (int i = 0; i < S::kTiles; ++i) f[kUnit - 1][i] = load_factors(w, row[i], group);
+    }
     cp_async_wait<S::kStages - 2>();
     __syncthreads();  // of all threads; and the stage filled next was read
     copy(tile + S::kStages - 1);
     const unsigned char* stage = shared + tile % S::kStages * S::kStage;
-    const unsigned char* codes = stage + (warp_n * 16 + lane / 4) * S::kCodeStride +
-                                 warp_k * (kRange * BITS / 8) + lane % 4 * BITS;
+    const unsigned char* codes = stage + (warp_n * 16 * S::kTiles + lane / 4) * S::kCodeStride +
+                                 warp_k * (S::kRange * BITS / 8) + lane % 4 * BITS;
     const unsigned char* x = stage + S::kN * S::kCodeStride + lane / 4 * S::kXStride +
-                             (warp_k * kRange + lane % 4 * 8) * sizeof(T);
+                             (warp_k * S::kRange + lane % 4 * 8) * sizeof(T);
 #pragma unroll
-    for (int unit = 0; unit < kSteps; unit += kUnit) {
-      uint32_t a[kUnit][S::kProducts][4];
+    for (int unit = 0; unit < S::kSteps; unit += kUnit) {
+      uint32_t a[kUnit][S::kTiles][S::kProducts][4];
 #pragma unroll
       for (int s = 0; s < kUnit; ++s) {
         const int step = unit + s;
-        if (!EXACT || each)
-          f[s] = load_factors(w, row, column + 32 * step + (EXACT ? 0 : lane % 4 * 8));
-        uint32_t octets[2][BITS / 4];
-        load_words(octets[0], codes + step * 4 * BITS);
-        load_words(octets[1], codes + step * 4 * BITS + 8 * S::kCodeStride);
-        operands_of<EXACT, BITS>(octets, f[s], a[s], T{});
+        const int group = w.group_of(column + 32 * step + (EXACT ? 0 : lane % 4 * 8));
+#pragma unroll
+        for (int i = 0; i < S::kTiles; ++i) {
+          if (!EXACT || each) f[s][i] = load_factors(w, row[i], group);
+          uint32_t octets[2][BITS / 4];
+          load_words(octets[0], codes + 16 * i * S::kCodeStride + step * 4 * BITS);
+          load_words(octets[1], codes + (16 * i + 8) * S::kCodeStride + step * 4 * BITS);
+          operands_of<EXACT, BITS>(octets, f[s][i], a[s][i], T{});
+        }
       }
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
-        Sum sums[4] = {};
+        Sum sums[S::kTiles][4];
+#pragma unroll
+        for (int i = 0; i < 4 * S::kTiles; ++i) sums[i / 4][i % 4] = kZero;
 #pragma unroll
         for (int s = 0; s < kUnit; ++s) {
           uint32_t b[2 * S::kProducts];
           load_words(b, x + t * 8 * S::kXStride + (unit + s) * 32 * sizeof(T));
 #pragma unroll
-          for (int i = 0; i < S::kProducts; ++i) {
-            if constexpr (EXACT)
-              mma(sums, a[s][i], {b[2 * i], b[2 * i + 1]}, T{});
-            else
-              mma(total[t], a[s][i], {b[2 * i], b[2 * i + 1]}, T{});
-          }
+          for (int i = 0; i < S::kTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < S::kProducts; ++j) {
+              if constexpr (EXACT)
+                mma(sums[i], a[s][i][j], {b[2 * j], b[2 * j + 1]}, T{});
+              else
+                mma(total[i][t], a[s][i][j], {b[2 * j], b[2 * j + 1]}, T{});
+            }
           if (!EXACT || (s < kUnit - 1 && !each)) continue;
           Vector<float, 2> x_scale{{1, 1}}, x_sum{};
           bool begins = false;
@@ -276,13 +291,15 @@ __global__ void __launch_bounds__(kThreads, ALIGNED ? 2 : 1)
             if (begins) x_sum = load(reinterpret_cast<const Vector<float, 2>*>(p.sums + at));
           }
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float scale = f[s].scale[e / 2];
-            if constexpr (S::kInteger) scale *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<BITS>);
-            total[t][e] += static_cast<float>(sums[e]) * scale;
-            if (begins) total[t][e] += f[s].zero[e / 2] * x_sum.at[e % 2];
-            sums[e] = 0;
-          }
+          for (int i = 0; i < S::kTiles; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              float scale = f[s][i].scale[e / 2];
+              if constexpr (S::kInteger) scale *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<BITS>);
+              total[i][t][e] += value_of(sums[i][e]) * scale;
+              if (begins) total[i][t][e] += f[s][i].zero[e / 2] * x_sum.at[e % 2];
+              sums[i][e] = kZero;
+            }
         }
       }
     }
@@ -294,10 +311,10 @@ __global__ void __launch_bounds__(kThreads, ALIGNED ? 2 : 1)
 #pragma unroll
   for (int t = 0; t < NT; ++t)
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      store(part + (warp_k * S::kM + 8 * t + lane % 4 * 2 + e % 2) * S::kSumStride + warp_n * 16 +
-                lane / 4 + e / 2 * 8,
-            total[t][e]);
+    for (int i = 0; i < 4 * S::kTiles; ++i)
+      store(part + (warp_k * S::kM + 8 * t + lane % 4 * 2 + i % 2) * S::kSumStride +
+                warp_n * 16 * S::kTiles + lane / 4 + i / 2 * 8,
+            total[i / 4][t][i % 4]);
   __syncthreads();
   for (int i = threadIdx.x; i < S::kM * S::kN; i += kThreads) {
     const int m = i / S::kN, n = i % S::kN;
@@ -341,10 +358,10 @@ int quantized_linear_parts(int64_t rows, int64_t n, int64_t k, int bits, int mul
     using S = Shape<4, bfloat16, decltype(nt)::value>;
     const int64_t tiles = ceil_div(k, S::kColumns);
     const int64_t blocks = static_cast<int64_t>(ceil_div(rows, S::kM)) * ceil_div(n, S::kN);
-    // two blocks a multiprocessor; a part long enough to fill its stages; and partial sums, written
-    // and read, of no more bytes than the codes
+    // a block a multiprocessor keeps 24 KB of codes in flight, enough; a part long enough to fill
+    // its stages; and partial sums, written and read, of no more bytes than the codes
     const int64_t most =
-        std::min(std::min(2 * multiprocessors / blocks, tiles / 4), k * bits / (64 * rows));
+        std::min(std::min(multiprocessors / blocks, tiles / 4), k * bits / (64 * rows));
     const int part_tiles = ceil_div(tiles, std::max(most, int64_t{1}));
     parts = ceil_div(tiles, part_tiles);
   });

@@ -161,6 +161,7 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t> ? 3 : 4
   constexpr bool kInteger = std::is_same_v<X, int8_t>;
   constexpr int kOctets = S::kColumns / 8, kR = S::kR;
   using Sum = std::conditional_t<kInteger, int, float>;
+  constexpr Sum kZero = kInteger ? kIntegerZero : 0;
   DYNAMIC_SHARED(staged);
   SHARED(float, sums, kWarps * kR * M);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -190,7 +191,9 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t> ? 3 : 4
     __syncthreads();
     if (slab + warp_k >= chunks) continue;
     const unsigned char* mine = staged + warp_k * M * S::kStaged + lane * 16;
-    Sum part[kR][M] = {}, sum[M] = {};
+    Sum part[kR][M], sum[M] = {};
+#pragma unroll
+    for (int i = 0; i < kR * M; ++i) part[i / M][i % M] = kZero;
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
       multiply<BITS, X, M, kR>(codes, o, mine, part, sum);
@@ -214,9 +217,9 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t> ? 3 : 4
         const float zero = w.zeros ? load_float(w.zeros, w.factors, at) : 0.0f;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          acc[r][m] += static_cast<float>(part[r][m]) * (scale[r] * factor[m]);
+          acc[r][m] += value_of(part[r][m]) * (scale[r] * factor[m]);
           if (w.zeros) acc[r][m] += zero * whole[m];
-          part[r][m] = 0;
+          part[r][m] = kZero;
         }
       }
     }

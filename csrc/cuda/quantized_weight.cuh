@@ -127,6 +127,13 @@ DEVICE void to_bytes(const uint32_t (&octet)[2], uint32_t (&q)[2]) {
   q[1] = octet[1];
 }
 
+// A sum of such products starts at the bits of 1.5 * 2^23, so that it is a float without
+// conversion: 128 columns of 128 * 127 (or 16 * 8 * 127) stay below the 2^22 that it holds on both
+// sides.
+constexpr int kIntegerZero = 0x4b400000;
+DEVICE float value_of(int sum) { return __int_as_float(sum) - 12582912.0f; }
+DEVICE float value_of(float sum) { return sum; }
+
 // ---- host
 
 // The largest power of 2 out of 16, 4, 1 that divides the address and the distance of rows.

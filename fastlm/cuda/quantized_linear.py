@@ -1,7 +1,12 @@
 """quantized_linear and dequantize by csrc/cuda/quantized_*.cu and dequantize.cu.
 
-By the rows of x: up to 4 the vector kernel, up to FUSED_ROWS matrix instructions on weights that
-are made in registers, above a dequantized block of W and torch's matmul.
+By the rows of x, and where x is float32 or rounded to int8:
+
+    vector kernel         1 or 2; up to 4; int8: up to 4, any number where groups are no multiple of 32
+    matrix kernel         up to FUSED_ROWS; never float32; int8: any number
+    dequantize and torch  the others
+
+The limits are from instructions counted and an H100's rates, not measured on a GPU.
 """
 
 import functools
@@ -12,8 +17,13 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.cuda import extension, stream
 
-VECTOR_ROWS = 4  # above, the 8 rows of a matrix instruction cost no more
-FUSED_ROWS = 64
+# A code of a 4096 x 4096 W costs a lane 4.3 instructions at 2 rows, 2.4 us in all and as long as
+# its bytes take, 6.2 at 4 rows; the matrix kernel 2.4 at up to 8 rows. (int8: 1.5 at 4 rows.)
+VECTOR_ROWS = {16: 2, 8: 4}  # by act_bits
+VECTOR_ROWS_FLOAT32 = 4
+# The matrix kernel takes 3.5 us for 64 rows of such a W at best, dequantize 13 us before torch's
+# matmul, which is about as fast by rows as it can be: at half its speed they meet at 250 rows.
+FUSED_ROWS = 256
 # weights dequantized at a time for torch's matmul: 32 MB of 16 bits stay in an H100's L2 of 50 MB
 _BLOCK_WEIGHTS = 1 << 24
 
@@ -86,7 +96,9 @@ def quantized_linear_forward(
     if bias is not None:
         bias = (bias if bias.dtype != torch.float64 else bias.float()).contiguous()
     rows, x_scale, x_sums = x.shape[0], None, None
-    by_vectors = rows <= VECTOR_ROWS
+    by_vectors = rows <= (
+        VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[act_bits]
+    )
     if act_bits == 8:
         # an instruction multiplies 32 columns: they must have one scale
         by_vectors = by_vectors or (group_size < k and group_size % 32 != 0)
