@@ -2,7 +2,7 @@
 
 By the rows of x, and where x is float32 or rounded to int8:
 
-    vector kernel         1 or 2; up to 4; int8: up to 4, any number where groups are no multiple of 32
+    vector kernel         1 or 2; up to 4; int8: up to 4, any number where 32 divides no group
     matrix kernel         up to FUSED_ROWS; never float32; int8: any number
     dequantize and torch  the others
 
