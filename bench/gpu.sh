@@ -1,7 +1,8 @@
 #!/bin/sh
 # On a machine with a GPU: builds fastlm for the Python there ($PYTHON, .venv or python3), runs the tests that need the GPU, then bench/gpu.py; under ten
 # minutes in all: what is not done by then is cut off and has printed what it has. Not run on a GPU yet.
-#     sh bench/gpu.sh [folder for results] [tests|triton|cuda|bench ...]        default: bench/results, all four
+#     sh bench/gpu.sh [folder for results] [tests|triton|cuda|bench|compare ...]        default: bench/results, all but compare
+# compare: bench again with Triton where CUDA C++ is picked, two minutes; ORDER in fastlm/backend.py is to follow it.
 # Nothing is fetched: packages that are missing there travel as wheels, on PYTHONPATH. Every step runs, whatever failed before.
 set -u
 out=${1:-bench/results}
@@ -66,8 +67,13 @@ for step in $steps; do
     tail -n 5 "$out/gpu-bench.log"
     grep '^{' "$out/gpu.txt" >"$out/gpu.jsonl"
     ;;
+  compare)
+    FASTLM_BACKEND=triton timeout -s INT -k 10 130 $python -P bench/gpu.py --seconds 110 quantized_linear paged_attention cross_entropy adamw rows rope >"$out/gpu-compare.txt" 2>&1 || status=1
+    tail -n 40 "$out/gpu-compare.txt"
+    grep '^{' "$out/gpu-compare.txt" >"$out/gpu-compare.jsonl"
+    ;;
   *)
-    echo "gpu.sh: steps: wanted tests, triton, cuda or bench, got $step"
+    echo "gpu.sh: steps: wanted tests, triton, cuda, bench or compare, got $step"
     exit 2
     ;;
   esac

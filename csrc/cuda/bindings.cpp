@@ -83,8 +83,8 @@ void bind(py::module_& m) {
   m.def("paged_attention_shared", &paged_attention_shared, "rows"_a, "d"_a, "dv"_a, "bytes"_a);
   m.def("paged_attention_forward", &paged_attention_forward, "q"_a, "k"_a, "v"_a, "block_table"_a,
         "seq_lens"_a, "k_scale"_a, "v_scale"_a, "sinks"_a, "slopes"_a, "bias"_a, "causal"_a,
-        "scale"_a, "window"_a, "softcap"_a, "rows"_a, "blocks"_a, "least_tiles"_a, "out"_a,
-        "lse"_a, "workspace"_a, "stream"_a, Guard());
+        "scale"_a, "window"_a, "softcap"_a, "rows"_a, "blocks"_a, "least_tiles"_a, "out"_a, "lse"_a,
+        "workspace"_a, "stream"_a, Guard());
 
   m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
         "y"_a, "h"_a, "rstd"_a, "stream"_a, Guard());
