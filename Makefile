@@ -17,6 +17,8 @@ if not os.path.exists(header):
     sys.exit(2)
 endef
 export BUILD_NEEDS
+# Whether setup.py finds a CUDA of this machine's; else pip's headers (34 MB), by which the emulator of the CUDA kernels compiles
+CUDA_HERE := test -n "$$CUDA_HOME$$CUDA_PATH" || command -v nvcc >/dev/null || test -d /usr/local/cuda/include
 
 .PHONY: help setup demo test quick lint format bench fuzz sanitize gate triton-sanitize clean
 
@@ -32,7 +34,8 @@ setup: .venv/ready  ## .venv with fastlm (editable, extension built) and everyth
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
 	@echo "make: fetching torch and compiling the kernels: minutes without output"
-	FASTLM_SIMT=1 PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(CUDA_HERE) || $(BIN)/python -m pip install --quiet --no-deps nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
+	$(CUDA_HERE) || export CUDA_HOME=`ls -d $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/cu*`; FASTLM_SIMT=1 PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
 demo: .venv/ready  ## text -> tokenizer -> model -> int4 -> runs/demo/report.html, in ten minutes on two cores

@@ -11,7 +11,7 @@ launches: blocks, threads, shared memory. A launch takes the longest of
 - LATENCY for every wave;
 
 plus LAUNCH for each launch in a stream. Registers and threads come from tests/cuda_gate.json.
-"Measured" is what bench/results/gpu.json holds for the card; without it "not measured".
+"Measured" is what bench/results/gpu.jsonl holds for the card; without it "not measured".
 """
 
 import argparse
@@ -192,13 +192,15 @@ CASES = {
 
 
 def measured() -> tuple[str, dict[tuple[str, str], float]]:
-    """The card of bench/results/gpu.json and its fastlm times by op and shape."""
-    path = ROOT / "bench/results/gpu.json"
-    if not path.exists():
-        return "", {}
-    found = json.loads(path.read_text())
-    milliseconds = {(r["name"], r["shape"]): r["milliseconds"].get("fastlm") for r in found["rows"]}
-    return found["machine"]["gpu"], milliseconds
+    """The card of bench/results/gpu.jsonl and its fastlm milliseconds by op and shape."""
+    path = ROOT / "bench/results/gpu.jsonl"
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    card, times = "", {}
+    for line in lines:
+        card = line["machine"]["gpu"] if "machine" in line else card
+        if row := line.get("row"):
+            times[row["name"], row["shape"]] = row["milliseconds"].get("fastlm")
+    return card, times
 
 
 def main() -> None:
