@@ -14,8 +14,9 @@
 //     v   a transposed pair of keys has columns 2 n and 2 n + 1: even and odd columns are tiles of
 //         their own
 //
-// Rows in shared memory are an odd number of 16 bytes apart: no bank conflicts in ldmatrix.
-// Not measured on a GPU.
+// Rows in shared memory are an odd number of 16 bytes apart: no bank conflicts (by the emulator's
+// counts; with an int8 cache q and the results of a unit, once each, take two passes for one). K
+// and V are read in whole sectors. Not measured on a GPU.
 #include "cuda/paged_attention.cuh"
 
 #include "cuda/ops.h"
@@ -306,8 +307,8 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
       }
     }
     __syncthreads();
+    // the next piece writes there behind its own first barrier
     write_rows<kThreads, WK, kRows>(p, piece, outs, size.out_pitch, sums);
-    __syncthreads();  // all of it may be written again
   });
 }
 
