@@ -166,8 +166,9 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t> ? 3 : 4
   SHARED(float, sums, kWarps * kR * M);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_k = warp % warps_k, warps_n = kWarps / warps_k;
-  const int first_n = blockIdx.x * warps_n * kR;  // of the block
-  const int first_m = blockIdx.y * M;
+  // in one dimension: the others hold 65535 blocks, and a vocabulary of 4 rows each has more
+  const int blocks_n = (w.n + warps_n * kR - 1) / (warps_n * kR);
+  const int first_n = blockIdx.x % blocks_n * warps_n * kR, first_m = blockIdx.x / blocks_n * M;
   const bool narrow = w.groups > 1 && w.group % S::kColumns;  // a lane's columns have many scales
   const int chunks = (w.k + S::kChunk - 1) / S::kChunk;
 
@@ -248,7 +249,7 @@ void start(const Rows<X>& p, const Weight& w, const OptionalTensor& bias, void* 
   using S = Shape<BITS, X, M>;
   const int chunks = ceil_div(w.k, S::kChunk);
   const int warps_k = chunks >= 4 ? 4 : chunks >= 2 ? 2 : 1;
-  const dim3 grid(ceil_div(w.n, kWarps / warps_k * S::kR), ceil_div(p.rows, M));
+  const dim3 grid(ceil_div(w.n, kWarps / warps_k * S::kR) * ceil_div(p.rows, M));
   const size_t shared = static_cast<size_t>(warps_k) * M * S::kStaged;
   launch({"quantized_linear vector", grid, dim3(kWarps * 32), shared,
           reinterpret_cast<cudaStream_t>(stream)},
@@ -279,14 +280,16 @@ void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qd
         aligned(16, from) && stride * sizeof(X) % 16 == 0 && (x_scale || k * sizeof(X) % 16 == 0)};
     const auto with_bits = [&](auto b) {
       constexpr int kBits = decltype(b)::value;
+      // 3 rows of 16 bits are the matrix kernel's (fastlm/cuda/quantized_linear.py)
+      constexpr int kMost = sizeof(X) == 2 ? 2 : 4;
       if (w.granule != 16)  // one variant is enough for weights of odd widths
-        start<kBits, X, 4, false>(p, w, bias, to, y.dtype(), stream);
+        start<kBits, X, kMost, false>(p, w, bias, to, y.dtype(), stream);
       else if (p.rows == 1)
         start<kBits, X, 1>(p, w, bias, to, y.dtype(), stream);
       else if (p.rows == 2)
         start<kBits, X, 2>(p, w, bias, to, y.dtype(), stream);
       else
-        start<kBits, X, 4>(p, w, bias, to, y.dtype(), stream);
+        start<kBits, X, kMost>(p, w, bias, to, y.dtype(), stream);
     };
     if (bits == 4)
       with_bits(std::integral_constant<int, 4>{});

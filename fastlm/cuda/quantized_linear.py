@@ -1,10 +1,11 @@
 """quantized_linear and dequantize by csrc/cuda/quantized_*.cu and dequantize.cu.
 
-By the rows of x, and where x is float32 or rounded to int8:
+By the rows of x:
 
-    vector kernel         1 or 2; up to 4; int8: up to 4, any number where 32 divides no group
-    matrix kernel         up to FUSED_ROWS; never float32; int8: any number
-    dequantize and torch  the others
+    vector kernel    16 bits: 1 or 2; float32: to 4; rounded to int8: to 4, or any number where
+                     groups are no multiple of 32
+    matrix kernel    16 bits: to FUSED_ROWS; int8: any number; float32: never
+    dequantize, and torch's matmul: the others
 
 The limits are from instructions counted and an H100's rates, not measured on a GPU.
 """
