@@ -31,8 +31,8 @@ SHARED_OF_SM = {80: 164, 90: 228, 100: 228}  # KiB
 # By a pattern of the kernel's name: what its machine code must have, on every architecture.
 VECTORS = ("LDG.E.128", "STG.E.128")
 WANTED: dict[str, tuple[str, ...]] = {
-    r"update_kernel": (*VECTORS, "LDG.E.64", "STG.E.64"),  # of AdamW
-    r"squares_kernel": ("LDG.E.128", "LDG.E.64"),
+    r"adamw_kernel": (*VECTORS, "LDG.E.64", "STG.E.64"),  # of AdamW
+    r"adamw_squares_kernel": ("LDG.E.128", "LDG.E.64"),
     r"cross_entropy_kernel": ("LDG.E.128", "MUFU.EX2"),
     r"cross_entropy_backward_kernel": (*VECTORS, "MUFU.EX2"),
     r"glu_kernel<(4|8)": VECTORS,

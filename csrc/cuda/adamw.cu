@@ -327,8 +327,8 @@ DEVICE void write_params(void* to, const Kind& kind, const Place& place, float (
 }
 
 __global__ void __launch_bounds__(kThreads)
-    update_kernel(const int64_t* tensors, const float* scalars, const uint32_t* keys,
-                  const int2* chunks, const float* clip, int chunk_size) {
+    adamw_kernel(const int64_t* tensors, const float* scalars, const uint32_t* keys,
+                 const int2* chunks, const float* clip, int chunk_size) {
   const int2 chunk = load(chunks + blockIdx.x);
   const int64_t* row = tensors + static_cast<int64_t>(chunk.x) * kColumns;
   const int64_t start = static_cast<int64_t>(chunk.y) * chunk_size, size = load(row + kSize);
@@ -402,7 +402,7 @@ DEVICE double sum_of_block(double x) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    squares_kernel(const int64_t* tensors, const int2* chunks, double* sums, int chunk_size) {
+    adamw_squares_kernel(const int64_t* tensors, const int2* chunks, double* sums, int chunk_size) {
   const int2 chunk = load(chunks + blockIdx.x);
   const int64_t* row = tensors + static_cast<int64_t>(chunk.x) * kColumns;
   const int64_t start = static_cast<int64_t>(chunk.y) * chunk_size, size = load(row + kSize);
@@ -424,7 +424,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // `sums` null: the norm is there already.
 __global__ void __launch_bounds__(kNormThreads)
-    norm_kernel(const double* sums, int count, float max_grad_norm, float* grad_norm, float* clip) {
+    adamw_norm_kernel(const double* sums, int count, float max_grad_norm, float* grad_norm,
+                      float* clip) {
   float norm;
   if (sums) {
     double total = 0;
@@ -446,8 +447,8 @@ DEVICE double power(double base, int exponent) {
 }
 
 __global__ void __launch_bounds__(kBeginThreads)
-    begin_kernel(const int64_t* tensors, const double* settings, float* scalars, uint32_t* keys,
-                 int count) {
+    adamw_begin_kernel(const int64_t* tensors, const double* settings, float* scalars,
+                       uint32_t* keys, int count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kBeginThreads + threadIdx.x;
   if (i >= count) return;
   const int64_t* row = tensors + i * kColumns;
@@ -495,15 +496,14 @@ void adamw(TensorView tensors, TensorView settings, TensorView chunks, int chunk
   if (factor) {
     auto* parts = output<double>(sums, "sums");
     if (parts)
-      launch(how("adamw_squares", blocks, kThreads), squares_kernel, rows, table, parts,
+      launch(how("adamw_squares", blocks, kThreads), adamw_squares_kernel, rows, table, parts,
              chunk_size);
-    launch(how("adamw_norm", 1, kNormThreads), norm_kernel, parts, blocks, max_grad_norm,
+    launch(how("adamw_norm", 1, kNormThreads), adamw_norm_kernel, parts, blocks, max_grad_norm,
            output<float>(grad_norm, "grad_norm"), factor);
   }
-  launch(how("adamw_begin", ceil_div(count, kBeginThreads), kBeginThreads), begin_kernel, rows,
-         input<double>(settings, "settings"), of, random, count);
-  launch(how("adamw", blocks, kThreads), update_kernel, rows, of, random, table, factor,
-         chunk_size);
+  launch(how("adamw_begin", ceil_div(count, kBeginThreads), kBeginThreads), adamw_begin_kernel,
+         rows, input<double>(settings, "settings"), of, random, count);
+  launch(how("adamw", blocks, kThreads), adamw_kernel, rows, of, random, table, factor, chunk_size);
 }
 
 }  // namespace fastlm

@@ -230,7 +230,7 @@ DEVICE float rows_that_count(const Problem& p) {
 }
 
 __global__ void __launch_bounds__(kReduceThreads)
-    sum_rows_kernel(Problem p, const float* nll, bool mean, float* loss) {
+    cross_entropy_sum_kernel(Problem p, const float* nll, bool mean, float* loss) {
   float sum = 0;
   for (int64_t row = threadIdx.x; row < p.rows; row += kReduceThreads) sum += load(nll + row);
   sum = sum_of_block<kReduceThreads>(sum);
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 }
 
 __global__ void __launch_bounds__(kReduceThreads)
-    share_kernel(Problem p, const float* d_loss, bool mean, float* share) {
+    cross_entropy_share_kernel(Problem p, const float* d_loss, bool mean, float* share) {
   const float count = mean ? rows_that_count(p) : 1.0f;
   if (threadIdx.x == 0) store(share, load(d_loss) / count);
 }
@@ -420,7 +420,7 @@ void cross_entropy_sum(TensorView nll, TensorView target, int64_t ignore_index, 
   Problem p{};
   p.target = input<int64_t>(target, "target"), p.ignore_index = ignore_index;
   p.rows = target.numel();
-  launch(grid_of("cross_entropy_sum", 1, kReduceThreads, stream), sum_rows_kernel, p,
+  launch(grid_of("cross_entropy_sum", 1, kReduceThreads, stream), cross_entropy_sum_kernel, p,
          input<float>(nll, "nll"), mean, output<float>(loss, "loss"));
 }
 
@@ -441,7 +441,7 @@ void cross_entropy_loss_backward(TensorView d_loss, TensorView logits, TensorVie
                                  TensorView d_logits, Stream stream) {
   const Problem p = problem_of(logits, target, std::nullopt, ignore_index, softcap, scale);
   float* each = output<float>(share, "share");
-  launch(grid_of("cross_entropy_share", 1, kReduceThreads, stream), share_kernel, p,
+  launch(grid_of("cross_entropy_share", 1, kReduceThreads, stream), cross_entropy_share_kernel, p,
          input<float>(d_loss, "d_loss"), mean, each);
   const Factors of{
       each, each, nullptr, true, input<float>(shift, "shift"), input<float>(log_sum, "log_sum")};
