@@ -115,6 +115,28 @@ def test_bad_gradients_propagate(bits):
     on_cpu.test_bad_gradients_propagate(None, bits)
 
 
+def test_a_bad_gradient_shows_in_both_states_of_its_block():
+    p = torch.zeros(5000, requires_grad=True)
+    p.grad = torch.ones(5000)
+    p.grad[300] = float("nan")
+    optimizer = AdamW([p], state_bits=8)
+    optimizer.step()
+    for name in ("exp_avg", "exp_avg_sq"):
+        bad = optimizer.state[p][f"{name}_scale"].isnan()
+        assert bad[1] and bad.sum() == 1
+
+
+def test_a_norm_that_is_nan_is_seen_everywhere():
+    """As by clip_grad_norm_."""
+    params = on_cpu.parameters()
+    on_cpu.give_grads(params)
+    params[0].grad[7] = float("nan")
+    optimizer = AdamW(params, max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm is not None and optimizer.grad_norm.isnan()
+    assert all(p.isnan().all() for p in params)
+
+
 def test_masters_of_every_kind_of_bits(cuda):
     name = "cuda" if cuda == "cuda" else "simt"
     on_cpu.test_masters_of_every_kind_of_bits(None, name)

@@ -4,6 +4,7 @@ import pytest
 import test_triton_cross_entropy as on_triton
 import torch
 from test_cross_entropy import OPTIONS, check, make, outputs_and_gradient
+from tolerance import ULP
 
 from fastlm import ops
 
@@ -78,25 +79,39 @@ def test_more_rows_than_threads_of_the_sum(cuda):
     check(*make(1100, 3, torch.float32, device=cuda))
 
 
+def gradient_where_it_lies(logits, target, upstream):
+    """Without the copy that `outputs_and_gradient` makes."""
+    z = logits.detach().requires_grad_()
+    loss = ops.cross_entropy(z, target, label_smoothing=0.1, z_loss=0.1, reduction="none")
+    return loss.detach(), *torch.autograd.grad(loss, z, upstream)
+
+
 def test_strides_and_repeat(split, dtype):
-    base = torch.randn(2, 3, 80, device=split).to(dtype)
+    """Rows apart, so that logits and gradient begin at other places between 16 bytes."""
+    base = torch.randn(2, 3, 83, device=split).to(dtype)
     target = torch.randint(0, 40, (2, 3), device=split)
-    options = {"label_smoothing": 0.1, "z_loss": 0.1, "reduction": "none"}
-    views = (base[..., 3:43], base[..., ::2], base[:1, :1, :40].expand(2, 3, 40))
-    for logits in views:
-        upstream = [torch.ones(3, 2, device=split).t()]
-        mine, again = (
-            outputs_and_gradient(ops.cross_entropy, logits, target, upstream, **options)
-            for _ in range(2)
+    upstream = torch.randn(3, 2, device=split).t()
+    for logits in (base[..., 3:43], base[..., :41], base[..., ::2], base[:1, :1, :40]):
+        logits = logits.expand(2, 3, -1)
+        mine, again, plain = (
+            gradient_where_it_lies(z, target, upstream)
+            for z in (logits, logits, logits.contiguous())
         )
         assert all(torch.equal(a, b) for a, b in zip(mine, again))
         # a row that begins elsewhere is summed in other vectors: another order, other bits
-        contiguous = logits.contiguous()
-        plain = outputs_and_gradient(ops.cross_entropy, contiguous, target, upstream, **options)
-        for a, b in zip(mine, plain):
-            torch.testing.assert_close(
-                a, b, rtol=2e-6 if a.dtype == torch.float32 else 1e-2, atol=1e-6
-            )
+        torch.testing.assert_close(mine[0], plain[0], rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(mine[1], plain[1], rtol=2 * ULP[dtype], atol=1e-6)
+
+
+def test_more_parts_than_lanes_of_the_warp_that_adds_them(cuda, monkeypatch):
+    from fastlm.cuda import cross_entropy
+
+    monkeypatch.setattr(cross_entropy, "_PART_BYTES", 16)
+    monkeypatch.setattr(cross_entropy, "multiprocessors", lambda device: 40)
+    for offset in (-50.0, 50.0):  # the largest is in the first parts, or in the last
+        logits, target = make(1, 500, torch.float32, ignored=0, device=cuda)
+        logits += torch.linspace(-offset, offset, 500, device=cuda)
+        check(logits, target, label_smoothing=0.1, return_lse=True)
 
 
 @pytest.mark.parametrize("classes", [40, 77])
