@@ -126,7 +126,8 @@ class Build(build_ext):
                     subprocess.run([*command, "-c", source, "-o", obj], check=True)
                 return obj
 
-            with ThreadPoolExecutor(int(os.environ.get("FASTLM_BUILD_JOBS") or 0) or None) as pool:
+            jobs = int(os.environ.get("FASTLM_BUILD_JOBS") or 0) or os.cpu_count()
+            with ThreadPoolExecutor(jobs) as pool:
                 ext.extra_objects = list(pool.map(compiled, kernels))
             ext.depends = [*ext.depends, *ext.extra_objects]  # else a .cu alone links nothing anew
         super().build_extension(ext)
