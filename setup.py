@@ -113,11 +113,20 @@ class Build(build_ext):
     """pybind11's, which also compiles .cu files."""
 
     def build_extension(self, ext):
+        # _cuda and _simt compile the same files with other options
+        everything, self.build_temp = self.build_temp, str(Path(self.build_temp, ext.name))
+        try:
+            self.build_kernels(ext)
+            super().build_extension(ext)
+        finally:
+            self.build_temp = everything
+
+    def build_kernels(self, ext):
         kernels = [s for s in ext.sources if s.endswith(".cu")]
         if kernels:
             ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
             command = [*kernel_command(ext.name, CUDA_HOME), "-MMD", "-Icsrc"]
-            folder = Path(self.build_temp, ext.name)
+            folder = Path(self.build_temp, "kernels")
             folder.mkdir(parents=True, exist_ok=True)
 
             def compiled(source: str) -> str:
@@ -130,7 +139,6 @@ class Build(build_ext):
             with ThreadPoolExecutor(jobs) as pool:
                 ext.extra_objects = list(pool.map(compiled, kernels))
             ext.depends = [*ext.depends, *ext.extra_objects]  # else a .cu alone links nothing anew
-        super().build_extension(ext)
 
 
 def cuda_extension(name: str, sources: list[Path], options: list[str], link: list[str]):

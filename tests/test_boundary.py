@@ -199,7 +199,7 @@ def test_backend_from_the_environment():
     code = "import fastlm, json; print(json.dumps(fastlm.info()['forced_backend']))"
     assert json.loads(_run(code, FASTLM_BACKEND="reference").stdout) == "reference"
     assert (
-        "FASTLM_BACKEND: wanted one of cuda, triton, cpu, reference, got 'gpu'"
+        "FASTLM_BACKEND: wanted one of cuda, simt, triton, cpu, reference, got 'gpu'"
         in _run(code, FASTLM_BACKEND="gpu").stderr
     )
 

@@ -57,7 +57,7 @@ def test_dropout_draws_the_same(triton):
     q, k = torch.randn(2, 2, 20, 8), torch.randn(2, 2, 140, 8)
     v = torch.eye(140).expand(2, 2, 140, 140)
     for n in (16, 32, 64, 128):
-        tiles = {(4, 256): {80: kernel._tiles(16, n, 4, 1)}}
+        tiles = kernel.Tiles("of the test", {(4, 256): {80: kernel._tiles(16, n, 4, 1)}})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernel, "_MANY", tiles)
             patch.setattr(kernel, "_FEW", tiles)
