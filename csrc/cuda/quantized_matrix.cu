@@ -25,7 +25,7 @@
 // belong to one stream alone, which a captured graph cannot promise.
 //
 // Not measured on a GPU. The emulator counts no bank conflict in reads and sums; cp.async of int4
-// with 32 rows or more meets banks 1.3 times (rows of 64 + 16 bytes, a pad for the reads), and
+// with 17 rows or more meets banks 1.3 times (rows of 64 + 16 bytes, a pad for the reads), and
 // scales, 2 bytes a row and group, take a sector each the first time. ptxas: no spills, up to 128
 // registers (two blocks), with 64 rows up to 221 (one).
 #include <algorithm>
