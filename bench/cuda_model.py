@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlm import AdamW, backend, ops
+from fastlm import AdamW, backend, cuda, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16 = torch.bfloat16
@@ -68,9 +68,10 @@ class Kernel(NamedTuple):
     shared: int
 
 
-def launches(case: Case) -> list[Kernel]:
+def launches(case: Case, multiprocessors: int) -> list[Kernel]:
     from fastlm import _simt  # pyright: ignore[reportAttributeAccessIssue]
 
+    cuda.emulated_multiprocessors = multiprocessors
     _simt.set_options(dry=True)
     try:
         with backend.use_backend("simt"):
@@ -85,8 +86,8 @@ KERNELS = {  # by the name of the launch, where the kernel has another
     "quantized_linear matrix": "matrix_kernel",
     "quantized_linear add_parts": "add_parts",
     "quantized_linear round": "round_kernel",
-    "paged_attention": "paged_",
-    "paged_attention combine": "paged_combine_kernel",
+    "paged_attention": "paged::paged_",
+    "paged_attention combine": "paged::paged_combine_kernel",
 }
 
 
@@ -223,14 +224,18 @@ def main() -> None:
     rows = []
     for name in names or CASES:
         for case in CASES[name]():
-            kernels = launches(case)
+            per_card = [launches(case, card.multiprocessors) for card in CARDS.values()]
+            kernels = per_card[1]
             blocks = ", ".join(f"{k.name} {k.blocks} x {k.threads}" for k in kernels)
             row = [case.op, case.shape, blocks, f"{case.bytes / 2**20:.1f}"]
-            row += [f"{seconds(case, kernels, card) * 1e6:.1f}" for card in CARDS.values()]
+            row += [
+                f"{seconds(case, kernels, card) * 1e6:.1f}"
+                for kernels, card in zip(per_card, CARDS.values())
+            ]
             took = times.get((case.op, case.shape))
             row.append(f"{took * 1e3:.1f} ({card_of})" if took else "not measured")
             rows.append(row)
-    heads = ["op", "shape", "launches, blocks x threads", "MiB"]
+    heads = ["op", "shape", "launches on an H100, blocks x threads", "MiB"]
     heads += [*(f"{card} us" for card in CARDS), "measured us"]
     for row in [heads, ["---"] * len(heads), *rows]:
         print(f"| {' | '.join(row)} |")

@@ -89,7 +89,7 @@ def test_every_int8_is_widened_exactly(cuda, dtype, heads):
 def test_any_division_of_the_keys(cuda, monkeypatch, blocks, queries, options):
     """Blocks that have a part of a unit, several units, nothing; units of many blocks."""
     monkeypatch.setattr(host, "_LEAST_TILES", 1)
-    monkeypatch.setattr(host, "_multiprocessors", lambda _: blocks // 2)
+    monkeypatch.setattr(host, "multiprocessors", lambda _: blocks // 2)
     dtype = torch.float32 if queries == 1 else torch.float16
     q = torch.randn(5, queries, 4, 16).to(dtype)
     parts = cache([300, 1, 0, 40, 200], 16, 2, 16, 24, dtype)

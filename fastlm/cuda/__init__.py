@@ -24,9 +24,15 @@ def stream(tensor: torch.Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(tensor.device.index)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@functools.cache
+emulated_multiprocessors = 4
+"""What the emulator's device has: few, so that work is divided at small sizes."""
+
+
 def multiprocessors(device: torch.device) -> int:
-    """Of the device; a few on the emulator."""
-    if device.type != "cuda":
-        return 4
+    """Of the device that host functions divide work for."""
+    return _multiprocessors(device) if device.type == "cuda" else emulated_multiprocessors
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm import backend, reference
-from fastlm.cuda import extension, stream
+from fastlm.cuda import extension, multiprocessors, stream
 from fastlm.ops.attention import elements_last
 
 _TILE = 64  # keys, as in csrc/cuda/paged_attention.cuh
@@ -22,13 +22,6 @@ _MOST_ROWS = 64
 _DOT_ROWS = 2  # at a time: more take more registers than two blocks on a multiprocessor have
 # Those that matrix instructions cannot take, float32 for one, read K and V once for every two rows.
 _MOST_DOT_ROWS = 8
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # the emulator
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -109,7 +102,7 @@ def paged_attention(
     # two blocks on a multiprocessor, where there are tiles for them
     units = batch * k_cache.shape[2] * -(-queries * heads // k_cache.shape[2] // rows)
     tiles = -(-table.shape[1] * k_cache.shape[1] // _TILE)
-    blocks = min(2 * _multiprocessors(q.device), units * max(1, -(-tiles // _LEAST_TILES)))
+    blocks = min(2 * multiprocessors(q.device), units * max(1, -(-tiles // _LEAST_TILES)))
     # two slots a block: out, largest score and sum of each row; and a record of 4 numbers
     workspace = lse.new_empty(blocks * (2 * rows * (v_width + 2) + 4))
     extension().paged_attention_forward(

@@ -10,13 +10,11 @@ By the rows of x:
 The limits are from instructions counted and an H100's rates, not measured on a GPU.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.cuda import extension, stream
+from fastlm.cuda import extension, multiprocessors, stream
 
 # A code of a 4096 x 4096 W costs a lane 4.3 instructions at 2 rows, 2.4 us in all and as long as
 # its bytes take, 6.2 at 4 rows; the matrix kernel 2.4 at up to 8 rows. (int8: 1.5 at 4 rows.)
@@ -27,13 +25,6 @@ VECTOR_ROWS_FLOAT32 = 4
 FUSED_ROWS = 256
 # weights dequantized at a time for torch's matmul: 32 MB of 16 bits stay in an H100's L2 of 50 MB
 _BLOCK_WEIGHTS = 1 << 24
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the emulator's: parts show at small sizes
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -113,7 +104,7 @@ def quantized_linear_forward(
             x, x_scale, *weight, bias, bits, group_size, k, y, stream(x)
         )
         return out
-    count = kernels.quantized_linear_parts(*y.shape, k, bits, _multiprocessors(x.device))
+    count = kernels.quantized_linear_parts(*y.shape, k, bits, multiprocessors(x.device))
     parts = None
     if count > 1:
         parts = torch.empty((count, *y.shape), dtype=torch.float32, device=x.device)
