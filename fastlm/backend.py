@@ -150,9 +150,24 @@ class Kernel:
 
 
 class CudaKernel(Kernel):
-    """A function of ``fastlm.cuda.<module>``; serves ``cuda`` and ``simt``."""
+    """A function of ``fastlm.cuda.<module>``, run on its tensors' device; serves ``cuda`` and
+    ``simt``.
+    """
 
     package = "fastlm.cuda"
+
+    def load(self) -> Callable:
+        function = super().load()
+
+        @functools.wraps(function)
+        def on_its_device(*args: Any) -> Any:
+            first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
+            if not first.is_cuda or first.device.index == torch.cuda.current_device():
+                return function(*args)
+            with torch.cuda.device(first.device):
+                return function(*args)
+
+        return on_its_device
 
 
 def _loaded(op: str, backend: str) -> Callable:

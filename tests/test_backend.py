@@ -2,6 +2,7 @@
 tensor subclasses, second derivatives, threads.
 """
 
+import contextlib
 import threading
 import warnings
 
@@ -264,3 +265,26 @@ def test_refuses_tensors_on_two_devices(call, message):
     """One tensor on meta makes torch run the fake: what came back was memory never written."""
     with pytest.raises(InputError, match=message):
         call(lambda t: t.to("meta"))
+
+
+def test_cuda_functions_run_on_their_tensors_device(monkeypatch):
+    """Kernels start on the current device: another one is made current around the call."""
+    entered = []
+
+    class Elsewhere:
+        is_cuda = True
+        device = torch.device("cuda", 1)
+
+    @contextlib.contextmanager
+    def made_current(device):
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(backend.Kernel, "load", lambda self: lambda *args: args)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", made_current)
+    run = backend.CudaKernel("module", "function").load()
+    here, there = torch.zeros(1), Elsewhere()
+    assert run(here, 3) == (here, 3) and entered == []
+    assert run(there, 3) == (there, 3) and run([there], 3) == ([there], 3)
+    assert entered == [there.device] * 2
