@@ -1,5 +1,5 @@
-// The Python module fastlm._cuda, and fastlm._simt, which runs the same kernels on the emulator: one
-// m.def per function, named arguments, no logic.
+// The Python module fastlm._cuda, and fastlm._simt, which runs the same kernels on the emulator:
+// one m.def per function, named arguments, no logic.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
