@@ -161,7 +161,6 @@ void run_block(Scheduler& s, const Launch& launch, uint64_t number) {
   block.dim = dim;
   block.grid = grid;
   block.live = threads;
-  block.votes = 0;
   for (Barrier& b : block.barriers) b.waiting.clear();
   block.warps.assign((threads + 31) / 32, Warp{});
   for (size_t w = 0; w < block.warps.size(); ++w) {
@@ -321,18 +320,6 @@ void barrier(int number, int expected, const Site& site) {
   open_if_complete(b);
   next();
   acquire(t);
-}
-
-int barrier_count(bool predicate, const Site& site) {
-  const Quiet quiet;
-  Block& block = scheduler->block;
-  block.votes += predicate;
-  barrier(0, 0, site);
-  const int votes = block.votes;
-  barrier(0, 0, site);
-  block.votes = 0;
-  barrier(0, 0, site);
-  return votes;
 }
 
 void collective(uint32_t mask, const char* name, void* argument, Operation operation,

@@ -95,7 +95,6 @@ struct Block {
   int live = 0;  // threads that have not returned
   std::vector<Warp> warps;
   Barrier barriers[16];
-  int votes = 0;  // of __syncthreads_count and its kin
   uint32_t epoch =
       1;  // counts its atomics; of other blocks it `sees` what came before those epochs
   Views sees;
@@ -127,7 +126,6 @@ void maybe_yield();        // at a checked access
 
 // All of `expected` threads (0: those of the block that have not returned) wait for each other.
 void barrier(int number, int expected, const Site& site);
-int barrier_count(bool predicate, const Site& site);  // how many gave true
 
 // Lanes of `mask` meet; the last to come runs `operation` on the arguments of all 32 lanes.
 using Operation = void (*)(void** arguments, uint32_t mask, const Site& site);

@@ -23,15 +23,6 @@
 // ---- barriers
 
 inline void __syncthreads(simt::Site site = simt::Site::current()) { simt::barrier(0, 0, site); }
-inline int __syncthreads_count(int p, simt::Site site = simt::Site::current()) {
-  return simt::barrier_count(p != 0, site);
-}
-inline int __syncthreads_or(int p, simt::Site site = simt::Site::current()) {
-  return simt::barrier_count(p != 0, site) != 0;
-}
-inline int __syncthreads_and(int p, simt::Site site = simt::Site::current()) {
-  return simt::barrier_count(p == 0, site) == 0;
-}
 inline void __syncwarp(unsigned mask = simt::kAllLanes, simt::Site site = simt::Site::current()) {
   simt::sync_warp(mask, site);
 }
@@ -74,7 +65,6 @@ inline int __any_sync(unsigned mask, int p, simt::Site site = simt::Site::curren
 inline int __all_sync(unsigned mask, int p, simt::Site site = simt::Site::current()) {
   return simt::ballot(mask, p == 0, site) == 0;
 }
-inline unsigned __activemask() { return simt::self->warp->live; }
 
 // ---- atomics, of every block: OpenMP runs several at a time
 
@@ -94,18 +84,6 @@ T atomic(T* p, F&& change, const Site& site) {
 template <class T>
 T atomicAdd(T* p, std::type_identity_t<T> v, simt::Site site = simt::Site::current()) {
   return simt::atomic(p, [v](T x) { return T(x + v); }, site);
-}
-template <class T>
-T atomicMax(T* p, std::type_identity_t<T> v, simt::Site site = simt::Site::current()) {
-  return simt::atomic(p, [v](T x) { return x < v ? v : x; }, site);
-}
-template <class T>
-T atomicExch(T* p, std::type_identity_t<T> v, simt::Site site = simt::Site::current()) {
-  return simt::atomic(p, [v](T) { return v; }, site);
-}
-// (x >= v) ? 0 : x + 1
-inline unsigned atomicInc(unsigned* p, unsigned v, simt::Site site = simt::Site::current()) {
-  return simt::atomic(p, [v](unsigned x) { return x >= v ? 0u : x + 1; }, site);
 }
 
 // ---- mathematics; the fast forms are as exact as the others here
@@ -128,9 +106,6 @@ inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t(a) * b) >> 32; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = uint64_t(y) << 32 | x;
@@ -146,13 +121,4 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i) c += int8_t(a >> 8 * i) * int8_t(b >> 8 * i);
   return c;
-}
-
-inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
-  return __floats2half2_rn(std::fma(__low2float(a), __low2float(b), __low2float(c)),
-                           std::fma(__high2float(a), __high2float(b), __high2float(c)));
-}
-inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
-  return __floats2bfloat162_rn(std::fma(__low2float(a), __low2float(b), __low2float(c)),
-                               std::fma(__high2float(a), __high2float(b), __high2float(c)));
 }

@@ -168,13 +168,6 @@ void know(const void* begin, size_t bytes, const char* name, bool writable) {
 
 void forget() { ranges.clear(); }
 
-size_t known_bytes(const void* begin) {
-  size_t bytes = 0;
-  for (const Range& r : ranges)
-    if (r.begin == begin) bytes = std::max<size_t>(bytes, r.end - r.begin);
-  return bytes;
-}
-
 void check(const void* address, size_t size, size_t alignment, Access access, const Site& site) {
   const Quiet quiet;
   self->site = site;

@@ -52,7 +52,6 @@ void check(const void* address, size_t size, size_t alignment, Access access, co
 // The tensors that kernels may touch, until `forget`. `name` must stay.
 void know(const void* begin, size_t bytes, const char* name, bool writable);
 void forget();
-size_t known_bytes(const void* begin);  // 0: not a tensor's first byte
 
 struct Shared {
   Shared();
