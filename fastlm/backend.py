@@ -249,10 +249,11 @@ def register(
     def refuse(*_: Any) -> Any:  # without it torch warns and goes on with zeros
         raise NotImplementedError(f"fastlm::{name} has no derivative")
 
-    torch.library.register_autograd(
-        f"fastlm::{name}", backward or refuse, setup_context=setup_context, lib=_library
-    )
     operator = getattr(torch.ops.fastlm, name).default
+    if not operator._schema.is_mutable:  # torch has no derivative of one that writes its arguments
+        torch.library.register_autograd(
+            f"fastlm::{name}", backward or refuse, setup_context=setup_context, lib=_library
+        )
     differentiable = operator
     if backward:
         differentiable = _differentiable(name, picked_by, setup_context, backward)

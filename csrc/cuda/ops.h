@@ -41,8 +41,8 @@ void cross_entropy_loss_backward(TensorView d_loss, TensorView logits, TensorVie
 void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream stream);
 // paged_append.cu
 void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache,
-                  TensorView block_table, TensorView positions, TensorView k_scale,
-                  TensorView v_scale, Stream stream);
+                  TensorView block_table, TensorView positions, OptionalTensor k_scale,
+                  OptionalTensor v_scale, Stream stream);
 
 // paged_attention_mma.cu: bytes of shared memory of a block, for a cache of so many bytes an
 // element

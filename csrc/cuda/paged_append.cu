@@ -1,7 +1,7 @@
-// Keys and values of new tokens into the pages of an int8 cache: q = round(x / scale of the head),
-// to even, held within -127 .. 127. One launch where torch takes a division, a rounding, a clamp, a
-// conversion, an index and a scatter for each of k and v. A block is one token; a thread takes
-// 8 neighbours of a head of k or v (128-bit loads of 16-bit elements, 64-bit stores), one where
+// Keys and values of new tokens into the pages of a cache: as they are, or in int8,
+// q = round(x / scale of the head), to even, held within -127 .. 127. One launch where torch takes
+// an index and a scatter, and for int8 a division, a rounding, a clamp and a conversion, for each
+// of k and v. A block is one token; a thread takes 16 bytes of a head of k or v, an element where
 // they do not lie so. Everything is read and written once. Not measured on a GPU.
 #include "cuda/launch.h"
 #include "cuda/ops.h"
@@ -11,11 +11,11 @@ namespace {
 
 constexpr int kThreads = 128;
 
-template <class T>
+template <class T, class C>
 struct Part {          // k or v
   const T* x;          // (B, S, Hkv, D)
-  int8_t* cache;       // (pages, page_size, Hkv, D)
-  const float* scale;  // (Hkv,)
+  C* cache;            // (pages, page_size, Hkv, D), T or int8
+  const float* scale;  // (Hkv,), of int8
   int width;
   int64_t x_step[3], cache_step[3];  // of sequence, token, head; of page, slot, head
 };
@@ -27,25 +27,28 @@ struct Places {
   int tokens, pages, page_size, table_pages;  // tokens: of a sequence
 };
 
-template <int VEC, class T>
-DEVICE void append(const Part<T>& h, int b, int s, int page, int slot, int head, int at) {
+template <int VEC, class T, class C>
+DEVICE void append(const Part<T, C>& h, int b, int s, int page, int slot, int head, int at) {
   const auto x = load(reinterpret_cast<const Vector<T, VEC>*>(
       h.x + b * h.x_step[0] + s * h.x_step[1] + head * h.x_step[2] + at));
-  const float scale = load(h.scale + head);
-  Vector<int8_t, VEC> q;
+  auto* to = reinterpret_cast<Vector<C, VEC>*>(
+      h.cache + page * h.cache_step[0] + slot * h.cache_step[1] + head * h.cache_step[2] + at);
+  if constexpr (std::is_same_v<T, C>) {
+    store(to, x);
+  } else {
+    const float scale = load(h.scale + head);
+    Vector<C, VEC> q;
 #pragma unroll
-  for (int i = 0; i < VEC; ++i)
-    q.at[i] = static_cast<int8_t>(
-        __float2int_rn(fminf(fmaxf(__fdiv_rn(to_float(x.at[i]), scale), -127.0f), 127.0f)));
-  store(
-      reinterpret_cast<Vector<int8_t, VEC>*>(h.cache + page * h.cache_step[0] +
-                                             slot * h.cache_step[1] + head * h.cache_step[2] + at),
-      q);
+    for (int i = 0; i < VEC; ++i)
+      q.at[i] = static_cast<C>(
+          __float2int_rn(fminf(fmaxf(__fdiv_rn(to_float(x.at[i]), scale), -127.0f), 127.0f)));
+    store(to, q);
+  }
 }
 
-template <int VEC, class T>
+template <int VEC, class T, class C>
 __global__ void __launch_bounds__(kThreads)
-    paged_append_kernel(Part<T> k, Part<T> v, Places places, int heads) {
+    paged_append_kernel(Part<T, C> k, Part<T, C> v, Places places, int heads) {
   const int b = blockIdx.x / places.tokens, s = blockIdx.x % places.tokens;
   const int position = load(places.positions + blockIdx.x);
   const int entry = position / places.page_size;
@@ -64,35 +67,42 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T>
-Part<T> part_of(const char* name, const TensorView& x, const char* cache_name,
-                const TensorView& cache, const char* scale_name, const TensorView& scale) {
+template <class T, class C>
+Part<T, C> part_of(const char* name, const TensorView& x, const char* cache_name,
+                   const TensorView& cache, const char* scale_name, const OptionalTensor& scale) {
   check_size(name, "key heads as its cache", cache.size(2), x.size(2));
   check_size(name, "elements of a head as its cache", cache.size(3), x.size(3));
-  check_size(scale_name, "one for each key head", cache.size(2), scale.numel());
-  check_contiguous(scale_name, scale);
+  if (scale.has_value() != std::is_same_v<C, int8_t>)
+    throw std::invalid_argument(std::string(scale_name) + ": wanted " +
+                                (scale ? "none beside a float cache, got one"
+                                       : "one for each key head of an int8 cache, got none"));
+  if (scale) {
+    check_size(scale_name, "one for each key head", cache.size(2), scale->numel());
+    check_contiguous(scale_name, *scale);
+  }
   if (cache.size(3) > 1)
     check_size(cache_name, "elements of a head side by side, stride", 1, cache.stride(3));
   return {input<T>(x, name),
-          output<int8_t>(cache, cache_name),
+          output<C>(cache, cache_name),
           input<float>(scale, scale_name),
           static_cast<int>(x.size(3)),
           {x.stride(0), x.stride(1), x.stride(2)},
           {cache.stride(0), cache.stride(1), cache.stride(2)}};
 }
 
-template <class T>
-bool in_vectors(const Part<T>& h) {
-  bool whole = h.width % 8 == 0 && aligned(8 * sizeof(T), h.x) && aligned(8, h.cache);
-  for (int i = 0; i < 3; ++i) whole = whole && h.x_step[i] % 8 == 0 && h.cache_step[i] % 8 == 0;
+template <int VEC, class T, class C>
+bool in_vectors(const Part<T, C>& h) {
+  bool whole =
+      h.width % VEC == 0 && aligned(VEC * sizeof(T), h.x) && aligned(VEC * sizeof(C), h.cache);
+  for (int i = 0; i < 3; ++i) whole = whole && h.x_step[i] % VEC == 0 && h.cache_step[i] % VEC == 0;
   return whole;
 }
 
 }  // namespace
 
 void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache,
-                  TensorView block_table, TensorView positions, TensorView k_scale,
-                  TensorView v_scale, Stream stream) {
+                  TensorView block_table, TensorView positions, OptionalTensor k_scale,
+                  OptionalTensor v_scale, Stream stream) {
   check_contiguous("positions", positions);
   check_size("positions", "entries, one a token", k.size(0) * k.size(1), positions.numel());
   check_size("v", "tokens as k", k.size(0) * k.size(1), v.size(0) * v.size(1));
@@ -105,17 +115,26 @@ void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_c
                       static_cast<int>(k_cache.size(0)),
                       static_cast<int>(k_cache.size(1)),
                       static_cast<int>(block_table.size(1))};
-  with_device_float(k.dtype(), "k", [&](auto element) {
+  const auto start = [&](auto element, auto of_cache) {
     using T = decltype(element);
-    const Part<T> keys = part_of<T>("k", k, "k_cache", k_cache, "k_scale", k_scale);
-    const Part<T> values = part_of<T>("v", v, "v_cache", v_cache, "v_scale", v_scale);
-    const bool vectors = sizeof(T) == 2 && in_vectors(keys) && in_vectors(values);
-    const int work = heads * (keys.width + values.width) / (vectors ? 8 : 1);
+    using C = decltype(of_cache);
+    constexpr int VEC = 16 / sizeof(T);
+    const auto keys = part_of<T, C>("k", k, "k_cache", k_cache, "k_scale", k_scale);
+    const auto values = part_of<T, C>("v", v, "v_cache", v_cache, "v_scale", v_scale);
+    const bool vectors = in_vectors<VEC>(keys) && in_vectors<VEC>(values);
+    const int work = heads * (keys.width + values.width) / (vectors ? VEC : 1);
     const Launch how{"paged_append", dim3(positions.numel(), std::min(ceil_div(work, kThreads), 8)),
                      dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)};
-    if constexpr (sizeof(T) == 2)
-      if (vectors) return launch(how, paged_append_kernel<8, T>, keys, values, places, heads);
-    launch(how, paged_append_kernel<1, T>, keys, values, places, heads);
+    if (vectors)
+      launch(how, paged_append_kernel<VEC, T, C>, keys, values, places, heads);
+    else
+      launch(how, paged_append_kernel<1, T, C>, keys, values, places, heads);
+  };
+  with_device_float(k.dtype(), "k", [&](auto element) {
+    if (k_cache.dtype() == DType::i8)
+      start(element, int8_t{});
+    else
+      start(element, element);
   });
 }
 

@@ -1,4 +1,4 @@
-"""New keys and values into an int8 cache of pages, by csrc/cuda/paged_append.cu."""
+"""paged_append by csrc/cuda/paged_append.cu."""
 
 from torch import Tensor
 
@@ -13,26 +13,9 @@ def paged_append(
     v_cache: Tensor,
     block_table: Tensor,
     positions: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
-    """``cache[block_table[b, p // page_size], p % page_size] = round(x / scale)``, in place.
-
-    Values are rounded to even and held within -127 to 127. They are what
-    `fastlm.ops.paged_attention` reads with the same scales.
-
-    Args:
-        k: (B, S, Hkv, D), v: (B, S, Hkv, Dv): float32, bfloat16 or float16.
-        k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv), int8; elements
-            of a head side by side.
-        block_table: (B, max_pages) int32.
-        positions: (B, S) int32: p of each token. One below 0 or beyond the table, or whose page is
-            not in the cache, is left out (rows of a padded batch). No two tokens at one place.
-        k_scale, v_scale: (Hkv,) float32.
-
-    Raises:
-        ValueError: a dtype, or a shape that does not fit.
-    """
     k, v = elements_last(k, v)
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     extension().paged_append(

@@ -115,11 +115,11 @@ def checked(
     )  # fmt: skip
     return (
         q, k_cache, v_cache, block_table.int(), seq_lens.int(),
-        _scales("k", k_scale, k_cache), _scales("v", v_scale, v_cache), *options,
+        cache_scales("k", k_scale, k_cache), cache_scales("v", v_scale, v_cache), *options,
     )  # fmt: skip
 
 
-def _scales(name: str, scale: float | Tensor | None, cache: Tensor) -> Tensor | None:
+def cache_scales(name: str, scale: float | Tensor | None, cache: Tensor) -> Tensor | None:
     """(Hkv,) float32, or None for a cache that is not int8."""
     if (scale is None) == (cache.dtype == torch.int8):
         wanted = (

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.ops import attention, paged_attention, rope, varlen_attention
+from fastlm.ops import attention, paged_append, paged_attention, rope, varlen_attention
 from fastlm.ops.paged_attention import checked
 from fastlm.ops.paged_attention import op as paged
 
@@ -346,9 +346,7 @@ def flash_attn_with_kvcache(
         q, k_cache, v_cache, block_table, lengths, **options, **_numbers(softmax_scale, softcap)
     )
     if k is not None and v is not None:  # nothing is refused from here on
-        page = block_table.long().gather(1, place // page_size)
-        k_cache[page, place % page_size] = k
-        v_cache[page, place % page_size] = v
+        paged_append(k, v, k_cache, v_cache, block_table, place)
     out, lse = paged(*arguments)
     return (out, lse) if return_softmax_lse else out
 
