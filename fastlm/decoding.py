@@ -37,6 +37,14 @@ def why_not(model: CausalLM) -> str | None:
         return backend.why_not("cpu")
     if not backend.serves_by("cpu", "rms_norm", model.model.norm.weight):
         return "another backend is forced, or the kernel does not serve the model's dtype"
+    layers: Any = model.model.layers
+    if [layer.self_attn.layer for layer in layers] != list(range(model.config.num_hidden_layers)):
+        return "its layers are not those of its config"
+    return unusual(model)
+
+
+def unusual(model: CausalLM) -> str | None:
+    """What about this model only a call of its modules one by one would respect, or None."""
     if model.training and model.config.attention_dropout:
         return "the model is training with dropout"
     every = torch.nn.modules.module
@@ -49,9 +57,6 @@ def why_not(model: CausalLM) -> str | None:
             return f"{name} has hooks"
         if "forward" in vars(module):
             return f"{name} has a forward of its own"
-    layers: Any = model.model.layers
-    if [layer.self_attn.layer for layer in layers] != list(range(model.config.num_hidden_layers)):
-        return "its layers are not those of its config"
     return None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastlm import decoding
+from fastlm import decoding, graph_decoding
 from fastlm.errors import InputError
 from fastlm.layers import KVCache
 from fastlm.model import CausalLM
@@ -51,7 +51,11 @@ class _Decoding:
             device=model.device,
         )
         starts = None if mask is None else mask.shape[1] - mask.sum(1)
-        self.steps_of = None if plan is None else decoding.Steps(model, plan, self.cache, starts)
+        self.steps_of: decoding.Steps | graph_decoding.Steps | None = None
+        if plan is not None:
+            self.steps_of = decoding.Steps(model, plan, self.cache, starts)
+        elif graph_decoding.why_not(model) is None:
+            self.steps_of = graph_decoding.Steps(model, self.cache, starts)
         self.regime = None
         self.seen = None
         if sampling.repetition_penalty != 1.0:

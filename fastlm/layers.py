@@ -10,12 +10,12 @@ D head_dim, R turned features.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastlm.backend import multiplies_bf16
+from fastlm.backend import multiplies_bf16, serves_by
 from fastlm.config import ModelConfig
 from fastlm.memory import made_again
 from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
@@ -75,6 +75,14 @@ class KVCache:
         return keys.narrow(2, 0, end).to(k.dtype), values.narrow(2, 0, end).to(v.dtype)
 
 
+class Step(Protocol):
+    """One token of each row, at places that only the device knows (`fastlm.graph_decoding`)."""
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Append k, v (B, 1, Hkv, D) to the layer's cache; attention of q (B, 1, H, D) on it."""
+        ...
+
+
 @dataclass
 class Call:
     """What one forward call tells all its layers."""
@@ -85,6 +93,7 @@ class Call:
     # per layer: cos, sin, (S, R) or (B, S, R), or None for a layer without positions
     rotary: list[tuple[Tensor, Tensor] | None]
     fused: bool = False  # layers may use what `Decoder.fuse` joined
+    step: Step | None = None  # instead of a cache
 
     def rounds(self, x: Tensor) -> bool:
         """Whether keys and values of x go into a cache of 16 bits (`fastlm.decoding`: the model
@@ -113,8 +122,22 @@ class Fused:
     bias: Tensor | None
     act_bits: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return quantized_linear(x, self.weight, self.bias, act_bits=self.act_bits)
+    def __call__(self, x: Any) -> Tensor:
+        """Of x, or of what `rms_norm_round` and `glu_round` made of it."""
+        if isinstance(x, Tensor):
+            return quantized_linear(x, self.weight, self.bias, act_bits=self.act_bits)
+        from fastlm.cuda.quantized_linear import rounded_linear
+
+        w = self.weight
+        return rounded_linear(x, w.qdata, w.scales, w.zeros, self.bias, w.bits, w.group_size)
+
+    def rounds(self, x: Tensor) -> bool:
+        """Whether the CUDA kernels multiply x in int8: what makes x can round it at once."""
+        return (
+            self.act_bits == 8
+            and x.numel() > 0
+            and any(serves_by(b, "quantized_linear", x) for b in ("cuda", "simt"))
+        )
 
 
 def fuse(modules: Sequence[nn.Module | None], before: Fused | None) -> Fused | None:
@@ -214,7 +237,7 @@ class Attention(nn.Module):
             self.fused = fuse([self.q_proj, self.k_proj, self.v_proj], self.fused)
         self.fused_out = fuse([self.o_proj], self.fused_out)
 
-    def project(self, x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Any, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, E) -> (B, S, H * D), twice (B, S, Hkv * D)."""
         joined = self.fused if fused else None
         if joined is not None or "qkv_proj" in self._modules:
@@ -223,7 +246,8 @@ class Attention(nn.Module):
             return q, k, v
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Any, call: Call) -> Tensor:
+        """x: Tensor (B, S, E), or in a step its `Rounded`."""
         batch, length, _ = x.shape
         q, k, v = self.project(x, call.fused)
         if self.qk_norm == "full":
@@ -240,8 +264,13 @@ class Attention(nn.Module):
             "scale": self.scale,
             "window": self.window,
             "softcap": self.softcap,
-            "dropout_p": self.dropout if self.training else 0.0,
         }
+        project = (call.fused and self.fused_out) or self.o_proj
+        if call.step is not None:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = call.step.attention(self.layer, q, k, v, **options)
+            return project(out.reshape(batch, length, self.q_width))
+        options["dropout_p"] = self.dropout if self.training else 0.0
         if call.cu_seqlens is not None:
             q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * S, heads, D)
             out = varlen_attention(q, k, v, call.cu_seqlens, **options)
@@ -256,7 +285,6 @@ class Attention(nn.Module):
             if rounds:
                 out = out.to(x.dtype)
         assert isinstance(out, Tensor)  # varlen_attention's likewise
-        project = (call.fused and self.fused_out) or self.o_proj
         return project(out.reshape(batch, length, self.q_width))
 
 
@@ -279,16 +307,20 @@ class MLP(nn.Module):
             self.fused = fuse([self.gate_proj, self.up_proj], self.fused)
         self.fused_down = fuse([self.down_proj], self.fused_down)
 
-    def project(self, x: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+    def project(self, x: Any, fused: bool) -> tuple[Tensor, Tensor]:
         joined = self.fused if fused else None
         if joined is not None or "gate_up_proj" in self._modules:
             gate, up = (self.gate_up_proj(x) if joined is None else joined(x)).chunk(2, -1)
             return gate, up
         return self.gate_proj(x), self.up_proj(x)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Any, call: Call) -> Tensor:
         gate, up = self.project(x, call.fused)
         project = (call.fused and self.fused_down) or self.down_proj
+        if call.step is not None and self.fused_down is not None and self.fused_down.rounds(gate):
+            from fastlm.cuda.glu import glu_round
+
+            return self.fused_down(glu_round(gate, up, self.act, self.fused_down.weight))
         product = glu(gate, up, act=self.act)
         if not _keeping(product):
             return project(product)
@@ -315,14 +347,17 @@ class DecoderLayer(nn.Module):
         """The residual stream arrives and leaves as two summands, so that the next norm
         adds them on its way.
         """
-        x, stream, again = _add_norm(self._norm(0), stream, branch)
+        attention, mlp = self.self_attn, self.mlp
+        into = None if call.step is None else attention.fused
+        x, stream, again = _add_norm(self._norm(0), stream, branch, into)
         with again:
-            branch = self.self_attn(x, call)
+            branch = attention(x, call)
         if after := self._norm(1):
             branch = after(branch)
-        x, stream, again = _add_norm(self._norm(2), stream, branch)
+        into = None if call.step is None else mlp.fused
+        x, stream, again = _add_norm(self._norm(2), stream, branch, into)
         with again:
-            branch = self.mlp(x, call)
+            branch = mlp(x, call)
         if after := self._norm(3):
             branch = after(branch)
         assert branch is not None  # the MLP's output
@@ -330,13 +365,23 @@ class DecoderLayer(nn.Module):
 
 
 def _add_norm(
-    norm: nn.Module | None, stream: Tensor, branch: Tensor | None
-) -> tuple[Tensor, Tensor, AbstractContextManager]:
-    """norm(stream + branch), stream + branch, and the context in which to use the former."""
+    norm: nn.Module | None, stream: Tensor, branch: Tensor | None, into: Fused | None = None
+) -> tuple[Any, Tensor, AbstractContextManager]:
+    """norm(stream + branch), stream + branch, and the context in which to use the former: `Rounded`
+    where `into`, which will multiply it, rounds."""
     if norm is None:
         stream = stream if branch is None else stream + branch
         return stream, stream, nullcontext()
     assert isinstance(norm, RMSNorm)
+    if into is not None and into.rounds(stream):
+        from fastlm.cuda.rms_norm import ROUND_BYTES, rms_norm_round
+
+        if stream.shape[-1] * stream.element_size() <= ROUND_BYTES:
+            first, residual = (stream, None) if branch is None else (branch, stream)
+            x, stream = rms_norm_round(
+                first, residual, norm.weight, norm.eps, norm.offset, into.weight
+            )
+            return x, stream, nullcontext()
     if branch is None:
         x = norm(stream)
     else:
@@ -411,7 +456,7 @@ class Decoder(nn.Module):
         """Rounded to the model's dtype, as Gemma was trained."""
         if not self.config.family.scaled_embedding:
             return 1.0
-        return torch.tensor(self.config.hidden_size**0.5, dtype=dtype).item()
+        return torch.tensor(self.config.hidden_size**0.5, dtype=dtype, device="cpu").item()
 
     def forward(self, input_ids: Tensor, call: Call) -> Tensor:
         stream = self.embed_tokens(input_ids)

@@ -85,7 +85,7 @@ def test_the_kernel_refuses_too(cuda):
     with pytest.raises(ValueError, match="k: wanted key heads as its cache 2, got 1"):
         paged_append(k[:, :, :1], v, *caches, table, positions, None, None)
     codes = [c.to(torch.int8) for c in caches]
-    with pytest.raises(ValueError, match="k_scale: wanted one for each key head .* got none"):
+    with pytest.raises(ValueError, match=r"k_scale: wanted one for each key head .* got none"):
         paged_append(k, v, *codes, table, positions, None, None)
     with pytest.raises(ValueError, match="v_cache: wanted dtype int8, got float32"):
         one = torch.ones(2, device=cuda)

@@ -78,6 +78,8 @@ void bind(py::module_& m) {
         "target"_a, "shift"_a, "log_sum"_a, "ignore_index"_a, "mean"_a, "softcap"_a, "scale"_a,
         "share"_a, "d_logits"_a, "stream"_a, Guard());
   m.def("glu_forward", &glu_forward, "gate"_a, "up"_a, "act"_a, "y"_a, "stream"_a, Guard());
+  m.def("glu_round", &glu_round, "gate"_a, "up"_a, "act"_a, "qdata"_a, "scales"_a, "bits"_a,
+        "group_size"_a, "q"_a, "x_scale"_a, "x_sums"_a, "stream"_a, Guard());
   m.def("paged_append", &paged_append, "k"_a, "v"_a, "k_cache"_a, "v_cache"_a, "block_table"_a,
         "positions"_a, "k_scale"_a, "v_scale"_a, "stream"_a, Guard());
   m.def("paged_attention_shared", &paged_attention_shared, "rows"_a, "d"_a, "dv"_a, "bytes"_a);
@@ -88,6 +90,9 @@ void bind(py::module_& m) {
 
   m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
         "y"_a, "h"_a, "rstd"_a, "stream"_a, Guard());
+  m.def("rms_norm_round", &rms_norm_round, "x"_a, "residual"_a, "weight"_a, "eps"_a, "offset"_a,
+        "h"_a, "qdata"_a, "scales"_a, "bits"_a, "group_size"_a, "q"_a, "x_scale"_a, "x_sums"_a,
+        "stream"_a, Guard());
   m.def("rope", &rope, "q"_a, "k"_a, "cos"_a, "sin"_a, "interleaved"_a, "inverse"_a,
         "heads_of_group"_a, "q_out"_a, "k_out"_a, "stream"_a, Guard());
   m.def("quantized_linear_vector", &quantized_linear_vector, "x"_a, "x_scale"_a, "qdata"_a,

@@ -5,9 +5,12 @@
 // Rows may be apart (gate and up as halves of one projection), elements of a row not; contiguous
 // operands count as one row. A thread takes one vector of each, or one element where a row cannot
 // be read in vectors. Activations are float32; silu and the tanh form of gelu are both x times a
-// sigmoid. Not measured on a GPU.
-#include "cuda/launch.h"
-#include "cuda/ops.h"
+// sigmoid.
+//
+// `glu_round_kernel` gives y in int8 at once, as quantized_linear takes it: one launch less in a
+// decode step, and y, which is as wide as the MLP, is neither written nor read. Not measured on a
+// GPU.
+#include "cuda/quantized_round.cuh"
 
 namespace fastlm {
 namespace {
@@ -44,14 +47,36 @@ __global__ void __launch_bounds__(kThreads)
     store(to, result);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    glu_round_kernel(const T* gate, const T* up, int64_t gate_stride, int64_t up_stride, bool whole,
+                     int act, int rows, Weight w, Rounded to) {
+  const int64_t task = blockIdx.x * static_cast<int64_t>(kThreads / 32) + threadIdx.x / 32;
+  const int64_t row = task / w.runs;
+  if (row >= rows) return;
+  round_run(w, to, row, static_cast<int>(task % w.runs),
+            [&](int column, int end, float (&value)[8]) {
+              float u[8] = {};
+              load_octet(gate + row * gate_stride + column, whole, end - column, value);
+              load_octet(up + row * up_stride + column, whole, end - column, u);
+#pragma unroll
+              for (int j = 0; j < 8; ++j)  // what lies behind `end` is zero
+                value[j] = to_float(from_float<T>(activation(value[j], act) * u[j]));
+            });
+}
+
+void check_operands(const TensorView& gate, const TensorView& up, int act) {
+  check_size("up", "elements", gate.numel(), up.numel());
+  if (act < kSilu || act > kGelu)
+    throw std::invalid_argument("act: wanted 0 to 2, got " + std::to_string(act));
+}
+
 }  // namespace
 
 void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream stream) {
   check_contiguous("y", y);
-  check_size("up", "elements", gate.numel(), up.numel());
   check_size("y", "elements", gate.numel(), y.numel());
-  if (act < kSilu || act > kGelu)
-    throw std::invalid_argument("act: wanted 0 to 2, got " + std::to_string(act));
+  check_operands(gate, up, act);
   if (gate.numel() == 0) return;
   const bool one = gate.contiguous() && up.contiguous();
   if (!one && (gate.ndim() != 2 || up.ndim() != 2 || gate.stride(1) != 1 || up.stride(1) != 1))
@@ -79,6 +104,26 @@ void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream s
       start(std::integral_constant<int, VEC>{});
     else
       start(std::integral_constant<int, 1>{});
+  });
+}
+
+void glu_round(TensorView gate, TensorView up, int act, TensorView qdata, TensorView scales,
+               int bits, int64_t group_size, TensorView q, TensorView x_scale, TensorView x_sums,
+               Stream stream) {
+  check_operands(gate, up, act);
+  const int rows = static_cast<int>(gate.size(0));
+  const int64_t width = gate.size(1), gate_stride = gate.stride(0), up_stride = up.stride(0);
+  const Weight w = weight_of(qdata, scales, std::nullopt, bits, group_size, width);
+  const Rounded to = rounded_of(w, bits, rows, q, x_scale, x_sums);
+  with_device_float(gate.dtype(), "gate", [&](auto element) {
+    using T = decltype(element);
+    const T *x = input<T>(gate, "gate"), *u = input<T>(up, "up");
+    constexpr int VEC = 16 / sizeof(T);
+    const bool whole =
+        aligned(16, x, u) && gate_stride % VEC == 0 && up_stride % VEC == 0 && width % 8 == 0;
+    launch({"glu round", dim3(ceil_div(static_cast<int64_t>(rows) * w.runs, kThreads / 32)),
+            dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)},
+           glu_round_kernel<T>, x, u, gate_stride, up_stride, whole, act, rows, w, to);
   });
 }
 

@@ -37,8 +37,12 @@ void cross_entropy_loss_backward(TensorView d_loss, TensorView logits, TensorVie
                                  bool mean, float softcap, float scale, TensorView share,
                                  TensorView d_logits, Stream stream);
 
-// glu.cu; act: 0 silu, 1 gelu_tanh, 2 gelu
+// glu.cu; act: 0 silu, 1 gelu_tanh, 2 gelu. glu_round: matrices whose rows may be apart; q,
+// x_scale, x_sums as quantized_linear_round
 void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream stream);
+void glu_round(TensorView gate, TensorView up, int act, TensorView qdata, TensorView scales,
+               int bits, int64_t group_size, TensorView q, TensorView x_scale, TensorView x_sums,
+               Stream stream);
 // paged_append.cu
 void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache,
                   TensorView block_table, TensorView positions, OptionalTensor k_scale,
@@ -59,6 +63,11 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
 // rms_norm.cu
 void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
                       float offset, TensorView y, OptionalTensor h, TensorView rstd, Stream stream);
+// y in int8: q, x_scale, x_sums as quantized_linear_round. A row must fit in shared memory.
+void rms_norm_round(TensorView x, OptionalTensor residual, TensorView weight, float eps,
+                    float offset, OptionalTensor h, TensorView qdata, TensorView scales, int bits,
+                    int64_t group_size, TensorView q, TensorView x_scale, TensorView x_sums,
+                    Stream stream);
 
 // rope.cu
 void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool interleaved,

@@ -6,8 +6,10 @@
 // `rms_norm_kernel` keeps a row in registers, PER vectors a thread, and reads it once;
 // `rms_norm_wide_kernel` reads a row of any width twice. Sums are float32. The norm is of h as
 // stored.
-#include "cuda/launch.h"
-#include "cuda/ops.h"
+//
+// `rms_norm_round_kernel` gives y in int8 at once, as quantized_linear takes it: one launch less in
+// a decode step. The row waits in shared memory, since the columns of a run are another warp's.
+#include "cuda/quantized_round.cuh"
 
 namespace fastlm {
 namespace {
@@ -18,7 +20,7 @@ template <class T>
 struct Rows {
   const T *x, *residual;  // rows x_stride, residual_stride apart; residual may be null
   T *y, *h;               // contiguous; h only with residual
-  float* rstd;
+  float* rstd;            // may be null
   int width;
   int64_t x_stride, residual_stride;
 };
@@ -41,22 +43,22 @@ DEVICE void load_h(const Rows<T>& p, int64_t row, int at, float (&value)[VEC]) {
   store(reinterpret_cast<V*>(p.h + row * p.width + at), sum);
 }
 
+// y of one vector, `to` it.
 template <int VEC, class T, class W>
-DEVICE void store_y(const Rows<T>& p, const W* weight, float offset, int64_t row, int at,
-                    const float (&value)[VEC], float scale) {
-  const auto w = load(reinterpret_cast<const Vector<W, VEC>*>(weight + at));
+DEVICE void store_y(T* to, const W* weight, float offset, const float (&value)[VEC], float scale) {
+  const auto w = load(reinterpret_cast<const Vector<W, VEC>*>(weight));
   Vector<T, VEC> v;
 #pragma unroll
   for (int j = 0; j < VEC; ++j)
     v.at[j] = from_float<T>(value[j] * scale * (offset + to_float(w.at[j])));
-  store(reinterpret_cast<Vector<T, VEC>*>(p.y + row * p.width + at), v);
+  store(reinterpret_cast<Vector<T, VEC>*>(to), v);
 }
 
 // Of all threads' parts of the sum of squares; thread 0 stores it.
 template <class T>
 DEVICE float scale_of(const Rows<T>& p, int64_t row, float squares, float eps) {
   const float scale = rsqrtf(sum_of_block<kThreads>(squares) / p.width + eps);
-  if (threadIdx.x == 0) store(p.rstd + row, scale);
+  if (threadIdx.x == 0 && p.rstd) store(p.rstd + row, scale);
   return scale;
 }
 
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < PER; ++i) {
     const int at = (i * kThreads + threadIdx.x) * VEC;
-    if (at < p.width) store_y(p, weight, offset, row, at, value[i], scale);
+    if (at < p.width) store_y(p.y + row * p.width + at, weight + at, offset, value[i], scale);
   }
 }
 
@@ -98,8 +100,44 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int at = threadIdx.x * VEC; at < p.width; at += kThreads * VEC) {
     load_h(p, row, at, value);  // stores the same h again: cheaper than to read it back
-    store_y(p, weight, offset, row, at, value, scale);
+    store_y(p.y + row * p.width + at, weight + at, offset, value, scale);
   }
+}
+
+template <int VEC, class T, class W>
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_round_kernel(Rows<T> p, const W* weight, float eps, float offset, Weight w,
+                          Rounded to) {
+  DYNAMIC_SHARED(memory);
+  T* const y = reinterpret_cast<T*>(memory);  // h at first; a thread reads what it wrote
+  const int64_t row = blockIdx.x;
+  float squares = 0;
+#pragma unroll 1
+  for (int at = threadIdx.x * VEC; at < p.width; at += kThreads * VEC) {
+    float value[VEC];
+    load_h(p, row, at, value);
+    Vector<T, VEC> h;
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) {
+      squares += value[j] * value[j];
+      h.at[j] = from_float<T>(value[j]);
+    }
+    store(reinterpret_cast<Vector<T, VEC>*>(y + at), h);
+  }
+  const float scale = scale_of(p, row, squares, eps);
+#pragma unroll 1
+  for (int at = threadIdx.x * VEC; at < p.width; at += kThreads * VEC) {
+    const auto h = load(reinterpret_cast<const Vector<T, VEC>*>(y + at));
+    float value[VEC];
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) value[j] = to_float(h.at[j]);
+    store_y(y + at, weight + at, offset, value, scale);
+  }
+  __syncthreads();
+  for (int run = threadIdx.x / 32; run < w.runs; run += kThreads / 32)
+    round_run(w, to, row, run, [&](int column, int end, float (&value)[8]) {
+      load_octet(y + column, column + 8 <= end, end - column, value);
+    });
 }
 
 template <int VEC, class T, class W>
@@ -121,36 +159,76 @@ int64_t row_stride(const TensorView& t) {  // (rows, width), or contiguous of an
   return t.contiguous() ? t.size(-1) : t.stride(0);
 }
 
+// The operands of both functions; y: what one of them has.
+template <class T>
+Rows<T> rows_of(const TensorView& x, const OptionalTensor& residual, T* y, const OptionalTensor& h,
+                float* rstd) {
+  return {input<T>(x, "x"),
+          input<T>(residual, "residual"),
+          y,
+          output<T>(h, "h"),
+          rstd,
+          static_cast<int>(x.size(-1)),
+          row_stride(x),
+          residual ? row_stride(*residual) : 0};
+}
+
+// f(weight in its own dtype, how many elements a thread can take at once)
+template <class T, class F>
+void with_weight(const Rows<T>& p, const TensorView& weight, F&& f) {
+  check_contiguous("weight", weight);
+  check_size("weight", "size", p.width, weight.numel());
+  const auto with = [&](auto* w) {
+    constexpr int kVec = 16 / sizeof(T);
+    const bool whole = aligned(16, p.x, p.residual, p.y, p.h, w) && p.width % kVec == 0 &&
+                       p.x_stride % kVec == 0 && p.residual_stride % kVec == 0;
+    if (whole)
+      f(w, std::integral_constant<int, kVec>{});
+    else
+      f(w, std::integral_constant<int, 1>{});
+  };
+  if (weight.dtype() == DType::f32)
+    with(input<float>(weight, "weight"));
+  else
+    with(input<T>(weight, "weight"));
+}
+
 }  // namespace
 
 void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, float eps,
                       float offset, TensorView y, OptionalTensor h, TensorView rstd,
                       Stream stream) {
   check_contiguous("y", y);
-  check_contiguous("weight", weight);
-  check_size("weight", "size", x.size(-1), weight.numel());
   check_size("y", "elements", x.numel(), y.numel());
   const int64_t rows = rstd.numel();
   if (x.numel() == 0) return;
   with_device_float(x.dtype(), "x", [&](auto element) {
     using T = decltype(element);
-    const Rows<T> p{
-        input<T>(x, "x"),  input<T>(residual, "residual"),      output<T>(y, "y"),
-        output<T>(h, "h"), output<float>(rstd, "rstd"),         static_cast<int>(x.size(-1)),
-        row_stride(x),     residual ? row_stride(*residual) : 0};
-    const auto with_weight = [&](auto* w) {
-      constexpr int kVec = 16 / sizeof(T);
-      const bool whole = aligned(16, p.x, p.residual, p.y, p.h, w) && p.width % kVec == 0 &&
-                         p.x_stride % kVec == 0 && p.residual_stride % kVec == 0;
-      if (whole)
-        start<kVec>(p, w, eps, offset, rows, stream);
-      else
-        start<1>(p, w, eps, offset, rows, stream);
-    };
-    if (weight.dtype() == DType::f32)
-      with_weight(input<float>(weight, "weight"));
-    else
-      with_weight(input<T>(weight, "weight"));
+    const Rows<T> p = rows_of<T>(x, residual, output<T>(y, "y"), h, output<float>(rstd, "rstd"));
+    with_weight(p, weight, [&](auto* w, auto vec) {
+      start<decltype(vec)::value>(p, w, eps, offset, rows, stream);
+    });
+  });
+}
+
+void rms_norm_round(TensorView x, OptionalTensor residual, TensorView weight, float eps,
+                    float offset, OptionalTensor h, TensorView qdata, TensorView scales, int bits,
+                    int64_t group_size, TensorView q, TensorView x_scale, TensorView x_sums,
+                    Stream stream) {
+  const Weight into = weight_of(qdata, scales, std::nullopt, bits, group_size, x.size(-1));
+  const int64_t rows = q.size(0);
+  const Rounded to = rounded_of(into, bits, rows, q, x_scale, x_sums);
+  if (x.numel() == 0) return;
+  check_size("x", "elements", rows * into.k, x.numel());
+  with_device_float(x.dtype(), "x", [&](auto element) {
+    using T = decltype(element);
+    const Rows<T> p = rows_of<T>(x, residual, nullptr, h, nullptr);
+    with_weight(p, weight, [&](auto* w, auto vec) {
+      using W = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
+      const Launch how{"rms_norm round", dim3(rows), dim3(kThreads), p.width * sizeof(T),
+                       reinterpret_cast<cudaStream_t>(stream)};
+      launch(how, rms_norm_round_kernel<decltype(vec)::value, T, W>, p, w, eps, offset, into, to);
+    });
   });
 }
 

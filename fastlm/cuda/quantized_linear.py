@@ -8,7 +8,12 @@ By the rows of x:
     dequantize, and torch's matmul: the others
 
 The limits are from instructions counted and an H100's rates, not measured on a GPU.
+
+A decode step makes the int8 rows where it makes their values (`Rounded`): `rms_norm_round` and
+`glu_round` save it a launch and a trip to memory each.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +75,25 @@ def _many_rows(
             torch.addmm(bias[rows], x, block, out=y[:, rows])
 
 
+class Rounded(NamedTuple):
+    """Rows of x in int8, for weights of one format (bits, group_size)."""
+
+    q: Tensor  # (rows, k rounded up to 16) int8
+    scale: Tensor  # of each run, (runs, rows rounded up to 64)
+    sums: Tensor  # scale * sum of the run's q, alike
+    shape: torch.Size  # of x
+    dtype: torch.dtype
+
+    @classmethod
+    def empty(cls, x: Tensor, scales: Tensor, group_size: int) -> "Rounded":
+        k = x.shape[-1]
+        rows = x.numel() // k
+        runs = scales.shape[1] * -(-min(group_size, k) // reference.RUN_MAX)
+        q = torch.empty((rows, -(-k // 16) * 16), dtype=torch.int8, device=x.device)
+        both = torch.empty((2, runs, -(-rows // 64) * 64), dtype=torch.float32, device=x.device)
+        return cls(q, *both, x.shape, x.dtype)
+
+
 def quantized_linear_forward(
     x: Tensor,
     qdata: Tensor,
@@ -83,27 +107,71 @@ def quantized_linear_forward(
     out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x, y, k = _rows(x), out.view(-1, out.shape[-1]), x.shape[-1]
-    weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    if bias is not None:
-        bias = (bias if bias.dtype != torch.float64 else bias.float()).contiguous()
-    rows, x_scale, x_sums = x.shape[0], None, None
-    by_vectors = rows <= (
-        VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[act_bits]
-    )
     if act_bits == 8:
-        # an instruction multiplies 32 columns: they must have one scale
-        by_vectors = by_vectors or (group_size < k and group_size % 32 != 0)
-        x, x_scale, x_sums = _rounded(x, weight, bits, group_size)
-    elif not by_vectors and (rows > FUSED_ROWS or x.dtype == torch.float32):
+        rounded = Rounded.empty(x, scales, group_size)
+        extension().quantized_linear_round(
+            _rows(x), qdata.contiguous(), scales.contiguous(), bits, group_size, *rounded[:3],
+            stream(x),
+        )  # fmt: skip
+        return rounded_linear(rounded, qdata, scales, zeros, bias, bits, group_size, out)
+    x, y = _rows(x), out.view(-1, out.shape[-1])
+    weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
+    by_vectors = len(x) <= (VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[16])
+    if not by_vectors and (len(x) > FUSED_ROWS or x.dtype == torch.float32):
         _many_rows(x, weight, bias, bits, group_size, y)
-        return out
+    else:
+        k = x.shape[1]
+        _multiply(x, None, None, weight, _floats(bias), bits, group_size, k, y, by_vectors)
+    return out
+
+
+def rounded_linear(
+    x: Rounded,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`quantized_linear_forward` of what act_bits 8 makes of x."""
+    k = x.shape[-1]
+    if out is None:
+        out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype, device=x.q.device)
+    y = out.view(-1, out.shape[-1])
+    weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
+    most = VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[8]
+    # an instruction multiplies 32 columns: they must have one scale
+    by_vectors = len(y) <= most or (group_size < k and group_size % 32 != 0)
+    _multiply(x.q, x.scale, x.sums, weight, _floats(bias), bits, group_size, k, y, by_vectors)
+    return out
+
+
+def _floats(bias: Tensor | None) -> Tensor | None:
+    if bias is None:
+        return None
+    return (bias if bias.dtype != torch.float64 else bias.float()).contiguous()
+
+
+def _multiply(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_sums: Tensor | None,
+    weight: tuple,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    y: Tensor,
+    by_vectors: bool,
+) -> None:
     kernels = extension()
     if by_vectors:
         kernels.quantized_linear_vector(
             x, x_scale, *weight, bias, bits, group_size, k, y, stream(x)
         )
-        return out
+        return
     count = kernels.quantized_linear_parts(*y.shape, k, bits, multiprocessors(x.device))
     parts = None
     if count > 1:
@@ -111,15 +179,3 @@ def quantized_linear_forward(
     kernels.quantized_linear_matrix(
         x, x_scale, x_sums, *weight, bias, bits, group_size, k, y, parts, stream(x)
     )
-    return out
-
-
-def _rounded(x: Tensor, weight: tuple, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x in int8; the scale of each run, (runs, rows), and scale * sum; rows of whole tiles."""
-    rows, k = x.shape
-    group = min(group_size, k)
-    runs = weight[1].shape[1] * -(-group // reference.RUN_MAX)
-    q = torch.empty((rows, -(-k // 16) * 16), dtype=torch.int8, device=x.device)
-    scale, sums = torch.empty((2, runs, -(-rows // 64) * 64), dtype=torch.float32, device=x.device)
-    extension().quantized_linear_round(x, *weight[:2], bits, group_size, q, scale, sums, stream(x))
-    return q, scale, sums

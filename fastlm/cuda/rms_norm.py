@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 from fastlm.cuda import extension, stream
+from fastlm.cuda.quantized_linear import Rounded
+from fastlm.quant.weight import QuantizedWeight
+
+ROUND_BYTES = 48 << 10
+"""Of a row, up to which `rms_norm_round` takes it: shared memory that every card has."""
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -27,3 +32,26 @@ def rms_norm_forward(
         y, h, rstd, stream(x),
     )  # fmt: skip
     return y, x.new_empty(0) if h is None else h, rstd
+
+
+def rms_norm_round(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    into: QuantizedWeight,
+) -> tuple[Rounded, Tensor]:
+    """What ``quantized_linear(y, into, act_bits=8)`` makes of ``y, h = rms_norm(...)``, and h (x
+    without residual).
+    """
+    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if weight.dtype != x.dtype:
+        weight = weight.float()
+    y = Rounded.empty(x, into.scales, into.group_size)
+    extension().rms_norm_round(
+        _rows(x), None if residual is None else _rows(residual), weight.contiguous(), eps, offset,
+        None if residual is None else h, into.qdata, into.scales, into.bits, into.group_size,
+        *y[:3], stream(x),
+    )  # fmt: skip
+    return y, h

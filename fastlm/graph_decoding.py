@@ -1,0 +1,109 @@
+"""Decode steps on a GPU, recorded once and replayed: a token of each row through the whole model as
+one CUDA graph.
+
+Some ten kernels a layer take a GPU a few microseconds each, Python ten times as long to start. In a
+graph nothing may depend on what the host knows, so the step reads from the device where each row's
+next key goes (`positions`) and advances it itself; keys and values go into the cache by
+`fastlm.ops.paged_append`, a row being a page, and attention is `fastlm.ops.paged_attention`.
+Projections that round their input to int8 take it rounded by the norm or the gate before them.
+
+`why_not` says which models take the modules one by one instead. Not measured on a GPU.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm import decoding
+from fastlm.layers import Call, KVCache
+from fastlm.model import CausalLM
+from fastlm.ops import paged_append, paged_attention
+
+
+def why_not(model: CausalLM) -> str | None:
+    """Why this model's steps are not recorded, or None: they are."""
+    if model.device.type != "cuda":
+        return "graphs are a GPU's"
+    if model.model.by_length:
+        return "its rotary frequencies depend on the length of the context"
+    return decoding.unusual(model)
+
+
+class Steps:
+    """The decode steps of one generation. `cache` holds the prompts, and is this object's from the
+    first step on; `starts`: columns of padding before each row, or None.
+    """
+
+    def __init__(self, model: CausalLM, cache: KVCache, starts: Tensor | None):
+        self.model, self.cache, self.starts = model, cache, starts
+        self.tokens: Tensor | None = None
+        self.recorded: Any = None
+        self.recordable = model.device.type == "cuda"
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B,) int64 tokens behind what the cache holds -> (B, V), good until the next call."""
+        if self.tokens is None:
+            self._begin(tokens)  # compiles and caches what a recording must not
+        else:
+            self.tokens.copy_(tokens[:, None])
+            if self.recordable and self.recorded is None:
+                self._record()
+        if self.recorded is None:
+            self.out = self._step()
+        else:
+            self.recorded.replay()
+        self.cache.length += 1
+        return self.out
+
+    def _begin(self, tokens: Tensor) -> None:
+        cache, device = self.cache, tokens.device
+        rows, length = tokens.shape[0], cache.length
+        positions = torch.full((rows, 1), length, dtype=torch.int32, device=device)
+        if self.starts is not None:  # every row's keys from column 0 on
+            for row, start in enumerate(self.starts.tolist()):
+                if start:
+                    kept = cache.data[:, :, row, :, start:length].clone()
+                    cache.data[:, :, row, :, : length - start] = kept
+            positions -= self.starts[:, None].int()
+        self.tokens, self.positions = tokens[:, None].clone(), positions
+        self.pages = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+        # (B, capacity, Hkv, D)
+        self.keys_and_values = [[t.transpose(1, 2) for t in layer] for layer in cache.layers]
+        # what a graph reads must stay: `RotaryTables` may make longer ones meanwhile
+        self.rotary = self.model.model.rotary(0, cache.capacity, cache.capacity, device)
+
+    def _record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.out = self._step()
+        except RuntimeError as error:
+            warnings.warn(f"decode steps are not recorded: {error}", stacklevel=2)
+            self.recordable = False
+        else:
+            self.recorded = graph
+
+    def _step(self) -> Tensor:
+        """One step by what the device holds, and no other."""
+        assert self.tokens is not None
+        places = self.positions.long()
+        gathered: dict[int, Any] = {}
+        rotary = []
+        for tables in self.rotary:
+            if tables is not None and id(tables) not in gathered:
+                gathered[id(tables)] = tuple(t[places] for t in tables)
+            rotary.append(None if tables is None else gathered[id(tables)])
+        self.lengths = self.positions[:, 0] + 1
+        call = Call(None, None, None, rotary, fused=True, step=self)
+        logits = self.model.logits(self.model.model(self.tokens, call)[:, -1])
+        self.positions += 1
+        return logits
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        keys, values = self.keys_and_values[layer]
+        paged_append(k, v, keys, values, self.pages, self.positions)
+        out = paged_attention(q, keys, values, self.pages, self.lengths, **options)
+        assert isinstance(out, Tensor)  # a pair only with return_lse
+        return out

@@ -1,0 +1,247 @@
+"""Decode steps as a GPU runs them, on the emulator where there is no GPU, against the modules."""
+
+import contextlib
+import sys
+
+import pytest
+import torch
+from families import CASES, SMALL
+from test_decode_step import FLIPPED, NEAR, error_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+import fastlm
+from fastlm import backend, graph_decoding, layers
+from fastlm.config import ModelConfig
+from fastlm.cuda import extension
+from fastlm.layers import KVCache
+from fastlm.model import CausalLM
+
+FIXED = {name: c for name, c in CASES.items() if "dynamic" not in name and "longrope" not in name}
+
+
+def model_of(case="llama", device="cpu", **changes):
+    options = {**SMALL, "max_position_embeddings": 512, **CASES[case], **changes}
+    config = ModelConfig.from_dict({"model_type": case.split("-")[0], **options})
+    return CausalLM(config, seed=4, scaled_residual=False).eval().to(device)
+
+
+def modules(model):
+    """Where the modules run: the emulator has no attention of prompts."""
+    return contextlib.nullcontext() if model.device.type == "cuda" else backend.use_backend("cpu")
+
+
+def prefilled(model, rows, length, capacity, mask=None):
+    """ids (rows, capacity), a cache that holds the first `length`, and another one."""
+    ids = torch.randint(0, model.config.vocab_size, (rows, capacity), device=model.device)
+    caches = []
+    for _ in range(2):
+        cache = KVCache(model.config, rows, capacity, dtype=model.dtype, device=model.device)
+        with modules(model), torch.inference_mode():
+            model.model.fuse()
+            model.next_logits(ids[:, :length], cache, mask)
+        caches.append(cache)
+    return ids, *caches
+
+
+def errors_of(model, rows=3, length=9, count=3, starts=None):
+    mask = None
+    if starts is not None:
+        starts = torch.tensor(starts, device=model.device)
+        mask = (torch.arange(length + count, device=model.device) >= starts[:, None]).long()
+    ids, cache, own = prefilled(
+        model, rows, length, length + count, None if mask is None else mask[:, :length]
+    )
+    steps = graph_decoding.Steps(model, own, starts)
+    errors = []
+    with torch.inference_mode():
+        for i in range(length, length + count):
+            with modules(model):
+                seen = None if mask is None else mask[:, : i + 1]
+                wanted = model.next_logits(ids[:, i : i + 1], cache, seen)
+            errors.append(error_of(steps.logits(ids[:, i].contiguous()), wanted))
+    return errors
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_families(cuda, case):
+    assert max(errors_of(model_of(case, cuda))) <= NEAR
+
+
+@pytest.mark.parametrize("format", ["w4a16", "w8a16"])
+def test_quantized(cuda, format):
+    model = fastlm.quantize(model_of("qwen2"), format, group_size=16).to(cuda)
+    assert max(errors_of(model)) <= NEAR
+
+
+@pytest.mark.parametrize("format", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "olmo2"])  # pre, sandwich, post norms
+def test_int8_activations(cuda, format, case):
+    model = fastlm.quantize(model_of(case), format, group_size=16).to(cuda)
+    assert max(errors_of(model)) <= FLIPPED
+
+
+def test_bfloat16(cuda):
+    model = model_of("qwen3", cuda).bfloat16()
+    assert max(errors_of(model)) <= 0.05  # against bfloat16 modules: some ulp of 2^-8 a layer
+
+
+def test_padded_rows(cuda):
+    assert max(errors_of(model_of("mistral", cuda), starts=[0, 4, 8])) <= NEAR
+
+
+def test_norm_and_gate_round_at_once(cuda, monkeypatch):
+    """Bit for bit what norm, gate and rounding give one after the other."""
+    model = fastlm.quantize(model_of(tie_word_embeddings=False), "w8a8", group_size=16).to(cuda)
+    ids, *caches = prefilled(model, 2, 5, 8)
+    from fastlm.cuda import glu, rms_norm
+
+    made = []
+    for module, name in ((rms_norm, "rms_norm_round"), (glu, "glu_round")):
+        ours = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=ours, n=name: (made.append(n), f(*a))[1])
+    logits = []
+    with torch.inference_mode():
+        for cache in caches:
+            steps = graph_decoding.Steps(model, cache, None)
+            logits.append(steps.logits(ids[:, 5].contiguous()).clone())
+            monkeypatch.setattr(layers.Fused, "rounds", lambda *_: False)
+    assert made == ["rms_norm_round", "rms_norm_round", "glu_round"] * 3
+    assert torch.equal(*logits)
+
+
+def shapes(arguments):
+    """The arguments as the host knows them: no values of tensors, no addresses."""
+
+    def known(a):
+        if isinstance(a, torch.Tensor):
+            return tuple(a.shape)
+        return len(a) if isinstance(a, torch.UntypedStorage) else a  # of the tests' guards
+
+    return str(tree_map(known, arguments))
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.made.append((str(function), shapes(args)))
+        return function(*args, **(kwargs or {}))
+
+
+class Launches:
+    """The extension, which says what it was asked for."""
+
+    def __init__(self, extension, made):
+        self.extension, self.made = extension, made
+
+    def __getattr__(self, name):
+        function = getattr(self.extension, name)
+
+        def call(*args):
+            self.made.append((name, shapes(args)))
+            return function(*args)
+
+        return call if callable(function) else function
+
+
+@pytest.mark.parametrize("format", [None, "w4a16", "w8a8"])
+def test_every_step_is_the_same_to_the_host(cuda, monkeypatch, format):
+    """What a CUDA graph needs: no number that changes, no launch of another size, no look at a
+    value.
+    """
+    model = model_of("qwen2")
+    if format:
+        model = fastlm.quantize(model, format, group_size=16)
+    model = model.to(cuda)
+    ids, cache, _ = prefilled(model, 2, 5, 200)
+    steps = graph_decoding.Steps(model, cache, None)
+    made, looks = [], []
+    with torch.inference_mode():
+        steps.logits(ids[:, 5].contiguous())
+        name = extension().__name__
+        monkeypatch.setitem(sys.modules, name, Launches(sys.modules[name], made))
+        for look in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
+            ours = getattr(torch.Tensor, look)
+            monkeypatch.setattr(
+                torch.Tensor, look, lambda *a, f=ours, n=look: (looks.append(n), f(*a))[1]
+            )
+        plain, operators = [], []
+        for place in (6, 63, 150):  # one tile of keys, and more
+            for of_step, watch in ((plain, contextlib.nullcontext()), (operators, Operators(made))):
+                steps.positions.fill_(place)
+                with watch:
+                    steps._step()
+                of_step.append(list(made))
+                made.clear()
+    assert len(plain[0]) > 15 and plain[0] == plain[1] == plain[2]
+    assert len(operators[0]) > 80 and operators[0] == operators[1] == operators[2]
+    assert not looks
+
+
+class Recording:
+    """Stands for a CUDA graph where there is no GPU: the steps under it do not happen when they
+    are recorded, and happen when it is replayed.
+    """
+
+    def __init__(self, steps, error=None):
+        self.steps, self.error = steps, error
+
+    def __call__(self):  # torch.cuda.CUDAGraph()
+        return self
+
+    @contextlib.contextmanager
+    def record(self, graph):  # torch.cuda.graph(graph)
+        positions, data = self.steps.positions.clone(), self.steps.cache.data.clone()
+        yield
+        self.steps.positions.copy_(positions)
+        self.steps.cache.data.copy_(data)
+        self.out = self.steps.out
+        self.out.fill_(torch.nan)
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def replay(self):
+        self.out.copy_(self.steps._step())
+
+
+@pytest.mark.parametrize("error", [None, "operation not permitted when stream is capturing"])
+def test_recorded_steps_are_the_same(monkeypatch, error):
+    model = model_of()
+    with backend.use_backend("cpu"), torch.inference_mode():
+        model.model.fuse()
+        ids, *caches = prefilled(model, 2, 5, 10)
+    with backend.use_backend("reference"), torch.inference_mode():
+        plain, steps = (graph_decoding.Steps(model, cache, None) for cache in caches)
+        steps.recordable = True
+        recording = Recording(steps, error)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", recording)
+        monkeypatch.setattr(torch.cuda, "graph", recording.record)
+        for i in range(5, 10):
+            warns = pytest.warns(UserWarning, match="decode steps are not recorded: operation not")
+            with warns if error and i == 6 else contextlib.nullcontext():
+                got = steps.logits(ids[:, i].contiguous())
+            assert torch.equal(got, plain.logits(ids[:, i].contiguous()))
+        assert (steps.recorded is None) == bool(error)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_generate(monkeypatch, tied):
+    model = model_of("qwen2", tie_word_embeddings=tied)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
+    with backend.use_backend("reference"):
+        wanted = model.generate(prompts, max_new_tokens=6, temperature=0)
+        monkeypatch.setattr(graph_decoding, "why_not", lambda _: None)
+        used = []
+        ours = graph_decoding.Steps._step
+        monkeypatch.setattr(
+            graph_decoding.Steps, "_step", lambda self: (used.append(1), ours(self))[1]
+        )
+        assert model.generate(prompts, max_new_tokens=6, temperature=0) == wanted
+    assert len(used) == 5
+
+
+def test_why_not():
+    assert graph_decoding.why_not(model_of()) == "graphs are a GPU's"
