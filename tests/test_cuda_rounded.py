@@ -7,6 +7,7 @@ import torch
 
 from fastlm import ops
 from fastlm.cuda import extension, stream
+from fastlm.cuda import quantized_linear
 from fastlm.cuda.glu import glu_round
 from fastlm.cuda.quantized_linear import Rounded, rounded_linear
 from fastlm.cuda.rms_norm import rms_norm_round
@@ -23,12 +24,7 @@ def weight(width, bits, group_size, device):
 
 
 def rounded(x, into):
-    out = Rounded.empty(x, into.scales, into.group_size)
-    rows = x.reshape(-1, x.shape[-1])
-    extension().quantized_linear_round(
-        rows, into.qdata, into.scales, into.bits, into.group_size, *out[:3], stream(x)
-    )
-    return out
+    return quantized_linear.rounded(x, into.qdata, into.scales, into.bits, into.group_size)
 
 
 def assert_equal(got, wanted, into):

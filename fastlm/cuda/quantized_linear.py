@@ -90,8 +90,18 @@ class Rounded(NamedTuple):
         rows = x.numel() // k
         runs = scales.shape[1] * -(-min(group_size, k) // reference.RUN_MAX)
         q = torch.empty((rows, -(-k // 16) * 16), dtype=torch.int8, device=x.device)
-        both = torch.empty((2, runs, -(-rows // 64) * 64), dtype=torch.float32, device=x.device)
-        return cls(q, *both, x.shape, x.dtype)
+        size = (2, runs, -(-rows // 64) * 64)
+        scale, sums = torch.empty(size, dtype=torch.float32, device=x.device)
+        return cls(q, scale, sums, x.shape, x.dtype)
+
+
+def rounded(x: Tensor, qdata: Tensor, scales: Tensor, bits: int, group_size: int) -> Rounded:
+    """What act_bits 8 makes of x for a weight: `reference.round_rows`."""
+    out = Rounded.empty(x, scales, group_size)
+    extension().quantized_linear_round(
+        _rows(x), qdata.contiguous(), scales.contiguous(), bits, group_size, *out[:3], stream(x)
+    )
+    return out
 
 
 def quantized_linear_forward(
@@ -108,12 +118,8 @@ def quantized_linear_forward(
     if out.numel() == 0:
         return out
     if act_bits == 8:
-        rounded = Rounded.empty(x, scales, group_size)
-        extension().quantized_linear_round(
-            _rows(x), qdata.contiguous(), scales.contiguous(), bits, group_size, *rounded[:3],
-            stream(x),
-        )  # fmt: skip
-        return rounded_linear(rounded, qdata, scales, zeros, bias, bits, group_size, out)
+        in_bytes = rounded(x, qdata, scales, bits, group_size)
+        return rounded_linear(in_bytes, qdata, scales, zeros, bias, bits, group_size, out)
     x, y = _rows(x), out.view(-1, out.shape[-1])
     weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
     by_vectors = len(x) <= (VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[16])
