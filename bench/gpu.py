@@ -1,5 +1,5 @@
-"""Every Triton kernel on the GPU at hand against what torch has there: a line of JSON a case as
-soon as it is measured, a table in the end.
+"""Every kernel on the GPU at hand against what torch has there, and decode steps of whole models: a
+line of JSON a case as soon as it is measured, a table in the end.
 
     sh bench/gpu.sh                              builds, tests, then this
     python -P bench/gpu.py [attention ...]       these ops only
@@ -16,6 +16,7 @@ bytes read and written. CPU time of a call is the time until it returns with the
 """
 
 import argparse
+import inspect
 import json
 import os
 import statistics
@@ -33,7 +34,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's 
 from harness import Case, Row, machine, run_case, table
 
 import fastlm
-from fastlm import backend, ops
+from fastlm import backend, graph_decoding, ops
+from fastlm.layers import KVCache
+from fastlm.quant.model import put_quantized
+from fastlm.quant.weight import QuantizedWeight
 
 BF16 = torch.bfloat16
 DEVICE = "cuda"  # tests/test_gpu_bench.py runs the small cases on the CPU, kernels interpreted
@@ -269,11 +273,122 @@ def quantized_linear(small: bool) -> Iterator[Case]:
             )  # fmt: skip
 
 
+SHAPES = {  # speed does not depend on what the weights are
+    "SmolLM2-135M": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.1-8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def random_model(sizes: dict, format: str | None) -> fastlm.CausalLM:
+    """bfloat16, its projections (and a head of its own) in random codes of groups of 128."""
+    config = fastlm.ModelConfig.from_dict(
+        {"model_type": "llama", "max_position_embeddings": 8192, **sizes}
+    )
+    with torch.device("meta"):
+        model = fastlm.CausalLM(config)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, torch.nn.Linear) or format is None:
+            continue
+        (n, k), bits = module.weight.shape, int(format[1])
+        low, width, kind = (0, -(-k // 2), torch.uint8) if bits == 4 else (-127, k, torch.int8)
+        codes = torch.randint(low, 256 + 2 * low, (n, width), dtype=kind, device=DEVICE)
+        scales = torch.full((n, -(-k // 128)), 0.02 / 2**bits, dtype=BF16, device=DEVICE)
+        weight = QuantizedWeight(codes, scales, None, bits, 128, (n, k))
+        put_quantized(model, name, weight, act_bits=int(format[3:]))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            value = torch.empty(parameter.shape, dtype=BF16, device=DEVICE)
+            value = value.normal_(0, 0.02) if value.dim() == 2 else value.fill_(1)
+            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+    return model.eval()
+
+
+def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Callable[[], object]:
+    """A step behind `keys` keys of each user, the same each time."""
+    cache = KVCache(model.config, users, keys + 1, dtype=BF16, device=DEVICE)
+    cache.data.normal_()
+    cache.length = keys
+    with torch.inference_mode():
+        model.model.fuse()
+        steps = graph_decoding.Steps(model, cache, None)
+        steps.recordable &= graph
+    tokens = torch.randint(0, model.config.vocab_size, (users,), device=DEVICE)
+
+    @torch.inference_mode()
+    def call() -> torch.Tensor:
+        if steps.tokens is not None:
+            steps.positions.fill_(keys)
+        return steps.logits(tokens)
+
+    return call
+
+
+def transformers_call(sizes: dict, users: int, keys: int) -> Callable[[], object]:
+    """What a user of transformers runs: bfloat16, SDPA, a static cache, a call a step."""
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    config = LlamaConfig(max_position_embeddings=8192, **sizes)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config).to(BF16).eval()
+        prompt = torch.randint(0, sizes["vocab_size"], (users, keys))
+        place, token = torch.tensor([keys]), prompt[:, :1]
+    cache = StaticCache(config=config, max_cache_len=keys + 64)  # it counts calls
+    takes = inspect.signature(LlamaForCausalLM.forward).parameters  # names changed with versions
+    held = {"cache" if "cache" in takes else "past_key_values": cache}
+    at = {"position_ids": place.expand(users, 1)}
+    if "cache_position" in takes:
+        at["cache_position"] = place
+    with torch.inference_mode():
+        model(prompt, **held, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def call() -> torch.Tensor:
+        return model(token, **held, **at).logits
+
+    return call
+
+
+def decode(small: bool) -> Iterator[Case]:
+    for name, sizes in SHAPES.items():
+        if small:
+            sizes = sizes | {"num_hidden_layers": 2, "hidden_size": 192, "vocab_size": 100}
+            sizes |= {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 128}
+        keys, plain = 8 if small else 1024, random_model(sizes, None)
+        for users in (1, 2) if small else (1, 16, 64):
+            theirs, missing = {}, {}
+            try:
+                theirs = {"transformers bf16": transformers_call(sizes, users, keys)}
+            except Exception as error:  # a version with other names is only a missing peer
+                missing = {"transformers bf16": first_line(error)}
+            for format in ("w4a16", "w8a8"):
+                model = random_model(sizes, format)
+                variants = {
+                    "fastlm": step_call(model, users, keys, True),
+                    "fastlm without a graph": step_call(model, users, keys, False),
+                    "fastlm bf16": step_call(plain, users, keys, True),
+                }
+                head = model.model.embed_tokens.weight if sizes["tie_word_embeddings"] else None
+                read = [*model.buffers(), *([] if head is None else [head])]
+                cache = keys * model.model.layers[0].self_attn.kv_width * 2 * 2
+                size = sum(t.nbytes for t in read) + users * cache * len(model.model.layers)
+                shape = f"{users} users, {keys} keys"
+                yield Case(f"decode step {name} {format}", shape, variants | theirs, bytes=size,
+                           missing=dict(missing))  # fmt: skip
+
+
 OPS = {
     f.__name__: f
     for f in (
         attention, paged_attention, linear_cross_entropy, cross_entropy, rows, rope, adamw,
-        quantized_linear,
+        quantized_linear, decode,
     )
 }  # fmt: skip
 

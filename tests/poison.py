@@ -32,9 +32,9 @@ class Guards:
         used = t.untyped_storage().nbytes()
         storage = torch.UntypedStorage(used + 2 * GUARD)
         with torch.no_grad():
-            whole = torch.tensor([], dtype=torch.uint8).set_(storage)
+            whole = torch.tensor([], dtype=torch.uint8, device="cpu").set_(storage)
             self.edges += [whole[:GUARD].fill_(0xA5), whole[GUARD + used :].fill_(0xA5)]
-            inner = torch.tensor([], dtype=t.dtype)
+            inner = torch.tensor([], dtype=t.dtype, device="cpu")
             inner.set_(storage, GUARD // t.element_size(), t.shape, t.stride())
             return poisoned(inner).requires_grad_(t.requires_grad)
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fastlm import ops
-from fastlm.cuda import extension, stream
-from fastlm.cuda import quantized_linear
+from fastlm.cuda import extension, quantized_linear, stream
 from fastlm.cuda.glu import glu_round
 from fastlm.cuda.quantized_linear import Rounded, rounded_linear
 from fastlm.cuda.rms_norm import rms_norm_round

@@ -27,8 +27,8 @@ def model_of(case="llama", device="cpu", **changes):
 
 
 def modules(model):
-    """Where the modules run: the emulator has no attention of prompts."""
-    return contextlib.nullcontext() if model.device.type == "cuda" else backend.use_backend("cpu")
+    """Where the modules run: attention of prompts has no CUDA kernel."""
+    return backend.use_backend("triton" if model.device.type == "cuda" else "cpu")
 
 
 def prefilled(model, rows, length, capacity, mask=None):
