@@ -10,18 +10,25 @@ launches: blocks, threads, shared memory. A launch takes the longest of
 - bytes by latency: what the resident warps have under way (IN_FLIGHT each) in a memory latency;
 - LATENCY for every wave;
 
-plus LAUNCH for each launch in a stream. Registers and threads come from tests/cuda_gate.json.
+plus LAUNCH for each launch in a stream. A whole decode step, as a CUDA graph, is its bytes over the
+bandwidth, plus GRAPH_LAUNCH for every launch of ours (torch's few are left out) and, where it reads
+no weights and no cache, LATENCY. Registers and threads come from tests/cuda_gate.json.
 "Measured" is what bench/results/gpu.jsonl holds for the card; without it "not measured".
 """
 
 import argparse
 import json
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+import gpu
 
 from fastlm import AdamW, backend, cuda, ops
 
@@ -50,6 +57,7 @@ LATENCY = 1e-6  # of a wave: a block's start, one trip to memory, its end
 IN_FLIGHT = 2048  # bytes a warp has under way: four 16-byte loads a lane
 MEMORY_LATENCY = 0.7e-6
 LAUNCH = 2.5e-6
+GRAPH_LAUNCH = 1.2e-6  # from the end of a kernel to the start of the next, which waits for it
 
 
 class Case(NamedTuple):
@@ -59,6 +67,7 @@ class Case(NamedTuple):
     bytes: float
     flops: float = 0
     kind: str = "bf16"  # whose peak the operations have
+    graph: bool = False  # many launches that share the bytes
 
 
 class Kernel(NamedTuple):
@@ -100,6 +109,11 @@ def registers(name: str, arch: int) -> int:
 
 def seconds(case: Case, kernels: list[Kernel], card: Card) -> float:
     """The case's bytes and operations are those of the launch with the most threads."""
+    if case.graph:
+        reads = ("quantized_linear vector", "quantized_linear matrix", "paged_attention")
+        idle = sum(k.name not in reads for k in kernels)
+        streamed = case.bytes / (BANDWIDTH * card.bandwidth * 1e9)
+        return streamed + idle * LATENCY + len(kernels) * GRAPH_LAUNCH
     main = max(kernels, key=lambda k: k.blocks * k.threads)
     total = 0.0
     for kernel in kernels:
@@ -196,9 +210,21 @@ def quantized_linear() -> Iterator[Case]:
             yield Case(name, f"{m} x {k} -> {n}", call, size, 2 * m * n * k, kind)
 
 
+def decode() -> Iterator[Case]:
+    gpu.DEVICE = "cpu"
+    for name, sizes in gpu.SHAPES.items():
+        for format in ("w4a16", "w8a8"):
+            model = gpu.random_model(sizes, format, filled=False)
+            for users in (1, 16, 64):
+                call = gpu.step_call(model, users, 1024, graph=False)
+                size = gpu.step_bytes(model, users, 1024)
+                shape = f"{users} users, 1024 keys"
+                yield Case(f"decode step {name} {format}", shape, call, size, graph=True)
+
+
 CASES = {
     f.__name__: f
-    for f in (quantized_linear, paged_attention, cross_entropy, adamw, rms_norm, rope, glu)
+    for f in (quantized_linear, paged_attention, cross_entropy, adamw, rms_norm, rope, glu, decode)
 }
 
 
@@ -226,7 +252,12 @@ def main() -> None:
         for case in CASES[name]():
             per_card = [launches(case, card.multiprocessors) for card in CARDS.values()]
             kernels = per_card[1]
-            blocks = ", ".join(f"{k.name} {k.blocks} x {k.threads}" for k in kernels)
+            if case.graph:
+                blocks = f"{len(kernels)}: " + ", ".join(
+                    f"{n} {name}" for name, n in Counter(k.name for k in kernels).most_common()
+                )
+            else:
+                blocks = ", ".join(f"{k.name} {k.blocks} x {k.threads}" for k in kernels)
             row = [case.op, case.shape, blocks, f"{case.bytes / 2**20:.1f}"]
             row += [
                 f"{seconds(case, kernels, card) * 1e6:.1f}"

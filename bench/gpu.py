@@ -287,8 +287,10 @@ SHAPES = {  # speed does not depend on what the weights are
 }  # fmt: skip
 
 
-def random_model(sizes: dict, format: str | None) -> fastlm.CausalLM:
-    """bfloat16, its projections (and a head of its own) in random codes of groups of 128."""
+def random_model(sizes: dict, format: str | None, *, filled: bool = True) -> fastlm.CausalLM:
+    """bfloat16, its projections (and a head of its own) in random codes of groups of 128; not
+    `filled`: whatever lies in memory.
+    """
     config = fastlm.ModelConfig.from_dict(
         {"model_type": "llama", "max_position_embeddings": 8192, **sizes}
     )
@@ -299,14 +301,17 @@ def random_model(sizes: dict, format: str | None) -> fastlm.CausalLM:
             continue
         (n, k), bits = module.weight.shape, int(format[1])
         low, width, kind = (0, -(-k // 2), torch.uint8) if bits == 4 else (-127, k, torch.int8)
-        codes = torch.randint(low, 256 + 2 * low, (n, width), dtype=kind, device=DEVICE)
+        codes = torch.empty(n, width, dtype=kind, device=DEVICE)
+        if filled:
+            codes.random_(low, 256 + 2 * low)
         scales = torch.full((n, -(-k // 128)), 0.02 / 2**bits, dtype=BF16, device=DEVICE)
         weight = QuantizedWeight(codes, scales, None, bits, 128, (n, k))
         put_quantized(model, name, weight, act_bits=int(format[3:]))
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             value = torch.empty(parameter.shape, dtype=BF16, device=DEVICE)
-            value = value.normal_(0, 0.02) if value.dim() == 2 else value.fill_(1)
+            if filled:
+                value = value.normal_(0, 0.02) if value.dim() == 2 else value.fill_(1)
             setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
     return model.eval()
 
@@ -329,6 +334,14 @@ def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Cal
         return steps.logits(tokens)
 
     return call
+
+
+def step_bytes(model: fastlm.CausalLM, users: int, keys: int) -> int:
+    """Read by a step: the weights once, every key and value."""
+    head = [model.model.embed_tokens.weight] if model.config.tie_word_embeddings else []
+    layers = model.config.num_hidden_layers
+    cache = 2 * layers * users * keys * model.model.layers[0].self_attn.kv_width * BF16.itemsize
+    return cache + sum(t.nbytes for t in [*model.buffers(), *head])
 
 
 def transformers_call(sizes: dict, users: int, keys: int) -> Callable[[], object]:
@@ -375,10 +388,7 @@ def decode(small: bool) -> Iterator[Case]:
                     "fastlm without a graph": step_call(model, users, keys, False),
                     "fastlm bf16": step_call(plain, users, keys, True),
                 }
-                head = model.model.embed_tokens.weight if sizes["tie_word_embeddings"] else None
-                read = [*model.buffers(), *([] if head is None else [head])]
-                cache = keys * model.model.layers[0].self_attn.kv_width * 2 * 2
-                size = sum(t.nbytes for t in read) + users * cache * len(model.model.layers)
+                size = step_bytes(model, users, keys)
                 shape = f"{users} users, {keys} keys"
                 yield Case(f"decode step {name} {format}", shape, variants | theirs, bytes=size,
                            missing=dict(missing))  # fmt: skip
