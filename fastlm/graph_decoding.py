@@ -5,11 +5,15 @@ Some ten kernels a layer take a GPU a few microseconds each, Python ten times as
 graph nothing may depend on what the host knows, so the step reads from the device where each row's
 next key goes (`positions`) and advances it itself; keys and values go into the cache by
 `fastlm.ops.paged_append`, a row being a page, and attention is `fastlm.ops.paged_attention`.
-Projections that round their input to int8 take it rounded by the norm or the gate before them.
+
+Of a small model launches are most of a step, so the CUDA kernels join them: rotation and append
+(`fastlm.cuda.rope_append`), a norm or a gate and the rounding of what a projection multiplies in
+int8 (`rms_norm_round`, `glu_round`).
 
 `why_not` says which models take the modules one by one instead. Not measured on a GPU.
 """
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -17,9 +21,10 @@ import torch
 from torch import Tensor
 
 from fastlm import decoding
+from fastlm.backend import serves_by
 from fastlm.layers import Call, KVCache
 from fastlm.model import CausalLM
-from fastlm.ops import paged_append, paged_attention
+from fastlm.ops import paged_append, paged_attention, rope
 
 
 def why_not(model: CausalLM) -> str | None:
@@ -44,6 +49,10 @@ class Steps:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B,) int64 tokens behind what the cache holds -> (B, V), good until the next call."""
+        with torch.cuda.device(tokens.device) if tokens.is_cuda else contextlib.nullcontext():
+            return self._logits(tokens)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
         if self.tokens is None:
             self._begin(tokens)  # compiles and caches what a recording must not
         else:
@@ -88,22 +97,26 @@ class Steps:
     def _step(self) -> Tensor:
         """One step by what the device holds, and no other."""
         assert self.tokens is not None
-        places = self.positions.long()
-        gathered: dict[int, Any] = {}
-        rotary = []
-        for tables in self.rotary:
-            if tables is not None and id(tables) not in gathered:
-                gathered[id(tables)] = tuple(t[places] for t in tables)
-            rotary.append(None if tables is None else gathered[id(tables)])
         self.lengths = self.positions[:, 0] + 1
-        call = Call(None, None, None, rotary, fused=True, step=self)
+        call = Call(None, None, None, [], fused=True, step=self)
         logits = self.model.logits(self.model.model(self.tokens, call)[:, -1])
         self.positions += 1
         return logits
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         keys, values = self.keys_and_values[layer]
-        paged_append(k, v, keys, values, self.pages, self.positions)
+        places = keys, values, self.pages, self.positions
+        tables = self.rotary[layer]
+        if tables is not None and any(serves_by(b, "rope", q) for b in ("cuda", "simt")):
+            from fastlm.cuda.rope_append import rope_append
+
+            q = rope_append(q, k, v, *tables, *places)
+        else:
+            if tables is not None:
+                now = self.positions.long()
+                q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *(t[now] for t in tables))
+                q, k = q.transpose(1, 2), k.transpose(1, 2)
+            paged_append(k, v, *places)
         out = paged_attention(q, keys, values, self.pages, self.lengths, **options)
         assert isinstance(out, Tensor)  # a pair only with return_lse
         return out

@@ -79,7 +79,9 @@ class Step(Protocol):
     """One token of each row, at places that only the device knows (`fastlm.graph_decoding`)."""
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Append k, v (B, 1, Hkv, D) to the layer's cache; attention of q (B, 1, H, D) on it."""
+        """q (B, 1, H, D) and k (B, 1, Hkv, D) are turned here; k and v go into the layer's cache,
+        and q attends to it.
+        """
         ...
 
 
@@ -256,9 +258,6 @@ class Attention(nn.Module):
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
-        if (tables := call.rotary[self.layer]) is not None:
-            q, k = rope(q, k, *tables)
         options: dict[str, Any] = {
             "causal": True,
             "scale": self.scale,
@@ -267,9 +266,11 @@ class Attention(nn.Module):
         }
         project = (call.fused and self.fused_out) or self.o_proj
         if call.step is not None:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             out = call.step.attention(self.layer, q, k, v, **options)
             return project(out.reshape(batch, length, self.q_width))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
+        if (tables := call.rotary[self.layer]) is not None:
+            q, k = rope(q, k, *tables)
         options["dropout_p"] = self.dropout if self.training else 0.0
         if call.cu_seqlens is not None:
             q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * S, heads, D)

@@ -95,6 +95,8 @@ void bind(py::module_& m) {
         "stream"_a, Guard());
   m.def("rope", &rope, "q"_a, "k"_a, "cos"_a, "sin"_a, "interleaved"_a, "inverse"_a,
         "heads_of_group"_a, "q_out"_a, "k_out"_a, "stream"_a, Guard());
+  m.def("rope_append", &rope_append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "q_out"_a, "k_cache"_a,
+        "v_cache"_a, "block_table"_a, "positions"_a, "stream"_a, Guard());
   m.def("quantized_linear_vector", &quantized_linear_vector, "x"_a, "x_scale"_a, "qdata"_a,
         "scales"_a, "zeros"_a, "bias"_a, "bits"_a, "group_size"_a, "k"_a, "y"_a, "stream"_a,
         Guard());

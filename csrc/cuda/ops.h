@@ -72,6 +72,11 @@ void rms_norm_round(TensorView x, OptionalTensor residual, TensorView weight, fl
 // rope.cu
 void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool interleaved,
           bool inverse, int heads_of_group, TensorView q_out, TensorView k_out, Stream stream);
+// rope_append.cu
+void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, TensorView sin,
+                 TensorView q_out, TensorView k_cache, TensorView v_cache, TensorView block_table,
+                 TensorView positions, Stream stream);
+
 // quantized_vector.cu, quantized_matrix.cu, quantized_round.cu, dequantize.cu
 void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qdata,
                              TensorView scales, OptionalTensor zeros, OptionalTensor bias, int bits,

@@ -1,0 +1,36 @@
+"""rope and paged_append of a decode step as one launch, by csrc/cuda/rope_append.cu."""
+
+import torch
+from torch import Tensor
+
+from fastlm.cuda import extension, stream
+from fastlm.ops.attention import elements_last
+
+
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """q turned by its positions; k turned and v as it is, at their positions in the cache.
+
+    Args:
+        q: (B, S, H, D), k: (B, S, Hkv, D), v: (B, S, Hkv, Dv): one float dtype, the cache's too.
+        cos, sin: (P, R) float32, a row for each position, as `fastlm.ops.rope` takes them.
+        k_cache, v_cache, block_table, positions: as `fastlm.ops.paged_append`.
+
+    Returns q turned, (B, S, H, D).
+    """
+    q, k, v = elements_last(q, k, v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.numel():
+        extension().rope_append(
+            q, k, v, cos, sin, out, k_cache, v_cache, block_table, positions, stream(q)
+        )
+    return out
