@@ -235,8 +235,8 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim if per_head else self.kv_width, config)
 
     def fuse(self) -> None:
-        if "q_proj" in self._modules:
-            self.fused = fuse([self.q_proj, self.k_proj, self.v_proj], self.fused)
+        names = ("qkv_proj",) if "qkv_proj" in self._modules else ("q_proj", "k_proj", "v_proj")
+        self.fused = fuse([self._modules[n] for n in names], self.fused)
         self.fused_out = fuse([self.o_proj], self.fused_out)
 
     def project(self, x: Any, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,8 +304,8 @@ class MLP(nn.Module):
         self.act = config.act
 
     def fuse(self) -> None:
-        if "gate_proj" in self._modules:
-            self.fused = fuse([self.gate_proj, self.up_proj], self.fused)
+        names = ("gate_up_proj",) if "gate_up_proj" in self._modules else ("gate_proj", "up_proj")
+        self.fused = fuse([self._modules[n] for n in names], self.fused)
         self.fused_down = fuse([self.down_proj], self.fused_down)
 
     def project(self, x: Any, fused: bool) -> tuple[Tensor, Tensor]:

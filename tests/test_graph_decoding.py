@@ -90,9 +90,11 @@ def test_padded_rows(cuda):
     assert max(errors_of(model_of("mistral", cuda), starts=[0, 4, 8])) <= NEAR
 
 
-def test_norm_and_gate_round_at_once(cuda, monkeypatch):
+@pytest.mark.parametrize("case", ["llama", "phi3"])  # phi3: one projection of q, k and v
+def test_norm_and_gate_round_at_once(cuda, monkeypatch, case):
     """Bit for bit what norm, gate and rounding give one after the other."""
-    model = fastlm.quantize(model_of(tie_word_embeddings=False), "w8a8", group_size=16).to(cuda)
+    model = model_of(case, tie_word_embeddings=False)
+    model = fastlm.quantize(model, "w8a8", group_size=16).to(cuda)
     ids, *caches = prefilled(model, 2, 5, 8)
     from fastlm.cuda import glu, rms_norm
 
