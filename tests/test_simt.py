@@ -48,6 +48,7 @@ SAYS = {
     "reads_behind_the_end": ("256 bytes into 'x', which has 256",),
     "writes_before_the_start": ("4 bytes before 'y'",),
     "writes_an_input": ("'x', which is an input",),
+    "reads_an_output_once": ("load_once: of 'y', which is an output",),
     "misaligned_vector": ("misaligned: read of 16 bytes",),
     "shared_out_of_bounds": ("byte 256 of 256 dynamic",),
     "ldmatrix_of_registers": ("not an address of shared memory",),

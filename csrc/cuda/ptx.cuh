@@ -171,7 +171,7 @@ void store(T* p, V value, Site site = Site::current()) {
   *p = value;
 }
 inline uint4 load_once(const uint4* p, Site site = Site::current()) {
-  simt::check_global(p, "load_once", site);
+  simt::check_constant(p, "load_once", site);
   return load(p, site);
 }
 template <class T>

@@ -177,6 +177,13 @@ void check_global(const void* address, const char* instruction, const Site& site
     fail(std::string(instruction) + ": an address of shared memory", site);
 }
 
+void check_constant(const void* address, const char* instruction, const Site& site) {
+  check_global(address, instruction, site);
+  for (const Range& r : ranges)
+    if (r.writable && address >= r.begin && address < r.end)
+      fail(std::string(instruction) + ": of '" + r.name + "', which is an output", site);
+}
+
 // [guard][static variables][guard][dynamic, at the end of its room][guard]
 Shared::Shared() {
   const size_t dynamic_room = (kMostDynamic + 2 * kPage - 1) / kPage * kPage;

@@ -48,6 +48,8 @@ void check(const void* address, size_t size, size_t alignment, Access access, co
 
 // Refuses an address of shared memory, for instructions that take global ones alone.
 void check_global(const void* address, const char* instruction, const Site& site);
+// And of an output: what a kernel may write does not go through the read-only cache.
+void check_constant(const void* address, const char* instruction, const Site& site);
 
 // The tensors that kernels may touch, until `forget`. `name` must stay.
 void know(const void* begin, size_t bytes, const char* name, bool writable);

@@ -301,6 +301,14 @@ __global__ void writes_an_input(const float* x, float* y, int) {
 }
 
 template <bool BUG>
+__global__ void reads_an_output_once(const float* x, float* y, int) {
+  const int t = threadIdx.x;
+  if (t >= 8) return;
+  const uint4 v = load_once(reinterpret_cast<const uint4*>(BUG ? y : x) + t);
+  store(y + 32 + t, __uint_as_float(v.x));
+}
+
+template <bool BUG>
 __global__ void misaligned_vector(const float* x, float* y, int) {
   const int t = threadIdx.x;
   if (t >= 8) return;
@@ -462,6 +470,7 @@ const Case cases[] = {
     CASE(reads_behind_the_end),
     CASE(writes_before_the_start),
     CASE(writes_an_input),
+    CASE(reads_an_output_once),
     CASE(misaligned_vector),
     CASE(shared_out_of_bounds),
     CASE(ldmatrix_of_registers),
