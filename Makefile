@@ -65,8 +65,9 @@ bench: .venv/ready  ## all benchmarks against their peers; writes bench/results/
 fuzz: .venv/ready  ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7
 	$(BIN)/python -P tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0)
 
-sanitize: .venv/ready  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitizer builds, the CUDA kernels on ThreadSanitizer too
+sanitize: .venv/ready  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitizer builds, the CUDA kernels on ThreadSanitizer too and in 20 orders
 	sh tests/sanitize.sh
+	FASTLM_SIMT_SEEDS=20 $(BIN)/pytest -q -m 'not slow' $(filter-out %_gate.py,$(wildcard tests/test_cuda_*.py))
 	sh tests/sanitize_simt.sh address
 	sh tests/sanitize_simt.sh thread
 

@@ -7,11 +7,16 @@ import os
 import re
 import subprocess
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import kernel_build
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from fastlm import backend, ops
+
+SOURCE = kernel_build.ROOT / "tests/simt/planted.cu"
 SEEDS = 20
 
 # what the fault of each planted bug must say, at the least
@@ -24,6 +29,10 @@ SAYS = {
     "sum_without_atomics": ("race",),
     "reads_what_nobody_wrote": ("nobody has written",),
     "named_barrier_of_too_few": ("race", "nobody has written"),
+    "syncwarp_of_others": ("race", "nobody has written"),
+    "writes_half_words": ("race",),
+    "many_have_read": ("race",),
+    "many_have_added": ("race",),
     "no_wait": ("cp.async",),
     "waits_for_too_few": ("cp.async",),
     "copies_into_what_is_read": ("cp.async", "race"),
@@ -33,50 +42,33 @@ SAYS = {
     "shuffle_from_outside_the_mask": ("not in its mask",),
     "half_a_warp_multiplies": ("of its mask is in", "deadlock"),
     "barrier_that_one_warp_skips": ("deadlock",),
+    "barrier_of_half_warps": ("barrier of a part of a warp",),
+    "barrier_of_no_whole_warps": ("48 threads: wanted whole warps",),
+    "barrier_that_is_not_there": ("no barrier 16", "wanted 1 to 15"),
     "reads_behind_the_end": ("256 bytes into 'x', which has 256",),
     "writes_before_the_start": ("4 bytes before 'y'",),
     "writes_an_input": ("'x', which is an input",),
+    "reads_an_output_once": ("load_once: of 'y', which is an output",),
     "misaligned_vector": ("misaligned: read of 16 bytes",),
     "shared_out_of_bounds": ("byte 256 of 256 dynamic",),
     "ldmatrix_of_registers": ("not an address of shared memory",),
+    "runs_into_the_next_array": ("out of bounds: 4 bytes",),
+    "vector_of_a_shared_array": ("misaligned: read of 16 bytes",),
+    "copies_from_shared": ("cp.async from: an address of shared memory",),
+    "stores_global_to_shared": ("store_global: an address of shared memory",),
+    "too_much_shared": ("49152 bytes of static shared memory beside 256",),
     "two_warps_write_one_word": ("race: thread",),
     "two_blocks_write_one_word": ("race: thread",),
     "sums_of_blocks": ("race: thread",),
+    "sums_without_a_fence": ("race: thread",),
+    "sums_without_a_fence_behind": ("race: thread",),
+    "sums_without_a_barrier": ("race: thread",),
 }
-
-
-def cuda_home() -> Path:
-    """As setup.py finds it."""
-    text = (ROOT / "setup.py").read_text()
-    start, end = text.index("def cuda_home"), text.index("def kernel_command")
-    names: dict = {}
-    head = "import os, shutil, sysconfig\nfrom pathlib import Path\n"
-    exec(head + text[start:end], names)
-    home = names["cuda_home"]()
-    assert home, "the CUDA headers are wanted (docs/simt.md)"
-    return home
-
-
-def build(folder: Path, *options: str, core: tuple[str, ...] = ()) -> Path:
-    """planted.cu with the emulator; `core`: the emulator's own options, where they differ."""
-    common = ["g++", "-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-fopenmp"]
-    common += [f"-I{ROOT / 'csrc'}", "-isystem", str(cuda_home() / "include")]
-    sources = [str(p) for p in sorted((ROOT / "csrc/simt").glob("*.cpp"))]
-    objects = []
-    for source in sources:
-        objects.append(str(folder / f"{Path(source).stem}.o"))
-        subprocess.run([*common, *(core or options), "-c", source, "-o", objects[-1]], check=True)
-    program = folder / "planted"
-    kernels = ["-x", "c++", str(ROOT / "tests/simt/planted.cu"), "-x", "none"]
-    subprocess.run(
-        [*common, *options, "-Wno-unknown-pragmas", *kernels, *objects, "-o", program], check=True
-    )
-    return program
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("planted"))
+    return kernel_build.by_gcc(SOURCE, tmp_path_factory.mktemp("planted"))
 
 
 def run(program: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -132,7 +124,8 @@ def test_counts_bank_conflicts_and_sectors(planted):
 
 @pytest.mark.slow
 def test_clean_under_address_and_undefined_sanitizers(tmp_path):
-    program = build(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    options = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    program = kernel_build.by_gcc(SOURCE, tmp_path, *options)
     # a thread that is left where it stands keeps its strings
     options = "detect_leaks=0:detect_stack_use_after_return=0"
     result = run(program, "both", 2, ASAN_OPTIONS=options)
@@ -142,7 +135,7 @@ def test_clean_under_address_and_undefined_sanitizers(tmp_path):
 
 @pytest.mark.slow
 def test_clean_under_thread_sanitizer(tmp_path):
-    program = build(tmp_path, "-fsanitize=thread", core=("-DSIMT_TSAN",))
+    program = kernel_build.by_gcc(SOURCE, tmp_path, "-fsanitize=thread", core=("-DSIMT_TSAN",))
     result = run(program, "mended", 2, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert len(faults(result.stdout)) == len(SAYS)
@@ -152,3 +145,18 @@ def test_clean_under_thread_sanitizer(tmp_path):
 
 def test_the_extension_is_built():
     assert importlib.util.find_spec("fastlm._simt"), "make setup builds it (FASTLM_SIMT=1)"
+
+
+def test_two_threads_of_python_launch_at_once():
+    """One runs after the other: the emulator knows one set of tensors."""
+    x, weight = torch.randn(64, 256), torch.randn(256)
+
+    def launch(rows: int) -> None:
+        for _ in range(50):
+            assert torch.equal(ops.rms_norm(x[:rows], weight), wanted[:rows])
+
+    with backend.use_backend("simt"):
+        wanted = ops.rms_norm(x, weight)
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(launch, rows) for rows in (64, 32)]:
+                done.result()

@@ -7,6 +7,8 @@
 #include "tensor_caster.h"
 
 #if defined(FASTLM_SIMT)
+#include <mutex>
+
 #include "simt/count.h"
 #endif
 
@@ -17,10 +19,13 @@ using namespace fastlm;
 namespace {
 
 #if defined(FASTLM_SIMT)
-struct ForgetTensors {  // of the last call
-  ForgetTensors() { simt::forget(); }
+struct OneCall {  // at a time: the emulator has one list of tensors
+  OneCall() { simt::forget(); }
+  static std::mutex mutex;
+  std::lock_guard<std::mutex> lock{mutex};
 };
-using Guard = py::call_guard<py::gil_scoped_release, ForgetTensors>;
+std::mutex OneCall::mutex;
+using Guard = py::call_guard<py::gil_scoped_release, OneCall>;
 
 void emulator(py::module_& m) {
   py::register_exception<simt::Fault>(m, "Fault", PyExc_RuntimeError);

@@ -189,7 +189,9 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
 template <class T, class C>
 __global__ void __launch_bounds__(kCombineThreads) paged_combine_kernel(Problem<T, C> p) {
   constexpr int kWarpsOf = kCombineThreads / 32;
-  SHARED(float, part, kWarpsOf* kWidest);
+  SHARED(float4, parts,
+         kWarpsOf * kWidest / 4);  // of each warp; an array of float may begin anywhere
+  float* const part = reinterpret_cast<float*>(parts);
   const int first = blockIdx.x, r = blockIdx.y, rows = gridDim.y;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int4 unit = load(p.record + first);

@@ -25,7 +25,8 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 #ifdef __CUDACC__
 
 #define DEVICE __device__ __forceinline__
-// N values of T that the threads of a block share; every element is read and written by load, store
+// N values of T that the threads of a block share, aligned as T is and no better; every element is
+// read and written by load, store
 #define SHARED(T, name, N) __shared__ T name[N]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
@@ -169,13 +170,18 @@ void store(T* p, V value, Site site = Site::current()) {
   simt::check(p, sizeof(T), alignof(T), simt::Access::write, site);
   *p = value;
 }
-inline uint4 load_once(const uint4* p, Site site = Site::current()) { return load(p, site); }
+inline uint4 load_once(const uint4* p, Site site = Site::current()) {
+  simt::check_constant(p, "load_once", site);
+  return load(p, site);
+}
 template <class T>
-T* global(T* p) {
+T* global(T* p, Site site = Site::current()) {
+  simt::check_global(p, "global", site);
   return p;
 }
 template <class V>
 void store_global(V* p, const V& value, Site site = Site::current()) {
+  simt::check_global(p, "store_global", site);
   store(p, value, site);
 }
 
@@ -191,6 +197,7 @@ void cp_async_wait(Site site = Site::current()) {
 }
 
 inline void named_barrier(int number, int threads, Site site = Site::current()) {
+  if (number < 1 || threads < 1) simt::fail("named_barrier: wanted 1 to 15, threads", site);
   simt::barrier(number, threads, site);
 }
 

@@ -9,7 +9,8 @@ void start_copy(const Copy& copy, const Site& site) {
   if (copy.valid > copy.bytes) fail("cp.async: more valid bytes than it copies", site);
   Shared& shared = *self->block->shared;
   if (!shared.contains(copy.to)) fail("cp.async: the destination is not in shared memory", site);
-  if (reinterpret_cast<uintptr_t>(copy.from) % copy.bytes && copy.valid)
+  check_global(copy.from, "cp.async from", site);
+  if (reinterpret_cast<uintptr_t>(copy.from) % copy.bytes)
     fail("cp.async: misaligned source", site);
   if (copy.valid) check(copy.from, copy.valid, 1, Access::read, site);
   check(copy.to, copy.bytes, copy.bytes, Access::write, site);

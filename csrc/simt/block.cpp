@@ -42,6 +42,10 @@ std::string text(const Site& site) {
   return std::string(file) + ":" + std::to_string(site.line());
 }
 
+bool same(const Site& a, const Site& b) {
+  return a.line() == b.line() && a.column() == b.column() && !strcmp(a.file_name(), b.file_name());
+}
+
 void go(Thread* to, bool ends = false) {
   Thread* from = self;
   self = to;
@@ -71,23 +75,25 @@ void next(bool ends = false) {
   if (thread != self) go(thread, ends);
 }
 
-// What every warp with a thread among these did before comes before what they do from now on.
-void join_clocks(const std::vector<Thread*>& threads) {
-  Block& block = scheduler->block;
-  std::vector<uint32_t> joined(block.warps.size(), 0);
-  for (Thread* t : threads)
-    for (size_t w = 0; w < joined.size(); ++w) joined[w] = std::max(joined[w], t->warp->clocks[w]);
-  for (Thread* t : threads) {
-    auto& clocks = t->warp->clocks;
-    const size_t own = t->warp - block.warps.data();
-    if (clocks[own] > joined[own]) continue;  // another lane of it was here
-    clocks = joined;
-    ++clocks[own];
+// On a GPU a warp comes to a barrier as one: bar.sync counts it as 32 threads.
+void want_whole_warps(const Barrier& barrier) {
+  for (const Warp& warp : scheduler->block.warps) {
+    const Thread *in = nullptr, *out = nullptr;  // lanes that are in it, at one place, or are not
+    for (uint32_t lanes = warp.live; lanes; lanes &= lanes - 1) {
+      const Thread* t = warp.thread[__builtin_ctz(lanes)];
+      const bool here = t->waits_at == &barrier && (!in || same(in->site, t->site));
+      (here ? in : out) = t;
+    }
+    if (in && out)
+      fail("barrier of a part of a warp: thread " + std::to_string(out->number) + " is not in it",
+           in->site);
   }
 }
 
 void open(Barrier& barrier) {
-  join_clocks(barrier.waiting);
+  want_whole_warps(barrier);
+  for (Thread* t : barrier.waiting) t->waits_at = nullptr;
+  join_at_barrier(barrier.waiting);
   acquire(&barrier);
   for (Thread* t : barrier.waiting) {
     release(t);
@@ -156,8 +162,7 @@ void run_block(Scheduler& s, const Launch& launch, uint64_t number) {
                  static_cast<unsigned>(number / grid.x % grid.y),
                  static_cast<unsigned>(number / grid.x / grid.y)};
   block.number = static_cast<uint32_t>(number);
-  block.epoch = 1;
-  block.sees.clear();
+  block.acquired.clear();
   block.dim = dim;
   block.grid = grid;
   block.live = threads;
@@ -184,8 +189,12 @@ void run_block(Scheduler& s, const Launch& launch, uint64_t number) {
     t.block = &block;
     t.warp = &block.warps[i / 32];
     t.done = false;
+    t.waits_at = nullptr;
     t.open.clear();
     t.groups.clear();
+    t.fences = 0;
+    t.read.clear();
+    t.released.clear();
     t.warp->thread[t.lane] = &t;
     t.warp->live |= 1u << t.lane;
     prepare(t.fiber, thread_main);
@@ -225,7 +234,10 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   const auto refuse = [&](const std::string& what) {
     throw Fault(what + " [kernel " + launch.name + "]");
   };
-  if (threads < 1 || threads > 1024) refuse(std::to_string(threads) + " threads a block");
+  if (launch.block.x > 1024 || launch.block.y > 1024 || launch.block.z > 64 || threads < 1 ||
+      threads > 1024)
+    refuse(std::to_string(launch.block.x) + " x " + std::to_string(launch.block.y) + " x " +
+           std::to_string(launch.block.z) + " threads a block");
   if (launch.grid.y > 65535 || launch.grid.z > 65535 || launch.grid.x > 2147483647u)
     refuse("grid over the limit of an axis");
   if (launch.shared > kMostDynamic)
@@ -302,15 +314,19 @@ void maybe_yield() {
 void barrier(int number, int expected, const Site& site) {
   const Quiet quiet;
   Thread* t = self;
+  if (number < 0 || number > 15) fail("there is no barrier " + std::to_string(number), site);
+  if (expected % 32 || expected < 0)
+    fail("barrier of " + std::to_string(expected) + " threads: wanted whole warps", site);
   Barrier& b = scheduler->block.barriers[number];
   t->waits_in = number ? "a named barrier" : "__syncthreads";
+  t->waits_at = &b;
   t->site = site;
   if (!b.waiting.empty()) {
     if (b.expected != expected)
       fail("barrier " + std::to_string(number) + " of " + std::to_string(expected) +
                " threads, of others " + std::to_string(b.expected),
            site);
-    if (number == 0 && (b.site.line() != site.line() || b.site.column() != site.column()))
+    if (number == 0 && !same(b.site, site))
       fail("divergent __syncthreads: others wait at " + text(b.site), site);
   }
   b.site = site;
@@ -336,13 +352,14 @@ void collective(uint32_t mask, const char* name, void* argument, Operation opera
   w.waiting |= 1u << lane;
   w.mask[lane] = mask;
   w.argument[lane] = argument;
-  w.operation[lane] = name;
-  w.line[lane] = site.line();
+  w.operation[lane] = operation;
   for (uint32_t others = mask & w.waiting; others; others &= others - 1) {
     const int o = __builtin_ctz(others);
-    if (w.mask[o] != mask || strcmp(w.operation[o], name) || w.line[o] != site.line())
+    const Thread& other = *w.thread[o];
+    if (w.mask[o] != mask || w.operation[o] != operation || !same(other.site, site))
       fail(std::string(name) + ": lane " + std::to_string(o) + " of its mask is in " +
-               w.operation[o] + " of line " + std::to_string(w.line[o]),
+               other.waits_in + " at " + text(other.site) +
+               (w.mask[o] != mask ? ", with another mask" : ""),
            site);
   }
   release(&w);

@@ -15,10 +15,11 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "simt/fiber.h"
+#include "simt/order.h"
 
 namespace simt {
 
@@ -40,11 +41,15 @@ struct Options {
 Options& options();
 
 struct Thread;
+struct Barrier;
 struct Block;
 struct Shared;
 struct Counts;
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// What the last lane to come to a collective does, on the arguments of all 32.
+using Operation = void (*)(void** arguments, uint32_t mask, const Site& site);
 
 struct Warp {
   uint32_t live = 0;     // lanes that have not returned
@@ -52,12 +57,12 @@ struct Warp {
   Thread* thread[32] = {};
   uint32_t mask[32];
   void* argument[32];
-  const char* operation[32];
-  unsigned line[32];
-  // What orders accesses to shared memory (memory.h). clocks[v]: what happened in warp v up to then
-  // came before what this warp does now; its own counts barriers. `syncs` counts __syncwarp.
+  Operation operation[32];
+  // What orders accesses (order.h). clocks[v]: what happened in warp v up to then came before what
+  // this warp does now; its own counts barriers. seen[l][m]: so many __syncwarps of lane m came
+  // before what lane l does now; seen[l][l] counts its own.
   std::vector<uint32_t> clocks;
-  uint32_t syncs = 0;
+  uint32_t seen[32][32] = {};
 };
 
 struct Copy {  // cp.async
@@ -74,9 +79,12 @@ struct Thread {
   Warp* warp = nullptr;
   bool done = true;
   const char* waits_in = nullptr;  // what for, and where: for the report of a deadlock
+  Barrier* waits_at = nullptr;
   Site site;
   std::vector<Copy> open;                // copies since the last commit
   std::deque<std::vector<Copy>> groups;  // committed, not waited for
+  uint16_t fences = 0;
+  Views read, released;  // met at atomics since its last fence; had at that fence
   Fiber fiber;
 };
 
@@ -86,8 +94,6 @@ struct Barrier {
   int expected = 0;
 };
 
-using Views = std::unordered_map<uint32_t, uint32_t>;  // up to which epoch, by block
-
 struct Block {
   uint3 index{};
   uint32_t number = 0;
@@ -95,9 +101,8 @@ struct Block {
   int live = 0;  // threads that have not returned
   std::vector<Warp> warps;
   Barrier barriers[16];
-  uint32_t epoch =
-      1;  // counts its atomics; of other blocks it `sees` what came before those epochs
-  Views sees;
+  // what threads of other blocks had done, and at which fence of this block's threads it was known
+  std::vector<std::pair<std::shared_ptr<const View>, Moment>> acquired;
   Shared* shared = nullptr;
   Counts* counts = nullptr;
 };
@@ -124,11 +129,10 @@ uint32_t random_number();  // the block's
 void yield();              // lets another thread run
 void maybe_yield();        // at a checked access
 
-// All of `expected` threads (0: those of the block that have not returned) wait for each other.
+// So many threads wait for each other, whole warps; 0: those of the block that have not returned.
 void barrier(int number, int expected, const Site& site);
 
-// Lanes of `mask` meet; the last to come runs `operation` on the arguments of all 32 lanes.
-using Operation = void (*)(void** arguments, uint32_t mask, const Site& site);
+// Lanes of `mask` meet; the last to come runs `operation`.
 void collective(uint32_t mask, const char* name, void* argument, Operation operation,
                 const Site& site);
 

@@ -3,9 +3,11 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <unordered_map>
 
@@ -25,7 +27,8 @@ namespace simt {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kGap = 64;    // between shared variables, for AddressSanitizer
+constexpr size_t kStaticRoom = 2 * kMostStatic;  // with what alignment and gaps take
+constexpr size_t kGap = 64;    // between shared variables: who runs over the end of one is seen
 constexpr int kPoison = 0xff;  // NaN as float32, bfloat16 and float16; -1 as an integer
 
 struct Range {
@@ -34,8 +37,8 @@ struct Range {
   bool writable;
 };
 std::vector<Range> ranges;
-std::unordered_map<uintptr_t, Word> global_words;  // by address / 4
-std::unordered_map<const void*, Views> meeting_places;
+// The shadow of global memory, by address / 1 KiB
+std::unordered_map<uintptr_t, std::unique_ptr<std::array<Word, 256>>> global_words;
 
 std::string hex(const void* p) {
   char buffer[32];
@@ -57,39 +60,33 @@ void each_word(uintptr_t offset, uintptr_t bytes, F&& f) {
   }
 }
 
-// What a Stamp's access did comes before what the running thread does now.
-bool ordered(const Stamp& before) {
-  const Block& block = *self->block;
-  if (before.block != block.number) {
-    const auto seen = block.sees.find(before.block);
-    return seen != block.sees.end() && seen->second > before.epoch;
-  }
-  if (before.thread == self->number) return true;
-  const Warp& warp = *self->warp;
-  const int its_warp = before.thread / 32, own = self->number / 32;
-  if (its_warp == own) return before.syncs < warp.syncs || before.clock < warp.clocks[own];
-  return warp.clocks[its_warp] >= before.clock;
-}
+Access access_of(const Stamp& s) { return static_cast<Access>(s.access); }
 
-void refuse_race(const Stamp& before, bool wrote, const void* p, const Site& site) {
+void refuse_race(const Stamp& before, const void* p, const Site& site) {
   const Shared& shared = *self->block->shared;
   std::string who = "race: thread " + std::to_string(before.thread);
   if (before.block != self->block->number) who += " of block " + std::to_string(before.block);
-  fail(who + (wrote ? " wrote" : " read") + " these bytes, and nothing orders the two (" +
+  fail(who + (access_of(before) == Access::read ? " read" : " wrote") +
+           " these bytes, and nothing orders the two (" +
            (shared.contains(p) ? shared.place(p) : hex(p)) + ")",
        site);
 }
 
-void check_global(const void* address, size_t size, Access access, const Site& site) {
+void access_global(const void* address, size_t size, Access access, const Site& site) {
   const char* p = static_cast<const char*>(address);
-  const Range* nearest = nullptr;
+  const Range *nearest = nullptr, *input = nullptr;
   for (const Range& r : ranges) {
     if (p >= r.begin && p + size <= r.end) {
-      if (access != Access::read && !r.writable)
-        fail(std::string(verb(access)) + " of '" + r.name + "', which is an input", site);
+      if (access != Access::read && !r.writable) {  // the same memory may be an output, too
+        input = &r;
+        continue;
+      }
       if (options().races)
-        each_word(reinterpret_cast<uintptr_t>(p), size,
-                  [&](uintptr_t w, uint8_t mask) { global_words[w].touch(mask, access, p, site); });
+        each_word(reinterpret_cast<uintptr_t>(p), size, [&](uintptr_t w, uint8_t mask) {
+          auto& page = global_words[w / 256];
+          if (!page) page = std::make_unique<std::array<Word, 256>>();
+          (*page)[w % 256].touch(mask, access, p, site);
+        });
       return;
     }
     const auto distance = [&](const Range& x) {
@@ -97,6 +94,7 @@ void check_global(const void* address, size_t size, Access access, const Site& s
     };
     if (!nearest || distance(r) < distance(*nearest)) nearest = &r;
   }
+  if (input) fail(std::string(verb(access)) + " of '" + input->name + "', which is an input", site);
   std::string where = "of no tensor";
   if (nearest && p < nearest->begin)
     where = std::to_string(nearest->begin - p) + " bytes before '" + nearest->name + "'";
@@ -110,55 +108,44 @@ void check_global(const void* address, size_t size, Access access, const Site& s
 
 }  // namespace
 
+// A free stamp, or one that can be spared: of two of one warp one is enough, as long as there is
+// another warp's.
+Stamp& Word::room(const Stamp& wanted) {
+  for (Stamp& s : stamps)
+    if (!s.bytes) return s;
+  const auto alike = [](const Stamp& a, const Stamp& b) {
+    return a.access == b.access && a.bytes == b.bytes;
+  };
+  for (Stamp& s : stamps)
+    for (const Stamp& other : stamps)
+      if (&s < &other && alike(s, wanted) && alike(other, wanted) && s.block == other.block &&
+          s.thread / 32 == other.thread / 32)
+        return s;
+  for (Stamp& s : stamps)
+    if (alike(s, wanted)) return s;
+  return stamps[random_number() % std::size(stamps)];
+}
+
 void Word::touch(uint8_t bytes, Access access, const void* p, const Site& site) {
-  const bool atomic = access == Access::atomic;
-  if (writer.bytes & bytes && !(atomic && writer.atomic) && !ordered(writer))
-    refuse_race(writer, true, p, site);
-  const Warp& warp = *self->warp;
-  const Stamp now{self->block->number,
-                  static_cast<uint16_t>(self->number),
-                  bytes,
-                  atomic,
-                  warp.clocks[self->number / 32],
-                  warp.syncs,
-                  self->block->epoch};
-  if (access == Access::read) {
-    // two readers are remembered: an ordered one makes room first, then any
-    for (Stamp& reader : readers)
-      if (!reader.bytes || (ordered(reader) && (reader.bytes & ~bytes) == 0)) {
-        reader = now;
-        return;
-      }
-    readers[random_number() & 1] = now;
-    return;
-  }
-  for (Stamp& reader : readers)
-    if (reader.bytes & bytes) {
-      if (!ordered(reader)) refuse_race(reader, false, p, site);
-      reader.bytes &= ~bytes;
+  for (Stamp& s : stamps) {
+    if (!(s.bytes & bytes)) continue;
+    const Access before = access_of(s);
+    if (ordered(s)) {  // what comes after this access comes after that one, too
+      if (access != Access::read || before == Access::read) s.bytes &= ~bytes;
+    } else if (before != access || access == Access::write) {
+      refuse_race(s, p, site);
     }
-  writer = now;
-  written |= bytes;
+  }
+  Stamp stamp = now();
+  stamp.bytes = bytes;
+  stamp.access = static_cast<uint16_t>(access);
+  room(stamp) = stamp;
+  if (access != Access::read) written |= bytes;
 }
 
 void begin_races() {
   global_words.clear();
-  meeting_places.clear();
-}
-
-void meet_blocks(const void* address) {
-  if (!options().races) return;
-  Block& block = *self->block;
-  Views& place = meeting_places[address];
-  for (const auto& [number, epoch] : place) {
-    uint32_t& seen = block.sees[number];
-    seen = std::max(seen, epoch);
-  }
-  block.sees[block.number] = ++block.epoch;
-  for (const auto& [number, epoch] : block.sees) {
-    uint32_t& seen = place[number];
-    seen = std::max(seen, epoch);
-  }
+  begin_order();
 }
 
 void know(const void* begin, size_t bytes, const char* name, bool writable) {
@@ -181,29 +168,42 @@ void check(const void* address, size_t size, size_t alignment, Access access, co
   if (is_shared)
     shared.access(address, size, access, site);
   else
-    check_global(address, size, access, site);
+    access_global(address, size, access, site);
   if (options().count) self->block->counts->note(address, size, access, is_shared, site);
+}
+
+void check_global(const void* address, const char* instruction, const Site& site) {
+  if (self->block->shared->contains(address))
+    fail(std::string(instruction) + ": an address of shared memory", site);
+}
+
+void check_constant(const void* address, const char* instruction, const Site& site) {
+  check_global(address, instruction, site);
+  for (const Range& r : ranges)
+    if (r.writable && address >= r.begin && address < r.end)
+      fail(std::string(instruction) + ": of '" + r.name + "', which is an output", site);
 }
 
 // [guard][static variables][guard][dynamic, at the end of its room][guard]
 Shared::Shared() {
   const size_t dynamic_room = (kMostDynamic + 2 * kPage - 1) / kPage * kPage;
-  size = kPage + kMostStatic + kPage + dynamic_room + kPage;
+  size = kPage + kStaticRoom + kPage + dynamic_room + kPage;
   void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   base = static_cast<unsigned char*>(p);
   mprotect(base, kPage, PROT_NONE);
-  mprotect(base + kPage + kMostStatic, kPage, PROT_NONE);
+  mprotect(base + kPage + kStaticRoom, kPage, PROT_NONE);
   mprotect(base + size - kPage, kPage, PROT_NONE);
 }
 
 Shared::~Shared() { munmap(base, size); }
 
 void Shared::begin(size_t bytes) {
-  SIMT_UNPOISON(base + kPage, kMostStatic);
+  SIMT_UNPOISON(base + kPage, kStaticRoom);
   std::memset(base + kPage, kPoison, used);
-  used = 0;
-  SIMT_POISON(base + kPage, kMostStatic);
+  used = static_bytes = 0;
+  variables.clear();
+  SIMT_POISON(base + kPage, kStaticRoom);
   std::fill(slots.begin(), slots.end(), nullptr);
   // as much as a shared address must be aligned for any instruction
   dynamic = base + size - kPage - (bytes + 127) / 128 * 128;
@@ -219,16 +219,19 @@ void* Shared::variable(size_t id, size_t bytes, size_t alignment, const Site& si
   const Quiet quiet;
   if (slots.size() <= id) slots.resize(id + 1);
   if (!slots[id]) {
-    alignment = std::max<size_t>(alignment, 16);
     used = (used + alignment - 1) / alignment * alignment;
-    if (used + bytes > kMostStatic) fail("over 48 KiB of static shared memory", site);
+    if (used % (2 * alignment) == 0) used += alignment;  // not better aligned than was asked for
+    static_bytes += bytes;
+    if (static_bytes + dynamic_bytes >
+        (dynamic_bytes > kDynamicUnasked ? kMostDynamic : kMostStatic))
+      fail(std::to_string(static_bytes) + " bytes of static shared memory beside " +
+               std::to_string(dynamic_bytes) + " of dynamic",
+           site);
     slots[id] = base + kPage + used;
+    variables.push_back({base + kPage + used, base + kPage + used + bytes});
     SIMT_UNPOISON(slots[id], bytes);
     std::memset(slots[id], kPoison, bytes);
-    used += bytes;
-#if defined(__SANITIZE_ADDRESS__)
-    used += kGap;
-#endif
+    used += bytes + kGap;
   }
   return slots[id];
 }
@@ -240,26 +243,26 @@ size_t new_variable() {
 
 std::string Shared::place(const void* p) const {
   const auto* c = static_cast<const unsigned char*>(p);
-  const unsigned char* variables = base + kPage;
-  if (c >= variables + kMostStatic)
+  const unsigned char* first = base + kPage;
+  if (c >= first + kStaticRoom)
     return "byte " + std::to_string(c - dynamic) + " of " + std::to_string(dynamic_bytes) +
            " dynamic ones of shared memory";
-  return "byte " + std::to_string(c - variables) + " of " + std::to_string(used) +
+  return "byte " + std::to_string(c - first) + " of " + std::to_string(used) +
          " static ones of shared memory";
 }
 
 void Shared::inside(const void* p, size_t bytes, const Site& site) const {
   const auto* c = static_cast<const unsigned char*>(p);
-  const unsigned char* variables = base + kPage;
-  if (c >= variables && c + bytes <= variables + used) return;
+  for (const auto& [begin, end] : variables)
+    if (c >= begin && c + bytes <= end) return;
   if (c >= dynamic && c + bytes <= dynamic + dynamic_bytes) return;
   fail("out of bounds: " + std::to_string(bytes) + " bytes at " + place(p), site);
 }
 
 Word& Shared::word(size_t offset) {
   const size_t of_static = offset - kPage, of_dynamic = offset - this->offset(dynamic);
-  auto& words = of_static < kMostStatic ? static_words : dynamic_words;
-  const size_t number = (of_static < kMostStatic ? of_static : of_dynamic) / 4;
+  auto& words = of_static < kStaticRoom ? static_words : dynamic_words;
+  const size_t number = (of_static < kStaticRoom ? of_static : of_dynamic) / 4;
   if (words.size() <= number) words.resize(number + 1);
   return words[number];
 }

@@ -3,14 +3,7 @@
 // An access by load, store, an atomic, ldmatrix or cp.async must lie inside a tensor that the host
 // code named with `know`, or inside the block's shared memory, which is poisoned when the block
 // begins and must be written before it is read. Every 4 bytes have a shadow word that says who
-// wrote and who read last. Two accesses by two threads one of which writes must be ordered:
-//
-// - lanes of one warp: by a barrier or __syncwarp (a shuffle, a vote or a matrix instruction orders
-//   nothing);
-// - warps of one block: by barriers;
-// - blocks, in global memory: by atomics on one address, before which the one has written and after
-//   which the other reads (that a fence and a barrier stand beside them is not checked).
-//
+// wrote and read them. Two accesses by two threads one of which writes must be ordered (order.h).
 // This finds a race whatever order the threads ran in. Global memory is followed where
 // Options::races says so: blocks run one at a time then. What a kernel reads and writes past these
 // functions (`p[i]`) is seen by the sanitizers and by the poison alone.
@@ -19,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "simt/block.h"
@@ -26,28 +20,36 @@
 namespace simt {
 
 constexpr size_t kMostStatic = 48 << 10;
-constexpr size_t kMostDynamic = 227 << 10;
+constexpr size_t kMostDynamic = 227 << 10;    // static ones count towards both
+constexpr size_t kDynamicUnasked = 32 << 10;  // beyond it cuda/launch.h asks for kMostDynamic
 
-enum class Access { read, write, atomic };
+enum class Access : uint16_t { read, write, atomic };
 
-struct Stamp {  // who and when; of which of the 4 bytes
-  uint32_t block = 0;
-  uint16_t thread = 0;
-  uint8_t bytes = 0;  // a bit each; 0: nobody
-  bool atomic = false;
-  uint32_t clock = 0, syncs = 0, epoch = 0;
-};
+// Who did what and when, to which of the 4 bytes (a bit each; none: nobody).
+using Stamp = Moment;
 
-struct Word {  // the shadow of 4 bytes
-  Stamp writer, readers[2];
+// The shadow of 4 bytes. It has room for who wrote each half, and two readers: of any number of
+// readers (or of atomics) two of different warps, or of different lanes, are enough, since a later
+// write that is ordered after both is ordered after all. Of many readers of smaller pieces some are
+// forgotten.
+struct Word {
+  Stamp stamps[4];
   uint8_t written = 0, in_flight = 0;  // a bit a byte
 
   void touch(uint8_t bytes, Access access, const void* p, const Site& site);
+
+ private:
+  Stamp& room(const Stamp& wanted);
 };
 
 // Refuses an access that is misaligned, out of bounds, of shared memory that nobody has written, or
 // not ordered after another thread's; counts it.
 void check(const void* address, size_t size, size_t alignment, Access access, const Site& site);
+
+// Refuses an address of shared memory, for instructions that take global ones alone.
+void check_global(const void* address, const char* instruction, const Site& site);
+// And of an output: what a kernel may write does not go through the read-only cache.
+void check_constant(const void* address, const char* instruction, const Site& site);
 
 // The tensors that kernels may touch, until `forget`. `name` must stay.
 void know(const void* begin, size_t bytes, const char* name, bool writable);
@@ -78,14 +80,13 @@ struct Shared {
   Word& word(size_t offset);
 
   unsigned char* base;
-  size_t size, used = 0, dynamic_bytes = 0;
+  size_t size, used = 0, static_bytes = 0, dynamic_bytes = 0;
   std::vector<void*> slots;
+  std::vector<std::pair<unsigned char*, unsigned char*>> variables;  // begin, end
   std::vector<Word> static_words, dynamic_words;
 };
 
 void begin_races();  // of a launch: nobody has touched global memory
-// The running block's atomic at this address: it sees what blocks did before theirs.
-void meet_blocks(const void* address);
 
 size_t new_variable();  // ids of shared variables
 

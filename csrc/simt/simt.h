@@ -8,6 +8,7 @@
 //
 //   fiber     a stack, and switching to another
 //   block     threads, barriers, warp collectives, the scheduler
+//   order     what comes before what
 //   memory    what an access may touch, races in shared memory
 //   warp      shuffles, votes, ldmatrix, mma
 //   async     cp.async

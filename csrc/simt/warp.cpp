@@ -28,7 +28,10 @@ int value(int8_t x) { return x; }
 template <class E, class D>
 void multiply(void** arguments, uint32_t, const Site&) {
   constexpr int kPer = 4 / sizeof(E), kDepth = 8 * kPer;  // elements of a register, of a row of a
-  D a[16][kDepth], b[kDepth][8], c[16][8];
+  // sums of int8 wrap around, as without .satfinite
+  using Sum = std::conditional_t<std::is_same_v<D, int>, uint32_t, D>;
+  D a[16][kDepth], b[kDepth][8];
+  Sum c[16][8];
   const auto at = [&](int lane) { return static_cast<Tiles<D>*>(arguments[lane]); };
   for (int lane = 0; lane < 32; ++lane) {
     const int row = lane / 4, column = lane % 4 * kPer;
@@ -46,10 +49,13 @@ void multiply(void** arguments, uint32_t, const Site&) {
   for (int m = 0; m < 16; ++m) {
     for (int n = 0; n < 8; ++n) c[m][n] = 0;
     for (int k = 0; k < kDepth; ++k)
-      for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+      for (int n = 0; n < 8; ++n) c[m][n] += static_cast<Sum>(a[m][k] * b[k][n]);
   }
   for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i) at(lane)->d[i] += c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    for (int i = 0; i < 4; ++i) {
+      D& d = at(lane)->d[i];
+      d = static_cast<D>(static_cast<Sum>(d) + c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+    }
 }
 
 template <class E, class D>
@@ -76,12 +82,10 @@ uint32_t ballot(uint32_t mask, bool predicate, const Site& site) {
 }
 
 void sync_warp(uint32_t mask, const Site& site) {
-  Warp& warp = *self->warp;
-  // the count is the warp's: who is not in the mask is taken to be ordered too (no false alarms)
-  const Operation count = [](void** arguments, uint32_t lanes, const Site&) {
-    ++static_cast<Warp*>(arguments[__builtin_ctz(lanes)])->syncs;
+  const Operation join = [](void** arguments, uint32_t lanes, const Site&) {
+    join_at_syncwarp(static_cast<Warp*>(arguments[__builtin_ctz(lanes)])->seen, lanes);
   };
-  collective(mask, "__syncwarp", &warp, count, site);
+  collective(mask, "__syncwarp", self->warp, join, site);
 }
 
 void load_matrices(uint32_t* registers, int matrices, bool transposed, const void* row,

@@ -98,6 +98,57 @@ __global__ void named_barrier_of_too_few(const float* x, float* y, int) {
   store(y + t, load(s + (t ^ 32)));
 }
 
+template <bool BUG>
+__global__ void syncwarp_of_others(const float* x, float* y, int) {
+  SHARED(float, s, 64);
+  const int t = threadIdx.x;
+  store(s + t, load(x + t));
+  __syncwarp(BUG ? (t % 32 < 16 ? 0xffffu : 0xffff0000u) : kAllLanes);
+  store(y + t, load(s + (t ^ 16)));
+}
+
+template <bool BUG>  // of the two halves of a word each has its own writer and readers
+__global__ void writes_half_words(const float* x, float* y, int) {
+  SHARED(uint16_t, s, 64);
+  const int t = threadIdx.x;
+  store(s + t, uint16_t{1});
+  __syncthreads();
+  const uint16_t one = load(s + (t ^ 32));
+  __syncthreads();
+  store(s + t, uint16_t{2});
+  if (!BUG || t % 2) __syncwarp(t % 2 ? 0xaaaaaaaau : 0x55555555u);
+  store(y + t, load(x + t) + one + load(s + (t & 32) + (t + 2) % 32));
+}
+
+template <bool BUG>  // one lane of many reads late
+__global__ void many_have_read(const float* x, float* y, int) {
+  SHARED(float, s, 1);
+  const int t = threadIdx.x;
+  if (t == 0) store(s, load(x));
+  __syncthreads();
+  const float first = load(s);
+  if (BUG)
+    __syncwarp();
+  else
+    __syncthreads();
+  if (t == 0) store(s, 2.0f);
+  store(y + t, first);
+}
+
+template <bool BUG>
+__global__ void many_have_added(const float* x, float* y, int) {
+  SHARED(float, s, 1);
+  const int t = threadIdx.x;
+  if (t == 0) store(s, 0.0f);
+  __syncthreads();
+  atomicAdd(s, load(x + t));
+  if (BUG)
+    __syncwarp();
+  else
+    __syncthreads();
+  store(y + t, load(s));
+}
+
 // ---- cp.async
 
 template <bool BUG>
@@ -207,6 +258,28 @@ __global__ void barrier_that_one_warp_skips(const float* x, float* y, int) {
   store(y + t, load(x + t));
 }
 
+template <bool BUG>  // the hardware counts warps
+__global__ void barrier_of_half_warps(const float* x, float* y, int) {
+  const int t = threadIdx.x;
+  if (BUG ? t % 32 < 16 : t < 32) named_barrier(1, 32);
+  __syncwarp();  // who has returned is not waited for
+  store(y + t, load(x + t));
+}
+
+template <bool BUG>
+__global__ void barrier_of_no_whole_warps(const float* x, float* y, int) {
+  const int t = threadIdx.x;
+  named_barrier(1, BUG ? 48 : 64);
+  store(y + t, load(x + t));
+}
+
+template <bool BUG>
+__global__ void barrier_that_is_not_there(const float* x, float* y, int) {
+  const int t = threadIdx.x;
+  named_barrier(BUG ? 16 : 15, 64);
+  store(y + t, load(x + t));
+}
+
 // ---- addresses
 
 template <bool BUG>
@@ -225,6 +298,14 @@ template <bool BUG>
 __global__ void writes_an_input(const float* x, float* y, int) {
   const int t = threadIdx.x;
   store(BUG ? const_cast<float*>(x) + t : y + t, 1.0f);
+}
+
+template <bool BUG>
+__global__ void reads_an_output_once(const float* x, float* y, int) {
+  const int t = threadIdx.x;
+  if (t >= 8) return;
+  const uint4 v = load_once(reinterpret_cast<const uint4*>(BUG ? y : x) + t);
+  store(y + 32 + t, __uint_as_float(v.x));
 }
 
 template <bool BUG>
@@ -247,14 +328,62 @@ __global__ void shared_out_of_bounds(const float* x, float* y, int) {
 
 template <bool BUG>
 __global__ void ldmatrix_of_registers(const float* x, float* y, int) {
-  SHARED(uint16_t, s, 8 * 32);
+  SHARED(uint4, s, 32);
   const int t = threadIdx.x;
-  for (int i = t; i < 8 * 32; i += 64) store(s + i, uint16_t{0});
+  if (t < 32) store(s + t, uint4{});
   __syncthreads();
   uint32_t r[4];
-  const void* row = BUG ? static_cast<const void*>(x) : s + t % 32 * 8;
+  const void* row = BUG ? static_cast<const void*>(x) : s + t % 32;
   ldmatrix_x4(r, row);
   store(y + t, float(r[0]));
+}
+
+template <bool BUG>
+__global__ void runs_into_the_next_array(const float* x, float* y, int) {
+  SHARED(float, s, 64);
+  SHARED(float, next, 64);
+  const int t = threadIdx.x;
+  store(s + t, load(x + t));
+  store(next + t, load(x + t));
+  __syncthreads();
+  store(y + t, load(s + t + (BUG ? 1 : 0)) + load(next + t));
+}
+
+template <bool BUG>  // an array of float is aligned to 4 bytes
+__global__ void vector_of_a_shared_array(const float* x, float* y, int) {
+  SHARED(float, s, 64);
+  SHARED(float4, v, 16);
+  const int t = threadIdx.x;
+  store((BUG ? s : reinterpret_cast<float*>(v)) + t, load(x + t));
+  __syncthreads();
+  const auto* vectors = BUG ? reinterpret_cast<const float4*>(s) : v;
+  store(y + t, load(vectors + t / 4).x);
+}
+
+template <bool BUG>
+__global__ void copies_from_shared(const float* x, float* y, int) {
+  SHARED(float, s, 128);
+  const int t = threadIdx.x;
+  store(s + t, load(x + t));
+  cp_async<4>(s + 64 + t, BUG ? s + t : x + t);
+  cp_async_commit();
+  cp_async_wait<0>();
+  store(y + t, load(s + 64 + t));
+}
+
+template <bool BUG>
+__global__ void stores_global_to_shared(const float* x, float* y, int) {
+  SHARED(float, s, 64);
+  const int t = threadIdx.x;
+  store_global(BUG ? s + t : y + t, load(x + t));
+}
+
+template <bool BUG>  // with 256 bytes of dynamic ones
+__global__ void too_much_shared(const float* x, float* y, int) {
+  SHARED(float, s, (48 * 1024 - (BUG ? 0 : 256)) / 4);
+  const int t = threadIdx.x;
+  store(s + t, load(x + t));
+  store(y + t, load(s + t));
 }
 
 // ---- order of accesses to global memory
@@ -271,18 +400,38 @@ __global__ void two_blocks_write_one_word(const float* x, float* y, int) {
   if (t < 8) store(y + t + (BUG ? 0 : 8 * blockIdx.x), load(x + t));
 }
 
-template <bool BUG>  // the last block to come adds up what all have written
-__global__ void sums_of_blocks(const float* x, float* y, int) {
+// The last block to come adds up what all have written. COUNT: an atomic says who that is; FENCE,
+// FENCE_BEHIND: around it; BARRIER: before it, since other threads have written.
+template <bool COUNT, bool FENCE, bool FENCE_BEHIND, bool BARRIER>
+DEVICE void sum_over_blocks(const float* x, float* y) {
   SHARED(int, last, 1);
-  const int t = threadIdx.x;
+  const int t = threadIdx.x, each = 4;
+  if (t % 16 == 0) store(y + blockIdx.x * each + t / 16, load(x + t));
+  if (BARRIER) __syncthreads();
   if (t == 0) {
-    store(y + blockIdx.x, load(x + blockIdx.x));
-    __threadfence();
+    if (FENCE) __threadfence();
     auto* counter = reinterpret_cast<unsigned*>(y + 60);
-    store(last, BUG ? int(blockIdx.x == 1) : int(atomicAdd(counter, 1u) == gridDim.x - 1));
+    store(last, COUNT ? int(atomicAdd(counter, 1u) == gridDim.x - 1) : int(blockIdx.x == 1));
+    if (FENCE_BEHIND) __threadfence();
   }
   __syncthreads();
-  if (t == 0 && load(last)) store(y + 10, load(y) + load(y + 1));
+  if (t < each && load(last)) store(y + 10 + t, load(y + t) + load(y + each + t));
+}
+template <bool BUG>
+__global__ void sums_of_blocks(const float* x, float* y, int) {
+  sum_over_blocks<!BUG, true, true, true>(x, y);
+}
+template <bool BUG>
+__global__ void sums_without_a_fence(const float* x, float* y, int) {
+  sum_over_blocks<true, !BUG, true, true>(x, y);
+}
+template <bool BUG>
+__global__ void sums_without_a_fence_behind(const float* x, float* y, int) {
+  sum_over_blocks<true, true, !BUG, true>(x, y);
+}
+template <bool BUG>
+__global__ void sums_without_a_barrier(const float* x, float* y, int) {
+  sum_over_blocks<true, true, true, !BUG>(x, y);
 }
 
 struct Case {
@@ -302,6 +451,10 @@ const Case cases[] = {
     CASE(sum_without_atomics),
     CASE(reads_what_nobody_wrote),
     CASE(named_barrier_of_too_few),
+    CASE(syncwarp_of_others),
+    CASE(writes_half_words),
+    CASE(many_have_read),
+    CASE(many_have_added),
     CASE(no_wait),
     CASE(waits_for_too_few),
     CASE(copies_into_what_is_read),
@@ -311,17 +464,29 @@ const Case cases[] = {
     CASE(shuffle_from_outside_the_mask),
     CASE(half_a_warp_multiplies),
     CASE(barrier_that_one_warp_skips),
+    CASE(barrier_of_half_warps),
+    CASE(barrier_of_no_whole_warps),
+    CASE(barrier_that_is_not_there),
     CASE(reads_behind_the_end),
     CASE(writes_before_the_start),
     CASE(writes_an_input),
+    CASE(reads_an_output_once),
     CASE(misaligned_vector),
     CASE(shared_out_of_bounds),
     CASE(ldmatrix_of_registers),
+    CASE(runs_into_the_next_array),
+    CASE(vector_of_a_shared_array),
+    CASE(copies_from_shared),
+    CASE(stores_global_to_shared),
+    CASE(too_much_shared),
     CASE(two_warps_write_one_word),
     CASE(two_blocks_write_one_word),
     CASE(sums_of_blocks),
+    CASE(sums_without_a_fence),
+    CASE(sums_without_a_fence_behind),
+    CASE(sums_without_a_barrier),
 };
-constexpr int kGlobal = 3;  // so many at the end are for Options::races
+constexpr int kGlobal = 6;  // so many at the end are for Options::races
 
 __global__ void touches_nothing_at_all(float* y) { y[threadIdx.x] = 1; }
 
