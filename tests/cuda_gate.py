@@ -38,8 +38,8 @@ WANTED: dict[str, tuple[str, ...]] = {
     r"glu_kernel<(4|8)": VECTORS,
     r"rope_kernel<(8|4, \w+, float)": VECTORS,
     r"rope_kernel<4, \w+, (__half|__nv_bfloat16)": ("LDG.E.128", "LDG.E.64", "STG.E.64"),
-    r"matrix_kernel<\w+, \d, (__half|__nv_bfloat16)": ("HMMA.16816", "LDGSTS"),  # quantized_linear
-    r"matrix_kernel<\w+, \d, signed char": ("IMMA.16832", "LDGSTS"),
+    r"matrix_kernel<\(Form\)\d, \d, (__half|__nv_bfloat16)": ("HMMA.16816", "LDGSTS"),
+    r"matrix_kernel<\(Form\)\d, \d, signed char": ("IMMA.16832", "LDGSTS"),
     r"vector_kernel": ("LDG.E.128",),
     r"vector_kernel<\d, signed char": ("IDP.4A",),
     r"round_kernel": ("LDG.E.128",),

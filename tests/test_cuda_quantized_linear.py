@@ -90,7 +90,7 @@ def test_forms_by_rows(started, act_bits):
         ops.quantized_linear(x, q, bias, act_bits=act_bits)
         names = {
             "vector": ["quantized_linear_vector"],
-            "matrix": ["quantized_linear_parts", "quantized_linear_matrix"],
+            "matrix": ["quantized_linear_stripe", "quantized_linear_matrix"],
             "many": ["dequantize"],
         }[name]
         rounding = [] if act_bits == 16 else ["quantized_linear_round"]
@@ -100,17 +100,41 @@ def test_forms_by_rows(started, act_bits):
     assert ("dequantize" in started) == (act_bits == 16)  # no instruction multiplies float32
 
 
-def test_parts_of_k(dtype):
-    """Partial sums of several blocks, with bias, on the emulator's four multiprocessors."""
-    parts = extension().quantized_linear_parts
-    for m, k, count in ((9, 2080, 2), (33, 1184, 2), (7, 4128, 2)):
-        assert parts(m, 20, k, 4, 4) == count
-        assert parts(m, 20, k, 4, 1) == 1
-        assert parts(m, 5000, k, 4, 4) == 1  # blocks enough
-        q = on_cpu.weight(20, k, 4)
-        x = torch.randn(m, k).to(dtype)
-        for act_bits in (16, 8):
-            on_cpu.check(x, q, torch.randn(20), act_bits, f"{m, k}")
+# rows of x; a row of tiles of W (n columns of y, k columns), cut in stripes
+STRIPES = [
+    ((9, 20, 5120), (5, 4)),  # few blocks: 20 tiles in 4 parts
+    ((7, 40, 10208), (10, 2)),  # 2 x 20 tiles, the last one of each short
+    ((40, 300, 4608), (27, 3)),  # 3 x 36 tiles: 27 + 9, 18 + 18, 9 + 27
+    ((40, 700, 2304), (27, 2)),  # 6 x 18 tiles: more rows of tiles than blocks
+]
+
+
+@pytest.mark.parametrize(("shape", "wanted"), STRIPES)
+def test_stripes(shape, wanted):
+    """Parts of y from several blocks, added with the bias; the emulator has 4 multiprocessors."""
+    m, n, k = shape
+    q = on_cpu.weight(n, k, 4, symmetric=n != 300)
+    x = torch.randn(m, k).bfloat16()
+    stripe = extension().quantized_linear_stripe
+    assert stripe(x, q.qdata, 4, k, 4) == wanted
+    whole = stripe(x, q.qdata, 4, k, 1)
+    assert whole[1] == 1
+    for act_bits in (16, 8):
+        on_cpu.check(x, q, torch.randn(n), act_bits, f"{shape}")
+
+
+def test_stripes_of_any_length():
+    """Cut anywhere: y is the same, up to the order of its sums."""
+    kernels = extension()
+    q = on_cpu.weight(70, 1520, 8)
+    x, y = torch.randn(12, 1520).bfloat16(), torch.empty(12, 70)
+    weight = (q.qdata, q.scales, None, None, 8, 128, 1520)
+    wanted = x.double() @ q.dequantize(torch.float64).t()
+    for stripe in range(1, 8):  # 2 x 6 tiles
+        parts = torch.full((7, *y.shape), float("nan"))
+        y.fill_(float("nan"))
+        kernels.quantized_linear_matrix(x, None, None, *weight, y, stripe, parts, 0)
+        assert_near(y, wanted.float(), wanted, floor=2**-20, what=f"{stripe}")
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -267,5 +291,12 @@ def test_refusals():
     ):
         kernels.dequantize(q.qdata, q.scales, q.scales.float(), 8, 8, y.new_empty(6, 64), 0)
     x, scale = torch.zeros(2, 64, dtype=torch.int8), torch.ones(8, 64)
+    x64 = torch.randn(2, 64).bfloat16()
+    with pytest.raises(ValueError, match="stripe: wanted at least 1, got 0"):
+        kernels.quantized_linear_matrix(x64, None, None, *weight, 8, 8, 64, y, 0, None, 0)
+    wide = on_cpu.weight(6, 1024, 8)
+    args = (torch.randn(2, 1024).bfloat16(), None, None, wide.qdata, wide.scales, None, None)
+    with pytest.raises(ValueError, match="parts: wanted matrices 2, got 0"):
+        kernels.quantized_linear_matrix(*args, 8, 128, 1024, y, 1, None, 0)
     with pytest.raises(ValueError, match="group_size: wanted a multiple of 32, got 8"):
-        kernels.quantized_linear_matrix(x, scale, scale, *weight, 8, 8, 64, y, None, 0)
+        kernels.quantized_linear_matrix(x, scale, scale, *weight, 8, 8, 64, y, 1, None, 0)

@@ -105,11 +105,11 @@ void bind(py::module_& m) {
   m.def("quantized_linear_vector", &quantized_linear_vector, "x"_a, "x_scale"_a, "qdata"_a,
         "scales"_a, "zeros"_a, "bias"_a, "bits"_a, "group_size"_a, "k"_a, "y"_a, "stream"_a,
         Guard());
-  m.def("quantized_linear_parts", &quantized_linear_parts, "rows"_a, "n"_a, "k"_a, "bits"_a,
+  m.def("quantized_linear_stripe", &quantized_linear_stripe, "x"_a, "qdata"_a, "bits"_a, "k"_a,
         "multiprocessors"_a);
   m.def("quantized_linear_matrix", &quantized_linear_matrix, "x"_a, "x_scale"_a, "x_sums"_a,
         "qdata"_a, "scales"_a, "zeros"_a, "bias"_a, "bits"_a, "group_size"_a, "k"_a, "y"_a,
-        "parts"_a, "stream"_a, Guard());
+        "stripe"_a, "parts"_a, "stream"_a, Guard());
   m.def("quantized_linear_round", &quantized_linear_round, "x"_a, "qdata"_a, "scales"_a, "bits"_a,
         "group_size"_a, "q"_a, "x_scale"_a, "x_sums"_a, "stream"_a, Guard());
   m.def("dequantize", &dequantize, "qdata"_a, "scales"_a, "zeros"_a, "bits"_a, "group_size"_a,

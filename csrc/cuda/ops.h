@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tensor.h"
@@ -81,12 +82,14 @@ void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, Tenso
 void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qdata,
                              TensorView scales, OptionalTensor zeros, OptionalTensor bias, int bits,
                              int64_t group_size, int64_t k, TensorView y, Stream stream);
-// In how many parts the matrix kernel should cut K; y's workspace has one matrix for each.
-int quantized_linear_parts(int64_t rows, int64_t n, int64_t k, int bits, int multiprocessors);
+// How the matrix kernel should share out W: tiles of K that a block takes, one row of tiles after
+// the other, and of how many parts an element of y is the sum at most.
+std::pair<int, int> quantized_linear_stripe(TensorView x, TensorView qdata, int bits, int64_t k,
+                                            int multiprocessors);
 void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTensor x_sums,
                              TensorView qdata, TensorView scales, OptionalTensor zeros,
                              OptionalTensor bias, int bits, int64_t group_size, int64_t k,
-                             TensorView y, OptionalTensor parts, Stream stream);
+                             TensorView y, int stripe, OptionalTensor parts, Stream stream);
 void quantized_linear_round(TensorView x, TensorView qdata, TensorView scales, int bits,
                             int64_t group_size, TensorView q, TensorView x_scale, TensorView x_sums,
                             Stream stream);

@@ -4,7 +4,7 @@
 //     W is the left operand: y^T (16 x 8) += W (16 x 16) x^T (16 x 8), so few rows of x waste
 //     little.
 //
-//     block (m, n, part), 8 warps, a tile of K at a time:              k ->
+//     block (m, stripe), 8 warps, a tile of K at a time:              k ->
 //       codes      n [ warps_n x 16 TILES rows ][ warps_k x RANGE ]    read once per block of m
 //       x          m [ 8 NT rows ][ warps_k x RANGE columns ]          read once per block of n
 //       warp       16 TILES rows of W, all of x's, RANGE columns in steps of 32
@@ -16,18 +16,23 @@
 // twice. A repacked weight would save the pad and 6 reads of codes in 8, 6 instructions of 150 in a
 // warp's 128 columns, and cost a second copy of every checkpoint.
 //
-// EXACT: symmetric, groups of a multiple of 32. The instructions multiply q, which 16 bits hold;
-// the scale goes onto the sums of a group, in float32. Otherwise w = scale q + zero is made in
-// float32 and rounded to x's dtype, as dequantize does.
+// FORM, by the groups. Where they are of a multiple of 32 columns, the instructions multiply q,
+// which 16 bits hold exactly, and the scale goes onto sums in float32: of a warp's whole range
+// where that is of one group (kScales; with offsets kOffsets, where one more instruction sums x,
+// for zero times that), else of each step of 32 (kNarrow). Int8 x has its sums made before; offsets
+// are no form of their own. Otherwise (kAny) w = scale q + zero is made in float32 and rounded to
+// x's dtype, as dequantize does.
 //
-// Where blocks are few, K is cut into parts: sums in float32, added in order by add_parts. A
-// counter with "the last block adds" would save that kernel's start, but must be zero before and
-// belong to one stream alone, which a captured graph cannot promise.
+// W's tiles, row of tiles after row of tiles, are dealt to blocks in stripes. As a rule a stripe is
+// a whole row of them; where that leaves multiprocessors idle, stripes are equal shares, and rows
+// that are cut are parts in float32, added in order by add_parts. A counter with "the last block
+// adds" would save that kernel's start, but must be zero before and belong to one stream alone,
+// which a captured graph cannot promise.
 //
 // Not measured on a GPU. The emulator counts no bank conflict in reads and sums; cp.async of int4
 // with 17 rows or more meets banks 1.3 times (rows of 64 + 16 bytes, a pad for the reads), and
 // scales, 2 bytes a row and group, take a sector each the first time. ptxas: no spills, up to 128
-// registers (two blocks), with 64 rows up to 221 (one).
+// registers (two blocks), with 64 rows up to 255 (one).
 #include <algorithm>
 
 #include "cuda/quantized_weight.cuh"
@@ -36,6 +41,8 @@ namespace fastlm {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * 32;
+
+enum Form { kScales, kOffsets, kNarrow, kAny };
 
 template <class T>
 struct Rows {
@@ -51,8 +58,8 @@ struct Output {
   DType dtype;
   const void* bias;  // (n), or null
   DType bias_dtype;
-  float* parts;  // (parts, rows, n); null: one part
-  int part_tiles;
+  float* parts;  // (parts, rows, n); null: no row of tiles is cut
+  int stripe;    // tiles of a block
 };
 
 // NT: blocks of 8 rows of x. The more rows it has, the more rows of W share them: a block's, by way
@@ -77,40 +84,43 @@ struct Shape {
   static_assert(kStages >= 2 && kWarpsK * kM * kSumStride * 4 <= kStages * kStage);
 };
 
-// Copies ROWS rows of BYTES bytes of a matrix to shared memory, STRIDE apart, kBytes a thread and
-// pass; zeros for what the matrix does not have.
+template <class S>
+DEVICE int tiles_of(const Weight& w) {  // of a row of tiles
+  return (w.k + S::kColumns - 1) / S::kColumns;
+}
+
+// Copies tile after tile of ROWS rows of BYTES bytes of a matrix to shared memory, STRIDE apart,
+// kBytes (which divide the bytes of the matrix's rows) a thread and pass; zeros for what the matrix
+// does not have. The address moves on, since made anew from the tile's number it is 20
+// instructions.
 template <int ROWS, int BYTES, int STRIDE>
 struct Copier {
-  const unsigned char* from;  // this thread's first bytes in the first tile
+  const unsigned char* from;  // this thread's first bytes in the next tile
   int64_t row_bytes;
-  int rows, valid;  // left from there: rows, bytes of a row
 
-  DEVICE Copier(const void* matrix, int64_t row_bytes, int64_t column, int rows, int valid,
-                int bytes)
-      : row_bytes(row_bytes) {
-    const int row = threadIdx.x / (BYTES / bytes), at = threadIdx.x % (BYTES / bytes) * bytes;
-    from = static_cast<const unsigned char*>(matrix) + row * row_bytes + column + at;
-    this->rows = rows - row;
-    this->valid = valid - at;
+  DEVICE Copier(const void* tile, int64_t row_bytes, int bytes, int thread) : row_bytes(row_bytes) {
+    const int row = thread / (BYTES / bytes), at = thread % (BYTES / bytes) * bytes;
+    from = static_cast<const unsigned char*>(tile) + row * row_bytes + at;
   }
 
-  // The tile `tile` tiles behind the first.
+  // rows, bytes: that the matrix has from this tile's first on
   template <int kBytes>
-  DEVICE void copy(unsigned char* to, int tile) const {
+  DEVICE void copy(unsigned char* to, int rows, int bytes) {
     constexpr int kRow = BYTES / kBytes,
                   kPass = kThreads / kRow;  // chunks of a row, rows of a pass
     static_assert(kThreads % kRow == 0 && (ROWS % kPass == 0 || ROWS < kPass));
-    const unsigned char* source = from + static_cast<int64_t>(tile) * BYTES;
-    const int left = min(max(valid - tile * BYTES, 0), kBytes);
-    to += threadIdx.x / kRow * STRIDE + threadIdx.x % kRow * kBytes;
-    if (ROWS < kPass && threadIdx.x / kRow >= ROWS) return;
+    const int row = threadIdx.x / kRow, at = threadIdx.x % kRow * kBytes;
+    to += row * STRIDE + at;
+    const unsigned char* source = from;
+    from += BYTES;
+    if (ROWS < kPass && row >= ROWS) return;
 #pragma unroll
     for (int i = 0; i < (ROWS + kPass - 1) / kPass; ++i) {
-      const int bytes = i * kPass < rows ? left : 0;
+      const bool there = at < bytes && row + i * kPass < rows;
       if constexpr (kBytes == 1)
-        store(to + i * kPass * STRIDE, bytes ? load(source) : static_cast<unsigned char>(0));
-      else
-        cp_async<kBytes>(to + i * kPass * STRIDE, source, bytes);
+        store(to + i * kPass * STRIDE, there ? load(source) : static_cast<unsigned char>(0));
+      else  // all or nothing is one predicate, a number of bytes 7 instructions
+        cp_async<kBytes>(to + i * kPass * STRIDE, source, there ? kBytes : 0);
       source += kPass * row_bytes;
     }
   }
@@ -132,95 +142,96 @@ DEVICE void load_words(uint32_t (&words)[WORDS], const unsigned char* p) {
   for (int i = 0; i < WORDS; ++i) words[i] = v.at[i];
 }
 
-// Scales and offsets of a lane's two rows in a tile of W.
+// Scales and offsets of a lane's two rows in a tile of W, as they lie in memory.
 struct Factors {
-  float scale[2], zero[2];
+  uint32_t scale[2], zero[2];
 };
-DEVICE Factors load_factors(const Weight& w, const int (&row)[2], int group) {
+DEVICE Factors load_factors(const Weight& w, bool zeros, const int (&first)[2], int group) {
   Factors f;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int64_t at = static_cast<int64_t>(row[r]) * w.groups + group;
-    f.scale[r] = load_float(w.scales, w.factors, at);
-    f.zero[r] = w.zeros ? load_float(w.zeros, w.factors, at) : 0.0f;
+    f.scale[r] = load_bits(w.scales, w.factors, first[r] + group);
+    f.zero[r] = zeros ? load_bits(w.zeros, w.factors, first[r] + group) : 0;
   }
   return f;
 }
 
 // The left operands of one step of 32 columns, from this lane's octets of two rows of W.
-template <bool EXACT, int BITS>
-DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const Factors&, uint32_t (&a)[1][4],
-                        int8_t) {
+template <Form FORM, int BITS>
+DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const float (&)[2],
+                        const float (&)[2], uint32_t (&a)[1][4], int8_t) {
   uint32_t q[2][2];
   to_bytes(octets[0], q[0]);
   to_bytes(octets[1], q[1]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) a[0][i] = q[i % 2][i / 2];
 }
-template <bool EXACT, int BITS, class T>
-DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const Factors& f,
-                        uint32_t (&a)[2][4], T kind) {
+template <Form FORM, int BITS, class T>
+DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const float (&scale)[2],
+                        const float (&zero)[2], uint32_t (&a)[2][4], T kind) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     uint32_t pair[4];
-    if constexpr (EXACT) {
+    if constexpr (FORM != kAny) {
       to_pairs(octets[r], pair, kind);
     } else {
       float q[8];
       to_floats(octets[r], q);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        pair[i] =
-            pair_of(q[2 * i] * f.scale[r] + f.zero[r], q[2 * i + 1] * f.scale[r] + f.zero[r], kind);
+        pair[i] = pair_of(q[2 * i] * scale[r] + zero[r], q[2 * i + 1] * scale[r] + zero[r], kind);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i / 2][i % 2 * 2 + r] = pair[i];
   }
 }
 
-// ALIGNED: rows of codes and of x are, to 16 bytes; otherwise one variant serves all.
-template <bool EXACT, int BITS, class T, int NT, bool ALIGNED>
-__global__ void __launch_bounds__(kThreads, ALIGNED&& NT < 8 ? 2 : 1)
-    matrix_kernel(Rows<T> p, Weight w, Output out) {
+template <class T>
+constexpr uint32_t kOnes = std::is_same_v<T, bfloat16> ? 0x3f803f80u : 0x3c003c00u;  // two
+
+// `tiles` tiles of K, of the rows of W from first_n on, into y or into a part.
+template <Form FORM, int BITS, class T, int NT, bool ALIGNED>
+DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsigned char* shared,
+                     int n_tile, int first, int tiles) {
   using S = Shape<BITS, T, NT>;
   using Sum = std::conditional_t<S::kInteger, int, float>;
   constexpr Sum kZero = S::kInteger ? kIntegerZero : 0;
-  // steps whose operands are made at once: they are scaled together, but lie in registers
-  constexpr int kUnit = EXACT ? S::kSteps : 1;
-  DYNAMIC_SHARED(shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr bool kExact = FORM != kAny;
+  const bool zeros =
+      FORM == kOffsets || ((S::kInteger || FORM == kNarrow || FORM == kAny) && w.zeros);
+  // by a shuffle, so that nvcc sees one value a warp and computes with it once, beside the lanes,
+  // and takes addresses of x not for the same all along the stripe, which spills
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int thread = warp * 32 + lane;
   const int warp_n = warp % S::kWarpsN, warp_k = warp / S::kWarpsN;
-  const int first_m = blockIdx.x * S::kM, first_n = blockIdx.y * S::kN;
-  const int first = blockIdx.z * out.part_tiles;
-  const int tiles =
-      min(out.part_tiles, (w.k + S::kColumns - 1) / S::kColumns - first);  // of this part
-  const bool each = w.groups > 1 && w.group % S::kRange;                   // a scale for every step
+  const int first_m = blockIdx.x * S::kM, first_n = n_tile * S::kN;
 
   const int granule = ALIGNED ? 16 : min(w.granule, 4),
             x_granule = ALIGNED ? 16 : min(p.granule, 4);
-  const Copier<S::kN, S::kCodeBytes, S::kCodeStride> code_copier(
-      w.codes + static_cast<int64_t>(first_n) * w.row_bytes, w.row_bytes,
-      static_cast<int64_t>(first) * S::kCodeBytes, w.n - first_n,
-      w.row_bytes - first * S::kCodeBytes, granule);
-  const Copier<S::kM, S::kXBytes, S::kXStride> x_copier(
-      p.x + first_m * p.x_stride, p.x_stride * sizeof(T), static_cast<int64_t>(first) * S::kXBytes,
-      p.rows - first_m, (p.width - first * S::kColumns) * static_cast<int>(sizeof(T)), x_granule);
+  Copier<S::kN, S::kCodeBytes, S::kCodeStride> code_copier(
+      w.codes + static_cast<int64_t>(first_n) * w.row_bytes + first * S::kCodeBytes, w.row_bytes,
+      granule, thread);
+  Copier<S::kM, S::kXBytes, S::kXStride> x_copier(p.x + first_m * p.x_stride + first * S::kColumns,
+                                                  p.x_stride * sizeof(T), x_granule, thread);
   const auto copy = [&](int tile) {
     if (tile < tiles) {
-      unsigned char* stage = shared + tile % S::kStages * S::kStage;
-      unsigned char* x = stage + S::kN * S::kCodeStride;
+      unsigned char* to = shared + tile % S::kStages * S::kStage;
+      unsigned char* x = to + S::kN * S::kCodeStride;
+      const int rows = w.n - first_n, x_rows = p.rows - first_m;
+      const int bytes = w.row_bytes - (first + tile) * S::kCodeBytes;
+      const int x_bytes = (p.width - (first + tile) * S::kColumns) * static_cast<int>(sizeof(T));
       if constexpr (ALIGNED) {
-        code_copier.template copy<16>(stage, tile);
-        x_copier.template copy<16>(x, tile);
+        code_copier.template copy<16>(to, rows, bytes);
+        x_copier.template copy<16>(x, x_rows, x_bytes);
       } else {
         if (granule == 4)
-          code_copier.template copy<4>(stage, tile);
+          code_copier.template copy<4>(to, rows, bytes);
         else
-          code_copier.template copy<1>(stage, tile);
+          code_copier.template copy<1>(to, rows, bytes);
         if (x_granule == 4)
-          x_copier.template copy<4>(x, tile);
+          x_copier.template copy<4>(x, x_rows, x_bytes);
         else
-          x_copier.template copy<1>(x, tile);
+          x_copier.template copy<1>(x, x_rows, x_bytes);
       }
     }
     cp_async_commit();
@@ -228,19 +239,21 @@ __global__ void __launch_bounds__(kThreads, ALIGNED&& NT < 8 ? 2 : 1)
 #pragma unroll
   for (int s = 0; s < S::kStages - 1; ++s) copy(s);
 
-  int row[S::kTiles][2];  // rows behind the last one count with its scales and are not stored
+  int factors[S::kTiles][2];  // the first of a row; those behind the last one have its, unused
 #pragma unroll
   for (int i = 0; i < 2 * S::kTiles; ++i)
-    row[i / 2][i % 2] = min(first_n + warp_n * 16 * S::kTiles + lane / 4 + 8 * i, w.n - 1);
+    factors[i / 2][i % 2] =
+        min(first_n + warp_n * 16 * S::kTiles + lane / 4 + 8 * i, w.n - 1) * w.groups;
   float total[S::kTiles][NT][4] = {};
   for (int tile = 0; tile < tiles; ++tile) {
     const int column = (first + tile) * S::kColumns + warp_k * S::kRange;
-    Factors f[kUnit][S::kTiles];
-    if (EXACT && !each) {  // used behind the products
-      const int group = w.group_of(column);
+    Factors f[S::kTiles];  // of the first step; read here, so as to be there behind the barrier
+    const auto read = [&](int step) {
+      const int group = w.group_of(column + 32 * step + (kExact ? 0 : lane % 4 * 8));
 #pragma unroll
-      for (int i = 0; i < S::kTiles; ++i) f[kUnit - 1][i] = load_factors(w, row[i], group);
-    }
+      for (int i = 0; i < S::kTiles; ++i) f[i] = load_factors(w, zeros, factors[i], group);
+    };
+    read(0);
     cp_async_wait<S::kStages - 2>();
     __syncthreads();  // of all threads; and the stage filled next was read
     copy(tile + S::kStages - 1);
@@ -249,68 +262,86 @@ __global__ void __launch_bounds__(kThreads, ALIGNED&& NT < 8 ? 2 : 1)
                                  warp_k * (S::kRange * BITS / 8) + lane % 4 * BITS;
     const unsigned char* x = stage + S::kN * S::kCodeStride + lane / 4 * S::kXStride +
                              (warp_k * S::kRange + lane % 4 * 8) * sizeof(T);
+    // STEPS steps from `step` on, of one group: their sums are scaled once
+    const auto add = [&](int step, auto steps) {
+      constexpr int kUnit = decltype(steps)::value;
+      float scale[S::kTiles][2], zero[S::kTiles][2];
 #pragma unroll
-    for (int unit = 0; unit < S::kSteps; unit += kUnit) {
+      for (int i = 0; i < S::kTiles * 2; ++i) {
+        scale[i / 2][i % 2] = float_of(f[i / 2].scale[i % 2], w.factors);
+        zero[i / 2][i % 2] = float_of(f[i / 2].zero[i % 2], w.factors);
+      }
+      if (kUnit == 1 && step < S::kSteps - 1) read(step + 1);
       uint32_t a[kUnit][S::kTiles][S::kProducts][4];
 #pragma unroll
-      for (int s = 0; s < kUnit; ++s) {
-        const int step = unit + s;
-        const int group = w.group_of(column + 32 * step + (EXACT ? 0 : lane % 4 * 8));
+      for (int s = 0; s < kUnit; ++s)
 #pragma unroll
         for (int i = 0; i < S::kTiles; ++i) {
-          if (!EXACT || each) f[s][i] = load_factors(w, row[i], group);
           uint32_t octets[2][BITS / 4];
-          load_words(octets[0], codes + 16 * i * S::kCodeStride + step * 4 * BITS);
-          load_words(octets[1], codes + (16 * i + 8) * S::kCodeStride + step * 4 * BITS);
-          operands_of<EXACT, BITS>(octets, f[s][i], a[s][i], T{});
+          load_words(octets[0], codes + 16 * i * S::kCodeStride + (step + s) * 4 * BITS);
+          load_words(octets[1], codes + (16 * i + 8) * S::kCodeStride + (step + s) * 4 * BITS);
+          operands_of<FORM, BITS>(octets, scale[i], zero[i], a[s][i], T{});
         }
-      }
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
         Sum sums[S::kTiles][4];
+        float x_sums[4] = {};  // of 16-bit x: of the two rows of x in `sums`, twice
 #pragma unroll
         for (int i = 0; i < 4 * S::kTiles; ++i) sums[i / 4][i % 4] = kZero;
 #pragma unroll
         for (int s = 0; s < kUnit; ++s) {
           uint32_t b[2 * S::kProducts];
-          load_words(b, x + t * 8 * S::kXStride + (unit + s) * 32 * sizeof(T));
+          load_words(b, x + t * 8 * S::kXStride + (step + s) * 32 * sizeof(T));
 #pragma unroll
-          for (int i = 0; i < S::kTiles; ++i)
+          for (int j = 0; j < S::kProducts; ++j) {
+            const uint32_t columns[2] = {b[2 * j], b[2 * j + 1]};
 #pragma unroll
-            for (int j = 0; j < S::kProducts; ++j) {
-              if constexpr (EXACT)
-                mma(sums[i], a[s][i][j], {b[2 * j], b[2 * j + 1]}, T{});
+            for (int i = 0; i < S::kTiles; ++i) {
+              if constexpr (kExact)
+                mma(sums[i], a[s][i][j], columns, T{});
               else
-                mma(total[i][t], a[s][i][j], {b[2 * j], b[2 * j + 1]}, T{});
+                mma(total[i][t], a[s][i][j], columns, T{});
             }
-          if (!EXACT || (s < kUnit - 1 && !each)) continue;
-          Vector<float, 2> x_scale{{1, 1}}, x_sum{};
-          bool begins = false;
+            if constexpr (kExact && !S::kInteger)
+              if (zeros) mma(x_sums, {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>}, columns, T{});
+          }
+        }
+        if constexpr (kExact) {
+          Vector<float, 2> x_scale{{1, 1}}, x_sum{{x_sums[0], x_sums[1]}};
+          bool offset = zeros;
           if constexpr (S::kInteger) {
-            const int from = column + 32 * (each ? unit + s : unit);  // these sums' first column
+            const int from = column + 32 * step;  // these sums' first column
             const int64_t at = w.run_of(from) * p.scale_stride + first_m + 8 * t + lane % 4 * 2;
             x_scale = load(reinterpret_cast<const Vector<float, 2>*>(p.scale + at));
-            begins = w.zeros && w.begins_run(from);
-            if (begins) x_sum = load(reinterpret_cast<const Vector<float, 2>*>(p.sums + at));
+            offset = zeros && w.begins_run(from);
+            if (offset) x_sum = load(reinterpret_cast<const Vector<float, 2>*>(p.sums + at));
           }
 #pragma unroll
           for (int i = 0; i < S::kTiles; ++i)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              float scale = f[s][i].scale[e / 2];
-              if constexpr (S::kInteger) scale *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<BITS>);
-              total[i][t][e] += value_of(sums[i][e]) * scale;
-              if (begins) total[i][t][e] += f[s][i].zero[e / 2] * x_sum.at[e % 2];
-              sums[i][e] = kZero;
+              float factor = scale[i][e / 2];
+              if constexpr (S::kInteger) factor *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<BITS>);
+              total[i][t][e] += value_of(sums[i][e]) * factor;
+              if (offset) total[i][t][e] += zero[i][e / 2] * x_sum.at[e % 2];
             }
         }
       }
+    };
+    if constexpr (FORM == kScales || FORM == kOffsets) {
+      add(0, std::integral_constant<int, S::kSteps>{});
+    } else {
+#pragma unroll 1  // for registers
+      for (int step = 0; step < S::kSteps; ++step) add(step, std::integral_constant<int, 1>{});
     }
   }
 
   cp_async_wait<0>();
   __syncthreads();  // the stages' memory now holds sums: (warps_k, m, n)
   float* const part = reinterpret_cast<float*>(shared);
+  // parts are counted from the stripe that begins this row of tiles
+  const int k_tiles = tiles_of<S>(w);
+  const int64_t before = static_cast<int64_t>(blockIdx.y - n_tile * k_tiles / out.stripe) * p.rows;
 #pragma unroll
   for (int t = 0; t < NT; ++t)
 #pragma unroll
@@ -326,8 +357,8 @@ __global__ void __launch_bounds__(kThreads, ALIGNED&& NT < 8 ? 2 : 1)
 #pragma unroll
     for (int k = 0; k < S::kWarpsK; ++k) sum += load(part + (k * S::kM + m) * S::kSumStride + n);
     const int64_t at = static_cast<int64_t>(first_m + m) * w.n + first_n + n;
-    if (out.parts) {
-      store(out.parts + static_cast<int64_t>(blockIdx.z) * p.rows * w.n + at, sum);
+    if (tiles < k_tiles) {
+      store(out.parts + before * w.n + at, sum);
     } else {
       if (out.bias) sum += load_float(out.bias, out.bias_dtype, first_n + n);
       store_float(out.y, out.dtype, at, sum);
@@ -335,46 +366,101 @@ __global__ void __launch_bounds__(kThreads, ALIGNED&& NT < 8 ? 2 : 1)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) add_parts(Output out, int parts, int n, int64_t size) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= size) return;
-  float sum = 0;
-  for (int part = 0; part < parts; ++part) sum += load(out.parts + part * size + i);
-  if (out.bias) sum += load_float(out.bias, out.bias_dtype, i % n);
-  store_float(out.y, out.dtype, i, sum);
+// Of a multiprocessor. Two have 128 registers, which 32 rows of some would spill.
+template <Form FORM, int BITS, class T, int NT>
+constexpr int kBlocks =
+    NT < 4 || (NT == 4 && FORM != kAny && (sizeof(T) == 2 || BITS == 4)) ? 2 : 1;
+
+// ALIGNED: rows of codes and of x are, and end, at 16 bytes; otherwise one variant serves all.
+template <Form FORM, int BITS, class T, int NT, bool ALIGNED>
+__global__ void __launch_bounds__(kThreads, kBlocks<FORM, BITS, T, NT>)
+    matrix_kernel(Rows<T> p, Weight w, Output out) {
+  using S = Shape<BITS, T, NT>;
+  DYNAMIC_SHARED(shared);
+  const int k_tiles = tiles_of<S>(w), n_tiles = (w.n + S::kN - 1) / S::kN;
+  const int begin = blockIdx.y * out.stripe, end = min(begin + out.stripe, n_tiles * k_tiles);
+  int n_tile = __shfl_sync(kAllLanes, begin / k_tiles, 0);
+  for (int first = begin - n_tile * k_tiles; n_tile * k_tiles + first < end; ++n_tile, first = 0) {
+    const int tiles = min(k_tiles - first, end - n_tile * k_tiles - first);
+    multiply<FORM, BITS, T, NT, ALIGNED>(p, w, out, shared, n_tile, first, tiles);
+    __syncthreads();  // the sums were read
+  }
 }
 
-// Calls f with the number of blocks of 8 rows that a block of threads takes.
+// block (row of x, kThreads columns of y)
+__global__ void __launch_bounds__(kThreads)
+    add_parts(Output out, int rows, int n, int tile_n, int k_tiles) {
+  const int row = blockIdx.x, column = blockIdx.y * kThreads + threadIdx.x;
+  if (column >= n) return;
+  const int first = column / tile_n * k_tiles;
+  const int parts = (first + k_tiles - 1) / out.stripe - first / out.stripe + 1;
+  if (parts == 1) return;  // matrix_kernel has written it
+  const int64_t at = static_cast<int64_t>(row) * n + column, size = static_cast<int64_t>(rows) * n;
+  float sum = 0;
+  for (int part = 0; part < parts; ++part) sum += load(out.parts + part * size + at);
+  if (out.bias) sum += load_float(out.bias, out.bias_dtype, column);
+  store_float(out.y, out.dtype, at, sum);
+}
+
+// Calls f with the number of blocks of 8 rows of x that a block of threads takes.
 template <class F>
-void with_tiles(int64_t rows, F&& f) {
+void with_tiles(int64_t rows, bool aligned, F&& f) {
+  if (!aligned || rows > 32) return f(std::integral_constant<int, 8>{});
   if (rows <= 8) return f(std::integral_constant<int, 1>{});
   if (rows <= 16) return f(std::integral_constant<int, 2>{});
-  if (rows <= 32) return f(std::integral_constant<int, 4>{});
-  f(std::integral_constant<int, 8>{});
+  f(std::integral_constant<int, 4>{});
+}
+
+template <Form FORM>
+using form_of = std::integral_constant<Form, FORM>;
+
+bool rows_are_aligned(const TensorView& x, const TensorView& qdata) {
+  const int64_t size = x.dl.dtype.bits / 8;
+  const auto bytes = [](const TensorView& t) {
+    return static_cast<char*>(t.dl.data) + t.dl.byte_offset;
+  };
+  return granule_of(bytes(x), x.stride(0) * size) == 16 && x.size(1) * size % 16 == 0 &&
+         granule_of(bytes(qdata), qdata.size(1)) == 16;
+}
+
+// In how many parts stripes cut a row of tiles at most.
+int parts_of(int64_t tiles, int64_t stripe) {
+  if (stripe % tiles == 0) return 1;
+  return tiles % stripe == 0 ? static_cast<int>(tiles / stripe) : ceil_div(tiles - 1, stripe) + 1;
 }
 
 }  // namespace
 
-int quantized_linear_parts(int64_t rows, int64_t n, int64_t k, int bits, int multiprocessors) {
-  int parts = 1;
-  with_tiles(rows, [&](auto nt) {
-    using S = Shape<4, bfloat16, decltype(nt)::value>;
-    const int64_t tiles = ceil_div(k, S::kColumns);
-    const int64_t blocks = static_cast<int64_t>(ceil_div(rows, S::kM)) * ceil_div(n, S::kN);
-    // a block a multiprocessor keeps 24 KB of codes in flight, enough; a part long enough to fill
-    // its stages; and partial sums, written and read, of no more bytes than the codes
-    const int64_t most =
-        std::min(std::min(multiprocessors / blocks, tiles / 4), k * bits / (64 * rows));
-    const int part_tiles = ceil_div(tiles, std::max(most, int64_t{1}));
-    parts = ceil_div(tiles, part_tiles);
+std::pair<int, int> quantized_linear_stripe(TensorView x, TensorView qdata, int bits, int64_t k,
+                                            int multiprocessors) {
+  std::pair<int, int> result;
+  const int64_t rows = x.size(0);
+  with_tiles(rows, rows_are_aligned(x, qdata), [&](auto nt) {
+    constexpr int kNT = decltype(nt)::value;
+    using S = Shape<4, bfloat16, kNT>;  // of all, they have the same rows and columns
+    const int64_t tiles = ceil_div(k, S::kColumns), n_tiles = ceil_div(qdata.size(0), S::kN);
+    const int64_t m_tiles = ceil_div(rows, S::kM);
+    // What a multiprocessor has to do where rows of tiles are not cut (fewer rows of x have two
+    // blocks there, which share it), and where they are: by stripes of at least 4 tiles, to fill
+    // the stages, and so that partial sums, written and read, are no more bytes than the codes.
+    const int64_t waves = ceil_div(n_tiles * m_tiles, multiprocessors);
+    const int64_t whole = kNT < 8 && waves > 1 ? 0 : waves * tiles;
+    const int64_t all = tiles * n_tiles, blocks = std::max<int64_t>(1, multiprocessors / m_tiles);
+    int64_t stripe = std::max<int64_t>(ceil_div(all, blocks), 4);
+    if (stripe < tiles) stripe = std::max<int64_t>(stripe, ceil_div(tiles * 64 * rows, k * bits));
+    // add_parts takes about as long as 8 tiles (16384 weights each, 0.3 to 0.4 us)
+    if (whole - stripe <= 8) stripe = tiles;
+    stripe = std::max<int64_t>(stripe, ceil_div(all, 65535));  // blocks of a grid
+    result.first = static_cast<int>(stripe);
+    result.second = parts_of(tiles, stripe);
   });
-  return parts;
+  return result;
 }
 
 void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTensor x_sums,
                              TensorView qdata, TensorView scales, OptionalTensor zeros,
                              OptionalTensor bias, int bits, int64_t group_size, int64_t k,
-                             TensorView y, OptionalTensor parts, Stream stream) {
+                             TensorView y, int stripe, OptionalTensor parts, Stream stream) {
   check_contiguous("y", y);
   check_size("y", "rows", x.size(0), y.size(0));
   check_size("y", "columns", qdata.size(0), y.size(1));
@@ -383,25 +469,27 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
   if (x_scale && !by_steps)
     throw std::invalid_argument("group_size: wanted a multiple of 32, got " +
                                 std::to_string(group_size));
-  const int count = parts ? static_cast<int>(parts->size(0)) : 1;
+  if (stripe < 1)
+    throw std::invalid_argument("stripe: wanted at least 1, got " + std::to_string(stripe));
   if (parts) {
     check_contiguous("parts", *parts);
-    check_size("parts", "elements", count * y.numel(), parts->numel());
+    check_size("parts", "elements", parts->size(0) * y.numel(), parts->numel());
   }
   Output out{nullptr,
              y.dtype(),
              any_float(bias, "bias"),
              bias ? bias->dtype() : DType::f32,
              output<float>(parts, "parts"),
-             0};
+             stripe};
   with_device_float(y.dtype(), "y",
                     [&](auto element) { out.y = output<decltype(element)>(y, "y"); });
   const int rows = static_cast<int>(x.size(0));
-  const auto start = [&](auto* from, auto exact, auto b, auto nt, auto aligned) {
+  int tile_n = 0, tile_k = 0;
+  const auto start = [&](auto* from, auto form, auto b, auto nt, auto aligned) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
     constexpr int kBits = decltype(b)::value, kNT = decltype(nt)::value;
     using S = Shape<kBits, T, kNT>;
-    const int64_t stride = x.stride(0);
+    const int64_t stride = x.stride(0), size = sizeof(T);
     const Rows<T> p{from,
                     input<float>(x_scale, "x_scale"),
                     input<float>(x_sums, "x_sums"),
@@ -409,25 +497,41 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
                     static_cast<int>(x.size(1)),
                     stride,
                     x_scale ? x_scale->size(1) : 0,
-                    granule_of(from, stride * static_cast<int64_t>(sizeof(T)))};
-    out.part_tiles = ceil_div(ceil_div(k, S::kColumns), count);
-    launch({"quantized_linear matrix", dim3(ceil_div(rows, S::kM), ceil_div(w.n, S::kN), count),
+                    granule_of(from, stride * size | x.size(1) * size)};
+    tile_n = S::kN;
+    tile_k = S::kColumns;
+    const int64_t tiles = ceil_div(k, tile_k), all = tiles * ceil_div(w.n, tile_n);
+    const int64_t given = parts ? parts->size(0) : 0, wanted = parts_of(tiles, stripe);
+    if (wanted > 1 && given < wanted) check_size("parts", "matrices", wanted, given);
+    launch({"quantized_linear matrix", dim3(ceil_div(rows, S::kM), ceil_div(all, stripe)),
             dim3(kThreads), static_cast<size_t>(S::kStages) * S::kStage,
             reinterpret_cast<cudaStream_t>(stream)},
-           matrix_kernel<decltype(exact)::value, kBits, T, kNT, decltype(aligned)::value>, p, w,
+           matrix_kernel<decltype(form)::value, kBits, T, kNT, decltype(aligned)::value>, p, w,
            out);
   };
   const auto with_rows = [&](auto* from) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
-    using Integer = std::is_same<T, int8_t>;
-    const bool aligned = granule_of(from, x.stride(0) * sizeof(T)) == 16 && w.granule == 16;
+    const bool aligned = rows_are_aligned(x, qdata);
     const auto with_bits = [&](auto b) {
-      if (!aligned)
-        return start(from, Integer{}, b, std::integral_constant<int, 8>{}, std::false_type{});
-      with_tiles(rows, [&](auto nt) {
-        if constexpr (!Integer::value)
-          if (zeros || !by_steps) return start(from, std::false_type{}, b, nt, std::true_type{});
-        start(from, std::true_type{}, b, nt, std::true_type{});
+      constexpr int kBits = decltype(b)::value;
+      with_tiles(rows, aligned, [&](auto nt) {
+        constexpr int kNT = decltype(nt)::value;
+        const auto aligned_form = [&](auto form) { start(from, form, b, nt, std::true_type{}); };
+        const bool wide = w.groups == 1 || w.group % Shape<kBits, T, kNT>::kRange == 0;
+        constexpr bool kInteger = std::is_same_v<T, int8_t>;
+        constexpr Form kRest = kInteger ? kNarrow : kAny;
+        if constexpr (kNT == 8)
+          if (!aligned) return start(from, form_of<kRest>{}, b, nt, std::false_type{});
+        if constexpr (!kInteger) {
+          if (!by_steps) return aligned_form(form_of<kAny>{});
+          if constexpr (kNT <
+                        4)  // beyond, kNarrow takes as many instructions, and registers enough
+            if (wide && zeros) return aligned_form(form_of<kOffsets>{});
+        }
+        if (wide && (kInteger || !zeros))
+          aligned_form(form_of<kScales>{});
+        else
+          aligned_form(form_of<kNarrow>{});
       });
     };
     if (bits == 4)
@@ -441,11 +545,10 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
     with_rows(input<bfloat16>(x, "x"));
   else
     with_rows(input<float16>(x, "x"));
-  if (count == 1) return;
-  const int64_t size = y.numel();
-  launch({"quantized_linear add_parts", dim3(ceil_div(size, kThreads)), dim3(kThreads), 0,
+  if (!parts) return;
+  launch({"quantized_linear add_parts", dim3(rows, ceil_div(w.n, kThreads)), dim3(kThreads), 0,
           reinterpret_cast<cudaStream_t>(stream)},
-         add_parts, out, count, w.n, size);
+         add_parts, out, rows, w.n, tile_n, ceil_div(k, tile_k));
 }
 
 }  // namespace fastlm

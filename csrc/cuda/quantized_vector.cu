@@ -33,7 +33,8 @@ struct Rows {
 
 template <int BITS, class X, int M>
 struct Shape {
-  static constexpr int kR = M == 1 ? 8 : 4;             // rows of W in flight: registers
+  // rows of W in flight, as registers allow
+  static constexpr int kR = M == 1 ? 8 : M == 4 && BITS == 8 && sizeof(X) == 1 ? 2 : 4;
   static constexpr int kColumns = 128 / BITS;           // of a lane: 16 bytes of codes
   static constexpr int kChunk = 32 * kColumns;          // columns of a warp
   static constexpr int kUnit = 16 / sizeof(X);          // columns in 16 bytes of x
@@ -153,8 +154,8 @@ DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged
 }
 
 template <int BITS, class X, int M, bool ALIGNED>
-// int8 x: 3 blocks a multiprocessor, since the int8 form of 4 rows needs more than 128 registers
-__global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t> ? 3 : 4)
+// of int8 by int8 3 blocks a multiprocessor: for 4 it needs more than 128 registers
+__global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS == 8 ? 3 : 4)
     vector_kernel(Rows<X> p, Weight w, const void* bias, DType bias_dtype, void* y, DType y_dtype,
                   int warps_k) {
   using S = Shape<BITS, X, M>;
@@ -179,13 +180,13 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t> ? 3 : 4
   for (int slab = 0; slab < chunks; slab += warps_k) {
     const int column = (slab + warp_k) * S::kChunk + lane * S::kColumns;
     uint4 codes[kR];
-    float scale[kR];
+    uint32_t scale_bits[kR];
     int group = w.group_of(column);
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
       codes[r] = load_codes<ALIGNED>(w, w.codes + static_cast<int64_t>(row[r]) * w.row_bytes,
                                      column * BITS / 8);
-      scale[r] = load_float(w.scales, w.factors, static_cast<int64_t>(row[r]) * w.groups + group);
+      scale_bits[r] = load_bits(w.scales, w.factors, row[r] * w.groups + group);
     }
     if (slab) __syncthreads();  // the last slab of x was read
     stage<BITS, X, M>(p, first_m, w.k, slab, min(warps_k, chunks - slab), staged);
@@ -193,6 +194,9 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t> ? 3 : 4
     if (slab + warp_k >= chunks) continue;
     const unsigned char* mine = staged + warp_k * M * S::kStaged + lane * 16;
     Sum part[kR][M], sum[M] = {};
+    float scale[kR];
+#pragma unroll
+    for (int r = 0; r < kR; ++r) scale[r] = float_of(scale_bits[r], w.factors);
 #pragma unroll
     for (int i = 0; i < kR * M; ++i) part[i / M][i % M] = kZero;
 #pragma unroll
@@ -213,7 +217,7 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t> ? 3 : 4
       if (narrow && o) group = w.group_of(column + 8 * o);
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
-        const int64_t at = static_cast<int64_t>(row[r]) * w.groups + group;
+        const int at = row[r] * w.groups + group;
         if (narrow && o) scale[r] = load_float(w.scales, w.factors, at);
         const float zero = w.zeros ? load_float(w.zeros, w.factors, at) : 0.0f;
 #pragma unroll

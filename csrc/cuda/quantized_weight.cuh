@@ -35,12 +35,20 @@ struct Weight {
   }
 };
 
-// An element of a tensor whose dtype is known at run time.
+// An element of a tensor whose dtype is known at run time: its bits, and their value. They are two
+// so that loads of many can be under way: nvcc converts where the branch on the dtype is, and
+// waits.
+DEVICE uint32_t load_bits(const void* p, DType dtype, int64_t i) {
+  if (dtype == DType::f32) return load(static_cast<const uint32_t*>(p) + i);
+  return load(static_cast<const uint16_t*>(p) + i);
+}
+DEVICE float float_of(uint32_t bits, DType dtype) {
+  const uint16_t low = static_cast<uint16_t>(bits);
+  const float half = to_float(*reinterpret_cast<const float16*>(&low));
+  return dtype == DType::f16 ? half : __uint_as_float(bits << (dtype == DType::f32 ? 0 : 16));
+}
 DEVICE float load_float(const void* p, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return load(static_cast<const float*>(p) + i);
-  const uint16_t bits = load(static_cast<const uint16_t*>(p) + i);
-  const float16 half = *reinterpret_cast<const float16*>(&bits);
-  return dtype == DType::bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : to_float(half);
+  return float_of(load_bits(p, dtype, i), dtype);
 }
 DEVICE void store_float(void* p, DType dtype, int64_t i, float v) {
   if (dtype == DType::f32)
@@ -161,6 +169,9 @@ inline Weight weight_of(const TensorView& qdata, const TensorView& scales,
   const int64_t group = group_size < k ? group_size : k, groups = (k + group - 1) / group;
   check_size("scales", "columns", groups, scales.size(1));
   check_size("scales", "rows", qdata.size(0), scales.size(0));
+  if (scales.numel() > INT32_MAX)  // the kernels' indices
+    throw std::invalid_argument("scales: wanted fewer than 2^31 elements, got " +
+                                std::to_string(scales.numel()));
   if (groups > 1 && (group % 8 || k / 4 > (int64_t{1} << 32) / (group / 4)))
     throw std::invalid_argument("group_size: wanted a multiple of 8 of at most 2^36 / K, got " +
                                 std::to_string(group_size));

@@ -178,10 +178,12 @@ def _multiply(
             x, x_scale, *weight, bias, bits, group_size, k, y, stream(x)
         )
         return
-    count = kernels.quantized_linear_parts(*y.shape, k, bits, multiprocessors(x.device))
+    stripe, count = kernels.quantized_linear_stripe(
+        x, weight[0], bits, k, multiprocessors(x.device)
+    )
     parts = None
     if count > 1:
         parts = torch.empty((count, *y.shape), dtype=torch.float32, device=x.device)
     kernels.quantized_linear_matrix(
-        x, x_scale, x_sums, *weight, bias, bits, group_size, k, y, parts, stream(x)
+        x, x_scale, x_sums, *weight, bias, bits, group_size, k, y, stripe, parts, stream(x)
     )
