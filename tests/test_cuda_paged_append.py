@@ -1,9 +1,12 @@
 """Appending to an int8 cache of pages against torch, on the emulator where there is no GPU."""
 
+import contextlib
+
 import pytest
 import torch
 
 from fastlm import ops
+from fastlm.cuda import paged_append as host
 from fastlm.cuda.paged_append import paged_append
 
 
@@ -80,6 +83,26 @@ def test_leaves_out_what_has_no_place(cuda):
     assert torch.equal(k_cache, before[0]) and torch.equal(v_cache, before[1])
 
 
+def test_starts_on_the_device_of_its_tensors(cuda, monkeypatch):
+    """Which need not be the current one."""
+    entered, started = [], []
+
+    @contextlib.contextmanager
+    def made_current(t):
+        entered.append(t)
+        yield
+        entered.pop()
+
+    class Extension:
+        def paged_append(self, k, *_):
+            started.append(any(t is k for t in entered))
+
+    monkeypatch.setattr(torch.cuda, "device_of", made_current)
+    monkeypatch.setattr(host, "extension", Extension)
+    paged_append(*case(cuda, torch.float32, 1, 1, 1, 8, 8, 4))
+    assert started == [True] and not entered
+
+
 def test_paged_attention_reads_it(cuda):
     k, v, k_cache, v_cache, table, _, *scales = case(cuda, torch.float16, 2, 9, 2, 32, 32, 4)
     positions = torch.arange(9, device=cuda).int().expand(2, 9)
@@ -109,8 +132,16 @@ def test_paged_attention_reads_it(cuda):
             "k_cache: wanted elements of a head side by side, stride 1, got 2",
         ),
         ({2: torch.zeros(1, 4, 2, 8)}, "k_cache: wanted dtype int8, got float32"),
+        (
+            {3: torch.zeros(0, 4, 2, 8, dtype=torch.int8)},
+            "v_cache: wanted pages as k_cache 1, got 0",
+        ),
+        (
+            {3: torch.zeros(1, 2, 2, 8, dtype=torch.int8)},
+            "v_cache: wanted page size of k_cache 4, got 2",
+        ),
     ],
-    ids=["heads", "width", "positions", "scale", "strides", "dtype"],
+    ids=["heads", "width", "positions", "scale", "strides", "dtype", "pages", "page size"],
 )
 def test_refusals(cuda, change, message):
     cache = torch.zeros(1, 4, 2, 8, dtype=torch.int8)

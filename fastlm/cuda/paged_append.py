@@ -1,5 +1,6 @@
 """New keys and values into an int8 cache of pages, by csrc/cuda/paged_append.cu."""
 
+import torch
 from torch import Tensor
 
 from fastlm.cuda import extension, stream
@@ -35,6 +36,7 @@ def paged_append(
     """
     k, v = elements_last(k, v)
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
-    extension().paged_append(
-        k, v, k_cache, v_cache, table, positions.contiguous(), k_scale, v_scale, stream(k)
-    )
+    with torch.cuda.device_of(k):  # kernels start on the current device
+        extension().paged_append(
+            k, v, k_cache, v_cache, table, positions.contiguous(), k_scale, v_scale, stream(k)
+        )
