@@ -71,13 +71,23 @@ def test_strided(cuda, dtype):
     assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
 
 
+def test_tokens_between_16_bytes(cuda, dtype):
+    """The first token begins at 16 bytes, the next one does not."""
+    k, v, *others = case(cuda, dtype, 1, 3, 2, 16, 16, 4)
+    k = torch.randn(1, 3, 33, device=cuda).to(dtype)[..., :32].unflatten(-1, (2, 16))
+    expected = wanted(k, v, *others)
+    paged_append(k, v, *others)
+    assert torch.equal(others[0], expected[0]) and torch.equal(others[1], expected[1])
+
+
 def test_leaves_out_what_has_no_place(cuda):
     """Negative positions, beyond the table, pages outside the cache: nothing is written."""
     k, v, k_cache, v_cache, table, positions, *scales = case(
         cuda, torch.bfloat16, 4, 1, 2, 16, 16, 4
     )
-    positions[0], positions[1], positions[2], positions[3] = -1, 20, 3, 2
-    table[2, 0], table[3, 0] = k_cache.shape[0], -1
+    # behind the table's last row nothing lies that could be read as a page
+    positions[0], positions[1], positions[2], positions[3] = -1, 3, 2, 20
+    table[1, 0], table[2, 0] = k_cache.shape[0], -1
     before = k_cache.clone(), v_cache.clone()
     paged_append(k, v, k_cache, v_cache, table, positions, *scales)
     assert torch.equal(k_cache, before[0]) and torch.equal(v_cache, before[1])
