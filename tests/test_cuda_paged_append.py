@@ -71,6 +71,21 @@ def test_strided(cuda, dtype):
     assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
 
 
+def test_offsets_beyond_32_bits(cuda):
+    """Pages 2^30 elements apart: an index multiplied in 32 bits would write elsewhere."""
+    storage = torch.UntypedStorage(2**31 + 2**13, device=cuda)  # mapped where it is used
+    base = torch.tensor([], dtype=torch.int8, device=cuda).set_(storage)
+    k_cache, v_cache = (t.as_strided((3, 4, 2, 16), (2**30, 32, 16, 1)) for t in (base, base[512:]))
+    k, v, near_k, near_v, _, _, *scales = case(cuda, torch.float16, 1, 3, 2, 16, 16, 4)
+    table = torch.tensor([[2, 1]], dtype=torch.int32, device=cuda)
+    positions = torch.tensor([[0, 3, 4]], dtype=torch.int32, device=cuda)
+    for far, near in ((k_cache, near_k), (v_cache, near_v)):
+        far.copy_(near[:3])
+    paged_append(k, v, near_k, near_v, table, positions, *scales)
+    paged_append(k, v, k_cache, v_cache, table, positions, *scales)
+    assert torch.equal(k_cache, near_k[:3]) and torch.equal(v_cache, near_v[:3])
+
+
 def test_tokens_between_16_bytes(cuda, dtype):
     """The first token begins at 16 bytes, the next one does not."""
     k, v, *others = case(cuda, dtype, 1, 3, 2, 16, 16, 4)
