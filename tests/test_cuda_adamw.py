@@ -11,7 +11,7 @@ import test_triton_adamw as on_triton
 import torch
 from test_triton_adamw import uploaded  # noqa: F401, a fixture
 
-from fastlm import AdamW, backend
+from fastlm import AdamW, backend, reference
 
 # a chunk and a bit, less than a warp's 256, rows, a scalar, nothing
 SHAPES = [(8500,), (257,), (3, 5, 7), (), (0, 4)]
@@ -212,6 +212,37 @@ def test_lr_of_the_device_is_read_at_every_step(module):
 
 def test_bias_correction_of_late_steps(module):
     on_triton.test_bias_correction_of_late_steps(module)
+
+
+def test_codes_of_states_of_every_size(module):
+    """A block's largest moment is 1; the others are down to where nothing is left of them."""
+    g = torch.cat([torch.exp2(torch.linspace(-24, 0, 2047)), torch.ones(1)])
+    g[::2] *= -1
+    g = g.view(256, 8).t().contiguous().flatten()  # of every size in every block
+    g[::256] = 1.0
+    p, step, none = torch.zeros(2048), torch.zeros(()), [None]
+    codes = [torch.zeros(2048, dtype=torch.uint8) for _ in range(2)]
+    scales = [torch.zeros(8) for _ in range(2)]
+    options = [(0.1, 0.0, 0.0, 1e-8, 0.0, False, False)]  # betas 0: the states are of g alone
+    module.adamw(
+        [p], [g], [step], [codes[0]], [codes[1]], [scales[0]], [scales[1]], none, options,
+        [(0, 0)], 0.0, None, False,
+    )  # fmt: skip
+    for i, x in enumerate((g, (g * g).sqrt())):
+        wanted, scale = reference.pack_state(x.cpu(), root=i == 1)
+        assert torch.equal(codes[i].cpu(), wanted) and torch.equal(scales[i].cpu(), scale)
+
+
+def test_stochastic_rounding_keeps_every_nan(module):
+    """A GPU's own NaN has all bits set: what is added to round would make it -0."""
+    bits = torch.full((600,), 0x7FFFFFFF, dtype=torch.int32)
+    p, g = torch.zeros(600).bfloat16(), bits.view(torch.float32)
+    m, v, step, none = torch.zeros(600), torch.zeros(600), torch.zeros(()), [None]
+    options = [(0.1, 0.9, 0.999, 1e-8, 0.0, False, True)]
+    module.adamw(
+        [p], [g], [step], [m], [v], none, none, none, options, [(0, 0)], 0.0, None, False
+    )  # fmt: skip
+    assert p.isnan().all()
 
 
 def test_a_norm_that_is_given(module):

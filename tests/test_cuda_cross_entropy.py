@@ -123,6 +123,17 @@ def test_gradient_in_place(cuda, dtype, classes):
     assert torch.equal(logits, expected)
 
 
+def test_without_a_factor_of_p_no_p_is_looked_at(cuda, dtype):
+    """Gradients of loss and lse that cancel: what is left is the target's, whatever the logits."""
+    from fastlm.cuda.cross_entropy import row_gradients
+
+    logits = torch.tensor([[0.5, torch.nan, torch.inf] * 7], device=cuda).to(dtype)
+    target, none = torch.zeros(1, dtype=torch.int64, device=cuda), torch.zeros(1, device=cuda)
+    gradient = torch.empty_like(logits)
+    row_gradients(none, none + 2, None, logits, target, None, none, none, -100, None, 1.0, gradient)
+    assert gradient[0, 0] == -2 and (gradient[0, 1:] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("dtype", "apart"), [(torch.float16, 2**31 + 64), (torch.bfloat16, 2**31 + 3)]
 )

@@ -34,12 +34,17 @@ def test_rows_apart(cuda, dtype, width):
     assert torch.equal(ops.glu(gate, up), apart) and ops.glu(gate, up).is_contiguous()
     assert torch.equal(ops.glu(gate, up.contiguous()), apart)
     assert torch.equal(ops.glu(gate.mT.contiguous().mT, up), apart)  # elements apart
+    odd = torch.cat([up, up[..., :1]], -1)[..., :width]  # every second row between 16 bytes
+    assert torch.equal(ops.glu(gate, odd), apart) and torch.equal(
+        ops.glu(odd, gate), ops.glu(up, gate)
+    )
     check(gate[0], up[0], "silu")
 
 
 def test_operands_between_16_bytes(cuda, dtype):
     base = torch.randn(2, 300, device=cuda).to(dtype)
     check(base[0, 1:297], base[1, :296], "gelu")
+    check(base[0, :296], base[1, 1:297], "gelu")
 
 
 @pytest.mark.parametrize("act", ACTS)

@@ -48,12 +48,42 @@ def test_strided(cuda, dtype, int8):
 
 
 @pytest.mark.parametrize("int8", [False, True])
+def test_offsets_beyond_32_bits(cuda, int8):
+    """Pages 2^30 elements apart: an index multiplied in 32 bits would write elsewhere."""
+    (k, v, near_k, near_v, _, _), scales = case(
+        torch.float16, 1, 3, 2, 16, 16, 4, per=5, int8=int8, device=cuda
+    )
+    size = near_k.element_size()
+    storage = torch.UntypedStorage((2**31 + 2**13) * size, device=cuda)  # mapped where it is used
+    base = torch.tensor([], dtype=near_k.dtype, device=cuda).set_(storage)
+    k_cache, v_cache = (t.as_strided((3, 4, 2, 16), (2**30, 32, 16, 1)) for t in (base, base[512:]))
+    table = torch.tensor([[2, 1]], dtype=torch.int32, device=cuda)
+    positions = torch.tensor([[0, 3, 4]], dtype=torch.int32, device=cuda)
+    for far, near in ((k_cache, near_k), (v_cache, near_v)):
+        far.copy_(near[:3])
+    ops.paged_append(k, v, near_k, near_v, table, positions, **scales)
+    ops.paged_append(k, v, k_cache, v_cache, table, positions, **scales)
+    assert torch.equal(k_cache, near_k[:3]) and torch.equal(v_cache, near_v[:3])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_tokens_between_16_bytes(cuda, dtype, int8):
+    """The first token begins at 16 bytes, the next one does not."""
+    (_, *others), scales = case(dtype, 1, 3, 2, 16, 16, 4, per=5, int8=int8, device=cuda)
+    k = torch.randn(1, 3, 33, device=cuda).to(dtype)[..., :32].unflatten(-1, (2, 16))
+    expected = wanted([k, *others], scales)
+    ops.paged_append(k, *others, **scales)
+    assert torch.equal(others[1], expected[0]) and torch.equal(others[2], expected[1])
+
+
+@pytest.mark.parametrize("int8", [False, True])
 def test_tokens_without_a_place_are_left_out(cuda, int8):
     """Negative positions, beyond the table, pages outside the cache: nothing is written."""
     arguments, scales = case(torch.bfloat16, 4, 1, 2, 16, 16, 4, per=5, int8=int8, device=cuda)
     table, positions = arguments[4:]
-    positions[0], positions[1], positions[2], positions[3] = -1, 20, 3, 2
-    table[2, 0], table[3, 0] = arguments[2].shape[0], -1
+    # behind the table's last row nothing lies that could be read as a page
+    positions[0], positions[1], positions[2], positions[3] = -1, 3, 2, 20
+    table[1, 0], table[2, 0] = arguments[2].shape[0], -1
     before = [t.clone() for t in arguments[2:4]]
     ops.paged_append(*arguments, **scales)
     assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], before))

@@ -48,7 +48,9 @@ def test_matches_float64(cuda, dtype, page_size, queries, options):
     check(cuda, q, cache([53, 0, 130], page_size, 2, 40, 24, dtype), "", **options)
 
 
-@pytest.mark.parametrize("group, d, dv", [(1, 16, 256), (16, 256, 16), (33, 72, 128), (3, 64, 8)])
+@pytest.mark.parametrize(
+    "group, d, dv", [(1, 16, 256), (16, 256, 16), (33, 72, 128), (3, 64, 8), (71, 64, 64)]
+)
 def test_widths(cuda, dtype, group, d, dv):
     q = torch.randn(1, 1, few(dtype, group), d).to(dtype)
     check(cuda, q, cache([70], 16, 1, d, dv, dtype), "", causal=True)
@@ -102,6 +104,48 @@ def test_more_sequences_than_threads(cuda):
     check(cuda, q, cache(lengths, 32, 1, 8, 8, q.dtype), "", causal=True)
 
 
+@pytest.mark.parametrize("queries", [1, 3, 9])
+@pytest.mark.parametrize("window", [67, 140])
+def test_windows_of_several_tiles(cuda, dtype, queries, window):
+    """Tiles that every row sees, and those at both ends of what a row sees."""
+    q = torch.randn(2, few(dtype, 2 * queries) // 2, 2, 16).to(dtype)
+    check(cuda, q, cache([410, 139], 16, 1, 16, 16, dtype), "", causal=True, window=window)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_a_tile_with_room_does_not_show_the_start_of_the_cache(cuda, dtype, queries):
+    """Which may be anything: NaN of another sequence."""
+    k, v, table, lens = on(cuda, *cache([70, 5], 16, 1, 24, 24, dtype))
+    q = torch.randn(2, queries, 2, 24, device=cuda).to(dtype)
+    expected = ops.paged_attention(q, k, v, table, lens)
+    k, v = (torch.cat([torch.full_like(t[:1], torch.nan), t]) for t in (k, v))
+    assert torch.equal(ops.paged_attention(q, k, v, table + 1, lens), expected)
+
+
+def test_row_groups_of_several_key_heads(cuda, monkeypatch):
+    """More rows than a block has, of two key heads, in pieces."""
+    monkeypatch.setattr(host, "_LEAST_TILES", 1)
+    q = torch.randn(2, 1, 2 * 130, 16).half()
+    check(cuda, q, cache([150, 70], 16, 2, 16, 16, q.dtype), "", sinks=torch.randn(260))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_lengths_near_31_bits(cuda, group):
+    """Of a cache whose pages are one and the same: what a window sees is what it sees of a short
+    sequence that ends in the same slot."""
+    k, v, *_ = on(cuda, *cache([1024], 1024, 1, 8, 8, torch.float16))
+    table = torch.zeros(1, 2**21, dtype=torch.int32, device=cuda)
+    q = torch.randn(1, 1, group, 8, device=cuda).half()
+    long, short = (
+        ops.paged_attention(q, k, v, table[:, : n // 1024 + 1], lens, window=30)
+        for n in (2**31 - 3000, 1024 + (2**31 - 3000) % 1024)
+        for lens in [torch.tensor([n], dtype=torch.int32, device=cuda)]
+    )
+    assert torch.equal(long, short)
+    lens = torch.tensor([2**31 - 1], dtype=torch.int32, device=cuda)  # held below it
+    assert ops.paged_attention(q, k, v, table, lens, window=30).isfinite().all()
+
+
 def test_sinks_without_keys(cuda, dtype):
     q = torch.randn(1, 3, 4, 16).to(dtype)
     parts = cache([2], 4, 2, 16, 16, dtype)
@@ -120,6 +164,23 @@ def test_strided(cuda, dtype):
             q.contiguous(), k.contiguous(), v.contiguous(), table.contiguous(), lens
         )
         assert torch.equal(ops.paged_attention(q, k, v, table, lens), expected)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_offsets_beyond_32_bits(cuda, heads):
+    """Pages 2^30 elements apart: an index multiplied in 32 bits would read elsewhere."""
+    storage = torch.UntypedStorage(2**31 + 2**13, device=cuda)  # mapped where it is used
+    base = torch.tensor([], dtype=torch.int8, device=cuda).set_(storage)
+    k, v = (t.as_strided((3, 64, 1, 16), (2**30, 16, 16, 1)) for t in (base, base[1024:]))
+    for t in (k, v):
+        t.copy_(torch.randint(-127, 128, t.shape))
+    table = torch.tensor([[2, 1]], dtype=torch.int32, device=cuda)
+    lens = torch.tensor([100], dtype=torch.int32, device=cuda)
+    q = torch.randn(1, 1, heads, 16, device=cuda).half()
+    scales = {"k_scale": 0.01, "v_scale": 0.01}
+    far = ops.paged_attention(q, k, v, table, lens, **scales)
+    near = ops.paged_attention(q, k.contiguous(), v.contiguous(), table, lens, **scales)
+    assert torch.equal(far, near)
 
 
 @pytest.mark.parametrize("queries", [1, 4])

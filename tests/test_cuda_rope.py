@@ -61,6 +61,15 @@ def test_operands_and_tables_between_16_bytes(heads, dtype):
             assert all(torch.equal(a, b) for a, b in zip(mine, expected))
 
 
+def test_tables_of_which_the_second_begins_between_16_bytes(heads, dtype):
+    q = torch.randn(2, 3, 2, 32, device=heads).to(dtype)
+    cos, sin = (
+        torch.randn(2, 65, device=heads).to(dtype)[:, :64].unflatten(-1, (2, 32)) for _ in range(2)
+    )
+    expected = ops.rope(q, q[:, :1], cos.contiguous(), sin.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(ops.rope(q, q[:, :1], cos, sin), expected))
+
+
 def test_no_query_or_key_heads(heads, dtype):
     q = torch.randn(2, 3, 2, 16, device=heads).to(dtype)
     cos, sin = (t.to(heads) for t in tables(2, 16))

@@ -107,6 +107,8 @@ void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_c
   check_size("positions", "entries, one a token", k.size(0) * k.size(1), positions.numel());
   check_size("v", "tokens as k", k.size(0) * k.size(1), v.size(0) * v.size(1));
   check_size("block_table", "rows", k.size(0), block_table.size(0));
+  check_size("v_cache", "pages as k_cache", k_cache.size(0), v_cache.size(0));
+  check_size("v_cache", "page size of k_cache", k_cache.size(1), v_cache.size(1));
   const int heads = static_cast<int>(k_cache.size(2));
   const Places places{input<int>(positions, "positions"),
                       input<int>(block_table, "block_table"),

@@ -19,51 +19,61 @@ namespace paged {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kMostUnroll = 4;
+constexpr int kFurthest = kMostUnroll * kThreads;  // keys that a block has at once: one a lane
+static_assert(kFurthest >= kTile);
 constexpr int kCombineThreads = 128;
 constexpr int kWidest = 256;
 
-// Eight elements of a row as they lie in memory, in pieces of at most 16 bytes.
+// Eight elements of a row as they lie in memory, in pieces of at most 16 bytes: words, as nvcc
+// would take a vector of bytes apart, and put its words together again.
 template <class C>
 struct Eight {
-  static constexpr int kPieces = sizeof(C) == 4 ? 2 : 1;
-  Vector<C, 8 / kPieces> piece[kPieces];
+  static constexpr int kPieces = sizeof(C) == 4 ? 2 : 1, kWords = 2 * sizeof(C) / kPieces;
+  Vector<uint32_t, kWords> piece[kPieces];
+  DEVICE uint32_t word(int i) const { return piece[i / kWords].at[i % kWords]; }
 };
 template <class C>
 DEVICE Eight<C> load_eight(const C* p) {
   Eight<C> result;
 #pragma unroll
   for (int i = 0; i < Eight<C>::kPieces; ++i)
-    result.piece[i] = load(reinterpret_cast<const Vector<C, 8 / Eight<C>::kPieces>*>(p) + i);
+    result.piece[i] = load(reinterpret_cast<const Vector<uint32_t, Eight<C>::kWords>*>(p) + i);
   return result;
 }
 template <class C>
 DEVICE void to_floats(const Eight<C>& x, float (&f)[8]) {
   if constexpr (std::is_same_v<C, int8_t>) {
     // 2^23 + 128 + x by placing bytes: converting takes four times as long
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(&x);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      f[i] = __uint_as_float(__byte_perm(words[i / 4] ^ 0x80808080u, 0x4b000000u, 0x7440 + i % 4)) -
-             8388736.0f;
+      f[i] =
+          __uint_as_float(__byte_perm(x.word(i / 4) ^ 0x80808080u, 0x4b000000u, 0x7440 + i % 4)) -
+          8388736.0f;
   } else if constexpr (std::is_same_v<C, bfloat16>) {
-    // from words: taken apart first, eight values would lie in eight registers
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(&x);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      f[2 * i] = __uint_as_float(words[i] << 16);
-      f[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      f[2 * i] = __uint_as_float(x.word(i) << 16);
+      f[2 * i + 1] = __uint_as_float(x.word(i) & 0xffff0000u);
+    }
+  } else if constexpr (std::is_same_v<C, float16>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = x.word(i);
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word));
+      f[2 * i] = pair.x;
+      f[2 * i + 1] = pair.y;
     }
   } else {
-    constexpr int kPer = 8 / Eight<C>::kPieces;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) f[i] = to_float(x.piece[i / kPer].at[i % kPer]);
+    for (int i = 0; i < 8; ++i) f[i] = __uint_as_float(x.word(i));
   }
 }
 
 // 128 registers for 16 warps on a multiprocessor, of which each lane has 2 kUnroll loads under way
 template <int ROWS, class T, class C>
 __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p, int lanes_log2) {
-  constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
+  constexpr int kUnroll = sizeof(T) == 4 ? 2 : kMostUnroll;
   DYNAMIC_SHARED(memory);
   SHARED(float2, sums, kWarps * ROWS);
   float* const outs = reinterpret_cast<float*>(memory);  // (kWarps, ROWS, dv)
@@ -72,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
   const int column = (lane & (lanes - 1)) * 8, key_of_warp = lane >> lanes_log2;
 
   for_each_piece<kThreads>(p.work, p.record, [&](const Piece& piece) {
-    const int kv_head = piece.unit / p.row_groups;
+    const int kv_head = piece.kv_head;
     const float scale = scale_of(p, kv_head);
     // lanes beyond the row read its start: k times a q of zero, an out that nobody stores
     const C* const k = p.k + kv_head * p.k_step.head + (column < p.d ? column : 0);
@@ -99,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
       for (int u = 0; u < kUnroll; ++u) page[u] = page_of(p, piece.b, min(key(from, u), last));
     };
     const int step = kUnroll * kWarps * groups;
+    const Range seen = seen_by_all(p, piece);
     if (piece.begin < piece.end) find_pages(piece.begin);
 #pragma unroll 1  // twice as many keys would not fit
     for (int from = piece.begin; from < piece.end; from += step) {
@@ -130,19 +141,24 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         float higher = top[r];
+        if (seen.has(from, step)) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          s[r][u] = score(p, piece, row[r], key(from, u), s[r][u], scale);
-          higher = fmaxf(higher, s[r][u]);
+          for (int u = 0; u < kUnroll; ++u) s[r][u] *= scale;
+        } else {
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u)
+            s[r][u] = score(p, piece, row[r], key(from, u), s[r][u], scale);
         }
-        const float rescale = exp2f(top[r] - or_zero(higher));
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) higher = fmaxf(higher, s[r][u]);
+        const float zero = or_zero(higher), rescale = exp2_approximate(top[r] - zero);
         top[r] = higher;
         sum[r] *= rescale;
 #pragma unroll
         for (int i = 0; i < 8; ++i) out[r][i] *= rescale;
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-          s[r][u] = exp2f(s[r][u] - or_zero(higher));
+          s[r][u] = exp2_approximate(s[r][u] - zero);
           sum[r] += s[r][u];
         }
       }
@@ -185,20 +201,20 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
 }
 
 // block (i, r): row r of the unit that block i of the kernel before began and others ended. A warp
-// adds every fourth slot, a lane 4 columns of it.
+// adds every fourth slot, a lane 4 columns of it. `rows` of a slot.
 template <class T, class C>
-__global__ void __launch_bounds__(kCombineThreads) paged_combine_kernel(Problem<T, C> p) {
+__global__ void __launch_bounds__(kCombineThreads) paged_combine_kernel(Problem<T, C> p, int rows) {
   constexpr int kWarpsOf = kCombineThreads / 32;
   SHARED(float4, parts,
          kWarpsOf * kWidest / 4);  // of each warp; an array of float may begin anywhere
   float* const part = reinterpret_cast<float*>(parts);
-  const int first = blockIdx.x, r = blockIdx.y, rows = gridDim.y;
+  const int first = blockIdx.x, r = blockIdx.y;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int4 unit = load(p.record + first);
   const int slots = unit.z;
   if (slots == 0) return;
-  const int kv_head = unit.y / p.row_groups;
-  const int row = unit.y % p.row_groups * rows + r;
+  const int kv_head = unit.y / p.work.row_groups;
+  const int row = unit.y % p.work.row_groups * rows + r;
   if (row >= p.rows) return;
   const int query = row / p.group, head = kv_head * p.group + row % p.group;
   const auto at = [&](int i) {
@@ -248,9 +264,10 @@ void start(Problem<T, C>& p, int rows, int blocks, cudaStream_t stream) {
     else
       launch(how, paged_dot_kernel<2, T, C>, p, lanes_log2);
   }
-  if (blocks > 1)
-    launch({"paged_attention combine", dim3(blocks, rows), dim3(kCombineThreads), 0, stream},
-           paged_combine_kernel<T, C>, p);
+  if (blocks > 1)  // a slot of 16 rows may have 4 of them
+    launch({"paged_attention combine", dim3(blocks, std::min(rows, p.rows)), dim3(kCombineThreads),
+            0, stream},
+           paged_combine_kernel<T, C>, p, rows);
 }
 
 CacheStrides strides_of(const char* argument, const TensorView& t) {
@@ -271,7 +288,6 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
                              bool causal, float scale, int64_t window, float softcap, int rows,
                              int blocks, int least_tiles, TensorView out, TensorView lse,
                              TensorView workspace, Stream stream) {
-  using paged::kTile;
   const int64_t slots = int64_t{2} * blocks * rows;
   check_size("workspace", "floats", slots * (v.size(3) + 2) + 4 * blocks, workspace.numel());
   const auto with_cache = [&](auto element, auto cached) {
@@ -306,7 +322,6 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
     p.heads = static_cast<int>(q.size(2));
     p.group = p.heads / static_cast<int>(k.size(2));
     p.rows = static_cast<int>(q.size(1)) * p.group;
-    p.row_groups = ceil_div(p.rows, rows);
     p.d = static_cast<int>(q.size(3));
     p.dv = static_cast<int>(v.size(3));
     p.scale = scale * paged::kLog2e;
@@ -318,10 +333,13 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
     p.work.batch = static_cast<int>(q.size(0));
     p.work.queries = static_cast<int>(q.size(1));
     p.work.window = static_cast<int>(std::min<int64_t>(window, 1 << 30));
-    // room for a tile more in 31 bits; an empty cache has no keys
-    p.work.longest = static_cast<int>(
-        k.size(0) == 0 ? 0 : std::min<int64_t>(block_table.size(1) * k.size(1), INT32_MAX - kTile));
-    p.work.units = static_cast<int>(k.size(2)) * p.row_groups;
+    // kernels count to 2 kFurthest behind the last key in 31 bits; an empty cache has no keys
+    p.work.longest =
+        static_cast<int>(k.size(0) == 0 ? 0
+                                        : std::min<int64_t>(block_table.size(1) * k.size(1),
+                                                            INT32_MAX - 2 * paged::kFurthest));
+    p.work.row_groups = ceil_div(p.rows, rows);
+    p.work.units = static_cast<int>(k.size(2)) * p.work.row_groups;
     p.work.least = least_tiles;
     paged::start(p, rows, blocks, reinterpret_cast<cudaStream_t>(stream));
   };

@@ -30,8 +30,9 @@ struct Work {
   int batch, queries;
   int window;   // 0: none
   int longest;  // keys that the table has room for
-  int units;    // of a sequence: key heads * row groups
-  int least;    // tiles that are worth a block of their own
+  int units;    // of a sequence: key heads * row_groups
+  int row_groups;
+  int least;  // tiles that are worth a block of their own
 };
 
 struct Strides {
@@ -74,7 +75,7 @@ struct Problem {
   CacheStrides k_step, v_step;
   int64_t table_row;
   Divisor page_size;
-  int pages, heads, group, rows, row_groups, d, dv;
+  int pages, heads, group, rows, d, dv;
   float scale, softcap, softcap_inverse;  // in units of log2(e); softcap 0: none
   bool causal;
   bool plain;  // no softcap, slopes, bias
@@ -92,7 +93,7 @@ DEVICE int tiles_of(const Keys& k) { return max((k.end - k.first + kTile - 1) / 
 
 // One block's part of a unit.
 struct Piece {
-  int b, unit;
+  int b, kv_head, row_group;
   int begin, end, all;  // keys from begin to end, of the sequence's `all`
   int slot;             // -1: the whole unit
 };
@@ -153,9 +154,14 @@ DEVICE void for_each_piece(const Work& w, int4* record, F&& attend) {
     const int count = min(left, n - tile);
     const bool begins = tile == 0, ends = tile + count == n;
     const int begin = keys.first + tile * kTile;
-    const Piece piece{b,        unit,
-                      begin,    min(begin + count * kTile, keys.end),
-                      keys.all, begins && ends ? -1 : 2 * block + begins};
+    const int kv_head = unit / w.row_groups;
+    const Piece piece{b,
+                      kv_head,
+                      unit - kv_head * w.row_groups,
+                      begin,
+                      min(begin + count * kTile, keys.end),
+                      keys.all,
+                      begins && ends ? -1 : 2 * block + begins};
     if (begins && !ends && threadIdx.x == 0)
       store(record + block, int4{b, unit, 1 + (n - count + share - 1) / share, 0});
     left -= count;
@@ -190,9 +196,9 @@ struct Row {
 };
 template <int ROWS, class T, class C>
 DEVICE Row row_of(const Problem<T, C>& p, const Piece& piece, int r) {
-  r += piece.unit % p.row_groups * ROWS;
+  r += piece.row_group * ROWS;
   if (r >= p.rows) return {-1, 0, 0, 0};
-  const int query = r / p.group, head = piece.unit / p.row_groups * p.group + r % p.group;
+  const int query = r / p.group, head = piece.kv_head * p.group + r % p.group;
   const int position = query + piece.all - p.work.queries;  // among the keys
   return {query, head, p.work.window ? max(position - p.work.window + 1, 0) : 0,
           p.causal ? min(piece.all, position + 1) : piece.all};
@@ -217,6 +223,18 @@ DEVICE float score(const Problem<T, C>& p, const Piece& piece, const Row& row, i
                  kLog2e;
   }
   return sees ? product : -INFINITY;
+}
+
+// The keys that all rows of a piece see; none where a score is more than a scaled product.
+struct Range {
+  int first, end;
+  DEVICE bool has(int begin, int count) const { return begin >= first && begin + count <= end; }
+};
+template <class T, class C>
+DEVICE Range seen_by_all(const Problem<T, C>& p, const Piece& piece) {
+  if (!p.plain) return {0, 0};
+  return {p.work.window ? max(piece.all - p.work.window, 0) : 0,
+          p.causal ? min(piece.all - p.work.queries + 1, piece.end) : piece.end};
 }
 
 template <class T, class C>

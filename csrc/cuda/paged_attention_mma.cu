@@ -1,6 +1,7 @@
-// paged_attention's units of 3 to 64 rows of 16 bits, by m16n8k16. Tiles of 64 keys go through
-// shared memory, the next one under way (cp.async) while this one is computed; q stays there. WM
-// warps have 16 rows each, the other warps other keys of the tile:
+// paged_attention's units of 3 to 64 rows of 16 bits, by m16n8k16; more rows are several units, the
+// second of which finds K and V in L2. Tiles of 64 keys go through shared memory, the next one
+// under way (cp.async) while this one is computed; q stays there. WM warps have 16 rows each, the
+// other warps other keys of the tile:
 //
 //     WM = 1:  rows 0-15    keys 0-15 | 16-31 | 32-47 | 48-63     a warp each, merged at the end
 //     WM = 4:  rows 0-15, 16-31, 32-47, 48-63    keys 0-63 each
@@ -14,8 +15,9 @@
 //     v   a transposed pair of keys has columns 2 n and 2 n + 1: even and odd columns are tiles of
 //         their own
 //
-// Rows in shared memory are an odd number of 16 bytes apart: no bank conflicts (by the emulator's
-// counts; with an int8 cache q and the results of a unit, once each, take two passes for one). K
+// Rows in shared memory are an odd number of 16 bytes apart: no matrix that ldmatrix reads has a
+// bank conflict (by the emulator's counts; with an int8 cache q and the results of a unit, once
+// each, take two passes for one, and so do copies of rows of other than 2^n times 128 bytes). K
 // and V are read in whole sectors. Not measured on a GPU.
 #include "cuda/paged_attention.cuh"
 
@@ -65,20 +67,20 @@ DEVICE uint32_t pack(float low, float high) {
   }
 }
 
-// Two of four bytes 128 + x as two of T, exactly. Selects: which bytes, beside those of a constant.
+// Two of four int8 as two of T, exactly. Selects: which bytes, beside those of a constant.
 constexpr uint32_t kFirstTwo = 0x4140, kLastTwo = 0x4342, kEven = 0x4240, kOdd = 0x4341;
 template <class T>
 DEVICE uint32_t widen(uint32_t bytes, uint32_t select) {
   if constexpr (std::is_same_v<T, bfloat16>) {
-    // 128 + the lower seven bits, less 256 or, where the eighth is set, 128
+    // 128 + the lower seven bits, less 128 or, where the eighth is set, 256
     const uint32_t x = __byte_perm(bytes, 0x43434343u, select);
-    const uint32_t low = x & 0xff7fff7fu, less = (x & 0x00800080u) ^ 0x43804380u;
+    const uint32_t low = x & 0xff7fff7fu, less = x & 0xff80ff80u;
     const auto y = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low),
                            reinterpret_cast<const __nv_bfloat162&>(less));
     return reinterpret_cast<const uint32_t&>(y);
   } else {
-    const uint32_t x = __byte_perm(bytes, 0x64646464u, select);  // 1024 + 128 + x
-    const uint32_t less = 0x64806480u;
+    // 1024 + 128 + x; the flip is done once for both pairs of a word
+    const uint32_t x = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, select), less = 0x64806480u;
     const auto y =
         __hsub2(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(less));
     return reinterpret_cast<const uint32_t&>(y);
@@ -111,32 +113,30 @@ DEVICE void load_q(const Problem<T, C>& p, const Sizes& size, const Piece& piece
   }
 }
 
-// The rows of a tile, 2^log2 threads a row; zeros behind the last key and `width`.
-template <class C>
-DEVICE void copy_rows(unsigned char* to, int pitch, const C* from, const int64_t* at, int width,
-                      int padded, int log2) {
-  constexpr int kPer = 16 / sizeof(C);
-  const int column = (threadIdx.x & ((1 << log2) - 1)) * kPer;
+// The `rows` of a tile that there are, LANES threads a row; zeros behind the last one and `width`,
+// whose threads name an address of the cache all the same.
+template <int LANES, class C>
+DEVICE void copy_rows(unsigned char* to, int pitch, const C* from, const int64_t* at, int rows,
+                      int width, int padded) {
+  const int column = threadIdx.x % LANES * (16 / sizeof(C)), first = threadIdx.x / LANES;
   if (column >= padded) return;
-  for (int row = threadIdx.x >> log2; row < kTile; row += kThreads >> log2) {
-    const int64_t where = load(at + row);
-    const bool there = where >= 0 && column < width;
-    cp_async<16>(to + row * pitch + column * sizeof(C), there ? from + where + column : from,
-                 there ? 16 : 0);
-  }
-}
-template <class C>
-DEVICE int threads_log2(int padded) {
-  int log2 = 0;
-  while (16 / static_cast<int>(sizeof(C)) << log2 < padded) ++log2;
-  return log2;
+  if (column < width)
+    from += column;
+  else
+    rows = 0;
+  to += first * pitch + column * sizeof(C);
+  constexpr int kTogether = kThreads / LANES;
+#pragma unroll 4
+  for (int row = 0; row < kTile; row += kTogether)
+    cp_async<16>(to + row * pitch, from + load(at + first + row), first + row < rows ? 16 : 0);
 }
 
 template <int WM, int WIDTH, class T, class C>
 __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p, Sizes size) {
   constexpr int WK = kWarps / WM, kRows = 16 * WM, kKeys = kTile / WK;  // of a warp
+  constexpr int kLanes = WIDTH * sizeof(C) / 16;                        // that copy a row
   DYNAMIC_SHARED(memory);
-  SHARED(int64_t, k_at, 2 * kTile);  // of the rows of this tile and the next; -1: zeros
+  SHARED(int64_t, k_at, 2 * kTile);  // of the rows of this tile and the next
   SHARED(int64_t, v_at, 2 * kTile);
   SHARED(float2, sums, WK * kRows);
   unsigned char* const q_tile = memory;
@@ -145,10 +145,9 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
   float* const outs = reinterpret_cast<float*>(tiles);  // (WK, kRows, out_pitch), at the end
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int wm = warp % WM, first_key = warp / WM * kKeys;
-  const int k_log2 = threads_log2<C>(size.d_pad), v_log2 = threads_log2<C>(size.dv_pad);
 
   for_each_piece<kThreads>(p.work, p.record, [&](const Piece& piece) {
-    const int kv_head = piece.unit;
+    const int kv_head = piece.kv_head;
     const float scale = scale_of(p, kv_head);
     const C* const k = p.k + kv_head * p.k_step.head;
     const C* const v = p.v + kv_head * p.v_step.head;
@@ -156,18 +155,18 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
     const auto find_rows = [&](int tile) {
       if (threadIdx.x >= kTile || tile >= count) return;
       const int j = piece.begin + tile * kTile + threadIdx.x;
-      KeyAt at{-1, -1};
+      KeyAt at{0, 0};
       if (j < piece.end) at = key_at(p, page_of(p, piece.b, j), j);
       store(k_at + tile % 2 * kTile + threadIdx.x, at.k);
       store(v_at + tile % 2 * kTile + threadIdx.x, at.v);
     };
     const auto copy_tile = [&](int tile) {
       if (tile < count) {
-        const int stage = tile % 2;
-        copy_rows(tiles + stage * size.k_bytes, size.k_pitch, k, k_at + stage * kTile, p.d,
-                  size.d_pad, k_log2);
-        copy_rows(v_tiles + stage * size.v_bytes, size.v_pitch, v, v_at + stage * kTile, p.dv,
-                  size.dv_pad, v_log2);
+        const int stage = tile % 2, rows = piece.end - piece.begin - tile * kTile;
+        copy_rows<kLanes>(tiles + stage * size.k_bytes, size.k_pitch, k, k_at + stage * kTile, rows,
+                          p.d, size.d_pad);
+        copy_rows<kLanes>(v_tiles + stage * size.v_bytes, size.v_pitch, v, v_at + stage * kTile,
+                          rows, p.dv, size.dv_pad);
       }
       cp_async_commit();
     };
@@ -182,6 +181,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
     for (int h = 0; h < 2; ++h) row[h] = row_of<kRows>(p, piece, wm * 16 + h * 8 + lane / 4);
     float out[WIDTH / 8][4] = {};
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    const Range seen = seen_by_all(p, piece);
     for (int tile = 0; tile < count; ++tile) {
       cp_async_wait<0>();
       __syncthreads();  // this tile is there, the one before has been read
@@ -205,8 +205,8 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
             ldmatrix_x2(x, k_tile + (n + lane % 16) * size.k_pitch + at);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              b[i][0] = widen<T>(x[i] ^ 0x80808080u, kFirstTwo);
-              b[i][1] = widen<T>(x[i] ^ 0x80808080u, kLastTwo);
+              b[i][0] = widen<T>(x[i], kFirstTwo);
+              b[i][1] = widen<T>(x[i], kLastTwo);
             }
           } else {
             uint32_t x[4];
@@ -219,22 +219,31 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
         }
       }
 
+      const int from = piece.begin + tile * kTile;
+      if (seen.has(from, kTile)) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[n][i] *= scale;
+      } else {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            s[n][i] = score(p, piece, row[i / 2], from + first_key + n * 8 + lane % 4 * 2 + i % 2,
+                            s[n][i], scale);
+      }
       float rescale[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float higher = top[h];
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int j = piece.begin + tile * kTile + first_key + n * 8 + lane % 4 * 2 + i;
-            float& x = s[n][2 * h + i];
-            x = score(p, piece, row[h], j, x, scale);
-            higher = fmaxf(higher, x);
-          }
+          higher = fmaxf(higher, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
         higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, 1));
         higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, 2));
-        rescale[h] = exp2f(top[h] - or_zero(higher));
+        const float zero = or_zero(higher);
+        rescale[h] = exp2_approximate(top[h] - zero);
         top[h] = higher;
         sum[h] *= rescale[h];
 #pragma unroll
@@ -242,14 +251,16 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = s[n][2 * h + i];
-            x = exp2f(x - or_zero(higher));
+            x = exp2_approximate(x - zero);
             sum[h] += x;
           }
       }
+      // after a few tiles a higher score is rare
+      if (__any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f))
 #pragma unroll
-      for (int n = 0; n < WIDTH / 8; ++n)
+        for (int n = 0; n < WIDTH / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
+          for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
 
 #pragma unroll
       for (int n = 0; n < kKeys; n += 16) {
@@ -264,8 +275,6 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
           uint32_t x[4];
           ldmatrix_x4_transposed(x, at + c * sizeof(C));
           if constexpr (sizeof(C) == 1) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x[i] ^= 0x80808080u;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const uint32_t select = i % 2 ? kOdd : kEven;

@@ -1,8 +1,8 @@
 """paged_attention by csrc/cuda/paged_attention.cu: the decode step.
 
-It serves up to 64 rows of q a key head (queries times the group of heads that share it), 8 in
-float32; heads of up to 256 that are multiples of 8; rows that begin at multiples of 16 bytes (of 8
-in an int8 cache). What else there is goes to the Triton kernel.
+It serves up to 64 rows of q a key head (queries times the group of heads that share it), one query
+of any group, up to 8 rows in float32; heads of up to 256 that are multiples of 8; rows that begin
+at multiples of 16 bytes (of 8 in an int8 cache). What else there is goes to the Triton kernel.
 """
 
 import functools
@@ -18,7 +18,7 @@ from fastlm.ops.attention import elements_last
 _TILE = 64  # keys, as in csrc/cuda/paged_attention.cuh
 _LEAST_TILES = 4  # that are worth a block of their own: 256 keys, as in kernels/attention.py
 _WIDEST = 256
-_MOST_ROWS = 64
+_MOST_ROWS = 64  # of several queries; those of one beyond it, by matrix instructions, in groups
 _DOT_ROWS = 2  # at a time: more take more registers than two blocks on a multiprocessor have
 # Those that matrix instructions cannot take, float32 for one, read K and V once for every two rows.
 _MOST_DOT_ROWS = 8
@@ -50,7 +50,7 @@ def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
     rows = q_shape[1] * (q_shape[2] // k.shape[2])
     size = k.element_size()
     if (
-        rows > _MOST_ROWS
+        (rows > _MOST_ROWS and q_shape[1] > 1)
         or max(width, v_width) > _WIDEST
         or width % 8
         or v_width % 8
