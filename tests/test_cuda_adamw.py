@@ -201,6 +201,18 @@ def test_tensors_that_begin_between_16_bytes():
     assert flat[1000] == kept
 
 
+def test_a_master_that_begins_between_16_bytes(module):
+    """Where everything else begins at one."""
+    p, g, step, none = torch.zeros(300).half(), torch.ones(300).half(), torch.zeros(()), [None]
+    m, v, master = torch.zeros(300), torch.zeros(300), torch.zeros(301)[1:]
+    options = [(0.5, 0.9, 0.999, 1e-8, 0.0, False, False)]
+    module.adamw(
+        [p], [g], [step], [m], [v], none, none, [master], options, [(0, 0)], 0.0, None, False
+    )  # fmt: skip
+    torch.testing.assert_close(master, torch.full((300,), -0.5))
+    assert torch.equal(p, master.half())
+
+
 def test_tables_are_kept_and_a_capture_wants_them_made(uploaded, monkeypatch):  # noqa: F811
     on_triton.test_tables_are_kept_until_what_they_say_changes(uploaded)
     on_triton.test_capture_of_a_graph_wants_its_tables_made(uploaded, monkeypatch)

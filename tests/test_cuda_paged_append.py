@@ -42,6 +42,7 @@ def test_strided(cuda, dtype, int8):
     k_cache, v_cache = both.unbind(2)
     wide = torch.full((2, 10), 2**31 - 1, dtype=torch.int32, device=cuda)
     wide[:, ::2] = table
+    k = k.transpose(2, 3).contiguous().transpose(2, 3)  # elements of a head apart
     expected = wanted([k, v, k_cache, v_cache, table, positions], scales)
     ops.paged_append(k, v, k_cache, v_cache, wide[:, ::2], positions, **scales)
     assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])

@@ -166,6 +166,28 @@ def test_strided(cuda, dtype):
         assert torch.equal(ops.paged_attention(q, k, v, table, lens), expected)
 
 
+@pytest.mark.parametrize("d, dv", [(24, 32), (32, 24)])
+def test_int8_rows_of_half_a_copy(cuda, d, dv):
+    """Rows begin at 16 bytes; of the last one in memory only 8 of the last 16 are the tensor's."""
+    k, v = torch.randint(-127, 128, (2, 1, 16, 1, 32)).to(torch.int8).to(cuda)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=cuda)
+    lens = torch.tensor([16], dtype=torch.int32, device=cuda)
+    q = torch.randn(1, 1, 4, d).half()
+    parts = k[..., :d], v[..., :dv], table, lens
+    check(cuda, q, parts, "", k_scale=0.02, v_scale=0.02)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_options_of_any_strides_and_dtype(cuda, queries):
+    k, v, table, lens = cache([60, 33], 16, 2, 16, 16, torch.float16)
+    lens = torch.stack([lens, lens + 1], 1)[:, 0]
+    q = torch.randn(2, queries, 4, 16).half()
+    sinks, slopes = torch.randn(4, 2).unbind(1)
+    bias = torch.randn(4, 1, 60).bfloat16()
+    options = {"sinks": sinks, "alibi_slopes": slopes.abs(), "bias": bias}
+    check(cuda, q, (k, v, table, lens), "", causal=True, **options)
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_offsets_beyond_32_bits(cuda, heads):
     """Pages 2^30 elements apart: an index multiplied in 32 bits would read elsewhere."""
