@@ -257,11 +257,13 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   std::mutex mutex;
   const SegvGuard guard(launch.name);
   if (options().races) begin_races();
+  release(const_cast<Launch*>(&launch));  // ThreadSanitizer does not see OpenMP's own barriers
 #pragma omp parallel if (!options().races)
   {
     static thread_local std::unique_ptr<Scheduler> mine;
     if (!mine) mine = std::make_unique<Scheduler>();
     scheduler = mine.get();
+    acquire(const_cast<Launch*>(&launch));
     const SegvStack stack;
     Scheduler& s = *scheduler;
     s.launch = &launch;
@@ -277,7 +279,9 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
       faulty = i;
     }
     self = nullptr;
+    release(&faulty);
   }
+  acquire(&faulty);
   if (!fault.empty()) throw Fault(fault);
 }
 
