@@ -285,7 +285,8 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
         Sum sums[S::kTiles][4];
-        float x_sums[4] = {};  // of 16-bit x: of the two rows of x in `sums`, twice
+        [[maybe_unused]] float x_sums[4] =
+            {};  // of 16-bit x: of the two rows of x in `sums`, twice
 #pragma unroll
         for (int i = 0; i < 4 * S::kTiles; ++i) sums[i / 4][i % 4] = kZero;
 #pragma unroll
@@ -307,7 +308,8 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
           }
         }
         if constexpr (kExact) {
-          Vector<float, 2> x_scale{{1, 1}}, x_sum{{x_sums[0], x_sums[1]}};
+          [[maybe_unused]] Vector<float, 2> x_scale{{1, 1}};
+          Vector<float, 2> x_sum{{x_sums[0], x_sums[1]}};
           bool offset = zeros;
           if constexpr (S::kInteger) {
             const int from = column + 32 * step;  // these sums' first column
