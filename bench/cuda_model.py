@@ -95,6 +95,8 @@ KERNELS = {  # by the name of the launch, where the kernel has another
     "quantized_linear matrix": "matrix_kernel",
     "quantized_linear add_parts": "add_parts",
     "quantized_linear round": "round_kernel",
+    "rms_norm round": "rms_norm_round_kernel",
+    "glu round": "glu_round_kernel",
     "paged_attention": "paged::paged_",
     "paged_attention combine": "paged::paged_combine_kernel",
 }
@@ -105,6 +107,14 @@ def registers(name: str, arch: int) -> int:
     of_arch = json.loads((ROOT / "tests/cuda_gate.json").read_text())["kernels"][f"sm_{arch}"]
     prefix = KERNELS.get(name, name)
     return max(k["registers"] for full, k in of_arch.items() if full.startswith(prefix))
+
+
+def resident_blocks(kernel: Kernel, card: Card) -> int:
+    """Of a multiprocessor, by what a launch takes: threads, registers, dynamic shared memory."""
+    warps = -(-kernel.threads // 32)
+    of_registers = 65536 // (-(-registers(kernel.name, card.arch) // 8) * 8 * 32 * warps)
+    of_shared = {80: 164, 90: 228, 100: 228}[card.arch] * 1024 // (kernel.shared + 1024)
+    return max(1, min(64 // warps, 32, of_registers, of_shared))
 
 
 def seconds(case: Case, kernels: list[Kernel], card: Card) -> float:
@@ -118,9 +128,7 @@ def seconds(case: Case, kernels: list[Kernel], card: Card) -> float:
     total = 0.0
     for kernel in kernels:
         warps = -(-kernel.threads // 32)
-        of_registers = 65536 // (-(-registers(kernel.name, card.arch) // 8) * 8 * 32 * warps)
-        of_shared = {80: 164, 90: 228, 100: 228}[card.arch] * 1024 // (kernel.shared + 1024)
-        resident = max(1, min(64 // warps, 32, of_registers, of_shared)) * card.multiprocessors
+        resident = resident_blocks(kernel, card) * card.multiprocessors
         waves = -(-kernel.blocks // resident)
         total += LAUNCH
         if kernel is not main:
@@ -257,7 +265,12 @@ def main() -> None:
                     f"{n} {name}" for name, n in Counter(k.name for k in kernels).most_common()
                 )
             else:
-                blocks = ", ".join(f"{k.name} {k.blocks} x {k.threads}" for k in kernels)
+                card = CARDS["H100"]
+                blocks = ", ".join(
+                    f"{k.name} {k.blocks} x {k.threads}"
+                    f" ({resident_blocks(k, card) * -(-k.threads // 32)})"
+                    for k in kernels
+                )
             row = [case.op, case.shape, blocks, f"{case.bytes / 2**20:.1f}"]
             row += [
                 f"{seconds(case, kernels, card) * 1e6:.1f}"
@@ -266,7 +279,12 @@ def main() -> None:
             took = times.get((case.op, case.shape))
             row.append(f"{took * 1e3:.1f} ({card_of})" if took else "not measured")
             rows.append(row)
-    heads = ["op", "shape", "launches on an H100, blocks x threads", "MiB"]
+    heads = [
+        "op",
+        "shape",
+        "launches on an H100, blocks x threads (warps a multiprocessor holds, at least)",
+        "MiB",
+    ]
     heads += [*(f"{card} us" for card in CARDS), "measured us"]
     for row in [heads, ["---"] * len(heads), *rows]:
         print(f"| {' | '.join(row)} |")

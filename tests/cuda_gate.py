@@ -42,7 +42,10 @@ WANTED: dict[str, tuple[str, ...]] = {
     r"matrix_kernel<\(Form\)\d, \d, signed char": ("IMMA.16832", "LDGSTS"),
     r"vector_kernel": ("LDG.E.128",),
     r"vector_kernel<\d, signed char": ("IDP.4A",),
-    r"round_kernel": ("LDG.E.128",),
+    r"(glu_)?round_kernel": ("LDG.E.128",),
+    r"rms_norm_round_kernel<(8|4)": ("LDG.E.128", "LDS.128"),
+    r"paged_append_kernel<(8, \w+, (?!signed)|4, float, float)": VECTORS,
+    r"rope_append_kernel<4": ("LDG.E.128",),  # of the tables
     r"dequantize_kernel<\d, \w+, true>": ("STG.E.128",),
     r"paged::paged_mma_kernel": ("HMMA.16816", "LDGSTS"),
     r"paged::paged_dot_kernel": ("LDG.E.128",),
@@ -58,11 +61,14 @@ class Kernel(NamedTuple):
     opcodes: dict[str, int]
 
     def warps(self, arch: int) -> int:
-        """Of a multiprocessor, by registers, static shared memory and threads."""
+        """Of a multiprocessor, by registers, static shared memory and threads; bench/cuda_model.py has
+        them by what a launch takes.
+        """
         of_block = -(-self.threads // 32)
         registers = -(-self.registers // 8) * 8 * 32 * of_block
         blocks = min(REGISTERS // registers, WARPS // of_block, 32)
-        return of_block * min(blocks, SHARED_OF_SM[arch] * 1024 // (self.shared + 1024))
+        shared = self.shared + (1024 if arch < 90 else 0)  # the system's: later counted among them
+        return of_block * min(blocks, SHARED_OF_SM[arch] * 1024 // max(shared, 1))
 
     def figures(self, arch: int) -> dict[str, int]:
         return {

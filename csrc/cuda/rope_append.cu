@@ -37,6 +37,13 @@ struct Tables {
   int rows, half;
 };
 
+template <class T>
+struct Problem {
+  Rows<T> q, k, v;
+  Places places;
+  Tables tables;
+};
+
 template <int VEC, class T>
 DEVICE void copy(const T* from, T* to) {
   store(reinterpret_cast<Vector<T, VEC>*>(to), load(reinterpret_cast<const Vector<T, VEC>*>(from)));
@@ -66,8 +73,8 @@ DEVICE void turn(const T* from, T* to, const Tables& tables, int64_t row, int un
 }
 
 template <int VEC, class T>
-__global__ void __launch_bounds__(kThreads)
-    rope_append_kernel(Rows<T> q, Rows<T> k, Rows<T> v, Places places, Tables tables) {
+__global__ void __launch_bounds__(kThreads) rope_append_kernel(Problem<T> p) {
+  const Places& places = p.places;
   const int b = blockIdx.x / places.tokens, s = blockIdx.x % places.tokens;
   const int position = load(places.positions + blockIdx.x);
   const int entry = position / places.page_size, slot = position % places.page_size;
@@ -75,26 +82,23 @@ __global__ void __launch_bounds__(kThreads)
   if (position >= 0 && entry < places.table_pages)
     page = load(places.table + b * places.table_row + entry);
   const bool kept = page >= 0 && page < places.pages;
-  const int64_t row = min(max(position, 0), tables.rows - 1);
-  const int of_head = (q.width - tables.half) / VEC;  // units
-  const int of_q = q.heads * of_head, of_k = kept ? k.heads * of_head : 0;
-  const int of_v = kept ? v.heads * (v.width / VEC) : 0;
+  const int64_t row = min(max(position, 0), p.tables.rows - 1);
+  const int of_head = (p.q.width - p.tables.half) / VEC;  // units
+  const int of_q = p.q.heads * of_head, of_k = kept ? p.k.heads * of_head : 0;
+  const int of_v = kept ? p.v.heads * (p.v.width / VEC) : 0;
   for (int i = blockIdx.y * kThreads + threadIdx.x; i < of_q + of_k + of_v;
        i += gridDim.y * kThreads) {
-    if (i < of_q + of_k) {
-      const bool is_q = i < of_q;
-      const Rows<T>& t = is_q ? q : k;
-      const int head = (is_q ? i : i - of_q) / of_head, unit = (is_q ? i : i - of_q) % of_head;
-      const T* from = t.x + b * t.x_step[0] + s * t.x_step[1] + head * t.x_step[2];
-      T* to = t.y + (is_q ? b : page) * t.y_step[0] + (is_q ? s : slot) * t.y_step[1] +
-              head * t.y_step[2];
-      turn<VEC>(from, to, tables, row, unit);
-    } else {
-      const int each = v.width / VEC, head = (i - of_q - of_k) / each;
-      const int at = (i - of_q - of_k) % each * VEC;
-      copy<VEC>(v.x + b * v.x_step[0] + s * v.x_step[1] + head * v.x_step[2] + at,
-                v.y + page * v.y_step[0] + slot * v.y_step[1] + head * v.y_step[2] + at);
-    }
+    const bool is_q = i < of_q, is_v = i >= of_q + of_k;
+    const Rows<T>& t = is_q ? p.q : is_v ? p.v : p.k;
+    const int unit = i - (is_q ? 0 : is_v ? of_q + of_k : of_q);
+    const int each = is_v ? t.width / VEC : of_head, head = unit / each;
+    const T* from = t.x + b * t.x_step[0] + s * t.x_step[1] + head * t.x_step[2];
+    T* to = t.y + (is_q ? b : page) * t.y_step[0] + (is_q ? s : slot) * t.y_step[1] +
+            head * t.y_step[2];
+    if (is_v)
+      copy<VEC>(from + unit % each * VEC, to + unit % each * VEC);
+    else
+      turn<VEC>(from, to, p.tables, row, unit % each);
   }
 }
 
@@ -167,7 +171,7 @@ void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, Tenso
                             of_v.heads * (of_v.width / VEC);
       launch({"rope_append", dim3(positions.numel(), std::min(ceil_div(units, kThreads), 8)),
               dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)},
-             rope_append_kernel<VEC, T>, of_q, of_k, of_v, places, tables);
+             rope_append_kernel<VEC, T>, Problem<T>{of_q, of_k, of_v, places, tables});
     };
     constexpr int VEC = 4;  // 16 bytes of the tables
     if (whole(of_q, VEC) && whole(of_k, VEC) && whole(of_v, VEC) && tables.half % VEC == 0 &&
