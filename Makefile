@@ -62,8 +62,8 @@ format: .venv/ready  ## rewrite the sources in the one format
 bench: .venv/ready  ## all benchmarks against their peers; writes bench/results/ and the README's table
 	$(BIN)/python -P bench/run.py
 
-fuzz: .venv/ready  ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7
-	$(BIN)/python -P tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0)
+fuzz: .venv/ready  ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7 KERNELS=simt
+	$(BIN)/python -P tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --kernels $(or $(KERNELS),cpu)
 
 sanitize: .venv/ready  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitizer builds, the CUDA kernels on ThreadSanitizer too and in 20 orders
 	sh tests/sanitize.sh

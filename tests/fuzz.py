@@ -1,6 +1,6 @@
 """`make fuzz`: random cases of every op until the time is up (fuzz_cases.py says what a case is).
 
-    python -P tests/fuzz.py [--minutes 60] [--seed 0] [--op attention ...]
+    python -P tests/fuzz.py [--minutes 60] [--seed 0] [--op attention ...] [--kernels simt]
     python -P tests/fuzz.py --case '{"op": "glu", ...}'
 
 Minutes are of processor time: an hour is an hour of fuzzing however busy the machine is. Cases run
@@ -32,10 +32,10 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def work(ops: list[str], seed: int, seconds: float, current: Path) -> None:
+def work(ops: list[str], kernels: str, seed: int, seconds: float, current: Path) -> None:
     """Cases from `seed` on; each op gets the same share of the time. Lines of JSON to stdout."""
     import torch
-    from fuzz_cases import draw, run
+    from fuzz_ops import draw, run
 
     faulthandler.enable()
     torch.set_num_threads(2)
@@ -43,7 +43,7 @@ def work(ops: list[str], seed: int, seconds: float, current: Path) -> None:
     begin = time.process_time()
     while time.process_time() - begin < seconds:
         op = min(spent, key=lambda name: spent[name])
-        case = draw(op, seed)
+        case = draw(op, seed, kernels)
         current.write_text(json.dumps(case))
         start, error = time.process_time(), None
         try:
@@ -68,7 +68,7 @@ def failed(case: dict, error: str, seen: collections.Counter) -> None:
             f.write(line + "\n")
 
 
-def fuzz(ops: list[str], minutes: float, seed: int) -> int:
+def fuzz(ops: list[str], minutes: float, seed: int, kernels: str = "cpu") -> int:
     spent, failures = 0.0, 0
     cases: collections.Counter = collections.Counter()
     seen: collections.Counter = collections.Counter()
@@ -79,6 +79,7 @@ def fuzz(ops: list[str], minutes: float, seed: int) -> int:
         while spent < minutes * 60:
             command = [sys.executable, "-P", __file__, "--worker", str(current)]
             command += ["--seed", str(seed), "--minutes", str(minutes - spent / 60), "--op", *ops]
+            command += ["--kernels", kernels]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
                 assert worker.stdout
                 for line in worker.stdout:
@@ -111,24 +112,27 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="of processor time")
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--op", nargs="+", help="some ops only")
+    parser.add_argument(
+        "--kernels", choices=["cpu", "simt"], default="cpu", help="simt: CUDA, on the emulator"
+    )
     parser.add_argument("--case", help="one case, as a failure prints it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        from fuzz_cases import run
+        from fuzz_ops import run
 
         run(json.loads(arguments.case))
         return 0
     if arguments.worker:
         current = Path(arguments.worker)
         with contextlib.suppress(KeyboardInterrupt):
-            work(arguments.op, arguments.seed, arguments.minutes * 60, current)
+            work(arguments.op, arguments.kernels, arguments.seed, arguments.minutes * 60, current)
         return 0
     if not arguments.op:
-        from fuzz_cases import OPS
+        from fuzz_ops import ops_of
 
-        arguments.op = list(OPS)
-    return fuzz(arguments.op, arguments.minutes, arguments.seed)
+        arguments.op = ops_of(arguments.kernels)
+    return fuzz(arguments.op, arguments.minutes, arguments.seed, arguments.kernels)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ COUNT = """
 import ctypes, json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from fuzz_cases import OPS, results, run_adamw
+from fuzz_cases import results
+from fuzz_ops import OPS, run_adamw
 from test_threads import CASES
 from random import Random
 import fastlm

@@ -4,7 +4,7 @@ tests/test_triton_adamw.py on smaller tensors, and what only these kernels can g
 
 from random import Random
 
-import fuzz_cases
+import fuzz_ops
 import pytest
 import test_optim as on_cpu
 import test_triton_adamw as on_triton
@@ -54,7 +54,7 @@ def test_steps_are_near_the_formula_in_float64(state, dtype):
     options |= {"maximize": dtype == torch.float16, "max_grad_norm": 0.5}
     case = {"shapes": [[4500], [3, 7]], "state": state, "grad_dtype": "float16", "threads": 1}
     case |= {"spread": 1.0, "steps": 3, "options": options}
-    fuzz_cases.run_adamw(case, dtype, Random(0))
+    fuzz_ops.run_adamw(case, dtype, Random(0))
 
 
 @pytest.mark.parametrize(

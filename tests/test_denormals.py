@@ -11,7 +11,8 @@ from random import Random
 
 import pytest
 import torch
-from fuzz_cases import OPS, assert_same, results, run_adamw, threads
+from fuzz_cases import assert_same, results, threads
+from fuzz_ops import OPS, run_adamw
 from test_threads import CASES
 
 from fastlm import AdamW, _cpu, backend, ops

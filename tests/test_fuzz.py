@@ -3,9 +3,10 @@
 import json
 
 import fuzz
+import fuzz_cases
 import pytest
 import torch
-from fuzz_cases import OPS, draw, run
+from fuzz_ops import draw, ops_of, run
 
 from fastlm import backend
 
@@ -15,20 +16,29 @@ KEPT = fuzz.CORPUS.read_text().splitlines()
 @pytest.mark.parametrize("line", KEPT)
 def test_kept_case(line):
     case = json.loads(line)
-    if case["isa"] not in backend.cpu_isas():
+    if case["isa"] not in (*backend.cpu_isas(), "simt"):
         pytest.skip(f"no {case['isa']} here")
     run(case)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_new_cases(op):
+@pytest.mark.parametrize(
+    ("kernels", "op"), [(kernels, op) for kernels in ("cpu", "simt") for op in ops_of(kernels)]
+)
+def test_new_cases(kernels, op):
     for seed in range(10):
-        case = draw(op, seed)
+        case = draw(op, seed, kernels)
         assert json.loads(json.dumps(case)) == case
         run(case)
 
 
-def broken(y: torch.Tensor, how: str) -> torch.Tensor:
+def test_every_cuda_kernel_has_cases():
+    """rope_append's, glu_round's and rms_norm_round's are no ops."""
+    ops = {name for name, kernels in backend.IMPLEMENTATIONS.items() if "simt" in kernels}
+    inside = {"dequantize", "cross_entropy_loss"}  # of quantized_linear's and cross_entropy's cases
+    assert {op for op in ops if not op.endswith("_backward")} - inside == set(ops_of("simt"))
+
+
+def broken(y: torch.Tensor, how: str, order: int) -> torch.Tensor:
     if how == "value":
         y[..., -1] += 1e-3
     elif how == "unwritten":
@@ -36,32 +46,39 @@ def broken(y: torch.Tensor, how: str) -> torch.Tensor:
     elif how == "beside":
         y.as_strided((1,), (1,), y.storage_offset() + y.numel()).zero_()
     elif how == "threads":
-        y *= 1 + 1e-7 * torch.get_num_threads()
+        y *= 1 + 1e-7 * order
     return y
 
 
+@pytest.mark.parametrize("kernels", ["cpu", "simt"])
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("value", "y glu: error"),
-        ("unwritten", "y glu: error nan"),
+        ("value", "lu: error"),
+        ("unwritten", "error nan"),
         ("beside", "written beside an allocation"),
         ("threads", "threads: result 0 differs"),
         ("strides", "strides: result 0"),
     ],
 )
-def test_sees(how, message, monkeypatch):
-    case = draw("glu", 0) | {"shape": [3, 33], "spread": 1.0, "dtype": "float32", "threads": 1}
-    right = backend.IMPLEMENTATIONS["glu"]["cpu"]
+def test_sees(kernels, how, message, monkeypatch):
+    case = draw("glu", 0, kernels)
+    case |= {"shape": [3, 33], "spread": 1.0, "dtype": "float32", "act": "silu"}
+    case |= {"threads": 1, "order": 1}
+    with backend.use_backend(kernels):
+        right = backend.pick("glu", torch.empty(0))
+    options = {}
+    monkeypatch.setattr(fuzz_cases, "emulator_options", lambda **o: options.update(o))
 
     def wrong(gate, up, act):
         if how == "strides" and not up.is_contiguous():
             up = torch.as_strided(up, up.shape, (up.shape[1], 1))
-        return broken(right(gate, up, act), how)
+        order = torch.get_num_threads() if kernels == "cpu" else options["seed"]
+        return broken(right(gate, up, act), how, order)
 
     run(case)
-    monkeypatch.setitem(backend.IMPLEMENTATIONS["glu"], "cpu", wrong)
-    with backend.use_backend("cpu"), pytest.raises(AssertionError, match=message):
+    monkeypatch.setitem(backend.IMPLEMENTATIONS["glu"], kernels, wrong)
+    with backend.use_backend(kernels), pytest.raises(AssertionError, match=message):
         run(case)
 
 

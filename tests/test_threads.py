@@ -8,7 +8,8 @@ number of threads (rows of dx in linear_cross_entropy), a row's sum does not dep
 from random import Random
 
 import pytest
-from fuzz_cases import OPS, assert_same, results, run_adamw, threads
+from fuzz_cases import assert_same, results, threads
+from fuzz_ops import OPS, run_adamw
 
 LOSS = {"ignored": 0.3, "ignore_index": -100, "weight": False, "spread": 1.0}
 EVERYTHING = {"causal": True, "window": 300, "softcap": 9.0, "alibi": True, "sinks": True}

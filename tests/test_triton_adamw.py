@@ -4,7 +4,7 @@ smaller tensors, agreement with the reference, and what only a GPU's tables can 
 
 from random import Random
 
-import fuzz_cases
+import fuzz_ops
 import pytest
 import test_optim as on_cpu
 import torch
@@ -74,7 +74,7 @@ def test_steps_are_near_the_formula_in_float64(state, dtype):
     options |= {"maximize": dtype == torch.float16, "max_grad_norm": 0.5}
     case = {"shapes": [[5000], [3, 7]], "state": state, "grad_dtype": "float16", "threads": 1}
     case |= {"spread": 1.0, "steps": 3, "options": options}
-    fuzz_cases.run_adamw(case, dtype, Random(0))
+    fuzz_ops.run_adamw(case, dtype, Random(0))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ constexpr float kLowest = -FLT_MAX;
 
 struct Scores {
   float scale, cap;  // cap 0: none
-  float slope;       // e^(2 z / cap) is 2^(slope * z)
+  float inverse;     // of cap
 };
 
 // z of one logit; slope is dz / d(scale * logit). PLAIN: scale is 1, and no cap.
@@ -46,7 +46,8 @@ DEVICE float score(const Scores& of, float x, float& slope) {
   if constexpr (PLAIN) return x;
   float z = __fmul_rn(x, of.scale);  // rounded, so that z - shift is 0 at the largest
   if (of.cap != 0.0f) {
-    const float t = 1.0f - __fdividef(2.0f, exp2_approximate(z * of.slope) + 1.0f);
+    // not 1 - 2 / (e^2x + 1), which loses the digits of small ones
+    const float t = tanhf(z * of.inverse);
     z = of.cap * t;
     slope = 1.0f - t * t;
   }
@@ -349,7 +350,7 @@ Problem problem_of(const TensorView& logits, const TensorView& target,
           logits.stride(0),
           logits.size(0),
           static_cast<int>(logits.size(1)),
-          {scale, softcap, softcap != 0.0f ? 2.0f * kLog2e / softcap : 0.0f}};
+          {scale, softcap, softcap != 0.0f ? 1.0f / softcap : 0.0f}};
 }
 
 // Calls f with two std::bool_constant and the device type of the logits.

@@ -79,7 +79,10 @@ void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream s
   check_operands(gate, up, act);
   if (gate.numel() == 0) return;
   const bool one = gate.contiguous() && up.contiguous();
-  if (!one && (gate.ndim() != 2 || up.ndim() != 2 || gate.stride(1) != 1 || up.stride(1) != 1))
+  const auto fits = [](const TensorView& t) {
+    return t.ndim() == 2 && (t.stride(1) == 1 || t.size(1) == 1);
+  };
+  if (!one && !(fits(gate) && fits(up)))
     throw std::invalid_argument("gate, up: wanted rows whose elements lie side by side");
   const int64_t rows = one ? 1 : gate.size(0), width = gate.numel() / rows;
   const int64_t gate_stride = one ? 0 : gate.stride(0), up_stride = one ? 0 : up.stride(0);

@@ -253,9 +253,10 @@ DEVICE T from_float(float x) {
     return x;
 }
 
-// N neighbours that are read and written at once: 16 bytes at most.
+// N neighbours that are read and written at once, 16 bytes at a time: what is wider (float32 beside
+// 8 elements of 16 bits) needs to lie no better, and is two accesses.
 template <class T, int N>
-struct alignas(sizeof(T) * N) Vector {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T at[N];
 };
 

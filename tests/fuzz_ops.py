@@ -1,0 +1,751 @@
+"""Every op as random cases (fuzz_cases.py: what a case is): drawn, built from a line, checked."""
+
+import contextlib
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import NamedTuple
+
+import test_attention
+import test_cross_entropy
+import test_cuda_glu
+import test_glu
+import test_linear_cross_entropy
+import test_paged_append
+import test_paged_attention
+import test_quantized_linear
+import test_rms_norm
+import test_rope
+import test_varlen_attention
+import torch
+from attention_cases import assert_kernel_near
+from fuzz_cases import (
+    DTYPES,
+    Built,
+    Case,
+    another,
+    assert_same,
+    given,
+    hold,
+    kernels,
+    scattered,
+    size,
+    some,
+)
+from poison import guarded_memory
+from tolerance import assert_near
+from torch import Tensor
+
+from fastlm import AdamW, _cpu, backend, ops
+
+linear_module = sys.modules["fastlm.ops.linear"]  # the name in fastlm.ops is the function's
+SLOW = ("scalar", "amx_emulated")  # 10 to 50 times slower: smaller cases
+
+
+# ---- attention
+
+
+def draw_attention(r: Random, isa: str) -> Case:
+    hkv, groups = r.choice([1, 1, 2, 3, 8]), r.choice([1, 1, 2, 3, 4, 8, 10])
+    d, dv = size(r, 160, 1), size(r, 160, 1)
+    b = r.choice([1, 1, 2, 3])
+    work = 4e6 if isa in SLOW else 1e8
+    while True:
+        s, t = r.choice([1, 2, size(r, 300), size(r, 300)]), size(r, 1300)
+        if b * hkv * groups * s * t * (t + d + dv) <= work:
+            break
+    options = given(
+        causal=r.random() < 0.5,
+        window=some(r, 1, 7, 64, 200),
+        softcap=some(r, 3.0, 20.0),
+        bias=some(r, "full", "keys", "rows"),
+        sinks=r.random() < 0.3,
+        alibi=r.random() < 0.3,
+        dropout_p=some(r, 0.2),
+        scale=some(r, 0.05, -0.3),
+    )
+    return {"shape": [b, hkv * groups, hkv, s, t, d, dv], "options": options}
+
+
+def build_attention(case: Case, dtype: torch.dtype) -> Built:
+    function, leaves, names = test_attention.case(case["shape"], case["options"], dtype)
+    return Built(function, leaves, lambda: assert_kernel_near(function, leaves, names, "attention"))
+
+
+def draw_varlen(r: Random, isa: str) -> Case:
+    hkv, groups = r.choice([1, 2, 3, 8]), r.choice([1, 1, 2, 4])
+    work = 2e6 if isa in SLOW else 4e7
+    while True:
+        lengths = [[size(r, 150), size(r, 400)] for _ in range(r.choice([1, 2, 4, 7]))]
+        if r.random() < 0.4:  # self-attention
+            lengths = [[s, s] for s, _ in lengths]
+        total = sum(t for _, t in lengths)
+        if hkv * groups * sum(s for s, _ in lengths) * total * (total + 100) <= work:
+            break
+    full = max(s for s, _ in lengths) and max(t for _, t in lengths)
+    options = given(
+        causal=r.random() < 0.6,
+        window=some(r, 1, 30, 100),
+        softcap=some(r, 4.0),
+        bias=bool(full) and r.random() < 0.3,
+        sinks=r.random() < 0.3,
+        alibi=r.random() < 0.3,
+        dropout_p=some(r, 0.3),
+    )
+    heads, widths = [hkv * groups, hkv], [size(r, 100, 1), size(r, 100, 1)]
+    return {"lengths": lengths, "heads": heads, "widths": widths, "options": options}
+
+
+def build_varlen(case: Case, dtype: torch.dtype) -> Built:
+    lengths = tuple(list(x) for x in zip(*case["lengths"]))
+    function, leaves, names = test_varlen_attention.case(
+        lengths, case["options"], dtype, case["heads"], case["widths"]
+    )
+    return Built(function, leaves, lambda: assert_kernel_near(function, leaves, names, "varlen"))
+
+
+def draw_paged(r: Random, isa: str) -> Case:
+    hkv, groups = r.choice([1, 2, 3]), r.choice([1, 1, 2, 4, 9])
+    most = 300 if isa in SLOW or isa == "simt" else 1500
+    widths = [size(r, 130, 1), size(r, 130, 1)]
+    if isa == "simt" and r.random() < 0.8:  # the kernels take no others
+        step = r.choice([8, 16, 16])
+        widths = [-(-n // step) * step for n in widths]
+    return {
+        "lengths": [size(r, most) for _ in range(r.choice([1, 1, 2, 4]))],
+        "page_size": r.choice([1, 3, 7, 16, 32, 256]),
+        "queries": r.choice([0, 1, 1, 1, 2, 3, 20, 40]),
+        "heads": [hkv * groups, hkv],
+        "widths": widths,
+        "int8": r.choice([None, "number", "heads"]),
+        "options": given(
+            causal=r.random() < 0.6,
+            window=some(r, 1, 30, 200),
+            softcap=some(r, 4.0),
+            bias=r.random() < 0.2,
+            sinks=r.random() < 0.3,
+            alibi_slopes=r.random() < 0.3,
+        ),
+    }
+
+
+def build_paged(case: Case, dtype: torch.dtype) -> Built:
+    (h, hkv), (d, dv), lengths = case["heads"], case["widths"], case["lengths"]
+    q = torch.randn(len(lengths), case["queries"], h, d).to(dtype)
+    kind = torch.int8 if case["int8"] else dtype
+    cache = test_paged_attention.cache(lengths, case["page_size"], hkv, d, dv, kind)
+    options = dict(case["options"])
+    if case["int8"]:
+        scales = 0.02, 0.03
+        options["k_scale"], options["v_scale"] = (
+            scales if case["int8"] == "number" else [torch.rand(hkv) * s for s in scales]
+        )
+    if "bias" in options:
+        options["bias"] = torch.randn(case["queries"], max(1, *lengths))
+    for name in ("sinks", "alibi_slopes"):
+        if name in options:
+            options[name] = torch.rand(h)
+
+    def function(*leaves):
+        return ops.paged_attention(*leaves, **options, return_lse=True)
+
+    return Built(
+        function,
+        [q, *cache],
+        lambda: test_paged_attention.assert_paged_near(q, *cache, what="paged", **options),
+        differentiable=False,
+        any_strides=case.get("isa") != "simt",  # other kernels take other places in memory
+    )
+
+
+def draw_append(r: Random, isa: str) -> Case:
+    widths = [size(r, 130, 1), size(r, 130, 1)]
+    if r.random() < 0.5:
+        widths = [-(-n // 16) * 16 for n in widths]
+    page_size, per = r.choice([1, 3, 7, 16]), r.choice([1, 2, 5])
+    return {
+        "shape": [r.choice([0, 1, 2, 5]), size(r, page_size * per), r.choice([1, 2, 3, 9])],
+        "widths": widths,
+        "pages": [page_size, per],
+        "int8": r.random() < 0.5,
+        "absent": some(r, 0.3),
+        "spread": r.choice([1.0, 10.0]),
+    }
+
+
+def build_append(case: Case, dtype: torch.dtype) -> Built:
+    """To the last bit; here that the definition keeps what lies between heads as it is."""
+    int8 = case["int8"]
+    (k, v, *caches, table, positions), scales = test_paged_append.case(
+        dtype, *case["shape"], *case["widths"], *case["pages"], int8=int8
+    )
+    k, v = k * case["spread"], v * case["spread"]
+    if case["absent"]:
+        for t, end in ((table, len(caches[0])), (positions, math.prod(case["pages"]))):
+            bad = torch.tensor([-1, end, -(2**31), 2**31 - 1], dtype=torch.int32)
+            chosen = torch.rand(t.shape) < case["absent"]
+            t[chosen] = bad[torch.randint(0, 4, t.shape)][chosen]
+
+    def function(k, v, k_cache, v_cache, table, positions):
+        ops.paged_append(k, v, k_cache, v_cache, table, positions, **scales)
+        return k_cache, v_cache
+
+    def check():
+        wide = [torch.nn.functional.pad(c, (16, 16), value=7) for c in caches]
+        expected = [t.clone() for t in wide]
+        for name, (a, b) in (("simt", wide), ("reference", expected)):
+            with backend.use_backend(name):
+                function(k, v, a[..., 16:-16], b[..., 16:-16], table, positions)
+        assert_same(expected, wide, "reference")
+
+    leaves = [k, v, *caches, table, positions]
+    return Built(function, leaves, check, differentiable=False, written=(2, 3))
+
+
+# ---- losses
+
+
+def draw_loss(r: Random, classes: int) -> Case:
+    reduction = r.choice(["none", "mean", "sum"])
+    return {
+        "ignored": r.choice([0.0, 0.0, 0.3, 1.0]),
+        "ignore_index": r.choice([-100, -100, -1, 0, classes - 1]),
+        "weight": r.random() < 0.3,
+        "spread": r.choice([0.1, 1.0, 3.0, 20.0]),
+        "options": given(
+            label_smoothing=some(r, 0.1, 1.0),
+            z_loss=some(r, 1e-3, 0.1),
+            softcap=some(r, 2.0, 30.0),
+            logit_scale=some(r, 0.3),
+            reduction=reduction,
+            num_items=some(r, 77) if reduction == "mean" else None,
+            return_lse=r.random() < 0.3,
+        ),
+    }
+
+
+def make_target(case: Case, rows: int, classes: int) -> tuple[Tensor, dict]:
+    target = torch.randint(0, classes, (rows,))
+    target[torch.rand(rows) < case["ignored"]] = case["ignore_index"]
+    options = case["options"] | {"ignore_index": case["ignore_index"]}
+    if (target == case["ignore_index"]).all() and "num_items" not in options:
+        options["reduction"] = "sum"  # the mean over no row is NaN
+    if case["weight"]:
+        options["weight"] = torch.rand(classes) + 0.1
+    return target, options
+
+
+def draw_cross_entropy(r: Random, isa: str) -> Case:
+    while True:
+        rows, classes = size(r, 200), size(r, 2000 if isa in SLOW else 9000, 2)
+        if isa != "simt" or rows * classes <= 10000:
+            break
+    return {"shape": [rows, classes], **draw_loss(r, classes)}
+
+
+def build_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
+    rows, classes = case["shape"]
+    logits = (torch.randn(rows, classes) * case["spread"]).to(dtype)
+    target, options = make_target(case, rows, classes)
+
+    def check():
+        test_cross_entropy.check(logits, target, ulps=16, of_terms=True, **options)
+
+    return Built(
+        lambda z, t: ops.cross_entropy(z, t, **options),
+        [logits, target],
+        check,
+        any_strides=case.get("isa") != "simt",
+    )
+
+
+@contextlib.contextmanager
+def small_products(allowed: bool) -> Iterator[None]:
+    """Whether small products may be the definition's, or are the kernels' like all others."""
+    module = sys.modules["fastlm.ops.linear_cross_entropy"]
+    before, module._SMALL = module._SMALL, module._SMALL if allowed else 0
+    try:
+        yield
+    finally:
+        module._SMALL = before
+
+
+def draw_linear_cross_entropy(r: Random, isa: str) -> Case:
+    work = 4e6 if isa in SLOW else 8e7
+    while True:
+        # one class alone: its gradient is 0, and terms that cancel are all there is
+        rows, width, classes = size(r, 1200), size(r, 300, 1), size(r, 6000, 2)
+        if rows * width * classes <= work:
+            break
+    loss = draw_loss(r, classes)
+    return {
+        "shape": [rows, width, classes],
+        "bias": r.random() < 0.5,
+        "small": r.random() < 0.3,
+        **loss,
+    }
+
+
+def build_linear_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
+    rows, width, classes = case["shape"]
+    x = torch.randn(rows, width).to(dtype)
+    w = (torch.randn(classes, width) * case["spread"] / width**0.5).to(dtype)
+    target, options = make_target(case, rows, classes)
+    bias = torch.randn(classes).to(dtype) if case["bias"] else None
+
+    small = case.get("small", False)
+
+    def function(x, w, target, bias=None):
+        with small_products(small):
+            return ops.linear_cross_entropy(x, w, target, linear_bias=bias, **options)
+
+    def check():
+        # gradients sum over rows, logits over features, in any order; a few rows' lse may be small
+        ulps = 2 + ((rows**0.5 + width**0.5) / 2 + 64 / (rows + 4) if dtype == torch.float32 else 0)
+        ulps *= 2 if "softcap" in options else 1  # of tanh and its slope
+        ulps *= 2 if options.get("label_smoothing") else 1  # terms of all classes, which cancel
+        ulps *= max(1.0, case["spread"] / 3)  # p errs by what its logit does
+        with small_products(small):
+            test_linear_cross_entropy.check(x, w, bias, target, ulps=ulps, of_terms=True, **options)
+
+    leaves = [x, w, target, *([bias] if case["bias"] else [])]
+    return Built(function, leaves, check, library=small)
+
+
+# ---- row ops
+
+
+def leading(r: Random, rows: int) -> list[int]:
+    """A shape of that many rows."""
+    for n in (2, 3, 5):
+        if rows % n == 0 and rows and r.random() < 0.3:
+            return [n, rows // n]
+    return [rows]
+
+
+def rows_of(r: Random, isa: str, widest: int, least: int = 0) -> list[int]:
+    """A shape of some rows, none wider."""
+    while True:
+        rows, width = size(r, 300), size(r, widest, least)
+        if isa != "simt" or rows * width <= 20000:
+            return [*leading(r, rows), width]
+
+
+def draw_glu(r: Random, isa: str) -> Case:
+    shape = rows_of(r, isa, 1 << 12)
+    return {"shape": shape, "act": r.choice(test_glu.ACTS), "spread": r.choice([0.1, 3.0, 20.0])}
+
+
+def build_glu(case: Case, dtype: torch.dtype) -> Built:
+    gate, up, dy = (case["spread"] * torch.randn(3, *case["shape"])).to(dtype).unbind(0)
+    forward_only = case.get("isa") == "simt"
+
+    def check():
+        if forward_only:
+            test_cuda_glu.check(gate, up, case["act"])
+        else:
+            test_glu.check(gate, up, dy, case["act"], "glu", test_glu.ACT_ERROR)
+
+    return Built(
+        lambda gate, up: ops.glu(gate, up, act=case["act"]),
+        [gate.clone(), up.clone()],
+        check,
+        differentiable=not forward_only,
+    )
+
+
+def draw_rms_norm(r: Random, isa: str) -> Case:
+    return {
+        "shape": rows_of(r, isa, 10000 if isa == "simt" else 1 << 12, 1),
+        "residual": r.random() < 0.5,
+        "wide_weight": r.random() < 0.5,
+        "spread": r.choice([0.01, 1.0, 100.0]),
+        "options": {"eps": r.choice([1e-6, 1e-5]), "offset": r.choice([0.0, 1.0, -0.5])},
+    }
+
+
+def build_rms_norm(case: Case, dtype: torch.dtype) -> Built:
+    shape, options = case["shape"], case["options"]
+    x, dy, dh = (torch.randn(shape).to(dtype) for _ in range(3))
+    x = x * case["spread"]
+    residual = torch.randn(shape).to(dtype) if case["residual"] else None
+    weight = torch.randn(shape[-1]).to(torch.float32 if case["wide_weight"] else dtype)
+    on_gpu = case.get("isa") == "simt"  # where there is no backward
+
+    def check():
+        if on_gpu:
+            mine = test_rms_norm.fused(x, weight, residual, **options)[
+                : 1 if residual is None else 2
+            ]
+        else:
+            mine = test_rms_norm.run(test_rms_norm.fused, x, weight, residual, dy, dh, **options)
+        plain = test_rms_norm.run(
+            test_rms_norm.naive, x, weight.to(dtype), residual, dy, dh, **options
+        )
+        h = (x if residual is None else x + residual).double()  # rounded by definition
+        y, dx, dw = test_rms_norm.run(
+            test_rms_norm.naive, h, weight.double(), None, dy.double(), None, **options
+        )
+        truth = [y, dx, dw] if residual is None else [y, h, *2 * [dx + dh.double()]]
+        if residual is not None:
+            truth.insert(3, dw)
+        names = ["y", *([] if residual is None else ["h"]), "dx", "dweight", "dresidual"]
+        # dx may cancel (wholly where H = 1), dweight is a sum over rows: judged by their terms
+        rstd = (h.square().mean(-1, keepdim=True) + options["eps"]).rsqrt()
+        dx_terms = dy.double() * (options["offset"] + weight.double()) * rstd
+        dw_terms = (dy.double() * h * rstd).square().reshape(-1, shape[-1]).sum(0).sqrt()
+        sizes = {"dx": dx_terms, "dresidual": dx_terms, "dweight": dw_terms}
+        for name, a, p, t in zip(names, mine, plain, truth):
+            # the sum of squares: H / VL float32 additions in a lane
+            eps = torch.finfo(a.dtype).eps
+            floor = max(eps, 2**-23 * shape[-1] ** 0.5 / 16)
+            if name in sizes and a.numel():
+                ratio = (sizes[name].abs().max() / t.abs().max().clamp_min(1e-300)).item()
+                # a walk of 64 additions to a block's sum, itself as large as the terms' root sum
+                floor += (8 if name == "dweight" else 4) * 2**-23 * ratio
+            factor = 2 if name in "yh" else 3
+            assert_near(a, p.to(a.dtype), t, factor=factor, floor=floor, what=name)
+
+    def function(x, weight, residual=None):
+        return ops.rms_norm(x, weight, residual=residual, **options)
+
+    leaves = [x, weight, *([] if residual is None else [residual])]
+    return Built(function, leaves, check, differentiable=not on_gpu, any_strides=not on_gpu)
+
+
+def draw_rope(r: Random, isa: str) -> Case:
+    while True:
+        width = size(r, 200, 1)
+        shape = [r.choice([0, 1, 2, 3]), r.choice([1, 2, 5, 32]), r.choice([1, 2]), size(r, 100)]
+        if isa != "simt" or math.prod(shape) * width <= 10000:
+            break
+    return {
+        "shape": shape,
+        "widths": [width, r.choice([width // 2 * 2, size(r, width) // 2 * 2])],
+        "interleaved": r.random() < 0.5,
+        "tables": r.choice([2, 3, 3]),
+        "table_dtype": r.choice(list(DTYPES)),
+    }
+
+
+def build_rope(case: Case, dtype: torch.dtype) -> Built:
+    (b, h, hkv, s), (d, turned) = case["shape"], case["widths"]
+    q, dq = torch.randn(2, b, h, s, d).to(dtype).unbind(0)
+    k, dk = torch.randn(2, b, hkv, s, d).to(dtype).unbind(0)
+    batch = () if case["tables"] == 2 else (b,)
+    cos, sin = torch.randn(2, *batch, s, turned).to(DTYPES[case["table_dtype"]]).unbind(0)
+    arguments, interleaved = (q, k, cos, sin, dq, dk), case["interleaved"]
+
+    def check():
+        mine = test_rope.run(ops.rope, *arguments, interleaved)
+        plain = test_rope.run(test_rope.naive, *arguments, interleaved)
+        truth = test_rope.run(test_rope.naive, *(t.double() for t in arguments), interleaved)
+        for name, a, p, t in zip(("q", "k", "dq", "dk"), mine, plain, truth):
+            assert_near(a, p, t, factor=2 if name in "qk" else 3, what=name)
+
+    def function(q, k, cos, sin):
+        return ops.rope(q, k, cos.detach(), sin.detach(), interleaved=interleaved)
+
+    return Built(function, [q, k, cos, sin], check)
+
+
+# ---- matrix products
+
+
+def draw_quantized_linear(r: Random, isa: str) -> Case:
+    work = 2e5 if isa == "simt" else 2e6 if isa in SLOW else 2e7
+    while True:
+        m, n, k = r.choice([0, 1, 1, 2, 5, size(r, 600)]), size(r, 700, 1), size(r, 3000, 1)
+        if m * n * k <= work:
+            break
+    return {
+        "shape": [m, n, k],
+        "bits": r.choice([4, 8]),
+        "act_bits": r.choice([8, 16]),
+        "group_size": r.choice([8, 16, 24, 32, 64, 128, 128, 256, -1]),
+        "symmetric": r.random() < 0.6,
+        "scale_dtype": r.choice(list(DTYPES)),
+        "bias": r.random() < 0.5,
+    }
+
+
+def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
+    m, n, k = case["shape"]
+    q = test_quantized_linear.weight(
+        n, k, case["bits"], case["group_size"], case["symmetric"], DTYPES[case["scale_dtype"]]
+    )
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    bias = torch.randn(n).to(dtype) if case["bias"] else None
+    on_gpu = case.get("isa") == "simt"  # where there is no backward
+
+    def function(x, bias=None):
+        bias = None if bias is None else bias.detach()  # its gradient is torch's sum
+        y = ops.quantized_linear(x, q, bias, act_bits=case["act_bits"])
+        return y, q.dequantize(dtype)
+
+    def check():
+        if case["act_bits"] == 8:
+            test_quantized_linear.check(x, q, bias, 8)
+        else:
+            y = ops.quantized_linear(x, q, bias)
+            near_product(y, x, q.dequantize(torch.float64).T, bias, 2)
+        if on_gpu:
+            return
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(ops.quantized_linear(leaf, q), leaf, dy)
+        near_product(dx, dy, q.dequantize(torch.float64), None, 3)
+
+    def near_product(got, a, b, bias, factor):
+        """As test_quantized_linear.check; sums of few outputs may all be small: by their terms. The
+        worst of 100,000 cases walks twice as far as the worst of a test's."""
+        truth, plain = a.double() @ b, a @ b.to(a.dtype)
+        if bias is not None:
+            truth, plain = truth + bias.double(), plain + bias
+        apart = 0.0 if q.zeros is None else 2 * q.zeros.double().abs().max()  # q and offset
+        terms = (a.double().square() @ (b.abs() + apart).square()).sqrt()
+        ratio = (terms.max() / truth.abs().max()).item() if truth.numel() else 0.0
+        floor = 2 * test_quantized_linear.sum_floor(dtype, len(b)) * max(1.0, ratio)
+        assert_near(got, plain, truth, factor=factor, floor=floor, what="product")
+
+    leaves = [x, *([] if bias is None else [bias])]
+    return Built(function, leaves, check, differentiable=not on_gpu, any_strides=not on_gpu)
+
+
+def draw_matmul(r: Random, isa: str) -> Case:
+    work = 2e6 if isa in SLOW else 3e7
+    while True:
+        shape = [size(r, 600, 1), size(r, 600, 1), size(r, 1500, 1)]
+        if math.prod(shape) <= work:
+            return {"shape": shape}
+
+
+def build_matmul(case: Case, dtype: torch.dtype) -> Built:
+    m, n, k = case["shape"]
+    a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+
+    def function(a, b):
+        c = torch.empty(m, n)
+        _cpu.matmul(a, b, c)
+        return c
+
+    def check():
+        # fp32 accumulation of k products: relative to the sum of magnitudes
+        bound = (a.double().abs() @ b.double().abs().T) * (k + 2) * 2**-24
+        assert ((function(a, b).double() - a.double() @ b.double().T).abs() <= bound).all()
+
+    return Built(function, [a, b], check, differentiable=False)
+
+
+def draw_linear(r: Random, isa: str) -> Case:
+    work = 1e6 if isa in SLOW else 2e7
+    while True:
+        shape = [size(r, 3000, 1), size(r, 600, 1), size(r, 1500, 1)]
+        if math.prod(shape) <= work:
+            return {"shape": shape, "bias": r.random() < 0.5}
+
+
+def build_linear(case: Case, _: torch.dtype) -> Built:
+    """The own products, which are bfloat16's whatever the case's dtype, for any number of rows."""
+    m, n, k = case["shape"]
+    x, weight, dy = (torch.randn(s).bfloat16() for s in ((m, k), (n, k), (m, n)))
+    bias = [torch.randn(n).bfloat16()] if case["bias"] else []
+
+    def function(x, weight, dy, bias=None):
+        y = linear_module._cpu_forward(x, weight, bias)
+        return y, *linear_module._cpu_backward(dy, x, weight, bias is not None)
+
+    def check():
+        x64, w64, dy64 = x.double(), weight.double(), dy.double()
+        terms = [(x64, w64.T, k), (dy64, w64, n), (dy64.T, x64, m)]
+        if bias:  # one more product each: y + 1 b, 1 dy
+            terms[0] = (
+                torch.cat((x64, x64.new_ones(m, 1)), 1),
+                torch.cat((w64.T, bias[0].double()[None])),
+                k + 1,
+            )
+            terms.append((x64.new_ones(m), dy64, m))
+        for got, (a, b, count) in zip(function(x, weight, dy, *bias), terms):
+            truth = a @ b
+            # rounded once after float32 sums of `count` products, whose order is anyone's
+            bound = truth.abs() * 2**-8 + a.abs() @ b.abs() * (count + 2) * 2**-24
+            assert ((got.double() - truth).abs() <= bound).all()
+
+    return Built(function, [x, weight, dy, *bias], check, differentiable=False)
+
+
+# ---- AdamW
+
+
+def draw_adamw(r: Random, isa: str) -> Case:
+    state = r.choice(["float32", "8 bits", "master", "8 bits, master", "stochastic"])
+    long = 10000 if isa == "simt" else 90000
+    return {
+        "shapes": [
+            [size(r, 40, 1), size(r, long // 30)] if r.random() < 0.7 else [size(r, long)]
+            for _ in range(r.choice([1, 2, 5]))
+        ],
+        "state": state,
+        "grad_dtype": r.choice(list(DTYPES)),
+        "spread": r.choice([1e-6, 1.0, 100.0]),
+        "steps": r.choice([1, 2, 4]),
+        "options": {
+            "lr": r.choice([1e-4, 1e-2]),
+            "betas": r.choice([[0.9, 0.999], [0.8, 0.95], [0.0, 0.0]]),
+            "eps": r.choice([1e-8, 1e-6]),
+            "weight_decay": r.choice([0.0, 0.1]),
+            "maximize": r.random() < 0.2,
+            "max_grad_norm": some(r, 0.5, 1e6),
+        },
+    }
+
+
+def run_adamw(case: Case, dtype: torch.dtype, r: Random) -> None:
+    """Steps against the formula in float64, each from the state that the step before left; the
+    same bits on another number of threads, and on strided parameters where nothing depends on the
+    order of elements in memory.
+    """
+    kind, options = case["state"], dict(case["options"])
+    if kind == "stochastic" and dtype == torch.float16:
+        dtype = torch.bfloat16
+    options["betas"] = tuple(options["betas"])
+    options |= {"state_bits": 8} if "8 bits" in kind else {}
+    options |= {"master_weights": True} if "master" in kind else {}
+    options |= {"stochastic_rounding": True} if kind == "stochastic" else {}
+    in_any_order = kind in ("float32", "master") and options["max_grad_norm"] is None
+    layouts = [Tensor.clone, Tensor.clone]
+    layouts += [lambda t: scattered(t, r)] if in_any_order else []
+    values = [torch.randn(s).to(dtype) for s in case["shapes"]]
+    sides = [[laid(v).requires_grad_() for v in values] for laid in layouts]
+    optimizers = [AdamW(side, **options) for side in sides]
+    for _ in range(case["steps"]):
+        grads = [torch.randn(v.shape) * case["spread"] for v in values]
+        grads = [g.to(DTYPES[case["grad_dtype"]]) for g in grads]
+        before = copy.deepcopy(([p.detach() for p in sides[0]], state_of(optimizers[0])))
+        for i, (side, optimizer) in enumerate(zip(sides, optimizers)):
+            for p, g in zip(side, grads):
+                p.grad_dtype = None  # a gradient may have another dtype than its parameter
+                p.grad = layouts[i](g)
+            with another(case, i):
+                optimizer.step()
+        after = [p.detach() for p in sides[0]], state_of(optimizers[0])
+        near_step(before, after, grads, kind, **options)
+        for side, optimizer in zip(sides[1:], optimizers[1:]):
+            states = state_of(optimizer)
+            for i, (a, b) in enumerate(zip(after[0], side)):
+                wanted, got = [a, *after[1][i].values()], [b.detach(), *states[i].values()]
+                assert_same(wanted, got, "threads")
+
+
+def state_of(optimizer: AdamW) -> dict[int, dict[str, Tensor]]:
+    return optimizer.state_dict()["state"]
+
+
+def near_step(
+    before, after, grads, kind, *, lr, betas, eps, weight_decay, maximize, max_grad_norm, **_
+) -> None:
+    """8 bits: half a step of the code, of 3 bits of mantissa (the root of v: 4), 16 binades."""
+    clip = 1.0
+    if max_grad_norm is not None:
+        norm = torch.cat([g.double().flatten() for g in grads]).norm().item()
+        clip = min(1.0, max_grad_norm / (norm + 1e-6))
+    for i, g in enumerate(grads):
+        (start, old), (p, new) = ((side[0][i], side[1].get(i, {})) for side in (before, after))
+        if not p.numel():
+            continue
+        assert new["step"] == old.get("step", 0) + 1
+        zero = torch.zeros(p.shape)
+        m, v = (old.get(name, zero).double() for name in ("exp_avg", "exp_avg_sq"))
+        w = old.get("master", start).double()
+        g = g.double() * (-clip if maximize else clip)
+        terms = betas[0] * m.abs() + (1 - betas[0]) * g.abs()
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+        t = new["step"].item()
+        scale = lr / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+        truth = w - (lr * weight_decay * w + scale * m)
+        # fp32 from the norm to the step; the terms of m may cancel
+        error = 1e-5 * scale * terms + 2**-22 * truth.abs() + 1e-30
+        ulp = torch.finfo(p.dtype).eps * truth.abs() + torch.finfo(p.dtype).smallest_normal * 2**-7
+        rounding = ulp if kind == "stochastic" else ulp / 2 if p.dtype != torch.float32 else 0
+        assert ((p.double() - truth).abs() <= error + rounding).all(), "parameter"
+        if "master" in new:
+            assert ((new["master"].double() - truth).abs() <= error).all(), "master"
+        m_error, v_error = 1e-5 * terms + 1e-38, 1e-5 * v + 1e-38
+        if "8 bits" in kind and p.numel() >= 4096:
+            top_m, top_v = (blocks(x.abs()) for x in (m, v))
+            m_error = torch.maximum(m_error + m.abs() * 2**-4, top_m * 2**-15.6)
+            v_error = torch.maximum(v_error + v * 2**-3.9, top_v * 2**-31)
+        assert ((new["exp_avg"].double() - m).abs() <= m_error).all(), "exp_avg"
+        assert ((new["exp_avg_sq"].double() - v).abs() <= v_error).all(), "exp_avg_sq"
+
+
+def blocks(x: Tensor) -> Tensor:
+    """For each element the largest of its block of 256 in memory order."""
+    flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % 256)).view(-1, 256)
+    return flat.amax(1, keepdim=True).expand(-1, 256).flatten()[: x.numel()].view(x.shape)
+
+
+# ---- any op
+
+
+class Op(NamedTuple):
+    draw: Callable[[Random, str], Case]
+    build: Callable[[Case, torch.dtype], Built] | None  # None: run_adamw
+    kernels: tuple[str, ...] = ("cpu", "simt")
+
+
+OPS = {
+    "adamw": Op(draw_adamw, None),
+    "attention": Op(draw_attention, build_attention, ("cpu",)),
+    "cross_entropy": Op(draw_cross_entropy, build_cross_entropy),
+    "glu": Op(draw_glu, build_glu),
+    "linear": Op(draw_linear, build_linear, ("cpu",)),
+    "linear_cross_entropy": Op(draw_linear_cross_entropy, build_linear_cross_entropy, ("cpu",)),
+    "matmul": Op(draw_matmul, build_matmul, ("cpu",)),
+    "paged_append": Op(draw_append, build_append, ("simt",)),
+    "paged_attention": Op(draw_paged, build_paged),
+    "quantized_linear": Op(draw_quantized_linear, build_quantized_linear),
+    "rms_norm": Op(draw_rms_norm, build_rms_norm),
+    "rope": Op(draw_rope, build_rope),
+    "varlen_attention": Op(draw_varlen, build_varlen, ("cpu",)),
+}
+
+
+# What host functions divide work by, and values that divide that of small cases.
+HOST = {
+    "cross_entropy": {"cross_entropy._PART_BYTES": 128},
+    "paged_attention": {"paged_attention._LEAST_TILES": 1},
+    "quantized_linear": {"quantized_linear.FUSED_ROWS": 8, "quantized_linear._BLOCK_WEIGHTS": 3000},
+    "rope": {"rope._POSITIONS": 0, "rope._HEADS": 3},
+}
+
+
+def ops_of(kernels: str) -> list[str]:
+    """Those that have kernels of this kind."""
+    return [name for name, op in OPS.items() if kernels in op.kernels]
+
+
+def draw(op: str, seed: int, kernels: str = "cpu") -> Case:
+    r = Random(f"{op} {seed}")
+    isas = [isa for isa in backend.cpu_isas() for _ in range(1 if isa in SLOW else 2)]
+    isa = r.choice(isas) if kernels == "cpu" else kernels
+    common = {"op": op, "seed": seed, "isa": isa, "threads": r.choice([1, 2, 3, 4])}
+    if isa == "simt":
+        host = {"emulated_multiprocessors": r.choice([1, 4, 40])}
+        host |= HOST.get(op, {}) if r.random() < 0.5 else {}
+        common |= {"order": r.randrange(1000), "races": r.random() < 0.3, "host": host}
+    return common | {"dtype": r.choice(list(DTYPES))} | OPS[op].draw(r, isa)
+
+
+def run(case: Case) -> None:
+    """Raises where the op is wrong on this case."""
+    r, dtype = Random(case["seed"]), DTYPES[case["dtype"]]
+    build = OPS[case["op"]].build
+    with kernels(case), guarded_memory() as memory:
+        torch.manual_seed(case["seed"])
+        if build is None:
+            run_adamw(case, dtype, r)
+            memory.check()
+        else:
+            hold(build(case, dtype), case, r, memory)
