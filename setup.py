@@ -102,10 +102,11 @@ def kernel_command(name: str, home: Path) -> list[str]:
         ]
     archs = os.environ.get("FASTLM_CUDA_ARCHS", "80;90a;100a").split(";")
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    if archs[
-        0
-    ].isdigit():  # PTX for cards that are not listed; 90a's and 100a's would run nowhere else
-        codes[0] = f"-gencode=arch=compute_{archs[0]},code=[sm_{archs[0]},compute_{archs[0]}]"
+    first = archs[0]
+    if (
+        first.isdigit()
+    ):  # PTX for cards that are not listed; 90a's and 100a's would run nowhere else
+        codes[0] = f"-gencode=arch=compute_{first},code=[sm_{first},compute_{first}]"
     return [
         *[str(home / "bin/nvcc"), "-std=c++20", "-O3", "-Xcompiler=-fPIC,-Wall"],
         "-Xfatbin=-compress-all",

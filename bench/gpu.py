@@ -303,7 +303,7 @@ def random_model(sizes: dict, format: str | None, *, filled: bool = True) -> fas
         low, width, kind = (0, -(-k // 2), torch.uint8) if bits == 4 else (-127, k, torch.int8)
         codes = torch.empty(n, width, dtype=kind, device=DEVICE)
         if filled:
-            codes.random_(low, 256 + 2 * low)
+            codes.random_(low, low + 255)
         scales = torch.full((n, -(-k // 128)), 0.02 / 2**bits, dtype=BF16, device=DEVICE)
         weight = QuantizedWeight(codes, scales, None, bits, 128, (n, k))
         put_quantized(model, name, weight, act_bits=int(format[3:]))

@@ -14,17 +14,20 @@ int8 (`rms_norm_round`, `glu_round`).
 """
 
 import contextlib
+import functools
+import threading
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlm import decoding
+from fastlm import backend, decoding
 from fastlm.backend import serves_by
-from fastlm.layers import Call, KVCache
+from fastlm.layers import Call, Fused, KVCache
 from fastlm.model import CausalLM
 from fastlm.ops import paged_append, paged_attention, rope
+from fastlm.quant.modules import QuantizedEmbedding
 
 
 def why_not(model: CausalLM) -> str | None:
@@ -33,7 +36,31 @@ def why_not(model: CausalLM) -> str | None:
         return "graphs are a GPU's"
     if model.model.by_length:
         return "its rotary frequencies depend on the length of the context"
+    if backend.forced() not in (None, "cuda"):
+        return "another backend is forced"
+    if not serves_by("cuda", "paged_append", model.model.norm.weight):
+        return "without the CUDA kernels the cache is not filled without waiting for the GPU"
+    if backend.why_not("triton"):  # attention of what the CUDA kernel leaves
+        return backend.why_not("triton")
+    if torch.is_autocast_enabled("cuda"):
+        return "the cache has not the dtype of autocast, whose casts a graph would outlive"
+    embedding: Any = model.model.embed_tokens
+    quantized = isinstance(embedding, QuantizedEmbedding)
+    if (embedding.dtype if quantized else embedding.weight.dtype) != model.dtype:
+        return "its activations have not the dtype of its norms, which is the cache's"
     return decoding.unusual(model)
+
+
+_recording = threading.Lock()  # torch admits one recording at a time in a process
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """To record on. Torch's own belongs to the device that was recorded on first, and what runs on
+    another meanwhile would not be recorded. One for all graphs of a device: cuBLAS keeps a
+    workspace of each stream.
+    """
+    return torch.cuda.Stream(device)
 
 
 class Steps:
@@ -80,13 +107,25 @@ class Steps:
         self.pages = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
         # (B, capacity, Hkv, D)
         self.keys_and_values = [[t.transpose(1, 2) for t in layer] for layer in cache.layers]
-        # what a graph reads must stay: `RotaryTables` may make longer ones meanwhile
+        # kept: `RotaryTables` may make longer ones meanwhile
         self.rotary = self.model.model.rotary(0, cache.capacity, cache.capacity, device)
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        # what a graph reads must stay, also where the model moves, is changed, or is fused again
+        # by another generation
+        model = self.model
+        self.kept = [t.detach() for t in (*model.parameters(), *model.buffers())]
+        fused = (f for m in model.modules() for f in vars(m).values() if isinstance(f, Fused))
+        self.kept += [f.bias for f in fused if f.bias is not None]
+        stream = _stream(self.positions.device)
         try:
-            with torch.cuda.graph(graph):
+            with (
+                _recording,
+                torch.cuda.stream(torch.cuda.current_stream()),  # again, also after an error
+                # other threads, loaders of data say, may allocate and synchronize meanwhile
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
                 self.out = self._step()
         except RuntimeError as error:
             warnings.warn(f"decode steps are not recorded: {error}", stacklevel=2)

@@ -188,22 +188,38 @@ class Recording:
     are recorded, and happen when it is replayed.
     """
 
-    def __init__(self, steps, error=None):
+    def __init__(self, monkeypatch, steps, error=None):
         self.steps, self.error = steps, error
-
-    def __call__(self):  # torch.cuda.CUDAGraph()
-        return self
+        self.current, self.recorded_on = "the user's", None
+        steps.recordable = True
+        monkeypatch.setattr(graph_decoding, "_stream", lambda device: "a recording's")
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self.record)
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
 
     @contextlib.contextmanager
-    def record(self, graph):  # torch.cuda.graph(graph)
+    def stream(self, stream):  # torch.cuda.stream(stream)
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def record(self, graph, *, stream, capture_error_mode):  # torch.cuda.graph(graph, ..)
+        assert graph is self and capture_error_mode == "thread_local"
         positions, data = self.steps.positions.clone(), self.steps.cache.data.clone()
+        before, self.current = self.current, stream
         yield
         self.steps.positions.copy_(positions)
         self.steps.cache.data.copy_(data)
         self.out = self.steps.out
         self.out.fill_(torch.nan)
-        if self.error:
+        self.recorded_on = self.current
+        if self.error:  # torch leaves its stream the current one then
             raise RuntimeError(self.error)
+        self.current = before
 
     def replay(self):
         self.out.copy_(self.steps._step())
@@ -217,16 +233,30 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
         ids, *caches = prefilled(model, 2, 5, 10)
     with backend.use_backend("reference"), torch.inference_mode():
         plain, steps = (graph_decoding.Steps(model, cache, None) for cache in caches)
-        steps.recordable = True
-        recording = Recording(steps, error)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", recording)
-        monkeypatch.setattr(torch.cuda, "graph", recording.record)
+        recording = Recording(monkeypatch, steps, error)
         for i in range(5, 10):
             warns = pytest.warns(UserWarning, match="decode steps are not recorded: operation not")
             with warns if error and i == 6 else contextlib.nullcontext():
                 got = steps.logits(ids[:, i].contiguous())
             assert torch.equal(got, plain.logits(ids[:, i].contiguous()))
         assert (steps.recorded is None) == bool(error)
+    assert recording.recorded_on == "a recording's" and recording.current == "the user's"
+
+
+def test_what_a_graph_reads_stays(monkeypatch):
+    """Where the model changes its dtype, and where another generation joins its biases again."""
+    model = fastlm.quantize(model_of("qwen2"), "w8a16", group_size=16)
+    ids, cache, _ = prefilled(model, 2, 5, 10)
+    steps = graph_decoding.Steps(model, cache, None)
+    Recording(monkeypatch, steps)
+    with backend.use_backend("reference"), torch.inference_mode():
+        for i in (5, 6):
+            steps.logits(ids[:, i].contiguous())
+    bias = model.model.layers[0].self_attn.fused.bias
+    read = [t.data_ptr() for t in (*model.parameters(), *model.buffers(), bias)]
+    model.bfloat16().model.fuse()
+    assert model.model.layers[0].self_attn.fused.bias is not bias
+    assert set(read) <= {t.data_ptr() for t in steps.kept}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -245,5 +275,21 @@ def test_generate(monkeypatch, tied):
     assert len(used) == 5
 
 
-def test_why_not():
-    assert graph_decoding.why_not(model_of()) == "graphs are a GPU's"
+def test_why_not(monkeypatch):
+    model = model_of()
+    assert graph_decoding.why_not(model) == "graphs are a GPU's"
+    # as if it lay on a GPU, whose kernels are there
+    monkeypatch.setattr(CausalLM, "device", torch.device("cuda"))
+    assert "CUDA kernels" in graph_decoding.why_not(model)
+    monkeypatch.setattr(graph_decoding, "serves_by", lambda *_: True)
+    monkeypatch.setattr(backend, "why_not", lambda _: None)
+    assert graph_decoding.why_not(model) is None
+    for name in ("triton", "reference"):
+        with backend.use_backend(name):
+            assert graph_decoding.why_not(model) == "another backend is forced"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        assert "autocast" in graph_decoding.why_not(model)
+    model.bfloat16().model.norm.float()
+    assert "dtype of its norms" in graph_decoding.why_not(model)
+    assert "length" in graph_decoding.why_not(model_of("llama-dynamic"))
