@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from fastlm import InputError, ops
+from fastlm import InputError, backend, ops
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def by(request):
+    """What `ops.paged_append` runs on where there are no CUDA kernels."""
+    with backend.use_backend(request.param):
+        yield
 
 
 def case(dtype, b=3, s=4, hkv=2, d=16, dv=8, page_size=5, per=3, int8=False, device="cpu"):
@@ -43,7 +50,7 @@ def wanted(arguments, scales):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_is_a_loop_over_tokens(dtype, int8):
+def test_is_a_loop_over_tokens(by, dtype, int8):
     arguments, scales = case(dtype, int8=int8)
     expected = wanted(arguments, scales)
     ops.paged_append(*arguments, **scales)
@@ -58,7 +65,7 @@ def test_one_scale_for_all_heads(scale):
     assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], expected))
 
 
-def test_tokens_without_a_place_are_left_out():
+def test_tokens_without_a_place_are_left_out(by):
     arguments, _ = case(torch.float32, b=4, s=1, page_size=4, per=5)
     table, positions = arguments[4:]
     positions[:, 0] = torch.tensor([-1, 20, 3, 2], dtype=torch.int32)
@@ -66,6 +73,19 @@ def test_tokens_without_a_place_are_left_out():
     before = [t.clone() for t in arguments[2:4]]
     ops.paged_append(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], before))
+    for t in (arguments[0], arguments[1], table, positions):  # beside others that have one
+        t.copy_(t.flip(0))
+    positions[2], table[2, 1] = 7, 3
+    ops.paged_append(*arguments)
+    for x, cache, old in zip(arguments, arguments[2:4], before):
+        old[3, 3] = x[2, 0]
+        assert torch.equal(cache, old)
+
+
+def test_triton_does_without_values():
+    """Tensors without values refuse what would have to wait for a GPU."""
+    arguments, _ = case(torch.float32, device="meta")
+    backend.IMPLEMENTATIONS["paged_append"]["triton"](*arguments, None, None)
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -35,7 +35,7 @@ def paged_append(
         k_scale, v_scale: value of one int8 step, for int8 caches only: a number, or a tensor of
             shape () or (Hkv,).
 
-    Nothing waits for the device on a GPU with the CUDA kernels. No autograd.
+    Nothing waits for the device on a GPU. No autograd.
 
     Raises:
         InputError: shapes, dtypes, devices or scales that do not fit.
@@ -85,12 +85,45 @@ def paged_append(
     )  # fmt: skip
 
 
+def _by_torch(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """The reference without a look at values: what is left out writes what a token that is there
+    writes, or where none is, what the cache has.
+    """
+    pages, page_size = k_cache.shape[:2]
+    if not pages * block_table.shape[1] * positions.numel():
+        return
+    positions = positions.long()
+    entry = positions.div(page_size, rounding_mode="floor")
+    page = block_table.long().gather(1, entry.clamp(0, block_table.shape[1] - 1))
+    there = (entry >= 0) & (entry < block_table.shape[1]) & (page >= 0) & (page < pages)
+    there = there.flatten()
+    token = torch.arange(there.numel(), device=there.device)
+    token = token.where(there, there.int().argmax())
+    at = page.flatten()[token].clamp(0, pages - 1), (positions % page_size).flatten()[token]
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        rows = x.flatten(0, 1)[token]
+        if scale is not None:
+            rows = (rows.float() / scale[:, None]).round().clamp(-127, 127)
+        cache[at] = rows.to(cache.dtype).where(there.any(), cache[at])
+
+
 _append = register(
     "paged_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table,"
     " Tensor positions, Tensor? k_scale, Tensor? v_scale) -> ()",
     fake=lambda *_: None,
     implementations={
         "reference": reference.paged_append,
+        "cpu": reference.paged_append,
+        "triton": _by_torch,
         "cuda": CudaKernel("paged_append", "paged_append"),
     },
 )
