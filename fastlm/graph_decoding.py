@@ -52,6 +52,7 @@ def why_not(model: CausalLM) -> str | None:
 
 
 _recording = threading.Lock()  # torch admits one recording at a time in a process
+_failed: list[Any] = []  # graphs that torch's allocator still asks whether they are being recorded
 
 
 @functools.cache
@@ -130,6 +131,7 @@ class Steps:
         except RuntimeError as error:
             warnings.warn(f"decode steps are not recorded: {error}", stacklevel=2)
             self.recordable = False
+            _failed.append(graph)
         else:
             self.recorded = graph
 

@@ -192,6 +192,7 @@ class Recording:
         self.steps, self.error = steps, error
         self.current, self.recorded_on = "the user's", None
         steps.recordable = True
+        monkeypatch.setattr(graph_decoding, "_failed", [])
         monkeypatch.setattr(graph_decoding, "_stream", lambda device: "a recording's")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.record)
@@ -241,6 +242,7 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
             assert torch.equal(got, plain.logits(ids[:, i].contiguous()))
         assert (steps.recorded is None) == bool(error)
     assert recording.recorded_on == "a recording's" and recording.current == "the user's"
+    assert (recording in graph_decoding._failed) == bool(error)
 
 
 def test_what_a_graph_reads_stays(monkeypatch):
