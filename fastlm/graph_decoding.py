@@ -39,7 +39,7 @@ def why_not(model: CausalLM) -> str | None:
     if backend.forced() not in (None, "cuda"):
         return "another backend is forced"
     if not serves_by("cuda", "paged_append", model.model.norm.weight):
-        return "without the CUDA kernels the cache is not filled without waiting for the GPU"
+        return "the CUDA kernels are not built, or do not serve its dtype"
     if backend.why_not("triton"):  # attention of what the CUDA kernel leaves
         return backend.why_not("triton")
     if torch.is_autocast_enabled("cuda"):
@@ -56,12 +56,12 @@ _failed: list[Any] = []  # graphs that torch's allocator still asks whether they
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def _stream(replays_on: torch.cuda.Stream) -> torch.cuda.Stream:
     """To record on. Torch's own belongs to the device that was recorded on first, and what runs on
-    another meanwhile would not be recorded. One for all graphs of a device: cuBLAS keeps a
-    workspace of each stream.
+    another meanwhile would not be recorded. cuBLAS keeps a workspace of each, so there is one for
+    all graphs that run one after the other, and another for those that run beside them.
     """
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(replays_on.device)
 
 
 class Steps:
@@ -119,13 +119,13 @@ class Steps:
         self.kept = [t.detach() for t in (*model.parameters(), *model.buffers())]
         fused = (f for m in model.modules() for f in vars(m).values() if isinstance(f, Fused))
         self.kept += [f.bias for f in fused if f.bias is not None]
-        stream = _stream(self.positions.device)
+        current = torch.cuda.current_stream()
         try:
             with (
                 _recording,
-                torch.cuda.stream(torch.cuda.current_stream()),  # again, also after an error
-                # other threads, loaders of data say, may allocate and synchronize meanwhile
-                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                torch.cuda.stream(current),  # also after an error, where torch stays on the other
+                # other threads, loaders of data say, may allocate and wait for events meanwhile
+                torch.cuda.graph(graph, stream=_stream(current), capture_error_mode="thread_local"),
             ):
                 self.out = self._step()
         except RuntimeError as error:

@@ -193,7 +193,7 @@ class Recording:
         self.current, self.recorded_on = "the user's", None
         steps.recordable = True
         monkeypatch.setattr(graph_decoding, "_failed", [])
-        monkeypatch.setattr(graph_decoding, "_stream", lambda device: "a recording's")
+        monkeypatch.setattr(graph_decoding, "_stream", lambda current: "a recording's")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.record)
         monkeypatch.setattr(torch.cuda, "stream", self.stream)
