@@ -61,7 +61,7 @@ class Kernel(NamedTuple):
     opcodes: dict[str, int]
 
     def warps(self, arch: int) -> int:
-        """Of a multiprocessor, by registers, static shared memory and threads (bench/cuda_model.py: by
+        """Of a multiprocessor, by registers, static shared memory and threads (cuda_model.py: by
         what a launch takes).
         """
         of_block = -(-self.threads // 32)
