@@ -61,8 +61,8 @@ class Kernel(NamedTuple):
     opcodes: dict[str, int]
 
     def warps(self, arch: int) -> int:
-        """Of a multiprocessor, by registers, static shared memory and threads; bench/cuda_model.py
-        has them by what a launch takes.
+        """Of a multiprocessor, by registers, static shared memory and threads (cuda_model.py: by
+        what a launch takes).
         """
         of_block = -(-self.threads // 32)
         registers = -(-self.registers // 8) * 8 * 32 * of_block
