@@ -20,7 +20,7 @@ export BUILD_NEEDS
 # Whether setup.py finds a CUDA of this machine's; else pip's headers (34 MB), by which the emulator of the CUDA kernels compiles
 CUDA_HERE := test -n "$$CUDA_HOME$$CUDA_PATH" || command -v nvcc >/dev/null || test -d /usr/local/cuda/include
 
-.PHONY: help setup demo test quick lint format bench fuzz sanitize gate triton-sanitize clean
+.PHONY: help setup demo test quick simt lint format bench fuzz sanitize gate triton-sanitize clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 18
@@ -45,8 +45,11 @@ test: .venv/ready  ## every check: lint, types, all tests
 	$(MAKE) --no-print-directory lint
 	$(BIN)/pytest
 
-quick: .venv/ready  ## the tests that take seconds
+quick: .venv/ready  ## all but the slow tests, ten minutes
 	$(BIN)/pytest -m 'not slow'
+
+simt:            ## the emulator anew after a change in csrc/cuda or csrc/simt: seconds a file; DEBUG=1: for gdb, DEBUG=0: and back
+	FASTLM_DEBUG=$(DEBUG) FASTLM_CPU=0 FASTLM_CUDA=0 FASTLM_SIMT=1 $(BIN)/python setup.py -q build_ext --inplace $(if $(DEBUG),--force)
 
 lint: .venv/ready  ## what pre-commit runs
 	$(BIN)/ruff check .

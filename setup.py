@@ -88,11 +88,15 @@ def cuda_home() -> Path | None:
     return None
 
 
+# The emulator's: lines for its faults, or all that gdb wants (three times the size)
+DEBUG = "-g" if os.environ.get("FASTLM_DEBUG") == "1" else "-g1"
+
+
 def kernel_command(name: str, home: Path) -> list[str]:
     """The compiler of .cu files for this extension, with its options."""
     if name == "fastlm._simt":
         return [
-            *["g++", "-x", "c++", "-std=c++20", "-fPIC", "-DFASTLM_SIMT", "-g1"],
+            *["g++", "-x", "c++", "-std=c++20", "-fPIC", "-DFASTLM_SIMT", DEBUG],
             *["-Wno-unknown-pragmas", "-fno-strict-aliasing", "-isystem", str(home / "include")],
             *COMPILE,
             *TSAN,
@@ -166,7 +170,7 @@ if CUDA_HOME and (CUDA_HOME / "bin/nvcc").exists() and os.environ.get("FASTLM_CU
     link = [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     extensions.append(cuda_extension("fastlm._cuda", KERNELS, [], link))
 if CUDA_HOME and os.environ.get("FASTLM_SIMT") == "1":
-    simt = ["-DFASTLM_SIMT", "-fno-strict-aliasing", "-g1", f"-isystem{CUDA_HOME / 'include'}"]
+    simt = ["-DFASTLM_SIMT", "-fno-strict-aliasing", DEBUG, f"-isystem{CUDA_HOME / 'include'}"]
     sources = [*KERNELS, *Path("csrc/simt").glob("*.cpp")]
     extensions.append(cuda_extension("fastlm._simt", sources, simt, []))
 

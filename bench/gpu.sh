@@ -8,17 +8,17 @@ set -u
 out=${1:-bench/results}
 test $# -gt 0 && shift
 steps=${*:-tests triton cuda bench}
-mkdir -p "$out"
 test -x .venv/bin/python && python=.venv/bin/python || python=python3
 python=${PYTHON:-$python}
 here=$(pwd)
-site=$(mktemp -d) # stands for an installation: fastlm, and ./kernels as fastlm.kernels
 status=0
 
-$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || {
   echo "gpu.sh: wanted a GPU that the torch of $python sees, got none"
   exit 1
 }
+mkdir -p "$out"
+site=$(mktemp -d) # stands for an installation: fastlm, and ./kernels as fastlm.kernels
 # CUDA kernels for this card alone: a third of the time
 capability=$($python -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a > 8))')
 export FASTLM_CUDA_ARCHS="$capability"
