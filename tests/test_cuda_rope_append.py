@@ -86,7 +86,7 @@ def test_tokens_without_a_place_are_left_out(cuda):
         ({4: slice(0, 2)}, "sin: wanted rows as cos 24, got 2"),
         ({3: slice(0, 0), 4: slice(0, 0)}, r"cos: wanted rows of an even number up to 16, got 0"),
         ({6: slice(0, 4)}, "v_cache: wanted pages as k_cache 11, got 4"),
-        ({6: (slice(None), slice(0, 4))}, "v_cache: wanted slots of a page as k_cache 8, got 4"),
+        ({6: (slice(None), slice(0, 4))}, "v_cache: wanted page size of k_cache 8, got 4"),
         ({5: torch.Tensor.half}, "k_cache: wanted dtype float32, got float16"),
         ({3: torch.Tensor.half}, "cos: wanted dtype float32, got float16"),
     ],

@@ -3,8 +3,8 @@
 // an index and a scatter, and for int8 a division, a rounding, a clamp and a conversion, for each
 // of k and v. A block is one token; a thread takes 16 bytes of a head of k or v, an element where
 // they do not lie so. Everything is read and written once. Not measured on a GPU.
-#include "cuda/launch.h"
 #include "cuda/ops.h"
+#include "cuda/places.cuh"
 
 namespace fastlm {
 namespace {
@@ -18,13 +18,6 @@ struct Part {          // k or v
   const float* scale;  // (Hkv,), of int8
   int width;
   int64_t x_step[3], cache_step[3];  // of sequence, token, head; of page, slot, head
-};
-
-struct Places {
-  const int* positions;  // (B, S)
-  const int* table;      // (B, ..), rows table_row apart
-  int64_t table_row;
-  int tokens, pages, page_size, table_pages;  // tokens: of a sequence
 };
 
 template <int VEC, class T, class C>
@@ -49,13 +42,8 @@ DEVICE void append(const Part<T, C>& h, int b, int s, int page, int slot, int he
 template <int VEC, class T, class C>
 __global__ void __launch_bounds__(kThreads)
     paged_append_kernel(Part<T, C> k, Part<T, C> v, Places places, int heads) {
-  const int b = blockIdx.x / places.tokens, s = blockIdx.x % places.tokens;
-  const int position = load(places.positions + blockIdx.x);
-  const int entry = position / places.page_size;
-  if (position < 0 || entry >= places.table_pages) return;
-  const int page = load(places.table + b * places.table_row + entry);
-  if (page < 0 || page >= places.pages) return;
-  const int slot = position % places.page_size;
+  const auto [b, s, position, page, slot] = places.of(blockIdx.x);
+  if (page < 0) return;
   const int of_k = k.width / VEC, of_head = of_k + v.width / VEC;
   for (int i = blockIdx.y * kThreads + threadIdx.x; i < heads * of_head;
        i += gridDim.y * kThreads) {
@@ -103,20 +91,9 @@ bool in_vectors(const Part<T, C>& h) {
 void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache,
                   TensorView block_table, TensorView positions, OptionalTensor k_scale,
                   OptionalTensor v_scale, Stream stream) {
-  check_contiguous("positions", positions);
-  check_size("positions", "entries, one a token", k.size(0) * k.size(1), positions.numel());
   check_size("v", "tokens as k", k.size(0) * k.size(1), v.size(0) * v.size(1));
-  check_size("block_table", "rows", k.size(0), block_table.size(0));
-  check_size("v_cache", "pages as k_cache", k_cache.size(0), v_cache.size(0));
-  check_size("v_cache", "page size of k_cache", k_cache.size(1), v_cache.size(1));
   const int heads = static_cast<int>(k_cache.size(2));
-  const Places places{input<int>(positions, "positions"),
-                      input<int>(block_table, "block_table"),
-                      block_table.stride(0),
-                      static_cast<int>(k.size(1)),
-                      static_cast<int>(k_cache.size(0)),
-                      static_cast<int>(k_cache.size(1)),
-                      static_cast<int>(block_table.size(1))};
+  const Places places = places_of(positions, block_table, k.size(0), k.size(1), k_cache, v_cache);
   const auto start = [&](auto element, auto of_cache) {
     using T = decltype(element);
     using C = decltype(of_cache);

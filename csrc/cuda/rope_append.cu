@@ -9,8 +9,8 @@
 // GPU.
 #include <algorithm>
 
-#include "cuda/launch.h"
 #include "cuda/ops.h"
+#include "cuda/places.cuh"
 
 namespace fastlm {
 namespace {
@@ -23,13 +23,6 @@ struct Rows {  // of q, k or v, (B, S, heads, D), and where they go
   T* y;
   int heads, width;
   int64_t x_step[3], y_step[3];  // of sequence, token, head; of the cache: page, slot, head
-};
-
-struct Places {
-  const int* positions;  // (B, S)
-  const int* table;      // (B, ..), rows table_row apart
-  int64_t table_row;
-  int tokens, pages, page_size, table_pages;  // tokens: of a sequence
 };
 
 struct Tables {
@@ -74,14 +67,8 @@ DEVICE void turn(const T* from, T* to, const Tables& tables, int64_t row, int un
 
 template <int VEC, class T>
 __global__ void __launch_bounds__(kThreads) rope_append_kernel(Problem<T> p) {
-  const Places& places = p.places;
-  const int b = blockIdx.x / places.tokens, s = blockIdx.x % places.tokens;
-  const int position = load(places.positions + blockIdx.x);
-  const int entry = position / places.page_size, slot = position % places.page_size;
-  int page = -1;
-  if (position >= 0 && entry < places.table_pages)
-    page = load(places.table + b * places.table_row + entry);
-  const bool kept = page >= 0 && page < places.pages;
+  const auto [b, s, position, page, slot] = p.places.of(blockIdx.x);
+  const bool kept = page >= 0;
   const int64_t row = min(max(position, 0), p.tables.rows - 1);
   const int of_head = (p.q.width - p.tables.half) / VEC;  // units
   const int of_q = p.q.heads * of_head, of_k = kept ? p.k.heads * of_head : 0;
@@ -129,8 +116,6 @@ bool whole(const Rows<T>& t, int vec) {
 void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, TensorView sin,
                  TensorView q_out, TensorView k_cache, TensorView v_cache, TensorView block_table,
                  TensorView positions, Stream stream) {
-  check_contiguous("positions", positions);
-  check_size("positions", "entries, one a token", q.size(0) * q.size(1), positions.numel());
   for (const auto& [argument, t] : {std::pair{"k", &k}, {"v", &v}, {"q_out", &q_out}}) {
     check_size(argument, "sequences", q.size(0), t->size(0));
     check_size(argument, "tokens of a sequence", q.size(1), t->size(1));
@@ -145,19 +130,7 @@ void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, Tenso
                                 std::to_string(q.size(3)) + ", got " + std::to_string(cos.size(0)) +
                                 " of " + std::to_string(cos.size(1)));
   check_size("k", "elements of a head as q", q.size(3), k.size(3));
-  check_size("v_cache", "pages as k_cache", k_cache.size(0), v_cache.size(0));
-  check_size("v_cache", "slots of a page as k_cache", k_cache.size(1), v_cache.size(1));
-  check_size("block_table", "rows", q.size(0), block_table.size(0));
-  if (block_table.size(1) > 1)
-    check_size("block_table", "entries side by side, stride", 1, block_table.stride(1));
-  if (k_cache.size(1) == 0) throw std::invalid_argument("k_cache: wanted pages with slots, got 0");
-  const Places places{input<int>(positions, "positions"),
-                      input<int>(block_table, "block_table"),
-                      block_table.stride(0),
-                      static_cast<int>(q.size(1)),
-                      static_cast<int>(k_cache.size(0)),
-                      static_cast<int>(k_cache.size(1)),
-                      static_cast<int>(block_table.size(1))};
+  const Places places = places_of(positions, block_table, q.size(0), q.size(1), k_cache, v_cache);
   const Tables tables{input<float>(cos, "cos"), input<float>(sin, "sin"),
                       static_cast<int>(cos.size(0)), static_cast<int>(cos.size(1) / 2)};
   with_device_float(q.dtype(), "q", [&](auto element) {
