@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -344,17 +345,27 @@ def step_bytes(model: fastlm.CausalLM, users: int, keys: int) -> int:
     return cache + sum(t.nbytes for t in [*model.buffers(), *head])
 
 
-def transformers_call(sizes: dict, users: int, keys: int) -> Callable[[], object]:
-    """What a user of transformers runs: bfloat16, SDPA, a static cache, a call a step."""
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+def transformers_model(sizes: dict) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(max_position_embeddings=8192, **sizes)
-    with torch.device(DEVICE):
-        model = LlamaForCausalLM(config).to(BF16).eval()
-        prompt = torch.randint(0, sizes["vocab_size"], (users, keys))
-        place, token = torch.tensor([keys]), prompt[:, :1]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(BF16)  # an 8B model in float32 first would not fit beside the others
+    try:
+        with torch.device(DEVICE):
+            return LlamaForCausalLM(LlamaConfig(max_position_embeddings=8192, **sizes)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def transformers_call(model: Any, users: int, keys: int) -> Callable[[], object]:
+    """What a user of transformers runs: bfloat16, SDPA, a static cache, a call a step."""
+    from transformers import StaticCache
+
+    config = model.config
+    prompt = torch.randint(0, config.vocab_size, (users, keys), device=DEVICE)
+    place, token = torch.tensor([keys], device=DEVICE), prompt[:, :1]
     cache = StaticCache(config=config, max_cache_len=keys + 64)  # it counts calls
-    takes = inspect.signature(LlamaForCausalLM.forward).parameters  # names changed with versions
+    takes = inspect.signature(model.forward).parameters  # names changed with versions
     held = {"cache" if "cache" in takes else "past_key_values": cache}
     at = {"position_ids": place.expand(users, 1)}
     if "cache_position" in takes:
@@ -375,10 +386,12 @@ def decode(small: bool) -> Iterator[Case]:
             sizes = sizes | {"num_hidden_layers": 2, "hidden_size": 192, "vocab_size": 100}
             sizes |= {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 128}
         keys, plain = 8 if small else 1024, random_model(sizes, None)
+        peer = None
         for users in (1, 2) if small else (1, 16, 64):
             theirs, missing = {}, {}
             try:
-                theirs = {"transformers bf16": transformers_call(sizes, users, keys)}
+                peer = transformers_model(sizes) if peer is None else peer
+                theirs = {"transformers bf16": transformers_call(peer, users, keys)}
             except Exception as error:  # a version with other names is only a missing peer
                 missing = {"transformers bf16": first_line(error)}
             for format in ("w4a16", "w8a8"):
