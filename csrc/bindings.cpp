@@ -6,6 +6,7 @@
 #include "cpu/decode_plan.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "cpu/product_rate.h"
 #include "tensor_caster.h"
 
 namespace py = pybind11;
@@ -24,10 +25,22 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("why_not", &why_not, "isa"_a);
   m.def(
       "choice_on",
-      [](bool avx2, bool avx512, bool amx_cpu, bool amx_permission) {
-        return choice_on({avx2, avx512, amx_cpu, amx_permission});
+      [](bool avx2, bool avx512, bool avx512_bf16, bool amx_cpu, bool amx_permission, bool widen) {
+        return choice_on({avx2, avx512, avx512_bf16, amx_cpu, amx_permission, widen});
       },
-      "avx2"_a, "avx512"_a, "amx_cpu"_a, "amx_permission"_a);
+      "avx2"_a, "avx512"_a, "avx512_bf16"_a, "amx_cpu"_a, "amx_permission"_a, "widen"_a);
+  m.def(
+      "choose_product",
+      [](const std::string& vendor, int family, int model, double dot, double fma) {
+        const ProductChoice c =
+            choose_product(vendor, family, model, [=] { return ProductRates{dot, fma}; });
+        return std::pair(c.widen, c.because);
+      },
+      "vendor"_a, "family"_a, "model"_a, "dot_gflops"_a, "fma_gflops"_a);
+  m.def("products_of_bf16", [] {
+    const ProductsOfBf16 p = products_of_bf16();
+    return std::tuple(p.by, p.because, p.dot_gflops, p.fma_gflops);
+  });
   m.def("prefer_huge_pages", &prefer_huge_pages, "output"_a);
   m.def("want_huge_pages", [](bool wanted) { huge_pages_wanted = wanted; }, "wanted"_a);
 

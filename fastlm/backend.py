@@ -353,7 +353,7 @@ def cpu_isas() -> Sequence[str]:
 def use_cpu_isa(name: str) -> Iterator[None]:
     """Force the C++ kernels onto one instruction set, process-wide.
 
-    One of amx, avx512, avx2, scalar, amx_emulated.
+    One of amx, avx512, avx512_fma (bfloat16 products in float32), avx2, scalar, amx_emulated.
     """
     before = cpu_extension.isa()
     try:
@@ -389,7 +389,7 @@ def info() -> dict[str, Any]:
         }
     isas: dict[str, str | None] = {}
     if why_not("cpu") is None:
-        names = ("amx", "avx512", "avx2", "scalar")
+        names = ("amx", "avx512", "avx512_fma", "avx2", "scalar")
         isas = {name: cpu_extension.why_not(name) or None for name in names}
     return {
         "fastlm": fastlm.__version__,
@@ -401,11 +401,21 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_isa": cpu_isa(),
         "cpu_isa_why_not": {k: v for k, v in isas.items() if v},
+        "bf16_products": _products_of_bf16(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "forced_backend": _forced,
         "backends": {b: why_not(b) for b in BACKENDS},
         "ops": ops,
     }
+
+
+def _products_of_bf16() -> str | None:
+    """How the C++ kernels multiply bfloat16 by choice, why, and what either way reaches here."""
+    if why_not("cpu") is not None:
+        return None
+    by, because, dot, fma = cpu_extension.products_of_bf16()
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in (("dot", dot), ("FMA", fma)) if rate)
+    return f"{by} ({because}{f'; GFLOPS of a core: {rates}' if rates else ''})"
 
 
 def _version(package: str) -> str | None:

@@ -308,7 +308,7 @@ def build_linear_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
         ulps *= 2 if options.get("label_smoothing") else 1  # terms of all classes, which cancel
         ulps *= max(1.0, case["spread"] / 3)  # p errs by what its logit does
         with small_products(small):
-            test_linear_cross_entropy.check(x, w, bias, target, ulps=ulps, of_terms=True, **options)
+            test_linear_cross_entropy.check(x, w, bias, target, ulps=ulps, **options)
 
     leaves = [x, w, target, *([bias] if case["bias"] else [])]
     return Built(function, leaves, check, library=small)

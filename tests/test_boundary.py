@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import weakref
 
 import numpy as np
@@ -128,13 +129,13 @@ def test_environment_forces_the_instruction_set():
         assert done.stdout.strip() == name, done.stderr
     done = _run("import torch; from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA="sse9")
     assert (
-        "FASTLM_CPU_ISA: wanted one of amx, avx512, avx2, scalar, amx_emulated, got 'sse9'"
-        in done.stderr
+        "FASTLM_CPU_ISA: wanted one of amx, avx512, avx512_fma, avx2, scalar, amx_emulated,"
+        " got 'sse9'" in done.stderr
     )
 
 
 def test_environment_is_checked_against_the_machine():
-    missing = [n for n in ("amx", "avx512", "avx2") if _cpu.why_not(n)]
+    missing = [n for n in ("amx", "avx512", "avx512_fma", "avx2") if _cpu.why_not(n)]
     for name in missing:
         done = _run("import torch; from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA=name)
         assert f"'{name}' cannot run here" in done.stderr
@@ -143,19 +144,49 @@ def test_environment_is_checked_against_the_machine():
         pass
 
 
+NO_TILES = "this CPU has no AMX tiles"
+REFUSED_TILES = "the kernel refused the permission to use AMX tiles"
+
+
 @pytest.mark.parametrize(
     ("features", "wanted", "why_not_amx"),
-    [
-        ((True, True, True, True), "amx", ""),
-        ((True, True, True, False), "avx512", "the kernel refused the permission to use AMX tiles"),
-        ((True, True, False, False), "avx512", "this CPU has no AMX tiles"),
-        ((True, False, False, False), "avx2", "this CPU has no AMX tiles"),
-        ((False, False, False, False), "scalar", "this CPU has no AMX tiles"),
+    [  # avx2, avx512, avx512_bf16, amx_cpu, amx_permission, widen
+        ((True, True, True, True, True, True), "amx", ""),
+        ((True, True, True, True, False, False), "avx512", REFUSED_TILES),
+        ((True, True, True, True, False, True), "avx512_fma", REFUSED_TILES),
+        ((True, True, True, False, False, False), "avx512", NO_TILES),
+        ((True, True, True, False, False, True), "avx512_fma", NO_TILES),
+        ((True, True, False, False, False, False), "avx512_fma", NO_TILES),
+        ((True, False, False, False, False, False), "avx2", NO_TILES),
+        ((False, False, False, False, False, False), "scalar", NO_TILES),
     ],
 )
-def test_next_of_the_list_where_one_is_missing(features, wanted, why_not_amx):
+def test_best_of_what_there_is(features, wanted, why_not_amx):
     picked, why = _cpu.choice_on(*features)
     assert picked == wanted and why.startswith(why_not_amx) and bool(why) == bool(why_not_amx)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "rates", "widen", "because"),
+    [
+        (("AuthenticAMD", 26, 2), (1, 9), False, "known of AuthenticAMD family 26 model 2"),
+        (("GenuineIntel", 6, 207), (9, 1), True, "known of GenuineIntel family 6 model 207"),
+        (("GenuineIntel", 6, 173), (168, 335), True, "measured: FMA is clearly faster"),
+        (("GenuineIntel", 6, 173), (300, 335), False, "measured: FMA is not clearly faster"),
+        (("GenuineIntel", 6, 85), (670, 335), False, "measured: FMA is not clearly faster"),
+    ],
+)
+def test_products_of_bf16_are_chosen_by_rate(cpu, rates, widen, because):
+    assert _cpu.choose_product(*cpu, *rates) == (widen, because)
+
+
+def test_rates_are_measured_in_microseconds():
+    start = time.perf_counter()
+    by, because, dot, fma = _cpu.products_of_bf16()
+    assert time.perf_counter() - start < 0.1
+    assert by and because
+    assert fma > 1 or _cpu.why_not("avx512_fma")
+    assert dot > 1 or _cpu.why_not("avx512")
 
 
 # Refuses arch_prctl(ARCH_REQ_XCOMP_PERM), as a kernel before 5.16 or a container's filter does.

@@ -1,6 +1,7 @@
 """linear: the own products on every instruction set against float64, strides, threads, compile,
 refusals; where they do not run, torch's."""
 
+import math
 import sys
 
 import pytest
@@ -27,9 +28,8 @@ module = sys.modules["fastlm.ops.linear"]
 
 @pytest.fixture
 def own(monkeypatch):
-    """The own products for every number of rows and instruction set."""
-    monkeypatch.setattr(module, "_ROWS", 1)
-    monkeypatch.setattr(module, "_ISAS", backend.cpu_isas())
+    """The own products for every number of rows that learn and every instruction set."""
+    monkeypatch.setattr(module, "_LEAST_ROWS", dict.fromkeys(backend.cpu_isas(), (1, math.inf)))
 
 
 def inputs(rows, k, n, bias=True):
@@ -73,8 +73,8 @@ def test_the_own_product_ran(own, isa, monkeypatch):
     assert calls == ["linear_forward", "linear_weight_gradient"] and x.grad is None
 
 
-def test_few_rows_and_other_dtypes_are_torchs(isa):
-    for rows, dtype in ((3, torch.bfloat16), (1100, torch.float32), (1100, torch.float16)):
+def test_other_dtypes_are_torchs(isa):
+    for rows, dtype in ((1100, torch.float32), (1100, torch.float16)):
         x, w, b = torch.randn(rows, 40), torch.randn(24, 40), torch.randn(24)
         x, w, b = x.to(dtype), w.to(dtype), b.to(dtype)
         assert torch.equal(ops.linear(x, w, b), F.linear(x, w, b))
@@ -143,12 +143,27 @@ def test_nan_and_infinity_stay_in_their_rows(own, isa):
     assert torch.equal(y[rest], clean[rest])
 
 
+def test_runs_where_it_is_faster(isa, monkeypatch):
+    """With and without a gradient, from the rows on that `_LEAST_ROWS` has; never elsewhere."""
+    calls = []
+    real = module._cpu.linear_forward
+    monkeypatch.setattr(module._cpu, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
+    for learns, least in zip((True, False), module._LEAST_ROWS.get(isa, (math.inf, math.inf))):
+        for rows in {1, 40, 70, 1030}:
+            x, weight, bias, _ = inputs(rows, 16, 8)
+            calls.clear()
+            ops.linear(x, weight.requires_grad_(learns), bias)
+            assert bool(calls) == (rows >= least), (rows, learns)
+            calls.clear()
+            ops.linear(x.float(), weight.detach().float(), bias.float())
+            assert not calls
+
+
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 90), k=st.integers(1, 150), n=st.integers(1, 150), bias=st.booleans())
 def test_any_shape_matches_float64(rows, k, n, bias):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_ROWS", 1)
-        patch.setattr(module, "_ISAS", backend.cpu_isas())
+        patch.setattr(module, "_LEAST_ROWS", dict.fromkeys(backend.cpu_isas(), (1, 1)))
         check(inputs(rows, k, n, bias), "any")
 
 

@@ -1,5 +1,4 @@
-// THE place that chooses the instruction set. FASTLM_CPU_ISA=amx|avx512|avx2|scalar|amx_emulated
-// forces one.
+// THE place that chooses the instruction set. FASTLM_CPU_ISA=<name> forces one.
 #include <cpuid.h>
 
 #include <cstdlib>
@@ -11,11 +10,13 @@
 #endif
 
 #include "cpu/isa.h"
+#include "cpu/product_rate.h"
 
 namespace fastlm {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"amx", "avx512", "avx2", "scalar", "amx_emulated"};
+constexpr const char* kNames[kIsaCount] = {"amx",  "avx512", "avx512_fma",
+                                           "avx2", "scalar", "amx_emulated"};
 
 // The tile state is 8 KiB that the kernel saves per thread only after a process has asked for it
 // (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 18). Without it the first tile instruction
@@ -28,22 +29,33 @@ bool request_amx() {
 #endif
 }
 
+ProductRates rates_here() {
+  return product_rates(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bf16"));
+}
+const ProductChoice& product_choice() {
+  static const ProductChoice choice = [] {
+    const CpuModel cpu = cpu_model();
+    return choose_product(cpu.vendor, cpu.family, cpu.model, rates_here);
+  }();
+  return choice;
+}
+
 Features detect() {
   Features f;
   __builtin_cpu_init();  // also checks that the operating system saves the wide registers
   f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  // The avx512 kernels are one level: what Cooper Lake, Sapphire Rapids and Zen 4 share. Older
-  // AVX-512 machines (no bf16 dot product) run the avx2 kernels.
+  // What Ice Lake, Sapphire Rapids and Zen 4 share; older AVX-512 machines run the avx2 kernels.
   f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-             __builtin_cpu_supports("avx512bf16");
+             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  f.avx512_bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16");
   unsigned a, b, c, d;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     const bool tile = d & (1u << 24), int8 = d & (1u << 25), bf16 = d & (1u << 22);
-    f.amx_cpu = f.avx512 && tile && int8 && bf16;
+    f.amx_cpu = f.avx512_bf16 && tile && int8 && bf16;
   }
   if (f.amx_cpu) f.amx_permission = request_amx();
+  f.widen = f.avx512_bf16 && product_choice().widen;
   return f;
 }
 
@@ -57,9 +69,12 @@ std::string reason(Isa isa, const Features& f = features()) {
     case Isa::amx:
       if (!f.amx_cpu) return "this CPU has no AMX tiles (amx-tile, amx-int8, amx-bf16)";
       return f.amx_permission ? "" : "the kernel refused the permission to use AMX tiles";
+    case Isa::avx512_fma:
+      return f.avx512 ? "" : "this CPU has not all of AVX-512 F, BW, DQ, VL, VNNI and VBMI";
     case Isa::avx512:
     case Isa::amx_emulated:
-      return f.avx512 ? "" : "this CPU has not all of AVX-512 F, BW, DQ, VL, VNNI, VBMI and BF16";
+      if (f.avx512 && !f.avx512_bf16) return "this CPU has no AVX-512 BF16";
+      return f.avx512 ? "" : reason(Isa::avx512_fma, f);
     case Isa::avx2:
       return f.avx2 ? "" : "this CPU has no AVX2 with FMA";
     case Isa::scalar:
@@ -71,9 +86,9 @@ std::string reason(Isa isa, const Features& f = features()) {
 Isa parse(const std::string& wanted) {
   for (int i = 0; i < kIsaCount; ++i)
     if (wanted == kNames[i]) return static_cast<Isa>(i);
-  throw std::invalid_argument(
-      "FASTLM_CPU_ISA: wanted one of amx, avx512, avx2, scalar, amx_emulated, got '" + wanted +
-      "'");
+  std::string names;
+  for (const char* known : kNames) names += std::string(names.empty() ? "" : ", ") + known;
+  throw std::invalid_argument("FASTLM_CPU_ISA: wanted one of " + names + ", got '" + wanted + "'");
 }
 
 Isa checked(const std::string& wanted) {
@@ -84,8 +99,14 @@ Isa checked(const std::string& wanted) {
   return isa;
 }
 
+// The levels that are chosen, best first.
+std::vector<Isa> in_order(const Features& f) {
+  if (f.widen) return {Isa::amx, Isa::avx512_fma, Isa::avx512, Isa::avx2, Isa::scalar};
+  return {Isa::amx, Isa::avx512, Isa::avx512_fma, Isa::avx2, Isa::scalar};
+}
+
 Isa best(const Features& f) {
-  for (Isa i : {Isa::amx, Isa::avx512, Isa::avx2})
+  for (Isa i : in_order(f))
     if (reason(i, f).empty()) return i;
   return Isa::scalar;
 }
@@ -111,10 +132,22 @@ std::pair<std::string, std::string> choice_on(const Features& f) {
   return {name(best(f)), reason(Isa::amx, f)};
 }
 
+ProductsOfBf16 products_of_bf16() {
+  const ProductRates rates = rates_here();
+  const Isa chosen = best(features());
+  if (chosen == Isa::amx)
+    return {"AMX tiles", "this CPU has them", rates.dot_gflops, rates.fma_gflops};
+  if (chosen == Isa::avx512)
+    return {"the bf16 dot product", product_choice().because, rates.dot_gflops, rates.fma_gflops};
+  const std::string why = features().avx512_bf16 ? product_choice().because : reason(Isa::avx512);
+  return {"float32 FMA", why, rates.dot_gflops, rates.fma_gflops};
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (int i = 0; i < kIsaCount; ++i)
-    if (reason(static_cast<Isa>(i)).empty()) names.push_back(kNames[i]);
+  for (Isa i : in_order(features()))
+    if (reason(i).empty()) names.push_back(name(i));
+  if (reason(Isa::amx_emulated).empty()) names.push_back(name(Isa::amx_emulated));
   return names;
 }
 

@@ -67,7 +67,16 @@ namespace fastlm::avx2 {
 #undef FASTLM_VL
 #pragma GCC pop_options
 
+// Products of bf16 in float32: for machines whose bf16 dot product is missing or slower than FMA.
 #define FASTLM_VL 16
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")
+namespace fastlm::avx512_fma {
+#include "cpu/simd.h"
+#include FASTLM_BODY
+}  // namespace fastlm::avx512_fma
+#pragma GCC pop_options
+
 #define FASTLM_BF16_DOT
 #pragma GCC push_options
 #pragma GCC target( \
@@ -104,6 +113,8 @@ namespace fastlm::amx {
       return ::fastlm::amx::function(__VA_ARGS__);          \
     case ::fastlm::Isa::avx512:                             \
       return ::fastlm::avx512::function(__VA_ARGS__);       \
+    case ::fastlm::Isa::avx512_fma:                         \
+      return ::fastlm::avx512_fma::function(__VA_ARGS__);   \
     case ::fastlm::Isa::avx2:                               \
       return ::fastlm::avx2::function(__VA_ARGS__);         \
     case ::fastlm::Isa::scalar:                             \

@@ -352,14 +352,16 @@ FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, bf16) {
 #endif
 
 // acc += A . B of ROWS x (PANELS * VL) over k elements. The loops are unrolled by pragma so that
-// `acc` never has an address. The next block's rows of A are fetched meanwhile.
+// `acc` never has an address. The rows of A at `next` are fetched meanwhile: those of the next
+// block, or these again. They must be rows of A: beyond it another thread may be writing, whose
+// lines a prefetch takes away (1.6x slower).
 template <class E, int ROWS, int PANELS>
-FASTLM_INLINE void products(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b,
-                            int64_t panel, vfloat (&acc)[ROWS][PANELS]) {
+FASTLM_INLINE void products(int64_t k, const E* __restrict a, int64_t lda, const E* next,
+                            const E* __restrict b, int64_t panel, vfloat (&acc)[ROWS][PANELS]) {
   constexpr int LINE = 64 / int(sizeof(E));  // elements of A per cache line
   for (int64_t line = 0; line < k; line += LINE) {
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(a + (ROWS + r) * lda + line);
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next + r * lda + line);
     const int64_t end = std::min<int64_t>(k, line + LINE);
     for (int64_t i = line; i < end; i += KP<E>) {
       vfloat column[PANELS];
@@ -379,8 +381,8 @@ FASTLM_INLINE void products(int64_t k, const E* __restrict a, int64_t lda, const
 // ROWS x (PANELS * VL) of C over k elements: whole vectors, sums in registers, C touched once at
 // the end; it is fetched while the block is multiplied.
 template <class E, int ROWS, int PANELS>
-void micro(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b, int64_t panel,
-           float* __restrict c, int64_t ldc, bool accumulate) {
+void micro(int64_t k, const E* __restrict a, int64_t lda, const E* next, const E* __restrict b,
+           int64_t panel, float* __restrict c, int64_t ldc, bool accumulate) {
   vfloat acc[ROWS][PANELS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
@@ -389,7 +391,7 @@ void micro(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b,
       acc[r][p] = vfloat{};
       __builtin_prefetch(c + r * ldc + p * VL, 1);
     }
-  products<E>(k, a, lda, b, panel, acc);
+  products<E>(k, a, lda, next, b, panel, acc);
   if (accumulate) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
@@ -404,8 +406,8 @@ void micro(int64_t k, const E* __restrict a, int64_t lda, const E* __restrict b,
 
 // A last panel of fewer than VL columns goes through `edge`.
 template <class E, int PANELS>
-void micro_rows(int rows, int64_t k, const E* a, int64_t lda, const E* b, int64_t panel, float* c,
-                int64_t ldc, int last, bool accumulate) {
+void micro_rows(int rows, int64_t k, const E* a, int64_t lda, const E* next, const E* b,
+                int64_t panel, float* c, int64_t ldc, int last, bool accumulate) {
   static_assert(MR <= 6);
   constexpr int W = PANELS * VL;
   alignas(64) float edge[MR * W];
@@ -418,22 +420,22 @@ void micro_rows(int rows, int64_t k, const E* a, int64_t lda, const E* b, int64_
   }
   switch (rows) {
     case 1:
-      micro<E, 1, PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      micro<E, 1, PANELS>(k, a, lda, next, b, panel, c, ldc, accumulate);
       break;
     case 2:
-      micro<E, 2, PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      micro<E, 2, PANELS>(k, a, lda, next, b, panel, c, ldc, accumulate);
       break;
     case 3:
-      micro<E, 3, PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      micro<E, 3, PANELS>(k, a, lda, next, b, panel, c, ldc, accumulate);
       break;
     case 4:
-      micro<E, 4, PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      micro<E, 4, PANELS>(k, a, lda, next, b, panel, c, ldc, accumulate);
       break;
     case 5:
-      micro<E, std::min(MR, 5), PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      micro<E, std::min(MR, 5), PANELS>(k, a, lda, next, b, panel, c, ldc, accumulate);
       break;
     case 6:
-      micro<E, std::min(MR, 6), PANELS>(k, a, lda, b, panel, c, ldc, accumulate);
+      micro<E, std::min(MR, 6), PANELS>(k, a, lda, next, b, panel, c, ldc, accumulate);
       break;
   }
   if (last < VL)
@@ -517,21 +519,21 @@ void gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, 
       const E* bb = b + n0 / VL * panel + k0 * VL;
       for (int64_t m0 = 0; m0 < m; m0 += MR) {
         const int rows = int(std::min<int64_t>(MR, m - m0));
-        const E* aa = a + m0 * lda + k0;
+        const E *aa = a + m0 * lda + k0, *next = m - m0 >= 2 * MR ? aa + MR * lda : aa;
         float* cc = c + m0 * ldc + n0;
         const bool add = accumulate || k0;
         switch (panels) {
           case 1:
-            micro_rows<E, 1>(rows, kc, aa, lda, bb, panel, cc, ldc, last, add);
+            micro_rows<E, 1>(rows, kc, aa, lda, next, bb, panel, cc, ldc, last, add);
             break;
           case 2:
-            micro_rows<E, 2>(rows, kc, aa, lda, bb, panel, cc, ldc, last, add);
+            micro_rows<E, 2>(rows, kc, aa, lda, next, bb, panel, cc, ldc, last, add);
             break;
           case 3:
-            micro_rows < E, NP<3 ? NP : 3>(rows, kc, aa, lda, bb, panel, cc, ldc, last, add);
+            micro_rows < E, NP<3 ? NP : 3>(rows, kc, aa, lda, next, bb, panel, cc, ldc, last, add);
             break;
           case 4:
-            micro_rows < E, NP<4 ? NP : 4>(rows, kc, aa, lda, bb, panel, cc, ldc, last, add);
+            micro_rows < E, NP<4 ? NP : 4>(rows, kc, aa, lda, next, bb, panel, cc, ldc, last, add);
             break;
         }
       }

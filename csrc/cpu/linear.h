@@ -14,10 +14,11 @@
 #include "cpu/workspace.h"
 
 using E = Elem<bf16>;
-constexpr int64_t IN_L2 = 256 << 10;  // elements of A per block: in bf16 half of an L2 of 1 MiB
-constexpr int64_t MOST_ROWS = 512;    // per block: 64 columns of float32 sums are 128 KiB
-constexpr int64_t CHUNK = 1024;       // rows of x and dy at a time: KC of bf16
-constexpr int64_t GROUP = 4 * VL;     // columns that pack_b takes at a time
+constexpr int64_t IN_L2 =
+    (512 << 10) / int64_t(sizeof(E));  // elements of A per block: half of an L2 of 1 MiB
+constexpr int64_t MOST_ROWS = 512;     // per block: 64 columns of float32 sums are 128 KiB
+constexpr int64_t CHUNK = 1024;        // rows of x and dy at a time: KC of bf16
+constexpr int64_t GROUP = 4 * VL;      // columns that pack_b takes at a time
 
 // Rows per block, in whole register tiles: A in half of the L2, the same number for every thread.
 inline int64_t block_rows(int64_t m, int64_t padded_k) {

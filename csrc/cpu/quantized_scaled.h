@@ -36,7 +36,7 @@ inline void integer_panel(const Weight& w, int64_t n, int rows, int64_t k0, int6
 // C (ROWS, NR) (+)= A . B over columns [k0, k0 + kb) of W; scales as [panel][group][VL].
 template <int ROWS>
 void micro_scaled(const Weight& w, int64_t k0, int64_t kb, const bf16* a, int64_t lda,
-                  const bf16* b, const float* scales, float* c) {
+                  const bf16* next, const bf16* b, const float* scales, float* c) {
   const int64_t panel = padded_k<bf16>(kb) * VL;
   for (int64_t k = 0; k < kb;) {
     const int64_t g = (k0 + k) / w.size, end = std::min(kb, (g + 1) * w.size - k0);
@@ -45,7 +45,7 @@ void micro_scaled(const Weight& w, int64_t k0, int64_t kb, const bf16* a, int64_
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
       for (int p = 0; p < NP; ++p) acc[r][p] = vfloat{};
-    products<bf16>(end - k, a + k, lda, b + k * VL, panel, acc);
+    products<bf16>(end - k, a + k, lda, next + k, b + k * VL, panel, acc);
 #pragma GCC unroll 4
     for (int p = 0; p < NP; ++p) {
       const vfloat s = load(scales + (p * w.groups + g) * VL);
@@ -63,7 +63,8 @@ void micro_scaled(const Weight& w, int64_t k0, int64_t kb, const bf16* a, int64_
 inline void gemm_scaled(int64_t m, const Weight& w, int64_t k0, int64_t kb, const bf16* a,
                         int64_t lda, const bf16* b, const float* scales, float* c) {
   const auto block = [&](auto rows, int64_t i) {
-    micro_scaled<decltype(rows)::value>(w, k0, kb, a + i * lda, lda, b, scales, c + i * NR);
+    const bf16 *rows_of_a = a + i * lda, *next = m - i >= 2 * MR ? rows_of_a + MR * lda : rows_of_a;
+    micro_scaled<decltype(rows)::value>(w, k0, kb, rows_of_a, lda, next, b, scales, c + i * NR);
   };
   int64_t i = 0;
   for (; i + MR <= m; i += MR) block(std::integral_constant<int, MR>{}, i);

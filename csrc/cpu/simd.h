@@ -111,8 +111,22 @@ FASTLM_INLINE vfloat load(const f16* p, int n) {
   FASTLM_READS(p, 2 * n);
   return (vfloat)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
+#ifdef FASTLM_BF16_DOT
+FASTLM_INLINE __m256i rounded_to_bf16(vfloat v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
+#else
+FASTLM_INLINE __m256i rounded_to_bf16(vfloat v) {  // to nearest even; NaN keeps its top bits
+  alignas(64) static constexpr uint16_t upper_words[32] = {1,  3,  5,  7,  9,  11, 13, 15,
+                                                           17, 19, 21, 23, 25, 27, 29, 31};
+  const __m512i u = (__m512i)v,
+                odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i all = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_load_si512(upper_words), all));
+}
+#endif
 FASTLM_INLINE void store(bf16* p, vfloat v) {
-  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  _mm256_storeu_si256((__m256i*)p, rounded_to_bf16(v));
 }
 FASTLM_INLINE void store(f16* p, vfloat v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0));
@@ -123,7 +137,7 @@ FASTLM_INLINE void store(float* p, vfloat v, int n) {
 }
 FASTLM_INLINE void store(bf16* p, vfloat v, int n) {
   FASTLM_WRITES(p, 2 * n);
-  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  _mm256_mask_storeu_epi16(p, first_lanes(n), rounded_to_bf16(v));
 }
 FASTLM_INLINE void store(f16* p, vfloat v, int n) {
   FASTLM_WRITES(p, 2 * n);

@@ -5,6 +5,8 @@ training step take 5 to 30 % longer in one process than in the next; `csrc/cpu/l
 it reads twice. Where that does not pay, torch's product is what runs (`_own`).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,11 +17,15 @@ from fastlm.backend import autocast, autocast_somewhere, cpu_isa, forced, is_eag
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
-# From this many rows on a step is faster with the own products (docs/log.md); on operands that lie
-# in the cache torch's are up to 20 % faster below.
-_ROWS = 1024
-# The instruction sets on which they were measured to be. AMX has not run yet, and float32 has MKL.
-_ISAS = ("avx512",)
+# Least rows from which the own bfloat16 products are faster than torch's (docs/log.md): with a
+# gradient, without. Where bfloat16 has a fast dot product, torch's are as fast on operands in the
+# cache; without one, or with a slow one, torch takes 2 to 4 times as long, and on AVX2 70 times for
+# gradients. AMX has not run yet, and float32 has MKL.
+_LEAST_ROWS: dict[str, tuple[float, float]] = {
+    "avx512": (1024, math.inf),
+    "avx512_fma": (64, 64),
+    "avx2": (1, 32),
+}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,10 +37,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: (N, K), x's dtype.
         bias: (N,), x's dtype.
 
-    Sums are float32 and rounded once. On a CPU with bfloat16 dot products but no AMX, bfloat16
-    products of 1024 rows or more that need a gradient run on fastlm's kernels; everything else, and
-    everything under ``torch.compile``, on torch's. The backward keeps x and weight, each where the
-    other learns, and takes N K float32 and the packed operands beside its results.
+    Sums are float32 and rounded once. On a CPU without AMX, bfloat16 products run on fastlm's
+    kernels from the number of rows on from which they are faster (`_LEAST_ROWS`); everything else,
+    and everything under ``torch.compile``, on torch's. The backward keeps x and weight, each where
+    the other learns, and takes N K float32 and the packed operands beside its results.
 
     Raises:
         InputError: shapes or dtypes do not fit.
@@ -70,15 +76,18 @@ class Linear(nn.Linear):
 
 
 def _own(x: Tensor, weight: Tensor) -> bool:
-    """Whether the own products run: where they are faster and nothing but a gradient is asked."""
-    if not is_eager(x, weight) or not x.is_cpu or x.numel() < _ROWS * x.shape[-1]:
+    """Whether the own products run: where they are faster, and autograd asks for no more than a
+    gradient.
+    """
+    if not is_eager(x, weight) or not x.is_cpu:
         return False
     autocasts = torch.is_autocast_enabled("cpu")
+    if (torch.get_autocast_dtype("cpu") if autocasts else x.dtype) != torch.bfloat16:
+        return False
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    least = _LEAST_ROWS.get(cpu_isa() or "", (math.inf, math.inf))[0 if learns else 1]
     return (
-        (torch.get_autocast_dtype("cpu") if autocasts else x.dtype) == torch.bfloat16
-        and torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad)
-        and cpu_isa() in _ISAS
+        x.numel() >= least * x.shape[-1] > 0
         and forced() != "triton"  # interpreted: it leaves products to torch, as on a GPU
         and weight.numel() > 0
         and forward_ad._current_level < 0

@@ -1,0 +1,102 @@
+#include "cpu/product_rate.h"
+
+#include <cpuid.h>
+#include <immintrin.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+namespace fastlm {
+namespace {
+
+constexpr int CHAINS = 12;    // independent sums: more than latency (4 to 6) times two units
+constexpr int STEPS = 400;    // of all chains: 1 to 4 microseconds
+constexpr int ATTEMPTS = 10;  // the fastest counts: another process may hold the core meanwhile
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512bf16")
+// The sums go through an empty asm, so that the loop stays and nothing leaves the registers.
+inline __attribute__((always_inline)) void keep(__m512 (&sum)[CHAINS]) {
+#pragma GCC unroll 12
+  for (int i = 0; i < CHAINS; ++i) asm volatile("" : "+v"(sum[i]));
+}
+__attribute__((noinline)) void dot_steps() {
+  __m512 sum[CHAINS] = {};
+  __m512 x = _mm512_set1_ps(1.f);
+  asm volatile("" : "+v"(x));
+  for (int step = 0; step < STEPS; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < CHAINS; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)x, (__m512bh)x);
+    keep(sum);
+  }
+}
+__attribute__((noinline)) void fma_steps() {
+  __m512 sum[CHAINS] = {};
+  __m512 x = _mm512_set1_ps(1.f);
+  asm volatile("" : "+v"(x));
+  for (int step = 0; step < STEPS; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < CHAINS; ++i) sum[i] = _mm512_fmadd_ps(x, x, sum[i]);
+    keep(sum);
+  }
+}
+#pragma GCC pop_options
+
+double gflops(void (*steps)(), double flops) {
+  double best = 1e9;
+  for (int i = 0; i < ATTEMPTS; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    steps();
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    best = std::min(best, took.count());
+  }
+  return flops / best * 1e-9;
+}
+
+struct Known {
+  const char* vendor;
+  int family, first_model, last_model;
+  bool widen;
+};
+// Measured on these (docs/log.md); 143 is the same core as 207.
+constexpr Known KNOWN[] = {
+    {"AuthenticAMD", 25, 0, 255, false},  // Zen 4 (Zen 3 has neither instruction)
+    {"AuthenticAMD", 26, 0, 255, false},  // Zen 5
+    {"GenuineIntel", 6, 143, 143, true},  // Sapphire Rapids
+    {"GenuineIntel", 6, 207, 207, true},  // Emerald Rapids
+};
+constexpr double CLEAR = 1.3;  // a ratio that no noise makes
+
+}  // namespace
+
+ProductRates product_rates(bool avx512, bool avx512_bf16) {
+  constexpr double lanes = 16. * CHAINS * STEPS;
+  return {avx512_bf16 ? gflops(dot_steps, 4 * lanes) : 0,
+          avx512 ? gflops(fma_steps, 2 * lanes) : 0};
+}
+
+ProductChoice choose_product(const std::string& vendor, int family, int model,
+                             const std::function<ProductRates()>& measure) {
+  for (const Known& k : KNOWN)
+    if (vendor == k.vendor && family == k.family && model >= k.first_model && model <= k.last_model)
+      return {k.widen, "known of " + vendor + " family " + std::to_string(family) + " model " +
+                           std::to_string(model)};
+  const ProductRates rates = measure();
+  const bool widen = rates.fma_gflops > CLEAR * rates.dot_gflops;
+  return {widen, widen ? "measured: FMA is clearly faster" : "measured: FMA is not clearly faster"};
+}
+
+CpuModel cpu_model() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  char vendor[13] = {};
+  __get_cpuid(0, &a, &b, &c, &d);
+  memcpy(vendor, &b, 4), memcpy(vendor + 4, &d, 4), memcpy(vendor + 8, &c, 4);
+  __get_cpuid(1, &a, &b, &c, &d);
+  int family = a >> 8 & 15, model = a >> 4 & 15;
+  if (family == 6 || family == 15) model |= (a >> 16 & 15) << 4;
+  if (family == 15) family += a >> 20 & 255;
+  return {vendor, family, model};
+}
+
+}  // namespace fastlm

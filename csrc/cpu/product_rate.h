@@ -1,0 +1,31 @@
+// What a product of bf16 costs on this core: by the dot product instruction, and widened to float32
+// by FMA. On Intel's cores the dot product has half the rate of FMA, on AMD's twice.
+#pragma once
+
+#include <functional>
+#include <string>
+
+namespace fastlm {
+
+// Of a core, from registers: the most that either can reach. 0 where the instruction is missing.
+struct ProductRates {
+  double dot_gflops = 0, fma_gflops = 0;
+};
+ProductRates product_rates(bool avx512, bool avx512_bf16);  // takes some 50 microseconds
+
+// Whether FMA is the faster of the two, and how that is known. The answer is the same in every
+// process on a machine: results are the same bits from run to run.
+struct ProductChoice {
+  bool widen;
+  std::string because;
+};
+ProductChoice choose_product(const std::string& vendor, int family, int model,
+                             const std::function<ProductRates()>& measure);
+
+struct CpuModel {
+  std::string vendor;  // "GenuineIntel", "AuthenticAMD"
+  int family, model;
+};
+CpuModel cpu_model();
+
+}  // namespace fastlm
