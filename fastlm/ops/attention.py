@@ -197,6 +197,13 @@ def dropout_seed(dropout_p: float, q: Tensor) -> Tensor | None:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
 
 
+def as_int32(t: Tensor) -> Tensor:
+    """Offsets, lengths, pages, positions as the kernels take them. What int32 has no room for
+    becomes its nearest end, which no tensor has: it is refused or left out, not wrapped.
+    """
+    return t if t.dtype == torch.int32 else t.clamp(-(2**31), 2**31 - 1).int()
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

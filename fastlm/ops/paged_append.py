@@ -6,6 +6,7 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.backend import CudaKernel, register
 from fastlm.errors import InputError
+from fastlm.ops.attention import as_int32
 from fastlm.ops.paged_attention import cache_scales
 
 
@@ -29,8 +30,8 @@ def paged_append(
         k: (B, S, Hkv, D), v: (B, S, Hkv, Dv), float32, bfloat16 or float16.
         k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): k's dtype, or
             int8 with scales. Any page size; elements of a head side by side, all else strided.
-        block_table: (B, max_pages) int32.
-        positions: (B, S) int32. A token below 0, beyond the table or with a page that the cache
+        block_table: (B, max_pages) int32 or int64.
+        positions: (B, S) int32 or int64. A token below 0, beyond the table or with a page that the cache
             has not (rows of a padded batch) is left out. No two tokens at one place.
         k_scale, v_scale: value of one int8 step, for int8 caches only: a number, or a tensor of
             shape () or (Hkv,).
@@ -80,7 +81,7 @@ def paged_append(
             " got one that requires grad"
         )
     _append(
-        k, v, k_cache, v_cache, block_table.int(), positions.int(),
+        k, v, k_cache, v_cache, as_int32(block_table), as_int32(positions),
         cache_scales("k", k_scale, k_cache), cache_scales("v", v_scale, v_cache),
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.errors import InputError
-from fastlm.ops.attention import NUMBERS, check_options, cpu_forward, wide_dtype
+from fastlm.ops.attention import NUMBERS, as_int32, check_options, cpu_forward, wide_dtype
 
 # Keys that the table has room for, from which on the workspace is sized by the lengths (4 us more):
 # a server's tables have room for the longest context in every row.
@@ -40,8 +40,8 @@ def paged_attention(
         q: (B, S, H, D), float32, bfloat16 or float16.
         k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): q's dtype, or
             int8 with scales. Any page size.
-        block_table: (B, max_pages) int32; entries past a sequence's last page are not read.
-        seq_lens: (B,) int32.
+        block_table: (B, max_pages) int32 or int64; entries past a sequence's last page are not read.
+        seq_lens: (B,) int32 or int64.
         k_scale, v_scale: value of one int8 step, for int8 caches only: a number, or a tensor of
             shape () or (Hkv,).
         bias: broadcast to (B, H, S, longest T); sequence b uses its first keys.
@@ -114,7 +114,7 @@ def checked(
         alibi_slopes, bias, bias_shape, kv_dtypes=(torch.int8,),
     )  # fmt: skip
     return (
-        q, k_cache, v_cache, block_table.int(), seq_lens.int(),
+        q, k_cache, v_cache, as_int32(block_table), as_int32(seq_lens),
         cache_scales("k", k_scale, k_cache), cache_scales("v", v_scale, v_cache), *options,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from fastlm.backend import Kernel, autocast, autocast_somewhere, register
 from fastlm.errors import InputError
 from fastlm.ops.attention import (
     NUMBERS,
+    as_int32,
     backward_fake,
     check_options,
     cpu_backward,
@@ -85,7 +86,7 @@ def varlen_attention(
     )  # fmt: skip
     seed = dropout_seed(dropout_p, q)
     out, lse = _forward(
-        q, k, v, cu_seqlens_q.int(), cu_seqlens_k.int(), *options[:3], seed,
+        q, k, v, as_int32(cu_seqlens_q), as_int32(cu_seqlens_k), *options[:3], seed,
         q.shape[0] if max_seqlen_q is None else max_seqlen_q,
         k.shape[0] if max_seqlen_k is None else max_seqlen_k,
         *options[3:], float(dropout_p),
