@@ -210,7 +210,7 @@ def test_refuses_what_would_be_read_out_of_bounds(name, queries):
         with pytest.raises(InputError, match="seq_lens: wanted 0 to 20"):
             ops.paged_attention(q, k, v, table, torch.tensor([2**32 + 9, 20]))
         with pytest.raises(InputError, match="block_table: wanted pages 0 to 9"):
-            ops.paged_attention(q, k, v, table + 2**32, lens)
+            ops.paged_attention(q, k, v, table.long() + 2**32, lens)
 
 
 def test_refusals():
