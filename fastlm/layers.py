@@ -396,7 +396,11 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # as transformers': the padding's row begins at zero and learns nothing from the lookup
+        padding = config.pad_token_id
+        if padding is not None and not 0 <= padding < config.vocab_size:
+            padding = None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )

@@ -44,9 +44,9 @@ class CausalLM(nn.Module):
     `generate`.
 
     Parameters are float32 (``.to(dtype)`` as any module). Initialisation: normal(0,
-    initializer_range), zero biases, unit norms, drawn on the CPU from `seed` alone (torch's
-    generator where it is None), the same for every dtype and device; with `scaled_residual`,
-    o_proj and down_proj are divided by sqrt(2 * layers) (GPT-2), which keeps the
+    initializer_range), zero biases and padding row, unit norms, drawn on the CPU from `seed` alone
+    (torch's generator where it is None), the same for every dtype and device; with
+    `scaled_residual`, o_proj and down_proj are divided by sqrt(2 * layers) (GPT-2), which keeps the
     stream's variance independent of the depth; without, it is transformers' initialisation.
     """
 
@@ -83,6 +83,8 @@ class CausalLM(nn.Module):
                 module.weight.copy_(draw.normal_(0.0, std, generator=generator))
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                    module.weight[module.padding_idx].zero_()
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0 - module.offset)
 
