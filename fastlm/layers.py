@@ -270,7 +270,7 @@ class Attention(nn.Module):
             return project(out.reshape(batch, length, self.q_width))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
         if (tables := call.rotary[self.layer]) is not None:
-            q, k = rope(q, k, *tables)
+            q, k = rope(q, k, *tables, rotary_dim=tables[0].shape[-1])
         options["dropout_p"] = self.dropout if self.training else 0.0
         if call.cu_seqlens is not None:
             q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * S, heads, D)
