@@ -31,7 +31,10 @@ from typing import Any
 
 import torch
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._profiler import _RecordFunctionFast
+from torch.autograd import profiler
 
+from fastlm import flops as flop_formulas
 from fastlm.errors import InputError
 
 # The extension, or None where it is not built; one that is broken raises here. After torch, whose
@@ -51,7 +54,10 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 DTYPES["simt"] = DTYPES["cuda"]
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {}  # callables, or `Kernel` until first picked
+_PICKED_BY: dict[str, str] = {}  # the argument whose device and dtype choose
 # What an operator called without the dispatcher may be given: FakeTensor, DTensor and other
 # subclasses in any place dispatch.
 _PLAIN = frozenset(
@@ -188,6 +194,9 @@ def is_eager(*tensors: torch.Tensor) -> bool:
 
 
 def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
+    if dtype.is_floating_point and dtype not in _FLOATS:  # float8: by torch's products elsewhere
+        names = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS)
+        raise InputError(f"{_PICKED_BY[op]}: wanted {names}, got {dtype}")
     if _forced is not None:
         if reason := _why_not_here(op, _forced, device, dtype):
             raise InputError(f"backend: {_forced!r} is forced but cannot serve: {reason}")
@@ -223,10 +232,14 @@ def register(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     picked_by: int = 0,
+    flops: Callable | None = None,
+    flops_by_values: Callable | None = None,
 ) -> Callable:
     """Define ``torch.ops.fastlm.<name>``: schema, shapes (`fake`), implementations and autograd.
 
     `picked_by` is the position of the tensor whose device and dtype choose the implementation.
+    `flops` counts them from the arguments, tensors as shapes (`fastlm.flops`); `flops_by_values`
+    from the tensors.
 
     Returns what the public function calls: the operator; or, on plain tensors with nothing tracing
     or transforming, the implementation itself (the dispatcher costs 4 us here, as much as a
@@ -249,7 +262,11 @@ def register(
     def refuse(*_: Any) -> Any:  # without it torch warns and goes on with zeros
         raise NotImplementedError(f"fastlm::{name} has no derivative")
 
-    operator = getattr(torch.ops.fastlm, name).default
+    packet = getattr(torch.ops.fastlm, name)
+    operator = packet.default
+    _PICKED_BY[name] = operator._schema.arguments[picked_by].name
+    if formula := flops or flops_by_values:
+        flop_formulas.add(packet, formula, raw=flops is None)
     if not operator._schema.is_mutable:  # torch has no derivative of one that writes its arguments
         torch.library.register_autograd(
             f"fastlm::{name}", backward or refuse, setup_context=setup_context, lib=_library
@@ -262,8 +279,18 @@ def register(
     modes, transforms = torch._C._len_torch_dispatch_stack, _functorch.peek_interpreter_stack
     plain = _PLAIN.issuperset
 
+    def recorded(*args: Any) -> Any:  # as the dispatcher would, at a hundredth of its time
+        with _RecordFunctionFast(f"fastlm::{name}", args):
+            if is_grad_enabled() and any(
+                args[i] is not None and args[i].requires_grad for i in tensors
+            ):
+                return differentiable(*args)
+            return pick(name, args[picked_by])(*args)
+
     def call(*args: Any) -> Any:
         if not is_compiling() and plain(map(type, args)) and not modes() and transforms() is None:
+            if profiler._is_profiler_enabled:
+                return recorded(*args)
             if is_grad_enabled():
                 for i in tensors:
                     if (tensor := args[i]) is not None and tensor.requires_grad:

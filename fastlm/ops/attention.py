@@ -474,6 +474,17 @@ def _autograd_backward(ctx, dout, dlse):
     )
 
 
+def _flops(q, k, v, *_, **__):
+    batch, heads, queries, width = q
+    return 2 * batch * heads * queries * k[2] * (width + v[3])
+
+
+def _backward_flops(dout, dlse, q, k, v, *_, **__):
+    """Scores again, dq, dk; probabilities' gradients, dv."""
+    batch, heads, queries, width = q
+    return 2 * batch * heads * queries * k[2] * (3 * width + 2 * v[3])
+
+
 NUMBERS = "bool causal, float scale, SymInt window, float softcap"
 _forward = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
@@ -486,6 +497,7 @@ _forward = register(
     },
     setup_context=_setup_context,
     backward=_autograd_backward,
+    flops=_flops,
 )
 _backward = register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
@@ -498,4 +510,5 @@ _backward = register(
         "triton": Kernel("attention_backward", "attention_backward"),
     },
     picked_by=2,
+    flops=_backward_flops,
 )

@@ -5,6 +5,8 @@ training step take 5 to 30 % longer in one process than in the next; `csrc/cpu/l
 it reads twice. Where that does not pay, torch's product is what runs (`_own`).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,6 +100,14 @@ def _backward_fake(dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bia
     )
 
 
+def _flops(x, weight, bias, **_):
+    return 2 * math.prod(x) * weight[0]
+
+
+def _backward_flops(dy, x, weight, want_bias, **_):
+    return sum(2 * math.prod(dy) * t[-1] for t in (x, weight) if t is not None)
+
+
 def _matrix(t: Tensor) -> Tensor:
     """(rows, width), elements of a row side by side."""
     t = t.reshape(-1, t.shape[-1])
@@ -160,10 +170,12 @@ _forward = register(
     implementations={"reference": reference.linear_forward, "cpu": _cpu_forward},
     setup_context=_setup_context,
     backward=_autograd_backward,
+    flops=_flops,
 )
 _backward = register(
     "linear_backward(Tensor dy, Tensor? x, Tensor? weight, bool want_bias)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     implementations={"reference": reference.linear_backward, "cpu": _cpu_backward},
+    flops=_backward_flops,
 )

@@ -19,6 +19,8 @@ need no such sum for a 16-bit weight but take 5 products; torch's matrix product
 sum 16-bit gradients in 16 bits.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -619,6 +621,19 @@ def _autograd_loss(ctx, d_loss, *_):
     return *needed, *[None] * 10
 
 
+def _logits_flops(input, linear_weight, *_, **__):
+    return 2 * math.prod(input) * linear_weight[0]
+
+
+def _backward_flops(on_p, on_target, on_all, *rest, **_):
+    return _loss_flops(*rest)  # the logits again, as many products as the loss with gradients
+
+
+def _loss_flops(input, linear_weight, *options, **_):
+    need_input, need_weight = options[-2:]
+    return (1 + need_input + need_weight) * _logits_flops(input, linear_weight)
+
+
 _forward = register(
     "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
     " Tensor? class_weight, bool smooth, int ignore_index, float? softcap, float logit_scale)"
@@ -631,6 +646,7 @@ _forward = register(
     },
     setup_context=_setup_forward,
     backward=_autograd_forward,
+    flops=_logits_flops,
 )
 _backward = register(
     "linear_cross_entropy_backward(Tensor on_p, Tensor on_target, Tensor? on_all, Tensor input,"
@@ -644,6 +660,7 @@ _backward = register(
         "triton": Kernel("linear_cross_entropy", "linear_cross_entropy_backward"),
     },
     picked_by=3,
+    flops=_backward_flops,
 )
 _loss = register(
     "linear_cross_entropy_loss(Tensor input, Tensor linear_weight, Tensor? linear_bias,"
@@ -658,6 +675,7 @@ _loss = register(
     },
     setup_context=_setup_loss,
     backward=_autograd_loss,
+    flops=_loss_flops,
 )
 _loss_backward = register(
     "linear_cross_entropy_loss_backward(Tensor d_loss, Tensor d_input, Tensor d_weight,"

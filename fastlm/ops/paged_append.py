@@ -31,8 +31,8 @@ def paged_append(
         k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): k's dtype, or
             int8 with scales. Any page size; elements of a head side by side, all else strided.
         block_table: (B, max_pages) int32 or int64.
-        positions: (B, S) int32 or int64. A token below 0, beyond the table or with a page that the cache
-            has not (rows of a padded batch) is left out. No two tokens at one place.
+        positions: (B, S) int32 or int64. A token below 0, beyond the table or with a page that the
+            cache has not (rows of a padded batch) is left out. No two tokens at one place.
         k_scale, v_scale: value of one int8 step, for int8 caches only: a number, or a tensor of
             shape () or (Hkv,).
 
@@ -58,8 +58,9 @@ def paged_append(
         good = cache.dtype in (k.dtype, torch.int8) and cache.dtype == k_cache.dtype
         if not fits or not good or cache.device != k.device:
             raise InputError(
-                f"{name}: wanted (pages, page_size, Hkv, width) of {k.dtype} or int8 on {k.device},"
-                f" the same for both, got {cache.dtype} {tuple(cache.shape)} on {cache.device}"
+                f"{name}: wanted (pages, page_size, Hkv, width) of {k.dtype} or int8 on"
+                f" {k.device}, the same for both, got {cache.dtype} {tuple(cache.shape)} on"
+                f" {cache.device}"
             )
         if cache.shape[3] > 1 and cache.stride(3) != 1:
             raise InputError(

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.errors import InputError
+from fastlm.flops import has_values
 from fastlm.ops.attention import NUMBERS, as_int32, check_options, cpu_forward, wide_dtype
 
 # Keys that the table has room for, from which on the workspace is sized by the lengths (4 us more):
@@ -40,7 +41,8 @@ def paged_attention(
         q: (B, S, H, D), float32, bfloat16 or float16.
         k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): q's dtype, or
             int8 with scales. Any page size.
-        block_table: (B, max_pages) int32 or int64; entries past a sequence's last page are not read.
+        block_table: (B, max_pages) int32 or int64; entries past a sequence's last page are not
+            read.
         seq_lens: (B,) int32 or int64.
         k_scale, v_scale: value of one int8 step, for int8 caches only: a number, or a tensor of
             shape () or (Hkv,).
@@ -174,6 +176,13 @@ def _cpu(
     )  # fmt: skip
 
 
+def _flops(q, k_cache, v_cache, block_table, seq_lens, *_, **__):
+    _, queries, heads, width = q.shape
+    room = block_table.numel() * k_cache.shape[1]
+    keys = int(seq_lens.sum()) if has_values(seq_lens) else room
+    return 2 * queries * heads * keys * (width + v_cache.shape[3])
+
+
 op = register(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens,"
     " Tensor? k_scale, Tensor? v_scale, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
@@ -185,4 +194,5 @@ op = register(
         "triton": Kernel("paged_attention", "paged_attention"),
         "cuda": CudaKernel("paged_attention", "paged_attention"),
     },
+    flops_by_values=_flops,
 )

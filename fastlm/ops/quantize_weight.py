@@ -80,7 +80,12 @@ def quantize_weight(
         qdata.append(pack_rows(q.reshape(-1, groups * width)[:, :k], bits))
         scales.append(s)
     return QuantizedWeight(
-        torch.cat(qdata), torch.cat(scales), torch.cat(zeros) if zeros else None, bits, size, (n, k)
+        torch.cat(qdata),
+        torch.cat(scales),
+        torch.cat(zeros) if zeros else None,
+        bits,
+        size,
+        (n, k),
     )
 
 

@@ -1,5 +1,7 @@
 """x @ W^T with an int8 or int4 W: W4A16, W8A16, W4A8, W8A8."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -89,6 +91,14 @@ def _backward_fake(
     return dy.new_empty(*dy.shape[:-1], k)
 
 
+def _flops(x, qdata, *_, **__):
+    return 2 * math.prod(x) * qdata[0]
+
+
+def _backward_flops(dy, qdata, scales, zeros, bits, group_size, k, **_):
+    return 2 * math.prod(dy) * k
+
+
 # One row of so many columns is arranged on the stack (ON_STACK of quantized_dot.h) whatever the
 # format: decoding does not ask, which would be 0.6 us of 28.
 _NEEDS_NO_WORKSPACE = 8192
@@ -173,6 +183,7 @@ _forward = register(
     },
     setup_context=_setup_context,
     backward=_autograd_backward,
+    flops=_flops,
 )
 _backward = register(
     "quantized_linear_backward(Tensor dy, Tensor qdata, Tensor scales, Tensor? zeros, int bits,"
@@ -183,6 +194,7 @@ _backward = register(
         "cpu": _cpu_backward,
         "triton": Kernel("quantized_linear", "quantized_linear_backward"),
     },
+    flops=_backward_flops,
 )
 
 

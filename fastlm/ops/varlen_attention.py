@@ -6,6 +6,7 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.backend import Kernel, autocast, autocast_somewhere, register
 from fastlm.errors import InputError
+from fastlm.flops import has_values
 from fastlm.ops.attention import (
     NUMBERS,
     as_int32,
@@ -81,8 +82,8 @@ def varlen_attention(
     else:  # its last two sizes are checked where the offsets are read
         bias_shape = (batch, q.shape[1], *(1, 1, *bias.shape)[-2:])
     options = check_options(
-        q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes, bias,
-        bias_shape,
+        q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes,
+        bias, bias_shape,
     )  # fmt: skip
     seed = dropout_seed(dropout_p, q)
     out, lse = _forward(
@@ -156,6 +157,21 @@ def _autograd_backward(ctx, dout, dlse):
     )
 
 
+def _pairs(cu_q, cu_k, sinks, alibi_slopes, bias, seed, longest_q, longest_k, *_):
+    """Queries times keys of all sequences, the longest where their lengths cannot be read."""
+    if not has_values(cu_q):
+        return (cu_q.shape[0] - 1) * longest_q * longest_k
+    return int((cu_q.diff().long() * cu_k.diff()).sum())
+
+
+def _flops(q, k, v, *layout, **_):
+    return 2 * q.shape[1] * _pairs(*layout) * (q.shape[2] + v.shape[2])
+
+
+def _backward_flops(dout, dlse, q, k, v, out, lse, *layout, **_):
+    return 2 * q.shape[1] * _pairs(*layout) * (3 * q.shape[2] + 2 * v.shape[2])
+
+
 _NUMBERS = f"SymInt max_seqlen_q, SymInt max_seqlen_k, {NUMBERS}"
 _forward = register(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
@@ -169,6 +185,7 @@ _forward = register(
     },
     setup_context=_setup_context,
     backward=_autograd_backward,
+    flops_by_values=_flops,
 )
 _backward = register(
     "varlen_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
@@ -182,4 +199,5 @@ _backward = register(
         "triton": Kernel("varlen_attention", "varlen_attention_backward"),
     },
     picked_by=2,
+    flops_by_values=_backward_flops,
 )
