@@ -30,8 +30,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 
+from fastlm import transforms
 from fastlm.errors import InputError
 
 # The extension, or None where it is not built; one that is broken raises here. After torch, whose
@@ -52,6 +53,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 DTYPES["simt"] = DTYPES["cuda"]
 
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {}  # callables, or `Kernel` until first picked
+_FAKES: dict[str, Callable] = {}  # what tensors without memory run: shapes
 # What an operator called without the dispatcher may be given: FakeTensor, DTensor and other
 # subclasses in any place dispatch.
 _PLAIN = frozenset(
@@ -182,12 +184,16 @@ def is_eager(*tensors: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
-        and _functorch.peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
+        and transforms.innermost() is None
+        and forward_ad._current_level < 0
         and _PLAIN.issuperset(map(type, tensors))
     )
 
 
 def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
+    if device == "meta":
+        return _FAKES[op]
     if _forced is not None:
         if reason := _why_not_here(op, _forced, device, dtype):
             raise InputError(f"backend: {_forced!r} is forced but cannot serve: {reason}")
@@ -238,6 +244,7 @@ def register(
     IMPLEMENTATIONS[name] = implementations | {"reference": definition}
     if "cuda" in implementations:
         IMPLEMENTATIONS[name]["simt"] = implementations["cuda"]
+    _FAKES[name] = fake
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any) -> Any:
@@ -251,25 +258,32 @@ def register(
 
     operator = getattr(torch.ops.fastlm, name).default
     if not operator._schema.is_mutable:  # torch has no derivative of one that writes its arguments
-        torch.library.register_autograd(
-            f"fastlm::{name}", backward or refuse, setup_context=setup_context, lib=_library
-        )
+        transforms.register_derivative(_library, operator, setup_context, backward or refuse)
     differentiable = operator
     if backward:
         differentiable = _differentiable(name, picked_by, setup_context, backward)
+    transformed = transforms.transformed(operator, definition, setup_context, backward or refuse)
     tensors = [i for i, a in enumerate(operator._schema.arguments) if "Tensor" in str(a.type)]
     is_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
-    modes, transforms = torch._C._len_torch_dispatch_stack, _functorch.peek_interpreter_stack
-    plain = _PLAIN.issuperset
+    modes, transform = torch._C._len_torch_dispatch_stack, transforms.innermost
+    plain, is_tracing = _PLAIN.issuperset, torch._C._is_tracing
 
     def call(*args: Any) -> Any:
-        if not is_compiling() and plain(map(type, args)) and not modes() and transforms() is None:
+        if is_compiling():
+            return operator(*args)
+        if (
+            plain(map(type, args))
+            and not modes()
+            and transform() is None
+            and not is_tracing()
+            and forward_ad._current_level < 0
+        ):
             if is_grad_enabled():
                 for i in tensors:
                     if (tensor := args[i]) is not None and tensor.requires_grad:
                         return differentiable(*args)
             return pick(name, args[picked_by])(*args)
-        return operator(*args)
+        return transformed(*args)
 
     return call
 
@@ -285,9 +299,16 @@ def _differentiable(name: str, picked_by: int, setup: Callable | None, backward:
             setup(ctx, args, output)
         return output
 
+    def apply_backward(ctx: Any, *grads: Any) -> Any:
+        if transforms.in_batched_backward():
+            with transforms.Dispatching():
+                return backward(ctx, *grads)
+        return backward(ctx, *grads)
+
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), methods)
-    function._backward_cls.apply = backward  # torch's own looks for other kinds of derivative
+    # torch's own looks for other kinds of derivative
+    function._backward_cls.apply = apply_backward
     # Function.apply looks for transforms, 0.9 us a call: `call` has looked
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -312,7 +333,7 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     Ops ask `autocast_somewhere` first: 0.06 us a call, where asking for a device takes 0.25.
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
