@@ -327,18 +327,32 @@ def _without_autocast(function: Callable) -> Callable:
     return wide
 
 
+def autocasts(t: torch.Tensor) -> bool:
+    """Whether ``torch.autocast`` is on where t is; no memory, no autocast."""
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as ``F.linear`` takes them: in the dtype of ``torch.autocast`` where it is on.
 
     Ops ask `autocast_somewhere` first: 0.06 us a call, where asking for a device takes 0.25.
     """
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
         t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
+
+
+def promoted(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the wider of their dtypes, as torch's own sums take them, where ``torch.autocast`` is
+    on and may have made one of them narrow.
+    """
+    if not autocasts(a):
+        return a, b
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return a.to(wide), b.to(wide)
 
 
 autocast_somewhere: Callable[[], bool] = torch._C._is_any_autocast_enabled

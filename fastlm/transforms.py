@@ -64,6 +64,7 @@ def register_derivative(
     name = operator._schema.name
     derivative = make_autograd_impl(operator, Info(backward, setup))
 
+    @torch._disable_dynamo  # which would answer the questions below for the trace
     def autograd(keyset: Any, *args: Any) -> Any:
         transform = innermost()
         inside = transform is not None and transform.key() in (
@@ -72,8 +73,8 @@ def register_derivative(
         )
         if inside or carries_tangent(args):
             raise NotImplementedError(
-                f"{name} has no derivative under torch.func or forward-mode AD where it is compiled"
-                " or called as torch.ops.fastlm: call fastlm.ops, not compiled"
+                f"{name}: under torch.func and forward-mode AD call fastlm.ops, and not inside"
+                " torch.compile"
             )
         return derivative(keyset, *args)
 

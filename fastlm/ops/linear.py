@@ -8,7 +8,6 @@ it reads twice. Where that does not pay, torch's product is what runs (`_own`).
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fastlm import reference
 from fastlm.backend import autocast, autocast_somewhere, cpu_isa, forced, is_eager, register
@@ -81,7 +80,6 @@ def _own(x: Tensor, weight: Tensor) -> bool:
         and cpu_isa() in _ISAS
         and forced() != "triton"  # interpreted: it leaves products to torch, as on a GPU
         and weight.numel() > 0
-        and forward_ad._current_level < 0
     )
 
 
