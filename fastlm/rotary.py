@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
+from fastlm.transforms import untraced
 
 ROPE_TYPES = {  # -> the entries each needs besides rope_theta
     "default": (),
@@ -197,6 +198,12 @@ class RotaryTables:
         """cos and sin, (>= length, width) float32 as `fastlm.ops.rope` takes them, for a
         context of `length`.
         """
+        if torch.jit.is_tracing():  # a table made in one trace and found in the next is two graphs
+            with untraced():
+                return self._tables_of(int(length), device)
+        return self._tables_of(length, device)
+
+    def _tables_of(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (device, self.regime(length))
         found = self._tables.get(key)
         if found is None or found[0].shape[0] < length:

@@ -8,7 +8,8 @@
 Rejected: a forward-mode formula for each op, which would be a third statement of the same function.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ def wants_gradient(t: Tensor) -> bool:
     """Whether a backward through an op on `t` may come. A transform's wrappers know of one level
     only."""
     return (t.requires_grad and torch.is_grad_enabled()) or innermost() is not None
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """What is made inside is a constant to ``torch.jit.trace``."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def transformed(

@@ -4,7 +4,7 @@ against float64 elsewhere; here ``<dy, J t> == <J^T dy, t>``.
 
 import pytest
 import torch
-from op_calls import CALLS, each_transformed
+from op_calls import CALLS, TRANSFORMED, each_transformed
 from torch.autograd import forward_ad
 from transform_models import model_and_ids
 
@@ -62,7 +62,12 @@ def test_jacobians_agree(function, tensors):
     torch.testing.assert_close(forward, reverse, rtol=1e-4, atol=1e-5)
 
 
-@each_transformed
+@pytest.mark.parametrize(
+    "function, tensors",
+    # rounding has steps, which differences see
+    [c for n, c in TRANSFORMED.items() if n != "quantized_linear, int8"],
+    ids=[n for n in TRANSFORMED if n != "quantized_linear, int8"],
+)
 def test_second_derivative_forward_over_reverse(function, tensors):
     """In float64, against central differences of the gradient."""
     tensors = [t.double() for t in tensors]
@@ -129,7 +134,7 @@ def test_what_has_no_tangent_is_refused():
         return torch.ops.fastlm.rms_norm(x, None, w, 1e-6, 0.0)[0]
 
     for way in (jvp, dual, dual_with_grad):
-        with pytest.raises(NotImplementedError, match="forward-mode AD call fastlm.ops"):
+        with pytest.raises(NotImplementedError, match=r"forward-mode AD call fastlm\.ops"):
             way(operator, (x,), (x,))
 
 

@@ -84,7 +84,11 @@ def test_batched_backward(function, tensors):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", [n for n in TRANSFORMED if n not in ("rope", "linear")])
+# those that are not linear in their first tensor
+CURVED = [n for n in TRANSFORMED if n not in ("rope", "linear") and "quantized" not in n]
+
+
+@pytest.mark.parametrize("name", CURVED)
 def test_no_reverse_over_reverse(name):
     function, (first, *others) = TRANSFORMED[name]
 
@@ -121,6 +125,7 @@ def test_trace(name):
 
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_traced_model(patched):
     model, ids = model_and_ids(patched)
     others = torch.randint(3, 99, ids.shape if patched else (3, 17))  # transformers' own: one shape
