@@ -23,6 +23,7 @@ from fastlm.ops.linear import Linear
 from fastlm.quant.modules import QuantizedLinear
 from fastlm.quant.weight import QuantizedWeight
 from fastlm.rotary import RotaryTables
+from fastlm.transforms import is_traced
 
 # module names of the norms (before attention, after it, before the MLP, after it)
 _NORMS = {
@@ -456,6 +457,8 @@ class Decoder(nn.Module):
                 cos, sin = tables.tables(longest, device)
                 if isinstance(positions, int):
                     rows = slice(positions, positions + count)
+                    if is_traced():  # a slice would be cut at the table's end, an index is refused
+                        rows = torch.arange(positions, positions + count, device=device)
                     done[id(tables)] = cos[rows], sin[rows]
                 else:
                     done[id(tables)] = cos[positions], sin[positions]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._functorch.pyfunctorch import TransformType
+from torch._compile import _disable_dynamo
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
@@ -38,15 +38,20 @@ def wants_gradient(t: Tensor) -> bool:
     return (t.requires_grad and torch.is_grad_enabled()) or innermost() is not None
 
 
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` records this."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
     """What is made inside is a constant to ``torch.jit.trace``."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def transformed(
@@ -76,12 +81,12 @@ def register_derivative(
     name = operator._schema.name
     derivative = make_autograd_impl(operator, Info(backward, setup))
 
-    @torch._disable_dynamo  # which would answer the questions below for the trace
+    @_disable_dynamo  # which would answer the questions below for the trace
     def autograd(keyset: Any, *args: Any) -> Any:
         transform = innermost()
         inside = transform is not None and transform.key() in (
-            TransformType.Grad,
-            TransformType.Jvp,
+            _functorch.TransformType.Grad,
+            _functorch.TransformType.Jvp,
         )
         if inside or carries_tangent(args):
             raise NotImplementedError(

@@ -22,8 +22,9 @@ from op_calls import (
     v,
     weight,
 )
-from transform_models import model_and_ids
+from transform_models import CONFIG, model_and_ids
 
+import fastlm
 from fastlm import ops
 
 
@@ -128,7 +129,6 @@ def test_trace(name):
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_traced_model(patched):
     model, ids = model_and_ids(patched)
-    others = torch.randint(3, 99, ids.shape if patched else (3, 17))  # transformers' own: one shape
 
     class Logits(torch.nn.Module):
         def __init__(self):
@@ -139,7 +139,20 @@ def test_traced_model(patched):
             return self.model(ids).logits
 
     traced = torch.jit.trace(Logits(), ids)
-    torch.testing.assert_close(traced(others), model(others).logits)
+    for shape in ((3, 17), (1, 128)):
+        others = torch.randint(3, 99, shape)
+        torch.testing.assert_close(traced(others), model(others).logits)
+    if not patched:
+        with pytest.raises(Exception, match="index 128 is out of bounds"):
+            traced(torch.ones(1, 129, dtype=torch.int64))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_tables_by_the_length_are_not_traced():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = fastlm.CausalLM(fastlm.ModelConfig(**CONFIG, rope_parameters=rope), seed=0)
+    with pytest.raises(NotImplementedError, match="rope_type dynamic"):
+        torch.jit.trace(lambda ids: model(ids).logits, torch.ones(1, 4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("patched", [False, True])
