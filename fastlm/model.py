@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.architectures import expected_shapes
+from fastlm.backend import is_eager
 from fastlm.checkpoint import load_state, save_hf
 from fastlm.config import ModelConfig
 from fastlm.errors import InputError
@@ -270,7 +271,7 @@ class CausalLM(nn.Module):
             raise InputError(
                 f"input_ids: wanted integers (B, S), got {input_ids.dtype} {tuple(input_ids.shape)}"
             )
-        if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+        if not is_eager(input_ids) or input_ids.device.type != "cpu" or not input_ids.numel():
             return  # reading the values would break the graph, or wait for the device
         low, high = torch.aminmax(input_ids)
         if low < 0 or high >= self.config.vocab_size:

@@ -10,7 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fastlm import reference
 from fastlm.backend import autocast, autocast_somewhere, cpu_isa, forced, is_eager, register
@@ -83,7 +82,6 @@ def _own(x: Tensor, weight: Tensor) -> bool:
         and cpu_isa() in _ISAS
         and forced() != "triton"  # interpreted: it leaves products to torch, as on a GPU
         and weight.numel() > 0
-        and forward_ad._current_level < 0
     )
 
 

@@ -40,6 +40,7 @@ from fastlm.ops.cross_entropy import (
     row_losses,
     wide,
 )
+from fastlm.transforms import wants_gradient
 
 _VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
 _MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
@@ -155,8 +156,7 @@ def linear_cross_entropy(
     options = (ignore_index, softcap, logit_scale)
     smoothing_weight = weight if label_smoothing else None
     need_input, need_weight, need_bias = (
-        torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (input, linear_weight, linear_bias)
+        t is not None and wants_gradient(t) for t in (input, linear_weight, linear_bias)
     )
     if (
         (need_input or need_weight or need_bias)
@@ -606,8 +606,7 @@ def _autograd_forward(ctx, _, d_log_sum, d_nll, d_smoothed):
 
 
 def _setup_loss(ctx, inputs, output):
-    _, *gradients = output
-    ctx.mark_non_differentiable(*gradients)
+    _, *gradients = output  # differentiable: so that a second derivative is refused, not zero
     ctx.set_materialize_grads(False)  # else the backward begins with zeros for each of them
     ctx.save_for_backward(*gradients)
     ctx.dtypes = inputs[1].dtype, (inputs[0] if inputs[2] is None else inputs[2]).dtype

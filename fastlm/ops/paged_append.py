@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, register
+from fastlm.backend import CudaKernel, autocasts, register
 from fastlm.errors import InputError
 from fastlm.ops.attention import as_int32
 from fastlm.ops.paged_attention import cache_scales
@@ -27,7 +27,8 @@ def paged_append(
     In an int8 cache ``round(k / k_scale)``, to even, held within -127 to 127.
 
     Args:
-        k: (B, S, Hkv, D), v: (B, S, Hkv, Dv), float32, bfloat16 or float16.
+        k: (B, S, Hkv, D), v: (B, S, Hkv, Dv), float32, bfloat16 or float16. Under
+            ``torch.autocast`` they take the dtype of a cache that is not int8.
         k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): k's dtype, or
             int8 with scales. Any page size; elements of a head side by side, all else strided.
         block_table: (B, max_pages) int32 or int64.
@@ -44,6 +45,8 @@ def paged_append(
     for name, t in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")
+    if k_cache.is_floating_point() and not k.dtype == v.dtype == k_cache.dtype and autocasts(k):
+        k, v = k.to(k_cache.dtype), v.to(k_cache.dtype)
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         wanted = (*k.shape[:2], *cache.shape[2:])
         if x.shape != wanted or x.dtype != k.dtype or x.device != k.device:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, register
+from fastlm.backend import CudaKernel, Kernel, autocasts, register
 from fastlm.errors import InputError
 from fastlm.flops import has_values
 from fastlm.ops.attention import NUMBERS, as_int32, check_options, cpu_forward, wide_dtype
@@ -38,7 +38,8 @@ def paged_attention(
     ``seq_lens[b]`` keys, those of q included: with causal, the last query sees all of them.
 
     Args:
-        q: (B, S, H, D), float32, bfloat16 or float16.
+        q: (B, S, H, D), float32, bfloat16 or float16. Under ``torch.autocast`` it takes the dtype
+            of a cache that is not int8.
         k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): q's dtype, or
             int8 with scales. Any page size.
         block_table: (B, max_pages) int32 or int64; entries past a sequence's last page are not
@@ -88,6 +89,8 @@ def checked(
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")
+    if q.dtype != k_cache.dtype and k_cache.is_floating_point() and autocasts(q):
+        q = q.to(k_cache.dtype)
     if v_cache.shape[:3] != k_cache.shape[:3] or k_cache.shape[1] == 0:
         raise InputError(
             f"v_cache: wanted (pages, page_size, Hkv, Dv) as k_cache {tuple(k_cache.shape)},"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, register
+from fastlm.backend import CudaKernel, Kernel, promoted, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
@@ -28,7 +28,7 @@ def rms_norm(
         weight: (H,), any float dtype.
         eps: added to the mean square.
         residual: like x. The sum is rounded to x's dtype before it is normalised, as two separate
-            ops would.
+            ops would. Under ``torch.autocast`` x and residual of two dtypes take the wider one.
         offset: 1.0 for Gemma, whose weights are stored minus one.
 
     Statistics and products are float32. Forward reads x (and residual) once and writes y (and h)
@@ -51,6 +51,8 @@ def rms_norm(
         raise InputError(
             f"weight: wanted floats on {x.device} as x, got {weight.dtype} on {weight.device}"
         )
+    if residual is not None and residual.dtype != x.dtype:
+        x, residual = promoted(x, residual)
     if residual is not None and (
         residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
     ):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, is_eager, register
+from fastlm.backend import CudaKernel, Kernel, is_eager, promoted, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
@@ -31,7 +31,8 @@ def rope(
 
     Args:
         q: (B, H, S, D), any strides, float32, bfloat16 or float16 (float64 on the reference).
-        k: (B, Hkv, S, D), any strides, dtype of q.
+        k: (B, Hkv, S, D), any strides, dtype of q. Under ``torch.autocast`` q and k of two dtypes
+            take the wider one.
         cos, sin: (S, R), (1, S, R) or (B, S, R), any float dtype, R even and at most D. R < D is a
             partial rotation. These are what Hugging Face's rotary embeddings return: every angle
             stands twice, as ``cat(f, f)`` for half-split and ``repeat_interleave(f, 2)`` for
@@ -51,6 +52,8 @@ def rope(
     if q.dim() != 4 or not q.is_floating_point():
         raise InputError(f"q: wanted floats (B, H, S, D), got {q.dtype} {tuple(q.shape)}")
     batch, _, length, width = q.shape
+    if k.dtype != q.dtype:
+        q, k = promoted(q, k)
     if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
         raise InputError(
             f"k: wanted {q.dtype} (B, Hkv, S, D) with B, S, D of q {tuple(q.shape)},"
