@@ -15,6 +15,7 @@ from fastlm import reference
 from fastlm.backend import autocast, autocast_somewhere, cpu_isa, forced, is_eager, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.ops.wrong_type import FAILURES, explained
 
 # From this many rows on a step is faster with the own products (docs/log.md); on operands that lie
 # in the cache torch's are up to 20 % faster below.
@@ -40,27 +41,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         InputError: shapes or dtypes do not fit.
     """
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise InputError(
-            f"weight: wanted (N, K), K = the last dimension of x {tuple(x.shape)},"
-            f" got {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(
-            f"bias: wanted shape ({weight.shape[0]},), the rows of weight, got {tuple(bias.shape)}"
-        )
-    casts = autocast_somewhere()
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and ((t.dtype != x.dtype and not casts) or t.device != x.device):
+    try:
+        if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             raise InputError(
-                f"{name}: wanted {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
+                f"weight: wanted (N, K), K = the last dimension of x {tuple(x.shape)},"
+                f" got {tuple(weight.shape)}"
             )
-    if not _own(x, weight):
-        return F.linear(x, weight, bias)
-    if casts:
-        x, weight = autocast(x, weight)
-        bias = None if bias is None else autocast(bias)[0]
-    return _forward(x, weight, bias)
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise InputError(
+                f"bias: wanted shape ({weight.shape[0]},), the rows of weight,"
+                f" got {tuple(bias.shape)}"
+            )
+        casts = autocast_somewhere()
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None and ((t.dtype != x.dtype and not casts) or t.device != x.device):
+                raise InputError(
+                    f"{name}: wanted {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
+                )
+        if not _own(x, weight):
+            return F.linear(x, weight, bias)
+        if casts:
+            x, weight = autocast(x, weight)
+            bias = None if bias is None else autocast(bias)[0]
+        return _forward(x, weight, bias)
+    except FAILURES as error:
+        raise explained(error, linear, locals()) from None
 
 
 class Linear(nn.Linear):

@@ -8,6 +8,7 @@ from fastlm.backend import CudaKernel, Kernel, autocasts, register
 from fastlm.errors import InputError
 from fastlm.flops import has_values
 from fastlm.ops.attention import NUMBERS, as_int32, check_options, cpu_forward, wide_dtype
+from fastlm.ops.wrong_type import FAILURES, explained
 
 # Keys that the table has room for, from which on the workspace is sized by the lengths (4 us more):
 # a server's tables have room for the longest context in every row.
@@ -57,14 +58,17 @@ def paged_attention(
         InputError: as `attention`; scales that do not fit; on the CPU, a page outside the cache or
             a length beyond the table (a GPU would have to be waited for; its kernels stay inside).
     """
-    out, lse = op(
-        *checked(
-            q, k_cache, v_cache, block_table, seq_lens, k_scale=k_scale, v_scale=v_scale,
-            causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-            alibi_slopes=alibi_slopes, bias=bias,
-        )
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+    try:
+        out, lse = op(
+            *checked(
+                q, k_cache, v_cache, block_table, seq_lens, k_scale=k_scale, v_scale=v_scale,
+                causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+                alibi_slopes=alibi_slopes, bias=bias,
+            )
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    except FAILURES as error:
+        raise explained(error, paged_attention, locals()) from None
 
 
 def checked(

@@ -12,6 +12,7 @@ from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel, is_eager, promoted, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.ops.wrong_type import FAILURES, explained
 
 
 def rope(
@@ -49,47 +50,52 @@ def rope(
         InputError: shapes or dtypes differ, R is odd, wider than D or not rotary_dim, the tables
             require grad or have every angle once.
     """
-    if q.dim() != 4 or not q.is_floating_point():
-        raise InputError(f"q: wanted floats (B, H, S, D), got {q.dtype} {tuple(q.shape)}")
-    batch, _, length, width = q.shape
-    if k.dtype != q.dtype:
-        q, k = promoted(q, k)
-    if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
-        raise InputError(
-            f"k: wanted {q.dtype} (B, Hkv, S, D) with B, S, D of q {tuple(q.shape)},"
-            f" got {k.dtype} {tuple(k.shape)}"
-        )
-    if (
-        cos.dim() not in (2, 3)
-        or cos.shape[-2] != length
-        or (cos.dim() == 3 and cos.shape[0] != 1 and cos.shape[0] != batch)
-    ):
-        raise InputError(
-            f"cos: wanted (S, R), (1, S, R) or (B, S, R) with B, S of q {tuple(q.shape)},"
-            f" got {tuple(cos.shape)}"
-        )
-    if cos.shape[-1] % 2 or cos.shape[-1] > width:
-        raise InputError(f"cos: wanted an even width R <= D = {width}, got {cos.shape[-1]}")
-    if rotary_dim is not None and cos.shape[-1] != rotary_dim:
-        raise InputError(f"cos: wanted width rotary_dim = {rotary_dim}, got {cos.shape[-1]}")
-    if sin.shape != cos.shape or sin.dtype != cos.dtype:
-        raise InputError(
-            f"sin: wanted {cos.dtype} {tuple(cos.shape)} as cos, got {sin.dtype} {tuple(sin.shape)}"
-        )
-    if not cos.is_floating_point():
-        raise InputError(f"cos: wanted a float dtype, got {cos.dtype}")
-    if cos.requires_grad or sin.requires_grad:
-        raise InputError(
-            "cos, sin: wanted tables without gradient (detach them), got requires_grad"
-        )
-    if k.device != q.device or cos.device != q.device or sin.device != q.device:
-        raise InputError(
-            f"k, cos, sin: wanted device {q.device} as q,"
-            f" got {k.device}, {cos.device}, {sin.device}"
-        )
-    if rotary_dim is None and 2 * cos.shape[-1] == width:
-        cos = _with_every_angle_twice(cos, interleaved)
-    return _rope(_dense(q), _dense(k), cos, sin, interleaved, False)
+    try:
+        if q.dim() != 4 or not q.is_floating_point():
+            raise InputError(f"q: wanted floats (B, H, S, D), got {q.dtype} {tuple(q.shape)}")
+        batch, _, length, width = q.shape
+        if k.dtype != q.dtype:
+            q, k = promoted(q, k)
+        if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
+            raise InputError(
+                f"k: wanted {q.dtype} (B, Hkv, S, D) with B, S, D of q {tuple(q.shape)},"
+                f" got {k.dtype} {tuple(k.shape)}"
+            )
+        if (
+            cos.dim() not in (2, 3)
+            or cos.shape[-2] != length
+            or (cos.dim() == 3 and cos.shape[0] != 1 and cos.shape[0] != batch)
+        ):
+            raise InputError(
+                f"cos: wanted (S, R), (1, S, R) or (B, S, R) with B, S of q {tuple(q.shape)},"
+                f" got {tuple(cos.shape)}"
+            )
+        turned = cos.shape[-1]
+        if turned % 2 or turned > width:
+            raise InputError(f"cos: wanted an even width R <= D = {width}, got {turned}")
+        if rotary_dim is not None and turned != rotary_dim:
+            raise InputError(f"cos: wanted width rotary_dim = {rotary_dim}, got {turned}")
+        if sin.shape != cos.shape or sin.dtype != cos.dtype:
+            raise InputError(
+                f"sin: wanted {cos.dtype} {tuple(cos.shape)} as cos,"
+                f" got {sin.dtype} {tuple(sin.shape)}"
+            )
+        if not cos.is_floating_point():
+            raise InputError(f"cos: wanted a float dtype, got {cos.dtype}")
+        if cos.requires_grad or sin.requires_grad:
+            raise InputError(
+                "cos, sin: wanted tables without gradient (detach them), got requires_grad"
+            )
+        if k.device != q.device or cos.device != q.device or sin.device != q.device:
+            raise InputError(
+                f"k, cos, sin: wanted device {q.device} as q,"
+                f" got {k.device}, {cos.device}, {sin.device}"
+            )
+        if rotary_dim is None and 2 * turned == width:
+            cos = _with_every_angle_twice(cos, interleaved)
+        return _rope(_dense(q), _dense(k), cos, sin, interleaved, False)
+    except FAILURES as error:
+        raise explained(error, rope, locals()) from None
 
 
 def _with_every_angle_twice(cos: Tensor, interleaved: bool) -> Tensor:

@@ -17,6 +17,7 @@ from fastlm.ops.attention import (
     dropout_seed,
     wide_dtype,
 )
+from fastlm.ops.wrong_type import FAILURES, explained
 
 
 def varlen_attention(
@@ -54,45 +55,50 @@ def varlen_attention(
         InputError: as `attention`; on the CPU, when the offsets do not rise from 0 to the total
             (a GPU would have to be waited for; its kernels stay inside the tensors).
     """
-    if autocast_somewhere():
-        q, k, v = autocast(q, k, v)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 3:
-            raise InputError(f"{name}: wanted 3 dimensions (total, heads, D), got {tuple(t.shape)}")
-    if v.shape[:2] != k.shape[:2]:
-        raise InputError(
-            f"v: wanted (total_k, Hkv, Dv) as k {tuple(k.shape)}, got {tuple(v.shape)}"
-        )
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if t.dim() != 1 or t.dtype not in (torch.int32, torch.int64) or t.device != q.device:
+    try:
+        if autocast_somewhere():
+            q, k, v = autocast(q, k, v)
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if t.dim() != 3:
+                raise InputError(
+                    f"{name}: wanted 3 dimensions (total, heads, D), got {tuple(t.shape)}"
+                )
+        if v.shape[:2] != k.shape[:2]:
             raise InputError(
-                f"{name}: wanted (B + 1,) int32 on {q.device},"
-                f" got {t.dtype} {tuple(t.shape)} on {t.device}"
+                f"v: wanted (total_k, Hkv, Dv) as k {tuple(k.shape)}, got {tuple(v.shape)}"
             )
-    if cu_seqlens_k.shape != cu_seqlens_q.shape or cu_seqlens_q.shape[0] == 0:
-        raise InputError(
-            f"cu_seqlens_k: wanted (B + 1,) as cu_seqlens_q {tuple(cu_seqlens_q.shape)},"
-            f" got {tuple(cu_seqlens_k.shape)}"
-        )
-    batch = cu_seqlens_q.shape[0] - 1
-    if bias is None:
-        bias_shape = (batch, q.shape[1], 1, 1)
-    else:  # its last two sizes are checked where the offsets are read
-        bias_shape = (batch, q.shape[1], *(1, 1, *bias.shape)[-2:])
-    options = check_options(
-        q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes,
-        bias, bias_shape,
-    )  # fmt: skip
-    seed = dropout_seed(dropout_p, q)
-    out, lse = _forward(
-        q, k, v, as_int32(cu_seqlens_q), as_int32(cu_seqlens_k), *options[:3], seed,
-        q.shape[0] if max_seqlen_q is None else max_seqlen_q,
-        k.shape[0] if max_seqlen_k is None else max_seqlen_k,
-        *options[3:], float(dropout_p),
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens_q
+        for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if t.dim() != 1 or t.dtype not in (torch.int32, torch.int64) or t.device != q.device:
+                raise InputError(
+                    f"{name}: wanted (B + 1,) int32 on {q.device},"
+                    f" got {t.dtype} {tuple(t.shape)} on {t.device}"
+                )
+        if cu_seqlens_k.shape != cu_seqlens_q.shape or cu_seqlens_q.shape[0] == 0:
+            raise InputError(
+                f"cu_seqlens_k: wanted (B + 1,) as cu_seqlens_q {tuple(cu_seqlens_q.shape)},"
+                f" got {tuple(cu_seqlens_k.shape)}"
+            )
+        batch = cu_seqlens_q.shape[0] - 1
+        if bias is None:
+            bias_shape = (batch, q.shape[1], 1, 1)
+        else:  # its last two sizes are checked where the offsets are read
+            bias_shape = (batch, q.shape[1], *(1, 1, *bias.shape)[-2:])
+        options = check_options(
+            q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes,
+            bias, bias_shape,
+        )  # fmt: skip
+        seed = dropout_seed(dropout_p, q)
+        out, lse = _forward(
+            q, k, v, as_int32(cu_seqlens_q), as_int32(cu_seqlens_k), *options[:3], seed,
+            q.shape[0] if max_seqlen_q is None else max_seqlen_q,
+            k.shape[0] if max_seqlen_k is None else max_seqlen_k,
+            *options[3:], float(dropout_p),
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    except FAILURES as error:
+        raise explained(error, varlen_attention, locals()) from None
 
 
 def _forward_fake(q, k, v, *_):
