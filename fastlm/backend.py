@@ -284,9 +284,7 @@ def register(
     modes, transform = torch._C._len_torch_dispatch_stack, transforms.innermost
     plain, is_tracing = _PLAIN.issuperset, torch._C._is_tracing
 
-    def recorded(
-        *args: Any,
-    ) -> Any:  # the dispatcher takes four times as long
+    def recorded(*args: Any) -> Any:  # the dispatcher takes four times as long
         with _RecordFunctionFast(f"fastlm::{name}", args):
             if is_grad_enabled() and any(
                 args[i] is not None and args[i].requires_grad for i in tensors
