@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastlm.config import ModelConfig
     from fastlm.model import CausalLM
     from fastlm.optim import AdamW
-    from fastlm.patching import patch, unpatch
+    from fastlm.patching import patch, patched_ops, unpatch
     from fastlm.quant import QuantizedWeight, quantize
     from fastlm.sdpa import register_sdpa
     from fastlm.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ __all__ = [
     "info",
     "ops",
     "patch",
+    "patched_ops",
     "quantize",
     "register_sdpa",
     "unpatch",
@@ -46,6 +47,7 @@ _PUBLIC = {
     "info": "fastlm.backend",
     "ops": "fastlm.ops",
     "patch": "fastlm.patching",
+    "patched_ops": "fastlm.patching",
     "quantize": "fastlm.quant",
     "register_sdpa": "fastlm.sdpa",
     "unpatch": "fastlm.patching",

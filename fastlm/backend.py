@@ -30,8 +30,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._profiler import _RecordFunctionFast
+from torch.autograd import forward_ad, profiler
 
+from fastlm import flops as flop_formulas
+from fastlm import transforms
 from fastlm.errors import InputError
 
 # The extension, or None where it is not built; one that is broken raises here. After torch, whose
@@ -51,7 +54,11 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 DTYPES["simt"] = DTYPES["cuda"]
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {}  # callables, or `Kernel` until first picked
+_PICKED_BY: dict[str, str] = {}  # the argument whose device and dtype choose
+_FAKES: dict[str, Callable] = {}  # what tensors without memory run: shapes
 # What an operator called without the dispatcher may be given: FakeTensor, DTensor and other
 # subclasses in any place dispatch.
 _PLAIN = frozenset(
@@ -182,12 +189,19 @@ def is_eager(*tensors: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
-        and _functorch.peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
+        and transforms.innermost() is None
+        and forward_ad._current_level < 0
         and _PLAIN.issuperset(map(type, tensors))
     )
 
 
 def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
+    if dtype.is_floating_point and dtype not in _FLOATS:  # float8: by torch's products elsewhere
+        names = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS)
+        raise InputError(f"{_PICKED_BY[op]}: wanted {names}, got {dtype}")
+    if device == "meta":
+        return _FAKES[op]
     if _forced is not None:
         if reason := _why_not_here(op, _forced, device, dtype):
             raise InputError(f"backend: {_forced!r} is forced but cannot serve: {reason}")
@@ -223,10 +237,14 @@ def register(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     picked_by: int = 0,
+    flops: Callable | None = None,
+    flops_by_values: Callable | None = None,
 ) -> Callable:
     """Define ``torch.ops.fastlm.<name>``: schema, shapes (`fake`), implementations and autograd.
 
     `picked_by` is the position of the tensor whose device and dtype choose the implementation.
+    `flops` counts them from the arguments, tensors as shapes (`fastlm.flops`); `flops_by_values`
+    from the tensors.
 
     Returns what the public function calls: the operator; or, on plain tensors with nothing tracing
     or transforming, the implementation itself (the dispatcher costs 4 us here, as much as a
@@ -238,6 +256,7 @@ def register(
     IMPLEMENTATIONS[name] = implementations | {"reference": definition}
     if "cuda" in implementations:
         IMPLEMENTATIONS[name]["simt"] = implementations["cuda"]
+    _FAKES[name] = fake
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any) -> Any:
@@ -249,27 +268,48 @@ def register(
     def refuse(*_: Any) -> Any:  # without it torch warns and goes on with zeros
         raise NotImplementedError(f"fastlm::{name} has no derivative")
 
-    operator = getattr(torch.ops.fastlm, name).default
+    packet = getattr(torch.ops.fastlm, name)
+    operator = packet.default
+    _PICKED_BY[name] = operator._schema.arguments[picked_by].name
+    if formula := flops or flops_by_values:
+        flop_formulas.add(packet, formula, raw=flops is None)
     if not operator._schema.is_mutable:  # torch has no derivative of one that writes its arguments
-        torch.library.register_autograd(
-            f"fastlm::{name}", backward or refuse, setup_context=setup_context, lib=_library
-        )
+        transforms.register_derivative(_library, operator, setup_context, backward or refuse)
     differentiable = operator
     if backward:
         differentiable = _differentiable(name, picked_by, setup_context, backward)
+    transformed = transforms.transformed(operator, definition, setup_context, backward or refuse)
     tensors = [i for i, a in enumerate(operator._schema.arguments) if "Tensor" in str(a.type)]
     is_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
-    modes, transforms = torch._C._len_torch_dispatch_stack, _functorch.peek_interpreter_stack
-    plain = _PLAIN.issuperset
+    modes, transform = torch._C._len_torch_dispatch_stack, transforms.innermost
+    plain, is_tracing = _PLAIN.issuperset, torch._C._is_tracing
+
+    def recorded(*args: Any) -> Any:  # the dispatcher takes four times as long
+        with _RecordFunctionFast(f"fastlm::{name}", args):
+            if is_grad_enabled() and any(
+                args[i] is not None and args[i].requires_grad for i in tensors
+            ):
+                return differentiable(*args)
+            return pick(name, args[picked_by])(*args)
 
     def call(*args: Any) -> Any:
-        if not is_compiling() and plain(map(type, args)) and not modes() and transforms() is None:
+        if is_compiling():
+            return operator(*args)
+        if (
+            plain(map(type, args))
+            and not modes()
+            and transform() is None
+            and not is_tracing()
+            and forward_ad._current_level < 0
+        ):
+            if profiler._is_profiler_enabled:
+                return recorded(*args)
             if is_grad_enabled():
                 for i in tensors:
                     if (tensor := args[i]) is not None and tensor.requires_grad:
                         return differentiable(*args)
             return pick(name, args[picked_by])(*args)
-        return operator(*args)
+        return transformed(*args)
 
     return call
 
@@ -285,9 +325,16 @@ def _differentiable(name: str, picked_by: int, setup: Callable | None, backward:
             setup(ctx, args, output)
         return output
 
+    def apply_backward(ctx: Any, *grads: Any) -> Any:
+        if transforms.in_batched_backward():
+            with transforms.Dispatching():
+                return backward(ctx, *grads)
+        return backward(ctx, *grads)
+
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), methods)
-    function._backward_cls.apply = backward  # torch's own looks for other kinds of derivative
+    # torch's own looks for other kinds of derivative
+    function._backward_cls.apply = apply_backward
     # Function.apply looks for transforms, 0.9 us a call: `call` has looked
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -306,18 +353,32 @@ def _without_autocast(function: Callable) -> Callable:
     return wide
 
 
+def autocasts(t: torch.Tensor) -> bool:
+    """Whether ``torch.autocast`` is on where t is; no memory, no autocast."""
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as ``F.linear`` takes them: in the dtype of ``torch.autocast`` where it is on.
 
     Ops ask `autocast_somewhere` first: 0.06 us a call, where asking for a device takes 0.25.
     """
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
         t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
+
+
+def promoted(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the wider of their dtypes, as torch's own sums take them, where ``torch.autocast`` is
+    on and may have made one of them narrow.
+    """
+    if not autocasts(a):
+        return a, b
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return a.to(wide), b.to(wide)
 
 
 autocast_somewhere: Callable[[], bool] = torch._C._is_any_autocast_enabled

@@ -140,7 +140,8 @@ class ModelConfig:
     also takes the older ``rope_theta`` / ``rope_scaling`` / ``rope_local_base_freq`` /
     ``partial_rotary_factor``, and `to_dict` writes both, so that every version reads it.
     `layer_types` says per layer whether it is windowed; `no_rope_layers` has a 1 for each layer
-    *with* rotary positions (Hugging Face's name and meaning). `extra` keeps the entries of a
+    *with* rotary positions (Hugging Face's name and meaning). The embedding of `pad_token_id` gets
+    no gradient from the lookup, as in transformers. `extra` keeps the entries of a
     config.json that the model does not need.
 
     Raises InputError: unknown model_type, activation or rope_type, impossible shapes, an option

@@ -155,7 +155,9 @@ class Steps:
         else:
             if tables is not None:
                 now = self.positions.long()
-                q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *(t[now] for t in tables))
+                cos, sin = (t[now] for t in tables)
+                q, k = q.transpose(1, 2), k.transpose(1, 2)
+                q, k = rope(q, k, cos, sin, rotary_dim=cos.shape[-1])
                 q, k = q.transpose(1, 2), k.transpose(1, 2)
             paged_append(k, v, *places)
         out = paged_attention(q, keys, values, self.pages, self.lengths, **options)

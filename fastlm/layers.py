@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastlm.backend import multiplies_bf16, serves_by
+from fastlm.backend import autocast, autocast_somewhere, is_eager, multiplies_bf16, serves_by
 from fastlm.config import ModelConfig
 from fastlm.memory import made_again
 from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
@@ -23,6 +23,7 @@ from fastlm.ops.linear import Linear
 from fastlm.quant.modules import QuantizedLinear
 from fastlm.quant.weight import QuantizedWeight
 from fastlm.rotary import RotaryTables
+from fastlm.transforms import is_traced
 
 # module names of the norms (before attention, after it, before the MLP, after it)
 _NORMS = {
@@ -189,16 +190,22 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, residual=residual, offset=self.offset)
 
     def again(self, x: Tensor, summed: Tensor) -> AbstractContextManager:
-        """Inside, `x`, the norm of `summed`, is not kept for the backward but made again."""
+        """Inside, `x`, the norm of `summed` in x's dtype, is not kept for the backward but made
+        again.
+        """
         if not _keeping(x):
             return nullcontext()
         summed, weight = summed.detach(), self.weight.detach()
-        return made_again(x, lambda: _only(rms_norm(summed, weight, self.eps, offset=self.offset)))
+
+        def make() -> Tensor:
+            return _only(rms_norm(summed, weight, self.eps, offset=self.offset)).to(x.dtype)
+
+        return made_again(x, make)
 
 
 def _keeping(x: Tensor) -> bool:
     """Whether operations on x now would keep it for a backward, and Python may decide how."""
-    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.requires_grad and torch.is_grad_enabled() and is_eager(x)
 
 
 def _only(out: Any) -> Tensor:
@@ -270,7 +277,7 @@ class Attention(nn.Module):
             return project(out.reshape(batch, length, self.q_width))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
         if (tables := call.rotary[self.layer]) is not None:
-            q, k = rope(q, k, *tables)
+            q, k = rope(q, k, *tables, rotary_dim=tables[0].shape[-1])
         options["dropout_p"] = self.dropout if self.training else 0.0
         if call.cu_seqlens is not None:
             q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * S, heads, D)
@@ -369,7 +376,8 @@ def _add_norm(
     norm: nn.Module | None, stream: Tensor, branch: Tensor | None, into: Fused | None = None
 ) -> tuple[Any, Tensor, AbstractContextManager]:
     """norm(stream + branch), stream + branch, and the context in which to use the former: `Rounded`
-    where `into`, which will multiply it, rounds."""
+    where `into`, which will multiply it, rounds. Under autocast the former is cast here, once and
+    not by each product that takes it."""
     if norm is None:
         stream = stream if branch is None else stream + branch
         return stream, stream, nullcontext()
@@ -387,6 +395,8 @@ def _add_norm(
         x = norm(stream)
     else:
         x, stream = norm(branch, residual=stream)
+    if autocast_somewhere():
+        (x,) = autocast(x)
     return x, stream, norm.again(x, stream)
 
 
@@ -396,7 +406,11 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # as transformers': the padding's row begins at zero and learns nothing from the lookup
+        padding = config.pad_token_id
+        if padding is not None and not 0 <= padding < config.vocab_size:
+            padding = None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
@@ -447,6 +461,8 @@ class Decoder(nn.Module):
                 cos, sin = tables.tables(longest, device)
                 if isinstance(positions, int):
                     rows = slice(positions, positions + count)
+                    if is_traced():  # a slice would be cut at the table's end, an index is refused
+                        rows = torch.arange(positions, positions + count, device=device)
                     done[id(tables)] = cos[rows], sin[rows]
                 else:
                     done[id(tables)] = cos[positions], sin[positions]

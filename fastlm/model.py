@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.architectures import expected_shapes
+from fastlm.backend import is_eager
 from fastlm.checkpoint import load_state, save_hf
 from fastlm.config import ModelConfig
 from fastlm.errors import InputError
@@ -44,9 +45,9 @@ class CausalLM(nn.Module):
     `generate`.
 
     Parameters are float32 (``.to(dtype)`` as any module). Initialisation: normal(0,
-    initializer_range), zero biases, unit norms, drawn on the CPU from `seed` alone (torch's
-    generator where it is None), the same for every dtype and device; with `scaled_residual`,
-    o_proj and down_proj are divided by sqrt(2 * layers) (GPT-2), which keeps the
+    initializer_range), zero biases and padding row, unit norms, drawn on the CPU from `seed` alone
+    (torch's generator where it is None), the same for every dtype and device; with
+    `scaled_residual`, o_proj and down_proj are divided by sqrt(2 * layers) (GPT-2), which keeps the
     stream's variance independent of the depth; without, it is transformers' initialisation.
     """
 
@@ -83,6 +84,8 @@ class CausalLM(nn.Module):
                 module.weight.copy_(draw.normal_(0.0, std, generator=generator))
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                    module.weight[module.padding_idx].zero_()
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0 - module.offset)
 
@@ -268,7 +271,7 @@ class CausalLM(nn.Module):
             raise InputError(
                 f"input_ids: wanted integers (B, S), got {input_ids.dtype} {tuple(input_ids.shape)}"
             )
-        if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+        if not is_eager(input_ids) or input_ids.device.type != "cpu" or not input_ids.numel():
             return  # reading the values would break the graph, or wait for the device
         low, high = torch.aminmax(input_ids)
         if low < 0 or high >= self.config.vocab_size:

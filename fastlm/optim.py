@@ -16,7 +16,8 @@ torch, into a 32-bit one and back, and packing again gives the same codes. Rejec
 a quarter of the size but a format that only this class reads.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ class AdamW(torch.optim.Optimizer):
     transformers' names only, and clips in a pass of its own).
 
     Raises:
-        InputError: an option out of its range, complex or integer parameters, sparse gradients.
+        InputError: an option out of its range or no number, complex or integer parameters, elements
+            of one that share memory, sparse gradients.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class AdamW(torch.optim.Optimizer):
         maximize: bool = False,
         seed: int = 0,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
             raise InputError(f"max_grad_norm: wanted a number > 0 or None, got {max_grad_norm!r}")
         self.max_grad_norm = max_grad_norm
         self.seed = seed
@@ -279,15 +281,13 @@ def _check_group(group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise InputError(f"lr: wanted a number or a one-element tensor, got {tuple(lr.shape)}")
-    if not float(lr) >= 0:
-        refuse("lr", "a number >= 0")
+    for name in ("lr", "eps", "weight_decay"):
+        if not _is_number(group[name]) or not float(group[name]) >= 0:
+            refuse(name, "a number >= 0")
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= float(b) < 1 for b in betas):
+    pair = isinstance(betas, Sequence) and len(betas) == 2 and all(_is_number(b) for b in betas)
+    if not pair or not all(0 <= float(b) < 1 for b in betas):
         refuse("betas", "two numbers in [0, 1)")
-    if not group["eps"] >= 0:
-        refuse("eps", "a number >= 0")
-    if not group["weight_decay"] >= 0:
-        refuse("weight_decay", "a number >= 0")
     if group["state_bits"] not in (8, 32):
         refuse("state_bits", "8 or 32")
     if group["amsgrad"]:
@@ -298,10 +298,30 @@ def _check_group(group: dict[str, Any]) -> None:
     for param in group["params"]:
         if not param.is_floating_point():
             raise InputError(f"params: wanted real floats, got {param.dtype} {tuple(param.shape)}")
+        if _may_overlap(param):
+            raise InputError(
+                "params: wanted elements that share no memory,"
+                f" got strides {param.stride()} for {tuple(param.shape)}"
+            )
         if group["stochastic_rounding"] and param.dtype == torch.float16:
             raise InputError(
                 f"stochastic_rounding: wanted bfloat16 or float32 parameters, got {param.dtype}"
             )
+
+
+def _is_number(value: Any) -> bool:
+    """Not the string that YAML makes of 1e-3."""
+    return isinstance(value, Real | Tensor)
+
+
+def _may_overlap(t: Tensor) -> bool:
+    """Whether a stride lies within the reach of smaller ones: an element in two places."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * max(size - 1, 0)
+    return False
 
 
 def _is_sharded(tensor: Any) -> bool:

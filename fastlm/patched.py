@@ -103,8 +103,8 @@ def _attention(base: type, *, interleaved: bool | None, implementation: str | No
         if more:  # positions, or their unsqueeze_dim by its place
             return theirs(q, k, cos, sin, *more)
         if unsqueeze_dim == 1:
-            return rope(q, k, cos, sin, interleaved=interleaved)
-        q, k = rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, interleaved=interleaved)
+            return rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=cos.shape[-1])
+        q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2)
 
     # The model's own code with one global name of its own; without __name__, by which torch.compile

@@ -17,6 +17,7 @@ import dis
 import functools
 import inspect
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from fastlm.patched import ROTATE, become, logit_scale, variant_of
 
 OPS = ("rms_norm", "rope", "glu", "attention", "linear_cross_entropy")
 Plan = dict[nn.Module, tuple[str, dict[str, Any]]]  # what a module becomes: op, options
+_log = logging.getLogger("fastlm")
 _ACTIVATIONS = {
     "silu": F.silu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
@@ -62,7 +64,8 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     another model made from the same one stays as it is.
 
     Returns:
-        model itself. `patched_ops` tells what runs where.
+        model itself. What it runs is a line of the logger "fastlm" (a warning, which shows without
+        a logging set-up, where nothing but norms was recognised) and `fastlm.patched_ops(model)`.
 
     Raises:
         InputError: ops has an unknown name; the model has no place for one of `ops`, or for
@@ -109,7 +112,18 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     _set_attention(model, plan, own)
     for module, (op, options) in plan.items():
         become(module, op, **options)
+    _log.log(*_summary(model, found, ops))
     return model
+
+
+def _summary(model: nn.Module, found: Counter[str], ops: Sequence[str] | None) -> tuple[int, str]:
+    """Level and text of what `patch` says."""
+    rest = [op for op in OPS if not found[op]] if ops is None else []
+    text = f"patched {type(model).__name__}: " + ", ".join(f"{op} {n}" for op, n in found.items())
+    if rest:
+        text += f"; nothing was recognised for {', '.join(rest)}"
+    only_norms = ops is None and found.keys() == {"rms_norm"}
+    return logging.WARNING if only_norms else logging.INFO, text
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -122,7 +136,8 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def patched_ops(model: nn.Module) -> dict[str, int]:
-    """How many modules of `model` run each op: {} for a model that is not patched."""
+    """How many modules of `model` run each op, by its name in `patch`: {} for a model that is not
+    patched."""
     return dict(_count({m: v[1:] for m in model.modules() if (v := variant_of(m)) is not None}))
 
 

@@ -3,6 +3,9 @@
 The functions have the signatures of the operators (`fastlm.ops`), backward included, so that
 `use_backend("reference")` runs a whole model on them. They compute in float32, or in float64 when
 given float64, and return the input's dtype.
+
+Forward-mode AD goes through them, under ``vmap`` too: what depends on an input is never written
+into a tensor that does not.
 """
 
 import math
@@ -10,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastlm.backend import is_eager
 from fastlm.errors import InputError
 
 # Scores or logits that exist at a time: 32 MB of each temporary in float64, so that the truth of
@@ -337,7 +341,7 @@ def _cross_entropy_rows(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = _capped(logits, softcap, logit_scale)
-    shift = z.amax(1)
+    shift = z.amax(1).detach()  # any constant will do: the backward has no gradient for it either
     z = z - shift[:, None]
     log_sum = z.exp().sum(1).log()
     ignored = target == ignore_index
@@ -370,9 +374,8 @@ def cross_entropy_backward(
     """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], then to
     logits.
     """
-    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for b in _row_blocks(*logits.shape):
-        d_logits[b] = _cross_entropy_rows_backward(
+    parts = [
+        _cross_entropy_rows_backward(
             on_p[b],
             on_target[b],
             None if on_all is None else on_all[b],
@@ -385,7 +388,9 @@ def cross_entropy_backward(
             softcap,
             logit_scale,
         )
-    return d_logits
+        for b in _row_blocks(*logits.shape)
+    ]
+    return torch.cat(parts)
 
 
 def _cross_entropy_rows_backward(
@@ -404,15 +409,15 @@ def _cross_entropy_rows_backward(
     z = _capped(logits, softcap, logit_scale)
     dz = on_p[:, None] * (z - shift[:, None] - log_sum[:, None]).exp()
     ignored = target == ignore_index
-    dz.scatter_add_(
+    dz = dz.scatter_add(
         1,
         target.masked_fill(ignored, 0)[:, None],
         on_target.masked_fill(ignored, 0).neg()[:, None],
     )
     if on_all is not None:
-        dz -= on_all[:, None] * (1.0 if class_weight is None else _wide(class_weight))
+        dz = dz - on_all[:, None] * (1.0 if class_weight is None else _wide(class_weight))
     if softcap is not None:
-        dz *= 1 - (z / softcap).square()
+        dz = dz * (1 - (z / softcap).square())
     return (dz * logit_scale).to(logits.dtype)
 
 
@@ -458,8 +463,10 @@ def cross_entropy_loss_backward(
 
 
 def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
-    """On the CPU; elsewhere the check would wait for the device."""
-    if target.device.type != "cpu":
+    """On the CPU; elsewhere the check would wait for the device. Under a transform there may be no
+    values to look at, and `gather` refuses.
+    """
+    if target.device.type != "cpu" or not is_eager(target):
         return
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bad.any():
@@ -520,8 +527,7 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, linear_weight and linear_bias; empty where not needed."""
     x, w, none = _wide(input), _wide(linear_weight), input.new_empty(0)
-    d_input, d_weight = torch.zeros_like(x), torch.zeros_like(w)
-    d_bias = w.new_zeros(len(w))
+    d_inputs, d_weight, d_bias = [], torch.zeros_like(w), w.new_zeros(len(w))
     for b in _row_blocks(len(input), len(linear_weight)):
         d_logits = _cross_entropy_rows_backward(
             on_p[b],
@@ -536,11 +542,11 @@ def linear_cross_entropy_backward(
             softcap,
             logit_scale,
         )
-        d_input[b] = d_logits @ w
-        d_weight += d_logits.t() @ x[b]
-        d_bias += d_logits.sum(0)
+        d_inputs.append(d_logits @ w)
+        d_weight = d_weight + d_logits.t() @ x[b]
+        d_bias = d_bias + d_logits.sum(0)
     return (
-        d_input.to(input.dtype) if need_input else none,
+        torch.cat(d_inputs).to(input.dtype) if need_input else none,
         d_weight.to(linear_weight.dtype) if need_weight else none,
         none if linear_bias is None else d_bias.to(linear_bias.dtype),
     )
@@ -721,24 +727,25 @@ def attention_forward(
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     wide_k, wide_v = _wide(k), _wide(v)
     batch = torch.arange(first_batch, first_batch + q.shape[0], device=q.device)
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=wide_k.dtype, device=q.device)
+    # a block of no rows, where there are none at all
+    outs, lses = [q.new_zeros(*q.shape[:2], 0, v.shape[3])], [wide_k.new_zeros(*q.shape[:2], 0)]
     for rows in _query_blocks(q, k.shape[2]):
         block = _wide(q[:, :, rows]).unflatten(1, groups)
         s, _ = _scores(
             block, wide_k, alibi_slopes, bias, rows, q.shape[2], causal, scale, window, softcap
         )
+        terms = s
         if sinks is not None:
             extra = sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
-            total = torch.logsumexp(torch.cat([s, extra], -1), -1)
-        else:
-            total = torch.logsumexp(s, -1)
-        p = torch.exp(s - total.masked_fill(total == -torch.inf, 0)[..., None])
+            terms = torch.cat([s, extra], -1)
+        blind = (terms == -torch.inf).all(-1)  # logsumexp's derivative there is NaN
+        total = torch.logsumexp(terms.masked_fill(blind[..., None], 0), -1)
+        p = torch.exp(s - total.masked_fill(blind, 0)[..., None])
         if seed is not None:
             p = p * dropout_factor(seed, dropout_p, batch, q.shape[1], rows, k.shape[2]).to(p.dtype)
-        out[:, :, rows] = (p.unflatten(1, groups) @ wide_v[:, :, None]).flatten(1, 2).to(out.dtype)
-        lse[:, :, rows] = total
-    return out, lse
+        outs.append((p.unflatten(1, groups) @ wide_v[:, :, None]).flatten(1, 2).to(q.dtype))
+        lses.append(total.masked_fill(blind, -torch.inf))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
 def attention_backward(
@@ -769,9 +776,11 @@ def attention_backward(
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     wide_k, wide_v = _wide(k), _wide(v)
     batch = torch.arange(first_batch, first_batch + q.shape[0], device=q.device)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    dqs = [q.new_zeros(*q.shape[:2], 0, q.shape[3])]
+    dk, dv = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
     dsinks = lse.new_zeros(0 if sinks is None else sinks.shape[0])
     dbias = lse.new_zeros(bias.shape if bias is not None and bias_grad else 0)
+    dbiases = []
     for rows in _query_blocks(q, k.shape[2]):
         block = _wide(q[:, :, rows]).unflatten(1, groups)
         s, slope = _scores(
@@ -790,18 +799,23 @@ def attention_backward(
         if seed is not None:
             keep = dropout_factor(seed, dropout_p, batch, q.shape[1], rows, k.shape[2]).to(p.dtype)
             dropped, dp = p * keep, dp * keep
-        dv += (dropped.unflatten(1, groups).transpose(-1, -2) @ grouped).sum(2)
+        dv = dv + (dropped.unflatten(1, groups).transpose(-1, -2) @ grouped).sum(2)
         ds = p * (dp - delta[..., None])
-        if dbias.dim() == 4:
-            part = ds.sum_to_size(*[d if d == 1 else n for d, n in zip(dbias.shape, ds.shape)])
-            dbias[:, :, [0] if dbias.shape[2] == 1 else rows] += part
+        if bias is not None and bias_grad:
+            part = ds.sum_to_size(*[d if d == 1 else n for d, n in zip(bias.shape, ds.shape)])
+            if bias.shape[2] == 1:
+                dbias = dbias + part
+            else:
+                dbiases.append(part)
         if sinks is not None:
             weight = torch.exp(sinks.to(s.dtype)[:, None] - offset)
-            dsinks -= torch.where(total == -torch.inf, 0, weight * delta).sum((0, 2))
+            dsinks = dsinks - torch.where(total == -torch.inf, 0, weight * delta).sum((0, 2))
         ds = (ds if slope is None else ds * slope).unflatten(1, groups) * scale
-        dq[:, :, rows] = (ds @ wide_k[:, :, None]).flatten(1, 2).to(dq.dtype)
-        dk += (ds.transpose(-1, -2) @ block).sum(2)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias
+        dqs.append((ds @ wide_k[:, :, None]).flatten(1, 2).to(q.dtype))
+        dk = dk + (ds.transpose(-1, -2) @ block).sum(2)
+    if dbiases:
+        dbias = torch.cat(dbiases, 2)
+    return torch.cat(dqs, 2), dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias
 
 
 # ---- varlen_attention ----------------------------------------------------------------------------
@@ -843,8 +857,7 @@ def varlen_attention_forward(
     """`attention_forward` of each sequence: q (total_q, H, D) -> out (total_q, H, Dv),
     lse (H, total_q).
     """
-    out = q.new_zeros(*q.shape[:2], v.shape[2])
-    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=_wide(q[:0]).dtype).to(q.device)
+    outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], [_wide(q[:0, :, 0]).mT]
     ends_q = _offsets(cu_seqlens_q, q.shape[0], "cu_seqlens_q")
     ends_k = _offsets(cu_seqlens_k, k.shape[0], "cu_seqlens_k")
     for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:])):
@@ -863,8 +876,9 @@ def varlen_attention_forward(
             dropout_p,
             first_batch=b,
         )
-        out[q0:q1], lse[:, q0:q1] = o[0].transpose(0, 1), one_lse[0]
-    return out, lse
+        outs.append(o[0].transpose(0, 1))
+        lses.append(one_lse[0])
+    return torch.cat(outs), torch.cat(lses, 1)
 
 
 def varlen_attention_backward(
@@ -891,12 +905,12 @@ def varlen_attention_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`attention_backward` of each sequence."""
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grads = [[t.new_zeros(0, *t.shape[1:])] for t in (q, k, v)]
     dsinks = lse.new_zeros(0 if sinks is None else sinks.shape[0])
     dbias = lse.new_zeros(bias.shape if bias is not None and bias_grad else 0)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:])):
-        one_dq, one_dk, one_dv, one_dsinks, one_dbias = attention_backward(
+        *each, one_dsinks, one_dbias = attention_backward(
             dout[q0:q1].transpose(0, 1)[None],
             None if dlse is None else dlse[None, :, q0:q1],
             q[q0:q1].transpose(0, 1)[None],
@@ -916,12 +930,15 @@ def varlen_attention_backward(
             bias_grad,
             first_batch=b,
         )
-        dq[q0:q1], dk[k0:k1], dv[k0:k1] = (t[0].transpose(0, 1) for t in (one_dq, one_dk, one_dv))
-        dsinks += one_dsinks
-        if dbias.dim() == 4:
-            part = _bias_of(dbias, b, q1 - q0, k1 - k0)
-            assert part is not None
-            part += one_dbias
+        for parts, one in zip(grads, each):
+            parts.append(one[0].transpose(0, 1))
+        dsinks = dsinks + one_dsinks
+        if bias is not None and bias_grad:
+            before = b if bias.shape[0] > 1 else 0
+            behind = [n - m for n, m in zip(bias.shape, one_dbias.shape)]
+            padding = (0, behind[3], 0, behind[2], 0, 0, before, behind[0] - before)
+            dbias = dbias + torch.nn.functional.pad(one_dbias, padding)
+    dq, dk, dv = (torch.cat(parts) for parts in grads)
     return dq, dk, dv, dsinks, dbias
 
 
@@ -975,9 +992,8 @@ def paged_attention(
     lse (B, H, S).
     """
     pages, page_size = k_cache.shape[:2]
-    out = q.new_zeros(*q.shape[:3], v_cache.shape[3])
-    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_wide(q[:0]).dtype)
-    lse = lse.to(q.device)
+    outs = [q.new_zeros(0, *q.shape[1:3], v_cache.shape[3])]
+    lses = [_wide(q[:0, :, :, 0]).mT]
 
     def gather(cache: Tensor, table: Tensor, keys: int, scales: Tensor | None) -> Tensor:
         rows = cache[table].flatten(0, 1)[:keys].transpose(0, 1)[None].to(_wide(q[:0]).dtype)
@@ -1009,8 +1025,9 @@ def paged_attention(
             softcap,
             0.0,
         )
-        out[b], lse[b] = o[0].transpose(0, 1).to(out.dtype), one_lse[0]
-    return out, lse
+        outs.append(o.transpose(1, 2).to(q.dtype))
+        lses.append(one_lse)
+    return torch.cat(outs), torch.cat(lses)
 
 
 # ---- quantized_linear ----------------------------------------------------------------------------
@@ -1078,9 +1095,9 @@ def quantized_linear_forward(
 ) -> Tensor:
     """y = x . W^T + bias; with act_bits 8 x is rounded to int8 before (`round_rows`)."""
     wide = _wide(x)
-    if act_bits == 8:
-        q, scale = round_rows(x, group_size)
-        wide = q * scale
+    if act_bits == 8:  # its derivative is that of x: wide - wide.detach() is 0
+        q, scale = round_rows(x.detach(), group_size)
+        wide = q * scale + (wide - wide.detach())
     w = dequantize_rows(qdata, scales, zeros, bits, group_size, x.shape[-1], wide.dtype)
     y = wide @ w.t()
     return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
+from fastlm.transforms import is_traced, untraced
 
 ROPE_TYPES = {  # -> the entries each needs besides rope_theta
     "default": (),
@@ -197,6 +198,17 @@ class RotaryTables:
         """cos and sin, (>= length, width) float32 as `fastlm.ops.rope` takes them, for a
         context of `length`.
         """
+        if is_traced():  # a constant of the trace, for every length it may meet
+            if self.by_length:
+                raise NotImplementedError(
+                    f"torch.jit.trace: rope_type {self.rope['rope_type']} turns by the context's"
+                    " length, which a trace does not look at"
+                )
+            with untraced():
+                return self._tables_of(max(int(length), self.max_position), device)
+        return self._tables_of(length, device)
+
+    def _tables_of(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (device, self.regime(length))
         found = self._tables.get(key)
         if found is None or found[0].shape[0] < length:

@@ -41,7 +41,7 @@ CASES = {
     "llama-yarn": {"rope_parameters": {**YARN, "rope_theta": 1e3}},
     "mistral": {"sliding_window": 5},
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
-    "qwen3": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True, "pad_token_id": 45},
     "qwen3-yarn": {"rope_parameters": {**YARN, "rope_theta": 1e4, "beta_fast": 16.0}},
     "gemma2": {
         "sliding_window": 4,
@@ -50,7 +50,7 @@ CASES = {
         "final_logit_softcapping": 3.0,
     },
     "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 7},
-    "olmo2": {},
+    "olmo2": {"pad_token_id": 45},
     "phi3": {"sliding_window": 7, "head_dim": None},
     "phi3-longrope": {
         "head_dim": None,

@@ -8,63 +8,28 @@ import warnings
 
 import pytest
 import torch
-
-from fastlm import AdamW, InputError, _cpu, backend, ops
-
-_rows, _weight, _head = torch.randn(4, 32), torch.randn(32), torch.randn(50, 32)
-_target = torch.tensor([1, 2, -100, 4])
-_q, _k, _v = (torch.randn(2, h, 8, 16) for h in (4, 2, 2))
-_cos, _sin = torch.randn(2, 8, 16).unbind(0)
-_offsets, _pages, _lengths = torch.tensor([0, 3, 8]), torch.tensor([[0], [1]]), torch.tensor([8, 5])
-_quantized = ops.quantize_weight(torch.randn(24, 32), 4, symmetric=False)
-_caches = [t.transpose(1, 2) for t in (_k, _v)]
-
-# name -> (function of its float tensors, those tensors)
-CALLS = {
-    "rms_norm": (lambda x, w: ops.rms_norm(x, w, residual=x)[0], (_rows, _weight)),
-    "rope": (lambda q, k: ops.rope(q, k, _cos, _sin)[0], (_q, _k)),
-    "glu": (lambda g, u: ops.glu(g, u), (_rows, _rows.flip(0))),
-    "cross_entropy": (
-        lambda x: ops.cross_entropy(x, _target, label_smoothing=0.1, z_loss=0.1),
-        (_rows,),
-    ),
-    "linear_cross_entropy": (lambda x, w: ops.linear_cross_entropy(x, w, _target), (_rows, _head)),
-    "linear_cross_entropy, rows": (
-        lambda x, w: ops.linear_cross_entropy(x, w, _target, reduction="none", label_smoothing=0.1),
-        (_rows, _head),
-    ),
-    "attention": (
-        lambda q, k, v, sinks: ops.attention(q, k, v, causal=True, sinks=sinks),
-        (_q, _k, _v, torch.randn(4)),
-    ),
-    "attention, decode": (lambda q, k, v: ops.attention(q[:, :, :1], k, v), (_q, _k, _v)),
-    "varlen_attention": (
-        lambda q, k, v: ops.varlen_attention(q, k, v, _offsets),
-        tuple(t[0].transpose(0, 1) for t in (_q, _k, _v)),
-    ),
-    "paged_attention": (
-        lambda q: ops.paged_attention(q, *_caches, _pages, _lengths),
-        (_q.transpose(1, 2),),
-    ),
-    "paged_attention, int8": (
-        lambda q: ops.paged_attention(
-            q, *(t.to(torch.int8) for t in _caches), _pages, _lengths, k_scale=0.1, v_scale=0.2
-        ),
-        (_q.transpose(1, 2),),
-    ),
-    "quantized_linear": (lambda x: ops.quantized_linear(x, _quantized), (_rows,)),
-    "dequantize": (lambda: _quantized.dequantize(torch.bfloat16), ()),
-}
-each_op = pytest.mark.parametrize("function, tensors", CALLS.values(), ids=CALLS)
-DIFFERENTIABLE = {n: c for n, c in CALLS.items() if "paged" not in n and n != "dequantize"}
-differentiable = pytest.mark.parametrize(
-    "function, tensors", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE
+from op_calls import (
+    CALLS,
+    DIFFERENTIABLE,
+    cos,
+    differentiable,
+    each_op,
+    gradients,
+    head,
+    k,
+    lengths,
+    offsets,
+    pages,
+    q,
+    quantized,
+    rows,
+    sin,
+    target,
+    v,
+    weight,
 )
 
-
-def gradients(function, tensors):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    return torch.autograd.grad(function(*leaves).sum(), leaves)
+from fastlm import AdamW, InputError, _cpu, backend, ops
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
@@ -190,7 +155,7 @@ def test_other_threads_follow_torch():
 
     def work():
         with torch.no_grad():
-            ops.glu(_rows, _rows)
+            ops.glu(rows, rows)
         seen.append(_cpu.thread_count())
 
     try:
@@ -219,46 +184,44 @@ def _in_worker(_):
     ("call", "message"),
     [
         (
-            lambda t: ops.rms_norm(_rows, t(_weight)),
+            lambda t: ops.rms_norm(rows, t(weight)),
             "weight: wanted floats on cpu as x, got torch.float32 on meta",
         ),
         (
-            lambda t: ops.rms_norm(_rows, _weight, residual=t(_rows)),
+            lambda t: ops.rms_norm(rows, weight, residual=t(rows)),
             r"residual: wanted torch.float32 of shape \(4, 32\) as x on cpu, got .* on meta",
         ),
-        (lambda t: ops.rope(_q, t(_k), _cos, _sin), "k, cos, sin: wanted device cpu as q"),
-        (lambda t: ops.glu(_rows, t(_rows)), "up: wanted .* on cpu as gate, got .* on meta"),
-        (lambda t: ops.cross_entropy(_rows, t(_target)), "target: wanted device cpu as logits"),
+        (lambda t: ops.rope(q, t(k), cos, sin), "k, cos, sin: wanted device cpu as q"),
+        (lambda t: ops.glu(rows, t(rows)), "up: wanted .* on cpu as gate, got .* on meta"),
+        (lambda t: ops.cross_entropy(rows, t(target)), "target: wanted device cpu as logits"),
         (
-            lambda t: ops.cross_entropy(_rows, _target, weight=t(_weight)),
+            lambda t: ops.cross_entropy(rows, target, weight=t(weight)),
             r"weight: wanted floats of shape \(32,\) on cpu, got .* on meta",
         ),
         (
-            lambda t: ops.linear_cross_entropy(_rows, t(_head), _target),
+            lambda t: ops.linear_cross_entropy(rows, t(head), target),
             "linear_weight: wanted torch.float32 on cpu as input, got torch.float32 on meta",
         ),
         (
-            lambda t: ops.linear_cross_entropy(
-                _rows, _head, _target, linear_bias=t(torch.ones(50))
-            ),
+            lambda t: ops.linear_cross_entropy(rows, head, target, linear_bias=t(torch.ones(50))),
             r"linear_bias: wanted floats of shape \(50,\) on cpu, got .* on meta",
         ),
-        (lambda t: ops.attention(_q, t(_k), _v), "k: wanted device cpu as q, got meta"),
-        (lambda t: ops.attention(_q, _k, _v, sinks=t(torch.ones(4))), "sinks: wanted .* on meta"),
-        (lambda t: ops.attention(_q, _k, _v, bias=t(torch.ones(8, 8))), "bias: wanted .* on meta"),
+        (lambda t: ops.attention(q, t(k), v), "k: wanted device cpu as q, got meta"),
+        (lambda t: ops.attention(q, k, v, sinks=t(torch.ones(4))), "sinks: wanted .* on meta"),
+        (lambda t: ops.attention(q, k, v, bias=t(torch.ones(8, 8))), "bias: wanted .* on meta"),
         (
-            lambda t: ops.varlen_attention(_q[0], _k[0], _v[0], t(_offsets)),
+            lambda t: ops.varlen_attention(q[0], k[0], v[0], t(offsets)),
             r"cu_seqlens_q: wanted \(B \+ 1,\) int32 on cpu, got .* on meta",
         ),
         (
-            lambda t: ops.paged_attention(_q, _k, _v, t(_pages), _lengths),
+            lambda t: ops.paged_attention(q, k, v, t(pages), lengths),
             "block_table: wanted .* on cpu, got .* on meta",
         ),
         (
-            lambda t: ops.quantized_linear(_rows, _quantized, t(torch.ones(24))),
+            lambda t: ops.quantized_linear(rows, quantized, t(torch.ones(24))),
             r"bias: wanted a float tensor \(24,\) on cpu, got .* on meta",
         ),
-        (lambda t: ops.quantized_linear(t(_rows), _quantized), "x: wanted device cpu as qweight"),
+        (lambda t: ops.quantized_linear(t(rows), quantized), "x: wanted device cpu as qweight"),
     ],
 )
 def test_refuses_tensors_on_two_devices(call, message):

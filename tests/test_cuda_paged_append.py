@@ -4,7 +4,7 @@ no GPU.
 
 import pytest
 import torch
-from test_paged_append import case, wanted
+from test_paged_append import assert_left_out, case, wanted
 
 from fastlm import ops
 
@@ -88,6 +88,11 @@ def test_tokens_without_a_place_are_left_out(cuda, int8):
     before = [t.clone() for t in arguments[2:4]]
     ops.paged_append(*arguments, **scales)
     assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], before))
+
+
+@pytest.mark.parametrize("place", [4, 5], ids=["block_table", "positions"])
+def test_numbers_beyond_32_bits_are_left_out(cuda, place):
+    assert_left_out(case(torch.float16, 2, 3, 2, 16, 16, 4, device=cuda)[0], place, 2**32)
 
 
 def test_paged_attention_reads_it(cuda):

@@ -231,6 +231,9 @@ def test_lengths_and_pages_out_of_bounds_stay_inside(cuda, queries):
     good = ops.paged_attention(q, k, v, table, lens)
     table[1, 2], lens[1] = 2**31 - 1, 2**20
     assert torch.equal(ops.paged_attention(q, k, v, table, lens)[0], good[0])
+    whole = ops.paged_attention(q, k, v, table, lens)
+    lens = lens + torch.tensor([0, 2**32], device=lens.device)
+    assert torch.equal(ops.paged_attention(q, k, v, table, lens), whole)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def assert_same(ours, theirs, dtype, what):
 def test_logits_loss_and_gradients(case):
     theirs, ours = pair(case)
     ids = ids_of()
+    ids[0, 7:9] = 45  # the padding of some
     with torch.no_grad():
         assert_same(ours(ids).logits, theirs(ids).logits, torch.float32, "logits")
     labels = ids.clone()
@@ -328,6 +329,10 @@ def test_initialisation():
     for name, value in std.items():
         expected = 0.01 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
         assert abs(value / expected - 1) < 0.05, name  # 5000 or more draws each: 1 % is one sigma
+    config.pad_token_id = 3
+    padded = CausalLM(config, seed=5).model.embed_tokens.weight
+    expected = state["model.embed_tokens.weight"].index_fill(0, torch.tensor([3]), 0.0)
+    assert torch.equal(padded, expected)
     unscaled = CausalLM(config, seed=5, scaled_residual=False).state_dict()
     name = "model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(unscaled[name], 2 * state[name])

@@ -456,6 +456,12 @@ def test_low_precision_loss_curves_end_where_float32_ends():
         ({"lr": float("nan")}, "lr: wanted a number >= 0, got nan"),
         ({"lr": torch.ones(2)}, r"lr: wanted a number or a one-element tensor, got \(2,\)"),
         ({"betas": (0.9, 1.0)}, r"betas: wanted two numbers in \[0, 1\), got \(0\.9, 1\.0\)"),
+        ({"lr": "1e-3"}, "lr: wanted a number >= 0, got '1e-3'"),  # YAML's
+        ({"lr": None}, "lr: wanted a number >= 0, got None"),
+        ({"betas": ("0.9", 0.95)}, r"betas: wanted two numbers in \[0, 1\), got \('0\.9', 0\.95"),
+        ({"betas": 0.9}, r"betas: wanted two numbers in \[0, 1\), got 0\.9"),
+        ({"weight_decay": "0.1"}, "weight_decay: wanted a number >= 0, got '0.1'"),
+        ({"max_grad_norm": "1"}, "max_grad_norm: wanted a number > 0 or None, got '1'"),
         ({"eps": -1e-8}, "eps: wanted a number >= 0, got -1e-08"),
         ({"weight_decay": -0.1}, "weight_decay: wanted a number >= 0"),
         ({"state_bits": 4}, "state_bits: wanted 8 or 32, got 4"),
@@ -475,6 +481,12 @@ def test_refuses_options(options, message):
 def test_refuses_parameters():
     with pytest.raises(InputError, match=r"params: wanted real floats, got torch\.complex64"):
         AdamW([torch.ones(2, dtype=torch.complex64, requires_grad=True)])
+    for strides in ((1, 1), (1, 2), (0, 1)):
+        shared = torch.ones(16).as_strided((3, 4), strides).requires_grad_()
+        with pytest.raises(InputError, match="params: wanted elements that share no memory"):
+            AdamW([shared])
+    for apart in (torch.ones(3, 8)[:, ::2], torch.ones(4, 3).T, torch.ones(1, 3).expand(1, 3)):
+        AdamW([apart.requires_grad_()])
     with pytest.raises(InputError, match="stochastic_rounding: wanted bfloat16 or float32"):
         AdamW([torch.ones(2).half().requires_grad_()], stochastic_rounding=True)
     p = torch.ones(3, 2, requires_grad=True)

@@ -82,6 +82,20 @@ def test_tokens_without_a_place_are_left_out(by):
         assert torch.equal(cache, old)
 
 
+@pytest.mark.parametrize("place", [4, 5], ids=["block_table", "positions"])
+@pytest.mark.parametrize("added", [-(2**32), 2**32], ids=["below", "above"])
+def test_numbers_beyond_32_bits_are_left_out(by, place, added):
+    """They are in range where only 32 bits of them are left."""
+    assert_left_out(case(torch.float32)[0], place, added)
+
+
+def assert_left_out(arguments, place, added):
+    arguments[place] = arguments[place].long() + added
+    before = [t.clone() for t in arguments[2:4]]
+    ops.paged_append(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], before))
+
+
 def test_triton_does_without_values():
     """Tensors without values refuse what would have to wait for a GPU."""
     arguments, _ = case(torch.float32, device="meta")

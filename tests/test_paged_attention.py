@@ -206,6 +206,11 @@ def test_refuses_what_would_be_read_out_of_bounds(name, queries):
                 InputError, match=f"seq_lens: wanted 0 to 20 .* got {n} for sequence 0"
             ):
                 ops.paged_attention(q, k, v, table, torch.tensor([n, 20]))
+        # in range only where 32 bits are left of them
+        with pytest.raises(InputError, match="seq_lens: wanted 0 to 20"):
+            ops.paged_attention(q, k, v, table, torch.tensor([2**32 + 9, 20]))
+        with pytest.raises(InputError, match="block_table: wanted pages 0 to 9"):
+            ops.paged_attention(q, k, v, table.long() + 2**32, lens)
 
 
 def test_refusals():

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import pickle
 
 import pytest
@@ -74,6 +75,26 @@ def test_ops_choose(op):
     torch.testing.assert_close(b.loss, a.loss, rtol=1e-6, atol=1e-6)
     assert (b.logits is None) == (op == "linear_cross_entropy")
     assert_equal_gradients(ga, gb)
+
+
+def test_says_what_it_did(caplog):
+    """In one line, which shows without a logging set-up where only norms were found."""
+    caplog.set_level(logging.INFO, "fastlm")
+    model = fastlm.patch(model_of())
+    own = fastlm.patch(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)))
+    fastlm.patch(own, ops=("rms_norm",))
+    everything, norms, chosen = caplog.records
+    assert all(r.name == "fastlm" for r in caplog.records)
+    for op, n in fastlm.patched_ops(model).items():
+        assert f"{op} {n}" in everything.getMessage()
+    assert everything.getMessage().startswith("patched LlamaForCausalLM: ")
+    assert everything.levelno == chosen.levelno == logging.INFO
+    assert norms.levelno == logging.WARNING
+    assert norms.getMessage() == (
+        "patched Sequential: rms_norm 1; nothing was recognised for rope, glu, attention,"
+        " linear_cross_entropy"
+    )
+    assert chosen.getMessage() == "patched Sequential: rms_norm 1"
 
 
 def test_a_second_call_replaces_the_first():

@@ -38,6 +38,10 @@ def naive(q, k, cos, sin, interleaved=False):
     return turn(q), turn(k)
 
 
+def any_tables(q, k, cos, sin, interleaved):
+    return ops.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=cos.shape[-1])
+
+
 def run(function, q, k, cos, sin, dq, dk, interleaved):
     q, k = (t.detach().requires_grad_() for t in (q, k))
     out = function(q, k, cos, sin, interleaved=interleaved)
@@ -134,9 +138,9 @@ def test_any_shape_agrees_with_reference(batch, heads, length, pairs, rest, inte
     q = torch.randn(batch, heads, length, 2 * pairs + rest)
     k = torch.randn(batch, 1, length, 2 * pairs + rest)
     cos, sin = torch.randn(2, length, 2 * pairs).unbind(0)
-    mine = run(ops.rope, q, k, cos, sin, q, k, interleaved)
+    mine = run(any_tables, q, k, cos, sin, q, k, interleaved)
     with backend.use_backend("reference"):
-        theirs = run(ops.rope, q, k, cos, sin, q, k, interleaved)
+        theirs = run(any_tables, q, k, cos, sin, q, k, interleaved)
     for a, b in zip(mine, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -206,6 +210,31 @@ def test_fake_knows_the_strides(name):
     assert torch.equal(torch.autograd.grad(out, q, dout)[0], expected)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_half_of_a_whole_rotation_is_not_a_partial_one(interleaved):
+    """Tables of D / 2: with every angle twice a partial rotation, with every angle once nothing
+    that `rope` could know.
+    """
+    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
+    cos, sin = tables(5, 8, interleaved=interleaved, batch=2)
+    once = [t[..., ::2] if interleaved else t[..., :8] for t in tables(5, 16, batch=2)]
+    partial = ops.rope(q, k, cos, sin, interleaved=interleaved)
+    said = ops.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=8)
+    assert all(torch.equal(a, b) for a, b in zip(partial, said))
+    with pytest.raises(InputError, match=r"cos: wanted every angle twice .* got \(2, 5, 8\)"):
+        ops.rope(q, k, *once, interleaved=interleaved)
+    turned = ops.rope(q, k, *once, interleaved=interleaved, rotary_dim=8)
+    for a, b in zip(turned, naive(q, k, *once, interleaved)):
+        torch.testing.assert_close(a, b)
+
+    # where values cannot be read: NaN, no guess
+    compiled = torch.compile(ops.rope, fullgraph=True, backend="aot_eager")
+    graphed = compiled(q, k, cos, sin, interleaved=interleaved)
+    assert all(torch.equal(a, b) for a, b in zip(partial, graphed))
+    for wrong in compiled(q, k, *once, interleaved=interleaved):
+        assert wrong[..., :8].isnan().all()
+
+
 def test_refusals():
     q, k, (cos, sin) = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), tables(5, 16)
     with pytest.raises(
@@ -228,5 +257,7 @@ def test_refusals():
         ops.rope(q, k, torch.ones(5, 18), torch.ones(5, 18))
     with pytest.raises(InputError, match=r"sin: wanted torch.float32 \(5, 16\) as cos"):
         ops.rope(q, k, cos, sin[:, :8])
+    with pytest.raises(InputError, match="cos: wanted width rotary_dim = 12, got 6"):
+        ops.rope(q, k, cos[:, :6], sin[:, :6], rotary_dim=12)
     with pytest.raises(InputError, match="cos, sin: wanted tables without gradient"):
         ops.rope(q, k, cos.clone().requires_grad_(), sin)

@@ -42,12 +42,12 @@ def test_any_hint_gives_the_same(triton, longest):
     torch.testing.assert_close(mine, expected)
 
 
-@pytest.mark.parametrize("wrong", [[0, -1000, 9], [5, 7], [0, 12, 3]], ids=str)
+@pytest.mark.parametrize("wrong", [[0, -1000, 9], [5, 7], [0, 12, 3], [0, 2**32 + 4]], ids=str)
 def test_wrong_offsets_stay_inside(triton, wrong):
     """What the CPU refuses a GPU cannot see in time: it writes no row that no sequence has. One
     element a row: blocks of rows beside the tensors end inside the guards."""
     q, k, v = (torch.randn(9, 1, 1) for _ in range(3))
-    cu = torch.tensor(wrong, dtype=torch.int32)
+    cu = torch.tensor(wrong)
     results = run(lambda *x: ops.varlen_attention(*x, cu, return_lse=True), [q, k, v])
     if wrong == [5, 7]:
         for rows in (results[0], results[1][0], *results[2:]):

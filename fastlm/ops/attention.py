@@ -20,6 +20,7 @@ from fastlm import reference
 from fastlm.backend import Kernel, autocast, autocast_somewhere, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.ops.wrong_type import FAILURES, explained
 
 # sinks, alibi_slopes, bias, causal, scale, window, softcap as operators take them: 0 means none.
 # A plain tuple: a named one costs 0.4 us, a twentieth of a decode call.
@@ -70,32 +71,39 @@ def attention(
     Raises:
         InputError: shapes, dtypes or devices do not fit together, or an option is out of range.
     """
-    if autocast_somewhere():
-        q, k, v = autocast(q, k, v)
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
-        name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
-        raise InputError(f"{name}: wanted 4 dimensions (B, heads, length, D), got {tuple(t.shape)}")
-    batch, heads, queries, _ = q_shape
-    kv_batch, kv_heads, keys, _ = k_shape
-    v_batch, v_heads, v_keys, _ = v_shape
-    if not (kv_batch == v_batch == batch and v_heads == kv_heads and v_keys == keys):
-        raise InputError(
-            f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {batch} as q,"
-            f" got {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    if sinks is alibi_slopes is bias is window is softcap is None and dropout_p == 0:
-        check_tensors(q, k, v, heads, kv_heads)
-        scale = 1 / math.sqrt(q_shape[3]) if scale is None else float(scale)
-        out, lse = _forward(q, k, v, None, None, None, None, causal, scale, 0, 0.0, 0.0)
-    else:
-        sinks, alibi_slopes, bias, *numbers = check_options(
-            q, k, v, heads, kv_heads, causal, scale, window, softcap, sinks, alibi_slopes, bias,
-            (batch, heads, queries, keys),
-        )  # fmt: skip
-        seed = dropout_seed(dropout_p, q)
-        out, lse = _forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers, float(dropout_p))
-    return (out, lse) if return_lse else out
+    try:
+        if autocast_somewhere():
+            q, k, v = autocast(q, k, v)
+        q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+        if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+            name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
+            raise InputError(
+                f"{name}: wanted 4 dimensions (B, heads, length, D), got {tuple(t.shape)}"
+            )
+        batch, heads, queries, _ = q_shape
+        kv_batch, kv_heads, keys, _ = k_shape
+        v_batch, v_heads, v_keys, _ = v_shape
+        if not (kv_batch == v_batch == batch and v_heads == kv_heads and v_keys == keys):
+            raise InputError(
+                f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {batch} as q,"
+                f" got {tuple(k.shape)}, {tuple(v.shape)}"
+            )
+        if sinks is alibi_slopes is bias is window is softcap is None and dropout_p == 0:
+            check_tensors(q, k, v, heads, kv_heads)
+            scale = 1 / math.sqrt(q_shape[3]) if scale is None else float(scale)
+            out, lse = _forward(q, k, v, None, None, None, None, causal, scale, 0, 0.0, 0.0)
+        else:
+            sinks, alibi_slopes, bias, *numbers = check_options(
+                q, k, v, heads, kv_heads, causal, scale, window, softcap, sinks, alibi_slopes, bias,
+                (batch, heads, queries, keys),
+            )  # fmt: skip
+            seed = dropout_seed(dropout_p, q)
+            out, lse = _forward(
+                q, k, v, sinks, alibi_slopes, bias, seed, *numbers, float(dropout_p)
+            )
+        return (out, lse) if return_lse else out
+    except FAILURES as error:
+        raise explained(error, attention, locals()) from None
 
 
 def check_tensors(
@@ -195,6 +203,13 @@ def dropout_seed(dropout_p: float, q: Tensor) -> Tensor | None:
     if dropout_p == 0:
         return None
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+
+
+def as_int32(t: Tensor) -> Tensor:
+    """Offsets, lengths, pages, positions as the kernels take them. What int32 has no room for
+    becomes its nearest end, which no tensor has: it is refused or left out, not wrapped.
+    """
+    return t if t.dtype == torch.int32 else t.clamp(-(2**31), 2**31 - 1).int()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -467,6 +482,17 @@ def _autograd_backward(ctx, dout, dlse):
     )
 
 
+def _flops(q, k, v, *_, **__):
+    batch, heads, queries, width = q
+    return 2 * batch * heads * queries * k[2] * (width + v[3])
+
+
+def _backward_flops(dout, dlse, q, k, v, *_, **__):
+    """Scores again, dq, dk; probabilities' gradients, dv."""
+    batch, heads, queries, width = q
+    return 2 * batch * heads * queries * k[2] * (3 * width + 2 * v[3])
+
+
 NUMBERS = "bool causal, float scale, SymInt window, float softcap"
 _forward = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
@@ -479,6 +505,7 @@ _forward = register(
     },
     setup_context=_setup_context,
     backward=_autograd_backward,
+    flops=_flops,
 )
 _backward = register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
@@ -491,4 +518,5 @@ _backward = register(
         "triton": Kernel("attention_backward", "attention_backward"),
     },
     picked_by=2,
+    flops=_backward_flops,
 )

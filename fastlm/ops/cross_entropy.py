@@ -23,6 +23,8 @@ from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.transforms import wants_gradient
 
 _CLASS_NUMBERS = (torch.int64, torch.int32)
 _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")  # empty_like: 0.3 us less than empty
@@ -72,52 +74,55 @@ def cross_entropy(
     Raises:
         InputError: shapes or options that do not fit; on the CPU also a target out of range.
     """
-    shape = logits.shape
-    check(logits, "logits", shape[-1] if shape else 0, target, weight, label_smoothing)
-    check_options(softcap, reduction, num_items)
-    rows = target if target.dim() == 1 else target.reshape(-1)
-    if rows.dtype is not torch.int64:
-        rows = rows.long()
-    if len(shape) != 2:
-        logits = logits.reshape(-1, shape[-1])
-    plain = weight is None and not label_smoothing and not z_loss and not return_lse
-    if plain and reduction != "none":
-        loss, _ = _loss(
+    try:
+        shape = logits.shape
+        check(logits, "logits", shape[-1] if shape else 0, target, weight, label_smoothing)
+        check_options(softcap, reduction, num_items)
+        rows = target if target.dim() == 1 else target.reshape(-1)
+        if rows.dtype is not torch.int64:
+            rows = rows.long()
+        if len(shape) != 2:
+            logits = logits.reshape(-1, shape[-1])
+        plain = weight is None and not label_smoothing and not z_loss and not return_lse
+        if plain and reduction != "none":
+            loss, _ = _loss(
+                logits,
+                rows,
+                ignore_index,
+                reduction == "mean" and num_items is None,
+                softcap,
+                logit_scale,
+                wants_gradient(logits),
+            )
+            return loss if num_items is None else loss / one_number(num_items)
+        shift, log_sum, nll, smoothed = _forward(
             logits,
             rows,
+            weight if label_smoothing else None,
+            label_smoothing > 0,
             ignore_index,
-            reduction == "mean" and num_items is None,
             softcap,
             logit_scale,
-            logits.requires_grad and torch.is_grad_enabled(),
         )
-        return loss if num_items is None else loss / one_number(num_items)
-    shift, log_sum, nll, smoothed = _forward(
-        logits,
-        rows,
-        weight if label_smoothing else None,
-        label_smoothing > 0,
-        ignore_index,
-        softcap,
-        logit_scale,
-    )
-    if plain:
-        return nll.view(target.shape)
-    lse = shift + log_sum
-    on_nll, on_smoothed, on_square = row_factors(
-        rows,
-        weight,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        shape[-1],
-        reduction,
-        num_items,
-        nll.dtype,
-    )
-    loss = row_losses(on_nll, on_smoothed, on_square, nll, smoothed, lse, rows != ignore_index)
-    loss = loss.view(target.shape) if reduction == "none" else loss.sum()
-    return (loss, lse.view(target.shape)) if return_lse else loss
+        if plain:
+            return nll.view(target.shape)
+        lse = shift + log_sum
+        on_nll, on_smoothed, on_square = row_factors(
+            rows,
+            weight,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            shape[-1],
+            reduction,
+            num_items,
+            nll.dtype,
+        )
+        loss = row_losses(on_nll, on_smoothed, on_square, nll, smoothed, lse, rows != ignore_index)
+        loss = loss.view(target.shape) if reduction == "none" else loss.sum()
+        return (loss, lse.view(target.shape)) if return_lse else loss
+    except FAILURES as error:
+        raise explained(error, cross_entropy, locals()) from None
 
 
 def row_factors(

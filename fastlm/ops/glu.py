@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, register
+from fastlm.backend import CudaKernel, Kernel, promoted, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.ops.wrong_type import FAILURES, explained
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -22,7 +23,7 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
     Args:
         gate: (..., F), float32, bfloat16 or float16 (float64 on the reference). The halves of one
             fused projection, ``x.chunk(2, -1)``, are read where they lie.
-        up: shape and dtype of gate.
+        up: shape and dtype of gate. Under ``torch.autocast`` two dtypes become the wider one.
         act: silu, gelu_tanh or gelu.
 
     Computed in float32 and rounded once. Reads 2, writes 1 element per result; the backward reads 3
@@ -31,20 +32,25 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
     Raises:
         InputError: gate and up differ in shape, dtype or device; act is not one of the three.
     """
-    if act not in ACTIVATIONS:
-        raise InputError(f"act: wanted one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    if not gate.is_floating_point():
-        raise InputError(f"gate: wanted a float dtype, got {gate.dtype}")
-    if (
-        up.shape != gate.shape
-        or up.dtype != gate.dtype
-        or not ((up.is_cpu and gate.is_cpu) or up.device == gate.device)
-    ):
-        raise InputError(
-            f"up: wanted {gate.dtype} {tuple(gate.shape)} on {gate.device} as gate,"
-            f" got {up.dtype} {tuple(up.shape)} on {up.device}"
-        )
-    return _forward(gate, up, act)
+    try:
+        if act not in ACTIVATIONS:
+            raise InputError(f"act: wanted one of {', '.join(ACTIVATIONS)}, got {act!r}")
+        if not gate.is_floating_point():
+            raise InputError(f"gate: wanted a float dtype, got {gate.dtype}")
+        if up.dtype != gate.dtype:
+            gate, up = promoted(gate, up)
+        if (
+            up.shape != gate.shape
+            or up.dtype != gate.dtype
+            or not ((up.is_cpu and gate.is_cpu) or up.device == gate.device)
+        ):
+            raise InputError(
+                f"up: wanted {gate.dtype} {tuple(gate.shape)} on {gate.device} as gate,"
+                f" got {up.dtype} {tuple(up.shape)} on {up.device}"
+            )
+        return _forward(gate, up, act)
+    except FAILURES as error:
+        raise explained(error, glu, locals()) from None
 
 
 def _forward_fake(gate: Tensor, up: Tensor, act: str):

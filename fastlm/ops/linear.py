@@ -10,12 +10,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fastlm import reference
 from fastlm.backend import autocast, autocast_somewhere, cpu_isa, forced, is_eager, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.ops.wrong_type import FAILURES, explained
 
 # Least rows from which the own bfloat16 products are faster than torch's (docs/log.md): with a
 # gradient, without. Where bfloat16 has a fast dot product, torch's are as fast on operands in the
@@ -45,27 +45,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         InputError: shapes or dtypes do not fit.
     """
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise InputError(
-            f"weight: wanted (N, K), K = the last dimension of x {tuple(x.shape)},"
-            f" got {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(
-            f"bias: wanted shape ({weight.shape[0]},), the rows of weight, got {tuple(bias.shape)}"
-        )
-    casts = autocast_somewhere()
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and ((t.dtype != x.dtype and not casts) or t.device != x.device):
+    try:
+        if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             raise InputError(
-                f"{name}: wanted {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
+                f"weight: wanted (N, K), K = the last dimension of x {tuple(x.shape)},"
+                f" got {tuple(weight.shape)}"
             )
-    if not _own(x, weight):
-        return F.linear(x, weight, bias)
-    if casts:
-        x, weight = autocast(x, weight)
-        bias = None if bias is None else autocast(bias)[0]
-    return _forward(x, weight, bias)
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise InputError(
+                f"bias: wanted shape ({weight.shape[0]},), the rows of weight,"
+                f" got {tuple(bias.shape)}"
+            )
+        casts = autocast_somewhere()
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None and ((t.dtype != x.dtype and not casts) or t.device != x.device):
+                raise InputError(
+                    f"{name}: wanted {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
+                )
+        if not _own(x, weight):
+            return F.linear(x, weight, bias)
+        if casts:
+            x, weight = autocast(x, weight)
+            bias = None if bias is None else autocast(bias)[0]
+        return _forward(x, weight, bias)
+    except FAILURES as error:
+        raise explained(error, linear, locals()) from None
 
 
 class Linear(nn.Linear):
@@ -90,7 +94,6 @@ def _own(x: Tensor, weight: Tensor) -> bool:
         x.numel() >= least * x.shape[-1] > 0
         and forced() != "triton"  # interpreted: it leaves products to torch, as on a GPU
         and weight.numel() > 0
-        and forward_ad._current_level < 0
     )
 
 
@@ -105,6 +108,14 @@ def _backward_fake(dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bia
         dy.new_empty(0 if x is None else (n, x.shape[-1])),
         dy.new_empty(n if want_bias else 0),
     )
+
+
+def _flops(x, weight, bias, **_):
+    return 2 * math.prod(x) * weight[0]
+
+
+def _backward_flops(dy, x, weight, want_bias, **_):
+    return sum(2 * math.prod(dy) * t[-1] for t in (x, weight) if t is not None)
 
 
 def _matrix(t: Tensor) -> Tensor:
@@ -169,10 +180,12 @@ _forward = register(
     implementations={"reference": reference.linear_forward, "cpu": _cpu_forward},
     setup_context=_setup_context,
     backward=_autograd_backward,
+    flops=_flops,
 )
 _backward = register(
     "linear_backward(Tensor dy, Tensor? x, Tensor? weight, bool want_bias)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     implementations={"reference": reference.linear_backward, "cpu": _cpu_backward},
+    flops=_backward_flops,
 )

@@ -19,6 +19,8 @@ need no such sum for a 16-bit weight but take 5 products; torch's matrix product
 sum 16-bit gradients in 16 bits.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +40,8 @@ from fastlm.ops.cross_entropy import (
     row_losses,
     wide,
 )
+from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.transforms import wants_gradient
 
 _VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
 _MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
@@ -91,100 +95,109 @@ def linear_cross_entropy(
         InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
         range.
     """
-    if autocast_somewhere():
-        input, linear_weight = autocast(input, linear_weight)
-    if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
-        raise InputError(
-            "linear_weight: wanted shape (V, D), D the last dimension of input"
-            f" {tuple(input.shape)}, got {tuple(linear_weight.shape)}"
-        )
-    if linear_weight.dtype != input.dtype or linear_weight.device != input.device:
-        raise InputError(
-            f"linear_weight: wanted {input.dtype} on {input.device} as input,"
-            f" got {linear_weight.dtype} on {linear_weight.device}"
-        )
-    classes = linear_weight.shape[0]
-    if input.shape[-1] == 0:
-        raise InputError(f"input: wanted at least one feature, got shape {tuple(input.shape)}")
-    if linear_bias is not None and (
-        linear_bias.shape != (classes,)
-        or not linear_bias.is_floating_point()
-        or linear_bias.device != input.device
-    ):
-        raise InputError(
-            f"linear_bias: wanted floats of shape ({classes},) on {input.device},"
-            f" got {linear_bias.dtype} {tuple(linear_bias.shape)} on {linear_bias.device}"
-        )
-    check(input, "input", classes, target, weight, label_smoothing)
-    check_options(softcap, reduction, num_items)
-    if (
-        is_eager(input, linear_weight, target)  # first: a traced size would be a guard
-        and target.numel() <= _FEW_ROWS
-        and target.numel() * linear_weight.numel() <= _SMALL
-        and serves_by("cpu", "linear_cross_entropy", input)
-        and ignore_index not in target.reshape(-1).tolist()  # those have no part in dw, even as NaN
-    ):
-        logits = _float32_logits(input, linear_weight, linear_bias)
-        return cross_entropy(
-            logits,
-            target,
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            reduction=reduction,
-            num_items=num_items,
-            return_lse=return_lse,
-        )
-    rows, flat = target.reshape(-1).long(), input.reshape(-1, input.shape[-1])
-    factors = row_factors(
-        rows,
-        weight,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        classes,
-        reduction,
-        num_items,
-        wide(input),
-    )
-    options = (ignore_index, softcap, logit_scale)
-    smoothing_weight = weight if label_smoothing else None
-    need_input, need_weight, need_bias = (
-        torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (input, linear_weight, linear_bias)
-    )
-    if (
-        (need_input or need_weight or need_bias)
-        and reduction != "none"
-        and len(flat) > _FEW_ROWS
-        and not return_lse
-        and not (softcap is not None and label_smoothing)
-    ):
-        unit = _unit(*factors[:2], classes, logit_scale) if input.dtype is torch.float16 else None
-        if unit is not None:
-            factors = tuple(f if f is None else f * unit for f in factors)
-        loss = _loss(
-            flat,
-            linear_weight,
-            linear_bias,
+    try:
+        if autocast_somewhere():
+            input, linear_weight = autocast(input, linear_weight)
+        if (
+            linear_weight.dim() != 2
+            or input.dim() == 0
+            or linear_weight.shape[1] != input.shape[-1]
+        ):
+            raise InputError(
+                "linear_weight: wanted shape (V, D), D the last dimension of input"
+                f" {tuple(input.shape)}, got {tuple(linear_weight.shape)}"
+            )
+        if linear_weight.dtype != input.dtype or linear_weight.device != input.device:
+            raise InputError(
+                f"linear_weight: wanted {input.dtype} on {input.device} as input,"
+                f" got {linear_weight.dtype} on {linear_weight.device}"
+            )
+        classes = linear_weight.shape[0]
+        if input.shape[-1] == 0:
+            raise InputError(f"input: wanted at least one feature, got shape {tuple(input.shape)}")
+        if linear_bias is not None and (
+            linear_bias.shape != (classes,)
+            or not linear_bias.is_floating_point()
+            or linear_bias.device != input.device
+        ):
+            raise InputError(
+                f"linear_bias: wanted floats of shape ({classes},) on {input.device},"
+                f" got {linear_bias.dtype} {tuple(linear_bias.shape)} on {linear_bias.device}"
+            )
+        check(input, "input", classes, target, weight, label_smoothing)
+        check_options(softcap, reduction, num_items)
+        if (
+            is_eager(input, linear_weight, target)  # first: a traced size would be a guard
+            and target.numel() <= _FEW_ROWS
+            and target.numel() * linear_weight.numel() <= _SMALL
+            and serves_by("cpu", "linear_cross_entropy", input)
+            and ignore_index
+            not in target.reshape(-1).tolist()  # those have no part in dw, even as NaN
+        ):
+            logits = _float32_logits(input, linear_weight, linear_bias)
+            return cross_entropy(
+                logits,
+                target,
+                weight=weight,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                reduction=reduction,
+                num_items=num_items,
+                return_lse=return_lse,
+            )
+        rows, flat = target.reshape(-1).long(), input.reshape(-1, input.shape[-1])
+        factors = row_factors(
             rows,
-            smoothing_weight,
-            *factors,
-            *options,
-            need_input,
-            need_weight,
-        )[0]
-        return loss if unit is None else loss / unit
-    shift, log_sum, nll, smoothed = _forward(
-        flat, linear_weight, linear_bias, rows, smoothing_weight, label_smoothing > 0, *options
-    )
-    lse = shift + log_sum
-    loss = row_losses(*factors, nll, smoothed, lse, rows != ignore_index)
-    loss = loss.view(target.shape) if reduction == "none" else loss.sum()
-    return (loss, lse.view(target.shape)) if return_lse else loss
+            weight,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            classes,
+            reduction,
+            num_items,
+            wide(input),
+        )
+        options = (ignore_index, softcap, logit_scale)
+        smoothing_weight = weight if label_smoothing else None
+        need_input, need_weight, need_bias = (
+            t is not None and wants_gradient(t) for t in (input, linear_weight, linear_bias)
+        )
+        if (
+            (need_input or need_weight or need_bias)
+            and reduction != "none"
+            and len(flat) > _FEW_ROWS
+            and not return_lse
+            and not (softcap is not None and label_smoothing)
+        ):
+            unit = (
+                _unit(*factors[:2], classes, logit_scale) if input.dtype is torch.float16 else None
+            )
+            if unit is not None:
+                factors = tuple(f if f is None else f * unit for f in factors)
+            loss = _loss(
+                flat,
+                linear_weight,
+                linear_bias,
+                rows,
+                smoothing_weight,
+                *factors,
+                *options,
+                need_input,
+                need_weight,
+            )[0]
+            return loss if unit is None else loss / unit
+        shift, log_sum, nll, smoothed = _forward(
+            flat, linear_weight, linear_bias, rows, smoothing_weight, label_smoothing > 0, *options
+        )
+        lse = shift + log_sum
+        loss = row_losses(*factors, nll, smoothed, lse, rows != ignore_index)
+        loss = loss.view(target.shape) if reduction == "none" else loss.sum()
+        return (loss, lse.view(target.shape)) if return_lse else loss
+    except FAILURES as error:
+        raise explained(error, linear_cross_entropy, locals()) from None
 
 
 def _unit(on_nll: Tensor, on_smoothed: Tensor | None, classes: int, logit_scale: float) -> Tensor:
@@ -604,8 +617,7 @@ def _autograd_forward(ctx, _, d_log_sum, d_nll, d_smoothed):
 
 
 def _setup_loss(ctx, inputs, output):
-    _, *gradients = output
-    ctx.mark_non_differentiable(*gradients)
+    _, *gradients = output  # differentiable: so that a second derivative is refused, not zero
     ctx.set_materialize_grads(False)  # else the backward begins with zeros for each of them
     ctx.save_for_backward(*gradients)
     ctx.dtypes = inputs[1].dtype, (inputs[0] if inputs[2] is None else inputs[2]).dtype
@@ -617,6 +629,19 @@ def _autograd_loss(ctx, d_loss, *_):
     gradients = _loss_backward(d_loss, *ctx.saved_tensors, *ctx.dtypes)
     needed = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad)]
     return *needed, *[None] * 10
+
+
+def _logits_flops(input, linear_weight, *_, **__):
+    return 2 * math.prod(input) * linear_weight[0]
+
+
+def _backward_flops(on_p, on_target, on_all, *rest, **_):
+    return _loss_flops(*rest)  # the logits again, as many products as the loss with gradients
+
+
+def _loss_flops(input, linear_weight, *options, **_):
+    need_input, need_weight = options[-2:]
+    return (1 + need_input + need_weight) * _logits_flops(input, linear_weight)
 
 
 _forward = register(
@@ -631,6 +656,7 @@ _forward = register(
     },
     setup_context=_setup_forward,
     backward=_autograd_forward,
+    flops=_logits_flops,
 )
 _backward = register(
     "linear_cross_entropy_backward(Tensor on_p, Tensor on_target, Tensor? on_all, Tensor input,"
@@ -644,6 +670,7 @@ _backward = register(
         "triton": Kernel("linear_cross_entropy", "linear_cross_entropy_backward"),
     },
     picked_by=3,
+    flops=_backward_flops,
 )
 _loss = register(
     "linear_cross_entropy_loss(Tensor input, Tensor linear_weight, Tensor? linear_bias,"
@@ -658,6 +685,7 @@ _loss = register(
     },
     setup_context=_setup_loss,
     backward=_autograd_loss,
+    flops=_loss_flops,
 )
 _loss_backward = register(
     "linear_cross_entropy_loss_backward(Tensor d_loss, Tensor d_input, Tensor d_weight,"

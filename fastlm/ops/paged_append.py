@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, register
+from fastlm.backend import CudaKernel, autocasts, register
 from fastlm.errors import InputError
+from fastlm.ops.attention import as_int32
 from fastlm.ops.paged_attention import cache_scales
+from fastlm.ops.wrong_type import FAILURES, explained
 
 
 def paged_append(
@@ -26,12 +28,13 @@ def paged_append(
     In an int8 cache ``round(k / k_scale)``, to even, held within -127 to 127.
 
     Args:
-        k: (B, S, Hkv, D), v: (B, S, Hkv, Dv), float32, bfloat16 or float16.
+        k: (B, S, Hkv, D), v: (B, S, Hkv, Dv), float32, bfloat16 or float16. Under
+            ``torch.autocast`` they take the dtype of a cache that is not int8.
         k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): k's dtype, or
             int8 with scales. Any page size; elements of a head side by side, all else strided.
-        block_table: (B, max_pages) int32.
-        positions: (B, S) int32. A token below 0, beyond the table or with a page that the cache
-            has not (rows of a padded batch) is left out. No two tokens at one place.
+        block_table: (B, max_pages) int32 or int64.
+        positions: (B, S) int32 or int64. A token below 0, beyond the table or with a page that the
+            cache has not (rows of a padded batch) is left out. No two tokens at one place.
         k_scale, v_scale: value of one int8 step, for int8 caches only: a number, or a tensor of
             shape () or (Hkv,).
 
@@ -40,49 +43,55 @@ def paged_append(
     Raises:
         InputError: shapes, dtypes, devices or scales that do not fit.
     """
-    for name, t in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if t.dim() != 4:
-            raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")
-    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        wanted = (*k.shape[:2], *cache.shape[2:])
-        if x.shape != wanted or x.dtype != k.dtype or x.device != k.device:
+    try:
+        for name, t in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+            if t.dim() != 4:
+                raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")
+        if k_cache.is_floating_point() and not k.dtype == v.dtype == k_cache.dtype and autocasts(k):
+            k, v = k.to(k_cache.dtype), v.to(k_cache.dtype)
+        for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+            wanted = (*k.shape[:2], *cache.shape[2:])
+            if x.shape != wanted or x.dtype != k.dtype or x.device != k.device:
+                raise InputError(
+                    f"{name}: wanted {k.dtype} {wanted} on {k.device} as k and {name}_cache,"
+                    f" got {x.dtype} {tuple(x.shape)} on {x.device}"
+                )
+        if not k.is_floating_point():
+            raise InputError(f"k: wanted a float dtype, got {k.dtype}")
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            fits = cache.shape[:3] == k_cache.shape[:3] and cache.shape[1] > 0
+            good = cache.dtype in (k.dtype, torch.int8) and cache.dtype == k_cache.dtype
+            if not fits or not good or cache.device != k.device:
+                raise InputError(
+                    f"{name}: wanted (pages, page_size, Hkv, width) of {k.dtype} or int8 on"
+                    f" {k.device}, the same for both, got {cache.dtype} {tuple(cache.shape)} on"
+                    f" {cache.device}"
+                )
+            if cache.shape[3] > 1 and cache.stride(3) != 1:
+                raise InputError(
+                    f"{name}: wanted elements of a head side by side, got stride {cache.stride(3)}"
+                )
+        for name, t, rows in (
+            ("block_table", block_table, k.shape[:1]),
+            ("positions", positions, k.shape[:2]),
+        ):
+            good = t.dtype in (torch.int32, torch.int64) and t.device == k.device
+            if t.dim() != 2 or t.shape[: len(rows)] != rows or not good:
+                raise InputError(
+                    f"{name}: wanted int32, 2 dimensions, the first {tuple(rows)}, on {k.device},"
+                    f" got {t.dtype} {tuple(t.shape)} on {t.device}"
+                )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (k, v, k_cache, v_cache)):
             raise InputError(
-                f"{name}: wanted {k.dtype} {wanted} on {k.device} as k and {name}_cache,"
-                f" got {x.dtype} {tuple(x.shape)} on {x.device}"
+                "k, v, k_cache, v_cache: wanted tensors without grad (it has no backward),"
+                " got one that requires grad"
             )
-    if not k.is_floating_point():
-        raise InputError(f"k: wanted a float dtype, got {k.dtype}")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        fits = cache.shape[:3] == k_cache.shape[:3] and cache.shape[1] > 0
-        good = cache.dtype in (k.dtype, torch.int8) and cache.dtype == k_cache.dtype
-        if not fits or not good or cache.device != k.device:
-            raise InputError(
-                f"{name}: wanted (pages, page_size, Hkv, width) of {k.dtype} or int8 on {k.device},"
-                f" the same for both, got {cache.dtype} {tuple(cache.shape)} on {cache.device}"
-            )
-        if cache.shape[3] > 1 and cache.stride(3) != 1:
-            raise InputError(
-                f"{name}: wanted elements of a head side by side, got stride {cache.stride(3)}"
-            )
-    for name, t, rows in (
-        ("block_table", block_table, k.shape[:1]),
-        ("positions", positions, k.shape[:2]),
-    ):
-        good = t.dtype in (torch.int32, torch.int64) and t.device == k.device
-        if t.dim() != 2 or t.shape[: len(rows)] != rows or not good:
-            raise InputError(
-                f"{name}: wanted int32, 2 dimensions, the first {tuple(rows)}, on {k.device},"
-                f" got {t.dtype} {tuple(t.shape)} on {t.device}"
-            )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (k, v, k_cache, v_cache)):
-        raise InputError(
-            "k, v, k_cache, v_cache: wanted tensors without grad (it has no backward),"
-            " got one that requires grad"
-        )
-    _append(
-        k, v, k_cache, v_cache, block_table.int(), positions.int(),
-        cache_scales("k", k_scale, k_cache), cache_scales("v", v_scale, v_cache),
-    )  # fmt: skip
+        _append(
+            k, v, k_cache, v_cache, as_int32(block_table), as_int32(positions),
+            cache_scales("k", k_scale, k_cache), cache_scales("v", v_scale, v_cache),
+        )  # fmt: skip
+    except FAILURES as error:
+        raise explained(error, paged_append, locals()) from None
 
 
 def _by_torch(

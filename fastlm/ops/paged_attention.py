@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, register
+from fastlm.backend import CudaKernel, Kernel, autocasts, register
 from fastlm.errors import InputError
-from fastlm.ops.attention import NUMBERS, check_options, cpu_forward, wide_dtype
+from fastlm.flops import has_values
+from fastlm.ops.attention import NUMBERS, as_int32, check_options, cpu_forward, wide_dtype
+from fastlm.ops.wrong_type import FAILURES, explained
 
 # Keys that the table has room for, from which on the workspace is sized by the lengths (4 us more):
 # a server's tables have room for the longest context in every row.
@@ -37,11 +39,13 @@ def paged_attention(
     ``seq_lens[b]`` keys, those of q included: with causal, the last query sees all of them.
 
     Args:
-        q: (B, S, H, D), float32, bfloat16 or float16.
+        q: (B, S, H, D), float32, bfloat16 or float16. Under ``torch.autocast`` it takes the dtype
+            of a cache that is not int8.
         k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): q's dtype, or
             int8 with scales. Any page size.
-        block_table: (B, max_pages) int32; entries past a sequence's last page are not read.
-        seq_lens: (B,) int32.
+        block_table: (B, max_pages) int32 or int64; entries past a sequence's last page are not
+            read.
+        seq_lens: (B,) int32 or int64.
         k_scale, v_scale: value of one int8 step, for int8 caches only: a number, or a tensor of
             shape () or (Hkv,).
         bias: broadcast to (B, H, S, longest T); sequence b uses its first keys.
@@ -54,14 +58,17 @@ def paged_attention(
         InputError: as `attention`; scales that do not fit; on the CPU, a page outside the cache or
             a length beyond the table (a GPU would have to be waited for; its kernels stay inside).
     """
-    out, lse = op(
-        *checked(
-            q, k_cache, v_cache, block_table, seq_lens, k_scale=k_scale, v_scale=v_scale,
-            causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-            alibi_slopes=alibi_slopes, bias=bias,
-        )
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+    try:
+        out, lse = op(
+            *checked(
+                q, k_cache, v_cache, block_table, seq_lens, k_scale=k_scale, v_scale=v_scale,
+                causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+                alibi_slopes=alibi_slopes, bias=bias,
+            )
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    except FAILURES as error:
+        raise explained(error, paged_attention, locals()) from None
 
 
 def checked(
@@ -86,6 +93,8 @@ def checked(
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")
+    if q.dtype != k_cache.dtype and k_cache.is_floating_point() and autocasts(q):
+        q = q.to(k_cache.dtype)
     if v_cache.shape[:3] != k_cache.shape[:3] or k_cache.shape[1] == 0:
         raise InputError(
             f"v_cache: wanted (pages, page_size, Hkv, Dv) as k_cache {tuple(k_cache.shape)},"
@@ -114,7 +123,7 @@ def checked(
         alibi_slopes, bias, bias_shape, kv_dtypes=(torch.int8,),
     )  # fmt: skip
     return (
-        q, k_cache, v_cache, block_table.int(), seq_lens.int(),
+        q, k_cache, v_cache, as_int32(block_table), as_int32(seq_lens),
         cache_scales("k", k_scale, k_cache), cache_scales("v", v_scale, v_cache), *options,
     )  # fmt: skip
 
@@ -174,6 +183,13 @@ def _cpu(
     )  # fmt: skip
 
 
+def _flops(q, k_cache, v_cache, block_table, seq_lens, *_, **__):
+    _, queries, heads, width = q.shape
+    room = block_table.numel() * k_cache.shape[1]
+    keys = int(seq_lens.sum()) if has_values(seq_lens) else room
+    return 2 * queries * heads * keys * (width + v_cache.shape[3])
+
+
 op = register(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens,"
     " Tensor? k_scale, Tensor? v_scale, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
@@ -185,4 +201,5 @@ op = register(
         "triton": Kernel("paged_attention", "paged_attention"),
         "cuda": CudaKernel("paged_attention", "paged_attention"),
     },
+    flops_by_values=_flops,
 )

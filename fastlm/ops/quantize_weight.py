@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
+from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.quant.weight import SCALE_DTYPES, QuantizedWeight, check_group_size, pack_rows
 
 # int4 scales tried, as fractions of the one that puts the group's largest weight on the end of
@@ -45,43 +46,53 @@ def quantize_weight(
         InputError: not a matrix of finite floats, bits or group_size not as above, a scale that
             scale_dtype cannot hold.
     """
-    if w.dim() != 2 or not w.is_floating_point() or w.shape[1] == 0:
-        raise InputError(f"w: wanted a float matrix (N, K), K >= 1, got {w.dtype} {tuple(w.shape)}")
-    if bits not in (4, 8):
-        raise InputError(f"bits: wanted 4 or 8, got {bits!r}")
-    if scale_dtype not in SCALE_DTYPES:
-        raise InputError(f"scale_dtype: wanted float32, bfloat16 or float16, got {scale_dtype}")
-    n, k = w.shape
-    size = check_group_size(group_size, k)
-    w = w.detach()
-    if not bool(torch.isfinite(w).all()):
-        raise InputError("w: wanted finite values, got NaN or infinity")
-    groups = -(-k // size)
-    width = min(size, k)
-    qdata, scales, zeros = [], [], []
-    rows = max(1, _BLOCK // k)
-    for block in w.split(rows) if n else [w]:
-        v = block.to(torch.float32)
-        if groups * width > k:  # repeat the last column: it changes no minimum and no maximum
-            v = torch.cat((v, v[:, -1:].expand(-1, groups * width - k)), 1)
-        v = v.reshape(-1, groups, width)
-        if not symmetric:
-            q, s, z = _asymmetric(v, bits, scale_dtype)
-            zeros.append(z)
-        elif bits == 8:
-            q, s = _int8(v, scale_dtype)
-        else:
-            q, s = _int4(v, scale_dtype)
-        if not bool(torch.isfinite(s).all()):
+    try:
+        if w.dim() != 2 or not w.is_floating_point() or w.shape[1] == 0:
             raise InputError(
-                f"scale_dtype: wanted one that holds the scales of weights up to"
-                f" {float(block.abs().max()):.2g}, got {scale_dtype}"
+                f"w: wanted a float matrix (N, K), K >= 1, got {w.dtype} {tuple(w.shape)}"
             )
-        qdata.append(pack_rows(q.reshape(-1, groups * width)[:, :k], bits))
-        scales.append(s)
-    return QuantizedWeight(
-        torch.cat(qdata), torch.cat(scales), torch.cat(zeros) if zeros else None, bits, size, (n, k)
-    )
+        if bits not in (4, 8):
+            raise InputError(f"bits: wanted 4 or 8, got {bits!r}")
+        if scale_dtype not in SCALE_DTYPES:
+            raise InputError(f"scale_dtype: wanted float32, bfloat16 or float16, got {scale_dtype}")
+        n, k = w.shape
+        size = check_group_size(group_size, k)
+        w = w.detach()
+        if not bool(torch.isfinite(w).all()):
+            raise InputError("w: wanted finite values, got NaN or infinity")
+        groups = -(-k // size)
+        width = min(size, k)
+        qdata, scales, zeros = [], [], []
+        rows = max(1, _BLOCK // k)
+        for block in w.split(rows) if n else [w]:
+            v = block.to(torch.float32)
+            if groups * width > k:  # repeat the last column: it changes no minimum and no maximum
+                v = torch.cat((v, v[:, -1:].expand(-1, groups * width - k)), 1)
+            v = v.reshape(-1, groups, width)
+            if not symmetric:
+                q, s, z = _asymmetric(v, bits, scale_dtype)
+                zeros.append(z)
+            elif bits == 8:
+                q, s = _int8(v, scale_dtype)
+            else:
+                q, s = _int4(v, scale_dtype)
+            if not bool(torch.isfinite(s).all()):
+                raise InputError(
+                    f"scale_dtype: wanted one that holds the scales of weights up to"
+                    f" {float(block.abs().max()):.2g}, got {scale_dtype}"
+                )
+            qdata.append(pack_rows(q.reshape(-1, groups * width)[:, :k], bits))
+            scales.append(s)
+        return QuantizedWeight(
+            torch.cat(qdata),
+            torch.cat(scales),
+            torch.cat(zeros) if zeros else None,
+            bits,
+            size,
+            (n, k),
+        )
+    except FAILURES as error:
+        raise explained(error, quantize_weight, locals()) from None
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

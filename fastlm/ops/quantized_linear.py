@@ -1,5 +1,7 @@
 """x @ W^T with an int8 or int4 W: W4A16, W8A16, W4A8, W8A8."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.quant.weight import QuantizedWeight
 
 
@@ -32,36 +35,39 @@ def quantized_linear(
     Raises:
         InputError: sizes, dtypes or devices that do not fit.
     """
-    if not isinstance(qweight, QuantizedWeight):
-        raise InputError(f"qweight: wanted a QuantizedWeight, got {type(qweight).__name__}")
-    n, k = qweight.shape
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise InputError(
-            f"x: wanted shape (..., {k}) for a weight of ({n}, {k}), got {tuple(x.shape)}"
+    try:
+        if not isinstance(qweight, QuantizedWeight):
+            raise InputError(f"qweight: wanted a QuantizedWeight, got {type(qweight).__name__}")
+        n, k = qweight.shape
+        if x.dim() == 0 or x.shape[-1] != k:
+            raise InputError(
+                f"x: wanted shape (..., {k}) for a weight of ({n}, {k}), got {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise InputError(f"x: wanted a float dtype, got {x.dtype}")
+        if x.device != qweight.qdata.device:
+            raise InputError(f"x: wanted device {qweight.qdata.device} as qweight, got {x.device}")
+        if act_bits not in (8, 16):
+            raise InputError(f"act_bits: wanted 8 or 16, got {act_bits!r}")
+        if bias is not None and (
+            bias.shape != (n,) or not bias.is_floating_point() or bias.device != x.device
+        ):
+            raise InputError(
+                f"bias: wanted a float tensor ({n},) on {x.device},"
+                f" got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+            )
+        return _forward(
+            x,
+            qweight.qdata,
+            qweight.scales,
+            qweight.zeros,
+            bias,
+            qweight.bits,
+            qweight.group_size,
+            act_bits,
         )
-    if not x.is_floating_point():
-        raise InputError(f"x: wanted a float dtype, got {x.dtype}")
-    if x.device != qweight.qdata.device:
-        raise InputError(f"x: wanted device {qweight.qdata.device} as qweight, got {x.device}")
-    if act_bits not in (8, 16):
-        raise InputError(f"act_bits: wanted 8 or 16, got {act_bits!r}")
-    if bias is not None and (
-        bias.shape != (n,) or not bias.is_floating_point() or bias.device != x.device
-    ):
-        raise InputError(
-            f"bias: wanted a float tensor ({n},) on {x.device},"
-            f" got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
-        )
-    return _forward(
-        x,
-        qweight.qdata,
-        qweight.scales,
-        qweight.zeros,
-        bias,
-        qweight.bits,
-        qweight.group_size,
-        act_bits,
-    )
+    except FAILURES as error:
+        raise explained(error, quantized_linear, locals()) from None
 
 
 def _forward_fake(
@@ -87,6 +93,14 @@ def _backward_fake(
     k: int,
 ) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], k)
+
+
+def _flops(x, qdata, *_, **__):
+    return 2 * math.prod(x) * qdata[0]
+
+
+def _backward_flops(dy, qdata, scales, zeros, bits, group_size, k, **_):
+    return 2 * math.prod(dy) * k
 
 
 # One row of so many columns is arranged on the stack (ON_STACK of quantized_dot.h) whatever the
@@ -173,6 +187,7 @@ _forward = register(
     },
     setup_context=_setup_context,
     backward=_autograd_backward,
+    flops=_flops,
 )
 _backward = register(
     "quantized_linear_backward(Tensor dy, Tensor qdata, Tensor scales, Tensor? zeros, int bits,"
@@ -183,6 +198,7 @@ _backward = register(
         "cpu": _cpu_backward,
         "triton": Kernel("quantized_linear", "quantized_linear_backward"),
     },
+    flops=_backward_flops,
 )
 
 

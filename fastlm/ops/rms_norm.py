@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, register
+from fastlm.backend import CudaKernel, Kernel, promoted, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.ops.wrong_type import FAILURES, explained
 
 _BLOCK_ROWS = 64  # rows per partial sum of the weight's gradient, as in csrc/cpu/rms_norm.h
 
@@ -28,7 +29,7 @@ def rms_norm(
         weight: (H,), any float dtype.
         eps: added to the mean square.
         residual: like x. The sum is rounded to x's dtype before it is normalised, as two separate
-            ops would.
+            ops would. Under ``torch.autocast`` x and residual of two dtypes take the wider one.
         offset: 1.0 for Gemma, whose weights are stored minus one.
 
     Statistics and products are float32. Forward reads x (and residual) once and writes y (and h)
@@ -38,28 +39,33 @@ def rms_norm(
         InputError: H is 0 or not the weight's size, or residual differs from x in shape, dtype or
             device.
     """
-    if not x.is_floating_point():
-        raise InputError(f"x: wanted a float dtype, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise InputError(f"x: wanted shape (..., H), H >= 1, got {tuple(x.shape)}")
-    if weight.shape != x.shape[-1:]:
-        raise InputError(
-            f"weight: wanted shape (H,) = the last dimension of x {tuple(x.shape)},"
-            f" got {tuple(weight.shape)}"
-        )
-    if weight.device != x.device or not weight.is_floating_point():
-        raise InputError(
-            f"weight: wanted floats on {x.device} as x, got {weight.dtype} on {weight.device}"
-        )
-    if residual is not None and (
-        residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
-    ):
-        raise InputError(
-            f"residual: wanted {x.dtype} of shape {tuple(x.shape)} as x on {x.device},"
-            f" got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
-        )
-    y, h, _ = _forward(x, residual, weight, eps, offset)
-    return y if residual is None else (y, h)
+    try:
+        if not x.is_floating_point():
+            raise InputError(f"x: wanted a float dtype, got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] == 0:
+            raise InputError(f"x: wanted shape (..., H), H >= 1, got {tuple(x.shape)}")
+        if weight.shape != x.shape[-1:]:
+            raise InputError(
+                f"weight: wanted shape (H,) = the last dimension of x {tuple(x.shape)},"
+                f" got {tuple(weight.shape)}"
+            )
+        if weight.device != x.device or not weight.is_floating_point():
+            raise InputError(
+                f"weight: wanted floats on {x.device} as x, got {weight.dtype} on {weight.device}"
+            )
+        if residual is not None and residual.dtype != x.dtype:
+            x, residual = promoted(x, residual)
+        if residual is not None and (
+            residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
+        ):
+            raise InputError(
+                f"residual: wanted {x.dtype} of shape {tuple(x.shape)} as x on {x.device},"
+                f" got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
+            )
+        y, h, _ = _forward(x, residual, weight, eps, offset)
+        return y if residual is None else (y, h)
+    except FAILURES as error:
+        raise explained(error, rms_norm, locals()) from None
 
 
 def _forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):

@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, register
+from fastlm.backend import CudaKernel, Kernel, is_eager, promoted, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.ops.wrong_type import FAILURES, explained
 
 
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x * cos + rotate(x) * sin`` for the first R elements of every head of q and k; the rest
     passes through. ``rotate`` is
@@ -25,54 +32,87 @@ def rope(
 
     Args:
         q: (B, H, S, D), any strides, float32, bfloat16 or float16 (float64 on the reference).
-        k: (B, Hkv, S, D), any strides, dtype of q.
+        k: (B, Hkv, S, D), any strides, dtype of q. Under ``torch.autocast`` q and k of two dtypes
+            take the wider one.
         cos, sin: (S, R), (1, S, R) or (B, S, R), any float dtype, R even and at most D. R < D is a
             partial rotation. These are what Hugging Face's rotary embeddings return: every angle
             stands twice, as ``cat(f, f)`` for half-split and ``repeat_interleave(f, 2)`` for
-            interleaved. Tables of R/2 angles are not taken: they would look like a partial
-            rotation. They get no gradient.
+            interleaved. They get no gradient.
+        rotary_dim: R, said where it is less than D. Unsaid, tables of R = D / 2 could be those of a
+            whole rotation with every angle once, as Llama's own code has them: they are refused
+            unless every angle stands twice. That reads them; where values cannot be read (a GPU,
+            torch.compile) the result is NaN instead of a refusal.
 
     Products and sums are float32, rounded once. Each element is read once and written once; the
     results have the memory order of q and k.
 
     Raises:
-        InputError: shapes or dtypes differ, R is odd or wider than D, the tables require grad.
+        InputError: shapes or dtypes differ, R is odd, wider than D or not rotary_dim, the tables
+            require grad or have every angle once.
     """
-    if q.dim() != 4 or not q.is_floating_point():
-        raise InputError(f"q: wanted floats (B, H, S, D), got {q.dtype} {tuple(q.shape)}")
-    batch, _, length, width = q.shape
-    if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
+    try:
+        if q.dim() != 4 or not q.is_floating_point():
+            raise InputError(f"q: wanted floats (B, H, S, D), got {q.dtype} {tuple(q.shape)}")
+        batch, _, length, width = q.shape
+        if k.dtype != q.dtype:
+            q, k = promoted(q, k)
+        if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
+            raise InputError(
+                f"k: wanted {q.dtype} (B, Hkv, S, D) with B, S, D of q {tuple(q.shape)},"
+                f" got {k.dtype} {tuple(k.shape)}"
+            )
+        if (
+            cos.dim() not in (2, 3)
+            or cos.shape[-2] != length
+            or (cos.dim() == 3 and cos.shape[0] != 1 and cos.shape[0] != batch)
+        ):
+            raise InputError(
+                f"cos: wanted (S, R), (1, S, R) or (B, S, R) with B, S of q {tuple(q.shape)},"
+                f" got {tuple(cos.shape)}"
+            )
+        turned = cos.shape[-1]
+        if turned % 2 or turned > width:
+            raise InputError(f"cos: wanted an even width R <= D = {width}, got {turned}")
+        if rotary_dim is not None and turned != rotary_dim:
+            raise InputError(f"cos: wanted width rotary_dim = {rotary_dim}, got {turned}")
+        if sin.shape != cos.shape or sin.dtype != cos.dtype:
+            raise InputError(
+                f"sin: wanted {cos.dtype} {tuple(cos.shape)} as cos,"
+                f" got {sin.dtype} {tuple(sin.shape)}"
+            )
+        if not cos.is_floating_point():
+            raise InputError(f"cos: wanted a float dtype, got {cos.dtype}")
+        if cos.requires_grad or sin.requires_grad:
+            raise InputError(
+                "cos, sin: wanted tables without gradient (detach them), got requires_grad"
+            )
+        if k.device != q.device or cos.device != q.device or sin.device != q.device:
+            raise InputError(
+                f"k, cos, sin: wanted device {q.device} as q,"
+                f" got {k.device}, {cos.device}, {sin.device}"
+            )
+        if rotary_dim is None and 2 * turned == width:
+            cos = _with_every_angle_twice(cos, interleaved)
+        return _rope(_dense(q), _dense(k), cos, sin, interleaved, False)
+    except FAILURES as error:
+        raise explained(error, rope, locals()) from None
+
+
+def _with_every_angle_twice(cos: Tensor, interleaved: bool) -> Tensor:
+    """cos, or where it may not be looked at and has every angle once, NaN."""
+    half = cos.shape[-1] // 2
+    first, second = (
+        (cos[..., ::2], cos[..., 1::2]) if interleaved else (cos[..., :half], cos[..., half:])
+    )
+    if not cos.is_cpu or not is_eager(cos):
+        return cos.where((first == second).all(), torch.nan)
+    if not torch.equal(first, second):
+        twice = "cos.repeat_interleave(2, -1)" if interleaved else "torch.cat((cos, cos), -1)"
         raise InputError(
-            f"k: wanted {q.dtype} (B, Hkv, S, D) with B, S, D of q {tuple(q.shape)},"
-            f" got {k.dtype} {tuple(k.shape)}"
+            f"cos: wanted every angle twice ({twice}), or rotary_dim={2 * half} said,"
+            f" got {tuple(cos.shape)} with every angle once for D = {4 * half}"
         )
-    if (
-        cos.dim() not in (2, 3)
-        or cos.shape[-2] != length
-        or (cos.dim() == 3 and cos.shape[0] != 1 and cos.shape[0] != batch)
-    ):
-        raise InputError(
-            f"cos: wanted (S, R), (1, S, R) or (B, S, R) with B, S of q {tuple(q.shape)},"
-            f" got {tuple(cos.shape)}"
-        )
-    if cos.shape[-1] % 2 or cos.shape[-1] > width:
-        raise InputError(f"cos: wanted an even width R <= D = {width}, got {cos.shape[-1]}")
-    if sin.shape != cos.shape or sin.dtype != cos.dtype:
-        raise InputError(
-            f"sin: wanted {cos.dtype} {tuple(cos.shape)} as cos, got {sin.dtype} {tuple(sin.shape)}"
-        )
-    if not cos.is_floating_point():
-        raise InputError(f"cos: wanted a float dtype, got {cos.dtype}")
-    if cos.requires_grad or sin.requires_grad:
-        raise InputError(
-            "cos, sin: wanted tables without gradient (detach them), got requires_grad"
-        )
-    if k.device != q.device or cos.device != q.device or sin.device != q.device:
-        raise InputError(
-            f"k, cos, sin: wanted device {q.device} as q,"
-            f" got {k.device}, {cos.device}, {sin.device}"
-        )
-    return _rope(_dense(q), _dense(k), cos, sin, interleaved, False)
+    return cos
 
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool):

@@ -6,8 +6,10 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.backend import Kernel, autocast, autocast_somewhere, register
 from fastlm.errors import InputError
+from fastlm.flops import has_values
 from fastlm.ops.attention import (
     NUMBERS,
+    as_int32,
     backward_fake,
     check_options,
     cpu_backward,
@@ -15,6 +17,7 @@ from fastlm.ops.attention import (
     dropout_seed,
     wide_dtype,
 )
+from fastlm.ops.wrong_type import FAILURES, explained
 
 
 def varlen_attention(
@@ -52,45 +55,50 @@ def varlen_attention(
         InputError: as `attention`; on the CPU, when the offsets do not rise from 0 to the total
             (a GPU would have to be waited for; its kernels stay inside the tensors).
     """
-    if autocast_somewhere():
-        q, k, v = autocast(q, k, v)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 3:
-            raise InputError(f"{name}: wanted 3 dimensions (total, heads, D), got {tuple(t.shape)}")
-    if v.shape[:2] != k.shape[:2]:
-        raise InputError(
-            f"v: wanted (total_k, Hkv, Dv) as k {tuple(k.shape)}, got {tuple(v.shape)}"
-        )
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if t.dim() != 1 or t.dtype not in (torch.int32, torch.int64) or t.device != q.device:
+    try:
+        if autocast_somewhere():
+            q, k, v = autocast(q, k, v)
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if t.dim() != 3:
+                raise InputError(
+                    f"{name}: wanted 3 dimensions (total, heads, D), got {tuple(t.shape)}"
+                )
+        if v.shape[:2] != k.shape[:2]:
             raise InputError(
-                f"{name}: wanted (B + 1,) int32 on {q.device},"
-                f" got {t.dtype} {tuple(t.shape)} on {t.device}"
+                f"v: wanted (total_k, Hkv, Dv) as k {tuple(k.shape)}, got {tuple(v.shape)}"
             )
-    if cu_seqlens_k.shape != cu_seqlens_q.shape or cu_seqlens_q.shape[0] == 0:
-        raise InputError(
-            f"cu_seqlens_k: wanted (B + 1,) as cu_seqlens_q {tuple(cu_seqlens_q.shape)},"
-            f" got {tuple(cu_seqlens_k.shape)}"
-        )
-    batch = cu_seqlens_q.shape[0] - 1
-    if bias is None:
-        bias_shape = (batch, q.shape[1], 1, 1)
-    else:  # its last two sizes are checked where the offsets are read
-        bias_shape = (batch, q.shape[1], *(1, 1, *bias.shape)[-2:])
-    options = check_options(
-        q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes, bias,
-        bias_shape,
-    )  # fmt: skip
-    seed = dropout_seed(dropout_p, q)
-    out, lse = _forward(
-        q, k, v, cu_seqlens_q.int(), cu_seqlens_k.int(), *options[:3], seed,
-        q.shape[0] if max_seqlen_q is None else max_seqlen_q,
-        k.shape[0] if max_seqlen_k is None else max_seqlen_k,
-        *options[3:], float(dropout_p),
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens_q
+        for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if t.dim() != 1 or t.dtype not in (torch.int32, torch.int64) or t.device != q.device:
+                raise InputError(
+                    f"{name}: wanted (B + 1,) int32 on {q.device},"
+                    f" got {t.dtype} {tuple(t.shape)} on {t.device}"
+                )
+        if cu_seqlens_k.shape != cu_seqlens_q.shape or cu_seqlens_q.shape[0] == 0:
+            raise InputError(
+                f"cu_seqlens_k: wanted (B + 1,) as cu_seqlens_q {tuple(cu_seqlens_q.shape)},"
+                f" got {tuple(cu_seqlens_k.shape)}"
+            )
+        batch = cu_seqlens_q.shape[0] - 1
+        if bias is None:
+            bias_shape = (batch, q.shape[1], 1, 1)
+        else:  # its last two sizes are checked where the offsets are read
+            bias_shape = (batch, q.shape[1], *(1, 1, *bias.shape)[-2:])
+        options = check_options(
+            q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes,
+            bias, bias_shape,
+        )  # fmt: skip
+        seed = dropout_seed(dropout_p, q)
+        out, lse = _forward(
+            q, k, v, as_int32(cu_seqlens_q), as_int32(cu_seqlens_k), *options[:3], seed,
+            q.shape[0] if max_seqlen_q is None else max_seqlen_q,
+            k.shape[0] if max_seqlen_k is None else max_seqlen_k,
+            *options[3:], float(dropout_p),
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    except FAILURES as error:
+        raise explained(error, varlen_attention, locals()) from None
 
 
 def _forward_fake(q, k, v, *_):
@@ -155,6 +163,21 @@ def _autograd_backward(ctx, dout, dlse):
     )
 
 
+def _pairs(cu_q, cu_k, sinks, alibi_slopes, bias, seed, longest_q, longest_k, *_):
+    """Queries times keys of all sequences, the longest where their lengths cannot be read."""
+    if not has_values(cu_q):
+        return (cu_q.shape[0] - 1) * longest_q * longest_k
+    return int((cu_q.diff().long() * cu_k.diff()).sum())
+
+
+def _flops(q, k, v, *layout, **_):
+    return 2 * q.shape[1] * _pairs(*layout) * (q.shape[2] + v.shape[2])
+
+
+def _backward_flops(dout, dlse, q, k, v, out, lse, *layout, **_):
+    return 2 * q.shape[1] * _pairs(*layout) * (3 * q.shape[2] + 2 * v.shape[2])
+
+
 _NUMBERS = f"SymInt max_seqlen_q, SymInt max_seqlen_k, {NUMBERS}"
 _forward = register(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
@@ -168,6 +191,7 @@ _forward = register(
     },
     setup_context=_setup_context,
     backward=_autograd_backward,
+    flops_by_values=_flops,
 )
 _backward = register(
     "varlen_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
@@ -181,4 +205,5 @@ _backward = register(
         "triton": Kernel("varlen_attention", "varlen_attention_backward"),
     },
     picked_by=2,
+    flops_by_values=_backward_flops,
 )

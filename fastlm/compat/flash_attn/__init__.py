@@ -425,8 +425,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor, interleaved: bo
     for table in (cos, sin):
         half = F.embedding(place, table)
         tables.append(half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1))
-    heads = x.transpose(1, 2)
-    turned, _ = rope(heads, heads[:, :0], *tables, interleaved=interleaved)
+    heads, turns = x.transpose(1, 2), 2 * cos.shape[1]
+    turned, _ = rope(heads, heads[:, :0], *tables, interleaved=interleaved, rotary_dim=turns)
     return turned.transpose(1, 2)
 
 

@@ -283,7 +283,7 @@ def liger_rotary_pos_emb(
             half = table[..., : rotary_dim // 2]
             table = torch.cat((half, half), -1)
         tables.append(table)
-    return rope(q, k, *tables)
+    return rope(q, k, *tables, rotary_dim=rotary_dim)
 
 
 def liger_rope(

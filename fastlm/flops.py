@@ -1,0 +1,64 @@
+"""FLOP formulas of the ops for ``torch.utils.flop_counter.FlopCounterMode``.
+
+As torch counts: 2 m n k for a product, causality and windows not taken off, what a backward
+recomputes counted; element-wise ops are 0. Each op's formula is in its own file.
+
+torch.utils.flop_counter brings Triton's runtime, 0.2 to 0.3 s of an import: formulas are handed to
+it when somebody imports it.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+from torch import Tensor
+
+_COUNTER = "torch.utils.flop_counter"
+_formulas: list[tuple[Any, Callable, bool]] = []
+
+
+def add(packet: Any, formula: Callable, *, raw: bool = False) -> None:
+    """`formula` takes the operator's arguments, tensors as shapes (`raw`: as they are)."""
+    _formulas.append((packet, formula, raw))
+    if _COUNTER in sys.modules and _hook not in sys.meta_path:
+        _register(sys.modules[_COUNTER])
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether lengths can be read: not under FakeTensorMode."""
+    from torch._subclasses import FakeTensor
+
+    return not t.is_meta and not isinstance(t, FakeTensor)
+
+
+def _register(counter: Any) -> None:
+    for packet, formula, raw in _formulas:
+        counter.register_flop_formula(packet, get_raw=raw)(formula)
+    _formulas.clear()
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds torch.utils.flop_counter as everybody does, and registers after its code has run."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+_hook = _WhenImported()
+if _COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _hook)

@@ -1,0 +1,167 @@
+"""What an op does where its call is transformed: ``torch.func`` and forward-mode AD.
+
+- Forward-mode AD (``torch.func.jvp``, ``jacfwd``, ``linearize``, ``forward_ad``) runs the op's
+  definition: torch differentiates plain PyTorch in every direction, so ``hessian`` works too.
+- ``grad``, ``vjp``, ``jacrev`` and ``vmap`` run the kernels and the op's own derivative; ``vmap``
+  calls them once a sample.
+
+Rejected: a forward-mode formula for each op, which would be a third statement of the same function.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._compile import _disable_dynamo
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# The innermost transform of torch.func, or None.
+innermost: Callable[[], Any] = _functorch.peek_interpreter_stack
+
+
+def carries_tangent(args: tuple) -> bool:
+    """Whether forward-mode AD looks at one of these."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+    )
+
+
+def wants_gradient(t: Tensor) -> bool:
+    """Whether a backward through an op on `t` may come. A transform's wrappers know of one level
+    only."""
+    return (t.requires_grad and torch.is_grad_enabled()) or innermost() is not None
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` records this."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """What is made inside is a constant to ``torch.jit.trace``."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def transformed(
+    operator: Any, definition: Callable, setup_context: Callable | None, backward: Callable
+) -> Callable:
+    """What a call runs whose tensors are not plain, or which something traces or transforms."""
+    name = operator._schema.name
+    function = _function(operator, setup_context, backward)
+
+    def call(*args: Any) -> Any:
+        transform = innermost()
+        if transform is None and not carries_tangent(args):
+            return operator(*args)
+        if operator._schema.is_mutable:
+            raise NotImplementedError(f"{name} writes its arguments: no transform serves it")
+        return definition(*args) if forward_ad._current_level >= 0 else function.apply(*args)
+
+    return call
+
+
+def register_derivative(
+    library: torch.library.Library, operator: Any, setup: Callable | None, backward: Callable
+) -> None:
+    """``torch.library.register_autograd`` and ``register_vmap``; what the former would answer with
+    zeros or an advice to us is refused.
+    """
+    name = operator._schema.name
+    derivative = make_autograd_impl(operator, Info(backward, setup))
+
+    @_disable_dynamo  # which would answer the questions below for the trace
+    def autograd(keyset: Any, *args: Any) -> Any:
+        transform = innermost()
+        inside = transform is not None and transform.key() in (
+            _functorch.TransformType.Grad,
+            _functorch.TransformType.Jvp,
+        )
+        if inside or carries_tangent(args):
+            raise NotImplementedError(
+                f"{name}: under torch.func and forward-mode AD call fastlm.ops, and not inside"
+                " torch.compile"
+            )
+        return derivative(keyset, *args)
+
+    library.impl(operator._opname, autograd, "Autograd", with_keyset=True)
+    torch.library.register_vmap(name, _sample_by_sample(operator), lib=library)
+
+
+def _function(operator: Any, setup_context: Callable | None, backward: Callable) -> Any:
+    """The operator as torch.func wants it."""
+
+    def context(ctx: Any, inputs: Any, output: Any) -> None:
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    def alive(ctx: Any, *grads: Any) -> Any:
+        return backward(_Alive(ctx), *grads)
+
+    methods = {
+        "forward": lambda *args: operator(*args),
+        "setup_context": context,
+        "backward": alive,
+        "vmap": _sample_by_sample(lambda *args: function.apply(*args)),
+    }
+    function: Any = type(
+        operator._opname,
+        (torch.autograd.Function,),
+        {k: staticmethod(v) for k, v in methods.items()},
+    )
+    return function
+
+
+class _Alive:
+    """A ctx whose saved tensors are what is in the wrappers of a transform that is over."""
+
+    def __init__(self, ctx: Any):
+        self._ctx = ctx
+        self.saved_tensors = unwrap_dead_wrappers(ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _sample_by_sample(function: Callable) -> Callable:
+    """A rule of vmap: one call a sample."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        if info.batch_size == 0:
+            raise NotImplementedError("vmap of fastlm's ops: wanted at least one sample, got 0")
+        samples = [
+            function(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        return tuple(torch.stack(outputs) for outputs in zip(*samples)), (0,) * len(samples[0])
+
+    return rule
+
+
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
+
+
+def in_batched_backward() -> bool:
+    """Whether this is a backward of ``torch.autograd.grad(..., is_grads_batched=True)``, whose
+    tensors look plain."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+
+
+class Dispatching(TorchDispatchMode):
+    """Context: ops go through torch's dispatcher, which takes such tensors apart."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
