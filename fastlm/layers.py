@@ -195,10 +195,10 @@ class RMSNorm(nn.Module):
         """
         if not _keeping(x):
             return nullcontext()
-        summed, weight = summed.detach(), self.weight.detach()
+        summed, weight, dtype = summed.detach(), self.weight.detach(), x.dtype
 
-        def make() -> Tensor:
-            return _only(rms_norm(summed, weight, self.eps, offset=self.offset)).to(x.dtype)
+        def make() -> Tensor:  # without x, which it would keep
+            return _only(rms_norm(summed, weight, self.eps, offset=self.offset)).to(dtype)
 
         return made_again(x, make)
 
