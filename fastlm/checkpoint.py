@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastlm.architectures import check_tensors, config_of
 from fastlm.errors import InputError
-from fastlm.files import make_folder, reason, save_atomic
+from fastlm.files import make_folder, open_regular, read_json, reason, save_atomic
 from fastlm.gguf_file import GGUFFile
 from fastlm.gguf_models import load_gguf
 from fastlm.quant.model import describe
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = (CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors")
-MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
 PARTS = ("qdata", "scales", "zeros")  # of a quantized weight, under its module's name
 DTYPES = ("F32", "BF16", "F16", "F64")  # of weights, as safetensors writes them
 PACKED_DTYPES = ("U8", "I8")
@@ -213,19 +212,6 @@ def _locate(path: Path) -> Path:
     raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, got {came}")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. InputError: unreadable, too large, something else."""
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{file}: wanted at most {MAX_JSON_BYTES} bytes of JSON")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 alike
-        raise InputError(f"{file}: wanted readable JSON, got: {reason(error)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: wanted a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _open(file: Path) -> Any:
     if not file.is_file():
         raise InputError(f"{file}: wanted a safetensors file, got none")
@@ -395,5 +381,5 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

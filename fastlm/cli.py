@@ -231,8 +231,8 @@ def pretrain(
     import torch
 
     from fastlm.architectures import config_of
-    from fastlm.checkpoint import read_json
     from fastlm.data.shards import BatchSampler, TokenDataset
+    from fastlm.files import read_json
     from fastlm.model import CausalLM
     from fastlm.tokenizer import Tokenizer
     from fastlm.train.loop import TrainOptions
