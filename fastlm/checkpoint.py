@@ -88,7 +88,9 @@ def save_hf(
     ``max_shard_bytes`` (a single larger tensor gets its own) with their index.
 
     A QuantizedWeight named ``X.weight`` is stored as ``X.qdata``, ``X.scales`` and ``X.zeros``, and
-    config.json gets a ``quantization_config`` unless it has one. Other files of an existing folder
+    config.json gets a ``quantization_config`` unless it has one. There its content stands under
+    ``fastlm`` and has no ``quant_method`` beside it: transformers refuses such a file, and would
+    open one of an unknown method with random weights. Other files of an existing folder
     stay. The folder is replaced as a whole, or not at all (see ``save_atomic``).
     """
     if max_shard_bytes < 1:
@@ -107,6 +109,8 @@ def save_hf(
             tensors[name] = value
     if quantized and "quantization_config" not in config:
         config["quantization_config"] = _describe(quantized)
+    if "quantization_config" in config:
+        config["quantization_config"] = {"fastlm": config["quantization_config"]}
 
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
@@ -251,6 +255,8 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     config = read_json(folder / CONFIG)
     model = config_of(config, folder / CONFIG)
     quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and "fastlm" in quantization:  # not in folders before 0.2
+        quantization = config["quantization_config"] = quantization["fastlm"]
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if quantization is not None and method != "fastlm":
         raise InputError(
@@ -297,9 +303,10 @@ def _layouts(quantization: Any, where: Path) -> dict[str, Layout]:
     for name, entry in modules.items() if isinstance(modules, dict) else ():
         try:
             bits, group_size, (n, k) = entry["bits"], entry["group_size"], entry["shape"]
-        except (TypeError, KeyError, ValueError):
-            bits = group_size = n = k = None
-        if not all(type(value) is int for value in (bits, group_size, n, k)):
+            act_bits = entry.get("act_bits", 16)
+        except (TypeError, KeyError, ValueError, AttributeError):
+            bits = group_size = n = k = act_bits = None
+        if not all(type(value) is int for value in (bits, group_size, n, k, act_bits)):
             raise InputError(
                 f"{where}: quantization_config: {name}: wanted bits, group_size and a shape of two "
                 f"integers, got {entry!r:.100}"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, reason, save_atomic
+from fastlm.files import make_folder, parse_json, read_text, reason, save_atomic
 
 PREVIOUS = "previous"
 COMING, GOING = ".previous.new", ".previous.old"
@@ -47,7 +47,7 @@ def finish_moving(out: Path) -> None:
     moves = coming / MOVES
     try:
         if moves.exists():
-            for name in json.loads(moves.read_text("utf-8")):
+            for name in _names(moves):
                 if (out / name).exists():
                     os.rename(out / name, coming / name)
             if previous.exists():
@@ -60,6 +60,15 @@ def finish_moving(out: Path) -> None:
     except OSError as error:
         where = error.filename or out
         raise InputError(f"{where}: cannot be set aside: {reason(error)}") from error
+
+
+def _names(moves: Path) -> list[str]:
+    names = parse_json(read_text(moves), moves)
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and name == Path(name).name for name in names
+    ):
+        raise InputError(f"{moves}: wanted a list of names of this folder, got {names!r:.100}")
+    return names
 
 
 def _remove(folder: Path) -> None:

@@ -13,7 +13,7 @@ them as transformers does.
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from tokenizers.models import BPE
 
 from fastlm import chat_template, gguf_vocab
 from fastlm.errors import InputError
-from fastlm.files import make_folder, read_json, read_text, reason, save_atomic
+from fastlm.files import make_folder, read_json, read_text, save_atomic
+from fastlm.gguf_vocab import library
 from fastlm.progress import Track, silent
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -90,7 +91,7 @@ class Tokenizer:
         object).
         """
         # a file whose merges and vocabulary disagree gets this far
-        twin = _library(tokenizers.Tokenizer.from_str, self._backend.to_str())
+        twin = library(tokenizers.Tokenizer.from_str, self._backend.to_str())
         twin.encode_special_tokens = True
         return twin
 
@@ -158,7 +159,7 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         text = read_text(file, MAX_JSON_BYTES)
         try:
-            backend = _library(tokenizers.Tokenizer.from_str, text)
+            backend = library(tokenizers.Tokenizer.from_str, text)
         except InputError as error:
             raise InputError(f"{file}: wanted a tokenizer.json, got: {error}") from error
         config, legacy = (
@@ -200,13 +201,13 @@ class Tokenizer:
         """Ids of ``text``. ``special=True`` is what transformers' ``encode`` gives: special tokens
         in the text become their ids, and BOS/EOS are added where the tokenizer says so."""
         backend = self._backend if special else self._text_backend
-        ids = _library(backend.encode, _valid(text), add_special_tokens=special).ids
+        ids = library(backend.encode, _valid(text), add_special_tokens=special).ids
         return ids if special else self._checked(ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, on all cores."""
         valid = [_valid(text) for text in texts]
-        batch = _library(self._text_backend.encode_batch_fast, valid, add_special_tokens=False)
+        batch = library(self._text_backend.encode_batch_fast, valid, add_special_tokens=False)
         return [self._checked(encoding.ids) for encoding in batch]
 
     def _checked(self, ids: list[int]) -> list[int]:
@@ -289,7 +290,7 @@ class Tokenizer:
             for start, end in own
             for match in (re.finditer(names, text[start:end]) if names else ())
         ]
-        encoding = _library(self._backend.encode, text, add_special_tokens=False)
+        encoding = library(self._backend.encode, text, add_special_tokens=False)
         found = [span for i, span in zip(encoding.ids, encoding.offsets) if i in self._reserved]
         # an offset may include spaces that the token takes in
         if len(found) == len(written) and all(
@@ -361,17 +362,6 @@ def _sentencepiece_bytes(token: str) -> bytes:
     if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
         return bytes([int(match[1], 16)])
     return token.replace("▁", " ").encode()
-
-
-def _library(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """A call into ``tokenizers``, which raises bare Exception, and where Rust panics something that
-    is not even one."""
-    try:
-        return call(*arguments, **options)
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise InputError(f"tokenizer: wanted a consistent one, got: {reason(error):.200}") from None
 
 
 def _valid(text: str) -> str:
