@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +20,7 @@ from fastlm.errors import InputError
 MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BufferedReader:
     """``path`` to read. OSError: not readable, or no regular file (a pipe would block for ever)."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):

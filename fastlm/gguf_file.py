@@ -57,10 +57,10 @@ SCALARS = {
 }
 STRING, ARRAY = 8, 9
 KINDS = {  # what a metadata value is in Python -> its name in a message
-    int: "a whole number",
-    float: "a number with a fraction",
-    bool: "true or false",
-    str: "a text",
+    int: "one int",
+    float: "one float",
+    bool: "one bool",
+    str: "one text",
     list: "a list of texts",
     np.ndarray: "a list of numbers",
 }
@@ -209,7 +209,7 @@ class GGUFFile:
     def need(self, key: str, kind: type[T]) -> T:
         """``get`` of what must be there."""
         if key not in self.metadata:
-            raise InputError(f"{self.path}: {key}: wanted {KINDS[kind]}, got none")
+            raise InputError(f"{self.path}: {key}: wanted {KINDS[kind]}, got None")
         return self.get(key, kind)
 
     def _entry(self, cursor: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:

@@ -94,13 +94,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         # the shortest decimal of the file's float32: 1e-05, as config.json had it
         return float(str(np.float32(value)))
 
-    def size(key: str, default: int | None = None) -> int:
-        value = get(key, int, default)
-        if value is None or value < 1:
-            raise InputError(
-                f"{file.path}: {architecture}.{key}: wanted a positive whole number, got {value}"
-            )
-        return value
+    def number(key: str) -> int:
+        return file.need(f"{architecture}.{key}", int)
 
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{file.path}: wanted a tensor token_embd.weight, got none")
@@ -111,16 +106,16 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         model_type = "mistral"  # llama.cpp files Mistral under llama
     if model_type == "olmo2" and window:
         raise InputError(f"{file.path}: general.architecture: wanted olmo2, got olmo3 (windowed)")
-    hidden, heads = size("embedding_length"), size("attention.head_count")
-    layers = size("block_count")
-    if layers > MAX_LAYERS:  # before lists of that length are made
+    hidden, heads = number("embedding_length"), number("attention.head_count")
+    layers = number("block_count")
+    if not 0 < layers <= MAX_LAYERS:  # before lists of that length are made
         raise InputError(
             f"{file.path}: {architecture}.block_count: wanted 1 to {MAX_LAYERS}, got {layers}"
         )
     rotary = get("rope.dimension_count")
     head_dim = get("attention.key_length")
     if head_dim is None:
-        head_dim = rotary if rotary and model_type != "phi3" else hidden // heads
+        head_dim = rotary if rotary and model_type != "phi3" else hidden // max(heads, 1)
     if head_dim < 2 or head_dim % 2:
         raise InputError(f"{file.path}: head size: wanted a positive even integer, got {head_dim}")
     theta = get("rope.freq_base", float, 10000.0)
@@ -134,12 +129,12 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "model_type": model_type,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
-        "intermediate_size": size("feed_forward_length"),
+        "intermediate_size": number("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": size("attention.head_count_kv", heads),
+        "num_key_value_heads": get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
-        "max_position_embeddings": size("context_length"),
+        "max_position_embeddings": number("context_length"),
         "rms_norm_eps": epsilon,
         "rope_theta": theta,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -162,20 +157,20 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         config["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(layers)]
     if model_type in NORM_PLUS_ONE:
         del config["hidden_act"]
-        config |= _gemma(model_type, config, get, size)
+        config |= _gemma(model_type, config, get, number)
     return config
 
 
-def _gemma(model_type: str, config: dict[str, Any], get: Any, size: Any) -> dict[str, Any]:
+def _gemma(model_type: str, config: dict[str, Any], get: Any, number: Any) -> dict[str, Any]:
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     # the file has no query scale: llama.cpp knows the 27B models by their layer count
     is_27b = layers == {"gemma2": 46, "gemma3_text": 62}[model_type]
-    scale = config["hidden_size"] // heads if is_27b else config["head_dim"]
+    scale = config["hidden_size"] // max(heads, 1) if is_27b else config["head_dim"]
     period = {"gemma2": 2, "gemma3_text": 6}[model_type]  # the last of each is global
     local = {} if model_type == "gemma2" else {"rope_local_base_freq": 10000.0}
     return {
         "hidden_activation": "gelu_pytorch_tanh",
-        "sliding_window": size("attention.sliding_window"),
+        "sliding_window": number("attention.sliding_window"),
         "query_pre_attn_scalar": scale,
         "layer_types": [
             "full_attention" if (i + 1) % period == 0 else "sliding_attention"

@@ -33,7 +33,7 @@ def set_aside(out: Path, names: Sequence[str], *, copies: Sequence[str]) -> Path
         )
     coming = make_folder(out / COMING)
     for name in copies:
-        if (out / name).exists():
+        if (out / name).is_file():
             text = (out / name).read_bytes()
             save_atomic(coming / name, lambda p, text=text: p.write_bytes(text))
     save_atomic(coming / MOVES, lambda p: p.write_text(json.dumps(list(names)), "utf-8"))

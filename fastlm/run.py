@@ -283,8 +283,11 @@ def _clear(out: Path, outputs: Sequence[str]) -> None:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One run at a time in a folder; the lock ends with the process."""
+    lock = out / ".lock"
+    if lock.exists() and not lock.is_file():  # a pipe would block
+        raise InputError(f"{lock}: wanted a file, got something else")
     try:
-        file = open(out / ".lock", "a")  # closed below
+        file = open(lock, "a")  # closed below
     except OSError as e:
         raise InputError(f"{out}: cannot be written: {e.strerror}") from e
     with file:
