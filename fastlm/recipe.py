@@ -129,6 +129,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     stage refuses.
     """
     path = Path(path)
+    if not path.exists():
+        raise InputError(f"recipe {path}: cannot be read: No such file or directory")
     try:
         table = _toml(read_text(path, MAX_BYTES))
     except InputError as e:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import tiny_recipe
 import zstandard
+from damage import changed, outcome
 from model_files import write_gguf
-from test_foreign_files import changed, outcome
 from typer.testing import CliRunner
 
 from fastlm.cli import app
