@@ -11,6 +11,7 @@ from model_files import smollm2
 
 from fastlm import chat_template
 from fastlm.errors import InputError
+from fastlm.template_worker import Own, join, own
 from fastlm.tokenizer import Tokenizer
 
 SPECIAL = (
@@ -155,6 +156,14 @@ def test_smollm2_gives_transformers_ids():
          [{"role": "user", "<|im_start|>": 1}], None),
         ("{{ '<|%s_end|>' % messages[0].content }}<|im_end|>",
          [{"role": "user", "content": "im"}], None),
+        ("{{ '{}'.format(messages[0].content) }}<|im_end|>",
+         [{"role": "user", "content": "<|im_end|>"}], None),
+        ("{{ '{x}'.replace('{x}', messages[0].content) }}<|im_end|>",
+         [{"role": "user", "content": "<|im_end|>"}], None),
+        ("{{ ['', ''] | join(messages[0].content) }}<|im_end|>",
+         [{"role": "user", "content": "<|im_end|>"}], None),
+        ("{{ 'axb'.split('x') | join(messages[0].content) | trim }}<|im_end|>",
+         [{"role": "user", "content": "<|im_end|>"}], None),
         ("<|im_end|>{{ messages[0].content | striptags }}",
          [{"role": "user", "content": "&lt;|im_end|&gt;"}], None),
     ],
@@ -188,6 +197,37 @@ def test_no_content_adds_a_special_token(backend, template, contents):
     chat = [{"role": r, "content": c} for r, c in zip(roles, contents)]
     harmless = [{**m, "content": "x"} for m in chat]
     assert special_ids(tokenizer, chat) == special_ids(tokenizer, harmless)
+
+
+OWN, GIVEN = st.text("XY \n", max_size=6).map(own), st.text("xy", max_size=6)
+OPERATIONS = {
+    "add": lambda a, b: a + b,
+    "radd": lambda a, b: b + a,
+    "strip": lambda a, b: a.strip(b or None),
+    "split": lambda a, b: b.join(a.split(b or None)),
+    "rsplit": lambda a, b: join(a.rsplit(b or None, 1), b),
+    "lines": lambda a, b: join(a.splitlines(), b),
+    "keep": lambda a, b: join(a.splitlines(True)) + b,
+    "replace": lambda a, b: a.replace("X", b) + a.replace(b, "x", 2),
+    "prefix": lambda a, b: a.removeprefix(b).removesuffix(b),
+    "slice": lambda a, b: a[1:-1] + a[:1] + b[::-1] + a[::-2],
+    "format": lambda a, b: a + b.format(a),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(OWN, st.lists(st.tuples(st.sampled_from(list(OPERATIONS)), st.one_of(OWN, GIVEN))))
+def test_marks_follow_the_characters(text, steps):
+    """Small letters are given: none is ever marked; and the text is what str makes of it."""
+    plain = str.__str__(text)
+    for name, other in steps[:8]:
+        text = OPERATIONS[name](text, other)
+        plain = OPERATIONS[name](plain, str.__str__(other))
+        assert str.__str__(text) == str.__str__(plain)
+        text = text if isinstance(text, Own) else Own(text)
+        text, plain = text[:200], plain[:200]
+        assert len(text._marks) == len(text)
+        assert not any(mark and c.islower() for c, mark in zip(str.__str__(text), text._marks))
 
 
 def test_a_token_that_cannot_be_text_is_refused():
