@@ -174,8 +174,8 @@ def test_an_id_of_two_to_the_31(model, tmp_path, where):
         Tokenizer.load(file)
 
 
-def test_an_id_that_panics_in_the_library(model, tmp_path):
-    """A merge whose result the vocabulary lacks; the library raises bare Exception or panics."""
+def test_a_tokenizer_that_fails_when_it_encodes(model, tmp_path):
+    """The library raises bare Exception there."""
     content = json.loads((model / "tokenizer.json").read_text())
     content["model"]["unk_token"] = "[UNK]"
     content["model"]["vocab"].pop("t")
