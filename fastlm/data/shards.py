@@ -14,39 +14,58 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from typing_extensions import TypedDict  # typing's is refused by pydantic below 3.12
 
 from fastlm.errors import InputError
 from fastlm.files import replacing
 from fastlm.progress import silent
+from fastlm.schema import checked, from_json
 
 if TYPE_CHECKING:
     from fastlm.tokenizer import Tokenizer
 
 INDEX = "index.json"
-FORMAT = "fastlm-shards-1"
+FORMAT: Literal["fastlm-shards-1"] = "fastlm-shards-1"
 ENCODE_BYTES = (
     1 << 20
 )  # a batch for the tokenizer's threads; larger ones gain nothing and hold more memory
 
 
+class Shard(TypedDict):
+    file: Annotated[str, Field(pattern=r"^[0-9]+\.bin$")]
+    tokens: PositiveInt
+    documents: PositiveInt
+    bytes_of_text: NonNegativeInt
+    sha256: str
+    starts_sha256: str
+
+
 @dataclass
 class ShardInfo:
-    """What index.json says.
+    """What index.json says."""
 
-    ``shards``: {file, tokens, documents, bytes_of_text, sha256, starts_sha256} each.
-    """
-
-    dtype: str
-    vocab_size: int
-    eos_id: int
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: PositiveInt
+    eos_id: NonNegativeInt
     tokens: int
     documents: int
     bytes_of_text: int
-    shards: list[dict[str, Any]]
+    shards: Annotated[list[Shard], Field(min_length=1)]
+    format: Literal["fastlm-shards-1"] = FORMAT
+
+
+class _SamplerState(TypedDict):
+    data: str
+    seed: int
+    seq_len: int
+    shuffle: bool
+    epoch: NonNegativeInt
+    position: int
 
 
 def write_shards(
@@ -72,11 +91,12 @@ def write_shards(
         )
     if shard_tokens < 1:
         raise InputError(f"shard_tokens: wanted 1 or more, got {shard_tokens}")
-    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    name_of_dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    dtype = np.dtype(name_of_dtype).newbyteorder("<")
     encoded = _encode(
         track(docs, "tokenizing", unit="documents"), tokenizer, vocab_size, eos_id, dtype
     )
-    shards: list[dict[str, Any]] = []
+    shards: list[Shard] = []
     following = next(encoded, None)
     if following is None:
         raise InputError("docs: wanted at least one document, got none")
@@ -106,12 +126,13 @@ def write_shards(
     for stale in set(out.glob("[0-9]*.bin")) - {out / s["file"] for s in shards}:
         stale.unlink()
         stale.with_suffix(".starts").unlink(missing_ok=True)
-    totals = {key: sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")}
+    totals = _totals(shards)
     info = ShardInfo(
-        dtype=dtype.name, vocab_size=vocab_size, eos_id=eos_id, shards=shards, **totals
-    )
+        dtype=name_of_dtype, vocab_size=vocab_size, eos_id=eos_id, tokens=totals["tokens"],
+        documents=totals["documents"], bytes_of_text=totals["bytes_of_text"], shards=shards,
+    )  # fmt: skip
     with replacing(out / INDEX) as f:
-        f.write(json.dumps({"format": FORMAT, **asdict(info)}, indent=1).encode())
+        f.write(json.dumps(asdict(info), indent=1).encode())
     return info
 
 
@@ -215,25 +236,28 @@ class TokenDataset:
         return np.concatenate(parts)
 
 
+def _totals(shards: list[Shard]) -> dict[str, int]:
+    return {key: sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")}
+
+
 def _load_index(path: Path) -> ShardInfo:
     file = path / INDEX
     try:
-        raw = json.loads(file.read_text("utf-8"))
-        if raw.pop("format", None) != FORMAT:
-            raise ValueError(f"format is not {FORMAT}")
-        info = ShardInfo(**raw)
-        if info.dtype not in ("uint16", "uint32") or not info.shards:
-            raise ValueError(f"dtype {info.dtype}, {len(info.shards)} shards")
-        for s in info.shards:
-            if Path(s["file"]).name != s["file"] or s["tokens"] < 1 or s["documents"] < 1:
-                raise ValueError(f"shard {s}")
-        if sum(s["tokens"] for s in info.shards) != info.tokens:
-            raise ValueError(f"tokens of the shards do not add up to {info.tokens}")
-        return info
+        data = file.read_bytes()
     except OSError as e:
-        raise InputError(f"{file}: wanted a folder of token shards: {e.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise InputError(f"{file}: wanted the index of token shards: {e}") from None
+        inner = path / "train"
+        hint = f"{inner} is one" if (inner / INDEX).exists() else "'fastlm data shards' makes them"
+        raise InputError(
+            f"{file}: wanted a folder of token shards ({hint}): {e.strerror}"
+        ) from None
+    info = from_json(data, ShardInfo, f"{file}: wanted the index of token shards")
+    for key, total in _totals(info.shards).items():
+        if getattr(info, key) != total:
+            raise InputError(
+                f"{file}: wanted the index of token shards: {key} of the shards add up to {total}, "
+                f"not to {getattr(info, key)}"
+            )
+    return info
 
 
 class BatchSampler:
@@ -303,17 +327,14 @@ class BatchSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        found = checked(state, _SamplerState, "sampler state: wanted that of this sampler")
         for key, wanted in self._identity().items():
-            if state.get(key) != wanted:
-                raise InputError(f"sampler state: wanted {key} {wanted!r}, got {state.get(key)!r}")
-        epoch, position = state.get("epoch"), state.get("position")
-        if not (isinstance(epoch, int) and isinstance(position, int) and epoch >= 0):
+            if state[key] != wanted:
+                raise InputError(f"sampler state: wanted {key} {wanted!r}, got {state[key]!r}")
+        self._begin(found["epoch"])
+        if not 0 <= found["position"] <= len(self._order):
             raise InputError(
-                f"sampler state: wanted whole epoch and position, got {epoch!r}, {position!r}"
+                f"sampler state: wanted a position within 0..{len(self._order)}, "
+                f"got {found['position']}"
             )
-        self._begin(epoch)
-        if not 0 <= position <= len(self._order):
-            raise InputError(
-                f"sampler state: wanted a position within 0..{len(self._order)}, got {position}"
-            )
-        self.position = position
+        self.position = found["position"]
