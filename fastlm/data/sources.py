@@ -381,8 +381,11 @@ def _parsed(data: bytes, encoding: str) -> Any:
         return json.loads(data.decode(encoding))
     except UnicodeDecodeError as e:
         return InputError(f"wanted UTF-8, got byte 0x{data[e.start]:02x}")
+    except json.JSONDecodeError as e:
+        at = f"line {e.lineno}, column {e.colno}" if e.lineno > 1 else f"column {e.colno}"
+        return InputError(f"wanted one JSON object: {e.msg} at {at}")
     except (ValueError, RecursionError) as e:
-        return InputError(f"wanted one JSON object, {e}")
+        return InputError(f"wanted one JSON object: {e}")
 
 
 def _good_rows(
@@ -425,11 +428,11 @@ def _document(row: Any, file: SourceFile, number: int, field: str) -> Document:
     if isinstance(row, str) and file.format == "json":
         row = {field: row}
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        got = (
-            f"the fields {', '.join(map(repr, row))[:200]}"
-            if isinstance(row, dict)
-            else type(row).__name__
-        )
+        got = type(row).__name__
+        if isinstance(row, dict):
+            got = f"the fields {', '.join(map(repr, row))[:200]}"
+            if field in row:
+                got = f"{type(row[field]).__name__} there"
         raise InputError(f"wanted an object with a text in {field!r}, got {got}")
     meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
     if _deeper(meta, META_LEVELS):
