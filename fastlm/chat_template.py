@@ -1,21 +1,23 @@
 """Chat templates: Jinja text that came with a checkpoint, rendered as transformers renders it, in a
-sandbox.
+process with limits (`fastlm.template_worker`).
 
-A template is code from a stranger, so it runs in jinja2's immutable sandbox and sees plain data
-only. The functions it may call beyond Jinja's own are those that published templates rely on:
+The functions a template may call beyond Jinja's own are those that published templates rely on:
 ``raise_exception``, ``tojson`` without HTML escapes, ``strftime_now``, and the ``{% generation %}``
-block, which marks text for training and renders as is.
+block, which marks text for training and renders as is. Rejected: limits within this process, by a
+sandbox that counts (each of Jinja's filters and each method of str would need one), and a process
+for every rendering (0.1 s each).
 """
 
+import atexit
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
-
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fastlm.errors import InputError
 
@@ -25,75 +27,40 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+SECONDS = 5.0  # of processor time for one rendering; a long conversation takes 0.01 s
+Runs = list[tuple[int, int]]
 
 
-class _Generation(Extension):
-    """``{% generation %}...{% endgeneration %}`` renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 reads it off the class)
-
-    def parse(self, parser):  # type: ignore[override]
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-@lru_cache(maxsize=16)  # a server holds a handful of templates
-def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals.update(raise_exception=_raise, strftime_now=_now)
-    return environment.from_string(template)
-
-
-def plain(value: Any, text: Any = str) -> Any:
-    """A copy of JSON-like ``value`` with ``text`` applied to each string; anything else is
-    refused.
-    """
+def plain(value: Any, where: str = "messages") -> Any:
+    """A copy of ``value`` as JSON has it; anything else is refused."""
     if isinstance(value, str):
-        return text(value)
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}: wanted valid Unicode, got a lone surrogate at {error.start}"
+            ) from None
+        return str(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        # keys are the template's vocabulary, not the user's text
-        return {str(key): plain(item, text) for key, item in value.items()}
+        return {str(key): plain(item, where) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [plain(item, text) for item in value]
+        return [plain(item, where) for item in value]
     raise InputError(
-        f"messages: wanted text, numbers, lists and mappings, got {type(value).__name__}"
+        f"{where}: wanted text, numbers, lists and mappings, got {type(value).__name__}"
     )
 
 
 def render(
-    template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-) -> str:
-    """The prompt that ``template`` makes of ``messages``: mappings with a text ``role`` (and
-    ``content``).
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    tokens: Mapping[str, str],
+) -> tuple[str, Runs]:
+    """The prompt that ``template`` makes of ``messages``, mappings with a text ``role`` (and
+    ``content``), and the (start, end) in it that the template wrote itself, ``tokens`` (name ->
+    text) included: what is outside came from messages and variables.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise InputError(f"messages: wanted a list of mappings, got {type(messages).__name__}")
@@ -102,15 +69,78 @@ def render(
             raise InputError(
                 f"messages[{index}]: wanted a mapping with a text 'role', got {message!r:.80}"
             )
-    # as transformers: an entry of None is no entry, and these two are always defined
-    given = [{k: v for k, v in plain(message).items() if v is not None} for message in messages]
-    variables = {"tools": None, "documents": None, **variables}
     try:
-        return _compile(template).render(messages=given, **variables)
-    except RecursionError:
-        raise InputError(
-            "chat_template: wanted a template that ends, it recurses without end"
-        ) from None
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"chat_template: cannot render these messages: {reason}") from error
+        request = {
+            "template": template,
+            "messages": plain(messages),
+            # as transformers: these two are always defined
+            "variables": {"tools": None, "documents": None, **plain(variables, "variables")},
+            "tokens": dict(tokens),
+            "seconds": SECONDS,
+        }
+        line = json.dumps(request).encode()
+    except (RecursionError, ValueError) as error:  # nested without end, numbers without end
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"messages: wanted what JSON can hold: {error}") from None
+    reply = _process.ask(line)
+    if "error" in reply:
+        raise InputError(f"chat_template: cannot render these messages: {reply['error']}")
+    return reply["text"], [(start, end) for start, end in reply["own"]]
+
+
+class _Process:
+    """The process that renders, started when it is first asked and again after it has died."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """After a fork: the process is the parent's, and its lock may be held there."""
+        self.parents = getattr(self, "child", None)
+        self.child: subprocess.Popen[bytes] | None = None
+        self.lock = threading.Lock()
+
+    def ask(self, line: bytes) -> dict[str, Any]:
+        with self.lock:
+            try:
+                if self.child is None or self.child.poll() is not None:
+                    self.close()
+                    self.child = self._start()
+                assert self.child.stdin is not None and self.child.stdout is not None
+                self.child.stdin.write(line + b"\n")
+                self.child.stdin.flush()
+                reply = self.child.stdout.readline()
+            except BrokenPipeError:
+                reply = b""
+            except BaseException:
+                self.close()  # an answer that nobody reads would be the next one's
+                raise
+            return json.loads(reply) if reply.endswith(b"\n") else {"error": self._why()}
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("template_worker.py"))]
+        pipe, silent = subprocess.PIPE, subprocess.DEVNULL
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=silent)
+        assert child.stdin is not None
+        child.stdin.write(json.dumps([place for place in sys.path if place]).encode() + b"\n")
+        return child
+
+    def _why(self) -> str:
+        assert self.child is not None
+        status = self.child.wait()
+        self.close()
+        if status == -signal.SIGPROF:
+            return f"wanted a template that ends within {SECONDS:g} s"
+        return f"the process that renders ended with status {status}"
+
+    def close(self) -> None:
+        if self.child is not None:
+            self.child.kill()
+            self.child.communicate()
+            self.child = None
+
+
+_process = _Process()
+atexit.register(_process.close)
+os.register_at_fork(after_in_child=_process.forget)

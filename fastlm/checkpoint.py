@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastlm.architectures import check_tensors, config_of
 from fastlm.errors import InputError
-from fastlm.files import make_folder, reason, save_atomic
+from fastlm.files import make_folder, open_regular, read_json, reason, save_atomic
 from fastlm.gguf_file import GGUFFile
 from fastlm.gguf_models import load_gguf
 from fastlm.quant.model import describe
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = (CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors")
-MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
 PARTS = ("qdata", "scales", "zeros")  # of a quantized weight, under its module's name
 DTYPES = ("F32", "BF16", "F16", "F64")  # of weights, as safetensors writes them
 PACKED_DTYPES = ("U8", "I8")
@@ -89,7 +88,9 @@ def save_hf(
     ``max_shard_bytes`` (a single larger tensor gets its own) with their index.
 
     A QuantizedWeight named ``X.weight`` is stored as ``X.qdata``, ``X.scales`` and ``X.zeros``, and
-    config.json gets a ``quantization_config`` unless it has one. Other files of an existing folder
+    config.json gets a ``quantization_config`` unless it has one. There its content stands under
+    ``fastlm`` and has no ``quant_method`` beside it: transformers refuses such a file, and would
+    open one of an unknown method with random weights. Other files of an existing folder
     stay. The folder is replaced as a whole, or not at all (see ``save_atomic``).
     """
     if max_shard_bytes < 1:
@@ -108,6 +109,8 @@ def save_hf(
             tensors[name] = value
     if quantized and "quantization_config" not in config:
         config["quantization_config"] = _describe(quantized)
+    if "quantization_config" in config:
+        config["quantization_config"] = {"fastlm": config["quantization_config"]}
 
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
@@ -213,19 +216,6 @@ def _locate(path: Path) -> Path:
     raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, got {came}")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. InputError: unreadable, too large, something else."""
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{file}: wanted at most {MAX_JSON_BYTES} bytes of JSON")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 alike
-        raise InputError(f"{file}: wanted readable JSON, got: {reason(error)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: wanted a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _open(file: Path) -> Any:
     if not file.is_file():
         raise InputError(f"{file}: wanted a safetensors file, got none")
@@ -265,6 +255,8 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     config = read_json(folder / CONFIG)
     model = config_of(config, folder / CONFIG)
     quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and "fastlm" in quantization:  # not in folders before 0.2
+        quantization = config["quantization_config"] = quantization["fastlm"]
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if quantization is not None and method != "fastlm":
         raise InputError(
@@ -311,9 +303,10 @@ def _layouts(quantization: Any, where: Path) -> dict[str, Layout]:
     for name, entry in modules.items() if isinstance(modules, dict) else ():
         try:
             bits, group_size, (n, k) = entry["bits"], entry["group_size"], entry["shape"]
-        except (TypeError, KeyError, ValueError):
-            bits = group_size = n = k = None
-        if not all(type(value) is int for value in (bits, group_size, n, k)):
+            act_bits = entry.get("act_bits", 16)
+        except (TypeError, KeyError, ValueError, AttributeError):
+            bits = group_size = n = k = act_bits = None
+        if not all(type(value) is int for value in (bits, group_size, n, k, act_bits)):
             raise InputError(
                 f"{where}: quantization_config: {name}: wanted bits, group_size and a shape of two "
                 f"integers, got {entry!r:.100}"
@@ -395,5 +388,5 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

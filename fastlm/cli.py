@@ -235,8 +235,8 @@ def pretrain(
     import torch
 
     from fastlm.architectures import config_of
-    from fastlm.checkpoint import read_json
     from fastlm.data.shards import BatchSampler, TokenDataset
+    from fastlm.files import read_json
     from fastlm.model import CausalLM
     from fastlm.tokenizer import Tokenizer
     from fastlm.train.loop import TrainOptions
@@ -288,9 +288,12 @@ def quantize(
 
     if out.exists() and not out.is_dir():  # before the work, not after it
         raise InputError(f"out: wanted a folder, got the file {out}")
+    if out.suffix == ".gguf":
+        raise InputError(f"out: wanted the name of a folder (GGUF is only read), got {out}")
     if out.exists() and any(p.exists() and out.samefile(p) for p in (model, model / "model")):
         raise InputError(f"out: wanted another folder than the model's, got {out}")
     network, tokenizer = load_model(model)
+    size = sum(parameter.nbytes for parameter in network.parameters())
     before = text_bits_per_byte(network, tokenizer, data, track=bars) if data else None
     network = quantize_model(
         network,
@@ -304,7 +307,11 @@ def quantize(
     assert isinstance(network, CausalLM)  # only modules inside it are replaced
     network.save_pretrained(out)
     tokenizer.save(out)
-    typer.echo(f"{out}: {weight_bytes(out):,} bytes of weights")
+    small = weight_bytes(out)
+    typer.echo(
+        f"{out}: {small / 1e6:,.2f} MB of weights, {small / size:.2f} of the {size / 1e6:,.2f} MB"
+        " before"
+    )
     if data and before:
         after = text_bits_per_byte(network, tokenizer, data, track=bars)
         change = 100 * (after["bits_per_byte"] / before["bits_per_byte"] - 1)

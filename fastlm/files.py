@@ -1,16 +1,60 @@
-"""Writing what must never be half there: beside its final name, synced, then renamed."""
+"""Writing what must never be half there: beside its final name, synced, then renamed. Reading small
+files that may be anybody's.
+"""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
 
 from fastlm.errors import InputError
+
+MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """``path`` to read. OSError: not readable, or no regular file (a pipe would block for ever)."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(0, "a folder or a device, no file", str(path))
+    return open(fd, "rb")
+
+
+def read_text(path: str | Path, most: int = MAX_JSON_BYTES) -> str:
+    """The UTF-8 text of at most ``most`` bytes in ``path``. InputError: anything else."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise InputError(f"{path}: wanted at most {most:,} bytes of text")
+        return data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: wanted a readable text file, got: {reason(error)}") from error
+
+
+def parse_json(text: str, where: object) -> Any:
+    """The value of the JSON ``text``. InputError: it is none, or nested without end."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: wanted readable JSON, got: {reason(error)}") from error
+
+
+def read_json(path: str | Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in ``path``. InputError: unreadable, too large, something else."""
+    value = parse_json(read_text(path, most), path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+    return value
 
 
 @contextlib.contextmanager
@@ -71,7 +115,7 @@ def write_error(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: cannot be written: {reason(error)}")
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What the system said, in one line."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split()) or type(error).__name__

@@ -28,7 +28,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from fastlm.errors import InputError
+from fastlm.files import open_regular, reason
 from fastlm.quant.weight import QuantizedWeight
 
 MAX_DIMS = 4  # ggml's own limit
@@ -55,6 +56,15 @@ SCALARS = {
     12: ("d", 8),
 }
 STRING, ARRAY = 8, 9
+KINDS = {  # what a metadata value is in Python -> its name in a message
+    int: "one int",
+    float: "one float",
+    bool: "one bool",
+    str: "one text",
+    list: "a list of texts",
+    np.ndarray: "a list of numbers",
+}
+T = TypeVar("T", int, float, bool, str, list, np.ndarray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +146,10 @@ class GGUFFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: mmap refuses an empty file
-            raise InputError(f"{self.path}: cannot be read: {error}") from error
+            raise InputError(f"{self.path}: cannot be read: {reason(error)}") from error
         cursor = _Cursor(self._data, self.path)
         magic = self._data[cursor.take(4) : 4]
         if magic != b"GGUF":
@@ -161,11 +171,9 @@ class GGUFFile:
             self.metadata[key] = cursor.value(cursor.number("I", 4), key)
         entries = [self._entry(cursor) for _ in range(n_tensors)]
 
-        align = self.metadata.get("general.alignment", 32)
-        if not isinstance(align, int) or align < 1 or align & (align - 1):
-            raise InputError(
-                f"{self.path}: general.alignment: wanted a power of two, got {align!r:.60}"
-            )
+        align = self.get("general.alignment", int, 32)
+        if align < 1 or align & (align - 1):
+            raise InputError(f"{self.path}: general.alignment: wanted a power of two, got {align}")
         base = -(-cursor.pos // align) * align
         self.tensors: dict[str, TensorInfo] = {}
         for name, kind, shape, offset in entries:
@@ -186,6 +194,23 @@ class GGUFFile:
                     f"{self.path}: {name}: wanted one tensor at an aligned offset, got {offset}"
                 )
             self.tensors[name] = info
+
+    def get(self, key: str, kind: type[T], default: Any = None) -> Any:
+        """``metadata[key]``, which must be of ``kind`` (of `KINDS`), or ``default`` without one."""
+        if key not in self.metadata:
+            return default
+        value = self.metadata[key]
+        if type(value) is not kind:
+            raise InputError(
+                f"{self.path}: {key}: wanted {KINDS[kind]}, got {KINDS[type(value)]}: {value!r:.60}"
+            )
+        return value
+
+    def need(self, key: str, kind: type[T]) -> T:
+        """``get`` of what must be there."""
+        if key not in self.metadata:
+            raise InputError(f"{self.path}: {key}: wanted {KINDS[kind]}, got None")
+        return self.get(key, kind)
 
     def _entry(self, cursor: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
         name = cursor.name()

@@ -5,6 +5,7 @@ llama.cpp's converter renames every tensor, reorders the rows of q and k for its
 reordering on packed rows too, so the model code knows one layout only.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,29 +77,30 @@ def hf_name(name: str, model_type: str) -> str | None:
 
 def config_of(file: GGUFFile) -> dict[str, Any]:
     """Hugging Face's config.json for the model in ``file``."""
-    metadata = file.metadata
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+    architecture = file.need("general.architecture", str)
+    if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(
             f"{file.path}: general.architecture: wanted one of {known}, got {architecture!r:.60}"
         )
 
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"{architecture}.{key}", default)
-
-    def number(key: str, kind: type = int, default: Any = None) -> Any:
-        value = get(key, default)
-        if type(value) is not kind:
-            raise InputError(
-                f"{file.path}: {architecture}.{key}: wanted one {kind.__name__}, got {value!r:.60}"
-            )
+    def get(key: str, kind: type = int, default: Any = None) -> Any:
+        key = f"{architecture}.{key}"
+        value = file.get(key, kind, default)
+        if kind is not float or value is None:
+            return value
+        if not math.isfinite(value):
+            raise InputError(f"{file.path}: {key}: wanted a finite number, got {value}")
         # the shortest decimal of the file's float32: 1e-05, as config.json had it
-        return float(str(np.float32(value))) if kind is float else value
+        return float(str(np.float32(value)))
+
+    def number(key: str) -> int:
+        return file.need(f"{architecture}.{key}", int)
 
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{file.path}: wanted a tensor token_embd.weight, got none")
     window = get("attention.sliding_window")
+    epsilon = get("attention.layer_norm_rms_epsilon", float)
     model_type = ARCHITECTURES[architecture]
     if model_type == "llama" and window:
         model_type = "mistral"  # llama.cpp files Mistral under llama
@@ -113,10 +115,15 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     rotary = get("rope.dimension_count")
     head_dim = get("attention.key_length")
     if head_dim is None:
-        derived = hidden // heads if heads else 0
-        head_dim = rotary if rotary and model_type != "phi3" else derived
-    if type(head_dim) is not int or head_dim < 2 or head_dim % 2:
+        head_dim = rotary if rotary and model_type != "phi3" else hidden // max(heads, 1)
+    if head_dim < 2 or head_dim % 2:
         raise InputError(f"{file.path}: head size: wanted a positive even integer, got {head_dim}")
+    theta = get("rope.freq_base", float, 10000.0)
+    if epsilon is None or not theta > 0:
+        raise InputError(
+            f"{file.path}: wanted a {architecture}.attention.layer_norm_rms_epsilon and a positive"
+            f" {architecture}.rope.freq_base, got {epsilon} and {theta}"
+        )
     config: dict[str, Any] = {
         "architectures": [FAMILIES[model_type].architecture],
         "model_type": model_type,
@@ -125,18 +132,18 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "intermediate_size": number("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", default=heads),
+        "num_key_value_heads": get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
         "max_position_embeddings": number("context_length"),
-        "rms_norm_eps": number("attention.layer_norm_rms_epsilon", float),
-        "rope_theta": number("rope.freq_base", float, 10000.0),
+        "rms_norm_eps": epsilon,
+        "rope_theta": theta,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
     }
     for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        config[f"{key}_token_id"] = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    if rotary and head_dim and rotary != head_dim:
+        config[f"{key}_token_id"] = file.get(f"tokenizer.ggml.{name}_token_id", int)
+    if rotary and rotary != head_dim:
         config["partial_rotary_factor"] = rotary / head_dim
     if scaling := _rope_scaling(file, config, get):
         config["rope_scaling"] = scaling
@@ -158,7 +165,7 @@ def _gemma(model_type: str, config: dict[str, Any], get: Any, number: Any) -> di
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     # the file has no query scale: llama.cpp knows the 27B models by their layer count
     is_27b = layers == {"gemma2": 46, "gemma3_text": 62}[model_type]
-    scale = config["hidden_size"] // heads if is_27b else config["head_dim"]
+    scale = config["hidden_size"] // max(heads, 1) if is_27b else config["head_dim"]
     period = {"gemma2": 2, "gemma3_text": 6}[model_type]  # the last of each is global
     local = {} if model_type == "gemma2" else {"rope_local_base_freq": 10000.0}
     return {
@@ -169,14 +176,14 @@ def _gemma(model_type: str, config: dict[str, Any], get: Any, number: Any) -> di
             "full_attention" if (i + 1) % period == 0 else "sliding_attention"
             for i in range(layers)
         ],
-        "attn_logit_softcapping": get("attn_logit_softcapping"),
-        "final_logit_softcapping": get("final_logit_softcapping"),
+        "attn_logit_softcapping": get("attn_logit_softcapping", float),
+        "final_logit_softcapping": get("final_logit_softcapping", float),
         **local,
     }
 
 
 def _rope_scaling(file: GGUFFile, config: dict[str, Any], get: Any) -> dict[str, Any] | None:
-    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor")
+    kind, factor = get("rope.scaling.type", str, "none"), get("rope.scaling.factor", float)
     original = get("rope.scaling.original_context_length")
     if "rope_factors_long.weight" in file.tensors:
         tables = {
@@ -218,7 +225,8 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     blend = np.clip((turns - low) / (high - low), 0, 1)
     wanted = 1 / (blend + (1 - blend) / factor)
     # the file's divisors were computed in float32
-    if divisors.shape != wanted.shape or not np.allclose(divisors, wanted, rtol=1e-4):
+    fits = divisors.shape == wanted.shape and np.isfinite(divisors).all()
+    if not fits or not np.allclose(divisors, wanted, rtol=1e-4):
         raise InputError(f"{file.path}: rope_freqs.weight: wanted Llama 3's scaling, got another")
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
 

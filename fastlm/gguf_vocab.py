@@ -5,14 +5,19 @@ behind a name is llama.cpp's knowledge and is tabled here. An unknown name is re
 pattern gives ids that look right.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from fastlm.errors import InputError
+from fastlm.files import reason
+
+if TYPE_CHECKING:
+    from fastlm.gguf_file import GGUFFile
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _GPT4 = (
@@ -49,6 +54,7 @@ WHOLE_WORDS = frozenset(
     "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken".split()
 )
 
+MAX_TOKEN = 512  # characters: `_merges` tries every cut; published vocabularies have up to 128
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type; 1 normal, 2 unknown, 5 unused, 6 byte
 
 
@@ -62,52 +68,59 @@ def byte_level(patterns: Sequence[str]) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def build(metadata: dict[str, Any], path: Any) -> tuple[Tokenizer, dict[str, str], str | None]:
-    """The tokenizer, its role tokens (``bos_token`` -> text ...) and chat template from a GGUF's
-    metadata.
+def build(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
+    """The tokenizer of a GGUF file, its role tokens (``bos_token`` -> text ...) and chat
+    template.
     """
+    path = file.path
 
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}", default)
+    def get(key: str, kind: Any, default: Any = None) -> Any:
+        return file.get(f"tokenizer.ggml.{key}", kind, default)
 
-    model, tokens = get("model"), get("tokens")
+    model, tokens = get("model", str), get("tokens", list)
     if model not in ("gpt2", "llama"):
         raise InputError(
             f"{path}: tokenizer.ggml.model: wanted gpt2 (byte-level BPE) or "
             f"llama (SentencePiece BPE), got {model!r:.60}"
         )
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
-        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted a list of strings, got none")
+    if not tokens:
+        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted a list of texts, got none")
     if len(set(tokens)) != len(tokens):
         raise InputError(f"{path}: tokenizer.ggml.tokens: wanted each token once, got duplicates")
-    kinds = list(get("token_type", ()))
+    longest = max(tokens, key=len)
+    if len(longest) > MAX_TOKEN:
+        raise InputError(
+            f"{path}: tokenizer.ggml.tokens: wanted at most {MAX_TOKEN} characters each, "
+            f"got {len(longest)}: {longest!r:.60}"
+        )
+    kinds = get("token_type", np.ndarray, np.empty(0)).tolist()
     if kinds and len(kinds) != len(tokens):
         raise InputError(
             f"{path}: tokenizer.ggml.token_type: wanted {len(tokens)} entries, got {len(kinds)}"
         )
     role_ids = {
-        "bos_token": get("bos_token_id"),
-        "eos_token": get("eos_token_id"),
-        "unk_token": get("unknown_token_id"),
-        "pad_token": get("padding_token_id"),
+        "bos_token": get("bos_token_id", int),
+        "eos_token": get("eos_token_id", int),
+        "unk_token": get("unknown_token_id", int),
+        "pad_token": get("padding_token_id", int),
     }
     roles = {}
     for name, token_id in role_ids.items():
         if token_id is None or token_id == 2**32 - 1:  # some writers state "none" as -1
             continue
-        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+        if not 0 <= token_id < len(tokens):
             raise InputError(
-                f"{path}: {name}: wanted an id below {len(tokens)} (the tokens), "
-                f"got {token_id!r:.60}"
+                f"{path}: {name}: wanted an id below {len(tokens)} (the tokens), got {token_id}"
             )
         roles[name] = tokens[token_id]
 
     if model == "gpt2":
-        tokenizer = _byte_level_bpe(tokens, get("merges"), get("pre", "default"), path)
-        add_bos = get("add_bos_token", get("pre") in WHOLE_WORDS)
+        pre = get("pre", str, "default")
+        tokenizer = _byte_level_bpe(tokens, get("merges", list, ()), pre, path)
+        add_bos = get("add_bos_token", bool, pre in WHOLE_WORDS)
     else:
-        tokenizer = _sentencepiece(metadata, tokens, kinds, roles.get("unk_token"), path)
-        add_bos = get("add_bos_token", True)
+        tokenizer = _sentencepiece(file, tokens, kinds, roles.get("unk_token"))
+        add_bos = get("add_bos_token", bool, True)
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
         added = [
             AddedToken(token, normalized=False, special=special)
@@ -118,10 +131,20 @@ def build(metadata: dict[str, Any], path: Any) -> tuple[Tokenizer, dict[str, str
     _add_ends(
         tokenizer,
         roles.get("bos_token") if add_bos else None,
-        roles.get("eos_token") if get("add_eos_token", False) else None,
+        roles.get("eos_token") if get("add_eos_token", bool, False) else None,
     )
-    template = metadata.get("tokenizer.chat_template")
-    return tokenizer, roles, template if isinstance(template, str) else None
+    return tokenizer, roles, file.get("tokenizer.chat_template", str)
+
+
+def library(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A call into ``tokenizers``, which raises bare Exception, and where Rust panics something that
+    is not even one."""
+    try:
+        return call(*arguments, **options)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"tokenizer: wanted a consistent one, got: {reason(error):.200}") from None
 
 
 def _add_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
@@ -130,17 +153,16 @@ def _add_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
         # no pair templates: they need type ids that language models do not have
         single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
         ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(ends)]
-        tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+        tokenizer.post_processor = library(TemplateProcessing, single=single, special_tokens=ids)
 
 
-def _byte_level_bpe(tokens: list[str], merges: Any, pre: str, path: Any) -> Tokenizer:
-    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str, path: Any) -> Tokenizer:
+    if pre not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise InputError(f"{path}: tokenizer.ggml.pre: wanted one of {known}, got {pre!r:.60}")
     vocab = {token: index for index, token in enumerate(tokens)}
     # a byte-level token holds no space, so the one space separates the two halves
-    texts = [m.partition(" ") for m in merges or [] if isinstance(m, str)]
-    pairs = [(left, right) for left, _, right in texts]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     for pair in pairs:
         if not {*pair, "".join(pair)} <= vocab.keys():
             raise InputError(
@@ -149,29 +171,34 @@ def _byte_level_bpe(tokens: list[str], merges: Any, pre: str, path: Any) -> Toke
             )
     if not pairs:
         raise InputError(f"{path}: tokenizer.ggml.merges: wanted a list of merges, got none")
-    tokenizer = Tokenizer(BPE(vocab, pairs, ignore_merges=pre in WHOLE_WORDS))
+    tokenizer = Tokenizer(library(BPE, vocab, pairs, ignore_merges=pre in WHOLE_WORDS))
     tokenizer.pre_tokenizer = byte_level(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _sentencepiece(
-    metadata: dict[str, Any], tokens: list[str], kinds: list[int], unk: str | None, path: Any
+    file: "GGUFFile", tokens: list[str], kinds: list[int], unk: str | None
 ) -> Tokenizer:
     """BPE over characters, spaces spelt U+2581, unknown characters as their bytes (<0xNN>)."""
-    scores = metadata.get("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
-        raise InputError(f"{path}: tokenizer.ggml.scores: wanted one per token ({len(tokens)})")
+    scores = file.get("tokenizer.ggml.scores", np.ndarray, np.empty(0))
+    if len(scores) != len(tokens):
+        raise InputError(
+            f"{file.path}: tokenizer.ggml.scores: wanted one per token ({len(tokens)}),"
+            f" got {len(scores)}"
+        )
     vocab = {token: index for index, token in enumerate(tokens)}
     # Gemma's scores are not in merge order; the order of its tokens is
-    gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
-    rank = [-float(i) for i in range(len(tokens))] if gemma else [float(s) for s in scores]
+    gemma = file.get("general.architecture", str, "").startswith("gemma")
+    rank = [-float(i) for i in range(len(tokens))] if gemma else scores.tolist()
     mergeable = [t for i, t in enumerate(tokens) if not kinds or kinds[i] in (1, USER_DEFINED)]
-    if unk is None and len(kinds):
+    if unk is None:
         unk = next((token for token, kind in zip(tokens, kinds) if kind == 2), None)
     merges = _merges(mergeable, vocab, rank)
-    tokenizer = Tokenizer(BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token=unk))
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", not gemma))
+    tokenizer = Tokenizer(
+        library(BPE, vocab, merges, byte_fallback=True, fuse_unk=True, unk_token=unk)
+    )
+    prefix = file.get("tokenizer.ggml.add_space_prefix", bool, not gemma)
     spell = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = (
         normalizers.Sequence([normalizers.Prepend("▁"), spell]) if prefix else spell

@@ -364,6 +364,15 @@ def _dense(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def _laid_out(param: Tensor, group: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A copy of a portable state in the memory order of its parameter."""
+    for name in ("exp_avg", "exp_avg_sq", *(["master"] if "master" in given else [])):
+        came = given.get(name)
+        if not isinstance(came, Tensor) or came.shape != param.shape:
+            got = tuple(came.shape) if isinstance(came, Tensor) else type(came).__name__
+            raise InputError(f"state_dict: {name}: wanted shape {tuple(param.shape)}, got {got}")
+    count = given.get("step")
+    number = count.numel() == 1 if isinstance(count, Tensor) else isinstance(count, int | float)
+    if not number:
+        raise InputError(f"state_dict: step: wanted one number, got {type(count).__name__}")
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
     step = torch.as_tensor(given["step"], dtype=torch.float32, device=param.device)
     state = {"step": step.reshape(()).clone()}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, reason, save_atomic
+from fastlm.files import make_folder, parse_json, read_text, reason, save_atomic
 
 PREVIOUS = "previous"
 COMING, GOING = ".previous.new", ".previous.old"
@@ -33,7 +33,7 @@ def set_aside(out: Path, names: Sequence[str], *, copies: Sequence[str]) -> Path
         )
     coming = make_folder(out / COMING)
     for name in copies:
-        if (out / name).exists():
+        if (out / name).is_file():
             text = (out / name).read_bytes()
             save_atomic(coming / name, lambda p, text=text: p.write_bytes(text))
     save_atomic(coming / MOVES, lambda p: p.write_text(json.dumps(list(names)), "utf-8"))
@@ -47,7 +47,7 @@ def finish_moving(out: Path) -> None:
     moves = coming / MOVES
     try:
         if moves.exists():
-            for name in json.loads(moves.read_text("utf-8")):
+            for name in _names(moves):
                 if (out / name).exists():
                     os.rename(out / name, coming / name)
             if previous.exists():
@@ -60,6 +60,15 @@ def finish_moving(out: Path) -> None:
     except OSError as error:
         where = error.filename or out
         raise InputError(f"{where}: cannot be set aside: {reason(error)}") from error
+
+
+def _names(moves: Path) -> list[str]:
+    names = parse_json(read_text(moves), moves)
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and name == Path(name).name for name in names
+    ):
+        raise InputError(f"{moves}: wanted a list of names of this folder, got {names!r:.100}")
+    return names
 
 
 def _remove(folder: Path) -> None:

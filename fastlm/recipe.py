@@ -6,33 +6,37 @@ nearest known one, a wrong type with both types. Hydra- and YAML-style compositi
 run is read from top to bottom in one file.
 """
 
-import difflib
-import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from fastlm.config import ModelConfig
 from fastlm.data.filter import TECHNICAL, WEB
 from fastlm.data.prepare import DataOptions
 from fastlm.errors import InputError
+from fastlm.files import read_text
 from fastlm.quant.model import check_options
 from fastlm.tokenizer import SPECIAL_TOKENS, check_vocab_size
 from fastlm.train.loop import TrainOptions
+from fastlm.typed import build, unknown
 
-T = TypeVar("T")
+MAX_BYTES = 2**16  # of a recipe
+MAX_DOTS = 1000  # in a line: tomllib takes time quadratic in the parts of a key
 RULES = {"technical": TECHNICAL, "web": WEB, "none": ()}  # names for rules = ["technical"]
 
 
 @dataclass(frozen=True)
 class DataSection(DataOptions):
-    """``sources`` as ``fastlm data prepare`` takes them."""
+    """``sources`` as ``fastlm data prepare`` takes them; ``rules`` may be names of `RULES`."""
 
     sources: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        rules = tuple(r for name in self.rules for r in RULES.get(name, (name,)))
+        object.__setattr__(self, "rules", rules)
 
 
 @dataclass(frozen=True)
@@ -126,10 +130,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except OSError as e:
-        raise InputError(f"recipe {path}: cannot be read: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        table = _toml(read_text(path, MAX_BYTES))
+    except InputError as e:
+        raise InputError(f"recipe {e}") from None
+    except (ValueError, RecursionError) as e:
         raise InputError(f"recipe {path}: wanted TOML: {e}") from None
     for override in overrides:
         _override(table, override)
@@ -139,14 +143,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"recipe {path}: {e}") from None
 
 
+def _toml(text: str) -> dict[str, Any]:
+    """ValueError, RecursionError: no TOML."""
+    if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+        raise ValueError(f"a line has more than {MAX_DOTS:,} dots")
+    return tomllib.loads(text)
+
+
 def parse_recipe(table: Mapping[str, Any]) -> Recipe:
-    recipe = _build(Recipe, table, "")
+    recipe = build(Recipe, table)
     if not recipe.data.sources:
         raise InputError("data.sources: wanted at least one source, got none")
     known = {f.name for f in fields(ModelConfig)} - {"extra"} | {"rope_theta", "rope_scaling"}
     for key in recipe.model:
         if key not in known:
-            raise InputError(_unknown(f"model.{key}", key, known))
+            raise InputError(unknown(f"model.{key}", key, known))
     if not re.fullmatch(r"\w[\w .+-]*", recipe.name):
         raise InputError(f"name: wanted the name of a folder below runs/, got {recipe.name!r}")
     if recipe.seed < 0:
@@ -178,9 +189,11 @@ def _override(table: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise InputError(f"set: wanted KEY=VALUE, as pretrain.max_seconds=60, got {text!r}")
+    if len(text) > MAX_BYTES:
+        raise InputError(f"set: wanted at most {MAX_BYTES:,} characters, got {len(text):,}")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = _toml(f"value = {value}")["value"]
+    except (ValueError, RecursionError):
         parsed = value
     *parents, last = key.strip().split(".")
     for parent in parents:
@@ -188,64 +201,6 @@ def _override(table: dict[str, Any], text: str) -> None:
         if not isinstance(table, dict):
             raise InputError(f"set: {parent} of {key} is no table")
     table[last] = parsed
-
-
-def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    values = {}
-    for key, value in table.items():
-        if key not in known:
-            raise InputError(_unknown(where + key, key, known))
-        values[key] = _convert(value, hints[key], where + key)
-    for name, f in known.items():
-        if name not in values and f.default is MISSING and f.default_factory is MISSING:
-            raise InputError(f"{where}{name}: wanted, is missing")
-    if cls is DataSection and "rules" in values:
-        values["rules"] = tuple(r for name in values["rules"] for r in RULES.get(name, (name,)))
-    return cls(**values)
-
-
-def _unknown(full: str, key: str, known) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"{full}: unknown key; the nearest known one is {near[0]!r}"
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as ``hint``; TOML's whole numbers are also floats, its arrays tuples."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        (inner,) = (a for a in args if a is not NoneType)  # only X | None is used in recipes
-        return _convert(value, inner, where)
-    if is_dataclass(hint):
-        if isinstance(value, Mapping):
-            return _build(hint, value, where + ".")  # type: ignore[arg-type]
-    elif origin is tuple:
-        if isinstance(value, list):
-            if args[-1] is not Ellipsis and len(value) != len(args):
-                raise InputError(f"{where}: wanted {len(args)} values, got {len(value)}")
-            kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-            return tuple(
-                _convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds))
-            )
-    elif origin is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif type(value) is hint:
-        return value
-    raise InputError(f"{where}: wanted {_name(hint)}, got {_name(type(value))} {value!r}")
-
-
-def _name(hint: Any) -> str:
-    if is_dataclass(hint) or hint is dict or get_origin(hint) is dict:
-        return "a table"
-    if get_origin(hint) is tuple or hint is list:
-        return "an array"
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    return names.get(hint, str(hint))
 
 
 def _at_least_one(section: Any, *names: str) -> None:

@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,10 +25,11 @@ from typing import Any
 
 from fastlm.data.content import load_seen, source_states
 from fastlm.errors import InputError
-from fastlm.files import make_folder, save_atomic
+from fastlm.files import make_folder, read_json, save_atomic
 from fastlm.previous import finish_moving, set_aside
 from fastlm.progress import silent
 from fastlm.recipe import Recipe, load_recipe
+from fastlm.typed import build, check
 
 STAGES = "stages.json"
 RECIPE = "recipe.json"
@@ -57,7 +58,8 @@ class Context:
 @dataclass(frozen=True)
 class Stage:
     """``inputs``: what it depends on besides the stages before; ``outputs``: files or folders it
-    leaves in the run folder; ``run`` returns a JSON-serialisable result. A stage with ``scratch``
+    leaves in the run folder; ``run`` returns a JSON-serialisable ``result`` (what it has at least
+    -> its type). A stage with ``scratch``
     goes on from there when it was cut off; once it is finished nobody misses it.
     """
 
@@ -65,6 +67,7 @@ class Stage:
     inputs: Callable[[Context], Any]
     outputs: tuple[str, ...]
     run: Callable[[Context], dict[str, Any]]
+    result: Mapping[str, Any]
     scratch: tuple[str, ...] = ()
 
 
@@ -104,7 +107,7 @@ def run_recipe(
         _refuse_foreign(out, CHAIN)
         finish_moving(out)
         _sweep(out, CHAIN)
-        record = _load_record(out)
+        record = _load_record(out, CHAIN)
         prints = _fingerprints(CHAIN, context)
         _keep_training(CHAIN, len(chain), prints, record, context)
         save_atomic(out / RECIPE, lambda p: _dump(p, asdict(recipe)))
@@ -276,8 +279,11 @@ def _clear(out: Path, outputs: Sequence[str]) -> None:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One run at a time in a folder; the lock ends with the process."""
+    lock = out / ".lock"
+    if lock.exists() and not lock.is_file():  # a pipe would block
+        raise InputError(f"{lock}: wanted a file, got something else")
     try:
-        file = open(out / ".lock", "a")  # closed below
+        file = open(lock, "a")  # closed below
     except OSError as e:
         raise InputError(f"{out}: cannot be written: {e.strerror}") from e
     with file:
@@ -290,17 +296,33 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _load_record(out: Path) -> dict[str, Any]:
+@dataclass
+class Entry:
+    """What stages.json says of a stage; a stage that has only begun has only its fingerprint."""
+
+    fingerprint: str
+    seconds: float | None = None
+    result: dict[str, Any] | None = None
+    outputs: dict[str, int] | None = None
+
+
+def _load_record(out: Path, chain: Sequence[Stage]) -> dict[str, Any]:
     path = out / STAGES
     if not path.exists():
         return {}
+    results = {stage.name: stage.result for stage in chain}
     try:
-        record = json.loads(path.read_text("utf-8"))
-        return {name: dict(entry) for name, entry in record.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as e:
+        record = read_json(path)
+        for name, entry in record.items():
+            found = build(Entry, entry, f"{name}.")
+            if found.outputs is not None:
+                check(entry, {"seconds": float}, name)
+                check(found.result, results.get(name, {}), f"{name}.result")
+    except InputError as e:
         raise InputError(
             f"{path}: wanted the record of a run: {e}; delete it to start again"
         ) from None
+    return record
 
 
 def _save_record(out: Path, record: dict[str, Any]) -> None:

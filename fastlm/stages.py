@@ -15,7 +15,7 @@ from fastlm.data.prepare import HELDOUT, TRAIN, DataOptions, Funnel, prepare, re
 from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
 from fastlm.errors import InputError
 from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate
-from fastlm.files import save_atomic
+from fastlm.files import parse_json, read_text, save_atomic
 from fastlm.model import CausalLM
 from fastlm.quant import quantize
 from fastlm.run import SUMMARY, Context, Stage, local_sources, machine
@@ -23,6 +23,7 @@ from fastlm.tokenizer import Tokenizer
 from fastlm.train.loop import METRICS
 from fastlm.train.pretrain import pretrain
 from fastlm.train.state import FOLDER as CHECKPOINTS
+from fastlm.typed import check
 
 MODEL, QUANTIZED = "model", "model-int4"
 DECODE_TOKENS = (
@@ -183,11 +184,33 @@ def run_report(c: Context) -> dict[str, Any]:
         "heldout_documents": r["eval"]["heldout_documents"],
         "seconds": sum(c.seconds.values()), "stage_seconds": dict(c.seconds), "machine": machine(),
     }  # fmt: skip
-    metrics = [json.loads(line) for line in (c.out / METRICS).read_text("utf-8").splitlines()]
+    metrics = read_metrics(c.out / METRICS)
     write_report(c.out / "report.html", summary, Funnel.load(c.out / "data"), metrics, c.recipe)
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     save_atomic(c.out / SUMMARY, lambda p: p.write_text(text, "utf-8"))
     return summary
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl: of steps ("loss"), validations ("val_loss") and samples."""
+    schemas = {
+        "loss": {"loss": float, "lr": float, "tokens": int, "seconds": float},
+        "val_loss": {"val_loss": float, "bits_per_byte": float},
+        "sample": {"sample": str, "progress": float},
+    }
+    lines, steps = [], {0}
+    for number, text in enumerate(read_text(path).splitlines(), 1):
+        where = f"{path}: line {number}"
+        line = parse_json(text, where)
+        check(line, {"step": int}, where)
+        for kind, schema in schemas.items():
+            if kind in line:
+                check(line, schema, where)
+        steps |= {line["step"]} if "loss" in line else set()
+        if line["step"] not in steps:
+            raise InputError(f"{where}: wanted a step that was trained, got {line['step']}")
+        lines.append(line)
+    return lines
 
 
 def _data_inputs(c: Context) -> list[Any]:
@@ -198,12 +221,36 @@ def _training_inputs(c: Context) -> list[Any]:
     return [c.recipe.pretrain.identity(), c.recipe.model, c.recipe.seed]
 
 
+_BYTES = {"train_bytes": int, "heldout_bytes": int}
+_TRAINING = {
+    "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
+    "parameters": int, "epochs": int,
+}  # fmt: skip
+_BITS = dict.fromkeys(("bits_per_byte", "bits_per_byte_xz", "bits_per_byte_zstd"), float)
+_QUANTIZED = {
+    "bits_per_byte_int4": float, "bf16_bytes": int, "int4_bytes": int,
+    "decode_tokens_per_second_bf16": float, "decode_tokens_per_second_int4": float,
+}  # fmt: skip
 CHAIN = (
-    Stage("data", _data_inputs, ("data",), run_data),
-    Stage("tokenizer", lambda c: asdict(c.recipe.tokenizer), ("tokenizer",), run_tokenizer),
-    Stage("shards", lambda c: None, ("shards",), run_shards),
-    Stage("pretrain", _training_inputs, (MODEL, METRICS), run_pretrain, scratch=(CHECKPOINTS,)),
-    Stage("eval", lambda c: asdict(c.recipe.eval), (), run_eval),
-    Stage("quantize", lambda c: asdict(c.recipe.quantize), (QUANTIZED,), run_quantize),
-    Stage("report", lambda c: c.recipe.name, ("report.html", SUMMARY), run_report),
-)
+    Stage("data", _data_inputs, ("data",), run_data, _BYTES),
+    Stage(
+        "tokenizer", lambda c: asdict(c.recipe.tokenizer), ("tokenizer",), run_tokenizer,
+        {"vocab_size": int},
+    ),
+    Stage(
+        "shards", lambda c: None, ("shards",), run_shards,
+        _BYTES | {"train_tokens": int, "heldout_tokens": int},
+    ),
+    Stage(
+        "pretrain", _training_inputs, (MODEL, METRICS), run_pretrain, _TRAINING,
+        scratch=(CHECKPOINTS,),
+    ),
+    Stage(
+        "eval", lambda c: asdict(c.recipe.eval), (), run_eval, _BITS | {"heldout_documents": int}
+    ),
+    Stage("quantize", lambda c: asdict(c.recipe.quantize), (QUANTIZED,), run_quantize, _QUANTIZED),
+    Stage(
+        "report", lambda c: c.recipe.name, ("report.html", SUMMARY), run_report,
+        {"recipe": str, "bits_per_byte_int4": float} | _BITS,
+    ),
+)  # fmt: skip

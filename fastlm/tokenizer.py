@@ -24,7 +24,8 @@ from tokenizers.models import BPE
 
 from fastlm import chat_template, gguf_vocab
 from fastlm.errors import InputError
-from fastlm.files import make_folder, reason, save_atomic
+from fastlm.files import make_folder, read_json, read_text, save_atomic
+from fastlm.gguf_vocab import library
 from fastlm.progress import Track, silent
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -33,6 +34,7 @@ STOPS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # of a tokenizer trained here
 PIECE = 2**20  # characters handed to the trainer at a time: bounds what it holds of one document
 MAX_JSON_BYTES = 2**28  # the largest published tokenizer.json is 33 MB
+MAX_IDS = 2**24  # the largest published vocabularies have 2**18
 
 
 class Tokenizer:
@@ -45,6 +47,10 @@ class Tokenizer:
         template: str | None = None,
     ) -> None:
         self._backend = backend
+        if self.vocab_size > MAX_IDS:  # the library makes a list of the ids that are not used
+            raise InputError(
+                f"tokenizer: wanted ids below {MAX_IDS:,}, got one of {self.vocab_size - 1:,}"
+            )
         self._roles = {name: token for name, token in roles.items() if token is not None}
         self.chat_template = template
         for name, token in self._roles.items():
@@ -74,16 +80,18 @@ class Tokenizer:
         return {token.content: index for index, token in added.items() if token.special}
 
     @cached_property
+    def _reserved(self) -> frozenset[int]:
+        """Ids of special tokens, but for that of what the vocabulary lacks."""
+        unknown = {self._roles.get("unk_token"), getattr(self._backend.model, "unk_token", None)}
+        return frozenset(i for token, i in self._specials.items() if token not in unknown)
+
+    @cached_property
     def _text_backend(self) -> tokenizers.Tokenizer:
         """The same tokenizer to which special tokens are plain text (a flag on the whole
         object).
         """
-        try:
-            twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        except Exception as error:  # a file whose merges and vocabulary disagree gets this far
-            raise InputError(
-                f"tokenizer: wanted a consistent one, got: {reason(error):.200}"
-            ) from error
+        # a file whose merges and vocabulary disagree gets this far
+        twin = library(tokenizers.Tokenizer.from_str, self._backend.to_str())
         twin.encode_special_tokens = True
         return twin
 
@@ -147,22 +155,22 @@ class Tokenizer:
         if path.suffix == ".gguf":
             from fastlm.gguf_file import GGUFFile
 
-            return cls(*gguf_vocab.build(GGUFFile(path).metadata, path))
+            return cls(*gguf_vocab.build(GGUFFile(path)))
         file = path / "tokenizer.json" if path.is_dir() else path
-        text = _read(file)
+        text = read_text(file, MAX_JSON_BYTES)
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(
-                f"{file}: wanted a tokenizer.json, got: {reason(error):.200}"
-            ) from error
-        config = _read_json(file.parent / "tokenizer_config.json")
-        legacy = _read_json(file.parent / "special_tokens_map.json")
+            backend = library(tokenizers.Tokenizer.from_str, text)
+        except InputError as error:
+            raise InputError(f"{file}: wanted a tokenizer.json, got: {error}") from error
+        config, legacy = (
+            read_json(path) if (path := file.parent / name).exists() else {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json")
+        )
         roles = {name: _content(config.get(name) or legacy.get(name)) for name in ROLES}
         roles = {n: t for n, t in roles.items() if t and backend.token_to_id(t) is not None}
         template = config.get("chat_template")
         if (jinja := file.parent / "chat_template.jinja").exists():
-            template = _read(jinja)
+            template = read_text(jinja)
         if isinstance(template, list):  # several named ones; "default" is for chat
             named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
             template = named.get("default")
@@ -193,13 +201,25 @@ class Tokenizer:
         """Ids of ``text``. ``special=True`` is what transformers' ``encode`` gives: special tokens
         in the text become their ids, and BOS/EOS are added where the tokenizer says so."""
         backend = self._backend if special else self._text_backend
-        return backend.encode(_valid(text), add_special_tokens=special).ids
+        ids = library(backend.encode, _valid(text), add_special_tokens=special).ids
+        return ids if special else self._checked(ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, on all cores."""
         valid = [_valid(text) for text in texts]
-        batch = self._text_backend.encode_batch_fast(valid, add_special_tokens=False)
-        return [encoding.ids for encoding in batch]
+        batch = library(self._text_backend.encode_batch_fast, valid, add_special_tokens=False)
+        return [self._checked(encoding.ids) for encoding in batch]
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """``ids`` of plain text: where a special token is also a piece of ordinary text (one byte,
+        a whole word) there is no other way to write it."""
+        if not self._reserved.isdisjoint(ids):
+            index = next(i for i in ids if i in self._reserved)
+            raise InputError(
+                f"text: wanted none with {self._backend.id_to_token(index)!r}, a special token that"
+                " this tokenizer cannot write as text"
+            )
+        return ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of ``ids``; special tokens are left out unless ``special``. Bytes that are not UTF-8
@@ -242,10 +262,16 @@ class Tokenizer:
         """The prompt text of ``messages`` ([{"role": ..., "content": ...}]) by the chat
         template.
         """
+        return self._render(messages, add_generation_prompt, variables)[0]
+
+    def _render(
+        self, messages: Any, add_generation_prompt: bool, variables: dict[str, Any]
+    ) -> tuple[str, chat_template.Runs]:
         if self.chat_template is None:
             raise InputError("chat_template: wanted one for chat, this tokenizer has none")
-        known = {**self._roles, "add_generation_prompt": add_generation_prompt}
-        return chat_template.render(self.chat_template, messages, {**known, **variables})
+        variables = {"add_generation_prompt": add_generation_prompt, **variables}
+        text, own = chat_template.render(self.chat_template, messages, variables, self._roles)
+        return _valid(text), own
 
     def encode_chat(
         self,
@@ -254,30 +280,31 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[int]:
-        """Ids of ``render_chat``; special tokens that stand in a message stay text."""
+        """Ids of ``render_chat``. A special token is what the template wrote itself, from its first
+        to its last character; what messages, tools and other variables hold stays text.
+        """
+        text, own = self._render(messages, add_generation_prompt, variables)
         names = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True)))
-        seen: list[str] = []
-        chat_template.plain(messages, seen.append)
-        options = {"add_generation_prompt": add_generation_prompt, **variables}
-        if not names or not any(re.search(names, text) for text in seen):
-            text = _valid(self.render_chat(messages, **options))
-            return self._backend.encode(text, add_special_tokens=False).ids
-        # Break the names inside messages with a character that no message holds, render, cut at
-        # the names that are still whole (the template's own), mend and encode what is between.
-        used = set("".join(seen))
-        mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
-
-        def broken(text: str) -> str:
-            return re.sub(names, lambda m: m[0][0] + mark + m[0][1:], text)
-
-        text = self.render_chat(chat_template.plain(messages, broken), **options)
+        written = [
+            (start + match.start(), match[0])
+            for start, end in own
+            for match in (re.finditer(names, text[start:end]) if names else ())
+        ]
+        encoding = library(self._backend.encode, text, add_special_tokens=False)
+        found = [span for i, span in zip(encoding.ids, encoding.offsets) if i in self._reserved]
+        # an offset may include spaces that the token takes in
+        if len(found) == len(written) and all(
+            start <= at and at + len(name) <= stop
+            for (start, stop), (at, name) in zip(found, written)
+        ):
+            return encoding.ids
+        # some special token is text: what is between the template's own is encoded piece by piece
         ids: list[int] = []
-        for part in re.split(f"({names})", text):
-            if part in self._specials:
-                ids.append(self._specials[part])
-            elif part:
-                ids += self.encode(part.replace(mark, ""))
-        return ids
+        at = 0
+        for start, name in written:
+            ids += [*self.encode(text[at:start]), self._specials[name]]
+            at = start + len(name)
+        return ids + self.encode(text[at:])
 
 
 class TokenStream:
@@ -348,27 +375,6 @@ def _valid(text: str) -> str:
             f"text: wanted valid Unicode, got a lone surrogate at {error.start}"
         ) from None
     return text
-
-
-def _read(file: Path) -> str:
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{file}: wanted at most {MAX_JSON_BYTES} bytes")
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: wanted a readable text file, got: {reason(error)}") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        value = json.loads(_read(file))
-    except ValueError as error:
-        raise InputError(f"{file}: wanted JSON, got: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: wanted a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _content(token: Any) -> str | None:

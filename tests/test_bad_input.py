@@ -8,6 +8,8 @@ vocabulary (tests of the ops). A disk that is full and a read-only run folder: t
 
 import gzip
 import json
+import os
+import random
 import shutil
 import struct
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import tiny_recipe
 import zstandard
 from model_files import write_gguf
+from test_foreign_files import changed, outcome
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -260,6 +263,11 @@ def test_quantize_onto_the_model_itself(finished):
         "quantize", "-m", finished / "run", "-o", finished / "tiny.toml", "--group-size", 16,
         text="out: wanted a folder, got the file",
     )  # fmt: skip
+    refused(
+        "quantize", "-m", finished / "run", "-o", finished / "q.gguf", "--group-size", 16,
+        text="out: wanted the name of a folder (GGUF is only read)",
+    )  # fmt: skip
+    assert not (finished / "q.gguf").exists()
 
 
 @pytest.mark.parametrize(
@@ -288,6 +296,60 @@ def test_recipes(finished, tmp_path):
     refused("run", recipe, "-o", tmp_path / "run", "--until", "sft", text="until: wanted one of")
     (tmp_path / "run/stages.json").write_text("{")
     refused("run", recipe, "-o", tmp_path / "run", text="delete it to start again")
+
+
+def test_records_of_another_kind(finished, tmp_path):
+    """stages.json with a value of the wrong kind: a line that says what to do, or nothing to
+    do."""
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    file = run / "stages.json"
+    whole = file.read_text()
+    draw = random.Random(0)
+    found = []
+    for _ in range(60):
+        record = json.loads(whole)
+        name = draw.choice(list(record))
+        entry = {key: record[name][key] for key in ("seconds", "result")}
+        record[name] |= changed(entry, draw)
+        file.write_text(json.dumps(record))
+        found.append(outcome(lambda: run_recipe(finished / "tiny.toml", run)))
+    assert found.count("refused") > 10
+    for text in ("[" * 100_000, "[]", '{"data": 3}', '{"data": {"fingerprint": 3}}'):
+        file.write_text(text)
+        refused("run", finished / "tiny.toml", "-o", run, text="delete it to start again")
+    for name in ("stages.json", ".lock"):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        refused("run", finished / "tiny.toml", "-o", run, text="wanted a")
+        (run / name).unlink()
+        file.write_text(whole)
+    (run / "report.html").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    for line in (
+        "{",
+        "3",
+        '{"step": "x"}',
+        '{"step": 1, "loss": []}',
+        '{"step": 99, "sample": ""}',
+    ):
+        (run / "metrics.jsonl").write_text("\n".join([*lines, line]))
+        record = json.loads(whole)
+        record["pretrain"]["outputs"]["metrics.jsonl"] = (run / "metrics.jsonl").stat().st_size
+        file.write_text(json.dumps(record))
+        refused("run", finished / "tiny.toml", "-o", run, text=f"line {len(lines) + 1}: wanted")
+
+
+def test_moves_out_of_a_run_folder(finished, tmp_path):
+    """A run folder from a stranger with a half-done move of somebody else's files."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "mine").write_text("x")
+    (tmp_path / "run/.previous.new").mkdir()
+    (tmp_path / "run/.previous.new/moves.json").write_text('["../mine"]')
+    refused(
+        "run", finished / "tiny.toml", "-o", tmp_path / "run", text="wanted a list of names of this"
+    )
+    assert (tmp_path / "mine").exists()
 
 
 def test_a_folder_without_funnel_fields(tmp_path):

@@ -33,6 +33,7 @@ from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.train.schedule import SCHEDULES, due, learning_rate, progress
 from fastlm.train.state import (
+    Progress,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
@@ -409,20 +410,16 @@ class _Loop:
         length = 0
         if found:
             state = load_checkpoint(found[-1], self.model, self.optimizer, self.identity())
-            self.objective.load_state_dict(state["objective"])
-            self.step, self.tokens, self.used = state["step"], state["tokens"], state["seconds"]
-            self.done, self.loss, self.last_metrics = (
-                state["done"],
-                state["loss"],
-                state["last_metrics"],
-            )
-            self.training_seconds = state["training_seconds"]
-            length, self.saved_step = state["metrics_bytes"], self.step
+            self.objective.load_state_dict(state.objective)
+            self.step, self.tokens, self.used = state.step, state.tokens, state.seconds
+            self.done, self.loss, self.last_metrics = state.done, state.loss, state.last_metrics
+            self.training_seconds = state.training_seconds
+            length, self.saved_step = state.metrics_bytes, self.step
         have = self.metrics.seek(0, os.SEEK_END)
         if have < length:
             raise InputError(
                 f"{self.run_dir / METRICS}: wanted the {length} bytes that {found[-1].name} goes on"
-                f" from, got {have}"
+                f" from, got {have}; delete {found[-1].parent} to start again"
             )
         self.metrics.truncate(length)
         self.started = time.perf_counter()
@@ -441,12 +438,12 @@ class _Loop:
     def save(self) -> Path:
         os.fsync(self.metrics.fileno())
         self.saved_step = self.step
-        state = {
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds(), "done": self.done,
-            "training_seconds": self.training_seconds, "loss": self.loss,
-            "last_metrics": self.last_metrics, "metrics_bytes": self.metrics.tell(),
-            "objective": self.objective.state_dict(),
-        }  # fmt: skip
+        state = Progress(
+            step=self.step, tokens=self.tokens, seconds=self.seconds(), done=self.done,
+            training_seconds=self.training_seconds, loss=self.loss,
+            last_metrics=self.last_metrics, metrics_bytes=self.metrics.tell(),
+            objective=self.objective.state_dict(),
+        )  # fmt: skip
         return save_checkpoint(
             self.run_dir,
             self.step,

@@ -10,6 +10,7 @@ as JSON.
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,48 @@ from torch import Tensor, nn
 
 from fastlm.checkpoint import load_tensors, save_tensors
 from fastlm.errors import InputError
-from fastlm.files import make_folder
+from fastlm.files import make_folder, reason
+from fastlm.typed import build
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class Progress:
+    """Where a training is."""
+
+    step: int
+    tokens: int
+    seconds: float  # of all sittings
+    done: float  # as `fastlm.train.loop` counts it
+    training_seconds: float
+    loss: float | None
+    last_metrics: dict[str, Any]
+    metrics_bytes: int
+    objective: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("step", "tokens", "seconds", "training_seconds", "metrics_bytes"):
+            if getattr(self, name) < 0:
+                raise InputError(f"progress.{name}: wanted 0 or more, got {getattr(self, name)}")
+
+
+@dataclass
+class Packed:
+    """What is no tensor of an optimizer's state: ``<parameter>.<slot>`` -> value."""
+
+    state: dict[str, Any]
+    groups: int
+
+
+@dataclass
+class Rest:
+    """What is no tensor of a checkpoint."""
+
+    progress: Progress
+    identity: dict[str, Any]
+    optimizer: dict[str, Any]
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -69,13 +108,17 @@ def unpack_optimizer(
     """The inverse; param_groups stay those of ``optimizer``, whose options the run identity
     has compared.
     """
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *rest["state"].items()]:
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+    packed = build(Packed, rest, "optimizer.")
     groups = optimizer.state_dict()["param_groups"]
-    if rest["groups"] != len(groups):
-        raise InputError(f"optimizer: wanted {len(groups)} parameter groups, got {rest['groups']}")
+    if packed.groups != len(groups):
+        raise InputError(f"optimizer: wanted {len(groups)} parameter groups, got {packed.groups}")
+    slots = {f"{index}": {} for group in groups for index in group["params"]}
+    for key, value in [*tensors.items(), *packed.state.items()]:
+        index, _, name = key.partition(".")
+        if index not in slots:
+            raise InputError(f"optimizer: wanted states of {len(slots)} parameters, got {key!r}")
+        slots[index][name] = value
+    state = {int(index): named for index, named in slots.items() if named}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -84,12 +127,12 @@ def save_checkpoint(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    progress: dict[str, Any],
+    progress: Progress,
     identity: dict[str, Any],
     *,
     keep: int,
 ) -> Path:
-    """Writes step-<step> and prunes. ``progress`` and ``identity`` are JSON-serialisable."""
+    """Writes step-<step> and prunes. ``identity`` is JSON-serialisable."""
     path = checkpoint_path(run_dir, step)
     make_folder(path.parent)
     optimizer_tensors, optimizer_rest = pack_optimizer(optimizer)
@@ -100,24 +143,23 @@ def save_checkpoint(
     }
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    save_tensors(
-        path, tensors, {"progress": progress, "identity": identity, "optimizer": optimizer_rest}
-    )
+    save_tensors(path, tensors, asdict(Rest(progress, identity, optimizer_rest)))
     prune(run_dir, keep)
     return path
 
 
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
-) -> dict[str, Any]:
-    """Loads all in place; -> progress. InputError: corrupt, or of another run (the first
-    difference is named).
+) -> Progress:
+    """Loads all in place. InputError: corrupt, or of another run (the first difference is
+    named).
     """
-    tensors, rest = load_tensors(path)
+    tensors, metadata = load_tensors(path)
     try:
-        saved, progress, optimizer_rest = rest["identity"], rest["progress"], rest["optimizer"]
-    except (KeyError, TypeError):
-        raise InputError(f"{path}: wanted a training checkpoint, got other tensors") from None
+        rest = build(Rest, metadata)
+    except InputError as error:
+        raise InputError(f"{path}: wanted a training checkpoint: {error}") from None
+    saved = rest.identity
     for key in identity.keys() | saved.keys():
         if saved.get(key) != identity.get(key):
             raise InputError(
@@ -128,9 +170,27 @@ def load_checkpoint(
         prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         for prefix in ("model.", "optimizer.", "rng.")
     }
-    model.load_state_dict(part["model."])
-    unpack_optimizer(optimizer, part["optimizer."], optimizer_rest)
-    torch.set_rng_state(part["rng."]["cpu"])
-    if "cuda" in part["rng."] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(part["rng."]["cuda"])
-    return progress
+    try:
+        for prefix, own in (
+            ("model.", model.state_dict()),
+            ("rng.", {"cpu": torch.get_rng_state()}),
+        ):
+            _check_tensors(prefix, part[prefix], own)
+        model.load_state_dict(part["model."])
+        unpack_optimizer(optimizer, part["optimizer."], rest.optimizer)
+        torch.set_rng_state(part["rng."]["cpu"])
+        if "cuda" in part["rng."] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(part["rng."]["cuda"])
+    except (InputError, RuntimeError) as error:  # RuntimeError: no state of a generator
+        raise InputError(f"{path}: {reason(error)}") from None
+    return rest.progress
+
+
+def _check_tensors(prefix: str, came: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    for name, tensor in own.items():
+        wanted = (tensor.dtype, tuple(tensor.shape))
+        got = (came[name].dtype, tuple(came[name].shape)) if name in came else "none"
+        if got != wanted:
+            raise InputError(f"{prefix}{name}: wanted {wanted[0]} {wanted[1]}, got {got}")
+    if other := came.keys() - own.keys() - {"cuda"}:
+        raise InputError(f"{prefix}{min(other)}: is not of the model")

@@ -1,0 +1,97 @@
+"""Values of a TOML or JSON file as a dataclass, whose fields are the schema. An unknown key is
+refused with the nearest known one, a wrong type with both types.
+"""
+
+import contextlib
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fastlm.errors import InputError, show
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], table: Any, where: str = "") -> T:
+    """``cls``, a dataclass, from a mapping of its fields; ``where`` comes before their names in
+    messages."""
+    if not isinstance(table, Mapping):
+        raise InputError(f"{where}: wanted a table, got {_name(type(table))}")
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in table.items():
+        if key not in known:
+            raise InputError(unknown(where + key, key, known))
+        values[key] = _convert(value, hints[key], where + key)
+    for name, f in known.items():
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise InputError(f"{where}{name}: wanted, is missing")
+    return cls(**values)
+
+
+def check(table: Any, hints: Mapping[str, Any], where: str) -> None:
+    """InputError unless ``table`` is a mapping that has all of ``hints``, of their types. A result
+    may be NaN, an option may not: floats need not be finite here."""
+    if not isinstance(table, Mapping):
+        raise InputError(f"{where}: wanted a table, got {_name(type(table))}")
+    for key, hint in hints.items():
+        if key not in table:
+            raise InputError(f"{where}.{key}: wanted, is missing")
+        if hint is not float or not isinstance(table[key], float):
+            _convert(table[key], hint, f"{where}.{key}")
+
+
+def unknown(full: str, key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key[:80], known, n=1, cutoff=0.0)  # quadratic in its length
+    return f"{full}: unknown key; the nearest known one is {near[0]!r}"
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as ``hint``; whole numbers are also floats, arrays tuples."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, UnionType):
+        (inner,) = (a for a in args if a is not NoneType)  # only X | None is used
+        return None if value is None else _convert(value, inner, where)
+    if is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return build(hint, value, where + ".")  # type: ignore[arg-type]
+    elif origin is tuple:
+        if isinstance(value, list):
+            if args[-1] is not Ellipsis and len(value) != len(args):
+                raise InputError(f"{where}: wanted {len(args)} values, got {len(value)}")
+            kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+            return tuple(
+                _convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds))
+            )
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {key: _convert(item, args[1], f"{where}.{key}") for key, item in value.items()}
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):
+                if math.isfinite(value):
+                    return float(value)
+    elif type(value) is hint:
+        return value
+    raise InputError(f"{where}: wanted {_name(hint)}, got {_name(type(value))} {show(value)}")
+
+
+def _name(hint: Any) -> str:
+    if is_dataclass(hint) or hint is dict or get_origin(hint) is dict:
+        return "a table"
+    if get_origin(hint) is tuple or hint is list:
+        return "an array"
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        NoneType: "nothing",
+    }
+    return names.get(hint, str(hint))
