@@ -273,8 +273,28 @@ def test_read_documents_refuses_what_is_damaged(corpus, tmp_path):
         p.write_bytes(damaged)
         with pytest.raises(InputError, match=r"train\.jsonl\.zst"):
             list(read_documents(p))
+    good = {"text": "x", "id": "1", "source": "s"}
+    odd = [
+        {**good, "text": "\ud800"},
+        {**good, "meta": []},
+        {**good, "id": 1},
+        {"text": "x"},
+        [good],
+    ]
+    for line in ["[" * 10**5, "\xff", *map(json.dumps, odd)]:
+        p.write_bytes(line.encode("latin-1"))
+        with pytest.raises(InputError, match="line 1: wanted a prepared document"):
+            list(read_documents(p))
     with pytest.raises(InputError, match="cannot be read"):
         list(read_documents(tmp_path / "none.zst"))
+    funnel = json.loads((tmp_path / "out" / "funnel.json").read_text())
+    wrong = [{"steps": 3}, {"steps": [1]}, {"steps": [{"step": "gather"}]}, {"unreadable": [1]},
+             {"sources": {"a": {"files": 1}}}, {"steps": [{**funnel["steps"][0], "not_read": 1}]},
+             {"more": 1}]  # fmt: skip
+    for text in ["[" * 10**5, "[]", *(json.dumps({**funnel, **change}) for change in wrong)]:
+        (tmp_path / "out" / "funnel.json").write_text(text)
+        with pytest.raises(InputError, match="wanted the funnel"):
+            Funnel.load(tmp_path / "out")
     with pytest.raises(InputError, match="wanted the funnel"):
         Funnel.load(tmp_path)
 

@@ -4,24 +4,32 @@ change.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastlm.data.sources import list_files, parse_source, printable
 from fastlm.errors import InputError
+from fastlm.files import read_json
 from fastlm.progress import silent
-from fastlm.schema import from_json
+from fastlm.typed import build
 
 Stamp = tuple[int, int, int]  # size, and two times in ns
 Seen = dict[str, tuple[int, int, int, str]]  # absolute path -> the stamp and sha256
+MAX_SEEN_BYTES = 1 << 30  # some 200 bytes a file
 
 
 def load_seen(path: Path) -> Seen:
     """What was hashed before; nothing where ``path`` is missing or damaged: it is hashed again."""
     try:
-        return from_json(path.read_bytes(), Seen, str(path))
-    except (OSError, InputError):
+        return build(_Record, {"seen": read_json(path, MAX_SEEN_BYTES)}).seen
+    except InputError:
         return {}
+
+
+@dataclass
+class _Record:
+    seen: Seen
 
 
 def source_states(sources: Sequence[str], seen: Seen, *, cache: Path, track=silent) -> list[Any]:

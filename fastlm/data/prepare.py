@@ -23,10 +23,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import zstandard
-from typing_extensions import NotRequired, TypedDict  # noqa: UP035 pydantic wants it below 3.12
 
 from fastlm.data.dedup import MIN_PARAGRAPH, DocumentDedup, ParagraphDedup, content_key
 from fastlm.data.extract import extract
@@ -37,9 +36,9 @@ from fastlm.data.scrub import scrub
 from fastlm.data.sources import Document, SourceFile, list_files, printable, read_files
 from fastlm.data.split import split_text
 from fastlm.errors import InputError
-from fastlm.files import replacing, write_error
+from fastlm.files import parse_json, read_json, replacing, write_error
 from fastlm.progress import silent
-from fastlm.schema import from_json
+from fastlm.typed import build, check
 
 TRAIN, HELDOUT, FUNNEL = "train.jsonl.zst", "heldout.jsonl.zst", "funnel.json"
 ZSTD_LEVEL = 3  # level 6 takes twice the time for 5 % less
@@ -89,41 +88,36 @@ class DataOptions:
             )
 
 
-class Step(TypedDict):
-    """What a step left; ``removed``, and what some steps add: how many by reason."""
-
-    step: str
-    documents: int
-    bytes: int
-    removed: dict[str, int]
-    replaced: NotRequired[dict[str, int]]  # scrub: personal data, by kind
-    not_read: NotRequired[dict[str, int]]  # gather: endings of the files of types not read
-    cut: NotRequired[dict[str, int]]  # extract: long documents, and the parts they became
-
-
-class Tally(TypedDict):
-    files: int
-    documents: int
-    bytes: int
+# What a step says: what it left, and how much it removed by reason; some add "replaced" (scrub:
+# personal data by kind), "not_read" (gather: the endings of files of other types) or "cut"
+# (extract: long documents and the parts they became).
+STEP = {"step": str, "documents": int, "bytes": int, "removed": dict[str, int]}
+ADDED = ("replaced", "not_read", "cut")
+SOURCE = {"files": int, "documents": int, "bytes": int}
 
 
 @dataclass
 class Funnel:
     """What each step left and what it removed, and the clean text by source; JSON-serialisable."""
 
-    steps: list[Step] = field(default_factory=list)
-    sources: dict[str, Tally] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # the first MAX_MESSAGES one-line reasons
 
     @classmethod
     def load(cls, path: Path) -> "Funnel":
         """``path``: funnel.json or the folder that holds it."""
         path = path / FUNNEL if path.is_dir() else path
-        what = f"{path}: wanted the funnel of a prepared data folder"
         try:
-            return from_json(path.read_bytes(), cls, what)
-        except OSError as e:
-            raise InputError(f"{what}: {e.strerror}") from None
+            funnel = build(cls, read_json(path))
+            for i, step in enumerate(funnel.steps):
+                added = {key: dict[str, int] for key in ADDED if key in step}
+                check(step, STEP | added, f"steps[{i}]")
+            for name, tally in funnel.sources.items():
+                check(tally, SOURCE, name)
+        except InputError as e:
+            raise InputError(f"{path}: wanted the funnel of a prepared data folder: {e}") from None
+        return funnel
 
     def tell(self, message: str) -> None:
         """Keeps why something was skipped; names in it may hold bytes that are no UTF-8."""
@@ -328,7 +322,7 @@ def _write_clean(
         "quality rules": judged, "scrub": scrubbed, "repeated paragraphs": paragraphs,
     }  # fmt: skip
     for name, step in steps.items():
-        entry: Step = {
+        entry: dict[str, Any] = {
             "step": name,
             "documents": step.documents,
             "bytes": step.bytes,
@@ -422,4 +416,10 @@ def read_documents(path: Path) -> Iterator[Document]:
     path = Path(path)
     with open_stream(path) as stream:
         for number, line in enumerate(stream, 1):
-            yield from_json(line, Document, f"{path}, line {number}: wanted a prepared document")
+            where = f"{path}, line {number}"
+            try:
+                document = build(Document, parse_json(line.decode(), "it"))
+                document.text.encode()  # no lone surrogate
+            except (InputError, UnicodeError) as e:
+                raise InputError(f"{where}: wanted a prepared document: {e}") from None
+            yield document

@@ -14,57 +14,51 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
-from typing_extensions import TypedDict  # typing's is refused by pydantic below 3.12
 
 from fastlm.errors import InputError
-from fastlm.files import replacing
+from fastlm.files import read_json, replacing
 from fastlm.progress import silent
-from fastlm.schema import checked, from_json
+from fastlm.typed import build, check
 
 if TYPE_CHECKING:
     from fastlm.tokenizer import Tokenizer
 
 INDEX = "index.json"
-FORMAT: Literal["fastlm-shards-1"] = "fastlm-shards-1"
+FORMAT = "fastlm-shards-1"
+SHARD = {
+    "file": str, "tokens": int, "documents": int, "bytes_of_text": int,
+    "sha256": str, "starts_sha256": str,
+}  # fmt: skip
 ENCODE_BYTES = (
     1 << 20
 )  # a batch for the tokenizer's threads; larger ones gain nothing and hold more memory
 
 
-class Shard(TypedDict):
-    file: Annotated[str, Field(pattern=r"^[0-9]+\.bin$")]
-    tokens: PositiveInt
-    documents: PositiveInt
-    bytes_of_text: NonNegativeInt
-    sha256: str
-    starts_sha256: str
-
-
 @dataclass
 class ShardInfo:
-    """What index.json says."""
+    """What index.json says; each of ``shards`` is a `SHARD`."""
 
-    dtype: Literal["uint16", "uint32"]
-    vocab_size: PositiveInt
-    eos_id: NonNegativeInt
+    dtype: str
+    vocab_size: int
+    eos_id: int
     tokens: int
     documents: int
     bytes_of_text: int
-    shards: Annotated[list[Shard], Field(min_length=1)]
-    format: Literal["fastlm-shards-1"] = FORMAT
+    shards: list[dict[str, Any]]
+    format: str = FORMAT
 
 
-class _SamplerState(TypedDict):
+@dataclass
+class _SamplerState:
     data: str
     seed: int
     seq_len: int
     shuffle: bool
-    epoch: NonNegativeInt
+    epoch: int
     position: int
 
 
@@ -91,12 +85,11 @@ def write_shards(
         )
     if shard_tokens < 1:
         raise InputError(f"shard_tokens: wanted 1 or more, got {shard_tokens}")
-    name_of_dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    dtype = np.dtype(name_of_dtype).newbyteorder("<")
+    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     encoded = _encode(
         track(docs, "tokenizing", unit="documents"), tokenizer, vocab_size, eos_id, dtype
     )
-    shards: list[Shard] = []
+    shards: list[dict[str, Any]] = []
     following = next(encoded, None)
     if following is None:
         raise InputError("docs: wanted at least one document, got none")
@@ -126,11 +119,8 @@ def write_shards(
     for stale in set(out.glob("[0-9]*.bin")) - {out / s["file"] for s in shards}:
         stale.unlink()
         stale.with_suffix(".starts").unlink(missing_ok=True)
-    totals = _totals(shards)
-    info = ShardInfo(
-        dtype=name_of_dtype, vocab_size=vocab_size, eos_id=eos_id, tokens=totals["tokens"],
-        documents=totals["documents"], bytes_of_text=totals["bytes_of_text"], shards=shards,
-    )  # fmt: skip
+    tokens, documents, size = _totals(shards)
+    info = ShardInfo(dtype.name, vocab_size, eos_id, tokens, documents, size, shards)
     with replacing(out / INDEX) as f:
         f.write(json.dumps(asdict(info), indent=1).encode())
     return info
@@ -236,28 +226,35 @@ class TokenDataset:
         return np.concatenate(parts)
 
 
-def _totals(shards: list[Shard]) -> dict[str, int]:
-    return {key: sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")}
+def _totals(shards: list[dict[str, Any]]) -> list[int]:
+    return [sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")]
 
 
 def _load_index(path: Path) -> ShardInfo:
-    file = path / INDEX
-    try:
-        data = file.read_bytes()
-    except OSError as e:
-        inner = path / "train"
+    file, inner = path / INDEX, path / "train"
+    if not file.exists():
         hint = f"{inner} is one" if (inner / INDEX).exists() else "'fastlm data shards' makes them"
-        raise InputError(
-            f"{file}: wanted a folder of token shards ({hint}): {e.strerror}"
-        ) from None
-    info = from_json(data, ShardInfo, f"{file}: wanted the index of token shards")
-    for key, total in _totals(info.shards).items():
-        if getattr(info, key) != total:
+        raise InputError(f"{path}: wanted a folder of token shards ({hint}), {INDEX} is missing")
+    try:
+        info = build(ShardInfo, read_json(file))
+        for i, s in enumerate(info.shards):
+            check(s, SHARD, f"shards[{i}]")
+            if Path(s["file"]).name != s["file"] or s["tokens"] < 1 or s["documents"] < 1:
+                raise InputError(f"shards[{i}]: wanted the name of a file, tokens and documents")
+        if info.format != FORMAT or info.dtype not in ("uint16", "uint32") or not info.shards:
             raise InputError(
-                f"{file}: wanted the index of token shards: {key} of the shards add up to {total}, "
-                f"not to {getattr(info, key)}"
+                f"wanted shards of format {FORMAT}, uint16 or uint32, got {len(info.shards)} of "
+                f"{info.format:.40}, {info.dtype:.40}"
             )
-    return info
+        if not 0 <= info.eos_id < info.vocab_size:
+            raise InputError(f"eos_id: wanted one below {info.vocab_size}, got {info.eos_id}")
+        if (found := [info.tokens, info.documents, info.bytes_of_text]) != _totals(info.shards):
+            raise InputError(
+                f"wanted the totals of the shards, {_totals(info.shards)}, got {found}"
+            )
+        return info
+    except InputError as e:
+        raise InputError(f"{file}: wanted the index of token shards: {e}") from None
 
 
 class BatchSampler:
@@ -327,14 +324,16 @@ class BatchSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        found = checked(state, _SamplerState, "sampler state: wanted that of this sampler")
+        found = build(_SamplerState, state, "sampler state: wanted that of this sampler: ")
         for key, wanted in self._identity().items():
             if state[key] != wanted:
-                raise InputError(f"sampler state: wanted {key} {wanted!r}, got {state[key]!r}")
-        self._begin(found["epoch"])
-        if not 0 <= found["position"] <= len(self._order):
+                raise InputError(f"sampler state: wanted {key} {wanted!r}, got {state[key]!r:.80}")
+        if found.epoch < 0:
+            raise InputError(f"sampler state: wanted an epoch from 0, got {found.epoch}")
+        self._begin(found.epoch)
+        if not 0 <= found.position <= len(self._order):
             raise InputError(
                 f"sampler state: wanted a position within 0..{len(self._order)}, "
-                f"got {found['position']}"
+                f"got {found.position}"
             )
-        self.position = found["position"]
+        self.position = found.position
