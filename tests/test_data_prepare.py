@@ -81,7 +81,7 @@ def test_every_step_is_counted(corpus, tmp_path):
     ]
     assert counts == [50, 49, 48, 47]
     assert steps["gather"]["not_read"] == {".png": 1}
-    assert steps["extract"]["cut"] == {"long documents": 1, "parts": 2}
+    assert steps["extract"]["cut"] == {"document cut": 1, "part made": 2}
     assert steps["repeated paragraphs"]["documents"] == 46
     assert steps["train"]["documents"] + steps["heldout"]["documents"] == 46
     (unreadable,) = [m for m in funnel.unreadable if "bad.txt" in m]
@@ -140,7 +140,7 @@ def test_a_book_is_cut_and_nothing_of_it_is_lost(tmp_path):
     assert [d.id for d in docs] == [f"novel.jsonl:1:{i}" for i in range(3)]
     assert all(80_000 < len(d.text.split()) <= 100_000 for d in docs)
     assert all(d.text.endswith(".") for d in docs[:-1])
-    assert funnel.steps[1]["cut"] == {"long documents": 1, "parts": 3}
+    assert funnel.steps[1]["cut"] == {"document cut": 1, "part made": 3}
 
 
 def test_no_paragraph_is_in_both_parts(corpus, tmp_path):
@@ -325,7 +325,7 @@ def test_command_line(corpus, tmp_path):
         "1 word_count",
         "repeated paragraphs",
         "1 email",
-        "not read: .png 1",
+        "1 file: type not read (.png 1)",
         "2 line: malformed",
         "lines.jsonl, line 1: wanted one JSON object",
         "heldout",

@@ -10,7 +10,7 @@ import typer
 from fastlm.data.filter import MAX_WORDS
 from fastlm.data.packages import SCHEMES, default_cache, fetch, fetch_model
 from fastlm.data.prepare import HELDOUT, TRAIN, DataOptions, Funnel, prepare, read_documents
-from fastlm.data.sources import DOCUMENTS, PLAIN
+from fastlm.data.sources import DOCUMENTS, PLAIN, TYPE_NOT_READ
 from fastlm.errors import InputError
 from fastlm.progress import bars
 
@@ -140,14 +140,12 @@ def show(funnel: Funnel) -> None:
         steps.add_column(heading, justify="right")
     steps.add_column("removed")
     for s in funnel.steps:
-        taken = {**s["removed"], **s.get("replaced", {})}
-        told = [f"{n:,} {why}" for why, n in taken.items() if n]
-        if endings := s.get("not_read"):
-            told.append(
-                f"not read: {', '.join(f'{ending} {n:,}' for ending, n in endings.items())}"
-            )
-        if cut := s.get("cut"):
-            told.append(f"{cut['long documents']:,} long cut into {cut['parts']:,} parts")
+        taken = {**s["removed"], **s.get("replaced", {}), **s.get("cut", {})}
+        endings = ", ".join(f"{ending} {n:,}" for ending, n in s.get("not_read", {}).items())
+        told = []
+        for why, n in taken.items():
+            if n:
+                told.append(f"{n:,} {why}" + f" ({endings})" * why.endswith(TYPE_NOT_READ))
         steps.add_row(s["step"], f"{s['documents']:,}", f"{s['bytes'] / 1e6:,.2f}", ", ".join(told))
     sources = Table("source", title="Clean text by source")
     for heading in ("files", "documents", "MB"):

@@ -351,7 +351,7 @@ def _parts(
         if len(results) == 1:
             yield document, results[0]
             continue
-        cut.update({"long documents": 1, "parts": len(results)})
+        cut.update({"document cut": 1, "part made": len(results)})
         for number, result in enumerate(results):
             yield replace(document, text="", id=f"{document.id}:{number}"), result
 

@@ -53,7 +53,7 @@ FORMATS = {
     ".json": "json",
     ".ipynb": "notebook",
 }
-NO_ENDING = "no ending"
+TYPE_NOT_READ, NO_ENDING = "type not read", "no ending"
 META_LEVELS = 64  # what was read near the limit of recursion might not be written again
 # .git, .venv: a repository holds them beside its text. A glob that names them still gets them.
 HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
@@ -164,7 +164,7 @@ def list_files(
         elif not glob and HIDDEN.search(relative):
             passed["hidden"] += 1
         elif ending not in FORMATS:
-            passed["type not read"] += 1
+            passed[TYPE_NOT_READ] += 1
             unread[ending or NO_ENDING] += 1
         elif package and not glob and PACKAGE_NOISE.search(relative):
             passed["about the package"] += 1
