@@ -245,15 +245,17 @@ def load_gguf(file: GGUFFile) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]
     """config.json's content, and the tensors one by one under Hugging Face's names."""
     config = config_of(file)
     kind = config["model_type"]
-    names = {}
+    names: dict[str, str] = {}
+    taken = set()
     for name in file.tensors:
         if name in ROPE_TABLES:
             continue
         if (target := hf_name(name, kind)) is None:
             raise InputError(f"{file.path}: {name}: wanted a tensor of {kind}, got one it lacks")
-        if target in names.values():
+        if target in taken:
             raise InputError(f"{file.path}: {name}: wanted one tensor for {target}, got two")
         names[name] = target
+        taken.add(target)
     shapes = {target: file.tensors[name].shape for name, target in names.items()}
     architectures.check_tensors(shapes, architectures.config_of(config, file.path), file.path)
 

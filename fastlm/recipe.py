@@ -25,6 +25,7 @@ from fastlm.typed import build, unknown
 
 MAX_BYTES = 2**16  # of a recipe
 MAX_DOTS = 1000  # in a line: tomllib takes time quadratic in the parts of a key
+_HUGE = re.compile(r"0[box][\da-fA-F_]{65}")  # numbers beyond TOML's 64 bits
 RULES = {"technical": TECHNICAL, "web": WEB, "none": ()}  # names for rules = ["technical"]
 
 
@@ -129,6 +130,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     stage refuses.
     """
     path = Path(path)
+    if not path.exists():
+        raise InputError(f"recipe {path}: cannot be read: No such file or directory")
     try:
         table = _toml(read_text(path, MAX_BYTES))
     except InputError as e:
@@ -147,6 +150,8 @@ def _toml(text: str) -> dict[str, Any]:
     """ValueError, RecursionError: no TOML."""
     if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
         raise ValueError(f"a line has more than {MAX_DOTS:,} dots")
+    if huge := _HUGE.search(text):
+        raise ValueError(f"{huge[0][:20]}... has more than 64 bits")
     return tomllib.loads(text)
 
 
@@ -162,6 +167,8 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         raise InputError(f"name: wanted the name of a folder below runs/, got {recipe.name!r}")
     if recipe.seed < 0:
         raise InputError(f"seed: wanted 0 or more, got {recipe.seed}")
+    if recipe.seed >= 2**63:
+        raise InputError(f"seed: wanted less than 2^63, got {recipe.seed}")
     # all of it before the first stage: the last one runs when the training is over
     for name in ("data", "tokenizer", "pretrain", "eval", "quantize"):
         try:

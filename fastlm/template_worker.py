@@ -100,14 +100,15 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 class Own(str):
     """Text with a mark per character: 1 where the template wrote it, 0 where it was given.
 
-    The operations below keep the marks; every other one gives a plain str, which has none.
+    The operations below keep the marks; every other one gives a plain str, which has none, or
+    (``format`` in jinja2's sandbox) one of these without marks.
     """
 
     _marks: bytes
 
     def __new__(cls, text: str, marks: bytes | None = None) -> "Own":
         new = super().__new__(cls, text)
-        new._marks = b"\1" * len(new) if marks is None else marks
+        new._marks = bytes(len(new)) if marks is None else marks
         return new
 
     def __str__(self) -> str:
@@ -178,7 +179,7 @@ def join(parts: Iterable[Any], separator: str = "") -> Own:
 def own(value: Any) -> Any:
     """A constant of the template, marked."""
     if type(value) is str:
-        return Own(value)
+        return Own(value, b"\1" * len(value))
     if isinstance(value, list | tuple):
         return type(value)(map(own, value))
     if isinstance(value, dict):
@@ -193,9 +194,8 @@ def answer(compiled: Any, request: dict[str, Any]) -> dict[str, Any]:
         messages = [{k: v for k, v in m.items() if v is not None} for m in request["messages"]]
         for message in messages:
             if message["role"] in ROLE_NAMES:
-                message["role"] = Own(message["role"])
-        tokens = {name: Own(token) for name, token in request["tokens"].items()}
-        variables = {**tokens, **request["variables"]}
+                message["role"] = own(message["role"])
+        variables = {**own(request["tokens"]), **request["variables"]}
         text = join([compiled(request["template"]).render(messages=messages, **variables)])
         if len(text) > MAX_CHARACTERS:
             return {"error": f"wanted at most {MAX_CHARACTERS:,} characters, got {len(text):,}"}

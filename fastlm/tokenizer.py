@@ -121,6 +121,10 @@ class Tokenizer:
         check_vocab_size(vocab_size, special_tokens)
         if not special_tokens or len(set(special_tokens)) < len(special_tokens):
             raise InputError(f"special_tokens: wanted distinct tokens, got {special_tokens!r}")
+        if single := BYTE_OF.keys() & set(special_tokens):
+            raise InputError(
+                f"special_tokens: wanted none that is the spelling of a byte, got {min(single)!r}"
+            )
         backend = tokenizers.Tokenizer(BPE())
         backend.pre_tokenizer = gguf_vocab.byte_level((gguf_vocab.LLAMA3,))
         backend.decoder = decoders.ByteLevel()

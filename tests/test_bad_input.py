@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import tiny_recipe
 import zstandard
+from damage import changed, outcome
 from model_files import write_gguf
-from test_foreign_files import changed, outcome
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -337,7 +337,7 @@ def test_records_of_another_kind(finished, tmp_path):
         record = json.loads(whole)
         record["pretrain"]["outputs"]["metrics.jsonl"] = (run / "metrics.jsonl").stat().st_size
         file.write_text(json.dumps(record))
-        refused("run", finished / "tiny.toml", "-o", run, text=f"line {len(lines) + 1}: wanted")
+        refused("run", finished / "tiny.toml", "-o", run, text=f"line {len(lines) + 1}")
 
 
 def test_moves_out_of_a_run_folder(finished, tmp_path):

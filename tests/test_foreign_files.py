@@ -18,6 +18,7 @@ import pytest
 import tiny_recipe
 import tiny_run
 import torch
+from damage import LONG, changed, outcome
 from model_files import write_gguf
 
 from fastlm import ModelConfig
@@ -28,42 +29,6 @@ from fastlm.quant import quantize
 from fastlm.recipe import load_recipe
 from fastlm.tokenizer import Tokenizer
 from fastlm.train.state import list_checkpoints
-
-LONG = "y" * 9000
-VALUES = [
-    None, True, False, 0, -1, 7, 2**31, 10**30, 0.5, math.inf, -0.0, "", "x", LONG, [], [1], ["a"],
-    [[]], {}, {"a": 1}, {"content": []}, [None] * 2000,
-]  # fmt: skip
-
-
-def changed(value, draw: random.Random):
-    """A copy of the JSON ``value`` with something in it replaced, removed or added."""
-    root = node = copy.deepcopy(value)
-    while True:
-        keys = list(node) if isinstance(node, dict) else range(len(node))
-        key = draw.choice(keys)
-        if not isinstance(node[key], dict | list) or not node[key] or draw.random() < 0.3:
-            break
-        node = node[key]
-    what = draw.random()
-    if what < 0.2:
-        del node[key]
-    elif what < 0.25 and isinstance(node, dict):
-        node["surplus"] = draw.choice(VALUES)
-    else:
-        node[key] = draw.choice(VALUES)
-    return root
-
-
-def outcome(call) -> str:
-    """ "fine", or "refused" in a short line; anything else is raised."""
-    try:
-        call()
-        return "fine"
-    except InputError as error:
-        assert "\n" not in str(error) and len(str(error)) <= 1000, str(error)
-        return "refused"
-
 
 # GGUF
 
@@ -209,8 +174,8 @@ def test_an_id_of_two_to_the_31(model, tmp_path, where):
         Tokenizer.load(file)
 
 
-def test_an_id_that_panics_in_the_library(model, tmp_path):
-    """A merge whose result the vocabulary lacks; the library raises bare Exception or panics."""
+def test_a_tokenizer_that_fails_when_it_encodes(model, tmp_path):
+    """The library raises bare Exception there."""
     content = json.loads((model / "tokenizer.json").read_text())
     content["model"]["unk_token"] = "[UNK]"
     content["model"]["vocab"].pop("t")

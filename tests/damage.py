@@ -1,0 +1,42 @@
+"""A value of the wrong kind somewhere in a JSON value, and what came of it."""
+
+import copy
+import math
+import random
+
+from fastlm.errors import InputError
+
+LONG = "y" * 9000
+VALUES = [
+    None, True, False, 0, -1, 7, 2**31, 10**30, 0.5, math.inf, -0.0, "", "x", LONG, [], [1], ["a"],
+    [[]], {}, {"a": 1}, {"content": []}, [None] * 2000,
+]  # fmt: skip
+
+
+def changed(value, draw: random.Random):
+    """A copy of the JSON ``value`` with something in it replaced, removed or added."""
+    root = node = copy.deepcopy(value)
+    while True:
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        key = draw.choice(keys)
+        if not isinstance(node[key], dict | list) or not node[key] or draw.random() < 0.3:
+            break
+        node = node[key]
+    what = draw.random()
+    if what < 0.2:
+        del node[key]
+    elif what < 0.25 and isinstance(node, dict):
+        node["surplus"] = draw.choice(VALUES)
+    else:
+        node[key] = draw.choice(VALUES)
+    return root
+
+
+def outcome(call) -> str:
+    """ "fine", or "refused" in a short line; anything else is raised."""
+    try:
+        call()
+        return "fine"
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) <= 1000, str(error)
+        return "refused"
