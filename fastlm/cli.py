@@ -199,6 +199,10 @@ def _show_event(event: dict[str, Any]) -> None:
         typer.echo(f"step {event['step']} writes: {event['sample']!r}", err=True)
 
 
+def _show_skipped(message: str) -> None:
+    typer.echo(f"skipped: {message}", err=True)
+
+
 @app.command(short_help="Train a model on token shards, or go on with it.")
 def pretrain(
     train: Annotated[Path, typer.Option(help="Folder of token shards to train on")],
@@ -338,8 +342,9 @@ def eval_command(
 
     network, tokenizer = load_model(model)
     result = text_bits_per_byte(
-        network, tokenizer, data, seq_len=seq_len, stride=stride, batch_size=batch_size, track=bars
-    )
+        network, tokenizer, data, seq_len=seq_len, stride=stride, batch_size=batch_size, track=bars,
+        tell=_show_skipped,
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     else:
@@ -437,7 +442,7 @@ def tokenizer_train(
     from fastlm.evals.commands import read_texts
     from fastlm.tokenizer import Tokenizer
 
-    texts = (text for source in sources for text in read_texts(source))
+    texts = (text for source in sources for text in read_texts(source, tell=_show_skipped))
     tokenizer = Tokenizer.train(texts, vocab_size, track=bars)
     tokenizer.save(out)
     typer.echo(f"{out}: {tokenizer.vocab_size:,} tokens")

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastlm.data.content import source_states
+from fastlm.data.content import load_seen, source_states
 from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, save_atomic
 from fastlm.previous import finish_moving, set_aside
@@ -37,7 +37,7 @@ SOURCES = "sources.json"  # hashes of local sources (`fastlm.data.content`)
 SUMMARY = "summary.json"
 # Raised where a stage gives other results for the same recipe
 VERSIONS = {
-    "data": 3, "tokenizer": 1, "shards": 1, "pretrain": 1, "eval": 1, "quantize": 1, "report": 1,
+    "data": 4, "tokenizer": 1, "shards": 1, "pretrain": 1, "eval": 1, "quantize": 1, "report": 1,
 }  # fmt: skip
 
 
@@ -208,11 +208,7 @@ def _fingerprints(chain: Sequence[Stage], context: Context) -> dict[str, str]:
 def local_sources(context: Context) -> list[Any]:
     """The content of the recipe's local sources; what was hashed is remembered in the folder."""
     path = context.out / SOURCES
-    try:
-        seen = json.loads(path.read_text("utf-8"))
-        seen = {name: entry for name, entry in seen.items() if len(entry) == 4}
-    except (OSError, ValueError, TypeError, AttributeError):
-        seen = {}  # hashed again
+    seen = load_seen(path)
     before = dict(seen)
     sources = context.recipe.data.sources
     states = source_states(sources, seen, cache=context.cache, track=context.track)

@@ -69,6 +69,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return tuple(
                 _convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds))
             )
+    elif origin is list:
+        if isinstance(value, list):
+            return [_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
     elif origin is dict:
         if isinstance(value, Mapping):
             return {key: _convert(item, args[1], f"{where}.{key}") for key, item in value.items()}
@@ -85,7 +88,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 def _name(hint: Any) -> str:
     if is_dataclass(hint) or hint is dict or get_origin(hint) is dict:
         return "a table"
-    if get_origin(hint) is tuple or hint is list:
+    if get_origin(hint) in (tuple, list) or hint is list:
         return "an array"
     names = {
         int: "a whole number",

@@ -206,6 +206,36 @@ def test_tokenizer_train_and_encode(finished, tmp_path):
     )  # fmt: skip
 
 
+def test_a_binary_file_in_a_folder_is_skipped_and_told(finished, tmp_path):
+    (tmp_path / "a.txt").write_text("The tree sees the river. " * 40)
+    (tmp_path / "b.txt").write_bytes(b"\0\0\0")
+    told = f"skipped: {tmp_path}/b.txt: wanted text, it holds binary data"
+    train = ["tokenizer", "train", tmp_path, "-o", tmp_path / "t", "--vocab-size", 280]
+    assert told in call(*train).stderr
+    assert told in call("eval", "-m", finished, "--data", tmp_path, "--json").stderr
+
+
+def test_from_text_to_a_model_in_four_commands(tmp_path):
+    tiny_recipe.write(tmp_path)
+    prepared, words, shards = tmp_path / "prepared", tmp_path / "tokenizer", tmp_path / "shards"
+    config = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
+              "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    call("data", "prepare", tmp_path / "docs", "-o", prepared, "--rules", "none")
+    call("tokenizer", "train", prepared / "train.jsonl.zst", "-o", words, "--vocab-size", 300)
+    train = ["pretrain", "--config", tmp_path / "config.json", "-o", tmp_path / "run"]
+    train += ["--max-steps", 2, "--seq-len", 16, "--tokenizer", words]
+    refused(*train, "--train", prepared, text="'fastlm data shards' makes them")
+    made = call("data", "shards", prepared, "-t", words, "-o", shards).stdout.splitlines()
+    assert [line.partition(":")[0] for line in made] == [f"{shards}/train", f"{shards}/heldout"]
+    refused(*train, "--train", shards, text=f"{shards}/train is one")
+    call(*train, "--train", shards / "train", "--heldout", shards / "heldout")
+    assert (tmp_path / "run/model/config.json").exists()
+    one = ["data", "shards", prepared / "heldout.jsonl.zst", "-t", words, "-o", tmp_path / "one"]
+    assert " tokens of " in call(*one).stdout
+    refused("data", "shards", tmp_path / "docs", "-t", words, "-o", tmp_path / "x", text="funnel")
+
+
 def test_a_model_that_is_not_there(tmp_path):
     refused("generate", "-m", tmp_path / "none", "-p", "x", text="none")
 

@@ -53,6 +53,9 @@ def corpus(tmp_path) -> Path:
     (d / "bad.txt").write_bytes(b"\0\0\0")
     (d / "cut.txt.gz").write_bytes(gzip.compress(prose(7).encode())[:-9])
     (d / "image.png").write_bytes(b"\x89PNG")
+    lines = ["{oops", json.dumps({"text": prose(8000)}), json.dumps({"text": 3})]
+    (d / "lines.jsonl").write_text("\n".join(lines))
+    (d / "book.txt").write_text(prose(500, 240))
     return d
 
 
@@ -63,10 +66,10 @@ def run(corpus, out, **options) -> Funnel:
 
 
 def test_every_step_is_counted(corpus, tmp_path):
-    funnel = run(corpus, tmp_path / "out", heldout_bytes=4000)
+    funnel = run(corpus, tmp_path / "out", heldout_bytes=4000, max_words=250)
     steps = {s["step"]: s for s in funnel.steps}
     assert {name: s["removed"] for name, s in steps.items() if s["removed"]} == {
-        "gather": {"file: type not read": 1, "file: unreadable": 2},
+        "gather": {"file: type not read": 1, "file: unreadable": 2, "line: malformed": 2},
         "extract": {"nested too deep": 1, "no text": 1},
         "exact duplicates": {"same text": 1},
         "quality rules": {"word_count": 1},
@@ -76,9 +79,11 @@ def test_every_step_is_counted(corpus, tmp_path):
     counts = [
         steps[s]["documents"] for s in ("gather", "extract", "exact duplicates", "quality rules")
     ]
-    assert counts == [48, 46, 45, 44]
-    assert steps["repeated paragraphs"]["documents"] == 43
-    assert steps["train"]["documents"] + steps["heldout"]["documents"] == 43
+    assert counts == [50, 49, 48, 47]
+    assert steps["gather"]["not_read"] == {".png": 1}
+    assert steps["extract"]["cut"] == {"document cut": 1, "part made": 2}
+    assert steps["repeated paragraphs"]["documents"] == 46
+    assert steps["train"]["documents"] + steps["heldout"]["documents"] == 46
     (unreadable,) = [m for m in funnel.unreadable if "bad.txt" in m]
     assert "binary" in unreadable
     assert Funnel.load(tmp_path / "out") == funnel
@@ -93,12 +98,49 @@ def test_every_step_is_counted(corpus, tmp_path):
     assert "me@host" not in everything
     assert {d.id for d in train + heldout} > {"html.html", "good00.txt", "some.txt"}
     tally = funnel.sources[str(corpus)]
-    assert (tally["documents"], tally["files"]) == (43, 51)
+    assert {"book.txt:0", "book.txt:1", "lines.jsonl:2"} < {d.id for d in train + heldout}
+    assert (tally["documents"], tally["files"]) == (46, 53)
     assert sorted(os.listdir(tmp_path / "out")) == [
         "funnel.json",
         "heldout.jsonl.zst",
         "train.jsonl.zst",
     ]
+
+
+def test_what_is_no_utf8_in_names_and_fields_is_written_all_the_same(tmp_path):
+    folder = tmp_path / os.fsdecode(b"gr\xfc\xdfe")
+    folder.mkdir()
+    odd = '{"text": %s, "url": "\\udce9", "meta": {"\\ud800": ["\\udfff"]}}\n'
+    (folder / "a.jsonl").write_text(odd % json.dumps(prose(1)))
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text(prose(2))
+    (folder / os.fsdecode(b"bad\xe9.txt")).write_bytes(b"\0")
+    out = tmp_path / "out"
+    funnel = prepare([str(folder)], out, options=DataOptions(heldout_bytes=0), cache=tmp_path)
+    docs = list(read_documents(out / "train.jsonl.zst"))
+    assert [d.id for d in docs] == ["a.jsonl:1", r"caf\xe9.txt"]
+    assert docs[0].meta == {"url": "?", "?": ["?"]}
+    assert docs[0].source == f"{tmp_path}/gr\\xfc\\xdfe"
+    assert list(funnel.sources) == [docs[0].source]
+    assert funnel.unreadable[0].endswith("wanted text, it holds binary data")
+    assert Funnel.load(out) == funnel
+    assert CliRunner().invoke(app, ["show", str(out)]).exit_code == 0
+
+
+def test_a_book_is_cut_and_nothing_of_it_is_lost(tmp_path):
+    """Above Gopher's 100,000 words, without a blank line: users saw it vanish as "word_count"."""
+    words = "the of and to in is that it was on ".split()
+    rng = random.Random(0)
+    text = " ".join(rng.choice(words) + "." * (i % 10 == 9) for i in range(250_000))
+    (tmp_path / "novel.jsonl").write_text(json.dumps({"text": text}))
+    out = tmp_path / "out"
+    rules = DataOptions(heldout_bytes=0, rules=("word_count",))
+    funnel = prepare([str(tmp_path / "novel.jsonl")], out, options=rules, cache=tmp_path)
+    docs = list(read_documents(out / "train.jsonl.zst"))
+    assert " ".join(d.text for d in docs) == text
+    assert [d.id for d in docs] == [f"novel.jsonl:1:{i}" for i in range(3)]
+    assert all(80_000 < len(d.text.split()) <= 100_000 for d in docs)
+    assert all(d.text.endswith(".") for d in docs[:-1])
+    assert funnel.steps[1]["cut"] == {"document cut": 1, "part made": 3}
 
 
 def test_no_paragraph_is_in_both_parts(corpus, tmp_path):
@@ -156,7 +198,8 @@ def test_options(corpus, tmp_path):
         ({"heldout_bytes": -1}, "heldout_bytes: wanted 0"),
         ({"heldout_fraction": 0.9}, "heldout_fraction: wanted"),
         ({"workers": 0}, "workers: wanted 1"),
-        ({"max_bytes": 0}, "max_bytes: wanted 1"),
+        ({"max_bytes": 0}, "max_bytes: wanted 1"), ({"max_words": 0}, "max_words: wanted 1"),
+        ({"max_words": 100_001}, "max_words: wanted at most 100,000, which the rule word_count"),
     ],
 )  # fmt: skip
 def test_bad_options(corpus, tmp_path, options, why):
@@ -173,8 +216,8 @@ def test_a_file_that_was_named_is_a_refusal_and_leaves_nothing(corpus, tmp_path)
         (corpus / "short.txt", "nothing is left after cleaning: .*word_count"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=why):
-            run(source, out)
-        assert list(out.iterdir()) == []
+            run(source, out / "below")
+        assert not out.exists()
     for sources in ([], "text"):
         with pytest.raises(InputError, match="sources: wanted a list"):
             prepare(sources, out, cache=tmp_path)
@@ -230,8 +273,28 @@ def test_read_documents_refuses_what_is_damaged(corpus, tmp_path):
         p.write_bytes(damaged)
         with pytest.raises(InputError, match=r"train\.jsonl\.zst"):
             list(read_documents(p))
+    good = {"text": "x", "id": "1", "source": "s"}
+    odd = [
+        {**good, "text": "\ud800"},
+        {**good, "meta": []},
+        {**good, "id": 1},
+        {"text": "x"},
+        [good],
+    ]
+    for line in ["[" * 10**5, "\xff", *map(json.dumps, odd)]:
+        p.write_bytes(line.encode("latin-1"))
+        with pytest.raises(InputError, match="line 1: wanted a prepared document"):
+            list(read_documents(p))
     with pytest.raises(InputError, match="cannot be read"):
         list(read_documents(tmp_path / "none.zst"))
+    funnel = json.loads((tmp_path / "out" / "funnel.json").read_text())
+    wrong = [{"steps": 3}, {"steps": [1]}, {"steps": [{"step": "gather"}]}, {"unreadable": [1]},
+             {"sources": {"a": {"files": 1}}}, {"steps": [{**funnel["steps"][0], "not_read": 1}]},
+             {"more": 1}]  # fmt: skip
+    for text in ["[" * 10**5, "[]", *(json.dumps({**funnel, **change}) for change in wrong)]:
+        (tmp_path / "out" / "funnel.json").write_text(text)
+        with pytest.raises(InputError, match="wanted the funnel"):
+            Funnel.load(tmp_path / "out")
     with pytest.raises(InputError, match="wanted the funnel"):
         Funnel.load(tmp_path)
 
@@ -251,18 +314,20 @@ def test_memory_is_bounded(tmp_path):
 
 def test_command_line(corpus, tmp_path):
     out = tmp_path / "out"
-    result = CliRunner().invoke(
-        app, ["prepare", str(corpus), "-o", str(out), "--cache", str(tmp_path / "c")]
-    )
+    prepare_command = ["prepare", str(corpus), "-o", str(out), "--cache", str(tmp_path / "c")]
+    result = CliRunner().invoke(app, prepare_command, env={"COLUMNS": "240"})
     assert result.exit_code == 0, result.output
-    shown = CliRunner().invoke(app, ["show", str(out)])
+    assert " .csv " in CliRunner().invoke(app, ["prepare", "--help"]).output
+    shown = CliRunner().invoke(app, ["show", str(out)], env={"COLUMNS": "240"})
     assert shown.exit_code == 0
     for text in (
         "quality rules",
         "1 word_count",
         "repeated paragraphs",
         "1 email",
-        "skipped: ",
+        "1 file: type not read (.png 1)",
+        "2 line: malformed",
+        "lines.jsonl, line 1: wanted one JSON object",
         "heldout",
     ):
         assert text in shown.stdout

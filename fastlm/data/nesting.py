@@ -30,8 +30,8 @@ _RAW = {
 # Without content, or ended by the next of their kind
 _FLAT = frozenset(
     "area base br col embed hr img input link meta param source track wbr html head body p li dt dd"
-    " tr td th tbody thead tfoot colgroup option optgroup rt rp".split()
-)
+    " tr td th tbody thead tfoot colgroup option".split()
+)  # not rt, rp, optgroup: outside of ruby and select the parser nests them
 _FORMATTING = frozenset("a b big code em font i nobr s small strike strong tt u".split())
 
 # Pages are rarely deeper than 30; sloppy ones leave some spans open.

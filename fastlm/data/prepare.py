@@ -1,5 +1,5 @@
-"""From sources to clean text: gather, extract, drop duplicates, judge, scrub, drop repeated
-paragraphs, split.
+"""From sources to clean text: gather, extract, cut long documents, drop duplicates, judge, scrub,
+drop repeated paragraphs, split.
 
 One pass, one document in memory at a time (what grows is a key a document and a key a paragraph),
 then a second pass over the compressed result that deals it into train and held-out by the hash of
@@ -7,7 +7,7 @@ the content: the same inputs give the same bytes, in whatever order the disk lis
 held-out part holds no paragraph of MIN_PARAGRAPH characters that the training part holds too, for
 paragraphs are kept once over the whole corpus.
 
-Every step counts what it took and why (``Funnel``). The work on one document (extract, judge,
+Every step counts what it took and why (``Funnel``). The work on one document (extract, cut, judge,
 scrub) is pure and is what ``workers`` processes share; the decisions that look at other documents
 are made in order in one place.
 """
@@ -19,7 +19,8 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any, cast
@@ -29,20 +30,22 @@ import zstandard
 from fastlm.data.dedup import MIN_PARAGRAPH, DocumentDedup, ParagraphDedup, content_key
 from fastlm.data.extract import extract
 from fastlm.data.files import open_stream
-from fastlm.data.filter import TECHNICAL, check_rules, first_failed
+from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules, first_failed
 from fastlm.data.nesting import costly_markup
 from fastlm.data.scrub import scrub
-from fastlm.data.sources import Document, SourceFile, list_files, read_file
+from fastlm.data.sources import Document, SourceFile, list_files, printable, read_files
+from fastlm.data.split import split_text
 from fastlm.errors import InputError
-from fastlm.files import replacing, write_error
+from fastlm.files import parse_json, read_json, replacing, write_error
 from fastlm.progress import silent
+from fastlm.typed import build, check
 
 TRAIN, HELDOUT, FUNNEL = "train.jsonl.zst", "heldout.jsonl.zst", "funnel.json"
 ZSTD_LEVEL = 3  # level 6 takes twice the time for 5 % less
 # A document that loses more than half to repeats is another one's copy; its rest is headings
 # without text.
 MIN_LEFT = 0.5
-MAX_MESSAGES = 100  # of unreadable files kept word for word in the funnel; all are counted
+MAX_MESSAGES = 100  # of unreadable files and lines kept in the funnel; all are counted
 BATCH_BYTES = 1 << 20  # handed to a worker at once: some 0.2 s of work against 5 ms of pickling
 
 
@@ -52,7 +55,8 @@ class DataOptions:
     out.
 
     ``rules`` names quality rules of ``fastlm.data.filter``; ``text_field`` the field of JSON lines
-    that holds the text. ``max_bytes`` stops the gathering once that much clean text is there.
+    that holds the text. ``max_bytes`` stops the gathering once that much clean text is there. A
+    document of more than ``max_words`` words, a book, is cut into parts of no more.
     """
 
     rules: tuple[str, ...] = TECHNICAL
@@ -61,6 +65,7 @@ class DataOptions:
     scrub: bool = True
     min_paragraph: int = MIN_PARAGRAPH
     text_field: str = "text"
+    max_words: int = MAX_WORDS
     max_bytes: int | None = None
     workers: int = 1
 
@@ -69,13 +74,26 @@ class DataOptions:
         check_rules(self.rules)
         for name, value, least in (
             ("heldout_bytes", self.heldout_bytes, 0), ("min_paragraph", self.min_paragraph, 1),
-            ("workers", self.workers, 1),
+            ("workers", self.workers, 1), ("max_words", self.max_words, 1),
             ("max_bytes", 1 if self.max_bytes is None else self.max_bytes, 1),
         ):  # fmt: skip
             if value < least:
                 raise InputError(f"{name}: wanted {least} or more, got {value}")
         if not 0 <= self.heldout_fraction <= 0.5:
             raise InputError(f"heldout_fraction: wanted 0 to 0.5, got {self.heldout_fraction}")
+        if self.max_words > MAX_WORDS and "word_count" in self.rules:
+            raise InputError(
+                f"max_words: wanted at most {MAX_WORDS:,}, which the rule word_count lets pass, "
+                f"got {self.max_words:,}"
+            )
+
+
+# What a step says: what it left, and how much it removed by reason; some add "replaced" (scrub:
+# personal data by kind), "not_read" (gather: the endings of files of other types) or "cut"
+# (extract: long documents and the parts they became).
+STEP = {"step": str, "documents": int, "bytes": int, "removed": dict[str, int]}
+ADDED = ("replaced", "not_read", "cut")
+SOURCE = {"files": int, "documents": int, "bytes": int}
 
 
 @dataclass
@@ -91,18 +109,20 @@ class Funnel:
         """``path``: funnel.json or the folder that holds it."""
         path = path / FUNNEL if path.is_dir() else path
         try:
-            funnel = cls(**json.loads(path.read_text("utf-8")))
-            for entry in (*funnel.steps, *funnel.sources.values()):
-                if not all(isinstance(entry[key], int) for key in ("documents", "bytes")):
-                    raise ValueError("documents and bytes are no whole numbers")
-            for step in funnel.steps:
-                if not (isinstance(step["step"], str) and isinstance(step["removed"], dict)):
-                    raise ValueError("a step without a name or reasons")
-            if not all(isinstance(s["files"], int) for s in funnel.sources.values()):
-                raise ValueError("files are no whole number")
-            return funnel
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as e:
+            funnel = build(cls, read_json(path))
+            for i, step in enumerate(funnel.steps):
+                added = {key: dict[str, int] for key in ADDED if key in step}
+                check(step, STEP | added, f"steps[{i}]")
+            for name, tally in funnel.sources.items():
+                check(tally, SOURCE, name)
+        except InputError as e:
             raise InputError(f"{path}: wanted the funnel of a prepared data folder: {e}") from None
+        return funnel
+
+    def tell(self, message: str) -> None:
+        """Keeps why something was skipped; names in it may hold bytes that are no UTF-8."""
+        if len(self.unreadable) < MAX_MESSAGES:
+            self.unreadable.append(message.encode("utf-8", "backslashreplace").decode())
 
 
 @dataclass(slots=True)
@@ -129,12 +149,16 @@ class _Cleaned:
     replaced: dict[str, int] = field(default_factory=dict)
 
 
-def clean(document: Document, options: DataOptions) -> _Cleaned:
-    """Extract, judge and scrub one document."""
+def clean(document: Document, options: DataOptions) -> list[_Cleaned]:
+    """Extract, cut, judge and scrub one document; a result for each part of a long one."""
     text = extract(document)
     if not text.strip():
         page = document.meta.get("format") == "html"
-        return _Cleaned(failed=costly_markup(document.text) if page else None)
+        return [_Cleaned(failed=costly_markup(document.text) if page else None)]
+    return [_judged(part, options) for part in split_text(text, options.max_words)]
+
+
+def _judged(text: str, options: DataOptions) -> _Cleaned:
     result = _Cleaned(len(text.encode()), content_key(text), first_failed(text, options.rules))
     if result.failed is None:
         result.text, result.replaced = scrub(text) if options.scrub else (text, {})
@@ -146,13 +170,13 @@ def _leave_ctrl_c_to_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _clean_batch(batch: list[Document], options: DataOptions) -> list[_Cleaned]:
+def _clean_batch(batch: list[Document], options: DataOptions) -> list[list[_Cleaned]]:
     return [clean(document, options) for document in batch]
 
 
 def _clean_all(
     documents: Iterable[Document], options: DataOptions
-) -> Iterator[tuple[Document, _Cleaned]]:
+) -> Iterator[tuple[Document, list[_Cleaned]]]:
     """In order, with at most two batches a worker under way."""
     if options.workers == 1:
         for document in documents:
@@ -164,7 +188,7 @@ def _clean_all(
     ) as pool:
         running: deque = deque()
 
-        def finished() -> Iterator[tuple[Document, _Cleaned]]:
+        def finished() -> Iterator[tuple[Document, list[_Cleaned]]]:
             batch, future = running.popleft()
             yield from zip(batch, future.result(), strict=True)
 
@@ -199,9 +223,10 @@ def prepare(
     """Clean text of ``sources`` in ``out``: train.jsonl.zst, heldout.jsonl.zst and, last,
     funnel.json.
 
-    A line is {"text", "id", "source", "meta"}; ``read_documents`` reads them. A bad file inside a
-    folder or a package is counted as unreadable and skipped; a source or a file that was named and
-    is bad raises.
+    A line is {"text", "id", "source", "meta"}; ``read_documents`` reads them. A bad line among good
+    ones, and a bad file inside a folder or a package, are counted, told in the funnel and skipped;
+    a source or a file that was named and is bad raises. A failure leaves no folder that was not
+    there.
 
     InputError: no sources, bad options, nothing left after cleaning, ``out`` not writable, disk
     full.
@@ -212,6 +237,7 @@ def prepare(
         raise InputError(f"sources: wanted a list of at least one source, got {sources!r}")
     out = Path(out)
     funnel = Funnel()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         # Opened before the downloads, so that a read-only folder is told at once; it has no name to
@@ -220,8 +246,13 @@ def prepare(
             index = _write_clean(sources, work, funnel, options, cache, track)
             work.seek(0)
             _write_split(work, out, index, _choose_heldout(index, options), funnel)
-    except OSError as e:  # of writing: reading turns its own into InputError
-        raise write_error(out, e) from None
+    except BaseException as e:
+        with suppress(OSError):  # one that is not empty, and those above it
+            for folder in made:
+                folder.rmdir()
+        if isinstance(e, OSError):  # of writing: reading turns its own into InputError
+            raise write_error(out, e) from None
+        raise
     with replacing(out / FUNNEL) as f:
         f.write(json.dumps(asdict(funnel), indent=1, ensure_ascii=False).encode())
     return funnel
@@ -233,12 +264,14 @@ def _write_clean(
     """One line a kept document into ``work``; -> [(content key, text bytes)] in order."""
     gather, extracted, unique, judged, scrubbed, paragraphs = (_Step() for _ in range(6))
     replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0} if options.scrub else {})
+    unread: Counter[str] = Counter()
+    cut: Counter[str] = Counter()
     files: list[SourceFile] = []
     for source in track(sources, "fetching", unit="sources"):
-        listed, passed = list_files(source, cache=cache)
+        listed, passed = list_files(source, cache=cache, unread=unread)
         files += listed
         gather.removed.update({f"file: {reason}": n for reason, n in passed.items()})
-        funnel.sources[source] = {"files": len(listed), "documents": 0, "bytes": 0}
+        funnel.sources[printable(source)] = {"files": len(listed), "documents": 0, "bytes": 0}
 
     index: list[tuple[bytes, int]] = []
     documents, repeats = DocumentDedup(), ParagraphDedup(options.min_paragraph)
@@ -246,7 +279,7 @@ def _write_clean(
     compressor = zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True)
     total = 0
     with compressor.stream_writer(work, closefd=False) as lines:
-        for document, result in _clean_all(gathered, options):
+        for document, result in _parts(_clean_all(gathered, options), cut):
             if not result.key:
                 extracted.removed[result.failed or "no text"] += 1
                 continue
@@ -277,7 +310,8 @@ def _write_clean(
             tally["bytes"] += size
             meta = {k: v for k, v in document.meta.items() if k != "format"}
             row = {"text": text, "id": document.id, "source": document.source, "meta": meta}
-            lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            # replace: a lone surrogate in what came with the text is no legal text either
+            lines.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
             index.append((result.key, size))
             total += size
             if options.max_bytes is not None and total >= options.max_bytes:
@@ -288,12 +322,16 @@ def _write_clean(
         "quality rules": judged, "scrub": scrubbed, "repeated paragraphs": paragraphs,
     }  # fmt: skip
     for name, step in steps.items():
-        entry = {
+        entry: dict[str, Any] = {
             "step": name,
             "documents": step.documents,
             "bytes": step.bytes,
             "removed": dict(sorted(step.removed.items())),
         }
+        if step is gather and unread:
+            entry["not_read"] = dict(unread.most_common())
+        if step is extracted and cut:
+            entry["cut"] = dict(cut)
         if step is scrubbed:
             entry["replaced"] = dict(replaced)
         funnel.steps.append(entry)
@@ -305,22 +343,27 @@ def _write_clean(
     return index
 
 
+def _parts(
+    cleaned: Iterable[tuple[Document, list[_Cleaned]]], cut: Counter[str]
+) -> Iterator[tuple[Document, _Cleaned]]:
+    """One result at a time; a part's id has its number."""
+    for document, results in cleaned:
+        if len(results) == 1:
+            yield document, results[0]
+            continue
+        cut.update({"document cut": 1, "part made": len(results)})
+        for number, result in enumerate(results):
+            yield replace(document, text="", id=f"{document.id}:{number}"), result
+
+
 def _gather(
     files: Iterable[SourceFile], step: _Step, funnel: Funnel, options: DataOptions
 ) -> Iterator[Document]:
-    for file in files:
-        skipped: Counter[str] = Counter()
-        try:
-            for document in read_file(file, field=options.text_field, skipped=skipped):
-                step.passed(len(document.text.encode("utf-8", "replace")))
-                yield document
-        except InputError as e:
-            if file.named:
-                raise
-            step.removed["file: unreadable"] += 1
-            if len(funnel.unreadable) < MAX_MESSAGES:
-                funnel.unreadable.append(str(e))
-        step.removed.update(skipped)
+    for document in read_files(
+        files, field=options.text_field, skipped=step.removed, tell=funnel.tell
+    ):
+        step.passed(len(document.text.encode("utf-8", "replace")))
+        yield document
 
 
 def _choose_heldout(index: list[tuple[bytes, int]], options: DataOptions) -> set[int]:
@@ -373,12 +416,10 @@ def read_documents(path: Path) -> Iterator[Document]:
     path = Path(path)
     with open_stream(path) as stream:
         for number, line in enumerate(stream, 1):
+            where = f"{path}, line {number}"
             try:
-                document = Document(**json.loads(line))
-                if not isinstance(document.text, str):
-                    raise TypeError("text is no string")
-            except (ValueError, TypeError, RecursionError) as e:
-                raise InputError(
-                    f"{path}, line {number}: wanted a prepared document: {e}"
-                ) from None
+                document = build(Document, parse_json(line.decode(), "it"))
+                document.text.encode()  # no lone surrogate
+            except (InputError, UnicodeError) as e:
+                raise InputError(f"{where}: wanted a prepared document: {e}") from None
             yield document

@@ -20,14 +20,19 @@ import numpy as np
 import torch
 
 from fastlm.errors import InputError
-from fastlm.files import replacing
+from fastlm.files import read_json, replacing
 from fastlm.progress import silent
+from fastlm.typed import build, check
 
 if TYPE_CHECKING:
     from fastlm.tokenizer import Tokenizer
 
 INDEX = "index.json"
 FORMAT = "fastlm-shards-1"
+SHARD = {
+    "file": str, "tokens": int, "documents": int, "bytes_of_text": int,
+    "sha256": str, "starts_sha256": str,
+}  # fmt: skip
 ENCODE_BYTES = (
     1 << 20
 )  # a batch for the tokenizer's threads; larger ones gain nothing and hold more memory
@@ -35,10 +40,7 @@ ENCODE_BYTES = (
 
 @dataclass
 class ShardInfo:
-    """What index.json says.
-
-    ``shards``: {file, tokens, documents, bytes_of_text, sha256, starts_sha256} each.
-    """
+    """What index.json says; each of ``shards`` is a `SHARD`."""
 
     dtype: str
     vocab_size: int
@@ -47,6 +49,17 @@ class ShardInfo:
     documents: int
     bytes_of_text: int
     shards: list[dict[str, Any]]
+    format: str = FORMAT
+
+
+@dataclass
+class _SamplerState:
+    data: str
+    seed: int
+    seq_len: int
+    shuffle: bool
+    epoch: int
+    position: int
 
 
 def write_shards(
@@ -106,12 +119,10 @@ def write_shards(
     for stale in set(out.glob("[0-9]*.bin")) - {out / s["file"] for s in shards}:
         stale.unlink()
         stale.with_suffix(".starts").unlink(missing_ok=True)
-    totals = {key: sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")}
-    info = ShardInfo(
-        dtype=dtype.name, vocab_size=vocab_size, eos_id=eos_id, shards=shards, **totals
-    )
+    tokens, documents, size = _totals(shards)
+    info = ShardInfo(dtype.name, vocab_size, eos_id, tokens, documents, size, shards)
     with replacing(out / INDEX) as f:
-        f.write(json.dumps({"format": FORMAT, **asdict(info)}, indent=1).encode())
+        f.write(json.dumps(asdict(info), indent=1).encode())
     return info
 
 
@@ -215,24 +226,34 @@ class TokenDataset:
         return np.concatenate(parts)
 
 
+def _totals(shards: list[dict[str, Any]]) -> list[int]:
+    return [sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")]
+
+
 def _load_index(path: Path) -> ShardInfo:
-    file = path / INDEX
+    file, inner = path / INDEX, path / "train"
+    if not file.exists():
+        hint = f"{inner} is one" if (inner / INDEX).exists() else "'fastlm data shards' makes them"
+        raise InputError(f"{path}: wanted a folder of token shards ({hint}), {INDEX} is missing")
     try:
-        raw = json.loads(file.read_text("utf-8"))
-        if raw.pop("format", None) != FORMAT:
-            raise ValueError(f"format is not {FORMAT}")
-        info = ShardInfo(**raw)
-        if info.dtype not in ("uint16", "uint32") or not info.shards:
-            raise ValueError(f"dtype {info.dtype}, {len(info.shards)} shards")
-        for s in info.shards:
+        info = build(ShardInfo, read_json(file))
+        for i, s in enumerate(info.shards):
+            check(s, SHARD, f"shards[{i}]")
             if Path(s["file"]).name != s["file"] or s["tokens"] < 1 or s["documents"] < 1:
-                raise ValueError(f"shard {s}")
-        if sum(s["tokens"] for s in info.shards) != info.tokens:
-            raise ValueError(f"tokens of the shards do not add up to {info.tokens}")
+                raise InputError(f"shards[{i}]: wanted the name of a file, tokens and documents")
+        if info.format != FORMAT or info.dtype not in ("uint16", "uint32") or not info.shards:
+            raise InputError(
+                f"wanted shards of format {FORMAT}, uint16 or uint32, got {len(info.shards)} of "
+                f"{info.format:.40}, {info.dtype:.40}"
+            )
+        if not 0 <= info.eos_id < info.vocab_size:
+            raise InputError(f"eos_id: wanted one below {info.vocab_size}, got {info.eos_id}")
+        if (found := [info.tokens, info.documents, info.bytes_of_text]) != _totals(info.shards):
+            raise InputError(
+                f"wanted the totals of the shards, {_totals(info.shards)}, got {found}"
+            )
         return info
-    except OSError as e:
-        raise InputError(f"{file}: wanted a folder of token shards: {e.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except InputError as e:
         raise InputError(f"{file}: wanted the index of token shards: {e}") from None
 
 
@@ -303,17 +324,16 @@ class BatchSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        found = build(_SamplerState, state, "sampler state: wanted that of this sampler: ")
         for key, wanted in self._identity().items():
-            if state.get(key) != wanted:
-                raise InputError(f"sampler state: wanted {key} {wanted!r}, got {state.get(key)!r}")
-        epoch, position = state.get("epoch"), state.get("position")
-        if not (isinstance(epoch, int) and isinstance(position, int) and epoch >= 0):
+            if state[key] != wanted:
+                raise InputError(f"sampler state: wanted {key} {wanted!r}, got {state[key]!r:.80}")
+        if found.epoch < 0:
+            raise InputError(f"sampler state: wanted an epoch from 0, got {found.epoch}")
+        self._begin(found.epoch)
+        if not 0 <= found.position <= len(self._order):
             raise InputError(
-                f"sampler state: wanted whole epoch and position, got {epoch!r}, {position!r}"
+                f"sampler state: wanted a position within 0..{len(self._order)}, "
+                f"got {found.position}"
             )
-        self._begin(epoch)
-        if not 0 <= position <= len(self._order):
-            raise InputError(
-                f"sampler state: wanted a position within 0..{len(self._order)}, got {position}"
-            )
-        self.position = position
+        self.position = found.position

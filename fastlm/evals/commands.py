@@ -3,7 +3,7 @@ measured.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from fastlm.data.extract import extract
 from fastlm.data.packages import default_cache
 from fastlm.data.prepare import read_documents
 from fastlm.data.shards import TokenDataset, write_shards
-from fastlm.data.sources import read_source
+from fastlm.data.sources import ignore, read_source
 from fastlm.errors import InputError
 from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate
 from fastlm.progress import silent
@@ -25,12 +25,14 @@ LONGEST_WINDOW = (
 )
 
 
-def read_texts(source: str | Path) -> Iterator[str]:
-    """Texts of a source as ``fastlm data prepare`` takes it, or of the documents it prepared."""
+def read_texts(source: str | Path, *, tell: Callable[[str], None] = ignore) -> Iterator[str]:
+    """Texts of a source as ``fastlm data prepare`` takes it, or of the documents it prepared.
+    ``tell`` gets why a file or a line is skipped.
+    """
     if str(source).endswith(".jsonl.zst"):
         documents = read_documents(Path(source))
     else:
-        documents = read_source(str(source), cache=default_cache())
+        documents = read_source(str(source), cache=default_cache(), tell=tell)
     return (text for document in documents if (text := extract(document)))
 
 
@@ -43,6 +45,7 @@ def text_bits_per_byte(
     stride: int | None = None,
     batch_size: int = 16,
     track=silent,
+    tell: Callable[[str], None] = ignore,
 ) -> dict[str, Any]:
     """Bits per byte of the shards or the text at ``data``; for text also of xz -9e and zstd -19."""
     seq_len = seq_len or min(model.context_limit, LONGEST_WINDOW)
@@ -58,7 +61,7 @@ def text_bits_per_byte(
             )
         result = evaluate(model, dataset, seq_len, batch_size, **options)
     else:
-        texts = list(read_texts(data))
+        texts = list(read_texts(data, tell=tell))
         if not texts:
             raise InputError(f"data {data}: wanted text, got none")
         packed = compressed_bits_per_byte(texts)

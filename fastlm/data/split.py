@@ -1,0 +1,37 @@
+"""Long documents in parts: a book is no worse than its chapters, but a rule that counts words, and
+a batch that is shuffled by documents, want the chapters.
+"""
+
+import re
+from array import array
+from bisect import bisect_left
+from math import ceil
+
+WORD = re.compile(r"\S+")
+# What a part may end with, the best first
+ENDS = (("\n\n",), ("\n",), (". ", "! ", "? "))
+
+
+def split_text(text: str, most: int) -> list[str]:
+    """``text``, or parts of at most ``most`` words each, about equally long: no stub at the end.
+
+    A part ends at a blank line, else at a line's end, else at a sentence's, else at a word's: the
+    last such place in the second half of its share.
+    """
+    if len(text) < 2 * most or len(text.split()) <= most:  # a word and its space are 2 characters
+        return [text]
+    starts = array("q", (word.start() for word in WORD.finditer(text)))
+    parts, begin, first = [], 0, 0
+    while (left := len(starts) - first) > most:
+        share = ceil(left / ceil(left / most))
+        middle, end = starts[first + share // 2], starts[first + share]
+        cut = next((at for marks in ENDS if (at := _last(text, marks, middle, end))), end)
+        parts.append(text[begin:cut].strip("\n").rstrip())
+        begin, first = cut, bisect_left(starts, cut)
+    return [*parts, text[begin:].strip("\n")]
+
+
+def _last(text: str, marks: tuple[str, ...], start: int, end: int) -> int:
+    """Where the last of ``marks`` within text[start:end] ends, 0 if there is none."""
+    ends = (at + len(mark) for mark in marks if (at := text.rfind(mark, start, end)) >= 0)
+    return max(ends, default=0)
