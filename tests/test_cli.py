@@ -3,6 +3,7 @@ status 2.
 """
 
 import json
+import re
 import subprocess
 import sys
 
@@ -179,11 +180,18 @@ def test_pretrain_goes_on_where_it_was(finished, tmp_path):
         "--config", finished / "model/config.json", "--out", tmp_path / "p",
         "--batch-size", 2, "--seq-len", 16, "--checkpoint-every", 2,
     ]  # fmt: skip
-    said = call(*options, "--max-steps", 4, "--tokenizer", finished / "tokenizer").stdout
-    assert said.startswith("4 steps, loss ") and (tmp_path / "p/model/config.json").exists()
+    heldout = ["--heldout", finished / "shards/heldout", "--tokenizer", finished / "tokenizer"]
+    result = call(*options, "--max-tokens", 4 * 2 * 16, *heldout)
+    assert re.fullmatch(r"4 steps, loss \d\.\d{4}, [\d,]+ tokens/s: .*\n", result.stdout)
+    assert re.search(
+        r"step 2: held-out loss .* bits per byte; training loss \d\.\d{4}, lr 0\.\d+,"
+        r" [\d,]+ tokens/s, [\d.]+ s left",
+        result.stderr,
+    )
+    assert (tmp_path / "p/model/config.json").exists()
     call("generate", "-m", tmp_path / "p", "-p", "The", "--max-new-tokens", 2)
-    refused(*options, "--max-steps", 5, text="max_steps was 4, now 5")
-    refused(*options, text="max_steps, max_seconds: wanted at least one of them")
+    refused(*options, "--max-tokens", 160, text="max_tokens was 128, now 160")
+    refused(*options, text="max_tokens, max_steps, max_seconds: wanted at least one of them")
 
 
 def test_tokenizer_train_and_encode(finished, tmp_path):
