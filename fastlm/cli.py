@@ -185,10 +185,12 @@ def _command() -> str:
 
 class _EventLines:
     """Stages, validations and samples, one line each; single steps are the progress bar's. A
-    validation's line has the steps since the last one: mean loss, median speed, time left.
+    validation's line has the steps since the last one: mean loss, median speed, and the time left
+    at their pace.
     """
 
     def __init__(self) -> None:
+        self.before: dict[str, Any] = {"seconds": 0.0, "progress": 0.0}
         self.steps: list[dict[str, Any]] = []
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -205,7 +207,7 @@ class _EventLines:
                 f"{event['bits_per_byte']:.4f} bits per byte{self._training()}",
                 err=True,
             )
-            self.steps = []
+            self.before, self.steps = (self.steps or [self.before])[-1], []
         elif "sample" in event:
             typer.echo(f"step {event['step']} writes: {event['sample']!r}", err=True)
 
@@ -217,7 +219,8 @@ class _EventLines:
         last = self.steps[-1]
         loss = statistics.fmean(step["loss"] for step in self.steps)
         rate = statistics.median(step["tokens_per_second"] for step in self.steps)
-        left = last["seconds"] * (1 / last["progress"] - 1)
+        took, done = (last[key] - self.before[key] for key in ("seconds", "progress"))
+        left = (1 - last["progress"]) * took / done
         return (
             f"; training loss {loss:.4f}, lr {last['lr']:.2g}, {rate:,.0f} tokens/s,"
             f" {seconds_text(left)} left"

@@ -194,6 +194,18 @@ def test_pretrain_goes_on_where_it_was(finished, tmp_path):
     refused(*options, text="max_tokens, max_steps, max_seconds: wanted at least one of them")
 
 
+def test_the_time_left_follows_the_pace_of_late(capsys):
+    """Not that of the whole run, which may have slept or been resumed."""
+    show = fastlm.cli._EventLines()
+    for seconds, progress in ((1000, 0.1), (1010, 0.2), (1020, 0.3)):
+        show({"loss": 4.0, "lr": 3e-3, "tokens_per_second": 900.0, "seconds": seconds,
+              "progress": progress, "step": 1})  # fmt: skip
+        if progress != 0.2:
+            show({"step": 1, "val_loss": 4.5, "bits_per_byte": 2.0})
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith("training loss 4.0000, lr 0.003, 900 tokens/s, 1 min 10 s left")
+
+
 def test_tokenizer_train_and_encode(finished, tmp_path):
     call(
         "tokenizer",
