@@ -165,9 +165,10 @@ def bits_chart(metrics: list[dict[str, Any]], summary: dict[str, Any]) -> str:
 
 
 def _bits_figure(metrics: list[dict[str, Any]], summary: dict[str, Any]) -> Any:
-    steps = {m["step"]: m["seconds"] / 60 for m in metrics if "loss" in m} | {0: 0.0}
-    held = [(steps[m["step"]], m["bits_per_byte"]) for m in metrics if "bits_per_byte" in m]
-    figure, axes = _axes("minutes of training", "held-out bits per byte")
+    # tokens, not minutes: the same curve on every machine, and a pause is no plateau
+    tokens = {m["step"]: m["tokens"] / 1e6 for m in metrics if "loss" in m} | {0: 0.0}
+    held = [(tokens[m["step"]], m["bits_per_byte"]) for m in metrics if "bits_per_byte" in m]
+    figure, axes = _axes("million tokens seen", "held-out bits per byte")
     if held:
         axes.plot(*zip(*held), color=ORANGE, linewidth=2, marker="o", markersize=3.5)
         axes.plot([held[-1][0]], [summary["bits_per_byte"]], "o", color=BLUE, markersize=5)

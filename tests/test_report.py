@@ -142,7 +142,7 @@ def test_labels_stand_at_their_own_lines(model, xz, zstd):
 
     metrics = []
     for step in range(40):
-        metrics.append({"step": step, "loss": 1.0, "seconds": 60 * step})
+        metrics.append({"step": step, "loss": 1.0, "tokens": 50_000 * step})
         metrics.append({"step": step, "bits_per_byte": model + 2 * 0.8**step})
     names = {"model": model, "xz -9e": xz, "zstd -19": zstd}
     summary = {"bits_per_byte": model, "bits_per_byte_xz": xz, "bits_per_byte_zstd": zstd}
