@@ -16,6 +16,7 @@ import json
 import platform
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ SOURCES = "sources.json"  # hashes of local sources (`fastlm.data.content`)
 SUMMARY = "summary.json"
 # Raised where a stage gives other results for the same recipe
 VERSIONS = {
-    "data": 4, "tokenizer": 1, "shards": 1, "pretrain": 1, "eval": 1, "quantize": 1, "report": 1,
+    "data": 4, "tokenizer": 1, "shards": 1, "pretrain": 2, "eval": 1, "quantize": 1, "report": 2,
 }  # fmt: skip
 
 
@@ -339,4 +340,17 @@ def machine() -> dict[str, Any]:
 
     have = info()
     keys = ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python")
-    return {**{k: have.get(k) for k in keys}, "system": platform.platform()}
+    facts = {k: have.get(k) for k in keys}
+    return {**facts, "commit": _commit() or "not a clone", "system": platform.platform()}
+
+
+def _commit() -> str:
+    """Of the clone this package runs from; "" where it is installed or there is no git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

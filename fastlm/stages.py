@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import time
 from dataclasses import asdict, replace
@@ -97,6 +98,7 @@ def run_pretrain(c: Context) -> dict[str, Any]:
         seed=c.recipe.seed,
     )
     torch.manual_seed(c.recipe.seed)
+    before = os.getloadavg()[0]
     result = pretrain(
         model, sampler, TokenDataset(c.out / "shards/heldout"), section, c.out,
         tokenizer=tokenizer, track=c.track, on_event=c.on_event,
@@ -106,7 +108,8 @@ def run_pretrain(c: Context) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     values = asdict(result)
     values["used_seconds"] = values.pop("seconds")  # of all sittings
-    return {**values, "parameters": parameters, "epochs": sampler.epoch + 1}
+    load = f"{before:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended"
+    return {**values, "parameters": parameters, "epochs": sampler.epoch + 1, "load": load}
 
 
 def run_eval(c: Context) -> dict[str, Any]:
@@ -182,7 +185,8 @@ def run_report(c: Context) -> dict[str, Any]:
         "train_loss": r["pretrain"]["loss"],
         "vocab_size": r["tokenizer"]["vocab_size"], **r["shards"],
         "heldout_documents": r["eval"]["heldout_documents"],
-        "seconds": sum(c.seconds.values()), "stage_seconds": dict(c.seconds), "machine": machine(),
+        "seconds": sum(c.seconds.values()), "stage_seconds": dict(c.seconds),
+        "machine": {**machine(), "load": r["pretrain"]["load"]},
     }  # fmt: skip
     metrics = read_metrics(c.out / METRICS)
     write_report(c.out / "report.html", summary, Funnel.load(c.out / "data"), metrics, c.recipe)

@@ -3,6 +3,7 @@ status 2.
 """
 
 import json
+import re
 import subprocess
 import sys
 
@@ -179,11 +180,30 @@ def test_pretrain_goes_on_where_it_was(finished, tmp_path):
         "--config", finished / "model/config.json", "--out", tmp_path / "p",
         "--batch-size", 2, "--seq-len", 16, "--checkpoint-every", 2,
     ]  # fmt: skip
-    said = call(*options, "--max-steps", 4, "--tokenizer", finished / "tokenizer").stdout
-    assert said.startswith("4 steps, loss ") and (tmp_path / "p/model/config.json").exists()
+    heldout = ["--heldout", finished / "shards/heldout", "--tokenizer", finished / "tokenizer"]
+    result = call(*options, "--max-tokens", 4 * 2 * 16, *heldout)
+    assert re.fullmatch(r"4 steps, loss \d\.\d{4}, [\d,]+ tokens/s: .*\n", result.stdout)
+    assert re.search(
+        r"step 2: held-out loss .* bits per byte; training loss \d\.\d{4}, lr 0\.\d+,"
+        r" [\d,]+ tokens/s, [\d.]+ s left",
+        result.stderr,
+    )
+    assert (tmp_path / "p/model/config.json").exists()
     call("generate", "-m", tmp_path / "p", "-p", "The", "--max-new-tokens", 2)
-    refused(*options, "--max-steps", 5, text="max_steps was 4, now 5")
-    refused(*options, text="max_steps, max_seconds: wanted at least one of them")
+    refused(*options, "--max-tokens", 160, text="max_tokens was 128, now 160")
+    refused(*options, text="max_tokens, max_steps, max_seconds: wanted at least one of them")
+
+
+def test_the_time_left_follows_the_pace_of_late(capsys):
+    """Not that of the whole run, which may have slept or been resumed."""
+    show = fastlm.cli._EventLines()
+    for seconds, progress in ((1000, 0.1), (1010, 0.2), (1020, 0.3)):
+        show({"loss": 4.0, "lr": 3e-3, "tokens_per_second": 900.0, "seconds": seconds,
+              "progress": progress, "step": 1})  # fmt: skip
+        if progress != 0.2:
+            show({"step": 1, "val_loss": 4.5, "bits_per_byte": 2.0})
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith("training loss 4.0000, lr 0.003, 900 tokens/s, 1 min 10 s left")
 
 
 def test_tokenizer_train_and_encode(finished, tmp_path):

@@ -2,12 +2,13 @@
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
 from fastlm.data.prepare import Funnel
 from fastlm.recipe import parse_recipe
-from fastlm.report import count_text, render_report, seconds_text, size_text
+from fastlm.report import _bits_figure, count_text, render_report, seconds_text, size_text
 
 EVIL = '<script>alert("x")</script> & </style>'
 
@@ -73,7 +74,7 @@ def html():
         "heldout_documents": 5, "heldout_bytes": 5000,
         "decode_tokens_per_second_bf16": 10.0, "decode_tokens_per_second_int4": 20.0,
         "seconds": 65.0, "stage_seconds": {"data": 5.0, "pretrain": 60.0},
-        "machine": {"cpu": EVIL, "threads": 2},
+        "machine": {"cpu": EVIL, "threads": 2, "load": "1.2 when the training began"},
     }  # fmt: skip
     return render_report(summary, funnel, metrics, recipe)
 
@@ -106,8 +107,66 @@ def test_the_page_says_what_happened(html):
         "0.30×", "+2.00 %", "2.00×",  # noqa: RUF001 - the page prints the multiplication sign
         "4 email replaced", "1 min 05 s in all",
         "before training", "after step 3", "xz -9e", "zstd -19",
+        "Training saw 300 tokens: 3 steps of 4,096.", "1,000 tokens, of which 30 % were seen",
+        "1 min 00 s, held-out checks", "load 1.2 when the training began",
     ):  # fmt: skip
         assert piece in text, piece
+
+
+def test_bars_are_the_difference_to_xz(html):
+    """From its line, at 2.0: zstd's to the right, the model's to the left, none of them long for
+    being far from zero.
+    """
+    found = re.findall(r'class="bar" style="left:([\d.]+)%;width:([\d.]+)%', html)
+    bars = [(float(left), float(left) + float(width)) for left, width in found]
+    line = float(re.findall(r'class="line" style="left:([\d.]+)%"', html)[0])
+    assert line == pytest.approx(100 * 0.5 / 0.6, abs=0.1)
+    wanted = [(line, 100), (line, line), (5, line), (0, line)]  # zstd, xz, int4, bf16
+    for bar, place in zip(bars, wanted, strict=True):
+        assert bar == pytest.approx(place, abs=0.11)
+
+
+@pytest.mark.parametrize(
+    "model, xz, zstd",
+    [
+        (1.6, 2.041, 2.074), (2.04, 2.586, 2.518), (2.05, 2.041, 2.044), (2.042, 2.042, 2.042),
+        (3.3, 2.041, 2.6), (0.9, 2.9, 2.91),
+    ],
+)  # fmt: skip
+def test_labels_stand_at_their_own_lines(model, xz, zstd):
+    """Right of the axes, where neither curve nor dashes are; in the order of their values, not one
+    upon another, and as near to the line as that allows.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    metrics = []
+    for step in range(40):
+        metrics.append({"step": step, "loss": 1.0, "tokens": 50_000 * step})
+        metrics.append({"step": step, "bits_per_byte": model + 2 * 0.8**step})
+    names = {"model": model, "xz -9e": xz, "zstd -19": zstd}
+    summary = {"bits_per_byte": model, "bits_per_byte_xz": xz, "bits_per_byte_zstd": zstd}
+    figure = _bits_figure(metrics, summary)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    axes = figure.axes[0]
+    labels = []
+    for note in axes.texts:
+        name, value = note.get_text().rsplit(" ", 1)
+        assert float(value) == pytest.approx(names.pop(name), abs=5e-4)
+        box = Text.get_window_extent(note, canvas.get_renderer())  # without the line to its value
+        assert box.x0 > axes.bbox.x1 and box.x1 < figure.bbox.x1
+        labels.append((float(value), box))
+    assert not names
+    labels.sort(key=lambda label: label[0])
+    height = max(box.height for _, box in labels)
+    for (_, low), (_, high) in pairwise(labels):
+        assert low.y1 <= high.y0
+    at = [axes.transData.transform((0, value))[1] for value, _ in labels]
+    crowded = [y for y in at if sum(abs(y - other) < 2 * height for other in at) > 1]
+    for y, (_, box) in zip(at, labels):
+        off = abs((box.y0 + box.y1) / 2 - y)
+        assert off < (2 * height if y in crowded else 1.5)
 
 
 def test_numbers_as_people_read_them():

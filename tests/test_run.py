@@ -70,6 +70,13 @@ def test_everything_is_there(finished):
     assert summary["tokens"] == 12 * 4 * 32
     assert summary["int4_bytes"] < summary["bf16_bytes"]
     assert summary["seconds"] == pytest.approx(sum(summary["stage_seconds"].values()))
+    machine = summary["machine"]
+    assert machine["threads"] >= 1 and "when the training began" in machine["load"]
+    root = Path(__file__).resolve().parent.parent
+    if (root / ".git").exists():
+        command = ["git", "-C", root, "rev-parse", "HEAD"]
+        head = subprocess.run(command, capture_output=True, text=True).stdout
+        assert head.startswith(machine["commit"].removesuffix("-dirty"))
     for name in (
         "data/train.jsonl.zst", "tokenizer/tokenizer.json", "shards/train/index.json",
         "report.html", "model/config.json", "model-int4/model.safetensors", "stages.json",
