@@ -7,7 +7,7 @@ Turns: each variant alone, then each beside the busy processes, and again.
 
     python -P bench/loaded.py
     python -P bench/loaded.py "PYTHONPATH=../before python" "GOMP_SPINCOUNT=10000 python"
-    python -P bench/loaded.py --busy 4 --turns 7 --works decode
+    python -P bench/loaded.py --busy 4 --turns 7 --work decode
 
 decode: SmolLM2-135M-Instruct (model:smollm2, Q4_1), one user, 512 tokens of context. training:
 steps of the demo's model (recipes/demo.toml), 8 x 256 tokens. A turn lasts a second or longer and
@@ -23,6 +23,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from fastlm.threads import SPIN_ROUNDS
 
 SECONDS = 1.5  # of a turn: many time slices of the system (3 to 6 ms)
 DEMO = (4096, 256, 5, 4, 704)  # vocabulary, hidden_size, layers, heads, FFN of recipes/demo.toml
@@ -68,6 +70,8 @@ def training_turn() -> Callable[[], float]:
     return turn
 
 
+# ends with the process that started it, however that ends
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 WORKS = {"decode": decode_turn, "training": training_turn}
 
 
@@ -132,13 +136,14 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", help='such as "OMP_WAIT_POLICY=passive python"')
     parser.add_argument("--busy", type=int, default=2, help="busy processes beside it")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--work", choices=WORKS, help="only this one")
     parser.add_argument("--worker", choices=WORKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return worker(options.worker)
-    variants = options.variants or [f"GOMP_SPINCOUNT=10000 {sys.executable}"]
-    rows = [r for w in options.works for r in measure(w, variants, options.busy, options.turns)]
+    variants = options.variants or [f"GOMP_SPINCOUNT={SPIN_ROUNDS} {sys.executable}"]
+    works = [options.work] if options.work else list(WORKS)
+    rows = [r for w in works for r in measure(w, variants, options.busy, options.turns)]
     print(f"| work | variant | quiet | beside {options.busy} busy processes | cost |")
     print("|---|---|---|---|---|")
     for row in rows:

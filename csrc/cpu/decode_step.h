@@ -5,13 +5,17 @@
 //   project  x . W^T, in tiles of 16 rows of W, each tile by one thread, for all M rows
 //
 //   layer:  prepare -> qkv | rope, cache, attention | prepare -> out | prepare -> gate, up, act |
-//           prepare -> down |                                          | is a barrier
+//           prepare -> down |                                          | ends a phase
 //
-// Phases end when their work is done, not when all threads have come (phases.h); any thread does
+// A phase ends when its work is done, not when all threads have come (phases.h); any thread does
 // any of it. With few rows the thread that ends a phase prepares all of them; with many, preparing
 // is a phase of its own. The residual stream, products and sums are float32. A row's result does
 // not depend on the other rows, and nothing on the number of threads: no sum is split between
 // threads, attention is cut into chunks of DECODE_KEYS keys wherever it runs.
+//
+// A step is a region of OpenMP, so that it shares torch's threads and follows set_num_threads; a
+// pool of its own would look for work on the cores where torch's looks. The region's end, once a
+// step, does wait for every thread.
 //
 // W is read where it lies, once; 16 rows are transposed (vectors of W in lanes), so that outputs
 // are lanes and no sum crosses them:

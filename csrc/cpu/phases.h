@@ -12,8 +12,8 @@
 // the store of `next_` carries them on to whoever claims there.
 //
 // A thread without work looks for a while in place, then sleeps until a phase opens: its core is
-// free for the thread that it waits for, and the system owes it the time, so that it wakes beside
-// that thread. sched_yield owes it nothing and was 4 times slower beside two busy processes.
+// free meanwhile, and the system owes it that time, so that it wakes beside the thread it waited
+// for. With sched_yield instead it would queue behind the other processes, its time spent.
 #pragma once
 
 #include <immintrin.h>
