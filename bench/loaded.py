@@ -87,16 +87,16 @@ def worker(work: str) -> None:
 
 class Worker:
     def __init__(self, variant: str, work: str):
-        command = ["env", *shlex.split(variant), "-P", __file__, "--worker", work]
+        self.command = ["env", *shlex.split(variant), "-P", __file__, "--worker", work]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.answer()
 
     def answer(self) -> str:
         assert self.process.stdout is not None
         if not (line := self.process.stdout.readline()):
-            raise SystemExit(f"loaded: {shlex.join(map(str, self.process.args))} ended early")
+            raise SystemExit(f"loaded: {shlex.join(self.command)} ended early")
         return line
 
     def turn(self) -> float:
@@ -132,7 +132,7 @@ def measure(work: str, variants: list[str], busy: int, turns: int) -> list[dict]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("variants", nargs="*", help='such as "OMP_WAIT_POLICY=passive python"')
     parser.add_argument("--busy", type=int, default=2, help="busy processes beside it")
     parser.add_argument("--turns", type=int, default=5)

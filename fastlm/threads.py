@@ -8,7 +8,6 @@ where a process may use a part of them, and reads no quota but the outermost gro
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -22,15 +21,16 @@ def settle(threads: int | None = None) -> None:
     have waited for 0.1 ms. What the user has exported stays; a number of threads given here goes
     over OMP_NUM_THREADS. Where torch is loaded already only a given number has an effect.
     """
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers package
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(threads)
-    elif "torch" not in sys.modules:
-        os.environ.setdefault("OMP_NUM_THREADS", str(default_threads()))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
+    if threads is None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(default_threads()))
+        return
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers package
+    import torch
+
+    torch.set_num_threads(threads)  # from the environment torch takes at most the physical cores
 
 
 def default_threads(root: Path = Path("/")) -> int:

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fastlm import cli, threads
@@ -54,12 +55,13 @@ def test_quota_of_cgroup_1(machine, limit, wanted):
 
 @pytest.fixture
 def environment(monkeypatch):
-    """What `settle` finds and leaves where torch is not loaded yet."""
+    """What `settle` finds and leaves."""
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "")  # so that what `settle` sets is gone after the test
         monkeypatch.delenv(name)
-    monkeypatch.delitem(sys.modules, "torch")
-    return os.environ
+    before = torch.get_num_threads()
+    yield os.environ
+    torch.set_num_threads(before)
 
 
 def test_settle_bounds_the_wait_and_counts_cores(environment):
@@ -75,7 +77,7 @@ def test_settle_leaves_what_the_user_exported(environment, name, value):
     assert environment["OMP_NUM_THREADS"] == "3" and environment[name] == value
     assert "GOMP_SPINCOUNT" not in environment or name == "GOMP_SPINCOUNT"
     threads.settle(2)
-    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["OMP_NUM_THREADS"] == "2" and torch.get_num_threads() == 2
 
 
 def test_threads_of_a_command():
