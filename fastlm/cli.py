@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from fastlm.errors import InputError
 from fastlm.progress import bars
+from fastlm.threads import Watch, settle
 
 DIVERGED, INTERRUPTED = 3, 130
 
@@ -84,6 +85,27 @@ ActBits = Annotated[
 Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text")]
 
 
+def _settle(threads: int | None) -> int | None:
+    settle(threads)
+    return threads
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, callback=_settle, help="Threads that compute; default: the physical cores to be had"
+    ),
+]
+_watch = Watch()  # until the work begins: loading torch takes a second
+
+
+def _say_if_busy() -> None:
+    import torch
+
+    if line := _watch.line(torch.get_num_threads()):
+        typer.echo(f"fastlm: {line}", err=True)
+
+
 def main() -> None:
     """The console script."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding shows "?"
@@ -119,6 +141,7 @@ def options(
 @app.command(short_help="Versions, hardware, and which implementation of every op runs.")
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+    threads: Threads = None,
 ) -> None:
     """Versions, hardware, extensions, and which implementation of every op runs here."""
     from fastlm import backend
@@ -165,10 +188,12 @@ def run(
         typer.Option(help="Stop after data, tokenizer, shards, pretrain, eval, quantize or report"),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Where packages are kept")] = None,
+    threads: Threads = None,
 ) -> None:
     """Run a whole recipe; what is finished is skipped, what was cut off goes on."""
     from fastlm.run import run_recipe
 
+    _say_if_busy()
     summary = run_recipe(
         recipe, out, overrides=sets or (), until=until, cache=cache, command=_command(),
         track=bars, on_event=_EventLines(),
@@ -259,6 +284,7 @@ def pretrain(
     checkpoint_every: Annotated[int, typer.Option(help="Steps")] = 200,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep")] = 2,
     seed: Annotated[int, typer.Option(help="Of weights, data order and samples")] = 0,
+    threads: Threads = None,
 ) -> None:
     """Train a model on token shards; the same command again goes on from the last checkpoint."""
     import torch
@@ -271,6 +297,7 @@ def pretrain(
     from fastlm.train.loop import TrainOptions
     from fastlm.train.pretrain import pretrain as train_model
 
+    _say_if_busy()
     model_config = config_of(read_json(config), config)
     options = TrainOptions(
         max_steps=max_steps, max_seconds=max_seconds, max_tokens=max_tokens, accumulate=accumulate,
@@ -307,6 +334,7 @@ def quantize(
     data: Annotated[
         Path | None, typer.Option(help="Held-out text: prints the change in bits per byte")
     ] = None,
+    threads: Threads = None,
 ) -> None:
     """Store the weights in 4 or 8 bits."""
     from fastlm.chat import load_model
@@ -364,6 +392,7 @@ def eval_command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at a time")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+    threads: Threads = None,
 ) -> None:
     """Bits per byte of a text, beside xz -9e and zstd -19 of the same text."""
     from fastlm.chat import load_model
@@ -398,10 +427,12 @@ def generate(
         bool,
         typer.Option("--raw", help="Continue the prompt as it stands, without the chat template"),
     ] = False,
+    threads: Threads = None,
 ) -> None:
     """Write one text, token by token; through the chat template where the model has one."""
     from fastlm.chat import Writer
 
+    _say_if_busy()
     writer = Writer(model, act_bits)
     ids = writer.prompt_ids(prompt, raw=raw)
     writer.write(
@@ -432,10 +463,12 @@ def chat(
     stop: Stop = None,
     seed: Seed = None,
     act_bits: ActBits = None,
+    threads: Threads = None,
 ) -> None:
     """Talk with a chat model. An empty line or Ctrl-D ends."""
     from fastlm.chat import Conversation, Writer
 
+    _say_if_busy()
     conversation = Conversation(
         Writer(model, act_bits), system=system, max_new_tokens=max_new_tokens
     )
@@ -466,6 +499,7 @@ def tokenizer_train(
     sources: Annotated[list[str], typer.Argument(help="Text: files, folders, or train.jsonl.zst")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tokenizer")],
     vocab_size: Annotated[int, typer.Option(help="Entries of the vocabulary")] = 32768,
+    threads: Threads = None,
 ) -> None:
     """Train a byte-level BPE tokenizer."""
     from fastlm.evals.commands import read_texts

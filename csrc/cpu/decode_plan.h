@@ -46,6 +46,11 @@ struct DecodeLayer {
   bool norm_whole = false;  // q_norm over all heads at once, not over each
   int64_t window = 0;       // keys a query sees; 0: all
   int rotary = -1;          // which tables; -1: no positions
+
+  int parts(const DecodeLinear** of_qkv) const {  // their number
+    for (size_t i = 0; i < qkv.size(); ++i) of_qkv[i] = &qkv[i];
+    return int(qkv.size());
+  }
 };
 
 struct DecodePlan {

@@ -1,11 +1,9 @@
-#include <sched.h>
-
-#include <atomic>
 #include <initializer_list>
 #include <new>
 #include <utility>
 
 #include "cpu/decode_plan.h"
+#include "cpu/phases.h"
 
 #define FASTLM_BODY "cpu/decode_step.h"
 #include "cpu/each_isa.h"

@@ -5,12 +5,17 @@
 //   project  x . W^T, in tiles of 16 rows of W, each tile by one thread, for all M rows
 //
 //   layer:  prepare -> qkv | rope, cache, attention | prepare -> out | prepare -> gate, up, act |
-//           prepare -> down |                                          | is a barrier
+//           prepare -> down |                                          | ends a phase
 //
-// With few rows every thread prepares all of them for itself, which is cheaper than meeting once
-// more; with many they share the work. The residual stream, products and sums are float32. A row's
-// result does not depend on the other rows, and nothing on the number of threads: no sum is split
-// between threads, attention is cut into chunks of DECODE_KEYS keys wherever it runs.
+// A phase ends when its work is done, not when all threads have come (phases.h); any thread does
+// any of it. With few rows the thread that ends a phase prepares all of them; with many, preparing
+// is a phase of its own. The residual stream, products and sums are float32. A row's result does
+// not depend on the other rows, and nothing on the number of threads: no sum is split between
+// threads, attention is cut into chunks of DECODE_KEYS keys wherever it runs.
+//
+// A step is a region of OpenMP, so that it shares torch's threads and follows set_num_threads; a
+// pool of its own would look for work on the cores where torch's looks. The region's end, once a
+// step, does wait for every thread.
 //
 // W is read where it lies, once; 16 rows are transposed (vectors of W in lanes), so that outputs
 // are lanes and no sum crosses them:
@@ -29,10 +34,8 @@ constexpr int64_t SPLIT_ROWS = 4;  // of x: from so many on their preparation is
 
 struct DecodeWork {  // of one step; everything is written before it is read
   float *qkv, *branch, *inner, *partials, *most, *sum;
-  struct Slot {  // what `prepare` makes: one, or one per thread
-    float* stream;
-    Activations x;
-  }* slots;
+  float* stream;
+  Activations x;  // what `prepare` makes
   struct Thread {
     uint8_t* panel;
     float *out, *q, *scores;
@@ -65,21 +68,15 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t capacity, int 
   w.most = a.take<float>(rows * p.heads * chunks);
   w.sum = a.take<float>(rows * p.heads * chunks);
   const int64_t widest = std::max({p.hidden, q_width, p.inner}), runs = (widest + 7) / 8;
-  const int64_t slots = rows >= SPLIT_ROWS ? 1 : threads;
-  w.slots = a.take<DecodeWork::Slot>(slots);
   w.threads = a.take<DecodeWork::Thread>(threads);
-  for (int64_t s = 0; s < slots; ++s) {
-    DecodeWork::Slot slot{};
-    slot.stream = a.take<float>(rows * p.hidden);
-    slot.x.stride = round16(widest), slot.x.runs = runs;
-    slot.x.x = a.take<float>(rows * slot.x.stride);
-    for (Activations::Format& f : slot.x.formats) {
-      f.q = a.take<int8_t>(rows * slot.x.stride);
-      f.scale = a.take<float>(rows * runs);
-      f.sum = a.take<float>(rows * runs);
-      f.start = a.take<int32_t>(rows * runs);
-    }
-    if (base) w.slots[s] = slot;
+  w.stream = a.take<float>(rows * p.hidden);
+  w.x.stride = round16(widest), w.x.runs = runs;
+  w.x.x = a.take<float>(rows * w.x.stride);
+  for (Activations::Format& f : w.x.formats) {
+    f.q = a.take<int8_t>(rows * w.x.stride);
+    f.scale = a.take<float>(rows * runs);
+    f.sum = a.take<float>(rows * runs);
+    f.start = a.take<int32_t>(rows * runs);
   }
   for (int t = 0; t < threads; ++t) {
     DecodeWork::Thread own{};
@@ -97,20 +94,6 @@ inline int64_t decode_workspace(const DecodePlan& p, int64_t rows, int64_t capac
   return lay_out(p, rows, capacity, threads, nullptr, w);
 }
 
-// Threads meet: each counts itself and waits for the others, a while in place (a phase ends within
-// microseconds), then leaving its core to others (a machine with more to do than cores).
-class Meeting {
- public:
-  void wait(int64_t everybody) {  // how many have come once this meeting is over
-    arrived_.fetch_add(1, std::memory_order_acq_rel);
-    for (int turns = 0; arrived_.load(std::memory_order_acquire) < everybody; ++turns)
-      turns < 2000 ? _mm_pause() : void(sched_yield());
-  }
-
- private:
-  alignas(64) std::atomic<int64_t> arrived_{0};
-};
-
 template <class C>
 struct DecodeStep {
   const DecodePlan& p;
@@ -121,55 +104,59 @@ struct DecodeStep {
   const float* const* rotary;
   int64_t rotary_width[8];
   float* logits;
-  Meeting& meeting;
-  // one per thread
-  int thread, threads;
-  int64_t met = 0;
+  int thread = 0;
 
-  DecodeWork::Slot& slot() const { return w.slots[rows >= SPLIT_ROWS ? 0 : thread]; }
+  enum Kind { QKV, ATTEND, OUT, GLU, DOWN, KINDS };  // of a layer's phases; the head's comes last
+
   DecodeWork::Thread& own() const { return w.threads[thread]; }
-  void meet() { meeting.wait(met += threads); }
+  bool split() const { return rows >= SPLIT_ROWS; }
+  // work of every layer, then the head's; where rows are shared out, each behind its preparation
+  int works() const { return int(p.layers.size()) * KINDS + 1; }
 
-  // f(row) for the rows this thread prepares, then the formats that `linears` want.
+  int phases() const { return split() ? 2 * works() : works(); }
+  int64_t units(int phase) const {
+    if (!split()) return work_units(phase);
+    if (phase % 2) return work_units(phase / 2);
+    return phase / 2 < works() - 1 && phase / 2 % KINDS == ATTEND ? 0 : rows;
+  }
+  void before(int phase) {
+    if (!split()) prepare_rows(phase, 0, rows);
+  }
+  void run(int phase, int64_t from, int64_t to) {
+    if (!split()) return do_work(phase, from, to);
+    phase % 2 ? do_work(phase / 2, from, to) : prepare_rows(phase / 2, from, to);
+  }
+
+  // f(row) for rows [from, to), then the formats that `linears` want.
   template <class F>
-  void prepare(std::initializer_list<const DecodeLinear*> linears, F f) {
-    prepare(linears.begin(), int(linears.size()), f);
+  void prepare(std::initializer_list<const DecodeLinear*> linears, int64_t from, int64_t to, F f) {
+    prepare(linears.begin(), int(linears.size()), from, to, f);
   }
   template <class F>
-  void prepare(const DecodeLinear* const* linears, int count, F f) {
-    const bool split = rows >= SPLIT_ROWS;
-    const int64_t from = split ? rows * thread / threads : 0,
-                  to = split ? rows * (thread + 1) / threads : rows;
-    Activations& x = slot().x;
+  void prepare(const DecodeLinear* const* linears, int count, int64_t from, int64_t to, F f) {
+    const Activations& x = w.x;
     for (int64_t m = from; m < to; ++m) {
       float* row = x.x + m * x.stride;
-      f(m, slot().stream + m * p.hidden, row);
+      f(m, w.stream + m * p.hidden, row);
       const int64_t k = linears[0]->k;
       for (int64_t i = k; i < round16(k); ++i) row[i] = 0.f;
       for (int i = 0; i < count; ++i)
         if (format_of(linears, i) == i) round_row(*linears[i], x, x.formats[i], m);
     }
-    if (split) meet();
   }
 
-  // Units of 16 outputs, [from, to) of this thread: each one's share of `units`.
-  std::pair<int64_t, int64_t> share(int64_t units) const {
-    return {units * thread / threads, units * (thread + 1) / threads};
-  }
   static int64_t tiles(const DecodeLinear& l) { return (l.n + DECODE_TILE - 1) / DECODE_TILE; }
 
-  // y[m * stride + n] = x W^T + bias for all outputs of several W behind each other
-  void project(const DecodeLinear* const* linears, int count, float* y, int64_t stride) {
-    int64_t units = 0;
-    for (int i = 0; i < count; ++i) units += tiles(*linears[i]);
-    auto [from, to] = share(units);
+  // y[m * stride + n] = x W^T + bias for tiles [from, to) of several W behind each other
+  void project(const DecodeLinear* const* linears, int count, int64_t from, int64_t to, float* y,
+               int64_t stride) {
     int64_t column = 0, first = 0;
     for (int i = 0; i < count; ++i) {
       const DecodeLinear& l = *linears[i];
       const int64_t last = first + tiles(l);
       for (int64_t u = std::max(from, first); u < std::min(to, last); ++u) {
         const int64_t n = (u - first) * DECODE_TILE, width = std::min(DECODE_TILE, l.n - n);
-        tile_product(l, n, slot().x, format_of(linears, i), rows, own().panel, own().out);
+        tile_product(l, n, w.x, format_of(linears, i), rows, own().panel, own().out);
         for (int64_t m = 0; m < rows; ++m)
           memcpy(y + m * stride + column + n, own().out + m * DECODE_TILE,
                  size_t(width) * sizeof(float));
@@ -179,15 +166,14 @@ struct DecodeStep {
   }
 
   // inner = act(gate) * up
-  void project_glu(const DecodeLayer& layer) {
+  void project_glu(const DecodeLayer& layer, int64_t from, int64_t to) {
     const DecodeLinear* const both[] = {&layer.gate, &layer.up};
-    auto [from, to] = share(tiles(layer.gate));
     float *gate = own().out, *up = gate + rows * DECODE_TILE;
     const int act = p.act == "silu" ? 0 : p.act == "gelu_tanh" ? 1 : 2;
     for (int64_t u = from; u < to; ++u) {
       const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, layer.gate.n - n);
-      tile_product(layer.gate, n, slot().x, 0, rows, own().panel, gate);
-      tile_product(layer.up, n, slot().x, format_of(both, 1), rows, own().panel, up);
+      tile_product(layer.gate, n, w.x, 0, rows, own().panel, gate);
+      tile_product(layer.up, n, w.x, format_of(both, 1), rows, own().panel, up);
       for (int64_t i = 0; i < rows * DECODE_TILE; i += VL)
         store(gate + i, activate(act, load(gate + i)) * load(up + i));
       for (int64_t m = 0; m < rows; ++m)
@@ -203,13 +189,12 @@ struct DecodeStep {
     return x * 0.5f * (1.f + verf(x * 0.7071067811865476f));
   }
 
-  void project_head() {
-    auto [from, to] = share(tiles(p.head));
+  void project_head(int64_t from, int64_t to) {
     const int64_t n_all = p.head.n;
     for (int64_t u = from; u < to; ++u) {
       const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, n_all - n);
       float* out = own().out;
-      tile_product(p.head, n, slot().x, 0, rows, own().panel, out);
+      tile_product(p.head, n, w.x, 0, rows, own().panel, out);
       if (p.logit_softcap > 0)
         for (int64_t i = 0; i < rows * DECODE_TILE; i += VL)
           store(out + i, vtanh(load(out + i) * (1.f / p.logit_softcap)) * p.logit_softcap);
@@ -251,57 +236,98 @@ struct DecodeStep {
     return a;
   }
 
-  void run() {
-    for (size_t i = 0; i < p.layers.size(); ++i) {
-      const DecodeLayer& layer = p.layers[i];
-      const DecodeLayer* below = i ? &p.layers[i - 1] : nullptr;
-      const DecodeLinear* qkv[3];
-      const int parts = int(layer.qkv.size());
-      for (int j = 0; j < parts; ++j) qkv[j] = &layer.qkv[size_t(j)];
-      prepare(qkv, parts, [&](int64_t m, float* stream, float* row) {
-        if (below) {
-          add_and_norm(m, stream, row, below->norms[3], layer.norms[0]);
-          return;
-        }
-        embed(p.embedding, tokens[m], p.embedding_scale, stream);
-        if (layer.norms[0])
-          rms_norm_into(stream, layer.norms[0], p.eps, p.hidden, row);
-        else
-          memcpy(row, stream, size_t(p.hidden) * sizeof(float));
-      });
-      project(qkv, parts, w.qkv, (p.heads + 2 * p.kv_heads) * p.head_dim);
-      meet();
-
-      const AttentionInputs<C> attend = attention(i);
-      const int64_t first = attend.first_chunk(), chunks = attend.last_chunk() + 1 - first,
-                    tasks = rows * p.kv_heads * chunks;
-      auto [from, to] = share(tasks);
-      for (int64_t t = from; t < to; ++t)
-        attend_chunk(attend, t / chunks / p.kv_heads, t / chunks % p.kv_heads, first + t % chunks,
-                     own().q, own().scores);
-      meet();
-
-      const DecodeLinear *out = &layer.out, *down = &layer.down;
-      prepare({out}, [&](int64_t m, float*, float* row) { combine(attend, m, row); });
-      project(&out, 1, w.branch, p.hidden);
-      meet();
-
-      prepare({&layer.gate, &layer.up}, [&](int64_t m, float* stream, float* row) {
-        add_and_norm(m, stream, row, layer.norms[1], layer.norms[2]);
-      });
-      project_glu(layer);
-      meet();
-
-      prepare({down}, [&](int64_t m, float*, float* row) {
-        memcpy(row, w.inner + m * layer.down.k, size_t(layer.down.k) * sizeof(float));
-      });
-      project(&down, 1, w.branch, p.hidden);
-      meet();
+  int64_t work_units(int work) const {
+    if (work == works() - 1) return tiles(p.head);
+    const size_t i = size_t(work / KINDS);
+    const DecodeLayer& layer = p.layers[i];
+    switch (work % KINDS) {
+      case QKV: {
+        int64_t all = 0;
+        for (const DecodeLinear& l : layer.qkv) all += tiles(l);
+        return all;
+      }
+      case ATTEND: {
+        const AttentionInputs<C> a = attention(i);
+        return rows * p.kv_heads * (a.last_chunk() + 1 - a.first_chunk());
+      }
+      case OUT:
+        return tiles(layer.out);
+      case GLU:
+        return tiles(layer.gate);
+      default:
+        return tiles(layer.down);
     }
-    prepare({&p.head}, [&](int64_t m, float* stream, float* row) {
-      add_and_norm(m, stream, row, p.layers.back().norms[3], p.norm);
-    });
-    project_head();
+  }
+
+  // What `work` multiplies, for rows [from, to).
+  void prepare_rows(int work, int64_t from, int64_t to) {
+    if (work == works() - 1)
+      return prepare({&p.head}, from, to, [&](int64_t m, float* stream, float* row) {
+        add_and_norm(m, stream, row, p.layers.back().norms[3], p.norm);
+      });
+    const size_t i = size_t(work / KINDS);
+    const DecodeLayer& layer = p.layers[i];
+    switch (work % KINDS) {
+      case QKV: {
+        const DecodeLinear* qkv[3];
+        const int parts = layer.parts(qkv);
+        return prepare(qkv, parts, from, to, [&](int64_t m, float* stream, float* row) {
+          if (i) {
+            add_and_norm(m, stream, row, p.layers[i - 1].norms[3], layer.norms[0]);
+            return;
+          }
+          embed(p.embedding, tokens[m], p.embedding_scale, stream);
+          if (layer.norms[0])
+            rms_norm_into(stream, layer.norms[0], p.eps, p.hidden, row);
+          else
+            memcpy(row, stream, size_t(p.hidden) * sizeof(float));
+        });
+      }
+      case ATTEND:
+        return;
+      case OUT: {
+        const AttentionInputs<C> attended = attention(i);
+        return prepare({&layer.out}, from, to,
+                       [&](int64_t m, float*, float* row) { combine(attended, m, row); });
+      }
+      case GLU:
+        return prepare({&layer.gate, &layer.up}, from, to,
+                       [&](int64_t m, float* stream, float* row) {
+                         add_and_norm(m, stream, row, layer.norms[1], layer.norms[2]);
+                       });
+      default:
+        return prepare({&layer.down}, from, to, [&](int64_t m, float*, float* row) {
+          memcpy(row, w.inner + m * layer.down.k, size_t(layer.down.k) * sizeof(float));
+        });
+    }
+  }
+
+  void do_work(int work, int64_t from, int64_t to) {
+    if (work == works() - 1) return project_head(from, to);
+    const size_t i = size_t(work / KINDS);
+    const DecodeLayer& layer = p.layers[i];
+    const DecodeLinear *out = &layer.out, *down = &layer.down;
+    switch (work % KINDS) {
+      case QKV: {
+        const DecodeLinear* qkv[3];
+        const int parts = layer.parts(qkv);
+        return project(qkv, parts, from, to, w.qkv, (p.heads + 2 * p.kv_heads) * p.head_dim);
+      }
+      case ATTEND: {
+        const AttentionInputs<C> a = attention(i);
+        const int64_t first = a.first_chunk(), chunks = a.last_chunk() + 1 - first;
+        for (int64_t t = from; t < to; ++t)
+          attend_chunk(a, t / chunks / p.kv_heads, t / chunks % p.kv_heads, first + t % chunks,
+                       own().q, own().scores);
+        return;
+      }
+      case OUT:
+        return project(&out, 1, from, to, w.branch, p.hidden);
+      case GLU:
+        return project_glu(layer, from, to);
+      default:
+        return project(&down, 1, from, to, w.branch, p.hidden);
+    }
   }
 };
 
@@ -362,17 +388,18 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
       throw std::invalid_argument("rotary: wanted tables for every layer, got " +
                                   std::to_string(rotary.size() / 2) + " pairs");
   float* out = logits.data<float>("logits");
-  Meeting meeting;
   with_float(cache.dtype(), "cache", [&](auto tag) {
     using C = decltype(tag);
-    DecodeStep<C> step{p,      work, ids, first,   rows, capacity, length, cache.data<C>("cache"),
-                       tables, {},   out, meeting, 0,    1};
+    DecodeStep<C> step{p,      work, ids, first, rows, capacity, length, cache.data<C>("cache"),
+                       tables, {},   out};
     std::copy(widths, widths + 8, step.rotary_width);
+    FlushDenormals flush;
+    Phases phases(step);
 #pragma omp parallel num_threads(threads) firstprivate(step)
     {
       FlushDenormals flush;
-      step.thread = omp_get_thread_num(), step.threads = omp_get_num_threads();
-      step.run();
+      step.thread = omp_get_thread_num();
+      phases.work(step, omp_get_num_threads());
     }
   });
 }

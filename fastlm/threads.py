@@ -1,0 +1,118 @@
+"""The threads of a ``fastlm`` command: how many, how they wait, and who else wants their cores.
+
+OpenMP reads its environment when torch is loaded, so `settle` comes before. A library must not
+change its process's environment: only the command line calls it, and README says what to export.
+
+Rejected: loky's ``cpu_count(only_physical_cores=True)``, which counts the whole machine's cores
+where a process may use a part of them, and reads no quota but the outermost group's.
+"""
+
+import os
+import time
+from pathlib import Path
+
+# Rounds that a waiting thread looks before it sleeps, some 0.1 ms; libgomp's own 300,000 are 3 ms,
+# for a thread whose core the system has given to another process. bench/loaded.py has the figures.
+SPIN_ROUNDS = "10000"
+
+
+def settle(threads: int | None = None) -> None:
+    """Before torch is loaded: `threads` of them (default: `default_threads`), which sleep when they
+    have waited for 0.1 ms. What the user has exported stays; a number of threads given here goes
+    over OMP_NUM_THREADS. Where torch is loaded already only a given number has an effect.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
+    if threads is None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(default_threads()))
+        return
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers package
+    import torch
+
+    torch.set_num_threads(threads)  # from the environment torch takes at most the physical cores
+
+
+def default_threads(root: Path = Path("/")) -> int:
+    """The physical cores this process may run on, at most its cgroup's quota: a thread more shares
+    a core, or is held off one, while the others wait for it.
+    """
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        cores.add(siblings.read_text() if siblings.exists() else cpu)
+    return max(1, int(min(len(cores), quota(root))))
+
+
+def quota(root: Path = Path("/")) -> float:
+    """CPUs that the cgroups (version 1 and 2) of this process may use at a time; infinity: all."""
+    groups = root / "proc/self/cgroup"
+    least = float("inf")
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folder = root / "sys/fs/cgroup"
+        elif "cpu" in controllers.split(","):
+            folder = root / "sys/fs/cgroup/cpu"
+        else:
+            continue
+        # its own group and those above; a container sees only the outermost, as the mount's root
+        below = Path(path.lstrip("/"))
+        for group in (folder / part for part in (below, *below.parents)):
+            least = min(least, _quota_of(group))
+    return least
+
+
+def _quota_of(group: Path) -> float:
+    try:
+        if (both := group / "cpu.max").exists():
+            limit, period = both.read_text().split()
+        else:
+            limit = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+    except OSError:  # a group without limits has no such file
+        return float("inf")
+    return float("inf") if limit == "max" or int(limit) < 0 else int(limit) / int(period)
+
+
+class Watch:
+    """What other processes take of the CPUs this one may use, since the watch was made."""
+
+    def __init__(self, root: Path = Path("/")):
+        self.root = root
+        self.cpus = os.sched_getaffinity(0)
+        self.start = time.perf_counter(), self._busy(), _own()
+
+    def _busy(self) -> float:
+        """CPU seconds so far of everyone, without those that give way (nice) and without idle."""
+        names, ticks = {f"cpu{n}" for n in self.cpus}, 0
+        stat = self.root / "proc/stat"
+        for line in stat.read_text().splitlines() if stat.exists() else []:
+            name, *fields = line.split()
+            if name in names:
+                user, _, system, _, _, irq, softirq, steal = map(int, fields[:8])
+                ticks += user + system + irq + softirq + steal
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def others(self) -> float:
+        """CPUs in use by others, on average; 0 where it is too early to say."""
+        start, busy, own = self.start
+        seconds = time.perf_counter() - start
+        if seconds < 0.2:  # the system counts in hundredths
+            return 0.0
+        return max(0.0, (self._busy() - busy - (_own() - own)) / seconds)
+
+    def line(self, threads: int) -> str | None:
+        """For the user, where `threads` and the others are more than the CPUs by half a one."""
+        others = self.others()
+        if others + threads <= len(self.cpus) + 0.5:
+            return None
+        return (
+            f"other processes use {others:.1f} of {len(self.cpus)} CPUs, {threads} threads want"
+            f" {threads}: expect less than the usual speed"
+        )
+
+
+def _own() -> float:
+    user, system, children_user, children_system, _ = os.times()
+    return user + system + children_user + children_system

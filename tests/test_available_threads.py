@@ -1,0 +1,119 @@
+"""Threads of a command: how many, how they wait, and the line where others want the cores."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastlm import cli, threads
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Four cores of two hardware threads each, all of them to be had, no cgroup."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for cpu in range(8):
+        siblings = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        write(siblings, f"{cpu % 4},{cpu % 4 + 4}\n")
+    return tmp_path
+
+
+def test_physical_cores_that_the_process_may_use(machine, monkeypatch):
+    assert threads.default_threads(machine) == 4
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 4, 5})
+    assert threads.default_threads(machine) == 2
+
+
+@pytest.mark.parametrize(
+    "limit, wanted", [("250000 100000", 2), ("50000 100000", 1), ("max 100000", 4)]
+)
+def test_quota_of_cgroup_2(machine, limit, wanted):
+    write(machine / "proc/self/cgroup", "0::/user.slice/mine\n")
+    write(machine / "sys/fs/cgroup/user.slice/cpu.max", limit)
+    write(machine / "sys/fs/cgroup/user.slice/mine/cpu.max", "max 100000")
+    assert threads.default_threads(machine) == wanted
+
+
+@pytest.mark.parametrize("limit, wanted", [("300000", 3), ("-1", 4)])
+def test_quota_of_cgroup_1(machine, limit, wanted):
+    """In a container, whose own group is the root of the mount."""
+    write(machine / "proc/self/cgroup", "7:memory:/box\n4:cpu,cpuacct:/box\n")
+    write(machine / "sys/fs/cgroup/cpu/cpu.cfs_quota_us", limit)
+    write(machine / "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000")
+    assert threads.default_threads(machine) == wanted
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """What `settle` finds and leaves."""
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what `settle` sets is gone after the test
+        monkeypatch.delenv(name)
+    before = torch.get_num_threads()
+    yield os.environ
+    torch.set_num_threads(before)
+
+
+def test_settle_bounds_the_wait_and_counts_cores(environment):
+    threads.settle()
+    assert environment["GOMP_SPINCOUNT"] == threads.SPIN_ROUNDS
+    assert environment["OMP_NUM_THREADS"] == str(threads.default_threads())
+
+
+@pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7")])
+def test_settle_leaves_what_the_user_exported(environment, name, value):
+    environment |= {"OMP_NUM_THREADS": "3", name: value}
+    threads.settle()
+    assert environment["OMP_NUM_THREADS"] == "3" and environment[name] == value
+    assert "GOMP_SPINCOUNT" not in environment or name == "GOMP_SPINCOUNT"
+    threads.settle(2)
+    assert environment["OMP_NUM_THREADS"] == "2" and torch.get_num_threads() == 2
+
+
+def test_threads_of_a_command():
+    command = [sys.executable, "-P", "-m", "fastlm", "info", "--json", "--threads", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["threads"] == 3
+
+
+@pytest.mark.parametrize("verb", ["run", "pretrain", "quantize", "eval", "generate", "chat"])
+def test_every_verb_that_computes_takes_threads(verb):
+    assert "--threads" in CliRunner().invoke(cli.app, [verb, "--help"]).stdout
+
+
+def test_a_line_where_others_want_the_cores(machine, monkeypatch):
+    def ticks(user, nice):
+        lines = [f"cpu{n} {user} {nice} 0 9999 0 0 0 0 0 0" for n in range(9)]  # cpu8: not ours
+        write(machine / "proc/stat", "\n".join(lines))
+
+    monkeypatch.setattr(threads, "_own", lambda: 0.0)
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    ticks(100, 0)
+    watch = threads.Watch(machine)
+    assert watch.line(8) is None  # no time has passed
+    now[0] = 1.0
+    ticks(100, 90)  # who gives way takes nothing
+    assert watch.line(8) is None
+    ticks(150, 90)  # half of each of eight
+    assert watch.line(4) is None
+    assert watch.line(8) == (
+        "other processes use 4.0 of 8 CPUs, 8 threads want 8: expect less than the usual speed"
+    )
+
+
+def test_commands_say_that_others_want_the_cores(monkeypatch):
+    monkeypatch.setattr(cli._watch, "line", lambda threads: "others")
+    for verb in (["generate", "-p", "x"], ["chat"]):
+        result = CliRunner().invoke(cli.app, [*verb, "-m", "no-such-model"])
+        assert result.stderr.startswith("fastlm: others\n")

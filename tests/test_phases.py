@@ -1,0 +1,25 @@
+"""The phases of a decode step (csrc/cpu/phases.h) on more threads than cores, one often away."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("sanitize", [[], ["-fsanitize=thread"]], ids=["plain", "tsan"])
+def test_each_unit_once_and_the_same_results(tmp_path, sanitize):
+    program = tmp_path / "phases"
+    source = ["-I", HERE.parent / "csrc", HERE / "phases.cpp", "-o", program]
+    subprocess.run(["g++", "-std=c++17", "-O2", "-pthread", *sanitize, *source], check=True)
+    results = {}
+    for threads in (1, 2, 3, 4, 7):
+        done = subprocess.run(
+            [program, str(threads), "3000"], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+        results[threads] = done.stdout
+    assert len(set(results.values())) == 1
