@@ -1,4 +1,4 @@
-"""fastlm: from raw web text to a quantized chat model, on fused kernels.
+"""fastlm: from raw web text to a quantized language model, on fused kernels.
 
 Public names load on first use, so that ``fastlm --help`` does not wait for torch.
 """

@@ -31,6 +31,10 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
         except InputError as e:
             _fail(e, 2)
+        except typer.BadParameter as e:
+            if (line := _bad_value(e)) is None:
+                raise
+            _fail(line, 2)
         except OSError as e:
             if e.errno == errno.EPIPE:  # the reader has gone: click ends quietly
                 raise
@@ -45,6 +49,16 @@ class Verbs(TyperGroup):
             _fail(e, DIVERGED)
 
 
+def _bad_value(error: typer.BadParameter) -> InputError | None:
+    """Typer's refusal of an option's value as ours: with the value, which pydantic's text lacks."""
+    found = getattr(error.__cause__, "errors", list)()
+    param: Any = error.param
+    if not found or param is None:
+        return None
+    wanted = found[0]["msg"].partition(",")[0].removeprefix("Input should be ")
+    return InputError(f"{max(param.opts, key=len)}: wanted {wanted}, got {found[0]['input']!r}")
+
+
 def _fail(error: BaseException, status: int) -> None:
     text = " ".join(str(error).split())
     typer.echo(f"fastlm: {text}" if text else "fastlm: interrupted", err=True)
@@ -53,7 +67,7 @@ def _fail(error: BaseException, status: int) -> None:
 
 app = typer.Typer(
     cls=Verbs,
-    help="From raw text to a quantized chat model, on fused kernels.",
+    help="From raw text to a quantized language model, on fused kernels.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -81,6 +95,14 @@ ActBits = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text")]
+Stats = Annotated[
+    bool | None,
+    typer.Option(
+        "--stats/--no-stats",
+        help="Tokens and tokens/s on stderr; default: where stderr is a terminal",
+        show_default=False,
+    ),
+]
 
 
 def main() -> None:
@@ -138,14 +160,14 @@ def info(
         for name, why in have[key].items():
             facts.add_row(f"{key.removesuffix('_why_not')} {name}", why or "yes")
     console.print(facts)
-    ops = Table(Column("op", no_wrap=True), "runs on", "the others do not, because")
+    # what runs an op, and what else could here; why a backend cannot run at all stands above
+    columns = [name for name, why in have["backends"].items() if why is None]
+    ops = Table(
+        Column("op", no_wrap=True), "runs on", *(Column(c, justify="center") for c in columns)
+    )
     for name, row in have["ops"].items():
-        reasons: dict[str, list[str]] = {}
-        for b, reason in row["why_not"].items():
-            short = "no kernel" if reason == f"{name} has no {b} implementation" else reason
-            reasons.setdefault(short, []).append(b)
-        why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-        ops.add_row(name, row["picked"] or "nothing", why)
+        marks = ["" if column in row["why_not"] else "✓" for column in columns]
+        ops.add_row(name, row["picked"] or "nothing", *marks)
     console.print(ops)
 
 
@@ -340,10 +362,19 @@ def eval_command(
             typer.echo(f"{key}  {value:.4f}" if isinstance(value, float) else f"{key}  {value:,}")
 
 
-@app.command(short_help="Answer a prompt, or continue it: one text.")
+@app.command(short_help="Answer a prompt, or continue it.")
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue or to answer")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", "-p",
+            help="What to continue or to answer; - reads stdin; several are one batch",
+        ),
+    ] = None,
+    prompt_files: Annotated[
+        list[Path] | None, typer.Option("--prompt-file", help="A prompt is the text of this file")
+    ] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
     top_k: TopK = None,
@@ -357,15 +388,23 @@ def generate(
         bool,
         typer.Option("--raw", help="Continue the prompt as it stands, without the chat template"),
     ] = False,
-) -> None:
-    """Write one text, token by token; through the chat template where the model has one."""
-    from fastlm.chat import Writer
+    as_json: Annotated[bool, typer.Option("--json", help="Texts and times as JSON")] = False,
+    stats: Stats = None,
+) -> None:  # fmt: skip
+    """Write a text, token by token; through the chat template where the model has one.
 
+    Several prompts are written together; their texts follow in order, an empty line between.
+    """
+    from fastlm.chat import Writer
+    from fastlm.chat_terminal import echo
+
+    texts = _prompts(prompts or [], prompt_files or [])
     writer = Writer(model, act_bits)
-    ids = writer.prompt_ids(prompt, raw=raw)
-    writer.write(
+    ids = [writer.prompt_ids(text, raw=raw) for text in texts]
+    streams = len(texts) == 1 and not as_json
+    answers = writer.write(
         ids,
-        _echo_piece,
+        (lambda _, piece: echo(piece)) if streams else (lambda *_: None),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -375,7 +414,47 @@ def generate(
         stop=stop or (),
         seed=seed,
     )
-    typer.echo()
+    if as_json:
+        results = [
+            {
+                "prompt": text, "prompt_tokens": len(prompt), "text": answer.text,
+                "new_tokens": len(answer.tokens), "finish_reason": answer.finish_reason,
+            }
+            for text, prompt, answer in zip(texts, ids, answers)
+        ]  # fmt: skip
+        typer.echo(json.dumps({"results": results, "stats": writer.speed.figures()}, indent=1))
+    elif streams:
+        typer.echo()
+    else:
+        typer.echo("\n\n".join(answer.text for answer in answers))
+    if any(answer.finish_reason == "context" for answer in answers):
+        limit = writer.context_limit
+        typer.echo(
+            f"the model's context of {limit:,} tokens is full: the text ends there", err=True
+        )
+    if _wants_stats(stats):
+        typer.echo(str(writer.speed), err=True)
+
+
+def _prompts(given: list[str], files: list[Path]) -> list[str]:
+    """Texts of --prompt, then of --prompt-file; a file's last newline is its editor's."""
+    if given.count("-") > 1:
+        raise InputError("prompt: wanted - once, stdin is read once")
+    texts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in given]
+    for file in files:
+        try:
+            texts.append(file.read_text("utf-8").removesuffix("\n"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"prompt_file {file}: wanted UTF-8 text: {error}") from None
+    if not texts:
+        raise InputError(
+            "prompt: wanted --prompt TEXT (- for stdin) or --prompt-file FILE, got none"
+        )
+    return texts
+
+
+def _wants_stats(stats: bool | None) -> bool:
+    return sys.stderr.isatty() if stats is None else stats
 
 
 @app.command()
@@ -391,33 +470,20 @@ def chat(
     stop: Stop = None,
     seed: Seed = None,
     act_bits: ActBits = None,
+    stats: Stats = None,
 ) -> None:
-    """Talk with a chat model. An empty line or Ctrl-D ends."""
+    """Talk with a chat model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.
+
+    Where stdin is no terminal, each of its lines is a message.
+    """
+    from fastlm import chat_terminal
     from fastlm.chat import Conversation, Writer
 
-    conversation = Conversation(
-        Writer(model, act_bits), system=system, max_new_tokens=max_new_tokens
-    )
-    terminal = sys.stdin.isatty()
-    if terminal:
-        typer.echo("An empty line or Ctrl-D ends.", err=True)
-    while True:
-        try:
-            said = input("> " if terminal else "").strip()
-        except EOFError:
-            break
-        if not said:
-            break
-        conversation.say(
-            said, _echo_piece, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
-        )  # fmt: skip
-        typer.echo()
-
-
-def _echo_piece(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    chat_terminal.run(
+        Conversation(Writer(model, act_bits), system=system, max_new_tokens=max_new_tokens),
+        stats=_wants_stats(stats), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
+    )  # fmt: skip
 
 
 @tokenizer_app.command("train")

@@ -207,8 +207,12 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def _unknown(full: str, key: str, known) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"{full}: unknown key; the nearest known one is {near[0]!r}"
+    """The key of the same name in another section, or else the nearest of this one."""
+    hints = get_type_hints(Recipe)
+    sections = [name for name, hint in hints.items() if is_dataclass(hint)]
+    elsewhere = [f"{s}.{key}" for s in sections if key in get_type_hints(hints[s])]
+    near = elsewhere or [repr(difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0])]
+    return f"{full}: unknown key; the nearest known one is {' or '.join(near)}"
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -23,6 +23,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from fastlm import chat_template, gguf_vocab
+from fastlm.data.packages import model_path
 from fastlm.errors import InputError
 from fastlm.files import make_folder, reason, save_atomic
 from fastlm.progress import Track, silent
@@ -142,8 +143,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """From a folder with tokenizer.json, that file itself, or a .gguf file."""
-        path = Path(path)
+        """From a folder with tokenizer.json, that file itself, a .gguf file or model:smollm2."""
+        path = model_path(path)
         if path.suffix == ".gguf":
             from fastlm.gguf_file import GGUFFile
 
@@ -258,6 +259,8 @@ class Tokenizer:
         names = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True)))
         seen: list[str] = []
         chat_template.plain(messages, seen.append)
+        for text in seen:  # here: positions are those of the message, not of the rendered prompt
+            _valid(text)
         options = {"add_generation_prompt": add_generation_prompt, **variables}
         if not names or not any(re.search(names, text) for text in seen):
             text = _valid(self.render_chat(messages, **options))
