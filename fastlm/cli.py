@@ -10,6 +10,7 @@ import importlib.metadata
 import io
 import json
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -192,7 +193,7 @@ def run(
 
     summary = run_recipe(
         recipe, out, overrides=sets or (), until=until, cache=cache, command=_command(),
-        track=bars, on_event=_show_event,
+        track=bars, on_event=_EventLines(),
     )  # fmt: skip
     keys = ("bits_per_byte", "bits_per_byte_xz", "bits_per_byte_zstd", "bits_per_byte_int4")
     if until is None:
@@ -204,21 +205,45 @@ def _command() -> str:
     return shlex.join(["fastlm", *sys.argv[1:]])
 
 
-def _show_event(event: dict[str, Any]) -> None:
-    """Stages, validations and samples, one line each; single steps are the progress bar's."""
-    if "stage" in event:
-        took = f" in {event['seconds']:.1f} s" if "seconds" in event else ""
-        if "path" in event:
-            took = f", it no longer fits; what was trained is now in {event['path']}"
-        typer.echo(f"{event['stage']}: {event['state']}{took}", err=True)
-    elif "val_loss" in event:
-        typer.echo(
-            f"step {event['step']}: held-out loss {event['val_loss']:.4f}, "
-            f"{event['bits_per_byte']:.4f} bits per byte",
-            err=True,
+class _EventLines:
+    """Stages, validations and samples, one line each; single steps are the progress bar's. A
+    validation's line has the steps since the last one: mean loss, median speed, time left.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if "stage" in event:
+            took = f" in {event['seconds']:.1f} s" if "seconds" in event else ""
+            if "path" in event:
+                took = f", it no longer fits; what was trained is now in {event['path']}"
+            typer.echo(f"{event['stage']}: {event['state']}{took}", err=True)
+        elif "loss" in event:
+            self.steps.append(event)
+        elif "val_loss" in event:
+            typer.echo(
+                f"step {event['step']}: held-out loss {event['val_loss']:.4f}, "
+                f"{event['bits_per_byte']:.4f} bits per byte{self._training()}",
+                err=True,
+            )
+            self.steps = []
+        elif "sample" in event:
+            typer.echo(f"step {event['step']} writes: {event['sample']!r}", err=True)
+
+    def _training(self) -> str:
+        if not self.steps:
+            return ""
+        from fastlm.report import seconds_text
+
+        last = self.steps[-1]
+        loss = statistics.fmean(step["loss"] for step in self.steps)
+        rate = statistics.median(step["tokens_per_second"] for step in self.steps)
+        left = last["seconds"] * (1 / last["progress"] - 1)
+        return (
+            f"; training loss {loss:.4f}, lr {last['lr']:.2g}, {rate:,.0f} tokens/s,"
+            f" {seconds_text(left)} left"
         )
-    elif "sample" in event:
-        typer.echo(f"step {event['step']} writes: {event['sample']!r}", err=True)
 
 
 @app.command(short_help="Train a model on token shards, or go on with it.")
@@ -234,6 +259,7 @@ def pretrain(
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Steps of the whole run")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Seconds of the whole run")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of the whole run")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch")] = 16,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence")] = 256,
     accumulate: Annotated[int, typer.Option(help="Micro-batches of a step")] = 1,
@@ -262,9 +288,9 @@ def pretrain(
 
     model_config = config_of(read_json(config), config)
     options = TrainOptions(
-        max_steps=max_steps, max_seconds=max_seconds, accumulate=accumulate, dtype=dtype, lr=lr,
-        schedule=schedule, warmup=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
-        checkpoint_every=checkpoint_every, keep=keep,
+        max_steps=max_steps, max_seconds=max_seconds, max_tokens=max_tokens, accumulate=accumulate,
+        dtype=dtype, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm, checkpoint_every=checkpoint_every, keep=keep,
     )  # fmt: skip
     options.check()
     words = Tokenizer.load(tokenizer) if tokenizer else None
@@ -273,13 +299,13 @@ def pretrain(
     torch.manual_seed(seed)
     result = train_model(
         model, sampler, TokenDataset(heldout) if heldout else None, options, out,
-        tokenizer=words, track=bars, on_event=_show_event,
+        tokenizer=words, track=bars, on_event=_EventLines(),
     )  # fmt: skip
     model.save_pretrained(out / "model")
     if words:
         words.save(out / "model")
     typer.echo(
-        f"{result.steps} steps, loss {result.loss}, {result.tokens_per_second:,.0f} tokens/s:"
+        f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second:,.0f} tokens/s:"
         f" {out / 'model'}"
     )
 

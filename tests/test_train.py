@@ -21,6 +21,7 @@ from fastlm.train.schedule import due, learning_rate, progress
 from fastlm.train.state import list_checkpoints
 
 TIMES = ("seconds", "tokens_per_second", "progress")
+STEP_TOKENS = OPTIONS.accumulate * 4 * tiny_run.SEQ  # batches of 4 windows
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ def test_schedules():
     assert learning_rate(1.0, **wsd) == 0.0
     assert progress(5, 30, 10, 40) == 0.75
     assert progress(5, 50, None, 40) == 1.0
+    assert progress(5, 10, 10, 40, tokens=90, max_tokens=100) == 0.9
     assert due((0.0, 0.5), -1.0, 0.0) and due((0.5,), 0.4, 0.5) and not due((0.5,), 0.5, 0.6)
 
 
@@ -228,6 +230,46 @@ def test_time_budget_ends_the_run_and_keeps_used_time(data, tmp_path):
     assert 1.0 <= result.seconds < 3.0
 
 
+@pytest.mark.parametrize("tokens, steps", [(24 * STEP_TOKENS, 24), (24 * STEP_TOKENS + 1, 25)])
+def test_token_budget_ends_the_run_and_spreads_the_schedule(
+    data, tmp_path, uninterrupted, tokens, steps
+):
+    """24 steps' tokens are 24 steps, learning rates included; cut off and resumed too."""
+
+    def press(event):
+        if event.get("step") == 8 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    options = replace(OPTIONS, max_steps=None, max_tokens=tokens)
+    with pytest.raises(Interrupted):
+        start(data, tmp_path, options, on_event=press)
+    assert start(data, tmp_path, options).steps == steps
+    if steps == 24:
+        assert events(tmp_path) == events(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "budget, unit, total",
+    [
+        ({"max_steps": 24}, "steps", 24),
+        ({"max_steps": None, "max_tokens": 24 * STEP_TOKENS}, "k tokens", 3),
+        ({"max_steps": None, "max_seconds": 1.2}, "s", 1),
+    ],
+)
+def test_progress_counts_what_the_budget_counts(data, tmp_path, budget, unit, total):
+    """Every tick that was announced comes: the time left is of the whole run."""
+    seen = []
+
+    def track(ticks, description, total, unit):
+        seen.append((total, unit))
+        for tick in ticks:
+            seen.append(tick)
+            yield tick
+
+    start(data, tmp_path, replace(OPTIONS, **budget), track=track)
+    assert seen[0] == (total, unit) and len(seen) == 1 + total
+
+
 def test_budget_and_warmup_begin_with_the_first_step(data, tmp_path):
     """However long the validation before it takes."""
     options = replace(OPTIONS, max_steps=None, max_seconds=1.0, warmup=0.5, validations=2)
@@ -273,7 +315,8 @@ def test_a_corrupt_checkpoint_is_refused(data, tmp_path):
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"max_steps": None}, "max_steps, max_seconds: wanted at least one"),
+        ({"max_steps": None}, "max_tokens, max_steps, max_seconds: wanted at least one"),
+        ({"max_tokens": 0}, "max_tokens: wanted a positive number, got 0"),
         ({"lr": -1.0}, "lr: wanted a positive number, got -1.0"),
         ({"schedule": "linear"}, "schedule: wanted one of cosine, wsd"),
         ({"sample_at": (2.0,)}, r"sample_at\[0\]: wanted 0 to 1"),

@@ -61,8 +61,8 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """``max_steps`` or ``max_seconds`` ends the run, whichever comes first; the schedule is spread
-    over it.
+    """``max_steps``, ``max_seconds`` or ``max_tokens`` ends the run, whichever comes first; the
+    schedule is spread over it. Tokens are those the loss counts; the last step may go past them.
 
     ``validations`` are evenly spaced, ``sample_at`` are moments between 0 (before the first step)
     and 1 (the end).
@@ -70,6 +70,7 @@ class TrainOptions:
 
     max_steps: int | None = None
     max_seconds: float | None = None
+    max_tokens: int | None = None
     accumulate: int = 1
     dtype: str = "bfloat16"
     lr: float = 1e-3
@@ -95,9 +96,11 @@ class TrainOptions:
 
     def check(self) -> None:
         """InputError names the option."""
-        if self.max_steps is None and self.max_seconds is None:
-            raise InputError("max_steps, max_seconds: wanted at least one of them, got neither")
-        for name in ("max_steps", "max_seconds", "max_grad_norm", "lr", "eps"):
+        if self.max_steps is None and self.max_seconds is None and self.max_tokens is None:
+            raise InputError(
+                "max_tokens, max_steps, max_seconds: wanted at least one of them, got none"
+            )
+        for name in ("max_steps", "max_seconds", "max_tokens", "max_grad_norm", "lr", "eps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}: wanted a positive number, got {value}")
@@ -199,7 +202,8 @@ def train(
     with loop.metrics, _deferred_interrupt() as interrupted:
         loop.begin()
         ticks = loop.ticks(interrupted)
-        for _ in track(ticks, "training", total=loop.total_ticks(), unit=loop.unit()):
+        total = loop.total_ticks() - loop.used_ticks()
+        for _ in track(ticks, "training", total=total, unit=loop.unit()):
             pass
         if interrupted.is_set():  # after the last step too: what comes next was not wanted
             raise Interrupted(f"stopped after step {loop.step}; saved in {loop.saved()}")
@@ -280,38 +284,43 @@ class _Loop:
     def seconds(self) -> float:
         return self.used + time.perf_counter() - self.started
 
-    def progress(self) -> float:
+    def progress(self, steps: float = 0, tokens: float = 0) -> float:
+        """With so many steps and tokens more than are done."""
         o = self.options
-        return progress(self.step, self.seconds(), o.max_steps, o.max_seconds)
+        return progress(
+            self.step + steps, self.seconds(), o.max_steps, o.max_seconds,
+            self.tokens + tokens, o.max_tokens,
+        )  # fmt: skip
 
     def finished(self) -> bool:
         return self.done >= 1.0
 
     def unit(self) -> str:
-        return "steps" if self.options.max_seconds is None else "s"
+        """What a tick of the progress bar is: a second, a thousand tokens or a step."""
+        o = self.options
+        if o.max_seconds is not None:
+            return "s"
+        return "steps" if o.max_tokens is None else "k tokens"
 
     def total_ticks(self) -> int:
-        """A tick is a step, or a second of the budget."""
         o = self.options
-        if o.max_seconds is None:
-            return max((o.max_steps or 0) - self.step, 0)
-        return max(int(o.max_seconds - self.seconds()), 0)
+        most = {"s": o.max_seconds, "k tokens": (o.max_tokens or 0) / 1000, "steps": o.max_steps}
+        return int(most[self.unit()] or 0)
+
+    def used_ticks(self) -> int:
+        used = {"s": self.seconds(), "k tokens": self.tokens / 1000, "steps": self.step}
+        return min(int(used[self.unit()]), self.total_ticks())
 
     def ticks(self, interrupted: threading.Event) -> Iterator[None]:
-        """Trains, to the end or to an interrupt; yields a tick after every step, or for every
-        second of the budget that passed.
-        """
-        total, first, ticks = self.total_ticks(), self.seconds(), 0
+        """Trains, to the end or to an interrupt; yields once a tick of the budget that is used."""
+        ticks = self.used_ticks()
         while not self.finished():
             self.advance()
             if interrupted.is_set():
                 return
-            by_time = min(int(self.seconds() - first), total)
-            while ticks < by_time or (self.options.max_seconds is None and ticks < total):
+            while ticks < self.used_ticks():
                 ticks += 1
                 yield
-                if self.options.max_seconds is None:
-                    break
 
     # a step
 
@@ -319,13 +328,13 @@ class _Loop:
         """One step with what is due after it."""
         o = self.options
         began = time.perf_counter()
-        lr = learning_rate(
-            progress(self.step + 0.5, self.seconds(), o.max_steps, o.max_seconds),
-            lr=o.lr, schedule=o.schedule, warmup=o.warmup, decay=o.decay, final_lr=o.final_lr,
-        )  # fmt: skip
         position = self.objective.position()
         batches = [self.objective.next_batch() for _ in range(o.accumulate)]
         num_items = sum(self.objective.num_items(batch) for batch in batches)
+        lr = learning_rate(
+            self.progress(0.5, 0.5 * num_items),
+            lr=o.lr, schedule=o.schedule, warmup=o.warmup, decay=o.decay, final_lr=o.final_lr,
+        )  # fmt: skip
         total: Tensor | float = 0.0
         for batch in batches:
             loss = self.objective.loss(self.model, batch, num_items)
@@ -347,6 +356,7 @@ class _Loop:
         self.log({
             "step": self.step, "loss": loss_value, "lr": lr, "grad_norm": norm,
             "tokens": self.tokens, "tokens_per_second": num_items / took, "seconds": self.seconds(),
+            "progress": self.progress(),
         })  # fmt: skip
         self.moments()
         if self.finished() or self.step % o.checkpoint_every == 0:

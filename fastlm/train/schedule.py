@@ -1,9 +1,10 @@
 """How far a run is and which learning rate that means.
 
 Everything that happens at moments of a run (learning rate, validations, samples) is a function of
-``progress``, 0 to 1: the larger of steps done and seconds used over what is allowed. So a run that
-is given ten minutes anneals to its end whatever the machine. Schedules in steps were the
-alternative: they cannot end a run on time.
+``progress``, 0 to 1: the largest of steps done, tokens seen and seconds used over what is allowed.
+So a run that is given ten minutes anneals to its end whatever the machine, and one that is given
+tokens ends at the same quality on every machine. Schedules in steps were the alternative: they
+cannot end a run on time.
 """
 
 import math
@@ -15,14 +16,21 @@ SCHEDULES = ("cosine", "wsd")
 
 
 def progress(
-    steps: float, seconds: float, max_steps: int | None, max_seconds: float | None
+    steps: float,
+    seconds: float,
+    max_steps: int | None,
+    max_seconds: float | None,
+    tokens: float = 0,
+    max_tokens: int | None = None,
 ) -> float:
-    """0 at the start, 1 when the first of the two budgets is used."""
+    """0 at the start, 1 when the first of the budgets is used."""
     parts = [0.0]
     if max_steps is not None:
         parts.append(steps / max_steps)
     if max_seconds is not None:
         parts.append(seconds / max_seconds)
+    if max_tokens is not None:
+        parts.append(tokens / max_tokens)
     return min(max(parts), 1.0)
 
 
