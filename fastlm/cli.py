@@ -206,11 +206,12 @@ def _command() -> str:
 
 
 class _EventLines:
-    """Stages, validations and samples, one line each; single steps are the progress bar's. A
-    validation's line has the steps since the last one: mean loss, median speed, time left.
+    """Stages, validations and samples, one line each. The steps since the last line (mean loss,
+    median speed, time left) have a line at every multiple of `every`, or end a validation's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int | None = None) -> None:
+        self.every = every
         self.steps: list[dict[str, Any]] = []
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -221,27 +222,28 @@ class _EventLines:
             typer.echo(f"{event['stage']}: {event['state']}{took}", err=True)
         elif "loss" in event:
             self.steps.append(event)
+            if self.every and event["step"] % self.every == 0:
+                typer.echo(f"step {event['step']}: {self._training()}", err=True)
         elif "val_loss" in event:
+            training = "" if self.every or not self.steps else f"; {self._training()}"
             typer.echo(
                 f"step {event['step']}: held-out loss {event['val_loss']:.4f}, "
-                f"{event['bits_per_byte']:.4f} bits per byte{self._training()}",
+                f"{event['bits_per_byte']:.4f} bits per byte{training}",
                 err=True,
             )
-            self.steps = []
         elif "sample" in event:
             typer.echo(f"step {event['step']} writes: {event['sample']!r}", err=True)
 
     def _training(self) -> str:
-        if not self.steps:
-            return ""
         from fastlm.report import seconds_text
 
         last = self.steps[-1]
         loss = statistics.fmean(step["loss"] for step in self.steps)
         rate = statistics.median(step["tokens_per_second"] for step in self.steps)
         left = last["seconds"] * (1 / last["progress"] - 1)
+        self.steps = []
         return (
-            f"; training loss {loss:.4f}, lr {last['lr']:.2g}, {rate:,.0f} tokens/s,"
+            f"training loss {loss:.4g}, lr {last['lr']:.3g}, {rate:,.0f} tokens/s,"
             f" {seconds_text(left)} left"
         )
 
@@ -258,7 +260,9 @@ def pretrain(
         Path | None, typer.Option(help="Tokenizer, for samples and the model folder")
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Steps of the whole run")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Seconds of the whole run")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Seconds of the whole run; validations are not counted")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens of the whole run")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch")] = 16,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence")] = 256,
@@ -272,10 +276,14 @@ def pretrain(
         str, typer.Option(help="bfloat16 (with float32 master weights) or float32")
     ] = "bfloat16",
     checkpoint_every: Annotated[int, typer.Option(help="Steps")] = 200,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines on stderr")] = 10,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep")] = 2,
     seed: Annotated[int, typer.Option(help="Of weights, data order and samples")] = 0,
 ) -> None:
-    """Train a model on token shards; the same command again goes on from the last checkpoint."""
+    """Train a model on token shards; the same command again goes on from the last checkpoint.
+
+    With a larger budget it trains on, at the rate that the schedule of the whole new run has there.
+    """
     import torch
 
     from fastlm.architectures import config_of
@@ -299,7 +307,7 @@ def pretrain(
     torch.manual_seed(seed)
     result = train_model(
         model, sampler, TokenDataset(heldout) if heldout else None, options, out,
-        tokenizer=words, track=bars, on_event=_EventLines(),
+        tokenizer=words, track=bars, on_event=_EventLines(log_every),
     )  # fmt: skip
     model.save_pretrained(out / "model")
     if words:

@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -42,59 +43,66 @@ class Terminal:
             os.execv(sys.executable, [*COMMAND, "stats"])
         self.seen = ""
 
-    def type(self, text: str, wanted: str) -> str:
-        """-> what came until `wanted` was seen."""
+    def type(self, text: str, *wanted: str) -> None:
+        """Types once all that came before was read, and waits for each of `wanted` in turn."""
         os.write(self.fd, text.encode())
-        self.seen, until = "", time.monotonic() + 60
-        while wanted not in self.seen:
-            assert time.monotonic() < until, self.seen
-            if select.select([self.fd], [], [], 1)[0]:
-                try:
+        until = time.monotonic() + 60
+        for part in wanted:
+            while part not in self.seen:
+                assert time.monotonic() < until, f"{part!r} not in {self.seen!r}"
+                if select.select([self.fd], [], [], 1)[0]:
                     self.seen += os.read(self.fd, 4096).decode(errors="replace")
-                except OSError:  # Linux: the other side is closed
-                    raise AssertionError(self.seen) from None
-        return self.seen
+            self.seen = self.seen.partition(part)[2]
 
     def end(self) -> int:
+        os.kill(self.pid, signal.SIGHUP)  # where a test has failed
         os.close(self.fd)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+PROMPT = "> "  # behind it the terminal is read key by key
 
 
 @pytest.fixture
 def terminal():
     terminal = Terminal()
-    terminal.type("", "/help lists the commands")
-    yield terminal
-    assert terminal.end() == 0
+    try:
+        terminal.type("", "/help lists the commands", PROMPT)
+        yield terminal
+        terminal.type("", "the end")
+    finally:
+        terminal.end()
 
 
 def test_a_terminal_has_line_editing_history_and_several_lines(terminal):
-    terminal.type("abc\x1b[D\x1b[DX\x1b[HY\r", "heard ['YaXbc'], {'seed': 1}")
-    terminal.type("", "7 tokens/s")
-    terminal.type("one\x1b\rtwo\r", r"'one\ntwo'")
-    terminal.type("\x1b[200~three\nfour\x1b[201~\r", r"'three\nfour'")
-    terminal.type("/reset\r", "forgotten")
-    terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\r", r"heard ['one\ntwo']")
-    terminal.type("full\r", "context of 99 tokens is full")
-    terminal.type("\x04", "the end")
+    terminal.type("abc\x1b[D\x1b[DX\x1b[HY\r", "heard ['YaXbc'], {'seed': 1}", "7 tokens/s", PROMPT)
+    terminal.type("one\x1b\rtwo\r", r"'one\ntwo'", PROMPT)
+    terminal.type("\x1b[200~three\nfour\x1b[201~\r", r"'three\nfour'", PROMPT)
+    terminal.type("/reset\r", "forgotten", PROMPT)
+    terminal.type("\x12YaX\r\r", "heard ['YaXbc']", PROMPT)  # Ctrl-R searches the history
+    terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\r", r"'three\nfour']", PROMPT)
+    terminal.type("full\r", "context of 99 tokens is full", PROMPT)
+    terminal.type("\x04")
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(terminal):
     terminal.type("long\r", "more more")
-    terminal.type("\x03", "stopped")
-    terminal.type("then\r", "heard ['long', 'then']")
-    terminal.type("half a line\x03", "Ctrl-C again or Ctrl-D ends")
-    terminal.type("still here\r", "'still here']")
-    terminal.type("\x03", "Ctrl-C again or Ctrl-D ends")
-    terminal.type("\x03", "the end")
+    terminal.type("\x03", "stopped", PROMPT)
+    terminal.type("then\r", "heard ['long', 'then']", PROMPT)
+    terminal.type("half a line\x03", "Ctrl-C again or Ctrl-D ends", PROMPT)
+    terminal.type("still here\r", "'still here']", PROMPT)
+    terminal.type("\x03", "Ctrl-C again or Ctrl-D ends", PROMPT)
+    terminal.type("\x03")
 
 
 def test_commands(terminal):
-    assert "/reset" in terminal.type("/help\r", "stops an answer; what was")
-    terminal.type("/rest now\r", "fastlm: /rest: wanted /help, /reset or /exit")
-    terminal.type("//rest\r", "heard ['/rest']")
-    terminal.type("\r\r  \rmore\r", "heard ['/rest', 'more']")  # nothing is no message
-    terminal.type("/exit\r", "the end")
+    terminal.type("/help\r", "/reset", "Ctrl-C stops an answer; what was", PROMPT)
+    terminal.type("/rest now\r", "fastlm: /rest: wanted /help, /reset or /exit", PROMPT)
+    terminal.type("//rest\r", "heard ['/rest']", PROMPT)
+    terminal.type("\r", PROMPT)
+    terminal.type("  \r", PROMPT)  # nothing is no message
+    terminal.type("more\r", "heard ['/rest', 'more']", PROMPT)
+    terminal.type("/exit\r")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ as JSON.
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,15 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    *,
+    may_differ: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Loads all in place; -> progress. InputError: corrupt, or of another run (the first
-    difference is named).
+    difference of ``identity`` is named, but for the keys that ``may_differ``).
     """
     tensors, rest = load_tensors(path)
     try:
@@ -119,7 +124,7 @@ def load_checkpoint(
     except (KeyError, TypeError):
         raise InputError(f"{path}: wanted a training checkpoint, got other tensors") from None
     for key in identity.keys() | saved.keys():
-        if saved.get(key) != identity.get(key):
+        if key not in may_differ and saved.get(key) != identity.get(key):
             raise InputError(
                 f"{path}: is of another run: {key} was {saved.get(key)!r},"
                 f" now {identity.get(key)!r}; choose another folder, or delete it to start again"
