@@ -57,7 +57,7 @@ def _bad_value(error: typer.BadParameter) -> InputError | None:
     if not found or param is None:
         return None
     wanted = found[0]["msg"].partition(",")[0].removeprefix("Input should be ")
-    return InputError(f"{max(param.opts, key=len)}: wanted {wanted}, got {found[0]['input']!r}")
+    return InputError(f"{max(param.opts, key=len)}: wanted {wanted}, got {found[0]['input']!r:.80}")
 
 
 def _fail(error: BaseException, status: int) -> None:
@@ -110,6 +110,8 @@ def main() -> None:
     """The console script."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding shows "?"
         sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused where it is used
+        sys.stdin.reconfigure(errors="surrogateescape")
     app(prog_name="fastlm")
 
 

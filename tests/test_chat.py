@@ -118,3 +118,17 @@ def test_lines_of_a_pipe_are_messages(typed, status, out):
     assert done.returncode == status, done.stderr
     assert [line.partition(", {")[0] for line in done.stdout.splitlines()] == out
     assert "7 tokens/s" not in done.stderr and ("/b: wanted /help" in done.stderr) == bool(status)
+
+
+def test_bytes_that_are_no_text_are_refused_in_a_line(tmp_path):
+    """Of stdin, by the verbs that read it."""
+    from fastlm.tokenizer import Tokenizer
+
+    Tokenizer.train(["some text"], 262).save(tmp_path)
+    command = "import sys; from fastlm.cli import main; sys.argv[0] = 'fastlm'; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", command, "tokenizer", "encode", "-t", str(tmp_path)],
+        input=b"caf\xe9", capture_output=True, env={**os.environ, "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == b"fastlm: text: wanted valid Unicode, got a lone surrogate at 3\n"
