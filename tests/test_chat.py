@@ -3,7 +3,6 @@
 import os
 import pty
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -12,9 +11,12 @@ import pytest
 
 # A conversation whose answers are what it was told, word by word, without end for "long"
 TALK = """
-import itertools, sys, time
+import itertools, os, sys, time
 from types import SimpleNamespace
 from fastlm import chat_terminal
+
+if sys.stdin.isatty():
+    os.close(os.open(os.ttyname(0), os.O_RDWR))  # it becomes the one whose Ctrl-C is ours
 
 class Talk:
     writer = SimpleNamespace(context_limit=99, speed="7 tokens/s")
@@ -37,10 +39,12 @@ class Terminal:
     """A pty with the conversation in it."""
 
     def __init__(self):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-            os.execv(sys.executable, [*COMMAND, "stats"])
+        self.fd, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            [*COMMAND, "stats"], stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        )  # fmt: skip
+        os.close(inside)
         self.seen = ""
 
     def type(self, text: str, *wanted: str) -> None:
@@ -54,11 +58,6 @@ class Terminal:
                     self.seen += os.read(self.fd, 4096).decode(errors="replace")
             self.seen = self.seen.partition(part)[2]
 
-    def end(self) -> int:
-        os.kill(self.pid, signal.SIGHUP)  # where a test has failed
-        os.close(self.fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
 
 PROMPT = "> "  # behind it the terminal is read key by key
 
@@ -70,8 +69,11 @@ def terminal():
         terminal.type("", "/help lists the commands", PROMPT)
         yield terminal
         terminal.type("", "the end")
+        assert terminal.process.wait(60) == 0
     finally:
-        terminal.end()
+        terminal.process.kill()  # where a test has failed
+        terminal.process.wait()
+        os.close(terminal.fd)
 
 
 def test_a_terminal_has_line_editing_history_and_several_lines(terminal):
