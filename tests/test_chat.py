@@ -59,7 +59,7 @@ class Terminal:
             self.seen = self.seen.partition(part)[2]
 
 
-PROMPT = "> "  # behind it the terminal is read key by key
+PROMPT = "\x1b[?2004h"  # a paste comes in brackets from here on, and keys one by one
 
 
 @pytest.fixture

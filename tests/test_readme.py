@@ -40,7 +40,7 @@ def test_training_on_the_cpu(tmp_path):
 def test_text_from_python(tmp_path, capsys):
     tokenizer = fastlm.Tokenizer.train(["Once upon a time three rivers"], 300)
     config = fastlm.ModelConfig(
-        **SIZES | {"vocab_size": 300}, num_attention_heads=2, eos_token_id=None
+        **SIZES | {"vocab_size": tokenizer.vocab_size}, num_attention_heads=2, eos_token_id=None
     )
     fastlm.CausalLM(config, seed=0).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
