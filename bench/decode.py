@@ -47,7 +47,9 @@ def fastlm_engine(path: Path) -> Engine:
             moments.append(time.perf_counter())  # and returns None: the row goes on
 
         start = time.perf_counter()
-        out = model.generate(ids, max_new_tokens=new, temperature=0, on_token=on_token)
+        out = model.generate(
+            ids, max_new_tokens=new, temperature=0, ignore_eos=True, on_token=on_token
+        )
         end = time.perf_counter()
         assert out.shape == (len(ids), ids.shape[1] + new)
         return moments[0] - start, end - moments[0]

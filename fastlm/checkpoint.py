@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastlm.architectures import check_tensors, config_of
+from fastlm.data.packages import model_path
 from fastlm.errors import InputError
 from fastlm.files import make_folder, open_regular, read_json, reason, save_atomic
 from fastlm.gguf_file import GGUFFile
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from fastlm.tokenizer import Tokenizer
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 MODEL_FILES = (CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors")
 PARTS = ("qdata", "scales", "zeros")  # of a quantized weight, under its module's name
 DTYPES = ("F32", "BF16", "F16", "F64")  # of weights, as safetensors writes them
@@ -186,7 +188,7 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
     model's embedding lacks."""
     from fastlm.tokenizer import Tokenizer
 
-    path = Path(path)
+    path = model_path(path)
     model = _locate(path)
     places = [model, path / "tokenizer", path.parent / "tokenizer"]
     found = next((p for p in places if p.is_file() or (p / "tokenizer.json").exists()), model)
@@ -202,6 +204,7 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
 
 def _locate(path: Path) -> Path:
     """The folder with config.json, or the .gguf file, that ``path`` means."""
+    path = model_path(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{path}: wanted a model folder or a .gguf file, got another file")
@@ -253,6 +256,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     config = read_json(folder / CONFIG)
+    if (folder / GENERATION).is_file():  # whose end tokens count, as in transformers
+        ends = read_json(folder / GENERATION).get("eos_token_id")
+        config |= {} if ends is None else {"eos_token_id": ends}
     model = config_of(config, folder / CONFIG)
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and "fastlm" in quantization:  # not in folders before 0.2

@@ -33,6 +33,10 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
         except InputError as e:
             _fail(e, 2)
+        except typer.BadParameter as e:
+            if (line := _bad_value(e)) is None:
+                raise
+            _fail(line, 2)
         except OSError as e:
             if e.errno == errno.EPIPE:  # the reader has gone: click ends quietly
                 raise
@@ -47,6 +51,16 @@ class Verbs(TyperGroup):
             _fail(e, DIVERGED)
 
 
+def _bad_value(error: typer.BadParameter) -> InputError | None:
+    """Typer's refusal of an option's value as ours: with the value, which pydantic's text lacks."""
+    found = getattr(error.__cause__, "errors", list)()
+    param: Any = error.param
+    if not found or param is None:
+        return None
+    wanted = found[0]["msg"].partition(",")[0].removeprefix("Input should be ")
+    return InputError(f"{max(param.opts, key=len)}: wanted {wanted}, got {found[0]['input']!r:.80}")
+
+
 def _fail(error: BaseException, status: int) -> None:
     text = " ".join(str(error).split())
     typer.echo(f"fastlm: {text}" if text else "fastlm: interrupted", err=True)
@@ -55,7 +69,7 @@ def _fail(error: BaseException, status: int) -> None:
 
 app = typer.Typer(
     cls=Verbs,
-    help="From raw text to a quantized chat model, on fused kernels.",
+    help="From raw text to a quantized language model, on fused kernels.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -83,6 +97,14 @@ ActBits = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text")]
+Stats = Annotated[
+    bool | None,
+    typer.Option(
+        "--stats/--no-stats",
+        help="Tokens and tokens/s on stderr; default: where stderr is a terminal",
+        show_default=False,
+    ),
+]
 
 
 def _settle(threads: int | None) -> int | None:
@@ -110,6 +132,8 @@ def main() -> None:
     """The console script."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding shows "?"
         sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused where it is used
+        sys.stdin.reconfigure(errors="surrogateescape")
     app(prog_name="fastlm")
 
 
@@ -162,14 +186,14 @@ def info(
         for name, why in have[key].items():
             facts.add_row(f"{key.removesuffix('_why_not')} {name}", why or "yes")
     console.print(facts)
-    ops = Table(Column("op", no_wrap=True), "runs on", "the others do not, because")
+    # what runs an op, and what else could here; why a backend cannot run at all stands above
+    columns = [name for name, why in have["backends"].items() if why is None]
+    ops = Table(
+        Column("op", no_wrap=True), "runs on", *(Column(c, justify="center") for c in columns)
+    )
     for name, row in have["ops"].items():
-        reasons: dict[str, list[str]] = {}
-        for b, reason in row["why_not"].items():
-            short = "no kernel" if reason == f"{name} has no {b} implementation" else reason
-            reasons.setdefault(short, []).append(b)
-        why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-        ops.add_row(name, row["picked"] or "nothing", why)
+        marks = ["" if column in row["why_not"] else "✓" for column in columns]
+        ops.add_row(name, row["picked"] or "nothing", *marks)
     console.print(ops)
 
 
@@ -209,12 +233,13 @@ def _command() -> str:
 
 
 class _EventLines:
-    """Stages, validations and samples, one line each; single steps are the progress bar's. A
-    validation's line has the steps since the last one: mean loss, median speed, and the time left
-    at their pace.
+    """Stages, validations and samples, one line each. The steps since the last line (mean loss,
+    median speed, time left at their pace) have a line at every multiple of `every`, or end a
+    validation's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int | None = None) -> None:
+        self.every = every
         self.before: dict[str, Any] = {"seconds": 0.0, "progress": 0.0}
         self.steps: list[dict[str, Any]] = []
 
@@ -226,19 +251,19 @@ class _EventLines:
             typer.echo(f"{event['stage']}: {event['state']}{took}", err=True)
         elif "loss" in event:
             self.steps.append(event)
+            if self.every and event["step"] % self.every == 0:
+                typer.echo(f"step {event['step']}: {self._training()}", err=True)
         elif "val_loss" in event:
+            training = "" if self.every or not self.steps else f"; {self._training()}"
             typer.echo(
                 f"step {event['step']}: held-out loss {event['val_loss']:.4f}, "
-                f"{event['bits_per_byte']:.4f} bits per byte{self._training()}",
+                f"{event['bits_per_byte']:.4f} bits per byte{training}",
                 err=True,
             )
-            self.before, self.steps = (self.steps or [self.before])[-1], []
         elif "sample" in event:
             typer.echo(f"step {event['step']} writes: {event['sample']!r}", err=True)
 
     def _training(self) -> str:
-        if not self.steps:
-            return ""
         from fastlm.report import seconds_text
 
         last = self.steps[-1]
@@ -246,8 +271,9 @@ class _EventLines:
         rate = statistics.median(step["tokens_per_second"] for step in self.steps)
         took, done = (last[key] - self.before[key] for key in ("seconds", "progress"))
         left = (1 - last["progress"]) * took / done
+        self.before, self.steps = last, []
         return (
-            f"; training loss {loss:.4f}, lr {last['lr']:.2g}, {rate:,.0f} tokens/s,"
+            f"training loss {loss:.4g}, lr {last['lr']:.3g}, {rate:,.0f} tokens/s,"
             f" {seconds_text(left)} left"
         )
 
@@ -268,7 +294,9 @@ def pretrain(
         Path | None, typer.Option(help="Tokenizer, for samples and the model folder")
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Steps of the whole run")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Seconds of the whole run")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Seconds of the whole run; validations are not counted")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens of the whole run")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch")] = 16,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence")] = 256,
@@ -282,11 +310,15 @@ def pretrain(
         str, typer.Option(help="bfloat16 (with float32 master weights) or float32")
     ] = "bfloat16",
     checkpoint_every: Annotated[int, typer.Option(help="Steps")] = 200,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines on stderr")] = 10,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep")] = 2,
     seed: Annotated[int, typer.Option(help="Of weights, data order and samples")] = 0,
     threads: Threads = None,
 ) -> None:
-    """Train a model on token shards; the same command again goes on from the last checkpoint."""
+    """Train a model on token shards; the same command again goes on from the last checkpoint.
+
+    With a larger budget it trains on, at the rate that the schedule of the whole new run has there.
+    """
     import torch
 
     from fastlm.architectures import config_of
@@ -311,7 +343,7 @@ def pretrain(
     torch.manual_seed(seed)
     result = train_model(
         model, sampler, TokenDataset(heldout) if heldout else None, options, out,
-        tokenizer=words, track=bars, on_event=_EventLines(),
+        tokenizer=words, track=bars, on_event=_EventLines(log_every),
     )  # fmt: skip
     model.save_pretrained(out / "model")
     if words:
@@ -410,10 +442,19 @@ def eval_command(
             typer.echo(f"{key}  {value:.4f}" if isinstance(value, float) else f"{key}  {value:,}")
 
 
-@app.command(short_help="Answer a prompt, or continue it: one text.")
+@app.command(short_help="Answer a prompt, or continue it.")
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue or to answer")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", "-p",
+            help="What to continue or to answer; - reads stdin; several are one batch",
+        ),
+    ] = None,
+    prompt_files: Annotated[
+        list[Path] | None, typer.Option("--prompt-file", help="A prompt is the text of this file")
+    ] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
     top_k: TopK = None,
@@ -428,16 +469,24 @@ def generate(
         typer.Option("--raw", help="Continue the prompt as it stands, without the chat template"),
     ] = False,
     threads: Threads = None,
-) -> None:
-    """Write one text, token by token; through the chat template where the model has one."""
+    as_json: Annotated[bool, typer.Option("--json", help="Texts and times as JSON")] = False,
+    stats: Stats = None,
+) -> None:  # fmt: skip
+    """Write a text, token by token; through the chat template where the model has one.
+
+    Several prompts are written together; their texts follow in order, an empty line between.
+    """
     from fastlm.chat import Writer
+    from fastlm.chat_terminal import echo
 
     _say_if_busy()
+    texts = _prompts(prompts or [], prompt_files or [])
     writer = Writer(model, act_bits)
-    ids = writer.prompt_ids(prompt, raw=raw)
-    writer.write(
+    ids = [writer.prompt_ids(text, raw=raw) for text in texts]
+    streams = len(texts) == 1 and not as_json
+    answers = writer.write(
         ids,
-        _echo_piece,
+        (lambda _, piece: echo(piece)) if streams else (lambda *_: None),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -447,7 +496,47 @@ def generate(
         stop=stop or (),
         seed=seed,
     )
-    typer.echo()
+    if as_json:
+        results = [
+            {
+                "prompt": text, "prompt_tokens": len(prompt), "text": answer.text,
+                "new_tokens": len(answer.tokens), "finish_reason": answer.finish_reason,
+            }
+            for text, prompt, answer in zip(texts, ids, answers)
+        ]  # fmt: skip
+        typer.echo(json.dumps({"results": results, "stats": writer.speed.figures()}, indent=1))
+    elif streams:
+        typer.echo()
+    else:
+        typer.echo("\n\n".join(answer.text for answer in answers))
+    if any(answer.finish_reason == "context" for answer in answers):
+        limit = writer.context_limit
+        typer.echo(
+            f"the model's context of {limit:,} tokens is full: the text ends there", err=True
+        )
+    if _wants_stats(stats):
+        typer.echo(str(writer.speed), err=True)
+
+
+def _prompts(given: list[str], files: list[Path]) -> list[str]:
+    """Texts of --prompt, then of --prompt-file; a file's last newline is its editor's."""
+    if given.count("-") > 1:
+        raise InputError("prompt: wanted - once, stdin is read once")
+    texts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in given]
+    for file in files:
+        try:
+            texts.append(file.read_text("utf-8").removesuffix("\n"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"prompt_file {file}: wanted UTF-8 text: {error}") from None
+    if not texts:
+        raise InputError(
+            "prompt: wanted --prompt TEXT (- for stdin) or --prompt-file FILE, got none"
+        )
+    return texts
+
+
+def _wants_stats(stats: bool | None) -> bool:
+    return sys.stderr.isatty() if stats is None else stats
 
 
 @app.command()
@@ -464,34 +553,21 @@ def chat(
     seed: Seed = None,
     act_bits: ActBits = None,
     threads: Threads = None,
+    stats: Stats = None,
 ) -> None:
-    """Talk with a chat model. An empty line or Ctrl-D ends."""
+    """Talk with a chat model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.
+
+    Where stdin is no terminal, each of its lines is a message.
+    """
+    from fastlm import chat_terminal
     from fastlm.chat import Conversation, Writer
 
     _say_if_busy()
-    conversation = Conversation(
-        Writer(model, act_bits), system=system, max_new_tokens=max_new_tokens
-    )
-    terminal = sys.stdin.isatty()
-    if terminal:
-        typer.echo("An empty line or Ctrl-D ends.", err=True)
-    while True:
-        try:
-            said = input("> " if terminal else "").strip()
-        except EOFError:
-            break
-        if not said:
-            break
-        conversation.say(
-            said, _echo_piece, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
-        )  # fmt: skip
-        typer.echo()
-
-
-def _echo_piece(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    chat_terminal.run(
+        Conversation(Writer(model, act_bits), system=system, max_new_tokens=max_new_tokens),
+        stats=_wants_stats(stats), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
+    )  # fmt: skip
 
 
 @tokenizer_app.command("train")

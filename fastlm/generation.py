@@ -6,6 +6,7 @@ scatters each step's keys to different columns.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from fastlm.sampling import Sampling, make_generators, penalise
 if TYPE_CHECKING:
     from fastlm.tokenizer import Tokenizer
 
-_GREEDY = Sampling(temperature=0.0)
+_DEFAULT = Sampling()
 
 
 class _Decoding:
@@ -95,19 +96,25 @@ def generate(
     input_ids: Tensor | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = _GREEDY,
+    sampling: Sampling = _DEFAULT,
     seed: int | None = None,
     stop_ids: Sequence[int] | frozenset[int] = (),
+    ignore_eos: bool = False,
     attention_mask: Tensor | None = None,
     on_token: Callable[[int, int], Any] | None = None,
 ) -> Any:
     """Continue every row by at most `max_new_tokens` tokens.
 
+    A row ends with the first of the model's end tokens (``model.config.stop_ids``) that it draws,
+    which is kept.
+
     Args:
         input_ids: (B, S) integers, or a list of B lists of ids of any lengths >= 1.
-        sampling: see `Sampling`.
+        sampling: see `Sampling`; by default draws at temperature 1.
         seed: row r draws from seed + r, so it draws what it would draw alone; None takes torch's
-        generator. stop_ids: a row ends with the first of these it draws (which is kept).
+        generator.
+        stop_ids: more tokens that end a row.
+        ignore_eos: the model's end tokens do not end a row, `stop_ids` alone.
         attention_mask: (B, S), 0 where a row of the tensor is padding; padding lies on the left.
         on_token: called with (row, token) for each new token, rows in order; a true result ends
         the row.
@@ -126,7 +133,7 @@ def generate(
     ids, mask, lengths = _batch(model, input_ids, attention_mask)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise InputError(f"max_new_tokens: wanted an integer >= 0, got {max_new_tokens!r}")
-    stops = frozenset(stop_ids)
+    ends = _end_ids(model, stop_ids, ignore_eos)
     generators = make_generators(seed, ids.shape[0])
     new: list[list[int]] = [[] for _ in range(ids.shape[0])]
     if max_new_tokens and ids.shape[0]:
@@ -137,8 +144,8 @@ def generate(
             for row in sorted(live):
                 token = tokens[row]
                 new[row].append(token)
-                ends = on_token is not None and on_token(row, token)
-                if ends or token in stops:
+                stopped = on_token is not None and on_token(row, token)
+                if stopped or token in ends:
                     live.discard(row)
             if not live:
                 break
@@ -151,6 +158,12 @@ def generate(
     rows = [n + (n[-1:] if pad is None else [pad]) * (width - len(n)) for n in new]
     tail = torch.tensor(rows, dtype=torch.int64, device=ids.device).view(len(rows), width)
     return torch.cat((ids.long(), tail), 1)
+
+
+def _end_ids(
+    model: CausalLM, stop_ids: Sequence[int] | frozenset[int], ignore_eos: bool
+) -> frozenset[int]:
+    return frozenset(stop_ids) | (frozenset() if ignore_eos else model.config.stop_ids)
 
 
 def _batch(
@@ -167,7 +180,12 @@ def _batch(
             raise InputError(
                 "attention_mask: wanted with a tensor of input_ids, got it with a list"
             )
-        if isinstance(input_ids, Mapping) or any(isinstance(row, int) for row in input_ids):
+        if isinstance(input_ids, str):
+            raise InputError(
+                "input_ids: wanted a tensor (B, S) or a list of B lists of token ids, got a str"
+                " (fastlm.Tokenizer encodes text, fastlm.generate_text continues it)"
+            )
+        if isinstance(input_ids, Mapping) or any(isinstance(row, int | str) for row in input_ids):
             raise InputError(
                 "input_ids: wanted a tensor (B, S) or a list of B lists,"
                 f" got a flat {type(input_ids).__name__}"
@@ -205,54 +223,143 @@ def generate_text(
     prompt: str | Sequence[int],
     *,
     max_new_tokens: int,
-    sampling: Sampling = _GREEDY,
+    sampling: Sampling = _DEFAULT,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
-    stop_ids: Sequence[int] | frozenset[int] | None = None,
+    stop_ids: Sequence[int] | frozenset[int] = (),
+    ignore_eos: bool = False,
 ) -> Iterator[str]:
     """Continue one prompt, text piece by piece as soon as it is certain.
 
     `stop` strings end the text before they appear in it, also where they straddle tokens: what may
-    become one is held back. `stop_ids` (by default the tokenizer's) end it too, and are not part
-    of the text.
+    become one is held back. The end tokens of model and tokenizer (unless `ignore_eos`) and
+    `stop_ids` end it too, and are not part of the text.
     """
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(s, str) and s for s in stops):
-        raise InputError(f"stop: wanted strings of at least one character, got {stop!r}")
+    text = _Text(tokenizer, _checked_stops(stop))
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     batch, mask, _ = _batch(model, [ids], None)
-    ends = frozenset(tokenizer.stop_ids if stop_ids is None else stop_ids)
-    return _pieces(model, tokenizer, batch, mask, max_new_tokens, sampling, seed, stops, ends)
+    own = frozenset() if ignore_eos else tokenizer.stop_ids
+    ends = _end_ids(model, stop_ids, ignore_eos) | own
+    return _pieces(model, text, batch, mask, max_new_tokens, sampling, seed, ends)
 
 
 def _pieces(
     model: CausalLM,
-    tokenizer: "Tokenizer",
+    text: "_Text",
     ids: Tensor,
     mask: Tensor | None,
     max_new_tokens: int,
     sampling: Sampling,
     seed: int | None,
-    stops: list[str],
     ends: frozenset[int],
 ) -> Iterator[str]:
     generators = make_generators(seed, 1)
     state = _Decoding(model, ids, mask, max_new_tokens, sampling)
-    stream = tokenizer.stream()
-    held = ""
     for _ in range(state.steps):
         token = int(state.step(generators))
         if token in ends:
             break
-        held += stream.push(token)
-        ready, held, stopped = split_at_stop(held, stops)
-        if ready:
-            yield ready
-        if stopped:
+        if piece := text.push(token):
+            yield piece
+        if text.stopped:
             return
-    ready, held, stopped = split_at_stop(held + stream.flush(), stops)
-    if rest := ready if stopped else ready + held:
+    if rest := text.flush():
         yield rest
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a row has got: `tokens` with the end token, `text` without.
+
+    `finish_reason`: "stop" at an end token, a stop string or by `on_token`, "length" at
+    max_new_tokens, "context" where the longest row of the batch reaches max_position_embeddings.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+
+
+def generate_texts(
+    model: CausalLM,
+    tokenizer: "Tokenizer",
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = _DEFAULT,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] | frozenset[int] = (),
+    ignore_eos: bool = False,
+    on_text: Callable[[int, str], Any] | None = None,
+    on_token: Callable[[int, int], Any] | None = None,
+) -> list[Generated]:
+    """`generate_text` of several prompts as one batch.
+
+    `on_text` is called with (row, piece of text), `on_token` as in `generate`, before it.
+    """
+    stops = _checked_stops(stop)
+    texts = [_Text(tokenizer, stops) for _ in prompts]
+    pieces: list[list[str]] = [[] for _ in prompts]
+    own = frozenset() if ignore_eos else tokenizer.stop_ids
+    ends = _end_ids(model, stop_ids, ignore_eos) | own
+
+    def add(row: int, piece: str) -> None:
+        if piece:
+            pieces[row].append(piece)
+            if on_text is not None:
+                on_text(row, piece)
+
+    def take(row: int, token: int) -> bool:
+        stopped = on_token is not None and bool(on_token(row, token))
+        if token not in ends:
+            add(row, texts[row].push(token))
+        return stopped or texts[row].stopped
+
+    ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    rows = generate(
+        model, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=ends,
+        ignore_eos=ignore_eos, on_token=take,
+    )  # fmt: skip
+    results = []
+    for row, (prompt, tokens) in enumerate(zip(ids, rows)):
+        new = tokens[len(prompt) :]
+        if not texts[row].stopped:
+            add(row, texts[row].flush())
+        reason = "stop"
+        if not texts[row].stopped and not (new and new[-1] in ends):
+            if len(new) == max_new_tokens:
+                reason = "length"
+            elif max(map(len, ids)) + len(new) == model.context_limit:
+                reason = "context"
+        results.append(Generated("".join(pieces[row]), new, reason))
+    return results
+
+
+def _checked_stops(stop: str | Sequence[str]) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise InputError(f"stop: wanted strings of at least one character, got {stop!r}")
+    return stops
+
+
+class _Text:
+    """The text of a row, token by token; what may become a stop string is held back."""
+
+    def __init__(self, tokenizer: "Tokenizer", stops: list[str]):
+        self.stream, self.stops = tokenizer.stream(), stops
+        self.held, self.stopped = "", False
+
+    def push(self, token: int) -> str:
+        return self._ready(self.stream.push(token))
+
+    def flush(self) -> str:
+        ready = self._ready(self.stream.flush())
+        return ready if self.stopped else ready + self.held
+
+    def _ready(self, text: str) -> str:
+        ready, self.held, self.stopped = split_at_stop(self.held + text, self.stops)
+        return ready
 
 
 def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:

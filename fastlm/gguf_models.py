@@ -143,6 +143,9 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     }
     for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{key}_token_id"] = file.get(f"tokenizer.ggml.{name}_token_id", int)
+    turns = [file.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eot", "eom")]
+    if ends := [i for i in (config["eos_token_id"], *turns) if i is not None]:
+        config["eos_token_id"] = ends[0] if len(set(ends)) == 1 else list(dict.fromkeys(ends))
     if rotary and rotary != head_dim:
         config["partial_rotary_factor"] = rotary / head_dim
     if scaling := _rope_scaling(file, config, get):

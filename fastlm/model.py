@@ -113,7 +113,8 @@ class CausalLM(nn.Module):
         keep_quantized: bool = True,
         act_bits: int | None = None,
     ) -> "CausalLM":
-        """The model in a Hugging Face folder, a fastlm run folder or a .gguf file, in eval mode.
+        """The model in a Hugging Face folder, a fastlm run folder or a .gguf file, or the package
+        of ``model:smollm2``, in eval mode.
 
         `dtype` is the activations' and the unquantized weights'; by default the file's own
         (float32 where all its matrices are quantized). 4- and 8-bit weights stay so unless
@@ -267,10 +268,12 @@ class CausalLM(nn.Module):
         """
         if not isinstance(input_ids, Tensor):  # the tokenizer's whole output, a list
             raise InputError(f"input_ids: wanted a tensor (B, S), got {type(input_ids).__name__}")
-        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        if input_ids.dim() != 2:
             raise InputError(
-                f"input_ids: wanted integers (B, S), got {input_ids.dtype} {tuple(input_ids.shape)}"
+                f"input_ids: wanted integers (B, S), got shape {tuple(input_ids.shape)}"
             )
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"input_ids: wanted integers (B, S), got {input_ids.dtype}")
         if not is_eager(input_ids) or input_ids.device.type != "cpu" or not input_ids.numel():
             return  # reading the values would break the graph, or wait for the device
         low, high = torch.aminmax(input_ids)
@@ -360,10 +363,15 @@ class CausalLM(nn.Module):
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop_ids: Sequence[int] | frozenset[int] = (),
+        ignore_eos: bool = False,
         attention_mask: Tensor | None = None,
         on_token: Callable[[int, int], Any] | None = None,
     ) -> Any:
-        """Continue each row by up to `max_new_tokens` tokens; see `fastlm.generation.generate`."""
+        """Continue each row by up to `max_new_tokens` tokens, or to the model's end token; see
+        `fastlm.generation.generate`.
+
+        (B, S) integers, or B lists of ids -> (B, S + new) int64, or B lists.
+        """
         from fastlm.generation import generate
         from fastlm.sampling import Sampling
 
@@ -375,6 +383,7 @@ class CausalLM(nn.Module):
             sampling=sampling,
             seed=seed,
             stop_ids=stop_ids,
+            ignore_eos=ignore_eos,
             attention_mask=attention_mask,
             on_token=on_token,
         )

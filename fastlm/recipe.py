@@ -9,9 +9,9 @@ run is read from top to bottom in one file.
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastlm.config import ModelConfig
 from fastlm.data.filter import TECHNICAL, WEB
@@ -155,7 +155,24 @@ def _toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+def _check_sections(table: Mapping[str, Any]) -> None:
+    """A key that stands in no section, or in the wrong one, is refused with those that have it."""
+    hints = {k: h for k, h in get_type_hints(Recipe).items() if is_dataclass(h)}
+    names = {section: {f.name for f in fields(hint)} for section, hint in hints.items()}
+    known = {f.name for f in fields(Recipe)}
+    places = [("", table, known)]
+    places += [(f"{s}.", table[s], names[s]) for s in names if isinstance(table.get(s), Mapping)]
+    for where, keys, here in places:
+        for key in keys:
+            found = [f"{s}.{key}" for s in names if key in names[s]]
+            if key not in here and found:
+                raise InputError(
+                    f"{where}{key}: unknown key; the nearest known one is {' or '.join(found)}"
+                )
+
+
 def parse_recipe(table: Mapping[str, Any]) -> Recipe:
+    _check_sections(table)
     recipe = build(Recipe, table)
     if not recipe.data.sources:
         raise InputError("data.sources: wanted at least one source, got none")

@@ -166,7 +166,7 @@ def decode_speeds(models: dict[str, CausalLM], start: int) -> dict[str, float]:
     for _ in range(DECODE_ROUNDS):
         for name, model in models.items():
             began = time.perf_counter()
-            model.generate(prompt, max_new_tokens=length, temperature=0.0)
+            model.generate(prompt, max_new_tokens=length, temperature=0.0, ignore_eos=True)
             rates[name].append(length / (time.perf_counter() - began))
     return {name: statistics.median(values) for name, values in rates.items()}
 

@@ -23,6 +23,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from fastlm import chat_template, gguf_vocab
+from fastlm.data.packages import model_path
 from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, read_text, save_atomic
 from fastlm.gguf_vocab import library
@@ -154,8 +155,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """From a folder with tokenizer.json, that file itself, or a .gguf file."""
-        path = Path(path)
+        """From a folder with tokenizer.json, that file itself, a .gguf file or model:smollm2."""
+        path = model_path(path)
         if path.suffix == ".gguf":
             from fastlm.gguf_file import GGUFFile
 

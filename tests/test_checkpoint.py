@@ -228,6 +228,32 @@ def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
     assert files(tmp_path) == {"m"} and files(tmp_path / "m") == {"here"}
 
 
+def test_end_tokens_are_those_of_generation_config(tmp_path, monkeypatch):
+    config = {**CONFIG, "eos_token_id": 7}
+    save_hf(tmp_path / "m", config, make_state())
+    assert CausalLM.from_pretrained(tmp_path / "m").config.stop_ids == {7}
+    for text, ends in (('{"eos_token_id": [8, 9]}', {8, 9}), ('{"top_p": 0.5}', {7})):
+        (tmp_path / "m" / "generation_config.json").write_text(text)
+        model = CausalLM.from_pretrained(tmp_path / "m")
+        assert model.config.stop_ids == ends
+        model.save_pretrained(tmp_path / "n")
+        assert CausalLM.from_pretrained(tmp_path / "n").config.stop_ids == ends
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(InputError, match="eos_token_id: wanted a token id or None, got '</s>'"):
+        load_state(tmp_path / "m")
+
+
+def test_a_package_is_a_model(tmp_path, monkeypatch):
+    save_hf(tmp_path, CONFIG, make_state())
+    Tokenizer.train(["some text"], 262).save(tmp_path)
+    monkeypatch.setattr("fastlm.data.packages.fetch_model", lambda spec, cache: tmp_path / spec[6:])
+    (tmp_path / "tiny").symlink_to(tmp_path)
+    model = CausalLM.from_pretrained("model:tiny")
+    assert model.config.vocab_size == 300
+    assert Tokenizer.load("model:tiny").eos_id == 0
+    assert load_tokenizer("model:tiny", model.config.to_dict()).eos_id == 0
+
+
 def test_a_run_folder_is_a_model(tmp_path):
     save_hf(tmp_path / "run" / "model", CONFIG, make_state())
     Tokenizer.train(["some text"], 262).save(tmp_path / "run" / "tokenizer")

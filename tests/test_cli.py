@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import fastlm.cli
 from fastlm.cli import app
+from fastlm.errors import InputError
 from fastlm.run import run_recipe
 
 VERBS = ("info", "run", "pretrain", "quantize", "eval", "generate", "chat", "tokenizer", "data")
@@ -65,6 +66,11 @@ def test_info(monkeypatch):
     assert have["ops"]["rms_norm"]["picked"]
     text = call("info").stdout
     assert "torch" in text and all(f" {op} " in text for op in have["ops"])  # whole
+    monkeypatch.setenv("COLUMNS", "120")
+    text = call("info").stdout
+    reasons = [why for why in have["backends"].values() if why]
+    assert all(text.count(why) <= reasons.count(why) for why in reasons)  # not once an op
+    assert "tensors" not in text and re.search(r"rms_norm  .*✓", text)
 
 
 def test_generate_repeats_with_a_seed_and_streams(finished):
@@ -89,6 +95,47 @@ def test_generate_has_every_way_to_choose_a_token(finished):
     assert call(*options, "--min-p", 1.0, "--seed", 3).stdout.rstrip("\n") == greedy
     refused(*options, "--min-p", 2, text="min_p: wanted in [0, 1]")
     refused(*options, "--stop", "", text="stop: wanted strings of at least one character")
+
+
+def test_generate_reads_prompts_from_options_stdin_and_files(finished, tmp_path):
+    options = ["generate", "-m", finished, "--max-new-tokens", 5, "--temperature", 0]
+    (tmp_path / "p").write_text("The river\n")
+    alone = [call(*options, "-p", p).stdout.rstrip("\n") for p in ("The tree", "A", "The river")]
+    prompts = ["-p", "The tree", "--prompt", "-", "--prompt-file", tmp_path / "p"]
+    together = call(*options, *prompts, input="A\n").stdout
+    assert together == "\n\n".join(alone) + "\n"
+    have = json.loads(call(*options, *prompts, "--json", input="A").stdout)
+    assert [r["text"] for r in have["results"]] == alone
+    assert [r["prompt"] for r in have["results"]] == ["The tree", "A", "The river"]
+    assert {r["finish_reason"] for r in have["results"]} <= {"length", "stop"}
+    stats = have["stats"]
+    assert stats["prompt_tokens"] == sum(r["prompt_tokens"] for r in have["results"])
+    assert stats["new_tokens"] == sum(r["new_tokens"] for r in have["results"])
+    assert stats["seconds_to_first_token"] > 0 and stats["decode_tokens_per_second"] > 0
+    refused(*options, text="prompt: wanted --prompt TEXT (- for stdin) or --prompt-file FILE")
+    refused(*options, "-p", "-", "-p", "-", text="prompt: wanted - once")
+    (tmp_path / "q").write_bytes(b"\xff")
+    refused(*options, "--prompt-file", tmp_path / "q", text="wanted UTF-8 text")
+    refused(*options, "--prompt-file", tmp_path / "none", text="none")
+
+
+def test_generate_prints_its_speed_and_that_the_context_is_full(finished):
+    options = ["generate", "-m", finished, "-p", "The tree", "--max-new-tokens"]
+    said = call(*options, 5, "--stats").stderr
+    assert re.fullmatch(
+        r"prompt \d tokens, [\d.]+ s to the first token \([\d,]+ tokens/s\);"
+        r" 5 new, [\d,]+ tokens/s\n", said,
+    )  # fmt: skip
+    assert call(*options, 5).stderr == ""  # no terminal
+    full = call(*options, 99, "--temperature", 0).stderr
+    assert full == "the model's context of 32 tokens is full: the text ends there\n"
+
+
+def test_a_refused_value_is_named_with_its_option():
+    refused("generate", "-m", "x", "-p", "a", "--max-new-tokens", "many",
+            text="--max-new-tokens: wanted a valid integer, got 'many'")  # fmt: skip
+    refused("generate", "-m", "x", "-p", "a", "--temperature", -1,
+            text="--temperature: wanted greater than or equal to 0, got '-1'")  # fmt: skip
 
 
 def test_generate_refuses_a_prompt_beyond_the_context(finished):
@@ -125,7 +172,21 @@ def test_a_conversation_forgets_its_oldest_turns(finished, tmp_path):
     for _ in range(6):
         answer = talk.say("The tree sees", pieces.append, seed=0)
     assert len(talk.turns) < 12 and talk.turns[0]["role"] == "user"
-    assert "".join(pieces).endswith(answer)
+    assert "".join(pieces).endswith(answer.text)
+
+    before = talk.turns
+
+    def interrupt(piece):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # what was written of the answer stays
+        talk.say("The tree sees", interrupt, seed=0)
+    assert talk.turns[-1]["content"] and talk.turns[-2]["content"] == "The tree sees"
+    assert answer.text.startswith(talk.turns[-1]["content"]) and talk.turns != before
+    talk.reset()
+    assert talk.turns == []
+    with pytest.raises(InputError, match=r"lone surrogate at 4$"):  # of what was typed
+        talk.say("hey \ud800", pieces.append)
 
 
 def test_eval_of_shards_and_of_text(finished, tmp_path):
@@ -183,14 +244,11 @@ def test_pretrain_goes_on_where_it_was(finished, tmp_path):
     heldout = ["--heldout", finished / "shards/heldout", "--tokenizer", finished / "tokenizer"]
     result = call(*options, "--max-tokens", 4 * 2 * 16, *heldout)
     assert re.fullmatch(r"4 steps, loss \d\.\d{4}, [\d,]+ tokens/s: .*\n", result.stdout)
-    assert re.search(
-        r"step 2: held-out loss .* bits per byte; training loss \d\.\d{4}, lr 0\.\d+,"
-        r" [\d,]+ tokens/s, [\d.]+ s left",
-        result.stderr,
-    )
+    assert re.search(r"^step 2: held-out loss .* bits per byte$", result.stderr, re.M)
     assert (tmp_path / "p/model/config.json").exists()
     call("generate", "-m", tmp_path / "p", "-p", "The", "--max-new-tokens", 2)
-    refused(*options, "--max-tokens", 160, text="max_tokens was 128, now 160")
+    assert call(*options, "--max-tokens", 6 * 2 * 16).stdout.startswith("6 steps, loss ")
+    refused(*options, "--max-tokens", 192, "--lr", 0.5, text="lr was 0.001, now 0.5")
     refused(*options, text="max_tokens, max_steps, max_seconds: wanted at least one of them")
 
 
@@ -203,7 +261,21 @@ def test_the_time_left_follows_the_pace_of_late(capsys):
         if progress != 0.2:
             show({"step": 1, "val_loss": 4.5, "bits_per_byte": 2.0})
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.endswith("training loss 4.0000, lr 0.003, 900 tokens/s, 1 min 10 s left")
+    assert line.endswith("training loss 4, lr 0.003, 900 tokens/s, 1 min 10 s left")
+
+
+def test_pretrain_logs_at_steady_steps(finished, tmp_path):
+    said = call(
+        "pretrain", "--train", finished / "shards/train", "--heldout", finished / "shards/heldout",
+        "--config", finished / "model/config.json", "--out", tmp_path / "p", "--batch-size", 2,
+        "--seq-len", 16, "--max-steps", 9, "--log-every", 4,
+    ).stderr  # fmt: skip
+    lines = re.findall(
+        r"^step (\d+): training loss \d\.\d{1,3}, lr [\d.e-]{4,8}, [\d,]+ tokens/s, [\d.]+ s left$",
+        said, re.M,
+    )  # fmt: skip
+    assert lines == ["4", "8"]
+    assert re.search(r"^step 9: held-out loss \d\.\d{4}, \d\.\d{4} bits per byte$", said, re.M)
 
 
 def test_tokenizer_train_and_encode(finished, tmp_path):

@@ -4,13 +4,15 @@ import pytest
 import torch
 from tolerance import ULP
 
+from fastlm import backend, generation
 from fastlm.config import ModelConfig
 from fastlm.errors import InputError
-from fastlm.generation import generate_text, split_at_stop
+from fastlm.generation import generate_text, generate_texts, split_at_stop
 from fastlm.layers import KVCache
 from fastlm.model import CausalLM
 from fastlm.sampling import Sampling, make_generators, penalise
 
+GREEDY = Sampling(temperature=0.0)
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 48,
@@ -22,6 +24,7 @@ SIZES = {
     "max_position_embeddings": 48,
     "initializer_range": 0.3,  # so that the likeliest token is clear
     "pad_token_id": None,
+    "eos_token_id": None,  # as many tokens as are asked for
 }
 KINDS = {
     "llama": {},
@@ -120,6 +123,92 @@ def test_shapes_and_stops():
 
     assert torch.equal(model.generate(ids, max_new_tokens=0), ids)
     assert model.generate(ids[:0], max_new_tokens=3).shape == (0, 5)
+
+
+def test_generation_ends_at_the_models_end_tokens():
+    """By itself, on the decode step and through the modules, streaming and in a batch; stop_ids
+    adds."""
+    ids = ids_of(3, 5)
+    free = model_of().generate(ids, max_new_tokens=8, temperature=0.0)
+    end, other = int(free[1, 7]), int(free[1, 6])
+
+    def cut(row, *ends):
+        new = free[row, 5:].tolist()
+        found = [new.index(e) for e in ends if e in new]
+        return ids[row].tolist() + new[: min(found, default=7) + 1]
+
+    for eos in (end, [100, end]):
+        model = model_of(eos_token_id=eos)
+        options = {"max_new_tokens": 8, "temperature": 0.0}
+        assert model.generate(ids.tolist(), **options) == [cut(r, end) for r in range(3)]
+        with backend.use_backend("reference"):  # no decode step of its own
+            assert model.generate(ids.tolist(), **options) == [cut(r, end) for r in range(3)]
+        more = model.generate(ids.tolist(), stop_ids=[other], **options)
+        assert more == [cut(r, end, other) for r in range(3)]
+        assert torch.equal(model.generate(ids, ignore_eos=True, **options), free)
+        letters = Letters("abcdefghijklmnop")
+        letters.start()
+        greedy = {"max_new_tokens": 8, "sampling": GREEDY}
+        text = "".join(generate_text(model, letters, ids[1].tolist(), **greedy))
+        new = cut(1, end)[5:-1]
+        assert text == "abcdefghijklmnop"[: 2 * len(new)]
+        letters.start()
+        (one,) = generate_texts(model, letters, [ids[1].tolist()], **greedy)
+        assert (one.text, one.tokens, one.finish_reason) == (text, [*new, end], "stop")
+
+
+def test_texts_of_a_batch_say_why_they_end():
+    model = model_of()
+    prompts = [[1, 2], [3, 4, 5]]
+    alone = [model.generate([p], max_new_tokens=6, temperature=0.0)[0] for p in prompts]
+    seen, tokens = [], []
+
+    def texts(**options):
+        each = Each("abcdefghijkl", "mnopqrstuvwx")
+        return generate_texts(
+            model, each, prompts, sampling=GREEDY, on_text=lambda *a: seen.append(a),
+            on_token=lambda *a: tokens.append(a), **options,
+        )  # fmt: skip
+
+    first, second = texts(max_new_tokens=6)
+    assert (first.text, second.text) == ("abcdefghijkl", "mnopqrstuvwx")
+    assert (first.tokens, second.tokens) == (alone[0][2:], alone[1][3:])
+    assert first.finish_reason == second.finish_reason == "length"
+    assert seen[:3] == [(0, "ab"), (1, "mn"), (0, "cd")]
+    assert tokens[:2] == [(0, alone[0][2]), (1, alone[1][3])]
+    first, second = texts(max_new_tokens=6, stop=["ef", "zz"])
+    assert (first.text, first.finish_reason, len(first.tokens)) == ("abcd", "stop", 3)
+    assert (second.text, second.finish_reason) == ("mnopqrstuvwx", "length")
+    first, second = texts(max_new_tokens=99)
+    assert first.finish_reason == second.finish_reason == "context"
+    assert 3 + len(second.tokens) == 48
+
+
+class Each:
+    """A tokenizer whose rows say what they are given."""
+
+    stop_ids = frozenset()
+
+    def __init__(self, *texts):
+        self.letters = [Letters(text) for text in texts]
+        self.rows = iter(self.letters)
+
+    def stream(self):
+        letters = next(self.rows)
+        letters.start()
+        return letters
+
+
+def test_one_default_of_sampling():
+    """Draws at temperature 1, whichever way."""
+    model, letters = model_of(), Letters("ab")
+    drawn = model.generate([[1, 2]], max_new_tokens=8, seed=3)
+    assert drawn == model.generate([[1, 2]], max_new_tokens=8, seed=3, temperature=1.0)
+    assert drawn == generation.generate(model, [[1, 2]], max_new_tokens=8, seed=3)
+    assert drawn != model.generate([[1, 2]], max_new_tokens=8, temperature=0.0)
+    letters.start()
+    (text,) = generate_texts(model, letters, [[1, 2]], max_new_tokens=8, seed=3)
+    assert text.tokens == drawn[0][2:]
 
 
 def test_generation_ends_with_the_context():
@@ -245,7 +334,10 @@ def test_impossible_prompts():
         ([[1, 101]], {}, r"input_ids: wanted ids in \[0, 101\), got 101"),
         (ids[:, :0], {}, "at least one token"),
         ([[1], []], {}, "at least one token"),
-        (ids[0], {}, r"input_ids: wanted integers \(B, S\)"),
+        (ids[0], {}, r"input_ids: wanted integers \(B, S\), got shape \(4,\)"),
+        (ids.float(), {}, r"input_ids: wanted integers \(B, S\), got torch.float32"),
+        ("hello", {}, r"input_ids: wanted a tensor \(B, S\) .* got a str \(fastlm.Tokenizer enc"),
+        (["hello"], {}, r"input_ids: wanted a tensor \(B, S\) .* got a flat list"),
         (ids, {"attention_mask": ids[:, :2]}, "attention_mask: wanted"),
         (ids, {"attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)}, "padding on the left"),
         (ids, {"attention_mask": torch.zeros(2, 4)}, "at least one token"),
@@ -318,7 +410,10 @@ def test_stop_ids_end_the_text():
     letters = Letters("abcdefghijkl")
     letters.start()
     stop = free[3]
-    text = "".join(generate_text(model, letters, [1, 2], max_new_tokens=6, stop_ids=[stop]))
+    pieces = generate_text(
+        model, letters, [1, 2], max_new_tokens=6, stop_ids=[stop], sampling=GREEDY
+    )
+    text = "".join(pieces)
     assert text == "abcdefghijkl"[: 2 * free.index(stop)]
     with pytest.raises(InputError, match="stop: wanted strings of at least one character"):
         generate_text(model, letters, [1], max_new_tokens=1, stop=["a", ""])

@@ -1,6 +1,7 @@
 """GGUF: block formats against the gguf package, whole models against transformers, broken files."""
 
 import struct
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ import fastlm
 from fastlm.checkpoint import load_state, save_hf
 from fastlm.errors import InputError
 from fastlm.gguf_file import UNPACK, GGUFFile, unpack
+from fastlm.gguf_models import config_of
 from fastlm.quant.weight import QuantizedWeight
 
 HALVES = {  # byte offsets of the float16 fields of a block
@@ -503,6 +505,18 @@ def rewrite(case: str, path, drop=(), add=None, **metadata):
 def test_models_that_do_not_fit(changes, message, tmp_path):
     with pytest.raises(InputError, match=message):
         load_state(rewrite("llama", tmp_path / "m.gguf", **changes))
+
+
+@pytest.mark.parametrize(
+    "ids, ends", [({"eos": 5, "eot": 7, "eom": 5}, [5, 7]), ({"eos": 5, "eot": 5}, 5), ({}, None)]
+)
+def test_end_tokens_of_turns_and_messages(ids, ends, tmp_path):
+    path = rewrite("llama", tmp_path / "m.gguf")
+    metadata = GGUFFile(path).metadata
+    file = SimpleNamespace(path=path, tensors=GGUFFile(path).tensors)
+    file.metadata = {k: v for k, v in metadata.items() if "eos" not in k}
+    file.metadata |= {f"tokenizer.ggml.{k}_token_id": v for k, v in ids.items()}
+    assert config_of(file)["eos_token_id"] == ends
 
 
 def test_unknown_architecture(tmp_path):

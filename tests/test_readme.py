@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import fastlm
+
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
 README = Path(__file__).parent.parent / "README.md"
 
@@ -33,6 +35,22 @@ def test_training_on_the_cpu(tmp_path):
         optimizer.zero_grad()
     assert losses[-1] < losses[0] and losses[0].item() == pytest.approx(math.log(64), rel=0.1)
     assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_text_from_python(tmp_path, capsys):
+    tokenizer = fastlm.Tokenizer.train(["Once upon a time three rivers"], 300)
+    config = fastlm.ModelConfig(
+        **SIZES | {"vocab_size": tokenizer.vocab_size}, num_attention_heads=2, eos_token_id=None
+    )
+    fastlm.CausalLM(config, seed=0).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    block = python_of("A real chat model on the CPU").replace("model:smollm2", str(tmp_path))
+    names: dict = {}
+    exec(compile(block, str(README), "exec"), names)
+    assert "Once upon a time" in capsys.readouterr().out
+    first, second = names["rows"]
+    assert len(first) == len(tokenizer.encode("Once upon a time")) + 64
+    assert second[: len(names["prompt"])] == names["prompt"]
 
 
 def test_ten_lines_of_python():

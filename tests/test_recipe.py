@@ -39,6 +39,8 @@ def test_overrides(path):
             "pretrain.bach_size=4",
             "pretrain.bach_size: unknown key; the nearest known one is 'batch_size'",
         ),
+        ("max_seconds=5", "unknown key; the nearest known one is pretrain.max_seconds"),
+        ("batch_size=5", "the nearest known one is pretrain.batch_size or eval.batch_size"),
         ("pretrian.lr=1", "pretrian: unknown key; the nearest known one is 'pretrain'"),
         (
             "model.hiden_size=4",

@@ -2,6 +2,7 @@
 finite losses.
 """
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -39,10 +40,13 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+def json_lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def events(run):
     """metrics.jsonl without what a clock wrote."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in json_lines(run)]
 
 
 def test_schedules():
@@ -281,6 +285,48 @@ def test_budget_and_warmup_begin_with_the_first_step(data, tmp_path):
     start(data, tmp_path, options, on_event=wait)
     first = next(e for e in events(tmp_path) if "loss" in e)
     assert first["lr"] < 0.5 * options.lr
+
+
+def test_validations_and_samples_do_not_use_the_budget(data, tmp_path):
+    options = replace(OPTIONS, max_steps=None, max_seconds=0.6, validations=4)
+
+    def wait(event):
+        if "val_loss" in event:
+            time.sleep(0.5)
+
+    result = start(data, tmp_path, options, on_event=wait)
+    written = events(tmp_path)
+    assert [e["progress"] for e in json_lines(tmp_path) if "sample" in e][-1] == 1.0
+    assert sum("val_loss" in e for e in written) == 5 and 0.6 <= result.seconds < 2.0
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_training_goes_on_under_a_larger_budget(data, tmp_path, interrupted):
+    """The rate is that of the new schedule; what was trained, drawn and written stays."""
+
+    def press(event):
+        if interrupted and event.get("step") == 8 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    plain = replace(OPTIONS, schedule="wsd", warmup=0.1, decay=0.25)
+    with pytest.raises(Interrupted) if interrupted else contextlib.nullcontext():
+        start(data, tmp_path, replace(plain, max_steps=12), on_event=press)
+    done = events(tmp_path)
+    result = start(data, tmp_path, plain)
+    written = events(tmp_path)
+    assert result.steps == 24 and written[: len(done)] == done
+    steps = [e for e in written if "loss" in e]
+    assert [e["step"] for e in steps] == list(range(1, 25))
+    first = 8 if interrupted else 12
+    for e in steps[first:]:
+        wanted = learning_rate(
+            (e["step"] - 0.5) / 24, lr=3e-3, schedule="wsd", warmup=0.1, decay=0.25
+        )
+        assert e["lr"] == pytest.approx(wanted)
+    assert [e["step"] for e in written if "val_loss" in e][-1] == 24
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert start(data, tmp_path, replace(plain, max_steps=20)).steps == 24  # long reached
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_checkpoints_of_another_run_are_refused(data, tmp_path):

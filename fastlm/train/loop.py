@@ -47,6 +47,8 @@ OBSERVING = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
     "keep",
 )  # fmt: skip
+# How far: a training goes on under another, and the schedule is spread anew over the whole
+BUDGET = ("max_steps", "max_seconds", "max_tokens")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -64,6 +66,7 @@ class Interrupted(KeyboardInterrupt):
 class TrainOptions:
     """``max_steps``, ``max_seconds`` or ``max_tokens`` ends the run, whichever comes first; the
     schedule is spread over it. Tokens are those the loss counts; the last step may go past them.
+    Seconds are of steps and checkpoints: validations and samples are not counted.
 
     ``validations`` are evenly spaced, ``sample_at`` are moments between 0 (before the first step)
     and 1 (the end).
@@ -190,7 +193,8 @@ def train(
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
     """Trains ``model`` in place to the end of the budget, from the last checkpoint in ``run_dir``
-    if there is one.
+    if there is one. Its budget may have been another: the learning rate is from here on what the
+    schedule of the new one says, so that the rate of a finished training rises again.
 
     Leaves metrics.jsonl and checkpoints/ there; ``on_event`` sees every line of metrics as it is
     written. InputError: options, a checkpoint of another run, a folder that cannot be written.
@@ -379,7 +383,10 @@ class _Loop:
         )
 
     def moments(self) -> None:
-        """Validations and samples that fall between the last step and now."""
+        """Validations and samples that fall between the last step and now. Their time is none of
+        the budget's, which on a slow machine they would use up: a validation before the first step,
+        in the middle of the warm-up then, cost the demo 0.1 bits per byte."""
+        began = time.perf_counter()
         o, before = self.options, self.done
         self.done = self.progress()
         if due(
@@ -395,6 +402,7 @@ class _Loop:
                 text = self.objective.sample(self.model)
             if text is not None:
                 self.log({"step": self.step, "sample": text, "progress": self.done})
+        self.started += time.perf_counter() - began
 
     # what stays
 
@@ -419,7 +427,9 @@ class _Loop:
         found = list_checkpoints(self.run_dir)
         length = 0
         if found:
-            state = load_checkpoint(found[-1], self.model, self.optimizer, self.identity())
+            state = load_checkpoint(
+                found[-1], self.model, self.optimizer, self.identity(), may_differ=BUDGET
+            )
             self.objective.load_state_dict(state.objective)
             self.step, self.tokens, self.used = state.step, state.tokens, state.seconds
             self.done, self.loss, self.last_metrics = state.done, state.loss, state.last_metrics
@@ -433,11 +443,10 @@ class _Loop:
             )
         self.metrics.truncate(length)
         self.started = time.perf_counter()
-        if not found:
+        if found:
+            self.done = min(self.done, self.progress())  # less under a larger budget
+        else:
             self.moments()
-            # the budget and the warm-up begin with the first step: a slow first validation would
-            # start it in the middle of the warm-up, which cost the demo 0.1 bits per byte
-            self.started = time.perf_counter()
 
     def saved(self) -> Path:
         """The checkpoint of this step, written unless it is there."""

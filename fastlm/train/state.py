@@ -9,7 +9,7 @@ as JSON.
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,10 +149,15 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    *,
+    may_differ: Sequence[str] = (),
 ) -> Progress:
-    """Loads all in place. InputError: corrupt, or of another run (the first difference is
-    named).
+    """Loads all in place. InputError: corrupt, or of another run (the first
+    difference of ``identity`` is named, but for the keys that ``may_differ``).
     """
     tensors, metadata = load_tensors(path)
     try:
@@ -161,7 +166,7 @@ def load_checkpoint(
         raise InputError(f"{path}: wanted a training checkpoint: {error}") from None
     saved = rest.identity
     for key in identity.keys() | saved.keys():
-        if saved.get(key) != identity.get(key):
+        if key not in may_differ and saved.get(key) != identity.get(key):
             raise InputError(
                 f"{path}: is of another run: {key} was {saved.get(key)!r},"
                 f" now {identity.get(key)!r}; choose another folder, or delete it to start again"

@@ -1,0 +1,136 @@
+"""``fastlm chat`` as a user types into it: a terminal of its own (a pty), and a pipe."""
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+# A conversation whose answers are what it was told, word by word, without end for "long"
+TALK = """
+import itertools, os, sys, time
+from types import SimpleNamespace
+from fastlm import chat_terminal
+
+if sys.stdin.isatty():
+    os.close(os.open(os.ttyname(0), os.O_RDWR))  # it becomes the one whose Ctrl-C is ours
+
+class Talk:
+    writer = SimpleNamespace(context_limit=99, speed="7 tokens/s")
+    heard = []
+    def reset(self): self.heard = []
+    def say(self, text, piece, **options):
+        self.heard = [*self.heard, text]
+        piece(f"heard {self.heard}, {options}")
+        for _ in itertools.count() if text == "long" else ():
+            piece(" more"); time.sleep(0.01)
+        return SimpleNamespace(finish_reason="context" if text == "full" else "stop")
+
+chat_terminal.run(Talk(), stats=sys.argv[1] == "stats", seed=1)
+print("the end")
+"""
+COMMAND = [sys.executable, "-P", "-c", TALK]
+
+
+class Terminal:
+    """A pty with the conversation in it."""
+
+    def __init__(self):
+        self.fd, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            [*COMMAND, "stats"], stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        )  # fmt: skip
+        os.close(inside)
+        self.seen = ""
+
+    def type(self, text: str, *wanted: str) -> None:
+        """Types once all that came before was read, and waits for each of `wanted` in turn."""
+        os.write(self.fd, text.encode())
+        until = time.monotonic() + 60
+        for part in wanted:
+            while part not in self.seen:
+                assert time.monotonic() < until, f"{part!r} not in {self.seen!r}"
+                if select.select([self.fd], [], [], 1)[0]:
+                    self.seen += os.read(self.fd, 4096).decode(errors="replace")
+            self.seen = self.seen.partition(part)[2]
+
+
+PROMPT = "\x1b[?2004h"  # a paste comes in brackets from here on, and keys one by one
+
+
+@pytest.fixture
+def terminal():
+    terminal = Terminal()
+    try:
+        terminal.type("", "/help lists the commands", PROMPT)
+        yield terminal
+        terminal.type("", "the end")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.process.kill()  # where a test has failed
+        terminal.process.wait()
+        os.close(terminal.fd)
+
+
+def test_a_terminal_has_line_editing_history_and_several_lines(terminal):
+    terminal.type("abc\x1b[D\x1b[DX\x1b[HY\r", "heard ['YaXbc'], {'seed': 1}", "7 tokens/s", PROMPT)
+    terminal.type("one\x1b\rtwo\r", r"'one\ntwo'", PROMPT)
+    terminal.type("\x1b[200~three\nfour\x1b[201~\r", r"'three\nfour'", PROMPT)
+    terminal.type("/reset\r", "forgotten", PROMPT)
+    terminal.type("\x12YaX\r\r", "heard ['YaXbc']", PROMPT)  # Ctrl-R searches the history
+    terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\r", r"'three\nfour']", PROMPT)
+    terminal.type("full\r", "context of 99 tokens is full", PROMPT)
+    terminal.type("\x04")
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(terminal):
+    terminal.type("long\r", "more more")
+    terminal.type("\x03", "stopped", PROMPT)
+    terminal.type("then\r", "heard ['long', 'then']", PROMPT)
+    terminal.type("half a line\x03", "Ctrl-C again or Ctrl-D ends", PROMPT)
+    terminal.type("still here\r", "'still here']", PROMPT)
+    terminal.type("\x03", "Ctrl-C again or Ctrl-D ends", PROMPT)
+    terminal.type("\x03")
+
+
+def test_commands(terminal):
+    terminal.type("/help\r", "/reset", "Ctrl-C stops an answer; what was", PROMPT)
+    terminal.type("/rest now\r", "fastlm: /rest: wanted /help, /reset or /exit", PROMPT)
+    terminal.type("//rest\r", "heard ['/rest']", PROMPT)
+    terminal.type("\r", PROMPT)
+    terminal.type("  \r", PROMPT)  # nothing is no message
+    terminal.type("more\r", "heard ['/rest', 'more']", PROMPT)
+    terminal.type("/exit\r")
+
+
+@pytest.mark.parametrize(
+    "typed, status, out",
+    [
+        ("a\n\n b\n/reset\nc", 0, ["heard ['a']", "heard ['a', 'b']", "heard ['c']", "the end"]),
+        ("a\n/exit\nb\n", 0, ["heard ['a']", "the end"]),
+        ("a\n/b\nc\n", 1, ["heard ['a']"]),  # the command line makes a line of its InputError
+    ],
+)
+def test_lines_of_a_pipe_are_messages(typed, status, out):
+    done = subprocess.run([*COMMAND, "no"], input=typed, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert [line.partition(", {")[0] for line in done.stdout.splitlines()] == out
+    assert "7 tokens/s" not in done.stderr and ("/b: wanted /help" in done.stderr) == bool(status)
+
+
+def test_bytes_that_are_no_text_are_refused_in_a_line(tmp_path):
+    """Of stdin, by the verbs that read it."""
+    from fastlm.tokenizer import Tokenizer
+
+    Tokenizer.train(["some text"], 262).save(tmp_path)
+    command = "import sys; from fastlm.cli import main; sys.argv[0] = 'fastlm'; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", command, "tokenizer", "encode", "-t", str(tmp_path)],
+        input=b"caf\xe9", capture_output=True, env={**os.environ, "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == b"fastlm: messages: wanted valid Unicode, got a lone surrogate at 3\n"
