@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.backend import autocast
-from fastlm.ops import glu, linear_cross_entropy, rms_norm, rope
+from fastlm.ops import glu, linear, linear_cross_entropy, rms_norm, rope
 
 
 def variant_of(module: nn.Module) -> tuple[type, str, dict[str, Any]] | None:
@@ -85,6 +85,14 @@ def _glu(base: type, *, gate: str, act: str) -> Callable:
         else:
             halves = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         return self.down_proj(glu(*halves, act=act))
+
+    return forward
+
+
+def _linear(base: type) -> Callable:
+    @functools.wraps(base.forward)
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
     return forward
 
@@ -236,5 +244,6 @@ FORWARDS: dict[str, Callable[..., Callable]] = {
     "glu": _glu,
     "attention": _attention,
     "layer": _layer,
+    "linear": _linear,
     "linear_cross_entropy": _linear_cross_entropy,
 }

@@ -31,7 +31,7 @@ from fastlm.errors import InputError
 from fastlm.ops import rope
 from fastlm.patched import ROTATE, become, logit_scale, variant_of
 
-OPS = ("rms_norm", "rope", "glu", "attention", "linear_cross_entropy")
+OPS = ("rms_norm", "rope", "glu", "attention", "linear", "linear_cross_entropy")
 Plan = dict[nn.Module, tuple[str, dict[str, Any]]]  # what a module becomes: op, options
 _log = logging.getLogger("fastlm")
 _ACTIVATIONS = {
@@ -49,6 +49,8 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     - ``glu``: SwiGLU and GeGLU between the projections of every MLP;
     - ``attention``: transformers' ``attn_implementation="fastlm"`` (padding, packed sequences,
       sliding windows, softcap, sinks, caches; no repeated key heads, no S x S masks);
+    - ``linear``: every nn.Linear, whose product is fastlm's where that is faster on this machine
+      (`fastlm.ops.linear`) and torch's elsewhere;
     - ``linear_cross_entropy``: with ``labels`` the model returns the loss, and None for the logits,
       which never exist (``num_items_in_batch``, ``shift_labels``, ``ignore_index`` as
       transformers' ``ForCausalLMLoss``); without labels the logits, as before. In eval mode
@@ -91,7 +93,11 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
         plan = _plan(model, OPS if ops is None else ops)
         found = _count(plan)
         missing = [op for op in (OPS if ops is None else ops) if not found[op]]
-        if not found or (ops is not None and missing):
+        if (
+            not found
+            or (ops is None and found.keys() == {"linear"})
+            or (ops is not None and missing)
+        ):
             kinds = sorted({type(m).__name__ for m in model.modules()})
             raise InputError(
                 f"model: wanted modules for {' and '.join(missing)},"
@@ -122,7 +128,7 @@ def _summary(model: nn.Module, found: Counter[str], ops: Sequence[str] | None) -
     text = f"patched {type(model).__name__}: " + ", ".join(f"{op} {n}" for op, n in found.items())
     if rest:
         text += f"; nothing was recognised for {', '.join(rest)}"
-    only_norms = ops is None and found.keys() == {"rms_norm"}
+    only_norms = ops is None and found.keys() <= {"rms_norm", "linear"}
     return logging.WARNING if only_norms else logging.INFO, text
 
 
@@ -215,6 +221,13 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
                 options["implementation"] = None  # its masks are never left out
             if any(v is not None for v in options.values()):
                 plan[module] = ("attention", options)
+        heads = {  # linear_cross_entropy looks at their class
+            m.get_output_embeddings() for m, (op, _) in plan.items() if op == "linear_cross_entropy"
+        }  # type: ignore[operator]
+        for module in model.modules() if "linear" in ops else ():
+            # what accelerate wraps keeps its forward
+            if type(module) is nn.Linear and module not in heads and "forward" not in vars(module):
+                plan[module] = ("linear", {})
         for module in model.modules() if "rms_norm" in ops else ():
             if (options := _in_both_modes(_as_layer, module)) is not None:
                 if plan.get(getattr(module, options["norm"]), (None,))[0] == "rms_norm":

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -133,6 +134,12 @@ def pair(family="llama", *, ops=None, **options):
     """The same model twice, the second one patched."""
     plain = model_of(family, **options)
     return plain, fastlm.patch(copy.deepcopy(plain), ops=ops)
+
+
+def linears(model):
+    """What `patch` finds beside `FAMILIES`: every linear layer but the head."""
+    count = sum(type(m) is nn.Linear for m in model.modules()) - 1
+    return {"linear": count} if count else {}
 
 
 def tokens(batch=2, length=20):

@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import pickle
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from patch_models import (
     assert_equal_gradients,
     each_family,
     gradients,
+    linears,
     model_of,
     pair,
     tokens,
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_computes_the_same(family):
     plain, fast = pair(family)
     _, found, layers = FAMILIES[family]
-    assert patched_ops(fast) == found
+    assert patched_ops(fast) == found | linears(plain)
     assert sum((variant_of(m) or "  ")[1] == "layer" for m in fast.modules()) == layers
     ids = tokens()
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.2, -100)
@@ -95,6 +97,22 @@ def test_says_what_it_did(caplog):
         " linear_cross_entropy"
     )
     assert chosen.getMessage() == "patched Sequential: rms_norm 1"
+
+
+def test_linears_run_on_fastlms_products(monkeypatch):
+    """Where those are faster: in bfloat16, here from the first row on; under hooks as well."""
+    module, calls = sys.modules["fastlm.ops.linear"], []
+    monkeypatch.setattr(module, "_LEAST_ROWS", dict.fromkeys(backend.cpu_isas(), (1, 1)))
+    real = module._cpu.linear_forward
+    monkeypatch.setattr(module._cpu, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
+    plain, fast = pair(dtype=torch.bfloat16)
+    ids = tokens()
+    (a, ga), (b, gb) = (gradients(m, input_ids=ids, labels=ids) for m in (plain, fast))
+    assert len(calls) == linears(plain)["linear"]
+    torch.testing.assert_close(b.loss, a.loss.float(), rtol=1e-2, atol=0)
+    assert ga.keys() == gb.keys()
+    with pytest.raises(InputError, match="found none among"):
+        fastlm.patch(nn.Sequential(nn.Linear(4, 4)))  # nothing but products: not a model
 
 
 def test_a_second_call_replaces_the_first():
