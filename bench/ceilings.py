@@ -62,7 +62,8 @@ class Others:
         self.before = self._seconds()
 
     def _seconds(self) -> float:
-        return seconds_in_use() and seconds_in_use() - sum(map(seconds_of, self.processes))
+        used = seconds_in_use()
+        return used and used - sum(map(seconds_of, self.processes))
 
     def share(self) -> float:
         passed = (time.monotonic() - self.start) * (os.cpu_count() or 1)
