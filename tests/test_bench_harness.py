@@ -88,18 +88,16 @@ def test_collected_without_operands(monkeypatch, op):
 
 @pytest.mark.parametrize("op", OWN)
 def test_variants_do_the_same_work(op):
-    """On a small shape of one's own: every variant runs, and those of torch agree in shape."""
+    """On a small shape of one's own: every variant runs and makes as much."""
     for case in importlib.import_module(op).own(*OWN[op]):
-        shapes = {}
+        made = {}
         for name, call in case.calls().items():
             if "compile" in name:
                 continue
-            made = call()
-            made = made if isinstance(made, (tuple, list)) else [made]
-            shapes[name] = [tuple(t.shape) for t in made if torch.is_tensor(t)]
-        assert len(shapes) > 1
-        if "padded" not in "".join(shapes):
-            assert len({str(s) for s in shapes.values()}) == 1, (case.name, shapes)
+            out = call()
+            made[name] = [t.numel() for t in (out if isinstance(out, (tuple, list)) else [out])]
+        assert len(made) > 1
+        assert len({str(sizes) for sizes in made.values()}) == 1, (case.name, made)
 
 
 def test_bytes_of_a_quantized_weight():
