@@ -177,6 +177,7 @@ def version_of(engine: str) -> tuple[str, str]:
             return importlib.metadata.version(PACKAGES[engine]), ""
         except importlib.metadata.PackageNotFoundError:
             return "", f"{PACKAGES[engine]} is not installed"
+    # llama.cpp's own, which does not know its build
     return "", "" if batched_bench() else "sh bench/llama_cpp.sh builds it"
 
 
@@ -213,7 +214,7 @@ def table(rows: list[dict]) -> str:
     lines = ["| users | engine | prefill | fastlm is | decode | fastlm is |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
-        label = f"| {row['users']} | {row['engine']} {row['version']} |"
+        label = f"| {row['users']} | {row['engine']} {row['version']}".rstrip() + " |"
         if row["missing"]:
             lines.append(f"{label} {row['missing']} | - | - | - |")
             continue
