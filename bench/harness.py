@@ -327,7 +327,7 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--busy",
         action="store_true",
-        help="measure although other processes have the cores (for a look, not for claims)",
+        help="beside other processes too, then without ceilings (for a look, not for claims)",
     )
 
 

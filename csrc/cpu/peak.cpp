@@ -13,18 +13,18 @@ namespace {
 // 12 sums that do not wait for each other: more than the latency (4 to 6) of two units. An empty
 // asm keeps each in its register. Values are not zero: zeros run faster. `multiply` reads sum, a,
 // b.
-#define FASTLM_PEAK(function, isa, vector, one, multiply)               \
-  __attribute__((target(isa), noinline)) void function(int64_t steps) { \
-    vector a = one, b = one, sums[12];                                  \
-    asm volatile("" : "+v"(a), "+v"(b));                                \
-    for (int i = 0; i < 12; ++i) sums[i] = one;                         \
-    for (int64_t step = 0; step < steps; ++step) {                      \
-      _Pragma("GCC unroll 12") for (int i = 0; i < 12; ++i) {           \
-        vector& sum = sums[i];                                          \
-        sum = multiply;                                                 \
-        asm volatile("" : "+v"(sum));                                   \
-      }                                                                 \
-    }                                                                   \
+#define FASTLM_PEAK(function, isa, vector, one, multiply)                \
+  __attribute__((target(isa), noinline)) void function(int64_t steps) {  \
+    vector a = one, b = one, sums[12];                                   \
+    asm volatile("" : "+v"(a), "+v"(b));                                 \
+    _Pragma("GCC unroll 12") for (int i = 0; i < 12; ++i) sums[i] = one; \
+    for (int64_t step = 0; step < steps; ++step) {                       \
+      _Pragma("GCC unroll 12") for (int i = 0; i < 12; ++i) {            \
+        vector& sum = sums[i];                                           \
+        sum = multiply;                                                  \
+        asm volatile("" : "+v"(sum));                                    \
+      }                                                                  \
+    }                                                                    \
   }
 
 FASTLM_PEAK(fp32_sse, "sse2", __m128, _mm_set1_ps(1e-3f), _mm_add_ps(sum, _mm_mul_ps(a, b)))
