@@ -25,9 +25,8 @@ def tensors(shapes, dtype, grad_dtype):
     return params
 
 
-def torch_step(shapes, **options):
-    optimizer = torch.optim.AdamW(tensors(shapes, torch.float32, torch.float32), **options)
-    return optimizer.step
+def torch_step(shapes, dtype=torch.float32, **options):
+    return torch.optim.AdamW(tensors(shapes, dtype, dtype), **options).step
 
 
 def clip_step_copy():
@@ -62,60 +61,77 @@ def clip_step_copy_fp32_gradients():
     return step
 
 
+def mine(shapes, dtype, grad_dtype, **options):
+    """A variant: its own tensors, as the step changes them."""
+    return lambda: AdamW(tensors(shapes, dtype, grad_dtype), **options).step
+
+
+def case(name: str, shape: str, variants: dict, each: int, shapes: list) -> Case:
+    """`each`: bytes read and written of one parameter."""
+    size = each * sum(torch.Size(s).numel() for s in shapes)
+    return Case(name, shape, variants, bytes=size, data=tuple)
+
+
 def cases() -> list[Case]:
-    n = sum(torch.Size(s).numel() for s in BIG)
     fp32, bf16 = torch.float32, torch.bfloat16
-    step = Case(
-        "step",
-        "40 M fp32",
-        {
-            "fastlm": AdamW(tensors(BIG, fp32, fp32)).step,
-            "torch fused": torch_step(BIG, fused=True),
-            "torch foreach": torch_step(BIG, foreach=True),
-            "torch loop": torch_step(BIG, foreach=False),
-        },
-        bytes=28 * n,
-    )
     master = {"master_weights": True, "max_grad_norm": 1.0}
-    whole = Case(
-        "clip + step + bf16 copy",
-        "40 M",
-        {
-            "fastlm": AdamW(tensors(BIG, bf16, bf16), **master).step,
-            "fastlm 8-bit": AdamW(tensors(BIG, bf16, bf16), **master, state_bits=8).step,
-            "fastlm stochastic": AdamW(
-                tensors(BIG, bf16, bf16), max_grad_norm=1.0, stochastic_rounding=True
-            ).step,
-            "fastlm fp32 gradients": AdamW(tensors(BIG, bf16, fp32), **master).step,
-            "torch fused": clip_step_copy(),
-            "torch fused, fp32 gradients": clip_step_copy_fp32_gradients(),
-        },
-        bytes=30 * n,
-    )
-    small = Case(
-        "step",
-        "200 tensors, 0.4 M fp32",
-        {
-            "fastlm": AdamW(tensors(SMALL, fp32, fp32)).step,
-            "torch fused": torch_step(SMALL, fused=True),
-            "torch foreach": torch_step(SMALL, foreach=True),
-        },
-        bytes=28 * sum(torch.Size(s).numel() for s in SMALL),
-    )
-    odd = [
-        Case(
-            f"step {kind}",
-            shape,
+    return [
+        case(
+            "step",
+            "40 M fp32",
             {
-                "fastlm": AdamW(tensors(shapes, dtype, dtype)).step,
-                "torch fused": torch.optim.AdamW(tensors(shapes, dtype, dtype), fused=True).step,
+                "fastlm": mine(BIG, fp32, fp32),
+                "torch fused": lambda: torch_step(BIG, fused=True),
+                "torch foreach": lambda: torch_step(BIG, foreach=True),
+                "torch loop": lambda: torch_step(BIG, foreach=False),
             },
-            bytes=(20 + 2 * dtype.itemsize) * sum(torch.Size(s).numel() for s in shapes),
-        )
-        for shape, shapes in (("12 odd tensors, 1.6 M", ODD), ("1 element", [(1,)]))
-        for kind, dtype in (("fp32", fp32), ("bf16", bf16))
+            28,
+            BIG,
+        ),
+        case(
+            "clip + step + bf16 copy",
+            "40 M",
+            {
+                "fastlm": mine(BIG, bf16, bf16, **master),
+                "fastlm 8-bit": mine(BIG, bf16, bf16, **master, state_bits=8),
+                "fastlm stochastic": mine(
+                    BIG, bf16, bf16, max_grad_norm=1.0, stochastic_rounding=True
+                ),
+                "fastlm fp32 gradients": mine(BIG, bf16, fp32, **master),
+                "torch fused": clip_step_copy,
+                "torch fused, fp32 gradients": clip_step_copy_fp32_gradients,
+            },
+            30,
+            BIG,
+        ),
+        case(
+            "step",
+            "200 tensors, 0.4 M fp32",
+            {
+                "fastlm": mine(SMALL, fp32, fp32),
+                "torch fused": lambda: torch_step(SMALL, fused=True),
+                "torch foreach": lambda: torch_step(SMALL, foreach=True),
+            },
+            28,
+            SMALL,
+        ),
+        *(
+            case(
+                f"step {kind}",
+                shape,
+                {
+                    "fastlm": mine(shapes, dtype, dtype),
+                    "torch fused": lambda shapes=shapes, dtype=dtype: torch_step(
+                        shapes, dtype, fused=True
+                    ),
+                },
+                20 + 2 * dtype.itemsize,
+                shapes,
+            )
+            for shape, shapes in (("12 odd tensors, 1.6 M", ODD), ("1 element", [(1,)]))
+            for kind, dtype in (("fp32", fp32), ("bf16", bf16))
+        ),
     ]
-    return [step, whole, small, *odd]
 
 
 if __name__ == "__main__":

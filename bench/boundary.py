@@ -3,6 +3,7 @@ under every op.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,45 +14,43 @@ from harness import Case, main
 from fastlm import _cpu, ops
 
 
-def cases() -> list[Case]:
-    tensors = [torch.randn(4, 4) for _ in range(4)]
-    strided = [t.t() for t in tensors]
-    parameters = [torch.nn.Parameter(t) for t in tensors]
-    arrays = [t.numpy() for t in tensors]
-    x, weight = torch.randn(1, 16), torch.ones(16)
+def tensors() -> list[torch.Tensor]:
+    return [torch.randn(4, 4) for _ in range(4)]
 
-    def plain() -> None:
-        for t in tensors:
+
+def carried(*operands):
+    return partial(_cpu.count_elements, *operands)
+
+
+def four_pointers(*_):
+    plain = tensors()
+
+    def call() -> None:
+        for t in plain:
             t.data_ptr()
 
+    return call
+
+
+def cases() -> list[Case]:
+    kinds = {
+        "four tensors, bound call": tensors,
+        "four strided tensors": lambda: [t.t() for t in tensors()],
+        "four Parameters": lambda: [torch.nn.Parameter(t) for t in tensors()],
+        "four numpy arrays": lambda: [t.numpy() for t in tensors()],
+    }
+    variants = {"fastlm": carried, "floor: four data_ptr()": four_pointers}
+    whole = {
+        "fastlm": lambda x, weight: lambda: ops.rms_norm(x, weight),
+        "torch": lambda x, weight: lambda: torch.nn.functional.rms_norm(x, (16,), weight),
+    }
     return [
-        Case(
-            "four tensors, bound call",
-            "4 x (4, 4)",
-            {"fastlm": lambda: _cpu.count_elements(*tensors), "floor: four data_ptr()": plain},
-        ),
-        Case(
-            "four strided tensors",
-            "4 x (4, 4)",
-            {"fastlm": lambda: _cpu.count_elements(*strided), "floor: four data_ptr()": plain},
-        ),
-        Case(
-            "four Parameters",
-            "4 x (4, 4)",
-            {"fastlm": lambda: _cpu.count_elements(*parameters), "floor: four data_ptr()": plain},
-        ),
-        Case(
-            "four numpy arrays",
-            "4 x (4, 4)",
-            {"fastlm": lambda: _cpu.count_elements(*arrays), "floor: four data_ptr()": plain},
-        ),
+        *(Case(name, "4 x (4, 4)", variants, data=make) for name, make in kinds.items()),
         Case(
             "whole op (rms_norm of one row)",
             "(1, 16)",
-            {
-                "fastlm": lambda: ops.rms_norm(x, weight),
-                "torch": lambda: torch.nn.functional.rms_norm(x, (16,), weight),
-            },
+            whole,
+            data=lambda: (torch.randn(1, 16), torch.ones(16)),
         ),
     ]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
-from harness import Case, main
+from harness import Case, forward, gradients, main
 
 from fastlm import ops
 
@@ -23,35 +23,39 @@ ODD = [
     for rows, classes in [(1, 50257), (1, 128256), (127, 50257), (67, 128256), (4093, 509), (1, 3)]
     for dtype in (torch.float32, torch.bfloat16)
 ]
+compiled = torch.compile(F.cross_entropy, dynamic=False)
 
 
-def cases() -> list[Case]:
-    made = []
-    for rows, classes, dtype in SHAPES + ODD:
+def of_shape(rows: int, classes: int, dtype: torch.dtype, odd: bool = False) -> list[Case]:
+    def operands():
         logits = torch.randn(rows, classes).to(dtype).requires_grad_()
-        target = torch.randint(0, classes, (rows,))
-        compiled = torch.compile(F.cross_entropy, dynamic=False)
+        return logits, torch.randint(0, classes, (rows,))
 
-        def forward(f, logits=logits, target=target):
-            with torch.no_grad():
-                return f(logits, target)
+    def with_gradient():
+        return *operands(), None  # of a loss
 
-        def both(f, logits=logits, target=target):
-            return torch.autograd.grad(f(logits, target), logits)
-
-        # forward reads the logits; backward reads them and writes as much
-        for label, run, passes in (("fwd", forward, 1), ("fwd+bwd", both, 3)):
-            name = f"cross_entropy {label} {str(dtype).removeprefix('torch.')}"
-            variants = {
-                "fastlm": lambda run=run: run(ops.cross_entropy),
-                "torch": lambda run=run: run(F.cross_entropy),
-            }
-            if (rows, classes, dtype) in SHAPES:
-                variants["torch.compile"] = lambda run=run, c=compiled: run(c)
-            size = rows * classes * dtype.itemsize
-            made.append(Case(name, f"{rows} x {classes}", variants, bytes=passes * size))
+    made = []
+    # forward reads the logits; backward reads them and writes as much
+    for label, run, passes, data in (
+        ("fwd", forward, 1, operands),
+        ("fwd+bwd", gradients, 3, with_gradient),
+    ):
+        variants = {"fastlm": run(ops.cross_entropy), "torch": run(F.cross_entropy)}
+        if not odd:
+            variants["torch.compile"] = run(compiled)
+        name = f"cross_entropy {label} {str(dtype).removeprefix('torch.')}"
+        size = rows * classes * dtype.itemsize
+        made.append(Case(name, f"{rows} x {classes}", variants, bytes=passes * size, data=data))
     return made
 
 
+def own(rows: int, classes: int) -> list[Case]:
+    return [c for d in (torch.bfloat16, torch.float32) for c in of_shape(rows, classes, d)]
+
+
+def cases() -> list[Case]:
+    return [c for shape in SHAPES + ODD for c in of_shape(*shape, shape in ODD)]
+
+
 if __name__ == "__main__":
-    main("cross_entropy", cases)
+    main("cross_entropy", cases, own)

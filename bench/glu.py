@@ -1,16 +1,18 @@
 """glu against eager torch and torch.compile: SwiGLU of the training shapes, GeGLU, decode."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
-from harness import Case, main
+from harness import Case, forward, gradients, main
 
 from fastlm import ops
 
+BF16, FP32 = torch.bfloat16, torch.float32
 # rows, columns, activation, gate and up as halves of one projection; bf16
 SHAPES = [
     (4096, 2816, "silu", False),
@@ -26,53 +28,66 @@ SHAPES = [
 ODD = [(1, 509), (1, 1536), (3, 80), (509, 1021), (4093, 80)]
 
 
-def shapes():
-    yield from ((*shape, torch.bfloat16, True) for shape in SHAPES)
-    for dtype in (torch.bfloat16, torch.float32):
-        for rows, columns in ODD:
-            if (rows, columns, "silu", False) not in SHAPES or dtype != torch.bfloat16:
-                yield rows, columns, "silu", False, dtype, False
-
-
 def eager(gate, up, *, act):
     if act == "silu":
         return F.silu(gate) * up
     return F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none") * up
 
 
-def cases() -> list[Case]:
-    made = []
-    for rows, columns, act, halves, dtype, compare_compiled in shapes():
+compiled = torch.compile(eager, dynamic=False)
+
+
+def of_shape(
+    rows: int,
+    columns: int,
+    act: str = "silu",
+    halves: bool = False,
+    dtype: torch.dtype = BF16,
+    odd: bool = False,
+) -> list[Case]:
+    def operands(*, grad=False):
         if halves:
-            gate, up = torch.randn(rows, 2 * columns).to(dtype).chunk(2, -1)
+            both = torch.randn(rows, 2 * columns).to(dtype).chunk(2, -1)
         else:
-            gate, up = (torch.randn(rows, columns).to(dtype) for _ in range(2))
-        dy = torch.randn(rows, columns).to(dtype)
-        compiled = torch.compile(eager, dynamic=False)
+            both = (torch.randn(rows, columns).to(dtype) for _ in range(2))
+        gate, up = (t.requires_grad_(grad) for t in both)
+        return gate, up
 
-        def forward(f, gate=gate, up=up, act=act):
-            with torch.no_grad():
-                return f(gate, up, act=act)
+    def with_gradient():
+        return *operands(grad=True), torch.randn(rows, columns).to(dtype)
 
-        def both(f, gate=gate, up=up, act=act, dy=dy):
-            g, u = gate.detach().requires_grad_(), up.detach().requires_grad_()
-            return torch.autograd.grad(f(g, u, act=act), (g, u), dy)
+    made = []
+    for label, run, passes, data in (
+        ("fwd", forward, 3, operands),
+        ("fwd+bwd", gradients, 8, with_gradient),
+    ):
+        if rows == 1 and not odd and label != "fwd":
+            continue
+        peers = {"fastlm": ops.glu, "torch": eager} | ({} if odd else {"torch.compile": compiled})
+        made.append(
+            Case(
+                f"{act} {label}" + ("" if dtype == BF16 else " fp32"),
+                f"{rows} x {columns}" + (" halves" if halves else ""),
+                {name: run(partial(f, act=act)) for name, f in peers.items()},
+                bytes=passes * rows * columns * dtype.itemsize,
+                data=data,
+            )
+        )
+    return made
 
-        shape = f"{rows} x {columns}" + (" halves" if halves else "")
-        for label, run, operands in (("fwd", forward, 3), ("fwd+bwd", both, 8)):
-            if rows == 1 and compare_compiled and label != "fwd":
-                continue
-            variants = {
-                "fastlm": lambda run=run: run(ops.glu),
-                "torch": lambda run=run: run(eager),
-            }
-            if compare_compiled:
-                variants["torch.compile"] = lambda run=run, c=compiled: run(c)
-            moved = operands * rows * columns * dtype.itemsize
-            kind = "" if dtype == torch.bfloat16 else " fp32"
-            made.append(Case(f"{act} {label}{kind}", shape, variants, bytes=moved))
+
+def own(rows: int, columns: int) -> list[Case]:
+    return of_shape(rows, columns)
+
+
+def cases() -> list[Case]:
+    made = [c for shape in SHAPES for c in of_shape(*shape)]
+    for dtype in (BF16, FP32):
+        for rows, columns in ODD:
+            if (rows, columns, "silu", False) not in SHAPES or dtype != BF16:
+                made += of_shape(rows, columns, dtype=dtype, odd=True)
     return made
 
 
 if __name__ == "__main__":
-    main("glu", cases)
+    main("glu", cases, own)

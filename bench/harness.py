@@ -3,18 +3,24 @@
 A `Case` is one op at one shape with named variants that do the same work. `measure` runs them in
 turn, round after round, so that a slow second of the machine hits all of them, and takes the
 median and the spread (interquartile range over median). What a variant reaches is compared with
-the ceilings of this machine, measured on the spot. Nothing is timed while the op's tests are red.
-The last line of every script is JSON.
+the ceilings of this machine (bench/ceilings.py), measured before and after the rows. A row is
+measured again where its spread is large or other processes had the cores, and marked where that did
+not help. Nothing is timed while the op's tests are red.
 
-    python -P bench/attention.py                 all cases of the file
-    python -P bench/attention.py causal          cases whose name contains "causal"
+    python -P bench/attention.py                 all cases of the file; --list names them
+    python -P bench/attention.py causal          cases whose name or shape contains "causal"
+    python -P bench/rope.py --shape 8,8,512,64   a shape of your own
+    python -P bench/rope.py --json new.json      then python -P bench/compare.py old.json new.json
     python -P bench/run.py --isa avx2 attention  both sides held to AVX2
 """
 
 import argparse
+import difflib
+import inspect
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from ceilings import BUSY, Others, ceilings_before, combined, highest
 
 from fastlm import backend
 
@@ -34,21 +41,104 @@ ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 9  # medians of 9 interleaved rounds repeat within a few percent on a shared machine
 MAX_SECONDS = 15  # of one variant of one case: a peer of seconds a call takes part in 3 rounds
 MIN_ROUND_SECONDS = 0.01  # a round repeats a short call until the clock's noise is below 1 %
+FAR_BEHIND = 3  # times the fastest: such a variant takes part in 3 rounds
+LARGE_SPREAD = 0.2  # of the median: such a row is measured again
 
 
 @dataclass
 class Case:
-    """One op at one shape. `flops` and `bytes` are what the work needs at least, for the share of
-    the ceiling. A variant named "floor ..." does less than the work: it is shown, not compared.
+    """One op at one shape. `data()` makes the operands; a variant takes them and returns the call
+    that is timed. Without `data` the variants are the calls. `flops` and `bytes` are what the work
+    needs at least, for the share of the ceiling. A variant named "floor ..." does less than the
+    work: it is shown, not compared.
     """
 
     name: str
     shape: str
-    variants: dict[str, Callable[[], object]]
+    variants: dict[str, Callable]
     flops: float | None = None
     bytes: float | None = None
-    dtype: str = "bf16"  # which matrix ceiling `flops` is divided by
+    dtype: str = "bf16"  # whose best instruction `flops` is divided by
     missing: dict[str, str] = field(default_factory=dict)  # peers that are not here, and why
+    data: Callable[[], tuple] | None = None
+
+    def calls(self) -> dict[str, Callable[[], object]]:
+        if self.data is None:
+            return self.variants
+        operands = self.data()
+        return {name: variant(*operands) for name, variant in self.variants.items()}
+
+
+def forward(f: Callable, mode: Callable = torch.no_grad) -> Callable:
+    """A variant: f on the operands, without autograd."""
+
+    def variant(*operands):
+        def call():
+            with mode():
+                return f(*operands)
+
+        return call
+
+    return variant
+
+
+def inference(f: Callable) -> Callable:
+    """`forward` as a decode step does it."""
+    return forward(f, torch.inference_mode)
+
+
+def gradients(f: Callable) -> Callable:
+    """A variant: f on the operands but the last, and the gradients of those that want one; the last
+    is the output's gradient, or None of a loss.
+    """
+
+    def variant(*operands):
+        *inputs, dout = operands
+        wanted = [t for t in inputs if torch.is_tensor(t) and t.requires_grad]
+        return lambda: torch.autograd.grad(f(*inputs), wanted, dout)
+
+    return variant
+
+
+def widened(variant: Callable) -> Callable:
+    """The variant on the same values in float32."""
+
+    def wide(t):
+        if not torch.is_tensor(t) or not t.is_floating_point():
+            return t
+        return t.detach().float().requires_grad_(t.requires_grad)
+
+    return lambda *operands: variant(*map(wide, operands))
+
+
+def under_autocast(f: Callable) -> Callable:
+    def run(*operands):
+        with torch.autocast("cpu", torch.bfloat16):
+            return f(*operands)
+
+    return run
+
+
+def torch_variants(
+    run: Callable, f: Callable, dtype: torch.dtype, compiled: Callable | None = None
+) -> dict[str, Callable]:
+    """`run` (`forward`, `gradients`) of torch's function `f`, eager and, where it is given,
+    `compiled`. Work in bfloat16 may be done in float32 on the same values, or under autocast: on
+    some machines that is the faster way.
+    """
+    variants = {}
+    for name, call in (("torch", f), ("torch.compile", compiled)):
+        if call is None:
+            continue
+        variants[name] = run(call)
+        if dtype == torch.bfloat16:
+            variants[f"{name} fp32"] = widened(run(call))
+            variants[f"{name} autocast"] = widened(run(under_autocast(call)))
+    return variants
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}[dtype]
 
 
 @dataclass
@@ -62,6 +152,7 @@ class Row:
     of_ceiling: float | None
     ceiling: str
     missing: dict[str, str]
+    unsteady: str = ""  # why the row is not to be trusted, where it is not
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
@@ -71,16 +162,27 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def repeats_of(call: Callable[[], object]) -> tuple[int, float]:
+    """How often a round repeats the call, and its seconds; the call is warm then."""
+    call()  # compile, fault pages in, fill caches
+    once = max(_seconds(call, 1), 1e-7)
+    return max(1, int(MIN_ROUND_SECONDS / once)), once
+
+
 def measure(
     variants: dict[str, Callable[[], object]], rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
     """Seconds per call, per variant and round; variants take turns inside each round."""
-    repeats, turns = {}, {}
+    repeats, seconds = {}, {}
     for name, call in variants.items():
-        call()  # compile, fault pages in, fill caches
-        once = max(_seconds(call, 1), 1e-7)
-        repeats[name] = max(1, int(MIN_ROUND_SECONDS / once))
-        turns[name] = max(min(rounds, 3), min(rounds, int(MAX_SECONDS / once)))
+        repeats[name], seconds[name] = repeats_of(call)
+    fastest = min(seconds.values())
+    turns = {
+        name: min(rounds, 3)
+        if once > FAR_BEHIND * fastest and once > MIN_ROUND_SECONDS
+        else max(min(rounds, 3), min(rounds, int(MAX_SECONDS / once)))
+        for name, once in seconds.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds):
         for name, call in variants.items():
@@ -89,56 +191,69 @@ def measure(
     return times
 
 
-def ceilings() -> dict[str, float]:
-    """FLOP/s of the matrix core on operands in the L1 (bf16, fp32), bytes/s of reading
-    memory; best of several.
-    """
-    buffer = torch.rand(64 << 20)  # 256 MiB: beyond the caches of most machines
-    best = {"bf16": 0.0, "fp32": 0.0, "read": 0.0}
-    for _ in range(7):
-        for key, flag in (("bf16", True), ("fp32", False)):
-            start = time.perf_counter()
-            flops = backend.cpu_extension.multiply_in_l1(flag, 500)
-            best[key] = max(best[key], flops / (time.perf_counter() - start))
-        start = time.perf_counter()
-        backend.cpu_extension.read_all(buffer)
-        best["read"] = max(best["read"], buffer.numel() * 4 / (time.perf_counter() - start))
-    return best
+def spread_of(times: Sequence[float]) -> float:
+    """(Upper - lower quartile) / median; of one round nothing is known."""
+    if len(times) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def steadiest(
+    calls: dict[str, Callable[[], object]], rounds: int, timed: Callable
+) -> tuple[dict[str, list[float]], str]:
+    """The times, and why they are not to be trusted. Measured again, once, where they are not."""
+    attempts = []
+    for _ in range(2):
+        others = Others()
+        times = timed(calls, rounds)
+        busy = others.share()
+        compared = [n for n in times if not n.startswith("floor")]
+        spread = max((spread_of(times[n]) for n in compared), default=0.0)
+        why = [f"others had {busy:.0%} of the cores"] if busy > BUSY else []
+        why += [f"spread {spread:.0%}"] if spread > LARGE_SPREAD else []
+        attempts.append((max(busy, spread), times, ", ".join(why)))
+        if not why:
+            break
+    _, times, why = min(attempts, key=lambda attempt: attempt[0])
+    return times, why
 
 
 def run_case(
     case: Case, limits: dict[str, float], rounds: int = ROUNDS, timed: Callable = measure
 ) -> Row:
-    times = timed(case.variants, rounds)
+    times, unsteady = steadiest(case.calls(), rounds, timed)
     median = {name: statistics.median(t) for name, t in times.items()}
-    spread = {}
-    for name, t in times.items():
-        low, _, high = statistics.quantiles(t, n=4)
-        spread[name] = (high - low) / median[name]
     peers = {n: s for n, s in median.items() if not n.startswith(("fastlm", "floor"))}
     best_peer = min(peers, key=peers.__getitem__, default="")
     mine = median.get("fastlm")
-    share, unit = None, ""
-    runs_here = mine or peers[best_peer]  # some work is left to torch: the row says how it does
-    if case.flops or case.bytes:
-        # the work needs both: whichever ceiling takes longer is the one that binds
-        compute = (case.flops or 0) / limits[case.dtype]
-        memory = (case.bytes or 0) / limits["read"]
-        share, unit = (
-            max(compute, memory) / runs_here,
-            f"{case.dtype} matrix" if compute >= memory else "memory read",
-        )
-    return Row(
+    row = Row(
         case.name,
         case.shape,
         {n: s * 1e3 for n, s in median.items()},
-        spread,
+        {n: spread_of(t) for n, t in times.items()},
         peers[best_peer] / mine if best_peer and mine else None,
         best_peer or None,
-        share,
-        unit,
+        None,
+        "",
         case.missing,
+        unsteady,
     )
+    share_of_ceiling(row, case, limits)
+    return row
+
+
+def share_of_ceiling(row: Row, case: Case, limits: dict[str, float]) -> None:
+    """The work needs both products and memory: whichever takes longer is the ceiling."""
+    # some work is left to torch: the row says how that does
+    took = row.milliseconds.get("fastlm") or row.milliseconds.get(row.best_peer or "")
+    if not limits or not took or not (case.flops or case.bytes):
+        return
+    instruction = highest(limits, case.dtype)
+    compute = (case.flops or 0) / limits[instruction]
+    memory = (case.bytes or 0) / limits["read"]
+    row.of_ceiling = max(compute, memory) / (took / 1e3)
+    row.ceiling = instruction if compute >= memory else "memory read"
 
 
 def gate(op: str) -> None:
@@ -193,38 +308,101 @@ def table(rows: Sequence[Row]) -> str:
         share = "-" if r.of_ceiling is None else f"{r.of_ceiling:.0%} {r.ceiling}"
         own = "-" if mine is None else f"{mine:.3g}"
         spread = f"{max(r.spread.values(), default=0):.0%}"
+        if r.unsteady:
+            spread += f" (unsteady: {r.unsteady})"
         columns = (r.name, r.shape, own, ", ".join(cells) or "-", ratio, share, spread)
         lines.append("| " + " | ".join(columns) + " |")
     return "\n".join(lines)
 
 
-def main(op: str, cases: Callable[[], list[Case]]) -> None:
-    """The command line of one op's file."""
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def common_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark takes."""
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="beside other processes too, then without ceilings (for a look, not for claims)",
+    )
+
+
+def save(path: Path | None, results: dict) -> None:
+    if path is not None:
+        path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+
+
+def own_cases(own: Callable, text: str, parser: argparse.ArgumentParser) -> list[Case]:
+    """The cases of `own(*numbers)` for "8,8,512,64" or "8x8x512x64"."""
+    names = inspect.signature(own).parameters
+    least = sum(p.default is p.empty for p in names.values())
+    numbers = re.split("[,x]", text.replace(" ", ""))
+    are_numbers = all(n.isdecimal() and int(n) for n in numbers)
+    if not are_numbers or not least <= len(numbers) <= len(names):
+        wanted = ",".join(n if i < least else f"[{n}]" for i, n in enumerate(names))
+        parser.error(f"--shape: wanted {wanted}, whole numbers from 1, got {text!r}")
+    return own(*map(int, numbers))
+
+
+def chosen(cases: Sequence[Case], word: str, parser: argparse.ArgumentParser) -> list[Case]:
+    """Those whose name or shape contains the word; an unknown word is an error with near names."""
+    labels = [f"{c.name} {c.shape}" for c in cases]
+    found = [c for c, label in zip(cases, labels) if word.lower() in label.lower()]
+    if not found:
+        known = list(dict.fromkeys([*(c.name for c in cases), *" ".join(labels).split()]))
+        near = difflib.get_close_matches(word, known, n=4, cutoff=0.4) or known[:4]
+        parser.error(f"filter: no case has {word!r}; near: {', '.join(near)} (--list names all)")
+    return found
+
+
+def main(op: str, cases: Callable[[], list[Case]], own: Callable | None = None) -> None:
+    """The command line of one op's file; `own` makes the cases of a shape given by --shape."""
     parser = argparse.ArgumentParser(description=f"Time fastlm's {op} against its peers.")
     parser.add_argument(
         "filter", nargs="?", default="", help="only cases whose name or shape contains this"
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--list", action="store_true", help="name the cases and end")
+    if own is not None:
+        names = ",".join(inspect.signature(own).parameters)
+        parser.add_argument("--shape", action="append", help=f"a shape of your own: {names}")
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=ROUNDS,
+        help="turns of every variant, of which the median counts (default: %(default)s)",
+    )
     parser.add_argument(
         "--no-gate", action="store_true", help="skip the op's tests (for profiling, not for claims)"
     )
+    common_options(parser)
     options = parser.parse_args()
+    shapes = options.shape or [] if own is not None else []
+    made = [c for s in shapes for c in own_cases(own, s, parser)] if own and shapes else cases()
+    made = chosen(made, options.filter, parser)
+    if options.list:
+        print("\n".join(f"{c.name}: {c.shape}: {', '.join(c.variants)}" for c in made))
+        return
     if not options.no_gate:
         gate(op)
-    limits = ceilings()
-    rows = [
-        run_case(c, limits, options.rounds)
-        for c in cases()
-        if options.filter in f"{c.name} {c.shape}"
-    ]
+    before = ceilings_before(options.busy)
+    rows = [run_case(c, before, options.rounds) for c in made]
+    limits = combined(before)
+    for row, case in zip(rows, made):
+        row.of_ceiling, row.ceiling = None, ""
+        share_of_ceiling(row, case, limits)
     print(machine())
-    print(
-        f"ceilings: bf16 {limits['bf16'] / 1e9:.0f} GFLOP/s, "
-        f"fp32 {limits['fp32'] / 1e9:.0f} GFLOP/s, read {limits['read'] / 1e9:.1f} GB/s"
-    )
+    print(described(limits))
     print(table(rows))
-    print(
-        json.dumps(
-            {"op": op, "machine": machine(), "ceilings": limits, "rows": [vars(r) for r in rows]}
-        )
-    )
+    about = {"op": op, "machine": machine(), "ceilings": limits}
+    save(options.json, about | {"rows": [vars(r) for r in rows]})
+
+
+def described(limits: dict[str, float]) -> str:
+    if not limits:
+        return "ceilings: not steady, left out"
+    parts = [f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in limits.items() if k != "read"]
+    return f"ceilings: {', '.join(parts)}, read {limits['read'] / 1e9:.1f} GB/s"

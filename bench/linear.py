@@ -1,7 +1,8 @@
 """linear against torch's (oneDNN): the layers of the models in bench/train_step.py.
 
 As in a training step, no operand but the weight was touched since long: every call takes the next
-of COPIES inputs. On operands that lie in the cache the two are equal.
+of COPIES inputs. On operands that lie in the cache the two are equal. torch.compile calls the same
+library, so torch's ways are eager: in bfloat16, in float32 on the same values, and under autocast.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
-from harness import Case, main
+from harness import Case, main, under_autocast
 
 from fastlm import ops
 
@@ -29,29 +30,48 @@ SHAPES = [
 ]
 
 
-def cases() -> list[Case]:
-    made = []
-    for rows, k, n in SHAPES:
-        weight = (torch.randn(n, k) / k**0.5).bfloat16().requires_grad_()
-        inputs = [
-            (torch.randn(rows, k).bfloat16().requires_grad_(), torch.randn(rows, n).bfloat16())
-            for _ in range(COPIES)
-        ]
+def both(f, dtype=torch.bfloat16):
+    """A variant: output and both gradients, on the next inputs each time."""
 
-        turns = itertools.cycle(inputs)
+    def variant(inputs, weight):
+        weight = weight.to(dtype).requires_grad_()
+        turns = itertools.cycle([(x.to(dtype).requires_grad_(), dy.to(dtype)) for x, dy in inputs])
 
-        def both(f, turns=turns, weight=weight):
+        def call():
             x, dy = next(turns)
-            return torch.autograd.grad(f(x, weight), (x, weight), dy)
+            y = f(x, weight)
+            return torch.autograd.grad(y, (x, weight), dy.to(y.dtype))
 
-        variants = {
-            "fastlm": lambda run=both: run(ops.linear),
-            "torch": lambda run=both: run(F.linear),
-        }
-        flops = 3 * 2 * rows * k * n
-        made.append(Case("fwd+bwd bf16", f"{rows} x {k} -> {n}", variants, flops=flops))
-    return made
+        return call
+
+    return variant
+
+
+def of_shape(rows: int, k: int, n: int) -> Case:
+    def data():
+        weight = (torch.randn(n, k) / k**0.5).bfloat16()
+        return [
+            (torch.randn(rows, k).bfloat16(), torch.randn(rows, n).bfloat16())
+            for _ in range(COPIES)
+        ], weight
+
+    variants = {
+        "fastlm": both(ops.linear),
+        "torch": both(F.linear),
+        "torch fp32": both(F.linear, torch.float32),
+        "torch autocast": both(under_autocast(F.linear), torch.float32),
+    }
+    flops = 3 * 2 * rows * k * n
+    return Case("fwd+bwd bf16", f"{rows} x {k} -> {n}", variants, flops=flops, data=data)
+
+
+def own(rows: int, k: int, n: int) -> list[Case]:
+    return [of_shape(rows, k, n)]
+
+
+def cases() -> list[Case]:
+    return [of_shape(*shape) for shape in SHAPES]
 
 
 if __name__ == "__main__":
-    main("linear", cases)
+    main("linear", cases, own)

@@ -8,7 +8,6 @@ optimizer states. The text is Python's own standard library.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
-from harness import ROOT, machine
+from harness import ROOT, machine, save
 from plain import PlainLlama
 from train_step import SIZES
 
@@ -152,6 +151,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="42m")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "loss-curve.png")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
     options = parser.parse_args()
     size = SIZES[options.size]
     tokens = text_tokens(size[0], options.steps * BATCH * LENGTH + 1)
@@ -172,7 +172,7 @@ def main() -> None:
         }
     for name, numbers in apart.items():
         print(name, {k: round(v, 5) for k, v in numbers.items()})
-    print(json.dumps({"loss_curve": apart, "curves": curves, "machine": machine()}))
+    save(options.json, {"loss_curve": apart, "curves": curves, "machine": machine()})
 
 
 if __name__ == "__main__":

@@ -2,17 +2,16 @@
 PyTorch, eager and under torch.compile.
 
 Random weights, so nothing is fetched. Forward, backward, clipping and AdamW are in the step;
-"bf16" is a model of bfloat16 parameters, "autocast" one of float32 under torch.autocast. All
-variants use torch's fused AdamW, except the rows that say otherwise. "memory kept" is
-`fastlm.memory.keep_freed_memory` called first, which any training script may do; a row under
-torch.compile has it too, to tell the kernels' share from the allocator's.
+"bf16" is a model of bfloat16 parameters, "autocast" one of float32 under torch.autocast, "fp32"
+one of float32. All variants use torch's fused AdamW, except the rows that say otherwise. "memory
+kept" is `fastlm.memory.keep_freed_memory` called first, which any training script may do; rows
+under torch.compile have it too, to tell the kernels' share from the allocator's.
 
     python -P bench/patch.py                 a Llama of 42.4 M parameters, batch 8 x 512
     python -P bench/patch.py --size 135m --batch 4
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -21,7 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
 import turns
-from harness import machine
+from ceilings import wait_until_quiet
+from harness import common_options, machine, positive, save
 
 # vocabulary, hidden_size, layers, heads, key heads, FFN; 42m is train_step.py's model, 135m the
 # shape of SmolLM2-135M
@@ -36,11 +36,15 @@ VARIANTS = (
     "patched bf16",
     "patched autocast, memory kept",
     "patched autocast",
+    "patched fp32",
     "torch.compile bf16",
     "torch.compile autocast, memory kept",
     "torch.compile autocast",
+    "torch.compile fp32, memory kept",
+    "torch.compile fp32",
     "eager bf16",
     "eager autocast",
+    "eager fp32",
     "patched bf16, memory kept, fastlm.AdamW",
     "patched autocast, memory kept, fastlm.AdamW",
 )
@@ -100,9 +104,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two to warm up")
+    parser.add_argument("--steps", type=positive, default=5, help="timed ones, after two more")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    common_options(parser)
     options = parser.parse_args()
+    wait_until_quiet(options.busy)
     rows = turns.measure(
         options.variants,
         make,
@@ -114,7 +120,7 @@ def main() -> None:
     print(machine())
     print(f"{options.size}, batch {options.batch} x {options.length}, {options.threads} threads")
     print(turns.table(rows, MINE))
-    print(json.dumps({"patch": vars(options), "machine": machine(), "rows": rows}))
+    save(options.json, {"patch": vars(options), "machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

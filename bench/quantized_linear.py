@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ def copies_of(bytes_each: int) -> int:
     return max(2, COPIES_BYTES // bytes_each)
 
 
-@cache
+@lru_cache(maxsize=2)  # cases of one weight follow each other
 def quantized(bits: int, n: int, k: int, group: int) -> Callable[[], QuantizedWeight]:
     """Groups of 32 have offsets and float32 scales, as weights from a GGUF's Q4_1."""
     gguf = group == 32
@@ -84,54 +84,77 @@ def quantized(bits: int, n: int, k: int, group: int) -> Callable[[], QuantizedWe
     )
 
 
-@cache
+@lru_cache(maxsize=2)  # cases of one weight follow each other
 def bf16(n: int, k: int) -> Callable[[], torch.Tensor]:
     return in_turn([torch.randn(n, k).bfloat16() for _ in range(copies_of(2 * n * k))])
 
 
-@cache
+@lru_cache(maxsize=2)  # cases of one weight follow each other
+def fp32(n: int, k: int) -> Callable[[], torch.Tensor]:
+    return in_turn([torch.randn(n, k) for _ in range(copies_of(4 * n * k))])
+
+
+@lru_cache(maxsize=2)  # cases of one weight follow each other
 def int8(n: int, k: int) -> Callable[[], torch.Tensor]:
     return in_turn(
         [torch.randint(-127, 128, (n, k), dtype=torch.int8) for _ in range(copies_of(n * k))]
     )
 
 
-@cache
+@lru_cache(maxsize=2)  # cases of one weight follow each other
 def int4pack(n: int, k: int) -> Callable[[], torch.Tensor]:
     codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
     packed = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
     return in_turn([packed.clone() for _ in range(copies_of(n * k // 2))])
 
 
-def peers(bits: int, act: int, x: torch.Tensor, n: int, k: int, group: int) -> tuple[dict, dict]:
-    """torch's calls for the same product, and why those that are absent are."""
-    weight = bf16(n, k)
-    calls: dict[str, Callable] = {"torch bf16 linear": lambda: F.linear(x, weight())}
+def peers(bits: int, act: int, m: int, n: int, k: int, group: int) -> tuple[dict, dict]:
+    """torch's calls for the same product, and why those that are absent are. A variant takes x."""
+
+    def in_bf16(x):
+        weight = bf16(n, k)
+        return lambda: F.linear(x, weight())
+
+    def in_fp32(x):
+        weight, wide = fp32(n, k), x.float()
+        return lambda: F.linear(wide, weight())
+
+    def int_mm(x):
+        rounded, weight = torch.randint(-127, 128, x.shape, dtype=torch.int8), int8(n, k)
+        return lambda: torch._int_mm(rounded, weight().t())
+
+    def whole_int_mm(x):  # the same work: rows of x rounded before, scales after
+        scales, weight = torch.ones(n), int8(n, k)
+
+        def call():
+            step = x.float().abs().amax(-1, keepdim=True) / 127
+            q = (x / step).round().to(torch.int8)
+            return (torch._int_mm(q, weight().t()) * (step * scales)).bfloat16()
+
+        return call
+
+    def int8pack(x):
+        scales, weight = torch.ones(n).bfloat16(), int8(n, k)
+        return lambda: torch._weight_int8pack_mm(x, weight(), scales)
+
+    def in_int4pack(x):
+        weight, both = int4pack(n, k), torch.ones(k // group, n, 2).bfloat16()
+        return lambda: torch._weight_int4pack_mm_for_cpu(x, weight(), group, both)
+
+    calls: dict[str, Callable] = {"torch bf16 linear": in_bf16, "torch fp32 linear": in_fp32}
     missing = {}
     if act == 8:
-        if bits == 8 and x.shape[0] > 16:  # its own condition on the rows
-            rounded, next_weight = torch.randint(-127, 128, x.shape, dtype=torch.int8), int8(n, k)
-            calls["torch._int_mm"] = lambda: torch._int_mm(rounded, next_weight().t())
-            scales = torch.ones(n)
-
-            def whole():  # the same work: rows of x rounded before, scales after
-                step = x.float().abs().amax(-1, keepdim=True) / 127
-                q = (x / step).round().to(torch.int8)
-                return (torch._int_mm(q, next_weight().t()) * (step * scales)).bfloat16()
-
-            calls["torch rounding + _int_mm + scales"] = whole
+        if bits == 8 and m > 16:  # its own condition on the rows
+            calls["torch._int_mm"] = int_mm
+            calls["torch rounding + _int_mm + scales"] = whole_int_mm
         else:
             missing["torch._int_mm"] = "int8 weights and more than 16 rows only"
     elif bits == 8 and k % 32:
         missing["torch int8pack"] = "K must be a multiple of 32: it ends the process at 577"
     elif bits == 8:
-        scales, next_weight = torch.ones(n).bfloat16(), int8(n, k)
-        calls["torch int8pack"] = lambda: torch._weight_int8pack_mm(x, next_weight(), scales)
+        calls["torch int8pack"] = int8pack
     elif n % 64 == 0 and k % group == 0:
-        next_weight, both = int4pack(n, k), torch.ones(k // group, n, 2).bfloat16()
-        calls["torch int4pack"] = lambda: torch._weight_int4pack_mm_for_cpu(
-            x, next_weight(), group, both
-        )
+        calls["torch int4pack"] = in_int4pack
     else:
         missing["torch int4pack"] = "N and K must be multiples of 64 and the group"
     return calls, missing
@@ -139,39 +162,43 @@ def peers(bits: int, act: int, x: torch.Tensor, n: int, k: int, group: int) -> t
 
 def linear(m: int, n: int, k: int) -> Case:
     """Projections in bf16 are torch's (oneDNN): the row shows what the machine gives them."""
-    x, weight = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
     return Case(
         "bf16 linear, left to torch",
         f"{m} x {k} -> {n}",
-        {"torch": lambda: F.linear(x, weight)},
+        {"torch": lambda x, weight: lambda: F.linear(x, weight)},
         flops=2.0 * m * n * k,
+        data=lambda: (torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()),
     )
 
 
+def of_shape(bits: int, act: int, m: int, n: int, k: int, group: int = GROUP) -> Case:
+    def ours(x):
+        weight = quantized(bits, n, k, group)
+        return lambda: ops.quantized_linear(x, weight(), act_bits=act)
+
+    width = k if group == -1 else group
+    calls, missing = peers(bits, act, m, n, k, width)
+    # codes, a scale of 2 bytes a group (of 4 and an offset of 4 where it is GGUF's 32)
+    size = n * (k * bits / 8 + -(-k // width) * (8 if group == 32 else 2))
+    return Case(
+        f"w{bits}a{act}" + (f", groups of {width}" if width != GROUP else ""),
+        f"{m} x {k} -> {n}",
+        {"fastlm": ours, **calls},
+        flops=2.0 * m * n * k,
+        bytes=size if m <= 8 else None,
+        dtype="int8" if act == 8 else "bf16",
+        missing=missing,
+        data=lambda: (torch.randn(m, k).bfloat16(),),
+    )
+
+
+def own(m: int, k: int, n: int) -> list[Case]:
+    return [of_shape(bits, act, m, n, k) for bits in (4, 8) for act in (16, 8)]
+
+
 def cases() -> list[Case]:
-    made = [linear(*shape) for shape in LINEAR]
-    for bits, act, m, n, k, *rest in SHAPES:
-        group = rest[0] if rest else GROUP
-        x, weight = torch.randn(m, k).bfloat16(), quantized(bits, n, k, group)
-        group = weight().group_size
-        calls, missing = peers(bits, act, x, n, k, group)
-        name = f"w{bits}a{act}" + (f", groups of {group}" if group != GROUP else "")
-
-        def ours(x=x, weight=weight, act=act):
-            return ops.quantized_linear(x, weight(), act_bits=act)
-
-        made.append(
-            Case(
-                name,
-                f"{m} x {k} -> {n}",
-                {"fastlm": ours, **calls},
-                flops=2.0 * m * n * k,
-                bytes=float(weight().nbytes) if m <= 8 else None,
-                missing=missing,
-            )
-        )
-    return made
+    return [*(linear(*shape) for shape in LINEAR), *(of_shape(*shape) for shape in SHAPES)]
 
 
 if __name__ == "__main__":
-    main("quantized_linear", cases)
+    main("quantized_linear", cases, own)

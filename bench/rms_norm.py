@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
-from harness import Case, main
+from harness import Case, gradients, inference, main
 
 from fastlm import ops
 
@@ -28,50 +28,43 @@ def fused_residual(x, weight, residual):
     return ops.rms_norm(x, weight, residual=residual)
 
 
-def cases() -> list[Case]:
-    made = []
-    for rows, width in SHAPES + ODD:
-        x, residual, dy = torch.randn(3, rows, width).bfloat16().unbind(0)
-        weight = torch.randn(width).bfloat16()
-        n = rows * width
-        compiled = torch.compile(plain, dynamic=False)
+compiled = torch.compile(plain, dynamic=False)
 
-        def forward(f, x=x, weight=weight):
-            with torch.inference_mode():
-                return f(x, weight)
 
-        def with_residual(f, x=x, weight=weight, residual=residual):
-            with torch.inference_mode():
-                return f(x, weight, residual)
+def of_shape(rows: int, width: int, odd: bool = False) -> list[Case]:
+    def operands(*, grad=False):
+        x = torch.randn(rows, width).bfloat16().requires_grad_(grad)
+        return x, torch.randn(width).bfloat16().requires_grad_(grad)
 
-        def both(f, x=x, weight=weight, dy=dy):
-            a, w = x.detach().requires_grad_(), weight.detach().requires_grad_()
-            return torch.autograd.grad(f(a, w), (a, w), dy)
+    def with_residual():
+        return *operands(), torch.randn(rows, width).bfloat16()
 
-        shape = f"{rows} x {width}"
-        variants = {
-            "fastlm": lambda f=forward: f(ops.rms_norm),
-            "torch": lambda f=forward: f(plain),
-        }
-        odd = (rows, width) in ODD
-        if not odd:
-            variants["torch.compile"] = lambda f=forward, c=compiled: f(c)
-        made.append(Case("fwd", shape, variants, bytes=4 * n))
-        variants = {
-            "fastlm": lambda f=with_residual: f(fused_residual),
-            "torch": lambda f=with_residual: f(plain_residual),
-        }
-        made.append(Case("residual fwd", shape, variants, bytes=8 * n))
-        if rows > 8 or odd:
-            variants = {
-                "fastlm": lambda f=both: f(ops.rms_norm),
-                "torch": lambda f=both: f(plain),
-            }
-            if not odd:
-                variants["torch.compile"] = lambda f=both, c=compiled: f(c)
-            made.append(Case("fwd+bwd", shape, variants, bytes=10 * n))
+    def with_gradient():
+        return *operands(grad=True), torch.randn(rows, width).bfloat16()
+
+    def variants(run):
+        made = {"fastlm": run(ops.rms_norm), "torch": run(plain)}
+        return made if odd else made | {"torch.compile": run(compiled)}
+
+    shape, n = f"{rows} x {width}", rows * width
+    residual = {"fastlm": inference(fused_residual), "torch": inference(plain_residual)}
+    made = [
+        Case("fwd", shape, variants(inference), bytes=4 * n, data=operands),
+        Case("residual fwd", shape, residual, bytes=8 * n, data=with_residual),
+    ]
+    if rows > 8 or odd:
+        both = variants(gradients)
+        made.append(Case("fwd+bwd", shape, both, bytes=10 * n, data=with_gradient))
     return made
 
 
+def own(rows: int, width: int) -> list[Case]:
+    return of_shape(rows, width)
+
+
+def cases() -> list[Case]:
+    return [c for shape in SHAPES + ODD for c in of_shape(*shape, shape in ODD)]
+
+
 if __name__ == "__main__":
-    main("rms_norm", cases)
+    main("rms_norm", cases, own)

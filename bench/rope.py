@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
-from harness import Case, main
+from harness import Case, forward, gradients, main
 
 from fastlm import ops
 
@@ -42,38 +42,47 @@ def hugging_face(q, k, cos, sin):
     return turn(q), turn(k)
 
 
-def cases() -> list[Case]:
-    made = []
-    for name, (b, h, hkv, s, d, r) in SHAPES.items():
+compiled = torch.compile(hugging_face, dynamic=False)
+
+
+def of_shape(
+    name: str, b: int, h: int, hkv: int, s: int, d: int, r: int, compare_compiled: bool = True
+) -> list[Case]:
+    def operands(*, grad=False):
         q = torch.randn(b, s, h, d, dtype=torch.bfloat16).transpose(1, 2)
         k = torch.randn(b, s, hkv, d, dtype=torch.bfloat16).transpose(1, 2)
         angle = torch.arange(s)[:, None] * 10000.0 ** -(torch.arange(0, r, 2) / r)
         angle = torch.cat((angle, angle), -1)[None]
-        cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+        q, k = q.requires_grad_(grad), k.requires_grad_(grad)
+        return q, k, angle.cos().bfloat16(), angle.sin().bfloat16()
+
+    def with_gradient():
+        q, k, cos, sin = operands(grad=True)
+        return q, k, cos, sin, (q.detach(), k.detach())
+
+    made = []
+    for label, run, passes, data in (
+        ("fwd", forward, 1, operands),
+        ("fwd+bwd", gradients, 2, with_gradient),
+    ):
+        if s == 1 and label != "fwd":
+            continue
+        variants = {"fastlm": run(ops.rope), "torch": run(hugging_face)}
+        if compare_compiled:
+            variants["torch.compile"] = run(compiled)
+        moved = 4 * b * s * d * (h + hkv)  # bf16: read once, write once
         shape = f"B {b} H {h}/{hkv} S {s} D {d} R {r}"
-        moved = 4 * (q.numel() + k.numel())  # bf16: read once, write once
-        compiled = torch.compile(hugging_face, dynamic=False)
-
-        def forward(f, q=q, k=k, cos=cos, sin=sin):
-            with torch.no_grad():
-                return f(q, k, cos, sin)
-
-        def both(f, q=q, k=k, cos=cos, sin=sin):
-            x, y = q.detach().requires_grad_(), k.detach().requires_grad_()
-            return torch.autograd.grad(f(x, y, cos, sin), (x, y), (q, k))
-
-        for label, run, factor in (("fwd", forward, 1), ("fwd+bwd", both, 2)):
-            if name.startswith("decode") and label != "fwd":
-                continue
-            variants = {
-                "fastlm": lambda run=run: run(ops.rope),
-                "torch": lambda run=run: run(hugging_face),
-            }
-            if name in COMPILED:
-                variants["torch.compile"] = lambda run=run, c=compiled: run(c)
-            made.append(Case(f"{name} {label}", shape, variants, bytes=factor * moved))
+        made.append(Case(f"{name} {label}", shape, variants, bytes=passes * moved, data=data))
     return made
 
 
+def own(b: int, h: int, s: int, d: int, hkv: int | None = None, r: int | None = None) -> list[Case]:
+    return of_shape("own", b, h, hkv or h, s, d, r or d)
+
+
+def cases() -> list[Case]:
+    return [c for n, shape in SHAPES.items() for c in of_shape(n, *shape, n in COMPILED)]
+
+
 if __name__ == "__main__":
-    main("rope", cases)
+    main("rope", cases, own)

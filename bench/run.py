@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
@@ -48,8 +49,8 @@ END_TO_END = {
     ),
     "scaling": (
         "train_step.py --scaling",
-        "Training at other sizes, lengths and thread counts, against torch.compile under bf16"
-        " autocast",
+        "Training at other sizes, lengths and thread counts, against the faster of torch.compile"
+        " under bf16 autocast and in float32",
     ),
     "profile_step": ("profile_step.py", "Where a training step of the 42 M model goes"),
 }
@@ -96,16 +97,18 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def run(command: str, *arguments: str) -> dict:
-    """Runs one benchmark, shows its output, returns the JSON of its last line."""
+    """Runs one benchmark, shows its output, returns its results."""
     script, *fixed = command.split()
     print(f"\n== {command}", flush=True)
-    words = [sys.executable, "-P", str(Path(__file__).parent / script), *fixed, *arguments]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-    *lines, last = done.stdout.splitlines() or [""]
-    print("\n".join(lines), flush=True)
-    if done.returncode:
-        return {"error": f"{script} ended with status {done.returncode}"}
-    return {**json.loads(last), "table": [line for line in lines if line.startswith("|")]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.json"
+        words = [sys.executable, "-P", str(Path(__file__).parent / script), *fixed, *arguments]
+        done = subprocess.run([*words, "--json", str(path)], stdout=subprocess.PIPE, text=True)
+        print(done.stdout, end="", flush=True)
+        if done.returncode:
+            return {"error": f"{script} ended with status {done.returncode}"}
+        shown = [s for s in done.stdout.splitlines() if s.startswith(("|", "unsteady:"))]
+        return {**json.loads(path.read_text()), "table": shown}
 
 
 def rows_of(results: dict, headline: bool) -> list[Row]:
@@ -134,8 +137,9 @@ def section(results: dict, headline: bool, isa: str | None = None) -> str:
         f"instruction set {about['cpu_isa']}, torch {about['torch']}, "
         f"commit {' and '.join(commits) or about['commit']}. "
         "Medians of rounds in which both sides take turns; ratios below 1 are where the peer wins. "
-        "Ceilings are measured in the same run; above 100 % of memory the data lay in a cache, "
-        "above 100 % of the bf16 matrix ceiling the products are of int8.",
+        "The share is of the best instruction for the work's accuracy, on registers, measured in "
+        "the same run, or of reading memory: above 100 % the data lay in a cache. Of whole runs "
+        "the best peer is bold. A row that others disturbed twice says unsteady.",
         "How to read a row. Attention: (batch, query heads/key heads, length, head size); "
         "`M x K -> N`: M rows of K inputs, N outputs; w4a16: weights of 4 bits, activations of 16; "
         "spread: (upper - lower quartile) / median of the least steady variant. "
@@ -163,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--write-only", action="store_true", help="tables of the results there are")
     parser.add_argument("--no-gate", action="store_true", help="skip the tests (not for claims)")
+    parser.add_argument("--busy", action="store_true", help="beside other work (not for claims)")
     parser.add_argument("--isa", choices=FORCED, help="hold both sides to one instruction set")
     parser.add_argument("--page", metavar="NAME", help="docs/benchmarks-NAME.md, not the README")
     known = [*OPS, *END_TO_END]
@@ -185,8 +190,9 @@ def main() -> None:
         # the boundary has no peer in torch; the end-to-end runs are of the machine as it is
         scripts = [op for op in OPS if op != "boundary"] if isa else known
         for script in options.only or scripts:
-            gate = ["--no-gate"] if options.no_gate and script in OPS else []
-            results[script] = run(END_TO_END.get(script, (f"{script}.py",))[0], *gate)
+            flags = ["--no-gate"] if options.no_gate and script in OPS else []
+            flags += ["--busy"] if options.busy else []
+            results[script] = run(END_TO_END.get(script, (f"{script}.py",))[0], *flags)
         path.write_text(json.dumps(results, indent=1) + "\n")
     if isa or options.page:
         page = ROOT / "docs" / f"benchmarks-{options.page or isa}.md"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
-from harness import machine
+from harness import machine, save
 
 from fastlm.data.packages import default_cache
 from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
@@ -173,22 +173,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("runs/shakespeare-bench"))
     parser.add_argument("--seconds", type=float, default=180.0, help="of training, for each")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
     options = parser.parse_args()
     curves = {"fastlm": train_fastlm(options.out / "run", options.seconds)}
     curves["plain torch.compile"] = train_plain(options.out / "run" / "data", options.seconds)
     plot(curves, options.out / "shakespeare.png")
     final = {name: curve[-1][1] for name, curve in curves.items()}
     print(options.out / "shakespeare.png")
-    print(
-        json.dumps(
-            {
-                "shakespeare": final,
-                "seconds": options.seconds,
-                "curves": curves,
-                "machine": machine(),
-            }
-        )
-    )
+    results = {"shakespeare": final, "seconds": options.seconds, "curves": curves}
+    save(options.json, results | {"machine": machine()})
 
 
 if __name__ == "__main__":

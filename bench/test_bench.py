@@ -1,33 +1,39 @@
-"""pytest-benchmark over the same cases: ``pytest bench/ --benchmark-only``."""
+"""The cases of bench/ under pytest-benchmark, to compare two commits:
+
+pytest bench --benchmark-save=before
+pytest bench --benchmark-compare=0001 -k "rope and fastlm"
+"""
 
 import importlib
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from harness import repeats_of
 
 OPS = sorted(
     p.stem
     for p in Path(__file__).parent.glob("*.py")
     if "def cases()" in p.read_text() and p.stem not in ("harness", "test_bench")
 )
+CASES = [(op, case) for op in OPS for case in importlib.import_module(op).cases()]
+VARIANTS = [(op, i, variant) for i, (op, case) in enumerate(CASES) for variant in case.variants]
 
 
-@lru_cache(maxsize=1)  # tests come op by op, and the tensors of one op fit in memory
-def cases_of(op):
-    return importlib.import_module(op).cases()
+def label(op: str, index: int, variant: str) -> str:
+    return f"{op}-{CASES[index][1].name}-{CASES[index][1].shape}-{variant}"
 
 
-def pytest_generate_tests(metafunc):
-    if "variant" in metafunc.fixturenames:
-        rows = [(op, c.name, c.shape, v) for op in OPS for c in cases_of(op) for v in c.variants]
-        metafunc.parametrize(
-            ("op", "name", "shape", "variant"), rows, ids=["-".join(r) for r in rows]
-        )
+@lru_cache(maxsize=1)  # tests come case by case
+def calls_of(index: int):
+    return CASES[index][1].calls()
 
 
-@pytest.mark.benchmark(warmup=True)
-def test_case(benchmark, op, name, shape, variant):
-    case = next(c for c in cases_of(op) if (c.name, c.shape) == (name, shape))
-    benchmark.group = f"{op} {name} {shape}"
-    benchmark(case.variants[variant])
+@pytest.mark.parametrize(
+    ("op", "index", "variant"), VARIANTS, ids=[label(*values) for values in VARIANTS]
+)
+def test_case(benchmark, op, index, variant):
+    call = calls_of(index)[variant]
+    benchmark.group = f"{op} {CASES[index][1].name} {CASES[index][1].shape}"
+    iterations, seconds = repeats_of(call)
+    benchmark.pedantic(call, rounds=9 if seconds < 1 else 3, iterations=iterations)

@@ -11,7 +11,6 @@ backward, clipping and AdamW are in the step. fastlm's process keeps its freed m
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
 import turns
-from harness import machine
+from ceilings import wait_until_quiet
+from harness import common_options, machine, positive, save
 from plain import PlainLlama
 
 # name -> vocabulary, hidden_size, layers, heads, FFN; 42m is the table's Llama-like model
@@ -32,13 +32,17 @@ SIZES = {
 VARIANTS = (
     "fastlm",
     "fastlm, 8-bit AdamW",
+    "fastlm fp32",
     "torch.compile autocast",
     "torch.compile autocast, memory kept",
+    "torch.compile fp32",
+    "torch.compile fp32, memory kept",
+    "torch.compile bf16",
     "eager autocast",
     "eager bf16",
     "eager fp32",
 )
-# size, batch, length, threads; against the strongest peer, 2 steps to warm up and 3 timed
+# size, batch, length, threads; against the strongest peers, 2 steps to warm up and 3 timed
 SCALING = [
     *(("10m", 8, 512, t) for t in (1, 2)),
     ("10m", 1, 8192, 2),
@@ -49,10 +53,11 @@ SCALING = [
     *(("350m", 2, 512, t) for t in (1, 2)),
     ("350m", 1, 2048, 2),
 ]
-STRONGEST = ("fastlm", "torch.compile autocast")
+# Which of the two is the stronger depends on the machine: on Intel's it may be float32
+STRONGEST = ("fastlm", "torch.compile autocast", "torch.compile fp32")
 
 
-def fastlm_step(size, length, state_bits=32):
+def fastlm_step(size, length, state_bits=32, dtype=torch.bfloat16):
     import fastlm
     from fastlm.memory import keep_freed_memory
 
@@ -70,11 +75,13 @@ def fastlm_step(size, length, state_bits=32):
         tie_word_embeddings=True,
     )
     model = fastlm.CausalLM(config)
+    low = dtype != torch.float32
     optimizer = fastlm.AdamW(
-        model.parameters(), lr=1e-4, master_weights=True, max_grad_norm=1.0, state_bits=state_bits
+        model.parameters(), lr=1e-4, master_weights=low, max_grad_norm=1.0, state_bits=state_bits
     )
-    optimizer.keep_masters()
-    model.bfloat16()
+    if low:
+        optimizer.keep_masters()
+        model.to(dtype)
 
     def step(ids, labels):
         loss = model(ids, shift_labels=labels).loss
@@ -92,7 +99,7 @@ def plain_step(variant, size, length):
 
         keep_freed_memory()
     model = PlainLlama(*size, length)
-    if variant == "eager bf16":
+    if variant.split(",")[0].endswith("bf16"):
         model = model.bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     autocast = "autocast" in variant
@@ -117,7 +124,8 @@ def plain_step(variant, size, length):
 
 def make_step(variant, size, batch, length):
     if variant.startswith("fastlm"):
-        step = fastlm_step(size, length, state_bits=8 if "8-bit" in variant else 32)
+        dtype = torch.float32 if variant.endswith("fp32") else torch.bfloat16
+        step = fastlm_step(size, length, 8 if "8-bit" in variant else 32, dtype)
     else:
         step = plain_step(variant, size, length)
 
@@ -138,20 +146,25 @@ def measure(name, batch, length, threads, variants, steps) -> list[dict]:
 def scaling() -> list[dict]:
     """Prints one line a configuration, returns every row."""
     print(
-        "| model, batch x length, threads | fastlm tokens/s | torch.compile | fastlm is | peak MiB "
-        "| torch.compile | fastlm uses |\n|---|---|---|---|---|---|---|"
+        "| model, batch x length, threads | fastlm tokens/s | torch.compile, the faster "
+        "| fastlm is | peak MiB | torch.compile | fastlm uses |\n|---|---|---|---|---|---|---|"
     )
     rows = []
     for name, batch, length, threads in SCALING:
         if threads > torch.get_num_threads():
             continue
         label = f"{name}, {batch} x {length}, {threads}"
-        mine, peer = measure(name, batch, length, threads, STRONGEST, steps=3)
-        rows += [{"configuration": label, **r} for r in (mine, peer)]
+        mine, *peers = measured = measure(name, batch, length, threads, STRONGEST, steps=3)
+        rows += [{"configuration": label, **r} for r in measured]
+        peer = max(peers, key=lambda r: r["tokens_per_second"])
+        how = peer["variant"].split()[-1]
         rate, peer_rate = (r["tokens_per_second"] for r in (mine, peer))
         peak, peer_peak = (r["peak_mib"] for r in (mine, peer))
-        print(f"| {label} | {rate:.0f} | {peer_rate:.0f} | {rate / peer_rate:.2f}x | {peak:.0f} "
-              f"| {peer_peak:.0f} | {peak / peer_peak:.2f}x |", flush=True)  # fmt: skip
+        cells = (
+            *(label, f"{rate:.0f}", f"{peer_rate:.0f} ({how})", f"{rate / peer_rate:.2f}x"),
+            *(f"{peak:.0f}", f"{peer_peak:.0f}", f"{peak / peer_peak:.2f}x"),
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
     return rows
 
 
@@ -161,10 +174,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two to warm up")
+    parser.add_argument("--steps", type=positive, default=5, help="timed ones, after two more")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--scaling", action="store_true", help="every line of SCALING instead")
+    common_options(parser)
     options = parser.parse_args()
+    wait_until_quiet(options.busy)
     print(machine())
     if options.scaling:
         rows = scaling()
@@ -175,7 +190,7 @@ def main() -> None:
             options.steps,
         )  # fmt: skip
         print(turns.table(rows, "fastlm"))
-    print(json.dumps({"train_step": vars(options), "machine": machine(), "rows": rows}))
+    save(options.json, {"train_step": vars(options), "machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,33 +1,82 @@
-"""Whole training steps of several variants, each in a process of its own, taking turns.
+"""Variants that take turns, each in a process of its own, which is idle while another runs.
 
-A process of its own, so that its peak memory is its own; one step each in turn on otherwise idle
-cores, so that a slow second of the machine hits all.
+A process of its own, so that its threads and its peak memory are its own: two thread pools in one
+process take each other's cores. One turn each on otherwise idle cores, so that a slow second of the
+machine hits all.
 """
 
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from ceilings import BUSY, Others
 
 WARM_UP = 2  # steps before the timed ones: compilation, pages, the optimizer's states
 
 
-def _worker(pipe, make: Callable, variant: str, arguments: tuple, threads: int) -> None:
-    """Builds the variant, then answers each "step" with (seconds, loss), "memory" with MiB."""
+def _worker(pipe, make: Callable, arguments: tuple, threads: int) -> None:
+    """Makes the variant, then answers each tuple of arguments with what its call returns, "memory"
+    with MiB beyond what the process had before.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = make(variant, *arguments)
+    call = make(*arguments)
+    pipe.send("ready")
     while (message := pipe.recv()) != "stop":
         if message == "memory":
             pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-            continue
+        else:
+            pipe.send(call(*message))
+
+
+class Worker:
+    """A process that holds `make(*arguments)` and calls it when asked."""
+
+    def __init__(self, name: str, make: Callable, arguments: tuple, threads: int):
+        self.name = name
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(
+            target=_worker, args=(theirs, make, arguments, threads), daemon=True
+        )
+        self.process.start()
+        theirs.close()  # so that the end of the process ends a recv
+        self._answer()
+
+    def _answer(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            sys.exit(f"bench: {self.name}: its process ended with {self.process.exitcode}")
+
+    def __call__(self, *message):
+        self.pipe.send(message)
+        return self._answer()
+
+    def memory(self) -> float:
+        self.pipe.send("memory")
+        return self._answer()
+
+    def stop(self) -> None:
+        self.pipe.send("stop")
+        self.process.join()
+
+
+def _step(make: Callable, variant: str, arguments: tuple) -> Callable[[], tuple[float, float]]:
+    step = make(variant, *arguments)
+
+    def timed():
         start = time.perf_counter()
         loss = step()
-        pipe.send((time.perf_counter() - start, loss.item()))
+        return time.perf_counter() - start, loss.item()
+
+    return timed
 
 
 def measure(
@@ -42,43 +91,43 @@ def measure(
     """`make(variant, *arguments)`, called in the variant's process, returns a function that runs
     one step of `tokens` tokens and returns its loss. One row a variant.
     """
-    spawn = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for variant in variants:
-        pipes[variant], theirs = spawn.Pipe()
-        its = (theirs, make, variant, arguments, threads)
-        processes.append(spawn.Process(target=_worker, args=its, daemon=True))
-        processes[-1].start()
-    seconds: dict[str, list[float]] = {v: [] for v in pipes}
+    workers = [Worker(v, _step, (make, v, arguments), threads) for v in variants]
+    seconds: dict[str, list[float]] = {v: [] for v in variants}
+    others = Others([w.process.pid for w in workers])
     for i in range(WARM_UP + steps):
-        for variant, pipe in pipes.items():
-            pipe.send("step")
-            elapsed, loss = pipe.recv()
+        for worker in workers:
+            elapsed, loss = worker()
             if i >= WARM_UP:
-                seconds[variant].append(elapsed)
+                seconds[worker.name].append(elapsed)
             if not loss == loss:
-                raise SystemExit(f"bench: {variant}: loss is NaN at step {i}")
+                raise SystemExit(f"bench: {worker.name}: loss is NaN at step {i}")
+    tell_if_busy(others)
     rows = []
-    for variant, pipe in pipes.items():
-        pipe.send("memory")
-        median = statistics.median(seconds[variant])
+    for worker in workers:
+        times = seconds[worker.name]
+        median = statistics.median(times)
         rows.append(
             {
-                "variant": variant,
+                "variant": worker.name,
                 "tokens_per_second": tokens / median,
-                "spread": (max(seconds[variant]) - min(seconds[variant])) / median,
-                "peak_mib": pipe.recv(),
+                "spread": (max(times) - min(times)) / median,
+                "peak_mib": worker.memory(),
             }
         )
-        pipe.send("stop")
-    for process in processes:
-        process.join()
+        worker.stop()
     return rows
 
 
+def tell_if_busy(others: Others) -> None:
+    if (share := others.share()) > BUSY:
+        print(f"unsteady: others had {share:.0%} of the cores meanwhile")
+
+
 def table(rows: Sequence[dict], mine: str) -> str:
-    """Markdown: every variant, and how `mine` compares with it."""
+    """Markdown: every variant, the fastest peer in bold, and how `mine` compares with it."""
     own = next((r for r in rows if r["variant"] == mine), None)
+    peers = [r for r in rows if r["variant"].startswith(("torch", "eager"))]
+    best = max(peers, key=lambda r: r["tokens_per_second"], default=None)
     lines = [
         f"| variant | tokens/s | {mine} is | peak MiB | {mine} uses | spread |",
         "|---|---|---|---|---|---|",
@@ -88,7 +137,8 @@ def table(rows: Sequence[dict], mine: str) -> str:
         if own is not None:
             faster = f"{own['tokens_per_second'] / r['tokens_per_second']:.2f}x"
             memory = f"{own['peak_mib'] / r['peak_mib']:.2f}x"
+        name = f"**{r['variant']}**" if r is best else r["variant"]
         rate, mib = f"{r['tokens_per_second']:.0f}", f"{r['peak_mib']:.0f}"
-        cells = (r["variant"], rate, faster, mib, memory, f"{r['spread']:.0%}")
+        cells = (name, rate, faster, mib, memory, f"{r['spread']:.0%}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

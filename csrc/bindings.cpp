@@ -126,6 +126,8 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
   m.def("multiply_in_l1", &multiply_in_l1, "bf16_operands"_a, "repeats"_a, no_gil);
+  m.def("peak_instructions", &peak_instructions);
+  m.def("run_peak", &run_peak, "instruction"_a, "steps"_a, no_gil);
   m.def("read_all", &read_all, "buffer"_a, no_gil);
   m.def("count_elements", &count_elements, "a"_a, "b"_a, "c"_a, "d"_a, no_gil);
   m.def("thread_count", &thread_count, no_gil);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -107,6 +108,10 @@ void quantized_linear_backward(TensorView dy, TensorView qdata, TensorView scale
 int64_t quantized_linear_backward_workspace(TensorView dy);
 void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int bits,
                 int64_t group_size, TensorView out);
+
+// peak.cpp
+std::vector<std::string> peak_instructions();
+double run_peak(const std::string& instruction, int64_t steps);  // operations done
 
 // probe.cpp
 void matmul(TensorView a, TensorView b, TensorView c);

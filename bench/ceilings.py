@@ -1,0 +1,140 @@
+"""What this machine can do at most: each instruction that multiplies, on registers, and reading
+memory; and how much of the machine other processes have meanwhile.
+
+A ceiling measured beside other work is too low, and every share of it too high. So the ceilings are
+taken on a quiet machine, before and after the rows, and left out where the two differ.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastlm import backend
+
+# dtype of the work -> instructions of its accuracy (float32 sums). "bf16" alone: a GPU's product
+OF_DTYPE = {
+    "bf16": ("bf16", "bf16 tiles", "bf16 dot", "fp32 FMA"),
+    "fp16": ("fp32 FMA",),
+    "fp32": ("fp32 FMA",),
+    "int8": ("int8 tiles", "int8 dot", "bf16 tiles", "bf16 dot", "fp32 FMA"),
+}
+SAME = 0.1  # two measurements of one ceiling may differ by this
+BUSY = 0.1  # share of the cores that others may have
+PATIENCE = 30  # seconds to wait for a quiet machine
+ATTEMPTS = 15  # the best counts
+STEPS = 400_000  # of 12 products on every thread: a millisecond
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def highest(limits: dict[str, float], dtype: str) -> str:
+    """The instruction that is best here for work in `dtype`."""
+    return max((i for i in OF_DTYPE[dtype] if i in limits), key=limits.__getitem__)
+
+
+def seconds_in_use() -> float:
+    """Of all cores since the system began, those that the host took away too; 0 where the system
+    does not say."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, interrupts, soft, stolen = map(int, stat.read_text().split()[1:9])
+    return (user + nice + system + interrupts + soft + stolen) / TICK
+
+
+def seconds_of(process: int) -> float:
+    """CPU seconds of a process and of its children that have ended."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / TICK
+
+
+class Others:
+    """The share of the cores that neither this process nor its `workers` have had since it began
+    to look.
+    """
+
+    def __init__(self, workers: Sequence[int] = ()):
+        self.processes = (os.getpid(), *workers)
+        self.start = time.monotonic()
+        self.before = self._seconds()
+
+    def _seconds(self) -> float:
+        used = seconds_in_use()
+        return used and used - sum(map(seconds_of, self.processes))
+
+    def share(self) -> float:
+        passed = (time.monotonic() - self.start) * (os.cpu_count() or 1)
+        # every clock here counts in ticks: a few of them are no other process
+        theirs = self._seconds() - self.before - 4 / TICK
+        return min(1.0, max(0.0, theirs / max(passed, 1e-9)))
+
+
+def ceilings() -> dict[str, float]:
+    """FLOP/s of each instruction, bytes/s of reading memory; nothing where others had the cores
+    each time.
+    """
+    for _ in range(3):
+        others = Others()
+        best = best_of_several()
+        if others.share() <= BUSY:
+            return best
+    return {}
+
+
+def best_of_several() -> dict[str, float]:
+    buffer = torch.rand(64 << 20)  # 256 MiB: beyond the caches of most machines
+    extension = backend.cpu_extension
+    best = dict.fromkeys([*extension.peak_instructions(), "read"], 0.0)
+    for _ in range(ATTEMPTS):
+        for name in best:
+            start = time.perf_counter()
+            if name == "read":
+                extension.read_all(buffer)
+                done = buffer.numel() * 4
+            else:
+                done = extension.run_peak(name, STEPS)
+            best[name] = max(best[name], done / (time.perf_counter() - start))
+    return best
+
+
+def wait_until_quiet(busy: bool) -> None:
+    """Ends the process where the machine stays in use by others, unless `busy` allows it."""
+    end = time.monotonic() + PATIENCE
+    told = False
+    while True:
+        others = Others()
+        time.sleep(0.5)
+        share = others.share()
+        if share <= BUSY or busy:
+            return
+        if time.monotonic() > end:
+            sys.exit(
+                f"bench: other processes have {share:.0%} of the cores: figures would be wrong "
+                "(--busy measures anyway)"
+            )
+        if not told:
+            print(f"bench: others have {share:.0%} of the cores, waiting", file=sys.stderr)
+            told = True
+
+
+def ceilings_before(busy: bool) -> dict[str, float]:
+    wait_until_quiet(busy)
+    return ceilings()
+
+
+def combined(before: dict[str, float]) -> dict[str, float]:
+    """The better of `before` and of now, after the rows; nothing where they do not agree, even when
+    measured again."""
+    for _ in range(3):
+        after = ceilings()
+        if not before or not after:
+            return {}
+        better = {name: max(before[name], after[name]) for name in before}
+        apart = max(1 - min(before[name], after[name]) / better[name] for name in before)
+        if apart <= SAME:
+            return better
+        before = better
+    return {}

@@ -1,0 +1,278 @@
+"""bench/: what a figure rests on, and what its command line refuses."""
+
+import importlib
+import json
+import os
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import ceilings
+import compare
+import decode
+import harness
+import profile_step
+import pytest
+import torch
+import turns
+
+from fastlm import backend
+
+OPS = ("adamw", "attention", "boundary", "cross_entropy", "glu", "linear", "linear_cross_entropy")
+OPS += ("quantized_linear", "rms_norm", "rope")
+OWN = {
+    "attention": (1, 2, 5, 16),
+    "cross_entropy": (3, 7),
+    "glu": (3, 8),
+    "linear": (5, 16, 8),
+    "linear_cross_entropy": (3, 8, 7),
+    "quantized_linear": (3, 128, 16),
+    "rms_norm": (9, 16),
+    "rope": (1, 2, 5, 16),
+}
+
+
+def run_main(monkeypatch, cases, *arguments, own=None):
+    monkeypatch.setattr(sys, "argv", ["op.py", *arguments])
+    monkeypatch.setattr(harness, "ceilings_before", lambda busy: {})
+    monkeypatch.setattr(harness, "combined", lambda before: {})
+    harness.main("op", lambda: cases, own)
+
+
+def one_case(name="fwd", shape="4 x 8", **more):
+    return harness.Case(name, shape, {"fastlm": int, "torch": int}, **more)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["backwrd"], "no case has 'backwrd'; near: backward"),
+        (["--rounds", "0"], "--rounds: wanted a whole number from 1, got '0'"),
+        (["--shape", "8,8"], "--shape: wanted b,h,s,[d], whole numbers from 1, got '8,8'"),
+        (["--shape", "8,8,0"], "--shape: wanted b,h,s,[d]"),
+    ],
+)
+def test_refused_in_one_line(monkeypatch, capsys, arguments, message):
+    def own(b: int, h: int, s: int, d: int = 0):
+        return [one_case()]
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(monkeypatch, [one_case("backward"), one_case()], *arguments, own=own)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["8,9,10", "8x9x10", "8, 9, 10"])
+def test_own_shape(monkeypatch, capsys, text):
+    def own(b: int, h: int, s: int, d: int = 11):
+        return [one_case(shape=f"{b} {h} {s} {d}")]
+
+    run_main(monkeypatch, [], "--shape", text, "--list", own=own)
+    assert capsys.readouterr().out == "fwd: 8 9 10 11: fastlm, torch\n"
+
+
+def test_json_goes_to_the_file_alone(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    arguments = ("--no-gate", "--rounds", "2", "--json", str(path))
+    run_main(monkeypatch, [one_case()], *arguments)
+    assert json.loads(path.read_text())["rows"][0]["name"] == "fwd"
+    assert not any(s.startswith('{"op"') for s in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_collected_without_operands(monkeypatch, op):
+    module = importlib.import_module(op)
+    for name in ("randn", "rand", "randint", "empty", "zeros"):
+        monkeypatch.setattr(torch, name, None)
+    assert module.cases()
+
+
+@pytest.mark.parametrize("op", OWN)
+def test_variants_do_the_same_work(op):
+    """On a small shape of one's own: every variant runs and makes as much."""
+    for case in importlib.import_module(op).own(*OWN[op]):
+        made = {}
+        for name, call in case.calls().items():
+            if "compile" in name:
+                continue
+            out = call()
+            made[name] = [t.numel() for t in (out if isinstance(out, (tuple, list)) else [out])]
+        assert len(made) > 1
+        assert len({str(sizes) for sizes in made.values()}) == 1, (case.name, made)
+
+
+def test_bytes_of_a_quantized_weight():
+    from quantized_linear import of_shape, quantized
+
+    for bits, group in ((4, 128), (8, 128), (4, 32)):
+        case = of_shape(bits, 16, 1, 64, 256, group)
+        assert case.bytes == quantized(bits, 64, 256, group)().nbytes
+
+
+def test_share_is_of_the_best_instruction_for_the_dtype():
+    limits = {"fp32 FMA": 200.0, "bf16 dot": 100.0, "int8 dot": 800.0, "fp16 FMA": 400.0}
+    limits["read"] = 1e9
+    of = {d: ceilings.highest(limits, d) for d in ("bf16", "fp32", "fp16", "int8")}
+    assert of == {"bf16": "fp32 FMA", "fp32": "fp32 FMA", "fp16": "fp32 FMA", "int8": "int8 dot"}
+    row = harness.run_case(
+        one_case(flops=50.0), limits, 2, lambda calls, rounds: {n: [1.0, 1.0] for n in calls}
+    )
+    assert (row.of_ceiling, row.ceiling, row.unsteady) == (0.25, "fp32 FMA", "")
+
+
+def rate(call):
+    """The best of several short calls: other processes can only slow one."""
+
+    def once():
+        start = time.perf_counter()
+        return call() / (time.perf_counter() - start)
+
+    return max(once() for _ in range(20))
+
+
+def test_nothing_is_above_the_ceiling():
+    extension = backend.cpu_extension
+    for instruction, bf16 in (("fp32 FMA", False), ("bf16 dot", True)):
+        if instruction in extension.peak_instructions():
+            ours = rate(lambda bf16=bf16: extension.multiply_in_l1(bf16, 50))
+            peak = rate(lambda i=instruction: extension.run_peak(i, 20_000))
+            assert ours < 1.05 * peak, instruction
+
+
+def test_every_instruction_has_a_ceiling():
+    extension = backend.cpu_extension
+    chosen = extension.isa()
+    try:
+        for isa in backend.cpu_isas():
+            extension.set_isa(isa)
+            names = extension.peak_instructions()
+            assert "fp32 FMA" in names
+            assert all(extension.run_peak(n, 10) > extension.run_peak(n, 5) > 0 for n in names)
+    finally:
+        extension.set_isa(chosen)
+    with pytest.raises(ValueError, match="instruction: wanted one of"):
+        extension.run_peak("fp64 FMA", 1)
+
+
+@pytest.mark.parametrize(
+    ("later", "wanted"),
+    [
+        ([102.0], {"fp32 FMA": 102.0}),
+        ([150.0, 152.0], {"fp32 FMA": 152.0}),  # the first was taken beside other work
+        ([50.0, 150.0, 50.0], {}),
+        ([None], {}),  # others had the cores
+    ],
+)
+def test_ceilings_that_differ_are_measured_again_or_left_out(monkeypatch, later, wanted):
+    values = iter(later)
+    monkeypatch.setattr(
+        ceilings, "ceilings", lambda: {"fp32 FMA": v} if (v := next(values)) else {}
+    )
+    assert ceilings.combined({"fp32 FMA": 100.0}) == wanted
+
+
+def test_other_processes_are_seen(monkeypatch):
+    used = iter([100.0, 101.5])
+    monkeypatch.setattr(ceilings, "seconds_in_use", lambda: next(used))
+    own = {os.getpid(): iter([10.0, 10.2]), 7: iter([5.0, 5.3])}
+    monkeypatch.setattr(ceilings, "seconds_of", lambda process: next(own[process]))
+    clock = iter([0.0, 1.0])
+    monkeypatch.setattr(ceilings, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(ceilings.os, "cpu_count", lambda: 2)
+    share = ceilings.Others([7]).share()
+    assert share == pytest.approx((1.5 - 0.5 - 4 / ceilings.TICK) / 2)
+
+
+def test_nothing_is_timed_on_a_busy_machine(monkeypatch):
+    monkeypatch.setattr(ceilings, "PATIENCE", 0)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)
+    monkeypatch.setattr(ceilings, "time", clock)
+    monkeypatch.setattr(ceilings.Others, "share", lambda self: 0.6)
+    with pytest.raises(SystemExit, match="other processes have 60% of the cores"):
+        ceilings.wait_until_quiet(busy=False)
+    ceilings.wait_until_quiet(busy=True)
+
+
+def test_an_unsteady_row_is_measured_again(monkeypatch):
+    monkeypatch.setattr(harness.Others, "share", lambda self: 0.0)
+    noisy, calm = [1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.01, 1.02]
+
+    def row(*attempts):
+        left = list(attempts)
+        return harness.run_case(
+            one_case(), {}, 4, lambda calls, rounds: dict.fromkeys(calls, left.pop(0))
+        )
+
+    assert row(noisy, calm).unsteady == ""
+    still = row(noisy, noisy)
+    assert still.unsteady == "spread 60%" and "unsteady: spread 60%" in harness.table([still])
+
+
+def results(path, **milliseconds):
+    rows = [
+        {"name": n, "shape": "1", "milliseconds": {"fastlm": ms, "torch": 1.0},
+         "spread": {"fastlm": 0.05, "torch": 0.05}} for n, ms in milliseconds.items()
+    ]  # fmt: skip
+    path.write_text(json.dumps({"op": "rope", "rows": rows}))
+    return str(path)
+
+
+def test_compare_flags_what_is_beyond_the_spread(monkeypatch, capsys, tmp_path):
+    before = results(tmp_path / "a.json", first=1.0, second=1.0, third=1.0, gone=1.0)
+    after = results(tmp_path / "b.json", first=0.8, second=1.08, third=1.3)
+    picture = tmp_path / "c.png"
+    monkeypatch.setattr(sys, "argv", ["compare.py", before, after, "--plot", str(picture)])
+    compare.main()
+    out = capsys.readouterr().out
+    assert "| rope first 1 fastlm | 1 | 0.8 | 1.25x | 10% | faster |" in out
+    assert "| rope second 1 fastlm | 1 | 1.08 | 0.93x | 10% |  |" in out
+    assert "1 faster, 1 slower, 1 same" in out and picture.stat().st_size > 1000
+
+
+def test_every_variant_has_a_process_of_its_own():
+    one, other = (turns.Worker(n, partial, (os.getpid,), 1) for n in ("one", "other"))
+    assert len({one(), other(), os.getpid()}) == 3 and one() == one.process.pid
+    one.stop(), other.stop()
+    with pytest.raises(SystemExit, match="third: its process ended with 3"):
+        turns.Worker("third", partial, (os._exit, 3), 1)()
+
+
+def test_the_better_peer_counts_in_decode():
+    rows = [
+        {"users": 1, "engine": e, "version": "", "missing": "", "prefill": p, "decode": d}
+        for e, p, d in (("fastlm", 40, 30), ("llama.cpp", 20, 9), ("own benchmark", 10, 10))
+    ]
+    shown = decode.table(rows).splitlines()
+    assert "| **20** | 2.00x | 9 | 3.33x |" in shown[3]
+    assert "| 10 | 4.00x | **10** | 3.00x |" in shown[4]
+
+
+MODEL = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        return {"loss": self.inner(x).square().mean()}
+
+def make():
+    return Net(), torch.ones(2, 4)
+"""
+
+
+def test_profile_of_ones_own_model(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "net.py"
+    file.write_text(MODEL)
+    limits = {"fp32 FMA": 1e9, "read": 1e9}
+    monkeypatch.setattr(profile_step, "ceilings_before", lambda busy: limits)
+    monkeypatch.setattr(profile_step, "combined", lambda before: limits)
+    monkeypatch.setattr(sys, "argv", ["profile_step.py", "--model", f"{file}:make"])
+    profile_step.main()
+    out = capsys.readouterr().out
+    assert "| aten::addmm |" in out and "all matrix products at the ceiling" in out
+    monkeypatch.setattr(sys, "argv", ["profile_step.py", "--model", f"{file}:other"])
+    with pytest.raises(SystemExit, match="has no 'other'"):
+        profile_step.main()
