@@ -1,15 +1,14 @@
 // Work in phases, on threads of which any may lose its core at any time: a phase ends when its
 // units are done, not when its threads have come.
 //
-//   next_   (phase << 32 | first unit that nobody has)   a claim moves it on by compare and swap,
-//   so
-//                                                        phase and units are claimed in one
-//   undone_ units of the phase that are not computed yet   who takes it to 0 opens the next phase
+//   next_    (phase << 32 | first unit that nobody has)   moved on by compare and swap, so that
+//            phase and units are claimed in one
+//   undone_  units of the phase that nobody has reported as done   who takes it to 0 opens the next
 //
-// A thread that has a claim keeps its phase open, so it may read and write what the phase does; one
-// without touches nothing. A thread that was away sees the phase that is current when it is back. A
-// release sequence on `undone_` carries the results of all units to whoever opens the next phase,
-// the store of `next_` carries them on to whoever claims there.
+// A thread that has not reported a claim keeps its phase open, so it may read and write what the
+// phase does; one without touches nothing. A thread that was away sees the phase that is current
+// when it is back. A release sequence on `undone_` carries the results of all units to whoever
+// opens the next phase, the store of `next_` carries them on to whoever claims there.
 //
 // A thread without work looks for a while in place, then sleeps until a phase opens: its core is
 // free meanwhile, and the system owes it that time, so that it wakes beside the thread it waited
@@ -31,7 +30,7 @@ namespace fastlm {
 // A Program has
 //   int phases()                                 their number, at least 1
 //   int64_t units(int phase)                     less than 2^32; 0: the phase is passed over
-//   void before(int phase)                       by one thread, while no other has a claim
+//   void before(int phase)                       by one thread, with nothing claimed
 //   void run(int phase, int64_t from, int64_t to)
 // all the same on every thread. Which thread computes a unit, and beside which others, is chance.
 class Phases {
@@ -45,21 +44,26 @@ class Phases {
   template <class Program>
   void work(Program& program, int threads) {
     const auto last = uint64_t(program.phases());
+    int64_t mine = 0;  // units of the current phase that are done here: they keep it open
     for (uint64_t seen = next_.load(std::memory_order_acquire); seen >> 32 < last;) {
       const int phase = int(seen >> 32);
       const int64_t from = int64_t(seen & UINT32_MAX), left = program.units(phase) - from;
-      if (left <= 0) {
-        seen = wait(seen);
+      if (left > 0) {
+        // guided self-scheduling: large pieces first, for few claims and long reads, then small
+        // ones, so that threads end alike
+        const int64_t count = (left + threads - 1) / threads;
+        if (!next_.compare_exchange_weak(seen, seen + uint64_t(count), std::memory_order_acq_rel,
+                                         std::memory_order_acquire))
+          continue;
+        program.run(phase, from, from + count);
+        mine += count;
+        seen = next_.load(std::memory_order_acquire);
         continue;
       }
-      // large pieces first, which the hardware prefetches across, then small ones, which end alike
-      const int64_t count = std::max<int64_t>(1, left / (2 * threads));
-      if (!next_.compare_exchange_weak(seen, seen + uint64_t(count), std::memory_order_acq_rel,
-                                       std::memory_order_acquire))
-        continue;
-      program.run(phase, from, from + count);
-      if (undone_.fetch_sub(count, std::memory_order_acq_rel) == count) open(program, phase + 1);
-      seen = next_.load(std::memory_order_acquire);
+      if (mine && undone_.fetch_sub(mine, std::memory_order_acq_rel) == mine)
+        open(program, phase + 1);
+      mine = 0;
+      seen = wait(seen);
     }
   }
 
