@@ -308,7 +308,12 @@ def register(
                 for i in tensors:
                     if (tensor := args[i]) is not None and tensor.requires_grad:
                         return differentiable(*args)
-            return pick(name, args[picked_by])(*args)
+            try:
+                return pick(name, args[picked_by])(*args)
+            except RuntimeError:  # tensors of a batched backward look plain and have no memory
+                if not transforms.in_batched_backward():
+                    raise
+            return operator(*args)
         return transformed(*args)
 
     return call
@@ -325,16 +330,9 @@ def _differentiable(name: str, picked_by: int, setup: Callable | None, backward:
             setup(ctx, args, output)
         return output
 
-    def apply_backward(ctx: Any, *grads: Any) -> Any:
-        if transforms.in_batched_backward():
-            with transforms.Dispatching():
-                return backward(ctx, *grads)
-        return backward(ctx, *grads)
-
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), methods)
-    # torch's own looks for other kinds of derivative
-    function._backward_cls.apply = apply_backward
+    function._backward_cls.apply = backward  # torch's own looks for other kinds of derivative
     # Function.apply looks for transforms, 0.9 us a call: `call` has looked
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -372,11 +370,7 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def promoted(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in the wider of their dtypes, as torch's own sums take them, where ``torch.autocast`` is
-    on and may have made one of them narrow.
-    """
-    if not autocasts(a):
-        return a, b
+    """Both in the wider of their dtypes, as torch's own sums take them."""
     wide = torch.promote_types(a.dtype, b.dtype)
     return a.to(wide), b.to(wide)
 

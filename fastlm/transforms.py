@@ -19,7 +19,6 @@ from torch._compile import _disable_dynamo
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # The innermost transform of torch.func, or None.
 innermost: Callable[[], Any] = _functorch.peek_interpreter_stack
@@ -156,12 +155,5 @@ _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 
 def in_batched_backward() -> bool:
     """Whether this is a backward of ``torch.autograd.grad(..., is_grads_batched=True)``, whose
-    tensors look plain."""
+    tensors the dispatcher takes apart."""
     return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
-
-
-class Dispatching(TorchDispatchMode):
-    """Context: ops go through torch's dispatcher, which takes such tensors apart."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, promoted, register
+from fastlm.backend import CudaKernel, Kernel, autocasts, promoted, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -37,13 +37,13 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
             raise InputError(f"act: wanted one of {', '.join(ACTIVATIONS)}, got {act!r}")
         if not gate.is_floating_point():
             raise InputError(f"gate: wanted a float dtype, got {gate.dtype}")
-        if up.dtype != gate.dtype:
-            gate, up = promoted(gate, up)
         if (
             up.shape != gate.shape
             or up.dtype != gate.dtype
             or not ((up.is_cpu and gate.is_cpu) or up.device == gate.device)
         ):
+            if up.dtype != gate.dtype and autocasts(gate):
+                return glu(*promoted(gate, up), act=act)
             raise InputError(
                 f"up: wanted {gate.dtype} {tuple(gate.shape)} on {gate.device} as gate,"
                 f" got {up.dtype} {tuple(up.shape)} on {up.device}"

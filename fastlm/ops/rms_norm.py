@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, promoted, register
+from fastlm.backend import CudaKernel, Kernel, autocasts, promoted, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -53,11 +53,12 @@ def rms_norm(
             raise InputError(
                 f"weight: wanted floats on {x.device} as x, got {weight.dtype} on {weight.device}"
             )
-        if residual is not None and residual.dtype != x.dtype:
-            x, residual = promoted(x, residual)
         if residual is not None and (
             residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
         ):
+            if residual.dtype != x.dtype and autocasts(x):
+                x, residual = promoted(x, residual)
+                return rms_norm(x, weight, eps, residual=residual, offset=offset)
             raise InputError(
                 f"residual: wanted {x.dtype} of shape {tuple(x.shape)} as x on {x.device},"
                 f" got {residual.dtype} {tuple(residual.shape)} on {residual.device}"

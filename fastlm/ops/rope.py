@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, is_eager, promoted, register
+from fastlm.backend import CudaKernel, Kernel, autocasts, is_eager, promoted, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -54,9 +54,10 @@ def rope(
         if q.dim() != 4 or not q.is_floating_point():
             raise InputError(f"q: wanted floats (B, H, S, D), got {q.dtype} {tuple(q.shape)}")
         batch, _, length, width = q.shape
-        if k.dtype != q.dtype:
-            q, k = promoted(q, k)
         if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
+            if k.dtype != q.dtype and autocasts(q):
+                q, k = promoted(q, k)
+                return rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim)
             raise InputError(
                 f"k: wanted {q.dtype} (B, Hkv, S, D) with B, S, D of q {tuple(q.shape)},"
                 f" got {k.dtype} {tuple(k.shape)}"
