@@ -78,6 +78,12 @@ FORCED = {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",  # as fastlm's avx512: bf16 and int8 dot products
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
+    "avx512_fma": {  # a machine without a bf16 instruction
+        "FASTLM_CPU_ISA": "avx512_fma",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
     "avx2": {
         "FASTLM_CPU_ISA": "avx2",
         "ATEN_CPU_CAPABILITY": "avx2",

@@ -343,7 +343,7 @@ def _without_autocast(function: Callable) -> Callable:
     @functools.wraps(function)
     def wide(*args: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return function(*args)
         with torch.autocast(device, enabled=False):
             return function(*args)

@@ -122,9 +122,10 @@ _watch = Watch()  # until the work begins: loading torch takes a second
 
 
 def _say_if_busy() -> None:
+    """To a user who waits for the answer; a script's stderr stays empty."""
     import torch
 
-    if line := _watch.line(torch.get_num_threads()):
+    if sys.stderr.isatty() and (line := _watch.line(torch.get_num_threads())):
         typer.echo(f"fastlm: {line}", err=True)
 
 

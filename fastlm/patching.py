@@ -50,7 +50,8 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     - ``attention``: transformers' ``attn_implementation="fastlm"`` (padding, packed sequences,
       sliding windows, softcap, sinks, caches; no repeated key heads, no S x S masks);
     - ``linear``: every nn.Linear, whose product is fastlm's where that is faster on this machine
-      (`fastlm.ops.linear`) and torch's elsewhere;
+      (`fastlm.ops.linear`) and torch's elsewhere. Its class is then a subclass of nn.Linear: what
+      looks for nn.Linear itself (torch's quantize_dynamic) finds none;
     - ``linear_cross_entropy``: with ``labels`` the model returns the loss, and None for the logits,
       which never exist (``num_items_in_batch``, ``shift_labels``, ``ignore_index`` as
       transformers' ``ForCausalLMLoss``); without labels the logits, as before. In eval mode
@@ -221,9 +222,8 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
                 options["implementation"] = None  # its masks are never left out
             if any(v is not None for v in options.values()):
                 plan[module] = ("attention", options)
-        heads = {  # linear_cross_entropy looks at their class
-            m.get_output_embeddings() for m, (op, _) in plan.items() if op == "linear_cross_entropy"
-        }  # type: ignore[operator]
+        models: list[Any] = [m for m, (op, _) in plan.items() if op == "linear_cross_entropy"]
+        heads = {m.get_output_embeddings() for m in models}  # whose class that op looks at
         for module in model.modules() if "linear" in ops else ():
             # what accelerate wraps keeps its forward
             if type(module) is nn.Linear and module not in heads and "forward" not in vars(module):

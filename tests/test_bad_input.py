@@ -58,9 +58,9 @@ SOURCES = {  # file name -> its bytes (None: no such file) and the refusal
     "latin1.txt": ("Stra\xdfe\n".encode("latin-1") * 9, "line 1: wanted UTF-8, got byte 0xdf"),
     "long.txt.zst": (zstandard.compress(b"x" * 200_000_000), "wanted lines of at most 16,777,216"),
     "long.jsonl.zst": (zstandard.compress(b"x" * 200_000_000), "this one is longer"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: wanted one JSON object"),
+    "broken.jsonl": (b'{"text": \n', "line 1: wanted one JSON object"),
     "other.jsonl": (b'{"body": "a"}\n', "wanted an object with a text in 'text'"),
-    "book.pdf": (b"%PDF", "wanted a file ending in .txt"),
+    "book.pdf": (b"%PDF", "wanted a file of a type that is read"),
 }
 
 

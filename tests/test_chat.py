@@ -133,4 +133,4 @@ def test_bytes_that_are_no_text_are_refused_in_a_line(tmp_path):
         input=b"caf\xe9", capture_output=True, env={**os.environ, "PYTHONUTF8": "1"},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == b"fastlm: messages: wanted valid Unicode, got a lone surrogate at 3\n"
+    assert done.stderr == b"fastlm: text: wanted valid Unicode, got a lone surrogate at 3\n"

@@ -1,7 +1,6 @@
 """GGUF: block formats against the gguf package, whole models against transformers, broken files."""
 
 import struct
-from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -512,9 +511,8 @@ def test_models_that_do_not_fit(changes, message, tmp_path):
 )
 def test_end_tokens_of_turns_and_messages(ids, ends, tmp_path):
     path = rewrite("llama", tmp_path / "m.gguf")
-    metadata = GGUFFile(path).metadata
-    file = SimpleNamespace(path=path, tensors=GGUFFile(path).tensors)
-    file.metadata = {k: v for k, v in metadata.items() if "eos" not in k}
+    file = GGUFFile(path)
+    file.metadata = {k: v for k, v in file.metadata.items() if "eos" not in k}
     file.metadata |= {f"tokenizer.ggml.{k}_token_id": v for k, v in ids.items()}
     assert config_of(file)["eos_token_id"] == ends
 

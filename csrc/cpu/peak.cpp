@@ -21,6 +21,7 @@ namespace {
     for (int64_t step = 0; step < steps; ++step) {                       \
       _Pragma("GCC unroll 12") for (int i = 0; i < 12; ++i) {            \
         vector& sum = sums[i];                                           \
+        asm volatile("" : "+v"(a)); /* keeps the product in the loop */  \
         sum = multiply;                                                  \
         asm volatile("" : "+v"(sum));                                    \
       }                                                                  \

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int CHAINS = 12;    // independent sums: more than latency (4 to 6) times two units
 constexpr int STEPS = 400;    // of all chains: 1 to 4 microseconds
-constexpr int ATTEMPTS = 10;  // the fastest counts: another process may hold the core meanwhile
+constexpr int ATTEMPTS = 20;  // the fastest counts: another process may hold the core meanwhile
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512bf16")
@@ -44,14 +44,10 @@ __attribute__((noinline)) void fma_steps() {
 #pragma GCC pop_options
 
 double gflops(void (*steps)(), double flops) {
-  double best = 1e9;
-  for (int i = 0; i < ATTEMPTS; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    steps();
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    best = std::min(best, took.count());
-  }
-  return flops / best * 1e-9;
+  const auto start = std::chrono::steady_clock::now();
+  steps();
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  return flops / took.count() * 1e-9;
 }
 
 struct Known {
@@ -72,8 +68,12 @@ constexpr double CLEAR = 1.3;  // a ratio that no noise makes
 
 ProductRates product_rates(bool avx512, bool avx512_bf16) {
   constexpr double lanes = 16. * CHAINS * STEPS;
-  return {avx512_bf16 ? gflops(dot_steps, 4 * lanes) : 0,
-          avx512 ? gflops(fma_steps, 2 * lanes) : 0};
+  ProductRates best;
+  for (int i = 0; i < ATTEMPTS; ++i) {  // in turns: the first ones wake the wide units
+    if (avx512_bf16) best.dot_gflops = std::max(best.dot_gflops, gflops(dot_steps, 4 * lanes));
+    if (avx512) best.fma_gflops = std::max(best.fma_gflops, gflops(fma_steps, 2 * lanes));
+  }
+  return best;
 }
 
 ProductChoice choose_product(const std::string& vendor, int family, int model,

@@ -66,6 +66,8 @@ void rope_typed(const TensorView* const (&inputs)[2], const TensorView* const (&
                 const TensorView& cos, const TensorView& sin, bool interleaved, bool inverse) {
   const int64_t batch = inputs[0]->size(0), length = inputs[0]->size(2), width = inputs[0]->size(3),
                 turned = cos.size(-1);
+  check_size("cos", "rows, as q:", length, cos.size(-2));  // a trace is called without ops/rope.py
+  check_size("sin", "rows, as q:", length, sin.size(-2));
   const U *pc = cos.data<U>("cos"), *ps = sin.data<U>("sin");
   const int64_t c_row = cos.stride(-2), s_row = sin.stride(-2);
   const bool per_batch = cos.ndim() == 3 && cos.size(0) > 1;
