@@ -15,7 +15,6 @@ constexpr int WIDTH = 40;
 
 struct Shared {
   uint64_t values[2][WIDTH] = {};  // of the last phase and of this one: plain memory
-  uint64_t total = 0;              // of the last phase, by `before`
   std::vector<std::atomic<int>> runs;
   explicit Shared(int phases) : runs(size_t(phases * WIDTH)) {}
 };
@@ -23,25 +22,23 @@ struct Shared {
 struct Program {
   Shared& s;
   int count, thread = 0;
-  unsigned random = 1;
+  mutable unsigned random = 1;
 
-  void sometimes_sleep(unsigned one_in) {
+  void sometimes_sleep(unsigned one_in) const {
     random = random * 1664525u + 1013904223u;
     if (thread == 0 && (random >> 16) % one_in == 0) usleep((random >> 8) % 300);
   }
   int phases() const { return count; }
-  int64_t units(int phase) {
+  int64_t units(int phase) const {
     sometimes_sleep(50);  // between a look at the current phase and the claim
     return phase % 7 == 3 ? 0 : 1 + phase * 13 % WIDTH;
   }
-  void before(int phase) {
-    s.total = 0;
-    for (uint64_t v : s.values[(phase + 1) % 2]) s.total = s.total * 31 + v;
-  }
   void run(int phase, int64_t from, int64_t to) {
     sometimes_sleep(20);  // with a claim
+    uint64_t total = 0;
+    for (uint64_t v : s.values[(phase + 1) % 2]) total = total * 31 + v;
     for (int64_t u = from; u < to; ++u) {
-      s.values[phase % 2][u] = s.total * uint64_t(u + 1) + uint64_t(phase);
+      s.values[phase % 2][u] = total * uint64_t(u + 1) + uint64_t(phase);
       s.runs[size_t(phase * WIDTH + u)].fetch_add(1, std::memory_order_relaxed);
     }
   }

@@ -8,10 +8,11 @@
 //           prepare -> down |                                          | ends a phase
 //
 // A phase ends when its work is done, not when all threads have come (phases.h); any thread does
-// any of it. With few rows the thread that ends a phase prepares all of them; with many, preparing
-// is a phase of its own. The residual stream, products and sums are float32. A row's result does
-// not depend on the other rows, and nothing on the number of threads: no sum is split between
-// threads, attention is cut into chunks of DECODE_KEYS keys wherever it runs.
+// any of it. With few rows every thread that works in a phase prepares all of them for itself,
+// which is cheaper than fetching them from another core; with many, preparing is a phase of its
+// own. The residual stream, products and sums are float32. A row's result does not depend on the
+// other rows, and nothing on the number of threads: no sum is split between threads, attention is
+// cut into chunks of DECODE_KEYS keys wherever it runs.
 //
 // A step is a region of OpenMP, so that it shares torch's threads and follows set_num_threads; a
 // pool of its own would look for work on the cores where torch's looks. The region's end, once a
@@ -34,8 +35,11 @@ constexpr int64_t SPLIT_ROWS = 4;  // of x: from so many on their preparation is
 
 struct DecodeWork {  // of one step; everything is written before it is read
   float *qkv, *branch, *inner, *partials, *most, *sum;
-  float* stream;
-  Activations x;  // what `prepare` makes
+  float* streams[2];  // of a thread for those that were away: versions alternate
+  struct Slot {       // what `prepare` makes: one, or one per thread
+    float* stream;
+    Activations x;
+  }* slots;
   struct Thread {
     uint8_t* panel;
     float *out, *q, *scores;
@@ -68,15 +72,22 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t capacity, int 
   w.most = a.take<float>(rows * p.heads * chunks);
   w.sum = a.take<float>(rows * p.heads * chunks);
   const int64_t widest = std::max({p.hidden, q_width, p.inner}), runs = (widest + 7) / 8;
+  const int64_t slots = rows >= SPLIT_ROWS ? 1 : threads;
+  for (float*& stream : w.streams) stream = a.take<float>(rows * p.hidden);
+  w.slots = a.take<DecodeWork::Slot>(slots);
   w.threads = a.take<DecodeWork::Thread>(threads);
-  w.stream = a.take<float>(rows * p.hidden);
-  w.x.stride = round16(widest), w.x.runs = runs;
-  w.x.x = a.take<float>(rows * w.x.stride);
-  for (Activations::Format& f : w.x.formats) {
-    f.q = a.take<int8_t>(rows * w.x.stride);
-    f.scale = a.take<float>(rows * runs);
-    f.sum = a.take<float>(rows * runs);
-    f.start = a.take<int32_t>(rows * runs);
+  for (int64_t s = 0; s < slots; ++s) {
+    DecodeWork::Slot slot{};
+    slot.stream = a.take<float>(rows * p.hidden);
+    slot.x.stride = round16(widest), slot.x.runs = runs;
+    slot.x.x = a.take<float>(rows * slot.x.stride);
+    for (Activations::Format& f : slot.x.formats) {
+      f.q = a.take<int8_t>(rows * slot.x.stride);
+      f.scale = a.take<float>(rows * runs);
+      f.sum = a.take<float>(rows * runs);
+      f.start = a.take<int32_t>(rows * runs);
+    }
+    if (base) w.slots[s] = slot;
   }
   for (int t = 0; t < threads; ++t) {
     DecodeWork::Thread own{};
@@ -104,10 +115,13 @@ struct DecodeStep {
   const float* const* rotary;
   int64_t rotary_width[8];
   float* logits;
+  // one per thread
   int thread = 0;
+  int prepared = -1, version = -1;  // the phase that the slot is for; additions in its stream
 
   enum Kind { QKV, ATTEND, OUT, GLU, DOWN, KINDS };  // of a layer's phases; the head's comes last
 
+  DecodeWork::Slot& slot() const { return w.slots[split() ? 0 : thread]; }
   DecodeWork::Thread& own() const { return w.threads[thread]; }
   bool split() const { return rows >= SPLIT_ROWS; }
   // work of every layer, then the head's; where rows are shared out, each behind its preparation
@@ -119,13 +133,29 @@ struct DecodeStep {
     if (phase % 2) return work_units(phase / 2);
     return phase / 2 < works() - 1 && phase / 2 % KINDS == ATTEND ? 0 : rows;
   }
-  void before(int phase) {
-    if (!split()) prepare_rows(phase, 0, rows);
-  }
   void run(int phase, int64_t from, int64_t to) {
-    if (!split()) return do_work(phase, from, to);
-    phase % 2 ? do_work(phase / 2, from, to) : prepare_rows(phase / 2, from, to);
+    if (split()) {
+      phase % 2 ? do_work(phase / 2, from, to) : prepare_rows(phase / 2, from, to);
+      return;
+    }
+    if (phase != prepared) {
+      const int additions = version_of(phase);
+      if (additions > 0 && additions != version + 1)  // it was away
+        memcpy(slot().stream, w.streams[(additions - 1) % 2], stream_bytes());
+      prepare_rows(phase, 0, rows);
+      prepared = phase;
+      if (additions >= 0) version = additions;
+      if (additions >= 0 && from == 0)
+        memcpy(w.streams[additions % 2], slot().stream, stream_bytes());
+    }
+    do_work(phase, from, to);
   }
+  // Branches in the residual stream once `work` is prepared; -1: it adds none.
+  int version_of(int work) const {
+    const int kind = work % KINDS;
+    return kind == QKV || kind == GLU ? work / KINDS * 2 + (kind == GLU) : -1;
+  }
+  size_t stream_bytes() const { return size_t(rows * p.hidden) * sizeof(float); }
 
   // f(row) for rows [from, to), then the formats that `linears` want.
   template <class F>
@@ -134,10 +164,10 @@ struct DecodeStep {
   }
   template <class F>
   void prepare(const DecodeLinear* const* linears, int count, int64_t from, int64_t to, F f) {
-    const Activations& x = w.x;
+    const Activations& x = slot().x;
     for (int64_t m = from; m < to; ++m) {
       float* row = x.x + m * x.stride;
-      f(m, w.stream + m * p.hidden, row);
+      f(m, slot().stream + m * p.hidden, row);
       const int64_t k = linears[0]->k;
       for (int64_t i = k; i < round16(k); ++i) row[i] = 0.f;
       for (int i = 0; i < count; ++i)
@@ -156,7 +186,7 @@ struct DecodeStep {
       const int64_t last = first + tiles(l);
       for (int64_t u = std::max(from, first); u < std::min(to, last); ++u) {
         const int64_t n = (u - first) * DECODE_TILE, width = std::min(DECODE_TILE, l.n - n);
-        tile_product(l, n, w.x, format_of(linears, i), rows, own().panel, own().out);
+        tile_product(l, n, slot().x, format_of(linears, i), rows, own().panel, own().out);
         for (int64_t m = 0; m < rows; ++m)
           memcpy(y + m * stride + column + n, own().out + m * DECODE_TILE,
                  size_t(width) * sizeof(float));
@@ -172,8 +202,8 @@ struct DecodeStep {
     const int act = p.act == "silu" ? 0 : p.act == "gelu_tanh" ? 1 : 2;
     for (int64_t u = from; u < to; ++u) {
       const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, layer.gate.n - n);
-      tile_product(layer.gate, n, w.x, 0, rows, own().panel, gate);
-      tile_product(layer.up, n, w.x, format_of(both, 1), rows, own().panel, up);
+      tile_product(layer.gate, n, slot().x, 0, rows, own().panel, gate);
+      tile_product(layer.up, n, slot().x, format_of(both, 1), rows, own().panel, up);
       for (int64_t i = 0; i < rows * DECODE_TILE; i += VL)
         store(gate + i, activate(act, load(gate + i)) * load(up + i));
       for (int64_t m = 0; m < rows; ++m)
@@ -194,7 +224,7 @@ struct DecodeStep {
     for (int64_t u = from; u < to; ++u) {
       const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, n_all - n);
       float* out = own().out;
-      tile_product(p.head, n, w.x, 0, rows, own().panel, out);
+      tile_product(p.head, n, slot().x, 0, rows, own().panel, out);
       if (p.logit_softcap > 0)
         for (int64_t i = 0; i < rows * DECODE_TILE; i += VL)
           store(out + i, vtanh(load(out + i) * (1.f / p.logit_softcap)) * p.logit_softcap);
@@ -393,7 +423,6 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
     DecodeStep<C> step{p,      work, ids, first, rows, capacity, length, cache.data<C>("cache"),
                        tables, {},   out};
     std::copy(widths, widths + 8, step.rotary_width);
-    FlushDenormals flush;
     Phases phases(step);
 #pragma omp parallel num_threads(threads) firstprivate(step)
     {

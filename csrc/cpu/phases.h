@@ -30,13 +30,12 @@ namespace fastlm {
 // A Program has
 //   int phases()                                 their number, at least 1
 //   int64_t units(int phase)                     less than 2^32; 0: the phase is passed over
-//   void before(int phase)                       by one thread, with nothing claimed
 //   void run(int phase, int64_t from, int64_t to)
 // all the same on every thread. Which thread computes a unit, and beside which others, is chance.
 class Phases {
  public:
   template <class Program>
-  explicit Phases(Program& program) {
+  explicit Phases(const Program& program) {
     open(program, 0);
   }
 
@@ -73,14 +72,10 @@ class Phases {
   static constexpr int LOOKS = 2000;
 
   template <class Program>
-  void open(Program& program, int phase) {
+  void open(const Program& program, int phase) {
     const int last = program.phases();
-    int64_t units = 0;
-    for (; phase < last; ++phase) {
-      program.before(phase);
-      if ((units = program.units(phase)) > 0) break;
-    }
-    undone_.store(units, std::memory_order_relaxed);
+    while (phase < last && program.units(phase) == 0) ++phase;
+    undone_.store(phase < last ? program.units(phase) : 0, std::memory_order_relaxed);
     next_.store(uint64_t(phase) << 32, std::memory_order_seq_cst);
     // either the sleeper's own look, in the kernel, comes after the store, or this one sees it
     if (sleepers_.load(std::memory_order_seq_cst))
