@@ -127,7 +127,8 @@ class _Process:
         return child
 
     def _why(self) -> str:
-        assert self.child is not None
+        if self.child is None:
+            return "Python is ending"
         status = self.child.wait()
         self.close()
         if status == -signal.SIGPROF:

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from fastlm.errors import InputError
 from fastlm.progress import bars
-from fastlm.threads import Watch, settle
+from fastlm.threads import Threads, Watch
 
 DIVERGED, INTERRUPTED = 3, 130
 
@@ -107,25 +107,18 @@ Stats = Annotated[
 ]
 
 
-def _settle(threads: int | None) -> int | None:
-    settle(threads)
-    return threads
-
-
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1, callback=_settle, help="Threads that compute; default: the physical cores to be had"
-    ),
-]
 _watch = Watch()  # until the work begins: loading torch takes a second
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
 
 
 def _say_if_busy() -> None:
     """To a user who waits for the answer; a script's stderr stays empty."""
     import torch
 
-    if sys.stderr.isatty() and (line := _watch.line(torch.get_num_threads())):
+    if _on_terminal() and (line := _watch.line(torch.get_num_threads())):
         typer.echo(f"fastlm: {line}", err=True)
 
 
@@ -537,7 +530,7 @@ def _prompts(given: list[str], files: list[Path]) -> list[str]:
 
 
 def _wants_stats(stats: bool | None) -> bool:
-    return sys.stderr.isatty() if stats is None else stats
+    return _on_terminal() if stats is None else stats
 
 
 @app.command()
@@ -595,6 +588,7 @@ def tokenizer_encode(
     ],
     text: Annotated[str | None, typer.Argument(help="Text; from stdin if left out")] = None,
     pieces: Annotated[bool, typer.Option("--pieces", help="The bytes of every token too")] = False,
+    threads: Threads = None,
 ) -> None:
     """The tokens of a text."""
     from fastlm.tokenizer import Tokenizer

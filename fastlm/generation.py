@@ -131,8 +131,7 @@ def generate(
     options.
     """
     ids, mask, lengths = _batch(model, input_ids, attention_mask)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise InputError(f"max_new_tokens: wanted an integer >= 0, got {max_new_tokens!r}")
+    _check_steps(max_new_tokens)
     ends = _end_ids(model, stop_ids, ignore_eos)
     generators = make_generators(seed, ids.shape[0])
     new: list[list[int]] = [[] for _ in range(ids.shape[0])]
@@ -235,12 +234,18 @@ def generate_text(
     become one is held back. The end tokens of model and tokenizer (unless `ignore_eos`) and
     `stop_ids` end it too, and are not part of the text.
     """
+    _check_steps(max_new_tokens)
     text = _Text(tokenizer, _checked_stops(stop))
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     batch, mask, _ = _batch(model, [ids], None)
     own = frozenset() if ignore_eos else tokenizer.stop_ids
     ends = _end_ids(model, stop_ids, ignore_eos) | own
     return _pieces(model, text, batch, mask, max_new_tokens, sampling, seed, ends)
+
+
+def _check_steps(count: Any) -> None:
+    if not isinstance(count, int) or count < 0:
+        raise InputError(f"max_new_tokens: wanted an integer >= 0, got {count!r}")
 
 
 def _pieces(

@@ -169,7 +169,7 @@ class CausalLM(nn.Module):
         for key in ("dtype", "torch_dtype"):  # the new name and transformers 4's, always last
             config.pop(key, None)
             config[key] = str(self.dtype).removeprefix("torch.")
-        before = config.pop("quantization_config", {})
+        before = config.pop("quantization_config", None) or {}
         linears = [m for m in self.modules() if isinstance(m, QuantizedLinear)]
         if linears:
             config["quantization_config"] = quantization_config(

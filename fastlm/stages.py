@@ -186,13 +186,16 @@ def run_report(c: Context) -> dict[str, Any]:
         "vocab_size": r["tokenizer"]["vocab_size"], **r["shards"],
         "heldout_documents": r["eval"]["heldout_documents"],
         "seconds": sum(c.seconds.values()), "stage_seconds": dict(c.seconds),
-        "machine": {**machine(), "load": r["pretrain"]["load"]},
+        "machine": {**machine(), "load": r["pretrain"].get("load", "not known")},
     }  # fmt: skip
     metrics = read_metrics(c.out / METRICS)
     write_report(c.out / "report.html", summary, Funnel.load(c.out / "data"), metrics, c.recipe)
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     save_atomic(c.out / SUMMARY, lambda p: p.write_text(text, "utf-8"))
     return summary
+
+
+MAX_METRICS = 2**33  # bytes; a step's line takes 225
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -203,7 +206,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         "sample": {"sample": str, "progress": float},
     }
     lines, steps = [], {0}
-    for number, text in enumerate(read_text(path).splitlines(), 1):
+    # not by splitlines: a sample may hold U+2028
+    for number, text in enumerate(read_text(path, MAX_METRICS).split("\n"), 1):
+        if not text:
+            continue
         where = f"{path}: line {number}"
         line = parse_json(text, where)
         check(line, {"step": int}, where)

@@ -10,6 +10,9 @@ where a process may use a part of them, and reads no quota but the outermost gro
 import os
 import time
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 # Rounds that a waiting thread looks before it sleeps, some 0.1 ms; libgomp's own 300,000 are 3 ms,
 # for a thread whose core the system has given to another process. bench/loaded.py has the figures.
@@ -24,13 +27,28 @@ def settle(threads: int | None = None) -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
     if threads is None:
-        os.environ.setdefault("OMP_NUM_THREADS", str(default_threads()))
+        for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+            os.environ.setdefault(name, str(default_threads()))
         return
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers package
     import torch
 
     torch.set_num_threads(threads)  # from the environment torch takes at most the physical cores
+
+
+def _settled(threads: int | None) -> int | None:
+    settle(threads)
+    return threads
+
+
+# The option of every command that computes
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, callback=_settled, help="Threads that compute; default: the physical cores to be had"
+    ),
+]
 
 
 def default_threads(root: Path = Path("/")) -> int:

@@ -53,6 +53,7 @@ class Tokenizer:
                 f"tokenizer: wanted ids below {MAX_IDS:,}, got one of {self.vocab_size - 1:,}"
             )
         self._roles = {name: token for name, token in roles.items() if token is not None}
+        self._backend = backend = _with_special_turns(backend, self._roles.values())
         self.chat_template = template
         for name, token in self._roles.items():
             if backend.token_to_id(token) is None:
@@ -286,7 +287,8 @@ class Tokenizer:
         **variables: Any,
     ) -> list[int]:
         """Ids of ``render_chat``. A special token is what the template wrote itself, from its first
-        to its last character; what messages, tools and other variables hold stays text.
+        to its last character, from constants that it joins or cuts (by ``format`` or a ``%`` that
+        is no constant it writes text); what messages, tools and other variables hold stays text.
         """
         text, own = self._render(messages, add_generation_prompt, variables)
         names = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True)))
@@ -296,11 +298,16 @@ class Tokenizer:
             for match in (re.finditer(names, text[start:end]) if names else ())
         ]
         encoding = library(self._backend.encode, text, add_special_tokens=False)
-        found = [span for i, span in zip(encoding.ids, encoding.offsets) if i in self._reserved]
+        # the unknown token also stands for characters: it counts where its name is written
+        found = [
+            (i, span)
+            for i, span in zip(encoding.ids, encoding.offsets)
+            if i in self._reserved or text[slice(*span)].strip() in self._specials
+        ]
         # an offset may include spaces that the token takes in
         if len(found) == len(written) and all(
-            start <= at and at + len(name) <= stop
-            for (start, stop), (at, name) in zip(found, written)
+            i == self._specials[name] and start <= at and at + len(name) <= stop
+            for (i, (start, stop)), (at, name) in zip(found, written)
         ):
             return encoding.ids
         # some special token is text: what is between the template's own is encoded piece by piece
@@ -361,6 +368,22 @@ def _byte_level_bytes(token: str) -> bytes:
         return bytes(BYTE_OF[character] for character in token)
     except KeyError:  # a token outside the alphabet: padding entries such as "[PAD 7]"
         return token.encode()
+
+
+def _with_special_turns(
+    backend: tokenizers.Tokenizer, roles: Iterable[str]
+) -> tokenizers.Tokenizer:
+    """The tokenizer, in which the tokens that end or begin a turn are special: some files do not
+    flag them, and a message that spells one would end its turn.
+    """
+    turns = {*STOPS, "<|im_start|>", *roles}
+    added = backend.get_added_tokens_decoder().values()
+    if all(token.special for token in added if token.content in turns):
+        return backend
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["special"] |= token["content"] in turns
+    return library(tokenizers.Tokenizer.from_str, json.dumps(state))
 
 
 def _sentencepiece_bytes(token: str) -> bytes:

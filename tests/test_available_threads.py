@@ -1,6 +1,5 @@
 """Threads of a command: how many, how they wait, and the line where others want the cores."""
 
-import io
 import json
 import os
 import subprocess
@@ -116,7 +115,7 @@ def test_a_line_where_others_want_the_cores(machine, monkeypatch):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_commands_say_that_others_want_the_cores(monkeypatch, terminal):
     monkeypatch.setattr(cli._watch, "line", lambda threads: "others")
-    monkeypatch.setattr(io.TextIOWrapper, "isatty", lambda self: terminal, raising=False)
+    monkeypatch.setattr(cli, "_on_terminal", lambda: terminal)
     for verb in (["generate", "-p", "x"], ["chat"]):
         result = CliRunner().invoke(cli.app, [*verb, "-m", "no-such-model"])
         assert result.stderr.startswith("fastlm: others\n") == terminal, result.stderr

@@ -326,6 +326,19 @@ def test_from_text_to_a_model_in_four_commands(tmp_path):
     one = ["data", "shards", prepared / "heldout.jsonl.zst", "-t", words, "-o", tmp_path / "one"]
     assert " tokens of " in call(*one).stdout
     refused("data", "shards", tmp_path / "docs", "-t", words, "-o", tmp_path / "x", text="funnel")
+    call(
+        "data",
+        "prepare",
+        tmp_path / "docs",
+        "-o",
+        prepared,
+        "--heldout-bytes",
+        0,
+        "--rules",
+        "none",
+    )
+    call("data", "shards", prepared, "-t", words, "-o", shards)  # what was held out is trained on
+    refused(*train, "--train", shards / "train", "--heldout", shards / "heldout", text="index.json")
 
 
 def test_a_model_that_is_not_there(tmp_path):

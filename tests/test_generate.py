@@ -324,6 +324,9 @@ def test_impossible_options(options, message):
     model = model_of()
     with pytest.raises(InputError, match=message):
         model.generate(ids_of(1, 3), **{"max_new_tokens": 2, **options})
+    if "max_new_tokens" in options:
+        with pytest.raises(InputError, match=message):
+            generation.generate_text(model, None, [1, 2], **options)
 
 
 def test_impossible_prompts():

@@ -1,5 +1,6 @@
 """The page: whole in itself, and every text in it is text."""
 
+import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -9,6 +10,7 @@ import pytest
 from fastlm.data.prepare import Funnel
 from fastlm.recipe import parse_recipe
 from fastlm.report import _bits_figure, count_text, render_report, seconds_text, size_text
+from fastlm.stages import read_metrics
 
 EVIL = '<script>alert("x")</script> & </style>'
 
@@ -178,3 +180,11 @@ def test_numbers_as_people_read_them():
     ]
     assert [seconds_text(n) for n in (3.21, 61, 7260)] == ["3.2 s", "1 min 01 s", "2 h 01 min"]
     assert [count_text(n) for n in (9999, 12_345, 3_240_000)] == ["9,999", "12 k", "3.24 M"]
+
+
+def test_metrics_with_a_line_separator_in_a_sample(tmp_path):
+    step = {"step": 1, "loss": 2, "lr": 1, "tokens": 3, "seconds": 1}
+    sample = {"step": 1, "sample": "a\u2028b", "progress": 1}
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (step, sample)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert read_metrics(tmp_path / "metrics.jsonl") == [step, sample]

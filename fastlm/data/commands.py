@@ -13,6 +13,7 @@ from fastlm.data.prepare import HELDOUT, TRAIN, DataOptions, Funnel, prepare, re
 from fastlm.data.sources import DOCUMENTS, PLAIN, TYPE_NOT_READ
 from fastlm.errors import InputError
 from fastlm.progress import bars
+from fastlm.threads import Threads
 
 app = typer.Typer(help="Gather, clean and look at text.", no_args_is_help=True)
 Cache = Annotated[
@@ -104,15 +105,19 @@ def shards_command(
         Path,
         typer.Option("--out", "-o", help="Folder for the shards; of a folder: OUT/train, /heldout"),
     ],
+    threads: Threads = None,
 ) -> None:
     """Turn prepared text into the token shards that pretrain reads."""
-    from fastlm.data.shards import write_shards
+    from fastlm.data.shards import INDEX, write_shards
     from fastlm.tokenizer import Tokenizer
 
     words = Tokenizer.load(tokenizer)
     if prepared.is_dir():
         counts = {s["step"]: s["documents"] for s in Funnel.load(prepared).steps}
         parts = [(prepared / TRAIN, out / "train"), (prepared / HELDOUT, out / "heldout")]
+        for _, folder in parts:
+            if not counts.get(folder.name):  # of other text, which may be in the training part now
+                (folder / INDEX).unlink(missing_ok=True)
         parts = [(file, folder) for file, folder in parts if counts.get(folder.name)]
     else:
         parts = [(prepared, out)]
