@@ -36,7 +36,7 @@ def highest(limits: dict[str, float], dtype: str) -> str:
 
 
 def seconds_in_use() -> float:
-    """Of all cores since the system began, those that the host took away too; 0 where the system
+    """CPU seconds of all cores since the system started, stolen time included; 0 where the system
     does not say."""
     stat = Path("/proc/stat")
     if not stat.exists():

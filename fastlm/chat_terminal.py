@@ -84,7 +84,7 @@ def _typed() -> Iterator[str]:
 
 
 def _obey(command: str, conversation: "Conversation") -> bool:
-    """Whether the conversation goes on."""
+    """Run a command; return whether the conversation continues."""
     if command == "/help":
         _note(HELP)
     elif command == "/reset":

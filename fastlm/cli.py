@@ -309,7 +309,7 @@ def pretrain(
     seed: Annotated[int, typer.Option(help="Of weights, data order and samples")] = 0,
     threads: Threads = None,
 ) -> None:
-    """Train a model on token shards; the same command again goes on from the last checkpoint.
+    """Train a model on token shards; the same command again resumes from the last checkpoint.
 
     With a larger budget it trains on, at the rate that the schedule of the whole new run has there.
     """

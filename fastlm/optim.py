@@ -315,7 +315,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _may_overlap(t: Tensor) -> bool:
-    """Whether a stride lies within the reach of smaller ones: an element in two places."""
+    """Return whether two indices may address the same element.
+
+    Conservative: True where a stride lies within the span of the smaller ones.
+    """
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape)):
         if size > 1 and stride <= reach:

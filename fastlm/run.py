@@ -345,7 +345,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the clone this package runs from; "" where it is installed or there is no git."""
+    """Return the commit of the clone this package runs from, "" where there is none or no git."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""

@@ -1,5 +1,7 @@
 // What each instruction that multiplies reaches on operands in registers, by all threads: the
 // ceilings that a benchmark divides by.
+#include "cpu/peak.h"
+
 #include <immintrin.h>
 
 #include <stdexcept>
@@ -8,33 +10,35 @@
 #include "cpu/ops.h"
 
 namespace fastlm {
-namespace {
 
-// 12 sums that do not wait for each other: more than the latency (4 to 6) of two units. An empty
-// asm keeps each in its register. Values are not zero: zeros run faster. `multiply` reads sum, a,
-// b.
-#define FASTLM_PEAK(function, isa, vector, one, multiply)                \
-  __attribute__((target(isa), noinline)) void function(int64_t steps) {  \
-    vector a = one, b = one, sums[12];                                   \
-    asm volatile("" : "+v"(a), "+v"(b));                                 \
-    _Pragma("GCC unroll 12") for (int i = 0; i < 12; ++i) sums[i] = one; \
-    for (int64_t step = 0; step < steps; ++step) {                       \
-      _Pragma("GCC unroll 12") for (int i = 0; i < 12; ++i) {            \
-        vector& sum = sums[i];                                           \
-        asm volatile("" : "+v"(a)); /* keeps the product in the loop */  \
-        sum = multiply;                                                  \
-        asm volatile("" : "+v"(sum));                                    \
-      }                                                                  \
-    }                                                                    \
+static_assert(PEAK_SUMS == 12, "the pragmas below unroll by it");
+// An empty asm keeps each sum in its register. Values are not zero: zeros run faster. `multiply`
+// reads sum, a, b.
+#define FASTLM_PEAK(function, isa, vector, one, multiply)                       \
+  __attribute__((target(isa), noinline)) void function(int64_t steps) {         \
+    vector a = one, b = one, sums[PEAK_SUMS];                                   \
+    asm volatile("" : "+v"(a), "+v"(b));                                        \
+    _Pragma("GCC unroll 12") for (int i = 0; i < PEAK_SUMS; ++i) sums[i] = one; \
+    for (int64_t step = 0; step < steps; ++step) {                              \
+      _Pragma("GCC unroll 12") for (int i = 0; i < PEAK_SUMS; ++i) {            \
+        vector& sum = sums[i];                                                  \
+        asm volatile("" : "+v"(a)); /* keeps the product in the loop */         \
+        sum = multiply;                                                         \
+        asm volatile("" : "+v"(sum));                                           \
+      }                                                                         \
+    }                                                                           \
   }
+
+FASTLM_PEAK(fp32_avx512, "avx512f", __m512, _mm512_set1_ps(1e-3f), _mm512_fmadd_ps(a, b, sum))
+FASTLM_PEAK(bf16_avx512, "avx512f,avx512bf16", __m512, _mm512_set1_ps(1e-3f),
+            _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b))
+
+namespace {
 
 FASTLM_PEAK(fp32_sse, "sse2", __m128, _mm_set1_ps(1e-3f), _mm_add_ps(sum, _mm_mul_ps(a, b)))
 FASTLM_PEAK(fp32_avx2, "avx2,fma", __m256, _mm256_set1_ps(1e-3f), _mm256_fmadd_ps(a, b, sum))
 FASTLM_PEAK(int8_avx2, "avx2", __m256i, _mm256_set1_epi8(3),
             _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), a)))
-FASTLM_PEAK(fp32_avx512, "avx512f", __m512, _mm512_set1_ps(1e-3f), _mm512_fmadd_ps(a, b, sum))
-FASTLM_PEAK(bf16_avx512, "avx512f,avx512bf16", __m512, _mm512_set1_ps(1e-3f),
-            _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b))
 FASTLM_PEAK(int8_avx512, "avx512f,avx512vnni", __m512i, _mm512_set1_epi32(0x03050709),
             _mm512_dpbusd_epi32(sum, a, b))
 FASTLM_PEAK(fp16_avx512, "avx512f,avx512bw,avx512vl,avx512fp16", __m512h,
@@ -77,7 +81,7 @@ struct Instruction {
   double operations;  // of one product
 };
 
-// Of the instruction set that kernels run on now.
+// Those of the instruction set that the kernels use now.
 std::vector<Instruction> instructions() {
   const std::string level = name(isa());
   if (level == "scalar") return {{"fp32 FMA", fp32_sse, 8}};
@@ -110,7 +114,7 @@ double run_peak(const std::string& instruction, int64_t steps) {
       ++threads;
       i.run(steps);
     }
-    return i.operations * 12 * double(steps) * threads;
+    return i.operations * PEAK_SUMS * double(steps) * threads;
   }
   throw std::invalid_argument("instruction: wanted one of peak_instructions(), got '" +
                               instruction + "'");

@@ -1,53 +1,25 @@
 #include "cpu/product_rate.h"
 
 #include <cpuid.h>
-#include <immintrin.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 
+#include "cpu/peak.h"
+
 namespace fastlm {
 namespace {
 
-constexpr int CHAINS = 12;    // independent sums: more than latency (4 to 6) times two units
-constexpr int STEPS = 400;    // of all chains: 1 to 4 microseconds
+constexpr int STEPS = 400;    // 1 to 4 microseconds
 constexpr int ATTEMPTS = 20;  // the fastest counts: another process may hold the core meanwhile
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512bf16")
-// The sums go through an empty asm, so that the loop stays and nothing leaves the registers.
-inline __attribute__((always_inline)) void keep(__m512 (&sum)[CHAINS]) {
-#pragma GCC unroll 12
-  for (int i = 0; i < CHAINS; ++i) asm volatile("" : "+v"(sum[i]));
-}
-__attribute__((noinline)) void dot_steps() {
-  __m512 sum[CHAINS] = {};
-  __m512 x = _mm512_set1_ps(1.f);
-  asm volatile("" : "+v"(x));
-  for (int step = 0; step < STEPS; ++step) {
-#pragma GCC unroll 12
-    for (int i = 0; i < CHAINS; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)x, (__m512bh)x);
-    keep(sum);
-  }
-}
-__attribute__((noinline)) void fma_steps() {
-  __m512 sum[CHAINS] = {};
-  __m512 x = _mm512_set1_ps(1.f);
-  asm volatile("" : "+v"(x));
-  for (int step = 0; step < STEPS; ++step) {
-#pragma GCC unroll 12
-    for (int i = 0; i < CHAINS; ++i) sum[i] = _mm512_fmadd_ps(x, x, sum[i]);
-    keep(sum);
-  }
-}
-#pragma GCC pop_options
-
-double gflops(void (*steps)(), double flops) {
+// `operations`: of one product.
+double gflops(void (*loop)(int64_t), double operations) {
   const auto start = std::chrono::steady_clock::now();
-  steps();
+  loop(STEPS);
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-  return flops / took.count() * 1e-9;
+  return operations * PEAK_SUMS * STEPS / took.count() * 1e-9;
 }
 
 struct Known {
@@ -67,11 +39,10 @@ constexpr double CLEAR = 1.3;  // a ratio that no noise makes
 }  // namespace
 
 ProductRates product_rates(bool avx512, bool avx512_bf16) {
-  constexpr double lanes = 16. * CHAINS * STEPS;
   ProductRates best;
   for (int i = 0; i < ATTEMPTS; ++i) {  // in turns: the first ones wake the wide units
-    if (avx512_bf16) best.dot_gflops = std::max(best.dot_gflops, gflops(dot_steps, 4 * lanes));
-    if (avx512) best.fma_gflops = std::max(best.fma_gflops, gflops(fma_steps, 2 * lanes));
+    if (avx512_bf16) best.dot_gflops = std::max(best.dot_gflops, gflops(bf16_avx512, 64));
+    if (avx512) best.fma_gflops = std::max(best.fma_gflops, gflops(fp32_avx512, 32));
   }
   return best;
 }

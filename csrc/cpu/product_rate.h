@@ -7,11 +7,11 @@
 
 namespace fastlm {
 
-// Of a core, from registers: the most that either can reach. 0 where the instruction is missing.
+// What one core reaches with either instruction on registers; 0 where the instruction is missing.
 struct ProductRates {
   double dot_gflops = 0, fma_gflops = 0;
 };
-ProductRates product_rates(bool avx512, bool avx512_bf16);  // takes some 50 microseconds
+ProductRates product_rates(bool avx512, bool avx512_bf16);  // takes 50 to 100 microseconds
 
 // Whether FMA is the faster of the two, and how that is known. The answer is the same in every
 // process on a machine: results are the same bits from run to run.

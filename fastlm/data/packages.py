@@ -348,7 +348,7 @@ TAR_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.ope
 
 
 class _Forward:
-    """What tarfile reads: forward only, and no more than ``left`` bytes until that is set anew."""
+    """A stream for tarfile: forward only, at most ``left`` bytes until the caller sets it again."""
 
     def __init__(self, archive: Path, stream: IO[bytes]):
         self.archive, self.stream, self.at, self.left = archive, stream, 0, 0
