@@ -49,8 +49,10 @@ PARTS = {
 
 
 def part_of(name: str, shapes: list, tokens: int) -> str:
-    if name in ("linear", "linearBackward"):  # fastlm's own products
-        return "linears: " + ("forward" if name == "linear" else "both gradients")
+    if name in ("linear", "fastlm::linear"):  # fastlm's own products
+        return "linears: forward"
+    if name in ("linearBackward", "fastlm::linear_backward"):
+        return "linears: both gradients"
     if name in ("aten::mm", "aten::addmm"):
         inner = shapes[-2][-1] if len(shapes) > 1 and shapes[-2] else 0
         return "linears: weight gradients" if inner == tokens else "linears: the other two products"

@@ -78,10 +78,10 @@ FORCED = {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",  # as fastlm's avx512: bf16 and int8 dot products
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
-    "avx512_fma": {  # a machine without a bf16 instruction
+    "avx512_fma": {  # an Intel without tiles: the peers keep its bf16 and fp16 instructions
         "FASTLM_CPU_ISA": "avx512_fma",
         "ATEN_CPU_CAPABILITY": "avx512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
     "avx2": {

@@ -25,6 +25,7 @@ from plain import PlainLlama
 # name -> vocabulary, hidden_size, layers, heads, FFN; 42m is the table's Llama-like model
 SIZES = {
     "10m": (8192, 256, 8, 4, 704),
+    "17m": (16384, 384, 6, 6, 1024),
     "42m": (32768, 512, 8, 8, 1408),
     "124m": (50304, 768, 12, 12, 2048),
     "350m": (50304, 1024, 24, 16, 2816),
@@ -46,6 +47,7 @@ VARIANTS = (
 SCALING = [
     *(("10m", 8, 512, t) for t in (1, 2)),
     ("10m", 1, 8192, 2),
+    ("17m", 16, 256, 2),
     ("42m", 8, 512, 1),
     *(("42m", batch, length, 2) for batch, length in ((16, 256), (2, 2048), (1, 8192))),
     *(("124m", 4, 512, t) for t in (1, 2)),

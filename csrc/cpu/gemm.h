@@ -351,17 +351,25 @@ FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, bf16) {
 }
 #endif
 
+#if FASTLM_VL == 16 && !defined(FASTLM_BF16_DOT)
+constexpr bool FETCH_A = false;  // A was just widened: the L2 has it, and is busy with B (4 %)
+#else
+constexpr bool FETCH_A = true;
+#endif
+
 // acc += A . B of ROWS x (PANELS * VL) over k elements. The loops are unrolled by pragma so that
-// `acc` never has an address. The rows of A at `next` are fetched meanwhile: those of the next
-// block, or these again. They must be rows of A: beyond it another thread may be writing, whose
-// lines a prefetch takes away (1.6x slower).
+// `acc` never has an address. The rows of A at `next` are fetched meanwhile where A lies far
+// (`FETCH_A`): those of the next block, or these again. They must be rows of A: beyond it another
+// thread may be writing, whose lines a prefetch takes away (1.6x slower).
 template <class E, int ROWS, int PANELS>
 FASTLM_INLINE void products(int64_t k, const E* __restrict a, int64_t lda, const E* next,
                             const E* __restrict b, int64_t panel, vfloat (&acc)[ROWS][PANELS]) {
   constexpr int LINE = 64 / int(sizeof(E));  // elements of A per cache line
   for (int64_t line = 0; line < k; line += LINE) {
+    if constexpr (FETCH_A) {
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next + r * lda + line);
+      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next + r * lda + line);
+    }
     const int64_t end = std::min<int64_t>(k, line + LINE);
     for (int64_t i = line; i < end; i += KP<E>) {
       vfloat column[PANELS];
@@ -474,14 +482,14 @@ inline void tile_block(int64_t k, const bf16* a, int64_t lda, const bf16* b, int
       top = a_edge, bottom = a_edge + 16 * 32, stride = 64;
     }
     tile_load<4>(top, stride);
-    tile_load_once<6>(b + i * 16, 64);
+    tile_load<6>(b + i * 16, 64);
     tile_bf16<0, 4, 6>();
     if (rows > 16) {
       tile_load<5>(bottom, stride);
       tile_bf16<2, 5, 6>();
     }
     if (right) {
-      tile_load_once<7>(b + panel + i * 16, 64);
+      tile_load<7>(b + panel + i * 16, 64);
       tile_bf16<1, 4, 7>();
       if (rows > 16) tile_bf16<3, 5, 7>();
     }

@@ -361,14 +361,14 @@ inline void tile_block_int8(const Block8& block, const Rounded& x, int64_t m, in
         top = edge, bottom = edge + 16 * 64, lda = 64;
       }
       tile_load<4>(top, lda);
-      tile_load_once<6>(b + i * VL, 64);
+      tile_load<6>(b + i * VL, 64);
       tile_int8<0, 4, 6>();
       if (rows > 16) {
         tile_load<5>(bottom, lda);
         tile_int8<2, 5, 6>();
       }
       if (right) {
-        tile_load_once<7>(b + panel + i * VL, 64);
+        tile_load<7>(b + panel + i * VL, 64);
         tile_int8<1, 4, 7>();
         if (rows > 16) tile_int8<3, 5, 7>();
       }
