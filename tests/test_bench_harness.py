@@ -17,7 +17,7 @@ import pytest
 import torch
 import turns
 
-from fastlm import backend
+from fastlm import backend, ops
 
 OPS = ("adamw", "attention", "boundary", "cross_entropy", "glu", "linear", "linear_cross_entropy")
 OPS += ("quantized_linear", "rms_norm", "rope")
@@ -294,3 +294,17 @@ def test_profile_of_ones_own_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["profile_step.py", "--model", f"{file}:other"])
     with pytest.raises(SystemExit, match="has no 'other'"):
         profile_step.main()
+
+
+@pytest.mark.skipif("avx2" not in backend.cpu_isas(), reason="its linears are torch's")
+def test_profile_finds_own_linears():
+    x, weight = (torch.randn(2048, 64).bfloat16().requires_grad_() for _ in range(2))
+    with backend.use_cpu_isa("avx2"), torch.profiler.profile() as profiled:
+        ops.linear(x, weight).sum().backward()
+    milliseconds: dict[str, float] = {}
+    for event in profiled.key_averages():
+        part = profile_step.part_of(event.key, [], 0)
+        milliseconds[part] = milliseconds.get(part, 0) + event.self_cpu_time_total / 1e3
+    gradients = milliseconds["linears: both gradients"]
+    assert milliseconds["linears: forward"] > 0
+    assert gradients > milliseconds["the rest"], milliseconds
