@@ -131,11 +131,12 @@ def rows_of(results: dict, headline: bool) -> list[Row]:
     return rows
 
 
-def section(results: dict, headline: bool, isa: str | None = None) -> str:
-    """Markdown: machine, table of the ops, tables of the end-to-end runs, what failed."""
+def section(results: dict, headline: bool, isa: str | None = None, flag: str = "") -> str:
+    """Markdown: machine, table of the ops, tables of the end-to-end runs, what failed. `flag`: of
+    bench/run.py, where it was not `make bench`."""
     about = results["machine"]
     rows = rows_of(results, headline)
-    command = "make bench" if isa is None else f"python -P bench/run.py --isa {isa}"
+    command = f"python -P bench/run.py {flag}" if flag else "make bench"
     measured = (results[n] for n in (*OPS, *END_TO_END) if "machine" in results.get(n, {}))
     commits = dict.fromkeys(str(r["machine"]["commit"]) for r in measured)
     parts = [
@@ -202,8 +203,9 @@ def main() -> None:
         path.write_text(json.dumps(results, indent=1) + "\n")
     if isa or options.page:
         page = ROOT / "docs" / f"benchmarks-{options.page or isa}.md"
-        title = f"Every op with {isa} forced" if isa else f"Every row on {about['cpu']}"
-        page.write_text(f"# {title}\n\n{section(results, headline=False, isa=isa)}\n")
+        title = f"Every op with {isa} forced" if isa else f"Rows on {about['cpu']}"
+        flag = f"--isa {isa}" if isa else f"--page {options.page}"
+        page.write_text(f"# {title}\n\n{section(results, headline=False, isa=isa, flag=flag)}\n")
         print(f"\nwritten: {path.relative_to(ROOT)}, {page.relative_to(ROOT)}")
         return
     readme = ROOT / "README.md"

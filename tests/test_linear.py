@@ -73,6 +73,20 @@ def test_the_own_product_ran(own, isa, monkeypatch):
     assert calls == ["linear_forward", "linear_weight_gradient"] and x.grad is None
 
 
+def test_outputs_past_the_caches_are_the_same_bits(own, isa):
+    """A large output's whole lines, ragged columns and a y that begins within a line."""
+    rows, k, n = 1100, 40, 992
+    x, weight, bias, _ = inputs(rows, k, n)
+    few = torch.cat([ops.linear(part.requires_grad_(), weight, bias) for part in x.split(100)])
+    assert torch.equal(ops.linear(x.detach().requires_grad_(), weight, bias), few)
+    if isa != "scalar":  # poisoned, and not on a line
+        memory = torch.full((rows * n + 8,), math.nan).bfloat16()
+        y = memory[4:-4].view(rows, n)
+        room = module._workspace(rows, n, k)
+        module._cpu.linear_forward(x.detach(), weight, bias, y, room)
+        assert torch.equal(y, few) and memory[:4].isnan().all() and memory[-4:].isnan().all()
+
+
 def test_other_dtypes_are_torchs(isa):
     for rows, dtype in ((1100, torch.float32), (1100, torch.float16)):
         x, w, b = torch.randn(rows, 40), torch.randn(24, 40), torch.randn(24)

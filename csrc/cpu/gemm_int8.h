@@ -390,8 +390,8 @@ inline void tile_block_int8(const Block8& block, const Rounded& x, int64_t m, in
 }
 #endif
 
-// C (m, n), n <= NR8, rows NR8 apart, (+)= a block, with rows of x from `from` on, a multiple of
-// MR; done(m0, rows) follows each block of rows, while it is in the L1.
+// C (m, n), n <= NR8, rows NR8 apart, (+)= a block, with rows of x from `from` on (without tiles a
+// multiple of MR); done(m0, rows) follows each block of rows, while it is in the L1.
 template <int BITS, class Done>
 void gemm_int8(int64_t m, int64_t n, const Block8& block, const Rounded& x, int64_t from, float* c,
                bool accumulate, const Done& done) {
