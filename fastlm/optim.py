@@ -317,7 +317,7 @@ def _is_number(value: Any) -> bool:
 def _may_overlap(t: Tensor) -> bool:
     """Return whether two indices may address the same element.
 
-    Conservative: True where a stride lies within the span of the smaller ones.
+    Conservative: also True for some tensors whose strides interleave without overlap.
     """
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape)):
