@@ -68,6 +68,12 @@ constexpr int NP = 2, MR = 6;  // 12 + 2 + 1 of 16
 constexpr int NP = 2, MR = 4;  // 8 + 2 + 1 of 16
 #endif
 constexpr int NR = NP * VL;
+// Rows of A that gemm takes at a time: two tiles, or a register block.
+#ifdef FASTLM_AMX
+constexpr int64_t ROWS_AT_A_TIME = 32;
+#else
+constexpr int64_t ROWS_AT_A_TIME = MR;
+#endif
 // k summed in registers before C is touched: 2 KiB of each column of B. With 64 columns that block
 // lives in the L2; one of 32 KiB in the L1 lost 3 % to reloads of C.
 template <class E>
@@ -358,7 +364,7 @@ constexpr bool FETCH_A = true;
 #endif
 
 // acc += A . B of ROWS x (PANELS * VL) over k elements. The loops are unrolled by pragma so that
-// `acc` never has an address. The rows of A at `next` are fetched meanwhile where A lies far
+// `acc` stays in registers. The loop prefetches the rows of A at `next` unless the L2 has them
 // (`FETCH_A`): those of the next block, or these again. They must be rows of A: beyond it another
 // thread may be writing, whose lines a prefetch takes away (1.6x slower).
 template <class E, int ROWS, int PANELS>

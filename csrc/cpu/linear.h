@@ -20,19 +20,14 @@ constexpr int64_t IN_L2 =
 constexpr int64_t MOST_ROWS = 512;     // per block: 64 columns of float32 sums are 128 KiB
 constexpr int64_t CHUNK = 1024;        // rows of x and dy at a time: KC of bf16
 constexpr int64_t GROUP = 4 * VL;      // columns that pack_b takes at a time
-#ifdef FASTLM_AMX
-constexpr int64_t ROW_STEP = 32;  // rows of A that gemm takes at a time: two tiles
-#else
-constexpr int64_t ROW_STEP = MR;
-#endif
 
 // Rows per block, in whole register tiles: A in half of the L2, about the same number for every
 // thread.
 inline int64_t block_rows(int64_t m, int64_t padded_k) {
   const int64_t threads = omp_get_max_threads(),
-                most = std::max<int64_t>(ROW_STEP, std::min(MOST_ROWS, IN_L2 / padded_k)),
+                most = std::max<int64_t>(ROWS_AT_A_TIME, std::min(MOST_ROWS, IN_L2 / padded_k)),
                 blocks = (m + most * threads - 1) / (most * threads) * threads;
-  return round_up((m + blocks - 1) / blocks, ROW_STEP);
+  return round_up((m + blocks - 1) / blocks, ROWS_AT_A_TIME);
 }
 
 // Bytes of a product's shared operands and of each thread's blocks.

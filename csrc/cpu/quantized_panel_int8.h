@@ -4,11 +4,6 @@ constexpr int64_t PANEL_M8 = 1024;      // most rows of x that W is unpacked for
 constexpr int64_t ROWS_A_THREAD = 128;  // from here on unpacking W for them is under 4 %
 // Runs whose B of NR8 columns stays in the L1 (32 to 48 KiB everywhere; the rest is for A and C).
 constexpr int64_t B_BLOCK_BYTES = 32 << 10;
-#ifdef FASTLM_AMX
-constexpr int64_t ROW_STEP8 = 32;  // rows that gemm_int8 takes at a time: two tiles
-#else
-constexpr int64_t ROW_STEP8 = MR;
-#endif
 
 template <int BITS, class T>
 struct PanelForm8 {
@@ -23,7 +18,7 @@ struct PanelForm8 {
   bool by_rows = m >= ROWS_A_THREAD * threads;
   int64_t parts = by_rows ? threads : 1;
   int64_t blocks_m = (m + PANEL_M8 * parts - 1) / (PANEL_M8 * parts) * parts;
-  int64_t block_m = round_up((m + blocks_m - 1) / blocks_m, ROW_STEP8);
+  int64_t block_m = round_up((m + blocks_m - 1) / blocks_m, ROWS_AT_A_TIME);
 
   int64_t shared() const {
     return round_up(m * runs.row(), 64) + round_up(Rounded::size(m, runs.count) * 4, 64) +
