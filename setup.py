@@ -181,7 +181,7 @@ if __name__ == "__main__":  # tests/kernel_build.py asks for CUDA_HOME
     setup(
         packages=[*find_packages(include=["fastlm", "fastlm.*"]), "fastlm.kernels"],
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
-        package_data={"fastlm": ["report.html.jinja"]},
+        package_data={"fastlm": ["runs/report.html.jinja", "runs/parts/*.jinja"]},
         ext_modules=extensions,
         cmdclass={"build_ext": Build},
     )

@@ -27,7 +27,7 @@ from harness import machine, save
 from fastlm.data.packages import default_cache
 from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.progress import bars
-from fastlm.run import run_recipe
+from fastlm.runs.run import run_recipe
 from fastlm.train.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent

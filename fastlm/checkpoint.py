@@ -209,14 +209,23 @@ def _locate(path: Path) -> Path:
         if path.suffix != ".gguf":
             raise InputError(f"{path}: wanted a model folder or a .gguf file, got another file")
         return path
-    for folder in (path, path / "model"):  # "model": a run folder
+    for folder in (path, path / "model"):  # "model": what a training leaves
         if (folder / CONFIG).is_file():
             return folder
+    if (trained := _last_model(path)) is not None:
+        return trained
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if len(files) == 1:
         return files[0]
     came = "no such path" if not path.exists() else f"neither there ({len(files)} .gguf files)"
     raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, got {came}")
+
+
+def _last_model(path: Path) -> Path | None:
+    """The model of a run folder."""
+    from fastlm.runs.run import last_model  # a run folder needs all stages, a model folder none
+
+    return last_model(path)
 
 
 def _open(file: Path) -> Any:

@@ -10,7 +10,6 @@ import importlib.metadata
 import io
 import json
 import shlex
-import statistics
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,7 +75,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 tokenizer_app = typer.Typer(help="Train a tokenizer, look at what it does.", no_args_is_help=True)
-app.add_typer(tokenizer_app, name="tokenizer")
 
 Model = Annotated[
     Path,
@@ -131,15 +129,6 @@ def main() -> None:
     app(prog_name="fastlm")
 
 
-def _data_commands() -> None:
-    from fastlm.data.commands import app as data_app
-
-    app.add_typer(data_app, name="data")
-
-
-_data_commands()
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"fastlm {importlib.metadata.version('fastlm')}")
@@ -191,7 +180,7 @@ def info(
     console.print(ops)
 
 
-@app.command(short_help="From a recipe to a model and its report, or on from where it was.")
+@app.command(short_help="Run a recipe, or continue it: from text to a model and its report.")
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.toml")],
     out: Annotated[
@@ -199,241 +188,66 @@ def run(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Another value for a key: --set pretrain.max_seconds=60"),
+        typer.Option("--set", help="Another value for a stage: --set pretrain.max_seconds=60"),
     ] = None,
-    until: Annotated[
-        str | None,
-        typer.Option(help="Stop after data, tokenizer, shards, pretrain, eval, quantize or report"),
-    ] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after the stage of this name")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done, and stop")
+    ] = False,
     cache: Annotated[Path | None, typer.Option(help="Where packages are kept")] = None,
     threads: Threads = None,
 ) -> None:
-    """Run a whole recipe; what is finished is skipped, what was cut off goes on."""
-    from fastlm.run import run_recipe
+    """Run a whole recipe. What is done is skipped, what was cut off continues."""
+    from fastlm.runs.events import EventLines
+    from fastlm.runs.run import run_recipe
 
     _say_if_busy()
-    summary = run_recipe(
-        recipe, out, overrides=sets or (), until=until, cache=cache, command=_command(),
-        track=bars, on_event=_EventLines(),
+    told: dict[str, str] = {}
+    lines = EventLines()
+
+    def on_event(event: dict[str, Any]) -> None:
+        lines(event)
+        if "told" in event:
+            told[event["stage"]] = event["told"]
+
+    run_recipe(
+        recipe, out, overrides=sets or (), until=until, cache=cache, dry_run=dry_run,
+        command=_command(), track=bars, on_plan=_show_plan, on_event=on_event,
     )  # fmt: skip
-    keys = ("bits_per_byte", "bits_per_byte_xz", "bits_per_byte_zstd", "bits_per_byte_int4")
-    if until is None:
-        typer.echo("  ".join(f"{k} {summary[k]:.4f}" for k in keys))
-        typer.echo(str((out or Path("runs") / summary["recipe"]) / "report.html"))
+    for name, text in told.items():
+        typer.echo(text if name == "report" else f"{name}: {text}")
+
+
+def _show_plan(plan: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "kind", "takes from", "", "why", box=None)
+    for planned in plan:
+        step = planned.step
+        sources = [name for names in step.inputs.values() for name in names]
+        table.add_row(
+            step.name, step.stage.kind, ", ".join(sources), planned.do, planned.why, style=None
+        )
+    Console(stderr=True).print(table)
 
 
 def _command() -> str:
     return shlex.join(["fastlm", *sys.argv[1:]])
 
 
-class _EventLines:
-    """Stages, validations and samples, one line each. The steps since the last line (mean loss,
-    median speed, time left at their pace) have a line at every multiple of `every`, or end a
-    validation's.
-    """
+def _stage_commands() -> None:
+    """The commands of the stages (`fastlm.runs.kinds`): one word, or the command of a group."""
+    from fastlm.data.commands import app as data_app
+    from fastlm.runs.commands import command_of
+    from fastlm.runs.kinds import KINDS
 
-    def __init__(self, every: int | None = None) -> None:
-        self.every = every
-        self.before: dict[str, Any] = {"seconds": 0.0, "progress": 0.0}
-        self.steps: list[dict[str, Any]] = []
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        if "stage" in event:
-            took = f" in {event['seconds']:.1f} s" if "seconds" in event else ""
-            if "path" in event:
-                took = f", it no longer fits; what was trained is now in {event['path']}"
-            typer.echo(f"{event['stage']}: {event['state']}{took}", err=True)
-        elif "loss" in event:
-            self.steps.append(event)
-            if self.every and event["step"] % self.every == 0:
-                typer.echo(f"step {event['step']}: {self._training()}", err=True)
-        elif "val_loss" in event:
-            training = "" if self.every or not self.steps else f"; {self._training()}"
-            typer.echo(
-                f"step {event['step']}: held-out loss {event['val_loss']:.4f}, "
-                f"{event['bits_per_byte']:.4f} bits per byte{training}",
-                err=True,
-            )
-        elif "sample" in event:
-            typer.echo(f"step {event['step']} writes: {event['sample']!r}", err=True)
-
-    def _training(self) -> str:
-        from fastlm.report import seconds_text
-
-        last = self.steps[-1]
-        loss = statistics.fmean(step["loss"] for step in self.steps)
-        rate = statistics.median(step["tokens_per_second"] for step in self.steps)
-        took, done = (last[key] - self.before[key] for key in ("seconds", "progress"))
-        left = (1 - last["progress"]) * took / done
-        self.before, self.steps = last, []
-        return (
-            f"training loss {loss:.4g}, lr {last['lr']:.3g}, {rate:,.0f} tokens/s,"
-            f" {seconds_text(left)} left"
-        )
-
-
-def _show_skipped(message: str) -> None:
-    typer.echo(f"skipped: {message}", err=True)
-
-
-@app.command(short_help="Train a model on token shards, or go on with it.")
-def pretrain(
-    train: Annotated[Path, typer.Option(help="Folder of token shards to train on")],
-    config: Annotated[Path, typer.Option(help="config.json of the model (Hugging Face's names)")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder")],
-    heldout: Annotated[
-        Path | None, typer.Option(help="Folder of token shards to validate on")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer, for samples and the model folder")
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Steps of the whole run")] = None,
-    max_seconds: Annotated[
-        float | None, typer.Option(help="Seconds of the whole run; validations are not counted")
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens of the whole run")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch")] = 16,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence")] = 256,
-    accumulate: Annotated[int, typer.Option(help="Micro-batches of a step")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate")] = 1e-3,
-    schedule: Annotated[str, typer.Option(help="cosine or wsd")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the run")] = 0.02,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices")] = 0.1,
-    max_grad_norm: Annotated[float, typer.Option(help="Clip the gradient to this norm")] = 1.0,
-    dtype: Annotated[
-        str, typer.Option(help="bfloat16 (with float32 master weights) or float32")
-    ] = "bfloat16",
-    checkpoint_every: Annotated[int, typer.Option(help="Steps")] = 200,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines on stderr")] = 10,
-    keep: Annotated[int, typer.Option(help="Checkpoints to keep")] = 2,
-    seed: Annotated[int, typer.Option(help="Of weights, data order and samples")] = 0,
-    threads: Threads = None,
-) -> None:
-    """Train a model on token shards; the same command again resumes from the last checkpoint.
-
-    With a larger budget it trains on, at the rate that the schedule of the whole new run has there.
-    """
-    import torch
-
-    from fastlm.architectures import config_of
-    from fastlm.data.shards import BatchSampler, TokenDataset
-    from fastlm.files import read_json
-    from fastlm.model import CausalLM
-    from fastlm.tokenizer import Tokenizer
-    from fastlm.train.loop import TrainOptions
-    from fastlm.train.pretrain import pretrain as train_model
-
-    _say_if_busy()
-    model_config = config_of(read_json(config), config)
-    options = TrainOptions(
-        max_steps=max_steps, max_seconds=max_seconds, max_tokens=max_tokens, accumulate=accumulate,
-        dtype=dtype, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm, checkpoint_every=checkpoint_every, keep=keep,
-    )  # fmt: skip
-    options.check()
-    words = Tokenizer.load(tokenizer) if tokenizer else None
-    sampler = BatchSampler(TokenDataset(train), batch_size, seq_len, seed=seed)
-    model = CausalLM(model_config, seed=seed)
-    torch.manual_seed(seed)
-    result = train_model(
-        model, sampler, TokenDataset(heldout) if heldout else None, options, out,
-        tokenizer=words, track=bars, on_event=_EventLines(log_every),
-    )  # fmt: skip
-    model.save_pretrained(out / "model")
-    if words:
-        words.save(out / "model")
-    typer.echo(
-        f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second:,.0f} tokens/s:"
-        f" {out / 'model'}"
-    )
-
-
-@app.command()
-def quantize(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the quantized model")],
-    format: Annotated[str, typer.Option(help="w4a16, w8a16, w8a8 or w4a8")] = "w4a16",
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale")] = 128,
-    method: Annotated[str, typer.Option(help="rtn: round to nearest")] = "rtn",
-    embeddings: Annotated[int, typer.Option(help="Bits; 16: left alone; 0: as the format")] = 0,
-    head: Annotated[int, typer.Option(help="Bits; 16: left alone; 0: as the format")] = 0,
-    data: Annotated[
-        Path | None, typer.Option(help="Held-out text: prints the change in bits per byte")
-    ] = None,
-    threads: Threads = None,
-) -> None:
-    """Store the weights in 4 or 8 bits."""
-    from fastlm.chat import load_model
-    from fastlm.evals.commands import text_bits_per_byte
-    from fastlm.model import CausalLM
-    from fastlm.quant import quantize as quantize_model
-    from fastlm.stages import weight_bytes
-
-    if out.exists() and not out.is_dir():  # before the work, not after it
-        raise InputError(f"out: wanted a folder, got the file {out}")
-    if out.suffix == ".gguf":
-        raise InputError(f"out: wanted the name of a folder (GGUF is only read), got {out}")
-    if out.exists() and any(p.exists() and out.samefile(p) for p in (model, model / "model")):
-        raise InputError(f"out: wanted another folder than the model's, got {out}")
-    network, tokenizer = load_model(model)
-    size = sum(parameter.nbytes for parameter in network.parameters())
-    before = text_bits_per_byte(network, tokenizer, data, track=bars) if data else None
-    network = quantize_model(
-        network,
-        format,
-        group_size=group_size,
-        method=method,
-        embeddings=embeddings,
-        head=head,
-        track=bars,
-    )
-    assert isinstance(network, CausalLM)  # only modules inside it are replaced
-    network.save_pretrained(out)
-    tokenizer.save(out)
-    small = weight_bytes(out)
-    typer.echo(
-        f"{out}: {small / 1e6:,.2f} MB of weights, {small / size:.2f} of the {size / 1e6:,.2f} MB"
-        " before"
-    )
-    if data and before:
-        after = text_bits_per_byte(network, tokenizer, data, track=bars)
-        change = 100 * (after["bits_per_byte"] / before["bits_per_byte"] - 1)
-        typer.echo(
-            f"held-out bits per byte: {before['bits_per_byte']:.4f} -> {after['bits_per_byte']:.4f}"
-            f" ({change:+.2f} %)"
-        )
-
-
-@app.command("eval", short_help="Bits per byte of a text, beside those of xz and zstd.")
-def eval_command(
-    model: Model,
-    data: Annotated[
-        Path, typer.Option(help="Folder of token shards, heldout.jsonl.zst, or files of text")
-    ],
-    seq_len: Annotated[
-        int | None, typer.Option(help="Window; default: the model's context, at most 1024")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens scored of a window; default: half")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
-    threads: Threads = None,
-) -> None:
-    """Bits per byte of a text, beside xz -9e and zstd -19 of the same text."""
-    from fastlm.chat import load_model
-    from fastlm.evals.commands import text_bits_per_byte
-
-    network, tokenizer = load_model(model)
-    result = text_bits_per_byte(
-        network, tokenizer, data, seq_len=seq_len, stride=stride, batch_size=batch_size, track=bars,
-        tell=_show_skipped,
-    )  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
-    else:
-        for key, value in result.items():
-            typer.echo(f"{key}  {value:.4f}" if isinstance(value, float) else f"{key}  {value:,}")
+    groups = {"data": data_app, "tokenizer": tokenizer_app}
+    for group, typed in groups.items():
+        app.add_typer(typed, name=group)
+    for stage in KINDS.values():
+        *group, word = stage.command
+        (groups[group[0]] if group else app).command(word)(command_of(stage, _say_if_busy))
 
 
 @app.command(short_help="Answer a prompt, or continue it.")
@@ -564,23 +378,6 @@ def chat(
     )  # fmt: skip
 
 
-@tokenizer_app.command("train")
-def tokenizer_train(
-    sources: Annotated[list[str], typer.Argument(help="Text: files, folders, or train.jsonl.zst")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tokenizer")],
-    vocab_size: Annotated[int, typer.Option(help="Entries of the vocabulary")] = 32768,
-    threads: Threads = None,
-) -> None:
-    """Train a byte-level BPE tokenizer."""
-    from fastlm.evals.commands import read_texts
-    from fastlm.tokenizer import Tokenizer
-
-    texts = (text for source in sources for text in read_texts(source, tell=_show_skipped))
-    tokenizer = Tokenizer.train(texts, vocab_size, track=bars)
-    tokenizer.save(out)
-    typer.echo(f"{out}: {tokenizer.vocab_size:,} tokens")
-
-
 @tokenizer_app.command("encode")
 def tokenizer_encode(
     tokenizer: Annotated[
@@ -601,6 +398,8 @@ def tokenizer_encode(
     else:
         typer.echo(" ".join(map(str, ids)))
 
+
+_stage_commands()
 
 if __name__ == "__main__":
     main()

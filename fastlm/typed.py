@@ -26,7 +26,7 @@ def build(cls: type[T], table: Any, where: str = "") -> T:
     for key, value in table.items():
         if key not in known:
             raise InputError(unknown(where + key, key, known))
-        values[key] = _convert(value, hints[key], where + key)
+        values[key] = convert(value, hints[key], where + key)
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise InputError(f"{where}{name}: wanted, is missing")
@@ -42,7 +42,7 @@ def check(table: Any, hints: Mapping[str, Any], where: str) -> None:
         if key not in table:
             raise InputError(f"{where}.{key}: wanted, is missing")
         if hint is not float or not isinstance(table[key], float):
-            _convert(table[key], hint, f"{where}.{key}")
+            convert(table[key], hint, f"{where}.{key}")
 
 
 def unknown(full: str, key: str, known: Iterable[str]) -> str:
@@ -50,14 +50,14 @@ def unknown(full: str, key: str, known: Iterable[str]) -> str:
     return f"{full}: unknown key; the nearest known one is {near[0]!r}"
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
+def convert(value: Any, hint: Any, where: str) -> Any:
     """``value`` as ``hint``; whole numbers are also floats, arrays tuples."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
     if origin in (Union, UnionType):
         (inner,) = (a for a in args if a is not NoneType)  # only X | None is used
-        return None if value is None else _convert(value, inner, where)
+        return None if value is None else convert(value, inner, where)
     if is_dataclass(hint):
         if isinstance(value, Mapping):
             return build(hint, value, where + ".")  # type: ignore[arg-type]
@@ -67,14 +67,14 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
                 raise InputError(f"{where}: wanted {len(args)} values, got {len(value)}")
             kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
             return tuple(
-                _convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds))
+                convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds))
             )
     elif origin is list:
         if isinstance(value, list):
-            return [_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
+            return [convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
     elif origin is dict:
         if isinstance(value, Mapping):
-            return {key: _convert(item, args[1], f"{where}.{key}") for key, item in value.items()}
+            return {key: convert(item, args[1], f"{where}.{key}") for key, item in value.items()}
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             with contextlib.suppress(OverflowError):

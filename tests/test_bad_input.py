@@ -22,7 +22,7 @@ from model_files import write_gguf
 from typer.testing import CliRunner
 
 from fastlm.cli import app
-from fastlm.run import run_recipe
+from fastlm.runs.run import run_recipe
 
 PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>A page.</p>"
 WARC = (
@@ -97,7 +97,7 @@ def test_a_corrupt_shard(finished, tmp_path):
         file.write_bytes(data)
     refused("eval", "-m", run, "--data", tmp_path / "shards/heldout", text="wanted sha256")
     refused(
-        "pretrain", "--train", tmp_path / "shards/train", "--config", run / "model/config.json",
+        "pretrain", "--shards", tmp_path / "shards", "--config", run / "pretrain/model/config.json",
         "-o", tmp_path / "out", "--max-steps", 1, text="wanted sha256",
     )  # fmt: skip
     assert not (tmp_path / "out").exists()
@@ -105,7 +105,7 @@ def test_a_corrupt_shard(finished, tmp_path):
 
 @pytest.fixture
 def model(finished, tmp_path):
-    shutil.copytree(finished / "run/model", tmp_path / "model")
+    shutil.copytree(finished / "run/pretrain/model", tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -168,18 +168,18 @@ def test_configs(finished, model, tmp_path, change, text):
     refused("generate", "-m", model, "-p", "x", text=text)
     if "embed_tokens" not in text:
         refused(
-            "pretrain", "--train", finished / "run/shards/train", "--config", file,
+            "pretrain", "--shards", finished / "run/shards", "--config", file,
             "-o", tmp_path / "out", "--max-steps", 1, text=text,
         )  # fmt: skip
         assert not (tmp_path / "out").exists()
 
 
 def test_a_model_larger_than_the_memory(finished, tmp_path):
-    config = json.loads((finished / "run/model/config.json").read_text())
+    config = json.loads((finished / "run/pretrain/model/config.json").read_text())
     config |= {"hidden_size": 2**24, "head_dim": 2**23}
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused(
-        "pretrain", "--train", finished / "run/shards/train", "--config", tmp_path / "config.json",
+        "pretrain", "--shards", finished / "run/shards", "--config", tmp_path / "config.json",
         "-o", tmp_path / "out", "--max-steps", 1, text="wanted a model that fits into",
     )  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_a_model_larger_than_the_memory(finished, tmp_path):
 def test_a_config_that_is_none(finished, tmp_path, text):
     (tmp_path / "c.json").write_text(text, "latin-1")
     refused(
-        "pretrain", "--train", finished / "run/shards/train", "--config", tmp_path / "c.json",
+        "pretrain", "--shards", finished / "run/shards", "--config", tmp_path / "c.json",
         "-o", tmp_path / "out", "--max-steps", 1, text="c.json: wanted",
     )  # fmt: skip
 
@@ -202,7 +202,7 @@ def test_a_tokenizer_that_does_not_fit(finished, model, tmp_path):
         shutil.copy(file, model)
     refused("generate", "-m", model, "-p", "x", text="wanted a tokenizer of at most")
     refused(
-        "pretrain", "--train", finished / "run/shards/train", "--config", model / "config.json",
+        "pretrain", "--shards", finished / "run/shards", "--config", model / "config.json",
         "--tokenizer", tmp_path / "t", "-o", tmp_path / "out", "--max-steps", 1,
         text="tokenizer: wanted a vocabulary of at most the model's",
     )  # fmt: skip
@@ -252,13 +252,13 @@ def test_quantize(finished, tmp_path, options, text):
 
 
 def test_quantize_onto_the_model_itself(finished):
-    before = (finished / "run/model/model.safetensors").read_bytes()
-    for out in (finished / "run", finished / "run/model"):
+    before = (finished / "run/pretrain/model/model.safetensors").read_bytes()
+    for out in (finished / "run", finished / "run/pretrain/model"):
         refused(
             "quantize", "-m", finished / "run", "-o", out, "--group-size", 16,
             text="out: wanted another folder than the model's",
         )  # fmt: skip
-    assert (finished / "run/model/model.safetensors").read_bytes() == before
+    assert (finished / "run/pretrain/model/model.safetensors").read_bytes() == before
     refused(
         "quantize", "-m", finished / "run", "-o", finished / "tiny.toml", "--group-size", 16,
         text="out: wanted a folder, got the file",
@@ -309,13 +309,15 @@ def test_records_of_another_kind(finished, tmp_path):
     found = []
     for _ in range(60):
         record = json.loads(whole)
-        name = draw.choice(list(record))
-        entry = {key: record[name][key] for key in ("seconds", "result")}
-        record[name] |= changed(entry, draw)
+        stages = record["stages"]
+        name = draw.choice([n for n in stages if n != "report"])
+        entry = {key: stages[name][key] for key in ("seconds", "result")}
+        stages[name] |= changed(entry, draw)
         file.write_text(json.dumps(record))
         found.append(outcome(lambda: run_recipe(finished / "tiny.toml", run)))
     assert found.count("refused") > 10
-    for text in ("[" * 100_000, "[]", '{"data": 3}', '{"data": {"fingerprint": 3}}'):
+    bad = ('{"layout": 2, "stages": {"data": 3}}', '{"layout": 2, "stages": {"data": {"kind": 3}}}')
+    for text in ("[" * 100_000, "[]", '{"data": 3}', *bad):
         file.write_text(text)
         refused("run", finished / "tiny.toml", "-o", run, text="delete it to start again")
     for name in ("stages.json", ".lock"):
@@ -325,7 +327,7 @@ def test_records_of_another_kind(finished, tmp_path):
         (run / name).unlink()
         file.write_text(whole)
     (run / "report.html").unlink()
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = (run / "pretrain/metrics.jsonl").read_text().splitlines()
     for line in (
         "{",
         "3",
@@ -333,9 +335,11 @@ def test_records_of_another_kind(finished, tmp_path):
         '{"step": 1, "loss": []}',
         '{"step": 99, "sample": ""}',
     ):
-        (run / "metrics.jsonl").write_text("\n".join([*lines, line]))
+        (run / "pretrain/metrics.jsonl").write_text("\n".join([*lines, line]))
         record = json.loads(whole)
-        record["pretrain"]["outputs"]["metrics.jsonl"] = (run / "metrics.jsonl").stat().st_size
+        record["stages"]["pretrain"]["outputs"]["metrics.jsonl"] = (
+            (run / "pretrain/metrics.jsonl").stat().st_size
+        )
         file.write_text(json.dumps(record))
         refused("run", finished / "tiny.toml", "-o", run, text=f"line {len(lines) + 1}")
 

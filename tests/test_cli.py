@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import fastlm.cli
 from fastlm.cli import app
 from fastlm.errors import InputError
-from fastlm.run import run_recipe
+from fastlm.runs.events import EventLines
+from fastlm.runs.run import run_recipe
 
 VERBS = ("info", "run", "pretrain", "quantize", "eval", "generate", "chat", "tokenizer", "data")
 
@@ -80,7 +81,7 @@ def test_generate_repeats_with_a_seed_and_streams(finished):
     assert first != call(*options, "--seed", 6).stdout
     greedy = call(*options, "--temperature", 0).stdout
     assert greedy == call(*options, "--temperature", 0, "--raw", "--seed", 1).stdout
-    call("generate", "--model", finished / "model-int4", "--prompt", "The", "--max-new-tokens", 3)
+    call("generate", "--model", finished / "quantize", "--prompt", "The", "--max-new-tokens", 3)
 
 
 def test_generate_has_every_way_to_choose_a_token(finished):
@@ -148,7 +149,7 @@ def test_chat_answers_with_a_chat_model(finished, tmp_path):
     refused("chat", "--model", finished, text="no chat template")
     import shutil
 
-    shutil.copytree(finished / "model", tmp_path / "chat")
+    shutil.copytree(finished / "pretrain/model", tmp_path / "chat")
     tool = Tokenizer.load(finished / "tokenizer")
     tool.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
     tool.save(tmp_path / "chat")
@@ -164,7 +165,7 @@ def test_a_conversation_forgets_its_oldest_turns(finished, tmp_path):
 
     from fastlm.chat import Conversation, Writer
 
-    shutil.copytree(finished / "model", tmp_path / "chat")
+    shutil.copytree(finished / "pretrain/model", tmp_path / "chat")
     writer = Writer(tmp_path / "chat")
     writer.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
     talk = Conversation(writer, system="S", max_new_tokens=4)
@@ -190,18 +191,24 @@ def test_a_conversation_forgets_its_oldest_turns(finished, tmp_path):
 
 
 def test_eval_of_shards_and_of_text(finished, tmp_path):
-    shards = json.loads(
-        call("eval", "-m", finished, "--data", finished / "shards/heldout", "--json").stdout
+    options = ["eval", "-m", finished, "--data"]
+    shards, text = (
+        json.loads(call(*options, finished / data, "--json").stdout)
+        for data in ("shards/heldout", "data/heldout.jsonl.zst")
     )
-    text = json.loads(
-        call("eval", "-m", finished, "--data", finished / "data/heldout.jsonl.zst", "--json").stdout
-    )
-    assert text["bits_per_byte"] == pytest.approx(shards["bits_per_byte"], rel=1e-6)
+    (one,), (other,) = shards["models"].values(), text["models"].values()
+    assert other["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
     assert text["bits_per_byte_xz"] > 0 and "bits_per_byte_xz" not in shards
-    assert (
-        "bits_per_byte"
-        in call("eval", "-m", finished, "--data", finished / "shards/heldout").stdout
-    )
+    # a run's folder of either holds the part that was held out
+    for data in ("shards", "data"):
+        folder = json.loads(call(*options, finished / data, "--json").stdout)
+        (same,) = folder["models"].values()
+        assert same["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
+    said = call(*options, finished / "shards/heldout", "-o", tmp_path / "scores").stdout
+    assert re.search(r"^bits_per_byte  \d\.\d{4}$", said, re.M)
+    assert json.loads((tmp_path / "scores/scores.json").read_text())["models"]
+    two = call(*options, finished / "data", "-m", finished / "quantize").stdout
+    assert "bits per byte" in two and "xz -9e" in two
     refused("eval", "-m", finished, "--data", tmp_path / "none", text="none")
 
 
@@ -237,12 +244,12 @@ def test_quantize_prints_the_change(finished, tmp_path):
 
 def test_pretrain_goes_on_where_it_was(finished, tmp_path):
     options = [
-        "pretrain", "--train", finished / "shards/train",
-        "--config", finished / "model/config.json", "--out", tmp_path / "p",
+        "pretrain", "--shards", finished / "shards",
+        "--config", finished / "pretrain/model/config.json", "--out", tmp_path / "p",
         "--batch-size", 2, "--seq-len", 16, "--checkpoint-every", 2,
     ]  # fmt: skip
-    heldout = ["--heldout", finished / "shards/heldout", "--tokenizer", finished / "tokenizer"]
-    result = call(*options, "--max-tokens", 4 * 2 * 16, *heldout)
+    words = ["--tokenizer", finished / "tokenizer"]
+    result = call(*options, "--max-tokens", 4 * 2 * 16, *words)
     assert re.fullmatch(r"4 steps, loss \d\.\d{4}, [\d,]+ tokens/s: .*\n", result.stdout)
     assert re.search(r"^step 2: held-out loss .* bits per byte$", result.stderr, re.M)
     assert (tmp_path / "p/model/config.json").exists()
@@ -254,7 +261,7 @@ def test_pretrain_goes_on_where_it_was(finished, tmp_path):
 
 def test_the_time_left_follows_the_pace_of_late(capsys):
     """Not that of the whole run, which may have slept or been resumed."""
-    show = fastlm.cli._EventLines()
+    show = EventLines()
     for seconds, progress in ((1000, 0.1), (1010, 0.2), (1020, 0.3)):
         show({"loss": 4.0, "lr": 3e-3, "tokens_per_second": 900.0, "seconds": seconds,
               "progress": progress, "step": 1})  # fmt: skip
@@ -266,8 +273,8 @@ def test_the_time_left_follows_the_pace_of_late(capsys):
 
 def test_pretrain_logs_at_steady_steps(finished, tmp_path):
     said = call(
-        "pretrain", "--train", finished / "shards/train", "--heldout", finished / "shards/heldout",
-        "--config", finished / "model/config.json", "--out", tmp_path / "p", "--batch-size", 2,
+        "pretrain", "--shards", finished / "shards", "--config",
+        finished / "pretrain/model/config.json", "--out", tmp_path / "p", "--batch-size", 2,
         "--seq-len", 16, "--max-steps", 9, "--log-every", 4,
     ).stderr  # fmt: skip
     lines = re.findall(
@@ -317,28 +324,21 @@ def test_from_text_to_a_model_in_four_commands(tmp_path):
     call("tokenizer", "train", prepared / "train.jsonl.zst", "-o", words, "--vocab-size", 300)
     train = ["pretrain", "--config", tmp_path / "config.json", "-o", tmp_path / "run"]
     train += ["--max-steps", 2, "--seq-len", 16, "--tokenizer", words]
-    refused(*train, "--train", prepared, text="'fastlm data shards' makes them")
-    made = call("data", "shards", prepared, "-t", words, "-o", shards).stdout.splitlines()
-    assert [line.partition(":")[0] for line in made] == [f"{shards}/train", f"{shards}/heldout"]
-    refused(*train, "--train", shards, text=f"{shards}/train is one")
-    call(*train, "--train", shards / "train", "--heldout", shards / "heldout")
-    assert (tmp_path / "run/model/config.json").exists()
+    refused(*train, "--shards", prepared, text="'fastlm data shards' makes them")
+    made = call("data", "shards", prepared, "-t", words, "-o", shards).stdout
+    assert made.startswith(f"{shards}: ") and "for training" in made and "for evaluation" in made
+    said = call(*train, "--shards", shards).stderr
+    assert "held-out loss" in said and (tmp_path / "run/model/config.json").exists()
+    alone = [*train[:3], "-o", tmp_path / "alone", *train[5:]]
+    said = call(*alone, "--shards", shards / "train").stderr  # one folder: nothing is held out
+    assert "held-out loss" not in said
     one = ["data", "shards", prepared / "heldout.jsonl.zst", "-t", words, "-o", tmp_path / "one"]
-    assert " tokens of " in call(*one).stdout
+    assert " tokens of " in call(*one).stdout and (tmp_path / "one/index.json").is_file()
     refused("data", "shards", tmp_path / "docs", "-t", words, "-o", tmp_path / "x", text="funnel")
-    call(
-        "data",
-        "prepare",
-        tmp_path / "docs",
-        "-o",
-        prepared,
-        "--heldout-bytes",
-        0,
-        "--rules",
-        "none",
-    )
+    none = ["--heldout-bytes", 0, "--rules", "none"]
+    call("data", "prepare", tmp_path / "docs", "-o", prepared, *none)
     call("data", "shards", prepared, "-t", words, "-o", shards)  # what was held out is trained on
-    refused(*train, "--train", shards / "train", "--heldout", shards / "heldout", text="index.json")
+    assert not (shards / "heldout/index.json").exists()
 
 
 def test_a_model_that_is_not_there(tmp_path):
@@ -356,7 +356,7 @@ def test_interrupts_and_divergence_have_their_status(monkeypatch):
         def fail(*args, error=error, **kwargs):
             raise error
 
-        monkeypatch.setattr("fastlm.run.run_recipe", fail)
+        monkeypatch.setattr("fastlm.runs.run.run_recipe", fail)
         result = call("run", "x.toml", status=status)
         assert str(error) in result.stderr
     assert fastlm.cli.INTERRUPTED == 130

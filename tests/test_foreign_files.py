@@ -26,7 +26,7 @@ from fastlm.checkpoint import load_state, load_tokenizer
 from fastlm.errors import InputError
 from fastlm.model import CausalLM
 from fastlm.quant import quantize
-from fastlm.recipe import load_recipe
+from fastlm.runs.recipe import load_recipe
 from fastlm.tokenizer import Tokenizer
 from fastlm.train.state import list_checkpoints
 

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from fastlm import previous
 from fastlm.errors import InputError
-from fastlm.previous import finish_moving, set_aside
+from fastlm.runs import previous
+from fastlm.runs.previous import finish_moving, set_aside
 
 
 class Killed(BaseException):

@@ -2,15 +2,18 @@
 
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 
 from fastlm.data.prepare import Funnel
-from fastlm.recipe import parse_recipe
-from fastlm.report import _bits_figure, count_text, render_report, seconds_text, size_text
-from fastlm.stages import read_metrics
+from fastlm.runs.charts import _bits_figure
+from fastlm.runs.recipe import parse_recipe
+from fastlm.runs.report import Done, count_text, render_report, seconds_text, size_text
+from fastlm.runs.stage import Input, Job
+from fastlm.train.metrics import read_metrics
 
 EVIL = '<script>alert("x")</script> & </style>'
 
@@ -33,16 +36,61 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-@pytest.fixture(scope="module")
-def html():
-    recipe = parse_recipe({
-        "name": "evil", "description": EVIL, "data": {"sources": [EVIL]},
-        "model": {
-            "hidden_size": 64, "intermediate_size": 64,
-            "num_hidden_layers": 1, "num_attention_heads": 2,
-        },
-        "pretrain": {"max_steps": 3, "sample_prompt": EVIL},
-    })  # fmt: skip
+MODEL = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+}  # fmt: skip
+RECIPE = {
+    "name": "evil", "description": EVIL,
+    "stage": [
+        {"kind": "data", "sources": [EVIL]},
+        {"kind": "tokenizer", "vocab_size": 512},
+        {"kind": "shards"},
+        {"kind": "pretrain", "max_steps": 3, "sample_prompt": EVIL, "model": MODEL},
+        {"kind": "eval"},
+        {"kind": "quantize"},
+    ],
+}  # fmt: skip
+TRAINED = {
+    "steps": 3, "tokens": 300, "tokens_per_second": 1234.5, "loss": 2.0, "parameters": 5_600_000,
+    "epochs": 1, "used_seconds": 60.0, "train_tokens": 1000,
+    "load": "1.2 when the training began",
+}  # fmt: skip
+RESULTS = {
+    "data": {},
+    "tokenizer": {"vocab_size": 512},
+    "shards": {"vocab_size": 512, "train_tokens": 1000, "train_bytes": 3000},
+    "pretrain": TRAINED,
+    "eval": {
+        "bits_per_byte_xz": 2.0, "bits_per_byte_zstd": 2.1, "documents": 5,
+        "models": {"pretrain": {"bits_per_byte": 1.5, "bytes": 5000}},
+    },
+    "quantize": {
+        "format": "w4a16", "group_size": 128, "bytes_before": 1000, "bytes": 300,
+        "bits_per_byte_before": 1.5, "bits_per_byte": 1.53,
+        "decode_tokens_per_second_before": 10.0, "decode_tokens_per_second": 20.0,
+    },
+}  # fmt: skip
+
+
+def metrics_of(folder, losses):
+    """A metrics.jsonl of three steps."""
+    lines = [
+        {"step": 0, "val_loss": 5.0, "bits_per_byte": 3.0},
+        {"step": 0, "sample": EVIL, "progress": 0.0},
+    ]
+    for step, loss in enumerate(losses, 1):
+        lines.append(
+            {"step": step, "loss": loss, "lr": 1e-3, "tokens": step * 100, "seconds": step}
+        )
+    lines.append({"step": 3, "val_loss": 2.5, "bits_per_byte": 1.5})
+    lines.append({"step": 3, "sample": "\u2028\x00 fine", "progress": 1.0})
+    folder.mkdir()
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def page_of(folder, table, results):
+    """report.html of a run folder in which only the files are that its stages read."""
     funnel = Funnel(
         [
             {"step": "gather", "documents": 9, "bytes": 2_000_000, "removed": {EVIL: 3}},
@@ -56,29 +104,33 @@ def html():
         ],
         {EVIL: {"files": 1, "documents": 2, "bytes": 3}},
     )
-    metrics = [
-        {"step": 0, "val_loss": 5.0, "bits_per_byte": 3.0},
-        {"step": 0, "sample": EVIL, "progress": 0.0},
-    ]
-    for step in (1, 2, 3):
-        metrics.append(
-            {"step": step, "loss": 5.0 - step, "lr": 1e-3, "tokens": step * 100, "seconds": step}
-        )
-    metrics.append({"step": 3, "val_loss": 2.5, "bits_per_byte": 1.5})
-    metrics.append({"step": 3, "sample": "\u2028\x00 fine", "progress": 1.0})
+    (folder / "data").mkdir()
+    (folder / "data/funnel.json").write_text(json.dumps(asdict(funnel)))
+    recipe = parse_recipe(table)
+    parts, stages = [], {}
+    for step in recipe.steps:
+        inputs = {
+            key: [Input(name, str(folder / name / "model")) for name in names]
+            for key, names in step.inputs.items()
+        }
+        job = Job(step.name, folder / step.name, inputs, folder)
+        done = Done(step, job, results[step.name], 60.0 if step.name == "pretrain" else 1.0)
+        stages[step.name] = {"seconds": done.seconds}
+        if part := step.stage.report(job, done.result):
+            parts.append((step, part))
     summary = {
         "recipe": EVIL, "command": f"fastlm run '{EVIL}'",
-        "bits_per_byte": 1.5, "bits_per_byte_xz": 2.0,
-        "bits_per_byte_zstd": 2.1, "bits_per_byte_int4": 1.53, "format": "w4a16", "group_size": 128,
-        "bf16_bytes": 1000, "int4_bytes": 300, "tokens_per_second": 1234.5,
-        "parameters": 5_600_000, "tokens": 300,
-        "steps": 3, "epochs": 1, "vocab_size": 512, "train_tokens": 1000,
-        "heldout_documents": 5, "heldout_bytes": 5000,
-        "decode_tokens_per_second_bf16": 10.0, "decode_tokens_per_second_int4": 20.0,
-        "seconds": 65.0, "stage_seconds": {"data": 5.0, "pretrain": 60.0},
-        "machine": {"cpu": EVIL, "threads": 2, "load": "1.2 when the training began"},
+        "seconds": sum(s["seconds"] for s in stages.values()), "stages": stages,
+        "machine": {"cpu": EVIL, "threads": 2},
     }  # fmt: skip
-    return render_report(summary, funnel, metrics, recipe)
+    return render_report(summary, recipe, parts)
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    metrics_of(folder / "pretrain", (4.0, 3.0, 2.0))
+    return page_of(folder, RECIPE, RESULTS)
 
 
 def test_no_text_becomes_markup(html):
@@ -105,14 +157,34 @@ def test_the_page_says_what_happened(html):
     page.feed(html)
     text = " ".join(" ".join(page.text).split())
     for piece in (
-        "1.500", "25 % below xz -9e", "5.60 M",
+        "1.500", "25 % below xz -9e", "5.60 M", "w4a16, 0.30 of before, +2.0 % bits",
         "0.30×", "+2.00 %", "2.00×",  # noqa: RUF001 - the page prints the multiplication sign
         "4 email replaced", "1 min 05 s in all",
         "before training", "after step 3", "xz -9e", "zstd -19",
         "Training saw 300 tokens: 3 steps of 4,096.", "1,000 tokens, of which 30 % were seen",
-        "1 min 00 s, held-out checks", "load 1.2 when the training began",
+        "1 min 00 s, steps and checkpoints", "load 1.2 when the training began",
+        "1,000 tokens, 3 kB, 3.00 bytes per token",
     ):  # fmt: skip
         assert piece in text, piece
+
+
+def test_two_models_of_a_kind_stand_side_by_side(tmp_path):
+    other = {"kind": "pretrain", "name": "wide", "max_steps": 3, "model": MODEL}
+    stages = [*RECIPE["stage"][:4], other, {"kind": "eval", "of": ["pretrain", "wide"]}]
+    scores = {"pretrain": {"bits_per_byte": 1.5, "bytes": 5000}}
+    scores["wide"] = {"bits_per_byte": 1.4, "bytes": 5000}
+    results = RESULTS | {"wide": TRAINED, "eval": RESULTS["eval"] | {"models": scores}}
+    for name in ("pretrain", "wide"):
+        metrics_of(tmp_path / name, (4.0, 3.0, 2.0))
+    html = page_of(tmp_path, RECIPE | {"stage": stages}, results)
+    page = Page()
+    page.feed(html)
+    text = " ".join(" ".join(page.text).split())
+    assert html.count('class="beside"') == 1 and html.count("<h2>Training</h2>") == 1
+    assert "<h3>pretrain</h3>" in html and "<h3>wide</h3>" in html
+    assert "parameters (pretrain)" in text and "parameters (wide)" in text
+    assert "bits per byte of unseen text (wide), 30 % below xz -9e" in text
+    assert html.count("<svg") == 3  # two losses, and the bits of both in one chart
 
 
 def test_bars_are_the_difference_to_xz(html):
@@ -123,7 +195,7 @@ def test_bars_are_the_difference_to_xz(html):
     bars = [(float(left), float(left) + float(width)) for left, width in found]
     line = float(re.findall(r'class="line" style="left:([\d.]+)%"', html)[0])
     assert line == pytest.approx(100 * 0.5 / 0.6, abs=0.1)
-    wanted = [(line, 100), (line, line), (5, line), (0, line)]  # zstd, xz, int4, bf16
+    wanted = [(line, 100), (line, line), (0, line)]  # zstd, xz, the model
     for bar, place in zip(bars, wanted, strict=True):
         assert bar == pytest.approx(place, abs=0.11)
 
@@ -147,8 +219,8 @@ def test_labels_stand_at_their_own_lines(model, xz, zstd):
         metrics.append({"step": step, "loss": 1.0, "tokens": 50_000 * step})
         metrics.append({"step": step, "bits_per_byte": model + 2 * 0.8**step})
     names = {"model": model, "xz -9e": xz, "zstd -19": zstd}
-    summary = {"bits_per_byte": model, "bits_per_byte_xz": xz, "bits_per_byte_zstd": zstd}
-    figure = _bits_figure(metrics, summary)
+    packed = {"xz -9e": xz, "zstd -19": zstd}
+    figure = _bits_figure({"model": metrics}, {"model": model}, packed)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     axes = figure.axes[0]

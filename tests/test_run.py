@@ -17,7 +17,7 @@ import tiny_recipe
 import torch
 
 from fastlm.errors import InputError
-from fastlm.run import run_recipe
+from fastlm.runs.run import run_recipe
 
 TIMES = ("seconds", "tokens_per_second", "progress")
 
@@ -28,7 +28,7 @@ def fastlm(*arguments, **kwargs) -> subprocess.CompletedProcess:
 
 
 def metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "pretrain/metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
@@ -52,6 +52,7 @@ def run_again(recipe, out, **kwargs) -> dict[str, str]:
         on_event=lambda e: "stage" in e and states.update({e["stage"]: e["state"]}),
         **kwargs,
     )
+    states.pop("report")
     return states
 
 
@@ -62,16 +63,20 @@ def test_everything_is_there(finished):
 
     _, run = finished
     summary = json.loads((run / "summary.json").read_text())
-    for key in (
-        "bits_per_byte", "bits_per_byte_xz", "bits_per_byte_zstd", "bits_per_byte_int4",
-        "bf16_bytes", "int4_bytes", "tokens_per_second", "seconds", "parameters", "tokens",
-    ):  # fmt: skip
-        assert summary[key] > 0, key
-    assert summary["tokens"] == 12 * 4 * 32
-    assert summary["int4_bytes"] < summary["bf16_bytes"]
-    assert summary["seconds"] == pytest.approx(sum(summary["stage_seconds"].values()))
+    stages = summary["stages"]
+    assert list(stages) == ["data", "tokenizer", "shards", "pretrain", "eval", "quantize"]
+    scores = stages["eval"]["models"]["pretrain"]
+    assert scores["bits_per_byte"] > 0 < stages["eval"]["bits_per_byte_xz"]
+    assert json.loads((run / "eval/scores.json").read_text())["models"]["pretrain"] == scores
+    small = stages["quantize"]
+    assert small["bits_per_byte_before"] == pytest.approx(scores["bits_per_byte"], rel=1e-6)
+    for key in ("bits_per_byte", "decode_tokens_per_second", "decode_tokens_per_second_before"):
+        assert small[key] > 0, key
+    assert 0 < small["bytes"] < small["bytes_before"]
+    assert stages["pretrain"]["tokens"] == 12 * 4 * 32
+    assert summary["seconds"] == pytest.approx(sum(s["seconds"] for s in stages.values()))
     machine = summary["machine"]
-    assert machine["threads"] >= 1 and "when the training began" in machine["load"]
+    assert machine["threads"] >= 1 and "when the training began" in stages["pretrain"]["load"]
     root = Path(__file__).resolve().parent.parent
     if (root / ".git").exists():
         command = ["git", "-C", root, "rev-parse", "HEAD"]
@@ -79,18 +84,18 @@ def test_everything_is_there(finished):
         assert head.startswith(machine["commit"].removesuffix("-dirty"))
     for name in (
         "data/train.jsonl.zst", "tokenizer/tokenizer.json", "shards/train/index.json",
-        "report.html", "model/config.json", "model-int4/model.safetensors", "stages.json",
+        "report.html", "pretrain/model/config.json", "quantize/model.safetensors", "stages.json",
     ):  # fmt: skip
         assert (run / name).is_file(), name
     left = [p for p in run.rglob("*") if p.name.endswith((".part", ".old"))]
     assert not left
     # what was saved is what transformers computes
     ids = torch.tensor([[5, 6, 7, 8]])
-    theirs = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
-    ours = CausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(run / "pretrain/model", dtype=torch.float32)
+    ours = CausalLM.from_pretrained(run / "pretrain/model", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
-    assert AutoTokenizer.from_pretrained(run / "model").decode([5]) is not None
+    assert AutoTokenizer.from_pretrained(run / "pretrain/model").decode([5]) is not None
 
 
 def test_heldout_text_is_not_trained_on(finished):
@@ -104,26 +109,26 @@ def test_heldout_text_is_not_trained_on(finished):
 
 def test_again_is_skipped_and_a_change_redoes_what_depends_on_it(finished):
     recipe, run = finished
-    before = (run / "metrics.jsonl").read_bytes()
+    before = (run / "pretrain/metrics.jsonl").read_bytes()
     assert set(run_again(recipe, run).values()) == {"skipped"}
     states = run_again(recipe, run, overrides=["eval.stride=8"])
-    assert [n for n, s in states.items() if s == "done"] == ["eval", "quantize", "report"]
-    (run / "model-int4/model.safetensors").unlink()
+    assert [n for n, s in states.items() if s == "done"] == ["eval"]
+    (run / "quantize/model.safetensors").unlink()
     states = run_again(recipe, run, overrides=["eval.stride=8"])
     assert [n for n, s in states.items() if s == "done"] == ["quantize"]
     # a lost model comes back from the last checkpoint; after that nobody misses checkpoints
-    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "pretrain/model")
     states = run_again(recipe, run, overrides=["eval.stride=8"])
     assert [n for n, s in states.items() if s == "done"] == ["pretrain"]
-    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "pretrain/checkpoints")
     assert set(run_again(recipe, run, overrides=["eval.stride=8"]).values()) == {"skipped"}
-    assert (run / "metrics.jsonl").read_bytes() == before
-    (run / ".model.0123.part").mkdir()  # of a process that was killed
+    assert (run / "pretrain/metrics.jsonl").read_bytes() == before
+    (run / ".pretrain.0123.part").mkdir()  # of a process that was killed
     states = run_again(recipe, run, overrides=["pretrain.lr=2e-2"])
     assert not list(run.glob(".*.part"))
     assert [n for n, s in states.items() if s == "skipped"] == ["data", "tokenizer", "shards"]
     steps = [m["step"] for m in metrics(run) if "loss" in m]
-    assert steps == list(range(1, 13)) and (run / "metrics.jsonl").read_bytes() != before
+    assert steps == list(range(1, 13)) and (run / "pretrain/metrics.jsonl").read_bytes() != before
 
 
 def test_changed_local_text_is_seen(tmp_path):
@@ -187,10 +192,10 @@ def test_what_does_not_change_the_model_goes_on_with_the_training(tmp_path):
     )  # fmt: skip
     assert steps == list(range(7, 13))
     assert not (run / "previous").exists()
-    weights = files_of(run / "model")
-    assert weights["model.safetensors"] == (whole / "model/model.safetensors").read_bytes()
+    weights = files_of(run / "pretrain/model")
+    assert weights["model.safetensors"] == (whole / "pretrain/model/model.safetensors").read_bytes()
     states = run_again(recipe, run, until="pretrain")
-    assert set(states.values()) == {"skipped"} and files_of(run / "model") == weights
+    assert set(states.values()) == {"skipped"} and files_of(run / "pretrain/model") == weights
 
 
 def test_an_unchanged_source_is_not_read_again(tmp_path, monkeypatch):
@@ -218,47 +223,52 @@ def test_a_training_that_gives_way_is_set_aside_and_can_go_on(tmp_path):
     recipe, run = tiny_recipe.write(tmp_path), tmp_path / "run"
     first = fastlm("run", recipe, "--out", run)
     assert first.returncode == 0, first.stderr
-    model, steps = files_of(run / "model"), files_of(run / "checkpoints")
-    report, log = (run / "report.html").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    model, steps = files_of(run / "pretrain/model"), files_of(run / "pretrain/checkpoints")
+    report, log = (run / "report.html").read_bytes(), (run / "pretrain/metrics.jsonl").read_bytes()
     again = fastlm("run", recipe, "--out", run, "--until", "pretrain", "--set", "pretrain.lr=2e-2")
     assert again.returncode == 0, again.stderr
-    (line,) = [line for line in again.stderr.splitlines() if "set aside" in line]
+    (line,) = [line for line in again.stderr.splitlines() if "archived" in line]
     assert line.startswith("pretrain: ") and line.endswith(str(run / "previous"))
     previous = run / "previous"
-    assert files_of(previous / "model") == model and files_of(previous / "checkpoints") == steps
+    assert (
+        files_of(previous / "pretrain/model") == model
+        and files_of(previous / "pretrain/checkpoints") == steps
+    )
     assert (previous / "report.html").read_bytes() == report
-    assert (previous / "metrics.jsonl").read_bytes() == log
-    assert json.loads((previous / "recipe.json").read_text())["pretrain"]["lr"] == 1e-2
-    assert files_of(run / "model") != model and not (run / "report.html").exists()
+    assert (previous / "pretrain/metrics.jsonl").read_bytes() == log
+    archived = json.loads((previous / "recipe.json").read_text())["stage"]
+    assert next(s for s in archived if s["kind"] == "pretrain")["lr"] == 1e-2
+    assert files_of(run / "pretrain/model") != model
+    assert (run / "report.html").read_bytes() != report and not (run / "quantize").exists()
     # it is a run folder of its own: nothing is trained again there
     states = run_again(recipe, previous, until="pretrain")
     assert states == {"data": "done", "tokenizer": "done", "shards": "done", "pretrain": "skipped"}
 
     # another text: the training is in nobody's way before the data is made again
-    second = files_of(run / "model")
+    second = files_of(run / "pretrain/model")
     (tmp_path / "docs/00.txt").write_text("A tree sees the river.\n" * 50)
     states = run_again(recipe, run, overrides=["pretrain.lr=2e-2"], until="data")
-    assert states == {"pretrain": "set aside", "data": "done"}
-    assert files_of(previous / "model") == second and (previous / "shards").is_dir()
-    assert not (run / "model").exists() and not list(run.glob(".previous*"))
+    assert states == {"pretrain": "archived", "data": "done"}
+    assert files_of(previous / "pretrain/model") == second and (previous / "shards").is_dir()
+    assert not (run / "pretrain/model").exists() and not list(run.glob(".previous*"))
     # nothing trained since: what was set aside stays
     states = run_again(recipe, run, overrides=["data.heldout_bytes=5000"], until="data")
-    assert states == {"data": "done"} and files_of(previous / "model") == second
+    assert states == {"data": "done"} and files_of(previous / "pretrain/model") == second
 
 
 def test_a_file_beside_the_model_does_not_train_it_again(finished):
     recipe, run = finished
     run_recipe(recipe, run)
-    shutil.rmtree(run / "checkpoints")
-    (run / "model/README.md").write_text("mine")
+    shutil.rmtree(run / "pretrain/checkpoints")
+    (run / "pretrain/model/README.md").write_text("mine")
     assert set(run_again(recipe, run).values()) == {"skipped"}
     # one that is damaged is trained again, and stays where it can be looked at
-    weights = (run / "model/model.safetensors").read_bytes()
-    (run / "model/model.safetensors").write_bytes(weights[:-1])
+    weights = (run / "pretrain/model/model.safetensors").read_bytes()
+    (run / "pretrain/model/model.safetensors").write_bytes(weights[:-1])
     states = run_again(recipe, run, until="pretrain")
     assert states["pretrain"] == "done"
-    assert (run / "previous/model/model.safetensors").read_bytes() == weights[:-1]
-    assert (run / "model/model.safetensors").read_bytes() == weights
+    assert (run / "previous/pretrain/model/model.safetensors").read_bytes() == weights[:-1]
+    assert (run / "pretrain/model/model.safetensors").read_bytes() == weights
 
 
 def test_ctrl_c_in_the_last_step_ends_the_chain(tmp_path):
@@ -266,7 +276,7 @@ def test_ctrl_c_in_the_last_step_ends_the_chain(tmp_path):
     press = press_at(12)
     with pytest.raises(KeyboardInterrupt, match=r"after step 12; saved in .*step-00000012$"):
         run_recipe(recipe, run, on_event=lambda e: (seen.append(e.get("stage")), press(e)))
-    assert "eval" not in seen and not (run / "model").exists()
+    assert "eval" not in seen and not (run / "pretrain/model").exists()
     assert run_again(recipe, run, until="pretrain")["pretrain"] == "done"
     assert [m["step"] for m in metrics(run) if "loss" in m] == list(range(1, 13))
 
@@ -292,11 +302,13 @@ def test_killed_in_training_and_started_again(finished, tmp_path):
         "pretrain",
         *sets,
     ]
-    with open(tmp_path / "log", "wb") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log)
+    with open(tmp_path / "log", "wb") as said:
+        child = subprocess.Popen(command, stdout=said, stderr=said)
         deadline = time.monotonic() + 120
         while child.poll() is None and time.monotonic() < deadline:
-            if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 3000:
+            if (run / "pretrain/metrics.jsonl").exists() and (
+                run / "pretrain/metrics.jsonl"
+            ).stat().st_size > 3000:
                 break
             time.sleep(0.002)
         os.kill(child.pid, signal.SIGKILL)
@@ -306,7 +318,7 @@ def test_killed_in_training_and_started_again(finished, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "data: skipped" in again.stderr and "pretrain: started" in again.stderr
     assert metrics(run) == metrics(whole)
-    weights = "model/model.safetensors"
+    weights = "pretrain/model/model.safetensors"
     assert (run / weights).read_bytes() == (whole / weights).read_bytes()
 
 
@@ -356,7 +368,7 @@ def test_a_place_where_no_folder_can_be(finished, tmp_path):
     one_line(fastlm("run", recipe, "--out", tmp_path / "file" / "run"), "cannot be made a folder")
 
 
-@pytest.mark.parametrize("name", ["data", "model", "metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("name", ["data", "pretrain", "quantize"])
 def test_a_folder_with_somebody_elses_files_is_left_alone(tmp_path, name):
     recipe = tiny_recipe.write(tmp_path)
     mine = tmp_path / "project" / name / "mine"
@@ -370,7 +382,11 @@ def test_a_folder_with_somebody_elses_files_is_left_alone(tmp_path, name):
 def test_only_strays_of_runs_are_swept(finished):
     recipe, run = finished
     mine = [run / ".vimrc.old", run / ".part", run / ".notes.part"]
-    strays = [run / ".model.0123abcd.part", run / ".stages.json.0123abcd.part", run / ".data.old"]
+    strays = [
+        run / ".pretrain.0123abcd.part",
+        run / ".stages.json.0123abcd.part",
+        run / ".data.old",
+    ]
     for file in mine + strays:
         file.write_text("x")
     run_again(recipe, run)

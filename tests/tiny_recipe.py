@@ -7,21 +7,21 @@ RECIPE = """\
 name = "tiny"
 seed = 3
 
-[data]
+[[stage]]
+kind = "data"
 sources = ["{docs}"]
 heldout_bytes = 6000
 rules = ["none"]
 
-[tokenizer]
+[[stage]]
+kind = "tokenizer"
 vocab_size = 300
 
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 1
-num_attention_heads = 2
+[[stage]]
+kind = "shards"
 
-[pretrain]
+[[stage]]
+kind = "pretrain"
 max_steps = 12
 batch_size = 4
 seq_len = 32
@@ -32,18 +32,26 @@ sample_at = [0.0, 1.0]
 sample_tokens = 8
 checkpoint_every = 3
 
-[eval]
+[stage.model]
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 1
+num_attention_heads = 2
+
+[[stage]]
+kind = "eval"
 stride = 16
 
-[quantize]
+[[stage]]
+kind = "quantize"
 group_size = 16
 """
 NOUNS = "tree river stone <b>bird</b> cloud road house & garden letter winter".split()
 VERBS = "sees finds follows leaves remembers crosses paints".split()
 
 
-def write(folder: Path) -> Path:
-    """Documents and the recipe over them; -> the recipe's path."""
+def write(folder: Path, more: str = "") -> Path:
+    """Write documents and the recipe over them, with ``more`` stages; -> the recipe's path."""
     docs = folder / "docs"
     docs.mkdir(parents=True)
     draw = random.Random(0)
@@ -55,5 +63,5 @@ def write(folder: Path) -> Path:
         ]
         (docs / f"{i:02d}.txt").write_text("\n".join(lines))
     path = folder / "tiny.toml"
-    path.write_text(RECIPE.format(docs=docs))
+    path.write_text(RECIPE.format(docs=docs) + more)
     return path

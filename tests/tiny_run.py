@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
-from fastlm.train.loop import TrainOptions
+from fastlm.train.options import TrainOptions
 from fastlm.train.pretrain import pretrain
 
 VOCAB, SEQ = 32, 16

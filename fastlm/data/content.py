@@ -1,9 +1,9 @@
-"""Whether local sources hold what they held: by content, so that a copied or touched file is no
+"""Whether local files hold what they held: by content, so that a copied or touched file is no
 change.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,41 +19,65 @@ Seen = dict[str, tuple[int, int, int, str]]  # absolute path -> the stamp and sh
 MAX_SEEN_BYTES = 1 << 30  # some 200 bytes a file
 
 
-def load_seen(path: Path) -> Seen:
-    """What was hashed before; nothing where ``path`` is missing or damaged: it is hashed again."""
-    try:
-        return build(_Record, {"seen": read_json(path, MAX_SEEN_BYTES)}).seen
-    except InputError:
-        return {}
-
-
 @dataclass
 class _Record:
     seen: Seen
 
 
-def source_states(sources: Sequence[str], seen: Seen, *, cache: Path, track=silent) -> list[Any]:
-    """Per source its spec and, of a local one, [name, size, sha256] of each file read from it.
-
-    ``seen`` is what was hashed before and is brought up to date: a file whose size and times are
-    those of ``seen`` is not read again. The time of the inode is one of them, which no ``touch -d``
-    sets back. InputError as ``list_files``.
+class Contents:
+    """Hashes of local files. A file whose size and times are those of an earlier run's record is
+    not read again. The time of the inode is one of them, which no ``touch -d`` sets back.
     """
-    local = {
-        spec: list_files(spec, cache=cache)[0] for spec in sources if not parse_source(spec)[0]
-    }
-    paths = {printable(f.path.absolute()): f.path for files in local.values() for f in files}
-    stamps = {name: _stamp(path) for name, path in paths.items()}
-    changed = [name for name, stamp in stamps.items() if seen.get(name, ())[:3] != stamp]
-    for name in track(changed, "checking sources", unit="files") if changed else ():
-        seen[name] = (*stamps[name], _digest(paths[name]))
-    for name in seen.keys() - stamps.keys():
-        del seen[name]
-    states: list[Any] = []
-    for spec in sources:
-        entries = [(f.name, seen[printable(f.path.absolute())]) for f in local.get(spec, [])]
-        states.append([spec, [[name, size, digest] for name, (size, _, _, digest) in entries]])
-    return states
+
+    def __init__(self, record: Path, *, cache: Path, track=silent):
+        """``record``: the JSON file of the run before. Where it is missing or damaged all files
+        are read.
+        """
+        self.cache, self.track = cache, track
+        self.used: Seen = {}
+        self.changed = False  # since the record was written
+        try:
+            self.seen = build(_Record, {"seen": read_json(record, MAX_SEEN_BYTES)}).seen
+        except InputError:
+            self.seen = {}
+
+    def sources(self, specs: Sequence[str]) -> list[Any]:
+        """Per source its spec and, of a local one, [name, size, sha256] of each file read from it.
+
+        InputError as ``list_files``.
+        """
+        local = {
+            spec: list_files(spec, cache=self.cache)[0]
+            for spec in specs
+            if not parse_source(spec)[0]
+        }
+        self._hash(f.path for files in local.values() for f in files)
+        return [
+            [spec, [self._entry(f.name, f.path) for f in local.get(spec, [])]] for spec in specs
+        ]
+
+    def tree(self, path: str | Path) -> list[Any]:
+        """[name, size, sha256] of the file ``path``, or of every file below this folder."""
+        path = Path(path)
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        try:
+            self._hash(files)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        return [self._entry(str(p.relative_to(path)), p) for p in files]
+
+    def _entry(self, name: str, path: Path) -> list[Any]:
+        size, _, _, digest = self.used[printable(path.absolute())]
+        return [name, size, digest]
+
+    def _hash(self, paths: Iterable[Path]) -> None:
+        named = {printable(path.absolute()): path for path in paths}
+        stamps = {name: _stamp(path) for name, path in named.items()}
+        changed = [name for name, stamp in stamps.items() if self.seen.get(name, ())[:3] != stamp]
+        for name in self.track(changed, "checking sources", unit="files") if changed else ():
+            self.seen[name] = (*stamps[name], _digest(named[name]))
+        self.changed |= bool(changed)
+        self.used |= {name: self.seen[name] for name in stamps}
 
 
 def _stamp(path: Path) -> Stamp:

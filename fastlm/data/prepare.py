@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Annotated, Any, cast
 
 import zstandard
 
@@ -59,15 +59,19 @@ class DataOptions:
     document of more than ``max_words`` words, a book, is cut into parts of no more.
     """
 
-    rules: tuple[str, ...] = TECHNICAL
-    heldout_bytes: int = 1 << 20
-    heldout_fraction: float = 0.1
-    scrub: bool = True
-    min_paragraph: int = MIN_PARAGRAPH
-    text_field: str = "text"
-    max_words: int = MAX_WORDS
-    max_bytes: int | None = None
-    workers: int = 1
+    rules: Annotated[
+        tuple[str, ...], "Quality rules: technical, web, none, or names with commas"
+    ] = TECHNICAL
+    heldout_bytes: Annotated[int, "Clean text to hold out at most"] = 1 << 20
+    heldout_fraction: Annotated[float, "Share of all text to hold out at most"] = 0.1
+    scrub: Annotated[bool, "Replace e-mail addresses, phone numbers and public IP addresses"] = True
+    min_paragraph: Annotated[int, "Characters of a paragraph that is kept once"] = MIN_PARAGRAPH
+    text_field: Annotated[str, "Field of JSON lines that holds the text"] = "text"
+    max_words: Annotated[int, "A longer document is cut into parts, at the ends of paragraphs"] = (
+        MAX_WORDS
+    )
+    max_bytes: Annotated[int | None, "Stop after so much clean text"] = None
+    workers: Annotated[int, "Processes that clean"] = 1
 
     def check(self) -> None:
         """InputError names the option."""

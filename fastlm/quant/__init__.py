@@ -2,9 +2,13 @@
 model.
 """
 
-from fastlm.quant.model import load_quantized, quantization_config, quantize
-from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
-from fastlm.quant.weight import QuantizedWeight
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlm.quant.model import load_quantized, quantization_config, quantize
+    from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+    from fastlm.quant.weight import QuantizedWeight
 
 __all__ = [
     "QuantizedEmbedding",
@@ -14,3 +18,14 @@ __all__ = [
     "quantization_config",
     "quantize",
 ]
+_MODULES = {
+    "QuantizedEmbedding": "modules", "QuantizedLinear": "modules", "QuantizedWeight": "weight",
+    "load_quantized": "model", "quantization_config": "model", "quantize": "model",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch with the first of these names: the stage beside them needs none."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,9 +1,9 @@
-"""The training loop: one for every stage. What is trained on is an ``Objective``, next-token
-prediction is ``pretrain``.
+"""The training loop: one for every stage. What is trained, and on what, is an ``Objective``:
+`fastlm.train.pretrain.NextToken` predicts the next token.
 
 A step: micro-batches of the objective, backward with the global token count, clip and AdamW in one
 pass, one line in metrics.jsonl. A checkpoint remembers how long metrics.jsonl was; starting the
-same command again cuts it there and goes on, so that it holds every step once. Ctrl-C ends the
+same command again cuts it there and continues, so that it holds every step once. Ctrl-C ends the
 running step, saves and says where.
 
 The loss is read back every step: a loss that is not finite has to stop the run before it spoils
@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,9 @@ from fastlm.errors import InputError
 from fastlm.memory import keep_freed_memory
 from fastlm.optim import AdamW
 from fastlm.progress import silent
-from fastlm.train.schedule import SCHEDULES, due, learning_rate, progress
+from fastlm.train.metrics import METRICS
+from fastlm.train.options import BUDGET, TrainOptions
+from fastlm.train.schedule import due, learning_rate, progress
 from fastlm.train.state import (
     Progress,
     checkpoint_path,
@@ -41,14 +43,6 @@ from fastlm.train.state import (
     save_checkpoint,
 )
 
-METRICS = "metrics.jsonl"
-# What is watched and kept on the way: it draws from no random numbers of the training
-OBSERVING = (
-    "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep",
-)  # fmt: skip
-# How far: a training goes on under another, and the schedule is spread anew over the whole
-BUDGET = ("max_steps", "max_seconds", "max_tokens")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -60,72 +54,6 @@ class NonFiniteError(ArithmeticError):
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after the checkpoint that its text names."""
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """``max_steps``, ``max_seconds`` or ``max_tokens`` ends the run, whichever comes first; the
-    schedule is spread over it. Tokens are those the loss counts; the last step may go past them.
-    Seconds are of steps and checkpoints: validations and samples are not counted.
-
-    ``validations`` are evenly spaced, ``sample_at`` are moments between 0 (before the first step)
-    and 1 (the end).
-    """
-
-    max_steps: int | None = None
-    max_seconds: float | None = None
-    max_tokens: int | None = None
-    accumulate: int = 1
-    dtype: str = "bfloat16"
-    lr: float = 1e-3
-    schedule: str = "cosine"
-    warmup: float = 0.02
-    decay: float = 0.2
-    final_lr: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    max_grad_norm: float | None = 1.0
-    validations: int = 20
-    val_tokens: int = 1 << 16
-    sample_at: tuple[float, ...] = (0.0, 0.02, 0.1, 0.3, 1.0)
-    sample_prompt: str = ""
-    sample_tokens: int = 80
-    checkpoint_every: int = 200
-    keep: int = 2
-
-    def identity(self) -> dict[str, Any]:
-        """The options that decide what is trained: all but OBSERVING."""
-        return {k: v for k, v in asdict(self).items() if k not in OBSERVING}
-
-    def check(self) -> None:
-        """InputError names the option."""
-        if self.max_steps is None and self.max_seconds is None and self.max_tokens is None:
-            raise InputError(
-                "max_tokens, max_steps, max_seconds: wanted at least one of them, got none"
-            )
-        for name in ("max_steps", "max_seconds", "max_tokens", "max_grad_norm", "lr", "eps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name}: wanted a positive number, got {value}")
-        for name in ("accumulate", "checkpoint_every", "keep", "val_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
-        for name in ("validations", "sample_tokens", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
-        shares = {"warmup": self.warmup, "decay": self.decay, "final_lr": self.final_lr}
-        shares |= {f"betas[{i}]": b for i, b in enumerate(self.betas)}
-        shares |= {f"sample_at[{i}]": s for i, s in enumerate(self.sample_at)}
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise InputError(f"{name}: wanted 0 to 1, got {value}")
-        if self.schedule not in SCHEDULES:
-            raise InputError(
-                f"schedule: wanted one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
-            )
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 @dataclass(frozen=True)
@@ -143,37 +71,59 @@ class TrainResult:
 
 
 class Objective(Protocol):
-    """What a stage trains on. The loop owns everything else."""
+    """What a stage trains, and on what. The loop owns the budget, the optimizer, clipping,
+    checkpoints, resuming and logging.
+    """
 
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to fit: data, sizes."""
+    trained: nn.Module
+    """All that is trained. Several models (a policy and its value model) are an nn.ModuleDict.
+    Frozen ones (a reference) are the objective's own, and no part of a checkpoint."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The optimizer's groups; a group's "lr" is a factor of the scheduled rate (default 1)."""
         ...
 
-    def next_batch(self) -> Any: ...
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to fit: data, sizes, frozen models."""
+        ...
+
+    def next_batches(self, count: int) -> list[Any]:
+        """The ``count`` micro-batches of the next step. They may come from data or be made with
+        the models as they are now (rollouts).
+        """
+        ...
 
     def num_items(self, batch: Any) -> int:
         """Tokens of the batch that the loss counts."""
         ...
 
-    def loss(self, model: nn.Module, batch: Any, num_items: int) -> Tensor:
+    def loss(self, batch: Any, num_items: int) -> Tensor:
         """Sum over the batch / ``num_items`` (of all micro-batches of the step)."""
+        ...
+
+    def scalars(self) -> dict[str, float]:
+        """What else the last step measured, for its line in metrics.jsonl."""
         ...
 
     def position(self) -> str:
         """Where in the data the next batch begins, for an error message."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to continue to the same losses: JSON values, and tensors
+        (a buffer of rollouts) as values of the outermost level.
+        """
+        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    def validate(self, model: nn.Module) -> dict[str, float]: ...
+    def validate(self) -> dict[str, float]: ...
 
-    def sample(self, model: nn.Module) -> str | None: ...
+    def sample(self) -> str | None: ...
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases do not."""
+def decay_matrices(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two parameter groups: matrices decay, norms and biases do not."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [
@@ -184,7 +134,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def train(
-    model: nn.Module,
     objective: Objective,
     options: TrainOptions,
     run_dir: Path,
@@ -192,9 +141,9 @@ def train(
     track=silent,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
-    """Trains ``model`` in place to the end of the budget, from the last checkpoint in ``run_dir``
-    if there is one. Its budget may have been another: the learning rate is from here on what the
-    schedule of the new one says, so that the rate of a finished training rises again.
+    """Train ``objective.trained`` in place to the end of the budget, from the last checkpoint in
+    ``run_dir`` if there is one. Its budget may have been another: the learning rate is from here on
+    what the schedule of the new one says, so that the rate of a finished training rises again.
 
     Leaves metrics.jsonl and checkpoints/ there; ``on_event`` sees every line of metrics as it is
     written. InputError: options, a checkpoint of another run, a folder that cannot be written.
@@ -203,7 +152,7 @@ def train(
     """
     options.check()
     keep_freed_memory()
-    loop = _Loop(model, objective, options, Path(run_dir), on_event)
+    loop = _Loop(objective, options, Path(run_dir), on_event)
     with loop.metrics, _deferred_interrupt() as interrupted:
         loop.begin()
         ticks = loop.ticks(interrupted)
@@ -249,11 +198,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Loop:
-    def __init__(self, model, objective, options: TrainOptions, run_dir: Path, on_event) -> None:
-        self.model, self.objective, self.options = model, objective, options
+    def __init__(self, objective: Objective, options: TrainOptions, run_dir: Path, on_event):
+        self.model, self.objective, self.options = objective.trained, objective, options
         self.run_dir, self.on_event = run_dir, on_event
+        groups = objective.parameter_groups(options.weight_decay)
+        self.rates = [group.pop("lr", 1.0) for group in groups]  # factors of the scheduled rate
         self.optimizer = AdamW(
-            parameter_groups(model, options.weight_decay),
+            groups,
             lr=options.lr,
             betas=options.betas,
             eps=options.eps,
@@ -261,8 +212,8 @@ class _Loop:
             max_grad_norm=options.max_grad_norm or math.inf,  # the norm is measured either way
         )
         self.optimizer.keep_masters()  # what bfloat16 would cut off a new model's weights
-        model.to(DTYPES[options.dtype])
-        model.train()
+        self.model.to(DTYPES[options.dtype])
+        self.model.train()
         self.step = self.tokens = 0
         self.used = 0.0  # seconds of earlier sittings
         self.training_seconds = 0.0  # of steps alone: what tokens_per_second means
@@ -334,7 +285,7 @@ class _Loop:
         o = self.options
         began = time.perf_counter()
         position = self.objective.position()
-        batches = [self.objective.next_batch() for _ in range(o.accumulate)]
+        batches = self.objective.next_batches(o.accumulate)
         num_items = sum(self.objective.num_items(batch) for batch in batches)
         lr = learning_rate(
             self.progress(0.5, 0.5 * num_items),
@@ -342,11 +293,11 @@ class _Loop:
         )  # fmt: skip
         total: Tensor | float = 0.0
         for batch in batches:
-            loss = self.objective.loss(self.model, batch, num_items)
+            loss = self.objective.loss(batch, num_items)
             loss.backward()
             total = total + loss.detach().float()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, factor in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = lr * factor
         loss_value = float(total)
         if not math.isfinite(loss_value):
             raise self.not_finite("loss", loss_value, position)
@@ -359,6 +310,7 @@ class _Loop:
         self.training_seconds += took
         self.loss = loss_value
         self.log({
+            **self.objective.scalars(),
             "step": self.step, "loss": loss_value, "lr": lr, "grad_norm": norm,
             "tokens": self.tokens, "tokens_per_second": num_items / took, "seconds": self.seconds(),
             "progress": self.progress(),
@@ -395,11 +347,11 @@ class _Loop:
             self.done,
         ):
             with _evaluating(self.model):
-                self.last_metrics = self.objective.validate(self.model)
+                self.last_metrics = self.objective.validate()
             self.log({"step": self.step, **self.last_metrics})
         if due(o.sample_at, before, self.done):
             with _evaluating(self.model):
-                text = self.objective.sample(self.model)
+                text = self.objective.sample()
             if text is not None:
                 self.log({"step": self.step, "sample": text, "progress": self.done})
         self.started += time.perf_counter() - began
@@ -422,7 +374,7 @@ class _Loop:
         return {**options, **self.objective.identity(), "parameters": digest}
 
     def begin(self) -> None:
-        """Goes to the last checkpoint, or to the beginning."""
+        """Load the last checkpoint; without one, start."""
         prune(self.run_dir, self.options.keep)
         found = list_checkpoints(self.run_dir)
         length = 0

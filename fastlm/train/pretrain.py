@@ -1,52 +1,74 @@
-"""Next-token prediction on packed shards: the objective that makes a base model."""
+"""Pretraining: next-token prediction on packed shards makes a base model."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import Tensor, nn
-
-from fastlm.data.shards import BatchSampler, TokenDataset
+from fastlm.data.content import Contents
 from fastlm.errors import InputError
-from fastlm.evals.bits_per_byte import evaluate
 from fastlm.progress import silent
-from fastlm.train.loop import TrainOptions, TrainResult, train
+from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.train.metrics import METRICS, read_metrics
+from fastlm.train.options import TrainOptions
+from fastlm.typed import unknown
 
 if TYPE_CHECKING:
-    from fastlm.tokenizer import Tokenizer
+    import torch
+    from torch import Tensor, nn
 
-Batch = tuple[Tensor, Tensor]
+    from fastlm.config import ModelConfig
+    from fastlm.data.shards import BatchSampler, TokenDataset
+    from fastlm.tokenizer import Tokenizer
+    from fastlm.train.loop import TrainResult
+
+    Batch = tuple[Tensor, Tensor]
+
+MODEL = "model"
 
 
 class NextToken:
-    """The objective (``fastlm.train.loop.Objective``) of ``pretrain``."""
+    """The objective (``fastlm.train.loop.Objective``) of `pretrain`."""
 
     def __init__(
         self,
-        sampler: BatchSampler,
-        val: TokenDataset | None,
+        model: "nn.Module",
+        sampler: "BatchSampler",
+        val: "TokenDataset | None",
         options: TrainOptions,
         tokenizer: "Tokenizer | None",
-        device: torch.device,
+        device: "torch.device",
     ):
+        self.trained = model
         self.sampler, self.val, self.options = sampler, val, options
         self.tokenizer, self.device = tokenizer, device
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        from fastlm.train.loop import decay_matrices
+
+        return decay_matrices(self.trained, weight_decay)
 
     def identity(self) -> dict[str, Any]:
         state = self.sampler.state_dict()
         fixed = {f"data.{k}": v for k, v in state.items() if k not in ("epoch", "position")}
         return {**fixed, "batch_size": self.sampler.batch_size}
 
-    def next_batch(self) -> Batch:
+    def next_batches(self, count: int) -> "list[Batch]":
+        return [self._next_batch() for _ in range(count)]
+
+    def _next_batch(self) -> "Batch":
         input_ids, labels = self.sampler.next_batch()
         return input_ids.to(self.device), labels.to(self.device)
 
-    def num_items(self, batch: Batch) -> int:
+    def num_items(self, batch: "Batch") -> int:
         return batch[1].numel()  # packed windows have no ignored labels
 
-    def loss(self, model: nn.Module, batch: Batch, num_items: int) -> Tensor:
-        return model(batch[0], shift_labels=batch[1], num_items=num_items).loss
+    def loss(self, batch: "Batch", num_items: int) -> "Tensor":
+        return self.trained(batch[0], shift_labels=batch[1], num_items=num_items).loss
+
+    def scalars(self) -> dict[str, float]:
+        return {}
 
     def position(self) -> str:
         state = self.sampler.state_dict()
@@ -61,23 +83,25 @@ class NextToken:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state)
 
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
+        from fastlm.evals.bits_per_byte import evaluate
+
         if self.val is None:
             return {}
-        seq_len = self.sampler.seq_len
-        result = evaluate(
-            model, self.val, seq_len, self.sampler.batch_size, max_tokens=self.options.val_tokens
-        )
+        seq_len, most = self.sampler.seq_len, self.options.val_tokens
+        result = evaluate(self.trained, self.val, seq_len, self.sampler.batch_size, max_tokens=most)
         return {"val_loss": result.loss, "bits_per_byte": result.bits_per_byte}
 
-    def sample(self, model: nn.Module) -> str | None:
+    def sample(self) -> str | None:
+        import torch
+
         o = self.options
         if self.tokenizer is None or o.sample_tokens == 0:
             return None
         ids = self.tokenizer.encode(o.sample_prompt)
         if not ids:
             ids = [self.sampler.dataset.eos_id]
-        tokens = model.generate(  # type: ignore[operator]
+        tokens = self.trained.generate(  # type: ignore[operator]
             torch.tensor([ids], device=self.device),
             max_new_tokens=o.sample_tokens, temperature=0.8, top_k=50, seed=self.sampler.seed,
             stop_ids=(self.sampler.dataset.eos_id,),
@@ -86,20 +110,22 @@ class NextToken:
 
 
 def pretrain(
-    model: nn.Module,
-    train_data: BatchSampler,
-    val: TokenDataset | None,
+    model: "nn.Module",
+    train_data: "BatchSampler",
+    val: "TokenDataset | None",
     options: TrainOptions,
     run_dir: Path,
     *,
     tokenizer: "Tokenizer | None" = None,
     track=silent,
     on_event: Callable[[dict[str, Any]], None] | None = None,
-) -> TrainResult:
-    """Trains ``model`` on ``train_data``, validating on ``val`` in bits per byte; see ``train``.
+) -> "TrainResult":
+    """Train ``model`` on ``train_data``, validating on ``val`` in bits per byte; see ``train``.
 
     InputError also when data, tokenizer and model disagree on the vocabulary.
     """
+    from fastlm.train.loop import train
+
     vocab_size = model.get_parameter("model.embed_tokens.weight").shape[0]
     sizes = {"train": train_data.dataset.vocab_size}
     if val is not None:
@@ -112,5 +138,169 @@ def pretrain(
                 f"{name}: wanted a vocabulary of at most the model's {vocab_size}, got {size}"
             )
     device = next(model.parameters()).device
-    objective = NextToken(train_data, val, options, tokenizer, device)
-    return train(model, objective, options, run_dir, track=track, on_event=on_event)
+    objective = NextToken(model, train_data, val, options, tokenizer, device)
+    return train(objective, options, run_dir, track=track, on_event=on_event)
+
+
+@dataclass(frozen=True)
+class Pretrain(TrainOptions, Stage):
+    """Train a model on token shards; the same command again resumes from the last checkpoint.
+
+    With a larger budget it trains on, at the rate that the schedule of the whole new run has there.
+    """
+
+    kind = "pretrain"
+    command = ("pretrain",)
+    version = 2
+    reads = {
+        "shards": Takes(("shards",), "Folder with token shards in train/ and heldout/"),
+        "tokenizer": Takes(
+            ("tokenizer",), "Tokenizer, for samples and the model folder", optional=True
+        ),
+    }
+    leaves = {"model": MODEL}
+    scratch = ("checkpoints",)
+    result = {
+        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
+        "parameters": int, "epochs": int,
+    }  # fmt: skip
+
+    batch_size: Annotated[int, "Sequences of a micro-batch"] = 16
+    seq_len: Annotated[int, "Tokens of a sequence"] = 256
+    seed: Annotated[int, "Of weights, data order and samples"] = 0
+    config: Annotated[str, "config.json of the model (Hugging Face's names)"] = ""
+    # The same in a recipe; the vocabulary is the tokenizer's and need not be given
+    model: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        from fastlm.config import ModelConfig
+
+        super().check()
+        at_least_one(self, "batch_size", "seq_len")
+        if bool(self.config) == (self.model is not None):
+            raise InputError(
+                "config: wanted the model as a config.json, or in a recipe as the table model,"
+                f" got {'both' if self.config else 'neither'}"
+            )
+        known = {f.name for f in fields(ModelConfig)} - {"extra"} | {"rope_theta", "rope_scaling"}
+        for key in self.model or ():
+            if key not in known:
+                raise InputError(unknown(f"model.{key}", key, known))
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        known = inputs["tokenizer"][0] if inputs["tokenizer"] else inputs["shards"][0]
+        return {**known, "config": self.model_config(known.get("vocab_size"), 0)}
+
+    def model_config(self, vocab_size: int | None, eos_id: int | None) -> "ModelConfig":
+        """Return the model's configuration. Where it comes from a recipe, the context is the
+        training length unless it says otherwise.
+        """
+        from fastlm.architectures import config_of
+        from fastlm.config import ModelConfig
+        from fastlm.files import read_json
+
+        if self.model is None:
+            return config_of(read_json(self.config), Path(self.config))
+        given = {
+            "max_position_embeddings": self.seq_len,
+            "tie_word_embeddings": True,
+            "bos_token_id": eos_id,
+            "eos_token_id": eos_id,
+            **self.model,
+            **({"vocab_size": vocab_size} if vocab_size is not None else {}),
+        }
+        try:
+            return ModelConfig.from_dict(given)
+        except InputError as error:
+            raise InputError(f"model.{error}") from None
+
+    def identity(self) -> dict[str, Any]:
+        return {k: v for k, v in super().identity().items() if k != "config"}
+
+    def contents(self, contents: Contents) -> Any:
+        return contents.tree(self.config) if self.config else None
+
+    def run(self, job: Job) -> dict[str, Any]:
+        import torch
+
+        from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
+        from fastlm.model import CausalLM
+        from fastlm.tokenizer import Tokenizer
+
+        words = job.optional("tokenizer")
+        tokenizer = Tokenizer.load(words) if words else None
+        config = self.model_config(
+            tokenizer.vocab_size if tokenizer else None, tokenizer.eos_id if tokenizer else None
+        )
+        shards = job.path("shards")
+        heldout = shards / "heldout"
+        train_data = TokenDataset(shards if (shards / INDEX).is_file() else shards / "train")
+        sampler = BatchSampler(train_data, self.batch_size, self.seq_len, seed=self.seed)
+        model = CausalLM(config, seed=self.seed)
+        torch.manual_seed(self.seed)
+        options = TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions)})
+        load = os.getloadavg()[0]
+        done = pretrain(
+            model, sampler, TokenDataset(heldout) if (heldout / INDEX).is_file() else None,
+            options, job.out, tokenizer=tokenizer, track=job.track, on_event=job.on_event,
+        )  # fmt: skip
+        model.save_pretrained(job.out / MODEL)
+        if tokenizer:
+            tokenizer.save(job.out / MODEL)
+        result = asdict(done)
+        result["used_seconds"] = result.pop("seconds")  # of all sittings
+        return {
+            **result,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "epochs": sampler.epoch + 1,
+            "train_tokens": train_data.tokens,
+            "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
+        }
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
+        return (
+            f"{result['steps']} steps, {loss}, {result['tokens_per_second']:,.0f} tokens/s:"
+            f" {job.out / MODEL}"
+        )
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        from fastlm.runs.charts import loss_chart
+        from fastlm.runs.report import count_text, seconds_text
+
+        metrics = read_metrics(job.out / METRICS)
+        step = self.batch_size * self.seq_len * self.accumulate
+        tokens, have = result["tokens"], result["train_tokens"]
+        if tokens < have:
+            seen = f"of which {100 * tokens / have:.0f} % were seen"
+        else:
+            seen = f"seen {tokens / have:.1f} times"
+        batch = f"{self.batch_size} × {self.seq_len} tokens"  # noqa: RUF001 - for people
+        if self.accumulate > 1:
+            batch += f", {self.accumulate} accumulated"
+        shape = self.config or ", ".join(f"{k} {v}" for k, v in (self.model or {}).items())
+        took = seconds_text(result["used_seconds"])
+        return Part(
+            "Training",
+            f"Training saw {count_text(tokens)} tokens: {result['steps']:,} steps of {step:,}.",
+            facts={
+                "model": shape,
+                "batch": batch,
+                "schedule": f"AdamW, {self.schedule}, peak {self.lr}, weight decay"
+                f" {self.weight_decay}, {self.dtype}",
+                "training text": f"{count_text(have)} tokens, {seen}",
+                "time": f"{took}, steps and checkpoints",
+                "speed": f"{result['tokens_per_second']:,.0f} tokens per second, steps alone",
+                "machine load": result["load"],
+            },
+            charts=[loss_chart(metrics)],
+            cards=[
+                (count_text(result["parameters"]), "parameters"),
+                (count_text(tokens), f"tokens of training in {took}"),
+            ],
+            template="pretrain.html.jinja",
+            values={
+                "samples": [m for m in metrics if "sample" in m],
+                "prompt": self.sample_prompt,
+            },
+        )

@@ -1,4 +1,4 @@
-"""Checkpoints of a run under way: all that is needed to go on to the same losses, bit for bit.
+"""Checkpoints of a run under way: all that is needed to continue to the same losses, bit for bit.
 
 ``checkpoints/step-00000200/`` holds the parameters, the optimizer, the random state and, as JSON,
 step, seconds, position in the data, length of metrics.jsonl and what the run is (options, model,
@@ -10,7 +10,7 @@ as JSON.
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +132,20 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Writes step-<step> and prunes. ``identity`` is JSON-serialisable."""
+    """Write step-<step> and prune. ``identity`` is JSON-serialisable; so is
+    ``progress.objective``, but for values that are tensors.
+    """
     path = checkpoint_path(run_dir, step)
     make_folder(path.parent)
     optimizer_tensors, optimizer_rest = pack_optimizer(optimizer)
+    kept = {k: v for k, v in progress.objective.items() if isinstance(v, Tensor)}
+    progress = replace(
+        progress, objective={k: v for k, v in progress.objective.items() if k not in kept}
+    )
     tensors = {
         **{f"model.{k}": v for k, v in model.state_dict().items()},
         **{f"optimizer.{k}": v for k, v in optimizer_tensors.items()},
+        **{f"objective.{k}": v for k, v in kept.items()},
         "rng.cpu": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -173,7 +180,7 @@ def load_checkpoint(
             )
     part = {
         prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        for prefix in ("model.", "optimizer.", "rng.")
+        for prefix in ("model.", "optimizer.", "objective.", "rng.")
     }
     try:
         for prefix, own in (
@@ -188,6 +195,7 @@ def load_checkpoint(
             torch.cuda.set_rng_state(part["rng."]["cuda"])
     except (InputError, RuntimeError) as error:  # RuntimeError: no state of a generator
         raise InputError(f"{path}: {reason(error)}") from None
+    rest.progress.objective |= part["objective."]
     return rest.progress
 
 

@@ -1,0 +1,214 @@
+"""The stages of the data room: `Data` gathers and cleans text, `Shards` turns it into tokens."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastlm.data.content import Contents
+from fastlm.data.filter import TECHNICAL, WEB
+from fastlm.data.prepare import HELDOUT, TRAIN, DataOptions, Funnel, prepare, read_documents
+from fastlm.data.sources import DOCUMENTS, PLAIN, TYPE_NOT_READ
+from fastlm.errors import InputError
+from fastlm.runs.stage import Facts, Job, Part, Positional, Stage, Takes
+
+TYPES_READ = f"""Read are, compressed (.gz, .zst) or not: documents ({" ".join(DOCUMENTS)}), .json
+(an array of texts or of objects with one), notebooks (.ipynb), and code and tables as they stand
+({" ".join(PLAIN)}); of a package the documents, unless a glob names more. PDF, Word and Parquet
+files are not read. What is not read is counted by ending."""
+RULES = {"technical": TECHNICAL, "web": WEB, "none": ()}  # names for rules = ["technical"]
+
+
+@dataclass(frozen=True)
+class Data(DataOptions, Stage):
+    """Clean text from files, folders and packages, split into train and held-out."""
+
+    kind = "data"
+    command = ("data", "prepare")
+    version = 4
+    leaves = {"corpus": "."}
+    result = {"train_bytes": int, "heldout_bytes": int}
+    notes = TYPES_READ
+
+    sources: Annotated[
+        tuple[str, ...],
+        Positional("pypi:NAME, sdist:NAME, deb:NAME, a file or a folder; #GLOB selects files"),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        rules = tuple(r for name in self.rules for r in RULES.get(name, (name,)))
+        object.__setattr__(self, "rules", rules)
+
+    def check(self) -> None:
+        super().check()
+        if not self.sources:
+            raise InputError("sources: wanted at least one source, got none")
+
+    def identity(self) -> dict[str, Any]:
+        return {**asdict(self), "workers": 1}
+
+    def contents(self, contents: Contents) -> Any:
+        return contents.sources(self.sources)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        names = [f.name for f in fields(DataOptions)]
+        options = DataOptions(**{name: getattr(self, name) for name in names})
+        funnel = prepare(self.sources, job.out, options=options, cache=job.cache, track=job.track)
+        steps = {s["step"]: s for s in funnel.steps}
+        if job.in_recipe and self.heldout_bytes and not steps["heldout"]["documents"]:
+            raise InputError(
+                "heldout_bytes: wanted room for at least one whole document to hold out, got "
+                f"{self.heldout_bytes} bytes"
+            )
+        return {f"{part}_{n}": steps[part][n] for part in PARTS for n in ("bytes", "documents")}
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        train, heldout = (
+            f"{result[f'{part}_documents']:,} documents ({result[f'{part}_bytes'] / 1e6:,.2f} MB)"
+            for part in PARTS
+        )
+        return f"{job.out}: {train} for training, {heldout} held out"
+
+    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
+        del result
+        return tables(Funnel.load(job.out))
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        from fastlm.runs.report import count_text, size_text
+
+        del result
+        funnel = Funnel.load(job.out)
+        kept = funnel.steps[-1]["documents"] + funnel.steps[-2]["documents"]
+        sources = sorted(funnel.sources.items(), key=lambda kv: -kv[1]["bytes"])
+        size = sum(source["bytes"] for _, source in sources)
+        return Part(
+            "Where the text came from, and what was left of it",
+            "Bytes of text after each step, and what the step took away.",
+            cards=[(size_text(size), f"clean text in {count_text(kept)} documents")],
+            template="data.html.jinja",
+            values={"funnel": funnel_rows(funnel), "sources": sources},
+        )
+
+
+PARTS = ("train", "heldout")
+
+
+def funnel_rows(funnel: Funnel) -> list[dict[str, Any]]:
+    """A row a step: what is left, as a share of what was gathered, and the largest reasons
+    for what went.
+    """
+    most = max((s["bytes"] for s in funnel.steps), default=1) or 1
+    rows = []
+    for step in funnel.steps:
+        reasons = sorted(step["removed"].items(), key=lambda kv: -kv[1])
+        replaced = [f"{n:,} {what} replaced" for what, n in step.get("replaced", {}).items() if n]
+        why = [f"{count:,} {reason}" for reason, count in reasons[:5]]
+        if len(reasons) > 5:
+            why.append(f"{sum(n for _, n in reasons[5:]):,} for other reasons")
+        rows.append({
+            "step": step["step"], "documents": step["documents"], "bytes": step["bytes"],
+            "percent": 100 * step["bytes"] / most, "why": why + replaced,
+        })  # fmt: skip
+    return rows
+
+
+def tables(funnel: Funnel) -> Any:
+    """Return two rich tables, what each step left and took away, and what each source gave, with a
+    line for each file that could not be read.
+    """
+    from rich.console import Group
+    from rich.table import Table
+
+    steps = Table("step", title="What each step left, and what it took away")
+    for heading in ("documents", "MB"):
+        steps.add_column(heading, justify="right")
+    steps.add_column("removed")
+    for s in funnel.steps:
+        taken = {**s["removed"], **s.get("replaced", {}), **s.get("cut", {})}
+        endings = ", ".join(f"{ending} {n:,}" for ending, n in s.get("not_read", {}).items())
+        told = []
+        for why, n in taken.items():
+            if n:
+                told.append(f"{n:,} {why}" + f" ({endings})" * why.endswith(TYPE_NOT_READ))
+        steps.add_row(s["step"], f"{s['documents']:,}", f"{s['bytes'] / 1e6:,.2f}", ", ".join(told))
+    sources = Table("source", title="Clean text by source")
+    for heading in ("files", "documents", "MB"):
+        sources.add_column(heading, justify="right")
+    for name, s in funnel.sources.items():
+        sources.add_row(name, f"{s['files']:,}", f"{s['documents']:,}", f"{s['bytes'] / 1e6:,.2f}")
+    return Group(steps, sources, *(f"skipped: {message}" for message in funnel.unreadable))
+
+
+@dataclass(frozen=True)
+class Shards(Stage):
+    """Turn prepared text into the token shards that training reads."""
+
+    kind = "shards"
+    command = ("data", "shards")
+    reads = {
+        "corpus": Takes(
+            ("corpus",), "A prepared folder, or one .jsonl.zst file of documents", positional=True
+        ),
+        "tokenizer": Takes(
+            ("tokenizer",), "Folder, tokenizer.json or .gguf file of a tokenizer", flag="t"
+        ),
+    }
+    leaves = {"shards": "."}
+    result = {"train_tokens": int, "train_bytes": int}
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        return inputs["tokenizer"][0] if inputs["tokenizer"] else {}
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from functools import partial
+
+        from fastlm.data.shards import INDEX, write_shards
+        from fastlm.tokenizer import Tokenizer
+
+        tokenizer, corpus = Tokenizer.load(job.path("tokenizer")), job.path("corpus")
+        result = {"vocab_size": tokenizer.vocab_size}
+        for part, file, documents in parts_of(corpus):
+            folder = job.out / part if corpus.is_dir() else job.out
+            if documents == 0:
+                # of another text, which may be in the training part now
+                (folder / INDEX).unlink(missing_ok=True)
+                continue
+            texts = (document.text for document in read_documents(file))
+            info = write_shards(texts, tokenizer, folder, track=partial(job.track, total=documents))
+            result |= {
+                f"{part}_tokens": info.tokens, f"{part}_bytes": info.bytes_of_text,
+                f"{part}_documents": info.documents,
+            }  # fmt: skip
+        return result
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        counts = [
+            f"{result[f'{part}_tokens']:,} tokens of {result[f'{part}_documents']:,} documents"
+            f" for {what}"
+            for part, what in (("train", "training"), ("heldout", "evaluation"))
+            if f"{part}_tokens" in result
+        ]
+        return f"{job.out}: {', '.join(counts)}"
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        from fastlm.runs.report import count_text, size_text
+
+        del job
+        facts = {"vocabulary": f"{result['vocab_size']:,}"}
+        for part, what in (("train", "training text"), ("heldout", "held-out text")):
+            if f"{part}_tokens" in result:
+                tokens, size = result[f"{part}_tokens"], result[f"{part}_bytes"]
+                facts[what] = (
+                    f"{count_text(tokens)} tokens, {size_text(size)},"
+                    f" {size / max(tokens, 1):.2f} bytes per token"
+                )
+        return Part("Tokens", facts=facts)
+
+
+def parts_of(corpus: Path) -> list[tuple[str, Path, int | None]]:
+    """(part, file, number of documents) of a prepared folder, or of one file of documents."""
+    if not corpus.is_dir():
+        return [("train", corpus, None)]
+    counts = {s["step"]: s["documents"] for s in Funnel.load(corpus).steps}
+    files = {"train": TRAIN, "heldout": HELDOUT}
+    return [(part, corpus / files[part], counts.get(part, 0)) for part in PARTS]

@@ -1,0 +1,99 @@
+"""Bits per byte of whatever a path names: prepared text, shards, or plain text."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlm.data.extract import extract
+from fastlm.data.packages import default_cache
+from fastlm.data.prepare import FUNNEL, HELDOUT, TRAIN, read_documents
+from fastlm.data.sources import ignore, read_source
+from fastlm.errors import InputError
+from fastlm.progress import silent
+
+if TYPE_CHECKING:
+    from fastlm.model import CausalLM
+    from fastlm.tokenizer import Tokenizer
+
+LONGEST_WINDOW = (
+    1024  # by default: a longer context than this changes bits per byte little and costs much
+)
+
+
+def read_texts(
+    source: str | Path, *, part: str = "heldout", tell: Callable[[str], None] = ignore
+) -> Iterator[str]:
+    """Yield the texts of a source as ``fastlm data prepare`` takes it, or of what it prepared.
+
+    Args:
+        source: a prepared folder, a ``.jsonl.zst`` file of documents, or a source.
+        part: "train" or "heldout", which one of a prepared folder.
+        tell: gets why a file or a line is skipped.
+    """
+    if (Path(source) / FUNNEL).is_file():
+        source = Path(source) / {"train": TRAIN, "heldout": HELDOUT}[part]
+    if str(source).endswith(".jsonl.zst"):
+        yield from (document.text for document in read_documents(Path(source)))
+    else:
+        documents = read_source(str(source), cache=default_cache(), tell=tell)
+        yield from (text for document in documents if (text := extract(document)))
+
+
+def check_window(context: int, seq_len: int | None, stride: int | None) -> tuple[int, int]:
+    """Return the window and the stride, by default the context up to `LONGEST_WINDOW` and half."""
+    window = seq_len or min(context, LONGEST_WINDOW)
+    if stride is not None and stride > window:
+        raise InputError(f"stride: wanted at most the window of {window} tokens, got {stride}")
+    return window, stride or max(1, window // 2)
+
+
+def text_bits_per_byte(
+    model: "CausalLM",
+    tokenizer: "Tokenizer",
+    data: str | Path,
+    *,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 32,
+    compressors: bool = True,
+    track=silent,
+    tell: Callable[[str], None] = ignore,
+) -> dict[str, Any]:
+    """Measure bits per byte of the text or the shards at ``data``; of text also xz -9e, zstd -19.
+
+    The default window is the model's context, at most `LONGEST_WINDOW`; the default stride half
+    of it.
+    """
+    from fastlm.data.shards import INDEX, TokenDataset, write_shards
+    from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate
+
+    seq_len, stride = check_window(model.context_limit, seq_len, stride)
+    data, packed = Path(data), {}
+    if (data / "heldout" / INDEX).is_file():
+        data = data / "heldout"
+    if (data / INDEX).is_file():
+        dataset = TokenDataset(data)
+        if dataset.vocab_size > model.config.vocab_size:
+            raise InputError(
+                f"data: wanted tokens of a vocabulary of at most {model.config.vocab_size},"
+                f" got {dataset.vocab_size}"
+            )
+        result = evaluate(model, dataset, seq_len, batch_size, stride=stride, track=track)
+    else:
+        texts = list(read_texts(data, tell=tell))
+        if not texts:
+            raise InputError(f"data {data}: wanted text, got none")
+        if compressors:
+            packed = compressed_bits_per_byte(texts) | {"documents": len(texts)}
+        with tempfile.TemporaryDirectory() as folder:
+            write_shards(texts, tokenizer, Path(folder))
+            dataset = TokenDataset(folder)
+            result = evaluate(model, dataset, seq_len, batch_size, stride=stride, track=track)
+    return {
+        "bits_per_byte": result.bits_per_byte,
+        **{f"bits_per_byte_{name}": packed[name] for name in ("xz", "zstd") if packed},
+        "loss": result.loss, "tokens": result.tokens, "bytes": round(result.bytes),
+        **({"documents": packed["documents"]} if packed else {}),
+        "seq_len": seq_len, "stride": stride,
+    }  # fmt: skip

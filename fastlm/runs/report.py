@@ -1,0 +1,150 @@
+"""report.html: one page about one run, whole in itself: no scripts, no network, light, printable.
+
+Each stage gives its `Part`; the page shows them in the order of the recipe, and the parts of the
+same kind side by side. Every text of a run (samples are written by a model, names of sources come
+from a recipe) goes through jinja2's escaping.
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlm.files import save_atomic
+from fastlm.runs.recipe import Recipe, Step
+from fastlm.runs.stage import Job, Part
+
+REPORT, SUMMARY = "report.html", "summary.json"
+TEMPLATES = Path(__file__).parent
+SHADES = ("#2f6fde", "#5b8ee6", "#86adee", "#2e8b6a", "#d9822b", "#e6a766", "#8a97a6")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished stage: what it worked on, its result, and the seconds it took."""
+
+    step: Step
+    job: Job
+    result: dict[str, Any]
+    seconds: float
+
+
+def write_report(
+    out: Path, recipe: Recipe, done: Sequence[Done], command: str
+) -> dict[str, Any]:
+    """Write report.html and summary.json into ``out``; -> the content of summary.json."""
+    summary = {
+        "recipe": recipe.name,
+        "command": command,
+        "seconds": sum(d.seconds for d in done),
+        "stages": {
+            d.step.name: {"kind": d.step.stage.kind, "seconds": d.seconds, **d.result} for d in done
+        },
+        "machine": machine(),
+    }
+    parts = [(d.step, d.step.stage.report(d.job, d.result)) for d in done]
+    html = render_report(summary, recipe, [(step, part) for step, part in parts if part])
+    save_atomic(out / REPORT, lambda p: p.write_text(html, "utf-8"))
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    save_atomic(out / SUMMARY, lambda p: p.write_text(text, "utf-8"))
+    return summary
+
+
+def render_report(
+    summary: dict[str, Any], recipe: Recipe, parts: Sequence[tuple[Step, Part]]
+) -> str:
+    """Return the page. ``summary`` as in summary.json."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([TEMPLATES, TEMPLATES / "parts"]), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "size": size_text, "seconds": seconds_text, "count": count_text, "markup": markup,
+    }  # fmt: skip
+    sections: dict[str, list[tuple[Step, Part]]] = {}
+    for step, part in parts:
+        sections.setdefault(step.stage.kind, []).append((step, part))
+    alone = {kind: len(group) == 1 for kind, group in sections.items()}
+    cards = [
+        (value, what if alone[step.stage.kind] else f"{what} ({step.name})")
+        for step, part in parts
+        for value, what in part.cards
+    ]
+    return environment.get_template("report.html.jinja").render(
+        s=summary,
+        recipe=recipe,
+        sections=list(sections.values()),
+        cards=cards,
+        stages=stage_rows({name: s["seconds"] for name, s in summary["stages"].items()}),
+    )
+
+
+def markup(svg: str) -> Any:
+    """Return our own SVG, the only text that is not escaped."""
+    from markupsafe import Markup
+
+    return Markup(svg)
+
+
+def stage_rows(seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """Return a row a stage for the bar of times."""
+    total = sum(seconds.values()) or 1.0
+    return [
+        {
+            "name": name, "seconds": value, "percent": 100 * value / total,
+            "color": SHADES[i % len(SHADES)],
+        }
+        for i, (name, value) in enumerate(seconds.items())
+    ]  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """Return what ran here: CPU, threads, device, versions, commit, system."""
+    from fastlm.backend import info
+
+    have = info()
+    keys = ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python")
+    facts = {k: have.get(k) for k in keys}
+    return {**facts, "commit": _commit() or "not a clone", "system": platform.platform()}
+
+
+def _commit() -> str:
+    """Return the commit of the clone this package runs from, "" where there is none or no git."""
+    root = Path(__file__).resolve().parent.parent.parent
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+# numbers as people read them
+
+
+def size_text(value: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.2f} GB"
+
+
+def seconds_text(value: float) -> str:
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def count_text(value: float) -> str:
+    if value < 10_000:
+        return f"{value:,.0f}"
+    return f"{value / 1e6:,.2f} M" if value >= 1e6 else f"{value / 1e3:,.0f} k"

@@ -1,0 +1,249 @@
+"""A stage: one step in the life of a model, from raw text to a model in service.
+
+A stage is a frozen dataclass. Its fields are its options, and they are written once: they are the
+keys of ``[[stage]]`` in a recipe, the flags of its command and the arguments of the Python call.
+
+    Quantize(format="w4a16")("out", model="runs/demo")      # Python
+    fastlm quantize --format w4a16 --out out --model runs/demo
+    [[stage]]                                               # a recipe
+    kind = "quantize"
+    format = "w4a16"
+
+What a stage reads and leaves has a type (`TYPES`), by which a recipe connects stages.
+`fastlm.runs.kinds` lists the stages; CONTRIBUTING.md adds one as an example. Nothing heavy is
+imported where a stage is defined, so that ``fastlm --help`` answers at once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+
+from fastlm.data.content import Contents
+from fastlm.errors import InputError
+from fastlm.progress import silent
+
+# What stages hand to each other
+TYPES = {
+    "corpus": "clean documents: train.jsonl.zst, heldout.jsonl.zst, funnel.json",
+    "tokenizer": "tokenizer.json",
+    "shards": "token shards in train/ and heldout/",
+    "model": "a model that can be trained further: config.json, safetensors, tokenizer.json",
+    "quantized": "a model of 4- or 8-bit weights",
+    "scores": "scores.json",
+}
+
+
+class Positional(str):
+    """The help of an option that is a positional argument of the command."""
+
+
+@dataclass(frozen=True)
+class Takes:
+    """One input of a stage.
+
+    Args:
+        types: what fits. A recipe that names no stage takes the last one that made the first of
+            these types, else the second, and so on.
+        help: for the command line.
+        several: takes a list.
+        optional: the stage also runs without it.
+        flag: the letter of its short flag.
+        positional: a positional argument of the command.
+    """
+
+    types: tuple[str, ...]
+    help: str
+    several: bool = False
+    optional: bool = False
+    flag: str = ""
+    positional: bool = False
+
+
+@dataclass(frozen=True)
+class Input:
+    """``name``: the stage that made it, or the path as the user gave it. ``where``: the path."""
+
+    name: str
+    where: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.where)
+
+
+@dataclass
+class Job:
+    """What a stage works with: its own folder, what it reads, and how to tell of progress.
+
+    ``in_recipe``: later stages count on what this one leaves.
+    """
+
+    name: str
+    out: Path
+    inputs: Mapping[str, Sequence[Input]]
+    cache: Path
+    track: Callable = silent
+    on_event: Callable[[dict[str, Any]], None] | None = None
+    in_recipe: bool = False
+
+    def path(self, key: str) -> Path:
+        """The one input of this name."""
+        (only,) = self.inputs[key]
+        return only.path
+
+    def optional(self, key: str) -> Path | None:
+        return self.path(key) if self.inputs.get(key) else None
+
+
+@dataclass
+class Part:
+    """What a stage shows in report.html.
+
+    ``template`` names a file in runs/parts/ that draws ``values``. Without one, the page lists
+    ``facts`` and shows ``charts`` (SVG). ``cards``, (number, what it is), stand on top of the page.
+    """
+
+    title: str
+    note: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    charts: Sequence[str] = ()
+    cards: Sequence[tuple[str, str]] = ()
+    template: str = "any.html.jinja"
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of a stage, as the command line needs it."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    positional: bool
+
+
+Facts = Mapping[str, Any]
+
+
+class Stage:
+    """The base of all stages; subclasses are frozen dataclasses.
+
+    Class attributes:
+        kind: its name in recipes.
+        command: its words on the command line.
+        version: raised where the same options and inputs give another result.
+        reads: input name -> `Takes`. The first input is also called ``from`` in a recipe, or
+            ``of`` where it takes several.
+        leaves: type -> file or folder in the stage's folder, "." for the folder itself.
+        scratch: what it needs to continue after it was cut off. A stage that has scratch is a
+            training: a run never deletes it, but archives it (`fastlm.runs.previous`).
+        result: what `run` returns at least -> its type.
+        notes: what ``--help`` says besides the docstring.
+    """
+
+    kind: ClassVar[str]
+    command: ClassVar[tuple[str, ...]]
+    version: ClassVar[int] = 1
+    reads: ClassVar[Mapping[str, Takes]] = {}
+    leaves: ClassVar[Mapping[str, str]] = {}
+    scratch: ClassVar[tuple[str, ...]] = ()
+    result: ClassVar[Mapping[str, Any]] = {}
+    notes: ClassVar[str] = ""
+
+    def check(self) -> None:
+        """Refuse options that cannot work. InputError names the option."""
+
+    def plan(self, inputs: Mapping[str, Sequence[Facts]]) -> Facts:
+        """Refuse what cannot work with the stages before, and tell the stages after what is known.
+
+        A recipe calls this for all stages before the first one runs. ``inputs`` holds what the
+        `plan` of each input's stage returned: "vocab_size", "config" (a ModelConfig), ...
+        """
+        del inputs
+        return {}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options that decide the result: a change of another one reruns nothing."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    def contents(self, contents: Contents) -> Any:
+        """Return the state of the files that the options name, for the fingerprint."""
+        del contents
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Do the work; -> a JSON-serialisable result. Called again after a cut, it continues."""
+        raise NotImplementedError
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        """Return one line for the user: what `run` made."""
+        del result
+        return str(job.out)
+
+    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
+        """Return what the stage's own command prints: text or something of rich's."""
+        return self.told(result, job)
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part | None:
+        """Return this stage's part of report.html, None where it has none."""
+        del job, result
+
+    def __call__(
+        self,
+        out: str | Path,
+        *,
+        cache: Path | None = None,
+        track: Callable = silent,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        **inputs: str | Path | Sequence[str | Path],
+    ) -> dict[str, Any]:
+        """Run this stage alone, on ``inputs`` by their names in `reads`, into the folder ``out``.
+
+        Returns the stage's result. InputError: options, inputs, a folder that cannot be written.
+        """
+        return self.run(self.job(out, cache=cache, track=track, on_event=on_event, **inputs))
+
+    def job(
+        self, out: str | Path, *, cache: Path | None = None, track=silent, on_event=None, **inputs
+    ) -> Job:
+        """Return the job of `__call__`, after all checks that need no work."""
+        from fastlm.data.packages import default_cache
+
+        self.check()
+        for key in inputs.keys() - self.reads.keys():
+            raise InputError(
+                f"{key}: wanted one of {self.kind}'s inputs {', '.join(self.reads)}, got this name"
+            )
+        given: dict[str, tuple[Input, ...]] = {}
+        for key, takes in self.reads.items():
+            value = inputs.get(key)
+            values = () if value is None else (value,) if isinstance(value, str | Path) else value
+            if not values and not takes.optional:
+                raise InputError(f"{key}: wanted {takes.help[:1].lower()}{takes.help[1:]}, got none")
+            if len(values) > 1 and not takes.several:
+                raise InputError(f"{key}: wanted one, got {len(values)}")
+            given[key] = tuple(Input(str(v), str(v)) for v in values)
+        return Job(
+            self.kind, Path(out), given, cache or default_cache(), track=track, on_event=on_event
+        )
+
+
+def options_of(cls: type[Stage]) -> list[Option]:
+    """The fields of a stage, in the order of their definition."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = []
+    for f in fields(cls):  # type: ignore[arg-type]
+        hint, text = hints[f.name], ""
+        if get_origin(hint) is Annotated:
+            hint, text = get_args(hint)[:2]
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        found.append(Option(f.name, hint, default, text, isinstance(text, Positional)))
+    return found
+
+
+def at_least_one(stage: Any, *names: str) -> None:
+    """InputError where one of these options is below 1."""
+    for name in names:
+        if getattr(stage, name) < 1:
+            raise InputError(f"{name}: wanted 1 or more, got {getattr(stage, name)}")

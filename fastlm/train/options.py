@@ -1,0 +1,87 @@
+"""The options that every training has. Nothing here imports torch: ``--help`` reads them."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from fastlm.errors import InputError
+from fastlm.train.schedule import SCHEDULES
+
+# What is watched and kept on the way: it draws from no random numbers of the training
+OBSERVING = (
+    "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
+    "keep",
+)  # fmt: skip
+# How far: a training continues under another, and the schedule is spread over the whole
+BUDGET = ("max_steps", "max_seconds", "max_tokens")
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """``max_steps``, ``max_seconds`` or ``max_tokens`` ends the run, whichever comes first; the
+    schedule is spread over it. Tokens are those the loss counts; the last step may go past them.
+    Seconds are of steps and checkpoints: validations and samples are not counted.
+
+    ``validations`` are evenly spaced, ``sample_at`` are moments between 0 (before the first step)
+    and 1 (the end).
+    """
+
+    max_steps: Annotated[int | None, "Steps of the whole run"] = None
+    max_seconds: Annotated[
+        float | None, "Seconds of the whole run; validations are not counted"
+    ] = None
+    max_tokens: Annotated[int | None, "Tokens of the whole run"] = None
+    accumulate: Annotated[int, "Micro-batches of a step"] = 1
+    dtype: Annotated[str, "bfloat16 (with float32 master weights) or float32"] = "bfloat16"
+    lr: Annotated[float, "Peak learning rate"] = 1e-3
+    schedule: Annotated[str, "cosine or wsd"] = "cosine"
+    warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.02
+    decay: Annotated[float, "Share of the run in which the rate of wsd falls"] = 0.2
+    final_lr: Annotated[float, "Rate at the end, as a share of the peak"] = 0.0
+    betas: Annotated[tuple[float, float], "Of AdamW"] = (0.9, 0.95)
+    eps: Annotated[float, "Of AdamW"] = 1e-8
+    weight_decay: Annotated[float, "Of matrices"] = 0.1
+    max_grad_norm: Annotated[float | None, "Clip the gradient to this norm"] = 1.0
+    validations: Annotated[int, "How many, evenly spaced over the run"] = 20
+    val_tokens: Annotated[int, "Tokens of a validation"] = 1 << 16
+    sample_at: Annotated[
+        tuple[float, ...], "Moments of the run, 0 to 1, at which the model writes a sample"
+    ] = (0.0, 0.02, 0.1, 0.3, 1.0)
+    sample_prompt: Annotated[str, "What a sample continues"] = ""
+    sample_tokens: Annotated[int, "Tokens of a sample; 0: no samples"] = 80
+    checkpoint_every: Annotated[int, "Steps between checkpoints"] = 200
+    keep: Annotated[int, "Checkpoints to keep"] = 2
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide what is trained: all but OBSERVING."""
+        return {k: v for k, v in asdict(self).items() if k not in OBSERVING}
+
+    def check(self) -> None:
+        """InputError names the option."""
+        if self.max_steps is None and self.max_seconds is None and self.max_tokens is None:
+            raise InputError(
+                "max_tokens, max_steps, max_seconds: wanted at least one of them, got none"
+            )
+        for name in ("max_steps", "max_seconds", "max_tokens", "max_grad_norm", "lr", "eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name}: wanted a positive number, got {value}")
+        for name in ("accumulate", "checkpoint_every", "keep", "val_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
+        for name in ("validations", "sample_tokens", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+        shares = {"warmup": self.warmup, "decay": self.decay, "final_lr": self.final_lr}
+        shares |= {f"betas[{i}]": b for i, b in enumerate(self.betas)}
+        shares |= {f"sample_at[{i}]": s for i, s in enumerate(self.sample_at)}
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise InputError(f"{name}: wanted 0 to 1, got {value}")
+        if self.schedule not in SCHEDULES:
+            raise InputError(
+                f"schedule: wanted one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
