@@ -6,7 +6,7 @@ best ceiling for bfloat16 (bench/ceilings.py).
 
     python -P bench/profile_step.py                  42 M, 8 x 512
     python -P bench/profile_step.py --size 124m --batch 4
-    python -P bench/profile_step.py --model runs/demo/model         a folder with a config.json
+    python -P bench/profile_step.py --model runs/demo/pretrain/model  a folder with a config.json
     python -P bench/profile_step.py --model train.py:make [--patch]
 
 `make()` returns (model, batch): batch is a dict of arguments, a tuple, or one tensor; the model

@@ -173,7 +173,7 @@ def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[s
     Raises InputError: unreadable or cut short, a missing shard, tensor or config entry, an unknown
     architecture, a tensor of a shape the config does not give.
     """
-    path = _locate(Path(path))
+    path = locate_model(Path(path))
     if path.suffix == ".gguf":
         config, tensors = load_gguf(GGUFFile(path))
     else:
@@ -189,7 +189,7 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
     from fastlm.tokenizer import Tokenizer
 
     path = model_path(path)
-    model = _locate(path)
+    model = locate_model(path)
     places = [model, path / "tokenizer", path.parent / "tokenizer"]
     found = next((p for p in places if p.is_file() or (p / "tokenizer.json").exists()), model)
     tokenizer = Tokenizer.load(found)
@@ -202,8 +202,11 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
     return tokenizer
 
 
-def _locate(path: Path) -> Path:
-    """The folder with config.json, or the .gguf file, that ``path`` means."""
+def locate_model(path: Path) -> Path:
+    """Return the folder with config.json, or the .gguf file, that ``path`` means.
+
+    That is ``path`` itself, the model in a training's folder, or the last model of a run.
+    """
     path = model_path(path)
     if path.is_file():
         if path.suffix != ".gguf":

@@ -222,10 +222,10 @@ def test_a_run_folder_of_before_the_list_is_left_alone(tmp_path):
 
 
 def test_a_run_folder_is_its_last_model(tmp_path):
-    from fastlm.checkpoint import _locate
+    from fastlm.checkpoint import locate_model
 
     recipe, run = tiny_recipe.write(tmp_path, BRANCHES), tmp_path / "run"
     run_recipe(recipe, run)
-    assert _locate(run) == run / "wide/model"
-    assert _locate(run / "pretrain") == run / "pretrain/model"
-    assert _locate(run / "quantize") == run / "quantize"
+    assert locate_model(run) == run / "wide/model"
+    assert locate_model(run / "pretrain") == run / "pretrain/model"
+    assert locate_model(run / "quantize") == run / "quantize"

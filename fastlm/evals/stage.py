@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.files import save_atomic
+from fastlm.files import make_folder, save_atomic
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 YARDSTICKS = {"xz": "xz -9e", "zstd": "zstd -19"}
@@ -72,7 +72,7 @@ class Eval(Stage):
             models[source.name] = result
         scores = {**packed, "models": models}
         text = json.dumps(scores, indent=1) + "\n"
-        save_atomic(job.out / "scores.json", lambda p: p.write_text(text, "utf-8"))
+        save_atomic(make_folder(job.out) / "scores.json", lambda p: p.write_text(text, "utf-8"))
         return scores
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:

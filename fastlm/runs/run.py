@@ -225,10 +225,12 @@ def _archive(run: _Run, plan: Sequence[Planned]) -> None:
     """Where one of the planned stages starts from nothing, and a training would be lost by it, all
     that it and the stages after it have left is moved to previous/.
     """
-    stale = {p.step.name for p in plan if p.do == "run"}
+    changed = {p.step.name for p in plan if p.do == "run" and _is_other(p, run.record)}
     for step in run.recipe.steps:
-        if any(name in stale for names in step.inputs.values() for name in names):
-            stale.add(step.name)
+        if any(name in changed for names in step.inputs.values() for name in names):
+            changed.add(step.name)
+    # one that was lost, but has not changed, leaves the same for those after it
+    stale = changed | {p.step.name for p in plan if p.do == "run" and p.step.stage.scratch}
     held = [
         step.name
         for step in run.recipe.steps
@@ -246,6 +248,11 @@ def _archive(run: _Run, plan: Sequence[Planned]) -> None:
         run.record.pop(name, None)
     _save_record(run.out, run.record)
     run.tell({"stage": held[0], "state": "archived", "path": str(path)})
+
+
+def _is_other(planned: Planned, record: Mapping[str, Entry]) -> bool:
+    done = record.get(planned.step.name)
+    return done is not None and done.fingerprint != planned.fingerprint
 
 
 def _holds_something(path: Path) -> bool:
