@@ -35,10 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's 
 from harness import Case, Row, machine, run_case, table
 
 import fastlm
-from fastlm import backend, graph_decoding, ops
-from fastlm.layers import KVCache
+from fastlm import backend, ops
+from fastlm.decode import cuda_steps
+from fastlm.model.layers import KVCache
+from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import put_quantized
-from fastlm.quant.weight import QuantizedWeight
 
 BF16 = torch.bfloat16
 DEVICE = "cuda"  # tests/test_gpu_bench.py runs the small cases on the CPU, kernels interpreted
@@ -324,7 +325,7 @@ def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Cal
     cache.length = keys
     with torch.inference_mode():
         model.model.fuse()
-        steps = graph_decoding.Steps(model, cache, None)
+        steps = cuda_steps.Steps(model, cache, None)
         steps.recordable &= graph
     tokens = torch.randint(0, model.config.vocab_size, (users,), device=DEVICE)
 

@@ -140,7 +140,9 @@ def train_fastlm(out: Path, seconds: float) -> list[tuple[float, float]]:
     recipe = ROOT / "recipes" / "shakespeare.toml"
     overrides = [f"pretrain.max_seconds={seconds}"]
     summary = run_recipe(recipe, out, overrides=overrides, cache=default_cache(), track=bars)
-    lines = [json.loads(s) for s in (out / "pretrain/metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = [
+        json.loads(s) for s in (out / "pretrain/metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     scores = summary["stages"]["eval"]["models"]["pretrain"]
     at = {0: 0.0} | {m["step"]: m["seconds"] for m in lines if "loss" in m}
     curve = [(at[m["step"]], m["bits_per_byte"]) for m in lines if "bits_per_byte" in m]

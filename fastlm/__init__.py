@@ -11,15 +11,15 @@ from fastlm.errors import InputError
 if TYPE_CHECKING:
     from fastlm import ops
     from fastlm.backend import info, use_backend
-    from fastlm.config import ModelConfig
-    from fastlm.generation import generate_text, generate_texts
-    from fastlm.model import CausalLM
+    from fastlm.decode.generation import generate_text, generate_texts
+    from fastlm.decode.sampling import Sampling
+    from fastlm.hf.patching import patch, patched_ops, unpatch
+    from fastlm.hf.sdpa import register_sdpa
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.model.config import ModelConfig
     from fastlm.optim import AdamW
-    from fastlm.patching import patch, patched_ops, unpatch
     from fastlm.quant import QuantizedWeight, quantize
-    from fastlm.sampling import Sampling
-    from fastlm.sdpa import register_sdpa
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,20 +45,20 @@ __all__ = [
 # name -> module that defines it (a name that is itself a module maps to that module)
 _PUBLIC = {
     "AdamW": "fastlm.optim",
-    "CausalLM": "fastlm.model",
-    "ModelConfig": "fastlm.config",
+    "CausalLM": "fastlm.model.causal_lm",
+    "ModelConfig": "fastlm.model.config",
     "QuantizedWeight": "fastlm.quant",
-    "Sampling": "fastlm.sampling",
-    "Tokenizer": "fastlm.tokenizer",
-    "generate_text": "fastlm.generation",
-    "generate_texts": "fastlm.generation",
+    "Sampling": "fastlm.decode.sampling",
+    "Tokenizer": "fastlm.tokenizer.tokenizer",
+    "generate_text": "fastlm.decode.generation",
+    "generate_texts": "fastlm.decode.generation",
     "info": "fastlm.backend",
     "ops": "fastlm.ops",
-    "patch": "fastlm.patching",
-    "patched_ops": "fastlm.patching",
+    "patch": "fastlm.hf.patching",
+    "patched_ops": "fastlm.hf.patching",
     "quantize": "fastlm.quant",
-    "register_sdpa": "fastlm.sdpa",
-    "unpatch": "fastlm.patching",
+    "register_sdpa": "fastlm.hf.sdpa",
+    "unpatch": "fastlm.hf.patching",
     "use_backend": "fastlm.backend",
 }
 

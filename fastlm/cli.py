@@ -284,8 +284,8 @@ def generate(
 
     Several prompts are written together; their texts follow in order, an empty line between.
     """
-    from fastlm.chat import Writer
-    from fastlm.chat_terminal import echo
+    from fastlm.serve.chat import Writer
+    from fastlm.serve.terminal import echo
 
     _say_if_busy()
     texts = _prompts(prompts or [], prompt_files or [])
@@ -367,11 +367,11 @@ def chat(
 
     Where stdin is no terminal, each of its lines is a message.
     """
-    from fastlm import chat_terminal
-    from fastlm.chat import Conversation, Writer
+    from fastlm.serve import terminal
+    from fastlm.serve.chat import Conversation, Writer
 
     _say_if_busy()
-    chat_terminal.run(
+    terminal.run(
         Conversation(Writer(model, act_bits), system=system, max_new_tokens=max_new_tokens),
         stats=_wants_stats(stats), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
@@ -388,7 +388,7 @@ def tokenizer_encode(
     threads: Threads = None,
 ) -> None:
     """The tokens of a text."""
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
     tool = Tokenizer.load(tokenizer)
     ids = tool.encode(sys.stdin.read() if text is None else text)

@@ -1,5 +1,5 @@
 """AdamW of every tensor of an optimizer: a launch per kind of tensor, however many there are, over
-the tables of fastlm/adamw_tables.py.
+the tables of fastlm/cuda/adamw_tables.py.
 
     1. _squares   to clip: the sum of squares of each chunk of gradients
     2. _norm      one program: their sum, the norm, the factor of the gradients
@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm import adamw_tables, reference
-from fastlm.adamw_tables import CHUNK, Kind, Tables, tables_of
+from fastlm import reference
+from fastlm.cuda import adamw_tables
+from fastlm.cuda.adamw_tables import CHUNK, Kind, Tables, tables_of
 from fastlm.kernels.launch import Config, launch
 
 _STATE_BLOCK = tl.constexpr(reference.STATE_BLOCK)

@@ -13,7 +13,7 @@ import pytest
 TALK = """
 import itertools, os, sys, time
 from types import SimpleNamespace
-from fastlm import chat_terminal
+from fastlm.serve import terminal
 
 if sys.stdin.isatty():
     os.close(os.open(os.ttyname(0), os.O_RDWR))  # it becomes the one whose Ctrl-C is ours
@@ -29,7 +29,7 @@ class Talk:
             piece(" more"); time.sleep(0.01)
         return SimpleNamespace(finish_reason="context" if text == "full" else "stop")
 
-chat_terminal.run(Talk(), stats=sys.argv[1] == "stats", seed=1)
+terminal.run(Talk(), stats=sys.argv[1] == "stats", seed=1)
 print("the end")
 """
 COMMAND = [sys.executable, "-P", "-c", TALK]
@@ -124,7 +124,7 @@ def test_lines_of_a_pipe_are_messages(typed, status, out):
 
 def test_bytes_that_are_no_text_are_refused_in_a_line(tmp_path):
     """Of stdin, by the verbs that read it."""
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
     Tokenizer.train(["some text"], 262).save(tmp_path)
     command = "import sys; from fastlm.cli import main; sys.argv[0] = 'fastlm'; main()"

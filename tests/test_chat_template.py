@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_files import smollm2
 
-from fastlm import chat_template
 from fastlm.errors import InputError
-from fastlm.template_worker import Own, join, own
-from fastlm.tokenizer import Tokenizer
+from fastlm.tokenizer import chat_template
+from fastlm.tokenizer.template_worker import Own, join, own
+from fastlm.tokenizer.tokenizer import Tokenizer
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from model_files import write_gguf
 from safetensors.torch import save_file
 
-from fastlm.checkpoint import (
+from fastlm.checkpoint.folder import (
     load_state,
     load_tensors,
     load_tokenizer,
@@ -24,9 +24,9 @@ from fastlm.checkpoint import (
 )
 from fastlm.errors import InputError
 from fastlm.files import save_atomic
-from fastlm.model import CausalLM
-from fastlm.quant.weight import QuantizedWeight
-from fastlm.tokenizer import Tokenizer
+from fastlm.model.causal_lm import CausalLM
+from fastlm.ops.quantized_weight import QuantizedWeight
+from fastlm.tokenizer.tokenizer import Tokenizer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -45,7 +45,7 @@ CONFIG = {
 
 
 def make_state(config=CONFIG, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    from fastlm.architectures import config_of, expected_shapes
+    from fastlm.model.architectures import config_of, expected_shapes
 
     shapes = expected_shapes(config_of(config, "test"))
     return {name: torch.randn(shape).to(dtype) * 0.1 for name, shape in shapes.items()}
@@ -481,7 +481,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 LIMITED = """
 import resource, sys, torch
-from fastlm.checkpoint import save_hf, save_tensors
+from fastlm.checkpoint.folder import save_hf, save_tensors
 from fastlm.errors import InputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the disk is full after 100 kB
 sys.path.insert(0, sys.argv[2])

@@ -144,7 +144,7 @@ def test_generate_refuses_a_prompt_beyond_the_context(finished):
 
 
 def test_chat_answers_with_a_chat_model(finished, tmp_path):
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
     refused("chat", "--model", finished, text="no chat template")
     import shutil
@@ -163,7 +163,7 @@ def test_chat_answers_with_a_chat_model(finished, tmp_path):
 def test_a_conversation_forgets_its_oldest_turns(finished, tmp_path):
     import shutil
 
-    from fastlm.chat import Conversation, Writer
+    from fastlm.serve.chat import Conversation, Writer
 
     shutil.copytree(finished / "pretrain/model", tmp_path / "chat")
     writer = Writer(tmp_path / "chat")

@@ -34,7 +34,7 @@ from fastlm.compat.liger import (
     liger_rotary_pos_emb,
     liger_swiglu,
 )
-from fastlm.patching import patched_ops
+from fastlm.hf.patching import patched_ops
 
 # what transformers says of its own names is not about the kernels
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -8,10 +8,12 @@ from families import CASES, SMALL
 from tolerance import ULP
 
 import fastlm
-from fastlm import backend, decoding, layers
-from fastlm.config import ModelConfig
-from fastlm.layers import KVCache
-from fastlm.model import CausalLM
+from fastlm import backend
+from fastlm.decode import cpu_steps
+from fastlm.model import layers
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.model.layers import KVCache
 from fastlm.ops import quantize_weight
 from fastlm.quant.model import put_quantized
 
@@ -41,12 +43,12 @@ def copy_of(model, cache, **options):
     other = KVCache(model.config, cache.data.shape[2], cache.capacity, dtype=cache.data.dtype)
     other.data.copy_(cache.data)
     other.length = cache.length
-    return decoding.Steps(model, decoding.Plan(model), other, options.get("starts"))
+    return cpu_steps.Steps(model, cpu_steps.Plan(model), other, options.get("starts"))
 
 
 def assert_steps_equal_modules(model, rows=3, length=9, count=4, act_bits=16):
     ids, cache = prefilled(model, rows, length, length + count)
-    assert decoding.why_not(model) is None
+    assert cpu_steps.why_not(model) is None
     steps = copy_of(model, cache)
     errors = []
     with torch.inference_mode():
@@ -192,11 +194,11 @@ def test_generate_takes_it_and_gives_what_modules_give(monkeypatch):
     model = model_of("mistral")
     prompts = [[5], [7, 8, 9, 10, 11, 12], [3, 4]]
     calls = []
-    run = decoding.Steps.logits
-    monkeypatch.setattr(decoding.Steps, "logits", lambda *a: calls.append(1) or run(*a))
+    run = cpu_steps.Steps.logits
+    monkeypatch.setattr(cpu_steps.Steps, "logits", lambda *a: calls.append(1) or run(*a))
     fast = model.generate(prompts, max_new_tokens=12, temperature=0.0)
     assert len(calls) == 11  # all but the first, which is the prompt's
-    monkeypatch.setattr(decoding, "why_not", lambda model: "tested without")
+    monkeypatch.setattr(cpu_steps, "why_not", lambda model: "tested without")
     assert model.generate(prompts, max_new_tokens=12, temperature=0.0) == fast
     assert len(calls) == 11
 
@@ -221,12 +223,12 @@ def test_plan_follows_what_leaves_no_trace(quantized):
     model = model_of("llama-biases")
     if quantized:
         model = fastlm.quantize(model, "w8a16", group_size=16)
-    plans = [decoding.plan_of(model)]
-    assert decoding.plan_of(model) is plans[0]
+    plans = [cpu_steps.plan_of(model)]
+    assert cpu_steps.plan_of(model) is plans[0]
 
     def changed():
-        plans.append(decoding.plan_of(model))
-        assert decoding.plan_of(model) is plans[-1]
+        plans.append(cpu_steps.plan_of(model))
+        assert cpu_steps.plan_of(model) is plans[-1]
         return plans[-1] is not plans[-2]
 
     model.model.layers[1].post_attention_layernorm.weight.data.mul_(-1)
@@ -245,8 +247,8 @@ def test_plan_follows_what_leaves_no_trace(quantized):
 
 def test_plan_follows_the_weights():
     model = fastlm.quantize(model_of(), "w4a16", group_size=16)
-    first = decoding.plan_of(model)
-    assert decoding.plan_of(model) is first
+    first = cpu_steps.plan_of(model)
+    assert cpu_steps.plan_of(model) is first
     before = model.generate([[1, 2]], max_new_tokens=4, temperature=0.0)
     with torch.no_grad():
         model.model.norm.weight.mul_(-1)
@@ -261,8 +263,8 @@ def test_plan_follows_the_weights():
 
 def test_8_bit_activations_keep_a_float16_cache():
     model = fastlm.quantize(model_of(), "w4a8", group_size=32)
-    assert decoding.plan_of(model).cache_dtype == torch.float16
-    assert decoding.plan_of(model_of()).cache_dtype == torch.float32
+    assert cpu_steps.plan_of(model).cache_dtype == torch.float16
+    assert cpu_steps.plan_of(model_of()).cache_dtype == torch.float32
     ids, cache = prefilled(model, 2, 20, 22, dtype=torch.float16)
     _, wide = prefilled(model, 2, 20, 22)
     got, wanted = (copy_of(model, c).logits(ids[:, 20].contiguous()) for c in (cache, wide))
@@ -277,27 +279,27 @@ def test_why_not():
         pass
 
     model = model_of()
-    assert decoding.why_not(model) is None
+    assert cpu_steps.why_not(model) is None
     with backend.use_backend("reference"):
-        assert "another backend is forced" in str(decoding.why_not(model))
-    assert "dtype" in str(decoding.why_not(model_of().double()))
+        assert "another backend is forced" in str(cpu_steps.why_not(model))
+    assert "dtype" in str(cpu_steps.why_not(model_of().double()))
     hooked = model_of()
     hooked.model.layers[1].mlp.register_forward_hook(lambda *a: None)
-    assert decoding.why_not(hooked) == "model.layers.1.mlp has hooks"
+    assert cpu_steps.why_not(hooked) == "model.layers.1.mlp has hooks"
     model.model.layers[0].mlp.up_proj = Adapter(60, 52, bias=False)
-    assert "model.layers.0.mlp.up_proj is Adapter" in str(decoding.why_not(model))
+    assert "model.layers.0.mlp.up_proj is Adapter" in str(cpu_steps.why_not(model))
     assert len(model.generate([[1]], max_new_tokens=3)[0]) == 4  # through the modules
     own = model_of()
     own.model.layers[2].mlp.forward = torch.zeros_like
-    assert decoding.why_not(own) == "model.layers.2.mlp has a forward of its own"
+    assert cpu_steps.why_not(own) == "model.layers.2.mlp has a forward of its own"
     hook = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)
     try:
-        assert decoding.why_not(model_of()) == "all modules have hooks"
+        assert cpu_steps.why_not(model_of()) == "all modules have hooks"
     finally:
         hook.remove()
     pruned = model_of("smollm3")  # which layers have positions goes by their first numbers
     del pruned.model.layers[2]
-    assert "layers are not those of its config" in str(decoding.why_not(pruned))
+    assert "layers are not those of its config" in str(cpu_steps.why_not(pruned))
     assert len(pruned.generate([[1]], max_new_tokens=3)[0]) == 4
 
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 from tolerance import ULP
 
-from fastlm import backend, generation
-from fastlm.config import ModelConfig
+from fastlm import backend
+from fastlm.decode import generation
+from fastlm.decode.generation import generate_text, generate_texts, split_at_stop
+from fastlm.decode.sampling import Sampling, make_generators, penalise
 from fastlm.errors import InputError
-from fastlm.generation import generate_text, generate_texts, split_at_stop
-from fastlm.layers import KVCache
-from fastlm.model import CausalLM
-from fastlm.sampling import Sampling, make_generators, penalise
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.model.layers import KVCache
 
 GREEDY = Sampling(temperature=0.0)
 SIZES = {

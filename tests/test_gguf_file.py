@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from model_files import smollm2, write_gguf
 
 import fastlm
-from fastlm.checkpoint import load_state, save_hf
+from fastlm.checkpoint.folder import load_state, save_hf
+from fastlm.checkpoint.gguf_file import UNPACK, GGUFFile, unpack
+from fastlm.checkpoint.gguf_models import config_of
 from fastlm.errors import InputError
-from fastlm.gguf_file import UNPACK, GGUFFile, unpack
-from fastlm.gguf_models import config_of
-from fastlm.quant.weight import QuantizedWeight
+from fastlm.ops.quantized_weight import QuantizedWeight
 
 HALVES = {  # byte offsets of the float16 fields of a block
     Kind.Q4_0: [0],

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from tolerance import assert_near
 
 import fastlm
-from fastlm import graph_decoding, ops
+from fastlm import ops
+from fastlm.decode import cuda_steps
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -197,9 +198,9 @@ def small_model(format, family="llama"):
 def records(monkeypatch):
     """A list to which every recorded graph is added, None for one that failed."""
     graphs = []
-    ours = graph_decoding.Steps._record
+    ours = cuda_steps.Steps._record
     monkeypatch.setattr(
-        graph_decoding.Steps, "_record", lambda self: (ours(self), graphs.append(self.recorded))
+        cuda_steps.Steps, "_record", lambda self: (ours(self), graphs.append(self.recorded))
     )
     return graphs
 
@@ -216,9 +217,9 @@ def test_generation_by_a_graph(monkeypatch, format):
     graphs = records(monkeypatch)
     got = generated()
     assert len(graphs) == 1 and graphs[0] is not None
-    monkeypatch.setattr(graph_decoding.Steps, "_record", lambda self: None)
+    monkeypatch.setattr(cuda_steps.Steps, "_record", lambda self: None)
     assert got == generated()
-    monkeypatch.setattr(graph_decoding, "why_not", lambda model: "for this test")
+    monkeypatch.setattr(cuda_steps, "why_not", lambda model: "for this test")
     if format != "w8a8":  # int8 next to a tie may go to the other side: then a text is another
         assert got == generated()
 

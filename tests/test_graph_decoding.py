@@ -11,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import fastlm
-from fastlm import backend, graph_decoding, layers
-from fastlm.config import ModelConfig
+from fastlm import backend
 from fastlm.cuda import extension
-from fastlm.layers import KVCache
-from fastlm.model import CausalLM
+from fastlm.decode import cuda_steps
+from fastlm.model import layers
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.model.layers import KVCache
 
 FIXED = {name: c for name, c in CASES.items() if "dynamic" not in name and "longrope" not in name}
 
@@ -52,7 +54,7 @@ def errors_of(model, rows=3, length=9, count=3, starts=None):
     ids, cache, own = prefilled(
         model, rows, length, length + count, None if mask is None else mask[:, :length]
     )
-    steps = graph_decoding.Steps(model, own, starts)
+    steps = cuda_steps.Steps(model, own, starts)
     errors = []
     with torch.inference_mode():
         for i in range(length, length + count):
@@ -105,7 +107,7 @@ def test_norm_and_gate_round_at_once(cuda, monkeypatch, case):
     logits = []
     with torch.inference_mode():
         for cache in caches:
-            steps = graph_decoding.Steps(model, cache, None)
+            steps = cuda_steps.Steps(model, cache, None)
             logits.append(steps.logits(ids[:, 5].contiguous()).clone())
             monkeypatch.setattr(layers.Fused, "rounds", lambda *_: False)
     assert made == ["rms_norm_round", "rms_norm_round", "glu_round"] * 3
@@ -159,7 +161,7 @@ def test_every_step_is_the_same_to_the_host(cuda, monkeypatch, format):
         model = fastlm.quantize(model, format, group_size=16)
     model = model.to(cuda)
     ids, cache, _ = prefilled(model, 2, 5, 200)
-    steps = graph_decoding.Steps(model, cache, None)
+    steps = cuda_steps.Steps(model, cache, None)
     made, looks = [], []
     with torch.inference_mode():
         steps.logits(ids[:, 5].contiguous())
@@ -192,8 +194,8 @@ class Recording:
         self.steps, self.error = steps, error
         self.current, self.recorded_on = "the user's", None
         steps.recordable = True
-        monkeypatch.setattr(graph_decoding, "_failed", [])
-        monkeypatch.setattr(graph_decoding, "_stream", lambda current: "a recording's")
+        monkeypatch.setattr(cuda_steps, "_failed", [])
+        monkeypatch.setattr(cuda_steps, "_stream", lambda current: "a recording's")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.record)
         monkeypatch.setattr(torch.cuda, "stream", self.stream)
@@ -233,7 +235,7 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
         model.model.fuse()
         ids, *caches = prefilled(model, 2, 5, 10)
     with backend.use_backend("reference"), torch.inference_mode():
-        plain, steps = (graph_decoding.Steps(model, cache, None) for cache in caches)
+        plain, steps = (cuda_steps.Steps(model, cache, None) for cache in caches)
         recording = Recording(monkeypatch, steps, error)
         for i in range(5, 10):
             warns = pytest.warns(UserWarning, match="decode steps are not recorded: operation not")
@@ -242,14 +244,14 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
             assert torch.equal(got, plain.logits(ids[:, i].contiguous()))
         assert (steps.recorded is None) == bool(error)
     assert recording.recorded_on == "a recording's" and recording.current == "the user's"
-    assert (recording in graph_decoding._failed) == bool(error)
+    assert (recording in cuda_steps._failed) == bool(error)
 
 
 def test_what_a_graph_reads_stays(monkeypatch):
     """Where the model changes its dtype, and where another generation joins its biases again."""
     model = fastlm.quantize(model_of("qwen2"), "w8a16", group_size=16)
     ids, cache, _ = prefilled(model, 2, 5, 10)
-    steps = graph_decoding.Steps(model, cache, None)
+    steps = cuda_steps.Steps(model, cache, None)
     Recording(monkeypatch, steps)
     with backend.use_backend("reference"), torch.inference_mode():
         for i in (5, 6):
@@ -267,31 +269,29 @@ def test_generate(monkeypatch, tied):
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
     with backend.use_backend("reference"):
         wanted = model.generate(prompts, max_new_tokens=6, temperature=0)
-        monkeypatch.setattr(graph_decoding, "why_not", lambda _: None)
+        monkeypatch.setattr(cuda_steps, "why_not", lambda _: None)
         used = []
-        ours = graph_decoding.Steps._step
-        monkeypatch.setattr(
-            graph_decoding.Steps, "_step", lambda self: (used.append(1), ours(self))[1]
-        )
+        ours = cuda_steps.Steps._step
+        monkeypatch.setattr(cuda_steps.Steps, "_step", lambda self: (used.append(1), ours(self))[1])
         assert model.generate(prompts, max_new_tokens=6, temperature=0) == wanted
     assert len(used) == 5
 
 
 def test_why_not(monkeypatch):
     model = model_of()
-    assert graph_decoding.why_not(model) == "graphs are a GPU's"
+    assert cuda_steps.why_not(model) == "graphs are a GPU's"
     # as if it lay on a GPU, whose kernels are there
     monkeypatch.setattr(CausalLM, "device", torch.device("cuda"))
-    assert "CUDA kernels" in graph_decoding.why_not(model)
-    monkeypatch.setattr(graph_decoding, "serves_by", lambda *_: True)
+    assert "CUDA kernels" in cuda_steps.why_not(model)
+    monkeypatch.setattr(cuda_steps, "serves_by", lambda *_: True)
     monkeypatch.setattr(backend, "why_not", lambda _: None)
-    assert graph_decoding.why_not(model) is None
+    assert cuda_steps.why_not(model) is None
     for name in ("triton", "reference"):
         with backend.use_backend(name):
-            assert graph_decoding.why_not(model) == "another backend is forced"
+            assert cuda_steps.why_not(model) == "another backend is forced"
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-        assert "autocast" in graph_decoding.why_not(model)
+        assert "autocast" in cuda_steps.why_not(model)
     model.bfloat16().model.norm.float()
-    assert "dtype of its norms" in graph_decoding.why_not(model)
-    assert "length" in graph_decoding.why_not(model_of("llama-dynamic"))
+    assert "dtype of its norms" in cuda_steps.why_not(model)
+    assert "length" in cuda_steps.why_not(model_of("llama-dynamic"))

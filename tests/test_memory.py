@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fastlm
-from fastlm import layers
 from fastlm.memory import keep_freed_memory, made_again
+from fastlm.model import layers
 
 
 def small_model(family="llama", **changes):

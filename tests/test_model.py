@@ -12,11 +12,11 @@ from families import CASES, LONG, SMALL
 from tolerance import ULP
 from transformers import LlamaConfig
 
-from fastlm.architectures import expected_shapes
-from fastlm.config import FAMILIES, ModelConfig
 from fastlm.errors import InputError
-from fastlm.layers import KVCache
-from fastlm.model import CausalLM
+from fastlm.model.architectures import expected_shapes
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import FAMILIES, ModelConfig
+from fastlm.model.layers import KVCache
 
 transformers = pytest.importorskip("transformers")
 
@@ -439,7 +439,7 @@ def smollm2():
 @pytest.mark.slow
 def test_smollm2_is_what_transformers_computes(smollm2):
     """Greedy tokens of the same GGUF, dequantized to float32 on both sides."""
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
@@ -463,9 +463,9 @@ def test_smollm2_is_what_transformers_computes(smollm2):
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_quantized", [True, False])
 def test_smollm2_knows_the_capital_of_france(smollm2, keep_quantized):
-    from fastlm.generation import generate_text
-    from fastlm.sampling import Sampling
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.decode.generation import generate_text
+    from fastlm.decode.sampling import Sampling
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
     # with activations of 8 bits this question is a near tie, and falls the other way
     model = CausalLM.from_pretrained(smollm2, keep_quantized=keep_quantized, act_bits=16)
@@ -479,7 +479,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2, keep_quantized):
 @pytest.mark.slow
 def test_smollm2_in_8_bits_says_nearly_what_it_says_in_16(smollm2):
     """A .gguf file's default: the distribution of the next token, over 512 of documentation."""
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
     text = (Path(pydoc_data.topics.__file__)).read_text("utf-8")[20_000:30_000]
     ids = torch.tensor(Tokenizer.load(smollm2).encode(text)[:512]).view(2, 256)

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM
 
 import fastlm
 from fastlm import InputError, backend
-from fastlm.patched import variant_of
-from fastlm.patching import OPS, patched_ops
+from fastlm.hf.forwards import variant_of
+from fastlm.hf.patching import OPS, patched_ops
 
 # what transformers and peft say of each other's names is not about the model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

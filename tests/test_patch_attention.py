@@ -44,8 +44,8 @@ def test_attention_with_options_that_no_kernel_has():
     """T5 adds a bias of positions to the scores."""
     from transformers.models.t5.modeling_t5 import T5Attention
 
-    from fastlm.attention_interface import UNSERVED, attention_forward
-    from fastlm.patching import _implementation
+    from fastlm.hf.attention_interface import UNSERVED, attention_forward
+    from fastlm.hf.patching import _implementation
 
     config = transformers.T5Config(d_model=32, d_kv=8, num_heads=4)
     assert _implementation(T5Attention(config)) is None
@@ -58,7 +58,7 @@ def test_attention_with_options_that_no_kernel_has():
 
 def test_attention_that_computes_with_its_mask():
     """It takes the mask for one of four dimensions: fastlm's are smaller."""
-    from fastlm.patching import _implementation
+    from fastlm.hf.patching import _implementation
 
     model = model_of()
     attention = model.model.layers[0].self_attn
@@ -123,7 +123,7 @@ def test_packed_sequences_by_offsets():
 
 
 def test_masks_stay_small():
-    from fastlm.attention_interface import attention_mask as mask
+    from fastlm.hf.attention_interface import attention_mask as mask
 
     config = FAMILIES["mistral"][0]
     sliding = transformers.masking_utils.sliding_window_causal_mask_function(WINDOW)
@@ -144,7 +144,7 @@ def test_masks_stay_small():
 
 def test_nothing_is_looked_at_in_a_capture(monkeypatch):
     """A CUDA graph's capture forbids to wait for values, and would keep the branch taken."""
-    from fastlm.attention_interface import attention_mask as mask
+    from fastlm.hf.attention_interface import attention_mask as mask
 
     sizes = {"batch_size": 2, "q_length": 20, "kv_length": 20, "config": FAMILIES["llama"][0]}
     packed = transformers.masking_utils.packed_sequence_mask_function(
@@ -200,7 +200,7 @@ def test_refuses_attention_weights():
 
 def test_registry_without_patch():
     """``attn_implementation="fastlm"`` alone, once the registry has it."""
-    import fastlm.attention_interface  # noqa: F401
+    import fastlm.hf.attention_interface  # noqa: F401
 
     plain, other = model_of("gemma2"), model_of("gemma2")
     other.set_attn_implementation("fastlm")

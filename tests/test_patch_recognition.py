@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import fastlm
 from fastlm import InputError
-from fastlm.patched import variant_of
-from fastlm.patching import patched_ops
+from fastlm.hf.forwards import variant_of
+from fastlm.hf.patching import patched_ops
 
 # what transformers and peft say of each other's names is not about the model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -193,7 +193,7 @@ def test_looking_disturbs_nothing():
 
 def test_a_rotation_told_more():
     """An apply_rotary_pos_emb that is given unsqueeze_dim by its place."""
-    from fastlm.patched import _attention
+    from fastlm.hf.forwards import _attention
 
     seen = []
 

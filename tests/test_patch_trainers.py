@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import fastlm
-from fastlm import InputError, attention_interface
+from fastlm import InputError
+from fastlm.hf import attention_interface
+from fastlm.hf.patching import patched_ops
 from fastlm.ops import attention, linear_cross_entropy
-from fastlm.patching import patched_ops
 
 # what transformers, peft and TRL say of each other's names is not about the model
 pytestmark = [
@@ -171,8 +172,8 @@ def test_sft_trainer(tmp_path, monkeypatch, mode):
 def test_sft_trainer_with_the_loss_of_the_model(tmp_path, monkeypatch, mode):
     """`fastlm.compat.trl.SFTTrainer`: TRL's losses of the plain model, from the fused op; an
     evaluation as TRL's."""
-    from fastlm import patched
     from fastlm.compat.trl import SFTTrainer
+    from fastlm.hf import forwards
 
     plain, fast = pair()
     # packing: sequences one behind the other in one row, by position_ids and cu_seq_lens
@@ -184,7 +185,7 @@ def test_sft_trainer_with_the_loss_of_the_model(tmp_path, monkeypatch, mode):
         calls.append(1)
         return linear_cross_entropy(*arguments, **named)
 
-    monkeypatch.setattr(patched, "linear_cross_entropy", counted)
+    monkeypatch.setattr(forwards, "linear_cross_entropy", counted)
     ours = sft_trainer(fast, tmp_path, trainer=SFTTrainer, **options)
     assert_same_curve(losses(theirs), losses(ours), 0.97 if mode == "lora" else 0.7)
     assert len(calls) == 2 * STEPS  # micro-batches

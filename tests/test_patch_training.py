@@ -18,7 +18,7 @@ from patch_models import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastlm
-from fastlm.patching import patched_ops
+from fastlm.hf.patching import patched_ops
 
 # what transformers and peft say of each other's names is not about the model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

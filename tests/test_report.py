@@ -11,8 +11,9 @@ import pytest
 from fastlm.data.prepare import Funnel
 from fastlm.runs.charts import _bits_figure
 from fastlm.runs.recipe import parse_recipe
-from fastlm.runs.report import Done, count_text, render_report, seconds_text, size_text
+from fastlm.runs.report import Done, render_report
 from fastlm.runs.stage import Input, Job
+from fastlm.runs.text import count_text, seconds_text, size_text
 from fastlm.train.metrics import read_metrics
 
 EVIL = '<script>alert("x")</script> & </style>'

@@ -59,7 +59,7 @@ def run_again(recipe, out, **kwargs) -> dict[str, str]:
 def test_everything_is_there(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fastlm.model import CausalLM
+    from fastlm.model.causal_lm import CausalLM
 
     _, run = finished
     summary = json.loads((run / "summary.json").read_text())

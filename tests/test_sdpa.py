@@ -9,7 +9,8 @@ from patch_models import assert_equal_gradients, gradients, model_of, tokens
 from tolerance import assert_near
 
 import fastlm
-from fastlm import InputError, sdpa
+from fastlm import InputError
+from fastlm.hf import sdpa
 
 doors = torch.nn.attention
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
 from fastlm.errors import InputError
-from fastlm.tokenizer import Tokenizer
+from fastlm.tokenizer.tokenizer import Tokenizer
 
 
 class Bytes:

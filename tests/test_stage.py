@@ -222,7 +222,7 @@ def test_a_run_folder_of_before_the_list_is_left_alone(tmp_path):
 
 
 def test_a_run_folder_is_its_last_model(tmp_path):
-    from fastlm.checkpoint import locate_model
+    from fastlm.checkpoint.folder import locate_model
 
     recipe, run = tiny_recipe.write(tmp_path, BRANCHES), tmp_path / "run"
     run_recipe(recipe, run)

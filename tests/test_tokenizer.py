@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from model_files import smollm2, write_gguf
 from tokenizers import pre_tokenizers
 
-from fastlm import chat_template
 from fastlm.errors import InputError
-from fastlm.tokenizer import Tokenizer
+from fastlm.tokenizer import chat_template
+from fastlm.tokenizer.tokenizer import Tokenizer
 
 PIECES = [
     "hello world", " the", "DON'T", "it's", "ñandú", "漢字かな交じり文", "한국어", "😀👩‍👩‍👧",
@@ -185,7 +185,7 @@ def test_gguf_tokenizer_saved_as_a_folder(smol, tmp_path):
     ],
 )
 def test_pre_tokenizers(pre, text, pieces):
-    from fastlm.gguf_vocab import PRE_TOKENIZERS, byte_level
+    from fastlm.tokenizer.gguf_vocab import PRE_TOKENIZERS, byte_level
 
     found = byte_level(PRE_TOKENIZERS[pre]).pre_tokenize_str(text)
     assert [text[start:end] for _, (start, end) in found] == pieces
@@ -456,6 +456,6 @@ def test_threads_share_one_tokenizer(trained):
 
 def test_loading_prints_nothing(tmp_path, trained):
     trained.save(tmp_path)
-    code = f"from fastlm.tokenizer import Tokenizer; Tokenizer.load({str(tmp_path)!r}).encode('x')"
+    code = f"import fastlm; fastlm.Tokenizer.load({str(tmp_path)!r}).encode('x')"
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=True)
     assert run.stdout == run.stderr == b""

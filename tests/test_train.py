@@ -376,9 +376,9 @@ def test_options_are_checked(data, tmp_path, change, text):
 
 
 def test_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
-    from fastlm import checkpoint
+    from fastlm.checkpoint import folder
 
-    save_file = checkpoint.save_file
+    save_file = folder.save_file
     calls = 0
 
     def full(tensors, path, *args, **kwargs):
@@ -388,7 +388,7 @@ def test_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return save_file(tensors, path, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(folder, "save_file", full)
     with pytest.raises(InputError, match="step-00000015: cannot be written: No space left"):
         start(data, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name[0] == "."] == []

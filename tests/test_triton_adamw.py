@@ -9,7 +9,8 @@ import pytest
 import test_optim as on_cpu
 import torch
 
-from fastlm import AdamW, InputError, adamw_tables, backend
+from fastlm import AdamW, InputError, backend
+from fastlm.cuda import adamw_tables
 
 # a chunk and a bit, less than a block, rows, a scalar, nothing
 SHAPES = [(9000,), (257,), (3, 5, 7), (), (0, 4)]

@@ -112,9 +112,9 @@ def start_and_die(data: Path, run: Path, point: str, count: int) -> None:
 
         torch.Tensor.backward = dying_backward
     elif point == "write":
-        from fastlm import checkpoint
+        from fastlm.checkpoint import folder
 
-        save_file = checkpoint.save_file
+        save_file = folder.save_file
 
         def dying_save(tensors, path, *args, **kwargs):
             save_file(tensors, path, *args, **kwargs)
@@ -122,7 +122,7 @@ def start_and_die(data: Path, run: Path, point: str, count: int) -> None:
                 os.truncate(path, os.path.getsize(path) // 2)
                 die()
 
-        checkpoint.save_file = dying_save
+        folder.save_file = dying_save
     elif point == "rename":
         rename = os.rename
 

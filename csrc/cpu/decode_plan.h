@@ -1,5 +1,5 @@
 // What one decode step needs to know of a model: pointers and sizes, no memory of its own. Python
-// (fastlm/decoding.py) builds it once per model and keeps the tensors alive.
+// (fastlm/decode/cpu_steps.py) builds it once per model and keeps the tensors alive.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// How kernels read a QuantizedWeight (fastlm/quant/weight.py). Included by the bodies that do.
+// How kernels read a QuantizedWeight (fastlm/ops/quantized_weight.py). Included by the bodies that do.
 //
 //   A lane is 4 bytes of a row: PER_LANE consecutive k (8 of int4, 4 of int8), all in one group.
 //   A chunk is VL lanes, one vector.

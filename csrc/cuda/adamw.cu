@@ -1,6 +1,6 @@
 // AdamW of every tensor of an optimizer: one launch updates all of them, whatever they are made of.
 //
-//     tensors (T, 12) int64, settings (S, 8) float64, chunks (C, 2) int32: fastlm/adamw_tables.py
+//     tensors (T, 12) int64, settings (S, 8) float64, chunks (C, 2) int32: fastlm/cuda/adamw_tables.py
 //
 //     squares    to clip, a chunk a block: the sum of squares of its gradients
 //     norm       one block: their sum, in order; the norm, the factor of the gradients

@@ -1,4 +1,4 @@
-// A weight in int8 or int4 as the kernels of quantized_linear read it (fastlm/quant/weight.py), and
+// A weight in int8 or int4 as the kernels of quantized_linear read it (fastlm/ops/quantized_weight.py), and
 // its numbers made from bits.
 //
 // The unit is an octet: 8 columns of a row that begin at a multiple of 8, 4 bytes of int4 or 8 of

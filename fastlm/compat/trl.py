@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trl.trainer import sft_trainer
 
 from fastlm.errors import InputError
-from fastlm.patching import patched_ops
+from fastlm.hf.patching import patched_ops
 
 
 class SFTTrainer(sft_trainer.SFTTrainer):

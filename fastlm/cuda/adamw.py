@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.adamw_tables import CHUNK, SCALARS, tables_of
 from fastlm.cuda import extension, stream
+from fastlm.cuda.adamw_tables import CHUNK, SCALARS, tables_of
 
 
 def _pointed_at(arguments: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:

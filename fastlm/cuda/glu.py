@@ -6,7 +6,7 @@ from torch import Tensor
 from fastlm.cuda import extension, stream
 from fastlm.cuda.quantized_linear import Rounded
 from fastlm.ops.glu import ACTIVATIONS
-from fastlm.quant.weight import QuantizedWeight
+from fastlm.ops.quantized_weight import QuantizedWeight
 
 
 def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastlm.cuda import extension, stream
 from fastlm.cuda.quantized_linear import Rounded
-from fastlm.quant.weight import QuantizedWeight
+from fastlm.ops.quantized_weight import QuantizedWeight
 
 ROUND_BYTES = 48 << 10
 """Of a row, up to which `rms_norm_round` takes it: shared memory that every card has."""

@@ -25,7 +25,7 @@ from fastlm.progress import silent
 from fastlm.typed import build, check
 
 if TYPE_CHECKING:
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
 INDEX = "index.json"
 FORMAT = "fastlm-shards-1"

@@ -74,7 +74,7 @@ class Data(DataOptions, Stage):
         return tables(Funnel.load(job.out))
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.report import count_text, size_text
+        from fastlm.runs.text import count_text, size_text
 
         del result
         funnel = Funnel.load(job.out)
@@ -163,7 +163,7 @@ class Shards(Stage):
         from functools import partial
 
         from fastlm.data.shards import INDEX, write_shards
-        from fastlm.tokenizer import Tokenizer
+        from fastlm.tokenizer.tokenizer import Tokenizer
 
         tokenizer, corpus = Tokenizer.load(job.path("tokenizer")), job.path("corpus")
         result = {"vocab_size": tokenizer.vocab_size}
@@ -191,7 +191,7 @@ class Shards(Stage):
         return f"{job.out}: {', '.join(counts)}"
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.report import count_text, size_text
+        from fastlm.runs.text import count_text, size_text
 
         del job
         facts = {"vocabulary": f"{result['vocab_size']:,}"}

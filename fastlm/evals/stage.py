@@ -50,8 +50,8 @@ class Eval(Stage):
         return {}
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.chat import load_model
         from fastlm.evals.texts import text_bits_per_byte
+        from fastlm.serve.chat import load_model
 
         def tell(message: str) -> None:
             if job.on_event is not None:
@@ -98,7 +98,7 @@ class Eval(Stage):
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
         from fastlm.runs.charts import bits_chart
-        from fastlm.runs.report import size_text
+        from fastlm.runs.text import size_text
         from fastlm.train.metrics import METRICS, read_metrics
 
         models = {name: model["bits_per_byte"] for name, model in result["models"].items()}

@@ -13,8 +13,8 @@ from fastlm.errors import InputError
 from fastlm.progress import silent
 
 if TYPE_CHECKING:
-    from fastlm.model import CausalLM
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
 LONGEST_WINDOW = (
     1024  # by default: a longer context than this changes bits per byte little and costs much

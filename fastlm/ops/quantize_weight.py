@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
+from fastlm.ops.quantized_weight import SCALE_DTYPES, QuantizedWeight, check_group_size, pack_rows
 from fastlm.ops.wrong_type import FAILURES, explained
-from fastlm.quant.weight import SCALE_DTYPES, QuantizedWeight, check_group_size, pack_rows
 
 # int4 scales tried, as fractions of the one that puts the group's largest weight on the end of
 # the range: clipping it costs less than a coarser step for all others. Groups of 128 gain 0.5 dB

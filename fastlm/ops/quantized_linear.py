@@ -9,8 +9,8 @@ from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel, register
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.ops.wrong_type import FAILURES, explained
-from fastlm.quant.weight import QuantizedWeight
 
 
 def quantized_linear(

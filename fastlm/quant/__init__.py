@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastlm.ops.quantized_weight import QuantizedWeight
     from fastlm.quant.model import load_quantized, quantization_config, quantize
     from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
-    from fastlm.quant.weight import QuantizedWeight
 
 __all__ = [
     "QuantizedEmbedding",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.errors import InputError
 from fastlm.ops.linear import Linear
+from fastlm.ops.quantized_weight import ANY_K, QuantizedWeight, check_group_size
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
-from fastlm.quant.weight import ANY_K, QuantizedWeight, check_group_size
 
 FORMATS = {"w4a16": (4, 16), "w8a16": (8, 16), "w8a8": (8, 8), "w4a8": (4, 8)}
 METHODS = ("rtn",)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.errors import InputError
-from fastlm.quant.weight import QuantizedWeight
+from fastlm.ops.quantized_weight import QuantizedWeight
 
 
 def check_act_bits(act_bits: int) -> int:

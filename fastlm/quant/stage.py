@@ -11,7 +11,7 @@ from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes
 
 if TYPE_CHECKING:
-    from fastlm.model import CausalLM
+    from fastlm.model.causal_lm import CausalLM
 
 # Long enough to hide the first step, short enough for an untrained model on two cores
 DECODE_TOKENS = 64
@@ -58,10 +58,10 @@ class Quantize(Stage):
         return facts
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.chat import load_model
         from fastlm.evals.texts import text_bits_per_byte
-        from fastlm.model import CausalLM
+        from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import quantize
+        from fastlm.serve.chat import load_model
 
         (source,) = job.inputs["model"]
         data, out = job.inputs.get("data", ()), job.out
@@ -107,7 +107,7 @@ class Quantize(Stage):
         return text
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.report import size_text
+        from fastlm.runs.text import size_text
 
         del job
         share = result["bytes"] / result["bytes_before"]
@@ -127,7 +127,7 @@ class Quantize(Stage):
 
 def _check_out(out: Path, model: str) -> None:
     """Before the work, not after it."""
-    from fastlm.checkpoint import locate_model
+    from fastlm.checkpoint.folder import locate_model
 
     if out.exists() and not out.is_dir():
         raise InputError(f"out: wanted a folder, got the file {out}")

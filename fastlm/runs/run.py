@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastlm.checkpoint.run_folder import STAGES
 from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, save_atomic
@@ -32,7 +33,6 @@ from fastlm.runs.report import REPORT, SUMMARY, Done, write_report
 from fastlm.runs.stage import Input, Job
 from fastlm.typed import build, check
 
-STAGES = "stages.json"
 RECIPE = "recipe.json"
 SOURCES = "sources.json"  # hashes of local files (`fastlm.data.content`)
 LAYOUT = 2  # of a run folder: one folder a stage
@@ -48,6 +48,7 @@ class Entry:
     fingerprint: str
     options: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, list[str]] = field(default_factory=dict)
+    leaves: dict[str, str] = field(default_factory=dict)
     seconds: float | None = None
     result: dict[str, Any] | None = None
     outputs: dict[str, int] | None = None
@@ -271,7 +272,7 @@ def _run_step(run: _Run, planned: Planned) -> None:
     make_folder(out)
     entry = Entry(
         stage.kind, planned.fingerprint, json.loads(json.dumps(stage.identity(), default=str)),
-        {key: list(names) for key, names in step.inputs.items()},
+        {key: list(names) for key, names in step.inputs.items()}, dict(stage.leaves),
     )  # fmt: skip
     run.record[step.name] = entry  # begun: what it leaves belongs to this fingerprint
     _save_record(run.out, run.record)
@@ -450,20 +451,3 @@ def _save_record(out: Path, record: Mapping[str, Entry]) -> None:
 
 def _dump(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
-
-
-def last_model(run: Path) -> Path | None:
-    """The model of the last finished stage of a run folder that leaves one that can be trained;
-    None where there is none, or where ``run`` is no run folder.
-    """
-    from fastlm.runs.kinds import KINDS
-
-    if not (run / STAGES).is_file():
-        return None
-    stages = read_json(run / STAGES).get("stages")
-    found = None
-    for name, entry in stages.items() if isinstance(stages, Mapping) else ():
-        stage = KINDS.get(str(entry.get("kind"))) if isinstance(entry, Mapping) else None
-        if stage and "model" in stage.leaves and "outputs" in entry:
-            found = run / name / stage.leaves["model"]
-    return found

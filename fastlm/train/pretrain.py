@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fastlm.config import ModelConfig
     from fastlm.data.shards import BatchSampler, TokenDataset
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.model.config import ModelConfig
+    from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.loop import TrainResult
 
     Batch = tuple[Tensor, Tensor]
@@ -173,7 +173,7 @@ class Pretrain(TrainOptions, Stage):
     model: dict[str, Any] | None = None
 
     def check(self) -> None:
-        from fastlm.config import ModelConfig
+        from fastlm.model.config import ModelConfig
 
         super().check()
         at_least_one(self, "batch_size", "seq_len")
@@ -195,9 +195,9 @@ class Pretrain(TrainOptions, Stage):
         """Return the model's configuration. Where it comes from a recipe, the context is the
         training length unless it says otherwise.
         """
-        from fastlm.architectures import config_of
-        from fastlm.config import ModelConfig
         from fastlm.files import read_json
+        from fastlm.model.architectures import config_of
+        from fastlm.model.config import ModelConfig
 
         if self.model is None:
             return config_of(read_json(self.config), Path(self.config))
@@ -224,8 +224,8 @@ class Pretrain(TrainOptions, Stage):
         import torch
 
         from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
-        from fastlm.model import CausalLM
-        from fastlm.tokenizer import Tokenizer
+        from fastlm.model.causal_lm import CausalLM
+        from fastlm.tokenizer.tokenizer import Tokenizer
 
         words = job.optional("tokenizer")
         tokenizer = Tokenizer.load(words) if words else None
@@ -266,7 +266,7 @@ class Pretrain(TrainOptions, Stage):
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
         from fastlm.runs.charts import loss_chart
-        from fastlm.runs.report import count_text, seconds_text
+        from fastlm.runs.text import count_text, seconds_text
 
         metrics = read_metrics(job.out / METRICS)
         step = self.batch_size * self.seq_len * self.accumulate

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm.checkpoint import load_tensors, save_tensors
+from fastlm.checkpoint.folder import load_tensors, save_tensors
 from fastlm.errors import InputError
 from fastlm.files import make_folder, reason
 from fastlm.typed import build

@@ -12,7 +12,7 @@ with Liger: `fastlm.patch` takes it too, and `fastlm.unpatch` undoes either.
 from torch import nn
 
 from fastlm.errors import InputError
-from fastlm.patching import patch, patched_ops, unpatch
+from fastlm.hf.patching import patch, patched_ops, unpatch
 
 
 def _apply_liger_kernel_to_instance(

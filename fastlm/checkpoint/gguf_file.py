@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.files import open_regular, reason
-from fastlm.quant.weight import QuantizedWeight
+from fastlm.ops.quantized_weight import QuantizedWeight
 
 MAX_DIMS = 4  # ggml's own limit
 MAX_NAME = 255  # ggml's is 63 for tensors; the longest key in use is under 60

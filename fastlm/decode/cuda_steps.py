@@ -17,20 +17,23 @@ import contextlib
 import functools
 import threading
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastlm import backend, decoding
+from fastlm import backend
 from fastlm.backend import serves_by
-from fastlm.layers import Call, Fused, KVCache
-from fastlm.model import CausalLM
+from fastlm.decode import cpu_steps
+from fastlm.model.layers import Call, Fused, KVCache
 from fastlm.ops import paged_append, paged_attention, rope
 from fastlm.quant.modules import QuantizedEmbedding
 
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
 
-def why_not(model: CausalLM) -> str | None:
+
+def why_not(model: "CausalLM") -> str | None:
     """Why this model's steps are not recorded, or None: they are."""
     if model.device.type != "cuda":
         return "graphs are a GPU's"
@@ -48,7 +51,7 @@ def why_not(model: CausalLM) -> str | None:
     quantized = isinstance(embedding, QuantizedEmbedding)
     if (embedding.dtype if quantized else embedding.weight.dtype) != model.dtype:
         return "its activations have not the dtype of its norms, which is the cache's"
-    return decoding.unusual(model)
+    return cpu_steps.unusual(model)
 
 
 _recording = threading.Lock()  # torch admits one recording at a time in a process
@@ -69,7 +72,7 @@ class Steps:
     first step on; `starts`: columns of padding before each row, or None.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache, starts: Tensor | None):
+    def __init__(self, model: "CausalLM", cache: KVCache, starts: Tensor | None):
         self.model, self.cache, self.starts = model, cache, starts
         self.tokens: Tensor | None = None
         self.recorded: Any = None

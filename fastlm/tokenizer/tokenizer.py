@@ -22,12 +22,12 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from fastlm import chat_template, gguf_vocab
 from fastlm.data.packages import model_path
 from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, read_text, save_atomic
-from fastlm.gguf_vocab import library
 from fastlm.progress import Track, silent
+from fastlm.tokenizer import chat_template, gguf_vocab
+from fastlm.tokenizer.gguf_vocab import library
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # tokens at which published chat and base models end what they say
@@ -159,7 +159,7 @@ class Tokenizer:
         """From a folder with tokenizer.json, that file itself, a .gguf file or model:smollm2."""
         path = model_path(path)
         if path.suffix == ".gguf":
-            from fastlm.gguf_file import GGUFFile
+            from fastlm.checkpoint.gguf_file import GGUFFile
 
             return cls(*gguf_vocab.build(GGUFFile(path)))
         file = path / "tokenizer.json" if path.is_dir() else path

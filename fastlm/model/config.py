@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeGuard
 
 from fastlm.errors import InputError
-from fastlm.rotary import check_rope
+from fastlm.model.rotary import check_rope
 
 FAMILY: Any = object()  # default of a field: what transformers assumes for this model_type
 ACTIVATIONS = {  # hidden_act -> fastlm.ops.glu's act

@@ -101,8 +101,6 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) in `dtype`; products and sums in float32 (float64 for float64)."""
-        import fastlm.ops  # noqa: F401  (registers the operator; it imports this module)
-
         return torch.ops.fastlm.dequantize(
             self.qdata,
             self.scales,

@@ -1,5 +1,5 @@
-"""`CausalLM`: `fastlm.layers` with a head, a loss that never holds logits, weights in and out, and
-generation.
+"""`CausalLM`: `fastlm.model.layers` with a head, a loss that never holds logits, weights in and
+out, and generation.
 
 Parameter names are Hugging Face's, so that checkpoints load by name and what is saved loads in
 transformers.
@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.architectures import expected_shapes
 from fastlm.backend import is_eager
-from fastlm.checkpoint import load_state, save_hf
-from fastlm.config import ModelConfig
+from fastlm.checkpoint.folder import load_state, save_hf
 from fastlm.errors import InputError
-from fastlm.layers import Call, Decoder, KVCache, RMSNorm
+from fastlm.model.architectures import expected_shapes
+from fastlm.model.config import ModelConfig
+from fastlm.model.layers import Call, Decoder, KVCache, RMSNorm
 from fastlm.ops import linear_cross_entropy, quantized_linear
+from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import put_quantized, quantization_config
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear, check_act_bits
-from fastlm.quant.weight import QuantizedWeight
 
 IGNORE = -100  # label of a token without loss
 
@@ -122,8 +122,8 @@ class CausalLM(nn.Module):
         not (see `fastlm.ops.quantized_linear`); by default what the folder's quantization_config
         says, and 8 for .gguf files, as llama.cpp does (SmolLM2's perplexity: +0.2 %).
 
-        Raises InputError: see `fastlm.checkpoint.load_state`; a config or a tensor that the model
-        does not have.
+        Raises InputError: see `fastlm.checkpoint.folder.load_state`; a config or a tensor that the
+        model does not have.
         """
         if act_bits is not None:
             check_act_bits(act_bits)
@@ -368,12 +368,12 @@ class CausalLM(nn.Module):
         on_token: Callable[[int, int], Any] | None = None,
     ) -> Any:
         """Continue each row by up to `max_new_tokens` tokens, or to the model's end token; see
-        `fastlm.generation.generate`.
+        `fastlm.decode.generation.generate`.
 
         (B, S) integers, or B lists of ids -> (B, S + new) int64, or B lists.
         """
-        from fastlm.generation import generate
-        from fastlm.sampling import Sampling
+        from fastlm.decode.generation import generate
+        from fastlm.decode.sampling import Sampling
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         return generate(

@@ -14,7 +14,7 @@ import typer
 from fastlm.errors import InputError
 
 if TYPE_CHECKING:
-    from fastlm.chat import Conversation
+    from fastlm.serve.chat import Conversation
 
 HINT = "/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends"
 HELP = """\

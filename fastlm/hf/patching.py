@@ -8,8 +8,7 @@ neither read nor moved. Rejected: a list of classes of transformers (a new one a
 changes between releases); replacing functions in transformers' modules (every model of the process
 would change).
 
-What patched modules run is in `fastlm.patched`. (This module is not called ``patch``: the import
-system would put it in the place of the function ``fastlm.patch``.)
+What patched modules run is in `fastlm.hf.forwards`.
 """
 
 import copy
@@ -28,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
+from fastlm.hf.forwards import ROTATE, become, logit_scale, variant_of
 from fastlm.ops import rope
-from fastlm.patched import ROTATE, become, logit_scale, variant_of
 
 OPS = ("rms_norm", "rope", "glu", "attention", "linear", "linear_cross_entropy")
 Plan = dict[nn.Module, tuple[str, dict[str, Any]]]  # what a module becomes: op, options
@@ -410,9 +409,9 @@ def _implementation(module: nn.Module) -> str | None:
     passed = {n for c in forward.__code__.co_consts if isinstance(c, tuple) for n in c}
     if getattr(config, "sliding_window", None) and "sliding_window" not in passed:
         return None  # the window is in a mask that fastlm does not make
-    import fastlm.attention_interface  # registers
+    import fastlm.hf.attention_interface  # registers
 
-    if passed & set(fastlm.attention_interface.UNSERVED):
+    if passed & set(fastlm.hf.attention_interface.UNSERVED):
         return None
     steps = list(dis.get_instructions(forward))
     for before, step in itertools.pairwise(steps):

@@ -27,7 +27,7 @@ class TrainTokenizer(Stage):
     train_bytes: Annotated[int, "Bytes of text that are counted at most"] = 1 << 26
 
     def check(self) -> None:
-        from fastlm.tokenizer import SPECIAL_TOKENS, check_vocab_size
+        from fastlm.tokenizer.tokenizer import SPECIAL_TOKENS, check_vocab_size
 
         check_vocab_size(self.vocab_size, SPECIAL_TOKENS)
         at_least_one(self, "train_bytes")
@@ -39,7 +39,7 @@ class TrainTokenizer(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         from functools import partial
 
-        from fastlm.tokenizer import Tokenizer
+        from fastlm.tokenizer.tokenizer import Tokenizer
 
         def texts() -> Iterator[str]:
             left = self.train_bytes

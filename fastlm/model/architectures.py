@@ -7,8 +7,8 @@ its headers, before any weight is read.
 from collections.abc import Mapping
 from typing import Any
 
-from fastlm.config import ModelConfig
 from fastlm.errors import InputError
+from fastlm.model.config import ModelConfig
 
 
 def config_of(config: Mapping[str, Any], where: Any) -> ModelConfig:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlm.checkpoint import load_tokenizer
+from fastlm.checkpoint.folder import load_tokenizer
+from fastlm.decode.generation import Generated, generate_texts
+from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
-from fastlm.generation import Generated, generate_texts
-from fastlm.model import CausalLM
-from fastlm.sampling import Sampling
+from fastlm.model.causal_lm import CausalLM
 
 if TYPE_CHECKING:
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
 
 def load_model(path: str | Path, act_bits: int | None = None) -> tuple[CausalLM, "Tokenizer"]:
@@ -104,7 +104,7 @@ class Writer:
         """Continues each of ``prompts`` until a stop token or string, all in one batch; ``piece``
         gets (row, text) as it comes, ``self.speed`` the times.
 
-        ``sampling`` as `fastlm.sampling.Sampling`.
+        ``sampling`` as `fastlm.decode.sampling.Sampling`.
         """
         for ids in prompts:
             if len(ids) >= self.context_limit:

@@ -12,16 +12,18 @@ calls, which keeps the parallel regions.
 
 import os
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlm import backend
-from fastlm.layers import KVCache
-from fastlm.model import CausalLM
+from fastlm.model.layers import KVCache
+from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.modules import QuantizedLinear
-from fastlm.quant.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
 
 _TILE = 16  # rows of a weight whose scales lie together, as the kernel reads them
 MAX_ROWS = 64  # beyond, the modules' matrix products are as fast
@@ -29,7 +31,7 @@ MAX_ROWS = 64  # beyond, the modules' matrix products are as fast
 _plans: "weakref.WeakKeyDictionary[CausalLM, Plan]" = weakref.WeakKeyDictionary()
 
 
-def why_not(model: CausalLM) -> str | None:
+def why_not(model: "CausalLM") -> str | None:
     """Why this model's steps go through its modules, or None: they do not."""
     if model.device.type != "cpu" or torch.compiler.is_compiling():
         return "the kernel runs on the CPU, outside torch.compile"
@@ -43,7 +45,7 @@ def why_not(model: CausalLM) -> str | None:
     return unusual(model)
 
 
-def unusual(model: CausalLM) -> str | None:
+def unusual(model: "CausalLM") -> str | None:
     """What about this model only a call of its modules one by one would respect, or None."""
     if model.training and model.config.attention_dropout:
         return "the model is training with dropout"
@@ -67,7 +69,7 @@ class Plan:
     """A model as the kernel sees it. Weights are read where they lie; `tensors` keeps alive what
     the kernel points to, and what `state` knows by its address."""
 
-    def __init__(self, model: CausalLM):
+    def __init__(self, model: "CausalLM"):
         self.tensors = [t.detach() for t in _tensors(model)]
         self.copies: list[tuple[Tensor, Tensor, float]] = []  # copy == source.float() + offset
         self.state = _state(model)
@@ -137,7 +139,7 @@ class Plan:
         self.copies.append((copy, source, offset))
         return copy
 
-    def follows(self, model: CausalLM) -> bool:
+    def follows(self, model: "CausalLM") -> bool:
         """Whether the model is still what the plan was made from. Norms and biases are compared:
         whoever writes to ``p.data`` (averaged weights, say) leaves no trace."""
         return self.state == _state(model) and all(
@@ -185,7 +187,7 @@ class Plan:
         return linear
 
 
-def packs(model: CausalLM) -> bool:
+def packs(model: "CausalLM") -> bool:
     """Whether quantized weights are copied into the order in which the kernel multiplies, which
     makes a step of one row a quarter faster: where the copy takes a sixteenth of the memory at
     most, so that it is never what keeps a model from fitting."""
@@ -212,11 +214,11 @@ def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     return padded.view(blocks, _TILE, groups, count).permute(0, 2, 3, 1).contiguous()
 
 
-def _tensors(model: CausalLM) -> list[Tensor]:
+def _tensors(model: "CausalLM") -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _state(model: CausalLM) -> tuple:
+def _state(model: "CausalLM") -> tuple:
     """What a plan was made from: the config, how activations are rounded, where each tensor lies
     and how often it was written to."""
     written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
@@ -224,7 +226,7 @@ def _state(model: CausalLM) -> tuple:
     return dict(vars(model.config)), act_bits, written
 
 
-def plan_of(model: CausalLM) -> Plan | None:
+def plan_of(model: "CausalLM") -> Plan | None:
     """The model's plan, made once and again when the model has changed (codes and scales of
     quantized weights written through ``.data`` are not noticed); None where `why_not` has a
     reason."""
@@ -240,7 +242,7 @@ def plan_of(model: CausalLM) -> Plan | None:
 class Steps:
     """The decode steps of one generation. `starts`: columns of padding before each row, or None."""
 
-    def __init__(self, model: CausalLM, plan: Plan, cache: KVCache, starts: Tensor | None):
+    def __init__(self, model: "CausalLM", plan: Plan, cache: KVCache, starts: Tensor | None):
         self.plan, self.cache = plan, cache
         self.starts = None if starts is None else starts.long().contiguous()
         self.vocab = model.config.vocab_size

@@ -19,17 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastlm.architectures import check_tensors, config_of
+from fastlm.checkpoint.gguf_file import GGUFFile
+from fastlm.checkpoint.gguf_models import load_gguf
+from fastlm.checkpoint.run_folder import last_model
 from fastlm.data.packages import model_path
 from fastlm.errors import InputError
 from fastlm.files import make_folder, open_regular, read_json, reason, save_atomic
-from fastlm.gguf_file import GGUFFile
-from fastlm.gguf_models import load_gguf
+from fastlm.model.architectures import check_tensors, config_of
+from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import describe
-from fastlm.quant.weight import QuantizedWeight
 
 if TYPE_CHECKING:
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -186,7 +187,7 @@ def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[s
 def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
     """The tokenizer that lies with a model (or in its run folder), refused when it has ids that the
     model's embedding lacks."""
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
     path = model_path(path)
     model = locate_model(path)
@@ -215,20 +216,13 @@ def locate_model(path: Path) -> Path:
     for folder in (path, path / "model"):  # "model": what a training leaves
         if (folder / CONFIG).is_file():
             return folder
-    if (trained := _last_model(path)) is not None:
+    if (trained := last_model(path)) is not None:
         return trained
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if len(files) == 1:
         return files[0]
     came = "no such path" if not path.exists() else f"neither there ({len(files)} .gguf files)"
     raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, got {came}")
-
-
-def _last_model(path: Path) -> Path | None:
-    """The model of a run folder."""
-    from fastlm.runs.run import last_model  # a run folder needs all stages, a model folder none
-
-    return last_model(path)
 
 
 def _open(file: Path) -> Any:

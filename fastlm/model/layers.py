@@ -1,5 +1,5 @@
 """The decoder's layers on `fastlm.ops`, and the cache they fill: one class each for every family in
-`fastlm.config.FAMILIES`, whose module names are Hugging Face's.
+`fastlm.model.config.FAMILIES`, whose module names are Hugging Face's.
 
 Rejected: a class per architecture (nine near copies), and own names with a table of renames.
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.backend import autocast, autocast_somewhere, is_eager, multiplies_bf16, serves_by
-from fastlm.config import ModelConfig
 from fastlm.memory import made_again
+from fastlm.model.config import ModelConfig
+from fastlm.model.rotary import RotaryTables
 from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
 from fastlm.ops.linear import Linear
+from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.modules import QuantizedLinear
-from fastlm.quant.weight import QuantizedWeight
-from fastlm.rotary import RotaryTables
 from fastlm.transforms import is_traced
 
 # module names of the norms (before attention, after it, before the MLP, after it)
@@ -77,7 +77,7 @@ class KVCache:
 
 
 class Step(Protocol):
-    """One token of each row, at places that only the device knows (`fastlm.graph_decoding`)."""
+    """One token of each row, at places that only the device knows (`fastlm.decode.cuda_steps`)."""
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """q (B, 1, H, D) and k (B, 1, Hkv, D) are turned here; k and v go into the layer's cache,
@@ -99,8 +99,8 @@ class Call:
     step: Step | None = None  # instead of a cache
 
     def rounds(self, x: Tensor) -> bool:
-        """Whether keys and values of x go into a cache of 16 bits (`fastlm.decoding`: the model
-        rounds its activations to 8), and attention of 16 bits is faster here."""
+        """Whether keys and values of x go into a cache of 16 bits (`fastlm.decode.cpu_steps`: the
+        model rounds its activations to 8), and attention of 16 bits is faster here."""
         narrow = (torch.float16, torch.bfloat16)
         return (
             self.cache is not None

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastlm import decoding, graph_decoding
+from fastlm.decode import cpu_steps, cuda_steps
+from fastlm.decode.sampling import Sampling, make_generators, penalise
 from fastlm.errors import InputError
-from fastlm.layers import KVCache
-from fastlm.model import CausalLM
-from fastlm.sampling import Sampling, make_generators, penalise
+from fastlm.model.layers import KVCache
 
 if TYPE_CHECKING:
-    from fastlm.tokenizer import Tokenizer
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
 _DEFAULT = Sampling()
 
@@ -28,7 +28,7 @@ class _Decoding:
     """The state of one generation: left-padded tokens (B, T), their mask, the cache."""
 
     def __init__(
-        self, model: CausalLM, ids: Tensor, mask: Tensor | None, steps: int, sampling: Sampling
+        self, model: "CausalLM", ids: Tensor, mask: Tensor | None, steps: int, sampling: Sampling
     ):
         self.model, self.sampling, self.mask = model, sampling, mask
         limit = model.context_limit
@@ -43,7 +43,7 @@ class _Decoding:
         self.ids[:, :width] = ids
         self.length = width
         model.model.fuse()
-        plan = decoding.plan_of(model) if rows <= decoding.MAX_ROWS else None
+        plan = cpu_steps.plan_of(model) if rows <= cpu_steps.MAX_ROWS else None
         self.cache = KVCache(
             model.config,
             rows,
@@ -52,11 +52,11 @@ class _Decoding:
             device=model.device,
         )
         starts = None if mask is None else mask.shape[1] - mask.sum(1)
-        self.steps_of: decoding.Steps | graph_decoding.Steps | None = None
+        self.steps_of: cpu_steps.Steps | cuda_steps.Steps | None = None
         if plan is not None:
-            self.steps_of = decoding.Steps(model, plan, self.cache, starts)
-        elif graph_decoding.why_not(model) is None:
-            self.steps_of = graph_decoding.Steps(model, self.cache, starts)
+            self.steps_of = cpu_steps.Steps(model, plan, self.cache, starts)
+        elif cuda_steps.why_not(model) is None:
+            self.steps_of = cuda_steps.Steps(model, self.cache, starts)
         self.regime = None
         self.seen = None
         if sampling.repetition_penalty != 1.0:
@@ -92,7 +92,7 @@ class _Decoding:
 
 
 def generate(
-    model: CausalLM,
+    model: "CausalLM",
     input_ids: Tensor | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -160,13 +160,13 @@ def generate(
 
 
 def _end_ids(
-    model: CausalLM, stop_ids: Sequence[int] | frozenset[int], ignore_eos: bool
+    model: "CausalLM", stop_ids: Sequence[int] | frozenset[int], ignore_eos: bool
 ) -> frozenset[int]:
     return frozenset(stop_ids) | (frozenset() if ignore_eos else model.config.stop_ids)
 
 
 def _batch(
-    model: CausalLM, input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None
+    model: "CausalLM", input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, list[int] | None]:
     """Left-padded ids (B, S), their mask (None where nothing is padded), and the lengths of
     a list's rows.
@@ -217,7 +217,7 @@ def _batch(
 
 
 def generate_text(
-    model: CausalLM,
+    model: "CausalLM",
     tokenizer: "Tokenizer",
     prompt: str | Sequence[int],
     *,
@@ -249,7 +249,7 @@ def _check_steps(count: Any) -> None:
 
 
 def _pieces(
-    model: CausalLM,
+    model: "CausalLM",
     text: "_Text",
     ids: Tensor,
     mask: Tensor | None,
@@ -286,7 +286,7 @@ class Generated:
 
 
 def generate_texts(
-    model: CausalLM,
+    model: "CausalLM",
     tokenizer: "Tokenizer",
     prompts: Sequence[str | Sequence[int]],
     *,

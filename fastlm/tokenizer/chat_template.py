@@ -1,5 +1,5 @@
 """Chat templates: Jinja text that came with a checkpoint, rendered as transformers renders it, in a
-process with limits (`fastlm.template_worker`).
+process with limits (`fastlm.tokenizer.template_worker`).
 
 The functions a template may call beyond Jinja's own are those that published templates rely on:
 ``raise_exception``, ``tojson`` without HTML escapes, ``strftime_now``, and the ``{% generation %}``

@@ -1,5 +1,5 @@
-"""The process in which chat templates are rendered: `fastlm.chat_template` starts it and asks it
-over a pipe, one JSON object a line.
+"""The process in which chat templates are rendered: `fastlm.tokenizer.chat_template` starts it and
+asks it over a pipe, one JSON object a line.
 
 A template is code from a stranger. It runs in jinja2's immutable sandbox, which keeps it from the
 machine, and in a process of its own with limits on memory and processor time, which keeps it from

@@ -17,7 +17,7 @@ from fastlm.errors import InputError
 from fastlm.files import reason
 
 if TYPE_CHECKING:
-    from fastlm.gguf_file import GGUFFile
+    from fastlm.checkpoint.gguf_file import GGUFFile
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _GPT4 = (

@@ -7,7 +7,7 @@ and taking the patch away is giving the class back. Rejected: a ``forward`` in t
 ``__dict__`` (a deep copy or a pickle would call the old module's), and other modules in place of
 the old ones (hooks and references are lost).
 
-`fastlm.patching` decides which module becomes what.
+`fastlm.hf.patching` decides which module becomes what.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple:
 
 def _again(base: type, op: str, options: tuple) -> nn.Module:
     if op == "attention":
-        import fastlm.attention_interface  # noqa: F401  registers what the config names
+        import fastlm.hf.attention_interface  # noqa: F401  registers what the config names
     return object.__new__(variant(base, op, options))
 
 

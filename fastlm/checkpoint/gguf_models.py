@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm import architectures
-from fastlm.config import FAMILIES, MAX_LAYERS
+from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.errors import InputError
-from fastlm.gguf_file import GGUFFile
-from fastlm.quant.weight import QuantizedWeight
+from fastlm.model import architectures
+from fastlm.model.config import FAMILIES, MAX_LAYERS
+from fastlm.ops.quantized_weight import QuantizedWeight
 
 # general.architecture -> model_type
 ARCHITECTURES = {

@@ -1,0 +1,1 @@
+"""Models on disk: Hugging Face folders, GGUF files."""

@@ -1,0 +1,23 @@
+"""The models in the folder of a run (`fastlm.runs.run` writes it)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastlm.files import read_json
+
+STAGES = "stages.json"  # stage -> what it made, by type; in the order in which stages ran
+
+
+def last_model(run: Path) -> Path | None:
+    """Return the last finished model of a run that can be trained further; None where there is
+    none, or where ``run`` is no folder of a run.
+    """
+    if not (run / STAGES).is_file():
+        return None
+    stages, found = read_json(run / STAGES).get("stages"), None
+    for name, entry in stages.items() if isinstance(stages, Mapping) else ():
+        if isinstance(entry, Mapping) and "outputs" in entry:
+            leaves = entry.get("leaves")
+            if isinstance(leaves, Mapping) and isinstance(model := leaves.get("model"), str):
+                found = run / str(name) / model
+    return found

@@ -1,0 +1,1 @@
+"""Token by token: sampling, generation, the CPU step, the CUDA graph step."""
