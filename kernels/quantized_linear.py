@@ -1,7 +1,8 @@
 """y = x W^T + bias of an int8 or int4 W, dx = dy W, and W itself; W is read where it lies.
 
 `fastlm.ops.quantized_weight` has the layout: rows of W are rows of bytes, columns 2i and 2i + 1 of
-int4 in one byte; w = scales[n, k // group_size] q (+ zeros[n, k // group_size]). Forms, by the rows of x:
+int4 in one byte; w = scales[n, k // group_size] q (+ zeros[n, k // group_size]). Forms, by the rows
+of x:
 
     1 to 4      _vector: no matrix instruction; a thread multiplies 16 bytes of a row of W at once
     up to 512   _matrix: W is the left operand, dequantized in registers, y^T = W x^T

@@ -256,7 +256,7 @@ def _misplaced(
 def _refuse_old(table: Mapping[str, Any]) -> None:
     old = [key for key in OLD_TABLES if isinstance(table.get(key), Mapping)]
     if old and "stage" not in table:
-        where = 'pretrain.model' if old[0] == "model" else old[0]
+        where = "pretrain.model" if old[0] == "model" else old[0]
         raise InputError(
             f"[{old[0]}]: a recipe is a list of stages now: write [[stage]] and below it"
             f' kind = "{where.partition(".")[0]}"'

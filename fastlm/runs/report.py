@@ -33,9 +33,7 @@ class Done:
     seconds: float
 
 
-def write_report(
-    out: Path, recipe: Recipe, done: Sequence[Done], command: str
-) -> dict[str, Any]:
+def write_report(out: Path, recipe: Recipe, done: Sequence[Done], command: str) -> dict[str, Any]:
     """Write report.html and summary.json into ``out``; -> the content of summary.json."""
     summary = {
         "recipe": recipe.name,

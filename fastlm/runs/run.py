@@ -80,9 +80,7 @@ class _Run:
             key: tuple(self.input(step, key, name) for name in names)
             for key, names in step.inputs.items()
         }
-        return Job(
-            step.name, self.out / step.name, inputs, self.cache, self.track, self.tell, True
-        )
+        return Job(step.name, self.out / step.name, inputs, self.cache, self.track, self.tell, True)
 
     def input(self, step: Step, key: str, name: str) -> Input:
         if is_outside(name):
@@ -235,7 +233,9 @@ def _archive(run: _Run, plan: Sequence[Planned]) -> None:
     held = [
         step.name
         for step in run.recipe.steps
-        if step.name in stale and step.stage.scratch and _holds_something(run.out / step.name)
+        if step.name in stale
+        and step.stage.scratch
+        and _holds_something(run.out / step.name)
         and any(
             _holds_something(run.out / step.name / part)
             for part in (*step.stage.leaves.values(), *step.stage.scratch)
@@ -301,8 +301,10 @@ def _report(run: _Run, plan: Sequence[Planned], command: str) -> dict[str, Any]:
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     old = run.record.get("report")
     names = (REPORT, SUMMARY)
-    if old is not None and old.fingerprint == fingerprint and all(
-        (run.out / name).is_file() for name in names
+    if (
+        old is not None
+        and old.fingerprint == fingerprint
+        and all((run.out / name).is_file() for name in names)
     ):
         run.tell({"stage": "report", "state": "skipped"})
         return read_json(run.out / SUMMARY)
@@ -316,7 +318,9 @@ def _report(run: _Run, plan: Sequence[Planned], command: str) -> dict[str, Any]:
     run.record["report"] = Entry("report", fingerprint)
     _save_record(run.out, run.record)
     seconds = time.perf_counter() - began
-    run.tell({"stage": "report", "state": "done", "seconds": seconds, "told": str(run.out / REPORT)})
+    run.tell(
+        {"stage": "report", "state": "done", "seconds": seconds, "told": str(run.out / REPORT)}
+    )
     return summary
 
 

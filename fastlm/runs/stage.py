@@ -220,7 +220,9 @@ class Stage:
             value = inputs.get(key)
             values = () if value is None else (value,) if isinstance(value, str | Path) else value
             if not values and not takes.optional:
-                raise InputError(f"{key}: wanted {takes.help[:1].lower()}{takes.help[1:]}, got none")
+                raise InputError(
+                    f"{key}: wanted {takes.help[:1].lower()}{takes.help[1:]}, got none"
+                )
             if len(values) > 1 and not takes.several:
                 raise InputError(f"{key}: wanted one, got {len(values)}")
             given[key] = tuple(Input(str(v), str(v)) for v in values)

@@ -1,0 +1,176 @@
+"""Charts of report.html, as SVG: matplotlib's, so that they stay sharp and their numbers can be
+searched. A page of JavaScript charts was the alternative; it would have to carry its library or
+fetch it.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+INK, SOFT, LINE = "#1c2733", "#5d6b7a", "#dfe4ea"
+BLUE, PALE, ORANGE, GREEN = "#2f6fde", "#b9cdf3", "#d9822b", "#2e8b6a"
+CURVES = (ORANGE, GREEN, BLUE, "#8a4fbf", "#b3452f")  # one model each, then again from the first
+# Inches of a chart: as wide as a phone shows it, so that its text keeps its size there; on a screen
+# it takes half of the page
+SIZE = (4.9, 3.2)
+FONT = 9.5  # points
+LABEL_HEIGHT = 13.0  # points: a line of FONT and air
+SMOOTHING = 0.05  # of the run: the width of the running mean over the noisy training loss
+
+
+def loss_chart(metrics: list[dict[str, Any]]) -> str:
+    """Training loss (each step pale, running mean strong) and held-out loss, in nats per
+    token, over tokens seen.
+    """
+    steps = [m for m in metrics if "loss" in m]
+    tokens = {m["step"]: m["tokens"] / 1e6 for m in steps} | {0: 0.0}
+    figure, axes = _axes("million tokens seen", "loss, nats per token")
+    x, y = [tokens[m["step"]] for m in steps], [m["loss"] for m in steps]
+    axes.plot(x, y, color=PALE, linewidth=0.8, label="training, each step")
+    axes.plot(x, _running_mean(y), color=BLUE, linewidth=2, label="running mean")
+    held = [(tokens[m["step"]], m["val_loss"]) for m in metrics if "val_loss" in m]
+    if held:
+        axes.plot(
+            *zip(*held), color=ORANGE, linewidth=1.5, marker="o", markersize=3.5, label="held-out"
+        )
+    rates = axes.twinx()
+    rates.plot(x, [m["lr"] for m in steps], color=LINE, linewidth=1.5, zorder=0)
+    rates.set_ylim(bottom=0)
+    rates.tick_params(colors=SOFT, labelsize=FONT, length=0)
+    rates.ticklabel_format(axis="y", style="plain")
+    rates.set_ylabel("learning rate (grey)", color=SOFT, fontsize=FONT)
+    rates.spines[:].set_visible(False)
+    axes.set_zorder(rates.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.legend(
+        frameon=False, fontsize=FONT, labelcolor=INK, loc="lower left", bbox_to_anchor=(-0.02, 1),
+        ncols=3, columnspacing=1.2, handlelength=1.4, borderpad=0,
+    )  # fmt: skip
+    return _svg(figure)
+
+
+def bits_chart(
+    curves: Mapping[str, list[dict[str, Any]]],
+    models: Mapping[str, float],
+    packed: Mapping[str, float],
+) -> str:
+    """Draw held-out bits per byte while training, one curve a model, and the compressors' lines.
+
+    Args:
+        curves: model -> the lines of its metrics.jsonl.
+        models: model -> its bits per byte at the end.
+        packed: compressor -> its bits per byte of the same text.
+    """
+    return _svg(_bits_figure(curves, models, packed))
+
+
+def _bits_figure(
+    curves: Mapping[str, list[dict[str, Any]]],
+    models: Mapping[str, float],
+    packed: Mapping[str, float],
+) -> Any:
+    figure, axes = _axes("million tokens seen", "held-out bits per byte")
+    labels, firsts = [], []
+    for (name, metrics), color in zip(curves.items(), _cycle(CURVES)):
+        # tokens, not minutes: the same curve on every machine, and a pause is no plateau
+        tokens = {m["step"]: m["tokens"] / 1e6 for m in metrics if "loss" in m} | {0: 0.0}
+        held = [(tokens[m["step"]], m["bits_per_byte"]) for m in metrics if "bits_per_byte" in m]
+        if held:
+            axes.plot(*zip(*held), color=color, linewidth=2, marker="o", markersize=3.5)
+            axes.plot([held[-1][0]], [models[name]], "o", color=BLUE, markersize=5)
+            firsts.append(held[0][1])
+        labels.append((name, models[name], BLUE if len(curves) == 1 else color))
+    for name, value in packed.items():
+        axes.axhline(value, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+        labels.append((name, value, SOFT))
+    values = [value for _, value, _ in labels]
+    top = max(values)
+    # an untrained model starts near 3 bits per byte or higher: the axis shows where it
+    # crosses the lines, and the start as long as that is not far above them
+    first = min(max(firsts), 2 * top) if firsts else top
+    axes.set_ylim(min(values) - 0.15 * top, max(1.6 * top, 1.04 * first))
+    _label_values(axes, labels)
+    return figure
+
+
+def _cycle(colors: Sequence[str]) -> Any:
+    from itertools import cycle
+
+    return cycle(colors)
+
+
+def _label_values(axes: Any, labels: list[tuple[str, float, str]]) -> None:
+    """Writes (name, value, color) right of the axes, where no curve is, each at its value's height
+    or, where two would touch, as near to it as their order allows, with a line to it.
+    """
+    axes.figure.draw_without_rendering()  # the layout decides how high the axes are
+    to_points = 72 / axes.figure.dpi
+    labels = sorted(labels, key=lambda label: label[1])
+    wanted = [axes.transData.transform((0, value))[1] * to_points for _, value, _ in labels]
+    for (name, value, color), y, at in zip(labels, _apart(wanted, LABEL_HEIGHT), wanted):
+        axes.annotate(
+            f"{name} {value:.3f}", (1, value), (9, y - at), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="left", va="center", color=color, fontsize=FONT,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkA": 1,
+                        "shrinkB": 0, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def _apart(wanted: list[float], gap: float) -> list[float]:
+    """The ascending ``wanted``, moved so that neighbours are at least ``gap`` apart: a group that
+    would overlap is spread around its middle.
+    """
+    groups: list[list[float]] = []
+    for y in wanted:
+        groups.append([y])
+        while len(groups) > 1 and _span(groups[-2], gap)[1] + gap > _span(groups[-1], gap)[0]:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_span(group, gap)[0] + i * gap for group in groups for i in range(len(group))]
+
+
+def _span(group: list[float], gap: float) -> tuple[float, float]:
+    """Lowest and highest place of a group that stands around its middle."""
+    middle, half = sum(group) / len(group), gap * (len(group) - 1) / 2
+    return middle - half, middle + half
+
+
+def _axes(x_label: str, y_label: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(LINE)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=SOFT, labelsize=FONT, length=0)
+    axes.set_xlabel(x_label, color=SOFT, fontsize=FONT)
+    axes.set_ylabel(y_label, color=SOFT, fontsize=FONT)
+    axes.margins(x=0.01)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    # Any: rc_context wants its keys as literals
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": "fastlm", "font.family": "sans-serif",
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace("<svg ", '<svg role="img" class="chart" ', 1)
+
+
+def _running_mean(values: list[float]) -> list[float]:
+    width = max(1, int(SMOOTHING * len(values)))
+    result, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value
+        if i >= width:
+            total -= values[i - width]
+        result.append(total / min(i + 1, width))
+    return result

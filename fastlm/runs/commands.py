@@ -1,0 +1,130 @@
+"""Commands made from stages: the fields of a stage's class are the flags."""
+
+import inspect
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+from rich.console import Console
+
+from fastlm.errors import InputError
+from fastlm.progress import bars
+from fastlm.runs.events import EventLines
+from fastlm.runs.stage import Option, Stage, options_of
+from fastlm.threads import Threads
+from fastlm.typed import convert
+
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Where packages are kept. Default: $FASTLM_CACHE or ~/.cache/fastlm."),
+]
+
+
+def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> Callable[..., None]:
+    """Return a function that typer makes a command of: it runs one stage.
+
+    ``before`` is called when the options are read, before any work.
+    """
+    options = [option for option in options_of(cls) if get_origin(_plain(option.hint)) is not dict]
+    trains = bool(cls.scratch)
+    optional_out = set(cls.leaves) == {"scores"}
+
+    def run(**given: Any) -> None:
+        out, as_json = given.pop("out"), given.pop("as_json")
+        given.pop("threads")  # set by its own callback
+        cache, every = given.pop("cache"), given.pop("log_every", None)
+        values = {o.name: _value(o, given[o.name]) for o in options}
+        stage = cls(**values)
+        stage.check()
+        before()
+        inputs = {key: given[key] for key in cls.reads if given[key]}
+        with tempfile.TemporaryDirectory() as nowhere:
+            job = stage.job(
+                out or nowhere, cache=cache, track=bars, on_event=EventLines(every), **inputs
+            )
+            result = stage.run(job)
+            shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
+        if isinstance(shown, str):
+            typer.echo(shown)
+        else:
+            Console().print(shown, markup=False, highlight=False)
+
+    parameters = [_input(key, takes) for key, takes in cls.reads.items()]
+    parameters += [_option(option) for option in options]
+    out = typer.Option("--out", "-o", help="Folder for what it makes")
+    parameters.append(
+        _keyword("out", Annotated[Path | None, out], None)
+        if optional_out
+        else _keyword("out", Annotated[Path, out])
+    )
+    if trains:
+        every = typer.Option(min=1, help="Steps between lines on stderr")
+        parameters.append(_keyword("log_every", Annotated[int, every], 10))
+    as_json = typer.Option("--json", help="The result as JSON")
+    parameters.append(_keyword("as_json", Annotated[bool, as_json], False))
+    parameters.append(_keyword("cache", Cache, None))
+    parameters.append(_keyword("threads", Threads, None))
+    run.__doc__ = "\n\n".join(filter(None, (inspect.getdoc(cls), cls.notes)))
+    run.__name__ = cls.command[-1]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _keyword(name: str, hint: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _input(key: str, takes: Any) -> inspect.Parameter:
+    hint: Any = list[str] if takes.several else str
+    if takes.positional:
+        return _keyword(key, Annotated[hint, typer.Argument(help=takes.help)])
+    flags = [f"--{key}", *([f"-{takes.flag}"] if takes.flag else [])]
+    annotated = Annotated[
+        hint | None if takes.optional else hint, typer.Option(*flags, help=takes.help)
+    ]
+    return _keyword(key, annotated, None) if takes.optional else _keyword(key, annotated)
+
+
+def _option(option: Option) -> inspect.Parameter:
+    plain = _plain(option.hint)
+    if option.positional:
+        (item, *_) = get_args(plain) or (plain,)
+        hint = list[item] if get_origin(plain) is tuple else plain
+        return _keyword(option.name, Annotated[hint, typer.Argument(help=option.help)])
+    default, hint = option.default, option.hint
+    if _listed(plain):  # values with commas between
+        default, hint = ",".join(map(str, default)), str
+    return _keyword(option.name, Annotated[hint, typer.Option(help=option.help)], default)
+
+
+def _value(option: Option, given: Any) -> Any:
+    """The value of a flag as the field of the stage."""
+    plain = _plain(option.hint)
+    if _listed(plain) and not option.positional:
+        item = get_args(plain)[0]
+        words = [word.strip() for word in given.split(",") if word.strip()]
+        try:
+            given = [word if item is str else item(word) for word in words]
+        except ValueError:
+            raise InputError(
+                f"{option.name}: wanted numbers with commas between, got {given!r:.80}"
+            ) from None
+    if isinstance(given, list | tuple):
+        return convert(list(given), plain, option.name)
+    return given
+
+
+def _plain(hint: Any) -> Any:
+    """``X`` of ``X | None``."""
+    if get_origin(hint) in (Union, UnionType):
+        (hint,) = (a for a in get_args(hint) if a is not NoneType)
+    return hint
+
+
+def _listed(hint: Any) -> bool:
+    return get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis

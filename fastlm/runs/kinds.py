@@ -1,0 +1,17 @@
+"""The stages there are: kind -> class. A new stage is one line here."""
+
+from fastlm.data.stage import Data, Shards
+from fastlm.evals.stage import Eval
+from fastlm.quant.stage import Quantize
+from fastlm.runs.stage import Stage
+from fastlm.tokenizer.stage import TrainTokenizer
+from fastlm.train.pretrain import Pretrain
+
+KINDS: dict[str, type[Stage]] = {
+    "data": Data,
+    "tokenizer": TrainTokenizer,
+    "shards": Shards,
+    "pretrain": Pretrain,
+    "eval": Eval,
+    "quantize": Quantize,
+}
