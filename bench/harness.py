@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from ceilings import BUSY, Others, ceilings_before, combined, highest
 
-from fastlm import backend
+from fastlm import inventory
 
 # a case of its own shape is a compilation of its own: behind the limit of 8 the peer would be eager
 torch._dynamo.config.recompile_limit = 256
@@ -275,7 +275,7 @@ def gate(op: str) -> None:
 
 def machine() -> dict[str, object]:
     """What a number needs beside it: machine, versions, commit."""
-    info = backend.info()
+    info = inventory.info()
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True

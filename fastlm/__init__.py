@@ -10,11 +10,12 @@ from fastlm.errors import InputError
 
 if TYPE_CHECKING:
     from fastlm import ops
-    from fastlm.backend import info, use_backend
+    from fastlm.backend import use_backend
     from fastlm.decode.generation import generate_text, generate_texts
     from fastlm.decode.sampling import Sampling
     from fastlm.hf.patching import patch, patched_ops, unpatch
     from fastlm.hf.sdpa import register_sdpa
+    from fastlm.inventory import info
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.config import ModelConfig
     from fastlm.optim import AdamW
@@ -52,7 +53,7 @@ _PUBLIC = {
     "Tokenizer": "fastlm.tokenizer.tokenizer",
     "generate_text": "fastlm.decode.generation",
     "generate_texts": "fastlm.decode.generation",
-    "info": "fastlm.backend",
+    "info": "fastlm.inventory",
     "ops": "fastlm.ops",
     "patch": "fastlm.hf.patching",
     "patched_ops": "fastlm.hf.patching",

@@ -151,9 +151,9 @@ def info(
     threads: Threads = None,
 ) -> None:
     """Versions, hardware, extensions, and which implementation of every op runs here."""
-    from fastlm import backend
+    from fastlm import inventory
 
-    have = backend.info()
+    have = inventory.info()
     if as_json:
         typer.echo(json.dumps(have, indent=1))
         return

@@ -474,10 +474,13 @@ def _cpu_adamw(*arguments: Any) -> None:
         raise InputError(str(error)) from None
 
 
-backend.IMPLEMENTATIONS["adamw"] = {
-    "reference": reference.adamw,
-    "cpu": _cpu_adamw,
-    "triton": backend.Kernel("adamw", "adamw"),
-    "cuda": backend.CudaKernel("adamw", "adamw"),
-    "simt": backend.CudaKernel("adamw", "adamw"),
-}
+backend.add_op(
+    "adamw",
+    {
+        "reference": reference.adamw,
+        "cpu": _cpu_adamw,
+        "triton": backend.Kernel("adamw", "adamw"),
+        "cuda": backend.CudaKernel("adamw", "adamw"),
+    },
+    picked_by="params",
+)

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastlm.backend import is_eager
 from fastlm.errors import InputError
+from fastlm.transforms import is_eager
 
 # Scores or logits that exist at a time: 32 MB of each temporary in float64, so that the truth of
 # 2048 x 2048 scores or of 32768 classes fits beside what is tested.

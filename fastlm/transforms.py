@@ -20,6 +20,12 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
+# What an operator called without the dispatcher may be given: FakeTensor, DTensor and other
+# subclasses in any place dispatch.
+PLAIN = frozenset(
+    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype)
+)
+
 # The innermost transform of torch.func, or None.
 innermost: Callable[[], Any] = _functorch.peek_interpreter_stack
 
@@ -157,3 +163,15 @@ def in_batched_backward() -> bool:
     """Whether this is a backward of ``torch.autograd.grad(..., is_grads_batched=True)``, whose
     tensors the dispatcher takes apart."""
     return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+
+
+def is_eager(*tensors: torch.Tensor) -> bool:
+    """Whether these are plain tensors and nothing traces or transforms: values may be asked for."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_tracing()
+        and innermost() is None
+        and forward_ad._current_level < 0
+        and PLAIN.issuperset(map(type, tensors))
+    )

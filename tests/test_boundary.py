@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastlm import InputError, _cpu, backend
+from fastlm import InputError, _cpu, backend, inventory
 
 
 def test_takes_torch_parameters_grad_strided_and_numpy():
@@ -236,7 +236,7 @@ def test_backend_from_the_environment():
 
 
 def test_info_says_what_runs_and_why_not():
-    info = backend.info()
+    info = inventory.info()
     json.dumps(info)
     assert info["cpu_isa"] == _cpu.isa()
     assert info["ops"]["rms_norm"]["picked"] == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -248,19 +248,19 @@ def test_info_says_what_runs_and_why_not():
 def test_info_follows_a_forced_backend(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with backend.use_backend("reference"):
-        row = backend.info()["ops"]["glu"]
+        row = inventory.info()["ops"]["glu"]
     assert row["picked"] == "reference" and row["why_not"]["cpu"] == "reference is forced"
     with backend.use_backend("cuda"):
-        rows = backend.info()["ops"]
+        rows = inventory.info()["ops"]
     assert rows["glu"]["picked"] is None
     assert "attention has no cuda" in rows["attention"]["why_not"]["cuda"]
     if not torch.cuda.is_available():
         with backend.use_backend("triton"):
-            row = backend.info()["ops"]["glu"]
+            row = inventory.info()["ops"]["glu"]
         assert row["picked"] is None and "triton does not run on cpu" in row["why_not"]["triton"]
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         with backend.use_backend("triton"):
-            assert backend.info()["ops"]["glu"]["picked"] == "triton"
+            assert inventory.info()["ops"]["glu"]["picked"] == "triton"
 
 
 def test_wrong_instruction_set_is_one_line_of_the_command():

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.backend import autocast, autocast_somewhere
+from fastlm.operator import autocast, autocast_somewhere
 from fastlm.ops import glu, linear, linear_cross_entropy, rms_norm, rope
 
 

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.backend import is_eager
 from fastlm.checkpoint.folder import load_state, save_hf
 from fastlm.errors import InputError
 from fastlm.model.architectures import expected_shapes
@@ -28,6 +27,7 @@ from fastlm.ops import linear_cross_entropy, quantized_linear
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import put_quantized, quantization_config
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear, check_act_bits
+from fastlm.transforms import is_eager
 
 IGNORE = -100  # label of a token without loss
 

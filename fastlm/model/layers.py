@@ -15,15 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastlm.backend import autocast, autocast_somewhere, is_eager, multiplies_bf16, serves_by
+from fastlm.backend import multiplies_bf16, serves_by
 from fastlm.memory import made_again
 from fastlm.model.config import ModelConfig
 from fastlm.model.rotary import RotaryTables
+from fastlm.operator import autocast, autocast_somewhere
 from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
 from fastlm.ops.linear import Linear
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.modules import QuantizedLinear
-from fastlm.transforms import is_traced
+from fastlm.transforms import is_eager, is_traced
 
 # module names of the norms (before attention, after it, before the MLP, after it)
 _NORMS = {

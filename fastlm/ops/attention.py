@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel, autocast, autocast_somewhere, register
+from fastlm.backend import Kernel
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.operator import autocast, autocast_somewhere, register
 from fastlm.ops.wrong_type import FAILURES, explained
 
 # sinks, alibi_slopes, bias, causal, scale, window, softcap as operators take them: 0 means none.

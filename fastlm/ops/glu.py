@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, autocasts, promoted, register
+from fastlm.backend import CudaKernel, Kernel
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.operator import autocasts, promoted, register
 from fastlm.ops.wrong_type import FAILURES, explained
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import reference
-from fastlm.backend import autocast, autocast_somewhere, cpu_isa, forced, is_eager, register
 from fastlm.backend import cpu_extension as _cpu
+from fastlm.backend import cpu_isa, forced
 from fastlm.errors import InputError
+from fastlm.operator import autocast, autocast_somewhere, register
 from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.transforms import is_eager
 
 # Least rows from which the own bfloat16 products are faster than torch's (docs/log.md): with a
 # gradient, without. Where bfloat16 has a fast dot product, torch's are as fast on operands in the

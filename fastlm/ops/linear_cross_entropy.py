@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel, autocast, autocast_somewhere, is_eager, register, serves_by
+from fastlm.backend import Kernel, serves_by
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.operator import autocast, autocast_somewhere, register
 from fastlm.ops.cross_entropy import (
     all_weights,
     check,
@@ -41,7 +42,7 @@ from fastlm.ops.cross_entropy import (
     wide,
 )
 from fastlm.ops.wrong_type import FAILURES, explained
-from fastlm.transforms import wants_gradient
+from fastlm.transforms import is_eager, wants_gradient
 
 _VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
 _MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, autocasts, register
+from fastlm.backend import CudaKernel
 from fastlm.errors import InputError
+from fastlm.operator import autocasts, register
 from fastlm.ops.attention import as_int32
 from fastlm.ops.paged_attention import cache_scales
 from fastlm.ops.wrong_type import FAILURES, explained

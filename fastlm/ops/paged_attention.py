@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, autocasts, register
+from fastlm.backend import CudaKernel, Kernel
 from fastlm.errors import InputError
 from fastlm.flops import has_values
+from fastlm.operator import autocasts, register
 from fastlm.ops.attention import NUMBERS, as_int32, check_options, cpu_forward, wide_dtype
 from fastlm.ops.wrong_type import FAILURES, explained
 

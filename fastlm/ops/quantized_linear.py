@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, register
+from fastlm.backend import CudaKernel, Kernel
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.operator import register
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.ops.wrong_type import FAILURES, explained
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel, autocasts, is_eager, promoted, register
+from fastlm.backend import CudaKernel, Kernel
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
+from fastlm.operator import autocasts, promoted, register
 from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.transforms import is_eager
 
 
 def rope(

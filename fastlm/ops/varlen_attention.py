@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel, autocast, autocast_somewhere, register
+from fastlm.backend import Kernel
 from fastlm.errors import InputError
 from fastlm.flops import has_values
+from fastlm.operator import autocast, autocast_somewhere, register
 from fastlm.ops.attention import (
     NUMBERS,
     as_int32,

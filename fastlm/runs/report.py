@@ -104,7 +104,7 @@ def stage_rows(seconds: dict[str, float]) -> list[dict[str, Any]]:
 
 def machine() -> dict[str, Any]:
     """Return what ran here: CPU, threads, device, versions, commit, system."""
-    from fastlm.backend import info
+    from fastlm.inventory import info
 
     have = info()
     keys = ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python")

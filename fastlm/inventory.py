@@ -1,0 +1,86 @@
+"""`info`: versions, hardware, and which implementation of every op runs here."""
+
+import platform
+import re
+from typing import Any
+
+import torch
+
+import fastlm
+import fastlm.ops
+import fastlm.optim  # with fastlm.ops: every op is registered
+from fastlm import backend
+
+
+def info() -> dict[str, Any]:
+    """Versions, hardware, extensions, and per op what runs here and why the others do not.
+
+    JSON-serialisable.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ops, forced = {}, backend.forced()
+    for op in sorted(backend.IMPLEMENTATIONS):
+        dtype = torch.bfloat16
+        rows = {b: backend.why_not_here(op, b, device, dtype) for b in backend.BACKENDS}
+        candidates = backend.ORDER[device] if forced is None else (forced,)
+        order = [b for b in candidates if rows[b] is None]
+        ops[op] = {
+            "picked": order[0] if order else None,
+            "why_not": {
+                b: f"{forced} is forced" for b in backend.BACKENDS if forced not in (None, b)
+            }
+            | {b: r for b, r in rows.items() if r is not None},
+        }
+    isas: dict[str, str | None] = {}
+    if backend.why_not("cpu") is None:
+        names = ("amx", "avx512", "avx512_fma", "avx2", "scalar")
+        isas = {name: backend.cpu_extension.why_not(name) or None for name in names}
+    return {
+        "fastlm": fastlm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_isa": backend.cpu_isa(),
+        "cpu_isa_why_not": {k: v for k, v in isas.items() if v},
+        "bf16_products": _products_of_bf16(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "forced_backend": forced,
+        "backends": {b: backend.why_not(b) for b in backend.BACKENDS},
+        "ops": ops,
+    }
+
+
+def _products_of_bf16() -> str | None:
+    """How the C++ kernels multiply bfloat16 by choice, why, and what either way reaches here."""
+    if backend.why_not("cpu") is not None:
+        return None
+    by, because, dot, fma = backend.cpu_extension.products_of_bf16()
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in (("dot", dot), ("FMA", fma)) if rate)
+    return f"{by} ({because}{f'; GFLOPS of a core: {rates}' if rates else ''})"
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """The model's name, and its numbers: virtual machines say "AMD EPYC" of any generation."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            first = f.read().split("\n\n", 1)[0]
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.M))
+    numbers = [
+        f"{k.removeprefix('cpu ')} {fields[k]}" for k in ("cpu family", "model") if k in fields
+    ]
+    name = fields.get("model name", platform.machine()).strip()
+    return f"{name} ({', '.join(numbers)})" if numbers else name
