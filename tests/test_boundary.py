@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastlm import InputError, _cpu, backend, inventory
+from fastlm import InputError, _cpu, backend, inventory, operator
 
 
 def test_takes_torch_parameters_grad_strided_and_numpy():
