@@ -30,18 +30,14 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-try:
-    from ninja import BIN_DIR
-except ImportError:
-    BIN_DIR = ""
-NINJA = os.path.join(BIN_DIR, "ninja")  # on PATH where the Python package is not installed
-
 SANITIZE = os.environ.get("FASTLM_SANITIZE", "")
 DEBUG = os.environ.get("FASTLM_DEBUG") == "1"
 VARIANT = "debug" if DEBUG else "release"
 if SANITIZE:
     VARIANT = "sanitize-" + SANITIZE.replace(",", "-")
 FOLDER = Path("build", VARIANT)
+# Beside Python, where pip installs it, or on PATH
+NINJA = shutil.which("ninja", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
 
 COMPILE = ["-O2", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
 COMPILE += ["-Wall", "-Wextra", "-Wno-psabi"]
@@ -74,7 +70,7 @@ def cuda_home() -> Path | None:
 
 def extension(name: str, patterns: str, cxx_std: int, options: list[str], link: list[str]):
     return Pybind11Extension(
-        f"fastlm.{name}",
+        name,
         [str(source) for p in patterns.split() for source in sorted(Path("csrc").glob(p))],
         include_dirs=["csrc"],
         cxx_std=cxx_std,
@@ -83,37 +79,39 @@ def extension(name: str, patterns: str, cxx_std: int, options: list[str], link: 
     )
 
 
-# What can be built here. build.ninja has all of it; the environment says what of it ninja builds
-EXTENSIONS = {"_cpu": extension("_cpu", "bindings.cpp cpu/*.cpp", 17, [], [])}
-WANTED = [] if os.environ.get("FASTLM_CPU") == "0" else ["_cpu"]
-KERNELS = {}  # extension: the compiler of its .cu files
-
+# What can be built here. build.ninja has all of it; the environment says what of it is wanted
+EXTENSIONS = [extension("fastlm._cpu", "bindings.cpp cpu/*.cpp", 17, [], [])]
+KERNELS = {}  # the compiler of an extension's .cu files
 CUDA_HOME = cuda_home()
 if CUDA_HOME and (CUDA_HOME / "bin/nvcc").exists():
     libraries = next(p for n in ("lib64", "lib") if (p := CUDA_HOME / n).exists())
     static = [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    EXTENSIONS["_cuda"] = extension("_cuda", "cuda/*.cpp cuda/*.cu", 20, [], static)
-    WANTED += [] if os.environ.get("FASTLM_CUDA") == "0" else ["_cuda"]
+    EXTENSIONS += [extension("fastlm._cuda", "cuda/*.cpp cuda/*.cu", 20, [], static)]
     first, *others = os.environ.get("FASTLM_CUDA_ARCHS", "80;90a;100a").split(";")
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in [first, *others]]
     if first.isdigit():  # PTX for cards that are not listed; 90a's would run nowhere else
         codes[0] = f"-gencode=arch=compute_{first},code=[sm_{first},compute_{first}]"
-    KERNELS["_cuda"] = [
+    KERNELS["fastlm._cuda"] = [
         *[f"{CUDA_HOME}/bin/nvcc", "-std=c++20", "-O3", "-Xcompiler=-fPIC,-Wall", "-Icsrc"],
         *["-Xfatbin=-compress-all", "-Xcudafe=--display_error_number", "--threads=2", *codes],
     ]
 if CUDA_HOME:
     emulator = ["-DFASTLM_SIMT", "-fno-strict-aliasing", f"-isystem{CUDA_HOME}/include"]
     emulator += ["-g" if DEBUG else "-g1"]  # all that gdb wants, three times the size; or lines
-    EXTENSIONS["_simt"] = extension("_simt", "cuda/*.cpp simt/*.cpp cuda/*.cu", 20, emulator, [])
-    WANTED += ["_simt"] if os.environ.get("FASTLM_SIMT") == "1" else []
-    KERNELS["_simt"] = [
+    files = "cuda/*.cpp simt/*.cpp cuda/*.cu"
+    EXTENSIONS += [extension("fastlm._simt", files, 20, emulator, [])]
+    KERNELS["fastlm._simt"] = [
         *["g++", "-x", "c++", "-std=c++20", "-fPIC", "-Icsrc", *emulator, *COMPILE, *TSAN],
         "-Wno-unknown-pragmas",
         "-ffp-contract=off",  # of __fmul_rn and what adds to it
         "-Wno-maybe-uninitialized",  # of lanes that a mask keeps out
         *os.environ.get("CFLAGS", "").split(),
     ]
+WANTED = {
+    "fastlm._cpu": os.environ.get("FASTLM_CPU") != "0",
+    "fastlm._cuda": os.environ.get("FASTLM_CUDA") != "0",
+    "fastlm._simt": os.environ.get("FASTLM_SIMT") == "1",
+}
 
 
 def check_machine(compiler) -> None:
@@ -122,7 +120,7 @@ def check_machine(compiler) -> None:
         sys.exit(f"setup.py: wanted a C++17 compiler (Debian: g++), got no {cxx}; or say CXX=...")
     if not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
         sys.exit(f"setup.py: wanted the headers of Python (Debian: python3-dev), got no {header}")
-    if not shutil.which(NINJA):
+    if not NINJA:
         sys.exit("setup.py: wanted ninja (pip install ninja), got none")
 
 
@@ -137,27 +135,33 @@ def build_ninja(compiler) -> str:
     `compiler` is setuptools': Python's own options, CXX, CXXFLAGS, CPPFLAGS and LDFLAGS.
     """
     lines = ["# written by setup.py", f"builddir = {FOLDER}"]
-    for name, ext in EXTENSIONS.items():
+    for ext in EXTENSIONS:
         include = [f"-I{folder}" for folder in [*ext.include_dirs, *compiler.include_dirs]]
         commands = {".cpp": [*compiler.compiler_so_cxx, *include, *ext.extra_compile_args]}
-        if name in KERNELS:
-            commands[".cu"] = KERNELS[name]
+        if ext.name in KERNELS:
+            commands[".cu"] = KERNELS[ext.name]
         for suffix, command in commands.items():
-            lines += [f"rule {name}{suffix}"]
+            lines += [f"rule {ext.name}{suffix}"]
             lines += [f"  command = {shell(command)} -MMD -MF $out.d -c $in -o $out"]
-            lines += ["  depfile = $out.d", "  deps = gcc", f"  description = {name}: $in"]
+            lines += ["  depfile = $out.d", "  deps = gcc", f"  description = {ext.name}: $in"]
         linker = [*compiler.compiler_cxx, *compiler.linker_so_cxx[1:]]  # [0] is not CXX
         libraries = [*(f"-L{p}" for p in compiler.library_dirs), *ext.extra_link_args]
-        lines += [f"rule {name}.so", f"  description = {name}: link"]
+        lines += [f"rule {ext.name}.so", f"  description = {ext.name}: link"]
         lines += [f"  command = {shell(linker)} $in -o $out {shell(libraries)}"]
-        objects = [f"{FOLDER}/{name}/{source}.o" for source in ext.sources]
-        lines += [f"build {o}: {name}{Path(s).suffix} {s}" for o, s in zip(objects, ext.sources)]
-        lines += [f"build {FOLDER}/{name}.so: {name}.so {' '.join(objects)}"]
+        objects = {source: f"{FOLDER}/{ext.name}/{source}.o" for source in ext.sources}
+        for source, obj in objects.items():
+            lines += [f"build {obj}: {ext.name}{Path(source).suffix} {source}"]
+        lines += [f"build {FOLDER}/{ext.name}.so: {ext.name}.so {' '.join(objects.values())}"]
     return "\n".join(lines) + "\n"
 
 
 class Build(build_ext):
     """Lets ninja build what changed, and copies it to where setuptools wants it."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.inplace:  # setuptools copies from there; from build/lib it would go into a wheel
+            self.build_lib = str(FOLDER / "lib")
 
     def build_extensions(self):
         check_machine(self.compiler)
@@ -166,14 +170,14 @@ class Build(build_ext):
         if not file.exists() or file.read_text() != text:
             FOLDER.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-            rules = [f"{name}{suffix}" for name in EXTENSIONS for suffix in (".cpp", ".cu")]
+            rules = [f"{ext.name}{suffix}" for ext in EXTENSIONS for suffix in (".cpp", ".cu")]
             with open("compile_commands.json", "w") as commands:  # for editors
                 subprocess.run([*ninja, "-t", "compdb", *rules], stdout=commands, check=True)
-        built = {ext.name: f"{FOLDER}/{ext.name.split('.')[1]}.so" for ext in self.extensions}
         jobs = os.environ.get("FASTLM_BUILD_JOBS") or str(os.cpu_count())
-        if failed := subprocess.run([*ninja, "-j", jobs, *built.values()]).returncode:
+        libraries = {ext.name: f"{FOLDER}/{ext.name}.so" for ext in self.extensions}
+        if failed := subprocess.run([*ninja, "-j", jobs, *libraries.values()]).returncode:
             sys.exit(failed)  # ninja has said why
-        for name, library in built.items():
+        for name, library in libraries.items():
             self.mkpath(os.path.dirname(self.get_ext_fullpath(name)))
             self.copy_file(library, self.get_ext_fullpath(name))
 
@@ -188,6 +192,6 @@ if __name__ == "__main__":  # tests/kernel_build.py asks for CUDA_HOME
         packages=[*find_packages(include=["fastlm", "fastlm.*"]), "fastlm.kernels"],
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
         package_data={"fastlm": ["report.html.jinja"]},
-        ext_modules=[EXTENSIONS[name] for name in WANTED],
+        ext_modules=[ext for ext in EXTENSIONS if WANTED[ext.name]],
         cmdclass={"build_ext": Build},
     )

@@ -18,22 +18,22 @@ ENV = {k: v for k, v in kernel_build.QUIET.items() if not k.startswith("FASTLM_"
 
 def test_every_source_is_compiled_where_it_belongs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    folders = {"_cpu": {"csrc", "csrc/cpu"}, "_cuda": {"csrc/cuda"}}
-    folders["_simt"] = {"csrc/cuda", "csrc/simt"}
+    folders = {"fastlm._cpu": {"csrc", "csrc/cpu"}, "fastlm._cuda": {"csrc/cuda"}}
+    folders["fastlm._simt"] = {"csrc/cuda", "csrc/simt"}
     sources = [str(p) for p in Path("csrc").rglob("*") if p.suffix in {".cpp", ".cu"}]
     assert {os.path.dirname(s) for s in sources} == set.union(*folders.values())
-    for name, extension in kernel_build.setup_py().EXTENSIONS.items():
-        wanted = {s for s in sources if os.path.dirname(s) in folders[name]}
+    for extension in kernel_build.setup_py().EXTENSIONS:
+        wanted = {s for s in sources if os.path.dirname(s) in folders[extension.name]}
         assert sorted(extension.sources) == sorted(wanted)
 
 
 def test_glu_alone_includes_glu_h():
     command = [kernel_build.setup_py().NINJA, "-f", "build/release/build.ninja", "-t", "deps"]
     known = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    if "build/release/_cpu/csrc/cpu/glu.cpp.o: #deps" not in known:
+    if "build/release/fastlm._cpu/csrc/cpu/glu.cpp.o: #deps" not in known:
         pytest.skip("not built here")
     including = [block.split(":")[0] for block in known.split("\n\n") if "csrc/cpu/glu.h" in block]
-    assert including == ["build/release/_cpu/csrc/cpu/glu.cpp.o"]
+    assert including == ["build/release/fastlm._cpu/csrc/cpu/glu.cpp.o"]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def built(tree: Path, **environment: str) -> set[str]:
     """What a build compiled, "link" included."""
     done = setup(tree, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    return set(re.findall(r"^\[\d+/\d+\] _cpu: (\S+)$", done.stdout, re.MULTILINE))
+    return set(re.findall(r"^\[\d+/\d+\] fastlm._cpu: (\S+)$", done.stdout, re.MULTILINE))
 
 
 def edit(path: Path) -> None:
@@ -77,6 +77,8 @@ def test_an_edit_compiles_what_includes_it(tree):
     sources = {"csrc/bindings.cpp", "csrc/cpu/glu.cpp", "csrc/cpu/rope.cpp"}
     assert built(tree) == {*sources, "link"}
     assert {c["file"] for c in json.loads((tree / "compile_commands.json").read_text())} == sources
+
+    assert not list(tree.glob("build/lib*"))  # all of it would be in the next wheel
 
     (library,) = (tree / "fastlm").glob("_cpu*.so")
     times = [p.stat().st_mtime_ns for p in (tree / "build/release/build.ninja", library)]
@@ -97,7 +99,7 @@ def test_variants_keep_their_objects(tree):
     assert len(built(tree)) == len(built(tree, FASTLM_DEBUG="1")) == 4
     assert built(tree) == set()
     (library,) = (tree / "fastlm").glob("_cpu*.so")
-    assert filecmp.cmp(library, tree / "build/release/_cpu.so", shallow=False)
+    assert filecmp.cmp(library, tree / "build/release/fastlm._cpu.so", shallow=False)
 
 
 def test_what_is_missing_or_does_not_compile_is_said_without_a_traceback(tree):
