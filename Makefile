@@ -25,7 +25,7 @@ setup: build     ## .venv with fastlm (editable, extensions built) and everythin
 	@$(CUDA_HERE) || $(PIP) --no-deps $(CUDA_HEADERS)
 	$(BUILD)
 	@echo "make: fetching torch: minutes without output"
-	$(PIP) --no-build-isolation --editable '.[dev]'
+	PYTHONWARNINGS='ignore:Editable installation' $(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 build: .venv/ready  ## the extensions, in place: compiles what an edit of csrc/ touched
