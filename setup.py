@@ -32,26 +32,22 @@ from setuptools.command.build_ext import build_ext
 
 SANITIZE = os.environ.get("FASTLM_SANITIZE", "")
 DEBUG = os.environ.get("FASTLM_DEBUG") == "1"
-VARIANT = "debug" if DEBUG else "release"
-if SANITIZE:
-    VARIANT = "sanitize-" + SANITIZE.replace(",", "-")
+VARIANT = "sanitize-" + SANITIZE.replace(",", "-") if SANITIZE else "debug" if DEBUG else "release"
 FOLDER = Path("build", VARIANT)
 # Beside Python, where pip installs it, or on PATH
 NINJA = shutil.which("ninja", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
 
-COMPILE = ["-O2", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
-COMPILE += ["-Wall", "-Wextra", "-Wno-psabi"]
+COMPILE = "-O2 -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi".split()
 LINK = ["-fopenmp"]  # with torch imported first this resolves to torch's libgomp: one thread pool
+LINK += [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 TSAN: list[str] = []  # of the .cu files alone: the emulator tells ThreadSanitizer what it does
 if SANITIZE == "thread":
     TSAN = ["-fsanitize=thread"]
     COMPILE += ["-DSIMT_TSAN"]
-    LINK += TSAN
 elif SANITIZE:
     COMPILE += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     COMPILE += ["-fno-wrapv"]  # Python builds with -fwrapv, under which overflow is no finding
     COMPILE += ["-O1", "-g1"]  # half the compile time of -O2; line numbers in the reports
-    LINK += [f"-fsanitize={SANITIZE}"]
 
 
 def cuda_home() -> Path | None:
@@ -173,7 +169,7 @@ class Build(build_ext):
             rules = [f"{ext.name}{suffix}" for ext in EXTENSIONS for suffix in (".cpp", ".cu")]
             with open("compile_commands.json", "w") as commands:  # for editors
                 subprocess.run([*ninja, "-t", "compdb", *rules], stdout=commands, check=True)
-        jobs = os.environ.get("FASTLM_BUILD_JOBS") or str(os.cpu_count())
+        jobs = str(int(os.environ.get("FASTLM_BUILD_JOBS") or 0) or os.cpu_count())
         libraries = {ext.name: f"{FOLDER}/{ext.name}.so" for ext in self.extensions}
         if failed := subprocess.run([*ninja, "-j", jobs, *libraries.values()]).returncode:
             sys.exit(failed)  # ninja has said why
