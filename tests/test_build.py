@@ -104,7 +104,7 @@ def test_variants_keep_their_objects(tree):
 
 def test_what_is_missing_or_does_not_compile_is_said_without_a_traceback(tree):
     done = setup(tree, CXX="no-such-compiler")
-    assert done.returncode and done.stderr.count("\n") == 1
+    assert done.returncode and "Traceback" not in done.stderr
     assert "wanted a C++17 compiler" in done.stderr and "no-such-compiler" in done.stderr
 
     (tree / "csrc/cpu/glu.cpp").write_text("int glu() { return }\n")
