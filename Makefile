@@ -2,54 +2,47 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/simt/*.cu)
-SOURCES := pyproject.toml setup.py $(CPP)
 
-# before the minutes of fetching; setuptools takes the same compiler
-define BUILD_NEEDS
-import os, shutil, sys, sysconfig
-cxx = (os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++').split()[0]
-if not shutil.which(cxx):
-    print(f'make: wanted a C++17 compiler (Debian: g++), got no {cxx}; name another: make CXX=...')
-    sys.exit(2)
-header = os.path.join(sysconfig.get_path('include'), 'Python.h')
-if not os.path.exists(header):
-    print(f'make: wanted the headers of Python (Debian: python3-dev), got no {header}')
-    sys.exit(2)
-endef
-export BUILD_NEEDS
-# Whether setup.py finds a CUDA of this machine's; else pip's headers (34 MB), by which the emulator of the CUDA kernels compiles
+# A CUDA of this machine's, which setup.py finds; else pip's headers (34 MB), by which the emulator of the CUDA kernels compiles
 CUDA_HERE := test -n "$$CUDA_HOME$$CUDA_PATH" || command -v nvcc >/dev/null || test -d /usr/local/cuda/include
+CUDA_HEADERS := nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
+PIP := $(BIN)/python -m pip install --quiet
+BUILD := FASTLM_SIMT=1 $(BIN)/python setup.py -q build_ext --inplace
 
-.PHONY: help setup demo test quick simt lint format bench fuzz sanitize gate triton-sanitize clean
+.PHONY: help setup build demo test quick simt lint format bench fuzz sanitize gate triton-sanitize clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 18
 
-setup: .venv/ready  ## .venv with fastlm (editable, extension built) and everything the other targets use
+setup: build     ## .venv with fastlm (editable, extensions built) and everything the other targets use
 
-.venv/ready: $(SOURCES)
+# What is installed follows from these two files. The extensions come first: a compiler that is missing is said before the minutes of fetching
+.venv/ready: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: wanted Python >= 3.11, got `$(PYTHON) --version`; name another: make PYTHON=python3.12"; exit 2; }
-	@$(PYTHON) -c "$$BUILD_NEEDS"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
-	@echo "make: fetching torch and compiling the kernels: minutes without output"
-	@$(CUDA_HERE) || $(BIN)/python -m pip install --quiet --no-deps nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
-	$(CUDA_HERE) || export CUDA_HOME=`ls -d $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/cu*`; FASTLM_SIMT=1 PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(PIP) --upgrade 'pip>=25' setuptools pybind11 ninja
+	@$(CUDA_HERE) || $(PIP) --no-deps $(CUDA_HEADERS)
+	$(BUILD)
+	@echo "make: fetching torch: minutes without output"
+	PYTHONWARNINGS='ignore:Editable installation' $(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-demo: .venv/ready  ## text -> tokenizer -> model -> int4 -> runs/demo/report.html, in ten minutes on two cores
+build: .venv/ready  ## the extensions, in place: compiles what an edit of csrc/ touched
+	@$(BUILD)
+
+demo: build      ## text -> tokenizer -> model -> int4 -> runs/demo/report.html, in ten minutes on two cores
 	$(BIN)/fastlm run recipes/demo.toml
 
-test: .venv/ready  ## every check: lint, types, all tests
+test: build      ## every check: lint, types, all tests
 	$(MAKE) --no-print-directory lint
 	$(BIN)/pytest
 
-quick: .venv/ready  ## all but the slow tests, ten minutes
+quick: build     ## all but the slow tests, ten minutes
 	$(BIN)/pytest -m 'not slow'
 
-simt:            ## the emulator anew after a change in csrc/cuda or csrc/simt: seconds a file; DEBUG=1: for gdb, DEBUG=0: and back
-	FASTLM_DEBUG=$(DEBUG) FASTLM_CPU=0 FASTLM_CUDA=0 FASTLM_SIMT=1 $(BIN)/python setup.py -q build_ext --inplace $(if $(DEBUG),--force)
+simt: .venv/ready  ## the emulator alone after a change in csrc/cuda or csrc/simt: seconds a file; DEBUG=1: for gdb
+	@FASTLM_CPU=0 FASTLM_CUDA=0 FASTLM_DEBUG=$(DEBUG) $(BUILD)
 
 lint: .venv/ready  ## what pre-commit runs
 	$(BIN)/ruff check .
@@ -62,27 +55,27 @@ format: .venv/ready  ## rewrite the sources in the one format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: .venv/ready  ## all benchmarks against their peers; writes bench/results/ and the README's table
+bench: build     ## all benchmarks against their peers; writes bench/results/ and the README's table
 	$(BIN)/python -P bench/run.py
 
-fuzz: .venv/ready  ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7 KERNELS=simt
+fuzz: build      ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7 KERNELS=simt
 	$(BIN)/python -P tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --kernels $(or $(KERNELS),cpu)
 
-sanitize: .venv/ready  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitizer builds, the CUDA kernels on ThreadSanitizer too and in 20 orders
+sanitize: build  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitizer builds, the CUDA kernels on ThreadSanitizer too and in 20 orders
 	sh tests/sanitize.sh
 	FASTLM_SIMT_SEEDS=20 $(BIN)/pytest -q -m 'not slow' $(filter-out %_gate.py,$(wildcard tests/test_cuda_*.py))
 	sh tests/sanitize_simt.sh address
 	sh tests/sanitize_simt.sh thread
 
-gate: .venv/ready  ## machine code of every CUDA and Triton kernel for sm_80, sm_90, sm_100 against the tables
+gate: build      ## machine code of every CUDA and Triton kernel for sm_80, sm_90, sm_100 against the tables
 	$(BIN)/python -P tests/cuda_gate.py
 	test -d .venv/triton-3.6.0 || $(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 triton==3.6.0
 	PYTHONPATH=.venv/triton-3.6.0:tests $(BIN)/python -P -m triton_gate
 	PYTHONPATH=tests $(BIN)/python -P -m triton_gate
 
-triton-sanitize: .venv/ready  ## addresses of the Triton kernels that triton-viz can follow, on Triton 3.6.0
+triton-sanitize: build ## addresses of the Triton kernels that triton-viz can follow, on Triton 3.6.0
 	test -d .venv/triton-viz || $(BIN)/python -m pip install --quiet --target .venv/triton-viz triton==3.6.0 triton-viz==3.0 'numpy<2.4'
 	PYTHONPATH=.venv/triton-viz $(BIN)/python -P tests/triton_sanitize.py
 
 clean:  ## build products, not .venv and not runs/
-	rm -rf build dist *.egg-info fastlm/*.so
+	rm -rf build dist *.egg-info fastlm/*.so compile_commands.json

@@ -1,77 +1,53 @@
-"""The build: which folders are which packages, and the pybind11 extensions.
+"""The build: which folders are which packages, and the pybind11 extensions, which ninja builds.
 
     fastlm._cpu    always
     fastlm._cuda   where nvcc is found: on PATH, in CUDA_HOME, or in pip's nvidia-cuda-nvcc
     fastlm._simt   the .cu files on the CPU emulator, for tests; where the CUDA headers are found
 
+`build_ext` writes build/<variant>/build.ninja and runs ninja, which compiles what changed, headers
+included. The variants are release, debug and sanitize-<sanitizers>.
+
 Metadata is in pyproject.toml. Environment:
 
-    FASTLM_CUDA_ARCHS   default "80;90a;100a", the last one also as PTX
+    FASTLM_CUDA_ARCHS   default "80;90a;100a", the first one also as PTX
     FASTLM_CUDA=0       leaves _cuda out; FASTLM_CPU=0 likewise
     FASTLM_SIMT=1       builds _simt
     FASTLM_BUILD_JOBS   compilers at a time, default all cores
     FASTLM_SANITIZE     address,undefined for all; thread for the kernels of _simt
+    FASTLM_DEBUG=1      _simt with all that gdb wants
 """
 
+import filecmp
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
 
-COMPILE = [
-    "-O2",
-    "-fopenmp",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-Wall",
-    "-Wextra",
-    "-Wno-psabi",
-]
+SANITIZE = os.environ.get("FASTLM_SANITIZE", "")
+DEBUG = os.environ.get("FASTLM_DEBUG") == "1"
+VARIANT = "sanitize-" + SANITIZE.replace(",", "-") if SANITIZE else "debug" if DEBUG else "release"
+FOLDER = Path("build", VARIANT)
+# Beside Python, where pip installs it, or on PATH
+NINJA = shutil.which("ninja", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+
+COMPILE = "-O2 -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi".split()
 LINK = ["-fopenmp"]  # with torch imported first this resolves to torch's libgomp: one thread pool
-
+LINK += [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 TSAN: list[str] = []  # of the .cu files alone: the emulator tells ThreadSanitizer what it does
-if (sanitizers := os.environ.get("FASTLM_SANITIZE")) == "thread":
+if SANITIZE == "thread":
     TSAN = ["-fsanitize=thread"]
     COMPILE += ["-DSIMT_TSAN"]
-    LINK += TSAN
-elif sanitizers:
-    COMPILE += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+elif SANITIZE:
+    COMPILE += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     COMPILE += ["-fno-wrapv"]  # Python builds with -fwrapv, under which overflow is no finding
     COMPILE += ["-O1", "-g1"]  # half the compile time of -O2; line numbers in the reports
-    LINK += [f"-fsanitize={sanitizers}"]
-
-
-def needs_recompile(obj: str, src: str) -> bool:
-    """True unless the object is newer than its source and every header that -MMD recorded."""
-    depfile = Path(obj).with_suffix(".d")
-    if not Path(obj).exists() or not depfile.exists():
-        return True
-    words = depfile.read_text().replace("\\\n", " ").split()[1:]
-    newest = max(
-        Path(w).stat().st_mtime if Path(w).exists() else float("inf")
-        for w in [src, *words, __file__]
-    )
-    return newest >= Path(obj).stat().st_mtime
-
-
-cpu = Pybind11Extension(
-    "fastlm._cpu",
-    sorted(str(p) for p in [Path("csrc/bindings.cpp"), *Path("csrc/cpu").glob("*.cpp")]),
-    depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),  # a header alone starts a build
-    include_dirs=["csrc"],
-    cxx_std=17,
-    extra_compile_args=[*COMPILE, "-MMD"],
-    extra_link_args=LINK,
-)
-
-
-# ---- CUDA ----------------------------------------------------------------------------------------
 
 
 def cuda_home() -> Path | None:
@@ -88,100 +64,130 @@ def cuda_home() -> Path | None:
     return None
 
 
-# The emulator's: lines for its faults, or all that gdb wants (three times the size)
-DEBUG = "-g" if os.environ.get("FASTLM_DEBUG") == "1" else "-g1"
-
-
-def kernel_command(name: str, home: Path) -> list[str]:
-    """The compiler of .cu files for this extension, with its options."""
-    if name == "fastlm._simt":
-        return [
-            *["g++", "-x", "c++", "-std=c++20", "-fPIC", "-DFASTLM_SIMT", DEBUG],
-            *["-Wno-unknown-pragmas", "-fno-strict-aliasing", "-isystem", str(home / "include")],
-            *COMPILE,
-            *TSAN,
-            "-ffp-contract=off",  # of __fmul_rn and what adds to it
-            "-Wno-maybe-uninitialized",  # of lanes that a mask keeps out
-            *os.environ.get("CFLAGS", "").split(),
-        ]
-    archs = os.environ.get("FASTLM_CUDA_ARCHS", "80;90a;100a").split(";")
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    first = archs[0]
-    if (
-        first.isdigit()
-    ):  # PTX for cards that are not listed; 90a's and 100a's would run nowhere else
-        codes[0] = f"-gencode=arch=compute_{first},code=[sm_{first},compute_{first}]"
-    return [
-        *[str(home / "bin/nvcc"), "-std=c++20", "-O3", "-Xcompiler=-fPIC,-Wall"],
-        "-Xfatbin=-compress-all",
-        *["-Xcudafe=--display_error_number", "--threads=2", *codes],
-    ]
-
-
-class Build(build_ext):
-    """pybind11's, which also compiles .cu files."""
-
-    def build_extension(self, ext):
-        # _cuda and _simt compile the same files with other options
-        everything, self.build_temp = self.build_temp, str(Path(self.build_temp, ext.name))
-        try:
-            self.build_kernels(ext)
-            super().build_extension(ext)
-        finally:
-            self.build_temp = everything
-
-    def build_kernels(self, ext):
-        kernels = [s for s in ext.sources if s.endswith(".cu")]
-        if kernels:
-            ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
-            command = [*kernel_command(ext.name, CUDA_HOME), "-MMD", "-Icsrc"]
-            folder = Path(self.build_temp, "kernels")
-            folder.mkdir(parents=True, exist_ok=True)
-
-            def compiled(source: str) -> str:
-                obj = str(folder / (Path(source).stem + ".o"))
-                if self.force or needs_recompile(obj, source):
-                    subprocess.run([*command, "-c", source, "-o", obj], check=True)
-                return obj
-
-            jobs = int(os.environ.get("FASTLM_BUILD_JOBS") or 0) or os.cpu_count()
-            with ThreadPoolExecutor(jobs) as pool:
-                ext.extra_objects = list(pool.map(compiled, kernels))
-            ext.depends = [*ext.depends, *ext.extra_objects]  # else a .cu alone links nothing anew
-
-
-def cuda_extension(name: str, sources: list[Path], options: list[str], link: list[str]):
+def extension(name: str, patterns: str, cxx_std: int, options: list[str], link: list[str]):
     return Pybind11Extension(
         name,
-        sorted(str(p) for p in [*Path("csrc/cuda").glob("*.cpp"), *sources]),
-        depends=sorted(str(p) for p in Path("csrc").rglob("*.*h")),
+        [str(source) for p in patterns.split() for source in sorted(Path("csrc").glob(p))],
         include_dirs=["csrc"],
-        cxx_std=20,
-        extra_compile_args=[*COMPILE, "-MMD", *options],
+        cxx_std=cxx_std,
+        extra_compile_args=[*COMPILE, *options],
         extra_link_args=[*LINK, *link],
     )
 
 
+# What can be built here. build.ninja has all of it; the environment says what of it is wanted
+EXTENSIONS = [extension("fastlm._cpu", "bindings.cpp cpu/*.cpp", 17, [], [])]
+KERNELS = {}  # the compiler of an extension's .cu files
 CUDA_HOME = cuda_home()
-KERNELS = sorted(Path("csrc/cuda").glob("*.cu"))
-extensions = [] if os.environ.get("FASTLM_CPU") == "0" else [cpu]
-if CUDA_HOME and (CUDA_HOME / "bin/nvcc").exists() and os.environ.get("FASTLM_CUDA") != "0":
+if CUDA_HOME and (CUDA_HOME / "bin/nvcc").exists():
     libraries = next(p for n in ("lib64", "lib") if (p := CUDA_HOME / n).exists())
-    link = [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    extensions.append(cuda_extension("fastlm._cuda", KERNELS, [], link))
-if CUDA_HOME and os.environ.get("FASTLM_SIMT") == "1":
-    simt = ["-DFASTLM_SIMT", "-fno-strict-aliasing", DEBUG, f"-isystem{CUDA_HOME / 'include'}"]
-    sources = [*KERNELS, *Path("csrc/simt").glob("*.cpp")]
-    extensions.append(cuda_extension("fastlm._simt", sources, simt, []))
+    static = [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    EXTENSIONS += [extension("fastlm._cuda", "cuda/*.cpp cuda/*.cu", 20, [], static)]
+    first, *others = os.environ.get("FASTLM_CUDA_ARCHS", "80;90a;100a").split(";")
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in [first, *others]]
+    if first.isdigit():  # PTX for cards that are not listed; 90a's would run nowhere else
+        codes[0] = f"-gencode=arch=compute_{first},code=[sm_{first},compute_{first}]"
+    KERNELS["fastlm._cuda"] = [
+        *[f"{CUDA_HOME}/bin/nvcc", "-std=c++20", "-O3", "-Xcompiler=-fPIC,-Wall", "-Icsrc"],
+        *["-Xfatbin=-compress-all", "-Xcudafe=--display_error_number", "--threads=2", *codes],
+    ]
+if CUDA_HOME:
+    emulator = ["-DFASTLM_SIMT", "-fno-strict-aliasing", f"-isystem{CUDA_HOME}/include"]
+    emulator += ["-g" if DEBUG else "-g1"]  # all that gdb wants, three times the size; or lines
+    files = "cuda/*.cpp simt/*.cpp cuda/*.cu"
+    EXTENSIONS += [extension("fastlm._simt", files, 20, emulator, [])]
+    KERNELS["fastlm._simt"] = [
+        *["g++", "-x", "c++", "-std=c++20", "-fPIC", "-Icsrc", *emulator, *COMPILE, *TSAN],
+        "-Wno-unknown-pragmas",
+        "-ffp-contract=off",  # of __fmul_rn and what adds to it
+        "-Wno-maybe-uninitialized",  # of lanes that a mask keeps out
+        *os.environ.get("CFLAGS", "").split(),
+    ]
+WANTED = {
+    "fastlm._cpu": os.environ.get("FASTLM_CPU") != "0",
+    "fastlm._cuda": os.environ.get("FASTLM_CUDA") != "0",
+    "fastlm._simt": os.environ.get("FASTLM_SIMT") == "1",
+}
+
+
+def check_machine(compiler) -> None:
+    """One line on what is missing, before the minutes of compiling or fetching."""
+    if not shutil.which(cxx := compiler.compiler_cxx[0]):
+        sys.exit(f"setup.py: wanted a C++17 compiler (Debian: g++), got no {cxx}; or say CXX=...")
+    if not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
+        sys.exit(f"setup.py: wanted the headers of Python (Debian: python3-dev), got no {header}")
+    if not NINJA:
+        sys.exit("setup.py: wanted ninja (pip install ninja), got none")
+
+
+def shell(words: list[str]) -> str:
+    """A command as ninja wants it written."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def build_ninja(compiler) -> str:
+    """Each extension has rules and objects of its own: _cuda and _simt compile the same files.
+
+    `compiler` is setuptools': Python's own options, CXX, CXXFLAGS, CPPFLAGS and LDFLAGS.
+    """
+    lines = ["# written by setup.py", f"builddir = {FOLDER}"]
+    for ext in EXTENSIONS:
+        include = [f"-I{folder}" for folder in [*ext.include_dirs, *compiler.include_dirs]]
+        commands = {".cpp": [*compiler.compiler_so_cxx, *include, *ext.extra_compile_args]}
+        if ext.name in KERNELS:
+            commands[".cu"] = KERNELS[ext.name]
+        for suffix, command in commands.items():
+            lines += [f"rule {ext.name}{suffix}"]
+            lines += [f"  command = {shell(command)} -MMD -MF $out.d -c $in -o $out"]
+            lines += ["  depfile = $out.d", "  deps = gcc", f"  description = {ext.name}: $in"]
+        linker = [*compiler.compiler_cxx, *compiler.linker_so_cxx[1:]]  # [0] is not CXX
+        libraries = [*(f"-L{p}" for p in compiler.library_dirs), *ext.extra_link_args]
+        lines += [f"rule {ext.name}.so", f"  description = {ext.name}: link"]
+        lines += [f"  command = {shell(linker)} $in -o $out {shell(libraries)}"]
+        objects = {source: f"{FOLDER}/{ext.name}/{source}.o" for source in ext.sources}
+        for source, obj in objects.items():
+            lines += [f"build {obj}: {ext.name}{Path(source).suffix} {source}"]
+        lines += [f"build {FOLDER}/{ext.name}.so: {ext.name}.so {' '.join(objects.values())}"]
+    return "\n".join(lines) + "\n"
+
+
+class Build(build_ext):
+    """Lets ninja build what changed, and copies it to where setuptools wants it."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.inplace:  # setuptools copies from there; from build/lib it would go into a wheel
+            self.build_lib = str(FOLDER / "lib")
+
+    def build_extensions(self):
+        check_machine(self.compiler)
+        file, text = FOLDER / "build.ninja", build_ninja(self.compiler)
+        ninja = [NINJA, "-f", file]
+        if not file.exists() or file.read_text() != text:
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            rules = [f"{ext.name}{suffix}" for ext in EXTENSIONS for suffix in (".cpp", ".cu")]
+            with open("compile_commands.json", "w") as commands:  # for editors
+                subprocess.run([*ninja, "-t", "compdb", *rules], stdout=commands, check=True)
+        jobs = str(int(os.environ.get("FASTLM_BUILD_JOBS") or 0) or os.cpu_count())
+        libraries = {ext.name: f"{FOLDER}/{ext.name}.so" for ext in self.extensions}
+        if failed := subprocess.run([*ninja, "-j", jobs, *libraries.values()]).returncode:
+            sys.exit(failed)  # ninja has said why
+        for name, library in libraries.items():
+            self.mkpath(os.path.dirname(self.get_ext_fullpath(name)))
+            self.copy_file(library, self.get_ext_fullpath(name))
+
+    def copy_file(self, infile, outfile, **options):
+        """Leaves alone what is the same already: a test that runs beside this may load it."""
+        if not (os.path.exists(outfile) and filecmp.cmp(infile, outfile)):
+            super().copy_file(infile, outfile, **options)
+
 
 if __name__ == "__main__":  # tests/kernel_build.py asks for CUDA_HOME
-    if sys.platform == "linux":
-        ParallelCompile("FASTLM_BUILD_JOBS", needs_recompile=needs_recompile).install()
-
     setup(
         packages=[*find_packages(include=["fastlm", "fastlm.*"]), "fastlm.kernels"],
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
         package_data={"fastlm": ["runs/report.html.jinja", "runs/parts/*.jinja"]},
-        ext_modules=extensions,
+        ext_modules=[ext for ext in EXTENSIONS if WANTED[ext.name]],
         cmdclass={"build_ext": Build},
     )

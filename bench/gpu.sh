@@ -3,7 +3,7 @@
 # a limit and prints what it has by then: `tests triton cuda` is under ten minutes, and so is `bench compare`. Not run on a GPU yet.
 #     sh bench/gpu.sh [folder for results] [tests|triton|cuda|bench|compare ...]        default: bench/results, all but compare
 # compare: bench again with Triton where CUDA C++ is picked, two minutes; ORDER in fastlm/backend.py is to follow it.
-# Nothing is fetched: packages that are missing there travel as wheels, on PYTHONPATH. Every step runs, whatever failed before.
+# Nothing is fetched: packages that are missing there travel as wheels, on PYTHONPATH; ninja may be on PATH instead. Every step runs, whatever failed before.
 set -u
 out=${1:-bench/results}
 test $# -gt 0 && shift

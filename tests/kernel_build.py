@@ -10,14 +10,20 @@ ROOT = Path(__file__).resolve().parent.parent
 QUIET = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 
 
-def cuda_home() -> Path:
-    """Where setup.py builds with."""
+def setup_py():
+    """setup.py as a module: what it builds, and with what."""
     spec = importlib.util.spec_from_file_location("fastlm_setup", ROOT / "setup.py")
     assert spec and spec.loader
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    assert build.CUDA_HOME, "the CUDA headers are wanted (docs/simt.md)"
-    return build.CUDA_HOME
+    return build
+
+
+def cuda_home() -> Path:
+    """Where setup.py builds with."""
+    home = setup_py().CUDA_HOME
+    assert home, "the CUDA headers are wanted (docs/simt.md)"
+    return home
 
 
 def by_gcc(source: Path, folder: Path, *options: str, core: tuple[str, ...] | None = None) -> Path:

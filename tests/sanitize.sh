@@ -1,25 +1,23 @@
 #!/bin/sh
-# `make sanitize`: builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer in a copy of the tree
-# (build/sanitize; objects are kept) and runs the op tests on it, one process an op, as many at a time as there are cores.
+# `make sanitize`: builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer beside a copy of fastlm/
+# (build/sanitize/site) and runs the op tests on it, one process an op, as many at a time as there are cores.
 # Every op runs to its first report; ends non-zero if one had any.
 #     sh tests/sanitize.sh [op ...]
 set -eu
 root=$PWD
-copy=$root/build/sanitize
+site=$root/build/sanitize/site
+logs=$root/build/sanitize/logs
 python=$root/.venv/bin/python
 # the longest first
 all="attention linear_cross_entropy cross_entropy varlen_attention paged_attention quantized_linear linear boundary optim glu rope rms_norm quantize"
 test $# -gt 0 || set -- $all
 
 start=$(date +%s)
-mkdir -p "$copy"
-for part in csrc fastlm kernels tests setup.py pyproject.toml README.md LICENSE; do
-  rm -rf "${copy:?}/$part"
-  cp -a "$part" "$copy" # -a keeps times, by which objects are found up to date
-done
-rm -f "$copy"/fastlm/*.so
-cd "$copy"
-FASTLM_SANITIZE=address,undefined,float-cast-overflow "$python" setup.py -q build_ext --inplace
+rm -rf "$site" "$logs"
+mkdir -p "$site" "$logs"
+cp -a fastlm "$site"
+rm -f "$site"/fastlm/*.so
+FASTLM_SANITIZE=address,undefined,float-cast-overflow FASTLM_CUDA=0 "$python" setup.py -q build_ext --build-lib "$site"
 
 # Leaks are the interpreter's; new and delete pair up across torch's libraries, which are not instrumented; the frames of
 # use-after-return are aligned to 32 bytes by GCC 12, and its own 64-byte moves fault on them. Wide redzones: a stray
@@ -27,29 +25,25 @@ FASTLM_SANITIZE=address,undefined,float-cast-overflow "$python" setup.py -q buil
 export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=0:halt_on_error=1:redzone=256
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive # two threads split every kernel's work; waiting ones leave the core
-mkdir -p site
-ln -sfn ../fastlm site/fastlm
-export PYTHONPATH="$copy/site" # before the editable install, which maps fastlm to the tree; the root would offer `kernels`
+export PYTHONPATH="$site" # before the editable install, which maps fastlm to the tree; the root would offer `kernels`
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
-LD_PRELOAD=$preload "$python" -P -c "import fastlm; assert fastlm.__file__.startswith('$copy/site'), fastlm.__file__"
+LD_PRELOAD=$preload "$python" -P -c "import fastlm; assert fastlm.__file__.startswith('$site'), fastlm.__file__"
 
 # Left out: torch.compile (its own compiler; the kernels it calls are these) and, by `not slow`, lengths above 4000.
 # Captured at the level of Python only, and its fault handler off: the report comes from a process that ends there and then.
-rm -rf logs
-mkdir logs
 built=$(date +%s)
 status=0
-export preload
+export preload logs
 printf '%s\n' "$@" | xargs -P "$(getconf _NPROCESSORS_ONLN)" -I{} sh -c '
-  LD_PRELOAD=$preload "$0" -P -m pytest -v --capture=sys -p no:faulthandler --tb=short -m "not slow" -k "not compile" tests/test_{}.py >logs/{} 2>&1
+  LD_PRELOAD=$preload "$0" -P -m pytest -v --capture=sys -p no:faulthandler --tb=short -m "not slow" -k "not compile" tests/test_{}.py >"$logs/{}" 2>&1
   status=$?
-  last=$(tail -n 1 logs/{} | tr -d = | grep -E " (passed|failed)") || last="stopped by the report below"
+  last=$(tail -n 1 "$logs/{}" | tr -d = | grep -E " (passed|failed)") || last="stopped by the report below"
   echo "{}: $last"
   exit $status' "$python" || status=1
 
 for op in "$@"; do
-  grep -sE -B 2 -A 14 'ERROR: AddressSanitizer|runtime error:|^FAILED|^ERROR ' "logs/$op" || true
+  grep -sE -B 2 -A 14 'ERROR: AddressSanitizer|runtime error:|^FAILED|^ERROR ' "$logs/$op" || true
 done
-passed=$(cat logs/* | grep -oE '[0-9]+ passed' | awk '{n += $1} END {print n + 0}')
+passed=$(cat "$logs"/* | grep -oE '[0-9]+ passed' | awk '{n += $1} END {print n + 0}')
 echo "sanitize: $([ $status = 0 ] && echo clean || echo FINDINGS), $# test files, $passed tests passed in $(($(date +%s) - built)) s, built in $((built - start)) s"
 exit $status
