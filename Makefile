@@ -56,10 +56,10 @@ format: .venv/ready  ## rewrite the sources in the one format
 	$(BIN)/clang-format -i $(CPP)
 
 bench: build     ## all benchmarks against their peers; writes bench/results/ and the README's table
-	$(BIN)/python -P bench/run.py
+	$(BIN)/python bench/run.py
 
 fuzz: build      ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7 KERNELS=simt
-	$(BIN)/python -P tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --kernels $(or $(KERNELS),cpu)
+	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --kernels $(or $(KERNELS),cpu)
 
 sanitize: build  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitizer builds, the CUDA kernels on ThreadSanitizer too and in 20 orders
 	sh tests/sanitize.sh
@@ -68,14 +68,14 @@ sanitize: build  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitize
 	sh tests/sanitize_simt.sh thread
 
 gate: build      ## machine code of every CUDA and Triton kernel for sm_80, sm_90, sm_100 against the tables
-	$(BIN)/python -P tests/cuda_gate.py
+	$(BIN)/python tests/cuda_gate.py
 	test -d .venv/triton-3.6.0 || $(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 triton==3.6.0
-	PYTHONPATH=.venv/triton-3.6.0:tests $(BIN)/python -P -m triton_gate
-	PYTHONPATH=tests $(BIN)/python -P -m triton_gate
+	PYTHONPATH=.venv/triton-3.6.0:tests $(BIN)/python -m triton_gate
+	PYTHONPATH=tests $(BIN)/python -m triton_gate
 
 triton-sanitize: build ## addresses of the Triton kernels that triton-viz can follow, on Triton 3.6.0
 	test -d .venv/triton-viz || $(BIN)/python -m pip install --quiet --target .venv/triton-viz triton==3.6.0 triton-viz==3.0 'numpy<2.4'
-	PYTHONPATH=.venv/triton-viz $(BIN)/python -P tests/triton_sanitize.py
+	PYTHONPATH=.venv/triton-viz $(BIN)/python tests/triton_sanitize.py
 
 clean:  ## build products, not .venv and not runs/
 	rm -rf build dist *.egg-info fastlm/*.so compile_commands.json

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, main
 
 from fastlm import AdamW

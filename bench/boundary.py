@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, main
 
 from fastlm import _cpu, ops

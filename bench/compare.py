@@ -1,8 +1,8 @@
 """Two results of one benchmark, row by row: what became faster, what slower, what is noise.
 
-    python -P bench/rope.py --json before.json
-    python -P bench/rope.py --json after.json
-    python -P bench/compare.py before.json after.json [--plot compare.png]
+    python bench/rope.py --json before.json
+    python bench/rope.py --json after.json
+    python bench/compare.py before.json after.json [--plot compare.png]
 
 Files are those of --json, or of bench/results/. A time counts as changed where it differs by more
 than the sum of both spreads, and by more than 2 %.

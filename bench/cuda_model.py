@@ -1,6 +1,6 @@
 """How long the CUDA kernels should take on cards that are not at hand, and how long they took.
 
-    python -P bench/cuda_model.py [quantized_linear ...]
+    python bench/cuda_model.py [quantized_linear ...]
 
 For each case the host code runs on the emulator without running its kernels, which gives the real
 launches: blocks, threads, shared memory. A launch takes the longest of
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 import gpu
 
 from fastlm import AdamW, backend, cuda, ops

@@ -7,7 +7,7 @@ threads take each other's cores (llama.cpp decoded 49 tokens/s there and 90 alon
 one generation each a round, each round on a prompt of its own: an engine that keeps the prefix of
 an old one would not prefill.
 
-    python -P bench/decode.py [--model FILE.gguf] [--users 1 8 16] [--rounds 5]
+    python bench/decode.py [--model FILE.gguf] [--users 1 8 16] [--rounds 5]
 
 llama.cpp is measured twice: the library inside llama-cpp-python, driven through its C interface
 (the Python class of that package costs a quarter of the decoding speed), and its own
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from ceilings import Others, wait_until_quiet
 from harness import common_options, machine, positive, save
 from turns import Worker, tell_if_busy

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, forward, gradients, main
 
 from fastlm import ops

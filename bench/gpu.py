@@ -2,9 +2,9 @@
 line of JSON a case as soon as it is measured, a table in the end.
 
     sh bench/gpu.sh                              builds, tests, then this
-    python -P bench/gpu.py [attention ...]       these ops only
-    python -P bench/gpu.py --smoke               every case once, small, checked for running at all
-    python -P bench/gpu.py --seconds 180         ends before the case that it has no time for
+    python bench/gpu.py [attention ...]       these ops only
+    python bench/gpu.py --smoke               every case once, small, checked for running at all
+    python bench/gpu.py --seconds 180         ends before the case that it has no time for
 
 Minutes on a card are few: a peer that fails is left out, a case of ours that fails is reported and
 the next one measured, in a new process where the fault took the CUDA context with it (what an
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, Row, machine, run_case, table
 
 import fastlm
@@ -524,7 +524,7 @@ def main() -> None:
                 print(table(measured), flush=True)
                 again = ["--rounds", str(options.rounds), "--failed", *["--smoke"] * options.smoke]
                 again += ["--seconds", str(options.end - time.monotonic()), *left]
-                os.execv(sys.executable, [sys.executable, "-P", __file__, *again])
+                os.execv(sys.executable, [sys.executable, __file__, *again])
         torch.cuda.empty_cache()
     if left:
         print(json.dumps({"out of time": left}))

@@ -40,21 +40,21 @@ $python -c 'import xdist' 2>/dev/null && parallel="-n 8" # compiling takes the t
 for step in $steps; do
   case $step in
   tests)
-    $pytest 140 $python -P -m pytest -q -W default tests/test_gpu.py >"$out/gpu-tests.log" 2>&1 || status=1
+    $pytest 140 $python -m pytest -q -W default tests/test_gpu.py >"$out/gpu-tests.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-tests.log"
     ;;
   triton)
     files=$(ls tests/test_triton_*.py | grep -v gate) # the gate compiles for other GPUs
-    $pytest 110 $python -P -m pytest -q -W default $parallel --maxfail=20 $files >"$out/gpu-triton.log" 2>&1 || status=1
+    $pytest 110 $python -m pytest -q -W default $parallel --maxfail=20 $files >"$out/gpu-triton.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-triton.log"
     ;;
   cuda)
     # what the emulator cannot know is seen here first: fragment layouts, the memory's order
-    $pytest 60 $python -P -m pytest -q -W default $parallel --maxfail=20 $(ls tests/test_cuda_*.py | grep -v gate) tests/test_graph_decoding.py >"$out/gpu-cuda.log" 2>&1 || status=1
+    $pytest 60 $python -m pytest -q -W default $parallel --maxfail=20 $(ls tests/test_cuda_*.py | grep -v gate) tests/test_graph_decoding.py >"$out/gpu-cuda.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-cuda.log"
     if command -v compute-sanitizer >/dev/null; then
       for tool in memcheck racecheck; do
-        timeout 45 compute-sanitizer --tool $tool --error-exitcode 9 $python -P -m pytest -q -W default -x -k "float16 and 507 or repeats" tests/test_cuda_rms_norm.py >"$out/gpu-$tool.log" 2>&1 || status=1
+        timeout 45 compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -W default -x -k "float16 and 507 or repeats" tests/test_cuda_rms_norm.py >"$out/gpu-$tool.log" 2>&1 || status=1
         tail -n 3 "$out/gpu-$tool.log"
       done
     else
@@ -62,13 +62,13 @@ for step in $steps; do
     fi
     ;;
   bench)
-    timeout -s INT -k 10 230 $python -P bench/gpu.py --seconds 200 >"$out/gpu.txt" 2>"$out/gpu-bench.log" || status=1
+    timeout -s INT -k 10 230 $python bench/gpu.py --seconds 200 >"$out/gpu.txt" 2>"$out/gpu-bench.log" || status=1
     cat "$out/gpu.txt"
     tail -n 5 "$out/gpu-bench.log"
     grep '^{' "$out/gpu.txt" >"$out/gpu.jsonl"
     ;;
   compare)
-    FASTLM_BACKEND=triton timeout -s INT -k 10 130 $python -P bench/gpu.py --seconds 110 quantized_linear paged_attention cross_entropy adamw rows rope >"$out/gpu-compare.txt" 2>&1 || status=1
+    FASTLM_BACKEND=triton timeout -s INT -k 10 130 $python bench/gpu.py --seconds 110 quantized_linear paged_attention cross_entropy adamw rows rope >"$out/gpu-compare.txt" 2>&1 || status=1
     tail -n 40 "$out/gpu-compare.txt"
     grep '^{' "$out/gpu-compare.txt" >"$out/gpu-compare.jsonl"
     ;;

@@ -7,11 +7,11 @@ the ceilings of this machine (bench/ceilings.py), measured before and after the 
 measured again where its spread is large or other processes had the cores, and marked where that did
 not help. Nothing is timed while the op's tests are red.
 
-    python -P bench/attention.py                 all cases of the file; --list names them
-    python -P bench/attention.py causal          cases whose name or shape contains "causal"
-    python -P bench/rope.py --shape 8,8,512,64   a shape of your own
-    python -P bench/rope.py --json new.json      then python -P bench/compare.py old.json new.json
-    python -P bench/run.py --isa avx2 attention  both sides held to AVX2
+    python bench/attention.py                 all cases of the file; --list names them
+    python bench/attention.py causal          cases whose name or shape contains "causal"
+    python bench/rope.py --shape 8,8,512,64   a shape of your own
+    python bench/rope.py --json new.json      then python bench/compare.py old.json new.json
+    python bench/run.py --isa avx2 attention  both sides held to AVX2
 """
 
 import argparse

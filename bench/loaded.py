@@ -5,9 +5,9 @@ before it as for `env`, so that two trees or two settings compare in one run; th
 interpreter with the bound on waiting threads that the `fastlm` commands set (fastlm/threads.py).
 Turns: each variant alone, then each beside the busy processes, and again.
 
-    python -P bench/loaded.py
-    python -P bench/loaded.py "PYTHONPATH=../before python" "GOMP_SPINCOUNT=10000 python"
-    python -P bench/loaded.py --busy 4 --turns 7 --work decode
+    python bench/loaded.py
+    python bench/loaded.py "PYTHONPATH=../before python" "GOMP_SPINCOUNT=10000 python"
+    python bench/loaded.py --busy 4 --turns 7 --work decode
 
 decode: SmolLM2-135M-Instruct (model:smollm2, Q4_1), one user, 512 tokens of context. training:
 steps of the demo's model (recipes/demo.toml), 8 x 256 tokens. A turn lasts a second or longer and
@@ -77,7 +77,7 @@ WORKS = {"decode": decode_turn, "training": training_turn}
 
 def worker(work: str) -> None:
     """Answers each line of stdin with the tokens/s of a turn."""
-    sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
     turn = WORKS[work]()
     turn()
     print("ready", flush=True)
@@ -87,7 +87,7 @@ def worker(work: str) -> None:
 
 class Worker:
     def __init__(self, variant: str, work: str):
-        self.command = ["env", *shlex.split(variant), "-P", __file__, "--worker", work]
+        self.command = ["env", *shlex.split(variant), __file__, "--worker", work]
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -4,7 +4,7 @@ One initial state, one order of the data, one learning rate. Plain PyTorch under
 a further curve: how far 16 bits move a run without any kernel of ours; so is fastlm with 8-bit
 optimizer states. The text is Python's own standard library.
 
-    python -P bench/loss_curve.py         docs/loss-curve.png, about 14 minutes on 2 cores
+    python bench/loss_curve.py         docs/loss-curve.png, about 14 minutes on 2 cores
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import ROOT, machine, save
 from plain import PlainLlama
 from train_step import SIZES

@@ -7,8 +7,8 @@ one of float32. All variants use torch's fused AdamW, except the rows that say o
 kept" is `fastlm.memory.keep_freed_memory` called first, which any training script may do; rows
 under torch.compile have it too, to tell the kernels' share from the allocator's.
 
-    python -P bench/patch.py                 a Llama of 42.4 M parameters, batch 8 x 512
-    python -P bench/patch.py --size 135m --batch 4
+    python bench/patch.py                 a Llama of 42.4 M parameters, batch 8 x 512
+    python bench/patch.py --size 135m --batch 4
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 import turns
 from ceilings import wait_until_quiet
 from harness import common_options, machine, positive, save

@@ -4,10 +4,10 @@ torch.profiler over steps of `fastlm_step` (bench/train_step.py) or of a model o
 operators grouped into parts, each beside what the machine could do: matrix products against the
 best ceiling for bfloat16 (bench/ceilings.py).
 
-    python -P bench/profile_step.py                  42 M, 8 x 512
-    python -P bench/profile_step.py --size 124m --batch 4
-    python -P bench/profile_step.py --model runs/demo/pretrain/model  a folder with a config.json
-    python -P bench/profile_step.py --model train.py:make [--patch]
+    python bench/profile_step.py                  42 M, 8 x 512
+    python bench/profile_step.py --size 124m --batch 4
+    python bench/profile_step.py --model runs/demo/pretrain/model  a folder with a config.json
+    python bench/profile_step.py --model train.py:make [--patch]
 
 `make()` returns (model, batch): batch is a dict of arguments, a tuple, or one tensor; the model
 returns a loss, or an object or dict with one. `--patch` calls `fastlm.patch` first. Weights of a
@@ -28,7 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from ceilings import ceilings_before, combined, highest
 from harness import common_options, described, machine, positive, save
 from train_step import SIZES, fastlm_step

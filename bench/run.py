@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import ROOT, Row, machine, table
 
 OPS = (
@@ -108,7 +108,7 @@ def run(command: str, *arguments: str) -> dict:
     print(f"\n== {command}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        words = [sys.executable, "-P", str(Path(__file__).parent / script), *fixed, *arguments]
+        words = [sys.executable, str(Path(__file__).parent / script), *fixed, *arguments]
         done = subprocess.run([*words, "--json", str(path)], stdout=subprocess.PIPE, text=True)
         print(done.stdout, end="", flush=True)
         if done.returncode:
@@ -136,7 +136,7 @@ def section(results: dict, headline: bool, isa: str | None = None, flag: str = "
     bench/run.py, where it was not `make bench`."""
     about = results["machine"]
     rows = rows_of(results, headline)
-    command = f"python -P bench/run.py {flag}" if flag else "make bench"
+    command = f"python bench/run.py {flag}" if flag else "make bench"
     measured = (results[n] for n in (*OPS, *END_TO_END) if "machine" in results.get(n, {}))
     commits = dict.fromkeys(str(r["machine"]["commit"]) for r in measured)
     parts = [
@@ -163,7 +163,7 @@ def section(results: dict, headline: bool, isa: str | None = None, flag: str = "
     for name in HEADLINE_RUNS if headline else END_TO_END:
         if lines := results.get(name, {}).get("table"):
             script, title = END_TO_END[name]
-            heading = f"{title} (`python -P bench/{script}`):"
+            heading = f"{title} (`python bench/{script}`):"
             parts.append(f"{heading}\n\n" + "\n".join(lines))
     errors = [r["error"] for r in results.values() if isinstance(r, dict) and "error" in r]
     parts += [f"Not measured: {e}." for e in errors]
@@ -185,7 +185,7 @@ def main() -> None:
     isa = options.isa
     if isa and any(os.environ.get(name) != value for name, value in FORCED[isa].items()):
         # torch reads them when it is imported: begin again
-        os.execve(sys.executable, [sys.executable, "-P", *sys.argv], {**os.environ, **FORCED[isa]})
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **FORCED[isa]})
     about = machine()
     kind = f"forced-{isa}" if isa else about["cpu_isa"]
     name = re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']}-{kind}-{about['threads']}t".lower())

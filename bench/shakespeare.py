@@ -6,8 +6,8 @@ torch.compile. Both learn from the same training text and are measured on the sa
 in bits per byte (each token predicted once, half a window of context). The peer's clock stops while
 it compiles and while it is evaluated; fastlm's does not.
 
-    python -P bench/shakespeare.py --out runs/shakespeare-bench            both, 180 s each
-    python -P bench/shakespeare.py --out runs/shakespeare-bench --seconds 20
+    python bench/shakespeare.py --out runs/shakespeare-bench            both, 180 s each
+    python bench/shakespeare.py --out runs/shakespeare-bench --seconds 20
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import machine, save
 
 from fastlm.data.packages import default_cache

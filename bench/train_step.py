@@ -5,9 +5,9 @@ turn: the steps of all variants alternate, one step each, on otherwise idle core
 backward, clipping and AdamW are in the step. fastlm's process keeps its freed memory, as
 `fastlm.train` does; one peer does too, to tell the kernels' share from the allocator's.
 
-    python -P bench/train_step.py     the 42.4 M configuration of the README's table
-    python -P bench/train_step.py --size 10m --length 256 --threads 1
-    python -P bench/train_step.py --scaling     other sizes, lengths and thread counts
+    python bench/train_step.py     the 42.4 M configuration of the README's table
+    python bench/train_step.py --size 10m --length 256 --threads 1
+    python bench/train_step.py --scaling     other sizes, lengths and thread counts
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 import turns
 from ceilings import wait_until_quiet
 from harness import common_options, machine, positive, save

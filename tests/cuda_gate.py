@@ -1,6 +1,6 @@
 """Reads the machine code of every CUDA kernel in fastlm._cuda, for GPUs that are not there.
 
-    python -P tests/cuda_gate.py [--show NAME] [--write]
+    python tests/cuda_gate.py [--show NAME] [--write]
 
 A kernel fails that
 

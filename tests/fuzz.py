@@ -1,7 +1,7 @@
 """`make fuzz`: random cases of every op until the time is up (fuzz_cases.py says what a case is).
 
-    python -P tests/fuzz.py [--minutes 60] [--seed 0] [--op attention ...] [--kernels simt]
-    python -P tests/fuzz.py --case '{"op": "glu", ...}'
+    python tests/fuzz.py [--minutes 60] [--seed 0] [--op attention ...] [--kernels simt]
+    python tests/fuzz.py --case '{"op": "glu", ...}'
 
 Minutes are of processor time: an hour is an hour of fuzzing however busy the machine is. Cases run
 in a process of their own, so that one which ends it is reported as well. A case that fails is
@@ -59,7 +59,7 @@ def work(ops: list[str], kernels: str, seed: int, seconds: float, current: Path)
 
 def failed(case: dict, error: str, seen: collections.Counter) -> None:
     line = json.dumps(case)
-    print(f"FAIL {error}\n  python -P tests/fuzz.py --case '{line}'", flush=True)
+    print(f"FAIL {error}\n  python tests/fuzz.py --case '{line}'", flush=True)
     kind = case["op"], re.sub("[0-9.e+-]+", "", error)
     seen[kind] += 1
     known = CORPUS.read_text().splitlines() if CORPUS.exists() else []

@@ -32,13 +32,32 @@ def test_import_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
 
 
-def test_kernels_are_fastlm_kernels_and_nothing_else():
-    import fastlm.kernels
+def test_kernels_stands_in_nobodys_way(tmp_path):
+    """At the root of a clone ``import kernels`` means PyPI's package of that name."""
 
-    assert fastlm.kernels.__file__
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import kernels"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
-    assert "is fastlm.kernels, imported as 'kernels'" in done.stderr
+    def run(code, site=None):
+        path = {} if site is None else {"PYTHONPATH": str(site)}
+        command = [sys.executable, "-c", code]  # the working directory is on sys.path
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | path
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+
+    pypi = tmp_path / "kernels"
+    pypi.mkdir()
+    (pypi / "__init__.py").write_text("from kernels.sub import get_kernel\n")
+    (pypi / "sub.py").write_text("def get_kernel(): return 'theirs'\n")
+    theirs = (
+        "import kernels; from kernels import get_kernel, sub; print(get_kernel(), sub.__name__)"
+    )
+    assert run(theirs, tmp_path) == ["theirs", "kernels.sub"]
+    ours = "import fastlm.kernels.rope as r, kernels; print(r.__name__, kernels.get_kernel())"
+    assert run(ours, tmp_path) == ["fastlm.kernels.rope", "theirs"]
+    if importlib.util.find_spec("kernels") is None:
+        none = "try: from kernels import get_kernel\nexcept ImportError as e: print(e.name)"
+        assert run(none) == ["kernels"]
+        probe = "from transformers import AutoConfig, utils; print(utils.is_kernels_available())"
+        assert run(probe) == ["False"]
 
 
 @pytest.mark.slow

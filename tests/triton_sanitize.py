@@ -7,8 +7,8 @@ checked. It has no detector of races. It cannot follow the other ops' kernels (c
 dtypes, tuples of tensors, divided integers, `tl.join`: it stops with an error of its own); what
 those write beside their outputs is seen by the guards around every allocation in the tests.
 
-    python -P tests/triton_sanitize.py [op ...]
-    python -P tests/triton_sanitize.py planted     a kernel with a fault: must end with status 1
+    python tests/triton_sanitize.py [op ...]
+    python tests/triton_sanitize.py planted     a kernel with a fault: must end with status 1
 """
 
 import os

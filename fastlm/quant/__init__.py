@@ -19,8 +19,9 @@ __all__ = [
     "quantize",
 ]
 _MODULES = {
-    "QuantizedEmbedding": "modules", "QuantizedLinear": "modules", "QuantizedWeight": "weight",
-    "load_quantized": "model", "quantization_config": "model", "quantize": "model",
+    "QuantizedEmbedding": "fastlm.quant.modules", "QuantizedLinear": "fastlm.quant.modules",
+    "QuantizedWeight": "fastlm.ops.quantized_weight", "load_quantized": "fastlm.quant.model",
+    "quantization_config": "fastlm.quant.model", "quantize": "fastlm.quant.model",
 }  # fmt: skip
 
 
@@ -28,4 +29,4 @@ def __getattr__(name: str) -> Any:
     """Import torch with the first of these names: the stage beside them needs none."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that are not there, and reads the machine code.
 
-    PYTHONPATH=tests python -P -m triton_gate [--capability 80 90 100] [--op glu ...] [--sample N]
+    PYTHONPATH=tests python -m triton_gate [--capability 80 90 100] [--op glu ...] [--sample N]
 
 Each file here but __init__ lists one op's cases: calls of the op's host functions on tensors of the
 meta device, in the configurations that ship. A kernel fails that
