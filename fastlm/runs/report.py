@@ -70,10 +70,13 @@ def render_report(
         sections.setdefault(step.stage.kind, []).append((step, part))
     alone = {kind: len(group) == 1 for kind, group in sections.items()}
     cards = [
-        (value, what if alone[step.stage.kind] else f"{what} ({step.name})")
+        {
+            "value": value, "lead": "scores" in step.stage.leaves,
+            "what": what if alone[step.stage.kind] else f"{what} ({step.name})",
+        }
         for step, part in parts
         for value, what in part.cards
-    ]
+    ]  # fmt: skip
     return environment.get_template("report.html.jinja").render(
         s=summary,
         recipe=recipe,
