@@ -1,0 +1,98 @@
+"""The definition of every op in plain PyTorch: what all others are tested against, never optimised.
+
+The functions have the signatures of the operators (`fastlm.ops`), backward included, so that
+`use_backend("reference")` runs a whole model on them. They compute in float32, or in float64 when
+given float64, and return the input's dtype.
+
+Forward-mode AD goes through them, under ``vmap`` too: what depends on an input is never written
+into a tensor that does not.
+
+One file an op, under the name of its file in `fastlm/ops`, and `adamw`. The others hold what
+several ops share. `rope`, `paged_append`, `paged_attention` and `adamw` name a file and a function:
+as attributes of this package they are the functions.
+"""
+
+from fastlm.reference.adamw import (
+    STATE_BLOCK,
+    adamw,
+    join_master,
+    mix32,
+    pack_state,
+    round_stochastic,
+    split_master,
+    step_key,
+    unpack_state,
+)
+from fastlm.reference.attention import attention_backward, attention_forward
+from fastlm.reference.cross_entropy import (
+    cross_entropy_backward,
+    cross_entropy_forward,
+    cross_entropy_loss,
+    cross_entropy_loss_backward,
+)
+from fastlm.reference.dropout import dropout_factor, philox
+from fastlm.reference.glu import glu_backward, glu_forward
+from fastlm.reference.linear import linear_backward, linear_forward
+from fastlm.reference.linear_cross_entropy import (
+    linear_cross_entropy_backward,
+    linear_cross_entropy_forward,
+    linear_cross_entropy_loss,
+    linear_cross_entropy_loss_backward,
+)
+from fastlm.reference.paged_append import paged_append
+from fastlm.reference.paged_attention import paged_attention
+from fastlm.reference.quantized_linear import (
+    RUN_MAX,
+    dequantize_rows,
+    quantized_linear_backward,
+    quantized_linear_forward,
+    round_rows,
+    unpack_rows,
+)
+from fastlm.reference.rms_norm import rms_norm_backward, rms_norm_forward
+from fastlm.reference.rope import rope
+from fastlm.reference.target import bad_target, check_target
+from fastlm.reference.varlen_attention import varlen_attention_backward, varlen_attention_forward
+
+__all__ = [
+    "RUN_MAX",
+    "STATE_BLOCK",
+    "adamw",
+    "attention_backward",
+    "attention_forward",
+    "bad_target",
+    "check_target",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "cross_entropy_loss",
+    "cross_entropy_loss_backward",
+    "dequantize_rows",
+    "dropout_factor",
+    "glu_backward",
+    "glu_forward",
+    "join_master",
+    "linear_backward",
+    "linear_cross_entropy_backward",
+    "linear_cross_entropy_forward",
+    "linear_cross_entropy_loss",
+    "linear_cross_entropy_loss_backward",
+    "linear_forward",
+    "mix32",
+    "pack_state",
+    "paged_append",
+    "paged_attention",
+    "philox",
+    "quantized_linear_backward",
+    "quantized_linear_forward",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rope",
+    "round_rows",
+    "round_stochastic",
+    "split_master",
+    "step_key",
+    "unpack_rows",
+    "unpack_state",
+    "varlen_attention_backward",
+    "varlen_attention_forward",
+]

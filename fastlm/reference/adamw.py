@@ -1,0 +1,174 @@
+"""The definition of the AdamW step, of its 8-bit states and of its stochastic rounding."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlm.reference.precision import widen
+
+STATE_BLOCK = 256  # elements that share one scale of an 8-bit state
+_CHUNK = 32768  # elements that share one key of random numbers, as in csrc/cpu/adamw_table.h
+
+
+def pack_state(x: Tensor, *, root: bool) -> tuple[Tensor, Tensor]:
+    """Float32 x to (uint8 codes of x's shape, float32 scales of its blocks of 256 in memory order).
+
+    A scale is the block's largest magnitude. A code is the top bits of the float x / scale:
+
+    - a moment (``root=False``): sign bit, then 7 bits of which 3 mantissa, the nearest code;
+    - a root (``root=True``, x >= 0): 8 bits of which 4 mantissa; never zero unless x is.
+    """
+    flat = _flat(x)
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % STATE_BLOCK)).view(-1, STATE_BLOCK)
+    scales = blocks.abs().amax(1)
+    # a block that holds one bad value is NaN as a whole, so that it is seen
+    scales = torch.where(blocks.isfinite().all(1), scales, torch.nan)
+    inverse = torch.where(scales > 1e-37, 1 / scales, torch.zeros_like(scales))
+    y = blocks * inverse[:, None]
+    mantissa, top = (4, 255) if root else (3, 127)
+    shift = 23 - mantissa
+    offset = (0x3F800000 >> shift) - top
+    magnitude = y.abs()
+    codes = ((magnitude.view(torch.int32) + (1 << (shift - 1))) >> shift) - offset
+    if root:
+        codes = torch.maximum(codes, (magnitude > 0).int())
+    else:
+        codes = torch.where(codes > 0, codes, (magnitude >= 1.25 * 2**-17).int())
+        codes = codes | (torch.signbit(y).int() << 7)
+    codes = codes.clamp(0, 255).to(torch.uint8).view(-1)[: flat.numel()]
+    return torch.empty_like(x, dtype=torch.uint8).copy_(_unflat(codes, x)), scales
+
+
+def unpack_state(codes: Tensor, scales: Tensor, *, root: bool) -> Tensor:
+    """The float32 values that `pack_state` stands for."""
+    flat = _flat(codes).int()
+    mantissa, top = (4, 255) if root else (3, 127)
+    shift = 23 - mantissa
+    offset = (0x3F800000 >> shift) - top
+    magnitude = flat if root else flat & 127
+    x = ((magnitude + offset) << shift).view(torch.float32)
+    x = torch.where(magnitude > 0, x, torch.zeros_like(x))
+    if not root:
+        x = torch.where(flat >= 128, -x, x)
+    x = x * scales.repeat_interleave(STATE_BLOCK)[: x.numel()]
+    return torch.empty_like(codes, dtype=torch.float32).copy_(_unflat(x, codes))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in memory order."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _unflat(flat: Tensor, like: Tensor) -> Tensor:
+    return flat.as_strided(like.shape, like.stride())
+
+
+def mix32(x):
+    """A bijection of 32-bit integers that looks random (two rounds of xor-shift and multiply)."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def round_stochastic(x: Tensor, key: int) -> Tensor:
+    """Dense float32 to bfloat16, up or down with probability by nearness: element i in memory order
+    of a tensor always takes the same random number under the same key."""
+    flat = _flat(x)
+    i = torch.arange(flat.numel(), device=x.device)
+    chunk = mix32((key + (i // _CHUNK) * 0x9E3779B9) & 0xFFFFFFFF)
+    h = mix32(((i % _CHUNK) * 0x9E3779B9 + chunk) & 0xFFFFFFFF)
+    up = flat.view(torch.int32) + (h >> 16).int()
+    rounded = torch.where(flat.isfinite(), (up & -65536).view(torch.float32), flat)
+    return _unflat(rounded, x).bfloat16()
+
+
+def step_key(seed: int, ordinal: int, step: int) -> int:
+    """The key of a tensor's random numbers in the step after `step` others; `ordinal` is its place
+    in the optimizer."""
+    key = mix32((seed ^ 0x9E3779B9) & 0xFFFFFFFF)
+    return mix32(mix32(key ^ step) ^ ordinal)
+
+
+def join_master(param: Tensor, low: Tensor) -> Tensor:
+    """The float32 master of a bfloat16 parameter and the 16 bits (int16) that it lacks; zero lacks
+    none (those of the last step stay behind where somebody sets a parameter to zero)."""
+    high = param.view(torch.int16).int() << 16
+    return (high + low.int().masked_fill(param == 0, 0)).view(torch.float32)
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """The bfloat16 nearest to each float32 (ties away from zero) and the lower 16 bits: read as a
+    signed number, what has to be added to the former's bits to give the latter's."""
+    master = torch.where(master.isnan(), torch.nan, master)  # one NaN, which cannot round up
+    bits = master.view(torch.int32)
+    high = ((bits + 0x8000) >> 16).short().view(torch.bfloat16)
+    return high, bits.short()
+
+
+def adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    steps: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    exp_avg_scales: list[Tensor | None],
+    exp_avg_sq_scales: list[Tensor | None],
+    masters: list[Tensor | None],
+    options: list[tuple[float | Tensor, float, float, float, float, bool, bool]],
+    keys: list[tuple[int, int]],
+    max_grad_norm: float,
+    grad_norm: Tensor | None,
+    have_norm: bool,
+) -> None:
+    """One AdamW step (Loshchilov and Hutter 2019, arXiv:1711.05101) of every tensor, in place.
+
+    `options` per tensor: lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding.
+    `keys`: seed and ordinal of `step_key`.
+    `masters`: float32 of a float16 parameter, the lower half of `split_master` of a bfloat16 one.
+    With `grad_norm` (a scalar, written unless `have_norm`), gradients are scaled as
+    `clip_grad_norm_` would do.
+    """
+    clip = None
+    if grad_norm is not None:
+        if not have_norm:
+            squares = [widen(g).double().square().sum().to(grad_norm.device) for g in grads]
+            grad_norm.copy_(torch.stack(squares).sum().sqrt() if squares else torch.zeros(()))
+        clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+    for i, param in enumerate(params):
+        lr, beta1, beta2, eps, weight_decay, maximize, stochastic = options[i]
+        lr = float(lr)
+        m, v, master = exp_avgs[i], exp_avg_sqs[i], masters[i]
+        m_scale, v_scale = exp_avg_scales[i], exp_avg_sq_scales[i]
+        if m_scale is not None and v_scale is not None:
+            m = unpack_state(m, m_scale, root=False)
+            v = unpack_state(v, v_scale, root=True).square()
+        g = grads[i].to(m.dtype)
+        if clip is not None:
+            g = g * clip.to(g.device, g.dtype)
+        if maximize:
+            g = -g
+        steps[i] += 1
+        step = steps[i].item()
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        split = master is not None and master.dtype == torch.int16
+        w = param if master is None else join_master(param, master) if split else master
+        w = w.to(m.dtype)
+        denominator = v.sqrt() / math.sqrt(1 - beta2**step) + eps
+        w = w - (lr * weight_decay * w + lr / (1 - beta1**step) * (m / denominator))
+        if split and master is not None:
+            param_bits, master_bits = split_master(w)
+            param.copy_(param_bits)
+            master.copy_(master_bits)
+        else:
+            if master is not None:
+                master.copy_(w)
+            if stochastic:
+                w = round_stochastic(w, step_key(*keys[i], int(step) - 1))
+            param.copy_(w)
+        if m_scale is not None and v_scale is not None:
+            states = ((m, exp_avgs[i], m_scale, False), (v.sqrt(), exp_avg_sqs[i], v_scale, True))
+            for x, codes, scales, root in states:
+                for old, new in zip((codes, scales), pack_state(x, root=root)):
+                    old.copy_(new)

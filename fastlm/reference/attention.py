@@ -1,0 +1,162 @@
+"""The definition of `attention`."""
+
+import torch
+from torch import Tensor
+
+from fastlm.reference.blocks import SCORES
+from fastlm.reference.dropout import dropout_factor
+from fastlm.reference.precision import widen
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    rows: Tensor,
+    query_length: int,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor | None]:
+    """q (B, Hkv, G, R, D), k (B, Hkv, T, D) wide -> scores (B, H, R, T) of these rows, and under a
+    softcap their derivative by scale q k.
+    """
+    s = scale * (q @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)
+    slope = None
+    if softcap > 0:
+        t = torch.tanh(s / softcap)
+        s, slope = softcap * t, 1 - t.square()
+    keys = k.shape[2]
+    i = rows[:, None] + (keys - query_length)
+    j = torch.arange(keys, device=q.device)
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.to(s.dtype)[:, None, None] * (i - j).abs()
+    if bias is not None:
+        s = s + (bias if bias.shape[2] == 1 else bias[:, :, rows]).to(s.dtype)
+    if causal or window > 0:
+        hidden = j > i
+        if window > 0:
+            hidden = hidden | (j <= i - window)
+        s = s.masked_fill(hidden, -torch.inf)
+    return s, slope
+
+
+def _query_blocks(q: Tensor, keys: int):
+    step = max(1, SCORES // max(1, q.shape[0] * q.shape[1] * keys))
+    for start in range(0, q.shape[2], step):
+        yield torch.arange(start, min(start + step, q.shape[2]), device=q.device)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+    dropout_p: float,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv) -> out (B, H, S, Dv), lse (B, H, S), a
+    block of queries at a time. window 0 and softcap 0 mean none; bias is 4-D; first_batch numbers
+    the sequences for dropout.
+    """
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    wide_k, wide_v = widen(k), widen(v)
+    batch = torch.arange(first_batch, first_batch + q.shape[0], device=q.device)
+    # a block of no rows, where there are none at all
+    outs, lses = [q.new_zeros(*q.shape[:2], 0, v.shape[3])], [wide_k.new_zeros(*q.shape[:2], 0)]
+    for rows in _query_blocks(q, k.shape[2]):
+        block = widen(q[:, :, rows]).unflatten(1, groups)
+        s, _ = _scores(
+            block, wide_k, alibi_slopes, bias, rows, q.shape[2], causal, scale, window, softcap
+        )
+        terms = s
+        if sinks is not None:
+            extra = sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
+            terms = torch.cat([s, extra], -1)
+        blind = (terms == -torch.inf).all(-1)  # logsumexp's derivative there is NaN
+        total = torch.logsumexp(terms.masked_fill(blind[..., None], 0), -1)
+        p = torch.exp(s - total.masked_fill(blind, 0)[..., None])
+        if seed is not None:
+            p = p * dropout_factor(seed, dropout_p, batch, q.shape[1], rows, k.shape[2]).to(p.dtype)
+        outs.append((p.unflatten(1, groups) @ wide_v[:, :, None]).flatten(1, 2).to(q.dtype))
+        lses.append(total.masked_fill(blind, -torch.inf))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+    dropout_p: float,
+    bias_grad: bool,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv like q, k, v; dsinks (H) and dbias (as bias) wide, or empty.
+
+    P = exp(s - lse), dP = dout v^T (through dropout), delta = sum(dout out) - dlse,
+    ds = P (dP - delta).
+    """
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    wide_k, wide_v = widen(k), widen(v)
+    batch = torch.arange(first_batch, first_batch + q.shape[0], device=q.device)
+    dqs = [q.new_zeros(*q.shape[:2], 0, q.shape[3])]
+    dk, dv = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    dsinks = lse.new_zeros(0 if sinks is None else sinks.shape[0])
+    dbias = lse.new_zeros(bias.shape if bias is not None and bias_grad else 0)
+    dbiases = []
+    for rows in _query_blocks(q, k.shape[2]):
+        block = widen(q[:, :, rows]).unflatten(1, groups)
+        s, slope = _scores(
+            block, wide_k, alibi_slopes, bias, rows, q.shape[2], causal, scale, window, softcap
+        )
+        total = lse[:, :, rows]
+        offset = total.masked_fill(total == -torch.inf, 0)
+        p = torch.exp(s - offset[..., None])
+        g = widen(dout[:, :, rows])
+        delta = (g * widen(out[:, :, rows])).sum(-1)
+        if dlse is not None:
+            delta = delta - dlse[:, :, rows]
+        grouped = g.unflatten(1, groups)
+        dp = (grouped @ wide_v[:, :, None].transpose(-1, -2)).flatten(1, 2)
+        dropped = p
+        if seed is not None:
+            keep = dropout_factor(seed, dropout_p, batch, q.shape[1], rows, k.shape[2]).to(p.dtype)
+            dropped, dp = p * keep, dp * keep
+        dv = dv + (dropped.unflatten(1, groups).transpose(-1, -2) @ grouped).sum(2)
+        ds = p * (dp - delta[..., None])
+        if bias is not None and bias_grad:
+            part = ds.sum_to_size(*[d if d == 1 else n for d, n in zip(bias.shape, ds.shape)])
+            if bias.shape[2] == 1:
+                dbias = dbias + part
+            else:
+                dbiases.append(part)
+        if sinks is not None:
+            weight = torch.exp(sinks.to(s.dtype)[:, None] - offset)
+            dsinks = dsinks - torch.where(total == -torch.inf, 0, weight * delta).sum((0, 2))
+        ds = (ds if slope is None else ds * slope).unflatten(1, groups) * scale
+        dqs.append((ds @ wide_k[:, :, None]).flatten(1, 2).to(q.dtype))
+        dk = dk + (ds.transpose(-1, -2) @ block).sum(2)
+    if dbiases:
+        dbias = torch.cat(dbiases, 2)
+    return torch.cat(dqs, 2), dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias

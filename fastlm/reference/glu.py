@@ -1,0 +1,37 @@
+"""The definition of `glu`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlm.reference.precision import widen
+
+
+def _activation(x: Tensor, act: str) -> Tensor:
+    if act == "silu":
+        return torch.nn.functional.silu(x)
+    return torch.nn.functional.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """y = act(gate) * up, elementwise."""
+    return (_activation(widen(gate), act) * widen(up)).to(gate.dtype).contiguous()
+
+
+def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """dgate = dy * up * act'(gate), dup = dy * act(gate)."""
+    g, x, u = widen(dy), widen(gate), widen(up)
+    if act == "silu":
+        s = torch.sigmoid(x)
+        value, slope = x * s, s * (1 + x * (1 - s))
+    elif act == "gelu":
+        cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+        value = x * cdf
+        slope = cdf + x * torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+    else:
+        c = math.sqrt(2 / math.pi)
+        t = torch.tanh(c * (x + 0.044715 * x**3))
+        value = 0.5 * x * (1 + t)
+        slope = 0.5 * (1 + t) + 0.5 * x * (1 - t.square()) * c * (1 + 3 * 0.044715 * x.square())
+    return (g * u * slope).to(gate.dtype).contiguous(), (g * value).to(gate.dtype).contiguous()

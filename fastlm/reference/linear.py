@@ -1,0 +1,30 @@
+"""The definition of `linear`."""
+
+import math
+
+from torch import Tensor
+
+from fastlm.reference.precision import widen
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x weight^T + bias: (..., K), (N, K), (N,) -> (..., N)."""
+    y = widen(x) @ widen(weight).mT
+    return (y if bias is None else y + widen(bias)).to(x.dtype)
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = dy weight where weight is given, dweight = dy^T x where x is, dbias = sum of dy; empty
+    where not wanted."""
+    n, g = dy.shape[-1], widen(dy)
+    rows = g.reshape(math.prod(dy.shape[:-1]), n)
+    dx, dweight, dbias = (g.new_empty(0) for _ in range(3))
+    if weight is not None:
+        dx = g @ widen(weight)
+    if x is not None:
+        dweight = rows.mT @ widen(x).reshape(len(rows), x.shape[-1])
+    if want_bias:
+        dbias = rows.sum(0)
+    return dx.to(dy.dtype), dweight.to(dy.dtype), dbias.to(dy.dtype)

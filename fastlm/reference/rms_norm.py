@@ -1,0 +1,32 @@
+"""The definition of `rms_norm`."""
+
+import torch
+from torch import Tensor
+
+from fastlm.reference.precision import widen
+
+
+def rms_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h = x + residual, rstd = 1 / sqrt(mean(h^2) + eps), y = h * rstd * (offset + weight).
+
+    x (..., H) -> y (..., H), h (..., H; empty without residual), rstd (...).
+    """
+    h = x if residual is None else x + residual
+    wide = widen(h)
+    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
+    y = (wide * rstd[..., None] * (offset + widen(weight))).to(x.dtype)
+    return y, (x.new_empty(0) if residual is None else h), rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of h and of the weight; `dh_above` reaches h from the residual stream."""
+    g, wide, r = widen(dy), widen(h), rstd[..., None]
+    gw = g * (offset + widen(weight))
+    dh = r * (gw - wide * r.square() * (gw * wide).mean(-1, keepdim=True))
+    if dh_above is not None:
+        dh = dh + widen(dh_above)
+    return dh.to(h.dtype), (g * wide * r).reshape(-1, h.shape[-1]).sum(0)
