@@ -1,14 +1,9 @@
 """AdamW against torch's fused, foreach and loop variants: 40 M parameters as 100 tensors, and small
 or odd tensors, where the cost of the call shows."""
 
-import sys
-from pathlib import Path
-
 import torch
-from torch.nn.utils import clip_grad_norm_
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, main
+from torch.nn.utils import clip_grad_norm_
 
 from fastlm import AdamW
 

@@ -5,13 +5,8 @@ FLOPs by the field's convention: 4 B H S T D, half of it under a causal mask, 2.
 backward. Decoding is counted in bytes of keys and values read once.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, forward, gradients, inference, main, short, widened
 
 from fastlm import ops

@@ -2,13 +2,9 @@
 under every op.
 """
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, main
 
 from fastlm import _cpu, ops

@@ -1,12 +1,7 @@
 """cross_entropy on logits against eager torch and torch.compile: forward, and with gradients."""
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, forward, gradients, main
 
 from fastlm import ops

@@ -18,17 +18,14 @@ no weights and no cache, LATENCY. Registers and threads come from tests/cuda_gat
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 import gpu
+import torch
 
 from fastlm import AdamW, backend, cuda, ops
 

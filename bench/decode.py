@@ -20,15 +20,12 @@ import json
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from ceilings import Others, wait_until_quiet
 from harness import common_options, machine, positive, save
 from turns import Worker, tell_if_busy

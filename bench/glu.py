@@ -1,13 +1,9 @@
 """glu against eager torch and torch.compile: SwiGLU of the training shapes, GeGLU, decode."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, forward, gradients, main
 
 from fastlm import ops

@@ -24,15 +24,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, Row, machine, run_case, table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 from fastlm import backend, ops

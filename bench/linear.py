@@ -6,13 +6,9 @@ library, so torch's ways are eager: in bfloat16, in float32 on the same values, 
 """
 
 import itertools
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, main, under_autocast
 
 from fastlm import ops

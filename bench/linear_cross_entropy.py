@@ -4,13 +4,9 @@ of input and weight, and of few rows the loss alone."""
 
 import math
 import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, forward, gradients, main, short, torch_variants
 
 from fastlm import ops

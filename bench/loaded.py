@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from fastlm.threads import SPIN_ROUNDS
 
@@ -77,7 +76,6 @@ WORKS = {"decode": decode_turn, "training": training_turn}
 
 def worker(work: str) -> None:
     """Answers each line of stdin with the tokens/s of a turn."""
-    sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
     turn = WORKS[work]()
     turn()
     print("ready", flush=True)

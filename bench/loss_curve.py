@@ -10,18 +10,15 @@ optimizer states. The text is Python's own standard library.
 import argparse
 import math
 import re
-import sys
 import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import ROOT, machine, save
 from plain import PlainLlama
+from torch import Tensor
 from train_step import SIZES
 
 import fastlm

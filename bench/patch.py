@@ -13,12 +13,8 @@ under torch.compile have it too, to tell the kernels' share from the allocator's
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 import turns
 from ceilings import wait_until_quiet
 from harness import common_options, machine, positive, save

@@ -25,12 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from ceilings import ceilings_before, combined, highest
 from harness import common_options, described, machine, positive, save
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from train_step import SIZES, fastlm_step
 
 WARM, STEPS = 3, 3

@@ -7,15 +7,11 @@ for machines whose L3 is hundreds of MB.
 
 import itertools
 import os
-import sys
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, main
 
 from fastlm import ops

@@ -1,12 +1,7 @@
 """rms_norm against F.rms_norm, alone and after a residual addition; training and decode sizes."""
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, gradients, inference, main
 
 from fastlm import ops

@@ -1,11 +1,6 @@
 """rope against Hugging Face's eager formula: training shapes, a decode step, odd sizes."""
 
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import Case, forward, gradients, main
 
 from fastlm import ops

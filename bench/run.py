@@ -18,7 +18,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import ROOT, Row, machine, table
 
 OPS = (

@@ -13,16 +13,13 @@ it compiles and while it is evaluated; fastlm's does not.
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 from harness import machine, save
+from torch import Tensor, nn
 
 from fastlm.data.packages import default_cache
 from fastlm.data.prepare import HELDOUT, TRAIN, read_documents

@@ -11,12 +11,8 @@ backward, clipping and AdamW are in the step. fastlm's process keeps its freed m
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # python leaves the script's folder out
 import turns
 from ceilings import wait_until_quiet
 from harness import common_options, machine, positive, save
