@@ -1,8 +1,7 @@
 """``make bench``: every op file and the end-to-end runs; results, docs/benchmarks.md, the README.
 
-Writes bench/results/<machine>.json and docs/benchmarks.md with every row, and replaces what stands
-between the two marker lines of README.md: the rows of `HEADLINE`, and every row of those ops that a
-peer wins.
+Writes bench/results/<machine>.json, docs/benchmarks.md with every row, the ten rows of `HEADLINE`
+between the two marker lines of README.md, and the same as bars in docs/peers.png.
 
 ``--isa avx2`` holds both sides to one instruction set (`FORCED`), runs the ops and writes
 docs/benchmarks-avx2.md and a results file of its own; the README stays as it is. ``--page zen4``
@@ -32,7 +31,7 @@ OPS = (
     "quantized_linear",
     "boundary",
 )
-# name in the results -> command, what its table shows; the last two on docs/benchmarks.md only
+# name in the results -> command, what its table shows
 END_TO_END = {
     "train_step": (
         "train_step.py",
@@ -53,20 +52,20 @@ END_TO_END = {
     ),
     "profile_step": ("profile_step.py", "Where a training step of the 42 M model goes"),
 }
-HEADLINE_RUNS = ("train_step", "patch", "decode")
-# op -> shapes that the README shows
+# What the README shows, rows that a peer wins among them: (op, name, shape) -> in words
 HEADLINE = {
-    "attention": ("(8, 8/8, 512, 64)", "(1, 16/16, 2048, 128)", "(1, 9/3, 1 x 1024, 64)"),
-    "cross_entropy": ("4096 x 32768",),
-    "linear": ("4096 x 512 -> 1408",),
-    "linear_cross_entropy": ("4096 x 512 -> 32768",),
-    "rms_norm": ("4096 x 512", "1 x 576"),
-    "rope": ("B 8 H 8/8 S 512 D 64 R 64",),
-    "glu": ("4096 x 2816",),
-    "adamw": ("40 M fp32", "40 M"),
-    "quantized_linear": (
-        *(f"{m} x 4096 -> 4096" for m in (1, 16, 64, 512)), "2048 x 2048 -> 2048",
-    ),
+    ("attention", "causal bf16 forward+backward", "(8, 8/8, 512, 64)"): "attention with gradients",
+    ("attention", "decode bf16", "(1, 9/3, 1 x 1024, 64)"): "attention, one new token",
+    ("cross_entropy", "cross_entropy fwd+bwd bfloat16", "4096 x 32768"): "cross-entropy",
+    (
+        "linear_cross_entropy", "linear_cross_entropy fwd+bwd bfloat16", "4096 x 512 -> 32768",
+    ): "linear layer and cross-entropy",
+    ("rms_norm", "fwd+bwd", "4096 x 512"): "RMSNorm",
+    ("glu", "silu fwd+bwd", "4096 x 2816"): "SwiGLU",
+    ("adamw", "clip + step + bf16 copy", "40 M"): "AdamW: clip, step, bf16 copy",
+    ("quantized_linear", "w4a16", "1 x 4096 -> 4096"): "int4 weights, one row",
+    ("linear", "fwd+bwd bf16", "4096 x 512 -> 512"): "linear layer",
+    ("quantized_linear", "w8a16", "4 x 576 -> 1536"): "int8 weights, four rows",
 }  # fmt: skip
 # --isa -> what holds fastlm, ATen, oneDNN, MKL and torch.compile's code to it. oneDNN's and MKL's
 # own limits are needed too: without them torch's matrix products ignore ATEN_CPU_CAPABILITY.
@@ -116,25 +115,79 @@ def run(command: str, *arguments: str) -> dict:
         return {**json.loads(path.read_text()), "table": shown}
 
 
-def rows_of(results: dict, headline: bool) -> list[Row]:
-    """Rows of all ops, named with their op; of the headline, or all."""
+def rows_of(results: dict) -> list[Row]:
+    """Rows of all ops, named with their op."""
     rows = []
     for op in OPS:
         for row in (Row(**r) for r in results.get(op, {}).get("rows", [])):
-            lost = op in HEADLINE and row.ratio is not None and row.ratio < 1
-            if headline and row.shape not in HEADLINE.get(op, ()) and not lost:
-                continue
             if op not in row.name:
                 row.name = f"{op}: {row.name}"
             rows.append(row)
     return rows
 
 
-def section(results: dict, headline: bool, isa: str | None = None, flag: str = "") -> str:
+def headline(results: dict) -> list[tuple[str, str, str, str, float]]:
+    """(what, shape, fastlm, the best peer, ratio) of the rows of `HEADLINE` that are there, and of
+    the training step.
+    """
+    found = []
+    for (op, name, shape), words in HEADLINE.items():
+        for row in (Row(**r) for r in results.get(op, {}).get("rows", [])):
+            if (row.name, row.shape) == (name, shape) and row.ratio and row.best_peer:
+                ours, theirs = row.milliseconds["fastlm"], row.milliseconds[row.best_peer]
+                peer = f"{row.best_peer} {theirs:.3g} ms"
+                found.append((words, shape, f"{ours:.3g} ms", peer, row.ratio))
+    steps = results.get("train_step", {}).get("rows", [])
+    if len(steps) > 1:
+        ours, *peers = sorted(steps, key=lambda r: r["variant"] != "fastlm")
+        best = max(peers, key=lambda r: r["tokens_per_second"])
+        rates = [r["tokens_per_second"] for r in (ours, best)]
+        peer = f"{best['variant'].partition(',')[0]} {rates[1]:,.0f} tokens/s"
+        words = "a training step", "Llama, 42 M, 8 x 512 tokens"
+        found.insert(0, (*words, f"{rates[0]:,.0f} tokens/s", peer, rates[0] / rates[1]))
+    return found
+
+
+def short_section(results: dict) -> str:
+    """Markdown of the README's rows."""
+    about = results["machine"]
+    lines = ["| | shape | fastlm | the best of torch | |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {what} | {shape} | {ours} | {peer} | **{ratio:.2f}x** |"
+        for what, shape, ours, peer, ratio in headline(results)
+    ]
+    return (
+        f"{about['cpu']}, {about['threads']} threads, {about['cpu_isa']}, torch {about['torch']},"
+        f" {about['date']} (`make bench`); bf16, medians of rounds in turn.\n\n" + "\n".join(lines)
+    )
+
+
+def picture(results: dict, path: Path) -> None:
+    """The README's rows as bars of the ratio to the best peer; a row that the peer wins is red."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(headline(results), key=lambda row: row[-1])
+    figure = Figure(figsize=(8, 0.42 * len(rows) + 0.9), layout="constrained")
+    axes = figure.add_subplot()
+    values = [row[-1] for row in rows]
+    colors = ["#b3452f" if value < 1 else "#2f6fde" for value in values]
+    bars = axes.barh([row[0] for row in rows], values, color=colors, height=0.62)
+    axes.bar_label(bars, [f"{value:.2f}x" for value in values], padding=4, fontsize=9)
+    axes.axvline(1, color="#1c2733", linewidth=1)
+    axes.set_xlabel(
+        "times as fast as the best of torch and torch.compile (line: equal)", fontsize=9
+    )
+    axes.set_xlim(right=1.12 * max(values))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0, labelsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def section(results: dict, isa: str | None = None, flag: str = "") -> str:
     """Markdown: machine, table of the ops, tables of the end-to-end runs, what failed. `flag`: of
     bench/run.py, where it was not `make bench`."""
     about = results["machine"]
-    rows = rows_of(results, headline)
+    rows = rows_of(results)
     command = f"python bench/run.py {flag}" if flag else "make bench"
     measured = (results[n] for n in (*OPS, *END_TO_END) if "machine" in results.get(n, {}))
     commits = dict.fromkeys(str(r["machine"]["commit"]) for r in measured)
@@ -155,11 +208,10 @@ def section(results: dict, headline: bool, isa: str | None = None, flag: str = "
     if isa:
         limits = " ".join(f"{k}={v}" for k, v in FORCED[isa].items())
         parts.insert(1, f"Both sides are held to {isa}: `{limits}`.")
-    if not headline:
-        compared = [r.ratio for r in rows if r.ratio is not None]
-        lost = sum(ratio < 1 for ratio in compared)
-        parts.insert(-1, f"{len(compared)} rows with a peer, {lost} of them under 1.00x.")
-    for name in HEADLINE_RUNS if headline else END_TO_END:
+    compared = [r.ratio for r in rows if r.ratio is not None]
+    lost = sum(ratio < 1 for ratio in compared)
+    parts.insert(-1, f"{len(compared)} rows with a peer, {lost} of them under 1.00x.")
+    for name in END_TO_END:
         if lines := results.get(name, {}).get("table"):
             script, title = END_TO_END[name]
             heading = f"{title} (`python bench/{script}`):"
@@ -172,6 +224,7 @@ def section(results: dict, headline: bool, isa: str | None = None, flag: str = "
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--write-only", action="store_true", help="tables of the results there are")
+    parser.add_argument("--of", metavar="FILE", type=Path, help="results of another machine")
     parser.add_argument("--no-gate", action="store_true", help="skip the tests (not for claims)")
     parser.add_argument("--busy", action="store_true", help="beside other work (not for claims)")
     parser.add_argument("--isa", choices=FORCED, help="hold both sides to one instruction set")
@@ -188,7 +241,7 @@ def main() -> None:
     about = machine()
     kind = f"forced-{isa}" if isa else about["cpu_isa"]
     name = re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']}-{kind}-{about['threads']}t".lower())
-    path = ROOT / "bench" / "results" / f"{name}.json"
+    path = options.of or ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     if not options.write_only:
@@ -204,7 +257,7 @@ def main() -> None:
         page = ROOT / "docs" / f"benchmarks-{options.page or isa}.md"
         title = f"Every op with {isa} forced" if isa else f"Rows on {about['cpu']}"
         flag = f"--isa {isa}" if isa else f"--page {options.page}"
-        page.write_text(f"# {title}\n\n{section(results, headline=False, isa=isa, flag=flag)}\n")
+        page.write_text(f"# {title}\n\n{section(results, isa=isa, flag=flag)}\n")
         print(f"\nwritten: {path.relative_to(ROOT)}, {page.relative_to(ROOT)}")
         return
     readme = ROOT / "README.md"
@@ -212,15 +265,16 @@ def main() -> None:
     if BEGIN in text and END in text:
         head, rest = text.split(BEGIN, 1)
         tail = rest.split(END, 1)[1]
-        readme.write_text(f"{head}{BEGIN}\n{section(results, headline=True)}\n{END}{tail}")
+        readme.write_text(f"{head}{BEGIN}\n{short_section(results)}\n{END}{tail}")
+    picture(results, ROOT / "docs" / "peers.png")
     pages = [isa for isa in FORCED if (ROOT / "docs" / f"benchmarks-{isa}.md").exists()]
     links = ", ".join(f"[{isa}](benchmarks-{isa}.md)" for isa in pages)
     (ROOT / "docs" / "benchmarks.md").write_text(
         "# Every row of `make bench`\n\n"
         + (f"The same with an instruction set forced on both sides: {links}.\n\n" if pages else "")
-        + f"{section(results, headline=False)}\n"
+        + f"{section(results)}\n"
     )
-    print(f"\nwritten: {path.relative_to(ROOT)}, docs/benchmarks.md, README.md")
+    print(f"\nwritten: {path.name}, docs/benchmarks.md, docs/peers.png, README.md")
 
 
 if __name__ == "__main__":
