@@ -167,12 +167,13 @@ def picture(results: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = sorted(headline(results), key=lambda row: row[-1])
-    figure = Figure(figsize=(8, 0.42 * len(rows) + 0.9), layout="constrained")
+    figure = Figure(figsize=(8, 0.3 * len(rows) + 0.8), layout="constrained")
     axes = figure.add_subplot()
     values = [row[-1] for row in rows]
     colors = ["#b3452f" if value < 1 else "#2f6fde" for value in values]
-    bars = axes.barh([row[0] for row in rows], values, color=colors, height=0.62)
-    axes.bar_label(bars, [f"{value:.2f}x" for value in values], padding=4, fontsize=9)
+    axes.barh([row[0] for row in rows], values, color=colors, height=0.62)
+    for y, value in enumerate(values):  # right of the line too
+        axes.text(max(value, 1) + 0.05, y, f"{value:.2f}x", va="center", fontsize=9)
     axes.axvline(1, color="#1c2733", linewidth=1)
     axes.set_xlabel(
         "times as fast as the best of torch and torch.compile (line: equal)", fontsize=9

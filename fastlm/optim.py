@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 
 from fastlm import backend, reference
+from fastlm.cpu import adamw as cpu
 from fastlm.errors import InputError
 
 MIN_8BIT_SIZE = 4096  # smaller tensors (norms, biases) gain nothing from 8 bits; the paper's limit
-
-# csrc/cpu/adamw_table.h: elements a thread takes, int64 of workspace a tensor and a chunk
-_CHUNK, _TENSOR_INTS, _CHUNK_INTS = 32768, 20, 4
 
 _CODES = {
     "exp_avg": False,
@@ -69,7 +67,7 @@ class AdamW(torch.optim.Optimizer):
 
     state_bits, master_weights, stochastic_rounding may be given per group.
 
-    Parameters sharded by FSDP2 (DTensor) are updated where they lie; the norm is that of all ranks'
+    Parameters sharded by FSDP2 (DTensor) are updated by shards; the norm is that of all ranks'
     gradients. States go through ``torch.distributed.checkpoint.state_dict`` as DTensors. Blocks of
     8-bit states begin with each shard.
 
@@ -228,7 +226,7 @@ class AdamW(torch.optim.Optimizer):
             optimizer.keep_masters()
             model.bfloat16()
 
-        A master taken at the first step lies on the grid of bfloat16, and the first updates, less
+        A master taken at the first step is on the grid of bfloat16, and the first updates, less
         than half a step of that grid, move no weight; one between the points of the grid crosses a
         boundary as often as its updates are large. Over the first 40 steps of a 10 M model the
         loss was 0.007 above float32's with the former, 0.0003 with the latter.
@@ -412,8 +410,9 @@ def _laid_out(param: Tensor, group: dict[str, Any], given: dict[str, Any]) -> di
 
 
 def _keep_master(param: Tensor, state: dict[str, Any]) -> None:
-    """A master where the parameter's dtype wants one and it lacks it, also when the model was cast
-    after its first steps; none of `keep_masters` where float32 went on."""
+    """Add a master where the parameter's dtype wants one and it lacks it, also when the model was
+    cast after its first steps; drop that of `keep_masters` where the parameter is still float32.
+    """
     if param.dtype == torch.bfloat16:
         if "master_low" not in state:
             state["master_low"] = torch.zeros_like(param, dtype=torch.int16)
@@ -458,27 +457,11 @@ def _portable(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     return state
 
 
-def _cpu_adamw(*arguments: Any) -> None:
-    params, steps, options, keys = (arguments[i] for i in (0, 2, 8, 9))
-    if any(row[-1] for row in options):
-        keys = [reference.step_key(*key, int(step)) for key, step in zip(keys, steps)]
-    else:
-        keys = [0] * len(params)
-    chunks = sum([-(-param.numel() // _CHUNK) for param in params])
-    workspace = torch.empty(
-        len(params) * _TENSOR_INTS + chunks * _CHUNK_INTS, dtype=torch.int64, device="cpu"
-    )
-    try:
-        backend.cpu_extension.adamw(*arguments[:9], keys, *arguments[10:], workspace)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 backend.add_op(
     "adamw",
     {
         "reference": reference.adamw,
-        "cpu": _cpu_adamw,
+        "cpu": cpu.adamw,
         "triton": backend.Kernel("adamw", "adamw"),
         "cuda": backend.CudaKernel("adamw", "adamw"),
     },

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm.kernels.launch import Config, Tiles, launch, multiprocessors
-from fastlm.ops.attention import elements_last, empty_out
+from fastlm.memory_order import elements_last, empty_out
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

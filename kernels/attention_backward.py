@@ -47,7 +47,7 @@ from fastlm.kernels.attention import (
     whole_tiles,
 )
 from fastlm.kernels.launch import Config, Tiles, launch
-from fastlm.ops.attention import elements_last
+from fastlm.memory_order import elements_last
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels.attention import Layout, forward, options
-from fastlm.ops.attention import elements_last
+from fastlm.memory_order import elements_last
 
 _DIMS = (0, 2, 1)  # where sequence (or page), head and row are
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlm.kernels.attention import Layout, forward, options
 from fastlm.kernels.attention_backward import backward
-from fastlm.ops.attention import elements_last
+from fastlm.memory_order import elements_last
 
 _DIMS = (None, 1, 0)  # where sequence, head and row are
 

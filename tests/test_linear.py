@@ -14,6 +14,7 @@ from tolerance import assert_near
 from torch.autograd import forward_ad
 
 from fastlm import InputError, backend, ops
+from fastlm.cpu import linear as cpu
 
 SHAPES = [  # rows, K, N
     (1, 1, 1),
@@ -62,9 +63,9 @@ def test_matches_float64(own, isa, shape, bias):
 def test_the_own_product_ran(own, isa, monkeypatch):
     calls = []
     for name in ("linear_forward", "linear_input_gradient", "linear_weight_gradient"):
-        real = getattr(module._cpu, name)
+        real = getattr(backend.cpu_extension, name)
         spy = lambda *a, name=name, real=real: (calls.append(name), real(*a))[1]  # noqa: E731
-        monkeypatch.setattr(module._cpu, name, spy)
+        monkeypatch.setattr(backend.cpu_extension, name, spy)
     run(ops.linear, *inputs(9, 16, 8))
     assert calls == ["linear_forward", "linear_input_gradient", "linear_weight_gradient"]
     calls.clear()
@@ -81,7 +82,7 @@ def test_outputs_past_the_caches_are_the_same_bits(own, isa):
     assert torch.equal(ops.linear(x.detach().requires_grad_(), weight, bias), few)
     memory = torch.full((rows * n + 8,), math.nan).bfloat16()  # poisoned, y not on a line
     y = memory[4:-4].view(rows, n)
-    module._cpu.linear_forward(x.detach(), weight, bias, y, module._workspace(rows, n, k))
+    backend.cpu_extension.linear_forward(x.detach(), weight, bias, y, cpu._workspace(rows, n, k))
     assert torch.equal(y, few) and memory[:4].isnan().all() and memory[-4:].isnan().all()
 
 
@@ -158,8 +159,8 @@ def test_nan_and_infinity_stay_in_their_rows(own, isa):
 def test_runs_where_it_is_faster(isa, monkeypatch):
     """With and without a gradient, from the rows on that `_LEAST_ROWS` has; never elsewhere."""
     calls = []
-    real = module._cpu.linear_forward
-    monkeypatch.setattr(module._cpu, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
+    extension, real = backend.cpu_extension, backend.cpu_extension.linear_forward
+    monkeypatch.setattr(extension, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
     for learns, least in zip((True, False), module._LEAST_ROWS.get(isa, (math.inf, math.inf))):
         for rows in {1, 40, 70, 1030}:
             x, weight, bias, _ = inputs(rows, 16, 8)

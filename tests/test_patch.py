@@ -103,8 +103,8 @@ def test_linears_run_on_fastlms_products(monkeypatch):
     """Where those are faster: in bfloat16, here from the first row on; under hooks as well."""
     module, calls = sys.modules["fastlm.ops.linear"], []
     monkeypatch.setattr(module, "_LEAST_ROWS", dict.fromkeys(backend.cpu_isas(), (1, 1)))
-    real = module._cpu.linear_forward
-    monkeypatch.setattr(module._cpu, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
+    extension, real = backend.cpu_extension, backend.cpu_extension.linear_forward
+    monkeypatch.setattr(extension, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
     plain, fast = pair(dtype=torch.bfloat16)
     ids = tokens()
     (a, ga), (b, gb) = (gradients(m, input_ids=ids, labels=ids) for m in (plain, fast))

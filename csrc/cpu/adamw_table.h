@@ -35,7 +35,7 @@ struct AdamwChunk {
   int64_t tensor, start, n;
 };
 
-// What the workspace of a step has for each (fastlm/optim.py)
+// What the workspace of a step has for each (fastlm/cpu/adamw.py)
 constexpr int64_t ADAMW_TENSOR_INTS = 20, ADAMW_CHUNK_INTS = 4;  // of a chunk with its sum
 static_assert(sizeof(AdamwTensor) <= 8 * ADAMW_TENSOR_INTS);
 static_assert(sizeof(AdamwChunk) + sizeof(double) <= 8 * ADAMW_CHUNK_INTS);

@@ -40,7 +40,7 @@ void forward(const AttentionInputs& in, const TensorView& out, const TensorView&
 }
 
 // workspace: float32; its parts are in `forward`, forward_by_blocks and forward_by_chunks, its size
-// in ops/attention.py
+// in fastlm/cpu/attention.py
 inline void attention_forward(const AttentionInputs& in, const TensorView& out,
                               const TensorView& lse, const TensorView& workspace) {
   with_float(in.q.dtype(), "q", [&](auto tag) {

@@ -240,7 +240,7 @@ void exponentials_of(const Scores& score, const float* z, int64_t count, int64_t
 // x (R, D), w (V, D), bias (V) float32 or absent, target (R) int64, class_weight (V) float32 or
 // absent; exponentials: V rounded up to VB times R padded elements of E, or absent; stats: float32,
 // (1 + 2 blocks, R padded) of them and behind these what the kernels need (its size is in
-// ops/linear_cross_entropy.py); at_target, shift, log_sum, nll, smoothed (R) float32.
+// fastlm/cpu/linear_cross_entropy.py); at_target, shift, log_sum, nll, smoothed (R) float32.
 // shift + log_sum is the log of the sum of e^z, shift its nearest float.
 template <class T>
 void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t* target,

@@ -1,5 +1,5 @@
 // Every function the CPU extension exports, as C++. Outputs and workspaces are allocated by the
-// caller (ops/<op>.py).
+// caller (fastlm/cpu/<op>.py).
 #pragma once
 
 #include <optional>

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastlm.cuda import extension, stream
-from fastlm.ops.attention import elements_last
+from fastlm.memory_order import elements_last
 
 
 def paged_append(

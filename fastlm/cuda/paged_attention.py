@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlm import backend, reference
 from fastlm.cuda import extension, multiprocessors, stream
-from fastlm.ops.attention import elements_last
+from fastlm.memory_order import elements_last
 
 _TILE = 64  # keys, as in csrc/cuda/paged_attention.cuh
 _LEAST_TILES = 4  # that are worth a block of their own: 256 keys, as in kernels/attention.py

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.cuda import extension, stream
-from fastlm.ops.attention import elements_last
+from fastlm.memory_order import elements_last
 
 
 def rope_append(

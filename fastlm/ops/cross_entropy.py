@@ -2,8 +2,8 @@
 
 The kernel gives, per row, ``shift``, ``log_sum`` (lse = shift + log_sum), ``nll`` and, for label
 smoothing, the sum of all classes' nll; class weights, smoothing, z-loss, reduction and ignored
-rows are arithmetic on those (N,) vectors in plain torch, so autograd hands the backward kernel
-three coefficients a row:
+rows are arithmetic on those (N,) vectors in plain torch (`fastlm.row_losses`), so autograd hands
+the backward kernel three coefficients a row:
 
     dz[v] = on_p * softmax(z)[v] - on_target * (v == target) - on_all * class_weight[v]
 
@@ -21,16 +21,14 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel
-from fastlm.backend import cpu_extension as _cpu
+from fastlm.cpu import cross_entropy as cpu
 from fastlm.errors import InputError
 from fastlm.operator import register
 from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.row_losses import one_number, row_factors, row_losses
 from fastlm.transforms import wants_gradient
 
 _CLASS_NUMBERS = (torch.int64, torch.int32)
-_SCALAR = torch.empty((), dtype=torch.float32, device="cpu")  # empty_like: 0.3 us less than empty
-_STATS_ON_STACK = 64  # rows, as in csrc/cpu/cross_entropy.h
-_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def cross_entropy(
@@ -126,54 +124,6 @@ def cross_entropy(
         raise explained(error, cross_entropy, locals()) from None
 
 
-def row_factors(
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    classes: int,
-    reduction: str,
-    num_items: int | Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Factors (N) of nll, smoothed and lse^2 whose products add up to the rows' losses,
-    reduction included.
-    """
-    valid = target != ignore_index
-    seen = each = valid.to(dtype)
-    if (
-        weight is not None
-    ):  # clamp: a target out of range is refused by the kernel, not by this look-up
-        seen = torch.where(valid, weight.detach().to(dtype)[target.clamp(0, classes - 1)], 0.0)
-    if reduction == "mean":
-        share = 1.0 / (seen.sum() if num_items is None else one_number(num_items))
-        seen, each = seen * share, each * share
-    on_nll = seen * (1.0 - label_smoothing)
-    on_smoothed = each * (label_smoothing / classes) if label_smoothing else None
-    return on_nll, on_smoothed, each * z_loss if z_loss else None
-
-
-def row_losses(
-    on_nll: Tensor,
-    on_smoothed: Tensor | None,
-    on_square: Tensor | None,
-    nll: Tensor,
-    smoothed: Tensor,
-    lse: Tensor,
-    valid: Tensor,
-) -> Tensor:
-    """(N). `where`, not a factor of 0: an infinite lse of an ignored row stays out of loss
-    and gradient.
-    """
-    loss = on_nll * nll
-    if on_smoothed is not None:
-        loss = loss + on_smoothed * torch.where(valid, smoothed, 0.0)
-    if on_square is not None:
-        loss = loss + on_square * torch.where(valid, lse, 0.0).square()
-    return loss
-
-
 def check(
     x: Tensor, name: str, classes: int, target: Tensor, weight: Tensor | None, smoothing: float
 ) -> None:
@@ -221,11 +171,6 @@ def check_options(softcap: float | None, reduction: str, num_items: int | Tensor
             raise InputError(f"num_items: wanted > 0, got {num_items}")
 
 
-def one_number(num_items: int | Tensor) -> int | Tensor:
-    """Without the dimension that (1,) would add to a scalar loss."""
-    return num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
-
-
 def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -258,109 +203,6 @@ def _loss_fake(logits, target, ignore_index, mean, softcap, logit_scale, keep):
 
 def _loss_backward_fake(d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale):
     return logits.new_empty(logits.shape)
-
-
-def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """Contiguous, after every class in it was found in range."""
-    target = target.contiguous()
-    if (row := _cpu.first_bad_target(target, classes, ignore_index)) >= 0:
-        raise reference.bad_target(target, row, classes, ignore_index)
-    return target
-
-
-def all_weights(class_weight: Tensor | None, smooth: bool, classes: int) -> Tensor | None:
-    """(V) float32 weights of the sum over all classes, or None without one."""
-    if not smooth:
-        return None
-    if class_weight is None:
-        return torch.ones(classes, dtype=torch.float32, device="cpu")
-    return class_weight.float().contiguous()
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Rows may be apart, elements of a row may not."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _cpu_forward(logits, target, class_weight, smooth, ignore_index, softcap, logit_scale):
-    n, classes = logits.shape
-    shift = logits.new_empty(n, dtype=torch.float32)
-    log_sum, nll = torch.empty_like(shift), torch.empty_like(shift)
-    smoothed = shift.new_empty(n if smooth else 0)
-    _cpu.cross_entropy_forward(
-        _rows(logits),
-        checked_target(target, classes, ignore_index),
-        all_weights(class_weight, smooth, classes),
-        ignore_index,
-        softcap or 0.0,
-        logit_scale,
-        shift,
-        log_sum,
-        nll,
-        smoothed,
-    )
-    return shift, log_sum, nll, smoothed
-
-
-def _cpu_backward(
-    on_p,
-    on_target,
-    on_all,
-    logits,
-    target,
-    class_weight,
-    shift,
-    log_sum,
-    ignore_index,
-    softcap,
-    logit_scale,
-):
-    d_logits = logits.new_empty(logits.shape)
-    _cpu.cross_entropy_backward(
-        on_p.contiguous(),
-        on_target.contiguous(),
-        None if on_all is None else on_all.contiguous(),
-        _rows(logits),
-        target.contiguous(),
-        all_weights(class_weight, on_all is not None, logits.shape[1]),
-        shift,
-        log_sum,
-        ignore_index,
-        softcap or 0.0,
-        logit_scale,
-        d_logits,
-    )
-    return d_logits
-
-
-def _cpu_loss(logits, target, ignore_index, mean, softcap, logit_scale, keep):
-    loss, n = torch.empty_like(_SCALAR), target.shape[0]
-    stats = _SCALAR.new_empty(3, n) if keep or n > _STATS_ON_STACK else None
-    target = target.contiguous()
-    rows = logits if logits.is_contiguous() else _rows(logits)
-    row = _cpu.cross_entropy_loss(
-        rows, target, ignore_index, mean, softcap or 0.0, logit_scale, loss, stats
-    )
-    if row >= 0:
-        raise reference.bad_target(target, row, logits.shape[1], ignore_index)
-    return loss, stats if keep and stats is not None else _NOTHING
-
-
-def _cpu_loss_backward(d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale):
-    contiguous = logits.is_contiguous()
-    d_logits = torch.empty_like(logits) if contiguous else logits.new_empty(logits.shape)
-    _cpu.cross_entropy_loss_backward(
-        d_loss,
-        logits if contiguous else _rows(logits),
-        target.contiguous(),
-        stats,
-        ignore_index,
-        mean,
-        softcap or 0.0,
-        logit_scale,
-        d_logits,
-    )
-    return d_logits
 
 
 def _setup_context(ctx, inputs, output):
@@ -425,7 +267,7 @@ _forward = register(
     fake=_forward_fake,
     implementations={
         "reference": reference.cross_entropy_forward,
-        "cpu": _cpu_forward,
+        "cpu": cpu.forward,
         "triton": Kernel("cross_entropy", "cross_entropy_forward"),
         "cuda": CudaKernel("cross_entropy", "cross_entropy_forward"),
     },
@@ -439,7 +281,7 @@ _backward = register(
     fake=_backward_fake,
     implementations={
         "reference": reference.cross_entropy_backward,
-        "cpu": _cpu_backward,
+        "cpu": cpu.backward,
         "triton": Kernel("cross_entropy", "cross_entropy_backward"),
         "cuda": CudaKernel("cross_entropy", "cross_entropy_backward"),
     },
@@ -451,7 +293,7 @@ _loss = register(
     fake=_loss_fake,
     implementations={
         "reference": reference.cross_entropy_loss,
-        "cpu": _cpu_loss,
+        "cpu": cpu.loss,
         "triton": Kernel("cross_entropy", "cross_entropy_loss"),
         "cuda": CudaKernel("cross_entropy", "cross_entropy_loss"),
     },
@@ -464,7 +306,7 @@ _loss_backward = register(
     fake=_loss_backward_fake,
     implementations={
         "reference": reference.cross_entropy_loss_backward,
-        "cpu": _cpu_loss_backward,
+        "cpu": cpu.loss_backward,
         "triton": Kernel("cross_entropy", "cross_entropy_loss_backward"),
         "cuda": CudaKernel("cross_entropy", "cross_entropy_loss_backward"),
     },

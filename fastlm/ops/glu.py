@@ -4,12 +4,11 @@ The backward computes the activation again from `gate` rather than keep it: at t
 multiply-adds per byte moved the arithmetic is free, the memory is not.
 """
 
-import torch
 from torch import Tensor
 
 from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel
-from fastlm.backend import cpu_extension as _cpu
+from fastlm.cpu import glu as cpu
 from fastlm.errors import InputError
 from fastlm.operator import autocasts, promoted, register
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -23,7 +22,7 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
 
     Args:
         gate: (..., F), float32, bfloat16 or float16 (float64 on the reference). The halves of one
-            fused projection, ``x.chunk(2, -1)``, are read where they lie.
+            fused projection, ``x.chunk(2, -1)``, are read without a copy.
         up: shape and dtype of gate. Under ``torch.autocast`` two dtypes become the wider one.
         act: silu, gelu_tanh or gelu.
 
@@ -62,33 +61,6 @@ def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor, act: str):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As matrices whose rows may be apart, elements of a row not."""
-    width = tensors[0].shape[-1]
-    rows = (t.reshape(-1, width) for t in tensors)
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in rows)
-
-
-def _cpu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    if gate.is_contiguous() and up.is_contiguous():
-        y = torch.empty_like(gate)
-        _cpu.glu_forward(gate, up, act, y)
-    else:
-        y = gate.new_empty(gate.shape)
-        _cpu.glu_forward(*_rows(gate, up), act, y)
-    return y
-
-
-def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    if dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous():
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    else:
-        dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-        dy, gate, up = _rows(dy, gate, up)
-    _cpu.glu_backward(dy, gate, up, act, dgate, dup)
-    return dgate, dup
-
-
 def _setup_context(ctx, inputs, output):
     gate, up, ctx.act = inputs
     ctx.save_for_backward(gate, up)
@@ -103,7 +75,7 @@ _forward = register(
     fake=_forward_fake,
     implementations={
         "reference": reference.glu_forward,
-        "cpu": _cpu_forward,
+        "cpu": cpu.forward,
         "triton": Kernel("glu", "glu_forward"),
         "cuda": CudaKernel("glu", "glu_forward"),
     },
@@ -115,7 +87,7 @@ _backward = register(
     fake=_backward_fake,
     implementations={
         "reference": reference.glu_backward,
-        "cpu": _cpu_backward,
+        "cpu": cpu.backward,
         "triton": Kernel("glu", "glu_backward"),
     },
     picked_by=1,

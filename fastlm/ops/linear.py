@@ -1,6 +1,6 @@
-"""Linear layers, for training: ``F.linear`` whose products keep their speed wherever memory lies.
+"""Linear layers, for training: ``F.linear`` whose speed does not depend on operands' addresses.
 
-The library's (oneDNN through torch) bfloat16 products read some operands where they lie, and in a
+The library's (oneDNN through torch) bfloat16 products read some operands unpacked, and in a
 training step take 5 to 30 % longer in one process than in the next; `csrc/cpu/linear.h` packs what
 it reads twice. Where that does not pay, torch's product is what runs (`_own`).
 """
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import reference
-from fastlm.backend import cpu_extension as _cpu
 from fastlm.backend import cpu_isa, forced
+from fastlm.cpu import linear as cpu
 from fastlm.errors import InputError
 from fastlm.operator import autocast, autocast_somewhere, register
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -120,50 +120,6 @@ def _backward_flops(dy, x, weight, want_bias, **_):
     return sum(2 * math.prod(dy) * t[-1] for t in (x, weight) if t is not None)
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """(rows, width), elements of a row side by side."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
-def _workspace(m: int, n: int, k: int, *, weight_gradient: bool = False) -> Tensor:
-    size = _cpu.linear_workspace(m, n, k, weight_gradient) // 4 + 1
-    return torch.empty(size, dtype=torch.float32, device="cpu")
-
-
-def _cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype != torch.bfloat16 or 0 in (x.numel(), weight.numel()):
-        return F.linear(x, weight, bias)
-    n, k = weight.shape
-    rows = x.numel() // k
-    y = x.new_empty(*x.shape[:-1], n)
-    bias = None if bias is None else bias.contiguous()
-    room = _workspace(rows, n, k)
-    _cpu.linear_forward(_matrix(x), _matrix(weight), bias, y.view(rows, n), room)
-    return y
-
-
-def _cpu_backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    if dy.dtype != torch.bfloat16 or any(t is not None and not t.numel() for t in (dy, x, weight)):
-        return reference.linear_backward(dy, x, weight, want_bias)
-    shape, n = dy.shape[:-1], dy.shape[-1]
-    dy = _matrix(dy)
-    rows = len(dy)
-    dx, dweight = dy.new_empty(0), dy.new_empty(0)
-    if weight is not None:
-        k = weight.shape[1]
-        dx = dy.new_empty(*shape, k)
-        _cpu.linear_input_gradient(dy, _matrix(weight), dx.view(rows, k), _workspace(rows, k, n))
-    if x is not None:
-        k = x.shape[-1]
-        dweight = dy.new_empty(n, k)
-        room = _workspace(rows, n, k, weight_gradient=True)
-        _cpu.linear_weight_gradient(dy, _matrix(x), dweight, room)
-    return dx, dweight, dy.sum(0) if want_bias else dy.new_empty(0)
-
-
 def _setup_context(ctx, inputs, output):
     x, weight, _ = inputs
     want_x, want_weight = ctx.needs_input_grad[:2]
@@ -179,7 +135,7 @@ def _autograd_backward(ctx, dy):
 _forward = register(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=_forward_fake,
-    implementations={"reference": reference.linear_forward, "cpu": _cpu_forward},
+    implementations={"reference": reference.linear_forward, "cpu": cpu.forward},
     setup_context=_setup_context,
     backward=_autograd_backward,
     flops=_flops,
@@ -188,6 +144,6 @@ _backward = register(
     "linear_backward(Tensor dy, Tensor? x, Tensor? weight, bool want_bias)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    implementations={"reference": reference.linear_backward, "cpu": _cpu_backward},
+    implementations={"reference": reference.linear_backward, "cpu": cpu.backward},
     flops=_backward_flops,
 )

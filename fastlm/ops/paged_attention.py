@@ -5,15 +5,12 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel
+from fastlm.cpu import paged_attention as cpu
 from fastlm.errors import InputError
 from fastlm.flops import has_values
 from fastlm.operator import autocasts, register
-from fastlm.ops.attention import NUMBERS, as_int32, check_options, cpu_forward, wide_dtype
+from fastlm.ops.attention import NUMBERS, as_int32, check_options, wide_dtype
 from fastlm.ops.wrong_type import FAILURES, explained
-
-# Keys that the table has room for, from which on the workspace is sized by the lengths (4 us more):
-# a server's tables have room for the longest context in every row.
-_ROOM = 1 << 15
 
 
 def paged_attention(
@@ -157,33 +154,6 @@ def _fake(q, k_cache, v_cache, *_):
     )
 
 
-def _cpu(
-    q,
-    k_cache,
-    v_cache,
-    block_table,
-    seq_lens,
-    k_scale,
-    v_scale,
-    sinks,
-    alibi_slopes,
-    bias,
-    *numbers,
-):
-    table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
-    layout = (None, None, table, seq_lens.contiguous(), k_scale, v_scale)
-    b, s, h, _ = q.shape
-    longest = table.shape[1] * k_cache.shape[1]
-    rows = b * longest
-    if rows > _ROOM:
-        rows = min(rows, max(0, int(seq_lens.sum())))
-        longest = min(longest, max(0, int(seq_lens.max())))
-    return cpu_forward(
-        q, k_cache, v_cache, layout, sinks, alibi_slopes, bias, None, (*numbers, 0.0), (b, h, s), b,
-        rows, longest,
-    )  # fmt: skip
-
-
 def _flops(q, k_cache, v_cache, block_table, seq_lens, *_, **__):
     _, queries, heads, width = q.shape
     room = block_table.numel() * k_cache.shape[1]
@@ -198,7 +168,7 @@ op = register(
     fake=_fake,
     implementations={
         "reference": reference.paged_attention,
-        "cpu": _cpu,
+        "cpu": cpu.paged_attention,
         "triton": Kernel("paged_attention", "paged_attention"),
         "cuda": CudaKernel("paged_attention", "paged_attention"),
     },

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel
-from fastlm.backend import cpu_extension as _cpu
+from fastlm.cpu import quantized_linear as cpu
 from fastlm.errors import InputError
 from fastlm.operator import register
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -104,61 +104,6 @@ def _backward_flops(dy, qdata, scales, zeros, bits, group_size, k, **_):
     return 2 * math.prod(dy) * k
 
 
-# One row of so many columns is arranged on the stack (ON_STACK of quantized_dot.h) whatever the
-# format: decoding does not ask, which would be 0.6 us of 28.
-_NEEDS_NO_WORKSPACE = 8192
-
-
-def _rows(t: Tensor) -> Tensor:
-    """As the kernels take them: contiguous, or a matrix whose rows may be apart, elements of a row
-    not."""
-    if t.is_contiguous():
-        return t
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _cpu_forward(
-    x: Tensor,
-    qdata: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    act_bits: int,
-) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], qdata.shape[0])
-    if bias is not None:
-        bias = bias.float().contiguous()
-    x = _rows(x)
-    workspace = None
-    if x.numel() > _NEEDS_NO_WORKSPACE or x.numel() != x.shape[-1]:
-        floats = _cpu.quantized_linear_workspace(x, qdata.shape[0], bits, group_size, act_bits, 0)
-        if floats:
-            workspace = x.new_empty(floats, dtype=torch.float32)
-    _cpu.quantized_linear(
-        x, qdata, scales, zeros, bias, bits, group_size, act_bits, 0, y, workspace
-    )
-    return y
-
-
-def _cpu_backward(
-    dy: Tensor,
-    qdata: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    k: int,
-) -> Tensor:
-    dx = dy.new_empty(*dy.shape[:-1], k)
-    dy = _rows(dy)
-    workspace = dy.new_empty(_cpu.quantized_linear_backward_workspace(dy), dtype=torch.float32)
-    _cpu.quantized_linear_backward(dy, qdata, scales, zeros, bits, group_size, dx, workspace)
-    return dx
-
-
 def _setup_context(ctx, inputs, output):
     x, qdata, scales, zeros, bias, bits, group_size, _ = inputs
     ctx.save_for_backward(qdata, scales, zeros)
@@ -182,7 +127,7 @@ _forward = register(
     fake=_forward_fake,
     implementations={
         "reference": reference.quantized_linear_forward,
-        "cpu": _cpu_forward,
+        "cpu": cpu.forward,
         "triton": Kernel("quantized_linear", "quantized_linear_forward"),
         "cuda": CudaKernel("quantized_linear", "quantized_linear_forward"),
     },
@@ -196,7 +141,7 @@ _backward = register(
     fake=_backward_fake,
     implementations={
         "reference": reference.quantized_linear_backward,
-        "cpu": _cpu_backward,
+        "cpu": cpu.backward,
         "triton": Kernel("quantized_linear", "quantized_linear_backward"),
     },
     flops=_backward_flops,
@@ -215,22 +160,6 @@ def _dequantize_fake(
     return scales.new_empty(qdata.shape[0], k, dtype=dtype)
 
 
-def _cpu_dequantize(
-    qdata: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    if dtype == torch.float64:  # a reference's business
-        return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
-    out = qdata.new_empty(qdata.shape[0], k, dtype=dtype)
-    _cpu.dequantize(qdata, scales, zeros, bits, group_size, out)
-    return out
-
-
 # (rows, K) of a QuantizedWeight, or of rows taken from one. picked_by: qdata is no float.
 dequantize = register(
     "dequantize(Tensor qdata, Tensor scales, Tensor? zeros, int bits, int group_size, int k,"
@@ -238,7 +167,7 @@ dequantize = register(
     fake=_dequantize_fake,
     implementations={
         "reference": reference.dequantize_rows,
-        "cpu": _cpu_dequantize,
+        "cpu": cpu.dequantize,
         "triton": Kernel("quantized_linear", "dequantize"),
         "cuda": CudaKernel("quantized_linear", "dequantize"),
     },

@@ -5,12 +5,10 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel
-from fastlm.backend import cpu_extension as _cpu
+from fastlm.cpu import rms_norm as cpu
 from fastlm.errors import InputError
 from fastlm.operator import autocasts, promoted, register
 from fastlm.ops.wrong_type import FAILURES, explained
-
-_BLOCK_ROWS = 64  # rows per partial sum of the weight's gradient, as in csrc/cpu/rms_norm.h
 
 
 def rms_norm(
@@ -82,44 +80,6 @@ def _backward_fake(
     return h.new_empty(h.shape), h.new_empty(h.shape[-1:], dtype=rstd.dtype)
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
-    """As the kernels take them: contiguous, or a matrix whose rows may be apart, elements of a row
-    not."""
-    if t is None or t.is_contiguous():
-        return t
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The kernels read a weight of float32 or of x's dtype where it lies."""
-    if weight.dtype != dtype and weight.dtype != torch.float32:
-        weight = weight.float()
-    return weight.contiguous()
-
-
-def _cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
-    y = x.new_empty(x.shape)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    h = None if residual is None else x.new_empty(x.shape)
-    _cpu.rms_norm_forward(
-        _rows(x), _rows(residual), _weight(weight, x.dtype), eps, offset, y, h, rstd
-    )
-    return y, x.new_empty(0) if h is None else h, rstd
-
-
-def _cpu_backward(
-    dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
-):
-    dx = h.new_empty(h.shape)
-    blocks = (rstd.numel() + _BLOCK_ROWS - 1) // _BLOCK_ROWS
-    dw = rstd.new_empty(blocks, h.shape[-1])
-    _cpu.rms_norm_backward(
-        _rows(dy), _rows(dh_above), _rows(h), _weight(weight, h.dtype), rstd, offset, dx, dw
-    )
-    return dx, dw.sum(0)
-
-
 def _setup_context(ctx, inputs, output):
     x, residual, weight, _, offset = inputs
     _, h, rstd = output
@@ -139,7 +99,7 @@ _forward = register(
     fake=_forward_fake,
     implementations={
         "reference": reference.rms_norm_forward,
-        "cpu": _cpu_forward,
+        "cpu": cpu.forward,
         "triton": Kernel("rms_norm", "rms_norm_forward"),
         "cuda": CudaKernel("rms_norm", "rms_norm_forward"),
     },
@@ -152,7 +112,7 @@ _backward = register(
     fake=_backward_fake,
     implementations={
         "reference": reference.rms_norm_backward,
-        "cpu": _cpu_backward,
+        "cpu": cpu.backward,
         "triton": Kernel("rms_norm", "rms_norm_backward"),
     },
     picked_by=2,

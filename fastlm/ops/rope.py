@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.backend import CudaKernel, Kernel
-from fastlm.backend import cpu_extension as _cpu
+from fastlm.cpu import rope as cpu
 from fastlm.errors import InputError
+from fastlm.memory_order import dense
 from fastlm.operator import autocasts, promoted, register
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.transforms import is_eager
@@ -96,7 +97,8 @@ def rope(
             )
         if rotary_dim is None and 2 * turned == width:
             cos = _with_every_angle_twice(cos, interleaved)
-        return _rope(_dense(q), _dense(k), cos, sin, interleaved, False)
+        # the results have the memory order of the arguments: the operator's fake must know it
+        return _rope(dense(q), dense(k), cos, sin, interleaved, False)
     except FAILURES as error:
         raise explained(error, rope, locals()) from None
 
@@ -122,29 +124,13 @@ def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inv
     return torch.empty_like(q), torch.empty_like(k)
 
 
-def _dense(t: Tensor) -> Tensor:
-    """Elements of a head one after the other: the results have the memory order of the arguments,
-    and the operator's fake tensors must know it.
-    """
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
-def _cpu_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool):
-    if cos.dtype != torch.float32 and cos.dtype != q.dtype:
-        cos, sin = cos.float(), sin.float()
-    q, k = _dense(q), _dense(k)
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    _cpu.rope(q, k, _dense(cos), _dense(sin), interleaved, inverse, q_out, k_out)
-    return q_out, k_out
-
-
 def _setup_context(ctx, inputs, output):
     _, _, cos, sin, ctx.interleaved, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin)
 
 
 def _autograd_backward(ctx, dq, dk):
-    dq, dk = _rope(_dense(dq), _dense(dk), *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+    dq, dk = _rope(dense(dq), dense(dk), *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
     return dq, dk, None, None, None, None
 
 
@@ -154,7 +140,7 @@ _rope = register(
     fake=_fake,
     implementations={
         "reference": reference.rope,
-        "cpu": _cpu_rope,
+        "cpu": cpu.rope,
         "triton": Kernel("rope", "rope"),
         "cuda": CudaKernel("rope", "rope"),
     },

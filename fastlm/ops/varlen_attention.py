@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.backend import Kernel
+from fastlm.cpu import varlen_attention as cpu
 from fastlm.errors import InputError
 from fastlm.flops import has_values
 from fastlm.operator import autocast, autocast_somewhere, register
@@ -13,8 +14,6 @@ from fastlm.ops.attention import (
     as_int32,
     backward_fake,
     check_options,
-    cpu_backward,
-    cpu_forward,
     dropout_seed,
     wide_dtype,
 )
@@ -113,28 +112,6 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *r
     return backward_fake(dout, dlse, q, k, v, out, lse, *rest)
 
 
-def _cpu_forward(
-    q, k, v, cu_q, cu_k, sinks, alibi_slopes, bias, seed, max_seqlen_q, max_seqlen_k, *numbers
-):
-    layout = (cu_q.contiguous(), cu_k.contiguous(), None, None, None, None)
-    return cpu_forward(
-        q, k, v, layout, sinks, alibi_slopes, bias, seed, numbers, (q.shape[1], q.shape[0]),
-        cu_q.shape[0] - 1, k.shape[0], 0,  # packed sequences never decode
-    )  # fmt: skip
-
-
-def _cpu_backward(
-    dout, dlse, q, k, v, out, lse, cu_q, cu_k, sinks, alibi_slopes, bias, seed,
-    max_seqlen_q, max_seqlen_k, *numbers_and_bias_grad,
-):  # fmt: skip
-    *numbers, bias_grad = numbers_and_bias_grad
-    return cpu_backward(
-        dout, dlse, q, k, v, out, lse, (cu_q.contiguous(), cu_k.contiguous()), sinks, alibi_slopes,
-        bias, seed, tuple(numbers), bias_grad, cu_q.shape[0] - 1,
-        *(int(cu.diff().max()) if cu.shape[0] > 1 else 0 for cu in (cu_q, cu_k)),
-    )  # fmt: skip
-
-
 def _setup_context(ctx, inputs, output):
     *tensors, sinks, alibi_slopes, bias, seed = inputs[:9]
     ctx.numbers = inputs[9:]
@@ -187,7 +164,7 @@ _forward = register(
     fake=_forward_fake,
     implementations={
         "reference": reference.varlen_attention_forward,
-        "cpu": _cpu_forward,
+        "cpu": cpu.forward,
         "triton": Kernel("varlen_attention", "varlen_attention_forward"),
     },
     setup_context=_setup_context,
@@ -202,7 +179,7 @@ _backward = register(
     fake=_backward_fake,
     implementations={
         "reference": reference.varlen_attention_backward,
-        "cpu": _cpu_backward,
+        "cpu": cpu.backward,
         "triton": Kernel("varlen_attention", "varlen_attention_backward"),
     },
     picked_by=2,

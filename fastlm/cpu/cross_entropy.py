@@ -1,0 +1,116 @@
+"""cross_entropy by csrc/cpu/cross_entropy.h: allocates the results and a few float32 a row, and
+refuses targets out of range.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
+
+_SCALAR = torch.empty((), dtype=torch.float32, device="cpu")  # empty_like: 0.3 us less than empty
+_STATS_ON_STACK = 64  # rows, as in csrc/cpu/cross_entropy.h
+_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Contiguous, after every class in it was found in range."""
+    target = target.contiguous()
+    if (row := _cpu.first_bad_target(target, classes, ignore_index)) >= 0:
+        raise reference.bad_target(target, row, classes, ignore_index)
+    return target
+
+
+def all_weights(class_weight: Tensor | None, smooth: bool, classes: int) -> Tensor | None:
+    """(V) float32 weights of the sum over all classes, or None without one."""
+    if not smooth:
+        return None
+    if class_weight is None:
+        return torch.ones(classes, dtype=torch.float32, device="cpu")
+    return class_weight.float().contiguous()
+
+
+def rows_apart(t: Tensor) -> Tensor:
+    """Rows may be apart, elements of a row may not."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def forward(logits, target, class_weight, smooth, ignore_index, softcap, logit_scale):
+    n, classes = logits.shape
+    shift = logits.new_empty(n, dtype=torch.float32)
+    log_sum, nll = torch.empty_like(shift), torch.empty_like(shift)
+    smoothed = shift.new_empty(n if smooth else 0)
+    _cpu.cross_entropy_forward(
+        rows_apart(logits),
+        checked_target(target, classes, ignore_index),
+        all_weights(class_weight, smooth, classes),
+        ignore_index,
+        softcap or 0.0,
+        logit_scale,
+        shift,
+        log_sum,
+        nll,
+        smoothed,
+    )
+    return shift, log_sum, nll, smoothed
+
+
+def backward(
+    on_p,
+    on_target,
+    on_all,
+    logits,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
+):
+    d_logits = logits.new_empty(logits.shape)
+    _cpu.cross_entropy_backward(
+        on_p.contiguous(),
+        on_target.contiguous(),
+        None if on_all is None else on_all.contiguous(),
+        rows_apart(logits),
+        target.contiguous(),
+        all_weights(class_weight, on_all is not None, logits.shape[1]),
+        shift,
+        log_sum,
+        ignore_index,
+        softcap or 0.0,
+        logit_scale,
+        d_logits,
+    )
+    return d_logits
+
+
+def loss(logits, target, ignore_index, mean, softcap, logit_scale, keep):
+    loss, n = torch.empty_like(_SCALAR), target.shape[0]
+    stats = _SCALAR.new_empty(3, n) if keep or n > _STATS_ON_STACK else None
+    target = target.contiguous()
+    rows = logits if logits.is_contiguous() else rows_apart(logits)
+    row = _cpu.cross_entropy_loss(
+        rows, target, ignore_index, mean, softcap or 0.0, logit_scale, loss, stats
+    )
+    if row >= 0:
+        raise reference.bad_target(target, row, logits.shape[1], ignore_index)
+    return loss, stats if keep and stats is not None else _NOTHING
+
+
+def loss_backward(d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale):
+    contiguous = logits.is_contiguous()
+    d_logits = torch.empty_like(logits) if contiguous else logits.new_empty(logits.shape)
+    _cpu.cross_entropy_loss_backward(
+        d_loss,
+        logits if contiguous else rows_apart(logits),
+        target.contiguous(),
+        stats,
+        ignore_index,
+        mean,
+        softcap or 0.0,
+        logit_scale,
+        d_logits,
+    )
+    return d_logits

@@ -1,0 +1,33 @@
+"""glu by csrc/cpu/glu.h: allocates the results alone."""
+
+import torch
+from torch import Tensor
+
+from fastlm.backend import cpu_extension as _cpu
+
+
+def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As matrices whose rows may be apart, elements of a row not."""
+    width = tensors[0].shape[-1]
+    rows = (t.reshape(-1, width) for t in tensors)
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in rows)
+
+
+def forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    if gate.is_contiguous() and up.is_contiguous():
+        y = torch.empty_like(gate)
+        _cpu.glu_forward(gate, up, act, y)
+    else:
+        y = gate.new_empty(gate.shape)
+        _cpu.glu_forward(*_rows(gate, up), act, y)
+    return y
+
+
+def backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    if dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous():
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    else:
+        dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+        dy, gate, up = _rows(dy, gate, up)
+    _cpu.glu_backward(dy, gate, up, act, dgate, dup)
+    return dgate, dup

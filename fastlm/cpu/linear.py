@@ -1,0 +1,55 @@
+"""linear by csrc/cpu/linear.h, in bfloat16; torch multiplies other dtypes and empty matrices.
+
+Allocates the results, and for each product a workspace of the size that C++ tells.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """(rows, width), elements of a row side by side."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _workspace(m: int, n: int, k: int, *, weight_gradient: bool = False) -> Tensor:
+    size = _cpu.linear_workspace(m, n, k, weight_gradient) // 4 + 1
+    return torch.empty(size, dtype=torch.float32, device="cpu")
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype != torch.bfloat16 or 0 in (x.numel(), weight.numel()):
+        return F.linear(x, weight, bias)
+    n, k = weight.shape
+    rows = x.numel() // k
+    y = x.new_empty(*x.shape[:-1], n)
+    bias = None if bias is None else bias.contiguous()
+    room = _workspace(rows, n, k)
+    _cpu.linear_forward(_matrix(x), _matrix(weight), bias, y.view(rows, n), room)
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if dy.dtype != torch.bfloat16 or any(t is not None and not t.numel() for t in (dy, x, weight)):
+        return reference.linear_backward(dy, x, weight, want_bias)
+    shape, n = dy.shape[:-1], dy.shape[-1]
+    dy = _matrix(dy)
+    rows = len(dy)
+    dx, dweight = dy.new_empty(0), dy.new_empty(0)
+    if weight is not None:
+        k = weight.shape[1]
+        dx = dy.new_empty(*shape, k)
+        _cpu.linear_input_gradient(dy, _matrix(weight), dx.view(rows, k), _workspace(rows, k, n))
+    if x is not None:
+        k = x.shape[-1]
+        dweight = dy.new_empty(n, k)
+        room = _workspace(rows, n, k, weight_gradient=True)
+        _cpu.linear_weight_gradient(dy, _matrix(x), dweight, room)
+    return dx, dweight, dy.sum(0) if want_bias else dy.new_empty(0)

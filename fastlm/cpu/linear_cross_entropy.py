@@ -1,0 +1,308 @@
+"""linear_cross_entropy by csrc/cpu/linear_cross_entropy.h, chunk of rows by chunk of rows.
+
+Allocates the gradients, three or four float32 a row, and the workspaces of one chunk.
+
+The weight's gradient is summed over chunks in float32. Rejected: slabs of the vocabulary, which
+need no such sum for a 16-bit weight but take 5 products; torch's matrix products on chunks, which
+sum 16-bit gradients in 16 bits.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm.backend import cpu_extension as _cpu
+from fastlm.cpu.cross_entropy import all_weights, checked_target, rows_apart
+from fastlm.row_losses import row_losses
+
+_VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
+_MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
+# What a chunk's exponentials may take: half of it where the float32 gradient of a 16-bit weight is
+# memory as well, more where an eighth of that gradient is more.
+_WORKSPACE = 64 << 20
+
+
+class _Chunks:
+    """Rows in chunks, and the kernels' arguments and workspaces that all chunks share."""
+
+    def __init__(self, input, linear_weight, linear_bias, target, class_weight, smooth, *options):
+        ignore_index, softcap, scale = options
+        self.input, self.weight = rows_apart(input), rows_apart(linear_weight)
+        self.bias = None if linear_bias is None else linear_bias.float().contiguous()
+        self.target = checked_target(target, len(linear_weight), ignore_index)
+        self.class_weight = all_weights(class_weight, smooth, len(linear_weight))
+        self.options = (ignore_index, softcap or 0.0, scale)
+        self.blocks = -(-len(linear_weight) // _VB)
+        self.row_bytes = self.blocks * _VB * _cpu.matrix_element_bytes(input)
+        budget = _WORKSPACE if input.dtype.itemsize == 4 else _WORKSPACE // 2
+        budget = max(budget, linear_weight.numel() * 4 // 8)
+        self.rows = min(_MOST_ROWS, max(budget // self.row_bytes // _RP * _RP, _RP))
+        sizes = (*(len(input),) * 3, len(input) if smooth else 0)
+        outputs = [input.new_empty(size, dtype=torch.float32) for size in sizes]
+        self.shift, self.log_sum, self.nll, self.smoothed = outputs
+        self.workspaces = {}
+
+    def __iter__(self):
+        for i in range(0, len(self.input), self.rows):
+            yield slice(i, min(i + self.rows, len(self.input)))
+
+    def workspace(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """exponentials, stats and at_target of a chunk; only the last chunk differs in size."""
+        rows = part.stop - part.start
+        if rows not in self.workspaces:
+            self.workspaces.clear()
+            padded = -(-rows // _RP) * _RP
+            # x packed, scaled and packed again, 12 numbers a row, 2 a block; a thread's blocks of
+            # w, of scores, of gradients and of dx; gaps between them
+            width = -(-self.input.shape[1] // 32) * 32
+            shared = padded * (3 * width + 12) + 2 * self.blocks + 256
+            each = _VB * (2 * width + padded + 3 * _VB) + _VB * padded + 1024
+            self.workspaces[rows] = (
+                self.shift.new_empty(padded * self.row_bytes, dtype=torch.uint8),
+                self.shift.new_empty(
+                    (1 + 2 * self.blocks) * padded + shared + torch.get_num_threads() * each
+                ),
+                self.shift.new_empty(rows),
+            )
+        return self.workspaces[rows]
+
+    def scores(self, part: slice, exponentials, stats, at_target) -> None:
+        _cpu.linear_cross_entropy_scores(
+            self.input[part],
+            self.weight,
+            self.bias,
+            self.target[part],
+            self.class_weight,
+            *self.options,
+            exponentials,
+            stats,
+            at_target,
+            self.shift[part],
+            self.log_sum[part],
+            self.nll[part],
+            self.smoothed[part],
+        )
+
+    def gradients(
+        self, part, on_p, on_target, on_all, have_exponentials, d_input, d_weight, d_bias
+    ) -> None:
+        _cpu.linear_cross_entropy_gradients(
+            on_p,
+            on_target,
+            on_all,
+            self.input[part],
+            self.weight,
+            self.bias,
+            self.target[part],
+            self.class_weight,
+            self.shift[part],
+            self.log_sum[part],
+            *self.options,
+            have_exponentials,
+            *self.workspace(part),
+            None if d_input is None else d_input[part],
+            d_weight,
+            d_bias,
+            part.start > 0,
+        )
+
+    def outputs(self, linear_bias, need_input, need_weight, weight_dtype=torch.float32):
+        """Gradients to be written, that of the bias in float32; None where not needed."""
+        rows = len(self.input)
+        return (
+            self.input.new_empty(self.input.shape) if need_input else None,
+            _accumulator(self.weight.shape, rows, weight_dtype) if need_weight else None,
+            None if linear_bias is None else _accumulator(linear_bias.shape, rows),
+        )
+
+
+def _accumulator(shape: torch.Size, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The first chunk writes, the others add; without rows nobody writes."""
+    make = torch.empty if rows else torch.zeros
+    return make(shape, dtype=dtype, device="cpu")
+
+
+def _or_empty(t: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device="cpu") if t is None else t
+
+
+def forward(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    smooth,
+    ignore_index,
+    softcap,
+    logit_scale,
+):
+    chunks = _Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        smooth,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
+    chunks.rows = _MOST_ROWS
+    chunks.row_bytes = 0  # no exponentials are kept
+    for part in chunks:
+        _, stats, at_target = chunks.workspace(part)
+        chunks.scores(part, None, stats, at_target)
+    return chunks.shift, chunks.log_sum, chunks.nll, chunks.smoothed
+
+
+def backward(
+    on_p,
+    on_target,
+    on_all,
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
+    used = (on_p != 0) | (on_target != 0)
+    if on_all is not None:
+        used |= on_all != 0
+    if not used.all():  # as in `loss`
+        rows = used.nonzero()[:, 0]
+        d_input, *rest = backward(
+            on_p[rows],
+            on_target[rows],
+            None if on_all is None else on_all[rows],
+            input[rows],
+            linear_weight,
+            linear_bias,
+            target[rows],
+            class_weight,
+            shift[rows],
+            log_sum[rows],
+            ignore_index,
+            softcap,
+            logit_scale,
+            need_input,
+            need_weight,
+        )
+        if need_input:
+            d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)
+        return d_input, *rest
+    chunks = _Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        on_all is not None,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
+    chunks.shift, chunks.log_sum = shift, log_sum
+    once = len(input) <= chunks.rows
+    dtype = input.dtype if once else torch.float32
+    gradients = chunks.outputs(linear_bias, need_input, need_weight, dtype)
+    on_p, on_target = on_p.contiguous(), on_target.contiguous()
+    on_all = None if on_all is None else on_all.contiguous()
+    for part in chunks:
+        chunks.gradients(
+            part,
+            on_p[part],
+            on_target[part],
+            None if on_all is None else on_all[part],
+            False,
+            *gradients,
+        )
+    bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
+    return (
+        _or_empty(gradients[0], input.dtype),
+        _or_empty(gradients[1], input.dtype).to(input.dtype),
+        _or_empty(gradients[2], bias_dtype).to(bias_dtype),
+    )
+
+
+def loss(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    on_nll,
+    on_smoothed,
+    on_square,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
+    smooth, valid = on_smoothed is not None, target != ignore_index
+    if not valid.all():  # leave the ignored rows out: in fine-tuning they are most of a batch
+        rows = valid.nonzero()[:, 0]
+        summed, d_input, *rest = loss(
+            input[rows],
+            linear_weight,
+            linear_bias,
+            target[rows],
+            class_weight,
+            on_nll[rows],
+            None if on_smoothed is None else on_smoothed[rows],
+            None if on_square is None else on_square[rows],
+            ignore_index,
+            softcap,
+            logit_scale,
+            need_input,
+            need_weight,
+        )
+        # NaN where the mean is over no row, as torch's
+        summed = summed + (0 * on_nll[~valid]).sum()
+        if need_input:
+            d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)
+        return summed, d_input, *rest
+    chunks = _Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        smooth,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
+    gradients = chunks.outputs(linear_bias, need_input, need_weight)
+    total = 0.0 if chunks.class_weight is None else chunks.class_weight.sum()
+    for part in chunks:
+        chunks.scores(part, *chunks.workspace(part))
+        on_p = on_nll[part]
+        if on_smoothed is not None:
+            on_p = on_p + on_smoothed[part] * total
+        if on_square is not None:
+            lse = chunks.shift[part] + chunks.log_sum[part]
+            on_p = on_p + 2 * on_square[part] * lse
+        on_all = None if on_smoothed is None else on_smoothed[part]
+        chunks.gradients(part, on_p, on_nll[part], on_all, True, *gradients)
+    lse = chunks.shift + chunks.log_sum
+    losses = row_losses(on_nll, on_smoothed, on_square, chunks.nll, chunks.smoothed, lse, valid)
+    return (
+        losses.sum(),
+        _or_empty(gradients[0], input.dtype),
+        *(_or_empty(g, torch.float32) for g in gradients[1:]),
+    )
+
+
+def loss_backward(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype):
+    factor = d_loss.item()  # a CPU tensor: nothing to wait for
+    d_weight_out = d_weight.new_empty(d_weight.shape, dtype=weight_dtype)
+    _cpu.scale_to(d_weight, factor, d_weight_out)
+    return d_input * d_loss, d_weight_out, (d_bias * d_loss).to(bias_dtype)

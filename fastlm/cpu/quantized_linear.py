@@ -1,0 +1,79 @@
+"""quantized_linear and dequantize by csrc/cpu/quantized_linear.h: allocates the results, and a
+workspace of the size that C++ tells.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.backend import cpu_extension as _cpu
+
+# One row of so many columns is arranged on the stack (ON_STACK of quantized_dot.h) whatever the
+# format: decoding does not ask, which would be 0.6 us of 28.
+_NEEDS_NO_WORKSPACE = 8192
+
+
+def _rows(t: Tensor) -> Tensor:
+    """As the kernels take them: contiguous, or a matrix whose rows may be apart, elements of a row
+    not."""
+    if t.is_contiguous():
+        return t
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def forward(
+    x: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    act_bits: int,
+) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], qdata.shape[0])
+    if bias is not None:
+        bias = bias.float().contiguous()
+    x = _rows(x)
+    workspace = None
+    if x.numel() > _NEEDS_NO_WORKSPACE or x.numel() != x.shape[-1]:
+        floats = _cpu.quantized_linear_workspace(x, qdata.shape[0], bits, group_size, act_bits, 0)
+        if floats:
+            workspace = x.new_empty(floats, dtype=torch.float32)
+    _cpu.quantized_linear(
+        x, qdata, scales, zeros, bias, bits, group_size, act_bits, 0, y, workspace
+    )
+    return y
+
+
+def backward(
+    dy: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+) -> Tensor:
+    dx = dy.new_empty(*dy.shape[:-1], k)
+    dy = _rows(dy)
+    workspace = dy.new_empty(_cpu.quantized_linear_backward_workspace(dy), dtype=torch.float32)
+    _cpu.quantized_linear_backward(dy, qdata, scales, zeros, bits, group_size, dx, workspace)
+    return dx
+
+
+def dequantize(
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if dtype == torch.float64:  # a reference's business
+        return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
+    out = qdata.new_empty(qdata.shape[0], k, dtype=dtype)
+    _cpu.dequantize(qdata, scales, zeros, bits, group_size, out)
+    return out

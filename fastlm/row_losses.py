@@ -1,0 +1,59 @@
+"""Losses of rows from what the cross-entropy kernels give for each (nll, smoothed, lse): class
+weights, smoothing, z-loss, reduction and ignored rows as factors, in plain torch.
+"""
+
+import torch
+from torch import Tensor
+
+
+def row_factors(
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    classes: int,
+    reduction: str,
+    num_items: int | Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Factors (N) of nll, smoothed and lse^2 whose products add up to the rows' losses,
+    reduction included.
+    """
+    valid = target != ignore_index
+    seen = each = valid.to(dtype)
+    if (
+        weight is not None
+    ):  # clamp: a target out of range is refused by the kernel, not by this look-up
+        seen = torch.where(valid, weight.detach().to(dtype)[target.clamp(0, classes - 1)], 0.0)
+    if reduction == "mean":
+        share = 1.0 / (seen.sum() if num_items is None else one_number(num_items))
+        seen, each = seen * share, each * share
+    on_nll = seen * (1.0 - label_smoothing)
+    on_smoothed = each * (label_smoothing / classes) if label_smoothing else None
+    return on_nll, on_smoothed, each * z_loss if z_loss else None
+
+
+def row_losses(
+    on_nll: Tensor,
+    on_smoothed: Tensor | None,
+    on_square: Tensor | None,
+    nll: Tensor,
+    smoothed: Tensor,
+    lse: Tensor,
+    valid: Tensor,
+) -> Tensor:
+    """(N). `where`, not a factor of 0: an infinite lse of an ignored row stays out of loss
+    and gradient.
+    """
+    loss = on_nll * nll
+    if on_smoothed is not None:
+        loss = loss + on_smoothed * torch.where(valid, smoothed, 0.0)
+    if on_square is not None:
+        loss = loss + on_square * torch.where(valid, lse, 0.0).square()
+    return loss
+
+
+def one_number(num_items: int | Tensor) -> int | Tensor:
+    """Without the dimension that (1,) would add to a scalar loss."""
+    return num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
