@@ -1,4 +1,4 @@
-"""The README's Python is run as it stands."""
+"""The Python of the README and of the pages of docs/ is run as it stands."""
 
 import math
 import re
@@ -11,20 +11,48 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastlm
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
-def python_of(heading: str) -> str:
-    section = README.read_text("utf-8").split(f"## {heading}", 1)[1]
-    return re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.M)[0]
+def python_of(page: str) -> list[str]:
+    """The blocks of Python of a page."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.DOTALL | re.M)
+
+
+def run(block: str) -> dict:
+    names: dict = {}
+    exec(compile(block, "a page", "exec"), names)
+    return names
+
+
+def test_the_readme(tmp_path):
+    LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **SIZES)).save_pretrained(tmp_path)
+    patch, op = python_of("README.md")
+    names = run(patch.replace("path/to/a/llama", str(tmp_path)))
+    assert fastlm.patched_ops(names["model"])
+    names["model"](
+        torch.arange(24).view(2, 12), labels=torch.arange(24).view(2, 12)
+    ).loss.backward()
+    names["optimizer"].step()
+    torch.manual_seed(0)
+    names = run(op)
+    want = torch.nn.functional.cross_entropy(names["x"] @ names["head"].T, names["target"])
+    (gradient,) = torch.autograd.grad(want, names["x"])
+    torch.testing.assert_close(names["x"].grad, gradient, rtol=1e-3, atol=1e-6)
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 100
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8")):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_training_on_the_cpu(tmp_path):
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SIZES)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    block = python_of("Training on the CPU").replace("path/to/a/llama", str(tmp_path))
-    names: dict = {}
-    exec(compile(block, str(README), "exec"), names)
+    block = python_of("docs/compat.md")[0].replace("path/to/a/llama", str(tmp_path))
+    names = run(block)
     model, optimizer = names["model"], names["optimizer"]
     ids = torch.arange(24).view(2, 12)
     losses = []
@@ -44,9 +72,8 @@ def test_text_from_python(tmp_path, capsys):
     )
     fastlm.CausalLM(config, seed=0).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    block = python_of("A real chat model on the CPU").replace("model:smollm2", str(tmp_path))
-    names: dict = {}
-    exec(compile(block, str(README), "exec"), names)
+    block = python_of("docs/models.md")[0].replace("model:smollm2", str(tmp_path))
+    names = run(block)
     assert "Once upon a time" in capsys.readouterr().out
     first, second = names["rows"]
     assert len(first) == len(tokenizer.encode("Once upon a time")) + 64
@@ -54,10 +81,9 @@ def test_text_from_python(tmp_path, capsys):
 
 
 def test_ten_lines_of_python():
-    block = python_of("Ten lines of Python")
+    block = python_of("docs/ops.md")[0]
     torch.manual_seed(0)
-    names: dict = {}
-    exec(compile(block, str(README), "exec"), names)
+    names = run(block)
 
     torch.manual_seed(0)  # the block draws first what is drawn here
     x = torch.randn(4096, 512, dtype=torch.bfloat16)
