@@ -221,14 +221,15 @@ def run(
 def _show_plan(plan: list[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("stage", "kind", "takes from", "", "why", box=None)
     for planned in plan:
         step = planned.step
         sources = [name for names in step.inputs.values() for name in names]
-        table.add_row(
-            step.name, step.stage.kind, ", ".join(sources), planned.do, planned.why, style=None
-        )
+        do = f"{planned.do}, archive the old one" if planned.training else planned.do
+        cells = (step.name, step.stage.kind, ", ".join(sources), do, planned.why)
+        table.add_row(*map(Text, cells))  # Text: no markup in what a recipe says
     Console(stderr=True).print(table)
 
 

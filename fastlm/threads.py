@@ -1,7 +1,8 @@
 """The threads of a ``fastlm`` command: how many, how they wait, and who else wants their cores.
 
 OpenMP reads its environment when torch is loaded, so `settle` comes before. A library must not
-change its process's environment: only the command line calls it, and docs/troubleshooting.md says what to export.
+change its process's environment: only the command line calls it, and docs/troubleshooting.md says
+what to export.
 
 Rejected: loky's ``cpu_count(only_physical_cores=True)``, which counts the whole machine's cores
 where a process may use a part of them, and reads no quota but the outermost group's.

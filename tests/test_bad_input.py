@@ -295,7 +295,7 @@ def test_recipes(finished, tmp_path):
     refused("run", tmp_path / "none.toml", text="cannot be read: No such file")
     refused("run", recipe, "-o", tmp_path / "run", "--until", "sft", text="until: wanted one of")
     (tmp_path / "run/stages.json").write_text("{")
-    refused("run", recipe, "-o", tmp_path / "run", text="delete it to start again")
+    refused("run", recipe, "-o", tmp_path / "run", text="to start again")
 
 
 def test_records_of_another_kind(finished, tmp_path):
@@ -319,7 +319,7 @@ def test_records_of_another_kind(finished, tmp_path):
     bad = ('{"layout": 2, "stages": {"data": 3}}', '{"layout": 2, "stages": {"data": {"kind": 3}}}')
     for text in ("[" * 100_000, "[]", '{"data": 3}', *bad):
         file.write_text(text)
-        refused("run", finished / "tiny.toml", "-o", run, text="delete it to start again")
+        refused("run", finished / "tiny.toml", "-o", run, text="to start again")
     for name in ("stages.json", ".lock"):
         (run / name).unlink()
         os.mkfifo(run / name)
@@ -349,7 +349,9 @@ def test_moves_out_of_a_run_folder(finished, tmp_path):
     shutil.copytree(finished / "run", tmp_path / "run")
     (tmp_path / "mine").write_text("x")
     (tmp_path / "run/.previous.new").mkdir()
-    (tmp_path / "run/.previous.new/moves.json").write_text('["../mine"]')
+    (tmp_path / "run/.previous.new/.moves.json").write_text(
+        '{"to": "previous", "names": ["../mine"]}'
+    )
     refused(
         "run", finished / "tiny.toml", "-o", tmp_path / "run", text="wanted a list of names of this"
     )

@@ -1,12 +1,11 @@
-"""Setting a training aside: cut off at every rename, it is finished by the next start."""
+"""Archiving a training: cut off at every rename, it is finished by the next start."""
 
 import os
 
 import pytest
 
-from fastlm.errors import InputError
 from fastlm.runs import previous
-from fastlm.runs.previous import finish_moving, set_aside
+from fastlm.runs.previous import archive, finish_moving
 
 
 class Killed(BaseException):
@@ -29,25 +28,38 @@ def tree(out):
     return {str(p.relative_to(out)): p.read_text() for p in out.rglob("*") if p.is_file()}
 
 
-AFTER = {
-    "previous/model/weights": "second",
-    "previous/metrics.jsonl": "lines",
-    "previous/stages.json": "record",
-    "stages.json": "record",
-}
+def after(to):
+    return {
+        f"{to}/model/weights": "second",
+        f"{to}/metrics.jsonl": "lines",
+        f"{to}/stages.json": "record",
+        "stages.json": "record",
+    }
+
+
+OLD = {"previous/model/weights": "first", "previous/stages.json": "record of the first"}
 NAMES = ("model", "metrics.jsonl", "report.html")
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_set_aside(tmp_path, old):
-    out = run_folder(tmp_path, old)
-    assert set_aside(out, NAMES, copies=["stages.json"]) == out / "previous"
-    assert tree(out) == AFTER
+def test_archive(tmp_path):
+    out = run_folder(tmp_path, old=False)
+    assert archive(out, NAMES, copies=["stages.json"]) == out / "previous"
+    assert tree(out) == after("previous")
     assert sorted(p.name for p in out.iterdir()) == ["previous", "stages.json"]
 
 
+def test_what_was_archived_before_stays(tmp_path):
+    out = run_folder(tmp_path, old=True)
+    assert archive(out, NAMES, copies=["stages.json"]) == out / "previous-2"
+    assert tree(out) == after("previous-2") | OLD
+    # whatever else has the name is left alone: somebody's own folder, a link to nowhere
+    (out / "previous-3").symlink_to("nowhere")
+    (out / "model").mkdir()
+    assert archive(out, NAMES, copies=["stages.json"]) == out / "previous-4"
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("count", range(1, 5))  # two names, the old away, the new in
+@pytest.mark.parametrize("count", range(1, 4))  # two names, the new in
 def test_cut_off_it_is_finished_by_the_next_start(tmp_path, monkeypatch, count, when):
     out, rename, calls = run_folder(tmp_path, old=True), os.rename, 0
 
@@ -63,12 +75,11 @@ def test_cut_off_it_is_finished_by_the_next_start(tmp_path, monkeypatch, count, 
     with monkeypatch.context() as patch:
         patch.setattr(previous.os, "rename", dying)
         with pytest.raises(Killed):
-            set_aside(out, NAMES, copies=["stages.json"])
+            archive(out, NAMES, copies=["stages.json"])
     assert "second" in tree(out).values()
-    finish_moving(out)
-    assert tree(out) == AFTER
-    finish_moving(out)
-    assert tree(out) == AFTER
+    for _ in range(2):
+        finish_moving(out)
+        assert tree(out) == after("previous-2") | OLD
 
 
 def test_cut_off_before_it_is_decided_nothing_has_moved(tmp_path, monkeypatch):
@@ -84,16 +95,6 @@ def test_cut_off_before_it_is_decided_nothing_has_moved(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(previous, "save_atomic", dying)
         with pytest.raises(Killed):
-            set_aside(out, NAMES, copies=["stages.json"])
+            archive(out, NAMES, copies=["stages.json"])
     finish_moving(out)
     assert tree(out) == before and not list(out.glob(".previous*"))
-
-
-def test_somebodys_own_folder_of_that_name_is_left_alone(tmp_path):
-    out = run_folder(tmp_path, old=False)
-    (out / "previous").mkdir()
-    (out / "previous/mine").write_text("precious")
-    with pytest.raises(InputError, match="previous: wanted the name for the training"):
-        set_aside(out, NAMES, copies=["stages.json"])
-    assert (out / "previous/mine").read_text() == "precious"
-    assert (out / "model/weights").read_text() == "second"

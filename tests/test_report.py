@@ -54,7 +54,7 @@ RECIPE = {
 TRAINED = {
     "steps": 3, "tokens": 300, "tokens_per_second": 1234.5, "loss": 2.0, "parameters": 5_600_000,
     "epochs": 1, "used_seconds": 60.0, "train_tokens": 1000,
-    "load": "1.2 when the training began",
+    "load": "1.2 when the training began", "prompt": EVIL,
 }  # fmt: skip
 RESULTS = {
     "data": {},

@@ -5,6 +5,7 @@ example of CONTRIBUTING.md goes through all of them.
 import importlib.util
 import json
 import re
+import shutil
 import sys
 import textwrap
 from dataclasses import fields
@@ -206,7 +207,7 @@ def test_a_stage_takes_from_a_folder_outside_the_run(tmp_path):
     run()
     assert states == ["started", "done"]
     second.write_text('name = "second"\n[[stage]]\nkind = "quantize"\nfrom = "no/where"\n')
-    with pytest.raises(InputError, match="no/where: wanted a path that exists"):
+    with pytest.raises(InputError, match="quantize.model: no/where: wanted a folder with"):
         run()
 
 
@@ -214,9 +215,7 @@ def test_a_run_folder_of_before_the_list_is_left_alone(tmp_path):
     recipe, run = tiny_recipe.write(tmp_path), tmp_path / "run"
     (run / "model").mkdir(parents=True)
     (run / "stages.json").write_text(json.dumps({"data": {"fingerprint": "x", "seconds": 1.0}}))
-    with pytest.raises(
-        InputError, match=r"run of before recipes were lists .*choose another folder"
-    ) as e:
+    with pytest.raises(InputError, match=r"made by an older fastlm.*choose another folder") as e:
         run_recipe(recipe, run)
     assert "\n" not in str(e.value) and (run / "model").is_dir()
 
@@ -229,3 +228,161 @@ def test_a_run_folder_is_its_last_model(tmp_path):
     assert locate_model(run) == run / "wide/model"
     assert locate_model(run / "pretrain") == run / "pretrain/model"
     assert locate_model(run / "quantize") == run / "quantize"
+
+
+class Runs:
+    """Runs of one recipe in one folder; what the last one did."""
+
+    def __init__(self, folder, more=""):
+        self.recipe, self.out = tiny_recipe.write(folder, more), folder / "run"
+        self.states, self.plan = {}, []
+
+    def __call__(self, *overrides, **kwargs):
+        self.states, self.plan = {}, []
+        return run_recipe(
+            self.recipe, self.out, overrides=overrides, on_plan=self.plan.extend,
+            on_event=lambda e: "stage" in e and self.states.update({e["stage"]: e["state"]}),
+            **kwargs,
+        )  # fmt: skip
+
+    def done(self):
+        return [n for n, state in self.states.items() if state == "done" and n != "report"]
+
+    def write(self, *pairs):
+        text = self.recipe.read_text()
+        for old, new in pairs:
+            assert old in text
+            text = text.replace(old, new)
+        self.recipe.write_text(text)
+
+
+def test_no_training_is_ever_deleted(tmp_path):
+    run = Runs(tmp_path, BRANCHES)
+    run()
+    weights = "model/model.safetensors"
+    first = {name: (run.out / name / weights).read_bytes() for name in ("pretrain", "wide")}
+    run("wide.lr=2e-3")  # one branch, then the other: both stay
+    run("wide.lr=2e-3", "pretrain.lr=2e-2")
+    assert (run.out / "previous/wide" / weights).read_bytes() == first["wide"]
+    assert (run.out / "previous-2/pretrain" / weights).read_bytes() == first["pretrain"]
+    # its name given to another kind
+    second = (run.out / "wide" / weights).read_bytes()
+    run.write(
+        ('name = "wide"\nkind = "pretrain"\nmax_steps = 2\nmodel = {hidden_size = 64,'
+         " intermediate_size = 64, num_hidden_layers = 1, num_attention_heads = 2}",
+         'name = "wide"\nkind = "quantize"\nfrom = "pretrain"\ngroup_size = 16'),
+    )  # fmt: skip
+    run("pretrain.lr=2e-2")
+    assert (run.out / "previous-3/wide" / weights).read_bytes() == second
+    # an archived recipe runs where it is
+    states: dict[str, str] = {}
+    archived = run.out / "previous"
+    run_recipe(
+        archived / "recipe.json", archived, until="wide",
+        on_event=lambda e: "stage" in e and states.update({e["stage"]: e["state"]}),
+    )  # fmt: skip
+    assert states["wide"] == "skipped"
+
+
+def test_somebodys_folder_with_the_name_of_a_new_stage_is_left_alone(tmp_path):
+    run = Runs(tmp_path)
+    run(until="data")
+    (run.out / "notes").mkdir()
+    (run.out / "notes/thesis.txt").write_text("precious")
+    run.recipe.write_text(run.recipe.read_text() + '\n[[stage]]\nname = "notes"\nkind = "eval"\n')
+    with pytest.raises(InputError, match="wanted a folder in which 'notes' is free"):
+        run()
+    assert (run.out / "notes/thesis.txt").read_text() == "precious"
+
+
+def test_until_says_what_gives_way_and_reports_all_that_is_done(tmp_path):
+    run = Runs(tmp_path)
+    whole = run()
+    assert run(until="data")["stages"].keys() == whole["stages"].keys()
+    assert run("data.heldout_bytes=5000", until="data", dry_run=True) == {}
+    todo = {p.step.name: (p.do, p.training) for p in run.plan}
+    assert todo["data"] == ("run", False) and todo["pretrain"] == ("archive", True)
+    assert (run.out / "pretrain/model").is_dir()
+    summary = run("data.heldout_bytes=5000", until="data")
+    assert run.states == {"pretrain": "archived", "data": "done", "report": "done"}
+    assert list(summary["stages"]) == ["data"]
+
+
+def test_a_training_that_was_lost_runs_again_with_what_takes_from_it(tmp_path):
+    """A budget in seconds does not end at the same weights."""
+    run = Runs(tmp_path)
+    sets = ("pretrain.max_steps=100000", "pretrain.max_seconds=0.5")
+    before = run(*sets)
+    shutil.rmtree(run.out / "pretrain")
+    run(*sets, until="pretrain")
+    assert run.done() == ["pretrain"]
+    summary = run(*sets)
+    assert run.done() == ["eval", "quantize"]
+    scores = [s["stages"]["eval"]["models"]["pretrain"]["bits_per_byte"] for s in (before, summary)]
+    assert (
+        json.loads((run.out / "eval/scores.json").read_text())["models"]["pretrain"][
+            "bits_per_byte"
+        ]
+        == scores[1]
+    )
+
+
+def test_scores_carry_the_names_of_now(tmp_path):
+    run = Runs(tmp_path)
+    run()
+    run.write(('kind = "pretrain"', 'name = "base"\nkind = "pretrain"'))
+    assert list(run()["stages"]["eval"]["models"]) == ["base"]
+
+
+TWO = """
+[[stage]]
+name = "words"
+kind = "tokenizer"
+vocab_size = 280
+
+[[stage]]
+name = "other"
+kind = "shards"
+
+[[stage]]
+name = "second"
+kind = "pretrain"
+from = "shards"
+max_steps = 2
+model = {hidden_size = 64, intermediate_size = 64, num_hidden_layers = 1, num_attention_heads = 2}
+"""
+
+
+def test_a_tokenizer_that_did_not_make_the_shards_is_refused(tmp_path):
+    run = Runs(tmp_path, TWO)
+    wanted = "second.tokenizer: wanted the one that made the shards, 'tokenizer', got 'words'"
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        run()
+    run("second.tokenizer=tokenizer", until="data")
+
+
+def test_the_last_model_follows_the_recipe_not_the_history(tmp_path):
+    from fastlm.checkpoint import run_folder
+
+    run = Runs(tmp_path, BRANCHES)
+    run()
+    run("pretrain.lr=2e-2")
+    assert run_folder.last_model(run.out) == run.out / "wide/model"
+
+
+def test_the_plan_shows_what_a_recipe_says_as_it_stands(tmp_path, monkeypatch, capsys):
+    from fastlm.cli import _show_plan
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    run = Runs(tmp_path)
+    run("data.sources=['docs']", until="data")
+    run("data.sources=['docs/#*[0-9].txt']", until="data", dry_run=True)
+    _show_plan(run.plan)
+    assert "sources was ['docs'], now ['docs/#*[0-9].txt']" in capsys.readouterr().err
+
+
+def test_an_optional_input_can_be_declined(tmp_path):
+    run = Runs(tmp_path)
+    result = run("quantize.data=[]")["stages"]["quantize"]
+    assert "bits_per_byte" not in result and result["bytes"] < result["bytes_before"]

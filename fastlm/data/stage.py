@@ -154,10 +154,11 @@ class Shards(Stage):
         ),
     }
     leaves = {"shards": "."}
-    result = {"train_tokens": int, "train_bytes": int}
+    result = {"vocab_size": int, "train_tokens": int, "train_bytes": int}
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        return inputs["tokenizer"][0] if inputs["tokenizer"] else {}
+        (words,) = inputs["tokenizer"]
+        return {**words, "tokenizer": words["name"]}
 
     def run(self, job: Job) -> dict[str, Any]:
         from functools import partial

@@ -64,7 +64,8 @@ class Eval(Stage):
             model, tokenizer = load_model(source.where)
             result = text_bits_per_byte(
                 model, tokenizer, data.where, seq_len=self.seq_len, stride=self.stride,
-                batch_size=self.batch_size, compressors=not models, track=job.track, tell=tell,
+                batch_size=self.batch_size, compressors=not models, cache=job.cache,
+                track=job.track, tell=tell,
             )  # fmt: skip
             for key in ("bits_per_byte_xz", "bits_per_byte_zstd", "documents"):
                 if key in result:

@@ -22,12 +22,17 @@ LONGEST_WINDOW = (
 
 
 def read_texts(
-    source: str | Path, *, part: str = "heldout", tell: Callable[[str], None] = ignore
+    source: str | Path,
+    *,
+    part: str = "heldout",
+    cache: Path | None = None,
+    tell: Callable[[str], None] = ignore,
 ) -> Iterator[str]:
     """Yield the texts of a source as ``fastlm data prepare`` takes it, or of what it prepared.
 
     Args:
         source: a prepared folder, a ``.jsonl.zst`` file of documents, or a source.
+        cache: where packages are kept.
         part: "train" or "heldout", which one of a prepared folder.
         tell: gets why a file or a line is skipped.
     """
@@ -36,7 +41,7 @@ def read_texts(
     if str(source).endswith(".jsonl.zst"):
         yield from (document.text for document in read_documents(Path(source)))
     else:
-        documents = read_source(str(source), cache=default_cache(), tell=tell)
+        documents = read_source(str(source), cache=cache or default_cache(), tell=tell)
         yield from (text for document in documents if (text := extract(document)))
 
 
@@ -57,6 +62,7 @@ def text_bits_per_byte(
     stride: int | None = None,
     batch_size: int = 32,
     compressors: bool = True,
+    cache: Path | None = None,
     track=silent,
     tell: Callable[[str], None] = ignore,
 ) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def text_bits_per_byte(
             )
         result = evaluate(model, dataset, seq_len, batch_size, stride=stride, track=track)
     else:
-        texts = list(read_texts(data, tell=tell))
+        texts = list(read_texts(data, cache=cache, tell=tell))
         if not texts:
             raise InputError(f"data {data}: wanted text, got none")
         if compressors:

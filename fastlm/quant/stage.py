@@ -72,7 +72,12 @@ class Quantize(Stage):
 
         def bits(network: "CausalLM") -> float:
             return text_bits_per_byte(
-                network, tokenizer, data[0].where, compressors=False, track=job.track
+                network,
+                tokenizer,
+                data[0].where,
+                compressors=False,
+                cache=job.cache,
+                track=job.track,
             )["bits_per_byte"]
 
         result: dict[str, Any] = {"bytes_before": size, **asdict(self)}

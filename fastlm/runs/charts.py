@@ -111,7 +111,7 @@ def _label_values(axes: Any, labels: list[tuple[str, float, str]]) -> None:
         axes.annotate(
             f"{name} {value:.3f}", (1, value), (9, y - at), xycoords=("axes fraction", "data"),
             textcoords="offset points", ha="left", va="center", color=color, fontsize=FONT,
-            annotation_clip=False,
+            annotation_clip=False, parse_math=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkA": 1,
                         "shrinkB": 0, "relpos": (0, 0.5)},
         )  # fmt: skip

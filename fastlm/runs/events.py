@@ -44,6 +44,9 @@ class EventLines:
             )
         elif "sample" in event:
             typer.echo(f"step {event['step']} writes: {event['sample']!r}", err=True)
+        else:  # a validation of another kind
+            values = [f"{key} {value:.4g}" for key, value in event.items() if key != "step"]
+            typer.echo(f"step {event['step']}: {', '.join(values)}", err=True)
 
     def _training(self) -> str:
         from fastlm.runs.text import seconds_text

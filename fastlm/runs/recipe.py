@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import read_text
+from fastlm.files import read_json, read_text
 from fastlm.runs.kinds import KINDS
 from fastlm.runs.stage import Facts, Stage, Takes, options_of
 from fastlm.typed import build, unknown
@@ -34,11 +34,11 @@ from fastlm.typed import build, unknown
 MAX_BYTES = 2**16  # of a recipe
 MAX_DOTS = 1000  # in a line: tomllib takes time quadratic in the parts of a key
 _HUGE = re.compile(r"0[box][\da-fA-F_]{65}")  # numbers beyond TOML's 64 bits
-_NAME = re.compile(r"\w[\w .+-]*")
+_NAME = re.compile(r"\w([\w .+-]{0,98}[\w+-])?")
+SCHEMES = ("model", "pypi", "sdist", "deb")  # of inputs from packages
 KEYS = {"name": str, "description": str, "seed": int, "stage": list}
 # Files and folders of a run that no stage may be called
-RESERVED = ("report", "report.html", "summary.json", "stages.json", "recipe.json", "sources.json",
-            "previous")  # fmt: skip
+RESERVED = re.compile(r"report|.*\.html|.*\.json|previous(-\d+)?")
 # Tables of recipes as they were before the list of stages
 OLD_TABLES = ("data", "tokenizer", "model", "pretrain", "eval", "quantize")
 
@@ -79,7 +79,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.exists():
         raise InputError(f"recipe {path}: cannot be read: No such file or directory")
     try:
-        table = _toml(read_text(path, MAX_BYTES))
+        # recipe.json of a run folder is one too
+        table = read_json(path) if path.suffix == ".json" else _toml(read_text(path, MAX_BYTES))
     except InputError as e:
         raise InputError(f"recipe {e}") from None
     except (ValueError, RecursionError) as e:
@@ -117,9 +118,11 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         step = _step(entry, steps, entries, seed)
         try:
             step.stage.check()
-            known = {k: [facts.get(v, {}) for v in names] for k, names in step.inputs.items()}
+            known = {
+                k: [facts.get(v, {"name": v}) for v in names] for k, names in step.inputs.items()
+            }
             # all of it before the first stage: the last one runs when the training is over
-            facts[step.name] = step.stage.plan(known)
+            facts[step.name] = {**step.stage.plan(known), "name": step.name}
         except InputError as e:
             raise InputError(f"{step.name}.{e}") from None
         steps[step.name] = step
@@ -153,7 +156,7 @@ def _step(
 ) -> Step:
     """The step of one ``[[stage]]``, its inputs among the steps ``before``."""
     name, cls = _name_of(entry), KINDS[entry["kind"]]
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in RESERVED:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or RESERVED.fullmatch(name):
         raise InputError(f"stage.name: wanted the name of a folder, got {name!r:.80}")
     if name in before:
         raise InputError(f"stage.name: {name!r} stands twice; give each its own name")
@@ -194,10 +197,14 @@ def _sources(
     """Check what a recipe says that a stage takes from."""
     key, value = edge
     values = value if isinstance(value, list) else [value]
+    if not values and takes.optional:
+        return ()
     if not values or not all(isinstance(v, str) and v for v in values):
         raise InputError(f"{name}.{key}: wanted the name of a stage or a path, got {value!r:.80}")
     if len(values) > 1 and not takes.several:
         raise InputError(f"{name}.{key}: wanted one, got {len(values)}")
+    if len({*values}) < len(values):
+        raise InputError(f"{name}.{key}: wanted each once, got {', '.join(values):.80}")
     for v in values:
         if is_outside(v):
             continue
@@ -222,13 +229,13 @@ def _sources(
 
 def is_outside(source: str) -> bool:
     """Whether an input is a path or a package, not the name of a stage."""
-    return "/" in source or ":" in source or source in (".", "..")
+    return "/" in source or source.partition(":")[0] in SCHEMES or source in (".", "..")
 
 
 def _last_that_fits(
     name: str, key: str, takes: Takes, before: Mapping[str, Step]
 ) -> tuple[str, ...]:
-    for kind in takes.types:
+    for kind in takes.types if takes.default else ():
         made = [step.name for step in before.values() if kind in step.stage.leaves]
         if made:
             return (made[-1],)
@@ -288,10 +295,11 @@ def _override(table: dict[str, Any], text: str) -> None:
     *parents, last = key.strip().split(".")
     if parents:
         # a stage's name may itself hold dots
-        entries = {_name_of(entry): entry for entry in _entries(table)}
-        names = [n for n in entries if isinstance(n, str) and key.strip().startswith(f"{n}.")]
+        found = _entries(table)
+        entries = {n: e for e in found if isinstance(n := _name_of(e), str)}
+        names = [n for n in entries if key.strip().startswith(f"{n}.")]
         if not names:
-            raise InputError(f"set: {unknown(key.strip(), parents[0], map(str, entries))}")
+            raise InputError(f"set: {_misplaced(key.strip(), parents[0], [*entries], found)}")
         name = max(names, key=len)
         table = entries[name]
         *parents, last = key.strip().removeprefix(f"{name}.").split(".")

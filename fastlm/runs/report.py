@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlm.errors import InputError
 from fastlm.files import save_atomic
 from fastlm.runs.recipe import Recipe, Step
 from fastlm.runs.stage import Job, Part
@@ -44,12 +45,25 @@ def write_report(out: Path, recipe: Recipe, done: Sequence[Done], command: str) 
         },
         "machine": machine(),
     }
-    parts = [(d.step, d.step.stage.report(d.job, d.result)) for d in done]
+    parts = [(d.step, _part(d)) for d in done]
     html = render_report(summary, recipe, [(step, part) for step, part in parts if part])
     save_atomic(out / REPORT, lambda p: p.write_text(html, "utf-8"))
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     save_atomic(out / SUMMARY, lambda p: p.write_text(text, "utf-8"))
     return summary
+
+
+def _part(done: Done) -> Part | None:
+    """The part of one stage. A result that it cannot show is somebody's damage to the record."""
+    try:
+        return done.step.stage.report(done.job, done.result)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(
+            f"{done.step.name}: its result in stages.json cannot be shown"
+            f" ({type(error).__name__}: {error}); delete {done.job.out} to run it again"
+        ) from error
 
 
 def render_report(

@@ -47,7 +47,8 @@ class Takes:
             these types, else the second, and so on.
         help: for the command line.
         several: takes a list.
-        optional: the stage also runs without it.
+        optional: the stage also runs without it; ``[]`` in a recipe says so.
+        default: a recipe that names no stage takes the last one that fits.
         flag: the letter of its short flag.
         positional: a positional argument of the command.
     """
@@ -56,6 +57,7 @@ class Takes:
     help: str
     several: bool = False
     optional: bool = False
+    default: bool = True
     flag: str = ""
     positional: bool = False
 
@@ -159,7 +161,8 @@ class Stage:
         """Refuse what cannot work with the stages before, and tell the stages after what is known.
 
         A recipe calls this for all stages before the first one runs. ``inputs`` holds what the
-        `plan` of each input's stage returned: "vocab_size", "config" (a ModelConfig), ...
+        `plan` of each input's stage returned: "vocab_size", "config" (a ModelConfig), ..., and its
+        "name". Of an input from outside the run only the name is known.
         """
         del inputs
         return {}

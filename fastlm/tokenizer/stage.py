@@ -63,7 +63,7 @@ class TrainTokenizer(Stage):
                 job.on_event({"warning": f"skipped: {message}"})
 
         for source in job.inputs["corpus"]:
-            yield from read_texts(source.where, part="train", tell=tell)
+            yield from read_texts(source.where, part="train", cache=job.cache, tell=tell)
 
     def _expected(self, job: Job) -> int | None:
         """Documents that will be counted, where a prepared folder says how many there are."""

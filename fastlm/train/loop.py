@@ -309,12 +309,15 @@ class _Loop:
         took = time.perf_counter() - began
         self.training_seconds += took
         self.loss = loss_value
-        self.log({
-            **self.objective.scalars(),
+        line = {
             "step": self.step, "loss": loss_value, "lr": lr, "grad_norm": norm,
             "tokens": self.tokens, "tokens_per_second": num_items / took, "seconds": self.seconds(),
             "progress": self.progress(),
-        })  # fmt: skip
+        }  # fmt: skip
+        scalars = self.objective.scalars()
+        if taken := line.keys() & scalars.keys():
+            raise ValueError(f"scalars: wanted names that the loop has not, got {min(taken)!r}")
+        self.log({**line, **scalars})
         self.moments()
         if self.finished() or self.step % o.checkpoint_every == 0:
             self.save()
@@ -368,10 +371,10 @@ class _Loop:
             self.on_event(event)
 
     def identity(self) -> dict[str, Any]:
-        options = json.loads(json.dumps(self.options.identity()))
         shapes = str([(name, tuple(p.shape)) for name, p in self.model.named_parameters()])
         digest = hashlib.sha256(shapes.encode()).hexdigest()[:16]
-        return {**options, **self.objective.identity(), "parameters": digest}
+        parts = {**self.options.identity(), **self.objective.identity(), "parameters": digest}
+        return json.loads(json.dumps(parts))  # as a checkpoint has it
 
     def begin(self) -> None:
         """Load the last checkpoint; without one, start."""

@@ -162,7 +162,8 @@ class Pretrain(TrainOptions, Stage):
     scratch = ("checkpoints",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "parameters": int, "epochs": int,
+        "parameters": int, "epochs": int, "used_seconds": float, "train_tokens": int, "load": str,
+        "prompt": str,
     }  # fmt: skip
 
     batch_size: Annotated[int, "Sequences of a micro-batch"] = 16
@@ -188,8 +189,17 @@ class Pretrain(TrainOptions, Stage):
                 raise InputError(unknown(f"model.{key}", key, known))
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        known = inputs["tokenizer"][0] if inputs["tokenizer"] else inputs["shards"][0]
-        return {**known, "config": self.model_config(known.get("vocab_size"), 0)}
+        (shards,) = inputs["shards"]
+        words = inputs["tokenizer"][0] if inputs["tokenizer"] else shards
+        if inputs["tokenizer"] and shards.get("tokenizer", words["name"]) != words["name"]:
+            raise InputError(
+                f"tokenizer: wanted the one that made the shards, {shards['tokenizer']!r}, got"
+                f" {words['name']!r}"
+            )
+        vocab_size = words.get("vocab_size")
+        if self.model is not None and vocab_size is None and "vocab_size" not in self.model:
+            return {}  # from outside the run: known when it is read
+        return {"config": self.model_config(vocab_size, 0)}
 
     def model_config(self, vocab_size: int | None, eos_id: int | None) -> "ModelConfig":
         """Return the model's configuration. Where it comes from a recipe, the context is the
@@ -254,6 +264,7 @@ class Pretrain(TrainOptions, Stage):
             "parameters": sum(p.numel() for p in model.parameters()),
             "epochs": sampler.epoch + 1,
             "train_tokens": train_data.tokens,
+            "prompt": self.sample_prompt,
             "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
         }
 
@@ -301,6 +312,6 @@ class Pretrain(TrainOptions, Stage):
             template="pretrain.html.jinja",
             values={
                 "samples": [m for m in metrics if "sample" in m],
-                "prompt": self.sample_prompt,
+                "prompt": result["prompt"],
             },
         )

@@ -1,0 +1,178 @@
+"""What a run will do with each stage, and why.
+
+A stage's fingerprint covers its options, the files they name, the version of its code and the
+fingerprints of the stages it takes from: a change reaches what depends on it and nothing else. A
+stage that stages.json records with the same fingerprint, and whose files are still there, is
+skipped. One that was cut off continues (a training) or starts again. A training that is lost runs
+again with all that takes from it: it need not end at the same weights, if its budget is in seconds.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastlm.checkpoint.folder import locate_model
+from fastlm.data.content import Contents
+from fastlm.data.prepare import FUNNEL
+from fastlm.errors import InputError
+from fastlm.runs.kinds import KINDS
+from fastlm.runs.recipe import SCHEMES, Recipe, Step, is_outside
+from fastlm.runs.record import Entry
+from fastlm.runs.stage import Stage, options_of
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step, and what a run does with it.
+
+    ``do``: "skip", "continue" or "run"; of one beyond ``until``, which does not run now, "archive"
+    where it gives way to a training, else "later".
+    ``stale``: what it has left fits no longer. ``training``: that is a training.
+    """
+
+    step: Step
+    fingerprint: str
+    do: str
+    why: str
+    stale: bool = False
+    training: bool = False
+
+
+def make_plan(
+    recipe: Recipe,
+    wanted: Sequence[str],
+    prints: Mapping[str, str],
+    record: Mapping[str, Entry],
+    out: Path,
+) -> list[Planned]:
+    """Plan the stages ``wanted`` of a recipe, and those after them that give way."""
+    plan: list[Planned] = []
+    again: set[str] = set()  # these leave something else than before
+    for step in recipe.steps:
+        name, done = step.name, record.get(step.name)
+        do, why = _state(step, prints[name], done, out / name)
+        if done is None:
+            stale = False
+        elif any(source in again for names in step.inputs.values() for source in names):
+            stale = True
+            if do != "run":
+                do, why = "run", "what it takes from runs again"
+        else:
+            lost = do == "run" and bool(step.stage.scratch)
+            stale = done.fingerprint != prints[name] or lost
+        if stale:
+            again.add(name)
+        training = stale and _holds_training(out / name, step.stage, done)
+        if name in wanted:
+            plan.append(Planned(step, prints[name], do, why, stale, training))
+        elif stale:
+            plan.append(Planned(step, prints[name], "later", why, stale, training))
+    if any(planned.training for planned in plan):
+        plan = [replace(p, do="archive") if p.do == "later" else p for p in plan]
+    return plan
+
+
+def _state(step: Step, fingerprint: str, done: Entry | None, folder: Path) -> tuple[str, str]:
+    """What to do with a step, and why, by itself."""
+    held = any(_holds_something(folder / name) for name in step.stage.scratch)
+    if done is None:
+        return "run", "new"
+    if done.fingerprint != fingerprint:
+        return "run", _change(step, done)
+    if done.outputs is None:
+        return ("continue" if held else "run"), "was cut off"
+    if lost := _lost(folder, step, done):
+        return ("continue" if held else "run"), f"{lost} is missing or changed"
+    return "skip", "done"
+
+
+def _change(step: Step, done: Entry) -> str:
+    """What is new, for the user: the first option that differs, else what it reads."""
+    if done.kind != step.stage.kind:
+        return f"was {done.kind}"
+    defaults = {option.name: option.default for option in options_of(type(step.stage))}
+    before, now = defaults | done.options, defaults | chosen(step.stage)
+    for key in [*now, *before]:
+        if now.get(key) != before.get(key):
+            return f"{key} was {before.get(key)!r:.40}, now {now.get(key)!r:.40}"
+    if {k: list(v) for k, v in step.inputs.items()} != done.inputs:
+        return "takes from other stages"
+    return "what it reads has changed"
+
+
+def _lost(folder: Path, step: Step, done: Entry) -> str:
+    """The first file of a stage that is gone or has another size."""
+    sizes = sizes_of(folder, step.stage.scratch)
+    changed = (n for n, size in (done.outputs or {}).items() if sizes.get(n) != size)
+    return next(changed, "")
+
+
+def sizes_of(folder: Path, scratch: Sequence[str]) -> dict[str, int]:
+    """Bytes of every file of a stage, but for its scratch."""
+    return {
+        str(p.relative_to(folder)): p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.relative_to(folder).parts[0] not in scratch
+    }
+
+
+def _holds_training(folder: Path, stage: Stage, done: Entry | None) -> bool:
+    """Whether a folder holds a model or a checkpoint of a training, by what was recorded of it."""
+    made = KINDS.get(done.kind, type(stage)) if done else type(stage)
+    parts = (*made.scratch, *made.leaves.values()) if made.scratch else ()
+    return any(_holds_something(folder / part) for part in parts)
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir())
+
+
+def chosen(stage: Stage) -> dict[str, Any]:
+    """The options that decide the result and are not their defaults, as JSON has them: an option
+    that a later fastlm adds changes no fingerprint.
+    """
+    defaults = {option.name: option.default for option in options_of(type(stage))}
+    values = {k: v for k, v in stage.identity().items() if v != defaults.get(k, ...)}
+    return json.loads(json.dumps(values, default=str))
+
+
+def fingerprints(recipe: Recipe, contents: Contents) -> dict[str, str]:
+    """Return stage name -> hash of all that decides what it leaves. InputError: an input from
+    outside the run that is not there.
+    """
+    prints: dict[str, str] = {}
+    for step in recipe.steps:
+        stage, upstream = step.stage, {}
+        for key, names in step.inputs.items():
+            states = [
+                _outside(step, key, name, contents) if is_outside(name) else prints[name]
+                for name in names
+            ]
+            # where there may be several, the result tells of each by its name
+            upstream[key] = [*zip(names, states)] if stage.reads[key].several else states
+        parts = [stage.kind, stage.version, chosen(stage), stage.contents(contents), upstream]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        prints[step.name] = hashlib.sha256(text.encode()).hexdigest()
+    return prints
+
+
+def _outside(step: Step, key: str, name: str, contents: Contents) -> Any:
+    """The state of an input from outside the run: of local files their content, of a package its
+    name.
+    """
+    path, types = Path(name), step.stage.reads[key].types
+    try:
+        if not path.exists() and name.partition(":")[0] in SCHEMES:
+            return name
+        if "model" in types or "quantized" in types:
+            return contents.tree(locate_model(path))
+        if "corpus" in types and not (path / FUNNEL).is_file():
+            return contents.sources([name])
+        if not path.exists():
+            raise InputError(f"{name}: wanted a path that exists")
+        return contents.tree(path)
+    except InputError as error:
+        raise InputError(f"{step.name}.{key}: {error}") from None

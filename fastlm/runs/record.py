@@ -1,0 +1,93 @@
+"""stages.json: what a run folder records of each stage."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastlm.checkpoint.run_folder import STAGES
+from fastlm.errors import InputError
+from fastlm.files import read_json, save_atomic
+from fastlm.runs.recipe import Recipe
+from fastlm.typed import build, check
+
+LAYOUT = 2  # of a run folder: one folder a stage
+
+
+@dataclass
+class Entry:
+    """One stage. One that has begun, or has to run again, has neither result nor outputs.
+
+    ``options`` are those that differ from their defaults; ``leaves`` as `Stage.leaves`; ``outputs``
+    the bytes of every file it left.
+    """
+
+    kind: str
+    fingerprint: str
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, list[str]] = field(default_factory=dict)
+    leaves: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    result: dict[str, Any] | None = None
+    outputs: dict[str, int] | None = None
+
+
+@dataclass
+class _Record:
+    layout: int
+    stages: dict[str, Entry]
+
+
+def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
+    """Read the record of a run folder, {} where there is none. InputError: of an older fastlm, or
+    damaged.
+    """
+    path = out / STAGES
+    if not path.exists():
+        return {}
+    try:
+        table = read_json(path)
+        old = any(isinstance(v, Mapping) and "fingerprint" in v for v in table.values())
+        record = None if old and "layout" not in table else build(_Record, table)
+    except InputError as e:
+        raise _bad(path, e) from None
+    if record is None:
+        raise InputError(
+            f"{out}: was made by an older fastlm, whose recipes were not lists of stages; choose"
+            f" another folder (fastlm run RECIPE --out NEW); its model stays readable, {out}/model"
+        )
+    if record.layout != LAYOUT:
+        raise InputError(f"{path}: wanted layout {LAYOUT}, got {record.layout}")
+    for name, entry in record.stages.items():
+        step = recipe.step(name)
+        if entry.outputs is None or step is None or step.stage.kind != entry.kind:
+            continue
+        try:
+            check(asdict(entry), {"seconds": float}, name)
+            check(entry.result, step.stage.result, f"{name}.result")
+        except InputError as e:
+            raise _bad(path, e) from None
+    return record.stages
+
+
+def _bad(path: Path, error: InputError) -> InputError:
+    return InputError(
+        f"{path}: wanted the record of a run: {error}; choose another folder with --out, or delete"
+        f" {path.parent} to start again"
+    )
+
+
+def save_record(out: Path, record: Mapping[str, Entry], recipe: Recipe) -> None:
+    """Write the record, in the order of the recipe; stages that it no longer has come first."""
+    places = {step.name: i for i, step in enumerate(recipe.steps)}
+    stages = {
+        name: {k: v for k, v in asdict(entry).items() if v is not None}
+        for name, entry in sorted(record.items(), key=lambda kv: places.get(kv[0], -1))
+    }
+    save_atomic(out / STAGES, lambda p: dump(p, {"layout": LAYOUT, "stages": stages}))
+
+
+def dump(path: Path, value: Any) -> None:
+    """Write JSON that people can read."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
