@@ -207,7 +207,7 @@ def test_a_stage_takes_from_a_folder_outside_the_run(tmp_path):
     run()
     assert states == ["started", "done"]
     second.write_text('name = "second"\n[[stage]]\nkind = "quantize"\nfrom = "no/where"\n')
-    with pytest.raises(InputError, match="quantize.model: no/where: wanted a folder with"):
+    with pytest.raises(InputError, match=r"quantize\.model: no/where: wanted a folder with"):
         run()
 
 
