@@ -160,6 +160,9 @@ def test_stages_take_from_the_last_that_fits_or_from_where_they_say(tmp_path):
     recipe = load_recipe(path, ["small.from=./elsewhere", "small.group_size=8"])
     assert dict(recipe.step("small").inputs)["model"] == ("./elsewhere",)
     assert stage(recipe, "small").group_size == 8
+    renamed = ["pretrain.name=model", "eval.of=model", "quantize.from=model", "small.from=model"]
+    recipe = load_recipe(path, [*renamed, "both.of=['model', 'wide']"])  # no package's scheme
+    assert recipe.step("eval").inputs["model"] == ("model",)
     with pytest.raises(InputError, match=r"small\.model: says once more what 'model' is"):
         load_recipe(path, ["small.model=wide"])
 

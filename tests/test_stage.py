@@ -123,6 +123,9 @@ def test_every_option_has_a_key_a_flag_and_a_help(kind):
         assert option.help, f"{kind}.{option.name}"
         flag = option.name if option.positional else f"--{option.name.replace('_', '-')}"
         assert flag in text, f"{kind}: {flag}"
+    # words that a recipe, a command or a call has already
+    taken = {*cls.reads, "name", "kind", "from", "of", "out", "cache", "threads", "log_every"}
+    assert not taken & {option.name for option in options_of(cls)}
     assert {f.name for f in fields(cls)} == {o.name for o in options_of(cls)}
     assert cls.run is not Stage.run
 

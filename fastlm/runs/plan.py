@@ -166,7 +166,7 @@ def _outside(step: Step, key: str, name: str, contents: Contents) -> Any:
     path, types = Path(name), step.stage.reads[key].types
     try:
         if not path.exists() and name.partition(":")[0] in SCHEMES:
-            return name
+            return name  # of a package
         if "model" in types or "quantized" in types:
             return contents.tree(locate_model(path))
         if "corpus" in types and not (path / FUNNEL).is_file():

@@ -135,7 +135,7 @@ def _entries(table: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise InputError("stage: wanted a list of tables, [[stage]]")
     for number, entry in enumerate(entries, 1):
         kind = entry.get("kind")
-        if kind not in KINDS if isinstance(kind, str) else True:
+        if not isinstance(kind, str) or kind not in KINDS:
             near = difflib.get_close_matches(str(kind)[:80], KINDS, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(
@@ -229,7 +229,8 @@ def _sources(
 
 def is_outside(source: str) -> bool:
     """Whether an input is a path or a package, not the name of a stage."""
-    return "/" in source or source.partition(":")[0] in SCHEMES or source in (".", "..")
+    scheme, colon, _ = source.partition(":")
+    return "/" in source or (bool(colon) and scheme in SCHEMES) or source in (".", "..")
 
 
 def _last_that_fits(
