@@ -107,7 +107,7 @@ def registers(name: str, arch: int) -> int:
 
 
 def resident_blocks(kernel: Kernel, card: Card) -> int:
-    """Of a multiprocessor, by what a launch takes: threads, registers, dynamic shared memory."""
+    """Count the blocks that fit a multiprocessor, by threads, registers, dynamic shared memory."""
     warps = -(-kernel.threads // 32)
     of_registers = 65536 // (-(-registers(kernel.name, card.arch) // 8) * 8 * 32 * warps)
     of_shared = {80: 164, 90: 228, 100: 228}[card.arch] * 1024 // (kernel.shared + 1024)

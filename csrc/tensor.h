@@ -133,8 +133,7 @@ struct TensorView {
   }
 };
 
-// Refuse with a line that says what was wanted and what came: check(k == n, "weight", "size", n,
-// k).
+// Refuse with a line that says what was wanted and what came: check_size("weight", "size", n, k).
 inline void check_size(const char* argument, const char* what, int64_t wanted, int64_t got) {
   if (wanted != got)
     throw std::invalid_argument(std::string(argument) + ": wanted " + what + " " +
@@ -147,8 +146,8 @@ inline void check_contiguous(const char* argument, const TensorView& t) {
                                 ": wanted a contiguous tensor, got a strided one");
 }
 
-// Call f with a value of the C++ type behind a float dtype: with_float(x.dtype(), "x", [&](auto t)
-// { using T = decltype(t); ... })
+// Call f with a value of the C++ type behind a float dtype:
+// with_float(x.dtype(), "x", [&](auto t) { using T = decltype(t); ... })
 template <class F>
 void with_float(DType dtype, const char* argument, F&& f) {
   switch (dtype) {

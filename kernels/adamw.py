@@ -397,7 +397,7 @@ def adamw(
 
 
 def _sums(tables: Tables) -> Tensor:
-    """Of the squares of each chunk of gradients, float64."""
+    """Sum the squares of each chunk of gradients, in float64."""
     device = tables.tensors.device
     count = sum(len(chunks) for _, chunks in tables.chunks)
     sums = torch.empty(count, dtype=torch.float64, device=device)

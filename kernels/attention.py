@@ -540,8 +540,8 @@ class Options(NamedTuple):
         return {"CAUSAL": self.causal, "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0}
 
     def parts(self) -> dict[str, int]:
-        """Of the forward and of dq: see `_forward`. With dropout the draws outweigh masks: one
-        masked part is a third of the code."""
+        """Return the parts of the forward and of dq (`_forward`). With dropout one masked part
+        serves all: the draws cost more than the masks, and the code is a third."""
         return {"FIRST_PART": 2 if self.seed is not None else 0 if self.window > 0 else 1}
 
     def numbers(self) -> tuple:
@@ -562,7 +562,7 @@ def _floats(t: Tensor | None) -> Tensor | None:
 
 
 def strides(t: Tensor, dims: tuple[int | None, int, int]) -> tuple[int, int, int]:
-    """Of sequence (or page), head and row; packed sequences have no stride of their own."""
+    """Return the strides of sequence (or page), head and row; packed sequences have none."""
     sequence, head, row = dims
     return 0 if sequence is None else t.stride(sequence), t.stride(head), t.stride(row)
 
@@ -591,7 +591,7 @@ def forward(
     layout: Layout, o: Options, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fills out and lse. `dims`: where q and out have sequence, head and row; `kv_dims`: k and v.
-    Elements of a row lie one after the other.
+    Elements of a row are contiguous.
     """
     heads, kv_heads = q.shape[dims[1]], k.shape[kv_dims[1]]
     group = heads // kv_heads

@@ -1,4 +1,4 @@
-"""y = x W^T + bias of an int8 or int4 W, dx = dy W, and W itself; W is read where it lies.
+"""y = x W^T + bias of an int8 or int4 W, dx = dy W, and W itself; W is read in place.
 
 `fastlm.ops.quantized_weight` has the layout: rows of W are rows of bytes, columns 2i and 2i + 1 of
 int4 in one byte; w = scales[n, k // group_size] q (+ zeros[n, k // group_size]). Forms, by the rows
@@ -78,7 +78,7 @@ def _spread(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _group_of(k, GROUP: tl.constexpr):
-    """Of a column; GROUP 0 is one group a row."""
+    """Return the group of a column; GROUP 0 is one group a row."""
     if GROUP == 0:
         return k * 0
     else:

@@ -4,8 +4,9 @@
 //   prepare  residual, norm        ->  x (M, K), rounded to int8 where the weight wants it
 //   project  x . W^T, in tiles of 16 rows of W, each tile by one thread, for all M rows
 //
-//   layer:  prepare -> qkv | rope, cache, attention | prepare -> out | prepare -> gate, up, act |
-//           prepare -> down |                                          | ends a phase
+//   layer, | ends a phase:
+//     prepare -> qkv | rope, cache, attention | prepare -> out | prepare -> gate, up, act |
+//     prepare -> down |
 //
 // A phase ends when its work is done, not when all threads have come (phases.h); any thread does
 // any of it. With few rows every thread that works in a phase prepares all of them for itself,

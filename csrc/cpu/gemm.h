@@ -3,16 +3,13 @@
 //
 //     C (M, N) float32  =  A (M, K) . B (K, N)      or  +=
 //
-//   E  what is multiplied: bf16 where the machine has a bf16 dot product and the tensor is bf16;
-//   otherwise float
-//      (`Elem<T>` says which). Sums are float32 everywhere.
+//   E  what is multiplied: bf16 where the machine has a bf16 dot product and the tensor is bf16,
+//      otherwise float (`Elem<T>` says which). Sums are float32 everywhere.
 //   A  row-major, rows `lda` elements apart, K padded to `padded_k<E>(K)` with zeros (finite is not
-//   enough: NaN * 0).
-//      A bf16 tensor whose K is a multiple of K_STEP is used where it lies; anything else goes
-//      through pack_a.
+//      enough: NaN * 0). A bf16 tensor whose K is a multiple of K_STEP is used in place; anything
+//      else goes through pack_a.
 //   B  packed by pack_b into panels of VL columns: [N/VL][K/KP][VL][KP]; KP = 2 for bf16 (one
-//   32-bit lane holds two
-//      consecutive k), 1 for float. Columns beyond N are zero.
+//      32-bit lane holds two consecutive k), 1 for float. Columns beyond N are zero.
 //
 //            VL columns           VL columns
 //          +-------------+      +-------------+      a panel is contiguous: one vector per KP rows,

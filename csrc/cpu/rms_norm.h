@@ -1,11 +1,12 @@
 // RMSNorm over the last dimension, optionally of x + residual. Body of rms_norm.cpp, compiled per
 // instruction set.
 //
-//   forward   h = x + residual (rounded to x's dtype, as the unfused addition would be), rstd = 1 /
-//   sqrt(mean(h^2) + eps),
+//   forward   h = x + residual (rounded to x's dtype, as the unfused addition would be)
+//             rstd = 1 / sqrt(mean(h^2) + eps)
 //             y = h * rstd * (offset + weight)
-//   backward  g = dy * (offset + weight), dh = rstd * (g - h * rstd^2 * mean(g * h)) [+ dh from
-//   above], dw = sum over rows dy * h * rstd
+//   backward  g = dy * (offset + weight)
+//             dh = rstd * (g - h * rstd^2 * mean(g * h)) [+ dh from above]
+//             dw = sum over rows of dy * h * rstd
 //
 // Each row is read twice: from memory, then from the L1 that it still fits (a row is at most a few
 // tens of KiB). dw is summed per block of BLOCK_ROWS rows and then over blocks in order, so it does

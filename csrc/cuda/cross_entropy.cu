@@ -69,8 +69,8 @@ struct Row {
   DEVICE bool whole(int vector) const {
     return begin(vector) >= 0 && begin(vector) + VEC <= classes;
   }
-  // Of vectors from..end - 1, the element of a first or last one that is not whole which is this
-  // thread's; -1: none. The first VEC threads have the first one's, the next VEC the last one's.
+  // Return this thread's element of a partial vector among from..end - 1, -1 for none. The first VEC
+  // threads take the elements of the first vector, the next VEC those of the last.
   DEVICE int edge(int from, int end) const {
     const int thread = threadIdx.x, vector = thread < VEC ? 0 : count - 1;
     if (thread >= (count > 1 ? 2 : 1) * VEC || vector < from || vector >= end || whole(vector))

@@ -64,7 +64,7 @@ inline void succeed(cudaError_t error, const char* what) {
 template <class... P, class... A>
 void launch(const Launch& how, void (*kernel)(P...), A... arguments) {
   if (!how.grid.x || !how.grid.y || !how.grid.z) return;
-  // 48 KiB are had without asking, static ones among them: 16 are left to those
+  // A launch gets 48 KiB without asking, static shared memory included: 16 are left for that
   if (how.shared > 32 * 1024)
     succeed(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,

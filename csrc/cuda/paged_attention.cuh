@@ -8,10 +8,10 @@
 //     units    | sequence 0, head 0 | 0, 1 | ...      | sequence 1, head 0 | ...
 //     blocks   |     0     |     1     |     2     |     3     |     4     |
 //
-// A unit inside one block is finished there. Of one that several blocks share each leaves largest
-// score, sum and out in float32 in a slot: block i the unit that it did not begin in slot 2 i, the
-// one that it does not end in slot 2 i + 1. The block that begins such a unit leaves a record of
-// it, and `paged_combine_kernel` adds the slots up, in order. Blocks find their tiles from seq_lens
+// A block that has a whole unit finishes it. Where several blocks share a unit, each writes its
+// largest score, sum and out in float32 to a slot: block i uses slot 2 i for a unit that an earlier
+// block began, and slot 2 i + 1 for one that a later block ends. The block that begins such a unit
+// records it, and `paged_combine_kernel` adds the slots up, in order. Blocks find their tiles from seq_lens
 // themselves: the host reads nothing from the device.
 #pragma once
 

@@ -199,8 +199,8 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
   constexpr bool kExact = FORM != kAny;
   const bool zeros =
       FORM == kOffsets || ((S::kInteger || FORM == kNarrow || FORM == kAny) && w.zeros);
-  // by a shuffle, so that nvcc sees one value a warp and computes with it once, beside the lanes,
-  // and takes addresses of x not for the same all along the stripe, which spills
+  // The shuffle tells nvcc that the value is the same in all lanes: it computes with it once, and
+  // does not keep addresses of x for the whole stripe, which would spill.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int thread = warp * 32 + lane;
   const int warp_n = warp % S::kWarpsN, warp_k = warp / S::kWarpsN;
@@ -255,14 +255,14 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
     };
     read(0);
     cp_async_wait<S::kStages - 2>();
-    __syncthreads();  // of all threads; and the stage filled next was read
+    __syncthreads();  // all threads' copies are there, and all have read the stage filled next
     copy(tile + S::kStages - 1);
     const unsigned char* stage = shared + tile % S::kStages * S::kStage;
     const unsigned char* codes = stage + (warp_n * 16 * S::kTiles + lane / 4) * S::kCodeStride +
                                  warp_k * (S::kRange * BITS / 8) + lane % 4 * BITS;
     const unsigned char* x = stage + S::kN * S::kCodeStride + lane / 4 * S::kXStride +
                              (warp_k * S::kRange + lane % 4 * 8) * sizeof(T);
-    // STEPS steps from `step` on, of one group: their sums are scaled once
+    // kUnit steps from `step` on, within one group: their sums are scaled once
     const auto add = [&](int step, auto steps) {
       constexpr int kUnit = decltype(steps)::value;
       float scale[S::kTiles][2], zero[S::kTiles][2];
@@ -368,7 +368,7 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
   }
 }
 
-// Of a multiprocessor. Two have 128 registers, which 32 rows of some would spill.
+// Blocks of a multiprocessor. Two have 128 registers, which 32 rows of some would spill.
 template <Form FORM, int BITS, class T, int NT>
 constexpr int kBlocks =
     NT < 4 || (NT == 4 && FORM != kAny && (sizeof(T) == 2 || BITS == 4)) ? 2 : 1;

@@ -185,7 +185,7 @@ def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[s
 
 
 def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
-    """The tokenizer that lies with a model (or in its run folder), refused when it has ids that the
+    """The tokenizer beside a model (or in its run folder), refused when it has ids that the
     model's embedding lacks."""
     from fastlm.tokenizer.tokenizer import Tokenizer
 

@@ -29,7 +29,7 @@ emulated_multiprocessors = 4
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the device that host functions divide work for."""
+    """Return the multiprocessors that host functions divide work among."""
     return _multiprocessors(device) if device.type == "cuda" else emulated_multiprocessors
 
 

@@ -8,7 +8,7 @@ from fastlm.cuda.quantized_linear import Rounded
 from fastlm.ops.quantized_weight import QuantizedWeight
 
 ROUND_BYTES = 48 << 10
-"""Of a row, up to which `rms_norm_round` takes it: shared memory that every card has."""
+"""Longest row that `rms_norm_round` takes, in bytes: it fits the shared memory of every card."""
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -264,7 +264,7 @@ class BatchSampler:
     ``labels[b, i]`` is the token after ``input_ids[b, i]``. An epoch cuts the data into consecutive
     windows, from a random offset below ``seq_len`` (other windows every epoch), and deals each
     window once in an order that depends on ``seed`` and epoch only. A batch that an epoch cannot
-    fill goes on with the next one. ``shuffle=False``: in order, offset 0. The state is the
+    fill continues with the next one. ``shuffle=False``: in order, offset 0. The state is the
     position; with the same data, seed and seq_len it resumes exactly, with any batch size.
 
     InputError: fewer than seq_len + 1 tokens, sizes below 1, a state of other data.

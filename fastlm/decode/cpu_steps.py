@@ -25,7 +25,7 @@ from fastlm.quant.modules import QuantizedLinear
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
-_TILE = 16  # rows of a weight whose scales lie together, as the kernel reads them
+_TILE = 16  # rows of a weight whose scales are stored together, as the kernel reads them
 MAX_ROWS = 64  # beyond, the modules' matrix products are as fast
 
 _plans: "weakref.WeakKeyDictionary[CausalLM, Plan]" = weakref.WeakKeyDictionary()
@@ -66,7 +66,7 @@ _KNOWN = (nn.Linear, nn.Embedding, nn.ModuleList)
 
 
 class Plan:
-    """A model as the kernel sees it. Weights are read where they lie; `tensors` keeps alive what
+    """A model as the kernel sees it. Weights are read in place; `tensors` keeps alive what
     the kernel points to, and what `state` knows by its address."""
 
     def __init__(self, model: "CausalLM"):
@@ -219,8 +219,8 @@ def _tensors(model: "CausalLM") -> list[Tensor]:
 
 
 def _state(model: "CausalLM") -> tuple:
-    """What a plan was made from: the config, how activations are rounded, where each tensor lies
-    and how often it was written to."""
+    """What a plan was made from: the config, how activations are rounded, where each tensor is
+    stored and how often it was written to."""
     written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
     act_bits = [getattr(m, "act_bits", 16) for m in model.modules()]
     return dict(vars(model.config)), act_bits, written

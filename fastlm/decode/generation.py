@@ -115,7 +115,7 @@ def generate(
         generator.
         stop_ids: more tokens that end a row.
         ignore_eos: the model's end tokens do not end a row, `stop_ids` alone.
-        attention_mask: (B, S), 0 where a row of the tensor is padding; padding lies on the left.
+        attention_mask: (B, S), 0 where a row of the tensor is padding; padding is on the left.
         on_token: called with (row, token) for each new token, rows in order; a true result ends
         the row.
 

@@ -75,7 +75,8 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 
 def _empty_as_torch(t: Tensor) -> Tensor:
-    """Of t's shape, (B, S, H, D) in memory: how torch's own gradients and its tracing lie."""
+    """Return an empty tensor of t's shape, stored as (B, S, H, D): torch's own gradients and traces
+    have that layout."""
     return torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype)
 
 

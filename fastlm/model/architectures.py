@@ -12,7 +12,7 @@ from fastlm.model.config import ModelConfig
 
 
 def config_of(config: Mapping[str, Any], where: Any) -> ModelConfig:
-    """The checked config.json that lies at ``where``, which must say its model_type."""
+    """Check the config.json at ``where``, which must say its model_type, and return it."""
     try:
         return ModelConfig.from_dict({"model_type": None, **config})
     except InputError as error:

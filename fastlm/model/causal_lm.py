@@ -71,7 +71,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int | None = None, *, scaled_residual: bool = True) -> None:
-        """Draw every parameter anew; see the class."""
+        """Draw every parameter again; see the class."""
         generator = None
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -291,7 +291,7 @@ class CausalLM(nn.Module):
         cache: KVCache | None,
         fused: bool = False,
     ) -> Tensor:
-        """(B, S) ids -> (B, S, E), normed; `start` columns lie in the cache."""
+        """(B, S) ids -> (B, S, E), normed; `start` columns are in the cache."""
         batch, length = input_ids.shape
         longest = start + length
         if cache is not None and longest > cache.capacity:

@@ -127,7 +127,7 @@ class Fused:
     act_bits: int
 
     def __call__(self, x: Any) -> Tensor:
-        """Of x, or of what `rms_norm_round` and `glu_round` made of it."""
+        """Multiply x, or what `rms_norm_round` and `glu_round` made of it."""
         if isinstance(x, Tensor):
             return quantized_linear(x, self.weight, self.bias, act_bits=self.act_bits)
         from fastlm.cuda.quantized_linear import rounded_linear
@@ -145,7 +145,7 @@ class Fused:
 
 
 def fuse(modules: Sequence[nn.Module | None], before: Fused | None) -> Fused | None:
-    """`before` where it still holds these modules' buffers, else made anew; None where they are not
+    """`before` where it still holds these modules' buffers, else new ones; None where they are not
     quantized alike."""
     linears = [m for m in modules if isinstance(m, QuantizedLinear)]
     formats = {

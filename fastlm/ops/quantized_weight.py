@@ -1,7 +1,7 @@
 """A weight matrix in int8 or int4 with one scale (and, where asymmetric, one offset) per group of
 columns.
 
-The layout is row-major and the same on every machine: a checkpoint is used where it lies, and no
+The layout is row-major and the same on every machine: a checkpoint is used in place, and no
 second copy is made. Rejected: a layout repacked per instruction set (the CPU kernels transpose 16
 rows at a time in registers, which costs a few percent of one product and nothing in memory).
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlm.errors import InputError
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# 8 columns of int4 fill a 32-bit lane: the kernels want a lane to lie in one group.
+# 8 columns of int4 fill a 32-bit lane: the kernels want a lane within one group.
 GROUP_STEP = 8
 ANY_K = 1 << 62  # for check_group_size where there is no weight yet
 

@@ -236,7 +236,7 @@ class Tokenizer:
     def stream(self, *, special: bool = False, first: bool = True) -> "TokenStream":
         """A decoder to push ids into one by one; the pieces join to ``decode``'s text.
 
-        ``first=False`` where the ids go on from a text: SentencePiece vocabularies put a space
+        ``first=False`` where the ids continue a text: SentencePiece vocabularies put a space
         before a text, which is otherwise taken off again.
         """
         return TokenStream(self, special, first)

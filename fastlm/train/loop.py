@@ -393,8 +393,8 @@ class _Loop:
         have = self.metrics.seek(0, os.SEEK_END)
         if have < length:
             raise InputError(
-                f"{self.run_dir / METRICS}: wanted the {length} bytes that {found[-1].name} goes on"
-                f" from, got {have}; delete {found[-1].parent} to start again"
+                f"{self.run_dir / METRICS}: wanted the {length} bytes that {found[-1].name}"
+                f" continues from, got {have}; delete {found[-1].parent} to start again"
             )
         self.metrics.truncate(length)
         self.started = time.perf_counter()

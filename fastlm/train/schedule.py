@@ -62,5 +62,5 @@ def learning_rate(
 
 
 def due(moments: Iterable[float], before: float, now: float) -> bool:
-    """Whether one of ``moments`` lies in (before, now]."""
+    """Whether one of ``moments`` is in (before, now]."""
     return any(before < moment <= now for moment in moments)

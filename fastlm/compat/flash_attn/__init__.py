@@ -72,7 +72,7 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """`flash_attn_func` of qkv (B, S, 3, H, D), read where it lies."""
+    """`flash_attn_func` of qkv (B, S, 3, H, D), read in place."""
     q, k, v = _parts("qkv", qkv, 3, 5)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
@@ -92,7 +92,7 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """`flash_attn_func` of q (B, S, H, D) and kv (B, T, 2, Hkv, D), read where it lies."""
+    """`flash_attn_func` of q (B, S, H, D) and kv (B, T, 2, Hkv, D), read in place."""
     k, v = _parts("kv", kv, 2, 5)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,

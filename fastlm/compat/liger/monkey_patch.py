@@ -24,7 +24,7 @@ def _apply_liger_kernel_to_instance(
     swiglu: bool = True,
     geglu: bool = True,
 ) -> None:
-    """Of the ops that are True, those that `model` has a place for.
+    """Patch the ops that are True, where `model` has a place for them.
 
     Raises:
         InputError: as `fastlm.patch`; cross_entropy, whose logits the fused loss never has.
