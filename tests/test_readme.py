@@ -104,3 +104,24 @@ def test_ten_lines_of_python():
         assert torch.isfinite(after).all()
         small = before.abs() < 0.1
         assert (after != before)[small].float().mean() > 0.9
+
+
+def test_what_runs_where_is_what_is_registered():
+    from fastlm import inventory  # registers every op
+    from fastlm.backend import IMPLEMENTATIONS
+
+    assert inventory.info()["ops"].keys() == IMPLEMENTATIONS.keys()
+
+    text = (ROOT / "README.md").read_text("utf-8")
+    table = text.split("| op | reference | cpu | triton | cuda |\n", 1)[1].split("\n\n", 1)[0]
+    seen = set()
+    for line in table.splitlines()[1:]:
+        names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for op in re.findall(r"`(\w+)`", names):
+            seen.add(op)
+            forward = IMPLEMENTATIONS[op.lower()]
+            backward = IMPLEMENTATIONS.get(f"{op}_backward", forward if op == "rope" else {})
+            for backend, cell in zip(("reference", "cpu", "triton", "cuda"), cells, strict=True):
+                assert (backend in forward) == cell.startswith(("forward", "step")), (op, backend)
+                assert (backend in backward) == cell.endswith("backward"), (op, backend)
+    assert seen == {*fastlm.ops.__all__} - {"quantize_weight"} | {"AdamW"}
