@@ -21,8 +21,8 @@ from torch import Tensor
 from fastlm.kernels.launch import Config, launch, multiprocessors
 
 _PAIRS = 1024  # of a program and head: 8 a thread, so that a half of 16 bits is one 128-bit access
-# Of a launch: a grid's third dimension ends there. Rejected: tiles of all entries in the first one,
-# whose division took registers (64 -> 71 on sm_90)
+# Most of a launch: a grid's third dimension ends there. Rejected: tiles of all entries in the
+# first one, whose division took registers (64 -> 71 on sm_90)
 _BATCH = 65535
 _HEADS = 4  # of a program: 4 loads in flight a thread, with tables in 32 registers
 

@@ -160,7 +160,7 @@ struct BackwardSizes {
   }
 };
 
-// Of the sequences of one call.
+// The lengths of the sequences of one call.
 struct Lengths {
   int64_t most_q = 0, most_k = 0, all_rows = 0, spans = 1;
 

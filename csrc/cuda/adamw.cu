@@ -82,7 +82,7 @@ DEVICE uint32_t mix(uint32_t x) {
 // ---- a thread's eight elements
 // -------------------------------------------------------------------
 
-// Of 4, 2 or 1 bytes each, as they are in memory
+// kEach values of 4, 2 or 1 bytes, as they are in memory
 struct Raw {
   uint32_t word[kEach];
 };
@@ -176,7 +176,7 @@ DEVICE Raw of_floats(const float (&x)[kEach]) {
   for (int j = 0; j < kEach; ++j) raw.word[j] = __float_as_uint(x[j]);
   return raw;
 }
-// Of two 16-bit values a word
+// Pack words of two 16-bit values
 DEVICE Raw of_halves(const uint32_t (&x)[kEach]) {
   Raw raw{};
 #pragma unroll

@@ -82,7 +82,7 @@ struct Row {
 
 // ---- forward -----------------------------------------------------------------------------------
 
-// Of some classes: largest z, sum of e^(z - m), sums of weight and of weight * (m - z)
+// Statistics of some classes: largest z, sum of e^(z - m), sums of weight and of weight * (m - z)
 struct Sums {
   float m = kLowest, s = 0, weights = 0, spread = 0;
 };

@@ -16,7 +16,7 @@ struct Places {
     int position;    // as given
     int page, slot;  // page -1: it has none
   };
-  // Of token i of B S.
+  // Return the place of token i of B S.
   DEVICE Place of(int i) const {
     Place to{i / tokens, i % tokens, load(positions + i), -1, 0};
     const int entry = to.position / page_size;
@@ -29,7 +29,7 @@ struct Places {
 
 // ---- host
 
-// Of `sequences` of `tokens` each, in caches (pages, page_size, ..).
+// Return the places of `sequences` of `tokens` each, in caches (pages, page_size, ..).
 inline Places places_of(const TensorView& positions, const TensorView& block_table,
                         int64_t sequences, int64_t tokens, const TensorView& k_cache,
                         const TensorView& v_cache) {

@@ -271,7 +271,7 @@ DEVICE float max_of_warp(float x) {
   return x;
 }
 
-// Of all threads of a block of THREADS, to all of them; the block is in step behind it.
+// Return the largest x of a block of THREADS to all its threads; a barrier stands at its end.
 template <int THREADS>
 DEVICE float max_of_block(float x) {
   SHARED(float, part, THREADS / 32);

@@ -54,7 +54,7 @@ DEVICE void store_y(T* to, const W* weight, float offset, const float (&value)[V
   store(reinterpret_cast<Vector<T, VEC>*>(to), v);
 }
 
-// Of all threads' parts of the sum of squares; thread 0 stores it.
+// Return the scale of a row from all threads' parts of the sum of squares; thread 0 stores it.
 template <class T>
 DEVICE float scale_of(const Rows<T>& p, int64_t row, float squares, float eps) {
   const float scale = rsqrtf(sum_of_block<kThreads>(squares) / p.width + eps);
