@@ -93,7 +93,7 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     } <= names
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
-    wanted = ("kernels/__init__.py", "ops/rms_norm.py", "data/prepare.py", "report.html.jinja")
+    wanted = ("kernels/__init__.py", "ops/rms_norm.py", "data/prepare.py", "runs/kinds.py")
     assert {f"fastlm/{name}" for name in wanted} <= names
     assert any(n.startswith("fastlm/_cpu.") for n in names)
     has_cuda = any(n.startswith("fastlm/_cuda.") for n in names)
