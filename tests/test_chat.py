@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ class Terminal:
         self.fd, inside = pty.openpty()
         self.process = subprocess.Popen(
             [*COMMAND, "stats"], stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup's are ignored
             env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
         )  # fmt: skip
         os.close(inside)
