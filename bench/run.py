@@ -148,6 +148,13 @@ def headline(results: dict) -> list[tuple[str, str, str, str, float]]:
     return found
 
 
+def commits_of(results: dict) -> str:
+    """The commits that the rows were measured at."""
+    measured = (results[n] for n in (*OPS, *END_TO_END) if "machine" in results.get(n, {}))
+    commits = dict.fromkeys(str(r["machine"]["commit"]) for r in measured)
+    return " and ".join(commits) or results["machine"]["commit"]
+
+
 def short_section(results: dict) -> str:
     """Markdown of the README's rows."""
     about = results["machine"]
@@ -158,7 +165,8 @@ def short_section(results: dict) -> str:
     ]
     return (
         f"{about['cpu']}, {about['threads']} threads, {about['cpu_isa']}, torch {about['torch']},"
-        f" {about['date']} (`make bench`); bf16, medians of rounds in turn.\n\n" + "\n".join(lines)
+        f" {about['date']}, commit {commits_of(results)} (`make bench`); bf16, medians of rounds in"
+        " turn.\n\n" + "\n".join(lines)
     )
 
 
@@ -190,12 +198,10 @@ def section(results: dict, isa: str | None = None, flag: str = "") -> str:
     about = results["machine"]
     rows = rows_of(results)
     command = f"python bench/run.py {flag}" if flag else "make bench"
-    measured = (results[n] for n in (*OPS, *END_TO_END) if "machine" in results.get(n, {}))
-    commits = dict.fromkeys(str(r["machine"]["commit"]) for r in measured)
     parts = [
         f"Measured by `{command}` on {about['date']}: {about['cpu']}, {about['threads']} threads, "
         f"instruction set {about['cpu_isa']}, torch {about['torch']}, "
-        f"commit {' and '.join(commits) or about['commit']}. "
+        f"commit {commits_of(results)}. "
         "Medians of rounds in which both sides take turns; ratios below 1 are where the peer wins. "
         "The share is of the best instruction for the work's accuracy, on registers, measured in "
         "the same run, or of reading memory: above 100 % the data lay in a cache. Of whole runs "

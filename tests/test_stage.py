@@ -178,7 +178,7 @@ def test_a_change_reaches_what_depends_on_it_and_nothing_else(tmp_path):
     assert (run / "pretrain/model/model.safetensors").read_bytes() == trained
     again("wide.lr=2e-3", "both.of=['wide']")
     assert done() == ["both"] and plans[-1].why == "takes from other stages"
-    # a renamed stage is another folder; what it is made from is not made again
+    # a renamed stage gets a new folder; the stages that it takes from are skipped
     recipe.write_text(recipe.read_text().replace('name = "both"', 'name = "two"'))
     again("wide.lr=2e-3")
     assert done() == ["two"] and plans[-1].why == "new"

@@ -53,10 +53,6 @@ class Eval(Stage):
         from fastlm.evals.texts import text_bits_per_byte
         from fastlm.serve.chat import load_model
 
-        def tell(message: str) -> None:
-            if job.on_event is not None:
-                job.on_event({"warning": f"skipped: {message}"})
-
         (data,) = job.inputs["data"]
         models: dict[str, dict[str, Any]] = {}
         packed: dict[str, Any] = {}
@@ -65,7 +61,7 @@ class Eval(Stage):
             result = text_bits_per_byte(
                 model, tokenizer, data.where, seq_len=self.seq_len, stride=self.stride,
                 batch_size=self.batch_size, compressors=not models, cache=job.cache,
-                track=job.track, tell=tell,
+                track=job.track, tell=job.skipped,
             )  # fmt: skip
             for key in ("bits_per_byte_xz", "bits_per_byte_zstd", "documents"):
                 if key in result:
@@ -79,11 +75,7 @@ class Eval(Stage):
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         del job
         values = {name: model["bits_per_byte"] for name, model in result["models"].items()}
-        values |= {
-            name: result[f"bits_per_byte_{key}"]
-            for key, name in YARDSTICKS.items()
-            if f"bits_per_byte_{key}" in result
-        }
+        values |= _compressors(result)
         return "bits per byte: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
 
     def shown(self, result: Mapping[str, Any], job: Job) -> Any:
@@ -109,11 +101,7 @@ class Eval(Stage):
             metrics = source.path.parent / METRICS  # beside the model that a training left
             if source.name in models and metrics.is_file():
                 curves[source.name] = read_metrics(metrics)
-        packed = {
-            name: result[f"bits_per_byte_{key}"]
-            for key, name in YARDSTICKS.items()
-            if f"bits_per_byte_{key}" in result
-        }
+        packed = _compressors(result)
         of = "" if len(models) == 1 else f" ({best})"
         card = f"bits per byte of unseen text{of}"
         if packed:
@@ -137,6 +125,15 @@ class Eval(Stage):
         )
 
 
+def _compressors(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return compressor -> bits per byte, {} where shards were measured."""
+    return {
+        name: result[f"bits_per_byte_{key}"]
+        for key, name in YARDSTICKS.items()
+        if f"bits_per_byte_{key}" in result
+    }
+
+
 def _table(result: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
@@ -148,9 +145,8 @@ def _table(result: Mapping[str, Any]) -> Any:
             name, f"{v['bits_per_byte']:.4f}", f"{v['loss']:.4f}", f"{v['tokens']:,}",
             f"{v['seq_len']:,}",
         )  # fmt: skip
-    for key, name in YARDSTICKS.items():
-        if (value := result.get(f"bits_per_byte_{key}")) is not None:
-            table.add_row(name, f"{value:.4f}", "", "", "")
+    for name, value in _compressors(result).items():
+        table.add_row(name, f"{value:.4f}", "", "", "")
     return table
 
 

@@ -4,7 +4,8 @@ fetch it.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 INK, SOFT, LINE = "#1c2733", "#5d6b7a", "#dfe4ea"
@@ -71,7 +72,7 @@ def _bits_figure(
 ) -> Any:
     figure, axes = _axes("million tokens seen", "held-out bits per byte")
     labels, firsts = [], []
-    for (name, metrics), color in zip(curves.items(), _cycle(CURVES)):
+    for (name, metrics), color in zip(curves.items(), cycle(CURVES)):
         # tokens, not minutes: the same curve on every machine, and a pause is no plateau
         tokens = {m["step"]: m["tokens"] / 1e6 for m in metrics if "loss" in m} | {0: 0.0}
         held = [(tokens[m["step"]], m["bits_per_byte"]) for m in metrics if "bits_per_byte" in m]
@@ -91,12 +92,6 @@ def _bits_figure(
     axes.set_ylim(min(values) - 0.15 * top, max(1.6 * top, 1.04 * first))
     _label_values(axes, labels)
     return figure
-
-
-def _cycle(colors: Sequence[str]) -> Any:
-    from itertools import cycle
-
-    return cycle(colors)
 
 
 def _label_values(axes: Any, labels: list[tuple[str, float, str]]) -> None:

@@ -97,6 +97,11 @@ class Job:
     def optional(self, key: str) -> Path | None:
         return self.path(key) if self.inputs.get(key) else None
 
+    def skipped(self, message: str) -> None:
+        """Tell the user what was left out, and why."""
+        if self.on_event is not None:
+            self.on_event({"warning": f"skipped: {message}"})
+
 
 @dataclass
 class Part:
@@ -129,6 +134,7 @@ class Option:
 Facts = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
 class Stage:
     """The base of all stages; subclasses are frozen dataclasses.
 
@@ -169,7 +175,7 @@ class Stage:
 
     def identity(self) -> dict[str, Any]:
         """Return the options that decide the result: a change of another one reruns nothing."""
-        return asdict(self)  # type: ignore[call-overload]
+        return asdict(self)
 
     def contents(self, contents: Contents) -> Any:
         """Return the state of the files that the options name, for the fingerprint."""
@@ -238,7 +244,7 @@ def options_of(cls: type[Stage]) -> list[Option]:
     """The fields of a stage, in the order of their definition."""
     hints = get_type_hints(cls, include_extras=True)
     found = []
-    for f in fields(cls):  # type: ignore[arg-type]
+    for f in fields(cls):
         hint, text = hints[f.name], ""
         if get_origin(hint) is Annotated:
             hint, text = get_args(hint)[:2]

@@ -58,12 +58,8 @@ class TrainTokenizer(Stage):
     def _all_texts(self, job: Job) -> Iterator[str]:
         from fastlm.evals.texts import read_texts
 
-        def tell(message: str) -> None:
-            if job.on_event is not None:
-                job.on_event({"warning": f"skipped: {message}"})
-
         for source in job.inputs["corpus"]:
-            yield from read_texts(source.where, part="train", cache=job.cache, tell=tell)
+            yield from read_texts(source.where, part="train", cache=job.cache, tell=job.skipped)
 
     def _expected(self, job: Job) -> int | None:
         """Documents that will be counted, where a prepared folder says how many there are."""
