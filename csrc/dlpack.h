@@ -53,7 +53,7 @@ struct ExchangeApi {
   void* allocator;
   void* managed_from_object;
   void* managed_to_object;
-  int (*view_of_object)(void* object, Tensor* out);  // borrowed: valid while the object lives
+  int (*view_of_object)(void* object, Tensor* out);  // borrowed: valid while the object exists
   int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
 };
 

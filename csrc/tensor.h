@@ -1,5 +1,5 @@
-// TensorView: what a kernel knows of a tensor (pointer, shape, strides, dtype, device). Filled from
-// any DLPack producer by the caster in tensor_caster.h.
+// TensorView: a tensor as a kernel sees it (pointer, shape, strides, dtype, device). The caster in
+// tensor_caster.h fills it from any DLPack producer.
 #pragma once
 
 #include <cstdint>
@@ -117,13 +117,13 @@ struct TensorView {
     return DType::other;
   }
 
-  // The elements as T, on the CPU; `argument` names the tensor in the refusal.
+  // The elements as T, on the CPU; `argument` names the tensor in the error.
   template <class T>
   T* data(const char* argument) const {
     if (!on_cpu()) throw std::invalid_argument(std::string(argument) + ": wanted a CPU tensor");
     return elements<T>(argument);
   }
-  // The elements as T, wherever they are.
+  // The elements as T, on any device.
   template <class T>
   T* elements(const char* argument) const {
     if (dtype() != dtype_of<T>())
@@ -133,7 +133,7 @@ struct TensorView {
   }
 };
 
-// Refuse with a line that says what was wanted and what came: check_size("weight", "size", n, k).
+// Throws an error that says what was wanted and what came: check_size("weight", "size", n, k).
 inline void check_size(const char* argument, const char* what, int64_t wanted, int64_t got) {
   if (wanted != got)
     throw std::invalid_argument(std::string(argument) + ": wanted " + what + " " +
@@ -146,7 +146,7 @@ inline void check_contiguous(const char* argument, const TensorView& t) {
                                 ": wanted a contiguous tensor, got a strided one");
 }
 
-// Call f with a value of the C++ type behind a float dtype:
+// Calls f with a value of the C++ type of a float dtype:
 // with_float(x.dtype(), "x", [&](auto t) { using T = decltype(t); ... })
 template <class F>
 void with_float(DType dtype, const char* argument, F&& f) {

@@ -1,10 +1,10 @@
 // The pybind11 caster that fills a TensorView from any DLPack producer.
 //
-// Two ways in. `type(x).__dlpack_c_exchange_api__` (torch >= 2.10) fills the view without a Python
-// object being made: 0.1 us, takes Parameters and tensors that require grad. `x.__dlpack__()`
-// (numpy, jax, cupy) makes a capsule that the caster keeps until the call ends. Rejected:
+// Two ways in. `type(x).__dlpack_c_exchange_api__` (torch >= 2.10) fills the view without creating
+// a Python object: 0.1 us; it takes Parameters and tensors that require grad. `x.__dlpack__()`
+// (numpy, jax, cupy) creates a capsule that the caster keeps until the call ends. Rejected:
 // torch/extension.h (seconds of compile time, one build per torch release) and passing data_ptr()
-// integers (same cost as a view, but carries no shape to check).
+// integers (they cost the same as a view, and carry no shape to check).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -32,7 +32,7 @@ struct type_caster<fastlm::TensorView> {
       if (!e.matches(PyExc_TypeError)) throw;
       capsule = source.attr("__dlpack__")();
     }
-    // Kept by the call, not by this caster: those of an optional or of a vector's elements die
+    // Kept by the call, not by this caster: casters inside an optional or a vector are destroyed
     // before the function runs. Never renamed "used_": the capsule's destructor frees the tensor.
     loader_life_support::add_patient(capsule);
     if (void* p = PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")) {
@@ -51,8 +51,8 @@ struct type_caster<fastlm::TensorView> {
   }
 
  private:
-  // The exchange table of a Python type, or null. One entry is remembered: calls come in runs of
-  // the same type.
+  // The exchange table of a Python type, or null. One entry is cached: consecutive calls mostly
+  // have the same type.
   static const fastlm::dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
     static PyTypeObject* last_type = nullptr;
     static const fastlm::dlpack::ExchangeApi* last_api = nullptr;
@@ -68,7 +68,7 @@ struct type_caster<fastlm::TensorView> {
     } else {
       PyErr_Clear();
     }
-    Py_INCREF(type);  // a freed type's address could come back as another type
+    Py_INCREF(type);  // the address of a freed type could become another type's
     Py_XDECREF(last_type);
     last_type = type;
     last_api = api;

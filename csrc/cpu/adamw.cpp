@@ -40,14 +40,14 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
   const int64_t count = int64_t(params.size());
   int64_t chunk_count = 0;
   for (const TensorView& p : params) chunk_count += (p.numel() + ADAMW_CHUNK - 1) / ADAMW_CHUNK;
-  // Its parts: the table of tensors, that of chunks, and a sum of squares a chunk
+  // Parts of the workspace: the table of tensors, the table of chunks, one sum of squares per chunk
   check_size("workspace", "elements:", count * ADAMW_TENSOR_INTS + chunk_count * ADAMW_CHUNK_INTS,
              workspace.numel());
   auto* tensors = reinterpret_cast<AdamwTensor*>(workspace.data<int64_t>("workspace"));
   auto* chunks = reinterpret_cast<AdamwChunk*>(workspace.data<int64_t>("workspace") +
                                                count * ADAMW_TENSOR_INTS);
   auto* sums = reinterpret_cast<double*>(chunks + chunk_count);
-  // Everything is checked before anything is written: a refusal leaves the state as it was, and a
+  // Everything is checked before anything is written: a refusal leaves the state unchanged, and a
   // parallel region must not throw.
   for (int64_t i = 0; i < count; ++i) {
     AdamwTensor& t = *new (tensors + i) AdamwTensor{};

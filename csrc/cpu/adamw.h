@@ -8,8 +8,8 @@
 //
 // Two passes at most: the sum of squared gradients (only to clip), then one pass that reads g, p,
 // m, v once and writes p, m, v once (a master of bfloat16 is p and 16 bits more). Chunks are
-// independent, so any thread may take any of them. Plain stores: the lines have just been read
-// (non-temporal ones measured 18 % slower).
+// independent, so any thread may take any of them. Stores are plain, since the lines have just been
+// read (non-temporal stores were 18 % slower).
 //
 // 8-bit states: blocks of 256 values over one float32 scale, the block's largest magnitude; a code
 // is the top bits of the scaled float, so neither a table nor a search is needed:
@@ -36,8 +36,8 @@ FASTLM_INLINE vuint lanes() {
   for (int i = 0; i < VL; ++i) v[i] = uint32_t(i);
   return v;
 }
-// Up or down to a bfloat16 with probability by nearness; `h` is 32 random bits. Infinities and NaN
-// stay.
+// Round to one of the two neighbouring bfloat16 with a probability proportional to nearness; `h` is
+// 32 random bits. Infinities and NaN are kept.
 FASTLM_INLINE vfloat round_stochastic(vfloat x, vuint h) {
   const vuint u = ((vuint)x + (h >> 16)) & 0xffff0000u;
   return vabs(x) <= splat(std::numeric_limits<float>::max()) ? (vfloat)u : x;
@@ -71,7 +71,7 @@ FASTLM_INLINE void store_codes(uint8_t* p, vint c, int n) {
   else
     memcpy(p, &b, size_t(n));
 }
-// A magnitude in (0, 1] and its code, 1.0 <-> MAX; MANTISSA bits of it are kept.
+// The code of a magnitude in (0, 1], with MANTISSA bits of mantissa; 1.0 <-> MAX.
 template <int MANTISSA, int MAX>
 struct Code {
   static constexpr int SHIFT = 23 - MANTISSA, OFFSET = (0x3f800000 >> SHIFT) - MAX;
@@ -146,9 +146,9 @@ inline void adamw_square_sums(const AdamwTensor* tensors, const AdamwChunk* chun
   }
 }
 
-// A float32 master in two halves: the parameter, its upper 16 bits rounded to nearest (ties away
-// from zero), and the lower 16 bits, which are then what to add to the parameter's bits as a signed
-// number. Integer moves: a conversion to bfloat16 would flush denormals and quiet NaN.
+// A float32 master in two halves. The parameter is its upper 16 bits, rounded to nearest (ties away
+// from zero). The lower 16 bits, read as a signed number and added to the parameter's bits, give
+// the master back. Integer moves: a conversion to bfloat16 would flush denormals and quiet NaN.
 typedef int16_t vshort __attribute__((vector_size(2 * VL)));
 FASTLM_INLINE vint load_halves(const void* p, int n) {
   vshort h{};
@@ -166,7 +166,7 @@ FASTLM_INLINE void store_halves(void* p, vint v, int n) {
     memcpy(p, &h, size_t(n) * 2);
 }
 FASTLM_INLINE vfloat join_master(const bf16* high, const int16_t* low, int n) {
-  // zero has no lower half: one that was set to zero after its last step keeps that step's
+  // zero has no lower half: a parameter that the user set to zero still has its last step's
   const vuint h = (vuint)load_halves(high, n) << 16, l = (vuint)load_halves(low, n);
   return (vfloat)(h << 1 ? h + l : h);
 }
@@ -176,14 +176,14 @@ FASTLM_INLINE void split_master(vfloat w, bf16* high, int16_t* low, int n) {
   store_halves(low, (vint)bits, n);
 }
 
-// Sixteen cache lines on: with seven streams the hardware's prefetchers alone left 5 % (two
-// threads, Zen 5; 64 lines on was slower than none).
+// Prefetch sixteen cache lines ahead: with seven streams, the hardware's prefetchers alone were 5 %
+// slower (two threads, Zen 5; 64 lines ahead was slower than no prefetch).
 template <class X>
 FASTLM_INLINE void ahead(const X* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
 }
 
-// Writes one vector of parameters: w - what the step subtracts, to the master and the parameter.
+// Writes one vector of parameters, w minus the step, to the master and the parameter.
 template <class P>
 struct Weights {
   P* param;
@@ -261,7 +261,7 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
     int j = 0;
     for (; j + VL <= size; j += VL) step(j, VL);
     if (j < size) step(j, size - j);
-    // one bad value makes its block NaN, so that it is seen
+    // one bad value makes its whole block NaN, so that it cannot go unnoticed
     const float bad = hsum(poison), mx = hmax(m_max) + bad, rx = hmax(r_max) + bad;
     t.exp_avg_scale[block] = mx, t.exp_avg_sq_scale[block] = rx;
     const float m_inv = mx > 1e-37f ? 1 / mx : 0, r_inv = rx > 1e-37f ? 1 / rx : 0;
@@ -274,13 +274,13 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
   }
 }
 
-// Eight chunks in a row go to one thread: the hardware's prefetchers follow the seven streams of a
-// tensor and lose them where a thread jumps.
+// Eight consecutive chunks go to one thread: the hardware's prefetchers follow the seven streams of
+// a tensor, and lose them when a thread jumps.
 inline void adamw_update(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count,
                          float clip) {
 #pragma omp parallel
   {
-    // moments of weights that get no gradient decay into denormals, and would stay there
+    // the moments of a weight without gradients decay into denormals, and would stay there
     FlushDenormals flush;
 #pragma omp for schedule(dynamic, 8)
     for (int64_t c = 0; c < count; ++c) {

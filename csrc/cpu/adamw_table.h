@@ -28,15 +28,15 @@ struct AdamwTensor {
   float root_scale;  // 1 / sqrt(1 - beta2^t)
   float sign;        // -1 to maximize
   bool stochastic;
-  uint32_t key;  // of the random numbers: one per tensor and step
+  uint32_t key;  // for the random numbers: one per tensor and step
 };
 
 struct AdamwChunk {
   int64_t tensor, start, n;
 };
 
-// What the workspace of a step has for each (fastlm/cpu/adamw.py)
-constexpr int64_t ADAMW_TENSOR_INTS = 20, ADAMW_CHUNK_INTS = 4;  // of a chunk with its sum
+// Size of a table row in the workspace, in int64 (fastlm/cpu/adamw.py); a chunk's includes its sum
+constexpr int64_t ADAMW_TENSOR_INTS = 20, ADAMW_CHUNK_INTS = 4;
 static_assert(sizeof(AdamwTensor) <= 8 * ADAMW_TENSOR_INTS);
 static_assert(sizeof(AdamwChunk) + sizeof(double) <= 8 * ADAMW_CHUNK_INTS);
 

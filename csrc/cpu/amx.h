@@ -55,7 +55,7 @@ template <int T>
 FASTLM_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(T));
 }
-// tileloaddt1, the hint that p is read once, was 10 % slower on B and up to 5 % on A.
+// tileloaddt1, which hints that p is read once, was 10 % slower for B and up to 5 % for A.
 template <int T>
 FASTLM_INLINE void tile_load(const void* p, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
@@ -75,9 +75,9 @@ FASTLM_INLINE void tile_int8() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-// Tile configuration is per thread and survives parallel regions: load it where a thread begins its
-// work (55 ns), release it at the end so that the operating system need not save 8 KiB at each
-// switch.
+// The tile configuration belongs to a thread and outlives parallel regions. It is loaded when a
+// thread begins its work (55 ns) and released at the end, so that the operating system does not
+// have to save 8 KiB at each switch.
 struct TileScope {
   FlushDenormals flush;
   TileScope() {

@@ -4,11 +4,11 @@
 //   attention_problem.h   where the sequences lie; which keys a row sees
 //   attention_scores.h    softcap, ALiBi, bias, dropout on a row of scores
 //   attention_forward.h   blocks of queries against blocks of packed keys (training, prefill)
-//   attention_decode.h    a few queries against a long cache, read once where it lies
+//   attention_decode.h    a few queries against a long cache, which is read once, in place
 //   attention_backward.h  gradients
 //
-// Names: b batch, h query head, i query row, j key; S, T lengths; D, Dv widths; E what is
-// multiplied (gemm.h), T the dtype of q, C that of k and v.
+// Names: b batch, h query head, i query row, j key; S, T lengths of q and k; D, Dv widths of a
+// head. Types: T of q, C of k and v, E of the operands of the products (gemm.h).
 #include "cpu/gemm.h"
 #include "cpu/workspace.h"
 
@@ -39,8 +39,8 @@ void forward(const AttentionInputs& in, const TensorView& out, const TensorView&
     forward_by_blocks(s, o, problems, packed_rows, k_scale, v_scale, p_out, p_lse, workspace);
 }
 
-// workspace: float32; its parts are in `forward`, forward_by_blocks and forward_by_chunks, its size
-// in fastlm/cpu/attention.py
+// workspace: float32; `forward`, forward_by_blocks and forward_by_chunks divide it up, and
+// fastlm/cpu/attention.py computes its size
 inline void attention_forward(const AttentionInputs& in, const TensorView& out,
                               const TensorView& lse, const TensorView& workspace) {
   with_float(in.q.dtype(), "q", [&](auto tag) {
@@ -63,8 +63,8 @@ Lengths lengths_of(const Shape& s, const Problem<T, T>* problems) {
   return of;
 }
 
-// Floats of attention_backward's workspace on the threads that there are, 0 where it needs none;
-// `most_q`, `most_k`: of the longest sequence, `all_rows`: queries of all.
+// Floats of attention_backward's workspace with the current number of threads; 0: it needs none.
+// `most_q`, `most_k`: lengths of the longest sequence; `all_rows`: queries of all sequences.
 inline int64_t attention_backward_workspace(const TensorView& q, int64_t sequences, int64_t heads,
                                             int64_t kv_heads, int64_t v_width, int64_t most_q,
                                             int64_t most_k, int64_t all_rows, bool bias_grad) {
@@ -83,7 +83,7 @@ inline int64_t attention_backward_workspace(const TensorView& q, int64_t sequenc
 }
 
 // dout like out, dlse (may be absent) like lse; dq, dk, dv like q, k, v; dsinks (B, H); dbias like
-// the bias, zero; workspace: float32, of attention_backward_workspace elements
+// the bias, filled with zeros; workspace: attention_backward_workspace float32 elements
 inline void attention_backward(const AttentionInputs& in, const TensorView& dout,
                                const TensorView* dlse, const TensorView& out, const TensorView& lse,
                                const TensorView& dq, const TensorView& dk, const TensorView& dv,

@@ -2,33 +2,33 @@
 //
 //   dV = P^T dO        dS = P (dP - delta)        dQ = scale dS K        dK = scale dS^T Q
 //
-// A task is one key head of one sequence (one SPAN of its keys where that gives too few tasks) and
-// goes through its query heads in order, so every sum has one fixed order. Per block of keys and
-// queries five products; scores and P stay in the L2:
+// A task is one key head of one sequence (one SPAN of its keys where heads alone give too few
+// tasks) and takes its query heads in order, so every sum has one fixed order. Each block of keys
+// and queries takes five products; scores and P stay in the L2:
 //
-//   S  (q, k) = Q . K^T         A = Q where it lies        B = packed K^T
-//   dP (q, k) = dO . V^T        A = dO where it lies       B = packed V^T
-//   dV^T (Dv, k) += dO^T . P    A = dO^T                   B = P, rows paired while it is made
-//   dK^T (D, k)  += Q^T . dS    A = Q^T                    B = dS, the same
+//   S  (q, k) = Q . K^T         A = Q in place             B = packed K^T
+//   dP (q, k) = dO . V^T        A = dO in place            B = packed V^T
+//   dV^T (Dv, k) += dO^T . P    A = dO^T                   B = P, packed as it is computed
+//   dK^T (D, k)  += Q^T . dS    A = Q^T                    B = dS, likewise
 //   dQ (q, D)    += dS . K      A = dS                     B = packed K
 //
 // Rejected: dK = dS^T Q with dS as A, which needs a transposition of dS in the inner loop.
 
 constexpr int64_t BQ = 128;       // queries a block: k of the dK and dV products
 constexpr int64_t BK = 128;       // keys a block: two fp32 tiles of 64 KiB and P, dS in the L2
-constexpr int64_t SPAN = 512;     // keys of a task when there are fewer than MIN_TASKS heads
+constexpr int64_t SPAN = 512;     // keys per task when there are fewer than MIN_TASKS heads
 constexpr int64_t MIN_TASKS = 8;  // key heads x sequences that keep the cores of one socket busy
 
 FASTLM_INLINE int64_t spans_of(const Shape& s, int64_t longest) {
   return s.B * s.Hkv >= MIN_TASKS ? 1 : std::max<int64_t>(1, (longest + SPAN - 1) / SPAN);
 }
 
-// So few queries and keys that packing them costs more than the products (a lone token: 5 us of
-// packing, 0.3 of products) go row by row, in float32 on the stack.
+// Where packing costs more than the products (one token: 5 us of packing, 0.3 of products), rows
+// are computed one by one, in float32 on the stack.
 constexpr int64_t FEW = 8;             // queries and keys
 constexpr int64_t FEW_WIDE = 256;      // D and Dv
 constexpr int64_t FEW_SEQUENCES = 16;  // 3 KiB of problems on the stack
-constexpr int64_t FEW_WORK = 1 << 18;  // products: above, all threads are worth waking
+constexpr int64_t FEW_WORK = 1 << 18;  // products; more are worth waking all threads
 
 FASTLM_INLINE bool are_few(const Shape& s, int64_t most_q, int64_t most_k) {
   return s.B <= FEW_SEQUENCES && most_q <= FEW && most_k <= FEW && s.D <= FEW_WIDE &&
@@ -41,8 +41,8 @@ struct Gradients {
   float* dsinks;        // (B, H), summed over B by the caller, or null
 };
 
-// Scores s and dP of row i become P after dropout, and dS (of the scaled scores; of the biased ones
-// when `for_bias`).
+// In place, for row i: scores s become P after dropout, dP becomes dS (the gradient of the scaled
+// scores; of the biased ones when `for_bias`).
 template <class T, class C>
 inline void backward_row(const Shape& s, const Options& o, const Problem<T, C>& p, int64_t b,
                          int64_t h, int64_t i, int64_t j0, int64_t n, float lse, float delta,
@@ -138,7 +138,7 @@ void store_rows(const float* in, int64_t ld, int64_t n, int64_t D, float scale, 
     }
 }
 
-// Sizes of what a task keeps, for `keys` keys and `queries` queries.
+// Sizes of a task's arrays, for `keys` keys and `queries` queries.
 template <class E>
 struct BackwardSizes {
   int64_t keys, queries, D, Dv, D_wide, k_panels, v_panels, k_rows, q_columns, dO_columns, q, dO;
@@ -164,7 +164,7 @@ struct BackwardSizes {
 struct Lengths {
   int64_t most_q = 0, most_k = 0, all_rows = 0, spans = 1;
 
-  // dq of each span: spans x rows of all queries x H x padded D floats, where there are several.
+  // With several spans, the dq of each: spans x rows of all queries x H x padded D floats.
   int64_t parts(const Shape& s) const {
     return spans > 1 ? spans * all_rows * s.H * round_up(s.D, VL) : 0;
   }
@@ -209,7 +209,7 @@ struct BackwardTask {
 
   // delta of every row of head h; returns the head's gradient of its sink.
   float rows_of_head(const Problem<T, T>& p, int64_t b, int64_t h) {
-    double dsink = 0;  // terms of both signs over all rows: their sum may be far below any of them
+    double dsink = 0;  // terms have both signs: their sum may be far below any of them
     for (int64_t i = 0; i < p.queries; ++i) {
       const T *g = dO_row(p, b, h, i), *y = out + s.out.at(b, h, p.q0 + i);
       delta[i] = delta_of(g, y, s.Dv);
@@ -236,14 +236,14 @@ struct BackwardTask {
     }
   }
 
-  // Whether forward_by_chunks gave these rows their lse, and P keeps what their sums err by.
+  // Whether forward_by_chunks computed the lse of these rows (see scores_as_decoded).
   bool as_decoded(const Problem<T, T>& p) const {
     return sizeof(E) == 4 && decodes(s, o, p.queries) && p.queries * round_up(s.D, VL) <= BQ * BK;
   }
 
-  // The scores by the same sums as in decode_chunk: what they err by is then in lse too, and leaves
-  // P of a key that outweighs the others at 1. Sums in another order made dv's error 5 times as
-  // large where scores are.
+  // The scores, summed in the same order as in decode_chunk. Their rounding errors are then those
+  // in lse, and cancel: P of a key that outweighs the others is 1. With another order and large
+  // scores, dv's error was 5 times as large.
   void scores_as_decoded(const Problem<T, T>& p, int64_t h, int64_t i0, int64_t rows, int64_t j0,
                          int64_t n) {
     const int64_t ldq = round_up(s.D, VL), g = h / (s.H / s.Hkv);
@@ -260,7 +260,7 @@ struct BackwardTask {
     });
   }
 
-  // S and dP of queries [i0, i0 + rows) and keys [j0, j0 + n), then P and dS in their place.
+  // S and dP of queries [i0, i0 + rows) and keys [j0, j0 + n), then, in place, P and dS.
   void tile(const Problem<T, T>& p, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0,
             int64_t n, int64_t j_begin, bool for_bias) {
     int64_t lda;
@@ -285,7 +285,8 @@ struct BackwardTask {
            s.span(i0, p.queries, p.keys).first < j0 + n;
   }
 
-  // dk^T, dv^T of keys [j_begin, j_end) gain what head h gives; dq of head h, of these keys alone.
+  // Adds head h's share to dk^T, dv^T of keys [j_begin, j_end); computes dq of head h from these
+  // keys.
   void run_head(const Problem<T, T>& p, int64_t b, int64_t h, int64_t j_begin, int64_t j_end,
                 bool first_head) {
     const int64_t ldt = padded_k<E>(p.queries);
@@ -388,7 +389,7 @@ void backward_all(const Shape& s, const Options& o, const Gradients& grad,
   }
 }
 
-// n rows of T in float32, a whole number of vectors each (`ld` floats), zeros beyond D.
+// n rows of T to float32; rows of `ld` floats, a whole number of vectors, zeros beyond D.
 template <class T>
 FASTLM_INLINE void widen_rows(const T* rows, int64_t stride, int64_t n, int64_t D, int64_t ld,
                               float* out) {
@@ -436,7 +437,7 @@ void backward_few(const Shape& s, const Options& o, const Gradients& grad,
           if (o.sinks && z != -INFINITE) dsink -= double(std::exp(o.sinks[h] - z)) * delta;
           for (int64_t j = 0; j < 2 * FEW; ++j) P[j] = dS[j] = 0;
           for (int64_t j = 0; j < p.keys; ++j) dS[j] = dot(dO, V + j * Dv, Dv);
-          if (decodes(s, o, p.queries))  // the sums that lse is of: see scores_as_decoded
+          if (decodes(s, o, p.queries))  // see scores_as_decoded
             dot_rows<1>(q, D, p.k.base + g * p.k.head, p.k.row, p.keys, s.D, P, 2 * FEW);
           else
             for (int64_t j = 0; j < p.keys; ++j) P[j] = dot(q, K + j * D, D);
@@ -456,9 +457,9 @@ void backward_few(const Shape& s, const Options& o, const Gradients& grad,
     }
 }
 
-// to[r][j] += tile (rows, n), rows apart by BK; `row`, `key` 0: the sum over them. A tile is summed
-// before it is added: thousands of additions to one sum, each rounded at the size of the whole,
-// lost ten times as much.
+// to[r][j] += tile (rows, n), whose rows are BK apart; a stride `row` or `key` of 0 sums over that
+// index. A tile is summed before it is added: adding thousands of elements to one large sum lost
+// ten times as much to rounding.
 inline void add_tile(const float* tile, int64_t rows, int64_t n, int64_t row, int64_t key,
                      float* sums, float* to) {
   if (row && key) {
@@ -489,9 +490,9 @@ inline void add_tile(const float* tile, int64_t rows, int64_t n, int64_t row, in
   for (int64_t j = 0; key && j < n; ++j) to[j * key] += sums[j];
 }
 
-// dbias: a task owns one row block (all rows where the bias has one) of one batch entry and head of
-// the bias and sums over the sequences, heads, rows and keys that share an element, in order. It
-// costs S and dP once more, and only where a bias learns.
+// dbias: a task owns one block of rows (all rows where the bias has one row) of one batch entry and
+// head of the bias. It sums over the sequences, heads, rows and keys that share an element, in
+// order. S and dP are recomputed for it; only a bias that needs a gradient pays for that.
 template <class T>
 void backward_bias(const Shape& s, const Options& o, const Gradients& grad,
                    const Problem<T, T>* problems, const T* dout, const T* out, const float* lse,

@@ -1,12 +1,13 @@
-// Decoding: the few rows (S queries x heads that share a key head, at most MAX_ROWS; with one query
-// any number of heads, MAX_ROWS at a time) of one sequence and key head against a long cache. Bound
-// by reading the cache, so keys and values are read once, where they lie and in their own dtype,
-// and not packed; the cache is cut into chunks of CHUNK keys so that one sequence and head keeps
-// several threads busy. The chunk is fixed: results do not depend on the number of threads.
+// Decoding: a few rows of one sequence and key head against a long cache. The rows are S queries x
+// the heads that share the key head, at most MAX_ROWS; with one query any number of heads, MAX_ROWS
+// at a time. Reading the cache is the bottleneck, so keys and values are read once, in place and in
+// their own dtype, without packing. The cache is cut into chunks of CHUNK keys, so that one
+// sequence and head keeps several threads busy. The chunk is fixed: results do not depend on the
+// number of threads.
 //
 //   partial of a chunk, per row: m, l, O (Dv)   ->   combined in the chunks' order
 
-constexpr int64_t MAX_ROWS = 8;  // beyond it packing costs less than reading every key for each row
+constexpr int64_t MAX_ROWS = 8;  // with more, packing costs less than reading each key for each row
 constexpr int64_t CHUNK =
     512;  // keys: 128 KiB of a bf16 cache at D 64, 20 us: a task worth a switch
 
@@ -36,7 +37,7 @@ FASTLM_INLINE vfloat load_cached(const C* p, int64_t n) {
   }
 }
 
-// scores[r][j] = q[r] . k[j], `count` keys `stride` apart, VL of them summed up together.
+// scores[r][j] = q[r] . k[j] for `count` keys `stride` apart, VL keys at a time.
 template <int R, class C>
 void dot_rows(const float* q, int64_t ldq, const C* k, int64_t stride, int64_t count, int64_t D,
               float* scores, int64_t lds) {
@@ -119,8 +120,8 @@ FASTLM_INLINE void with_rows(int64_t rows, F&& f) {
   }
 }
 
-// One chunk of one sequence and key head for its rows from row0 on; partial: MAX_ROWS x (2 + padded
-// Dv) floats.
+// One chunk of one sequence and key head, for the rows from row0 on; partial: MAX_ROWS x (2 +
+// padded Dv) floats.
 template <class T, class C>
 void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int64_t b, int64_t g,
                   int64_t row0, int64_t chunk, float k_scale, float* partial, Buffer& memory) {
@@ -181,7 +182,8 @@ void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int6
     memcpy(partial + r * ldp + 2, O + r * ldo, size_t(ldo) * sizeof(float));
 }
 
-// Row r of `chunks` partials (rows apart by `apart`) -> out, lse. A partial's m becomes its weight.
+// Combines row r of `chunks` partials, `apart` floats apart, to out and lse. A partial's m is
+// overwritten by its weight.
 template <class T>
 void combine_chunks(float* partial, int64_t chunks, int64_t apart, float sink, float scale,
                     int64_t Dv, T* out, float* lse) {
@@ -207,10 +209,11 @@ void combine_chunks(float* partial, int64_t chunks, int64_t apart, float sink, f
   *lse = l > 0 || l != l ? m + std::log(l) : -INFINITE;
 }
 
-constexpr int64_t ON_STACK = 48 << 10;  // of a thread: enough up to D, Dv = 256
+constexpr int64_t ON_STACK = 48 << 10;  // bytes per thread: enough up to D, Dv = 256
 
-// workspace: with several chunks B * Hkv * groups * chunks * MAX_ROWS * (2 + padded Dv) floats,
-// groups of MAX_ROWS rows, chunks = ceil(longest T / CHUNK); a thread's arrays where they are wide.
+// workspace: with several chunks, the partials: B * Hkv * groups * chunks * MAX_ROWS * (2 + padded
+// Dv) floats, with groups of MAX_ROWS rows and chunks = ceil(longest T / CHUNK). Then each thread's
+// arrays, where they do not fit on the stack.
 template <class T, class C>
 void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* problems,
                        const float* k_scale, const float* v_scale, T* out, float* lse,
@@ -249,7 +252,7 @@ void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* pr
                  k_scale ? k_scale[g] : 1.f, partial, memory);
     if (chunks == 1) combine(set, partial);
   };
-  // 131072 elements are 10 us of one thread; for less a parallel region does not pay
+  // 131072 elements take one thread 10 us; below that a parallel region does not pay
   if (total * s.Hkv * groups * (s.D + s.Dv) <= 131072) {
     alignas(64) char local[ON_STACK];
     Buffer memory(on_stack ? local : workspace.p);

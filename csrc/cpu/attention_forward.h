@@ -35,7 +35,7 @@ void pack_keys(const Problem<T, C>& p, const Shape& s, int64_t g, int64_t j0, in
   pack_b<E>(scratch, s.Dv, 1, n, s.Dv, v);
 }
 
-// A operand of rows [i0, i0 + n): where it lies when that is possible.
+// The A operand of rows [i0, i0 + n): q in place where the core can read it, else packed.
 template <class E, class T>
 FASTLM_INLINE const E* as_operand(const T* rows, int64_t stride, int64_t n, int64_t D, E* scratch,
                                   int64_t* lda) {
@@ -50,8 +50,9 @@ FASTLM_INLINE const E* as_operand(const T* rows, int64_t stride, int64_t n, int6
   return scratch;
 }
 
-// One row of a block of scores: s (n) -> probabilities in P (padded with zeros to n_padded),
-// running maximum m and sum l. Returns the factor that O's row has to be multiplied by first.
+// Turns one row of a block of scores, s (n), into probabilities in P (padded with zeros to
+// n_padded), and updates the running maximum m and sum l. Returns the factor that O's row has to be
+// multiplied by before P V is added.
 template <class E>
 FASTLM_INLINE float softmax_row(float* s, int64_t first, int64_t end, int64_t n_padded, float c,
                                 const float* factor, float* m, float* l, E* P) {
@@ -193,7 +194,7 @@ void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* pr
     most_q = std::max(most_q, problems[b].queries), most_k = std::max(most_k, problems[b].keys);
   const int64_t q_blocks = (most_q + Q_BLOCK - 1) / Q_BLOCK,
                 k_blocks = (most_k + KV_BLOCK - 1) / KV_BLOCK, G = s.H / s.Hkv;
-  // rows of key head g of problem b begin at (packed of b) * Hkv + g * (its rows)
+  // the rows of key head g of problem b begin at packed(b) * Hkv + g * rows(b)
   const auto start = [&](const Problem<T, C>& p, int64_t g) {
     return p.packed * s.Hkv + g * round_up(p.keys, ROW_PAD);
   };

@@ -1,5 +1,5 @@
-// What the three attention ops hand to their one body (attention.h): who has what decides where the
-// sequences lie. Nothing here depends on the instruction set.
+// The operands of all three attention ops, which share one body (attention.h). Which of the
+// optional ones are present tells the ops apart. Nothing here depends on the instruction set.
 #pragma once
 
 #include <optional>

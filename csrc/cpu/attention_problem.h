@@ -1,7 +1,6 @@
-// One Problem a sequence: pointers to its rows. Dense, packed and paged differ here and nowhere
-// else.
+// One Problem per sequence: pointers to its rows. Only here do dense, packed and paged differ.
 
-constexpr int64_t ROW_PAD = 32;  // packed keys start at multiples: K_STEP of every E divides it
+constexpr int64_t ROW_PAD = 32;  // packed keys start at its multiples; every K_STEP<E> divides it
 
 // Strides in elements of a tensor with rows of heads.
 struct Strides {
@@ -19,7 +18,7 @@ struct Rows {
   const int32_t* table;  // null: not paged
   int64_t page_size, page;
 
-  // Row j of head h and, as the result, how many rows from it on are `row` elements apart.
+  // Sets `p` to row j of head h; returns how many rows from there on are `row` elements apart.
   FASTLM_INLINE int64_t run(int64_t h, int64_t j, int64_t end, const C** p) const {
     const C* start = base + h * head;
     if (!table) {
@@ -112,8 +111,8 @@ inline void check_pages(const AttentionInputs& in, const int32_t* table, int64_t
                                   std::to_string(table[p]) + " for sequence " + std::to_string(b));
 }
 
-// Fills problems[B]; every offset and page is checked here, before anything is read through it.
-// Returns the rows of packed keys that all sequences take together.
+// Fills problems[B]. Checks every offset and page before anything is read through it. Returns the
+// rows of packed keys of all sequences together.
 template <class T, class C>
 int64_t make_problems(const AttentionInputs& in, const Shape& s, Problem<T, C>* problems) {
   const T* q = in.q.data<T>("q");
@@ -161,7 +160,7 @@ int64_t make_problems(const AttentionInputs& in, const Shape& s, Problem<T, C>* 
   return packed;
 }
 
-// Rows j .. j + n of head h as E, one after the other, D elements each.
+// Rows j .. j + n of head h as E, contiguous, D elements each.
 template <class E, class C>
 void gather_rows(const Rows<C>& rows, int64_t h, int64_t j, int64_t n, int64_t D, E* out) {
   for (int64_t end = j + n; j < end;) {

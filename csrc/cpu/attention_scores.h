@@ -1,4 +1,4 @@
-// What the options do to one row of scores: scale, softcap, ALiBi, bias; dropout; and 2^x.
+// The options applied to one row of scores (scale, softcap, ALiBi, bias), dropout, and 2^x.
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
@@ -11,9 +11,9 @@ FASTLM_INLINE vint iota() {
   return v;
 }
 
-// Scores, maxima and lse stay in natural units, and the exponential is vexp2((s - m) * LOG2E): the
-// difference first, because products of s and m with log2(e) would each be rounded, and P and lse
-// be off by |s| units in the last place. One multiplication more per score.
+// Scores, maxima and lse are natural logarithms, and the exponential is vexp2((s - m) * LOG2E). The
+// difference comes first: s and m multiplied by log2(e) would each be rounded, and P and lse would
+// be off by |s| units in the last place. The price is one multiplication per score.
 //
 // 2^x for x <= 127; 0 below -126 (-inf too), NaN stays. Degree 6 on [-1/2, 1/2] through 2^0 = 1:
 // 2e-9 relative before rounding; a lone visible key has P = 1 exactly.
@@ -70,7 +70,7 @@ struct Options {
   uint32_t threshold = 0;  // a word below it drops
   float kept = 1;          // 1 / (1 - p)
 
-  // Nothing but scale > 0: the row maximum can be taken before scaling.
+  // No option but scale > 0: the row maximum can be taken before scaling.
   bool plain() const { return scale > 0 && softcap == 0 && !alibi_slopes && !bias.p; }
 };
 
@@ -98,9 +98,9 @@ inline Options options_of(const AttentionInputs& in) {
   return o;
 }
 
-// Row i of head h of sequence b, keys j0 .. j0 + n: s becomes unit * (scale, softcap, ALiBi, bias
-// of s); `slope` (unless null) the softcap's derivative. `place` is the key at the query's own
-// place.
+// Applies scale, softcap, ALiBi and bias to the scores s of row i of head h of sequence b, keys
+// j0 .. j0 + n, and multiplies by `unit`. `slope`, unless null, receives the softcap's derivative.
+// `place` is the key at the query's own position.
 inline void finish_scores(const Options& o, float scale, int64_t b, int64_t h, int64_t i,
                           int64_t place, int64_t j0, int64_t n, float* s, float* slope) {
   const float alibi = o.alibi_slopes ? o.alibi_slopes[h] : 0.f;

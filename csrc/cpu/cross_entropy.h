@@ -6,17 +6,18 @@
 //   backward  dz[v] = on_p * e^(z - shift - log_sum) - on_target * (v == target) - on_all *
 //   class_weight[v]
 //
-// Forward reads the logits once: a block of BLOCK goes from memory to the L1, where maximum, then
-// exponentials are taken; the sum so far is rescaled when the maximum grows. Backward reads once
-// and writes once. A row is a sequence of spans, summed apart and added in order: few rows of a
-// large vocabulary keep all threads busy, and the bits do not depend on who took which span.
+// Forward reads the logits once: BLOCK of them go from memory to the L1, where their maximum and
+// then their exponentials are taken; the sum so far is rescaled when the maximum grows. Backward
+// reads once and writes once. A row is a sequence of spans, which are summed separately and added
+// in order: a few rows of a large vocabulary keep all threads busy, and the result does not depend
+// on which thread took which span.
 #include "cpu/parallel.h"
 #include "cpu/scores.h"
 
 constexpr int64_t BLOCK = 1024;     // 4 KiB of scores: they stay in the L1 between the two loops
-constexpr int64_t SPAN = 16384;     // classes: 5 us, what a task has to be worth
-constexpr int64_t FEW_ROWS = 8;     // fewer go through the threads span by span
-constexpr int64_t MOST_SPANS = 32;  // of a row then: 512 thousand classes
+constexpr int64_t SPAN = 16384;     // classes: 5 us, the least that is worth a task
+constexpr int64_t FEW_ROWS = 8;     // fewer rows are shared among the threads span by span
+constexpr int64_t MOST_SPANS = 32;  // per row in that case: 512 thousand classes
 
 template <class T>
 struct CrossEntropyRow {
@@ -26,16 +27,16 @@ struct CrossEntropyRow {
   Scores score;
 };
 
-// What a span of a row's classes gives: maximum m, sum of e^(z - m), sums of class_weight * (z - m)
-// and of class_weight.
+// Statistics of a span of a row's classes: maximum m, sum of e^(z - m), sums of
+// class_weight * (z - m) and of class_weight.
 struct SpanSums {
   float m = NEGATIVE_INFINITY, sum = 0, weighted = 0, weights = 0;
 
-  // Both relative to the larger maximum. The order is the classes', so the bits are too.
+  // Adds two spans relative to the larger maximum. Spans are added in the order of the classes.
   void add(const SpanSums& other) {
     const float top = std::max(m, other.m), now = finite_max(top);
     const float up = finite_max(m) - now, other_up = finite_max(other.m) - now;
-    // a sum of 0 stays 0 where the factor is infinite: maxima of -inf stand for 0 here
+    // a sum of 0 stays 0 where the factor is infinite (a maximum of -inf counts as 0 here)
     sum = (sum != 0 ? sum * std::exp(up) : 0.f) +
           (other.sum != 0 ? other.sum * std::exp(other_up) : 0.f);
     weighted += up * weights + other.weighted + other_up * other.weights;
@@ -138,8 +139,8 @@ inline void cross_entropy_rows(const TensorView& logits, const int64_t* t, const
   });
 }
 
-// logits (N, V) rows apart, target (N) int64; class_weight (V) float32 or absent; shift, log_sum,
-// nll, smoothed (N) float32, smoothed only with class_weight
+// logits (N, V), rows of any stride; target (N) int64; class_weight (V) float32 or absent; shift,
+// log_sum, nll, smoothed (N) float32, smoothed only with class_weight
 inline void cross_entropy_forward(const TensorView& logits, const TensorView& target,
                                   const TensorView* class_weight, int64_t ignore_index,
                                   float softcap, float scale, const TensorView& shift,
@@ -152,7 +153,7 @@ inline void cross_entropy_forward(const TensorView& logits, const TensorView& ta
                       nll.data<float>("nll"), smoothed.data<float>("smoothed")});
 }
 
-// What the sum of the rows' losses is multiplied by: NaN where the mean is over no row, as torch's.
+// The factor of the sum of the rows' losses. NaN where a mean is over no row, as in torch.
 inline float share_of_row(const TensorView& target, int64_t ignore_index, bool mean) {
   if (!mean) return 1;
   const int64_t* t = target.data<int64_t>("target");
@@ -161,7 +162,7 @@ inline float share_of_row(const TensorView& target, int64_t ignore_index, bool m
 
 constexpr int64_t STATS_ON_STACK = 64;  // rows
 
-// loss () and stats (3, N) float32: shift, log_sum, nll; up to STATS_ON_STACK rows may lack them
+// loss () float32; stats (3, N) float32: shift, log_sum, nll; optional up to STATS_ON_STACK rows
 inline void cross_entropy_loss(const TensorView& logits, const TensorView& target,
                                int64_t ignore_index, bool mean, float softcap, float scale,
                                const TensorView& loss, const TensorView* stats) {
@@ -216,7 +217,7 @@ void cross_entropy_rows_backward(F coefficients, const TensorView& logits, const
     parallel_for(rows * spans, rows * classes > 32768, [=](int64_t task) {
       const int64_t i = task / spans, from = task % spans * SPAN;
       const auto [on_p, on_target, on_all] = coefficients(i);
-      if (on_p == 0 && on_target == 0 && on_all == 0)  // ignored: zero whatever the logits are
+      if (on_p == 0 && on_target == 0 && on_all == 0)  // an ignored row is zero whatever its logits
         memset(out + i * classes + from, 0, size_t(std::min(SPAN, classes - from)) * sizeof(T));
       else
         cross_entropy_backward_span<T>(

@@ -1,6 +1,6 @@
 // Attention of decode_step.h: one query per head against a cache, cut into chunks of DECODE_KEYS
-// keys. A task is a chunk for the heads that share a key head, so keys and values are read once and
-// come from the L1 after the first heads.
+// keys. A task is one chunk for all heads that share a key head, so keys and values are read from
+// memory once and from the L1 after the first heads.
 //
 //   partial of a head and chunk: m, l, O (D)    combined in the chunks' order by `combine`
 
@@ -98,8 +98,8 @@ FASTLM_INLINE void prefetch_row(const C* row, int64_t n) {
   for (int64_t i = 0; i < n * int64_t(sizeof(C)); i += 64) __builtin_prefetch(p + i);
 }
 
-// scores[r][j] = q[r] . k[j], VL keys summed up together.
-// `ahead` is what is read after the keys, from the same place on: the values.
+// scores[r][j] = q[r] . k[j], VL keys at a time. `ahead`: what is read next, prefetched at the same
+// offsets: the values.
 template <int R, int FIXED, class C>
 void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t count, int64_t width,
               float* scores) {
@@ -127,8 +127,7 @@ void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t c
   }
 }
 
-// O[r] = sum over j of P[r][j] v[j]
-// `ahead`: the keys of the next chunk.
+// O[r] = sum over j of P[r][j] v[j]. `ahead`: the keys of the next chunk, prefetched.
 template <int R, int FIXED, class C>
 void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int64_t width,
                   float* O, int64_t ldo) {
@@ -159,15 +158,15 @@ void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int
   }
 }
 
-// Chunk c of row m for the heads of key head g: their partials. The task with the newest key
-// writes key and value into the cache first.
+// The partials of chunk c of row m for the heads of key head g. The task with the newest key first
+// writes that key and value to the cache.
 template <class C>
 void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, float* q,
                   float* scores) {
   const int64_t D = a.head_dim, ldq = (D + 15) / 16 * 16, ratio = a.heads / a.kv_heads;
   const int64_t low = std::max(c * DECODE_KEYS, a.first_key(m)),
                 high = std::min((c + 1) * DECODE_KEYS, a.length), count = high - low;
-  if (count <= 0) return;  // `combine` does not look at it
+  if (count <= 0) return;  // `combine` does not read the partial of an empty chunk
   const float* row = a.qkv + m * a.width;
   const int64_t position = a.length - 1 - a.start(m);
   C *keys = a.keys + (m * a.kv_heads + g) * a.capacity * D,
@@ -234,7 +233,7 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
   });
 }
 
-// out (heads, D) = the attention of row m from its partials
+// Combines the partials of row m to its attention: out (heads, D)
 template <class C>
 void combine(const AttentionInputs<C>& a, int64_t m, float* out) {
   const int64_t D = a.head_dim, first = a.first_key(m) / DECODE_KEYS, end = a.last_chunk() + 1;

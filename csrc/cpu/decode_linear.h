@@ -2,20 +2,20 @@
 
 constexpr int64_t PANEL_LANES =
     256;                       // transposed W at a time: 16 KiB of 64-byte vectors, in the L1
-constexpr int64_t AHEAD = 16;  // rows of W prefetched ahead: the next tile
+constexpr int64_t AHEAD = 16;  // rows of W that are prefetched: the next tile
 constexpr int MOST_ROWS = VL == 16 ? 8 : 4;  // of x in one pass: two accumulators each in registers
 
-struct Activations {  // M rows
+struct Activations {  // M rows of x
   float* x;           // (M, stride), zero from K to the next multiple of 16
   int64_t stride, runs;
-  struct Format {        // as one weight wants them; per run of columns under one scale (`Runs`)
+  struct Format {        // x as one kind of weight needs it; a run: columns under one scale
     int8_t* q;           // (M, stride), of int4 weights: even k of 8 and then odd
-    float *scale, *sum;  // (M, runs): x is near scale * q; sum of x, or of scale * q
+    float *scale, *sum;  // (M, runs): x ~ scale * q; the sum of x, or of scale * q
     int32_t* start;      // (M, runs): where an integer sum begins, for an offset of 8 or 128 in W
   } formats[3];
 };
 
-// Which of `formats` linear i reads: that of the first linear with the same wish.
+// Which of `formats` linear i reads: that of the first linear that needs the same one.
 inline int format_of(const DecodeLinear* const* linears, int i) {
   for (int j = 0; j < i; ++j)
     if (linears[j]->bits == linears[i]->bits && linears[j]->group_size == linears[i]->group_size &&
@@ -24,7 +24,7 @@ inline int format_of(const DecodeLinear* const* linears, int i) {
   return i;
 }
 
-// The runs of K columns one after the other: those of `Runs` in gemm_int8.h, without its divisions.
+// Iterates over the runs of K columns: those of `Runs` in gemm_int8.h, without its divisions.
 struct RunAt {
   int64_t k, size, index, group, begin, length;
   RunAt(int64_t k, int64_t size) : k(k), size(size), index(0), group(0), begin(0) { cut(); }
@@ -38,21 +38,21 @@ struct RunAt {
   FASTLM_INLINE void cut() { length = std::min({RUN_MAX, (group + 1) * size - begin, k - begin}); }
 };
 
-// a * b + c rounded once. The compiler fuses too, but not in every loop alike, and a row's result
-// must not depend on how many share its pass.
+// a * b + c rounded once. The compiler fuses too, but not in every loop, and a row's result must
+// not depend on how many rows share its pass.
 FASTLM_INLINE vfloat fused(vfloat a, vfloat b, vfloat c) {
 #if FASTLM_VL == 16
   return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif FASTLM_VL == 8
   return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-  return a * b + c;  // no target to fuse for
+  return a * b + c;  // the baseline has no fused instruction
 #endif
 }
 
 typedef int8_t octets __attribute__((vector_size(16)));
 
-// Row m of x as `l` wants it.
+// Converts row m of x to the format that `l` needs.
 inline void round_row(const DecodeLinear& l, const Activations& a, const Activations::Format& f,
                       int64_t m) {
   if (l.bits == 16) return;
@@ -125,7 +125,7 @@ FASTLM_INLINE vint broadcast4(const int8_t* p) {
   return splat_int(four);
 }
 
-// out[r][0 .. VL) (+)= W . x row r, over the part's runs; x rounded.
+// out[r][0 .. VL) (+)= W . x row r, over the part's runs, with x rounded to int8.
 template <int BITS, bool OFFSETS, int ROWS>
 void int8_product(const TilePart& part, const Activations& a, const Activations::Format& x,
                   int64_t m, float* out) {
@@ -194,7 +194,7 @@ FASTLM_INLINE void add_columns(vint v, const float* x, int64_t stride, vfloat (&
   }
 }
 
-// The same with x as it is.
+// The same with x in float32.
 template <int BITS, bool OFFSETS, int ROWS>
 void float_product(const TilePart& part, const Activations& a, const Activations::Format& x,
                    int64_t m, float* out) {
@@ -285,7 +285,7 @@ void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
   }
 }
 
-// What `quantized_tile` makes of each tile, kept.
+// Stores each tile in the order into which `quantized_tile` would transpose it.
 template <int BITS>
 void pack_tiles(const DecodeLinear& l, uint8_t* out) {
   Weight w{};
@@ -336,7 +336,7 @@ void dense_tile(const DecodeLinear& l, int64_t n, const Activations& a, int64_t 
   }
 }
 
-// out[m][i] = x row m . W row n + i, + bias; i < 16 (rows that W lacks: anything)
+// out[m][i] = x row m . W row n + i, + bias; i < 16 (arbitrary for rows beyond W)
 inline void tile_product(const DecodeLinear& l, int64_t n, const Activations& a, int format,
                          int64_t rows, uint8_t* panel, float* out) {
   const Activations::Format& x = a.formats[format];
@@ -358,7 +358,7 @@ inline void tile_product(const DecodeLinear& l, int64_t n, const Activations& a,
     for (int64_t i = 0; i < present; ++i) out[m * DECODE_TILE + i] += l.bias[n + i];
 }
 
-// Row `token` of a table of embeddings, as float.
+// Row `token` of an embedding table, as float.
 inline void embed(const DecodeLinear& l, int64_t token, float factor, float* out) {
   const char* row = l.weight + token * l.row_bytes;
   if (l.bits == 16) {

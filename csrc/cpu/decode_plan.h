@@ -1,4 +1,4 @@
-// What one decode step needs to know of a model: pointers and sizes, no memory of its own. Python
+// What a decode step needs to know about a model: pointers and sizes; it owns no memory. Python
 // (fastlm/decode/cpu_steps.py) builds it once per model and keeps the tensors alive.
 #pragma once
 
@@ -10,23 +10,23 @@
 namespace fastlm {
 
 constexpr int64_t DECODE_TILE = 16;   // rows of W per unit of work: one AVX-512 vector of outputs
-constexpr int64_t DECODE_KEYS = 128;  // of one attention task: 16 KiB of 16-bit keys at D 64, in L1
+constexpr int64_t DECODE_KEYS = 128;  // per attention task: 16 KiB of 16-bit keys at D 64, in L1
 constexpr int64_t DECODE_RUN = 512;   // columns per scale of int8 activations, at most
 
-// y = x W^T + bias. A quantized W has a table of its scales (and offsets) as the kernel reads them:
-// [ceil(n / 16)][groups][1 or 2][16], where
+// y = x W^T + bias. A quantized W has a table of its scales (and offsets) in the order in which the
+// kernel reads them, [ceil(n / 16)][groups][1 or 2][16], where
 //   4 bits   w = scale * nibble + offset   (offset absent: -8 scale)
 //   8 bits   w = scale * q + offset        (offset absent: 0)
 struct DecodeLinear {
   const char* weight = nullptr;
-  DType dtype = DType::f32;  // of a dense W; else of the table
+  DType dtype = DType::f32;  // of W if it is dense, else of the table
   int bits = 16;             // 4, 8, or 16: dense
   bool offsets = false, int8_activations = false;
   int64_t n = 0, k = 0, row_bytes = 0, group_size = 0, groups = 0;
   const char* table = nullptr;
   const float* bias = nullptr;
-  const uint8_t* tiles = nullptr;  // a copy of the codes, transposed as the kernel wants them
-  int tile_lanes = 0;              // for vectors of so many lanes; others read `weight`
+  const uint8_t* tiles = nullptr;  // a transposed copy of the codes
+  int tile_lanes = 0;              // vector length that `tiles` is for; other kernels read `weight`
 
   DecodeLinear() = default;
   DecodeLinear(TensorView weight, OptionalTensor table, OptionalTensor bias, int bits, int64_t k,
@@ -35,17 +35,17 @@ struct DecodeLinear {
   int64_t tile_bytes() const {
     return (n + DECODE_TILE - 1) / DECODE_TILE * DECODE_TILE * lanes() * 4;
   }
-  void pack(TensorView tiles);  // (tile_bytes) uint8: filled, and read by every step from then on
+  void pack(TensorView tiles);  // fills `tiles`, (tile_bytes) uint8; later steps read it
 };
 
 struct DecodeLayer {
   const float* norms[4] = {};  // before and after attention, before and after the MLP; may be null
-  std::vector<DecodeLinear> qkv;  // one behind the other: q, k, v, or what they are joined into
+  std::vector<DecodeLinear> qkv;  // in order: q, k, v, or what they are joined into
   DecodeLinear out, gate, up, down;
   const float *q_norm = nullptr, *k_norm = nullptr;
   bool norm_whole = false;  // q_norm over all heads at once, not over each
   int64_t window = 0;       // keys a query sees; 0: all
-  int rotary = -1;          // which tables; -1: no positions
+  int rotary = -1;          // index of the cos and sin tables; -1: no rotary embedding
 
   int parts(const DecodeLinear** of_qkv) const {  // their number
     for (size_t i = 0; i < qkv.size(); ++i) of_qkv[i] = &qkv[i];
@@ -68,7 +68,7 @@ struct DecodePlan {
                  const DecodeLinear& out, const DecodeLinear& gate, const DecodeLinear& up,
                  const DecodeLinear& down, OptionalTensor q_norm, OptionalTensor k_norm,
                  int64_t window, int rotary);
-  // bytes that `decode_step` wants for so many rows and cached tokens
+  // bytes of workspace that `decode_step` needs for this many rows and cached tokens
   int64_t workspace_bytes(int64_t rows, int64_t capacity) const;
 };
 

@@ -1,26 +1,26 @@
 // One token of each of M sequences through the whole decoder, in one parallel region. Body of
 // decode_step.cpp, compiled per instruction set.
 //
-//   prepare  residual, norm        ->  x (M, K), rounded to int8 where the weight wants it
+//   prepare  residual, norm        ->  x (M, K), rounded to int8 where the weight needs that
 //   project  x . W^T, in tiles of 16 rows of W, each tile by one thread, for all M rows
 //
 //   layer, | ends a phase:
 //     prepare -> qkv | rope, cache, attention | prepare -> out | prepare -> gate, up, act |
 //     prepare -> down |
 //
-// A phase ends when its work is done, not when all threads have come (phases.h); any thread does
-// any of it. With few rows every thread that works in a phase prepares all of them for itself,
-// which is cheaper than fetching them from another core; with many, preparing is a phase of its
-// own. The residual stream, products and sums are float32. A row's result does not depend on the
-// other rows, and nothing on the number of threads: no sum is split between threads, attention is
-// cut into chunks of DECODE_KEYS keys wherever it runs.
+// A phase ends when its work is done, not when all threads have arrived (phases.h); any thread may
+// do any part of it. With few rows, every thread that works in a phase prepares all rows for
+// itself, which is cheaper than fetching them from another core; with many rows, preparing is a
+// phase of its own. The residual stream, products and sums are float32. A row's result does not
+// depend on the other rows, and no result depends on the number of threads: no sum is split between
+// threads, and attention is cut into chunks of DECODE_KEYS keys wherever it runs.
 //
-// A step is a region of OpenMP, so that it shares torch's threads and follows set_num_threads; a
-// pool of its own would look for work on the cores where torch's looks. The region's end, once a
-// step, does wait for every thread.
+// A step is an OpenMP region, so it shares torch's threads and follows set_num_threads; a thread
+// pool of its own would spin on the cores where torch's threads spin. Only the end of the region,
+// once per step, waits for every thread.
 //
-// W is read where it lies, once; 16 rows are transposed (vectors of W in lanes), so that outputs
-// are lanes and no sum crosses them:
+// W is read once, in place; 16 of its rows are transposed, so that each lane computes one output
+// and no sum crosses lanes:
 //
 //   lane i of vector l   4 bytes of row n + i: columns [l * PER_LANE, ...)    x broadcast
 #include "cpu/gemm.h"
@@ -32,11 +32,11 @@
 //
 #include "cpu/decode_attention.h"
 
-constexpr int64_t SPLIT_ROWS = 4;  // of x: from so many on their preparation is shared out
+constexpr int64_t SPLIT_ROWS = 4;  // of x: from this many on, threads share their preparation
 
-struct DecodeWork {  // of one step; everything is written before it is read
+struct DecodeWork {  // arrays of one step; everything is written before it is read
   float *qkv, *branch, *inner, *partials, *most, *sum;
-  float* streams[2];  // of a thread for those that were away: versions alternate
+  float* streams[2];  // residual streams of two versions, for a thread that missed a phase
   struct Slot {       // what `prepare` makes: one, or one per thread
     float* stream;
     Activations x;
@@ -60,7 +60,7 @@ struct Arena {
 
 inline int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
 
-// Parts of a workspace at `base`; base null: only its size is meant. Returns the size.
+// Divides up the workspace at `base` and returns its size; base null: only the size.
 inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t capacity, int threads, char* base,
                        DecodeWork& w) {
   Arena a{base};
@@ -120,12 +120,12 @@ struct DecodeStep {
   int thread = 0;
   int prepared = -1, version = -1;  // the phase that the slot is for; additions in its stream
 
-  enum Kind { QKV, ATTEND, OUT, GLU, DOWN, KINDS };  // of a layer's phases; the head's comes last
+  enum Kind { QKV, ATTEND, OUT, GLU, DOWN, KINDS };  // phases of a layer; the head comes last
 
   DecodeWork::Slot& slot() const { return w.slots[split() ? 0 : thread]; }
   DecodeWork::Thread& own() const { return w.threads[thread]; }
   bool split() const { return rows >= SPLIT_ROWS; }
-  // work of every layer, then the head's; where rows are shared out, each behind its preparation
+  // the work of every layer, then the head's; with SPLIT_ROWS, each after its preparation
   int works() const { return int(p.layers.size()) * KINDS + 1; }
 
   int phases() const { return split() ? 2 * works() : works(); }
@@ -141,7 +141,7 @@ struct DecodeStep {
     }
     if (phase != prepared) {
       const int additions = version_of(phase);
-      if (additions > 0 && additions != version + 1)  // it was away
+      if (additions > 0 && additions != version + 1)  // this thread missed a phase
         memcpy(slot().stream, w.streams[(additions - 1) % 2], stream_bytes());
       prepare_rows(phase, 0, rows);
       prepared = phase;
@@ -151,14 +151,14 @@ struct DecodeStep {
     }
     do_work(phase, from, to);
   }
-  // Branches in the residual stream once `work` is prepared; -1: it adds none.
+  // The number of branches added to the residual stream once `work` is prepared; -1: it adds none.
   int version_of(int work) const {
     const int kind = work % KINDS;
     return kind == QKV || kind == GLU ? work / KINDS * 2 + (kind == GLU) : -1;
   }
   size_t stream_bytes() const { return size_t(rows * p.hidden) * sizeof(float); }
 
-  // f(row) for rows [from, to), then the formats that `linears` want.
+  // Calls f(row) for rows [from, to), then converts them to the formats that `linears` need.
   template <class F>
   void prepare(std::initializer_list<const DecodeLinear*> linears, int64_t from, int64_t to, F f) {
     prepare(linears.begin(), int(linears.size()), from, to, f);
@@ -178,7 +178,7 @@ struct DecodeStep {
 
   static int64_t tiles(const DecodeLinear& l) { return (l.n + DECODE_TILE - 1) / DECODE_TILE; }
 
-  // y[m * stride + n] = x W^T + bias for tiles [from, to) of several W behind each other
+  // y[m * stride + n] = x W^T + bias for tiles [from, to) of several concatenated W
   void project(const DecodeLinear* const* linears, int count, int64_t from, int64_t to, float* y,
                int64_t stride) {
     int64_t column = 0, first = 0;
@@ -290,7 +290,7 @@ struct DecodeStep {
     }
   }
 
-  // What `work` multiplies, for rows [from, to).
+  // Prepares the operand of `work` for rows [from, to).
   void prepare_rows(int work, int64_t from, int64_t to) {
     if (work == works() - 1)
       return prepare({&p.head}, from, to, [&](int64_t m, float* stream, float* row) {

@@ -18,9 +18,9 @@ namespace {
 constexpr const char* kNames[kIsaCount] = {"amx",  "avx512", "avx512_fma",
                                            "avx2", "scalar", "amx_emulated"};
 
-// The tile state is 8 KiB that the kernel saves per thread only after a process has asked for it
-// (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 18). Without it the first tile instruction
-// is SIGILL.
+// Linux saves the 8 KiB of tile state per thread only after the process has asked for it
+// (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 18). Without that the first tile
+// instruction raises SIGILL.
 bool request_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -44,7 +44,8 @@ Features detect() {
   Features f;
   __builtin_cpu_init();  // also checks that the operating system saves the wide registers
   f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  // What Ice Lake, Sapphire Rapids and Zen 4 share; older AVX-512 machines run the avx2 kernels.
+  // The features that Ice Lake, Sapphire Rapids and Zen 4 share; older AVX-512 machines run the
+  // avx2 kernels.
   f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
@@ -99,7 +100,7 @@ Isa checked(const std::string& wanted) {
   return isa;
 }
 
-// The levels that are chosen, best first.
+// The levels to choose from, best first.
 std::vector<Isa> in_order(const Features& f) {
   if (f.widen) return {Isa::amx, Isa::avx512_fma, Isa::avx512, Isa::avx2, Isa::scalar};
   return {Isa::amx, Isa::avx512, Isa::avx512_fma, Isa::avx2, Isa::scalar};

@@ -7,11 +7,11 @@
 // The body is included once per instruction set, inside namespace fastlm::<isa> and inside a target
 // region, so the file as a whole is compiled for the baseline and only these functions use the wide
 // registers. A global -mavx512f would put AVX-512 into inline functions of the standard library,
-// and old machines would die on SIGILL; for the same reason every standard header is included here,
+// and old machines would raise SIGILL; for the same reason every standard header is included here,
 // before the first region, and a body includes none.
 //
-// A body finds simd.h (vectors of VL floats, load and store of float, bf16, f16) included. It
-// includes gemm.h itself when it multiplies matrices.
+// simd.h (vectors of VL floats, load and store of float, bf16, f16) is included before a body. A
+// body that multiplies matrices includes gemm.h itself.
 #include <immintrin.h>
 #include <omp.h>
 
@@ -26,8 +26,8 @@
 #include "cpu/isa.h"
 #include "tensor.h"
 
-// AddressSanitizer does not see masked moves (GCC has them as opaque builtins): a partial load or
-// store names the bytes it touches. Nothing in other builds.
+// AddressSanitizer does not see masked moves (opaque builtins in GCC), so a partial load or store
+// names the bytes it touches. Other builds compile these to nothing.
 #ifdef __SANITIZE_ADDRESS__
 extern "C" void __asan_loadN(const void* p, size_t bytes);
 extern "C" void __asan_storeN(const void* p, size_t bytes);
@@ -35,7 +35,7 @@ extern "C" void __asan_poison_memory_region(const volatile void* p, size_t bytes
 extern "C" void __asan_unpoison_memory_region(const volatile void* p, size_t bytes);
 #define FASTLM_READS(p, bytes) __asan_loadN(p, size_t(bytes))
 #define FASTLM_WRITES(p, bytes) __asan_storeN(p, size_t(bytes))
-#define FASTLM_GUARD 64  // bytes between the parts of one allocation that nobody may touch
+#define FASTLM_GUARD 64  // bytes between two parts of one allocation, which nothing may touch
 #define FASTLM_POISON(p, bytes) __asan_poison_memory_region(p, size_t(bytes))
 #define FASTLM_UNPOISON(p, bytes) __asan_unpoison_memory_region(p, size_t(bytes))
 #else

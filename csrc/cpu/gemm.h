@@ -3,7 +3,7 @@
 //
 //     C (M, N) float32  =  A (M, K) . B (K, N)      or  +=
 //
-//   E  what is multiplied: bf16 where the machine has a bf16 dot product and the tensor is bf16,
+//   E  type of the operands: bf16 where the machine has a bf16 dot product and the tensor is bf16,
 //      otherwise float (`Elem<T>` says which). Sums are float32 everywhere.
 //   A  row-major, rows `lda` elements apart, K padded to `padded_k<E>(K)` with zeros (finite is not
 //      enough: NaN * 0). A bf16 tensor whose K is a multiple of K_STEP is used in place; anything
@@ -65,14 +65,14 @@ constexpr int NP = 2, MR = 6;  // 12 + 2 + 1 of 16
 constexpr int NP = 2, MR = 4;  // 8 + 2 + 1 of 16
 #endif
 constexpr int NR = NP * VL;
-// Rows of A that gemm takes at a time: two tiles, or a register block.
+// Rows of A per step of gemm: two tiles, or a register block.
 #ifdef FASTLM_AMX
 constexpr int64_t ROWS_AT_A_TIME = 32;
 #else
 constexpr int64_t ROWS_AT_A_TIME = MR;
 #endif
-// k summed in registers before C is touched: 2 KiB of each column of B. With 64 columns that block
-// lives in the L2; one of 32 KiB in the L1 lost 3 % to reloads of C.
+// k summed in registers before C is touched: 2 KiB of each column of B. A block of 64 columns stays
+// in the L2; blocks of 32 KiB, which stay in the L1, lost 3 % to reloads of C.
 template <class E>
 constexpr int KC = 2048 / int(sizeof(E));
 
@@ -87,7 +87,7 @@ FASTLM_INLINE E to_elem(float x) {
 }
 
 // ---- packing
-// A vector here is VL words of 32 bits, each KP elements that follow each other along k.
+// A vector here is VL words of 32 bits; a word is KP consecutive elements along k.
 
 FASTLM_INLINE vint load_words(const void* p) {
   vint v;
@@ -96,8 +96,8 @@ FASTLM_INLINE vint load_words(const void* p) {
 }
 FASTLM_INLINE void store_words(void* p, vint v) { memcpy(p, &v, sizeof v); }
 
-// Lane j of r[i] to lane i of r[j]: log2(VL) rounds, each exchanging halves of blocks twice as
-// wide.
+// Transposes: lane j of r[i] moves to lane i of r[j]. log2(VL) rounds; each exchanges halves of
+// blocks twice as wide.
 FASTLM_INLINE void transpose(vint* r) {
 #if FASTLM_VL == 16
   __m512i t[16], u[16];
@@ -155,8 +155,8 @@ FASTLM_INLINE void transpose(vint* r) {
 #endif
 }
 
-// Lane i: the sum of r[i]'s lanes. A transposition whose halves are added on the way: half the
-// shuffles.
+// Lane i of the result is the sum of r[i]'s lanes. A transposition that adds halves in each round
+// needs half the shuffles.
 FASTLM_INLINE vfloat sums_of(vfloat* r) {
 #if FASTLM_VL == 4
   vint t[4] = {as_int(r[0]), as_int(r[1]), as_int(r[2]), as_int(r[3])};
@@ -174,7 +174,7 @@ FASTLM_INLINE vfloat sums_of(vfloat* r) {
 #endif
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < VL / 4; ++i) {  // four sums in each 128 bits, parts of them in the others
+  for (int i = 0; i < VL / 4; ++i) {  // each 128 bits hold partial sums of the same four vectors
 #if FASTLM_VL == 16
     const __m512d a = (__m512d)r[2 * i], b = (__m512d)r[2 * i + 1];
     r[i] = (vfloat)_mm512_unpacklo_pd(a, b) + (vfloat)_mm512_unpackhi_pd(a, b);
@@ -196,7 +196,7 @@ FASTLM_INLINE vfloat sums_of(vfloat* r) {
 #endif
 }
 
-// The words of one row: KP * VL elements from p as E, zero from element n on.
+// One vector of a row: KP * VL elements from p as E, zero from element n on.
 template <class E, class S>
 FASTLM_INLINE vint row_words(const S* p, int64_t n) {
   constexpr int whole = KP<E> * VL;
@@ -216,8 +216,8 @@ FASTLM_INLINE vint row_words(const S* p, int64_t n) {
   }
 }
 
-// Words along k from rows of B or columns of A: lane j holds KP elements of column j. `next` is the
-// second row of a bf16 pair.
+// One vector across rows of B or columns of A: lane j holds KP elements along k of column j. `next`
+// is the second row of a bf16 pair.
 #ifdef FASTLM_BF16_DOT
 FASTLM_INLINE vint pair(vfloat first, vfloat second) {
   alignas(64) static constexpr uint16_t interleave[32] = {
@@ -240,8 +240,8 @@ FASTLM_INLINE vint column_words(const S* p, [[maybe_unused]] int64_t next,
   }
 }
 
-// B[k][n] = source[k * k_stride + n * n_stride], any strides, to panels. One stride is 1 wherever
-// speed matters.
+// Packs B[k][n] = source[k * k_stride + n * n_stride] into panels. Any strides work; wherever speed
+// matters one of them is 1.
 template <class E, class S>
 void pack_b(const S* source, int64_t k_stride, int64_t n_stride, int64_t k, int64_t n, E* packed) {
   const int64_t kp = padded_k<E>(k);
@@ -288,7 +288,7 @@ void pack_b(const S* source, int64_t k_stride, int64_t n_stride, int64_t k, int6
   }
 }
 
-// A[m][k] = source[m * m_stride + k * k_stride] to rows of padded_k(k) elements.
+// Packs A[m][k] = source[m * m_stride + k * k_stride] into rows of padded_k(k) elements.
 template <class E, class S>
 void pack_a(const S* source, int64_t m_stride, int64_t k_stride, int64_t m, int64_t k, E* packed) {
   const int64_t kp = padded_k<E>(k);
@@ -332,8 +332,8 @@ void pack_a(const S* source, int64_t m_stride, int64_t k_stride, int64_t m, int6
 }
 
 FASTLM_INLINE vfloat broadcast(const float* a) { return splat(*a); }
-// One rounding: left to itself, GCC fuses or not by the shape of the loop, and a row's sum would
-// depend on how many rows it is multiplied with.
+// c + a * b rounded once. Left to itself, GCC fuses or not by the shape of the loop, and a row's
+// sum would depend on how many rows it is multiplied with.
 FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, float) {
 #if FASTLM_VL == 16
   return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -355,15 +355,16 @@ FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, bf16) {
 #endif
 
 #if FASTLM_VL == 16 && !defined(FASTLM_BF16_DOT)
-constexpr bool FETCH_A = false;  // A was just widened: the L2 has it, and is busy with B (4 %)
+constexpr bool FETCH_A = false;  // A was just widened, so the L2 has it; a prefetch costs 4 %
 #else
 constexpr bool FETCH_A = true;
 #endif
 
 // acc += A . B of ROWS x (PANELS * VL) over k elements. The loops are unrolled by pragma so that
-// `acc` stays in registers. The loop prefetches the rows of A at `next` unless the L2 has them
-// (`FETCH_A`): those of the next block, or these again. They must be rows of A: beyond it another
-// thread may be writing, whose lines a prefetch takes away (1.6x slower).
+// `acc` stays in registers. Unless the L2 has them (`FETCH_A`), the loop prefetches the rows of A
+// at `next`: those of the next block, or the same ones again. They must be rows of A: another
+// thread may be writing to the lines beyond, and a prefetch would take them from its cache (1.6x
+// slower).
 template <class E, int ROWS, int PANELS>
 FASTLM_INLINE void products(int64_t k, const E* __restrict a, int64_t lda, const E* next,
                             const E* __restrict b, int64_t panel, vfloat (&acc)[ROWS][PANELS]) {
@@ -389,8 +390,8 @@ FASTLM_INLINE void products(int64_t k, const E* __restrict a, int64_t lda, const
   }
 }
 
-// ROWS x (PANELS * VL) of C over k elements: whole vectors, sums in registers, C touched once at
-// the end; it is fetched while the block is multiplied.
+// ROWS x (PANELS * VL) of C over k elements: whole vectors, sums in registers. C is touched once,
+// at the end, and prefetched while the block is multiplied.
 template <class E, int ROWS, int PANELS>
 void micro(int64_t k, const E* __restrict a, int64_t lda, const E* next, const E* __restrict b,
            int64_t panel, float* __restrict c, int64_t ldc, bool accumulate) {
@@ -504,8 +505,8 @@ inline void tile_block(int64_t k, const bf16* a, int64_t lda, const bf16* b, int
 }
 #endif
 
-// C = A . B, or C += A . B when `accumulate`. See the head of the file for the layouts. The first k
-// rows of a B that was packed with more: `packed_k` is that count.
+// C = A . B, or C += A . B when `accumulate`; layouts are in the head of the file. `packed_k` is
+// the number of rows that B was packed with, if only its first k are multiplied.
 template <class E>
 void gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, float* c,
           int64_t ldc, bool accumulate, int64_t packed_k = 0) {

@@ -3,17 +3,20 @@
 //     C (M, N) float32  (+)=  sum over runs r of
 //         scale(m, r) * (scale(n, r) * A_r (M, K_r) int8 . B_r (K_r, N)  +  zero(n, r) * sum(A_r))
 //
-// A run lies in one group of the weight (`Runs`): integer sums within it, float32 between runs.
+// A run is part of one group of the weight (`Runs`): integer sums within a run, float32 between
+// runs.
 //
-//   A  rows of int8, run after run, each padded with zeros to K_STEP8: `Rounded`
-//   B  panels of VL columns, in a panel run after run [K_r/4][VL][4], as the weight stores it:
-//      nibbles, or bytes with the sign bit flipped, on VNNI, which multiplies unsigned by signed;
-//      signed elsewhere. int4 keeps the order of its nibbles, even k of 8 and then odd; A alike.
+//   A  rows of int8, run after run, each run padded with zeros to K_STEP8: `Rounded`
+//   B  panels of VL columns; in a panel, run after run, [K_r/4][VL][4]. VNNI multiplies unsigned by
+// signed, so there B holds what the weight stores: nibbles, or bytes with the sign bit flipped;
+//      elsewhere B is signed. int4 keeps the order of its nibbles, the even k of 8 and then the odd
+//      ones; A has the same order.
 //
-// Register block: MR rows x NP8 panels of integer sums and as many of float32. Sums of a run that
-// went to memory instead (NP panels, C read and written once per run) lost a third at groups of 32.
+// Register block: MR rows x NP8 panels of integer sums and as many of float32. With the sums of a
+// run in memory instead (NP panels, C read and written once per run), groups of 32 were a third
+// slower.
 
-// What is added to q where it is stored unsigned.
+// Added to q where it is stored unsigned.
 #if FASTLM_VL == 16
 template <int BITS>
 constexpr int OFFSET = BITS == 4 ? 8 : 128;
@@ -41,7 +44,7 @@ typedef int8_t narrow __attribute__((vector_size(VL)));
 // Nibbles in bytes, 0 .. 15, to -8 .. 7.
 FASTLM_INLINE vint signed_nibbles(vint v) { return (vint)((lane_bytes)v - int8_t(8)); }
 
-// sum + w . x over the four bytes of each lane; w unsigned, or signed where SIGNED.
+// sum + w . x over the four bytes of each lane; w is unsigned, or signed where SIGNED.
 template <bool SIGNED>
 FASTLM_INLINE vint dot4(vint sum, vint w, vint x) {
 #if FASTLM_VL == 16
@@ -73,13 +76,13 @@ FASTLM_INLINE int32_t hsum(vint v) {
 #if FASTLM_VL == 16
   return _mm512_reduce_add_epi32((__m512i)v);
 #else
-  uint32_t sum = 0;  // of NaN's rows, too, which overflow: nobody reads those
+  uint32_t sum = 0;  // unsigned: a row with NaN may overflow, and its sum is not read
   for (int i = 0; i < VL; ++i) sum += uint32_t(v[i]);
   return int32_t(sum);
 #endif
 }
 
-// scale = absmax / 127 of a run; inverse = 127 / absmax. NaN in the run stays NaN in the scale.
+// scale = absmax / 127 of a run; inverse = 127 / absmax. A run with NaN has the scale NaN.
 template <class T>
 FASTLM_INLINE float int8_scale(const T* x, int64_t k, float* inverse) {
   vint most{};  // magnitudes compare as integers, with NaN above all
@@ -107,10 +110,10 @@ FASTLM_INLINE vint round_to_int(vfloat v) {
   return to_int(vround(v));
 #endif
 }
-// The low byte of each lane; EVEN_FIRST: of 8 in a row, those of even lanes before the others.
+// The low byte of each lane; EVEN_FIRST: of each 8, the even lanes before the odd ones.
 template <bool EVEN_FIRST = false>
 FASTLM_INLINE narrow to_bytes(vint v) {
-#if FASTLM_VL == 16  // not vpmovdb, which is slow where it stores
+#if FASTLM_VL == 16  // not vpmovdb, which is slow with a memory operand
   const __m512i order = EVEN_FIRST
                             ? _mm512_castsi128_si512(_mm_setr_epi8(0, 8, 16, 24, 4, 12, 20, 28, 32,
                                                                    40, 48, 56, 36, 44, 52, 60))
@@ -123,11 +126,11 @@ FASTLM_INLINE narrow to_bytes(vint v) {
 #endif
 }
 
-// q = round(x * inverse) of k elements, then zeros up to `padded`; their sum.
+// q = round(x * inverse) of k elements, then zeros up to `padded`. Returns the sum of q.
 template <bool EVEN_FIRST = false, class T>
 FASTLM_INLINE int32_t to_int8(const T* x, int64_t k, int64_t padded, float inverse, int8_t* out) {
   typedef uint32_t wrapping __attribute__((vector_size(4 * VL)));
-  wrapping sum{};  // a row with NaN overflows, and its scale is NaN
+  wrapping sum{};  // a row with NaN may overflow; its scale is NaN
   int64_t i = 0;
   for (; i + VL <= k; i += VL) {
     const vint v = round_to_int(load(x + i) * inverse);
@@ -144,7 +147,7 @@ FASTLM_INLINE int32_t to_int8(const T* x, int64_t k, int64_t padded, float inver
   return hsum((vint)sum);
 }
 
-// Groups cut into runs of at most RUN_MAX columns: what x is rounded by.
+// Groups cut into runs of at most RUN_MAX columns; x has one scale per run.
 struct Run {
   int32_t length, group;  // padded columns
 };
@@ -163,7 +166,7 @@ struct Runs {
     return std::min({begin(r) + RUN_MAX, (group(r) + 1) * size, k}) - begin(r);
   }
   int64_t row() const { return count * stride; }  // bytes of a row of A
-  bool contiguous() const {                       // padding only behind the last
+  bool contiguous() const {                       // padding only after the last run
     return size >= k || size % stride == 0;
   }
   void list(Run* out) const {
@@ -171,8 +174,8 @@ struct Runs {
   }
 };
 
-// x rounded: rows of q, `row` bytes apart, and per run three numbers, in blocks of MR rows as the
-// kernel reads them, (M / MR, count, [scale | sum | start], MR).
+// x rounded: rows of q, `row` bytes apart, and three numbers per run and row, in the order in which
+// the kernel reads them: (M / MR, count, [scale | sum | start], MR).
 struct Rounded {
   int8_t* q;
   float* numbers;
@@ -183,7 +186,7 @@ struct Rounded {
   }
   // scale * the sum of q
   FASTLM_INLINE static float* sum(float* scale) { return scale + MR; }
-  // int32: minus the offset of B times the sum of q, where the integer sums begin
+  // int32: where the integer sums begin: minus the offset of B times the sum of q
   FASTLM_INLINE static float* start(float* scale) { return scale + 2 * MR; }
 };
 
@@ -245,7 +248,7 @@ constexpr int NP8 = NP;
 #endif
 constexpr int NR8 = NP8 * VL;
 
-// Runs [first, last) of a block: B, scales and zeros of NP8 panels.
+// The runs [first, last) of a block: B, scales and zeros of NP8 panels.
 struct Block8 {
   const Run* runs;
   int64_t first, last, stride;  // columns from run to run
@@ -390,8 +393,8 @@ inline void tile_block_int8(const Block8& block, const Rounded& x, int64_t m, in
 }
 #endif
 
-// C (m, n), n <= NR8, rows NR8 apart, (+)= a block, with rows of x from `from` on (without tiles a
-// multiple of MR); done(m0, rows) follows each block of rows, while it is in the L1.
+// C (m, n), n <= NR8, rows NR8 apart, (+)= a block times the rows of x from `from` on (without
+// tiles a multiple of MR). Calls done(m0, rows) after each block of rows, while it is in the L1.
 template <int BITS, class Done>
 void gemm_int8(int64_t m, int64_t n, const Block8& block, const Rounded& x, int64_t from, float* c,
                bool accumulate, const Done& done) {

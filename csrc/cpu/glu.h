@@ -2,12 +2,12 @@
 //
 //   forward    reads gate, up; writes y
 //   backward   reads dy, gate, up; writes dgate = dy * up * act'(gate), dup = dy * act(gate); the
-//              activation is computed again
+//              activation is recomputed
 //
 // Work is cut into pieces of PIECE elements of a row; contiguous tensors are one row.
 #include "cpu/parallel.h"
 
-constexpr int64_t PIECE = 4096;  // elements: 8 to 16 KiB per operand, enough to forget the loop
+constexpr int64_t PIECE = 4096;  // elements: 8 to 16 KiB per operand; hides the cost of the loop
 
 enum class Act { silu, gelu_tanh, gelu };
 
@@ -80,7 +80,7 @@ void glu_backward_piece(const T* dy, const T* gate, const T* up, int64_t n, T* d
   }
 }
 
-// f(row, first column, columns) for every piece, in parallel.
+// Calls f(row, first column, columns) for every piece, in parallel.
 template <class F>
 void for_each_piece(int64_t rows, int64_t columns, F f) {
   const int64_t pieces = (columns + PIECE - 1) / PIECE;
@@ -106,7 +106,7 @@ void with_act(const std::string& name, F&& f) {
 struct Matrix {
   int64_t rows, columns;
 };
-// Contiguous tensors of any shape are one row; others are matrices with rows apart.
+// Contiguous tensors of any shape are one row; others are matrices whose rows have a stride.
 inline Matrix matrix_of(std::initializer_list<const TensorView*> tensors) {
   const TensorView& first = **tensors.begin();
   bool contiguous = true;
@@ -116,7 +116,7 @@ inline Matrix matrix_of(std::initializer_list<const TensorView*> tensors) {
   return {first.size(0), first.size(1)};
 }
 
-// gate, up contiguous, or (N, F) with rows apart, elements of a row not; y contiguous
+// gate, up: contiguous, or (N, F) with contiguous rows of any stride; y contiguous
 inline void glu_forward(const TensorView& gate, const TensorView& up, const std::string& act,
                         const TensorView& y) {
   with_float(gate.dtype(), "gate", [&](auto tag) {
@@ -134,7 +134,7 @@ inline void glu_forward(const TensorView& gate, const TensorView& up, const std:
   });
 }
 
-// dy, gate, up as above; dgate, dup contiguous
+// dy, gate, up: as above; dgate, dup contiguous
 inline void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView& up,
                          const std::string& act, const TensorView& dgate, const TensorView& dup) {
   with_float(gate.dtype(), "gate", [&](auto tag) {

@@ -1,6 +1,6 @@
-// Large outputs in huge pages. A fresh tensor is memory that the kernel gives at the first write,
-// zeroed, page by page: on a virtual machine a fault of 4 KiB costs 1 us, four times what writing
-// the page does. One fault of 2 MiB costs a quarter of its 512 small ones.
+// Large outputs in huge pages. Linux provides the memory of a fresh tensor, zeroed, page by page at
+// the first write. On a virtual machine the fault of a 4 KiB page costs 1 us, four times as long as
+// writing the page. One fault of 2 MiB costs a quarter of 512 small ones.
 #pragma once
 
 #ifdef __linux__
@@ -11,18 +11,18 @@
 
 namespace fastlm {
 
-// False where freed memory stays in the process (fastlm/memory.py): its pages are there, and a
-// training step was 5 % slower in huge ones (the L2 is indexed by physical addresses: rows whose
-// distance is a power of two then share its sets).
+// False where freed memory stays in the process (fastlm/memory.py). Its pages are mapped already,
+// and a training step was 5 % slower in huge ones: the L2 is indexed by physical addresses, so that
+// rows whose distance is a power of two share its sets.
 inline bool huge_pages_wanted = true;
 
-// Asks for 2 MiB pages around an output that is about to be written (Linux grants it unless
+// Asks for 2 MiB pages around an output that is about to be written (Linux grants them unless
 // transparent_hugepage is `never`). The pages at its ends may hold neighbours on the heap: this is
-// a hint and changes no byte. Where it cannot be had, nothing happens.
+// a hint and changes no byte. A refusal is ignored.
 inline void prefer_huge_pages([[maybe_unused]] const TensorView& output) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t PAGE = 2 << 20;
-  // Below 4 MiB memory mostly comes from the heap and has its pages; the call costs 1 us.
+  // Below 4 MiB memory mostly comes from the heap and is mapped already; the call costs 1 us.
   constexpr uintptr_t LEAST = 4 << 20;
   const uintptr_t bytes = uintptr_t(output.numel()) * (output.dl.dtype.bits / 8);
   if (!huge_pages_wanted || bytes < LEAST || !output.on_cpu()) return;

@@ -1,16 +1,16 @@
 // Products of a bf16 linear layer, y = x w^T + b: forward, gradient of x, gradient of w. Body of
 // linear.cpp, compiled per instruction set.
 //
-//   forward   y  (M, N) = x  (M, K) . w^T (K, N)     A where it lies, B = w, packed once, whole;
+//   forward   y  (M, N) = x  (M, K) . w^T (K, N)     A in place, B = w, packed once, whole;
 //   input     dx (M, K) = dy (M, N) . w   (N, K)     threads share the blocks of rows
 //   weight    dw (N, K) = dy^T (N, M) . x (M, K)     CHUNK of M at a time: B = x packed, shared; A
 //                                                    packed by the thread that multiplies it, from
 //                                                    its L2; sums (N, K) in float32 between chunks
 //
-// What is packed lies in the order it is read in, so that the speed does not depend on where the
-// caller's rows begin: rows a power of two apart share a few sets of the L2.
+// A packed operand has the order in which it is read, so the speed does not depend on the stride of
+// the caller's rows: rows a power of two apart share a few sets of the L2.
 //
-// E's elements are what gemm.h multiplies (bf16 or float).
+// E is the type of gemm.h's operands (bf16 or float).
 #include "cpu/gemm.h"
 #include "cpu/workspace.h"
 
@@ -21,8 +21,8 @@ constexpr int64_t MOST_ROWS = 512;     // per block: 64 columns of float32 sums 
 constexpr int64_t CHUNK = 1024;        // rows of x and dy at a time: KC of bf16
 constexpr int64_t GROUP = 4 * VL;      // columns that pack_b takes at a time
 
-// Rows per block, in whole register tiles: A in half of the L2, about the same number for every
-// thread.
+// Rows per block, in whole register tiles: A fills half of the L2, and every thread has about the
+// same number of blocks.
 inline int64_t block_rows(int64_t m, int64_t padded_k) {
   const int64_t threads = omp_get_max_threads(),
                 most = std::max<int64_t>(ROWS_AT_A_TIME, std::min(MOST_ROWS, IN_L2 / padded_k)),
@@ -53,7 +53,7 @@ inline int64_t linear_workspace(int64_t m, int64_t n, int64_t k, bool weight_gra
   return room.shared + room.each * omp_get_max_threads() + 64;
 }
 
-// Where the core multiplies bf16: the operand itself.
+// The operand itself, where the core multiplies bf16.
 template <class T>
 FASTLM_INLINE const E* as_it_lies([[maybe_unused]] const T* p) {
   if constexpr (std::is_same_v<E, T>)
@@ -62,12 +62,12 @@ FASTLM_INLINE const E* as_it_lies([[maybe_unused]] const T* p) {
     return nullptr;
 }
 
-// Outputs that the L2s cannot hold go past the caches: a line that is written whole is then not
-// read first. On an Intel 1.1 to 1.2 times as fast with tiles, 1.00 to 1.04 widened; nowhere else
-// measured.
+// Non-temporal stores for outputs that the L2s cannot hold: a line that is written whole is then
+// not read first. On Intel 1.1 to 1.2 times as fast with tiles, 1.00 to 1.04 widened; not measured
+// elsewhere.
 #if FASTLM_VL == 16 && (defined(FASTLM_AMX) || !defined(FASTLM_BF16_DOT))
 constexpr bool STREAMS = true;
-// NR floats, to the bf16 line or lines at `to`.
+// Writes NR floats to the bf16 line or lines at `to`.
 FASTLM_INLINE void stream_lines(bf16* to, const float* from) {
   FASTLM_WRITES(to, 2 * NR);
 #pragma GCC unroll 4
@@ -78,9 +78,9 @@ FASTLM_INLINE void stream_lines(bf16* to, const float* from) {
 constexpr bool STREAMS = false;
 inline void stream_lines(bf16*, const float*) {}
 #endif
-constexpr int64_t STREAM_BYTES = 1 << 20;  // of a thread
+constexpr int64_t STREAM_BYTES = 1 << 20;  // of output per thread
 
-// A row of `from` (float32), to bf16.
+// Writes a row of `from` (float32) as bf16.
 FASTLM_INLINE void store_row(bf16* to, const float* from, int64_t n) {
   for (int64_t j = 0; j < n; j += VL) {
     const int width = int(std::min<int64_t>(VL, n - j));
@@ -91,7 +91,7 @@ FASTLM_INLINE void store_row(bf16* to, const float* from, int64_t n) {
   }
 }
 
-// out (m, n) = a (m, k) . b (k, n) + bias; rows of a and out have strides.
+// out (m, n) = a (m, k) . b (k, n) + bias; rows of a and out have any stride.
 inline void multiply_rows(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t a_stride,
                           const bf16* b, int64_t b_k_stride, int64_t b_n_stride, const bf16* bias,
                           bf16* out, int64_t out_stride, Workspace room) {

@@ -8,19 +8,19 @@
 //          +------------------------+                    dloss/dz^T; E is transposed; then, all
 //          |  ...                   |                    blocks done, dx = f (E^T . w)
 //
-// Transposed scores: w's rows are then the A operand where they lie, x is packed once per chunk,
-// the rows' statistics sit in lanes (no horizontal reduction), and E is already the A operand of
-// dw. What dloss/dz has besides f E, one element per target, is added to dw and dx in float32. With
-// label smoothing dloss/dz is made in E's place: its terms may cancel, so they meet before the
-// sums.
+// Scores are transposed. So w's rows are the A operand in place, x is packed once per chunk, the
+// statistics of the rows of x sit in lanes (no horizontal reduction), and E is already the A
+// operand of dw. dloss/dz is f E but for one element per target, which is added to dw and dx in
+// float32. With label smoothing dloss/dz is computed in E's place: its terms may cancel, so they
+// are added before they are rounded.
 //
-// `base` is one number per row, not the block's maximum, so that f is one number per row too: the
-// largest of a few scores, which is the row's maximum give or take a window in which nothing over-
-// or underflows. Where it is not, the chunk is done again with the maximum itself.
+// `base` is one number per row, not the block's maximum, so that f is one number per row too. It is
+// the largest of a few scores, which equals the row's maximum to within a window in which nothing
+// over- or underflows. Outside that window the chunk is recomputed with the maximum itself.
 //
-// R is padded to a multiple of RP with zero rows of x. E's elements are what gemm.h multiplies
-// (bf16 or float). Up to FEW rows cost what reading w costs: their scores are dot products with w's
-// rows as they lie.
+// R is padded to a multiple of RP with zero rows of x. E's elements have the type of gemm.h's
+// operands (bf16 or float). With up to FEW rows the cost is reading w: scores are dot products with
+// w's rows in place.
 #include "cpu/gemm.h"
 #include "cpu/scores.h"
 #include "cpu/workspace.h"
@@ -28,16 +28,16 @@
 constexpr int64_t VB = 256;     // rows of w per block: 256 x 512 fp32 of dw are half of an L2
 constexpr int64_t DB = 256;     // most columns of dx per task: 512 x 256 fp32 in the L2
 constexpr int64_t RC = 256;     // columns of z^T at a time: 256 KiB of fp32 in the L2
-constexpr int64_t RP = 32;      // a tile row of bf16: E is used as it lies
+constexpr int64_t RP = 32;      // a tile row of bf16: E is used in place
 constexpr int64_t SAMPLE = 64;  // scores whose maximum is the first `base`: one micro-panel
-constexpr int64_t FEW = 8;      // rows of x that memory is slower than
+constexpr int64_t FEW = 8;      // rows of x up to which reading w takes longer than the products
 constexpr double WINDOW = 50;   // e^50 squared is a float, e^-50 and 16 digits below it are too
 
 inline int64_t padded_rows(int64_t r) { return (r + RP - 1) / RP * RP; }
 inline int64_t vocabulary_blocks(int64_t v) { return (v + VB - 1) / VB; }
 
-// z (count, n): dot products of `count` rows of w with R rows of x, which lie `ldx` apart with
-// zeros behind them. VL sums are finished together, W rows of w run side by side.
+// z (count, n): dot products of `count` rows of w with R rows of x, which are `ldx` apart and
+// padded with zeros. W rows of w are multiplied side by side, VL sums are reduced together.
 template <int R, class E, class T>
 void few_products(int64_t count, int64_t k, const T* w, int64_t w_stride, const E* x, int64_t ldx,
                   float* z, int64_t n) {
@@ -46,7 +46,7 @@ void few_products(int64_t count, int64_t k, const T* w, int64_t w_stride, const 
     alignas(64) float sums[VL];
     vfloat parts[VL] = {};
     for (int64_t c = 0; c < GROUP; c += W) {
-      const T* rows[W];  // behind the last row it is taken again
+      const T* rows[W];  // beyond the last row: the last row again
       for (int i = 0; i < W; ++i) rows[i] = w + std::min(v + c + i, count - 1) * w_stride;
       vfloat acc[W][R] = {};
       for (int64_t j = 0; j < k; j += STEP) {
@@ -71,7 +71,7 @@ void few_products(int64_t count, int64_t k, const T* w, int64_t w_stride, const 
   }
 }
 
-// What both functions know of the chunk.
+// The shapes of a chunk and its operands, for both functions.
 template <class T>
 struct LinearScores {
   using E = Elem<T>;
@@ -87,7 +87,8 @@ struct LinearScores {
     return few() ? FEW * row_of_few() : padded() * padded_k<E>(width);
   }
 
-  // x as B operand of z^T = w . x^T: (K = D) x (N = R); few rows as they are, zeros behind them
+  // x as B operand of z^T = w . x^T: (K = D) x (N = R); FEW rows in their own order, padded with
+  // zeros
   void pack_x(E* packed) const {
     if (few()) {
       const int64_t ldx = row_of_few();
@@ -108,7 +109,7 @@ struct LinearScores {
   }
 
   // Scores of `count` rows of w from v0 on against columns [j0, j0 + n) of x^T, to z (count, n).
-  // `rows_of_w` holds the rows of w where they cannot be used as they lie.
+  // `rows_of_w` holds the rows of w where they cannot be used in place.
   void block(int64_t v0, int64_t count, int64_t j0, int64_t n, const E* packed, E* rows_of_w,
              float* z, bool pack) const {
     if (few()) {
@@ -146,7 +147,7 @@ struct LinearScores {
     gemm<E>(count, n, width, a, lda, packed + j0 * padded_k<E>(width), z, n, false);
   }
 
-  // f(b, v0, count, j0, n, z) for every block of scores of `columns`, on all threads.
+  // Calls f(b, v0, count, j0, n, z) for every block of scores of `columns`, on all threads.
   template <class F>
   void each_block(const Workspace& room, const E* packed, int64_t columns, F f) const {
     const int64_t blocks = vocabulary_blocks(classes);
@@ -198,7 +199,7 @@ inline void largest(const float* z, int64_t count, int64_t n, float* most) {
     for (int64_t j = 0; j < n; j += VL) store(most + j, vmax(load(most + j), load(z + r * n + j)));
 }
 
-// Two vectors that follow each other.
+// Two consecutive vectors.
 template <class E>
 FASTLM_INLINE void store_pair(E* p, vfloat a, vfloat b) {
 #ifdef FASTLM_BF16_DOT
@@ -211,7 +212,7 @@ FASTLM_INLINE void store_pair(E* p, vfloat a, vfloat b) {
   store(p, a), store(p + VL, b);
 }
 
-// E and its sum for P vectors of columns of z (count, n); a single vector is not kept.
+// E and its sum for P vectors of columns of z (count, n); E of a single vector is not stored.
 template <int P, class E>
 void exponentials_of(const Scores& score, const float* z, int64_t count, int64_t n,
                      const float* base, float* sums, E* kept, int64_t kept_stride) {
@@ -238,10 +239,10 @@ void exponentials_of(const Scores& score, const float* z, int64_t count, int64_t
 }
 
 // x (R, D), w (V, D), bias (V) float32 or absent, target (R) int64, class_weight (V) float32 or
-// absent; exponentials: V rounded up to VB times R padded elements of E, or absent; stats: float32,
-// (1 + 2 blocks, R padded) of them and behind these what the kernels need (its size is in
-// fastlm/cpu/linear_cross_entropy.py); at_target, shift, log_sum, nll, smoothed (R) float32.
-// shift + log_sum is the log of the sum of e^z, shift its nearest float.
+// absent; exponentials: (V rounded up to VB) x (R padded) elements of E, or absent; stats: float32,
+// (1 + 2 blocks, R padded), followed by workspace (fastlm/cpu/linear_cross_entropy.py computes the
+// size); at_target, shift, log_sum, nll, smoothed (R) float32. shift + log_sum is the log of the
+// sum of e^z, shift its nearest float.
 template <class T>
 void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t* target,
                                     const float* class_weight, int64_t ignore_index,
@@ -250,7 +251,7 @@ void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t*
                                     Workspace room) {
   using E = Elem<T>;
   const int64_t rp = chunk.padded(), rows = chunk.rows, blocks = vocabulary_blocks(chunk.classes);
-  // only kept exponentials need columns of padding
+  // only exponentials that are kept need columns of padding
   const int64_t columns = chunk.few() && !exponentials ? (rows + VL - 1) / VL * VL : chunk.padded();
   E* packed = room.take<E>(chunk.packed_elements());
   chunk.pack_x(packed);
@@ -351,11 +352,11 @@ struct Coefficients {
   const float *on_p, *on_target, *on_all, *shift, *log_sum;
 };
 
-// dx (R, D) like x; dw (V, D) float32, or like x where it is not added to (`dw_narrow`); dbias (V)
-// float32: each may be absent. `have_exponentials`:
-// `exponentials`, `stats` and `at_target` are as linear_cross_entropy_scores left them; without,
-// exponentials is workspace, in which dloss/dz^T is made from scores computed again. dw and dbias
-// are added to when `accumulate`.
+// dx (R, D) like x; dw (V, D) float32, or like x where nothing is added to it (`dw_narrow`);
+// dbias (V) float32: each may be absent. With `have_exponentials`, `exponentials`, `stats` and
+// `at_target` are those that linear_cross_entropy_scores wrote; without, `exponentials` is
+// workspace, and dloss/dz^T is computed there from recomputed scores. `accumulate` adds to dw and
+// dbias.
 template <class T>
 void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coefficients& of,
                                        const int64_t* target, const float* class_weight,
@@ -367,13 +368,13 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
   const int64_t rows = chunk.rows, rp = chunk.padded(), d = chunk.width,
                 blocks = vocabulary_blocks(chunk.classes);
   const Scores score = chunk.score;
-  // E is multiplied as it was kept; else dloss/dz^T is made in its place first
+  // E is multiplied as stored; otherwise dloss/dz^T is computed in its place first
   const bool direct = have_exponentials && !of.on_all;
   E* packed = room.take<E>(have_exponentials ? 0 : chunk.packed_elements());  // for z^T = w . x^T
   E* scaled = room.take<E>(rows * d);                                         // f x
   E* packed_rows = room.take<E>(packed_b_elements<E>(rows, d));  // the same for dw = E . (f x)
-  // Per column: the coefficients, padded with zeros; `factor` that turns E into on_p p; f, what is
-  // left of it for x and dx; at the target, on_p p - on_target and E.
+  // Per column: the coefficients, padded with zeros; `factor`, which turns E into on_p p; f, the
+  // part of it that scales x and dx; at the target, on_p p - on_target and E.
   float *on_p = room.take<float>(9 * rp), *on_target = on_p + rp, *on_all = on_target + rp,
         *shift = on_all + rp, *log_sum = shift + rp, *factor = log_sum + rp, *f = factor + rp,
         *whole = f + rp, *e_target = whole + rp;
@@ -395,7 +396,7 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
   }
   if (!have_exponentials) chunk.pack_x(packed);
   const int64_t panel = padded_k<E>(rows) * VL;
-  E** turned = room.take<E*>(blocks);  // a block's E^T lies in the block that was turned before
+  E** turned = room.take<E*>(blocks);  // where a block's E^T is: in the block transposed before it
   const int64_t sizes_e[] = {have_exponentials ? 0 : VB * padded_k<E>(d), VB * rp,
                              packed_b_elements<E>(VB, DB)},
                 sizes_f[] = {have_exponentials ? 0 : VB * RC, dw_narrow ? VB * d : 0, rp * DB};
@@ -422,7 +423,7 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
     }
     E *rows_of_w = memory.take<E>(sizes_e[0]), *spare = memory.take<E>(sizes_e[1]);
     float *z = memory.take<float>(sizes_f[0]), *wide = memory.take<float>(sizes_f[1]);
-    // double: the terms of all rows less those of the targets may cancel to nothing
+    // double: the terms of all rows and those of the targets may cancel
     double* bias_sum = memory.take<double>(VB);
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
@@ -506,8 +507,8 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
       }
     }
     if (dx) {
-      // columns are split among the threads, rows only where there are more threads than that
-      // gives: each task packs its columns of w
+      // columns are split among the threads, rows only where there are more threads than column
+      // blocks: each task packs its columns of w
       const int64_t threads = omp_get_num_threads(),
                     least = (((d + DB - 1) / DB + threads - 1) / threads) * threads,
                     width = std::min(
@@ -555,7 +556,7 @@ T* data_or_null(const TensorView* t, const char* argument) {
   return t ? t->data<T>(argument) : nullptr;
 }
 
-// The workspace holds elements of E whatever its own dtype says.
+// The workspace holds elements of E, whatever its dtype is.
 template <class E>
 E* workspace(const TensorView* t, const char* argument, int64_t elements) {
   if (!t) return nullptr;

@@ -38,7 +38,7 @@ void linear_weight_gradient(TensorView dy, TensorView x, TensorView dw, TensorVi
 // adamw.h: one step of every tensor. States are float32, or uint8 codes where the scales are given
 using AdamwOptions = std::tuple<double, double, double, double, double, bool, bool>;
 // lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding
-// have_norm: grad_norm is read, not written
+// have_norm: grad_norm is an input, else an output
 void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>& grads,
            const std::vector<TensorView>& steps, const std::vector<TensorView>& exp_avgs,
            const std::vector<TensorView>& exp_avg_sqs,
@@ -56,7 +56,7 @@ void cross_entropy_backward(TensorView on_p, TensorView on_target, OptionalTenso
                             TensorView logits, TensorView target, OptionalTensor class_weight,
                             TensorView shift, TensorView log_sum, int64_t ignore_index,
                             float softcap, float scale, TensorView dlogits);
-// the loss of all rows: returns first_bad_target, and computes nothing where there is one
+// the loss of all rows; returns first_bad_target, and computes nothing unless that is -1
 int64_t cross_entropy_loss(TensorView logits, TensorView target, int64_t ignore_index, bool mean,
                            float softcap, float scale, TensorView loss, OptionalTensor stats);
 void cross_entropy_loss_backward(TensorView dloss, TensorView logits, TensorView target,
@@ -79,7 +79,7 @@ void linear_cross_entropy_gradients(TensorView on_p, TensorView on_target, Optio
                                     OptionalTensor dx, OptionalTensor dw, OptionalTensor dbias,
                                     bool accumulate);
 void scale_to(TensorView source, float factor, TensorView out);
-// attention.h; what is absent tells the ops apart (attention_inputs.h)
+// attention.h; which operands are absent tells the ops apart (attention_inputs.h)
 void attention_forward(TensorView q, TensorView k, TensorView v, OptionalTensor cu_seqlens_q,
                        OptionalTensor cu_seqlens_k, OptionalTensor block_table,
                        OptionalTensor seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,

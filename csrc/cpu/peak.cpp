@@ -1,5 +1,5 @@
-// What each instruction that multiplies reaches on operands in registers, by all threads: the
-// ceilings that a benchmark divides by.
+// The rate of each multiplying instruction with operands in registers, on all threads: the ceilings
+// that a benchmark divides by.
 #include "cpu/peak.h"
 
 #include <immintrin.h>
@@ -12,8 +12,8 @@
 namespace fastlm {
 
 static_assert(PEAK_SUMS == 12, "the pragmas below unroll by it");
-// An empty asm keeps each sum in its register. Values are not zero: zeros run faster. `multiply`
-// reads sum, a, b.
+// An empty asm keeps each sum in its register. Values are not zero, because zeros run faster.
+// `multiply` reads sum, a, b.
 #define FASTLM_PEAK(function, isa, vector, one, multiply)                       \
   __attribute__((target(isa), noinline)) void function(int64_t steps) {         \
     vector a = one, b = one, sums[PEAK_SUMS];                                   \
@@ -45,7 +45,7 @@ FASTLM_PEAK(fp16_avx512, "avx512f,avx512bw,avx512vl,avx512fp16", __m512h,
             _mm512_set1_ph((_Float16)1e-3f), _mm512_fmadd_ph(a, b, sum))
 #undef FASTLM_PEAK
 
-// 12 products as well: four sums, each of 16 x 16, in turn. Tiles 4 to 7 are the operands.
+// 12 products as well: four sums of 16 x 16 take turns. Tiles 4 to 7 are the operands.
 #define FASTLM_TILE_PEAK(function, instruction)                                                    \
   void function(int64_t steps) {                                                                   \
     struct alignas(64) {                                                                           \
@@ -78,10 +78,10 @@ FASTLM_TILE_PEAK(int8_tiles, "tdpbssd")
 struct Instruction {
   const char* name;
   void (*run)(int64_t steps);
-  double operations;  // of one product
+  double operations;  // per product
 };
 
-// Those of the instruction set that the kernels use now.
+// The instructions of the instruction set in use.
 std::vector<Instruction> instructions() {
   const std::string level = name(isa());
   if (level == "scalar") return {{"fp32 FMA", fp32_sse, 8}};

@@ -1,4 +1,4 @@
-// What tests and benchmarks ask of the extension itself: the bare matrix core, the machine's
+// Functions for tests and benchmarks of the extension itself: the bare matrix core, the machine's
 // ceilings, the cost of a bound call, the threads.
 #include <vector>
 
@@ -20,7 +20,7 @@ double read_all(TensorView buffer) {
   return 0;
 }
 
-// A call that does nothing but carry four tensors over the boundary.
+// Does nothing: measures how long four tensors take over the boundary.
 int64_t count_elements(TensorView a, TensorView b, TensorView c, TensorView d) {
   return a.numel() + b.numel() + c.numel() + d.numel();
 }

@@ -1,4 +1,4 @@
-// What a benchmark divides by: the matrix core alone, and the ceilings of the machine. Body of
+// The matrix core alone, and the ceilings of the machine, which a benchmark divides by. Body of
 // probe.cpp.
 #include "cpu/gemm.h"
 
@@ -34,8 +34,9 @@ inline void matmul(const TensorView& a, const TensorView& b, const TensorView& c
   });
 }
 
-// Multiply-adds on operands that lie in the L1, all threads: the most that gemm() could reach.
-// Random data: zeros run faster. Returns floating-point operations done; the caller takes the time.
+// Multiply-adds on operands in the L1, on all threads: the most that gemm() could reach. The data
+// is random, because zeros run faster. Returns floating-point operations done; the caller takes the
+// time.
 template <class E>
 double multiply_in_l1(int64_t repeats) {
   constexpr int64_t M = 4 * MR, K = (32 << 10) / NR / int64_t(sizeof(E));  // 32 KiB of b
@@ -62,7 +63,7 @@ inline double multiply_in_l1(bool bf16_operands, int64_t repeats) {
   return bf16_operands ? multiply_in_l1<Elem<bf16>>(repeats) : multiply_in_l1<float>(repeats);
 }
 
-// Reads a buffer once with all threads; the sum keeps the compiler from leaving it out.
+// Reads a buffer once with all threads; the sum keeps the compiler from removing the loop.
 inline float read_all(const TensorView& buffer) {
   const float* p = buffer.data<float>("buffer");
   const int64_t n = buffer.numel() / (8 * VL) * (8 * VL);

@@ -12,9 +12,9 @@ namespace fastlm {
 namespace {
 
 constexpr int STEPS = 400;    // 1 to 4 microseconds
-constexpr int ATTEMPTS = 20;  // the fastest counts: another process may hold the core meanwhile
+constexpr int ATTEMPTS = 20;  // the fastest counts: another process may take the core meanwhile
 
-// `operations`: of one product.
+// `operations`: per product.
 double gflops(void (*loop)(int64_t), double operations) {
   const auto start = std::chrono::steady_clock::now();
   loop(STEPS);
@@ -27,20 +27,20 @@ struct Known {
   int family, first_model, last_model;
   bool widen;
 };
-// Measured on these (docs/log.md); 143 is the same core as 207.
+// Measured on these machines (docs/log.md); 143 is the same core as 207.
 constexpr Known KNOWN[] = {
     {"AuthenticAMD", 25, 0, 255, false},  // Zen 4 (Zen 3 has neither instruction)
     {"AuthenticAMD", 26, 0, 255, false},  // Zen 5
     {"GenuineIntel", 6, 143, 143, true},  // Sapphire Rapids
     {"GenuineIntel", 6, 207, 207, true},  // Emerald Rapids
 };
-constexpr double CLEAR = 1.3;  // a ratio that no noise makes
+constexpr double CLEAR = 1.3;  // a ratio beyond any noise
 
 }  // namespace
 
 ProductRates product_rates(bool avx512, bool avx512_bf16) {
   ProductRates best;
-  for (int i = 0; i < ATTEMPTS; ++i) {  // in turns: the first ones wake the wide units
+  for (int i = 0; i < ATTEMPTS; ++i) {  // in turns: the first ones power up the wide units
     if (avx512_bf16) best.dot_gflops = std::max(best.dot_gflops, gflops(bf16_avx512, 64));
     if (avx512) best.fma_gflops = std::max(best.fma_gflops, gflops(fp32_avx512, 32));
   }

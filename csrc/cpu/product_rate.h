@@ -1,5 +1,5 @@
-// What a product of bf16 costs on this core: by the dot product instruction, and widened to float32
-// by FMA. On Intel's cores the dot product has half the rate of FMA, on AMD's twice.
+// The cost of a bf16 product on this core: by the dot product instruction, or widened to float32
+// and by FMA. On Intel's cores the dot product has half the rate of FMA, on AMD's twice.
 #pragma once
 
 #include <functional>
@@ -7,14 +7,14 @@
 
 namespace fastlm {
 
-// What one core reaches with either instruction on registers; 0 where the instruction is missing.
+// The rate of one core with either instruction on registers; 0 where the instruction is missing.
 struct ProductRates {
   double dot_gflops = 0, fma_gflops = 0;
 };
 ProductRates product_rates(bool avx512, bool avx512_bf16);  // takes 50 to 100 microseconds
 
-// Whether FMA is the faster of the two, and how that is known. The answer is the same in every
-// process on a machine: results are the same bits from run to run.
+// Whether FMA is the faster of the two, and the reason. The answer is the same in every process on
+// a machine, so results are the same bits from run to run.
 struct ProductChoice {
   bool widen;
   std::string because;

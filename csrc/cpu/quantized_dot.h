@@ -1,17 +1,18 @@
 // The dot form of quantized_linear.h, for few rows of x.
 //
-// A row of W is multiplied where it lies, chunk by chunk, by x arranged alike: W is read once, x
-// (M x K) comes from the L1 or L2. A row of W x up to MX rows of x:
+// A row of W is multiplied in place, chunk by chunk, by x in the same order: W is read once, x
+// (M x K) comes from the L1 or L2. A row of W times up to MX rows of x:
 //
 //   chunk of W row n          x of row m, arranged       f[m], VL partial sums
 //   [16 lanes x 8 nibbles] -> 8 vectors of 16 floats  ->  += scale(n, lane) * sum
 //                          or 4 of 32 bf16, 2 of 64 int8
 //
-// Operand X: what x becomes. VECS vectors of 4 * VL bytes per chunk.
+// X is the type that x is converted to: VECS vectors of 4 * VL bytes per chunk.
 template <int BITS, class X>
 constexpr int VECS = PER_LANE<BITS> * int(sizeof(X)) / 4;
-// int8 activations carry more vectors per chunk: where q is stored with an offset, minus the offset
-// times the sum of each lane's x, where the integer sum starts; and the scale of each lane's x.
+// int8 activations have more vectors per chunk. Where q is stored with an offset, one is the start
+// of the integer sums: minus the offset times the sum of each lane's x. The last one is the scale
+// of each lane's x.
 template <int BITS>
 constexpr int START_VECS = OFFSET<BITS> != 0;
 template <int BITS, class X>
@@ -26,7 +27,8 @@ FASTLM_INLINE int order(int j, int e) {
   return BITS == 4 ? 2 * e + j : e;
 }
 
-// A row of x (k elements) arranged; int8 is rounded before, `scales` are those of its lanes.
+// Arranges a row of x (k elements) for the products. An int8 row is rounded already, and has a
+// scale per lane, `scales`.
 template <int BITS, class X, class T>
 void arrange(const T* x, int64_t k, const float* scales, X* out) {
   constexpr int elements = 4 * VL / int(sizeof(X));
@@ -57,8 +59,8 @@ void arrange(const T* x, int64_t k, const float* scales, X* out) {
   }
 }
 
-// A row of x rounded: q (k), the scale of each lane, the sum over each group. Lanes beyond k have
-// some finite scale.
+// Rounds a row of x: q (k), the scale of each lane, the sum over each group. Lanes beyond k get a
+// finite scale.
 template <int BITS, class T>
 void round_lanes(const T* x, const Weight& w, int8_t* q, float* scales, float* sums) {
   const int64_t lanes = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS> * VL;
@@ -79,7 +81,7 @@ void round_lanes(const T* x, const Weight& w, int8_t* q, float* scales, float* s
   for (; lane < lanes; ++lane) scales[lane] = 0;
 }
 
-// The sum of products of one chunk: lane l gets the columns of W's lane l.
+// The products of one chunk; lane l is the sum over the columns of W's lane l.
 template <int BITS>
 FASTLM_INLINE void unpack(vint v, vfloat (&u)[VECS<BITS, float>], float) {
   u[0] = column<BITS, 0>(v), u[1] = column<BITS, 1>(v);
@@ -143,12 +145,12 @@ FASTLM_INLINE void dot(vint (&sum)[CHAINS], const vint (&u)[V], const int8_t* x)
 }
 FASTLM_INLINE vfloat sum_to_float(vint s) { return __builtin_convertvector(s, vfloat); }
 
-// How the lanes of a chunk share scales; one for a whole weight.
+// How the lanes of a chunk share scales: the same for all chunks of a weight.
 template <int BITS>
 struct LaneGroups {
   int64_t size, groups;
-  bool one;   // a chunk lies in one group
-  int shift;  // log2 of the lanes of a group where a chunk holds whole groups, else -1
+  bool one;   // a chunk is within one group
+  int shift;  // log2(lanes per group) where a chunk holds whole groups, else -1
   LaneGroups(int64_t size, int64_t groups)
       : size(size), groups(groups), one(groups == 1 || size % CHUNK<BITS> == 0), shift(-1) {
     const int64_t lanes = size / PER_LANE<BITS>;
@@ -171,15 +173,15 @@ struct LaneGroups {
 };
 
 constexpr int64_t DOT_AHEAD = 4096;   // bytes: hardware streams end with a 4 KiB page
-constexpr int64_t SCALES_AHEAD = 16;  // rows; two short streams that the hardware finds too late
+constexpr int64_t SCALES_AHEAD = 16;  // rows; the hardware is too late for two short streams
 constexpr int64_t DOT_ROWS = 64;      // rows of W per task: 128 KiB of int4 at K = 4096
 
-// out[m] = W row n . x row m, without offsets. One row of W at a time: rows follow each other in
-// memory, so W is one stream; four rows side by side were slower (docs/log.md).
+// out[m] = W row n . x row m, without offsets. One row of W at a time: rows are contiguous, so W is
+// one stream; four rows side by side were slower (docs/log.md).
 template <int BITS, class X, int MX>
 void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* out) {
   using Sum = std::conditional_t<sizeof(X) == 1, vint, vfloat>;
-  constexpr int CHAINS = MX <= 2 ? 2 : 1;  // of dependent products: few rows need more in flight
+  constexpr int CHAINS = MX <= 2 ? 2 : 1;  // independent sums: few rows need more in flight
   constexpr int64_t x_step = X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));
   const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>, whole = w.row_bytes / (4 * VL);
   const LaneGroups<BITS> lanes(w.size, w.groups);
@@ -213,7 +215,7 @@ void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* ou
     }
   };
   if (run ==
-      1) {  // its own loop: an inner one of a single round costs a third (int4, groups of 128)
+      1) {  // a loop of its own: an inner loop of one round costs a third (int4, groups of 128)
     for (int64_t c = 0, g = 0; c < chunks; ++c, g += groups_a_run) {
       Sum sum[MX][CHAINS] = {};
       add_chunk(c, sum);
@@ -254,14 +256,14 @@ void group_sums(const T* x, int64_t k, int64_t size, int64_t groups, float* sums
   }
 }
 
-constexpr int64_t ON_STACK = 64 << 10;  // of the caller: M = 1 up to K = 13000, and no workspace
+constexpr int64_t ON_STACK = 64 << 10;  // bytes: M = 1 up to K = 13000 needs no workspace
 
 template <int BITS, class X, class T>
 struct DotForm {
   int64_t m;
   const Weight& w;
   int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>;
-  int64_t stride = chunks * X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));  // of an arranged row
+  int64_t stride = chunks * X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));  // of arranged rows
 
   // bytes: x arranged; rounded (the scales of lanes, then int8); the sums of its groups
   int64_t rounded() const { return sizeof(X) == 1 ? m * chunks * (4 * VL + CHUNK<BITS>) : 0; }
@@ -324,7 +326,7 @@ struct DotForm {
         }
       }
     };
-    // 131072 products are 6 us of one thread; for less a parallel region does not pay
+    // 131072 products take one thread 6 us; below that a parallel region does not pay
     const bool worthwhile = m * w.n * w.k > 131072;
     if (m == 1 || !worthwhile) {
       FlushDenormals flush;
@@ -335,7 +337,7 @@ struct DotForm {
 #pragma omp parallel
     {
       FlushDenormals flush;
-      if (m > 1) {  // else it is done, and the threads need not meet
+      if (m > 1) {  // for one row x was arranged before, and no barrier is needed
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < m; ++i) prepare(i);
       }

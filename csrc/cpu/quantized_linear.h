@@ -1,13 +1,13 @@
 // y = x . W^T + bias with an int4 or int8 W. Body of quantized_linear.cpp, compiled per instruction
 // set. Forms, chosen by the number of rows of x:
 //
-//   quantized_dot.h         few rows of x: a row of W is multiplied where it lies
+//   quantized_dot.h         few rows of x: a row of W is multiplied in place
 //   quantized_panel.h       more rows: VL rows of W are transposed and dequantized, and become
 //                           panels of the matrix core (gemm.h)
-//   quantized_scaled.h      the same for bf16 and int4 up to 128 rows: panels of q, sums scaled
-//   quantized_panel_int8.h  the same with 8-bit activations: panels of integers (gemm_int8.h)
+//   quantized_scaled.h      bf16 and int4 up to 128 rows: panels of q, and the sums are scaled
+//   quantized_panel_int8.h  8-bit activations: panels of integers (gemm_int8.h)
 //
-// Every output is computed by one thread in one order: bit-equal on any number of threads.
+// One thread computes an output, in one order: results are bit-equal on any number of threads.
 #include "cpu/gemm.h"
 #include "cpu/quantized_weight.h"
 #include "cpu/rows.h"
@@ -22,9 +22,9 @@
 //
 #include "cpu/quantized_panel_int8.h"
 
-// Rows of x up to which the dot form is faster, measured. It unpacks W for every 4 rows; the panel
-// form unpacks once, and pays for the transposition. From 2048 x 2048 on more passes over products
-// hide behind the reading of W; int8 products are too quick for that.
+// Rows of x up to which the dot form is faster, as measured. The dot form unpacks W for every 4
+// rows; the panel form unpacks once, and pays for the transposition. From 2048 x 2048 on, reading W
+// from memory hides more passes of products; int8 products are too fast for that.
 template <int BITS, class X>
 FASTLM_INLINE int64_t dot_max_rows(const Weight& w) {
   const bool large = w.n * w.k >= 2048 * 2048;
@@ -33,7 +33,7 @@ FASTLM_INLINE int64_t dot_max_rows(const Weight& w) {
   return large ? 4 : 3;
 }
 
-// f(form) for the form of a product with m rows of T; form 0 chooses, 1 is dot, 2 is panel (tests
+// Calls f(form) with the form for m rows of T. `form`: 0 chooses, 1 is dot, 2 is panel (for tests
 // and measurements).
 template <int BITS, class T, class F>
 void with_form(int64_t m, const Weight& w, int act_bits, int form, F f) {
@@ -60,10 +60,10 @@ void with_form(int64_t m, const Weight& w, int bits, int act_bits, int form, F f
 
 inline int64_t floats_of(int64_t shared, int64_t each) {
   const int64_t bytes = shared + each * omp_get_max_threads();
-  return bytes ? bytes / 4 + 16 : 0;  // a cache line, for the first one's alignment
+  return bytes ? bytes / 4 + 16 : 0;  // one more cache line, to align the first array
 }
 
-// Floats of quantized_linear's workspace on the threads that there are; 0: it needs none.
+// Floats of quantized_linear's workspace with the current number of threads; 0: it needs none.
 inline int64_t quantized_linear_workspace(const TensorView& x, int64_t n, int bits,
                                           int64_t group_size, int act_bits, int form) {
   const Rows rows = rows_of("x", x);
@@ -102,7 +102,7 @@ inline void quantized_linear(const TensorView& x, const TensorView& qdata, const
   });
 }
 
-// Floats of quantized_linear_backward's workspace on the threads that there are.
+// Floats of quantized_linear_backward's workspace with the current number of threads.
 inline int64_t quantized_linear_backward_workspace(const TensorView& dy) {
   const Rows rows = rows_of("dy", dy);
   int64_t floats = 0;

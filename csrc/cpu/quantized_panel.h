@@ -4,19 +4,19 @@
 //   task: PANEL_N rows of W for PANEL_M rows of x. For each block of k: W -> B, which stays in the
 //   L2, while the next block of W is fetched; then, ROW_STEP rows of x at a time, C (+)= A . B.
 //
-// Fetching the next block while multiplying, a share with each ROW_STEP rows, was slower: at 16 to
-// 64 rows by 12 to 20 %.
+// Rejected: fetching the next block while multiplying, a share with each ROW_STEP rows: 12 to 20 %
+// slower at 16 to 64 rows.
 constexpr int64_t PANEL_N = NR;
 template <class E>
 constexpr int64_t PANEL_K = KC<E>;  // most k of a block: 128 KiB of B
-constexpr int64_t PANEL_M = 512;    // W is dequantized once for them (256 rows: 2 to 4 % slower)
+constexpr int64_t PANEL_M = 512;    // rows per dequantized W (256 rows: 2 to 4 % slower)
 #ifdef FASTLM_AMX
 constexpr int64_t ROW_STEP = 32;
 #else
 constexpr int64_t ROW_STEP = 4 * MR;
 #endif
 
-// Scales (or zeros) of rows [n, n + rows) as [groups][VL]; rows that do not exist are zero.
+// Scales (or zeros) of rows [n, n + rows) as [groups][VL]; rows beyond W are zero.
 inline void transpose_scales(const Scales& source, int64_t n, int64_t groups, int rows,
                              float* out) {
   for (int64_t g = 0; g < groups; g += VL) {
@@ -29,7 +29,7 @@ inline void transpose_scales(const Scales& source, int64_t n, int64_t groups, in
   }
 }
 
-// Scales and offsets of a group; makes its lanes of W columns of B.
+// Scales and offsets of a group; turns lanes of W into columns of B.
 template <int BITS, class E>
 struct GroupOfPanel {
   vfloat s, z;
@@ -52,10 +52,10 @@ struct GroupOfPanel {
   }
 };
 #ifdef FASTLM_BF16_DOT
-// Bytes go to where B wants them before they are floats: two columns of eight lanes a vector, the
-// first and the second half of a vector of pairs. Half the operations of the above. A byte is the
-// highest of its word, 2^24 times too much, which the scale takes back (a shift for it costs 20 %);
-// a scale below 2^-102 is zero then.
+// Bytes are moved to their place in B before they become floats: two columns of eight lanes per
+// vector, the halves of a vector of pairs. That is half the operations of the above. A byte stays
+// the highest of its word, 2^24 times too large, which the scale undoes (a shift costs 20 %); a
+// scale below 2^-102 becomes zero.
 template <>
 struct GroupOfPanel<8, bf16> {
   __m512 s[2], z[2];
@@ -85,9 +85,8 @@ struct GroupOfPanel<8, bf16> {
 };
 #endif
 
-// Panel of rows [n, n + rows) of W, columns [k0, k0 + kb), k0 a multiple of CHUNK: what pack_b
-// would make of the dequantized weight. scales, zeros as [groups][VL]; `ahead`: see
-// load_transposed.
+// Panel of rows [n, n + rows) of W, columns [k0, k0 + kb), k0 a multiple of CHUNK: the output of
+// pack_b for the dequantized weight. scales, zeros as [groups][VL]; `ahead`: see load_transposed.
 template <int BITS, class E>
 void dequantize_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t kb,
                       const float* scales, const float* zeros, int64_t ahead, E* out) {
@@ -109,7 +108,7 @@ void dequantize_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t 
     for (; k < end; k += LANE) group.dequantize(lanes_at(k), out + k * VL);
   }
   if (k == kp) return;
-  alignas(64) E last[LANE * VL];  // less than a lane
+  alignas(64) E last[LANE * VL];  // a partial lane
   group_of(std::min((k0 + k) / w.size, w.groups - 1)).dequantize(lanes_at(k), last);
   memcpy(out + k * VL, last, size_t(kp - k) * VL * sizeof(E));
 }
@@ -136,12 +135,12 @@ struct PanelForm {
   const Weight& w;
   int64_t kp = padded_k<E>(w.k);
   bool in_place = sizeof(E) == sizeof(T) && kp == w.k;
-  // equal blocks, not a rest of a few columns
+  // equal blocks, no remainder of a few columns
   int64_t blocks_k = (w.k + PANEL_K<E> - 1) / PANEL_K<E>;
   int64_t block_k = round_up((w.k + blocks_k - 1) / blocks_k, 128);
   int64_t blocks_m = (m + PANEL_M - 1) / PANEL_M;
   int64_t block_m = round_up((m + blocks_m - 1) / blocks_m, ROW_STEP);
-  int64_t table = PANEL_N / VL * w.groups * VL;  // scales of a task
+  int64_t table = PANEL_N / VL * w.groups * VL;  // scales per task
 
   int64_t shared() const { return in_place ? 0 : round_up(m * kp * int64_t(sizeof(E)), 64); }
   int64_t each() const {
@@ -177,7 +176,7 @@ struct PanelForm {
             SCALED_SUMS<BITS, E> && !zeros && nb == NR && m <= SCALED_M && w.size >= SCALED_SIZE;
         const auto rows = [&](int64_t p) { return int(std::min<int64_t>(VL, nb - p * VL)); };
         const int64_t panel_table = w.groups * VL;
-        // the rows of the next task, which is about as many further on as there are threads
+        // the rows of this thread's next task: about as many tasks ahead as there are threads
         const int64_t next = n0 + PANEL_N * room.threads;
         w.scales.prefetch(next * w.groups, PANEL_N * w.groups);
         w.zeros.prefetch(next * w.groups, PANEL_N * w.groups);

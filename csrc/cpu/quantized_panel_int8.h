@@ -1,8 +1,8 @@
 // The panel form of quantized_linear.h for 8-bit activations: W becomes panels of integers, x is
-// rounded, both meet in the int8 matrix core (gemm_int8.h).
-constexpr int64_t PANEL_M8 = 1024;      // most rows of x that W is unpacked for (512: 3 % slower)
-constexpr int64_t ROWS_A_THREAD = 128;  // from here on unpacking W for them is under 4 %
-// Runs whose B of NR8 columns stays in the L1 (32 to 48 KiB everywhere; the rest is for A and C).
+// rounded, and the int8 matrix core multiplies them (gemm_int8.h).
+constexpr int64_t PANEL_M8 = 1024;      // most rows of x per unpacked W (512: 3 % slower)
+constexpr int64_t ROWS_A_THREAD = 128;  // with so many rows, unpacking W takes under 4 %
+// Runs whose B of NR8 columns stays in the L1 (32 to 48 KiB on every CPU; the rest is for A and C).
 constexpr int64_t B_BLOCK_BYTES = 32 << 10;
 
 template <int BITS, class T>
@@ -12,7 +12,7 @@ struct PanelForm8 {
   Runs runs{w.k, w.size};
   int64_t block = std::max<int64_t>(1, B_BLOCK_BYTES / NR8 / runs.stride);  // runs
   int64_t panel = std::min(block, runs.count) * runs.stride * VL, table = w.groups * VL;
-  // Many rows: a thread rounds and multiplies the same ones, which lie in its L2, and unpacks all
+  // Many rows: a thread rounds and multiplies its own rows, which stay in its L2, and unpacks all
   // of W for them. Few: W is unpacked once, and threads share its columns.
   int64_t threads = omp_get_max_threads();
   bool by_rows = m >= ROWS_A_THREAD * threads;
@@ -29,7 +29,7 @@ struct PanelForm8 {
            2 * Buffer::size_of<float>(NP8 * table);
   }
 
-  struct Own {  // of a thread
+  struct Own {  // per thread
     int8_t* b;
     float *c, *scales, *zeros;
   };
@@ -70,7 +70,7 @@ struct PanelForm8 {
     }
   }
 
-  // NR8 columns of y from n0 on for block_m rows from m0 on.
+  // Computes NR8 columns of y from n0 on for block_m rows from m0 on.
   void multiply(const Rounded& a, const Run* list, int64_t m0, int64_t n0, const float* bias, T* y,
                 const Own& own) const {
     const int64_t mb = std::min(block_m, m - m0), nb = std::min<int64_t>(NR8, w.n - n0);
@@ -84,7 +84,7 @@ struct PanelForm8 {
     }
     for (int64_t first = 0; first < runs.count; first += block) {
       const int64_t last = std::min(first + block, runs.count), width = runs.stride * VL;
-      // bytes to the same place of the next block, or of the next columns' first: they follow
+      // bytes to the same position in the next block, or in the first block of the next columns
       const int64_t ahead = last < runs.count
                                 ? runs.begin(last) * BITS / 8 - runs.begin(first) * BITS / 8
                                 : NR8 * w.row_bytes - runs.begin(first) * BITS / 8;

@@ -1,6 +1,6 @@
-// Few rows of bf16 times int4 (quantized_linear.h): B of the matrix core holds the nibbles
-// themselves, exact in bf16, two operations for 32 of them instead of eight, and the sums of each
-// group are scaled, which is a pass over C in the L1.
+// Few rows of bf16 times int4 (quantized_linear.h): B of the matrix core holds q itself, which is
+// exact in bf16 and takes two operations per 32 instead of eight. The sums of each group are
+// scaled, a pass over C in the L1.
 template <int BITS, class E>
 constexpr bool SCALED_SUMS =
 #if defined(FASTLM_BF16_DOT) && !defined(FASTLM_AMX)
@@ -12,11 +12,11 @@ constexpr int64_t SCALED_M = 128;    // rows of x up to which it pays: 10 % at 1
 constexpr int64_t SCALED_SIZE = 64;  // least columns of a group: 16 products per sum and pass
 
 #if defined(FASTLM_BF16_DOT) && !defined(FASTLM_AMX)
-// Panel of rows [n, n + rows) of W, columns [k0, k0 + kb), k0 a multiple of CHUNK, as bf16 of q.
-// What lies beyond W is -8; A is zero there. `ahead`: see load_transposed.
+// Panel of rows [n, n + rows) of W, columns [k0, k0 + kb), k0 a multiple of CHUNK: q as bf16.
+// Elements beyond W are -8, where A is zero. `ahead`: see load_transposed.
 inline void integer_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t kb,
                           int64_t ahead, bf16* out) {
-  // the bit at which each byte of two lanes begins: nibbles 0 and 1 in the words of either
+  // the bit at which each byte of two lanes begins: nibbles 0 and 1 of a byte share a word
   const __m512i first = _mm512_set1_epi64(0x2424202004040000);
   const __m512i table = nibble_table();
   for (int64_t k = 0; k < kb; k += CHUNK<4>) {
@@ -59,7 +59,7 @@ void micro_scaled(const Weight& w, int64_t k0, int64_t kb, const bf16* a, int64_
   }
 }
 
-// The same of m rows.
+// The same for m rows.
 inline void gemm_scaled(int64_t m, const Weight& w, int64_t k0, int64_t kb, const bf16* a,
                         int64_t lda, const bf16* b, const float* scales, float* c) {
   const auto block = [&](auto rows, int64_t i) {

@@ -1,24 +1,25 @@
-// How kernels read a QuantizedWeight (fastlm/ops/quantized_weight.py). Included by the bodies that do.
+// How kernels read a QuantizedWeight (fastlm/ops/quantized_weight.py). Included by the bodies that
+// do.
 //
 //   A lane is 4 bytes of a row: PER_LANE consecutive k (8 of int4, 4 of int8), all in one group.
 //   A chunk is VL lanes, one vector.
 //
 //     row n   [ lane 0 | lane 1 | ... ]      int4 lane: byte b holds k = 2b (low), 2b + 1 (high)
 //
-// Column order of products with a row is free as long as x is arranged alike, so the dot form
-// (quantized_linear.h) multiplies a chunk where it lies; the panel form transposes VL x VL lanes.
+// A product with a row may take its columns in any order that x has too, so the dot form
+// (quantized_linear.h) multiplies a chunk in place; the panel form transposes VL x VL lanes.
 template <int BITS>
 constexpr int PER_LANE = 32 / BITS;
 template <int BITS>
 constexpr int CHUNK = VL * PER_LANE<BITS>;
 
-// Scales or offsets of any float dtype. The dtype is looked at on each read, a branch that
-// predicts: a template parameter would multiply every kernel by three.
+// Scales or offsets of any float dtype. Each read branches on the dtype, which predicts well; a
+// template parameter would multiply every kernel by three.
 struct Scales {
   const void* p = nullptr;
   DType dtype = DType::f32;
   explicit operator bool() const { return p; }
-  FASTLM_INLINE void prefetch(int64_t i, int64_t n) const {  // may lie behind the end
+  FASTLM_INLINE void prefetch(int64_t i, int64_t n) const {  // may be beyond the end
     if (!p) return;
     const int64_t bytes = dtype == DType::f32 ? 4 : 2;
     for (int64_t at = i * bytes; at < (i + n) * bytes; at += 64)
@@ -29,7 +30,7 @@ struct Scales {
     if (dtype == DType::f32) return static_cast<const float*>(p)[i];
     return to_float(static_cast<const f16*>(p)[i]);
   }
-  FASTLM_INLINE vfloat everywhere(int64_t i) const {  // one of them in all lanes
+  FASTLM_INLINE vfloat everywhere(int64_t i) const {  // element i in all lanes
 #if FASTLM_VL == 16
     if (dtype == DType::bf16)
       return (vfloat)_mm512_slli_epi32(
@@ -95,7 +96,7 @@ FASTLM_INLINE vint load_lanes(const uint8_t* p, int64_t bytes) {  // what is bey
 }
 
 #ifdef FASTLM_BF16_DOT
-// bf16 of -8 .. 7 for nibbles 0 .. 15, twice: the permutation of words looks at 5 bits of each.
+// bf16 of -8 .. 7 for nibbles 0 .. 15, twice: the permutation of words uses 5 bits of each index.
 FASTLM_INLINE __m512i nibble_table() {
   return _mm512_broadcast_i64x4(_mm256_setr_epi16(
       short(0xc100), short(0xc0e0), short(0xc0c0), short(0xc0a0), short(0xc080), short(0xc040),
@@ -152,8 +153,8 @@ void dequantize_row(const Weight& w, int64_t i, int64_t k0, int64_t k1, float* o
   }
 }
 
-// Lanes [lane0, lane0 + VL) of rows [i, i + rows), transposed; what does not exist is zero bytes.
-// `ahead` bytes further on in each row is where the caller reads after its next product.
+// Lanes [lane0, lane0 + VL) of rows [i, i + rows), transposed; lanes beyond W are zero bytes.
+// Prefetches `ahead` bytes further in each row, where the caller reads after its next product.
 FASTLM_INLINE void load_transposed(const Weight& w, int64_t i, int rows, int64_t lane0,
                                    int64_t ahead, vint (&t)[VL]) {
   const int64_t left = w.row_bytes - lane0 * 4;

@@ -8,19 +8,19 @@
 //             dh = rstd * (g - h * rstd^2 * mean(g * h)) [+ dh from above]
 //             dw = sum over rows of dy * h * rstd
 //
-// Each row is read twice: from memory, then from the L1 that it still fits (a row is at most a few
-// tens of KiB). dw is summed per block of BLOCK_ROWS rows and then over blocks in order, so it does
-// not depend on the thread count.
+// Each row is read twice: from memory, then from the L1 (a row is at most a few tens of KiB). dw is
+// summed per block of BLOCK_ROWS rows and then over blocks in order, so it does not depend on the
+// thread count.
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
-constexpr int SUMS = 4;             // independent sums of a row
+constexpr int SUMS = 4;             // independent sums per row
 constexpr int64_t BLOCK_ROWS = 64;  // rows per partial sum of dw: 64 blocks for a 4096-row batch
 
 template <class T, class W>
 void rms_norm_row(const T* x, const T* residual, const W* weight, float eps, float offset,
                   int64_t n, T* h, T* y, float* rstd) {
-  vfloat sums[SUMS] = {};  // one chain of additions would wait for itself
+  vfloat sums[SUMS] = {};  // a single sum would wait for the latency of each addition
   const auto square = [&](int64_t j, int k) __attribute__((always_inline)) {
     vfloat v = k == VL ? load(x + j) : load(x + j, k);
     if (residual) {
@@ -48,7 +48,7 @@ void rms_norm_row(const T* x, const T* residual, const W* weight, float eps, flo
     store(y + j, load(source + j, k) * r * (load(weight + j, k) + offset), k);
 }
 
-// f(pointer to the weight): float32, or T as x is.
+// Calls f(pointer to the weight), whose type is float or T.
 template <class T, class F>
 void with_weight(const TensorView& weight, F&& f) {
   if (weight.dtype() == DType::f32)

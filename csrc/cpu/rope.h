@@ -1,8 +1,8 @@
 // Rotary position embedding of q and k. Body of rope.cpp, compiled per instruction set.
 //
 //   y = x * cos + rotate(x) * sin on the first R of D elements, y = x on the rest; rotate is
-//   half-split    (-x[R/2:R], x[0:R/2])         x[i] and x[i + R/2] turn together
-//   interleaved   (-x[1], x[0], -x[3], x[2]..)  x[2i] and x[2i + 1] turn together
+//   half-split    (-x[R/2:R], x[0:R/2])         x[i] and x[i + R/2] are a pair
+//   interleaved   (-x[1], x[0], -x[3], x[2]..)  x[2i] and x[2i + 1] are a pair
 //   inverse       x * cos - rotate(x * sin), the transposed map: the gradient
 //
 // One unit of work is all heads of one position, so the table row (R floats, twice) is read from
@@ -10,7 +10,7 @@
 // written once.
 #include "cpu/parallel.h"
 
-// Neighbours change places: (1, 0, 3, 2, ...).
+// Swaps neighbours: (1, 0, 3, 2, ...).
 FASTLM_INLINE vfloat swap_pairs(vfloat x) {
 #if FASTLM_VL == 16
   return (vfloat)_mm512_permute_ps((__m512)x, 0xb1);
@@ -66,7 +66,7 @@ void rope_typed(const TensorView* const (&inputs)[2], const TensorView* const (&
                 const TensorView& cos, const TensorView& sin, bool interleaved, bool inverse) {
   const int64_t batch = inputs[0]->size(0), length = inputs[0]->size(2), width = inputs[0]->size(3),
                 turned = cos.size(-1);
-  check_size("cos", "rows, as q:", length, cos.size(-2));  // a trace is called without ops/rope.py
+  check_size("cos", "rows, as q:", length, cos.size(-2));  // a trace skips ops/rope.py
   check_size("sin", "rows, as q:", length, sin.size(-2));
   const U *pc = cos.data<U>("cos"), *ps = sin.data<U>("sin");
   const int64_t c_row = cos.stride(-2), s_row = sin.stride(-2);
@@ -97,8 +97,8 @@ void rope_typed(const TensorView* const (&inputs)[2], const TensorView* const (&
   });
 }
 
-// q, q_out (B, H, S, D), k, k_out (B, Hkv, S, D): any strides but 1 along D; cos, sin (S, R),
-// (1, S, R) or (B, S, R), float32 or q's dtype, 1 along R
+// q, q_out (B, H, S, D), k, k_out (B, Hkv, S, D): any strides, but 1 along D; cos, sin (S, R),
+// (1, S, R) or (B, S, R): float32 or q's dtype, stride 1 along R
 inline void rope(const TensorView& q, const TensorView& k, const TensorView& cos,
                  const TensorView& sin, bool interleaved, bool inverse, const TensorView& q_out,
                  const TensorView& k_out) {

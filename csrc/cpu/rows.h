@@ -1,4 +1,5 @@
-// Rows of a tensor (..., width): contiguous, any dimensions, or a matrix with rows apart.
+// Rows of a tensor (..., width): contiguous with any number of dimensions, or a matrix with any row
+// stride.
 struct Rows {
   int64_t count, width, stride;
 };

@@ -1,7 +1,8 @@
-// What the two cross-entropies share: logits to scores z = softcap(scale * logit), and the running
-// (maximum, sum of exponentials) of a softmax.
+// Shared by both cross-entropies: scores z = softcap(scale * logit), and the running (maximum, sum
+// of exponentials) of a softmax.
 //
-// Infinities and NaN end as torch's: z - max is NaN where both are infinite, a NaN reaches the sum.
+// Infinities and NaN give what torch gives: z - max is NaN where both are infinite, and a NaN
+// reaches the sum.
 struct Scores {
   float scale, cap;  // cap 0: none
 
@@ -19,6 +20,6 @@ struct Scores {
 
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
-// A finite stand-in for the maximum of scores that are all -inf so far: e^(-inf - 0) = 0, where
+// Replaces the maximum of scores that are all -inf by a finite number: e^(-inf - 0) = 0, where
 // -inf - -inf would be NaN.
 FASTLM_INLINE float finite_max(float m) { return m == NEGATIVE_INFINITY ? 0.f : m; }

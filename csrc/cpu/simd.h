@@ -1,17 +1,17 @@
-// Vectors of VL floats for one instruction set: included by each_isa.h inside its namespace and
-// target region, so no include guard and no headers. GCC's vector extensions give the arithmetic (+
-// - * / and fused a * b + c); what is here is what they lack: conversion, partial load and store,
-// reductions, exp.
+// Vectors of VL floats for one instruction set. each_isa.h includes this file inside a namespace
+// and a target region, so it has no include guard and no headers. GCC's vector extensions give the
+// arithmetic (+ - * / and fused a * b + c); this file adds conversion, partial load and store,
+// reductions and exp.
 constexpr int VL = FASTLM_VL;
 typedef float vfloat __attribute__((vector_size(4 * VL)));
 typedef int32_t vint __attribute__((vector_size(4 * VL)));
 #undef FASTLM_INLINE
 #define FASTLM_INLINE inline __attribute__((always_inline))
 
-// While one lives, this thread reads denormal numbers as zero and writes zero for them: on a value
-// below 2^-126 an instruction takes 10 to 150 cycles instead of one (docs/log.md). Every loop that
-// computes is inside one, in every thread of a parallel region; made before the region it would be
-// inherited by threads that OpenMP starts then, and stay.
+// While an object of this class exists, its thread reads and writes denormal numbers as zero: with
+// a value below 2^-126 an instruction takes 10 to 150 cycles instead of one (docs/log.md). Every
+// loop that computes is inside its scope, in every thread of a parallel region. It is constructed
+// inside the region: threads that OpenMP starts inherit the mode and would keep it.
 struct FlushDenormals {
   const unsigned before = _mm_getcsr();
   FlushDenormals() { _mm_setcsr(before | 0x8040); }  // FTZ and DAZ
@@ -19,7 +19,7 @@ struct FlushDenormals {
   FlushDenormals(const FlushDenormals&) = delete;
 };
 
-FASTLM_INLINE vfloat splat(float x) { return x - vfloat{}; }  // not 0 + x: an addition, for -0
+FASTLM_INLINE vfloat splat(float x) { return x - vfloat{}; }  // 0 + x would turn -0 into 0
 FASTLM_INLINE vint splat_int(int32_t x) { return vint{} + x; }
 FASTLM_INLINE vfloat as_float(vint v) { return (vfloat)v; }
 FASTLM_INLINE vint as_int(vfloat v) { return (vint)v; }
@@ -81,7 +81,7 @@ FASTLM_INLINE f16 from_float<f16>(float x) {
   return f16{uint16_t(sign | (u - 0x38000000) >> 13)};
 }
 
-// ---- load, store: whole vectors, or the first n lanes (the others read as zero, stay unwritten)
+// ---- load, store: whole vectors, or the first n lanes (others are read as zero and not written)
 FASTLM_INLINE vfloat load(const float* p) {
   vfloat v;
   memcpy(&v, p, sizeof v);
@@ -114,7 +114,7 @@ FASTLM_INLINE vfloat load(const f16* p, int n) {
 #ifdef FASTLM_BF16_DOT
 FASTLM_INLINE __m256i rounded_to_bf16(vfloat v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
 #else
-FASTLM_INLINE __m256i rounded_to_bf16(vfloat v) {  // to nearest even; NaN keeps its top bits
+FASTLM_INLINE __m256i rounded_to_bf16(vfloat v) {  // to nearest even; NaN keeps its upper bits
   alignas(64) static constexpr uint16_t upper_words[32] = {1,  3,  5,  7,  9,  11, 13, 15,
                                                            17, 19, 21, 23, 25, 27, 29, 31};
   const __m512i u = (__m512i)v,
@@ -237,12 +237,12 @@ FASTLM_INLINE float hmax(vfloat a) {
 
 FASTLM_INLINE vfloat vabs(vfloat a) { return as_float(as_int(a) & 0x7fffffff); }
 
-// ---- exp and what is made of it
+// ---- exp and functions of it
 // e^x = 2^n e^r, |r| <= ln2/2; degree-6 polynomial of e^r, 2^n by exponent bits in two factors so
 // that results below 2^-126 come out as denormals. 2 ulp on [-104, 88.7]; 0 below, inf above, NaN
 // stays.
 FASTLM_INLINE vfloat vexp(vfloat x) {
-  // operand order: min/max return the second argument when one is NaN
+  // min/max return their second argument when one is NaN
   const vfloat c = vmax(splat(-104.f), vmin(splat(89.f), x));
   const vfloat n = vround(c * 1.44269504088896341f);
   vfloat r = c - n * 0.693145751953125f;  // ln2 in two parts: the first has 8 trailing zero bits, n
@@ -256,7 +256,7 @@ FASTLM_INLINE vfloat vexp(vfloat x) {
   p = p * r + splat(1.f);
   p = p * r + splat(1.f);
 #if FASTLM_VL == 16
-  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);  // one instruction for the seven below
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);  // one instruction instead of seven
 #else
   const vint e = to_int(n), half = e >> 1;
   return p * as_float((half + 127) << 23) * as_float((e - half + 127) << 23);
@@ -299,8 +299,8 @@ FASTLM_INLINE vfloat verf(vfloat x) {
   const vfloat big = as_float(as_int(1.f - vexp(-q)) | sign);
   return vabs(x) < splat(0.875f) ? x * p : big;
 }
-// The same to 4e-7, absolute and relative, at half the cost: one rational function of degree 11 /
-// 10 and no exp. For results that are rounded to 16 bits (2^-12 at best).
+// erf to 4e-7, absolute and relative, at half the cost: one rational function of degree 11 / 10 and
+// no exp. For results that are rounded to 16 bits (2^-12 at best).
 FASTLM_INLINE vfloat verf_coarse(vfloat x) {
   const vfloat c = vmax(splat(-4.f), vmin(splat(4.f), x)), s = c * c;
   vfloat n = splat(1.986937604669947e-06f);

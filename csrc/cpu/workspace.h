@@ -1,8 +1,8 @@
-// Memory that Python allocates for a call: what all threads share, then a part for each thread. No
-// kernel allocates: in a parallel region a failure would end the process.
+// Memory that Python allocates for a call: shared arrays, then a part for each thread. No kernel
+// allocates: in a parallel region a failure would end the process.
 FASTLM_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Memory that the caller lends for one call, dealt out array by array.
+// The caller's memory for one call, handed out array by array.
 struct Buffer {
   char* const begin;
   char* p;
@@ -10,7 +10,7 @@ struct Buffer {
   ~Buffer() { FASTLM_UNPOISON(begin, p - begin); }
   Buffer(const Buffer&) = delete;
 
-  // The next n elements, on a cache line of their own.
+  // The next n elements, aligned to a cache line.
   template <class X>
   X* take(int64_t n) {
     X* out = reinterpret_cast<X*>(p);
@@ -18,7 +18,7 @@ struct Buffer {
     FASTLM_POISON(out + n, p - reinterpret_cast<char*>(out + n));
     return out;
   }
-  // All of it may be taken again.
+  // Makes all of it available again.
   void clear() {
     FASTLM_UNPOISON(begin, p - begin);
     p = begin;
@@ -29,7 +29,7 @@ struct Buffer {
   }
 };
 
-// A call's workspace: arrays that its threads share, then a part for each thread.
+// The workspace of a call: arrays that its threads share, then a part for each thread.
 struct Workspace {
   char* p;
   int64_t bytes;
@@ -51,7 +51,7 @@ struct Workspace {
     p += taken, bytes -= taken;
     return out;
   }
-  // The rest in equal parts: the region runs on no more threads than have one.
+  // Divides the rest into equal parts; the region must run on no more threads than there are parts.
   void divide(int64_t bytes_a_thread) {
     check(bytes_a_thread);
     each = bytes_a_thread, threads = omp_get_max_threads();

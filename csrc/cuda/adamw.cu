@@ -1,21 +1,21 @@
-// AdamW of every tensor of an optimizer: one launch updates all of them, whatever they are made of.
+// AdamW for every tensor of an optimizer: one launch updates all of them, whatever their dtypes.
 //
-//     tensors (T, 12) int64, settings (S, 8) float64, chunks (C, 2) int32: fastlm/cuda/adamw_tables.py
+// tensors (T, 12) int64, settings (S, 8) float64, chunks (C, 2) int32: fastlm/cuda/adamw_tables.py
 //
-//     squares    to clip, a chunk a block: the sum of squares of its gradients
-//     norm       one block: their sum, in order; the norm, the factor of the gradients
-//     begin      a tensor a thread: step += 1, the step's scalars (float64), its random key
-//     update     a chunk a block: reads g, p, m, v once, writes p, m, v once
+//     squares    only to clip; a chunk per block: the sum of squares of its gradients
+//     norm       one block: their sum, in order; the norm and the factor of the gradients
+//     begin      a tensor per thread: step += 1, the step's scalars (float64), its random key
+//     update     a chunk per block: reads g, p, m, v once, writes p, m, v once
 //
-//     a warp       256 elements, which share the scales of 8-bit states; 8 a thread, in two runs
-//     a block      8 warps, four times: the 8192 elements of a chunk
+//     a warp       256 elements, which share the scales of 8-bit states; 8 per thread, in two runs
+//     a block      8 warps, four passes: the 8192 elements of a chunk
 //
-// dtypes, masters, 8-bit states and rounding are the tensor's, read at run time: a branch that all
-// threads take alike, a few instructions where memory leaves room for a hundred an element, and one
-// kernel where templates would make a hundred, each of which a launch of its own. What a thread
-// needs is loaded (5 times 32 bytes at most) before any of it is looked at. Formulas and random
-// numbers are those of csrc/cpu/adamw.h, where the 8-bit codes are explained. Nothing waits for the
-// host: a step can be captured. Not measured on a GPU.
+// dtypes, masters, 8-bit states and rounding are properties of a tensor and read at run time. The
+// branch is uniform and costs a few instructions, where memory leaves time for a hundred per
+// element. Templates would make a hundred kernels, each with a launch of its own. A thread issues
+// all its loads (5 times 32 bytes at most) before it uses any. Formulas and random numbers are
+// those of csrc/cpu/adamw.h, which explains the 8-bit codes. Nothing waits for the host: a step can
+// be captured. Not measured on a GPU.
 #include <cstring>
 
 #include "cuda/launch.h"
@@ -25,12 +25,12 @@ namespace fastlm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kEach = 8;             // elements a thread
-constexpr int kStateBlock = 256;     // elements under one scale: a warp's
-constexpr int kRandomChunk = 32768;  // elements under one key of random numbers
+constexpr int kEach = 8;             // elements per thread
+constexpr int kStateBlock = 256;     // elements that share a scale: one warp's
+constexpr int kRandomChunk = 32768;  // elements that share a key of random numbers
 constexpr int kNormThreads = 1024;
 constexpr int kBeginThreads = 128;
-constexpr int kScalars = 16;  // float32 of a tensor and step, of which 9 are used
+constexpr int kScalars = 16;  // float32 per tensor and step, of which 9 are used
 static_assert(32 * kEach == kStateBlock);
 
 // columns of a row of `tensors`; the upper half of kOrdinal is the kind
@@ -50,11 +50,11 @@ enum Column {
   kColumns
 };
 enum Type { kFloat32, kBfloat16, kFloat16 };
-enum Masters { kNone, kWhole, kLowHalves };  // float32; the 16 bits that bfloat16 lacks
+enum Masters { kNone, kWhole, kLowHalves };  // none; float32; the 16 bits that bfloat16 lacks
 
 struct Kind {
   int param, grad, masters;
-  bool packed, rounds, aligned;  // 8-bit states; stochastic rounding; 16 bytes may be read at once
+  bool packed, rounds, aligned;  // 8-bit states; stochastic rounding; aligned to 16 bytes
 
   DEVICE explicit Kind(int code)
       : param(code & 3),
@@ -79,15 +79,15 @@ DEVICE uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
-// ---- a thread's eight elements
-// -------------------------------------------------------------------
+// ---- a thread's eight elements ------------------------------------------------------------------
 
-// kEach values of 4, 2 or 1 bytes, as they are in memory
+// kEach values of 4, 2 or 1 bytes, as in memory
 struct Raw {
   uint32_t word[kEach];
 };
 
-// Four from `at`, four from kApart later: lanes side by side read whole sectors of every dtype.
+// Four elements from `at` and four from kApart later: adjacent lanes read whole sectors of any
+// dtype.
 struct Place {
   static constexpr int kApart = kStateBlock / 2, kRun = kEach / 2;
   int64_t at;
@@ -192,7 +192,7 @@ DEVICE Raw of_bytes(const int (&x)[kEach]) {
 
 // ---- 8-bit states -------------------------------------------------------------------------------
 
-// The top bits of a float in [0, 1], of which MANTISSA are its fraction
+// The upper bits of a float in [0, 1], of which MANTISSA are its mantissa
 template <int MANTISSA, int MOST>
 struct Code {
   static constexpr int SHIFT = 23 - MANTISSA, OFFSET = (0x3f800000 >> SHIFT) - MOST;
@@ -203,7 +203,7 @@ struct Code {
     return ((__float_as_int(x) + (1 << (SHIFT - 1))) >> SHIFT) - OFFSET;
   }
 };
-using MomentCode = Code<3, 127>;  // and a sign
+using MomentCode = Code<3, 127>;  // plus a sign
 using RootCode = Code<4, 255>;
 
 DEVICE int code_at(const Raw& raw, int j) { return raw.word[j / 4] >> j % 4 * 8 & 255; }
@@ -231,8 +231,8 @@ DEVICE Scalars scalars_of(const float* of) {
           load(of + 5), load(of + 6), load(of + 7), load(of + 8)};
 }
 
-// The new moment and the root of the new second moment of a warp's 256 elements, from the codes,
-// which it writes anew.
+// The new moment and the root of the new second moment of a warp's 256 elements. Reads and
+// overwrites their codes.
 DEVICE void packed_states(const int64_t* row, const Place& place, const Scalars& s,
                           const float (&g)[kEach], const Raw& raw_m, const Raw& raw_r,
                           float (&m)[kEach], float (&root)[kEach]) {
@@ -249,10 +249,10 @@ DEVICE void packed_states(const int64_t* row, const Place& place, const Scalars&
     most_m = fmaxf(most_m, fabsf(m[j])), most_r = fmaxf(most_r, root[j]);
     poison += (m[j] + root[j]) * 0.0f;
   }
-  // one bad value makes its block NaN, so that it is seen; a maximum drops it
+  // one bad value makes its whole block NaN; a maximum alone would drop it
   poison = sum_of_warp(poison);
   most_m = max_of_warp(most_m) + poison, most_r = max_of_warp(most_r) + poison;
-  __syncwarp();  // all lanes have read the scales: a shuffle does not say so
+  __syncwarp();  // all lanes have read the scales; a shuffle orders no memory access
   if (threadIdx.x % 32 == 0) store(scale_m_at, most_m), store(scale_r_at, most_r);
   const float inverse_m = inverse_of(most_m), inverse_r = inverse_of(most_r);
   int code_m[kEach], code_r[kEach];
@@ -281,9 +281,10 @@ DEVICE void float_states(const int64_t* row, const Place& place, const Scalars& 
   write<4>(pointer<void>(row, kRoot), place, of_floats(v));
 }
 
-// A float32 master in two halves: the parameter, its upper 16 bits rounded to nearest (ties away
-// from zero), and the lower 16, which are then what to add to the parameter's bits as a signed
-// number. Zero has no lower half: one that was set to zero after its last step keeps that step's.
+// A float32 master in two halves. The parameter is its upper 16 bits, rounded to nearest (ties away
+// from zero). The lower 16 bits, read as a signed number and added to the parameter's bits, give
+// the master back. Zero has no lower half: a parameter that the user set to zero still has its last
+// step's.
 DEVICE void join(const Raw& high_half, const Raw& low_half, float (&w)[kEach]) {
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
@@ -295,7 +296,7 @@ DEVICE void join(const Raw& high_half, const Raw& low_half, float (&w)[kEach]) {
 DEVICE void split(const float (&w)[kEach], uint32_t (&high)[kEach], uint32_t (&low)[kEach]) {
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    low[j] = w[j] == w[j] ? __float_as_uint(w[j]) : 0x7fc00000u;  // one NaN, which cannot round up
+    low[j] = w[j] == w[j] ? __float_as_uint(w[j]) : 0x7fc00000u;  // a NaN that does not round up
     high[j] = (low[j] + 0x8000u) >> 16;
   }
 }
@@ -305,7 +306,7 @@ DEVICE float round_stochastic(float w, uint32_t random) {
   return fabsf(w) <= 3.4028234663852886e38f ? rounded : w;
 }
 
-// Writes eight parameters; `key` is that of the chunk's random numbers.
+// Writes eight parameters; `key` is the key of the chunk's random numbers.
 DEVICE void write_params(void* to, const Kind& kind, const Place& place, float (&w)[kEach],
                          uint32_t key) {
   if (kind.param == kFloat32) return write<4>(to, place, of_floats(w));
@@ -409,7 +410,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = start + chunk_size < size ? start + chunk_size : size;
   const Kind kind = kind_of(row);
   const void* grad = pointer<void>(row, kGrad);
-  float sum = 0;  // of 32 squares before float64 takes over
+  float sum = 0;  // of 32 squares, which are then added in float64
   const int thread_at = threadIdx.x / 32 * kStateBlock + threadIdx.x % 32 * Place::kRun;
   for (int64_t at = start + thread_at; at < end; at += kThreads * kEach) {
     const Place place(at, end, kind.aligned);
@@ -422,7 +423,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) store(sums + blockIdx.x, total);
 }
 
-// `sums` null: the norm is there already.
+// `sums` null: the norm is given.
 __global__ void __launch_bounds__(kNormThreads)
     adamw_norm_kernel(const double* sums, int count, float max_grad_norm, float* grad_norm,
                       float* clip) {
@@ -478,7 +479,7 @@ void adamw(TensorView tensors, TensorView settings, TensorView chunks, int chunk
   check_size("tensors", "columns", kColumns, tensors.size(1));
   check_size("chunk_size", "a multiple of a block's elements; rest", 0,
              chunk_size % (kThreads * kEach));
-#ifndef __CUDACC__  // addresses in a table say nothing to the emulator
+#ifndef __CUDACC__  // the emulator cannot see the tensors behind a table of addresses
   for (const TensorView& t : read) simt::know(t.dl.data, span(t), "a gradient", false);
   for (const TensorView& t : written) simt::know(t.dl.data, span(t), "a parameter or state", true);
 #else

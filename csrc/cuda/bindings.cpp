@@ -19,7 +19,7 @@ using namespace fastlm;
 namespace {
 
 #if defined(FASTLM_SIMT)
-struct OneCall {  // at a time: the emulator has one list of tensors
+struct OneCall {  // one call at a time: the emulator has one list of tensors
   OneCall() { simt::forget(); }
   static std::mutex mutex;
   std::lock_guard<std::mutex> lock{mutex};

@@ -1,23 +1,25 @@
-// Rows of logits to shift, log_sum, nll (and, to smooth, the sum of all classes' nll), and to their
-// gradient; fastlm/ops/cross_entropy.py says how every option is made of those.
+// Cross-entropy statistics of rows of logits (shift, log_sum, nll and, for label smoothing, the sum
+// of the nll of all classes), and the gradient; fastlm/ops/cross_entropy.py builds every option on
+// these.
 //
 //     z = softcap(scale * logit);  lse = shift + log_sum;  nll = lse - z[target]
 //     dz[v] = on_p * p[v] - on_target * (v == target) - on_all * weight[v]
 //
-//     row of logits:     head | vector | vector | ..  | vector | tail      16 bytes, where they lie
+//     row of logits:     head | vector | vector | ..  | vector | tail      vectors are aligned
 //     forward, block     part 0 of the row | part 1 | ..                   1 part with many rows
 //     a thread           (m, s, weights, spread) of its vectors -> the block's -> the part's
 //
-// A row begins anywhere (a vocabulary of 50257 makes every second one odd): its whole vectors are
-// read at once, head and tail element by element. m is the largest z so far, s the sum of
-// e^(z - m) as a power of 2, one exponential an element and one a vector. Few rows leave most of
-// the GPU idle: they are split, and a second kernel adds the parts in a fixed order (rejected:
-// atomics, whose order and so whose bits vary). UNROLL vectors a thread are in flight.
+// A row may begin at any address (with a vocabulary of 50257 every second row is unaligned).
+// Aligned vectors of 16 bytes are read at once, head and tail element by element. m is the largest
+// z so far, s the sum of e^(z - m), by powers of 2: one exponential per element and one per vector.
+// A few rows leave most of the GPU idle, so they are split into parts, which a second kernel adds
+// in a fixed order (rejected: atomics, whose order and so whose bits vary). A thread has kUnroll
+// vectors in flight.
 //
-// Logits are read once each way, the gradient is written once, in place where d_logits is logits;
-// it is d_logits that the backward's vectors are aligned to, as a write in pieces costs more than a
-// read in pieces. A row whose coefficients are all 0 is not read. A class that does not exist is
-// not looked up: its row's loss and gradient are NaN. Not measured on a GPU.
+// Forward and backward each read the logits once. The gradient is written once, in place where
+// d_logits is logits. The backward's vectors are aligned to d_logits, since an unaligned write
+// costs more than an unaligned read. A row whose coefficients are all 0 is not read. A target that
+// is not a class is not looked up: its row's loss and gradient are NaN. Not measured on a GPU.
 #include <cfloat>
 
 #include "cuda/launch.h"
@@ -27,16 +29,16 @@ namespace fastlm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;            // 64 bytes a thread in flight; 128 KB of a multiprocessor's
-constexpr int kReduceThreads = 1024;  // of the one block that adds up the rows
-constexpr int kRowsOfBlock = 4;       // of the kernel that adds parts: a warp each
+constexpr int kUnroll = 4;            // 64 bytes per thread in flight, 128 KB per multiprocessor
+constexpr int kReduceThreads = 1024;  // in the one block that adds up the rows
+constexpr int kRowsOfBlock = 4;       // rows per block of the kernel that adds parts: a warp each
 constexpr float kLog2e = 1.4426950408889634f;
-// The lowest m: one of -inf would make -inf - -inf of a masked class
+// The initial m: with -inf, a masked class would give -inf - -inf
 constexpr float kLowest = -FLT_MAX;
 
 struct Scores {
   float scale, cap;  // cap 0: none
-  float inverse;     // of cap
+  float inverse;     // 1 / cap
 };
 
 // z of one logit; slope is dz / d(scale * logit). PLAIN: scale is 1, and no cap.
@@ -46,7 +48,7 @@ DEVICE float score(const Scores& of, float x, float& slope) {
   if constexpr (PLAIN) return x;
   float z = __fmul_rn(x, of.scale);  // rounded, so that z - shift is 0 at the largest
   if (of.cap != 0.0f) {
-    // not 1 - 2 / (e^2x + 1), which loses the digits of small ones
+    // not 1 - 2 / (e^2x + 1), which cancels for small x
     const float t = tanhf(z * of.inverse);
     z = of.cap * t;
     slope = 1.0f - t * t;
@@ -54,8 +56,8 @@ DEVICE float score(const Scores& of, float x, float& slope) {
   return z;
 }
 
-// The vectors of a row that begins at `p`, aligned to 16 bytes; the first may begin before the row
-// and the last end behind it.
+// The vectors of a row that begins at `p`, aligned to 16 bytes. The first may begin before the row,
+// the last may end after it.
 template <class T>
 struct Row {
   static constexpr int VEC = 16 / sizeof(T);
@@ -69,7 +71,7 @@ struct Row {
   DEVICE bool whole(int vector) const {
     return begin(vector) >= 0 && begin(vector) + VEC <= classes;
   }
-  // Return this thread's element of a partial vector among from..end - 1, -1 for none. The first VEC
+  // Returns this thread's element of a partial vector, within from..end - 1, or -1. The first VEC
   // threads take the elements of the first vector, the next VEC those of the last.
   DEVICE int edge(int from, int end) const {
     const int thread = threadIdx.x, vector = thread < VEC ? 0 : count - 1;
@@ -128,7 +130,7 @@ DEVICE Sums of_warp(Sums a) {
 }
 
 struct Outputs {
-  float *shift, *log_sum, *nll, *smoothed;  // (rows); smoothed only to smooth
+  float *shift, *log_sum, *nll, *smoothed;  // (rows); smoothed only for label smoothing
 };
 
 struct Problem {
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock)
 
 // ---- loss of all rows --------------------------------------------------------------------------
 
-// How many rows count (float32: exact to 2^24 of them); to all threads.
+// Returns the number of rows that count (float32: exact up to 2^24) to all threads.
 DEVICE float rows_that_count(const Problem& p) {
   float count = 0;
   for (int64_t row = threadIdx.x; row < p.rows; row += kReduceThreads)
@@ -248,17 +250,17 @@ __global__ void __launch_bounds__(kReduceThreads)
 // ---- backward ----------------------------------------------------------------------------------
 
 struct Factors {
-  const float *on_p, *on_target, *on_all;  // (rows); on_all only to smooth
-  bool one;  // on_p is one number for all rows that count, and on_target as well
+  const float *on_p, *on_target, *on_all;  // (rows); on_all only for label smoothing
+  bool one;                      // all rows that count have the same on_p and the same on_target
   const float *shift, *log_sum;  // (rows)
 };
 
 struct RowFactors {
   float on_p, on_target, on_all, shift, log_sum;
-  int label;  // -1: of no class
+  int label;  // the target, -1: none
 };
 
-// False where the row has no part in the loss: its gradient is 0, also where a logit is NaN.
+// False where the row does not count: its gradient is 0, even where a logit is NaN.
 template <bool SMOOTH>
 DEVICE bool read_factors(const Problem& p, const Factors& of, int64_t row, RowFactors& f) {
   const int64_t label = load(p.target + row);
@@ -279,7 +281,7 @@ DEVICE float gradient(const Problem& p, const RowFactors& f, float x, int at) {
   float less = at == f.label ? f.on_target : 0.0f;
   if (SMOOTH) less += f.on_all * (p.weight ? load(p.weight + at) : 1.0f);
   const float on_p = f.on_p * power(z - f.shift - f.log_sum);
-  // as one: of one class on_p is their sum, and the difference 0
+  // on_p - on_target at once: where on_p is their sum, with one class, the difference is 0
   const float dz = (f.on_p == 0.0f ? 0.0f : on_p) - less;
   return PLAIN ? dz : dz * slope * p.scores.scale;
 }
@@ -385,7 +387,7 @@ void backward(const Problem& p, const Factors& of, bool smooth, const TensorView
   check_size("d_logits", "elements", logits.numel(), d_logits.numel());
   with_kind(smooth, p, logits.dtype(), [&](auto smoothed, auto plain, auto element) {
     using T = decltype(element);
-    // one vector more than the classes fill, for a row that begins within one
+    // one vector more than the classes fill, for a row that begins within a vector
     const int parts = ceil_div(p.classes + Row<T>::VEC - 1, kThreads * kUnroll * Row<T>::VEC);
     launch(grid_of("cross_entropy_backward", p.rows * parts, kThreads, stream),
            cross_entropy_backward_kernel<smoothed, plain, T>, p, of, input<T>(logits, "logits"),

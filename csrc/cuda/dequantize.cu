@@ -1,5 +1,5 @@
-// w = scale q (+ zero) of every element, in the dtype of the output: one read of the codes, one
-// write of the result, 16 bytes of it a thread where rows are aligned (32 in float32).
+// w = scale q (+ zero) for every element, in the dtype of the output. Codes are read once, the
+// result is written once, 16 bytes per thread where rows are aligned (32 in float32).
 //
 //     block (row, part):   kThreads octets of one row
 #include "cuda/quantized_weight.cuh"

@@ -2,14 +2,13 @@
 //
 //     block = row * blocks + i:   gate[row, i * THREADS * VEC ..]  ->  y[row, i * THREADS * VEC ..]
 //
-// Rows may be apart (gate and up as halves of one projection), elements of a row not; contiguous
-// operands count as one row. A thread takes one vector of each, or one element where a row cannot
-// be read in vectors. Activations are float32; silu and the tanh form of gelu are both x times a
-// sigmoid.
+// Rows may have a stride (gate and up as halves of one projection), elements of a row are
+// contiguous; contiguous operands count as one row. A thread takes one vector of each operand, or
+// one element where a row cannot be read in vectors. Activations are computed in float32; silu and
+// the tanh form of gelu are both x times a sigmoid.
 //
-// `glu_round_kernel` gives y in int8 at once, as quantized_linear takes it: one launch less in a
-// decode step, and y, which is as wide as the MLP, is neither written nor read. Not measured on a
-// GPU.
+// `glu_round_kernel` returns y in int8, as quantized_linear takes it. That saves a decode step one
+// launch, and y, which is as wide as the MLP, is neither written nor read. Not measured on a GPU.
 #include "cuda/quantized_round.cuh"
 
 namespace fastlm {
@@ -60,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
               load_octet(gate + row * gate_stride + column, whole, end - column, value);
               load_octet(up + row * up_stride + column, whole, end - column, u);
 #pragma unroll
-              for (int j = 0; j < 8; ++j)  // what lies behind `end` is zero
+              for (int j = 0; j < 8; ++j)  // zero from `end` on
                 value[j] = to_float(from_float<T>(activation(value[j], act) * u[j]));
             });
 }
@@ -93,7 +92,7 @@ void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream s
     const auto start = [&](auto vec) {
       constexpr int VEC = decltype(vec)::value;
       const int64_t vectors = (width + VEC - 1) / VEC;
-      // a narrow row fills no block of 256
+      // a narrow row does not fill a block of 256
       const int threads = vectors < kThreads ? ceil_div(vectors, 32) * 32 : kThreads;
       const int blocks = ceil_div(vectors, threads);
       if (rows * blocks > INT32_MAX)

@@ -2,8 +2,8 @@
 //
 //     launch({"name", grid, block, shared_bytes, stream}, kernel<T>, input<T>(x, "x"), ...);
 //
-// On a GPU, and under the emulator, where the tensors are the CPU's and their bounds are remembered
-// for its checks.
+// Works on a GPU and under the emulator. There the tensors are on the CPU, and `input` and `output`
+// record their bounds for its checks.
 #pragma once
 
 #include <optional>
@@ -51,7 +51,7 @@ void with_device_float(DType dtype, const char* argument, F&& f) {
 struct Launch {
   const char* name;
   dim3 grid, block;
-  size_t shared = 0;  // bytes of dynamic shared memory
+  size_t shared = 0;  // dynamic shared memory, bytes
   cudaStream_t stream = nullptr;
 };
 
@@ -60,11 +60,11 @@ inline void succeed(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// On the current device; an empty grid starts nothing.
+// Launches on the current device; an empty grid launches nothing.
 template <class... P, class... A>
 void launch(const Launch& how, void (*kernel)(P...), A... arguments) {
   if (!how.grid.x || !how.grid.y || !how.grid.z) return;
-  // A launch gets 48 KiB without asking, static shared memory included: 16 are left for that
+  // A launch gets 48 KiB, static shared memory included, without asking: 16 are left for static
   if (how.shared > 32 * 1024)
     succeed(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -90,7 +90,7 @@ const T* input(const TensorView& t, const char* argument) {
 using simt::launch;
 using simt::Launch;
 
-// Bytes from the first element to behind the last.
+// Bytes from the first element to the end of the last.
 inline size_t span(const TensorView& t) {
   if (t.numel() == 0) return 0;
   int64_t last = 0;
@@ -112,7 +112,7 @@ const T* input(const TensorView& t, const char* argument) {
 
 #endif
 
-// The same of a tensor that may be missing.
+// The same for a tensor that may be absent.
 template <class T>
 const T* input(const std::optional<TensorView>& t, const char* argument) {
   return t ? input<T>(*t, argument) : nullptr;

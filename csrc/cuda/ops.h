@@ -15,8 +15,8 @@ namespace fastlm {
 using OptionalTensor = std::optional<TensorView>;
 using Stream = uintptr_t;
 
-// adamw.cu; sums, grad_norm and clip to clip (no sums: grad_norm is given); read and written: what
-// the table points at, for the emulator alone
+// adamw.cu; sums, grad_norm and clip: to clip gradients (no sums: grad_norm is given); read and
+// written: the tensors that the table points at, for the emulator alone
 void adamw(TensorView tensors, TensorView settings, TensorView chunks, int chunk_size,
            TensorView scalars, TensorView keys, OptionalTensor sums, OptionalTensor grad_norm,
            OptionalTensor clip, float max_grad_norm, const std::vector<TensorView>& read,
@@ -49,8 +49,7 @@ void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_c
                   TensorView block_table, TensorView positions, OptionalTensor k_scale,
                   OptionalTensor v_scale, Stream stream);
 
-// paged_attention_mma.cu: bytes of shared memory of a block, for a cache of so many bytes an
-// element
+// paged_attention_mma.cu: bytes of shared memory per block, for a cache of `bytes` per element
 int64_t paged_attention_shared(int rows, int d, int dv, int bytes);
 
 // paged_attention.cu
@@ -82,8 +81,8 @@ void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, Tenso
 void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qdata,
                              TensorView scales, OptionalTensor zeros, OptionalTensor bias, int bits,
                              int64_t group_size, int64_t k, TensorView y, Stream stream);
-// How the matrix kernel should share out W: tiles of K that a block takes, one row of tiles after
-// the other, and of how many parts an element of y is the sum at most.
+// How the matrix kernel should divide W: tiles of K per block, counted row of tiles by row of
+// tiles, and the largest number of parts that are summed to an element of y.
 std::pair<int, int> quantized_linear_stripe(TensorView x, TensorView qdata, int bits, int64_t k,
                                             int multiprocessors);
 void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTensor x_sums,

@@ -1,8 +1,8 @@
-// Keys and values of new tokens into the pages of a cache: as they are, or in int8,
-// q = round(x / scale of the head), to even, held within -127 .. 127. One launch where torch takes
-// an index and a scatter, and for int8 a division, a rounding, a clamp and a conversion, for each
-// of k and v. A block is one token; a thread takes 16 bytes of a head of k or v, an element where
-// they do not lie so. Everything is read and written once. Not measured on a GPU.
+// Writes keys and values of new tokens to the pages of a cache, unchanged or in int8: q = round(x /
+// scale of the head), half to even, clamped to -127 .. 127. One launch, where torch takes an index
+// and a scatter, and for int8 a division, a rounding, a clamp and a conversion, for each of k and
+// v. A block is one token; a thread takes 16 bytes of a head of k or v, or one element where those
+// are not aligned. Everything is read and written once. Not measured on a GPU.
 #include "cuda/ops.h"
 #include "cuda/places.cuh"
 
@@ -15,9 +15,9 @@ template <class T, class C>
 struct Part {          // k or v
   const T* x;          // (B, S, Hkv, D)
   C* cache;            // (pages, page_size, Hkv, D), T or int8
-  const float* scale;  // (Hkv,), of int8
+  const float* scale;  // (Hkv,), for int8
   int width;
-  int64_t x_step[3], cache_step[3];  // of sequence, token, head; of page, slot, head
+  int64_t x_step[3], cache_step[3];  // strides of sequence, token, head; of page, slot, head
 };
 
 template <int VEC, class T, class C>

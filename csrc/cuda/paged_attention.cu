@@ -3,8 +3,8 @@
 // once from memory by 128-bit loads (int8: 64), q and the page table from L2. How the keys are
 // divided: paged_attention.cuh.
 //
-// `paged_dot_kernel`: up to 2 rows a unit, or float32. A key's row lies across 2^n lanes, 8
-// elements each; a warp has several keys at once, kUnroll of each group of lanes in flight:
+// `paged_dot_kernel`: up to 2 rows per unit, or float32. A key's row is spread over 2^n lanes, 8
+// elements each. A warp has several keys at once, and each group of lanes kUnroll keys in flight:
 //
 //     lanes  | key 0: q k, 8 columns a lane | key 1 ...  |    every group of lanes has a softmax
 //     warps  0..7: the next keys                              of its own; merged at the end
@@ -20,13 +20,13 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kMostUnroll = 4;
-constexpr int kFurthest = kMostUnroll * kThreads;  // keys that a block has at once: one a lane
+constexpr int kFurthest = kMostUnroll * kThreads;  // most keys of a block at once: one per lane
 static_assert(kFurthest >= kTile);
 constexpr int kCombineThreads = 128;
 constexpr int kWidest = 256;
 
-// Eight elements of a row as they lie in memory, in pieces of at most 16 bytes: words, as nvcc
-// would take a vector of bytes apart, and put its words together again.
+// Eight elements of a row as in memory, in pieces of at most 16 bytes. Words, because nvcc would
+// split a vector of bytes and reassemble its words.
 template <class C>
 struct Eight {
   static constexpr int kPieces = sizeof(C) == 4 ? 2 : 1, kWords = 2 * sizeof(C) / kPieces;
@@ -44,7 +44,7 @@ DEVICE Eight<C> load_eight(const C* p) {
 template <class C>
 DEVICE void to_floats(const Eight<C>& x, float (&f)[8]) {
   if constexpr (std::is_same_v<C, int8_t>) {
-    // 2^23 + 128 + x by placing bytes: converting takes four times as long
+    // 2^23 + 128 + x by moving bytes: a conversion takes four times as long
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       f[i] =
@@ -70,7 +70,7 @@ DEVICE void to_floats(const Eight<C>& x, float (&f)[8]) {
   }
 }
 
-// 128 registers for 16 warps on a multiprocessor, of which each lane has 2 kUnroll loads under way
+// 128 registers: 16 warps on a multiprocessor, in which each lane has 2 kUnroll loads in flight
 template <int ROWS, class T, class C>
 __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p, int lanes_log2) {
   constexpr int kUnroll = sizeof(T) == 4 ? 2 : kMostUnroll;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
   for_each_piece<kThreads>(p.work, p.record, [&](const Piece& piece) {
     const int kv_head = piece.kv_head;
     const float scale = scale_of(p, kv_head);
-    // lanes beyond the row read its start: k times a q of zero, an out that nobody stores
+    // lanes beyond the row read its start: their q is zero, and their out is not stored
     const C* const k = p.k + kv_head * p.k_step.head + (column < p.d ? column : 0);
     const C* const v = p.v + kv_head * p.v_step.head + (column < p.dv ? column : 0);
     Row row[ROWS];
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
     const auto key = [&](int from, int u) {
       return from + (u * kWarps + warp) * groups + key_of_warp;
     };
-    const int last = piece.end - 1;  // lanes beyond it read it again, and `score` leaves it out
+    const int last = piece.end - 1;  // lanes beyond read it again, and `score` masks it
     int page[kUnroll];
     const auto find_pages = [&](int from) {
 #pragma unroll
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
     const int step = kUnroll * kWarps * groups;
     const Range seen = seen_by_all(p, piece);
     if (piece.begin < piece.end) find_pages(piece.begin);
-#pragma unroll 1  // twice as many keys would not fit
+#pragma unroll 1  // registers do not hold twice as many keys
     for (int from = piece.begin; from < piece.end; from += step) {
       Eight<C> keys[kUnroll], values[kUnroll];
 #pragma unroll
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
         keys[u] = load_eight(k + at.k);
         values[u] = load_eight(v + at.v);
       }
-      find_pages(from + step);  // under way while the keys are
+      find_pages(from + step);  // in flight together with the keys
       float s[ROWS][kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
           for (int i = 0; i < 8; ++i) out[r][i] += s[r][u] * x[i];
       }
     }
-    // the groups of lanes of a warp, then the warps
+    // merge the groups of lanes of a warp, then the warps
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       float highest = top[r];
@@ -200,13 +200,13 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
   });
 }
 
-// block (i, r): row r of the unit that block i of the kernel before began and others ended. A warp
-// adds every fourth slot, a lane 4 columns of it. `rows` of a slot.
+// block (i, r): row r of the unit that block i of the previous kernel began and other blocks ended.
+// A warp adds every fourth slot; a lane adds 4 of its columns. `rows`: rows per slot.
 template <class T, class C>
 __global__ void __launch_bounds__(kCombineThreads) paged_combine_kernel(Problem<T, C> p, int rows) {
   constexpr int kWarpsOf = kCombineThreads / 32;
   SHARED(float4, parts,
-         kWarpsOf * kWidest / 4);  // of each warp; an array of float may begin anywhere
+         kWarpsOf * kWidest / 4);  // of each warp; float4: an array of float is not aligned to 16
   float* const part = reinterpret_cast<float*>(parts);
   const int first = blockIdx.x, r = blockIdx.y;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -333,7 +333,7 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
     p.work.batch = static_cast<int>(q.size(0));
     p.work.queries = static_cast<int>(q.size(1));
     p.work.window = static_cast<int>(std::min<int64_t>(window, 1 << 30));
-    // kernels count to 2 kFurthest behind the last key in 31 bits; an empty cache has no keys
+    // kernels count to 2 kFurthest past the last key in 31 bits; an empty cache has no keys
     p.work.longest =
         static_cast<int>(k.size(0) == 0 ? 0
                                         : std::min<int64_t>(block_table.size(1) * k.size(1),

@@ -1,9 +1,9 @@
-// What the kernels of paged_attention share: how the keys are divided among the blocks, which keys
-// a row sees, how results of a row are put together.
+// Shared by the kernels of paged_attention: how keys are divided among blocks, which keys a row
+// sees, how partial results of a row are merged.
 //
 // A unit is the rows of q that read the keys of one sequence and one key head: S * group of them
-// (or some of those: row groups). Tiles of 64 keys are counted through all units, a sequence's as
-// many as it has, and every block takes `share` tiles in a row, whosever they are:
+// (or one row group of those). The tiles of 64 keys of all units are numbered consecutively, and
+// every block takes `share` consecutive tiles, across units:
 //
 //     units    | sequence 0, head 0 | 0, 1 | ...      | sequence 1, head 0 | ...
 //     blocks   |     0     |     1     |     2     |     3     |     4     |
@@ -11,8 +11,8 @@
 // A block that has a whole unit finishes it. Where several blocks share a unit, each writes its
 // largest score, sum and out in float32 to a slot: block i uses slot 2 i for a unit that an earlier
 // block began, and slot 2 i + 1 for one that a later block ends. The block that begins such a unit
-// records it, and `paged_combine_kernel` adds the slots up, in order. Blocks find their tiles from seq_lens
-// themselves: the host reads nothing from the device.
+// records it, and `paged_combine_kernel` adds the slots in order. Blocks compute their tiles from
+// seq_lens: the host reads nothing from the device.
 #pragma once
 
 #include <cmath>
@@ -21,22 +21,21 @@
 
 namespace fastlm::paged {
 
-constexpr int kTile =
-    64;  // keys: what two stages of the widest rows have room for in shared memory
+constexpr int kTile = 64;  // keys: two stages of the widest rows fit in shared memory
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct Work {
   const int* seq_lens;
   int batch, queries;
   int window;   // 0: none
-  int longest;  // keys that the table has room for
-  int units;    // of a sequence: key heads * row_groups
+  int longest;  // keys that the page table has room for
+  int units;    // per sequence: key heads * row_groups
   int row_groups;
-  int least;  // tiles that are worth a block of their own
+  int least;  // fewest tiles that are worth a block
 };
 
 struct Strides {
-  int64_t outer, row, head;  // of sequence, query, head
+  int64_t outer, row, head;  // strides of sequence, query, head
 };
 struct CacheStrides {
   int page, row;  // 32 bits: one multiplication to 64 each
@@ -66,10 +65,10 @@ struct Problem {
   float* part;       // (2 blocks, ROWS, Dv)
   float2* part_sum;  // (2 blocks, ROWS): largest score and sum, in units of log2(e)
   int4* record;      // (blocks,): sequence, unit, slots of the unit that continues behind the block
-  const int* table;  // (B, ..), rows table_row apart
+  const int* table;  // (B, ..), row stride table_row
   const float *k_scale, *v_scale;      // (Hkv,) or null
   const float *sinks, *slopes, *bias;  // (H,), (H,), (B, H, S, T) or null
-  int64_t bias_step[4];                // of sequence, head, query, key
+  int64_t bias_step[4];                // strides of sequence, head, query, key
   int bias_keys;
   Strides q_step;
   CacheStrides k_step, v_step;
@@ -83,7 +82,7 @@ struct Problem {
 };
 
 struct Keys {
-  int first, end, all;  // of a sequence: those that some row sees, and how many it has
+  int first, end, all;  // of a sequence: the range that some row sees, and its number of keys
 };
 DEVICE Keys keys_of(const Work& w, int b) {
   const int all = min(max(load(w.seq_lens + b), 0), w.longest);
@@ -94,7 +93,7 @@ DEVICE int tiles_of(const Keys& k) { return max((k.end - k.first + kTile - 1) / 
 // One block's part of a unit.
 struct Piece {
   int b, kv_head, row_group;
-  int begin, end, all;  // keys from begin to end, of the sequence's `all`
+  int begin, end, all;  // keys begin to end - 1 of the sequence's `all`
   int slot;             // -1: the whole unit
 };
 
@@ -171,14 +170,14 @@ DEVICE void for_each_piece(const Work& w, int4* record, F&& attend) {
   }
 }
 
-// Elements from the cache's start to key j of sequence b in k and in v, of head 0.
+// Offsets in elements of key j of sequence b in k and in v, for head 0.
 struct KeyAt {
   int64_t k, v;
 };
 template <class T, class C>
 DEVICE int page_of(const Problem<T, C>& p, int b, int j) {
   const int page = load(p.table + b * p.table_row + divide(j, p.page_size));
-  return min(max(page, 0), p.pages - 1);  // a kernel cannot refuse: it stays inside the cache
+  return min(max(page, 0), p.pages - 1);  // a kernel cannot raise an error: stay inside the cache
 }
 template <class T, class C>
 DEVICE KeyAt key_at(const Problem<T, C>& p, int page, int j) {
@@ -187,8 +186,8 @@ DEVICE KeyAt key_at(const Problem<T, C>& p, int page, int j) {
           int64_t{page} * p.v_step.page + int64_t{slot} * p.v_step.row};
 }
 
-// A row of q: which it is, and the keys that it sees. What only options need is looked up by
-// `score`: registers are scarce.
+// A row of q: its position, and the keys that it sees. Values that only options need are read by
+// `score`, because registers are scarce.
 struct Row {
   int query, head;
   int first, end;
@@ -204,8 +203,8 @@ DEVICE Row row_of(const Problem<T, C>& p, const Piece& piece, int r) {
           p.causal ? min(piece.all, position + 1) : piece.all};
 }
 
-// log2(e) times the score of key j, from q k: scale, softcap, ALiBi, bias, mask. `scale` is log2(e)
-// times that of the scores.
+// log2(e) times the score of key j, from q k: scale, softcap, ALiBi, bias, mask. `scale` includes
+// the factor log2(e).
 template <class T, class C>
 DEVICE float score(const Problem<T, C>& p, const Piece& piece, const Row& row, int j, float product,
                    float scale) {
@@ -225,7 +224,7 @@ DEVICE float score(const Problem<T, C>& p, const Piece& piece, const Row& row, i
   return sees ? product : -INFINITY;
 }
 
-// The keys that all rows of a piece see; none where a score is more than a scaled product.
+// The keys that all rows of a piece see; none where an option changes the scaled product.
 struct Range {
   int first, end;
   DEVICE bool has(int begin, int count) const { return begin >= first && begin + count <= end; }
@@ -244,7 +243,7 @@ DEVICE float scale_of(const Problem<T, C>& p, int kv_head) {
 
 DEVICE float or_zero(float top) { return top == -INFINITY ? 0.0f : top; }
 
-// Puts the sink in, and gives the factor of out and lse, natural; `top` and `sum` of all keys.
+// Adds the sink. Returns the factor of out, and the natural lse, from `top` and `sum` of all keys.
 struct Finish {
   float factor, lse;
 };
@@ -258,8 +257,8 @@ DEVICE Finish finish(const Problem<T, C>& p, int head, int kv_head, float top, f
   return {v_scale * weight / total, (zero + log2f(total)) * kLn2};
 }
 
-// Adds up the results of COPIES warps that had the keys of a piece among them, (COPIES, ROWS,
-// pitch) in `out` and (COPIES, ROWS) in `sums`, and writes them: finished, or to the piece's slot.
+// Merges the results of the COPIES warps that shared the keys of a piece, `out` (COPIES, ROWS,
+// pitch) and `sums` (COPIES, ROWS), and writes them: finished, or to the piece's slot.
 template <int THREADS, int COPIES, int ROWS, class T, class C>
 DEVICE void write_rows(const Problem<T, C>& p, const Piece& piece, const float* out, int pitch,
                        const float2* sums) {

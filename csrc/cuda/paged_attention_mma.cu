@@ -1,24 +1,24 @@
-// paged_attention's units of 3 to 64 rows of 16 bits, by m16n8k16; more rows are several units, the
-// second of which finds K and V in L2. Tiles of 64 keys go through shared memory, the next one
-// under way (cp.async) while this one is computed; q stays there. WM warps have 16 rows each, the
-// other warps other keys of the tile:
+// Units of paged_attention with 3 to 64 rows of 16 bits, by m16n8k16. More rows are several units,
+// of which all but the first find K and V in L2. Tiles of 64 keys go through shared memory;
+// cp.async fetches the next one while this one is computed. q stays in shared memory. WM warps
+// share the rows, 16 each; the other warps take other keys of the tile:
 //
 //     WM = 1:  rows 0-15    keys 0-15 | 16-31 | 32-47 | 48-63     a warp each, merged at the end
 //     WM = 4:  rows 0-15, 16-31, 32-47, 48-63    keys 0-63 each
 //
-// Scores and probabilities stay in registers: the result of q k is laid out as the left operand
-// of p v. An int8 cache is copied as it is and widened between shared memory and the matrix
-// instruction, where a register has 4 neighbours of a row:
+// Scores and probabilities stay in registers: the result of q k has the layout of the left operand
+// of p v. An int8 cache is copied unchanged and widened between shared memory and the matrix
+// instruction, where a register holds 4 neighbours of a row:
 //
 //     k   elements 4 c .. 4 c + 3 of 16 become slots 2 c, 2 c + 1, 2 c + 8, 2 c + 9 of the sum:
-//         q lies in shared memory in that order
+//         shared memory holds q in that order
 //     v   a transposed pair of keys has columns 2 n and 2 n + 1: even and odd columns are tiles of
 //         their own
 //
-// Rows in shared memory are an odd number of 16 bytes apart: no matrix that ldmatrix reads has a
-// bank conflict (by the emulator's counts; with an int8 cache q and the results of a unit, once
-// each, take two passes for one, and so do copies of rows of other than 2^n times 128 bytes). K
-// and V are read in whole sectors. Not measured on a GPU.
+// Rows in shared memory are an odd number of 16-byte units apart, so that ldmatrix has no bank
+// conflict. (By the emulator's counts. With an int8 cache, q and the results of a unit take two
+// passes instead of one, once each; so do copies of rows that are not 2^n times 128 bytes.) K and V
+// are read in whole sectors. Not measured on a GPU.
 #include "cuda/paged_attention.cuh"
 
 #include "cuda/ops.h"
@@ -29,7 +29,7 @@ namespace {
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 struct Sizes {
-  int d_pad, dv_pad;                // columns, zero beyond D and Dv
+  int d_pad, dv_pad;                // columns, with zeros beyond D and Dv
   int q_pitch, k_pitch, v_pitch;    // bytes from row to row
   int k_bytes, v_bytes, out_pitch;  // of a tile; floats from row to row
 };
@@ -67,19 +67,19 @@ DEVICE uint32_t pack(float low, float high) {
   }
 }
 
-// Two of four int8 as two of T, exactly. Selects: which bytes, beside those of a constant.
+// Two of four int8 as two of T, exactly. Selects name the bytes to take from x and from a constant.
 constexpr uint32_t kFirstTwo = 0x4140, kLastTwo = 0x4342, kEven = 0x4240, kOdd = 0x4341;
 template <class T>
 DEVICE uint32_t widen(uint32_t bytes, uint32_t select) {
   if constexpr (std::is_same_v<T, bfloat16>) {
-    // 128 + the lower seven bits, less 128 or, where the eighth is set, 256
+    // 128 + the lower seven bits, minus 128, or minus 256 where the eighth bit is set
     const uint32_t x = __byte_perm(bytes, 0x43434343u, select);
     const uint32_t low = x & 0xff7fff7fu, less = x & 0xff80ff80u;
     const auto y = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low),
                            reinterpret_cast<const __nv_bfloat162&>(less));
     return reinterpret_cast<const uint32_t&>(y);
   } else {
-    // 1024 + 128 + x; the flip is done once for both pairs of a word
+    // 1024 + 128 + x; the sign flip is done once for both pairs of a word
     const uint32_t x = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, select), less = 0x64806480u;
     const auto y =
         __hsub2(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(less));
@@ -87,7 +87,7 @@ DEVICE uint32_t widen(uint32_t bytes, uint32_t select) {
   }
 }
 
-// q of the unit's rows, zeros for rows and columns that are not there
+// q of the unit's rows, zeros for rows and columns that do not exist
 template <int ROWS, class T, class C>
 DEVICE void load_q(const Problem<T, C>& p, const Sizes& size, const Piece& piece,
                    unsigned char* to) {
@@ -113,8 +113,8 @@ DEVICE void load_q(const Problem<T, C>& p, const Sizes& size, const Piece& piece
   }
 }
 
-// The `rows` of a tile that there are, LANES threads a row; zeros behind the last one and `width`,
-// whose threads name an address of the cache all the same.
+// Copies the existing `rows` of a tile, LANES threads per row. Zeros after the last row and after
+// `width`; their threads still pass a valid address of the cache.
 template <int LANES, class C>
 DEVICE void copy_rows(unsigned char* to, int pitch, const C* from, const int64_t* at, int rows,
                       int width, int padded) {
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
   constexpr int WK = kWarps / WM, kRows = 16 * WM, kKeys = kTile / WK;  // of a warp
   constexpr int kLanes = WIDTH * sizeof(C) / 16;                        // that copy a row
   DYNAMIC_SHARED(memory);
-  SHARED(int64_t, k_at, 2 * kTile);  // of the rows of this tile and the next
+  SHARED(int64_t, k_at, 2 * kTile);  // offsets of the rows of this tile and the next
   SHARED(int64_t, v_at, 2 * kTile);
   SHARED(float2, sums, WK * kRows);
   unsigned char* const q_tile = memory;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
     __syncthreads();
     copy_tile(0);
 
-    Row row[2];  // of this lane: lane / 4 and 8 below
+    Row row[2];  // this lane's rows: lane / 4, and 8 below
 #pragma unroll
     for (int h = 0; h < 2; ++h) row[h] = row_of<kRows>(p, piece, wm * 16 + h * 8 + lane / 4);
     float out[WIDTH / 8][4] = {};
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
     const Range seen = seen_by_all(p, piece);
     for (int tile = 0; tile < count; ++tile) {
       cp_async_wait<0>();
-      __syncthreads();  // this tile is there, the one before has been read
+      __syncthreads();  // this tile has arrived, and all warps have read the one before
       copy_tile(tile + 1);
       find_rows(tile + 2);
       const unsigned char* const k_tile =
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
     }
 
     cp_async_wait<0>();
-    __syncthreads();  // `outs` lies where the tiles were
+    __syncthreads();  // `outs` overwrites the tiles
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       sum[h] += __shfl_xor_sync(kAllLanes, sum[h], 1);
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
       }
     }
     __syncthreads();
-    // the next piece writes there behind its own first barrier
+    // the next piece writes there after its own first barrier
     write_rows<kThreads, WK, kRows>(p, piece, outs, size.out_pitch, sums);
   });
 }
@@ -354,7 +354,7 @@ template void start_mma(const Problem<float16, int8_t>&, int, int, cudaStream_t)
 namespace fastlm {
 
 int64_t paged_attention_shared(int rows, int d, int dv, int bytes) {
-  return paged::shared_bytes(paged::sizes_of(d, dv, bytes), rows) + (3 << 10);  // static ones
+  return paged::shared_bytes(paged::sizes_of(d, dv, bytes), rows) + (3 << 10);  // 3 KiB: static
 }
 
 }  // namespace fastlm

@@ -1,4 +1,4 @@
-// Where the tokens of a decode step go in a cache of pages.
+// The places of a decode step's tokens in a cache of pages.
 #pragma once
 
 #include "cuda/launch.h"
@@ -7,16 +7,16 @@ namespace fastlm {
 
 struct Places {
   const int* positions;  // (B, S)
-  const int* table;      // (B, table_pages) of pages, rows table_row apart
+  const int* table;      // (B, table_pages) page numbers, row stride table_row
   int64_t table_row;
-  int tokens, pages, page_size, table_pages;  // tokens: of a sequence
+  int tokens, pages, page_size, table_pages;  // tokens: per sequence
 
   struct Place {
     int b, s;        // sequence, token of it
     int position;    // as given
-    int page, slot;  // page -1: it has none
+    int page, slot;  // page -1: the token has no place
   };
-  // Return the place of token i of B S.
+  // Returns the place of token i of B S.
   DEVICE Place of(int i) const {
     Place to{i / tokens, i % tokens, load(positions + i), -1, 0};
     const int entry = to.position / page_size;
@@ -29,7 +29,7 @@ struct Places {
 
 // ---- host
 
-// Return the places of `sequences` of `tokens` each, in caches (pages, page_size, ..).
+// Returns the places of `sequences` of `tokens` each, in caches (pages, page_size, ..).
 inline Places places_of(const TensorView& positions, const TensorView& block_table,
                         int64_t sequences, int64_t tokens, const TensorView& k_cache,
                         const TensorView& v_cache) {

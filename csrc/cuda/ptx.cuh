@@ -25,8 +25,8 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 #ifdef __CUDACC__
 
 #define DEVICE __device__ __forceinline__
-// N values of T that the threads of a block share, aligned as T is and no better; every element is
-// read and written by load, store
+// N values of T that the threads of a block share, with the alignment of T; every element is read
+// and written by load, store
 #define SHARED(T, name, N) __shared__ T name[N]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
@@ -43,7 +43,7 @@ DEVICE void store(T* p, V value) {
   *p = value;
 }
 
-// Read once by the whole grid (weights of a decode step): does not stay in L1.
+// For data that the whole grid reads once (weights of a decode step): does not stay in L1.
 DEVICE uint4 load_once(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -52,14 +52,14 @@ DEVICE uint4 load_once(const uint4* p) {
   return v;
 }
 
-// An address out of a table, which nvcc would reach as one of any memory.
+// An address from a table, marked as global; nvcc would use generic loads.
 template <class T>
 DEVICE T* global(T* p) {
   __builtin_assume(__isGlobal(p));
   return p;
 }
 
-// 4, 8 or 16 bytes of global memory as one: nvcc may take `store` of a vector apart.
+// 4, 8 or 16 bytes of global memory in one instruction: nvcc may split `store` of a vector.
 template <class V>
 DEVICE void store_global(V* p, const V& value) {
   static_assert(alignof(V) == sizeof(V));
@@ -75,7 +75,8 @@ DEVICE void store_global(V* p, const V& value) {
                  : "memory");
 }
 
-// Copies `valid` of Bytes (4, 8, 16) to shared memory, zeros for the rest, without waiting.
+// Copies `valid` of Bytes (4, 8, 16) bytes to shared memory, and zeros for the rest,
+// asynchronously.
 template <int Bytes>
 DEVICE void cp_async(void* to, const void* from, int valid = Bytes) {
   if constexpr (Bytes == 16)
@@ -93,12 +94,12 @@ DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
 }
 
-// `threads` of the block meet at barrier 1 to 15.
+// Barrier `id` (1 to 15) for `threads` threads of the block.
 DEVICE void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// Four matrices of 8 x 8 x 16 bits; lanes 8 i to 8 i + 7 give the rows of matrix i.
+// Four 8 x 8 matrices of 16 bits; lanes 8 i to 8 i + 7 pass the rows of matrix i.
 DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -139,8 +140,8 @@ DEVICE void mma(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Bit by bit, the entry of the truth table that the bits of a, b, c select: (a & b) | c is
-// (0xf0 & 0xcc) | 0xaa.
+// For each bit, the entry of the truth table that the bits of a, b, c select: (a & b) | c has the
+// table (0xf0 & 0xcc) | 0xaa.
 template <int Table>
 DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
@@ -232,7 +233,7 @@ inline float exp2_approximate(float x) {
 
 #endif
 
-// ---- of both
+// ---- for nvcc and g++
 
 template <class T>
 DEVICE float to_float(T x) {
@@ -253,8 +254,8 @@ DEVICE T from_float(float x) {
     return x;
 }
 
-// N neighbours that are read and written at once, 16 bytes at a time: what is wider (float32 beside
-// 8 elements of 16 bits) needs to lie no better, and is two accesses.
+// N neighbours that are read and written at once. The alignment is 16 bytes at most: a wider vector
+// (float32 beside 8 elements of 16 bits) takes two accesses.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T at[N];
@@ -271,7 +272,7 @@ DEVICE float max_of_warp(float x) {
   return x;
 }
 
-// Return the largest x of a block of THREADS to all its threads; a barrier stands at its end.
+// Returns the largest x of a block of THREADS to all its threads; ends with a barrier.
 template <int THREADS>
 DEVICE float max_of_block(float x) {
   SHARED(float, part, THREADS / 32);

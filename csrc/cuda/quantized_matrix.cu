@@ -1,7 +1,7 @@
 // y = x W^T + bias by matrix instructions, W in int8 or int4: bfloat16 and float16 x of up to 64
 // rows a block, int8 x (quantized_round.cu) of any number.
 //
-//     W is the left operand: y^T (16 x 8) += W (16 x 16) x^T (16 x 8), so few rows of x waste
+// W is the left operand: y^T (16 x 8) += W (16 x 16) x^T (16 x 8), so that a few rows of x waste
 //     little.
 //
 //     block (m, stripe), 8 warps, a tile of K at a time:              k ->
@@ -9,30 +9,30 @@
 //       x          m [ 8 NT rows ][ warps_k x RANGE columns ]          read once per block of n
 //       warp       16 TILES rows of W, all of x's, RANGE columns in steps of 32
 //
-// Both come by cp.async, STAGES tiles deep, as they lie in memory. No other layout of the codes is
-// needed: an instruction's k may be any columns as long as both operands agree, and with lane c of
-// a row's four holding the octet 8 c of a step, codes are one 32-bit (int4) or 64-bit (int8) read
-// and x one of 128 bits (int8: 64). Rows in shared memory are padded so that these meet no bank
-// twice. A repacked weight would save the pad and 6 reads of codes in 8, 6 instructions of 150 in a
-// warp's 128 columns, and cost a second copy of every checkpoint.
+// cp.async copies both to shared memory as they are, STAGES tiles deep. The codes need no other
+// layout: an instruction's k may be any columns as long as both operands agree. Lane c of the four
+// of a row holds the octet 8 c of a step, so codes are one 32-bit (int4) or 64-bit (int8) read and
+// x one of 128 bits (int8: 64). Rows in shared memory are padded so that these reads have no bank
+// conflict. Rejected: a repacked weight. It would save the pad and 6 of 8 reads of codes, 6 of 150
+// instructions per 128 columns of a warp, and cost a second copy of every checkpoint.
 //
-// FORM, by the groups. Where they are of a multiple of 32 columns, the instructions multiply q,
-// which 16 bits hold exactly, and the scale goes onto sums in float32: of a warp's whole range
-// where that is of one group (kScales; with offsets kOffsets, where one more instruction sums x,
-// for zero times that), else of each step of 32 (kNarrow). Int8 x has its sums made before; offsets
-// are no form of their own. Otherwise (kAny) w = scale q + zero is made in float32 and rounded to
-// x's dtype, as dequantize does.
+// FORM depends on the groups. Where a group is a multiple of 32 columns, the instructions multiply
+// q, which is exact in 16 bits, and sums in float32 are scaled. A warp's whole range is scaled at
+// once where it is within one group (kScales; with offsets kOffsets, where one more instruction
+// sums x to multiply the offset by); otherwise each step of 32 columns (kNarrow). The sums of int8
+// x are computed before, so there offsets need no form of their own. For any other group (kAny), w
+// = scale q + zero is computed in float32 and rounded to x's dtype, as dequantize does.
 //
-// W's tiles, row of tiles after row of tiles, are dealt to blocks in stripes. As a rule a stripe is
-// a whole row of them; where that leaves multiprocessors idle, stripes are equal shares, and rows
-// that are cut are parts in float32, added in order by add_parts. A counter with "the last block
-// adds" would save that kernel's start, but must be zero before and belong to one stream alone,
-// which a captured graph cannot promise.
+// W's tiles are numbered row by row and divided among blocks in stripes. As a rule a stripe is a
+// whole row of tiles. Where that leaves multiprocessors idle, stripes are equal shares; rows that
+// are cut give parts in float32, which add_parts adds in order. Rejected: a counter by which the
+// last block adds. It would save a launch, but must be zero before and belong to one stream, which
+// a captured graph cannot guarantee.
 //
-// Not measured on a GPU. The emulator counts no bank conflict in reads and sums; cp.async of int4
-// with 17 rows or more meets banks 1.3 times (rows of 64 + 16 bytes, a pad for the reads), and
-// scales, 2 bytes a row and group, take a sector each the first time. ptxas: no spills, up to 128
-// registers (two blocks), with 64 rows up to 255 (one).
+// Not measured on a GPU. The emulator counts no bank conflict in reads and sums. cp.async of int4
+// with 17 rows or more takes 1.3 passes (rows of 64 + 16 bytes, padded for the reads), and scales,
+// 2 bytes per row and group, take a sector each the first time. ptxas: no spills, up to 128
+// registers (two blocks per multiprocessor), with 64 rows up to 255 (one block).
 #include <algorithm>
 
 #include "cuda/quantized_weight.cuh"
@@ -46,8 +46,8 @@ enum Form { kScales, kOffsets, kNarrow, kAny };
 
 template <class T>
 struct Rows {
-  const T* x;                 // (rows, width), rows x_stride apart
-  const float *scale, *sums;  // (runs, scale_stride): of int8 x; sum of q times scale
+  const T* x;                 // (rows, width), row stride x_stride
+  const float *scale, *sums;  // (runs, scale_stride) for int8 x: scale; scale times the sum of q
   int rows, width;
   int64_t x_stride, scale_stride;
   int granule;
@@ -59,43 +59,44 @@ struct Output {
   const void* bias;  // (n), or null
   DType bias_dtype;
   float* parts;  // (parts, rows, n); null: no row of tiles is cut
-  int stripe;    // tiles of a block
+  int stripe;    // tiles per block
 };
 
-// NT: blocks of 8 rows of x. The more rows it has, the more rows of W share them: a block's, by way
-// of the L2, and a warp's (TILES of 16), whose reads of x from shared memory, 4 KB for 64 rows of
-// 32 columns at 128 bytes a clock, would take longer than 16 rows' instructions.
+// NT: blocks of 8 rows of x. The more rows x has, the more rows of W a block and a warp (TILES of
+// 16) take: the block to read x from L2 less often, the warp because reading x from shared memory
+// (4 KB for 64 rows of 32 columns, at 128 bytes per clock) takes longer than the instructions of 16
+// rows.
 template <int BITS, class T, int NT>
 struct Shape {
   static constexpr bool kInteger = std::is_same_v<T, int8_t>;
   static constexpr int kTiles = NT < 4 ? 1 : 2;
   static constexpr int kWarpsN = NT == 1 ? 2 : 4, kWarpsK = kWarps / kWarpsN;
-  static constexpr int kRange = 128 / kTiles, kSteps = kRange / 32;  // columns of a warp in a tile
+  static constexpr int kRange = 128 / kTiles, kSteps = kRange / 32;  // a warp's columns in a tile
   static constexpr int kN = 16 * kTiles * kWarpsN, kM = 8 * NT, kColumns = kRange * kWarpsK;
   static constexpr int kCodeBytes = kColumns * BITS / 8, kXBytes = kColumns * sizeof(T);
-  // 8 (codes of int4), 4 (of int8, x of int8) or 2 rows (x of 16 bits) fill the banks together
+  // together, 8 rows (codes of int4), 4 (of int8; x of int8) or 2 (x of 16 bits) cover all banks
   static constexpr int kCodeStride = kCodeBytes + 4 * BITS;
   static constexpr int kXStride = kXBytes + 32 * sizeof(T);
   static constexpr int kStage = kN * kCodeStride + kM * kXStride;
-  // 96 KB: two blocks on an A100 or H100 with room for L1, one where 99 KB is all there is
+  // 96 KB: two blocks on an A100 or H100 with room left for L1; one where the limit is 99 KB
   static constexpr int kStages = 4 * kStage <= 98304 ? 4 : 98304 / kStage;
-  static constexpr int kProducts = kInteger ? 1 : 2;  // instructions of a step and 8 rows of x
-  static constexpr int kSumStride = kN + 4;           // lanes of a store 8 banks apart
+  static constexpr int kProducts = kInteger ? 1 : 2;  // instructions per step and 8 rows of x
+  static constexpr int kSumStride = kN + 4;           // lanes of a store are 8 banks apart
   static_assert(kStages >= 2 && kWarpsK * kM * kSumStride * 4 <= kStages * kStage);
 };
 
 template <class S>
-DEVICE int tiles_of(const Weight& w) {  // of a row of tiles
+DEVICE int tiles_of(const Weight& w) {  // tiles per row of tiles
   return (w.k + S::kColumns - 1) / S::kColumns;
 }
 
-// Copies tile after tile of ROWS rows of BYTES bytes of a matrix to shared memory, STRIDE apart,
-// kBytes (which divide the bytes of the matrix's rows) a thread and pass; zeros for what the matrix
-// does not have. The address moves on, since made anew from the tile's number it is 20
-// instructions.
+// Copies consecutive tiles of ROWS rows of BYTES bytes of a matrix to shared memory, STRIDE apart;
+// a thread copies kBytes per pass (a divisor of the matrix's row length in bytes); zeros outside
+// the matrix. The address is advanced from tile to tile: computing it from the tile's number takes
+// 20 instructions.
 template <int ROWS, int BYTES, int STRIDE>
 struct Copier {
-  const unsigned char* from;  // this thread's first bytes in the next tile
+  const unsigned char* from;  // this thread's first byte in the next tile
   int64_t row_bytes;
 
   DEVICE Copier(const void* tile, int64_t row_bytes, int bytes, int thread) : row_bytes(row_bytes) {
@@ -103,11 +104,11 @@ struct Copier {
     from = static_cast<const unsigned char*>(tile) + row * row_bytes + at;
   }
 
-  // rows, bytes: that the matrix has from this tile's first on
+  // rows, bytes: what is left of the matrix from this tile's first on
   template <int kBytes>
   DEVICE void copy(unsigned char* to, int rows, int bytes) {
     constexpr int kRow = BYTES / kBytes,
-                  kPass = kThreads / kRow;  // chunks of a row, rows of a pass
+                  kPass = kThreads / kRow;  // chunks per row, rows per pass
     static_assert(kThreads % kRow == 0 && (ROWS % kPass == 0 || ROWS < kPass));
     const int row = threadIdx.x / kRow, at = threadIdx.x % kRow * kBytes;
     to += row * STRIDE + at;
@@ -119,7 +120,7 @@ struct Copier {
       const bool there = at < bytes && row + i * kPass < rows;
       if constexpr (kBytes == 1)
         store(to + i * kPass * STRIDE, there ? load(source) : static_cast<unsigned char>(0));
-      else  // all or nothing is one predicate, a number of bytes 7 instructions
+      else  // all or nothing takes one predicate, a number of bytes 7 instructions
         cp_async<kBytes>(to + i * kPass * STRIDE, source, there ? kBytes : 0);
       source += kPass * row_bytes;
     }
@@ -142,7 +143,7 @@ DEVICE void load_words(uint32_t (&words)[WORDS], const unsigned char* p) {
   for (int i = 0; i < WORDS; ++i) words[i] = v.at[i];
 }
 
-// Scales and offsets of a lane's two rows in a tile of W, as they lie in memory.
+// Scales and offsets of a lane's two rows in a tile of W, as in memory.
 struct Factors {
   uint32_t scale[2], zero[2];
 };
@@ -189,7 +190,7 @@ DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const float (&sca
 template <class T>
 constexpr uint32_t kOnes = std::is_same_v<T, bfloat16> ? 0x3f803f80u : 0x3c003c00u;  // two
 
-// `tiles` tiles of K, of the rows of W from first_n on, into y or into a part.
+// Multiplies `tiles` tiles of a row of tiles, from tile `first` on, and writes y or a part.
 template <Form FORM, int BITS, class T, int NT, bool ALIGNED>
 DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsigned char* shared,
                      int n_tile, int first, int tiles) {
@@ -239,7 +240,7 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
 #pragma unroll
   for (int s = 0; s < S::kStages - 1; ++s) copy(s);
 
-  int factors[S::kTiles][2];  // the first of a row; those behind the last one have its, unused
+  int factors[S::kTiles][2];  // index of a row's first scale; rows beyond W have the last one's
 #pragma unroll
   for (int i = 0; i < 2 * S::kTiles; ++i)
     factors[i / 2][i % 2] =
@@ -247,7 +248,7 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
   float total[S::kTiles][NT][4] = {};
   for (int tile = 0; tile < tiles; ++tile) {
     const int column = (first + tile) * S::kColumns + warp_k * S::kRange;
-    Factors f[S::kTiles];  // of the first step; read here, so as to be there behind the barrier
+    Factors f[S::kTiles];  // of the first step: loads issued here have arrived after the barrier
     const auto read = [&](int step) {
       const int group = w.group_of(column + 32 * step + (kExact ? 0 : lane % 4 * 8));
 #pragma unroll
@@ -255,7 +256,7 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
     };
     read(0);
     cp_async_wait<S::kStages - 2>();
-    __syncthreads();  // all threads' copies are there, and all have read the stage filled next
+    __syncthreads();  // all copies have arrived, and all threads have read the stage to fill next
     copy(tile + S::kStages - 1);
     const unsigned char* stage = shared + tile % S::kStages * S::kStage;
     const unsigned char* codes = stage + (warp_n * 16 * S::kTiles + lane / 4) * S::kCodeStride +
@@ -285,8 +286,7 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
         Sum sums[S::kTiles][4];
-        [[maybe_unused]] float x_sums[4] =
-            {};  // of 16-bit x: of the two rows of x in `sums`, twice
+        [[maybe_unused]] float x_sums[4] = {};  // 16-bit x: the sums of two rows of x, twice
 #pragma unroll
         for (int i = 0; i < 4 * S::kTiles; ++i) sums[i / 4][i % 4] = kZero;
 #pragma unroll
@@ -312,7 +312,7 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
           Vector<float, 2> x_sum{{x_sums[0], x_sums[1]}};
           bool offset = zeros;
           if constexpr (S::kInteger) {
-            const int from = column + 32 * step;  // these sums' first column
+            const int from = column + 32 * step;  // first column of these sums
             const int64_t at = w.run_of(from) * p.scale_stride + first_m + 8 * t + lane % 4 * 2;
             x_scale = load(reinterpret_cast<const Vector<float, 2>*>(p.scale + at));
             offset = zeros && w.begins_run(from);
@@ -339,9 +339,9 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
   }
 
   cp_async_wait<0>();
-  __syncthreads();  // the stages' memory now holds sums: (warps_k, m, n)
+  __syncthreads();  // from here on the stages' memory holds sums: (warps_k, m, n)
   float* const part = reinterpret_cast<float*>(shared);
-  // parts are counted from the stripe that begins this row of tiles
+  // parts are numbered from the stripe that begins this row of tiles
   const int k_tiles = tiles_of<S>(w);
   const int64_t before = static_cast<int64_t>(blockIdx.y - n_tile * k_tiles / out.stripe) * p.rows;
 #pragma unroll
@@ -368,12 +368,13 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
   }
 }
 
-// Blocks of a multiprocessor. Two have 128 registers, which 32 rows of some would spill.
+// Blocks per multiprocessor. Two leave 128 registers each; some forms with 32 rows would spill.
 template <Form FORM, int BITS, class T, int NT>
 constexpr int kBlocks =
     NT < 4 || (NT == 4 && FORM != kAny && (sizeof(T) == 2 || BITS == 4)) ? 2 : 1;
 
-// ALIGNED: rows of codes and of x are, and end, at 16 bytes; otherwise one variant serves all.
+// ALIGNED: rows of codes and of x begin and end at multiples of 16 bytes. One variant serves all
+// other operands.
 template <Form FORM, int BITS, class T, int NT, bool ALIGNED>
 __global__ void __launch_bounds__(kThreads, kBlocks<FORM, BITS, T, NT>)
     matrix_kernel(Rows<T> p, Weight w, Output out) {
@@ -385,7 +386,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<FORM, BITS, T, NT>)
   for (int first = begin - n_tile * k_tiles; n_tile * k_tiles + first < end; ++n_tile, first = 0) {
     const int tiles = min(k_tiles - first, end - n_tile * k_tiles - first);
     multiply<FORM, BITS, T, NT, ALIGNED>(p, w, out, shared, n_tile, first, tiles);
-    __syncthreads();  // the sums were read
+    __syncthreads();  // the sums have been read
   }
 }
 
@@ -404,7 +405,7 @@ __global__ void __launch_bounds__(kThreads)
   store_float(out.y, out.dtype, at, sum);
 }
 
-// Calls f with the number of blocks of 8 rows of x that a block of threads takes.
+// Calls f with NT, the number of blocks of 8 rows of x that a block of threads takes.
 template <class F>
 void with_tiles(int64_t rows, bool aligned, F&& f) {
   if (!aligned || rows > 32) return f(std::integral_constant<int, 8>{});
@@ -425,7 +426,7 @@ bool rows_are_aligned(const TensorView& x, const TensorView& qdata) {
          granule_of(bytes(qdata), qdata.size(1)) == 16;
 }
 
-// In how many parts stripes cut a row of tiles at most.
+// The largest number of parts into which stripes cut a row of tiles.
 int parts_of(int64_t tiles, int64_t stripe) {
   if (stripe % tiles == 0) return 1;
   return tiles % stripe == 0 ? static_cast<int>(tiles / stripe) : ceil_div(tiles - 1, stripe) + 1;
@@ -439,12 +440,12 @@ std::pair<int, int> quantized_linear_stripe(TensorView x, TensorView qdata, int 
   const int64_t rows = x.size(0);
   with_tiles(rows, rows_are_aligned(x, qdata), [&](auto nt) {
     constexpr int kNT = decltype(nt)::value;
-    using S = Shape<4, bfloat16, kNT>;  // of all, they have the same rows and columns
+    using S = Shape<4, bfloat16, kNT>;  // all dtypes have the same rows and columns per tile
     const int64_t tiles = ceil_div(k, S::kColumns), n_tiles = ceil_div(qdata.size(0), S::kN);
     const int64_t m_tiles = ceil_div(rows, S::kM);
-    // What a multiprocessor has to do where rows of tiles are not cut (fewer rows of x have two
-    // blocks there, which share it), and where they are: by stripes of at least 4 tiles, to fill
-    // the stages, and so that partial sums, written and read, are no more bytes than the codes.
+    // The work of a multiprocessor with uncut rows of tiles (with fewer rows of x it is shared by
+    // two blocks), and with stripes. A stripe has at least 4 tiles, to fill the stages and so that
+    // partial sums, written and read, are no more bytes than the codes.
     const int64_t waves = ceil_div(n_tiles * m_tiles, multiprocessors);
     const int64_t whole = kNT < 8 && waves > 1 ? 0 : waves * tiles;
     const int64_t all = tiles * n_tiles, blocks = std::max<int64_t>(1, multiprocessors / m_tiles);
@@ -452,7 +453,7 @@ std::pair<int, int> quantized_linear_stripe(TensorView x, TensorView qdata, int 
     if (stripe < tiles) stripe = std::max<int64_t>(stripe, ceil_div(tiles * 64 * rows, k * bits));
     // add_parts takes about as long as 8 tiles (16384 weights each, 0.3 to 0.4 us)
     if (whole - stripe <= 8) stripe = tiles;
-    stripe = std::max<int64_t>(stripe, ceil_div(all, 65535));  // blocks of a grid
+    stripe = std::max<int64_t>(stripe, ceil_div(all, 65535));  // limit of a grid's y
     result.first = static_cast<int>(stripe);
     result.second = parts_of(tiles, stripe);
   });
@@ -526,8 +527,7 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
           if (!aligned) return start(from, form_of<kRest>{}, b, nt, std::false_type{});
         if constexpr (!kInteger) {
           if (!by_steps) return aligned_form(form_of<kAny>{});
-          if constexpr (kNT <
-                        4)  // beyond, kNarrow takes as many instructions, and registers enough
+          if constexpr (kNT < 4)  // with more rows kNarrow takes as few instructions, and fits
             if (wide && zeros) return aligned_form(form_of<kOffsets>{});
         }
         if (wide && (kInteger || !zeros))

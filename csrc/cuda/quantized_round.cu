@@ -1,5 +1,5 @@
-// quantized_linear's activations in int8 (quantized_round.cuh): x is read once, a warp takes a run
-// of a row.
+// Rounds activations to int8 for quantized_linear (quantized_round.cuh): x is read once, a warp
+// takes one run of a row.
 #include "cuda/quantized_round.cuh"
 
 namespace fastlm {

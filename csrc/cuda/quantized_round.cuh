@@ -1,15 +1,15 @@
-// Rows of activations in int8, a scale for each run of them: what quantized_linear with act_bits 8
-// multiplies (reference.round_rows: q = round(x (127 / absmax)), half to even; a run is a group of
-// W's columns, cut at 512).
+// Activations in int8 with one scale per run, which quantized_linear multiplies with act_bits 8
+// (reference.round_rows: q = round(x (127 / absmax)), half to even; a run is a group of W's
+// columns, at most 512).
 //
-//     warp: one run of one row, an octet a lane (two in runs over 256) -> absmax -> q, scale, sum
+//     warp: one run of one row, an octet per lane (two in runs over 256) -> absmax -> q, scale, sum
 //
-// q is laid out for the products: rows are 16 bytes apart or a multiple of that, zeros behind the
-// last column, and for int4 weights an octet's even columns come before its odd ones. A run with
-// NaN or infinity has the scale NaN, and zeros.
+// q is laid out for the products: the row stride is a multiple of 16 bytes, with zeros after the
+// last column, and for int4 weights the even columns of an octet come before the odd ones. A run
+// with NaN or infinity has the scale NaN, and zeros.
 //
-// A row comes from memory (quantized_round.cu), or is made by the kernel that rounds it: a norm
-// (rms_norm.cu), a gate (glu.cu).
+// A row is read from memory (quantized_round.cu), or computed by the kernel that rounds it: a norm
+// (rms_norm.cu), a gated activation (glu.cu).
 #pragma once
 
 #include "cuda/quantized_weight.cuh"
@@ -19,16 +19,16 @@ namespace fastlm {
 struct Rounded {
   int8_t* q;
   int64_t q_stride;
-  float *scales, *sums;  // (runs, rows): scale, scale * sum of the run's q
+  float *scales, *sums;  // (runs, rows): scale; scale * the sum of the run's q
   int64_t scale_stride;
   bool even_first;
 };
 
-// By all lanes of a warp. octet(column, end, value) sets the 8 columns of the row from `column` on,
-// those from `end` on to zero; it is not called for a column behind `end`.
+// Called by all lanes of a warp. octet(column, end, value) sets `value` to the 8 columns of the row
+// from `column` on, with zeros from `end` on; it is not called with a column past `end`.
 template <class Octet>
 DEVICE void round_run(const Weight& w, const Rounded& to, int64_t row, int run, Octet octet) {
-  constexpr int kOctets = kRunMax / 8 / 32;  // of a lane
+  constexpr int kOctets = kRunMax / 8 / 32;  // per lane
   const int lane = threadIdx.x % 32;
   const int group = run / w.group_runs;
   const int begin = group * w.group + run % w.group_runs * kRunMax;
@@ -75,8 +75,8 @@ DEVICE void round_run(const Weight& w, const Rounded& to, int64_t row, int run, 
   store(to.sums + run * to.scale_stride + row, scale * sum);
 }
 
-// The first `left` of 8 elements of a row; the rest of `value` stays. By vectors where `whole` says
-// that they lie so.
+// Loads the first `left` of 8 elements of a row; the rest of `value` is unchanged. `whole`: the row
+// is aligned, and read in vectors.
 template <class X>
 DEVICE void load_octet(const X* from, bool whole, int left, float (&value)[8]) {
   constexpr int kVec = 16 / sizeof(X);

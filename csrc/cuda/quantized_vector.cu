@@ -1,20 +1,21 @@
 // y = x W^T + bias for a few rows of x and a W in int8 or int4: without matrix instructions, in
-// float32, or in exact integers where x is int8 (quantized_round.cu). W is read once, 16 bytes a
-// lane; all arithmetic is in the shade of that.
+// float32, or in exact integers where x is int8 (quantized_round.cu). W is read once, 16 bytes per
+// lane; reading it takes longer than the arithmetic.
 //
 //     block: R rows of W for each warp_row, all of K            k ->
 //       warp 0   n [R x 32 lanes x 16 bytes][                ][ warp 0 again ..
 //       warp 1     [                ][R x 32 x 16 bytes      ][ ..
 //
-// The warps of a block share the columns of W by chunks (1024 of int4, 512 of int8); each lane has
-// R rows in flight at a time. x is staged in shared memory, once a block, in the order in which
-// lanes read it: the 16-byte units of a lane's columns lie kPlane units apart, so that neither the
-// write (by columns) nor the read (by lanes) meets a bank twice. Sums: lanes by shuffles, then
-// warps in their order through shared memory, so results are the same bits on every run.
+// The warps of a block share the columns of W in chunks (1024 of int4, 512 of int8); each lane has
+// R rows in flight. x is staged in shared memory, once per block, in the order in which lanes read
+// it: the 16-byte units of a lane's columns are kPlane units apart, so that neither the write (by
+// columns) nor the read (by lanes) has a bank conflict. Lanes are summed by shuffles, then warps in
+// order through shared memory, so results are the same bits on every run.
 //
-// Not measured on a GPU. From the instructions: 1.13 on the integer pipe (64 a clock) and 2 on the
-// float32 pipe (128 a clock) for each int4 code of a 4096 x 4096 W are 1.3 us of each on 132
-// multiprocessors at 1.75 GHz, beside 2.5 us for its 8.4 MB at 3.35 TB/s.
+// Not measured on a GPU. By instruction count, each int4 code takes 1.13 instructions of the
+// integer pipe (64 per clock) and 2 of the float32 pipe (128 per clock). For a W of 4096 x 4096
+// that is 1.3 us of either on 132 multiprocessors at 1.75 GHz; reading its 8.4 MB at 3.35 TB/s
+// takes 2.5 us.
 #include "cuda/quantized_weight.cuh"
 
 namespace fastlm {
@@ -24,26 +25,26 @@ constexpr int kWarps = 4;
 
 template <class X>
 struct Rows {
-  const X* x;          // (rows, k), rows x_stride apart
-  const float* scale;  // (runs, scale_stride): of int8 x
+  const X* x;          // (rows, k), row stride x_stride
+  const float* scale;  // (runs, scale_stride), for int8 x
   int rows;
   int64_t x_stride, scale_stride;
-  bool whole;  // rows of x are aligned and end at 16 bytes
+  bool whole;  // rows of x begin and end at multiples of 16 bytes
 };
 
 template <int BITS, class X, int M>
 struct Shape {
-  // rows of W in flight, as registers allow
+  // rows of W in flight, as many as registers allow
   static constexpr int kR = M == 1 ? 8 : M == 4 && BITS == 8 && sizeof(X) == 1 ? 2 : 4;
-  static constexpr int kColumns = 128 / BITS;           // of a lane: 16 bytes of codes
-  static constexpr int kChunk = 32 * kColumns;          // columns of a warp
+  static constexpr int kColumns = 128 / BITS;           // columns per lane: 16 bytes of codes
+  static constexpr int kChunk = 32 * kColumns;          // columns per warp
   static constexpr int kUnit = 16 / sizeof(X);          // columns in 16 bytes of x
-  static constexpr int kUnits = kColumns / kUnit;       // of a lane
-  static constexpr int kPlane = 32 + 8 / kUnits % 8;    // units from one to the lane's next
-  static constexpr int kStaged = kUnits * kPlane * 16;  // bytes of a chunk of one row of x
+  static constexpr int kUnits = kColumns / kUnit;       // units per lane
+  static constexpr int kPlane = 32 + 8 / kUnits % 8;    // units between two of the same lane
+  static constexpr int kStaged = kUnits * kPlane * 16;  // bytes per chunk and row of x
 };
 
-// The 16 bytes of codes at byte `at` of a row, zeros behind its end. ALIGNED: rows are, to 16
+// The 16 bytes of codes at byte `at` of a row, zeros past its end. ALIGNED: rows are aligned to 16
 // bytes.
 template <bool ALIGNED>
 DEVICE uint4 load_codes(const Weight& w, const uint8_t* row, int at) {
@@ -57,7 +58,7 @@ DEVICE uint4 load_codes(const Weight& w, const uint8_t* row, int at) {
   return {v[0], v[1], v[2], v[3]};
 }
 
-// Chunks `first` .. of M rows of x into shared memory; zeros behind the ends.
+// Copies chunks `first` .. of M rows of x to shared memory, with zeros past the ends.
 template <int BITS, class X, int M>
 DEVICE void stage(const Rows<X>& p, int first_row, int k, int first, int chunks,
                   unsigned char* staged) {
@@ -92,7 +93,7 @@ template <int BITS, class X, int M, int R>
 DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged,
                      float (&part)[R][M], float (&sum)[M]) {
   using S = Shape<BITS, X, M>;
-  constexpr int kVectors = 8 / S::kUnit;  // of an octet of x
+  constexpr int kVectors = 8 / S::kUnit;  // per octet of x
   float x[M][8];
 #pragma unroll
   for (int m = 0; m < M; ++m)
@@ -121,12 +122,12 @@ DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged
   }
 }
 
-// The same in integers; x of int4 has the even columns of an octet first.
+// The same in integers; for int4, x has the even columns of an octet first.
 template <int BITS, class X, int M, int R>
 DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged, int (&part)[R][M],
                      int (&sum)[M]) {
   using S = Shape<BITS, X, M>;
-  using Unit = Vector<int, 4>;  // of two octets: of the second it is in registers by then
+  using Unit = Vector<int, 4>;  // two octets; for the second one it is in registers already
   const int at = o % 2 * 2;
   int x[M][2];
 #pragma unroll
@@ -154,7 +155,7 @@ DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged
 }
 
 template <int BITS, class X, int M, bool ALIGNED>
-// of int8 by int8 3 blocks a multiprocessor: for 4 it needs more than 128 registers
+// int8 by int8: 3 blocks per multiprocessor, since 4 leave too few registers
 __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS == 8 ? 3 : 4)
     vector_kernel(Rows<X> p, Weight w, const void* bias, DType bias_dtype, void* y, DType y_dtype,
                   int warps_k) {
@@ -167,13 +168,13 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS 
   SHARED(float, sums, kWarps * kR * M);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_k = warp % warps_k, warps_n = kWarps / warps_k;
-  // in one dimension: the others hold 65535 blocks, and a vocabulary of 4 rows each has more
+  // a grid of one dimension: the others are limited to 65535 blocks, too few for a vocabulary
   const int blocks_n = (w.n + warps_n * kR - 1) / (warps_n * kR);
   const int first_n = blockIdx.x % blocks_n * warps_n * kR, first_m = blockIdx.x / blocks_n * M;
-  const bool narrow = w.groups > 1 && w.group % S::kColumns;  // a lane's columns have many scales
+  const bool narrow = w.groups > 1 && w.group % S::kColumns;  // a lane needs several scales
   const int chunks = (w.k + S::kChunk - 1) / S::kChunk;
 
-  int row[kR];  // rows behind the last one are computed as that and not stored
+  int row[kR];  // rows past the last one repeat it and are not stored
 #pragma unroll
   for (int r = 0; r < kR; ++r) row[r] = min(first_n + warp / warps_k * kR + r, w.n - 1);
   float acc[kR][M] = {};
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS 
                                      column * BITS / 8);
       scale_bits[r] = load_bits(w.scales, w.factors, row[r] * w.groups + group);
     }
-    if (slab) __syncthreads();  // the last slab of x was read
+    if (slab) __syncthreads();  // all warps have read the previous slab of x
     stage<BITS, X, M>(p, first_m, w.k, slab, min(warps_k, chunks - slab), staged);
     __syncthreads();
     if (slab + warp_k >= chunks) continue;
@@ -284,7 +285,7 @@ void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qd
         aligned(16, from) && stride * sizeof(X) % 16 == 0 && (x_scale || k * sizeof(X) % 16 == 0)};
     const auto with_bits = [&](auto b) {
       constexpr int kBits = decltype(b)::value;
-      // 3 rows of 16 bits are the matrix kernel's (fastlm/cuda/quantized_linear.py)
+      // the matrix kernel takes 3 rows of 16 bits (fastlm/cuda/quantized_linear.py)
       constexpr int kMost = sizeof(X) == 2 ? 2 : 4;
       if (w.granule != 16)  // one variant is enough for weights of odd widths
         start<kBits, X, kMost, false>(p, w, bias, to, y.dtype(), stream);

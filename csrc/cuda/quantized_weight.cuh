@@ -1,10 +1,10 @@
-// A weight in int8 or int4 as the kernels of quantized_linear read it (fastlm/ops/quantized_weight.py), and
-// its numbers made from bits.
+// A weight in int8 or int4 (fastlm/ops/quantized_weight.py) as the kernels of quantized_linear read
+// it, and the conversion of its codes.
 //
 // The unit is an octet: 8 columns of a row that begin at a multiple of 8, 4 bytes of int4 or 8 of
-// int8; a group of columns is a multiple of it, so an octet has one scale and one offset. Integers
-// become floats by their bits, since a conversion instruction runs at a quarter of the rate of the
-// others or less: a float of 2^e + code has the code at the end of its mantissa.
+// int8. A group is a multiple of 8 columns, so an octet has one scale and one offset. Integers are
+// converted to floats by bit operations, because conversion instructions run at a quarter of the
+// rate of others or less: the float 2^e + code has the code in the low bits of its mantissa.
 #pragma once
 
 #include "cuda/launch.h"
@@ -19,11 +19,11 @@ struct Weight {
   const void *scales, *zeros;  // (n, groups) of `factors`; zeros may be null
   DType factors;
   int n, k, row_bytes, groups, group;
-  uint32_t inverse;      // of a group in units of 4 columns, times 2^32
-  int runs, group_runs;  // of a row, of a group
-  int granule;           // bytes that every row's first address is a multiple of: 16, 4, 1
+  uint32_t inverse;      // 2^32 / (group / 4)
+  int runs, group_runs;  // per row, per group
+  int granule;           // alignment of every row's address in bytes: 16, 4 or 1
 
-  DEVICE int group_of(int column) const {  // a column behind the last one counts to its group
+  DEVICE int group_of(int column) const {  // a column past the last one is in the last group
     return min(static_cast<int>(__umulhi(column / 4, inverse)), groups - 1);
   }
   DEVICE int run_of(int column) const {
@@ -35,9 +35,9 @@ struct Weight {
   }
 };
 
-// An element of a tensor whose dtype is known at run time: its bits, and their value. They are two
-// so that loads of many can be under way: nvcc converts where the branch on the dtype is, and
-// waits.
+// An element of a tensor whose dtype is known at run time: its bits, and their value. The two are
+// separate so that many loads can be in flight: in one function nvcc would convert, and wait,
+// inside the branch on the dtype.
 DEVICE uint32_t load_bits(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::f32) return load(static_cast<const uint32_t*>(p) + i);
   return load(static_cast<const uint16_t*>(p) + i);
@@ -65,7 +65,7 @@ DEVICE void store_float(void* p, DType dtype, int64_t i, float v) {
 DEVICE void to_floats(const uint32_t (&octet)[1], float (&q)[8]) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    // the nibble stays where it is, at bits 4 p to 4 p + 3: 2^23 + 16^p code
+    // the nibble keeps its bits, 4 p to 4 p + 3: 2^23 + 16^p code
     const int p = j % 4;
     const uint32_t bits = lop3<0xea>(octet[0] >> (j / 4 * 16), 0xfu << 4 * p, 0x4b000000u);
     const float unit = 1.0f / (1 << 4 * p);
@@ -114,16 +114,16 @@ DEVICE void to_pairs(const uint32_t (&octet)[2], uint32_t (&pair)[4], float16 ki
 DEVICE void to_pairs(const uint32_t (&octet)[2], uint32_t (&pair)[4], bfloat16 kind) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    // 8 bits do not fit behind 128 with its mantissa of 7: 128 + the low 7, less 128 or, where the
-    // sign is set, 256
+    // a mantissa of 7 bits cannot hold 128 + 8 bits: 128 + the low 7, minus 128, or minus 256 where
+    // the sign is set
     const uint32_t bytes = __byte_perm(octet[i / 2], 0, i % 2 ? 0x3322 : 0x1100);
     pair[i] = subtract(lop3<0xea>(bytes, 0x007f007fu, 0x43004300u),
                        lop3<0xea>(bytes, 0x00800080u, 0x43004300u), kind);
   }
 }
 
-// An octet's q for products of int8, times kIntegerUnit: int4 stays in the upper half of its byte.
-// The octet of x has the order of the result: int4's even columns come first.
+// An octet's q for products of int8, times kIntegerUnit: int4 stays in the upper half of a byte.
+// The octet of x must have the order of the result: the even columns of int4 come first.
 template <int BITS>
 constexpr int kIntegerUnit = BITS == 4 ? 16 : 1;
 DEVICE void to_bytes(const uint32_t (&octet)[1], uint32_t (&q)[2]) {
@@ -135,22 +135,22 @@ DEVICE void to_bytes(const uint32_t (&octet)[2], uint32_t (&q)[2]) {
   q[1] = octet[1];
 }
 
-// A sum of such products starts at the bits of 1.5 * 2^23, so that it is a float without
-// conversion: 128 columns of 128 * 127 (or 16 * 8 * 127) stay below the 2^22 that it holds on both
-// sides.
+// A sum of such products starts at the bits of 1.5 * 2^23, so its bits are a float without
+// conversion: 128 columns of 128 * 127 (or 16 * 8 * 127) stay below 2^22 in magnitude, which that
+// float can hold.
 constexpr int kIntegerZero = 0x4b400000;
 DEVICE float value_of(int sum) { return __int_as_float(sum) - 12582912.0f; }
 DEVICE float value_of(float sum) { return sum; }
 
 // ---- host
 
-// The largest power of 2 out of 16, 4, 1 that divides the address and the distance of rows.
+// The largest of 16, 4, 1 that divides the address and the row stride.
 inline int granule_of(const void* p, int64_t row_bytes) {
   const uintptr_t bits = reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(row_bytes);
   return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 1;
 }
 
-// A tensor of any float dtype; null where it is missing.
+// A tensor of any float dtype; null where it is absent.
 inline const void* any_float(const OptionalTensor& t, const char* argument) {
   const void* p = nullptr;
   if (t)

@@ -1,14 +1,15 @@
 // y = h / rms(h) * (offset + weight), h = x + residual or x: RMSNorm of each row (arXiv:1910.07467)
-// for the decode step, where starting kernels is most of the time.
+// for the decode step, where launches take most of the time.
 //
 //     block = row:   h[row, ..] -> sum of squares (warps, then block) -> y[row, ..]
 //
-// `rms_norm_kernel` keeps a row in registers, PER vectors a thread, and reads it once;
+// `rms_norm_kernel` keeps a row in registers, PER vectors per thread, and reads it once;
 // `rms_norm_wide_kernel` reads a row of any width twice. Sums are float32. The norm is of h as
 // stored.
 //
-// `rms_norm_round_kernel` gives y in int8 at once, as quantized_linear takes it: one launch less in
-// a decode step. The row waits in shared memory, since the columns of a run are another warp's.
+// `rms_norm_round_kernel` returns y in int8, as quantized_linear takes it, which saves a decode
+// step one launch. The row goes through shared memory, since another warp rounds the columns of a
+// run.
 #include "cuda/quantized_round.cuh"
 
 namespace fastlm {
@@ -18,14 +19,14 @@ constexpr int kThreads = 256;
 
 template <class T>
 struct Rows {
-  const T *x, *residual;  // rows x_stride, residual_stride apart; residual may be null
+  const T *x, *residual;  // row strides x_stride, residual_stride; residual may be null
   T *y, *h;               // contiguous; h only with residual
   float* rstd;            // may be null
   int width;
   int64_t x_stride, residual_stride;
 };
 
-// h of one vector in float32; stores it where there is a residual.
+// Loads one vector of h in float32; stores it where there is a residual.
 template <int VEC, class T>
 DEVICE void load_h(const Rows<T>& p, int64_t row, int at, float (&value)[VEC]) {
   using V = Vector<T, VEC>;
@@ -43,7 +44,7 @@ DEVICE void load_h(const Rows<T>& p, int64_t row, int at, float (&value)[VEC]) {
   store(reinterpret_cast<V*>(p.h + row * p.width + at), sum);
 }
 
-// y of one vector, `to` it.
+// Stores one vector of y.
 template <int VEC, class T, class W>
 DEVICE void store_y(T* to, const W* weight, float offset, const float (&value)[VEC], float scale) {
   const auto w = load(reinterpret_cast<const Vector<W, VEC>*>(weight));
@@ -54,7 +55,7 @@ DEVICE void store_y(T* to, const W* weight, float offset, const float (&value)[V
   store(reinterpret_cast<Vector<T, VEC>*>(to), v);
 }
 
-// Return the scale of a row from all threads' parts of the sum of squares; thread 0 stores it.
+// Returns the scale of a row, from all threads' shares of the sum of squares; thread 0 stores it.
 template <class T>
 DEVICE float scale_of(const Rows<T>& p, int64_t row, float squares, float eps) {
   const float scale = rsqrtf(sum_of_block<kThreads>(squares) / p.width + eps);
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = blockIdx.x;
   float value[VEC];
   float squares = 0;
-#pragma unroll 1  // by four, as nvcc likes, it spills on sm_90
+#pragma unroll 1  // nvcc's default of four spills on sm_90
   for (int at = threadIdx.x * VEC; at < p.width; at += kThreads * VEC) {
     load_h(p, row, at, value);
 #pragma unroll
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = scale_of(p, row, squares, eps);
 #pragma unroll 1
   for (int at = threadIdx.x * VEC; at < p.width; at += kThreads * VEC) {
-    load_h(p, row, at, value);  // stores the same h again: cheaper than to read it back
+    load_h(p, row, at, value);  // stores the same h again, which is cheaper than reading it back
     store_y(p.y + row * p.width + at, weight + at, offset, value, scale);
   }
 }
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
     rms_norm_round_kernel(Rows<T> p, const W* weight, float eps, float offset, Weight w,
                           Rounded to) {
   DYNAMIC_SHARED(memory);
-  T* const y = reinterpret_cast<T*>(memory);  // h at first; a thread reads what it wrote
+  T* const y = reinterpret_cast<T*>(memory);  // holds h at first; a thread reads its own elements
   const int64_t row = blockIdx.x;
   float squares = 0;
 #pragma unroll 1
@@ -159,7 +160,7 @@ int64_t row_stride(const TensorView& t) {  // (rows, width), or contiguous of an
   return t.contiguous() ? t.size(-1) : t.stride(0);
 }
 
-// The operands of both functions; y: what one of them has.
+// The operands of both functions; y is absent in rms_norm_round.
 template <class T>
 Rows<T> rows_of(const TensorView& x, const OptionalTensor& residual, T* y, const OptionalTensor& h,
                 float* rstd) {
@@ -173,7 +174,7 @@ Rows<T> rows_of(const TensorView& x, const OptionalTensor& residual, T* y, const
           residual ? row_stride(*residual) : 0};
 }
 
-// f(weight in its own dtype, how many elements a thread can take at once)
+// Calls f(weight in its own dtype, number of elements that a thread can take at once).
 template <class T, class F>
 void with_weight(const Rows<T>& p, const TensorView& weight, F&& f) {
   check_contiguous("weight", weight);

@@ -3,13 +3,13 @@
 // the same with (sin1, sin2) := (-sin2, -sin1). Elements past R are copied.
 //
 //     thread (u, row)   row = (batch, position, group of heads of q or of k)
-//     unit u < units    two runs of VEC elements, from u VEC and from R / 2 + u VEC; a run of the
-//                       rest from there on
+// unit u < units    two runs of VEC elements, from u VEC and from R / 2 + u VEC; the units after
+//                       those copy a run of the rest
 //
-// Any strides but those of elements. Products and sums are float32. A thread reads its part of the
-// tables once for all heads of its group: one at a decode step, where all of them run at a time,
-// several with many positions, where tables would be the larger part of what is read from L2. Not
-// measured on a GPU.
+// Elements of a head are contiguous, all other strides are free. Products and sums are float32. A
+// thread reads its part of the tables once for all heads of its group. A group is one head in a
+// decode step, where all heads run at once; it is several heads with many positions, where the
+// tables would otherwise be most of the traffic from L2. Not measured on a GPU.
 #include <algorithm>
 
 #include "cuda/launch.h"
@@ -39,7 +39,7 @@ struct Problem {
   Heads<T> q, k;
   Table<U> cos, sin;
   int64_t rows;
-  int length, half, width, each;  // positions, pairs and elements of a head, heads of a group
+  int length, half, width, each;  // positions, pairs and elements of a head, heads per group
   bool inverse;
 };
 
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(Problem<T, U> p) {
   T* y = t.y + batch * t.y_batch + token * t.y_token + first_head * t.y_head;
   const int units = p.half / VEC;
   for (int u = threadIdx.x; u < units; u += blockDim.x) {
-    constexpr bool APART = INTERLEAVED && VEC == 1;  // a run does not hold a pair
+    constexpr bool APART = INTERLEAVED && VEC == 1;  // a run is half a pair
     const int first = APART ? 2 * u : u * VEC, second = first + (APART ? 1 : p.half);
     float c[2 * VEC], s[2 * VEC];
     const U* cos = p.cos.at + batch * p.cos.batch + token * p.cos.token;
@@ -170,7 +170,7 @@ void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool inter
                             static_cast<int>(width),
                             static_cast<int>(each),
                             inverse};
-      constexpr int VEC = 16 / sizeof(U);  // of a longer run of the tables lanes read half sectors
+      constexpr int VEC = 16 / sizeof(U);  // longer runs: half sectors of the tables per lane
       if (whole(p.q, VEC) && whole(p.k, VEC) && whole(p.cos, VEC) && whole(p.sin, VEC) &&
           p.half % VEC == 0 && p.width % VEC == 0)
         start<VEC>(p, interleaved, stream);

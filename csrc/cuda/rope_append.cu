@@ -1,12 +1,12 @@
-// What stands between projections and attention in a decode step, in one launch: q and k turned by
-// their positions (rope.cu), k and v into the cache (paged_append.cu).
+// Everything between projections and attention of a decode step, in one launch: rotates q and k by
+// their positions (rope.cu) and writes k and v to the cache (paged_append.cu).
 //
 //     y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin      x1, x2: elements j and j + R / 2 of a head
 //
-// A block is one token, or an eighth of it at least; a thread takes VEC pairs of a head of q or k,
-// or VEC elements of v or behind R, until the token is done. A token's row of the tables is read
-// here too, so that no other launch gathers them. Products and sums are float32. Not measured on a
-// GPU.
+// A block is one token, or down to an eighth of one. Its threads take VEC pairs of a head of q or
+// k, or VEC elements of v or past R, until the token is done. The kernel also reads the token's row
+// of the tables, which saves a launch that gathers rows. Products and sums are float32. Not
+// measured on a GPU.
 #include <algorithm>
 
 #include "cuda/ops.h"
@@ -18,11 +18,11 @@ namespace {
 constexpr int kThreads = 128;
 
 template <class T>
-struct Rows {  // of q, k or v, (B, S, heads, D), and where they go
+struct Rows {  // q, k or v, (B, S, heads, D), and their destination
   const T* x;
   T* y;
   int heads, width;
-  int64_t x_step[3], y_step[3];  // of sequence, token, head; of the cache: page, slot, head
+  int64_t x_step[3], y_step[3];  // strides of sequence, token, head; in the cache: page, slot, head
 };
 
 struct Tables {
@@ -42,7 +42,7 @@ DEVICE void copy(const T* from, T* to) {
   store(reinterpret_cast<Vector<T, VEC>*>(to), load(reinterpret_cast<const Vector<T, VEC>*>(from)));
 }
 
-// Unit `unit` of a head: the pairs first, then what lies behind them.
+// Unit `unit` of a head: the pairs first, then the elements past R.
 template <int VEC, class T>
 DEVICE void turn(const T* from, T* to, const Tables& tables, int64_t row, int unit) {
   const int at = unit * VEC, half = tables.half;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(Problem<T> p) {
   const auto [b, s, position, page, slot] = p.places.of(blockIdx.x);
   const bool kept = page >= 0;
   const int64_t row = min(max(position, 0), p.tables.rows - 1);
-  const int of_head = (p.q.width - p.tables.half) / VEC;  // units
+  const int of_head = (p.q.width - p.tables.half) / VEC;  // units per head
   const int of_q = p.q.heads * of_head, of_k = kept ? p.k.heads * of_head : 0;
   const int of_v = kept ? p.v.heads * (p.v.width / VEC) : 0;
   for (int i = blockIdx.y * kThreads + threadIdx.x; i < of_q + of_k + of_v;
@@ -146,7 +146,7 @@ void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, Tenso
               dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)},
              rope_append_kernel<VEC, T>, Problem<T>{of_q, of_k, of_v, places, tables});
     };
-    constexpr int VEC = 4;  // 16 bytes of the tables
+    constexpr int VEC = 4;  // 16 bytes of a table
     if (whole(of_q, VEC) && whole(of_k, VEC) && whole(of_v, VEC) && tables.half % VEC == 0 &&
         aligned(16, tables.cos, tables.sin))
       start(std::integral_constant<int, VEC>{});

@@ -1,6 +1,5 @@
-// cp.async: copies from global to shared memory behind the kernel's back. Here they arrive when
-// they are waited for, not before; until then the destination is poison, and touching it is an
-// error.
+// cp.async: asynchronous copies from global to shared memory. Here a copy arrives when the kernel
+// waits for it, not before. Until then the destination is poisoned, and touching it is an error.
 #pragma once
 
 #include "simt/memory.h"

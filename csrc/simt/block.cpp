@@ -20,9 +20,9 @@ thread_local constinit Thread* self __attribute__((tls_model("initial-exec"))) =
 
 namespace {
 
-// Everything an OS thread needs to run blocks one after the other.
+// Everything an OS thread needs to run blocks in sequence.
 struct Scheduler {
-  std::vector<std::unique_ptr<Thread>> threads;  // their stacks are used again
+  std::vector<std::unique_ptr<Thread>> threads;  // their stacks are reused
   std::vector<Thread*> ready;
   Thread main;  // the OS thread itself
   Block block;
@@ -52,7 +52,7 @@ void go(Thread* to, bool ends = false) {
   switch_fiber(from->fiber, to->fiber, ends);
 }
 
-// A thread that is ready; the scheduler where none is.
+// A thread that is ready; the scheduler's own if none is.
 Thread* choose() {
   const Quiet quiet;
   Scheduler& s = *scheduler;
@@ -75,10 +75,10 @@ void next(bool ends = false) {
   if (thread != self) go(thread, ends);
 }
 
-// On a GPU a warp comes to a barrier as one: bar.sync counts it as 32 threads.
+// On a GPU a warp arrives at a barrier as a whole: bar.sync counts it as 32 threads.
 void want_whole_warps(const Barrier& barrier) {
   for (const Warp& warp : scheduler->block.warps) {
-    const Thread *in = nullptr, *out = nullptr;  // lanes that are in it, at one place, or are not
+    const Thread *in = nullptr, *out = nullptr;  // a lane that is in the barrier, one that is not
     for (uint32_t lanes = warp.live; lanes; lanes &= lanes - 1) {
       const Thread* t = warp.thread[__builtin_ctz(lanes)];
       const bool here = t->waits_at == &barrier && (!in || same(in->site, t->site));
@@ -117,7 +117,7 @@ void end_thread() {
   self->done = true;
   self->warp->live &= ~(1u << self->lane);
   --s.block.live;
-  open_if_complete(s.block.barriers[0]);  // who has returned is not waited for, as on a GPU
+  open_if_complete(s.block.barriers[0]);  // as on a GPU, barriers ignore threads that returned
   release(&s.main);
 }
 
@@ -202,8 +202,9 @@ void run_block(Scheduler& s, const Launch& launch, uint64_t number) {
   }
   self = &s.main;
   adopt(s.main.fiber);
-  release(
-      &s.ready);  // what came before the block, to its threads; s.main: their ends, to what follows
+  // s.ready orders what came before the block before its threads, s.main their ends before what
+  // follows
+  release(&s.ready);
   next();
   acquire(&s.main);
   if (s.fault.empty() && block.live) {
@@ -243,7 +244,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   if (launch.shared > kMostDynamic)
     refuse(std::to_string(launch.shared) + " bytes of dynamic shared memory");
   if (options().dry) return dry_launches().push_back(launch);
-  // blocks in no order that a kernel could rely on
+  // blocks in a random order, so that no kernel relies on one
   std::vector<int64_t> order(blocks);
   std::iota(order.begin(), order.end(), 0);
   if (uint64_t r = options().seed)
@@ -252,8 +253,8 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
       std::swap(order[i], order[(r >> 33) % (i + 1)]);
     }
   std::string fault;
-  int64_t faulty =
-      blocks;  // the first block that has one, of `order`: so it is the same every time
+  // the first faulty block in `order`, so that every run reports the same one
+  int64_t faulty = blocks;
   std::mutex mutex;
   const SegvGuard guard(launch.name);
   if (options().races) begin_races();
@@ -288,11 +289,11 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
 void fail(const std::string& what, const Site& site) {
   Scheduler& s = *scheduler;
   s.fault = what + " at " + text(site) + place(*self);
-#if defined(SIMT_TSAN)  // it does not let go of threads that are left where they stand
+#if defined(SIMT_TSAN)  // ThreadSanitizer cannot abandon fibers
   std::fprintf(stderr, "simt: %s\n", s.fault.c_str());
   std::_Exit(1);
 #endif
-  go(&s.main, true);  // the block's other threads are left where they stand
+  go(&s.main, true);  // abandons the block's other threads
   __builtin_unreachable();
 }
 

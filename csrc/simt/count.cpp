@@ -27,10 +27,10 @@ Count global_cost(const Notes& lanes) {
 Count shared_cost(const Notes& lanes) {
   uint32_t widest = 4;
   for (const auto* n : lanes) widest = std::max(widest, n->size);
-  const size_t at_once = 32 / (widest / 4);  // lanes of a pass
+  const size_t at_once = 32 / (widest / 4);  // lanes per pass
   Count count{1, 0, 0};
   for (size_t first = 0; first < lanes.size(); first += at_once) {
-    std::set<uintptr_t> words[32];  // of each bank; one word for many lanes is one read
+    std::set<uintptr_t> words[32];  // per bank; several lanes that read one word count once
     for (size_t i = first; i < std::min(first + at_once, lanes.size()); ++i) {
       const auto a = reinterpret_cast<uintptr_t>(lanes[i]->address);
       for (uintptr_t w = a / 4; w <= (a + lanes[i]->size - 1) / 4; ++w) words[w % 32].insert(w);

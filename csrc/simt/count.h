@@ -1,9 +1,9 @@
 // What the memory instructions of a kernel cost, counted from their addresses.
 //
-// Lanes do not run in step here. The k-th access of each lane of a warp at one place of the source
-// counts as one instruction. Global: 32-byte sectors that it touches, and how few would hold its
-// bytes. Shared: passes over the 32 banks of 4 bytes (8-byte accesses go by half warps, 16-byte
-// ones by quarters), and how few it could be.
+// Lanes do not run in step here, so the k-th access of each lane of a warp at one place of the
+// source counts as one instruction. Global: the 32-byte sectors that it touches, and the fewest
+// that could hold its bytes. Shared: the passes over the 32 banks of 4 bytes (8-byte accesses take
+// half warps, 16-byte accesses quarters), and the fewest possible.
 #pragma once
 
 #include <map>
@@ -26,7 +26,7 @@ struct Counts {
     bool shared;
     Site site;
   };
-  std::vector<std::vector<Note>> notes;  // of each thread
+  std::vector<std::vector<Note>> notes;  // per thread
 
   void begin(int threads);
   void note(const void* address, size_t size, Access access, bool shared, const Site& site);

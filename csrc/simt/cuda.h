@@ -1,5 +1,5 @@
 // CUDA's own names for device code, on the host: indices, barriers, shuffles, votes, atomics, and
-// the mathematics that the CUDA headers leave to nvcc. What is missing is added when a kernel asks.
+// the mathematics that the CUDA headers leave to nvcc. Only names that a kernel uses are here.
 #pragma once
 
 #include <bit>
@@ -34,7 +34,7 @@ inline void __threadfence() {
 }
 inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
-// ---- shuffles: `width` lanes, a power of 2, form a group of their own; distances are modulo 32
+// ---- shuffles: groups of `width` lanes, a power of 2; distances are modulo 32
 
 template <class T>
 T __shfl_sync(unsigned mask, T v, int source, int width = 32,
@@ -72,7 +72,7 @@ inline int __all_sync(unsigned mask, int p, simt::Site site = simt::Site::curren
   return simt::ballot(mask, p == 0, site) == 0;
 }
 
-// ---- atomics, of every block: OpenMP runs several at a time
+// ---- atomics: atomic across blocks, since OpenMP runs several at a time
 
 namespace simt {
 template <class T, class F>
@@ -83,7 +83,7 @@ T atomic(T* p, F&& change, const Site& site) {
   __atomic_load(p, &before, __ATOMIC_RELAXED);
   do after = change(before);
   while (!__atomic_compare_exchange(p, &before, &after, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
-  yield();  // who waits for another thread's must let it run
+  yield();  // a thread that waits for another one's atomic must let it run
   return before;
 }
 }  // namespace simt
@@ -93,12 +93,12 @@ T atomicAdd(T* p, std::type_identity_t<T> v, simt::Site site = simt::Site::curre
   return simt::atomic(p, [v](T x) { return T(x + v); }, site);
 }
 
-// ---- mathematics; the fast forms are as exact as the others here
+// ---- mathematics; the fast forms are as exact as the others
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a < b ? b : a; }
 template <class A, class B>
-void min(A, B) = delete;  // of other types: not by way of int
+void min(A, B) = delete;  // no conversion of other types to int
 template <class A, class B>
 void max(A, B) = delete;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
@@ -136,7 +136,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return result;
 }
 inline int __dp4a(int a, int b, int c) {
-  unsigned sum = c;  // wraps around
+  unsigned sum = c;  // may wrap around
   for (int i = 0; i < 4; ++i) sum += int8_t(a >> 8 * i) * int8_t(b >> 8 * i);
   return sum;
 }

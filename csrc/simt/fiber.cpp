@@ -16,7 +16,7 @@ void* __tsan_create_fiber(unsigned flags);
 void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 }
-constexpr unsigned kTsanNoSync = 1;  // a switch orders nothing: barriers do
+constexpr unsigned kTsanNoSync = 1;  // a switch orders nothing; barriers do
 #endif
 
 namespace simt {
@@ -67,7 +67,7 @@ void prepare(Fiber& fiber, void (*entry)()) {
     fiber.stack = static_cast<char*>(p) + kPage;
     fiber.size = kStack;
   }
-#if defined(__SANITIZE_ADDRESS__)  // of a thread that was left where it stood
+#if defined(__SANITIZE_ADDRESS__)  // of a thread that was abandoned
   __asan_unpoison_memory_region(fiber.stack, fiber.size);
 #endif
 #if defined(SIMT_TSAN)
@@ -75,7 +75,7 @@ void prepare(Fiber& fiber, void (*entry)()) {
   fiber.tsan = __tsan_create_fiber(0);
 #endif
 #if defined(__x86_64__)
-  // six registers, the entry, and no return address: at a function's start rsp % 16 is 8
+  // six registers, the entry, and no return address, since rsp % 16 is 8 at a function's start
   auto* top = reinterpret_cast<void**>(fiber.stack + fiber.size);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
@@ -102,7 +102,7 @@ void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] bool ends) {
   __sanitizer_start_switch_fiber(ends ? nullptr : &from.fake_stack, to.stack, to.size);
 #endif
 #if defined(SIMT_TSAN)
-  // to and from the OS thread's own stack everything is ordered: a launch begins and ends there
+  // a switch to or from the OS thread's own stack orders everything: a launch begins and ends there
   __tsan_switch_to_fiber(to.tsan, from.adopted || to.adopted ? 0 : kTsanNoSync);
 #endif
 #if defined(__x86_64__)
@@ -117,7 +117,7 @@ void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] bool ends) {
 
 void arrived([[maybe_unused]] Fiber& self, [[maybe_unused]] Fiber& from) {
 #if defined(__SANITIZE_ADDRESS__)
-  // the first switch away from the OS thread's stack is where its bounds can be had
+  // the first switch away from the OS thread's stack reports its bounds
   const void* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(self.fake_stack, &bottom, &size);

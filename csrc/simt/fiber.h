@@ -1,7 +1,7 @@
-// A fiber: a stack of its own and the place where it stopped. One CUDA thread runs on one.
+// A fiber: a stack and the place where it stopped. Each CUDA thread runs on one.
 //
 // On x86-64 a switch is fifteen instructions; elsewhere it is ucontext, which enters the kernel for
-// the signal mask. AddressSanitizer and ThreadSanitizer are told of every switch.
+// the signal mask. Every switch is reported to AddressSanitizer and ThreadSanitizer.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ struct Fiber {
   void* sp = nullptr;  // where it stopped
   char* stack = nullptr;
   size_t size = 0;             // of the stack
-  bool adopted = false;        // the stack is the OS thread's own
+  bool adopted = false;        // the stack is the OS thread's
   void* fake_stack = nullptr;  // AddressSanitizer's
   void* tsan = nullptr;        // ThreadSanitizer's
 #if !defined(__x86_64__)
@@ -28,17 +28,17 @@ struct Fiber {
   ~Fiber();
 };
 
-// Makes `fiber` begin at `entry` when it is next switched to; `entry` never returns. A stack is
-// made at the first call, with a page below it that no one can touch.
+// Makes `fiber` begin at `entry` when it is next switched to; `entry` never returns. The first call
+// allocates a stack with a guard page below it.
 void prepare(Fiber& fiber, void (*entry)());
 
-// Goes on with `to`; returns when something switches back to `from`. `ends`: nothing will.
+// Switches to `to`; returns when something switches back to `from`. `ends`: nothing will.
 void switch_fiber(Fiber& from, Fiber& to, bool ends = false);
 
-// `fiber` stands for the stack that the calling OS thread runs on.
+// Makes `fiber` represent the stack of the calling OS thread.
 void adopt(Fiber& fiber);
 
-// The first thing a fiber does.
+// Must be the first call on a fiber.
 void arrived(Fiber& self, Fiber& from);
 
 }  // namespace simt

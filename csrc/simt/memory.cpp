@@ -27,8 +27,8 @@ namespace simt {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kStaticRoom = 2 * kMostStatic;  // with what alignment and gaps take
-constexpr size_t kGap = 64;    // between shared variables: who runs over the end of one is seen
+constexpr size_t kStaticRoom = 2 * kMostStatic;  // room for alignment and gaps too
+constexpr size_t kGap = 64;    // between shared variables, so that an overrun is found
 constexpr int kPoison = 0xff;  // NaN as float32, bfloat16 and float16; -1 as an integer
 
 struct Range {
@@ -37,7 +37,7 @@ struct Range {
   bool writable;
 };
 std::vector<Range> ranges;
-// The shadow of global memory, by address / 1 KiB
+// The shadow of global memory, keyed by address / 1 KiB
 std::unordered_map<uintptr_t, std::unique_ptr<std::array<Word, 256>>> global_words;
 
 std::string hex(const void* p) {
@@ -77,7 +77,7 @@ void access_global(const void* address, size_t size, Access access, const Site& 
   const Range *nearest = nullptr, *input = nullptr;
   for (const Range& r : ranges) {
     if (p >= r.begin && p + size <= r.end) {
-      if (access != Access::read && !r.writable) {  // the same memory may be an output, too
+      if (access != Access::read && !r.writable) {  // the same memory may also be an output
         input = &r;
         continue;
       }
@@ -108,8 +108,7 @@ void access_global(const void* address, size_t size, Access access, const Site& 
 
 }  // namespace
 
-// A free stamp, or one that can be spared: of two of one warp one is enough, as long as there is
-// another warp's.
+// A free stamp, or one to overwrite: one of two stamps of a warp, if another warp has one.
 Stamp& Word::room(const Stamp& wanted) {
   for (Stamp& s : stamps)
     if (!s.bytes) return s;
@@ -130,7 +129,7 @@ void Word::touch(uint8_t bytes, Access access, const void* p, const Site& site) 
   for (Stamp& s : stamps) {
     if (!(s.bytes & bytes)) continue;
     const Access before = access_of(s);
-    if (ordered(s)) {  // what comes after this access comes after that one, too
+    if (ordered(s)) {  // whatever comes after this access also comes after that one
       if (access != Access::read || before == Access::read) s.bytes &= ~bytes;
     } else if (before != access || access == Access::write) {
       refuse_race(s, p, site);
@@ -205,7 +204,7 @@ void Shared::begin(size_t bytes) {
   variables.clear();
   SIMT_POISON(base + kPage, kStaticRoom);
   std::fill(slots.begin(), slots.end(), nullptr);
-  // as much as a shared address must be aligned for any instruction
+  // the largest alignment that any instruction needs of a shared address
   dynamic = base + size - kPage - (bytes + 127) / 128 * 128;
   dynamic_bytes = bytes;
   SIMT_UNPOISON(dynamic, bytes);
@@ -220,7 +219,7 @@ void* Shared::variable(size_t id, size_t bytes, size_t alignment, const Site& si
   if (slots.size() <= id) slots.resize(id + 1);
   if (!slots[id]) {
     used = (used + alignment - 1) / alignment * alignment;
-    if (used % (2 * alignment) == 0) used += alignment;  // not better aligned than was asked for
+    if (used % (2 * alignment) == 0) used += alignment;  // no better aligned than requested
     static_bytes += bytes;
     if (static_bytes + dynamic_bytes >
         (dynamic_bytes > kDynamicUnasked ? kMostDynamic : kMostStatic))

@@ -1,12 +1,12 @@
-// Memory as a checker sees it.
+// Checks every access to memory.
 //
-// An access by load, store, an atomic, ldmatrix or cp.async must lie inside a tensor that the host
-// code named with `know`, or inside the block's shared memory, which is poisoned when the block
-// begins and must be written before it is read. Every 4 bytes have a shadow word that says who
-// wrote and read them. Two accesses by two threads one of which writes must be ordered (order.h).
-// This finds a race whatever order the threads ran in. Global memory is followed where
-// Options::races says so: blocks run one at a time then. What a kernel reads and writes past these
-// functions (`p[i]`) is seen by the sanitizers and by the poison alone.
+// An access by load, store, an atomic, ldmatrix or cp.async must be inside a tensor that the host
+// code registered with `know`, or inside the block's shared memory, which is poisoned when the
+// block begins and must be written before it is read. A shadow word for every 4 bytes records which
+// threads wrote and read them. Two accesses by different threads, one of which writes, must be
+// ordered (order.h); so a race is found whatever order the threads ran in. Options::races includes
+// global memory; blocks then run one at a time. Accesses past these functions (`p[i]`) are checked
+// only by the sanitizers and by the poison.
 #pragma once
 
 #include <cstddef>
@@ -20,21 +20,21 @@
 namespace simt {
 
 constexpr size_t kMostStatic = 48 << 10;
-constexpr size_t kMostDynamic = 227 << 10;    // static ones count towards both
-constexpr size_t kDynamicUnasked = 32 << 10;  // beyond it cuda/launch.h asks for kMostDynamic
+constexpr size_t kMostDynamic = 227 << 10;    // static memory counts towards both limits
+constexpr size_t kDynamicUnasked = 32 << 10;  // above this, cuda/launch.h requests kMostDynamic
 
 enum class Access : uint16_t { read, write, atomic };
 
-// Who did what and when, to which of the 4 bytes (a bit each; none: nobody).
+// A thread's access to some of the 4 bytes (one bit each; 0: no access) and its time.
 using Stamp = Moment;
 
-// The shadow of 4 bytes. It has room for who wrote each half, and two readers: of any number of
-// readers (or of atomics) two of different warps, or of different lanes, are enough, since a later
+// The shadow of 4 bytes. It has room for the writer of each half and two readers. Two readers (or
+// atomics) of different warps, or of different lanes, represent any number of them, since a later
 // write that is ordered after both is ordered after all. Of many readers of smaller pieces some are
 // forgotten.
 struct Word {
   Stamp stamps[4];
-  uint8_t written = 0, in_flight = 0;  // a bit a byte
+  uint8_t written = 0, in_flight = 0;  // one bit per byte
 
   void touch(uint8_t bytes, Access access, const void* p, const Site& site);
 
@@ -42,16 +42,17 @@ struct Word {
   Stamp& room(const Stamp& wanted);
 };
 
-// Refuses an access that is misaligned, out of bounds, of shared memory that nobody has written, or
-// not ordered after another thread's; counts it.
+// Refuses an access that is misaligned, out of bounds, reads unwritten shared memory, or is not
+// ordered after another thread's; counts it.
 void check(const void* address, size_t size, size_t alignment, Access access, const Site& site);
 
-// Refuses an address of shared memory, for instructions that take global ones alone.
+// Refuses an address of shared memory, for instructions that take only global ones.
 void check_global(const void* address, const char* instruction, const Site& site);
-// And of an output: what a kernel may write does not go through the read-only cache.
+// Also refuses an address of an output: memory that a kernel writes must not go through the
+// read-only cache.
 void check_constant(const void* address, const char* instruction, const Site& site);
 
-// The tensors that kernels may touch, until `forget`. `name` must stay.
+// Registers a tensor that kernels may access, until `forget`. `name` must stay valid.
 void know(const void* begin, size_t bytes, const char* name, bool writable);
 void forget();
 
@@ -60,20 +61,20 @@ struct Shared {
   ~Shared();
   Shared(const Shared&) = delete;
 
-  void begin(size_t dynamic_bytes);  // of a block
+  void begin(size_t dynamic_bytes);  // begins a block
   bool contains(const void* p) const { return p >= base && p < base + size; }
-  uint32_t offset(const void* p) const {  // what a shared address is on a GPU
+  uint32_t offset(const void* p) const {  // the value of a shared address on a GPU
     return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - base);
   }
-  // The block's copy of a __shared__ variable; `id` is of the variable in its instantiation.
+  // The block's copy of a __shared__ variable; each instantiation of a variable has an `id`.
   void* variable(size_t id, size_t bytes, size_t alignment, const Site& site);
   unsigned char* dynamic = nullptr;
 
   std::string place(const void* p) const;  // for a message
 
   void access(const void* p, size_t bytes, Access access, const Site& site);
-  void begin_copy(const Copy& copy);                  // cp.async: no one may touch it
-  void end_copy(const Copy& copy, const Site& site);  // it is written by who waited
+  void begin_copy(const Copy& copy);                  // cp.async: no access until the end
+  void end_copy(const Copy& copy, const Site& site);  // counts as a write of the waiting thread
 
  private:
   void inside(const void* p, size_t bytes, const Site& site) const;
@@ -86,8 +87,8 @@ struct Shared {
   std::vector<Word> static_words, dynamic_words;
 };
 
-void begin_races();  // of a launch: nobody has touched global memory
+void begin_races();  // begins a launch: no access to global memory yet
 
-size_t new_variable();  // ids of shared variables
+size_t new_variable();  // a new id for a shared variable
 
 }  // namespace simt

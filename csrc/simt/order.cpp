@@ -12,7 +12,7 @@ namespace {
 
 std::unordered_map<const void*, Views> meeting_places;  // blocks run one at a time
 
-// Whether `before` comes before what `thread` of its block does, of which these are the clocks.
+// Whether `before` comes before what `thread` of its block does now, by these clocks.
 bool within_block(const Moment& before, int thread, const std::vector<uint32_t>& clocks,
                   const uint32_t* seen) {
   const int its_warp = before.thread / 32, own = thread / 32;
@@ -53,7 +53,7 @@ bool ordered(const Moment& before) {
                      [&](const auto& a) { return covers(*a.first, before) && ordered(a.second); });
 }
 
-// What every warp with a thread among these did before comes before what they do from now on.
+// Whatever every warp with a thread among these did so far comes before what they do from now on.
 void join_at_barrier(const std::vector<Thread*>& threads) {
   std::vector<Warp>& warps = threads[0]->block->warps;
   std::vector<uint32_t> joined(warps.size(), 0);
@@ -62,7 +62,7 @@ void join_at_barrier(const std::vector<Thread*>& threads) {
   for (Thread* t : threads) {
     auto& clocks = t->warp->clocks;
     const size_t own = t->warp - warps.data();
-    if (clocks[own] > joined[own]) continue;  // another lane of it was here
+    if (clocks[own] > joined[own]) continue;  // done for another lane of this warp
     clocks = joined;
     ++clocks[own];
   }

@@ -1,12 +1,12 @@
-// A raw access (`p[i]`) to memory that is not there ends the process, as without an emulator, but
-// says first which kernel, block and thread it was.
+// A raw access (`p[i]`) to unmapped memory ends the process, as it would without an emulator. The
+// handler first prints the kernel, block and thread.
 #pragma once
 
 #include <signal.h>
 
 namespace simt {
 
-class SegvGuard {  // of a launch: installs the handler
+class SegvGuard {  // per launch: installs the handler
  public:
   explicit SegvGuard(const char* kernel);
   ~SegvGuard();
@@ -15,8 +15,7 @@ class SegvGuard {  // of a launch: installs the handler
   struct sigaction before_segv, before_bus;
 };
 
-class SegvStack {  // of an OS thread: handlers run here, for the fiber's own stack may be what
-                   // ended
+class SegvStack {  // per OS thread: the handler's stack, since the fiber's own may have overflowed
  public:
   SegvStack();
   ~SegvStack();

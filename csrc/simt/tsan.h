@@ -1,5 +1,5 @@
-// ThreadSanitizer sees what kernels do, not what the emulator does: `Quiet` around its own work,
-// `release` and `acquire` where it orders two CUDA threads. Nothing, without SIMT_TSAN.
+// Lets ThreadSanitizer check kernels, not the emulator: `Quiet` hides the emulator's own work,
+// `release` and `acquire` tell that it orders two CUDA threads. All empty without SIMT_TSAN.
 #pragma once
 
 #if defined(SIMT_TSAN)
@@ -26,7 +26,7 @@ struct Quiet {
     AnnotateIgnoreReadsEnd("", 0);
   }
 #else
-  Quiet() {}  // an unused variable would be warned of
+  Quiet() {}  // avoids the warning about an unused variable
 #endif
 };
 

@@ -27,7 +27,7 @@ int value(int8_t x) { return x; }
 
 template <class E, class D>
 void multiply(void** arguments, uint32_t, const Site&) {
-  constexpr int kPer = 4 / sizeof(E), kDepth = 8 * kPer;  // elements of a register, of a row of a
+  constexpr int kPer = 4 / sizeof(E), kDepth = 8 * kPer;  // elements per register, per row of a
   // sums of int8 wrap around, as without .satfinite
   using Sum = std::conditional_t<std::is_same_v<D, int>, uint32_t, D>;
   D a[16][kDepth], b[kDepth][8];

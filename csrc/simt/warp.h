@@ -1,9 +1,9 @@
-// What the lanes of a warp do together: shuffles, votes, ldmatrix, mma. Each lane brings a pointer
-// to its arguments; the last to come works for all (`collective` in block.h).
+// Collectives of the lanes of a warp: shuffles, votes, ldmatrix, mma. Each lane passes a pointer to
+// its arguments; the last to arrive does the work for all (`collective` in block.h).
 //
 // Fragment layouts are those of the PTX manual, "Matrix fragments for mma.m16n8k16" and
 // "ldmatrix": lane 4 r + c holds row r (and r + 8), columns 2 c, 2 c + 1 (and + 8) of 16-bit
-// operands. No GPU has confirmed them yet.
+// operands. Not confirmed on a GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,7 +18,7 @@ namespace simt {
 template <class T>
 struct ShuffleArgument {
   T value, result;
-  int source;  // lane; -1: its own value
+  int source;  // lane to read; -1: its own value
 };
 
 template <class T>
@@ -44,7 +44,7 @@ T shuffle(const char* name, uint32_t mask, T value, int source, int width, const
 uint32_t ballot(uint32_t mask, bool predicate, const Site& site);
 void sync_warp(uint32_t mask, const Site& site);
 
-// Groups of 8 lanes hand in the addresses of 8 rows of 16 bytes, a matrix each; a lane gets two
+// Each group of 8 lanes passes the addresses of 8 rows of 16 bytes, one matrix. A lane receives two
 // neighbours of one row of every matrix (`transposed`: of one column).
 void load_matrices(uint32_t* registers, int matrices, bool transposed, const void* row,
                    const Site& site);

@@ -1,7 +1,7 @@
-// Every instruction of ptx.cuh, and every name of CUDA's that csrc/simt/cuda.h stands in for, in a
-// kernel of its own: a row of words in, a row of words out for each thread of one block. By nvcc
-// for a GPU, by g++ for the emulator: tests/test_cuda_instructions.py builds either, and knows from
-// NVIDIA's manuals what must come out.
+// Every instruction of ptx.cuh, and every CUDA name that csrc/simt/cuda.h replaces, in a kernel of
+// its own: each thread of one block takes a row of words and returns a row of words. nvcc compiles
+// it for a GPU, g++ for the emulator. tests/test_cuda_instructions.py builds either, and takes the
+// expected results from NVIDIA's manuals.
 #include <cstdio>
 #include <cstring>
 #include <utility>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kMostThreads = 128;
 
-// What a kernel works on: the row of this thread, the tables, the block's shared memory.
+// The operands of a kernel: the row of this thread, the tables, the block's shared memory.
 struct Rows {
   const uint32_t* x;  // of this thread
   uint32_t* y;
@@ -42,7 +42,7 @@ __global__ void each_thread(const uint32_t* x, uint32_t* y) {
   };                                           \
   DEVICE void name::run([[maybe_unused]] const Rows& r)
 
-// ---- who is who
+// ---- indices
 
 OP(indices, 1, 12) {
   const dim3 of[4] = {
@@ -68,7 +68,7 @@ OP(loads_and_stores, 4, 8) {
   store(reinterpret_cast<uint16_t*>(r.y + 7) + 1, load(reinterpret_cast<const uint16_t*>(r.x) + 1));
 }
 
-// x: 4 words to copy, how many bytes of 4, 8, 16 count; y: what came, of a buffer of ones
+// x: 4 words to copy, how many bytes of 4, 8, 16 are valid; y: a buffer of ones after the copy
 OP(copies, 8, 12) {
   SHARED(uint4, buffer, 3 * kMostThreads);
   uint4* const to = buffer + 3 * r.t;
@@ -96,7 +96,7 @@ OP(dynamic_shared, 1, 2) {
 
 // ---- barriers
 
-// Warps 0, 1 meet at barrier 1 and 2, 3 at barrier 15: each gives its word to the other of the two.
+// Warps 0 and 1 wait at barrier 1, warps 2 and 3 at barrier 15; the two of a pair exchange words.
 OP(named_barriers, 1, 1) {
   SHARED(uint32_t, s, kMostThreads);
   store(s + r.t, r.word(0));
@@ -111,7 +111,7 @@ OP(block_barrier, 1, 1) {
   r.put(0, load(s + (r.t + 45) % blockDim.x));
 }
 
-OP(warp_barrier, 1, 1) {  // the lower and upper half of a warp by themselves
+OP(warp_barrier, 1, 1) {  // the lower and the upper half of a warp separately
   SHARED(uint32_t, s, kMostThreads);
   store(s + r.t, r.word(0));
   if (r.t % 32 < 16)
@@ -147,7 +147,7 @@ OP(shuffle_of_other_types, 2, 3) {
   r.put(2, static_cast<uint32_t>(other));
 }
 
-OP(shuffle_of_some, 1, 1) {  // the even lanes alone
+OP(shuffle_of_some, 1, 1) {  // only the even lanes
   if (r.t % 2 == 0) r.put(0, __shfl_xor_sync(0x55555555u, r.word(0), 2));
 }
 
@@ -170,7 +170,7 @@ OP(sums, 1, 4) {
   r.put(3, max_of_block<kMostThreads>(r.number(0)));
 }
 
-// ---- atomics; what they return. x: an integer, a float
+// ---- atomics and their results. x: an integer, a float
 
 OP(atomics, 2, 6) {
   SHARED(int, whole, 1);
@@ -201,7 +201,7 @@ OP(atomics_of_global_memory, 1, 2) {  // the counter is thread 0's first word, a
 
 // ---- matrices
 
-// The block's shared memory is `rows` of 16 bytes; x: a row of 4 words, which row to give.
+// The block's shared memory is `rows` of 16 bytes; x: a row of 4 words, and which row to return.
 template <class F>
 DEVICE void matrices_of(const Rows& r, F&& read) {
   SHARED(uint4, rows, 32);
@@ -276,7 +276,7 @@ OP(numbers, 3, 14) {
   r.put(8, __fmaf_rn(a, b, c));
   r.put(9, __float2int_rn(b));
   r.put(10, exp2_approximate(b));
-  // __fmul_rn is not contracted with what adds to it
+  // __fmul_rn is not contracted with a following addition
   r.put(11, __fmul_rn(a, b) + c);
   r.put(12, fmaxf(b, c));
   r.put(13, fminf(b, c));
@@ -335,7 +335,7 @@ const Case cases[] = {
 
 }  // namespace
 
-// Runs one on x (threads, in) and y (threads, out). Returns what went wrong, or an empty string.
+// Runs one kernel on x (threads, in) and y (threads, out). Returns the error, or an empty string.
 extern "C" const char* run(const char* name, int x_threads, int y_threads, int z_threads, int in,
                            int out, const uint32_t* x, uint32_t* y, [[maybe_unused]] int seed) {
   static std::string fault;

@@ -1,5 +1,5 @@
-// Kernels with one planted bug each (BUG true), and the same ones mended: tests/test_simt.py runs
-// both, over many seeds, and wants a fault that names the bug, or none.
+// Kernels with one planted bug each (BUG true), and the same kernels without it. tests/test_simt.py
+// runs both over many seeds, and expects a fault that names the bug, or none.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -44,7 +44,7 @@ __global__ void no_syncwarp(const float* x, float* y, int) {
   store(y + t, load(s + (t ^ 1)));
 }
 
-template <bool BUG>  // a shuffle is no barrier for memory
+template <bool BUG>  // a shuffle is not a memory barrier
 __global__ void shuffle_for_a_barrier(const float* x, float* y, int) {
   SHARED(float, s, 64);
   const int t = threadIdx.x;
@@ -86,7 +86,7 @@ __global__ void reads_what_nobody_wrote(const float* x, float* y, int) {
   store(y + t, load(s + t));
 }
 
-template <bool BUG>  // 32 threads of one half must meet before the other half's data is read
+template <bool BUG>  // a barrier of 32 threads does not order the other half's writes
 __global__ void named_barrier_of_too_few(const float* x, float* y, int) {
   SHARED(float, s, 64);
   const int t = threadIdx.x;
@@ -107,7 +107,7 @@ __global__ void syncwarp_of_others(const float* x, float* y, int) {
   store(y + t, load(s + (t ^ 16)));
 }
 
-template <bool BUG>  // of the two halves of a word each has its own writer and readers
+template <bool BUG>  // each half of a word has its own writer and readers
 __global__ void writes_half_words(const float* x, float* y, int) {
   SHARED(uint16_t, s, 64);
   const int t = threadIdx.x;
@@ -120,7 +120,7 @@ __global__ void writes_half_words(const float* x, float* y, int) {
   store(y + t, load(x + t) + one + load(s + (t & 32) + (t + 2) % 32));
 }
 
-template <bool BUG>  // one lane of many reads late
+template <bool BUG>  // one of many lanes reads late
 __global__ void many_have_read(const float* x, float* y, int) {
   SHARED(float, s, 1);
   const int t = threadIdx.x;
@@ -211,7 +211,7 @@ __global__ void returns_before_copies(const float* x, float* y, int) {
   store(y + t, load(x + t));
 }
 
-// ---- who meets whom
+// ---- which threads a barrier waits for
 
 template <bool BUG>
 __global__ void divergent_barrier(const float* x, float* y, int) {
@@ -262,7 +262,7 @@ template <bool BUG>  // the hardware counts warps
 __global__ void barrier_of_half_warps(const float* x, float* y, int) {
   const int t = threadIdx.x;
   if (BUG ? t % 32 < 16 : t < 32) named_barrier(1, 32);
-  __syncwarp();  // who has returned is not waited for
+  __syncwarp();  // does not wait for lanes that have returned
   store(y + t, load(x + t));
 }
 
@@ -349,7 +349,7 @@ __global__ void runs_into_the_next_array(const float* x, float* y, int) {
   store(y + t, load(s + t + (BUG ? 1 : 0)) + load(next + t));
 }
 
-template <bool BUG>  // an array of float is aligned to 4 bytes
+template <bool BUG>  // an array of float is aligned to 4 bytes only
 __global__ void vector_of_a_shared_array(const float* x, float* y, int) {
   SHARED(float, s, 64);
   SHARED(float4, v, 16);
@@ -378,7 +378,7 @@ __global__ void stores_global_to_shared(const float* x, float* y, int) {
   store_global(BUG ? s + t : y + t, load(x + t));
 }
 
-template <bool BUG>  // with 256 bytes of dynamic ones
+template <bool BUG>  // with 256 bytes of dynamic shared memory
 __global__ void too_much_shared(const float* x, float* y, int) {
   SHARED(float, s, (48 * 1024 - (BUG ? 0 : 256)) / 4);
   const int t = threadIdx.x;
@@ -400,8 +400,8 @@ __global__ void two_blocks_write_one_word(const float* x, float* y, int) {
   if (t < 8) store(y + t + (BUG ? 0 : 8 * blockIdx.x), load(x + t));
 }
 
-// The last block to come adds up what all have written. COUNT: an atomic says who that is; FENCE,
-// FENCE_BEHIND: around it; BARRIER: before it, since other threads have written.
+// The last block to arrive adds up what all have written. COUNT: an atomic finds the last block;
+// FENCE, FENCE_BEHIND: fences before and after it; BARRIER: before it, since other threads wrote.
 template <bool COUNT, bool FENCE, bool FENCE_BEHIND, bool BARRIER>
 DEVICE void sum_over_blocks(const float* x, float* y) {
   SHARED(int, last, 1);
@@ -436,7 +436,7 @@ __global__ void sums_without_a_barrier(const float* x, float* y, int) {
 
 struct Case {
   const char* name;
-  void (*kernels[2])(const float*, float*, int);  // mended, with the bug
+  void (*kernels[2])(const float*, float*, int);  // without the bug, with it
 };
 #define CASE(kernel)                         \
   {                                          \
@@ -486,7 +486,7 @@ const Case cases[] = {
     CASE(sums_without_a_fence_behind),
     CASE(sums_without_a_barrier),
 };
-constexpr int kGlobal = 6;  // so many at the end are for Options::races
+constexpr int kGlobal = 6;  // the last cases, which need Options::races
 
 __global__ void touches_nothing_at_all(float* y) { y[threadIdx.x] = 1; }
 
@@ -500,9 +500,9 @@ __global__ void strides(const float* x, float* y, int stride) {
 
 }  // namespace
 
-// planted both|mended SEEDS: every case over seeds 0 to SEEDS - 1, a line for each run.
-// planted wild: a raw access to nowhere. planted global: a race in global memory.
-// planted count: what three strides cost.
+// planted both|mended SEEDS: every case over seeds 0 to SEEDS - 1, one line per run.
+// planted wild: a raw access to unmapped memory. planted global: a race in global memory.
+// planted count: the cost of three strides.
 int main(int argc, char** argv) {
   if (argc < 2) return 2;
   alignas(128) static float x[64], y[64];
