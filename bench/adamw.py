@@ -1,5 +1,5 @@
-"""AdamW against torch's fused, foreach and loop variants: 40 M parameters as 100 tensors, and small
-or odd tensors, where the cost of the call shows."""
+"""AdamW against torch's fused, foreach and loop variants: 40 M parameters in 100 tensors, and small
+or odd tensors, where the overhead of the call shows."""
 
 import torch
 from harness import Case, main
@@ -42,7 +42,7 @@ def clip_step_copy():
 
 
 def clip_step_copy_fp32_gradients():
-    """The same with the gradients already float32: nothing but clip, fused step and copy."""
+    """The same with float32 gradients: only the clip, the fused step and the copy."""
     low = [torch.randn(s).bfloat16() for s in BIG]
     wide = tensors(BIG, torch.float32, torch.float32)
     optimizer = torch.optim.AdamW(wide, fused=True)
@@ -57,12 +57,12 @@ def clip_step_copy_fp32_gradients():
 
 
 def mine(shapes, dtype, grad_dtype, **options):
-    """A variant: its own tensors, as the step changes them."""
+    """A variant with its own tensors, because the step changes them."""
     return lambda: AdamW(tensors(shapes, dtype, grad_dtype), **options).step
 
 
 def case(name: str, shape: str, variants: dict, each: int, shapes: list) -> Case:
-    """`each`: bytes read and written of one parameter."""
+    """`each`: bytes read and written per parameter."""
     size = each * sum(torch.Size(s).numel() for s in shapes)
     return Case(name, shape, variants, bytes=size, data=tuple)
 

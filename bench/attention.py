@@ -1,8 +1,8 @@
-"""Attention against torch's SDPA; for bfloat16 also in float32 on the same values, which is the
-faster way on some machines.
+"""Attention against torch's SDPA. A bfloat16 case also runs in float32 on the same values, which is
+faster on some machines.
 
-FLOPs by the field's convention: 4 B H S T D, half of it under a causal mask, 2.5 times for the
-backward. Decoding is counted in bytes of keys and values read once.
+FLOPs follow the usual convention: 4 B H S T D, half of it under a causal mask, 2.5 times as much
+for the backward. Decoding is measured in bytes of keys and values read once.
 """
 
 import torch
@@ -19,7 +19,7 @@ TRAINING = [  # (B, H, Hkv, S, D), dtype; the first two are the rows of the targ
     ((1, 16, 16, 2048, 128), FP32),
     ((4, 9, 3, 507, 64), BF16),  # SmolLM2's heads, ragged
     ((2, 4, 4, 252, 80), BF16),
-    # odd: three heads of 80, primes, one key head for many, a lone token
+    # odd: three heads of 80, primes, one key head for many query heads, a single token
     *(
         (shape, dtype)
         for shape in [
@@ -32,7 +32,7 @@ TRAINING = [  # (B, H, Hkv, S, D), dtype; the first two are the rows of the targ
     ),
 ]
 DECODING = [(1, 9, 3, t, 64) for t in (64, 512, 1024, 4096)] + [(4, 32, 8, 1024, 128)]
-# odd: a lone key, three heads of 80, groups of 7 and of 71 query heads
+# odd: a single key, three heads of 80, groups of 7 and of 71 query heads
 ODD_DECODING = [(1, 3, 3, 1, 80), (1, 3, 3, 127, 80), (3, 14, 2, 509, 64), (1, 71, 1, 257, 64)]
 
 
@@ -106,7 +106,7 @@ def training(b: int, h: int, hkv: int, s: int, d: int, dtype: torch.dtype) -> li
 
 
 def full(b: int, h: int, hkv: int, s: int, d: int, dtype: torch.dtype) -> Case:
-    """Without a mask, as an encoder."""
+    """No mask, as in an encoder."""
     return Case(
         f"full {short(dtype)} forward",
         f"({b}, {h}/{hkv}, {s}, {d})",
@@ -132,7 +132,7 @@ def decoding(b: int, h: int, hkv: int, t: int, d: int, dtype: torch.dtype) -> Ca
 
 
 def paged(b: int, h: int, hkv: int, t: int, d: int) -> Case:
-    """A cache in pages of 16, bf16 and int8; torch, without paged attention on a CPU, gathers."""
+    """A cache in pages of 16, bf16 and int8. torch gathers the pages on a CPU."""
     pages = b * -(-t // 16)
 
     def data():
@@ -172,7 +172,7 @@ def paged(b: int, h: int, hkv: int, t: int, d: int) -> Case:
 
 
 def varlen(lengths: list[int], h: int, d: int) -> Case:
-    """Documents packed one after the other; torch pads them to the longest."""
+    """Documents packed one after the other. torch pads them to the longest."""
 
     def data():
         packed = [torch.randn(sum(lengths), h, d, dtype=BF16, requires_grad=True) for _ in range(3)]

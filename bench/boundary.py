@@ -1,5 +1,5 @@
-"""What it costs to carry four tensors into the extension, and through the dispatcher: the floor
-under every op.
+"""What it costs to pass four tensors into the extension, directly and through the dispatcher: the
+lower bound for every op.
 """
 
 from functools import partial

@@ -1,8 +1,9 @@
-"""What this machine can do at most: each instruction that multiplies, on registers, and reading
-memory; and how much of the machine other processes have meanwhile.
+"""What this machine can do at most: each multiply instruction on registers, and memory reads. Also
+how much of the machine other processes used meanwhile.
 
-A ceiling measured beside other work is too low, and every share of it too high. So the ceilings are
-taken on a quiet machine, before and after the rows, and left out where the two differ.
+A ceiling measured while other work runs is too low, and every share of it is too high. So the
+ceilings are measured on a quiet machine, before and after the rows, and dropped where the two
+measurements differ.
 """
 
 import os
@@ -15,7 +16,7 @@ import torch
 
 from fastlm import backend
 
-# dtype of the work -> instructions of its accuracy (float32 sums). "bf16" alone: a GPU's product
+# dtype of the work -> instructions of its accuracy (float32 sums); "bf16": a GPU's product
 OF_DTYPE = {
     "bf16": ("bf16", "bf16 tiles", "bf16 dot", "fp32 FMA"),
     "fp16": ("fp32 FMA",),
@@ -23,21 +24,21 @@ OF_DTYPE = {
     "int8": ("int8 tiles", "int8 dot", "bf16 tiles", "bf16 dot", "fp32 FMA"),
 }
 SAME = 0.1  # two measurements of one ceiling may differ by this
-BUSY = 0.1  # share of the cores that others may have
+BUSY = 0.1  # share of the cores that other processes may use
 PATIENCE = 30  # seconds to wait for a quiet machine
 ATTEMPTS = 15  # the best counts
-STEPS = 400_000  # of 12 products on every thread: a millisecond
+STEPS = 400_000  # steps of 12 products each on every thread: a millisecond
 TICK = os.sysconf("SC_CLK_TCK")
 
 
 def highest(limits: dict[str, float], dtype: str) -> str:
-    """The instruction that is best here for work in `dtype`."""
+    """The fastest instruction of this machine for work in `dtype`."""
     return max((i for i in OF_DTYPE[dtype] if i in limits), key=limits.__getitem__)
 
 
 def seconds_in_use() -> float:
     """CPU seconds of all cores since the system started, stolen time included; 0 where the system
-    does not say."""
+    does not report them."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -46,14 +47,14 @@ def seconds_in_use() -> float:
 
 
 def seconds_of(process: int) -> float:
-    """CPU seconds of a process and of its children that have ended."""
+    """CPU seconds of a process and of its terminated children."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / TICK
 
 
 class Others:
-    """The share of the cores that neither this process nor its `workers` have had since it began
-    to look.
+    """The share of the cores used by processes other than this one and its `workers`, counted from
+    the creation of the object.
     """
 
     def __init__(self, workers: Sequence[int] = ()):
@@ -67,14 +68,14 @@ class Others:
 
     def share(self) -> float:
         passed = (time.monotonic() - self.start) * (os.cpu_count() or 1)
-        # every clock here counts in ticks: a few of them are no other process
+        # every clock here counts in ticks, so a difference of a few ticks is not another process
         theirs = self._seconds() - self.before - 4 / TICK
         return min(1.0, max(0.0, theirs / max(passed, 1e-9)))
 
 
 def ceilings() -> dict[str, float]:
-    """FLOP/s of each instruction, bytes/s of reading memory; nothing where others had the cores
-    each time.
+    """FLOP/s of each instruction and bytes/s of memory reads. Empty if other processes used the
+    cores each time.
     """
     for _ in range(3):
         others = Others()
@@ -85,7 +86,7 @@ def ceilings() -> dict[str, float]:
 
 
 def best_of_several() -> dict[str, float]:
-    buffer = torch.rand(64 << 20)  # 256 MiB: beyond the caches of most machines
+    buffer = torch.rand(64 << 20)  # 256 MiB: larger than the caches of most machines
     extension = backend.cpu_extension
     best = dict.fromkeys([*extension.peak_instructions(), "read"], 0.0)
     for _ in range(ATTEMPTS):
@@ -101,7 +102,7 @@ def best_of_several() -> dict[str, float]:
 
 
 def wait_until_quiet(busy: bool) -> None:
-    """Ends the process where the machine stays in use by others, unless `busy` allows it."""
+    """End the process if other processes keep using the machine, unless `busy` allows it."""
     end = time.monotonic() + PATIENCE
     told = False
     while True:
@@ -126,8 +127,8 @@ def ceilings_before(busy: bool) -> dict[str, float]:
 
 
 def combined(before: dict[str, float]) -> dict[str, float]:
-    """The better of `before` and of now, after the rows; nothing where they do not agree, even when
-    measured again."""
+    """The better of `before` and a new measurement after the rows. Empty if they do not agree even
+    when measured again."""
     for _ in range(3):
         after = ceilings()
         if not before or not after:

@@ -4,8 +4,8 @@
     python bench/rope.py --json after.json
     python bench/compare.py before.json after.json [--plot compare.png]
 
-Files are those of --json, or of bench/results/. A time counts as changed where it differs by more
-than the sum of both spreads, and by more than 2 %.
+The files are those of --json, or of bench/results/. A time counts as changed if it differs by more
+than the sum of both spreads and by more than 2 %.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-LEAST = 0.02  # what two runs on one quiet machine differ by
+LEAST = 0.02  # the difference between two runs on one quiet machine
 KINDS = ("faster", "slower", "same")
 
 

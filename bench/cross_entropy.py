@@ -6,7 +6,7 @@ from harness import Case, forward, gradients, main
 
 from fastlm import ops
 
-# rows, classes, dtype; odd ones against eager torch alone
+# rows, classes, dtype; odd ones are compared with eager torch only
 SHAPES = [
     (4096, 32768, torch.float32),
     (4096, 32768, torch.bfloat16),
@@ -27,10 +27,10 @@ def of_shape(rows: int, classes: int, dtype: torch.dtype, odd: bool = False) -> 
         return logits, torch.randint(0, classes, (rows,))
 
     def with_gradient():
-        return *operands(), None  # of a loss
+        return *operands(), None  # a loss has no upstream gradient here
 
     made = []
-    # forward reads the logits; backward reads them and writes as much
+    # the forward reads the logits; the backward reads them again and writes as many bytes
     for label, run, passes, data in (
         ("fwd", forward, 1, operands),
         ("fwd+bwd", gradients, 3, with_gradient),

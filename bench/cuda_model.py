@@ -1,19 +1,20 @@
-"""How long the CUDA kernels should take on cards that are not at hand, and how long they took.
+"""How long the CUDA kernels should take on cards that are not available, and how long they took.
 
     python bench/cuda_model.py [quantized_linear ...]
 
-For each case the host code runs on the emulator without running its kernels, which gives the real
-launches: blocks, threads, shared memory. A launch takes the longest of
+For each case the host code runs on the emulator without running its kernels, which yields the real
+launches: blocks, threads, shared memory. The time of a launch is the largest of
 
 - bytes / bandwidth and operations / peak, at the fractions of the public figures that good kernels
-  reach (BANDWIDTH, PEAK), in whole waves of blocks: the last one takes as long as a full one;
-- bytes by latency: what the resident warps have under way (IN_FLIGHT each) in a memory latency;
+  reach (BANDWIDTH, PEAK), in whole waves of blocks: the last wave takes as long as a full one;
+- bytes by latency: the resident warps have IN_FLIGHT bytes each under way per memory latency;
 - LATENCY for every wave;
 
-plus LAUNCH for each launch in a stream. A whole decode step, as a CUDA graph, is its bytes over the
-bandwidth, plus GRAPH_LAUNCH for every launch of ours (torch's few are left out) and, where it reads
-no weights and no cache, LATENCY. Registers and threads come from tests/cuda_gate.json.
-"Measured" is what bench/results/gpu.jsonl holds for the card; without it "not measured".
+plus LAUNCH for each launch in a stream. A whole decode step, as a CUDA graph, takes its bytes over
+the bandwidth, plus GRAPH_LAUNCH for each of our launches (torch's few are left out), plus LATENCY
+for each launch that reads no weights and no cache. Registers and threads come from
+tests/cuda_gate.json. "Measured" is the time that bench/results/gpu.jsonl holds for the card;
+without one it is "not measured".
 """
 
 import argparse
@@ -50,8 +51,8 @@ CARDS = {
     "B200": Card(8000, 2250, 4500, 148, 100),
 }
 BANDWIDTH, PEAK = 0.9, 0.7
-LATENCY = 1e-6  # of a wave: a block's start, one trip to memory, its end
-IN_FLIGHT = 2048  # bytes a warp has under way: four 16-byte loads a lane
+LATENCY = 1e-6  # per wave: the start of a block, one trip to memory, its end
+IN_FLIGHT = 2048  # bytes that a warp has under way: four 16-byte loads per lane
 MEMORY_LATENCY = 0.7e-6
 LAUNCH = 2.5e-6
 GRAPH_LAUNCH = 1.2e-6  # from the end of a kernel to the start of the next, which waits for it
@@ -63,7 +64,7 @@ class Case(NamedTuple):
     call: Callable[[], object]
     bytes: float
     flops: float = 0
-    kind: str = "bf16"  # whose peak the operations have
+    kind: str = "bf16"  # selects the peak for the operations
     graph: bool = False  # many launches that share the bytes
 
 
@@ -87,7 +88,7 @@ def launches(case: Case, multiprocessors: int) -> list[Kernel]:
     return [Kernel(*launch) for launch in _simt.dry_launches()]
 
 
-KERNELS = {  # by the name of the launch, where the kernel has another
+KERNELS = {  # launch name -> kernel name, where they differ
     "quantized_linear vector": "vector_kernel",
     "quantized_linear matrix": "matrix_kernel",
     "quantized_linear add_parts": "add_parts",
@@ -100,7 +101,7 @@ KERNELS = {  # by the name of the launch, where the kernel has another
 
 
 def registers(name: str, arch: int) -> int:
-    """The most that a kernel of this launch takes."""
+    """The largest register count among the kernels of this launch."""
     of_arch = json.loads((ROOT / "tests/cuda_gate.json").read_text())["kernels"][f"sm_{arch}"]
     prefix = KERNELS.get(name, name)
     return max(k["registers"] for full, k in of_arch.items() if full.startswith(prefix))
@@ -115,7 +116,7 @@ def resident_blocks(kernel: Kernel, card: Card) -> int:
 
 
 def seconds(case: Case, kernels: list[Kernel], card: Card) -> float:
-    """The case's bytes and operations are those of the launch with the most threads."""
+    """Estimated seconds; the launch with the most threads has the case's bytes and operations."""
     if case.graph:
         reads = ("quantized_linear vector", "quantized_linear matrix", "paged_attention")
         idle = sum(k.name not in reads for k in kernels)
@@ -181,7 +182,8 @@ def adamw() -> Iterator[Case]:
     count = sum(w.numel() for w in weights)
     for w in weights:
         w.grad = torch.empty_like(w)
-    # weight and gradient of 2 bytes, states of 4 or 1: read, and all but the gradient written
+    # weight and gradient: 2 bytes each; states: 4 or 1 each. All are read, all but the gradient
+    # written.
     for bits, size in ((32, 2 + 4 + 16), (8, 2 + 4 + 4)):
         step = AdamW(weights, state_bits=bits).step
         yield Case("adamw step", f"{count / 1e6:.0f} M bf16, {bits}-bit states", step, size * count)
@@ -234,7 +236,7 @@ CASES = {
 
 
 def measured() -> tuple[str, dict[tuple[str, str], float]]:
-    """The card of bench/results/gpu.jsonl and its fastlm milliseconds by op and shape."""
+    """The card of bench/results/gpu.jsonl and fastlm's milliseconds on it by op and shape."""
     path = ROOT / "bench/results/gpu.jsonl"
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     card, times = "", {}

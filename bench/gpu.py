@@ -1,18 +1,20 @@
-"""Every kernel on the GPU at hand against what torch has there, and decode steps of whole models: a
-line of JSON a case as soon as it is measured, a table in the end.
+"""Every kernel on the present GPU against torch's there, and decode steps of whole models.
+
+Each case is printed as a line of JSON as soon as it is measured, and a table at the end.
 
     sh bench/gpu.sh                              builds, tests, then this
     python bench/gpu.py [attention ...]       these ops only
-    python bench/gpu.py --smoke               every case once, small, checked for running at all
-    python bench/gpu.py --seconds 180         ends before the case that it has no time for
+    python bench/gpu.py --smoke               every case once, small, only to see that it runs
+    python bench/gpu.py --seconds 180         stops before the first case past that time
 
-Minutes on a card are few: a peer that fails is left out, a case of ours that fails is reported and
-the next one measured, in a new process where the fault took the CUDA context with it (what an
+Minutes on a card are scarce. A peer that fails is left out. A case of ours that fails is reported,
+and the next one is measured, in a new process if the fault destroyed the CUDA context (as an
 illegal address does).
 
-Times are CUDA events around calls that take turns, the L2 flushed before each (median of rounds).
-Ceilings are measured first: a bf16 matrix product of 8192^3 on random data, and a copy of 2 GiB,
-bytes read and written. CPU time of a call is the time until it returns with the stream busy.
+Times are CUDA events around calls that take turns, with the L2 flushed before each (median of
+rounds). Ceilings are measured first: a bf16 matrix product of 8192^3 on random data, and a copy of
+2 GiB, bytes read and written. The CPU time of a call is the time until it returns while the stream
+is busy.
 """
 
 import argparse
@@ -39,7 +41,7 @@ from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import put_quantized
 
 BF16 = torch.bfloat16
-DEVICE = "cuda"  # tests/test_gpu_bench.py runs the small cases on the CPU, kernels interpreted
+DEVICE = "cuda"  # tests/test_gpu_bench.py runs the small cases on the CPU, with interpreted kernels
 SDPA = {
     "torch cuDNN": SDPBackend.CUDNN_ATTENTION,
     "torch flash": SDPBackend.FLASH_ATTENTION,
@@ -49,7 +51,7 @@ SDPA = {
 
 def timed_on_gpu(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds per call, per variant and round; variants take turns inside each round."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)  # more than any L2
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)  # larger than any L2
     for call in variants.values():
         for _ in range(3):
             call()  # compile, fill the allocator
@@ -68,7 +70,7 @@ def timed_on_gpu(variants: dict[str, Callable[[], object]], rounds: int) -> dict
 
 
 def ceilings(small: bool) -> dict[str, float]:
-    """FLOP/s of a bf16 product, bytes/s of a copy; best of several."""
+    """FLOP/s of a bf16 product and bytes/s of a copy; best of several."""
     side, size = (1024, 1 << 20) if small else (8192, 1 << 30)
     a, b = torch.randn(2, side, side, dtype=BF16, device=DEVICE)
     source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
@@ -80,7 +82,7 @@ def ceilings(small: bool) -> dict[str, float]:
 
 
 def grads(function: Callable, *inputs: torch.Tensor) -> Callable[[], object]:
-    """A call that makes output and gradients, the upstream gradient ready before."""
+    """A call that computes output and gradients. The upstream gradient is created beforehand."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     with torch.no_grad():
         upstream = torch.randn_like(function(*leaves))
@@ -123,7 +125,7 @@ def paged_attention(small: bool) -> Iterator[Case]:
         pages = users * keys // page
         q = torch.randn(users, 1, h, d, dtype=BF16, device=DEVICE)
         cache = torch.randn(2, pages, page, kv, d, dtype=BF16, device=DEVICE)
-        scale = cache.abs().amax((1, 2, 4)).float() / 127  # one a key head
+        scale = cache.abs().amax((1, 2, 4)).float() / 127  # one per key head
         codes = (cache / scale[:, None, None, :, None]).round().to(torch.int8)
         block = torch.randperm(pages, device=DEVICE).view(users, -1).int()
         lens = torch.full((users,), keys, dtype=torch.int32, device=DEVICE)
@@ -181,7 +183,7 @@ def cross_entropy(small: bool) -> Iterator[Case]:
         "torch.compile": compiled,
     }
     calls = {name: grads(f, logits) for name, f in functions.items()}
-    # logits read twice, gradient written
+    # logits are read twice, the gradient is written
     yield Case("cross_entropy fwd+bwd", f"{n} x {v}", calls, bytes=3 * 2 * n * v)
 
 
@@ -251,7 +253,7 @@ def adamw(small: bool) -> Iterator[Case]:
         "torch fused": stepper(lambda w: torch.optim.AdamW(w, fused=True)),
     }
     count = sum(torch.Size(s).numel() for s in sizes)
-    # weight, two states and the gradient read, the first three written
+    # weight, two states and gradient are read, the first three written
     yield Case("adamw step", f"{count / 1e6:.0f} M fp32", variants, bytes=28 * count)
 
 
@@ -272,7 +274,7 @@ def quantized_linear(small: bool) -> Iterator[Case]:
             )  # fmt: skip
 
 
-SHAPES = {  # speed does not depend on what the weights are
+SHAPES = {  # the values of the weights do not affect the speed
     "SmolLM2-135M": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
@@ -287,8 +289,8 @@ SHAPES = {  # speed does not depend on what the weights are
 
 
 def random_model(sizes: dict, format: str | None, *, filled: bool = True) -> fastlm.CausalLM:
-    """bfloat16, its projections (and a head of its own) in random codes of groups of 128; not
-    `filled`: whatever lies in memory.
+    """A bfloat16 model whose projections (and untied head) are random codes in groups of 128.
+    Without `filled` the weights are uninitialized memory.
     """
     config = fastlm.ModelConfig.from_dict(
         {"model_type": "llama", "max_position_embeddings": 8192, **sizes}
@@ -316,7 +318,7 @@ def random_model(sizes: dict, format: str | None, *, filled: bool = True) -> fas
 
 
 def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Callable[[], object]:
-    """A step behind `keys` keys of each user, the same each time."""
+    """A decode step with `keys` keys per user in the cache, the same step at each call."""
     cache = KVCache(model.config, users, keys + 1, dtype=BF16, device=DEVICE)
     cache.data.normal_()
     cache.length = keys
@@ -336,7 +338,7 @@ def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Cal
 
 
 def step_bytes(model: fastlm.CausalLM, users: int, keys: int) -> int:
-    """Read by a step: the weights once, every key and value."""
+    """Bytes that a step reads: the weights once, every key and value."""
     head = [model.model.embed_tokens.weight] if model.config.tie_word_embeddings else []
     layers = model.config.num_hidden_layers
     cache = 2 * layers * users * keys * model.model.layers[0].self_attn.kv_width * BF16.itemsize
@@ -347,7 +349,7 @@ def transformers_model(sizes: dict) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     before = torch.get_default_dtype()
-    torch.set_default_dtype(BF16)  # an 8B model in float32 first would not fit beside the others
+    torch.set_default_dtype(BF16)  # an 8B model created in float32 would not fit next to the others
     try:
         with torch.device(DEVICE):
             return LlamaForCausalLM(LlamaConfig(max_position_embeddings=8192, **sizes)).eval()
@@ -356,14 +358,14 @@ def transformers_model(sizes: dict) -> torch.nn.Module:
 
 
 def transformers_call(model: Any, users: int, keys: int) -> Callable[[], object]:
-    """What a user of transformers runs: bfloat16, SDPA, a static cache, a call a step."""
+    """What a user of transformers runs: bfloat16, SDPA, a static cache, one call per step."""
     from transformers import StaticCache
 
     config = model.config
     prompt = torch.randint(0, config.vocab_size, (users, keys), device=DEVICE)
     place, token = torch.tensor([keys], device=DEVICE), prompt[:, :1]
     cache = StaticCache(config=config, max_cache_len=keys + 64)  # it counts calls
-    takes = inspect.signature(model.forward).parameters  # names changed with versions
+    takes = inspect.signature(model.forward).parameters  # the names changed between versions
     held = {"cache" if "cache" in takes else "past_key_values": cache}
     at = {"position_ids": place.expand(users, 1)}
     if "cache_position" in takes:
@@ -390,7 +392,7 @@ def decode(small: bool) -> Iterator[Case]:
             try:
                 peer = transformers_model(sizes) if peer is None else peer
                 theirs = {"transformers bf16": transformers_call(peer, users, keys)}
-            except Exception as error:  # a version with other names is only a missing peer
+            except Exception as error:  # a version with other names only means a missing peer
                 missing = {"transformers bf16": first_line(error)}
             for format in ("w4a16", "w8a8"):
                 model = random_model(sizes, format)
@@ -415,7 +417,7 @@ OPS = {
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Memory that a call takes beside what was there before."""
+    """Memory that a call takes in addition to what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -425,7 +427,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def host_microseconds(call: Callable[[], object]) -> float:
-    """Time until a call returns while the GPU has more to do."""
+    """Time until a call returns while the GPU is still busy."""
     times = []
     for _ in range(10):
         torch.cuda._sleep(20_000_000)  # cycles: 10 ms
@@ -437,7 +439,7 @@ def host_microseconds(call: Callable[[], object]) -> float:
 
 
 def without_broken_peers(case: Case) -> Case:
-    """Every variant called once; a peer that cannot be is missing, and says why."""
+    """Call every variant once. Move a peer that fails to `missing`, with the reason."""
     for name, call in list(case.variants.items()):
         try:
             call()
@@ -466,7 +468,7 @@ def context_is_lost() -> bool:
 
 
 def measure_op(name: str, limits: dict[str, float], options: argparse.Namespace) -> list[Row]:
-    """Prints and returns the rows of one op; what fails is printed and raises where the rest of
+    """Print and return the rows of one op. A failing case is printed, and raised if the rest of
     this process would fail as well."""
     rounds, measured = 2 if options.smoke else options.rounds, []
     for case in OPS[name](options.smoke):
@@ -498,7 +500,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument(
         "--failed", action="store_true", help=argparse.SUPPRESS
-    )  # before a new start
+    )  # before the restart
     options = parser.parse_args()
     options.end = time.monotonic() + options.seconds
     if unknown := set(options.ops) - set(OPS):

@@ -1,9 +1,9 @@
 #!/bin/sh
-# On a machine with a GPU: builds fastlm for the Python there ($PYTHON, .venv or python3), runs the tests that need the GPU, then bench/gpu.py. Every step has
-# a limit and prints what it has by then: `tests triton cuda` is under ten minutes, and so is `bench compare`. Not run on a GPU yet.
+# On a machine with a GPU: builds fastlm for its Python ($PYTHON, .venv or python3), runs the tests that need the GPU, then bench/gpu.py. Every step has a time
+# limit and prints what it has by then: `tests triton cuda` takes less than ten minutes, and so does `bench compare`. Not run on a GPU yet.
 #     sh bench/gpu.sh [folder for results] [tests|triton|cuda|bench|compare ...]        default: bench/results, all but compare
-# compare: bench again with Triton where CUDA C++ is picked, two minutes; ORDER in fastlm/backend.py is to follow it.
-# Nothing is fetched: packages that are missing there travel as wheels, on PYTHONPATH; ninja may be on PATH instead. Every step runs, whatever failed before.
+# compare: runs bench again with Triton where CUDA C++ is picked, two minutes; ORDER in fastlm/backend.py should follow its result.
+# Nothing is downloaded: bring packages that the machine lacks as wheels, on PYTHONPATH; ninja may be on PATH instead. Every step runs, even after a failure.
 set -u
 out=${1:-bench/results}
 test $# -gt 0 && shift
@@ -18,11 +18,11 @@ $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/n
   exit 1
 }
 mkdir -p "$out"
-site=$(mktemp -d) # stands for an installation: fastlm, and ./kernels as fastlm.kernels
-# CUDA kernels for this card alone: a third of the time
+site=$(mktemp -d) # stands in for an installation: fastlm, and ./kernels as fastlm.kernels
+# CUDA kernels for this card only: a third of the build time
 capability=$($python -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a > 8))')
 export FASTLM_CUDA_ARCHS="$capability"
-# Without the extensions everything here but the CUDA kernels and some tests' imports still runs
+# Without the extensions everything still runs except the CUDA kernels and some tests' imports
 timeout 150 $python setup.py -q build_ext --inplace >"$out/gpu-build.log" 2>&1 || {
   status=1
   echo "gpu.sh: the C++ extension does not build, going on without it: $out/gpu-build.log"
@@ -33,10 +33,10 @@ test -e fastlm/kernels || ln -s ../kernels fastlm/kernels # ignored by git
 trap 'rm -f fastlm/kernels; rm -rf "$site"' EXIT
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-# -W default: a warning of this machine's versions is not a failure. SIGINT: pytest still says what it found
+# -W default: a warning due to this machine's versions is not a failure. SIGINT: pytest still reports its results so far
 pytest="timeout -s INT -k 10"
 parallel=
-$python -c 'import xdist' 2>/dev/null && parallel="-n 8" # compiling takes the time, and one core each
+$python -c 'import xdist' 2>/dev/null && parallel="-n 8" # most of the time is compilation, one core per process
 for step in $steps; do
   case $step in
   tests)
@@ -49,7 +49,7 @@ for step in $steps; do
     tail -n 25 "$out/gpu-triton.log"
     ;;
   cuda)
-    # what the emulator cannot know is seen here first: fragment layouts, the memory's order
+    # first check of what the emulator cannot show: fragment layouts, memory order
     $pytest 60 $python -m pytest -q -W default $parallel --maxfail=20 $(ls tests/test_cuda_*.py | grep -v gate) tests/test_graph_decoding.py >"$out/gpu-cuda.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-cuda.log"
     if command -v compute-sanitizer >/dev/null; then

@@ -1,11 +1,11 @@
-"""The harness every benchmark runs on.
+"""The harness that every benchmark runs on.
 
 A `Case` is one op at one shape with named variants that do the same work. `measure` runs them in
-turn, round after round, so that a slow second of the machine hits all of them, and takes the
-median and the spread (interquartile range over median). What a variant reaches is compared with
-the ceilings of this machine (bench/ceilings.py), measured before and after the rows. A row is
-measured again where its spread is large or other processes had the cores, and marked where that did
-not help. Nothing is timed while the op's tests are red.
+turn, round after round, so that a slow second of the machine affects all of them, and takes the
+median and the spread (interquartile range over median). The speed of a variant is compared with the
+ceilings of this machine (bench/ceilings.py), measured before and after the rows. A row is measured
+again if its spread is large or other processes used the cores, and marked if that did not help.
+Nothing is timed while the op's tests fail.
 
     python bench/attention.py                 all cases of the file; --list names them
     python bench/attention.py causal          cases whose name or shape contains "causal"
@@ -34,23 +34,23 @@ from ceilings import BUSY, Others, ceilings_before, combined, highest
 
 from fastlm import inventory
 
-# a case of its own shape is a compilation of its own: behind the limit of 8 the peer would be eager
+# each shape is compiled separately: past the default limit of 8 the peer would run eagerly
 torch._dynamo.config.recompile_limit = 256
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 9  # medians of 9 interleaved rounds repeat within a few percent on a shared machine
-MAX_SECONDS = 15  # of one variant of one case: a peer of seconds a call takes part in 3 rounds
+MAX_SECONDS = 15  # per variant of a case: a peer that needs seconds per call runs in 3 rounds
 MIN_ROUND_SECONDS = 0.01  # a round repeats a short call until the clock's noise is below 1 %
-FAR_BEHIND = 3  # times the fastest: such a variant takes part in 3 rounds
-LARGE_SPREAD = 0.2  # of the median: such a row is measured again
+FAR_BEHIND = 3  # times the fastest: a variant slower than that runs in 3 rounds
+LARGE_SPREAD = 0.2  # relative to the median: a row above it is measured again
 
 
 @dataclass
 class Case:
-    """One op at one shape. `data()` makes the operands; a variant takes them and returns the call
-    that is timed. Without `data` the variants are the calls. `flops` and `bytes` are what the work
-    needs at least, for the share of the ceiling. A variant named "floor ..." does less than the
-    work: it is shown, not compared.
+    """One op at one shape. `data()` creates the operands; a variant accepts them and returns the
+    call that is timed. Without `data` the variants are the calls. `flops` and `bytes` are the least
+    that the work needs, for the share of the ceiling. A variant named "floor ..." does less than
+    the work: it is shown but not compared.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Case:
     variants: dict[str, Callable]
     flops: float | None = None
     bytes: float | None = None
-    dtype: str = "bf16"  # whose best instruction `flops` is divided by
-    missing: dict[str, str] = field(default_factory=dict)  # peers that are not here, and why
+    dtype: str = "bf16"  # `flops` is divided by the speed of its best instruction
+    missing: dict[str, str] = field(default_factory=dict)  # unavailable peers, with the reason
     data: Callable[[], tuple] | None = None
 
     def calls(self) -> dict[str, Callable[[], object]]:
@@ -70,7 +70,7 @@ class Case:
 
 
 def forward(f: Callable, mode: Callable = torch.no_grad) -> Callable:
-    """A variant: f on the operands, without autograd."""
+    """A variant that calls f on the operands without autograd."""
 
     def variant(*operands):
         def call():
@@ -83,13 +83,13 @@ def forward(f: Callable, mode: Callable = torch.no_grad) -> Callable:
 
 
 def inference(f: Callable) -> Callable:
-    """`forward` as a decode step does it."""
+    """`forward` in inference mode, as in a decode step."""
     return forward(f, torch.inference_mode)
 
 
 def gradients(f: Callable) -> Callable:
-    """A variant: f on the operands but the last, and the gradients of those that want one; the last
-    is the output's gradient, or None of a loss.
+    """A variant that calls f on all operands but the last, and computes the gradients of those that
+    require one. The last operand is the gradient of the output, or None for a loss.
     """
 
     def variant(*operands):
@@ -122,9 +122,9 @@ def under_autocast(f: Callable) -> Callable:
 def torch_variants(
     run: Callable, f: Callable, dtype: torch.dtype, compiled: Callable | None = None
 ) -> dict[str, Callable]:
-    """`run` (`forward`, `gradients`) of torch's function `f`, eager and, where it is given,
-    `compiled`. Work in bfloat16 may be done in float32 on the same values, or under autocast: on
-    some machines that is the faster way.
+    """Apply `run` (`forward`, `gradients`) to torch's function `f`, eager and, if given,
+    `compiled`. Work in bfloat16 also runs in float32 on the same values and under autocast, which
+    is faster on some machines.
     """
     variants = {}
     for name, call in (("torch", f), ("torch.compile", compiled)):
@@ -152,7 +152,7 @@ class Row:
     of_ceiling: float | None
     ceiling: str
     missing: dict[str, str]
-    unsteady: str = ""  # why the row is not to be trusted, where it is not
+    unsteady: str = ""  # why the row is not to be trusted; empty if it is
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
@@ -163,7 +163,7 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def repeats_of(call: Callable[[], object]) -> tuple[int, float]:
-    """How often a round repeats the call, and its seconds; the call is warm then."""
+    """How often a round repeats the call, and the seconds of one call, which is warm then."""
     call()  # compile, fault pages in, fill caches
     once = max(_seconds(call, 1), 1e-7)
     return max(1, int(MIN_ROUND_SECONDS / once)), once
@@ -192,7 +192,7 @@ def measure(
 
 
 def spread_of(times: Sequence[float]) -> float:
-    """(Upper - lower quartile) / median; of one round nothing is known."""
+    """(Upper - lower quartile) / median; 0 for a single round, whose spread is unknown."""
     if len(times) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
@@ -202,7 +202,7 @@ def spread_of(times: Sequence[float]) -> float:
 def steadiest(
     calls: dict[str, Callable[[], object]], rounds: int, timed: Callable
 ) -> tuple[dict[str, list[float]], str]:
-    """The times, and why they are not to be trusted. Measured again, once, where they are not."""
+    """The times, and why they are not to be trusted. In that case they are measured again, once."""
     attempts = []
     for _ in range(2):
         others = Others()
@@ -245,7 +245,7 @@ def run_case(
 
 def share_of_ceiling(row: Row, case: Case, limits: dict[str, float]) -> None:
     """The work needs both products and memory: whichever takes longer is the ceiling."""
-    # some work is left to torch: the row says how that does
+    # some work is left to torch: the row shows torch's share then
     took = row.milliseconds.get("fastlm") or row.milliseconds.get(row.best_peer or "")
     if not limits or not took or not (case.flops or case.bytes):
         return
@@ -274,7 +274,7 @@ def gate(op: str) -> None:
 
 
 def machine() -> dict[str, object]:
-    """What a number needs beside it: machine, versions, commit."""
+    """What belongs next to a figure: machine, versions, commit."""
     info = inventory.info()
     try:
         commit = subprocess.run(
@@ -293,7 +293,7 @@ def machine() -> dict[str, object]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: one line a case, all peers with their times, the ratio to the best of them."""
+    """A Markdown table: one line per case, the times of all peers, the ratio to the best one."""
     lines = [
         "| op | shape | fastlm ms | peers, ms | ratio to the best | share of ceiling | spread |",
         "|---|---|---|---|---|---|---|",
@@ -322,7 +322,7 @@ def positive(text: str) -> int:
 
 
 def common_options(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark takes."""
+    """The options that every benchmark accepts."""
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
     parser.add_argument(
         "--busy",
@@ -349,7 +349,7 @@ def own_cases(own: Callable, text: str, parser: argparse.ArgumentParser) -> list
 
 
 def chosen(cases: Sequence[Case], word: str, parser: argparse.ArgumentParser) -> list[Case]:
-    """Those whose name or shape contains the word; an unknown word is an error with near names."""
+    """Cases whose name or shape contains the word; an unknown one is an error with near names."""
     labels = [f"{c.name} {c.shape}" for c in cases]
     found = [c for c, label in zip(cases, labels) if word.lower() in label.lower()]
     if not found:
@@ -360,7 +360,7 @@ def chosen(cases: Sequence[Case], word: str, parser: argparse.ArgumentParser) ->
 
 
 def main(op: str, cases: Callable[[], list[Case]], own: Callable | None = None) -> None:
-    """The command line of one op's file; `own` makes the cases of a shape given by --shape."""
+    """The command line of one op's file; `own` creates the cases of a shape given by --shape."""
     parser = argparse.ArgumentParser(description=f"Time fastlm's {op} against its peers.")
     parser.add_argument(
         "filter", nargs="?", default="", help="only cases whose name or shape contains this"

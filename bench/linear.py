@@ -1,8 +1,9 @@
 """linear against torch's (oneDNN): the layers of the models in bench/train_step.py.
 
-As in a training step, no operand but the weight was touched since long: every call takes the next
-of COPIES inputs. On operands that lie in the cache the two are equal. torch.compile calls the same
-library, so torch's ways are eager: in bfloat16, in float32 on the same values, and under autocast.
+As in a training step, no operand but the weight was touched recently: every call uses the next of
+COPIES inputs. On operands in the cache the two are equally fast. torch.compile calls the same
+library, so torch's variants are eager: in bfloat16, in float32 on the same values, and under
+autocast.
 """
 
 import itertools
@@ -27,7 +28,7 @@ SHAPES = [
 
 
 def both(f, dtype=torch.bfloat16):
-    """A variant: output and both gradients, on the next inputs each time."""
+    """A variant that computes output and both gradients, on the next inputs at each call."""
 
     def variant(inputs, weight):
         weight = weight.to(dtype).requires_grad_()

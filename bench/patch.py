@@ -1,11 +1,12 @@
 """Training throughput of a Hugging Face model: `fastlm.patch` against the same model in plain
 PyTorch, eager and under torch.compile.
 
-Random weights, so nothing is fetched. Forward, backward, clipping and AdamW are in the step;
-"bf16" is a model of bfloat16 parameters, "autocast" one of float32 under torch.autocast, "fp32"
-one of float32. All variants use torch's fused AdamW, except the rows that say otherwise. "memory
-kept" is `fastlm.memory.keep_freed_memory` called first, which any training script may do; rows
-under torch.compile have it too, to tell the kernels' share from the allocator's.
+The weights are random, so nothing is downloaded. A step consists of forward, backward, clipping and
+AdamW. "bf16" is a model with bfloat16 parameters, "autocast" one with float32 parameters under
+torch.autocast, "fp32" one with float32 parameters. All variants use torch's fused AdamW, except the
+rows that state otherwise. "memory kept" means that `fastlm.memory.keep_freed_memory` is called
+first, which any training script may do. Rows under torch.compile have it too, to separate the
+kernels' share from the allocator's.
 
     python bench/patch.py                 a Llama of 42.4 M parameters, batch 8 x 512
     python bench/patch.py --size 135m --batch 4
@@ -85,7 +86,7 @@ def make(variant: str, size: tuple[int, ...], batch: int, length: int):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
             loss = forward(input_ids=ids, labels=ids).loss
         loss.backward()
-        if FASTLM_ADAMW not in extras:  # fastlm's clips on its way
+        if FASTLM_ADAMW not in extras:  # fastlm's AdamW clips as part of its step
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 """The peer of the training benchmarks: a Llama in plain PyTorch, as a user would write it today.
 
-SDPA, F.rms_norm, F.cross_entropy on full logits, torch.optim.AdamW(fused=True) and
-clip_grad_norm_; with bf16 autocast, eager or under torch.compile, which the caller chooses.
+SDPA, F.rms_norm, F.cross_entropy on full logits, torch.optim.AdamW(fused=True) and clip_grad_norm_.
+It runs under bf16 autocast, eager or with torch.compile, as the caller chooses.
 """
 
 import torch
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class PlainLlama(nn.Module):
-    """Tied embeddings; returns the mean cross-entropy of predicting `labels` (already shifted)."""
+    """Tied embeddings. Returns the mean cross-entropy of predicting `labels` (already shifted)."""
 
     def __init__(self, vocab: int, width: int, layers: int, heads: int, hidden: int, length: int):
         super().__init__()

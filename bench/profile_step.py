@@ -1,8 +1,8 @@
 """Where a training step's time goes.
 
-torch.profiler over steps of `fastlm_step` (bench/train_step.py) or of a model of your own, its
-operators grouped into parts, each beside what the machine could do: matrix products against the
-best ceiling for bfloat16 (bench/ceilings.py).
+torch.profiler runs over steps of `fastlm_step` (bench/train_step.py) or of your own model. The
+operators are grouped into parts, each compared with what the machine could do: matrix products with
+the best ceiling for bfloat16 (bench/ceilings.py).
 
     python bench/profile_step.py                  42 M, 8 x 512
     python bench/profile_step.py --size 124m --batch 4
@@ -10,8 +10,8 @@ best ceiling for bfloat16 (bench/ceilings.py).
     python bench/profile_step.py --model train.py:make [--patch]
 
 `make()` returns (model, batch): batch is a dict of arguments, a tuple, or one tensor; the model
-returns a loss, or an object or dict with one. `--patch` calls `fastlm.patch` first. Weights of a
-folder are random.
+returns a loss, or an object or dict with one. `--patch` calls `fastlm.patch` first. A model from a
+folder gets random weights.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from train_step import SIZES, fastlm_step
 
 WARM, STEPS = 3, 3
-SHOWN = 25  # operators of a model of one's own
-# part -> what the names of its operators contain; the first that fits
+SHOWN = 25  # operators shown for a model of your own
+# part -> strings contained in the names of its operators; the first match counts
 PARTS = {
     "linear_cross_entropy": ("linear_cross_entropy",),
     "rms_norm": ("rms_norm",),
@@ -73,11 +73,11 @@ def built_in(options: argparse.Namespace) -> tuple[Callable[[], object], dict[st
     return run, {
         "linears: forward": 2 * tokens * matrices,
         "linears: both gradients": 4 * tokens * matrices,
-        # where torch's products run
+        # where torch's products run instead
         "linears: weight gradients": 2 * tokens * matrices,
         "linears: the other two products": 4 * tokens * matrices,
         "linear_cross_entropy": 6 * tokens * width * vocab,
-        # forward 2 products, backward 5, half of the scores are masked
+        # the forward has 2 products, the backward 5; half of the scores are masked
         "attention": 7 * tokens * options.length * width * layers,
     }
 
@@ -104,7 +104,7 @@ def own_model(options: argparse.Namespace) -> tuple[torch.nn.Module, object]:
         )
     content = json.loads((folder / "config.json").read_text("utf-8"))
     ids = torch.randint(0, content["vocab_size"], (options.batch, options.length))
-    if options.patch:  # a patched model is transformers'
+    if options.patch:  # `patch` needs a transformers model
         from transformers import AutoConfig, AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
@@ -194,7 +194,7 @@ def main() -> None:
         rows.append({"part": part, "ms": s * 1e3, "of_step": s / profiled, "of_ceiling": share})
         of = "-" if math.isnan(share) else f"{share:.0%}"
         print(f"| {part} | {s * 1e3:.1f} | {s / profiled:.1%} | {of} |")
-    # of a model of one's own what torch counts
+    # for a model of your own, torch's count
     counted = sum(n for part, n in flops.items() if part in seconds) or counter.get_total_flops()
     total = counted / ceiling
     if not math.isnan(total):

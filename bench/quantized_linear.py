@@ -1,8 +1,8 @@
 """quantized_linear against torch's bf16 linear, its int4 and int8 kernels and `_int_mm`.
 
-Every case goes through several copies of its weight in turn, more than the L3 holds, as the layers
-of a model do: one copy would be timed from the cache. FASTLM_BENCH_DRAM=1 takes 1.5 GB of copies,
-for machines whose L3 is hundreds of MB.
+Every case cycles through several copies of its weight, more than the L3 holds, as the layers of a
+model do: a single copy would be read from the cache. FASTLM_BENCH_DRAM=1 uses 1.5 GB of copies, for
+machines whose L3 has hundreds of MB.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from fastlm.quant import QuantizedWeight
 
 COPIES_BYTES = 1500 << 20 if os.environ.get("FASTLM_BENCH_DRAM") else 80 << 20
 GROUP = 128
-# bits, activation bits, rows of x, N, K, and where it is not GROUP the group size
+# bits, activation bits, rows of x, N, K, and the group size if it is not GROUP
 SHAPES = [
     *((bits, act, m, 4096, 4096) for bits, act in ((4, 16), (8, 16)) for m in (1, 16, 64, 512)),
     *((4, 8, m, 4096, 4096) for m in (1, 16, 64, 512)),
@@ -43,7 +43,7 @@ LINEAR = [(4096, 1536, 512), (4096, 2816, 512), (4096, 32768, 512)]  # rows, N, 
 
 
 def in_turn(items):
-    """The next of `items` at each call, over and over."""
+    """Return the next of `items` at each call, over and over."""
     return itertools.cycle(items).__next__
 
 
@@ -51,11 +51,11 @@ def copies_of(bytes_each: int) -> int:
     return max(2, COPIES_BYTES // bytes_each)
 
 
-@lru_cache(maxsize=2)  # cases of one weight follow each other
+@lru_cache(maxsize=2)  # cases of one weight are consecutive
 def quantized(bits: int, n: int, k: int, group: int) -> Callable[[], QuantizedWeight]:
-    """Groups of 32 have offsets and float32 scales, as weights from a GGUF's Q4_1."""
+    """Quantized weights. Groups of 32 have offsets and float32 scales, like a GGUF's Q4_1."""
     gguf = group == 32
-    repeat = -(-n // 8)  # codes and scales of a real distribution, quickly
+    repeat = -(-n // 8)  # quickly yields codes and scales with a real distribution
     few = ops.quantize_weight(
         torch.randn(8, k),
         bits,
@@ -80,24 +80,24 @@ def quantized(bits: int, n: int, k: int, group: int) -> Callable[[], QuantizedWe
     )
 
 
-@lru_cache(maxsize=2)  # cases of one weight follow each other
+@lru_cache(maxsize=2)  # cases of one weight are consecutive
 def bf16(n: int, k: int) -> Callable[[], torch.Tensor]:
     return in_turn([torch.randn(n, k).bfloat16() for _ in range(copies_of(2 * n * k))])
 
 
-@lru_cache(maxsize=2)  # cases of one weight follow each other
+@lru_cache(maxsize=2)  # cases of one weight are consecutive
 def fp32(n: int, k: int) -> Callable[[], torch.Tensor]:
     return in_turn([torch.randn(n, k) for _ in range(copies_of(4 * n * k))])
 
 
-@lru_cache(maxsize=2)  # cases of one weight follow each other
+@lru_cache(maxsize=2)  # cases of one weight are consecutive
 def int8(n: int, k: int) -> Callable[[], torch.Tensor]:
     return in_turn(
         [torch.randint(-127, 128, (n, k), dtype=torch.int8) for _ in range(copies_of(n * k))]
     )
 
 
-@lru_cache(maxsize=2)  # cases of one weight follow each other
+@lru_cache(maxsize=2)  # cases of one weight are consecutive
 def int4pack(n: int, k: int) -> Callable[[], torch.Tensor]:
     codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
     packed = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
@@ -105,7 +105,7 @@ def int4pack(n: int, k: int) -> Callable[[], torch.Tensor]:
 
 
 def peers(bits: int, act: int, m: int, n: int, k: int, group: int) -> tuple[dict, dict]:
-    """torch's calls for the same product, and why those that are absent are. A variant takes x."""
+    """torch's calls for the same product, and why others are missing. A variant accepts x."""
 
     def in_bf16(x):
         weight = bf16(n, k)
@@ -119,7 +119,7 @@ def peers(bits: int, act: int, m: int, n: int, k: int, group: int) -> tuple[dict
         rounded, weight = torch.randint(-127, 128, x.shape, dtype=torch.int8), int8(n, k)
         return lambda: torch._int_mm(rounded, weight().t())
 
-    def whole_int_mm(x):  # the same work: rows of x rounded before, scales after
+    def whole_int_mm(x):  # the same work: round the rows of x first, scale afterwards
         scales, weight = torch.ones(n), int8(n, k)
 
         def call():
@@ -140,7 +140,7 @@ def peers(bits: int, act: int, m: int, n: int, k: int, group: int) -> tuple[dict
     calls: dict[str, Callable] = {"torch bf16 linear": in_bf16, "torch fp32 linear": in_fp32}
     missing = {}
     if act == 8:
-        if bits == 8 and m > 16:  # its own condition on the rows
+        if bits == 8 and m > 16:  # torch's own condition on the rows
             calls["torch._int_mm"] = int_mm
             calls["torch rounding + _int_mm + scales"] = whole_int_mm
         else:
@@ -157,7 +157,7 @@ def peers(bits: int, act: int, m: int, n: int, k: int, group: int) -> tuple[dict
 
 
 def linear(m: int, n: int, k: int) -> Case:
-    """Projections in bf16 are torch's (oneDNN): the row shows what the machine gives them."""
+    """Projections in bf16 are left to torch (oneDNN): the row shows their speed on this machine."""
     return Case(
         "bf16 linear, left to torch",
         f"{m} x {k} -> {n}",
@@ -174,7 +174,7 @@ def of_shape(bits: int, act: int, m: int, n: int, k: int, group: int = GROUP) ->
 
     width = k if group == -1 else group
     calls, missing = peers(bits, act, m, n, k, width)
-    # codes, a scale of 2 bytes a group (of 4 and an offset of 4 where it is GGUF's 32)
+    # codes, plus a 2-byte scale per group (GGUF's groups of 32: a 4-byte scale and a 4-byte offset)
     size = n * (k * bits / 8 + -(-k // width) * (8 if group == 32 else 2))
     return Case(
         f"w{bits}a{act}" + (f", groups of {width}" if width != GROUP else ""),

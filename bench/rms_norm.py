@@ -7,7 +7,7 @@ from harness import Case, gradients, inference, main
 from fastlm import ops
 
 SHAPES = [(4096, 512), (4096, 4096), (252, 507), (1, 576), (1, 4096), (8, 2048)]
-ODD = [(1, 1), (1, 509), (3, 80), (509, 1021), (4093, 80), (3, 128256)]  # against eager torch alone
+ODD = [(1, 1), (1, 509), (3, 80), (509, 1021), (4093, 80), (3, 128256)]  # against eager torch only
 
 
 def plain(x, weight):

@@ -16,7 +16,7 @@ SHAPES = {
     "three heads": (1, 3, 3, 127, 80, 80),
     "primes": (3, 5, 1, 509, 96, 96),
 }
-COMPILED = ("train", "long", "partial", "odd", "decode")  # the others against eager torch alone
+COMPILED = ("train", "long", "partial", "odd", "decode")  # the others run against eager torch only
 
 
 def rotate_half(x):
@@ -65,7 +65,7 @@ def of_shape(
         variants = {"fastlm": run(ops.rope), "torch": run(hugging_face)}
         if compare_compiled:
             variants["torch.compile"] = run(compiled)
-        moved = 4 * b * s * d * (h + hkv)  # bf16: read once, write once
+        moved = 4 * b * s * d * (h + hkv)  # bf16: everything is read once and written once
         shape = f"B {b} H {h}/{hkv} S {s} D {d} R {r}"
         made.append(Case(f"{name} {label}", shape, variants, bytes=passes * moved, data=data))
     return made

@@ -1,11 +1,11 @@
 """``make bench``: every op file and the end-to-end runs; results, docs/benchmarks.md, the README.
 
-Writes bench/results/<machine>.json, docs/benchmarks.md with every row, the ten rows of `HEADLINE`
-between the two marker lines of README.md, and the same as bars in docs/peers.png.
+Write bench/results/<machine>.json, docs/benchmarks.md with every row, the ten rows of `HEADLINE`
+between the two marker lines of README.md, and the same rows as bars in docs/peers.png.
 
 ``--isa avx2`` holds both sides to one instruction set (`FORCED`), runs the ops and writes
-docs/benchmarks-avx2.md and a results file of its own; the README stays as it is. ``--page zen4``
-writes every row to docs/benchmarks-zen4.md instead: for another machine than the README's.
+docs/benchmarks-avx2.md and a separate results file; the README stays unchanged. ``--page zen4``
+writes every row to docs/benchmarks-zen4.md instead, for a machine other than the README's.
 """
 
 import argparse
@@ -31,7 +31,7 @@ OPS = (
     "quantized_linear",
     "boundary",
 )
-# name in the results -> command, what its table shows
+# name in the results -> command, content of its table
 END_TO_END = {
     "train_step": (
         "train_step.py",
@@ -52,7 +52,7 @@ END_TO_END = {
     ),
     "profile_step": ("profile_step.py", "Where a training step of the 42 M model goes"),
 }
-# What the README shows, rows that a peer wins among them: (op, name, shape) -> in words
+# The rows of the README, including some that a peer wins: (op, name, shape) -> description
 HEADLINE = {
     ("attention", "causal bf16 forward+backward", "(8, 8/8, 512, 64)"): "attention with gradients",
     ("attention", "decode bf16", "(1, 9/3, 1 x 1024, 64)"): "attention, one new token",
@@ -67,8 +67,8 @@ HEADLINE = {
     ("linear", "fwd+bwd bf16", "4096 x 512 -> 512"): "linear layer",
     ("quantized_linear", "w8a16", "4 x 576 -> 1536"): "int8 weights, four rows",
 }  # fmt: skip
-# --isa -> what holds fastlm, ATen, oneDNN, MKL and torch.compile's code to it. oneDNN's and MKL's
-# own limits are needed too: without them torch's matrix products ignore ATEN_CPU_CAPABILITY.
+# --isa -> settings that hold fastlm, ATen, oneDNN, MKL and torch.compile's code to it. The limits
+# of oneDNN and MKL are needed too: without them torch's matrix products ignore ATEN_CPU_CAPABILITY.
 FORCED = {
     "avx512": {
         "FASTLM_CPU_ISA": "avx512",
@@ -76,7 +76,7 @@ FORCED = {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",  # as fastlm's avx512: bf16 and int8 dot products
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
-    "avx512_fma": {  # an Intel without tiles: the peers keep its bf16 and fp16 instructions
+    "avx512_fma": {  # an Intel CPU without tiles: the peers keep its bf16 and fp16 instructions
         "FASTLM_CPU_ISA": "avx512_fma",
         "ATEN_CPU_CAPABILITY": "avx512",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16",
@@ -101,7 +101,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def run(command: str, *arguments: str) -> dict:
-    """Runs one benchmark, shows its output, returns its results."""
+    """Run one benchmark, show its output and return its results."""
     script, *fixed = command.split()
     print(f"\n== {command}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +116,7 @@ def run(command: str, *arguments: str) -> dict:
 
 
 def rows_of(results: dict) -> list[Row]:
-    """Rows of all ops, named with their op."""
+    """The rows of all ops, with the op in their names."""
     rows = []
     for op in OPS:
         for row in (Row(**r) for r in results.get(op, {}).get("rows", [])):
@@ -127,7 +127,7 @@ def rows_of(results: dict) -> list[Row]:
 
 
 def headline(results: dict) -> list[tuple[str, str, str, str, float]]:
-    """(what, shape, fastlm, the best peer, ratio) of the rows of `HEADLINE` that are there, and of
+    """(description, shape, fastlm, the best peer, ratio) of the available rows of `HEADLINE` and of
     the training step.
     """
     found = []
@@ -149,14 +149,14 @@ def headline(results: dict) -> list[tuple[str, str, str, str, float]]:
 
 
 def commits_of(results: dict) -> str:
-    """The commits that the rows were measured at."""
+    """The commits at which the rows were measured."""
     measured = (results[n] for n in (*OPS, *END_TO_END) if "machine" in results.get(n, {}))
     commits = dict.fromkeys(str(r["machine"]["commit"]) for r in measured)
     return " and ".join(commits) or results["machine"]["commit"]
 
 
 def short_section(results: dict) -> str:
-    """Markdown of the README's rows."""
+    """The README's rows as Markdown."""
     about = results["machine"]
     lines = ["| | shape | fastlm | the best of torch | |", "|---|---|---|---|---|"]
     lines += [
@@ -180,7 +180,7 @@ def picture(results: dict, path: Path) -> None:
     values = [row[-1] for row in rows]
     colors = ["#b3452f" if value < 1 else "#2f6fde" for value in values]
     axes.barh([row[0] for row in rows], values, color=colors, height=0.62)
-    for y, value in enumerate(values):  # right of the line too
+    for y, value in enumerate(values):  # always right of the line
         axes.text(max(value, 1) + 0.05, y, f"{value:.2f}x", va="center", fontsize=9)
     axes.axvline(1, color="#1c2733", linewidth=1)
     axes.set_xlabel(
@@ -193,8 +193,8 @@ def picture(results: dict, path: Path) -> None:
 
 
 def section(results: dict, isa: str | None = None, flag: str = "") -> str:
-    """Markdown: machine, table of the ops, tables of the end-to-end runs, what failed. `flag`: of
-    bench/run.py, where it was not `make bench`."""
+    """Markdown: machine, table of the ops, tables of the end-to-end runs, failures. `flag` is the
+    option of bench/run.py, if the run was not `make bench`."""
     about = results["machine"]
     rows = rows_of(results)
     command = f"python bench/run.py {flag}" if flag else "make bench"
@@ -243,7 +243,7 @@ def main() -> None:
         parser.error(f"only: wanted some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     isa = options.isa
     if isa and any(os.environ.get(name) != value for name, value in FORCED[isa].items()):
-        # torch reads them when it is imported: begin again
+        # torch reads them at import, so restart
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **FORCED[isa]})
     about = machine()
     kind = f"forced-{isa}" if isa else about["cpu_isa"]
@@ -253,7 +253,7 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     if not options.write_only:
         results["machine"] = about
-        # the boundary has no peer in torch; the end-to-end runs are of the machine as it is
+        # the boundary has no peer in torch; the end-to-end runs use the machine without such limits
         scripts = [op for op in OPS if op != "boundary"] if isa else known
         for script in options.only or scripts:
             flags = ["--no-gate"] if options.no_gate and script in OPS else []

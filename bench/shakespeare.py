@@ -1,10 +1,10 @@
-"""Three minutes of Shakespeare on a CPU: fastlm's recipe against a plain trainer of that size.
+"""Three minutes of Shakespeare on a CPU: fastlm's recipe against a plain trainer of the same size.
 
-nanoGPT's README trains a character model of 4 layers, 4 heads and 128 features, in batches of 12 x
-64, for about three minutes on a laptop. `CharGPT` is that size, written here in plain PyTorch under
-torch.compile. Both learn from the same training text and are measured on the same held-out plays,
-in bits per byte (each token predicted once, half a window of context). The peer's clock stops while
-it compiles and while it is evaluated; fastlm's does not.
+nanoGPT's README trains a character model with 4 layers, 4 heads and 128 features, in batches of 12
+x 64, for about three minutes on a laptop. `CharGPT` has that size, written here in plain PyTorch
+under torch.compile. Both learn from the same training text and are measured on the same held-out
+plays, in bits per byte (each token predicted once, with half a window of context). The peer's
+clock is stopped while it compiles and while it is evaluated; fastlm's is not.
 
     python bench/shakespeare.py --out runs/shakespeare-bench            both, 180 s each
     python bench/shakespeare.py --out runs/shakespeare-bench --seconds 20
@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # nanoGPT's README, "I only have a macbook"
 LAYERS, HEADS, WIDTH, BLOCK, BATCH, LR = 4, 4, 128, 64, 12, 1e-3
 EVALUATIONS = 12
-CURVE_SHARE = 8  # a point of the curve takes every eighth window of the held-out text, the last all
+# A point of the curve evaluates every eighth window of the held-out text, the last point all.
+CURVE_SHARE = 8
 
 
 class Layer(nn.Module):
@@ -52,7 +53,7 @@ class Layer(nn.Module):
 
 
 class CharGPT(nn.Module):
-    """Sum of -log p over the labels that are not -100."""
+    """A character model that returns the sum of -log p over the labels that are not -100."""
 
     def __init__(self, vocab: int):
         super().__init__()
@@ -73,7 +74,7 @@ class CharGPT(nn.Module):
 
 
 def evaluate(model: nn.Module, data: Tensor, bytes_per_character: float, every: int = 1) -> float:
-    """Bits per byte of `data`, or of every so many of its windows."""
+    """Bits per byte of `data`, or of every `every`-th of its windows."""
     stride, nats, scored = BLOCK // 2, 0.0, 0
     begins = list(range(0, len(data) - 1, stride))[::every]
     with torch.no_grad():
@@ -84,7 +85,7 @@ def evaluate(model: nn.Module, data: Tensor, bytes_per_character: float, every: 
                 window = data[begin : begin + BLOCK + 1]
                 row[0, : len(window) - 1], row[1, : len(window) - 1] = window[:-1], window[1:]
                 if begin:
-                    row[1, : BLOCK - stride] = -100  # scored by the window before
+                    row[1, : BLOCK - stride] = -100  # scored in the previous window
             ids, labels = rows.unbind(1)
             nats += float(model(ids, labels))
             scored += int((labels != -100).sum())
@@ -92,7 +93,7 @@ def evaluate(model: nn.Module, data: Tensor, bytes_per_character: float, every: 
 
 
 def train_plain(data: Path, seconds: float) -> list[tuple[float, float]]:
-    """[(seconds of training, held-out bits per byte)]; the last over the whole held-out text."""
+    """[(seconds of training, held-out bits per byte)]; the last is for the whole held-out text."""
     train, held = (
         "".join(d.text for d in read_documents(data / name)) for name in (TRAIN, HELDOUT)
     )
@@ -118,7 +119,7 @@ def train_plain(data: Path, seconds: float) -> list[tuple[float, float]]:
         optimizer.zero_grad(set_to_none=True)
 
     for _ in range(3):
-        step(0.0)  # compiles, outside the clock
+        step(0.0)  # compiles, not timed
     curve = [(0.0, evaluate(plain, held_ids, bytes_per_character, CURVE_SHARE))]
     used, steps = 0.0, 0
     for target in bars(range(1, EVALUATIONS + 1), "plain torch.compile"):
@@ -162,7 +163,7 @@ def plot(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
         )  # fmt: skip
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("held-out bits per byte")
-    # an untrained model is at 5 or more: the axis ends where the curves part
+    # an untrained model is at 5 or more: cut the axis to where the curves differ
     axes.set_ylim(top=min(5.0, 2.0 * min(c[-1][1] for c in curves.values())))
     axes.set_xlim(right=1.35 * max(c[-1][0] for c in curves.values()))  # room for the names
     axes.grid(axis="y", color="#dfe4ea")

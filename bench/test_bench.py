@@ -24,7 +24,7 @@ def label(op: str, index: int, variant: str) -> str:
     return f"{op}-{CASES[index][1].name}-{CASES[index][1].shape}-{variant}"
 
 
-@lru_cache(maxsize=1)  # tests come case by case
+@lru_cache(maxsize=1)  # the tests of a case are consecutive
 def calls_of(index: int):
     return CASES[index][1].calls()
 

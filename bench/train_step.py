@@ -1,9 +1,9 @@
 """Training throughput end to end: tokens/s and peak memory of whole steps, against plain PyTorch.
 
-Every variant is a process of its own (so that its peak memory is its own) which waits for its
-turn: the steps of all variants alternate, one step each, on otherwise idle cores. Forward,
-backward, clipping and AdamW are in the step. fastlm's process keeps its freed memory, as
-`fastlm.train` does; one peer does too, to tell the kernels' share from the allocator's.
+Every variant is a separate process (so that its peak memory is its own) which waits for its turn:
+the steps of all variants alternate, one step each, on otherwise idle cores. A step consists of
+forward, backward, clipping and AdamW. fastlm's process keeps its freed memory, as `fastlm.train`
+does. One peer does too, to separate the kernels' share from the allocator's.
 
     python bench/train_step.py     the 42.4 M configuration of the README's table
     python bench/train_step.py --size 10m --length 256 --threads 1
@@ -39,7 +39,7 @@ VARIANTS = (
     "eager bf16",
     "eager fp32",
 )
-# size, batch, length, threads; against the strongest peers, 2 steps to warm up and 3 timed
+# size, batch, length, threads; against the strongest peers, with 2 warm-up steps and 3 timed ones
 SCALING = [
     *(("10m", 8, 512, t) for t in (1, 2)),
     ("10m", 1, 8192, 2),
@@ -51,7 +51,7 @@ SCALING = [
     *(("350m", 2, 512, t) for t in (1, 2)),
     ("350m", 1, 2048, 2),
 ]
-# Which of the two is the stronger depends on the machine: on Intel's it may be float32
+# Which of torch's two is stronger depends on the machine: on Intel CPUs it may be float32.
 STRONGEST = ("fastlm", "torch.compile autocast", "torch.compile fp32")
 
 
@@ -142,7 +142,7 @@ def measure(name, batch, length, threads, variants, steps) -> list[dict]:
 
 
 def scaling() -> list[dict]:
-    """Prints one line a configuration, returns every row."""
+    """Print one line per configuration and return every row."""
     print(
         "| model, batch x length, threads | fastlm tokens/s | torch.compile, the faster "
         "| fastlm is | peak MiB | torch.compile | fastlm uses |\n|---|---|---|---|---|---|---|"

@@ -1,8 +1,8 @@
-"""Variants that take turns, each in a process of its own, which is idle while another runs.
+"""Variants that take turns, each in its own process, which is idle while another runs.
 
-A process of its own, so that its threads and its peak memory are its own: two thread pools in one
-process take each other's cores. One turn each on otherwise idle cores, so that a slow second of the
-machine hits all.
+Each has its own process because its threads and its peak memory should be its own: two thread pools
+in one process compete for the cores. They take one turn each on otherwise idle cores, so that a
+slow second of the machine affects all.
 """
 
 import multiprocessing
@@ -19,8 +19,8 @@ WARM_UP = 2  # steps before the timed ones: compilation, pages, the optimizer's 
 
 
 def _worker(pipe, make: Callable, arguments: tuple, threads: int) -> None:
-    """Makes the variant, then answers each tuple of arguments with what its call returns, "memory"
-    with MiB beyond what the process had before.
+    """Create the variant, then answer each tuple of arguments with the result of its call, and
+    "memory" with the MiB in addition to what the process had before.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ class Worker:
             target=_worker, args=(theirs, make, arguments, threads), daemon=True
         )
         self.process.start()
-        theirs.close()  # so that the end of the process ends a recv
+        theirs.close()  # so that recv fails when the process ends
         self._answer()
 
     def _answer(self):
@@ -88,8 +88,9 @@ def measure(
     tokens: int,
     threads: int,
 ) -> list[dict]:
-    """`make(variant, *arguments)`, called in the variant's process, returns a function that runs
-    one step of `tokens` tokens and returns its loss. One row a variant.
+    """Measure every variant and return one row each. `make(variant, *arguments)`, called in the
+    variant's process, returns a function that runs one step of `tokens` tokens and returns its
+    loss.
     """
     workers = [Worker(v, _step, (make, v, arguments), threads) for v in variants]
     seconds: dict[str, list[float]] = {v: [] for v in variants}
@@ -124,7 +125,7 @@ def tell_if_busy(others: Others) -> None:
 
 
 def table(rows: Sequence[dict], mine: str) -> str:
-    """Markdown: every variant, the fastest peer in bold, and how `mine` compares with it."""
+    """A Markdown table: every variant, the fastest peer in bold, a comparison with `mine`."""
     own = next((r for r in rows if r["variant"] == mine), None)
     peers = [r for r in rows if r["variant"].startswith(("torch", "eager"))]
     best = max(peers, key=lambda r: r["tokens_per_second"], default=None)

@@ -1,19 +1,19 @@
-"""The only file that asks what hardware and extras exist, and picks the implementation of an op.
+"""The only file that checks what hardware and extras exist, and picks the implementation of an op.
 
 Every op is one torch operator, ``torch.ops.fastlm.<name>``, with up to four implementations of the
 same signature:
 
 - ``reference``  plain PyTorch (`fastlm.reference`); the definition; every device and float dtype;
 - ``cpu``        C++ (`fastlm._cpu`); float32, bfloat16, float16;
-- ``triton``     Triton (`fastlm.kernels`), on CUDA devices; on CPU tensors where
-                 ``TRITON_INTERPRET=1`` (numpy stands in for the GPU: for tests);
+- ``triton``     Triton (`fastlm.kernels`), on CUDA devices, or on CPU tensors with
+                 ``TRITON_INTERPRET=1`` (numpy emulates the GPU, for tests);
 - ``cuda``       CUDA C++ (`fastlm._cuda`), on CUDA devices;
-- ``simt``       the same CUDA C++ on CPU tensors, by an emulator (`fastlm._simt`), where forced:
-                 for tests.
+- ``simt``       the same CUDA C++ on CPU tensors, in an emulator (`fastlm._simt`); only when
+                 forced, for tests.
 
-`pick` takes the first of `ORDER[device]` that the op has and that is available and serves the
-dtype. ``FASTLM_BACKEND=name`` or ``with use_backend("name"):`` forces one, and raises where it
-cannot serve: nothing falls back silently.
+`pick` takes the first backend of `ORDER[device]` that implements the op, is available and supports
+the dtype. ``FASTLM_BACKEND=name`` or ``with use_backend("name"):`` forces one backend. An op that
+it cannot run raises: nothing falls back silently.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ import torch
 
 from fastlm.errors import InputError
 
-# The extension, or None where it is not built; one that is broken raises here. After torch, whose
-# OpenMP runtime it shares.
+# The extension, or None where it is not built; a broken one raises here. It is imported after torch
+# because it shares torch's OpenMP runtime.
 cpu_extension: Any = importlib.import_module("fastlm._cpu") if find_spec("fastlm._cpu") else None
 
 BACKENDS = ("cuda", "simt", "triton", "cpu", "reference")
@@ -48,8 +48,8 @@ DTYPES["simt"] = DTYPES["cuda"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {}  # callables, or `Kernel` until first picked
-_picked_by: dict[str, str] = {}  # the argument whose device and dtype choose
-_fakes: dict[str, Callable] = {}  # what tensors without memory run: shapes
+_picked_by: dict[str, str] = {}  # op -> the argument whose device and dtype decide
+_fakes: dict[str, Callable] = {}  # op -> its shape function, for tensors without memory
 _get_num_threads = torch.get_num_threads
 _picked: dict[tuple, Callable] = {}
 
@@ -57,12 +57,12 @@ _picked: dict[tuple, Callable] = {}
 def add_op(
     op: str, implementations: dict[str, Any], *, picked_by: str = "", fake: Callable | None = None
 ) -> None:
-    """Enter an op into the table that `pick` reads.
+    """Add an op to the table that `pick` reads.
 
     Args:
         implementations: backend -> a callable or a `Kernel`; "cuda" serves "simt" too.
-        picked_by: the name of the argument whose device and dtype choose.
-        fake: serves tensors without memory.
+        picked_by: the name of the argument whose device and dtype decide.
+        fake: runs on tensors without memory.
     """
     IMPLEMENTATIONS[op] = dict(implementations)
     if "cuda" in implementations:
@@ -126,8 +126,8 @@ def why_not_here(op: str, backend: str, device: str, dtype: torch.dtype) -> str 
 
 def pick(op: str, tensor: torch.Tensor) -> Callable:
     """The implementation that `op` runs on tensors like this one."""
-    # torch hands its number of threads to OpenMP once per thread of Python, when it is asked here;
-    # a kernel that came before that would take every core
+    # The first call in each Python thread makes torch pass its number of threads to OpenMP; a
+    # kernel that ran before it would use every core.
     _get_num_threads()
     key = (op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
     if (chosen := _picked.get(key)) is None:
@@ -146,8 +146,8 @@ def serves_by(backend: str, op: str, tensor: torch.Tensor) -> bool:
 
 
 class Kernel:
-    """A function of ``fastlm.kernels.<module>``, imported when it is first picked: Triton may be
-    missing, and takes half a second.
+    """A function of ``fastlm.kernels.<module>``, imported when it is first picked, because Triton
+    may be missing and takes half a second to import.
     """
 
     package = "fastlm.kernels"
@@ -188,7 +188,7 @@ def _loaded(op: str, backend: str) -> Callable:
 
 
 def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
-    if dtype.is_floating_point and dtype not in _FLOATS:  # float8: by torch's products elsewhere
+    if dtype.is_floating_point and dtype not in _FLOATS:  # float8 is left to torch's own products
         names = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS)
         raise InputError(f"{_picked_by[op]}: wanted {names}, got {dtype}")
     if device == "meta":
@@ -207,7 +207,7 @@ def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
 def use_backend(name: str) -> Iterator[None]:
     """Force every op inside the ``with`` onto one backend, process-wide.
 
-    An op that it cannot serve raises.
+    An op that this backend cannot run raises.
     """
     global _forced
     before = _forced
@@ -231,11 +231,11 @@ def cpu_isa() -> str | None:
 
 
 if os.environ.get("FASTLM_CPU_ISA"):
-    cpu_isa()  # a name that cannot run here is refused now, not by the first kernel
+    cpu_isa()  # refuse a name that cannot run here now, not in the first kernel
 
 
 def multiplies_bf16() -> bool:
-    """Whether the C++ kernels multiply bfloat16 as such: elsewhere they widen it to float32."""
+    """Whether the C++ kernels multiply bfloat16 directly; otherwise they widen it to float32."""
     return cpu_isa() in ("amx", "avx512", "amx_emulated")
 
 

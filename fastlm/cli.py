@@ -1,8 +1,8 @@
 """``fastlm VERB``: each verb is thin; the work is a function of the package with the same options.
 
-Nothing heavy is imported before a verb runs, so that ``--help`` answers at once. Bad input is one
-line on stderr and exit status 2, a diverged run 3, Ctrl-C 130. Results go to stdout, progress and
-notes to stderr.
+Nothing heavy is imported before a verb runs, so that ``--help`` answers at once. Bad input prints
+one line on stderr and exits with status 2, a diverged run with 3, Ctrl-C with 130. Results go to
+stdout, progress and notes to stderr.
 """
 
 import errno
@@ -25,7 +25,7 @@ DIVERGED, INTERRUPTED = 3, 130
 
 
 class Verbs(TyperGroup):
-    """The one place where an exception becomes a line and a status."""
+    """The one place where an exception becomes a line on stderr and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -37,7 +37,7 @@ class Verbs(TyperGroup):
                 raise
             _fail(line, 2)
         except OSError as e:
-            if e.errno == errno.EPIPE:  # the reader has gone: click ends quietly
+            if e.errno == errno.EPIPE:  # the reader has closed the pipe: click exits quietly
                 raise
             _fail(e, 2)
         except KeyboardInterrupt as e:
@@ -51,7 +51,7 @@ class Verbs(TyperGroup):
 
 
 def _bad_value(error: typer.BadParameter) -> InputError | None:
-    """Typer's refusal of an option's value as ours: with the value, which pydantic's text lacks."""
+    """Typer's error for an option's value as an InputError, with the value that pydantic omits."""
     found = getattr(error.__cause__, "errors", list)()
     param: Any = error.param
     if not found or param is None:
@@ -74,18 +74,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-tokenizer_app = typer.Typer(help="Train a tokenizer, look at what it does.", no_args_is_help=True)
+tokenizer_app = typer.Typer(
+    help="Train a tokenizer, or encode a text with one.", no_args_is_help=True
+)
 
 Model = Annotated[
     Path,
     typer.Option("--model", "-m", help="Hugging Face folder, .gguf, fastlm run or model:smollm2"),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")]
-TopK = Annotated[int | None, typer.Option(help="Choose among the K likeliest tokens")]
-TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest that hold this share")]
-MinP = Annotated[float | None, typer.Option(help="Only tokens so likely beside the likeliest")]
-Penalty = Annotated[float, typer.Option(help="Above 1: what was said becomes less likely")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Write at most this many tokens")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the K likeliest tokens")]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the likeliest tokens that add up to this probability"),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Only tokens with at least this share of the highest probability"),
+]
+Penalty = Annotated[
+    float, typer.Option(help="Above 1: tokens already in the text become less likely")
+]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given again")]
 ActBits = Annotated[
     int | None,
@@ -105,7 +115,7 @@ Stats = Annotated[
 ]
 
 
-_watch = Watch()  # until the work begins: loading torch takes a second
+_watch = Watch()  # measures until the work begins; loading torch takes a second
 
 
 def _on_terminal() -> bool:
@@ -113,7 +123,7 @@ def _on_terminal() -> bool:
 
 
 def _say_if_busy() -> None:
-    """To a user who waits for the answer; a script's stderr stays empty."""
+    """Tell a user who waits at a terminal that the CPUs are busy; a script's stderr stays empty."""
     import torch
 
     if _on_terminal() and (line := _watch.line(torch.get_num_threads())):
@@ -122,9 +132,9 @@ def _say_if_busy() -> None:
 
 def main() -> None:
     """The console script."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding shows "?"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal with another encoding shows "?"
         sys.stdout.reconfigure(errors="replace")
-    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused where it is used
+    if isinstance(sys.stdin, io.TextIOWrapper):  # invalid UTF-8 is refused where the text is used
         sys.stdin.reconfigure(errors="surrogateescape")
     app(prog_name="fastlm")
 
@@ -169,7 +179,7 @@ def info(
         for name, why in have[key].items():
             facts.add_row(f"{key.removesuffix('_why_not')} {name}", why or "yes")
     console.print(facts)
-    # what runs an op, and what else could here; why a backend cannot run at all stands above
+    # what runs each op and what else could run it; the first table says why a backend cannot run
     columns = [name for name, why in have["backends"].items() if why is None]
     ops = Table(
         Column("op", no_wrap=True), "runs on", *(Column(c, justify="center") for c in columns)
@@ -188,16 +198,14 @@ def run(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Another value for a stage: --set pretrain.max_seconds=60"),
+        typer.Option("--set", help="Change an option of a stage: --set pretrain.max_seconds=60"),
     ] = None,
-    until: Annotated[str | None, typer.Option(help="Stop after the stage of this name")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done, and stop")
-    ] = False,
+    until: Annotated[str | None, typer.Option(help="Stop after the stage with this name")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop")] = False,
     cache: Annotated[Path | None, typer.Option(help="Where packages are kept")] = None,
     threads: Threads = None,
 ) -> None:
-    """Run a whole recipe. What is done is skipped, what was cut off continues."""
+    """Run a whole recipe. Finished stages are skipped, an interrupted one continues."""
     from fastlm.runs.events import EventLines
     from fastlm.runs.run import run_recipe
 
@@ -229,7 +237,7 @@ def _show_plan(plan: list[Any]) -> None:
         sources = [name for names in step.inputs.values() for name in names]
         do = f"{planned.do}, archive the old one" if planned.training else planned.do
         cells = (step.name, step.stage.kind, ", ".join(sources), do, planned.why)
-        table.add_row(*map(Text, cells))  # Text: no markup in what a recipe says
+        table.add_row(*map(Text, cells))  # Text: a recipe's words are not markup
     Console(stderr=True).print(table)
 
 
@@ -238,7 +246,7 @@ def _command() -> str:
 
 
 def _stage_commands() -> None:
-    """The commands of the stages (`fastlm.runs.kinds`): one word, or the command of a group."""
+    """Add the commands of the stages (`fastlm.runs.kinds`): one word, or a command in a group."""
     from fastlm.data.commands import app as data_app
     from fastlm.runs.commands import command_of
     from fastlm.runs.kinds import KINDS
@@ -262,7 +270,7 @@ def generate(
         ),
     ] = None,
     prompt_files: Annotated[
-        list[Path] | None, typer.Option("--prompt-file", help="A prompt is the text of this file")
+        list[Path] | None, typer.Option("--prompt-file", help="Read a prompt from this file")
     ] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
@@ -281,9 +289,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Texts and times as JSON")] = False,
     stats: Stats = None,
 ) -> None:  # fmt: skip
-    """Write a text, token by token; through the chat template where the model has one.
+    """Write a text, token by token, through the chat template if the model has one.
 
-    Several prompts are written together; their texts follow in order, an empty line between.
+    Several prompts are one batch; their texts follow in order, with an empty line between them.
     """
     from fastlm.serve.chat import Writer
     from fastlm.serve.terminal import echo
@@ -328,7 +336,7 @@ def generate(
 
 
 def _prompts(given: list[str], files: list[Path]) -> list[str]:
-    """Texts of --prompt, then of --prompt-file; a file's last newline is its editor's."""
+    """Texts of --prompt, then of --prompt-file, without the last newline, which editors add."""
     if given.count("-") > 1:
         raise InputError("prompt: wanted - once, stdin is read once")
     texts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in given]
@@ -366,7 +374,7 @@ def chat(
 ) -> None:
     """Talk with a chat model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.
 
-    Where stdin is no terminal, each of its lines is a message.
+    If stdin is not a terminal, each of its lines is a message.
     """
     from fastlm.serve import terminal
     from fastlm.serve.chat import Conversation, Writer
@@ -385,10 +393,12 @@ def tokenizer_encode(
         Path, typer.Option("--tokenizer", "-t", help="Folder, tokenizer.json or .gguf file")
     ],
     text: Annotated[str | None, typer.Argument(help="Text; from stdin if left out")] = None,
-    pieces: Annotated[bool, typer.Option("--pieces", help="The bytes of every token too")] = False,
+    pieces: Annotated[
+        bool, typer.Option("--pieces", help="Also print the bytes of every token")
+    ] = False,
     threads: Threads = None,
 ) -> None:
-    """The tokens of a text."""
+    """Print the tokens of a text."""
     from fastlm.tokenizer.tokenizer import Tokenizer
 
     tool = Tokenizer.load(tokenizer)

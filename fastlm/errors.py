@@ -1,14 +1,14 @@
-"""The one exception that means "what you gave cannot be used"."""
+"""The one exception for input that cannot be used."""
 
-MOST = 1000  # characters of a message: a value from a file may be of any length
+MOST = 1000  # characters of a message: a value from a file may have any length
 HEAD, TAIL = 700, 200
 
 
 class InputError(ValueError):
-    """Bad input, told in one line: the argument, what is wanted and what came.
+    """Bad input, described in one line: the argument, what is wanted and what was passed.
 
-    The library raises it, the command line prints its text and exits with status 2. A message is
-    cut in its middle where it is longer than `MOST`.
+    The library raises it; the command line prints its text and exits with status 2. A message
+    longer than `MOST` is cut in the middle.
     """
 
     def __init__(self, message: str):
@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 def show(value: object) -> str:
-    """``repr(value)``, also where Python refuses to print (a whole number of 5,000 digits)."""
+    """``repr(value)``, or the type's name where Python refuses it (an integer of 5,000 digits)."""
     try:
         return repr(value)
     except (ValueError, RecursionError):

@@ -1,5 +1,5 @@
-"""Writing what must never be half there: beside its final name, synced, then renamed. Reading small
-files that may be anybody's.
+"""Atomic writes: to a name next to the final one, synced, then renamed. Reads of small files from
+untrusted sources.
 """
 
 import contextlib
@@ -21,7 +21,9 @@ MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """``path`` to read. OSError: not readable, or no regular file (a pipe would block for ever)."""
+    """Open ``path`` for reading. OSError: not readable, or not a regular file (a pipe would block
+    for ever).
+    """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -30,7 +32,7 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 
 def read_text(path: str | Path, most: int = MAX_JSON_BYTES) -> str:
-    """The UTF-8 text of at most ``most`` bytes in ``path``. InputError: anything else."""
+    """The UTF-8 text in ``path``, at most ``most`` bytes. InputError: anything else."""
     try:
         with open_regular(path) as file:
             data = file.read(most + 1)
@@ -42,7 +44,7 @@ def read_text(path: str | Path, most: int = MAX_JSON_BYTES) -> str:
 
 
 def parse_json(text: str, where: object) -> Any:
-    """The value of the JSON ``text``. InputError: it is none, or nested without end."""
+    """The value of the JSON ``text``. InputError: not JSON, or nested too deeply."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -50,7 +52,7 @@ def parse_json(text: str, where: object) -> Any:
 
 
 def read_json(path: str | Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in ``path``. InputError: unreadable, too large, something else."""
+    """The JSON object in ``path``. InputError: unreadable, too large, or not an object."""
     value = parse_json(read_text(path, most), path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: wanted a JSON object, got {type(value).__name__}")
@@ -59,13 +61,14 @@ def read_json(path: str | Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def beside(path: str | Path) -> Iterator[Path]:
-    """A name beside ``path``. What the block makes there, a file or a folder, is synced and takes
-    ``path``'s name. If anything fails nothing new is left and ``path`` is as it was.
+    """Context: a temporary name next to ``path``. The file or folder that the block creates there
+    is synced and renamed to ``path``. If anything fails, nothing new is left and ``path`` is
+    unchanged.
 
-    The name is new each time: two processes that write the same file at once both write whole
-    ones. A folder takes two renames, old away and new in: a crash between them leaves the old one
-    complete beside, as ``.NAME.*.old``. A full disk, a read-only place and the like are an
-    InputError.
+    The temporary name is new each time, so two processes that write the same file at once both
+    write complete files. A folder needs two renames: the old one away, then the new one into place.
+    A crash between them leaves the old folder, complete, next to ``path`` as ``.NAME.*.old``. A
+    full disk, a read-only folder and the like raise InputError.
     """
     path = Path(path)
     if path.name in ("", ".."):
@@ -87,21 +90,21 @@ def beside(path: str | Path) -> Iterator[Path]:
 
 
 def save_atomic(path: str | Path, writer: Callable[[Path], Any]) -> None:
-    """``writer(part)`` makes a file or a folder at ``part``, which then is ``path``: `beside`."""
+    """Write ``path`` by `beside`: ``writer(part)`` creates a file or a folder at ``part``."""
     with beside(path) as part:
         writer(part)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """The content of ``path``, to be written in the block: `beside`. Its folder is made."""
+    """Context: a file for the new content of ``path`` (see `beside`). Creates its folder."""
     make_folder(path.parent)
     with beside(path) as part, open(part, "wb") as file:
         yield file
 
 
 def make_folder(path: str | Path) -> Path:
-    """``path`` as an existing folder."""
+    """Create the folder ``path`` unless it exists, and return it."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -111,12 +114,12 @@ def make_folder(path: str | Path) -> Path:
 
 
 def write_error(path: Path, error: Exception) -> InputError:
-    """The one line for a write that the system refused."""
+    """The one-line InputError for a write that the system refused."""
     return InputError(f"{path}: cannot be written: {reason(error)}")
 
 
 def reason(error: BaseException) -> str:
-    """What the system said, in one line."""
+    """The system's error message, in one line."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split()) or type(error).__name__
 
@@ -144,7 +147,7 @@ def _swap(part: Path, path: Path) -> None:
     if not path.is_dir():
         raise NotADirectoryError(20, "a file of that name exists", str(path))
     here = Path.cwd()
-    if path.resolve() in (here, *here.parents):  # whoever is inside would stay in the old folder
+    if path.resolve() in (here, *here.parents):  # a process inside would stay in the old folder
         raise InputError(f"{path}: wanted a folder that is not the working directory")
     old = part.with_suffix(".old")
     os.rename(path, old)

@@ -1,10 +1,11 @@
 """FLOP formulas of the ops for ``torch.utils.flop_counter.FlopCounterMode``.
 
-As torch counts: 2 m n k for a product, causality and windows not taken off, what a backward
-recomputes counted; element-wise ops are 0. Each op's formula is in its own file.
+FLOPs are counted as torch counts them: 2 m n k for a product, nothing subtracted for causality or
+windows, recomputation in a backward included, element-wise ops 0. Each op's formula is in the op's
+own file.
 
-torch.utils.flop_counter brings Triton's runtime, 0.2 to 0.3 s of an import: formulas are handed to
-it when somebody imports it.
+torch.utils.flop_counter imports Triton's runtime, which takes 0.2 to 0.3 s. The formulas are
+therefore registered only when other code imports it.
 """
 
 import importlib.util
@@ -20,14 +21,16 @@ _formulas: list[tuple[Any, Callable, bool]] = []
 
 
 def add(packet: Any, formula: Callable, *, raw: bool = False) -> None:
-    """`formula` takes the operator's arguments, tensors as shapes (`raw`: as they are)."""
+    """Register `formula`, which receives the operator's arguments, tensors as shapes (with `raw`
+    the tensors themselves).
+    """
     _formulas.append((packet, formula, raw))
     if _COUNTER in sys.modules and _hook not in sys.meta_path:
         _register(sys.modules[_COUNTER])
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether lengths can be read: not under FakeTensorMode."""
+    """Whether t has values that can be read: not a meta tensor, not under FakeTensorMode."""
     from torch._subclasses import FakeTensor
 
     return not t.is_meta and not isinstance(t, FakeTensor)
@@ -40,7 +43,7 @@ def _register(counter: Any) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds torch.utils.flop_counter as everybody does, and registers after its code has run."""
+    """Finds torch.utils.flop_counter as usual, and registers the formulas once it is loaded."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != _COUNTER:

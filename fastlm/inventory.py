@@ -8,7 +8,7 @@ import torch
 
 import fastlm
 import fastlm.ops
-import fastlm.optim  # with fastlm.ops: every op is registered
+import fastlm.optim  # together with fastlm.ops, this registers every op
 from fastlm import backend
 
 
@@ -54,7 +54,7 @@ def info() -> dict[str, Any]:
 
 
 def _products_of_bf16() -> str | None:
-    """How the C++ kernels multiply bfloat16 by choice, why, and what either way reaches here."""
+    """How the C++ kernels multiply bfloat16 by default, why, and the rate of each way here."""
     if backend.why_not("cpu") is not None:
         return None
     by, because, dot, fma = backend.cpu_extension.products_of_bf16()
@@ -72,7 +72,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """The model's name, and its numbers: virtual machines say "AMD EPYC" of any generation."""
+    """The model's name, and its numbers: virtual machines report "AMD EPYC" for any generation."""
     try:
         with open("/proc/cpuinfo") as f:
             first = f.read().split("\n\n", 1)[0]

@@ -1,8 +1,8 @@
-"""Memory of a training step: what need not be kept, and what need not be given back.
+"""Memory of a training step: values that need not be kept, freed memory that need not be returned.
 
-Both exist because a step is made of large tensors that live for milliseconds. On the machine of
-docs/log.md (42 M parameters, 4096 tokens) a step asked the kernel for 150,000 fresh pages, 12 % of
-its time, until freed memory stayed in the process.
+Both exist because a step uses large tensors that live for milliseconds. On the machine of
+docs/log.md (42 M parameters, 4096 tokens), a step spent 12 % of its time asking the kernel for
+150,000 fresh pages, until the process kept the memory it freed.
 """
 
 import ctypes
@@ -20,13 +20,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 def keep_freed_memory() -> bool:
     """Let the process keep the memory it frees, for the tensors of the next step.
 
-    glibc hands large blocks back to the kernel at once and takes them again page by page, each
-    zeroed. This turns both off (``mallopt``: no mmap for blocks, no trimming), for the whole
-    process and until it ends: its size stays at its peak. `fastlm.train` calls it; call it once in
-    a training script of your own. Not for a process that needs much memory once and then little
-    for long.
+    glibc returns large blocks to the kernel at once and gets them back page by page, each zeroed.
+    This turns both off (``mallopt``: no mmap for blocks, no trimming), for the whole process and
+    until it ends: its size stays at its peak. `fastlm.train` calls it; call it once in a training
+    script of your own. It does not suit a process that needs much memory once and then little for
+    a long time.
 
-    Returns whether it could: False without glibc (macOS, musl), where nothing changes.
+    Returns whether it worked: False without glibc (macOS, musl), where nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -39,20 +39,20 @@ def keep_freed_memory() -> bool:
 
 
 class made_again(saved_tensors_hooks):
-    """Context: operations inside keep a note of `value` for their backward instead of its memory.
+    """Context: operations inside save a note of `value` for their backward instead of its memory.
 
-    The first of them whose backward comes calls `make` (which gives `value` again, bit by bit, from
-    tensors that are kept anyway), the last lets go of it. For what costs less to compute than to
-    keep: a norm before its projections, a GLU's product before down_proj. Rejected:
-    ``torch.utils.checkpoint``, which would run the matrix products between them again too.
+    The first backward among them calls `make`, which returns `value` again, bit for bit, from
+    tensors that are kept anyway. The last one releases it. Use it for values that cost less to
+    compute than to keep: a norm before its projections, a GLU's product before down_proj. Rejected:
+    ``torch.utils.checkpoint``, which would also rerun the matrix products between them.
 
-    Inside hooks of somebody else's (``torch.utils.checkpoint``, ``save_on_cpu``) it does nothing:
-    they would see none of what is saved in here, and keep all of it.
+    Inside other hooks (``torch.utils.checkpoint``, ``save_on_cpu``) it does nothing: they would see
+    none of the tensors saved in here, which would all stay in memory.
     """
 
     @classmethod
     def welcome(cls) -> bool:
-        """Whether no hooks but those of this class have a say in what is saved now."""
+        """Whether no hooks are active now, or only those of this class."""
         autograd = torch._C._autograd  # type: ignore[attr-defined]
         top = autograd._top_saved_tensors_default_hooks(True)
         return top is None or getattr(top[0], "__module__", None) == __name__
@@ -76,7 +76,7 @@ class made_again(saved_tensors_hooks):
             out = made if made is not None else make()
             left -= 1
             made = out if left else None
-            left = left or notes  # a second backward through a kept graph
+            left = left or notes  # for a second backward through a retained graph
             return out.as_strided(*note)
 
         super().__init__(pack, unpack)

@@ -1,17 +1,18 @@
-"""The order in memory of tensors that kernels read, and of those that they write."""
+"""The memory order of the tensors that kernels read and write."""
 
 import torch
 from torch import Tensor
 
 
 def dense(t: Tensor) -> Tensor:
-    """t, copied unless the elements of a row are side by side; rows may have any stride."""
+    """t, copied unless the elements of each row are contiguous; rows may have any stride."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def empty_out(q: Tensor, width: int) -> Tensor:
-    """q's shape with `width` elements a row, in q's memory order: where q is a projection's
-    (B, S, H, D) transposed, the result is one too, and goes into the next projection uncopied.
+    """An empty tensor of q's shape with `width` elements per row, in q's memory order. Where q is
+    the transpose of a projection's (B, S, H, D), so is the result, and the next projection reads it
+    without a copy.
     """
     if width == q.shape[-1] and q.is_contiguous():
         return torch.empty_like(q)
@@ -22,5 +23,5 @@ def empty_out(q: Tensor, width: int) -> Tensor:
 
 
 def elements_last(*tensors: Tensor) -> list[Tensor]:
-    """What `dense` returns for each, in one call."""
+    """`dense` of each tensor, in one call."""
     return [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in tensors]

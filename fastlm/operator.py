@@ -1,10 +1,10 @@
 """How an op becomes a torch operator, and what its public function calls.
 
-`register` defines ``torch.ops.fastlm.<name>``; the function that it returns takes the short way
-around torch's dispatcher where nothing traces or transforms. `autocast` and `promoted` are what
-public functions do with dtypes before.
+`register` defines ``torch.ops.fastlm.<name>``. The function that it returns bypasses torch's
+dispatcher where nothing traces or transforms the call. Public functions first convert dtypes with
+`autocast` and `promoted`.
 
-Ops register with ``torch.library.Library`` (1.8 us a call here) and not with
+Ops are registered with ``torch.library.Library`` (1.8 us per call here) and not with
 ``torch.library.custom_op`` (7.6 us).
 """
 
@@ -37,14 +37,14 @@ def register(
 ) -> Callable:
     """Define ``torch.ops.fastlm.<name>``: schema, shapes (`fake`), implementations and autograd.
 
-    `picked_by` is the position of the tensor whose device and dtype choose the implementation.
-    `flops` counts them from the arguments, tensors as shapes (`fastlm.flops`); `flops_by_values`
-    from the tensors.
+    `picked_by` is the position of the tensor whose device and dtype decide the implementation.
+    `flops` counts FLOPs from the arguments, tensors as shapes (`fastlm.flops`); `flops_by_values`
+    counts them from the tensors themselves.
 
-    Returns what the public function calls: the operator; or, on plain tensors with nothing tracing
-    or transforming, the implementation itself (the dispatcher costs 4 us here, as much as a
-    decode-size kernel), inside a `torch.autograd.Function` where a gradient is needed (10 us in all
-    where the operator's derivative costs 35).
+    Returns the function that the public function calls. It runs the operator or, on plain tensors
+    with nothing tracing or transforming, the implementation itself: the dispatcher costs 4 us here,
+    as much as a decode-size kernel. Where a gradient is needed, the implementation runs inside a
+    `torch.autograd.Function` (10 us in all, where the operator's derivative costs 35).
     """
     name = schema.split("(", 1)[0]
     definition = _without_autocast(implementations["reference"])
@@ -67,7 +67,7 @@ def register(
     )  # fmt: skip
     if formula := flops or flops_by_values:
         flop_formulas.add(packet, formula, raw=flops is None)
-    if not operator._schema.is_mutable:  # torch has no derivative of one that writes its arguments
+    if not operator._schema.is_mutable:  # torch differentiates no op that writes its arguments
         transforms.register_derivative(_library, operator, setup_context, backward or refuse)
     differentiable = operator
     if backward:
@@ -104,7 +104,7 @@ def register(
                         return differentiable(*args)
             try:
                 return pick(name, args[picked_by])(*args)
-            except RuntimeError:  # tensors of a batched backward look plain and have no memory
+            except RuntimeError:  # tensors of a batched backward look plain but have no memory
                 if not transforms.in_batched_backward():
                     raise
             return operator(*args)
@@ -114,8 +114,8 @@ def register(
 
 
 def _differentiable(name: str, picked_by: int, setup: Callable | None, backward: Callable):
-    """The implementation with its derivative, for plain tensors: what `register_autograd` gives the
-    operator.
+    """The implementation with its derivative, for plain tensors: the counterpart of what
+    `register_autograd` adds to the operator.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -126,13 +126,13 @@ def _differentiable(name: str, picked_by: int, setup: Callable | None, backward:
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), methods)
-    function._backward_cls.apply = backward  # torch's own looks for other kinds of derivative
-    # Function.apply looks for transforms, 0.9 us a call: `call` has looked
+    function._backward_cls.apply = backward  # torch's own checks for other kinds of derivative
+    # Function.apply checks for transforms, 0.9 us per call; `call` has already done that
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _without_autocast(function: Callable) -> Callable:
-    """The reference computes in float32 or wider also where autocast would take 16 bits."""
+    """The reference, which computes in float32 or wider even where autocast would use 16 bits."""
 
     @functools.wraps(function)
     def wide(*args: Any) -> Any:
@@ -146,14 +146,14 @@ def _without_autocast(function: Callable) -> Callable:
 
 
 def autocasts(t: torch.Tensor) -> bool:
-    """Whether ``torch.autocast`` is on where t is; no memory, no autocast."""
+    """Whether ``torch.autocast`` is on for t's device; never for a tensor without memory."""
     return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as ``F.linear`` takes them: in the dtype of ``torch.autocast`` where it is on.
+    """Cast the tensors as ``F.linear`` does: to the dtype of ``torch.autocast`` where it is on.
 
-    Ops ask `autocast_somewhere` first: 0.06 us a call, where asking for a device takes 0.25.
+    Ops check `autocast_somewhere` first: 0.06 us per call, where a check of a device takes 0.25.
     """
     if not autocasts(tensors[0]):
         return tensors
@@ -164,7 +164,7 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def promoted(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in the wider of their dtypes, as torch's own sums take them."""
+    """Cast both to the wider of their dtypes, as torch's own addition does."""
     wide = torch.promote_types(a.dtype, b.dtype)
     return a.to(wide), b.to(wide)
 

@@ -1,19 +1,19 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) in one pass over memory for all tensors.
 
-A drop-in for ``torch.optim.AdamW``; what it adds: clipping by the global norm inside the step, a
-float32 master copy or stochastic rounding for 16-bit parameters, and 8-bit states.
+A drop-in for ``torch.optim.AdamW`` that adds clipping by the global norm inside the step, a float32
+master copy or stochastic rounding for 16-bit parameters, and 8-bit states.
 
 8-bit states are block-wise, as in Dettmers et al. 2022 (arXiv:2110.02861): 256 values share one
-float32 scale, so an outlier costs only its block precision, and a tensor of fewer than 4096
-elements keeps float32. Two things differ from that paper. A code is the top bits of the scaled
-float (a small float, see `reference.pack_state`) rather than an entry of a table: encoding is a
-shift where a table needs a search. And the second moment is stored as its square root, which halves
-the range that has to be covered and puts the rounding error where the update feels it; it never
-rounds to zero.
+float32 scale, so an outlier costs precision only in its own block, and a tensor of fewer than 4096
+elements stays in float32. Two things differ from that paper. A code is the top bits of the scaled
+float (a small float, see `reference.pack_state`) rather than an index into a table, so encoding is
+a shift where a table needs a search. The second moment is stored as its square root, which halves
+the range to be covered and puts the rounding error where the update feels it; it never rounds to
+zero.
 
-`state_dict()` always speaks torch's names and float32: an 8-bit optimizer's checkpoint loads into
-torch, into a 32-bit one and back, and packing again gives the same codes. Rejected: saving codes,
-a quarter of the size but a format that only this class reads.
+`state_dict()` always uses torch's names and float32. The checkpoint of an 8-bit optimizer loads
+into torch's, into a 32-bit one and back, and packing it again yields the same codes. Rejected:
+saving the codes, a quarter of the size but in a format that only this class reads.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ MIN_8BIT_SIZE = 4096  # smaller tensors (norms, biases) gain nothing from 8 bits
 _CODES = {
     "exp_avg": False,
     "exp_avg_sq": True,
-}  # state -> whether its square root is what is stored
+}  # state -> whether its square root is stored
 
 _PLAIN, _PACKED = ("exp_avg", "exp_avg_sq"), ("exp_avg_code", "exp_avg_sq_code")
 
@@ -42,46 +42,45 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups; float32, bfloat16, float16 (float64 on the reference).
-            Gradients may be of another of these dtypes than their parameter.
+            A gradient may have another of these dtypes than its parameter.
         lr: float or one-element tensor.
-        betas, eps, weight_decay, maximize: as torch.
+        betas, eps, weight_decay, maximize: as in torch.
         state_bits: 32 or 8 per element of each moment.
-        master_weights: what is updated is a float32 value of each 16-bit parameter, the parameter
-            is its rounding. For bfloat16 only the 16 bits that the parameter lacks are kept, so a
-            master costs 2 bytes, not 4; for float16 a float32 copy, taken at the first step:
+        master_weights: the step updates a float32 master of each 16-bit parameter, and rounds the
+            parameter from it. For bfloat16 only the 16 bits that the parameter lacks are kept, so a
+            master costs 2 bytes, not 4. For float16 it is a float32 copy, taken at the first step:
             weights loaded into the model later are not seen. See also `keep_masters`.
         stochastic_rounding: bfloat16 parameters without a master copy are rounded up or down at
             random, unbiased, so that small updates are not lost. The random numbers are a function
             of `seed`, step and element. float32 parameters are not rounded at all.
         max_grad_norm: gradients are scaled inside the step as `torch.nn.utils.clip_grad_norm_` over
-            all parameters would (`p.grad` itself stays as it is); `inf` only measures.
-        seed: of stochastic rounding.
+            all parameters would scale them (`p.grad` itself is unchanged); `inf` only measures.
+        seed: seed of stochastic rounding.
 
     Attributes:
-        grad_norm: with max_grad_norm, the float32 scalar tensor of the last step's norm.
+        grad_norm: with max_grad_norm, the norm in the last step, a float32 scalar tensor.
 
-    States are float32 whatever the parameter's dtype. Traffic per float32 parameter and step: reads
-    16, writes 12 bytes; to clip, the gradients are read once more. The result does not depend on
-    the number of threads. Non-finite gradients propagate as in torch; with 8-bit states to their
-    block.
+    States are float32 whatever the parameter's dtype. A step reads 16 and writes 12 bytes per
+    float32 parameter; clipping reads the gradients again. The result does not depend on the number
+    of threads. Non-finite gradients propagate as in torch; with 8-bit states, to their whole block.
 
     state_bits, master_weights, stochastic_rounding may be given per group.
 
-    Parameters sharded by FSDP2 (DTensor) are updated by shards; the norm is that of all ranks'
-    gradients. States go through ``torch.distributed.checkpoint.state_dict`` as DTensors. Blocks of
-    8-bit states begin with each shard.
+    Parameters sharded by FSDP2 (DTensor) are updated shard by shard; the norm is that of all ranks'
+    gradients. States go through ``torch.distributed.checkpoint.state_dict`` as DTensors. Each shard
+    begins a new block of 8-bit states.
 
-    On a GPU a step may be part of a CUDA graph: `lr` a tensor of the device, one step before the
-    capture, and gradients that stay where they are (``zero_grad(set_to_none=False)`` inside the
-    graph).
+    On a GPU a step may be part of a CUDA graph. This needs `lr` as a tensor on the device, one step
+    before the capture, and gradients that keep their memory (``zero_grad(set_to_none=False)``
+    inside the graph).
 
-    Hugging Face's Trainer takes it as ``optimizer_cls_and_kwargs=(AdamW, {"lr": 3e-4,
-    "max_grad_norm": 1.0})``, with ``max_grad_norm=0`` in its own arguments (their ``optim`` knows
-    transformers' names only, and clips in a pass of its own).
+    Hugging Face's Trainer accepts it as ``optimizer_cls_and_kwargs=(AdamW, {"lr": 3e-4,
+    "max_grad_norm": 1.0})``, with ``max_grad_norm=0`` in the Trainer's own arguments. (Its
+    ``optim`` only accepts transformers' names, and it clips in a separate pass.)
 
     Raises:
-        InputError: an option out of its range or no number, complex or integer parameters, elements
-            of one that share memory, sparse gradients.
+        InputError: an option that is out of range or not a number, complex or integer parameters, a
+            parameter whose elements share memory, sparse gradients.
     """
 
     def __init__(
@@ -148,14 +147,14 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rows: list[tuple] = []  # of the kernel's ten tables
+        rows: list[tuple] = []  # per parameter: its entries in the kernel's ten tables
         copies: list[tuple[Tensor, Tensor]] = []
         grads: list[Tensor] = []
-        special: Tensor | None = None  # a parameter that no kernel, or not the CPU's, may serve
+        special: Tensor | None = None  # on another device, or of a dtype that no kernel has
         ordinal, served = -1, backend.DTYPES["cpu"]
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
-            if not isinstance(lr, Tensor) or lr.is_cpu:  # of a GPU: asking would wait for it
+            if not isinstance(lr, Tensor) or lr.is_cpu:  # reading it from a GPU would wait
                 lr = float(lr)
             options = (lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
             exact, stochastic = (*options, False), (*options, True)
@@ -182,7 +181,7 @@ class AdamW(torch.optim.Optimizer):
                 packed = "exp_avg_scale" in state
                 moments = _PACKED if packed else _PLAIN
                 if _local(state[moments[0]]).stride() != target.stride():
-                    # the parameter changed its memory order, as by .to(memory_format=...)
+                    # the parameter changed its memory order, for example by .to(memory_format=...)
                     portable = _portable(state, param)
                     state = self.state[param] = _laid_out(param, group, portable)
                 rounds = rounding and param.dtype == torch.bfloat16
@@ -213,23 +212,25 @@ class AdamW(torch.optim.Optimizer):
             run(*tables, self.max_grad_norm or 0.0, norm, have_norm)
             for param, target in copies:
                 param.copy_(target)
-            # what the kernel wrote, torch must know: saved tensors, and a decoder's packed copies
+            # The kernel's writes must count as new versions: autograd checks them for saved
+            # tensors, and the decoder for its packed copies.
             torch.autograd.graph.increment_version([row[0] for row in rows])
         return loss
 
     @torch.no_grad()
     def keep_masters(self) -> None:
-        """Take the masters of the groups with master_weights now, from float32 parameters that the
-        model is about to lose::
+        """Take the masters of the groups with master_weights now, from the float32 parameters that
+        the model is about to lose::
 
             optimizer = AdamW(model.parameters(), master_weights=True)
             optimizer.keep_masters()
             model.bfloat16()
 
-        A master taken at the first step is on the grid of bfloat16, and the first updates, less
-        than half a step of that grid, move no weight; one between the points of the grid crosses a
-        boundary as often as its updates are large. Over the first 40 steps of a 10 M model the
-        loss was 0.007 above float32's with the former, 0.0003 with the latter.
+        A master taken at the first step is on the grid of bfloat16. The first updates are less than
+        half a step of that grid and move no weight. A master between two points of the grid crosses
+        a rounding boundary as often as the size of its updates warrants. Over the first 40 steps of
+        a 10 M model, the loss was above float32's by 0.007 with masters on the grid and by 0.0003
+        with masters between its points.
         """
         for group in self.param_groups:
             for param in group["params"]:
@@ -249,7 +250,9 @@ class AdamW(torch.optim.Optimizer):
         _pack(param, group, state)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's `step`, `exp_avg`, `exp_avg_sq` (float32 also for 8 bits); `master`, float32."""
+        """torch's `step`, `exp_avg`, `exp_avg_sq` (float32 also for 8 bits), and a float32 `master`
+        where there is one.
+        """
         out = super().state_dict()
         # torch numbers the parameters in the order of the groups
         params = [param for group in self.param_groups for param in group["params"]]
@@ -257,11 +260,12 @@ class AdamW(torch.optim.Optimizer):
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state of this class or of ``torch.optim.AdamW``.
+        """Load a state of this class or of ``torch.optim.AdamW``.
 
-        A bfloat16 parameter becomes the rounding of its `master`, which it was when it was saved.
+        A bfloat16 parameter is rounded from its `master`, as it was when the state was saved.
         """
-        # checks the groups; the states it casts to their parameter's dtype are replaced below
+        # This checks the groups. The states, which it casts to their parameter's dtype, are
+        # replaced below.
         super().load_state_dict(state_dict)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         groups = [(param, group) for group in self.param_groups for param in group["params"]]
@@ -308,7 +312,7 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Not the string that YAML makes of 1e-3."""
+    """Whether value is a number, and not the string that YAML reads 1e-3 as."""
     return isinstance(value, Real | Tensor)
 
 
@@ -326,17 +330,17 @@ def _may_overlap(t: Tensor) -> bool:
 
 
 def _is_sharded(tensor: Any) -> bool:
-    """A DTensor, as FSDP2 makes of parameters; importing its class takes half a second."""
+    """Whether this is a DTensor, as FSDP2's parameters are; importing the class takes 0.5 s."""
     return hasattr(tensor, "to_local")
 
 
 def _local(tensor: Any) -> Any:
-    """This rank's shard; anything else as it is."""
+    """This rank's shard of a DTensor; anything else unchanged."""
     return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
 def _sharded_as(param: Tensor, shard: Tensor) -> Tensor:
-    """The inverse of `_local` for what is element by element beside `param`."""
+    """The inverse of `_local` for a shard whose elements correspond to those of `param`."""
     if not _is_sharded(param):
         return shard
     from torch.distributed.tensor import DTensor
@@ -348,8 +352,8 @@ def _sharded_as(param: Tensor, shard: Tensor) -> Tensor:
 
 
 def _norm_of_shards(grads: list[Tensor], norm: Tensor) -> Tensor:
-    """The norm of all ranks' gradients, like `norm`. Squares are added over those dimensions of a
-    mesh that a gradient is sharded along; nothing waits for the device."""
+    """The norm of all ranks' gradients, like `norm`. Squares are summed over the mesh dimensions
+    along which a gradient is sharded. Nothing waits for the device."""
     parts: dict[tuple, list[Tensor]] = {}
     for grad in grads:
         along: tuple = ()
@@ -373,7 +377,7 @@ def _norm_of_shards(grads: list[Tensor], norm: Tensor) -> Tensor:
 
 
 def _dense(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without gaps and in one memory order, that of the states; copies where they are not."""
+    """Both without gaps and in the memory order of the states; copied where they are not."""
     if param.is_contiguous() and grad.is_contiguous():
         return param, grad
     like = torch.empty_like(param)
@@ -410,8 +414,9 @@ def _laid_out(param: Tensor, group: dict[str, Any], given: dict[str, Any]) -> di
 
 
 def _keep_master(param: Tensor, state: dict[str, Any]) -> None:
-    """Add a master where the parameter's dtype wants one and it lacks it, also when the model was
-    cast after its first steps; drop that of `keep_masters` where the parameter is still float32.
+    """Add a master where the parameter's dtype needs one and it has none, even when the model was
+    cast after its first steps. Drop a master of `keep_masters` where the parameter is still
+    float32.
     """
     if param.dtype == torch.bfloat16:
         if "master_low" not in state:
@@ -423,10 +428,11 @@ def _keep_master(param: Tensor, state: dict[str, Any]) -> None:
 
 
 def _low_half(param: Tensor) -> Tensor:
-    """What a float32 parameter loses by ``.bfloat16()``, as int16 (`reference.split_master`).
+    """The bits that a float32 parameter loses in ``.bfloat16()``, as int16
+    (`reference.split_master`).
 
-    That rounds ties to even: where it rounds one down, the half that is lost is one bit too large
-    for an int16, and the master becomes its neighbour.
+    ``.bfloat16()`` rounds ties to even. Where it rounds a tie down, the lost half is one too large
+    for an int16, and the master becomes the neighbouring value.
     """
     here = _local(param.detach())
     _, low = reference.split_master(here)
@@ -444,7 +450,7 @@ def _pack(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
 
 def _portable(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     state = dict(state)
-    state["step"] = state["step"].cpu()  # torch's own has it there, and asks for its value
+    state["step"] = state["step"].cpu()  # torch's own keeps it there, and reads its value
     low = state.pop("master_low", None)
     if low is not None and param.dtype == torch.bfloat16:
         master = reference.join_master(_local(param.detach()), _local(low))

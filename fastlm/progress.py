@@ -1,8 +1,8 @@
 """Progress of long work. Library functions take ``track=silent``; the command line passes ``bars``.
 
 ``track(iterable, description, total=None, unit="")`` returns an iterable over the same items.
-Anything else that a caller may want to do with progress (a notebook widget, a log line a minute) is
-a function of that shape.
+Any other display of progress (a notebook widget, a log line per minute) is a function with the same
+signature.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -57,6 +57,6 @@ def bars(
             for item in iterable:
                 yield item
                 progress.advance(task)
-        except BaseException:  # a refusal is one line, not one below a bar that stopped
+        except BaseException:  # hide the stopped bar: an error is one line on its own
             progress.update(task, visible=False)
             raise

@@ -1,5 +1,5 @@
-"""Losses of rows from what the cross-entropy kernels give for each (nll, smoothed, lse): class
-weights, smoothing, z-loss, reduction and ignored rows as factors, in plain torch.
+"""Losses per row from the outputs of the cross-entropy kernels (nll, smoothed, lse). Class weights,
+smoothing, z-loss, reduction and ignored rows are factors, applied in plain torch.
 """
 
 import torch
@@ -17,7 +17,7 @@ def row_factors(
     num_items: int | Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Factors (N) of nll, smoothed and lse^2 whose products add up to the rows' losses,
+    """Factors (N) of nll, smoothed and lse^2. The sum of the three products is each row's loss,
     reduction included.
     """
     valid = target != ignore_index
@@ -43,8 +43,8 @@ def row_losses(
     lse: Tensor,
     valid: Tensor,
 ) -> Tensor:
-    """(N). `where`, not a factor of 0: an infinite lse of an ignored row stays out of loss
-    and gradient.
+    """Losses (N) of the rows. `where`, rather than a factor of 0, keeps an infinite lse of an
+    ignored row out of loss and gradient.
     """
     loss = on_nll * nll
     if on_smoothed is not None:
@@ -55,5 +55,5 @@ def row_losses(
 
 
 def one_number(num_items: int | Tensor) -> int | Tensor:
-    """Without the dimension that (1,) would add to a scalar loss."""
+    """num_items without the dimension that a shape of (1,) would add to a scalar loss."""
     return num_items.reshape(()) if isinstance(num_items, Tensor) else num_items

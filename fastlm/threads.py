@@ -1,11 +1,11 @@
-"""The threads of a ``fastlm`` command: how many, how they wait, and who else wants their cores.
+"""The threads of a ``fastlm`` command: how many, how they wait, and what else uses their cores.
 
-OpenMP reads its environment when torch is loaded, so `settle` comes before. A library must not
-change its process's environment: only the command line calls it, and docs/troubleshooting.md says
-what to export.
+OpenMP reads its environment when torch is loaded, so `settle` must run before that. A library must
+not change its process's environment, so only the command line calls it. docs/troubleshooting.md
+lists what to export.
 
-Rejected: loky's ``cpu_count(only_physical_cores=True)``, which counts the whole machine's cores
-where a process may use a part of them, and reads no quota but the outermost group's.
+Rejected: loky's ``cpu_count(only_physical_cores=True)``, which counts all cores of the machine even
+where a process may use only some of them, and reads no quota but the outermost group's.
 """
 
 import os
@@ -15,15 +15,15 @@ from typing import Annotated
 
 import typer
 
-# Rounds that a waiting thread looks before it sleeps, some 0.1 ms; libgomp's own 300,000 are 3 ms,
-# for a thread whose core the system has given to another process. bench/loaded.py has the figures.
+# Rounds that a waiting thread spins before it sleeps, about 0.1 ms. libgomp's own 300,000 are 3 ms,
+# even if the thread waited for has lost its core to another process. bench/loaded.py measures it.
 SPIN_ROUNDS = "10000"
 
 
 def settle(threads: int | None = None) -> None:
-    """Before torch is loaded: `threads` of them (default: `default_threads`), which sleep when they
-    have waited for 0.1 ms. What the user has exported stays; a number of threads given here goes
-    over OMP_NUM_THREADS. Where torch is loaded already only a given number has an effect.
+    """Set up `threads` threads (default: `default_threads`) that sleep after a wait of 0.1 ms. Call
+    it before torch is loaded. Variables that the user has exported are kept, but `threads`
+    overrides OMP_NUM_THREADS. If torch is already loaded, only an explicit `threads` has an effect.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
@@ -32,10 +32,10 @@ def settle(threads: int | None = None) -> None:
             os.environ.setdefault(name, str(default_threads()))
         return
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers package
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # for the tokenizers package
     import torch
 
-    torch.set_num_threads(threads)  # from the environment torch takes at most the physical cores
+    torch.set_num_threads(threads)  # from the environment, torch uses at most the physical cores
 
 
 def _settled(threads: int | None) -> int | None:
@@ -53,8 +53,8 @@ Threads = Annotated[
 
 
 def default_threads(root: Path = Path("/")) -> int:
-    """The physical cores this process may run on, at most its cgroup's quota: a thread more shares
-    a core, or is held off one, while the others wait for it.
+    """The number of physical cores this process may run on, at most its cgroup's quota. One thread
+    more would share a core, or be kept off one, while the others wait for it.
     """
     cores = set()
     for cpu in os.sched_getaffinity(0):
@@ -64,7 +64,7 @@ def default_threads(root: Path = Path("/")) -> int:
 
 
 def quota(root: Path = Path("/")) -> float:
-    """CPUs that the cgroups (version 1 and 2) of this process may use at a time; infinity: all."""
+    """CPUs that this process's cgroups (version 1 and 2) may use at a time; infinity: no limit."""
     groups = root / "proc/self/cgroup"
     least = float("inf")
     for line in groups.read_text().splitlines() if groups.exists() else []:
@@ -75,7 +75,7 @@ def quota(root: Path = Path("/")) -> float:
             folder = root / "sys/fs/cgroup/cpu"
         else:
             continue
-        # its own group and those above; a container sees only the outermost, as the mount's root
+        # the process's group and all above; a container sees only the outermost, the mount's root
         below = Path(path.lstrip("/"))
         for group in (folder / part for part in (below, *below.parents)):
             least = min(least, _quota_of(group))
@@ -95,7 +95,7 @@ def _quota_of(group: Path) -> float:
 
 
 class Watch:
-    """What other processes take of the CPUs this one may use, since the watch was made."""
+    """Other processes' use of the CPUs that this one may use, since the watch was created."""
 
     def __init__(self, root: Path = Path("/")):
         self.root = root
@@ -103,7 +103,7 @@ class Watch:
         self.start = time.perf_counter(), self._busy(), _own()
 
     def _busy(self) -> float:
-        """CPU seconds so far of everyone, without those that give way (nice) and without idle."""
+        """CPU seconds of all processes so far, without low priority (nice) and without idle."""
         names, ticks = {f"cpu{n}" for n in self.cpus}, 0
         stat = self.root / "proc/stat"
         for line in stat.read_text().splitlines() if stat.exists() else []:
@@ -114,15 +114,15 @@ class Watch:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def others(self) -> float:
-        """CPUs in use by others, on average; 0 where it is too early to say."""
+        """CPUs in use by other processes, on average; 0 where it is too early to say."""
         start, busy, own = self.start
         seconds = time.perf_counter() - start
-        if seconds < 0.2:  # the system counts in hundredths
+        if seconds < 0.2:  # the system counts in hundredths of a second
             return 0.0
         return max(0.0, (self._busy() - busy - (_own() - own)) / seconds)
 
     def line(self, threads: int) -> str | None:
-        """For the user, where `threads` and the others are more than the CPUs by half a one."""
+        """A line for the user if `threads` and the others exceed the CPUs by more than a half."""
         others = self.others()
         if others + threads <= len(self.cpus) + 0.5:
             return None

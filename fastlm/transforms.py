@@ -1,9 +1,9 @@
-"""What an op does where its call is transformed: ``torch.func`` and forward-mode AD.
+"""What an op does when its call is transformed by ``torch.func`` or forward-mode AD.
 
 - Forward-mode AD (``torch.func.jvp``, ``jacfwd``, ``linearize``, ``forward_ad``) runs the op's
   definition: torch differentiates plain PyTorch in every direction, so ``hessian`` works too.
 - ``grad``, ``vjp``, ``jacrev`` and ``vmap`` run the kernels and the op's own derivative; ``vmap``
-  calls them once a sample.
+  calls them once per sample.
 
 Rejected: a forward-mode formula for each op, which would be a third statement of the same function.
 """
@@ -20,8 +20,8 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-# What an operator called without the dispatcher may be given: FakeTensor, DTensor and other
-# subclasses in any place dispatch.
+# Argument types with which an operator may be called without the dispatcher. FakeTensor, DTensor
+# and other subclasses, in any position, go through it.
 PLAIN = frozenset(
     (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype)
 )
@@ -31,26 +31,26 @@ innermost: Callable[[], Any] = _functorch.peek_interpreter_stack
 
 
 def carries_tangent(args: tuple) -> bool:
-    """Whether forward-mode AD looks at one of these."""
+    """Whether one of these carries a tangent of forward-mode AD."""
     return forward_ad._current_level >= 0 and any(
         isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
     )
 
 
 def wants_gradient(t: Tensor) -> bool:
-    """Whether a backward through an op on `t` may come. A transform's wrappers know of one level
-    only."""
+    """Whether a backward through an op on `t` may follow. Always under a transform, whose wrappers
+    record one level only."""
     return (t.requires_grad and torch.is_grad_enabled()) or innermost() is not None
 
 
 def is_traced() -> bool:
-    """Whether ``torch.jit.trace`` records this."""
+    """Whether ``torch.jit.trace`` is recording."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
-    """What is made inside is a constant to ``torch.jit.trace``."""
+    """Context: a value computed inside is a constant to ``torch.jit.trace``."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -62,7 +62,7 @@ def untraced() -> Iterator[None]:
 def transformed(
     operator: Any, definition: Callable, setup_context: Callable | None, backward: Callable
 ) -> Callable:
-    """What a call runs whose tensors are not plain, or which something traces or transforms."""
+    """The function for calls with tensors that are not plain, or with tracing or a transform."""
     name = operator._schema.name
     function = _function(operator, setup_context, backward)
 
@@ -80,13 +80,13 @@ def transformed(
 def register_derivative(
     library: torch.library.Library, operator: Any, setup: Callable | None, backward: Callable
 ) -> None:
-    """``torch.library.register_autograd`` and ``register_vmap``; what the former would answer with
-    zeros or an advice to us is refused.
+    """``torch.library.register_autograd`` and ``register_vmap``, but refuse the calls that the
+    former would answer with zeros or with advice for the op's author.
     """
     name = operator._schema.name
     derivative = make_autograd_impl(operator, Info(backward, setup))
 
-    @_disable_dynamo  # which would answer the questions below for the trace
+    @_disable_dynamo  # Dynamo would answer the conditions below while it traces
     def autograd(keyset: Any, *args: Any) -> Any:
         transform = innermost()
         inside = transform is not None and transform.key() in (
@@ -105,7 +105,7 @@ def register_derivative(
 
 
 def _function(operator: Any, setup_context: Callable | None, backward: Callable) -> Any:
-    """The operator as torch.func wants it."""
+    """The operator as a `torch.autograd.Function` that torch.func can transform."""
 
     def context(ctx: Any, inputs: Any, output: Any) -> None:
         if setup_context is not None:
@@ -129,7 +129,7 @@ def _function(operator: Any, setup_context: Callable | None, backward: Callable)
 
 
 class _Alive:
-    """A ctx whose saved tensors are what is in the wrappers of a transform that is over."""
+    """A ctx whose saved tensors are taken out of the wrappers of a transform that has ended."""
 
     def __init__(self, ctx: Any):
         self._ctx = ctx
@@ -140,7 +140,7 @@ class _Alive:
 
 
 def _sample_by_sample(function: Callable) -> Callable:
-    """A rule of vmap: one call a sample."""
+    """A vmap rule: one call per sample."""
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         if info.batch_size == 0:
@@ -161,12 +161,12 @@ _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 
 def in_batched_backward() -> bool:
     """Whether this is a backward of ``torch.autograd.grad(..., is_grads_batched=True)``, whose
-    tensors the dispatcher takes apart."""
+    tensors the dispatcher splits into samples."""
     return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
 
 
 def is_eager(*tensors: torch.Tensor) -> bool:
-    """Whether these are plain tensors and nothing traces or transforms: values may be asked for."""
+    """Whether these are plain tensors and nothing traces or transforms: values may be read."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()

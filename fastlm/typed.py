@@ -1,5 +1,5 @@
-"""Values of a TOML or JSON file as a dataclass, whose fields are the schema. An unknown key is
-refused with the nearest known one, a wrong type with both types.
+"""Values of a TOML or JSON file as a dataclass, whose fields are the schema. The error for an
+unknown key names the nearest known one; the error for a wrong type names both types.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], table: Any, where: str = "") -> T:
-    """``cls``, a dataclass, from a mapping of its fields; ``where`` comes before their names in
+    """Build ``cls``, a dataclass, from a mapping of its fields. ``where`` precedes their names in
     messages."""
     if not isinstance(table, Mapping):
         raise InputError(f"{where}: wanted a table, got {_name(type(table))}")
@@ -34,8 +34,8 @@ def build(cls: type[T], table: Any, where: str = "") -> T:
 
 
 def check(table: Any, hints: Mapping[str, Any], where: str) -> None:
-    """InputError unless ``table`` is a mapping that has all of ``hints``, of their types. A result
-    may be NaN, an option may not: floats need not be finite here."""
+    """Raise InputError unless ``table`` is a mapping with all keys of ``hints``, of their types.
+    Floats need not be finite here: a result may be NaN, an option may not."""
     if not isinstance(table, Mapping):
         raise InputError(f"{where}: wanted a table, got {_name(type(table))}")
     for key, hint in hints.items():
@@ -51,7 +51,7 @@ def unknown(full: str, key: str, known: Iterable[str]) -> str:
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as ``hint``; whole numbers are also floats, arrays tuples."""
+    """Convert ``value`` to ``hint``. Integers also serve as floats, arrays become tuples."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value

@@ -1,9 +1,9 @@
 """Triton kernels, one file per op; installed as ``fastlm.kernels``."""
 
 if __name__ == "kernels":
-    # The root of a clone is on sys.path, and what was meant is PyPI's package of this name: import
-    # that one in our place. Where it is not installed, an empty module without a file stands for
-    # this folder, by which transformers sees that the package is not there.
+    # The root of a clone is on sys.path, but the importer means PyPI's package of this name: import
+    # that one instead. Where it is not installed, an empty module without a file takes the place of
+    # this folder, which shows transformers that the package is missing.
     import os
     import sys
     from importlib.machinery import PathFinder

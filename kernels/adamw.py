@@ -1,21 +1,22 @@
-"""AdamW of every tensor of an optimizer: a launch per kind of tensor, however many there are, over
-the tables of fastlm/cuda/adamw_tables.py.
+"""AdamW for all tensors of an optimizer: one launch per kind of tensor, however many tensors there
+are. The kernels read the tables of fastlm/cuda/adamw_tables.py.
 
-    1. _squares   to clip: the sum of squares of each chunk of gradients
-    2. _norm      one program: their sum, the norm, the factor of the gradients
-    3. _begin     a tensor a lane: step += 1, the step's scalars (float64), its random key
-    4. _update    a chunk a program: reads g, p, m, v once, writes p, m, v once
+    1. _squares   when clipping: the sum of squares of each chunk of gradients
+    2. _norm      one program: their sum, the norm and the factor for the gradients
+    3. _begin     one lane per tensor: step += 1, the step's scalars (float64), its random key
+    4. _update    one program per chunk: reads g, p, m, v once, writes p, m, v once
 
-Nothing comes back to the host: step, norm and factor stay on the device.
+Nothing is copied back to the host: step, norm and factor stay on the device.
 
-A step can be captured in a CUDA graph that finds its tables made, as a copy from the host has no
-place in it: take a step before, lr a tensor of the device (it is read at every replay), and
-gradients that stay where they are, `zero_grad(set_to_none=False)` inside the graph. A step that
-does not is refused before anything is written. A captured step keeps its tables for good.
+A step can be captured in a CUDA graph if its tables exist by then, because a copy from the host
+cannot be part of the graph. Take one step before, keep lr in a tensor on the device (it is read at
+every replay), and keep the gradients in place: `zero_grad(set_to_none=False)` inside the graph. A
+step that does not meet this is refused before anything is written. A captured step keeps its tables
+for good.
 
 A kind is what is compiled in: the dtypes of parameter and gradient, the master, 8-bit states,
 stochastic rounding, and whether all pointers allow 128-bit accesses. Formulas and random numbers
-are those of csrc/cpu/adamw.h, where the 8-bit codes are explained.
+are those of csrc/cpu/adamw.h, which also explains the 8-bit codes.
 """
 
 from typing import Any
@@ -32,9 +33,9 @@ from fastlm.kernels.launch import Config, launch
 
 _STATE_BLOCK = tl.constexpr(reference.STATE_BLOCK)
 _RANDOM_CHUNK = tl.constexpr(32768)  # elements that share a key (reference.round_stochastic)
-# 8 elements a thread: two 128-bit accesses of each float32 operand, one of 16 bits
+# 8 elements per thread: two 128-bit accesses per float32 operand, one per 16-bit operand
 _UPDATE = Config({"BLOCK": 1024}, num_warps=4)
-# float32 masters are two operands more: with 8 elements a thread they spilled (sm_80, Triton 3.9)
+# float32 masters add two operands: with 8 elements per thread they spilled (sm_80, Triton 3.9)
 _UPDATE_MASTERS = Config({"BLOCK": 1024}, num_warps=8)
 _SQUARES = Config({"BLOCK": 1024}, num_warps=4)
 _NORM = Config({"BLOCK": 1024}, num_warps=8)
@@ -82,7 +83,7 @@ def _squares(
     row = tensors + tl.load(chunks + 2 * program).to(tl.int64) * COLUMNS
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
     grad, size = _pointer(row, GRAD, G, ALIGNED), tl.load(row + SIZE)
-    # at most CHUNK / BLOCK float32 additions before float64 takes over
+    # at most CHUNK / BLOCK additions in float32, the rest in float64
     total = tl.zeros([BLOCK], tl.float32)
     for begin in range(start, tl.minimum(start + CHUNK, size), BLOCK):
         at = begin + tl.arange(0, BLOCK)
@@ -118,7 +119,7 @@ def _norm(
 
 @triton.jit
 def _power(base, exponent):
-    """base^exponent in float64, exponent up to 2^24 (beyond, float32 counts no further)."""
+    """base^exponent in float64, exponent up to 2^24 (where a float32 counter stops counting)."""
     result = base * 0.0 + 1.0
     for _ in tl.static_range(25):
         result = tl.where(exponent & 1 != 0, result * base, result)
@@ -194,7 +195,7 @@ def _decode(code, SHIFT: tl.constexpr, MOST: tl.constexpr):
 
 @triton.jit
 def _encode(x, SHIFT: tl.constexpr, MOST: tl.constexpr):
-    """The nearest code of x in [0, 1], ties up; under 1 where x is too small."""
+    """The nearest code of x in [0, 1], ties up; below 1 where x is too small."""
     offset: tl.constexpr = (0x3F800000 >> SHIFT) - MOST
     return ((x.to(tl.int32, bitcast=True) + (1 << (SHIFT - 1))) >> SHIFT) - offset
 
@@ -220,9 +221,9 @@ def _encode_root(x):
 
 @triton.jit
 def _block(
-    tensor,  # its row of the table
-    of,  # its scalars
-    key,  # of the random numbers of this chunk
+    tensor,  # the tensor's row of the table
+    of,  # the tensor's scalars
+    key,  # key of this chunk's random numbers
     clip,
     begin,
     P: tl.constexpr,
@@ -231,11 +232,11 @@ def _block(
     PACKED: tl.constexpr,
     ROUND: tl.constexpr,
     ALIGNED: tl.constexpr,
-    WHOLE: tl.constexpr,  # no element of the block is beyond the end
+    WHOLE: tl.constexpr,  # no element of the block is past the end
     BLOCK: tl.constexpr,
 ):
     size = tl.load(tensor + SIZE)
-    if PACKED:  # a block of states a row
+    if PACKED:  # one block of states per row
         rows: tl.constexpr = BLOCK // _STATE_BLOCK
         at = tl.arange(0, rows)[:, None] * _STATE_BLOCK + tl.arange(0, _STATE_BLOCK)[None, :]
         at += begin
@@ -259,7 +260,7 @@ def _block(
         m = m * (scale_m * beta1)[:, None] + g * rest1
         root = _decode(_some(codes_r, at, size, WHOLE).to(tl.int32), 19, 255) * scale_r[:, None]
         root = tl.sqrt_rn(root * root * beta2 + g * g * rest2)
-        # one bad value makes its block NaN, so that it is seen; a maximum may drop it
+        # one bad value turns its whole block into NaN; a maximum might drop it unnoticed
         poison = tl.sum((m + root) * 0.0, 1)
         scale_m, scale_r = tl.max(tl.abs(m), 1) + poison, tl.max(root, 1) + poison
         tl.store(scales_m, scale_m, mask=held)
@@ -276,13 +277,13 @@ def _block(
         _put(moments, at, m, size, WHOLE)
         _put(squares, at, v, size, WHOLE)
         root = tl.sqrt_rn(v)
-    # the lower half of a master is what to add to the parameter's bits as a signed number
+    # the lower half of a master is the signed number to add to the parameter's bits
     if MASTERS == 2:
         param = _pointer(tensor, PARAM, tl.int16, ALIGNED)
         master = _pointer(tensor, MASTER, tl.int16, ALIGNED)
         high = _some(param, at, size, WHOLE).to(tl.int32) << 16
         low = _some(master, at, size, WHOLE).to(tl.int32)
-        # zero has no lower half: one that was set to zero after its last step keeps that step's
+        # zero has no lower half: a parameter zeroed after its last step still has that step's
         bits = tl.where((high << 1) != 0, high + low, high)
         w = bits.to(tl.float32, bitcast=True)
     else:
@@ -292,7 +293,7 @@ def _block(
     w = w - (w * decay + tl.math.div_rn(m, root * root_scale + eps) * step_size)
     if MASTERS == 2:
         bits = tl.where(w == w, w, float("nan")).to(tl.int32, bitcast=True)
-        bits = tl.where(w == w, bits, 0x7FC00000)  # one NaN, which cannot round up
+        bits = tl.where(w == w, bits, 0x7FC00000)  # a single NaN pattern, which cannot round up
         _put(param, at, (bits.to(tl.uint32, bitcast=True) + 0x8000) >> 16, size, WHOLE)
         _put(master, at, bits, size, WHOLE)
     else:

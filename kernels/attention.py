@@ -1,26 +1,27 @@
 """out = softmax(scores) v and lse, without the scores in memory (Dao et al. 2022).
 
 Dense, packed (varlen) and paged tensors; `fastlm.reference` defines the scores. A program owns
-BLOCK_M rows of one key head and walks along the keys that they see, BLOCK_N at a time:
+BLOCK_M rows of one key head and walks the keys that they see, BLOCK_N at a time:
 
                    keys   lo      full_lo            full_hi        hi
     BLOCK_M rows    |      |masked  |  whole, unmasked  |  masked    |      split 0 | split 1 | ..
     of PACK heads   |      |------->|------------------>|----------->|
 
-- Tiles that no row sees (after the diagonal, before the window) are not visited; only the tiles at
-  the edges of what is seen are masked.
-- PACK = 1: rows of one query head. PACK = the group of query heads that share a key head, where a
-  sequence has few rows: row r of a tile is query r // PACK of head r % PACK, K and V are read once
-  for all of them.
-- With splits (few rows, many keys), what the rows see is divided among `splits` programs, which
-  leave out and lse of their share in float32; `_combine` adds them up in the order of the splits.
+- Tiles that no row sees (after the diagonal, before the window) are skipped. Only the tiles at the
+  edges of the visible range are masked.
+- PACK = 1: the rows belong to one query head. Where a sequence has few rows, PACK is the number of
+  query heads that share a key head: row r of a tile is query r // PACK of head r % PACK, and K and
+  V are read once for all of these heads.
+- With splits (few rows, many keys), the visible keys are divided among `splits` programs. Each
+  writes out and lse of its share in float32; `_combine` adds the shares in the order of the splits.
 
-q is read once, K and V once for each block of rows (from L2 after the first). Scores are kept in
-units of log2(e), so that exp is exp2. Products of 16-bit tensors run on the tensor cores with
-float32 sums, those of float32 in float32. Nothing of this has been measured on a GPU.
+q is read once, K and V once per block of rows (from L2 after the first). Scores are kept in units
+of log2(e), so that exp is exp2. Products of 16-bit tensors run on the tensor cores with float32
+sums, those of float32 in float32. None of this has been measured on a GPU.
 
-Names: b sequence, i query aligned to the keys (the last query at the last key), j key, `_row` etc.
-strides in units of UNIT elements, so that they are known to be multiples of 16 or 8 where they are.
+Names: b is a sequence, i a query position aligned to the keys (the last query is at the last key)
+and j a key. `q_row` etc. are strides in units of UNIT elements, so that the compiler knows them to
+be multiples of 16 or 8 where they are.
 """
 
 from typing import Any, NamedTuple
@@ -36,8 +37,8 @@ from fastlm.memory_order import elements_last, empty_out
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# What a new value compiles no new variant for: sizes, and strides but for a bias's, whose last one
-# must be known to be 1 where it is. UNIT says what alignment needs of the others.
+# Arguments whose new values compile no new variant: sizes, and strides except those of a bias,
+# whose last stride must be known to be 1 where it is. UNIT covers what alignment needs of the rest.
 LENGTHS = (
     "blocks queries keys sequences slots total_q total_k window splits bias_rows bias_keys"
     " threshold lse_batch lse_head lse_rows table_row pages rows columns heads batches"
@@ -52,7 +53,7 @@ LENGTHS += [
 
 @triton.jit
 def sequence(cu, b, total):
-    """First row and length of packed sequence b, held inside the tensor whatever cu says."""
+    """First row and length of packed sequence b, clamped to the tensor whatever cu contains."""
     start = tl.minimum(tl.maximum(tl.load(cu + b), 0), total)
     return start, tl.maximum(tl.minimum(tl.load(cu + b + 1), total) - start, 0)
 
@@ -62,12 +63,12 @@ def place(
     slot, blocks, length, other_length, cu, other_cu, total, other_total, sequences,
     PACK: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr, LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Which BLOCK of which sequence a slot is: b, the block's first row, and first row and length
-    of the sequence in this tensor and in the other one (keys for queries, queries for keys).
+    """The sequence and BLOCK of a slot: b, the block's first row, and the first row and length of
+    the sequence in this tensor and in the other one (keys for queries, queries for keys).
 
-    Packed: sequence b has its slots from cu[b] * PACK // BLOCK + b on, at least as many as blocks,
-    so that the grid follows from the totals. Offsets that do not rise from 0 may leave a slot
-    before its sequence: it gets no rows.
+    Packed: the slots of sequence b start at cu[b] * PACK // BLOCK + b. It has at least as many
+    slots as blocks, so that the grid follows from the totals. Offsets that do not rise from 0 may
+    put a slot before the start of its sequence; such a slot gets no rows.
     """
     if VARLEN:
         low = slot * 0
@@ -98,7 +99,7 @@ def seen_keys(
     earliest, latest, keys, window,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """lo and hi: the keys that any row of earliest .. latest sees; lo is a multiple of BLOCK_N."""
+    """lo and hi: the keys that any row in earliest .. latest sees; lo is a multiple of BLOCK_N."""
     lo = keys * 0
     hi = keys
     if CAUSAL:
@@ -113,7 +114,7 @@ def whole_tiles(
     lo, hi, earliest, latest, window,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FIRST_PART: tl.constexpr,
 ):  # fmt: skip
-    """full_lo and full_hi, multiples of BLOCK_N: of lo .. hi the keys that every row sees."""
+    """full_lo and full_hi, multiples of BLOCK_N: the keys within lo .. hi that every row sees."""
     full_hi = hi
     if CAUSAL:
         full_hi = tl.minimum(hi, earliest + 1)
@@ -129,8 +130,8 @@ def whole_tiles(
 
 @triton.jit
 def load_rows(at, columns, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """A tile (rows, BLOCK) whose rows have WIDTH elements; zero beyond and, if MASKED, in `rows`
-    that are not there."""
+    """A tile (rows, BLOCK) whose rows have WIDTH elements. Elements past WIDTH are zero and, if
+    MASKED, so are the rows where the mask `rows` is false."""
     if WIDTH == BLOCK:
         if MASKED:
             return tl.load(at, mask=rows[:, None], other=0)
@@ -158,13 +159,14 @@ def scores(
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """log2(e) times the scores of a tile of q k^T, and their derivative by scale q k^T.
+    """Return log2(e) times the scores of a tile of q k^T, and the derivative of the scores with
+    respect to scale q k^T.
 
-    i, slope, bias (pointers) and j stand across one another: the tile may be transposed.
+    i, slope and bias (pointers) run along one axis, j along the other: the tile may be transposed.
     """
     derivative = 1.0
     if SOFTCAP:
-        # tanh, odd as it should be: 1 - 2 / (e^2x + 1) loses the digits of small ones
+        # tanh, exactly odd; 1 - 2 / (e^2x + 1) would lose the digits of small x
         x = product * (scale / softcap)
         e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
         small = x * (1.0 - x * x * (0.3333333333 - 0.1333333333 * x * x))
@@ -192,7 +194,7 @@ def scores(
 def kept(seed, threshold, b, head, query, start, BLOCK: tl.constexpr):
     """Which of the probabilities (query, start .. start + BLOCK) dropout keeps.
 
-    Philox4x32-10 as in `reference.dropout_factor`: a counter's four words are keys 16 apart.
+    Philox4x32-10 as in `reference.dropout_factor`: a counter's four words serve keys 16 apart.
     """
     if BLOCK >= 64:
         lanes = start // 4 + tl.arange(0, BLOCK // 4)
@@ -241,7 +243,7 @@ def _attend(
     ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys lo .. hi: out (M, DV) and total (M) are in units of 2^top."""
+    """Add the keys lo .. hi to out (M, DV) and total (M), which are in units of 2^top."""
     for start in tl.range(lo, hi, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
@@ -281,11 +283,11 @@ def _attend(
 @triton.jit(do_not_specialize=LENGTHS)
 def _forward(
     q,  # rows of D elements, strides q_batch, q_head, q_row
-    k,  # likewise; paged: k_batch is a page's
+    k,  # likewise; paged: k_batch is the stride of a page
     v,  # rows of DV elements
-    out,  # as q, of v's width; splits: (splits, rows of lse, DV) float32
+    out,  # like q, with v's width; splits: (splits, rows of lse, DV) float32
     lse,  # (B, H, S), varlen (H, total_q); splits: (splits, rows of lse), in units of log2(e)
-    sinks,  # (H,) float32, or None, as all others to seq_lens
+    sinks,  # (H,) float32 or None; so may be all others up to seq_lens
     slopes,  # (H,) float32
     bias,  # strides bias_batch, bias_head, bias_row, bias_key, 0 where it is broadcast
     seed,  # (1,) int64
@@ -293,7 +295,7 @@ def _forward(
     v_scale,
     cu_q,  # (B + 1,) int32
     cu_k,
-    table,  # (B, pages) int32, rows table_row apart
+    table,  # (B, pages) int32, row stride table_row
     seq_lens,  # (B,) int32
     blocks, queries, keys, sequences, slots, total_q, total_k, splits, table_row, pages,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -308,10 +310,10 @@ def _forward(
     task = tl.program_id(0)
     split = task % splits
     slot = task // splits % slots
-    heads = task // splits // slots  # PACK of them
+    heads = task // splits // slots  # a set of PACK heads
     b, first, row, queries, key_row, keys = place(
         slot, blocks, queries, keys, cu_q, cu_k, total_q, total_k, sequences, PACK, BLOCK_M, VARLEN,
-        True,  # causal: the longest first
+        True,  # causal: the blocks with the most keys first
     )  # fmt: skip
     if first >= queries * PACK:
         return
@@ -347,8 +349,8 @@ def _forward(
         bias_at = bias + wide_b * bias_batch + wide_head * bias_head + query.to(tl.int64) * bias_row
         seen_bias = seen_rows & (query < bias_rows)
 
-    # what the rows see, in up to three parts: masked lo .. full_lo (window), full_lo .. full_hi,
-    # masked full_hi .. hi
+    # the keys that the rows see, in up to three parts: masked lo .. full_lo (window),
+    # full_lo .. full_hi, masked full_hi .. hi
     shift = keys - queries
     earliest = first // PACK + shift
     latest = tl.minimum((first + BLOCK_M - 1) // PACK, queries - 1) + shift
@@ -412,7 +414,8 @@ def _combine(
     queries, heads, lse_rows, splits, out_batch, out_head, out_row,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One row: softmax over the splits' lse of their out. SPLITS >= splits is a power of two."""
+    """Combine the splits of one row: their out, weighted by the softmax of their lse. SPLITS is a
+    power of two >= splits."""
     row = tl.program_id(0).to(tl.int64)
     b = row // queries // heads
     head = row // queries % heads
@@ -430,7 +433,7 @@ def _combine(
     if sinks is not None:
         total += tl.exp2(sink - zero)
     columns = tl.arange(0, BLOCK_DV)
-    # a share that sees nothing left zeros, splits that are not there nothing
+    # a share that sees nothing has written zeros; lanes past the last split have no data
     mask = (split < splits)[:, None] & (columns < DV)[None, :]
     tile = tl.load(parts + at[:, None] * DV + columns[None, :], mask=mask, other=0.0)
     result = tl.sum(tile * weight[:, None], 0) * tl.where(total == 0.0, 0.0, 1.0 / total)
@@ -447,9 +450,9 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
     return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
 
 
-# By element size and padded head width, then by architecture: no register spills, tensor cores
-# (tests/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi, softcap or int8 keys, which
-# take registers; where there is no such line the plain one serves.
+# By element size and padded head width, then by architecture; chosen for no register spills and for
+# tensor cores (tests/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi, softcap or int8
+# keys, which need registers; without such a line the plain one is used.
 OPTIONS = "options"
 _MANY = Tiles(
     "attention",
@@ -467,7 +470,7 @@ _MANY = Tiles(
         (4, 512): {80: _tiles(16, 16, 8, 1)},
     },
 )
-# 16 rows are the least of a matrix instruction
+# a matrix instruction has at least 16 rows
 _FEW = Tiles(
     "attention, few rows",
     {
@@ -483,19 +486,19 @@ _FEW = Tiles(
     },
 )
 FEW_ROWS = 16
-_WIDEST = 512  # wider heads take its tiles; from 512 on they are not in the gate
-_MOST_SPLITS = 32  # partial results of one row that `_combine` holds in registers
+_WIDEST = 512  # wider heads use its tiles; widths from 512 on are not in the gate
+_MOST_SPLITS = 32  # partial results of one row, which `_combine` holds in registers
 _LEAST_SHARE = 256  # keys that are worth a program of their own
-_WIDEST_WINDOW = 2**30  # sees all of as many keys; kernels add it to a row in 32 bits
+_WIDEST_WINDOW = 2**30  # sees all of that many keys; kernels add it to a row index in 32 bits
 
 
 def padded(width: int) -> int:
-    """A power of two, of at least the 16 that a matrix instruction multiplies."""
+    """Round up to a power of two, at least the 16 that a matrix instruction multiplies."""
     return max(16, triton.next_power_of_2(width))
 
 
 def sizes_of(tiles: Tiles, q: Tensor, width: int, o: "Options", int8: bool = False) -> Config:
-    """The entry for q's dtype and architecture, a padded head width, and the options given."""
+    """The entry for q's dtype and architecture, a padded head width and the given options."""
     key = q.element_size(), min(max(width, 64), _WIDEST)
     if not (o.slopes is o.bias is o.seed is None and o.softcap == 0) or int8:
         with_options = (*key, OPTIONS)
@@ -507,8 +510,8 @@ def sizes_of(tiles: Tiles, q: Tensor, width: int, o: "Options", int8: bool = Fal
 
 
 class Layout(NamedTuple):
-    """Where sequences lie. `queries` and `keys`: of each sequence; of all together where they are
-    packed; of the longest that the table has room for where they are paged."""
+    """The layout of the sequences. `queries` and `keys` count the rows of one sequence. Packed: of
+    all sequences together. Paged: `keys` is what the table has room for per sequence."""
 
     sequences: int
     queries: int
@@ -518,12 +521,12 @@ class Layout(NamedTuple):
     longest_q: int = 0  # packed: a hint
     table: Tensor | None = None
     seq_lens: Tensor | None = None
-    page: int = 0  # keys of a page
+    page: int = 0  # keys per page
     pages: int = 0
 
 
 class Options(NamedTuple):
-    """The options of the operators as kernels take them."""
+    """The options of the operators in the form that the kernels expect."""
 
     sinks: Tensor | None
     slopes: Tensor | None
@@ -533,7 +536,7 @@ class Options(NamedTuple):
     scale: float
     window: int
     softcap: float
-    threshold: int  # a word below it, read as unsigned, is dropped
+    threshold: int  # a random word below it, read as unsigned, drops its probability
     keep_scale: float
 
     def flags(self) -> dict[str, bool]:
@@ -541,7 +544,7 @@ class Options(NamedTuple):
 
     def parts(self) -> dict[str, int]:
         """Return the parts of the forward and of dq (`_forward`). With dropout one masked part
-        serves all: the draws cost more than the masks, and the code is a third."""
+        covers all keys: the draws cost more than the masks, and the code shrinks to a third."""
         return {"FIRST_PART": 2 if self.seed is not None else 0 if self.window > 0 else 1}
 
     def numbers(self) -> tuple:
@@ -549,7 +552,7 @@ class Options(NamedTuple):
 
 
 def options(sinks, alibi_slopes, bias, seed, causal, scale, window, softcap, dropout_p) -> Options:
-    drops = min(int(dropout_p * 2**32), 2**32 - 1)  # all of them: by keep_scale 0
+    drops = min(int(dropout_p * 2**32), 2**32 - 1)  # dropping all relies on keep_scale 0
     return Options(
         _floats(sinks), _floats(alibi_slopes), bias, seed, causal or window > 0, scale,
         min(window, _WIDEST_WINDOW), softcap, drops - 2**32 if drops >= 2**31 else drops,
@@ -568,8 +571,8 @@ def strides(t: Tensor, dims: tuple[int | None, int, int]) -> tuple[int, int, int
 
 
 def in_units(*steps: tuple[int, ...]) -> tuple[int, list[int]]:
-    """UNIT, and the strides in it: reading 16 bytes at a time takes multiples of 16 elements of
-    int8, of 8 or fewer of the others."""
+    """UNIT, and the strides in units of it. Reading 16 bytes at a time requires multiples of 16
+    elements for int8, of 8 or fewer for the other dtypes."""
     flat = [n for step in steps for n in step]
     unit = next(u for u in (16, 8, 1) if all(n % u == 0 for n in flat))
     return unit, [n // unit for n in flat]
@@ -579,7 +582,7 @@ NO_BIAS = (0, 0, 0, 0, 0, 0)
 
 
 def bias_arguments(bias: Tensor | None) -> tuple[int, ...]:
-    """Strides of sequence, head, row and key, and the rows and keys that it has."""
+    """The bias's strides of sequence, head, row and key, and its numbers of rows and keys."""
     if bias is None:
         return NO_BIAS
     steps = (0 if n == 1 else s for n, s in zip(bias.shape, bias.stride()))
@@ -590,8 +593,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dims: tuple, kv_dims: tuple,
     layout: Layout, o: Options, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fills out and lse. `dims`: where q and out have sequence, head and row; `kv_dims`: k and v.
-    Elements of a row are contiguous.
+    """Fill out and lse. `dims`: the dimensions of sequence, head and row in q and out; `kv_dims`:
+    those in k and v. Elements of a row are contiguous.
     """
     heads, kv_heads = q.shape[dims[1]], k.shape[kv_dims[1]]
     group = heads // kv_heads
@@ -650,7 +653,7 @@ _COMBINE = Config({}, num_warps=4, num_stages=1)
 
 
 def _splits(programs: int, keys: int, at_a_time: int) -> int:
-    """Programs that share the keys of one tile: enough for two on each multiprocessor."""
+    """The number of programs that share a tile's keys: enough for two per multiprocessor."""
     wanted = min(2 * at_a_time // max(1, programs), keys // _LEAST_SHARE, _MOST_SPLITS)
     return max(1, wanted)
 

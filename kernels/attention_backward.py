@@ -1,20 +1,20 @@
-"""dq, dk, dv, dsinks and dbias of attention, from out and lse: scores are computed again.
+"""dq, dk, dv, dsinks and dbias of attention, from out and lse: scores are recomputed.
 
     P = exp(s - lse)    dP = dropout(dout v^T)    delta = sum(dout out) - dlse
     dS = P (dP - delta)    dv = dropout(P)^T dout    dbias = dS
-    dS by way of the softcap    dq = scale dS k    dk = scale dS^T q
+    dS through the softcap    dq = scale dS k    dk = scale dS^T q
 
-    _delta   rows                                        delta, one number a row
+    _delta   rows                                        delta, one number per row
     _dq      BLOCK_M rows x the keys that they see       dq
-    _dkdv    BLOCK_N keys x the rows that see them, of   dk, dv: no two programs add to one of them,
-             every query head of the key head            so that results are the same bits again
+    _dkdv    BLOCK_N keys x the rows that see them, of   dk, dv: one program adds to each element,
+             every query head of the key head            so that results are bitwise reproducible
     _dbias   a tile of dbias x whatever it is broadcast  dbias
              over: sequences, heads, rows, keys
 
-Seven products of rows x keys, where five are the least: dq apart from dk and dv needs neither
-atomic additions nor float32 copies of dq. dbias costs two more, and no memory but itself; a bias of
-few elements has few programs. A program reads its own operands once, and those that it walks along
-once (from L2 mostly). Nothing of this has been measured on a GPU.
+Seven products of rows x keys, where five are the minimum: computing dq separately from dk and dv
+needs neither atomic additions nor float32 copies of dq. dbias costs two more products and no memory
+beyond itself; a bias with few elements runs few programs. A program reads its own operands once,
+and once those that it walks along (mostly from L2). None of this has been measured on a GPU.
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ from fastlm.memory_order import elements_last
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _delta(
-    dout,  # rows of DV elements, strides _batch, _head, _row
+    dout,  # rows of DV elements, strides dout_batch, dout_head, dout_row
     out,  # likewise
     dlse,  # (B, H, rows) float32 or None
     delta,  # (B, H, rows) float32
@@ -79,8 +79,8 @@ def _delta(
 
 @triton.jit
 def _base(lse_at, seen):
-    """log2(e) lse, for exp2(s - base): 0 where a row sees nothing (s is -inf), +inf where there is
-    no row."""
+    """log2(e) lse, for exp2(s - base): 0 where a row sees nothing (s is -inf), +inf past the last
+    row."""
     lse = tl.load(lse_at, mask=seen, other=float("inf"))
     return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
 
@@ -95,7 +95,7 @@ def _along_keys(
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS k of the keys lo .. hi to dq (M, D)."""
+    """Add dS k of the keys lo .. hi to dq (M, D)."""
     for start in tl.range(lo, hi, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
@@ -148,7 +148,7 @@ def _dq(
     head = (tl.program_id(0) // slots).to(tl.int64)
     b, first, row, queries, key_row, keys = place(
         slot, blocks, queries, keys, cu_q, cu_k, total_q, total_k, sequences, 1, BLOCK_M, VARLEN,
-        True,  # causal: the longest first
+        True,  # causal: the blocks with the most keys first
     )  # fmt: skip
     if first >= queries:
         return
@@ -178,7 +178,7 @@ def _dq(
         bias_at = bias + wide_b * bias_batch + head * bias_head + query.to(tl.int64) * bias_row
         seen_bias = seen_rows & (query < bias_rows)
 
-    # what the rows see, as in `attention._forward`
+    # the keys that the rows see, as in `attention._forward`
     shift = keys - queries
     earliest = first + shift
     latest = tl.minimum(first + BLOCK_M, queries) - 1 + shift
@@ -218,8 +218,8 @@ def _along_rows(
     ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the rows lo .. hi of one query head give to dk (N, D) and dv (N, DV). Tiles of
-    scores stand keys x rows."""
+    """Add the contribution of rows lo .. hi of one query head to dk (N, D) and dv (N, DV). Tiles of
+    scores are keys x rows."""
     for start in tl.range(lo, hi, BLOCK_M):
         query = start + tl.arange(0, BLOCK_M)
         seen_rows = query < queries
@@ -290,8 +290,8 @@ def _dkdv(
     v_at = v + (wide_b * v_batch + kv_head * v_head + wide_key * v_row)[:, None] * UNIT
     v_tile = load_rows(v_at + value_columns[None, :], value_columns, inside, DV, BLOCK_DV, True)
 
-    # rows that see any of the keys, in up to three parts: masked lo .. full_lo (causal),
-    # full_lo .. full_hi, which see all of them, masked full_hi .. hi (window)
+    # rows that see any of the keys, in up to three parts: lo .. full_lo, masked (causal);
+    # full_lo .. full_hi, which see all of the keys; full_hi .. hi, masked (window)
     shift = keys - queries
     last = tl.minimum(first + BLOCK_N, keys) - 1
     lo = queries * 0
@@ -304,7 +304,7 @@ def _dkdv(
     if WINDOW:
         hi = tl.minimum(queries, last + window - shift)
         full_hi = tl.minimum(queries, first + window - shift)
-    # whole tiles from lo on: the first part ends where one begins
+    # tiles are counted from lo: the first part ends at the start of a tile
     full_lo = tl.minimum(lo + tl.cdiv(full_lo - lo, BLOCK_M) * BLOCK_M, tl.maximum(hi, lo))
     full_hi = full_lo + tl.maximum(full_hi - full_lo, 0) // BLOCK_M * BLOCK_M
     if not WINDOW:
@@ -363,7 +363,7 @@ def _dbias(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """ALL_ROWS, ALL_KEYS: one element of dbias is a sum over them."""
+    """Write a tile of dbias. ALL_ROWS, ALL_KEYS: an element is a sum over all rows, all keys."""
     task = tl.program_id(0)
     column_tiles = tl.cdiv(columns, BLOCK_N)
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -388,7 +388,7 @@ def _dbias(
     row = task * 0
     key_row = row
     for b in tl.range(first_batch, last_batch):
-        wide_b = (task * 0 + b).to(tl.int64)  # interpreted, b is Python's int
+        wide_b = (task * 0 + b).to(tl.int64)  # in the interpreter b is a Python int
         if VARLEN:
             row, queries = sequence(cu_q, b, total_q)
             key_row, keys = sequence(cu_k, b, total_k)
@@ -472,7 +472,7 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # As in kernels/attention.py
-_DELTA_ELEMENTS = 2048  # of either operand, 16 a thread of four warps
+_DELTA_ELEMENTS = 2048  # elements of each operand: 16 per thread of four warps
 _DQ = Tiles(
     "attention dq",
     {
@@ -529,8 +529,8 @@ def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor, dims: tuple, layout: Layout, o: Options, bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fills dq, dk and dv; returns dsinks and dbias, empty where there are none. `dims`: where
-    sequence, head and row are."""
+    """Fill dq, dk and dv; return dsinks and dbias, empty where there are none. `dims`: the
+    dimensions of sequence, head and row."""
     heads, kv_heads = q.shape[dims[1]], k.shape[dims[1]]
     width, v_width = q.shape[-1], v.shape[-1]
     block_d, block_dv = padded(width), padded(v_width)
@@ -538,7 +538,7 @@ def backward(
     varlen = layout.cu_q is not None
     lse_steps = (0, layout.queries) if varlen else (heads * layout.queries, layout.queries)
 
-    # packed rows are those of one sequence as far as delta is concerned
+    # for delta, all packed rows count as one sequence
     delta = torch.empty_like(lse)
     unit, steps = in_units(strides(dout, dims), strides(out, dims))
     config = Config({"BLOCK_M": max(1, _DELTA_ELEMENTS // block_dv)}, num_warps=4)

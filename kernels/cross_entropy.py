@@ -1,24 +1,25 @@
-"""Rows of logits to lse and nll, and to their gradient: two kernels with no option but a few flags.
+"""lse and nll of rows of logits, and their gradient: two kernels with a few flags as only options.
 
 z = softcap(logit_scale * (logits + bias)); softcap, bias and the sum over all classes are
 compile-time flags. `linear_cross_entropy` runs its chunks of logits through the same two kernels.
 
-Forward: a program walks a row, or one of `splits` parts of it, in blocks. Every lane keeps its own
-running maximum m and s = sum of e^(z - m), one exponential an element (of e^(z - m) and e^(m - z)
-one is 1), and no two threads speak to each other before the end:
+Forward: a program walks a row, or one of its `splits` parts, in blocks. Every lane keeps its own
+running maximum m and s = sum of e^(z - m). That is one exponential per element (one of e^(z - m)
+and e^(m - z) is 1), and threads exchange nothing before the end:
 
     row:      | part 0                    | part 1                    |      parts: 1 with many rows
               | BLOCK | BLOCK | BLOCK ... | BLOCK | BLOCK | BLOCK ... |
     lane j:      j       j       j           (m, s, sum of weight, sum of weight * (m - z))
 
-Few rows with many classes would leave most of the GPU idle: their rows are split, and a second
-kernel adds the parts in a fixed order. Rejected: atomics, whose order and so whose bits vary.
+Few rows with many classes would leave most of the GPU idle, so their rows are split, and a second
+kernel adds the parts in a fixed order. Rejected: atomics, whose order varies, and with it the bits.
 
-Backward: a program takes one block of one row: dz = on_p * p - on_target * (v == target)
-- on_all * weight, from lse as two numbers. A row whose coefficients are all 0 is not read.
+Backward: a program handles one block of one row: dz = on_p * p - on_target * (v == target)
+- on_all * weight, with lse given as two numbers. A row whose coefficients are all 0 is not read.
 
-Logits are read once each way, the gradient is written once; all arithmetic is float32. A class that
-does not exist is not looked up: its row's loss and gradient are NaN. Nothing was measured on a GPU.
+Logits are read once in each direction, and the gradient is written once. All arithmetic is float32.
+A target outside the classes is not looked up: the loss and gradient of its row are NaN. Nothing was
+measured on a GPU.
 """
 
 import torch
@@ -28,10 +29,10 @@ from torch import Tensor
 
 from fastlm.kernels.launch import Config, launch, multiprocessors
 
-_BLOCK = 4096  # classes: 16 a thread, whose m and s stay in registers
-_WAVES = 4  # programs a multiprocessor, below which rows are split
-# The least float32, below every logit but -inf and itself (a mask's finfo.min makes rows of it): a
-# maximum that began at -inf would make -inf - -inf of a masked class
+_BLOCK = 4096  # classes: 16 per thread, whose m and s stay in registers
+_WAVES = 4  # programs per multiprocessor; with fewer, rows are split
+# The lowest float32: below every logit except -inf and itself (a mask with finfo.min creates rows
+# of it). A maximum that started at -inf would compute -inf - -inf for a masked class
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -62,7 +63,7 @@ def _store_row(
     s,
     weights,
     spread,
-    logits,  # of this row
+    logits,  # this row's
     bias,
     target,
     shift,
@@ -77,7 +78,7 @@ def _store_row(
     CAPPED: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):
-    """A row's results from the sums over all its classes."""
+    """Store a row's results, given the sums over all its classes."""
     log_s = tl.log(s)
     tl.store(shift + row, m)
     tl.store(log_sum + row, log_s)
@@ -92,7 +93,7 @@ def _store_row(
 
 @triton.jit
 def _combined(m, s, weights, spread, SMOOTH: tl.constexpr):
-    """Sums relative to one maximum from sums relative to several."""
+    """Convert sums relative to several maxima into sums relative to one."""
     top = tl.max(m, 0)
     s = tl.sum(s * tl.exp(m - top), 0)
     if SMOOTH:
@@ -103,8 +104,8 @@ def _combined(m, s, weights, spread, SMOOTH: tl.constexpr):
 
 @triton.jit
 def _forward(
-    logits,  # (rows, classes), rows stride apart
-    bias,  # (classes,), or anything
+    logits,  # (rows, classes), row stride `stride`
+    bias,  # (classes,), or any tensor if not BIAS
     target,  # (rows,) int64
     class_weight,  # (classes,), or None: weights of 1
     parts,  # (4, rows, splits) float32: m, s, sum of weights, sum of weight * (m - z)
@@ -117,7 +118,7 @@ def _forward(
     ignore_index,
     scale,
     cap,
-    width,  # classes of a part: whole blocks
+    width,  # classes per part, a multiple of BLOCK
     splits,
     BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -208,9 +209,9 @@ def _add_parts(
 def _backward(
     on_p,  # (rows,) float32
     on_target,  # (rows,) float32
-    on_all,  # (rows,) float32, or anything
-    logits,  # (rows, classes), rows stride apart
-    bias,  # (classes,), or anything
+    on_all,  # (rows,) float32, or any tensor if not SMOOTH
+    logits,  # (rows, classes), row stride `stride`
+    bias,  # (classes,), or any tensor if not BIAS
     target,  # (rows,) int64
     class_weight,  # (classes,), or None: weights of 1
     shift,  # (rows,) float32
@@ -235,7 +236,7 @@ def _backward(
     missing = valid & ((label < 0) | (label >= classes))
     on_class = tl.where(valid, tl.load(on_target + row), 0.0)
     on_prob = tl.where(missing, float("nan"), tl.load(on_p + row))
-    # what has no part in the loss has a gradient of 0, also where a logit is NaN
+    # a row that has no part in the loss has a gradient of 0, even where a logit is NaN
     used = (on_prob != 0.0) | (on_class != 0.0)
     if SMOOTH:
         all_classes = tl.load(on_all + row)
@@ -250,13 +251,13 @@ def _backward(
         if WEIGHTED:
             w *= tl.load(class_weight + at, mask=mask, other=0.0).to(tl.float32)
         less += w
-    dz -= less  # as one: of one class on_p is their sum, and the difference 0
+    dz -= less  # as one sum: with a single class on_p equals it, and the difference is 0
     grad = tl.where(read, dz * slope * scale, 0.0)
     tl.store(d_logits + row * classes + at, grad.to(d_logits.dtype.element_ty), mask=mask)
 
 
 def _rows(t: Tensor) -> Tensor:
-    """Rows may be apart, elements of a row may not."""
+    """Make the elements of a row contiguous; rows may have any stride."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -276,7 +277,7 @@ def row_statistics(
     logit_scale: float,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    """`outputs` (shift, log_sum, nll, smoothed), each contiguous, of the rows of logits + bias."""
+    """Fill `outputs` (shift, log_sum, nll, smoothed; contiguous) for the rows of logits + bias."""
     rows, classes = logits.shape
     logits, config = _rows(logits), _config(classes)
     blocks = triton.cdiv(classes, config.sizes["BLOCK"])
@@ -317,7 +318,7 @@ def row_gradients(
     logit_scale: float,
     d_logits: Tensor,
 ) -> None:
-    """`d_logits`: contiguous, any float dtype; may be `logits` where that is contiguous."""
+    """Fill `d_logits`: contiguous, any float dtype. It may be `logits` where that is contiguous."""
     rows, classes = logits.shape
     logits, config = _rows(logits), _config(classes)
     on_p, on_target = on_p.contiguous(), on_target.contiguous()
@@ -348,7 +349,7 @@ def row_gradients(
 
 
 def row_outputs(target: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """shift, log_sum, nll and smoothed (empty unless `smooth`), to be written."""
+    """Allocate shift, log_sum, nll and smoothed (empty unless `smooth`)."""
     make = {"dtype": torch.float32, "device": target.device}
     shift, log_sum, nll = (torch.empty(target.shape, **make) for _ in range(3))
     return shift, log_sum, nll, torch.empty(target.shape if smooth else 0, **make)

@@ -1,11 +1,11 @@
 """y = act(gate) * up, forward and backward: one read of each operand, one write of each result.
 
-Rows may be apart (`gate` and `up` as halves of one projection), elements of a row not. A program
-takes BLOCK elements of one row; contiguous operands count as a single row.
+Rows may have any stride (`gate` and `up` as halves of one projection); the elements of a row are
+contiguous. A program handles BLOCK elements of one row; contiguous operands count as a single row.
 
     program row * blocks + block:   gate[row, block * BLOCK ..]  ->  y[row, block * BLOCK ..]
 
-Activations are float32. tanh is 1 - 2 / (e^2x + 1): the backend's own differs between versions.
+Activations are float32. tanh is 1 - 2 / (e^2x + 1): the backend's tanh differs between versions.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastlm.kernels.launch import Config, launch
 
 ACTS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
-# 8 elements of 16 bits a thread: one 128-bit access of each operand
+# 8 16-bit elements per thread: one 128-bit access per operand
 _CONFIG = Config({"BLOCK": 2048}, num_warps=8)
 
 
@@ -46,11 +46,11 @@ def _value_and_slope(x, ACT: tl.constexpr):
 
 @triton.jit
 def _forward(
-    gate,  # (rows, width), rows gate_stride apart
+    gate,  # (rows, width), row stride gate_stride
     up,  # likewise
     y,  # (rows, width), contiguous
     width,
-    blocks,  # of a row
+    blocks,  # per row
     gate_stride,
     up_stride,
     ACT: tl.constexpr,
@@ -67,7 +67,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy,  # (rows, width), rows dy_stride apart
+    dy,  # (rows, width), row stride dy_stride
     gate,
     up,
     dgate,  # (rows, width), contiguous
@@ -92,7 +92,7 @@ def _backward(
 
 
 def _rows(*tensors: Tensor) -> tuple[int, int, list[Tensor], list[int]]:
-    """rows, width, operands whose rows are contiguous, and how far their rows are apart."""
+    """The number of rows, the width, the operands with contiguous rows, and their row strides."""
     if all(t.is_contiguous() for t in tensors):
         return 1, tensors[0].numel(), list(tensors), [0] * len(tensors)
     width = tensors[0].shape[-1]

@@ -1,17 +1,17 @@
-"""How a Triton kernel is started, and with which tile sizes.
+"""Launch of a Triton kernel, and the choice of its tile sizes.
 
     launch(kernel, grid, *tensors_and_numbers, config=Config({"BLOCK": 1024}, num_warps=4), N=..)
 
 - On a GPU: on the device of the first tensor.
 - Interpreted (``TRITON_INTERPRET=1``, read when a kernel is decorated): on CPU tensors, by numpy.
-- Compiled without a GPU: `compiling(target)` sends every launch, made from tensors on the meta
-  device, to a list of machine code that tests/triton_gate reads. What runs there is the whole
-  host function: one that asks a tensor for its value fails.
+- Compiled without a GPU: `compiling(capability)` collects the machine code of every launch in a
+  list that tests/triton_gate reads. Tensors are on the meta device. The whole host function runs
+  there, so one that asks a tensor for its value fails.
 
-Tile sizes come from `Tiles` beside each kernel: a fixed table by compute capability, so that a
-first call compiles one variant and measures none; what `python -m fastlm.kernels.tune` measured on
-this machine's GPU goes before it, from a file in the user's cache. Rejected: `triton.autotune`,
-whose first call of every shape takes minutes.
+Tile sizes come from the `Tiles` next to each kernel: a fixed table by compute capability, so that a
+first call compiles one variant and measures none. What `python -m fastlm.kernels.tune` measured on
+this machine's GPU takes precedence, read from a file in the user's cache. Rejected:
+`triton.autotune`, whose first call of every shape takes minutes.
 """
 
 import contextlib
@@ -55,14 +55,14 @@ class Compiled(NamedTuple):
     kernel: Any  # triton's CompiledKernel; None where interpreted
 
 
-_launches: list[Compiled] | None = None  # where they go under `compiling` and `recording`
+_launches: list[Compiled] | None = None  # collects them under `compiling` and `recording`
 _target: GPUTarget | None = None  # under `compiling`
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any
 ) -> None:
-    """Starts `kernel` on `grid`; an empty grid starts nothing. Floats enter as float32."""
+    """Launch `kernel` on `grid`; an empty grid launches nothing. Floats are passed as float32."""
     if 0 in grid:
         return
     options = {**constants, **config.arguments(), "enable_fp_fusion": True}
@@ -83,7 +83,7 @@ def launch(
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Compiled]]:
-    """Yields the launches made inside."""
+    """Yield a list of the launches inside the `with` block."""
     global _launches
     before, _launches = _launches, []
     try:
@@ -93,7 +93,7 @@ def recording() -> Iterator[list[Compiled]]:
 
 
 def arch(tensor: torch.Tensor) -> int:
-    """Compute capability, 90 for 9.0; the interpreter takes 80's tables."""
+    """Compute capability, 90 for 9.0; the interpreter uses the tables of 80."""
     if _target is not None:
         return int(_target.arch)
     if INTERPRETED:
@@ -109,7 +109,7 @@ def _capability(device: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks run at a time at least; a fixed number where there is no device."""
+    """How many blocks run at the same time at least; a fixed number where there is no device."""
     if device.type != "cuda":
         return 4 if INTERPRETED else 132
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -128,8 +128,8 @@ class Tiles:
         self._chosen: dict[tuple[Key, int, int | None], Config] = {}
 
     def of(self, key: Key, tensor: torch.Tensor) -> Config:
-        """What was measured here, or the entry of the newest architecture in the table that is not
-        newer than the tensor's.
+        """Return the sizes measured on this machine, or the table's entry for the newest
+        architecture that is not newer than the tensor's.
         """
         if _asked is not None:
             _asked.append((self, key, tensor))
@@ -145,7 +145,7 @@ class Tiles:
 
     @contextlib.contextmanager
     def trying(self, key: Key, config: Config, tensor: torch.Tensor) -> Iterator[None]:
-        """`of` answers `config` for this key and device inside."""
+        """Make `of` return `config` for this key and device inside the `with` block."""
         at = key, arch(tensor), tensor.device.index
         before = self._chosen.pop(at, None)
         self._chosen[at] = config
@@ -157,7 +157,7 @@ class Tiles:
                 self._chosen[at] = before
 
     def forget(self) -> None:
-        """Reads again what was measured."""
+        """Forget the chosen sizes, so that the measurements are read again."""
         self._chosen.clear()
 
     def label(self, key: Key) -> str:
@@ -167,7 +167,7 @@ class Tiles:
         if _target is not None:
             return None
         found = measured(cache_file(tensor)).get(self.label(key))
-        # of a kernel that has other sizes by now: measured before an update
+        # measured before an update that changed which sizes the kernel has
         if found is None or found.sizes.keys() != self.fixed(key, arch(tensor)).sizes.keys():
             return None
         return found
@@ -178,7 +178,7 @@ _asked: list[tuple[Tiles, Key, torch.Tensor]] | None = None  # under `asking`
 
 @contextlib.contextmanager
 def asking() -> Iterator[list[tuple[Tiles, Key, torch.Tensor]]]:
-    """Yields what `Tiles.of` is asked inside."""
+    """Yield a list of the arguments of every `Tiles.of` inside the `with` block."""
     global _asked
     before, _asked = _asked, []
     try:
@@ -188,7 +188,7 @@ def asking() -> Iterator[list[tuple[Tiles, Key, torch.Tensor]]]:
 
 
 def cache_file(tensor: torch.Tensor) -> Path:
-    """Where `fastlm.kernels.tune` leaves what it measured on this kind of GPU."""
+    """The file in which `fastlm.kernels.tune` stores its measurements for this kind of GPU."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
     folder = Path(os.environ.get("FASTLM_CACHE") or default)
     card = "interpreter" if INTERPRETED else torch.cuda.get_device_name(tensor.device)
@@ -198,7 +198,7 @@ def cache_file(tensor: torch.Tensor) -> Path:
 
 @functools.cache
 def measured(file: Path) -> dict[str, Config]:
-    """The entries of a file of measurements; none where there is no file."""
+    """The entries of a file of measurements; none if the file does not exist."""
     try:
         entries = json.loads(file.read_text())
         return {label: Config(**entry) for label, entry in entries.items()}
@@ -225,7 +225,7 @@ class _NoDevice:
         return self._target
 
     def get_current_device(self) -> int:
-        return int(self._target.arch)  # kernels are cached by device
+        return int(self._target.arch)  # kernels are cached per device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -239,7 +239,7 @@ class _NoDevice:
 
 @contextlib.contextmanager
 def compiling(capability: int) -> Iterator[list[Compiled]]:
-    """Every `launch` inside compiles for sm_<capability> and runs nothing; yields what was made."""
+    """Make every `launch` inside compile for sm_<capability> and run nothing; yield the results."""
     global _target
     _target = GPUTarget("cuda", capability, 32)
     driver.set_active(_NoDevice(_target))
@@ -248,5 +248,5 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
             yield made
     finally:
         _target = None
-        with contextlib.suppress(RuntimeError):  # where there is no GPU, there is no driver
+        with contextlib.suppress(RuntimeError):  # without a GPU there is no driver
             driver.reset_active()

@@ -1,5 +1,5 @@
-"""Cross-entropy of x W^T + bias, chunk of rows by chunk of rows: matrix products by cuBLAS, the
-logits by `cross_entropy`'s two kernels.
+"""Cross-entropy of x W^T + bias in chunks of rows: matrix products by cuBLAS, losses and gradients
+of the logits by `cross_entropy`'s two kernels.
 
     per chunk of rows:   logits   = x[chunk] W^T               float32, (chunk, V)
                          lse, nll = forward(logits + bias)     reads logits once
@@ -7,38 +7,42 @@ logits by `cross_entropy`'s two kernels.
                          d_input[chunk] = d_logits W
                          d_weight      += d_logits^T x[chunk]  summed in float32 in memory
 
-Logits are float32: cuBLAS holds them so and 16-bit products may keep them (``out_dtype``), rounding
-them would cost the loss 2^-9 of each logit. d_weight is added to by ``addmm`` into itself, which
-reads and writes it once a chunk; that, and tiles that fill the GPU, is why chunks are large.
+Logits are float32: cuBLAS accumulates them in float32, and 16-bit products can keep that
+(``out_dtype``). Rounding them would cost the loss 2^-9 of each logit. ``addmm`` adds to d_weight in
+place, reading and writing it once per chunk; that, and tiles that fill the GPU, is why chunks are
+large.
 
-Memory beside the results: a chunk's logits and their gradient, 6 bytes a logit (4 of float32, whose
-gradient takes the logits' place). What torch holds of `F.cross_entropy(F.linear(x, w).float())` at
-its peak, in the backward, is 12 bytes of all N V logits. A chunk has N / 4 rows: from 512 rows on
+Memory in addition to the results: a chunk's logits and their gradient, 6 bytes per logit (4 for
+float32, whose gradient overwrites the logits). At its peak, in the backward of
+`F.cross_entropy(F.linear(x, w).float())`, torch holds 12 bytes for each of all N V logits. A chunk
+has N / 4 rows: from 512 rows on
 
     chunk * V * 6  <=  N * V * 12 / 8,      and never more than `_WORKSPACE` where 128 rows fit.
 
-Fewer rows are one to four chunks of up to 128. One result is larger than it looks: d_weight is
-float32, 4 V D bytes (2.1 GB of 128256 x 4096, whose workspace is 0.8 GB), from the forward to the
-backward, where the 16-bit one is made of it. Summed in 16 bits over the chunks it would lose what
+Fewer rows form one to four chunks of up to 128. One result is larger than it looks: d_weight is
+float32, 4 V D bytes (2.1 GB for 128256 x 4096, whose workspace is 0.8 GB), from the forward until
+the backward rounds it to 16 bits. Summed over the chunks in 16 bits, it would lose precision that
 torch's own product keeps.
 
-Nothing waits for the GPU: ignored rows are not left out, as on the CPU, but have coefficients, and
-so gradients, of 0; their x is set to 0 for d_weight, in which 0 * NaN would stay NaN.
+The host never waits for the GPU. Ignored rows are therefore not left out, as they are on the CPU:
+their coefficients, and so their gradients, are 0. For d_weight their x is set to 0 too, because
+0 * NaN would stay NaN there.
 
-Rejected: one kernel a chunk, one program a row, that writes the 16-bit gradient over the float32
-logits it has just summed (in ascending blocks, barriers between their loads and stores, rows 2 V
-elements apart for the products). From an H100's figures, 3.35 TB/s and some 700 TFLOP/s:
+Rejected: one kernel per chunk, with one program per row, that writes the 16-bit gradient over the
+float32 logits it has just summed (in ascending blocks, with barriers between loads and stores, and
+a row stride of 2 V elements for the products). From an H100's figures, 3.35 TB/s and some 700
+TFLOP/s:
 
-- Time: two kernels move 4 + 4 + 4 + 2 bytes a logit (products' writes, read, read, write), 4.2 ps,
-  beside 6 D FLOP, 35 ps at D = 4096, 9 at 1024. One kernel moves as much: a row of 128256 classes
-  is 0.5 MB, a row on each of 132 multiprocessors 68 MB, the L2 has 50. Were all second reads hits,
-  as they may be below 90 thousand classes, it would save 4 bytes, 1.2 ps: 3 % at D = 4096, 9 % at
-  1024.
-- Memory: 4 bytes a logit in place of 6, which chunks of two thirds as many rows would save as well.
-- Against it: rows are its only parallelism (128 of a chunk are less than one a multiprocessor),
-  and a race where a barrier is forgotten, which no interpreter sees.
+- Time: two kernels move 4 + 4 + 4 + 2 bytes per logit (written by the product, read, read,
+  written), 4.2 ps, next to 6 D FLOP, 35 ps at D = 4096, 9 at 1024. One kernel moves as much: a row
+  of 128256 classes is 0.5 MB, one row on each of 132 multiprocessors 68 MB, and the L2 has 50. If
+  all second reads were hits, as they may be below 90 thousand classes, it would save 4 bytes,
+  1.2 ps: 3 % at D = 4096, 9 % at 1024.
+- Memory: 4 bytes per logit instead of 6; chunks with two thirds as many rows would save the same.
+- Against it: rows are its only parallelism (the 128 of a chunk are less than one per
+  multiprocessor), and a forgotten barrier is a race that no interpreter finds.
 
-So it is worth a try once a GPU can say what it gains; nothing was measured on one.
+So it is worth a try once its gain can be measured on a GPU; nothing was measured on one.
 """
 
 import torch
@@ -47,7 +51,7 @@ from torch import Tensor
 
 from fastlm.kernels.cross_entropy import row_gradients, row_outputs, row_statistics
 
-_TILE = 128  # rows: what a product's tile takes
+_TILE = 128  # rows of a product's tile
 _WORKSPACE = 1 << 30  # bytes: 1300 rows of 128 thousand classes
 
 
@@ -58,7 +62,7 @@ def _chunk_rows(rows: int, classes: int, itemsize: int) -> int:
 
 
 class _Chunks:
-    """Rows in chunks, their workspace and what all of them share."""
+    """The chunks of rows, their workspace and what they share."""
 
     def __init__(self, input, linear_weight, linear_bias, target, class_weight, *options):
         self.x, self.w, self.target, self.options = input, linear_weight, target, options
@@ -68,7 +72,7 @@ class _Chunks:
         self.rows = max(1, _chunk_rows(len(input), classes, input.element_size()))
         make = {"dtype": torch.float32, "device": input.device}
         self.logits = torch.empty(self.rows, classes, **make)
-        self.d_logits = self.logits  # element by element in the same place
+        self.d_logits = self.logits  # in place, element by element
         self.make = make
 
     def __iter__(self):
@@ -91,7 +95,7 @@ class _Chunks:
         )
 
     def outputs(self, linear_bias: Tensor | None, need_input: bool, need_weight: bool) -> None:
-        """Gradients to be written, that of weight and bias in float32; empty where not needed."""
+        """Allocate the gradients, those of weight and bias in float32; empty where not needed."""
         x, w, make = self.x, self.w, self.make
         if x.dtype != torch.float32:
             self.d_logits = torch.empty(self.logits.shape, dtype=x.dtype, device=x.device)
@@ -121,7 +125,7 @@ class _Chunks:
 
     def _add_to_weight(self, d_logits: Tensor, x: Tensor, first: bool) -> None:
         d_weight = self.d_weight
-        if x.device.type == "cpu":  # which multiplies 16 bits to 16 bits only
+        if x.device.type == "cpu":  # whose 16-bit products have 16-bit results only
             d_logits, x = d_logits.float(), x.float()
         mixed = {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
         if first:
@@ -197,7 +201,7 @@ def linear_cross_entropy_loss(
     chunks.outputs(linear_bias, need_input, need_weight)
     shift, log_sum, nll, smoothed = outputs = row_outputs(target, smooth)
     total = len(linear_weight) if class_weight is None else class_weight.float().sum()
-    # `where`, not a factor of 0: the mean over no row is a factor of NaN
+    # `where`, not a factor of 0: a mean over zero rows has a factor of NaN
     on_target = torch.where(valid, on_nll, 0.0)
     on_all = None if on_smoothed is None else torch.where(valid, on_smoothed, 0.0)
     for part, logits in chunks:
@@ -226,7 +230,8 @@ def linear_cross_entropy_loss_backward(
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Results are rounded from the float32 product: torch computes 16-bit times 0-dim so."""
+    """Scale the gradients by d_loss. The float32 product is rounded once, which is how torch
+    multiplies a 16-bit tensor by a 0-dim one."""
     gradients = ((d_input, d_input.dtype), (d_weight, weight_dtype), (d_bias, bias_dtype))
     scaled = [torch.empty(t.shape, dtype=dtype, device=t.device) for t, dtype in gradients]
     for (t, _), out in zip(gradients, scaled):

@@ -1,8 +1,8 @@
-"""attention on a cache of pages: the kernel of attention.py, which looks up the page of each key.
+"""attention on a paged cache: the kernel of attention.py, which looks up the page of each key.
 
-The lengths stay on the device. The number of programs that share a sequence's keys follows from the
-keys that the table has room for; they divide the keys that there are. Lengths and pages that are
-out of bounds cannot be refused, as the CPU does: they are held inside the table and the cache.
+The lengths stay on the device. How many programs share a sequence's keys follows from the number of
+keys that the table has room for; the programs divide the keys that exist. Lengths and pages out of
+bounds cannot be refused, as the CPU does: they are clamped to the table and the cache.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlm.kernels.attention import Layout, forward, options
 from fastlm.memory_order import elements_last
 
-_DIMS = (0, 2, 1)  # where sequence (or page), head and row are
+_DIMS = (0, 2, 1)  # dimensions of sequence (or page), head and row
 
 
 def paged_attention(
@@ -27,7 +27,7 @@ def paged_attention(
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     o = options(sinks, alibi_slopes, bias, None, causal, scale, window, softcap, 0.0)
     pages, page = k_cache.shape[:2]
-    room = table.shape[1] * page if pages else 0  # no page is nearest where there are none
+    room = table.shape[1] * page if pages else 0  # without pages there is none to clamp to
     layout = Layout(
         batch, queries, room, table=table, seq_lens=seq_lens.contiguous(), page=page, pages=pages
     )

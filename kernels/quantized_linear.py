@@ -1,26 +1,26 @@
-"""y = x W^T + bias of an int8 or int4 W, dx = dy W, and W itself; W is read in place.
+"""y = x W^T + bias for an int8 or int4 W, dx = dy W, and W itself dequantized; W is read in place.
 
-`fastlm.ops.quantized_weight` has the layout: rows of W are rows of bytes, columns 2i and 2i + 1 of
-int4 in one byte; w = scales[n, k // group_size] q (+ zeros[n, k // group_size]). Forms, by the rows
-of x:
+`fastlm.ops.quantized_weight` describes the layout: rows of W are rows of bytes, int4 columns 2i and
+2i + 1 share a byte, and w = scales[n, k // group_size] q (+ zeros[n, k // group_size]). The number
+of rows of x selects the form:
 
     1 to 4      _vector: no matrix instruction; a thread multiplies 16 bytes of a row of W at once
     up to 512   _matrix: W is the left operand, dequantized in registers, y^T = W x^T
-    more        _dequantize a block of W that fits the L2, then torch's matmul
+    more        _dequantize writes a block of W that fits in L2, then torch's matmul
 
 8-bit activations: _round writes x as int8 and the scale of each run (a group of W's columns, cut at
-512); then _vector or, for any number of rows, _integers: int8 products, exact within a tile.
+512). Then _vector or, for any larger number of rows, _integers: int8 products, exact within a tile.
 
     _matrix, _integers, program (n, m, part):      k ->
         W (N, K) packed      n [ BN x BK ][ BN x BK ] ..   each byte once per BM rows of x
         x (M, K)             m [ BM x BK ][ BM x BK ] ..   from the L2
         y (M, N)             accumulated as BN x BM in float32
 
-Where these tiles are too few for the GPU, K is cut into parts (contiguous ranges of tiles): partial
-sums in float32, added in order by _add_parts. So results are the same bits on every run.
+Where these tiles are too few for the GPU, K is cut into parts (contiguous ranges of tiles).
+_add_parts adds their float32 partial sums in order, so that results are the same bits on every run.
 
-Integers become floats by their bits (2^23 + q is a float whose mantissa ends in q): the conversion
-instruction runs at a quarter of the rate of an addition.
+Integers are converted to floats through their bits (2^23 + q is a float whose mantissa ends in q):
+the conversion instruction runs at a quarter of the rate of an addition.
 """
 
 from dataclasses import replace
@@ -36,14 +36,14 @@ from fastlm.kernels.launch import Config, Tiles, launch, multiprocessors
 
 RUN_MAX = tl.constexpr(reference.RUN_MAX)
 
-# rows of x up to which W is dequantized in the product. Above, a second pass over W pays: it writes
-# and reads 2 bytes a weight (4.5 in all, 1.3 ps at 3.35 TB/s), the time that 512 rows take at twice
-# the speed of 700 TFLOP/s, which a product that unpacks its operand does not reach. From these
-# figures of an H100; not measured on a GPU.
+# rows of x up to which W is dequantized in the product. Above that, a second pass over W pays off:
+# it writes and reads 2 bytes per weight (4.5 in all, 1.3 ps at 3.35 TB/s). 512 rows take that time
+# at twice the speed of 700 TFLOP/s, which a product that unpacks its operand does not reach.
+# Derived from these figures of an H100; not measured on a GPU.
 FUSED_ROWS = 512
-# weights dequantized at a time for torch's matmul: 32 MB of 16 bits stay in an H100's L2 of 50 MB
+# weights dequantized at a time for torch's matmul: 32 MB in 16 bits stay in an H100's 50 MB of L2
 _BLOCK_WEIGHTS = 1 << 24
-VECTOR_ROWS = 4  # above, 16 rows of a matrix instruction cost no more
+VECTOR_ROWS = 4  # above this, the 16 rows of a matrix instruction cost no more
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ VECTOR_ROWS = 4  # above, 16 rows of a matrix instruction cost no more
 
 @triton.jit
 def _codes(packed, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS) of q + 8 or q + 128 as int32."""
+    """(ROWS, COLUMNS) of q + 8 (int4) or q + 128 (int8) as int32."""
     if BITS == 4:
         wide = packed.to(tl.int32)
         return tl.join(wide & 15, wide >> 4).reshape(ROWS, COLUMNS)
@@ -68,7 +68,7 @@ def _floats(codes, BITS: tl.constexpr):
 
 @triton.jit
 def _spread(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
-    """(ROWS, COLUMNS / STEP) -> (ROWS, COLUMNS), each value for STEP columns."""
+    """(ROWS, COLUMNS / STEP) -> (ROWS, COLUMNS), each value repeated for STEP columns."""
     count: tl.constexpr = COLUMNS // STEP
     if count == 1:
         return t
@@ -78,7 +78,7 @@ def _spread(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _group_of(k, GROUP: tl.constexpr):
-    """Return the group of a column; GROUP 0 is one group a row."""
+    """Return the group of a column; GROUP 0 is one group per row."""
     if GROUP == 0:
         return k * 0
     else:
@@ -87,7 +87,7 @@ def _group_of(k, GROUP: tl.constexpr):
 
 @triton.jit
 def _run_of(k, GROUP: tl.constexpr, RUNS: tl.constexpr):
-    """The run of a column; RUNS are those of a group (of the only one: unused)."""
+    """Return the run of a column; RUNS is the number of runs per group, unused if GROUP is 0."""
     if GROUP == 0:
         return k // RUN_MAX
     else:
@@ -102,7 +102,7 @@ def _dequantize(
     qdata,  # (N, row_bytes)
     scales,  # (N, groups)
     zeros,  # (N, groups) or None
-    out,  # (N, width) of columns first .. first + width of W
+    out,  # (N, width): columns first .. first + width of W
     first,
     width,
     k,
@@ -110,7 +110,7 @@ def _dequantize(
     groups,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    STEP: tl.constexpr,  # columns that share a scale for sure: BLOCK or a power of 2 in GROUP
+    STEP: tl.constexpr,  # columns sure to share a scale: BLOCK or a power of 2 dividing GROUP
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -135,7 +135,7 @@ def _dequantize(
 
 @triton.jit
 def _round(
-    x,  # (M, K), rows x_stride apart
+    x,  # (M, K), row stride x_stride
     q,  # (M, K) int8
     scale,  # (M, runs) float32
     sums,  # (M, runs) float32: scale * sum of q
@@ -143,9 +143,9 @@ def _round(
     x_stride,
     group_size,
     runs,
-    RUNS: tl.constexpr,  # of a group; 0: one group
+    RUNS: tl.constexpr,  # per group; 0: one group
     WIDTH: tl.constexpr,  # a power of 2, at least the longest run
-    COUNT: tl.constexpr,  # runs of a program
+    COUNT: tl.constexpr,  # runs per program
 ):
     row = tl.program_id(0).to(tl.int64)
     run = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
@@ -159,11 +159,11 @@ def _round(
     at = begin[:, None] + tl.arange(0, WIDTH)[None, :]
     inside = at < end[:, None]
     values = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-    # a maximum may drop NaN; infinity and NaN times zero stay NaN in a sum
+    # a maximum may drop NaN; in a sum, infinity and NaN times zero stay NaN
     poison = tl.sum(values * 0.0, 1)
     absmax = tl.maximum(tl.max(tl.abs(values), 1), 1e-30)
     inverse = tl.math.div_rn(tl.full([COUNT], 127.0, tl.float32), absmax)
-    # rounded to nearest even by 1.5 * 2^23; fma, so that the product is rounded before that sum
+    # adding 1.5 * 2^23 rounds to nearest even; fma rounds the product before that addition
     product = tl.math.fma(values, inverse[:, None].broadcast_to(COUNT, WIDTH), 0.0)
     rounded = (product + 12582912.0) - 12582912.0
     rounded = tl.where((poison == 0.0)[:, None], rounded, 0.0)
@@ -178,7 +178,7 @@ def _round(
 
 @triton.jit
 def _vector(
-    x,  # (M, K), rows x_stride apart; int8 with x_scale
+    x,  # (M, K), row stride x_stride; int8 with x_scale
     x_scale,  # (M, runs) float32, or None: x is a float
     qdata,  # (N, row_bytes)
     scales,  # (N, groups)
@@ -195,8 +195,8 @@ def _vector(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RUNS: tl.constexpr,
-    CHUNK: tl.constexpr,  # columns that one thread sums before it scales
-    ROWS: tl.constexpr,  # of x: 1, 2 or 4
+    CHUNK: tl.constexpr,  # columns that one thread sums before scaling
+    ROWS: tl.constexpr,  # rows of x: 1, 2 or 4
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -239,7 +239,7 @@ def _vector(
 
 @triton.jit
 def _tile_of(m, n, BN: tl.constexpr, BM: tl.constexpr):
-    """This program's block of N and of M; 8 blocks of M go together: they share W in the L2."""
+    """This program's block of N and of M. 8 blocks of M run together and share W in L2."""
     program = tl.program_id(0)
     blocks_n, blocks_m = tl.cdiv(n, BN), tl.cdiv(m, BM)
     strip = program // (8 * blocks_n)
@@ -251,7 +251,7 @@ def _tile_of(m, n, BN: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _store(total, y, bias, rm, rn, m, n, PARTS: tl.constexpr):
-    """total (BN, BM) -> y (M, N), or the part of this program in (PARTS, M, N) of float32."""
+    """Store total (BN, BM) to y (M, N), or to this program's part of (PARTS, M, N) float32."""
     total = tl.trans(total)
     if PARTS == 1:
         if bias is not None:
@@ -263,7 +263,7 @@ def _store(total, y, bias, rm, rn, m, n, PARTS: tl.constexpr):
 
 @triton.jit
 def _matrix(
-    x,  # (M, K), rows x_stride apart
+    x,  # (M, K), row stride x_stride
     qdata,  # (N, row_bytes)
     scales,  # (N, groups)
     zeros,  # (N, groups) or None
@@ -278,7 +278,7 @@ def _matrix(
     part_tiles,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    STEP: tl.constexpr,  # columns that share a scale for sure: BK or a power of 2 in GROUP
+    STEP: tl.constexpr,  # columns sure to share a scale: BK or a power of 2 dividing GROUP
     PARTS: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -286,7 +286,7 @@ def _matrix(
 ):
     block_n, block_m = _tile_of(m, n, BN, BM)
     rn, rm = block_n * BN + tl.arange(0, BN), block_m * BM + tl.arange(0, BM)
-    # rows beyond the ends are computed from the last one and not stored
+    # rows past the end are computed from the last row and not stored
     row_n, row_m = tl.minimum(rn, n - 1).to(tl.int64), tl.minimum(rm, m - 1).to(tl.int64)
     total = tl.zeros([BN, BM], tl.float32)
     tile = tl.program_id(1) * part_tiles
@@ -331,7 +331,7 @@ def _integers(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RUNS: tl.constexpr,
-    TILES: tl.constexpr,  # of a group: none is in two
+    TILES: tl.constexpr,  # per group: no tile is in two groups
     PARTS: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -394,12 +394,12 @@ def _add_parts(parts, bias, y, n, size, PARTS: tl.constexpr, BLOCK: tl.constexpr
 
 # ---- host ----------------------------------------------------------------------------------------
 
-# 8 elements of 16 bits a thread: one 128-bit store
+# 8 16-bit elements per thread: one 128-bit store
 _DEQUANTIZE = Config({"BLOCK": 1024}, num_warps=4)
-_ROUND = 4096  # elements of a program
-# a thread keeps two rows of W and one row of x (of 32 columns) a row of x: 4 rows fit in registers
+_ROUND = 4096  # elements per program
+# a thread holds 32 columns of two rows of W and of each row of x: 4 rows of x fit in registers
 _VECTOR = Tiles("quantized_linear, vector", {(): {80: Config({"BN": 8, "BK": 1024})}})
-# by rows of x in a tile
+# by the rows of x in a tile
 _MATRIX = Tiles(
     "quantized_linear",
     {
@@ -416,7 +416,7 @@ _MATRIX_FLOAT32 = Tiles(
         (64,): {80: Config({"BN": 64, "BM": 64, "BK": 32}, num_warps=8, num_stages=2)},
     },
 )
-# a tile of 128 x 128 spills: beside its sums it holds those of int32
+# a tile of 128 x 128 spills: it holds int32 sums in addition to its float32 sums
 _INTEGERS = Tiles(
     "quantized_linear int8",
     {
@@ -425,12 +425,12 @@ _INTEGERS = Tiles(
     },
 )
 _ADD = Config({"BLOCK": 1024}, num_warps=4)
-MAX_PARTS = 8  # enough for N = 1024 at 64 columns a tile
-_PART_TILES = 4  # at least: a part's loop must be long enough to fill its pipeline
+MAX_PARTS = 8  # enough for N = 1024 at 64 columns per tile
+_PART_TILES = 4  # minimum: a part's loop must be long enough to fill its pipeline
 
 
 class _Weight:
-    """A weight as kernels take it."""
+    """A weight in the form that the kernels expect."""
 
     def __init__(self, qdata: Tensor, scales: Tensor, zeros: Tensor | None, bits, group_size, k):
         self.qdata, self.scales = qdata.contiguous(), scales.contiguous()
@@ -444,7 +444,7 @@ class _Weight:
         )
 
     def step(self, most: int) -> int:
-        """Columns that share a scale for sure in blocks of `most`."""
+        """Return how many columns are sure to share a scale in blocks of `most`."""
         return min(most, self.group & -self.group) if self.group else most
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -457,7 +457,8 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _write(w: _Weight, rows: slice, columns: slice, out: Tensor) -> Tensor:
-    """These rows and columns of W -> out, contiguous; columns begin at a multiple of BLOCK."""
+    """Dequantize rows and columns of W to the contiguous out; columns begin at a multiple of
+    BLOCK."""
     qdata, scales = w.qdata[rows], w.scales[rows]
     zeros = None if w.zeros is None else w.zeros[rows]
     block = _DEQUANTIZE.sizes["BLOCK"]
@@ -478,7 +479,7 @@ def dequantize(
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    if dtype == torch.float64:  # a reference's business
+    if dtype == torch.float64:  # left to the reference
         return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
     w = _Weight(qdata, scales, zeros, bits, group_size, k)
     out = torch.empty((w.n, k), dtype=dtype, device=qdata.device)
@@ -486,7 +487,7 @@ def dequantize(
 
 
 def _rounded(x: Tensor, w: _Weight) -> tuple[Tensor, Tensor, Tensor]:
-    """x in int8, and per run its scale and scale * sum."""
+    """Return x in int8 and, per run, its scale and scale * sum."""
     rows = x.shape[0]
     q = torch.empty((rows, w.k), dtype=torch.int8, device=x.device)
     scale, sums = (
@@ -523,8 +524,8 @@ class _Tiling(NamedTuple):
 def _tiling(config: Config, tiles: int, w: _Weight, y: Tensor) -> _Tiling:
     m, n = y.shape
     blocks = triton.cdiv(n, config.sizes["BN"]) * triton.cdiv(m, config.sizes["BM"])
-    # two programs a multiprocessor, but partial sums (written and read, 8 M bytes a row of W) must
-    # not be more than the row itself
+    # two programs per multiprocessor, but partial sums (written and read, 8 M bytes per row of W)
+    # must not exceed the row itself
     most = min(2 * multiprocessors(y.device) // blocks, w.row_bytes // (8 * m))
     part_tiles = triton.cdiv(tiles, max(1, min(most, MAX_PARTS, tiles // _PART_TILES)))
     parts = triton.cdiv(tiles, part_tiles)
@@ -540,7 +541,7 @@ def _add(t: _Tiling, bias: Tensor | None, y: Tensor) -> None:
 
 
 def _of_rows(tiles: Tiles, x: Tensor) -> Config:
-    """The narrowest tile that holds all rows of x, or the widest."""
+    """Return the narrowest tile that holds all rows of x, or the widest."""
     fitting = (key for key in tiles.table if key[0] >= x.shape[0])
     return tiles.of(min(fitting, default=max(tiles.table)), x)
 
@@ -559,12 +560,12 @@ def _some_rows(x: Tensor, w: _Weight, bias: Tensor | None, y: Tensor) -> None:
 def _integer_rows(
     x: Tensor, scale: Tensor, sums: Tensor, w: _Weight, bias: Tensor | None, y: Tensor
 ) -> None:
-    # a tile lies in one group; 32 columns are the least that int8 instructions multiply
+    # a tile is within one group; int8 instructions multiply at least 32 columns
     width = min(128, max(32, triton.next_power_of_2(w.group or w.k)))
     config = _of_rows(_INTEGERS, x)
     config = replace(config, sizes={**config.sizes, "BK": width})
     a_group = triton.cdiv(w.group, width)
-    whole = w.groups - 1 if w.group else 0  # groups; the last one may be short
+    whole = w.groups - 1 if w.group else 0  # groups; the last may be short
     tiles = whole * a_group + triton.cdiv(w.k - whole * w.group, width)
     t = _tiling(config, tiles, w, y)
     launch(
@@ -635,7 +636,7 @@ def quantized_linear_backward(
     if out.numel() == 0 or w.n == 0:
         return out.zero_()
     dy, dx = _rows(dy), out.view(-1, k)
-    # blocks of columns: sums over rows of W stay whole
+    # blocks of columns, so that sums over rows of W are not split
     block = _DEQUANTIZE.sizes["BLOCK"]
     step = max(block, _BLOCK_WEIGHTS // w.n // block * block)
     for begin in range(0, k, step):

@@ -1,16 +1,16 @@
 """h = x + residual, y = h * rstd * (offset + weight) with rstd = 1 / sqrt(mean(h^2) + eps).
 
-Forward, rows of up to `_WHOLE` elements: a program takes ROWS rows whole into registers, so that
-x (and residual) are read once and y (and h) written once. Wider rows are walked twice in blocks;
-the second walk reads what the first has brought into the cache.
+Forward, rows of up to `_WHOLE` elements: a program holds ROWS whole rows in registers, so that x
+(and residual) are read once and y (and h) written once. Wider rows are walked twice in blocks; the
+second walk reads what the first has brought into the cache.
 
     program i:   rows [i * ROWS ...)  x  [0 ... BLOCK)      BLOCK a power of two >= H
 
 Backward, with g = dy * (offset + weight): dh = rstd * (g - h * rstd^2 * mean(g * h)) + dh_above,
 dweight = sum over rows of dy * h * rstd. A program walks every `programs`-th tile of rows and
-keeps its share of dweight in registers; shares are added by torch, in a fixed order. Each operand
-is read once. Rows wider than `_WHOLE`: one program a row walks it twice for dh, and dweight is a
-kernel of its own over columns, which reads dy and h a third time.
+keeps its share of dweight in registers; torch adds the shares in a fixed order. Each operand is
+read once. Rows wider than `_WHOLE`: one program per row walks it twice for dh, and dweight has its
+own kernel over columns, which reads dy and h a third time.
 
     dweight:  program (j, p):  columns [j * BLOCK ...)  x  rows p, p + programs, ...
 
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from fastlm.kernels.launch import Config, launch, multiprocessors
 
-_WHOLE = 8192  # elements of a row in registers: 16 to 32 a thread for each of up to four operands
-_TILE = 4096  # elements of narrow rows that a program of the forward takes, the backward half
+_WHOLE = 8192  # elements of a row in registers: 16 to 32 per thread for each of up to four operands
+_TILE = 4096  # elements of narrow rows per program of the forward; half of that in the backward
 _BLOCK = 2048  # elements of a wide row at a time
-# Programs of the backward a multiprocessor: enough to hide latency; each costs H float32 of dweight
+# Backward programs per multiprocessor: enough to hide latency; each costs H float32 of dweight
 _WAVES = 4
 
 
@@ -49,7 +49,7 @@ def _sum_of(x, residual, at, other_at, mask, HAS_RESIDUAL: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x,  # (rows, width), rows x_stride apart
+    x,  # (rows, width), row stride x_stride
     residual,  # likewise, or None
     weight,  # (width,)
     y,  # (rows, width), contiguous
@@ -83,7 +83,7 @@ def _forward(
 
 @triton.jit
 def _forward_wide(
-    x,  # (rows, width), rows x_stride apart
+    x,  # (rows, width), row stride x_stride
     residual,  # likewise, or None
     weight,  # (width,)
     y,  # (rows, width), contiguous
@@ -122,7 +122,7 @@ def _forward_wide(
 
 @triton.jit
 def _backward(
-    dy,  # (rows, width), rows dy_stride apart
+    dy,  # (rows, width), row stride dy_stride
     dh_above,  # likewise, or None
     h,  # likewise
     weight,  # (width,)
@@ -165,7 +165,7 @@ def _backward(
 
 @triton.jit
 def _backward_wide(
-    dy,  # (rows, width), rows dy_stride apart
+    dy,  # (rows, width), row stride dy_stride
     dh_above,  # likewise, or None
     h,  # likewise
     weight,  # (width,)
@@ -204,7 +204,7 @@ def _backward_wide(
 
 @triton.jit
 def _weight_gradient(
-    dy,  # (rows, width), rows dy_stride apart
+    dy,  # (rows, width), row stride dy_stride
     h,  # likewise
     rstd,  # (rows,) float32
     dweight,  # (programs, width) float32, contiguous
@@ -226,22 +226,22 @@ def _weight_gradient(
 
 
 def _matrix(t: Tensor) -> Tensor:
-    """(rows, width), rows apart, elements of a row side by side."""
+    """Reshape to (rows, width) with contiguous elements in a row; rows may have any stride."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _tile(rows: int, width: int, most: int, each: int) -> Config:
-    """Whole rows: one of a wide kind, several of a narrow kind, no more than there are; `each`
-    elements a thread, twice that where 16 warps are not enough."""
+    """A tile of whole rows: one wide row or several narrow ones, no more than there are. A thread
+    has `each` elements, twice as many where 16 warps are not enough."""
     block = triton.next_power_of_2(width)
     tile = max(1, min(most // block, triton.next_power_of_2(rows)))
     warps = max(1, min(16, tile * block // (32 * each)))
     return Config({"ROWS": tile, "BLOCK": block}, num_warps=warps)
 
 
-_WIDE = Config({"BLOCK": _BLOCK}, num_warps=8)  # 8 elements a thread: at 16 ptxas 12.8 spills two
-_COLUMNS = Config({"BLOCK": 1024}, num_warps=4)  # 8: one 128-bit access of 16-bit elements
+_WIDE = Config({"BLOCK": _BLOCK}, num_warps=8)  # 8 elements per thread: at 16 ptxas 12.8 spills two
+_COLUMNS = Config({"BLOCK": 1024}, num_warps=4)  # 8 per thread: one 128-bit access if 16-bit
 
 
 def rms_norm_forward(
@@ -286,7 +286,7 @@ def rms_norm_backward(
             ds.stride(0), hs.stride(0), config=_COLUMNS,
         )  # fmt: skip
     else:
-        config = _tile(rows, width, _TILE // 2, 8)  # of four operands
+        config = _tile(rows, width, _TILE // 2, 8)  # four operands
         tiles = triton.cdiv(rows, config.sizes["ROWS"])
         shares = torch.empty(min(tiles, most), width, **make)
         launch(_backward, (len(shares),), *operands, shares, rows, *sizes, config=config, **flags)

@@ -1,16 +1,16 @@
 """Rotary embedding of q and k in one launch: y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2.
 
-x1 and x2 are the two halves of a head's first R elements, or its even and odd ones (interleaved).
+x1 and x2 are the two halves of a head's first R elements, or their even and odd ones (interleaved).
 The inverse is the same with (sin1, sin2) := (-sin2, -sin1). Elements past R are copied.
 
     program (t, g, b):   TOKENS positions from t * TOKENS  x  HEADS heads of q, or of k: the groups
-                         of q's heads come first, then k's
-    tables of its positions stay in registers over the heads; x is read once and y written once
+                         of q's heads come first, then those of k
+    the tables of its positions stay in registers for all heads; x is read once and y written once
 
-Any strides but those of elements; results have the memory order of the operands. Products and sums
-are float32. With many positions a program takes several heads, so that tables come from the L2
-cache once a group; with few, one each, so that all of them run at a time. Nothing was measured on a
-GPU.
+Any strides are accepted, but the elements of a head are contiguous. Results have the memory order
+of the operands. Products and sums are float32. With many positions a program handles several heads,
+so that the tables are read from the L2 cache once per group of heads. With few positions it handles
+one head, so that all heads run at the same time. Nothing was measured on a GPU.
 """
 
 import torch
@@ -20,16 +20,16 @@ from torch import Tensor
 
 from fastlm.kernels.launch import Config, launch, multiprocessors
 
-_PAIRS = 1024  # of a program and head: 8 a thread, so that a half of 16 bits is one 128-bit access
-# Most of a launch: a grid's third dimension ends there. Rejected: tiles of all entries in the
-# first one, whose division took registers (64 -> 71 on sm_90)
+_PAIRS = 1024  # per program and head: 8 per thread, so that a 16-bit half is one 128-bit access
+# Most entries per launch: the limit of a grid's third dimension. Rejected: tiles of all entries in
+# the first dimension, whose division took registers (64 -> 71 on sm_90)
 _BATCH = 65535
-_HEADS = 4  # of a program: 4 loads in flight a thread, with tables in 32 registers
+_HEADS = 4  # per program: 4 loads in flight per thread, with tables in 32 registers
 
 
 @triton.jit
 def _pairs(at, inside, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
-    """x1 and x2 (TOKENS, PAIRS), float32, of rows that start at `at` (TOKENS, 1)."""
+    """Load x1 and x2 (TOKENS, PAIRS), float32, from rows that start at `at` (TOKENS, 1)."""
     if INTERLEAVED:
         e = tl.arange(0, 2 * PAIRS)[None, :]
         x = tl.load(at + e, mask=inside & (e < 2 * HALF), other=0.0).to(tl.float32)
@@ -44,7 +44,7 @@ def _pairs(at, inside, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.
 
 @triton.jit
 def _turn(
-    x,  # (heads, tokens, width) of a batch's entry
+    x,  # (heads, tokens, width) of one batch entry
     y,  # likewise
     heads,
     first,
@@ -92,7 +92,7 @@ def _turn(
 def _rope(
     q,  # (batch, q_heads, length, 2 HALF + REST)
     k,  # (batch, k_heads, length, 2 HALF + REST)
-    cos,  # (batch, length, 2 HALF), or of all batches
+    cos,  # (batch, length, 2 HALF); batch stride 0: shared by all entries
     sin,
     q_out,
     k_out,
@@ -151,7 +151,7 @@ def _rope(
 
 
 def _dense(t: Tensor) -> Tensor:
-    """Elements side by side."""
+    """Make the elements of a row contiguous."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
@@ -184,7 +184,7 @@ def _launch(
 ) -> None:
     batch, _, length, width = q.shape
     turned = cos.shape[-1]
-    # tables of one batch's entry serve all
+    # a table without a batch, or with a batch of one, serves all entries
     shared = [0 if t.dim() == 2 or t.shape[0] == 1 else t.stride(0) for t in (cos, sin)]
     pairs = triton.next_power_of_2(max(1, turned // 2))
     tail = triton.next_power_of_2(max(1, width - turned))

@@ -3,9 +3,9 @@
     python -m fastlm.kernels.tune [attention] [quantized_linear]     common shapes, minutes
     tune(lambda: ops.attention(q, k, v, causal=True))                the shapes of one call
 
-The sizes that the call asks `Tiles` for are changed one at a time, to neighbours (half, double; one
+The sizes that the call asks `Tiles` for are changed one at a time to neighbours (half, double; one
 pipeline stage more or less), as long as the whole call gets faster by a percent. A candidate that
-does not compile, spills registers or changes the result is out. Not measured on a GPU yet.
+does not compile, spills registers or changes the result is rejected. Not measured on a GPU yet.
 """
 
 import json
@@ -39,9 +39,9 @@ from fastlm.kernels.launch import (
 )
 
 GAIN = 0.99  # of the best time so far
-_LEAST, _MOST = 16, 256  # of a tile's side; more than _MOST only where the fixed table has it
+_LEAST, _MOST = 16, 256  # limits of a tile's side; above _MOST only where the fixed table is
 _MOST_STAGES = 5
-_DIFFERS = 0.02  # of the largest value: tiles change the order of sums, not more
+_DIFFERS = 0.02  # of the largest value: tiles change the order of sums, nothing else
 
 
 class Tuned(NamedTuple):
@@ -53,7 +53,7 @@ class Tuned(NamedTuple):
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Median time of the call; on a GPU with the L2 cache flushed before each."""
+    """Return the median time of the call; on a GPU the L2 cache is flushed before each run."""
     if not INTERPRETED:
         return do_bench(call, return_mode="median") / 1e3
     times = []
@@ -80,9 +80,9 @@ def neighbours(config: Config) -> Iterator[Config]:
 def tune(
     call: Callable[[], Any], *, timer: Callable[[Callable], float] = seconds, save: bool = True
 ) -> list[Tuned]:
-    """Measures the tile sizes that `call` uses; `save` keeps the faster ones for all processes.
+    """Measure the tile sizes that `call` uses; `save` keeps the faster ones for all processes.
 
-    `call` takes nothing and returns tensors, the same ones every time: fixed seeds, no state.
+    `call` has no arguments and returns the same tensors every time: fixed seeds, no state.
     """
     with asking() as asked:
         wanted = call()
@@ -121,7 +121,7 @@ def _runs(call: Callable, wanted: Any) -> bool:
     try:
         with recording() as made:
             got = call()
-    except TritonError:  # does not compile, or wants more than the card has
+    except TritonError:  # does not compile, or needs more than the card has
         return False
     if any(getattr(launched.kernel, "n_spills", 0) for launched in made):
         return False
@@ -141,7 +141,7 @@ def _alike(wanted: torch.Tensor, got: torch.Tensor) -> bool:
 
 
 def _save(file: Path, tiles: Tiles, key: Key, config: Config) -> None:
-    """Into the file, whose other entries stay; readers see the old file or the new one."""
+    """Write one entry to the file and keep the others; readers see the old file or the new one."""
     measured.cache_clear()
     entries = {label: asdict(c) for label, c in measured(file).items()}
     entries[tiles.label(key)] = asdict(config)

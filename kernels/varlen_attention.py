@@ -1,9 +1,9 @@
 """attention of packed sequences: the kernels of attention.py and attention_backward.py, whose
 programs find their sequence in cu_seqlens on the device. max_seqlen_q only chooses tile sizes: a
-wrong one costs time, not rows.
+wrong value costs time, not rows.
 
-Offsets cannot be refused here, as the CPU does: that would wait for the device. They are held
-inside the tensors; rows that no sequence has are left as they were.
+Offsets cannot be refused here, as the CPU does, because that would wait for the device. They are
+clamped to the tensors; rows that belong to no sequence are left as they were.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from fastlm.kernels.attention import Layout, forward, options
 from fastlm.kernels.attention_backward import backward
 from fastlm.memory_order import elements_last
 
-_DIMS = (None, 1, 0)  # where sequence, head and row are
+_DIMS = (None, 1, 0)  # dimensions of sequence, head and row
 
 
 def _layout(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int) -> Layout:

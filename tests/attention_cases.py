@@ -1,4 +1,4 @@
-"""What the tests of the three attention ops share: a run with gradients, a three-way comparison."""
+"""Shared by the tests of the three attention ops: a run with gradients, a three-way comparison."""
 
 import math
 import mmap
@@ -10,7 +10,7 @@ from fastlm import backend
 
 
 def run(function, leaves):
-    """out, lse and the gradients of the leaves; upstream gradients and dropout seed are fixed."""
+    """out, lse and the gradients of the leaves, for fixed upstream gradients and dropout seed."""
     leaves = [t.detach().clone().requires_grad_() for t in leaves]
     torch.manual_seed(5)
     out, lse = function(*leaves)
@@ -20,8 +20,7 @@ def run(function, leaves):
 
 
 def far_apart(shape, step, dtype):
-    """Random rows `step` elements apart along the first dimension: memory without pages but where
-    there are rows."""
+    """Random rows `step` elements apart along the first dimension; only the rows occupy memory."""
     size = ((shape[0] - 1) * step + math.prod(shape[1:])) * dtype.itemsize
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     inner = torch.empty(shape[1:]).stride()
@@ -35,12 +34,12 @@ def upstream(out, lse):
 
 
 def lse_size(lse, keys):
-    """Size of what lse is the sum of: lse = m + log l, where 1 <= l <= keys (+ 1 with a sink)."""
+    """The magnitude of the terms of lse = m + log l, where 1 <= l <= keys (+ 1 with a sink)."""
     return (lse.abs().max().item() if lse.numel() else 0.0) + math.log(keys + 1)
 
 
 def count(k):
-    """Keys in (B, heads, keys, D) or packed (keys, heads, D)."""
+    """The number of keys in (B, heads, keys, D) or packed (keys, heads, D)."""
     return k.shape[0 if k.dim() == 3 else 2]
 
 
@@ -49,14 +48,15 @@ def dense_lse(lse, packed):
 
 
 def rounding_sizes(function, leaves, names, out, lse):
-    """The size whose ulps out and each gradient err by: its terms' rounding errors, added as roots.
+    """Return the sizes whose ulps bound the errors of out and each gradient: the root of the sum of
+    the squared rounding errors of their terms.
 
-    dS = P (dP - delta + dlse), and the difference may cancel to nothing: a row errs by P times the
-    rounding of dP = dO v and of delta = dO out, whatever dS is. Independent errors add up as the
-    root of the sum of their squares (Higham and Mary 2019): inside the two products, whose partial
-    sums are of the root of their squared terms, and over the rows or keys that a gradient sums;
-    only delta's error is one for all keys of a row. All in float64; P is the output where v is the
-    identity, before and after dropout.
+    dS = P (dP - delta + dlse), and the difference may cancel to nothing. So the error of a row is P
+    times the rounding of dP = dO v and of delta = dO out, whatever dS is. Independent errors add up
+    as the root of the sum of their squares (Higham and Mary 2019): within the two products, whose
+    partial sums have the size of the root of their squared terms, and over the rows or keys that a
+    gradient sums. Only the error of delta is the same for all keys of a row. Everything is computed
+    in float64. P is the output where v is the identity, before and after dropout.
     """
     packed = leaves[0].dim() == 3
 
@@ -84,7 +84,7 @@ def rounding_sizes(function, leaves, names, out, lse):
     def over_groups(t):
         return t.unflatten(1, (k.shape[1], -1)).sum(2)
 
-    if leaves[0].dtype == torch.float32:  # P errs by its score too: products, tanh, exp
+    if leaves[0].dtype == torch.float32:  # P also has the error of its score: products, tanh, exp
         score = torch.where(p > 0, p.log() + dense_lse(lse, packed)[..., None], 0.0)
         kept = kept * (1 + score.square()).sqrt()
     squares = {
@@ -100,9 +100,10 @@ def rounding_sizes(function, leaves, names, out, lse):
             if size[-1] == 1:
                 error = of_product.sum(-1, True) + of_delta.sum(-1, True).square()
             squares[name] = error.sum_to_size(size)
-        else:  # P of the sink: exp(sink - lse)
+        else:  # P of the sink is exp(sink - lse)
             sink = (leaf.double()[:, None] - lse).exp() * delta
-            # by lse too: half an ulp of it, an eighth of the 4 that sums may err by, and its scores
+            # also the error of lse: half an ulp of it (an eighth of the 4 that sums are allowed),
+            # and of its scores
             scores = scale**2 * (p * (q.square() @ keys.square().mT)).sum(-1)
             sink = sink.square() * (1 + (lse / 8).square() + scores)
             squares[name] = sink.movedim(-2, 0).flatten(1).sum(1)
@@ -110,9 +111,9 @@ def rounding_sizes(function, leaves, names, out, lse):
 
 
 def assert_kernel_near(function, leaves, names, what):
-    """The kernel against the reference in float64: no worse than 2x (gradients 3x) the reference
-    that computes in float32 on inputs and outputs of the same dtype, plus what rounding P and dS to
-    the dtype costs.
+    """Compare the kernel with the reference in float64. Its error is at most 2x (gradients 3x) that
+    of the reference that computes in float32 on inputs and outputs of the same dtype, plus the cost
+    of rounding P and dS to the dtype.
     """
     mine = run(function, leaves)
     with backend.use_backend("reference"):
@@ -123,16 +124,16 @@ def assert_kernel_near(function, leaves, names, what):
     for i, (name, a, p, t) in enumerate(zip(["out", "lse", *names], mine, plain, truth)):
         seen = torch.isfinite(t)
         assert torch.equal(torch.isfinite(a), seen), f"{what} {name}: not finite where it should"
-        # P and dS are rounded to the dtype, as torch does and the reference does not: 2 ulp
+        # P and dS are rounded to the dtype, as in torch but not in the reference: 2 ulp
         slack = 2 * ULP[dtype]
         if name == "lse" or dtype == torch.float32:
-            # fp32 sums in another order, of terms whose size is not the result's
+            # fp32 sums in another order, whose terms differ in size from the result
             scale = t[seen].abs().max().item() if seen.any() else 1.0
             terms = lse_size(t[seen], count(leaves[1])) if name == "lse" else sizes[name]
             slack = 4 * ULP[torch.float32] * max(2.0, terms / max(scale, 1e-30))
         elif seen.any():
-            # sums of terms of either sign, each rounded to the dtype on its way (half an ulp): in
-            # P v and P dO, P; in dO out, out. The worst of dv's thousands of elements counts.
+            # sums of terms of either sign, each rounded to the dtype on the way (half an ulp): P in
+            # P v and P dO, out in dO out. The worst of dv's thousands of elements counts.
             ulps = 1 if name == "dv" else 0.5
             terms = ulps * sizes[name] / max(t[seen].abs().max().item(), 1e-30)
             slack = max(slack, ULP[dtype] * terms)

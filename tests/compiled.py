@@ -1,4 +1,4 @@
-"""torch.compile checks that every op's tests share."""
+"""Checks of torch.compile that the tests of every op share."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,8 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 def assert_compiles_once(
     function: Callable, calls: Sequence[tuple], backend: str = "aot_eager"
 ) -> None:
-    """`function` under ``torch.compile(fullgraph=True, dynamic=True)`` gives, for each argument
-    tuple, the outputs and gradients of the plain call, and is not compiled again after the first.
+    """Check `function` under ``torch.compile(fullgraph=True, dynamic=True)``: for each argument
+    tuple it returns the outputs and gradients of the plain call, and it is not compiled again after
+    the first.
     """
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
@@ -29,6 +30,6 @@ def assert_compiles_once(
         for plain, fast in zip(*results):
             if plain is not None:
                 torch.testing.assert_close(fast, plain)
-        # AOT may ask its backend twice for one graph: what counts is that later shapes ask no more
+        # AOT may call its backend twice for one graph; later shapes must not call it again
         count = counter.frame_count if count is None else count
         assert counter.frame_count == count, "compiled again for a new shape"

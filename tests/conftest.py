@@ -18,7 +18,7 @@ from poison import guarded_memory, patched, poisoned
 from fastlm import backend
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# orders of threads in which every test of a CUDA kernel runs where there is no GPU
+# thread orders in which every test of a CUDA kernel runs if there is no GPU
 SIMT_SEEDS = int(os.environ.get("FASTLM_SIMT_SEEDS") or 2)
 
 
@@ -34,21 +34,21 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _poison():
-    """An output that a kernel leaves unwritten is seen."""
+    """Fill new memory with NaN, so that an output that a kernel leaves unwritten is noticed."""
     with patched(poisoned):
         yield
 
 
 @pytest.fixture(params=backend.cpu_isas())
 def isa(request):
-    """Runs the test on every instruction set that this machine has, and on emulated AMX tiles."""
+    """Run the test on every instruction set of this machine, and on emulated AMX tiles."""
     with backend.use_cpu_isa(request.param):
         yield request.param
 
 
 @pytest.fixture
 def triton():
-    """Every op on its Triton kernel. Returns the device its tensors must be on."""
+    """Run every op on its Triton kernel. Returns the device for its tensors."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         with backend.use_backend("triton"):
             yield "cuda"
@@ -56,17 +56,17 @@ def triton():
     from interpreter import repair_bfloat16
 
     repair_bfloat16()
-    # masked-off lanes compute as well; numpy warns where a GPU gives inf or NaN
+    # masked-off lanes also compute; numpy warns where a GPU returns inf or NaN
     with backend.use_backend("triton"), np.errstate(all="ignore"), guarded_memory() as memory:
         yield "cpu"
-        memory.check()  # nothing was written beside an output
+        memory.check()  # nothing was written outside an output
 
 
 @pytest.fixture(params=range(1, SIMT_SEEDS + 1), ids=lambda seed: f"seed {seed}")
 def cuda(request):
-    """Every op on its CUDA kernel. Returns the device its tensors must be on: without a GPU the
-    CPU, where csrc/simt runs the kernels, their threads in the seed's order; with even seeds races
-    in global memory are looked for, too.
+    """Run every op on its CUDA kernel. Returns the device for its tensors. Without a GPU that is
+    the CPU, where csrc/simt runs the kernels with their threads in the seed's order. Even seeds
+    also look for races in global memory.
     """
     if torch.cuda.is_available():
         with backend.use_backend("cuda"):
@@ -76,7 +76,7 @@ def cuda(request):
         simt = importlib.import_module("fastlm._simt")
         simt.set_options(seed=request.param, races=request.param % 2 == 0)
         yield "cpu"
-        memory.check()  # nothing was written beside an output
+        memory.check()  # nothing was written outside an output
 
 
 @pytest.fixture(params=FLOATS, ids=lambda d: str(d).removeprefix("torch."))

@@ -1,16 +1,16 @@
-"""Reads the machine code of every CUDA kernel in fastlm._cuda, for GPUs that are not there.
+"""Reads the machine code of every CUDA kernel in fastlm._cuda, for GPUs that are not available.
 
     python tests/cuda_gate.py [--show NAME] [--write]
 
-A kernel fails that
+A kernel fails if it
 
 - spills registers or uses local memory (stack, LDL, STL),
-- wants more static shared memory than a block may have,
-- lacks an instruction that it is meant for (WANTED),
-- has a worse figure than tests/cuda_gate.json says, which holds for one version of nvcc. `--write`
-  writes the table anew: a change that worsens a figure changes it in the same commit.
+- needs more static shared memory than a block may have,
+- lacks an instruction that it should contain (WANTED),
+- has a worse figure than tests/cuda_gate.json records, which holds for one version of nvcc.
+  `--write` rewrites the table: a change that worsens a figure changes it in the same commit.
 
-It says nothing about races, numerics (csrc/simt does) or speed on a device.
+It does not check races, numerics (csrc/simt does) or speed on a device.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLE = Path(__file__).with_suffix(".json")
-SHARED = 48 * 1024  # static bytes of a block, on every architecture
-REGISTERS, WARPS = 65536, 64  # of a multiprocessor: 8.0, 9.0, 10.0
+SHARED = 48 * 1024  # static bytes per block, on every architecture
+REGISTERS, WARPS = 65536, 64  # per multiprocessor: 8.0, 9.0, 10.0
 SHARED_OF_SM = {80: 164, 90: 228, 100: 228}  # KiB
 
-# By a pattern of the kernel's name: what its machine code must have, on every architecture.
+# Pattern of the kernel's name -> instructions that its machine code needs, on every architecture.
 VECTORS = ("LDG.E.128", "STG.E.128")
 WANTED: dict[str, tuple[str, ...]] = {
-    r"adamw_kernel": (*VECTORS, "LDG.E.64", "STG.E.64"),  # of AdamW
+    r"adamw_kernel": (*VECTORS, "LDG.E.64", "STG.E.64"),  # AdamW's
     r"adamw_squares_kernel": ("LDG.E.128", "LDG.E.64"),
     r"cross_entropy_kernel": ("LDG.E.128", "MUFU.EX2"),
     r"cross_entropy_backward_kernel": (*VECTORS, "MUFU.EX2"),
@@ -45,7 +45,7 @@ WANTED: dict[str, tuple[str, ...]] = {
     r"(glu_)?round_kernel": ("LDG.E.128",),
     r"rms_norm_round_kernel<(8|4)": ("LDG.E.128", "LDS.128"),
     r"paged_append_kernel<(8, \w+, (?!signed)|4, float, float)": VECTORS,
-    r"rope_append_kernel<4": ("LDG.E.128",),  # of the tables
+    r"rope_append_kernel<4": ("LDG.E.128",),  # for the tables
     r"dequantize_kernel<\d, \w+, true>": ("STG.E.128",),
     r"paged::paged_mma_kernel": ("HMMA.16816", "LDGSTS"),
     r"paged::paged_dot_kernel": ("LDG.E.128",),
@@ -57,17 +57,17 @@ class Kernel(NamedTuple):
     registers: int
     stack: int
     shared: int  # static bytes
-    threads: int  # of a block, at most
+    threads: int  # largest block
     opcodes: dict[str, int]
 
     def warps(self, arch: int) -> int:
-        """Of a multiprocessor, by registers, static shared memory and threads (cuda_model.py: by
-        what a launch takes).
+        """The resident warps per multiprocessor, by registers, static shared memory and threads
+        (bench/cuda_model.py counts them by what a launch uses).
         """
         of_block = -(-self.threads // 32)
         registers = -(-self.registers // 8) * 8 * 32 * of_block
         blocks = min(REGISTERS // registers, WARPS // of_block, 32)
-        shared = self.shared + (1024 if arch < 90 else 0)  # the system's: later counted among them
+        shared = self.shared + (1024 if arch < 90 else 0)  # the system's, later included
         return of_block * min(blocks, SHARED_OF_SM[arch] * 1024 // max(shared, 1))
 
     def figures(self, arch: int) -> dict[str, int]:
@@ -81,7 +81,7 @@ class Kernel(NamedTuple):
 
 
 def tool(name: str, *arguments: str) -> str:
-    """A CUDA binary utility; they come inside Triton's package."""
+    """Run a CUDA binary utility from Triton's package."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -106,7 +106,7 @@ def demangled(names: list[str]) -> dict[str, str]:
 
 
 def by_arch(text: str) -> dict[int, str]:
-    """The parts of cuobjdump's output."""
+    """The output of cuobjdump, split by architecture."""
     parts = re.split(r"^arch = sm_(\d+)\w*$", text, flags=re.M)
     result: dict[int, str] = defaultdict(str)
     for arch, part in zip(parts[1::2], parts[2::2]):
@@ -115,7 +115,7 @@ def by_arch(text: str) -> dict[int, str]:
 
 
 def read(library: Path) -> dict[int, dict[str, Kernel]]:
-    """By architecture and name. PTX, which has no machine code, is left out."""
+    """The kernels by architecture and name. PTX is left out because it has no machine code."""
     usage = by_arch(tool("cuobjdump", "--dump-resource-usage", str(library)))
     code = by_arch(tool("cuobjdump", "-sass", str(library)))
     elf = by_arch(tool("cuobjdump", "-elf", str(library)))
@@ -145,7 +145,7 @@ def read(library: Path) -> dict[int, dict[str, Kernel]]:
 
 
 def faults(kernels: dict[int, dict[str, Kernel]], table: dict | None) -> list[str]:
-    """`table`: what is on record for this nvcc, or None."""
+    """The faults of all kernels. `table`: the record for this nvcc, or None."""
     found = []
     for arch, of_arch in kernels.items():
         for name, kernel in of_arch.items():
@@ -174,13 +174,13 @@ def faults(kernels: dict[int, dict[str, Kernel]], table: dict | None) -> list[st
 
 
 def unmatched(kernels: dict[int, dict[str, Kernel]]) -> list[str]:
-    """Patterns of WANTED that have no kernel."""
+    """The patterns of WANTED that match no kernel."""
     names = {name for of_arch in kernels.values() for name in of_arch}
     return [f"no kernel is called {p}" for p in WANTED if not any(re.match(p, n) for n in names)]
 
 
 def nvcc_version(library: Path) -> str:
-    """Which ptxas made the library's code."""
+    """The version of ptxas that compiled the library."""
     version = re.search(
         r"Cuda compilation tools, release ([\d.]+)", tool("cuobjdump", "-elf", str(library))
     )

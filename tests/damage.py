@@ -1,4 +1,4 @@
-"""A value of the wrong kind somewhere in a JSON value, and what came of it."""
+"""A value of the wrong kind somewhere in a JSON value, and the outcome."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""A disk that is full, by the kernel's own word."""
+"""A full disk, as the kernel reports it."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import fastlm.files
 
 
 def full_disk(monkeypatch, path: Path) -> None:
-    """What ``fastlm.files`` writes beside ``path`` goes to /dev/full; other files as ever."""
+    """Send what ``fastlm.files`` writes next to ``path`` to /dev/full, but no other files."""
     (path.parent / f".{path.name}.full.part").symlink_to("/dev/full")
     draw = fastlm.files.secrets.token_hex
 

@@ -1,6 +1,6 @@
 """Small models of every family and option, as entries of config.json."""
 
-# Odd on purpose: 3 key/value heads of 24, 97 tokens, sizes that are no multiple of a vector
+# Odd on purpose: 3 key/value heads of 24, 97 tokens, sizes that are not multiples of a vector
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 60,
@@ -10,7 +10,7 @@ SMALL = {
     "num_key_value_heads": 3,
     "head_dim": 24,
     "max_position_embeddings": 64,
-    "initializer_range": 0.2,  # logits of order 1: with 0.02 a small model's are all alike
+    "initializer_range": 0.2,  # logits of order 1: with 0.02 a small model's are almost equal
     "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,

@@ -1,11 +1,11 @@
-"""`make fuzz`: random cases of every op until the time is up (fuzz_cases.py says what a case is).
+"""`make fuzz`: random cases of every op until the time is up (fuzz_cases.py defines a case).
 
     python tests/fuzz.py [--minutes 60] [--seed 0] [--op attention ...] [--kernels simt]
     python tests/fuzz.py --case '{"op": "glu", ...}'
 
-Minutes are of processor time: an hour is an hour of fuzzing however busy the machine is. Cases run
-in a process of their own, so that one which ends it is reported as well. A case that fails is
-printed on one line, as `--case` takes it, and added to tests/fuzz_corpus.jsonl, whose lines are
+Minutes are processor time: an hour is an hour of fuzzing however busy the machine is. Cases run in
+a separate process, so that one which crashes it is reported as well. A failing case is printed on
+one line, in the format that `--case` accepts, and added to tests/fuzz_corpus.jsonl, whose lines are
 tests from then on (test_fuzz.py).
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "fuzz_corpus.jsonl"
-KEPT = 3  # cases of one op and message: more are the same fault again
+KEPT = 3  # cases recorded per op and message: more would repeat the same fault
 sys.path.insert(0, str(HERE))
 
 
@@ -33,7 +33,7 @@ def first_line(error: BaseException) -> str:
 
 
 def work(ops: list[str], kernels: str, seed: int, seconds: float, current: Path) -> None:
-    """Cases from `seed` on; each op gets the same share of the time. Lines of JSON to stdout."""
+    """Run cases from `seed` on, an equal time for each op, and print lines of JSON."""
     import torch
     from fuzz_ops import draw, run
 
@@ -73,7 +73,7 @@ def fuzz(ops: list[str], minutes: float, seed: int, kernels: str = "cpu") -> int
     cases: collections.Counter = collections.Counter()
     seen: collections.Counter = collections.Counter()
     told = time.monotonic()
-    # interrupted, it still says what it did
+    # an interrupted run still reports what it did
     with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
         current = Path(folder) / "case"
         while spent < minutes * 60:

@@ -1,15 +1,16 @@
-"""What a case is: plain values that can be written on one line; how it is held against itself.
+"""What a case is: plain values that fit on one line; and how it is checked against itself.
 
-A case is a dict. `fuzz_ops.draw` makes one at random, `fuzz_ops.run` builds its tensors and holds
-them against float64 with the bounds of the op's own tests; then, to the last bit, against itself on
-strided tensors and on another number of threads. Memory that an op allocates is NaN before and
-guarded on both sides; memory between and around the elements of its inputs is NaN.
+A case is a dict. `fuzz_ops.draw` creates one at random. `fuzz_ops.run` builds its tensors and
+checks them against float64 with the bounds of the op's own tests; then, to the last bit, against
+itself on strided tensors and on another number of threads. Memory that an op allocates is filled
+with NaN beforehand and guarded on both sides. Memory between and around the elements of its inputs
+is NaN.
 
-The isa "simt" is the op's CUDA kernel on the emulator: in place of the number of threads the order
-of the GPU's threads changes, and `host` says where its host function is to divide the work.
+The isa "simt" is the op's CUDA kernel on the emulator: instead of the number of threads the order
+of the GPU's threads changes, and `host` sets how its host function divides the work.
 
 Rejected: hypothesis, whose shrinking runs out of time on cases of 50 ms and whose database keeps
-byte strings that no change of a strategy survives; a line of JSON outlives it.
+byte strings that no change of a strategy survives. A line of JSON does survive it.
 """
 
 import contextlib
@@ -30,20 +31,21 @@ Case = dict[str, Any]
 
 
 class Built(NamedTuple):
-    function: Callable  # of the leaves, returns one tensor or a tuple
+    function: Callable  # maps the leaves to one tensor or a tuple
     leaves: list[Tensor]
-    check: Callable[[], None]  # the leaves, contiguous, against float64
+    check: Callable[[], None]  # compares the contiguous leaves' results with float64
     differentiable: bool = True
     library: bool = False  # products are torch's: threads and strides may change their last bits
-    any_strides: bool = True  # have the same bits: nothing is summed in vectors where they fit
-    written: tuple[int, ...] = ()  # leaves that the function writes
+    # All strides yield the same bits: no sum depends on whether vectors fit.
+    any_strides: bool = True
+    written: tuple[int, ...] = ()  # leaves that the function writes to
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def size(r: Random, most: int, least: int = 0) -> int:
-    """Small more often than large; near multiples of what kernels cut by more often than not."""
+    """Small more often than large, and mostly near multiples of what kernels divide work by."""
     if r.random() < 0.1:
         return least
     n = math.exp(r.uniform(0, math.log(most)))
@@ -54,7 +56,7 @@ def size(r: Random, most: int, least: int = 0) -> int:
 
 
 def some(r: Random, *choices: Any) -> Any:
-    """None as often as not."""
+    """Return None half of the time, else one of the choices."""
     return r.choice(choices) if r.random() < 0.5 else None
 
 
@@ -63,11 +65,11 @@ def given(**options: Any) -> Case:
 
 
 def results(built: Built, leaves: list[Tensor], r: Random | None) -> list[Tensor]:
-    """Outputs and gradients; `r` also lays out the upstream gradients."""
+    """Outputs and gradients. `r` also scatters the upstream gradients."""
     leaves = [t.detach() for t in leaves]
     if built.differentiable:
         leaves = [t.requires_grad_(t.is_floating_point()) for t in leaves]
-    torch.manual_seed(5)  # of dropout
+    torch.manual_seed(5)  # for dropout
     outputs = built.function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     reached = [t for t in outputs if t.requires_grad]
@@ -83,8 +85,9 @@ def results(built: Built, leaves: list[Tensor], r: Random | None) -> list[Tensor
 
 
 def scattered(t: Tensor, r: Random, unit: int = 0) -> Tensor:
-    """The same values in any order of memory, with gaps of NaN in and around every dimension.
-    `unit`: elements of the last one side by side, each row of them at a multiple of so many.
+    """The same values in any memory order, with gaps of NaN in and around every dimension. `unit`:
+    elements of the last dimension are contiguous, and each row begins at a multiple of `unit`
+    elements.
     """
     order = list(range(t.dim()))
     if r.random() < 0.3:
@@ -106,7 +109,7 @@ def scattered(t: Tensor, r: Random, unit: int = 0) -> Tensor:
 
 
 def assert_same(wanted: list[Tensor], got: list[Tensor], what: str) -> None:
-    """To the last bit; one NaN is as good as another."""
+    """Assert equality to the last bit; any NaN equals any other."""
     assert len(wanted) == len(got)
     for i, (a, b) in enumerate(zip(wanted, got)):
         assert torch.equal(a.isnan(), b.isnan()), f"{what}: result {i} is NaN elsewhere"
@@ -118,7 +121,7 @@ def assert_same(wanted: list[Tensor], got: list[Tensor], what: str) -> None:
 
 
 def assert_like(wanted: list[Tensor], got: list[Tensor], what: str) -> None:
-    """To two roundings, or what sums of logits of 20 in another order make of e^z."""
+    """Equality up to two roundings, or up to what reordered sums of logits of 20 change in e^z."""
     for a, b in zip(wanted, got, strict=True):
         near = max(2 * torch.finfo(a.dtype).eps, 1e-4)
         scale = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0.0
@@ -128,13 +131,14 @@ def assert_like(wanted: list[Tensor], got: list[Tensor], what: str) -> None:
 
 
 def hold(built: Built, case: Case, r: Random, memory: Guards) -> None:
-    """Against float64, and against itself where nothing may differ."""
+    """Check a case against float64, and against itself where nothing may differ."""
     with torch.random.fork_rng():
         built.check()
     memory.check()
     plain, repeated = list(built.leaves), None
-    # One leaf repeats a slice of itself: a stride of 0. Not above: sums of equal terms round
-    # the same way each time, so float32's error grows with their number, not its root.
+    # One leaf repeats a slice of itself: a stride of 0. The check above does not, because sums of
+    # equal terms always round the same way, so float32's error grows with their number, not its
+    # root.
     if r.random() < 0.2:
         i = r.randrange(len(plain))
         fits = plain[i].numel() and plain[i].is_floating_point() and plain[i].dim()
@@ -142,7 +146,7 @@ def hold(built: Built, case: Case, r: Random, memory: Guards) -> None:
             repeated, dim = i, r.randrange(plain[i].dim())
             plain[i].copy_(plain[i].narrow(dim, 0, 1).expand_as(plain[i]).clone())
     first = results(built, [t.clone() for t in built.leaves], None)
-    # GPU kernels take 16 bytes at a time where all rows begin at multiples of 16
+    # GPU kernels access 16 bytes at a time if all rows begin at multiples of 16
     whole = case["isa"] == "simt" and r.random() < 0.5
     units = [
         16 // t.element_size() if whole else int(i in built.written) for i, t in enumerate(plain)
@@ -161,7 +165,7 @@ def hold(built: Built, case: Case, r: Random, memory: Guards) -> None:
 
 @contextlib.contextmanager
 def kernels(case: Case) -> Iterator[None]:
-    """Those that the case names."""
+    """Use the kernels that the case names."""
     if case["isa"] != "simt":
         with backend.use_cpu_isa(case["isa"]), threads(case["threads"]):
             yield
@@ -178,7 +182,7 @@ def kernels(case: Case) -> Iterator[None]:
 
 @contextlib.contextmanager
 def another(case: Case, i: int = 1) -> Iterator[None]:
-    """On another number of threads; on the emulator the GPU's threads in another order."""
+    """Use another number of threads, or on the emulator another order of the GPU's threads."""
     if case.get("isa") != "simt":
         with threads((case["threads"] + i - 1) % 4 + 1):
             yield

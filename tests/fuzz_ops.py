@@ -1,4 +1,4 @@
-"""Every op as random cases (fuzz_cases.py: what a case is): drawn, built from a line, checked."""
+"""Every op as random cases (fuzz_cases.py defines a case): drawn, built from a line, checked."""
 
 import contextlib
 import copy
@@ -110,7 +110,7 @@ def draw_paged(r: Random, isa: str) -> Case:
     hkv, groups = r.choice([1, 2, 3]), r.choice([1, 1, 2, 4, 9])
     most = 300 if isa in SLOW or isa == "simt" else 1500
     widths = [size(r, 130, 1), size(r, 130, 1)]
-    if isa == "simt" and r.random() < 0.8:  # the kernels take no others
+    if isa == "simt" and r.random() < 0.8:  # the kernels accept no other widths
         step = r.choice([8, 16, 16])
         widths = [-(-n // step) * step for n in widths]
     return {
@@ -156,7 +156,7 @@ def build_paged(case: Case, dtype: torch.dtype) -> Built:
         [q, *cache],
         lambda: test_paged_attention.assert_paged_near(q, *cache, what="paged", **options),
         differentiable=False,
-        any_strides=case.get("isa") != "simt",  # other kernels take other places in memory
+        any_strides=case.get("isa") != "simt",  # other kernels run for other memory layouts
     )
 
 
@@ -176,7 +176,7 @@ def draw_append(r: Random, isa: str) -> Case:
 
 
 def build_append(case: Case, dtype: torch.dtype) -> Built:
-    """To the last bit; here that the definition keeps what lies between heads as it is."""
+    """Equal to the last bit; `check` also shows that memory between heads is left unchanged."""
     int8 = case["int8"]
     (k, v, *caches, table, positions), scales = test_paged_append.case(
         dtype, *case["shape"], *case["widths"], *case["pages"], int8=int8
@@ -231,7 +231,7 @@ def make_target(case: Case, rows: int, classes: int) -> tuple[Tensor, dict]:
     target[torch.rand(rows) < case["ignored"]] = case["ignore_index"]
     options = case["options"] | {"ignore_index": case["ignore_index"]}
     if (target == case["ignore_index"]).all() and "num_items" not in options:
-        options["reduction"] = "sum"  # the mean over no row is NaN
+        options["reduction"] = "sum"  # the mean over zero rows is NaN
     if case["weight"]:
         options["weight"] = torch.rand(classes) + 0.1
     return target, options
@@ -263,7 +263,7 @@ def build_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
 
 @contextlib.contextmanager
 def small_products(allowed: bool) -> Iterator[None]:
-    """Whether small products may be the definition's, or are the kernels' like all others."""
+    """Set whether small products may use the definition, or use the kernels like all others."""
     module = sys.modules["fastlm.ops.linear_cross_entropy"]
     before, module._SMALL = module._SMALL, module._SMALL if allowed else 0
     try:
@@ -275,7 +275,7 @@ def small_products(allowed: bool) -> Iterator[None]:
 def draw_linear_cross_entropy(r: Random, isa: str) -> Case:
     work = 4e6 if isa in SLOW else 8e7
     while True:
-        # one class alone: its gradient is 0, and terms that cancel are all there is
+        # not a single class: its gradient is 0, and consists only of terms that cancel
         rows, width, classes = size(r, 1200), size(r, 300, 1), size(r, 6000, 2)
         if rows * width * classes <= work:
             break
@@ -302,11 +302,11 @@ def build_linear_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
             return ops.linear_cross_entropy(x, w, target, linear_bias=bias, **options)
 
     def check():
-        # gradients sum over rows, logits over features, in any order; a few rows' lse may be small
+        # gradients sum over rows, logits over features, in any order; lse may be small for few rows
         ulps = 2 + ((rows**0.5 + width**0.5) / 2 + 64 / (rows + 4) if dtype == torch.float32 else 0)
-        ulps *= 2 if "softcap" in options else 1  # of tanh and its slope
+        ulps *= 2 if "softcap" in options else 1  # tanh and its slope
         ulps *= 2 if options.get("label_smoothing") else 1  # terms of all classes, which cancel
-        ulps *= max(1.0, case["spread"] / 3)  # p errs by what its logit does
+        ulps *= max(1.0, case["spread"] / 3)  # p has the error of its logit
         with small_products(small):
             test_linear_cross_entropy.check(x, w, bias, target, ulps=ulps, **options)
 
@@ -318,7 +318,7 @@ def build_linear_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
 
 
 def leading(r: Random, rows: int) -> list[int]:
-    """A shape of that many rows."""
+    """A shape with that many rows."""
     for n in (2, 3, 5):
         if rows % n == 0 and rows and r.random() < 0.3:
             return [n, rows // n]
@@ -326,7 +326,7 @@ def leading(r: Random, rows: int) -> list[int]:
 
 
 def rows_of(r: Random, isa: str, widest: int, least: int = 0) -> list[int]:
-    """A shape of some rows, none wider."""
+    """A random shape with some rows, of at most the given width."""
     while True:
         rows, width = size(r, 300), size(r, widest, least)
         if isa != "simt" or rows * width <= 20000:
@@ -372,7 +372,7 @@ def build_rms_norm(case: Case, dtype: torch.dtype) -> Built:
     x = x * case["spread"]
     residual = torch.randn(shape).to(dtype) if case["residual"] else None
     weight = torch.randn(shape[-1]).to(torch.float32 if case["wide_weight"] else dtype)
-    on_gpu = case.get("isa") == "simt"  # where there is no backward
+    on_gpu = case.get("isa") == "simt"  # which has no backward
 
     def check():
         if on_gpu:
@@ -392,18 +392,19 @@ def build_rms_norm(case: Case, dtype: torch.dtype) -> Built:
         if residual is not None:
             truth.insert(3, dw)
         names = ["y", *([] if residual is None else ["h"]), "dx", "dweight", "dresidual"]
-        # dx may cancel (wholly where H = 1), dweight is a sum over rows: judged by their terms
+        # dx may cancel (entirely if H = 1), dweight is a sum over rows: compare with their terms
         rstd = (h.square().mean(-1, keepdim=True) + options["eps"]).rsqrt()
         dx_terms = dy.double() * (options["offset"] + weight.double()) * rstd
         dw_terms = (dy.double() * h * rstd).square().reshape(-1, shape[-1]).sum(0).sqrt()
         sizes = {"dx": dx_terms, "dresidual": dx_terms, "dweight": dw_terms}
         for name, a, p, t in zip(names, mine, plain, truth):
-            # the sum of squares: H / VL float32 additions in a lane
+            # the sum of squares: H / VL float32 additions per lane
             eps = torch.finfo(a.dtype).eps
             floor = max(eps, 2**-23 * shape[-1] ** 0.5 / 16)
             if name in sizes and a.numel():
                 ratio = (sizes[name].abs().max() / t.abs().max().clamp_min(1e-300)).item()
-                # a walk of 64 additions to a block's sum, itself as large as the terms' root sum
+                # a random walk of 64 additions to a block's sum, which is as large as the root
+                # sum of the terms
                 floor += (8 if name == "dweight" else 4) * 2**-23 * ratio
             factor = 2 if name in "yh" else 3
             assert_near(a, p.to(a.dtype), t, factor=factor, floor=floor, what=name)
@@ -478,10 +479,10 @@ def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
     )
     x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
     bias = torch.randn(n).to(dtype) if case["bias"] else None
-    on_gpu = case.get("isa") == "simt"  # where there is no backward
+    on_gpu = case.get("isa") == "simt"  # which has no backward
 
     def function(x, bias=None):
-        bias = None if bias is None else bias.detach()  # its gradient is torch's sum
+        bias = None if bias is None else bias.detach()  # its gradient is a sum of torch's
         y = ops.quantized_linear(x, q, bias, act_bits=case["act_bits"])
         return y, q.dequantize(dtype)
 
@@ -498,8 +499,9 @@ def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
         near_product(dx, dy, q.dequantize(torch.float64), None, 3)
 
     def near_product(got, a, b, bias, factor):
-        """As test_quantized_linear.check; sums of few outputs may all be small: by their terms. The
-        worst of 100,000 cases walks twice as far as the worst of a test's."""
+        """Compare as test_quantized_linear.check does. Sums of few outputs may all be small, so the
+        floor scales with their terms. The worst of 100,000 cases deviates twice as far as the worst
+        of a test."""
         truth, plain = a.double() @ b, a @ b.to(a.dtype)
         if bias is not None:
             truth, plain = truth + bias.double(), plain + bias
@@ -547,7 +549,7 @@ def draw_linear(r: Random, isa: str) -> Case:
 
 
 def build_linear(case: Case, _: torch.dtype) -> Built:
-    """The own products, which are bfloat16's whatever the case's dtype, for any number of rows."""
+    """fastlm's own products: bfloat16 whatever the case's dtype, for any number of rows."""
     m, n, k = case["shape"]
     x, weight, dy = (torch.randn(s).bfloat16() for s in ((m, k), (n, k), (m, n)))
     bias = [torch.randn(n).bfloat16()] if case["bias"] else []
@@ -559,7 +561,7 @@ def build_linear(case: Case, _: torch.dtype) -> Built:
     def check():
         x64, w64, dy64 = x.double(), weight.double(), dy.double()
         terms = [(x64, w64.T, k), (dy64, w64, n), (dy64.T, x64, m)]
-        if bias:  # one more product each: y + 1 b, 1 dy
+        if bias:  # one more product for each sum: y + 1 b, 1 dy
             terms[0] = (
                 torch.cat((x64, x64.new_ones(m, 1)), 1),
                 torch.cat((w64.T, bias[0].double()[None])),
@@ -568,7 +570,7 @@ def build_linear(case: Case, _: torch.dtype) -> Built:
             terms.append((x64.new_ones(m), dy64, m))
         for got, (a, b, count) in zip(function(x, weight, dy, *bias), terms):
             truth = a @ b
-            # rounded once after float32 sums of `count` products, whose order is anyone's
+            # rounded once after float32 sums of `count` products in any order
             bound = truth.abs() * 2**-8 + a.abs() @ b.abs() * (count + 2) * 2**-24
             assert ((got.double() - truth).abs() <= bound).all()
 
@@ -602,8 +604,8 @@ def draw_adamw(r: Random, isa: str) -> Case:
 
 
 def run_adamw(case: Case, dtype: torch.dtype, r: Random) -> None:
-    """Steps against the formula in float64, each from the state that the step before left; the
-    same bits on another number of threads, and on strided parameters where nothing depends on the
+    """Check steps against the formula in float64, each from the state after the previous one. Bits
+    must be equal on another number of threads, and on strided parameters if nothing depends on the
     order of elements in memory.
     """
     kind, options = case["state"], dict(case["options"])
@@ -645,7 +647,8 @@ def state_of(optimizer: AdamW) -> dict[int, dict[str, Tensor]]:
 def near_step(
     before, after, grads, kind, *, lr, betas, eps, weight_decay, maximize, max_grad_norm, **_
 ) -> None:
-    """8 bits: half a step of the code, of 3 bits of mantissa (the root of v: 4), 16 binades."""
+    """Check one step. 8 bits: an error of half a step of the code, with 3 bits of mantissa (the
+    root of v: 4) and 16 binades."""
     clip = 1.0
     if max_grad_norm is not None:
         norm = torch.cat([g.double().flatten() for g in grads]).norm().item()
@@ -681,7 +684,7 @@ def near_step(
 
 
 def blocks(x: Tensor) -> Tensor:
-    """For each element the largest of its block of 256 in memory order."""
+    """For each element the maximum of its block of 256 in memory order."""
     flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % 256)).view(-1, 256)
     return flat.amax(1, keepdim=True).expand(-1, 256).flatten()[: x.numel()].view(x.shape)
 
@@ -712,7 +715,7 @@ OPS = {
 }
 
 
-# What host functions divide work by, and values that divide that of small cases.
+# Sizes by which host functions divide work, with values that also divide the work of small cases.
 HOST = {
     "cross_entropy": {"cross_entropy._PART_BYTES": 128},
     "paged_attention": {"paged_attention._LEAST_TILES": 1},
@@ -722,7 +725,7 @@ HOST = {
 
 
 def ops_of(kernels: str) -> list[str]:
-    """Those that have kernels of this kind."""
+    """The ops that have kernels of this kind."""
     return [name for name, op in OPS.items() if kernels in op.kernels]
 
 
@@ -739,7 +742,7 @@ def draw(op: str, seed: int, kernels: str = "cpu") -> Case:
 
 
 def run(case: Case) -> None:
-    """Raises where the op is wrong on this case."""
+    """Raise if the op is wrong on this case."""
     r, dtype = Random(case["seed"]), DTYPES[case["dtype"]]
     build = OPS[case["op"]].build
     with kernels(case), guarded_memory() as memory:

@@ -1,9 +1,9 @@
 """Triton's interpreter, with bfloat16 repaired.
 
-The interpreter holds a bfloat16 as the uint16 of its bits and then computes on those integers, and
-its float32 -> bfloat16 truncates. Here operands are widened to float32 first and results rounded to
-nearest even. `tl.sum` and other reductions of bfloat16 stay wrong: kernels widen before them, as
-they should on a GPU.
+The interpreter represents a bfloat16 by its bits as a uint16 and then computes on those integers,
+and its conversion from float32 to bfloat16 truncates. Here operands are widened to float32 first
+and results are rounded to nearest even. `tl.sum` and other reductions of bfloat16 stay wrong:
+kernels widen before them, as they should on a GPU.
 """
 
 import functools
@@ -36,7 +36,7 @@ def _rounded(values: np.ndarray) -> TensorHandle:
 
 @functools.cache
 def repair_bfloat16() -> None:
-    """Of this process, once."""
+    """Repair the interpreter of this process, once."""
     builder = InterpreterBuilder
     binary, unary = builder.binary_op, builder.unary_op
     cast, dot, between = builder.cast_impl, builder.create_dot, builder.create_fp_to_fp

@@ -1,4 +1,4 @@
-"""Programs and libraries of tests/simt/*.cu: by g++ with the emulator, or by nvcc."""
+"""Programs and libraries of tests/simt/*.cu, built by g++ with the emulator, or by nvcc."""
 
 import importlib.util
 import os
@@ -6,12 +6,12 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# a compiler needs nothing of a sanitizer's that this process may run under
+# this process may run under a sanitizer, which a compiler should not inherit
 QUIET = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 
 
 def setup_py():
-    """setup.py as a module: what it builds, and with what."""
+    """setup.py as a module, with what it builds and the tools it uses."""
     spec = importlib.util.spec_from_file_location("fastlm_setup", ROOT / "setup.py")
     assert spec and spec.loader
     build = importlib.util.module_from_spec(spec)
@@ -20,14 +20,14 @@ def setup_py():
 
 
 def cuda_home() -> Path:
-    """Where setup.py builds with."""
+    """The CUDA folder that setup.py builds with."""
     home = setup_py().CUDA_HOME
     assert home, "the CUDA headers are wanted (docs/simt.md)"
     return home
 
 
 def by_gcc(source: Path, folder: Path, *options: str, core: tuple[str, ...] | None = None) -> Path:
-    """With the emulator; `core`: the emulator's own options, where they differ."""
+    """Build with g++ and the emulator. `core`: the emulator's own options, if they differ."""
     common = ["g++", "-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fopenmp"]
     common += ["-ffp-contract=off", "-Wno-unknown-pragmas"]
     common += [f"-I{ROOT / 'csrc'}", "-isystem", str(cuda_home() / "include")]

@@ -37,8 +37,8 @@ def write_gguf(
 ) -> Path:
     """A GGUF of ``tensors`` (arrays, or packed rows with their type) and ``metadata``.
 
-    Keys spell dots as ``__``; one that begins with ``tokenizer`` or ``general`` is taken whole, any
-    other belongs to the architecture.
+    Keys spell dots as ``__``; one that begins with ``tokenizer`` or ``general`` is used as it is,
+    any other belongs to the architecture.
     """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():

@@ -1,4 +1,4 @@
-"""One call an op, for the tests that say the same of all of them."""
+"""One call per op, for tests that check the same property of all ops."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ differentiable = pytest.mark.parametrize(
 )
 
 
-# Ways through an op that only a derivative takes.
+# Paths through an op that only a derivative uses.
 many, classes = torch.randn(70, 8), torch.randint(0, 50, (70,))
 TRANSFORMED = DIFFERENTIABLE | {
     "linear": (lambda x, w: ops.linear(x, w), (rows, head)),

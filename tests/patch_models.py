@@ -30,7 +30,7 @@ import fastlm
 
 transformers.logging.set_verbosity_error()
 
-WINDOW = 8  # shorter than the sequences: it must be seen
+WINDOW = 8  # shorter than the sequences, so that it has an effect
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SMALL = {
     "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -47,7 +47,7 @@ _GPT2 = {
     "embd_pdrop": 0,
 }
 _ALL = {"rope": 2, "attention": 2, "glu": 2, "linear_cross_entropy": 1}
-# family -> (config, what `patch` finds in it, decoder layers that add and norm at once)
+# family -> (config, what `patch` finds in it, decoder layers that fuse addition and norm)
 FAMILIES = {
     "llama": (LlamaConfig(**SMALL), {**_ALL, "rms_norm": 5}, 2),
     "mistral": (MistralConfig(**SMALL, sliding_window=WINDOW), {**_ALL, "rms_norm": 5}, 2),
@@ -78,7 +78,7 @@ FAMILIES = {
         {**_ALL, "rms_norm": 5},
         2,
     ),
-    "phi4": (  # of Phi-3's classes
+    "phi4": (  # uses Phi-3's classes
         Phi3Config(**SMALL, partial_rotary_factor=0.75, tie_word_embeddings=True),
         {**_ALL, "rms_norm": 5},
         2,
@@ -103,7 +103,7 @@ FAMILIES = {
         {"rope": 2, "attention": 2, "rms_norm": 5, "linear_cross_entropy": 1},
         2,
     ),
-    "qwen2_moe": (  # a dense layer, then experts beside a shared one, which is a dense MLP
+    "qwen2_moe": (  # a dense layer, then experts next to a shared one, which is a dense MLP
         Qwen2MoeConfig(
             **SMALL, decoder_sparse_step=2, num_experts=2, num_experts_per_tok=1,
             moe_intermediate_size=32, shared_expert_intermediate_size=48,
@@ -126,18 +126,18 @@ def model_of(family="llama", dtype=torch.float32, **changes):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 1 or "embed" in name or "wte" in name:
-                p.add_(0.3 * torch.randn_like(p))  # no norm is 1, no bias 0, logits differ
+                p.add_(0.3 * torch.randn_like(p))  # no norm weight is 1, no bias 0, logits differ
     return model.to(dtype)
 
 
 def pair(family="llama", *, ops=None, **options):
-    """The same model twice, the second one patched."""
+    """The same model twice, with the second one patched."""
     plain = model_of(family, **options)
     return plain, fastlm.patch(copy.deepcopy(plain), ops=ops)
 
 
 def linears(model):
-    """What `patch` finds beside `FAMILIES`: every linear layer but the head."""
+    """What `patch` finds in addition to `FAMILIES`: every linear layer but the head."""
     count = sum(type(m) is nn.Linear for m in model.modules()) - 1
     return {"linear": count} if count else {}
 

@@ -1,4 +1,4 @@
-"""Fresh memory that tells: NaN where nothing was written, guards that must stay as they are."""
+"""Fresh memory that reveals errors: NaN where nothing was written, guards against stray writes."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ GUARD = 192  # bytes on each side: three cache lines, wider than any store of a 
 
 
 def poisoned(t: Tensor) -> Tensor:
-    """Filled with NaN, or the largest integer."""
+    """Fill `t` with NaN, or with the largest integer."""
     if torch.compiler.is_compiling() or type(t) is not Tensor or t.is_meta:
         return t
     if t.is_floating_point():
@@ -20,13 +20,13 @@ def poisoned(t: Tensor) -> Tensor:
 
 
 class Guards:
-    """The storages handed out since the last check, and what lay around their elements."""
+    """The storages handed out since the last check, with the memory around their elements."""
 
     def __init__(self) -> None:
         self.edges: list[Tensor] = []
 
     def guarded(self, t: Tensor) -> Tensor:
-        """In place of t one like it, poisoned, between two guards."""
+        """Replace t by a poisoned tensor like it, between two guards."""
         if type(t) is not Tensor or t.device.type != "cpu" or t.layout != torch.strided:
             return t
         used = t.untyped_storage().nbytes()
@@ -45,7 +45,7 @@ class Guards:
 
 @contextlib.contextmanager
 def patched(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """``torch.empty`` and its kin return what `change` makes of their result."""
+    """Apply `change` to the results of ``torch.empty`` and its relatives."""
 
     def wrap(make):
         return lambda *args, **kwargs: change(make(*args, **kwargs))

@@ -1,14 +1,14 @@
 #!/bin/sh
-# `make sanitize`: builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer beside a copy of fastlm/
-# (build/sanitize/site) and runs the op tests on it, one process an op, as many at a time as there are cores.
-# Every op runs to its first report; ends non-zero if one had any.
+# `make sanitize`: builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer next to a copy of fastlm/
+# (build/sanitize/site) and runs the op tests on it, one process per op, as many at a time as there are cores.
+# Every op runs up to its first report. The exit status is non-zero if any op had one.
 #     sh tests/sanitize.sh [op ...]
 set -eu
 root=$PWD
 site=$root/build/sanitize/site
 logs=$root/build/sanitize/logs
 python=$root/.venv/bin/python
-# the longest first
+# longest first
 all="attention linear_cross_entropy cross_entropy varlen_attention paged_attention quantized_linear linear boundary optim glu rope rms_norm quantize"
 test $# -gt 0 || set -- $all
 
@@ -19,18 +19,18 @@ cp -a fastlm "$site"
 rm -f "$site"/fastlm/*.so
 FASTLM_SANITIZE=address,undefined,float-cast-overflow FASTLM_CUDA=0 "$python" setup.py -q build_ext --build-lib "$site"
 
-# Leaks are the interpreter's; new and delete pair up across torch's libraries, which are not instrumented; the frames of
-# use-after-return are aligned to 32 bytes by GCC 12, and its own 64-byte moves fault on them. Wide redzones: a stray
-# access that jumps over its neighbour's head is seen too.
+# Off: leaks, which are the interpreter's; pairing of new and delete, which crosses torch's uninstrumented libraries;
+# use-after-return, whose frames GCC 12 aligns to 32 bytes, so that its own 64-byte moves fault on them. Wide redzones:
+# a stray access that jumps past the start of the neighbouring block is detected too.
 export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=0:halt_on_error=1:redzone=256
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive # two threads split every kernel's work; waiting ones leave the core
-export PYTHONPATH="$site" # before the editable install, which maps fastlm to the tree; the root would offer `kernels`
+export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive # two threads split every kernel's work; waiting threads release the core
+export PYTHONPATH="$site" # precedes the editable install, which maps fastlm to the tree; the root would expose `kernels`
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 LD_PRELOAD=$preload "$python" -P -c "import fastlm; assert fastlm.__file__.startswith('$site'), fastlm.__file__"
 
-# Left out: torch.compile (its own compiler; the kernels it calls are these) and, by `not slow`, lengths above 4000.
-# Captured at the level of Python only, and its fault handler off: the report comes from a process that ends there and then.
+# Left out: torch.compile (it has its own compiler and calls these kernels) and, by `not slow`, lengths above 4000.
+# Output is captured at the level of Python only, and the fault handler is off: the reporting process ends on the spot.
 built=$(date +%s)
 status=0
 export preload logs

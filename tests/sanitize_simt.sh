@@ -1,8 +1,8 @@
 #!/bin/sh
-# The CUDA kernels on the emulator under sanitizers, beside a copy of fastlm/ (build/simt-<sanitizer>/site):
+# Runs the CUDA kernels on the emulator under sanitizers, next to a copy of fastlm/ (build/simt-<sanitizer>/site):
 #     sh tests/sanitize_simt.sh address|thread [test file ...]        default: tests/test_cuda_*.py
-# AddressSanitizer and UndefinedBehaviorSanitizer see what a kernel does past load and store; ThreadSanitizer sees two
-# CUDA threads that touch global memory without an order. Ends non-zero if one has a finding.
+# AddressSanitizer and UndefinedBehaviorSanitizer see what a kernel does outside load and store; ThreadSanitizer sees two
+# CUDA threads that access global memory without synchronization. The exit status is non-zero after any finding.
 set -eu
 sanitizer=$1
 shift
@@ -13,7 +13,7 @@ test $# -gt 0 || set -- tests/test_cuda_*.py
 rm -rf "$site"
 mkdir -p "$site"
 cp -a fastlm "$site"
-rm -f "$site"/fastlm/_simt*.so "$site"/fastlm/_cuda*.so # _cpu stays as it is: it is compiled without
+rm -f "$site"/fastlm/_simt*.so "$site"/fastlm/_cuda*.so # _cpu stays: it is compiled without the sanitizer
 export FASTLM_CUDA=0 FASTLM_SIMT=1 FASTLM_CPU=0
 case $sanitizer in
 address)
@@ -32,7 +32,7 @@ esac
 "$python" setup.py -q build_ext --build-lib "$site"
 export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=0:halt_on_error=1
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-# fibers that hold locks of libraries, and torch itself, are not what is looked at
+# fibers that hold locks of libraries, and torch itself, are not examined
 export TSAN_OPTIONS=halt_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=1
 export OMP_NUM_THREADS=1
 export PYTHONPATH="$site"

@@ -1,4 +1,4 @@
-"""A rank of tests/test_sharded_adamw.py: AdamW on FSDP2's parameters against one process alone.
+"""A rank of tests/test_sharded_adamw.py: AdamW on FSDP2's parameters against a single process.
 
 torchrun --nproc-per-node 2 tests/sharded_adamw.py cpu
 """
@@ -29,14 +29,14 @@ CASES = {
 
 
 def model(dtype: torch.dtype) -> nn.Module:
-    """Rows that two ranks share evenly, unevenly and (one row) not at all."""
+    """A model whose rows two ranks share evenly, unevenly and (one row) not at all."""
     torch.manual_seed(0)
     layers = [nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 65), nn.Tanh(), nn.Linear(65, 1)]
     return nn.Sequential(*layers).to(dtype)
 
 
 def train(net: nn.Module, optimizer: AdamW, steps: range) -> None:
-    """Every rank has the same batch, so that its mean over ranks is itself."""
+    """Train on the same batch in every rank, so that the mean over ranks changes nothing."""
     for i in steps:
         torch.manual_seed(100 + i)
         x = torch.randn(32, 64).to(next(net.parameters()).dtype)
@@ -54,8 +54,8 @@ def here(t: torch.Tensor) -> torch.Tensor:
 
 
 def compare(name: str, mine: nn.Module, a: AdamW, alone: nn.Module, b: AdamW) -> None:
-    # 8 bits: a shard begins a block of its own, so that other elements share a scale, and moment
-    # and root are half a step of 3 bits off, in each of five updates of at most lr
+    # 8 bits: a shard begins its own block, so other elements share a scale. Moment and root are off
+    # by half a step of 3 bits, in each of five updates of at most lr.
     near = {"rtol": 1e-5, "atol": 1e-6}
     if "8 bits" in name:
         near = {"rtol": 0.0, "atol": 5 * 1e-2 * 2**-3}
@@ -81,7 +81,7 @@ def check(name: str, options: dict) -> None:
         train(net, optimizer, range(3))
     compare(name, mine, a, alone, b)
 
-    # a new optimizer goes on where the old one was, from its checkpoint
+    # a new optimizer continues from the checkpoint of the old one
     saved = copy.deepcopy(get_optimizer_state_dict(mine, a))
     moments = [v["exp_avg"] for v in saved["state"].values()]
     assert len(moments) == 6 and all(isinstance(m, DTensor) for m in moments)
@@ -89,7 +89,7 @@ def check(name: str, options: dict) -> None:
     set_optimizer_state_dict(mine, resumed, saved)
     for p in mine.parameters():
         for key, value in a.state[p].items():
-            again = resumed.state[p][key]  # codes are plain tensors, of the shard
+            again = resumed.state[p][key]  # codes are plain tensors, one shard each
             assert torch.equal(here(value), here(again)), (name, key)
     train(mine, resumed, range(3, 5))
     train(alone, b, range(3, 5))

@@ -1,6 +1,6 @@
 """No kernel allocates: outputs and workspaces come from Python (count_allocations.cpp counts).
 
-An allocation that fails in a parallel region ends the process; one that fails in Python is an
+An allocation that fails in a parallel region ends the process. One that fails in Python raises an
 exception.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-# Cases large enough for parallel regions
+# The cases are large enough for parallel regions.
 COUNT = """
 import ctypes, json, sys
 sys.path.insert(0, sys.argv[1])
@@ -75,7 +75,7 @@ def test_no_kernel_allocates(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    # the bare matrix core, for tests and benchmarks, packs into vectors: the count is not blind
+    # the bare matrix core, for tests and benchmarks, packs into vectors: the counter does work
     probes = [report.pop(name) for name in list(report) if name.startswith("matmul")]
     assert probes and all(probes)
     assert any(name.startswith("decode_step") for name in report)

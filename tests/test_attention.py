@@ -24,13 +24,13 @@ SHAPES = [
         300,
         40,
         24,
-    ),  # two blocks of queries and of keys, widths no multiple of a vector
+    ),  # two blocks of queries and of keys, widths that are not multiples of a vector
     (1, 2, 2, 100, 100, 1, 7),
     (2, 3, 3, 5, 3, 33, 16),  # more queries than keys: causal rows that see nothing
     (1, 6, 2, 1, 700, 64, 48),  # decoding, two chunks
     (1, 2, 1, 2, 600, 256, 256),
-    (1, 10, 1, 1, 40, 80, 80),  # more rows on a key head than decoding takes
-    (1, 3, 1, 1, 1, 80, 80),  # a lone token; up to 8 queries and keys have a backward of their own
+    (1, 10, 1, 1, 40, 80, 80),  # more rows per key head than the decoding path accepts
+    (1, 3, 1, 1, 1, 80, 80),  # a single token; up to 8 queries and keys have their own backward
     (2, 4, 2, 8, 8, 256, 24),
     (3, 2, 2, 7, 8, 40, 40),
 ]
@@ -80,7 +80,7 @@ def test_matches_float64(isa, dtype, shape, options):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_reference_is_torch(dtype, causal):
-    """No worse than SDPA in this dtype: the test above leans on the reference, this on torch."""
+    """No worse than SDPA in this dtype: the test above relies on the reference, this on torch."""
     q, k, v = (torch.randn(2, h, 70, 32).to(dtype) for h in (4, 2, 2))
 
     def sdpa(q, k, v):
@@ -100,7 +100,7 @@ def test_long_sequence(dtype):
 
 
 def test_spans_and_heads_agree(isa):
-    """One key head is cut into spans of keys, eight are not: the same gradients either way."""
+    """One key head is cut into spans of keys, eight are not. The gradients are the same."""
     q, k, v = (torch.randn(1, 1, 1100, 16) for _ in range(3))
 
     def grads(n):
@@ -140,7 +140,7 @@ def test_empty(isa, dtype):
 
 
 def test_strided(isa, dtype):
-    """Heads inside rows, rows apart, elements apart: as if contiguous, forward and backward."""
+    """Interleaved heads, strided rows, strided elements: the same as contiguous, both ways."""
     base = torch.randn(2, 20, 3, 4, 24).to(dtype)
     qkv = base.permute(2, 0, 3, 1, 4)  # (3, B, H, S, D) as a fused projection leaves it
     apart = torch.randn(3, 2, 4, 40, 48).to(dtype)[:, :, :, ::2, ::2]
@@ -159,7 +159,7 @@ def test_strided(isa, dtype):
 
 
 def test_repeat_and_threads(isa, dtype):
-    """The same bits again, and on one thread as on two."""
+    """The same bits on repetition, and on one thread as on two."""
     parts = [
         case((2, 4, 2, 70, 90, 32, 32), OPTIONS["everything"], dtype),
         case((1, 3, 1, 1, 1500, 32, 32), {}, dtype),
@@ -180,7 +180,7 @@ def test_repeat_and_threads(isa, dtype):
 
 @pytest.mark.parametrize("offset", [0.0, 60.0, -60.0])
 def test_peaked_and_offset(isa, dtype, offset):
-    """One key far above the rest; all scores far from zero."""
+    """One key with a score far above the rest; all scores far from zero."""
     q, k, v = (torch.randn(1, 2, 40, 16).to(dtype) for _ in range(3))
     k[:, :, 7] *= 30
     bias = torch.full((1, 1, 40, 40), offset).to(dtype)
@@ -229,7 +229,7 @@ def test_dropout_draws_the_same_everywhere(isa):
     assert torch.equal(*dropped)
     share = dropped[0].double().mean().item()
     assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / dropped[0].numel())
-    assert not torch.equal(dropped[0][0], dropped[0][1])  # another sequence, another draw
+    assert not torch.equal(dropped[0][0], dropped[0][1])  # another sequence has another draw
     torch.manual_seed(11)
     assert ops.attention(q, k, v, dropout_p=1.0).eq(0).all()
     assert not ops.attention(q, k, v, dropout_p=0.25).eq(0).equal(dropped[0])  # the next draw
@@ -288,7 +288,7 @@ def test_compiles_without_break_or_recompile():
         lambda q, k, v: ops.attention(q, k, v, causal=True, window=6, softcap=5.0),
         [
             tuple(torch.randn(b, h, s, 16, requires_grad=True) for h in (4, 2, 2))
-            for b, s in ((3, 8), (5, 9), (6, 17))  # B unlike Hkv: equal sizes share a symbol
+            for b, s in ((3, 8), (5, 9), (6, 17))  # B differs from Hkv: equal sizes share a symbol
         ],
     )
     drop = torch.compile(

@@ -1,4 +1,4 @@
-"""Ops and models under ``torch.autocast``: what it gives them is taken, and they train."""
+"""Ops and models under ``torch.autocast``: they accept its dtypes, and they train."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_gradients_of_mixed_dtypes_come_in_their_own(dtype):
 
 @each_dtype
 def test_caches_of_pages(dtype):
-    """What autocast made narrow, on a cache of float32."""
+    """Tensors that autocast has narrowed, with a cache in float32."""
     narrow = q.transpose(1, 2).to(dtype)
     cache, tokens = torch.zeros(2, 8, 2, 16), q[:, :2, :3].transpose(1, 2).to(dtype)
     positions = torch.arange(3).expand(2, 3)
@@ -85,7 +85,7 @@ def test_compiles_in_one_graph(dtype):
 
 
 def trained(model, ids, dtype, optimizer, spoiled=None):
-    """Losses of ten steps; the gradient of step `spoiled` is infinite."""
+    """Losses of ten steps, and the skipped steps; the gradient of step `spoiled` is infinite."""
     opt = optimizer(model.parameters(), lr=3e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=dtype == torch.float16)
     losses, skipped = [], []
@@ -122,11 +122,11 @@ def test_trains(patched, optimizer, dtype):
             assert skipped == ([] if spoiled is None else [spoiled])
             results.append(losses)
     exact, found = results
-    if spoiled is not None:  # the step after a skipped one begins where that began
+    if spoiled is not None:  # a skipped step leaves the weights to the next one
         assert abs(found[spoiled + 1] - found[spoiled]) < 1e-3
         found, exact = torch.cat((found[: spoiled + 1], found[spoiled + 2 :])), exact[:-1]
     assert exact[-1] < exact[0] - 0.3
-    # of a bfloat16 product's 2^-9, a few; less than 2 % of what ten steps learn
+    # a few times a bfloat16 product's error of 2^-9; less than 2 % of what ten steps learn
     torch.testing.assert_close(found, exact, rtol=0, atol=2e-2)
 
 

@@ -1,4 +1,4 @@
-"""Threads of a command: how many, how they wait, and the line where others want the cores."""
+"""Threads of a command: how many, how they wait, and the line printed when others use the cores."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def write(path, text):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Four cores of two hardware threads each, all of them to be had, no cgroup."""
+    """Four cores with two hardware threads each, all of them available, and no cgroup."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     for cpu in range(8):
         siblings = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
@@ -46,7 +46,7 @@ def test_quota_of_cgroup_2(machine, limit, wanted):
 
 @pytest.mark.parametrize("limit, wanted", [("300000", 3), ("-1", 4)])
 def test_quota_of_cgroup_1(machine, limit, wanted):
-    """In a container, whose own group is the root of the mount."""
+    """The quota inside a container, where the process's own group is the root of the mount."""
     write(machine / "proc/self/cgroup", "7:memory:/box\n4:cpu,cpuacct:/box\n")
     write(machine / "sys/fs/cgroup/cpu/cpu.cfs_quota_us", limit)
     write(machine / "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000")
@@ -55,9 +55,9 @@ def test_quota_of_cgroup_1(machine, limit, wanted):
 
 @pytest.fixture
 def environment(monkeypatch):
-    """What `settle` finds and leaves."""
+    """The environment that `settle` reads and changes."""
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, "")  # so that what `settle` sets is gone after the test
+        monkeypatch.setenv(name, "")  # so that the test removes what `settle` sets
         monkeypatch.delenv(name)
     before = torch.get_num_threads()
     yield os.environ
@@ -103,9 +103,9 @@ def test_a_line_where_others_want_the_cores(machine, monkeypatch):
     watch = threads.Watch(machine)
     assert watch.line(8) is None  # no time has passed
     now[0] = 1.0
-    ticks(100, 90)  # who gives way takes nothing
+    ticks(100, 90)  # nice processes give way and are not counted
     assert watch.line(8) is None
-    ticks(150, 90)  # half of each of eight
+    ticks(150, 90)  # half of each of the eight CPUs
     assert watch.line(4) is None
     assert watch.line(8) == (
         "other processes use 4.0 of 8 CPUs, 8 threads want 8: expect less than the usual speed"

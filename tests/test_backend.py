@@ -1,5 +1,5 @@
-"""What every op owes its caller whatever surrounds the call: default dtype and device, autocast,
-tensor subclasses, second derivatives, threads.
+"""What every op guarantees in any context of a call: default dtype and device, autocast, tensor
+subclasses, second derivatives, threads.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ def test_default_device_does_not_matter(function, tensors):
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_autocast(name, op):
-    """Products take autocast's dtype, as F.linear and torch's attention do; nothing else changes:
+    """Products use autocast's dtype, as in F.linear and torch's attention. Nothing else changes:
     the reference's own products would be bfloat16."""
     function, tensors = CALLS[op]
     cast = tensors
@@ -97,7 +97,7 @@ def test_autocast(name, op):
 
 
 class Wrapped(torch.Tensor):
-    """A tensor without memory of its own, as DTensor and quantized tensors are."""
+    """A tensor without memory of its own, like DTensor and quantized tensors."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -114,7 +114,7 @@ class Wrapped(torch.Tensor):
 
 @each_op
 def test_subclass_in_any_place_dispatches(function, tensors):
-    """Read as a plain tensor it is a null pointer."""
+    """Read as a plain tensor it would be a null pointer."""
     with torch.no_grad():
         expected = function(*tensors)
         for i in range(len(tensors)):
@@ -126,10 +126,10 @@ def test_subclass_in_any_place_dispatches(function, tensors):
 def test_no_second_derivative_rather_than_zeros(function, tensors):
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     loss = function(*leaves).square().sum()
-    with warnings.catch_warnings():  # that create_graph may leak memory
+    with warnings.catch_warnings():  # the warning that create_graph may leak memory
         warnings.simplefilter("ignore")
         (first, *_) = torch.autograd.grad(loss, leaves, create_graph=True)
-    if function is CALLS["rope"][0]:  # its gradient is itself
+    if function is CALLS["rope"][0]:  # its gradient is the op itself
         torch.autograd.grad(first.square().sum(), leaves, allow_unused=True)
         return
     with pytest.raises(NotImplementedError, match="_backward has no derivative"):
@@ -139,7 +139,7 @@ def test_no_second_derivative_rather_than_zeros(function, tensors):
 @pytest.mark.slow
 @each_op
 def test_inductor(function, tensors):
-    """The default backend of torch.compile, which asserts the strides that fakes promise."""
+    """The default backend of torch.compile, which asserts the strides that fakes declare."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: function(*t) * 2, fullgraph=True)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_inductor(function, tensors):
 
 
 def test_other_threads_follow_torch():
-    """OpenMP keeps the number of threads per thread; torch sets it where it is asked."""
+    """OpenMP keeps the number of threads per thread; torch sets it in the calling thread."""
     before, seen = torch.get_num_threads(), []
 
     def work():
@@ -169,7 +169,7 @@ def test_other_threads_follow_torch():
 
 
 def test_worker_processes():
-    """In a worker of a DataLoader, forked from a process whose OpenMP threads run."""
+    """Ops run in a DataLoader worker, forked from a process whose OpenMP threads are running."""
     with torch.no_grad():
         expected = ops.rms_norm(torch.ones(2048, 512), torch.ones(512)).sum()
     loader = torch.utils.data.DataLoader(range(3), num_workers=1, collate_fn=_in_worker, timeout=60)
@@ -225,13 +225,13 @@ def _in_worker(_):
     ],
 )
 def test_refuses_tensors_on_two_devices(call, message):
-    """One tensor on meta makes torch run the fake: what came back was memory never written."""
+    """With one tensor on meta torch runs the fake, and the result was memory never written."""
     with pytest.raises(InputError, match=message):
         call(lambda t: t.to("meta"))
 
 
 def test_cuda_functions_run_on_their_tensors_device(monkeypatch):
-    """Kernels start on the current device: another one is made current around the call."""
+    """Kernels launch on the current device, so the call makes the tensors' device current."""
     entered = []
 
     class Elsewhere:

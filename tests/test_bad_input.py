@@ -1,9 +1,9 @@
-"""What a user may do wrong, from the command line: one line that names it, exit status 2, and
-nothing half-written. The modules' own tests have the details; a row here is a promise of the
-README's kind, for everything that a command can be given.
+"""What a user may do wrong on the command line: one line that names the error, exit status 2, and
+nothing half-written. The modules' own tests have the details. A row here is a promise like the
+README's, for everything that a command can be given.
 
-Not here, because no command takes tensors: mismatched dtypes and devices and targets outside the
-vocabulary (tests of the ops). A disk that is full and a read-only run folder: test_run.py.
+Not here, because no command accepts tensors: mismatched dtypes and devices and targets outside the
+vocabulary (tests of the ops). For a full disk and a read-only run folder see test_run.py.
 """
 
 import gzip
@@ -114,7 +114,7 @@ def cut(file: Path) -> None:
 
 
 def lie(file: Path) -> None:
-    """The header says that the first tensor goes on behind the file's end."""
+    """Let the header claim that the first tensor extends past the end of the file."""
     data = file.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + size])
@@ -214,7 +214,7 @@ def test_a_tokenizer_that_does_not_fit(finished, model, tmp_path):
 
 
 def test_token_ids_out_of_range(finished, tmp_path):
-    """Shards whose checksums are right and whose tokens no embedding has."""
+    """Shards with correct checksums and with tokens that no embedding has."""
     import hashlib
 
     shutil.copytree(finished / "run/shards/heldout", tmp_path / "shards")
@@ -299,8 +299,7 @@ def test_recipes(finished, tmp_path):
 
 
 def test_records_of_another_kind(finished, tmp_path):
-    """stages.json with a value of the wrong kind: a line that says what to do, or nothing to
-    do."""
+    """stages.json with a value of the wrong kind: a line that states what to do, or no work."""
     run = tmp_path / "run"
     shutil.copytree(finished / "run", run)
     file = run / "stages.json"
@@ -345,7 +344,7 @@ def test_records_of_another_kind(finished, tmp_path):
 
 
 def test_moves_out_of_a_run_folder(finished, tmp_path):
-    """A run folder from a stranger with a half-done move of somebody else's files."""
+    """A run folder from a stranger, with a half-done move of files outside the folder."""
     shutil.copytree(finished / "run", tmp_path / "run")
     (tmp_path / "mine").write_text("x")
     (tmp_path / "run/.previous.new").mkdir()

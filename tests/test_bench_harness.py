@@ -1,4 +1,4 @@
-"""bench/: what a figure rests on, and what its command line refuses."""
+"""bench/: what a figure is based on, and what its command line refuses."""
 
 import importlib
 import json
@@ -89,7 +89,7 @@ def test_collected_without_operands(monkeypatch, op):
 
 @pytest.mark.parametrize("op", OWN)
 def test_variants_do_the_same_work(op):
-    """On a small shape of one's own: every variant runs and makes as much."""
+    """On a custom small shape every variant runs and returns the same number of elements."""
     for case in importlib.import_module(op).own(*OWN[op]):
         made = {}
         for name, call in case.calls().items():
@@ -121,8 +121,8 @@ def test_share_is_of_the_best_instruction_for_the_dtype():
 
 
 def rate(call):
-    """The best of several short calls of one thread: other processes can only slow one, and two
-    threads are seldom on their cores at once beside them.
+    """The best of several short calls on one thread. Other processes can only slow a call, and with
+    them two threads are seldom on their cores at once.
     """
 
     def once():
@@ -150,7 +150,7 @@ def test_nothing_is_above_the_ceiling(isa):
 
 @pytest.mark.skipif("avx2" not in backend.cpu_isas(), reason="needs AVX2")
 def test_a_ceiling_is_of_the_whole_product():
-    """AVX2's int8 product is three instructions of 64 operations, FMA one of 16."""
+    """AVX2's int8 product is three instructions with 64 operations, FMA one with 16."""
     with backend.use_cpu_isa("avx2"):
         fma, dot = (
             rate(lambda n=n: backend.cpu_extension.run_peak(n, 20_000))
@@ -178,9 +178,9 @@ def test_every_instruction_has_a_ceiling():
     ("later", "wanted"),
     [
         ([102.0], {"fp32 FMA": 102.0}),
-        ([150.0, 152.0], {"fp32 FMA": 152.0}),  # the first was taken beside other work
+        ([150.0, 152.0], {"fp32 FMA": 152.0}),  # the first was measured while other work ran
         ([50.0, 150.0, 50.0], {}),
-        ([None], {}),  # others had the cores
+        ([None], {}),  # others used the cores
     ],
 )
 def test_ceilings_that_differ_are_measured_again_or_left_out(monkeypatch, later, wanted):
@@ -300,7 +300,7 @@ def test_profile_of_ones_own_model(monkeypatch, tmp_path, capsys):
 
 def test_profile_finds_own_linears(monkeypatch):
     least_rows = sys.modules["fastlm.ops.linear"]._LEAST_ROWS
-    monkeypatch.setitem(least_rows, backend.cpu_isa(), (1, 1))  # the own product runs
+    monkeypatch.setitem(least_rows, backend.cpu_isa(), (1, 1))  # fastlm's own product runs
     x, weight = (torch.randn(2048, 64).bfloat16().requires_grad_() for _ in range(2))
     with torch.profiler.profile() as profiled:
         ops.linear(x, weight).sum().backward()

@@ -1,5 +1,5 @@
-"""Bits per byte: every token once, the value of a known model, and compressors measured on the
-same bytes.
+"""Bits per byte: every token once, the value of a known model, and compressors measured on the same
+bytes.
 """
 
 import lzma
@@ -18,8 +18,8 @@ from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate, windo
 
 
 class Recorder(nn.Module):
-    """Predicts P(token) = (token + 1) / Z from nothing, and notes what it was asked to
-    predict and from what.
+    """A model that predicts P(token) = (token + 1) / Z without looking at the input, and records
+    the inputs and labels of each call.
     """
 
     def __init__(self):
@@ -55,7 +55,7 @@ def test_every_token_is_predicted_once(heldout, seq_len, stride, batch_size):
     )
     assert result.tokens == heldout.tokens and result.bytes == heldout.bytes_of_text
     assert model.training
-    # inputs are the tokens before; the first of all follows end-of-text
+    # inputs are the preceding tokens; the first token of all follows end-of-text
     row = model.asked[0][0]
     assert row[0] == heldout.eos_id and np.array_equal(row[1:], tokens[: len(row) - 1])
     # all but the first windows have at least seq_len - stride tokens of context

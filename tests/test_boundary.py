@@ -1,4 +1,4 @@
-"""The extension's boundary: what a TensorView takes and refuses, threads shared with torch, the
+"""The extension's boundary: what a TensorView accepts and refuses, threads shared with torch, the
 choice of instruction set.
 """
 
@@ -55,7 +55,7 @@ def test_a_type_that_dies_does_not_leave_its_entry_behind():
 
 
 class Producer:
-    """A DLPack producer of its own type that makes new memory for every capsule."""
+    """A DLPack producer of its own type that allocates new memory for every capsule."""
 
     def __init__(self, name, array, log):
         self.name, self.array, self.log = name, array, log
@@ -68,7 +68,7 @@ class Producer:
 
 
 def test_capsules_live_until_the_call_ends():
-    """Also those of optional arguments and of the elements of lists."""
+    """Capsules of optional arguments and of list elements do too."""
     x, residual, w = np.ones((4, 8), "f"), np.full((4, 8), 2, "f"), np.ones(8, "f")
     y, h, rstd = np.zeros((4, 8), "f"), np.zeros((4, 8), "f"), np.zeros(4, "f")
     log = []
@@ -109,7 +109,7 @@ def test_matrix_core(isa, kind, m, n, k):
     c = torch.empty(m, n)
     _cpu.matmul(a, b, c)
     truth = a.double() @ b.double().T
-    # fp32 accumulation of k products: relative to the sum of magnitudes, k * 2^-24 at worst
+    # fp32 accumulation of k products: relative to the sum of magnitudes, at worst k * 2^-24
     bound = (a.double().abs() @ b.double().abs().T) * (k + 2) * 2**-24
     assert ((c.double() - truth).abs() <= bound).all()
 
@@ -288,7 +288,7 @@ def test_forcing_a_backend_that_is_not_here_raises(monkeypatch):
 
 
 def test_operator_is_skipped_only_where_nothing_watches(monkeypatch):
-    """Without gradients the kernel is called at once; autograd and modes see the op."""
+    """Without gradients the kernel is called directly. Autograd and modes see the op."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from fastlm import ops

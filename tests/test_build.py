@@ -1,4 +1,4 @@
-"""The build: which extension compiles which file; what an edit compiles, on a small tree."""
+"""The build: which extension compiles which file, and what an edit recompiles, on a small tree."""
 
 import filecmp
 import json
@@ -38,7 +38,7 @@ def test_glu_alone_includes_glu_h():
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two ops, one header of each, one of both."""
+    """Two ops, one header for each, one for both."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"):
         shutil.copy(ROOT / name, tmp_path)
     files = {
@@ -63,7 +63,7 @@ def setup(tree: Path, **environment: str) -> subprocess.CompletedProcess:
 
 
 def built(tree: Path, **environment: str) -> set[str]:
-    """What a build compiled, "link" included."""
+    """The targets that a build compiled, including "link"."""
     done = setup(tree, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return set(re.findall(r"^\[\d+/\d+\] fastlm._cpu: (\S+)$", done.stdout, re.MULTILINE))
@@ -78,7 +78,7 @@ def test_an_edit_compiles_what_includes_it(tree):
     assert built(tree) == {*sources, "link"}
     assert {c["file"] for c in json.loads((tree / "compile_commands.json").read_text())} == sources
 
-    assert not list(tree.glob("build/lib*"))  # all of it would be in the next wheel
+    assert not list(tree.glob("build/lib*"))  # everything in it would be in the next wheel
 
     (library,) = (tree / "fastlm").glob("_cpu*.so")
     times = [p.stat().st_mtime_ns for p in (tree / "build/release/build.ninja", library)]

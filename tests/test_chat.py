@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-# A conversation whose answers are what it was told, word by word, without end for "long"
+# A conversation that answers with the list of what it was told, word by word; endless for "long".
 TALK = """
 import itertools, os, sys, time
 from types import SimpleNamespace
@@ -37,20 +37,20 @@ COMMAND = [sys.executable, "-P", "-c", TALK]
 
 
 class Terminal:
-    """A pty with the conversation in it."""
+    """A pty in which the conversation runs."""
 
     def __init__(self):
         self.fd, inside = pty.openpty()
         self.process = subprocess.Popen(
             [*COMMAND, "stats"], stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup's are ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup ignores them
             env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
         )  # fmt: skip
         os.close(inside)
         self.seen = ""
 
     def type(self, text: str, *wanted: str) -> None:
-        """Types once all that came before was read, and waits for each of `wanted` in turn."""
+        """Type once everything before was read, and wait for each of `wanted` in turn."""
         os.write(self.fd, text.encode())
         until = time.monotonic() + 60
         for part in wanted:
@@ -61,7 +61,7 @@ class Terminal:
             self.seen = self.seen.partition(part)[2]
 
 
-PROMPT = "\x1b[?2004h"  # a paste comes in brackets from here on, and keys one by one
+PROMPT = "\x1b[?2004h"  # from here on a paste arrives in brackets, and keys one by one
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def terminal():
         terminal.type("", "the end")
         assert terminal.process.wait(60) == 0
     finally:
-        terminal.process.kill()  # where a test has failed
+        terminal.process.kill()  # needed after a failed test
         terminal.process.wait()
         os.close(terminal.fd)
 
@@ -104,7 +104,7 @@ def test_commands(terminal):
     terminal.type("/rest now\r", "fastlm: /rest: wanted /help, /reset or /exit", PROMPT)
     terminal.type("//rest\r", "heard ['/rest']", PROMPT)
     terminal.type("\r", PROMPT)
-    terminal.type("  \r", PROMPT)  # nothing is no message
+    terminal.type("  \r", PROMPT)  # blanks are not a message
     terminal.type("more\r", "heard ['/rest', 'more']", PROMPT)
     terminal.type("/exit\r")
 
@@ -114,7 +114,7 @@ def test_commands(terminal):
     [
         ("a\n\n b\n/reset\nc", 0, ["heard ['a']", "heard ['a', 'b']", "heard ['c']", "the end"]),
         ("a\n/exit\nb\n", 0, ["heard ['a']", "the end"]),
-        ("a\n/b\nc\n", 1, ["heard ['a']"]),  # the command line makes a line of its InputError
+        ("a\n/b\nc\n", 1, ["heard ['a']"]),  # the command line prints its InputError as a line
     ],
 )
 def test_lines_of_a_pipe_are_messages(typed, status, out):
@@ -125,7 +125,7 @@ def test_lines_of_a_pipe_are_messages(typed, status, out):
 
 
 def test_bytes_that_are_no_text_are_refused_in_a_line(tmp_path):
-    """Of stdin, by the verbs that read it."""
+    """Invalid bytes on stdin, for the commands that read it."""
     from fastlm.tokenizer.tokenizer import Tokenizer
 
     Tokenizer.train(["some text"], 262).save(tmp_path)

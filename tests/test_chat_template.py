@@ -1,5 +1,4 @@
-"""Chat templates: what transformers renders, within limits, and no message becomes a special
-token."""
+"""Chat templates: transformers' output, within limits, and no message becomes a special token."""
 
 import json
 import os
@@ -66,7 +65,7 @@ MACRO = (
 BENIGN = {
     "chatml": chat_template.CHATML, "llama3": LLAMA3, "phi3": PHI3, "qwen3": QWEN3, "macro": MACRO,
 }  # fmt: skip
-# templates that join, delete or change what messages hold
+# templates that join, delete or change the contents of messages
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{{ p.text }}"
     "{% endfor %}<|im_end|>{% endfor %}"
@@ -93,7 +92,7 @@ def special_ids(tokenizer, messages, **options):
     return [i for i in ids if i in tokenizer._specials.values()]
 
 
-# what transformers gives
+# the output of transformers
 
 
 CONVERSATION = [
@@ -132,7 +131,7 @@ def test_smollm2_gives_transformers_ids():
     chat = [m | {"content": m["content"].replace("2 < 3 | 5 > 4 ", "")} for m in CONVERSATION]
     want = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert ours.encode_chat(chat) == want
-    # the unknown token, which ends a text too
+    # the unknown token, which also ends a text
     end = 0
     assert end in ours.stop_ids and ours.token_bytes(end) == b"<|endoftext|>"
     assert end not in ours.encode_chat([{"role": "user", "content": "<|endoftext|>"}])
@@ -195,7 +194,7 @@ def test_text_of_a_message_stays_text(backend, template, messages, harmless):
         plain = [{**m, "content": [{"text": "x"}]} for m in plain]
     want = special_ids(tokenizer, plain, add_generation_prompt=False)
     want = [tokenizer._backend.id_to_token(i) for i in want]
-    if messages and messages[0]["role"] == "im_end":  # Phi-3's <|user|> is not there
+    if messages and messages[0]["role"] == "im_end":  # the vocabulary lacks Phi-3's <|user|>
         want.remove("<|user|>")
     assert names == want
 
@@ -235,7 +234,7 @@ OPERATIONS = {
 @settings(max_examples=300, deadline=None)
 @given(OWN, st.lists(st.tuples(st.sampled_from(list(OPERATIONS)), st.one_of(OWN, GIVEN))))
 def test_marks_follow_the_characters(text, steps):
-    """Small letters are given: none is ever marked; and the text is what str makes of it."""
+    """Lower-case letters come from messages: none is ever marked. The text is as with str."""
     plain = str.__str__(text)
     for name, other in steps[:8]:
         text = OPERATIONS[name](text, other)

@@ -1,4 +1,4 @@
-"""Model folders in and out, and every way in which one can be broken."""
+"""Reading and writing model folders, and every way in which one can be broken."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_round_trip_and_transformers(tmp_path, dtype, shard_bytes):
     save_hf(tmp_path / "m", CONFIG, state, max_shard_bytes=shard_bytes)
     shards = [f for f in files(tmp_path / "m") if f.endswith(".safetensors")]
     assert (len(shards) > 3) == (shard_bytes < 2**30)
-    for shard in shards:  # a tensor larger than the limit has a file of its own
+    for shard in shards:  # a tensor larger than the limit gets its own file
         assert (tmp_path / "m" / shard).stat().st_size < max(shard_bytes, 300 * 64 * 4) + 4096
     config, tensors = load_state(tmp_path / "m")
     assert config == CONFIG
@@ -174,7 +174,7 @@ def test_tied_head_is_left_out(tmp_path):
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # shared memory
     save_hf(tmp_path / "m", {**CONFIG, "tie_word_embeddings": True}, state)
     modes = {p.name: p.stat().st_mode for p in (tmp_path / "m").iterdir()}
-    assert modes["model.safetensors"] == modes["config.json"]  # who may read one may read all
+    assert modes["model.safetensors"] == modes["config.json"]  # the same permissions for all files
     came = dict(load_state(tmp_path / "m")[1])
     assert "lm_head.weight" not in came and len(came) == len(state) - 1
 
@@ -516,7 +516,7 @@ def test_full_disk(tmp_path, existing):
 
 
 def test_read_only_place():
-    # /proc refuses new files to root as well
+    # /proc refuses new files even to root
     for save in (
         lambda: save_hf("/proc/m", CONFIG, {}),
         lambda: save_tensors("/proc/m", {}),
@@ -571,7 +571,7 @@ def test_tensors_round_trip(tmp_path):
         "bf16": torch.randn(3).bfloat16(),
     }
     metadata = {"step": 3, "names": ["a", "é"], "lr": 1e-3}
-    for _ in range(2):  # replacing works as well
+    for _ in range(2):  # the second time replaces the file
         save_tensors(tmp_path / "s", tensors, metadata)
     came, told = load_tensors(tmp_path / "s")
     assert_same(came, tensors)

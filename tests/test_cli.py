@@ -1,4 +1,4 @@
-"""The command line: verbs, help that is quick, results on stdout, refusals in one line with
+"""The command line: commands, help that is quick, results on stdout, refusals in one line with
 status 2.
 """
 
@@ -66,11 +66,11 @@ def test_info(monkeypatch):
     have = json.loads(call("info", "--json").stdout)
     assert have["ops"]["rms_norm"]["picked"]
     text = call("info").stdout
-    assert "torch" in text and all(f" {op} " in text for op in have["ops"])  # whole
+    assert "torch" in text and all(f" {op} " in text for op in have["ops"])  # untruncated
     monkeypatch.setenv("COLUMNS", "120")
     text = call("info").stdout
     reasons = [why for why in have["backends"].values() if why]
-    assert all(text.count(why) <= reasons.count(why) for why in reasons)  # not once an op
+    assert all(text.count(why) <= reasons.count(why) for why in reasons)  # not repeated for each op
     assert "tensors" not in text and re.search(r"rms_norm  .*✓", text)
 
 
@@ -180,13 +180,13 @@ def test_a_conversation_forgets_its_oldest_turns(finished, tmp_path):
     def interrupt(piece):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):  # what was written of the answer stays
+    with pytest.raises(KeyboardInterrupt):  # the part of the answer already written is kept
         talk.say("The tree sees", interrupt, seed=0)
     assert talk.turns[-1]["content"] and talk.turns[-2]["content"] == "The tree sees"
     assert answer.text.startswith(talk.turns[-1]["content"]) and talk.turns != before
     talk.reset()
     assert talk.turns == []
-    with pytest.raises(InputError, match=r"lone surrogate at 4$"):  # of what was typed
+    with pytest.raises(InputError, match=r"lone surrogate at 4$"):  # in the typed text
         talk.say("hey \ud800", pieces.append)
 
 
@@ -199,7 +199,7 @@ def test_eval_of_shards_and_of_text(finished, tmp_path):
     (one,), (other,) = shards["models"].values(), text["models"].values()
     assert other["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
     assert text["bits_per_byte_xz"] > 0 and "bits_per_byte_xz" not in shards
-    # a run's folder of either holds the part that was held out
+    # in a run both folders contain the held-out part
     for data in ("shards", "data"):
         folder = json.loads(call(*options, finished / data, "--json").stdout)
         (same,) = folder["models"].values()
@@ -260,7 +260,7 @@ def test_pretrain_goes_on_where_it_was(finished, tmp_path):
 
 
 def test_the_time_left_follows_the_pace_of_late(capsys):
-    """Not that of the whole run, which may have slept or been resumed."""
+    """It does not follow the whole run, which may have been suspended or resumed."""
     show = EventLines()
     for seconds, progress in ((1000, 0.1), (1010, 0.2), (1020, 0.3)):
         show({"loss": 4.0, "lr": 3e-3, "tokens_per_second": 900.0, "seconds": seconds,
@@ -337,7 +337,7 @@ def test_from_text_to_a_model_in_four_commands(tmp_path):
     refused("data", "shards", tmp_path / "docs", "-t", words, "-o", tmp_path / "x", text="funnel")
     none = ["--heldout-bytes", 0, "--rules", "none"]
     call("data", "prepare", tmp_path / "docs", "-o", prepared, *none)
-    call("data", "shards", prepared, "-t", words, "-o", shards)  # what was held out is trained on
+    call("data", "shards", prepared, "-t", words, "-o", shards)  # now all of the text is trained on
     assert not (shards / "heldout/index.json").exists()
 
 

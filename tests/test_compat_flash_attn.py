@@ -49,7 +49,7 @@ SIGNATURES = {
         " softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,"
         " rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False"
     ),
-}  # of flash-attn 2.8
+}  # from flash-attn 2.8
 
 WINDOWS = [(-1, -1), (3, 0), (3, -1), (-1, 2), (2, 1), (0, 0), (-1, 0), (100, 100)]
 
@@ -102,12 +102,12 @@ def tensors(batch, rows, keys, heads, kv_heads, width=16, dtype=torch.float32):
 
 
 def near(actual, truth, tolerance=2e-5):
-    """float32 sums of tens of terms of size 1."""
+    """Compare with the tolerance for float32 sums of tens of terms of size 1."""
     torch.testing.assert_close(actual.double(), truth, rtol=tolerance, atol=tolerance)
 
 
 def check(function, truth, leaves, tolerance=2e-5):
-    """Output and gradients of `function(*leaves)` against those of `truth` in float64."""
+    """Compare output and gradients of `function(*leaves)` with those of `truth` in float64."""
     out, lse, _ = function(*leaves)
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     expected, expected_lse = truth(*doubles)
@@ -122,11 +122,11 @@ def check(function, truth, leaves, tolerance=2e-5):
 
 @pytest.mark.parametrize("rows, keys", [(2, 5), (5, 2)])
 def test_causal_masks_of_the_documentation(rows, keys):
-    """Aligned at the bottom right; a row whose mask is all zero gives zero."""
+    """Aligned at the bottom right. A row whose mask is all zero returns zero."""
     drawn = {(2, 5): ["11110", "11111"], (5, 2): ["00", "00", "00", "10", "11"]}[rows, keys]
     seen = torch.tensor([[int(c) for c in row] for row in drawn]).bool()
     q, k = torch.zeros(1, rows, 1, 8), torch.zeros(1, keys, 1, 8)
-    v = torch.eye(keys, 8)[None, :, None]  # the output says which keys had a part
+    v = torch.eye(keys, 8)[None, :, None]  # the output shows which keys took part
     out = flash_attn_func(q, k, v, causal=True)[0, :, 0, :keys]
     assert torch.equal(out > 0, seen)
     assert torch.equal(out[~seen.any(1)], torch.zeros(int((~seen.any(1)).sum()), keys))
@@ -171,7 +171,7 @@ def test_low_precision(dtype):
 
 
 def test_packed_tensors():
-    """As the separate ones, to the last bit, and the gradient is one packed tensor."""
+    """Equal to the separate tensors to the last bit, with one packed gradient."""
     qkv = torch.randn(2, 9, 3, 4, 16, requires_grad=True)
     slopes = torch.rand(4)
     options = (0.0, 0.2, True, (5, 0), 3.0, slopes, True, True)
@@ -228,7 +228,7 @@ def test_varlen(q_lengths, k_lengths, causal, window_size, slopes):
 
 
 def test_varlen_of_full_rows_is_dense():
-    """Of flash-attn's own tests: packing rows of one length changes nothing but the shape."""
+    """From flash-attn's own tests: packing rows of one length changes only the shape."""
     q, k, v = tensors(3, 8, 8, 4, 2)
     cu = offsets([8] * 3)
     dense = flash_attn_func(q, k, v, causal=True)
@@ -252,7 +252,7 @@ def test_packed_tensors_of_varlen():
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64])
 def test_padding(kind):
-    """Rows out of a padded batch, through the packed function, and back: as the dense one."""
+    """Rows go from a padded batch through the packed function and back, with the dense result."""
     lengths = [5, 0, 9, 3]
     mask = torch.zeros(4, 9, dtype=kind)
     for b, (length, left) in enumerate(zip(lengths, (True, False, True, False))):
@@ -287,7 +287,7 @@ def test_padding_with_rows_kept_unused():
 
 
 def paged(k, lengths, page_size, pages):
-    """Packed keys in pages out of order, NaN where no key lies; and the table."""
+    """Packed keys in shuffled pages, with NaN in unused slots; and the table."""
     most = -(-max(lengths) // page_size)
     cache = torch.full((pages, page_size, *k.shape[1:]), torch.nan)
     table = torch.randperm(pages)[: len(lengths) * most].view(len(lengths), most).int()
@@ -348,7 +348,7 @@ KVCACHE = {
 @pytest.mark.parametrize("new", [None, "plain", "interleaved", "half"])
 @pytest.mark.parametrize("rows", [1, NEW])
 def test_kvcache(options, layout, new, rows):
-    """Keys are appended in place, at cache_seqlens, and seen."""
+    """Keys are appended in place at cache_seqlens, and are visible."""
     seqlens = torch.tensor([5, 11], dtype=torch.int32)
     q, k, v = (t.detach() for t in tensors(2, rows, rows, 4, 2))
     shape = (10, 4, 2, 16) if layout == "pages" else (5, CAPACITY, 2, 16)
@@ -411,7 +411,7 @@ def test_kvcache(options, layout, new, rows):
 
 
 def test_kvcache_lengths():
-    """A number for all sequences; all of the cache where none is given."""
+    """One number for all sequences; the whole cache if none is given."""
     q, k_cache, v_cache = (t.detach() for t in tensors(2, 1, 8, 4, 2))
     whole = flash_attn_with_kvcache(q, k_cache, v_cache)
     assert torch.equal(whole, flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=8))
@@ -437,7 +437,7 @@ def test_decoding_token_by_token_is_one_causal_call():
 
 
 def test_dropout():
-    """Draws from torch's generator, keeps the mean; its probabilities are not to be had."""
+    """It draws from torch's generator and keeps the mean. The probabilities are not available."""
     q, k, v = (t.detach() for t in tensors(1, 4, 256, 2, 2))
 
     def run(seed):
@@ -445,7 +445,7 @@ def test_dropout():
         return flash_attn_func(q, k, torch.ones_like(v), 0.25)
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
-    # each output is a sum of 256 probabilities, kept or not: of 1 on average
+    # each output is a sum of 256 probabilities, kept or dropped: 1 on average
     assert (torch.stack([run(i) for i in range(50)]).mean() - 1).abs() < 0.05
     with pytest.raises(InputError, match="return_attn_probs: wanted False with dropout"):
         flash_attn_func(q, k, v, 0.25, return_attn_probs=True)
@@ -594,7 +594,7 @@ def test_a_refused_append_writes_nothing(message):
 
 
 def test_lengths_that_are_too_short():
-    """Rows behind max_seqlen would be masked as others are, or left out."""
+    """Rows past max_seqlen would otherwise get the wrong mask, or be left out."""
     q, k, v = (t[0].detach() for t in tensors(1, 5, 5, 4, 2))
     for sizes, side in (((1, 3), "q"), ((3, 2), "k")):
         with pytest.raises(InputError, match=f"max_seqlen_{side}: wanted at least 3, got"):

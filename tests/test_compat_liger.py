@@ -36,7 +36,7 @@ from fastlm.compat.liger import (
 )
 from fastlm.hf.patching import patched_ops
 
-# what transformers says of its own names is not about the kernels
+# warnings of transformers about its own names do not concern the kernels
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 MORE = "return_z_loss=False, return_token_accuracy=False, return_predicted_tokens=False"
@@ -95,7 +95,7 @@ SIGNATURES = {
     "liger_geglu": "a, b",
     "LigerSwiGLUMLP": "config, intermediate_size=None",
     "LigerGEGLUMLP": "config",
-}  # of Liger-Kernel 0.8
+}  # from Liger-Kernel 0.8
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -108,7 +108,7 @@ ROWS, CLASSES, WIDTH, IGNORED = 13, 37, 8, 5
 
 
 def truth(logits, target, *, weight, ignore_index, smoothing, scale, reduction, softcap):
-    """loss and its z-loss in float64; the loss of an ignored row is 0."""
+    """The loss and its z-loss in float64. The loss of an ignored row is 0."""
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     valid = target != ignore_index
     loss = F.cross_entropy(
@@ -209,7 +209,7 @@ def test_losses(options, more, ignore_index, fused):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("more", [{}, {"label_smoothing": 0.1, "lse_square_scale": 0.01}])
 def test_token_scaling(reduction, more):
-    """Each row's loss times the probability of its target, through which no gradient goes."""
+    """Each row's loss is scaled by the probability of its target, which gets no gradient."""
     x, head, target = drawn()
     x.requires_grad_()
     out = liger_fused_linear_cross_entropy(
@@ -236,7 +236,7 @@ def test_token_scaling(reduction, more):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_all_rows_ignored(weighted):
-    """0, as Liger's, with a gradient of 0; torch's mean is NaN."""
+    """0, as in Liger, with a gradient of 0. torch's mean is NaN."""
     x, head, _ = drawn()
     x.requires_grad_()
     target = torch.full((ROWS,), -100)
@@ -251,7 +251,7 @@ def test_all_rows_ignored(weighted):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_losses_in_low_precision(dtype, fused):
-    """The logits survive, and a second backward gives the same."""
+    """The logits are not overwritten, and a second backward returns the same."""
     x, head, target = drawn(dtype)
     logits = F.linear(x, head)
     leaf = (x if fused else logits).requires_grad_()
@@ -264,7 +264,7 @@ def test_losses_in_low_precision(dtype, fused):
     assert torch.equal(first, torch.autograd.grad(loss, leaf)[0]) and first.dtype == dtype
     assert torch.equal(leaf, before) and loss.dtype == torch.float32
     wide = F.linear(x.double(), head.double()) if fused else logits.double()
-    # logits are rounded to the dtype where they exist
+    # existing logits are rounded to the dtype
     torch.testing.assert_close(loss.double(), F.cross_entropy(wide, target), rtol=1e-5, atol=1e-5)
 
 
@@ -294,7 +294,7 @@ def test_rms_norm(dtype, affine, offset, init):
 
 
 def test_rms_norm_of_models():
-    """In the place of transformers' norms, with their weights."""
+    """The norms replace transformers' norms, with their weights."""
     x = torch.randn(3, 7, 32)
     for theirs, ours in (
         (LlamaRMSNorm(32), LigerRMSNorm(32)),
@@ -343,7 +343,7 @@ def test_rotary(batch):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         (gradient,) = torch.autograd.grad(found[0], q, upstream)
         torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-6)
-    half = cos[..., 4:12], sin[..., 4:12]  # the first 8 elements turn, the rest stays
+    half = cos[..., 4:12], sin[..., 4:12]  # the first 8 elements are rotated, the rest stays
     q_out, _ = liger_rotary_pos_emb(q, k, *half, rotary_dim=8)
     table = [torch.cat((t[..., :4], t[..., :4]), -1) for t in half]
     turned, _ = apply_rotary_pos_emb(q[..., :8], k[..., :8], *table)
@@ -361,7 +361,7 @@ def test_gated_products():
     "cls, act", [(LigerSwiGLUMLP, "silu"), (LigerGEGLUMLP, "gelu_pytorch_tanh")]
 )
 def test_mlps(cls, act):
-    """In the place of Llama's MLP, with its weights."""
+    """The module replaces Llama's MLP, with its weights."""
     config = LlamaConfig(**SMALL, hidden_act=act)
     theirs, ours = LlamaMLP(config), cls(config)
     ours.load_state_dict(theirs.state_dict())
@@ -372,7 +372,7 @@ def test_mlps(cls, act):
 
 
 def test_mlp_of_one_projection():
-    """In the place of Phi-3's MLP, with its weights."""
+    """The module replaces Phi-3's MLP, with its weights."""
     config = Phi3Config(**SMALL)
     theirs, ours = Phi3MLP(config), door.LigerPhi3SwiGLUMLP(config)
     ours.load_state_dict(theirs.state_dict())
@@ -387,7 +387,7 @@ APPLIED = [n for n in door.__all__ if n.startswith("apply_liger_kernel_to_")]
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_apply_to_models(name):
-    """The ops that are asked for, of those the model has a place for; attention as it was."""
+    """The requested ops are patched if the model has a place for them. Attention is unchanged."""
     kind = name.removeprefix("apply_liger_kernel_to_")
     family = {"gemma3_text": "gemma3", "qwen3_moe": "qwen2_moe"}.get(kind, kind)
     apply, found = getattr(door, name), dict(FAMILIES[family][1])
@@ -416,7 +416,7 @@ def test_mlp_sizes():
 
 
 def swapped(model, dtype):
-    """A Llama whose norms and MLPs are Liger's names, with the model's own weights."""
+    """A Llama whose norms and MLPs are Liger's classes, with the model's own weights."""
     model = copy.deepcopy(model)
     for layer in model.model.layers:
         mlp = LigerSwiGLUMLP(model.config)
@@ -431,7 +431,7 @@ def swapped(model, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_convergence(dtype):
-    """Liger's own test in small: a model of its modules and its loss trains as the plain one."""
+    """Liger's own test, reduced: a model of its modules and its loss trains like the plain one."""
     plain, _ = pair(dtype=dtype)
     fast = swapped(plain, dtype)
     fused = LigerFusedLinearCrossEntropyLoss()
@@ -458,7 +458,7 @@ def test_convergence(dtype):
         histories.append(torch.tensor(losses))
     a, b = histories
     assert a[-1] < 0.7 * a[0]
-    # float32: rounding, which training lets grow; bfloat16: a few of its roundings a step
+    # float32: rounding, amplified by training; bfloat16: a few of its roundings per step
     assert ((a - b).abs() / a).max() < (1e-3 if dtype == torch.float32 else 5e-2)
 
 

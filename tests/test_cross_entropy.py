@@ -1,5 +1,5 @@
-"""cross_entropy against F.cross_entropy in float64: every option, dtype and instruction set; the
-logits that broke others (peaked, offset, all negative, ragged vocabularies, infinities);
+"""cross_entropy against F.cross_entropy in float64: every option, dtype and instruction set; logits
+that broke other implementations (peaked, offset, all negative, ragged vocabularies, infinities);
 registration, compile, refusals.
 """
 
@@ -28,7 +28,7 @@ def plain(
     num_items=None,
     return_lse=False,
 ):
-    """The definition, from torch's own parts, in the dtype of its arguments."""
+    """The definition, composed of torch's own functions, in the dtype of its arguments."""
     z = logits * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     w = None if weight is None else weight.to(z.dtype)
@@ -46,7 +46,7 @@ def plain(
 
 
 def outputs_and_gradient(function, logits, target, upstream, **options):
-    z = logits.detach().requires_grad_()  # no clone: it would lie without gaps
+    z = logits.detach().requires_grad_()  # no clone, which would be contiguous
     out = function(z, target, **options)
     out = out if isinstance(out, tuple) else (out,)
     torch.autograd.backward(out, [u.to(o.dtype) for u, o in zip(upstream, out)])
@@ -67,18 +67,18 @@ def check(logits, target, *, ulps=1, of_terms=False, **options):
     upstream += [torch.randn(target.shape)]
     upstream = [u.to(logits.device) for u in upstream]
     mine = outputs_and_gradient(ops.cross_entropy, logits, target, upstream, **options)
-    # the logits' own rounding is theirs: truth and naive start from the same ones; naive in
-    # float32, as losses are
+    # rounding of the logits is not counted: truth and naive start from the same ones; naive in
+    # float32, like losses
     truth = outputs_and_gradient(plain, logits.double(), target, upstream, **options)
     naive = outputs_and_gradient(plain, logits.float(), target, upstream, **options)
     assert mine[0].dtype == torch.float32 and mine[-1].dtype == logits.dtype
     names = [*["loss", "lse"][: len(mine) - 1], "gradient"]
     for name, a, p, t in zip(names, mine, naive, truth):
         if name == "gradient":
-            p = p.to(a.dtype)  # rounded once, as ours
+            p = p.to(a.dtype)  # rounded once, like ours
         factor = 3 if name == "gradient" else 2
         if of_terms and len(target) and name == "gradient":
-            # a share of p and 1, whose difference the gradient is, where that vanishes (one class)
+            # relative to p and 1: the gradient is their difference, which may vanish (one class)
             term = upstream[0].abs().max()
             a, p, t = (torch.cat((v.flatten(), term.to(v.dtype)[None])) for v in (a, p, t))
         assert_near(a, p, t, factor=factor, floor=ulps * ULP[a.dtype], what=f"{name} {options}")
@@ -106,7 +106,7 @@ def test_matches_float64(isa, dtype, shape, options, weighted):
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_reductions_are_torchs_own(reduction, ignored, weighted):
-    """Compared with F.cross_entropy's own reduction, not with ours written again."""
+    """Comparison with F.cross_entropy's own reduction, not with a copy of ours."""
     logits, target = make(40, 61, torch.float64, ignored)
     weight = torch.rand(61, dtype=torch.float64) if weighted else None
     for smoothing in (0.0, 0.2):
@@ -117,7 +117,7 @@ def test_reductions_are_torchs_own(reduction, ignored, weighted):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-# Blocks of 1024 are read at a time: sizes around it, and 1
+# Blocks of 1024 are read at a time: test sizes around it, and 1
 @pytest.mark.parametrize("classes", [1, 2, 17, 1023, 1024, 1025, 2049])
 def test_vocabulary_not_a_multiple_of_the_block(isa, dtype, classes):
     check(*make(5, classes, dtype), label_smoothing=0.1)
@@ -125,8 +125,8 @@ def test_vocabulary_not_a_multiple_of_the_block(isa, dtype, classes):
 
 @pytest.mark.parametrize("case", ["peaked", "all negative", "common offset", "rising", "falling"])
 def test_hard_logits(isa, dtype, case):
-    """A padded column counted as exp(0), a maximum that starts at 0, an lse rounded at 1e4:
-    all seen in the field.
+    """Faults seen in other implementations: a padded column counted as exp(0), a maximum that
+    starts at 0, an lse rounded at 1e4.
     """
     logits, target = make(6, 1500, dtype)
     if case == "peaked":
@@ -159,7 +159,7 @@ def test_not_finite_as_torch(isa, dtype):
     )
     for a, b in zip(mine, theirs):
         torch.testing.assert_close(a[:5].float(), b[:5], equal_nan=True, rtol=1e-2, atol=1e-3)
-    assert (mine[-1][5] == 0).all()  # ignored: no gradient, where torch multiplies NaN by 0
+    assert (mine[-1][5] == 0).all()  # ignored: no gradient; torch would multiply NaN by 0
 
 
 def test_every_row_ignored(isa):
@@ -187,7 +187,7 @@ def test_num_items_as_tensor_and_other_ignore_index():
     )
     torch.testing.assert_close(by_tensor, by_int)
     torch.testing.assert_close(by_int, [t / 13 for t in theirs])
-    for options in ({}, {"label_smoothing": 0.1}):  # one number in a dimension: a loss has none
+    for options in ({}, {"label_smoothing": 0.1}):  # num_items has one dimension, a loss has none
         loss = ops.cross_entropy(logits, target, num_items=torch.tensor([13]), **options)
         assert loss.shape == ()
 
@@ -212,8 +212,8 @@ def test_no_rows(isa, dtype):
 
 
 def test_offsets_beyond_32_bits(isa):
-    """Rows 2^31 elements apart: an index multiplied in 32 bits would read elsewhere. One row
-    of memory is touched.
+    """Rows are 2^31 elements apart: an index multiplied in 32 bits would read elsewhere. The memory
+    of only one row is touched.
     """
     if isa in ("scalar", "amx_emulated"):
         pytest.skip("the same index arithmetic as avx2, and the mapping is 4 GiB of address space")
@@ -313,7 +313,7 @@ def test_opcheck_of_the_loss(mean, keep):
     )
 
 
-# The plain sum and mean go their own way; 64 rows are the most without a tensor of statistics
+# The plain sum and mean have their own path; up to 64 rows need no tensor of statistics
 @pytest.mark.parametrize("rows", [1, 8, 64, 65])
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "sum"}, {"num_items": 9}, {"softcap": 3.0, "logit_scale": 0.5}]

@@ -1,4 +1,4 @@
-"""AdamW's CUDA kernels, on the emulator where there is no GPU: the tests of tests/test_optim.py and
+"""AdamW's CUDA kernels, on the emulator if there is no GPU: the tests of tests/test_optim.py and
 tests/test_triton_adamw.py on smaller tensors, and what only these kernels can get wrong.
 """
 
@@ -13,7 +13,7 @@ from test_triton_adamw import uploaded  # noqa: F401, a fixture
 
 from fastlm import AdamW, backend, reference
 
-# a chunk and a bit, less than a warp's 256, rows, a scalar, nothing
+# more than a chunk, less than a warp's 256, rows, a scalar, nothing
 SHAPES = [(8500,), (257,), (3, 5, 7), (), (0, 4)]
 DTYPES = on_triton.DTYPES
 
@@ -49,7 +49,7 @@ def test_parameter_and_gradient_dtypes(param, grad):
 @pytest.mark.parametrize("state", ["float32", "8 bits", "master", "8 bits, master", "stochastic"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_steps_are_near_the_formula_in_float64(state, dtype):
-    """From the state that the step before left, in the bounds of the fuzz tests."""
+    """Each step starts from the state after the previous one, with the bounds of the fuzz tests."""
     options = {"lr": 1e-2, "betas": [0.8, 0.95], "eps": 1e-8, "weight_decay": 0.1}
     options |= {"maximize": dtype == torch.float16, "max_grad_norm": 0.5}
     case = {"shapes": [[4500], [3, 7]], "state": state, "grad_dtype": "float16", "threads": 1}
@@ -72,7 +72,7 @@ def test_agrees_with_reference(cuda, dtype, options):
     results = []
     for name in ("cuda" if cuda == "cuda" else "simt", "reference"):
         torch.manual_seed(3)
-        params = on_cpu.parameters(dtype, shapes=[(33000,), (80, 77)])  # beyond a key's 32768
+        params = on_cpu.parameters(dtype, shapes=[(33000,), (80, 77)])  # exceeds a key's 32768
         optimizer = AdamW(params, lr=1e-2, **options)
         with backend.use_backend(name):
             for _ in range(2):
@@ -80,7 +80,7 @@ def test_agrees_with_reference(cuda, dtype, options):
                 optimizer.step()
         results.append((params, optimizer.state_dict()["state"]))
     for i, (p, q) in enumerate(zip(results[0][0], results[1][0])):
-        # a fused multiply-add rounds once: where that shows, a rounding falls the other way, rarely
+        # a fused multiply-add rounds once, so some values are rounded the other way, though rarely
         off = (p.float() - q.float()).abs()
         assert (off > 1e-6 * q.float().abs() + 1e-7).float().mean() < 2e-3 and off.max() < 0.05
         for key in ("exp_avg", "exp_avg_sq"):
@@ -127,7 +127,7 @@ def test_a_bad_gradient_shows_in_both_states_of_its_block():
 
 
 def test_a_norm_that_is_nan_is_seen_everywhere():
-    """As by clip_grad_norm_."""
+    """All parameters become NaN, as in clip_grad_norm_."""
     params = on_cpu.parameters()
     on_cpu.give_grads(params)
     params[0].grad[7] = float("nan")
@@ -158,7 +158,7 @@ KINDS = [
 
 
 def test_one_launch_of_all_kinds_is_a_launch_of_each():
-    """Whatever stands beside a tensor, its bits are the same, on and between 16 bytes."""
+    """The bits of a tensor do not depend on its neighbours, aligned to 16 bytes or not."""
     flat = torch.randn(20000)
     together: list[list] = []
     alone: list[list] = []
@@ -170,7 +170,7 @@ def test_one_launch_of_all_kinds_is_a_launch_of_each():
     options = {"lr": 1e-2, "max_grad_norm": 0.5}
     optimizers = [
         AdamW([{"params": g, **o} for g, (_, o) in zip(together, KINDS)], **options),
-        # behind parameters without a gradient: the random numbers are of a tensor's place
+        # after parameters without a gradient: the random numbers depend on a tensor's position
         *(
             AdamW(
                 [{"params": [torch.ones(1) for _ in range(3 * i)]}, {"params": g, **o}], **options
@@ -180,7 +180,7 @@ def test_one_launch_of_all_kinds_is_a_launch_of_each():
     ]
     for _ in range(2):
         for params, copies in zip(together, alone):
-            on_cpu.give_grads(params, copies, scale=1e-4)  # a norm that clips nothing
+            on_cpu.give_grads(params, copies, scale=1e-4)  # the norm is too small to clip
         for optimizer in optimizers:
             optimizer.step()
     assert optimizers[0].grad_norm is not None and optimizers[0].grad_norm < 0.5
@@ -202,7 +202,7 @@ def test_tensors_that_begin_between_16_bytes():
 
 
 def test_a_master_that_begins_between_16_bytes(module):
-    """Where everything else begins at one."""
+    """Everything else is aligned to 16 bytes."""
     p, g, step, none = torch.zeros(300).half(), torch.ones(300).half(), torch.zeros(()), [None]
     m, v, master = torch.zeros(300), torch.zeros(300), torch.zeros(301)[1:]
     options = [(0.5, 0.9, 0.999, 1e-8, 0.0, False, False)]
@@ -227,15 +227,15 @@ def test_bias_correction_of_late_steps(module):
 
 
 def test_codes_of_states_of_every_size(module):
-    """A block's largest moment is 1; the others are down to where nothing is left of them."""
+    """A block's largest moment is 1; the others go down to sizes that vanish."""
     g = torch.cat([torch.exp2(torch.linspace(-24, 0, 2047)), torch.ones(1)])
     g[::2] *= -1
-    g = g.view(256, 8).t().contiguous().flatten()  # of every size in every block
+    g = g.view(256, 8).t().contiguous().flatten()  # every size in every block
     g[::256] = 1.0
     p, step, none = torch.zeros(2048), torch.zeros(()), [None]
     codes = [torch.zeros(2048, dtype=torch.uint8) for _ in range(2)]
     scales = [torch.zeros(8) for _ in range(2)]
-    options = [(0.1, 0.0, 0.0, 1e-8, 0.0, False, False)]  # betas 0: the states are of g alone
+    options = [(0.1, 0.0, 0.0, 1e-8, 0.0, False, False)]  # betas 0: the states depend on g only
     module.adamw(
         [p], [g], [step], [codes[0]], [codes[1]], [scales[0]], [scales[1]], none, options,
         [(0, 0)], 0.0, None, False,
@@ -246,7 +246,7 @@ def test_codes_of_states_of_every_size(module):
 
 
 def test_stochastic_rounding_keeps_every_nan(module):
-    """A GPU's own NaN has all bits set: what is added to round would make it -0."""
+    """A GPU's own NaN has all bits set: the number added for rounding would turn it into -0."""
     bits = torch.full((600,), 0x7FFFFFFF, dtype=torch.int32)
     p, g = torch.zeros(600).bfloat16(), bits.view(torch.float32)
     m, v, step, none = torch.zeros(600), torch.zeros(600), torch.zeros(()), [None]
@@ -258,7 +258,7 @@ def test_stochastic_rounding_keeps_every_nan(module):
 
 
 def test_a_norm_that_is_given(module):
-    """As that of sharded parameters, summed over ranks before."""
+    """A norm passed in, as for sharded parameters, whose norm was summed over ranks before."""
     p, g, norm = torch.zeros(20), torch.full((20,), 2.0), torch.tensor(4.0)
     m, v, step, none = torch.zeros(20), torch.zeros(20), torch.zeros(()), [None]
     options = [(0.1, 0.9, 0.999, 1e-8, 0.0, False, False)]

@@ -1,4 +1,4 @@
-"""cross_entropy's CUDA kernels against float64, on the emulator where there is no GPU."""
+"""cross_entropy's CUDA kernels against float64, on the emulator if there is no GPU."""
 
 import pytest
 import test_triton_cross_entropy as on_triton
@@ -11,7 +11,7 @@ from fastlm import ops
 
 @pytest.fixture(params=["whole rows", "split rows"])
 def split(request, monkeypatch, cuda):
-    """`split`: parts of 128 bytes, and enough blocks to want them for the most rows here."""
+    """Whole or split rows: parts of 128 bytes, and enough blocks to split the most rows here."""
     from fastlm.cuda import cross_entropy
 
     if request.param == "split rows":
@@ -28,7 +28,7 @@ def test_matches_float64(split, dtype, options):
     check(*make(2, 323, dtype, device=split), **options)
 
 
-# rows that begin within a vector, and are shorter than one
+# rows that begin within a vector, and rows shorter than a vector
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 17, 65, 256])
 def test_vocabulary_not_a_multiple_of_a_vector(split, dtype, classes):
     check(*make(5, classes, dtype, device=split), label_smoothing=0.1)
@@ -40,7 +40,7 @@ def test_hard_logits(split, dtype, case):
 
 
 def test_several_vectors_a_thread_and_own_parts(cuda):
-    """More than UNROLL vectors a thread, and the parts that ship: 2 of a row of float32."""
+    """More than UNROLL vectors per thread, and the parts that ship: 2 for a row of float32."""
     check(*make(1, 2 * 4096 + 9, torch.float32, device=cuda), label_smoothing=0.1)
     check(*make(17, 4096 + 1031, torch.float32, device=cuda))
     check(*make(1, 16384 + 5, torch.bfloat16, device=cuda), z_loss=1e-2)
@@ -51,7 +51,7 @@ def test_not_finite_as_torch(split, dtype):
 
 
 def test_lowest_numbers(split, dtype):
-    """A row of a mask's lowest number is a row of equal logits."""
+    """A row filled with a mask's lowest number is a row of equal logits."""
     logits = torch.full((1, 70), torch.finfo(dtype).min, device=split).to(dtype)
     target = torch.zeros(1, dtype=torch.int64, device=split)
     loss, gradient = outputs_and_gradient(
@@ -80,7 +80,7 @@ def test_more_rows_than_threads_of_the_sum(cuda):
 
 
 def test_strides_and_repeat(split, dtype):
-    """Rows apart, so that logits and gradient begin at other places between 16 bytes."""
+    """Row strides for which logits and gradient begin at different offsets from 16 bytes."""
     base = torch.randn(2, 3, 83, device=split).to(dtype)
     target = torch.randint(0, 40, (2, 3), device=split)
     upstream = [torch.randn(3, 2, device=split).t()]
@@ -92,7 +92,7 @@ def test_strides_and_repeat(split, dtype):
             for z in (logits, logits, logits.contiguous())
         )
         assert all(torch.equal(a, b) for a, b in zip(mine, again))
-        # a row that begins elsewhere is summed in other vectors: another order, other bits
+        # a row with another alignment is summed in other vectors, so the order and the bits differ
         torch.testing.assert_close(mine[0], plain[0], rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(mine[1], plain[1], rtol=2 * ULP[dtype], atol=1e-6)
 
@@ -102,7 +102,7 @@ def test_more_parts_than_lanes_of_the_warp_that_adds_them(cuda, monkeypatch):
 
     monkeypatch.setattr(cross_entropy, "_PART_BYTES", 16)
     monkeypatch.setattr(cross_entropy, "multiprocessors", lambda device: 40)
-    for offset in (-50.0, 50.0):  # the largest is in the first parts, or in the last
+    for offset in (-50.0, 50.0):  # the largest logit is in the first parts, or in the last
         logits, target = make(1, 500, torch.float32, ignored=0, device=cuda)
         logits += torch.linspace(-offset, offset, 500, device=cuda)
         check(logits, target, label_smoothing=0.1, return_lse=True)
@@ -124,7 +124,7 @@ def test_gradient_in_place(cuda, dtype, classes):
 
 
 def test_without_a_factor_of_p_no_p_is_looked_at(cuda, dtype):
-    """Gradients of loss and lse that cancel: what is left is the target's, whatever the logits."""
+    """The gradients of loss and lse cancel: only the target's is left, whatever the logits."""
     from fastlm.cuda.cross_entropy import row_gradients
 
     logits = torch.tensor([[0.5, torch.nan, torch.inf] * 7], device=cuda).to(dtype)
@@ -138,10 +138,10 @@ def test_without_a_factor_of_p_no_p_is_looked_at(cuda, dtype):
     ("dtype", "apart"), [(torch.float16, 2**31 + 64), (torch.bfloat16, 2**31 + 3)]
 )
 def test_offsets_beyond_32_bits(cuda, dtype, apart):
-    """Rows 2^31 elements apart: an index multiplied in 32 bits would read elsewhere."""
+    """Rows are 2^31 elements apart: an index multiplied in 32 bits would read elsewhere."""
     if cuda == "cuda":
         pytest.skip("8 GiB of device memory")
-    storage = torch.UntypedStorage(2 * (apart + 64))  # pages are mapped where they are used
+    storage = torch.UntypedStorage(2 * (apart + 64))  # pages are mapped only where used
     base = torch.tensor([], dtype=dtype).set_(storage)
     logits = base.as_strided((2, 40), (apart, 1))
     logits.copy_(torch.randn(2, 40))

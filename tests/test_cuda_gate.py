@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels against the table, and that the gate can fail."""
+"""The machine code of the CUDA kernels against the table, and a test that the gate can fail."""
 
 import json
 

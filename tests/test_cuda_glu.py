@@ -1,4 +1,4 @@
-"""glu's CUDA kernel against float64, on the emulator where there is no GPU."""
+"""glu's CUDA kernel against float64, on the emulator if there is no GPU."""
 
 import pytest
 import test_triton_glu as on_triton
@@ -12,14 +12,14 @@ from fastlm import ops
 def check(gate, up, act):
     truth = naive(gate.double(), up.double(), act)
     floor = None
-    if truth.numel():  # of act in float32, whatever the product with up is
+    if truth.numel():  # error of act in float32, whatever the size of the product with up
         largest = max(truth.abs().max().item(), 1e-30)
         floor = ACT_ERROR * max(1.0, up.abs().max().item() / largest)
         floor = max(floor, ULP[gate.dtype])
     assert_near(ops.glu(gate, up, act=act), naive(gate, up, act), truth, floor=floor, what=act)
 
 
-# a block and a bit, in vectors and element by element, less than a warp, nothing
+# a block and more, in vectors and element by element, less than a warp, empty
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("shape", [(5, 512), (9, 233), (3, 5, 64), (7,), (), (0, 8), (3, 0)])
 def test_matches_float64(cuda, dtype, act, shape):
@@ -33,8 +33,8 @@ def test_rows_apart(cuda, dtype, width):
     apart = ops.glu(gate.contiguous(), up.contiguous())
     assert torch.equal(ops.glu(gate, up), apart) and ops.glu(gate, up).is_contiguous()
     assert torch.equal(ops.glu(gate, up.contiguous()), apart)
-    assert torch.equal(ops.glu(gate.mT.contiguous().mT, up), apart)  # elements apart
-    odd = torch.cat([up, up[..., :1]], -1)[..., :width]  # every second row between 16 bytes
+    assert torch.equal(ops.glu(gate.mT.contiguous().mT, up), apart)  # strided elements
+    odd = torch.cat([up, up[..., :1]], -1)[..., :width]  # every second row is misaligned
     assert torch.equal(ops.glu(gate, odd), apart) and torch.equal(
         ops.glu(odd, gate), ops.glu(up, gate)
     )
@@ -51,7 +51,7 @@ def test_operands_between_16_bytes(cuda, dtype):
 def test_every_gate(cuda, act):
     """The whole range of a gate: tails, zeros of both signs; up = 1, in float32."""
     gate = torch.arange(-(2**15), 2**15, 16, dtype=torch.int16).view(torch.bfloat16)
-    gate = gate[gate.isfinite() & (gate.abs() < 1e18)].to(cuda)  # x^3 overflows beyond, as torch
+    gate = gate[gate.isfinite() & (gate.abs() < 1e18)].to(cuda)  # x^3 overflows beyond, as in torch
     y = ops.glu(gate.float(), torch.ones_like(gate).float(), act=act)
     truth = naive(gate.double(), torch.ones_like(gate).double(), act)
     assert ((y.double() - truth).abs() / truth.abs().clamp_min(1.0)).max() < ACT_ERROR

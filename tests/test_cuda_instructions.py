@@ -1,6 +1,7 @@
-"""Each instruction of csrc/cuda/ptx.cuh and each name of CUDA's that the emulator stands in for, by
-itself (tests/simt/instructions.cu), on random data: by what the PTX ISA and the CUDA guide say, not
-by what our code does. On a GPU where there is one: there the same tests try the emulator's word.
+"""Tests of each instruction of csrc/cuda/ptx.cuh and each CUDA name that the emulator stands in for
+(tests/simt/instructions.cu), one by one, on random data. The expected results come from the PTX ISA
+and the CUDA guide, not from our code. On a machine with a GPU the same tests run there, and so
+check what the emulator assumes.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ import torch
 
 SOURCE = kernel_build.ROOT / "tests/simt/instructions.cu"
 LANES = np.arange(32)
-EPS = 2.0**-23  # of float32
+EPS = 2.0**-23  # for float32
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def call(library, cuda, request):
     seed = request.node.callspec.params["cuda"]
 
     def call(name, x, out, block=None, fill=-1):
-        """Words (threads, in) -> (threads, out), of one block."""
+        """Words (threads, in) -> (threads, out), from one block."""
         x = np.ascontiguousarray(x).view(np.uint32)
         there = torch.from_numpy(x.view(np.int32)).to(cuda)
         y = torch.full((len(x), out), fill, dtype=torch.int32, device=cuda)
@@ -65,13 +66,13 @@ def floats(y):
 
 
 def ulps(got, wanted):
-    """How far float32 values are from real ones, in units of these."""
+    """Distance of float32 values from real ones, in units in the last place of the real ones."""
     wanted = np.asarray(wanted, np.float64)
     unit = np.spacing(np.maximum(np.abs(wanted), 2.0**-126).astype(np.float32)).astype(np.float64)
     return np.abs(got.astype(np.float64) - wanted) / unit
 
 
-# ---- who is who, memory, barriers
+# ---- indices, memory, barriers
 
 
 def test_indices(call):
@@ -90,7 +91,7 @@ def test_loads_and_stores(call, rng):
 
 
 def test_copies_fill_with_zeros(call, rng):
-    """cp.async: of cp-size bytes src-size are copied, the others become zero."""
+    """cp.async copies src-size of cp-size bytes and sets the others to zero."""
     x = words(rng, 128, 8)
     x[:, 4:7] = rng.integers(0, [5, 9, 17], (128, 3))
     got = call("copies", x, 12).view(np.uint8).reshape(128, 3, 16)
@@ -125,7 +126,7 @@ def test_barriers(call, rng, name, source):
 
 @pytest.mark.parametrize("width", [32, 16, 8, 2])
 def test_shuffles(call, rng, width):
-    """The pseudocode of shfl.sync; CUDA's widths are its segment masks."""
+    """Compare with the pseudocode of shfl.sync; CUDA's widths are its segment masks."""
     x = np.stack([words(rng, 64), rng.integers(0, 32, 64, dtype=np.uint32)], 1)
     y = call(f"shuffle_{width}", x, 5)
     for warp in range(2):
@@ -183,7 +184,7 @@ def test_atomics(call, rng):
     real = rng.integers(1, 1000, 128).astype(np.float32)
     y = call("atomics", np.stack([whole.view(np.uint32), real.view(np.uint32)], 1), 6)
     assert sorted(y[:, 1]) == list(range(128))
-    order = np.argsort(floats(y[:, 2]))  # each returns the sum of those before it
+    order = np.argsort(floats(y[:, 2]))  # each returns the sum of the preceding ones
     assert (floats(y[:, 2])[order] == np.cumsum(real[order]) - real[order]).all()
     assert y.view(np.int32)[0, 3] == whole.sum() and y[0, 4] == 128
     assert floats(y[0, 5:]) == real.sum()
@@ -202,7 +203,7 @@ def test_atomics_of_global_memory(call, rng):
 
 
 def rows_and_addresses(rng, matrices):
-    """32 rows of 8 elements of 16 bits; lanes 8 i to 8 i + 7 give the rows of matrix i."""
+    """32 rows of 8 16-bit elements. Lanes 8 i to 8 i + 7 provide the row addresses of matrix i."""
     x = words(rng, 32, 8)
     x[:, 4] = rng.permutation(32)
     elements = x[:, :4].copy().view(np.uint16)  # (32, 8)
@@ -220,7 +221,7 @@ def test_matrices(call, rng, matrices):
 
 
 def test_transposed_matrices(call, rng):
-    """.trans: the same of each matrix transposed."""
+    """.trans: the same for each matrix transposed."""
     x, m = rows_and_addresses(rng, 4)
     got = call("matrices_4_transposed", x, 4).view(np.uint16).reshape(32, 4, 2)
     for i in range(4):
@@ -239,7 +240,7 @@ LAYOUTS = {
         ),
         "b": (4, lambda i: MEMBER * 2 + (i & 1) + (0 if i < 2 else 8), lambda i: GROUP),
     },
-    1: {  # "Matrix Fragments for mma.m16n8k32" of .s8
+    1: {  # "Matrix Fragments for mma.m16n8k32" with .s8
         "a": (
             16,
             lambda i: GROUP + (0 if i < 4 or 8 <= i < 12 else 8),
@@ -252,13 +253,13 @@ ACCUMULATOR = (4, lambda i: GROUP + (0 if i < 2 else 8), lambda i: MEMBER * 2 + 
 
 
 def fragment(matrix, layout):
-    """(rows, columns) -> (32, elements of a lane)."""
+    """(rows, columns) -> (32, elements per lane)."""
     elements, row, column = layout
     return np.stack([matrix[row(i), column(i)] for i in range(elements)], 1)
 
 
 def multiply(call, name, a, b, d):
-    """Bits of a (16, K), b (K, 8) and d (16, 8) -> d + a b as the lanes hold it."""
+    """Bits of a (16, K), b (K, 8) and d (16, 8) -> d + a b in the layout of the lanes."""
     layout = LAYOUTS[a.itemsize]
     parts = [(a, layout["a"]), (b, layout["b"]), (d, ACCUMULATOR)]
     registers = [np.ascontiguousarray(fragment(m, of)).view(np.uint32) for m, of in parts]
@@ -291,14 +292,14 @@ def test_products(call, rng, name):
     d = rng.normal(size=(16, 8)).astype(np.float32)
     y = floats(multiply(call, name, a, b, d))
     a, b = values_of(a, name), values_of(b, name)
-    # the products are exact; how the 17 terms are added is not said, but each to float32 at least,
-    # by truncation: half an ulp more each than rounding
+    # The products are exact. The order in which the 17 terms are added is not specified, but each
+    # addition is in float32 at least, with truncation: half an ulp more each than with rounding.
     bound = 17 * EPS * (np.abs(a) @ np.abs(b) + np.abs(d))
     assert (np.abs(y - fragment(a @ b + d, ACCUMULATOR)) <= fragment(bound, ACCUMULATOR)).all()
 
 
 def test_products_of_int8(call, rng):
-    """Exact, and without .satfinite a sum wraps around."""
+    """The products are exact, and without .satfinite a sum wraps around."""
     a, b = (rng.integers(-128, 128, s).astype(np.int8) for s in ((16, 32), (32, 8)))
     d = rng.integers(-(2**31), 2**31, (16, 8)).astype(np.int32)
     d[::2] = 2**31 - 1
@@ -311,7 +312,7 @@ def test_products_of_int8(call, rng):
 
 
 def test_truth_tables(call, rng):
-    """lop3: bit by bit, bit a << 2 | b << 1 | c of the table."""
+    """lop3: each result bit is bit a << 2 | b << 1 | c of the table."""
     x = words(rng, 32, 3)
     y = call("truth_tables", x, 256)
     a, b, c = ((x[:, i, None] >> LANES.astype(np.uint32)) & 1 for i in range(3))
@@ -327,7 +328,8 @@ def test_bits(call, rng):
     x = words(rng, 128, 3)
     y = call("bits", x, 6)
     a, b, c = x.T
-    # prmt: a nibble of the selector chooses a byte of {b, a}; its top bit, that byte's sign alone
+    # prmt: a nibble of the selector chooses a byte of {b, a}; with its top bit, only that byte's
+    # sign
     both = np.concatenate([x[:, :1].copy().view(np.uint8), x[:, 1:2].copy().view(np.uint8)], 1)
     for i in range(4):
         nibble = (c >> (4 * i)) & 0xF
@@ -349,7 +351,7 @@ def test_numbers(call, rng):
     got = floats(y)
     a, b, c = x.T.astype(np.float64)
     single = x.T
-    # errors as in the CUDA guide, "Mathematical Functions"
+    # error bounds from the CUDA guide, "Mathematical Functions"
     assert ulps(got[:, 0], a**-0.5).max() <= 2
     assert (ulps(got[:, 1], np.exp(b)) <= 2 + np.floor(np.abs(1.173 * b))).all()
     logs = np.abs(got[:, 2] - np.log(a))
@@ -357,7 +359,7 @@ def test_numbers(call, rng):
     assert (logs[near] <= 2.0**-21.41).all() and (ulps(got[:, 2], np.log(a))[~near] <= 3).all()
     assert ulps(got[:, 4], b / c).max() <= 2
     assert ulps(got[:, 10], np.exp2(b)).max() <= 2
-    # rounded to the nearest, once
+    # rounded once, to nearest
     assert (got[:, 3] == single[1] / single[2]).all()
     assert (got[:, 5] == np.sqrt(single[0])).all()
     assert (got[:, 6] == np.float32(1) / single[2]).all()
@@ -366,7 +368,7 @@ def test_numbers(call, rng):
     assert (got[:, 11] == single[0] * single[1] + single[2]).all()
     assert (got[:, 12] == np.maximum(single[1], single[2])).all()
     assert (got[:, 13] == np.minimum(single[1], single[2])).all()
-    # a float64 holds the product of two float32 exactly; that sum's rounding is half an ulp more
+    # float64 holds the product of two float32 exactly; rounding the sum adds half an ulp
     assert ulps(got[:, 8], a * b + c).max() <= 0.5 + 2**-20
 
 
@@ -378,17 +380,17 @@ def test_numbers_at_the_edges(call):
     c = np.array([1, 1, 1, 1, 1, 1, nan, 1, 1, inf, most, 2.0**127, 1, nan], np.float32)
     x = np.stack([np.ones_like(b), b, c], 1)
     y = call("numbers", x, 14)
-    # cvt.rni.s32.f32: to the even of two as near, clamped, NaN to 0
+    # cvt.rni.s32.f32: ties to even, clamped, NaN to 0
     i32 = np.iinfo(np.int32)
     wanted = [0, i32.max, i32.min, i32.max, i32.min, 0, 2, 0, -2, 2147483520, -126, -127, 130, 1]
     assert y[:, 9].view(np.int32).tolist() == wanted
     got = floats(y)
-    # 2^b, and 0 where that is below 2^-126
+    # 2^b, or 0 if it is below 2^-126
     assert np.isnan(got[0, 10]) and got[1, 10] == inf and got[2, 10] == 0
     assert got[10, 10] == 2.0**-126 and got[11, 10] == 0 and got[12, 10] == inf
-    # __fdividef: 0 where 2^126 < |c| < 2^128, and NaN of infinity
+    # __fdividef: 0 if 2^126 < |c| < 2^128, and NaN for infinity
     assert (got[9:12, 4] == 0).all() and np.isnan(got[0, 4]) and got[1, 4] == inf
-    # of a number and NaN, the number
+    # for a number and NaN: the number
     assert got[0, 12] == 1 and got[6, 12] == 1.5 and got[0, 13] == 1 and got[13, 13] == 1
 
 
@@ -398,8 +400,8 @@ def test_conversions(call, rng, name):
     x = np.concatenate(
         [
             words(rng, 600),
-            (words(rng, 300) & 0xFFFF0000) | 0x8000,  # halfway between two of bfloat16
-            (words(rng, 124) & 0x0FFFE000) | 0x31001000,  # and of float16
+            (words(rng, 300) & 0xFFFF0000) | 0x8000,  # halfway between two bfloat16 values
+            (words(rng, 124) & 0x0FFFE000) | 0x31001000,  # and two float16 values
         ]
     )
     y = call(name, x[:, None], 2)

@@ -1,5 +1,5 @@
-"""paged_append's CUDA kernel against the loop of test_paged_append, on the emulator where there is
-no GPU.
+"""paged_append's CUDA kernel against the loop of test_paged_append, on the emulator if there is no
+GPU.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from test_paged_append import assert_left_out, case, wanted
 from fastlm import ops
 
 
-# with vectors and element by element; several blocks a token; a token, many
+# with vectors and element by element; several blocks per token; one token, many
 @pytest.mark.parametrize(
     "shape",
     [(3, 1, 2, 64, 64, 16), (2, 7, 3, 40, 24, 5), (1, 4, 2, 33, 7, 1), (5, 1, 9, 128, 128, 8)],
@@ -34,7 +34,7 @@ def test_rounds_to_even_and_saturates(cuda):
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_strided(cuda, dtype, int8):
-    """k and v of one projection, caches interleaved, a table that is a view."""
+    """k and v from one projection, interleaved caches, a table that is a view."""
     arguments, scales = case(dtype, 2, 3, 2, 16, 16, 4, per=5, int8=int8, device=cuda)
     table, positions = arguments[4:]
     k, v = torch.randn(2, 2, 2, 3, 16, device=cuda).to(dtype).transpose(2, 3).unbind(1)
@@ -42,7 +42,7 @@ def test_strided(cuda, dtype, int8):
     k_cache, v_cache = both.unbind(2)
     wide = torch.full((2, 10), 2**31 - 1, dtype=torch.int32, device=cuda)
     wide[:, ::2] = table
-    k = k.transpose(2, 3).contiguous().transpose(2, 3)  # elements of a head apart
+    k = k.transpose(2, 3).contiguous().transpose(2, 3)  # the elements of a head are strided
     expected = wanted([k, v, k_cache, v_cache, table, positions], scales)
     ops.paged_append(k, v, k_cache, v_cache, wide[:, ::2], positions, **scales)
     assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
@@ -50,12 +50,12 @@ def test_strided(cuda, dtype, int8):
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_offsets_beyond_32_bits(cuda, int8):
-    """Pages 2^30 elements apart: an index multiplied in 32 bits would write elsewhere."""
+    """Pages are 2^30 elements apart: an index multiplied in 32 bits would write elsewhere."""
     (k, v, near_k, near_v, _, _), scales = case(
         torch.float16, 1, 3, 2, 16, 16, 4, per=5, int8=int8, device=cuda
     )
     size = near_k.element_size()
-    storage = torch.UntypedStorage((2**31 + 2**13) * size, device=cuda)  # mapped where it is used
+    storage = torch.UntypedStorage((2**31 + 2**13) * size, device=cuda)  # mapped only where used
     base = torch.tensor([], dtype=near_k.dtype, device=cuda).set_(storage)
     k_cache, v_cache = (t.as_strided((3, 4, 2, 16), (2**30, 32, 16, 1)) for t in (base, base[512:]))
     table = torch.tensor([[2, 1]], dtype=torch.int32, device=cuda)
@@ -69,7 +69,7 @@ def test_offsets_beyond_32_bits(cuda, int8):
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_tokens_between_16_bytes(cuda, dtype, int8):
-    """The first token begins at 16 bytes, the next one does not."""
+    """The first token is aligned to 16 bytes, the next one is not."""
     (_, *others), scales = case(dtype, 1, 3, 2, 16, 16, 4, per=5, int8=int8, device=cuda)
     k = torch.randn(1, 3, 33, device=cuda).to(dtype)[..., :32].unflatten(-1, (2, 16))
     expected = wanted([k, *others], scales)
@@ -79,10 +79,10 @@ def test_tokens_between_16_bytes(cuda, dtype, int8):
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_tokens_without_a_place_are_left_out(cuda, int8):
-    """Negative positions, beyond the table, pages outside the cache: nothing is written."""
+    """Negative positions, positions past the table, pages outside the cache: nothing is written."""
     arguments, scales = case(torch.bfloat16, 4, 1, 2, 16, 16, 4, per=5, int8=int8, device=cuda)
     table, positions = arguments[4:]
-    # behind the table's last row nothing lies that could be read as a page
+    # no memory past the table's last row could be read as a page
     positions[0], positions[1], positions[2], positions[3] = -1, 3, 2, 20
     table[1, 0], table[2, 0] = arguments[2].shape[0], -1
     before = [t.clone() for t in arguments[2:4]]
@@ -112,7 +112,7 @@ def test_paged_attention_reads_it(cuda):
 
 
 def test_the_kernel_refuses_too(cuda):
-    """What calls the extension without the op's checks."""
+    """For callers of the extension that skip the op's checks."""
     from fastlm.cuda.paged_append import paged_append
 
     (k, v, *caches, table, positions), _ = case(torch.float32, device=cuda)

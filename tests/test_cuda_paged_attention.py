@@ -1,4 +1,4 @@
-"""paged_attention's CUDA kernels against float64, on the emulator where there is no GPU."""
+"""paged_attention's CUDA kernels against float64, on the emulator if there is no GPU."""
 
 import importlib
 
@@ -12,7 +12,7 @@ from fastlm.cuda import paged_attention as host
 
 @pytest.fixture(autouse=True)
 def only_here(monkeypatch):
-    """Nothing is handed on, unless a test says so: it would be the reference against itself."""
+    """Refuse to pass calls on to the reference: it would be compared with itself."""
 
     def refuse(q):
         raise AssertionError("handed on")
@@ -21,7 +21,7 @@ def only_here(monkeypatch):
 
 
 def on(device, *values):
-    """Tensors to the device, also those in dicts."""
+    """Move tensors to the device, also those in dicts."""
     moved = []
     for v in values:
         if isinstance(v, dict):
@@ -36,11 +36,11 @@ def check(cuda, q, parts, what, **options):
 
 
 def few(dtype, rows):
-    """float32 is served up to 8 rows of a key head."""
+    """For float32 the kernels accept at most 8 rows per key head."""
     return min(rows, 8) if dtype == torch.float32 else rows
 
 
-# rows of a key head: 2 by dot products, 6 and 18 (8) by matrix instructions where q has 16 bits
+# rows per key head: 2 by dot products, 6 and 18 (8) by matrix instructions if q has 16 bits
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("queries, page_size", [(1, 7), (3, 64), (9, 1)])
 def test_matches_float64(cuda, dtype, page_size, queries, options):
@@ -68,13 +68,13 @@ def test_int8_cache(cuda, dtype, queries, group, d, dv):
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_every_int8_is_widened_exactly(cuda, dtype, heads):
-    """Sequence b has b + 1 keys, and the last of them has all the weight: its score is 16 more than
-    the one before. q picks the column that is the score."""
+    """Sequence b has b + 1 keys, and the last one has all the weight: its score is 16 more than
+    that of its predecessor. q selects the column that is the score."""
     k = torch.arange(-128, 128).to(torch.int8).reshape(1, 16, 1, 16).to(cuda)
     lens = torch.arange(1, 17, dtype=torch.int32, device=cuda)
     table = torch.zeros(16, 1, dtype=torch.int32, device=cuda)
     values = k[0, :, 0].float()
-    for column in (0, 1, 2, 3, 6, 12):  # of each kind of place in a fragment
+    for column in (0, 1, 2, 3, 6, 12):  # each kind of position in a fragment
         q = torch.zeros(16, 1, heads, 16, dtype=dtype, device=cuda)
         q[..., column] = 1
         out, lse = ops.paged_attention(
@@ -89,7 +89,7 @@ def test_every_int8_is_widened_exactly(cuda, dtype, heads):
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("blocks", [2, 6, 40])
 def test_any_division_of_the_keys(cuda, monkeypatch, blocks, queries, options):
-    """Blocks that have a part of a unit, several units, nothing; units of many blocks."""
+    """Blocks with a part of a unit, several units or none; units with many blocks."""
     monkeypatch.setattr(host, "_LEAST_TILES", 1)
     monkeypatch.setattr(host, "multiprocessors", lambda _: blocks // 2)
     dtype = torch.float32 if queries == 1 else torch.float16
@@ -107,14 +107,14 @@ def test_more_sequences_than_threads(cuda):
 @pytest.mark.parametrize("queries", [1, 3, 9])
 @pytest.mark.parametrize("window", [67, 140])
 def test_windows_of_several_tiles(cuda, dtype, queries, window):
-    """Tiles that every row sees, and those at both ends of what a row sees."""
+    """Tiles that every row sees, and tiles at both ends of what a row sees."""
     q = torch.randn(2, few(dtype, 2 * queries) // 2, 2, 16).to(dtype)
     check(cuda, q, cache([410, 139], 16, 1, 16, 16, dtype), "", causal=True, window=window)
 
 
 @pytest.mark.parametrize("queries", [1, 4])
 def test_a_tile_with_room_does_not_show_the_start_of_the_cache(cuda, dtype, queries):
-    """Which may be anything: NaN of another sequence."""
+    """The start of the cache may hold anything, such as NaN of another sequence."""
     k, v, table, lens = on(cuda, *cache([70, 5], 16, 1, 24, 24, dtype))
     q = torch.randn(2, queries, 2, 24, device=cuda).to(dtype)
     expected = ops.paged_attention(q, k, v, table, lens)
@@ -123,7 +123,7 @@ def test_a_tile_with_room_does_not_show_the_start_of_the_cache(cuda, dtype, quer
 
 
 def test_row_groups_of_several_key_heads(cuda, monkeypatch):
-    """More rows than a block has, of two key heads, in pieces."""
+    """More rows than fit in a block, from two key heads, in pieces."""
     monkeypatch.setattr(host, "_LEAST_TILES", 1)
     q = torch.randn(2, 1, 2 * 130, 16).half()
     check(cuda, q, cache([150, 70], 16, 2, 16, 16, q.dtype), "", sinks=torch.randn(260))
@@ -131,8 +131,7 @@ def test_row_groups_of_several_key_heads(cuda, monkeypatch):
 
 @pytest.mark.parametrize("group", [1, 4])
 def test_lengths_near_31_bits(cuda, group):
-    """Of a cache whose pages are one and the same: what a window sees is what it sees of a short
-    sequence that ends in the same slot."""
+    """All pages are the same one, so a short sequence ending in the same slot gives the result."""
     k, v, *_ = on(cuda, *cache([1024], 1024, 1, 8, 8, torch.float16))
     table = torch.zeros(1, 2**21, dtype=torch.int32, device=cuda)
     q = torch.randn(1, 1, group, 8, device=cuda).half()
@@ -142,7 +141,7 @@ def test_lengths_near_31_bits(cuda, group):
         for lens in [torch.tensor([n], dtype=torch.int32, device=cuda)]
     )
     assert torch.equal(long, short)
-    lens = torch.tensor([2**31 - 1], dtype=torch.int32, device=cuda)  # held below it
+    lens = torch.tensor([2**31 - 1], dtype=torch.int32, device=cuda)  # clamped below it
     assert ops.paged_attention(q, k, v, table, lens, window=30).isfinite().all()
 
 
@@ -153,7 +152,7 @@ def test_sinks_without_keys(cuda, dtype):
 
 
 def test_strided(cuda, dtype):
-    """Keys and values interleaved in one allocation, a table that is a view, q of a projection."""
+    """Keys and values interleaved in one allocation, a table that is a view, a projected q."""
     both = torch.randn(6, 8, 2, 2, 32, device=cuda).to(dtype)
     k, v = both.unbind(2)
     table = torch.tensor([[3, 9, 1, 9, 5]], dtype=torch.int32, device=cuda)[:, ::2]
@@ -168,7 +167,7 @@ def test_strided(cuda, dtype):
 
 @pytest.mark.parametrize("d, dv", [(24, 32), (32, 24)])
 def test_int8_rows_of_half_a_copy(cuda, d, dv):
-    """Rows begin at 16 bytes; of the last one in memory only 8 of the last 16 are the tensor's."""
+    """Rows are aligned to 16 bytes. Of the last row's last 16 bytes only 8 belong to the tensor."""
     k, v = torch.randint(-127, 128, (2, 1, 16, 1, 32)).to(torch.int8).to(cuda)
     table = torch.zeros(1, 1, dtype=torch.int32, device=cuda)
     lens = torch.tensor([16], dtype=torch.int32, device=cuda)
@@ -190,8 +189,8 @@ def test_options_of_any_strides_and_dtype(cuda, queries):
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_offsets_beyond_32_bits(cuda, heads):
-    """Pages 2^30 elements apart: an index multiplied in 32 bits would read elsewhere."""
-    storage = torch.UntypedStorage(2**31 + 2**13, device=cuda)  # mapped where it is used
+    """Pages are 2^30 elements apart: an index multiplied in 32 bits would read elsewhere."""
+    storage = torch.UntypedStorage(2**31 + 2**13, device=cuda)  # mapped only where used
     base = torch.tensor([], dtype=torch.int8, device=cuda).set_(storage)
     k, v = (t.as_strided((3, 64, 1, 16), (2**30, 16, 16, 1)) for t in (base, base[1024:]))
     for t in (k, v):
@@ -225,7 +224,7 @@ def test_nan_is_not_hidden(cuda, queries):
 
 @pytest.mark.parametrize("queries", [1, 4])
 def test_lengths_and_pages_out_of_bounds_stay_inside(cuda, queries):
-    """What the CPU refuses a GPU cannot see in time: it reads nothing outside the tensors."""
+    """The CPU refuses these; a GPU sees them too late, and reads nothing outside the tensors."""
     k, v, table, lens = on(cuda, *cache([9, 20], 4, 2, 16, 16, torch.bfloat16))
     q = torch.randn(2, queries, 4, 16, device=cuda).bfloat16()
     good = ops.paged_attention(q, k, v, table, lens)
@@ -240,7 +239,7 @@ def test_lengths_and_pages_out_of_bounds_stay_inside(cuda, queries):
     "shape, heads, width", [((0, 1), 2, 16), ((1, 0), 2, 16), ((2, 1), 2, 16)], ids=str
 )
 def test_empty(cuda, shape, heads, width):
-    """No sequence, no query, no page."""
+    """No sequences, no queries, no pages."""
     k = torch.empty(0, 4, 1, width, device=cuda)
     table = torch.zeros(shape[0], 3, dtype=torch.int32, device=cuda)
     lens = torch.zeros(shape[0], dtype=torch.int32, device=cuda)
@@ -249,7 +248,7 @@ def test_empty(cuda, shape, heads, width):
     assert out.eq(0).all() and lse.eq(-torch.inf).all()
 
 
-# more rows, wider or odd heads, rows that no 16 (8) bytes begin at, one of two caches int8
+# more rows, wider or odd heads, rows not aligned to 16 (8) bytes, only one cache in int8
 HANDED_ON = {
     "65 rows": ((13, 5, 16), {}),
     "width": ((1, 1, 264), {}),
@@ -300,8 +299,8 @@ def test_hands_on_what_has_no_room(cuda, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts are the emulator's")
 @pytest.mark.parametrize("heads", [2, 8])
 def test_reads_whole_sectors_without_bank_conflicts(heads):
-    """By the emulator's counts: what the kernels read of q and the cache they read in whole
-    sectors; nothing in the kernel of matrix instructions has a bank conflict."""
+    """In the emulator's counts the kernels read q and the cache in whole sectors, and the kernel of
+    matrix instructions has no bank conflicts."""
     simt = importlib.import_module("fastlm._simt")
     parts = cache([200], 16, 1, 128, 128, torch.bfloat16)
     q = torch.randn(1, 1, heads, 128).bfloat16()

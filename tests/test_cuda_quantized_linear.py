@@ -1,7 +1,7 @@
-"""quantized_linear's CUDA kernels against float64, on the emulator where there is no GPU.
+"""quantized_linear's CUDA kernels against float64, on the emulator if there is no GPU.
 
-The bounds are those of tests/test_quantized_linear.py, and its tests of exact integers, outliers,
-NaN and strides run here as they are.
+The bounds are those of tests/test_quantized_linear.py. Its tests of exact integers, outliers, NaN
+and strides also run here.
 """
 
 import itertools
@@ -16,9 +16,9 @@ from tolerance import assert_near
 from fastlm import backend, ops, reference
 from fastlm.cuda import extension, quantized_linear
 
-# vectors: 1, 2 and up to 4 rows; one chunk of columns a warp and several; rows aligned and not
+# vectors: 1, 2 and up to 4 rows; one and several chunks of columns per warp; rows aligned and not
 SHAPES = [(1, 20, 64), (2, 9, 2080), (3, 37, 507), (4, 5, 123), (1, 9, 4128)]
-# matrices: 8, 16, 32 and 64 rows a block, a ragged last tile; aligned to 16, 4 and 1; more rows
+# matrices: 8, 16, 32 and 64 rows per block, a ragged last tile; aligned to 16, 4 and 1; more rows
 SHAPES += [(5, 64, 123), (9, 67, 1184), (17, 33, 8), (34, 130, 288), (64, 40, 264), (70, 30, 136)]
 GROUPS = [8, 16, 32, 40, 128, 520, -1]
 FORMS = list(itertools.product(SHAPES, GROUPS))
@@ -34,7 +34,7 @@ def _device(cuda):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The names of the functions of the extension called."""
+    """The names of the extension's functions that were called."""
     names = []
     kernels = extension()
 
@@ -52,7 +52,7 @@ def started(monkeypatch):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_matches_float64(dtype, bits, act_bits, symmetric):
     case = CASES.index((act_bits, bits, symmetric, dtype))
-    for i in range(4 * case, 4 * case + 4):  # 13 has no divisor in common with their number: all
+    for i in range(4 * case, 4 * case + 4):  # 13 is coprime to the number of forms: all occur
         (m, n, k), group_size = FORMS[i * 13 % len(FORMS)]
         scale_dtype = SCALES[i % 3]
         q = on_cpu.weight(n, k, bits, group_size, symmetric, scale_dtype)
@@ -61,14 +61,14 @@ def test_matches_float64(dtype, bits, act_bits, symmetric):
         on_cpu.check(x, q, bias, act_bits, f"{m, n, k} group {group_size}")
 
 
-# each kernel with groups of every kind: of a step, of a tile, wider, and with offsets
+# each kernel with every kind of group: one step, one tile, wider, and with offsets
 @pytest.mark.parametrize("m", [8, 16, 32, 64])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 520, -1])
 def test_matrix_forms(m, bits, group_size):
     for dtype, act_bits, symmetric in itertools.product(FLOATS[1:], (16, 8), (True, False)):
         if (dtype == torch.float16) == symmetric:
-            continue  # half of them, for time; test_matches_float64 has both
+            continue  # skip half of them to save time; test_matches_float64 has both
         q = on_cpu.weight(21, 544, bits, group_size, symmetric)
         x = torch.randn(m - 1, 544).to(dtype)
         on_cpu.check(x, q, None, act_bits, f"{dtype} x of {act_bits} bits, {symmetric=}")
@@ -100,10 +100,10 @@ def test_forms_by_rows(started, act_bits):
     assert ("dequantize" in started) == (act_bits == 16)  # no instruction multiplies float32
 
 
-# rows of x; a row of tiles of W (n columns of y, k columns), cut in stripes
+# rows of x; a row of tiles of W (n columns of y, k columns), cut into stripes
 STRIPES = [
     ((9, 20, 5120), (5, 4)),  # few blocks: 20 tiles in 4 parts
-    ((7, 40, 10208), (10, 2)),  # 2 x 20 tiles, the last one of each short
+    ((7, 40, 10208), (10, 2)),  # 2 x 20 tiles, the last one of each row is short
     ((40, 300, 4608), (27, 3)),  # 3 x 36 tiles: 27 + 9, 18 + 18, 9 + 27
     ((40, 700, 2304), (27, 2)),  # 6 x 18 tiles: more rows of tiles than blocks
 ]
@@ -111,7 +111,7 @@ STRIPES = [
 
 @pytest.mark.parametrize(("shape", "wanted"), STRIPES)
 def test_stripes(shape, wanted):
-    """Parts of y from several blocks, added with the bias; the emulator has 4 multiprocessors."""
+    """Parts of y from several blocks, added with the bias. The emulator has 4 multiprocessors."""
     m, n, k = shape
     q = on_cpu.weight(n, k, 4, symmetric=n != 300)
     x = torch.randn(m, k).bfloat16()
@@ -124,7 +124,7 @@ def test_stripes(shape, wanted):
 
 
 def test_stripes_of_any_length():
-    """Cut anywhere: y is the same, up to the order of its sums."""
+    """Wherever it is cut, y is the same up to the order of its sums."""
     kernels = extension()
     q = on_cpu.weight(70, 1520, 8)
     x, y = torch.randn(12, 1520).bfloat16(), torch.empty(12, 70)
@@ -144,7 +144,7 @@ def test_many_rows_by_blocks(started, monkeypatch, dtype, with_bias):
     q = on_cpu.weight(33, 300, 4, 40, symmetric=False)
     bias = torch.randn(33).to(dtype) if with_bias else None
     on_cpu.check(torch.randn(11, 300).to(dtype), q, bias, 16)
-    assert started == ["dequantize"] * (4 + 1)  # the last one is check's
+    assert started == ["dequantize"] * (4 + 1)  # the last one comes from check
 
 
 def test_float64_bias():
@@ -161,14 +161,14 @@ def test_integers_are_exact():
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("m", [1, 4, 8])
 def test_every_code_is_exact(bits, m):
-    """Each code against each position: rows of a unit matrix times powers of two."""
+    """Each code at each position: rows of a unit matrix times powers of two."""
     codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).repeat(9)[: 64 * (bits // 4) * 4]
     codes = torch.stack([codes.roll(i)[:64] for i in range(17)])
     q = on_cpu.QuantizedWeight(
         on_cpu.reference_pack(codes, bits), torch.ones(17, 1), None, bits, 64, (17, 64)
     )
     for dtype in FLOATS:
-        for first in range(0, 64, max(m, 7)):  # every place in an octet, every lane and step
+        for first in range(0, 64, max(m, 7)):  # every position in an octet, every lane and step
             x = torch.eye(64)[first : first + m].to(dtype)
             wanted = codes[:, first : first + m].t().to(dtype)
             assert torch.equal(ops.quantized_linear(x, q), wanted)
@@ -191,7 +191,7 @@ def test_infinity_stays_in_its_row(dtype, m):
 
 
 def test_rounds_as_the_reference(dtype):
-    """To the bit, ties as well: the products' bound leaves no room for another integer."""
+    """Equal to the last bit, ties included: the bound of the products excludes other integers."""
     for bits, (group_size, k) in itertools.product(
         (4, 8), ((8, 104), (40, 123), (520, 1100), (-1, 1100))
     ):
@@ -257,7 +257,7 @@ def test_dequantize(dtype):
 
 
 def test_rounds_weights_as_dequantize_does():
-    """With offsets an instruction's operand is w in x's dtype: x of one column shows it."""
+    """With offsets an instruction's operand is w in x's dtype; x with one column shows it."""
     for bits, dtype in itertools.product((4, 8), FLOATS[1:]):
         q = on_cpu.weight(40, 64, bits, 16, symmetric=False, scale_dtype=torch.float32)
         x = torch.eye(64)[:6].to(dtype)

@@ -1,4 +1,4 @@
-"""rms_norm's CUDA kernel against float64, on the emulator where there is no GPU."""
+"""rms_norm's CUDA kernel against float64, on the emulator if there is no GPU."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tolerance import assert_near
 
 from fastlm import ops
 
-# one, two, four vectors a thread and the kernel of wide rows; with vectors and element by element
+# one, two, four vectors per thread and the kernel of wide rows; with vectors and element by element
 SHAPES = [(4, 512), (3, 507), (2, 2, 64), (2, 1), (1, 2056), (1, 4104), (1, 1025), (2, 9001)]
 
 

@@ -1,4 +1,4 @@
-"""rope's CUDA kernel against float64, on the emulator where there is no GPU."""
+"""rope's CUDA kernel against float64, on the emulator if there is no GPU."""
 
 import pytest
 import test_triton_rope as on_triton
@@ -10,7 +10,7 @@ from fastlm import ops
 
 @pytest.fixture(params=["a head a thread", "several heads"])
 def heads(request, monkeypatch, cuda):
-    """Few positions take a head a thread; here also several, in groups that do not divide."""
+    """One head per thread, as for few positions, or several, in groups that do not divide them."""
     if request.param == "several heads":
         from fastlm.cuda import rope
 
@@ -19,7 +19,7 @@ def heads(request, monkeypatch, cuda):
     return cuda
 
 
-# in vectors; a rest that is copied; element by element; one pair; nothing that turns
+# in vectors; with a remainder that is copied; element by element; one pair; no rotation
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     ("shape", "width"),
@@ -30,7 +30,7 @@ def heads(request, monkeypatch, cuda):
         ((2, 1, 1, 3, 66), 22),
         ((1, 2, 1, 1, 2), 2),
         ((1, 2, 1, 4, 9), 0),
-        ((1, 2, 2, 2, 32), 8),  # pairs less than a vector of 16 bits
+        ((1, 2, 2, 2, 32), 8),  # the pairs fill less than a 16-bit vector
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""rope and paged_append in one launch against the two, on the emulator where there is no GPU."""
+"""rope and paged_append in one launch against two launches, on the emulator if there is no GPU."""
 
 import pytest
 import torch
@@ -35,13 +35,14 @@ def wanted(q, k, v, cos, sin, k_cache, v_cache, block_table, positions):
 def assert_same(arguments):
     expected = wanted(*arguments)
     q = rope_append(*arguments)
-    eps = torch.finfo(q.dtype).eps  # nvcc joins products and sums in its own way
+    eps = torch.finfo(q.dtype).eps  # nvcc fuses products and sums in its own way
     for got, want in zip((q, arguments[5]), expected):
         torch.testing.assert_close(got, want, rtol=eps, atol=eps)
     assert torch.equal(arguments[6], expected[2])
 
 
-# by vectors and element by element; part of a head turned; several blocks a token; many tokens
+# in vectors and element by element; partial rotation of a head; several blocks per token; many
+# tokens
 @pytest.mark.parametrize(
     "shape",
     [
@@ -59,7 +60,7 @@ def test_is_rope_and_append(cuda, dtype, shape):
 
 def test_unaligned_and_rows_as_pages(cuda, dtype):
     q, k, v, cos, sin, _, _, _, positions = case(cuda, dtype, 3, 1, 4, 2, 16, 16, 16, 8)
-    data = torch.full((2, 3, 2, 24, 16), 7.0, dtype=dtype, device=cuda)  # as KVCache
+    data = torch.full((2, 3, 2, 24, 16), 7.0, dtype=dtype, device=cuda)  # laid out like KVCache
     keys, values = (t.transpose(1, 2) for t in data.unbind())
     pages = torch.arange(3, dtype=torch.int32, device=cuda)[:, None]
     assert_same((q, k, v, cos, sin, keys, values, pages, positions))
@@ -68,7 +69,7 @@ def test_unaligned_and_rows_as_pages(cuda, dtype):
 
 
 def test_tokens_without_a_place_are_left_out(cuda):
-    """q is turned all the same, by the nearest row of the tables."""
+    """q is rotated nevertheless, by the nearest row of the tables."""
     arguments = case(cuda, torch.float32, 4, 1, 4, 2, 16, 16, 16, 4)
     table, positions = arguments[-2:]
     positions[:, 0] = torch.tensor([-1, 12, 3, 2], dtype=torch.int32)

@@ -1,5 +1,5 @@
-"""Kernels that give their result in int8, against theirs and quantized_linear's rounding one after
-the other, on the emulator where there is no GPU.
+"""Kernels that return their result in int8, against the op followed by quantized_linear's rounding,
+on the emulator if there is no GPU.
 """
 
 import pytest
@@ -11,8 +11,8 @@ from fastlm.cuda.glu import glu_round
 from fastlm.cuda.quantized_linear import Rounded, rounded_linear
 from fastlm.cuda.rms_norm import rms_norm_round
 
-# (rows, width, group size): whole and cut runs, several groups, a short last one; by vectors and
-# element by element; more runs than warps of a block
+# (rows, width, group size): whole and cut runs, several groups, a short last one; in vectors and
+# element by element; more runs than warps in a block
 SHAPES = [(3, 512, 128), (1, 2080, 2080), (2, 77, 32), (5, 40, 8), (2, 1400, 512), (1, 2568, 64)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 each_bits = pytest.mark.parametrize("bits", [4, 8])
@@ -76,7 +76,7 @@ def test_rows_of_a_batch_apart_and_a_weight_of_another_dtype(cuda):
 
 
 def test_a_run_with_nan_or_infinity_is_nan(cuda):
-    """As where it is rounded afterwards: the row's other runs of a gate stay."""
+    """The same as with rounding afterwards: the row's other runs of a gate are unaffected."""
     gate, up = torch.randn(2, 2, 64, device=cuda).unbind(0)
     up[0, 40], gate[1, 3] = torch.inf, torch.nan
     into = weight(64, 8, 32, cuda)

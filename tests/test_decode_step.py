@@ -17,9 +17,10 @@ from fastlm.model.layers import KVCache
 from fastlm.ops import quantize_weight
 from fastlm.quant.model import put_quantized
 
-# The modules' products of other shapes round otherwise: 2^7 units in the last place, as in
-# test_model.py. Where x is rounded to int8, a value next to a tie may then go to the other side, by
-# 1/127 of its run's largest, which three layers of random weights make up to 4 % of a logit's.
+# The modules' products have other shapes and round differently: 2^7 units in the last place, as in
+# test_model.py. Where x is rounded to int8, a value next to a tie may then be rounded the other
+# way. It changes by 1/127 of its run's maximum, which three layers of random weights amplify to up
+# to 4 % of a logit's.
 NEAR, FLIPPED = 2**7 * ULP[torch.float32], 0.08
 
 
@@ -110,7 +111,7 @@ def test_formats(format, group_size, isa):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("act_bits", [8, 16])
 def test_offsets(bits, act_bits, isa):
-    """Asymmetric weights, a row of several panels and runs, projections of different formats."""
+    """Asymmetric weights, a row with several panels and runs, projections in different formats."""
     model = model_of(intermediate_size=2600, num_hidden_layers=2)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -135,17 +136,17 @@ def test_long_contexts(case, changes):
 
 @pytest.mark.parametrize("length", [9, 254])
 def test_all_scores_far_below_zero(length, isa):
-    """As keys with large biases make them: e^-score is beyond float32 from -89 on."""
+    """Scores as keys with large biases cause them: from -89 on e^-score exceeds float32."""
     model = model_of("llama-biases")
     for layer in model.model.layers:
         for projection, bias in ((layer.self_attn.q_proj, 30.0), (layer.self_attn.k_proj, -30.0)):
             heads = projection.bias.data.view(-1, SMALL["head_dim"])
-            heads[:, [11, 23]] = bias  # the pair that positions turn least
+            heads[:, [11, 23]] = bias  # the pair with the slowest rotation
     ids, cache = prefilled(model, 2, length, length + 1)
     steps = copy_of(model, cache)
     with torch.inference_mode():
         wanted = model.next_logits(ids[:, length:], cache, None)
-    # scores near -370 have 370 times the rounding of scores near 1
+    # scores near -370 have 370 times the rounding error of scores near 1
     assert error_of(steps.logits(ids[:, length].contiguous()), wanted) <= 370 * NEAR
 
 
@@ -164,7 +165,7 @@ def test_16_bit_models_are_nearer_to_the_truth(dtype):
 
 @pytest.mark.parametrize("format", [None, "w4a8", "w8a16"])
 def test_same_bits(format, isa):
-    """On repeat, on any number of threads, and for a row alone and among others."""
+    """The same bits on repetition, on any number of threads, and for a row alone or with others."""
     model = model_of(hidden_size=96, intermediate_size=224)
     if format:
         model = fastlm.quantize(model, format, group_size=32)
@@ -178,7 +179,7 @@ def test_same_bits(format, isa):
     threads = torch.get_num_threads()
     first = None
     try:
-        for n in (1, 2, 3, 4, 2):  # more threads than cores too, some without work in a phase
+        for n in (1, 2, 3, 4, 2):  # also more threads than cores, some without work in a phase
             torch.set_num_threads(n)
             logits = copy_of(model, cache).logits(tokens)
             first = logits if first is None else first
@@ -197,7 +198,7 @@ def test_generate_takes_it_and_gives_what_modules_give(monkeypatch):
     run = cpu_steps.Steps.logits
     monkeypatch.setattr(cpu_steps.Steps, "logits", lambda *a: calls.append(1) or run(*a))
     fast = model.generate(prompts, max_new_tokens=12, temperature=0.0)
-    assert len(calls) == 11  # all but the first, which is the prompt's
+    assert len(calls) == 11  # all tokens but the first, which comes from the prompt
     monkeypatch.setattr(cpu_steps, "why_not", lambda model: "tested without")
     assert model.generate(prompts, max_new_tokens=12, temperature=0.0) == fast
     assert len(calls) == 11
@@ -205,7 +206,7 @@ def test_generate_takes_it_and_gives_what_modules_give(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_embeddings_are_scaled_as_the_family_scales_them(dtype):
-    """sqrt(60) rounded to 16 bits, as in transformers; attention, whose cache rounds too, off."""
+    """sqrt(60) rounded to 16 bits, as in transformers. Attention is off: its cache also rounds."""
     model = model_of("gemma2").to(dtype)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
@@ -219,7 +220,7 @@ def test_embeddings_are_scaled_as_the_family_scales_them(dtype):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_plan_follows_what_leaves_no_trace(quantized):
-    """Writes to `.data`, a parameter in the place of a freed one, other options."""
+    """Writes to `.data`, a parameter at the address of a freed one, other options."""
     model = model_of("llama-biases")
     if quantized:
         model = fastlm.quantize(model, "w8a16", group_size=16)
@@ -241,7 +242,8 @@ def test_plan_follows_what_leaves_no_trace(quantized):
         model.model.layers[0].mlp.up_proj.act_bits = 8
         assert changed()
     assert not changed()
-    known = {t.data_ptr() for t in plans[-1].tensors}  # held, so no new tensor can lie there
+    # held by the plan, so no new tensor can have such an address
+    known = {t.data_ptr() for t in plans[-1].tensors}
     assert {t.data_ptr() for t in (*model.parameters(), *model.buffers())} <= known
 
 
@@ -269,7 +271,7 @@ def test_8_bit_activations_keep_a_float16_cache():
     _, wide = prefilled(model, 2, 20, 22)
     got, wanted = (copy_of(model, c).logits(ids[:, 20].contiguous()) for c in (cache, wide))
     assert error_of(got, wanted) <= FLIPPED
-    with torch.inference_mode():  # the modules read such a cache too
+    with torch.inference_mode():  # the modules can read such a cache too
         modules = model.next_logits(ids[:, 20:21], cache, None)
     assert error_of(modules, wanted) <= FLIPPED
 
@@ -288,7 +290,7 @@ def test_why_not():
     assert cpu_steps.why_not(hooked) == "model.layers.1.mlp has hooks"
     model.model.layers[0].mlp.up_proj = Adapter(60, 52, bias=False)
     assert "model.layers.0.mlp.up_proj is Adapter" in str(cpu_steps.why_not(model))
-    assert len(model.generate([[1]], max_new_tokens=3)[0]) == 4  # through the modules
+    assert len(model.generate([[1]], max_new_tokens=3)[0]) == 4  # uses the modules
     own = model_of()
     own.model.layers[2].mlp.forward = torch.zeros_like
     assert cpu_steps.why_not(own) == "model.layers.2.mlp has a forward of its own"
@@ -297,7 +299,7 @@ def test_why_not():
         assert cpu_steps.why_not(model_of()) == "all modules have hooks"
     finally:
         hook.remove()
-    pruned = model_of("smollm3")  # which layers have positions goes by their first numbers
+    pruned = model_of("smollm3")  # the config lists by layer number which layers have positions
     del pruned.model.layers[2]
     assert "layers are not those of its config" in str(cpu_steps.why_not(pruned))
     assert len(pruned.generate([[1]], max_new_tokens=3)[0]) == 4

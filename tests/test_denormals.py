@@ -1,9 +1,10 @@
-"""No denormal slow path: to a kernel a number below 2^-126 is zero, in what it reads and writes.
+"""No denormal slow path: a kernel treats a number below 2^-126 as zero, in what it reads and
+writes.
 
-On such a number an instruction takes 10 cycles (here) to 150; moments of weights without gradient
-decay into them, and so does the tail of a softmax. Kernels therefore flush (simd.h,
-FlushDenormals), which is proved here from outside: the bits are those of inputs without denormals,
-no result is one, and the caller's own arithmetic keeps them.
+On such a number an instruction takes 10 cycles (here) to 150. Moments of weights without gradient
+decay into denormals, and so does the tail of a softmax. Kernels therefore flush them (simd.h,
+FlushDenormals). This is shown here from outside: the bits are the same as for inputs without
+denormals, no result is a denormal, and the caller's own arithmetic keeps them.
 """
 
 import time
@@ -30,10 +31,10 @@ NAMES = [n for n in CASES if OPS[n.split()[0]].build and n != "matmul"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-# not on emulated tiles, which are slow: real ones take denormals as zero, the rest is avx512's
+# not on emulated tiles, which are slow: real ones treat denormals as zero, the rest is as avx512
 @pytest.mark.parametrize("isa_name", [i for i in backend.cpu_isas() if i != "amx_emulated"])
 def test_denormals_are_zero(isa_name, name):
-    """Half of every float input at 2^-130."""
+    """Half of every float input is at 2^-130."""
     with backend.use_cpu_isa(isa_name):
         check_denormals_are_zero(name)
 
@@ -63,14 +64,14 @@ def run_once(name, n):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_caller_keeps_its_denormals(isa, name):
-    """On every thread, also on those that OpenMP starts in the call; and its wish to flush them."""
+    """On every thread, also those that OpenMP starts in the call; and its own choice to flush."""
     with threads(4):
         run_once(name, 3)
         assert _cpu.threads_that_flush() == 0
-    with threads(1):  # threads that OpenMP started now would flush as this one does, for good
+    with threads(1):  # threads that OpenMP started now would always flush like this one
         torch.set_flush_denormal(True)
         try:
-            if not name.startswith("adamw"):  # which is run on another number of threads as well
+            if not name.startswith("adamw"):  # it also runs on another number of threads
                 run_once(name, 1)
             assert _cpu.threads_that_flush() == 1
         finally:
@@ -78,8 +79,8 @@ def test_the_caller_keeps_its_denormals(isa, name):
 
 
 def test_adamw_state_decays_to_zero(isa):
-    """Weights without gradient, as an embedding's unseen rows: m halves each step. In torch it
-    stays at 1e-45.
+    """Weights without gradient, like the unseen rows of an embedding: m halves each step. In torch
+    it stays at 1e-45.
     """
     for options in ({}, {"state_bits": 8}):
         p = torch.ones(5000).requires_grad_()
@@ -94,7 +95,7 @@ def test_adamw_state_decays_to_zero(isa):
 
 
 def tails(function, *leaves):
-    """Forward and backward, as one call."""
+    """Forward and backward as one call."""
     leaves = [t.requires_grad_() for t in leaves]
 
     def call():
@@ -154,7 +155,7 @@ def slow_ones():
 
 @pytest.mark.parametrize("name", [i for i in backend.cpu_isas() if i != "amx_emulated"])
 def test_denormals_cost_nothing(name):
-    """Without the flush these took 2 to 4 times as long on the machine they were written on."""
+    """Without flushing these took 2 to 4 times as long on the machine where they were written."""
     with backend.use_cpu_isa(name), threads(1):
         for what, pair in slow_ones().items():
             best = [float("inf")] * 2

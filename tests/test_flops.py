@@ -1,4 +1,4 @@
-"""FLOPs that torch counts for the ops, beside those of the same in plain torch; shapes that its
+"""FLOPs that torch counts for the ops, compared with the same in plain torch; shapes that its
 profiler shows.
 """
 
@@ -19,7 +19,7 @@ from fastlm import ops
 
 
 def count(function, *leaves):
-    """Of forward and backward."""
+    """The FLOPs of forward and backward."""
     leaves = [t.detach().requires_grad_() for t in leaves]
     with FlopCounterMode(display=False) as counter:
         function(*leaves).sum().backward()
@@ -32,7 +32,7 @@ def test_linear_cross_entropy_as_the_product_written_out():
     assert count(lambda x, w: ops.linear_cross_entropy(x, w, target), x, w) == plain > 0
     plain = count(lambda w: F.cross_entropy(x @ w.T, target), w)
     assert count(lambda w: ops.linear_cross_entropy(x, w, target), w) == plain
-    # by rows: the backward computes the logits again
+    # by rows the backward recomputes the logits
     rows = count(lambda x, w: ops.linear_cross_entropy(x, w, target, reduction="none"), x, w)
     assert rows == (2 + 6) * 100 * 24 * 70
 
@@ -47,7 +47,7 @@ def test_linear_and_quantized_linear_as_the_product():
 
 
 def test_linear_s_own_products_as_torch_s(monkeypatch):
-    """Also where only the backward is counted."""
+    """The counts also agree if only the backward is counted."""
     module = sys.modules["fastlm.ops.linear"]
     monkeypatch.setattr(module, "_own", lambda *_: True)
     x, w = torch.randn(6, 24, requires_grad=True), torch.randn(70, 24, requires_grad=True)
@@ -60,7 +60,7 @@ def test_linear_s_own_products_as_torch_s(monkeypatch):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_as_torch_s_kernels(causal):
-    """torch counts the backward's scores and does not take causality off."""
+    """torch counts the backward's scores and does not subtract causality."""
     q, k, v = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 8)
     forward = sdpa_flop_count(q.shape, k.shape, v.shape)
     backward = sdpa_backward_flop_count((2, 4, 7, 8), q.shape, k.shape, v.shape)
@@ -92,7 +92,7 @@ def test_packed_and_paged_attention_by_their_sequences():
 
 
 def test_counts_where_the_counter_is_imported_after_fastlm():
-    """Its import brings Triton: fastlm's own does not."""
+    """Importing the counter imports Triton; importing fastlm does not."""
     code = """
 import sys, torch
 from fastlm import ops

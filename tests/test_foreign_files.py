@@ -1,7 +1,7 @@
-"""Files from strangers with one value of the wrong kind, at random but the same every time: they
-work, or are refused in one short line.
+"""Files from strangers with one value of the wrong kind, random but the same every time: they work,
+or are refused in one short line.
 
-Seeds far beyond these were run once (docs/log.md, issue 13); these keep it so.
+Far more seeds than these were run once (docs/log.md, issue 13). These keep the result.
 """
 
 import copy
@@ -78,7 +78,7 @@ def use_gguf(path):
 
 
 def gguf_cases(path, draw, share):
-    """Each key with each value, ``share`` of them."""
+    """Each key with each value, of which a ``share`` is tested."""
     keys = llama_gguf(path)
     assert outcome(lambda: use_gguf(path)) == "fine"
     for key in keys:
@@ -161,7 +161,7 @@ def test_json_that_is_none(model, tmp_path, name, text):
 
 @pytest.mark.parametrize("where", ["vocab", "added_tokens"])
 def test_an_id_of_two_to_the_31(model, tmp_path, where):
-    """The library would make a list of the ids that are not used: 8 GB."""
+    """The library would create a list of the unused ids: 8 GB."""
     file = tmp_path / "tokenizer.json"
     content = json.loads((model / "tokenizer.json").read_text())
     if where == "vocab":
@@ -175,7 +175,7 @@ def test_an_id_of_two_to_the_31(model, tmp_path, where):
 
 
 def test_a_tokenizer_that_fails_when_it_encodes(model, tmp_path):
-    """The library raises bare Exception there."""
+    """The library raises a bare Exception there."""
     content = json.loads((model / "tokenizer.json").read_text())
     content["model"]["unk_token"] = "[UNK]"
     content["model"]["vocab"].pop("t")
@@ -189,7 +189,7 @@ def test_a_tokenizer_that_fails_when_it_encodes(model, tmp_path):
 
 @pytest.mark.parametrize("name", [*JSON_FILES, "model.safetensors", "chat_template.jinja"])
 def test_a_pipe_in_a_model_folder(model, tmp_path, name):
-    """Opening one to read would wait for ever."""
+    """Opening one for reading would wait forever."""
     shutil.copytree(model, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
@@ -197,7 +197,7 @@ def test_a_pipe_in_a_model_folder(model, tmp_path, name):
 
 
 def test_transformers_refuses_a_quantized_folder(model):
-    """It would open it with random weights where it does not know the quant_method."""
+    """Unaware of the quant_method, it would otherwise open the folder with random weights."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     for kind in (AutoModelForCausalLM, LlamaForCausalLM):
@@ -268,7 +268,7 @@ def trained(tmp_path_factory):
 
 
 def checkpoint_cases(trained, run, draw, count):
-    """The manifest's metadata or the tensors changed, with the right checksum."""
+    """The manifest's metadata or the tensors are changed, with the right checksum."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(trained / "run", run)

@@ -1,4 +1,4 @@
-"""Forward-mode AD: tangents are right or refused, never zero. What an op gives backwards is tested
+"""Forward-mode AD: tangents are right or refused, never zero. The backward of an op is tested
 against float64 elsewhere; here ``<dy, J t> == <J^T dy, t>``.
 """
 
@@ -10,7 +10,7 @@ from transform_models import model_and_ids
 
 from fastlm import backend, ops
 
-# of torch's own jvp and linearize
+# warnings of torch's own jvp and linearize
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node"),
@@ -49,7 +49,7 @@ def test_tangents(way, function, tensors):
     torch.testing.assert_close(out, function(*tensors))
     dy = torch.randn_like(tangent)
     products = [(g * t) for g, t in zip(pulled_back(function, tensors, dy), tangents)]
-    # float32 sums of up to 2000 terms, by two ways
+    # float32 sums of up to 2000 terms, computed in two ways
     scale = sum(p.abs().sum() for p in products) + (dy * tangent).abs().sum()
     assert tangent.abs().max() > 0
     assert ((dy * tangent).sum() - sum(p.sum() for p in products)).abs() < 1e-5 * scale
@@ -64,12 +64,12 @@ def test_jacobians_agree(function, tensors):
 
 @pytest.mark.parametrize(
     "function, tensors",
-    # rounding has steps, which differences see
+    # rounding has steps, which finite differences pick up
     [c for n, c in TRANSFORMED.items() if n != "quantized_linear, int8"],
     ids=[n for n in TRANSFORMED if n != "quantized_linear, int8"],
 )
 def test_second_derivative_forward_over_reverse(function, tensors):
-    """In float64, against central differences of the gradient."""
+    """Compare with central differences of the gradient in float64."""
     tensors = [t.double() for t in tensors]
     tangents = [torch.randn_like(t) for t in tensors]
     step = 1e-5

@@ -1,4 +1,4 @@
-"""The cases that a fuzz run found (fuzz_corpus.jsonl), a few new ones, and that faults are seen."""
+"""The cases that a fuzz run found (fuzz_corpus.jsonl), a few new ones, and detection of faults."""
 
 import json
 
@@ -32,9 +32,9 @@ def test_new_cases(kernels, op):
 
 
 def test_every_cuda_kernel_has_cases():
-    """rope_append's, glu_round's and rms_norm_round's are no ops."""
+    """The kernels of rope_append, glu_round and rms_norm_round are not ops."""
     ops = {name for name, kernels in backend.IMPLEMENTATIONS.items() if "simt" in kernels}
-    inside = {"dequantize", "cross_entropy_loss"}  # of quantized_linear's and cross_entropy's cases
+    inside = {"dequantize", "cross_entropy_loss"}  # in quantized_linear's and cross_entropy's cases
     assert {op for op in ops if not op.endswith("_backward")} - inside == set(ops_of("simt"))
 
 

@@ -25,7 +25,7 @@ SIZES = {
     "max_position_embeddings": 48,
     "initializer_range": 0.3,  # so that the likeliest token is clear
     "pad_token_id": None,
-    "eos_token_id": None,  # as many tokens as are asked for
+    "eos_token_id": None,  # no early end
 }
 KINDS = {
     "llama": {},
@@ -55,7 +55,7 @@ def test_cache_equals_full_pass(kind, pieces):
     with torch.inference_mode():
         full = model(ids).logits
         parts = [model(part, cache=cache).logits for part in ids.split(pieces, 1)]
-    # products of other shapes round otherwise: 2^7 units in the last place, as in test_model.py
+    # products with other shapes round differently: 2^7 units in the last place, as in test_model.py
     error = (torch.cat(parts, 1) - full).abs().max()
     assert error <= 2**7 * ULP[torch.float32] * full.abs().max()
     assert cache.length == 17
@@ -100,7 +100,7 @@ def test_shapes_and_stops():
     free = model.generate(ids, max_new_tokens=8, temperature=0.0)
     assert free.shape == (3, 13) and free.dtype == torch.int64
     assert torch.equal(free[:, :5], ids)
-    stop = int(free[1, 7])  # row 1 ends at its third new token, or before
+    stop = int(free[1, 7])  # row 1 ends at its third new token or earlier
     first = [(row[5:] == stop).nonzero() for row in free]
     ends = [int(f[0]) + 1 if len(f) else 8 for f in first]
     stopped = model.generate(ids, max_new_tokens=8, temperature=0.0, stop_ids=[stop])
@@ -127,8 +127,7 @@ def test_shapes_and_stops():
 
 
 def test_generation_ends_at_the_models_end_tokens():
-    """By itself, on the decode step and through the modules, streaming and in a batch; stop_ids
-    adds."""
+    """Without options, by decode step and modules, streaming and in a batch. stop_ids adds more."""
     ids = ids_of(3, 5)
     free = model_of().generate(ids, max_new_tokens=8, temperature=0.0)
     end, other = int(free[1, 7]), int(free[1, 6])
@@ -142,7 +141,7 @@ def test_generation_ends_at_the_models_end_tokens():
         model = model_of(eos_token_id=eos)
         options = {"max_new_tokens": 8, "temperature": 0.0}
         assert model.generate(ids.tolist(), **options) == [cut(r, end) for r in range(3)]
-        with backend.use_backend("reference"):  # no decode step of its own
+        with backend.use_backend("reference"):  # it has no decode step of its own
             assert model.generate(ids.tolist(), **options) == [cut(r, end) for r in range(3)]
         more = model.generate(ids.tolist(), stop_ids=[other], **options)
         assert more == [cut(r, end, other) for r in range(3)]
@@ -186,7 +185,7 @@ def test_texts_of_a_batch_say_why_they_end():
 
 
 class Each:
-    """A tokenizer whose rows say what they are given."""
+    """A tokenizer that gives each row its own text."""
 
     stop_ids = frozenset()
 
@@ -201,7 +200,7 @@ class Each:
 
 
 def test_one_default_of_sampling():
-    """Draws at temperature 1, whichever way."""
+    """Every entry point draws at temperature 1 by default."""
     model, letters = model_of(), Letters("ab")
     drawn = model.generate([[1, 2]], max_new_tokens=8, seed=3)
     assert drawn == model.generate([[1, 2]], max_new_tokens=8, seed=3, temperature=1.0)
@@ -270,8 +269,7 @@ def test_filters_are_those_of_transformers(options, spread):
         scores = process(torch.zeros(5, 1, dtype=torch.long), scores)
     theirs = scores.double().softmax(-1)
     assert (p.diff(dim=1) <= 0).all() or not (sampling.top_k or sampling.top_p or sampling.min_p)
-    # theirs sums 3001 float32 probabilities: at the border of top-p one token may fall on
-    # either side
+    # theirs sums 3001 float32 probabilities, so one token at the border of top-p may be in or out
     differ = ((ours > 0) != (theirs > 0)).sum(-1)
     assert (differ <= (1 if sampling.top_p else 0)).all()
     assert (ours - theirs).abs().max() <= 1e-5 + (differ > 0).any() * (1 / (ours > 0).sum(-1).min())
@@ -295,7 +293,7 @@ def test_draws_follow_the_probabilities():
         p, ids = sampling.candidates(logits[:1])
         expected = torch.zeros(5, dtype=torch.float64).scatter_(0, ids[0], p[0] / p.sum())
         counted = torch.bincount(tokens, minlength=5) / 20000
-        # five standard deviations of a count of 20000
+        # five standard deviations for a count of 20000
         assert ((counted - expected).abs() <= 5 * (expected * (1 - expected) / 20000).sqrt()).all()
         assert (counted[expected == 0] == 0).all()
 
@@ -354,7 +352,7 @@ def test_impossible_prompts():
 
 
 class Letters:
-    """A tokenizer of two bytes a token over 101 ids, for streams: "é" straddles tokens."""
+    """A tokenizer with two bytes per token and 101 ids, for streams: "é" can straddle tokens."""
 
     stop_ids = frozenset()
 
@@ -405,7 +403,7 @@ def test_stop_strings(stop, expected):
     assert "".join(pieces) == expected
     assert all(pieces)
     if not stop:
-        assert len(pieces) > 1  # streamed, not kept to the end
+        assert len(pieces) > 1  # streamed, not held back to the end
 
 
 def test_stop_ids_end_the_text():
@@ -452,14 +450,14 @@ def test_fused_projections_of_quantized_models(kind, tmp_path):
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     made = attention.fused.weight, mlp.fused.weight
     generated(model)
-    assert (attention.fused.weight, mlp.fused.weight) == made  # not made again
+    assert (attention.fused.weight, mlp.fused.weight) == made  # not created again
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(v, after[k]) for k, v in before.items())
     model.save_pretrained(tmp_path)
     assert torch.equal(generated(CausalLM.from_pretrained(tmp_path)), generated(model))
 
-    torch.manual_seed(1)  # other weights: written in place, then put in place of a buffer
+    torch.manual_seed(1)  # other weights: first written in place, then assigned to a buffer
     other = fastlm.quantize(model_of(kind).apply(_redraw), "w4a16", group_size=16)
     model.load_state_dict(other.state_dict())
     assert torch.equal(generated(model), by_full_passes(other))
@@ -475,7 +473,7 @@ def _redraw(module):
 
 
 def test_generation_leaves_no_trace():
-    """Weights can still be trained after inference mode, and a second call starts afresh."""
+    """Weights can still be trained after inference mode, and a second call starts from scratch."""
     model = model_of()
     ids = ids_of(2, 6)
     first = model.generate(ids, max_new_tokens=3, temperature=0.0)

@@ -18,7 +18,7 @@ from fastlm.checkpoint.gguf_models import config_of
 from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
 
-HALVES = {  # byte offsets of the float16 fields of a block
+HALVES = {  # byte offsets of the float16 fields in a block
     Kind.Q4_0: [0],
     Kind.Q5_0: [0],
     Kind.Q8_0: [0],
@@ -50,8 +50,8 @@ def test_random_blocks_equal_the_gguf_package(kind):
     if kind not in (Kind.Q4_K, Kind.Q4_1):
         np.testing.assert_array_equal(came, want)
         return
-    # the offset (m + 8 d, 8 d - m) is rounded to float32 where 8 d and m are far apart, which costs
-    # half an ulp of the offset, and the final sum half an ulp of its own
+    # The offset (m + 8 d, 8 d - m) is rounded to float32 if 8 d and m differ much in size, which
+    # costs half an ulp of the offset, and the final sum half an ulp of its own.
     offset = np.repeat(weight.zeros.numpy(), weight.group_size, axis=1)
     ulp = np.spacing(np.maximum(abs(offset), abs(want)))
     assert (abs(came - want) <= ulp).all()
@@ -60,7 +60,7 @@ def test_random_blocks_equal_the_gguf_package(kind):
 
 @pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q4_K], ids=lambda k: k.name)
 def test_offset_rounding_is_at_most_an_ulp(kind):
-    """Scale and offset up to 2**20 apart."""
+    """Scale and offset differ by factors up to 2**20."""
     raw = random_rows(kind, 50, 4, spread=10)
     weight = unpack(raw, kind)
     want, came = gguf.quants.dequantize(raw, kind), weight.dequantize().numpy()
@@ -77,11 +77,11 @@ def test_quantized_normal_weights_are_exact(kind):
     raw = gguf.quants.quantize(w, kind)
     came = unpack(raw, kind).dequantize().numpy()
     np.testing.assert_array_equal(came, gguf.quants.dequantize(raw, kind))
-    assert abs(came - w).max() < 0.02  # and it is that weight: one step of 4 bits
+    assert abs(came - w).max() < 0.02  # and it is the original weight, within one step of 4 bits
 
 
 def test_four_bit_layout():
-    """Column 2i in the low nibble, 2i+1 in the high one."""
+    """Column 2i is in the low nibble, 2i+1 in the high one."""
     raw = np.zeros((1, 18), np.uint8)
     raw[0, :2] = np.array([1.0], np.float16).view(np.uint8)
     raw[0, 2:] = np.arange(16) | (15 - np.arange(16)) << 4  # columns 0..15 and 16..31
@@ -115,7 +115,7 @@ def test_plain_types(tmp_path):
     assert torch.equal(tensors["f16"], torch.from_numpy(w).half())
     assert torch.equal(tensors["bf16"], bf16) and tensors["bf16"].dtype == torch.bfloat16
     assert torch.equal(tensors["cube"], torch.arange(24.0).reshape(2, 3, 4))
-    tensors["f32"].add_(1)  # memory of its own, not the file's
+    tensors["f32"].add_(1)  # it owns its memory, which is not the file's
 
 
 def test_metadata_equals_the_gguf_reader(tmp_path):
@@ -166,7 +166,7 @@ LONG = {
     "short_factor": [1.0 + i / 8 for i in range(8)],
 }
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4}
-MODELS = {  # case -> (GGUF architecture, transformers config class, what differs from SMALL)
+MODELS = {  # case -> (GGUF architecture, transformers config class, differences from SMALL)
     "llama": ("llama", "LlamaConfig", {"rope_theta": 5e4}),
     "llama-bias": ("llama", "LlamaConfig", {"attention_bias": True}),
     "llama-head": ("llama", "LlamaConfig", {"head_dim": 32, "tie_word_embeddings": True}),
@@ -204,12 +204,12 @@ def make_model(case: str):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
-                parameter += 0.1 * torch.randn_like(parameter)  # they start as ones and zeros
+                parameter += 0.1 * torch.randn_like(parameter)  # initially ones and zeros
     return architecture, model
 
 
 def convert(architecture: str, model, path, kind: Kind | None = None):
-    """What llama.cpp's converter writes for ``model``; its layers' matrices in format ``kind``."""
+    """Write ``model`` as llama.cpp's converter does, its layers' matrices in format ``kind``."""
     config = model.config
     heads, kv = config.num_attention_heads, config.num_key_value_heads
     layers = config.num_hidden_layers
@@ -278,7 +278,7 @@ def convert(architecture: str, model, path, kind: Kind | None = None):
 
 @pytest.mark.parametrize("case", MODELS)
 def test_model_survives_the_conversion(case, tmp_path):
-    """transformers -> GGUF as llama.cpp writes it -> fastlm -> HF folder -> the same logits."""
+    """transformers -> GGUF as written by llama.cpp -> fastlm -> HF folder -> the same logits."""
     from transformers import AutoModelForCausalLM
 
     architecture, model = make_model(case)
@@ -308,7 +308,7 @@ def test_model_survives_the_conversion(case, tmp_path):
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_1, Kind.Q8_0], ids=lambda k: k.name)
 def test_row_order_of_packed_q_and_k(kind, tmp_path):
-    """Reordering packed rows is reordering the weight: compare with doing it in float."""
+    """Reordering packed rows reorders the weight: compare with reordering in float."""
     architecture, model = make_model("llama")
     path = convert(architecture, model, tmp_path / "m.gguf", kind)
     config, tensors = load_state(path)
@@ -348,7 +348,7 @@ def test_activations_are_rounded_unless_told_otherwise(tmp_path):
 
 @pytest.mark.slow  # loads a 135M model twice: about 15 s
 def test_smollm2_equals_transformers():
-    """Every tensor of the real file, to the bit, and the config."""
+    """Every tensor of the real file, to the last bit, and the config."""
     from transformers import AutoModelForCausalLM
 
     path = smollm2()
@@ -369,7 +369,7 @@ def test_smollm2_equals_transformers():
     assert config["tie_word_embeddings"] is theirs.config.tie_word_embeddings is True
 
 
-# files that lie
+# files with false claims
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +381,7 @@ def good(tmp_path_factory):
 def test_every_truncation_is_refused(good, tmp_path):
     data = good.read_bytes()
     path = tmp_path / "cut.gguf"
-    # all of the header, and some of the data (whose last tensor is padded to 32 bytes)
+    # cuts anywhere in the header and in parts of the data (the last tensor is padded to 32 bytes)
     for size in [*range(0, 2000, 7), *range(2000, len(data) - 32, 9973), len(data) - 33]:
         path.write_bytes(data[:size])
         with pytest.raises(InputError) as error:
@@ -467,7 +467,7 @@ def test_lying_headers(case, tmp_path):
 
 
 def rewrite(case: str, path, drop=(), add=None, **metadata):
-    """The model of ``case`` with metadata or tensors changed."""
+    """Write the model of ``case`` with changed metadata or tensors."""
     architecture, model = make_model(case)
     good = gguf.GGUFReader(convert(architecture, model, path.with_name("good.gguf")))
     values = {

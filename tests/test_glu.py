@@ -25,14 +25,15 @@ def run(function, gate, up, dy, act):
     return [y.detach(), *torch.autograd.grad(y, (gate, up), dy)]
 
 
-# Of act and act' in float32, relative to max(1, |value|), at every bfloat16 gate; gelu near -5 is x
-# times an absolute error of erf.
+# Error of act and act' in float32, relative to max(1, |value|), at every bfloat16 gate. gelu near
+# -5 is x times an absolute error of erf.
 ACT_ERROR = 5e-7
 
 
 def check(gate, up, dy, act, what, act_error=None):
-    """act_error: allow for that of act and act' in float32, whatever the product with up and dy is;
-    a product near zero, where plain torch may happen to be exact, needs it.
+    """Compare with float64. act_error: allowed error of act and act' in float32, whatever the size
+    of the product with up and dy. A product near zero needs it, because plain torch may happen to
+    be exact there.
     """
     actual, plain = (run(f, gate, up, dy, act) for f in (ops.glu, naive))
     truth = run(naive, gate.double(), up.double(), dy.double(), act)
@@ -57,7 +58,7 @@ def test_every_bfloat16_gate(isa, act):
     gate = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     gate = gate[
         gate.isfinite() & (gate.abs() < 1e18)
-    ]  # x^3 of gelu_tanh overflows beyond, as torch
+    ]  # x^3 of gelu_tanh overflows beyond, as in torch
     one = torch.ones_like(gate)
     actual, truth = (
         run(f, *(t.to(d) for t in (gate, one, one)), act)

@@ -1,6 +1,6 @@
-"""What only a GPU can show: bfloat16 at real sizes, graphs, nothing waiting for the device.
+"""What only a GPU can show: bfloat16 at real sizes, graphs, no waiting for the device.
 
-`bench/gpu.sh` runs these, and tests/test_triton_*.py, where there is one. Not run on a GPU yet.
+`bench/gpu.sh` runs these and tests/test_triton_*.py on a machine with a GPU. Not run on a GPU yet.
 """
 
 import pytest
@@ -28,7 +28,7 @@ def loss_inputs():
     return [random(1000, 512), random(32000, 512, scale=0.05)]
 
 
-TARGET = 77  # every row's: any class will do
+TARGET = 77  # for every row: any class will do
 # name -> inputs, the op, plain torch in the inputs' dtype
 OPS = {
     "attention": (
@@ -98,7 +98,7 @@ def test_nothing_waits_for_the_device(name):
     inputs = make()
     with torch.no_grad():
         upstream = torch.randn_like(op(*inputs))
-    both(op, inputs, upstream)  # compiled
+    both(op, inputs, upstream)  # first call, which compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         both(op, inputs, upstream)
@@ -155,7 +155,7 @@ def test_adamw_step_in_a_graph():
     weights, twins, mine, theirs, give = adamw_and_twin(lr=lr, max_grad_norm=1.0)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels compiled, tables made
+    with torch.cuda.stream(stream):  # compiles kernels, creates tables
         give()
         mine.step()
         theirs.step()
@@ -180,7 +180,7 @@ def test_adamw_does_not_wait():
     mine.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for lr in (1e-2, 1e-3):  # the second as by a schedule
+        for lr in (1e-2, 1e-3):  # the second rate as set by a schedule
             mine.param_groups[0]["lr"] = lr
             mine.step()
     finally:
@@ -196,7 +196,7 @@ def small_model(format, family="llama"):
 
 
 def records(monkeypatch):
-    """A list to which every recorded graph is added, None for one that failed."""
+    """A list to which every recorded graph is appended, or None for one that failed."""
     graphs = []
     ours = cuda_steps.Steps._record
     monkeypatch.setattr(
@@ -207,7 +207,7 @@ def records(monkeypatch):
 
 @pytest.mark.parametrize("format", [None, "w4a16", "w8a8"])
 def test_generation_by_a_graph(monkeypatch, format):
-    """The tokens of the same steps not recorded, and those that the modules give one by one."""
+    """The same tokens as from unrecorded steps, and as from the modules step by step."""
     model = small_model(format).cuda()
     prompts = [list(range(1, 30)), [5, 6, 7], list(range(100, 300))]
 
@@ -220,7 +220,7 @@ def test_generation_by_a_graph(monkeypatch, format):
     monkeypatch.setattr(cuda_steps.Steps, "_record", lambda self: None)
     assert got == generated()
     monkeypatch.setattr(cuda_steps, "why_not", lambda model: "for this test")
-    if format != "w8a8":  # int8 next to a tie may go to the other side: then a text is another
+    if format != "w8a8":  # int8 next to a tie may round the other way, and then the text differs
         assert got == generated()
 
 
@@ -238,7 +238,7 @@ def test_generation_within_a_generation(monkeypatch):
 
     def other(row, token):
         model.generate([[8, 9]], max_new_tokens=4, temperature=0)
-        for n in (1 << 10, 1 << 20):  # what was freed holds something else
+        for n in (1 << 10, 1 << 20):  # overwrite freed memory
             torch.full((64, n), torch.nan, device="cuda")
 
     wanted = generated()
@@ -261,5 +261,5 @@ def test_compiles_without_a_break(name):
     make, op, _ = OPS[name]
     inputs = make()
     compiled = torch.compile(op, fullgraph=True)
-    # the arithmetic around a kernel is inductor's, whose sums have an order of their own
+    # inductor generates the arithmetic around a kernel, and sums in another order
     torch.testing.assert_close(compiled(*inputs), op(*inputs))

@@ -1,5 +1,5 @@
-"""bench/gpu.py has to run the first time it meets a GPU: its small cases, interpreted here, and
-what it does about what fails."""
+"""bench/gpu.py has to work the first time it runs on a GPU: its small cases, interpreted here, and
+how it handles failures."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def fail():
 
 @pytest.fixture
 def no_card(monkeypatch):
-    """Everything that asks the card, answered without one."""
+    """Answer every query to the card without a card."""
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)

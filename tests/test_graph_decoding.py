@@ -1,4 +1,4 @@
-"""Decode steps as a GPU runs them, on the emulator where there is no GPU, against the modules."""
+"""Decode steps as a GPU runs them, on the emulator if there is no GPU, against the modules."""
 
 import contextlib
 import sys
@@ -29,12 +29,12 @@ def model_of(case="llama", device="cpu", **changes):
 
 
 def modules(model):
-    """Where the modules run: attention of prompts has no CUDA kernel."""
+    """Select the backend of the modules. Attention of prompts has no CUDA kernel."""
     return backend.use_backend("triton" if model.device.type == "cuda" else "cpu")
 
 
 def prefilled(model, rows, length, capacity, mask=None):
-    """ids (rows, capacity), a cache that holds the first `length`, and another one."""
+    """ids (rows, capacity), and two caches that hold the first `length` of them."""
     ids = torch.randint(0, model.config.vocab_size, (rows, capacity), device=model.device)
     caches = []
     for _ in range(2):
@@ -85,7 +85,7 @@ def test_int8_activations(cuda, format, case):
 
 def test_bfloat16(cuda):
     model = model_of("qwen3", cuda).bfloat16()
-    assert max(errors_of(model)) <= 0.05  # against bfloat16 modules: some ulp of 2^-8 a layer
+    assert max(errors_of(model)) <= 0.05  # against bfloat16 modules: some ulp of 2^-8 per layer
 
 
 def test_padded_rows(cuda):
@@ -94,7 +94,7 @@ def test_padded_rows(cuda):
 
 @pytest.mark.parametrize("case", ["llama", "phi3"])  # phi3: one projection of q, k and v
 def test_norm_and_gate_round_at_once(cuda, monkeypatch, case):
-    """Bit for bit what norm, gate and rounding give one after the other."""
+    """Equal, bit for bit, to norm, gate and rounding one after the other."""
     model = model_of(case, tie_word_embeddings=False)
     model = fastlm.quantize(model, "w8a8", group_size=16).to(cuda)
     ids, *caches = prefilled(model, 2, 5, 8)
@@ -115,12 +115,12 @@ def test_norm_and_gate_round_at_once(cuda, monkeypatch, case):
 
 
 def shapes(arguments):
-    """The arguments as the host knows them: no values of tensors, no addresses."""
+    """The arguments as far as the host sees them, without values of tensors and addresses."""
 
     def known(a):
         if isinstance(a, torch.Tensor):
             return tuple(a.shape)
-        return len(a) if isinstance(a, torch.UntypedStorage) else a  # of the tests' guards
+        return len(a) if isinstance(a, torch.UntypedStorage) else a  # from the tests' guards
 
     return str(tree_map(known, arguments))
 
@@ -136,7 +136,7 @@ class Operators(TorchDispatchMode):
 
 
 class Launches:
-    """The extension, which says what it was asked for."""
+    """The extension, with a record of its calls."""
 
     def __init__(self, extension, made):
         self.extension, self.made = extension, made
@@ -153,8 +153,8 @@ class Launches:
 
 @pytest.mark.parametrize("format", [None, "w4a16", "w8a8"])
 def test_every_step_is_the_same_to_the_host(cuda, monkeypatch, format):
-    """What a CUDA graph needs: no number that changes, no launch of another size, no look at a
-    value.
+    """A CUDA graph requires that no number changes, no launch changes its size, and no value is
+    read.
     """
     model = model_of("qwen2")
     if format:
@@ -173,7 +173,7 @@ def test_every_step_is_the_same_to_the_host(cuda, monkeypatch, format):
                 torch.Tensor, look, lambda *a, f=ours, n=look: (looks.append(n), f(*a))[1]
             )
         plain, operators = [], []
-        for place in (6, 63, 150):  # one tile of keys, and more
+        for place in (6, 63, 150):  # one tile of keys, and several
             for of_step, watch in ((plain, contextlib.nullcontext()), (operators, Operators(made))):
                 steps.positions.fill_(place)
                 with watch:
@@ -186,8 +186,8 @@ def test_every_step_is_the_same_to_the_host(cuda, monkeypatch, format):
 
 
 class Recording:
-    """Stands for a CUDA graph where there is no GPU: the steps under it do not happen when they
-    are recorded, and happen when it is replayed.
+    """Stands in for a CUDA graph if there is no GPU. Steps have no effect while they are recorded,
+    and take effect when they are replayed.
     """
 
     def __init__(self, monkeypatch, steps, error=None):
@@ -220,7 +220,7 @@ class Recording:
         self.out = self.steps.out
         self.out.fill_(torch.nan)
         self.recorded_on = self.current
-        if self.error:  # torch leaves its stream the current one then
+        if self.error:  # torch then leaves its stream current
             raise RuntimeError(self.error)
         self.current = before
 
@@ -248,7 +248,7 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
 
 
 def test_what_a_graph_reads_stays(monkeypatch):
-    """Where the model changes its dtype, and where another generation joins its biases again."""
+    """It stays if the model changes its dtype, or another generation joins its biases again."""
     model = fastlm.quantize(model_of("qwen2"), "w8a16", group_size=16)
     ids, cache, _ = prefilled(model, 2, 5, 10)
     steps = cuda_steps.Steps(model, cache, None)
@@ -280,7 +280,7 @@ def test_generate(monkeypatch, tied):
 def test_why_not(monkeypatch):
     model = model_of()
     assert cuda_steps.why_not(model) == "graphs are a GPU's"
-    # as if it lay on a GPU, whose kernels are there
+    # as if it were on a GPU that has the kernels
     monkeypatch.setattr(CausalLM, "device", torch.device("cuda"))
     assert "CUDA kernels" in cuda_steps.why_not(model)
     monkeypatch.setattr(cuda_steps, "serves_by", lambda *_: True)

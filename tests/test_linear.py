@@ -1,5 +1,5 @@
-"""linear: the own products on every instruction set against float64, strides, threads, compile,
-refusals; where they do not run, torch's."""
+"""linear: fastlm's own products on every instruction set against float64, strides, threads,
+compile, refusals; and torch's products where those do not run."""
 
 import math
 import sys
@@ -22,14 +22,14 @@ SHAPES = [  # rows, K, N
     (65, 80, 130),
     (513, 67, 29),  # more than one block of rows, odd widths
     (1030, 48, 33),  # more than one chunk of the weight gradient
-    (40, 1100, 70),  # sums of more than one piece of k
+    (40, 1100, 70),  # sums of more than one block of k
 ]
 module = sys.modules["fastlm.ops.linear"]
 
 
 @pytest.fixture
 def own(monkeypatch):
-    """The own products for every number of rows that learn and every instruction set."""
+    """Use fastlm's own products for any number of rows with gradients and every instruction set."""
     monkeypatch.setattr(module, "_LEAST_ROWS", dict.fromkeys(backend.cpu_isas(), (1, math.inf)))
 
 
@@ -70,17 +70,17 @@ def test_the_own_product_ran(own, isa, monkeypatch):
     assert calls == ["linear_forward", "linear_input_gradient", "linear_weight_gradient"]
     calls.clear()
     x, weight, bias, dy = inputs(9, 16, 8)
-    ops.linear(x, weight.requires_grad_(), bias).backward(dy)  # no gradient of x is made
+    ops.linear(x, weight.requires_grad_(), bias).backward(dy)  # no gradient of x is computed
     assert calls == ["linear_forward", "linear_weight_gradient"] and x.grad is None
 
 
 def test_outputs_past_the_caches_are_the_same_bits(own, isa):
-    """A large output's whole lines, ragged columns and a y that begins within a line."""
+    """Whole cache lines of a large output, ragged columns, and a y that begins within a line."""
     rows, k, n = 1100, 40, 992
     x, weight, bias, _ = inputs(rows, k, n)
     few = torch.cat([ops.linear(part.requires_grad_(), weight, bias) for part in x.split(100)])
     assert torch.equal(ops.linear(x.detach().requires_grad_(), weight, bias), few)
-    memory = torch.full((rows * n + 8,), math.nan).bfloat16()  # poisoned, y not on a line
+    memory = torch.full((rows * n + 8,), math.nan).bfloat16()  # poisoned, y not aligned to a line
     y = memory[4:-4].view(rows, n)
     backend.cpu_extension.linear_forward(x.detach(), weight, bias, y, cpu._workspace(rows, n, k))
     assert torch.equal(y, few) and memory[:4].isnan().all() and memory[-4:].isnan().all()
@@ -157,7 +157,7 @@ def test_nan_and_infinity_stay_in_their_rows(own, isa):
 
 
 def test_runs_where_it_is_faster(isa, monkeypatch):
-    """With and without a gradient, from the rows on that `_LEAST_ROWS` has; never elsewhere."""
+    """With and without a gradient, only from the number of rows in `_LEAST_ROWS` on."""
     calls = []
     extension, real = backend.cpu_extension, backend.cpu_extension.linear_forward
     monkeypatch.setattr(extension, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])

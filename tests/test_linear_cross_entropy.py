@@ -1,6 +1,6 @@
-"""linear_cross_entropy against F.linear + F.cross_entropy in float64: both ways through the kernels
-("mean" and "sum" with gradients in the forward, "none" and lse with logits recomputed), every
-option, chunk and block edges.
+"""linear_cross_entropy against F.linear + F.cross_entropy in float64: both paths through the
+kernels ("mean" and "sum" with gradients in the forward, "none" and lse with recomputed logits),
+every option, chunk and block edges.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ def naive(x, w, target, *, linear_bias=None, **options):
 
 
 def naive_low(x, w, target, *, linear_bias=None, **options):
-    """What torch does in the low precision: logits and their gradient in x's dtype, the loss
+    """Compute as torch does in the low precision: logits and their gradient in x's dtype, the loss
     in float32.
     """
     return plain(F.linear(x, w, linear_bias).float(), target, **options)
@@ -52,8 +52,8 @@ def make(rows, width, classes, dtype, ignored=0.25, scale=3.0, bias=True):
 
 
 def largest_term(target, upstream, *, weight=None, reduction="mean", num_items=None):
-    """The most that p or 1 counts for in a row's gradient, which is their difference: it may be
-    near zero where the target is smoothed or the only class, and keeps the rounding of its terms.
+    """The largest weight of p or 1 in a row's gradient, which is their difference. The gradient may
+    be near zero if the target is smoothed or the only class, but keeps the rounding of its terms.
     """
     weights = torch.ones_like(target, dtype=torch.float64)
     if weight is not None:
@@ -67,8 +67,8 @@ def largest_term(target, upstream, *, weight=None, reduction="mean", num_items=N
 
 
 def check(x, w, bias, target, *, ulps=2, **options):
-    """ulps: the gradient of a logit is rounded once to x's dtype before the matrix products, as
-    torch's is, and the exponential it is made of once more.
+    """Compare with float64. ulps: the gradient of a logit is rounded once to x's dtype before the
+    matrix products, as in torch, and the exponential that it is computed from once again.
     """
     upstream = [torch.randn(target.shape if options.get("reduction") == "none" else ())]
     upstream += [torch.randn(target.shape)]
@@ -86,7 +86,7 @@ def check(x, w, bias, target, *, ulps=2, **options):
     assert mine[0].dtype == torch.float32
     for name, a, p, t in zip(names, mine, low, truth):
         factor = 3 if name.startswith("d") else 2
-        if term := terms.get(name, 0.0):  # as a share of the truth's scale, which may be 0
+        if term := terms.get(name, 0.0):  # added to the truth's scale, which may be 0
             a, p, t = (torch.cat((v.flatten(), v.new_tensor([term]))) for v in (a, p, t))
         assert_near(a, p, t, factor=factor, floor=ulps * ULP[a.dtype], what=f"{name} {options}")
 
@@ -105,7 +105,7 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True)
 def gradients_in_the_forward(monkeypatch):
-    """As with many rows and large products; test_few_rows and `small` put it back."""
+    """Compute gradients in the forward, as for many rows. test_few_rows and `small` undo this."""
     monkeypatch.setattr(MODULE, "_FEW_ROWS", 0)
     monkeypatch.setattr(MODULE, "_SMALL", 0)
 
@@ -118,8 +118,8 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-# ragged everywhere; one of each; more rows than a chunk is wide and a vocabulary of two blocks
-# and one
+# ragged everywhere; sizes near one; more rows than a chunk is wide and a vocabulary of two blocks
+# and one class
 @pytest.mark.parametrize("shape", [(37, 50, 123), (2, 1, 3), (70, 64, 513)], ids=str)
 def test_matches_float64(isa, dtype, shape, options, weighted):
     weight = torch.rand(shape[2]) if weighted else None
@@ -136,8 +136,8 @@ def test_larger_shapes(isa, dtype, shape, reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_many_chunks_are_one(isa, dtype, reduction, monkeypatch):
-    """With 32 rows a chunk the gradients of the weights are sums over chunks, the last of
-    which is ragged.
+    """With 32 rows per chunk the gradients of the weights are sums over chunks, of which the last
+    is ragged.
     """
     monkeypatch.setattr(cpu, "_MOST_ROWS", 32)
     x, w, bias, target = make(107, 48, 300, dtype)
@@ -146,7 +146,7 @@ def test_many_chunks_are_one(isa, dtype, reduction, monkeypatch):
 
 
 def test_ways_agree(isa, dtype):
-    """Gradients made in the forward and gradients of recomputed logits."""
+    """Gradients computed in the forward, and gradients of recomputed logits."""
     arguments = make(64, 32, 90, dtype)
     first = outputs_and_gradients(ops.linear_cross_entropy, *arguments, [torch.tensor(0.7)])
     x, w, bias, target = arguments
@@ -165,14 +165,14 @@ def test_ways_agree(isa, dtype):
 
 
 def half_gradients(function, x, w, target, **options):
-    """As in mixed precision: the loss times GradScaler's first factor, gradients divided by it."""
+    """Mixed precision: scale the loss by GradScaler's first factor, divide the gradients by it."""
     leaves = [x.detach().requires_grad_(), w.detach().requires_grad_()]
     (function(*leaves, target, **options) * 2.0**16).backward()
     return [t.grad.double() / 2**16 for t in leaves]
 
 
 def check_float16_under_a_grad_scaler(device, rows, width, classes, **options):
-    """The error of unfused float16, which knows the factor from the start."""
+    """Compare with the error of unfused float16, where the factor applies from the start."""
     x, w, _, target = make(rows, width, classes, torch.float16, scale=1.0)
     x, w, target = (t.to(device) for t in (x, w, target))
     mine = half_gradients(ops.linear_cross_entropy, x, w, target, **options)
@@ -192,7 +192,7 @@ def test_float16_under_a_grad_scaler(isa, options):
 @pytest.mark.parametrize("rows", [1, 33, 64])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "reduction": "sum"}], ids=str)
 def test_few_rows(isa, dtype, rows, options, monkeypatch):
-    """The gradients are made in the backward, the weight's in its own dtype."""
+    """The gradients are computed in the backward, the weight's in its own dtype."""
     monkeypatch.setattr(MODULE, "_FEW_ROWS", 64)
     check(*make(rows, 50, 300, dtype), **options)
     check(*make(rows, 16, 300, dtype, bias=False, ignored=0), **options)
@@ -200,7 +200,7 @@ def test_few_rows(isa, dtype, rows, options, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"reduction": "none"}], ids=str)
 def test_scores_far_above_the_first(isa, dtype, options):
-    """e^(z - base) is larger than a float where the base is one of the first classes' scores."""
+    """e^(z - base) overflows a float if the base is one of the first classes' scores."""
     x, w, bias, target = make(40, 32, 700, dtype)
     w[:64] /= 64
     w[64:] *= 8
@@ -240,7 +240,7 @@ def test_not_finite_stays_in_its_row(isa, dtype):
     mine = outputs_and_gradients(
         ops.linear_cross_entropy, x, w, bias, ignored, [torch.ones(())], reduction="sum"
     )
-    assert all(t.isfinite().all() for t in mine)  # ignored rows are left out altogether
+    assert all(t.isfinite().all() for t in mine)  # ignored rows are left out entirely
 
 
 def test_every_row_ignored_and_no_rows(isa):
@@ -267,7 +267,7 @@ def test_every_row_ignored_and_no_rows(isa):
 @pytest.mark.parametrize("needed", ["x", "w", "bias"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_only_what_is_needed(isa, needed, reduction):
-    """A frozen head (LoRA) and a frozen trunk."""
+    """Only needed gradients are computed: a frozen head (LoRA), a frozen trunk."""
     x, w, bias, target = make(20, 16, 40, torch.float32)
     whole = outputs_and_gradients(
         ops.linear_cross_entropy,
@@ -365,7 +365,7 @@ print((first - before) >> 10, (last - first) >> 10)
 
 @pytest.mark.slow
 def test_reference_is_bounded_by_its_blocks():
-    """2048 x 32768 logits in float64 are 512 MiB, and a loss makes half a dozen such."""
+    """2048 x 32768 logits in float64 take 512 MiB, and a loss creates half a dozen such tensors."""
     out = subprocess.run(
         [sys.executable, "-P", "-c", REFERENCE_MEMORY], capture_output=True, text=True, check=True
     )
@@ -374,9 +374,9 @@ def test_reference_is_bounded_by_its_blocks():
 
 
 def test_logits_are_never_in_memory():
-    """1024 x 32768 logits are 64 MiB in bf16 and twice that in float32, and their gradient as much
-    again; what may be used is 32 MiB of exponentials, the float32 gradient (16) and the gradients
-    (8). In a process of its own: the peak of a process never falls.
+    """1024 x 32768 logits take 64 MiB in bf16 and twice that in float32, and their gradient as much
+    again. Allowed are 32 MiB of exponentials, the float32 gradient (16) and the gradients (8). This
+    runs in its own process, because the peak of a process never falls.
     """
     out = subprocess.run(
         [sys.executable, "-P", "-c", MEMORY], capture_output=True, text=True, check=True
@@ -456,7 +456,7 @@ def test_compiles_without_break_or_recompile(reduction):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 17, 3), (7, 40, 123)], ids=str)
 def test_small_products_are_the_definition(dtype, shape, options, weighted, small, monkeypatch):
-    """Both ways meet the same bound; which one runs is seen in the kernels' calls."""
+    """Both paths meet the same bound. The calls of the kernels show which one runs."""
     weight = torch.rand(shape[2]) if weighted else None
     tensors = make(*shape, dtype, ignored=0)
     called = []
@@ -465,7 +465,7 @@ def test_small_products_are_the_definition(dtype, shape, options, weighted, smal
         monkeypatch.setattr(MODULE, name, lambda *a, run=run: called.append(1) or run(*a))
     check(*tensors, weight=weight, **options)
     assert not called
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # which F.linear of floats would follow
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # F.linear of floats would follow it
         x, w, bias, target = tensors
         out = ops.linear_cross_entropy(x, w, target, linear_bias=bias)
     low = ops.linear_cross_entropy(x.bfloat16(), w.bfloat16(), target, linear_bias=bias)
@@ -481,8 +481,8 @@ def test_small_products_leave_ignored_rows_out(small):
 
 
 def test_small_products_same_bits_on_one_and_two_threads(small, monkeypatch):
-    """All but the product of logits, which is torch's: on some machines its bits depend on the
-    number of threads. Here it is computed in float64 and rounded.
+    """Everything but the product of logits, which is torch's: on some machines its bits depend on
+    the number of threads. Here it is computed in float64 and rounded.
     """
 
     def logits(x, w, bias):

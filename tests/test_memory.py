@@ -1,4 +1,4 @@
-"""fastlm.memory: gradients do not change when values are made again, memory does."""
+"""fastlm.memory: recomputing values does not change gradients, but saves memory."""
 
 import ctypes
 import subprocess
@@ -87,14 +87,14 @@ def test_value_is_not_kept(cover):
     kept = bytes_in_use() - before
     assert kept < 8 << 20 if cover else kept > 32 << 20
     out.backward()
-    assert calls == cover  # once for both
+    assert calls == cover  # one call for both
     want = torch.autograd.grad(first(x * 2).sum() + second(x * 2).sum(), x)[0]
     assert torch.equal(x.grad, want)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_checkpointing_still_saves_memory(monkeypatch):
-    """What its hooks do not see it cannot drop."""
+    """It cannot drop what its hooks do not see."""
     model = small_model(intermediate_size=3000)
     x = torch.randn(1, 400, 48, requires_grad=True)
     layer, call = model.model.layers[0], layers.Call(None, None, None, [None, None])
@@ -152,7 +152,7 @@ print(faults())
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 @pytest.mark.parametrize("call", ["assert keep_freed_memory()", ""])
 def test_freed_memory_is_not_asked_for_again(call):
-    """32 MiB four times: 8192 pages each time with glibc's defaults, none where it is kept."""
+    """32 MiB four times: 8192 pages each time with glibc's defaults, none if it is kept."""
     command = [sys.executable, "-P", "-c", PROGRAM.replace("CALL", call)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     faults = int(done.stdout)

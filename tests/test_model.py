@@ -31,7 +31,7 @@ def hf_config(case, **changes):
 
 
 def pair(case, dtype=torch.float32, **changes):
-    """The same random model in transformers and here, in eval mode."""
+    """The same random model in transformers and in fastlm, in eval mode."""
     torch.manual_seed(1)
     config = hf_config(case, **changes)
     theirs = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
@@ -53,8 +53,8 @@ def ids_of(rows=2, length=20, seed=3):
 
 
 def assert_same(ours, theirs, dtype, what):
-    """Both sides round each of a few hundred operations in another order: 2^7 units in the last
-    place of the largest value (1.5e-5 in float32). A wrong constant or a mixed-up weight is beyond
+    """Both sides round each of a few hundred operations, in different orders: 2^7 units in the last
+    place of the largest value (1.5e-5 in float32). A wrong constant or a mixed-up weight exceeds
     1e-3.
     """
     scale = theirs.abs().max().item()
@@ -66,7 +66,7 @@ def assert_same(ours, theirs, dtype, what):
 def test_logits_loss_and_gradients(case):
     theirs, ours = pair(case)
     ids = ids_of()
-    ids[0, 7:9] = 45  # the padding of some
+    ids[0, 7:9] = 45  # the padding token of some families
     with torch.no_grad():
         assert_same(ours(ids).logits, theirs(ids).logits, torch.float32, "logits")
     labels = ids.clone()
@@ -85,7 +85,7 @@ def test_logits_loss_and_gradients(case):
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_generation(case):
     """The cache against transformers computing every step from the start (its own caches keep stale
-    rotary frequencies for dynamic scaling). 13 + 8 tokens cross longrope's switch at 16 and every
+    rotary frequencies for dynamic scaling). 13 + 8 tokens exceed longrope's switch at 16 and every
     window.
     """
     theirs, ours = pair(case)
@@ -125,8 +125,8 @@ def test_low_precision_loses_no_more_than_transformers(dtype):
         naive = theirs.to(dtype)(ids).logits.double()
         mine = ours.to(dtype)(ids).logits
     assert mine.dtype == dtype
-    # The mean over 3880 logits, not the largest: one unlucky rounding at the start moves a
-    # whole row
+    # The mean over 3880 logits, not the maximum: one unlucky rounding at the start shifts a whole
+    # row
     lost, theirs_lost = (mine.double() - truth).abs().mean(), (naive - truth).abs().mean()
     assert lost <= 1.25 * theirs_lost, f"{lost:.3e} > 1.25 * {theirs_lost:.3e}"
 
@@ -182,7 +182,7 @@ def test_config_round_trip(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_config_of_older_transformers(case):
-    """rope_theta and rope_scaling at the top, as transformers 4 wrote them."""
+    """rope_theta and rope_scaling are at the top level, as written by transformers 4."""
     new = hf_config(case).to_dict()
     expected = ModelConfig.from_dict(new)
     old = {k: v for k, v in expected.to_dict().items() if k != "rope_parameters"}
@@ -198,7 +198,7 @@ def test_config_of_older_transformers(case):
 
 
 def test_defaults_are_those_of_transformers():
-    """A config.json that leaves entries out means what it means to transformers."""
+    """A config.json that leaves entries out means the same as to transformers."""
     for model_type in FAMILIES:
         theirs = transformers.AutoConfig.for_model(model_type)
         needed = {k: getattr(theirs, k) for k in list(SMALL)[:5]}
@@ -283,8 +283,8 @@ def test_impossible_config_files():
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_tensors_a_checkpoint_must_hold_are_the_models(case):
-    """Also where config.json leaves out what transformers assumes (Qwen3's head_dim, Gemma's tied
-    embeddings).
+    """This holds also if config.json leaves out what transformers assumes (Qwen3's head_dim,
+    Gemma's tied embeddings).
     """
     full = hf_config(case).to_dict()
     sizes = (*("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),)
@@ -328,7 +328,7 @@ def test_initialisation():
     std = {k: v.std().item() for k, v in state.items() if v.dim() == 2}
     for name, value in std.items():
         expected = 0.01 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-        assert abs(value / expected - 1) < 0.05, name  # 5000 or more draws each: 1 % is one sigma
+        assert abs(value / expected - 1) < 0.05, name  # at least 5000 draws each: 1 % is one sigma
     config.pad_token_id = 3
     padded = CausalLM(config, seed=5).model.embed_tokens.weight
     expected = state["model.embed_tokens.weight"].index_fill(0, torch.tensor([3]), 0.0)
@@ -375,7 +375,7 @@ def test_quantized_models_are_saved_and_loaded(kind, format, tmp_path):
     _, model = pair(kind, hidden_size=72, head_dim=12, tie_word_embeddings=kind == "llama")
     plain = copy.deepcopy(model)
     fastlm.quantize(model, format, group_size=16)
-    # the same weights in float32: what is left is how activations are rounded
+    # the same weights in float32: what remains is the rounding of activations
     with torch.no_grad():
         for module in plain.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -387,7 +387,7 @@ def test_quantized_models_are_saved_and_loaded(kind, format, tmp_path):
         logits, loss = model(ids).logits, model(ids, labels=ids).loss
         error = (logits - exact).square().mean() / exact.square().mean()
         assert error < (2e-2 if format == "w8a8" else 1e-10)
-        # the loss reads the head dequantized, the logits through quantized_linear
+        # the loss uses the dequantized head, the logits come from quantized_linear
         rounded = 8 in (m.act_bits for m in model.modules() if hasattr(m, "act_bits"))
         expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         torch.testing.assert_close(loss, expected, rtol=3e-2 if rounded else 1e-5, atol=0)
@@ -446,7 +446,7 @@ def test_smollm2_is_what_transformers_computes(smollm2):
     )
     ours = CausalLM.from_pretrained(smollm2, dtype=torch.float32, keep_quantized=False)
     tokenizer = Tokenizer.load(smollm2)
-    theirs.generation_config.eos_token_id = None  # all 64 tokens, whatever they say
+    theirs.generation_config.eos_token_id = None  # all 64 tokens, whatever they are
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt, special=True)])
         expected = theirs.generate(
@@ -467,7 +467,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2, keep_quantized):
     from fastlm.decode.sampling import Sampling
     from fastlm.tokenizer.tokenizer import Tokenizer
 
-    # with activations of 8 bits this question is a near tie, and falls the other way
+    # with 8-bit activations this question is a near tie and is decided the other way
     model = CausalLM.from_pretrained(smollm2, keep_quantized=keep_quantized, act_bits=16)
     tokenizer = Tokenizer.load(smollm2)
     ids = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
@@ -478,7 +478,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2, keep_quantized):
 
 @pytest.mark.slow
 def test_smollm2_in_8_bits_says_nearly_what_it_says_in_16(smollm2):
-    """A .gguf file's default: the distribution of the next token, over 512 of documentation."""
+    """The default for a .gguf file: the next token's distribution, over 512 tokens of docs."""
     from fastlm.tokenizer.tokenizer import Tokenizer
 
     text = (Path(pydoc_data.topics.__file__)).read_text("utf-8")[20_000:30_000]
@@ -486,10 +486,10 @@ def test_smollm2_in_8_bits_says_nearly_what_it_says_in_16(smollm2):
     logits = []
     for bits, cache_dtype in ((16, torch.float32), (None, torch.float16)):
         model = CausalLM.from_pretrained(smollm2, act_bits=bits)
-        cache = KVCache(model.config, 2, 256, dtype=cache_dtype)  # as `generate` makes it
+        cache = KVCache(model.config, 2, 256, dtype=cache_dtype)  # as `generate` creates it
         with torch.no_grad():
             logits.append(model(ids, cache=cache).logits.double())
     exact, rounded = (torch.log_softmax(z, -1) for z in logits)
     divergence = (exact.exp() * (exact - rounded)).sum(-1).mean()
-    assert 0 < divergence < 0.01  # nats; 0.0036 over 4096 tokens, 0.05 with one scale a row
+    assert 0 < divergence < 0.01  # nats; 0.0036 over 4096 tokens, 0.05 with one scale per row
     assert (exact.argmax(-1) == rounded.argmax(-1)).double().mean() > 0.93

@@ -1,5 +1,6 @@
-"""An objective that makes its own batches: a policy and a value model on a bandit, in the way of
-PPO. Rollouts come from the current policy, serve for two steps, and survive a cut bit for bit.
+"""An objective that creates its own batches: a policy and a value model on a bandit, in the style
+of PPO. Rollouts come from the current policy, serve for two steps, and are restored bit for bit
+after an interruption.
 """
 
 import json
@@ -21,7 +22,7 @@ OPTIONS = TrainOptions(
 
 
 class Bandit:
-    """The policy draws arms; arm BEST pays 1, the others nothing."""
+    """The policy draws arms. Arm BEST pays 1, the others nothing."""
 
     def __init__(self):
         torch.manual_seed(3)
@@ -30,7 +31,7 @@ class Bandit:
         self.reference = nn.Linear(1, ARMS, bias=False).requires_grad_(False)
         self.arms = torch.zeros(0, dtype=torch.long)
         self.old_logp = torch.zeros(0)
-        self.used = EPOCHS  # of the buffer: all
+        self.used = EPOCHS  # all epochs of the buffer
         self.measured: dict[str, float] = {}
 
     def logp(self, model: nn.Module) -> torch.Tensor:

@@ -23,7 +23,7 @@ def clones(params, dtype=None):
 
 
 def give_grads(params, *others, dtype=None, scale=1.0):
-    """The same random gradient to each parameter and to its copies in the other lists."""
+    """Give the same random gradient to each parameter and to its copies in the other lists."""
     for p, *copies in zip(params, *others):
         g = (torch.randn(p.shape) * scale).to(dtype or p.dtype)
         p.grad_dtype = None  # a gradient may have another dtype than its parameter
@@ -94,7 +94,7 @@ def test_master_weights_follow_float32(isa, dtype16):
         b.step()
     saved = a.state_dict()["state"]
     for i, (p, w) in enumerate(zip(mine, wide)):
-        # 20 steps of half a unit in the last place
+        # 20 steps with half a unit in the last place each
         torch.testing.assert_close(
             saved[i]["master"].double(), w.detach(), rtol=20 * 2**-24, atol=1e-7
         )
@@ -115,7 +115,8 @@ def test_stochastic_rounding_is_unbiased_repeats_and_keeps_small_updates(isa):
         torch.set_num_threads(before)
         results.append(p.detach().clone())
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
-    # ten updates of 1e-4 against spacings of 2^-8 below 1: nearest would not move at all
+    # ten updates of 1e-4 against spacings of 2^-8 below 1: rounding to nearest would not move at
+    # all
     x = results[0].double()
     assert abs(x.mean().item() - 0.999) < 5 * x.std().item() / math.sqrt(n)
     assert x.unique().numel() > 1
@@ -153,7 +154,8 @@ def test_cpu_agrees_with_reference(isa, options):
                 opt.step()
         results.append((params, opt.state_dict()["state"]))
     for i, (p, q) in enumerate(zip(results[0][0], results[1][0])):
-        # where float32 sums differ in the last place a rounding may fall the other way: rarely
+        # where float32 sums differ in the last place, some values may round the other way, though
+        # rarely
         off = (p.float() - q.float()).abs()
         near = 1e-6 if dtype == torch.float32 else 1e-7
         assert (off > near).float().mean() < 2e-3 and off.max() < 0.05
@@ -172,7 +174,7 @@ def test_packed_states_keep_what_they_promise(n, spread, root):
     y = reference.unpack_state(codes, scales, root=root)
     top = scales.repeat_interleave(reference.STATE_BLOCK)[:n]
     assert scales.shape == (-(-n // 256),) and codes.dtype == torch.uint8
-    half_step = 2**-5 if root else 2**-4  # of 4 or 3 mantissa bits
+    half_step = 2**-5 if root else 2**-4  # with 4 or 3 mantissa bits
     smallest = top * 2**-15.7
     inside = x.abs() > smallest
     assert ((x - y).abs() <= x.abs() * (half_step + 1e-6))[inside].all()
@@ -228,7 +230,7 @@ def test_memory_orders_and_gaps(isa):
 
 @pytest.mark.parametrize("options", [{}, {"state_bits": 8}, {"master_weights": True}], ids=str)
 def test_memory_order_that_changes_between_steps(isa, options):
-    """.to(memory_format=...) of a model in training: states follow their elements."""
+    """After .to(memory_format=...) on a model in training the states follow their elements."""
     dtype = torch.bfloat16 if "master_weights" in options else torch.float32
     start = torch.randn(16, 16, 5, 5).to(dtype)
     grads = torch.randn(4, 16, 16, 5, 5)
@@ -243,7 +245,7 @@ def test_memory_order_that_changes_between_steps(isa, options):
             p.grad = g.to(memory_format=order) if i > 1 else g
             opt.step()
         results.append((p.detach(), opt.state_dict()["state"][0]["exp_avg"]))
-    # 8 bits: other elements share a scale, so codes of 3 bits of mantissa are rounded anew
+    # 8 bits: other elements share a scale, so codes with 3 bits of mantissa are rounded again
     near = 2**-4 if "state_bits" in options else 1e-6
     for a, b in zip(*results):
         assert (a - b).norm() <= near * b.norm()
@@ -251,7 +253,7 @@ def test_memory_order_that_changes_between_steps(isa, options):
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_refuses_gradients_the_kernel_does_not_take(clip):
-    """In a parallel region this would end the process; and nothing may have been written."""
+    """In a parallel region this would end the process. Nothing may have been written before."""
     params = parameters(shapes=[(9,), (9,)])
     kept = [p.detach().clone() for p in params]
     opt = AdamW(params, max_grad_norm=clip)
@@ -319,7 +321,7 @@ def test_resume_gives_the_same_bits(dtype, options):
     resumed = AdamW(part, lr=1e-2, **options)
     resumed.load_state_dict(saved)
     actual = trained(resumed, part, 3, seed=2)
-    # loading did not alias what was saved, nor the optimizer it came from
+    # loading aliased neither what was saved nor the optimizer that it came from
     for now, before in (
         (saved["state"].values(), kept["state"].values()),
         (opt.state.values(), own),
@@ -347,7 +349,7 @@ def test_schedulers_tensor_lr_closure_deepcopy_and_missing_grads():
     twin = copy.deepcopy(opt)
     assert twin.max_grad_norm == float("inf") and len(twin.state) == 1
     opt.zero_grad()
-    opt.step()  # no gradient anywhere: nothing happens
+    opt.step()  # there is no gradient, so nothing happens
     assert opt.state[p]["step"].item() == 5
 
 
@@ -377,7 +379,7 @@ def test_bad_gradients_propagate(isa, bits):
     opt = AdamW([clipped], max_grad_norm=1.0)
     clipped.grad = torch.full((50,), float("nan"))
     opt.step()
-    assert opt.grad_norm.isnan() and clipped.isnan().all()  # as clip_grad_norm_
+    assert opt.grad_norm.isnan() and clipped.isnan().all()  # as in clip_grad_norm_
 
 
 def test_float64_runs_on_the_reference_beside_float32():
@@ -395,7 +397,7 @@ def test_float64_runs_on_the_reference_beside_float32():
 
 
 def problem(width=64):
-    """A small regression that takes a few hundred steps: a two-layer network learns another."""
+    """A small regression that takes a few hundred steps: one two-layer network learns another."""
     torch.manual_seed(0)
     teacher = torch.nn.Sequential(
         torch.nn.Linear(width, 128), torch.nn.Tanh(), torch.nn.Linear(128, 8)
@@ -456,7 +458,7 @@ def test_low_precision_loss_curves_end_where_float32_ends():
         ({"lr": float("nan")}, "lr: wanted a number >= 0, got nan"),
         ({"lr": torch.ones(2)}, r"lr: wanted a number or a one-element tensor, got \(2,\)"),
         ({"betas": (0.9, 1.0)}, r"betas: wanted two numbers in \[0, 1\), got \(0\.9, 1\.0\)"),
-        ({"lr": "1e-3"}, "lr: wanted a number >= 0, got '1e-3'"),  # YAML's
+        ({"lr": "1e-3"}, "lr: wanted a number >= 0, got '1e-3'"),  # as YAML parses it
         ({"lr": None}, "lr: wanted a number >= 0, got None"),
         ({"betas": ("0.9", 0.95)}, r"betas: wanted two numbers in \[0, 1\), got \('0\.9', 0\.95"),
         ({"betas": 0.9}, r"betas: wanted two numbers in \[0, 1\), got 0\.9"),
@@ -497,7 +499,7 @@ def test_refuses_parameters():
 
 
 def test_masters_kept_before_the_cast():
-    """The masters are the float32 values; an update that bfloat16 cannot hold is not lost."""
+    """The masters are the float32 values. An update too small for bfloat16 is not lost."""
     module = torch.nn.Linear(64, 64)
     exact = [p.detach().clone() for p in module.parameters()]
     optimizer = AdamW(module.parameters(), lr=1e-6, weight_decay=0.0, master_weights=True)
@@ -534,7 +536,7 @@ HARD = [
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_masters_of_every_kind_of_bits(isa, name):
-    """Ties and signed zeros come through a step that changes nothing, denormals flushed or not."""
+    """Ties and signed zeros survive a step that changes nothing, denormals flushed or not."""
     bits = torch.cat([torch.tensor(HARD, dtype=torch.int64), torch.randint(0, 2**32, (1000,))])
     exact = bits.int().view(torch.float32)
     exact = exact.where(exact.abs() < 3e38, 1.0)
@@ -542,7 +544,7 @@ def test_masters_of_every_kind_of_bits(isa, name):
 
     def check(after):
         assert torch.equal(after[normal].view(torch.int32), exact[normal].view(torch.int32))
-        assert (after[~normal].abs() <= exact[~normal].abs()).all()  # flushed, or as it was
+        assert (after[~normal].abs() <= exact[~normal].abs()).all()  # flushed or unchanged
 
     high, low = reference.split_master(exact)
     check(reference.join_master(high, low))
@@ -560,7 +562,7 @@ def test_masters_of_every_kind_of_bits(isa, name):
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_a_parameter_set_to_zero_between_steps(isa, name):
-    """As a pruning mask does: what its master had below bfloat16 must not turn zero into NaN."""
+    """A pruning mask does this. The master's bits below bfloat16 must not turn zero into NaN."""
     p = torch.randn(100).bfloat16().requires_grad_()
     optimizer = AdamW([p], lr=1e-3, master_weights=True)
     with backend.use_backend(name):
@@ -577,8 +579,8 @@ def test_a_parameter_set_to_zero_between_steps(isa, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("begin", ["steps", "keep_masters"])
 def test_masters_of_a_model_cast_later(dtype, begin):
-    """After steps in float32, or to another 16-bit dtype than `keep_masters` is for: small updates
-    are not lost."""
+    """Small updates are not lost after steps in float32, or after a cast to a 16-bit dtype other
+    than the one `keep_masters` assumes."""
     p = torch.nn.Parameter(torch.full((64,), 2.0))
     module = torch.nn.ParameterList([p])
     optimizer = AdamW([p], lr=1e-4, weight_decay=0.0, master_weights=True)
@@ -588,7 +590,7 @@ def test_masters_of_a_model_cast_later(dtype, begin):
         p.grad = torch.ones_like(p)
         optimizer.step()
     module.to(dtype)
-    for _ in range(400):  # each a hundredth of bfloat16's step
+    for _ in range(400):  # each update is a hundredth of bfloat16's spacing
         p.grad = torch.ones_like(p)
         optimizer.step()
     torch.testing.assert_close(p.float(), torch.full((64,), 1.96), rtol=0, atol=0.01)
@@ -596,7 +598,7 @@ def test_masters_of_a_model_cast_later(dtype, begin):
 
 
 def test_masters_kept_and_overtaken():
-    """float32 steps after `keep_masters`: what it kept is of weights that are no more."""
+    """After float32 steps the masters from `keep_masters` belong to weights of the past."""
     p = torch.nn.Parameter(torch.randn(64))
     module = torch.nn.ParameterList([p])
     optimizer = AdamW([p], lr=0.1, master_weights=True)
@@ -611,7 +613,7 @@ def test_masters_kept_and_overtaken():
 
 
 def test_a_tie_keeps_within_one_unit_of_float32():
-    """``.bfloat16()`` rounds ties to even; the master then is the float32 beside it."""
+    """``.bfloat16()`` rounds ties to even. The master is then the adjacent float32."""
     p = torch.tensor([0x3F808000, 0x3F818000], dtype=torch.int32).view(torch.float32)
     exact = p.clone()
     module = torch.nn.ParameterList([torch.nn.Parameter(p)])
@@ -645,7 +647,7 @@ def test_masters_are_kept_where_asked_for_only():
 
 
 def test_torch_knows_what_a_step_wrote(isa):
-    """A tensor saved for a backward must not change unseen, nor what was packed from it."""
+    """A tensor saved for a backward must not change unnoticed, nor what was packed from it."""
     p = torch.randn(8, requires_grad=True)
     optimizer = AdamW([p])
     p.grad = torch.ones_like(p)

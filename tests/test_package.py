@@ -1,5 +1,5 @@
 """The package as others install it: wheel and sdist, outside the repository; the public surface;
-the kernels guard.
+the guard for kernels/.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ def test_import_does_not_wait_for_torch():
 
 
 def test_kernels_stands_in_nobodys_way(tmp_path):
-    """At the root of a clone ``import kernels`` means PyPI's package of that name."""
+    """In the root of a clone ``import kernels`` gets PyPI's package of that name."""
 
     def run(code, site=None):
         path = {} if site is None else {"PYTHONPATH": str(site)}
@@ -62,8 +62,8 @@ def test_kernels_stands_in_nobodys_way(tmp_path):
 
 @pytest.mark.slow
 def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
-    """sdist from the tree, wheel from the sdist, installed into a fresh venv that only
-    borrows this one's dependencies.
+    """The sdist is built from the tree and the wheel from the sdist. The wheel is installed into a
+    fresh venv that only borrows this one's dependencies.
     """
     build = [
         sys.executable,
@@ -75,7 +75,7 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
         str(tmp_path),
         str(ROOT),
     ]
-    # one card's CUDA kernels will do
+    # CUDA kernels for one card are enough
     env = os.environ | {"FASTLM_CUDA_ARCHS": "90a"}
     subprocess.run(build, check=True, capture_output=True, env=env)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -126,7 +126,7 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
         "import fastlm, fastlm.kernels, torch, pathlib;"
         f"assert pathlib.Path(fastlm.__file__).is_relative_to({str(site)!r}), fastlm.__file__;"
         f"has_cuda = {has_cuda};"
-        "exec('import fastlm._cuda' if has_cuda else '');"  # without a GPU, too
+        "exec('import fastlm._cuda' if has_cuda else '');"  # also without a GPU
         "print(fastlm.ops.rms_norm(torch.ones(2, 8), torch.ones(8)).sum().item())"
     )
     done = subprocess.run(

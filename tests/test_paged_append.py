@@ -1,4 +1,4 @@
-"""paged_append against a loop over tokens; what it leaves out, refuses, and torch.compile."""
+"""paged_append against a loop over tokens; what it leaves out or refuses; torch.compile."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fastlm import InputError, backend, ops
 
 @pytest.fixture(params=["cpu", "triton"])
 def by(request):
-    """What `ops.paged_append` runs on where there are no CUDA kernels."""
+    """The backends on which `ops.paged_append` runs without CUDA kernels."""
     with backend.use_backend(request.param):
         yield
 
@@ -34,7 +34,7 @@ def case(dtype, b=3, s=4, hkv=2, d=16, dv=8, page_size=5, per=3, int8=False, dev
 
 
 def wanted(arguments, scales):
-    """Token by token."""
+    """Append token by token."""
     k, v, k_cache, v_cache, table, positions = arguments
     caches = k_cache.clone(), v_cache.clone()
     for b in range(k.shape[0]):
@@ -73,7 +73,7 @@ def test_tokens_without_a_place_are_left_out(by):
     before = [t.clone() for t in arguments[2:4]]
     ops.paged_append(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], before))
-    for t in (arguments[0], arguments[1], table, positions):  # beside others that have one
+    for t in (arguments[0], arguments[1], table, positions):  # now next to tokens that have one
         t.copy_(t.flip(0))
     positions[2], table[2, 1] = 7, 3
     ops.paged_append(*arguments)
@@ -85,7 +85,7 @@ def test_tokens_without_a_place_are_left_out(by):
 @pytest.mark.parametrize("place", [4, 5], ids=["block_table", "positions"])
 @pytest.mark.parametrize("added", [-(2**32), 2**32], ids=["below", "above"])
 def test_numbers_beyond_32_bits_are_left_out(by, place, added):
-    """They are in range where only 32 bits of them are left."""
+    """They would be in range if cut to 32 bits."""
     assert_left_out(case(torch.float32)[0], place, added)
 
 
@@ -97,7 +97,7 @@ def assert_left_out(arguments, place, added):
 
 
 def test_triton_does_without_values():
-    """Tensors without values refuse what would have to wait for a GPU."""
+    """Tensors without values raise an error for anything that would have to wait for a GPU."""
     arguments, _ = case(torch.float32, device="meta")
     backend.IMPLEMENTATIONS["paged_append"]["triton"](*arguments, None, None)
 

@@ -1,4 +1,4 @@
-"""paged_attention: pages in any order are the dense op on the gathered keys; int8; refusals."""
+"""paged_attention: pages in any order equal the dense op on the gathered keys; int8; refusals."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastlm import InputError, backend, ops
 
 
 def cache(lengths, page_size, hkv, d, dv, dtype):
-    """k, v pages in shuffled order, NaN where no key lies; garbage past a sequence's pages."""
+    """k, v pages in shuffled order with NaN in unused slots; garbage past a sequence's pages."""
     counts = [(n + page_size - 1) // page_size for n in lengths]
     pages = sum(counts) + 2
     k = torch.randn(pages, page_size, hkv, d)
@@ -99,7 +99,7 @@ def test_is_attention_of_the_gathered_keys(dtype):
             dense = ops.attention(q[b : b + 1].transpose(1, 2), keys, values, causal=True)
             torch.testing.assert_close(
                 out[b], dense[0].transpose(0, 1), rtol=0, atol=4 * ULP[dtype]
-            )  # runs of keys end at pages: sums in another order
+            )  # runs of keys end at page ends, so sums are in another order
 
 
 @settings(max_examples=50, deadline=None)
@@ -152,7 +152,7 @@ def test_strided_cache(isa):
 
 @pytest.mark.parametrize("queries", [1, 20])
 def test_table_much_wider_than_the_sequences(isa, queries, monkeypatch):
-    """A server's table has room for the longest context in every row: memory goes by lengths."""
+    """A server's table has room for the longest context in each row. Memory follows the lengths."""
     k, v, table, lens = cache([600, 3, 0, 9], 16, 2, 32, 32, torch.float32)
     q = torch.randn(4, queries, 4, 32)
     expected = ops.paged_attention(q, k, v, table, lens)
@@ -169,8 +169,8 @@ def test_table_much_wider_than_the_sequences(isa, queries, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", recorded)
     with torch.no_grad():
         assert torch.equal(ops.paged_attention(q, k, v, wide, lens), expected)
-    # two heads: keys and values of 612 rows, and of 32 for each sequence; the table's are 2^22;
-    # and a block of scores a thread
+    # two heads: 612 rows of keys and values, and 32 for each sequence, where the table has room for
+    # 2^22; plus a block of scores per thread
     assert max(sizes) <= 2 * (612 + 4 * 32) * 64 + torch.get_num_threads() * (1 << 16)
 
 
@@ -206,7 +206,7 @@ def test_refuses_what_would_be_read_out_of_bounds(name, queries):
                 InputError, match=f"seq_lens: wanted 0 to 20 .* got {n} for sequence 0"
             ):
                 ops.paged_attention(q, k, v, table, torch.tensor([n, 20]))
-        # in range only where 32 bits are left of them
+        # in range only if cut to 32 bits
         with pytest.raises(InputError, match="seq_lens: wanted 0 to 20"):
             ops.paged_attention(q, k, v, table, torch.tensor([2**32 + 9, 20]))
         with pytest.raises(InputError, match="block_table: wanted pages 0 to 9"):

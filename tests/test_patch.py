@@ -1,4 +1,4 @@
-"""`fastlm.patch`: the same results, on fastlm's kernels, and back again."""
+"""`fastlm.patch`: the same results on fastlm's kernels, and the way back."""
 
 import copy
 import functools
@@ -28,7 +28,7 @@ from fastlm import InputError, backend
 from fastlm.hf.forwards import variant_of
 from fastlm.hf.patching import OPS, patched_ops
 
-# what transformers and peft say of each other's names is not about the model
+# warnings of transformers and peft about each other's names do not concern the model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -65,7 +65,7 @@ def test_unpatch_gives_back_the_model(family):
     assert model.config._attn_implementation == implementation and patched_ops(model) == {}
     out = model(ids, labels=ids)
     assert torch.equal(out.loss, expected.loss) and torch.equal(out.logits, expected.logits)
-    fastlm.unpatch(model)  # of a model that is not patched: nothing
+    fastlm.unpatch(model)  # unpatching an unpatched model does nothing
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -80,7 +80,7 @@ def test_ops_choose(op):
 
 
 def test_says_what_it_did(caplog):
-    """In one line, which shows without a logging set-up where only norms were found."""
+    """One line, which is shown even without logging set up if only norms were found."""
     caplog.set_level(logging.INFO, "fastlm")
     model = fastlm.patch(model_of())
     own = fastlm.patch(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)))
@@ -100,7 +100,7 @@ def test_says_what_it_did(caplog):
 
 
 def test_linears_run_on_fastlms_products(monkeypatch):
-    """Where those are faster: in bfloat16, here from the first row on; under hooks as well."""
+    """They run where they are faster: in bfloat16, here from the first row on, also under hooks."""
     module, calls = sys.modules["fastlm.ops.linear"], []
     monkeypatch.setattr(module, "_LEAST_ROWS", dict.fromkeys(backend.cpu_isas(), (1, 1)))
     extension, real = backend.cpu_extension, backend.cpu_extension.linear_forward
@@ -112,7 +112,7 @@ def test_linears_run_on_fastlms_products(monkeypatch):
     torch.testing.assert_close(b.loss, a.loss.float(), rtol=1e-2, atol=0)
     assert ga.keys() == gb.keys()
     with pytest.raises(InputError, match="found none among"):
-        fastlm.patch(nn.Sequential(nn.Linear(4, 4)))  # nothing but products: not a model
+        fastlm.patch(nn.Sequential(nn.Linear(4, 4)))  # only linear layers: not a model
 
 
 def test_a_second_call_replaces_the_first():
@@ -131,7 +131,7 @@ def test_a_second_call_replaces_the_first():
 
 
 def test_kernels_run_and_no_logits_exist(monkeypatch):
-    """Every op on the path of a training step, and no tensor as large as the logits."""
+    """A training step runs every op, and no tensor is as large as the logits."""
     _, model = pair(vocab_size=5000)
     ids, seen, largest = tokens(), set(), 0
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -214,10 +214,10 @@ def test_loss_options():
 
 
 def test_an_evaluation_has_logits():
-    """Eval mode without gradients: metrics want them; `skip_logits` decides for either."""
+    """Eval mode without gradients: metrics need the logits. `skip_logits` overrides this."""
     plain, fast = (m.eval() for m in pair())
     ids = tokens()
-    assert fast(ids, labels=ids).logits is None  # a loop of one's own on a model just loaded
+    assert fast(ids, labels=ids).logits is None  # a custom loop on a freshly loaded model
     with torch.no_grad():
         expected, out = plain(ids, labels=ids), fast(ids, labels=ids)
         torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
@@ -226,11 +226,11 @@ def test_an_evaluation_has_logits():
         assert alone.logits is None and torch.allclose(alone.loss, out.loss)
         assert fast.train()(ids, labels=ids).logits is None
         assert fast(ids, labels=ids, skip_logits=False).logits is not None
-        assert fast(ids, skip_logits=True).logits is not None  # no loss without labels
+        assert fast(ids, skip_logits=True).logits is not None  # without labels there is no loss
 
 
 def test_a_loss_function_without_a_name():
-    """functools.partial has none: not known, so it gets its logits."""
+    """functools.partial has no name, so it is not recognized and gets its logits."""
     plain, fast = pair()
     ids = tokens()
     fast.loss_function = functools.partial(plain.loss_function)
@@ -240,7 +240,7 @@ def test_a_loss_function_without_a_name():
 
 
 def test_what_needs_logits_has_them():
-    """Losses and heads that the kernel does not know run as before."""
+    """Losses and heads that the kernel does not support run as before."""
     plain, fast = pair()
     ids = tokens()
     a, b = (m(input_ids=ids, labels=ids[:, -5:], logits_to_keep=5) for m in (plain, fast))
@@ -277,7 +277,7 @@ def test_hooks_see_what_they_saw():
 
 
 def test_hooks_on_the_activation():
-    """Of those who look at neurons: a GLU whose activation is watched runs the model's own code."""
+    """A GLU whose activation has hooks, as set to inspect neurons, runs the model's own code."""
     plain, fast = pair()
     ids, seen = tokens(), []
     for model in (plain, fast):
@@ -288,7 +288,7 @@ def test_hooks_on_the_activation():
 
 
 def test_unpatch_refuses_what_lies_on_top():
-    """parametrize (and fully_shard) make a class of their own from the patched one."""
+    """parametrize (and fully_shard) derive a class of their own from the patched one."""
     model = fastlm.patch(model_of())
     norm, ids = model.model.norm, tokens()
     torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import fastlm
 from fastlm import InputError
 
-# what transformers and peft say of each other's names is not about the model
+# warnings of transformers and peft about each other's names do not concern the model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -33,7 +33,7 @@ BIGBIRD = {
 
 
 def test_attention_whose_causality_is_in_the_mask():
-    """Of a model that always makes one, and so does not say that it is causal."""
+    """A model that always creates a mask, and so does not declare that it is causal."""
     config = transformers.BigBirdPegasusConfig(**BIGBIRD)
     plain = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(InputError, match="found none among"):
@@ -41,7 +41,7 @@ def test_attention_whose_causality_is_in_the_mask():
 
 
 def test_attention_with_options_that_no_kernel_has():
-    """T5 adds a bias of positions to the scores."""
+    """T5 adds a position bias to the scores."""
     from transformers.models.t5.modeling_t5 import T5Attention
 
     from fastlm.hf.attention_interface import UNSERVED, attention_forward
@@ -57,7 +57,7 @@ def test_attention_with_options_that_no_kernel_has():
 
 
 def test_attention_that_computes_with_its_mask():
-    """It takes the mask for one of four dimensions: fastlm's are smaller."""
+    """It expects a mask with four dimensions, but fastlm's have fewer."""
     from fastlm.hf.patching import _implementation
 
     model = model_of()
@@ -82,7 +82,7 @@ def test_padding(family, side):
     ids, mask = tokens(3), torch.ones(3, 20, dtype=torch.long)
     for row, padding in enumerate((0, 3, 13)):
         mask[row, slice(0, padding) if side == "left" else slice(20 - padding, 20)] = 0
-    # a row's first token has no label: what stands before it in its row is arbitrary
+    # a row's first token has no label: what precedes it in its row is arbitrary
     labels = ids.masked_fill(mask.cumsum(1) * mask <= 1, -100)
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     (a, ga), (b, gb) = (gradients(m, **inputs) for m in (plain, fast))
@@ -95,7 +95,7 @@ def test_padding(family, side):
 
 @few_families
 def test_packed_sequences(family):
-    """position_ids that start again: attention stays inside, in every row."""
+    """Attention stays inside each sequence where position_ids restart, in every row."""
     plain, fast = pair(family)
     ids = tokens(2, 24)
     positions = torch.stack(
@@ -111,7 +111,7 @@ def test_packed_sequences(family):
 
 
 def test_packed_sequences_by_offsets():
-    """cu_seq_lens of transformers' DataCollatorWithFlattening."""
+    """cu_seq_lens from transformers' DataCollatorWithFlattening."""
     plain, fast = pair()
     ids, offsets = tokens(1, 24), torch.tensor([0, 11, 24], dtype=torch.int32)
     out = fast(
@@ -134,7 +134,7 @@ def test_masks_stay_small():
     assert mask(**sizes, attention_mask=full) is None
     full[0, :3] = False
     assert mask(**sizes, attention_mask=full).shape == (2, 20)
-    # a static cache's empty places, and other patterns, need every element
+    # empty slots of a static cache, and other patterns, need every element
     assert mask(**{**sizes, "kv_length": 32}).shape == (2, 1, 20, 32)
     chunked = transformers.masking_utils.chunked_causal_mask_function(4, torch.zeros(2).long())
     assert mask(**sizes, mask_function=chunked, local_size=4).shape == (2, 1, 20, 20)
@@ -143,7 +143,7 @@ def test_masks_stay_small():
 
 
 def test_nothing_is_looked_at_in_a_capture(monkeypatch):
-    """A CUDA graph's capture forbids to wait for values, and would keep the branch taken."""
+    """Capturing a CUDA graph forbids waiting for values, and would fix the branch taken."""
     from fastlm.hf.attention_interface import attention_mask as mask
 
     sizes = {"batch_size": 2, "q_length": 20, "kv_length": 20, "config": FAMILIES["llama"][0]}
@@ -178,7 +178,7 @@ def test_a_mask_of_the_callers_own():
 @few_families
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generate(family, cache):
-    """Greedy tokens, past the window, of rows padded on the left."""
+    """Greedy tokens past the window, for rows padded on the left."""
     plain, fast = (m.eval() for m in pair(family))
     ids = tokens(2, 12)
     mask = torch.ones_like(ids)
@@ -199,7 +199,7 @@ def test_refuses_attention_weights():
 
 
 def test_registry_without_patch():
-    """``attn_implementation="fastlm"`` alone, once the registry has it."""
+    """``attn_implementation="fastlm"`` works alone, once it is in the registry."""
     import fastlm.hf.attention_interface  # noqa: F401
 
     plain, other = model_of("gemma2"), model_of("gemma2")
@@ -209,7 +209,7 @@ def test_registry_without_patch():
 
 
 def test_dropout_of_attention():
-    """Drawn by the kernel: repeats with the seed, differs between seeds, and not in eval."""
+    """The kernel draws it: equal for a seed, different between seeds, and absent in eval."""
     _, fast = pair(attention_dropout=0.5)
     ids = tokens()
 

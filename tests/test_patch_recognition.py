@@ -1,4 +1,4 @@
-"""What `fastlm.patch` takes a module for, and what it does not."""
+"""Which modules `fastlm.patch` recognizes, and which it does not."""
 
 import copy
 
@@ -15,13 +15,13 @@ from fastlm import InputError
 from fastlm.hf.forwards import variant_of
 from fastlm.hf.patching import patched_ops
 
-# what transformers and peft say of each other's names is not about the model
+# warnings of transformers and peft about each other's names do not concern the model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def test_nothing_is_taken_for_what_it_is_not():
     class Almost(nn.Module):
-        """The parts of a GLU and of an RMSNorm, other arithmetic."""
+        """The parts of a GLU and of an RMSNorm with different arithmetic."""
 
         def __init__(self):
             super().__init__()
@@ -66,7 +66,7 @@ class DropsInTraining(Linears):
 
 
 class Scaled(Linears):
-    """As before until somebody loads another number."""
+    """The same as its base class until another factor is loaded."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class Norm(nn.Module):
 
 
 class Gated(Norm):
-    """As Mamba's: without a gate it is an RMSNorm."""
+    """Like Mamba's norm: without a gate it is an RMSNorm."""
 
     def forward(self, x, gate=None):
         return super().forward(x if gate is None else x * nn.functional.silu(gate))
@@ -142,7 +142,7 @@ class ScaledLayer(Layer):
     ids=lambda m: type(m).__name__ if isinstance(m, nn.Module) else "",
 )
 def test_what_computes_another_thing_elsewhere(module, found):
-    """In training, with another argument, for large numbers, with other values in its buffers."""
+    """They differ in training, with another argument, for large numbers, or with other buffers."""
     module, state = copy.deepcopy(module), torch.get_rng_state()
     if found:
         fastlm.patch(module)
@@ -176,10 +176,10 @@ def test_a_model_of_ones_own():
 
 
 def test_looking_disturbs_nothing():
-    """Neither torch's generator, nor hooks, nor weights, nor another model of the same config."""
+    """It leaves alone torch's generator, hooks, weights, and other models with the same config."""
     config = copy.deepcopy(FAMILIES["llama"][0])
     model, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
-    other.config = model.config  # as LlamaForCausalLM(config) twice
+    other.config = model.config  # like calling LlamaForCausalLM(config) twice
     called = []
     for m in model.modules():
         m.register_forward_hook(lambda *_: called.append(1))
@@ -192,7 +192,7 @@ def test_looking_disturbs_nothing():
 
 
 def test_a_rotation_told_more():
-    """An apply_rotary_pos_emb that is given unsqueeze_dim by its place."""
+    """An apply_rotary_pos_emb that gets unsqueeze_dim as a positional argument."""
     from fastlm.hf.forwards import _attention
 
     seen = []

@@ -1,5 +1,5 @@
-"""Patched models in Hugging Face's Trainer and TRL's SFTTrainer over 50 steps, and `fastlm.AdamW`
-as their optimizer: the losses of the plain model with torch's."""
+"""Patched models in Hugging Face's Trainer and TRL's SFTTrainer over 50 steps, also with
+`fastlm.AdamW` as optimizer: the losses equal those of the plain model with torch's."""
 
 import peft
 import pytest
@@ -15,7 +15,7 @@ from fastlm.hf import attention_interface
 from fastlm.hf.patching import patched_ops
 from fastlm.ops import attention, linear_cross_entropy
 
-# what transformers, peft and TRL say of each other's names is not about the model
+# warnings of transformers, peft and TRL about each other's names do not concern the model
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
@@ -31,7 +31,7 @@ ARGUMENTS = {
 
 
 def rows(count=96):
-    """Of unequal length, each token followed by the same one: to be learnt."""
+    """Learnable rows of unequal length: a token always has the same successor."""
     draw = torch.Generator().manual_seed(2)
     table = torch.randint(3, 99, (99,), generator=draw).tolist()
     made = []
@@ -51,12 +51,12 @@ def losses(trainer, **options):
 
 def assert_same_curve(a, b, end=0.7):
     assert len(a) == len(b) == STEPS and a[-5:].mean() < end * a[0]
-    # rounding, which training lets grow
+    # rounding, amplified by training
     assert ((a - b).abs() / a).max() < 1e-3
 
 
 class Padded(torch.utils.data.Dataset):
-    """Rows of 16, padded on the right; the padding has no label."""
+    """Rows of 16, padded on the right. The padding has no label."""
 
     def __init__(self):
         self.rows = [torch.tensor(row) for row in rows()]
@@ -90,12 +90,12 @@ def plain_losses(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["plain", "checkpointing", "adamw"])
 def test_trainer(plain_losses, tmp_path, mode):
-    """Micro-batches with unequal numbers of labels; with "adamw" the clip is the optimizer's."""
+    """Micro-batches with unequal numbers of labels. With "adamw" the optimizer clips."""
     _, fast = pair()
     options = {"gradient_checkpointing": True} if mode == "checkpointing" else {}
     optimizer = None
     if mode == "adamw":
-        options["max_grad_norm"] = 0  # no clip by Trainer
+        options["max_grad_norm"] = 0  # Trainer does not clip
         optimizer = (fastlm.AdamW, {"lr": RATE, "max_grad_norm": 1.0})
     trainer = trainer_of(fast, tmp_path, optimizer, **options)
     assert_same_curve(plain_losses, losses(trainer))
@@ -103,11 +103,11 @@ def test_trainer(plain_losses, tmp_path, mode):
     if mode == "adamw":
         assert isinstance(trainer.optimizer.optimizer, fastlm.AdamW)
         decays = {group["weight_decay"] for group in trainer.optimizer.param_groups}
-        assert decays == {0.0, 0.1}  # as Trainer groups norms and the rest
+        assert decays == {0.0, 0.1}  # Trainer's groups: norms and the rest
 
 
 def test_adamw_of_bfloat16_in_trainer_resumes(tmp_path):
-    """A run cut off at step 25 goes on from its checkpoint, masters and 8-bit states included."""
+    """A run cut off at step 25 continues from its checkpoint, with masters and 8-bit states."""
     optimizer = (fastlm.AdamW, {"lr": RATE, "master_weights": True, "state_bits": 8})
     options = {"save_strategy": "steps", "save_steps": 25, "max_grad_norm": 0}
     _, fast = pair(dtype=torch.bfloat16)
@@ -151,7 +151,7 @@ def sft_losses(model, folder, *, lora=False, **options):
 
 @pytest.mark.parametrize("mode", ["plain", "lora"])
 def test_sft_trainer(tmp_path, monkeypatch, mode):
-    """TRL's defaults: gradient checkpointing, and a loss of its own without logits."""
+    """TRL's defaults: gradient checkpointing, and its own loss, without logits."""
     plain, fast = pair()
     options = {"lora": mode == "lora"}
     a = sft_losses(plain, tmp_path, **options)
@@ -164,19 +164,19 @@ def test_sft_trainer(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(attention_interface, "attention", counted)
     b = sft_losses(fast, tmp_path, **options)
     assert_same_curve(a, b, 0.97 if mode == "lora" else 0.7)
-    # 2 layers, 2 micro-batches a step, and once more for the backward
+    # 2 layers, 2 micro-batches per step, and again for the backward
     assert len(calls) == 2 * 2 * 2 * STEPS
 
 
 @pytest.mark.parametrize("mode", ["plain", "lora", "packing"])
 def test_sft_trainer_with_the_loss_of_the_model(tmp_path, monkeypatch, mode):
-    """`fastlm.compat.trl.SFTTrainer`: TRL's losses of the plain model, from the fused op; an
-    evaluation as TRL's."""
+    """`fastlm.compat.trl.SFTTrainer`: the fused op yields TRL's losses of the plain model;
+    evaluation works as in TRL."""
     from fastlm.compat.trl import SFTTrainer
     from fastlm.hf import forwards
 
     plain, fast = pair()
-    # packing: sequences one behind the other in one row, by position_ids and cu_seq_lens
+    # packing: consecutive sequences in one row, given by position_ids and cu_seq_lens
     options = {"plain": {}, "lora": {"lora": LORA}, "packing": {"packing": True}}[mode]
     theirs = sft_trainer(plain, tmp_path, **options)
     calls = []

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastlm
 from fastlm.hf.patching import patched_ops
 
-# what transformers and peft say of each other's names is not about the model
+# warnings of transformers and peft about each other's names do not concern the model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -41,7 +41,7 @@ def test_gradient_checkpointing(family, reentrant):
 @each_family
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
 def test_low_precision(family, mode):
-    """No further from float32 than the model itself in the same precision."""
+    """Results are as near to float32 as the model's own in the same precision."""
     exact = model_of(family)
     ids = tokens()
     truth, true_gradients = gradients(exact, input_ids=ids, labels=ids)
@@ -60,7 +60,7 @@ def test_low_precision(family, mode):
                 total += (p.grad.float() - true_gradients[n]).norm().item() ** 2
         errors.append(total**0.5)
     scale = sum(g.norm().item() ** 2 for g in true_gradients.values()) ** 0.5
-    # noise of one draw: within twice the plain model's, or 1 % (a few of bfloat16's 2^-8)
+    # noise of one draw: within twice the plain model's, or 1 % (a few times bfloat16's 2^-8)
     assert losses[1] <= 2 * losses[0] + 1e-2
     assert errors[1] <= 1.5 * errors[0] + 1e-2 * scale
 
@@ -88,7 +88,7 @@ def test_compiles_in_one_graph(family):
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("labels", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_new_shapes_are_not_compiled_again(family, labels):
-    """One graph for every number and length of rows, from the second shape on."""
+    """From the second shape on one graph serves any number and length of rows."""
     _, fast = pair(family)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
@@ -112,7 +112,7 @@ def test_new_shapes_are_not_compiled_again(family, labels):
 
 def train(model, steps, dtype=torch.float32):
     torch.manual_seed(1)
-    table = torch.randint(3, 99, (99,))  # each token is followed by the same one: to be learnt
+    table = torch.randint(3, 99, (99,))  # learnable: a token always has the same successor
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
@@ -134,12 +134,12 @@ def test_fifty_steps_of_training(dtype):
     plain, fast = pair(dtype=dtype)
     a, b = train(plain.train(), 50), train(fast.train(), 50)
     assert a[-1] < 0.5 * a[0]
-    # float32: rounding, which training lets grow; bfloat16: a few of its roundings a step
+    # float32: rounding, amplified by training; bfloat16: a few of its roundings per step
     assert ((a - b).abs() / a).max() < (1e-3 if dtype == torch.float32 else 5e-2)
 
 
 class Rows(torch.utils.data.Dataset):
-    """Documents of unequal length: micro-batches of unequal numbers of labels."""
+    """Documents of unequal length, so that micro-batches have unequal numbers of labels."""
 
     def __init__(self, count=32):
         generator = torch.Generator().manual_seed(2)
@@ -180,7 +180,7 @@ def test_trainer(tmp_path, mode):
     assert len(a) == 5 and a[0] != a[1]
     torch.testing.assert_close(b, a, rtol=1e-2 if mode == "bf16" else 1e-4, atol=0)
     ids = tokens()
-    fastlm.unpatch(fast)  # also where accelerate wrapped the forward
+    fastlm.unpatch(fast)  # works even where accelerate wrapped the forward
     fast.eval()
     assert fast(ids, labels=ids).logits is not None
     assert patched_ops(fast) == {}

@@ -1,4 +1,4 @@
-"""The phases of a decode step (csrc/cpu/phases.h) on more threads than cores, one often away."""
+"""The phases of a decode step (csrc/cpu/phases.h) on more threads than cores, one often asleep."""
 
 import shutil
 import subprocess

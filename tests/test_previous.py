@@ -1,4 +1,4 @@
-"""Archiving a training: cut off at every rename, it is finished by the next start."""
+"""Archiving a training: if it is cut off at any rename, the next start completes it."""
 
 import os
 
@@ -52,14 +52,14 @@ def test_what_was_archived_before_stays(tmp_path):
     out = run_folder(tmp_path, old=True)
     assert archive(out, NAMES, copies=["stages.json"]) == out / "previous-2"
     assert tree(out) == after("previous-2") | OLD
-    # whatever else has the name is left alone: somebody's own folder, a link to nowhere
+    # anything else with the name is left alone: a user's folder, a link to nowhere
     (out / "previous-3").symlink_to("nowhere")
     (out / "model").mkdir()
     assert archive(out, NAMES, copies=["stages.json"]) == out / "previous-4"
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("count", range(1, 4))  # two names, the new in
+@pytest.mark.parametrize("count", range(1, 4))  # two names, then the new folder
 def test_cut_off_it_is_finished_by_the_next_start(tmp_path, monkeypatch, count, when):
     out, rename, calls = run_folder(tmp_path, old=True), os.rename, 0
 

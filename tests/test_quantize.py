@@ -35,9 +35,9 @@ def test_error_is_within_half_a_step(bits, group_size, symmetric, k):
     step = q.scales.float().abs().repeat_interleave(size, 1)[:, :k]
     error = (q.dequantize() - w).abs()
     if bits == 8 or not symmetric:
-        # a stored bfloat16 scale may be 2^-9 short: 2^-9 * 127 is under half a step at the end
+        # a stored bfloat16 scale may be short by 2^-9: 2^-9 * 127 is under half a step at the end
         assert (error <= step * 0.501 + 1e-6).all()
-    else:  # clipped by choice, at most to 0.55 of the largest weight
+    else:  # deliberately clipped, at most to 0.55 of the largest weight
         assert (error <= torch.maximum(step * 0.501, 0.46 * w.abs())).all()
 
 
@@ -47,7 +47,7 @@ def test_int4_search_beats_absmax():
     s = groups.abs().amax(-1, keepdim=True) / 7
     plain = (groups / s).round().clamp(-8, 7) * s - groups
     plain_snr = 10 * torch.log10(w.square().sum() / plain.square().sum()).item()
-    # measured 1.1 dB on Gaussian weights
+    # measured: 1.1 dB on Gaussian weights
     assert snr(w, ops.quantize_weight(w, 4)) > plain_snr + 0.8
 
 
@@ -59,7 +59,7 @@ def test_signal_to_noise_of_gaussian_weights():
     shifted = w + 5
     asymmetric = ops.quantize_weight(shifted, 4, symmetric=False)
     noise = (asymmetric.dequantize() - shifted).square().mean().sqrt()
-    assert noise < 0.12  # the offset is absorbed: as without it
+    assert noise < 0.12  # the offset is absorbed: the same noise as without it
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -80,7 +80,7 @@ def test_constant_zero_and_tiny_groups(bits, symmetric):
     q = ops.quantize_weight(w, bits, group_size=32, symmetric=symmetric)
     d = q.dequantize()
     assert d.isfinite().all() and torch.equal(d[0], torch.zeros(64))
-    # asymmetric: the offset of a group of -2 and zeros is bfloat16, within 2^-9 of 2
+    # asymmetric: the offset of a group of -2 and zeros is stored in bfloat16, within 2^-9 of 2
     torch.testing.assert_close(d[1:], w[1:], rtol=0.01, atol=1e-6 if symmetric else 2**-8)
 
 
@@ -144,7 +144,7 @@ def test_weight_refusals():
     ]:
         with pytest.raises(InputError, match=message):
             call()
-    for symmetric in (True, False):  # int4: 1e7 / 8 is beyond 65504
+    for symmetric in (True, False):  # int4: 1e7 / 8 exceeds 65504
         with pytest.raises(InputError, match=r"scale_dtype: wanted .* weights up to 1e\+07"):
             ops.quantize_weight(w.fill_(1e7), 4, symmetric=symmetric, scale_dtype=torch.float16)
     with pytest.raises(InputError, match=r"scale_dtype: wanted .* up to 1e\+300, got torch.bfloat"):
@@ -171,7 +171,7 @@ def test_weight_refusals():
 
 
 class Small(nn.Module):
-    """An embedding, two layers and a head tied to the embedding or not."""
+    """An embedding, two layers and a head, which may be tied to the embedding."""
 
     def __init__(self, tied=True, width=64):
         super().__init__()
@@ -199,7 +199,7 @@ def test_quantize_replaces_every_layer(format, tied):
     assert model.layers[0].act_bits == int(format[3:]) and model.layers[0].bits == int(format[1])
     assert (model.lm_head.qdata.data_ptr() == model.embed.qdata.data_ptr()) == tied
     after = model(ids)
-    # the rounding of three weights of SNR r adds up to r - 10 log10(3); int8: 43 dB, int4: 21 dB
+    # the rounding of three weights with SNR r adds up to r - 10 log10(3); int8: 43 dB, int4: 21 dB
     error = 10 * torch.log10(before.square().sum() / (after - before).square().sum())
     assert error > (34 if format == "w8a16" else 30 if format == "w8a8" else 14)
     names = set(model.state_dict())

@@ -1,8 +1,9 @@
 """quantized_linear on every instruction set against the dequantized weight in float64.
 
-16-bit activations: the usual rule, error at most twice that of plain torch on the dequantized
-weight in the same dtype. 8-bit activations: the rounding of x is part of the definition, so the
-truth is float64 on the rounded rows, and what remains is one rounding per group and of the result.
+16-bit activations follow the usual rule: the error is at most twice that of plain torch on the
+dequantized weight in the same dtype. For 8-bit activations the rounding of x is part of the
+definition. So the truth is float64 on the rounded rows, and what remains is one rounding per group
+and one of the result.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from fastlm.quant import QuantizedWeight
 # (M, N, K): ragged in every direction; one, a few and many rows (dot form, panel form, two blocks
 # of rows)
 SHAPES = [(1, 20, 64), (3, 67, 507), (5, 64, 123), (9, 70, 252), (34, 33, 1), (2, 1, 1030)]
-# two blocks of k; rows enough for each thread to take its own
+# two blocks of k; enough rows for each thread to have its own
 SHAPES += [(40, 130, 600), (257, 5, 130), (14, 37, 1630), (300, 40, 1100)]
 GROUPS = [16, 32, 40, 128, 520, -1]
 
@@ -37,8 +38,8 @@ def weight(n, k, bits, group_size=128, symmetric=True, scale_dtype=torch.bfloat1
 
 
 def sum_floor(dtype, k):
-    """Half an ulp of the result; in float32 the order of k additions shows: a random walk of
-    k roundings.
+    """Half an ulp of the result. In float32 the order of k additions matters: a random walk of k
+    roundings.
     """
     return ULP[dtype] * (max(1.0, k**0.5 / 4) if dtype == torch.float32 else 1.0)
 
@@ -53,14 +54,14 @@ def check(x, q, bias, act_bits, what=""):
         return
     rounded, scale = reference.round_rows(x, q.group_size)
     truth = F.linear(rounded.double() * scale.double(), w64, b64)
-    # exact integers per group; then float32: one product and one sum per group, and the
-    # result's rounding
+    # exact integers per group; then, in float32, one product and one sum per group, and the
+    # rounding of the result
     groups = q.scales.shape[1] + x.shape[1] // reference.RUN_MAX
     terms = F.linear((rounded * scale).abs().double(), w64.abs()) + (
         0 if bias is None else b64.abs()
     )
     if q.zeros is not None:
-        # q and the offset are summed apart and may cancel
+        # q and the offset are summed separately and may cancel
         magnitude = q.dequantize(torch.float64).abs().amax() + q.zeros.double().abs().amax() * 2
         terms = terms + (rounded * scale).abs().double().sum(-1, keepdim=True) * magnitude
     bound = terms * (groups + 4) * ULP[torch.float32] + truth.abs() * ULP[x.dtype]
@@ -81,9 +82,9 @@ def test_matches_float64(isa, dtype, bits, act_bits, symmetric):
 
 
 def test_int8_activations_are_near_the_unrounded_product(isa, dtype):
-    # uniform rounding of Gaussian rows at absmax / 127: absmax of 512 is near 3.1 sigma,
-    # noise step^2 / 12,
-    # so 10 log10(12 * 127^2 / 3.1^2) = 43 dB; 38 leaves room for the largest of the rows' maxima
+    # Uniform rounding of Gaussian rows at absmax / 127: the absmax of 512 is near 3.1 sigma and the
+    # noise is step^2 / 12, so 10 log10(12 * 127^2 / 3.1^2) = 43 dB. 38 leaves room for the largest
+    # of the rows' maxima.
     q = weight(64, 512, 4)
     x = torch.randn(40, 512).to(dtype)
     truth = F.linear(x.double(), q.dequantize(torch.float64))
@@ -92,7 +93,8 @@ def test_int8_activations_are_near_the_unrounded_product(isa, dtype):
 
 
 def test_integer_part_is_exact(isa):
-    # scales 1, integer runs of 32 with absmax 127: every product and sum is an integer below 2^24
+    # scales are 1, integer runs of 32 have absmax 127: every product and sum is an integer below
+    # 2^24
     for bits, m in itertools.product((4, 8), (1, 40)):
         top = 7 if bits == 4 else 127
         codes = torch.randint(-top - 1, top + 1, (33, 130))
@@ -113,7 +115,7 @@ def reference_pack(codes, bits):
 
 
 def test_extreme_codes(isa):
-    """-128 and the ends of int4 against 127: where saturating instructions would show."""
+    """-128 and the ends of int4 times 127, where saturating instructions would fail."""
     for bits, sign in itertools.product((4, 8), (1, -1)):
         codes = torch.full((17, 128), -8 if bits == 4 else -128)
         q = QuantizedWeight(
@@ -127,7 +129,7 @@ def test_extreme_codes(isa):
 
 
 def test_an_outlier_costs_only_its_own_run(isa, dtype):
-    # a scale per row would leave the others 127 / 1000 of a step each: zeros
+    # with one scale per row the others would be 127 / 1000 of a step each, i.e. zero
     for k, group_size, alone in ((256, 32, 32), (1536, -1, reference.RUN_MAX)):
         q = weight(30, k, 8, group_size)
         for m in (2, 40):
@@ -208,7 +210,7 @@ def test_backward_matches_float64(isa, dtype, bits, symmetric):
         assert_near(db, dy.sum(0), dy.double().sum(0), factor=3, what="db")
 
 
-@pytest.mark.parametrize("k", [8192, 13500])  # no workspace, and one for most formats
+@pytest.mark.parametrize("k", [8192, 13500])  # without a workspace, and with one for most formats
 def test_one_long_row(isa, dtype, k):
     for bits, act_bits in itertools.product((4, 8), (8, 16)):
         x = torch.randn(1, k).to(dtype)
@@ -231,7 +233,7 @@ def test_any_shape_agrees_with_reference(m, n, k, bits, act_bits, group_size, sy
     mine = ops.quantized_linear(x, q, act_bits=act_bits)
     with backend.use_backend("reference"):
         theirs = ops.quantized_linear(x, q, act_bits=act_bits)
-    # float32 sums of k terms of size about 3
+    # float32 sums of k terms with a size of about 3
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5 * k**0.5)
 
 

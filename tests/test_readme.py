@@ -1,4 +1,4 @@
-"""The Python of the README and of the pages of docs/ is run as it stands."""
+"""The Python code of the README and of the pages in docs/ is run unchanged."""
 
 import math
 import re
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def python_of(page: str) -> list[str]:
-    """The blocks of Python of a page."""
+    """The Python blocks of a page."""
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.DOTALL | re.M)
 
 
@@ -85,7 +85,7 @@ def test_ten_lines_of_python():
     torch.manual_seed(0)
     names = run(block)
 
-    torch.manual_seed(0)  # the block draws first what is drawn here
+    torch.manual_seed(0)  # the block begins with the same draws
     x = torch.randn(4096, 512, dtype=torch.bfloat16)
     head = torch.randn(32768, 512, dtype=torch.bfloat16)
     target = torch.randint(0, 32768, (4096,))
@@ -95,10 +95,10 @@ def test_ten_lines_of_python():
         lse = logits.logsumexp(1)
         picked = logits.gather(1, wanted[:, None])[:, 0]
         total += (lse - picked + 1e-4 * lse**2).sum().item()
-    # exact products of bfloat16, summed in float32: as close as the order of the sums
+    # exact products of bfloat16, summed in float32: equal up to the order of the sums
     assert names["loss"].item() == pytest.approx(total / 4096, rel=1e-4)
-    # Adam's first step is lr wherever there is a gradient, for the head in the rows of targets;
-    # below 0.1 bfloat16 shows a step of 1e-3
+    # Adam's first step is lr wherever there is a gradient, in the head in the rows of the targets.
+    # Below 0.1 bfloat16 can represent a step of 1e-3.
     rows = target.unique()
     for before, after in ((x, names["x"]), (head[rows], names["head"][rows])):
         assert torch.isfinite(after).all()

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused and in which words; the recipes that ship are valid."""
+"""Recipes: what is read, what is refused and with which message; shipped recipes are valid."""
 
 from pathlib import Path
 

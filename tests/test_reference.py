@@ -1,4 +1,4 @@
-"""fastlm.reference: a file for every op; a name that is both file and function is the function."""
+"""fastlm.reference: a file for every op. A name of both a file and a function is the function."""
 
 import importlib
 import inspect
@@ -53,7 +53,7 @@ ORDERS = [
 
 
 def test_the_attribute_is_the_function_in_every_order_of_imports():
-    """Each order in a process without fastlm, forked from one that has torch."""
+    """Each order runs in a process without fastlm, forked from one that has imported torch."""
     code = f"""
 import inspect, os, torch
 for name in {BOTH!r}:

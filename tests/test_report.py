@@ -1,4 +1,4 @@
-"""The page: whole in itself, and every text in it is text."""
+"""The page: it is self-contained, and every text in it stays text."""
 
 import json
 import re
@@ -74,7 +74,7 @@ RESULTS = {
 
 
 def metrics_of(folder, losses):
-    """A metrics.jsonl of three steps."""
+    """A metrics.jsonl with three steps."""
     lines = [
         {"step": 0, "val_loss": 5.0, "bits_per_byte": 3.0},
         {"step": 0, "sample": EVIL, "progress": 0.0},
@@ -91,7 +91,7 @@ def metrics_of(folder, losses):
 
 
 def page_of(folder, table, results):
-    """report.html of a run folder in which only the files are that its stages read."""
+    """report.html of a run folder that contains only the files that its stages read."""
     funnel = Funnel(
         [
             {"step": "gather", "documents": 9, "bytes": 2_000_000, "removed": {EVIL: 3}},
@@ -185,12 +185,12 @@ def test_two_models_of_a_kind_stand_side_by_side(tmp_path):
     assert "<h3>pretrain</h3>" in html and "<h3>wide</h3>" in html
     assert "parameters (pretrain)" in text and "parameters (wide)" in text
     assert "bits per byte of unseen text (wide), 30 % below xz -9e" in text
-    assert html.count("<svg") == 3  # two losses, and the bits of both in one chart
+    assert html.count("<svg") == 3  # two losses, and the bits of both models in one chart
 
 
 def test_bars_are_the_difference_to_xz(html):
-    """From its line, at 2.0: zstd's to the right, the model's to the left, none of them long for
-    being far from zero.
+    """Starting from xz's line at 2.0, zstd's bar goes right and the model's left. No bar is long
+    just because its value is far from zero.
     """
     found = re.findall(r'class="bar" style="left:([\d.]+)%;width:([\d.]+)%', html)
     bars = [(float(left), float(left) + float(width)) for left, width in found]
@@ -209,8 +209,8 @@ def test_bars_are_the_difference_to_xz(html):
     ],
 )  # fmt: skip
 def test_labels_stand_at_their_own_lines(model, xz, zstd):
-    """Right of the axes, where neither curve nor dashes are; in the order of their values, not one
-    upon another, and as near to the line as that allows.
+    """Labels are right of the axes, clear of curves and dashes. They are in the order of their
+    values, do not overlap, and are as near to their lines as that allows.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
@@ -229,7 +229,7 @@ def test_labels_stand_at_their_own_lines(model, xz, zstd):
     for note in axes.texts:
         name, value = note.get_text().rsplit(" ", 1)
         assert float(value) == pytest.approx(names.pop(name), abs=5e-4)
-        box = Text.get_window_extent(note, canvas.get_renderer())  # without the line to its value
+        box = Text.get_window_extent(note, canvas.get_renderer())  # excludes the line to its value
         assert box.x0 > axes.bbox.x1 and box.x1 < figure.bbox.x1
         labels.append((float(value), box))
     assert not names

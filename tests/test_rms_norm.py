@@ -52,7 +52,7 @@ def check(dtype, shape, with_residual, offset, device="cpu"):
     options = {"eps": 1e-6, "offset": offset}
     actual = run(fused, x, weight, residual, dy, dh, **options)
     plain = run(naive, x, weight, residual, dy, dh, **options)
-    # the sum x + residual is rounded by definition: the truth starts from the rounded one
+    # the sum x + residual is rounded by definition, so the truth starts from the rounded sum
     h64 = (x if residual is None else x + residual).double()
     if residual is None:
         truth = run(naive, h64, weight.double(), None, dy.double(), None, **options)
@@ -61,7 +61,8 @@ def check(dtype, shape, with_residual, offset, device="cpu"):
         truth = [y, h64, dx + dh.double(), dw, dx + dh.double()]
     names = ["y", *(["h"] if with_residual else []), "dx", "dweight", "dresidual"]
     for name, a, p, t in zip(names, actual, plain, truth):
-        # the kernel keeps what torch rounds between ops: factor 2 (backward 3) needs no slack
+        # the kernel does not round where torch does between ops: factor 2 (backward 3) needs no
+        # slack
         assert_near(a, p, t, factor=2 if name in "yh" else 3, what=name)
 
 
@@ -74,7 +75,7 @@ def test_rows_apart_and_transposed(isa, dtype):
 
 
 def test_leading_dimensions(isa, dtype):
-    """(..., H) with any strides is the rows of its copy; dy strided as well."""
+    """(..., H) with any strides equals the rows of its copy, also with a strided dy."""
     weight = torch.randn(33, requires_grad=True)
     x = torch.randn(4, 3, 2, 33).to(dtype).transpose(0, 2).requires_grad_()
     dy = torch.randn(4, 3, 2, 33).to(dtype).transpose(0, 2)

@@ -12,7 +12,7 @@ from fastlm import InputError, backend, ops
 
 
 def tables(length, width, *, interleaved=False, batch=None, dtype=torch.float32):
-    """cos and sin as a Hugging Face model's rotary embedding makes them."""
+    """cos and sin as computed by a Hugging Face model's rotary embedding."""
     position = torch.arange(length, dtype=torch.float32).expand(batch or 1, -1)
     if batch:
         position = position + 100 * torch.arange(batch)[:, None]
@@ -23,7 +23,7 @@ def tables(length, width, *, interleaved=False, batch=None, dtype=torch.float32)
 
 
 def naive(q, k, cos, sin, interleaved=False):
-    """Hugging Face's formula, rounding after every op as eager torch does."""
+    """Hugging Face's formula, with rounding after every op as in eager torch."""
     width = cos.shape[-1]
     cos, sin = (t.to(q.dtype).unsqueeze(-3) for t in (cos, sin))
 
@@ -79,7 +79,7 @@ def test_matches_float64(isa, dtype, shape, width, interleaved, batched):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_table_is_the_elementwise_formula(isa, dtype, interleaved, table_dtype):
-    # cos and sin without repetition: nothing but x * cos + rotate(x) * sin gives this
+    # cos and sin without repetition: only x * cos + rotate(x) * sin yields this
     q, dq = torch.randn(2, 2, 3, 6, 40).to(dtype).unbind(0)
     k, dk = torch.randn(2, 2, 1, 6, 40).to(dtype).unbind(0)
     cos, sin = torch.randn(2, 1, 6, 24).to(table_dtype).unbind(0)
@@ -184,7 +184,7 @@ def test_compiles_without_break_or_recompile():
         return torch.cat(ops.rope(q, k, cos, sin), 1)
 
     calls = []
-    for b, s in ((5, 11), (6, 13), (7, 17)):  # no two sizes alike: duck sizing
+    for b, s in ((5, 11), (6, 13), (7, 17)):  # all sizes differ because of duck sizing
         q = torch.randn(b, s, 4, 16).transpose(1, 2).requires_grad_()
         calls.append((q, torch.randn(b, 2, s, 16, requires_grad=True), *tables(s, 16)))
     assert_compiles_once(both, calls)
@@ -192,7 +192,7 @@ def test_compiles_without_break_or_recompile():
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_fake_knows_the_strides(name):
-    """inductor asserts the strides that the fake promised, also of heads that lie across."""
+    """inductor asserts the strides that the fake declared, also for heads stored transposed."""
     tables = torch.randn(2, 6, 8).unbind(0)
     across = torch.randn(2, 3, 8, 6).transpose(-1, -2)
     for q in (across, torch.randn(2, 6, 3, 8).transpose(1, 2), torch.randn(2, 3, 6, 16)[..., ::2]):
@@ -204,7 +204,7 @@ def test_fake_knows_the_strides(name):
                 promised = ops.rope(*promised)
         assert [t.stride() for t in real] == [t.stride() for t in promised]
     q = across.requires_grad_()
-    dout = across.detach().clone()  # autograd may hand over any gradient
+    dout = across.detach().clone()  # autograd may pass a gradient with any strides
     out = ops.rope(q, q[:, :1].detach(), *tables)[0]
     expected = torch.autograd.grad(out, q, dout.contiguous(), retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(out, q, dout)[0], expected)
@@ -212,8 +212,8 @@ def test_fake_knows_the_strides(name):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_half_of_a_whole_rotation_is_not_a_partial_one(interleaved):
-    """Tables of D / 2: with every angle twice a partial rotation, with every angle once nothing
-    that `rope` could know.
+    """Tables of width D / 2: with every angle twice they are a partial rotation. With every angle
+    once `rope` cannot know what they are.
     """
     q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
     cos, sin = tables(5, 8, interleaved=interleaved, batch=2)
@@ -227,7 +227,7 @@ def test_half_of_a_whole_rotation_is_not_a_partial_one(interleaved):
     for a, b in zip(turned, naive(q, k, *once, interleaved)):
         torch.testing.assert_close(a, b)
 
-    # where values cannot be read: NaN, no guess
+    # where values cannot be read: NaN instead of a guess
     compiled = torch.compile(ops.rope, fullgraph=True, backend="aot_eager")
     graphed = compiled(q, k, cos, sin, interleaved=interleaved)
     assert all(torch.equal(a, b) for a, b in zip(partial, graphed))

@@ -1,5 +1,5 @@
-"""The chain of stages through the command line: everything there at the end, skipped, redone,
-resumed, refused.
+"""The chain of stages through the command line: complete at the end, skipped, redone, resumed,
+refused.
 """
 
 import json
@@ -44,7 +44,7 @@ def finished(tmp_path_factory):
 
 
 def run_again(recipe, out, **kwargs) -> dict[str, str]:
-    """stage -> skipped or done."""
+    """Run again and return stage -> skipped or done."""
     states: dict[str, str] = {}
     run_recipe(
         recipe,
@@ -89,7 +89,7 @@ def test_everything_is_there(finished):
         assert (run / name).is_file(), name
     left = [p for p in run.rglob("*") if p.name.endswith((".part", ".old"))]
     assert not left
-    # what was saved is what transformers computes
+    # transformers computes the same from the saved model
     ids = torch.tensor([[5, 6, 7, 8]])
     theirs = AutoModelForCausalLM.from_pretrained(run / "pretrain/model", dtype=torch.float32)
     ours = CausalLM.from_pretrained(run / "pretrain/model", dtype=torch.float32)
@@ -116,14 +116,14 @@ def test_again_is_skipped_and_a_change_redoes_what_depends_on_it(finished):
     (run / "quantize/model.safetensors").unlink()
     states = run_again(recipe, run, overrides=["eval.stride=8"])
     assert [n for n, s in states.items() if s == "done"] == ["quantize"]
-    # a lost model comes back from the last checkpoint; after that nobody misses checkpoints
+    # a lost model is restored from the last checkpoint; after that checkpoints are not needed
     shutil.rmtree(run / "pretrain/model")
     states = run_again(recipe, run, overrides=["eval.stride=8"])
     assert [n for n, s in states.items() if s == "done"] == ["pretrain"]
     shutil.rmtree(run / "pretrain/checkpoints")
     assert set(run_again(recipe, run, overrides=["eval.stride=8"]).values()) == {"skipped"}
     assert (run / "pretrain/metrics.jsonl").read_bytes() == before
-    (run / ".pretrain.0123.part").mkdir()  # of a process that was killed
+    (run / ".pretrain.0123.part").mkdir()  # left by a killed process
     states = run_again(recipe, run, overrides=["pretrain.lr=2e-2"])
     assert not list(run.glob(".*.part"))
     assert [n for n, s in states.items() if s == "skipped"] == ["data", "tokenizer", "shards"]
@@ -178,7 +178,7 @@ WATCHING = ["pretrain.keep=3", "pretrain.checkpoint_every=4", "pretrain.validati
 
 
 def test_what_does_not_change_the_model_goes_on_with_the_training(tmp_path):
-    """Other moments to look and save, and a source whose time alone is new."""
+    """Other times for validation and checkpoints, and a source with only a new time stamp."""
     recipe, whole, run = tiny_recipe.write(tmp_path), tmp_path / "whole", tmp_path / "run"
     run_recipe(recipe, whole, until="pretrain")
     with pytest.raises(KeyboardInterrupt, match="step-00000006"):
@@ -208,7 +208,7 @@ def test_an_unchanged_source_is_not_read_again(tmp_path, monkeypatch):
     assert run_again(recipe, run, until="data") == {"data": "skipped"} and not read
     os.utime(tmp_path / "docs/03.txt")
     assert run_again(recipe, run, until="data") == {"data": "skipped"} and read == ["03.txt"]
-    # the same size and the same time, another text
+    # another text with the same size and time
     file = tmp_path / "docs/05.txt"
     before = file.stat()
     file.write_text(file.read_text().swapcase())
@@ -240,20 +240,20 @@ def test_a_training_that_gives_way_is_set_aside_and_can_go_on(tmp_path):
     assert next(s for s in archived if s["kind"] == "pretrain")["lr"] == 1e-2
     assert files_of(run / "pretrain/model") != model
     assert (run / "report.html").read_bytes() != report and not (run / "quantize").exists()
-    # it is a run folder of its own: nothing is trained again there
+    # the archive is a run folder itself: nothing is trained again there
     states = run_again(recipe, previous, until="pretrain")
     assert states == {"data": "done", "tokenizer": "done", "shards": "done", "pretrain": "skipped"}
 
-    # another text: the training is in nobody's way before the data is made again
+    # another text: the training is archived before the data is prepared again
     second = files_of(run / "pretrain/model")
     (tmp_path / "docs/00.txt").write_text("A tree sees the river.\n" * 50)
     states = run_again(recipe, run, overrides=["pretrain.lr=2e-2"], until="data")
     assert states == {"pretrain": "archived", "data": "done"}
-    assert files_of(previous / "pretrain/model") == model  # what was archived before stays
+    assert files_of(previous / "pretrain/model") == model  # what was archived before is kept
     previous = run / "previous-2"
     assert files_of(previous / "pretrain/model") == second and (previous / "shards").is_dir()
     assert not (run / "pretrain/model").exists() and not list(run.glob(".previous*"))
-    # nothing trained since: what was set aside stays
+    # nothing was trained since: the archive is kept
     states = run_again(recipe, run, overrides=["data.heldout_bytes=5000"], until="data")
     assert states == {"data": "done"} and files_of(previous / "pretrain/model") == second
 
@@ -264,7 +264,7 @@ def test_a_file_beside_the_model_does_not_train_it_again(finished):
     shutil.rmtree(run / "pretrain/checkpoints")
     (run / "pretrain/model/README.md").write_text("mine")
     assert set(run_again(recipe, run).values()) == {"skipped"}
-    # one that is damaged is trained again, and stays where it can be looked at
+    # a damaged model is trained again, and kept where it can be inspected
     weights = (run / "pretrain/model/model.safetensors").read_bytes()
     (run / "pretrain/model/model.safetensors").write_bytes(weights[:-1])
     states = run_again(recipe, run, until="pretrain")
@@ -285,9 +285,7 @@ def test_ctrl_c_in_the_last_step_ends_the_chain(tmp_path):
 
 
 def test_killed_in_training_and_started_again(finished, tmp_path):
-    """SIGKILL from outside, at whatever instruction: the same command goes on to the same
-    losses.
-    """
+    """SIGKILL from outside at any instruction: the same command continues to the same losses."""
     recipe, _ = finished
     whole, run = tmp_path / "whole", tmp_path / "run"
     sets = ["--set", "pretrain.max_steps=60", "--set", "quantize.group_size=32"]
@@ -332,8 +330,8 @@ def one_line(done, text):
 
 
 def test_a_disk_that_takes_no_more(finished, tmp_path):
-    """Every file beyond a size fails to be written, as on a full disk: one line, status 2,
-    nothing half-written.
+    """Writing any file beyond a size fails, as on a full disk: one line, status 2, nothing
+    half-written.
     """
     recipe, _ = finished
     run = tmp_path / "run"
@@ -349,7 +347,7 @@ def test_a_disk_that_takes_no_more(finished, tmp_path):
 
 
 def test_a_read_only_run_folder(tmp_path):
-    """Also for root, who goes without the capability to write where the mode forbids it."""
+    """This holds even for root, who drops the capability to write where the mode forbids it."""
     import ctypes
 
     drop_from_bounding_set, dac_override = 24, 1  # prctl(2), capabilities(7)

@@ -14,13 +14,13 @@ from fastlm.hf import sdpa
 
 doors = torch.nn.attention
 
-# what transformers says of its own names is not about the kernels
+# warnings of transformers about its own names do not concern the kernels
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Active during the test; the calls of forward and backward are counted."""
+    """Activate the kernels during the test, and count the calls of forward and backward."""
     counted = {"_forward": 0, "_backward": 0}
 
     def counts(name, function):
@@ -67,7 +67,7 @@ OPTIONS = {
 @pytest.mark.parametrize("rows, keys", [(9, 9), (3, 11), (11, 3), (1, 6)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_computes_the_same(calls, dtype, options, rows, keys, transposed):
-    """Causal is aligned at the top left, as torch's; results lie in memory as torch's."""
+    """Causal is aligned at the top left, and results have the same strides, as in torch."""
     options = dict(options)
     kind = options.get("attn_mask")
     if kind is bool:
@@ -82,7 +82,7 @@ def test_computes_the_same(calls, dtype, options, rows, keys, transposed):
     assert calls == {"_forward": pieces, "_backward": pieces}
     doors.restore_flash_attention_impl()
     theirs = run(leaves, **options)
-    assert calls == {"_forward": pieces, "_backward": pieces}  # nothing is left of it
+    assert calls == {"_forward": pieces, "_backward": pieces}  # torch is fully restored
     if kind is float:
         options["attn_mask"] = options["attn_mask"].double()
     exact = run([t.detach().double().requires_grad_() for t in leaves], **options)
@@ -103,7 +103,7 @@ def test_rows_that_see_nothing_are_zero(calls):
 
 
 def test_what_stays_with_torch(calls):
-    """Dropout, a mask with a gradient, values of another width."""
+    """Dropout, a mask with a gradient, values with another width."""
     q, k, v = leaves_of(5, 5)
     F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
     F.scaled_dot_product_attention(q, k, v, torch.zeros(5, 5, requires_grad=True))
@@ -128,7 +128,7 @@ def test_compiles(calls, backend):
 
 
 def test_a_model_of_transformers(calls):
-    """Its "sdpa" attention, unchanged and unpatched."""
+    """Its "sdpa" attention runs on the kernels, unchanged and unpatched."""
     model, ids = model_of(), tokens()
     model.set_attn_implementation("sdpa")
     fast, fast_gradients = gradients(copy.deepcopy(model), input_ids=ids, labels=ids)
@@ -141,7 +141,7 @@ def test_a_model_of_transformers(calls):
 
 def test_registering_alone_changes_nothing():
     fastlm.register_sdpa()
-    fastlm.register_sdpa()  # twice is once
+    fastlm.register_sdpa()  # the second call has no effect
     assert doors.list_flash_attention_impls().count("fastlm") == 1
     assert doors.current_flash_attention_impl() is None
 

@@ -17,7 +17,7 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 
 
 class Bytes:
-    """A tokenizer of bytes, 256 the end of text; ``shift`` moves ids out of the vocabulary."""
+    """A tokenizer of bytes; 256 is the end of text. ``shift`` moves ids out of the vocabulary."""
 
     def __init__(self, vocab_size=257, eos_id: int | None = 256, shift=0):
         self.vocab_size, self.eos_id, self.shift = vocab_size, eos_id, shift
@@ -204,7 +204,7 @@ def test_an_epoch_deals_every_window_once_and_labels_follow(shards, shuffle):
         assert ids.dtype == labels.dtype == torch.int64
         assert torch.equal(ids[0, 1:], labels[0, :-1])
         seen.append([*ids[0].tolist(), int(labels[0, -1])])
-    seen.pop()  # the first of the next epoch
+    seen.pop()  # it belongs to the next epoch
     fits = [
         [s.tolist() for s in np.lib.stride_tricks.sliding_window_view(want[o:], 17)[::16]]
         for o in range(16)
@@ -281,7 +281,7 @@ def test_bad_sampler_arguments(shards):
 
 
 def test_training_batches_hold_no_heldout_token(tmp_path):
-    """Two sets side by side: a sampler sees its own only."""
+    """Two sets side by side: a sampler only sees its own."""
     write_shards(["a" * 50] * 20, Bytes(), tmp_path / "train", shard_tokens=64)
     write_shards(["z" * 50] * 20, Bytes(), tmp_path / "heldout", shard_tokens=64)
     for ids, labels in windows(BatchSampler(TokenDataset(tmp_path / "train"), 4, 33, seed=0), 40):

@@ -1,5 +1,5 @@
-"""The emulator itself: kernels with one planted bug each are found out, the same ones mended are
-clean; addresses, counts; and the same under the sanitizers.
+"""The emulator itself: it detects kernels with one planted bug each, and passes the same kernels
+repaired; addresses, counts; and the same under the sanitizers.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from fastlm import backend, ops
 SOURCE = kernel_build.ROOT / "tests/simt/planted.cu"
 SEEDS = 20
 
-# what the fault of each planted bug must say, at the least
+# what the report of each planted bug must contain at least
 SAYS = {
     "reads_before_the_barrier": ("race", "nobody has written"),
     "writes_before_all_have_read": ("race",),
@@ -115,18 +115,18 @@ def test_a_wild_pointer_ends_the_process_with_kernel_and_thread(planted):
 def test_counts_bank_conflicts_and_sectors(planted):
     lines = [line.split("\t") for line in run(planted, "count").stdout.splitlines()]
     counts = {(int(s), place.split(":")[1][4:]): tuple(map(int, rest)) for s, place, *rest in lines}
-    # 32 lanes, 4 bytes each: instructions, passes or sectors, the least
+    # 32 lanes, 4 bytes each: instructions, passes or sectors, their minimum
     assert counts[1, "write shared"] == counts[33, "write shared"] == (1, 1, 1)
     assert counts[32, "write shared"] == counts[32, "read shared"] == (1, 32, 1)
     assert counts[1, "read global"] == counts[1, "write global"] == (1, 4, 4)
-    assert counts[32, "read global"] == (1, 2, 1)  # two words, 128 bytes apart
+    assert counts[32, "read global"] == (1, 2, 1)  # two words 128 bytes apart
 
 
 @pytest.mark.slow
 def test_clean_under_address_and_undefined_sanitizers(tmp_path):
     options = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     program = kernel_build.by_gcc(SOURCE, tmp_path, *options)
-    # a thread that is left where it stands keeps its strings
+    # a thread abandoned in mid-execution never frees its strings
     options = "detect_leaks=0:detect_stack_use_after_return=0"
     result = run(program, "both", 2, ASAN_OPTIONS=options)
     assert result.returncode == 0, result.stderr
@@ -148,7 +148,7 @@ def test_the_extension_is_built():
 
 
 def test_two_threads_of_python_launch_at_once():
-    """One runs after the other: the emulator knows one set of tensors."""
+    """They run one after the other: the emulator keeps only one set of tensors."""
     x, weight = torch.randn(64, 256), torch.randn(256)
 
     def launch(rows: int) -> None:

@@ -1,5 +1,5 @@
 """Stages: one class is a recipe's table, a command, a Python call and a part of the report. The
-example of CONTRIBUTING.md goes through all of them.
+example of CONTRIBUTING.md covers all of them.
 """
 
 import importlib.util
@@ -46,7 +46,7 @@ def lengths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A recipe over documents of 100 to 330 words, and the run folder with its prepared text."""
+    """A recipe for documents of 100 to 330 words, and the run folder with its prepared text."""
     folder = tmp_path_factory.mktemp("corpus")
     recipe = tiny_recipe.write(folder)
     for i, file in enumerate(sorted((folder / "docs").iterdir())):
@@ -118,12 +118,12 @@ def test_every_option_has_a_key_a_flag_and_a_help(kind):
     assert {t for takes in cls.reads.values() for t in takes.types} | set(cls.leaves) <= set(TYPES)
     text = " ".join(call(command_of(cls), "--help").stdout.split())
     for option in options_of(cls):
-        if option.name == "model":  # a table: recipes only
+        if option.name == "model":  # a table, which only recipes have
             continue
         assert option.help, f"{kind}.{option.name}"
         flag = option.name if option.positional else f"--{option.name.replace('_', '-')}"
         assert flag in text, f"{kind}: {flag}"
-    # words that a recipe, a command or a call has already
+    # words that a recipe, a command or a call already uses
     taken = {*cls.reads, "name", "kind", "from", "of", "out", "cache", "threads", "log_every"}
     assert not taken & {option.name for option in options_of(cls)}
     assert {f.name for f in fields(cls)} == {o.name for o in options_of(cls)}
@@ -165,7 +165,7 @@ def test_a_change_reaches_what_depends_on_it_and_nothing_else(tmp_path):
     html = (run / "report.html").read_text()
     assert html.count('class="beside"') == 2  # two trainings, two evaluations
     trained = (run / "pretrain/model/model.safetensors").read_bytes()
-    # the plan says what will be done and why; a dry run does no more
+    # the plan states what will be done and why; a dry run does nothing more
     assert again("wide.lr=2e-3", dry_run=True) == {} and not states
     todo = {p.step.name: (p.do, p.why) for p in plans}
     assert todo["pretrain"] == todo["quantize"] == ("skip", "done")
@@ -173,12 +173,12 @@ def test_a_change_reaches_what_depends_on_it_and_nothing_else(tmp_path):
     assert todo["both"] == ("run", "what it reads has changed")
     again("wide.lr=2e-3")
     assert done() == ["wide", "both"]
-    # the other branch was archived, this one was left alone
+    # the other branch was archived, this one was left unchanged
     assert (run / "previous/wide/model").is_dir() and not (run / "previous/pretrain").exists()
     assert (run / "pretrain/model/model.safetensors").read_bytes() == trained
     again("wide.lr=2e-3", "both.of=['wide']")
     assert done() == ["both"] and plans[-1].why == "takes from other stages"
-    # a renamed stage gets a new folder; the stages that it takes from are skipped
+    # a renamed stage gets a new folder; its input stages are skipped
     recipe.write_text(recipe.read_text().replace('name = "both"', 'name = "two"'))
     again("wide.lr=2e-3")
     assert done() == ["two"] and plans[-1].why == "new"
@@ -205,7 +205,7 @@ def test_a_stage_takes_from_a_folder_outside_the_run(tmp_path):
     assert summary["stages"]["quantize"]["bits_per_byte"] > 0 and states == ["started", "done"]
     run()
     assert states == ["skipped"]
-    # another model under the same path is seen
+    # another model under the same path is noticed
     run_recipe(recipe, first, until="pretrain", overrides=["pretrain.max_steps=3"])
     run()
     assert states == ["started", "done"]
@@ -234,7 +234,7 @@ def test_a_run_folder_is_its_last_model(tmp_path):
 
 
 class Runs:
-    """Runs of one recipe in one folder; what the last one did."""
+    """Runs of one recipe in one folder, with the states of the last run."""
 
     def __init__(self, folder, more=""):
         self.recipe, self.out = tiny_recipe.write(folder, more), folder / "run"
@@ -264,11 +264,11 @@ def test_no_training_is_ever_deleted(tmp_path):
     run()
     weights = "model/model.safetensors"
     first = {name: (run.out / name / weights).read_bytes() for name in ("pretrain", "wide")}
-    run("wide.lr=2e-3")  # one branch, then the other: both stay
+    run("wide.lr=2e-3")  # one branch, then the other: both are kept
     run("wide.lr=2e-3", "pretrain.lr=2e-2")
     assert (run.out / "previous/wide" / weights).read_bytes() == first["wide"]
     assert (run.out / "previous-2/pretrain" / weights).read_bytes() == first["pretrain"]
-    # its name given to another kind
+    # another kind takes over its name
     second = (run.out / "wide" / weights).read_bytes()
     run.write(
         ('name = "wide"\nkind = "pretrain"\nmax_steps = 2\nmodel = {hidden_size = 64,'
@@ -277,7 +277,7 @@ def test_no_training_is_ever_deleted(tmp_path):
     )  # fmt: skip
     run("pretrain.lr=2e-2")
     assert (run.out / "previous-3/wide" / weights).read_bytes() == second
-    # an archived recipe runs where it is
+    # an archived recipe runs in place
     states: dict[str, str] = {}
     archived = run.out / "previous"
     run_recipe(
@@ -312,7 +312,7 @@ def test_until_says_what_gives_way_and_reports_all_that_is_done(tmp_path):
 
 
 def test_a_training_that_was_lost_runs_again_with_what_takes_from_it(tmp_path):
-    """A budget in seconds does not end at the same weights."""
+    """With a budget in seconds it does not reach the same weights."""
     run = Runs(tmp_path)
     sets = ("pretrain.max_steps=100000", "pretrain.max_seconds=0.5")
     before = run(*sets)

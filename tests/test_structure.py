@@ -1,4 +1,4 @@
-"""The house: one op is one name in every room, no import circle, light stages."""
+"""The structure: an op has the same name everywhere, no import cycles, light stages."""
 
 import ast
 import graphlib
@@ -22,7 +22,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """The package's modules that this file imports, inside functions too, but for type checkers."""
+    """The package's modules that this file imports, also in functions, not for type checkers."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:

@@ -1,8 +1,9 @@
-"""Any number of threads gives the same bits: every op, forward and backward, where work splits.
+"""Any number of threads yields the same bits: every op, forward and backward, where work is split.
 
-It holds by design, not by luck: a task's share is fixed by the shapes, or one thread computes each
-result whole, and partial results are added in the order of the tasks. Where shares do follow the
-number of threads (rows of dx in linear_cross_entropy), a row's sum does not depend on its share.
+This is by design, not by luck. A task's share is fixed by the shapes, or one thread computes each
+result entirely, and partial results are added in the order of the tasks. Where shares do depend on
+the number of threads (rows of dx in linear_cross_entropy), a row's sum does not depend on its
+share.
 """
 
 from random import Random

@@ -84,7 +84,7 @@ def test_training_streams_and_reports():
 
     def track(iterable, description, total=None, unit=""):
         for count, item in enumerate(iterable, 1):
-            assert len(calls) == count  # nothing is read ahead of the progress
+            assert len(calls) == count  # nothing is read before the progress shows it
             yield item
 
     Tokenizer.train(texts(), 300, track=track)
@@ -148,9 +148,8 @@ def test_gguf_tokenizer_equals_transformers(smol):
     assert len(plain) > 100
     for text in [*plain, "In 1969, 3 men; 2.5e-3", "a<|im_start|>b"]:
         assert smol.encode(text, special=True) == theirs.encode(text)
-    # Transformers does not know the pre-tokenizer "smollm" and splits digits off too late: "\r\n1"
-    # gives it two tokens before the digit. With the split that the model was trained with, all
-    # agree.
+    # Transformers does not know the pre-tokenizer "smollm" and splits off digits too late: "\r\n1"
+    # gets two tokens before the digit. With the split that was used to train the model, all agree.
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
@@ -201,7 +200,7 @@ def sentencepiece_gguf(path, **metadata):
     words = ["▁", "a", "b", "c", "ab", "bc", "▁a", "abc", "▁abc", "▁ab", "é", "<tool>"]
     tokens += words
     kinds += [1] * 11 + [4]
-    # "bc" is better than "ab": "abc" is a + bc, and "▁ab" is never reached from "▁abc"
+    # "bc" has a better score than "ab": "abc" becomes a + bc, and "▁abc" never reaches "▁ab"
     scores += map(float, [-100, -101, -102, -103, -5, -1, -4, -2, -3, -6, -104, 0])
     return write_gguf(
         path,
@@ -220,7 +219,7 @@ def sentencepiece_gguf(path, **metadata):
 def test_sentencepiece_from_gguf(tmp_path):
     tokenizer = Tokenizer.load(sentencepiece_gguf(tmp_path / "m.gguf"))
     names = [tokenizer._backend.id_to_token(i) for i in tokenizer.encode("abc ab<tool>x")]
-    # "x" and U+2581 are not merged with anything; x is no token and falls back to its byte
+    # nothing merges with "x" and U+2581; x is not a token and falls back to its byte
     assert names == ["▁abc", "▁ab", "<tool>", "▁", "<0x78>"]
     assert tokenizer.encode("abc", special=True)[0] == tokenizer.bos_id == 1
     for text in ("abc ab", " abc", "  ", "é漢😀\n", "x"):
@@ -392,7 +391,7 @@ def test_broken_files(tmp_path, content, message):
 
 
 def test_damaged_tokenizer_json(tmp_path, trained):
-    """One value replaced at random: it works or is refused in a line."""
+    """One value is replaced at random: it works or is refused in one line."""
     trained.save(tmp_path)
     file = tmp_path / "tokenizer.json"
     whole = file.read_text()

@@ -1,5 +1,5 @@
-"""The training loop: schedules, accumulation, events, resuming after SIGKILL and Ctrl-C, non-
-finite losses.
+"""The training loop: schedules, accumulation, events, resuming after SIGKILL and Ctrl-C, non-finite
+losses.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def json_lines(run):
 
 
 def events(run):
-    """metrics.jsonl without what a clock wrote."""
+    """metrics.jsonl without the values that depend on the clock."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in json_lines(run)]
 
 
@@ -91,7 +91,7 @@ def test_accumulation_is_one_large_batch(data, tmp_path):
     def losses(name, accumulate, batch):
         torch.manual_seed(1)
         model = tiny_run.TinyLM()
-        model.train = lambda mode=True: model  # no dropout: the two would draw different masks
+        model.train = lambda mode=True: model  # no dropout: the two runs would draw different masks
         model.eval()
         model.training = False
         sampler = tiny_run.BatchSampler(
@@ -112,7 +112,7 @@ def test_accumulation_is_one_large_batch(data, tmp_path):
     ],
 )  # fmt: skip
 def test_sigkill_anywhere_goes_on_to_the_same_losses(data, tmp_path, uninterrupted, point, count):
-    """Killed at one point, started again: the same lines in metrics.jsonl, each step once,
+    """Killed at one point and started again: the same lines in metrics.jsonl, each step once, and
     the same parameters.
     """
     run = tmp_path / "run"
@@ -127,7 +127,7 @@ def test_sigkill_anywhere_goes_on_to_the_same_losses(data, tmp_path, uninterrupt
     assert sorted(names) == ["step-00000020", "step-00000024"]
 
 
-# a server that has imported torch forks a child in milliseconds; it never ran a parallel region
+# a server that has imported torch forks a child in milliseconds; it never runs a parallel region
 # itself
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "fastlm.train.pretrain"])
@@ -211,7 +211,7 @@ def test_non_finite_names_step_batch_and_checkpoint(data, tmp_path, monkeypatch,
     text = str(e.value)
     assert "\n" not in text
     assert f"step 12: the {where} is " in text
-    assert "windows from 88 of" in text  # 11 steps of 2 batches of 4
+    assert "windows from 88 of" in text  # 11 steps with 2 batches of 4
     assert text.endswith("step-00000010")
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000010"]
 
@@ -238,7 +238,7 @@ def test_time_budget_ends_the_run_and_keeps_used_time(data, tmp_path):
 def test_token_budget_ends_the_run_and_spreads_the_schedule(
     data, tmp_path, uninterrupted, tokens, steps
 ):
-    """24 steps' tokens are 24 steps, learning rates included; cut off and resumed too."""
+    """The tokens of 24 steps last 24 steps, with the same learning rates, also if resumed."""
 
     def press(event):
         if event.get("step") == 8 and "loss" in event:
@@ -261,7 +261,7 @@ def test_token_budget_ends_the_run_and_spreads_the_schedule(
     ],
 )
 def test_progress_counts_what_the_budget_counts(data, tmp_path, budget, unit, total):
-    """Every tick that was announced comes: the time left is of the whole run."""
+    """Every announced tick arrives, so the time left is that of the whole run."""
     seen = []
 
     def track(ticks, description, total, unit):
@@ -275,7 +275,7 @@ def test_progress_counts_what_the_budget_counts(data, tmp_path, budget, unit, to
 
 
 def test_budget_and_warmup_begin_with_the_first_step(data, tmp_path):
-    """However long the validation before it takes."""
+    """The duration of the validation before it does not count."""
     options = replace(OPTIONS, max_steps=None, max_seconds=1.0, warmup=0.5, validations=2)
 
     def wait(event):
@@ -302,7 +302,7 @@ def test_validations_and_samples_do_not_use_the_budget(data, tmp_path):
 
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_a_training_goes_on_under_a_larger_budget(data, tmp_path, interrupted):
-    """The rate is that of the new schedule; what was trained, drawn and written stays."""
+    """The rate follows the new schedule. What was trained, drawn and written is kept."""
 
     def press(event):
         if interrupted and event.get("step") == 8 and "loss" in event:
@@ -325,7 +325,7 @@ def test_a_training_goes_on_under_a_larger_budget(data, tmp_path, interrupted):
         assert e["lr"] == pytest.approx(wanted)
     assert [e["step"] for e in written if "val_loss" in e][-1] == 24
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert start(data, tmp_path, replace(plain, max_steps=20)).steps == 24  # long reached
+    assert start(data, tmp_path, replace(plain, max_steps=20)).steps == 24  # already reached
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 

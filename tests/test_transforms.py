@@ -50,12 +50,12 @@ def test_grad_and_vjp_run_the_kernels(function, tensors):
     found = torch.func.grad(lambda *t: (function(*t) * dy).sum(), everything)(*tensors)
     assert_all_equal(found, expected)
     _, pull = torch.func.vjp(function, *tensors)
-    assert_all_equal(pull(dy), expected)  # the transform is over: what it wrapped is not
+    assert_all_equal(pull(dy), expected)  # after the transform its wrappers are invalid
 
 
 @each_transformed
 def test_vmap(function, tensors):
-    """Forward, per-sample gradients, gradients of a batch; without a warning."""
+    """Forward, per-sample gradients, gradients of a batch, all without a warning."""
     batch = [torch.stack((t, 2 * t)) for t in tensors]
     with torch.no_grad():
         expected = torch.stack([function(*t) for t in zip(*batch)])
@@ -81,11 +81,11 @@ def test_batched_backward(function, tensors):
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     found = torch.autograd.grad(function(*leaves), leaves, dy, is_grads_batched=True)
     expected = [torch.stack(g) for g in zip(*(pulled_back(function, tensors, d) for d in dy))]
-    for a, b in zip(found, expected):  # torch's own rules take other products
+    for a, b in zip(found, expected):  # torch's own rules use other products
         torch.testing.assert_close(a, b)
 
 
-# those that are not linear in their first tensor
+# ops that are not linear in their first tensor
 CURVED = [n for n in TRANSFORMED if n not in ("rope", "linear") and "quantized" not in n]
 
 
@@ -100,7 +100,7 @@ def test_no_reverse_over_reverse(name):
         torch.func.grad(lambda x: gradient(x).square().sum())(first)
     x = first.clone().requires_grad_()
     loss = function(x, *others).sum()
-    with warnings.catch_warnings():  # that create_graph may leak memory
+    with warnings.catch_warnings():  # the warning that create_graph may leak memory
         warnings.simplefilter("ignore")
         (slope,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(NotImplementedError, match="_backward has no derivative"):
@@ -110,7 +110,7 @@ def test_no_reverse_over_reverse(name):
 @pytest.mark.parametrize("name", [n for n, (_, tensors) in CALLS.items() if tensors])
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 def test_trace(name):
-    """What was recorded is the op: on other values it gives what the op gives."""
+    """The trace records the op, so it also returns the op's results for other values."""
     function, tensors = CALLS[name]
     for needs_grad in (False, True)[: 1 if "paged" in name else 2]:
         given = [t.clone().requires_grad_(needs_grad) for t in tensors]
@@ -194,7 +194,7 @@ ON_META = {
 @pytest.mark.parametrize("call", ON_META.values(), ids=ON_META)
 @pytest.mark.parametrize("autocasts", [False, True])
 def test_meta_tensors_give_shapes(call, autocasts):
-    """Under an autocast of the CPU too, which is not theirs."""
+    """An autocast for the CPU does not apply to them."""
 
     def results(t):
         out = call(t)

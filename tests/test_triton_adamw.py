@@ -1,4 +1,4 @@
-"""AdamW's Triton kernels, interpreted where there is no GPU: the tests of tests/test_optim.py on
+"""AdamW's Triton kernels, interpreted if there is no GPU: the tests of tests/test_optim.py on
 smaller tensors, agreement with the reference, and what only a GPU's tables can get wrong.
 """
 
@@ -12,7 +12,7 @@ import torch
 from fastlm import AdamW, InputError, backend
 from fastlm.cuda import adamw_tables
 
-# a chunk and a bit, less than a block, rows, a scalar, nothing
+# more than a chunk, less than a block, rows, a scalar, nothing
 SHAPES = [(9000,), (257,), (3, 5, 7), (), (0, 4)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +42,7 @@ def module(triton):
 
 @pytest.fixture
 def launched(module, monkeypatch):
-    """The names of the kernels started."""
+    """The names of the launched kernels."""
     names = []
     launch = module.launch
     monkeypatch.setattr(
@@ -70,7 +70,7 @@ def test_master_weights_follow_float32(dtype16):
 @pytest.mark.parametrize("state", ["float32", "8 bits", "master", "8 bits, master", "stochastic"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_steps_are_near_the_formula_in_float64(state, dtype):
-    """From the state that the step before left, in the bounds of the fuzz tests."""
+    """Each step starts from the state after the previous one, with the bounds of the fuzz tests."""
     options = {"lr": 1e-2, "betas": [0.8, 0.95], "eps": 1e-8, "weight_decay": 0.1}
     options |= {"maximize": dtype == torch.float16, "max_grad_norm": 0.5}
     case = {"shapes": [[5000], [3, 7]], "state": state, "grad_dtype": "float16", "threads": 1}
@@ -92,7 +92,7 @@ def test_agrees_with_reference(dtype, options):
     results = []
     for name in ("triton", "reference"):
         torch.manual_seed(3)
-        params = on_cpu.parameters(dtype, shapes=[(33000,), (80, 77)])  # beyond a key's 32768
+        params = on_cpu.parameters(dtype, shapes=[(33000,), (80, 77)])  # exceeds a key's 32768
         optimizer = AdamW(params, lr=1e-2, **options)
         with backend.use_backend(name):
             for _ in range(2):
@@ -100,7 +100,7 @@ def test_agrees_with_reference(dtype, options):
                 optimizer.step()
         results.append((params, optimizer.state_dict()["state"]))
     for i, (p, q) in enumerate(zip(results[0][0], results[1][0])):
-        # a fused multiply-add rounds once: where that shows, a rounding falls the other way, rarely
+        # a fused multiply-add rounds once, so some values are rounded the other way, though rarely
         off = (p.float() - q.float()).abs()
         assert (off > 1e-6 * q.float().abs() + 1e-7).float().mean() < 2e-3 and off.max() < 0.05
         for key in ("exp_avg", "exp_avg_sq"):
@@ -143,7 +143,7 @@ def test_options():
     on_cpu.test_torch_knows_what_a_step_wrote(None)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy, of a maximum
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # from numpy's maximum
 @pytest.mark.parametrize("bits", [32, 8])
 def test_bad_gradients_propagate(bits):
     on_cpu.test_bad_gradients_propagate(None, bits)
@@ -194,7 +194,7 @@ def test_tensors_that_begin_between_16_bytes(launched):
 
 @pytest.fixture
 def uploaded(monkeypatch):
-    """The shapes of the tables that went to the device; none is kept from other tests."""
+    """The shapes of the tables uploaded to the device. Tables of other tests are not kept."""
     for table in ("_tensor_table", "_chunk_tables", "_setting_table"):
         getattr(adamw_tables, table).cache_clear()
     shapes, upload = [], adamw_tables._upload
@@ -217,7 +217,7 @@ def test_tables_are_kept_until_what_they_say_changes(uploaded):
     optimizer.step()
     assert uploaded == [(2, 12)]
     before = params[0].detach().clone()
-    optimizer.param_groups[0]["lr"] = 0.0  # as a schedule does at every step
+    optimizer.param_groups[0]["lr"] = 0.0  # as a schedule changes it at every step
     uploaded.clear()
     optimizer.step()
     assert uploaded == [(1, 8)]
@@ -225,7 +225,7 @@ def test_tables_are_kept_until_what_they_say_changes(uploaded):
 
 
 def test_capture_of_a_graph_wants_its_tables_made(uploaded, monkeypatch):
-    """What a copy from the host would break is refused, and nothing was written."""
+    """A step that needs a copy from the host is refused, and nothing is written."""
     params = on_cpu.parameters(shapes=[(50,), (3,)])
     optimizer = AdamW(params)
     on_cpu.give_grads(params)
@@ -240,14 +240,14 @@ def test_capture_of_a_graph_wants_its_tables_made(uploaded, monkeypatch):
     monkeypatch.setattr(adamw_tables, "_is_capturing", lambda device: True)
     optimizer.step()
     assert len(adamw_tables._captured) == 1
-    params[1].grad = params[1].grad.clone()  # zero_grad() without set_to_none=False
+    params[1].grad = params[1].grad.clone()  # as zero_grad() does without set_to_none=False
     with pytest.raises(InputError, match=message):
         optimizer.step()
     assert all(optimizer.state[p]["step"] == 2 for p in params)
 
 
 def test_lr_of_the_device_is_read_at_every_step(module):
-    """As a captured step reads it; on a GPU `AdamW` hands such a tensor on as it is."""
+    """A captured step reads it in this way. On a GPU `AdamW` passes such a tensor on unchanged."""
     lr = torch.tensor(1e-2)
     p, q = (torch.ones(20) for _ in range(2))
     states = [[torch.zeros(20) for _ in range(2)] for _ in range(2)]
@@ -275,11 +275,11 @@ def test_steps_are_where_the_parameters_are(triton):
     p.grad = torch.ones(5)
     optimizer.step()
     assert optimizer.state[p]["step"].device.type == triton
-    assert optimizer.state_dict()["state"][0]["step"].is_cpu  # as torch's own has it
+    assert optimizer.state_dict()["state"][0]["step"].is_cpu  # as in torch's own optimizer
 
 
 def test_bias_correction_of_late_steps(module):
-    """beta^t in float64: of 0.9999 after a million steps, and of 1 - beta^1, which cancels."""
+    """beta^t needs float64: for 0.9999 after a million steps, and for 1 - beta^1, which cancels."""
     for before, betas in ((0, (0.9, 0.9999)), (123_456, (0.99999, 0.999999)), (2**24, (0.9, 0.99))):
         p = torch.ones(8, dtype=torch.float32, requires_grad=True)
         twin = torch.ones(8, dtype=torch.float64, requires_grad=True)

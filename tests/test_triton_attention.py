@@ -1,4 +1,4 @@
-"""attention's Triton kernels against float64, interpreted where there is no GPU."""
+"""attention's Triton kernels against float64, interpreted if there is no GPU."""
 
 import math
 
@@ -11,7 +11,7 @@ from test_attention import OPTIONS, case
 from fastlm import backend, ops
 from fastlm.kernels import attention as kernel
 
-# (B, H, Hkv, S, T, D, Dv): one tile and several of rows and of keys, widths that are no power of
+# (B, H, Hkv, S, T, D, Dv): one tile and several of rows and of keys, widths that are not a power of
 # two, few rows (packed heads), rows that see nothing, one key
 SHAPES = [
     (1, 2, 1, 37, 70, 40, 24),
@@ -36,7 +36,7 @@ def test_halves_match_float64(triton, dtype, shape):
 
 
 def test_tiles_beyond_the_window(triton):
-    """Whole tiles before the window and after the diagonal; several between, unmasked."""
+    """Whole tiles before the window and after the diagonal, and several unmasked between them."""
     options = {"window": 150, "causal": True, "dropout_p": 0.2}
     for s, t in ((100, 260), (260, 100)):
         assert_kernel_near(*case((1, 1, 1, s, t, 16, 16), options, torch.bfloat16), what="window")
@@ -44,7 +44,7 @@ def test_tiles_beyond_the_window(triton):
 
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["everything"]], ids=SOME)
 def test_splits_match_float64(triton, options, monkeypatch):
-    """Few rows, many keys: several programs share them."""
+    """Few rows and many keys, shared by several programs."""
     used = []
     split = kernel._splits
     monkeypatch.setattr(kernel, "_splits", lambda *a: used.append(split(*a)) or used[-1])
@@ -53,7 +53,7 @@ def test_splits_match_float64(triton, options, monkeypatch):
 
 
 def test_dropout_draws_the_same(triton):
-    """Of every tile width: four words of a counter, two, one."""
+    """The same draw for every tile width, which uses four words of a counter, two, or one."""
     q, k = torch.randn(2, 2, 20, 8), torch.randn(2, 2, 140, 8)
     v = torch.eye(140).expand(2, 2, 140, 140)
     for n in (16, 32, 64, 128):
@@ -71,7 +71,7 @@ def test_dropout_draws_the_same(triton):
 
 
 def test_a_window_of_every_key(triton):
-    """Added to a row it passes 2^31."""
+    """Such a window, added to a row index, exceeds 2^31."""
     leaves = [torch.randn(1, 2, n, 16) for n in (20, 70, 70)]
     plain, wide = (
         run(lambda *x, w=w: ops.attention(*x, causal=True, window=w, return_lse=True), leaves)
@@ -95,7 +95,7 @@ def test_strided(triton):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes memory that is not touched")
 def test_rows_past_two_to_the_31_elements(triton):
-    """The third row of q, k and v lies behind 2^31 elements: the same bits as of packed rows."""
+    """The third row of q, k and v is past 2^31 elements. The bits equal those of packed rows."""
     bias = torch.randn(3, 3)
     qkv = [far_apart((3, 1, 1, 16), 2**30 + 8, torch.float16) for _ in range(3)]
 
@@ -113,7 +113,7 @@ def test_rows_past_two_to_the_31_elements(triton):
 
 
 def test_memory_order(triton):
-    """out and the gradients as the CPU's, whose next projection reads them where they lie."""
+    """out and the gradients have the CPU's order, which the next projection reads in place."""
     q, k, v = torch.randn(3, 2, 5, 4, 16).transpose(2, 3).requires_grad_().unbind(0)
     out = ops.attention(q, k, v)
     assert out.transpose(1, 2).is_contiguous()

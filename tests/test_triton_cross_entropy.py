@@ -1,4 +1,4 @@
-"""cross_entropy's Triton kernels against float64, interpreted where there is no GPU."""
+"""cross_entropy's Triton kernels against float64, interpreted if there is no GPU."""
 
 import sys
 
@@ -13,7 +13,7 @@ from fastlm.kernels import launch
 
 @pytest.fixture(params=["whole rows", "split rows"])
 def split(request, monkeypatch, triton):
-    """Blocks of 64 classes, several a row; `split`: many programs even for the most rows here."""
+    """Blocks of 64 classes, several per row; split rows have programs for the most rows here."""
     ops.cross_entropy(torch.ones(1, 2, device=triton), torch.zeros(1, device=triton).long())
     module = sys.modules["fastlm.kernels.cross_entropy"]
     monkeypatch.setattr(module, "_BLOCK", 64)
@@ -30,7 +30,7 @@ def test_matches_float64(split, dtype, options, weighted):
     check(*make(9, 323, dtype, device=split), weight=weight, **options)
 
 
-# one class, a block, one less and one more, the last part of a split row not full
+# one class, a block, one less and one more, a partial last part of a split row
 @pytest.mark.parametrize("classes", [1, 2, 17, 63, 64, 65, 257])
 def test_vocabulary_not_a_multiple_of_the_block(split, dtype, classes):
     check(*make(3, classes, dtype, device=split), label_smoothing=0.1)
@@ -51,12 +51,12 @@ def test_hard_logits(split, dtype, case):
         ramp = torch.linspace(-90, 90, 200, device=split).to(dtype)
         logits = (ramp if case == "rising" else ramp.flip(0)).repeat(3, 1)
     check(logits, target, return_lse=True)
-    # the sum over all classes is taken from the maximum: an offset must not drown it
+    # the sum over all classes is relative to the maximum, so that an offset does not drown it
     check(logits, target, label_smoothing=0.2, reduction="none")
 
 
 def test_rows_of_the_lowest_number(split, dtype):
-    """What adding a mask's finfo.min to all of a row's logits leaves."""
+    """The logits left when a mask's finfo.min is added to all of a row."""
     logits, target = make(3, 200, dtype, device=split, ignored=0)
     logits[1:] = torch.finfo(dtype).min
     target[2] = -100
@@ -68,7 +68,7 @@ def test_rows_of_the_lowest_number(split, dtype):
 
 
 def test_own_blocks(triton):
-    """The block and the splits that ship."""
+    """The shipped block and splits."""
     check(*make(2, 50257, torch.bfloat16, device=triton), z_loss=1e-2)
     check(*make(40, 5000, torch.float16, device=triton), label_smoothing=0.1)
 
@@ -89,7 +89,7 @@ def test_not_finite_as_torch(split, dtype):
     )
     for a, b in zip(mine, theirs):
         torch.testing.assert_close(a[:5].float(), b[:5], equal_nan=True, rtol=1e-2, atol=1e-3)
-    assert (mine[-1][5] == 0).all()  # ignored: no gradient, where torch multiplies NaN by 0
+    assert (mine[-1][5] == 0).all()  # ignored: no gradient; torch would multiply NaN by 0
 
 
 def test_every_row_ignored_and_no_rows(split):
@@ -107,7 +107,7 @@ def test_every_row_ignored_and_no_rows(split):
 
 @pytest.mark.parametrize("bad", [-1, 8, 2**40, -(2**62)])
 def test_class_that_does_not_exist(split, dtype, bad):
-    """Nothing beside the logits is read, and the row is NaN: a check would wait for the GPU."""
+    """No memory outside the logits is read, and the row is NaN: a check would wait for the GPU."""
     base = torch.full((5, 8), 1e30, device=split).to(dtype)
     base[1:4] = torch.randn(3, 8, device=split).to(dtype)
     target = torch.tensor([1, bad, -100], device=split)
@@ -151,11 +151,11 @@ def test_strides_and_repeat(split, dtype):
 
 
 def test_offsets_beyond_32_bits(triton):
-    """Rows 2^31 elements apart: an index multiplied in 32 bits would read elsewhere."""
+    """Rows are 2^31 elements apart: an index multiplied in 32 bits would read elsewhere."""
     if not launch.INTERPRETED:
         pytest.skip("8 GiB of device memory")
     apart = 2**31 + 64
-    storage = torch.UntypedStorage(2 * (apart + 64))  # pages are mapped where they are used
+    storage = torch.UntypedStorage(2 * (apart + 64))  # pages are mapped only where used
     base = torch.tensor([], dtype=torch.float16).set_(storage)
     logits = base.as_strided((2, 40), (apart, 1))
     logits.copy_(torch.randn(2, 40))

@@ -1,4 +1,4 @@
-"""A sample of tests/triton_gate, for one architecture an op; `make gate` compiles everything."""
+"""A sample of tests/triton_gate, for one architecture per op; `make gate` compiles everything."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 OPS = sorted(p.stem for p in (TESTS / "triton_gate").glob("*.py") if not p.stem.startswith("__"))
-SAMPLE = 5  # every fifth case and dtype
+SAMPLE = 5  # every fifth combination of case and dtype
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -51,7 +51,7 @@ print({name: len(made) for name, made in variants.items()})
 
 
 def test_a_new_length_compiles_nothing():
-    """Strides of heads are multiples of the length: odd, even, one more than a multiple of 8."""
+    """Head strides are multiples of the length: odd, even, one more than a multiple of 8."""
     done = python("-c", ANY_LENGTH)
     kernels = "_forward", "_delta", "_dq", "_dkdv"
     assert done.stdout.strip() == str(dict.fromkeys(kernels, 1)), done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""glu's Triton kernels against float64, interpreted where there is no GPU."""
+"""glu's Triton kernels against float64, interpreted if there is no GPU."""
 
 import pytest
 import test_glu
@@ -17,7 +17,7 @@ def test_matches_float64(triton, dtype, act, shape):
 def test_rows_apart(triton):
     both = torch.randn(9, 2 * 300, device=triton)
     gate, up = both.chunk(2, -1)
-    dy = torch.randn(300, 9, device=triton).mT  # elements apart
+    dy = torch.randn(300, 9, device=triton).mT  # strided elements
     test_glu.check(gate, up, dy, "silu", "apart")
     assert ops.glu(gate, up).is_contiguous()
 

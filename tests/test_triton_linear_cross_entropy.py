@@ -1,5 +1,5 @@
-"""linear_cross_entropy on Triton against float64, interpreted where there is no GPU: the products
-are then torch's on the CPU, which sum in float32 as cuBLAS does.
+"""linear_cross_entropy on Triton against float64, interpreted if there is no GPU. The products are
+then torch's on the CPU, which sum in float32 like cuBLAS.
 """
 
 import sys
@@ -22,9 +22,9 @@ from fastlm import ops
 
 @pytest.fixture(params=["two products more", "gradients in the forward"])
 def way(request, monkeypatch, triton):
-    """Chunks of 8 rows, the last of them ragged; both ways to the gradients."""
+    """Chunks of 8 rows, of which the last is ragged, and both paths to the gradients."""
     x, w, _, target = make(1, 2, 3, torch.float32)
-    ops.linear_cross_entropy(x.to(triton), w.to(triton), target.to(triton))  # imported
+    ops.linear_cross_entropy(x.to(triton), w.to(triton), target.to(triton))  # imports the kernels
     monkeypatch.setattr(sys.modules["fastlm.kernels.linear_cross_entropy"], "_TILE", 8)
     few = 1000 if request.param == "two products more" else 0
     monkeypatch.setattr(sys.modules["fastlm.ops.linear_cross_entropy"], "_FEW_ROWS", few)
@@ -76,7 +76,7 @@ def test_not_finite_stays_in_its_row(way, dtype):
     mine = outputs_and_gradients(
         ops.linear_cross_entropy, x, w, bias, ignored, one, reduction="sum"
     )
-    assert all(t.isfinite().all() for t in mine)  # ignored rows have no part in anything
+    assert all(t.isfinite().all() for t in mine)  # ignored rows contribute to nothing
 
 
 def test_every_row_ignored_and_no_rows(way):
@@ -128,7 +128,7 @@ def test_strides_dtypes_and_repeat(way, dtype):
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of tensors made here that are alive at a time."""
+    """The peak size in bytes of all tensors created here that are alive at the same time."""
 
     def __init__(self):
         super().__init__()
@@ -154,8 +154,9 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [512, 5120])
 def test_memory_is_an_eighth(dtype, rows, monkeypatch):
-    """Of the logits alone, by the formula of the kernel's head, on tensors without memory: what
-    the host functions make, beside their results and what is made of (N, D) and (V, D).
+    """An eighth of the logits alone, by the formula at the top of the kernel's file. Counted, on
+    tensors without memory: what the host functions create in addition to their results and to
+    tensors of (N, D) and (V, D).
     """
     from fastlm.kernels import linear_cross_entropy as module
 

@@ -1,4 +1,4 @@
-"""paged_attention's Triton kernels against float64, interpreted where there is no GPU."""
+"""paged_attention's Triton kernels against float64, interpreted if there is no GPU."""
 
 import pytest
 import test_paged_attention
@@ -38,7 +38,7 @@ def test_int8_cache(triton, dtype, queries, scales):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_splits_of_any_length(triton, options, monkeypatch):
-    """Four programs a sequence whatever it has: some of them have nothing."""
+    """Four programs per sequence whatever its length, so some of them have no keys."""
     monkeypatch.setattr(kernel, "_splits", lambda *_: 4)
     q = torch.randn(4, 1, 4, 16)
     parts = cache([300, 1, 0, 40], 16, 2, 16, 16, q.dtype)
@@ -50,7 +50,7 @@ def test_strided(triton):
 
 
 def test_lengths_and_pages_out_of_bounds_stay_inside(triton):
-    """What the CPU refuses a GPU cannot see in time: it reads nothing outside the tensors."""
+    """The CPU refuses these; a GPU sees them too late, and reads nothing outside the tensors."""
     k, v, table, lens = cache([9, 20], 4, 2, 16, 16, torch.float32)
     q = torch.randn(2, 1, 4, 16)
     good = ops.paged_attention(q, k, v, table, lens)
@@ -71,7 +71,7 @@ def test_pages_past_two_to_the_31_elements(triton):
 
 
 def test_no_pages(triton):
-    """A table of pages that no cache has: there is nothing to read."""
+    """The table has pages that the cache does not have: there is nothing to read."""
     cache = torch.zeros(0, 4, 2, 16)
     table, lens = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([5, 9], dtype=torch.int32)
     q = torch.randn(2, 1, 4, 16)

@@ -1,7 +1,7 @@
-"""quantized_linear's Triton kernels against float64, interpreted where there is no GPU.
+"""quantized_linear's Triton kernels against float64, interpreted if there is no GPU.
 
-The bounds are those of tests/test_quantized_linear.py, and its tests of exact integers, outliers,
-NaN and strides run here as they are.
+The bounds are those of tests/test_quantized_linear.py. Its tests of exact integers, outliers, NaN
+and strides also run here.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from tolerance import assert_near
 
 from fastlm import backend, ops, reference
 
-# every form: 1, 2 and up to 4 rows; tiles of 16, 32, 64 and 128 rows, whole and not; parts of K
+# every form: 1, 2 and up to 4 rows; whole and partial tiles of 16, 32, 64, 128 rows; parts of K
 SHAPES = [(1, 20, 64), (2, 9, 1030), (3, 37, 507), (4, 5, 123), (5, 64, 123), (9, 20, 1160)]
 SHAPES += [(17, 33, 1), (34, 30, 252), (70, 70, 136), (130, 5, 100)]
 GROUPS = [8, 16, 32, 40, 128, 520, -1]
@@ -37,7 +37,7 @@ def module(triton):
 
 @pytest.fixture
 def launched(module, monkeypatch):
-    """The names of the kernels started."""
+    """The names of the launched kernels."""
     names = []
     launch = module.launch
     monkeypatch.setattr(
@@ -53,7 +53,7 @@ def test_matches_float64(dtype, bits, act_bits, symmetric):
     for i in range(2):
         (m, n, k), group_size = next(_forms)
         scale_dtype = next(_scales)
-        for _ in range(10):  # the next test begins at another place of the list
+        for _ in range(10):  # the next test begins elsewhere in the list
             next(_forms)
         q = on_cpu.weight(n, k, bits, group_size, symmetric, scale_dtype)
         bias = torch.randn(n).to(scale_dtype) if i else None
@@ -70,7 +70,7 @@ def test_forms_by_rows(launched, act_bits):
     for m, names in ((1, ["_vector"]), (4, ["_vector"]), (5, [main, "_add_parts"]), (66, [main])):
         launched.clear()
         on_cpu.check(torch.randn(m, 1160).bfloat16(), q, bias, act_bits, f"{m} rows")
-        # check dequantizes as well
+        # check also dequantizes
         assert [name for name in launched if name != "_dequantize"] == rounding + names
 
 
@@ -81,7 +81,7 @@ def test_many_rows_by_blocks(launched, module, monkeypatch, dtype, with_bias):
     q = on_cpu.weight(33, 300, 4, 40, symmetric=False)
     bias = torch.randn(33).to(dtype) if with_bias else None
     on_cpu.check(torch.randn(11, 300).to(dtype), q, bias, 16)
-    assert launched == ["_dequantize"] * (4 + 1)  # the last one is check's
+    assert launched == ["_dequantize"] * (4 + 1)  # the last one comes from check
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -131,7 +131,7 @@ def test_infinity_stays_in_its_row(dtype, m):
 
 
 def test_rounds_as_the_reference(module, dtype):
-    """To the bit, ties as well: the products' bound leaves no room for another integer."""
+    """Equal to the last bit, ties included: the bound of the products excludes other integers."""
     for group_size, k in ((8, 100), (40, 123), (520, 1100), (-1, 1100)):
         q = on_cpu.weight(1, k, 4, group_size)
         x = torch.randn(5, k).to(dtype)

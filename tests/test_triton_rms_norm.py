@@ -1,4 +1,4 @@
-"""rms_norm's Triton kernels against float64, interpreted where there is no GPU."""
+"""rms_norm's Triton kernels against float64, interpreted if there is no GPU."""
 
 import sys
 
@@ -11,9 +11,9 @@ from fastlm import ops
 
 @pytest.fixture(params=["whole rows", "wide rows"])
 def walk(request, monkeypatch, triton):
-    """Small rows take the way of wide ones too, in blocks that do not divide them."""
+    """Small rows also use the path for wide ones, in blocks that do not divide them."""
     if request.param == "wide rows":
-        ops.rms_norm(torch.ones(1, 1, device=triton), torch.ones(1, device=triton))  # imported
+        ops.rms_norm(torch.ones(1, 1, device=triton), torch.ones(1, device=triton))  # imports it
         module = sys.modules["fastlm.kernels.rms_norm"]
         monkeypatch.setattr(module, "_WHOLE", 0)
         monkeypatch.setattr(module, "_WIDE", module.Config({"BLOCK": 128}))
@@ -21,7 +21,7 @@ def walk(request, monkeypatch, triton):
     return triton
 
 
-# several rows a program and a ragged tile of them, one element, more rows than programs
+# several rows per program and a ragged tile of them, one element, more rows than programs
 @pytest.mark.parametrize(
     "shape", [(4, 512), (13, 107), (3, 5, 64), (2, 1), (70, 17), (18, 1100)], ids=str
 )
@@ -29,7 +29,7 @@ def walk(request, monkeypatch, triton):
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_matches_float64(walk, dtype, shape, with_residual, offset):
     if with_residual != bool(offset) and (dtype != torch.float32 or max(shape) > 500):
-        return  # half of the combinations will do
+        return  # half of the combinations are enough
     test_rms_norm.check(dtype, shape, with_residual, offset, walk)
 
 

@@ -1,4 +1,4 @@
-"""rope's Triton kernel against float64, interpreted where there is no GPU."""
+"""rope's Triton kernel against float64, interpreted if there is no GPU."""
 
 import sys
 
@@ -13,9 +13,9 @@ from fastlm import ops
 
 @pytest.fixture(params=["a head a program", "several heads"])
 def heads(request, monkeypatch, triton):
-    """Few positions take a head a program; here also several, in tiles that do not divide."""
+    """One head per program, as for few positions, or several, in tiles that do not divide them."""
     q = torch.ones(1, 1, 1, 2, device=triton)
-    ops.rope(q, q, q[0, 0], q[0, 0])  # imported
+    ops.rope(q, q, q[0, 0], q[0, 0])  # imports the kernel
     if request.param == "several heads":
         module = sys.modules["fastlm.kernels.rope"]
         monkeypatch.setattr(module, "multiprocessors", lambda device: 0)
@@ -92,7 +92,7 @@ def test_a_batch_beyond_a_grid_s_third_dimension(triton, monkeypatch):
     q, dq = torch.randn(2, 5, 2, 3, 8, device=triton).unbind(0)
     k, dk = torch.randn(2, 5, 1, 3, 8, device=triton).unbind(0)
     tables_of_each = (t.to(triton) for t in tables(3, 8, batch=5))
-    ops.rope(q, k, q[0, 0], q[0, 0])  # imported
+    ops.rope(q, k, q[0, 0], q[0, 0])  # imports the kernel
     module, grids = sys.modules["fastlm.kernels.rope"], []
     launch = module.launch
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The tuner of tile sizes: with a clock of the tests, kernels interpreted where there is no GPU."""
+"""The tuner of tile sizes, with a fake clock and, if there is no GPU, with interpreted kernels."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ def sizes_of(call):
 
 
 def prefers(**wanted):
-    """A clock by which each wanted size halves the time."""
+    """A clock on which each wanted size halves the time."""
 
     def timer(call):
         have = sizes_of(call).arguments()
@@ -57,7 +57,7 @@ def test_climbs_to_the_fastest_and_keeps_it(cache, call):
     assert wanted.items() <= tuned.after.arguments().items()
     assert sizes_of(call) == tuned.after
 
-    launch.measured.cache_clear()  # what another process sees
+    launch.measured.cache_clear()  # as seen by another process
     attention._MANY.forget()
     assert sizes_of(call) == tuned.after
     (file,) = cache.iterdir()

@@ -1,4 +1,4 @@
-"""varlen_attention's Triton kernels against float64, interpreted where there is no GPU."""
+"""varlen_attention's Triton kernels against float64, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_no_sequences(triton):
 
 @pytest.mark.parametrize("longest", [1, 5, 40, 1000])
 def test_any_hint_gives_the_same(triton, longest):
-    """max_seqlen_q chooses tiles and packs heads; a wrong one loses no row."""
+    """max_seqlen_q selects tiles and packs heads. A wrong value does not lose rows."""
     lengths = [20, 3, 40]
     q, k, v = (torch.randn(63, h, 16) for h in (4, 2, 2))
     cu = offsets(lengths)
@@ -44,8 +44,9 @@ def test_any_hint_gives_the_same(triton, longest):
 
 @pytest.mark.parametrize("wrong", [[0, -1000, 9], [5, 7], [0, 12, 3], [0, 2**32 + 4]], ids=str)
 def test_wrong_offsets_stay_inside(triton, wrong):
-    """What the CPU refuses a GPU cannot see in time: it writes no row that no sequence has. One
-    element a row: blocks of rows beside the tensors end inside the guards."""
+    """The CPU refuses these. A GPU sees them too late, and writes no row outside all sequences.
+    There is one element per row, so that blocks of rows outside the tensors end inside the
+    guards."""
     q, k, v = (torch.randn(9, 1, 1) for _ in range(3))
     cu = torch.tensor(wrong)
     results = run(lambda *x: ops.varlen_attention(*x, cu, return_lse=True), [q, k, v])
@@ -67,7 +68,7 @@ def test_no_leak(triton):
 
 
 def test_strided_and_repeated(triton):
-    q, k, v = torch.randn(60, 3, 4, 16).unbind(1)  # rows apart, as a fused projection leaves them
+    q, k, v = torch.randn(60, 3, 4, 16).unbind(1)  # strided rows from a fused projection
 
     def function(*x):
         return ops.varlen_attention(*x, offsets([20, 40]), causal=True, return_lse=True)

@@ -1,4 +1,4 @@
-"""varlen_attention: packed sequences are what each sequence alone gives; no leak; refusals."""
+"""varlen_attention: packed sequences give each sequence's own results; no leaks; refusals."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_matches_float64(isa, dtype, lengths, options):
 
 
 def test_is_attention_of_each_sequence(isa, dtype):
-    """Bit for bit what the dense op gives on each sequence alone."""
+    """Equal, bit for bit, to the dense op on each sequence alone."""
     lengths = [40, 3, 97]
     q, k, v = (torch.randn(140, h, 32).to(dtype) for h in (4, 2, 2))
     out, lse = ops.varlen_attention(q, k, v, offsets(lengths), causal=True, return_lse=True)
@@ -78,18 +78,18 @@ def test_is_attention_of_each_sequence(isa, dtype):
         alone, alone_lse = ops.attention(
             *(t[part].transpose(0, 1)[None] for t in (q, k, v)), causal=True, return_lse=True
         )
-        if n > 4:  # short ones take the decoding path when dense: other rounding
+        if n > 4:  # short ones use the decoding path when dense, which rounds differently
             assert torch.equal(out[part], alone[0].transpose(0, 1))
             assert torch.equal(lse[:, part], alone_lse[0])
     k2 = k.clone()
-    k2[40:43] = float("nan")  # poison in the middle sequence stays there
+    k2[40:43] = float("nan")  # NaN in the middle sequence must not spread
     again = ops.varlen_attention(q, k2, v, offsets(lengths), causal=True)
     assert torch.equal(again[:40], out[:40]) and torch.equal(again[43:], out[43:])
 
 
 def test_strided_repeat_and_threads(isa, dtype):
     qkv = torch.randn(60, 3, 4, 16).to(dtype)
-    q, k, v = qkv.unbind(1)  # rows apart, as a fused projection leaves them
+    q, k, v = qkv.unbind(1)  # strided rows from a fused projection
     lengths = ([20, 40], [20, 40])
     function = lambda *x: ops.varlen_attention(  # noqa: E731
         *x, offsets(lengths[0]), causal=True, return_lse=True

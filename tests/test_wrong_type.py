@@ -1,4 +1,4 @@
-"""Arguments of a wrong type end in one line that names them, on every op."""
+"""Arguments of a wrong type result in a one-line error that names them, on every op."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_what_serves_as_a_number_still_does():
 
 
 def test_other_errors_stay_as_they_are():
-    """A wrong number of arguments, and what torch says of tensors that are none of ours."""
+    """A wrong number of arguments, and torch's errors for tensors that fastlm does not handle."""
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'weight'"):
         ops.rms_norm(x)
     sparse = torch.eye(8).to_sparse()

@@ -51,7 +51,7 @@ VERBS = "sees finds follows leaves remembers crosses paints".split()
 
 
 def write(folder: Path, more: str = "") -> Path:
-    """Write documents and the recipe over them, with ``more`` stages; -> the recipe's path."""
+    """Write documents and a recipe for them, with ``more`` stages. Return the recipe's path."""
     docs = folder / "docs"
     docs.mkdir(parents=True)
     draw = random.Random(0)

@@ -1,7 +1,7 @@
-"""A training run of half a second, and ways to kill it: what test_train.py starts in processes of
-their own.
+"""A training run of half a second, and ways to kill it. test_train.py starts them in separate
+processes.
 
-The model has dropout, so that a run whose random state is lost does not go on to the same losses.
+The model has dropout, so that a run which loses its random state does not reproduce the losses.
 """
 
 import os
@@ -26,8 +26,8 @@ OPTIONS = TrainOptions(
 
 
 class Letters:
-    """A tokenizer of one token a letter; the tokens are learnable: each letter tends to
-    follow the one before.
+    """A tokenizer with one token per letter. The tokens are learnable: each letter tends to follow
+    its predecessor.
     """
 
     vocab_size, eos_id = VOCAB, 0
@@ -86,9 +86,9 @@ def start(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs):
 
 
 def start_and_die(data: Path, run: Path, point: str, count: int) -> None:
-    """``point``: "step" dies in the ``count``-th backward, "write" in the middle of the
-    ``count``-th checkpoint's tensors, "rename" right after its folder has its name, "metrics" in
-    the middle of a line.
+    """Start a run that kills itself. ``point``: "step" dies in the ``count``-th backward, "write"
+    in the middle of the ``count``-th checkpoint's tensors, "rename" right after the rename of its
+    folder, "metrics" in the middle of a line.
     """
     torch.set_num_threads(1)
 

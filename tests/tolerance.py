@@ -1,9 +1,10 @@
-"""How near is near enough: error against float64, compared with plain torch's in the same dtype.
+"""How near is near enough: the error against float64, compared with plain torch's in the same
+dtype.
 
-A kernel passes when its largest error is at most `factor` times that of the naive computation in
-the same low precision, plus `floor` times the truth's scale. The floor covers the case where the
-naive error happens to be (nearly) zero: one rounding of the result, i.e. half an ulp of the dtype,
-is always allowed.
+A kernel passes if its largest error is at most `factor` times that of the naive computation in the
+same low precision, plus `floor` times the truth's scale. The floor covers the case where the naive
+error happens to be (nearly) zero: one rounding of the result, i.e. half an ulp of the dtype, is
+always allowed.
 """
 
 import torch
@@ -21,7 +22,8 @@ def assert_near(
     floor: float | None = None,
     what: str = "",
 ) -> None:
-    """`actual` and `naive` in the low precision, `truth` float64; all of one shape.
+    """Compare `actual` with `naive`, both in the low precision, and with `truth` in float64. All
+    have one shape.
 
     NaN anywhere in `actual` fails.
     """

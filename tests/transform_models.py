@@ -1,4 +1,4 @@
-"""A small model of our own or a patched one, for what surrounds a whole model."""
+"""A small model of ours or a patched one, for tests of what surrounds a whole model."""
 
 import torch
 from patch_models import model_of

@@ -1,11 +1,11 @@
 """`make triton-sanitize`: Triton kernels on ragged shapes under triton-viz's sanitizer.
 
-It follows addresses as formulas and reports, with the line of the kernel, an access outside the
-tensors of the launch, on any program of the grid. triton-viz 3.0 runs on Triton 3.6.0; it takes
-strided tensors for faults, so all are contiguous here, and computes no values: only addresses are
-checked. It has no detector of races. It cannot follow the other ops' kernels (constants that are
-dtypes, tuples of tensors, divided integers, `tl.join`: it stops with an error of its own); what
-those write beside their outputs is seen by the guards around every allocation in the tests.
+It tracks addresses as formulas and reports, with the line of the kernel, any access outside the
+tensors of the launch, in any program of the grid. triton-viz 3.0 runs on Triton 3.6.0. It mistakes
+strided tensors for faults, so all are contiguous here. It computes no values: only addresses are
+checked. It does not detect races. It cannot follow the other ops' kernels (constants that are
+dtypes, tuples of tensors, divided integers, `tl.join`: it stops with an error of its own). Their
+writes outside an output are caught by the guards around every allocation in the tests.
 
     python tests/triton_sanitize.py [op ...]
     python tests/triton_sanitize.py planted     a kernel with a fault: must end with status 1

@@ -1,9 +1,10 @@
-"""Model files in and out: Hugging Face folders, GGUF files, fastlm's quantized folders, and tensors
-with a checksum for whoever must continue after a crash.
+"""Read and write model files: Hugging Face folders, GGUF files, fastlm's quantized folders, and
+checksummed tensors for resuming after a crash.
 
 Tensors are read one at a time and only after every header, name and shape has been checked, so a
 bad file costs an error line and no memory. Pickles (``pytorch_model.bin``) are not read: loading
-one runs its author's code. Every write goes beside its final name, is synced, and is renamed.
+one runs its author's code. Every write goes to a temporary name next to the final one, is synced,
+and is then renamed.
 """
 
 import hashlib
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 MODEL_FILES = (CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors")
-PARTS = ("qdata", "scales", "zeros")  # of a quantized weight, under its module's name
-DTYPES = ("F32", "BF16", "F16", "F64")  # of weights, as safetensors writes them
+PARTS = ("qdata", "scales", "zeros")  # tensors of a quantized weight, under its module's name
+DTYPES = ("F32", "BF16", "F16", "F64")  # dtypes of weights, in safetensors' spelling
 PACKED_DTYPES = ("U8", "I8")
 Layout = tuple[int, int, tuple[int, int]]  # bits, group_size, shape of a quantized weight
 State = Iterator[tuple[str, Tensor | QuantizedWeight]]
@@ -50,7 +51,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _keep_others(folder: Path, part: Path) -> None:
-    """Hard-link into ``part`` what ``folder`` holds besides a model (its tokenizer, say)."""
+    """Hard-link into ``part`` everything in ``folder`` but the model (its tokenizer, say)."""
 
     def link(source: str, target: str) -> None:
         try:
@@ -61,13 +62,13 @@ def _keep_others(folder: Path, part: Path) -> None:
     model_files = shutil.ignore_patterns(*MODEL_FILES)
 
     def ignore(place: str, names: list[str]) -> set[str]:
-        return model_files(place, names) if Path(place) == folder else set()  # not other models
+        return model_files(place, names) if Path(place) == folder else set()  # keep other models
 
     shutil.copytree(folder, part, symlinks=True, ignore=ignore, copy_function=link)
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU tensors as safetensors wants them: contiguous, none sharing memory with another."""
+    """Return CPU tensors as safetensors needs them: contiguous, no two sharing memory."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -91,10 +92,10 @@ def save_hf(
     ``max_shard_bytes`` (a single larger tensor gets its own) with their index.
 
     A QuantizedWeight named ``X.weight`` is stored as ``X.qdata``, ``X.scales`` and ``X.zeros``, and
-    config.json gets a ``quantization_config`` unless it has one. There its content stands under
-    ``fastlm`` and has no ``quant_method`` beside it: transformers refuses such a file, and would
-    open one of an unknown method with random weights. Other files of an existing folder
-    stay. The folder is replaced as a whole, or not at all (see ``save_atomic``).
+    config.json gets a ``quantization_config`` unless it has one. The content of this entry is
+    nested under ``fastlm``, with no ``quant_method`` next to it: transformers refuses such a file,
+    but would open one with an unknown method and fill it with random weights. Other files of an
+    existing folder stay. The folder is replaced as a whole, or not at all (see ``save_atomic``).
     """
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes: wanted a positive number, got {max_shard_bytes}")
@@ -139,7 +140,7 @@ def save_hf(
             total = sum(tensor.nbytes for tensor in tensors.values())
             _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(part / CONFIG, config)
-        for file in set(weight_map.values()):  # safetensors makes them the owner's alone
+        for file in set(weight_map.values()):  # safetensors gives only the owner access
             shutil.copymode(part / CONFIG, part / file)
 
     make_folder(folder.parent)
@@ -147,7 +148,9 @@ def save_hf(
 
 
 def _describe(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
-    """The quantization_config of these weights; one format and group size only where all agree."""
+    """The quantization_config of these weights. Where they differ, the format is "mixed" and the
+    group size is None.
+    """
     modules = {
         name: describe("embedding" if name.endswith("embed_tokens") else "linear", weight)
         for name, weight in quantized.items()
@@ -169,10 +172,11 @@ def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[s
     """``(config, tensors)``: config.json's content, and (name, tensor) one by one under Hugging
     Face's names, from a Hugging Face folder, a fastlm run folder or a .gguf file.
 
-    Quantized weights come as QuantizedWeight, or as float32 with ``keep_quantized=False``. A tied
-    ``lm_head.weight`` is left out. Everything about the file is checked before the first tensor.
+    Quantized weights are QuantizedWeight, or float32 with ``keep_quantized=False``. A tied
+    ``lm_head.weight`` is left out. Everything is checked before the first tensor is read.
+
     Raises InputError: unreadable or cut short, a missing shard, tensor or config entry, an unknown
-    architecture, a tensor of a shape the config does not give.
+    architecture, a tensor whose shape does not match the config.
     """
     path = locate_model(Path(path))
     if path.suffix == ".gguf":
@@ -185,8 +189,8 @@ def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[s
 
 
 def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
-    """The tokenizer beside a model (or in its run folder), refused when it has ids that the
-    model's embedding lacks."""
+    """Load the tokenizer stored with a model (or in its run folder). It is refused when it has ids
+    that the model's embedding lacks."""
     from fastlm.tokenizer.tokenizer import Tokenizer
 
     path = model_path(path)
@@ -204,16 +208,16 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
 
 
 def locate_model(path: Path) -> Path:
-    """Return the folder with config.json, or the .gguf file, that ``path`` means.
+    """Return the folder with config.json, or the .gguf file, that ``path`` refers to.
 
-    That is ``path`` itself, the model in a training's folder, or the last model of a run.
+    That is ``path`` itself, the ``model`` folder inside it, or the last model of a run.
     """
     path = model_path(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{path}: wanted a model folder or a .gguf file, got another file")
         return path
-    for folder in (path, path / "model"):  # "model": what a training leaves
+    for folder in (path, path / "model"):  # "model": where training writes it
         if (folder / CONFIG).is_file():
             return folder
     if (trained := last_model(path)) is not None:
@@ -246,7 +250,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map: wanted tensor names to file names, got none")
     for name in weight_map.values():
-        # a bare name: an index must not point out of its folder
+        # a bare name: an index must not point outside its folder
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise InputError(f"{index}: weight_map: wanted names of files beside it, got {name!r}")
     for name in sorted(set(weight_map.values())):
@@ -262,12 +266,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     config = read_json(folder / CONFIG)
-    if (folder / GENERATION).is_file():  # whose end tokens count, as in transformers
+    if (folder / GENERATION).is_file():  # its end tokens take precedence, as in transformers
         ends = read_json(folder / GENERATION).get("eos_token_id")
         config |= {} if ends is None else {"eos_token_id": ends}
     model = config_of(config, folder / CONFIG)
     quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and "fastlm" in quantization:  # not in folders before 0.2
+    if isinstance(quantization, dict) and "fastlm" in quantization:  # from version 0.2 on
         quantization = config["quantization_config"] = quantization["fastlm"]
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if quantization is not None and method != "fastlm":
@@ -330,11 +334,11 @@ def _layouts(quantization: Any, where: Path) -> dict[str, Layout]:
 def _logical(
     name: str, shape: tuple[int, ...], layouts: Mapping[str, Layout]
 ) -> dict[str, tuple[int, ...]]:
-    """The weight's own name and shape for a stored tensor; nothing for scales and offsets."""
+    """Weight name -> shape for a stored tensor; empty for scales and offsets."""
     module, _, part = name.rpartition(".")
     if part not in PARTS:
         return {name: shape}
-    # packed: only the config says how many columns; without it the weight counts as missing
+    # packed: only the config has the number of columns; without it the weight counts as missing
     return {f"{module}.weight": layouts[module][2]} if module in layouts else {}
 
 

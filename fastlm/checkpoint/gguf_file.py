@@ -1,9 +1,9 @@
-"""GGUF files: header, metadata and tensors, with the quantized ones kept as they are.
+"""Read GGUF files: header, metadata and tensors. Quantized tensors stay quantized.
 
-The header is parsed here, bounds before anything is allocated, because a model file comes from
-strangers. The reader of the ``gguf`` package was the alternative: it believes every count in the
-file and makes one numpy array per array element (1.4 s for the 135M model against 0.1 s here). Its
-tables of types and block sizes are used, and tests hold this module to it.
+The header is parsed here, and bounds are checked before anything is allocated, because model files
+come from strangers. The alternative was the reader of the ``gguf`` package: it trusts every count
+in the file and creates one numpy array per array element (1.4 s for the 135M model, against 0.1 s
+here). Its tables of types and block sizes are used, and tests compare this module with it.
 
 What each block format becomes (``d``, ``m``: the block's scale and offset):
 
@@ -16,10 +16,10 @@ What each block format becomes (``d``, ``m``: the block's scale and offset):
     Q5_1 Q5_K        d * q +- m           8 bits, group 32  d, +- m
     Q6_K             d * q                8 bits, group 16  d
 
-All products are exact in float32, so the result equals ``gguf.dequantize`` to the bit, with one
-exception: for Q4_1 and Q4_K the sum of offset and 8 d is rounded when their magnitudes are more
-than about 2^7 (Q4_K) or 2^13 (Q4_1) apart; the weight is then off by at most one float32 ulp of the
-larger of itself and the offset.
+All products are exact in float32, so the result equals ``gguf.dequantize`` bit for bit, with one
+exception. For Q4_1 and Q4_K the sum of the offset and 8 d is rounded when their magnitudes differ
+by a factor of more than about 2^7 (Q4_K) or 2^13 (Q4_1). The weight is then off by at most one
+float32 ulp of the weight or the offset, whichever is larger.
 """
 
 import math
@@ -41,7 +41,7 @@ from fastlm.ops.quantized_weight import QuantizedWeight
 
 MAX_DIMS = 4  # ggml's own limit
 MAX_NAME = 255  # ggml's is 63 for tensors; the longest key in use is under 60
-# metadata value types of the format: struct code, bytes
+# type of a metadata value in the file -> struct code, bytes
 SCALARS = {
     0: ("B", 1),
     1: ("b", 1),
@@ -56,7 +56,7 @@ SCALARS = {
     12: ("d", 8),
 }
 STRING, ARRAY = 8, 9
-KINDS = {  # what a metadata value is in Python -> its name in a message
+KINDS = {  # Python type of a metadata value -> its name in a message
     int: "one int",
     float: "one float",
     bool: "one bool",
@@ -76,7 +76,7 @@ class TensorInfo:
 
 
 class _Cursor:
-    """Reads little-endian values off a buffer and never past its end."""
+    """Reads little-endian values from a buffer, never past its end."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.pos = data, path, 0
@@ -95,7 +95,7 @@ class _Cursor:
         return struct.unpack_from("<" + code, self.data, self.take(size))[0]
 
     def count(self, what: str, least: int) -> int:
-        """A 64-bit count of things of at least ``least`` bytes, which must fit in what is left."""
+        """Read a 64-bit count of items, which fit in the rest at ``least`` bytes or more each."""
         n = self.number("Q", 8)
         if n > (len(self.data) - self.pos) // least:
             raise InputError(f"{self.path}: {what}: wanted at most what the file can hold, got {n}")
@@ -107,7 +107,7 @@ class _Cursor:
         return self.data[start : start + size].decode("utf-8", errors="replace")
 
     def name(self) -> str:
-        """A key or a tensor's name: it goes into messages, so it must be short and printable."""
+        """Read a key or a tensor's name. Messages quote it, so it must be short and printable."""
         name = self.string()
         if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
             raise InputError(
@@ -136,11 +136,11 @@ class _Cursor:
 
 
 class GGUFFile:
-    """``metadata`` (str -> value; arrays of numbers are numpy) and ``tensors`` (name -> TensorInfo)
-    are read at once; tensor data stays in the memory-mapped file until ``load``.
+    """A GGUF file. ``metadata`` (str -> value; arrays of numbers are numpy) and ``tensors`` (name
+    -> TensorInfo) are read at once; tensor data stays in the memory-mapped file until ``load``.
 
-    Raises InputError for a file that is not GGUF 2 or 3, is cut short, or whose counts and offsets
-    do not fit it.
+    Raises InputError for a file that is not GGUF 2 or 3, is cut short, or has counts and offsets
+    that exceed it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -159,7 +159,7 @@ class GGUFFile:
             raise InputError(
                 f"{self.path}: wanted little-endian GGUF version 2 or 3, got {version}"
             )
-        # the least that an entry can take: an empty name and no dimensions, or one byte of value
+        # least bytes per entry: an empty name and no dimensions; an empty key and a one-byte value
         n_tensors = cursor.count("tensor count", 8 + 4 + 4 + 8)
         n_metadata = cursor.count("metadata count", 8 + 4 + 1)
 
@@ -196,7 +196,7 @@ class GGUFFile:
             self.tensors[name] = info
 
     def get(self, key: str, kind: type[T], default: Any = None) -> Any:
-        """``metadata[key]``, which must be of ``kind`` (of `KINDS`), or ``default`` without one."""
+        """Return ``metadata[key]``, which must be of ``kind`` (one of `KINDS`), or ``default``."""
         if key not in self.metadata:
             return default
         value = self.metadata[key]
@@ -207,7 +207,7 @@ class GGUFFile:
         return value
 
     def need(self, key: str, kind: type[T]) -> T:
-        """``get`` of what must be there."""
+        """``get`` for a key that must be present."""
         if key not in self.metadata:
             raise InputError(f"{self.path}: {key}: wanted {KINDS[kind]}, got None")
         return self.get(key, kind)
@@ -234,9 +234,7 @@ class GGUFFile:
         return flat.reshape(math.prod(info.shape[:-1]), -1) if info.size else flat.reshape(0, 0)
 
     def load(self, name: str) -> Tensor | QuantizedWeight:
-        """The tensor in memory of its own, in its dtype or (2-D block formats) as a
-        QuantizedWeight.
-        """
+        """Copy the tensor into memory, in its dtype or (2-D block formats) as a QuantizedWeight."""
         info = self.tensors[name]
         if info.kind in PLAIN:
             data = torch.from_numpy(self.raw(name).copy())
@@ -259,9 +257,9 @@ PLAIN = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 
-# Each unpacker: blocks (B, bytes) uint8 -> q (B, values), scale and offset (B, groups) float32, the
-# offset None where there is none. For 4 bits q is the stored nibble 0..15 and the weight is
-# scale * (q - 8) + offset; for 8 bits it is scale * q + offset.
+# Each unpacker: blocks (B, bytes) uint8 -> q (B, values), scale and offset (B, groups) float32; the
+# offset is None where the format has none. For 4 bits q is the stored nibble 0..15 and the weight
+# is scale * (q - 8) + offset; for 8 bits it is scale * q + offset.
 Unpacked = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
@@ -306,9 +304,9 @@ def _q5_1(blocks: np.ndarray) -> Unpacked:
 def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scale and minimum (B, 8) of Q4_K and Q5_K: two float16 times 8 + 8 six-bit integers.
 
-    Those are in the twelve bytes from 4 on: the first four of each in the low 6 bits of bytes 0-3
-    and 4-7; of the last four, the low nibbles in bytes 8-11 (scale low, minimum high) and the top 2
-    bits in the top of the first eight bytes.
+    The integers are stored in the twelve bytes from byte 4 on. The first four of each kind are the
+    low 6 bits of bytes 0-3 and 4-7. The last four have their low nibbles in bytes 8-11 (scale low,
+    minimum high) and their top 2 bits in the top of bytes 0-7.
     """
     first, second, rest = (blocks[:, a : a + 4] for a in (4, 8, 12))
     scale = np.concatenate([first & 63, (rest & 15) | (first >> 6) << 4], axis=1)

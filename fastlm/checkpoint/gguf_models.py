@@ -1,8 +1,8 @@
 """A GGUF file as a Hugging Face checkpoint: config, tensor names, and llama.cpp's changes undone.
 
 llama.cpp's converter renames every tensor, reorders the rows of q and k for its interleaved RoPE
-(architectures llama and smollm3), and adds one to Gemma's norm weights. Each is reversed here, the
-reordering on packed rows too, so the model code knows one layout only.
+(architectures llama and smollm3), and adds one to Gemma's norm weights. Each change is reversed
+here (the reordering on packed rows, too), so the model code needs only one layout.
 """
 
 import math
@@ -54,7 +54,7 @@ OVERRIDES = {
 }
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
-# Llama 3.1 and later state their RoPE scaling in a GGUF only as its result, one divisor per
+# A GGUF of Llama 3.1 or later stores the RoPE scaling only as its result, one divisor per
 # frequency. All published models share these three values; the divisors are checked against them.
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
@@ -64,7 +64,7 @@ LLAMA3_ROPE = {
 
 
 def hf_name(name: str, model_type: str) -> str | None:
-    """Hugging Face's name of a GGUF tensor, None for one that this architecture does not have."""
+    """Hugging Face's name of a GGUF tensor, or None if this architecture has no such tensor."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, suffix = match.groups()
         module = {**LAYER, **OVERRIDES.get(model_type, {})}.get(part)
@@ -91,7 +91,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
             return value
         if not math.isfinite(value):
             raise InputError(f"{file.path}: {key}: wanted a finite number, got {value}")
-        # the shortest decimal of the file's float32: 1e-05, as config.json had it
+        # the shortest decimal of the file's float32: 1e-05, as in the original config.json
         return float(str(np.float32(value)))
 
     def number(key: str) -> int:
@@ -108,7 +108,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         raise InputError(f"{file.path}: general.architecture: wanted olmo2, got olmo3 (windowed)")
     hidden, heads = number("embedding_length"), number("attention.head_count")
     layers = number("block_count")
-    if not 0 < layers <= MAX_LAYERS:  # before lists of that length are made
+    if not 0 < layers <= MAX_LAYERS:  # before lists of that length are created
         raise InputError(
             f"{file.path}: {architecture}.block_count: wanted 1 to {MAX_LAYERS}, got {layers}"
         )
@@ -153,10 +153,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         if original := scaling.get("original_max_position_embeddings"):
             config["original_max_position_embeddings"] = original
     if model_type == "qwen2":
-        del config["attention_bias"]  # always biased; its config has no such key
+        del config["attention_bias"]  # qwen2 is always biased; its config has no such key
     if model_type in ("mistral", "phi3"):
         config["sliding_window"] = window
-    if model_type == "smollm3":  # llama.cpp fixes the interval in code
+    if model_type == "smollm3":  # llama.cpp hard-codes the interval
         config["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(layers)]
     if model_type in NORM_PLUS_ONE:
         del config["hidden_act"]
@@ -166,10 +166,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
 
 def _gemma(model_type: str, config: dict[str, Any], get: Any, number: Any) -> dict[str, Any]:
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    # the file has no query scale: llama.cpp knows the 27B models by their layer count
+    # the file has no query scale: llama.cpp recognises the 27B models by their layer count
     is_27b = layers == {"gemma2": 46, "gemma3_text": 62}[model_type]
     scale = config["hidden_size"] // max(heads, 1) if is_27b else config["head_dim"]
-    period = {"gemma2": 2, "gemma3_text": 6}[model_type]  # the last of each is global
+    period = {"gemma2": 2, "gemma3_text": 6}[model_type]  # the last layer of each period is global
     local = {} if model_type == "gemma2" else {"rope_local_base_freq": 10000.0}
     return {
         "hidden_activation": "gelu_pytorch_tanh",
@@ -223,7 +223,7 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     half = config["head_dim"] // 2
     factor = float(divisors.max(initial=1.0))
     low, high, original = LLAMA3_ROPE.values()
-    # turns of each frequency over the original context: few turns are stretched by ``factor``
+    # turns of each frequency over the original context; those with few turns are stretched
     turns = original * config["rope_theta"] ** -(np.arange(half) / half) / (2 * np.pi)
     blend = np.clip((turns - low) / (high - low), 0, 1)
     wanted = 1 / (blend + (1 - blend) / factor)
@@ -235,7 +235,7 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _undo_interleave(weight: Tensor | QuantizedWeight, heads: int) -> Tensor | QuantizedWeight:
-    """Rows (head, pair, 2), as interleaved RoPE wants them, back to (head, 2, pair)."""
+    """Reorder rows (head, pair, 2), as interleaved RoPE needs them, to (head, 2, pair)."""
     rows = weight.shape[0]
     order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
     if isinstance(weight, QuantizedWeight):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from fastlm.files import read_json
 
-STAGES = "stages.json"  # stage -> what it made, by type; in the order in which stages ran
+STAGES = "stages.json"  # stage -> its outputs by type, in the order in which the stages ran
 
 
 def last_model(run: Path) -> Path | None:
-    """Return the last finished model of a run that can be trained further; None where there is
-    none, or where ``run`` is no folder of a run.
+    """Return a run's last finished model that can be trained further, or None if there is none or
+    ``run`` is not a run's folder.
     """
     if not (run / STAGES).is_file():
         return None

@@ -2,6 +2,6 @@
 
 `fastlm.compat.flash_attn` has flash-attn's functions, `fastlm.compat.liger` Liger-Kernel's losses,
 norms and MLPs; nothing of those libraries is imported. `fastlm.compat.trl` has TRL's SFTTrainer
-with the loss of a patched model. Each module says where its results differ from the namesake's; an
-argument that no kernel here serves is refused with its name.
+with the loss of a patched model. Each module states where its results differ from the original's.
+An argument that no kernel here supports is refused by name.
 """

@@ -4,10 +4,10 @@
 
     SFTTrainer(fastlm.patch(model), args, train_dataset=dataset).train()
 
-TRL (1.16) takes no loss from the model: it multiplies the head's weight itself, in chunks, for each
-token's log-probability, entropy and rank, so the loss that `fastlm.patch` gives a model never runs.
-Overriding ``compute_loss`` in a subclass is the way that TRL's documentation names for another one
-(``compute_loss_func`` there has the logits made and a second forward run for the metrics).
+TRL (1.16) does not use the model's loss. It multiplies by the head's weight itself, in chunks, for
+each token's log-probability, entropy and rank, so the loss that `fastlm.patch` gives a model never
+runs. For another loss, TRL's documentation says to override ``compute_loss`` in a subclass. (Its
+``compute_loss_func`` computes the logits and runs a second forward for the metrics.)
 """
 
 from typing import Any
@@ -20,15 +20,15 @@ from fastlm.hf.patching import patched_ops
 
 
 class SFTTrainer(sft_trainer.SFTTrainer):
-    """`trl.SFTTrainer` whose training steps take the model's loss, as transformers' Trainer does.
+    """`trl.SFTTrainer` whose training steps use the model's loss, as transformers' Trainer does.
 
-    The loss and its gradient are the same numbers. Logs of training have neither ``entropy`` nor
+    The loss and its gradient have the same values. Training logs have neither ``entropy`` nor
     ``mean_token_accuracy`` nor ``num_tokens``, which would cost the product with the head again
-    (``include_num_input_tokens_seen`` counts tokens); an evaluation is TRL's, with all its metrics.
+    (``include_num_input_tokens_seen`` counts tokens). Evaluation is TRL's, with all its metrics.
 
     Raises:
-        InputError: the model has no ``linear_cross_entropy`` of `fastlm.patch`, or its head is
-            another layer by now; an option that asks for another loss.
+        InputError: the model has no ``linear_cross_entropy`` of `fastlm.patch`, or its head has
+            since been replaced by another layer; an option that selects another loss.
     """
 
     def __init__(self, *given: Any, **named: Any) -> None:

@@ -1,5 +1,5 @@
-"""AdamW by csrc/cpu/adamw.h: allocates the workspace in which C++ makes its table of tensors and
-chunks, and gives each tensor its key of stochastic rounding.
+"""AdamW through csrc/cpu/adamw.h. Allocates the workspace in which C++ builds its table of tensors
+and chunks, and gives each tensor its key for stochastic rounding.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from fastlm import reference
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.errors import InputError
 
-# csrc/cpu/adamw_table.h: elements a thread takes, int64 of workspace a tensor and a chunk
+# csrc/cpu/adamw_table.h: elements per chunk, int64 of workspace per tensor and per chunk
 _CHUNK, _TENSOR_INTS, _CHUNK_INTS = 32768, 20, 4
 
 

@@ -1,7 +1,7 @@
-"""attention by csrc/cpu/attention.h, and what `varlen_attention` and `paged_attention` share of it.
+"""attention through csrc/cpu/attention.h. `varlen_attention` and `paged_attention` use parts of it.
 
-Allocates the results and one workspace for all threads, whose parts are counted here (forward) or
-in C++ (backward).
+Allocates the results and one workspace for all threads. The sizes of its parts are computed here
+(forward) or in C++ (backward).
 """
 
 import torch
@@ -27,9 +27,9 @@ def _padded(n: int, step: int) -> int:
     return (n + step - 1) // step * step
 
 
-_APART = 256  # floats: so that a thread's arrays begin at cache lines, with gaps under a sanitizer
+_APART = 256  # floats per thread: its arrays begin at cache lines, with gaps under a sanitizer
 _DENSE = (None,) * 6  # the layout of the dense op
-_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")  # a gradient that is not wanted
+_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")  # a gradient that is not needed
 
 
 def forward_any_layout(
@@ -47,34 +47,34 @@ def forward_any_layout(
     key_rows: int,
     longest_keys: int,
 ) -> tuple[Tensor, Tensor]:
-    """The C++ forward of all three ops.
+    """Run the C++ forward of all three ops.
 
-    `layout` is (cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale), `key_rows` an
-    upper bound of the keys of all sequences together, `longest_keys` of those of one.
+    `layout` is (cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale), `key_rows` is
+    an upper bound on the keys of all sequences together, `longest_keys` on those of one sequence.
     """
     if not _all_contiguous(q, k, v):
         q, k, v = elements_last(q, k, v)
     v_width = v.shape[-1]
     dense = layout[0] is None and layout[2] is None
     out = empty_out(q, v_width) if dense else q.new_empty(*q.shape[:-1], v_width)
-    lse = _NOTHING.new_empty(*lse_shape)  # one by one: 0.6 us less than a torch.Size
+    lse = _NOTHING.new_empty(*lse_shape)  # unpacked: 0.6 us less than a torch.Size
     q_shape, k_shape = q.shape, k.shape
     rows_at, heads_at = (2, 1) if layout[2] is None else (1, 2)
     queries, kv_heads = q_shape[rows_at], k_shape[heads_at]
     group = q_shape[heads_at] // kv_heads
-    # 48 floats of pointers and sizes a sequence, from 16 sequences on
+    # 48 floats of pointers and sizes per sequence, for more than 16 sequences
     floats, wide = 48 * sequences if sequences > 16 else 0, max(q_shape[-1], v_width)
     if layout[0] is None and seed is None and (queries == 1 or queries * group <= 8):
         if longest_keys > 512:
-            # partial results of 512 keys each, 2 + Dv floats a row, rows in eights
+            # partial results of 512 keys each, 2 + Dv floats per row, rows padded to eights
             # (attention_decode.h)
             rows = sequences * kv_heads * _padded(queries * group, 8)
             floats += rows * ((longest_keys + 511) // 512) * (2 + _padded(v_width, 16))
-        if wide > 256:  # a thread's eight rows of q, of 512 scores and twice of out
+        if wide > 256:  # per thread: eight rows of q, of 512 scores, twice of out
             floats += torch.get_num_threads() * (8 * (3 * _padded(wide, 32) + 514) + _APART)
     else:
-        # keys and values once more, padded to 32 rows a sequence and 32 columns; a thread's 96 rows
-        # of q and out, twice 96 x 256 scores, 256 keys (attention_forward.h)
+        # a copy of keys and values, padded to 32 rows per sequence and 32 columns; per thread 96
+        # rows of q and out, twice 96 x 256 scores, 256 keys (attention_forward.h)
         widths = _padded(q_shape[-1], 32) + _padded(v_width, 32)
         floats += kv_heads * (key_rows + 32 * sequences) * widths
         each = 96 * (widths + 2 * 256) + 256 * (wide + 1)
@@ -116,7 +116,7 @@ def backward_any_layout(
     longest_queries: int,
     longest_keys: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The C++ backward of the dense and the packed op."""
+    """Run the C++ backward of the dense and the packed op."""
     if not _all_contiguous(dout, q, k, v, out):
         dout, q, k, v, out = elements_last(dout, q, k, v, out)
     # the dense op's gradients have the memory order of q, k and v (`_backward_fake` of
@@ -145,11 +145,11 @@ def backward_any_layout(
     )
 
 
-# Up to these sizes the C++ body needs no workspace, and finding that out need not cost 1 us of a
-# lone token's 7: sequences, D and Dv; rows of a key head and keys of the forward
-# (attention_decode.h); queries and keys of the backward (attention_backward.h).
+# Up to these sizes the C++ body needs no workspace, and finding that out would cost 1 us of a
+# single token's 7. In order: sequences; D and Dv; rows per key head and keys in the forward
+# (attention_decode.h); queries and keys in the backward (attention_backward.h).
 _FEW_SEQUENCES, _FEW_WIDE, _FEW_ROWS, _FEW_KEYS, _FEW = 16, 256, 8, 512, 8
-_FEW_WORK = 1 << 17  # products of the backward where D = Dv
+_FEW_WORK = 1 << 17  # products in the backward where D = Dv
 
 
 def forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):

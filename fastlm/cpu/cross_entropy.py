@@ -1,5 +1,5 @@
-"""cross_entropy by csrc/cpu/cross_entropy.h: allocates the results and a few float32 a row, and
-refuses targets out of range.
+"""cross_entropy through csrc/cpu/cross_entropy.h. Allocates the results and a few float32 per row,
+and refuses targets out of range.
 """
 
 import torch
@@ -14,7 +14,7 @@ _NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """Contiguous, after every class in it was found in range."""
+    """Return a contiguous target after checking that every class in it is in range."""
     target = target.contiguous()
     if (row := _cpu.first_bad_target(target, classes, ignore_index)) >= 0:
         raise reference.bad_target(target, row, classes, ignore_index)
@@ -22,7 +22,7 @@ def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 
 def all_weights(class_weight: Tensor | None, smooth: bool, classes: int) -> Tensor | None:
-    """(V) float32 weights of the sum over all classes, or None without one."""
+    """(V) float32 weights of the sum over all classes, or None without that sum."""
     if not smooth:
         return None
     if class_weight is None:
@@ -31,7 +31,7 @@ def all_weights(class_weight: Tensor | None, smooth: bool, classes: int) -> Tens
 
 
 def rows_apart(t: Tensor) -> Tensor:
-    """Rows may be apart, elements of a row may not."""
+    """Return a matrix with any row stride but contiguous rows."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 

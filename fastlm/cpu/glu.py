@@ -1,4 +1,4 @@
-"""glu by csrc/cpu/glu.h: allocates the results alone."""
+"""glu through csrc/cpu/glu.h. Allocates only the results."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from fastlm.backend import cpu_extension as _cpu
 
 
 def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As matrices whose rows may be apart, elements of a row not."""
+    """Return matrices with any row stride but contiguous rows."""
     width = tensors[0].shape[-1]
     rows = (t.reshape(-1, width) for t in tensors)
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in rows)

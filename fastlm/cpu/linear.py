@@ -1,6 +1,6 @@
-"""linear by csrc/cpu/linear.h, in bfloat16; torch multiplies other dtypes and empty matrices.
+"""linear through csrc/cpu/linear.h, in bfloat16; torch multiplies other dtypes and empty matrices.
 
-Allocates the results, and for each product a workspace of the size that C++ tells.
+Allocates the results, and for each product a workspace of the size that C++ reports.
 """
 
 import torch
@@ -12,7 +12,7 @@ from fastlm.backend import cpu_extension as _cpu
 
 
 def _matrix(t: Tensor) -> Tensor:
-    """(rows, width), elements of a row side by side."""
+    """Return a matrix (rows, width) with contiguous rows."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 

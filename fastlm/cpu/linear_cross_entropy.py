@@ -1,9 +1,9 @@
-"""linear_cross_entropy by csrc/cpu/linear_cross_entropy.h, chunk of rows by chunk of rows.
+"""linear_cross_entropy through csrc/cpu/linear_cross_entropy.h, one chunk of rows at a time.
 
-Allocates the gradients, three or four float32 a row, and the workspaces of one chunk.
+Allocates the gradients, three or four float32 per row, and the workspaces of one chunk.
 
 The weight's gradient is summed over chunks in float32. Rejected: slabs of the vocabulary, which
-need no such sum for a 16-bit weight but take 5 products; torch's matrix products on chunks, which
+need no such sum for a 16-bit weight but cost 5 products; torch's matrix products on chunks, which
 sum 16-bit gradients in 16 bits.
 """
 
@@ -15,8 +15,8 @@ from fastlm.cpu.cross_entropy import all_weights, checked_target, rows_apart
 from fastlm.row_losses import row_losses
 
 _VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
-_MOST_ROWS = 512  # of a chunk: the weight's float32 gradient is read and written once per chunk
-# What a chunk's exponentials may take: half of it where the float32 gradient of a 16-bit weight is
+_MOST_ROWS = 512  # per chunk: the weight's float32 gradient is read and written once per chunk
+# Bytes for a chunk's exponentials: half of this where the float32 gradient of a 16-bit weight needs
 # memory as well, more where an eighth of that gradient is more.
 _WORKSPACE = 64 << 20
 
@@ -51,8 +51,8 @@ class _Chunks:
         if rows not in self.workspaces:
             self.workspaces.clear()
             padded = -(-rows // _RP) * _RP
-            # x packed, scaled and packed again, 12 numbers a row, 2 a block; a thread's blocks of
-            # w, of scores, of gradients and of dx; gaps between them
+            # shared: x packed, scaled and packed again, 12 numbers per row, 2 per block; per
+            # thread: blocks of w, of scores, of gradients and of dx; gaps in between
             width = -(-self.input.shape[1] // 32) * 32
             shared = padded * (3 * width + 12) + 2 * self.blocks + 256
             each = _VB * (2 * width + padded + 3 * _VB) + _VB * padded + 1024
@@ -106,7 +106,7 @@ class _Chunks:
         )
 
     def outputs(self, linear_bias, need_input, need_weight, weight_dtype=torch.float32):
-        """Gradients to be written, that of the bias in float32; None where not needed."""
+        """Allocate the gradients, that of the bias in float32; None where not needed."""
         rows = len(self.input)
         return (
             self.input.new_empty(self.input.shape) if need_input else None,
@@ -116,7 +116,7 @@ class _Chunks:
 
 
 def _accumulator(shape: torch.Size, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The first chunk writes, the others add; without rows nobody writes."""
+    """Allocate a gradient: the first chunk writes it, the others add. Without rows it is zero."""
     make = torch.empty if rows else torch.zeros
     return make(shape, dtype=dtype, device="cpu")
 
@@ -264,7 +264,7 @@ def loss(
             need_input,
             need_weight,
         )
-        # NaN where the mean is over no row, as torch's
+        # NaN where the mean is over no rows, as in torch
         summed = summed + (0 * on_nll[~valid]).sum()
         if need_input:
             d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)

@@ -1,11 +1,11 @@
-"""paged_attention by csrc/cpu/attention.h: calls the host side of `attention` with the pages, and
-with how many keys its workspace must have room for.
+"""paged_attention through csrc/cpu/attention.h. Calls the host side of `attention` with the pages
+and the number of keys for which its workspace must have room.
 """
 
 from fastlm.cpu.attention import forward_any_layout
 
-# Keys that the table has room for, from which on the workspace is sized by the lengths (4 us more):
-# a server's tables have room for the longest context in every row.
+# Above this number of keys that fit in the table, the workspace is sized by the lengths (4 us
+# more): a server's tables have room for the longest context in every row.
 _ROOM = 1 << 15
 
 

@@ -1,5 +1,5 @@
-"""quantized_linear and dequantize by csrc/cpu/quantized_linear.h: allocates the results, and a
-workspace of the size that C++ tells.
+"""quantized_linear and dequantize through csrc/cpu/quantized_linear.h. Allocates the results, and a
+workspace of the size that C++ reports.
 """
 
 import torch
@@ -8,14 +8,13 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.backend import cpu_extension as _cpu
 
-# One row of so many columns is arranged on the stack (ON_STACK of quantized_dot.h) whatever the
-# format: decoding does not ask, which would be 0.6 us of 28.
+# One row of up to this many columns is arranged on the stack (ON_STACK of quantized_dot.h) in any
+# format, so decoding skips the query for the size, 0.6 us of 28.
 _NEEDS_NO_WORKSPACE = 8192
 
 
 def _rows(t: Tensor) -> Tensor:
-    """As the kernels take them: contiguous, or a matrix whose rows may be apart, elements of a row
-    not."""
+    """Return t as kernels accept it: contiguous, or a matrix of contiguous rows at any stride."""
     if t.is_contiguous():
         return t
     t = t.reshape(-1, t.shape[-1])
@@ -72,7 +71,7 @@ def dequantize(
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    if dtype == torch.float64:  # a reference's business
+    if dtype == torch.float64:  # left to the reference
         return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
     out = qdata.new_empty(qdata.shape[0], k, dtype=dtype)
     _cpu.dequantize(qdata, scales, zeros, bits, group_size, out)

@@ -1,5 +1,5 @@
-"""rms_norm by csrc/cpu/rms_norm.h: allocates the results, one float32 a row, and the partial sums
-of the weight's gradient.
+"""rms_norm through csrc/cpu/rms_norm.h. Allocates the results, one float32 per row, and the partial
+sums of the weight's gradient.
 """
 
 import torch
@@ -11,8 +11,7 @@ _BLOCK_ROWS = 64  # rows per partial sum of the weight's gradient, as in csrc/cp
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    """As the kernels take them: contiguous, or a matrix whose rows may be apart, elements of a row
-    not."""
+    """Return t as kernels accept it: contiguous, or a matrix of contiguous rows at any stride."""
     if t is None or t.is_contiguous():
         return t
     t = t.reshape(-1, t.shape[-1])
@@ -20,7 +19,7 @@ def _rows(t: Tensor | None) -> Tensor | None:
 
 
 def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the kernels take it: float32 or x's dtype, contiguous."""
+    """Return the weight as the kernels accept it: float32 or x's dtype, contiguous."""
     if weight.dtype != dtype and weight.dtype != torch.float32:
         weight = weight.float()
     return weight.contiguous()

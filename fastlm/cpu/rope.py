@@ -1,4 +1,4 @@
-"""rope by csrc/cpu/rope.h: allocates the results, in the memory order of q and k."""
+"""rope through csrc/cpu/rope.h. Allocates the results, in the memory order of q and k."""
 
 import torch
 from torch import Tensor

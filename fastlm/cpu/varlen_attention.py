@@ -1,4 +1,4 @@
-"""varlen_attention by csrc/cpu/attention.h: calls the host side of `attention` with the offsets."""
+"""varlen_attention through csrc/cpu/attention.h: the host side of `attention`, with offsets."""
 
 from fastlm.cpu.attention import backward_any_layout, forward_any_layout
 
@@ -9,7 +9,7 @@ def forward(
     layout = (cu_q.contiguous(), cu_k.contiguous(), None, None, None, None)
     return forward_any_layout(
         q, k, v, layout, sinks, alibi_slopes, bias, seed, numbers, (q.shape[1], q.shape[0]),
-        cu_q.shape[0] - 1, k.shape[0], 0,  # packed sequences never decode
+        cu_q.shape[0] - 1, k.shape[0], 0,  # packed sequences never use the decode kernel
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Host side of the CUDA C++ kernels (csrc/cuda), one file per op: allocates, and starts them
+"""Host side of the CUDA C++ kernels (csrc/cuda), one file per op. Allocates, and launches them
 through ``fastlm._cuda``, or through ``fastlm._simt`` (csrc/simt) where ``FASTLM_BACKEND=simt``
 forces the emulator.
 """
@@ -13,7 +13,7 @@ from fastlm import backend
 
 
 def extension() -> Any:
-    """The module whose functions start kernels."""
+    """The module whose functions launch kernels."""
     return importlib.import_module(f"fastlm._{'simt' if backend.forced() == 'simt' else 'cuda'}")
 
 
@@ -29,7 +29,7 @@ emulated_multiprocessors = 4
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return the multiprocessors that host functions divide work among."""
+    """Return the number of multiprocessors among which host functions divide work."""
     return _multiprocessors(device) if device.type == "cuda" else emulated_multiprocessors
 
 

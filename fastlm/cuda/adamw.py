@@ -1,4 +1,4 @@
-"""AdamW by csrc/cuda/adamw.cu: one launch for all tensors, two or three small ones before it."""
+"""AdamW through csrc/cuda/adamw.cu: one launch for all tensors, after two or three small ones."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from fastlm.cuda.adamw_tables import CHUNK, SCALARS, tables_of
 
 
 def _pointed_at(arguments: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """What the table points at, read and written: the emulator checks accesses against it."""
+    """The tensors that the table points to, (read, written), for the emulator's access checks."""
     params, grads, *others = arguments[:8]
     return grads, [t for column in (params, *others) for t in column if t is not None]
 

@@ -4,9 +4,9 @@
     settings (S, 8) float64 lr, betas, eps, weight decay, sign: one row per set of options
     chunks (C, 2) int32     a program's work: CHUNK elements of one tensor
 
-Each is kept as long as what it is made of is the same (addresses; sizes and dtypes; options), and
-after a change goes over in one copy that the host does not wait for: a schedule of lr costs 64
-bytes a step.
+Each is kept as long as its contents are the same (addresses; sizes and dtypes; options). After a
+change it is uploaded in one copy that the host does not wait for: a schedule of lr costs 64 bytes
+per step.
 """
 
 import functools
@@ -19,24 +19,24 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.errors import InputError
 
-# elements of a program: 1 MB of chunks table per 1e9 parameters, and enough programs from 1 M on;
-# divides the 32768 that share a key of random numbers
+# elements per program: 1 MB of chunk table per 1e9 parameters, and enough programs from 1 M
+# parameters on; divides the 32768 elements that share a key of random numbers
 CHUNK = 8192
 # columns of `tensors`: PARAM, GRAD, MOMENT, ROOT, MOMENT_SCALE, ROOT_SCALE, MASTER, SIZE, STEP,
 # SETTING, SEED, ORDINAL, whose upper 32 bits are `Kind.code`
 COLUMNS = 12
-SCALARS = 16  # float32 of a tensor in this step, of which 9 are used
+SCALARS = 16  # float32 values per tensor in a step, of which 9 are used
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
-_KEPT_TABLES = 16  # of a kind: optimizers, and patterns of gradient addresses, of a process
+_KEPT_TABLES = 16  # of each kind: for a process's optimizers and patterns of gradient addresses
 
 
 class Kind(NamedTuple):
-    """What a kernel must know of a tensor beside its row."""
+    """What a kernel needs to know about a tensor besides its row."""
 
     param: torch.dtype
     grad: torch.dtype
-    masters: int  # of MASTERS
+    masters: int  # a value of MASTERS
     packed: bool  # 8-bit states
     rounds: bool  # stochastic rounding
     aligned: bool  # every pointer allows 128-bit accesses
@@ -49,10 +49,10 @@ class Kind(NamedTuple):
 class Tables(NamedTuple):
     tensors: Tensor
     settings: Tensor
-    chunks: tuple[tuple[Kind | None, Tensor], ...]  # by kind; None: of all kinds
+    chunks: tuple[tuple[Kind | None, Tensor], ...]  # by kind; None: all kinds
 
 
-_captured: list[Tables] = []  # a CUDA graph reads its tables as long as it is
+_captured: list[Tables] = []  # a CUDA graph reads its tables as long as it exists
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -60,7 +60,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """To the device without waiting for what runs there."""
+    """Copy to the device without waiting for the work that runs there."""
     if _is_capturing(device):
         raise InputError(
             "step: wanted, in the capture of a CUDA graph, gradients where they were in a step"
@@ -99,7 +99,7 @@ def _chunk_tables(
 def _setting_table(
     device: torch.device, settings: tuple[tuple[float, ...], ...], tensor_lrs: tuple
 ) -> Tensor:
-    """`tensor_lrs`: the addresses of lrs that are written into it at every step."""
+    """`tensor_lrs`: rows and addresses of the lrs that are written to the table in every step."""
     padded = np.zeros((len(settings), 8))
     padded[:, :6] = settings
     return _upload(padded, device)
@@ -131,8 +131,8 @@ def tables_of(
     *,
     by_kind: bool,
 ) -> Tables:
-    """The arguments of `reference.adamw`, checked. `by_kind`: chunks in a table a kind, for kernels
-    compiled for one; otherwise in one."""
+    """Check the arguments of `reference.adamw` and return their tables. `by_kind`: one table of
+    chunks per kind, for kernels compiled for one kind; otherwise a single one."""
     device = params[0].device
     rows: list[tuple[int, ...]] = []
     kinds: list[Kind | None] = []

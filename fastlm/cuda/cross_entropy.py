@@ -1,16 +1,16 @@
-"""cross_entropy by csrc/cuda/cross_entropy.cu."""
+"""cross_entropy through csrc/cuda/cross_entropy.cu."""
 
 import torch
 from torch import Tensor
 
 from fastlm.cuda import extension, multiprocessors, stream
 
-_PART_BYTES = 16384  # of a row, what a block's threads load at once: the least that is split off
-_WAVES = 4  # blocks a multiprocessor, below which rows are split
+_PART_BYTES = 16384  # of a row, loaded at once by a block's threads: the smallest part to split off
+_WAVES = 4  # blocks per multiprocessor, below which rows are split
 
 
 def _rows(t: Tensor) -> Tensor:
-    """Rows may be apart, elements of a row may not."""
+    """Return a matrix with any row stride but contiguous rows."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
@@ -20,7 +20,7 @@ def _weights(class_weight: Tensor | None, smooth: bool) -> Tensor | None:
 
 
 def _parts(logits: Tensor) -> Tensor | None:
-    """Where the parts of split rows leave their sums; None where rows are not split."""
+    """A buffer for the sums of the parts of split rows; None where rows are not split."""
     rows, classes = logits.shape
     most = classes * logits.element_size() // _PART_BYTES
     parts = min(most, -(-_WAVES * multiprocessors(logits.device) // max(1, rows)))
@@ -39,7 +39,7 @@ def row_statistics(
     logit_scale: float,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
 ) -> None:
-    """Writes `outputs` (shift, log_sum, nll, smoothed), each contiguous."""
+    """Write `outputs` (shift, log_sum, nll, smoothed), each contiguous."""
     extension().cross_entropy_forward(
         _rows(logits), target.contiguous(), _weights(class_weight, smooth), smooth, ignore_index,
         softcap or 0.0, logit_scale, _parts(logits), *outputs, stream(logits),
@@ -60,7 +60,7 @@ def row_gradients(
     logit_scale: float,
     d_logits: Tensor,
 ) -> None:
-    """`d_logits`: contiguous, dtype of `logits`; may be `logits` where that is contiguous."""
+    """Write `d_logits`: contiguous, dtype of `logits`; may be `logits` where that is contiguous."""
     extension().cross_entropy_backward(
         on_p.contiguous(), on_target.contiguous(), None if on_all is None else on_all.contiguous(),
         _rows(logits), target.contiguous(), _weights(class_weight, on_all is not None),

@@ -1,4 +1,4 @@
-"""glu by csrc/cuda/glu.cu."""
+"""glu through csrc/cuda/glu.cu."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from fastlm.ops.quantized_weight import QuantizedWeight
 
 
 def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous, or matrices whose rows may be apart, elements of a row not."""
+    """Return contiguous tensors, or matrices with any row stride but contiguous rows."""
     if all(t.is_contiguous() for t in tensors):
         return tensors
     rows = (t.reshape(-1, t.shape[-1]) for t in tensors)
@@ -25,7 +25,7 @@ def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
 
 def glu_round(gate: Tensor, up: Tensor, act: str, into: QuantizedWeight) -> Rounded:
-    """What ``quantized_linear(glu(gate, up), into, act_bits=8)`` makes of its input."""
+    """Return the rounded input of ``quantized_linear(glu(gate, up), into, act_bits=8)``."""
     y = Rounded.empty(gate, into.scales, into.group_size)
     rows = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
     extension().glu_round(

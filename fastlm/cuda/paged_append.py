@@ -1,4 +1,4 @@
-"""paged_append by csrc/cuda/paged_append.cu."""
+"""paged_append through csrc/cuda/paged_append.cu."""
 
 from torch import Tensor
 

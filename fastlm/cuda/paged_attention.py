@@ -1,8 +1,8 @@
-"""paged_attention by csrc/cuda/paged_attention.cu: the decode step.
+"""paged_attention through csrc/cuda/paged_attention.cu: the decode step.
 
-It serves up to 64 rows of q a key head (queries times the group of heads that share it), one query
-of any group, up to 8 rows in float32; heads of up to 256 that are multiples of 8; rows that begin
-at multiples of 16 bytes (of 8 in an int8 cache). What else there is goes to the Triton kernel.
+It serves up to 64 rows of q per key head (queries times the group of heads that share it), a single
+query of any group, and up to 8 rows in float32. Head widths must be multiples of 8 up to 256. Rows
+must begin at multiples of 16 bytes (of 8 in an int8 cache). The rest goes to the Triton kernel.
 """
 
 import functools
@@ -16,18 +16,18 @@ from fastlm.cuda import extension, multiprocessors, stream
 from fastlm.memory_order import elements_last
 
 _TILE = 64  # keys, as in csrc/cuda/paged_attention.cuh
-_LEAST_TILES = 4  # that are worth a block of their own: 256 keys, as in kernels/attention.py
+_LEAST_TILES = 4  # worth a block of their own: 256 keys, as in kernels/attention.py
 _WIDEST = 256
-_MOST_ROWS = 64  # of several queries; those of one beyond it, by matrix instructions, in groups
-_DOT_ROWS = 2  # at a time: more take more registers than two blocks on a multiprocessor have
-# Those that matrix instructions cannot take, float32 for one, read K and V once for every two rows.
+_MOST_ROWS = 64  # with several queries; more rows of one query use matrix instructions in groups
+_DOT_ROWS = 2  # at a time: more need more registers than two blocks per multiprocessor have
+# Rows that matrix instructions cannot handle (float32, for one) read K and V once per two rows.
 _MOST_DOT_ROWS = 8
 
 
 @functools.cache
 def _fits(device: torch.device, rows: int, width: int, v_width: int, size: int) -> bool:
-    """Whether a block has the shared memory: rows of 256 take 143 KiB, more than an L40S has, with
-    64 rows of q 168, more than an A100."""
+    """Whether a block has enough shared memory: rows of width 256 need 143 KiB, more than an L40S
+    has; with 64 rows of q 168 KiB, more than an A100 has."""
     if device.type != "cuda":
         return True
     most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
@@ -45,7 +45,7 @@ def _aligned(t: Tensor, size: int) -> bool:
 
 
 def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """1 or 2 by dot products, 16 or 64 by matrix instructions, 0: not here."""
+    """1 or 2 by dot products, 16 or 64 by matrix instructions; 0: not by this kernel."""
     q_shape, width, v_width = q.shape, q.shape[-1], v.shape[-1]
     rows = q_shape[1] * (q_shape[2] // k.shape[2])
     size = k.element_size()
@@ -69,7 +69,7 @@ def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def _other(q: Tensor) -> Callable:
-    """For what the kernel does not take; the emulator has no Triton beside it."""
+    """The function for what this kernel does not serve; the emulator has no Triton kernel."""
     if q.is_cuda and backend.why_not("triton") is None:
         return backend.Kernel("paged_attention", "paged_attention").load()
     return reference.paged_attention
@@ -99,11 +99,11 @@ def paged_attention(
     if lse.numel() == 0:
         return out, lse
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
-    # two blocks on a multiprocessor, where there are tiles for them
+    # two blocks per multiprocessor, where there are enough tiles
     units = batch * k_cache.shape[2] * -(-queries * heads // k_cache.shape[2] // rows)
     tiles = -(-table.shape[1] * k_cache.shape[1] // _TILE)
     blocks = min(2 * multiprocessors(q.device), units * max(1, -(-tiles // _LEAST_TILES)))
-    # two slots a block: out, largest score and sum of each row; and a record of 4 numbers
+    # two slots per block: out, largest score and sum of each row; and a record of 4 numbers
     workspace = lse.new_empty(blocks * (2 * rows * (v_width + 2) + 4))
     extension().paged_attention_forward(
         q, k_cache, v_cache, table, seq_lens.contiguous(), k_scale, v_scale, _floats(sinks),

@@ -1,16 +1,16 @@
-"""quantized_linear and dequantize by csrc/cuda/quantized_*.cu and dequantize.cu.
+"""quantized_linear and dequantize through csrc/cuda/quantized_*.cu and dequantize.cu.
 
-By the rows of x:
+The kernel depends on the number of rows of x:
 
-    vector kernel    16 bits: 1 or 2; float32: to 4; rounded to int8: to 4, or any number where
-                     groups are no multiple of 32
-    matrix kernel    16 bits: to FUSED_ROWS; int8: any number; float32: never
-    dequantize, and torch's matmul: the others
+    vector kernel    16 bits: 1 or 2; float32: up to 4; rounded to int8: up to 4, or any number
+                     where groups are not a multiple of 32
+    matrix kernel    16 bits: up to FUSED_ROWS; int8: any number; float32: never
+    dequantize, and torch's matmul: everything else
 
-The limits are from instructions counted and an H100's rates, not measured on a GPU.
+The limits are from instruction counts and an H100's rates, not measured on a GPU.
 
-A decode step makes the int8 rows where it makes their values (`Rounded`): `rms_norm_round` and
-`glu_round` save it a launch and a trip to memory each.
+A decode step creates the int8 rows where it computes their values (`Rounded`): `rms_norm_round`
+and `glu_round` each save it a launch and a trip to memory.
 """
 
 from typing import NamedTuple
@@ -21,19 +21,21 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.cuda import extension, multiprocessors, stream
 
-# A code of a 4096 x 4096 W costs a lane 4.3 instructions at 2 rows, 2.4 us in all and as long as
-# its bytes take, 6.2 at 4 rows; the matrix kernel 2.4 at up to 8 rows. (int8: 1.5 at 4 rows.)
+# Each code of a 4096 x 4096 W costs a lane 4.3 instructions at 2 rows (2.4 us in all, as long as
+# loading its bytes takes), 6.2 at 4 rows; the matrix kernel 2.4 at up to 8 rows. (int8: 1.5 at
+# 4 rows.)
 VECTOR_ROWS = {16: 2, 8: 4}  # by act_bits
 VECTOR_ROWS_FLOAT32 = 4
-# The matrix kernel takes 3.5 us for 64 rows of such a W at best, dequantize 13 us before torch's
-# matmul, which is about as fast by rows as it can be: at half its speed they meet at 250 rows.
+# The matrix kernel takes 3.5 us for 64 rows of such a W at best. dequantize takes 13 us before
+# torch's matmul, which is about as fast per row as that kernel can be: at half of the kernel's best
+# speed they break even at 250 rows.
 FUSED_ROWS = 256
-# weights dequantized at a time for torch's matmul: 32 MB of 16 bits stay in an H100's L2 of 50 MB
+# weights dequantized at a time for torch's matmul: 32 MB in 16 bits stay in an H100's 50 MB of L2
 _BLOCK_WEIGHTS = 1 << 24
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(rows, width), the elements of a row side by side."""
+    """Return a matrix (rows, width) with contiguous rows."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
@@ -47,7 +49,7 @@ def dequantize(
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    if dtype == torch.float64:  # a reference's business
+    if dtype == torch.float64:  # left to the reference
         return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
     out = torch.empty((qdata.shape[0], k), dtype=dtype, device=qdata.device)
     w = (t if t is None else t.contiguous() for t in (qdata, scales, zeros))
@@ -79,8 +81,8 @@ class Rounded(NamedTuple):
     """Rows of x in int8, for weights of one format (bits, group_size)."""
 
     q: Tensor  # (rows, k rounded up to 16) int8
-    scale: Tensor  # of each run, (runs, rows rounded up to 64)
-    sums: Tensor  # scale * sum of the run's q, alike
+    scale: Tensor  # per run, (runs, rows rounded up to 64)
+    sums: Tensor  # scale * sum of the run's q, same shape
     shape: torch.Size  # of x
     dtype: torch.dtype
 
@@ -96,7 +98,7 @@ class Rounded(NamedTuple):
 
 
 def rounded(x: Tensor, qdata: Tensor, scales: Tensor, bits: int, group_size: int) -> Rounded:
-    """What act_bits 8 makes of x for a weight: `reference.round_rows`."""
+    """Round x for a weight as act_bits 8 does: `reference.round_rows`."""
     out = Rounded.empty(x, scales, group_size)
     extension().quantized_linear_round(
         _rows(x), qdata.contiguous(), scales.contiguous(), bits, group_size, *out[:3], stream(x)
@@ -141,14 +143,14 @@ def rounded_linear(
     group_size: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`quantized_linear_forward` of what act_bits 8 makes of x."""
+    """`quantized_linear_forward` of an x that is already rounded."""
     k = x.shape[-1]
     if out is None:
         out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype, device=x.q.device)
     y = out.view(-1, out.shape[-1])
     weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
     most = VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[8]
-    # an instruction multiplies 32 columns: they must have one scale
+    # an instruction multiplies 32 columns: they must share a scale
     by_vectors = len(y) <= most or (group_size < k and group_size % 32 != 0)
     _multiply(x.q, x.scale, x.sums, weight, _floats(bias), bits, group_size, k, y, by_vectors)
     return out

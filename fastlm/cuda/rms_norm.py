@@ -1,4 +1,4 @@
-"""rms_norm by csrc/cuda/rms_norm.cu."""
+"""rms_norm through csrc/cuda/rms_norm.cu."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ ROUND_BYTES = 48 << 10
 
 
 def _rows(t: Tensor) -> Tensor:
-    """Contiguous, or (rows, width) with rows apart and elements of a row side by side."""
+    """Return t contiguous, or as (rows, width) with any row stride but contiguous rows."""
     if t.is_contiguous():
         return t
     t = t.reshape(-1, t.shape[-1])
@@ -42,8 +42,8 @@ def rms_norm_round(
     offset: float,
     into: QuantizedWeight,
 ) -> tuple[Rounded, Tensor]:
-    """What ``quantized_linear(y, into, act_bits=8)`` makes of ``y, h = rms_norm(...)``, and h (x
-    without residual).
+    """Compute ``y, h = rms_norm(...)``. Return y as ``quantized_linear(y, into, act_bits=8)``
+    rounds it, and h (x without residual).
     """
     h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if weight.dtype != x.dtype:

@@ -1,16 +1,16 @@
-"""rope by csrc/cuda/rope.cu."""
+"""rope through csrc/cuda/rope.cu."""
 
 import torch
 from torch import Tensor
 
 from fastlm.cuda import extension, multiprocessors, stream
 
-_HEADS = 4  # that read the tables once, where there are enough positions for every multiprocessor
-_POSITIONS = 16  # a multiprocessor, from which on there are
+_HEADS = 4  # that share a read of the tables, where there are enough positions per multiprocessor
+_POSITIONS = 16  # per multiprocessor, from which on there are enough
 
 
 def _dense(t: Tensor) -> Tensor:
-    """Elements side by side."""
+    """Return t with contiguous elements in the last dimension."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 

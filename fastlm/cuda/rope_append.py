@@ -1,4 +1,4 @@
-"""rope and paged_append of a decode step as one launch, by csrc/cuda/rope_append.cu."""
+"""rope and paged_append of a decode step as one launch, through csrc/cuda/rope_append.cu."""
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ def rope_append(
     block_table: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """q turned by its positions; k turned and v as it is, at their positions in the cache.
+    """Return q rotated by its positions; write rotated k and plain v at their cache positions.
 
     Args:
         q: (B, S, H, D), k: (B, S, Hkv, D), v: (B, S, Hkv, Dv): one float dtype, the cache's too.
-        cos, sin: (P, R) float32, a row for each position, as `fastlm.ops.rope` takes them.
+        cos, sin: (P, R) float32, one row per position, as `fastlm.ops.rope` accepts them.
         k_cache, v_cache, block_table, positions: as `fastlm.ops.paged_append`.
 
-    Returns q turned, (B, S, H, D).
+    Returns rotated q, (B, S, H, D).
     """
     q, k, v = elements_last(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -35,7 +35,7 @@ def get_command(
 def show_command(
     path: Annotated[Path, typer.Argument(help="A prepared folder or its funnel.json")],
 ) -> None:
-    """Show what each step of a prepared folder left and took away, and what each source gave."""
+    """Show what each data step kept and removed. A second table shows what each source yielded."""
     from rich.console import Console
 
     from fastlm.data.stage import tables

@@ -1,6 +1,4 @@
-"""Whether local files hold what they held: by content, so that a copied or touched file is no
-change.
-"""
+"""Detect by content whether local files have changed: a copied or touched file is no change."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -14,9 +12,9 @@ from fastlm.files import read_json
 from fastlm.progress import silent
 from fastlm.typed import build
 
-Stamp = tuple[int, int, int]  # size, and two times in ns
-Seen = dict[str, tuple[int, int, int, str]]  # absolute path -> the stamp and sha256
-MAX_SEEN_BYTES = 1 << 30  # some 200 bytes a file
+Stamp = tuple[int, int, int]  # size, mtime and ctime in ns
+Seen = dict[str, tuple[int, int, int, str]]  # absolute path -> stamp and sha256
+MAX_SEEN_BYTES = 1 << 30  # about 200 bytes per file
 
 
 @dataclass
@@ -25,13 +23,14 @@ class _Record:
 
 
 class Contents:
-    """Hashes of local files. A file whose size and times are those of an earlier run's record is
-    not read again. The time of the inode is one of them, which no ``touch -d`` sets back.
+    """Hashes of local files. A file is not read again if its size and times match those in the
+    record of an earlier run. One of the times is that of the inode, which ``touch -d`` cannot set
+    back.
     """
 
     def __init__(self, record: Path, *, cache: Path, track=silent):
-        """``record``: the JSON file of the run before. Where it is missing or damaged all files
-        are read.
+        """``record``: the JSON file of the previous run. If it is missing or damaged, all files are
+        read.
         """
         self.cache, self.track = cache, track
         self.used: Seen = {}
@@ -42,9 +41,10 @@ class Contents:
             self.seen = {}
 
     def sources(self, specs: Sequence[str]) -> list[Any]:
-        """Per source its spec and, of a local one, [name, size, sha256] of each file read from it.
+        """Return, per source, its spec and, for a local one, [name, size, sha256] of each file read
+        from it.
 
-        InputError as ``list_files``.
+        InputError: as in ``list_files``.
         """
         local = {
             spec: list_files(spec, cache=self.cache)[0]
@@ -57,7 +57,7 @@ class Contents:
         ]
 
     def tree(self, path: str | Path) -> list[Any]:
-        """[name, size, sha256] of the file ``path``, or of every file below this folder."""
+        """[name, size, sha256] of the file ``path``, or of every file below the folder ``path``."""
         path = Path(path)
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         try:

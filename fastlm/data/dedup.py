@@ -1,9 +1,10 @@
-"""Exact de-duplication, streamed: whole documents, and paragraphs that come back in other
+"""Exact streaming de-duplication of whole documents, and of paragraphs that recur in other
 documents.
 
-Both compare normalised text (case and white space do not count; for paragraphs punctuation does not
-either), keep the first occurrence, and remember 8 or 16 bytes a key: about 100 bytes of memory a
-document and 60 a paragraph. Near duplicates (MinHash) are the full data stage's matter.
+Both compare normalised text: case and white space do not count, and for paragraphs neither does
+punctuation. Both keep the first occurrence and store a key of 16 bytes per document and 8 bytes per
+paragraph. That takes about 100 bytes of memory per document and 60 per paragraph. Near duplicates
+(MinHash) are left to the full data stage.
 """
 
 import re
@@ -11,20 +12,20 @@ from hashlib import blake2b
 
 NOT_WORD = re.compile(r"[\W_]+")
 PARAGRAPHS = re.compile(r"\n[ \t]*\n")
-# Shorter ones ("Parameters", "Example:", "Returns a string.") repeat rightly; C4 uses three
-# sentences, about 200 bytes.
+# Shorter ones ("Parameters", "Example:", "Returns a string.") are repeated legitimately. C4 uses
+# three sentences, about 200 bytes.
 MIN_PARAGRAPH = 80
 
 
 def content_key(text: str) -> bytes:
-    """16 bytes of BLAKE2b over the case-folded text with its white space collapsed."""
+    """Return 16 bytes of BLAKE2b over the case-folded text with its white space collapsed."""
     return blake2b(
         " ".join(text.casefold().split()).encode("utf-8", "replace"), digest_size=16
     ).digest()
 
 
 class DocumentDedup:
-    """``is_new(key)``: whether this content was not seen before."""
+    """``is_new(key)`` returns whether this content has not been seen before."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
@@ -36,7 +37,7 @@ class DocumentDedup:
 
 
 class ParagraphDedup:
-    """``strip(text)`` removes the paragraphs that an earlier document holds; repeats inside one
+    """``strip(text)`` removes paragraphs that occur in an earlier document. Repeats within one
     document stay.
 
     A paragraph is text between blank lines, of MIN_PARAGRAPH characters or more.
@@ -47,7 +48,7 @@ class ParagraphDedup:
         self._seen: set[int] = set()
 
     def strip(self, text: str) -> tuple[str, int]:
-        """-> (text without them, how many were removed)."""
+        """Return (text without repeated paragraphs, number of paragraphs removed)."""
         kept, mine, removed = [], set(), 0
         for paragraph in PARAGRAPHS.split(text):
             if len(paragraph) >= self.min_length:

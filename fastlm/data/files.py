@@ -1,10 +1,10 @@
-"""Opening what may be compressed.
+"""Open files that may be compressed.
 
-Compression is told by magic bytes rather than by the name, so a mislabelled file is read as what it
-is. Both kinds are decompressed as a stream of bounded pieces, and a truncated file raises instead
-of looking like a shorter one: ``zstandard``'s reader ends quietly there, hence the walk over its
-frames first. (Its ``decompressobj`` would tell, but answers 256 KiB of input with gigabytes if they
-are a bomb.)
+Compression is detected by magic bytes rather than by name, so a mislabelled file is read correctly.
+gzip and zstd are both decompressed as a stream of bounded pieces. A truncated file raises an error
+instead of looking like a shorter file: ``zstandard``'s reader ends silently there, so the frames
+are checked first. (Its ``decompressobj`` would report the truncation, but returns gigabytes for 256
+KiB of a decompression bomb.)
 """
 
 import gzip
@@ -21,15 +21,15 @@ import zstandard
 from fastlm.errors import InputError
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-READ_BYTES = 1 << 18  # the decompressors' unit of work; larger gains nothing measurable
+READ_BYTES = 1 << 18  # read size for decompression; a larger one gains nothing measurable
 
 
 def _check_zstd_is_whole(raw: BinaryIO) -> None:
-    """EOFError where the last frame is cut short; seeks from block to block, about 128 KiB of text
-    each.
+    """Raise EOFError if the last frame is cut short. Seeks from block to block, about 128 KiB of
+    text each.
 
-    A frame is a header, blocks (3 bytes: bit 0 last, bits 1-2 type, then size) and, perhaps, a
-    checksum.
+    A frame is a header, blocks and, optionally, a checksum. A block starts with 3 bytes: bit 0
+    marks the last block, bits 1-2 are the type, the rest is the size.
     """
     end = raw.seek(0, os.SEEK_END)
     at = 0
@@ -61,9 +61,9 @@ def _check_zstd_is_whole(raw: BinaryIO) -> None:
 
 @contextmanager
 def open_stream(path: Path) -> Iterator[BinaryIO]:
-    """The decompressed bytes of ``path``.
+    """Open ``path`` and yield a stream of its decompressed bytes.
 
-    InputError: cannot be opened, or truncated or corrupt compression.
+    InputError: the file cannot be opened, or its compression is truncated or corrupt.
     """
     try:
         raw = open(path, "rb")

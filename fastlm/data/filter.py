@@ -1,17 +1,18 @@
-"""Published quality rules, one small pure function each: True keeps the document.
+"""Published quality rules, one small pure function each. True keeps the document.
 
 Gopher: Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and its table of repetitions. C4: Raffel
 et al. 2019, arXiv 1910.10683, section 2.2. FineWeb: Penedo et al. 2024, arXiv 2406.17557, section
 3.6. The thresholds are the papers'.
 
-``WEB`` is all rules; ``TECHNICAL``, the default, those that fit manuals. Reference pages are made
-of short lines, lists, signatures and braces: C4's brace rule and FineWeb's line rules, meant for
-news and blogs, take them for junk, and of the Gopher rules two: the share of words with a letter
-turned away the grammar of Python and the PostgreSQL catalogue, the share of repeated lines argparse
-and a Shakespeare play (closing brackets, names of speakers). Gopher's limit on repeated characters
-does that work there.
+``WEB`` contains all rules; ``TECHNICAL``, the default, contains those that suit manuals. Reference
+pages consist of short lines, lists, signatures and braces. C4's brace rule and FineWeb's line rules
+were written for news and blogs and reject such pages as junk. Two of the Gopher rules do the same:
+the share of words with a letter rejected the grammar of Python and the PostgreSQL catalogue, and
+the share of repeated lines rejected argparse and a Shakespeare play (closing brackets, names of
+speakers). Gopher's limit on repeated characters covers repetition there instead.
 
-Rejected: Gopher's repeated n-grams. They cost more than all the others, and code repeats rightly.
+Rejected: Gopher's repeated n-grams. They cost more than all the others, and code repeats itself
+legitimately.
 """
 
 import re
@@ -30,7 +31,7 @@ HAS_LETTER = re.compile(r"[^\W\d_]")
 
 @dataclass
 class Shape:
-    """What the rules look at, split once."""
+    """The text that the rules examine, with words and lines split only once."""
 
     text: str
 
@@ -71,7 +72,7 @@ def ellipsis_lines(s: Shape, most: float = 0.3) -> bool:
 
 
 def alphabetic_words(s: Shape, least: float = 0.8) -> bool:
-    """Gopher: at least 80 % of the words hold a letter."""
+    """Gopher: at least 80 % of the words contain a letter."""
     # islower and isupper settle nearly all words at a tenth of the regex's cost
     letters = sum(w.islower() or w.isupper() or HAS_LETTER.search(w) is not None for w in s.words)
     return letters >= least * len(s.words)
@@ -142,13 +143,13 @@ TECHNICAL = tuple(r for r in WEB if r not in NOT_TECHNICAL)
 
 
 def check_rules(names: Sequence[str]) -> None:
-    """InputError on a rule that is not known."""
+    """Raise InputError on an unknown rule."""
     for name in names:
         if name not in RULES:
             raise InputError(f"rules: wanted some of {', '.join(RULES)}; got {name!r}")
 
 
 def first_failed(text: str, rules: Sequence[str] = TECHNICAL) -> str | None:
-    """Name of the first rule that turns the text away, None when all keep it."""
+    """Return the name of the first rule that rejects the text, None if all keep it."""
     shape = Shape(text)
     return next((name for name in rules if not RULES[name](shape)), None)

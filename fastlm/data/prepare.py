@@ -1,15 +1,15 @@
-"""From sources to clean text: gather, extract, cut long documents, drop duplicates, judge, scrub,
-drop repeated paragraphs, split.
+"""Turn sources into clean text: gather, extract, cut long documents, drop duplicates, apply quality
+rules, scrub, drop repeated paragraphs, split.
 
-One pass, one document in memory at a time (what grows is a key a document and a key a paragraph),
-then a second pass over the compressed result that deals it into train and held-out by the hash of
-the content: the same inputs give the same bytes, in whatever order the disk lists them. The
-held-out part holds no paragraph of MIN_PARAGRAPH characters that the training part holds too, for
-paragraphs are kept once over the whole corpus.
+The first pass holds one document in memory at a time; only one key per document and one per
+paragraph accumulate. A second pass over the compressed result splits it into train and held-out by
+the hash of the content. The same inputs give the same bytes, in whatever order the disk lists them.
+The held-out part shares no paragraph of MIN_PARAGRAPH characters or more with the training part,
+because paragraphs are de-duplicated across the whole corpus.
 
-Every step counts what it took and why (``Funnel``). The work on one document (extract, cut, judge,
-scrub) is pure and is what ``workers`` processes share; the decisions that look at other documents
-are made in order in one place.
+Every step counts what it removed and why (``Funnel``). The work on one document (extract, cut,
+apply rules, scrub) is pure and is shared among ``workers`` processes. Decisions that depend on
+other documents are made in order in one place.
 """
 
 import io
@@ -41,22 +41,23 @@ from fastlm.progress import silent
 from fastlm.typed import build, check
 
 TRAIN, HELDOUT, FUNNEL = "train.jsonl.zst", "heldout.jsonl.zst", "funnel.json"
-ZSTD_LEVEL = 3  # level 6 takes twice the time for 5 % less
-# A document that loses more than half to repeats is another one's copy; its rest is headings
+ZSTD_LEVEL = 3  # level 6 takes twice the time and saves 5 %
+# A document that loses more than half to repeats is a copy of another one; what is left is headings
 # without text.
 MIN_LEFT = 0.5
-MAX_MESSAGES = 100  # of unreadable files and lines kept in the funnel; all are counted
-BATCH_BYTES = 1 << 20  # handed to a worker at once: some 0.2 s of work against 5 ms of pickling
+MAX_MESSAGES = 100  # about unreadable files and lines kept in the funnel; all are counted
+BATCH_BYTES = 1 << 20  # passed to a worker at a time: about 0.2 s of work per 5 ms of pickling
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """``heldout_bytes`` of clean text at most, and at most ``heldout_fraction`` of all, are held
-    out.
+    """Options of ``prepare``. At most ``heldout_bytes`` of clean text, and at most
+    ``heldout_fraction`` of all of it, are held out.
 
-    ``rules`` names quality rules of ``fastlm.data.filter``; ``text_field`` the field of JSON lines
-    that holds the text. ``max_bytes`` stops the gathering once that much clean text is there. A
-    document of more than ``max_words`` words, a book, is cut into parts of no more.
+    ``rules`` names quality rules of ``fastlm.data.filter``. ``text_field`` is the field of JSON
+    lines that holds the text. ``max_bytes`` stops gathering once there is that much clean text. A
+    document of more than ``max_words`` words, such as a book, is cut into parts of at most that
+    many.
     """
 
     rules: Annotated[
@@ -74,7 +75,7 @@ class DataOptions:
     workers: Annotated[int, "Processes that clean"] = 1
 
     def check(self) -> None:
-        """InputError names the option."""
+        """Check the values. InputError names the option."""
         check_rules(self.rules)
         for name, value, least in (
             ("heldout_bytes", self.heldout_bytes, 0), ("min_paragraph", self.min_paragraph, 1),
@@ -92,8 +93,8 @@ class DataOptions:
             )
 
 
-# What a step says: what it left, and how much it removed by reason; some add "replaced" (scrub:
-# personal data by kind), "not_read" (gather: the endings of files of other types) or "cut"
+# What a step reports: what it kept, and how much it removed by reason. Some steps add "replaced"
+# (scrub: personal data by kind), "not_read" (gather: endings of files of other types) or "cut"
 # (extract: long documents and the parts they became).
 STEP = {"step": str, "documents": int, "bytes": int, "removed": dict[str, int]}
 ADDED = ("replaced", "not_read", "cut")
@@ -102,7 +103,7 @@ SOURCE = {"files": int, "documents": int, "bytes": int}
 
 @dataclass
 class Funnel:
-    """What each step left and what it removed, and the clean text by source; JSON-serialisable."""
+    """What each step kept and removed, and the clean text per source. JSON-serialisable."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -124,7 +125,9 @@ class Funnel:
         return funnel
 
     def tell(self, message: str) -> None:
-        """Keeps why something was skipped; names in it may hold bytes that are no UTF-8."""
+        """Keep the reason why something was skipped. Bytes of its names that are not UTF-8 are
+        escaped.
+        """
         if len(self.unreadable) < MAX_MESSAGES:
             self.unreadable.append(message.encode("utf-8", "backslashreplace").decode())
 
@@ -142,7 +145,7 @@ class _Step:
 
 @dataclass(slots=True)
 class _Cleaned:
-    """What can be known of a document by itself. ``failed``: the rule that turned it away, or,
+    """What can be determined from one document alone. ``failed``: the rule that rejected it or,
     without a key, what kept it from being parsed.
     """
 
@@ -154,7 +157,7 @@ class _Cleaned:
 
 
 def clean(document: Document, options: DataOptions) -> list[_Cleaned]:
-    """Extract, cut, judge and scrub one document; a result for each part of a long one."""
+    """Extract, cut, judge and scrub one document. A long document has one result per part."""
     text = extract(document)
     if not text.strip():
         page = document.meta.get("format") == "html"
@@ -170,7 +173,9 @@ def _judged(text: str, options: DataOptions) -> _Cleaned:
 
 
 def _leave_ctrl_c_to_parent() -> None:
-    """A terminal sends it to all processes; a worker would answer with a traceback."""
+    """Ignore Ctrl-C in a worker. A terminal sends it to all processes, and a worker would print a
+    traceback.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -181,12 +186,12 @@ def _clean_batch(batch: list[Document], options: DataOptions) -> list[list[_Clea
 def _clean_all(
     documents: Iterable[Document], options: DataOptions
 ) -> Iterator[tuple[Document, list[_Cleaned]]]:
-    """In order, with at most two batches a worker under way."""
+    """Clean documents in order, with at most two batches per worker in flight."""
     if options.workers == 1:
         for document in documents:
             yield document, clean(document, options)
         return
-    # spawn: a fork of a process that runs OpenMP threads (torch) may hang
+    # spawn: a fork of a process with OpenMP threads (torch) may hang
     with ProcessPoolExecutor(
         options.workers, mp_context=get_context("spawn"), initializer=_leave_ctrl_c_to_parent
     ) as pool:
@@ -224,13 +229,13 @@ def prepare(
     cache: Path,
     track=silent,
 ) -> Funnel:
-    """Clean text of ``sources`` in ``out``: train.jsonl.zst, heldout.jsonl.zst and, last,
+    """Write clean text of ``sources`` to ``out``: train.jsonl.zst, heldout.jsonl.zst and, last,
     funnel.json.
 
-    A line is {"text", "id", "source", "meta"}; ``read_documents`` reads them. A bad line among good
-    ones, and a bad file inside a folder or a package, are counted, told in the funnel and skipped;
-    a source or a file that was named and is bad raises. A failure leaves no folder that was not
-    there.
+    A line is {"text", "id", "source", "meta"}; ``read_documents`` reads the lines. A bad line among
+    good ones, and a bad file inside a folder or a package, are counted, reported in the funnel and
+    skipped. A bad source or file that was named raises an error. A failure leaves no folder that
+    was not there before.
 
     InputError: no sources, bad options, nothing left after cleaning, ``out`` not writable, disk
     full.
@@ -244,17 +249,17 @@ def prepare(
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        # Opened before the downloads, so that a read-only folder is told at once; it has no name to
-        # leave behind.
+        # Opened before the downloads, so that a read-only folder is reported at once. It has no
+        # name, so it leaves nothing behind.
         with tempfile.TemporaryFile(dir=out) as work:
             index = _write_clean(sources, work, funnel, options, cache, track)
             work.seek(0)
             _write_split(work, out, index, _choose_heldout(index, options), funnel)
     except BaseException as e:
-        with suppress(OSError):  # one that is not empty, and those above it
+        with suppress(OSError):  # a folder that is not empty, and those above it
             for folder in made:
                 folder.rmdir()
-        if isinstance(e, OSError):  # of writing: reading turns its own into InputError
+        if isinstance(e, OSError):  # a write error: read errors are already InputError
             raise write_error(out, e) from None
         raise
     with replacing(out / FUNNEL) as f:
@@ -265,7 +270,7 @@ def prepare(
 def _write_clean(
     sources, work, funnel: Funnel, options: DataOptions, cache: Path, track
 ) -> list[tuple[bytes, int]]:
-    """One line a kept document into ``work``; -> [(content key, text bytes)] in order."""
+    """Write one line per kept document to ``work``. Return [(content key, text bytes)] in order."""
     gather, extracted, unique, judged, scrubbed, paragraphs = (_Step() for _ in range(6))
     replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0} if options.scrub else {})
     unread: Counter[str] = Counter()
@@ -314,7 +319,7 @@ def _write_clean(
             tally["bytes"] += size
             meta = {k: v for k, v in document.meta.items() if k != "format"}
             row = {"text": text, "id": document.id, "source": document.source, "meta": meta}
-            # replace: a lone surrogate in what came with the text is no legal text either
+            # replace: lone surrogates in the metadata are not legal text either
             lines.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
             index.append((result.key, size))
             total += size
@@ -350,7 +355,7 @@ def _write_clean(
 def _parts(
     cleaned: Iterable[tuple[Document, list[_Cleaned]]], cut: Counter[str]
 ) -> Iterator[tuple[Document, _Cleaned]]:
-    """One result at a time; a part's id has its number."""
+    """Yield one result at a time. The id of a part ends with its number."""
     for document, results in cleaned:
         if len(results) == 1:
             yield document, results[0]
@@ -371,7 +376,9 @@ def _gather(
 
 
 def _choose_heldout(index: list[tuple[bytes, int]], options: DataOptions) -> set[int]:
-    """Documents by the hash of their content, as far as they fit: new text moves few of them."""
+    """Choose documents by the hash of their content, as long as they fit. New text changes few of
+    the choices.
+    """
     room = min(
         options.heldout_bytes, int(options.heldout_fraction * sum(size for _, size in index))
     )
@@ -391,7 +398,7 @@ def _write_split(
             f, closefd=False
         )
 
-    (out / FUNNEL).unlink(missing_ok=True)  # the old result ends here: no mixed pair looks finished
+    (out / FUNNEL).unlink(missing_ok=True)  # from here on, no mix of old and new looks finished
     lines = io.BufferedReader(cast(io.RawIOBase, zstandard.ZstdDecompressor().stream_reader(work)))
     with (
         replacing(out / TRAIN) as train_file,

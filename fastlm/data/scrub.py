@@ -1,25 +1,28 @@
-"""Personal data out of text: e-mail addresses, phone numbers and IP addresses become placeholders.
+"""Remove personal data from text: e-mail addresses, phone numbers and IP addresses become
+placeholders.
 
-Policy. E-mail: every address, save those under the names reserved for examples (RFC 2606). IP:
-public addresses, no networks (128.1.0.0/16); private, loopback, link-local and documentation ranges
-(RFC 1918, 5737, 3849) are nobody's. Dotted numbers that read as a version ("version 2.6.32.5",
-"openssl-1.0.2.1", four single digits without a word like "host" before them) or as a section's
-number stay. Phone: international (+CC ...), North American, and numbers after "phone", "tel",
-"fax"; a bare run of digits is never taken.
+Policy. E-mail: every address is replaced, except those under the names reserved for examples (RFC
+2606). IP: public addresses are replaced, but not networks (128.1.0.0/16). Private, loopback,
+link-local and documentation ranges (RFC 1918, 5737, 3849) belong to nobody and stay. Dotted numbers
+that look like a version ("version 2.6.32.5", "openssl-1.0.2.1", four single digits without a word
+like "host" before them) or like a section number stay. Phone: international (+CC ...) and North
+American numbers, and numbers after "phone", "tel", "fax", are replaced; a bare run of digits never
+is.
 
-Every pattern starts with a literal or a character class, which Python's matcher skips to quickly; a
-leading look-behind tries each character and takes five times as long. Where nothing telling comes
-first (the name before @, the area code), the tail is found and the head looked for just before it.
+Every pattern starts with a literal or a character class, which Python's matcher skips to quickly. A
+leading look-behind would be tried at each character and take five times as long. Where a match
+starts with nothing distinctive (the name before @, the area code), the tail is found first and the
+head is searched for just before it.
 
-Rejected: Presidio and the like, a spaCy model per document. Validated national identifiers are the
-full data stage's matter.
+Rejected: Presidio and similar tools, which run a spaCy model on each document. Validated national
+identifiers are left to the full data stage.
 """
 
 import ipaddress
 import re
 from collections.abc import Callable
 
-# RFC 5321: a local part has 64 characters at most; a domain label 63.
+# RFC 5321: a local part has at most 64 characters, a domain label 63.
 LOCAL = re.compile(r"(?<![\w.%+-])[A-Za-z0-9][\w.%+-]{0,63}$", re.ASCII)
 DOMAIN = re.compile(
     r"@((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.){1,8}([A-Za-z]{2,24}))(?![\w-])", re.ASCII
@@ -36,7 +39,7 @@ NOT_DOMAINS = frozenset(
 
 # Octets over 255 and leading zeros are left to ipaddress.
 IPV4 = re.compile(r"[0-9](?<![\w.+~-].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w~+]|[.-]\w|/\d)")
-# 2000::/3, all that is handed out: "std::", "a::b" and "12:30:45" are none
+# 2000::/3, all addresses that are handed out: "std::", "a::b" and "12:30:45" do not match
 IPV6 = re.compile(r"[23](?<![\w:.].)[0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:]|/\d)")
 VERSION_BEFORE = re.compile(
     r"(?:versions?|release[sd]?|ver|kernel|linux|section|chapter|clause|rfc|oid|since|before|until"
@@ -48,7 +51,7 @@ ADDRESS_NEAR = re.compile(
     re.IGNORECASE,
 )
 HEADING_AFTER = re.compile(r"\.?[ \t]+\w")
-NEAR = 40  # characters looked at before a number, about six words
+NEAR = 40  # characters examined before a number, about six words
 
 GAP = "[ .\u2011\u2013-]"
 # +44 20 7946 0958, +1 (212) 555-1234, +33-1-42-68-53-00, +442079460958
@@ -68,7 +71,7 @@ NAMED = re.compile(
 
 
 def scrub(text: str) -> tuple[str, dict[str, int]]:
-    """-> (text with ``<EMAIL>``, ``<PHONE>``, ``<IP>`` for personal data, how many of each)."""
+    """Return (text with ``<EMAIL>``, ``<PHONE>``, ``<IP>`` for personal data, count of each)."""
     counts = {"email": 0, "phone": 0, "ip": 0}
 
     def ip(m: re.Match[str]) -> str:
@@ -98,10 +101,10 @@ def scrub(text: str) -> tuple[str, dict[str, int]]:
 def _replace(
     text: str, head: re.Pattern, tail: re.Pattern, mark: str, accept: Callable[[re.Match], bool]
 ) -> tuple[str, int]:
-    """Put ``mark`` for each match of ``tail`` that follows right on a match of ``head``."""
+    """Replace each match of ``head`` directly followed by a match of ``tail`` with ``mark``."""
     parts, end = [], 0
     for m in tail.finditer(text):
-        # 66: the longest head is 64 characters, and its look-behind one more
+        # 66: the longest head is 64 characters, and its look-behind needs one more
         before = head.search(text[max(end, m.start() - 66) : m.start()]) if accept(m) else None
         if before is not None:
             parts += [text[end : m.start() - len(before[0])], mark]
@@ -121,7 +124,7 @@ def _is_public(address: str) -> bool:
 
 
 def _is_version(m: re.Match[str]) -> bool:
-    """Whether dotted numbers number something: a version, or a section ("17.7.4.2. Debugging")."""
+    """Return whether a dotted number is a version or a section number ("17.7.4.2. Debugging")."""
     before = m.string[max(0, m.start() - NEAR) : m.start()]
     if VERSION_BEFORE.search(before):
         return True

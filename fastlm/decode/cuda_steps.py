@@ -1,16 +1,16 @@
-"""Decode steps on a GPU, recorded once and replayed: a token of each row through the whole model as
-one CUDA graph.
+"""Decode steps on a GPU, recorded once and replayed: one token per row runs through the whole model
+as one CUDA graph.
 
-Some ten kernels a layer take a GPU a few microseconds each, Python ten times as long to start. In a
-graph nothing may depend on what the host knows, so the step reads from the device where each row's
-next key goes (`positions`) and advances it itself; keys and values go into the cache by
-`fastlm.ops.paged_append`, a row being a page, and attention is `fastlm.ops.paged_attention`.
+Each of some ten kernels per layer takes a GPU a few microseconds; Python takes ten times as long to
+launch it. In a graph nothing may depend on host state, so the step reads the position of each row's
+next key from the device (`positions`) and advances it itself. `fastlm.ops.paged_append` writes keys
+and values to the cache, where each row is a page; attention is `fastlm.ops.paged_attention`.
 
-Of a small model launches are most of a step, so the CUDA kernels join them: rotation and append
-(`fastlm.cuda.rope_append`), a norm or a gate and the rounding of what a projection multiplies in
-int8 (`rms_norm_round`, `glu_round`).
+In a small model, launches are most of a step, so the CUDA kernels combine some: rotation with
+append (`fastlm.cuda.rope_append`), and a norm or a gate with rounding its result for a projection
+in int8 (`rms_norm_round`, `glu_round`).
 
-`why_not` says which models take the modules one by one instead. Not measured on a GPU.
+`why_not` decides which models run module by module instead. Not measured on a GPU.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def why_not(model: "CausalLM") -> str | None:
-    """Why this model's steps are not recorded, or None: they are."""
+    """Why this model's steps are not recorded, or None if they are."""
     if model.device.type != "cuda":
         return "graphs are a GPU's"
     if model.model.by_length:
@@ -43,7 +43,7 @@ def why_not(model: "CausalLM") -> str | None:
         return "another backend is forced"
     if not serves_by("cuda", "paged_append", model.model.norm.weight):
         return "the CUDA kernels are not built, or do not serve its dtype"
-    if backend.why_not("triton"):  # attention of what the CUDA kernel leaves
+    if backend.why_not("triton"):  # attention that the CUDA kernel does not support
         return backend.why_not("triton")
     if torch.is_autocast_enabled("cuda"):
         return "the cache has not the dtype of autocast, whose casts a graph would outlive"
@@ -54,22 +54,22 @@ def why_not(model: "CausalLM") -> str | None:
     return cpu_steps.unusual(model)
 
 
-_recording = threading.Lock()  # torch admits one recording at a time in a process
-_failed: list[Any] = []  # graphs that torch's allocator still asks whether they are being recorded
+_recording = threading.Lock()  # torch allows one recording at a time per process
+_failed: list[Any] = []  # graphs that torch's allocator still checks for an ongoing recording
 
 
 @functools.cache
 def _stream(replays_on: torch.cuda.Stream) -> torch.cuda.Stream:
-    """To record on. Torch's own belongs to the device that was recorded on first, and what runs on
-    another meanwhile would not be recorded. cuBLAS keeps a workspace of each, so there is one for
-    all graphs that run one after the other, and another for those that run beside them.
+    """The stream to record on. Torch's own belongs to the device that was recorded on first, and
+    work on another device would not be recorded. cuBLAS keeps a workspace per stream, so graphs
+    that run one after another share a stream, and those that run concurrently have another.
     """
     return torch.cuda.Stream(replays_on.device)
 
 
 class Steps:
-    """The decode steps of one generation. `cache` holds the prompts, and is this object's from the
-    first step on; `starts`: columns of padding before each row, or None.
+    """The decode steps of one generation. `cache` holds the prompts and belongs to this object from
+    the first step on. `starts`: number of padding columns before each row, or None.
     """
 
     def __init__(self, model: "CausalLM", cache: KVCache, starts: Tensor | None):
@@ -79,7 +79,7 @@ class Steps:
         self.recordable = model.device.type == "cuda"
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """(B,) int64 tokens behind what the cache holds -> (B, V), good until the next call."""
+        """(B,) int64 tokens, after those in the cache -> (B, V), valid until the next call."""
         with torch.cuda.device(tokens.device) if tokens.is_cuda else contextlib.nullcontext():
             return self._logits(tokens)
 
@@ -101,7 +101,7 @@ class Steps:
         cache, device = self.cache, tokens.device
         rows, length = tokens.shape[0], cache.length
         positions = torch.full((rows, 1), length, dtype=torch.int32, device=device)
-        if self.starts is not None:  # every row's keys from column 0 on
+        if self.starts is not None:  # move every row's keys to begin at column 0
             for row, start in enumerate(self.starts.tolist()):
                 if start:
                     kept = cache.data[:, :, row, :, start:length].clone()
@@ -111,13 +111,13 @@ class Steps:
         self.pages = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
         # (B, capacity, Hkv, D)
         self.keys_and_values = [[t.transpose(1, 2) for t in layer] for layer in cache.layers]
-        # kept: `RotaryTables` may make longer ones meanwhile
+        # kept here: `RotaryTables` may replace them with longer ones
         self.rotary = self.model.model.rotary(0, cache.capacity, cache.capacity, device)
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        # what a graph reads must stay, also where the model moves, is changed, or is fused again
-        # by another generation
+        # What a graph reads must stay alive, even if the model is moved, changed, or fused again by
+        # another generation
         model = self.model
         self.kept = [t.detach() for t in (*model.parameters(), *model.buffers())]
         fused = (f for m in model.modules() for f in vars(m).values() if isinstance(f, Fused))
@@ -126,8 +126,8 @@ class Steps:
         try:
             with (
                 _recording,
-                torch.cuda.stream(current),  # also after an error, where torch stays on the other
-                # other threads, loaders of data say, may allocate and wait for events meanwhile
+                torch.cuda.stream(current),  # restores it, even after an error
+                # other threads (data loaders, say) may allocate and wait for events meanwhile
                 torch.cuda.graph(graph, stream=_stream(current), capture_error_mode="thread_local"),
             ):
                 self.out = self._step()
@@ -139,7 +139,7 @@ class Steps:
             self.recorded = graph
 
     def _step(self) -> Tensor:
-        """One step by what the device holds, and no other."""
+        """Run one step from what the device holds, and nothing else."""
         assert self.tokens is not None
         self.lengths = self.positions[:, 0] + 1
         call = Call(None, None, None, [], fused=True, step=self)

@@ -1,7 +1,7 @@
 """Generation with a key/value cache: tokens for a batch, or text piece by piece.
 
-Rows of different lengths are padded on the left, and a mask hides the padding: positions count
-from each row's first token, so a row gives what it gives alone. Rejected: right padding, which
+Rows of different lengths are padded on the left, and a mask hides the padding: positions count from
+each row's first token, so a row's result is the same as alone. Rejected: right padding, which
 scatters each step's keys to different columns.
 """
 
@@ -69,9 +69,9 @@ class _Decoding:
 
     @torch.inference_mode()
     def step(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Run what the cache lacks and append one token per row, (B,)."""
+        """Run the tokens that the cache lacks and append one token per row, (B,)."""
         regime = self.model.model.regime(self.length)
-        if regime != self.regime:  # other rotary frequencies: the cached keys do not fit any more
+        if regime != self.regime:  # other rotary frequencies: the cached keys no longer match
             self.cache.length, self.regime = 0, regime
         new = self.ids[:, self.cache.length : self.length]
         mask = self.mask
@@ -105,25 +105,25 @@ def generate(
 ) -> Any:
     """Continue every row by at most `max_new_tokens` tokens.
 
-    A row ends with the first of the model's end tokens (``model.config.stop_ids``) that it draws,
-    which is kept.
+    A row ends with the first of the model's end tokens (``model.config.stop_ids``) that it draws.
+    That token is kept.
 
     Args:
         input_ids: (B, S) integers, or a list of B lists of ids of any lengths >= 1.
         sampling: see `Sampling`; by default draws at temperature 1.
-        seed: row r draws from seed + r, so it draws what it would draw alone; None takes torch's
-        generator.
-        stop_ids: more tokens that end a row.
-        ignore_eos: the model's end tokens do not end a row, `stop_ids` alone.
+        seed: row r draws from seed + r, as it would alone with that seed; None uses torch's
+            generator.
+        stop_ids: additional tokens that end a row.
+        ignore_eos: only `stop_ids` end a row, not the model's end tokens.
         attention_mask: (B, S), 0 where a row of the tensor is padding; padding is on the left.
         on_token: called with (row, token) for each new token, rows in order; a true result ends
-        the row.
+            the row.
 
-    Generation also ends where the context reaches max_position_embeddings, as it does at
+    Generation also ends where the context reaches max_position_embeddings, in the same way as at
     max_new_tokens.
 
     Returns:
-        For a tensor (B, S + new) int64; behind a row's end stands pad_token_id (the row's last
+        For a tensor, (B, S + new) int64, padded after a row's end with pad_token_id (the row's last
         token where the config has none). For a list, a list of B lists: prompt and new tokens, no
         padding.
 
@@ -228,11 +228,11 @@ def generate_text(
     stop_ids: Sequence[int] | frozenset[int] = (),
     ignore_eos: bool = False,
 ) -> Iterator[str]:
-    """Continue one prompt, text piece by piece as soon as it is certain.
+    """Continue one prompt, yielding text piece by piece as soon as it is certain.
 
-    `stop` strings end the text before they appear in it, also where they straddle tokens: what may
-    become one is held back. The end tokens of model and tokenizer (unless `ignore_eos`) and
-    `stop_ids` end it too, and are not part of the text.
+    `stop` strings end the text before they appear in it, even where they straddle tokens: text that
+    may become one is held back. The end tokens of model and tokenizer (unless `ignore_eos`) and
+    `stop_ids` end it, too, and are not part of the text.
     """
     _check_steps(max_new_tokens)
     text = _Text(tokenizer, _checked_stops(stop))
@@ -274,9 +274,9 @@ def _pieces(
 
 @dataclass(frozen=True)
 class Generated:
-    """What a row has got: `tokens` with the end token, `text` without.
+    """The result for a row: `tokens` with the end token, `text` without it.
 
-    `finish_reason`: "stop" at an end token, a stop string or by `on_token`, "length" at
+    `finish_reason`: "stop" at an end token, at a stop string or through `on_token`, "length" at
     max_new_tokens, "context" where the longest row of the batch reaches max_position_embeddings.
     """
 
@@ -301,7 +301,7 @@ def generate_texts(
 ) -> list[Generated]:
     """`generate_text` of several prompts as one batch.
 
-    `on_text` is called with (row, piece of text), `on_token` as in `generate`, before it.
+    `on_text` is called with (row, piece of text). `on_token` is called before it, as in `generate`.
     """
     stops = _checked_stops(stop)
     texts = [_Text(tokenizer, stops) for _ in prompts]
@@ -349,7 +349,7 @@ def _checked_stops(stop: str | Sequence[str]) -> list[str]:
 
 
 class _Text:
-    """The text of a row, token by token; what may become a stop string is held back."""
+    """The text of a row, token by token; text that may become a stop string is held back."""
 
     def __init__(self, tokenizer: "Tokenizer", stops: list[str]):
         self.stream, self.stops = tokenizer.stream(), stops
@@ -368,7 +368,7 @@ class _Text:
 
 
 def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
-    """(text that is certain, text that may be the beginning of a stop string, whether one is
+    """Return (text that is certain, text that may begin a stop string, whether a stop string is
     complete).
     """
     found = [place for s in stops if (place := text.find(s)) >= 0]

@@ -1,4 +1,4 @@
-"""From logits to the next token: penalties, filters, and draws that a seed repeats.
+"""From logits to the next token: penalties, filters, and draws that a seed reproduces.
 
 The order is transformers': repetition penalty, temperature, top-k, top-p, min-p. Filters work on
 candidates sorted by logit, so that a draw is one uniform number against a cumulative sum.
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 
-# Candidates that top-p and min-p look at before they sort the whole vocabulary: text models put
-# 0.95 on fewer
+# Candidates that top-p and min-p examine before they sort the whole vocabulary: text models put a
+# probability of 0.95 on fewer
 _FIRST_LOOK = 256
 
 
@@ -64,10 +64,10 @@ class Sampling:
                 raise InputError(f"{name}: wanted {wanted}, got {value!r}")
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that may be drawn: probabilities (B, C) float64, falling, 0 behind a row's
+        """The tokens that may be drawn: probabilities (B, C) float64, descending, 0 after a row's
         last, and ids (B, C).
 
-        `logits` (B, V) float32, penalised already; temperature > 0.
+        `logits` (B, V) float32, already penalised; temperature > 0.
         """
         scaled = logits / self.temperature
         vocab = scaled.shape[1]
@@ -88,13 +88,11 @@ class Sampling:
         return self._filter(values, total), ids
 
     def _filter(self, values: Tensor, total: Tensor) -> Tensor:
-        """Probabilities of sorted logits (B, C) whose row has logsumexp `total`,
-        filtered ones 0.
-        """
+        """Probabilities of sorted logits (B, C), filtered ones 0. `total`: each row's logsumexp."""
         p = (values.double() - total).exp()
         if self.top_p is not None and self.top_p < 1:
             before = p.cumsum(-1) - p
-            p = p.masked_fill(before >= self.top_p, 0.0)  # the first has 0 before it
+            p = p.masked_fill(before >= self.top_p, 0.0)  # the sum before the first is 0
         if self.min_p is not None:
             p = p.masked_fill(p < self.min_p * p[:, :1], 0.0)
         return p
@@ -114,8 +112,9 @@ class Sampling:
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """(B, V) logits with those of `seen` (B, V) bool tokens made less likely (CTRL,
-    arXiv:1909.05858).
+    """Make the tokens in `seen` (B, V) bool less likely in (B, V) logits (CTRL, arXiv:1909.05858).
+
+    Returns new logits.
     """
     weakened = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, weakened, logits)
@@ -136,7 +135,7 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _number(value: object) -> float:
-    """NaN, which fails every comparison, for what is not a number."""
+    """The value as float, or NaN, which fails every comparison, if it is not a number."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if good else math.nan  # type: ignore[arg-type]
 

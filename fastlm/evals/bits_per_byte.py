@@ -3,9 +3,9 @@
     bits_per_byte = sum of -log2 p(token | tokens before) / bytes of the text
 
 Every token is predicted once, end-of-text tokens included (they count as bits, not as bytes).
-Windows overlap: of a window of ``seq_len`` tokens only the last ``stride`` are scored, the ones
-before are their context. xz and zstd of the same text are the yardstick; they are spared the
-document boundaries.
+Windows overlap: only the last ``stride`` tokens of a window of ``seq_len`` are scored; the tokens
+before them are context. xz and zstd on the same text are the yardstick; they do not have to encode
+the document boundaries.
 """
 
 import lzma
@@ -27,7 +27,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """``loss`` is nats per token; ``bytes`` the text that ``tokens`` stand for."""
+    """``loss`` is nats per token, ``bytes`` the size of the text that ``tokens`` stand for."""
 
     bits_per_byte: float
     loss: float
@@ -36,10 +36,11 @@ class BitsPerByte:
 
 
 def windows(tokens: int, seq_len: int, stride: int) -> list[tuple[int, int]]:
-    """(begin, first scored) of windows ``tokens[begin : begin + seq_len]``; together they score all
-    once.
+    """Return (begin, first scored) of windows ``tokens[begin : begin + seq_len]``. Together they
+    score each token once.
 
-    The last begins earlier than its turn, so that all are ``seq_len`` long (or there is only one).
+    The last window begins earlier than its turn, so that all are ``seq_len`` long (or there is only
+    one).
     """
     result, scored = [], 0
     while scored < tokens:
@@ -59,10 +60,10 @@ def evaluate(
     max_tokens: int | None = None,
     track=silent,
 ) -> BitsPerByte:
-    """Over the whole data set, or over evenly spaced windows of about ``max_tokens`` tokens in all.
+    """Evaluate the whole data set, or evenly spaced windows of about ``max_tokens`` tokens in all.
 
-    ``stride`` defaults to ``seq_len``: no overlap. With ``max_tokens`` the bytes are those of the
-    average token.
+    ``stride`` defaults to ``seq_len``: no overlap. With ``max_tokens`` the number of bytes follows
+    from that of the average token.
     """
     stride = seq_len if stride is None else stride
     for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
@@ -93,7 +94,9 @@ def evaluate(
 def _window(
     dataset: TokenDataset, begin: int, scored: int, seq_len: int, stride: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels (length,); the first token of all is predicted from end-of-text."""
+    """Return inputs and labels (length,). The first token of the data set is predicted from
+    end-of-text.
+    """
     length = min(seq_len, dataset.tokens)
     labels = dataset.read(begin, length)
     first = dataset.read(begin - 1, 1) if begin else np.array([dataset.eos_id])
@@ -105,12 +108,14 @@ def _window(
 def evaluate_bits_per_byte(
     model: nn.Module, dataset: TokenDataset, seq_len: int, batch_size: int
 ) -> float:
-    """Over the whole data set with half a window of context; see ``evaluate``."""
+    """Evaluate the whole data set with half a window of context; see ``evaluate``."""
     return evaluate(model, dataset, seq_len, batch_size, stride=max(1, seq_len // 2)).bits_per_byte
 
 
 def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
-    """``xz -9e`` and ``zstd -19`` of the texts put together: 8 * compressed / original bytes."""
+    """Return 8 * compressed / original bytes of the joined texts for ``xz -9e`` and
+    ``zstd -19``.
+    """
     data = b"".join(text.encode() for text in texts)
     if not data:
         raise InputError("texts: wanted at least one byte of text, got none")

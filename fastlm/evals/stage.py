@@ -14,7 +14,9 @@ YARDSTICKS = {"xz": "xz -9e", "zstd": "zstd -19"}
 
 @dataclass(frozen=True)
 class Eval(Stage):
-    """Bits per byte of held-out text, beside xz -9e and zstd -19 of the same text."""
+    """Measure bits per byte of held-out text. xz -9e and zstd -19 compress the same text for
+    comparison.
+    """
 
     kind = "eval"
     command = ("eval",)
@@ -79,7 +81,7 @@ class Eval(Stage):
         return "bits per byte: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
 
     def shown(self, result: Mapping[str, Any], job: Job) -> Any:
-        """A line a number of one model; a table of several."""
+        """Return one line per number for one model, a table for several."""
         if len(result["models"]) > 1:
             return _table(result)
         (values,) = result["models"].values()
@@ -98,7 +100,7 @@ class Eval(Stage):
         best = min(models, key=lambda name: models[name])
         curves = {}
         for source in job.inputs["model"]:
-            metrics = source.path.parent / METRICS  # beside the model that a training left
+            metrics = source.path.parent / METRICS  # next to the model that a training wrote
             if source.name in models and metrics.is_file():
                 curves[source.name] = read_metrics(metrics)
         packed = _compressors(result)
@@ -126,7 +128,7 @@ class Eval(Stage):
 
 
 def _compressors(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return compressor -> bits per byte, {} where shards were measured."""
+    """Return compressor -> bits per byte, {} if shards were measured."""
     return {
         name: result[f"bits_per_byte_{key}"]
         for key, name in YARDSTICKS.items()
@@ -151,16 +153,16 @@ def _table(result: Mapping[str, Any]) -> Any:
 
 
 def bars(models: Mapping[str, float], packed: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Bits per byte of the compressors and the models, as bars of the difference to xz.
+    """Return bits per byte of the compressors and the models, as bars of the difference to xz.
 
-    Left of its line is what needs less, right what needs more: bars from zero would be nearly
+    Bars left of xz's line need fewer bits, bars right of it more. Bars from zero would be nearly
     equal. Without xz, the first model is the line.
     """
     line = packed.get("xz -9e", next(iter(models.values())))
     rows = [*sorted(packed.items(), key=lambda kv: kv[0], reverse=True), *models.items()]
     values = [value for _, value in rows]
     least, most = min(values), max(values)
-    span = max(most - least, 0.1 * line)  # differences of nothing stay short
+    span = max(most - least, 0.1 * line)  # negligible differences stay short
     return [
         {
             "name": name, "value": value, "model": name in models,

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
 
-LONGEST_WINDOW = (
-    1024  # by default: a longer context than this changes bits per byte little and costs much
-)
+# Default limit: a longer context changes bits per byte little and costs much
+LONGEST_WINDOW = 1024
 
 
 def read_texts(
@@ -28,13 +27,13 @@ def read_texts(
     cache: Path | None = None,
     tell: Callable[[str], None] = ignore,
 ) -> Iterator[str]:
-    """Yield the texts of a source as ``fastlm data prepare`` takes it, or of what it prepared.
+    """Yield the texts of a source that ``fastlm data prepare`` accepts, or of what it prepared.
 
     Args:
         source: a prepared folder, a ``.jsonl.zst`` file of documents, or a source.
         cache: where packages are kept.
-        part: "train" or "heldout", which one of a prepared folder.
-        tell: gets why a file or a line is skipped.
+        part: "train" or "heldout": the part of a prepared folder.
+        tell: receives the reason why a file or a line is skipped.
     """
     if (Path(source) / FUNNEL).is_file():
         source = Path(source) / {"train": TRAIN, "heldout": HELDOUT}[part]
@@ -46,7 +45,9 @@ def read_texts(
 
 
 def check_window(context: int, seq_len: int | None, stride: int | None) -> tuple[int, int]:
-    """Return the window and the stride, by default the context up to `LONGEST_WINDOW` and half."""
+    """Return the window and stride: by default the context up to `LONGEST_WINDOW`, half
+    the window.
+    """
     window = seq_len or min(context, LONGEST_WINDOW)
     if stride is not None and stride > window:
         raise InputError(f"stride: wanted at most the window of {window} tokens, got {stride}")
@@ -66,9 +67,10 @@ def text_bits_per_byte(
     track=silent,
     tell: Callable[[str], None] = ignore,
 ) -> dict[str, Any]:
-    """Measure bits per byte of the text or the shards at ``data``; of text also xz -9e, zstd -19.
+    """Measure bits per byte of the text or shards at ``data``; for text also of xz -9e and zstd
+    -19.
 
-    The default window is the model's context, at most `LONGEST_WINDOW`; the default stride half
+    The default window is the model's context, at most `LONGEST_WINDOW`; the default stride is half
     of it.
     """
     from fastlm.data.shards import INDEX, TokenDataset, write_shards

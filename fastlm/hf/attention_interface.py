@@ -3,15 +3,15 @@
 Importing this module registers both; ``attn_implementation="fastlm"`` then works for every model
 that calls its attention through the registry, patched or not.
 
-A mask stays as small as what it says:
+A mask has the smallest form that can express it:
 
-- None: causal, or causal in the window that the layer passes;
-- (n + 1,) int32: the same inside packed sequences, of which these are the offsets in the rows of
-  the batch one behind the other (position_ids that start again);
-- (B, T) bool: the same on the keys that are not padding;
-- (B, 1, S, T): everything, nothing is implied. For what the others cannot say: a static cache,
-  blocks, chunks, a mask of the caller's own. Under torch.compile and in a CUDA graph's capture also
-  packing and padding, which cannot be looked at there.
+- None: causal, or causal within the window that the layer passes;
+- (n + 1,) int32: the same inside packed sequences; these are their offsets in the concatenated rows
+  of the batch (position_ids that restart);
+- (B, T) bool: the same over the keys that are not padding;
+- (B, 1, S, T): the whole mask, nothing is implied. It is for what the others cannot express: a
+  static cache, blocks, chunks, the caller's own mask. Under torch.compile and in a CUDA graph's
+  capture it is also for packing and padding, which cannot be inspected there.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from fastlm.errors import InputError
 from fastlm.ops import attention, varlen_attention
 
 NAME = "fastlm"
-# of models that select keys, or add to the scores, in ways no kernel here has
+# arguments of models that select keys, or add to the scores, in ways no kernel here supports
 UNSERVED = ("position_bias", "sinks", "indices", "block_indices")
 
 
@@ -50,7 +50,7 @@ def attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As the registry's: query (B, H, S, D), key and value (B, Hkv, T, D) -> (B, S, H, D).
+    """The registry's function: query (B, H, S, D), key and value (B, Hkv, T, D) -> (B, S, H, D).
 
     Raises InputError: output_attentions, or one of `UNSERVED`.
     """
@@ -67,12 +67,12 @@ def attention_forward(
     if attention_mask is not None and attention_mask.dim() == 4:
         out = attention(query, key, value, bias=attention_mask[..., : key.shape[2]], **options)
         return _plain(out).transpose(1, 2), None
-    # some models say is_causal = False because they have a mask; one of ours is causal
+    # some models set is_causal = False because they have a mask; our masks are causal
     causal = is_causal or attention_mask is not None
     options |= {"causal": causal, "window": sliding_window if causal else None}
     offsets = attention_mask
     if offsets is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
-        offsets = cu_seq_lens_q  # of transformers' collator for packed batches
+        offsets = cu_seq_lens_q  # from transformers' collator for packed batches
     if offsets is not None and offsets.dim() == 1:
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
         out = _plain(varlen_attention(q, k, v, offsets, **options))
@@ -102,8 +102,8 @@ def attention_mask(
     cache_position: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of one forward for all layers of a kind; arguments are the registry's, those of
-    transformers 4 (`cache_position` in place of `q_length` and `q_offset`) too."""
+    """The mask of one forward for all layers of a kind. Arguments are the registry's, including
+    those of transformers 4 (`cache_position` in place of `q_length` and `q_offset`)."""
     recording = torch.compiler.is_compiling() or (
         torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     )
@@ -118,7 +118,7 @@ def attention_mask(
         not use_vmap and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     )
     implied = mask_function is causal_mask_function or (
-        # chunks come with a local size too
+        # chunks set local_size too
         local_size is not None and local_size == window
         and getattr(config, "attention_chunk_size", None) is None
     )  # fmt: skip
@@ -130,7 +130,7 @@ def attention_mask(
         visible = F.pad(attention_mask, (0, missing))[:, kv_offset:end]
         return visible if recording or not visible.all() else None
     if (
-        # use_vmap is False: nothing but windows, packing and blocks is in the function
+        # use_vmap is False: the function contains only windows, packing and blocks
         aligned and use_vmap is False and q_length == kv_length > 1 and attention_mask is None
         and (local_size is None or (local_size == window and local_size > 1)) and not recording
     ):  # fmt: skip
@@ -148,10 +148,10 @@ def attention_mask(
 
 
 def _packed(mask_function: Callable, batch: int, length: int, device: Any) -> Tensor | None:
-    """Offsets of the sequences packed into the rows, None where the mask is of another kind.
+    """Offsets of the sequences packed into the rows, or None where the mask is of another kind.
 
-    The function is asked whether neighbours see each other. A token that does not see the one
-    before it begins a sequence; one that sees the next is in a block without causality.
+    The function shows whether neighbours see each other. A token that does not see the one before
+    it begins a sequence; a token that sees the next one is in a non-causal block.
     """
     row = torch.arange(batch, device=device)[:, None]
     head = torch.zeros_like(row)

@@ -3,7 +3,7 @@
 A patched module keeps its parameters, its children and its place in the model; only its class
 changes, to a subclass made by `variant` whose `forward` is one of `FORWARDS`. So ``isinstance``,
 hooks, ``state_dict``, LoRA layers among the children and gradient checkpointing stay as they were,
-and taking the patch away is giving the class back. Rejected: a ``forward`` in the instance's
+and removing the patch means restoring the class. Rejected: a ``forward`` in the instance's
 ``__dict__`` (a deep copy or a pickle would call the old module's), and other modules in place of
 the old ones (hooks and references are lost).
 
@@ -26,7 +26,7 @@ from fastlm.ops import glu, linear, linear_cross_entropy, rms_norm, rope
 
 
 def variant_of(module: nn.Module) -> tuple[type, str, dict[str, Any]] | None:
-    """(the class it had, the op, its options) of a patched module, None of another."""
+    """(original class, op, options) of a patched module, None for any other."""
     found = getattr(type(module), "_fastlm_variant", None)
     return None if found is None else (found[0], found[1], dict(found[2]))
 
@@ -38,8 +38,8 @@ def become(module: nn.Module, op: str, **options: Any) -> None:
 
 @functools.cache
 def variant(base: type, op: str, options: tuple[tuple[str, Any], ...]) -> type:
-    """The subclass of `base` under its own name (transformers looks classes up by it), one for all
-    layers: torch.compile takes them for one."""
+    """The subclass of `base` under the same name (transformers looks classes up by name). All
+    layers share it, so torch.compile treats them as one class."""
     members = {
         "forward": FORWARDS[op](base, **dict(options)),
         "_fastlm_variant": (base, op, options),
@@ -52,7 +52,7 @@ def variant(base: type, op: str, options: tuple[tuple[str, Any], ...]) -> type:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple:
-    """Pickled as how to make its class: that has the name of another."""
+    """Pickle how to rebuild the class, since its name refers to another class."""
     return _again, type(self)._fastlm_variant, self.__getstate__()  # type: ignore[attr-defined]
 
 
@@ -79,7 +79,7 @@ def _glu(base: type, *, gate: str, act: str) -> Callable:
     @functools.wraps(base.forward)
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         if any(_hooked(m) for name, m in self._modules.items() if name not in known and m):
-            return base.forward(self, hidden_states)  # somebody looks at the activation
+            return base.forward(self, hidden_states)  # a hook looks at the activation
         if gate == "gate_up_proj":
             halves = self.gate_up_proj(hidden_states).chunk(2, -1)
         else:
@@ -92,7 +92,7 @@ def _glu(base: type, *, gate: str, act: str) -> Callable:
 def _linear(base: type) -> Callable:
     @functools.wraps(base.forward)
     def forward(self: Any, input: Tensor) -> Tensor:
-        # fastlm's products are bfloat16 on a CPU; looking further costs 2 us a layer
+        # fastlm's products are bfloat16 on a CPU; checking further costs 2 us per layer
         if not input.is_cpu or (input.dtype is not torch.bfloat16 and not autocast_somewhere()):
             return F.linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
@@ -101,8 +101,8 @@ def _linear(base: type) -> Callable:
 
 
 def _attention(base: type, *, interleaved: bool | None, implementation: str | None) -> Callable:
-    """`interleaved`: how heads are rotated, None to leave that as it is. `implementation`: what
-    config._attn_implementation said before, None where it is as it was."""
+    """`interleaved`: how heads are rotated, None to leave rotation unchanged. `implementation`: the
+    earlier value of config._attn_implementation, None where it is unchanged."""
     if interleaved is None:
         return base.forward
     original = inspect.unwrap(base.forward)
@@ -111,15 +111,15 @@ def _attention(base: type, *, interleaved: bool | None, implementation: str | No
     def rotate(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, unsqueeze_dim: int = 1
     ) -> Any:
-        if more:  # positions, or their unsqueeze_dim by its place
+        if more:  # position_ids, or a positional unsqueeze_dim
             return theirs(q, k, cos, sin, *more)
         if unsqueeze_dim == 1:
             return rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=cos.shape[-1])
         q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2)
 
-    # The model's own code with one global name of its own; without __name__, by which torch.compile
-    # would find the names of the module instead.
+    # The model's own code with one global name replaced. __name__ is left out, since torch.compile
+    # would use it to look names up in the module instead.
     names = {k: v for k, v in original.__globals__.items() if k != "__name__"}
     names[ROTATE] = rotate
     forward = types.FunctionType(
@@ -130,11 +130,11 @@ def _attention(base: type, *, interleaved: bool | None, implementation: str | No
 
 
 def _layer(base: type, *, after: str | None, norm: str, last: str | None) -> Callable:
-    """A decoder layer that adds and norms at once; names of the norms behind attention, before the
-    MLP and behind it.
+    """A decoder layer that fuses addition and norm. `after`, `norm` and `last` name the norms after
+    attention, before the MLP and after it.
 
-    Where the layer hands a stream of float32 to projections that autocast runs in 16 bits, the
-    norm's output is cast here, once and not once a projection (if the module is known to project).
+    Where the layer passes a float32 stream to projections that autocast runs in 16 bits, the norm's
+    output is cast here: once, not once per projection (if the module is known to project).
     """
     parameters = list(inspect.signature(inspect.unwrap(base.forward)).parameters)[2:]
 
@@ -161,7 +161,7 @@ def _cast_for(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at the module's inputs or outputs."""
+    """Whether hooks look at the module's inputs or outputs."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -173,10 +173,10 @@ def _hooked(module: nn.Module) -> bool:
 def _linear_cross_entropy(
     base: type, *, decoder: str, output: type, softcap: str | None, scale: str | None
 ) -> Callable:
-    """With labels the loss without logits, else the model's own forward.
+    """With labels compute the loss without logits, else run the model's own forward.
 
-    An evaluation (eval mode without gradients) has logits too: Trainer's compute_metrics wants
-    them. The call's `skip_logits`, a name of Liger-Kernel's, decides for either.
+    An evaluation (eval mode without gradients) returns logits, too, since Trainer's compute_metrics
+    needs them. The call's `skip_logits`, named as in Liger-Kernel, forces either behaviour.
 
     `decoder`: name of the child below the head. `output`: what the forward returns. `softcap`: name
     in the config. `scale`: "attribute" or "1/attribute" of the config, by which logits are
@@ -197,11 +197,11 @@ def _linear_cross_entropy(
             labels is None
             or not skip
             or not (isinstance(kept, int) and kept == 0)
-            or type(head) is not nn.Linear  # LoRA, quantized: the layer's own product
+            or type(head) is not nn.Linear  # LoRA, quantized: their own product runs
             or _hooked(head)
             or getattr(self.loss_function, "__name__", None) != "ForCausalLMLoss"
             or _routers_count(self.config, given)
-            or variant_of(self) is None  # what accelerate wrapped outlives `unpatch`
+            or variant_of(self) is None  # a forward that accelerate wrapped outlives `unpatch`
         ):
             return base.forward(self, *args, **kwargs)
         return_dict = given.pop("return_dict", None)
@@ -241,7 +241,7 @@ def logit_scale(config: Any, name: str | None) -> float:
     return 1 / value if name.startswith("1/") else value
 
 
-ROTATE = "apply_rotary_pos_emb"  # the name by which every model of transformers rotates
+ROTATE = "apply_rotary_pos_emb"  # the rotation's name in every model of transformers
 FORWARDS: dict[str, Callable[..., Callable]] = {
     "rms_norm": _rms_norm,
     "glu": _glu,

@@ -1,12 +1,12 @@
-"""`patch` and `unpatch`: fastlm's kernels in a Hugging Face model, found by what its modules do.
+"""`patch` and `unpatch`: fastlm's kernels in a Hugging Face model, matched by what its modules do.
 
 A module is taken for an RMSNorm, a GLU, a decoder layer or a head with its loss when its children
 and attributes look like one *and* it computes like one: the module's own forward runs on a few
-numbers, with tiny layers for its children, and must give what the kernel would. So an architecture
-needs no entry in a table here, one that is nearly like another is not taken for it, and weights are
-neither read nor moved. Rejected: a list of classes of transformers (a new one a month, and each
-changes between releases); replacing functions in transformers' modules (every model of the process
-would change).
+numbers, with tiny layers for its children, and must return what the kernel would. So an
+architecture needs no entry in a table here, one that is nearly like another is not mistaken for it,
+and weights are neither read nor moved. Rejected: a list of transformers' classes (a new one every
+month, and each changes between releases); replacing functions in transformers' modules (every model
+in the process would change).
 
 What patched modules run is in `fastlm.hf.forwards`.
 """
@@ -49,30 +49,32 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     - ``attention``: transformers' ``attn_implementation="fastlm"`` (padding, packed sequences,
       sliding windows, softcap, sinks, caches; no repeated key heads, no S x S masks);
     - ``linear``: every nn.Linear, whose product is fastlm's where that is faster on this machine
-      (`fastlm.ops.linear`) and torch's elsewhere. Its class is then a subclass of nn.Linear: what
-      looks for nn.Linear itself (torch's quantize_dynamic) finds none;
+      (`fastlm.ops.linear`) and torch's elsewhere. Its class is then a subclass of nn.Linear: code
+      that looks for nn.Linear itself (torch's quantize_dynamic) finds none;
     - ``linear_cross_entropy``: with ``labels`` the model returns the loss, and None for the logits,
-      which never exist (``num_items_in_batch``, ``shift_labels``, ``ignore_index`` as
-      transformers' ``ForCausalLMLoss``); without labels the logits, as before. In eval mode
-      without gradients both, for metrics, unless the call says ``skip_logits=True``.
+      which are never stored (``num_items_in_batch``, ``shift_labels``, ``ignore_index`` as in
+      transformers' ``ForCausalLMLoss``); without labels it returns the logits, as before. In eval
+      mode without gradients it returns both, for metrics, unless the call passes
+      ``skip_logits=True``.
 
     Args:
         model: any nn.Module. What is not recognised in it stays as it is: LoRA and quantized layers
-            are called as before, and a head that is one keeps its logits.
-        ops: what to run, of the names above. By default all that the model has a place for.
+            are called as before, and a model with such a head keeps its logits.
+        ops: some of the names above. By default all for which the model has modules.
 
     Parameters, their names, hooks and checkpoints do not change; `unpatch` undoes everything. A
-    second call replaces what the first chose. The model gets a config object of its own, so that
-    another model made from the same one stays as it is.
+    second call replaces the choice of the first. The model gets its own config object, so another
+    model built from the same config stays as it is.
 
     Returns:
-        model itself. What it runs is a line of the logger "fastlm" (a warning, which shows without
-        a logging set-up, where nothing but norms was recognised) and `fastlm.patched_ops(model)`.
+        model itself. The logger "fastlm" reports in one line what the model runs (as a warning,
+        which shows without logging set-up, if only norms were recognised), and so does
+        `fastlm.patched_ops(model)`.
 
     Raises:
-        InputError: ops has an unknown name; the model has no place for one of `ops`, or for
-            anything; a module has a forward of its own (patch before accelerate wraps the model).
-            The model is then as it was.
+        InputError: ops has an unknown name; the model has no module for one of `ops`, or for any
+            op; a module has a forward of its own (patch before accelerate wraps the model). The
+            model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model: wanted a torch module, got {type(model).__name__}")
@@ -123,7 +125,7 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
 
 
 def _summary(model: nn.Module, found: Counter[str], ops: Sequence[str] | None) -> tuple[int, str]:
-    """Level and text of what `patch` says."""
+    """Level and text of the message that `patch` logs."""
     rest = [op for op in OPS if not found[op]] if ops is None else []
     text = f"patched {type(model).__name__}: " + ", ".join(f"{op} {n}" for op, n in found.items())
     if rest:
@@ -133,8 +135,8 @@ def _summary(model: nn.Module, found: Counter[str], ops: Sequence[str] | None) -
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo `patch`: the same classes, forwards and attention as before it, bit for bit. A model
-    that is not patched stays as it is. Returns model."""
+    """Undo `patch`: restore the classes, forwards and attention from before it, bit for bit. A
+    model that is not patched stays as it is. Returns model."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: wanted a torch module, got {type(model).__name__}")
     _restore(model)
@@ -142,8 +144,8 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def patched_ops(model: nn.Module) -> dict[str, int]:
-    """How many modules of `model` run each op, by its name in `patch`: {} for a model that is not
-    patched."""
+    """Number of modules of `model` that run each op, by its name in `patch`; {} for a model that is
+    not patched."""
     return dict(_count({m: v[1:] for m in model.modules() if (v := variant_of(m)) is not None}))
 
 
@@ -157,13 +159,13 @@ def _count(plan: Plan) -> Counter[str]:
         if op == "attention":
             found["rope"] += options["interleaved"] is not None
             found["attention"] += options["implementation"] is not None
-        elif op != "layer":  # where norms are called from, not one more
+        elif op != "layer":  # a layer calls norms that are already counted
             found[op] += 1
     return +found
 
 
 def _restore(model: nn.Module) -> dict[int, Any]:
-    """Classes and attention as before `patch`; the configs that said fastlm, by id."""
+    """Undo `patch` for classes and attention; return the configs that named fastlm, by id."""
     own = {}
     patched = [m for m in model.modules() if variant_of(m) is not None]
     for module in patched:
@@ -184,8 +186,8 @@ def _restore(model: nn.Module) -> dict[int, Any]:
 
 
 def _set_attention(model: nn.Module, plan: Plan, own: dict[int, Any]) -> None:
-    """Configs of the attention modules say fastlm, in copies that only this model holds; `own` are
-    such copies already."""
+    """Set fastlm in the configs of the attention modules, in copies that only this model holds;
+    those in `own` are such copies already."""
     copies = {}
     for module, (op, options) in plan.items():
         if op == "attention" and options["implementation"] is not None:
@@ -205,7 +207,7 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
     for module in model.modules():
         if hasattr(module, "_supports_sdpa"):
             masks.update(dict.fromkeys(module.modules(), module._supports_sdpa))
-    numbers = torch.random.fork_rng(devices=())  # a module that drops out draws some
+    numbers = torch.random.fork_rng(devices=())  # a module with dropout draws some
     with numbers, torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         for module in model.modules():
             if _is_ours(module):
@@ -218,13 +220,13 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
                 "implementation": _attempt(_implementation, module) if "attention" in ops else None,
             }
             if not masks.get(module, True) and not getattr(module, "is_causal", False):
-                options["implementation"] = None  # its masks are never left out
+                options["implementation"] = None  # its model always passes a mask
             if any(v is not None for v in options.values()):
                 plan[module] = ("attention", options)
         models: list[Any] = [m for m, (op, _) in plan.items() if op == "linear_cross_entropy"]
-        heads = {m.get_output_embeddings() for m in models}  # whose class that op looks at
+        heads = {m.get_output_embeddings() for m in models}  # that op checks their class
         for module in model.modules() if "linear" in ops else ():
-            # what accelerate wraps keeps its forward
+            # a module that accelerate wrapped keeps its forward
             if type(module) is nn.Linear and module not in heads and "forward" not in vars(module):
                 plan[module] = ("linear", {})
         for module in model.modules() if "rms_norm" in ops else ():
@@ -235,7 +237,7 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
 
 
 def _attempt(look: Callable, *arguments: Any) -> Any:
-    """What `look` says of the module; None where its forward cannot even be called like that."""
+    """What `look` returns for the module; None where its forward cannot be called that way."""
     try:
         return look(*arguments)
     except Exception:
@@ -243,20 +245,20 @@ def _attempt(look: Callable, *arguments: Any) -> Any:
 
 
 def _in_both_modes(look: Callable, module: nn.Module) -> Any:
-    """What `look` says, None where training (dropout, say) and evaluation are not the same."""
+    """What `look` returns, or None where training (dropout, say) and evaluation differ."""
     found = _attempt(look, module, True)
     return found if found is not None and _attempt(look, module, False) == found else None
 
 
 def _takes_one(module: nn.Module) -> bool:
     """Whether the forward has one argument (a gated norm has two) and computes from the module's
-    children alone: a factor that is 1 now may be another number later."""
+    children alone: a factor in a buffer that is 1 now may change later."""
     forward = inspect.signature(_code(module)).parameters
     return len(forward) == 2 and not module._buffers
 
 
 def _stand_in(module: nn.Module, training: bool, **children: nn.Module) -> Any:
-    """The module without hooks, with other children of these names; nothing is copied."""
+    """A twin of the module without hooks, with the given children; nothing is copied."""
     twin = object.__new__(type(module))
     vars(twin).update(vars(module))
     vars(twin)["training"] = training
@@ -273,7 +275,7 @@ def _stand_in(module: nn.Module, training: bool, **children: nn.Module) -> Any:
 
 
 def _numbers(*shape: int, scale: float = 1.0) -> Tensor:
-    """Without the random generator, whose state is the caller's."""
+    """Test values, without the random generator, whose state belongs to the caller."""
     return (torch.arange(math.prod(shape), dtype=torch.float32).sin() * scale).reshape(shape)
 
 
@@ -316,7 +318,7 @@ def _as_rms_norm(module: nn.Module, training: bool) -> dict[str, Any] | None:
 def _as_glu(module: nn.Module, training: bool) -> dict[str, Any] | None:
     if not _takes_one(module) or module._parameters:
         return None
-    # the last row is beyond every limit that an activation is clamped to
+    # the last row exceeds every limit to which an activation is clamped
     down, x = _Linear(8, 4), _numbers(3, 4) * torch.tensor([[1.0], [1.0], [1e3]])
     if {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
         gate, up = _Linear(4, 8, 3.0), _Linear(4, 8, -2.0)
@@ -336,7 +338,7 @@ def _as_glu(module: nn.Module, training: bool) -> dict[str, Any] | None:
 
 
 class _Affine(nn.Module):
-    """Stands for a part of a layer: no two orders or numbers of these give the same."""
+    """Stands in for a part of a layer: no two orders or numbers of these give the same result."""
 
     def __init__(self, factor: float, *more: None):
         super().__init__()
@@ -384,7 +386,7 @@ def _code(module: nn.Module) -> Any:
 
 
 def _rotation(module: nn.Module) -> bool | None:
-    """Whether the module's forward rotates interleaved, None where it does neither."""
+    """Whether the module's forward rotates interleaved or by halves; None where it does neither."""
     forward = _code(module)
     if ROTATE not in forward.__code__.co_names:
         return None
@@ -401,15 +403,15 @@ def _rotation(module: nn.Module) -> bool | None:
 
 
 def _implementation(module: nn.Module) -> str | None:
-    """What the config of an attention module says now, None where transformers' registry is not
-    asked."""
+    """The implementation that an attention module's config names now, or None where the module does
+    not use transformers' registry."""
     forward, config = _code(module), vars(module).get("config")
     if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names or config is None:
         return None
     passed = {n for c in forward.__code__.co_consts if isinstance(c, tuple) for n in c}
     if getattr(config, "sliding_window", None) and "sliding_window" not in passed:
-        return None  # the window is in a mask that fastlm does not make
-    import fastlm.hf.attention_interface  # registers
+        return None  # the window is in a mask that fastlm does not build
+    import fastlm.hf.attention_interface  # registers fastlm
 
     if passed & set(fastlm.hf.attention_interface.UNSERVED):
         return None
@@ -417,13 +419,13 @@ def _implementation(module: nn.Module) -> str | None:
     for before, step in itertools.pairwise(steps):
         stored = step.argval if isinstance(step.argval, tuple) else (step.argval,)
         if step.opname.startswith("STORE_FAST") and stored[0] == "attention_mask":
-            if not before.opname.startswith("LOAD_FAST"):  # nor another one's mask
-                return None  # computes with the mask, and takes it for one of four dimensions
+            if not before.opname.startswith("LOAD_FAST"):  # not a plain copy of another mask
+                return None  # computes with the mask, and assumes it has four dimensions
     return config._attn_implementation
 
 
 def _as_causal_lm(module: nn.Module, training: bool) -> dict[str, Any] | None:
-    """Runs the model's own forward on a decoder that returns a few numbers, with labels."""
+    """Run the model's own forward, with labels, on a decoder that returns a few numbers."""
     decoder = getattr(module, "base_model_prefix", None)
     if decoder not in module._modules or not hasattr(module, "loss_function"):
         return None
@@ -444,7 +446,7 @@ def _as_causal_lm(module: nn.Module, training: bool) -> dict[str, Any] | None:
         twin = _stand_in(module, training, **{decoder: below, name: small})
         return twin.forward(input_ids=ids, labels=labels, num_items_in_batch=7, return_dict=True)
 
-    try:  # each has a field that some heads read and the other lacks
+    try:  # each class has a field that some heads read and the other class lacks
         found = run("BaseModelOutputWithPastAndCrossAttentions")
     except AttributeError:
         found = run("MoeModelOutputWithPast")

@@ -1,17 +1,17 @@
-"""fastlm's attention behind ``F.scaled_dot_product_attention`` on a CPU, by torch's own door::
+"""fastlm's attention behind ``F.scaled_dot_product_attention`` on a CPU, through torch's own hook::
 
     fastlm.register_sdpa()                                   # puts "fastlm" on torch's list
     torch.nn.attention.activate_flash_attention_impl("fastlm")
     torch.nn.attention.restore_flash_attention_impl()        # and back
 
-That door (torch >= 2.11) calls a function that registers kernels with the dispatcher; those torch
-brings itself are for CUDA. Here the operators behind the flash path on CPU tensors are replaced,
-``aten::_scaled_dot_product_flash_attention_for_cpu`` and its backward, so that a model that calls
-the function runs on fastlm's kernels without a change. What never gets there stays torch's:
-dropout, masks that need a gradient, values of another width than the keys, other devices.
+That hook (torch >= 2.11) calls a function that registers kernels with the dispatcher; torch's own
+are for CUDA. Here it replaces the operators of the flash path on CPU tensors,
+``aten::_scaled_dot_product_flash_attention_for_cpu`` and its backward, so a model that calls the
+function runs on fastlm's kernels unchanged. Calls that do not reach them stay with torch: dropout,
+masks that need a gradient, values whose width differs from the keys', other devices.
 
-``is_causal`` is aligned at the top left there, at the bottom right in fastlm: where lengths differ,
-the keys behind the last query are left out, or the queries behind the last key see all keys.
+torch aligns ``is_causal`` at the top left, fastlm at the bottom right. Where lengths differ, the
+keys past the last query are left out, or the queries past the last key see all keys.
 """
 
 import warnings
@@ -29,7 +29,7 @@ _OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def register_sdpa() -> None:
-    """Put "fastlm" on the list of `torch.nn.attention.list_flash_attention_impls`; nothing changes
+    """Add "fastlm" to the list of `torch.nn.attention.list_flash_attention_impls`; nothing changes
     before `torch.nn.attention.activate_flash_attention_impl("fastlm")`.
 
     Raises:
@@ -45,7 +45,7 @@ def register_sdpa() -> None:
 
 
 class _Active:
-    """The replaced operators; torch keeps it until another implementation is activated."""
+    """The replaced operators; torch keeps this object until another implementation is activated."""
 
     def __init__(self) -> None:
         self.library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
@@ -59,7 +59,7 @@ class _Active:
 
 
 def _parts(q: Tensor, k: Tensor, causal: bool) -> tuple[int, Iterator[tuple[slice, bool]]]:
-    """Keys that have a part, and the rows of each call with whether it is causal."""
+    """The number of keys in use, and each call's rows with whether it is causal."""
     rows, keys = q.shape[2], k.shape[2]
     if not causal or rows <= keys:
         return rows if causal else keys, iter([(slice(0, rows), causal)])
@@ -105,7 +105,7 @@ def _sdpa_forward(
         for rows, causal in parts
     ]
     out, lse = results[0] if len(results) == 1 else (torch.cat(t, 2) for t in zip(*results))
-    # in the memory order that torch's own kernels and its tracing give
+    # in the memory order of torch's own kernels and tracing
     out = torch.empty_like(query).copy_(out) if out.stride() != query.stride() else out
     return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -126,7 +126,7 @@ def _sdpa_backward(
     keys, parts = _parts(query, key, is_causal)
     bias, scale = _bias(query, key, attn_mask), _scale(query, scale)
     lse = logsumexp.contiguous()
-    if keys == key.shape[2] and (not is_causal or query.shape[2] <= keys):  # one part is all
+    if keys == key.shape[2] and (not is_causal or query.shape[2] <= keys):  # all in one part
         gradients = _backward(
             grad_out, None, query, key, value, out, lse, None, None, bias, None, is_causal, scale,
             0, 0.0, dropout_p, False,

@@ -1,7 +1,7 @@
-"""The tensors a checkpoint must hold, by its `ModelConfig`.
+"""The tensors that a checkpoint of a given `ModelConfig` must hold.
 
-One table instead of building the model to see whether a file fits it: a checkpoint is refused by
-its headers, before any weight is read.
+A table avoids building the model to see whether a file fits it: a checkpoint is refused from its
+headers, before any weight is read.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from fastlm.model.config import ModelConfig
 
 
 def config_of(config: Mapping[str, Any], where: Any) -> ModelConfig:
-    """Check the config.json at ``where``, which must say its model_type, and return it."""
+    """Check the config.json at ``where``, which must state its model_type, and return it."""
     try:
         return ModelConfig.from_dict({"model_type": None, **config})
     except InputError as error:
@@ -20,8 +20,8 @@ def config_of(config: Mapping[str, Any], where: Any) -> ModelConfig:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model under Hugging Face's name -> its shape. ``lm_head.weight`` is left
-    out when embeddings are tied.
+    """Hugging Face's name -> shape of every tensor of the model. ``lm_head.weight`` is left out
+    when embeddings are tied.
     """
     family = config.family
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -68,7 +68,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def check_tensors(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: Any) -> None:
     """Refuse a checkpoint that lacks a tensor of the model or holds one of another shape.
 
-    Tensors the model does not know (rotary tables of old files) are not looked at.
+    Tensors that the model does not have (rotary tables of old files) are ignored.
     """
     for name, wanted in expected_shapes(config).items():
         if name not in found:

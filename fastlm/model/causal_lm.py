@@ -1,7 +1,7 @@
-"""`CausalLM`: `fastlm.model.layers` with a head, a loss that never holds logits, weights in and
-out, and generation.
+"""`CausalLM`: `fastlm.model.layers` with a head, a loss that never stores logits, loading and
+saving, and generation.
 
-Parameter names are Hugging Face's, so that checkpoints load by name and what is saved loads in
+Parameter names are Hugging Face's, so checkpoints load by name and saved models load in
 transformers.
 
 Shapes: B batch, S tokens of this call, T keys (cache included), E hidden_size, V vocabulary.
@@ -34,7 +34,7 @@ IGNORE = -100  # label of a token without loss
 
 @dataclass
 class Output:
-    """loss: float32 scalar, with labels. logits: (B, S, V) in the model's dtype, without."""
+    """With labels, loss: float32 scalar. Without, logits: (B, S, V) in the model's dtype."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -44,11 +44,12 @@ class CausalLM(nn.Module):
     """A causal language model: ``model(input_ids).logits``, ``model(input_ids, labels=...).loss``,
     `generate`.
 
-    Parameters are float32 (``.to(dtype)`` as any module). Initialisation: normal(0,
-    initializer_range), zero biases and padding row, unit norms, drawn on the CPU from `seed` alone
-    (torch's generator where it is None), the same for every dtype and device; with
-    `scaled_residual`, o_proj and down_proj are divided by sqrt(2 * layers) (GPT-2), which keeps the
-    stream's variance independent of the depth; without, it is transformers' initialisation.
+    Parameters are float32 (``.to(dtype)`` as with any module). Weights are initialised from
+    normal(0, initializer_range), biases and the padding row to zero, norms to one. Draws come from
+    `seed` alone (from torch's generator where it is None), on the CPU, so they are the same for
+    every dtype and device. With `scaled_residual`, o_proj and down_proj are divided by sqrt(2 *
+    layers) (GPT-2), which keeps the variance of the residual stream independent of the depth.
+    Without it, initialisation is that of transformers.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int | None = None, *, scaled_residual: bool = True) -> None:
-        """Draw every parameter again; see the class."""
+        """Initialise every parameter; see the class."""
         generator = None
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -95,7 +96,7 @@ class CausalLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype activations have."""
+        """The dtype of activations."""
         return self.model.norm.weight.dtype
 
     @property
@@ -113,17 +114,17 @@ class CausalLM(nn.Module):
         keep_quantized: bool = True,
         act_bits: int | None = None,
     ) -> "CausalLM":
-        """The model in a Hugging Face folder, a fastlm run folder or a .gguf file, or the package
-        of ``model:smollm2``, in eval mode.
+        """Load a model in eval mode from a Hugging Face folder, a fastlm run folder, a .gguf file,
+        or the package of ``model:smollm2``.
 
-        `dtype` is the activations' and the unquantized weights'; by default the file's own
-        (float32 where all its matrices are quantized). 4- and 8-bit weights stay so unless
-        `keep_quantized` is False. `act_bits` 8 rounds what is multiplied by them to int8, 16 does
-        not (see `fastlm.ops.quantized_linear`); by default what the folder's quantization_config
-        says, and 8 for .gguf files, as llama.cpp does (SmolLM2's perplexity: +0.2 %).
+        `dtype` is that of activations and unquantized weights; by default the file's own (float32
+        where all its matrices are quantized). 4- and 8-bit weights stay quantized unless
+        `keep_quantized` is False. `act_bits` 8 rounds the activations they multiply to int8, 16
+        does not (see `fastlm.ops.quantized_linear`). The default is that of the folder's
+        quantization_config, and 8 for .gguf files, as in llama.cpp (SmolLM2's perplexity: +0.2 %).
 
-        Raises InputError: see `fastlm.checkpoint.folder.load_state`; a config or a tensor that the
-        model does not have.
+        Raises InputError: see `fastlm.checkpoint.folder.load_state`; an unsupported config, or a
+        tensor that the model does not have.
         """
         if act_bits is not None:
             check_act_bits(act_bits)
@@ -146,7 +147,7 @@ class CausalLM(nn.Module):
             value = state.pop(name)  # one at a time: never the whole model in two dtypes
             if isinstance(value, QuantizedWeight):
                 quantized[name.removesuffix(".weight")] = value
-            elif not name.endswith("rotary_emb.inv_freq"):  # of old files
+            elif not name.endswith("rotary_emb.inv_freq"):  # in old files
                 _put(model, name, value.to(dtype))
         for name, weight in quantized.items():
             own = modules.get(name, {}).get("act_bits", 16 if quantization else 8)
@@ -157,8 +158,8 @@ class CausalLM(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """A Hugging Face folder that `from_pretrained` and (unless quantized)
-        transformers load; see `save_hf`.
+        """Write a Hugging Face folder that `from_pretrained` and (unless quantized) transformers
+        load; see `save_hf`.
         """
         state: dict[str, Any] = {}
         for name, module in self.named_modules():
@@ -193,22 +194,24 @@ class CausalLM(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Output:
-        """``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without logits in memory, or
-        the logits.
+        """Return ``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without logits in memory
+        or, without labels, the logits.
 
         Args:
             input_ids: (B, S) int64 or int32, in [0, vocab_size) (checked on the CPU).
-            labels: (B, S): shifted here, as in transformers; -100 has no loss.
-            shift_labels: (B, S): already shifted: the token after each position. One of the two.
-            num_items: divide the summed loss by this, not by the labels seen (gradient
-            accumulation, several ranks). cu_seqlens: (n + 1,) int32: the B * S tokens are n
-            documents, one behind the other; positions restart,
-                attention stays inside, the last token of a document has no label from the next
-                (with `labels`).
+            labels: (B, S), shifted here, as in transformers; -100 has no loss.
+            shift_labels: (B, S), already shifted: the token after each position. Pass at most one
+                of the two.
+            num_items: divide the summed loss by this instead of the number of labels (gradient
+                accumulation, several ranks).
+            cu_seqlens: (n + 1,) int32: the B * S tokens are n documents, one after another.
+                Positions restart, attention stays inside a document, and with `labels` the last
+                token of a document gets no label from the next.
             position_ids: (B, S) or (S,); by default from the cache's length, the mask or
-            cu_seqlens. attention_mask: (B, T), cache included: 0 marks padding, on the left of
-            each row. cache: filled by this call, which continues what it holds. logits_to_keep:
-            only the logits of so many last positions (0: all).
+                cu_seqlens.
+            attention_mask: (B, T), cache included: 0 marks padding, on the left of each row.
+            cache: holds the tokens before these; this call appends to it.
+            logits_to_keep: return the logits of this many last positions only (0: all).
 
         Raises InputError: shapes or ids that do not fit, or a context beyond
         max_position_embeddings.
@@ -235,7 +238,7 @@ class CausalLM(nn.Module):
             if cu_seqlens is not None:
                 ends = (
                     cu_seqlens[1:].long() - 1
-                )  # an empty first document: -1, the last row, has no label anyway
+                )  # an empty first document gives -1: the last position, which has no label anyway
                 target = target.index_fill(1, ends % target.shape[1], IGNORE)
         head = self.head_weight
         if isinstance(head, QuantizedWeight):
@@ -254,17 +257,15 @@ class CausalLM(nn.Module):
     def next_logits(
         self, input_ids: Tensor, cache: KVCache, attention_mask: Tensor | None
     ) -> Tensor:
-        """(B, S) new ids, checked already, behind what the cache holds -> (B, V): one
-        step of generation.
-        """
+        """Run a step of generation: checked new ids (B, S), after those in the cache -> (B, V)."""
         hidden = self._hidden(
             input_ids, cache.length, None, None, attention_mask, cache, fused=True
         )
         return self.logits(hidden[:, -1])
 
     def check_ids(self, input_ids: Tensor) -> None:
-        """InputError unless these are (B, S) integers and, where that can be read
-        cheaply, in the vocabulary.
+        """Raise InputError unless these are (B, S) integers and, where values can be read cheaply,
+        in the vocabulary.
         """
         if not isinstance(input_ids, Tensor):  # the tokenizer's whole output, a list
             raise InputError(f"input_ids: wanted a tensor (B, S), got {type(input_ids).__name__}")
@@ -305,7 +306,7 @@ class CausalLM(nn.Module):
             if position_ids is None:
                 context = batch * length
                 position_ids = packed_positions(cu_seqlens, context).view(batch, length)
-                if self.model.by_length:  # waits for the device, for longrope and dynamic only
+                if self.model.by_length:  # waits for the device; longrope and dynamic only
                     context = int(cu_seqlens.diff().max())
         elif attention_mask is not None:
             if attention_mask.shape != (batch, longest):
@@ -317,7 +318,7 @@ class CausalLM(nn.Module):
             if position_ids is None:
                 counted = attention_mask.long().cumsum(-1)[:, start:] - 1
                 position_ids = counted.clamp(min=0)
-        # packed: each document's length counts
+        # with packed documents, the length of each counts instead
         if cu_seqlens is None and longest > self.context_limit:
             raise InputError(
                 f"input_ids: wanted at most max_position_embeddings {self.context_limit} tokens,"
@@ -333,13 +334,13 @@ class CausalLM(nn.Module):
 
     @property
     def context_limit(self) -> int:
-        """Longest context: positions beyond max_position_embeddings were never trained, and are
-        refused, except where dynamic scaling is made for them."""
+        """The longest context. Positions beyond max_position_embeddings were never trained and are
+        refused, except with dynamic scaling, which is designed for them."""
         dynamic = self.config.rope_parameters.get("rope_type") == "dynamic"
         return 2**31 if dynamic else self.config.max_position_embeddings
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., E) -> (..., V), softcapped where the family does."""
+        """(..., E) -> (..., V), softcapped where the family does so."""
         if not self.config.tie_word_embeddings:
             out = self.lm_head(hidden)
         elif isinstance(weight := self.head_weight, QuantizedWeight):
@@ -390,8 +391,8 @@ class CausalLM(nn.Module):
 
 
 def _check_memory(config: ModelConfig) -> None:
-    """InputError for a model that this machine cannot hold: Linux would rather kill the process
-    half-way than refuse the memory.
+    """Raise InputError for a model that does not fit in this machine's memory: Linux would kill the
+    process half-way instead of refusing the allocation.
     """
     parameters = sum(map(math.prod, expected_shapes(config).values()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

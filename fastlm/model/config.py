@@ -1,8 +1,8 @@
-"""What a model is: `ModelConfig`, in Hugging Face's names: a config.json is a ModelConfig and back.
+"""`ModelConfig` describes a model in Hugging Face's names and converts from and to config.json.
 
-What transformers writes in code for each architecture (where the norms stand, which projections
-have biases, ...) is one row of `FAMILIES` here, chosen by ``model_type`` and never stored in
-config.json: a file can then not contradict the architecture that transformers would build from it.
+What transformers hard-codes for each architecture (where the norms are, which projections have
+biases, ...) is one row of `FAMILIES` here. ``model_type`` selects the row, and config.json never
+stores it, so a file cannot contradict the architecture that transformers would build from it.
 Rejected: one free field per trait; half of the combinations would be models that no other program
 loads.
 """
@@ -28,7 +28,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class Family:
-    """What model_type alone decides.
+    """The traits that model_type alone decides.
 
     keys: entries of config.json beyond those that all families have.
     norms: "pre" (Llama), "post" (OLMo-2: after each branch, before the addition) or "sandwich"
@@ -112,10 +112,10 @@ FAMILIES: dict[str, Family] = {
         rope_theta=2e6,
     ),
 }
-_GEMMA3_LOCAL_THETA = 10000.0  # of its sliding layers
+_GEMMA3_LOCAL_THETA = 10000.0  # rope_theta of its sliding layers
 _GEMMA3_PATTERN = 6  # five sliding layers, then a full one
 _SMOLLM3_INTERVAL = 4  # three layers with rotary positions, then one without
-_OPTIONAL = {  # fields that only some families have -> the value that says "without"
+_OPTIONAL = {  # fields that only some families have -> the value that means "without"
     "attention_bias": False,
     "mlp_bias": False,
     "sliding_window": None,
@@ -125,8 +125,7 @@ _OPTIONAL = {  # fields that only some families have -> the value that says "wit
     "original_max_position_embeddings": None,
     "use_sliding_window": False,
 }
-# Entries of Hugging Face configs that change the result and that CausalLM does not compute, with
-# the value it does
+# Hugging Face config entries that change the result -> the values that CausalLM supports
 _ONLY = {"use_bidirectional_attention": (None, False), "resid_pdrop": (0,), "embd_pdrop": (0,)}
 
 
@@ -134,15 +133,15 @@ _ONLY = {"use_bidirectional_attention": (None, False), "resid_pdrop": (0,), "emb
 class ModelConfig:
     """The shape of a `CausalLM`; every field is a config.json entry of the same name.
 
-    A field left out is what transformers assumes for `model_type` (a key of `FAMILIES`), except
-    that num_key_value_heads is then num_attention_heads. `rope_parameters` is transformers 5's:
-    {"rope_type", "rope_theta", ...}, for gemma3_text one such dict per layer type; `from_dict`
-    also takes the older ``rope_theta`` / ``rope_scaling`` / ``rope_local_base_freq`` /
-    ``partial_rotary_factor``, and `to_dict` writes both, so that every version reads it.
-    `layer_types` says per layer whether it is windowed; `no_rope_layers` has a 1 for each layer
-    *with* rotary positions (Hugging Face's name and meaning). The embedding of `pad_token_id` gets
-    no gradient from the lookup, as in transformers. `extra` keeps the entries of a
-    config.json that the model does not need.
+    A field left out has the value that transformers assumes for `model_type` (a key of `FAMILIES`),
+    except that num_key_value_heads is then num_attention_heads. `rope_parameters` is as in
+    transformers 5: {"rope_type", "rope_theta", ...}, for gemma3_text one such dict per layer type.
+    `from_dict` also accepts the older ``rope_theta`` / ``rope_scaling`` / ``rope_local_base_freq``
+    / ``partial_rotary_factor``, and `to_dict` writes both, so every version can read it.
+    `layer_types` states for each layer whether it is windowed; `no_rope_layers` has a 1 for each
+    layer *with* rotary positions (Hugging Face's name and meaning). The embedding of `pad_token_id`
+    gets no gradient from the lookup, as in transformers. `extra` keeps the entries of a config.json
+    that the model does not need.
 
     Raises InputError: unknown model_type, activation or rope_type, impossible shapes, an option
     that the family lacks.
@@ -185,12 +184,12 @@ class ModelConfig:
 
     @property
     def act(self) -> str:
-        """`hidden_act` as `fastlm.ops.glu` calls it."""
+        """`hidden_act` under its name in `fastlm.ops.glu`."""
         return ACTIVATIONS[self.hidden_act]
 
     @property
     def scale(self) -> float:
-        """What the attention scores are multiplied by."""
+        """The factor by which attention scores are multiplied."""
         return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     @property
@@ -218,7 +217,7 @@ class ModelConfig:
         self._check()
 
     def _fill(self) -> None:
-        """Replace each FAMILY by its value; later fields depend on earlier ones."""
+        """Replace each FAMILY with its value; later fields depend on earlier ones."""
         defaults = {
             "hidden_act": "silu",
             "rms_norm_eps": 1e-6,
@@ -258,7 +257,7 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     def _slides(self, layer: int) -> bool:
-        """Whether this layer has the window when layer_types does not say."""
+        """Whether this layer is windowed when layer_types is not given."""
         if self.sliding_window is None:
             return False
         if self.model_type == "gemma2":
@@ -306,7 +305,7 @@ class ModelConfig:
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, token)
             for one in value if isinstance(value, list) else [value]:
-                if one is not None and (not _is_int(one) or one < -1):  # -1: none, in old files
+                if one is not None and (not _is_int(one) or one < -1):  # -1 means none in old files
                     raise InputError(f"{token}: wanted a token id or None, got {value!r}")
         if set(self.rope_parameters) & set(LAYER_TYPES):
             ropes = {t: self.rope_parameters.get(t) for t in set(self.layer_types)}
@@ -336,7 +335,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """From the content of a config.json, as any transformers version writes it."""
+        """Build a config from the content of a config.json written by any transformers version."""
         if not isinstance(config, Mapping):
             raise InputError(f"config: wanted a mapping, got {type(config).__name__}")
         given = dict(config)
@@ -346,7 +345,7 @@ class ModelConfig:
         for name, allowed in _ONLY.items():
             if given.get(name, allowed[0]) not in allowed:
                 raise InputError(f"{name}: wanted {allowed[0]}, got {given[name]!r}")
-        if "hidden_activation" in given:  # Gemma; some of its files have both, and this one counts
+        if "hidden_activation" in given:  # Gemma; it overrides hidden_act in files that have both
             activation = given.pop("hidden_activation")
             given["hidden_act"] = activation or given.get("hidden_act", "gelu_pytorch_tanh")
         pattern = given.get("sliding_window_pattern", given.get("_sliding_window_pattern"))
@@ -369,10 +368,10 @@ class ModelConfig:
         for name in _OLD_ROPE:
             given.pop(name, None)
         unused = [k for k in known if k in _FAMILY_ONLY and k not in FAMILIES[model_type].keys]
-        for name in unused:  # an entry the architecture does not look at, as transformers keeps it
+        for name in unused:  # an entry that the architecture ignores; transformers keeps it too
             without = _OPTIONAL.get(name, known[name])
             if known[name] != without and name in _COMPUTED:
-                continue  # refused by the constructor: the file means a model this is not
+                continue  # refused by the constructor: the file describes another kind of model
             given[name] = known.pop(name)
         return cls(**known, extra=given)
 
@@ -414,7 +413,7 @@ _REQUIRED = (
 _FAMILY_ONLY = (*_OPTIONAL, "max_window_layers", "layer_types", "no_rope_layers")
 _COMPUTED = ("attn_logit_softcapping", "final_logit_softcapping")
 _OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
-# Fields for which null in a file is a value; elsewhere null reads as left out
+# Fields for which null in a file is a value; elsewhere null means left out
 _NONE_MEANS_NONE = (
     *("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
@@ -422,7 +421,7 @@ _NONE_MEANS_NONE = (
 
 
 def _rope_parameters(model_type: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5's rope_parameters from either generation's entries."""
+    """Build transformers 5's rope_parameters from old or new entries."""
     scaling = given.get("rope_parameters") or given.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
         raise InputError(f"rope_parameters: wanted a dict, got {scaling!r}")
@@ -434,7 +433,7 @@ def _rope_parameters(model_type: str, given: Mapping[str, Any]) -> dict[str, Any
         entry = dict(entry)
         kind = entry.pop("type", None) or "default"
         entry.setdefault("rope_type", kind)
-        if model_type == "phi3" and entry["rope_type"] in ("su", "yarn"):  # its older names
+        if model_type == "phi3" and entry["rope_type"] in ("su", "yarn"):  # older names of longrope
             entry["rope_type"] = "longrope"
         entry.setdefault("rope_theta", theta)
         if partial is not None:
@@ -477,6 +476,6 @@ def _check_size(name: str, value: Any, most: int = 2**31 - 1) -> None:
 
 
 def _check_layer_count(value: Any) -> int:
-    """Checked before lists of that length are made."""
+    """Check the count before lists of that length are created."""
     _check_size("num_hidden_layers", value, MAX_LAYERS)
     return value

@@ -1,10 +1,10 @@
-"""The decoder's layers on `fastlm.ops`, and the cache they fill: one class each for every family in
-`fastlm.model.config.FAMILIES`, whose module names are Hugging Face's.
+"""The decoder's layers on `fastlm.ops`, and the cache they fill. Each class serves every family in
+`fastlm.model.config.FAMILIES`; module names are Hugging Face's.
 
 Rejected: a class per architecture (nine near copies), and own names with a table of renames.
 
 Shapes: B batch, S tokens of this call, T keys (cache included), E hidden_size, H / Hkv heads,
-D head_dim, R turned features.
+D head_dim, R rotated features.
 """
 
 from collections.abc import Sequence
@@ -36,16 +36,16 @@ _NORMS = {
     ),
 }
 
-# Tokens of a call from which on attention beside a narrow cache runs in bfloat16: 0.6 of float32's
-# time at 512 tokens, casts aside. Where the casts cost more than that saves was not measured.
+# From this many tokens per call on, attention with a 16-bit cache runs in bfloat16: 0.6 of
+# float32's time at 512 tokens, casts aside. The length below which the casts cost more was not
+# measured.
 _PREFILL = 64
 
 
 class KVCache:
     """Keys and values of a batch, allocated once: (layers, 2, B, Hkv, capacity, D).
 
-    Sliding layers keep everything too: a ring buffer would save memory and cost a gather in each
-    step.
+    Sliding layers keep everything, too: a ring buffer would save memory but cost a gather per step.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, Hkv, S, D) behind the `length` filled columns; all so far
-        (B, Hkv, T, D) in k's dtype: views, where the cache has it too.
+        """Write k, v (B, Hkv, S, D) after the `length` filled columns. Return all keys and values
+        so far, (B, Hkv, T, D) in k's dtype: views, where the cache has that dtype.
         """
         keys, values = self.layers[layer]
         count = k.shape[2]
@@ -78,18 +78,18 @@ class KVCache:
 
 
 class Step(Protocol):
-    """One token of each row, at places that only the device knows (`fastlm.decode.cuda_steps`)."""
+    """One token per row, at positions stored only on the device (`fastlm.decode.cuda_steps`)."""
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """q (B, 1, H, D) and k (B, 1, Hkv, D) are turned here; k and v go into the layer's cache,
-        and q attends to it.
+        """Rotate q (B, 1, H, D) and k (B, 1, Hkv, D), append k and v to the layer's cache, and
+        return the attention of q over it.
         """
         ...
 
 
 @dataclass
 class Call:
-    """What one forward call tells all its layers."""
+    """What all layers of one forward call share."""
 
     cu_seqlens: Tensor | None
     cache: KVCache | None
@@ -100,8 +100,8 @@ class Call:
     step: Step | None = None  # instead of a cache
 
     def rounds(self, x: Tensor) -> bool:
-        """Whether keys and values of x go into a cache of 16 bits (`fastlm.decode.cpu_steps`: the
-        model rounds its activations to 8), and attention of 16 bits is faster here."""
+        """Whether keys and values of x go into a 16-bit cache (`fastlm.decode.cpu_steps`: the model
+        rounds its activations to 8 bits) and 16-bit attention is faster on this machine."""
         narrow = (torch.float16, torch.bfloat16)
         return (
             self.cache is not None
@@ -114,12 +114,12 @@ class Call:
 
 @dataclass
 class Fused:
-    """Quantized projections of one input as one product: fewer calls in a decode step (7 % of
-    SmolLM2's CPU time, measured). Their buffers are rows of `weight`, so nothing is stored twice.
-    A single projection gains too: its weight is put together and checked once, not in each step.
+    """Quantized projections of the same input as one product: fewer calls in a decode step (7 % of
+    SmolLM2's CPU time, measured). Their buffers are rows of `weight`, so nothing is stored twice. A
+    single projection gains, too: its weight is assembled and checked once, not in every step.
 
-    Unquantized projections stay apart: moving a Parameter's memory under an optimizer that may
-    remember its address is not worth the 9 % measured there.
+    Unquantized projections stay separate. The 9 % measured there is not worth moving the memory of
+    a Parameter whose address an optimizer may have stored.
     """
 
     weight: QuantizedWeight
@@ -127,7 +127,7 @@ class Fused:
     act_bits: int
 
     def __call__(self, x: Any) -> Tensor:
-        """Multiply x, or what `rms_norm_round` and `glu_round` made of it."""
+        """Multiply x: a Tensor, or already rounded by `rms_norm_round` or `glu_round`."""
         if isinstance(x, Tensor):
             return quantized_linear(x, self.weight, self.bias, act_bits=self.act_bits)
         from fastlm.cuda.quantized_linear import rounded_linear
@@ -136,7 +136,7 @@ class Fused:
         return rounded_linear(x, w.qdata, w.scales, w.zeros, self.bias, w.bits, w.group_size)
 
     def rounds(self, x: Tensor) -> bool:
-        """Whether the CUDA kernels multiply x in int8: what makes x can round it at once."""
+        """Whether the CUDA kernels multiply x in int8: the kernel that computes x can round it."""
         return (
             self.act_bits == 8
             and x.numel() > 0
@@ -145,8 +145,8 @@ class Fused:
 
 
 def fuse(modules: Sequence[nn.Module | None], before: Fused | None) -> Fused | None:
-    """`before` where it still holds these modules' buffers, else new ones; None where they are not
-    quantized alike."""
+    """Fuse the modules, on the weight of `before` where that still holds their buffers; None where
+    they are not all quantized the same way."""
     linears = [m for m in modules if isinstance(m, QuantizedLinear)]
     formats = {
         (m.bits, m.group_size, m.act_bits, m.scales.dtype, m.zeros is None, m.bias is None)
@@ -174,7 +174,7 @@ def fuse(modules: Sequence[nn.Module | None], before: Fused | None) -> Fused | N
 
 
 def _storage(weight: QuantizedLinear | QuantizedWeight) -> list[int]:
-    """Where the buffers' memory begins, the same for rows of one matrix."""
+    """Start addresses of the buffers' memory: equal for rows of one matrix."""
     parts = (weight.qdata, weight.scales, weight.zeros)
     return [t.untyped_storage().data_ptr() for t in parts if t is not None]
 
@@ -191,21 +191,21 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, residual=residual, offset=self.offset)
 
     def again(self, x: Tensor, summed: Tensor) -> AbstractContextManager:
-        """Inside, `x`, the norm of `summed` in x's dtype, is not kept for the backward but made
-        again.
+        """Context in which the backward recomputes `x`, the norm of `summed` in x's dtype, instead
+        of keeping it.
         """
         if not _keeping(x):
             return nullcontext()
         summed, weight, dtype = summed.detach(), self.weight.detach(), x.dtype
 
-        def make() -> Tensor:  # without x, which it would keep
+        def make() -> Tensor:  # without x, which this would keep alive
             return _only(rms_norm(summed, weight, self.eps, offset=self.offset)).to(dtype)
 
         return made_again(x, make)
 
 
 def _keeping(x: Tensor) -> bool:
-    """Whether operations on x now would keep it for a backward, and Python may decide how."""
+    """Whether operations on x would now save it for a backward, and Python may decide how."""
     return x.requires_grad and torch.is_grad_enabled() and is_eager(x)
 
 
@@ -248,7 +248,7 @@ class Attention(nn.Module):
         self.fused_out = fuse([self.o_proj], self.fused_out)
 
     def project(self, x: Any, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, E) -> (B, S, H * D), twice (B, S, Hkv * D)."""
+        """(B, S, E) -> q (B, S, H * D), k and v (B, S, Hkv * D)."""
         joined = self.fused if fused else None
         if joined is not None or "qkv_proj" in self._modules:
             qkv = self.qkv_proj(x) if joined is None else joined(x)
@@ -257,7 +257,7 @@ class Attention(nn.Module):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x: Any, call: Call) -> Tensor:
-        """x: Tensor (B, S, E), or in a step its `Rounded`."""
+        """x: Tensor (B, S, E), or in a decode step its `Rounded`."""
         batch, length, _ = x.shape
         q, k, v = self.project(x, call.fused)
         if self.qk_norm == "full":
@@ -353,8 +353,8 @@ class DecoderLayer(nn.Module):
         return self._modules[name] if name else None
 
     def forward(self, stream: Tensor, branch: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        """The residual stream arrives and leaves as two summands, so that the next norm
-        adds them on its way.
+        """Run the layer. The residual stream enters and leaves as two summands, so that the next
+        norm can add them.
         """
         attention, mlp = self.self_attn, self.mlp
         into = None if call.step is None else attention.fused
@@ -376,9 +376,9 @@ class DecoderLayer(nn.Module):
 def _add_norm(
     norm: nn.Module | None, stream: Tensor, branch: Tensor | None, into: Fused | None = None
 ) -> tuple[Any, Tensor, AbstractContextManager]:
-    """norm(stream + branch), stream + branch, and the context in which to use the former: `Rounded`
-    where `into`, which will multiply it, rounds. Under autocast the former is cast here, once and
-    not by each product that takes it."""
+    """Return norm(stream + branch), stream + branch, and the context in which to use the norm's
+    output. That output is `Rounded` where `into`, the projection that multiplies it, rounds. Under
+    autocast it is cast here once, not by every product that uses it."""
     if norm is None:
         stream = stream if branch is None else stream + branch
         return stream, stream, nullcontext()
@@ -407,7 +407,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # as transformers': the padding's row begins at zero and learns nothing from the lookup
+        # as in transformers: the padding row starts at zero and gets no gradient from the lookup
         padding = config.pad_token_id
         if padding is not None and not 0 <= padding < config.vocab_size:
             padding = None
@@ -416,7 +416,7 @@ class Decoder(nn.Module):
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config)
-        made: dict[str, RotaryTables] = {}  # one per set of parameters, layers share them
+        made: dict[str, RotaryTables] = {}  # one per set of parameters, shared by layers
         self._rotary: list[RotaryTables | None] = []
         for layer in range(config.num_hidden_layers):
             parameters = config.rope(layer)
@@ -432,7 +432,7 @@ class Decoder(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def fuse(self) -> None:
-        """Join quantized projections of one input, for the steps of one generation."""
+        """Join quantized projections of the same input, for the steps of one generation."""
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             layer.self_attn.fuse()
@@ -443,14 +443,14 @@ class Decoder(nn.Module):
         return any(r is not None and r.by_length for r in self._rotary)
 
     def regime(self, length: int) -> tuple[int, ...]:
-        """Contexts of two lengths can share a cache where this is equal; see `RotaryTables`."""
+        """Contexts of two lengths can share a cache if this is equal; see `RotaryTables`."""
         return tuple(r.regime(length) for r in self._rotary if r is not None)
 
     def rotary(
         self, positions: Tensor | int, count: int, longest: int, device: torch.device
     ) -> list[tuple[Tensor, Tensor] | None]:
-        """Per layer cos, sin: of `count` positions from an int on, (S, R), or of a
-        tensor of positions, (..., R).
+        """Per layer cos and sin: (S, R) for `count` positions from an int on, or (..., R) for a
+        tensor of positions.
         """
         done: dict[int, tuple[Tensor, Tensor]] = {}
         out: list[tuple[Tensor, Tensor] | None] = []
@@ -462,7 +462,7 @@ class Decoder(nn.Module):
                 cos, sin = tables.tables(longest, device)
                 if isinstance(positions, int):
                     rows = slice(positions, positions + count)
-                    if is_traced():  # a slice would be cut at the table's end, an index is refused
+                    if is_traced():  # past the table's end a slice is cut, an index refused
                         rows = torch.arange(positions, positions + count, device=device)
                     done[id(tables)] = cos[rows], sin[rows]
                 else:
@@ -471,7 +471,7 @@ class Decoder(nn.Module):
         return out
 
     def embedding_scale(self, dtype: torch.dtype) -> float:
-        """Rounded to the model's dtype, as Gemma was trained."""
+        """The factor on embeddings, rounded to the model's dtype, as in Gemma's training."""
         if not self.config.family.scaled_embedding:
             return 1.0
         return torch.tensor(self.config.hidden_size**0.5, dtype=dtype, device="cpu").item()

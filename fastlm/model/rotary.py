@@ -2,14 +2,14 @@
 to stretch them.
 
 ``rope_type`` is Hugging Face's: ``default``; ``linear`` (Chen et al. 2023, arXiv:2306.15595);
-``dynamic`` (NTK, base grows with the length); ``yarn`` (Peng et al. 2023, arXiv:2309.00071);
+``dynamic`` (NTK, the base grows with the length); ``yarn`` (Peng et al. 2023, arXiv:2309.00071);
 ``llama3`` (Llama 3.1's report, arXiv:2407.21783); ``longrope`` (Ding et al. 2024,
 arXiv:2402.13753; Phi-3).
 
-Frequencies and angles are float32, as the checkpoints were trained with; float64 angles would be
-truer and would differ from every other program at position 10^5. Tables are made once per model
-and grow by doubling; a module that computes cos and sin in each forward pass costs about a tenth
-of a small model's decode step.
+Frequencies and angles are float32, as in the checkpoints' training. float64 angles would be more
+accurate but would differ from every other program at position 10^5. Tables are computed once per
+model and grow by doubling; a module that computes cos and sin in each forward pass costs about a
+tenth of a small model's decode step.
 """
 
 import math
@@ -41,12 +41,12 @@ _NUMBERS = (
 
 
 def rotary_width(rope: Mapping[str, Any], head_dim: int) -> int:
-    """How many of a head's features turn."""
+    """The number of a head's features that are rotated."""
     return int(head_dim * rope.get("partial_rotary_factor", 1.0))
 
 
 def check_rope(rope: Any, head_dim: int, where: str) -> None:
-    """InputError for an unknown rope_type, a missing entry or an impossible number."""
+    """Raise InputError for an unknown rope_type, a missing entry or an impossible number."""
     if not isinstance(rope, Mapping):
         raise InputError(f"{where}: wanted a dict, got {rope!r}")
     kind = rope.get("rope_type")
@@ -96,9 +96,9 @@ def check_rope(rope: Any, head_dim: int, where: str) -> None:
 def frequencies(
     rope: Mapping[str, Any], head_dim: int, max_position_embeddings: int, length: int
 ) -> tuple[Tensor, float]:
-    """Angle per position of each pair, (width / 2) float32, and the factor on cosines and sines.
+    """Return each pair's angle per position, (width / 2) float32, and the factor on cos and sin.
 
-    `length` is the whole context's; only dynamic and longrope look at it.
+    `length` is that of the whole context; only dynamic and longrope use it.
     """
     kind, base = rope["rope_type"], rope["rope_theta"]
     width = rotary_width(rope, head_dim)
@@ -127,8 +127,8 @@ def frequencies(
 def _yarn(
     rope: Mapping[str, Any], turn: Tensor, width: int, max_position_embeddings: int
 ) -> tuple[Tensor, float]:
-    """Pairs that turn often in the original context stay, those that turn less than once are
-    stretched by factor, a ramp between."""
+    """Keep pairs that turn often in the original context, stretch those that turn less than once by
+    factor, with a ramp in between."""
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or max_position_embeddings / original
 
@@ -136,7 +136,7 @@ def _yarn(
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     def pair(turns: float) -> float:
-        """The pair that makes so many turns over the original context."""
+        """The pair that makes this many turns over the original context."""
         theta = math.log(rope["rope_theta"])
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * theta)
 
@@ -157,8 +157,8 @@ def _yarn(
 
 
 def _llama3(rope: Mapping[str, Any], freq: Tensor) -> Tensor:
-    """Wavelengths beyond original / low_freq_factor are stretched by factor, below original /
-    high_freq_factor kept, a blend between."""
+    """Stretch wavelengths beyond original / low_freq_factor by factor, keep those below original /
+    high_freq_factor, and blend in between."""
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wavelength = 2 * math.pi / freq
@@ -170,11 +170,11 @@ def _llama3(rope: Mapping[str, Any], freq: Tensor) -> Tensor:
 
 
 class RotaryTables:
-    """Cosines and sines of one set of rotary parameters, kept per device and regime.
+    """Cosines and sines of one set of rotary parameters, cached per device and regime.
 
-    A *regime* is the range of context lengths with the same frequencies: one for all lengths,
-    except that longrope has two, and dynamic one per length beyond the original context. Keys
-    turned in one regime do not fit queries of another.
+    A *regime* is a range of context lengths with the same frequencies. One covers all lengths,
+    except that longrope has two, and dynamic has one per length beyond the original context. Keys
+    rotated in one regime do not match queries of another.
     """
 
     def __init__(self, rope: Mapping[str, Any], head_dim: int, max_position_embeddings: int):
@@ -195,10 +195,10 @@ class RotaryTables:
         return 0
 
     def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin, (>= length, width) float32 as `fastlm.ops.rope` takes them, for a
+        """Return cos and sin, (>= length, width) float32 as `fastlm.ops.rope` expects, for a
         context of `length`.
         """
-        if is_traced():  # a constant of the trace, for every length it may meet
+        if is_traced():  # a constant of the trace, for any length it may run with
             if self.by_length:
                 raise NotImplementedError(
                     f"torch.jit.trace: rope_type {self.rope['rope_type']} turns by the context's"
@@ -213,11 +213,11 @@ class RotaryTables:
         found = self._tables.get(key)
         if found is None or found[0].shape[0] < length:
             rows = max(length, 128 if found is None else 2 * found[0].shape[0])
-            with torch.inference_mode(False):  # tables made by generation serve training too
+            with torch.inference_mode(False):  # tables created in generation also serve training
                 freq, scale = frequencies(self.rope, self.head_dim, self.max_position, length)
                 angles = torch.arange(rows, dtype=torch.float32, device="cpu")[:, None] * freq
                 angles = torch.cat((angles, angles), -1)
                 found = (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
-            if key[1] == 0 or self.rope["rope_type"] != "dynamic":  # dynamic: one use each
+            if key[1] == 0 or self.rope["rope_type"] != "dynamic":  # dynamic: used once each
                 self._tables[key] = found
         return found

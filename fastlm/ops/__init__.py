@@ -1,6 +1,6 @@
-"""The ops: autograd, ``torch.compile(fullgraph=True)``, CPU and GPU.
+"""The ops, with autograd and ``torch.compile(fullgraph=True)``, on CPU and GPU.
 
-One file an op; see each function's docstring.
+One file per op; see each function's docstring.
 """
 
 import torch  # noqa: F401  (before _cpu: its OpenMP then resolves to torch's)

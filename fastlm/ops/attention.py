@@ -6,9 +6,9 @@ one body each in C++ and in Triton.
 
 Dropout draws from Philox4x32-10 (Salmon et al. 2011) on (seed, batch, head, row, key): the backward
 redraws the forward's mask instead of storing it, and every backend draws the same. The seed is a
-one-element tensor from ``torch.randint``: under torch.compile one more node of the graph, and on a
-GPU nothing waits for it. Rejected: ints (``.item()`` breaks the graph) and torch's generator state
-(differs between devices).
+one-element tensor from ``torch.randint``. Under torch.compile it is one more node of the graph, and
+on a GPU nothing waits for it. Rejected: an int (``.item()`` breaks the graph) and the state of
+torch's generator (it differs between devices).
 """
 
 import math
@@ -24,7 +24,7 @@ from fastlm.memory_order import elements_last, empty_out
 from fastlm.operator import autocast, autocast_somewhere, register
 from fastlm.ops.wrong_type import FAILURES, explained
 
-# sinks, alibi_slopes, bias, causal, scale, window, softcap as operators take them: 0 means none.
+# sinks, alibi_slopes, bias, causal, scale, window, softcap as operators expect them: 0 means none.
 # A plain tuple: a named one costs 0.4 us, a twentieth of a decode call.
 Options = tuple[Tensor | None, Tensor | None, Tensor | None, bool, float, int, float]
 
@@ -61,14 +61,14 @@ def attention(
         sinks: (H,), one more logit per head in the denominator (differentiable).
         alibi_slopes: (H,); constants, no gradient.
         bias: float, broadcast to (B, H, S, T) (differentiable); or bool, True where a key is seen.
-        dropout_p: chance to drop a probability; the seed comes from torch's generator.
+        dropout_p: chance that a probability is dropped; the seed comes from torch's generator.
         return_lse: also return lse (B, H, S), float32 (differentiable).
 
-    Under ``torch.autocast`` q, k and v are cast to its dtype, as torch's are.
+    Under ``torch.autocast`` q, k and v are cast to its dtype, as by torch's own attention.
 
-    A row that sees nothing is zero, its lse -inf and its gradients zero. Memory beyond the outputs:
-    keys and values once more (packed), never S x T. The backward keeps out and lse and recomputes
-    the rest.
+    A row that sees no key is zero, its lse is -inf and its gradients are zero. Memory beyond the
+    outputs: a packed copy of keys and values, never S x T. The backward keeps out and lse and
+    recomputes the rest.
 
     Raises:
         InputError: shapes, dtypes or devices do not fit together, or an option is out of range.
@@ -116,7 +116,7 @@ def check_tensors(
     kv_heads: int,
     kv_dtypes: tuple[torch.dtype, ...] = (),
 ) -> None:
-    """`kv_dtypes`: what k and v may be besides q's dtype."""
+    """Check q, k and v. `kv_dtypes`: dtypes that k and v may have besides q's."""
     if not q.is_floating_point():
         raise InputError(f"q: wanted a float dtype, got {q.dtype}")
     dtype, device = q.dtype, q.device
@@ -153,7 +153,7 @@ def check_options(
     *,
     kv_dtypes: tuple[torch.dtype, ...] = (),
 ) -> Options:
-    """Checks what the three ops share, tensors included."""
+    """Check the arguments that the three ops share, tensors included."""
     check_tensors(q, k, v, heads, kv_heads, kv_dtypes)
     device, width = q.device, q.shape[-1]
     given = (
@@ -208,8 +208,8 @@ def dropout_seed(dropout_p: float, q: Tensor) -> Tensor | None:
 
 
 def as_int32(t: Tensor) -> Tensor:
-    """Offsets, lengths, pages, positions as the kernels take them. What int32 has no room for
-    becomes its nearest end, which no tensor has: it is refused or left out, not wrapped.
+    """Offsets, lengths, pages or positions as the kernels expect them. A value beyond int32 becomes
+    the nearest end of its range, which no tensor reaches: it is refused or left out, not wrapped.
     """
     return t if t.dtype == torch.int32 else t.clamp(-(2**31), 2**31 - 1).int()
 
@@ -281,7 +281,7 @@ def _flops(q, k, v, *_, **__):
 
 
 def _backward_flops(dout, dlse, q, k, v, *_, **__):
-    """Scores again, dq, dk; probabilities' gradients, dv."""
+    """Width D: scores again, dq and dk. Width Dv: the probabilities' gradients and dv."""
     batch, heads, queries, width = q
     return 2 * batch * heads * queries * k[2] * (3 * width + 2 * v[3])
 

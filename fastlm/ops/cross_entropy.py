@@ -1,19 +1,19 @@
 """Cross-entropy over the last dimension, with every option around one flag-free kernel.
 
-The kernel gives, per row, ``shift``, ``log_sum`` (lse = shift + log_sum), ``nll`` and, for label
-smoothing, the sum of all classes' nll; class weights, smoothing, z-loss, reduction and ignored
-rows are arithmetic on those (N,) vectors in plain torch (`fastlm.row_losses`), so autograd hands
-the backward kernel three coefficients a row:
+The kernel returns, per row, ``shift``, ``log_sum`` (lse = shift + log_sum), ``nll`` and, for label
+smoothing, the sum of all classes' nll. Class weights, smoothing, z-loss, reduction and ignored rows
+are arithmetic on those (N,) vectors in plain torch (`fastlm.row_losses`), so autograd passes three
+coefficients per row to the backward kernel:
 
     dz[v] = on_p * softmax(z)[v] - on_target * (v == target) - on_all * class_weight[v]
 
-The plain sum or mean is an operator of its own around the same rows (`cross_entropy_loss`): on few
-rows that arithmetic, a dozen torch ops with its gradient, cost three times what torch's loss does.
+The plain sum or mean is a separate operator around the same rows (`cross_entropy_loss`): on few
+rows that arithmetic, a dozen torch ops with its gradient, cost three times as much as torch's loss.
 
-lse travels as two numbers because a sum rounded at 1e4 (a common offset of the logits) would cost
-every probability 1e-3. Rejected: one fused kernel with a branch per option (Liger's takes 18
-flags), and gradients written in the forward (they need a second pass when the upstream gradient is
-not 1).
+lse is passed as two numbers because a sum rounded at 1e4 (a common offset of the logits) would cost
+every probability an error of 1e-3. Rejected: one fused kernel with a branch per option (Liger's has
+18 flags), and gradients written in the forward (they need a second pass when the upstream gradient
+is not 1).
 """
 
 import torch
@@ -46,29 +46,29 @@ def cross_entropy(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``z = logits * logit_scale``, ``z = softcap * tanh(z / softcap)``, then
-    ``F.cross_entropy(z, target, ...) + z_loss * logsumexp(z) ** 2`` a row, in float32.
+    ``F.cross_entropy(z, target, ...) + z_loss * logsumexp(z) ** 2`` per row, in float32.
 
     Args:
         logits: (..., V): classes are the last dimension. float32, bfloat16 or float16 (float64 on
             the reference).
         target: (...), int64 or int32 class of each row.
-        weight: (V,), weight of each class, as torch's. The z-loss of a row is not weighted.
+        weight: (V,), weight of each class, as in torch. The z-loss of a row is not weighted.
         ignore_index: rows with this target have no loss and no gradient.
-        label_smoothing: in [0, 1], as torch's.
+        label_smoothing: in [0, 1], as in torch.
         z_loss: factor of lse^2 (PaLM, arXiv:2204.02311).
         softcap: > 0, or None.
-        reduction: "none", "sum" or "mean": over the rows not ignored (their weights with `weight`).
-            With every row ignored the mean is NaN (its gradient 0), as torch's; with `num_items` it
-            is 0.
-        num_items: divide by this in place of the rows seen here (the tokens of all micro-batches
-            or ranks). A tensor is not waited for.
+        reduction: "none", "sum" or "mean". The mean is over the rows that are not ignored (over
+            their weights with `weight`). With every row ignored it is NaN (its gradient 0), as in
+            torch; with `num_items` it is 0.
+        num_items: divide by this number (the tokens of all micro-batches or ranks) instead of the
+            number of rows in this call. Nothing waits for the value of a tensor.
         return_lse: also return logsumexp(z), (...), differentiable, ignored rows included.
 
     Returns:
-        The float32 loss: a scalar, or (...) for "none"; with `return_lse` a pair.
+        The float32 loss: a scalar, or (...) for "none"; with `return_lse` the pair (loss, lse).
 
-    Forward reads the logits once; backward reads them once and writes the gradient, in their
-    dtype, once. Kept between the two: the logits and two or three float32 a row.
+    The forward reads the logits once. The backward reads them once and writes the gradient once, in
+    their dtype. Kept between the two: the logits and two or three float32 values per row.
 
     Raises:
         InputError: shapes or options that do not fit; on the CPU also a target out of range.
@@ -221,8 +221,8 @@ def coefficients(
     ignore_index: int,
     total_weight,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """on_p, on_target, on_all of the module's docstring from the gradients of the forward's
-    outputs (None: nothing depends on it).
+    """on_p, on_target and on_all (see the module's docstring) from the gradients of the forward's
+    outputs (None: nothing depends on the output).
     """
     d_nll = torch.where(target == ignore_index, 0.0, d_nll)
     on_p = d_nll if d_log_sum is None else d_log_sum + d_nll
@@ -253,7 +253,7 @@ def _setup_loss(ctx, inputs, output):
     stats = output[1]
     ctx.mark_non_differentiable(stats)
     ctx.save_for_backward(logits, target, stats)
-    ctx.set_materialize_grads(False)  # else the backward begins with zeros like stats
+    ctx.set_materialize_grads(False)  # otherwise the backward begins with zeros like stats
 
 
 def _autograd_loss(ctx, d_loss, _):

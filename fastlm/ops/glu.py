@@ -1,7 +1,7 @@
 """Gated linear units (Shazeer 2020, arXiv:2002.05202): SwiGLU and GeGLU without intermediates.
 
-The backward computes the activation again from `gate` rather than keep it: at two to three
-multiply-adds per byte moved the arithmetic is free, the memory is not.
+The backward recomputes the activation from `gate` instead of keeping it: at two to three
+multiply-adds per byte moved, the arithmetic is free and the memory is not.
 """
 
 from torch import Tensor
@@ -23,11 +23,11 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
     Args:
         gate: (..., F), float32, bfloat16 or float16 (float64 on the reference). The halves of one
             fused projection, ``x.chunk(2, -1)``, are read without a copy.
-        up: shape and dtype of gate. Under ``torch.autocast`` two dtypes become the wider one.
+        up: shape and dtype of gate. Under ``torch.autocast`` both are cast to the wider dtype.
         act: silu, gelu_tanh or gelu.
 
-    Computed in float32 and rounded once. Reads 2, writes 1 element per result; the backward reads 3
-    and writes 2 and keeps only gate and up.
+    Computed in float32 and rounded once. The forward reads 2 and writes 1 element per result. The
+    backward reads 3, writes 2 and keeps only gate and up.
 
     Raises:
         InputError: gate and up differ in shape, dtype or device; act is not one of the three.

@@ -1,8 +1,8 @@
-"""Linear layers, for training: ``F.linear`` whose speed does not depend on operands' addresses.
+"""Linear layers for training: ``F.linear`` at a speed that does not depend on operands' addresses.
 
-The library's (oneDNN through torch) bfloat16 products read some operands unpacked, and in a
-training step take 5 to 30 % longer in one process than in the next; `csrc/cpu/linear.h` packs what
-it reads twice. Where that does not pay, torch's product is what runs (`_own`).
+The library's bfloat16 products (oneDNN through torch) read some operands unpacked, and in a
+training step they take 5 to 30 % longer in one process than in the next. `csrc/cpu/linear.h` packs
+what it reads twice. Where that does not pay, torch's product runs (`_own`).
 """
 
 import math
@@ -19,10 +19,10 @@ from fastlm.operator import autocast, autocast_somewhere, register
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.transforms import is_eager
 
-# Least rows from which the own bfloat16 products are faster than torch's (docs/log.md): with a
-# gradient, without. Where bfloat16 has a fast dot product, torch's are as fast on operands in the
-# cache; without one, or with a slow one, torch takes 2 to 4 times as long, and on AVX2 70 times for
-# gradients. On AMX torch's are up to 1.2 times as fast, and float32 has MKL.
+# Fewest rows with which fastlm's bfloat16 products are faster than torch's (docs/log.md): with a
+# gradient, without. Where the CPU has a fast bfloat16 dot product, torch's are as fast on operands
+# in the cache. Without one, or with a slow one, torch takes 2 to 4 times as long, and on AVX2 70
+# times for gradients. On AMX torch's are up to 1.2 times as fast, and float32 has MKL.
 _LEAST_ROWS: dict[str, tuple[float, float]] = {
     "avx512": (1024, math.inf),
     "avx512_fma": (64, 64),
@@ -39,10 +39,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: (N, K), x's dtype.
         bias: (N,), x's dtype.
 
-    Sums are float32 and rounded once. On a CPU without AMX, bfloat16 products run on fastlm's
-    kernels from the number of rows on from which they are faster (`_LEAST_ROWS`); everything else,
-    and everything under ``torch.compile``, on torch's. The backward keeps x and weight, each where
-    the other learns, and takes N K float32 and the packed operands beside its results.
+    Sums are float32 and rounded once. On a CPU without AMX, bfloat16 products with enough rows
+    (`_LEAST_ROWS`) run on fastlm's kernels, which are then faster. Everything else, and everything
+    under ``torch.compile``, runs on torch's. The backward keeps x if weight needs a gradient, and
+    weight if x does. In addition to its results it uses N K float32 and the packed operands.
 
     Raises:
         InputError: shapes or dtypes do not fit.
@@ -75,14 +75,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` on `linear`."""
+    """``nn.Linear`` that calls `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
 
 def _own(x: Tensor, weight: Tensor) -> bool:
-    """Whether the own products run: where they are faster, and autograd asks for no more than a
+    """Whether fastlm's own products run: where they are faster, and autograd needs no more than a
     gradient.
     """
     if not is_eager(x, weight) or not x.is_cpu:
@@ -94,7 +94,7 @@ def _own(x: Tensor, weight: Tensor) -> bool:
     least = _LEAST_ROWS.get(cpu_isa() or "", (math.inf, math.inf))[0 if learns else 1]
     return (
         x.numel() >= least * x.shape[-1] > 0
-        and forced() != "triton"  # interpreted: it leaves products to torch, as on a GPU
+        and forced() != "triton"  # when interpreted, Triton leaves products to torch, as on a GPU
         and weight.numel() > 0
     )
 

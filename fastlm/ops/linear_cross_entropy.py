@@ -1,18 +1,18 @@
 """Cross-entropy of a linear layer's outputs, without the (N, V) logits ever being in memory.
 
-Two ways, one kernel pair (csrc/cpu/linear_cross_entropy.h):
+Two ways, one pair of kernels (csrc/cpu/linear_cross_entropy.h):
 
 - "sum" and "mean": the gradient of each row is known in the forward up to one factor, so it is
-  computed there, chunk of rows by chunk of rows, while the chunk's exponentials are at hand: 3
-  matrix products (`linear_cross_entropy_loss`);
-- "none", or with lse: the gradient of each row is known in the backward only: lse in the forward,
-  the logits again in the backward: 4 matrix products (`linear_cross_entropy`,
-  `linear_cross_entropy_backward`). Few rows go this way too: it writes the weight's gradient once,
-  in the weight's dtype, and that is what they spend their time on.
+  computed there, one chunk of rows after another, while the chunk's exponentials are at hand. This
+  takes 3 matrix products (`linear_cross_entropy_loss`).
+- "none", or with lse: the gradient of each row is known only in the backward. The forward computes
+  lse and the backward recomputes the logits. This takes 4 matrix products (`linear_cross_entropy`,
+  `linear_cross_entropy_backward`). Few rows use this way too: it writes the weight's gradient only
+  once, in the weight's dtype, and that write is what takes their time.
 
-Where the products are so small that the calls around them are what costs, the loss is the
-definition itself: float32 logits in memory and `cross_entropy` on them. Those products are torch's,
-whose last bit may depend on the number of threads and on the operands' addresses (seen on a Zen 4).
+Where the products are so small that the calls around them dominate, the loss is computed by its
+definition: float32 logits in memory and `cross_entropy` on them. Those products are torch's, whose
+last bit may depend on the number of threads and on the operands' addresses (seen on a Zen 4).
 """
 
 import math
@@ -37,13 +37,13 @@ from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.row_losses import row_factors, row_losses
 from fastlm.transforms import is_eager, wants_gradient
 
-_FEW_ROWS = 64  # the fourth product costs what a float32 gradient of the weight would at 100 to 200
-# Rows x features x classes: up to here the definition takes less time than the kernels' calls: a
-# fifth at 4 thousand, as much at 2 to 4 million.
+_FEW_ROWS = 64  # at 100 to 200 the fourth product costs as much as a float32 gradient of the weight
+# Rows x features x classes up to which the definition takes less time than the kernels' calls: a
+# fifth of it at 4 thousand, the same at 2 to 4 million.
 _SMALL = 1 << 20
-# Gradients made in the forward do not have GradScaler's factor yet: in float16 a mean over a
+# Gradients computed in the forward do not have GradScaler's factor yet. In float16 a mean over a
 # thousand rows would lose all but the targets' classes, and the input's gradient its last bits. 64
-# is what its first factor, 2^16, makes of 1024 rows: a class's share of 1e-9 is kept, and weights
+# is GradScaler's first factor, 2^16, over 1024 rows: a class's share of 1e-9 is kept, and weights
 # of up to 256 do not overflow.
 _HALF_PEAK = 64.0
 
@@ -73,12 +73,12 @@ def linear_cross_entropy(
         linear_bias: (V,), any float dtype.
         others: as in `cross_entropy`.
 
-    Under ``torch.autocast`` input and linear_weight are cast to its dtype, as F.linear's are.
-    Logits, sums and lse are float32; the gradient of the logits is rounded to input's dtype for
-    the matrix products that follow it, which sum in float32. Memory beside the gradients: 32 to 64
-    MiB of workspace (more under a weight of more than 64 Mi elements), and for a 16-bit weight the
-    float32 sum of its gradient; for products of a few rows at most 4 MiB each of logits and of a
-    16-bit weight in float32.
+    Under ``torch.autocast`` input and linear_weight are cast to its dtype, as by F.linear. Logits,
+    sums and lse are float32; the gradient of the logits is rounded to input's dtype for the matrix
+    products that follow it, which sum in float32. Memory in addition to the gradients: 32 to 64 MiB
+    of workspace (more for a weight of more than 64 Mi elements) and, for a 16-bit weight, the
+    float32 sum of its gradient. Products of a few rows need at most 4 MiB each for the logits and
+    for a 16-bit weight in float32.
 
     Raises:
         InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
@@ -116,12 +116,12 @@ def linear_cross_entropy(
         check(input, "input", classes, target, weight, label_smoothing)
         check_options(softcap, reduction, num_items)
         if (
-            is_eager(input, linear_weight, target)  # first: a traced size would be a guard
+            is_eager(input, linear_weight, target)  # first: a traced size would add a guard
             and target.numel() <= _FEW_ROWS
             and target.numel() * linear_weight.numel() <= _SMALL
             and serves_by("cpu", "linear_cross_entropy", input)
             and ignore_index
-            not in target.reshape(-1).tolist()  # those have no part in dw, even as NaN
+            not in target.reshape(-1).tolist()  # ignored rows must not reach dw, even as NaN
         ):
             logits = _float32_logits(input, linear_weight, linear_bias)
             return cross_entropy(
@@ -192,7 +192,7 @@ def linear_cross_entropy(
 def _unit(on_nll: Tensor, on_smoothed: Tensor | None, classes: int, logit_scale: float) -> Tensor:
     """A power of two that brings the largest coefficient of a logit's gradient to `_HALF_PEAK`."""
     most = on_nll if on_smoothed is None else on_nll + on_smoothed * classes
-    # of no row, or of rows without a factor: 1
+    # the unit is 1 without rows, or where every row's factor is 0
     most = F.pad(most.detach(), (0, 1)).amax() * abs(logit_scale)
     most = torch.where((most > 0) & (most < torch.inf), most, _HALF_PEAK)
     return torch.exp2(-torch.log2(most / _HALF_PEAK).floor())
@@ -315,8 +315,8 @@ def _autograd_forward(ctx, _, d_log_sum, d_nll, d_smoothed):
 
 
 def _setup_loss(ctx, inputs, output):
-    _, *gradients = output  # differentiable: so that a second derivative is refused, not zero
-    ctx.set_materialize_grads(False)  # else the backward begins with zeros for each of them
+    _, *gradients = output  # differentiable, so that a second derivative is refused and not zero
+    ctx.set_materialize_grads(False)  # otherwise the backward begins with zeros for each of them
     ctx.save_for_backward(*gradients)
     ctx.dtypes = inputs[1].dtype, (inputs[0] if inputs[2] is None else inputs[2]).dtype
 
@@ -334,7 +334,7 @@ def _logits_flops(input, linear_weight, *_, **__):
 
 
 def _backward_flops(on_p, on_target, on_all, *rest, **_):
-    return _loss_flops(*rest)  # the logits again, as many products as the loss with gradients
+    return _loss_flops(*rest)  # recomputes the logits: as many products as the loss with gradients
 
 
 def _loss_flops(input, linear_weight, *options, **_):

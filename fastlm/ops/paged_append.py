@@ -1,4 +1,4 @@
-"""New keys and values into a cache of pages, int8 too: what `paged_attention` reads."""
+"""Appends keys and values to a paged cache, also in int8, which `paged_attention` reads."""
 
 import torch
 from torch import Tensor
@@ -23,23 +23,25 @@ def paged_append(
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
 ) -> None:
-    """``k_cache[block_table[b, p // page_size], p % page_size] = k[b, s]``, p = positions[b, s];
-    v likewise; in place.
+    """``k_cache[block_table[b, p // page_size], p % page_size] = k[b, s]`` with
+    p = positions[b, s], in place; the same for v.
 
-    In an int8 cache ``round(k / k_scale)``, to even, held within -127 to 127.
+    An int8 cache receives ``round(k / k_scale)``, ties to even, clamped to -127 to 127.
 
     Args:
         k: (B, S, Hkv, D), v: (B, S, Hkv, Dv), float32, bfloat16 or float16. Under
-            ``torch.autocast`` they take the dtype of a cache that is not int8.
+            ``torch.autocast`` they are cast to the dtype of a cache that is not int8.
         k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): k's dtype, or
-            int8 with scales. Any page size; elements of a head side by side, all else strided.
+            int8 with scales. Any page size; the elements of a head are contiguous, all other
+            strides are free.
         block_table: (B, max_pages) int32 or int64.
-        positions: (B, S) int32 or int64. A token below 0, beyond the table or with a page that the
-            cache has not (rows of a padded batch) is left out. No two tokens at one place.
+        positions: (B, S) int32 or int64. A token below 0, beyond the table or on a page that the
+            cache does not have (rows of a padded batch) is left out. No two tokens may have the
+            same place.
         k_scale, v_scale: value of one int8 step, for int8 caches only: a number, or a tensor of
             shape () or (Hkv,).
 
-    Nothing waits for the device on a GPU. No autograd.
+    On a GPU nothing waits for the device. No autograd.
 
     Raises:
         InputError: shapes, dtypes, devices or scales that do not fit.
@@ -105,8 +107,8 @@ def _by_torch(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    """The reference without a look at values: what is left out writes what a token that is there
-    writes, or where none is, what the cache has.
+    """The reference without reading values back. A token that is left out writes the same as one
+    that is not or, if all are left out, what the cache already has.
     """
     pages, page_size = k_cache.shape[:2]
     if not pages * block_table.shape[1] * positions.numel():

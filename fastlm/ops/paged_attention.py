@@ -1,4 +1,4 @@
-"""Attention on a key-value cache of pages (Kwon et al. 2023, arXiv:2309.06180), int8 too."""
+"""Attention on a paged key-value cache (Kwon et al. 2023, arXiv:2309.06180), also in int8."""
 
 import torch
 from torch import Tensor
@@ -33,12 +33,12 @@ def paged_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of the S newest positions of each sequence on its keys and values in pages.
 
-    Key j of sequence b is ``k_cache[block_table[b, j // page_size], j % page_size]``; it has
-    ``seq_lens[b]`` keys, those of q included: with causal, the last query sees all of them.
+    Key j of sequence b is ``k_cache[block_table[b, j // page_size], j % page_size]``. The sequence
+    has ``seq_lens[b]`` keys, including those of q: with causal, the last query sees all of them.
 
     Args:
-        q: (B, S, H, D), float32, bfloat16 or float16. Under ``torch.autocast`` it takes the dtype
-            of a cache that is not int8.
+        q: (B, S, H, D), float32, bfloat16 or float16. Under ``torch.autocast`` it is cast to the
+            dtype of a cache that is not int8.
         k_cache: (pages, page_size, Hkv, D), v_cache: (pages, page_size, Hkv, Dv): q's dtype, or
             int8 with scales. Any page size.
         block_table: (B, max_pages) int32 or int64; entries past a sequence's last page are not
@@ -46,7 +46,7 @@ def paged_attention(
         seq_lens: (B,) int32 or int64.
         k_scale, v_scale: value of one int8 step, for int8 caches only: a number, or a tensor of
             shape () or (Hkv,).
-        bias: broadcast to (B, H, S, longest T); sequence b uses its first keys.
+        bias: broadcast to (B, H, S, longest T); a shorter sequence uses the first keys of it.
         return_lse: also return lse (B, H, S), float32.
 
     Returns:
@@ -54,7 +54,7 @@ def paged_attention(
 
     Raises:
         InputError: as `attention`; scales that do not fit; on the CPU, a page outside the cache or
-            a length beyond the table (a GPU would have to be waited for; its kernels stay inside).
+            a length beyond the table (this check would wait for a GPU, whose kernels stay inside).
     """
     try:
         out, lse = op(
@@ -86,8 +86,8 @@ def checked(
     alibi_slopes: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple:
-    """The arguments of `op`: all that `paged_attention` refuses without a look at values. The
-    caches are passed on as they are, so that what is written to them before `op` runs counts."""
+    """The arguments of `op`, after all checks of `paged_attention` that read no values. The caches
+    are passed on without a copy, so that writes to them before `op` runs count."""
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")

@@ -1,4 +1,4 @@
-"""Round to nearest onto int8 or int4, the scale of each group chosen for the smallest squared
+"""Rounding to nearest int8 or int4, with the scale of each group chosen for the smallest squared
 error.
 """
 
@@ -9,12 +9,12 @@ from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import SCALE_DTYPES, QuantizedWeight, check_group_size, pack_rows
 from fastlm.ops.wrong_type import FAILURES, explained
 
-# int4 scales tried, as fractions of the one that puts the group's largest weight on the end of
-# the range: clipping it costs less than a coarser step for all others. Groups of 128 gain 0.5 dB
-# and stop gaining at 0.75; whole rows of heavy-tailed weights gain down to 0.55 (4 dB).
+# int4 scales to try, as fractions of the scale that puts the group's largest weight on the end of
+# the range: clipping that weight costs less than a coarser step for all others. Groups of 128 gain
+# 0.5 dB and stop gaining at 0.75; whole rows of heavy-tailed weights gain down to 0.55 (4 dB).
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.65, 0.55)
-# Weights per pass over the candidates: the temporaries stay in the L2, and torch splits nothing
-# this small over threads, whose barriers cost 100 times the work when a core is busy elsewhere.
+# Weights per pass over the candidates. The temporaries stay in the L2, and torch does not split
+# such small work over threads, whose barriers cost 100 times the work if a core is busy elsewhere.
 _BLOCK = 1 << 15
 
 
@@ -29,18 +29,18 @@ def quantize_weight(
     """``q = round((w - zeros) / scales)`` per group of `group_size` columns of each row.
 
     Args:
-        w: (N, K), any float dtype, strided or not; finite.
+        w: (N, K), any float dtype, any strides; finite.
         bits: 4 or 8.
-        group_size: a multiple of 8, or -1 for one group a row. Where it does not divide K the last
+        group_size: a multiple of 8, or -1 for one group per row. If it does not divide K, the last
             group is short.
         symmetric: without offsets, q in [-127, 127] or [-8, 7]. Otherwise the range is that of the
             group's values.
-        scale_dtype: of scales and zeros. q is rounded against the stored scale, so bfloat16 costs
-            no accuracy.
+        scale_dtype: dtype of scales and zeros. q is rounded with the stored scale, so bfloat16
+            costs no accuracy.
 
     int8: scale = absmax / 127. int4, symmetric: the largest weight is put on -8 (the longer side,
-    so scales have a sign) or on 7, full or clipped, whichever gives the group the smallest squared
-    error.
+    so scales have a sign) or on 7, in full or clipped, whichever yields the smallest squared error
+    in the group.
 
     Raises:
         InputError: not a matrix of finite floats, bits or group_size not as above, a scale that
@@ -96,8 +96,8 @@ def quantize_weight(
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as it will be stored, back in float32; 1 where the group is all zero (or too
-    small for the dtype).
+    """The scale as it will be stored, converted back to float32; 1 where the group is all zero (or
+    too small for the dtype).
     """
     s = scale.to(dtype).float()
     return torch.where(s == 0, 1.0, s)
@@ -113,7 +113,7 @@ def _int4(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     peak = torch.where(-low > high, low, high)  # signed value of the largest magnitude
     best_error = torch.full_like(peak, torch.inf)
     best_scale = peak
-    # on -8 with its sign; on +-7; each shrunk
+    # the peak on -8 with its sign, then on +-7; each scale also shrunk
     for end in (-8.0, 7.0):
         for shrink in _SHRINK:
             s = _storable(peak * (shrink / end), dtype)
@@ -129,7 +129,7 @@ def _asymmetric(v: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     low, high = v.aminmax(dim=-1)
     down, up = float(2 ** (bits - 1)), float(2 ** (bits - 1) - 1)
     z = (low + (high - low) * (down / (down + up))).to(dtype).float()
-    # from the stored offset both ends must still be reached
+    # both ends must still be within reach of the stored offset
     s = _storable(torch.maximum((high - z) / up, (z - low) / down), dtype)
     q = ((v - z[..., None]) / s[..., None]).round_().clamp_(-down, up)
     return q, s.to(dtype), z.to(dtype)

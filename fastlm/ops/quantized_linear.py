@@ -23,15 +23,15 @@ def quantized_linear(
         x: (..., K), float32, bfloat16 or float16 (float64 on the reference).
         qweight: (N, K), see `QuantizedWeight`.
         bias: (N,), any float dtype, or None.
-        act_bits: 16: x as it is. 8: x is rounded to int8 first, ``q = round(x * (127 / absmax))``
-            with one absmax per row and run; a run is a group of the weight's columns, cut at 512.
-            Products and sums within a run are exact integers. (As llama.cpp and OpenVINO do. One
-            scale a row loses 7 to 12 dB on SmolLM2's activations, which have outliers: perplexity
-            +3.0 % against +0.2 % for groups of 32.)
+        act_bits: 16: x unchanged. 8: x is rounded to int8 first, ``q = round(x * (127 / absmax))``
+            with one absmax per row and run. A run is a group of the weight's columns, split every
+            512 columns. Products and sums within a run are exact integers. (llama.cpp and OpenVINO
+            do the same. One scale per row loses 7 to 12 dB on SmolLM2's activations, which have
+            outliers: perplexity +3.0 % against +0.2 % for groups of 32.)
 
-    Returns (..., N) of x's dtype; sums are float32. Gradients reach x (``dy @ W``, act_bits 8 as
-    if x had not been rounded) and bias; the weight is frozen. Memory traffic at few rows is that
-    of `qweight`.
+    Returns (..., N) in x's dtype; sums are float32. Gradients reach x (``dy @ W``; with act_bits 8
+    as if x had not been rounded) and bias; the weight is frozen. With few rows, the memory traffic
+    is that of `qweight`.
 
     Raises:
         InputError: sizes, dtypes or devices that do not fit.
@@ -160,7 +160,7 @@ def _dequantize_fake(
     return scales.new_empty(qdata.shape[0], k, dtype=dtype)
 
 
-# (rows, K) of a QuantizedWeight, or of rows taken from one. picked_by: qdata is no float.
+# (rows, K) of a QuantizedWeight, or of rows taken from one. Picked by scales: qdata is no float.
 dequantize = register(
     "dequantize(Tensor qdata, Tensor scales, Tensor? zeros, int bits, int group_size, int k,"
     " ScalarType dtype) -> Tensor",

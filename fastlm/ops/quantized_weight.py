@@ -1,4 +1,4 @@
-"""A weight matrix in int8 or int4 with one scale (and, where asymmetric, one offset) per group of
+"""A weight matrix in int8 or int4 with one scale (and, if asymmetric, one offset) per group of
 columns.
 
 The layout is row-major and the same on every machine: a checkpoint is used in place, and no
@@ -14,13 +14,13 @@ from torch import Tensor
 from fastlm.errors import InputError
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# 8 columns of int4 fill a 32-bit lane: the kernels want a lane within one group.
+# 8 columns of int4 fill a 32-bit lane: the kernels need each lane to be within one group.
 GROUP_STEP = 8
 ANY_K = 1 << 62  # for check_group_size where there is no weight yet
 
 
 def check_group_size(group_size: int, k: int) -> int:
-    """The group size with -1 (one group a row) resolved."""
+    """The group size, with -1 (one group per row) resolved."""
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise InputError(f"group_size: wanted an int, got {group_size!r}")
     if group_size == -1:
@@ -38,7 +38,7 @@ class QuantizedWeight:
     """``w[n, k] = scales[n, k // group_size] * q[n, k] (+ zeros[n, k // group_size])``, shape
     (N, K).
 
-    The last group of a row is short when `group_size` does not divide K.
+    The last group of a row is short if `group_size` does not divide K.
 
     Attributes:
         qdata: bits 8: int8 (N, K). bits 4: uint8 (N, ceil(K / 2)), column 2i in the low nibble,
@@ -112,7 +112,7 @@ class QuantizedWeight:
         )
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
-        """The same weight on another device; dtypes stay."""
+        """The same weight on another device, with unchanged dtypes."""
         return QuantizedWeight(
             self.qdata.to(device),
             self.scales.to(device),

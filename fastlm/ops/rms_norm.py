@@ -27,12 +27,12 @@ def rms_norm(
         x: (..., H), float32, bfloat16 or float16 (float64 on the reference).
         weight: (H,), any float dtype.
         eps: added to the mean square.
-        residual: like x. The sum is rounded to x's dtype before it is normalised, as two separate
-            ops would. Under ``torch.autocast`` x and residual of two dtypes take the wider one.
+        residual: like x. The sum is rounded to x's dtype before it is normalised, as by two
+            separate ops. Under ``torch.autocast`` x and residual are cast to the wider dtype.
         offset: 1.0 for Gemma, whose weights are stored minus one.
 
-    Statistics and products are float32. Forward reads x (and residual) once and writes y (and h)
-    once; the backward keeps h and one float32 per row.
+    Statistics and products are float32. The forward reads x (and residual) once and writes y (and
+    h) once; the backward keeps h and one float32 per row.
 
     Raises:
         InputError: H is 0 or not the weight's size, or residual differs from x in shape, dtype or

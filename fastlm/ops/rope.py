@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries and keys in one call.
 
 One operator serves both directions: the gradient of a rotation is the rotation back, so `_rope`
-with ``inverse=True`` is its own backward. Rejected: two calls, one for q and one for k, which reads
-the tables twice and pays the call twice.
+with ``inverse=True`` is its own backward. Rejected: two calls, one for q and one for k, which would
+read the tables twice and pay for the call twice.
 """
 
 import torch
@@ -35,16 +35,16 @@ def rope(
 
     Args:
         q: (B, H, S, D), any strides, float32, bfloat16 or float16 (float64 on the reference).
-        k: (B, Hkv, S, D), any strides, dtype of q. Under ``torch.autocast`` q and k of two dtypes
-            take the wider one.
+        k: (B, Hkv, S, D), any strides, dtype of q. Under ``torch.autocast`` q and k are cast to the
+            wider dtype.
         cos, sin: (S, R), (1, S, R) or (B, S, R), any float dtype, R even and at most D. R < D is a
-            partial rotation. These are what Hugging Face's rotary embeddings return: every angle
-            stands twice, as ``cat(f, f)`` for half-split and ``repeat_interleave(f, 2)`` for
+            partial rotation. These are what Hugging Face's rotary embeddings return: they have
+            every angle twice, as ``cat(f, f)`` for half-split and ``repeat_interleave(f, 2)`` for
             interleaved. They get no gradient.
-        rotary_dim: R, said where it is less than D. Unsaid, tables of R = D / 2 could be those of a
-            whole rotation with every angle once, as Llama's own code has them: they are refused
-            unless every angle stands twice. That reads them; where values cannot be read (a GPU,
-            torch.compile) the result is NaN instead of a refusal.
+        rotary_dim: R, to be given if it is less than D. Without it, tables of R = D / 2 could be
+            those of a whole rotation with every angle once, as in Llama's own code: they are
+            refused unless they have every angle twice. This check reads the tables; where values
+            cannot be read (a GPU, torch.compile) the result is NaN instead of a refusal.
 
     Products and sums are float32, rounded once. Each element is read once and written once; the
     results have the memory order of q and k.
@@ -97,14 +97,16 @@ def rope(
             )
         if rotary_dim is None and 2 * turned == width:
             cos = _with_every_angle_twice(cos, interleaved)
-        # the results have the memory order of the arguments: the operator's fake must know it
+        # the results have the memory order of the arguments, which the operator's fake must see
         return _rope(dense(q), dense(k), cos, sin, interleaved, False)
     except FAILURES as error:
         raise explained(error, rope, locals()) from None
 
 
 def _with_every_angle_twice(cos: Tensor, interleaved: bool) -> Tensor:
-    """cos, or where it may not be looked at and has every angle once, NaN."""
+    """cos, if it has every angle twice. If not, raise or, where values cannot be read, return NaN
+    in its place.
+    """
     half = cos.shape[-1] // 2
     first, second = (
         (cos[..., ::2], cos[..., 1::2]) if interleaved else (cos[..., :half], cos[..., half:])

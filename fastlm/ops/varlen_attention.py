@@ -1,4 +1,4 @@
-"""Attention over sequences packed one after the other: no padding, no leak between them."""
+"""Attention over sequences packed one after the other, with no padding and no leak between them."""
 
 import torch
 from torch import Tensor
@@ -43,17 +43,18 @@ def varlen_attention(
 
     Args:
         q: (total_q, H, D), k: (total_k, Hkv, D), v: (total_k, Hkv, Dv). Any strides.
-        cu_seqlens_q: (B + 1,), int32 or int64, from 0 to total_q without falling; a sequence may
-            be empty.
+        cu_seqlens_q: (B + 1,), int32 or int64, non-decreasing from 0 to total_q; a sequence may be
+            empty.
         cu_seqlens_k: the same for the keys; cu_seqlens_q by default.
-        max_seqlen_q, max_seqlen_k: the longest sequences, a hint for GPU launches; the totals by
-            default.
-        bias: broadcast to (B, H, longest S, longest T); sequence b uses its first rows and keys.
+        max_seqlen_q, max_seqlen_k: lengths of the longest sequences, a hint for GPU launches; the
+            totals by default.
+        bias: broadcast to (B, H, longest S, longest T); a shorter sequence uses the first rows and
+            keys of it.
         return_lse: also return lse (H, total_q), float32.
 
     Raises:
         InputError: as `attention`; on the CPU, when the offsets do not rise from 0 to the total
-            (a GPU would have to be waited for; its kernels stay inside the tensors).
+            (this check would wait for a GPU, whose kernels stay inside the tensors).
     """
     try:
         if autocast_somewhere():
@@ -142,7 +143,9 @@ def _autograd_backward(ctx, dout, dlse):
 
 
 def _pairs(cu_q, cu_k, sinks, alibi_slopes, bias, seed, longest_q, longest_k, *_):
-    """Queries times keys of all sequences, the longest where their lengths cannot be read."""
+    """Queries times keys, summed over all sequences; with the longest lengths if the lengths cannot
+    be read.
+    """
     if not has_values(cu_q):
         return (cu_q.shape[0] - 1) * longest_q * longest_k
     return int((cu_q.diff().long() * cu_k.diff()).sum())

@@ -1,8 +1,8 @@
-"""One line for an argument of the wrong type.
+"""A one-line error for an argument of the wrong type.
 
-Types are looked at only once something has failed: looking in every call would cost more than the
+Types are checked only after something has failed: a check in every call would cost more than the
 checks of shapes. So a public function is its contract and one ``try``, which costs nothing.
-Rejected: a decorator, 40 to 100 ns a call.
+Rejected: a decorator, 40 to 100 ns per call.
 """
 
 import numbers
@@ -15,7 +15,7 @@ import torch
 
 from fastlm.errors import InputError
 
-# What a wrong type raises where it is first used: in Python, in pybind11, in torch's dispatcher.
+# What a wrong type raises at its first use: in Python, in pybind11 or in torch's dispatcher.
 FAILURES = (AttributeError, TypeError, RuntimeError)
 
 _NAMES = {
@@ -26,7 +26,7 @@ _NAMES = {
     str: "a string",
     types.NoneType: "None",
 }
-# What serves as well: an integer as a number, numpy's and symbolic ones.
+# Types that are accepted too: an integer as a number, numpy's and symbolic numbers.
 _WIDER: dict[type, tuple[type, ...]] = {
     float: (numbers.Real, torch.SymInt, torch.SymFloat),
     int: (numbers.Integral, torch.SymInt),
@@ -35,10 +35,10 @@ _WIDER: dict[type, tuple[type, ...]] = {
 
 
 def explained(error: Exception, op: Callable, arguments: Mapping[str, Any]) -> Exception:
-    """InputError for the first of `arguments` that is not of the type `op` is annotated with;
-    `error` where all are.
+    """An InputError for the first of `arguments` whose type is not the one in `op`'s annotations,
+    or `error` if all types fit.
     """
-    if torch.compiler.is_compiling():  # Dynamo cannot follow what stands below
+    if torch.compiler.is_compiling():  # Dynamo cannot trace the code below
         return error
     for name, hint in typing.get_type_hints(op).items():
         if name == "return":

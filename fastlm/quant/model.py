@@ -1,9 +1,9 @@
-"""`quantize`: nn.Linear and nn.Embedding of any model replaced in place, and the same from a saved
-configuration.
+"""`quantize` replaces nn.Linear and nn.Embedding of any model in place; `load_quantized` does so
+from a saved configuration.
 
 A weight that several modules share (an embedding tied to the head) is quantized once and stays
-shared. Rejected: tensor subclasses in place of parameters, which every op of a model would then
-have to know.
+shared. Rejected: tensor subclasses in place of parameters. Every op of a model would have to handle
+them.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,21 +41,22 @@ def quantize(
 
     Args:
         model: any module tree; returned.
-        format: w4a16, w8a16, w8a8 or w4a8: bits of the weights and of the activations of the
-        linear layers. group_size: columns per scale, see `fastlm.ops.quantize_weight`. method:
-        "rtn", round to nearest. calibration: for methods that look at activations; refused by rtn.
+        format: w4a16, w8a16, w8a8 or w4a8: bits of the weights and of the activations of the linear
+            layers.
+        group_size: columns per scale, see `fastlm.ops.quantize_weight`.
+        method: "rtn", round to nearest.
+        calibration: for methods that look at activations; refused by rtn.
         embeddings: bits of the embeddings: 4, 8, 16 or None (left as they are), or 0: those of
-        `format`.
-        head: bits of the head, the linear layer that `model.get_output_embeddings()` or an
-        attribute `lm_head`
-            names, likewise. A head tied to an embedding shares its quantized weight, so the two
-            must not disagree.
-        scale_dtype: of the scales.
-        track: progress, as `fastlm.progress`.
+            `format`.
+        head: bits of the head, likewise. The head is the linear layer that
+            `model.get_output_embeddings()` or an attribute `lm_head` names. A head tied to an
+            embedding shares its quantized weight, so the two must not disagree.
+        scale_dtype: dtype of the scales.
+        track: progress, as in `fastlm.progress`.
 
     Raises:
-        InputError: an unknown format or method, sizes that do not fit, tied weights with two
-        wishes.
+        InputError: an unknown format or method, sizes that do not fit, tied weights with different
+            bits.
     """
     check_options(format, group_size, method, embeddings, head)
     if calibration is not None:
@@ -106,7 +107,7 @@ def quantize(
 def check_options(
     format: str, group_size: int, method: str, embeddings: int | None, head: int | None
 ) -> None:
-    """InputError for what `quantize` refuses whatever the model."""
+    """Raise InputError for options that `quantize` refuses for every model."""
     if format not in FORMATS:
         raise InputError(f"format: wanted one of {', '.join(FORMATS)}, got {format!r}")
     if method not in METHODS:
@@ -118,7 +119,7 @@ def check_options(
 
 
 def find_head(model: nn.Module) -> nn.Module | None:
-    """The output layer, by Hugging Face's conventions."""
+    """Return the output layer, by Hugging Face's conventions."""
     getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else getattr(model, "lm_head", None)
 
@@ -131,10 +132,10 @@ def put_quantized(
     act_bits: int = 16,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """`model` with `weight` in the place of its nn.Linear or nn.Embedding `name`, whose bias stays.
+    """Replace the nn.Linear or nn.Embedding `name` by `weight`, keeping its bias; return the model.
 
-    `dtype`: of the rows that an embedding gives, by default its own. InputError: no such module,
-    another shape.
+    `dtype`: dtype of the rows that an embedding returns, by default its own. InputError: no such
+    module, another shape.
     """
     old = _module(model, name)
     if old.weight.shape != weight.shape:
@@ -169,7 +170,7 @@ def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
 
 
 def describe(kind: str, weight: QuantizedWeight) -> dict[str, Any]:
-    """What a ``quantization_config`` says of one "linear" or "embedding"."""
+    """Return the entry of a ``quantization_config`` for one "linear" or "embedding"."""
     return {
         "kind": kind,
         "bits": weight.bits,
@@ -183,8 +184,8 @@ def describe(kind: str, weight: QuantizedWeight) -> dict[str, Any]:
 def quantization_config(
     model: nn.Module, format: str, *, group_size: int, method: str = "rtn"
 ) -> dict[str, Any]:
-    """What config.json says of a quantized model: enough to read its weights and rebuild its
-    modules.
+    """Return what config.json states about a quantized model: enough to read its weights and
+    rebuild its modules.
     """
     modules: dict[str, dict[str, Any]] = {}
     for name, m in model.named_modules(remove_duplicate=False):
@@ -207,8 +208,8 @@ def load_quantized(
     """Replace modules as ``quantization_config`` says and fill the whole model from `state`,
     strictly.
 
-    `state` has ``<name>.qdata``, ``<name>.scales`` and where asymmetric ``<name>.zeros`` for
-    quantized modules. A tied head may be absent from it: it then shares the embedding's.
+    `state` has ``<name>.qdata``, ``<name>.scales`` and, if asymmetric, ``<name>.zeros`` for
+    quantized modules. A tied head may be absent from it; it then shares the embedding's weight.
     """
     if config.get("quant_method") != "fastlm":
         raise InputError(
@@ -233,7 +234,7 @@ def load_quantized(
             entry["group_size"],
             tuple(entry["shape"]),
         )
-    # tied modules are those with one parameter
+    # tied modules share one parameter
     keys = {name: id(_module(model, name).weight) for name in config["modules"]}
     shared = {keys[name]: weight for name, weight in weights.items()}
     for name, entry in config["modules"].items():

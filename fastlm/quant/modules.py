@@ -1,4 +1,4 @@
-"""nn.Module twins of nn.Linear and nn.Embedding that hold a `QuantizedWeight` in buffers."""
+"""Counterparts of nn.Linear and nn.Embedding that hold a `QuantizedWeight` in buffers."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ def check_act_bits(act_bits: int) -> int:
 class _Quantized(nn.Module):
     """Buffers `qdata`, `scales`, `zeros`; ``state_dict`` names are ``<name>.qdata`` and so on.
 
-    ``.to(dtype)`` and ``.half()`` leave the buffers as they are: scales are part of the format,
+    ``.to(dtype)`` and ``.half()`` do not change the buffers' dtypes: scales are part of the format,
     not activations.
     """
 
@@ -53,8 +53,9 @@ class QuantizedLinear(_Quantized):
     """``F.linear(x, weight.dequantize(x.dtype), bias)`` through `fastlm.ops.quantized_linear`.
 
     x (..., in_features) -> (..., out_features). `act_bits` 8 rounds x to int8 as well.
-    The weight is frozen; `bias` stays a parameter and gradients reach x, so adapters around it
-    train.
+
+    The weight is frozen; `bias` stays a parameter and gradients reach x, so adapters around it can
+    be trained.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class QuantizedEmbedding(_Quantized):
     """``F.embedding(ids, weight.dequantize(dtype))``: only the rows looked up are dequantized, into
     `dtype`.
 
-    `padding_idx` changes no value (it only stops a gradient, and the weight has none). A head tied
+    `padding_idx` changes no value: it only stops a gradient, and the weight has none. A head tied
     to the embedding is a `QuantizedLinear` on the same `QuantizedWeight`: the buffers are shared.
-    `act_bits` is for a head without a module of its own.
+    `act_bits` is for a head that has no module of its own.
     """
 
     def __init__(

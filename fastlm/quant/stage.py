@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 # Long enough to hide the first step, short enough for an untrained model on two cores
 DECODE_TOKENS = 64
-DECODE_ROUNDS = 3  # in turn, medians
+DECODE_ROUNDS = 3  # the models take turns; medians are reported
 
 
 @dataclass(frozen=True)
 class Quantize(Stage):
-    """Store the weights in 4 or 8 bits."""
+    """Quantize a model: store its weights in 4 or 8 bits."""
 
     kind = "quantize"
     command = ("quantize",)
@@ -131,7 +131,7 @@ class Quantize(Stage):
 
 
 def _check_out(out: Path, model: str) -> None:
-    """Before the work, not after it."""
+    """Refuse an output folder that cannot work, before the work rather than after it."""
     from fastlm.checkpoint.folder import locate_model
 
     if out.exists() and not out.is_dir():
@@ -148,7 +148,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def decode_speeds(models: "Mapping[str, CausalLM]", start: int) -> dict[str, float]:
-    """Measure tokens per second at batch 1, the models in turn; -> medians."""
+    """Measure tokens per second at batch 1, with the models taking turns; return medians."""
     import torch
 
     rates: dict[str, list[float]] = {name: [] for name in models}

@@ -1,15 +1,15 @@
-"""The definition of every op in plain PyTorch: what all others are tested against, never optimised.
-
+"""The definition of every op in plain PyTorch, never optimised. All other implementations are
+tested against it.
 The functions have the signatures of the operators (`fastlm.ops`), backward included, so that
 `use_backend("reference")` runs a whole model on them. They compute in float32, or in float64 when
 given float64, and return the input's dtype.
 
-Forward-mode AD goes through them, under ``vmap`` too: what depends on an input is never written
-into a tensor that does not.
+Forward-mode AD works through them, also under ``vmap``: a value that depends on an input is never
+written into a tensor that does not.
 
-One file an op, under the name of its file in `fastlm/ops`, and `adamw`. The others hold what
-several ops share. `rope`, `paged_append`, `paged_attention` and `adamw` name a file and a function:
-as attributes of this package they are the functions.
+One file per op, with the same name as its file in `fastlm/ops`, and `adamw`. The other files hold
+what several ops share. `rope`, `paged_append`, `paged_attention` and `adamw` each name a file and a
+function: as attributes of this package they are the functions.
 """
 
 from fastlm.reference.adamw import (

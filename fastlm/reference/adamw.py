@@ -12,17 +12,18 @@ _CHUNK = 32768  # elements that share one key of random numbers, as in csrc/cpu/
 
 
 def pack_state(x: Tensor, *, root: bool) -> tuple[Tensor, Tensor]:
-    """Float32 x to (uint8 codes of x's shape, float32 scales of its blocks of 256 in memory order).
+    """Pack float32 x into uint8 codes of x's shape and float32 scales of its blocks of 256 elements
+    in memory order.
 
     A scale is the block's largest magnitude. A code is the top bits of the float x / scale:
 
-    - a moment (``root=False``): sign bit, then 7 bits of which 3 mantissa, the nearest code;
-    - a root (``root=True``, x >= 0): 8 bits of which 4 mantissa; never zero unless x is.
+    - a moment (``root=False``): sign bit, then 7 bits, 3 of them mantissa; the nearest code;
+    - a root (``root=True``, x >= 0): 8 bits, 4 of them mantissa; never zero unless x is.
     """
     flat = _flat(x)
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % STATE_BLOCK)).view(-1, STATE_BLOCK)
     scales = blocks.abs().amax(1)
-    # a block that holds one bad value is NaN as a whole, so that it is seen
+    # one bad value makes its whole block NaN, so that it cannot go unnoticed
     scales = torch.where(blocks.isfinite().all(1), scales, torch.nan)
     inverse = torch.where(scales > 1e-37, 1 / scales, torch.zeros_like(scales))
     y = blocks * inverse[:, None]
@@ -41,7 +42,7 @@ def pack_state(x: Tensor, *, root: bool) -> tuple[Tensor, Tensor]:
 
 
 def unpack_state(codes: Tensor, scales: Tensor, *, root: bool) -> Tensor:
-    """The float32 values that `pack_state` stands for."""
+    """The float32 values of `pack_state`'s codes and scales."""
     flat = _flat(codes).int()
     mantissa, top = (4, 255) if root else (3, 127)
     shift = 23 - mantissa
@@ -72,8 +73,9 @@ def mix32(x):
 
 
 def round_stochastic(x: Tensor, key: int) -> Tensor:
-    """Dense float32 to bfloat16, up or down with probability by nearness: element i in memory order
-    of a tensor always takes the same random number under the same key."""
+    """Round dense float32 to one of the two neighbouring bfloat16 with a probability proportional
+    to nearness. Element i of a tensor, in memory order, always gets the same random number under
+    the same key."""
     flat = _flat(x)
     i = torch.arange(flat.numel(), device=x.device)
     chunk = mix32((key + (i // _CHUNK) * 0x9E3779B9) & 0xFFFFFFFF)
@@ -84,23 +86,23 @@ def round_stochastic(x: Tensor, key: int) -> Tensor:
 
 
 def step_key(seed: int, ordinal: int, step: int) -> int:
-    """The key of a tensor's random numbers in the step after `step` others; `ordinal` is its place
-    in the optimizer."""
+    """The key of a tensor's random numbers in the step after `step` others; `ordinal` is the
+    tensor's position in the optimizer."""
     key = mix32((seed ^ 0x9E3779B9) & 0xFFFFFFFF)
     return mix32(mix32(key ^ step) ^ ordinal)
 
 
 def join_master(param: Tensor, low: Tensor) -> Tensor:
-    """The float32 master of a bfloat16 parameter and the 16 bits (int16) that it lacks; zero lacks
-    none (those of the last step stay behind where somebody sets a parameter to zero)."""
+    """The float32 master of a bfloat16 parameter and the 16 bits (int16) that it lacks. Zero lacks
+    none: a parameter that the user set to zero still has the last step's."""
     high = param.view(torch.int16).int() << 16
     return (high + low.int().masked_fill(param == 0, 0)).view(torch.float32)
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """The bfloat16 nearest to each float32 (ties away from zero) and the lower 16 bits: read as a
-    signed number, what has to be added to the former's bits to give the latter's."""
-    master = torch.where(master.isnan(), torch.nan, master)  # one NaN, which cannot round up
+    """Split each float32 into the nearest bfloat16 (ties away from zero) and the lower 16 bits. The
+    latter, read as a signed number and added to the bfloat16's bits, give the float32 back."""
+    master = torch.where(master.isnan(), torch.nan, master)  # a single NaN, which cannot round up
     bits = master.view(torch.int32)
     high = ((bits + 0x8000) >> 16).short().view(torch.bfloat16)
     return high, bits.short()
@@ -124,10 +126,10 @@ def adamw(
     """One AdamW step (Loshchilov and Hutter 2019, arXiv:1711.05101) of every tensor, in place.
 
     `options` per tensor: lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding.
-    `keys`: seed and ordinal of `step_key`.
-    `masters`: float32 of a float16 parameter, the lower half of `split_master` of a bfloat16 one.
+    `keys`: seed and ordinal for `step_key`.
+    `masters`: float32 for a float16 parameter, the lower half of `split_master` for a bfloat16 one.
     With `grad_norm` (a scalar, written unless `have_norm`), gradients are scaled as
-    `clip_grad_norm_` would do.
+    `clip_grad_norm_` would scale them.
     """
     clip = None
     if grad_norm is not None:

@@ -20,8 +20,8 @@ def _scores(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """q (B, Hkv, G, R, D), k (B, Hkv, T, D) wide -> scores (B, H, R, T) of these rows, and under a
-    softcap their derivative by scale q k.
+    """q (B, Hkv, G, R, D), k (B, Hkv, T, D) wide -> scores (B, H, R, T) of these rows and, with a
+    softcap, their derivative with respect to scale q k.
     """
     s = scale * (q @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)
     slope = None
@@ -64,14 +64,14 @@ def attention_forward(
     dropout_p: float,
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv) -> out (B, H, S, Dv), lse (B, H, S), a
-    block of queries at a time. window 0 and softcap 0 mean none; bias is 4-D; first_batch numbers
-    the sequences for dropout.
+    """q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv) -> out (B, H, S, Dv), lse (B, H, S), one
+    block of queries at a time. window 0 and softcap 0 mean none; bias is 4-D; first_batch is the
+    number of the first sequence, for dropout.
     """
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     wide_k, wide_v = widen(k), widen(v)
     batch = torch.arange(first_batch, first_batch + q.shape[0], device=q.device)
-    # a block of no rows, where there are none at all
+    # an empty block, in case there are no rows at all
     outs, lses = [q.new_zeros(*q.shape[:2], 0, v.shape[3])], [wide_k.new_zeros(*q.shape[:2], 0)]
     for rows in _query_blocks(q, k.shape[2]):
         block = widen(q[:, :, rows]).unflatten(1, groups)
@@ -112,7 +112,7 @@ def attention_backward(
     bias_grad: bool,
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv like q, k, v; dsinks (H) and dbias (as bias) wide, or empty.
+    """dq, dk, dv like q, k, v; dsinks (H) and dbias (shaped like bias) wide, or empty.
 
     P = exp(s - lse), dP = dout v^T (through dropout), delta = sum(dout out) - dlse,
     ds = P (dP - delta).

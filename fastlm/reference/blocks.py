@@ -1,7 +1,7 @@
-"""The blocks in which scores and logits are computed, so that not all exist at a time."""
+"""The blocks in which scores and logits are computed, so that not all of them exist at once."""
 
-# Scores or logits that exist at a time: 32 MB of each temporary in float64, so that the truth of
-# 2048 x 2048 scores or of 32768 classes fits beside what is tested.
+# Scores or logits that exist at once: 32 MB per temporary in float64, so that the reference result
+# for 2048 x 2048 scores or 32768 classes fits in memory along with what is tested.
 SCORES = 1 << 22
 
 

@@ -18,7 +18,7 @@ def cross_entropy_forward(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What any cross-entropy of a row is made of, with z = softcap(logit_scale * logits) (N, V).
+    """The terms of any cross-entropy of a row, with z = softcap(logit_scale * logits) (N, V).
 
     shift (N) = max z;  log_sum (N) = log sum exp(z - shift), so lse = shift + log_sum;
     nll (N) = lse - z[target], 0 where the target is ignored;
@@ -44,7 +44,7 @@ def cross_entropy_rows(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = _capped(logits, softcap, logit_scale)
-    shift = z.amax(1).detach()  # any constant will do: the backward has no gradient for it either
+    shift = z.amax(1).detach()  # any constant will do: the backward has no gradient for it
     z = z - shift[:, None]
     log_sum = z.exp().sum(1).log()
     ignored = target == ignore_index
@@ -74,8 +74,8 @@ def cross_entropy_backward(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], then to
-    logits.
+    """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], and from dz the
+    gradient of the logits.
     """
     parts = [
         cross_entropy_rows_backward(
@@ -133,8 +133,8 @@ def cross_entropy_loss(
     logit_scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of `cross_entropy_forward`'s nll, or its mean over the rows not ignored; with `keep` also
-    its (shift, log_sum, nll) as one (3, N), else an empty tensor.
+    """Sum of `cross_entropy_forward`'s nll, or its mean over the rows that are not ignored. With
+    `keep` also its (shift, log_sum, nll) as one (3, N), otherwise an empty tensor.
     """
     shift, log_sum, nll, _ = cross_entropy_forward(
         logits, target, None, False, ignore_index, softcap, logit_scale
@@ -155,7 +155,7 @@ def cross_entropy_loss_backward(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """The gradient of `cross_entropy_loss`: zero in ignored rows, also where the mean is NaN."""
+    """The gradient of `cross_entropy_loss`: zero in ignored rows, even if the mean is NaN."""
     valid = target != ignore_index
     on_row = d_loss / valid.sum() if mean else d_loss
     on_p = torch.where(valid, on_row, 0.0).to(stats.dtype)

@@ -18,11 +18,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list
 def dropout_factor(
     seed: Tensor, p: float, batch: Tensor, heads: int, rows: Tensor, keys: int
 ) -> Tensor:
-    """0 or 1 / (1 - p) for each score: a function of batch, head, row, key and seed, and of nothing
-    else, so that every backend and block size draws the same.
+    """0 or 1 / (1 - p) for each score. It depends only on batch, head, row, key and seed, so that
+    every backend and block size draws the same.
 
-    Key j takes word (j // 16) % 4 of counter ((j // 64) * 16 + j % 16, row, head, batch): 16 lanes
-    of a vector are 16 neighbouring keys. It is dropped when the word is below p * 2^32.
+    Key j uses word (j // 16) % 4 of counter ((j // 64) * 16 + j % 16, row, head, batch): 16 lanes
+    of a vector are 16 neighbouring keys. The key is dropped if the word is below p * 2^32.
     """
     groups = (keys + 63) // 64
     device = seed.device

@@ -16,8 +16,8 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = dy weight where weight is given, dweight = dy^T x where x is, dbias = sum of dy; empty
-    where not wanted."""
+    """dx = dy weight if weight is given, dweight = dy^T x if x is given, dbias = sum of dy if
+    wanted; otherwise empty."""
     n, g = dy.shape[-1], widen(dy)
     rows = g.reshape(math.prod(dy.shape[:-1]), n)
     dx, dweight, dbias = (g.new_empty(0) for _ in range(3))

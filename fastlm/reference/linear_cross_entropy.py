@@ -90,7 +90,7 @@ def linear_cross_entropy_loss(
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss = sum of on_nll * nll + on_smoothed * smoothed + on_square * lse^2; its gradients."""
+    """loss = sum of on_nll * nll + on_smoothed * smoothed + on_square * lse^2, and gradients."""
     smooth, valid = on_smoothed is not None, target != ignore_index
     shift, log_sum, nll, smoothed = linear_cross_entropy_forward(
         input,
@@ -141,8 +141,8 @@ def linear_cross_entropy_loss_backward(
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of linear_cross_entropy_loss times that of its loss, in their tensors'
-    dtypes.
+    """The gradients from linear_cross_entropy_loss times the gradient of its loss, in their
+    tensors' dtypes.
     """
     return (
         (d_input * d_loss).to(d_input.dtype),

@@ -15,8 +15,9 @@ def paged_append(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    """``cache[block_table[b, p // page_size], p % page_size] = x[b, s]``, p = positions[b, s]; int8
-    caches: ``round(x / scale)`` within -127 to 127. A place that is not there is left out.
+    """``cache[block_table[b, p // page_size], p % page_size] = x[b, s]`` with p = positions[b, s];
+    in int8 caches ``round(x / scale)``, clamped to -127 to 127. A token whose place does not exist
+    is left out.
     """
     pages, page_size = k_cache.shape[:2]
     entry = positions.long() // page_size

@@ -23,7 +23,7 @@ def dequantize_rows(
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(..., K) of the rows given; works on any selection of rows, as an embedding look-up makes."""
+    """(..., K) of the given rows, which may be any selection, as in an embedding look-up."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q = unpack_rows(qdata, bits, k).to(wide)
 
@@ -36,12 +36,12 @@ def dequantize_rows(
     return (w if zeros is None else w + expand(zeros)).to(dtype)
 
 
-RUN_MAX = 512  # columns that int8 activations share a scale over, at most
+RUN_MAX = 512  # most columns of int8 activations that share a scale
 
 
 def round_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """int8 activations: q = round(x * (127 / absmax)) and scale = absmax / 127 per run of a row,
-    (N, K) -> q, scale, both (N, K). A run is a group of the weight's columns, cut at 512.
+    (N, K) -> q, scale, both (N, K). A run is a group of the weight's columns, split every 512.
     """
     wide = widen(x)
     q, scale = torch.empty_like(wide), torch.empty_like(wide)
@@ -51,7 +51,7 @@ def round_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         for values, rounded, scales in parts:
             # an all-zero run divides by 1e-30, which keeps 127 / absmax finite
             absmax = values.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-            # not 127.0 / absmax: torch makes that a reciprocal and a product, which rounds twice
+            # not 127.0 / absmax: torch computes a reciprocal and a product, which rounds twice
             inverse = torch.full_like(absmax, 127.0) / absmax
             rounded.copy_((values * inverse).round())
             scales.copy_(absmax / 127.0)
@@ -68,7 +68,7 @@ def quantized_linear_forward(
     group_size: int,
     act_bits: int,
 ) -> Tensor:
-    """y = x . W^T + bias; with act_bits 8 x is rounded to int8 before (`round_rows`)."""
+    """y = x . W^T + bias; with act_bits 8, x is rounded to int8 first (`round_rows`)."""
     wide = widen(x)
     if act_bits == 8:  # its derivative is that of x: wide - wide.detach() is 0
         q, scale = round_rows(x.detach(), group_size)

@@ -23,7 +23,7 @@ def rms_norm_forward(
 def rms_norm_backward(
     dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of h and of the weight; `dh_above` reaches h from the residual stream."""
+    """Gradients of h and of the weight; `dh_above` is h's gradient from the residual stream."""
     g, wide, r = widen(dy), widen(h), rstd[..., None]
     gw = g * (offset + widen(weight))
     dh = r * (gw - wide * r.square() * (gw * wide).mean(-1, keepdim=True))

@@ -7,8 +7,8 @@ from fastlm.transforms import is_eager
 
 
 def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
-    """On the CPU; elsewhere the check would wait for the device. Under a transform there may be no
-    values to look at, and `gather` refuses.
+    """Check the classes on the CPU; elsewhere the check would wait for the device. Under a
+    transform there may be no values to read, and `gather` raises instead.
     """
     if target.device.type != "cpu" or not is_eager(target):
         return

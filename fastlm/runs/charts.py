@@ -1,6 +1,6 @@
-"""Charts of report.html, as SVG: matplotlib's, so that they stay sharp and their numbers can be
-searched. A page of JavaScript charts was the alternative; it would have to carry its library or
-fetch it.
+"""Charts of report.html as SVG from matplotlib, so that they stay sharp and their numbers can be
+searched. The alternative was a page of JavaScript charts; it would have to embed or fetch its
+library.
 """
 
 import io
@@ -10,17 +10,17 @@ from typing import Any
 
 INK, SOFT, LINE = "#1c2733", "#5d6b7a", "#dfe4ea"
 BLUE, PALE, ORANGE, GREEN = "#2f6fde", "#b9cdf3", "#d9822b", "#2e8b6a"
-CURVES = (ORANGE, GREEN, BLUE, "#8a4fbf", "#b3452f")  # one model each, then again from the first
-# Inches of a chart: as wide as a phone shows it, so that its text keeps its size there; on a screen
-# it takes half of the page
+CURVES = (ORANGE, GREEN, BLUE, "#8a4fbf", "#b3452f")  # one per model, then from the first again
+# Inches of a chart: as wide as a phone shows it, so that its text keeps its size there. On a large
+# screen it takes half of the page
 SIZE = (4.9, 3.2)
 FONT = 9.5  # points
-LABEL_HEIGHT = 13.0  # points: a line of FONT and air
-SMOOTHING = 0.05  # of the run: the width of the running mean over the noisy training loss
+LABEL_HEIGHT = 13.0  # points: a line of FONT plus spacing
+SMOOTHING = 0.05  # share of the run: width of the running mean over the noisy training loss
 
 
 def loss_chart(metrics: list[dict[str, Any]]) -> str:
-    """Training loss (each step pale, running mean strong) and held-out loss, in nats per
+    """Draw training loss (each step pale, running mean strong) and held-out loss, in nats per
     token, over tokens seen.
     """
     steps = [m for m in metrics if "loss" in m]
@@ -55,7 +55,7 @@ def bits_chart(
     models: Mapping[str, float],
     packed: Mapping[str, float],
 ) -> str:
-    """Draw held-out bits per byte while training, one curve a model, and the compressors' lines.
+    """Draw held-out bits per byte during training, one curve per model, and the compressors' lines.
 
     Args:
         curves: model -> the lines of its metrics.jsonl.
@@ -87,7 +87,7 @@ def _bits_figure(
     values = [value for _, value, _ in labels]
     top = max(values)
     # an untrained model starts near 3 bits per byte or higher: the axis shows where it
-    # crosses the lines, and the start as long as that is not far above them
+    # crosses the lines, and also the start unless that is far above them
     first = min(max(firsts), 2 * top) if firsts else top
     axes.set_ylim(min(values) - 0.15 * top, max(1.6 * top, 1.04 * first))
     _label_values(axes, labels)
@@ -95,8 +95,9 @@ def _bits_figure(
 
 
 def _label_values(axes: Any, labels: list[tuple[str, float, str]]) -> None:
-    """Writes (name, value, color) right of the axes, where no curve is, each at its value's height
-    or, where two would touch, as near to it as their order allows, with a line to it.
+    """Write (name, value, color) to the right of the axes, where there is no curve. Each label is
+    at the height of its value or, where two would touch, as near to it as their order allows, with
+    a line to the value.
     """
     axes.figure.draw_without_rendering()  # the layout decides how high the axes are
     to_points = 72 / axes.figure.dpi
@@ -113,8 +114,8 @@ def _label_values(axes: Any, labels: list[tuple[str, float, str]]) -> None:
 
 
 def _apart(wanted: list[float], gap: float) -> list[float]:
-    """The ascending ``wanted``, moved so that neighbours are at least ``gap`` apart: a group that
-    would overlap is spread around its middle.
+    """Return the ascending ``wanted``, moved so that neighbours are at least ``gap`` apart: a group
+    that would overlap is spread around its middle.
     """
     groups: list[list[float]] = []
     for y in wanted:
@@ -125,7 +126,7 @@ def _apart(wanted: list[float], gap: float) -> list[float]:
 
 
 def _span(group: list[float], gap: float) -> tuple[float, float]:
-    """Lowest and highest place of a group that stands around its middle."""
+    """Return the lowest and highest position of a group that is spread around its middle."""
     middle, half = sum(group) / len(group), gap * (len(group) - 1) / 2
     return middle - half, middle + half
 
@@ -150,7 +151,7 @@ def _svg(figure: Any) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    # Any: rc_context wants its keys as literals
+    # Any: rc_context expects its keys as literals
     style: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": "fastlm", "font.family": "sans-serif",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Commands made from stages: the fields of a stage's class are the flags."""
+"""Commands generated from stages: the fields of a stage's class are the flags."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ Cache = Annotated[
 
 
 def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> Callable[..., None]:
-    """Return a function that typer makes a command of: it runs one stage.
+    """Return a function that runs one stage, which typer turns into a command.
 
     ``before`` is called when the options are read, before any work.
     """
@@ -97,13 +97,13 @@ def _option(option: Option) -> inspect.Parameter:
         hint = list[item] if get_origin(plain) is tuple else plain
         return _keyword(option.name, Annotated[hint, typer.Argument(help=option.help)])
     default, hint = option.default, option.hint
-    if _listed(plain):  # values with commas between
+    if _listed(plain):  # comma-separated values
         default, hint = ",".join(map(str, default)), str
     return _keyword(option.name, Annotated[hint, typer.Option(help=option.help)], default)
 
 
 def _value(option: Option, given: Any) -> Any:
-    """The value of a flag as the field of the stage."""
+    """Return the value of a flag as the field of the stage expects it."""
     plain = _plain(option.hint)
     if _listed(plain) and not option.positional:
         item = get_args(plain)[0]
@@ -120,7 +120,7 @@ def _value(option: Option, given: Any) -> Any:
 
 
 def _plain(hint: Any) -> Any:
-    """``X`` of ``X | None``."""
+    """Return ``X`` of ``X | None``."""
     if get_origin(hint) in (Union, UnionType):
         (hint,) = (a for a in get_args(hint) if a is not NoneType)
     return hint

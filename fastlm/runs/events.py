@@ -1,4 +1,4 @@
-"""What a run and a training tell the user on stderr, one line each."""
+"""What runs and trainings report to the user on stderr, one line each."""
 
 import statistics
 from typing import Any
@@ -8,7 +8,8 @@ import typer
 
 class EventLines:
     """Print stages, validations and samples. The steps since the last line (mean loss, median
-    speed, time left at their pace) have a line at every multiple of `every`, or end a validation's.
+    speed, time left at their pace) get a line at every multiple of `every`; without `every` they
+    are appended to the line of a validation.
     """
 
     def __init__(self, every: int | None = None) -> None:
@@ -16,7 +17,7 @@ class EventLines:
         self.start()
 
     def start(self) -> None:
-        """Forget the training before."""
+        """Forget the previous training."""
         self.before: dict[str, Any] = {"seconds": 0.0, "progress": 0.0}
         self.steps: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""The stages there are: kind -> class. A new stage is one line here."""
+"""All stages: kind -> class. A new stage adds one line here."""
 
 from fastlm.data.stage import Data, Shards
 from fastlm.evals.stage import Eval

@@ -1,10 +1,11 @@
 """What a run will do with each stage, and why.
 
 A stage's fingerprint covers its options, the files they name, the version of its code and the
-fingerprints of the stages it takes from: a change reaches what depends on it and nothing else. A
-stage that stages.json records with the same fingerprint, and whose files are still there, is
-skipped. One that was cut off continues (a training) or starts again. A training that is lost runs
-again with all that takes from it: it need not end at the same weights, if its budget is in seconds.
+fingerprints of its input stages: a change affects what depends on it and nothing else. A stage is
+skipped if stages.json records it with the same fingerprint and its files are still there. An
+interrupted stage continues (a training) or starts again. A training that is lost runs again
+together with everything that depends on it: it need not end at the same weights if its budget is in
+seconds.
 """
 
 import hashlib
@@ -28,9 +29,9 @@ from fastlm.runs.stage import Stage, options_of
 class Planned:
     """A step, and what a run does with it.
 
-    ``do``: "skip", "continue" or "run"; of one beyond ``until``, which does not run now, "archive"
-    where it gives way to a training, else "later".
-    ``stale``: what it has left fits no longer. ``training``: that is a training.
+    ``do`` is "skip", "continue" or "run". A step beyond ``until`` does not run now: its ``do`` is
+    "archive" if it is archived along with a training, else "later". ``stale``: its existing output
+    no longer fits. ``training``: that output is a training.
     """
 
     step: Step
@@ -48,9 +49,9 @@ def make_plan(
     record: Mapping[str, Entry],
     out: Path,
 ) -> list[Planned]:
-    """Plan the stages ``wanted`` of a recipe, and those after them that give way."""
+    """Plan the stages ``wanted`` of a recipe, and those after them that have become stale."""
     plan: list[Planned] = []
-    again: set[str] = set()  # these leave something else than before
+    again: set[str] = set()  # the output of these differs from before
     for step in recipe.steps:
         name, done = step.name, record.get(step.name)
         do, why = _state(step, prints[name], done, out / name)
@@ -76,7 +77,7 @@ def make_plan(
 
 
 def _state(step: Step, fingerprint: str, done: Entry | None, folder: Path) -> tuple[str, str]:
-    """What to do with a step, and why, by itself."""
+    """Return what to do with a step by itself, and why."""
     held = any(_holds_something(folder / name) for name in step.stage.scratch)
     if done is None:
         return "run", "new"
@@ -90,7 +91,7 @@ def _state(step: Step, fingerprint: str, done: Entry | None, folder: Path) -> tu
 
 
 def _change(step: Step, done: Entry) -> str:
-    """What is new, for the user: the first option that differs, else what it reads."""
+    """Describe to the user what is new: the first option that differs, else the inputs."""
     if done.kind != step.stage.kind:
         return f"was {done.kind}"
     defaults = {option.name: option.default for option in options_of(type(step.stage))}
@@ -104,14 +105,14 @@ def _change(step: Step, done: Entry) -> str:
 
 
 def _lost(folder: Path, step: Step, done: Entry) -> str:
-    """The first file of a stage that is gone or has another size."""
+    """Return the first file of a stage that is missing or has another size."""
     sizes = sizes_of(folder, step.stage.scratch)
     changed = (n for n, size in (done.outputs or {}).items() if sizes.get(n) != size)
     return next(changed, "")
 
 
 def sizes_of(folder: Path, scratch: Sequence[str]) -> dict[str, int]:
-    """Bytes of every file of a stage, but for its scratch."""
+    """Return the bytes of every file of a stage, except its scratch."""
     return {
         str(p.relative_to(folder)): p.stat().st_size
         for p in sorted(folder.rglob("*"))
@@ -120,7 +121,7 @@ def sizes_of(folder: Path, scratch: Sequence[str]) -> dict[str, int]:
 
 
 def _holds_training(folder: Path, stage: Stage, done: Entry | None) -> bool:
-    """Whether a folder holds a model or a checkpoint of a training, by what was recorded of it."""
+    """Return whether a folder holds a model or a checkpoint of a training, by its record."""
     made = KINDS.get(done.kind, type(stage)) if done else type(stage)
     parts = (*made.scratch, *made.leaves.values()) if made.scratch else ()
     return any(_holds_something(folder / part) for part in parts)
@@ -131,8 +132,8 @@ def _holds_something(path: Path) -> bool:
 
 
 def chosen(stage: Stage) -> dict[str, Any]:
-    """The options that decide the result and are not their defaults, as JSON has them: an option
-    that a later fastlm adds changes no fingerprint.
+    """Return the options that decide the result and differ from their defaults, as JSON values: an
+    option that a later fastlm adds changes no fingerprint.
     """
     defaults = {option.name: option.default for option in options_of(type(stage))}
     values = {k: v for k, v in stage.identity().items() if v != defaults.get(k, ...)}
@@ -140,8 +141,8 @@ def chosen(stage: Stage) -> dict[str, Any]:
 
 
 def fingerprints(recipe: Recipe, contents: Contents) -> dict[str, str]:
-    """Return stage name -> hash of all that decides what it leaves. InputError: an input from
-    outside the run that is not there.
+    """Return stage name -> hash of everything that decides its output. InputError: an input from
+    outside the run that does not exist.
     """
     prints: dict[str, str] = {}
     for step in recipe.steps:
@@ -151,7 +152,7 @@ def fingerprints(recipe: Recipe, contents: Contents) -> dict[str, str]:
                 _outside(step, key, name, contents) if is_outside(name) else prints[name]
                 for name in names
             ]
-            # where there may be several, the result tells of each by its name
+            # if there may be several, the result refers to each by its name
             upstream[key] = [*zip(names, states)] if stage.reads[key].several else states
         parts = [stage.kind, stage.version, chosen(stage), stage.contents(contents), upstream]
         text = json.dumps(parts, sort_keys=True, default=str)
@@ -160,13 +161,13 @@ def fingerprints(recipe: Recipe, contents: Contents) -> dict[str, str]:
 
 
 def _outside(step: Step, key: str, name: str, contents: Contents) -> Any:
-    """The state of an input from outside the run: of local files their content, of a package its
-    name.
+    """Return the state of an input from outside the run: the content of local files, the name of a
+    package.
     """
     path, types = Path(name), step.stage.reads[key].types
     try:
         if not path.exists() and name.partition(":")[0] in SCHEMES:
-            return name  # of a package
+            return name  # the name of a package
         if "model" in types or "quantized" in types:
             return contents.tree(locate_model(path))
         if "corpus" in types and not (path / FUNNEL).is_file():

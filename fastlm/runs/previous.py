@@ -1,9 +1,9 @@
 """Trainings that a run gave up for new ones: RUN/previous, previous-2 and so on, each a run folder.
 
-Nothing is deleted. ``fastlm run RUN/previous/recipe.json --out RUN/previous`` continues one; stages
-that the new run still uses were not moved, and run again there. The move is a list of renames: the
-list is written first, so that a move that was cut off is finished by the next start, and at no
-moment is a model in neither place.
+Nothing is deleted. ``fastlm run RUN/previous/recipe.json --out RUN/previous`` continues one. Stages
+that the new run still uses were not moved; they run again there. The move is a list of renames. The
+list is written first, so that the next start finishes a move that was cut off, and no model is ever
+missing from both places.
 """
 
 import json
@@ -20,20 +20,20 @@ from fastlm.typed import build
 
 PREVIOUS = re.compile(r"previous(-\d+)?")
 COMING = ".previous.new"
-MOVES = ".moves.json"  # no stage may be called so
+MOVES = ".moves.json"  # no stage may have this name
 
 
 @dataclass
 class _Move:
-    """``names`` of the run folder go into its folder ``to``."""
+    """``names`` of the run folder move into its folder ``to``."""
 
     to: str
     names: list[str]
 
 
 def archive(out: Path, names: Sequence[str], *, copies: Sequence[str]) -> Path:
-    """Move ``names`` of ``out``, as far as they exist, and copies of ``copies`` into the first free
-    one of ``out``/previous, previous-2, ...; -> that folder. InputError: not writable.
+    """Move those of ``names`` that exist in ``out``, and copies of ``copies``, into the first free
+    one of ``out``/previous, previous-2, ... Return that folder. InputError: not writable.
     """
     number, to = 1, "previous"
     while os.path.lexists(out / to):
@@ -51,7 +51,7 @@ def archive(out: Path, names: Sequence[str], *, copies: Sequence[str]) -> Path:
 
 
 def finish_moving(out: Path) -> None:
-    """End a move that was begun, whenever it was cut off; without one do nothing."""
+    """Finish a move that was begun, wherever it was cut off; do nothing if there is none."""
     coming = out / COMING
     moves = coming / MOVES
     try:

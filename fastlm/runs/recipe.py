@@ -13,8 +13,9 @@
     from = "shards"                  # default: the last stage that made what this one needs
 
 The other keys of a stage are the fields of its class (`fastlm.runs.kinds`): a recipe has no names
-of its own. An unknown key is refused with the nearest known one, a wrong type with both types.
-Hydra- and YAML-style composition was left out: a run is read from top to bottom in one file.
+of its own. An unknown key is refused and the nearest known one named; a wrong type is refused and
+both types are named. Composition in the style of Hydra or YAML was left out: a run is read from top
+to bottom in one file.
 """
 
 import difflib
@@ -37,15 +38,15 @@ _HUGE = re.compile(r"0[box][\da-fA-F_]{65}")  # numbers beyond TOML's 64 bits
 _NAME = re.compile(r"\w([\w .+-]{0,98}[\w+-])?")
 SCHEMES = ("model", "pypi", "sdist", "deb")  # of inputs from packages
 KEYS = {"name": str, "description": str, "seed": int, "stage": list}
-# Files and folders of a run that no stage may be called
+# Files and folders of a run, whose names no stage may have
 RESERVED = re.compile(r"report|.*\.html|.*\.json|previous(-\d+)?")
-# Tables of recipes as they were before the list of stages
+# Tables of the old recipes, before the list of stages
 OLD_TABLES = ("data", "tokenizer", "model", "pretrain", "eval", "quantize")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One ``[[stage]]``. ``inputs``: name -> the stages it takes from, or paths outside the run."""
+    """One ``[[stage]]``. ``inputs``: name -> stages that provide it, or paths outside the run."""
 
     name: str
     stage: Stage
@@ -54,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: every step takes from earlier steps or from paths."""
+    """A checked recipe: every step takes its inputs from earlier steps or from paths."""
 
     name: str
     description: str
@@ -69,8 +70,8 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check the recipe at ``path``.
 
-    ``overrides``: "NAME.key=value" with the name of a stage, or "seed=2"; the value is TOML, a bare
-    word a string.
+    ``overrides``: "NAME.key=value" with the name of a stage, or "seed=2". The value is TOML; a bare
+    word is a string.
 
     InputError: no such file, not TOML, an unknown or missing key, a wrong type, a value that a
     stage refuses.
@@ -79,7 +80,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.exists():
         raise InputError(f"recipe {path}: cannot be read: No such file or directory")
     try:
-        # recipe.json of a run folder is one too
+        # recipe.json of a run folder is a recipe too
         table = read_json(path) if path.suffix == ".json" else _toml(read_text(path, MAX_BYTES))
     except InputError as e:
         raise InputError(f"recipe {e}") from None
@@ -95,7 +96,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(table: Mapping[str, Any]) -> Recipe:
-    """Check the content of a recipe. InputError as `load_recipe`."""
+    """Check the content of a recipe. InputError as in `load_recipe`."""
     entries = _entries(table)
     for key, value in table.items():
         if key not in KEYS:
@@ -121,7 +122,7 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
             known = {
                 k: [facts.get(v, {"name": v}) for v in names] for k, names in step.inputs.items()
             }
-            # all of it before the first stage: the last one runs when the training is over
+            # all of it before the first stage runs: the last one runs after the training
             facts[step.name] = {**step.stage.plan(known), "name": step.name}
         except InputError as e:
             raise InputError(f"{step.name}.{e}") from None
@@ -154,7 +155,7 @@ def _step(
     entries: Sequence[Mapping[str, Any]],
     seed: int,
 ) -> Step:
-    """The step of one ``[[stage]]``, its inputs among the steps ``before``."""
+    """Return the step of one ``[[stage]]``, with its inputs among the steps ``before``."""
     name, cls = _name_of(entry), KINDS[entry["kind"]]
     if not isinstance(name, str) or not _NAME.fullmatch(name) or RESERVED.fullmatch(name):
         raise InputError(f"stage.name: wanted the name of a folder, got {name!r:.80}")
@@ -194,7 +195,7 @@ def _sources(
     before: Mapping[str, Step],
     entries: Sequence[Mapping[str, Any]],
 ) -> tuple[str, ...]:
-    """Check what a recipe says that a stage takes from."""
+    """Check what a recipe names as one input of a stage."""
     key, value = edge
     values = value if isinstance(value, list) else [value]
     if not values and takes.optional:
@@ -228,7 +229,7 @@ def _sources(
 
 
 def is_outside(source: str) -> bool:
-    """Whether an input is a path or a package, not the name of a stage."""
+    """Return whether an input is a path or a package, not the name of a stage."""
     scheme, colon, _ = source.partition(":")
     return "/" in source or (bool(colon) and scheme in SCHEMES) or source in (".", "..")
 
@@ -250,7 +251,9 @@ def _last_that_fits(
 def _misplaced(
     full: str, key: str, known: Sequence[str], entries: Sequence[Mapping[str, Any]]
 ) -> str:
-    """An unknown key, with the stages of the recipe that have it, or the nearest known one."""
+    """Describe an unknown key by the stages of the recipe that have it, or the nearest
+    known key.
+    """
     found = [
         f"{_name_of(e)}.{key}"
         for e in entries
@@ -274,7 +277,7 @@ def _refuse_old(table: Mapping[str, Any]) -> None:
 
 
 def _toml(text: str) -> dict[str, Any]:
-    """ValueError, RecursionError: no TOML."""
+    """Parse TOML. ValueError, RecursionError: not TOML."""
     if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
         raise ValueError(f"a line has more than {MAX_DOTS:,} dots")
     if huge := _HUGE.search(text):
@@ -295,7 +298,7 @@ def _override(table: dict[str, Any], text: str) -> None:
         parsed = value
     *parents, last = key.strip().split(".")
     if parents:
-        # a stage's name may itself hold dots
+        # a stage's name may itself contain dots
         found = _entries(table)
         entries = {n: e for e in found if isinstance(n := _name_of(e), str)}
         names = [n for n in entries if key.strip().startswith(f"{n}.")]

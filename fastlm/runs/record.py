@@ -1,4 +1,4 @@
-"""stages.json: what a run folder records of each stage."""
+"""stages.json: what a run folder records about each stage."""
 
 import json
 from collections.abc import Mapping
@@ -12,15 +12,16 @@ from fastlm.files import read_json, save_atomic
 from fastlm.runs.recipe import Recipe
 from fastlm.typed import build, check
 
-LAYOUT = 2  # of a run folder: one folder a stage
+LAYOUT = 2  # of a run folder: one folder per stage
 
 
 @dataclass
 class Entry:
-    """One stage. One that has begun, or has to run again, has neither result nor outputs.
+    """The record of one stage. A stage that has begun, or has to run again, has neither result nor
+    outputs.
 
-    ``options`` are those that differ from their defaults; ``leaves`` as `Stage.leaves`; ``outputs``
-    the bytes of every file it left.
+    ``options`` are those that differ from their defaults; ``leaves`` is as in `Stage.leaves`;
+    ``outputs`` has the bytes of every file that the stage left.
     """
 
     kind: str
@@ -40,7 +41,7 @@ class _Record:
 
 
 def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
-    """Read the record of a run folder, {} where there is none. InputError: of an older fastlm, or
+    """Read the record of a run folder, {} if there is none. InputError: from an older fastlm, or
     damaged.
     """
     path = out / STAGES

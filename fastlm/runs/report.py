@@ -1,8 +1,8 @@
-"""report.html: one page about one run, whole in itself: no scripts, no network, light, printable.
+"""report.html: one self-contained page about one run: no scripts, no network, light, printable.
 
-Each stage gives its `Part`; the page shows them in the order of the recipe, and the parts of the
-same kind side by side. Every text of a run (samples are written by a model, names of sources come
-from a recipe) goes through jinja2's escaping.
+Each stage provides its `Part`. The page shows the parts in the order of the recipe, and those of
+the same kind side by side. Every text of a run goes through jinja2's escaping, because samples are
+written by a model and names of sources come from a recipe.
 """
 
 import json
@@ -35,7 +35,7 @@ class Done:
 
 
 def write_report(out: Path, recipe: Recipe, done: Sequence[Done], command: str) -> dict[str, Any]:
-    """Write report.html and summary.json into ``out``; -> the content of summary.json."""
+    """Write report.html and summary.json into ``out``; return the content of summary.json."""
     summary = {
         "recipe": recipe.name,
         "command": command,
@@ -54,7 +54,7 @@ def write_report(out: Path, recipe: Recipe, done: Sequence[Done], command: str) 
 
 
 def _part(done: Done) -> Part | None:
-    """The part of one stage. A result that it cannot show is somebody's damage to the record."""
+    """Return the part of one stage. A result that it cannot show means a damaged record."""
     try:
         return done.step.stage.report(done.job, done.result)
     except InputError:
@@ -108,7 +108,7 @@ def markup(svg: str) -> Any:
 
 
 def stage_rows(seconds: dict[str, float]) -> list[dict[str, Any]]:
-    """Return a row a stage for the bar of times."""
+    """Return one row per stage for the bar of times."""
     total = sum(seconds.values()) or 1.0
     return [
         {
@@ -120,7 +120,7 @@ def stage_rows(seconds: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what ran here: CPU, threads, device, versions, commit, system."""
+    """Describe what the run ran on: CPU, threads, device, versions, commit, system."""
     from fastlm.inventory import info
 
     have = info()
@@ -130,7 +130,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Return the commit of the clone this package runs from, "" where there is none or no git."""
+    """Return the commit of the clone this package runs from, "" if there is none or no git."""
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():
         return ""

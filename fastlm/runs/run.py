@@ -1,9 +1,9 @@
-"""A recipe run in a folder: what is done is skipped, what was cut off continues, what changed runs
-again (`fastlm.runs.plan`).
+"""Run a recipe in a folder: finished stages are skipped, interrupted ones continue, changed ones
+run again (`fastlm.runs.plan`).
 
-Each stage has a folder of its name. A training that has to give way is not deleted but archived,
-together with all that was made from it (`fastlm.runs.previous`). A make-like comparison of times
-was the alternative: it reruns everything after a copy of the folder.
+Each stage has a folder of its own name. A training that has to give way is not deleted but
+archived, together with everything that was made from it (`fastlm.runs.previous`). The alternative
+was to compare file times, as make does: that reruns everything after the folder is copied.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ REPORT_VERSION = 3
 
 @dataclass
 class _Run:
-    """A run under way."""
+    """A run in progress."""
 
     recipe: Recipe
     out: Path
@@ -78,19 +78,20 @@ def run_recipe(
     on_plan: Callable[[list[Planned]], None] | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Run what has not been run of the recipe at ``path`` into ``out`` (default runs/NAME).
+    """Run those stages of the recipe at ``path`` that have not run yet into ``out`` (default
+    runs/NAME).
 
     Args:
-        overrides: "NAME.key=value", as `fastlm.runs.recipe.load_recipe` takes them.
+        overrides: "NAME.key=value", as `fastlm.runs.recipe.load_recipe` accepts them.
         until: the name of the last stage.
         dry_run: only plan.
-        on_plan: sees what will be done with every stage, before the first one.
-        on_event: sees {"stage", "state": "archived" | "skipped" | "started" | "done"} and the lines
-            of metrics. "archived" comes with "path", where the training now is that the recipe or
-            its data no longer fit.
+        on_plan: receives what will be done with every stage, before the first one runs.
+        on_event: receives {"stage", "state": "archived" | "skipped" | "started" | "done"} and the
+            lines of metrics. "archived" comes with "path", the new place of the training, which
+            no longer fits the recipe or its data.
 
     Returns:
-        The content of summary.json, {} of a dry run.
+        The content of summary.json, {} for a dry run.
 
     Raises:
         InputError: the recipe, its data, a run folder that is in use or cannot be written.
@@ -133,8 +134,8 @@ def run_recipe(
 
 
 def _give_way(run: _Run, plan: Sequence[Planned]) -> None:
-    """Archive what is stale where a training is among it. Else note that it is: what takes from a
-    stage that runs again must not be skipped by a later start.
+    """Archive what is stale if there is a training among it. Otherwise record that it is stale: a
+    later start must not skip stages that depend on a stage that runs again.
     """
     stale = [planned.step.name for planned in plan if planned.stale]
     trainings = [planned.step.name for planned in plan if planned.training]
@@ -162,14 +163,14 @@ def _run_step(run: _Run, planned: Planned) -> None:
         stage.kind, planned.fingerprint, chosen(stage),
         {key: list(names) for key, names in step.inputs.items()}, dict(stage.leaves),
     )  # fmt: skip
-    run.record[step.name] = entry  # begun: what it leaves belongs to this fingerprint
+    run.record[step.name] = entry  # begun: its output belongs to this fingerprint
     run.save()
     run.tell({"stage": step.name, "state": "started"})
     began = time.perf_counter()
     job = run.job(step)
     try:
         result = stage.run(job)
-    except OSError as e:  # a full disk or a read-only folder is told in one line
+    except OSError as e:  # report a full disk or a read-only folder in one line
         raise InputError(f"{step.name}: {e.filename or out}: {e.strerror or e}") from e
     except InputError as e:
         raise InputError(f"{step.name}: {e}") from e
@@ -183,8 +184,8 @@ def _run_step(run: _Run, planned: Planned) -> None:
 
 
 def _report(run: _Run, prints: dict[str, str], command: str) -> dict[str, Any]:
-    """Write report.html and summary.json of all stages that are done, unless they are there and
-    nothing has changed.
+    """Write report.html and summary.json of all finished stages, unless they exist and nothing has
+    changed.
     """
     finished = [
         (step, entry)
@@ -217,7 +218,9 @@ def _report(run: _Run, prints: dict[str, str], command: str) -> dict[str, Any]:
 
 
 def _refuse_foreign(out: Path, names: Sequence[str], record: dict[str, Entry]) -> None:
-    """A stage begins by clearing its folder: it must not be somebody's own data or model."""
+    """Refuse folders that are not this run's. A stage begins by clearing its folder, which must not
+    hold the user's own data or model.
+    """
     mine = [name for name in names if name not in record]
     mine += [] if record else [REPORT, SUMMARY]
     for name in mine:
@@ -230,7 +233,7 @@ def _refuse_foreign(out: Path, names: Sequence[str], record: dict[str, Entry]) -
 
 
 def _sweep(out: Path, names: Sequence[str]) -> None:
-    """Remove what a killed process was writing or deleting beside the names of a run."""
+    """Remove what a killed process was writing or deleting next to the files of a run."""
     ours = [STAGES, RECIPE, SOURCES, REPORT, SUMMARY, *names]
     # .NAME.old of _clear, .NAME.RANDOM.part and .NAME.RANDOM.old of save_atomic
     stray_name = re.compile(rf"\.({'|'.join(map(re.escape, ours))})(\.[0-9a-f]+)?\.(part|old)")
@@ -242,8 +245,8 @@ def _sweep(out: Path, names: Sequence[str]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Delete a stage's folder. It is renamed first: a deletion that is cut off leaves nothing under
-    the final name.
+    """Delete a stage's folder. It is renamed first, so that an interrupted deletion leaves nothing
+    under the final name.
     """
     old = folder.with_name(f".{folder.name}.old")
     try:
@@ -260,7 +263,7 @@ def _clear(folder: Path) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """One run at a time in a folder; the lock ends with the process."""
+    """Allow one run at a time in a folder; the lock ends with the process."""
     lock = out / ".lock"
     if lock.exists() and not lock.is_file():  # a pipe would block
         raise InputError(f"{lock}: wanted a file, got something else")

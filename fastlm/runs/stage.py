@@ -1,7 +1,7 @@
 """A stage: one step in the life of a model, from raw text to a model in service.
 
-A stage is a frozen dataclass. Its fields are its options, and they are written once: they are the
-keys of ``[[stage]]`` in a recipe, the flags of its command and the arguments of the Python call.
+A stage is a frozen dataclass. Its fields are its options and are written once. They are the keys of
+``[[stage]]`` in a recipe, the flags of its command and the arguments of the Python call.
 
     Quantize(format="w4a16")("out", model="runs/demo")      # Python
     fastlm quantize --format w4a16 --out out --model runs/demo
@@ -9,9 +9,9 @@ keys of ``[[stage]]`` in a recipe, the flags of its command and the arguments of
     kind = "quantize"
     format = "w4a16"
 
-What a stage reads and leaves has a type (`TYPES`), by which a recipe connects stages.
-`fastlm.runs.kinds` lists the stages; CONTRIBUTING.md adds one as an example. Nothing heavy is
-imported where a stage is defined, so that ``fastlm --help`` answers at once.
+Whatever a stage reads or leaves has a type (`TYPES`), by which a recipe connects stages.
+`fastlm.runs.kinds` lists the stages; CONTRIBUTING.md adds one as an example. Modules that define
+stages import nothing heavy, so that ``fastlm --help`` answers at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.progress import silent
 
-# What stages hand to each other
+# What stages pass to each other
 TYPES = {
     "corpus": "clean documents: train.jsonl.zst, heldout.jsonl.zst, funnel.json",
     "tokenizer": "tokenizer.json",
@@ -43,12 +43,12 @@ class Takes:
     """One input of a stage.
 
     Args:
-        types: what fits. A recipe that names no stage takes the last one that made the first of
-            these types, else the second, and so on.
+        types: what fits. If a recipe names no stage, the input is the last one that made the
+            first of these types, else the second, and so on.
         help: for the command line.
-        several: takes a list.
-        optional: the stage also runs without it; ``[]`` in a recipe says so.
-        default: a recipe that names no stage takes the last one that fits.
+        several: accepts a list.
+        optional: the stage also runs without it; ``[]`` in a recipe leaves it out.
+        default: if a recipe names no stage, the input is the last one that fits.
         flag: the letter of its short flag.
         positional: a positional argument of the command.
     """
@@ -76,9 +76,9 @@ class Input:
 
 @dataclass
 class Job:
-    """What a stage works with: its own folder, what it reads, and how to tell of progress.
+    """What a stage works with: its own folder, what it reads, and how to report progress.
 
-    ``in_recipe``: later stages count on what this one leaves.
+    ``in_recipe``: later stages rely on what this one leaves.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Job:
     in_recipe: bool = False
 
     def path(self, key: str) -> Path:
-        """The one input of this name."""
+        """Return the path of the only input of this name."""
         (only,) = self.inputs[key]
         return only.path
 
@@ -108,7 +108,8 @@ class Part:
     """What a stage shows in report.html.
 
     ``template`` names a file in runs/parts/ that draws ``values``. Without one, the page lists
-    ``facts`` and shows ``charts`` (SVG). ``cards``, (number, what it is), stand on top of the page.
+    ``facts`` and shows ``charts`` (SVG). ``cards``, (number, what it is), are shown at the top of
+    the page.
     """
 
     title: str
@@ -122,7 +123,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a stage, as the command line needs it."""
+    """A field of a stage, in the form the command line needs."""
 
     name: str
     hint: Any
@@ -141,14 +142,14 @@ class Stage:
     Class attributes:
         kind: its name in recipes.
         command: its words on the command line.
-        version: raised where the same options and inputs give another result.
+        version: raised when the same options and inputs give another result.
         reads: input name -> `Takes`. The first input is also called ``from`` in a recipe, or
-            ``of`` where it takes several.
+            ``of`` if it accepts several.
         leaves: type -> file or folder in the stage's folder, "." for the folder itself.
-        scratch: what it needs to continue after it was cut off. A stage that has scratch is a
+        scratch: what it needs to continue after an interruption. A stage that has scratch is a
             training: a run never deletes it, but archives it (`fastlm.runs.previous`).
         result: what `run` returns at least -> its type.
-        notes: what ``--help`` says besides the docstring.
+        notes: what ``--help`` shows after the docstring.
     """
 
     kind: ClassVar[str]
@@ -164,17 +165,17 @@ class Stage:
         """Refuse options that cannot work. InputError names the option."""
 
     def plan(self, inputs: Mapping[str, Sequence[Facts]]) -> Facts:
-        """Refuse what cannot work with the stages before, and tell the stages after what is known.
+        """Refuse what cannot work with the stages before, and return facts for the stages after.
 
         A recipe calls this for all stages before the first one runs. ``inputs`` holds what the
         `plan` of each input's stage returned: "vocab_size", "config" (a ModelConfig), ..., and its
-        "name". Of an input from outside the run only the name is known.
+        "name". For an input from outside the run only the name is known.
         """
         del inputs
         return {}
 
     def identity(self) -> dict[str, Any]:
-        """Return the options that decide the result: a change of another one reruns nothing."""
+        """Return the options that decide the result; changing any other one reruns nothing."""
         return asdict(self)
 
     def contents(self, contents: Contents) -> Any:
@@ -182,7 +183,9 @@ class Stage:
         del contents
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Do the work; -> a JSON-serialisable result. Called again after a cut, it continues."""
+        """Do the work; return a JSON-serialisable result. Called again after an interruption, it
+        continues.
+        """
         raise NotImplementedError
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
@@ -191,11 +194,11 @@ class Stage:
         return str(job.out)
 
     def shown(self, result: Mapping[str, Any], job: Job) -> Any:
-        """Return what the stage's own command prints: text or something of rich's."""
+        """Return what the stage's own command prints: text or a rich renderable."""
         return self.told(result, job)
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part | None:
-        """Return this stage's part of report.html, None where it has none."""
+        """Return this stage's part of report.html, None if it has none."""
         del job, result
 
     def __call__(
@@ -207,7 +210,7 @@ class Stage:
         on_event: Callable[[dict[str, Any]], None] | None = None,
         **inputs: str | Path | Sequence[str | Path],
     ) -> dict[str, Any]:
-        """Run this stage alone, on ``inputs`` by their names in `reads`, into the folder ``out``.
+        """Run this stage alone, on ``inputs`` named as in `reads`, into the folder ``out``.
 
         Returns the stage's result. InputError: options, inputs, a folder that cannot be written.
         """
@@ -241,7 +244,7 @@ class Stage:
 
 
 def options_of(cls: type[Stage]) -> list[Option]:
-    """The fields of a stage, in the order of their definition."""
+    """Return the fields of a stage, in the order of their definition."""
     hints = get_type_hints(cls, include_extras=True)
     found = []
     for f in fields(cls):
@@ -254,7 +257,7 @@ def options_of(cls: type[Stage]) -> list[Option]:
 
 
 def at_least_one(stage: Any, *names: str) -> None:
-    """InputError where one of these options is below 1."""
+    """Raise InputError if one of these options is below 1."""
     for name in names:
         if getattr(stage, name) < 1:
             raise InputError(f"{name}: wanted 1 or more, got {getattr(stage, name)}")

@@ -1,5 +1,5 @@
-"""Writing text with a model and its tokenizer: one text, or a conversation. The command line is
-a thin shell around it.
+"""Write text with a model and its tokenizer: one text, or a conversation. The command line is a
+thin shell around this module.
 """
 
 import time
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_model(path: str | Path, act_bits: int | None = None) -> tuple[CausalLM, "Tokenizer"]:
-    """The model and its tokenizer at ``path``, or from a package: ``model:smollm2``."""
+    """Load the model and its tokenizer at ``path``, or from a package: ``model:smollm2``."""
     model = CausalLM.from_pretrained(path, act_bits=act_bits)
     return model, load_tokenizer(path, model.config.to_dict())
 
@@ -38,8 +38,8 @@ class Speed:
         self.new_tokens += 1
 
     def figures(self) -> dict[str, float | int]:
-        """Rates are of all rows together; decoding is all but each row's first token. A rate is
-        missing where nothing was measured."""
+        """Return times and rates. Rates are of all rows together; decoding is all but each row's
+        first token. A rate is missing where nothing was measured."""
         prompt, decode = self.first - self.began, self.last - self.first
         decoded = self.new_tokens - self.rows
         return {
@@ -70,8 +70,8 @@ class Writer:
         self.model, self.tokenizer = load_model(path, act_bits)
 
     def prompt_ids(self, prompt: str, *, raw: bool = False) -> list[int]:
-        """Through the chat template as a user's message, or as it stands: ``raw``, or no
-        template.
+        """Encode the prompt: through the chat template as a user's message, or unchanged if ``raw``
+        or without a template.
         """
         if raw or self.tokenizer.chat_template is None:
             start = (
@@ -101,10 +101,10 @@ class Writer:
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> list[Generated]:
-        """Continues each of ``prompts`` until a stop token or string, all in one batch; ``piece``
-        gets (row, text) as it comes, ``self.speed`` the times.
+        """Continue each of ``prompts`` until a stop token or string, all in one batch. ``piece`` is
+        called with (row, text) as text arrives; ``self.speed`` records the times.
 
-        ``sampling`` as `fastlm.decode.sampling.Sampling`.
+        ``sampling``: as for `fastlm.decode.sampling.Sampling`.
         """
         for ids in prompts:
             if len(ids) >= self.context_limit:
@@ -121,7 +121,7 @@ class Writer:
 
 
 class Conversation:
-    """Turns with a chat model. When the context is full the oldest turns are forgotten,
+    """A conversation with a chat model. When the context is full, the oldest turns are forgotten,
     never the system message.
     """
 
@@ -136,13 +136,13 @@ class Conversation:
         self.turns: list[dict[str, str]] = []
 
     def reset(self) -> None:
-        """Forgets what was said; the system message stays."""
+        """Forget what was said; the system message stays."""
         self.turns = []
 
     def say(self, text: str, piece: Callable[[str], Any], **options: Any) -> Generated:
-        """The answer to ``text``; ``piece`` gets it as it comes.
+        """Answer ``text``; ``piece`` is called with the answer as it arrives.
 
-        KeyboardInterrupt: what was written until then is a turn of the conversation.
+        KeyboardInterrupt: what was written until then becomes a turn of the conversation.
         """
         turns = [*self.turns, {"role": "user", "content": text}]
         reserve = min(self.max_new_tokens, self.writer.context_limit // 2)

@@ -1,8 +1,8 @@
-"""The loop of ``fastlm chat``: what is typed, commands, answers, Ctrl-C.
+"""The loop of ``fastlm chat``: input, commands, answers, Ctrl-C.
 
-On a terminal prompt_toolkit reads, with line editing and the history of this conversation (which is
-not written to a file); elsewhere each line of stdin is a message, for scripts. GNU readline was the
-alternative: it knows no message of several lines, and a pasted one would be sent line by line.
+On a terminal prompt_toolkit reads the input, with line editing and the history of this conversation
+(which is not written to a file). Elsewhere each line of stdin is a message, for scripts. The
+alternative was GNU readline: it has no multi-line messages and would send a pasted one by lines.
 """
 
 import sys
@@ -27,9 +27,9 @@ Ctrl-C stops an answer; what was written of it stays in the conversation."""
 
 
 def run(conversation: "Conversation", *, stats: bool, **options: Any) -> None:
-    """Reads and answers to the end of the input; ``options`` as `Conversation.say`.
+    """Read and answer messages to the end of the input; ``options``: as for `Conversation.say`.
 
-    On a terminal a message that is refused costs a line; elsewhere it is the caller's InputError.
+    On a terminal a refused message prints a line; elsewhere it raises InputError.
     """
     terminal = sys.stdin.isatty()
     if terminal:
@@ -49,7 +49,7 @@ def run(conversation: "Conversation", *, stats: bool, **options: Any) -> None:
 
 
 def _typed() -> Iterator[str]:
-    """Messages from the terminal until Ctrl-D, or Ctrl-C twice."""
+    """Yield messages from the terminal until Ctrl-D, or Ctrl-C twice."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.filters import has_focus
     from prompt_toolkit.key_binding import KeyBindings
@@ -114,7 +114,7 @@ def _answer(conversation: "Conversation", text: str, stats: bool, options: dict[
 
 
 def echo(text: str) -> None:
-    """A piece of an answer, at once."""
+    """Write a piece of an answer at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

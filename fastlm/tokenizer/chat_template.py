@@ -1,10 +1,10 @@
-"""Chat templates: Jinja text that came with a checkpoint, rendered as transformers renders it, in a
-process with limits (`fastlm.tokenizer.template_worker`).
+"""Chat templates: Jinja text from a checkpoint, rendered as transformers renders it, in a process
+with limits (`fastlm.tokenizer.template_worker`).
 
-The functions a template may call beyond Jinja's own are those that published templates rely on:
+Beyond Jinja's own functions, a template may call those that published templates rely on:
 ``raise_exception``, ``tojson`` without HTML escapes, ``strftime_now``, and the ``{% generation %}``
-block, which marks text for training and renders as is. Rejected: limits within this process, by a
-sandbox that counts (each of Jinja's filters and each method of str would need one), and a process
+block, which marks text for training and renders as is. Rejected: limits within this process by a
+counting sandbox (every Jinja filter and every str method would need a counter), and a new process
 for every rendering (0.1 s each).
 """
 
@@ -32,7 +32,7 @@ Runs = list[tuple[int, int]]
 
 
 def plain(value: Any, where: str = "messages") -> Any:
-    """A copy of ``value`` as JSON has it; anything else is refused."""
+    """Return a copy of ``value`` that consists of JSON types; anything else is refused."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -58,9 +58,10 @@ def render(
     variables: Mapping[str, Any],
     tokens: Mapping[str, str],
 ) -> tuple[str, Runs]:
-    """The prompt that ``template`` makes of ``messages``, mappings with a text ``role`` (and
-    ``content``), and the (start, end) in it that the template wrote itself, ``tokens`` (name ->
-    text) included: what is outside came from messages and variables.
+    """Render ``messages``, mappings with a text ``role`` (and ``content``), with ``template``.
+
+    Return the prompt and the (start, end) ranges in it that the template wrote itself, including
+    ``tokens`` (name -> text). Text outside those ranges came from messages and variables.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise InputError(f"messages: wanted a list of mappings, got {type(messages).__name__}")
@@ -73,13 +74,13 @@ def render(
         request = {
             "template": template,
             "messages": plain(messages),
-            # as transformers: these two are always defined
+            # as in transformers, these two are always defined
             "variables": {"tools": None, "documents": None, **plain(variables, "variables")},
             "tokens": dict(tokens),
             "seconds": SECONDS,
         }
         line = json.dumps(request).encode()
-    except (RecursionError, ValueError) as error:  # nested without end, numbers without end
+    except (RecursionError, ValueError) as error:  # nested too deep, numbers too long
         if isinstance(error, InputError):
             raise
         raise InputError(f"messages: wanted what JSON can hold: {error}") from None
@@ -90,13 +91,13 @@ def render(
 
 
 class _Process:
-    """The process that renders, started when it is first asked and again after it has died."""
+    """The process that renders. It is started on first use, and again after it has died."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """After a fork: the process is the parent's, and its lock may be held there."""
+        """Reset after a fork: the process belongs to the parent, which may hold the lock."""
         self.parents = getattr(self, "child", None)
         self.child: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()
@@ -114,7 +115,7 @@ class _Process:
             except BrokenPipeError:
                 reply = b""
             except BaseException:
-                self.close()  # an answer that nobody reads would be the next one's
+                self.close()  # an unread answer would be taken for the next one
                 raise
             return json.loads(reply) if reply.endswith(b"\n") else {"error": self._why()}
 

@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF file, rebuilt for the ``tokenizers`` library.
 
-A GGUF states tokens, merges or scores, and the *name* of its pre-tokenizer; the split pattern
-behind a name is llama.cpp's knowledge and is tabled here. An unknown name is refused: a wrong
-pattern gives ids that look right.
+A GGUF file contains tokens, merges or scores, and the *name* of its pre-tokenizer. The split
+pattern for each name is defined in llama.cpp and is tabulated here. An unknown name is refused: a
+wrong pattern gives ids that look right.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,8 +48,8 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "tekken": (TEKKEN,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-# names under which a pre-token that is in the vocabulary is taken whole, and BOS is added unless
-# the file says otherwise
+# names for which a pre-token that is in the vocabulary is kept whole, and BOS is added unless the
+# file says otherwise
 WHOLE_WORDS = frozenset(
     "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken".split()
 )
@@ -69,7 +69,7 @@ def byte_level(patterns: Sequence[str]) -> pre_tokenizers.PreTokenizer:
 
 
 def build(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
-    """The tokenizer of a GGUF file, its role tokens (``bos_token`` -> text ...) and chat
+    """Return the tokenizer of a GGUF file, its role tokens (``bos_token`` -> text ...) and its chat
     template.
     """
     path = file.path
@@ -106,7 +106,7 @@ def build(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
     }
     roles = {}
     for name, token_id in role_ids.items():
-        if token_id is None or token_id == 2**32 - 1:  # some writers state "none" as -1
+        if token_id is None or token_id == 2**32 - 1:  # some writers store "none" as -1
             continue
         if not 0 <= token_id < len(tokens):
             raise InputError(
@@ -137,8 +137,9 @@ def build(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
 
 
 def library(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """A call into ``tokenizers``, which raises bare Exception, and where Rust panics something that
-    is not even one."""
+    """Call into ``tokenizers`` and turn its errors into InputError. The library raises bare
+    Exception and, if Rust panics, something that is not even one.
+    """
     try:
         return call(*arguments, **options)
     except BaseException as error:
@@ -161,7 +162,7 @@ def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str, path: An
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise InputError(f"{path}: tokenizer.ggml.pre: wanted one of {known}, got {pre!r:.60}")
     vocab = {token: index for index, token in enumerate(tokens)}
-    # a byte-level token holds no space, so the one space separates the two halves
+    # a byte-level token contains no space, so the only space separates the two halves
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     for pair in pairs:
         if not {*pair, "".join(pair)} <= vocab.keys():
@@ -180,7 +181,7 @@ def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str, path: An
 def _sentencepiece(
     file: "GGUFFile", tokens: list[str], kinds: list[int], unk: str | None
 ) -> Tokenizer:
-    """BPE over characters, spaces spelt U+2581, unknown characters as their bytes (<0xNN>)."""
+    """Build BPE over characters: spaces as U+2581, unknown characters as their bytes (<0xNN>)."""
     scores = file.get("tokenizer.ggml.scores", np.ndarray, np.empty(0))
     if len(scores) != len(tokens):
         raise InputError(
@@ -211,9 +212,9 @@ def _sentencepiece(
 
 
 def _merges(tokens: list[str], vocab: dict[str, int], rank: list[float]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, best token first; ties by the ids of the halves.
+    """Return every way to join two tokens into a third, best token first, ties by the halves' ids.
 
-    SentencePiece keeps no merges: it joins the adjacent pair whose union scores highest, which is
+    SentencePiece stores no merges: it joins the adjacent pair whose union scores highest, which is
     the same rule.
     """
     known = set(tokens)

@@ -51,7 +51,7 @@ class TrainTokenizer(Stage):
 
         track = partial(job.track, total=self._expected(job))
         tokenizer = Tokenizer.train(texts(), self.vocab_size, track=track)
-        tokenizer.chat_template = None  # a base model continues text; fine-tuning gives it one
+        tokenizer.chat_template = None  # a base model continues text; fine-tuning adds one
         tokenizer.save(job.out)
         return {"vocab_size": tokenizer.vocab_size}
 
@@ -62,7 +62,9 @@ class TrainTokenizer(Stage):
             yield from read_texts(source.where, part="train", cache=job.cache, tell=job.skipped)
 
     def _expected(self, job: Job) -> int | None:
-        """Documents that will be counted, where a prepared folder says how many there are."""
+        """Return how many documents will be counted, None unless all sources are
+        prepared folders.
+        """
         from fastlm.data.prepare import FUNNEL, Funnel
 
         count = 0

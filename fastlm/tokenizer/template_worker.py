@@ -1,14 +1,15 @@
-"""The process in which chat templates are rendered: `fastlm.tokenizer.chat_template` starts it and
-asks it over a pipe, one JSON object a line.
+"""The process that renders chat templates. `fastlm.tokenizer.chat_template` starts it and sends it
+requests over a pipe, one JSON object per line.
 
-A template is code from a stranger. It runs in jinja2's immutable sandbox, which keeps it from the
-machine, and in a process of its own with limits on memory and processor time, which keeps it from
-hanging its host: no list of the ways to loop, double or pad would be complete. This file runs by
-its path and imports nothing of fastlm, so that it starts in a tenth of a second.
+A template is untrusted code. It runs in jinja2's immutable sandbox, which keeps it from the
+machine. It runs in a process of its own with limits on memory and processor time, which keeps it
+from hanging its host: no list of the ways to loop, double or pad would be complete. This file is
+run by its path and imports nothing of fastlm, so that it starts in a tenth of a second.
 
-What a template writes itself is marked (`Own`); the tokenizer may read special tokens there and
-nowhere else. The mark is on the template's text and not on the messages', so that an operation that
-is not followed here (``%``, ``format``, ``upper``) leaves text that cannot be a special token.
+The text that a template writes itself is marked (`Own`); the tokenizer may read special tokens
+there and nowhere else. The template's text is marked rather than that of the messages, so that an
+operation that does not keep marks (``%``, ``format``, ``upper``) leaves text that cannot be a
+special token.
 """
 
 import json
@@ -23,14 +24,14 @@ from typing import Any
 
 MEMORY_BYTES = 2**30  # address space of this process; 16 M characters of output need half of it
 MAX_CHARACTERS = 2**24  # of output: eight times the longest context that models have
-# names of `role` that templates may complete a token with, as Phi-3's "<|" + role + "|>"
+# values of `role` with which templates may complete a token, as in Phi-3's "<|" + role + "|>"
 ROLE_NAMES = frozenset(
     "system developer user assistant model tool function ipython observation environment".split()
 )
 
 
 def start(path: list[str]) -> Any:
-    """The environment that compiles templates; ``path``: where jinja2 is."""
+    """Return the environment that compiles templates; ``path`` is the sys.path to find jinja2."""
     sys.path[:] = path
     import jinja2
     from jinja2.compiler import CodeGenerator
@@ -39,7 +40,7 @@ def start(path: list[str]) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generator(CodeGenerator):
-        """Wraps the template's own text in `own`."""
+        """Wrap the template's own text in `own`."""
 
         def visit_Const(self, node, frame):
             self.write(f"environment.own({node.as_const(frame.eval_ctx)!r})")
@@ -87,7 +88,7 @@ def start(path: list[str]) -> Any:
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """Without the HTML escapes of jinja2's."""
+    """Dump JSON without the HTML escapes of jinja2's filter."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -98,10 +99,10 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 
 class Own(str):
-    """Text with a mark per character: 1 where the template wrote it, 0 where it was given.
+    """Text with a mark per character: 1 if the template wrote it, 0 if it was passed in.
 
-    The operations below keep the marks; every other one gives a plain str, which has none, or
-    (``format`` in jinja2's sandbox) one of these without marks.
+    The operations below keep the marks. Every other operation returns a plain str, which has none,
+    or (``format`` in jinja2's sandbox) an `Own` whose marks are all 0.
     """
 
     _marks: bytes
@@ -115,7 +116,7 @@ class Own(str):
         return self
 
     def __add__(self, other: Any) -> Any:
-        # other subclasses of str (jinja2's Markup) have their own way to add
+        # other subclasses of str (jinja2's Markup) define their own addition
         return join((self, other)) if type(other) in (str, Own) else NotImplemented
 
     def __radd__(self, other: Any) -> Any:
@@ -150,7 +151,7 @@ class Own(str):
         return self._located(str.splitlines(self, keepends), 0)
 
     def _located(self, parts: list[str], separator: int) -> list["Own"]:
-        """``parts`` of this text, from left to right, with their marks."""
+        """Return ``parts`` of this text, from left to right, with their marks."""
         found, at = [], 0
         for part in parts:
             at = at if separator else self.index(part, at)
@@ -166,7 +167,7 @@ class Own(str):
 
 
 def join(parts: Iterable[Any], separator: str = "") -> Own:
-    """All ``parts`` as one text, with the marks of those that have them."""
+    """Join ``parts`` into one text, with the marks of those that have them."""
     texts: list[str] = []
     for part in parts:
         if texts and separator:
@@ -177,7 +178,7 @@ def join(parts: Iterable[Any], separator: str = "") -> Own:
 
 
 def own(value: Any) -> Any:
-    """A constant of the template, marked."""
+    """Return a constant of the template, marked."""
     if type(value) is str:
         return Own(value, b"\1" * len(value))
     if isinstance(value, list | tuple):
@@ -188,9 +189,9 @@ def own(value: Any) -> Any:
 
 
 def answer(compiled: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """``{"text", "own": [[start, end], ...]}`` of a request, or ``{"error"}``."""
+    """Return ``{"text", "own": [[start, end], ...]}`` for a request, or ``{"error"}``."""
     try:
-        # as transformers: an entry of None is no entry
+        # as in transformers, an entry of None is dropped
         messages = [{k: v for k, v in m.items() if v is not None} for m in request["messages"]]
         for message in messages:
             if message["role"] in ROLE_NAMES:

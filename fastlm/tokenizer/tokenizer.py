@@ -1,13 +1,13 @@
 """Text to token ids and back: byte-level BPE trained here, or the tokenizer of an existing model.
 
-The work is done by Hugging Face's ``tokenizers``; this class adds what a language model needs
+The work is done by Hugging Face's ``tokenizers``. This class adds what a language model needs
 around it: role tokens, chat templates, exact bytes per token, streaming, files in three formats.
-Training on pre-token counts of our own was the alternative; it is kept for when a corpus does not
+The alternative was to train on pre-token counts of our own; it is reserved for corpora that do not
 fit the library's memory (one entry per distinct pre-token).
 
-Special tokens written inside a text are text: ``encode(text)`` never yields a special id, so that
-no page from the web and no chat message can close a turn or end a document. ``special=True`` reads
-them as transformers does.
+Special tokens spelt out in a text are plain text: ``encode(text)`` never yields a special id, so no
+web page and no chat message can close a turn or end a document. ``special=True`` reads them as
+transformers does.
 """
 
 import codecs
@@ -30,10 +30,10 @@ from fastlm.tokenizer import chat_template, gguf_vocab
 from fastlm.tokenizer.gguf_vocab import library
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-# tokens at which published chat and base models end what they say
+# tokens with which published chat and base models end their output
 STOPS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|end|>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # of a tokenizer trained here
-PIECE = 2**20  # characters handed to the trainer at a time: bounds what it holds of one document
+PIECE = 2**20  # characters passed to the trainer at a time: limits what it holds of a document
 MAX_JSON_BYTES = 2**28  # the largest published tokenizer.json is 33 MB
 MAX_IDS = 2**24  # the largest published vocabularies have 2**18
 
@@ -48,7 +48,7 @@ class Tokenizer:
         template: str | None = None,
     ) -> None:
         self._backend = backend
-        if self.vocab_size > MAX_IDS:  # the library makes a list of the ids that are not used
+        if self.vocab_size > MAX_IDS:  # the library lists the unused ids
             raise InputError(
                 f"tokenizer: wanted ids below {MAX_IDS:,}, got one of {self.vocab_size - 1:,}"
             )
@@ -83,15 +83,13 @@ class Tokenizer:
 
     @cached_property
     def _reserved(self) -> frozenset[int]:
-        """Ids of special tokens, but for that of what the vocabulary lacks."""
+        """Ids of the special tokens, except the unknown token."""
         unknown = {self._roles.get("unk_token"), getattr(self._backend.model, "unk_token", None)}
         return frozenset(i for token, i in self._specials.items() if token not in unknown)
 
     @cached_property
     def _text_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer to which special tokens are plain text (a flag on the whole
-        object).
-        """
+        """The same tokenizer, with special tokens as plain text (a flag on the whole object)."""
         # a file whose merges and vocabulary disagree gets this far
         twin = library(tokenizers.Tokenizer.from_str, self._backend.to_str())
         twin.encode_special_tokens = True
@@ -99,7 +97,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the highest id: what an embedding needs (ids may have gaps)."""
+        """One more than the highest id: the size that an embedding needs (ids may have gaps)."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     # training
@@ -113,12 +111,12 @@ class Tokenizer:
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
         track: Track = silent,
     ) -> "Tokenizer":
-        """Byte-level BPE with GPT-4's split pattern; the special tokens take the first ids.
+        """Train byte-level BPE with GPT-4's split pattern; the special tokens get the first ids.
 
         ``texts`` is read once, as a stream; memory grows with the number of distinct pre-tokens.
-        All 256 bytes are tokens, so every text comes back. The vocabulary is smaller than asked
-        when the text runs out of pairs. The first special token ends documents (eos and pad); with
-        ChatML's two tokens the chat template is ChatML.
+        All 256 bytes are tokens, so every text survives a round trip. The vocabulary is smaller
+        than requested if the text runs out of pairs. The first special token ends documents (eos
+        and pad). With ChatML's two tokens the chat template is ChatML.
         """
         check_vocab_size(vocab_size, special_tokens)
         if not special_tokens or len(set(special_tokens)) < len(special_tokens):
@@ -156,7 +154,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """From a folder with tokenizer.json, that file itself, a .gguf file or model:smollm2."""
+        """Load a folder with tokenizer.json, that file itself, a .gguf file or model:smollm2."""
         path = model_path(path)
         if path.suffix == ".gguf":
             from fastlm.checkpoint.gguf_file import GGUFFile
@@ -184,7 +182,8 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into ``folder``,
-        each whole or not at all; ``transformers.AutoTokenizer`` reads them."""
+        each whole or not at all. ``transformers.AutoTokenizer`` reads them.
+        """
         folder = make_folder(folder)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -204,21 +203,23 @@ class Tokenizer:
     # ids
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of ``text``. ``special=True`` is what transformers' ``encode`` gives: special tokens
-        in the text become their ids, and BOS/EOS are added where the tokenizer says so."""
+        """Return the ids of ``text``. ``special=True`` returns what transformers' ``encode`` does:
+        special tokens in the text become their ids, and BOS/EOS are added if the tokenizer says so.
+        """
         backend = self._backend if special else self._text_backend
         ids = library(backend.encode, _valid(text), add_special_tokens=special).ids
         return ids if special else self._checked(ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of each text, on all cores."""
+        """Encode each text, on all cores."""
         valid = [_valid(text) for text in texts]
         batch = library(self._text_backend.encode_batch_fast, valid, add_special_tokens=False)
         return [self._checked(encoding.ids) for encoding in batch]
 
     def _checked(self, ids: list[int]) -> list[int]:
-        """``ids`` of plain text: where a special token is also a piece of ordinary text (one byte,
-        a whole word) there is no other way to write it."""
+        """Return the ``ids`` of plain text; refuse special ones. If a special token is also a piece
+        of ordinary text (one byte, a whole word), there is no other way to write that text.
+        """
         if not self._reserved.isdisjoint(ids):
             index = next(i for i in ids if i in self._reserved)
             raise InputError(
@@ -228,21 +229,22 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Text of ``ids``; special tokens are left out unless ``special``. Bytes that are not UTF-8
-        come out as U+FFFD."""
+        """Return the text of ``ids``; special tokens are left out unless ``special``. Bytes that
+        are not UTF-8 become U+FFFD.
+        """
         stream = self.stream(special=special)
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def stream(self, *, special: bool = False, first: bool = True) -> "TokenStream":
-        """A decoder to push ids into one by one; the pieces join to ``decode``'s text.
+        """Return a decoder that accepts ids one by one; its pieces join to ``decode``'s text.
 
-        ``first=False`` where the ids continue a text: SentencePiece vocabularies put a space
-        before a text, which is otherwise taken off again.
+        Pass ``first=False`` if the ids continue a text: SentencePiece vocabularies put a space
+        before a text, which is otherwise removed.
         """
         return TokenStream(self, special, first)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes that ``token_id`` stands for (a special token: its name)."""
+        """Return the exact bytes that ``token_id`` stands for (its name for a special token)."""
         if not 0 <= token_id < self.vocab_size:
             raise InputError(f"token_id: wanted 0 to {self.vocab_size - 1}, got {token_id}")
         return self._bytes[token_id]
@@ -265,7 +267,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt text of ``messages`` ([{"role": ..., "content": ...}]) by the chat
+        """Render ``messages`` ([{"role": ..., "content": ...}]) to the prompt text with the chat
         template.
         """
         return self._render(messages, add_generation_prompt, variables)[0]
@@ -286,9 +288,10 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[int]:
-        """Ids of ``render_chat``. A special token is what the template wrote itself, from its first
-        to its last character, from constants that it joins or cuts (by ``format`` or a ``%`` that
-        is no constant it writes text); what messages, tools and other variables hold stays text.
+        """Return the ids of ``render_chat``. Only what the template wrote itself, from the first to
+        the last character, is a special token. The template may join or cut constants for that;
+        what it writes by ``format``, or by a ``%`` that is not constant, is text. What messages,
+        tools and other variables hold stays text.
         """
         text, own = self._render(messages, add_generation_prompt, variables)
         names = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True)))
@@ -298,19 +301,19 @@ class Tokenizer:
             for match in (re.finditer(names, text[start:end]) if names else ())
         ]
         encoding = library(self._backend.encode, text, add_special_tokens=False)
-        # the unknown token also stands for characters: it counts where its name is written
+        # the unknown token also stands for characters: it counts only where its name is written
         found = [
             (i, span)
             for i, span in zip(encoding.ids, encoding.offsets)
             if i in self._reserved or text[slice(*span)].strip() in self._specials
         ]
-        # an offset may include spaces that the token takes in
+        # an offset may include spaces that the token absorbs
         if len(found) == len(written) and all(
             i == self._specials[name] and start <= at and at + len(name) <= stop
             for (i, (start, stop)), (at, name) in zip(found, written)
         ):
             return encoding.ids
-        # some special token is text: what is between the template's own is encoded piece by piece
+        # some special token is text: encode what is between the template's own piece by piece
         ids: list[int] = []
         at = 0
         for start, name in written:
@@ -341,7 +344,7 @@ class TokenStream:
 
 
 def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
-    """InputError unless all bytes and the special tokens fit."""
+    """Raise InputError unless all bytes and the special tokens fit."""
     least = 256 + len(special_tokens)
     if vocab_size < least:
         raise InputError(
@@ -373,8 +376,8 @@ def _byte_level_bytes(token: str) -> bytes:
 def _with_special_turns(
     backend: tokenizers.Tokenizer, roles: Iterable[str]
 ) -> tokenizers.Tokenizer:
-    """The tokenizer, in which the tokens that end or begin a turn are special: some files do not
-    flag them, and a message that spells one would end its turn.
+    """Return the tokenizer with the tokens that end or begin a turn marked as special. Some files
+    do not flag them, and a message that spells one would then end its turn.
     """
     turns = {*STOPS, "<|im_start|>", *roles}
     added = backend.get_added_tokens_decoder().values()
@@ -393,7 +396,7 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 
 def _valid(text: str) -> str:
-    """``text`` if UTF-8 can hold it (no lone surrogates)."""
+    """Return ``text`` if UTF-8 can encode it (no lone surrogates)."""
     if not isinstance(text, str):
         raise InputError(f"text: wanted str, got {type(text).__name__}")
     try:
@@ -406,6 +409,6 @@ def _valid(text: str) -> str:
 
 
 def _content(token: Any) -> str | None:
-    """A role token as config files spell it: text, or a mapping with ``content``."""
+    """Return a role token as config files store it: text, or a mapping with ``content``."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None

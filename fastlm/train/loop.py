@@ -1,13 +1,13 @@
-"""The training loop: one for every stage. What is trained, and on what, is an ``Objective``:
+"""The training loop, one for every stage. An ``Objective`` defines what is trained and on what:
 `fastlm.train.pretrain.NextToken` predicts the next token.
 
-A step: micro-batches of the objective, backward with the global token count, clip and AdamW in one
-pass, one line in metrics.jsonl. A checkpoint remembers how long metrics.jsonl was; starting the
-same command again cuts it there and continues, so that it holds every step once. Ctrl-C ends the
-running step, saves and says where.
+A step is: micro-batches of the objective, backward with the global token count, clip and AdamW in
+one pass, one line in metrics.jsonl. A checkpoint records the length of metrics.jsonl. Starting the
+same command again truncates the file there and continues, so that it holds every step once. Ctrl-C
+ends the running step, saves a checkpoint and reports where.
 
-The loss is read back every step: a loss that is not finite has to stop the run before it spoils
-the next checkpoint.
+The loss is read back every step: a loss that is not finite has to stop the run before it spoils the
+next checkpoint.
 """
 
 import fcntl
@@ -47,19 +47,19 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is not finite: the step, its batch and the last good
-    checkpoint, in one line.
+    """The loss or the gradient is not finite. The message names the step, its batch and the last
+    good checkpoint in one line.
     """
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the checkpoint that its text names."""
+    """Raised on Ctrl-C, after the checkpoint that its message names was saved."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``seconds`` and ``tokens`` over the whole run, interruptions included; ``metrics`` of
-    the last validation.
+    """``seconds`` and ``tokens`` are those of the whole run, across interruptions; ``metrics`` are
+    those of the last validation.
     """
 
     steps: int
@@ -80,38 +80,38 @@ class Objective(Protocol):
     Frozen ones (a reference) are the objective's own, and no part of a checkpoint."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The optimizer's groups; a group's "lr" is a factor of the scheduled rate (default 1)."""
+        """Return the optimizer's groups; a group's "lr" scales the scheduled rate (default 1)."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to fit: data, sizes, frozen models."""
+        """Return what must be the same for a checkpoint to fit: data, sizes, frozen models."""
         ...
 
     def next_batches(self, count: int) -> list[Any]:
-        """The ``count`` micro-batches of the next step. They may come from data or be made with
-        the models as they are now (rollouts).
+        """Return the ``count`` micro-batches of the next step. They may come from data or be
+        generated with the current models (rollouts).
         """
         ...
 
     def num_items(self, batch: Any) -> int:
-        """Tokens of the batch that the loss counts."""
+        """Return the number of tokens of the batch that the loss counts."""
         ...
 
     def loss(self, batch: Any, num_items: int) -> Tensor:
-        """Sum over the batch / ``num_items`` (of all micro-batches of the step)."""
+        """Return the sum over the batch / ``num_items`` (of all micro-batches of the step)."""
         ...
 
     def scalars(self) -> dict[str, float]:
-        """What else the last step measured, for its line in metrics.jsonl."""
+        """Return what else the last step measured, for its line in metrics.jsonl."""
         ...
 
     def position(self) -> str:
-        """Where in the data the next batch begins, for an error message."""
+        """Return where in the data the next batch begins, for an error message."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to continue to the same losses: JSON values, and tensors
-        (a buffer of rollouts) as values of the outermost level.
+        """Return what `load_state_dict` needs to continue to the same losses: JSON values, and
+        tensors (a buffer of rollouts) as values of the outermost level.
         """
         ...
 
@@ -142,12 +142,13 @@ def train(
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
     """Train ``objective.trained`` in place to the end of the budget, from the last checkpoint in
-    ``run_dir`` if there is one. Its budget may have been another: the learning rate is from here on
-    what the schedule of the new one says, so that the rate of a finished training rises again.
+    ``run_dir`` if there is one. The checkpoint may be from a run with another budget. From here on
+    the learning rate follows the schedule of the new budget, so the rate of a finished training
+    rises again.
 
-    Leaves metrics.jsonl and checkpoints/ there; ``on_event`` sees every line of metrics as it is
-    written. InputError: options, a checkpoint of another run, a folder that cannot be written.
-    NonFiniteError, Interrupted. The process keeps its freed memory from here on
+    Writes metrics.jsonl and checkpoints/ to ``run_dir``; ``on_event`` receives every line of
+    metrics as it is written. InputError: options, a checkpoint of another run, a folder that cannot
+    be written. NonFiniteError, Interrupted. The process keeps its freed memory from here on
     (`fastlm.memory.keep_freed_memory`).
     """
     options.check()
@@ -159,7 +160,7 @@ def train(
         total = loop.total_ticks() - loop.used_ticks()
         for _ in track(ticks, "training", total=total, unit=loop.unit()):
             pass
-        if interrupted.is_set():  # after the last step too: what comes next was not wanted
+        if interrupted.is_set():  # after the last step too: nothing further was wanted
             raise Interrupted(f"stopped after step {loop.step}; saved in {loop.saved()}")
         return loop.result()
 
@@ -188,7 +189,7 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, and training's random numbers untouched."""
+    """Disable gradients and dropout, and leave training's random numbers untouched."""
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng():
@@ -211,12 +212,12 @@ class _Loop:
             master_weights=options.dtype != "float32",
             max_grad_norm=options.max_grad_norm or math.inf,  # the norm is measured either way
         )
-        self.optimizer.keep_masters()  # what bfloat16 would cut off a new model's weights
+        self.optimizer.keep_masters()  # the bits that bfloat16 would cut off a new model's weights
         self.model.to(DTYPES[options.dtype])
         self.model.train()
         self.step = self.tokens = 0
-        self.used = 0.0  # seconds of earlier sittings
-        self.training_seconds = 0.0  # of steps alone: what tokens_per_second means
+        self.used = 0.0  # seconds of earlier sessions
+        self.training_seconds = 0.0  # of steps alone: the basis of tokens_per_second
         self.done = -1.0  # progress at the end of the last step; below 0: nothing happened yet
         self.loss: float | None = None
         self.last_metrics: dict[str, float] = {}
@@ -241,7 +242,7 @@ class _Loop:
         return self.used + time.perf_counter() - self.started
 
     def progress(self, steps: float = 0, tokens: float = 0) -> float:
-        """With so many steps and tokens more than are done."""
+        """Return the progress after this many more steps and tokens."""
         o = self.options
         return progress(
             self.step + steps, self.seconds(), o.max_steps, o.max_seconds,
@@ -252,7 +253,7 @@ class _Loop:
         return self.done >= 1.0
 
     def unit(self) -> str:
-        """What a tick of the progress bar is: a second, a thousand tokens or a step."""
+        """Return the unit of a tick of the progress bar: a second, a thousand tokens or a step."""
         o = self.options
         if o.max_seconds is not None:
             return "s"
@@ -268,7 +269,7 @@ class _Loop:
         return min(int(used[self.unit()]), self.total_ticks())
 
     def ticks(self, interrupted: threading.Event) -> Iterator[None]:
-        """Trains, to the end or to an interrupt; yields once a tick of the budget that is used."""
+        """Train to the end or to an interrupt. Yield once per tick of the budget that is used."""
         ticks = self.used_ticks()
         while not self.finished():
             self.advance()
@@ -281,7 +282,7 @@ class _Loop:
     # a step
 
     def advance(self) -> None:
-        """One step with what is due after it."""
+        """Run one step and what is due after it."""
         o = self.options
         began = time.perf_counter()
         position = self.objective.position()
@@ -323,7 +324,7 @@ class _Loop:
             self.save()
 
     def update(self) -> float:
-        """Clip and step; -> the gradient's norm before clipping."""
+        """Clip and step. Return the gradient's norm before clipping."""
         self.optimizer.step()
         assert self.optimizer.grad_norm is not None  # measured: max_grad_norm is never None here
         norm = float(self.optimizer.grad_norm)
@@ -338,9 +339,11 @@ class _Loop:
         )
 
     def moments(self) -> None:
-        """Validations and samples that fall between the last step and now. Their time is none of
-        the budget's, which on a slow machine they would use up: a validation before the first step,
-        in the middle of the warm-up then, cost the demo 0.1 bits per byte."""
+        """Run the validations and samples that fall between the last step and now. Their time does
+        not count towards the budget, which they would use up on a slow machine. When it did count,
+        a validation before the first step moved that step into the middle of the warm-up and cost
+        the demo 0.1 bits per byte.
+        """
         began = time.perf_counter()
         o, before = self.options, self.done
         self.done = self.progress()
@@ -359,7 +362,7 @@ class _Loop:
                 self.log({"step": self.step, "sample": text, "progress": self.done})
         self.started += time.perf_counter() - began
 
-    # what stays
+    # output
 
     def log(self, event: dict[str, Any]) -> None:
         try:
@@ -374,10 +377,10 @@ class _Loop:
         shapes = str([(name, tuple(p.shape)) for name, p in self.model.named_parameters()])
         digest = hashlib.sha256(shapes.encode()).hexdigest()[:16]
         parts = {**self.options.identity(), **self.objective.identity(), "parameters": digest}
-        return json.loads(json.dumps(parts))  # as a checkpoint has it
+        return json.loads(json.dumps(parts))  # as a checkpoint stores it
 
     def begin(self) -> None:
-        """Load the last checkpoint; without one, start."""
+        """Load the last checkpoint; start from the beginning if there is none."""
         prune(self.run_dir, self.options.keep)
         found = list_checkpoints(self.run_dir)
         length = 0
@@ -404,7 +407,7 @@ class _Loop:
             self.moments()
 
     def saved(self) -> Path:
-        """The checkpoint of this step, written unless it is there."""
+        """Return the checkpoint of this step; write it if it does not exist."""
         if self.saved_step == self.step:
             return checkpoint_path(self.run_dir, self.step)
         return self.save()

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a training writes of its steps, validations and samples, one line each."""
+"""metrics.jsonl: what a training records of its steps, validations and samples, one line each."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ MAX_METRICS = 2**33  # bytes; a step's line takes 225
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read and check the lines: of steps ("loss"), validations ("val_loss") and samples.
+    """Read and check the lines of steps ("loss"), validations ("val_loss") and samples.
 
     InputError names the line.
     """

@@ -1,4 +1,4 @@
-"""The options that every training has. Nothing here imports torch: ``--help`` reads them."""
+"""The options of every training. Nothing here imports torch, because ``--help`` reads them."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -7,12 +7,12 @@ from typing import Annotated, Any
 from fastlm.errors import InputError
 from fastlm.train.schedule import SCHEDULES
 
-# What is watched and kept on the way: it draws from no random numbers of the training
+# What is observed and kept along the way; it uses none of the training's random numbers
 OBSERVING = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
     "keep",
 )  # fmt: skip
-# How far: a training continues under another, and the schedule is spread over the whole
+# How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
 DTYPES = ("bfloat16", "float32")
 
@@ -20,8 +20,8 @@ DTYPES = ("bfloat16", "float32")
 @dataclass(frozen=True)
 class TrainOptions:
     """``max_steps``, ``max_seconds`` or ``max_tokens`` ends the run, whichever comes first; the
-    schedule is spread over it. Tokens are those the loss counts; the last step may go past them.
-    Seconds are of steps and checkpoints: validations and samples are not counted.
+    schedule spans the run. Tokens are those the loss counts; the last step may exceed the limit.
+    Seconds are those of steps and checkpoints: validations and samples are not counted.
 
     ``validations`` are evenly spaced, ``sample_at`` are moments between 0 (before the first step)
     and 1 (the end).
@@ -54,11 +54,11 @@ class TrainOptions:
     keep: Annotated[int, "Checkpoints to keep"] = 2
 
     def identity(self) -> dict[str, Any]:
-        """The options that decide what is trained: all but OBSERVING."""
+        """Return the options that decide what is trained: all but OBSERVING."""
         return {k: v for k, v in asdict(self).items() if k not in OBSERVING}
 
     def check(self) -> None:
-        """InputError names the option."""
+        """Check the values. InputError names the option."""
         if self.max_steps is None and self.max_seconds is None and self.max_tokens is None:
             raise InputError(
                 "max_tokens, max_steps, max_seconds: wanted at least one of them, got none"

@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on packed shards makes a base model."""
+"""Pretraining: next-token prediction on packed shards, which produces a base model."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -144,9 +144,10 @@ def pretrain(
 
 @dataclass(frozen=True)
 class Pretrain(TrainOptions, Stage):
-    """Train a model on token shards; the same command again resumes from the last checkpoint.
+    """Train a model on token shards. The same command run again resumes from the last checkpoint.
 
-    With a larger budget it trains on, at the rate that the schedule of the whole new run has there.
+    With a larger budget training continues, at the learning rate that the schedule of the whole new
+    run has at that point.
     """
 
     kind = "pretrain"
@@ -170,7 +171,7 @@ class Pretrain(TrainOptions, Stage):
     seq_len: Annotated[int, "Tokens of a sequence"] = 256
     seed: Annotated[int, "Of weights, data order and samples"] = 0
     config: Annotated[str, "config.json of the model (Hugging Face's names)"] = ""
-    # The same in a recipe; the vocabulary is the tokenizer's and need not be given
+    # The same in a recipe; the vocabulary is the tokenizer's and need not be stated
     model: dict[str, Any] | None = None
 
     def check(self) -> None:
@@ -198,12 +199,12 @@ class Pretrain(TrainOptions, Stage):
             )
         vocab_size = words.get("vocab_size")
         if self.model is not None and vocab_size is None and "vocab_size" not in self.model:
-            return {}  # from outside the run: known when it is read
+            return {}  # from outside the run: known only once it is read
         return {"config": self.model_config(vocab_size, 0)}
 
     def model_config(self, vocab_size: int | None, eos_id: int | None) -> "ModelConfig":
-        """Return the model's configuration. Where it comes from a recipe, the context is the
-        training length unless it says otherwise.
+        """Return the model's configuration. If it comes from a recipe, the context is the training
+        length unless the recipe says otherwise.
         """
         from fastlm.files import read_json
         from fastlm.model.architectures import config_of
@@ -258,7 +259,7 @@ class Pretrain(TrainOptions, Stage):
         if tokenizer:
             tokenizer.save(job.out / MODEL)
         result = asdict(done)
-        result["used_seconds"] = result.pop("seconds")  # of all sittings
+        result["used_seconds"] = result.pop("seconds")  # of all sessions
         return {
             **result,
             "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,10 +1,10 @@
-"""How far a run is and which learning rate that means.
+"""How far a run has come, and the learning rate at that point.
 
-Everything that happens at moments of a run (learning rate, validations, samples) is a function of
-``progress``, 0 to 1: the largest of steps done, tokens seen and seconds used over what is allowed.
-So a run that is given ten minutes anneals to its end whatever the machine, and one that is given
-tokens ends at the same quality on every machine. Schedules in steps were the alternative: they
-cannot end a run on time.
+Everything that depends on the moment in a run (learning rate, validations, samples) is a function
+of ``progress``, 0 to 1: the largest of steps done, tokens seen and seconds used, each over its
+budget. A run with a budget of ten minutes therefore anneals to its end on any machine, and a run
+with a budget of tokens ends at the same quality on every machine. Schedules in steps were the
+alternative: they cannot end a run on time.
 """
 
 import math
@@ -23,7 +23,7 @@ def progress(
     tokens: float = 0,
     max_tokens: int | None = None,
 ) -> float:
-    """0 at the start, 1 when the first of the budgets is used."""
+    """Return 0 at the start, 1 when the first of the budgets is used up."""
     parts = [0.0]
     if max_steps is not None:
         parts.append(steps / max_steps)
@@ -43,11 +43,11 @@ def learning_rate(
     decay: float = 0.2,
     final_lr: float = 0.0,
 ) -> float:
-    """The rate at ``done`` (0..1): linear from 0 to ``lr`` within ``warmup``, at 1 it is
-    ``final_lr * lr``.
+    """Return the rate at ``done`` (0..1): linear from 0 to ``lr`` within ``warmup``,
+    ``final_lr * lr`` at 1.
 
-    cosine: falls from the end of the warm-up on. wsd: stays, then falls linearly within the last
-    ``decay``.
+    cosine: falls from the end of the warm-up. wsd: stays constant, then falls linearly within the
+    last ``decay``.
     """
     if done < warmup:
         return lr * done / warmup

@@ -1,10 +1,10 @@
-"""Checkpoints of a run under way: all that is needed to continue to the same losses, bit for bit.
+"""Checkpoints of a run in progress: everything needed to continue to the same losses, bit for bit.
 
 ``checkpoints/step-00000200/`` holds the parameters, the optimizer, the random state and, as JSON,
-step, seconds, position in the data, length of metrics.jsonl and what the run is (options, model,
-data). It is written beside and renamed; an old one is renamed away before it is deleted: a folder
-named step-* is whole at any moment. No pickles: tensors in safetensors with a checksum, the rest
-as JSON.
+step, seconds, position in the data, length of metrics.jsonl and the identity of the run (options,
+model, data). A checkpoint is written under a temporary name and renamed; an old one is renamed
+before it is deleted. A folder named step-* is therefore whole at any moment. No pickles: tensors
+are in safetensors with a checksum, the rest is JSON.
 """
 
 import re
@@ -28,11 +28,11 @@ NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass
 class Progress:
-    """Where a training is."""
+    """How far a training has come."""
 
     step: int
     tokens: int
-    seconds: float  # of all sittings
+    seconds: float  # of all sessions
     done: float  # as `fastlm.train.loop` counts it
     training_seconds: float
     loss: float | None
@@ -48,7 +48,7 @@ class Progress:
 
 @dataclass
 class Packed:
-    """What is no tensor of an optimizer's state: ``<parameter>.<slot>`` -> value."""
+    """The part of an optimizer's state that is not tensors: ``<parameter>.<slot>`` -> value."""
 
     state: dict[str, Any]
     groups: int
@@ -56,7 +56,7 @@ class Packed:
 
 @dataclass
 class Rest:
-    """What is no tensor of a checkpoint."""
+    """The part of a checkpoint that is not tensors."""
 
     progress: Progress
     identity: dict[str, Any]
@@ -68,7 +68,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Oldest first."""
+    """Return the checkpoints, oldest first."""
     folder = run_dir / FOLDER
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(
@@ -78,8 +78,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Leaves the newest ``keep`` checkpoints, and nothing of writes or deletions that were
-    cut off.
+    """Keep only the newest ``keep`` checkpoints; remove the remains of interrupted writes and
+    deletions.
     """
     folder = run_dir / FOLDER
     for path in list_checkpoints(run_dir)[:-keep]:
@@ -89,7 +89,7 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """``optimizer.state_dict()`` as flat named tensors and the JSON rest."""
+    """Return ``optimizer.state_dict()`` as flat named tensors and the rest as JSON values."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for index, slots in state["state"].items():
@@ -105,8 +105,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """The inverse; param_groups stay those of ``optimizer``, whose options the run identity
-    has compared.
+    """Undo `pack_optimizer`. param_groups stay those of ``optimizer``: their options were compared
+    as part of the run identity.
     """
     packed = build(Packed, rest, "optimizer.")
     groups = optimizer.state_dict()["param_groups"]
@@ -132,8 +132,8 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write step-<step> and prune. ``identity`` is JSON-serialisable; so is
-    ``progress.objective``, but for values that are tensors.
+    """Write step-<step> and prune. ``identity`` is JSON-serialisable; so is ``progress.objective``,
+    except for values that are tensors.
     """
     path = checkpoint_path(run_dir, step)
     make_folder(path.parent)
@@ -163,8 +163,8 @@ def load_checkpoint(
     *,
     may_differ: Sequence[str] = (),
 ) -> Progress:
-    """Loads all in place. InputError: corrupt, or of another run (the first
-    difference of ``identity`` is named, but for the keys that ``may_differ``).
+    """Load everything in place. InputError: corrupt, or of another run (the message names the first
+    difference of ``identity``, apart from the keys in ``may_differ``).
     """
     tensors, metadata = load_tensors(path)
     try:
@@ -193,7 +193,7 @@ def load_checkpoint(
         torch.set_rng_state(part["rng."]["cpu"])
         if "cuda" in part["rng."] and torch.cuda.is_available():
             torch.cuda.set_rng_state(part["rng."]["cuda"])
-    except (InputError, RuntimeError) as error:  # RuntimeError: no state of a generator
+    except (InputError, RuntimeError) as error:  # RuntimeError: not a generator's state
         raise InputError(f"{path}: {reason(error)}") from None
     rest.progress.objective |= part["objective."]
     return rest.progress

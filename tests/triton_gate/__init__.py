@@ -1,4 +1,4 @@
-"""What the files of the gate share: a case, and what its machine code must contain."""
+"""Shared by the files of the gate: a case, and what its machine code must contain."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -15,8 +15,8 @@ MATRIX = ("matrix",)
 
 
 class Case(NamedTuple):
-    """`run(dtype)` calls host functions of one op on tensors from `meta`; `wanted`: per kernel the
-    instructions without which its machine code is not what was meant."""
+    """`run(dtype)` calls host functions of one op on tensors from `meta`. `wanted`: per kernel the
+    instructions that its machine code must contain to be what was intended."""
 
     name: str
     run: Callable[[torch.dtype], None]
@@ -25,5 +25,5 @@ class Case(NamedTuple):
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor without memory: reading its values fails, as waiting for a GPU would cost."""
+    """A tensor without memory. Reading its values fails, because on a GPU it would have to wait."""
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,17 +1,17 @@
-"""Compiles every Triton kernel for GPUs that are not there, and reads the machine code.
+"""Compiles every Triton kernel for GPUs that are not available, and reads the machine code.
 
     PYTHONPATH=tests python -m triton_gate [--capability 80 90 100] [--op glu ...] [--sample N]
 
 Each file here but __init__ lists one op's cases: calls of the op's host functions on tensors of the
-meta device, in the configurations that ship. A kernel fails that
+meta device, in the configurations that ship. A kernel fails if it
 
 - spills registers (stack bytes) or uses local memory,
-- wants more shared or tensor memory than the architecture has,
-- lacks an instruction that it is meant for, or has next to none (one came out empty once),
-- has a worse figure than tables/<op>-<Triton's version>.json says. `--write` writes the table anew:
+- needs more shared or tensor memory than the architecture has,
+- lacks an instruction that it should contain, or has almost none (one was empty once),
+- has a worse figure than tables/<op>-<Triton's version>.json records. `--write` rewrites the table:
   a change that worsens a figure changes it in the same commit. No table admits a spill.
 
-It says nothing about races, numerics or speed on a device.
+It does not check races, numerics or speed on a device.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CAPABILITIES = (80, 90, 100)
-SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a block
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes per block
 TENSOR_MEMORY = 512  # columns, sm_100
 LEAST = 24  # instructions
-# of floats, of integers; small tiles are multiplied by the older instructions everywhere
+# for floats, for integers; small tiles use the older instructions everywhere
 MATRIX = {80: ("HMMA", "IMMA"), 90: ("HGMMA", "IGMMA", "HMMA", "IMMA")}
 MATRIX[100] = ("UTCHMMA", "UTCIMMA", "HMMA", "IMMA")
-KEPT = ("config", "registers", "stack", "shared", "opcodes")  # of a kernel in the table
+KEPT = ("config", "registers", "stack", "shared", "opcodes")  # entries of a kernel in the table
 SHOWN = ("LDG.E.128", "STG.E.128", "LDGSTS", "UTMALDG")
 SHOWN += ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA")
 
@@ -75,7 +75,7 @@ def machine_code(cubin: bytes) -> dict:
 
 
 def compile_op(op: str, capability: int, sample: int) -> list[dict]:
-    """A row per kernel: of every `sample`-th case and dtype."""
+    """Compile every `sample`-th combination of case and dtype. Returns one row per kernel."""
     from fastlm.kernels.launch import compiling
 
     rows, number = [], 0
@@ -104,7 +104,7 @@ def compile_op(op: str, capability: int, sample: int) -> list[dict]:
 
 
 def faults(row: dict, capability: int, before: dict | None, compare: bool) -> list[str]:
-    """What is wrong with one kernel, in words. `before`: its line in the table."""
+    """The faults of one kernel as text. `before`: its entry in the table."""
     found = []
     for figure in ("stack", "local"):
         if row[figure]:
@@ -128,14 +128,14 @@ def faults(row: dict, capability: int, before: dict | None, compare: bool) -> li
 
 
 class Table:
-    """Figures of one op's kernels by one version of Triton, as checked in."""
+    """Figures of one op's kernels for one version of Triton, as checked in."""
 
     def __init__(self, op: str, version: str):
         self.path = HERE / "tables" / f"{op}-{version}.json"
         self.rows = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def write(self, fresh: dict[str, dict], capabilities: list[int]) -> None:
-        """`fresh` is all of these architectures; the lines of others stay."""
+        """Replace all lines of these architectures by `fresh`; the lines of others stay."""
         done = [f", sm_{c}, " for c in capabilities]
         others = {k: v for k, v in self.rows.items() if not any(d in k for d in done)}
         lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted((others | fresh).items())]

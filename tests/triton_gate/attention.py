@@ -5,7 +5,7 @@ import torch
 from fastlm.kernels import attention, attention_backward
 from triton_gate import MATRIX, Case, meta
 
-BFLOAT16 = (torch.bfloat16,)  # float16 takes the same tiles
+BFLOAT16 = (torch.bfloat16,)  # float16 has the same tiles
 FLOAT32 = (torch.float32,)
 PRODUCTS = {name: MATRIX for name in ("_forward", "_dq", "_dkdv", "_dbias")} | {
     "_delta": ("LDG.E.128",)
@@ -47,7 +47,7 @@ def _decoding(width: int) -> Case:
     return Case(f"decoding {width}", run, wanted, BFLOAT16)
 
 
-# float32 products are not the matrix instructions': those would round to tf32
+# float32 products do not use the matrix instructions, which would round to tf32
 CASES = [
     _training("causal 64", 64, BFLOAT16, PRODUCTS),
     _training("causal 128", 128, BFLOAT16, PRODUCTS),

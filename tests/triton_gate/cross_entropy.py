@@ -34,8 +34,8 @@ def _case(
     return Case(f"{rows} x {classes} {' '.join(names)}".strip(), run, wanted, dtypes)
 
 
-# the second with softcap and weights; few rows are split; an odd number of classes cannot be loaded
-# by 128 bits, few classes make a small block
+# The second case has softcap and weights. Few rows are split. An odd number of classes cannot be
+# loaded by 128 bits, few classes result in a small block.
 CASES = [
     _case(4096, 32768, dtypes=FLOATS),
     _case(4096, 128256, smooth=True, weighted=True, softcap=30.0, dtypes=HALVES),

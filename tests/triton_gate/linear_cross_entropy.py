@@ -1,7 +1,7 @@
 """What the gate compiles of linear_cross_entropy; see tests/triton_gate/__main__.py.
 
-The kernels are cross_entropy's with a bias and float32 logits, and a gradient of 16 bits; and the
-host functions run on tensors without memory: none of them waits for a GPU.
+The kernels are cross_entropy's with a bias, float32 logits and a 16-bit gradient. The host
+functions run on tensors without memory, which shows that none of them waits for a GPU.
 """
 
 import torch

@@ -33,7 +33,7 @@ def _forward(
 
 
 def _of_one(rows: int, n: int, k: int, act_bits: int) -> Case:
-    """Sizes of 1 are constants to Triton: arithmetic on them must still compile."""
+    """Sizes of 1, which are constants to Triton: arithmetic on them must still compile."""
 
     def run(dtype: torch.dtype) -> None:
         weight = _weight(4, 128, True, n, k)

@@ -21,8 +21,8 @@ def _case(
     return Case(f"{rows} x {width} {'residual' if residual else ''}", run, wanted, dtypes)
 
 
-# a power of two and not, a query's head (narrow), one row, rows in blocks; an odd width cannot be
-# loaded by 128 bits
+# a power of two and other widths, a query's head (narrow), one row, rows in blocks; an odd width
+# cannot be loaded by 128 bits
 CASES = [
     _case(4096, 4096, True, True, FLOATS),
     _case(4096, 8192, True, True, FLOATS),

@@ -28,8 +28,7 @@ def _case(
 
 
 # training, its backward, decoding (one position), a part of the width, both layouts; 40 pairs are
-# not a power of two, 11 pairs and
-# single positions cannot be loaded by 128 bits
+# not a power of two; 11 pairs and single positions cannot be loaded by 128 bits
 CASES = [
     _case(4, 2048, 128, 128, dtypes=FLOATS),
     _case(4, 2048, 128, 128, inverse=True),

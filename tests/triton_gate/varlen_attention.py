@@ -1,6 +1,6 @@
 """What the gate compiles of varlen_attention; see tests/triton_gate/__main__.py.
 
-The kernels are attention's: one width shows that finding a sequence costs no spill.
+The kernels are attention's: one width is enough to show that finding a sequence costs no spill.
 """
 
 import torch

@@ -1,19 +1,20 @@
-"""flash-attn 2's functions by its documented signatures, on `fastlm.ops`, on a CPU as well::
+"""flash-attn 2's functions with its documented signatures, on `fastlm.ops`, CPUs included::
 
     from fastlm.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 
-Tensors are (B, S, H, D), packed ones (total, H, D). Any head width, float32 too. What differs:
+Tensors are (B, S, H, D), packed ones (total, H, D). Any head width, float32 as well. Differences:
 
-- ``deterministic`` and ``num_splits`` change nothing: every backward here gives the same bits.
-- ``return_attn_probs`` gives (out, lse, an empty tensor), what flash-attn gives without dropout;
-  with dropout it is refused, since nothing here holds probabilities. lse is differentiable, and
-  -inf where a row sees nothing.
-- Dropout draws other numbers.
+- ``deterministic`` and ``num_splits`` have no effect: every backward here is bitwise reproducible.
+- ``return_attn_probs`` returns (out, lse, an empty tensor), as flash-attn does without dropout.
+  With dropout it is refused, since no probabilities are stored here. lse is differentiable, and
+  -inf where a row sees no keys.
+- Dropout draws different random numbers.
 - Pages of ``block_table`` may have any size; ``cache_leftpad`` works with them.
-- ``flash_attn_with_kvcache`` has no backward, as there; here a tensor that asks for one is refused.
+- ``flash_attn_with_kvcache`` has no backward, like flash-attn's; tensors that need it are refused.
 
-A window that looks ahead (right > 0, or a left one alone without ``causal``) and slopes that differ
-in the batch become a bias: (S, T), or (B, H, S, T) for the slopes, in memory. All else is free.
+A window that looks ahead (right > 0, or only a left limit without ``causal``) and slopes that
+differ within the batch become a bias in memory: (S, T), or (B, H, S, T) for the slopes. Everything
+else is free.
 """
 
 from collections.abc import Sequence
@@ -120,9 +121,9 @@ def flash_attn_varlen_func(
 ) -> Any:
     """`flash_attn_func` of each sequence in q (total_q, H, D), k and v (total_k, Hkv, D).
 
-    With block_table (B, pages a sequence) k and v are pages (pages, page_size, Hkv, D), of which
-    ``cu_seqlens_k`` gives the lengths; q is then padded to max_seqlen_q rows a sequence, and there
-    is neither dropout nor a backward. lse is (H, total_q).
+    With block_table (B, pages per sequence), k and v are pages (pages, page_size, Hkv, D), and
+    ``cu_seqlens_k`` holds the lengths of their sequences. q is then padded to max_seqlen_q rows per
+    sequence, and there is neither dropout nor a backward. lse is (H, total_q).
     """
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(t, Tensor):
@@ -141,7 +142,7 @@ def flash_attn_varlen_func(
             q, causal, window_size, alibi_slopes, max_seqlen_q,
             block_table.shape[1] * k.shape[1], _per_sequence(lengths - max_seqlen_q),
         )  # fmt: skip
-        # sequences end at the last row, as their keys do: row r of sequence b is first[b] + r
+        # a sequence ends at the last padded row: row r of sequence b is row first[b] + r of q
         first = cu_seqlens_q[1:] - max_seqlen_q
         place = first[:, None] + torch.arange(max_seqlen_q, device=q.device)
         padded = q[place.clamp(0, max(q.shape[0] - 1, 0))]
@@ -232,25 +233,26 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Attention of q (B, S, H, D) on a cache, into which k and v (B, S_new, Hkv, D) go first.
+    """Append k and v (B, S_new, Hkv, D) to a cache and return q's (B, S, H, D) attention over it.
 
     Args:
         k_cache, v_cache: (rows, T, Hkv, D), or pages (pages, page_size, Hkv, D) with block_table.
             Written in place.
-        cache_seqlens: keys that a sequence has, a number or (B,); T by default, needed with k.
-        cache_batch_idx: (B,), the row of the cache of each sequence; 0 to B - 1 by default.
-        cache_leftpad: (B,), keys at the beginning of the row that are not seen.
-        block_table: (B, pages a sequence).
-        rotary_cos, rotary_sin: (positions, R / 2), with k only: k is rotated at cache_seqlens and
-            the places behind it, q too if causal or in a window, else all of q at cache_seqlens.
+        cache_seqlens: keys per sequence before k is appended, a number or (B,); T by default,
+            required with k.
+        cache_batch_idx: (B,), the cache row of each sequence; 0 to B - 1 by default.
+        cache_leftpad: (B,), number of keys at the beginning of the row that are hidden.
+        block_table: (B, pages per sequence).
+        rotary_cos, rotary_sin: (positions, R / 2), only with k: k is rotated at positions from
+            cache_seqlens on. So is q if causal or windowed; else all of q is at cache_seqlens.
         rotary_interleaved: pairs (0, 1), (2, 3), ...; else (0, R / 2), (1, R / 2 + 1), ...
 
     Returns:
-        out (B, S, H, D), with return_softmax_lse and lse (B, H, S).
+        out (B, S, H, D); with return_softmax_lse the pair of out and lse (B, H, S).
 
     Raises:
         InputError: as `fastlm.ops.paged_attention`; a shape or dtype that does not fit; on the CPU
-            also more keys than the cache has room for. The cache is then as it was.
+            also more keys than the cache has room for. The cache is then unchanged.
     """
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         if t is not None and t.dim() != 4:
@@ -284,7 +286,7 @@ def flash_attn_with_kvcache(
                     f" got {t.dtype} {tuple(t.shape)} on {t.device}"
                 )
     chosen_by = "block_table"
-    if block_table is None:  # a row of the cache is a page
+    if block_table is None:  # each row of the cache is a page
         chosen_by = "" if cache_batch_idx is None else "cache_batch_idx"
         if cache_batch_idx is None:
             cache_batch_idx = torch.arange(batch, dtype=torch.int32, device=device)
@@ -352,7 +354,7 @@ def flash_attn_with_kvcache(
 
 
 def _looks(t: Tensor) -> bool:
-    """Whether values may be looked at: a GPU would be waited for."""
+    """Whether values may be read: reading them would wait for a GPU."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -382,8 +384,8 @@ def _options(
     offset: int | Tensor,
     leftpad: Tensor | None = None,
 ) -> dict[str, Any]:
-    """causal, window, alibi_slopes and bias of `fastlm.ops`. `offset`, a number or (B, 1, 1, 1), is
-    added to a query's row for its place among the keys."""
+    """Return causal, window, alibi_slopes and bias for `fastlm.ops`. `offset`, a number or (B, 1,
+    1, 1), plus a query's row is its position among the keys."""
     if not isinstance(window_size, Sequence) or len(window_size) != 2:
         raise InputError(f"window_size: wanted (left, right), -1 for no limit, got {window_size!r}")
     left, right = window_size
@@ -420,7 +422,7 @@ def _options(
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor, interleaved: bool) -> Tensor:
-    """x (B, S, H, D) at `place` (B, S) of tables of R / 2 angles."""
+    """Rotate x (B, S, H, D) by rows `place` (B, S) of tables of R / 2 angles."""
     tables = []
     for table in (cos, sin):
         half = F.embedding(place, table)

@@ -2,7 +2,7 @@
 
     from fastlm.compat.flash_attn.bert_padding import pad_input, unpad_input
 
-Names, arguments and results are those of flash-attn 2.8. Nothing here is a kernel: gathers of rows.
+Names, arguments and results are those of flash-attn 2.8. No kernels here, only gathers of rows.
 """
 
 import torch
@@ -28,11 +28,12 @@ def unpad_input(
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
     """The rows of hidden_states (B, S, ...) where attention_mask (B, S) is not 0.
 
-    unused_mask: (B, S), more rows to keep, disjoint from the first.
+    unused_mask: (B, S), more rows to keep, disjoint from those of attention_mask.
 
     Returns:
-        rows (total, ...); their indices in the flat batch (total,); cu_seqlens (B + 1,) int32; the
-        longest sequence, an int (a GPU is waited for); rows of attention_mask alone (B,) int32.
+        rows (total, ...); their indices in the flat batch (total,); cu_seqlens (B + 1,) int32;
+        length of the longest sequence, an int (this waits for a GPU); rows per sequence of
+        attention_mask alone, (B,) int32.
     """
     if attention_mask.shape != hidden_states.shape[:2]:
         raise InputError(
@@ -49,6 +50,6 @@ def unpad_input(
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """`unpad_input` undone: (total, ...) -> (batch, seqlen, ...), zero where nothing was."""
+    """Undo `unpad_input`: (total, ...) -> (batch, seqlen, ...), zero where no row was kept."""
     rows = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return rows.unflatten(0, (batch, seqlen))

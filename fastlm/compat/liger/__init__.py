@@ -1,23 +1,23 @@
-"""Liger-Kernel's losses, norms, rotation and MLPs by its names, on `fastlm.ops`, on a CPU as well::
+"""Liger-Kernel's losses, norms, rotation and MLPs by its names, on `fastlm.ops`, CPUs included::
 
     from fastlm.compat.liger import LigerCrossEntropyLoss, LigerRMSNorm, LigerSwiGLUMLP
 
-Arguments, defaults and the names of parameters in a state_dict are those of Liger 0.8. As there, a
-mean over no rows is 0 (torch's is NaN), and the mean of a z-loss is over rows whatever their
-weights. What differs:
+Arguments, defaults and the names of parameters in a state_dict are those of Liger 0.8. As in Liger,
+a mean over no rows is 0 (torch's is NaN), and the mean of a z-loss counts rows whatever their
+weights. Differences:
 
-- A loss is float32 whatever the inputs (Liger's of bfloat16 logits is bfloat16). Inputs keep their
-  values, and a backward may run twice: nothing is written in place.
-- ``in_place``, ``row_mode``, ``accum_dtype`` and ``chunk_mem_const`` change nothing: they trade
-  memory and rounding that the kernels here do not spend. Sums are float32.
-- ``casting_mode``: norms compute in float32 and round once, as "gemma"; "llama" and "none" differ
-  from it by roundings of 16-bit inputs.
-- Tokens and their accuracy cost a pass over the logits; from a fused loss they cost its product
-  once more, by blocks of rows, and so does ``use_token_scaling``.
+- A loss is float32 whatever its inputs (Liger's is bfloat16 for bfloat16 logits). Nothing is
+  written in place: inputs keep their values, and a backward may run twice.
+- ``in_place``, ``row_mode``, ``accum_dtype`` and ``chunk_mem_const`` have no effect: they
+  trade memory and rounding costs that the kernels here do not have. Sums are float32.
+- ``casting_mode``: norms compute in float32 and round once, as with "gemma"; "llama" and "none"
+  differ from that in the rounding of 16-bit inputs.
+- Predicted tokens and token accuracy cost a pass over the logits. With a fused loss they cost its
+  product again, in blocks of rows; so does ``use_token_scaling``.
 
-For a whole Hugging Face model there is `fastlm.patch`, and Liger's ``apply_liger_kernel_to_*`` as
-names of it (`fastlm.compat.liger.monkey_patch`). Not here: Liger's losses of two distributions and
-of preferences, and what it runs on other operations (LayerNorm, softmax, experts).
+For a whole Hugging Face model use `fastlm.patch`, or Liger's ``apply_liger_kernel_to_*``, which
+call it (`fastlm.compat.liger.monkey_patch`). Not included: Liger's losses between two
+distributions or on preferences, and its kernels for other ops (LayerNorm, softmax, experts).
 """
 
 from collections.abc import Callable
@@ -96,12 +96,12 @@ __all__ = [
     "liger_swiglu",
 ]
 
-_BLOCK_ROWS = 256  # of logits that exist to predict tokens: 64 MB at 128 k classes of bfloat16
+_BLOCK_ROWS = 256  # rows of logits at a time to predict tokens: 64 MB for 128 k bfloat16 classes
 
 
 @dataclass
 class CrossEntropyOutput:
-    """What a loss returns when more than the loss is asked for."""
+    """What a loss returns when more than the loss is requested."""
 
     loss: Tensor
     z_loss: Tensor | None = None
@@ -124,11 +124,11 @@ def liger_cross_entropy(
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
 ) -> Tensor | CrossEntropyOutput:
-    """``F.cross_entropy`` of input (N, V), plus ``lse_square_scale * lse ** 2`` a row.
+    """``F.cross_entropy`` of input (N, V), plus ``lse_square_scale * lse ** 2`` per row.
 
-    Returns the loss, or a `CrossEntropyOutput` where one of the three more is asked for: the part
-    of the loss that is z-loss, the share of rows whose largest logit is the target's (a number a
-    row for reduction "none"), the class of that logit (-1 where ignored).
+    Returns the loss, or a `CrossEntropyOutput` where any of three extras is requested: the part of
+    the loss that is z-loss, the share of rows whose largest logit is the target's (one number per
+    row for reduction "none"), or the class of the largest logit (-1 where ignored).
     """
     for name, value in (("size_average", size_average), ("reduce", reduce)):
         if value is not None:
@@ -159,9 +159,9 @@ def liger_fused_linear_cross_entropy(
     return_predicted_tokens: bool = False,
     chunk_mem_const: int = 1,
 ) -> Tensor | CrossEntropyOutput:
-    """`liger_cross_entropy` of ``F.linear(input, weight, bias)``, whose logits never exist.
+    """`liger_cross_entropy` of ``F.linear(input, weight, bias)``, whose logits are never stored.
 
-    use_token_scaling: each row's loss times the probability of its target, a constant.
+    use_token_scaling: multiply each row's loss by the probability of its target, a constant.
     """
     return _loss(
         partial(linear_cross_entropy, input, weight, target, linear_bias=bias),
@@ -264,9 +264,9 @@ def liger_rotary_pos_emb(
     """`fastlm.ops.rope`, half-split: q (B, H, S, D) and k (B, Hkv, S, D) rotated.
 
     cos and sin: (S, R), (1, S, R) or (B, S, R), or with one more dimension of size 1 at
-    unsqueeze_dim. position_ids is not read, as in Liger: the tables are already those of the
-    positions. rotary_dim: elements of a head that turn, where the tables hold every angle once
-    (width rotary_dim / 2) or are wider.
+    unsqueeze_dim. position_ids is not read, as in Liger: the tables already belong to the
+    positions. rotary_dim: number of rotated elements per head, where the tables hold every angle
+    once (width rotary_dim / 2) or are wider.
     """
     if rotary_dim is not None and not (
         0 < rotary_dim <= q.shape[-1] and rotary_dim % 2 == 0 and rotary_dim <= 2 * cos.shape[-1]
@@ -294,7 +294,7 @@ def liger_rope(
     position_ids: Tensor | None = None,
     unsqueeze_dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`liger_rotary_pos_emb` by the name of Liger's functional module."""
+    """`liger_rotary_pos_emb` under its name in Liger's functional module."""
     return liger_rotary_pos_emb(q, k, cos, sin, position_ids, unsqueeze_dim)
 
 
@@ -325,7 +325,7 @@ class _MLP(nn.Module):
 
 
 class LigerSwiGLUMLP(_MLP):
-    """``down_proj(silu(gate_proj(x)) * up_proj(x))`` of config's sizes."""
+    """``down_proj(silu(gate_proj(x)) * up_proj(x))`` with the sizes in config."""
 
     product = staticmethod(liger_swiglu)
 
@@ -354,7 +354,7 @@ class LigerPhi3SwiGLUMLP(nn.Module):
 
 
 class LigerGEGLUMLP(_MLP):
-    """``down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))`` of config's sizes, whatever its act."""
+    """``down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))`` with config's sizes, whatever its act."""
 
     product = staticmethod(liger_geglu)
 
@@ -377,10 +377,10 @@ def _loss(
     return_predicted_tokens: bool,
     use_token_scaling: bool,
 ) -> Tensor | CrossEntropyOutput:
-    """`run` is the op with its tensors, `predict` gives the classes of the largest logits."""
+    """`run` is the op with its tensors; `predict` returns the class of each row's largest logit."""
     check_options(softcap, reduction, None)
     options: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap}
-    # the op would divide the z-loss by the rows' weights too
+    # the op would divide the z-loss by the rows' weights, too
     apart = return_z_loss or bool(lse_square_scale and weight is not None and reduction == "mean")
     by_row = reduction == "none" or use_token_scaling
     loss = run(

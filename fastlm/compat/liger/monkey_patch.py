@@ -1,12 +1,12 @@
-"""Liger's ``apply_liger_kernel_to_*`` as names of `fastlm.patch`, for a model that exists::
+"""Liger's ``apply_liger_kernel_to_*`` as aliases of `fastlm.patch`, for an existing model::
 
     from fastlm.compat.liger import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(model=model)
 
-All do the same, since `fastlm.patch` looks at modules and not at names. Without ``model`` Liger
-changes transformers' classes for the whole process; here it is wanted. Attention stays as it is, as
-with Liger: `fastlm.patch` takes it too, and `fastlm.unpatch` undoes either.
+All do the same, since `fastlm.patch` looks at modules, not at names. Without ``model`` Liger
+changes transformers' classes for the whole process; here ``model`` is required. Attention stays as
+it is, as with Liger; `fastlm.patch` replaces it, too. `fastlm.unpatch` undoes both.
 """
 
 from torch import nn
@@ -27,7 +27,7 @@ def _apply_liger_kernel_to_instance(
     """Patch the ops that are True, where `model` has a place for them.
 
     Raises:
-        InputError: as `fastlm.patch`; cross_entropy, whose logits the fused loss never has.
+        InputError: as `fastlm.patch`; cross_entropy is True (the fused loss has no logits for it).
     """
     if model is None:
         raise InputError("model: wanted one (classes of transformers stay as they are), got None")

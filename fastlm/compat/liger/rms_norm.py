@@ -17,7 +17,7 @@ def liger_rms_norm(
     casting_mode: str = "llama",
     in_place: bool = True,
 ) -> Tensor:
-    """``F.rms_norm(X, X.shape[-1:], offset + W, eps)``; without W no weight at all."""
+    """``F.rms_norm(X, X.shape[-1:], offset + W, eps)``; without W, no weight at all."""
     _check_casting(casting_mode)
     if W is None:
         W, offset = X.new_ones(X.shape[-1:]), 0.0
@@ -159,7 +159,7 @@ class LigerFusedAddRMSNorm(LigerRMSNorm):
         super().__init__(hidden_size, eps, offset, casting_mode, init_fn, in_place)
 
     def forward(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        assert self.weight is not None  # without elementwise_affine
+        assert self.weight is not None  # None only without elementwise_affine
         return liger_fused_add_rms_norm(
             hidden_states, residual, self.weight, self.variance_epsilon, self.offset,
             self.casting_mode,
