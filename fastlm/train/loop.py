@@ -76,8 +76,8 @@ class Objective(Protocol):
     """
 
     trained: nn.Module
-    """All that is trained. Several models (a policy and its value model) are an nn.ModuleDict.
-    Frozen ones (a reference) are the objective's own, and no part of a checkpoint."""
+    """The module with all trained parameters. Several models (a policy and its value model) are an
+    nn.ModuleDict. Frozen models (a reference) belong to the objective and are not checkpointed."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return the optimizer's groups; a group's "lr" scales the scheduled rate (default 1)."""
