@@ -16,6 +16,7 @@ import profile_step
 import pytest
 import torch
 import turns
+import versions
 
 from fastlm import backend, ops
 
@@ -247,6 +248,19 @@ def test_compare_flags_what_is_beyond_the_spread(monkeypatch, capsys, tmp_path):
     assert "| rope first 1 fastlm | 1 | 0.8 | 1.25x | 10% | faster |" in out
     assert "| rope second 1 fastlm | 1 | 1.08 | 0.93x | 10% |  |" in out
     assert "1 faster, 1 slower, 1 same" in out and picture.stat().st_size > 1000
+
+
+def test_two_checkouts_take_turns(monkeypatch, capsys):
+    monkeypatch.setattr(versions, "ATTEMPTS", 1)
+    monkeypatch.setattr(versions, "ROUNDS", 2)
+    monkeypatch.setattr(sys, "argv", ["versions.py", str(versions.ROOT), "boundary", "--row", "4)"])
+    versions.main()
+    out = capsys.readouterr().out
+    assert "four numpy arrays, 4 x (4, 4)  (1)" in out and "4 rows: median" in out
+    monkeypatch.setattr(sys, "argv", ["versions.py", ".", "ropes"])
+    with pytest.raises(SystemExit):
+        versions.main()
+    assert "only: wanted some of attention" in capsys.readouterr().err
 
 
 def test_every_variant_has_a_process_of_its_own():
