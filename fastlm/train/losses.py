@@ -1,0 +1,503 @@
+"""Losses and advantages of fine-tuning and alignment: pure functions of log-probabilities, rewards
+and values.
+
+Shapes: logp, values, rewards and mask are (B, S) unless stated; mask is true (or 1) on response
+tokens. A masked position is never read: it may hold NaN or infinity, and its gradient is 0.
+Arithmetic is float32, or float64 where an argument is.
+
+`aggregate` owns every denominator. With `num_items` (the number of all tokens or sequences of an
+optimizer's step) losses of micro-batches and ranks add up to the loss of the whole batch, and so do
+their gradients and metrics. Functions that return (B,) leave the mean to the caller, with the same
+`num_items`.
+
+Log-ratios are clamped to [-20, 20] before they are exponentiated: beyond it a ratio is far outside
+any clip range, and its exponential could overflow.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.errors import InputError
+
+MAX_LOG_RATIO = 20.0
+WHITEN_EPS = 1e-8  # added to the variance
+GROUP_EPS = 1e-4  # added to a group's standard deviation
+Metrics = dict[str, Tensor]
+Count = int | float | Tensor
+
+
+def aggregate(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    how: Literal["token", "sequence", "constant"] = "token",
+    num_items: Count | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The masked sum or mean of x, a scalar.
+
+    - "token": ``x[mask].sum() / (num_items or mask.sum())``;
+    - "sequence": the mean over sequences of their token means, divided by `num_items` sequences
+      where given. A sequence without tokens does not count;
+    - "constant": ``x[mask].sum() / num_items`` (Liu et al. 2025, arXiv:2503.20783).
+
+    A mean over nothing is 0.
+
+    Args:
+        x: (B, S), a row per sequence; or (total,), packed, with `cu_seqlens` for "sequence".
+        mask: shape of x, bool or 0 and 1.
+        cu_seqlens: (n + 1,) integers, where packed sequences begin.
+
+    Raises:
+        InputError: shapes do not fit, an unknown `how`, "constant" without `num_items`.
+    """
+    keep, x = _read(mask, x=x)
+    if how == "sequence":
+        sums, counts = _per_sequence(x, keep, cu_seqlens)
+        means = sums / counts.clamp(min=1)
+        return means.sum() / (_at_least_one(counts > 0) if num_items is None else num_items)
+    if how == "token":
+        return x.sum() / (_at_least_one(keep) if num_items is None else num_items)
+    if how != "constant":
+        raise InputError(f"how: wanted token, sequence or constant, got {how!r}")
+    if num_items is None:
+        raise InputError("num_items: wanted a number with how='constant', got None")
+    return x.sum() / num_items
+
+
+def kl_penalty(
+    logp: Tensor,
+    ref_logp: Tensor,
+    kind: Literal["k1", "k2", "k3"] = "k1",
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Estimates of KL(policy || reference) per token, from tokens that the policy sampled.
+
+    - "k1": ``logp - ref_logp``, unbiased;
+    - "k2": ``(logp - ref_logp) ** 2 / 2``, whose gradient is that of the KL;
+    - "k3": ``exp(r) - 1 - r`` with ``r = ref_logp - logp``, unbiased and never negative.
+
+    (Schulman 2020, "Approximating KL divergence".) Use k1 and k3 as penalties in the reward, as
+    constants. As a loss, k1 has a gradient of mean 0, and k3 that of the reversed KL; only k2 moves
+    the policy towards the reference (`grpo_loss` uses it so).
+
+    Returns the shape of logp; 0 where `mask` is false.
+    """
+    if kind not in ("k1", "k2", "k3"):
+        raise InputError(f"kind: wanted k1, k2 or k3, got {kind!r}")
+    if mask is not None:
+        _, logp, ref_logp = _read(mask, logp=logp, ref_logp=ref_logp)
+    else:
+        logp, ref_logp = _floats(logp=logp, ref_logp=ref_logp)
+    difference = logp - ref_logp
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return difference.square() / 2
+    return torch.expm1(_clamped(-difference)) + difference
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
+
+    ``advantage[t] = delta[t] + gamma lam advantage[t + 1]`` with ``delta[t] = rewards[t] + gamma
+    values[t + 1] - values[t]``, where t + 1 is the next response token of the row. The value after
+    the last one is 0. Padding on either side and gaps (the messages of a tool) are skipped.
+
+    Returns:
+        (advantages, returns), each (B, S) and 0 where masked; returns = advantages + values. No
+        gradient flows through either.
+    """
+    keep, rewards, values = _read(mask, rewards=rewards.detach(), values=values.detach())
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = rewards.new_zeros(rewards.shape[:1])
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here, value = keep[:, t], values[:, t]
+        advantage = rewards[:, t] + gamma * next_value - value + gamma * lam * next_advantage
+        next_advantage = torch.where(here, advantage, next_advantage)
+        next_value = torch.where(here, value, next_value)
+        advantages[:, t] = torch.where(here, advantage, 0.0)
+    return advantages, advantages + values
+
+
+def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """``(x - mean) / sqrt(variance + 1e-8)`` over response tokens; 0 where masked.
+
+    With ``shift_mean=False`` the mean is added back, as for rewards. The variance is the biased one
+    (``unbiased=False``), as OpenAI's: a single token then has variance 0 and not 0 / 0.
+    """
+    keep, x = _read(mask, x=x)
+    count = _at_least_one(keep)
+    mean = x.sum() / count
+    centred = torch.where(keep, x - mean, 0.0)
+    scaled = centred * torch.rsqrt(centred.square().sum() / count + WHITEN_EPS)
+    return scaled if shift_mean else torch.where(keep, scaled + mean, 0.0)
+
+
+def ppo_policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    dual_clip: float | None = None,
+    num_items: Count | None = None,
+) -> tuple[Tensor, Metrics]:
+    """PPO's clipped objective (Schulman et al. 2017, arXiv:1707.06347), a mean over tokens.
+
+    ``max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip))`` with ``ratio = exp(logp - old_logp)``.
+    With `dual_clip` c > 1 the loss of a token with A < 0 is at most ``-A c`` (Ye et al. 2019,
+    arXiv:1912.09729).
+
+    Returns:
+        (loss, metrics): "ratio", "clip_fraction" (tokens where the clip is active) and "approx_kl"
+        (k3 of the update), means over the same tokens.
+    """
+    keep, logp, old_logp, advantages = _read(
+        mask, logp=logp, old_logp=old_logp.detach(), advantages=advantages.detach()
+    )
+    loss, metrics = _clipped(logp, old_logp, advantages, clip, dual_clip)
+    return aggregate(loss, keep, num_items=num_items), _means(metrics, keep, num_items)
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    num_items: Count | None = None,
+) -> tuple[Tensor, Metrics]:
+    """PPO's clipped value loss, a mean over tokens.
+
+    ``max((values - returns)^2, (clipped - returns)^2) / 2`` with ``clipped`` = values clamped to
+    old_values +- clip.
+
+    Returns:
+        (loss, metrics): "value", "return", "value_error" (the square without clip) and
+        "clip_fraction", means over the same tokens.
+    """
+    keep, values, old_values, returns = _read(
+        mask, values=values, old_values=old_values.detach(), returns=returns.detach()
+    )
+    plain = (values - returns).square()
+    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    metrics = {
+        "value": values,
+        "return": returns,
+        "value_error": plain,
+        "clip_fraction": (clipped > plain).to(plain.dtype),
+    }
+    loss = aggregate(torch.maximum(plain, clipped) / 2, keep, num_items=num_items)
+    return loss, _means(metrics, keep, num_items)
+
+
+def grpo_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) -> Tensor:
+    """``(r - mean) / (std + 1e-4)`` within each group of answers to one prompt (Shao et al. 2024,
+    arXiv:2402.03300); std is the unbiased one.
+
+    ``scale=False`` leaves out the division, which weights easy and hard prompts more than others
+    (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783).
+
+    Args:
+        rewards: (n * group_size,), group after group; finite.
+        group_size: at least 2.
+
+    Returns (n * group_size,). Raises InputError where the sizes do not fit.
+    """
+    groups = _groups(rewards, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if scale:
+        centred = centred / (groups.std(1, keepdim=True) + GROUP_EPS)
+    return centred.flatten()
+
+
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    beta: float = 0.0,
+    how: Literal["token", "sequence", "constant"] = "token",
+    num_items: Count | None = None,
+) -> tuple[Tensor, Metrics]:
+    """`ppo_policy_loss` with one advantage per answer, plus `beta` times the KL to the reference.
+
+    The KL term has k3's value and k2's gradient: k3 itself, as the paper has it (Shao et al. 2024,
+    arXiv:2402.03300, equation 4), does not have the gradient of the KL (`kl_penalty`).
+
+    Args:
+        ref_logp: (B, S); None only with beta = 0.
+        advantages: (B,), of `grpo_advantages` or `rloo_advantages`.
+        how: "sequence" is GRPO's mean over answers of token means; "token" is DAPO's (Yu et al.
+            2025, arXiv:2503.14476); "constant" with num_items = B * max length is Dr. GRPO's.
+
+    Returns:
+        (loss, metrics): those of `ppo_policy_loss`, and "kl" (k3) where there is a reference.
+    """
+    if advantages.shape != logp.shape[:1]:
+        raise InputError(
+            f"advantages: wanted one per row, {tuple(logp.shape[:1])},"
+            f" got shape {tuple(advantages.shape)}"
+        )
+    if ref_logp is None and beta:
+        raise InputError(f"ref_logp: wanted log-probabilities with beta={beta:g}, got None")
+    keep, logp, old_logp = _read(mask, logp=logp, old_logp=old_logp.detach())
+    spread = advantages.detach().to(logp.dtype)[:, None].expand_as(logp)
+    loss, metrics = _clipped(logp, old_logp, spread, clip, None)
+    if ref_logp is not None:
+        _, ref_logp = _read(mask, ref_logp=ref_logp.detach())
+        k2 = kl_penalty(logp, ref_logp, "k2")
+        k3 = kl_penalty(logp.detach(), ref_logp, "k3")
+        loss = loss + beta * (k3 + k2 - k2.detach())
+        metrics["kl"] = k3
+    return aggregate(loss, keep, how=how, num_items=num_items), _means(
+        metrics, keep, num_items, how
+    )
+
+
+def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """A reward minus the mean of the others of its group (Ahmadian et al. 2024, arXiv:2402.14740).
+
+    rewards (n * group_size,), group after group, group_size at least 2 -> the same shape.
+    """
+    groups = _groups(rewards, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    kind: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
+    lengths: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Losses of preference pairs, with ``h = (chosen - ref_chosen) - (rejected - ref_rejected)``.
+
+    - "sigmoid": ``-logsigmoid(beta h)`` (Rafailov et al. 2023, arXiv:2305.18290). With
+      `label_smoothing` e, ``-(1 - e) logsigmoid(beta h) - e logsigmoid(-beta h)``: conservative
+      DPO, for labels that are wrong with probability e;
+    - "ipo": ``(h - 1 / (2 beta)) ** 2`` (Azar et al. 2023, arXiv:2310.12036). The paper's h is of
+      sums; its authors' code and TRL take means over tokens: pass `lengths`;
+    - "hinge": ``relu(1 - beta h)`` (Zhao et al. 2023, SLiC, arXiv:2305.10425).
+
+    Args:
+        chosen, rejected, ref_chosen, ref_rejected: (B,), log-probabilities summed over answers.
+        lengths: (tokens of chosen, tokens of rejected), each (B,): the log-ratio of each answer is
+            divided by its length first.
+
+    Returns (B,).
+    """
+    chosen, rejected, ref_chosen, ref_rejected = _floats(
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=ref_chosen.detach(),
+        ref_rejected=ref_rejected.detach(),
+    )
+    if label_smoothing and kind != "sigmoid":
+        raise InputError(f"label_smoothing: wanted 0 with kind={kind!r}, got {label_smoothing:g}")
+    if not 0 <= label_smoothing < 0.5:
+        raise InputError(f"label_smoothing: wanted a number in [0, 0.5), got {label_smoothing:g}")
+    ratios = [chosen - ref_chosen, rejected - ref_rejected]
+    if lengths is not None:
+        ratios = [ratio / length for ratio, length in zip(ratios, lengths, strict=True)]
+    h = ratios[0] - ratios[1]
+    if kind == "sigmoid":
+        wrong = label_smoothing
+        return -(1 - wrong) * F.logsigmoid(beta * h) - wrong * F.logsigmoid(-beta * h)
+    if kind == "ipo":
+        return (h - 1 / (2 * beta)).square()
+    if kind == "hinge":
+        return torch.relu(1 - beta * h)
+    raise InputError(f"kind: wanted sigmoid, ipo or hinge, got {kind!r}")
+
+
+def kto_loss(
+    logp: Tensor,
+    ref_logp: Tensor,
+    desirable: Tensor,
+    kl: Tensor | float,
+    *,
+    beta: float = 0.1,
+    weight_desirable: float = 1.0,
+    weight_undesirable: float = 1.0,
+) -> Tensor:
+    """Losses of answers with a thumb up or down (Ethayarajh et al. 2024, arXiv:2402.01306).
+
+    With ``r = logp - ref_logp``: ``weight_desirable * (1 - sigmoid(beta (r - kl)))`` of a desirable
+    answer, ``weight_undesirable * (1 - sigmoid(beta (kl - r)))`` of another.
+
+    Args:
+        logp, ref_logp: (B,), log-probabilities summed over answers.
+        desirable: (B,) bool.
+        kl: the reference point: the mean of ``logp - ref_logp`` over answers to other prompts, a
+            number or a tensor that broadcasts to (B,). A negative one counts as 0; no gradient
+            flows through it.
+
+    Returns (B,).
+    """
+    logp, ref_logp = _floats(logp=logp, ref_logp=ref_logp.detach())
+    if desirable.shape != logp.shape or desirable.dtype != torch.bool:
+        raise InputError(
+            f"desirable: wanted bool of shape {tuple(logp.shape)},"
+            f" got {desirable.dtype} of {tuple(desirable.shape)}"
+        )
+    kl = torch.as_tensor(kl, dtype=logp.dtype, device=logp.device).detach().clamp(min=0)
+    gain = beta * (logp - ref_logp - kl)
+    return torch.where(
+        desirable,
+        weight_desirable * torch.sigmoid(-gain),
+        weight_undesirable * torch.sigmoid(gain),
+    )
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float | None = None
+) -> Tensor:
+    """``-logsigmoid(chosen - rejected - margin)`` of rewards (B,) (Bradley and Terry 1952; the
+    margin: Touvron et al. 2023, arXiv:2307.09288) -> (B,).
+    """
+    chosen, rejected = _floats(chosen=chosen, rejected=rejected)
+    difference = chosen - rejected
+    return -F.logsigmoid(difference if margin is None else difference - margin)
+
+
+def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Minus the log-probability of a ranking: the best answer is drawn first with probability
+    ``softmax(scores)``, then the best of the rest, and so on (Plackett 1975).
+
+    Args:
+        scores: (B, K) rewards.
+        ranks: (B, K) integers, 0 is the best; -1 where a row has fewer answers. Each row has the
+            ranks 0 .. k - 1 once each.
+
+    Returns (B,). With two answers it is `bradley_terry_loss`.
+    """
+    (scores,) = _floats(scores=scores)
+    if ranks.shape != scores.shape or ranks.is_floating_point() or ranks.dtype == torch.bool:
+        raise InputError(
+            f"ranks: wanted integers of shape {tuple(scores.shape)},"
+            f" got {ranks.dtype} of {tuple(ranks.shape)}"
+        )
+    missing = ranks < 0
+    order = torch.where(missing, ranks.shape[1], ranks).argsort(dim=1, stable=True)
+    ordered = ranks.gather(1, order)
+    present = ~missing.gather(1, order)
+    places = torch.arange(ranks.shape[1], device=ranks.device).expand_as(ranks)
+    bad = (present & (ordered != places)).any(1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise InputError(
+            f"ranks: row {row}: wanted 0 to k - 1 once each (-1: no answer),"
+            f" got {ranks[row].tolist()}"
+        )
+    sorted_scores = torch.where(present, scores.gather(1, order), -torch.inf)
+    rest = sorted_scores.flip(1).logcumsumexp(1).flip(1)  # over this answer and the worse ones
+    return torch.where(present, rest - sorted_scores, 0.0).sum(1)
+
+
+def _clipped(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float, dual_clip: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics of PPO per token; masked positions are 0 in all operands."""
+    log_ratio = _clamped(logp - old_logp)
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    loss = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        if dual_clip <= 1:
+            raise InputError(f"dual_clip: wanted a number above 1, got {dual_clip:g}")
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    metrics = {
+        "ratio": ratio,
+        "clip_fraction": (clipped > plain).to(plain.dtype),
+        "approx_kl": torch.expm1(log_ratio) - log_ratio,
+    }
+    return loss, metrics
+
+
+def _means(
+    metrics: dict[str, Tensor],
+    keep: Tensor,
+    num_items: Count | None,
+    how: Literal["token", "sequence", "constant"] = "token",
+) -> Metrics:
+    return {
+        name: aggregate(x.detach(), keep, how=how, num_items=num_items)
+        for name, x in metrics.items()
+    }
+
+
+def _read(mask: Tensor, **tensors: Tensor) -> Sequence[Any]:
+    """The mask as bool, and the tensors as floats, with 0 where it is false: also in a backward a
+    NaN there must not reach a product.
+    """
+    floats = _floats(**tensors)
+    if mask.shape != floats[0].shape:
+        (name, *_) = tensors
+        raise InputError(
+            f"mask: wanted {name}'s shape {tuple(floats[0].shape)}, got {tuple(mask.shape)}"
+        )
+    keep = mask if mask.dtype == torch.bool else mask != 0
+    return [keep, *(torch.where(keep, t, 0.0) for t in floats)]
+
+
+def _floats(**tensors: Tensor) -> list[Tensor]:
+    """All in float32, or in float64 where one is; refused unless all have the first one's shape."""
+    (first, shape), *_ = ((name, t.shape) for name, t in tensors.items())
+    for name, t in tensors.items():
+        if t.shape != shape:
+            raise InputError(f"{name}: wanted {first}'s shape {tuple(shape)}, got {tuple(t.shape)}")
+    wide = torch.float64 in [t.dtype for t in tensors.values()]
+    return [t.to(torch.float64 if wide else torch.float32) for t in tensors.values()]
+
+
+def _clamped(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _at_least_one(keep: Tensor) -> Tensor:
+    return keep.sum().clamp(min=1)
+
+
+def _per_sequence(x: Tensor, keep: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum and number of the kept elements of each sequence."""
+    if cu_seqlens is None:
+        if x.ndim != 2:
+            raise InputError(f"x: wanted (B, S), or cu_seqlens, got shape {tuple(x.shape)}")
+        return x.sum(1), keep.sum(1)
+    if x.ndim != 1:
+        raise InputError(f"x: wanted (total,) with cu_seqlens, got shape {tuple(x.shape)}")
+    lengths = cu_seqlens.diff().to(torch.int64)
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
+    if len(rows) != len(x):
+        raise InputError(f"cu_seqlens: wanted an end at {len(x)}, got {len(rows)} tokens")
+    sums = x.new_zeros(len(lengths)).index_add(0, rows, x)
+    return sums, x.new_zeros(len(lengths)).index_add(0, rows, keep.to(x.dtype))
+
+
+def _groups(rewards: Tensor, group_size: int) -> Tensor:
+    if group_size < 2:
+        raise InputError(f"group_size: wanted at least 2, got {group_size}")
+    if rewards.ndim != 1 or len(rewards) % group_size:
+        raise InputError(f"rewards: wanted (n * {group_size},), got shape {tuple(rewards.shape)}")
+    (rewards,) = _floats(rewards=rewards)
+    return rewards.view(-1, group_size)

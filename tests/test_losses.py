@@ -1,0 +1,512 @@
+"""fastlm.train.losses: each function against its formula in plain Python loops and float64, on
+ragged cases whose masked positions hold NaN; the same loss, gradient and metrics for every split
+into micro-batches, padding and packing; refusals.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastlm.errors import InputError
+from fastlm.train import losses
+
+NAN = float("nan")
+
+
+def ragged(
+    seed: int, batch: int = 5, length: int = 9, names: int = 4
+) -> tuple[Tensor, list[Tensor]]:
+    """A mask with padding on both sides and gaps, one row full and one empty, and float64 tensors
+    that are NaN where it is false.
+    """
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, length, generator=g) < 0.6
+    mask[0] = True
+    mask[-1] = False
+    tensors = [torch.randn(batch, length, generator=g, dtype=torch.float64) for _ in range(names)]
+    return mask, [t.masked_fill(~mask, NAN) for t in tensors]
+
+
+def tokens_of(mask: Tensor) -> list[tuple[int, int]]:
+    return [(int(b), int(t)) for b, t in mask.nonzero()]
+
+
+def gradient(f: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    return list(torch.autograd.grad(f(*leaves), leaves))
+
+
+def assert_same(actual: Tensor | float, wanted: Tensor | float) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(actual, dtype=torch.float64),
+        torch.as_tensor(wanted, dtype=torch.float64),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+# ---- aggregate
+
+
+def test_aggregate_by_hand() -> None:
+    x = torch.tensor([[1.0, 2.0, NAN], [4.0, NAN, NAN], [NAN, NAN, NAN]], dtype=torch.float64)
+    mask = ~x.isnan()
+    assert_same(losses.aggregate(x, mask), 7 / 3)
+    assert_same(losses.aggregate(x, mask, num_items=10), 0.7)
+    assert_same(losses.aggregate(x, mask, how="sequence"), (1.5 + 4) / 2)  # the empty row: no part
+    assert_same(losses.aggregate(x, mask, how="sequence", num_items=4), (1.5 + 4) / 4)
+    assert_same(losses.aggregate(x, mask, how="constant", num_items=9), 7 / 9)
+    assert_same(losses.aggregate(x, mask.long()), 7 / 3)
+
+
+@pytest.mark.parametrize("how", ["token", "sequence"])
+def test_a_mean_over_nothing_is_zero_with_gradient_zero(how) -> None:
+    x = torch.full((2, 3), NAN, requires_grad=True)
+    loss = losses.aggregate(x, torch.zeros(2, 3, dtype=torch.bool), how=how)
+    loss.backward()
+    assert loss == 0 and x.grad is not None and (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("how", ["token", "sequence"])
+def test_aggregate_of_packed_sequences(how) -> None:
+    mask, (x,) = ragged(0, names=1)
+    cu_seqlens = torch.tensor([0, *torch.full((len(x),), x.shape[1]).cumsum(0).tolist()])
+    packed = losses.aggregate(x.flatten(), mask.flatten(), how=how, cu_seqlens=cu_seqlens)
+    assert_same(packed, losses.aggregate(x, mask, how=how))
+    kept = mask.flatten()  # without the padding: other lengths, an empty sequence
+    short = torch.tensor([0, *mask.sum(1).cumsum(0).tolist()])
+    x, kept = x.flatten()[kept], kept[kept]
+    assert_same(losses.aggregate(x, kept, how=how, cu_seqlens=short), packed)
+
+
+# ---- what holds for every loss over tokens
+
+
+def policy(logp, old, ref, advantages, mask, num_items):
+    del ref
+    return losses.ppo_policy_loss(logp, old, advantages, mask, num_items=num_items)
+
+
+def policy_dual(logp, old, ref, advantages, mask, num_items):
+    del ref
+    return losses.ppo_policy_loss(logp, old, advantages, mask, dual_clip=3.0, num_items=num_items)
+
+
+def value(values, old, ref, returns, mask, num_items):
+    del ref
+    return losses.ppo_value_loss(values, old, returns, mask, num_items=num_items)
+
+
+def grpo(how: str):
+    def loss(logp, old, ref, advantages, mask, num_items):
+        row = torch.where(mask, advantages, 0).double().sum(1)  # one number per row
+        return losses.grpo_loss(logp, old, ref, row, mask, beta=0.1, how=how, num_items=num_items)
+
+    return loss
+
+
+TOKEN_LOSSES = {
+    "ppo_policy": policy,
+    "ppo_policy dual": policy_dual,
+    "ppo_value": value,
+    "grpo token": grpo("token"),
+    "grpo sequence": grpo("sequence"),
+    "grpo constant": grpo("constant"),
+}
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+@given(
+    seed=st.integers(0, 10_000),
+    cuts=st.lists(st.integers(0, 5), max_size=3),
+    padding=st.integers(0, 3),
+)
+@settings(max_examples=20, deadline=None)
+def test_loss_gradient_and_metrics_do_not_depend_on_the_split(name, seed, cuts, padding) -> None:
+    """Micro-batches (an empty one among them), each with padding of its own, against the whole."""
+    mask, (x, *others) = ragged(seed)
+    count = int((mask.any(1) if "sequence" in name else mask).sum())
+    loss = TOKEN_LOSSES[name]
+    whole_x = x.clone().requires_grad_()
+    whole, metrics = loss(whole_x, *others, mask, count)
+    whole.backward()
+    split_x = x.clone().requires_grad_()
+    total, summed = 0.0, dict.fromkeys(metrics, 0.0)
+    bounds = [0, *sorted(cuts), len(mask)]
+    for begin, end in pairwise(bounds):
+        pad = (padding, 1)
+
+        def part(t):
+            fill = NAN if t.is_floating_point() else False
+            return torch.nn.functional.pad(t[begin:end], pad, value=fill)  # noqa: B023
+
+        one, found = loss(part(split_x), *map(part, others), part(mask), count)
+        one.backward()
+        total = total + one.detach()
+        summed = {key: summed[key] + found[key] for key in metrics}
+    assert_same(total, whole.detach())
+    assert_same(split_x.grad, whole_x.grad)
+    for key in metrics:
+        assert_same(summed[key], metrics[key])
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_masked_positions_are_never_read(name) -> None:
+    mask, tensors = ragged(1)
+    count = int(mask.sum())
+    seen = []
+    for fill in (NAN, math.inf, 1e30, 0.0):
+        x, *others = (t.masked_fill(~mask, fill) for t in tensors)
+        x.requires_grad_()
+        loss, metrics = TOKEN_LOSSES[name](x, *others, mask, count)
+        loss.backward()
+        assert x.grad is not None and (x.grad[~mask] == 0).all()
+        seen.append([loss.detach(), x.grad, *metrics.values()])
+    for other in seen[1:]:
+        for a, b in zip(seen[0], other, strict=True):
+            assert torch.equal(a, b)
+    assert torch.isfinite(seen[0][0])
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_bfloat16_arguments_are_computed_in_float32(name) -> None:
+    mask, tensors = ragged(2)
+    narrow = [t.bfloat16() for t in tensors]
+    loss, _ = TOKEN_LOSSES[name](*narrow, mask, 7)
+    truth, _ = TOKEN_LOSSES[name](*(t.double() for t in narrow), mask, 7)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+# ---- formulas
+
+
+def test_kl_penalty() -> None:
+    mask, (logp, ref) = ragged(3, names=2)
+    for kind, formula in {
+        "k1": lambda p, q: p - q,
+        "k2": lambda p, q: (p - q) ** 2 / 2,
+        "k3": lambda p, q: math.exp(q - p) - 1 - (q - p),
+    }.items():
+        found = losses.kl_penalty(logp, ref, kind, mask=mask)
+        assert (found[~mask] == 0).all()
+        for b, t in tokens_of(mask):
+            assert_same(found[b, t], formula(float(logp[b, t]), float(ref[b, t])))
+    far = losses.kl_penalty(torch.tensor(-1000.0), torch.tensor(0.0), "k3")
+    assert torch.isfinite(far)
+
+
+def test_only_k2_has_the_gradient_of_the_kl() -> None:
+    """Exact expectations over a distribution of five tokens that the policy itself draws from."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, generator=g, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(5, generator=g, dtype=torch.float64).log_softmax(0)
+    logp = logits.log_softmax(0)
+    (truth,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
+    drawn = logp.exp().detach()
+    for kind in ("k1", "k2", "k3"):
+        expected = (drawn * losses.kl_penalty(logp, ref, kind)).sum()
+        (found,) = torch.autograd.grad(expected, logits, retain_graph=True)
+        near = torch.allclose(found, truth, rtol=1e-10, atol=1e-12)
+        assert near == (kind == "k2"), kind
+    # grpo_loss: k3's value, the KL's gradient
+    mask = torch.ones(5, 1, dtype=torch.bool)
+    rows = logp[:, None]
+    loss = sum(
+        p
+        * losses.grpo_loss(
+            rows[i : i + 1], rows[i : i + 1], ref[i, None, None], torch.zeros(1), mask[:1], beta=1.0
+        )[0]
+        for i, p in enumerate(drawn)
+    )
+    (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert_same(found, truth)
+    k3 = (drawn * losses.kl_penalty(logp, ref, "k3")).sum()
+    assert_same(loss.detach(), k3.detach())
+    assert_same(k3.detach(), (drawn * (logp - ref)).sum().detach())
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.0, 0.0)])
+def test_gae_is_the_sum_of_discounted_deltas(gamma, lam) -> None:
+    mask, (rewards, values) = ragged(4, names=2)
+    advantages, returns = losses.gae(rewards, values, mask, gamma=gamma, lam=lam)
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
+    for b in range(len(mask)):
+        places = mask[b].nonzero().flatten().tolist()
+        r, v = ([float(t[b, p]) for p in places] for t in (rewards, values))
+        v.append(0.0)
+        delta = [r[i] + gamma * v[i + 1] - v[i] for i in range(len(r))]
+        for i, place in enumerate(places):
+            wanted = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(r)))
+            assert_same(advantages[b, place], wanted)
+            assert_same(returns[b, place], wanted + v[i])
+
+
+def test_gae_with_lambda_one_is_reward_to_go_minus_value() -> None:
+    mask, (rewards, values) = ragged(5, names=2)
+    advantages, returns = losses.gae(rewards, values, mask, lam=1.0)
+    to_go = torch.where(mask, rewards, 0).flip(1).cumsum(1).flip(1)
+    assert_same(returns, torch.where(mask, to_go, 0))
+    assert_same(advantages, torch.where(mask, to_go - values, 0))
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten(shift_mean) -> None:
+    mask, (x,) = ragged(6, names=1)
+    kept = x[mask]
+    found = losses.whiten(x, mask, shift_mean=shift_mean)
+    std = kept.var(unbiased=False).add(1e-8).sqrt()
+    wanted = (kept - kept.mean()) / std + (0 if shift_mean else kept.mean())
+    assert_same(found[mask], wanted)
+    assert (found[~mask] == 0).all()
+    assert_same(found[mask].mean(), 0 if shift_mean else kept.mean())
+
+
+def test_whiten_of_one_token_and_of_none() -> None:
+    x = torch.tensor([[3.0, NAN]])
+    assert losses.whiten(x, ~x.isnan()).tolist() == [[0.0, 0.0]]
+    assert losses.whiten(x, ~x.isnan(), shift_mean=False).tolist() == [[3.0, 0.0]]
+    assert losses.whiten(x, torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
+
+
+def policy_token(logp, old, advantage, clip, dual=None) -> float:
+    ratio = math.exp(logp - old)
+    loss = max(-advantage * ratio, -advantage * min(max(ratio, 1 - clip), 1 + clip))
+    return min(loss, -advantage * dual) if dual and advantage < 0 else loss
+
+
+@pytest.mark.parametrize("dual", [None, 1.5])
+def test_ppo_policy_loss(dual) -> None:
+    mask, (logp, old, advantages) = ragged(7, names=3)
+    loss, metrics = losses.ppo_policy_loss(logp, old, advantages, mask, clip=0.3, dual_clip=dual)
+    places = tokens_of(mask)
+    rows = [(float(logp[p]), float(old[p]), float(advantages[p])) for p in places]
+    assert_same(loss, sum(policy_token(*row, 0.3, dual) for row in rows) / len(rows))
+    ratios = [math.exp(a - b) for a, b, _ in rows]
+    assert_same(metrics["ratio"], sum(ratios) / len(rows))
+    assert_same(metrics["approx_kl"], sum(r - 1 - math.log(r) for r in ratios) / len(rows))
+    active = [(r > 1.3 and a > 0) or (r < 0.7 and a < 0) for r, (*_, a) in zip(ratios, rows)]
+    assert 0 < sum(active) < len(rows)
+    assert_same(metrics["clip_fraction"], sum(active) / len(rows))
+
+
+def test_ppo_policy_loss_of_the_sampling_policy_is_the_policy_gradient() -> None:
+    mask, (logp, advantages) = ragged(8, names=2)
+    (found,) = gradient(
+        lambda x: losses.ppo_policy_loss(x, logp, advantages, mask, num_items=1)[0], logp
+    )
+    assert_same(found, torch.where(mask, -advantages, 0))
+
+
+def test_a_token_whose_ratio_is_clipped_has_no_gradient() -> None:
+    logp = torch.tensor([[0.5, 0.5, -0.5, -0.5, 100.0, -100.0]], dtype=torch.float64)
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
+    (found,) = gradient(
+        lambda x: losses.ppo_policy_loss(x, torch.zeros_like(x), advantages, x == x)[0], logp
+    )
+    assert (found != 0).tolist() == [[False, True, True, False, False, False]]
+
+
+def test_ppo_value_loss() -> None:
+    mask, (values, old, returns) = ragged(9, names=3)
+    loss, metrics = losses.ppo_value_loss(values, old, returns, mask, clip=0.4)
+    total = clips = 0.0
+    for p in tokens_of(mask):
+        v, o, r = (float(t[p]) for t in (values, old, returns))
+        near = o + min(max(v - o, -0.4), 0.4)
+        total += max((v - r) ** 2, (near - r) ** 2) / 2
+        clips += (near - r) ** 2 > (v - r) ** 2
+    count = int(mask.sum())
+    assert_same(loss, total / count)
+    assert 0 < clips < count
+    assert_same(metrics["clip_fraction"], clips / count)
+    assert_same(metrics["value"], values[mask].mean())
+    assert_same(metrics["return"], returns[mask].mean())
+    assert_same(metrics["value_error"], (values - returns)[mask].square().mean())
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_grpo_advantages(scale) -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0], dtype=torch.float64)
+    found = losses.grpo_advantages(rewards, 4, scale=scale)
+    std = math.sqrt(4 * 0.25 / 3)
+    first = [x / (std + 1e-4) if scale else x for x in (0.5, -0.5, -0.5, 0.5)]
+    assert_same(found, torch.tensor([*first, 0, 0, 0, 0], dtype=torch.float64))
+
+
+def test_rloo_advantages() -> None:
+    rewards = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0], dtype=torch.float64)
+    wanted = [1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3]
+    assert_same(losses.rloo_advantages(rewards, 3), torch.tensor(wanted, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+def test_grpo_loss(how) -> None:
+    mask, (logp, old, ref) = ragged(10, names=3)
+    advantages = torch.linspace(-1, 1, len(mask), dtype=torch.float64)
+    loss, metrics = losses.grpo_loss(
+        logp, old, ref, advantages, mask, clip=0.3, beta=0.2, how=how,
+        num_items=40 if how == "constant" else None,
+    )  # fmt: skip
+    rows = []
+    for b in range(len(mask)):
+        row = []
+        for t in mask[b].nonzero().flatten().tolist():
+            p, o, q = (float(x[b, t]) for x in (logp, old, ref))
+            k3 = math.exp(q - p) - 1 - (q - p)
+            row.append((policy_token(p, o, float(advantages[b]), 0.3) + 0.2 * k3, k3))
+        rows.append(row)
+
+    def mean(index: int) -> float:
+        sums = [sum(token[index] for token in row) for row in rows]
+        if how == "sequence":
+            means = [total / len(row) for total, row in zip(sums, rows) if row]
+            return sum(means) / len(means)
+        return sum(sums) / (40 if how == "constant" else int(mask.sum()))
+
+    assert_same(loss, mean(0))
+    assert_same(metrics["kl"], mean(1))
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "smoothed", "ipo", "hinge"])
+@pytest.mark.parametrize("by_length", [False, True])
+def test_dpo_loss(kind, by_length) -> None:
+    g = torch.Generator().manual_seed(11)
+    tensors = torch.randn(4, 6, generator=g, dtype=torch.float64) * 5
+    lengths = (torch.arange(1, 7), torch.arange(7, 1, -1)) if by_length else None
+    smoothing = 0.1 if kind == "smoothed" else 0.0
+    found = losses.dpo_loss(
+        *tensors,
+        beta=0.3,
+        label_smoothing=smoothing,
+        kind="sigmoid" if kind == "smoothed" else kind,
+        lengths=lengths,
+    )
+    for i in range(6):
+        chosen, rejected, ref_chosen, ref_rejected = (float(t[i]) for t in tensors)
+        of = [1, 1] if lengths is None else [int(n[i]) for n in lengths]
+        h = (chosen - ref_chosen) / of[0] - (rejected - ref_rejected) / of[1]
+        wanted = {
+            "sigmoid": -log_sigmoid(0.3 * h),
+            "smoothed": -0.9 * log_sigmoid(0.3 * h) - 0.1 * log_sigmoid(-0.3 * h),
+            "ipo": (h - 1 / 0.6) ** 2,
+            "hinge": max(0.0, 1 - 0.3 * h),
+        }[kind]
+        assert_same(found[i], wanted)
+
+
+def test_dpo_loss_does_not_train_the_reference() -> None:
+    leaves = [torch.randn(3, requires_grad=True) for _ in range(4)]
+    losses.dpo_loss(*leaves).sum().backward()
+    assert [t.grad is None for t in leaves] == [False, False, True, True]
+
+
+def test_kto_loss() -> None:
+    logp = torch.tensor([1.0, 1.0, -2.0, -2.0], dtype=torch.float64)
+    ref = torch.tensor([0.0, 0.5, 0.0, -1.0], dtype=torch.float64)
+    good = torch.tensor([True, False, True, False])
+    for kl in (0.7, -3.0):
+        found = losses.kto_loss(
+            logp, ref, good, kl, beta=0.5, weight_desirable=1.5, weight_undesirable=0.8
+        )
+        for i in range(4):
+            gain = 0.5 * (float(logp[i] - ref[i]) - max(kl, 0.0))
+            sigmoid = 1 / (1 + math.exp(-gain))
+            assert_same(found[i], 1.5 * (1 - sigmoid) if good[i] else 0.8 * sigmoid)
+
+
+def test_bradley_terry_loss() -> None:
+    chosen, rejected = torch.randn(2, 5, dtype=torch.float64)
+    for margin in (None, 0.5, torch.rand(5, dtype=torch.float64)):
+        found = losses.bradley_terry_loss(chosen, rejected, margin=margin)
+        by = torch.zeros(5) if margin is None else torch.as_tensor(margin).expand(5)
+        for i in range(5):
+            assert_same(found[i], -log_sigmoid(float(chosen[i] - rejected[i] - by[i])))
+
+
+def test_plackett_luce_loss() -> None:
+    scores = torch.randn(3, 4, dtype=torch.float64)
+    ranks = torch.tensor([[2, 0, 1, 3], [1, -1, 0, -1], [0, -1, -1, -1]])
+    found = losses.plackett_luce_loss(scores.masked_fill(ranks < 0, NAN), ranks)
+    for row in range(3):
+        order = [int((ranks[row] == k).nonzero()) for k in range(int(ranks[row].max()) + 1)]
+        wanted = 0.0
+        for k, answer in enumerate(order):
+            rest = sum(math.exp(float(scores[row, j])) for j in order[k:])
+            wanted -= float(scores[row, answer]) - math.log(rest)
+        assert_same(found[row], wanted)
+    assert_same(
+        losses.plackett_luce_loss(scores[:, :2], torch.tensor([[0, 1], [1, 0], [0, 1]])),
+        losses.bradley_terry_loss(scores[[0, 1, 2], [0, 1, 0]], scores[[0, 1, 2], [1, 0, 1]]),
+    )
+    (grad,) = gradient(lambda s: losses.plackett_luce_loss(s, ranks).sum(), scores)
+    assert grad.isfinite().all() and (grad[ranks < 0] == 0).all()
+
+
+# ---- refusals
+
+ONES = torch.ones(2, 3)
+MASK = ONES.bool()
+REFUSED = {
+    "mask: wanted x's shape (2, 3), got (2, 4)": lambda: losses.aggregate(ONES, torch.ones(2, 4)),
+    "how: wanted token, sequence or constant, got 'mean'": lambda: losses.aggregate(
+        ONES, MASK, how="mean"
+    ),
+    "num_items: wanted a number with how='constant', got None": lambda: losses.aggregate(
+        ONES, MASK, how="constant"
+    ),
+    "x: wanted (B, S), or cu_seqlens, got shape (6,)": lambda: losses.aggregate(
+        ONES.flatten(), MASK.flatten(), how="sequence"
+    ),
+    "cu_seqlens: wanted an end at 6, got 5 tokens": lambda: losses.aggregate(
+        ONES.flatten(), MASK.flatten(), how="sequence", cu_seqlens=torch.tensor([0, 5])
+    ),
+    "kind: wanted k1, k2 or k3, got 'k4'": lambda: losses.kl_penalty(ONES, ONES, "k4"),
+    "ref_logp: wanted logp's shape (2, 3), got (3,)": lambda: losses.kl_penalty(ONES, ONES[0]),
+    "dual_clip: wanted a number above 1, got 0.5": lambda: losses.ppo_policy_loss(
+        ONES, ONES, ONES, MASK, dual_clip=0.5
+    ),
+    "group_size: wanted at least 2, got 1": lambda: losses.rloo_advantages(torch.ones(4), 1),
+    "rewards: wanted (n * 3,), got shape (4,)": lambda: losses.grpo_advantages(torch.ones(4), 3),
+    "advantages: wanted one per row, (2,), got shape (2, 3)": lambda: losses.grpo_loss(
+        ONES, ONES, None, ONES, MASK
+    ),
+    "ref_logp: wanted log-probabilities with beta=0.1, got None": lambda: losses.grpo_loss(
+        ONES, ONES, None, ONES[:, 0], MASK, beta=0.1
+    ),
+    "label_smoothing: wanted 0 with kind='ipo', got 0.1": lambda: losses.dpo_loss(
+        *torch.ones(4, 2), kind="ipo", label_smoothing=0.1
+    ),
+    "label_smoothing: wanted a number in [0, 0.5), got 0.7": lambda: losses.dpo_loss(
+        *torch.ones(4, 2), label_smoothing=0.7
+    ),
+    "kind: wanted sigmoid, ipo or hinge, got 'orpo'": lambda: losses.dpo_loss(
+        *torch.ones(4, 2), kind="orpo"
+    ),
+    "desirable: wanted bool of shape (2,), got torch.float32 of (2,)": lambda: losses.kto_loss(
+        *torch.ones(3, 2), 0.0
+    ),
+    "ranks: row 1: wanted 0 to k - 1 once each (-1: no answer), got [0, 0]": (
+        lambda: losses.plackett_luce_loss(torch.ones(2, 2), torch.tensor([[0, 1], [0, 0]]))
+    ),
+    "ranks: wanted integers of shape (2, 2), got torch.float32 of (2, 2)": (
+        lambda: losses.plackett_luce_loss(torch.ones(2, 2), torch.ones(2, 2))
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals(message) -> None:
+    with pytest.raises(InputError) as refusal:
+        REFUSED[message]()
+    assert str(refusal.value) == message
