@@ -70,6 +70,9 @@ PACKAGE_NOISE = re.compile(
 )
 
 
+Row = tuple[int, Any]  # its number from 1, and its value or an InputError with the reason
+
+
 @dataclass(slots=True)
 class Document:
     """One text. ``meta["format"]`` is "html" while the text is still markup, else "text"."""
@@ -234,6 +237,20 @@ def read_file(
             yield from _read_text(file, stream)
 
 
+def read_rows(file: SourceFile) -> Iterator[Row]:
+    """Yield the rows of a file of format "jsonl" (its lines that are not blank) or "json" (the
+    elements of its array): (number from 1, value, or an InputError with the reason why the row is
+    not JSON).
+    """
+    with open_stream(file.path) as stream:
+        yield from (_json_lines if file.format == "jsonl" else _json_values)(file, stream)
+
+
+def row_unit(file: SourceFile) -> str:
+    """What the numbers of `read_rows` count."""
+    return "line" if file.format == "jsonl" else "element"
+
+
 def read_files(
     files: Iterable[SourceFile],
     *,
@@ -347,9 +364,6 @@ def _read_text(file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
             )
 
 
-Row = tuple[int, Any]  # its number from 1, and its value or an InputError with the reason
-
-
 def _json_lines(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
     """Yield every line that is not blank."""
     line = 0
@@ -405,7 +419,7 @@ def _good_rows(
     """Yield the documents of the rows. Bad rows are skipped and counted, and the first ones are
     reported. A file with only bad rows is refused.
     """
-    unit = "line" if file.format == "jsonl" else "element"
+    unit = row_unit(file)
     good, bad, named = 0, 0, []
     try:
         for number, row in rows:

@@ -34,8 +34,8 @@ class Eval(Stage):
     result = {"models": dict[str, dict[str, Any]]}
 
     seq_len: Annotated[int | None, "Window; default: the model's context, at most 1024"] = None
-    stride: Annotated[int | None, "Tokens scored of a window; default: half"] = None
-    batch_size: Annotated[int, "Windows at a time"] = 32
+    stride: Annotated[int | None, "Tokens scored per window; default: half"] = None
+    batch_size: Annotated[int, "Windows per batch"] = 32
 
     def check(self) -> None:
         at_least_one(self, "batch_size")

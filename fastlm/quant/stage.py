@@ -40,8 +40,8 @@ class Quantize(Stage):
     format: Annotated[str, "w4a16, w8a16, w8a8 or w4a8"] = "w4a16"
     group_size: Annotated[int, "Weights that share a scale"] = 128
     method: Annotated[str, "rtn: round to nearest"] = "rtn"
-    embeddings: Annotated[int, "Bits; 16: left alone; 0: as the format"] = 0
-    head: Annotated[int, "Bits; 16: left alone; 0: as the format"] = 0
+    embeddings: Annotated[int, "Bits of the embedding; 16: unchanged; 0: as the format"] = 0
+    head: Annotated[int, "Bits of the output head; 16: unchanged; 0: as the format"] = 0
 
     def check(self) -> None:
         from fastlm.quant.model import check_options

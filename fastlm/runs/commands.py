@@ -55,16 +55,16 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
 
     parameters = [_input(key, takes) for key, takes in cls.reads.items()]
     parameters += [_option(option) for option in options]
-    out = typer.Option("--out", "-o", help="Folder for what it makes")
+    out = typer.Option("--out", "-o", help="Output folder")
     parameters.append(
         _keyword("out", Annotated[Path | None, out], None)
         if optional_out
         else _keyword("out", Annotated[Path, out])
     )
     if trains:
-        every = typer.Option(min=1, help="Steps between lines on stderr")
+        every = typer.Option(min=1, help="Steps between two lines on stderr")
         parameters.append(_keyword("log_every", Annotated[int, every], 10))
-    as_json = typer.Option("--json", help="The result as JSON")
+    as_json = typer.Option("--json", help="Print the result as JSON")
     parameters.append(_keyword("as_json", Annotated[bool, as_json], False))
     parameters.append(_keyword("cache", Cache, None))
     parameters.append(_keyword("threads", Threads, None))

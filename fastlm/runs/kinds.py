@@ -6,12 +6,14 @@ from fastlm.quant.stage import Quantize
 from fastlm.runs.stage import Stage
 from fastlm.tokenizer.stage import TrainTokenizer
 from fastlm.train.pretrain import Pretrain
+from fastlm.train.sft import Sft
 
 KINDS: dict[str, type[Stage]] = {
     "data": Data,
     "tokenizer": TrainTokenizer,
     "shards": Shards,
     "pretrain": Pretrain,
+    "sft": Sft,
     "eval": Eval,
     "quantize": Quantize,
 }

@@ -23,8 +23,8 @@ class TrainTokenizer(Stage):
     leaves = {"tokenizer": "."}
     result = {"vocab_size": int}
 
-    vocab_size: Annotated[int, "Entries of the vocabulary"] = 32768
-    train_bytes: Annotated[int, "Bytes of text that are counted at most"] = 1 << 26
+    vocab_size: Annotated[int, "Size of the vocabulary"] = 32768
+    train_bytes: Annotated[int, "Train on at most this many bytes of text"] = 1 << 26
 
     def check(self) -> None:
         from fastlm.tokenizer.tokenizer import SPECIAL_TOKENS, check_vocab_size

@@ -293,7 +293,69 @@ class Tokenizer:
         what it writes by ``format``, or by a ``%`` that is not constant, is text. What messages,
         tools and other variables hold stays text.
         """
-        text, own = self._render(messages, add_generation_prompt, variables)
+        return self._encode_rendered(*self._render(messages, add_generation_prompt, variables))
+
+    def encode_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        learnt: Sequence[bool] | None = None,
+        **variables: Any,
+    ) -> tuple[list[int], list[bool]]:
+        """Return the ids of a whole conversation, and for each whether a model is to learn it: the
+        assistant's messages, each with the token that ends it. ``learnt`` leaves some of them out.
+
+        An answer is encoded apart from the prompt before it, as in generation: no token straddles
+        the border. InputError: a template that drops a message, ends an answer without an end
+        token, or writes a message differently when others follow.
+        """
+        if self._strip_first:
+            raise InputError(
+                "tokenizer: wanted byte-level BPE to learn conversations, got one that puts a"
+                " space before a text"
+            )
+        text, own = self._render(messages, False, variables)
+        ids: list[int] = []
+        mask: list[bool] = []
+        at = 0
+        for i, message in enumerate(messages):
+            self._check_written(text, i, message)
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:i], True, variables)[0]
+            after = self._render(messages[: i + 1], False, variables)[0]
+            if not (text.startswith(after) and after.startswith(before) and len(before) >= at):
+                raise InputError(
+                    "chat_template: wanted one that writes messages one after another,"
+                    f" got another text for message {i} when others follow"
+                )
+            prompt = self._encode_rendered(*_cut(text, own, at, len(before)))
+            answer = self._encode_rendered(*_cut(text, own, len(before), len(after)))
+            ends = [n for n, token in enumerate(answer, 1) if token in self.stop_ids]
+            if not ends:
+                names = ", ".join(str(self._backend.id_to_token(s)) for s in sorted(self.stop_ids))
+                raise InputError(
+                    f"chat_template: wanted one that ends an answer with {names or 'an end token'},"
+                    f" got {text[len(before) : len(after)][-40:]!r}"
+                )
+            learn = learnt is None or learnt[i]
+            ids += prompt + answer
+            mask += [False] * len(prompt) + [learn] * ends[-1]
+            mask += [False] * (len(ids) - len(mask))  # what follows the end token: a line break
+            at = len(after)
+        rest = self._encode_rendered(*_cut(text, own, at, len(text)))
+        return ids + rest, mask + [False] * len(rest)
+
+    def _check_written(self, text: str, index: int, message: Mapping[str, Any]) -> None:
+        calls = message.get("tool_calls") or ()
+        wanted = [str(call.get("function", call).get("name", "")) for call in calls]
+        if any(part.strip() not in text for part in [*wanted, message.get("content") or ""]):
+            raise InputError(
+                f"chat_template: wanted one that writes every message, got none of message {index}"
+                f" ({message['role']})"
+            )
+
+    def _encode_rendered(self, text: str, own: chat_template.Runs) -> list[int]:
+        """The ids of a rendered text, of which the template wrote the ranges ``own``."""
         names = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True)))
         written = [
             (start + match.start(), match[0])
@@ -341,6 +403,14 @@ class TokenStream:
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
+
+
+def _cut(
+    text: str, own: chat_template.Runs, start: int, stop: int
+) -> tuple[str, chat_template.Runs]:
+    """text[start:stop], and the ranges of ``own`` in it."""
+    inside = [(max(a, start) - start, min(b, stop) - start) for a, b in own]
+    return text[start:stop], [(a, b) for a, b in inside if a < b]
 
 
 def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:

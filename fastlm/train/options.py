@@ -27,29 +27,29 @@ class TrainOptions:
     and 1 (the end).
     """
 
-    max_steps: Annotated[int | None, "Steps of the whole run"] = None
+    max_steps: Annotated[int | None, "Stop after this many steps"] = None
     max_seconds: Annotated[
-        float | None, "Seconds of the whole run; validations are not counted"
+        float | None, "Stop after this many seconds; validations are not counted"
     ] = None
-    max_tokens: Annotated[int | None, "Tokens of the whole run"] = None
-    accumulate: Annotated[int, "Micro-batches of a step"] = 1
+    max_tokens: Annotated[int | None, "Stop after this many tokens"] = None
+    accumulate: Annotated[int, "Micro-batches per step"] = 1
     dtype: Annotated[str, "bfloat16 (with float32 master weights) or float32"] = "bfloat16"
     lr: Annotated[float, "Peak learning rate"] = 1e-3
     schedule: Annotated[str, "cosine or wsd"] = "cosine"
     warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.02
     decay: Annotated[float, "Share of the run in which the rate of wsd falls"] = 0.2
     final_lr: Annotated[float, "Rate at the end, as a share of the peak"] = 0.0
-    betas: Annotated[tuple[float, float], "Of AdamW"] = (0.9, 0.95)
-    eps: Annotated[float, "Of AdamW"] = 1e-8
-    weight_decay: Annotated[float, "Of matrices"] = 0.1
+    betas: Annotated[tuple[float, float], "AdamW's betas"] = (0.9, 0.95)
+    eps: Annotated[float, "AdamW's epsilon"] = 1e-8
+    weight_decay: Annotated[float, "Weight decay of matrices"] = 0.1
     max_grad_norm: Annotated[float | None, "Clip the gradient to this norm"] = 1.0
-    validations: Annotated[int, "How many, evenly spaced over the run"] = 20
-    val_tokens: Annotated[int, "Tokens of a validation"] = 1 << 16
+    validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 20
+    val_tokens: Annotated[int, "Tokens per validation"] = 1 << 16
     sample_at: Annotated[
         tuple[float, ...], "Moments of the run, 0 to 1, at which the model writes a sample"
     ] = (0.0, 0.02, 0.1, 0.3, 1.0)
-    sample_prompt: Annotated[str, "What a sample continues"] = ""
-    sample_tokens: Annotated[int, "Tokens of a sample; 0: no samples"] = 80
+    sample_prompt: Annotated[str, "Text that a sample continues"] = ""
+    sample_tokens: Annotated[int, "Tokens per sample; 0: no samples"] = 80
     checkpoint_every: Annotated[int, "Steps between checkpoints"] = 200
     keep: Annotated[int, "Checkpoints to keep"] = 2
 

@@ -167,10 +167,10 @@ class Pretrain(TrainOptions, Stage):
         "prompt": str,
     }  # fmt: skip
 
-    batch_size: Annotated[int, "Sequences of a micro-batch"] = 16
-    seq_len: Annotated[int, "Tokens of a sequence"] = 256
-    seed: Annotated[int, "Of weights, data order and samples"] = 0
-    config: Annotated[str, "config.json of the model (Hugging Face's names)"] = ""
+    batch_size: Annotated[int, "Sequences per micro-batch"] = 16
+    seq_len: Annotated[int, "Tokens per sequence"] = 256
+    seed: Annotated[int, "Seed of weights, data order and samples"] = 0
+    config: Annotated[str, "The model's config.json (Hugging Face's names)"] = ""
     # The same in a recipe; the vocabulary is the tokenizer's and need not be stated
     model: dict[str, Any] | None = None
 
@@ -292,6 +292,8 @@ class Pretrain(TrainOptions, Stage):
             batch += f", {self.accumulate} accumulated"
         shape = self.config or ", ".join(f"{k} {v}" for k, v in (self.model or {}).items())
         took = seconds_text(result["used_seconds"])
+        prompt = result["prompt"]
+        begin = f"the prompt “{prompt}”" if prompt else "the start of a document"
         return Part(
             "Training",
             f"Training saw {count_text(tokens)} tokens: {result['steps']:,} steps of {step:,}.",
@@ -310,9 +312,9 @@ class Pretrain(TrainOptions, Stage):
                 (count_text(result["parameters"]), "parameters"),
                 (count_text(tokens), f"tokens of training in {took}"),
             ],
-            template="pretrain.html.jinja",
+            template="training.html.jinja",
             values={
                 "samples": [m for m in metrics if "sample" in m],
-                "prompt": result["prompt"],
+                "how": f"Sampled with the same seed at each moment, from {begin}.",
             },
         )

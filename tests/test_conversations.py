@@ -1,0 +1,291 @@
+"""Conversations for fine-tuning: the shapes of rows that are recognised, what is refused and by
+which words, and the tokens of a conversation that a model learns.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastlm.data.conversations import Rows, conversation_of, read_conversations
+from fastlm.errors import InputError
+from fastlm.tokenizer.chat_template import CHATML
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+SHAPES = {
+    "openai": ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
+    "openai parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}, ANSWER]},
+        [USER, ANSWER],
+    ),
+    "openai tools": (
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": "4", "tool_call_id": "x"},
+                ANSWER,
+            ],
+            "tools": [CALL],
+        },
+        [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "4", "tool_call_id": "x"},
+            ANSWER,
+        ],
+    ),
+    "sharegpt": (
+        {
+            "system": "Be brief.",
+            "conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}],
+        },
+        [SYSTEM, USER, ANSWER],
+    ),
+    "sharegpt tools": (
+        {
+            "conversations": [
+                {"from": "human", "value": "2+2?"},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+                {"from": "observation", "value": "4"},
+                {"from": "gpt", "value": "4"},
+            ],
+            "tools": "",
+        },
+        [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "4"},
+            ANSWER,
+        ],
+    ),
+    "alpaca": ({"instruction": "Add.", "input": "2+2?", "output": "4"}, [
+        {"role": "user", "content": "Add.\n\n2+2?"}, ANSWER,
+    ]),
+    "alpaca history": (
+        {
+            "instruction": "2+2?",
+            "input": "",
+            "output": "4",
+            "system": "Be brief.",
+            "history": [["1+1?", "2"]],
+        },
+        [
+            SYSTEM,
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": "2"},
+            USER,
+            ANSWER,
+        ],
+    ),
+    "pair": ({"prompt": "2+2?", "completion": "4"}, [USER, ANSWER]),
+    "pair of messages": ({"prompt": [SYSTEM, USER], "response": [ANSWER]}, [SYSTEM, USER, ANSWER]),
+}  # fmt: skip
+REFUSED = {
+    "wanted an object with messages (OpenAI), conversations (ShareGPT), instruction and output"
+    " (Alpaca), or prompt and completion, got 'text'": {"text": "hello"},
+    "messages[0]: wanted system or user first, got assistant": {"messages": [ANSWER]},
+    "messages[1]: wanted assistant after user, got user": {"messages": [USER, USER, ANSWER]},
+    "messages[2]: wanted user or tool after assistant, got system": {
+        "messages": [USER, ANSWER, SYSTEM]
+    },
+    "messages[1]: wanted text from the assistant, got an empty message": {
+        "messages": [USER, {"role": "assistant", "content": " \n"}]
+    },
+    "messages: wanted an answer at the end, got user": {"messages": [USER]},
+    "messages: wanted an answer at the end, got no message": {"messages": []},
+    "messages: wanted a list of messages, got str": {"messages": "hello"},
+    "messages[0]: wanted text, got int": {"messages": [{"role": "user", "content": 5}]},
+    "messages[0]: wanted parts of type 'text', got 'image_url'": {
+        "messages": [{"role": "user", "content": [{"type": "image_url"}]}]
+    },
+    "messages[1]: wanted a weight of 0 or 1, got 0.5": {
+        "messages": [USER, {**ANSWER, "weight": 0.5}]
+    },
+    "wanted an assistant message to learn, all have weight 0": {
+        "messages": [USER, {**ANSWER, "weight": 0}]
+    },
+    "conversations[0]: wanted a call as JSON with a name, got 'add(2)'": {
+        "conversations": [{"from": "function_call", "value": "add(2)"}]
+    },
+    "conversations: wanted a list of turns, got dict": {"conversations": {}},
+    "output: wanted text, got list": {"instruction": "Add.", "output": [4]},
+    "history[0]: wanted [question, answer], got 'x'": {
+        "instruction": "a", "output": "b", "history": ["x"],
+    },
+    "tools: wanted JSON, got 'add'": {"messages": [USER, ANSWER], "tools": "add"},
+    "completion: wanted valid Unicode, got a lone surrogate at 1": {
+        "prompt": "a", "completion": "b\ud800",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape) -> None:
+    row, wanted = SHAPES[shape]
+    found = conversation_of(row)
+    assert found.messages == wanted
+    assert found.learnt == [m["role"] == "assistant" for m in wanted]
+    assert (found.tools is not None) == (shape == "openai tools")
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(message) -> None:
+    with pytest.raises(InputError) as refusal:
+        conversation_of(REFUSED[message])
+    assert str(refusal.value) == message
+
+
+def test_an_unknown_role_is_named() -> None:
+    with pytest.raises(InputError, match=r"messages\[0\]: wanted a role, one of .*, got 'bard'"):
+        conversation_of({"messages": [{"role": "bard", "content": "x"}]})
+
+
+def test_a_weight_of_zero_is_context() -> None:
+    found = conversation_of({"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]})
+    assert found.learnt == [False, False, False, True]
+    assert found.messages[1] == ANSWER
+
+
+def write(path: Path, *rows) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_a_bad_row_is_an_error_with_its_line(tmp_path) -> None:
+    file = write(tmp_path / "a.jsonl", {"messages": [USER, ANSWER]}, "", {"messages": [USER]})
+    with pytest.raises(InputError) as refusal:
+        list(read_conversations([file], cache=tmp_path))
+    assert str(refusal.value) == (
+        f"{file}, line 3: messages: wanted an answer at the end, got user"
+    )
+
+
+def test_bad_rows_are_counted_and_told_on_request(tmp_path) -> None:
+    good = {"messages": [USER, ANSWER]}
+    file = write(tmp_path / "a.jsonl", good, "{", *[{"messages": [USER]}] * 4, good)
+    rows, told = Rows(), []
+    found = list(
+        read_conversations([file], cache=tmp_path, skip_bad=True, rows=rows, tell=told.append)
+    )
+    assert [c.place for c in found] == [f"{file}, line 1", f"{file}, line 7"]
+    assert (rows.read, dict(rows.skipped)) == (7, {"malformed": 5})
+    assert len(told) == 4 and "line 2" in told[0] and "2 more of its 7 rows" in told[3]
+    bad = write(tmp_path / "b.jsonl", "{")
+    with pytest.raises(InputError, match=r"b\.jsonl, line 1: wanted one JSON object"):
+        list(read_conversations([bad], cache=tmp_path, skip_bad=True))
+
+
+def test_rows_of_folders_and_arrays(tmp_path) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "b.jsonl", {"prompt": "a", "completion": "b"})
+    (tmp_path / "data" / "a.json").write_text(json.dumps([{"prompt": "c", "completion": "d"}]))
+    (tmp_path / "data" / "notes.md").write_text("not read")
+    found = list(read_conversations([str(tmp_path / "data")], cache=tmp_path))
+    assert [c.messages[1]["content"] for c in found] == ["d", "b"]
+    text = write(tmp_path / "c.txt", "hello")
+    with pytest.raises(InputError, match=r"wanted \.jsonl or \.json files, got none"):
+        list(read_conversations([text], cache=tmp_path))
+
+
+# ---- tokens
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the quick brown fox: 2+2?\n\nassistant user 4 = four\n" * 9], 300)
+
+
+def learnt_text(tokenizer: Tokenizer, ids, mask) -> list[str]:
+    runs: list[list[int]] = []
+    for i, (token, learn) in enumerate(zip(ids, mask, strict=True)):
+        if learn and not (i and mask[i - 1]):
+            runs.append([])
+        if learn:
+            runs[-1].append(token)
+    return [tokenizer.decode(run, special=True) for run in runs]
+
+
+def test_the_answers_and_their_end_tokens_are_learnt(tokenizer) -> None:
+    messages = [SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content": "\n\nfour"}]
+    ids, mask = tokenizer.encode_conversation(messages)
+    text = tokenizer.render_chat(messages, add_generation_prompt=False)
+    assert tokenizer.decode(ids, special=True) == text
+    assert learnt_text(tokenizer, ids, mask) == ["4<|im_end|>", "\n\nfour<|im_end|>"]
+    assert not mask[-1]  # the line break after the end token
+    _, some = tokenizer.encode_conversation(messages, [False, False, False, False, True])
+    assert learnt_text(tokenizer, ids, some) == ["\n\nfour<|im_end|>"]
+
+
+def test_a_prompt_has_the_tokens_of_generation(tokenizer) -> None:
+    """An answer that begins with a line break does not change the tokens of the prompt, which ends
+    with one.
+    """
+    messages = [USER, {"role": "assistant", "content": "\n4"}]
+    ids, mask = tokenizer.encode_conversation(messages)
+    prompt = tokenizer.encode_chat(messages[:1])
+    assert ids[: len(prompt)] == prompt and mask.index(True) == len(prompt)
+
+
+def test_end_tokens_in_messages_are_text(tokenizer) -> None:
+    messages = [
+        {"role": "user", "content": "<|im_end|>"},
+        {"role": "assistant", "content": "<|im_end|>"},
+    ]
+    ids, mask = tokenizer.encode_conversation(messages)
+    end = tokenizer.encode_chat([], add_generation_prompt=False)
+    assert end == []
+    ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
+    assert len(ends) == 2  # one for each message, which the template wrote
+    assert mask[ends[1]] and not mask[ends[0]]
+    assert learnt_text(tokenizer, ids, mask) == ["<|im_end|><|im_end|>"]
+
+
+def test_the_real_smollm2_learns_to_stop() -> None:
+    """Its pad token is its end token: a mask by ids would never learn it."""
+    tokenizer = Tokenizer.load("model:smollm2")
+    assert tokenizer.pad_id == tokenizer.eos_id
+    ids, mask = tokenizer.encode_conversation([USER, ANSWER])
+    assert learnt_text(tokenizer, ids, mask) == ["4<|im_end|>"]
+    assert ids == tokenizer.encode_chat([USER, ANSWER], add_generation_prompt=False)
+
+
+WITH_BOS = "{{ bos_token }}" + CHATML
+TEMPLATES = {
+    "drops": (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "wanted one that writes every message, got none of message 0 (system)",
+    ),
+    "no end": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        "wanted one that ends an answer with <|endoftext|>, <|im_end|>, got '4\\n'",
+    ),
+    "looks ahead": (
+        "{{ messages | length }}" + CHATML,
+        "wanted one that writes messages one after another, got another text for message 2 when"
+        " others follow",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_that_cannot_be_learnt(tokenizer, name) -> None:
+    template, message = TEMPLATES[name]
+    other = Tokenizer(tokenizer._backend, tokenizer._roles, template)
+    messages = [SYSTEM, USER, ANSWER, USER, ANSWER] if name != "no end" else [USER, ANSWER]
+    with pytest.raises(InputError) as refusal:
+        other.encode_conversation(messages)
+    assert str(refusal.value) == f"chat_template: {message}"
+
+
+def test_one_bos(tokenizer) -> None:
+    roles = {**tokenizer._roles, "bos_token": "<|endoftext|>"}
+    other = Tokenizer(tokenizer._backend, roles, WITH_BOS)
+    ids, _ = other.encode_conversation([USER, ANSWER, USER, ANSWER])
+    assert ids.count(other.bos_id) == 1 and ids[0] == other.bos_id

@@ -1,0 +1,324 @@
+"""Supervised fine-tuning: what a batch counts, that packing leaks nothing, that a model learns to
+answer and to stop, resuming, options, and the stage in a recipe.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastlm
+from fastlm.cli import app
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.tokenizer.tokenizer import Tokenizer
+from fastlm.train.options import TrainOptions
+from fastlm.train.sft import IGNORE, AnswerTokens, Example, Sft, fit, pack, split_heldout
+
+QUESTIONS = {
+    "capital of France?": "Paris.",
+    "two plus two?": "Four, I think.",
+    "colour of snow?": "White as paper, and cold.",
+    "who are you?": "A model.",
+}
+TINY = Sft(
+    data=("x.jsonl",), epochs=40, batch_size=2, lr=4e-3, heldout=0.0, validations=0,
+    sample_at=(), dtype="float32", checkpoint_every=10,
+)  # fmt: skip
+
+
+def options(**changes) -> Sft:
+    from dataclasses import replace
+
+    return replace(TINY, **changes)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A model that has seen nothing, with a tokenizer that has ChatML's tokens and no template."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    text = " ".join([*QUESTIONS, *QUESTIONS.values(), "system user assistant\n"])
+    tokenizer = Tokenizer.train([text * 5], 320)
+    tokenizer.chat_template = None
+    CausalLM(config(tokenizer.vocab_size, tokenizer.eos_id), seed=1).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def config(vocab_size: int, eos_id: int | None) -> ModelConfig:
+    return ModelConfig.from_dict({
+        "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 64,
+        "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 128, "eos_token_id": eos_id,
+        "tie_word_embeddings": True,
+    })  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    rows = [{"prompt": q, "completion": a} for q, a in QUESTIONS.items()]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+def example(ids: list[int], learn_from: int) -> Example:
+    return Example(ids, [i >= learn_from for i in range(len(ids))])
+
+
+EXAMPLES = [
+    example([5, 6, 7, 8, 9], 3),
+    example([10, 11, 12], 1),
+    example([20, 21, 22, 23, 24, 25, 26, 27], 6),
+    example([30, 31], 1),
+]
+
+
+# ---- batches
+
+
+def test_pack() -> None:
+    ids, labels, cu_seqlens = pack(EXAMPLES[:2])
+    assert ids.tolist() == [[5, 6, 7, 8, 10, 11]]
+    assert labels.tolist() == [[IGNORE, IGNORE, 8, 9, 11, 12]]
+    assert cu_seqlens.tolist() == [0, 4, 6] and cu_seqlens.dtype == torch.int32
+
+
+def test_fit() -> None:
+    long = example(list(range(10)), 5)
+    assert fit(long, 10, "skip") == [long]
+    assert fit(long, 9, "skip") == []
+    assert fit(long, 7, "truncate") == [example(list(range(7)), 5)]
+    assert fit(long, 5, "truncate") == []  # nothing to learn is left
+    pieces = fit(long, 4, "split")
+    assert [p.ids for p in pieces] == [[4, 5, 6, 7], [8, 9]]
+    assert [p.learnt for p in pieces] == [3, 1]
+
+
+@pytest.fixture
+def model() -> CausalLM:
+    torch.manual_seed(0)
+    return CausalLM(config(64, 0), seed=3)
+
+
+def loss_of(model, parts: list[list[Example]], count: int) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    objective = AnswerTokens(
+        model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=1, seed=0, tokenizer=None,
+        prompt=(), device=torch.device("cpu"),
+    )  # fmt: skip
+    total = 0.0
+    for part in parts:
+        loss = objective.loss(pack(part), count)
+        loss.backward()
+        total += float(loss.detach())
+    return total, [p.grad.clone() for p in model.parameters()]
+
+
+def test_loss_and_gradient_do_not_depend_on_the_packing(model) -> None:
+    count = sum(e.learnt for e in EXAMPLES)
+    alone = loss_of(model, [[e] for e in EXAMPLES], count)
+    for parts in ([EXAMPLES], [EXAMPLES[:1], EXAMPLES[1:]], [EXAMPLES[::-1]]):
+        packed = loss_of(model, parts, count)
+        assert packed[0] == pytest.approx(alone[0], rel=1e-5)
+        for a, b in zip(packed[1], alone[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_learnt_tokens(model) -> None:
+    nll, count = 0.0, 0
+    for e in EXAMPLES:
+        logp = model(torch.tensor([e.ids])).logits[0].detach().float().log_softmax(-1)
+        for i, learn in enumerate(e.mask):
+            if learn and i:
+                nll -= float(logp[i - 1, e.ids[i]])
+                count += 1
+    assert count == sum(e.learnt for e in EXAMPLES) == 2 + 2 + 2 + 1
+    assert loss_of(model, [EXAMPLES], count)[0] == pytest.approx(nll / count, rel=1e-5)
+
+
+def test_an_epoch_takes_every_example_once(model) -> None:
+    objective = AnswerTokens(
+        model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=3, seed=5, tokenizer=None,
+        prompt=(), device=torch.device("cpu"),
+    )  # fmt: skip
+    seen = [
+        first
+        for batch in objective.next_batches(8)
+        for first in batch[0][0, batch[2][:-1].long()].tolist()
+    ]
+    firsts = sorted(e.ids[0] for e in EXAMPLES)
+    epochs = [seen[i : i + 4] for i in range(0, 24, 4)]
+    assert all(sorted(epoch) == firsts for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1  # in another order
+    state = objective.state_dict()
+    ahead = objective.next_batches(2)
+    objective.load_state_dict(state)
+    for a, b in zip(ahead, objective.next_batches(2), strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+# ---- training
+
+
+def answers(folder: Path) -> list[str]:
+    model, tokenizer = CausalLM.from_pretrained(folder), Tokenizer.load(folder)
+    found = []
+    for question in QUESTIONS:
+        ids = tokenizer.encode_chat([{"role": "user", "content": question}])
+        out = model.generate(torch.tensor([ids]), max_new_tokens=40, temperature=0)[0].tolist()
+        found.append(tokenizer.decode(out[len(ids) :], special=True))
+    return found
+
+
+def test_a_model_learns_to_answer_and_to_stop(base, data, tmp_path) -> None:
+    result = options(data=(data,))(tmp_path / "sft", model=base)
+    folder = tmp_path / "sft" / "model"
+    assert answers(folder) == [f"{answer}<|im_end|>" for answer in QUESTIONS.values()]
+    assert result["conversations"] == 4 and result["steps"] == 80
+    assert result["tokens"] == 40 * result["learnt_tokens"]
+    # the template and the end token are part of the model's folder
+    assert "<|im_start|>" in (Tokenizer.load(folder).chat_template or "")
+    end = Tokenizer.load(folder).encode_chat([{"role": "user", "content": ""}])
+    assert CausalLM.from_pretrained(folder).config.stop_ids & set(end)
+
+
+def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> None:
+    """Stopped after every tenth step by a smaller budget, then by Ctrl-C's own way out."""
+    from fastlm.train.loop import Interrupted
+
+    whole = options(data=(data,), epochs=10)(tmp_path / "whole", model=base)
+    seen = 0
+
+    def interrupt(event) -> None:
+        nonlocal seen
+        seen += "loss" in event
+        if "loss" in event and seen in (3, 9):
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            options(data=(data,), epochs=10)(tmp_path / "cut", model=base, on_event=interrupt)
+    cut = options(data=(data,), epochs=10)(tmp_path / "cut", model=base)
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert cut["loss"] == whole["loss"] and cut["steps"] == 20
+
+
+def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
+    rows = [{"prompt": f"count to {i}", "completion": f"one to {i}"} for i in range(60)]
+    file = tmp_path / "many.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*rows, *rows])))
+    events: list[dict] = []
+    stage = options(
+        data=(str(file),), epochs=1, heldout=0.3, validations=2, sample_at=(1.0,),
+        sample_tokens=5,
+    )  # fmt: skip
+    result = stage(tmp_path / "sft", model=base, on_event=events.append)
+    assert result["conversations"] + result["heldout"] == 120
+    assert result["heldout"] % 2 == 0 and 10 < result["heldout"] < 70  # copies stay together
+    losses = [e["val_loss"] for e in events if "val_loss" in e]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert len([e for e in events if "sample" in e]) == 1
+
+
+def test_split_heldout_does_not_depend_on_other_rows() -> None:
+    from fastlm.data.conversations import conversation_of
+
+    rows = [conversation_of({"prompt": str(i), "completion": "a"}) for i in range(200)]
+    training, heldout = split_heldout(rows, 0.2)
+    assert 20 < len(heldout) < 60 and len(training) + len(heldout) == 200
+    assert split_heldout(rows[::2], 0.2)[1] == [c for c in heldout if c in rows[::2]]
+
+
+def test_long_rows_are_counted(base, tmp_path) -> None:
+    file = tmp_path / "long.jsonl"
+    rows = [{"prompt": "short", "completion": "yes"}, {"prompt": "x " * 150, "completion": "no"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    for how, reason, tokens in (("skip", "too long", 4), ("split", "split", None)):
+        stage = options(data=(str(file),), epochs=1, overlong=how)
+        result = stage(tmp_path / how, model=base)
+        assert result["skipped"] == {reason: 1}
+        assert tokens is None or result["learnt_tokens"] == tokens
+    file.write_text(json.dumps(rows[1]))
+    with pytest.raises(InputError, match="of at most 128 tokens, got none in 1 rows"):
+        options(data=(str(file),))(tmp_path / "none", model=base)
+
+
+# ---- options and commands
+
+REFUSED = {
+    "data: wanted at least one source of conversations, got none": {"data": ()},
+    "epochs: wanted a positive number, got 0": {"epochs": 0},
+    "heldout: wanted a share in [0, 1), got 1": {"heldout": 1},
+    "overlong: wanted one of skip, truncate, split, got 'cut'": {"overlong": "cut"},
+    "seq_len: wanted 2 or more, got 1": {"seq_len": 1},
+    "batch_size: wanted 1 or more, got 0": {"batch_size": 0},
+    "max_steps: wanted a positive number, got 0": {"max_steps": 0},
+    "lr: wanted a positive number, got -1": {"lr": -1},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_options(message) -> None:
+    with pytest.raises(InputError) as refusal:
+        options(**REFUSED[message]).check()
+    assert str(refusal.value) == message
+
+
+def test_a_bad_row_ends_the_command_with_its_line(base, tmp_path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"messages": [{"role": "assistant", "content": "hello"}]}\n')
+    arguments = ["sft", str(file), "--model", str(base), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert f"{file}, line 1: messages[0]: wanted system or user first, got assistant" in done.output
+
+
+def test_a_model_without_a_way_to_chat(base, data, tmp_path) -> None:
+    folder = tmp_path / "plain"
+    tokenizer = Tokenizer.train(["some text" * 9], 300, special_tokens=["<|endoftext|>"])
+    CausalLM(config(tokenizer.vocab_size, 0)).save_pretrained(folder)
+    tokenizer.save(folder)
+    with pytest.raises(InputError, match="chat_template: wanted one, since the model has neither"):
+        options(data=(data,))(tmp_path / "out", model=folder)
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\nA: {% else %}"
+        "{{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
+    )
+    stage = options(data=(data,), chat_template=str(template), epochs=1)
+    assert stage(tmp_path / "out", model=folder)["steps"] == 2
+    assert Tokenizer.load(tmp_path / "out" / "model").chat_template == template.read_text()
+
+
+def test_a_recipe_fine_tunes_what_it_pretrained(tmp_path) -> None:
+    import tiny_recipe
+
+    data = str(tmp_path / "chat.jsonl")  # of at most 32 tokens, the context of the tiny model
+    rows = [{"prompt": q, "completion": a} for q, a in zip("abcdefgh", "bcdefghi")]
+    Path(data).write_text("\n".join(map(json.dumps, rows)))
+    recipe = tiny_recipe.write(tmp_path)
+    text = recipe.read_text()
+    chat = 'kind = "sft"\nepochs = 2\nheldout = 0.4\nsample_tokens = 4\n'
+    recipe.write_text(f"{text}\n[[stage]]\n{chat}data = [{json.dumps(data)}]\n")
+    run = tmp_path / "run"
+    done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(run)])
+    assert done.exit_code == 0, done.output
+    assert fastlm.CausalLM.from_pretrained(run / "sft").config.stop_ids
+    page = (run / "report.html").read_text()
+    assert "Fine-tuning" in page and "conversations learnt from" in page
+    again = CliRunner().invoke(app, ["run", str(recipe), "--out", str(run)])
+    assert again.exit_code == 0 and "sft" in again.output
+    other = Path(data)
+    other.write_text(other.read_text() + '\n{"prompt": "new", "completion": "row"}')
+    plan = CliRunner().invoke(app, ["run", str(recipe), "--out", str(run), "--dry-run"])
+    assert plan.exit_code == 0, plan.output
+    lines = {line.split()[0]: line for line in plan.output.splitlines() if line.split()}
+    assert "done" in lines["pretrain"] and "done" not in lines["sft"]
