@@ -2,7 +2,9 @@
 which words, and the tokens of a conversation that a model learns.
 """
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,9 +83,37 @@ SHAPES = {
             ANSWER,
         ],
     ),
+    "openai's older calls": (
+        {
+            "system": "Be brief.",
+            "messages": [
+                {"role": "system", "content": ""},
+                USER,
+                {"role": "assistant", "content": None, "function_call": {
+                    "name": "add", "arguments": json.dumps({"a": 2, "b": 2}),
+                }},
+                {"role": "function", "content": ""},
+                {**ANSWER, "tool_calls": []},
+            ],
+            "functions": [CALL["function"]],
+        },
+        [
+            SYSTEM,
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": ""},
+            ANSWER,
+        ],
+    ),
     "pair": ({"prompt": "2+2?", "completion": "4"}, [USER, ANSWER]),
     "pair of messages": ({"prompt": [SYSTEM, USER], "response": [ANSWER]}, [SYSTEM, USER, ANSWER]),
 }  # fmt: skip
+
+
+def called(calls):
+    return {**ANSWER, "tool_calls": calls}
+
+
 REFUSED = {
     "wanted an object with messages (OpenAI), conversations (ShareGPT), instruction and output"
     " (Alpaca), or prompt and completion, got 'text'": {"text": "hello"},
@@ -95,8 +125,8 @@ REFUSED = {
     "messages[1]: wanted text from the assistant, got an empty message": {
         "messages": [USER, {"role": "assistant", "content": " \n"}]
     },
-    "messages: wanted an answer at the end, got user": {"messages": [USER]},
-    "messages: wanted an answer at the end, got no message": {"messages": []},
+    "wanted an answer at the end, got user": {"messages": [USER]},
+    "wanted an answer at the end, got no message": {"messages": []},
     "messages: wanted a list of messages, got str": {"messages": "hello"},
     "messages[0]: wanted text, got int": {"messages": [{"role": "user", "content": 5}]},
     "messages[0]: wanted parts of type 'text', got 'image_url'": {
@@ -108,11 +138,35 @@ REFUSED = {
     "wanted an assistant message to learn, all have weight 0": {
         "messages": [USER, {**ANSWER, "weight": 0}]
     },
-    "conversations[0]: wanted a call as JSON with a name, got 'add(2)'": {
+    "conversations[0]: wanted a call as JSON, got 'add(2)'": {
         "conversations": [{"from": "function_call", "value": "add(2)"}]
     },
     "conversations: wanted a list of turns, got dict": {"conversations": {}},
     "output: wanted text, got list": {"instruction": "Add.", "output": [4]},
+    "conversations[1]: wanted text from the assistant, got an empty message": {
+        "system": "x", "conversations": [
+            {"from": "human", "value": "a"}, {"from": "gpt", "value": ""}
+        ],
+    },
+    "instruction: wanted text from the user, got an empty message": {
+        "instruction": "", "output": "b",
+    },
+    "system: wanted none beside messages[0], got two system messages": {
+        "system": "x", "messages": [SYSTEM, USER, ANSWER],
+    },
+    "messages[1].tool_calls: wanted a list, got str": {"messages": [USER, called("abc")]},
+    "messages[1].tool_calls[0]: wanted a call with a name, got 'x'": {
+        "messages": [USER, called(["x"])],
+    },
+    "messages[1].tool_calls[0]: wanted a call with a name, got {}": {
+        "messages": [USER, called([{}])],
+    },
+    "messages[1].tool_calls[0]: wanted arguments as JSON, got '2+'": {
+        "messages": [USER, called([{"name": "a", "arguments": "2+"}])],
+    },
+    "messages[1].tool_calls[0]: wanted arguments as an object, got [2]": {
+        "messages": [USER, called([{"name": "a", "arguments": "[2]"}])],
+    },
     "history[0]: wanted [question, answer], got 'x'": {
         "instruction": "a", "output": "b", "history": ["x"],
     },
@@ -129,7 +183,7 @@ def test_shapes(shape) -> None:
     found = conversation_of(row)
     assert found.messages == wanted
     assert found.learnt == [m["role"] == "assistant" for m in wanted]
-    assert (found.tools is not None) == (shape == "openai tools")
+    assert found.tools == ([CALL] if shape in ("openai tools", "openai's older calls") else None)
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -160,9 +214,7 @@ def test_a_bad_row_is_an_error_with_its_line(tmp_path) -> None:
     file = write(tmp_path / "a.jsonl", {"messages": [USER, ANSWER]}, "", {"messages": [USER]})
     with pytest.raises(InputError) as refusal:
         list(read_conversations([file], cache=tmp_path))
-    assert str(refusal.value) == (
-        f"{file}, line 3: messages: wanted an answer at the end, got user"
-    )
+    assert str(refusal.value) == (f"{file}, line 3: wanted an answer at the end, got user")
 
 
 def test_bad_rows_are_counted_and_told_on_request(tmp_path) -> None:
@@ -173,7 +225,7 @@ def test_bad_rows_are_counted_and_told_on_request(tmp_path) -> None:
         read_conversations([file], cache=tmp_path, skip_bad=True, rows=rows, tell=told.append)
     )
     assert [c.place for c in found] == [f"{file}, line 1", f"{file}, line 7"]
-    assert (rows.read, dict(rows.skipped)) == (7, {"malformed": 5})
+    assert (rows.read, dict(rows.counts)) == (7, {"malformed": 5})
     assert len(told) == 4 and "line 2" in told[0] and "2 more of its 7 rows" in told[3]
     bad = write(tmp_path / "b.jsonl", "{")
     with pytest.raises(InputError, match=r"b\.jsonl, line 1: wanted one JSON object"):
@@ -200,6 +252,11 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["the quick brown fox: 2+2?\n\nassistant user 4 = four\n" * 9], 300)
 
 
+def one(tokenizer: Tokenizer, messages, learnt=None, **variables) -> tuple[list[int], list[bool]]:
+    (pair,) = tokenizer.encode_conversation(messages, learnt, **variables)
+    return pair
+
+
 def learnt_text(tokenizer: Tokenizer, ids, mask) -> list[str]:
     runs: list[list[int]] = []
     for i, (token, learn) in enumerate(zip(ids, mask, strict=True)):
@@ -212,12 +269,12 @@ def learnt_text(tokenizer: Tokenizer, ids, mask) -> list[str]:
 
 def test_the_answers_and_their_end_tokens_are_learnt(tokenizer) -> None:
     messages = [SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content": "\n\nfour"}]
-    ids, mask = tokenizer.encode_conversation(messages)
+    ids, mask = one(tokenizer, messages)
     text = tokenizer.render_chat(messages, add_generation_prompt=False)
     assert tokenizer.decode(ids, special=True) == text
     assert learnt_text(tokenizer, ids, mask) == ["4<|im_end|>", "\n\nfour<|im_end|>"]
     assert not mask[-1]  # the line break after the end token
-    _, some = tokenizer.encode_conversation(messages, [False, False, False, False, True])
+    _, some = one(tokenizer, messages, [False, False, False, False, True])
     assert learnt_text(tokenizer, ids, some) == ["\n\nfour<|im_end|>"]
 
 
@@ -226,7 +283,7 @@ def test_a_prompt_has_the_tokens_of_generation(tokenizer) -> None:
     with one.
     """
     messages = [USER, {"role": "assistant", "content": "\n4"}]
-    ids, mask = tokenizer.encode_conversation(messages)
+    ids, mask = one(tokenizer, messages)
     prompt = tokenizer.encode_chat(messages[:1])
     assert ids[: len(prompt)] == prompt and mask.index(True) == len(prompt)
 
@@ -236,7 +293,7 @@ def test_end_tokens_in_messages_are_text(tokenizer) -> None:
         {"role": "user", "content": "<|im_end|>"},
         {"role": "assistant", "content": "<|im_end|>"},
     ]
-    ids, mask = tokenizer.encode_conversation(messages)
+    ids, mask = one(tokenizer, messages)
     end = tokenizer.encode_chat([], add_generation_prompt=False)
     assert end == []
     ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
@@ -249,43 +306,112 @@ def test_the_real_smollm2_learns_to_stop() -> None:
     """Its pad token is its end token: a mask by ids would never learn it."""
     tokenizer = Tokenizer.load("model:smollm2")
     assert tokenizer.pad_id == tokenizer.eos_id
-    ids, mask = tokenizer.encode_conversation([USER, ANSWER])
+    ids, mask = one(tokenizer, [USER, ANSWER])
     assert learnt_text(tokenizer, ids, mask) == ["4<|im_end|>"]
     assert ids == tokenizer.encode_chat([USER, ANSWER], add_generation_prompt=False)
 
 
 WITH_BOS = "{{ bos_token }}" + CHATML
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LOOKS_AHEAD = "{{ m.content }}{% if loop.last and m.role == 'assistant' %}!{% endif %}"
+CALLED = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
 TEMPLATES = {
-    "drops": (
-        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        "wanted one that writes every message, got none of message 0 (system)",
+    "wanted one that writes the text of message 0 (system), got none of it": (
+        CHAT.replace("in messages", "in messages if m.role != 'system'"),
+        [{"role": "system", "content": "2+2?"}, USER, ANSWER],  # its text is in another message
+        {},
     ),
-    "no end": (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}",
-        "wanted one that ends an answer with <|endoftext|>, <|im_end|>, got '4\\n'",
+    "wanted one that writes the tool calls of message 1 (assistant), got none of it": (
+        CHAT, [{"role": "user", "content": "add!"}, CALLED[1]], {},
     ),
-    "looks ahead": (
-        "{{ messages | length }}" + CHATML,
-        "wanted one that writes messages one after another, got another text for message 2 when"
-        " others follow",
+    "wanted one that writes the tools, got none of them": (CHAT, [USER, ANSWER], {"tools": [CALL]}),
+    "wanted one that ends an answer with <|endoftext|>, <|im_end|>, got '4\\n'": (
+        CHAT.replace("<|im_end|>", ""), [USER, ANSWER], {},
     ),
+    "wanted a generation prompt that is how an answer begins, got"
+    " '\\n2+2?<|im_end|>\\n<|im_start|>assistant\\n<|' before message 1": (
+        CHAT.replace("assistant\n", "assistant\n<|"), [USER, ANSWER], {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", TEMPLATES)
+def test_templates_that_cannot_be_learnt(tokenizer, message) -> None:
+    template, messages, variables = TEMPLATES[message]
+    other = Tokenizer(tokenizer._backend, tokenizer._roles, template)
+    for _ in range(2):  # it is not remembered as checked
+        with pytest.raises(InputError) as refusal:
+            other.encode_conversation(messages, **variables)
+        assert str(refusal.value) == f"chat_template: {message}"
+
+
+def test_a_template_that_looks_ahead_gives_an_example_per_answer(tokenizer) -> None:
+    other = Tokenizer(
+        tokenizer._backend, tokenizer._roles, CHAT.replace("{{ m.content }}", LOOKS_AHEAD)
+    )
+    messages = [USER, ANSWER, USER, {"role": "assistant", "content": "four"}]
+    pairs = other.encode_conversation(messages)
+    assert [learnt_text(other, *pair) for pair in pairs] == [["4!<|im_end|>"], ["four!<|im_end|>"]]
+    assert [other.decode(ids).count("!") for ids, _ in pairs] == [1, 1]
+    pairs = other.encode_conversation(messages, [False, False, False, True])
+    assert [learnt_text(other, *pair) for pair in pairs] == [["four!<|im_end|>"]]
+
+
+def test_the_date_of_a_template_is_given(tokenizer) -> None:
+    dated = Tokenizer(tokenizer._backend, tokenizer._roles, "{{ strftime_now('%d %b %Y') }}" + CHAT)
+    ids, _ = one(dated, [USER, ANSWER], date="2024-07-26")
+    assert dated.decode(ids).startswith("26 Jul 2024")
+    prompt = dated.encode_chat([USER], date="2024-07-26")
+    assert ids[: len(prompt)] == prompt
+
+
+# Published templates, as TRL has them: file -> end token, has tools, examples of two answers
+PUBLISHED = {
+    "llama3": ("<|eot_id|>", False, 1),
+    "llama3_1": ("<|eot_id|>", True, 1),
+    "llama3_2": ("<|eot_id|>", True, 1),
+    "qwen2_5": ("<|im_end|>", True, 1),
+    "qwen3": ("<|im_end|>", True, 2),
+    "qwen3_instruct_2507": ("<|im_end|>", True, 1),
+    "gemma3": ("<end_of_turn>", False, 1),
+    "phi3_5": ("<|end|>", False, 2),
 }
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_that_cannot_be_learnt(tokenizer, name) -> None:
-    template, message = TEMPLATES[name]
-    other = Tokenizer(tokenizer._backend, tokenizer._roles, template)
-    messages = [SYSTEM, USER, ANSWER, USER, ANSWER] if name != "no end" else [USER, ANSWER]
-    with pytest.raises(InputError) as refusal:
-        other.encode_conversation(messages)
-    assert str(refusal.value) == f"chat_template: {message}"
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_templates_of_published_models(name) -> None:
+    trl = importlib.util.find_spec("trl")
+    assert trl and trl.origin
+    template = (Path(trl.origin).parent / "chat_templates" / f"{name}.jinja").read_text()
+    end, has_tools, examples = PUBLISHED[name]
+    special = {"<bos>", *re.findall(r"<\|?[a-z_]+\|?>", template)} - {end}
+    text = ["2+2? 4 four Be brief." * 9]
+    tokenizer = Tokenizer.train(text, 600, special_tokens=[end, *sorted(special)])
+    roles = {"eos_token": end, "bos_token": "<bos>"}
+    tokenizer = Tokenizer(tokenizer._backend, roles, template)
+    messages = [SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content": "four"}]
+    pairs = tokenizer.encode_conversation(messages, date="2024-07-26")
+    assert len(pairs) == examples
+    learnt = [text for pair in pairs for text in learnt_text(tokenizer, *pair)]
+    assert [text.split("</think>")[-1].strip() for text in learnt] == [f"4{end}", f"four{end}"]
+    if has_tools:
+        arguments = {
+            "messages": [*CALLED, {"role": "tool", "content": "4"}, ANSWER],
+            "tools": [CALL],
+        }
+        (call, *_) = [
+            text
+            for pair in tokenizer.encode_conversation(date="2024-07-26", **arguments)
+            for text in learnt_text(tokenizer, *pair)
+        ]
+        assert re.search(r'"a": 2, "b": 2', call) and call.endswith(end)
 
 
 def test_one_bos(tokenizer) -> None:
     roles = {**tokenizer._roles, "bos_token": "<|endoftext|>"}
     other = Tokenizer(tokenizer._backend, roles, WITH_BOS)
-    ids, _ = other.encode_conversation([USER, ANSWER, USER, ANSWER])
+    ids, _ = one(other, [USER, ANSWER, USER, ANSWER])
     assert ids.count(other.bos_id) == 1 and ids[0] == other.bos_id

@@ -1,6 +1,6 @@
 """fastlm.train.losses: each function against its formula in plain Python loops and float64, on
 ragged cases whose masked positions hold NaN; the same loss, gradient and metrics for every split
-into micro-batches, padding and packing; refusals.
+into micro-batches and every padding; refusals.
 """
 
 import math
@@ -73,6 +73,13 @@ def test_a_mean_over_nothing_is_zero_with_gradient_zero(how) -> None:
     assert loss == 0 and x.grad is not None and (x.grad == 0).all()
 
 
+@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+def test_a_step_without_items_has_loss_zero(how) -> None:
+    x, mask = torch.full((2, 3), NAN), torch.zeros(2, 3, dtype=torch.bool)
+    for none in (0, torch.tensor(0)):
+        assert losses.aggregate(x, mask, how=how, num_items=none) == 0
+
+
 @pytest.mark.parametrize("how", ["token", "sequence"])
 def test_aggregate_of_packed_sequences(how) -> None:
     mask, (x,) = ragged(0, names=1)
@@ -137,7 +144,7 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(name, seed, cuts, 
     whole, metrics = loss(whole_x, *others, mask, count)
     whole.backward()
     split_x = x.clone().requires_grad_()
-    total, summed = 0.0, dict.fromkeys(metrics, 0.0)
+    total, parts = 0.0, []
     bounds = [0, *sorted(cuts), len(mask)]
     for begin, end in pairwise(bounds):
         pad = (padding, 1)
@@ -149,11 +156,11 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(name, seed, cuts, 
         one, found = loss(part(split_x), *map(part, others), part(mask), count)
         one.backward()
         total = total + one.detach()
-        summed = {key: summed[key] + found[key] for key in metrics}
+        parts.append(found)
     assert_same(total, whole.detach())
     assert_same(split_x.grad, whole_x.grad)
-    for key in metrics:
-        assert_same(summed[key], metrics[key])
+    for key, found in losses.pooled(parts).items():
+        assert_same(found, metrics[key])
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
@@ -227,6 +234,21 @@ def test_only_k2_has_the_gradient_of_the_kl() -> None:
     )
     (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
     assert_same(found, truth)
+    (k3_gradient,) = torch.autograd.grad(
+        sum(
+            p * losses.grpo_loss(
+                rows[i : i + 1], rows[i : i + 1], ref[i, None, None], torch.zeros(1), mask[:1],
+                beta=1.0, kl_gradient="k3",
+            )[0]
+            for i, p in enumerate(drawn)
+        ),
+        logits,
+        retain_graph=True,
+    )  # fmt: skip
+    (wanted,) = torch.autograd.grad(
+        (drawn * losses.kl_penalty(logp, ref, "k3")).sum(), logits, retain_graph=True
+    )
+    assert_same(k3_gradient, wanted)
     k3 = (drawn * losses.kl_penalty(logp, ref, "k3")).sum()
     assert_same(loss.detach(), k3.detach())
     assert_same(k3.detach(), (drawn * (logp - ref)).sum().detach())
@@ -340,6 +362,13 @@ def test_grpo_advantages(scale) -> None:
     assert_same(found, torch.tensor([*first, 0, 0, 0, 0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("reward", [1000.1, 100.1, 5.3, 12345.67])
+@pytest.mark.parametrize("group_size", [7, 8])
+def test_equal_rewards_have_no_advantage(reward, group_size) -> None:
+    rewards = torch.full((group_size,), reward)
+    assert (losses.grpo_advantages(rewards, group_size) == 0).all()
+
+
 def test_rloo_advantages() -> None:
     rewards = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0], dtype=torch.float64)
     wanted = [1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3]
@@ -371,7 +400,9 @@ def test_grpo_loss(how) -> None:
         return sum(sums) / (40 if how == "constant" else int(mask.sum()))
 
     assert_same(loss, mean(0))
-    assert_same(metrics["kl"], mean(1))
+    k3 = sum(token[1] for row in rows for token in row) / int(mask.sum())
+    assert_same(metrics["kl"], k3)  # metrics are means over tokens, whatever `how`
+    assert metrics["tokens"] == mask.sum()
 
 
 def log_sigmoid(x: float) -> float:
@@ -468,8 +499,32 @@ REFUSED = {
     "x: wanted (B, S), or cu_seqlens, got shape (6,)": lambda: losses.aggregate(
         ONES.flatten(), MASK.flatten(), how="sequence"
     ),
-    "cu_seqlens: wanted an end at 6, got 5 tokens": lambda: losses.aggregate(
+    "cu_seqlens: wanted offsets that rise from 0 to 6, got [0, 5]": lambda: losses.aggregate(
         ONES.flatten(), MASK.flatten(), how="sequence", cu_seqlens=torch.tensor([0, 5])
+    ),
+    "cu_seqlens: wanted offsets that rise from 0 to 6, got [0, 4, 2, 6]": lambda: losses.aggregate(
+        ONES.flatten(), MASK.flatten(), how="sequence", cu_seqlens=torch.tensor([0, 4, 2, 6])
+    ),
+    "clip: wanted a positive number, got -1": lambda: losses.ppo_policy_loss(
+        ONES, ONES, ONES, MASK, clip=-1
+    ),
+    "rewards[1]: wanted a finite number, got nan": lambda: losses.rloo_advantages(
+        torch.tensor([1.0, NAN]), 2
+    ),
+    "kl_gradient: wanted k2 or k3, got 'k1'": lambda: losses.grpo_loss(
+        ONES, ONES, ONES, ONES[:, 0], MASK, beta=0.1, kl_gradient="k1"
+    ),
+    "beta: wanted a positive number, got 0": lambda: losses.dpo_loss(
+        *torch.ones(4, 2), kind="ipo", beta=0
+    ),
+    "lengths: wanted two tensors of shape (2,), got [(2, 1), (2, 1)]": lambda: losses.dpo_loss(
+        *torch.ones(4, 2), lengths=(torch.ones(2, 1), torch.ones(2, 1))
+    ),
+    "margin: wanted a number or shape (2,), got (2, 1)": lambda: losses.bradley_terry_loss(
+        *torch.ones(2, 2), margin=torch.ones(2, 1)
+    ),
+    "kl: wanted a number or shape (2,), got (2, 1)": lambda: losses.kto_loss(
+        *torch.ones(2, 2), torch.ones(2).bool(), torch.ones(2, 1)
     ),
     "kind: wanted k1, k2 or k3, got 'k4'": lambda: losses.kl_penalty(ONES, ONES, "k4"),
     "ref_logp: wanted logp's shape (2, 3), got (3,)": lambda: losses.kl_penalty(ONES, ONES[0]),

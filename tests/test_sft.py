@@ -5,6 +5,7 @@ answer and to stop, resuming, options, and the stage in a recipe.
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -16,7 +17,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.options import TrainOptions
-from fastlm.train.sft import IGNORE, AnswerTokens, Example, Sft, fit, pack, split_heldout
+from fastlm.train.sft import IGNORE, AnswerTokens, Example, Sft, fit, pack, place_in_order
 
 QUESTIONS = {
     "capital of France?": "Paris.",
@@ -66,7 +67,7 @@ def data(tmp_path) -> str:
 
 
 def example(ids: list[int], learn_from: int) -> Example:
-    return Example(ids, [i >= learn_from for i in range(len(ids))])
+    return Example(np.array(ids, np.int32), np.arange(len(ids)) >= learn_from)
 
 
 EXAMPLES = [
@@ -91,10 +92,11 @@ def test_fit() -> None:
     long = example(list(range(10)), 5)
     assert fit(long, 10, "skip") == [long]
     assert fit(long, 9, "skip") == []
-    assert fit(long, 7, "truncate") == [example(list(range(7)), 5)]
+    (cut,) = fit(long, 7, "truncate")
+    assert cut.ids.tolist() == list(range(7)) and cut.learnt == 2
     assert fit(long, 5, "truncate") == []  # nothing to learn is left
     pieces = fit(long, 4, "split")
-    assert [p.ids for p in pieces] == [[4, 5, 6, 7], [8, 9]]
+    assert [p.ids.tolist() for p in pieces] == [[4, 5, 6, 7], [8, 9]]
     assert [p.learnt for p in pieces] == [3, 1]
 
 
@@ -107,8 +109,8 @@ def model() -> CausalLM:
 def loss_of(model, parts: list[list[Example]], count: int) -> tuple[float, list[torch.Tensor]]:
     model.zero_grad()
     objective = AnswerTokens(
-        model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=1, seed=0, tokenizer=None,
-        prompt=(), device=torch.device("cpu"),
+        model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=1, seed=0, base="",
+        tokenizer=None, prompt=(), device=torch.device("cpu"),
     )  # fmt: skip
     total = 0.0
     for part in parts:
@@ -131,10 +133,10 @@ def test_loss_and_gradient_do_not_depend_on_the_packing(model) -> None:
 def test_the_loss_is_the_mean_over_learnt_tokens(model) -> None:
     nll, count = 0.0, 0
     for e in EXAMPLES:
-        logp = model(torch.tensor([e.ids])).logits[0].detach().float().log_softmax(-1)
-        for i, learn in enumerate(e.mask):
-            if learn and i:
-                nll -= float(logp[i - 1, e.ids[i]])
+        logp = model(torch.tensor([e.ids.tolist()])).logits[0].detach().float().log_softmax(-1)
+        for i in e.mask.nonzero()[0]:
+            if i:
+                nll -= float(logp[i - 1, int(e.ids[i])])
                 count += 1
     assert count == sum(e.learnt for e in EXAMPLES) == 2 + 2 + 2 + 1
     assert loss_of(model, [EXAMPLES], count)[0] == pytest.approx(nll / count, rel=1e-5)
@@ -142,23 +144,38 @@ def test_the_loss_is_the_mean_over_learnt_tokens(model) -> None:
 
 def test_an_epoch_takes_every_example_once(model) -> None:
     objective = AnswerTokens(
-        model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=3, seed=5, tokenizer=None,
-        prompt=(), device=torch.device("cpu"),
+        model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=3, seed=5, base="",
+        tokenizer=None, prompt=(), device=torch.device("cpu"),
     )  # fmt: skip
-    seen = [
-        first
-        for batch in objective.next_batches(8)
-        for first in batch[0][0, batch[2][:-1].long()].tolist()
-    ]
-    firsts = sorted(e.ids[0] for e in EXAMPLES)
-    epochs = [seen[i : i + 4] for i in range(0, 24, 4)]
+    firsts = sorted(int(e.ids[0]) for e in EXAMPLES)
+    epochs, sizes = [], []
+    for _ in range(6):  # of two micro-batches, 3 and 1 examples, in one step of two
+        step = objective.next_batches(2)
+        sizes.append([len(batch[2]) - 1 for batch in step])
+        epochs.append([i for ids, _, ends in step for i in ids[0, ends[:-1].long()].tolist()])
+        assert objective.scalars()["epoch"] == len(epochs)
+    assert sizes == [[3, 1]] * 6
     assert all(sorted(epoch) == firsts for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1  # in another order
+    objective.next_batches(1)
     state = objective.state_dict()
-    ahead = objective.next_batches(2)
+    ahead = [*objective.next_batches(2), *objective.next_batches(2)]
+    assert len(ahead) == 3  # the rest of the epoch, then the next one
     objective.load_state_dict(state)
-    for a, b in zip(ahead, objective.next_batches(2), strict=True):
+    again = [*objective.next_batches(2), *objective.next_batches(2)]
+    for a, b in zip(ahead, again, strict=True):
         assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize(
+    "given, steps",
+    [({}, 13), ({"epochs": 2.0}, 26), ({"epochs": 0.5}, 7), ({"max_steps": 100}, 100),
+     ({"max_steps": 100, "epochs": 1.0}, 13), ({"max_steps": 5, "epochs": 1.0}, 5),
+     ({"max_tokens": 999}, None)],
+)  # fmt: skip
+def test_epochs_are_steps(given, steps) -> None:
+    stage = Sft(data=("x.jsonl",), batch_size=4, accumulate=2, **given)
+    assert stage.train_options(101).max_steps == steps  # 26 micro-batches an epoch
 
 
 # ---- training
@@ -187,7 +204,7 @@ def test_a_model_learns_to_answer_and_to_stop(base, data, tmp_path) -> None:
 
 
 def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> None:
-    """Stopped after every tenth step by a smaller budget, then by Ctrl-C's own way out."""
+    """Stopped twice by Ctrl-C."""
     from fastlm.train.loop import Interrupted
 
     whole = options(data=(data,), epochs=10)(tmp_path / "whole", model=base)
@@ -211,10 +228,26 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> No
     assert cut["loss"] == whole["loss"] and cut["steps"] == 20
 
 
+def test_another_model_is_another_training(base, data, tmp_path) -> None:
+    """A folder that holds a training of one model does not pass it off as one of another."""
+    other = tmp_path / "other"
+    tokenizer = Tokenizer.load(base)
+    CausalLM(config(tokenizer.vocab_size, tokenizer.eos_id), seed=2).save_pretrained(other)
+    tokenizer.save(other)
+    stage = options(data=(data,), epochs=1)
+    stage(tmp_path / "sft", model=base)
+    with pytest.raises(InputError, match="is of another run: base was"):
+        stage(tmp_path / "sft", model=other)
+
+
 def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
-    rows = [{"prompt": f"count to {i}", "completion": f"one to {i}"} for i in range(60)]
+    rows = [
+        {"prompt": f"count to {i}", "completion": f"{how} to {i}", "id": f"{how} {i}"}
+        for how in ("one", "two")
+        for i in range(60)
+    ]
     file = tmp_path / "many.jsonl"
-    file.write_text("\n".join(map(json.dumps, [*rows, *rows])))
+    file.write_text("\n".join(map(json.dumps, rows)))
     events: list[dict] = []
     stage = options(
         data=(str(file),), epochs=1, heldout=0.3, validations=2, sample_at=(1.0,),
@@ -222,33 +255,94 @@ def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
     )  # fmt: skip
     result = stage(tmp_path / "sft", model=base, on_event=events.append)
     assert result["conversations"] + result["heldout"] == 120
-    assert result["heldout"] % 2 == 0 and 10 < result["heldout"] < 70  # copies stay together
+    assert result["heldout"] % 2 == 0 and 10 < result["heldout"] < 70  # a prompt is on one side
     losses = [e["val_loss"] for e in events if "val_loss" in e]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert len([e for e in events if "sample" in e]) == 1
+    assert result["prompt"].startswith("count to")
 
 
-def test_split_heldout_does_not_depend_on_other_rows() -> None:
+def test_the_part_of_a_row_depends_on_its_prompt_alone() -> None:
     from fastlm.data.conversations import conversation_of
 
     rows = [conversation_of({"prompt": str(i), "completion": "a"}) for i in range(200)]
-    training, heldout = split_heldout(rows, 0.2)
-    assert 20 < len(heldout) < 60 and len(training) + len(heldout) == 200
-    assert split_heldout(rows[::2], 0.2)[1] == [c for c in heldout if c in rows[::2]]
+    places = [place_in_order(row) for row in rows]
+    assert 20 < sum(place < 0.2 for place in places) < 60
+    copy = conversation_of({"id": 7, "messages": [
+        {"role": "user", "content": "5"}, {"role": "assistant", "content": "b"},
+    ]})  # fmt: skip
+    assert place_in_order(copy) == places[5]
 
 
-def test_long_rows_are_counted(base, tmp_path) -> None:
+def long_rows(tmp_path) -> str:
     file = tmp_path / "long.jsonl"
-    rows = [{"prompt": "short", "completion": "yes"}, {"prompt": "x " * 150, "completion": "no"}]
+    rows = [
+        {"prompt": "x " * 150, "completion": "no"},
+        {"prompt": "short", "completion": "yes"},
+        {"prompt": "z", "completion": "y " * 150},
+    ]
     file.write_text("\n".join(map(json.dumps, rows)))
-    for how, reason, tokens in (("skip", "too long", 4), ("split", "split", None)):
-        stage = options(data=(str(file),), epochs=1, overlong=how)
-        result = stage(tmp_path / how, model=base)
-        assert result["skipped"] == {reason: 1}
-        assert tokens is None or result["learnt_tokens"] == tokens
-    file.write_text(json.dumps(rows[1]))
-    with pytest.raises(InputError, match="of at most 128 tokens, got none in 1 rows"):
+    return str(file)
+
+
+LONG = {
+    "skip": ({"too long": 2}, 1),
+    "truncate": ({"nothing left to learn": 1, "truncated": 1}, 2),
+    "split": ({"split": 2}, 3),
+}
+
+
+@pytest.mark.parametrize("how", LONG)
+def test_long_rows_are_counted(base, tmp_path, how) -> None:
+    counts, conversations = LONG[how]
+    stage = options(
+        data=(long_rows(tmp_path),), epochs=1, overlong=how, sample_at=(1.0,), sample_tokens=9
+    )
+    result = stage(tmp_path / "out", model=base)
+    assert result["counts"] == counts and result["conversations"] == conversations
+    assert result["read"] == 3 and result["prompt"] in ("short", "z")  # one that leaves room
+    tokenizer = Tokenizer.load(base)
+    learnt = len(tokenizer.encode("yes")) + 1
+    assert result["learnt_tokens"] >= learnt and (
+        how != "skip" or result["learnt_tokens"] == learnt
+    )
+
+
+def test_nothing_to_learn(base, tmp_path) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"prompt": "x " * 150, "completion": "no"}))
+    with pytest.raises(InputError, match=r"got none in 1 rows \(1 too long\)"):
         options(data=(str(file),))(tmp_path / "none", model=base)
+    file.write_text(json.dumps({"prompt": "x", "completion": "no"}))
+    with pytest.raises(InputError, match=r"got none in 1 rows \(1 held out\)"):
+        options(data=(str(file),), heldout=0.999999)(tmp_path / "none", model=base)
+    with pytest.raises(
+        InputError, match="seq_len: wanted at most the model's context 128, got 129"
+    ):
+        options(data=(str(file),), seq_len=129)(tmp_path / "none", model=base)
+    with pytest.raises(InputError, match="sample_prompt: wanted at most 48 tokens"):
+        options(data=(str(file),), sample_prompt="x " * 60)(tmp_path / "none", model=base)
+
+
+def test_rows_that_the_template_refuses(base, tmp_path) -> None:
+    file, template = tmp_path / "chat.jsonl", tmp_path / "chat.jinja"
+    good = {"prompt": "a", "completion": "b"}
+    file.write_text("\n".join(map(json.dumps, [good, {**good, "system": "s"}, good])))
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    stage = options(data=(str(file),), chat_template=str(template), epochs=1)
+    with pytest.raises(InputError, match=r"chat\.jsonl, line 2: chat_template: .*no system"):
+        stage(tmp_path / "out", model=base)
+    told: list[dict] = []
+    result = options(data=stage.data, chat_template=str(template), epochs=1, skip_bad=True)(
+        tmp_path / "out", model=base, on_event=told.append
+    )
+    assert result["counts"] == {"refused by the chat template": 1}
+    assert result["conversations"] == 2
+    assert any("line 2" in event.get("warning", "") for event in told)
 
 
 # ---- options and commands
@@ -262,6 +356,7 @@ REFUSED = {
     "batch_size: wanted 1 or more, got 0": {"batch_size": 0},
     "max_steps: wanted a positive number, got 0": {"max_steps": 0},
     "lr: wanted a positive number, got -1": {"lr": -1},
+    "date: wanted YYYY-MM-DD, got 'today'": {"date": "today"},
 }
 
 
@@ -295,6 +390,8 @@ def test_a_model_without_a_way_to_chat(base, data, tmp_path) -> None:
     )
     stage = options(data=(data,), chat_template=str(template), epochs=1)
     assert stage(tmp_path / "out", model=folder)["steps"] == 2
+    # the name of the template's file is no option that changes the result
+    assert stage.identity() == options(data=(data,), epochs=1).identity()
     assert Tokenizer.load(tmp_path / "out" / "model").chat_template == template.read_text()
 
 

@@ -40,14 +40,18 @@ class Contents:
         except InputError:
             self.seen = {}
 
-    def sources(self, specs: Sequence[str]) -> list[Any]:
+    def sources(self, specs: Sequence[str], formats: Sequence[str] = ()) -> list[Any]:
         """Return, per source, its spec and, for a local one, [name, size, sha256] of each file read
-        from it.
+        from it; with ``formats``, of files of these formats alone.
 
         InputError: as in ``list_files``.
         """
         local = {
-            spec: list_files(spec, cache=self.cache)[0]
+            spec: [
+                file
+                for file in list_files(spec, cache=self.cache)[0]
+                if not formats or file.format in formats
+            ]
             for spec in specs
             if not parse_source(spec)[0]
         }

@@ -4,11 +4,13 @@ brought to one form.
 Rows come from .jsonl and .json files (an array of rows), local or in packages
 (`fastlm.data.sources`). The shape is recognised by a row's keys:
 
-- OpenAI: ``{"messages": [{"role", "content"}, ...], "tools"?}``; an assistant message with
-  ``"weight": 0`` is context and not learnt;
-- ShareGPT: ``{"conversations": [{"from", "value"}, ...], "system"?, "tools"?}``;
-- Alpaca: ``{"instruction", "input"?, "output", "system"?, "history"?}``;
+- OpenAI: ``{"messages": [{"role", "content", "tool_calls"?}, ...], "tools"?}``; an assistant
+  message with ``"weight": 0`` is context and not learnt;
+- ShareGPT: ``{"conversations": [{"from", "value"}, ...], "tools"?}``;
+- Alpaca: ``{"instruction", "input"?, "output", "history"?}``;
 - pairs: ``{"prompt", "completion"}`` (or ``"response"``), each a text or a list of messages.
+
+Each may have a ``"system"`` text beside it.
 """
 
 import json
@@ -28,6 +30,7 @@ from fastlm.data.sources import (
 )
 from fastlm.errors import InputError
 
+FORMATS = ("jsonl", "json")
 # Who may speak after whom; None is the beginning
 NEXT = {
     None: ("system", "user"),
@@ -47,6 +50,9 @@ SHAPES = (
     " completion"
 )
 
+Message = dict[str, Any]
+Placed = list[tuple[str, Message]]  # messages, each with the name of its place in the row
+
 
 @dataclass(slots=True)
 class Conversation:
@@ -55,22 +61,28 @@ class Conversation:
     ``place``: file and line, for error messages.
     """
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     learnt: list[bool]
     place: str
     tools: list[Any] | None = None
 
+    def prompt(self) -> list[Message]:
+        """The messages before the first answer."""
+        first = next(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
+        return self.messages[:first]
+
     def key(self) -> str:
-        """The content as text: equal conversations have equal keys."""
-        return json.dumps([self.messages, self.tools], ensure_ascii=False, sort_keys=True)
+        """The prompt as text: conversations that begin with the same questions have equal keys."""
+        said = [[m["role"], m["content"], m.get("tool_calls")] for m in self.prompt()]
+        return json.dumps(said, ensure_ascii=False, sort_keys=True)
 
 
 @dataclass
 class Rows:
-    """How many rows were read, and how many left out, by reason."""
+    """How many rows were read; how many were left out or changed, by reason."""
 
     read: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def read_conversations(
@@ -84,17 +96,20 @@ def read_conversations(
     """Yield the conversations of all sources, in order.
 
     A row that cannot be used is an error that names its file and line. With ``skip_bad`` it is
-    counted in ``rows.skipped`` and left out, and the first ones of a file are told; a file of only
-    bad rows is an error all the same.
+    counted in ``rows`` and left out, and the first ones of a file are told. A file of only bad rows
+    is then told and left out too, unless the user named it. Files of other types in a folder are
+    told.
 
     InputError: also a source that is missing or has no file of JSON rows.
     """
     rows = Rows() if rows is None else rows
     for spec in sources:
-        files, _ = list_files(spec, cache=cache)
-        files = [file for file in files if file.format in ("jsonl", "json")]
+        found, passed = list_files(spec, cache=cache)
+        files = [file for file in found if file.format in FORMATS]
         if not files:
             raise InputError(f"source {spec}: wanted .jsonl or .json files, got none")
+        if others := len(found) - len(files) + passed.total():
+            tell(f"{spec}: {others:,} files that are not .jsonl or .json, or not chosen")
         for file in files:
             yield from _read_file(file, skip_bad, rows, tell)
 
@@ -117,13 +132,13 @@ def _read_file(
                 raise refusal from None
             bad += 1
             first = first or refusal
-            rows.skipped["malformed"] += 1
+            rows.counts["malformed"] += 1
             if bad <= NAMED_LINES:
                 tell(str(refusal))
             continue
         good += 1
         yield conversation
-    if first is not None and not good:
+    if first is not None and not good and file.named:
         raise first
     if bad > NAMED_LINES:
         tell(f"{file.path}: {bad - NAMED_LINES:,} more of its {good + bad:,} rows")
@@ -131,71 +146,107 @@ def _read_file(
 
 def conversation_of(row: Any, place: str = "") -> Conversation:
     """The conversation that a row holds. InputError: the row has none of the shapes, an empty
-    message, a role that is unknown or out of order, or no answer at the end.
+    message, a role that is unknown or out of order, a tool call that is none, or no answer at the
+    end.
     """
     if not isinstance(row, Mapping):
         raise InputError(f"wanted an object with {SHAPES}, got {type(row).__name__}")
     if "messages" in row:
-        messages = _openai(row["messages"], "messages")
+        placed = _openai(row["messages"], "messages")
     elif "conversations" in row:
-        messages = [
-            *_system(row.get("system")),
-            *(_sharegpt(turn, f"conversations[{i}]") for i, turn in _listed(row, "conversations")),
-        ]
+        placed = _sharegpt(row["conversations"])
     elif "instruction" in row and "output" in row:
-        messages = _alpaca(row)
+        placed = _alpaca(row)
     elif "prompt" in row and ("completion" in row or "response" in row):
-        messages = _pair(row, "completion" if "completion" in row else "response")
+        placed = _pair(row, "completion" if "completion" in row else "response")
     else:
         keys = ", ".join(map(repr, row))[:200] or "no keys"
         raise InputError(f"wanted an object with {SHAPES}, got {keys}")
-    weights = [message.pop("weight", 1) for message in messages]
-    check_messages(messages)
-    for i, weight in enumerate(weights):
+    if placed and placed[0][1]["role"] == "system" and not placed[0][1]["content"].strip():
+        del placed[0]
+    if row.get("system"):
+        if placed and placed[0][1]["role"] == "system":
+            raise InputError(f"system: wanted none beside {placed[0][0]}, got two system messages")
+        placed.insert(0, ("system", {"role": "system", "content": _text(row["system"], "system")}))
+    check_messages(placed)
+    messages, learnt = [], []
+    for where, message in placed:
+        weight = message.pop("weight", 1)
         if weight not in (0, 1):
-            raise InputError(f"messages[{i}]: wanted a weight of 0 or 1, got {weight!r:.40}")
-    learnt = [m["role"] == "assistant" and w == 1 for m, w in zip(messages, weights)]
+            raise InputError(f"{where}: wanted a weight of 0 or 1, got {weight!r:.40}")
+        messages.append(message)
+        learnt.append(message["role"] == "assistant" and weight == 1)
     if not any(learnt):
         raise InputError("wanted an assistant message to learn, all have weight 0")
-    return Conversation(messages, learnt, place, _tools(row.get("tools")))
+    return Conversation(messages, learnt, place, _tools(row))
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """InputError unless roles are in order, no message is empty and the assistant has the last
-    word.
+def check_messages(placed: Placed) -> None:
+    """InputError unless roles are in order, no message but a tool's is empty and the assistant has
+    the last word.
     """
     before = None
-    for i, message in enumerate(messages):
+    for where, message in placed:
         role = message["role"]
         if role not in NEXT[before]:
             after = f"after {before}" if before else "first"
-            raise InputError(
-                f"messages[{i}]: wanted {' or '.join(NEXT[before])} {after}, got {role}"
-            )
-        if not message["content"].strip() and not message.get("tool_calls"):
-            raise InputError(f"messages[{i}]: wanted text from the {role}, got an empty message")
+            raise InputError(f"{where}: wanted {' or '.join(NEXT[before])} {after}, got {role}")
+        if not message["content"].strip() and not message.get("tool_calls") and role != "tool":
+            raise InputError(f"{where}: wanted text from the {role}, got an empty message")
         before = role
     if before != "assistant":
-        raise InputError(f"messages: wanted an answer at the end, got {before or 'no message'}")
+        raise InputError(f"wanted an answer at the end, got {before or 'no message'}")
 
 
-def _openai(messages: Any, name: str) -> list[dict[str, Any]]:
+def _openai(messages: Any, name: str) -> Placed:
     if not isinstance(messages, list):
         raise InputError(f"{name}: wanted a list of messages, got {type(messages).__name__}")
-    found = []
-    for i, message in enumerate(messages):
+    placed: Placed = []
+    for i, given in enumerate(messages):
         where = f"{name}[{i}]"
-        if not isinstance(message, Mapping):
-            raise InputError(f"{where}: wanted an object, got {type(message).__name__}")
+        if not isinstance(given, Mapping):
+            raise InputError(f"{where}: wanted an object, got {type(given).__name__}")
+        message = {k: v for k, v in given.items() if v is not None}
         content = message.get("content")
         if isinstance(content, list):  # parts, as in requests to an API
             content = "".join(_text_part(part, where) for part in content)
-        rest = {k: v for k, v in message.items() if k not in ("role", "content") and v is not None}
-        found.append({
-            "role": _role(message.get("role"), where), "content": _text(content, where), **rest,
-        })  # fmt: skip
-    if found and found[0]["role"] == "system" and not found[0]["content"].strip():
-        found = found[1:]
+        message["role"] = _role(message.get("role"), where)
+        message["content"] = _text(content, where)
+        calls = message.pop("tool_calls", None)
+        if "function_call" in message:  # the older form of a single call
+            calls = [{"function": message.pop("function_call")}]
+        if calls:
+            message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
+        placed.append((where, message))
+    return placed
+
+
+def _tool_calls(calls: Any, where: str) -> list[Message]:
+    """Calls whose arguments are objects: OpenAI has them as JSON text, which templates would quote
+    a second time.
+    """
+    if not isinstance(calls, list):
+        raise InputError(f"{where}: wanted a list, got {type(calls).__name__}")
+    found = []
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        function = function if isinstance(function, Mapping) else {}
+        name = function.get("name")
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{where}[{i}]: wanted a call with a name, got {call!r:.60}")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                raise InputError(
+                    f"{where}[{i}]: wanted arguments as JSON, got {arguments!r:.60}"
+                ) from None
+        if not isinstance(arguments, Mapping):
+            raise InputError(f"{where}[{i}]: wanted arguments as an object, got {arguments!r:.60}")
+        rest = {k: v for k, v in call.items() if k in ("id", "index") and v is not None}
+        function = {"name": name, "arguments": dict(arguments)}
+        found.append({**rest, "type": "function", "function": function})
     return found
 
 
@@ -206,62 +257,57 @@ def _text_part(part: Any, where: str) -> str:
     return _text(part.get("text", part.get("value")), where)
 
 
-def _sharegpt(turn: Any, where: str) -> dict[str, Any]:
-    if not isinstance(turn, Mapping):
-        raise InputError(f"{where}: wanted an object, got {type(turn).__name__}")
-    name = turn.get("from", turn.get("role"))
-    role, text = _role(name, where), _text(turn.get("value", turn.get("content")), where)
-    message: dict[str, Any] = {"role": role, "content": text}
-    if name == "function_call":
-        try:
-            call = json.loads(text)
-        except ValueError:
-            call = None
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise InputError(f"{where}: wanted a call as JSON with a name, got {text!r:.60}")
-        message |= {"content": "", "tool_calls": [{"type": "function", "function": call}]}
-    if "weight" in turn:
-        message["weight"] = turn["weight"]
-    return message
+def _sharegpt(turns: Any) -> Placed:
+    if not isinstance(turns, list):
+        raise InputError(f"conversations: wanted a list of turns, got {type(turns).__name__}")
+    placed: Placed = []
+    for i, turn in enumerate(turns):
+        where = f"conversations[{i}]"
+        if not isinstance(turn, Mapping):
+            raise InputError(f"{where}: wanted an object, got {type(turn).__name__}")
+        name = turn.get("from", turn.get("role"))
+        text = _text(turn.get("value", turn.get("content")), where)
+        message: Message = {"role": _role(name, where), "content": text}
+        if name == "function_call":
+            try:
+                call = json.loads(text)
+            except ValueError:
+                raise InputError(f"{where}: wanted a call as JSON, got {text!r:.60}") from None
+            message |= {"content": "", "tool_calls": _tool_calls([call], where)}
+        if "weight" in turn:
+            message["weight"] = turn["weight"]
+        placed.append((where, message))
+    return placed
 
 
-def _alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    messages = _system(row.get("system"))
+def _alpaca(row: Mapping[str, Any]) -> Placed:
+    placed: Placed = []
     history = row.get("history") or []
     if not isinstance(history, list):
         raise InputError(f"history: wanted a list of pairs, got {type(history).__name__}")
     for i, pair in enumerate(history):
+        where = f"history[{i}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise InputError(f"history[{i}]: wanted [question, answer], got {pair!r:.60}")
+            raise InputError(f"{where}: wanted [question, answer], got {pair!r:.60}")
         for role, text in zip(("user", "assistant"), pair):
-            messages.append({"role": role, "content": _text(text, f"history[{i}]")})
+            placed.append((where, {"role": role, "content": _text(text, where)}))
     texts = [_text(row[key], key) for key in ("instruction", "input") if row.get(key)]
-    messages.append({"role": "user", "content": "\n\n".join(t for t in texts if t.strip())})
-    messages.append({"role": "assistant", "content": _text(row["output"], "output")})
-    return messages
+    question = "\n\n".join(text for text in texts if text.strip())
+    placed.append(("instruction", {"role": "user", "content": question}))
+    answer = _text(row["output"], "output")
+    placed.append(("output", {"role": "assistant", "content": answer}))
+    return placed
 
 
-def _pair(row: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    messages = _system(row.get("system"))
+def _pair(row: Mapping[str, Any], key: str) -> Placed:
+    placed: Placed = []
     for name, role in (("prompt", "user"), (key, "assistant")):
         value = row[name]
         if isinstance(value, list):
-            messages += _openai(value, name)
+            placed += _openai(value, name)
         else:
-            messages.append({"role": role, "content": _text(value, name)})
-    return messages
-
-
-def _system(text: Any) -> list[dict[str, Any]]:
-    if text is None or text == "":
-        return []
-    return [{"role": "system", "content": _text(text, "system")}]
-
-
-def _listed(row: Mapping[str, Any], key: str) -> Iterator[tuple[int, Any]]:
-    if not isinstance(row[key], list):
-        raise InputError(f"{key}: wanted a list of turns, got {type(row[key]).__name__}")
-    return enumerate(row[key])
+            placed.append((name, {"role": role, "content": _text(value, name)}))
+    return placed
 
 
 def _role(role: Any, where: str) -> str:
@@ -284,15 +330,19 @@ def _text(text: Any, where: str) -> str:
     return text
 
 
-def _tools(tools: Any) -> list[Any] | None:
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    tools = row.get("tools")
+    if not tools and row.get("functions"):  # the older form
+        functions = row["functions"]
+        if not isinstance(functions, list):
+            raise InputError(f"functions: wanted a list, got {type(functions).__name__}")
+        return [{"type": "function", "function": function} for function in functions]
     if isinstance(tools, str):
-        if not tools.strip():
-            return None
         try:
-            tools = json.loads(tools)
+            tools = json.loads(tools) if tools.strip() else None
         except ValueError:
             raise InputError(f"tools: wanted JSON, got {tools!r:.60}") from None
-    if tools is None or tools == []:
+    if not tools:
         return None
     if not isinstance(tools, list):
         raise InputError(f"tools: wanted a list, got {type(tools).__name__}")

@@ -57,8 +57,10 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     variables: Mapping[str, Any],
     tokens: Mapping[str, str],
+    date: str | None = None,
 ) -> tuple[str, Runs]:
     """Render ``messages``, mappings with a text ``role`` (and ``content``), with ``template``.
+    ``date`` (YYYY-MM-DD) is what the template takes for today; by default it is today.
 
     Return the prompt and the (start, end) ranges in it that the template wrote itself, including
     ``tokens`` (name -> text). Text outside those ranges came from messages and variables.
@@ -77,6 +79,7 @@ def render(
             # as in transformers, these two are always defined
             "variables": {"tools": None, "documents": None, **plain(variables, "variables")},
             "tokens": dict(tokens),
+            "date": date,
             "seconds": SECONDS,
         }
         line = json.dumps(request).encode()

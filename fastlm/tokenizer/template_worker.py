@@ -82,7 +82,7 @@ def start(path: list[str]) -> Any:
     )
     environment.filters.update(join=join_filter, tojson=_tojson)
     environment.globals.update(
-        raise_exception=refuse, strftime_now=lambda pattern: datetime.now().strftime(pattern)
+        raise_exception=refuse, strftime_now=lambda pattern: _today.now().strftime(pattern)
     )
     return environment
 
@@ -96,6 +96,18 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
         separators=separators,
         sort_keys=sort_keys,
     )
+
+
+class Today:
+    """What templates take for today: a request's date, or the clock's."""
+
+    date: str | None = None
+
+    def now(self) -> datetime:
+        return datetime.now() if self.date is None else datetime.fromisoformat(self.date)
+
+
+_today = Today()
 
 
 class Own(str):
@@ -192,6 +204,7 @@ def answer(compiled: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Return ``{"text", "own": [[start, end], ...]}`` for a request, or ``{"error"}``."""
     try:
         # as in transformers, an entry of None is dropped
+        _today.date = request["date"]
         messages = [{k: v for k, v in m.items() if v is not None} for m in request["messages"]]
         for message in messages:
             if message["role"] in ROLE_NAMES:

@@ -273,12 +273,16 @@ class Tokenizer:
         return self._render(messages, add_generation_prompt, variables)[0]
 
     def _render(
-        self, messages: Any, add_generation_prompt: bool, variables: dict[str, Any]
+        self,
+        messages: Any,
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+        date: str | None = None,
     ) -> tuple[str, chat_template.Runs]:
         if self.chat_template is None:
             raise InputError("chat_template: wanted one for chat, this tokenizer has none")
         variables = {"add_generation_prompt": add_generation_prompt, **variables}
-        text, own = chat_template.render(self.chat_template, messages, variables, self._roles)
+        text, own = chat_template.render(self.chat_template, messages, variables, self._roles, date)
         return _valid(text), own
 
     def encode_chat(
@@ -286,6 +290,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        date: str | None = None,
         **variables: Any,
     ) -> list[int]:
         """Return the ids of ``render_chat``. Only what the template wrote itself, from the first to
@@ -293,66 +298,132 @@ class Tokenizer:
         what it writes by ``format``, or by a ``%`` that is not constant, is text. What messages,
         tools and other variables hold stays text.
         """
-        return self._encode_rendered(*self._render(messages, add_generation_prompt, variables))
+        return self._encode_rendered(
+            *self._render(messages, add_generation_prompt, variables, date)
+        )
 
     def encode_conversation(
         self,
         messages: Sequence[Mapping[str, Any]],
         learnt: Sequence[bool] | None = None,
+        *,
+        date: str | None = None,
         **variables: Any,
-    ) -> tuple[list[int], list[bool]]:
-        """Return the ids of a whole conversation, and for each whether a model is to learn it: the
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Return a conversation as (ids, mask): which ids a model is to learn, which are the
         assistant's messages, each with the token that ends it. ``learnt`` leaves some of them out.
 
-        An answer is encoded apart from the prompt before it, as in generation: no token straddles
-        the border. InputError: a template that drops a message, ends an answer without an end
-        token, or writes a message differently when others follow.
+        There is one pair for a template that appends messages to a text. A template that writes a
+        message differently when others follow (Qwen3 drops earlier reasoning) gives one pair per
+        learnt answer, with what precedes it. An answer is encoded apart from the prompt before it,
+        as in generation: no token straddles the border. ``date``: see `chat_template.render`.
+
+        InputError: a template that drops a message, its tool calls or the tools, whose generation
+        prompt is not how an answer begins, or that ends an answer without an end token.
         """
+        self.check_learnable()
+        self._check_written(messages, variables, date)
+        text, own = self._render(messages, False, variables, date)
+        answers = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._render(messages[:i], True, variables, date)[0]
+                after = self._render(messages[: i + 1], False, variables, date)
+                if not after[0].startswith(before):
+                    raise InputError(
+                        "chat_template: wanted a generation prompt that is how an answer begins,"
+                        f" got {before[-40:]!r} before message {i}"
+                    )
+                answers.append((len(before), after, learnt is None or learnt[i]))
+        if all(text.startswith(after[0]) for _, after, _ in answers):
+            borders = [(begin, len(after[0]), learn) for begin, after, learn in answers]
+            return [self._masked(text, own, borders)]
+        return [
+            self._masked(after[0], after[1], [(begin, len(after[0]), True)])
+            for begin, after, learn in answers
+            if learn
+        ]
+
+    def check_learnable(self) -> None:
+        """Raise InputError if `encode_conversation` cannot serve this tokenizer."""
         if self._strip_first:
             raise InputError(
                 "tokenizer: wanted byte-level BPE to learn conversations, got one that puts a"
                 " space before a text"
             )
-        text, own = self._render(messages, False, variables)
+
+    def _masked(
+        self, text: str, own: chat_template.Runs, answers: list[tuple[int, int, bool]]
+    ) -> tuple[list[int], list[bool]]:
+        """Encode a rendered text with the answers text[begin:end], and mask the learnt ones."""
         ids: list[int] = []
         mask: list[bool] = []
         at = 0
-        for i, message in enumerate(messages):
-            self._check_written(text, i, message)
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:i], True, variables)[0]
-            after = self._render(messages[: i + 1], False, variables)[0]
-            if not (text.startswith(after) and after.startswith(before) and len(before) >= at):
-                raise InputError(
-                    "chat_template: wanted one that writes messages one after another,"
-                    f" got another text for message {i} when others follow"
-                )
-            prompt = self._encode_rendered(*_cut(text, own, at, len(before)))
-            answer = self._encode_rendered(*_cut(text, own, len(before), len(after)))
-            ends = [n for n, token in enumerate(answer, 1) if token in self.stop_ids]
-            if not ends:
-                names = ", ".join(str(self._backend.id_to_token(s)) for s in sorted(self.stop_ids))
+        for begin, end, learn in answers:
+            prompt = self._encode_rendered(*_cut(text, own, at, begin))
+            answer = self._encode_rendered(*_cut(text, own, begin, end))
+            stop = next((n for n, i in enumerate(answer, 1) if i in self.stop_ids), None)
+            if stop is None:
+                names = ", ".join(str(self._backend.id_to_token(i)) for i in sorted(self.stop_ids))
                 raise InputError(
                     f"chat_template: wanted one that ends an answer with {names or 'an end token'},"
-                    f" got {text[len(before) : len(after)][-40:]!r}"
+                    f" got {text[begin:end][-40:]!r}"
                 )
-            learn = learnt is None or learnt[i]
             ids += prompt + answer
-            mask += [False] * len(prompt) + [learn] * ends[-1]
+            mask += [False] * len(prompt) + [learn] * stop
             mask += [False] * (len(ids) - len(mask))  # what follows the end token: a line break
-            at = len(after)
+            at = end
         rest = self._encode_rendered(*_cut(text, own, at, len(text)))
         return ids + rest, mask + [False] * len(rest)
 
-    def _check_written(self, text: str, index: int, message: Mapping[str, Any]) -> None:
-        calls = message.get("tool_calls") or ()
-        wanted = [str(call.get("function", call).get("name", "")) for call in calls]
-        if any(part.strip() not in text for part in [*wanted, message.get("content") or ""]):
-            raise InputError(
-                f"chat_template: wanted one that writes every message, got none of message {index}"
-                f" ({message['role']})"
-            )
+    def _check_written(
+        self, messages: Sequence[Mapping[str, Any]], variables: dict[str, Any], date: str | None
+    ) -> None:
+        """Refuse a template that drops a part of such messages: each part is replaced by a mark of
+        its own, which has to be in the rendered text. Once for each sequence of roles and parts.
+        """
+        tools = bool(variables.get("tools"))
+        parts = tuple(
+            (m["role"], bool((m.get("content") or "").strip()), len(m.get("tool_calls") or ()))
+            for m in messages
+        )
+        if (key := (self.chat_template, parts, tools)) in self._written:
+            return
+        marked, marks = [], {}
+        for i, (message, (role, has_text, calls)) in enumerate(zip(messages, parts)):
+            copy = dict(message)
+            if has_text:
+                copy["content"] = f"text{i}mark"
+                marks[copy["content"]] = f"the text of message {i} ({role})"
+            if calls:
+                names = [(f"call{i}x{j}mark", f"value{i}x{j}mark") for j in range(calls)]
+                copy["tool_calls"] = [
+                    {**call, "function": {"name": name, "arguments": {"argument": value}}}
+                    for call, (name, value) in zip(message["tool_calls"], names)
+                ]
+                for mark in (mark for pair in names for mark in pair):
+                    marks[mark] = f"the tool calls of message {i} ({role})"
+            marked.append(copy)
+        text = self._render(marked, False, variables, date)[0]
+        for mark, what in marks.items():
+            if mark not in text:
+                raise InputError(f"chat_template: wanted one that writes {what}, got none of it")
+        if tools:
+            without = {name: value for name, value in variables.items() if name != "tools"}
+            if self._render(marked, False, without, date)[0] == text:
+                raise InputError(
+                    "chat_template: wanted one that writes the tools, got none of them"
+                )
+        self._written.add(key)
+
+    @cached_property
+    def _written(self) -> set[Any]:
+        """What `_check_written` has found to be right."""
+        return set()
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        return frozenset(self._specials)
 
     def _encode_rendered(self, text: str, own: chat_template.Runs) -> list[int]:
         """The ids of a rendered text, of which the template wrote the ranges ``own``."""

@@ -7,8 +7,9 @@ Arithmetic is float32, or float64 where an argument is.
 
 `aggregate` owns every denominator. With `num_items` (the number of all tokens or sequences of an
 optimizer's step) losses of micro-batches and ranks add up to the loss of the whole batch, and so do
-their gradients and metrics. Functions that return (B,) leave the mean to the caller, with the same
-`num_items`.
+their gradients. Functions that return (B,) leave the mean to the caller, with the same `num_items`.
+Metrics are means over the response tokens of one call, with their number in "tokens"; `pooled`
+joins those of several calls.
 
 Log-ratios are clamped to [-20, 20] before they are exponentiated: beyond it a ratio is far outside
 any clip range, and its exponential could overflow.
@@ -59,14 +60,27 @@ def aggregate(
     if how == "sequence":
         sums, counts = _per_sequence(x, keep, cu_seqlens)
         means = sums / counts.clamp(min=1)
-        return means.sum() / (_at_least_one(counts > 0) if num_items is None else num_items)
+        return means.sum() / _at_least_one((counts > 0).sum() if num_items is None else num_items)
     if how == "token":
-        return x.sum() / (_at_least_one(keep) if num_items is None else num_items)
+        return x.sum() / _at_least_one(keep.sum() if num_items is None else num_items)
     if how != "constant":
         raise InputError(f"how: wanted token, sequence or constant, got {how!r}")
     if num_items is None:
         raise InputError("num_items: wanted a number with how='constant', got None")
-    return x.sum() / num_items
+    return x.sum() / _at_least_one(num_items)
+
+
+def pooled(metrics: Sequence[Metrics]) -> Metrics:
+    """The metrics of several calls (micro-batches, ranks) as those of one call on all their tokens:
+    means weighted by "tokens". A call without tokens does not count.
+    """
+    tokens = torch.stack([m["tokens"] for m in metrics])
+    total = tokens.sum()
+    means = {
+        name: (torch.stack([m[name] for m in metrics]) * tokens).sum() / _at_least_one(total)
+        for name in metrics[0]
+    }
+    return {**means, "tokens": total}
 
 
 def kl_penalty(
@@ -82,9 +96,9 @@ def kl_penalty(
     - "k2": ``(logp - ref_logp) ** 2 / 2``, whose gradient is that of the KL;
     - "k3": ``exp(r) - 1 - r`` with ``r = ref_logp - logp``, unbiased and never negative.
 
-    (Schulman 2020, "Approximating KL divergence".) Use k1 and k3 as penalties in the reward, as
-    constants. As a loss, k1 has a gradient of mean 0, and k3 that of the reversed KL; only k2 moves
-    the policy towards the reference (`grpo_loss` uses it so).
+    (Schulman 2020, "Approximating KL divergence".) As a penalty in the reward, a constant, any of
+    them does. As a loss on tokens of the current policy, only k2 has the gradient of
+    KL(policy || reference); k3 has that of KL(reference || policy), and k1 one of mean 0.
 
     Returns the shape of logp; 0 where `mask` is false.
     """
@@ -134,7 +148,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     (``unbiased=False``), as OpenAI's: a single token then has variance 0 and not 0 / 0.
     """
     keep, x = _read(mask, x=x)
-    count = _at_least_one(keep)
+    count = _at_least_one(keep.sum())
     mean = x.sum() / count
     centred = torch.where(keep, x - mean, 0.0)
     scaled = centred * torch.rsqrt(centred.square().sum() / count + WHITEN_EPS)
@@ -159,13 +173,13 @@ def ppo_policy_loss(
 
     Returns:
         (loss, metrics): "ratio", "clip_fraction" (tokens where the clip is active) and "approx_kl"
-        (k3 of the update), means over the same tokens.
+        (k3 of the update).
     """
     keep, logp, old_logp, advantages = _read(
         mask, logp=logp, old_logp=old_logp.detach(), advantages=advantages.detach()
     )
     loss, metrics = _clipped(logp, old_logp, advantages, clip, dual_clip)
-    return aggregate(loss, keep, num_items=num_items), _means(metrics, keep, num_items)
+    return aggregate(loss, keep, num_items=num_items), _means(metrics, keep)
 
 
 def ppo_value_loss(
@@ -184,8 +198,9 @@ def ppo_value_loss(
 
     Returns:
         (loss, metrics): "value", "return", "value_error" (the square without clip) and
-        "clip_fraction", means over the same tokens.
+        "clip_fraction".
     """
+    _check_positive("clip", clip)
     keep, values, old_values, returns = _read(
         mask, values=values, old_values=old_values.detach(), returns=returns.detach()
     )
@@ -198,7 +213,7 @@ def ppo_value_loss(
         "clip_fraction": (clipped > plain).to(plain.dtype),
     }
     loss = aggregate(torch.maximum(plain, clipped) / 2, keep, num_items=num_items)
-    return loss, _means(metrics, keep, num_items)
+    return loss, _means(metrics, keep)
 
 
 def grpo_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) -> Tensor:
@@ -215,6 +230,7 @@ def grpo_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) -> 
     Returns (n * group_size,). Raises InputError where the sizes do not fit.
     """
     groups = _groups(rewards, group_size)
+    groups = groups - groups[:, :1]  # equal rewards are 0, not the rounding of their mean
     centred = groups - groups.mean(1, keepdim=True)
     if scale:
         centred = centred / (groups.std(1, keepdim=True) + GROUP_EPS)
@@ -232,11 +248,13 @@ def grpo_loss(
     beta: float = 0.0,
     how: Literal["token", "sequence", "constant"] = "token",
     num_items: Count | None = None,
+    kl_gradient: Literal["k2", "k3"] = "k2",
 ) -> tuple[Tensor, Metrics]:
     """`ppo_policy_loss` with one advantage per answer, plus `beta` times the KL to the reference.
 
-    The KL term has k3's value and k2's gradient: k3 itself, as the paper has it (Shao et al. 2024,
-    arXiv:2402.03300, equation 4), does not have the gradient of the KL (`kl_penalty`).
+    The KL term has k3's value. Its gradient is k2's, which on tokens of the current policy is that
+    of the KL (`kl_penalty`), or k3's, as in the paper (Shao et al. 2024, arXiv:2402.03300, equation
+    4) and in TRL. On tokens of an older policy, in later epochs, either is an approximation.
 
     Args:
         ref_logp: (B, S); None only with beta = 0.
@@ -258,14 +276,13 @@ def grpo_loss(
     spread = advantages.detach().to(logp.dtype)[:, None].expand_as(logp)
     loss, metrics = _clipped(logp, old_logp, spread, clip, None)
     if ref_logp is not None:
-        _, ref_logp = _read(mask, ref_logp=ref_logp.detach())
-        k2 = kl_penalty(logp, ref_logp, "k2")
-        k3 = kl_penalty(logp.detach(), ref_logp, "k3")
-        loss = loss + beta * (k3 + k2 - k2.detach())
-        metrics["kl"] = k3
-    return aggregate(loss, keep, how=how, num_items=num_items), _means(
-        metrics, keep, num_items, how
-    )
+        _, reference = _read(mask, ref_logp=ref_logp.detach())
+        if kl_gradient not in ("k2", "k3"):
+            raise InputError(f"kl_gradient: wanted k2 or k3, got {kl_gradient!r}")
+        estimate = kl_penalty(logp, reference, kl_gradient)
+        metrics["kl"] = k3 = kl_penalty(logp.detach(), reference, "k3")
+        loss = loss + beta * (k3 + estimate - estimate.detach())
+    return aggregate(loss, keep, how=how, num_items=num_items), _means(metrics, keep)
 
 
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
@@ -301,7 +318,7 @@ def dpo_loss(
     Args:
         chosen, rejected, ref_chosen, ref_rejected: (B,), log-probabilities summed over answers.
         lengths: (tokens of chosen, tokens of rejected), each (B,): the log-ratio of each answer is
-            divided by its length first.
+            divided by its length first (by 1 if it is empty).
 
     Returns (B,).
     """
@@ -316,8 +333,14 @@ def dpo_loss(
     if not 0 <= label_smoothing < 0.5:
         raise InputError(f"label_smoothing: wanted a number in [0, 0.5), got {label_smoothing:g}")
     ratios = [chosen - ref_chosen, rejected - ref_rejected]
+    _check_positive("beta", beta)
     if lengths is not None:
-        ratios = [ratio / length for ratio, length in zip(ratios, lengths, strict=True)]
+        if len(lengths) != 2 or any(n.shape != chosen.shape for n in lengths):
+            raise InputError(
+                f"lengths: wanted two tensors of shape {tuple(chosen.shape)},"
+                f" got {[tuple(n.shape) for n in lengths]}"
+            )
+        ratios = [ratio / n.clamp(min=1) for ratio, n in zip(ratios, lengths)]
     h = ratios[0] - ratios[1]
     if kind == "sigmoid":
         wrong = label_smoothing
@@ -348,8 +371,7 @@ def kto_loss(
         logp, ref_logp: (B,), log-probabilities summed over answers.
         desirable: (B,) bool.
         kl: the reference point: the mean of ``logp - ref_logp`` over answers to other prompts, a
-            number or a tensor that broadcasts to (B,). A negative one counts as 0; no gradient
-            flows through it.
+            number or (B,). A negative one counts as 0; no gradient flows through it.
 
     Returns (B,).
     """
@@ -359,7 +381,7 @@ def kto_loss(
             f"desirable: wanted bool of shape {tuple(logp.shape)},"
             f" got {desirable.dtype} of {tuple(desirable.shape)}"
         )
-    kl = torch.as_tensor(kl, dtype=logp.dtype, device=logp.device).detach().clamp(min=0)
+    kl = _per_row("kl", kl, logp).detach().clamp(min=0)
     gain = beta * (logp - ref_logp - kl)
     return torch.where(
         desirable,
@@ -375,8 +397,9 @@ def bradley_terry_loss(
     margin: Touvron et al. 2023, arXiv:2307.09288) -> (B,).
     """
     chosen, rejected = _floats(chosen=chosen, rejected=rejected)
-    difference = chosen - rejected
-    return -F.logsigmoid(difference if margin is None else difference - margin)
+    return -F.logsigmoid(
+        chosen - rejected - _per_row("margin", 0.0 if margin is None else margin, chosen)
+    )
 
 
 def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
@@ -417,6 +440,7 @@ def _clipped(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float, dual_clip: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of PPO per token; masked positions are 0 in all operands."""
+    _check_positive("clip", clip)
     log_ratio = _clamped(logp - old_logp)
     ratio = log_ratio.exp()
     plain = -advantages * ratio
@@ -434,16 +458,9 @@ def _clipped(
     return loss, metrics
 
 
-def _means(
-    metrics: dict[str, Tensor],
-    keep: Tensor,
-    num_items: Count | None,
-    how: Literal["token", "sequence", "constant"] = "token",
-) -> Metrics:
-    return {
-        name: aggregate(x.detach(), keep, how=how, num_items=num_items)
-        for name, x in metrics.items()
-    }
+def _means(metrics: dict[str, Tensor], keep: Tensor) -> Metrics:
+    means = {name: aggregate(x.detach(), keep) for name, x in metrics.items()}
+    return {**means, "tokens": keep.sum()}
 
 
 def _read(mask: Tensor, **tensors: Tensor) -> Sequence[Any]:
@@ -474,8 +491,23 @@ def _clamped(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def _at_least_one(keep: Tensor) -> Tensor:
-    return keep.sum().clamp(min=1)
+def _at_least_one(count: Count) -> Count:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise InputError(f"{name}: wanted a positive number, got {value:g}")
+
+
+def _per_row(name: str, value: Tensor | float, rows: Tensor) -> Tensor:
+    """A number, or a tensor of the shape of ``rows``, in their dtype."""
+    value = torch.as_tensor(value, dtype=rows.dtype, device=rows.device)
+    if value.shape not in ((), rows.shape):
+        raise InputError(
+            f"{name}: wanted a number or shape {tuple(rows.shape)}, got {tuple(value.shape)}"
+        )
+    return value
 
 
 def _per_sequence(x: Tensor, keep: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -487,9 +519,11 @@ def _per_sequence(x: Tensor, keep: Tensor, cu_seqlens: Tensor | None) -> tuple[T
     if x.ndim != 1:
         raise InputError(f"x: wanted (total,) with cu_seqlens, got shape {tuple(x.shape)}")
     lengths = cu_seqlens.diff().to(torch.int64)
+    if int(cu_seqlens[0]) or int(cu_seqlens[-1]) != len(x) or (lengths < 0).any():
+        raise InputError(
+            f"cu_seqlens: wanted offsets that rise from 0 to {len(x)}, got {cu_seqlens.tolist()}"
+        )
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
-    if len(rows) != len(x):
-        raise InputError(f"cu_seqlens: wanted an end at {len(x)}, got {len(rows)} tokens")
     sums = x.new_zeros(len(lengths)).index_add(0, rows, x)
     return sums, x.new_zeros(len(lengths)).index_add(0, rows, keep.to(x.dtype))
 
@@ -500,4 +534,7 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
     if rewards.ndim != 1 or len(rewards) % group_size:
         raise InputError(f"rewards: wanted (n * {group_size},), got shape {tuple(rewards.shape)}")
     (rewards,) = _floats(rewards=rewards)
+    if not rewards.isfinite().all():
+        row = int((~rewards.isfinite()).nonzero()[0])
+        raise InputError(f"rewards[{row}]: wanted a finite number, got {float(rewards[row])}")
     return rewards.view(-1, group_size)

