@@ -237,8 +237,12 @@ def test_rows_of_folders_and_arrays(tmp_path) -> None:
     write(tmp_path / "data" / "b.jsonl", {"prompt": "a", "completion": "b"})
     (tmp_path / "data" / "a.json").write_text(json.dumps([{"prompt": "c", "completion": "d"}]))
     (tmp_path / "data" / "notes.md").write_text("not read")
-    found = list(read_conversations([str(tmp_path / "data")], cache=tmp_path))
+    told = []
+    found = list(read_conversations([str(tmp_path / "data")], cache=tmp_path, tell=told.append))
     assert [c.messages[1]["content"] for c in found] == ["d", "b"]
+    assert told == [f"{tmp_path / 'data'}: 1 files that are not read: wanted .jsonl or .json"]
+    only = [f"{tmp_path / 'data'}#*.jsonl"]
+    assert len(list(read_conversations(only, cache=tmp_path, tell=told.append))) == len(told) == 1
     text = write(tmp_path / "c.txt", "hello")
     with pytest.raises(InputError, match=r"wanted \.jsonl or \.json files, got none"):
         list(read_conversations([text], cache=tmp_path))

@@ -108,8 +108,9 @@ def read_conversations(
         files = [file for file in found if file.format in FORMATS]
         if not files:
             raise InputError(f"source {spec}: wanted .jsonl or .json files, got none")
+        del passed["not matched by the glob"]  # not wanted
         if others := len(found) - len(files) + passed.total():
-            tell(f"{spec}: {others:,} files that are not .jsonl or .json, or not chosen")
+            tell(f"{spec}: {others:,} files that are not read: wanted .jsonl or .json")
         for file in files:
             yield from _read_file(file, skip_bad, rows, tell)
 
