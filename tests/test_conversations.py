@@ -105,6 +105,24 @@ SHAPES = {
             ANSWER,
         ],
     ),
+    "sharegpt under openai's names": (
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief.", "weight": None},
+                {"from": "human", "value": "2+2?", "weight": 0},
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "4", "tool_call_id": "x"},
+                {"from": "gpt", "value": "4", "weight": 1},
+            ]
+        },
+        [
+            SYSTEM,
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "4", "tool_call_id": "x"},
+            ANSWER,
+        ],
+    ),
     "pair": ({"prompt": "2+2?", "completion": "4"}, [USER, ANSWER]),
     "pair of messages": ({"prompt": [SYSTEM, USER], "response": [ANSWER]}, [SYSTEM, USER, ANSWER]),
 }  # fmt: skip
@@ -170,7 +188,13 @@ REFUSED = {
     "history[0]: wanted [question, answer], got 'x'": {
         "instruction": "a", "output": "b", "history": ["x"],
     },
-    "tools: wanted JSON, got 'add'": {"messages": [USER, ANSWER], "tools": "add"},
+    "tools: wanted a list as JSON, got 'add'": {"messages": [USER, ANSWER], "tools": "add"},
+    f"tools: wanted a list as JSON, got {'[' * 100_000!r:.60}": {
+        "messages": [USER, ANSWER], "tools": "[" * 100_000,
+    },
+    f"messages[1].tool_calls[0]: wanted arguments as JSON, got {'[' * 100_000!r:.60}": {
+        "messages": [USER, called([{"name": "a", "arguments": "[" * 100_000}])],
+    },
     "completion: wanted valid Unicode, got a lone surrogate at 1": {
         "prompt": "a", "completion": "b\ud800",
     },
@@ -202,6 +226,9 @@ def test_a_weight_of_zero_is_context() -> None:
     found = conversation_of({"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]})
     assert found.learnt == [False, False, False, True]
     assert found.messages[1] == ANSWER
+    # the answers in a prompt are examples
+    found = conversation_of({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert found.learnt == [False, False, False, True]
 
 
 def write(path: Path, *rows) -> str:
@@ -331,7 +358,18 @@ TEMPLATES = {
     "wanted one that writes the tool calls of message 1 (assistant), got none of it": (
         CHAT, [{"role": "user", "content": "add!"}, CALLED[1]], {},
     ),
-    "wanted one that writes the tools, got none of them": (CHAT, [USER, ANSWER], {"tools": [CALL]}),
+    "wanted one that writes the tools, got none of them": (
+        "{% if tools %}You have tools.{% endif %}" + CHAT, [USER, ANSWER], {"tools": [CALL]},
+    ),
+    "wanted one that writes the whole content of message 1 (assistant),"
+    " got 'four and no more<|im_end|>\\n'": (
+        CHAT.replace("m.content", "m.content[:16]"),
+        [USER, {"role": "assistant", "content": "four and no more and no less"}],
+        {},
+    ),
+    "wanted one that writes the whole reasoning of message 1 (assistant), got '4<|im_end|>\\n'": (
+        CHAT, [USER, {**ANSWER, "reasoning": "2 and 2"}], {},
+    ),
     "wanted one that ends an answer with <|endoftext|>, <|im_end|>, got '4\\n'": (
         CHAT.replace("<|im_end|>", ""), [USER, ANSWER], {},
     ),
@@ -385,17 +423,22 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_templates_of_published_models(name) -> None:
+def published(name: str, end: str) -> Tokenizer:
+    """A small tokenizer with a published template and the special tokens that it names."""
     trl = importlib.util.find_spec("trl")
     assert trl and trl.origin
     template = (Path(trl.origin).parent / "chat_templates" / f"{name}.jinja").read_text()
-    end, has_tools, examples = PUBLISHED[name]
     special = {"<bos>", *re.findall(r"<\|?[a-z_]+\|?>", template)} - {end}
     text = ["2+2? 4 four Be brief." * 9]
     tokenizer = Tokenizer.train(text, 600, special_tokens=[end, *sorted(special)])
     roles = {"eos_token": end, "bos_token": "<bos>"}
-    tokenizer = Tokenizer(tokenizer._backend, roles, template)
+    return Tokenizer(tokenizer._backend, roles, template)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_templates_of_published_models(name) -> None:
+    end, has_tools, examples = PUBLISHED[name]
+    tokenizer = published(name, end)
     messages = [SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content": "four"}]
     pairs = tokenizer.encode_conversation(messages, date="2024-07-26")
     assert len(pairs) == examples
@@ -412,6 +455,15 @@ def test_templates_of_published_models(name) -> None:
             for text in learnt_text(tokenizer, *pair)
         ]
         assert re.search(r'"a": 2, "b": 2', call) and call.endswith(end)
+
+
+def test_an_answer_of_several_channels_is_learnt_to_its_end() -> None:
+    """gpt-oss ends its reasoning with an end token, and the answer follows."""
+    tokenizer = published("gptoss", "<|return|>")
+    messages = [USER, {**ANSWER, "thinking": "hmm"}]
+    pairs = tokenizer.encode_conversation(messages, date="2024-07-26")
+    (text,) = [text for pair in pairs for text in learnt_text(tokenizer, *pair)]
+    assert "hmm<|end|>" in text and text.endswith("4<|return|>")
 
 
 def test_one_bos(tokenizer) -> None:

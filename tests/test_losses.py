@@ -39,7 +39,7 @@ def tokens_of(mask: Tensor) -> list[tuple[int, int]]:
 
 def gradient(f: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    return list(torch.autograd.grad(f(*leaves), leaves))
+    return list(torch.autograd.grad(f(*leaves).sum(), leaves))
 
 
 def assert_same(actual: Tensor | float, wanted: Tensor | float) -> None:
@@ -205,8 +205,13 @@ def test_kl_penalty() -> None:
         assert (found[~mask] == 0).all()
         for b, t in tokens_of(mask):
             assert_same(found[b, t], formula(float(logp[b, t]), float(ref[b, t])))
-    far = losses.kl_penalty(torch.tensor(-1000.0), torch.tensor(0.0), "k3")
-    assert torch.isfinite(far)
+    (grad,) = gradient(
+        lambda p: losses.kl_penalty(p, torch.zeros_like(p), "k3"),
+        torch.tensor([-1000.0, -21.0, -1.0, 30.0, 1000.0], dtype=torch.float64),
+    )
+    assert_same(
+        grad, torch.tensor([0.0, 0.0, 1 - math.e, 1 - math.exp(-30), 1.0], dtype=torch.float64)
+    )
 
 
 def test_only_k2_has_the_gradient_of_the_kl() -> None:
@@ -367,6 +372,7 @@ def test_grpo_advantages(scale) -> None:
 def test_equal_rewards_have_no_advantage(reward, group_size) -> None:
     rewards = torch.full((group_size,), reward)
     assert (losses.grpo_advantages(rewards, group_size) == 0).all()
+    assert (losses.rloo_advantages(rewards, group_size) == 0).all()
 
 
 def test_rloo_advantages() -> None:
@@ -505,6 +511,8 @@ REFUSED = {
     "cu_seqlens: wanted offsets that rise from 0 to 6, got [0, 4, 2, 6]": lambda: losses.aggregate(
         ONES.flatten(), MASK.flatten(), how="sequence", cu_seqlens=torch.tensor([0, 4, 2, 6])
     ),
+    "rewards: wanted (B, S), got shape (3,)": lambda: losses.gae(ONES[0], ONES[0], MASK[0]),
+    "metrics: wanted those of at least one call, got none": lambda: losses.pooled([]),
     "clip: wanted a positive number, got -1": lambda: losses.ppo_policy_loss(
         ONES, ONES, ONES, MASK, clip=-1
     ),

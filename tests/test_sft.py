@@ -12,12 +12,22 @@ from typer.testing import CliRunner
 
 import fastlm
 from fastlm.cli import app
+from fastlm.data.conversations import conversation_of
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.options import TrainOptions
-from fastlm.train.sft import IGNORE, AnswerTokens, Example, Sft, fit, pack, place_in_order
+from fastlm.train.sft import (
+    IGNORE,
+    AnswerTokens,
+    Example,
+    Sft,
+    fit,
+    pack,
+    place_in_order,
+    weights_digest,
+)
 
 QUESTIONS = {
     "capital of France?": "Paris.",
@@ -228,6 +238,28 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> No
     assert cut["loss"] == whole["loss"] and cut["steps"] == 20
 
 
+def test_the_digest_of_weights_sees_every_element(model) -> None:
+    before = weights_digest(model)
+    assert weights_digest(model) == before
+    with torch.no_grad():
+        model.model.embed_tokens.weight[40, 3] += 1
+        model.model.embed_tokens.weight[41, 3] -= 1
+    assert weights_digest(model) != before
+
+
+def test_a_position_names_the_row_of_the_next_batch(model) -> None:
+    examples = [Example(e.ids, e.mask, f"file, line {i}") for i, e in enumerate(EXAMPLES)]
+    objective = AnswerTokens(
+        model, examples, [], TrainOptions(max_steps=1), batch_size=2, seed=1, base="",
+        tokenizer=None, prompt=(), device=torch.device("cpu"),
+    )  # fmt: skip
+    for step in range(6):
+        position = objective.position()
+        ((ids, _, _),) = objective.next_batches(1)
+        (row,) = [i for i, e in enumerate(EXAMPLES) if e.ids[0] == ids[0, 0]]
+        assert position == f"epoch {step // 2}, from example {step % 2 * 2}, file, line {row}"
+
+
 def test_another_model_is_another_training(base, data, tmp_path) -> None:
     """A folder that holds a training of one model does not pass it off as one of another."""
     other = tmp_path / "other"
@@ -254,8 +286,14 @@ def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
         sample_tokens=5,
     )  # fmt: skip
     result = stage(tmp_path / "sft", model=base, on_event=events.append)
-    assert result["conversations"] + result["heldout"] == 120
-    assert result["heldout"] % 2 == 0 and 10 < result["heldout"] < 70  # a prompt is on one side
+    learnt = [row for row in rows if place_in_order(conversation_of(row)) >= 0.3]
+    assert result["conversations"] == len(learnt) == 120 - result["heldout"]
+    assert 10 < result["heldout"] < 70
+    assert len(learnt) == 2 * len({row["prompt"] for row in learnt})  # a prompt is on one side
+    tokenizer = Tokenizer.load(base)
+    tokens = sum(len(tokenizer.encode(row["completion"])) + 1 for row in learnt)
+    assert result["tokens"] == result["learnt_tokens"] == tokens
+    assert result["steps"] == -(-len(learnt) // 2)
     losses = [e["val_loss"] for e in events if "val_loss" in e]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert len([e for e in events if "sample" in e]) == 1
@@ -263,8 +301,6 @@ def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
 
 
 def test_the_part_of_a_row_depends_on_its_prompt_alone() -> None:
-    from fastlm.data.conversations import conversation_of
-
     rows = [conversation_of({"prompt": str(i), "completion": "a"}) for i in range(200)]
     places = [place_in_order(row) for row in rows]
     assert 20 < sum(place < 0.2 for place in places) < 60
@@ -357,6 +393,8 @@ REFUSED = {
     "max_steps: wanted a positive number, got 0": {"max_steps": 0},
     "lr: wanted a positive number, got -1": {"lr": -1},
     "date: wanted YYYY-MM-DD, got 'today'": {"date": "today"},
+    "date: wanted YYYY-MM-DD, got '20240726'": {"date": "20240726"},
+    "seed: wanted 0 or more, got -1": {"seed": -1},
 }
 
 

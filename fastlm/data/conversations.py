@@ -120,7 +120,7 @@ def _read_file(
 ) -> Iterator[Conversation]:
     good = bad = 0
     first: InputError | None = None
-    for number, row in read_rows(file):
+    for number, row in _readable(file, skip_bad, rows, tell):
         rows.read += 1
         place = f"{file.path}, {row_unit(file)} {number}"
         try:
@@ -145,6 +145,21 @@ def _read_file(
         tell(f"{file.path}: {bad - NAMED_LINES:,} more of its {good + bad:,} rows")
 
 
+def _readable(
+    file: SourceFile, skip_bad: bool, rows: Rows, tell: Callable[[str], None]
+) -> Iterator[tuple[int, Any]]:
+    """The rows of a file. With ``skip_bad``, a file of a folder that cannot be read to its end is
+    told and counted.
+    """
+    try:
+        yield from read_rows(file)
+    except InputError as error:
+        if file.named or not skip_bad:
+            raise
+        rows.counts["unreadable files"] += 1
+        tell(str(error))
+
+
 def conversation_of(row: Any, place: str = "") -> Conversation:
     """The conversation that a row holds. InputError: the row has none of the shapes, an empty
     message, a role that is unknown or out of order, a tool call that is none, or no answer at the
@@ -165,7 +180,7 @@ def conversation_of(row: Any, place: str = "") -> Conversation:
         raise InputError(f"wanted an object with {SHAPES}, got {keys}")
     if placed and placed[0][1]["role"] == "system" and not placed[0][1]["content"].strip():
         del placed[0]
-    if row.get("system"):
+    if _text(row.get("system"), "system").strip():
         if placed and placed[0][1]["role"] == "system":
             raise InputError(f"system: wanted none beside {placed[0][0]}, got two system messages")
         placed.insert(0, ("system", {"role": "system", "content": _text(row["system"], "system")}))
@@ -173,7 +188,7 @@ def conversation_of(row: Any, place: str = "") -> Conversation:
     messages, learnt = [], []
     for where, message in placed:
         weight = message.pop("weight", 1)
-        if weight not in (0, 1):
+        if message["role"] == "assistant" and weight not in (0, 1):
             raise InputError(f"{where}: wanted a weight of 0 or 1, got {weight!r:.40}")
         messages.append(message)
         learnt.append(message["role"] == "assistant" and weight == 1)
@@ -213,9 +228,8 @@ def _openai(messages: Any, name: str) -> Placed:
             content = "".join(_text_part(part, where) for part in content)
         message["role"] = _role(message.get("role"), where)
         message["content"] = _text(content, where)
-        calls = message.pop("tool_calls", None)
-        if "function_call" in message:  # the older form of a single call
-            calls = [{"function": message.pop("function_call")}]
+        calls, older = message.pop("tool_calls", None), message.pop("function_call", None)
+        calls = calls or ([{"function": older}] if older is not None else None)
         if calls:
             message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
         placed.append((where, message))
@@ -237,12 +251,7 @@ def _tool_calls(calls: Any, where: str) -> list[Message]:
             raise InputError(f"{where}[{i}]: wanted a call with a name, got {call!r:.60}")
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                raise InputError(
-                    f"{where}[{i}]: wanted arguments as JSON, got {arguments!r:.60}"
-                ) from None
+            arguments = _json(arguments, f"{where}[{i}]: wanted arguments")
         if not isinstance(arguments, Mapping):
             raise InputError(f"{where}[{i}]: wanted arguments as an object, got {arguments!r:.60}")
         rest = {k: v for k, v in call.items() if k in ("id", "index") and v is not None}
@@ -259,26 +268,22 @@ def _text_part(part: Any, where: str) -> str:
 
 
 def _sharegpt(turns: Any) -> Placed:
+    """Turns under OpenAI's names."""
     if not isinstance(turns, list):
         raise InputError(f"conversations: wanted a list of turns, got {type(turns).__name__}")
-    placed: Placed = []
+    messages = []
     for i, turn in enumerate(turns):
         where = f"conversations[{i}]"
         if not isinstance(turn, Mapping):
             raise InputError(f"{where}: wanted an object, got {type(turn).__name__}")
-        name = turn.get("from", turn.get("role"))
-        text = _text(turn.get("value", turn.get("content")), where)
-        message: Message = {"role": _role(name, where), "content": text}
+        name, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        message = {k: v for k, v in turn.items() if k not in ("from", "value")}
+        message |= {"role": name, "content": text}
         if name == "function_call":
-            try:
-                call = json.loads(text)
-            except ValueError:
-                raise InputError(f"{where}: wanted a call as JSON, got {text!r:.60}") from None
-            message |= {"content": "", "tool_calls": _tool_calls([call], where)}
-        if "weight" in turn:
-            message["weight"] = turn["weight"]
-        placed.append((where, message))
-    return placed
+            call = _json(_text(text, where), f"{where}: wanted a call")
+            message |= {"content": "", "tool_calls": [call]}
+        messages.append(message)
+    return _openai(messages, "conversations")
 
 
 def _alpaca(row: Mapping[str, Any]) -> Placed:
@@ -305,7 +310,11 @@ def _pair(row: Mapping[str, Any], key: str) -> Placed:
     for name, role in (("prompt", "user"), (key, "assistant")):
         value = row[name]
         if isinstance(value, list):
-            placed += _openai(value, name)
+            found = _openai(value, name)
+            if name == "prompt":  # its answers are examples
+                for _, message in found:
+                    message.setdefault("weight", 0)
+            placed += found
         else:
             placed.append((name, {"role": role, "content": _text(value, name)}))
     return placed
@@ -331,6 +340,13 @@ def _text(text: Any, where: str) -> str:
     return text
 
 
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # nested too deep
+        raise InputError(f"{what} as JSON, got {text!r:.60}") from None
+
+
 def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
     if not tools and row.get("functions"):  # the older form
@@ -339,10 +355,7 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
             raise InputError(f"functions: wanted a list, got {type(functions).__name__}")
         return [{"type": "function", "function": function} for function in functions]
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            raise InputError(f"tools: wanted JSON, got {tools!r:.60}") from None
+        tools = _json(tools, "tools: wanted a list") if tools.strip() else None
     if not tools:
         return None
     if not isinstance(tools, list):

@@ -334,7 +334,10 @@ class Tokenizer:
                         "chat_template: wanted a generation prompt that is how an answer begins,"
                         f" got {before[-40:]!r} before message {i}"
                     )
-                answers.append((len(before), after, learnt is None or learnt[i]))
+                learn = learnt is None or learnt[i]
+                if learn:
+                    _check_whole(after[0][len(before) :], message, i)
+                answers.append((len(before), after, learn))
         if all(text.startswith(after[0]) for _, after, _ in answers):
             borders = [(begin, len(after[0]), learn) for begin, after, learn in answers]
             return [self._masked(text, own, borders)]
@@ -362,7 +365,9 @@ class Tokenizer:
         for begin, end, learn in answers:
             prompt = self._encode_rendered(*_cut(text, own, at, begin))
             answer = self._encode_rendered(*_cut(text, own, begin, end))
-            stop = next((n for n, i in enumerate(answer, 1) if i in self.stop_ids), None)
+            # gpt-oss ends each channel with an end token: the answer ends where no text follows
+            stops = [n for n, i in enumerate(answer, 1) if i in self.stop_ids]
+            stop = next((n for n in stops if not self.decode(answer[n:]).strip()), None)
             if stop is None:
                 names = ", ".join(str(self._backend.id_to_token(i)) for i in sorted(self.stop_ids))
                 raise InputError(
@@ -409,8 +414,8 @@ class Tokenizer:
             if mark not in text:
                 raise InputError(f"chat_template: wanted one that writes {what}, got none of it")
         if tools:
-            without = {name: value for name, value in variables.items() if name != "tools"}
-            if self._render(marked, False, without, date)[0] == text:
+            named = {**variables, "tools": [_renamed(tool) for tool in variables["tools"]]}
+            if TOOL not in self._render(marked, False, named, date)[0]:
                 raise InputError(
                     "chat_template: wanted one that writes the tools, got none of them"
                 )
@@ -474,6 +479,28 @@ class TokenStream:
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
+
+
+TOOL = "tool0x0mark"  # the name of a tool in `Tokenizer._check_written`
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def _renamed(tool: Any) -> Any:
+    """The tool under the name `TOOL`."""
+    if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping):
+        return {**tool, "function": {**tool["function"], "name": TOOL}}
+    return {**tool, "name": TOOL} if isinstance(tool, Mapping) else tool
+
+
+def _check_whole(answer: str, message: Mapping[str, Any], index: int) -> None:
+    """Refuse a template that cuts an answer or drops its reasoning; spaces may differ."""
+    written = "".join(answer.split())
+    for name in ("content", *REASONING):
+        if "".join(str(message.get(name) or "").split()) not in written:
+            raise InputError(
+                f"chat_template: wanted one that writes the whole {name} of message {index}"
+                f" ({message['role']}), got {answer[:60]!r}"
+            )
 
 
 def _cut(

@@ -74,6 +74,8 @@ def pooled(metrics: Sequence[Metrics]) -> Metrics:
     """The metrics of several calls (micro-batches, ranks) as those of one call on all their tokens:
     means weighted by "tokens". A call without tokens does not count.
     """
+    if not metrics:
+        raise InputError("metrics: wanted those of at least one call, got none")
     tokens = torch.stack([m["tokens"] for m in metrics])
     total = tokens.sum()
     means = {
@@ -113,7 +115,8 @@ def kl_penalty(
         return difference
     if kind == "k2":
         return difference.square() / 2
-    return torch.expm1(_clamped(-difference)) + difference
+    r = (-difference).clamp(max=MAX_LOG_RATIO)  # once for both terms: the gradient beyond it is 0
+    return torch.expm1(r) - r
 
 
 def gae(
@@ -129,6 +132,8 @@ def gae(
         (advantages, returns), each (B, S) and 0 where masked; returns = advantages + values. No
         gradient flows through either.
     """
+    if rewards.ndim != 2:
+        raise InputError(f"rewards: wanted (B, S), got shape {tuple(rewards.shape)}")
     keep, rewards, values = _read(mask, rewards=rewards.detach(), values=values.detach())
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = rewards.new_zeros(rewards.shape[:1])
@@ -230,7 +235,6 @@ def grpo_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) -> 
     Returns (n * group_size,). Raises InputError where the sizes do not fit.
     """
     groups = _groups(rewards, group_size)
-    groups = groups - groups[:, :1]  # equal rewards are 0, not the rounding of their mean
     centred = groups - groups.mean(1, keepdim=True)
     if scale:
         centred = centred / (groups.std(1, keepdim=True) + GROUP_EPS)
@@ -537,4 +541,5 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
     if not rewards.isfinite().all():
         row = int((~rewards.isfinite()).nonzero()[0])
         raise InputError(f"rewards[{row}]: wanted a finite number, got {float(rewards[row])}")
-    return rewards.view(-1, group_size)
+    groups = rewards.view(-1, group_size)
+    return groups - groups[:, :1]  # so that equal rewards give 0, not the rounding of their mean

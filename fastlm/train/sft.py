@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 IGNORE = -100
-OVERLONG = ("skip", "truncate", "split")
+# What happens to a longer conversation -> how it is counted: with nothing left to learn, else
+OVERLONG = {
+    "skip": ("too long", "too long in part"),  # in part: it gave an example per answer
+    "truncate": ("nothing left to learn", "truncated"),
+    "split": ("nothing left to learn", "split"),
+}
 LONGEST = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
 
 
@@ -164,8 +169,9 @@ class AnswerTokens:
         return {"epoch": self.epoch + self.at / len(self.order)}
 
     def position(self) -> str:
-        nearest = self._next(1) or [self.examples[0]]
-        return f"epoch {self.epoch}, example {self.at} of {len(self.order)}, {nearest[0].place}"
+        if self.at == len(self.order):
+            self._begin(self.epoch + 1)
+        return f"epoch {self.epoch}, from example {self.at}, {self._next(1)[0].place}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "at": self.at}
@@ -210,12 +216,11 @@ def _digest(examples: Sequence[Example]) -> str:
 
 
 def weights_digest(model: "nn.Module") -> str:
-    """Identify a model's weights by the sum and the first elements of each."""
+    """Identify a model's float32 weights."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        values = parameter.detach()
-        head = values.flatten()[:256].float().cpu().numpy()
-        digest.update(f"{name} {float(values.double().sum())!r}".encode() + head.tobytes())
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -288,9 +293,13 @@ class Sft(TrainOptions, Stage):
                 f"overlong: wanted one of {', '.join(OVERLONG)}, got {self.overlong!r}"
             )
         try:
-            date.fromisoformat(self.date)
+            day = date.fromisoformat(self.date).isoformat()
         except ValueError:
-            raise InputError(f"date: wanted YYYY-MM-DD, got {self.date!r}") from None
+            day = ""
+        if day != self.date:
+            raise InputError(f"date: wanted YYYY-MM-DD, got {self.date!r}")
+        if self.seed < 0:
+            raise InputError(f"seed: wanted 0 or more, got {self.seed}")
 
     def train_options(self, examples: int) -> TrainOptions:
         """The options of the loop, with `epochs` as a number of steps."""
@@ -450,6 +459,8 @@ class Encoded:
             # the first prompts in order, held-out ones first, for a sample
             self.prompts.append((place, conversation.prompt(), conversation.tools))
             self.prompts = sorted(self.prompts, key=lambda prompt: prompt[0])[:8]
+        if self.refused > NAMED:
+            job.skipped(f"{self.refused - NAMED:,} more that the chat template refuses")
         self.heldout = [example for _, example in sorted(heldout, key=lambda pair: pair[0])]
         self.asked = ""
 
@@ -474,12 +485,9 @@ class Encoded:
         examples = []
         for ids, mask in encoded:
             whole = Example(np.array(ids, np.int32), np.array(mask), conversation.place)
-            pieces = fit(whole, self.seq_len, overlong)
-            if len(ids) > self.seq_len:
-                lost = "too long" if overlong == "skip" else "nothing left to learn"
-                how = {"truncate": "truncated", "split": "split"}.get(overlong, lost)
-                counts[how if pieces else lost] += 1
-            examples += pieces
+            examples += fit(whole, self.seq_len, overlong)
+        if any(len(ids) > self.seq_len for ids, _ in encoded):
+            counts[OVERLONG[overlong][bool(examples)]] += 1
         return examples
 
     def prompt(self, context: int) -> list[int]:
