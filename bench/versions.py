@@ -49,7 +49,7 @@ class Checkout:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait()
+        self.process.communicate()  # closes the pipes too
 
 
 def work(root: str) -> None:

@@ -95,10 +95,12 @@ def test_a_prompt_beside_a_narrow_cache_is_attended_in_bfloat16(monkeypatch):
                 for part in ids.tensor_split([layers._PREFILL, layers._PREFILL + 1], 1)
             ]
     count = model.config.num_hidden_layers
-    wide, narrow = {torch.float32}, {torch.bfloat16}
+    wide = {torch.float32}
+    narrow = {torch.bfloat16} if backend.multiplies_bf16() else wide  # AVX2 widens bfloat16
     assert seen == 3 * count * [wide] + count * [narrow] + 2 * count * [wide]
-    for got, wanted in zip(logits[torch.float16], logits[torch.float32], strict=True):
-        assert 0 < error_of(got, wanted) < 2 * ULP[torch.bfloat16]
+    pairs = zip(logits[torch.float16], logits[torch.float32], strict=True)
+    errors = [error_of(got, wanted) for got, wanted in pairs]
+    assert 0 < max(errors) < 2 * ULP[torch.bfloat16]
 
 
 @pytest.mark.parametrize("format", ["w4a16", "w8a16", "w8a8", "w4a8"])
