@@ -2,7 +2,7 @@
 
     git clone . ../before && git -C ../before checkout COMMIT
     (cd ../before && ../main/.venv/bin/python setup.py build_ext --inplace)
-    python bench/versions.py ../before               all of it, 20 minutes
+    python bench/versions.py ../before               all of it: hours on two slow cores
     python bench/versions.py ../before glu train     some of it
     python bench/versions.py ../before glu --below 1  rows of less than 1 ms: what Python costs
 
@@ -10,8 +10,8 @@ Each checkout is a process that runs its own bench/ on its own fastlm. The two t
 after round; a row's ratio is the median over rounds of before / after. A row that differs by more
 than 2 % is measured again in new pairs of processes, and the median of the pairs counts: where the
 operands of a process happen to be in memory is worth a few percent. Processes keep the memory that
-they free, as in training: fresh pages make a row of 8 ms take 5 to 12. The noise that is left is
-what `python bench/versions.py COPY` prints for a copy of this checkout.
+they free, as in training: fresh pages differ from process to process (docs/log.md). The noise that
+is left is what `python bench/versions.py COPY` prints for a copy of this checkout.
 """
 
 import argparse

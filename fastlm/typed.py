@@ -15,6 +15,16 @@ from fastlm.errors import InputError, show
 T = TypeVar("T")
 
 
+def check_unicode(text: str, where: str) -> None:
+    """Raise InputError if UTF-8 cannot encode ``text``, which has a lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: wanted valid Unicode, got a lone surrogate at {error.start}"
+        ) from None
+
+
 def build(cls: type[T], table: Any, where: str = "") -> T:
     """Build ``cls``, a dataclass, from a mapping of its fields. ``where`` precedes their names in
     messages."""

@@ -37,6 +37,12 @@ def tokens_of(mask: Tensor) -> list[tuple[int, int]]:
     return [(int(b), int(t)) for b, t in mask.nonzero()]
 
 
+def padded(t: Tensor, left: int) -> Tensor:
+    """Columns of NaN (of False in a mask): `left` before the rows, one after them."""
+    fill = NAN if t.is_floating_point() else False
+    return torch.nn.functional.pad(t, (left, 1), value=fill)
+
+
 def gradient(f: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     return list(torch.autograd.grad(f(*leaves).sum(), leaves))
@@ -147,13 +153,8 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(name, seed, cuts, 
     total, parts = 0.0, []
     bounds = [0, *sorted(cuts), len(mask)]
     for begin, end in pairwise(bounds):
-        pad = (padding, 1)
-
-        def part(t):
-            fill = NAN if t.is_floating_point() else False
-            return torch.nn.functional.pad(t[begin:end], pad, value=fill)  # noqa: B023
-
-        one, found = loss(part(split_x), *map(part, others), part(mask), count)
+        part = [padded(t[begin:end], padding) for t in (split_x, *others, mask)]
+        one, found = loss(*part, count)
         one.backward()
         total = total + one.detach()
         parts.append(found)

@@ -29,6 +29,7 @@ from fastlm.data.sources import (
     row_unit,
 )
 from fastlm.errors import InputError
+from fastlm.typed import check_unicode
 
 FORMATS = ("jsonl", "json")
 # Who may speak after whom; None is the beginning
@@ -331,12 +332,7 @@ def _text(text: Any, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise InputError(f"{where}: wanted text, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: wanted valid Unicode, got a lone surrogate at {error.start}"
-        ) from None
+    check_unicode(text, where)
     return text
 
 

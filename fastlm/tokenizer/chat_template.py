@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
+from fastlm.typed import check_unicode
 
 CHATML = (
     "{% for message in messages %}"
@@ -34,12 +35,7 @@ Runs = list[tuple[int, int]]
 def plain(value: Any, where: str = "messages") -> Any:
     """Return a copy of ``value`` that consists of JSON types; anything else is refused."""
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{where}: wanted valid Unicode, got a lone surrogate at {error.start}"
-            ) from None
+        check_unicode(value, where)
         return str(value)
     if value is None or isinstance(value, bool | int | float):
         return value

@@ -28,6 +28,7 @@ from fastlm.files import make_folder, read_json, read_text, save_atomic
 from fastlm.progress import Track, silent
 from fastlm.tokenizer import chat_template, gguf_vocab
 from fastlm.tokenizer.gguf_vocab import library
+from fastlm.typed import check_unicode
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # tokens with which published chat and base models end their output
@@ -567,12 +568,7 @@ def _valid(text: str) -> str:
     """Return ``text`` if UTF-8 can encode it (no lone surrogates)."""
     if not isinstance(text, str):
         raise InputError(f"text: wanted str, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"text: wanted valid Unicode, got a lone surrogate at {error.start}"
-        ) from None
+    check_unicode(text, "text")
     return text
 
 

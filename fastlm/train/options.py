@@ -1,7 +1,7 @@
 """The options of every training. Nothing here imports torch, because ``--help`` reads them."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
@@ -52,6 +52,10 @@ class TrainOptions:
     sample_tokens: Annotated[int, "Tokens per sample; 0: no samples"] = 80
     checkpoint_every: Annotated[int, "Steps between checkpoints"] = 200
     keep: Annotated[int, "Checkpoints to keep"] = 2
+
+    def loop_options(self) -> "TrainOptions":
+        """Return these options without those that a stage adds."""
+        return TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions)})
 
     def identity(self) -> dict[str, Any]:
         """Return the options that decide what is trained: all but OBSERVING."""

@@ -249,7 +249,7 @@ class Pretrain(TrainOptions, Stage):
         sampler = BatchSampler(train_data, self.batch_size, self.seq_len, seed=self.seed)
         model = CausalLM(config, seed=self.seed)
         torch.manual_seed(self.seed)
-        options = TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions)})
+        options = self.loop_options()
         load = os.getloadavg()[0]
         done = pretrain(
             model, sampler, TokenDataset(heldout) if (heldout / INDEX).is_file() else None,

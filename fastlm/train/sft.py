@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from textwrap import shorten
@@ -303,7 +303,7 @@ class Sft(TrainOptions, Stage):
 
     def train_options(self, examples: int) -> TrainOptions:
         """The options of the loop, with `epochs` as a number of steps."""
-        options = TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions)})
+        options = self.loop_options()
         epochs = self.epochs
         if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
             return options
