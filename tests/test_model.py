@@ -12,6 +12,7 @@ from families import CASES, LONG, SMALL
 from tolerance import ULP
 from transformers import LlamaConfig
 
+from fastlm.backend import use_backend
 from fastlm.errors import InputError
 from fastlm.model.architectures import expected_shapes
 from fastlm.model.causal_lm import CausalLM
@@ -144,6 +145,25 @@ def test_shift_labels_and_num_items():
     logits = model(ids).logits
     torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), shifted.flatten()), loss)
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+
+
+def test_logprobs():
+    """Gemma 2's head has a softcap, which comes before the temperature."""
+    _, model = pair("gemma2")
+    ids, model = ids_of(), model.double()
+    with use_backend("reference"):
+        logits = model(ids).logits
+        for temperature in (1.0, 0.7):
+            wanted = (logits / temperature).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+            labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+            got = model.logprobs(ids, labels, temperature=temperature)
+            torch.testing.assert_close(got[:, :-1], wanted[..., 0])
+            assert (got[:, -1] == 0).all()
+        packed, cu_seqlens = ids.view(1, -1), torch.tensor([0, 20, 40], dtype=torch.int32)
+        together = model.logprobs(
+            packed, labels.view(1, -1), cu_seqlens=cu_seqlens, temperature=0.7
+        )
+        torch.testing.assert_close(together.view_as(got), got)
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "olmo2", "phi3-longrope", "smollm3"])

@@ -105,6 +105,11 @@ class CausalLM(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
+    def head_matrix(self, dtype: torch.dtype) -> Tensor:
+        """`head_weight` as a matrix: a quantized one is dequantized."""
+        head = self.head_weight
+        return head.dequantize(dtype) if isinstance(head, QuantizedWeight) else head
+
     @classmethod
     def from_pretrained(
         cls,
@@ -216,9 +221,13 @@ class CausalLM(nn.Module):
         Raises InputError: shapes or ids that do not fit, or a context beyond
         max_position_embeddings.
         """
-        self.check_ids(input_ids)
-        start = 0 if cache is None else cache.length
-        hidden = self._hidden(input_ids, start, cu_seqlens, position_ids, attention_mask, cache)
+        hidden = self.hidden(
+            input_ids,
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            cache=cache,
+        )
         if labels is None and shift_labels is None:
             return Output(logits=self.logits(hidden[:, -logits_to_keep:]))
         if labels is not None and shift_labels is not None:
@@ -240,12 +249,9 @@ class CausalLM(nn.Module):
                     cu_seqlens[1:].long() - 1
                 )  # an empty first document gives -1: the last position, which has no label anyway
                 target = target.index_fill(1, ends % target.shape[1], IGNORE)
-        head = self.head_weight
-        if isinstance(head, QuantizedWeight):
-            head = head.dequantize(hidden.dtype)
         loss = linear_cross_entropy(
             hidden.flatten(0, 1),
-            head,
+            self.head_matrix(hidden.dtype),
             target.flatten(),
             softcap=self.config.final_logit_softcapping,
             ignore_index=IGNORE,
@@ -253,6 +259,53 @@ class CausalLM(nn.Module):
         )
         assert isinstance(loss, Tensor)  # a pair only with return_lse
         return Output(loss=loss)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Return what the head multiplies, (B, S, E): the last layer's output, normed. Arguments
+        and errors are those of `forward`.
+        """
+        self.check_ids(input_ids)
+        start = 0 if cache is None else cache.length
+        return self._hidden(input_ids, start, cu_seqlens, position_ids, attention_mask, cache)
+
+    def logprobs(
+        self,
+        input_ids: Tensor,
+        shift_labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Return log p(shift_labels[b, s] | input_ids[b, : s + 1]), (B, S) float32, without logits
+        in memory; 0 where the label is -100.
+
+        Args:
+            shift_labels: (B, S), already shifted: the token after each position.
+            temperature: divides the logits, as in sampling.
+            others: as in `forward`.
+        """
+        hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        cap = self.config.final_logit_softcapping
+        nll = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.head_matrix(hidden.dtype),
+            shift_labels.flatten(),
+            softcap=None if cap is None else cap / temperature,
+            logit_scale=1 / temperature,
+            ignore_index=IGNORE,
+            reduction="none",
+        )
+        assert isinstance(nll, Tensor)  # a pair only with return_lse
+        return -nll.view(shift_labels.shape)
 
     def next_logits(
         self, input_ids: Tensor, cache: KVCache, attention_mask: Tensor | None
