@@ -69,7 +69,9 @@ class _Decoding:
 
     @torch.inference_mode()
     def step(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Run the tokens that the cache lacks and append one token per row, (B,)."""
+        """Run the tokens that the cache lacks and append one token per row, (B,). `logits` are then
+        those that the tokens were drawn from.
+        """
         regime = self.model.model.regime(self.length)
         if regime != self.regime:  # other rotary frequencies: the cached keys no longer match
             self.cache.length, self.regime = 0, regime
@@ -83,6 +85,7 @@ class _Decoding:
             logits = self.model.next_logits(new, self.cache, mask)
         if self.seen is not None:
             logits = penalise(logits.float(), self.seen, self.sampling.repetition_penalty)
+        self.logits = logits
         token = self.sampling.choose(logits, generators)
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], True)
@@ -102,6 +105,7 @@ def generate(
     ignore_eos: bool = False,
     attention_mask: Tensor | None = None,
     on_token: Callable[[int, int], Any] | None = None,
+    return_logprobs: bool = False,
 ) -> Any:
     """Continue every row by at most `max_new_tokens` tokens.
 
@@ -118,6 +122,7 @@ def generate(
         attention_mask: (B, S), 0 where a row of the tensor is padding; padding is on the left.
         on_token: called with (row, token) for each new token, rows in order; a true result ends
             the row.
+        return_logprobs: also return the new tokens' log-probabilities (`Sampling.logprobs`).
 
     Generation also ends where the context reaches max_position_embeddings, in the same way as at
     max_new_tokens.
@@ -125,7 +130,7 @@ def generate(
     Returns:
         For a tensor, (B, S + new) int64, padded after a row's end with pad_token_id (the row's last
         token where the config has none). For a list, a list of B lists: prompt and new tokens, no
-        padding.
+        padding. With return_logprobs the pair of that and B lists of a float per new token.
 
     Raises InputError: empty prompts, ids out of range, a prompt as long as the context, impossible
     options.
@@ -135,11 +140,17 @@ def generate(
     ends = _end_ids(model, stop_ids, ignore_eos)
     generators = make_generators(seed, ids.shape[0])
     new: list[list[int]] = [[] for _ in range(ids.shape[0])]
+    logprobs: list[list[float]] = [[] for _ in range(ids.shape[0])]
     if max_new_tokens and ids.shape[0]:
         live = set(range(ids.shape[0]))
         state = _Decoding(model, ids, mask, max_new_tokens, sampling)
         for _ in range(state.steps):
-            tokens = state.step(generators).tolist()
+            chosen = state.step(generators)
+            tokens = chosen.tolist()
+            if return_logprobs:
+                for row, logp in enumerate(sampling.logprobs(state.logits, chosen).tolist()):
+                    if row in live:
+                        logprobs[row].append(logp)
             for row in sorted(live):
                 token = tokens[row]
                 new[row].append(token)
@@ -150,13 +161,15 @@ def generate(
                 break
     if lengths is not None:
         prompts = [ids[r, ids.shape[1] - n :].tolist() for r, n in enumerate(lengths)]
-        return [p + n for p, n in zip(prompts, new)]
+        whole = [p + n for p, n in zip(prompts, new)]
+        return (whole, logprobs) if return_logprobs else whole
     width = max(map(len, new), default=0)
     pad = model.config.pad_token_id
     # a slice: with max_new_tokens 0 no row has a last token
     rows = [n + (n[-1:] if pad is None else [pad]) * (width - len(n)) for n in new]
     tail = torch.tensor(rows, dtype=torch.int64, device=ids.device).view(len(rows), width)
-    return torch.cat((ids.long(), tail), 1)
+    whole = torch.cat((ids.long(), tail), 1)
+    return (whole, logprobs) if return_logprobs else whole
 
 
 def _end_ids(

@@ -110,6 +110,13 @@ class Sampling:
         place = torch.searchsorted(reached, u * reached[:, -1:], right=True)
         return ids.gather(-1, place.clamp(max=p.shape[1] - 1))[:, 0]
 
+    def logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """log softmax(logits / temperature) at `tokens` (B,), (B,) float32: filters do not count,
+        and greedy choice has temperature 1.
+        """
+        scaled = logits.float() / (self.temperature or 1.0)
+        return scaled.gather(-1, tokens[:, None])[:, 0] - torch.logsumexp(scaled, -1)
+
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens in `seen` (B, V) bool less likely in (B, V) logits (CTRL, arXiv:1909.05858).

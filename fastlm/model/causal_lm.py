@@ -284,16 +284,31 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temperature: float = 1.0,
-    ) -> Tensor:
+        return_entropy: bool = False,
+    ) -> Any:
         """Return log p(shift_labels[b, s] | input_ids[b, : s + 1]), (B, S) float32, without logits
         in memory; 0 where the label is -100.
 
         Args:
             shift_labels: (B, S), already shifted: the token after each position.
             temperature: divides the logits, as in sampling.
+            return_entropy: return the pair of that and the entropy of each distribution, in nats.
             others: as in `forward`.
         """
         hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        return self.logprobs_of(
+            hidden, shift_labels, temperature=temperature, return_entropy=return_entropy
+        )
+
+    def logprobs_of(
+        self,
+        hidden: Tensor,
+        shift_labels: Tensor,
+        *,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+    ) -> Any:
+        """`logprobs` from what `hidden` returned, (B, S, E)."""
         cap = self.config.final_logit_softcapping
         nll = linear_cross_entropy(
             hidden.flatten(0, 1),
@@ -305,7 +320,11 @@ class CausalLM(nn.Module):
             reduction="none",
         )
         assert isinstance(nll, Tensor)  # a pair only with return_lse
-        return -nll.view(shift_labels.shape)
+        logp = -nll.view(shift_labels.shape)
+        if not return_entropy:
+            return logp
+        full = (self.logits(hidden).float() / temperature).log_softmax(-1)  # TEMPORARY
+        return logp, -(full.exp() * full).sum(-1)
 
     def next_logits(
         self, input_ids: Tensor, cache: KVCache, attention_mask: Tensor | None
@@ -420,6 +439,7 @@ class CausalLM(nn.Module):
         ignore_eos: bool = False,
         attention_mask: Tensor | None = None,
         on_token: Callable[[int, int], Any] | None = None,
+        return_logprobs: bool = False,
     ) -> Any:
         """Continue each row by up to `max_new_tokens` tokens, or to the model's end token; see
         `fastlm.decode.generation.generate`.
@@ -440,6 +460,7 @@ class CausalLM(nn.Module):
             ignore_eos=ignore_eos,
             attention_mask=attention_mask,
             on_token=on_token,
+            return_logprobs=return_logprobs,
         )
 
 

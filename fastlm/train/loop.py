@@ -46,7 +46,18 @@ from fastlm.train.state import (
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class NonFiniteError(ArithmeticError):
+class DivergedError(ArithmeticError):
+    """The training has left the range in which it can go on. ``steps``: how many steps ago all was
+    well. Raised by `train`, the message names the newest checkpoint that old.
+    """
+
+    def __init__(self, message: str, *, steps: int = 0):
+        super().__init__(message)
+        self.steps = steps
+        self.good: Path | None = None  # the checkpoint that the message names
+
+
+class NonFiniteError(DivergedError):
     """The loss or the gradient is not finite. The message names the step, its batch and the last
     good checkpoint in one line.
     """
@@ -286,7 +297,10 @@ class _Loop:
         o = self.options
         began = time.perf_counter()
         position = self.objective.position()
-        batches = self.objective.next_batches(o.accumulate)
+        try:
+            batches = self.objective.next_batches(o.accumulate)
+        except DivergedError as error:
+            raise self.diverged(DivergedError, str(error), error.steps) from None
         num_items = sum(self.objective.num_items(batch) for batch in batches)
         lr = learning_rate(
             self.progress(0.5, 0.5 * num_items),
@@ -331,12 +345,17 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def not_finite(self, what: str, value: float, position: str) -> NonFiniteError:
-        good = list_checkpoints(self.run_dir)
-        return NonFiniteError(
-            f"step {self.step + 1}: the {what} is {value}; batch: {position}; "
-            f"last good checkpoint: {good[-1] if good else 'none'}"
-        )
+    def not_finite(self, what: str, value: float, position: str) -> DivergedError:
+        return self.diverged(NonFiniteError, f"the {what} is {value}; batch: {position}", 0)
+
+    def diverged(self, kind: type[DivergedError], message: str, steps: int) -> DivergedError:
+        """The error of the step that runs, after ``steps`` that cannot be trusted."""
+        trusted = checkpoint_path(self.run_dir, self.step - steps)
+        good = [p for p in list_checkpoints(self.run_dir) if p.name <= trusted.name]
+        named = good[-1] if good else "none"
+        error = kind(f"step {self.step + 1}: {message}; last good checkpoint: {named}", steps=steps)
+        error.good = good[-1] if good else None
+        return error
 
     def moments(self) -> None:
         """Run the validations and samples that fall between the last step and now. Their time does

@@ -262,23 +262,27 @@ def grpo_loss(
 
     Args:
         ref_logp: (B, S); None only with beta = 0.
-        advantages: (B,), of `grpo_advantages` or `rloo_advantages`.
+        advantages: (B,), of `grpo_advantages` or `rloo_advantages`; (B, S) where tokens have
+            weights of their own.
         how: "sequence" is GRPO's mean over answers of token means; "token" is DAPO's (Yu et al.
             2025, arXiv:2503.14476); "constant" with num_items = B * max length is Dr. GRPO's.
 
     Returns:
         (loss, metrics): those of `ppo_policy_loss`, and "kl" (k3) where there is a reference.
     """
-    if advantages.shape != logp.shape[:1]:
+    if advantages.shape not in (logp.shape[:1], logp.shape):
         raise InputError(
-            f"advantages: wanted one per row, {tuple(logp.shape[:1])},"
-            f" got shape {tuple(advantages.shape)}"
+            f"advantages: wanted one per row, {tuple(logp.shape[:1])}, or per token,"
+            f" {tuple(logp.shape)}, got shape {tuple(advantages.shape)}"
         )
     if ref_logp is None and beta:
         raise InputError(f"ref_logp: wanted log-probabilities with beta={beta:g}, got None")
-    keep, logp, old_logp = _read(mask, logp=logp, old_logp=old_logp.detach())
-    spread = advantages.detach().to(logp.dtype)[:, None].expand_as(logp)
-    loss, metrics = _clipped(logp, old_logp, spread, clip, None)
+    if advantages.ndim == 1:
+        advantages = advantages[:, None].expand_as(logp)
+    keep, logp, old_logp, advantages = _read(
+        mask, logp=logp, old_logp=old_logp.detach(), advantages=advantages.detach()
+    )
+    loss, metrics = _clipped(logp, old_logp, advantages, clip, None)
     if ref_logp is not None:
         _, reference = _read(mask, ref_logp=ref_logp.detach())
         if kl_gradient not in ("k2", "k3"):

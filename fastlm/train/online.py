@@ -1,0 +1,423 @@
+"""What PPO and GRPO share: rounds of rollouts from the current policy, each learnt from in several
+passes.
+
+A round draws prompts, samples answers to them (`fastlm.train.rollouts`), scores them, and keeps
+what the update needs: log-probabilities of the policy that sampled them and of the reference, and
+advantages. A pass takes all answers of the round once, in a fresh order. A step of the optimizer
+takes ``batch_size * accumulate`` of them.
+
+Temperature divides the logits everywhere: in sampling, in the policy, in the reference and in the
+update. Dropout is off in all of them.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastlm.errors import InputError
+from fastlm.train.loop import DivergedError, decay_matrices
+from fastlm.train.losses import Metrics, aggregate, pooled
+from fastlm.train.monitors import of_round
+from fastlm.train.rollouts import Answer, Packed, pack_answers, padded, sample_answers
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
+# Returns the score of each answer, given the places of their prompts in the list of prompts
+Score = Callable[[Sequence[int], Sequence[Answer]], Sequence[float]]
+ALARM = 3.0  # standard errors below 0 at which a KL estimate is not chance
+TOP_WEIGHT = 2.0  # truncated importance sampling (Yao et al. 2025; verl's default)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rollouts are made and scored; see the options of `fastlm.train.rl_options.OnlineOptions`,
+    which have the same names.
+    """
+
+    seed: int = 0
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    prompts: int = 16
+    answers: int = 4
+    passes: int = 1
+    batch_size: int = 8
+    decode_batch: int = 64
+    beta: float = 0.0
+    kl_target: float | None = None
+    kl_horizon: float = 10_000.0
+    max_kl: float = 100.0
+    max_update_kl: float | None = None
+    missing_end: float | None = None
+    mismatch: float = 0.05
+    scale_scores: bool = False
+    val_prompts: int = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: ``packed`` tokens, and ``columns``, (B, S) or (B,) float32, for each of its
+    answers. ``items`` is the denominator of the step, over all of its micro-batches.
+    """
+
+    packed: Packed
+    columns: Mapping[str, Tensor]
+    items: float
+
+
+class RunningScale:
+    """Count, mean and sum of squared deviations of all scores so far (Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, scores: np.ndarray) -> None:
+        count, mean = len(scores), float(scores.mean())
+        total = self.count + count
+        gap = mean - self.mean
+        self.squares += float(((scores - mean) ** 2).sum()) + gap**2 * self.count * count / total
+        self.mean += gap * count / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation, or 1 while all scores are equal."""
+        variance = self.squares / self.count if self.count else 0.0
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+
+def importance(difference: Tensor) -> Tensor:
+    """Truncated importance weights of log-probabilities in training minus those in sampling."""
+    return difference.clamp(max=math.log(TOP_WEIGHT)).exp()
+
+
+class Online:
+    """An objective (`fastlm.train.loop.Objective`) on answers that the policy samples.
+
+    ``prompts``: token ids of each. ``score``: see `Score`. ``reference``: the frozen policy that KL
+    is measured to. A subclass defines `estimate` (advantages of a round), `items` (the denominator
+    of a step) and `micro_loss`.
+    """
+
+    # columns of a round that are kept for its updates, beside "old_logp"
+    columns: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        policy: "CausalLM",
+        reference: "CausalLM",
+        prompts: Sequence[Sequence[int]],
+        heldout: Sequence[Sequence[int]],
+        score: Score,
+        rules: Rules,
+        *,
+        base: str,
+        score_heldout: Score | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        places: Sequence[str] = (),
+        answer_text: Callable[[Sequence[int]], str] | None = None,
+        sample_prompt: Sequence[int] = (),
+        warn: Callable[[str], Any] = lambda message: None,
+    ):
+        if not prompts:
+            raise InputError("prompts: wanted at least one, got none")
+        self.policy, self.trained, self.reference = policy, policy, reference
+        self.prompts, self.heldout, self.rules, self.base = prompts, heldout, rules, base
+        self.score, self.score_heldout = score, score_heldout or score
+        self.stop_ids, self.places, self.warn = stop_ids, places, warn
+        self.answer_text, self.sample_prompt = answer_text, sample_prompt
+        self.beta = self.next_beta = rules.beta  # of this round, of the next one
+        self.scale = RunningScale()
+        self.round = -1  # of the rollouts at hand
+        self.at = 0  # answers of all passes that were taken
+        self.steps = 0  # of the optimizer, since the round began
+        self.chosen: list[int] = []  # prompts of the round, one per answer
+        self.answers: list[Answer] = []
+        self.kept: dict[str, Tensor] = {}
+        self.made: dict[str, float] = {}  # what the round measured
+        self.step_metrics: list[tuple[Metrics, ...]] = []  # of its micro-batches
+        self.stop = False  # the update moved too far: the next step begins a new round
+        for model in (policy, reference):
+            without_dropout(model)
+        reference.requires_grad_(False).eval()
+
+    # what a subclass defines
+
+    def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return `columns` from the scores (R,) of a round: advantages and what else there is.
+        ``kept`` holds logp, ref_logp and difference (R, S), and what `measure` adds.
+        """
+        raise NotImplementedError
+
+    def items(self, rows: list[int]) -> float:
+        """Return the denominator of a step with these answers of the round."""
+        raise NotImplementedError
+
+    def micro_loss(self, batch: Batch) -> tuple[Tensor, tuple[Metrics, ...]]:
+        raise NotImplementedError
+
+    def measure(self, packed: Packed) -> dict[str, Tensor]:
+        """Return "logp" of the policy for a micro-batch of a round, and what else the update needs,
+        (B, S) each.
+        """
+        return {"logp": self.logprobs(self.policy, packed)[0]}
+
+    # log-probabilities
+
+    def logprobs(self, model: "CausalLM", packed: Packed) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the answers' tokens and entropies, (B, S)."""
+        hidden = model.hidden(packed.ids, cu_seqlens=packed.cu_seqlens)
+        return self.logprobs_of(model, hidden, packed)
+
+    def logprobs_of(
+        self, model: "CausalLM", hidden: Tensor, packed: Packed
+    ) -> tuple[Tensor, Tensor]:
+        """The same from the model's hidden states (1, total, E)."""
+        logp, entropy = model.logprobs_of(
+            hidden, packed.labels, temperature=self.rules.temperature, return_entropy=True
+        )
+        return packed.rows(logp), packed.rows(entropy)
+
+    def mean_entropy(self, entropy: Tensor, mask: Tensor) -> Metrics:
+        return {"entropy": aggregate(entropy.detach(), mask), "tokens": mask.sum()}
+
+    # a round
+
+    def _prompts_of_round(self) -> list[int]:
+        """The places of the next prompts: every prompt once per epoch, in an order of its own."""
+        start = self.round * self.rules.prompts
+        count = len(self.prompts)
+        chosen = []
+        for place in range(start, start + self.rules.prompts):
+            epoch, at = divmod(place, count)
+            chosen.append(int(self._order(0, epoch, count)[at]))
+        return chosen
+
+    def _order(self, *key: int) -> np.ndarray:
+        """A permutation of range(key[-1]) that depends on the seed and the key alone."""
+        return np.random.Generator(np.random.PCG64([self.rules.seed, *key])).permutation(key[-1])
+
+    def _begin_round(self) -> None:
+        rules = self.rules
+        self.round, self.at, self.stop = self.round + 1, 0, False
+        self.chosen = [i for i in self._prompts_of_round() for _ in range(rules.answers)]
+        words = np.random.SeedSequence([rules.seed, 1, self.round]).generate_state(1, np.uint64)
+        self.policy.eval()
+        self.answers = sample_answers(
+            self.policy, [self.prompts[i] for i in self.chosen],
+            max_new_tokens=rules.max_new_tokens, temperature=rules.temperature,
+            seed=int(words[0] >> np.uint64(2)), stop_ids=self.stop_ids, rows=rules.decode_batch,
+        )  # fmt: skip
+        scores = np.array(self.score(self.chosen, self.answers), np.float64)
+        if self.rules.missing_end is not None:
+            scores[[not answer.ended for answer in self.answers]] = self.rules.missing_end
+        mask = self._mask(range(len(self.answers)))
+        kept = self._measured()
+        self._watch(scores, kept, mask)
+        if rules.scale_scores:
+            self.scale.add(scores)
+            scores = scores / self.scale.deviation
+        device = self.policy.device
+        found = self.estimate(torch.tensor(scores, dtype=torch.float32, device=device), mask, kept)
+        self.kept = {"old_logp": kept["logp"], **{k: found[k] for k in self.columns}}
+        self.policy.train()
+
+    def _mask(self, rows: Sequence[int]) -> Tensor:
+        lengths = torch.tensor([len(self.answers[i].tokens) for i in rows])
+        longest = max(len(answer.tokens) for answer in self.answers)
+        return (torch.arange(longest) < lengths[:, None]).to(self.policy.device)
+
+    def _packed(self, rows: Sequence[int]) -> Packed:
+        return pack_answers(
+            [self.prompts[self.chosen[i]] for i in rows],
+            [self.answers[i].tokens for i in rows], self.policy.device,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _measured(self) -> dict[str, Tensor]:
+        """logp and ref_logp of the round's answers, (R, S), and importance weights."""
+        rules, total = self.rules, len(self.answers)
+        longest = max(len(answer.tokens) for answer in self.answers)
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, total, rules.batch_size):
+            packed = self._packed(range(start, min(start + rules.batch_size, total)))
+            found = {
+                **self.measure(packed), "ref_logp": self.logprobs(self.reference, packed)[0],
+            }  # fmt: skip
+            for name, value in found.items():
+                width = longest - value.shape[1]
+                parts.setdefault(name, []).append(torch.nn.functional.pad(value, (0, width)))
+        kept = {name: torch.cat(values) for name, values in parts.items()}
+        # the engine that samples and the one that trains round differently
+        sampled = padded([answer.logprobs for answer in self.answers]).to(kept["logp"].device)
+        kept["difference"] = kept["logp"] - sampled
+        return kept
+
+    def _watch(self, scores: np.ndarray, kept: dict[str, Tensor], mask: Tensor) -> None:
+        """Measure a round; raise DivergedError where the policy is too far from the reference."""
+        rules = self.rules
+        self.made = of_round(
+            scores, self.answers, kept["logp"], kept["ref_logp"], kept["difference"], mask
+        )
+        self.made |= {"round": self.round, "beta": self.beta}
+        kl, error, mismatch = (self.made[name] for name in ("kl", "kl_error", "mismatch"))
+        if not abs(kl) <= rules.max_kl:
+            raise DivergedError(
+                f"round {self.round}: the KL to the reference is {kl:.3g} nats per answer, wanted"
+                f" at most max_kl {rules.max_kl:g}",
+                steps=self.steps,
+            )
+        if kl < -ALARM * error - 1e-3:
+            self.warn(
+                f"round {self.round}: the KL estimate is {kl:.3g} nats per answer, more than"
+                f" {ALARM:g} standard errors below 0: the policy that samples is not the one that"
+                " is trained"
+            )
+        if mismatch <= rules.mismatch:
+            kept["difference"] = torch.zeros_like(kept["difference"])
+        else:
+            self.warn(
+                f"round {self.round}: log-probabilities in sampling and in training differ by"
+                f" {mismatch:.3g} nats per token, more than mismatch {rules.mismatch:g}: the update"
+                " has truncated importance weights"
+            )
+        if rules.kl_target is not None:  # Ziegler et al. 2019, arXiv:1909.08593
+            off = min(max(kl / rules.kl_target - 1, -0.2), 0.2)
+            self.next_beta = self.beta * (1 + off * len(scores) / rules.kl_horizon)
+
+    # Objective
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return decay_matrices(self.policy, weight_decay)
+
+    def identity(self) -> dict[str, Any]:
+        digest = sha256()
+        for prompt in (*self.prompts, (), *self.heldout):
+            digest.update(np.array([len(prompt), *prompt], np.int64).tobytes())
+        return {"base": self.base, "prompts": digest.hexdigest()[:16], **asdict(self.rules)}
+
+    def _over(self) -> bool:
+        return self.stop or self.at >= len(self.answers) * self.rules.passes
+
+    def next_batches(self, count: int) -> list[Batch]:
+        """Return the micro-batches of a step: ``count``, or what the pass has left."""
+        if self._over():
+            self.beta = self.next_beta
+            self._begin_round()
+            self.steps = 0
+        self.steps += 1
+        self.step_metrics = []
+        total, size = len(self.answers), self.rules.batch_size
+        number, start = divmod(self.at, total)
+        rows = self._order(2, self.round, number, total)[start : start + count * size].tolist()
+        self.at += len(rows)
+        items = self.items(rows)
+        return [self._batch(rows[i : i + size], items) for i in range(0, len(rows), size)]
+
+    def _batch(self, rows: list[int], items: float) -> Batch:
+        packed = self._packed(rows)
+        width = packed.mask.shape[1]
+        columns = {
+            name: value[rows, :width] if value.ndim == 2 else value[rows]
+            for name, value in self.kept.items()
+        }
+        return Batch(packed, columns, items)
+
+    def num_items(self, batch: Batch) -> int:
+        return int(batch.packed.mask.sum())
+
+    def loss(self, batch: Batch, num_items: int) -> Tensor:
+        del num_items  # tokens; the denominator of the loss is the batch's own
+        loss, metrics = self.micro_loss(batch)
+        self.step_metrics.append(metrics)
+        return loss
+
+    def scalars(self) -> dict[str, float]:
+        step = {
+            name: float(value)
+            for parts in zip(*self.step_metrics, strict=True)
+            for name, value in pooled(parts).items()
+            if name != "tokens"
+        }
+        most = self.rules.max_update_kl
+        self.stop = most is not None and step["approx_kl"] > most
+        return {**self.made, **step}
+
+    def position(self) -> str:
+        if self.round < 0 or self._over():
+            return f"round {self.round + 1}, from its first answer"
+        number, start = divmod(self.at, len(self.answers))
+        first = self.chosen[int(self._order(2, self.round, number, len(self.answers))[start])]
+        place = f", {self.places[first]}" if self.places else ""
+        return f"round {self.round}, pass {number}, from answer {start}{place}"
+
+    def state_dict(self) -> dict[str, Any]:
+        tokens = [answer.tokens for answer in self.answers]
+        return {
+            "round": self.round, "at": self.at, "steps": self.steps, "stop": self.stop,
+            "beta": self.beta, "next_beta": self.next_beta, "made": self.made,
+            "scale": [self.scale.count, self.scale.mean, self.scale.squares],
+            "chosen": torch.tensor(self.chosen),
+            "ended": torch.tensor([answer.ended for answer in self.answers]),
+            "lengths": torch.tensor([len(row) for row in tokens]),
+            "tokens": torch.tensor([*chain(*tokens)], dtype=torch.int64),
+            **{f"kept.{name}": value for name, value in self.kept.items()},
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.round, self.at, self.stop = state["round"], state["at"], state["stop"]
+        self.steps = state["steps"]
+        self.beta, self.next_beta, self.made = state["beta"], state["next_beta"], state["made"]
+        self.scale.count, self.scale.mean, self.scale.squares = state["scale"]
+        self.chosen = state["chosen"].tolist()
+        rows = state["tokens"].split(state["lengths"].tolist())
+        ended = state["ended"].tolist()
+        self.answers = [Answer(row.tolist(), [], bool(e)) for row, e in zip(rows, ended)]
+        device = self.policy.device
+        self.kept = {
+            name.removeprefix("kept."): value.to(device)
+            for name, value in state.items()
+            if name.startswith("kept.")
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Return the mean score of greedy answers to held-out prompts, with its standard error."""
+        count = min(len(self.heldout), self.rules.val_prompts)
+        if not count:
+            return {}
+        answers = sample_answers(
+            self.policy, self.heldout[:count], max_new_tokens=self.rules.max_new_tokens,
+            temperature=0.0, stop_ids=self.stop_ids, rows=self.rules.decode_batch,
+        )  # fmt: skip
+        scores = np.array(self.score_heldout(range(count), answers), np.float64)
+        return {
+            "val_score": float(scores.mean()),
+            "val_score_error": float(scores.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0,
+            "val_length": float(np.mean([len(answer.tokens) for answer in answers])),
+            "val_ended": float(np.mean([answer.ended for answer in answers])),
+        }
+
+    def sample(self) -> str | None:
+        if self.answer_text is None or not self.sample_prompt:
+            return None
+        (answer,) = sample_answers(
+            self.policy, [self.sample_prompt], max_new_tokens=self.rules.max_new_tokens,
+            temperature=0.0, stop_ids=self.stop_ids,
+        )  # fmt: skip
+        return self.answer_text(answer.tokens)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Switch attention dropout off: the policy's log-probabilities must not be random."""
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0  # type: ignore[assignment]
+        if hasattr(getattr(module, "config", None), "attention_dropout"):
+            module.config.attention_dropout = 0.0  # type: ignore[union-attr]

@@ -1,0 +1,145 @@
+"""PPO: a policy and a value model that estimates, at every token, the score to come."""
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlm.train.loop import decay_matrices
+from fastlm.train.losses import (
+    Metrics,
+    aggregate,
+    gae,
+    kl_penalty,
+    ppo_policy_loss,
+    ppo_value_loss,
+    whiten,
+)
+from fastlm.train.online import Batch, Online, importance, without_dropout
+from fastlm.train.rollouts import Packed
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
+
+@dataclass(frozen=True)
+class PpoRules:
+    """The options of `fastlm.train.ppo.Ppo` of the same names."""
+
+    clip: float = 0.2
+    dual_clip: float | None = None
+    value_clip: float = 0.2
+    value_weight: float = 0.1
+    value_lr: float = 1.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    entropy: float = 0.0
+    kl_penalty: str = "k1"
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+
+
+class ValueModel(nn.Module):
+    """The score to come at every token: a trunk, and a head from its hidden states to a number.
+
+    ``trunk`` None shares the policy's, which then is given to `values`.
+    """
+
+    def __init__(self, trunk: "CausalLM | None", width: int):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def values(self, packed: Packed, hidden: Tensor | None = None) -> Tensor:
+        """(B, S): before each token of the answers."""
+        if hidden is None:
+            assert self.trunk is not None  # or the policy's hidden states are given
+            hidden = self.trunk.hidden(packed.ids, cu_seqlens=packed.cu_seqlens)
+        head = self.head  # in float32: bfloat16 would round a value to 8 bits
+        return packed.rows(F.linear(hidden.float(), head.weight.float(), head.bias.float())[..., 0])
+
+
+class ActorCritic(Online):
+    """The objective of `fastlm.train.ppo.Ppo`; the conventions are those of docs/ppo.md.
+
+    ``value``: the value model; see `ValueModel`.
+    """
+
+    columns = ("advantages", "returns", "values")
+
+    def __init__(self, *args: Any, value: ValueModel, ppo: PpoRules, **options: Any):
+        super().__init__(*args, **options)
+        self.value, self.ppo = value, ppo
+        self.trained = nn.ModuleDict({"policy": self.policy, "value": value})
+        without_dropout(value)
+
+    def identity(self) -> dict[str, Any]:
+        shared = self.value.trunk is None
+        return {**super().identity(), **asdict(self.ppo), "value_shared": shared}
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        value = decay_matrices(self.value, weight_decay)
+        return [
+            *decay_matrices(self.policy, weight_decay),
+            *({**group, "lr": self.ppo.value_lr} for group in value),
+        ]
+
+    def both(self, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities, entropies and values, (B, S) each, from one forward of each trunk."""
+        hidden = self.policy.hidden(packed.ids, cu_seqlens=packed.cu_seqlens)
+        logp, entropy = self.logprobs_of(self.policy, hidden, packed)
+        own = self.value.trunk is not None
+        return logp, entropy, self.value.values(packed, None if own else hidden)
+
+    def measure(self, packed: Packed) -> dict[str, Tensor]:
+        logp, _, values = self.both(packed)
+        return {"logp": logp, "values": values}
+
+    def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        rules, logp, values = self.ppo, kept["logp"], kept["values"]
+        penalty = kl_penalty(logp, kept["ref_logp"], rules.kl_penalty, mask=mask)  # type: ignore[arg-type]
+        rewards = -self.beta * penalty
+        last = mask.sum(1) - 1
+        rewards[torch.arange(len(last)), last] += scores
+        if rules.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, values, mask, gamma=rules.gamma, lam=rules.lam)
+        spread = float(aggregate((returns - aggregate(returns, mask)).square(), mask))
+        error = float(aggregate((returns - values).square(), mask))
+        self.made["explained_variance"] = 1 - error / spread if spread > 0 else 0.0
+        if rules.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        return {
+            "advantages": advantages * importance(kept["difference"]),
+            "returns": returns,
+            "values": values,
+        }
+
+    def items(self, rows: list[int]) -> float:
+        return float(sum(len(self.answers[i].tokens) for i in rows))
+
+    def micro_loss(self, batch: Batch) -> tuple[Tensor, tuple[Metrics, ...]]:
+        c, mask, rules = batch.columns, batch.packed.mask, self.ppo
+        logp, entropy, values = self.both(batch.packed)
+        loss, metrics = ppo_policy_loss(
+            logp, c["old_logp"], c["advantages"], mask, clip=rules.clip, dual_clip=rules.dual_clip,
+            num_items=batch.items,
+        )  # fmt: skip
+        value_loss, of_value = ppo_value_loss(
+            values, c["values"], c["returns"], mask, clip=rules.value_clip, num_items=batch.items
+        )
+        of_value["value_clip_fraction"] = of_value.pop("clip_fraction")
+        loss = loss + rules.value_weight * value_loss
+        if rules.entropy:
+            loss = loss - rules.entropy * aggregate(entropy, mask, num_items=batch.items)
+        return loss, (metrics, of_value, self.mean_entropy(entropy, mask))
+
+
+def value_model(policy: "CausalLM", *, shared: bool) -> ValueModel:
+    """A value model with a copy of the policy's trunk, or with the policy's own."""
+    return ValueModel(None if shared else copy.deepcopy(policy), policy.config.hidden_size)

@@ -1,0 +1,124 @@
+"""Experience for PPO and its relatives: answers that the current policy samples, tokens in, tokens
+out.
+
+An answer keeps the ids that were sampled and their log-probabilities; its text is never tokenised
+again. Which tokens are an answer's follows from lengths, never from token ids: a model whose pad
+token is its end token (SmolLM2-Instruct) learns its end token like any other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlm.errors import InputError
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """``tokens``: sampled ids, with the end token if it was drawn (``ended``). ``logprobs``: of
+    each token, under the distribution that it was drawn from.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    ended: bool
+
+
+def sample_answers(
+    model: "CausalLM",
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    stop_ids: frozenset[int] = frozenset(),
+    rows: int = 64,
+    tick: Callable[[int], Any] | None = None,
+) -> list[Answer]:
+    """Sample an answer to every prompt, ``rows`` at a time.
+
+    Answer i draws from ``seed + i``. It ends with the first end token of the model or of
+    ``stop_ids``, which is kept, or after ``max_new_tokens``. There are no top-k, top-p and min-p:
+    they would sample from another policy than the one that is trained, whose KL estimates would
+    be wrong (even negative). Temperature 0 is greedy, for validation.
+
+    Raises InputError: see `fastlm.decode.generation.generate`; a prompt that leaves no room.
+    """
+    ends = stop_ids | model.config.stop_ids
+    answers: list[Answer] = []
+    for start in range(0, len(prompts), rows):
+        part = [list(prompt) for prompt in prompts[start : start + rows]]
+        longest = max(map(len, part))
+        if longest + max_new_tokens > model.context_limit:
+            raise InputError(
+                f"prompts: wanted at most {model.context_limit - max_new_tokens} tokens, which"
+                f" leave room for max_new_tokens {max_new_tokens}, got {longest}"
+            )
+        whole, logprobs = model.generate(
+            part, max_new_tokens=max_new_tokens, temperature=temperature,
+            seed=(seed + start) % 2**63, stop_ids=ends, return_logprobs=True,
+        )  # fmt: skip
+        for prompt, row, logp in zip(part, whole, logprobs, strict=True):
+            tokens = row[len(prompt) :]
+            answers.append(Answer(tokens, logp, tokens[-1] in ends))
+        if tick is not None:
+            tick(len(answers))
+    return answers
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prompts and answers joined without padding, for one forward.
+
+    ``ids`` and ``labels`` (1, total), the labels shifted and only those of answers; ``cu_seqlens``
+    (B + 1,) int32; ``mask`` (B, S) bool, true on the tokens of an answer, S those of the longest.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    mask: Tensor
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(1, total) -> (B, S): what belongs to each answer's tokens, 0 beyond its end."""
+        out = torch.zeros(self.mask.shape, dtype=x.dtype, device=x.device)
+        return out.masked_scatter(self.mask, x[self.labels != IGNORE])
+
+
+def pack_answers(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device
+) -> Packed:
+    """Join each prompt with its answer. Neither may be empty.
+
+    The last token of an answer is predicted but not read: nothing follows it.
+    """
+    ids = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+    labels = [
+        [*([IGNORE] * (len(prompt) - 1)), *answer]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    lengths = torch.tensor([len(answer) for answer in answers])
+    return Packed(
+        torch.tensor([[*chain(*ids)]], device=device),
+        torch.tensor([[*chain(*labels)]], device=device),
+        torch.tensor(np.cumsum([0, *map(len, ids)]), dtype=torch.int32, device=device),
+        (torch.arange(int(lengths.max())) < lengths[:, None]).to(device),
+    )
+
+
+def padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    """(B, S) float32 of B lists, 0 after each one's end."""
+    out = torch.zeros(len(rows), max(map(len, rows), default=0))
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row)
+    return out
