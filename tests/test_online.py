@@ -1,0 +1,447 @@
+"""Rollouts, and PPO, GRPO, Dr. GRPO and RLOO on them: tiny games whose optimum is known, exact
+resume, independence of micro-batches, and what stops or warns.
+"""
+
+import copy
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.train import online
+from fastlm.train.grpo_objective import LOSS_TYPES, GroupRelative, GroupRules
+from fastlm.train.loop import DivergedError, Interrupted, train
+from fastlm.train.monitors import correlation, repetition
+from fastlm.train.online import Rules, RunningScale
+from fastlm.train.options import TrainOptions
+from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
+from fastlm.train.rollouts import IGNORE, Answer, pack_answers, sample_answers
+from fastlm.train.state import list_checkpoints
+
+END, BOS, WORDS = 0, 1, 8
+KINDS = ("ppo", *LOSS_TYPES)
+OPTIONS = TrainOptions(
+    max_steps=8, lr=0.02, dtype="float32", validations=0, sample_at=(), weight_decay=0.0,
+    warmup=0.0, checkpoint_every=3,
+)  # fmt: skip
+RULES = Rules(
+    max_new_tokens=4, prompts=3, answers=4, passes=2, batch_size=3, decode_batch=12, beta=0.1
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model_of(**changes) -> CausalLM:
+    config = {
+        "model_type": "llama", "vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32,
+        "eos_token_id": END, "pad_token_id": END, "tie_word_embeddings": False,
+        "initializer_range": 0.3, "attention_dropout": 0.5,
+    }  # fmt: skip
+    return CausalLM(ModelConfig.from_dict(config | changes), seed=3)
+
+
+PROMPTS = [[BOS, 5, 6], [BOS], [BOS, 2, 3, 4, 7], [BOS, 3]]
+
+
+def sevens(places, answers: list[Answer]) -> list[float]:
+    """The share of a token among those of an answer."""
+    del places
+    return [sum(t == 7 for t in a.tokens) / len(a.tokens) for a in answers]
+
+
+def objective(kind: str, rules: Rules = RULES, prompts=PROMPTS, score=sevens, **options):
+    torch.manual_seed(0)
+    policy = model_of(**options.pop("config", {}))
+    of_ppo = options.pop("ppo", PpoRules(value_weight=0.5))
+    shared = options.pop("shared", False)
+    group = options.pop("group", GroupRules())
+    options = {"base": "", **options}
+    args = (policy, copy.deepcopy(policy), prompts, prompts[:2], score, rules)
+    if kind == "ppo":
+        value = value_model(policy, shared=shared)
+        return ActorCritic(*args, value=value, ppo=of_ppo, **options)
+    return GroupRelative(*args, group=replace(group, loss_type=kind), **options)
+
+
+def lines(run) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "tokens_per_second", "progress")
+    return [{k: v for k, v in line.items() if k not in clock} for line in found]
+
+
+# ---- rollouts
+
+
+def test_answers_have_the_log_probabilities_that_training_computes() -> None:
+    model = model_of().eval()
+    answers = sample_answers(model, PROMPTS * 3, max_new_tokens=6, temperature=0.7, seed=5)
+    assert {a.ended for a in answers} == {True, False}  # both kinds were drawn
+    for prompt, answer in zip(PROMPTS * 3, answers, strict=True):
+        assert answer.ended == (answer.tokens[-1] == END)  # kept, although it is the pad token
+        assert END not in answer.tokens[:-1] and 1 <= len(answer.tokens) <= 6
+        packed = pack_answers([prompt], [answer.tokens], torch.device("cpu"))
+        logp = packed.rows(model.logprobs(packed.ids, packed.labels, temperature=0.7))
+        torch.testing.assert_close(logp[0], torch.tensor(answer.logprobs), rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_does_not_depend_on_its_batch() -> None:
+    model = model_of().eval()
+    whole = sample_answers(model, PROMPTS, max_new_tokens=5, seed=9)
+    parts = sample_answers(model, PROMPTS, max_new_tokens=5, seed=9, rows=1)
+    assert [a.tokens for a in whole] == [a.tokens for a in parts]
+    with pytest.raises(InputError, match="prompts: wanted at most 2 tokens, which leave room"):
+        sample_answers(model, PROMPTS, max_new_tokens=30)
+
+
+def test_packed_answers() -> None:
+    packed = pack_answers([[1, 5], [1]], [[7, 0], [6, 5, 0]], torch.device("cpu"))
+    assert packed.ids.tolist() == [[1, 5, 7, 1, 6, 5]]
+    assert packed.labels.tolist() == [[IGNORE, 7, 0, 6, 5, 0]]
+    assert packed.cu_seqlens.tolist() == [0, 3, 6] and packed.cu_seqlens.dtype == torch.int32
+    assert packed.mask.tolist() == [[True, True, False], [True, True, True]]
+    x = torch.tensor([[math.nan, 1.0, 2.0, 3.0, 4.0, 5.0]], requires_grad=True)
+    rows = packed.rows(x)
+    assert rows.tolist() == [[1, 2, 0], [3, 4, 5]]
+    rows.sum().backward()
+    assert x.grad.tolist() == [[0, 1, 1, 1, 1, 1]]
+
+
+# ---- what is learnt
+
+
+def one_step_game(kind: str, tmp_path, steps: int) -> tuple[Tensor, Tensor]:
+    """Answers of one token with rewards; the policy at the end, and the optimum: the reference
+    times exp(reward / beta), which alone maximises the expected reward - beta KL.
+    """
+    rewards = torch.tensor([0.0, 1.0, 0.5, 0.0, -1.0, 0.2, 0.0, 0.8])
+
+    def score(places, answers):
+        return [float(rewards[a.tokens[0]]) for a in answers]
+
+    rules = replace(RULES, max_new_tokens=1, prompts=1, answers=64, batch_size=64, beta=0.5)
+    rules = replace(rules, decode_batch=64, passes=1)
+    ppo = PpoRules(value_weight=1.0, whiten_advantages=False)
+    game = objective(kind, rules, [[BOS]], score, ppo=ppo)
+
+    def policy(model) -> Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([[BOS]])).logits[0, -1].softmax(-1)
+
+    wanted = (policy(game.reference).log() + rewards / rules.beta).softmax(-1)
+    options = replace(OPTIONS, max_steps=steps, lr=0.03, checkpoint_every=1000)
+    train(game, options, tmp_path)
+    return policy(game.policy), wanted
+
+
+# GRPO and DAPO divide by each group's deviation, which is not the gradient of this objective
+@pytest.mark.parametrize("kind", ["ppo", "dr_grpo", "rloo"])
+def test_the_optimum_under_a_kl_constraint_is_reached(kind, tmp_path) -> None:
+    got, wanted = one_step_game(kind, tmp_path, 80)
+    apart = float((got - wanted).abs().sum() / 2)  # total variation
+    assert apart < 0.03
+
+
+def copied(places, answers: list[Answer]) -> list[float]:
+    """A half for the second token of the prompt, a half for ending after one token."""
+    wanted = [COPY[i][1] for i in places]
+    return [
+        0.5 * (a.tokens[0] == w) + 0.5 * (a.tokens[1:] == [END])
+        for a, w in zip(answers, wanted, strict=True)
+    ]
+
+
+COPY = [[BOS, word] for word in range(2, WORDS)]
+
+
+@pytest.mark.parametrize("kind", ["ppo", "dapo", "rloo"])
+def test_a_policy_learns_to_copy_and_to_stop(kind, tmp_path) -> None:
+    """The end token is the pad token (SmolLM2-Instruct), and yet is learnt."""
+    rules = replace(RULES, prompts=6, answers=32, batch_size=192, decode_batch=192, beta=0.0)
+    game = objective(
+        kind, rules, COPY, copied, config={"initializer_range": 0.05, "hidden_size": 32},
+        group=GroupRules(entropy=0.03), ppo=PpoRules(value_weight=0.5, entropy=0.03),
+    )  # fmt: skip
+    before = np.mean(copied(range(6), greedy(game)))
+    train(game, replace(OPTIONS, max_steps=70, lr=0.005, checkpoint_every=100), tmp_path)
+    after = np.mean(copied(range(6), greedy(game)))
+    assert before < 0.5 and after > 0.9
+
+
+def greedy(game) -> list[Answer]:
+    return sample_answers(game.policy, COPY, max_new_tokens=4, temperature=0.0)
+
+
+# ---- the loop
+
+
+@pytest.mark.parametrize("kind", ["ppo", "ppo shared", "dapo", "rloo"])
+def test_cut_off_anywhere_it_continues_to_the_same_bits(kind, tmp_path) -> None:
+    """Also the KL controller, the scale of scores, and the stop of a round are restored."""
+    rules = replace(
+        RULES, kl_target=0.01, kl_horizon=100.0, scale_scores=True, max_update_kl=0.02,
+        missing_end=-0.5,
+    )  # fmt: skip
+    name, _, shared = kind.partition(" ")
+
+    def game():
+        return objective(name, rules, shared=bool(shared))
+
+    train(game(), replace(OPTIONS, max_steps=9), tmp_path / "whole")
+    for step in (1, 4, 6):
+
+        def press(event, step=step):
+            if event.get("step") == step and "loss" in event:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        run = tmp_path / f"cut-{step}"
+        with pytest.raises(Interrupted):
+            train(game(), replace(OPTIONS, max_steps=9), run, on_event=press)
+        train(game(), replace(OPTIONS, max_steps=9), run)
+        assert lines(run) == lines(tmp_path / "whole")
+        last = [list_checkpoints(tmp_path / p)[-1] for p in ("whole", run.name)]
+        whole, cut = ((path / "tensors.safetensors").read_bytes() for path in last)
+        assert whole == cut
+    steps = lines(tmp_path / "whole")
+    assert len({line["beta"] for line in steps}) > 1  # the controller moved
+    assert len({line["round"] for line in steps}) > 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_does_not_depend_on_its_micro_batches(kind) -> None:
+    """Twelve answers as 1, 2, 4 and 12 micro-batches: the same loss and gradient, although their
+    lengths differ and what lies beyond an answer's end is NaN.
+    """
+    found = {}
+    for size in (12, 6, 3, 1):
+        game = objective(kind, replace(RULES, batch_size=size))
+        game.trained.double()
+        game.reference.double()
+        with torch.no_grad():  # away from the point where all ratios are 1
+            batches = game.next_batches(12 // size)
+            for parameter in game.trained.parameters():
+                parameter.mul_(1.05)
+        total = 0.0
+        for batch in batches:
+            poisoned = {
+                k: torch.where(batch.packed.mask, v, math.nan) if v.is_floating_point() else v
+                for k, v in batch.columns.items()
+            }
+            loss = game.loss(replace(batch, columns=poisoned), 0)
+            loss.backward()
+            total += float(loss.detach())
+        gradients = [p.grad for p in game.trained.parameters() if p.grad is not None]
+        found[size] = (total, gradients, game.scalars())
+    total, gradients, scalars = found.pop(12)
+    assert any(float(g.abs().max()) > 1e-4 for g in gradients)
+    for one, some, measured in found.values():
+        assert one == pytest.approx(total, rel=1e-5, abs=1e-7)
+        assert measured == pytest.approx(scalars, rel=1e-4, abs=1e-6)
+        for a, b in zip(some, gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_every_answer_is_learnt_once_per_pass_and_every_prompt_once_per_epoch() -> None:
+    game = objective("dapo")
+    rounds = []
+    for _ in range(4):
+        taken = []
+        for _ in range(8):  # two passes of twelve answers, three at a time
+            (batch,) = game.next_batches(1)
+            taken += batch.columns["advantages"][:, 0].tolist()
+        assert sorted(taken[:12]) == sorted(taken[12:]) and taken[:12] != taken[12:]
+        rounds += game.chosen[:: RULES.answers]
+    assert [sorted(rounds[i : i + 4]) for i in range(0, 12, 4)] == [[0, 1, 2, 3]] * 3
+
+
+# ---- what is estimated
+
+
+def test_ppo_estimates_by_plain_loops() -> None:
+    """Rewards, advantages and returns of a round against the formulas, token by token."""
+    ppo = PpoRules(gamma=0.9, lam=0.8, whiten_rewards=True)
+    game = objective("ppo", replace(RULES, missing_end=-1.0, beta=0.3), ppo=ppo)
+    with torch.no_grad():
+        for parameter in game.policy.parameters():
+            parameter.mul_(1.2)  # a KL to speak of
+        game.value.head.weight.fill_(0.1)
+    game.next_batches(1)
+    answers = game.answers
+    rewards, values = [], []
+    for i, answer in enumerate(answers):
+        packed = game._packed([i])
+        with torch.no_grad():
+            logp, _, value = game.both(packed)
+            ref = game.logprobs(game.reference, packed)[0]
+        score = sevens([0], [answer])[0] if answer.ended else -1.0
+        row = [-0.3 * float(a - b) for a, b in zip(logp[0], ref[0])]
+        row[-1] += score
+        rewards.append(row)
+        values.append(value[0].tolist())
+    every = [r for row in rewards for r in row]
+    mean, variance = np.mean(every), np.var(every)
+    advantages, returns = [], []
+    for row, value in zip(rewards, values, strict=True):
+        row = [(r - mean) / math.sqrt(variance + 1e-8) + mean for r in row]
+        found: list[float] = []
+        for t in reversed(range(len(row))):
+            after = value[t + 1] if t + 1 < len(row) else 0.0
+            delta = row[t] + 0.9 * after - value[t]
+            found.insert(0, delta + 0.9 * 0.8 * (found[0] if found else 0.0))
+        advantages.append(found)
+        returns.append([a + v for a, v in zip(found, value)])
+    every = [a for row in advantages for a in row]
+    mean, variance = np.mean(every), np.var(every)
+    for i, row in enumerate(advantages):
+        wanted = [(a - mean) / math.sqrt(variance + 1e-8) for a in row]
+        assert game.kept["advantages"][i, : len(row)].tolist() == pytest.approx(wanted, abs=2e-5)
+        assert game.kept["returns"][i, : len(row)].tolist() == pytest.approx(returns[i], abs=2e-5)
+    assert game.made["kl"] == pytest.approx(np.mean([sum(r) for r in _gaps(game)]), abs=1e-5)
+
+
+def _gaps(game) -> list[list[float]]:
+    """logp - ref_logp of each answer of the round."""
+    found = []
+    for i in range(len(game.answers)):
+        packed = game._packed([i])
+        with torch.no_grad():
+            logp = game.logprobs(game.policy, packed)[0]
+            found.append((logp - game.logprobs(game.reference, packed)[0])[0].tolist())
+    return found
+
+
+def test_the_first_round_is_on_the_reference() -> None:
+    for kind in KINDS:
+        game = objective(kind)
+        for batch in game.next_batches(4):
+            game.loss(batch, 0)
+        first = game.scalars()
+        assert first["kl"] == 0 and first["kl3"] == 0 and first["mismatch"] < 1e-5
+        assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["clip_fraction"] == 0
+        assert 0 < first["entropy"] < math.log(WORDS)
+
+
+def test_the_running_scale() -> None:
+    scale, scores = RunningScale(), np.random.default_rng(0).normal(3, 2, 50)
+    assert scale.deviation == 1
+    for part in np.split(scores, [1, 7, 30]):
+        scale.add(part)
+    assert (scale.count, scale.mean) == (50, pytest.approx(scores.mean()))
+    assert scale.deviation == pytest.approx(scores.std())
+
+
+def test_monitors() -> None:
+    assert repetition([1, 2, 3]) == 0
+    assert repetition([1, 2, 3, 4] * 3) == pytest.approx(5 / 9)  # 9 grams, 4 different
+    assert correlation(np.array([1.0, 2.0]), np.array([3.0, 3.0])) == 0
+    assert correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])) == pytest.approx(1)
+
+
+# ---- what stops or warns
+
+
+def test_a_kl_that_explodes_stops_the_run_and_names_the_last_good_policy(tmp_path) -> None:
+    rules = replace(RULES, max_kl=1.0, beta=0.0, passes=1, batch_size=12)
+    with pytest.raises(DivergedError, match=r"the KL to the reference is .* max_kl 1; last") as e:
+        game = objective("dapo", rules)
+        train(game, replace(OPTIONS, lr=0.005, max_steps=100, checkpoint_every=1), tmp_path)
+    last = list_checkpoints(tmp_path)[-1]
+    assert e.value.good is not None and e.value.good != last  # the last one is too far already
+    assert str(e.value).endswith(str(e.value.good))
+
+
+def other_sampler(monkeypatch, off: float, temperature: float = 1.0):
+    """Sampling and training disagree: by ``off`` per token, or because something sharpens."""
+
+    def sample(model, prompts, **options):
+        options["temperature"] *= temperature
+        answers = sample_answers(model, prompts, **options)
+        return [replace(a, logprobs=[x - off for x in a.logprobs]) for a in answers]
+
+    monkeypatch.setattr(online, "sample_answers", sample)
+
+
+def test_a_mismatch_of_sampling_and_training_is_corrected(monkeypatch) -> None:
+    told: list[str] = []
+    plain = objective("dapo", warn=told.append)
+    plain.next_batches(4)
+    assert not told and plain.made["mismatch"] < 1e-5
+    for off in (0.2, 5.0):
+        other_sampler(monkeypatch, off)
+        game = objective("dapo", warn=told.append)
+        game.next_batches(4)
+        assert game.made["mismatch"] == pytest.approx(off, abs=1e-5)
+        weight = min(math.exp(off), online.TOP_WEIGHT)
+        expected, got = (g.kept["advantages"][plain.kept["learnt"]] for g in (plain, game))
+        torch.testing.assert_close(got, weight * expected, rtol=1e-4, atol=1e-6)
+    assert len(told) == 2 and "truncated importance weights" in told[0]
+
+
+def test_a_negative_kl_estimate_raises_an_alarm(monkeypatch) -> None:
+    """A sampler that sharpens prefers what the reference likes: its k1 is negative."""
+    told: list[str] = []
+    game = objective("rloo", replace(RULES, answers=40, mismatch=9.0), warn=told.append)
+    with torch.no_grad():
+        game.policy.lm_head.weight.mul_(0.5)  # flatter than the reference
+    other_sampler(monkeypatch, 0.0, 0.2)
+    game.next_batches(1)
+    assert game.made["kl"] < 0 and "standard errors below 0" in told[0]
+
+
+def test_a_round_ends_early_where_the_update_moves_too_far() -> None:
+    game = objective("ppo", replace(RULES, max_update_kl=1e-4, passes=9))
+    for round_of_step in (0, 0, 1):
+        batches = game.next_batches(2)
+        assert game.round == round_of_step
+        for batch in batches:
+            game.loss(batch, 0).backward()
+        game.scalars()
+        with torch.no_grad():
+            for parameter in game.policy.parameters():
+                parameter -= 0.5 * (parameter.grad if parameter.grad is not None else 0)
+
+
+def test_the_kl_coefficient_follows_its_target() -> None:
+    """beta (1 + clip(kl / target - 1, 0.2) n / horizon), from the next round on."""
+    game = objective("rloo", replace(RULES, kl_target=0.5, kl_horizon=120.0, beta=0.4))
+    for kl, factor in ((5.0, 1.2), (0.55, 1.1), (0.0, 0.8)):
+        game.beta = 0.4
+        mask = torch.ones(12, 1)
+        game.answers = [Answer([1], [0.0], True)] * 12
+        logp = torch.full((12, 1), kl)
+        kept = {"logp": logp, "ref_logp": torch.zeros(12, 1), "difference": torch.zeros(12, 1)}
+        game._watch(np.ones(12), kept, mask.bool())
+        assert game.next_beta == pytest.approx(0.4 * (1 + (factor - 1) * 12 / 120), rel=1e-5)
+
+
+def test_missing_ends() -> None:
+    for kind in ("ppo", "grpo"):
+        game = objective(kind, replace(RULES, missing_end=-7.0, answers=8))
+        game.next_batches(1)
+        some = [a.ended for a in game.answers]
+        assert True in some and False in some
+        scores = [s if e else -7.0 for s, e in zip(sevens(game.chosen, game.answers), some)]
+        assert game.made["score"] == pytest.approx(np.mean(scores))
+    game = objective("grpo", replace(RULES, answers=8), group=GroupRules(mask_truncated=True))
+    game.next_batches(1)
+    assert game.kept["learnt"].any(1).tolist() == [a.ended for a in game.answers]
+
+
+def test_no_prompts() -> None:
+    with pytest.raises(InputError, match="prompts: wanted at least one, got none"):
+        objective("ppo", prompts=[])
