@@ -59,6 +59,9 @@ class Bandit:
     def num_items(self, batch):
         return len(batch[0])
 
+    def tokens(self, batch):
+        return self.num_items(batch)
+
     def loss(self, batch, num_items):
         arms, old = batch
         reward = (arms == BEST).float()

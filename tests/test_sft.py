@@ -17,17 +17,16 @@ from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.options import TrainOptions
-from fastlm.train.sft import (
+from fastlm.train.encoding import (
     IGNORE,
-    AnswerTokens,
     Example,
-    Sft,
     fit,
     pack,
     place_in_order,
     weights_digest,
 )
+from fastlm.train.options import TrainOptions
+from fastlm.train.sft import AnswerTokens, Sft
 
 QUESTIONS = {
     "capital of France?": "Paris.",

@@ -105,7 +105,11 @@ class Objective(Protocol):
         ...
 
     def num_items(self, batch: Any) -> int:
-        """Return the number of tokens of the batch that the loss counts."""
+        """Return how many items of the batch the loss is a mean of: tokens, pairs."""
+        ...
+
+    def tokens(self, batch: Any) -> int:
+        """Return the number of tokens of the batch that the loss counts, for budget and speed."""
         ...
 
     def loss(self, batch: Any, num_items: int) -> Tensor:
@@ -302,8 +306,9 @@ class _Loop:
         except DivergedError as error:
             raise self.diverged(DivergedError, str(error), error.steps) from None
         num_items = sum(self.objective.num_items(batch) for batch in batches)
+        tokens = sum(self.objective.tokens(batch) for batch in batches)
         lr = learning_rate(
-            self.progress(0.5, 0.5 * num_items),
+            self.progress(0.5, 0.5 * tokens),
             lr=o.lr, schedule=o.schedule, warmup=o.warmup, decay=o.decay, final_lr=o.final_lr,
         )  # fmt: skip
         total: Tensor | float = 0.0
@@ -320,13 +325,13 @@ class _Loop:
         if not math.isfinite(norm):
             raise self.not_finite("gradient norm", norm, position)
         self.step += 1
-        self.tokens += num_items
+        self.tokens += tokens
         took = time.perf_counter() - began
         self.training_seconds += took
         self.loss = loss_value
         line = {
             "step": self.step, "loss": loss_value, "lr": lr, "grad_norm": norm,
-            "tokens": self.tokens, "tokens_per_second": num_items / took, "seconds": self.seconds(),
+            "tokens": self.tokens, "tokens_per_second": tokens / took, "seconds": self.seconds(),
             "progress": self.progress(),
         }  # fmt: skip
         scalars = self.objective.scalars()

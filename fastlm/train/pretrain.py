@@ -64,6 +64,9 @@ class NextToken:
     def num_items(self, batch: "Batch") -> int:
         return batch[1].numel()  # packed windows have no ignored labels
 
+    def tokens(self, batch: "Batch") -> int:
+        return self.num_items(batch)
+
     def loss(self, batch: "Batch", num_items: int) -> "Tensor":
         return self.trained(batch[0], shift_labels=batch[1], num_items=num_items).loss
 

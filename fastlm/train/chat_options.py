@@ -1,0 +1,101 @@
+"""The options of a training on conversations or preferences. Nothing here imports torch, because
+``--help`` reads them.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Annotated, Any, ClassVar
+
+from fastlm.data.content import Contents
+from fastlm.data.conversations import FORMATS
+from fastlm.errors import InputError
+from fastlm.runs.stage import Facts, Positional, at_least_one
+from fastlm.train.options import TrainOptions
+
+LONGEST = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
+
+
+@dataclass(frozen=True)
+class ChatOptions(TrainOptions):
+    """The options that are read by `fastlm.train.encoding` and `fastlm.train.epochs`."""
+
+    overlongs: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `overlong`
+
+    data: Annotated[
+        tuple[str, ...],
+        Positional("Conversations: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+    ] = ()
+    epochs: Annotated[float | None, "Passes over the data; default: 1 if nothing else ends"] = None
+    batch_size: Annotated[int, "Conversations per micro-batch, joined without padding"] = 8
+    seq_len: Annotated[
+        int | None, "Most tokens per conversation; default: the context, at most 2048"
+    ] = None
+    overlong: Annotated[str, "Longer conversations: skip or truncate"] = "skip"
+    skip_bad: Annotated[bool, "Count bad rows instead of stopping at the first one"] = False
+    date: Annotated[str, "What chat templates take for today, YYYY-MM-DD"] = "2024-07-26"
+    heldout: Annotated[float, "Share of the conversations that is held out"] = 0.05
+    chat_template: Annotated[str, "Jinja file; default: the model's own, else ChatML"] = ""
+    seed: Annotated[int, "Seed of the order of the data"] = 0
+    lr: Annotated[float, "Peak learning rate"] = 2e-5
+    warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.03
+    weight_decay: Annotated[float, "Weight decay of matrices"] = 0.0
+    validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 4
+    sample_at: Annotated[
+        tuple[float, ...], "Moments of the run, 0 to 1, at which the model answers a prompt"
+    ] = (0.0, 0.5, 1.0)
+    sample_prompt: Annotated[str, "Message that a sample answers; default: a held-out prompt"] = ""
+
+    def check(self) -> None:
+        at_least_one(self, "batch_size", "accumulate")
+        if self.seq_len is not None and self.seq_len < 2:
+            raise InputError(f"seq_len: wanted 2 or more, got {self.seq_len}")
+        if not self.data:
+            raise InputError("data: wanted at least one source of conversations, got none")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise InputError(f"epochs: wanted a positive number, got {self.epochs}")
+        self.train_options(1).check()
+        if not 0 <= self.heldout < 1:
+            raise InputError(f"heldout: wanted a share in [0, 1), got {self.heldout}")
+        if self.overlong not in self.overlongs:
+            raise InputError(
+                f"overlong: wanted one of {', '.join(self.overlongs)}, got {self.overlong!r}"
+            )
+        try:
+            day = date.fromisoformat(self.date).isoformat()
+        except ValueError:
+            day = ""
+        if day != self.date:
+            raise InputError(f"date: wanted YYYY-MM-DD, got {self.date!r}")
+        if self.seed < 0:
+            raise InputError(f"seed: wanted 0 or more, got {self.seed}")
+
+    def train_options(self, examples: int) -> TrainOptions:
+        """The options of the loop, with `epochs` as a number of steps."""
+        options = self.loop_options()
+        epochs = self.epochs
+        if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
+            return options
+        batches = math.ceil(examples / self.batch_size)
+        steps = math.ceil((epochs or 1.0) * math.ceil(batches / self.accumulate))
+        most = steps if self.max_steps is None else self.max_steps
+        return replace(options, max_steps=min(steps, most))
+
+    def longest(self, context: int) -> int:
+        """The most tokens of an example of a model with this context."""
+        if self.seq_len is not None and self.seq_len > context:
+            raise InputError(
+                f"seq_len: wanted at most the model's context {context}, got {self.seq_len}"
+            )
+        return self.seq_len or min(context, LONGEST)
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        return inputs["model"][0]
+
+    def identity(self) -> dict[str, Any]:
+        return {k: v for k, v in super().identity().items() if k != "chat_template"}
+
+    def contents(self, contents: Contents) -> Any:
+        template = contents.tree(self.chat_template) if self.chat_template else None
+        return [contents.sources(self.data, FORMATS), template]

@@ -1,0 +1,217 @@
+"""Conversations as tokens to learn from: what fine-tuning and preference training share."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastlm.data.sources import NAMED_LINES as NAMED
+from fastlm.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.runs.stage import Job
+    from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.train.chat_options import ChatOptions
+
+    Batch = tuple[Tensor, Tensor, Tensor]  # input_ids, shift_labels (1, total), cu_seqlens
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation as tokens: ``ids`` int32, ``mask`` bool, which of them are learnt. ``place``:
+    its file and line.
+    """
+
+    ids: "np.ndarray"
+    mask: "np.ndarray"
+    place: str = ""
+
+    @property
+    def learnt(self) -> int:
+        """Tokens with a loss: the first token of an example is never predicted."""
+        return int(self.mask[1:].sum())
+
+
+def fit(example: Example, seq_len: int, overlong: str) -> list[Example]:
+    """The example in at most ``seq_len`` tokens: whole, its beginning ("truncate"), in consecutive
+    pieces ("split") or not at all ("skip"). Pieces with nothing to learn are left out.
+    """
+    if len(example.ids) <= seq_len:
+        pieces = [example]
+    elif overlong == "skip":
+        pieces = []
+    else:
+        starts = range(0, len(example.ids), seq_len) if overlong == "split" else (0,)
+        pieces = [
+            Example(example.ids[i : i + seq_len], example.mask[i : i + seq_len], example.place)
+            for i in starts
+        ]
+    return [piece for piece in pieces if piece.learnt]
+
+
+def pack(examples: Sequence[Example]) -> "Batch":
+    """Join examples without padding: attention stays inside each (``cu_seqlens``), and only learnt
+    tokens have labels.
+    """
+    import numpy as np
+    import torch
+
+    ids = np.concatenate([e.ids[:-1] for e in examples]).astype(np.int64)
+    labels = np.concatenate([np.where(e.mask[1:], e.ids[1:], IGNORE) for e in examples])
+    ends = np.cumsum([0, *(len(e.ids) - 1 for e in examples)], dtype=np.int32)
+    packed = (ids[None], labels.astype(np.int64)[None], ends)
+    one, two, three = map(torch.from_numpy, packed)
+    return one, two, three
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Identify examples and their order."""
+    import numpy as np
+
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(np.int64(len(example.ids)).tobytes())
+        found.update(example.ids.tobytes())
+        found.update(example.mask.tobytes())
+    return found.hexdigest()[:16]
+
+
+def weights_digest(model: "nn.Module") -> str:
+    """Identify a model's float32 weights."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()[:16]
+
+
+class Keyed(Protocol):
+    """A row of data that knows its prompt."""
+
+    def key(self) -> str: ...
+
+
+def place_in_order(row: Keyed) -> float:
+    """A number in [0, 1) from a hash of the prompt. Those below `heldout` are held out: the part
+    of a row does not depend on other rows, and rows with one prompt are on one side.
+    """
+    found = hashlib.sha256(row.key().encode()).digest()
+    return int.from_bytes(found[:8], "big") / 2**64
+
+
+def load_model(source: Path) -> "CausalLM":
+    """The model to train, in float32."""
+    import torch
+
+    from fastlm.model.causal_lm import CausalLM
+
+    return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
+
+
+def chat_tokenizer(source: Path, config: Mapping[str, Any], chat_template: str) -> "Tokenizer":
+    """The model's tokenizer, with the chat template to train with: the file ``chat_template``, its
+    own, or ChatML.
+    """
+    from fastlm.checkpoint.folder import load_tokenizer
+    from fastlm.files import read_text
+    from fastlm.tokenizer.chat_template import CHATML
+
+    tokenizer = load_tokenizer(source, config)
+    if chat_template:
+        tokenizer.chat_template = read_text(Path(chat_template))
+    elif tokenizer.chat_template is None:
+        if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens:
+            raise InputError(
+                "chat_template: wanted one, since the model has neither a template nor"
+                " ChatML's tokens <|im_start|> and <|im_end|>"
+            )
+        tokenizer.chat_template = CHATML
+    tokenizer.check_learnable()
+    return tokenizer
+
+
+class Encoder:
+    """Encodes the conversations of a stage by the chat template. One that the template refuses is
+    an error, or with `skip_bad` counted.
+    """
+
+    def __init__(
+        self, stage: "ChatOptions", tokenizer: "Tokenizer", job: "Job", counts: Counter[str]
+    ):
+        self.stage, self.tokenizer, self.job, self.counts = stage, tokenizer, job, counts
+        self.refused = 0
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        learnt: Sequence[bool],
+        tools: list[Any] | None,
+        place: str,
+    ) -> list[Example]:
+        """See `Tokenizer.encode_conversation`; [] if the template refuses."""
+        import numpy as np
+
+        variables: dict[str, Any] = {} if tools is None else {"tools": tools}
+        try:
+            encoded = self.tokenizer.encode_conversation(
+                messages, learnt, date=self.stage.date, **variables
+            )
+        except InputError as error:
+            refusal = InputError(f"{place}: {error}")
+            if not self.stage.skip_bad:
+                raise refusal from None
+            self.counts["refused by the chat template"] += 1
+            self.refused += 1
+            if self.refused <= NAMED:
+                self.job.skipped(str(refusal))
+            return []
+        return [Example(np.array(ids, np.int32), np.array(mask), place) for ids, mask in encoded]
+
+    def finish(self) -> None:
+        """Tell how many refused conversations were not named."""
+        if self.refused > NAMED:
+            self.job.skipped(f"{self.refused - NAMED:,} more that the chat template refuses")
+
+
+class Prompts:
+    """The prompts that samples answer: the first ones in the order of `place_in_order`, so that
+    held-out ones come before others.
+    """
+
+    def __init__(self) -> None:
+        self.first: list[tuple[float, list[dict[str, Any]], list[Any] | None]] = []
+
+    def add(self, place: float, messages: list[dict[str, Any]], tools: list[Any] | None) -> None:
+        self.first.append((place, messages, tools))
+        self.first = sorted(self.first, key=lambda prompt: prompt[0])[:8]
+
+    def choose(
+        self, stage: "ChatOptions", tokenizer: "Tokenizer", context: int
+    ) -> tuple[list[int], str]:
+        """Return ids and text of the stage's prompt, or of the first one that leaves room."""
+        room = context - stage.sample_tokens
+        given = stage.sample_prompt
+        choices = [(0.0, [{"role": "user", "content": given}], None)] if given else self.first
+        for _, messages, tools in choices:
+            variables: dict[str, Any] = {} if tools is None else {"tools": tools}
+            ids = tokenizer.encode_chat(messages, date=stage.date, **variables)
+            if len(ids) <= room:
+                return ids, messages[-1]["content"]
+        if given and stage.sample_tokens:
+            raise InputError(
+                f"sample_prompt: wanted at most {room} tokens, which leave room for sample_tokens"
+                f" {stage.sample_tokens}, got more"
+            )
+        return [], ""
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
