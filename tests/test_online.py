@@ -234,6 +234,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(kind) -> None:
         game.reference.double()
         with torch.no_grad():  # away from the point where all ratios are 1
             batches = game.next_batches(12 // size)
+            items = sum(map(game.num_items, batches))
             for parameter in game.trained.parameters():
                 parameter.mul_(1.05)
         total = 0.0
@@ -242,7 +243,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(kind) -> None:
                 k: torch.where(batch.packed.mask, v, math.nan) if v.is_floating_point() else v
                 for k, v in batch.columns.items()
             }
-            loss = game.loss(replace(batch, columns=poisoned), 0)
+            loss = game.loss(replace(batch, columns=poisoned), items)
             loss.backward()
             total += float(loss.detach())
         gradients = [p.grad for p in game.trained.parameters() if p.grad is not None]
@@ -329,7 +330,7 @@ def test_the_first_round_is_on_the_reference() -> None:
     for kind in KINDS:
         game = objective(kind)
         for batch in game.next_batches(4):
-            game.loss(batch, 0)
+            game.loss(batch, 1)
         first = game.scalars()
         assert first["kl"] == 0 and first["kl3"] == 0 and first["mismatch"] < 1e-5
         assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["clip_fraction"] == 0
@@ -409,7 +410,7 @@ def test_a_round_ends_early_where_the_update_moves_too_far() -> None:
         batches = game.next_batches(2)
         assert game.round == round_of_step
         for batch in batches:
-            game.loss(batch, 0).backward()
+            game.loss(batch, 1).backward()
         game.scalars()
         with torch.no_grad():
             for parameter in game.policy.parameters():

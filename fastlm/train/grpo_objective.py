@@ -78,14 +78,14 @@ class GroupRelative(Online):
             "learnt": learnt,
         }
 
-    def items(self, rows: list[int]) -> float:
-        learnt = self.kept["learnt"][rows]
+    def num_items(self, batch: Batch) -> int:
+        learnt = batch.columns["learnt"]
         if self.how == "token":
-            return float(learnt.sum())
-        answers = float(learnt.any(1).sum())
+            return int(learnt.sum())
+        answers = int(learnt.any(1).sum())
         return answers * self.rules.max_new_tokens if self.how == "constant" else answers
 
-    def micro_loss(self, batch: Batch) -> tuple[Tensor, tuple[Metrics, ...]]:
+    def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
         c, group = batch.columns, self.group
         logp, entropy = self.logprobs(self.policy, batch.packed)
         if group.loss_type == "rloo":
@@ -94,15 +94,15 @@ class GroupRelative(Online):
             )
             some = c["learnt"].any(1, keepdim=True)
             loss, metrics = ppo_policy_loss(
-                new, old, c["advantages"][:, :1], some, clip=group.clip, num_items=batch.items
+                new, old, c["advantages"][:, :1], some, clip=group.clip, num_items=num_items
             )
         else:
             loss, metrics = grpo_loss(
                 logp, c["old_logp"], c["ref_logp"], c["advantages"], c["learnt"], clip=group.clip,
-                beta=self.beta, how=self.how, num_items=batch.items,
+                beta=self.beta, how=self.how, num_items=num_items,
             )  # fmt: skip
             metrics["update_kl"] = metrics.pop("kl")
         if group.entropy:
-            bonus = aggregate(entropy, c["learnt"], how=self.how, num_items=batch.items)
+            bonus = aggregate(entropy, c["learnt"], how=self.how, num_items=num_items)
             loss = loss - group.entropy * bonus
         return loss, (metrics, self.mean_entropy(entropy, batch.packed.mask))

@@ -63,13 +63,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: ``packed`` tokens, and ``columns``, (B, S) or (B,) float32, for each of its
-    answers. ``items`` is the denominator of the step, over all of its micro-batches.
-    """
+    """A micro-batch: ``packed`` tokens, and ``columns``, (B, S), for its answers."""
 
     packed: Packed
     columns: Mapping[str, Tensor]
-    items: float
 
 
 class RunningScale:
@@ -102,8 +99,8 @@ class Online:
     """An objective (`fastlm.train.loop.Objective`) on answers that the policy samples.
 
     ``prompts``: token ids of each. ``score``: see `Score`. ``reference``: the frozen policy that KL
-    is measured to. A subclass defines `estimate` (advantages of a round), `items` (the denominator
-    of a step) and `micro_loss`.
+    is measured to. A subclass defines `estimate` (advantages of a round), `num_items` and
+    `micro_loss`.
     """
 
     # columns of a round that are kept for its updates, beside "old_logp"
@@ -156,11 +153,11 @@ class Online:
         """
         raise NotImplementedError
 
-    def items(self, rows: list[int]) -> float:
-        """Return the denominator of a step with these answers of the round."""
+    def num_items(self, batch: Batch) -> int:
         raise NotImplementedError
 
-    def micro_loss(self, batch: Batch) -> tuple[Tensor, tuple[Metrics, ...]]:
+    def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
+        """Return the loss of a micro-batch, and metrics that are means over its tokens."""
         raise NotImplementedError
 
     def measure(self, packed: Packed) -> dict[str, Tensor]:
@@ -318,24 +315,18 @@ class Online:
         number, start = divmod(self.at, total)
         rows = self._order(2, self.round, number, total)[start : start + count * size].tolist()
         self.at += len(rows)
-        items = self.items(rows)
-        return [self._batch(rows[i : i + size], items) for i in range(0, len(rows), size)]
+        return [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
 
-    def _batch(self, rows: list[int], items: float) -> Batch:
+    def _batch(self, rows: list[int]) -> Batch:
         packed = self._packed(rows)
         width = packed.mask.shape[1]
-        columns = {
-            name: value[rows, :width] if value.ndim == 2 else value[rows]
-            for name, value in self.kept.items()
-        }
-        return Batch(packed, columns, items)
+        return Batch(packed, {name: value[rows, :width] for name, value in self.kept.items()})
 
-    def num_items(self, batch: Batch) -> int:
+    def tokens(self, batch: Batch) -> int:
         return int(batch.packed.mask.sum())
 
     def loss(self, batch: Batch, num_items: int) -> Tensor:
-        del num_items  # tokens; the denominator of the loss is the batch's own
-        loss, metrics = self.micro_loss(batch)
+        loss, metrics = self.micro_loss(batch, num_items)
         self.step_metrics.append(metrics)
         return loss
 

@@ -120,23 +120,23 @@ class ActorCritic(Online):
             "values": values,
         }
 
-    def items(self, rows: list[int]) -> float:
-        return float(sum(len(self.answers[i].tokens) for i in rows))
+    def num_items(self, batch: Batch) -> int:
+        return self.tokens(batch)
 
-    def micro_loss(self, batch: Batch) -> tuple[Tensor, tuple[Metrics, ...]]:
+    def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
         c, mask, rules = batch.columns, batch.packed.mask, self.ppo
         logp, entropy, values = self.both(batch.packed)
         loss, metrics = ppo_policy_loss(
             logp, c["old_logp"], c["advantages"], mask, clip=rules.clip, dual_clip=rules.dual_clip,
-            num_items=batch.items,
+            num_items=num_items,
         )  # fmt: skip
         value_loss, of_value = ppo_value_loss(
-            values, c["values"], c["returns"], mask, clip=rules.value_clip, num_items=batch.items
+            values, c["values"], c["returns"], mask, clip=rules.value_clip, num_items=num_items
         )
         of_value["value_clip_fraction"] = of_value.pop("clip_fraction")
         loss = loss + rules.value_weight * value_loss
         if rules.entropy:
-            loss = loss - rules.entropy * aggregate(entropy, mask, num_items=batch.items)
+            loss = loss - rules.entropy * aggregate(entropy, mask, num_items=num_items)
         return loss, (metrics, of_value, self.mean_entropy(entropy, mask))
 
 
