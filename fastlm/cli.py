@@ -387,6 +387,30 @@ def chat(
     )  # fmt: skip
 
 
+@app.command()
+def merge(
+    model: Annotated[Path, typer.Option("--model", "-m", help="A LoRA adapter, of fastlm or PEFT")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder")],
+    base: Annotated[
+        Path | None, typer.Option(help="Its base model; default: the one that it names")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Merge a LoRA adapter with its base into a whole model."""
+    from fastlm.checkpoint.adapter import load_adapter
+    from fastlm.checkpoint.folder import base_of, is_adapter, load_tokenizer, locate_model
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.model.lora import merge_lora
+
+    if not is_adapter(adapter := locate_model(model)):
+        raise InputError(f"model: wanted a LoRA adapter, got another model, {model}")
+    _say_if_busy()
+    whole = load_adapter(CausalLM.from_pretrained(base or base_of(adapter)), adapter)
+    merge_lora(whole).save_pretrained(out)
+    load_tokenizer(adapter, whole.config.to_dict()).save(out)
+    typer.echo(str(out))
+
+
 @tokenizer_app.command("encode")
 def tokenizer_encode(
     tokenizer: Annotated[

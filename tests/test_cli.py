@@ -26,6 +26,7 @@ VERBS = (
     "eval",
     "generate",
     "chat",
+    "merge",
     "tokenizer",
     "data",
 )

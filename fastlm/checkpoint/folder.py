@@ -35,7 +35,13 @@ if TYPE_CHECKING:
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
-MODEL_FILES = (CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors")
+# a LoRA adapter in PEFT's format (`fastlm.checkpoint.adapter`)
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_BASE = "adapter_base.json"
+MODEL_FILES = (
+    *(CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors"),
+    *(ADAPTER_CONFIG, ADAPTER, ADAPTER_BASE),
+)
 PARTS = ("qdata", "scales", "zeros")  # tensors of a quantized weight, under its module's name
 DTYPES = ("F32", "BF16", "F16", "F64")  # dtypes of weights, in safetensors' spelling
 PACKED_DTYPES = ("U8", "I8")
@@ -46,12 +52,17 @@ State = Iterator[tuple[str, Tensor | QuantizedWeight]]
 # writing
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _keep_others(folder: Path, part: Path) -> None:
-    """Hard-link into ``part`` everything in ``folder`` but the model (its tokenizer, say)."""
+def begin_folder(folder: Path, part: Path) -> None:
+    """Make ``part`` and hard-link into it everything in ``folder`` but the model (its tokenizer,
+    say).
+    """
+    if not folder.is_dir():
+        part.mkdir()
+        return
 
     def link(source: str, target: str) -> None:
         try:
@@ -67,7 +78,7 @@ def _keep_others(folder: Path, part: Path) -> None:
     shutil.copytree(folder, part, symlinks=True, ignore=ignore, copy_function=link)
 
 
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return CPU tensors as safetensors needs them: contiguous, no two sharing memory."""
     seen: set[int] = set()
     result = {}
@@ -126,20 +137,17 @@ def save_hf(
         filled += tensor.nbytes
 
     def write(part: Path) -> None:
-        if folder.is_dir():
-            _keep_others(folder, part)
-        else:
-            part.mkdir()
+        begin_folder(folder, part)
         weight_map = {}
         for index, shard in enumerate(shards):
             file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
             file = SINGLE if len(shards) == 1 else file
-            save_file(_own(shard), part / file, metadata={"format": "pt"})
+            save_file(own_memory(shard), part / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors.values())
-            _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(part / CONFIG, config)
+            write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(part / CONFIG, config)
         for file in set(weight_map.values()):  # safetensors gives only the owner access
             shutil.copymode(part / CONFIG, part / file)
 
@@ -196,7 +204,10 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
     path = model_path(path)
     model = locate_model(path)
     places = [model, path / "tokenizer", path.parent / "tokenizer"]
-    found = next((p for p in places if p.is_file() or (p / "tokenizer.json").exists()), model)
+    found = next((p for p in places if p.is_file() or (p / "tokenizer.json").exists()), None)
+    if found is None and is_adapter(model):
+        return load_tokenizer(base_of(model), config)
+    found = found or model
     tokenizer = Tokenizer.load(found)
     vocab = config_of(config, model).vocab_size
     if tokenizer.vocab_size > vocab:
@@ -208,7 +219,8 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
 
 
 def locate_model(path: Path) -> Path:
-    """Return the folder with config.json, or the .gguf file, that ``path`` refers to.
+    """Return the folder with config.json (or an adapter), or the .gguf file, that ``path`` refers
+    to.
 
     That is ``path`` itself, the ``model`` folder inside it, or the last model of a run.
     """
@@ -218,7 +230,7 @@ def locate_model(path: Path) -> Path:
             raise InputError(f"{path}: wanted a model folder or a .gguf file, got another file")
         return path
     for folder in (path, path / "model"):  # "model": where training writes it
-        if (folder / CONFIG).is_file():
+        if (folder / CONFIG).is_file() or is_adapter(folder):
             return folder
     if (trained := last_model(path)) is not None:
         return trained
@@ -229,7 +241,30 @@ def locate_model(path: Path) -> Path:
     raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, got {came}")
 
 
-def _open(file: Path) -> Any:
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds a LoRA adapter, which needs its base model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The base model of the adapter in ``folder``: a path that exists, or ``model:NAME``."""
+    where = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
+    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if isinstance(name, str) and name.startswith("model:"):
+        return name
+    if not isinstance(name, str) or not name or not Path(name).exists():
+        raise InputError(
+            f"{where}: wanted a model on this machine, got {name!r:.200}; name one"
+            " (fastlm merge --base), or use load_adapter"
+        )
+    if is_adapter(locate_model(Path(name))):
+        raise InputError(
+            f"{where}: wanted a whole model, got an adapter, {name!r:.200}; merge that one first"
+        )
+    return name
+
+
+def open_tensors(file: Path) -> Any:
     if not file.is_file():
         raise InputError(f"{file}: wanted a safetensors file, got none")
     try:
@@ -243,7 +278,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file() and list(folder.glob("*.bin")):
             raise InputError(f"{folder}: wanted {SINGLE}, got a pickle (convert it first)")
-        with _open(folder / SINGLE) as file:
+        with open_tensors(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), SINGLE)
     index = folder / INDEX
     weight_map = read_json(index).get("weight_map")
@@ -254,7 +289,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise InputError(f"{index}: weight_map: wanted names of files beside it, got {name!r}")
     for name in sorted(set(weight_map.values())):
-        with _open(folder / name) as file:
+        with open_tensors(folder / name) as file:
             held = set(file.keys())
         for tensor, place in weight_map.items():
             if place == name and tensor not in held:
@@ -283,7 +318,7 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     weight_map = _weight_map(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for name in sorted(set(weight_map.values())):
-        with _open(folder / name) as file:
+        with open_tensors(folder / name) as file:
             for tensor in file.keys():
                 if weight_map.get(tensor) == name:
                     view = file.get_slice(tensor)
@@ -299,7 +334,7 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
 
     def tensors() -> State:
         for name in sorted(set(weight_map.values())):
-            with _open(folder / name) as file:
+            with open_tensors(folder / name) as file:
                 for tensor, place in weight_map.items():
                     module, _, part = tensor.rpartition(".")
                     if place != name or tensor == drop or part in PARTS[1:]:
@@ -357,7 +392,7 @@ def _quantized(
         name = f"{module}.{part}"
         if name in weight_map:
             file = folder / weight_map[name]
-            with _open(file) as handle:
+            with open_tensors(file) as handle:
                 parts[part] = _get(handle, file, name)
     qdata, scales, zeros = map(parts.get, PARTS)
     if qdata is None or scales is None:
@@ -379,8 +414,8 @@ def save_tensors(
     def write(part: Path) -> None:
         part.mkdir()
         data = part / "tensors.safetensors"
-        save_file(_own(tensors), data)
-        _write_json(
+        save_file(own_memory(tensors), data)
+        write_json(
             part / "manifest.json",
             {"bytes": data.stat().st_size, "sha256": _sha256(data), "metadata": metadata or {}},
         )

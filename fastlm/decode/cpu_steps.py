@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastlm import backend
 from fastlm.model.layers import KVCache
+from fastlm.model.lora import LoraLinear
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.modules import QuantizedLinear
 
@@ -55,6 +56,8 @@ def unusual(model: "CausalLM") -> str | None:
     for name, module in model.named_modules():
         if type(module) not in _KNOWN and not type(module).__module__.startswith("fastlm."):
             return f"{name} is {type(module).__name__}, which the kernel does not know"
+        if isinstance(module, LoraLinear):
+            return f"{name} has an adapter that is not merged"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has hooks"
         if "forward" in vars(module):

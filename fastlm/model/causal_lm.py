@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.checkpoint.folder import load_state, save_hf
+from fastlm.checkpoint.adapter import load_adapter
+from fastlm.checkpoint.folder import base_of, is_adapter, load_state, locate_model, save_hf
 from fastlm.errors import InputError
 from fastlm.model.architectures import expected_shapes
 from fastlm.model.config import ModelConfig
 from fastlm.model.layers import Call, Decoder, KVCache, RMSNorm
+from fastlm.model.lora import LoraConfig, check_plain, merge_lora
 from fastlm.ops import linear_cross_entropy, quantized_linear
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import put_quantized, quantization_config
@@ -51,6 +53,8 @@ class CausalLM(nn.Module):
     layers) (GPT-2), which keeps the variance of the residual stream independent of the depth.
     Without it, initialisation is that of transformers.
     """
+
+    lora: LoraConfig | None = None  # of its adapters (`fastlm.model.lora`)
 
     def __init__(
         self, config: ModelConfig, *, seed: int | None = None, scaled_residual: bool = True
@@ -120,7 +124,8 @@ class CausalLM(nn.Module):
         act_bits: int | None = None,
     ) -> "CausalLM":
         """Load a model in eval mode from a Hugging Face folder, a fastlm run folder, a .gguf file,
-        or the package of ``model:smollm2``.
+        or the package of ``model:smollm2``. A LoRA adapter (of fastlm or PEFT) is loaded with the
+        base model that it names, and merged.
 
         `dtype` is that of activations and unquantized weights; by default the file's own (float32
         where all its matrices are quantized). 4- and 8-bit weights stay quantized unless
@@ -133,6 +138,11 @@ class CausalLM(nn.Module):
         """
         if act_bits is not None:
             check_act_bits(act_bits)
+        if is_adapter(folder := locate_model(Path(path))):
+            base = cls.from_pretrained(
+                base_of(folder), dtype=dtype, keep_quantized=keep_quantized, act_bits=act_bits
+            )
+            return merge_lora(load_adapter(base, folder)).eval()
         config_dict, tensors = load_state(path, keep_quantized=keep_quantized)
         if not keep_quantized:
             config_dict.pop("quantization_config", None)
@@ -164,8 +174,9 @@ class CausalLM(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face folder that `from_pretrained` and (unless quantized) transformers
-        load; see `save_hf`.
+        load; see `save_hf`. A model with adapters is refused: `merge_lora` it, or `save_adapter`.
         """
+        check_plain(self)
         state: dict[str, Any] = {}
         for name, module in self.named_modules():
             if isinstance(module, QuantizedLinear | QuantizedEmbedding):

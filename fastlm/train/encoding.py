@@ -85,11 +85,17 @@ def digest(examples: Sequence[Example]) -> str:
 
 
 def weights_digest(model: "nn.Module") -> str:
-    """Identify a model's float32 weights."""
+    """Identify a model's weights, and how its adapters are applied."""
+    import torch
+
+    from fastlm.model.lora import lora_of
+
     found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().numpy().data)
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for module in lora_of(model).values():
+        found.update(module.extra_repr().encode())
     return found.hexdigest()[:16]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import nn
 
@@ -47,7 +48,11 @@ class Epochs:
 
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         self.epoch, self.at = epoch, 0
-        self.order = rng.permutation(len(self.places))
+        self.order = self.order_of(rng)
+
+    def order_of(self, rng: "np.random.Generator") -> "np.ndarray":
+        """Return the places of an epoch's examples, in order."""
+        return rng.permutation(len(self.places))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         from fastlm.train.loop import decay_matrices

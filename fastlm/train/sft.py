@@ -1,7 +1,8 @@
 """Supervised fine-tuning: a model learns the assistant's messages of conversations."""
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,16 +18,18 @@ from fastlm.train.encoding import (
     chat_tokenizer,
     digest,
     fit,
-    load_model,
     pack,
     place_in_order,
     reasons,
     weights_digest,
 )
 from fastlm.train.epochs import Epochs
+from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
+from fastlm.train.mixture import Mixture
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -48,7 +51,8 @@ class AnswerTokens(Epochs):
     """The objective (``fastlm.train.loop.Objective``) of `Sft`: cross-entropy of learnt tokens.
 
     The loss is a mean over the learnt tokens of the whole step, however they are spread over its
-    micro-batches. For the other arguments see `Epochs`.
+    micro-batches. ``mixture``: the sources of ``examples``, one after another; by default one of
+    weight 1. For the other arguments see `Epochs`.
     """
 
     def __init__(
@@ -64,12 +68,20 @@ class AnswerTokens(Epochs):
         tokenizer: "Tokenizer | None",
         prompt: Sequence[int],
         device: "torch.device",
+        mixture: Mixture | None = None,
     ):
+        self.mixture = mixture or Mixture((len(examples),), (1.0,))
         super().__init__(
             model, [e.place for e in examples], options, batch_size=batch_size, seed=seed,
             base=base, data=digest(examples), tokenizer=tokenizer, prompt=prompt, device=device,
         )  # fmt: skip
         self.examples, self.heldout = examples, heldout
+
+    def order_of(self, rng: "np.random.Generator") -> "np.ndarray":
+        return self.mixture.order(rng)
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), **self.mixture.identity()}
 
     def next_batches(self, count: int) -> "list[Batch]":
         """Return ``count`` micro-batches, or what the epoch has left."""
@@ -104,7 +116,7 @@ class AnswerTokens(Epochs):
 
 
 @dataclass(frozen=True)
-class Sft(ChatOptions, Stage):
+class Sft(LoraOptions, ChatOptions, Stage):
     """Fine-tune a model on conversations. It learns the assistant's messages, and to end them.
 
     The model's own chat template writes the conversations; a model without one that has ChatML's
@@ -120,6 +132,7 @@ class Sft(ChatOptions, Stage):
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
         "parameters": int, "conversations": int, "heldout": int, "read": int, "counts": dict,
         "learnt_tokens": int, "all_tokens": int, "used_seconds": float, "load": str, "prompt": str,
+        "trained_parameters": int, "sources": list,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of rows in the shapes of OpenAI (messages), ShareGPT
 (conversations), Alpaca (instruction, input, output) and pairs (prompt, completion)."""
@@ -127,14 +140,30 @@ class Sft(ChatOptions, Stage):
     overlongs = tuple(OVERLONG)
 
     overlong: Annotated[str, "Longer conversations: skip, truncate or split"] = "skip"
+    data_weights: Annotated[
+        tuple[float, ...], "How often an epoch takes each source of the data; default: once"
+    ] = ()
+
+    def check(self) -> None:
+        super().check()
+        self.check_lora()
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise InputError(
+                f"data_weights: wanted one for each of {len(self.data)} sources,"
+                f" got {len(self.data_weights)}"
+            )
+        for weight in self.data_weights:
+            if not 0 < weight < math.inf:
+                raise InputError(f"data_weights: wanted positive numbers, got {weight}")
 
     def run(self, job: Job) -> dict[str, Any]:
         import torch
 
+        from fastlm.model.architectures import expected_shapes
         from fastlm.train.loop import train
 
         source = job.path("model")
-        model = load_model(source)
+        model = self.load_trained(source, dtype=self.dtype, seed=self.seed)
         tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
         context = model.config.max_position_embeddings
         texts = Encoded(self, tokenizer, self.longest(context), job)
@@ -143,24 +172,29 @@ class Sft(ChatOptions, Stage):
             raise InputError(
                 f"data: wanted conversations to learn from, got none in {texts.told()}"
             )
-        options = self.train_options(len(texts.training))
+        mixture = texts.mixture()
+        options = self.train_options(sum(mixture.taken()))
         base = weights_digest(model)
         model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
         objective = AnswerTokens(
             model, texts.training, texts.heldout, options, batch_size=self.batch_size,
             seed=self.seed, base=base, tokenizer=tokenizer, prompt=prompt, device=model.device,
+            mixture=mixture,
         )  # fmt: skip
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         torch.manual_seed(self.seed)
         load = os.getloadavg()[0]
         done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
-        model.save_pretrained(job.out / MODEL)
+        self.save_trained(model, job.out / MODEL, source)
         tokenizer.save(job.out / MODEL)
         result = asdict(done)
         result["used_seconds"] = result.pop("seconds")
         return {
             **result,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(map(math.prod, expected_shapes(model.config).values())),
+            "trained_parameters": trained,
             "conversations": texts.conversations,
+            "sources": texts.sources(mixture),
             "heldout": texts.held_out,
             "read": texts.rows.read,
             "counts": dict(texts.rows.counts),
@@ -184,6 +218,14 @@ class Sft(ChatOptions, Stage):
         metrics = read_metrics(job.out / METRICS)
         learnt, whole = result["learnt_tokens"], result["all_tokens"]
         rows = f"{result['read']:,} rows, {result['heldout']:,} held out"
+        more = {}
+        if self.lora_rank:
+            more["adapters"] = self.lora_told(result)
+        if self.data_weights:
+            more["mixture"] = ", ".join(
+                f"{s['weight']:g} x {s['source']} ({s['conversations']:,})"
+                for s in result["sources"]
+            )
         if result["counts"]:
             rows += f"; {reasons(result['counts'])}"
         return Part(
@@ -191,6 +233,7 @@ class Sft(ChatOptions, Stage):
             "The loss is of the assistant's tokens alone.",
             facts={
                 "conversations": rows,
+                **more,
                 "learnt": f"{count_text(learnt)} of {count_text(whole)} tokens"
                 f" ({100 * learnt / whole:.0f} %)",
                 "batch": f"{self.batch_size * self.accumulate} conversations without padding",
@@ -216,19 +259,20 @@ class Encoded:
     """
 
     def __init__(self, stage: Sft, tokenizer: "Tokenizer", seq_len: int, job: Job):
-        from fastlm.data.conversations import Rows, read_conversations
+        from fastlm.data.conversations import Rows
 
-        self.stage, self.seq_len = stage, seq_len
+        self.stage, self.seq_len, self.job = stage, seq_len, job
         self.rows = Rows()
         self.encoder = Encoder(stage, tokenizer, job, self.rows.counts)
         self.conversations = self.held_out = 0
         self.training: list[Example] = []
         self.prompts = Prompts()
         heldout: list[tuple[float, Example]] = []
-        read = read_conversations(
-            stage.data, cache=job.cache, skip_bad=stage.skip_bad, rows=self.rows, tell=job.skipped
-        )
-        for conversation in job.track(read, "reading conversations", unit="conversations"):
+        # per source: its conversations and examples
+        self.conversations_of, self.examples_of = [0] * len(stage.data), [0] * len(stage.data)
+        for source, conversation in job.track(
+            self.read(), "reading conversations", unit="conversations"
+        ):
             found = self.encode(conversation)
             if not found:
                 continue
@@ -239,9 +283,22 @@ class Encoded:
             else:
                 self.conversations += 1
                 self.training += found
+                self.conversations_of[source] += 1
+                self.examples_of[source] += len(found)
             self.prompts.add(place, conversation.prompt(), conversation.tools)
         self.encoder.finish()
         self.heldout = [example for _, example in sorted(heldout, key=lambda pair: pair[0])]
+
+    def read(self) -> Iterator[tuple[int, "Conversation"]]:
+        """Yield the conversations, each with the index of its source."""
+        from fastlm.data.conversations import read_conversations
+
+        for source, spec in enumerate(self.stage.data):
+            for conversation in read_conversations(
+                (spec,), cache=self.job.cache, skip_bad=self.stage.skip_bad, rows=self.rows,
+                tell=self.job.skipped,
+            ):  # fmt: skip
+                yield source, conversation
 
     def encode(self, conversation: "Conversation") -> list[Example]:
         overlong = self.stage.overlong
@@ -252,6 +309,16 @@ class Encoded:
         if any(len(one.ids) > self.seq_len for one in whole):
             self.rows.counts[OVERLONG[overlong][bool(examples)]] += 1
         return examples
+
+    def mixture(self) -> Mixture:
+        weights = self.stage.data_weights or (1.0,) * len(self.examples_of)
+        return Mixture(tuple(self.examples_of), weights)
+
+    def sources(self, mixture: Mixture) -> list[dict[str, Any]]:
+        """What the result says of each source."""
+        columns = (self.stage.data, mixture.weights, self.conversations_of, mixture.taken())
+        keys = ("source", "weight", "conversations", "examples_per_epoch")
+        return [dict(zip(keys, row)) for row in zip(*columns)]
 
     def told(self) -> str:
         found = f"{self.rows.read:,} rows"

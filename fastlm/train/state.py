@@ -1,10 +1,10 @@
 """Checkpoints of a run in progress: everything needed to continue to the same losses, bit for bit.
 
-``checkpoints/step-00000200/`` holds the parameters, the optimizer, the random state and, as JSON,
-step, seconds, position in the data, length of metrics.jsonl and the identity of the run (options,
-model, data). A checkpoint is written under a temporary name and renamed; an old one is renamed
-before it is deleted. A folder named step-* is therefore whole at any moment. No pickles: tensors
-are in safetensors with a checksum, the rest is JSON.
+``checkpoints/step-00000200/`` holds the trained parameters, the optimizer, the random state and, as
+JSON, step, seconds, position in the data, length of metrics.jsonl and the identity of the run
+(options, model, data). A checkpoint is written under a temporary name and renamed; an old one is
+renamed before it is deleted. A folder named step-* is therefore whole at any moment. No pickles:
+tensors are in safetensors with a checksum, the rest is JSON.
 """
 
 import re
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastlm.checkpoint.folder import load_tensors, save_tensors
 from fastlm.errors import InputError
 from fastlm.files import make_folder, reason
+from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.typed import build
 
 FOLDER = "checkpoints"
@@ -122,6 +123,19 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's ``state_dict()`` without what training leaves as it is: frozen parameters and
+    quantized weights, which the identity of the run stands for.
+    """
+    frozen = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            frozen |= {f"{name}.{key}" for key, _ in module.named_buffers(recurse=False)}
+    return {name: t for name, t in model.state_dict().items() if name not in frozen}
+
+
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -143,7 +157,7 @@ def save_checkpoint(
         progress, objective={k: v for k, v in progress.objective.items() if k not in kept}
     )
     tensors = {
-        **{f"model.{k}": v for k, v in model.state_dict().items()},
+        **{f"model.{k}": v for k, v in trained_state(model).items()},
         **{f"optimizer.{k}": v for k, v in optimizer_tensors.items()},
         **{f"objective.{k}": v for k, v in kept.items()},
         "rng.cpu": torch.get_rng_state(),
@@ -184,11 +198,11 @@ def load_checkpoint(
     }
     try:
         for prefix, own in (
-            ("model.", model.state_dict()),
+            ("model.", trained_state(model)),
             ("rng.", {"cpu": torch.get_rng_state()}),
         ):
             _check_tensors(prefix, part[prefix], own)
-        model.load_state_dict(part["model."])
+        model.load_state_dict(part["model."], strict=False)  # whole: _check_tensors
         unpack_optimizer(optimizer, part["optimizer."], rest.optimizer)
         torch.set_rng_state(part["rng."]["cpu"])
         if "cuda" in part["rng."] and torch.cuda.is_available():

@@ -1,0 +1,280 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): trained matrices of low rank beside frozen linear
+layers, and QLoRA (Dettmers et al. 2023, arXiv:2305.14314): the same beside 4-bit layers.
+
+Rejected: PEFT on fastlm's modules. It knows neither `fastlm.ops.linear` nor `QuantizedLinear`.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlm.errors import InputError
+from fastlm.ops.linear import Linear, linear
+from fastlm.ops.quantized_weight import QuantizedWeight
+from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
+ALL = "all-linear"  # PEFT's word for every linear layer but the head
+_HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """How a model was adapted, under PEFT's names. ``base_digest`` identifies the frozen weights;
+    None where `digest_of` cannot.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    base_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.r), ("alpha", self.lora_alpha)):
+            if not 0 < value < math.inf:
+                raise InputError(f"{name}: wanted a positive number, got {value}")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"dropout: wanted a share in [0, 1), got {self.lora_dropout}")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class LoraLinear(nn.Module):
+    """``base_layer(x) + scaling * F.linear(F.linear(dropout(x), lora_A), lora_B)``.
+
+    `base_layer` (Linear or QuantizedLinear) is frozen. `lora_A` (r, in_features) and `lora_B`
+    (out_features, r) are used in x's dtype. `enabled` False leaves out the second summand.
+    """
+
+    def __init__(self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, config: LoraConfig):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.scaling, self.dropout, self.enabled = config.scaling, config.lora_dropout, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        if not self.enabled:
+            return y
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        low = linear(x, self.lora_A.to(x.dtype)) * self.scaling
+        return y + linear(low, self.lora_B.to(x.dtype))
+
+    @torch.no_grad()
+    def merged(self, dtype: torch.dtype) -> Linear:
+        """One layer that computes the same up to rounding. The sum is rounded once, to the base's
+        dtype, or to `dtype` where that is quantized.
+        """
+        base: Any = self.base_layer
+        weight, dtype = _matrix(base.weight, dtype)
+        weight = torch.addmm(
+            weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=self.scaling
+        )
+        return _linear(weight.to(dtype), base.bias).train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"r={self.lora_A.shape[0]}, scaling={self.scaling}, dropout={self.dropout}"
+
+
+def add_lora(
+    model: "CausalLM",
+    rank: int = 16,
+    alpha: float = 32.0,
+    *,
+    targets: str | Sequence[str] = ALL,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    seed: int | None = None,
+) -> "CausalLM":
+    """Freeze the model and put a `LoraLinear` in place of each target, in place; return the model.
+
+    A is kaiming_uniform(a=sqrt(5)), B is zero, so that the model computes what it computed before.
+    Both are float32, 4 * rank * (in_features + out_features) bytes a layer. For QLoRA, quantize the
+    model before or after (``fastlm.quantize(model, "w4a16", embeddings=16, head=16)``).
+
+    Args:
+        rank, alpha: the update is ``alpha / rank * B A``, with use_rslora ``alpha / sqrt(rank)``.
+        targets: the last parts of module names ("q_proj", "down_proj"), or "all-linear": all linear
+            layers but the head.
+        dropout: share of the inputs of A that is dropped in training.
+        seed: of A; None uses torch's generator.
+
+    Raises InputError: a target that no linear layer has, the head or the embedding as a target, a
+    model with adapters.
+    """
+    check_plain(model)
+    config = LoraConfig(rank, alpha, dropout, use_rslora, digest_of(model))
+    found = targets_of(model, targets)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    adapters = {}
+    for name, base in found.items():
+        bound = base.in_features**-0.5  # of kaiming_uniform with a=sqrt(5)
+        a = torch.empty(rank, base.in_features, device="cpu")
+        a.uniform_(-bound, bound, generator=generator)
+        adapters[name] = a, torch.zeros(base.out_features, rank, device="cpu")
+    return put_lora(model, adapters, config)
+
+
+def put_lora(
+    model: "CausalLM", adapters: dict[str, tuple[Tensor, Tensor]], config: LoraConfig
+) -> "CausalLM":
+    """Freeze the model and put a `LoraLinear` with these A and B in place of each linear layer
+    named.
+    """
+    model.requires_grad_(False)
+    for name, (a, b) in adapters.items():
+        base = model.get_submodule(name)
+        new = LoraLinear(base, a.to(model.device), b.to(model.device), config)
+        _replace(model, name, new.train(base.training))
+    model.lora = config
+    return model
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise InputError if the model has adapters."""
+    if any(_adapters(model)):
+        raise InputError("model: wanted one without adapters, got one that has some")
+
+
+def linears_of(model: nn.Module) -> dict[str, Any]:
+    """Module name -> linear layer, of all that an adapter may stand beside."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | QuantizedLinear) and name != _HEAD
+    }
+
+
+def targets_of(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Any]:
+    """Module name -> linear layer, of those that `targets` of `add_lora` names."""
+    linears = linears_of(model)
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
+    if wanted == (ALL,):
+        return linears
+    kinds = sorted({name.rpartition(".")[2] for name in linears})
+    for target in wanted:
+        if not any(_matches(name, target) for name in linears):
+            raise InputError(
+                f"targets: wanted {ALL} or some of {', '.join(kinds)}, got {target!r:.60}"
+            )
+    if not wanted:
+        raise InputError(f"targets: wanted {ALL} or some of {', '.join(kinds)}, got none")
+    return {n: m for n, m in linears.items() if any(_matches(n, target) for target in wanted)}
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def lora_of(model: nn.Module) -> dict[str, LoraLinear]:
+    """Module name -> adapted layer."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+def _adapters(model: nn.Module) -> Iterator[LoraLinear]:
+    return (m for m in model.modules() if isinstance(m, LoraLinear))
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def merge_lora(model: "CausalLM") -> "CausalLM":
+    """Add each adapter to its layer (`LoraLinear.merged`), in place; return the model, which is a
+    plain CausalLM with nothing frozen. What is quantized in a model with adapters is dequantized to
+    the model's dtype. Without adapters, the model is returned as it is.
+    """
+    adapters, dtype = lora_of(model), model.dtype
+    for name, module in adapters.items():
+        _replace(model, name, module.merged(dtype))
+    if adapters:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                _replace(model, name, _dequantized(module, dtype).train(module.training))
+        model.requires_grad_(True)
+        model.lora = None
+    return model
+
+
+def _dequantized(module: QuantizedLinear | QuantizedEmbedding, dtype: torch.dtype) -> nn.Module:
+    weight = module.weight.dequantize(dtype)
+    if isinstance(module, QuantizedLinear):
+        return _linear(weight, module.bias)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
+
+
+def _linear(weight: Tensor, bias: nn.Parameter | None) -> Linear:
+    with torch.device("meta"):
+        new = Linear(weight.shape[1], weight.shape[0], bias=False)
+    new.weight = nn.Parameter(weight)
+    new.register_parameter("bias", bias)
+    return new
+
+
+def _matrix(weight: Any, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
+    """A layer's weight as floats, and the dtype that belongs to it."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.dequantize(torch.float32), dtype
+    return weight, weight.dtype
+
+
+@contextmanager
+def merged(model: "CausalLM") -> Iterator[None]:
+    """Context in which the adapters are merged, and nothing can be trained: for a long generation,
+    which then runs at the speed of a plain model. It takes a copy of the adapted weights.
+    """
+    found = lora_of(model)
+    for name, module in found.items():
+        _replace(model, name, module.merged(model.dtype).requires_grad_(False))
+    try:
+        yield
+    finally:
+        for name, module in found.items():
+            _replace(model, name, module)
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Context in which the model computes what its frozen base computes: the reference of DPO or
+    PPO, without a second model in memory.
+    """
+    adapters = list(_adapters(model))
+    before = [module.enabled for module in adapters]
+    for module in adapters:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module, enabled in zip(adapters, before):
+            module.enabled = enabled
+
+
+def digest_of(model: nn.Module) -> str | None:
+    """Identify weights of float32 or bfloat16 by their values in bfloat16, so that it does not
+    matter in which of the two they were loaded; None with weights of other dtypes.
+    """
+    if any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        digest.update(name.encode())
+        rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(rounded.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,107 @@
+"""The options of stages that can train adapters (LoRA, QLoRA) in place of all weights. Nothing here
+imports torch before a model is loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastlm.errors import InputError
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """A stage with these options loads the model it trains by `load_trained` and writes it by
+    `save_trained`. With ``lora_rank`` 0 all weights are trained.
+    """
+
+    lora_rank: Annotated[int, "Train adapters of this rank (LoRA); 0: all weights"] = 0
+    lora_alpha: Annotated[
+        float | None, "Adapters are scaled by alpha / rank; default: twice the rank"
+    ] = None
+    lora_targets: Annotated[
+        tuple[str, ...], "Layers with adapters: all-linear, or names such as q_proj v_proj"
+    ] = ("all-linear",)
+    lora_dropout: Annotated[float, "Share of the adapters' inputs that is dropped"] = 0.0
+    base_bits: Annotated[int, "4: the frozen weights in int4 (QLoRA); 16: as they are"] = 16
+    base_group_size: Annotated[int, "Weights that share a scale, with base_bits 4"] = 64
+    merge: Annotated[bool, "Leave a merged model; otherwise an adapter in PEFT's format"] = True
+
+    def check_lora(self) -> None:
+        """Check the values. InputError names the option."""
+        from fastlm.ops.quantized_weight import ANY_K, check_group_size
+
+        if self.lora_rank < 0:
+            raise InputError(f"lora_rank: wanted 0 or more, got {self.lora_rank}")
+        if self.base_bits not in (4, 16):
+            raise InputError(f"base_bits: wanted 4 or 16, got {self.base_bits}")
+        if not self.lora_rank and (self.base_bits != 16 or not self.merge):
+            name = "base_bits" if self.base_bits != 16 else "merge"
+            raise InputError(
+                f"{name}: wanted lora_rank with it, got {getattr(self, name)} and all weights"
+                " trained"
+            )
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise InputError(f"lora_alpha: wanted a positive number, got {self.lora_alpha}")
+        if not self.lora_targets:
+            raise InputError("lora_targets: wanted all-linear or names of layers, got none")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"lora_dropout: wanted a share in [0, 1), got {self.lora_dropout}")
+        if self.base_bits == 4:
+            check_group_size(self.base_group_size, ANY_K)
+
+    def load_trained(self, source: str | Path, *, dtype: str, seed: int) -> "CausalLM":
+        """Load the model at ``source`` to train it: float32, or with adapters and everything else
+        frozen in ``dtype`` ("bfloat16", "float32") or int4. ``seed`` is that of the adapters.
+        """
+        import torch
+
+        from fastlm.checkpoint.folder import is_adapter, locate_model
+        from fastlm.model.causal_lm import CausalLM
+        from fastlm.model.lora import add_lora
+        from fastlm.quant import quantize
+        from fastlm.quant.modules import QuantizedLinear
+
+        if not self.lora_rank:
+            return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
+        if not self.merge and is_adapter(locate_model(Path(source))):
+            raise InputError(f"merge: wanted true on top of an adapter, {source}, got false")
+        model = CausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), keep_quantized=self.base_bits == 4, act_bits=16
+        )
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        add_lora(
+            model, self.lora_rank, alpha, targets=self.lora_targets, dropout=self.lora_dropout,
+            seed=seed,
+        )  # fmt: skip
+        if self.base_bits == 4 and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
+            # the loss reads the head as a matrix: quantized, it would be dequantized in every step
+            quantize(model, "w4a16", group_size=self.base_group_size, embeddings=16, head=16)
+        return model
+
+    def save_trained(self, model: "CausalLM", folder: Path, source: str | Path) -> None:
+        """Write the model to ``folder``: merged, or with ``merge`` False its adapters alone, which
+        name ``source`` as their base.
+        """
+        from fastlm.checkpoint.adapter import save_adapter
+        from fastlm.model.lora import merge_lora
+
+        if self.lora_rank and not self.merge:
+            save_adapter(model, folder, base=source)
+        else:
+            merge_lora(model).save_pretrained(folder)
+
+    def lora_told(self, result: Mapping[str, Any]) -> str:
+        """One line for a report: what was trained. ``result`` has parameters and
+        trained_parameters.
+        """
+        base = "int4" if self.base_bits == 4 else "16-bit"
+        share = 100 * result["trained_parameters"] / result["parameters"]
+        return (
+            f"LoRA of rank {self.lora_rank} on {', '.join(self.lora_targets)},"
+            f" {result['trained_parameters']:,} parameters trained ({share:.2g} %), {base} base"
+        )

@@ -1,0 +1,494 @@
+"""LoRA and QLoRA: gradients, merging, PEFT's format both ways, adapters of another base, resuming,
+and the stage that trains them.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_sft import QUESTIONS, answers, base, config, data, options  # noqa: F401
+from torch import Tensor
+from typer.testing import CliRunner
+
+import fastlm
+from fastlm.checkpoint.adapter import load_adapter, save_adapter
+from fastlm.cli import app
+from fastlm.decode.cpu_steps import plan_of
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.model.lora import (
+    add_lora,
+    lora_of,
+    merge_lora,
+    merged,
+    without_adapter,
+)
+from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+
+IDS = torch.tensor([[5, 9, 2, 33, 17, 60, 4], [1, 2, 3, 4, 5, 6, 7]])
+
+
+def model_of(seed: int = 3, **changes) -> CausalLM:
+    given = {**config(64, 0).to_dict(), **changes}
+    return CausalLM(ModelConfig.from_dict(given), seed=seed)
+
+
+@pytest.fixture
+def model() -> CausalLM:
+    return model_of()
+
+
+def trained(model: CausalLM, seed: int = 1) -> CausalLM:
+    """The model with an update that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in lora_of(model).values():
+            module.lora_B.normal_(0, 0.05, generator=generator)
+    return model
+
+
+def logits(model) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+# ---- what is computed
+
+
+def test_it_begins_as_the_base_and_learns_only_the_adapters(model) -> None:
+    before = logits(model)
+    add_lora(model, 4, 8, seed=0)
+    assert torch.equal(logits(model), before)
+    a = model.model.layers[0].mlp.down_proj.lora_A  # kaiming_uniform(a=sqrt(5)): 1 / sqrt(in)
+    assert 0.9 / 128**0.5 < float(a.detach().abs().max()) <= 1 / 128**0.5
+    trained(model)
+    model(IDS, labels=IDS).loss.backward()
+    names = {name for name, p in model.named_parameters() if p.grad is not None}
+    learnt = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == learnt == {n for n, _ in model.named_parameters() if "lora_" in n}
+    assert len(names) == 2 * 7 * 2 and all(
+        bool(p.grad.any()) for p in model.parameters() if p.requires_grad
+    )
+
+
+def test_the_formula_and_its_gradients(model) -> None:
+    """Against the merged weight in float64: W + alpha / r B A."""
+    add_lora(model, 4, 12, targets=["o_proj"], seed=0)
+    layer = trained(model).model.layers[0].self_attn.o_proj
+    x = torch.randn(5, 64, requires_grad=True)
+    layer(x).square().sum().backward()
+    a, b = (t.detach().double().requires_grad_() for t in (layer.lora_A, layer.lora_B))
+    wide = x.detach().double().requires_grad_()
+    weight = layer.base_layer.weight.detach().double() + 3 * b @ a
+    (wide @ weight.T).square().sum().backward()
+    for got, wanted in ((x, wide), (layer.lora_A, a), (layer.lora_B, b)):
+        torch.testing.assert_close(got.grad.double(), wanted.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_rank_stabilised_scaling(model) -> None:
+    add_lora(model, 16, 8, use_rslora=True)
+    assert {m.scaling for m in lora_of(model).values()} == {8 / 4}
+
+
+def test_dropout_is_only_of_training_and_of_the_adapter(model) -> None:
+    before = logits(model)
+    add_lora(model, 4, 8, dropout=0.5, seed=0)
+    model.train()
+    assert torch.equal(logits(model), before)  # B is zero
+    trained(model)
+    torch.manual_seed(0)
+    assert not torch.equal(logits(model), logits(model))
+    model.eval()
+    assert torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_computes_the_same(model, dtype) -> None:
+    exact = logits(merge_lora(trained(add_lora(model_of().double(), 4, 8, seed=0))).double())
+    model = trained(add_lora(model.to(dtype), 4, 8, seed=0)).eval()
+    apart = logits(model)
+    with merged(model):
+        together = logits(model)
+        assert not lora_of(model)
+    assert lora_of(model) and torch.equal(logits(model), apart)
+    assert merge_lora(model) is model and torch.equal(logits(model), together)
+    assert not lora_of(model) and all(p.requires_grad for p in model.parameters())
+    # as far from float64 as the unmerged model is, which rounds its products one by one
+    error = [float((t.double() - exact).abs().max()) for t in (apart, together)]
+    assert error[1] <= 3 * error[0] + 1e-6
+
+
+def test_without_adapter_is_the_base(model) -> None:
+    before = logits(model)
+    trained(add_lora(model, 4, 8, seed=0))
+    after = logits(model)
+    assert not torch.equal(after, before)
+    with without_adapter(model):
+        assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), after)
+
+
+FAMILIES = {
+    "llama": {},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0},  # qkv_proj, gate_up_proj
+    "qwen2": {"model_type": "qwen2"},  # biases
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_generation_equals_that_of_the_merged_model(family, bits) -> None:
+    """Decode steps join projections and run without modules where there are no adapters."""
+    model = model_of(**FAMILIES[family])
+    if bits == 4:
+        fastlm.quantize(model, "w4a16", group_size=32)
+    model.generate(IDS, max_new_tokens=2, temperature=0.0)  # leaves a plan and joined projections
+    with torch.no_grad():
+        before = logits(model)
+    trained(add_lora(model, 4, 32, seed=0)).eval()
+    assert plan_of(model) is None and not torch.allclose(logits(model), before)
+    apart = model.generate(IDS, max_new_tokens=12, temperature=0.0)
+    with merged(model):
+        assert torch.equal(model.generate(IDS, max_new_tokens=12, temperature=0.0), apart)
+    assert torch.equal(model.generate(IDS, max_new_tokens=12, temperature=0.0), apart)
+    merge_lora(model)
+    assert not any(isinstance(m, QuantizedLinear | QuantizedEmbedding) for m in model.modules())
+    assert torch.equal(model.generate(IDS, max_new_tokens=12, temperature=0.0), apart)
+
+
+@pytest.mark.parametrize("first", ["adapters", "quantized"])
+def test_gradients_through_a_4_bit_base(first) -> None:
+    """QLoRA: as those beside the dequantized weights in float32."""
+    model = model_of()
+    small = {"group_size": 32, "embeddings": 16, "head": 16}
+    if first == "adapters":
+        fastlm.quantize(add_lora(model, 4, 8, seed=0), "w4a16", **small)
+    else:
+        add_lora(fastlm.quantize(model, "w4a16", **small), 4, 8, seed=0)
+    trained(model)
+    plain = model_of()
+    with torch.no_grad():
+        for name, module in lora_of(model).items():
+            assert isinstance(module.base_layer, QuantizedLinear)
+            plain.get_submodule(name).weight.copy_(module.base_layer.weight.dequantize())
+    trained(add_lora(plain, 4, 8, seed=0))
+    losses = [m(IDS, labels=IDS).loss for m in (model, plain)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    wanted = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+    got = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert got.keys() == wanted.keys()
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+# ---- PEFT
+
+
+def transformers_model(folder: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def saved(model, tmp_path) -> Path:
+    model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+ADAPTERS = {
+    "all linear": {"rank": 4, "alpha": 8},
+    "rank stabilised": {"rank": 4, "alpha": 3, "use_rslora": True},
+    "two targets": {"rank": 2, "alpha": 7, "targets": ["q_proj", "down_proj"]},
+    "one module": {"rank": 2, "alpha": 2, "targets": ["model.layers.1.mlp.up_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_peft_loads_our_adapter(model, saved, tmp_path, kind) -> None:
+    from peft import PeftModel
+
+    trained(add_lora(model, seed=0, **ADAPTERS[kind])).eval()
+    save_adapter(model, tmp_path / "adapter", base=saved)
+    peft = PeftModel.from_pretrained(transformers_model(saved), tmp_path / "adapter").eval()
+    assert len([1 for n, _ in peft.named_parameters() if "lora_A" in n]) == len(lora_of(model))
+    with torch.no_grad():
+        theirs = peft(IDS).logits
+    torch.testing.assert_close(theirs, logits(model), rtol=1e-4, atol=1e-5)
+    again = load_adapter(CausalLM.from_pretrained(saved), tmp_path / "adapter")
+    assert (
+        torch.equal(logits(again), logits(model)) and lora_of(again).keys() == lora_of(model).keys()
+    )
+    whole = CausalLM.from_pretrained(tmp_path / "adapter")  # finds its base
+    assert not lora_of(whole) and torch.equal(logits(whole), logits(merge_lora(model)))
+
+
+THEIRS = {
+    "default": {"target_modules": ["q_proj", "v_proj"]},
+    "rank stabilised": {"target_modules": "all-linear", "use_rslora": True},
+    "regular expression": {"target_modules": r".*layers\.1\..*(up|down)_proj"},
+    "one layer": {"target_modules": ["k_proj", "o_proj"], "layers_to_transform": [1]},
+}
+
+
+def peft_adapter(saved: Path, folder: Path, **given):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **given)
+    peft = get_peft_model(transformers_model(saved), lora).eval()
+    with torch.no_grad():
+        for name, p in peft.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.05)
+    peft.save_pretrained(folder)
+    with torch.no_grad():
+        return peft(IDS).logits
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_we_load_pefts_adapter(saved, tmp_path, kind) -> None:
+    theirs = peft_adapter(saved, tmp_path / "theirs", **THEIRS[kind])
+    model = load_adapter(CausalLM.from_pretrained(saved), tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-5)
+    save_adapter(model, tmp_path / "ours", base=saved)
+    again = CausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(logits(again), theirs, rtol=1e-4, atol=1e-5)
+
+
+REFUSED_OF_PEFT = {
+    "use_dora: fastlm's LoRA does not have it": {"use_dora": True},
+    "bias: wanted 'none', got 'lora_only'": {"bias": "lora_only"},
+    "modules_to_save: fastlm's LoRA does not have it": {"modules_to_save": ["norm"]},
+    "rank_pattern: fastlm's LoRA does not have it": {"rank_pattern": {"q_proj": 2}},
+    "alpha_pattern: fastlm's LoRA does not have it": {"alpha_pattern": {"q_proj": 2}},
+    "init_lora_weights: wanted one that leaves the base": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED_OF_PEFT)
+def test_options_of_peft_that_are_refused(saved, tmp_path, message) -> None:
+    given = REFUSED_OF_PEFT[message]
+    peft_adapter(saved, tmp_path / "theirs", target_modules=["q_proj", "v_proj"], **given)
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_adapter(CausalLM.from_pretrained(saved), tmp_path / "theirs")
+
+
+# ---- files
+
+
+@pytest.fixture
+def adapter(model, saved, tmp_path) -> Path:
+    save_adapter(trained(add_lora(model, 4, 8, seed=0)), tmp_path / "adapter", base=saved)
+    return tmp_path / "adapter"
+
+
+OTHER_BASES = {
+    "mlp.down_proj.lora_A: wanted (4, 96) for this model, got (4, 128)": {"intermediate_size": 96},
+    "model.layers.1.mlp.down_proj: is no linear layer of this model": {"num_hidden_layers": 1},
+    "wanted an adapter of model.layers.2": {"num_hidden_layers": 3},
+    "wanted the base model with the digest": {"seed": 4},
+}
+
+
+@pytest.mark.parametrize("message", OTHER_BASES)
+def test_an_adapter_of_another_base(adapter, message) -> None:
+    other = model_of(**OTHER_BASES[message])
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_adapter(other, adapter)
+    assert not lora_of(other) and all(p.requires_grad for p in other.parameters())
+
+
+def test_the_base_is_recognised_in_either_dtype(adapter, saved) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        load_adapter(CausalLM.from_pretrained(saved, dtype=dtype), adapter)
+
+
+CHANGES = {
+    "peft_type: wanted LORA, got 'IA3'": {"peft_type": "IA3"},
+    "task_type: wanted CAUSAL_LM, got 'SEQ_CLS'": {"task_type": "SEQ_CLS"},
+    "r: wanted 1 or more, got 'four'": {"r": "four"},
+    "lora_alpha: wanted a positive number, got None": {"lora_alpha": None},
+    "lora_dropout: wanted a share in [0, 1), got 2": {"lora_dropout": 2},
+    "down_proj: wanted rank 8 by its config, got 4": {"r": 8},
+    "new_option: fastlm's LoRA does not have it, got 'x'": {"new_option": "x"},
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_refused_configs(adapter, saved, message) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **CHANGES[message]}))
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_adapter(CausalLM.from_pretrained(saved), adapter)
+
+
+def test_a_base_that_is_not_there(adapter, saved) -> None:
+    file = adapter / "adapter_config.json"
+    given = json.loads(file.read_text())
+    assert given["base_model_name_or_path"] == str(saved)
+    for name in ("HuggingFaceTB/SmolLM2-135M", None):
+        file.write_text(json.dumps({**given, "base_model_name_or_path": name}))
+        with pytest.raises(InputError, match="base_model_name_or_path: wanted a model on this"):
+            CausalLM.from_pretrained(adapter)
+    file.write_text(json.dumps({**given, "base_model_name_or_path": str(adapter)}))
+    with pytest.raises(InputError, match="wanted a whole model, got an adapter"):
+        CausalLM.from_pretrained(adapter)
+
+
+def test_refused_tensors(adapter, saved) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = adapter / "adapter_model.safetensors"
+    whole = load_file(file)
+    name = next(n for n in whole if "lora_B" in n)
+    for tensors, message in (
+        ({k: v for k, v in whole.items() if k != name}, "wanted lora_A and lora_B, got lora_A"),
+        ({**whole, "lm_head.weight": torch.zeros(2, 2)}, "lm_head.weight: wanted lora_A.weight"),
+        ({name: torch.zeros(2, dtype=torch.int64)}, "wanted one of F32, BF16, F16, F64, got I64"),
+        ({}, "wanted the matrices of an adapter, got no tensor"),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(InputError, match=re.escape(message)):
+            load_adapter(CausalLM.from_pretrained(saved), adapter)
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        load_adapter(CausalLM.from_pretrained(saved), adapter)
+
+
+def test_a_folder_holds_a_model_or_an_adapter(adapter, model, tmp_path) -> None:
+    (adapter / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="model: wanted one without adapters"):
+        model.save_pretrained(adapter)
+    merge_lora(model).save_pretrained(adapter)
+    assert torch.equal(logits(CausalLM.from_pretrained(adapter)), logits(model))
+    assert not list(adapter.glob("adapter*")) and (adapter / "notes.txt").read_text() == "mine"
+    save_adapter(add_lora(model), adapter)
+    assert not (adapter / "model.safetensors").exists() and (adapter / "notes.txt").exists()
+
+
+REFUSED_CALLS = {
+    "targets: wanted all-linear or some of down_proj": {"targets": ["q_proj", "x_proj"]},
+    "targets: wanted all-linear or some of": {"targets": ["lm_head"]},
+    "got none": {"targets": []},
+    "rank: wanted a positive number, got 0": {"rank": 0},
+    "alpha: wanted a positive number, got -1": {"alpha": -1},
+    "dropout: wanted a share in [0, 1), got 1": {"dropout": 1},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED_CALLS)
+def test_refused_calls(message) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        add_lora(model_of(tie_word_embeddings=False), **REFUSED_CALLS[message])
+
+
+def test_adapters_are_added_once(model, tmp_path) -> None:
+    with pytest.raises(InputError, match="wanted one with adapters"):
+        save_adapter(model, tmp_path / "none")
+    add_lora(model)
+    with pytest.raises(InputError, match="wanted one without adapters"):
+        add_lora(model)
+
+
+# ---- the stage
+
+LORA = {"lora_rank": 8, "lr": 2e-2, "epochs": 30}
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter", "4-bit"])
+def test_a_model_learns_to_answer_by_its_adapters(base, data, tmp_path, kind) -> None:  # noqa: F811
+    given = {"adapter": {"merge": False}, "4-bit": {"base_bits": 4, "base_group_size": 32}}
+    stage = options(data=(data,), **LORA, **given.get(kind, {}))
+    result = stage(tmp_path / "sft", model=base)
+    folder = tmp_path / "sft" / "model"
+    assert answers(folder) == [f"{answer}<|im_end|>" for answer in QUESTIONS.values()]
+    assert result["trained_parameters"] < result["parameters"]
+    assert (folder / "adapter_config.json").exists() == (kind == "adapter")
+    model = CausalLM.from_pretrained(folder)
+    assert set(model.config.stop_ids) and not lora_of(model)
+    assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
+    if kind == "adapter":
+        arguments = ["generate", "--model", str(folder), "--prompt", "two plus two?"]
+        done = CliRunner().invoke(app, [*arguments, "--temperature", "0"])
+        assert done.exit_code == 0 and "Four, I think." in done.output
+
+
+@pytest.mark.parametrize("given", [{}, {"lora_dropout": 0.2}, {"base_bits": 4, "merge": False}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_resumes_to_the_same_bits(base, data, tmp_path, given, dtype) -> None:  # noqa: F811
+    stage = options(data=(data,), epochs=4, lora_rank=4, dtype=dtype, checkpoint_every=3, **given)
+    stage(tmp_path / "whole", model=base)
+
+    class Cut(Exception):
+        pass
+
+    def cut(event) -> None:
+        if event.get("step") == 5 and "loss" in event:
+            raise Cut
+
+    with pytest.raises(Cut):
+        stage(tmp_path / "cut", model=base, on_event=cut)
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").iterdir()
+    saved = fastlm.checkpoint.folder.load_tensors(checkpoint)[0]
+    names = {name for name in saved if name.startswith("model.")}
+    assert names and all(".lora_" in name for name in names)
+    stage(tmp_path / "cut", model=base)
+    for file in (tmp_path / "whole" / "model").glob("*.safetensors"):
+        assert (tmp_path / "cut" / "model" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_other_adapters_are_another_training(base, data, tmp_path) -> None:  # noqa: F811
+    options(data=(data,), epochs=1, lora_rank=4)(tmp_path / "sft", model=base)
+    for change in ({"lora_alpha": 3.0}, {"lora_dropout": 0.1}, {"base_bits": 4}, {"lora_rank": 2}):
+        stage = options(data=(data,), epochs=1, **{"lora_rank": 4, **change})
+        with pytest.raises(InputError, match="is of another run"):
+            stage(tmp_path / "sft", model=base)
+
+
+REFUSED_OPTIONS = {
+    "lora_rank: wanted 0 or more, got -1": {"lora_rank": -1},
+    "lora_alpha: wanted a positive number, got 0": {"lora_rank": 4, "lora_alpha": 0},
+    "lora_targets: wanted all-linear or names of layers, got none": {"lora_targets": ()},
+    "lora_dropout: wanted a share in [0, 1), got 1": {"lora_rank": 4, "lora_dropout": 1},
+    "base_bits: wanted 4 or 16, got 8": {"base_bits": 8},
+    "base_bits: wanted lora_rank with it, got 4 and all weights trained": {"base_bits": 4},
+    "merge: wanted lora_rank with it, got False and all weights trained": {"merge": False},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED_OPTIONS)
+def test_refused_options(message) -> None:
+    with pytest.raises(InputError) as refusal:
+        options(**REFUSED_OPTIONS[message]).check()
+    assert str(refusal.value) == message
+
+
+def test_merge_is_a_command(base, data, tmp_path) -> None:  # noqa: F811
+    stage = options(data=(data,), epochs=1, lora_rank=4, merge=False)
+    stage(tmp_path / "sft", model=base)
+    with pytest.raises(InputError, match="merge: wanted true on top of an adapter"):
+        stage(tmp_path / "again", model=tmp_path / "sft")
+    arguments = ["merge", "--model", str(tmp_path / "sft"), "--out", str(tmp_path / "whole")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "whole" / "adapter_config.json").exists()
+    files = [tmp_path / "whole", tmp_path / "sft" / "model"]
+    one, two = map(CausalLM.from_pretrained, files)
+    assert torch.equal(logits(one), logits(two)) and one.config.stop_ids == two.config.stop_ids
+    assert answers(tmp_path / "whole") == answers(tmp_path / "sft" / "model")
+    config = tmp_path / "sft" / "model" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base), "/nowhere"))
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2 and "wanted a model on this machine" in refused.output
+    done = CliRunner().invoke(app, [*arguments, "--base", str(base)])
+    assert done.exit_code == 0 and torch.equal(
+        logits(CausalLM.from_pretrained(tmp_path / "whole")), logits(one)
+    )
+    plain = CliRunner().invoke(app, ["merge", "-m", str(base), "-o", str(tmp_path / "no")])
+    assert plain.exit_code == 2 and "model: wanted a LoRA adapter" in plain.output
