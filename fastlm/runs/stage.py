@@ -99,8 +99,12 @@ class Job:
 
     def skipped(self, message: str) -> None:
         """Tell the user what was left out, and why."""
+        self.warn(f"skipped: {message}")
+
+    def warn(self, message: str) -> None:
+        """Tell the user what looks wrong."""
         if self.on_event is not None:
-            self.on_event({"warning": f"skipped: {message}"})
+            self.on_event({"warning": message})
 
 
 @dataclass

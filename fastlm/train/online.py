@@ -15,13 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
+from fastlm.model.lora import without_adapter
 from fastlm.train.loop import DivergedError, decay_matrices
 from fastlm.train.losses import Metrics, aggregate, pooled
 from fastlm.train.monitors import of_round
@@ -99,7 +102,7 @@ class Online:
     """An objective (`fastlm.train.loop.Objective`) on answers that the policy samples.
 
     ``prompts``: token ids of each. ``score``: see `Score`. ``reference``: the frozen policy that KL
-    is measured to. A subclass defines `estimate` (advantages of a round), `num_items` and
+    is measured to; None is the policy without its adapters (LoRA). A subclass defines `estimate` (advantages of a round), `num_items` and
     `micro_loss`.
     """
 
@@ -109,7 +112,7 @@ class Online:
     def __init__(
         self,
         policy: "CausalLM",
-        reference: "CausalLM",
+        reference: "CausalLM | None",
         prompts: Sequence[Sequence[int]],
         heldout: Sequence[Sequence[int]],
         score: Score,
@@ -141,9 +144,9 @@ class Online:
         self.made: dict[str, float] = {}  # what the round measured
         self.step_metrics: list[tuple[Metrics, ...]] = []  # of its micro-batches
         self.stop = False  # the update moved too far: the next step begins a new round
-        for model in (policy, reference):
-            without_dropout(model)
-        reference.requires_grad_(False).eval()
+        without_dropout(policy)
+        if reference is not None:
+            without_dropout(reference.requires_grad_(False).eval())
 
     # what a subclass defines
 
@@ -181,6 +184,12 @@ class Online:
             hidden, packed.labels, temperature=self.rules.temperature, return_entropy=True
         )
         return packed.rows(logp), packed.rows(entropy)
+
+    def _reference_logprobs(self, packed: Packed) -> Tensor:
+        if self.reference is not None:
+            return self.logprobs(self.reference, packed)[0]
+        with without_adapter(self.policy):
+            return self.logprobs(self.policy, packed)[0]
 
     def mean_entropy(self, entropy: Tensor, mask: Tensor) -> Metrics:
         return {"entropy": aggregate(entropy.detach(), mask), "tokens": mask.sum()}
@@ -245,9 +254,7 @@ class Online:
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, total, rules.batch_size):
             packed = self._packed(range(start, min(start + rules.batch_size, total)))
-            found = {
-                **self.measure(packed), "ref_logp": self.logprobs(self.reference, packed)[0],
-            }  # fmt: skip
+            found = {**self.measure(packed), "ref_logp": self._reference_logprobs(packed)}
             for name, value in found.items():
                 width = longest - value.shape[1]
                 parts.setdefault(name, []).append(torch.nn.functional.pad(value, (0, width)))
@@ -394,6 +401,12 @@ class Online:
             "val_length": float(np.mean([len(answer.tokens) for answer in answers])),
             "val_ended": float(np.mean([answer.ended for answer in answers])),
         }
+
+    def load_policy(self, checkpoint: Path) -> None:
+        """Put back the models of a checkpoint."""
+        tensors, _ = load_tensors(checkpoint)
+        models = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        self.trained.load_state_dict(models, strict=False)  # with adapters: they alone are in it
 
     def sample(self) -> str | None:
         if self.answer_text is None or not self.sample_prompt:

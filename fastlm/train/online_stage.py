@@ -1,0 +1,364 @@
+"""The stages that learn from their own answers: options and run of `ppo` and `grpo`."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from textwrap import shorten
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from fastlm.data.content import Contents
+from fastlm.errors import InputError
+from fastlm.runs.stage import Job, Part, Positional, Stage, Takes, at_least_one
+from fastlm.train.chat_options import ChatOptions
+from fastlm.train.encoding import Prompts, chat_tokenizer, place_in_order, told_rows, weights_digest
+from fastlm.train.lora_options import LoraOptions
+from fastlm.train.metrics import METRICS, read_metrics
+from fastlm.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from fastlm.data.prompts import Prompt
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.train.online import Online, Rules
+    from fastlm.train.rollouts import Answer
+
+MODEL, LAST_GOOD = "model", "last-good"
+
+
+@dataclass(frozen=True)
+class OnlineStage(LoraOptions, ChatOptions, Stage):
+    """A stage whose objective is a `fastlm.train.online.Online`; a subclass makes it."""
+
+    overlongs: ClassVar[tuple[str, ...]] = ("skip",)
+    rows: ClassVar[str] = "prompts"
+    reads = {
+        "model": Takes(("model",), "Policy to train: a run, a Hugging Face folder"),
+        "reward_model": Takes(("reward",), "Reward model that scores answers", optional=True),
+    }
+    leaves = {"model": MODEL}
+    scratch = ("checkpoints",)
+    result = {
+        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
+        "parameters": int, "trained_parameters": int, "prompts": int, "heldout": int, "read": int,
+        "counts": dict, "used_seconds": float, "load": str, "prompt": str,
+    }  # fmt: skip
+    notes = """Read are .jsonl and .json files of rows with a prompt or question (a text or messages), or
+conversations, of which the questions before the first answer are the prompt."""
+
+    data: Annotated[
+        tuple[str, ...],
+        Positional("Prompts: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+    ] = ()
+    reward: Annotated[
+        str, "Function that scores answers: exact, contains, number, or file.py:function"
+    ] = ""
+    prompts: Annotated[int, "Prompts per round"] = 16
+    answers: Annotated[int, "Answers to each of them"] = 4
+    passes: Annotated[int, "Passes over the answers of a round"] = 1
+    batch_size: Annotated[int, "Answers per micro-batch, joined without padding"] = 8
+    decode_batch: Annotated[int, "Answers that are sampled side by side"] = 64
+    max_new_tokens: Annotated[int, "Most tokens per answer"] = 128
+    temperature: Annotated[float, "Of sampling, of the policy and of the reference"] = 1.0
+    seq_len: Annotated[int | None, "Most tokens of prompt and answer; default: the context"] = None
+    overlong: Annotated[str, "Prompts that leave no room for an answer: skip"] = "skip"
+    heldout: Annotated[float, "Share of the prompts that is held out"] = 0.05
+    clip: Annotated[float, "The ratio of probabilities counts up to 1 ± this"] = 0.2
+    beta: Annotated[float, "Coefficient of the KL to the reference"] = 0.0
+    kl_target: Annotated[float | None, "Adapt beta to this KL, nats per answer"] = None
+    kl_horizon: Annotated[float, "Answers over which beta adapts"] = 10_000.0
+    max_kl: Annotated[float, "Stop where the KL is larger, nats per answer"] = 100.0
+    max_update_kl: Annotated[
+        float | None, "End a round where the policy has moved further, nats per token"
+    ] = None
+    entropy: Annotated[float, "Coefficient of the entropy that the loss subtracts"] = 0.0
+    missing_end: Annotated[
+        float | None, "Score of an answer that did not end; default: as any other"
+    ] = None
+    scale_scores: Annotated[bool, "Divide scores by their running standard deviation"] = False
+    mismatch: Annotated[
+        float, "Use importance weights where sampling and training differ by more, nats per token"
+    ] = 0.05
+    val_prompts: Annotated[int, "Held-out prompts per validation, answered greedily"] = 64
+    lr: Annotated[float, "Peak learning rate"] = 1e-6
+    eps: Annotated[float, "AdamW's epsilon"] = 1e-5
+    checkpoint_every: Annotated[int, "Steps between checkpoints"] = 50
+    sample_prompt: Annotated[str, "Message that a sample answers; default: a held-out prompt"] = ""
+
+    def check(self) -> None:
+        super().check()
+        self.check_lora()
+        at_least_one(
+            self, "prompts", "answers", "passes", "decode_batch", "max_new_tokens", "val_prompts"
+        )
+        for name in ("temperature", "clip", "kl_horizon", "max_kl", "mismatch"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}: wanted a positive number, got {getattr(self, name)}")
+        for name in ("kl_target", "max_update_kl"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name}: wanted a positive number, got {value}")
+        for name in ("beta", "entropy"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+        if self.missing_end is not None and not math.isfinite(self.missing_end):
+            raise InputError(f"missing_end: wanted a finite number, got {self.missing_end}")
+        if self.lora_dropout:
+            raise InputError(
+                f"lora_dropout: wanted 0, as the update needs the probabilities that the answers"
+                f" were drawn with, got {self.lora_dropout}"
+            )
+        if self.checkpoint_every < (steps := self.steps_of_round()):
+            raise InputError(
+                f"checkpoint_every: wanted at least the {steps} steps of a round, so that a"
+                f" checkpoint from before it is kept, got {self.checkpoint_every}"
+            )
+        if self.keep < 2:
+            raise InputError(f"keep: wanted 2 or more, as the last may be too far, got {self.keep}")
+
+    def steps_of_round(self) -> int:
+        size = self.batch_size * self.accumulate
+        return self.passes * math.ceil(self.prompts * self.answers / size)
+
+    def train_options(self, examples: int) -> TrainOptions:
+        """The options of the loop, with `epochs` as a number of steps."""
+        options = self.loop_options()
+        epochs = self.epochs
+        if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
+            return options
+        rounds = math.ceil((epochs or 1.0) * examples / self.prompts)
+        steps = rounds * self.steps_of_round()
+        most = steps if self.max_steps is None else self.max_steps
+        return replace(options, max_steps=min(steps, most))
+
+    def contents(self, contents: Contents) -> Any:
+        where = self.reward.rpartition(":")[0]
+        function = contents.tree(where) if where.endswith(".py") else None
+        return [super().contents(contents), function]
+
+    def rules(self) -> "Rules":
+        from dataclasses import fields
+
+        from fastlm.train.online import Rules
+
+        return Rules(**{f.name: getattr(self, f.name) for f in fields(Rules)})
+
+    def objective(self, policy: "CausalLM", *args: Any, **options: Any) -> "Online":
+        """The objective on ``policy``; the rest is for `Online`."""
+        raise NotImplementedError
+
+    def run(self, job: Job) -> dict[str, Any]:
+        import torch
+
+        from fastlm.model.architectures import expected_shapes
+        from fastlm.train.loop import DivergedError, train
+
+        if not self.reward and not job.inputs.get("reward_model"):
+            raise InputError("reward: wanted a function, or a reward_model, got neither")
+        source = job.path("model")
+        model = self.load_trained(source, dtype=self.dtype, seed=self.seed)
+        tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
+        context = self.seq_len or model.config.max_position_embeddings
+        self.longest(model.config.max_position_embeddings)  # refuses a seq_len beyond it
+        questions = Questions(self, tokenizer, context - self.max_new_tokens, job)
+        if not questions.training:
+            found = told_rows(questions.rows, len(questions.heldout))
+            raise InputError(f"data: wanted prompts to answer, got none in {found}")
+        sample, asked = questions.samples.choose(self, tokenizer, context)
+        options = self.train_options(len(questions.training))
+        base = weights_digest(model)
+        model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
+        torch.manual_seed(self.seed)
+        scorer = Scorer(self, tokenizer, job)
+        objective = self.objective(
+            model, self.reference(model), [ids for ids, _ in questions.training],
+            [ids for ids, _ in questions.heldout], scorer.of(questions.training), self.rules(),
+            base=base, score_heldout=scorer.of(questions.heldout), stop_ids=tokenizer.stop_ids,
+            places=[prompt.place for _, prompt in questions.training], sample_prompt=sample,
+            answer_text=tokenizer.decode if self.sample_tokens else None, warn=job.warn,
+        )  # fmt: skip
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        load = os.getloadavg()[0]
+        try:
+            done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
+        except DivergedError as error:
+            if error.good is not None:
+                objective.load_policy(error.good)
+                self.save_trained(model, job.out / LAST_GOOD, source)
+                tokenizer.save(job.out / LAST_GOOD)
+                job.warn(f"the policy of that checkpoint is {job.out / LAST_GOOD}")
+            raise
+        self.save_trained(model, job.out / MODEL, source)
+        tokenizer.save(job.out / MODEL)
+        result = asdict(done)
+        result["used_seconds"] = result.pop("seconds")
+        return {
+            **result,
+            "parameters": sum(map(math.prod, expected_shapes(model.config).values())),
+            "trained_parameters": trained,
+            "prompts": len(questions.training),
+            "heldout": len(questions.heldout),
+            "read": questions.rows.read,
+            "counts": dict(questions.rows.counts),
+            "prompt": asked,
+            "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
+        }
+
+    def reference(self, model: "CausalLM") -> "CausalLM | None":
+        """A frozen copy of the policy in the training's dtype; None: the policy without adapters."""
+        import copy
+
+        import torch
+
+        if self.lora_rank:
+            return None
+        return copy.deepcopy(model).to(getattr(torch, self.dtype))
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        metrics = [m for m in read_metrics(job.out / METRICS) if "val_score" in m]
+        held = ""
+        if metrics:
+            first, last = metrics[0]["val_score"], metrics[-1]["val_score"]
+            held = f", held-out score {first:.3f} to {last:.3f}"
+        return (
+            f"{result['prompts']:,} prompts, {result['steps']} steps{held},"
+            f" {result['tokens_per_second']:,.0f} answer tokens/s: {job.out / MODEL}"
+        )
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        from fastlm.runs.online_charts import (
+            frontier_chart,
+            kl_chart,
+            length_chart,
+            score_chart,
+        )
+        from fastlm.runs.text import count_text, seconds_text
+
+        metrics = read_metrics(job.out / METRICS)
+        more = {"adapters": self.lora_told(result)} if self.lora_rank else {}
+        held = [m for m in metrics if "val_score" in m]
+        cards = []
+        if held:
+            first, last = held[0], held[-1]
+            cards = [(
+                f"{last['val_score']:.3f}",
+                f"held-out score ± {last['val_score_error']:.3f}; {first['val_score']:.3f} before",
+            )]  # fmt: skip
+        return Part(
+            self.title(),
+            "The policy answers prompts, and learns from the scores of its own answers.",
+            facts={
+                "prompts": f"{told_prompts(result)}",
+                **more,
+                "score": " + ".join(
+                    [*([f"function {self.reward}"] if self.reward else []),
+                     *(["reward model"] if job.inputs.get("reward_model") else [])]
+                ),
+                "round": f"{self.prompts} prompts, {self.answers} answers each,"
+                f" {self.passes} {'pass' if self.passes == 1 else 'passes'} in steps of"
+                f" {self.batch_size * self.accumulate}",
+                "schedule": f"AdamW, {self.schedule}, peak {self.lr}, β {self.beta}, {self.dtype}",
+                "answers": f"{count_text(result['tokens'])} tokens learnt from, at temperature"
+                f" {self.temperature}, at most {self.max_new_tokens} each",
+                "time": f"{seconds_text(result['used_seconds'])}, rollouts, steps and checkpoints",
+                "machine load": result["load"],
+            },
+            charts=[
+                score_chart(metrics), frontier_chart(metrics), kl_chart(metrics),
+                length_chart(metrics),
+            ],
+            cards=cards,
+            template="training.html.jinja",
+            values={
+                "samples": [m for m in metrics if "sample" in m],
+                "how": f"Answers to “{shorten(result['prompt'], 200)}”, at temperature 0.",
+            },
+        )  # fmt: skip
+
+    def title(self) -> str:
+        raise NotImplementedError
+
+
+def told_prompts(result: Mapping[str, Any]) -> str:
+    from fastlm.train.encoding import reasons
+
+    rows = f"{result['read']:,} rows, {result['heldout']:,} held out"
+    return f"{rows}; {reasons(result['counts'])}" if result["counts"] else rows
+
+
+class Questions:
+    """The prompts of a stage as (ids, prompt): ``training`` and ``heldout``, the latter in the order
+    of `place_in_order`.
+    """
+
+    def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", most: int, job: Job):
+        from fastlm.data.conversations import Rows
+        from fastlm.data.prompts import read_prompts
+
+        self.rows, self.samples = Rows(), Prompts()
+        self.training: list[tuple[list[int], Prompt]] = []
+        heldout: list[tuple[float, tuple[list[int], Prompt]]] = []
+        read = read_prompts(
+            stage.data, cache=job.cache, skip_bad=stage.skip_bad, rows=self.rows, tell=job.skipped
+        )
+        for prompt in job.track(read, "reading prompts", unit="prompts"):
+            variables: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
+            ids = tokenizer.encode_chat(prompt.messages, date=stage.date, **variables)
+            if len(ids) > most:
+                self.rows.counts["too long"] += 1
+                continue
+            place = place_in_order(prompt)
+            if place < stage.heldout:
+                heldout.append((place, (ids, prompt)))
+            else:
+                self.training.append((ids, prompt))
+            self.samples.add(place, prompt.messages, prompt.tools)
+        self.heldout = [question for _, question in sorted(heldout, key=lambda pair: pair[0])]
+
+
+class Scorer:
+    """The score of an answer: what the function says of its text, plus what the reward model says
+    of its tokens.
+    """
+
+    def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", job: Job):
+        from fastlm.train.verify import load_reward
+
+        self.tokenizer = tokenizer
+        self.function = load_reward(stage.reward) if stage.reward else None
+        self.model = None
+        where = job.optional("reward_model")
+        if where is not None:
+            self.model = self.reward_model(where)
+
+    def reward_model(self, where: Any) -> Any:
+        raise InputError(f"reward_model: is not there yet, got {where}")
+
+    def of(self, questions: "Sequence[tuple[list[int], Prompt]]") -> Any:
+        """A `fastlm.train.online.Score` of answers to these questions."""
+
+        def score(places: Sequence[int], answers: "Sequence[Answer]") -> list[float]:
+            scores = [0.0] * len(answers)
+            if self.function is not None:
+                for i, (place, answer) in enumerate(zip(places, answers, strict=True)):
+                    scores[i] += self.verified(questions[place][1], answer)
+            if self.model is not None:
+                whole = [[*questions[p][0], *a.tokens] for p, a in zip(places, answers)]
+                scores = [s + r for s, r in zip(scores, self.model.score(whole).tolist())]
+            return scores
+
+        return score
+
+    def verified(self, prompt: "Prompt", answer: "Answer") -> float:
+        from fastlm.train.verify import checked
+
+        assert self.function is not None
+        tokens = answer.tokens[:-1] if answer.ended else answer.tokens
+        try:
+            value = self.function(self.tokenizer.decode(tokens), prompt.row)
+        except InputError as error:
+            raise InputError(f"{prompt.place}: {error}") from None
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{prompt.place}: the reward function failed: {reason}") from None
+        return checked(value, prompt.place)

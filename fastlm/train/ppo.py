@@ -1,0 +1,70 @@
+"""PPO: a policy learns from the scores of its own answers, beside a model of their value."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastlm.errors import InputError
+from fastlm.train.online_stage import OnlineStage
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.train.online import Online
+
+VALUES = ("own", "shared")
+PENALTIES = ("k1", "k2", "k3")
+
+
+@dataclass(frozen=True)
+class Ppo(OnlineStage):
+    """Train a policy on scores of its own answers by PPO, with a value model.
+
+    Scores come from a function, from a reward model, or from both. The same command run again
+    resumes from the last checkpoint. docs/ppo.md lists every convention.
+    """
+
+    kind = "ppo"
+    command = ("ppo",)
+
+    prompts: Annotated[int, "Prompts per round"] = 64
+    answers: Annotated[int, "Answers to each of them"] = 1
+    passes: Annotated[int, "Passes over the answers of a round"] = 4
+    beta: Annotated[float, "Coefficient of the KL to the reference"] = 0.05
+    value: Annotated[str, "Value model: its own trunk, or shared with the policy"] = "own"
+    value_weight: Annotated[float, "Coefficient of the value loss"] = 0.1
+    value_clip: Annotated[float, "Values count up to this from those of the round"] = 0.2
+    value_lr: Annotated[float, "Factor of the learning rate for the value model"] = 1.0
+    gamma: Annotated[float, "Discount per token"] = 1.0
+    lam: Annotated[float, "GAE's lambda"] = 0.95
+    dual_clip: Annotated[float | None, "Bound of the loss of bad answers, above 1"] = None
+    kl_penalty: Annotated[str, "Estimate of the KL in the reward: k1, k2 or k3"] = "k1"
+    whiten_rewards: Annotated[bool, "Divide rewards by their deviation, in each round"] = False
+    whiten_advantages: Annotated[bool, "Mean 0 and deviation 1, in each round"] = True
+
+    def check(self) -> None:
+        super().check()
+        for name in ("value_weight", "value_clip", "value_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}: wanted a positive number, got {getattr(self, name)}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: wanted 0 to 1, got {getattr(self, name)}")
+        if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
+            raise InputError(f"dual_clip: wanted a number above 1, got {self.dual_clip}")
+        for name, known in (("value", VALUES), ("kl_penalty", PENALTIES)):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"{name}: wanted one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+
+    def objective(self, policy: "CausalLM", *args: Any, **options: Any) -> "Online":
+        from dataclasses import fields
+
+        from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
+
+        ppo = PpoRules(**{f.name: getattr(self, f.name) for f in fields(PpoRules)})
+        value = value_model(policy, shared=self.value == "shared")
+        return ActorCritic(policy, *args, value=value, ppo=ppo, **options)
+
+    def title(self) -> str:
+        return "PPO"
