@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastlm.data.sources import (
     NAMED_LINES,
@@ -51,6 +51,7 @@ SHAPES = (
     " completion"
 )
 
+Example = TypeVar("Example")
 Message = dict[str, Any]
 Placed = list[tuple[str, Message]]  # messages, each with the name of its place in the row
 
@@ -74,8 +75,12 @@ class Conversation:
 
     def key(self) -> str:
         """The prompt as text: conversations that begin with the same questions have equal keys."""
-        said = [[m["role"], m["content"], m.get("tool_calls")] for m in self.prompt()]
-        return json.dumps(said, ensure_ascii=False, sort_keys=True)
+        return json.dumps(said(self.prompt()), ensure_ascii=False, sort_keys=True)
+
+
+def said(messages: Sequence[Message]) -> list[list[Any]]:
+    """What the messages say, without their ids and other fields: equal for equal conversations."""
+    return [[m["role"], m["content"], m.get("tool_calls")] for m in messages]
 
 
 @dataclass
@@ -94,9 +99,25 @@ def read_conversations(
     rows: Rows | None = None,
     tell: Callable[[str], None] = ignore,
 ) -> Iterator[Conversation]:
-    """Yield the conversations of all sources, in order.
+    """Yield the conversations of all sources, in order (`read_examples`)."""
+    return read_examples(
+        sources, conversation_of, cache=cache, skip_bad=skip_bad, rows=rows, tell=tell
+    )
 
-    A row that cannot be used is an error that names its file and line. With ``skip_bad`` it is
+
+def read_examples(
+    sources: Sequence[str],
+    example_of: Callable[[Any, str], Example],
+    *,
+    cache: Path,
+    skip_bad: bool = False,
+    rows: Rows | None = None,
+    tell: Callable[[str], None] = ignore,
+) -> Iterator[Example]:
+    """Yield what ``example_of`` makes of each row of all sources, in order. It is called with the
+    row and its place, and raises InputError for a row that cannot be used.
+
+    Such a row is an error that names its file and line. With ``skip_bad`` it is
     counted in ``rows`` and left out, and the first ones of a file are told. A file of only bad rows
     is then told and left out too, unless the user named it. Files of other types in a folder are
     told.
@@ -113,12 +134,16 @@ def read_conversations(
         if others := len(found) - len(files) + passed.total():
             tell(f"{spec}: {others:,} files that are not read: wanted .jsonl or .json")
         for file in files:
-            yield from _read_file(file, skip_bad, rows, tell)
+            yield from _read_file(file, example_of, skip_bad, rows, tell)
 
 
 def _read_file(
-    file: SourceFile, skip_bad: bool, rows: Rows, tell: Callable[[str], None]
-) -> Iterator[Conversation]:
+    file: SourceFile,
+    example_of: Callable[[Any, str], Example],
+    skip_bad: bool,
+    rows: Rows,
+    tell: Callable[[str], None],
+) -> Iterator[Example]:
     good = bad = 0
     first: InputError | None = None
     for number, row in _readable(file, skip_bad, rows, tell):
@@ -127,7 +152,7 @@ def _read_file(
         try:
             if isinstance(row, InputError):
                 raise row
-            conversation = conversation_of(row, place)
+            example = example_of(row, place)
         except InputError as error:
             refusal = InputError(f"{place}: {error}")
             if not skip_bad:
@@ -139,7 +164,7 @@ def _read_file(
                 tell(str(refusal))
             continue
         good += 1
-        yield conversation
+        yield example
     if first is not None and not good and file.named:
         raise first
     if bad > NAMED_LINES:
@@ -169,22 +194,18 @@ def conversation_of(row: Any, place: str = "") -> Conversation:
     if not isinstance(row, Mapping):
         raise InputError(f"wanted an object with {SHAPES}, got {type(row).__name__}")
     if "messages" in row:
-        placed = _openai(row["messages"], "messages")
+        placed = messages_of(row["messages"], "messages")
     elif "conversations" in row:
-        placed = _sharegpt(row["conversations"])
+        placed = turns_of(row["conversations"], "conversations")
     elif "instruction" in row and "output" in row:
-        placed = _alpaca(row)
+        output = {"role": "assistant", "content": text_of(row["output"], "output")}
+        placed = [*alpaca_prompt(row), ("output", output)]
     elif "prompt" in row and ("completion" in row or "response" in row):
         placed = _pair(row, "completion" if "completion" in row else "response")
     else:
         keys = ", ".join(map(repr, row))[:200] or "no keys"
         raise InputError(f"wanted an object with {SHAPES}, got {keys}")
-    if placed and placed[0][1]["role"] == "system" and not placed[0][1]["content"].strip():
-        del placed[0]
-    if _text(row.get("system"), "system").strip():
-        if placed and placed[0][1]["role"] == "system":
-            raise InputError(f"system: wanted none beside {placed[0][0]}, got two system messages")
-        placed.insert(0, ("system", {"role": "system", "content": _text(row["system"], "system")}))
+    add_system(row, placed)
     check_messages(placed)
     messages, learnt = [], []
     for where, message in placed:
@@ -195,7 +216,18 @@ def conversation_of(row: Any, place: str = "") -> Conversation:
         learnt.append(message["role"] == "assistant" and weight == 1)
     if not any(learnt):
         raise InputError("wanted an assistant message to learn, all have weight 0")
-    return Conversation(messages, learnt, place, _tools(row))
+    return Conversation(messages, learnt, place, tools_of(row))
+
+
+def add_system(row: Mapping[str, Any], placed: Placed) -> None:
+    """Put the row's ``"system"`` text before its messages; leave out an empty system message."""
+    if placed and placed[0][1]["role"] == "system" and not placed[0][1]["content"].strip():
+        del placed[0]
+    system = text_of(row.get("system"), "system")
+    if system.strip():
+        if placed and placed[0][1]["role"] == "system":
+            raise InputError(f"system: wanted none beside {placed[0][0]}, got two system messages")
+        placed.insert(0, ("system", {"role": "system", "content": system}))
 
 
 def check_messages(placed: Placed) -> None:
@@ -215,7 +247,8 @@ def check_messages(placed: Placed) -> None:
         raise InputError(f"wanted an answer at the end, got {before or 'no message'}")
 
 
-def _openai(messages: Any, name: str) -> Placed:
+def messages_of(messages: Any, name: str) -> Placed:
+    """Messages under OpenAI's names, brought to one form. ``name``: the key that has them."""
     if not isinstance(messages, list):
         raise InputError(f"{name}: wanted a list of messages, got {type(messages).__name__}")
     placed: Placed = []
@@ -228,7 +261,7 @@ def _openai(messages: Any, name: str) -> Placed:
         if isinstance(content, list):  # parts, as in requests to an API
             content = "".join(_text_part(part, where) for part in content)
         message["role"] = _role(message.get("role"), where)
-        message["content"] = _text(content, where)
+        message["content"] = text_of(content, where)
         calls, older = message.pop("tool_calls", None), message.pop("function_call", None)
         calls = calls or ([{"function": older}] if older is not None else None)
         if calls:
@@ -265,29 +298,30 @@ def _text_part(part: Any, where: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         got = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         raise InputError(f"{where}: wanted parts of type 'text', got {got!r:.40}")
-    return _text(part.get("text", part.get("value")), where)
+    return text_of(part.get("text", part.get("value")), where)
 
 
-def _sharegpt(turns: Any) -> Placed:
-    """Turns under OpenAI's names."""
+def turns_of(turns: Any, name: str) -> Placed:
+    """Messages under ShareGPT's names or OpenAI's. ``name``: the key that has them."""
     if not isinstance(turns, list):
-        raise InputError(f"conversations: wanted a list of turns, got {type(turns).__name__}")
+        raise InputError(f"{name}: wanted a list of turns, got {type(turns).__name__}")
     messages = []
     for i, turn in enumerate(turns):
-        where = f"conversations[{i}]"
+        where = f"{name}[{i}]"
         if not isinstance(turn, Mapping):
             raise InputError(f"{where}: wanted an object, got {type(turn).__name__}")
-        name, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         message = {k: v for k, v in turn.items() if k not in ("from", "value")}
-        message |= {"role": name, "content": text}
-        if name == "function_call":
-            call = _json(_text(text, where), f"{where}: wanted a call")
+        message |= {"role": role, "content": text}
+        if role == "function_call":
+            call = _json(text_of(text, where), f"{where}: wanted a call")
             message |= {"content": "", "tool_calls": [call]}
         messages.append(message)
-    return _openai(messages, "conversations")
+    return messages_of(messages, name)
 
 
-def _alpaca(row: Mapping[str, Any]) -> Placed:
+def alpaca_prompt(row: Mapping[str, Any]) -> Placed:
+    """``"history"``, and ``"instruction"`` with ``"input"``, as messages."""
     placed: Placed = []
     history = row.get("history") or []
     if not isinstance(history, list):
@@ -297,13 +331,10 @@ def _alpaca(row: Mapping[str, Any]) -> Placed:
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(f"{where}: wanted [question, answer], got {pair!r:.60}")
         for role, text in zip(("user", "assistant"), pair):
-            placed.append((where, {"role": role, "content": _text(text, where)}))
-    texts = [_text(row[key], key) for key in ("instruction", "input") if row.get(key)]
+            placed.append((where, {"role": role, "content": text_of(text, where)}))
+    texts = [text_of(row[key], key) for key in ("instruction", "input") if row.get(key)]
     question = "\n\n".join(text for text in texts if text.strip())
-    placed.append(("instruction", {"role": "user", "content": question}))
-    answer = _text(row["output"], "output")
-    placed.append(("output", {"role": "assistant", "content": answer}))
-    return placed
+    return [*placed, ("instruction", {"role": "user", "content": question})]
 
 
 def _pair(row: Mapping[str, Any], key: str) -> Placed:
@@ -311,13 +342,13 @@ def _pair(row: Mapping[str, Any], key: str) -> Placed:
     for name, role in (("prompt", "user"), (key, "assistant")):
         value = row[name]
         if isinstance(value, list):
-            found = _openai(value, name)
+            found = messages_of(value, name)
             if name == "prompt":  # its answers are examples
                 for _, message in found:
                     message.setdefault("weight", 0)
             placed += found
         else:
-            placed.append((name, {"role": role, "content": _text(value, name)}))
+            placed.append((name, {"role": role, "content": text_of(value, name)}))
     return placed
 
 
@@ -327,7 +358,8 @@ def _role(role: Any, where: str) -> str:
     return ROLES[role]
 
 
-def _text(text: Any, where: str) -> str:
+def text_of(text: Any, where: str) -> str:
+    """The text, "" for None. InputError: another type, or text that UTF-8 cannot encode."""
     if text is None:
         return ""
     if not isinstance(text, str):
@@ -343,7 +375,8 @@ def _json(text: str, what: str) -> Any:
         raise InputError(f"{what} as JSON, got {text!r:.60}") from None
 
 
-def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """The row's ``"tools"``, a list or its JSON, or None."""
     tools = row.get("tools")
     if not tools and row.get("functions"):  # the older form
         functions = row["functions"]

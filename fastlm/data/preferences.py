@@ -1,0 +1,491 @@
+"""Read preferences: which of several answers to a prompt is better, or whether an answer is good.
+
+Rows come from the same sources as conversations (`fastlm.data.conversations`). The shape is
+recognised by a row's keys:
+
+- pairs: ``{"prompt", "chosen", "rejected", "margin"?, "score_chosen"?, "score_rejected"?}`` (TRL,
+  UltraFeedback). Instead of a prompt, chosen and rejected may be whole conversations that begin
+  alike: lists of messages, or texts with ``Human:`` and ``Assistant:`` turns (HH-RLHF). Also
+  ``{"chosen_messages", "rejected_messages"}`` (LLaMA-Factory), and OpenAI's ``{"input":
+  {"messages"}, "preferred_output", "non_preferred_output"}``;
+- ranked lists: ``{"prompt", "answers", "ranks"}``, rank 0 is the best and ties are allowed; or
+  ``"scores"``, higher is better;
+- corrections: ``{"prompt", "answer", "corrected"}``;
+- labels: ``{"prompt", "completion", "label"}`` (TRL, KTO), or ``{"messages", "label"}``, whose last
+  message is the labelled answer.
+
+A prompt is ``"prompt"`` or ``"question"`` (a text or messages), ``"messages"`` (OpenAI),
+``"conversations"`` (ShareGPT), or ``"instruction"`` and ``"input"`` (Alpaca). An answer is a text,
+a message or a list of messages. Each row may have ``"system"``, ``"tools"`` and ``"rater"``.
+
+Rejected: to cut texts without a prompt where they begin to differ, as TRL does. A row that lacks
+its prompt would become a question of a few words.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlm.data.conversations import (
+    Conversation,
+    Message,
+    Placed,
+    Rows,
+    add_system,
+    alpaca_prompt,
+    check_messages,
+    read_examples,
+    said,
+    text_of,
+    tools_of,
+    turns_of,
+)
+from fastlm.data.sources import ignore
+from fastlm.errors import InputError, show
+
+SHAPES = (
+    "chosen and rejected, prompt with answers and ranks or scores, prompt with completion and"
+    " label, or prompt with answer and corrected"
+)
+DIALOGUE = re.compile(r"\n\n(Human|Assistant):")  # the turns of HH-RLHF
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two or more answers to a prompt, and which are better.
+
+    ``prompt``: messages, the last one a user's or a tool's. ``answers``: the messages that follow,
+    each from the assistant's first to its last. ``ranks``: per answer, 0 is the best; equal
+    answers share one, no rank is skipped, and there are at least two. ``scores``: per answer,
+    higher is better, where the row has them. ``margin``: of two answers, by how much the better
+    one is better (>= 0). ``corrected``: the best answer is a person's correction of the other.
+    ``place``: file and line, for error messages.
+    """
+
+    prompt: list[Message]
+    answers: tuple[list[Message], ...]
+    ranks: tuple[int, ...]
+    scores: tuple[float, ...] | None = None
+    margin: float | None = None
+    tools: list[Any] | None = None
+    rater: str | None = None
+    corrected: bool = False
+    place: str = ""
+
+    def pairs(self) -> "list[Comparison]":
+        """Every pair of answers with different ranks, the better one first. The margin is the
+        difference of the scores, where there are some.
+        """
+        if len(self.answers) == 2 and self.ranks == (0, 1):
+            return [self]
+        order = sorted(range(len(self.ranks)), key=self.ranks.__getitem__)
+        return [
+            self._pair(a, b)
+            for i, a in enumerate(order)
+            for b in order[i + 1 :]
+            if self.ranks[a] < self.ranks[b]
+        ]
+
+    def _pair(self, better: int, worse: int) -> "Comparison":
+        scores, margin = None, self.margin
+        if self.scores is not None:
+            scores = (self.scores[better], self.scores[worse])
+            margin = scores[0] - scores[1] if margin is None else margin
+        answers = (self.answers[better], self.answers[worse])
+        return Comparison(
+            self.prompt, answers, (0, 1), scores, margin, self.tools, self.rater, self.corrected,
+            self.place,
+        )  # fmt: skip
+
+    def labels(self) -> "list[Label]":
+        """The best answers as desirable, the worst ones as not. Those between are left out: that an
+        answer is worse than one and better than another does not say whether it is good.
+        """
+        worst = max(self.ranks)
+        return [
+            Label(self.prompt, answer, rank == 0, self.tools, self.rater, self.place)
+            for answer, rank in zip(self.answers, self.ranks)
+            if rank in (0, worst)
+        ]
+
+    def conversation(self, answer: int) -> Conversation:
+        """Prompt and answer, of which the answer is learnt."""
+        return _conversation(self.prompt, self.answers[answer], self.tools, self.place)
+
+    def demonstration(self) -> Conversation:
+        """Prompt and best answer (the first of equals), for supervised fine-tuning."""
+        return self.conversation(self.ranks.index(0))
+
+    def row(self) -> dict[str, Any]:
+        """The row that `preference_of` reads as this comparison: a pair in TRL's conversational
+        form, a ranked list, or a correction.
+        """
+        row: dict[str, Any] = {"prompt": self.prompt}
+        if self.corrected:
+            (best,) = self.pairs()
+            row |= {"answer": best.answers[1], "corrected": best.answers[0]}
+        elif len(self.answers) == 2:
+            (pair,) = self.pairs()
+            row |= {"chosen": pair.answers[0], "rejected": pair.answers[1]}
+            if pair.scores is not None:
+                row |= {"score_chosen": pair.scores[0], "score_rejected": pair.scores[1]}
+            if pair.margin is not None:
+                row["margin"] = pair.margin
+        else:
+            row |= {"answers": list(self.answers), "ranks": list(self.ranks)}
+            if self.scores is not None:
+                row["scores"] = list(self.scores)
+        return {**row, **_others(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """An answer to a prompt, and whether it is desirable (KTO). ``prompt`` and ``answer`` as in
+    `Comparison`.
+    """
+
+    prompt: list[Message]
+    answer: list[Message]
+    desirable: bool
+    tools: list[Any] | None = None
+    rater: str | None = None
+    place: str = ""
+
+    def conversation(self) -> Conversation:
+        """Prompt and answer, of which the answer is learnt."""
+        return _conversation(self.prompt, self.answer, self.tools, self.place)
+
+    def row(self) -> dict[str, Any]:
+        """The row that `preference_of` reads as this label, in TRL's conversational form."""
+        row = {"prompt": self.prompt, "completion": self.answer, "label": self.desirable}
+        return {**row, **_others(self)}
+
+
+def read_preferences(
+    sources: Sequence[str],
+    *,
+    cache: Path,
+    skip_bad: bool = False,
+    rows: Rows | None = None,
+    tell: Callable[[str], None] = ignore,
+) -> Iterator[Comparison | Label]:
+    """Yield the comparisons and labels of all sources, in order. Bad rows, ``skip_bad``, ``rows``
+    and ``tell`` are as in `read_conversations`.
+    """
+    return read_examples(
+        sources, preference_of, cache=cache, skip_bad=skip_bad, rows=rows, tell=tell
+    )
+
+
+def preference_of(row: Any, place: str = "") -> Comparison | Label:
+    """The comparison or label that a row holds.
+
+    InputError: the row has none of the shapes, an empty message, roles out of order, different
+    prompts, equal answers of which one is better, answers that are all tied, ranks that are not
+    whole numbers from 0, scores or a margin that are not finite.
+    """
+    row = _object(row)
+    if "chosen_messages" in row and "rejected_messages" in row:
+        row |= {"chosen": row["chosen_messages"], "rejected": row["rejected_messages"]}
+    elif "preferred_output" in row and "non_preferred_output" in row:
+        row = _from_openai(row)
+    if "chosen" in row and "rejected" in row:
+        return _pair_of(row, place)
+    if "corrected" in row and "answer" in row:
+        prompt, answers = _candidates(row, {key: row[key] for key in ("corrected", "answer")})
+        return _comparison(row, prompt, answers, (0, 1), place, corrected=True)
+    if "label" in row or "kto_tag" in row:
+        return _label_of(row, place)
+    if _answers_key(row) and ("ranks" in row or "scores" in row):
+        return _ranked_of(row, place)
+    raise _unknown(row)
+
+
+def unranked_of(row: Any) -> tuple[list[Message], list[list[Message]], list[Any] | None]:
+    """The prompt, the answers and the tools of a row ``{"prompt", "answers"}`` without ranks.
+    InputError: as `preference_of`, or two equal answers.
+    """
+    row = _object(row)
+    if not _answers_key(row):
+        raise InputError(f"wanted an object with prompt and answers, got {_keys(row)}")
+    prompt, answers = _listed(row)
+    heard = [said(answer) for answer in answers]
+    for i, one in enumerate(heard):
+        if (first := heard.index(one)) < i:
+            raise InputError(f"wanted different answers, answers {first} and {i} are equal")
+    return prompt, answers, tools_of(row)
+
+
+def _object(row: Any) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise InputError(f"wanted an object with {SHAPES}, got {type(row).__name__}")
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _unknown(row: Mapping[str, Any]) -> InputError:
+    return InputError(f"wanted an object with {SHAPES}, got {_keys(row)}")
+
+
+def _keys(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, row))[:200] or "no keys"
+
+
+def _from_openai(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of OpenAI's preference fine-tuning under TRL's names."""
+    given = row.get("input")
+    if not isinstance(given, Mapping) or "messages" not in given:
+        raise InputError(f"input: wanted an object with messages, got {show(given):.60}")
+    tools = {"tools": given["tools"]} if given.get("tools") else {}
+    answers = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+    return {**tools, **row, "prompt": given["messages"], **answers}
+
+
+def _pair_of(row: Mapping[str, Any], place: str) -> Comparison:
+    prompt, answers = _candidates(row, {key: row[key] for key in ("chosen", "rejected")})
+    scores = None
+    if "score_chosen" in row and "score_rejected" in row:
+        better, worse = (_number(row[key], key) for key in ("score_chosen", "score_rejected"))
+        if better < worse:
+            raise InputError(f"score_chosen: wanted at least score_rejected {worse}, got {better}")
+        scores = (better, worse)
+    return _comparison(row, prompt, answers, (0, 1), place, scores=scores)
+
+
+def _ranked_of(row: Mapping[str, Any], place: str) -> Comparison:
+    prompt, answers = _listed(row)
+    scores = ranks = None
+    if "scores" in row:
+        scores = tuple(
+            _number(s, f"scores[{i}]") for i, s in _each(row["scores"], "scores", answers)
+        )
+        ranks = tuple(-s for s in scores)
+    if "ranks" in row:
+        ranks = _ranks(row["ranks"], answers)
+        if scores is not None:
+            _check_agree(ranks, scores)
+    assert ranks is not None
+    places = sorted(set(ranks))
+    dense = tuple(places.index(rank) for rank in ranks)
+    return _comparison(row, prompt, answers, dense, place, scores=scores)
+
+
+def _ranks(given: Any, answers: list[Any]) -> tuple[int, ...]:
+    for i, rank in _each(given, "ranks", answers):
+        if type(rank) is not int or not 0 <= rank < len(answers):
+            raise InputError(
+                f"ranks[{i}]: wanted a whole number from 0 to {len(answers) - 1},"
+                f" got {show(rank):.60}"
+            )
+    if 0 not in given:
+        raise InputError(f"ranks: wanted 0 for the best answer, got {min(given)} as the lowest")
+    return tuple(given)
+
+
+def _check_agree(ranks: Sequence[int], scores: Sequence[float]) -> None:
+    for i, a in enumerate(ranks):
+        for j, b in enumerate(ranks):
+            if a < b and scores[i] < scores[j]:
+                raise InputError(
+                    f"scores: wanted the order of the ranks, answer {j} of rank {b} has"
+                    f" {scores[j]}, answer {i} of rank {a} has {scores[i]}"
+                )
+
+
+def _each(given: Any, name: str, answers: list[Any]) -> Iterator[tuple[int, Any]]:
+    if not isinstance(given, list) or len(given) != len(answers):
+        got = len(given) if isinstance(given, list) else type(given).__name__
+        raise InputError(f"{name}: wanted one for each of {len(answers)} answers, got {got}")
+    yield from enumerate(given)
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise InputError(f"{where}: wanted a finite number, got {show(value):.60}")
+
+
+def _comparison(
+    row: Mapping[str, Any],
+    prompt: list[Message],
+    answers: list[list[Message]],
+    ranks: tuple[int, ...],
+    place: str,
+    scores: tuple[float, ...] | None = None,
+    corrected: bool = False,
+) -> Comparison:
+    if len(set(ranks)) < 2:
+        raise InputError("ranks: wanted a better and a worse answer, all are tied")
+    heard = [said(answer) for answer in answers]
+    for i in range(len(heard)):
+        j = heard.index(heard[i])
+        if ranks[i] != ranks[j]:
+            names = "corrected and answer" if corrected else f"answers {j} and {i}"
+            names = "chosen and rejected" if "chosen" in row else names
+            raise InputError(f"wanted different answers, {names} are equal")
+    margin = None
+    if len(answers) == 2:
+        if "margin" in row:
+            if (margin := _number(row["margin"], "margin")) < 0:
+                raise InputError(f"margin: wanted a number >= 0, got {margin}")
+        elif scores is not None:
+            margin = abs(scores[0] - scores[1])
+    return Comparison(
+        prompt, tuple(answers), ranks, scores, margin, tools_of(row), _rater(row), corrected, place
+    )
+
+
+def _label_of(row: Mapping[str, Any], place: str) -> Label:
+    key = "label" if "label" in row else "kto_tag"
+    if not isinstance(row[key], bool):
+        raise InputError(f"{key}: wanted true or false, got {show(row[key]):.60}")
+    name = next((n for n in ("completion", "response", "answer", "output") if n in row), None)
+    if name is not None:
+        prompt, (answer,) = _candidates(row, {name: row[name]})
+    else:
+        placed = _prompt(row)
+        if placed is None:
+            raise _unknown(row)
+        add_system(row, placed)
+        check_messages(placed)
+        (*prompt, last) = _messages(placed)
+        answer = [last]
+    return Label(prompt, answer, row[key], tools_of(row), _rater(row), place)
+
+
+def _answers_key(row: Mapping[str, Any]) -> str | None:
+    return next((key for key in ("answers", "responses", "completions") if key in row), None)
+
+
+def _listed(row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+    key = _answers_key(row)
+    given = row[key] if key else None
+    if not isinstance(given, list) or len(given) < 2:
+        got = len(given) if isinstance(given, list) else type(given).__name__
+        raise InputError(f"{key}: wanted a list of two or more answers, got {got}")
+    return _candidates(row, {f"{key}[{i}]": answer for i, answer in enumerate(given)})
+
+
+def _candidates(
+    row: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[list[Message], list[list[Message]]]:
+    """The prompt of a row and its answers. ``given``: the answers by the names of their places.
+
+    Answers that are whole conversations are cut after their common beginning, which must begin
+    with the prompt if there is one.
+    """
+    prompt = _prompt(row)
+    answers = {name: _answer(value, name, prompt is None) for name, value in given.items()}
+    whole = [name for name, answer in answers.items() if answer[0][1]["role"] in ("system", "user")]
+    if len(whole) == len(answers) and len(answers) > 1:
+        begin = _common(list(answers.values()))
+        common = next(iter(answers.values()))[:begin]
+        if prompt is not None and not _begins(common, prompt):
+            raise InputError(
+                f"prompt: wanted the beginning of {' and '.join(answers)}, got another one"
+            )
+        prompt, answers = common, {name: answer[begin:] for name, answer in answers.items()}
+    elif whole:
+        raise InputError(f"{whole[0]}: wanted an answer by the assistant, got a conversation")
+    elif prompt is None:
+        raise InputError(f"wanted a prompt beside {' and '.join(answers)}, got {_keys(row)}")
+    add_system(row, prompt)
+    for name, answer in answers.items():
+        if not answer:
+            raise InputError(f"{name}: wanted an answer that differs from the others, got none")
+        check_messages([*prompt, *answer])
+        for where, message in answer:
+            if message["role"] not in ("assistant", "tool"):
+                raise InputError(
+                    f"{where}: wanted one prompt for all answers, got a {message['role']}'s message"
+                    " after they differ"
+                )
+    return _messages(prompt), [_messages(answer) for answer in answers.values()]
+
+
+def _prompt(row: Mapping[str, Any]) -> Placed | None:
+    for key in ("prompt", "question", "messages", "conversations"):
+        if key in row:
+            value = row[key]
+            if isinstance(value, list) or key in ("messages", "conversations"):
+                return turns_of(value, key)
+            text = text_of(value, key)
+            return _dialogue(text, key) or [(key, {"role": "user", "content": text})]
+    return alpaca_prompt(row) if "instruction" in row else None
+
+
+def _answer(value: Any, name: str, whole: bool) -> Placed:
+    """An answer, or a conversation. ``whole``: there is no prompt, so a text has to be one."""
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, list):
+        if not value:
+            raise InputError(f"{name}: wanted an answer, got no message")
+        return turns_of(value, name)
+    text = text_of(value, name)
+    if whole and (placed := _dialogue(text, name)):
+        return placed
+    return [(name, {"role": "assistant", "content": text})]
+
+
+def _dialogue(text: str, name: str) -> Placed | None:
+    """The turns of a text of HH-RLHF, None if it is no such text. A last turn that is empty asks
+    for the answer.
+    """
+    before, *parts = DIALOGUE.split(text)
+    if before.strip() or not parts:
+        return None
+    if not parts[-1].strip():
+        parts = parts[:-2]
+    return [
+        (f"{name}, turn {i}", {"role": SPEAKERS[speaker], "content": content.strip()})
+        for i, (speaker, content) in enumerate(zip(parts[::2], parts[1::2]), 1)
+    ]
+
+
+def _common(answers: Sequence[Placed]) -> int:
+    """How many messages all conversations begin with."""
+    columns = zip(*(said([message for _, message in placed]) for placed in answers))
+    same = 0
+    for first, *others in columns:
+        if any(other != first for other in others):
+            break
+        same += 1
+    return same
+
+
+def _begins(messages: Placed, beginning: Placed) -> bool:
+    """Whether messages begin with others; only one of the two may have a system message."""
+    a, b = (said([m for _, m in placed]) for placed in (messages, beginning))
+    if a[:1] != b[:1]:
+        a, b = ([m for m in x if m[0] != "system"] for x in (a, b))
+    return a[: len(b)] == b
+
+
+def _messages(placed: Placed) -> list[Message]:
+    dropped = ("weight", "loss_weight")  # what is learnt does not depend on them here
+    return [{k: v for k, v in message.items() if k not in dropped} for _, message in placed]
+
+
+def _rater(row: Mapping[str, Any]) -> str | None:
+    return text_of(row.get("rater"), "rater") or None
+
+
+def _others(example: Comparison | Label) -> dict[str, Any]:
+    found = {"tools": example.tools, "rater": example.rater}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _conversation(
+    prompt: list[Message], answer: list[Message], tools: list[Any] | None, place: str
+) -> Conversation:
+    learnt = [False] * len(prompt) + [m["role"] == "assistant" for m in answer]
+    return Conversation([*prompt, *answer], learnt, place, tools)
