@@ -19,16 +19,16 @@ LABEL_HEIGHT = 13.0  # points: a line of FONT plus spacing
 SMOOTHING = 0.05  # share of the run: width of the running mean over the noisy training loss
 
 
-def loss_chart(metrics: list[dict[str, Any]]) -> str:
-    """Draw training loss (each step pale, running mean strong) and held-out loss, in nats per
-    token, over tokens seen.
+def loss_chart(metrics: list[dict[str, Any]], label: str = "loss, nats per token") -> str:
+    """Draw training loss (each step pale, running mean strong) and held-out loss over tokens
+    seen.
     """
     steps = [m for m in metrics if "loss" in m]
     tokens = {m["step"]: m["tokens"] / 1e6 for m in steps} | {0: 0.0}
-    figure, axes = _axes("million tokens seen", "loss, nats per token")
+    figure, axes = new_axes("million tokens seen", label)
     x, y = [tokens[m["step"]] for m in steps], [m["loss"] for m in steps]
     axes.plot(x, y, color=PALE, linewidth=0.8, label="training, each step")
-    axes.plot(x, _running_mean(y), color=BLUE, linewidth=2, label="running mean")
+    axes.plot(x, running_mean(y), color=BLUE, linewidth=2, label="running mean")
     held = [(tokens[m["step"]], m["val_loss"]) for m in metrics if "val_loss" in m]
     if held:
         axes.plot(
@@ -43,11 +43,16 @@ def loss_chart(metrics: list[dict[str, Any]]) -> str:
     rates.spines[:].set_visible(False)
     axes.set_zorder(rates.get_zorder() + 1)
     axes.patch.set_visible(False)
+    legend(axes)
+    return as_svg(figure)
+
+
+def legend(axes: Any, columns: int = 3) -> None:
+    """Name the curves above the axes."""
     axes.legend(
         frameon=False, fontsize=FONT, labelcolor=INK, loc="lower left", bbox_to_anchor=(-0.02, 1),
-        ncols=3, columnspacing=1.2, handlelength=1.4, borderpad=0,
+        ncols=columns, columnspacing=1.2, handlelength=1.4, borderpad=0,
     )  # fmt: skip
-    return _svg(figure)
 
 
 def bits_chart(
@@ -62,7 +67,7 @@ def bits_chart(
         models: model -> its bits per byte at the end.
         packed: compressor -> its bits per byte of the same text.
     """
-    return _svg(_bits_figure(curves, models, packed))
+    return as_svg(_bits_figure(curves, models, packed))
 
 
 def _bits_figure(
@@ -70,7 +75,7 @@ def _bits_figure(
     models: Mapping[str, float],
     packed: Mapping[str, float],
 ) -> Any:
-    figure, axes = _axes("million tokens seen", "held-out bits per byte")
+    figure, axes = new_axes("million tokens seen", "held-out bits per byte")
     labels, firsts = [], []
     for (name, metrics), color in zip(curves.items(), cycle(CURVES)):
         # tokens, not minutes: the same curve on every machine, and a pause is no plateau
@@ -131,7 +136,7 @@ def _span(group: list[float], gap: float) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def _axes(x_label: str, y_label: str) -> Any:
+def new_axes(x_label: str, y_label: str) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
@@ -147,7 +152,7 @@ def _axes(x_label: str, y_label: str) -> Any:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def as_svg(figure: Any) -> str:
     import matplotlib
 
     buffer = io.StringIO()
@@ -161,7 +166,7 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :].replace("<svg ", '<svg role="img" class="chart" ', 1)
 
 
-def _running_mean(values: list[float]) -> list[float]:
+def running_mean(values: list[float]) -> list[float]:
     width = max(1, int(SMOOTHING * len(values)))
     result, total = [], 0.0
     for i, value in enumerate(values):

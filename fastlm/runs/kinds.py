@@ -5,6 +5,7 @@ from fastlm.evals.stage import Eval
 from fastlm.quant.stage import Quantize
 from fastlm.runs.stage import Stage
 from fastlm.tokenizer.stage import TrainTokenizer
+from fastlm.train.dpo import Dpo
 from fastlm.train.pretrain import Pretrain
 from fastlm.train.sft import Sft
 
@@ -14,6 +15,7 @@ KINDS: dict[str, type[Stage]] = {
     "shards": Shards,
     "pretrain": Pretrain,
     "sft": Sft,
+    "dpo": Dpo,
     "eval": Eval,
     "quantize": Quantize,
 }

@@ -22,6 +22,7 @@ class ChatOptions(TrainOptions):
     """The options that are read by `fastlm.train.encoding` and `fastlm.train.epochs`."""
 
     overlongs: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `overlong`
+    rows: ClassVar[str] = "conversations"  # what `data` holds
 
     data: Annotated[
         tuple[str, ...],
@@ -52,7 +53,7 @@ class ChatOptions(TrainOptions):
         if self.seq_len is not None and self.seq_len < 2:
             raise InputError(f"seq_len: wanted 2 or more, got {self.seq_len}")
         if not self.data:
-            raise InputError("data: wanted at least one source of conversations, got none")
+            raise InputError(f"data: wanted at least one source of {self.rows}, got none")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise InputError(f"epochs: wanted a positive number, got {self.epochs}")
         self.train_options(1).check()

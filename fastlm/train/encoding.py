@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from fastlm.data.conversations import Rows
     from fastlm.model.causal_lm import CausalLM
     from fastlm.runs.stage import Job
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -171,15 +172,18 @@ class Encoder:
                 messages, learnt, date=self.stage.date, **variables
             )
         except InputError as error:
-            refusal = InputError(f"{place}: {error}")
-            if not self.stage.skip_bad:
-                raise refusal from None
-            self.counts["refused by the chat template"] += 1
-            self.refused += 1
-            if self.refused <= NAMED:
-                self.job.skipped(str(refusal))
+            self.refuse(error, place)
             return []
         return [Example(np.array(ids, np.int32), np.array(mask), place) for ids, mask in encoded]
+
+    def refuse(self, error: InputError, place: str) -> None:
+        refusal = InputError(f"{place}: {error}")
+        if not self.stage.skip_bad:
+            raise refusal from None
+        self.counts["refused by the chat template"] += 1
+        self.refused += 1
+        if self.refused <= NAMED:
+            self.job.skipped(str(refusal))
 
     def finish(self) -> None:
         """Tell how many refused conversations were not named."""
@@ -221,3 +225,10 @@ class Prompts:
 
 def reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+
+
+def told_rows(rows: "Rows", held_out: int) -> str:
+    """Return how many rows were read, and what became of those that are not learnt from."""
+    why = [f"{held_out:,} held out"] if held_out else []
+    why += [reasons(rows.counts)] if rows.counts else []
+    return f"{rows.read:,} rows ({', '.join(why)})" if why else f"{rows.read:,} rows"

@@ -21,6 +21,7 @@ from fastlm.train.encoding import (
     pack,
     place_in_order,
     reasons,
+    told_rows,
     weights_digest,
 )
 from fastlm.train.epochs import Epochs
@@ -321,7 +322,4 @@ class Encoded:
         return [dict(zip(keys, row)) for row in zip(*columns)]
 
     def told(self) -> str:
-        found = f"{self.rows.read:,} rows"
-        why = [f"{self.held_out:,} held out"] if self.held_out else []
-        why += [reasons(self.rows.counts)] if self.rows.counts else []
-        return f"{found} ({', '.join(why)})" if why else found
+        return told_rows(self.rows, self.held_out)

@@ -1,0 +1,511 @@
+"""Direct preference optimisation (DPO, IPO, hinge) and KTO: a model comes to prefer the better
+answers, measured against itself before training.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from textwrap import shorten
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from fastlm.errors import InputError
+from fastlm.progress import silent
+from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
+from fastlm.train.chat_options import ChatOptions
+from fastlm.train.encoding import (
+    IGNORE,
+    Example,
+    chat_tokenizer,
+    load_model,
+    pack,
+    reasons,
+    weights_digest,
+)
+from fastlm.train.epochs import Epochs
+from fastlm.train.metrics import METRICS, read_metrics
+from fastlm.train.preferences import (
+    Judged,
+    Preferences,
+    accuracy_told,
+    digest_of,
+    right,
+    standard_error,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.train.options import TrainOptions
+
+MODEL = "model"
+LOSSES = ("sigmoid", "ipo", "hinge", "kto")
+REFERENCE, HELDOUT = "reference", "reference_heldout"  # of a checkpoint
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """The loss, see `fastlm.train.losses.dpo_loss` and `kto_loss`."""
+
+    loss: Annotated[str, "sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
+    beta: Annotated[float, "Scale of the log-ratios; larger stays closer to the base"] = 0.1
+    label_smoothing: Annotated[float, "Share of pairs taken to be wrong (cDPO), below 0.5"] = 0.0
+    length_normalise: Annotated[bool, "Divide the log-ratio of an answer by its length"] = False
+    sft_weight: Annotated[float, "Weight of the chosen answers' loss per token, beside"] = 0.0
+    weight_desirable: Annotated[float, "Weight of desirable answers (kto)"] = 1.0
+    weight_undesirable: Annotated[float, "Weight of undesirable answers (kto)"] = 1.0
+
+    def check_loss(self) -> None:
+        if self.loss not in LOSSES:
+            raise InputError(f"loss: wanted one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if not 0 < self.beta < math.inf:
+            raise InputError(f"beta: wanted a positive number, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise InputError(
+                f"label_smoothing: wanted a number in [0, 0.5), got {self.label_smoothing}"
+            )
+        for name in ("sft_weight", "weight_desirable", "weight_undesirable"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+        serve = {
+            "label_smoothing": ("sigmoid",),
+            "length_normalise": ("sigmoid", "ipo", "hinge"),
+            "sft_weight": ("sigmoid", "ipo", "hinge"),
+            "weight_desirable": ("kto",),
+            "weight_undesirable": ("kto",),
+        }
+        for name, losses in serve.items():
+            value = getattr(self, name)
+            if self.loss not in losses and value != getattr(PreferenceLoss, name):
+                raise InputError(
+                    f"{name}: wanted none with loss = {self.loss!r}, got {value}"
+                    f" (it serves {', '.join(losses)})"
+                )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of n pairs or labels. ``ids`` and ``labels`` (1, total) and ``cu_seqlens`` are
+    packed: chosen and rejected in turns, or the n labelled answers.
+
+    ``lengths``: learnt tokens per sequence. ``reference`` (n, 2): the base's log-probabilities, of
+    chosen and rejected, or of the answer and the answer to another prompt. ``kl``: the reference
+    point of the whole step.
+    """
+
+    ids: "Tensor"
+    labels: "Tensor"
+    cu_seqlens: "Tensor"
+    lengths: "Tensor"
+    reference: "Tensor"
+    desirable: "Tensor"
+    kl: "Tensor | None" = None
+
+
+class PreferredAnswers(Epochs):
+    """The objective (``fastlm.train.loop.Objective``) of `Dpo`: a mean over the pairs (KTO: the
+    labels) of a step, however they are spread over its micro-batches.
+
+    The reference is the base: its log-probabilities are measured once, before the first step
+    (`measure_reference`), and kept in the checkpoints, so that no second model is in memory and a
+    resumed training has the same ones. They are measured in the micro-batches and the dtype of the
+    first epoch: policy and reference are then equal to the last bit before the first update.
+
+    ``judged`` and ``heldout``: pairs, or with the loss "kto" labels. For the other arguments see
+    `Epochs`.
+    """
+
+    def __init__(
+        self,
+        model: "nn.Module",
+        judged: Sequence[Judged],
+        heldout: Sequence[Judged],
+        options: "TrainOptions",
+        terms: PreferenceLoss,
+        *,
+        batch_size: int,
+        seed: int,
+        base: str,
+        tokenizer: "Tokenizer | None",
+        prompt: Sequence[int],
+        device: "torch.device",
+    ):
+        super().__init__(
+            model, [one.answers[0].place for one in judged], options, batch_size=batch_size,
+            seed=seed, base=base, data=digest_of(judged), tokenizer=tokenizer, prompt=prompt,
+            device=device,
+        )  # fmt: skip
+        self.judged, self.heldout, self.terms = judged, heldout, terms
+        self.reference: Tensor | None = None
+        self.reference_heldout: Tensor | None = None
+        self.measured: list[dict[str, Tensor]] = []
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            **super().identity(),
+            **asdict(self.terms),
+            "heldout": digest_of(self.heldout),  # their reference is in the checkpoint
+        }
+
+    # the reference
+
+    def measure_reference(self, dtype: "torch.dtype", *, track: Callable = silent) -> None:
+        """Measure the reference with the weights as they are, rounded to ``dtype``."""
+        import torch
+
+        order, size = self.order.tolist(), self.batch_size
+        training = [order[i : i + size] for i in range(0, len(order), size)]
+        heldout = self._heldout_batches()
+        self.reference = torch.zeros(len(self.judged), 2)
+        self.reference_heldout = torch.zeros(len(self.heldout), 2)
+        work = [
+            *((self.judged, rows, self.reference) for rows in training),
+            *((self.heldout, rows, self.reference_heldout) for rows in heldout),
+        ]
+        with in_dtype(self.trained, dtype), torch.no_grad():
+            for source, rows, into in track(work, "reference", unit="batches"):
+                into[rows] = self.logps([source[i] for i in rows]).cpu()
+
+    def logps(self, judged: Sequence[Judged]) -> "Tensor":
+        """Return the model's log-probabilities of both answers, (n, 2)."""
+        import torch
+
+        if self.terms.loss != "kto":
+            return self.sums(*self._packed([e for one in judged for e in one.answers])).view(-1, 2)
+        both = ([one.answers[side] for one in judged] for side in (0, 1))
+        return torch.stack([self.sums(*self._packed(side)) for side in both], 1)
+
+    def sums(self, ids: "Tensor", labels: "Tensor", cu_seqlens: "Tensor") -> "Tensor":
+        """Return the log-probability of each sequence's learnt tokens, (sequences,) float32."""
+        import torch
+
+        model = cast(Any, self.trained)
+        logps = model.logprobs(ids, labels, cu_seqlens=cu_seqlens)[0]
+        rows = torch.arange(len(cu_seqlens) - 1, device=ids.device)
+        rows = rows.repeat_interleave(cu_seqlens.diff(), output_size=len(logps))
+        return logps.new_zeros(len(cu_seqlens) - 1).index_add(0, rows, logps)
+
+    def _packed(self, examples: Sequence[Example]) -> "tuple[Tensor, Tensor, Tensor]":
+        ids, labels, cu_seqlens = pack(examples)
+        return ids.to(self.device), labels.to(self.device), cu_seqlens.to(self.device)
+
+    # steps
+
+    def next_batches(self, count: int) -> list[Batch]:
+        """Return ``count`` micro-batches, or what the epoch has left."""
+        self.measured = []
+        assert self.reference is not None  # by measure_reference or load_state_dict
+        return self._batches(self.take(count), self.judged, self.reference)
+
+    def _batches(
+        self, taken: Sequence[list[int]], source: Sequence[Judged], reference: "Tensor"
+    ) -> list[Batch]:
+        import torch
+
+        batches, ratios = [], []
+        kto = self.terms.loss == "kto"
+        for rows in taken:
+            judged = [source[i] for i in rows]
+            answers = [e for one in judged for e in (one.answers[:1] if kto else one.answers)]
+            known = reference[rows].to(self.device)
+            if kto:
+                with torch.no_grad():
+                    others = self.sums(*self._packed([one.answers[1] for one in judged]))
+                ratios.append(others - known[:, 1])
+            lengths = torch.tensor([e.learnt for e in answers], device=self.device)
+            desirable = torch.tensor([one.desirable for one in judged], device=self.device)
+            batches.append(Batch(*self._packed(answers), lengths, known, desirable))
+        if not kto:
+            return batches
+        kl = torch.cat(ratios).mean().clamp(min=0)
+        return [Batch(**{**vars(batch), "kl": kl}) for batch in batches]
+
+    def num_items(self, batch: Batch) -> int:
+        return len(batch.reference)
+
+    def tokens(self, batch: Batch) -> int:
+        return int((batch.labels != IGNORE).sum())
+
+    def loss(self, batch: Batch, num_items: int) -> "Tensor":
+        losses, measured = self.compare(batch)
+        self.measured.append({name: values.detach() for name, values in measured.items()})
+        return losses.sum() / num_items
+
+    def compare(self, batch: Batch) -> "tuple[Tensor, dict[str, Tensor]]":
+        """Return the losses (n,), and what is measured of the pairs or labels."""
+        if self.terms.loss == "kto":
+            return self._compare_labels(batch)
+        return self._compare_pairs(batch)
+
+    def _compare_pairs(self, batch: Batch) -> "tuple[Tensor, dict[str, Tensor]]":
+        from fastlm.train.losses import dpo_loss
+
+        o = self.terms
+        logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens).view(-1, 2)
+        lengths = batch.lengths.view(-1, 2)
+        losses = dpo_loss(
+            logps[:, 0], logps[:, 1], batch.reference[:, 0], batch.reference[:, 1], beta=o.beta,
+            label_smoothing=o.label_smoothing, kind=cast(Any, o.loss),
+            lengths=(lengths[:, 0], lengths[:, 1]) if o.length_normalise else None,
+        )  # fmt: skip
+        if o.sft_weight:
+            losses = losses - o.sft_weight * logps[:, 0] / lengths[:, 0]
+        rewards = o.beta * (logps - batch.reference)
+        if o.length_normalise:
+            rewards = rewards / lengths
+        margins = rewards[:, 0] - rewards[:, 1]
+        return losses, {
+            "reward_chosen": rewards[:, 0],
+            "reward_rejected": rewards[:, 1],
+            "margin": margins,
+            "accuracy": right(margins),
+            "logp_chosen": logps[:, 0],
+            "logp_rejected": logps[:, 1],
+            "length_chosen": lengths[:, 0].float(),
+            "length_rejected": lengths[:, 1].float(),
+        }
+
+    def _compare_labels(self, batch: Batch) -> "tuple[Tensor, dict[str, Tensor]]":
+        from fastlm.train.losses import kto_loss
+
+        o, good = self.terms, batch.desirable
+        assert batch.kl is not None
+        logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens)
+        losses = kto_loss(
+            logps, batch.reference[:, 0], good, batch.kl, beta=o.beta,
+            weight_desirable=o.weight_desirable, weight_undesirable=o.weight_undesirable,
+        )  # fmt: skip
+        rewards = o.beta * (logps - batch.reference[:, 0])
+        gains = rewards - o.beta * batch.kl
+        lengths = batch.lengths.float()
+        return losses, {
+            "reward_chosen": rewards[good],
+            "reward_rejected": rewards[~good],
+            "accuracy": right(gains.where(good, -gains)),
+            "kl": batch.kl.view(1),
+            "logp_chosen": logps[good],
+            "logp_rejected": logps[~good],
+            "length_chosen": lengths[good],
+            "length_rejected": lengths[~good],
+        }
+
+    def scalars(self) -> dict[str, float]:
+        return {**super().scalars(), **_means(self.measured)}
+
+    def state_dict(self) -> dict[str, Any]:
+        held = {REFERENCE: self.reference, HELDOUT: self.reference_heldout}
+        return {**super().state_dict(), **held}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.reference, self.reference_heldout = state[REFERENCE], state[HELDOUT]
+
+    def _heldout_batches(self) -> list[list[int]]:
+        """The held-out rows of a validation, of at most `val_tokens` tokens."""
+        batches, tokens = [], 0
+        for start in range(0, len(self.heldout), self.batch_size):
+            rows = list(range(start, min(start + self.batch_size, len(self.heldout))))
+            batches.append(rows)
+            tokens += sum(e.learnt for i in rows for e in self.heldout[i].answers)
+            if tokens >= self.options.val_tokens:
+                break
+        return batches
+
+    def validate(self) -> dict[str, float]:
+        """Return loss, accuracy with its standard error, and margin of the held-out rows."""
+        import torch
+
+        if not self.heldout:
+            return {}
+        assert self.reference_heldout is not None
+        taken = self._heldout_batches()
+        found = [
+            self.compare(batch)
+            for batch in self._batches(taken, self.heldout, self.reference_heldout)
+        ]
+        means = _means([measured for _, measured in found])
+        losses = torch.cat([losses for losses, _ in found])
+        kept = ("accuracy", "margin", "reward_chosen", "reward_rejected")
+        return {
+            "val_loss": float(losses.mean()),
+            **{f"val_{name}": means[name] for name in kept if name in means},
+            "val_accuracy_error": standard_error(means["accuracy"], len(losses)),
+        }
+
+
+def _means(measured: "Sequence[Mapping[str, Tensor]]") -> dict[str, float]:
+    """The means over all micro-batches; of nothing there is none. KTO's margin is the difference
+    of two means, as its labels come in no pairs.
+    """
+    import torch
+
+    joined = {name: torch.cat([m[name] for m in measured]) for name in (measured or [{}])[0]}
+    means = {name: float(values.mean()) for name, values in joined.items() if len(values)}
+    if {"reward_chosen", "reward_rejected"} <= means.keys():
+        means.setdefault("margin", means["reward_chosen"] - means["reward_rejected"])
+    return means
+
+
+@contextmanager
+def in_dtype(model: "nn.Module", dtype: "torch.dtype") -> Iterator[None]:
+    """Round the parameters to ``dtype`` for a while. The copy is gone before the optimizer needs
+    the memory.
+    """
+    kept = [(p, p.data) for p in model.parameters()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+@dataclass(frozen=True)
+class Dpo(PreferenceLoss, ChatOptions, Stage):
+    """Train a model on preferences (DPO, IPO, KTO): it comes to prefer the better answers.
+
+    It is compared with itself before training, which keeps it close to that. All weights are
+    trained. The same command run again resumes from the last checkpoint.
+    """
+
+    kind = "dpo"
+    command = ("dpo",)
+    reads = {"model": Takes(("model",), "Model to train: a run, a Hugging Face folder")}
+    leaves = {"model": MODEL}
+    scratch = ("checkpoints",)
+    result = {
+        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
+        "metrics": dict, "parameters": int, "pairs": int, "heldout": int, "read": int,
+        "counts": dict, "used_seconds": float, "load": str, "prompt": str,
+    }  # fmt: skip
+    notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
+(prompt, answers, ranks or scores), corrections (prompt, answer, corrected) and, with loss = kto,
+labels (prompt, completion, label)."""
+    rows = "preferences"
+
+    data: Annotated[
+        tuple[str, ...],
+        Positional("Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+    ] = ()
+    batch_size: Annotated[int, "Pairs (kto: labels) per micro-batch, joined without padding"] = 4
+    accumulate: Annotated[int, "Micro-batches per step"] = 4
+    seq_len: Annotated[
+        int | None, "Most tokens of prompt and answer; default: the context, at most 2048"
+    ] = None
+    overlong: Annotated[str, "Longer answers: skip the row, or truncate"] = "skip"
+    heldout: Annotated[float, "Share of the prompts that is held out"] = 0.1
+    lr: Annotated[float, "Peak learning rate"] = 1e-6
+    warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.1
+
+    def check(self) -> None:
+        super().check()
+        self.check_loss()
+        if self.loss == "kto" and self.batch_size * self.accumulate < 2:
+            raise InputError(
+                "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference"
+                " point is a mean over the step, got 1"
+            )
+
+    def terms(self) -> PreferenceLoss:
+        return PreferenceLoss(**{f.name: getattr(self, f.name) for f in fields(PreferenceLoss)})
+
+    def run(self, job: Job) -> dict[str, Any]:
+        import torch
+
+        from fastlm.train.loop import DTYPES, train
+        from fastlm.train.state import list_checkpoints
+
+        source = job.path("model")
+        model = load_model(source)
+        tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
+        context = model.config.max_position_embeddings
+        kind = "labels" if self.loss == "kto" else "pairs"
+        found = Preferences(self, tokenizer, self.longest(context), job, kind)
+        prompt, asked = found.prompts.choose(self, tokenizer, context)
+        if not found.training:
+            raise InputError(f"data: wanted {kind} to learn from, got none in {found.told()}")
+        options = self.train_options(len(found.training))
+        base = weights_digest(model)
+        model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
+        objective = PreferredAnswers(
+            model, found.training, found.heldout, options, self.terms(),
+            batch_size=self.batch_size, seed=self.seed, base=base, tokenizer=tokenizer,
+            prompt=prompt, device=model.device,
+        )  # fmt: skip
+        torch.manual_seed(self.seed)
+        load = os.getloadavg()[0]
+        if not list_checkpoints(job.out):  # a checkpoint has the reference of its training
+            objective.measure_reference(DTYPES[self.dtype], track=job.track)
+        done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
+        model.save_pretrained(job.out / MODEL)
+        tokenizer.save(job.out / MODEL)
+        result = asdict(done)
+        result["used_seconds"] = result.pop("seconds")
+        return {
+            **result,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "pairs": len(found.training),
+            "heldout": len(found.heldout),
+            "read": found.rows.read,
+            "counts": dict(found.rows.counts),
+            "prompt": asked,
+            "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
+        }
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
+        return (
+            f"{result['pairs']:,} {self._unit()}, {result['steps']} steps, {loss}"
+            f"{accuracy_told(result['metrics'])}: {job.out / MODEL}"
+        )
+
+    def _unit(self) -> str:
+        return "labels" if self.loss == "kto" else "pairs"
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        from fastlm.runs.charts import loss_chart
+        from fastlm.runs.preference_charts import accuracy_chart, rewards_chart
+        from fastlm.runs.text import seconds_text
+
+        metrics = read_metrics(job.out / METRICS)
+        steps = [m for m in metrics if "logp_chosen" in m]
+        rows = f"{result['read']:,} rows: {result['pairs']:,} {self._unit()} learnt from"
+        rows += f", {result['heldout']:,} held out"
+        if result["counts"]:
+            rows += f"; {reasons(result['counts'])}"
+        facts = {
+            "preferences": rows,
+            "loss": f"{self.loss}, β {self.beta:g}",
+            "batch": f"{self.batch_size * self.accumulate} {self._unit()} without padding",
+            "schedule": f"AdamW, {self.schedule}, peak {self.lr}, weight decay"
+            f" {self.weight_decay}, {self.dtype}",
+            "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
+            "machine load": result["load"],
+        }
+        cards = []
+        if (accuracy := result["metrics"].get("val_accuracy")) is not None:
+            error = result["metrics"]["val_accuracy_error"]
+            facts["held-out accuracy"] = f"{100 * accuracy:.1f} % ± {100 * error:.1f}"
+            cards = [(f"{100 * accuracy:.0f} %", f"of held-out {self._unit()} on the right side")]
+        return Part(
+            "Preference training",
+            "An answer's reward is β times how much likelier it has become, in nats, than by the"
+            " model before training. A falling reward of the chosen answers means that the model"
+            " unlearns them too.",
+            facts=facts,
+            charts=[
+                loss_chart(metrics, f"loss per {self._unit()[:-1]}"),
+                rewards_chart(metrics),
+                *([accuracy_chart(metrics)] if steps else []),
+            ],
+            cards=cards,
+            template="training.html.jinja",
+            values={
+                "samples": [m for m in metrics if "sample" in m],
+                "how": f"Answers to “{shorten(result['prompt'], 200)}”, at temperature 0.",
+            },
+        )

@@ -1,0 +1,234 @@
+"""Preferences as tokens to learn from: what `dpo` and `reward` share."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from fastlm.errors import InputError
+from fastlm.train.encoding import (
+    Encoder,
+    Example,
+    Prompts,
+    digest,
+    fit,
+    place_in_order,
+    told_rows,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastlm.data.conversations import Conversation
+    from fastlm.data.preferences import Comparison, Label
+    from fastlm.runs.stage import Job
+    from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.train.chat_options import ChatOptions
+
+# What happens to longer answers -> how their row is counted: where it is lost, else
+OVERLONG = {
+    "skip": ("too long", "too long"),
+    "truncate": ("nothing left to learn", "truncated"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Answers to one prompt, each with the prompt and up to the token that ends it.
+
+    Of a pair: chosen and rejected. Of a ranked list: best first. Of a label: the answer, and the
+    same prompt with the answer to another prompt. ``margin`` of a pair, ``desirable`` of a label.
+    """
+
+    answers: tuple[Example, ...]
+    margin: float | None = None
+    desirable: bool = True
+
+
+def digest_of(judged: Iterable[Judged]) -> str:
+    """Identify judged answers and their order."""
+    found = hashlib.sha256()
+    for one in judged:
+        found.update(f"{digest(one.answers)} {one.margin} {one.desirable}\n".encode())
+    return found.hexdigest()[:16]
+
+
+class Preferences:
+    """The preferences of a stage as tokens: ``training`` and ``heldout`` (in the order of
+    `place_in_order`).
+
+    ``kind`` says what is made of a row:
+
+    - "pairs": every pair of answers of which one is better;
+    - "lists": one entry per row, or every pair where answers of a longer row are tied;
+    - "labels": the answers with their labels. The best and the worst answer of a comparison are a
+      desirable and an undesirable one.
+
+    Labels are refused where pairs or lists are wanted.
+    """
+
+    def __init__(
+        self,
+        stage: "ChatOptions",
+        tokenizer: "Tokenizer",
+        seq_len: int,
+        job: "Job",
+        kind: Literal["pairs", "lists", "labels"],
+    ):
+        from fastlm.data.conversations import Rows
+        from fastlm.data.preferences import Label, read_preferences
+
+        self.stage, self.seq_len, self.kind = stage, seq_len, kind
+        self.rows = Rows()
+        self.encoder = Encoder(stage, tokenizer, job, self.rows.counts)
+        self.prompts = Prompts()
+        training: list[Judged] = []
+        heldout: list[tuple[float, Judged]] = []
+        read = read_preferences(
+            stage.data, cache=job.cache, skip_bad=stage.skip_bad, rows=self.rows, tell=job.skipped
+        )
+        self.held_out = 0  # rows
+        for row in job.track(read, "reading preferences", unit="rows"):
+            found = list(self._judged(row))
+            if not found:
+                continue
+            first = row.conversation() if isinstance(row, Label) else row.conversation(0)
+            place = place_in_order(first)
+            self.prompts.add(place, row.prompt, row.tools)
+            if place < stage.heldout:
+                self.held_out += 1
+                heldout += [(place, one) for one in found]
+            else:
+                training += found
+        self.encoder.finish()
+        ordered = [one for _, one in sorted(heldout, key=lambda pair: pair[0])]
+        if kind == "labels":
+            both = with_other_answers([*training, *ordered], seq_len)
+            training, ordered = both[: len(training)], both[len(training) :]
+        self.training, self.heldout = training, ordered
+
+    def _judged(self, row: "Comparison | Label") -> Iterator[Judged]:
+        from fastlm.data.preferences import Label
+
+        if isinstance(row, Label) and self.kind != "labels":
+            raise InputError(
+                f"{row.place}: wanted a comparison of answers, got one answer with a label"
+                " (for loss = 'kto' of the stage dpo)"
+            )
+        if self.kind == "labels":
+            labels = [row] if isinstance(row, Label) else row.labels()
+            for label in labels:
+                for answer in self._encode([label.conversation()]):
+                    yield Judged((answer,), desirable=label.desirable)
+            return
+        assert not isinstance(row, Label)
+        answers = self._encode([row.conversation(i) for i in range(len(row.answers))])
+        if not answers:
+            return
+        tied = len(set(row.ranks)) < len(row.ranks)
+        if self.kind == "lists" and not tied:
+            order = sorted(range(len(answers)), key=row.ranks.__getitem__)
+            parts = [(tuple(answers[i] for i in order), row.margin)]
+        else:
+            parts = [
+                ((answers[i], answers[j]), _margin(row, i, j))
+                for i in range(len(answers))
+                for j in range(len(answers))
+                if row.ranks[i] < row.ranks[j]
+            ]
+        for chosen, margin in parts:
+            if len({answer.ids.tobytes() for answer in chosen}) < len(chosen):
+                self.rows.counts["equal after truncation"] += 1
+            else:
+                yield Judged(chosen, margin)
+
+    def _encode(self, conversations: "Sequence[Conversation]") -> list[Example]:
+        """One example per conversation; none at all if one of them is left out."""
+        whole: list[Example] = []
+        for conversation in conversations:
+            found = self.encoder.encode(
+                conversation.messages, conversation.learnt, conversation.tools, conversation.place
+            )
+            if len(found) > 1:
+                error = InputError(
+                    "chat_template: wanted one that writes the messages of an answer as they stay,"
+                    f" got one that changes them, in an answer of {len(found)} messages"
+                )
+                self.encoder.refuse(error, conversation.place)
+                return []
+            if not found:
+                return []
+            whole.append(_trimmed(found[0]))
+        cut = [piece for e in whole for piece in fit(e, self.seq_len, self.stage.overlong)]
+        if any(len(e.ids) > self.seq_len for e in whole):
+            self.rows.counts[OVERLONG[self.stage.overlong][len(cut) == len(whole)]] += 1
+        return cut if len(cut) == len(whole) else []
+
+    def told(self) -> str:
+        return told_rows(self.rows, self.held_out)
+
+
+def _margin(row: "Comparison", better: int, worse: int) -> float | None:
+    if row.scores is not None and len(row.answers) > 2:
+        return row.scores[better] - row.scores[worse]
+    return row.margin
+
+
+def _trimmed(example: Example) -> Example:
+    """Without what the template writes after the answer's last token."""
+    end = int(example.mask.nonzero()[0][-1]) + 1
+    return Example(example.ids[:end], example.mask[:end], example.place)
+
+
+def with_other_answers(labelled: Sequence[Judged], seq_len: int) -> list[Judged]:
+    """Give each labelled answer the same prompt with an answer to another prompt: the next one in
+    the order of ``labelled``, from its beginning again after the last. InputError: there is only
+    one prompt.
+
+    KTO's reference point is a mean over such answers. They are fixed here, once, so that their
+    reference log-probabilities are measured once too.
+    """
+    starts = [int(one.answers[0].mask.argmax()) for one in labelled]
+    prompts = [one.answers[0].ids[:n].tobytes() for one, n in zip(labelled, starts)]
+    if labelled and len(set(prompts)) == 1:
+        raise InputError("data: wanted answers to two prompts or more for kto, got one prompt")
+    result, after = [], 1
+    for i, one in enumerate(labelled):
+        after = max(after, i + 1)
+        while prompts[after % len(labelled)] == prompts[i]:
+            after += 1
+        own, other = one.answers[0], labelled[after % len(labelled)].answers[0]
+        result.append(Judged((own, _swapped(own, starts[i], other)), desirable=one.desirable))
+    return [
+        Judged((one.answers[0], *fit(one.answers[1], seq_len, "truncate")), None, one.desirable)
+        for one in result
+    ]
+
+
+def _swapped(own: Example, start: int, other: Example) -> Example:
+    import numpy as np
+
+    begin = int(other.mask.argmax())
+    return Example(
+        np.concatenate([own.ids[:start], other.ids[begin:]]),
+        np.concatenate([own.mask[:start], other.mask[begin:]]),
+        own.place,
+    )
+
+
+def right(margins: "Tensor") -> "Tensor":
+    """1 where a margin is positive, 0 where it is negative; a tie is half right."""
+    return (margins.sign() + 1) / 2
+
+
+def standard_error(share: float, count: int) -> float:
+    """The standard error of a share of so many independent trials."""
+    return math.sqrt(share * (1 - share) / count)
+
+
+def accuracy_told(metrics: Mapping[str, float]) -> str:
+    if "val_accuracy" not in metrics:
+        return ""
+    accuracy, error = metrics["val_accuracy"], metrics["val_accuracy_error"]
+    return f", held-out accuracy {100 * accuracy:.1f} % +- {100 * error:.1f}"
