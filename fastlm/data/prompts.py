@@ -58,7 +58,9 @@ def read_prompts(
 
 
 def prompt_of(row: Any, place: str = "") -> Prompt:
-    """The prompt that a row holds. InputError: it has none, an empty message, roles out of order."""
+    """The prompt that a row holds. InputError: it has none, an empty message, roles that are out
+    of order.
+    """
     if not isinstance(row, Mapping):
         raise InputError(f"wanted an object with a prompt, got {type(row).__name__}")
     key = next((key for key in ASKED if row.get(key)), None)

@@ -83,7 +83,7 @@ def _input(key: str, takes: Any) -> inspect.Parameter:
     hint: Any = list[str] if takes.several else str
     if takes.positional:
         return _keyword(key, Annotated[hint, typer.Argument(help=takes.help)])
-    flags = [f"--{key}", *([f"-{takes.flag}"] if takes.flag else [])]
+    flags = [f"--{key.replace('_', '-')}", *([f"-{takes.flag}"] if takes.flag else [])]
     annotated = Annotated[
         hint | None if takes.optional else hint, typer.Option(*flags, help=takes.help)
     ]

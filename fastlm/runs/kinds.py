@@ -6,6 +6,8 @@ from fastlm.quant.stage import Quantize
 from fastlm.runs.stage import Stage
 from fastlm.tokenizer.stage import TrainTokenizer
 from fastlm.train.dpo import Dpo
+from fastlm.train.grpo import Grpo
+from fastlm.train.ppo import Ppo
 from fastlm.train.pretrain import Pretrain
 from fastlm.train.sft import Sft
 
@@ -16,6 +18,8 @@ KINDS: dict[str, type[Stage]] = {
     "pretrain": Pretrain,
     "sft": Sft,
     "dpo": Dpo,
+    "ppo": Ppo,
+    "grpo": Grpo,
     "eval": Eval,
     "quantize": Quantize,
 }

@@ -102,8 +102,8 @@ class Online:
     """An objective (`fastlm.train.loop.Objective`) on answers that the policy samples.
 
     ``prompts``: token ids of each. ``score``: see `Score`. ``reference``: the frozen policy that KL
-    is measured to; None is the policy without its adapters (LoRA). A subclass defines `estimate` (advantages of a round), `num_items` and
-    `micro_loss`.
+    is measured to; None is the policy without its adapters (LoRA). A subclass defines `estimate`
+    (advantages of a round), `num_items` and `micro_loss`.
     """
 
     # columns of a round that are kept for its updates, beside "old_logp"
@@ -128,7 +128,8 @@ class Online:
     ):
         if not prompts:
             raise InputError("prompts: wanted at least one, got none")
-        self.policy, self.trained, self.reference = policy, policy, reference
+        self.policy, self.reference = policy, reference
+        self.trained: nn.Module = policy
         self.prompts, self.heldout, self.rules, self.base = prompts, heldout, rules, base
         self.score, self.score_heldout = score, score_heldout or score
         self.stop_ids, self.places, self.warn = stop_ids, places, warn

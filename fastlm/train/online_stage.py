@@ -43,8 +43,8 @@ class OnlineStage(LoraOptions, ChatOptions, Stage):
         "parameters": int, "trained_parameters": int, "prompts": int, "heldout": int, "read": int,
         "counts": dict, "used_seconds": float, "load": str, "prompt": str,
     }  # fmt: skip
-    notes = """Read are .jsonl and .json files of rows with a prompt or question (a text or messages), or
-conversations, of which the questions before the first answer are the prompt."""
+    notes = """Read are .jsonl and .json files of rows with a prompt or question (a text or
+messages), or conversations, of which what precedes the first answer is the prompt."""
 
     data: Annotated[
         tuple[str, ...],
@@ -205,7 +205,7 @@ conversations, of which the questions before the first answer are the prompt."""
         }
 
     def reference(self, model: "CausalLM") -> "CausalLM | None":
-        """A frozen copy of the policy in the training's dtype; None: the policy without adapters."""
+        """A frozen copy of the policy in the training's dtype; with adapters None (`Online`)."""
         import copy
 
         import torch
@@ -287,8 +287,8 @@ def told_prompts(result: Mapping[str, Any]) -> str:
 
 
 class Questions:
-    """The prompts of a stage as (ids, prompt): ``training`` and ``heldout``, the latter in the order
-    of `place_in_order`.
+    """The prompts of a stage as (ids, prompt): ``training``, and ``heldout`` in the order of
+    `place_in_order`.
     """
 
     def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", most: int, job: Job):
