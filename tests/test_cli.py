@@ -28,6 +28,7 @@ VERBS = (
     "chat",
     "tokenizer",
     "data",
+    "rank",
 )
 
 

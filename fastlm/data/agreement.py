@@ -1,6 +1,8 @@
-"""How far raters agree: Krippendorff's alpha."""
+"""How far raters agree: Krippendorff's alpha, and pairs of answers in the same order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -69,10 +71,61 @@ def _differences(levels: np.ndarray, totals: np.ndarray, metric: str) -> np.ndar
     return np.divide(a - b, total, out=np.zeros_like(total), where=total != 0) ** 2
 
 
-def same_order(a: Sequence[float], b: Sequence[float]) -> tuple[int, int]:
-    """Of the pairs of answers in two rankings of the same answers: (how many have the same order or
-    are tied in both, how many there are).
+@dataclass(frozen=True)
+class PairAgreement:
+    """Two raters: how many items both ranked; how many pairs of answers those have, and how many
+    of them both put in the same order (or both tied).
     """
-    first, second = (np.sign(np.subtract.outer(x, x)) for x in (a, b))
+
+    raters: tuple[str, str]
+    items: int
+    alike: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """``alpha``: Krippendorff's ordinal alpha, NaN where it is undefined. ``items``: how many have
+    two raters or more. ``pairs``: of each two raters with an item in common.
+    """
+
+    alpha: float
+    items: int
+    pairs: list[PairAgreement]
+
+
+def agreement_of(rankings: Iterable[Mapping[str, Sequence[int]]]) -> Agreement:
+    """The agreement on items. ``rankings``: per item, the ranks of its answers by each rater.
+
+    The units of alpha are answers. A value is the answer's place from 0 (best) to 1 (worst), so
+    that items with different numbers of answers compare; tied answers share their mean place.
+    """
+    shared = [item for item in rankings if len(item) > 1]
+    raters = sorted({rater for item in shared for rater in item})
+    nobody = float("nan")
+    places = [{rater: _places(ranks) for rater, ranks in item.items()} for item in shared]
+    units = [
+        [item[rater][i] if rater in item else nobody for rater in raters]
+        for item in places
+        for i in range(len(next(iter(item.values()))))
+    ]
+    alpha = krippendorff_alpha(np.transpose(units)) if units else nobody
+    pairs = []
+    for a, b in combinations(raters, 2):
+        both = [(item[a], item[b]) for item in shared if a in item and b in item]
+        if both:
+            alike, total = map(sum, zip(*(_same_order(*ranks) for ranks in both)))
+            pairs.append(PairAgreement((a, b), len(both), alike, total))
+    return Agreement(alpha, len(shared), pairs)
+
+
+def _places(ranks: Sequence[int]) -> list[float]:
+    below = [sum(other < rank for other in ranks) for rank in ranks]
+    tied = [ranks.count(rank) - 1 for rank in ranks]
+    return [(b + t / 2) / (len(ranks) - 1) for b, t in zip(below, tied)]
+
+
+def _same_order(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
+    first, second = (np.sign(np.subtract.outer(ranks, ranks)) for ranks in (a, b))
     upper = np.triu_indices(len(a), 1)
     return int((first[upper] == second[upper]).sum()), len(upper[0])
