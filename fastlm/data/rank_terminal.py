@@ -21,7 +21,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from fastlm.data.conversations import Message
-from fastlm.data.ranking import Item, RankingStore
+from fastlm.data.ranking import Item, RankingStore, check_rater
 from fastlm.errors import InputError
 
 WIDTH = 100  # columns at most: longer lines are hard to read
@@ -42,6 +42,7 @@ def run(store: RankingStore, rater: str, *, skipped: bool = False) -> None:
 
     On a terminal an input that means nothing prints a line; elsewhere it raises InputError.
     """
+    check_rater(rater)
     _Session(store, rater, skipped).run()
 
 

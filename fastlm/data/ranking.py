@@ -292,7 +292,7 @@ class RankingStore(SqliteFile):
         """Store the text that the rater would have the last message of the answer say, instead of
         an earlier correction.
         """
-        _check_rater(rater)
+        check_rater(rater)
         check_unicode(text, "correction")
         if not text.strip():
             raise InputError("correction: wanted text, got an empty one")
@@ -309,7 +309,7 @@ class RankingStore(SqliteFile):
 
     def _judgement(self, rater: str, item: Item, *, skipped: bool) -> int:
         """A new judgement without ranks, instead of an earlier one."""
-        _check_rater(rater)
+        check_rater(rater)
         earlier = (rater, item.id)
         self.db.execute("DELETE FROM judgements WHERE rater = ? AND item = ?", earlier)
         done = self.db.execute(
@@ -463,6 +463,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _check_rater(rater: str) -> None:
+def check_rater(rater: str) -> None:
+    """InputError unless the name can be printed in a line."""
     if not rater.strip() or not rater.isprintable():
         raise InputError(f"rater: wanted a name, got {rater!r:.60}")
