@@ -248,10 +248,11 @@ def _command() -> str:
 def _stage_commands() -> None:
     """Add the commands of the stages (`fastlm.runs.kinds`): one word, or a command in a group."""
     from fastlm.data.commands import app as data_app
+    from fastlm.data.rank_commands import app as rank_app
     from fastlm.runs.commands import command_of
     from fastlm.runs.kinds import KINDS
 
-    groups = {"data": data_app, "tokenizer": tokenizer_app}
+    groups = {"data": data_app, "tokenizer": tokenizer_app, "rank": rank_app}
     for group, typed in groups.items():
         app.add_typer(typed, name=group)
     for stage in KINDS.values():

@@ -29,6 +29,7 @@ VERBS = (
     "merge",
     "tokenizer",
     "data",
+    "rank",
 )
 
 

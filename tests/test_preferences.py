@@ -10,9 +10,11 @@ from fastlm.data.conversations import Rows
 from fastlm.data.preferences import (
     Comparison,
     Label,
+    Unranked,
+    answers_of,
     preference_of,
+    prompt_of,
     read_preferences,
-    unranked_of,
 )
 from fastlm.errors import InputError
 
@@ -270,11 +272,32 @@ def test_conversations_learn_the_answer_alone() -> None:
 
 
 def test_unranked_answers() -> None:
-    assert unranked_of(LIST) == ([USER], [[BAD], [GOOD], [POOR]], None)
+    assert answers_of(LIST, "here") == Unranked([USER], ([BAD], [GOOD], [POOR]), None, "here")
+    ranked = {**LIST, "ranks": [2, 0, 1]}
+    assert answers_of(ranked) == preference_of(ranked)
+    assert answers_of({**LIST, **TEXTS}) == preference_of(TEXTS)
     with pytest.raises(InputError, match="answers 0 and 1 are equal"):
-        unranked_of({"prompt": "2+2?", "answers": ["4", GOOD]})
-    with pytest.raises(InputError, match="wanted an object with prompt and answers, got 'prompt'"):
-        unranked_of({"prompt": "2+2?"})
+        answers_of({"prompt": "2+2?", "answers": ["4", GOOD]})
+    with pytest.raises(InputError, match=f"{WANTED}'prompt'"):
+        answers_of({"prompt": "2+2?"})
+
+
+def test_prompts() -> None:
+    for row in (
+        {"prompt": "2+2?"}, {"messages": [USER]}, {"messages": [USER, GOOD]}, TEXTS,
+        {"instruction": "2+2?", "output": "4"},
+    ):  # fmt: skip
+        assert prompt_of(row, "here") == Unranked([USER], (), None, "here")
+    assert prompt_of({"messages": [USER, GOOD, USER, GOOD]}).prompt == [USER, GOOD, USER]
+    for row, message in (
+        ({"text": "2+2?"}, "wanted an object with a prompt or messages, got 'text'"),
+        ({"prompt": " "}, "prompt: wanted text from the user, got an empty message"),
+        ({"messages": []}, "the answer: wanted system or user first, got assistant"),
+        ({"messages": [USER, USER]}, "messages[1]: wanted assistant after user, got user"),
+    ):
+        with pytest.raises(InputError) as refusal:
+            prompt_of(row)
+        assert str(refusal.value) == message
 
 
 def test_rows_of_all_shapes_in_files(tmp_path) -> None:

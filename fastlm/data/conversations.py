@@ -73,6 +73,14 @@ class Conversation:
         first = next(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
         return self.messages[:first]
 
+    def row(self) -> dict[str, Any]:
+        """The row that `conversation_of` reads as this conversation, in OpenAI's form."""
+        messages = [
+            m if learn or m["role"] != "assistant" else {**m, "weight": 0}
+            for m, learn in zip(self.messages, self.learnt, strict=True)
+        ]
+        return {"messages": messages, **({} if self.tools is None else {"tools": self.tools})}
+
     def key(self) -> str:
         """The prompt as text: conversations that begin with the same questions have equal keys."""
         return json.dumps(said(self.prompt()), ensure_ascii=False, sort_keys=True)

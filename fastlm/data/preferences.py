@@ -23,25 +23,22 @@ its prompt would become a question of a few words.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlm.data.candidates import candidates, keys_of, plain, prompt_messages
 from fastlm.data.conversations import (
     Conversation,
     Message,
-    Placed,
     Rows,
     add_system,
-    alpaca_prompt,
     check_messages,
     read_examples,
     said,
     text_of,
     tools_of,
-    turns_of,
 )
 from fastlm.data.sources import ignore
 from fastlm.errors import InputError, show
@@ -50,8 +47,6 @@ SHAPES = (
     "chosen and rejected, prompt with answers and ranks or scores, prompt with completion and"
     " label, or prompt with answer and corrected"
 )
-DIALOGUE = re.compile(r"\n\n(Human|Assistant):")  # the turns of HH-RLHF
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +160,16 @@ class Label:
         return {**row, **_others(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class Unranked:
+    """A prompt and answers that nobody has ranked yet, as in `Comparison`."""
+
+    prompt: list[Message]
+    answers: tuple[list[Message], ...]
+    tools: list[Any] | None = None
+    place: str = ""
+
+
 def read_preferences(
     sources: Sequence[str],
     *,
@@ -196,7 +201,7 @@ def preference_of(row: Any, place: str = "") -> Comparison | Label:
     if "chosen" in row and "rejected" in row:
         return _pair_of(row, place)
     if "corrected" in row and "answer" in row:
-        prompt, answers = _candidates(row, {key: row[key] for key in ("corrected", "answer")})
+        prompt, answers = candidates(row, {key: row[key] for key in ("corrected", "answer")})
         return _comparison(row, prompt, answers, (0, 1), place, corrected=True)
     if "label" in row or "kto_tag" in row:
         return _label_of(row, place)
@@ -205,19 +210,36 @@ def preference_of(row: Any, place: str = "") -> Comparison | Label:
     raise _unknown(row)
 
 
-def unranked_of(row: Any) -> tuple[list[Message], list[list[Message]], list[Any] | None]:
-    """The prompt, the answers and the tools of a row ``{"prompt", "answers"}`` without ranks.
-    InputError: as `preference_of`, or two equal answers.
+def answers_of(row: Any, place: str = "") -> "Comparison | Label | Unranked":
+    """`preference_of`; also reads rows ``{"prompt", "answers"}`` without ranks. InputError: also
+    two equal answers of those.
     """
-    row = _object(row)
-    if not _answers_key(row):
-        raise InputError(f"wanted an object with prompt and answers, got {_keys(row)}")
-    prompt, answers = _listed(row)
+    given = _object(row)
+    ranked = ("ranks", "scores", "chosen", "corrected", "label", "kto_tag")
+    if not _answers_key(given) or any(key in given for key in ranked):
+        return preference_of(row, place)
+    prompt, answers = _listed(given)
     heard = [said(answer) for answer in answers]
     for i, one in enumerate(heard):
         if (first := heard.index(one)) < i:
             raise InputError(f"wanted different answers, answers {first} and {i} are equal")
-    return prompt, answers, tools_of(row)
+    return Unranked(prompt, tuple(answers), tools_of(given), place)
+
+
+def prompt_of(row: Any, place: str = "") -> Unranked:
+    """The prompt of a row, without answers: its ``"prompt"`` (see above), or the messages of a
+    conversation before its last answer.
+    """
+    row = _object(row)
+    placed = prompt_messages(row)
+    if placed is None:
+        raise InputError(f"wanted an object with a prompt or messages, got {keys_of(row)}")
+    add_system(row, placed)
+    if placed and placed[-1][1]["role"] == "assistant":
+        placed.pop()
+    answer = ("the answer", {"role": "assistant", "content": "any"})
+    check_messages([*placed, answer])
+    return Unranked(plain(placed), (), tools_of(row), place)
 
 
 def _object(row: Any) -> dict[str, Any]:
@@ -227,11 +249,7 @@ def _object(row: Any) -> dict[str, Any]:
 
 
 def _unknown(row: Mapping[str, Any]) -> InputError:
-    return InputError(f"wanted an object with {SHAPES}, got {_keys(row)}")
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, row))[:200] or "no keys"
+    return InputError(f"wanted an object with {SHAPES}, got {keys_of(row)}")
 
 
 def _from_openai(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,7 +263,7 @@ def _from_openai(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pair_of(row: Mapping[str, Any], place: str) -> Comparison:
-    prompt, answers = _candidates(row, {key: row[key] for key in ("chosen", "rejected")})
+    prompt, answers = candidates(row, {key: row[key] for key in ("chosen", "rejected")})
     scores = None
     if "score_chosen" in row and "score_rejected" in row:
         better, worse = (_number(row[key], key) for key in ("score_chosen", "score_rejected"))
@@ -349,14 +367,14 @@ def _label_of(row: Mapping[str, Any], place: str) -> Label:
         raise InputError(f"{key}: wanted true or false, got {show(row[key]):.60}")
     name = next((n for n in ("completion", "response", "answer", "output") if n in row), None)
     if name is not None:
-        prompt, (answer,) = _candidates(row, {name: row[name]})
+        prompt, (answer,) = candidates(row, {name: row[name]})
     else:
-        placed = _prompt(row)
+        placed = prompt_messages(row)
         if placed is None:
             raise _unknown(row)
         add_system(row, placed)
         check_messages(placed)
-        (*prompt, last) = _messages(placed)
+        (*prompt, last) = plain(placed)
         answer = [last]
     return Label(prompt, answer, row[key], tools_of(row), _rater(row), place)
 
@@ -371,108 +389,7 @@ def _listed(row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]
     if not isinstance(given, list) or len(given) < 2:
         got = len(given) if isinstance(given, list) else type(given).__name__
         raise InputError(f"{key}: wanted a list of two or more answers, got {got}")
-    return _candidates(row, {f"{key}[{i}]": answer for i, answer in enumerate(given)})
-
-
-def _candidates(
-    row: Mapping[str, Any], given: Mapping[str, Any]
-) -> tuple[list[Message], list[list[Message]]]:
-    """The prompt of a row and its answers. ``given``: the answers by the names of their places.
-
-    Answers that are whole conversations are cut after their common beginning, which must begin
-    with the prompt if there is one.
-    """
-    prompt = _prompt(row)
-    answers = {name: _answer(value, name, prompt is None) for name, value in given.items()}
-    whole = [name for name, answer in answers.items() if answer[0][1]["role"] in ("system", "user")]
-    if len(whole) == len(answers) and len(answers) > 1:
-        begin = _common(list(answers.values()))
-        common = next(iter(answers.values()))[:begin]
-        if prompt is not None and not _begins(common, prompt):
-            raise InputError(
-                f"prompt: wanted the beginning of {' and '.join(answers)}, got another one"
-            )
-        prompt, answers = common, {name: answer[begin:] for name, answer in answers.items()}
-    elif whole:
-        raise InputError(f"{whole[0]}: wanted an answer by the assistant, got a conversation")
-    elif prompt is None:
-        raise InputError(f"wanted a prompt beside {' and '.join(answers)}, got {_keys(row)}")
-    add_system(row, prompt)
-    for name, answer in answers.items():
-        if not answer:
-            raise InputError(f"{name}: wanted an answer that differs from the others, got none")
-        check_messages([*prompt, *answer])
-        for where, message in answer:
-            if message["role"] not in ("assistant", "tool"):
-                raise InputError(
-                    f"{where}: wanted one prompt for all answers, got a {message['role']}'s message"
-                    " after they differ"
-                )
-    return _messages(prompt), [_messages(answer) for answer in answers.values()]
-
-
-def _prompt(row: Mapping[str, Any]) -> Placed | None:
-    for key in ("prompt", "question", "messages", "conversations"):
-        if key in row:
-            value = row[key]
-            if isinstance(value, list) or key in ("messages", "conversations"):
-                return turns_of(value, key)
-            text = text_of(value, key)
-            return _dialogue(text, key) or [(key, {"role": "user", "content": text})]
-    return alpaca_prompt(row) if "instruction" in row else None
-
-
-def _answer(value: Any, name: str, whole: bool) -> Placed:
-    """An answer, or a conversation. ``whole``: there is no prompt, so a text has to be one."""
-    if isinstance(value, Mapping):
-        value = [value]
-    if isinstance(value, list):
-        if not value:
-            raise InputError(f"{name}: wanted an answer, got no message")
-        return turns_of(value, name)
-    text = text_of(value, name)
-    if whole and (placed := _dialogue(text, name)):
-        return placed
-    return [(name, {"role": "assistant", "content": text})]
-
-
-def _dialogue(text: str, name: str) -> Placed | None:
-    """The turns of a text of HH-RLHF, None if it is no such text. A last turn that is empty asks
-    for the answer.
-    """
-    before, *parts = DIALOGUE.split(text)
-    if before.strip() or not parts:
-        return None
-    if not parts[-1].strip():
-        parts = parts[:-2]
-    return [
-        (f"{name}, turn {i}", {"role": SPEAKERS[speaker], "content": content.strip()})
-        for i, (speaker, content) in enumerate(zip(parts[::2], parts[1::2]), 1)
-    ]
-
-
-def _common(answers: Sequence[Placed]) -> int:
-    """How many messages all conversations begin with."""
-    columns = zip(*(said([message for _, message in placed]) for placed in answers))
-    same = 0
-    for first, *others in columns:
-        if any(other != first for other in others):
-            break
-        same += 1
-    return same
-
-
-def _begins(messages: Placed, beginning: Placed) -> bool:
-    """Whether messages begin with others; only one of the two may have a system message."""
-    a, b = (said([m for _, m in placed]) for placed in (messages, beginning))
-    if a[:1] != b[:1]:
-        a, b = ([m for m in x if m[0] != "system"] for x in (a, b))
-    return a[: len(b)] == b
-
-
-def _messages(placed: Placed) -> list[Message]:
-    dropped = ("weight", "loss_weight")  # what is learnt does not depend on them here
-    return [{k: v for k, v in message.items() if k not in dropped} for _, message in placed]
+    return candidates(row, {f"{key}[{i}]": answer for i, answer in enumerate(given)})
 
 
 def _rater(row: Mapping[str, Any]) -> str | None:

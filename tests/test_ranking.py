@@ -1,0 +1,546 @@
+"""fastlm rank: the store of answers and judgements, the agreement of raters against published
+values, the terminal as a rater types into it, and what a crash, a full disk or a damaged file do.
+"""
+
+import json
+import math
+import os
+import pty
+import random
+import select
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import krippendorff
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import fastlm.data.sqlite_file
+from fastlm.cli import app
+from fastlm.data.agreement import METRICS, PairAgreement, agreement_of, krippendorff_alpha
+from fastlm.data.conversations import conversation_of, read_conversations
+from fastlm.data.preferences import Comparison, Label, preference_of, read_preferences
+from fastlm.data.rank_terminal import _edited, parse_ranking
+from fastlm.data.ranking import RankingStore, RaterCounts, read_answers
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+NONE = float("nan")
+# Krippendorff 2011, section D: 4 observers, 12 units, 5 values, missing data
+PUBLISHED = [
+    [1, 2, 3, 3, 2, 1, 4, 1, 2, NONE, NONE, NONE],
+    [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, NONE, 3],
+    [NONE, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, NONE],
+    [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, NONE],
+]
+ALPHAS = {"nominal": 0.743, "ordinal": 0.815, "interval": 0.849, "ratio": 0.797}
+
+
+def prompt_row(number, answers=3):
+    return {"prompt": f"Question {number}?", "answers": [f"{number}.{i}" for i in range(answers)]}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def filled(folder, *rows, name="store.sqlite", **options):
+    """A store with these rows."""
+    file = write(folder / "rows.jsonl", *rows)
+    store = RankingStore(folder / name, create=True, **options)
+    store.add(read_answers([file], cache=folder))
+    return store
+
+
+def call(*arguments, status=0, **kwargs):
+    result = CliRunner().invoke(app, ["rank", *map(str, arguments)], **kwargs)
+    assert result.exit_code == status, (result.output, result.exception)
+    return result
+
+
+def refused(*arguments, **kwargs):
+    (*_, line) = call(*arguments, status=2, **kwargs).stderr.strip().splitlines()
+    assert line.startswith("fastlm: ")
+    return line.removeprefix("fastlm: ")
+
+
+# ---- agreement
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_alpha_has_the_published_value(metric) -> None:
+    assert krippendorff_alpha(PUBLISHED, metric) == pytest.approx(ALPHAS[metric], abs=5e-4)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_alpha_equals_another_implementation(metric) -> None:
+    draw = np.random.default_rng(0)
+    for raters, units in ((2, 5), (3, 40), (6, 17)):
+        values = draw.integers(0, 6, (raters, units)).astype(float)
+        values[draw.random((raters, units)) < 0.3] = NONE
+        theirs = krippendorff.alpha(reliability_data=values, level_of_measurement=metric)
+        assert krippendorff_alpha(values, metric) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_alpha_at_its_ends() -> None:
+    ranks = np.random.default_rng(0).permuted(np.tile(np.arange(4.0), (2, 2000, 1)), axis=2)
+    assert krippendorff_alpha(ranks[[0, 0]].reshape(2, -1)) == 1
+    assert abs(krippendorff_alpha(ranks.reshape(2, -1))) < 0.03  # chance
+    turned = np.stack((ranks[0], 3 - ranks[0])).reshape(2, -1)
+    assert krippendorff_alpha(turned) < -0.9
+    for undefined in ([[1, 1], [1, 1]], [[1, NONE], [NONE, 2]]):
+        assert math.isnan(krippendorff_alpha(undefined))
+    for values, metric, message in (
+        ([1, 2], "ordinal", r"values: wanted \(raters, units\), got shape \(2,\)"),
+        ([[1, math.inf]], "ordinal", "values: wanted finite numbers"),
+        ([[1, -2], [1, 2]], "ratio", "values: wanted numbers >= 0"),
+        ([[1]], "cubic", "metric: wanted one of nominal, ordinal"),
+    ):
+        with pytest.raises(InputError, match=message):
+            krippendorff_alpha(values, metric)
+
+
+def test_agreement_of_rankings() -> None:
+    rankings = [
+        {"ann": [0, 1, 2], "bob": [0, 0, 1]},
+        {"ann": [1, 0], "bob": [1, 0], "cat": [0, 1]},
+        {"cat": [0, 1]},
+    ]
+    found = agreement_of(rankings)
+    assert found.items == 2
+    assert found.pairs == [
+        PairAgreement(("ann", "bob"), 2, 3, 4),  # bob ties two answers that ann does not
+        PairAgreement(("ann", "cat"), 1, 0, 1),
+        PairAgreement(("bob", "cat"), 1, 0, 1),
+    ]
+    # places: tied answers share their mean, the worst of two and of three answers are both 1
+    values = [[0, 0.5, 1, 1, 0], [0.25, 0.25, 1, 1, 0], [NONE, NONE, NONE, 0, 1]]
+    assert found.alpha == krippendorff_alpha(values)
+    assert math.isnan(agreement_of([{"ann": [0, 1]}]).alpha)
+
+
+# ---- the store
+
+
+def test_what_is_imported_is_exported(tmp_path) -> None:
+    rows = [
+        {"prompt": "a?", "chosen": "1", "rejected": "2", "margin": 0.5},
+        {"prompt": "b?", "answers": ["1", "2", "3"], "scores": [2, 7.5, 2], "rater": "ann"},
+        {"prompt": "c?", "answer": "1", "corrected": "2"},
+        {
+            "messages": [{"role": "user", "content": "d?"}],
+            "answers": ["1", {"role": "assistant", "content": "2"}, "3"], "ranks": [1, 0, 2],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+        },
+        prompt_row(1),
+    ]  # fmt: skip
+    with filled(tmp_path, *rows) as store:
+        assert store.raters() == {"ann": RaterCounts(1), "file": RaterCounts(2, 0, 1)}
+        found = {}
+        for form in ("pairs", "ranked", "labels", "corrected"):
+            count = store.export(tmp_path / f"{form}.jsonl", form)
+            found[form] = list(read_preferences([str(tmp_path / f"{form}.jsonl")], cache=tmp_path))
+            assert len(found[form]) == count
+        wanted = [preference_of(row).row() for row in rows[:4]]
+        a, b, c, d = ({"rater": "file", **row} for row in wanted)
+        assert [x.row() for x in found["ranked"]] == [a, b, d]
+        assert [x.row() for x in found["corrected"]] == [c]
+        assert [type(x) for x in found["pairs"]] == [Comparison] * 7
+        assert [x.margin for x in found["pairs"]] == [0.5, 5.5, 5.5, None, None, None, None]
+        assert [type(x) for x in found["labels"]] == [Label] * 7
+        assert Counter(x.desirable for x in found["labels"]) == {True: 3, False: 4}
+        store.export(tmp_path / "demos.jsonl", "demonstrations")
+        (demo,) = read_conversations([str(tmp_path / "demos.jsonl")], cache=tmp_path)
+        assert demo.messages == conversation_of({"prompt": "c?", "completion": "2"}).messages
+        assert store.export(tmp_path / "ann.jsonl", "pairs", rater="ann") == 2
+        # once more, and what was exported: nothing is new
+        again = store.add(read_answers([str(tmp_path / "rows.jsonl")], cache=tmp_path))
+        again2 = store.add(read_answers([str(tmp_path / "ranked.jsonl")], cache=tmp_path))
+        assert [(x.items, x.judgements, x.corrections, x.known) for x in (again, again2)] == [
+            (0, 0, 0, 5), (0, 0, 0, 3),
+        ]  # fmt: skip
+        turned = {**rows[3], "answers": rows[3]["answers"][::-1], "rater": "bob"}
+        store.add(read_answers([write(tmp_path / "t.jsonl", turned)], cache=tmp_path))
+        (bob,) = store.comparisons("bob")
+        (first,) = [x for x in store.comparisons("file") if len(x.answers) == 3]
+        assert (first.ranks, bob.ranks) == ((1, 0, 2), (2, 0, 1))  # by answer, not by place
+        assert bob.answers == first.answers
+
+
+def test_each_rater_sees_an_order_of_its_own(tmp_path) -> None:
+    with filled(tmp_path, *map(prompt_row, range(300))) as store:
+        orders = {}
+        for rater in ("ann", "bob"):
+            items = [store.item(id, rater) for id in range(1, 301)]
+            orders[rater] = [[a.messages[0]["content"] for a in item.answers] for item in items]
+            places = Counter(order.index(f"{i}.0") for i, order in enumerate(orders[rater]))
+            assert min(places.values()) > 70  # of 100; 5 standard deviations are 41
+        same = sum(a == b for a, b in zip(*orders.values()))
+        assert 20 < same < 80  # of 50
+        item = store.item(7, "ann")
+        assert item == store.item(7, "ann")
+        store.judge("ann", item, [2, 0, 1])
+        shown = store.db.execute("SELECT answer FROM ranks ORDER BY shown").fetchall()
+        assert [id for (id,) in shown] == [answer.id for answer in item.answers]
+        (ranked,) = store.comparisons()
+        ranks = {a[0]["content"]: rank for a, rank in zip(ranked.answers, ranked.ranks)}
+        assert [ranks[a.messages[0]["content"]] for a in item.answers] == [2, 0, 1]
+    with RankingStore(tmp_path / "store.sqlite", seed=1) as store:
+        others = [store.item(id, "ann") for id in range(1, 301)]
+        texts = [[a.messages[0]["content"] for a in item.answers] for item in others]
+        assert sum(a == b for a, b in zip(texts, orders["ann"])) < 80
+
+
+def test_items_are_judged_once_and_skipped_ones_return_on_request(tmp_path) -> None:
+    correction = {"prompt": "c?", "answer": "1", "corrected": "2"}  # nothing to rank
+    with filled(tmp_path, correction, *map(prompt_row, range(3))) as store:
+        first = store.next_item("ann")
+        store.skip("ann", first)
+        second = store.next_item("ann")
+        store.judge("ann", second, [0, 0, 0])
+        assert store.next_item("ann").id == second.id + 1
+        assert store.next_item("bob").id == first.id
+        assert store.next_item("ann", skipped=True).id == first.id
+        assert store.next_item("ann", skipped=True, after=first.id) is None
+        store.judge("ann", first, [2, 0, 2])  # instead of the skip
+        assert store.next_item("ann", skipped=True) is None
+        assert store.progress("ann") == (RaterCounts(2), 3)
+        (ranking,) = store.comparisons("ann")  # nothing is learnt from ties alone
+        assert sorted(ranking.ranks) == [0, 1, 1]
+        for ranks, message in (
+            ([0, 1], "ranks: wanted one for each of 3 answers, got 2"),
+            ([0, 1, 3], "ranks: wanted whole numbers from 0 to 2, got 3"),
+            ([0, 1.0, 2], "ranks: wanted whole numbers from 0 to 2, got 1.0"),
+        ):
+            with pytest.raises(InputError, match=message):
+                store.judge("ann", first, ranks)
+        with pytest.raises(InputError, match="rater: wanted a name, got ' '"):
+            store.judge(" ", first, [0, 1, 2])
+        answer = first.answers[0]
+        for text, message in (
+            (" ", "correction: wanted text, got an empty one"),
+            (answer.messages[0]["content"], "correction: wanted another text than the answer"),
+            ("\ud800", "correction: wanted valid Unicode"),
+        ):
+            with pytest.raises(InputError, match=message):
+                store.correct("ann", first, answer, text)
+        store.correct("ann", first, answer, "better")
+        store.correct("ann", first, answer, "best")
+        (corrected,) = store.corrections("ann")
+        assert corrected.answers[0] == [{"role": "assistant", "content": "best"}]
+
+
+# ---- faults
+
+
+JUDGE = [sys.executable, "-P", "-m", "fastlm", "rank", "judge"]
+
+
+def test_two_raters_at_once(tmp_path) -> None:
+    count = 60
+    with filled(tmp_path, *map(prompt_row, range(count))) as store:
+        raters = [
+            subprocess.Popen(
+                [*JUDGE, str(store.path), "-r", rater], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rater in ("ann", "bob")
+        ]  # fmt: skip
+        for process in raters:
+            process.stdin.write("213\n" * count)
+            process.stdin.close()
+        for process in raters:
+            assert process.stdout.read().endswith(f"{count} of {count} ranked, 0 to do\n")
+            assert process.stderr.read() == "" and process.wait(60) == 0
+            process.stdout.close(), process.stderr.close()
+        assert store.raters() == {"ann": RaterCounts(count), "bob": RaterCounts(count)}
+        assert store.agreement().items == count
+
+
+def test_a_killed_rater_loses_nothing(tmp_path) -> None:
+    rng, done = random.Random(0), 0
+    with filled(tmp_path, *map(prompt_row, range(20))) as store:
+        for _ in range(3):
+            more = rng.randrange(1, 5)
+            process = subprocess.Popen(
+                [*JUDGE, str(store.path), "-r", "ann"], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            process.stdin.write("132\n" * more)
+            process.stdin.flush()
+            for _ in range(more):
+                while "stored: 1 > 3 > 2" not in process.stdout.readline():
+                    assert process.poll() is None
+            process.kill()
+            process.communicate()
+            done += more
+            assert store.raters() == {"ann": RaterCounts(done)}
+            assert store.next_item("ann").id == done + 1
+        assert store.db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_store_whole(tmp_path) -> None:
+    with filled(tmp_path, *map(prompt_row, range(5))) as store:
+        (pages,) = store.db.execute("PRAGMA page_count").fetchone()
+        store.db.execute(f"PRAGMA max_page_count = {pages}")  # SQLite's own way to be full
+        many = [json.loads(json.dumps(prompt_row(i, 9))) for i in range(100, 400)]
+        more = list(read_answers([write(tmp_path / "m.jsonl", *many)], cache=tmp_path))
+        with pytest.raises(InputError) as full:
+            store.add(more)
+        assert str(full.value) == f"{store.path}: cannot be used: database or disk is full"
+        assert store.progress("ann")[1] == 5
+        store.db.execute(f"PRAGMA max_page_count = {pages + 1000}")
+        assert store.add(more).items == 300
+
+
+def test_a_store_in_use_is_waited_for(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fastlm.data.sqlite_file, "WAIT_SECONDS", 0.2)
+    with filled(tmp_path, prompt_row(0)) as store, RankingStore(store.path) as other:
+        item = other.next_item("ann")
+        with store.transaction():
+            assert other.next_item("ann") == item  # readers do not wait
+            with pytest.raises(InputError, match="cannot be used: database is locked"):
+                other.judge("ann", item, [0, 1, 2])
+        other.judge("ann", item, [0, 1, 2])
+
+
+def test_files_that_are_no_store(tmp_path) -> None:
+    path = tmp_path / "x.sqlite"
+    judge = ("judge", path, "-r", "ann")
+    assert refused(*judge) == f"{path}: wanted a store of answers to rank, not found"
+    path.write_text("hello " * 99)
+    assert refused(*judge) == f"{path}: cannot be used: file is not a database"
+    path.unlink()
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE notes (text)")
+    other.close()
+    before = path.read_bytes()
+    rows = write(tmp_path / "a.jsonl", prompt_row(0))
+    for arguments in (judge, ("import", path, rows)):
+        message = f"{path}: wanted a store of answers to rank, got another SQLite file"
+        assert refused(*arguments) == message
+    assert path.read_bytes() == before
+    path.unlink()
+    with filled(tmp_path, *map(prompt_row, range(50)), name="x.sqlite") as store:
+        store.db.execute("PRAGMA user_version = 2")
+    assert "wanted a store of answers to rank of version 1, got version 2" in refused(*judge)
+    with sqlite3.connect(path) as other:
+        other.execute("PRAGMA user_version = 1")
+        other.execute("UPDATE answers SET messages = '[' WHERE id = 1")
+    other.close()
+    assert f"{path}: wanted readable JSON" in refused(*judge)
+    data = bytearray(path.read_bytes())
+    data[4096:] = random.Random(0).randbytes(len(data) - 4096)
+    path.write_bytes(data)
+    assert f"{path}: cannot be used: database disk image is malformed" in refused(*judge)
+    assert "cannot be used" in refused("import", tmp_path / "no" / "x.sqlite", rows)
+
+
+def test_bad_rows_and_options(tmp_path) -> None:
+    store, rows = tmp_path / "s.sqlite", tmp_path / "a.jsonl"
+    for row, message in (
+        ({"prompt": "a?", "answers": ["1"]}, "wanted a list of two or more answers, got 1"),
+        ({"prompt": "a?", "answers": ["1", "1"]}, "answers 0 and 1 are equal"),
+        (
+            {"prompt": "a?", "completion": "1", "label": True},
+            "wanted two or more answers to rank, got one with a label",
+        ),
+    ):  # fmt: skip
+        write(rows, prompt_row(0), row)
+        assert refused("import", store, rows).startswith(f"{rows}, line 2: ")
+        assert message in refused("import", store, rows)
+        assert not store.exists()
+    said = call("import", store, rows, "--skip-bad")
+    assert "2 rows read, 1 malformed, 0 known before; new prompts 1," in said.stdout
+    assert "line 2" in said.stderr
+    out = tmp_path / "o.jsonl"
+    assert "wanted something to export as pairs, got nothing" in refused("export", store, out)
+    assert "form: wanted one of pairs, ranked" in refused("export", store, out, "--form", "x")
+    assert "rater: wanted one of none, got 'z'" in refused("export", store, out, "-r", "z")
+    assert "wanted a name that ends in .jsonl" in refused("export", store, tmp_path / "o.csv")
+    assert not out.exists()
+    assert "rater: wanted a name, got '\\n'" in refused("judge", store, "-r", "\n", input="123\n")
+
+
+# ---- the terminal
+
+
+@pytest.mark.parametrize(
+    "text, ranks",
+    [
+        ("2 1 3", [1, 0, 2]), ("213", [1, 0, 2]), ("21", [1, 0, 2]), ("2, 1", [1, 0, 2]),
+        ("2>1>3", [1, 0, 2]), ("1=2 3", [0, 0, 1]), ("1 = 23", [0, 0, 1]), ("3 1=2", [1, 1, 0]),
+        ("1=2=3", [0, 0, 0]), ("1=2", [0, 0, 1]),
+    ],
+)  # fmt: skip
+def test_inputs_that_rank(text, ranks) -> None:
+    assert parse_ranking(text, 3) == ranks
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "1", "0 1 2", "1 2 4", "2 2", "1 2 3 3", "1==2", "=1", "1=", "-1 2", "٢ 1"]
+)
+def test_inputs_that_do_not(text) -> None:
+    with pytest.raises(InputError, match="wanted 1 2 3 in your order, the best first"):
+        parse_ranking(text, 3)
+
+
+def test_more_than_nine_answers_have_spaces_between() -> None:
+    assert parse_ranking("10 2 3=4 5 6 7 8 9 11", 11) == [9, 1, 2, 2, 3, 4, 5, 6, 7, 0, 8]
+    with pytest.raises(InputError, match="each once; got '12'"):
+        parse_ranking("12", 11)
+
+
+def test_lines_of_a_pipe_are_inputs(tmp_path) -> None:
+    evil = {"prompt": "Say [red]hi[/red].\x1b[2J", "answers": ["a\x1b]0;x\x07", "b\u202ec\x9b"]}
+    with filled(tmp_path, evil, *map(prompt_row, range(4))) as store:
+        path = store.path
+    shown = call("judge", path, "-r", "ann", input="2\ns\nc 3 Fixed.\nb\n12\n321\n\n?\nq\n").stdout
+    assert not set("\x1b\x07\u202e\x9b") & set(shown)
+    assert "Say [red]hi[/red].\ufffd[2J" in shown
+    assert "stored: 2 > 1\n" in shown and "stored: a correction of 3" in shown
+    assert shown.count("Question 0?") == 2 and "── back ──" in shown
+    assert "1=2 3     1 and 2 are equally good" in shown
+    assert shown.endswith("ann: 3 of 5 ranked, 2 to do\n")
+    with RankingStore(path) as store:
+        (correction,) = store.corrections("ann")
+        assert correction.answers[0][0]["content"] == "Fixed."
+        assert correction.prompt[0]["content"] == "Question 1?"
+    for line, message in (
+        ("first", "wanted 1 2 3 in your order, the best first (? shows the commands), got 'first'"),
+        ("b", "b: wanted a prompt before this one"),
+        ("c 4 x", "c: wanted an answer from 1 to 3, got '4'"),
+        ("c 1", "c 1: wanted the corrected text after it, got none"),
+    ):
+        assert message in refused("judge", path, "-r", "ann", input=f"{line}\n")
+    call("judge", path, "-r", "bob", input="1\ns\ns\n1=2\n3=2 1\n")
+    shown = call("judge", path, "-r", "bob", "--skipped", input="s\n1 2 3\n").stdout
+    assert shown.count("skipped before") == 2
+    assert shown.endswith("bob: 4 of 5 ranked, 1 skipped, 0 to do\n")
+    figures = json.loads(call("agreement", path, "--json").stdout)
+    assert figures["raters"]["bob"] == {"ranked": 4, "skipped": 1, "corrected": 0}
+    assert figures["items"] == 2 and -1 <= figures["alpha"] <= 1
+    table = call("agreement", path).stdout
+    assert "ann, bob" in table and f"alpha (ordinal): {figures['alpha']:.3f}" in table
+    assert (
+        ": 3 rows"
+        in call("export", path, tmp_path / "l.jsonl", "--form", "ranked", "-r", "ann").stdout
+    )
+
+
+def test_agreement_of_one_rater(tmp_path) -> None:
+    with filled(tmp_path, prompt_row(0)) as store:
+        store.judge("[b]ann", store.next_item("[b]ann"), [0, 1, 2])
+        path = store.path
+    shown = call("agreement", path).stdout
+    assert "[b]ann" in shown and "alpha: none, no two raters ranked the same prompt" in shown
+    assert json.loads(call("agreement", path, "--json").stdout)["alpha"] is None
+
+
+def test_on_a_terminal(tmp_path) -> None:
+    """Errors leave the session going, an answer is edited in place and in an editor, Ctrl-C ends it
+    and loses nothing.
+    """
+    with filled(tmp_path, *map(prompt_row, range(3))) as store:
+        path = store.path
+    fd, inside = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "90"}
+    environment.pop("VISUAL", None), environment.pop("EDITOR", None)
+    ours = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR))\n"  # Ctrl-C is for us
+    code = f"{ours}from fastlm.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, "rank", "judge", str(path), "-r", "ann"],
+        stdin=inside, stdout=inside, stderr=inside, start_new_session=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    os.close(inside)
+    seen = ""
+
+    def type_(text: str, *wanted: str) -> None:
+        nonlocal seen
+        os.write(fd, text.encode())
+        until = time.monotonic() + 60
+        for part in wanted:
+            while part not in seen:
+                assert time.monotonic() < until, f"{part!r} not in {seen!r}"
+                if select.select([fd], [], [], 1)[0]:
+                    seen += os.read(fd, 4096).decode(errors="replace")
+            seen = seen.partition(part)[2]
+
+    reading = "\x1b[?2004h"  # prompt_toolkit waits for keys
+    try:
+        type_("", "1 of 3", "Question 0?", reading)
+        type_("9 9 9\r", "each once; got '9 9 9'", reading)
+        type_("c 2\r", "Esc and Enter stores the text", reading)
+        type_(" or so\x1b\r", "stored: a correction of 2", reading)
+        type_("c 1\r", "Esc and Enter stores", reading)
+        type_("x\x03", reading)  # Ctrl-C leaves the answer as it was
+        type_("1=2\r", "stored: 1 = 2 > 3", "2 of 3", reading)
+        type_("b\r", "back", "Question 0?", reading)
+        type_("312\r", "stored: 3 > 1 > 2", "2 of 3", reading)
+        type_("\x03", "ann: 1 of 3 ranked, 2 to do", "fastlm: interrupted")
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(fd)
+    with RankingStore(path) as store:
+        assert store.raters() == {"ann": RaterCounts(1, 0, 1)}
+        (correction,) = store.corrections()
+        better, worse = (answer[0]["content"] for answer in correction.answers)
+        assert better == f"{worse} or so"
+
+
+def test_an_answer_is_corrected_in_an_editor() -> None:
+    assert _edited("two\nlines", "sed -i s/lines/rows/") == "two\nrows"
+    with pytest.raises(InputError, match="false: ended with status 1, nothing is stored"):
+        _edited("x", "false")
+    with pytest.raises(InputError, match="EDITOR: wanted a program, got 'no-such-editor'"):
+        _edited("x", "no-such-editor")
+
+
+# ---- sampling
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_answers_of_a_model(tmp_path, template) -> None:
+    tokenizer = Tokenizer.train(["What is it? Who are you? system user assistant\n" * 9], 300)
+    if not template:
+        tokenizer.chat_template = None
+    shape = {
+        "model_type": "llama", "vocab_size": tokenizer.vocab_size, "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 128, "eos_token_id": tokenizer.eos_id,
+    }  # fmt: skip
+    CausalLM(ModelConfig.from_dict(shape), seed=1).save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    asked = [{"prompt": "What is it?"}, {"messages": [{"role": "user", "content": "Who?"}]}]
+    prompts = write(tmp_path / "p.jsonl", *asked)
+    given = ["-m", tmp_path / "model", "--prompts", prompts, "--k", 3, "--max-new-tokens", 8]
+    said = call("sample", tmp_path / "a.sqlite", *given).stdout
+    assert "new prompts 2, known before 0," in said and said.endswith("are alike 0\n")
+    said = call("sample", tmp_path / "a.sqlite", *given).stdout
+    assert "new prompts 0, known before 2," in said
+    call("sample", tmp_path / "b.sqlite", *given)
+    call("sample", tmp_path / "c.sqlite", *given, "--seed", 9)
+    answers = []
+    for name in "abc":
+        with RankingStore(tmp_path / f"{name}.sqlite") as store:
+            items = [store.item(id, "x") for id in (1, 2)]
+        assert [item.prompt[0]["content"] for item in items] == ["What is it?", "Who?"]
+        assert all(2 <= len(item.answers) <= 3 for item in items)
+        answers.append([item.answers for item in items])
+    assert answers[0] == answers[1] != answers[2]
+    long = write(tmp_path / "long.jsonl", asked[0], {"prompt": "Who? " * 99})
+    message = refused("sample", tmp_path / "d.sqlite", *given, "--prompts", long)
+    assert message.startswith(f"{long}, line 2: prompt: wanted fewer than the model's 128 tokens")
+    with RankingStore(tmp_path / "d.sqlite") as store:
+        assert store.progress("x")[1] == 2  # what was sampled before stays
