@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from fastlm.errors import InputError
 from fastlm.model.architectures import expected_shapes
 from fastlm.model.config import ModelConfig
 from fastlm.model.layers import Call, Decoder, KVCache, RMSNorm
-from fastlm.ops import linear_cross_entropy, quantized_linear
+from fastlm.ops import linear_cross_entropy, linear_logprobs, quantized_linear
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import put_quantized, quantization_config
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear, check_act_bits
@@ -236,11 +236,7 @@ class CausalLM(nn.Module):
             ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
         )
         assert target is not None
-        if target.shape != input_ids.shape or target.dtype not in (torch.int64, torch.int32):
-            raise InputError(
-                f"{name}: wanted integers {tuple(input_ids.shape)} as input_ids,"
-                f" got {target.dtype} {tuple(target.shape)}"
-            )
+        _check_labels(name, target, input_ids)
         if labels is not None:
             rows = labels if cu_seqlens is None else labels.view(1, -1)
             target = F.pad(rows[:, 1:], (0, 1), value=IGNORE)
@@ -276,6 +272,28 @@ class CausalLM(nn.Module):
         start = 0 if cache is None else cache.length
         return self._hidden(input_ids, start, cu_seqlens, position_ids, attention_mask, cache)
 
+    @overload
+    def logprobs(
+        self,
+        input_ids: Tensor,
+        shift_labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = ...,
+        attention_mask: Tensor | None = ...,
+        temperature: float = ...,
+        return_entropy: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def logprobs(
+        self,
+        input_ids: Tensor,
+        shift_labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = ...,
+        attention_mask: Tensor | None = ...,
+        temperature: float = ...,
+        return_entropy: bool,
+    ) -> tuple[Tensor, Tensor]: ...
     def logprobs(
         self,
         input_ids: Tensor,
@@ -284,28 +302,28 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temperature: float = 1.0,
-    ) -> Tensor:
+        return_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return log p(shift_labels[b, s] | input_ids[b, : s + 1]), (B, S) float32, without logits
         in memory; 0 where the label is -100.
 
         Args:
             shift_labels: (B, S), already shifted: the token after each position.
             temperature: divides the logits, as in sampling.
+            return_entropy: also return the entropy of that distribution in nats, (B, S) float32.
             others: as in `forward`.
         """
         hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
-        cap = self.config.final_logit_softcapping
-        nll = linear_cross_entropy(
-            hidden.flatten(0, 1),
+        _check_labels("shift_labels", shift_labels, input_ids)
+        return linear_logprobs(
+            hidden,
             self.head_matrix(hidden.dtype),
-            shift_labels.flatten(),
-            softcap=None if cap is None else cap / temperature,
-            logit_scale=1 / temperature,
+            shift_labels,
+            temperature=temperature,
+            softcap=self.config.final_logit_softcapping,
             ignore_index=IGNORE,
-            reduction="none",
+            return_entropy=return_entropy,
         )
-        assert isinstance(nll, Tensor)  # a pair only with return_lse
-        return -nll.view(shift_labels.shape)
 
     def next_logits(
         self, input_ids: Tensor, cache: KVCache, attention_mask: Tensor | None
@@ -440,6 +458,14 @@ class CausalLM(nn.Module):
             ignore_eos=ignore_eos,
             attention_mask=attention_mask,
             on_token=on_token,
+        )
+
+
+def _check_labels(name: str, labels: Tensor, input_ids: Tensor) -> None:
+    if labels.shape != input_ids.shape or labels.dtype not in (torch.int64, torch.int32):
+        raise InputError(
+            f"{name}: wanted integers {tuple(input_ids.shape)} as input_ids,"
+            f" got {labels.dtype} {tuple(labels.shape)}"
         )
 
 
