@@ -82,11 +82,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("matrix_element_bytes", &matrix_element_bytes, "x"_a);
   m.def("linear_cross_entropy_scores", &linear_cross_entropy_scores, "x"_a, "w"_a, "bias"_a,
         "target"_a, "class_weight"_a, "ignore_index"_a, "softcap"_a, "scale"_a, "exponentials"_a,
-        "stats"_a, "at_target"_a, "shift"_a, "log_sum"_a, "nll"_a, "smoothed"_a, no_gil);
+        "stats"_a, "at_target"_a, "shift"_a, "log_sum"_a, "nll"_a, "smoothed"_a, "entropy"_a,
+        no_gil);
   m.def("linear_cross_entropy_gradients", &linear_cross_entropy_gradients, "on_p"_a, "on_target"_a,
-        "on_all"_a, "x"_a, "w"_a, "bias"_a, "target"_a, "class_weight"_a, "shift"_a, "log_sum"_a,
-        "ignore_index"_a, "softcap"_a, "scale"_a, "have_exponentials"_a, "exponentials"_a,
-        "stats"_a, "at_target"_a, "dx"_a, "dw"_a, "dbias"_a, "accumulate"_a, no_gil);
+        "on_all"_a, "on_entropy"_a, "x"_a, "w"_a, "bias"_a, "target"_a, "class_weight"_a, "shift"_a,
+        "log_sum"_a, "entropy"_a, "ignore_index"_a, "softcap"_a, "scale"_a, "have_exponentials"_a,
+        "exponentials"_a, "stats"_a, "at_target"_a, "dx"_a, "dw"_a, "dbias"_a, "accumulate"_a,
+        no_gil);
   m.def("scale_to", &scale_to, "source"_a, "factor"_a, "out"_a, no_gil);
   m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "cu_seqlens_q"_a,
         "cu_seqlens_k"_a, "block_table"_a, "seq_lens"_a, "k_scale"_a, "v_scale"_a, "sinks"_a,

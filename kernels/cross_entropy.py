@@ -1,7 +1,8 @@
 """lse and nll of rows of logits, and their gradient: two kernels with a few flags as only options.
 
-z = softcap(logit_scale * (logits + bias)); softcap, bias and the sum over all classes are
-compile-time flags. `linear_cross_entropy` runs its chunks of logits through the same two kernels.
+z = softcap(logit_scale * (logits + bias)); softcap, bias, the sum over all classes and the entropy
+of softmax(z) are compile-time flags. `linear_cross_entropy` and `linear_logprobs` run their chunks
+of logits through the same two kernels.
 
 Forward: a program walks a row, or one of its `splits` parts, in blocks. Every lane keeps its own
 running maximum m and s = sum of e^(z - m). That is one exponential per element (one of e^(z - m)
@@ -9,13 +10,15 @@ and e^(m - z) is 1), and threads exchange nothing before the end:
 
     row:      | part 0                    | part 1                    |      parts: 1 with many rows
               | BLOCK | BLOCK | BLOCK ... | BLOCK | BLOCK | BLOCK ... |
-    lane j:      j       j       j           (m, s, sum of weight, sum of weight * (m - z))
+    lane j:      j       j       j           (m, s, sum of weight, sum of weight * (m - z),
+                                              or sum of e^(z - m) * (z - m) for the entropy)
 
 Few rows with many classes would leave most of the GPU idle, so their rows are split, and a second
 kernel adds the parts in a fixed order. Rejected: atomics, whose order varies, and with it the bits.
 
 Backward: a program handles one block of one row: dz = on_p * p - on_target * (v == target)
-- on_all * weight, with lse given as two numbers. A row whose coefficients are all 0 is not read.
+- on_all * weight - on_entropy * p * (log p + entropy), with lse given as two numbers. A row whose
+coefficients are all 0 is not read.
 
 Logits are read once in each direction, and the gradient is written once. All arithmetic is float32.
 A target outside the classes is not looked up: the loss and gradient of its row are NaN. Nothing was
@@ -34,6 +37,7 @@ _WAVES = 4  # programs per multiprocessor; with fewer, rows are split
 # The lowest float32: below every logit except -inf and itself (a mask with finfo.min creates rows
 # of it). A maximum that started at -inf would compute -inf - -inf for a masked class
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
+_LEAST = tl.constexpr(-128.0)  # e^-128 is 0 in float32, and 0 * -128 is 0 where 0 * -inf is NaN
 
 
 @triton.jit
@@ -63,6 +67,7 @@ def _store_row(
     s,
     weights,
     spread,
+    expected,
     logits,  # this row's
     bias,
     target,
@@ -70,6 +75,7 @@ def _store_row(
     log_sum,
     nll,
     smoothed,
+    entropy,
     classes,
     ignore_index,
     scale,
@@ -77,6 +83,7 @@ def _store_row(
     BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
     SMOOTH: tl.constexpr,
+    ENTROPY: tl.constexpr,
 ):
     """Store a row's results, given the sums over all its classes."""
     log_s = tl.log(s)
@@ -89,17 +96,22 @@ def _store_row(
     z, _ = _scaled(logits, bias, tl.where(exists, label, 0), exists, scale, cap, BIAS, CAPPED)
     loss = tl.where(exists, log_s - (z - m), float("nan"))
     tl.store(nll + row, tl.where(label == ignore_index, 0.0, loss))
+    if ENTROPY:
+        h = log_s - expected / s
+        tl.store(entropy + row, tl.where((label == ignore_index) | (h < 0.0), 0.0, h))
 
 
 @triton.jit
-def _combined(m, s, weights, spread, SMOOTH: tl.constexpr):
+def _combined(m, s, weights, spread, expected, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr):
     """Convert sums relative to several maxima into sums relative to one."""
     top = tl.max(m, 0)
+    if ENTROPY:
+        expected = tl.sum((expected + s * tl.maximum(m - top, _LEAST)) * tl.exp(m - top), 0)
     s = tl.sum(s * tl.exp(m - top), 0)
     if SMOOTH:
         spread = tl.sum(spread + (top - m) * weights, 0)
         weights = tl.sum(weights, 0)
-    return top, s, weights, spread
+    return top, s, weights, spread, expected
 
 
 @triton.jit
@@ -108,11 +120,13 @@ def _forward(
     bias,  # (classes,), or any tensor if not BIAS
     target,  # (rows,) int64
     class_weight,  # (classes,), or None: weights of 1
-    parts,  # (4, rows, splits) float32: m, s, sum of weights, sum of weight * (m - z)
+    parts,  # (4, rows, splits) float32: m, s, sum of weights, sum of weight * (m - z);
+    # (3, rows, splits) for the entropy: m, s, sum of e^(z - m) * (z - m)
     shift,  # (rows,) float32
     log_sum,  # (rows,) float32
     nll,  # (rows,) float32
     smoothed,  # (rows,) float32, or empty
+    entropy,  # (rows,) float32, or None if not ENTROPY
     classes,
     stride,
     ignore_index,
@@ -124,6 +138,7 @@ def _forward(
     CAPPED: tl.constexpr,
     SMOOTH: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    ENTROPY: tl.constexpr,  # not with SMOOTH
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -134,6 +149,7 @@ def _forward(
     s = tl.zeros([BLOCK], tl.float32)
     weights = tl.zeros([BLOCK], tl.float32)
     spread = tl.zeros([BLOCK], tl.float32)
+    expected = tl.zeros([BLOCK], tl.float32)
     for start in range(part * width, tl.minimum((part + 1) * width, classes), BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < classes
@@ -147,9 +163,14 @@ def _forward(
             spread += (above - m) * weights + tl.where(mask, w * (above - z), 0.0)
             weights += w
         e = tl.exp(-tl.abs(z - m))
+        if ENTROPY:
+            rise = tl.minimum(tl.maximum(z - m, _LEAST), -_LEAST)
+            expected = tl.where(z > m, (expected - s * rise) * e, expected + rise * e)
         s = tl.where(z > m, s * e + 1.0, s + e)
         m = above
-    m, s, weights, spread = _combined(m, s, weights, spread, SMOOTH)
+    m, s, weights, spread, expected = _combined(
+        m, s, weights, spread, expected, SMOOTH, ENTROPY
+    )  # fmt: skip
     if SPLIT:
         to = parts + row * splits + part
         step = tl.num_programs(0).to(tl.int64) * splits
@@ -158,10 +179,12 @@ def _forward(
         if SMOOTH:
             tl.store(to + 2 * step, weights)
             tl.store(to + 3 * step, spread)
+        if ENTROPY:
+            tl.store(to + 2 * step, expected)
     else:
         _store_row(
-            row, m, s, weights, spread, logits, bias, target, shift, log_sum, nll, smoothed,
-            classes, ignore_index, scale, cap, BIAS, CAPPED, SMOOTH,
+            row, m, s, weights, spread, expected, logits, bias, target, shift, log_sum, nll,
+            smoothed, entropy, classes, ignore_index, scale, cap, BIAS, CAPPED, SMOOTH, ENTROPY,
         )  # fmt: skip
 
 
@@ -175,6 +198,7 @@ def _add_parts(
     log_sum,
     nll,
     smoothed,
+    entropy,
     classes,
     stride,
     ignore_index,
@@ -184,6 +208,7 @@ def _add_parts(
     BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
     SMOOTH: tl.constexpr,
+    ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -195,13 +220,18 @@ def _add_parts(
     s = tl.load(parts + step, mask=mask, other=0.0)
     weights = tl.zeros([BLOCK], tl.float32)
     spread = weights
+    expected = weights
     if SMOOTH:
         weights = tl.load(parts + 2 * step, mask=mask, other=0.0)
         spread = tl.load(parts + 3 * step, mask=mask, other=0.0)
-    m, s, weights, spread = _combined(m, s, weights, spread, SMOOTH)
+    if ENTROPY:
+        expected = tl.load(parts + 2 * step, mask=mask, other=0.0)
+    m, s, weights, spread, expected = _combined(
+        m, s, weights, spread, expected, SMOOTH, ENTROPY
+    )  # fmt: skip
     _store_row(
-        row, m, s, weights, spread, logits + row * stride, bias, target, shift, log_sum, nll,
-        smoothed, classes, ignore_index, scale, cap, BIAS, CAPPED, SMOOTH,
+        row, m, s, weights, spread, expected, logits + row * stride, bias, target, shift, log_sum,
+        nll, smoothed, entropy, classes, ignore_index, scale, cap, BIAS, CAPPED, SMOOTH, ENTROPY,
     )  # fmt: skip
 
 
@@ -210,12 +240,14 @@ def _backward(
     on_p,  # (rows,) float32
     on_target,  # (rows,) float32
     on_all,  # (rows,) float32, or any tensor if not SMOOTH
+    on_entropy,  # (rows,) float32, or None if not ENTROPY
     logits,  # (rows, classes), row stride `stride`
     bias,  # (classes,), or any tensor if not BIAS
     target,  # (rows,) int64
     class_weight,  # (classes,), or None: weights of 1
     shift,  # (rows,) float32
     log_sum,  # (rows,) float32
+    entropy,  # (rows,) float32, or None if not ENTROPY
     d_logits,  # (rows, classes), contiguous; may be logits
     classes,
     stride,
@@ -226,6 +258,7 @@ def _backward(
     CAPPED: tl.constexpr,
     SMOOTH: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -241,9 +274,15 @@ def _backward(
     if SMOOTH:
         all_classes = tl.load(on_all + row)
         used |= all_classes != 0.0
+    if ENTROPY:
+        on_row_entropy = tl.load(on_entropy + row)
+        used |= on_row_entropy != 0.0
     read = at < tl.where(used, classes, 0)
     z, slope = _scaled(logits + row * stride, bias, at, read, scale, cap, BIAS, CAPPED)
-    dz = on_prob * tl.exp(z - tl.load(shift + row) - tl.load(log_sum + row))
+    logp = z - tl.load(shift + row) - tl.load(log_sum + row)
+    if ENTROPY:
+        on_prob -= on_row_entropy * (tl.maximum(logp, _LEAST) + tl.load(entropy + row))
+    dz = on_prob * tl.exp(logp)
     dz = tl.where(on_prob == 0.0, 0.0, dz)
     less = tl.where(at == label, on_class, 0.0)
     if SMOOTH:
@@ -276,8 +315,11 @@ def row_statistics(
     softcap: float | None,
     logit_scale: float,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    entropy: Tensor | None = None,
 ) -> None:
-    """Fill `outputs` (shift, log_sum, nll, smoothed; contiguous) for the rows of logits + bias."""
+    """Fill `outputs` (shift, log_sum, nll, smoothed; contiguous) and `entropy`, which does not go
+    with `smooth`, for the rows of logits + bias.
+    """
     rows, classes = logits.shape
     logits, config = _rows(logits), _config(classes)
     blocks = triton.cdiv(classes, config.sizes["BLOCK"])
@@ -287,20 +329,23 @@ def row_statistics(
     parts = outputs[0]
     if splits > 1:
         make = {"dtype": torch.float32, "device": logits.device}
-        parts = torch.empty(4 if smooth else 2, rows, splits, **make)
+        sums = 4 if smooth else 2 if entropy is None else 3
+        parts = torch.empty(sums, rows, splits, **make)
     width = each * config.sizes["BLOCK"]
     operands = (logits, bias if bias is not None else logits, target.contiguous())
     sizes = (classes, logits.stride(0), ignore_index, logit_scale, softcap or 1.0)
     flags = {"BIAS": bias is not None, "CAPPED": softcap is not None, "SMOOTH": smooth}
+    flags["ENTROPY"] = entropy is not None
     launch(
-        _forward, (rows, splits), *operands, class_weight, parts, *outputs, *sizes, width, splits,
-        config=config, WEIGHTED=class_weight is not None, SPLIT=splits > 1, **flags,
+        _forward, (rows, splits), *operands, class_weight, parts, *outputs, entropy, *sizes, width,
+        splits, config=config, WEIGHTED=class_weight is not None, SPLIT=splits > 1, **flags,
     )  # fmt: skip
     if splits > 1:
         adding = Config({"BLOCK": triton.next_power_of_2(splits)}, num_warps=1)
         launch(
-            _add_parts, (rows,), *operands, parts, *outputs, *sizes, splits, config=adding, **flags
-        )
+            _add_parts, (rows,), *operands, parts, *outputs, entropy, *sizes, splits,
+            config=adding, **flags,
+        )  # fmt: skip
 
 
 def row_gradients(
@@ -317,6 +362,8 @@ def row_gradients(
     softcap: float | None,
     logit_scale: float,
     d_logits: Tensor,
+    on_entropy: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> None:
     """Fill `d_logits`: contiguous, any float dtype. It may be `logits` where that is contiguous."""
     rows, classes = logits.shape
@@ -328,12 +375,14 @@ def row_gradients(
         on_p,
         on_target,
         on_p if on_all is None else on_all.contiguous(),
+        None if on_entropy is None else on_entropy.contiguous(),
         logits,
         logits if bias is None else bias,
         target.contiguous(),
         class_weight,
         shift,
         log_sum,
+        entropy,
         d_logits,
         classes,
         logits.stride(0),
@@ -345,6 +394,7 @@ def row_gradients(
         CAPPED=softcap is not None,
         SMOOTH=on_all is not None,
         WEIGHTED=class_weight is not None,
+        ENTROPY=on_entropy is not None,
     )
 
 

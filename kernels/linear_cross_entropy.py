@@ -61,7 +61,7 @@ def _chunk_rows(rows: int, classes: int, itemsize: int) -> int:
     return min(rows, max(_TILE, most // _TILE * _TILE))
 
 
-class _Chunks:
+class Chunks:
     """The chunks of rows, their workspace and what they share."""
 
     def __init__(self, input, linear_weight, linear_bias, target, class_weight, *options):
@@ -87,12 +87,13 @@ class _Chunks:
                 torch.mm(x, self.w.t(), out_dtype=torch.float32, out=logits)
             yield part, logits
 
-    def statistics(self, part: slice, logits: Tensor, smooth: bool, outputs) -> None:
+    def statistics(self, part: slice, logits: Tensor, smooth: bool, outputs, entropy=None) -> None:
         shift, log_sum, nll, smoothed = outputs
         here = (shift[part], log_sum[part], nll[part], smoothed[part] if smooth else smoothed)
         row_statistics(
-            logits, self.bias, self.target[part], self.class_weight, smooth, *self.options, here
-        )
+            logits, self.bias, self.target[part], self.class_weight, smooth, *self.options, here,
+            None if entropy is None else entropy[part],
+        )  # fmt: skip
 
     def outputs(self, linear_bias: Tensor | None, need_input: bool, need_weight: bool) -> None:
         """Allocate the gradients, those of weight and bias in float32; empty where not needed."""
@@ -105,20 +106,24 @@ class _Chunks:
         if not len(x):
             self.d_weight.zero_()
 
-    def gradients(self, part: slice, logits: Tensor, on_p, on_target, on_all, stats) -> None:
+    def gradients(
+        self, part: slice, logits: Tensor, on_p, on_target, on_all, stats, on_entropy=None,
+        entropy=None,
+    ) -> None:  # fmt: skip
         x, target = self.x[part], self.target[part]
         d_logits = self.d_logits[: len(x)]
         shift, log_sum = (t[part] for t in stats)
         row_gradients(
             on_p, on_target, on_all, logits, self.bias, target, self.class_weight, shift, log_sum,
-            *self.options, d_logits,
+            *self.options, d_logits, on_entropy, None if entropy is None else entropy[part],
         )  # fmt: skip
         if self.d_input.numel():
             torch.mm(d_logits, self.w, out=self.d_input[part])
         if self.d_weight.numel():
             used = (on_p != 0) | (on_target != 0)
-            if on_all is not None:
-                used |= on_all != 0
+            for on in (on_all, on_entropy):
+                if on is not None:
+                    used |= on != 0
             self._add_to_weight(d_logits.t(), x.masked_fill(~used[:, None], 0), part.start == 0)
         if self.bias is not None:
             self.d_bias += d_logits.sum(0, dtype=torch.float32)
@@ -146,7 +151,7 @@ def linear_cross_entropy_forward(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (ignore_index, softcap, logit_scale)
-    chunks = _Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
+    chunks = Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
     outputs = row_outputs(target, smooth)
     for part, logits in chunks:
         chunks.statistics(part, logits, smooth, outputs)
@@ -171,7 +176,7 @@ def linear_cross_entropy_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (ignore_index, softcap, logit_scale)
-    chunks = _Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
+    chunks = Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
     chunks.outputs(linear_bias, need_input, need_weight)
     for part, logits in chunks:
         every = None if on_all is None else on_all[part]
@@ -197,7 +202,7 @@ def linear_cross_entropy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     smooth, valid = on_smoothed is not None, target != ignore_index
     options = (ignore_index, softcap, logit_scale)
-    chunks = _Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
+    chunks = Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
     chunks.outputs(linear_bias, need_input, need_weight)
     shift, log_sum, nll, smoothed = outputs = row_outputs(target, smooth)
     total = len(linear_weight) if class_weight is None else class_weight.float().sum()

@@ -13,6 +13,7 @@ import test_cross_entropy
 import test_cuda_glu
 import test_glu
 import test_linear_cross_entropy
+import test_linear_logprobs
 import test_paged_append
 import test_paged_attention
 import test_quantized_linear
@@ -312,6 +313,38 @@ def build_linear_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
 
     leaves = [x, w, target, *([bias] if case["bias"] else [])]
     return Built(function, leaves, check, library=small)
+
+
+def draw_linear_logprobs(r: Random, isa: str) -> Case:
+    case = draw_linear_cross_entropy(r, isa)
+    options = given(temperature=some(r, 0.3, 2.0), softcap=some(r, 2.0, 30.0))
+    kept = ("shape", "bias", "ignored", "ignore_index", "spread")
+    return {key: case[key] for key in kept} | {"entropy": r.random() < 0.7, "options": options}
+
+
+def build_linear_logprobs(case: Case, dtype: torch.dtype) -> Built:
+    rows, width, classes = case["shape"]
+    x = torch.randn(rows, width).to(dtype)
+    w = (torch.randn(classes, width) * case["spread"] / width**0.5).to(dtype)
+    target, options = make_target(case | {"weight": False, "options": {}}, rows, classes)
+    options = case["options"] | {"ignore_index": options["ignore_index"]}
+    bias = torch.randn(classes).to(dtype) if case["bias"] else None
+    entropy = case["entropy"]
+
+    def function(x, w, target, bias=None):
+        return ops.linear_logprobs(
+            x, w, target, linear_bias=bias, return_entropy=entropy, **options
+        )
+
+    def check():
+        # as in linear_cross_entropy
+        ulps = 2 + ((rows**0.5 + width**0.5) / 2 + 64 / (rows + 4) if dtype == torch.float32 else 0)
+        ulps *= 2 if "softcap" in options else 1  # tanh and its slope
+        ulps *= max(1.0, case["spread"] / 3 / options.get("temperature", 1.0))
+        on = (True, entropy)
+        test_linear_logprobs.check(x, w, bias, target, on=on, ulps=ulps, entropy=entropy, **options)
+
+    return Built(function, [x, w, target, *([bias] if case["bias"] else [])], check)
 
 
 # ---- row ops
@@ -705,6 +738,7 @@ OPS = {
     "glu": Op(draw_glu, build_glu),
     "linear": Op(draw_linear, build_linear, ("cpu",)),
     "linear_cross_entropy": Op(draw_linear_cross_entropy, build_linear_cross_entropy, ("cpu",)),
+    "linear_logprobs": Op(draw_linear_logprobs, build_linear_logprobs, ("cpu",)),
     "matmul": Op(draw_matmul, build_matmul, ("cpu",)),
     "paged_append": Op(draw_append, build_append, ("simt",)),
     "paged_attention": Op(draw_paged, build_paged),

@@ -27,6 +27,12 @@ CALLS = {
         lambda x, w: ops.linear_cross_entropy(x, w, target, reduction="none", label_smoothing=0.1),
         (rows, head),
     ),
+    "linear_logprobs": (
+        lambda x, w: torch.stack(
+            ops.linear_logprobs(x, w, target, temperature=0.7, return_entropy=True)
+        ),
+        (rows, head),
+    ),
     "attention": (
         lambda q, k, v, sinks: ops.attention(q, k, v, causal=True, sinks=sinks),
         (q, k, v, torch.randn(4)),

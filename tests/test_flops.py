@@ -35,6 +35,8 @@ def test_linear_cross_entropy_as_the_product_written_out():
     # by rows the backward recomputes the logits
     rows = count(lambda x, w: ops.linear_cross_entropy(x, w, target, reduction="none"), x, w)
     assert rows == (2 + 6) * 100 * 24 * 70
+    assert count(lambda x, w: ops.linear_logprobs(x, w, target), x, w) == rows
+    assert count(lambda x: ops.linear_logprobs(x, w, target), x) == (2 + 4) * 100 * 24 * 70
 
 
 def test_linear_and_quantized_linear_as_the_product():

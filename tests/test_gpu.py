@@ -59,7 +59,23 @@ OPS = {
             torch.full((1000,), TARGET, device="cuda"),
         ),
     ),
+    "linear_logprobs": (
+        loss_inputs,
+        lambda x, w: torch.stack(
+            ops.linear_logprobs(
+                x, w, torch.full((1000,), TARGET, device="cuda"), return_entropy=True
+            )
+        ),
+        lambda x, w: logprob_and_entropy(
+            F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32))
+        ),
+    ),
 }
+
+
+def logprob_and_entropy(logits):
+    logp = logits.log_softmax(-1)
+    return torch.stack((logp[:, TARGET], -(logp.exp() * logp).sum(-1)))
 
 
 def both(function, inputs, upstream):

@@ -159,11 +159,19 @@ def test_logprobs():
             got = model.logprobs(ids, labels, temperature=temperature)
             torch.testing.assert_close(got[:, :-1], wanted[..., 0])
             assert (got[:, -1] == 0).all()
+            again, entropy = model.logprobs(
+                ids, labels, temperature=temperature, return_entropy=True
+            )
+            assert torch.equal(again, got) and (entropy[:, -1] == 0).all()
+            wanted = torch.distributions.Categorical(logits=logits / temperature).entropy()
+            torch.testing.assert_close(entropy[:, :-1], wanted[:, :-1])
         packed, cu_seqlens = ids.view(1, -1), torch.tensor([0, 20, 40], dtype=torch.int32)
         together = model.logprobs(
             packed, labels.view(1, -1), cu_seqlens=cu_seqlens, temperature=0.7
         )
         torch.testing.assert_close(together.view_as(got), got)
+    with pytest.raises(InputError, match=r"shift_labels: wanted integers \(2, 20\) as input_ids"):
+        model.logprobs(ids, labels[:, 1:])
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "olmo2", "phi3-longrope", "smollm3"])

@@ -56,6 +56,10 @@ CASES = {
         "options": {"label_smoothing": 0.1, "softcap": 2.0, "z_loss": 0.1, "return_lse": True},
     },
     "linear_cross_entropy chunks": {"shape": [1100, 20, 300], "bias": True, **LOSS, "options": {}},
+    "linear_logprobs": {
+        "shape": [151, 71, 900], "bias": True, **LOSS, "entropy": True,
+        "options": {"softcap": 9.0, "temperature": 0.7},
+    },
     "glu": {"shape": [301, 257], "act": "silu", "spread": 3.0},
     "glu gelu": {"shape": [301, 257], "act": "gelu", "spread": 3.0},
     "glu gelu_tanh": {"shape": [3, 101, 257], "act": "gelu_tanh", "spread": 3.0},

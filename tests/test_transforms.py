@@ -180,6 +180,9 @@ ON_META = {
     "cross_entropy": lambda t: ops.cross_entropy(t(rows), t(target), z_loss=0.1, return_lse=True),
     "cross_entropy, mean": lambda t: ops.cross_entropy(t(rows), t(target)),
     "linear_cross_entropy": lambda t: ops.linear_cross_entropy(t(rows), t(head), t(target)),
+    "linear_logprobs": lambda t: ops.linear_logprobs(
+        t(rows), t(head), t(target), return_entropy=True
+    ),
     "linear": lambda t: ops.linear(t(rows), t(head)),
     "attention": lambda t: ops.attention(t(q), t(k), t(v), causal=True, return_lse=True),
     "varlen_attention": lambda t: ops.varlen_attention(

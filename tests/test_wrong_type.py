@@ -43,6 +43,9 @@ WRONG = {
     "linear_weight: wanted a tensor, got Linear": lambda: ops.linear_cross_entropy(
         x, layer, target
     ),
+    "temperature: wanted a number, got None": lambda: ops.linear_logprobs(
+        x, weight, target, temperature=None
+    ),
     "cos: wanted a tensor, got ndarray": lambda: ops.rope(q, q, table.numpy(), table.numpy()),
     "up: wanted a tensor, got None": lambda: ops.glu(x, None),
     "bias: wanted a tensor or None, got 0.5": lambda: ops.quantized_linear(x, frozen, 0.5),

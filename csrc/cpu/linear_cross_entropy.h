@@ -1,5 +1,6 @@
-// Cross-entropy of x (R, D) . w (V, D)^T + bias for one chunk of R rows; the caller loops over
-// chunks. Body of linear_cross_entropy.cpp, compiled per instruction set.
+// Cross-entropy of x (R, D) . w (V, D)^T + bias, and the entropy of its softmax, for one chunk of R
+// rows; the caller loops over chunks. Body of linear_cross_entropy.cpp, compiled per instruction
+// set.
 //
 //            R columns (rows of x)            scores     z^T block = w block . x^T, with its
 //          +------------------------+                    E = e^(z - base) and their sum per column;
@@ -32,6 +33,7 @@ constexpr int64_t RP = 32;      // a tile row of bf16: E is used in place
 constexpr int64_t SAMPLE = 64;  // scores whose maximum is the first `base`: one micro-panel
 constexpr int64_t FEW = 8;      // rows of x up to which reading w takes longer than the products
 constexpr double WINDOW = 50;   // e^50 squared is a float, e^-50 and 16 digits below it are too
+constexpr float LEAST = -128;   // e^-128 is 0 in float, and 0 * -128 is 0 where 0 * -inf is NaN
 
 inline int64_t padded_rows(int64_t r) { return (r + RP - 1) / RP * RP; }
 inline int64_t vocabulary_blocks(int64_t v) { return (v + VB - 1) / VB; }
@@ -170,8 +172,8 @@ struct LinearScores {
   }
 };
 
-// Statistics of a chunk: `base` per column, then per block and column the sum of E and the
-// weighted sum of z - base.
+// Statistics of a chunk: `base` per column, then per block and column the sum of E and the sum of
+// z - base weighted by class_weight or, for the entropy, its mean weighted by E.
 struct ChunkStats {
   float *base, *sum, *weighted;
   int64_t padded;
@@ -238,17 +240,46 @@ void exponentials_of(const Scores& score, const float* z, int64_t count, int64_t
   for (int p = 0; p < P; ++p) store(sums + p * VL, sum[p]);
 }
 
+// For P vectors of columns of z (count, n): the sum of E, and the mean of z - base weighted by E.
+// Both are summed relative to the block's largest score: a sum of E (z - base) would be rounded to
+// the precision of z - base, which is far from 0 where `base` is far below the largest scores.
+template <int P>
+void means_of(const float* z, int64_t count, int64_t n, const float* base, float* sums,
+              float* means) {
+  vfloat most[P], sum[P], weighted[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)  // finite where every score is -inf
+    most[p] = splat(std::numeric_limits<float>::lowest()), sum[p] = weighted[p] = vfloat{};
+  for (int64_t r = 0; r < count; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) most[p] = vmax(most[p], load(z + r * n + p * VL));
+  for (int64_t r = 0; r < count; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const vfloat below = load(z + r * n + p * VL) - most[p], e = vexp(below);
+      sum[p] += e;
+      weighted[p] += e * vmax(below, splat(LEAST));
+    }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    const vfloat above = most[p] - load(base + p * VL);
+    store(sums + p * VL, sum[p] * vexp(above));
+    store(means + p * VL, weighted[p] / sum[p] + above);
+  }
+}
+
 // x (R, D), w (V, D), bias (V) float32 or absent, target (R) int64, class_weight (V) float32 or
 // absent; exponentials: (V rounded up to VB) x (R padded) elements of E, or absent; stats: float32,
 // (1 + 2 blocks, R padded), followed by workspace (fastlm/cpu/linear_cross_entropy.py computes the
-// size); at_target, shift, log_sum, nll, smoothed (R) float32. shift + log_sum is the log of the
-// sum of e^z, shift its nearest float.
+// size); at_target, shift, log_sum, nll, smoothed, entropy (R) float32. shift + log_sum is the log
+// of the sum of e^z, shift its nearest float. entropy, that of softmax(z), may be absent; with it
+// exponentials and class_weight are.
 template <class T>
 void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t* target,
                                     const float* class_weight, int64_t ignore_index,
                                     Elem<T>* exponentials, ChunkStats stats, float* at_target,
                                     float* shift, float* log_sum, float* nll, float* smoothed,
-                                    Workspace room) {
+                                    float* entropy, Workspace room) {
   using E = Elem<T>;
   const int64_t rp = chunk.padded(), rows = chunk.rows, blocks = vocabulary_blocks(chunk.classes);
   // only exponentials that are kept need columns of padding
@@ -272,10 +303,16 @@ void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t*
           constexpr int P = VL == 16 ? 8 : RP / VL;  // 128 columns with 32 registers
           for (int64_t j = 0; j < n;) {
             const auto part = [&](auto vectors) {
-              exponentials_of<decltype(vectors)::value, E>(
-                  chunk.score, z + j, count, n, stats.base + j0 + j, stats.sum + b * rp + j0 + j,
-                  exponentials ? exponentials + v0 * rp + j0 + j : nullptr, rp);
-              j += decltype(vectors)::value * VL;
+              constexpr int p = decltype(vectors)::value;
+              const int64_t at = b * rp + j0 + j;
+              if (entropy)
+                means_of<p>(z + j, count, n, stats.base + j0 + j, stats.sum + at,
+                            stats.weighted + at);
+              else
+                exponentials_of<p, E>(chunk.score, z + j, count, n, stats.base + j0 + j,
+                                      stats.sum + at,
+                                      exponentials ? exponentials + v0 * rp + j0 + j : nullptr, rp);
+              j += p * VL;
             };
             if (n - j >= P * VL)
               part(std::integral_constant<int, P>{});
@@ -344,19 +381,27 @@ void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t*
       for (int64_t b = 0; b < blocks; ++b) weighted += stats.weighted[b * rp + i];
       smoothed[i] = float(weights * above - weighted);
     }
+    if (entropy) {
+      double weighted = 0;
+      for (int64_t b = 0; b < blocks; ++b)
+        if (const double sum = stats.sum[b * rp + i]; sum != 0)  // the mean of nothing is NaN
+          weighted += sum * stats.weighted[b * rp + i];
+      entropy[i] = float(std::max(above - weighted / total[i], 0.0));
+    }
   }
 }
 
-// Coefficients of the rows: dloss/dz = on_p p - on_target [v is the target] - on_all class_weight.
+// Coefficients of the rows: dloss/dz = on_p p - on_target [v is the target] - on_all class_weight
+// - on_entropy p (log p + entropy). on_all may be absent; on_entropy and entropy too.
 struct Coefficients {
-  const float *on_p, *on_target, *on_all, *shift, *log_sum;
+  const float *on_p, *on_target, *on_all, *on_entropy, *shift, *log_sum, *entropy;
 };
 
 // dx (R, D) like x; dw (V, D) float32, or like x where nothing is added to it (`dw_narrow`);
 // dbias (V) float32: each may be absent. With `have_exponentials`, `exponentials`, `stats` and
 // `at_target` are those that linear_cross_entropy_scores wrote; without, `exponentials` is
-// workspace, and dloss/dz^T is computed there from recomputed scores. `accumulate` adds to dw and
-// dbias.
+// workspace, and dloss/dz^T is computed there from recomputed scores; only so is the entropy
+// differentiated. `accumulate` adds to dw and dbias.
 template <class T>
 void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coefficients& of,
                                        const int64_t* target, const float* class_weight,
@@ -375,14 +420,17 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
   E* packed_rows = room.take<E>(packed_b_elements<E>(rows, d));  // the same for dw = E . (f x)
   // Per column: the coefficients, padded with zeros; `factor`, which turns E into on_p p; f, the
   // part of it that scales x and dx; at the target, on_p p - on_target and E.
-  float *on_p = room.take<float>(9 * rp), *on_target = on_p + rp, *on_all = on_target + rp,
-        *shift = on_all + rp, *log_sum = shift + rp, *factor = log_sum + rp, *f = factor + rp,
-        *whole = f + rp, *e_target = whole + rp;
+  float *on_p = room.take<float>(11 * rp), *on_target = on_p + rp, *on_all = on_target + rp,
+        *on_entropy = on_all + rp, *shift = on_entropy + rp, *log_sum = shift + rp,
+        *entropy = log_sum + rp, *factor = entropy + rp, *f = factor + rp, *whole = f + rp,
+        *e_target = whole + rp;
   for (int64_t i = 0; i < rp; ++i) {
     const bool real = i < rows;
     on_p[i] = real ? of.on_p[i] * score.scale : 0.f;
     on_target[i] = real ? of.on_target[i] * score.scale : 0.f;
     on_all[i] = real && of.on_all ? of.on_all[i] * score.scale : 0.f;
+    on_entropy[i] = real && of.on_entropy ? of.on_entropy[i] * score.scale : 0.f;
+    entropy[i] = real && of.on_entropy ? of.entropy[i] : 0.f;
     // a padded column's scores are the bias: whatever it is, e^(bias - inf) is 0
     shift[i] = real ? of.shift[i] : -NEGATIVE_INFINITY, log_sum[i] = real ? of.log_sum[i] : 0.f;
     f[i] = real ? 1.f : 0.f;
@@ -452,7 +500,11 @@ void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coeff
           const int64_t n = std::min(RC, rp - j0);
           chunk.block(v0, count, j0, n, packed, rows_of_w, z, j0 == 0);
           const auto gradient = [&](vfloat s, int64_t i, float w) {
-            vfloat e = vexp(s - load(shift + i) - load(log_sum + i)) * load(on_p + i);
+            const vfloat logp = s - load(shift + i) - load(log_sum + i);
+            vfloat on = load(on_p + i);
+            if (of.on_entropy)
+              on -= load(on_entropy + i) * (vmax(logp, splat(LEAST)) + load(entropy + i));
+            vfloat e = vexp(logp) * on;
             if (of.on_all) e -= load(on_all + i) * w;
             return score.cap ? e * score.slope(s) : e;
           };
@@ -576,7 +628,8 @@ inline void linear_cross_entropy_scores(const TensorView& x, const TensorView& w
                                         float softcap, float scale, const TensorView* exponentials,
                                         const TensorView& stats, const TensorView& at_target,
                                         const TensorView& shift, const TensorView& log_sum,
-                                        const TensorView& nll, const TensorView& smoothed) {
+                                        const TensorView& nll, const TensorView& smoothed,
+                                        const TensorView* entropy) {
   with_float(x.dtype(), "x", [&](auto tag) {
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
@@ -588,17 +641,18 @@ inline void linear_cross_entropy_scores(const TensorView& x, const TensorView& w
         ignore_index, workspace<Elem<T>>(exponentials, "exponentials", blocks * VB * rp),
         ChunkStats(of_chunk, blocks, rp), at_target.data<float>("at_target"),
         shift.data<float>("shift"), log_sum.data<float>("log_sum"), nll.data<float>("nll"),
-        smoothed.data<float>("smoothed"), room);
+        smoothed.data<float>("smoothed"), data_or_null<float>(entropy, "entropy"), room);
   });
 }
 
 inline void linear_cross_entropy_gradients(
     const TensorView& on_p, const TensorView& on_target, const TensorView* on_all,
-    const TensorView& x, const TensorView& w, const TensorView* bias, const TensorView& target,
-    const TensorView* class_weight, const TensorView& shift, const TensorView& log_sum,
-    int64_t ignore_index, float softcap, float scale, bool have_exponentials,
-    const TensorView& exponentials, const TensorView& stats, const TensorView& at_target,
-    const TensorView* dx, const TensorView* dw, const TensorView* dbias, bool accumulate) {
+    const TensorView* on_entropy, const TensorView& x, const TensorView& w, const TensorView* bias,
+    const TensorView& target, const TensorView* class_weight, const TensorView& shift,
+    const TensorView& log_sum, const TensorView* entropy, int64_t ignore_index, float softcap,
+    float scale, bool have_exponentials, const TensorView& exponentials, const TensorView& stats,
+    const TensorView& at_target, const TensorView* dx, const TensorView* dw,
+    const TensorView* dbias, bool accumulate) {
   with_float(x.dtype(), "x", [&](auto tag) {
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
@@ -610,8 +664,9 @@ inline void linear_cross_entropy_gradients(
     linear_cross_entropy_gradients_of<T>(
         chunk,
         {on_p.data<float>("on_p"), on_target.data<float>("on_target"),
-         data_or_null<float>(on_all, "on_all"), shift.data<float>("shift"),
-         log_sum.data<float>("log_sum")},
+         data_or_null<float>(on_all, "on_all"), data_or_null<float>(on_entropy, "on_entropy"),
+         shift.data<float>("shift"), log_sum.data<float>("log_sum"),
+         data_or_null<float>(entropy, "entropy")},
         target.data<int64_t>("target"), data_or_null<float>(class_weight, "class_weight"),
         ignore_index, have_exponentials,
         workspace<Elem<T>>(&exponentials, "exponentials", blocks * VB * rp),

@@ -69,15 +69,16 @@ void linear_cross_entropy_scores(TensorView x, TensorView w, OptionalTensor bias
                                  OptionalTensor class_weight, int64_t ignore_index, float softcap,
                                  float scale, OptionalTensor exponentials, TensorView stats,
                                  TensorView at_target, TensorView shift, TensorView log_sum,
-                                 TensorView nll, TensorView smoothed);
+                                 TensorView nll, TensorView smoothed, OptionalTensor entropy);
 void linear_cross_entropy_gradients(TensorView on_p, TensorView on_target, OptionalTensor on_all,
-                                    TensorView x, TensorView w, OptionalTensor bias,
-                                    TensorView target, OptionalTensor class_weight,
-                                    TensorView shift, TensorView log_sum, int64_t ignore_index,
-                                    float softcap, float scale, bool have_exponentials,
-                                    TensorView exponentials, TensorView stats, TensorView at_target,
-                                    OptionalTensor dx, OptionalTensor dw, OptionalTensor dbias,
-                                    bool accumulate);
+                                    OptionalTensor on_entropy, TensorView x, TensorView w,
+                                    OptionalTensor bias, TensorView target,
+                                    OptionalTensor class_weight, TensorView shift,
+                                    TensorView log_sum, OptionalTensor entropy,
+                                    int64_t ignore_index, float softcap, float scale,
+                                    bool have_exponentials, TensorView exponentials,
+                                    TensorView stats, TensorView at_target, OptionalTensor dx,
+                                    OptionalTensor dw, OptionalTensor dbias, bool accumulate);
 void scale_to(TensorView source, float factor, TensorView out);
 // attention.h; which operands are absent tells the ops apart (attention_inputs.h)
 void attention_forward(TensorView q, TensorView k, TensorView v, OptionalTensor cu_seqlens_q,

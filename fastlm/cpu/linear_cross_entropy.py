@@ -21,7 +21,7 @@ _MOST_ROWS = 512  # per chunk: the weight's float32 gradient is read and written
 _WORKSPACE = 64 << 20
 
 
-class _Chunks:
+class Chunks:
     """Rows in chunks, and the kernels' arguments and workspaces that all chunks share."""
 
     def __init__(self, input, linear_weight, linear_bias, target, class_weight, smooth, *options):
@@ -39,6 +39,7 @@ class _Chunks:
         sizes = (*(len(input),) * 3, len(input) if smooth else 0)
         outputs = [input.new_empty(size, dtype=torch.float32) for size in sizes]
         self.shift, self.log_sum, self.nll, self.smoothed = outputs
+        self.entropy = None
         self.workspaces = {}
 
     def __iter__(self):
@@ -51,10 +52,10 @@ class _Chunks:
         if rows not in self.workspaces:
             self.workspaces.clear()
             padded = -(-rows // _RP) * _RP
-            # shared: x packed, scaled and packed again, 12 numbers per row, 2 per block; per
+            # shared: x packed, scaled and packed again, 14 numbers per row, 2 per block; per
             # thread: blocks of w, of scores, of gradients and of dx; gaps in between
             width = -(-self.input.shape[1] // 32) * 32
-            shared = padded * (3 * width + 12) + 2 * self.blocks + 256
+            shared = padded * (3 * width + 14) + 2 * self.blocks + 256
             each = _VB * (2 * width + padded + 3 * _VB) + _VB * padded + 1024
             self.workspaces[rows] = (
                 self.shift.new_empty(padded * self.row_bytes, dtype=torch.uint8),
@@ -80,15 +81,34 @@ class _Chunks:
             self.log_sum[part],
             self.nll[part],
             self.smoothed[part],
+            None if self.entropy is None else self.entropy[part],
         )
 
+    def statistics(self) -> None:
+        """The scores' statistics alone: no exponentials are kept."""
+        self.rows, self.row_bytes = _MOST_ROWS, 0
+        for part in self:
+            _, stats, at_target = self.workspace(part)
+            self.scores(part, None, stats, at_target)
+
     def gradients(
-        self, part, on_p, on_target, on_all, have_exponentials, d_input, d_weight, d_bias
+        self,
+        part,
+        on_p,
+        on_target,
+        on_all,
+        have_exponentials,
+        d_input,
+        d_weight,
+        d_bias,
+        on_entropy=None,
+        entropy=None,
     ) -> None:
         _cpu.linear_cross_entropy_gradients(
             on_p,
             on_target,
             on_all,
+            on_entropy,
             self.input[part],
             self.weight,
             self.bias,
@@ -96,6 +116,7 @@ class _Chunks:
             self.class_weight,
             self.shift[part],
             self.log_sum[part],
+            entropy,
             *self.options,
             have_exponentials,
             *self.workspace(part),
@@ -136,7 +157,7 @@ def forward(
     softcap,
     logit_scale,
 ):
-    chunks = _Chunks(
+    chunks = Chunks(
         input,
         linear_weight,
         linear_bias,
@@ -147,11 +168,7 @@ def forward(
         softcap,
         logit_scale,
     )
-    chunks.rows = _MOST_ROWS
-    chunks.row_bytes = 0  # no exponentials are kept
-    for part in chunks:
-        _, stats, at_target = chunks.workspace(part)
-        chunks.scores(part, None, stats, at_target)
+    chunks.statistics()
     return chunks.shift, chunks.log_sum, chunks.nll, chunks.smoothed
 
 
@@ -171,10 +188,14 @@ def backward(
     logit_scale,
     need_input,
     need_weight,
+    on_entropy=None,
+    entropy=None,
 ):
+    """The gradients of `linear_cross_entropy`, or with the last two of `linear_logprobs`."""
     used = (on_p != 0) | (on_target != 0)
-    if on_all is not None:
-        used |= on_all != 0
+    for on in (on_all, on_entropy):
+        if on is not None:
+            used |= on != 0
     if not used.all():  # as in `loss`
         rows = used.nonzero()[:, 0]
         d_input, *rest = backward(
@@ -193,11 +214,13 @@ def backward(
             logit_scale,
             need_input,
             need_weight,
+            None if on_entropy is None else on_entropy[rows],
+            None if entropy is None else entropy[rows],
         )
         if need_input:
             d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)
         return d_input, *rest
-    chunks = _Chunks(
+    chunks = Chunks(
         input,
         linear_weight,
         linear_bias,
@@ -214,6 +237,7 @@ def backward(
     gradients = chunks.outputs(linear_bias, need_input, need_weight, dtype)
     on_p, on_target = on_p.contiguous(), on_target.contiguous()
     on_all = None if on_all is None else on_all.contiguous()
+    on_entropy = None if on_entropy is None else on_entropy.contiguous()
     for part in chunks:
         chunks.gradients(
             part,
@@ -222,6 +246,8 @@ def backward(
             None if on_all is None else on_all[part],
             False,
             *gradients,
+            None if on_entropy is None else on_entropy[part],
+            None if entropy is None else entropy[part],
         )
     bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
     return (
@@ -269,7 +295,7 @@ def loss(
         if need_input:
             d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)
         return summed, d_input, *rest
-    chunks = _Chunks(
+    chunks = Chunks(
         input,
         linear_weight,
         linear_bias,

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from fastlm.model.architectures import expected_shapes
 from fastlm.model.config import ModelConfig
 from fastlm.model.layers import Call, Decoder, KVCache, RMSNorm
 from fastlm.model.lora import LoraConfig, check_plain, merge_lora
-from fastlm.ops import linear_cross_entropy, quantized_linear
+from fastlm.ops import linear_cross_entropy, linear_logprobs, quantized_linear
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import put_quantized, quantization_config
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear, check_act_bits
@@ -247,11 +247,7 @@ class CausalLM(nn.Module):
             ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
         )
         assert target is not None
-        if target.shape != input_ids.shape or target.dtype not in (torch.int64, torch.int32):
-            raise InputError(
-                f"{name}: wanted integers {tuple(input_ids.shape)} as input_ids,"
-                f" got {target.dtype} {tuple(target.shape)}"
-            )
+        _check_labels(name, target, input_ids.shape)
         if labels is not None:
             rows = labels if cu_seqlens is None else labels.view(1, -1)
             target = F.pad(rows[:, 1:], (0, 1), value=IGNORE)
@@ -287,6 +283,7 @@ class CausalLM(nn.Module):
         start = 0 if cache is None else cache.length
         return self._hidden(input_ids, start, cu_seqlens, position_ids, attention_mask, cache)
 
+    @overload
     def logprobs(
         self,
         input_ids: Tensor,
@@ -303,7 +300,8 @@ class CausalLM(nn.Module):
         Args:
             shift_labels: (B, S), already shifted: the token after each position.
             temperature: divides the logits, as in sampling.
-            return_entropy: return the pair of that and the entropy of each distribution, in nats.
+            return_entropy: return the pair of that and the entropy of each distribution in nats,
+                (B, S) float32.
             others: as in `forward`.
         """
         hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
@@ -320,22 +318,16 @@ class CausalLM(nn.Module):
         return_entropy: bool = False,
     ) -> Any:
         """`logprobs` from what `hidden` returned, (B, S, E)."""
-        cap = self.config.final_logit_softcapping
-        nll = linear_cross_entropy(
-            hidden.flatten(0, 1),
+        _check_labels("shift_labels", shift_labels, hidden.shape[:-1])
+        return linear_logprobs(
+            hidden,
             self.head_matrix(hidden.dtype),
-            shift_labels.flatten(),
-            softcap=None if cap is None else cap / temperature,
-            logit_scale=1 / temperature,
+            shift_labels,
+            temperature=temperature,
+            softcap=self.config.final_logit_softcapping,
             ignore_index=IGNORE,
-            reduction="none",
+            return_entropy=return_entropy,
         )
-        assert isinstance(nll, Tensor)  # a pair only with return_lse
-        logp = -nll.view(shift_labels.shape)
-        if not return_entropy:
-            return logp
-        full = (self.logits(hidden).float() / temperature).log_softmax(-1)  # TEMPORARY
-        return logp, -(full.exp() * full).sum(-1)
 
     def next_logits(
         self, input_ids: Tensor, cache: KVCache, attention_mask: Tensor | None
@@ -472,6 +464,14 @@ class CausalLM(nn.Module):
             attention_mask=attention_mask,
             on_token=on_token,
             return_logprobs=return_logprobs,
+        )
+
+
+def _check_labels(name: str, labels: Tensor, shape: torch.Size) -> None:
+    if labels.shape != shape or labels.dtype not in (torch.int64, torch.int32):
+        raise InputError(
+            f"{name}: wanted integers {tuple(shape)} as input_ids,"
+            f" got {labels.dtype} {tuple(labels.shape)}"
         )
 
 

@@ -87,32 +87,7 @@ def linear_cross_entropy(
     try:
         if autocast_somewhere():
             input, linear_weight = autocast(input, linear_weight)
-        if (
-            linear_weight.dim() != 2
-            or input.dim() == 0
-            or linear_weight.shape[1] != input.shape[-1]
-        ):
-            raise InputError(
-                "linear_weight: wanted shape (V, D), D the last dimension of input"
-                f" {tuple(input.shape)}, got {tuple(linear_weight.shape)}"
-            )
-        if linear_weight.dtype != input.dtype or linear_weight.device != input.device:
-            raise InputError(
-                f"linear_weight: wanted {input.dtype} on {input.device} as input,"
-                f" got {linear_weight.dtype} on {linear_weight.device}"
-            )
-        classes = linear_weight.shape[0]
-        if input.shape[-1] == 0:
-            raise InputError(f"input: wanted at least one feature, got shape {tuple(input.shape)}")
-        if linear_bias is not None and (
-            linear_bias.shape != (classes,)
-            or not linear_bias.is_floating_point()
-            or linear_bias.device != input.device
-        ):
-            raise InputError(
-                f"linear_bias: wanted floats of shape ({classes},) on {input.device},"
-                f" got {linear_bias.dtype} {tuple(linear_bias.shape)} on {linear_bias.device}"
-            )
+        classes = check_linear(input, linear_weight, linear_bias)
         check(input, "input", classes, target, weight, label_smoothing)
         check_options(softcap, reduction, num_items)
         if (
@@ -187,6 +162,33 @@ def linear_cross_entropy(
         return (loss, lse.view(target.shape)) if return_lse else loss
     except FAILURES as error:
         raise explained(error, linear_cross_entropy, locals()) from None
+
+
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> int:
+    """Check the operands of the linear layer and return the number of classes."""
+    if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
+        raise InputError(
+            "linear_weight: wanted shape (V, D), D the last dimension of input"
+            f" {tuple(input.shape)}, got {tuple(linear_weight.shape)}"
+        )
+    if linear_weight.dtype != input.dtype or linear_weight.device != input.device:
+        raise InputError(
+            f"linear_weight: wanted {input.dtype} on {input.device} as input,"
+            f" got {linear_weight.dtype} on {linear_weight.device}"
+        )
+    classes = linear_weight.shape[0]
+    if input.shape[-1] == 0:
+        raise InputError(f"input: wanted at least one feature, got shape {tuple(input.shape)}")
+    if linear_bias is not None and (
+        linear_bias.shape != (classes,)
+        or not linear_bias.is_floating_point()
+        or linear_bias.device != input.device
+    ):
+        raise InputError(
+            f"linear_bias: wanted floats of shape ({classes},) on {input.device},"
+            f" got {linear_bias.dtype} {tuple(linear_bias.shape)} on {linear_bias.device}"
+        )
+    return classes
 
 
 def _unit(on_nll: Tensor, on_smoothed: Tensor | None, classes: int, logit_scale: float) -> Tensor:

@@ -39,6 +39,7 @@ from fastlm.reference.linear_cross_entropy import (
     linear_cross_entropy_loss,
     linear_cross_entropy_loss_backward,
 )
+from fastlm.reference.linear_logprobs import linear_logprobs_backward, linear_logprobs_forward
 from fastlm.reference.paged_append import paged_append
 from fastlm.reference.paged_attention import paged_attention
 from fastlm.reference.quantized_linear import (
@@ -77,6 +78,8 @@ __all__ = [
     "linear_cross_entropy_loss",
     "linear_cross_entropy_loss_backward",
     "linear_forward",
+    "linear_logprobs_backward",
+    "linear_logprobs_forward",
     "mix32",
     "pack_state",
     "paged_append",

@@ -1,0 +1,86 @@
+"""linear_logprobs through the kernels of linear_cross_entropy. Ignored rows are left out in both
+directions: in training on samples they are the prompts and the padding.
+"""
+
+from fastlm.cpu import linear_cross_entropy
+from fastlm.cpu.cross_entropy import checked_target
+from fastlm.cpu.linear_cross_entropy import Chunks
+
+
+def _options(ignore_index, softcap, temperature):
+    """Those of linear_cross_entropy, which scales before it caps."""
+    return ignore_index, None if softcap is None else softcap / temperature, 1 / temperature
+
+
+def forward(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    with_entropy,
+    ignore_index,
+    softcap,
+    temperature,
+):
+    valid = target != ignore_index
+    if not valid.all():
+        checked_target(target, len(linear_weight), ignore_index)  # here its message knows the row
+        rows = valid.nonzero()[:, 0]
+        logprob, entropy, *stats = forward(
+            input[rows],
+            linear_weight,
+            linear_bias,
+            target[rows],
+            with_entropy,
+            ignore_index,
+            softcap,
+            temperature,
+        )
+
+        def placed(t):
+            return t.new_zeros(len(target)).index_copy_(0, rows, t)
+
+        entropy = placed(entropy) if with_entropy else entropy
+        return placed(logprob), entropy, *(placed(t) for t in stats)
+    options = _options(ignore_index, softcap, temperature)
+    chunks = Chunks(input, linear_weight, linear_bias, target, None, False, *options)
+    entropy = chunks.nll.new_empty(len(input) if with_entropy else 0)
+    chunks.entropy = entropy if with_entropy else None
+    chunks.statistics()
+    return chunks.nll.neg_(), entropy, chunks.shift, chunks.log_sum
+
+
+def backward(
+    d_logprob,
+    d_entropy,
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    entropy,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    temperature,
+    need_input,
+    need_weight,
+):
+    on_p = -d_logprob
+    return linear_cross_entropy.backward(
+        on_p,
+        on_p,
+        None,
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        None,
+        shift,
+        log_sum,
+        *_options(ignore_index, softcap, temperature),
+        need_input,
+        need_weight,
+        d_entropy,
+        None if d_entropy is None else entropy,
+    )

@@ -1,0 +1,200 @@
+"""Log-probabilities of given tokens under a linear head, and the entropy of its distribution,
+without the (N, V) logits ever being in memory.
+
+What training on samples (DPO, PPO, GRPO) needs of each token. The kernels are those of
+`linear_cross_entropy`, whose nll this is with the other sign; they sum e^z (z - base) as well where
+the entropy is wanted, and the backward recomputes the logits. That is 4 matrix products with
+gradients of input and weight. The 3 of a mean cross-entropy need each row's factor in the forward;
+here it arrives in the backward, and both the logits for it and the exponentials until then would
+be (N, V).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.backend import Kernel
+from fastlm.cpu import linear_logprobs as cpu
+from fastlm.errors import InputError
+from fastlm.operator import autocast, autocast_somewhere, register
+from fastlm.ops.cross_entropy import check, check_options, wide
+from fastlm.ops.linear_cross_entropy import check_linear
+from fastlm.ops.wrong_type import FAILURES, explained
+
+
+def linear_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``z = F.linear(input, linear_weight, linear_bias).float()``,
+    ``z = softcap * tanh(z / softcap) / temperature``, then ``logp = z.log_softmax(-1)`` and
+    ``logp.gather(-1, target[..., None])[..., 0]``, with `return_entropy` also
+    ``-(logp.exp() * logp).sum(-1)``.
+
+    Args:
+        input: (..., D), float32, bfloat16 or float16 (float64 on the reference).
+        linear_weight: (V, D), input's dtype.
+        target: (...), int64 or int32.
+        linear_bias: (V,), any float dtype. -inf masks a class.
+        temperature: > 0, finite; divides the logits, as in sampling.
+        softcap: > 0, or None. The logits are capped before they are divided.
+        ignore_index: rows with this target are 0 and have no gradient, even where they hold NaN.
+        return_entropy: also return the entropy of softmax(z) in nats.
+
+    Returns:
+        float32 (...); with `return_entropy` the pair (logprob, entropy).
+        Both are differentiable.
+
+    Under ``torch.autocast`` input and linear_weight are cast to its dtype, as by F.linear. Sums are
+    float32; the gradient of the logits is rounded to input's dtype for the matrix products that
+    follow it. Kept for the backward: the arguments and two or three float32 values per row. Memory
+    in addition to the results is that of `linear_cross_entropy`.
+
+    Raises:
+        InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
+        range.
+    """
+    try:
+        if autocast_somewhere():
+            input, linear_weight = autocast(input, linear_weight)
+        classes = check_linear(input, linear_weight, linear_bias)
+        check(input, "input", classes, target, None, 0.0)
+        check_options(softcap, "none", None)
+        if not 0 < temperature < math.inf:
+            raise InputError(f"temperature: wanted a finite number > 0, got {temperature}")
+        logprob, entropy, _, _ = _forward(
+            input.reshape(-1, input.shape[-1]),
+            linear_weight,
+            linear_bias,
+            target.reshape(-1).long(),
+            return_entropy,
+            ignore_index,
+            softcap,
+            temperature,
+        )
+        logprob = logprob.view(target.shape)
+        return (logprob, entropy.view(target.shape)) if return_entropy else logprob
+    except FAILURES as error:
+        raise explained(error, linear_logprobs, locals()) from None
+
+
+def _forward_fake(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    with_entropy,
+    ignore_index,
+    softcap,
+    temperature,
+):
+    sizes = (target.shape, target.shape if with_entropy else 0, target.shape, target.shape)
+    return tuple(input.new_empty(size, dtype=wide(input)) for size in sizes)
+
+
+def _backward_fake(
+    d_logprob,
+    d_entropy,
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    entropy,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    temperature,
+    need_input,
+    need_weight,
+):
+    return (
+        input.new_empty(input.shape if need_input else 0),
+        linear_weight.new_empty(linear_weight.shape if need_weight else 0),
+        input.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    input, linear_weight, linear_bias, target, ctx.with_entropy, *ctx.options = inputs
+    _, entropy, shift, log_sum = output
+    ctx.mark_non_differentiable(shift, log_sum)
+    ctx.save_for_backward(input, linear_weight, linear_bias, target, entropy, shift, log_sum)
+    ctx.set_materialize_grads(False)  # without a loss on the entropy its terms are not computed
+
+
+def _autograd_backward(ctx, d_logprob, d_entropy, *_):
+    input, linear_weight, linear_bias, target, entropy, shift, log_sum = ctx.saved_tensors
+    ignored = target == ctx.options[0]
+    d_logprob = torch.zeros_like(shift) if d_logprob is None else d_logprob
+    if not ctx.with_entropy:
+        d_entropy = None
+    need = ctx.needs_input_grad
+    d_input, d_weight, d_bias = _backward(
+        torch.where(ignored, 0.0, d_logprob),
+        None if d_entropy is None else torch.where(ignored, 0.0, d_entropy),
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        entropy,
+        shift,
+        log_sum,
+        *ctx.options,
+        need[0],
+        need[1],
+    )
+    return (
+        d_input if need[0] else None,
+        d_weight if need[1] else None,
+        d_bias if need[2] else None,
+        *[None] * 5,
+    )
+
+
+def _forward_flops(input, linear_weight, *_, **__):
+    return 2 * math.prod(input) * linear_weight[0]
+
+
+def _backward_flops(d_logprob, d_entropy, input, linear_weight, *options, **_):
+    need_input, need_weight = options[-2:]  # and the logits, recomputed
+    return (1 + need_input + need_weight) * _forward_flops(input, linear_weight)
+
+
+_forward = register(
+    "linear_logprobs(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+    " bool with_entropy, int ignore_index, float? softcap, float temperature)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+    implementations={
+        "reference": reference.linear_logprobs_forward,
+        "cpu": cpu.forward,
+        "triton": Kernel("linear_logprobs", "linear_logprobs_forward"),
+    },
+    setup_context=_setup_context,
+    backward=_autograd_backward,
+    flops=_forward_flops,
+)
+_backward = register(
+    "linear_logprobs_backward(Tensor d_logprob, Tensor? d_entropy, Tensor input,"
+    " Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor entropy, Tensor shift,"
+    " Tensor log_sum, int ignore_index, float? softcap, float temperature, bool need_input,"
+    " bool need_weight) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    implementations={
+        "reference": reference.linear_logprobs_backward,
+        "cpu": cpu.backward,
+        "triton": Kernel("linear_logprobs", "linear_logprobs_backward"),
+    },
+    picked_by=2,
+    flops=_backward_flops,
+)
