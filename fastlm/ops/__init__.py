@@ -10,6 +10,7 @@ from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.glu import glu
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linear_distillation import linear_distillation
 from fastlm.ops.paged_append import paged_append
 from fastlm.ops.paged_attention import paged_attention
 from fastlm.ops.quantize_weight import quantize_weight
@@ -24,6 +25,7 @@ __all__ = [
     "glu",
     "linear",
     "linear_cross_entropy",
+    "linear_distillation",
     "paged_append",
     "paged_attention",
     "quantize_weight",

@@ -39,6 +39,10 @@ from fastlm.reference.linear_cross_entropy import (
     linear_cross_entropy_loss,
     linear_cross_entropy_loss_backward,
 )
+from fastlm.reference.linear_distillation import (
+    linear_distillation_backward,
+    linear_distillation_loss,
+)
 from fastlm.reference.paged_append import paged_append
 from fastlm.reference.paged_attention import paged_attention
 from fastlm.reference.quantized_linear import (
@@ -76,6 +80,8 @@ __all__ = [
     "linear_cross_entropy_forward",
     "linear_cross_entropy_loss",
     "linear_cross_entropy_loss_backward",
+    "linear_distillation_backward",
+    "linear_distillation_loss",
     "linear_forward",
     "mix32",
     "pack_state",
