@@ -24,6 +24,7 @@ OPS = (
     "cross_entropy",
     "linear",
     "linear_cross_entropy",
+    "linear_distillation",
     "rms_norm",
     "rope",
     "glu",

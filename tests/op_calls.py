@@ -13,6 +13,11 @@ offsets, pages, lengths = torch.tensor([0, 3, 8]), torch.tensor([[0], [1]]), tor
 quantized = ops.quantize_weight(torch.randn(24, 32), 4, symmetric=False)
 caches = [t.transpose(1, 2) for t in (k, v)]
 
+
+def teacher(x):
+    return head[:4, :20].to(x.dtype), head[:, :20].to(x.dtype)
+
+
 # name -> (function of its float tensors, those tensors)
 CALLS = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, residual=x)[0], (rows, weight)),
@@ -25,6 +30,10 @@ CALLS = {
     "linear_cross_entropy": (lambda x, w: ops.linear_cross_entropy(x, w, target), (rows, head)),
     "linear_cross_entropy, rows": (
         lambda x, w: ops.linear_cross_entropy(x, w, target, reduction="none", label_smoothing=0.1),
+        (rows, head),
+    ),
+    "linear_distillation": (
+        lambda x, w: ops.linear_distillation(x, w, *teacher(x), kind="jsd", mask=target != -100),
         (rows, head),
     ),
     "attention": (
@@ -64,6 +73,10 @@ TRANSFORMED = DIFFERENTIABLE | {
     "linear_cross_entropy, many": (
         lambda x, w: ops.linear_cross_entropy(x, w, classes),
         (many, head[:, :8].contiguous()),
+    ),
+    "linear_distillation, reverse": (
+        lambda x, w: ops.linear_distillation(x, w, *teacher(x), kind="reverse", temperature=2.0),
+        (rows, head),
     ),
     "attention, options": (
         lambda q, k, v, bias: ops.attention(

@@ -180,6 +180,9 @@ ON_META = {
     "cross_entropy": lambda t: ops.cross_entropy(t(rows), t(target), z_loss=0.1, return_lse=True),
     "cross_entropy, mean": lambda t: ops.cross_entropy(t(rows), t(target)),
     "linear_cross_entropy": lambda t: ops.linear_cross_entropy(t(rows), t(head), t(target)),
+    "linear_distillation": lambda t: ops.linear_distillation(
+        t(rows), t(head), t(rows), t(head), kind="jsd", mask=t(target) != -100
+    ),
     "linear": lambda t: ops.linear(t(rows), t(head)),
     "attention": lambda t: ops.attention(t(q), t(k), t(v), causal=True, return_lse=True),
     "varlen_attention": lambda t: ops.varlen_attention(

@@ -12,12 +12,11 @@
 // and dloss/dz^T has the layout of that file's exponentials, from which its gradients multiply dx
 // and dw.
 //
-// With s and t the probabilities, d = log t - log s and g the part of log m that does not cancel
-// (`mixed`):
+// With s and t the probabilities:
 //
-//   forward  loss = sum t d                           dloss/dz = s - t
-//   reverse  loss = sum s (-d)                        dloss/dz = s (-d - loss)
-//   jsd      loss = beta sum t log(t / m)             dloss/dz = (1 - beta) s (log(s / m) - mean),
+//   forward  loss = sum t log(t / s)                  dloss/dz = s - t
+//   reverse  loss = sum s log(s / t)                  dloss/dz = s (log(s / t) - loss)
+//   jsd      loss = beta sum t log(t / m)             dloss/dz = (1 - beta) s (log(s / m) - mean)
 //                   + (1 - beta) mean                 mean = sum s log(s / m)
 //
 // A mean is known only after all blocks, so reverse and jsd store s (...) and s, and a second sweep
@@ -92,16 +91,19 @@ void linear_distillation_scores_of(const LinearScores<T>& chunk, float* scores, 
   }
 }
 
-// log(s / m) and log(t / m) of m = beta t + (1 - beta) s, by the smaller of e^d and e^-d:
-// m / s = 1 + beta (e^d - 1), m / t = 1 + (1 - beta) (e^-d - 1).
+// Both probabilities, and log(s / m) and log(t / m) of m = beta t + (1 - beta) s, by e^-|d|:
+// m / s = 1 + beta (e^d - 1), m / t = 1 + (1 - beta) (e^-d - 1), and the smaller probability is the
+// larger one times e^-|d|.
 struct Mixture {
-  vfloat student, teacher;
+  vfloat s, t, of_s, of_t;
 };
-FASTLM_INLINE Mixture mixed(vfloat d, float beta) {
-  const vfloat above = d > vfloat{} ? d : vfloat{}, below = d > vfloat{} ? vfloat{} : d;
-  const vfloat share = d > vfloat{} ? splat(1.f - beta) : splat(beta);
-  const vfloat g = vlog(1.f + share * (vexp(below - above) - 1.f));
-  return {-(above + g), below - g};
+FASTLM_INLINE Mixture mixed(vfloat log_s, vfloat log_t, float beta) {
+  const vfloat d = log_t - log_s, none{}, ratio = vexp(-vabs(d));
+  const vint teacher = d > none;
+  const vfloat most = vexp(teacher ? log_t : log_s), least = most == none ? none : most * ratio;
+  const vfloat g = vlog(1.f + (teacher ? splat(1.f - beta) : splat(beta)) * (ratio - 1.f));
+  return {teacher ? least : most, teacher ? most : least, teacher ? -d - g : -g,
+          teacher ? -g : d - g};
 }
 
 // The terms of a block's P vectors of columns; `of_teacher` and `of_student` receive the sums of
@@ -119,25 +121,24 @@ void divergence_of(int64_t count, int64_t stride, float* zs, float* zt, const Lo
     for (int p = 0; p < P; ++p) {
       const int64_t at = r * stride + j0 + p * VL;
       const vfloat z = load(zs + at), log_s = student.log_probability(z, j0 + p * VL),
-                   log_t = teacher.log_probability(load(zt + at), j0 + p * VL), s = vexp(log_s),
-                   d = log_t - log_s;
+                   log_t = teacher.log_probability(load(zt + at), j0 + p * VL);
       const vfloat slope = score.cap ? score.slope(z) : splat(1.f);
       // a probability of 0 contributes 0, also where the other's logarithm is infinite
       const auto times = [](vfloat p, vfloat log) __attribute__((always_inline)) {
         return p == vfloat{} ? vfloat{} : p * log;
       };
-      vfloat part;
+      vfloat s, part;
       if constexpr (D == Divergence::forward) {
         const vfloat t = vexp(log_t);
-        second[p] += times(t, d);
-        if (g) store(g + at, (s - t) * slope);
+        second[p] += times(t, log_t - log_s);
+        if (g) store(g + at, (vexp(log_s) - t) * slope);
         continue;
       } else if constexpr (D == Divergence::reverse) {
-        part = times(s, -d);
+        s = vexp(log_s), part = times(s, log_s - log_t);
       } else {
-        const Mixture log_of = mixed(d, beta);
-        part = times(s, log_of.student);
-        second[p] += times(vexp(log_t), log_of.teacher);
+        const Mixture of = mixed(log_s, log_t, beta);
+        s = of.s, part = times(s, of.of_s);
+        second[p] += times(of.t, of.of_t);
       }
       first[p] += part;
       if (g) store(zs + at, part * slope), store(zt + at, s * slope);
