@@ -223,7 +223,9 @@ def linear_distillation_loss(
         if need_student:
             torch.mm(dz[:rows], student_weight, out=d_student[part])
         if need_weight:
-            x = student[part] if keep is None else student[part].masked_fill(keep[part, None] == 0, 0)
+            x = student[part]
+            if keep is not None:
+                x = x.masked_fill(keep[part, None] == 0, 0)
             _add_product(d_weight, dz[:rows], x, i == 0)
     return losses.sum(), d_student, d_weight
 
