@@ -25,6 +25,7 @@ OPS = (
     "linear",
     "linear_cross_entropy",
     "linear_logprobs",
+    "linear_distillation",
     "rms_norm",
     "rope",
     "glu",

@@ -90,6 +90,11 @@ PYBIND11_MODULE(_cpu, m) {
         "exponentials"_a, "stats"_a, "at_target"_a, "dx"_a, "dw"_a, "dbias"_a, "accumulate"_a,
         no_gil);
   m.def("scale_to", &scale_to, "source"_a, "factor"_a, "out"_a, no_gil);
+  m.def("linear_distillation_scores", &linear_distillation_scores, "x"_a, "w"_a, "softcap"_a,
+        "scale"_a, "scores"_a, "lse"_a, "workspace"_a, no_gil);
+  m.def("linear_distillation_rows", &linear_distillation_rows, "kind"_a, "beta"_a, "softcap"_a,
+        "classes"_a, "student_scores"_a, "student_lse"_a, "teacher_scores"_a, "teacher_lse"_a,
+        "loss"_a, "d_scores"_a, "workspace"_a, no_gil);
   m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "cu_seqlens_q"_a,
         "cu_seqlens_k"_a, "block_table"_a, "seq_lens"_a, "k_scale"_a, "v_scale"_a, "sinks"_a,
         "alibi_slopes"_a, "bias"_a, "seed"_a, "causal"_a, "scale"_a, "window"_a, "softcap"_a,

@@ -13,6 +13,7 @@ import test_cross_entropy
 import test_cuda_glu
 import test_glu
 import test_linear_cross_entropy
+import test_linear_distillation
 import test_linear_logprobs
 import test_paged_append
 import test_paged_attention
@@ -345,6 +346,53 @@ def build_linear_logprobs(case: Case, dtype: torch.dtype) -> Built:
         test_linear_logprobs.check(x, w, bias, target, on=on, ulps=ulps, entropy=entropy, **options)
 
     return Built(function, [x, w, target, *([bias] if case["bias"] else [])], check)
+
+
+def draw_linear_distillation(r: Random, isa: str) -> Case:
+    work = 4e6 if isa in SLOW else 8e7
+    while True:
+        rows, width, teacher, classes = (
+            size(r, 1200),
+            size(r, 300, 1),
+            size(r, 300, 1),
+            size(r, 6000, 2),
+        )
+        if rows * (width + teacher) * classes <= work:
+            break
+    return {
+        "shape": [rows, width, teacher, classes],
+        "left_out": r.choice([0.0, 0.0, 0.3, 1.0]),
+        "spread": r.choice([0.1, 1.0, 3.0, 20.0]),
+        "options": given(
+            kind=r.choice(["forward", "reverse", "jsd"]),
+            beta=r.choice([0.5, 0.1, 0.9]),
+            temperature=r.choice([1.0, 0.5, 3.0]),
+            num_items=some(r, 77),
+            student_softcap=some(r, 2.0, 30.0),
+            teacher_softcap=some(r, 30.0),
+        ),
+    }
+
+
+def build_linear_distillation(case: Case, dtype: torch.dtype) -> Built:
+    rows, width, teacher, classes = case["shape"]
+    tensors = test_linear_distillation.make(
+        rows, (width, teacher), classes, dtype, scale=case["spread"]
+    )
+    mask = torch.rand(rows) >= case["left_out"]
+
+    def function(student, student_weight, teacher, teacher_weight, mask):
+        return ops.linear_distillation(
+            student, student_weight, teacher, teacher_weight, mask=mask, **case["options"]
+        )
+
+    def check():
+        # gradients sum over rows, logits over features, in any order
+        ulps = 4 + ((rows**0.5 + width**0.5) / 2 if dtype == torch.float32 else 0)
+        ulps *= 2 if "student_softcap" in case["options"] else 1  # tanh and its slope
+        test_linear_distillation.check(tensors, ulps=ulps, mask=mask, **case["options"])
+
+    return Built(function, [*tensors, mask], check)
 
 
 # ---- row ops
@@ -739,6 +787,7 @@ OPS = {
     "linear": Op(draw_linear, build_linear, ("cpu",)),
     "linear_cross_entropy": Op(draw_linear_cross_entropy, build_linear_cross_entropy, ("cpu",)),
     "linear_logprobs": Op(draw_linear_logprobs, build_linear_logprobs, ("cpu",)),
+    "linear_distillation": Op(draw_linear_distillation, build_linear_distillation, ("cpu",)),
     "matmul": Op(draw_matmul, build_matmul, ("cpu",)),
     "paged_append": Op(draw_append, build_append, ("simt",)),
     "paged_attention": Op(draw_paged, build_paged),

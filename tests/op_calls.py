@@ -13,6 +13,11 @@ offsets, pages, lengths = torch.tensor([0, 3, 8]), torch.tensor([[0], [1]]), tor
 quantized = ops.quantize_weight(torch.randn(24, 32), 4, symmetric=False)
 caches = [t.transpose(1, 2) for t in (k, v)]
 
+
+def teacher(x):
+    return head[:4, :20].to(x.dtype), head[:, :20].to(x.dtype)
+
+
 # name -> (function of its float tensors, those tensors)
 CALLS = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, residual=x)[0], (rows, weight)),
@@ -31,6 +36,10 @@ CALLS = {
         lambda x, w: torch.stack(
             ops.linear_logprobs(x, w, target, temperature=0.7, return_entropy=True)
         ),
+        (rows, head),
+    ),
+    "linear_distillation": (
+        lambda x, w: ops.linear_distillation(x, w, *teacher(x), kind="jsd", mask=target != -100),
         (rows, head),
     ),
     "attention": (
@@ -70,6 +79,10 @@ TRANSFORMED = DIFFERENTIABLE | {
     "linear_cross_entropy, many": (
         lambda x, w: ops.linear_cross_entropy(x, w, classes),
         (many, head[:, :8].contiguous()),
+    ),
+    "linear_distillation, reverse": (
+        lambda x, w: ops.linear_distillation(x, w, *teacher(x), kind="reverse", temperature=2.0),
+        (rows, head),
     ),
     "attention, options": (
         lambda q, k, v, bias: ops.attention(

@@ -21,7 +21,7 @@ import versions
 from fastlm import backend, ops
 
 OPS = ("adamw", "attention", "boundary", "cross_entropy", "glu", "linear", "linear_cross_entropy")
-OPS += ("linear_logprobs", "quantized_linear", "rms_norm", "rope")
+OPS += ("linear_distillation", "linear_logprobs", "quantized_linear", "rms_norm", "rope")
 OWN = {
     "attention": (1, 2, 5, 16),
     "cross_entropy": (3, 7),
@@ -29,6 +29,7 @@ OWN = {
     "linear": (5, 16, 8),
     "linear_cross_entropy": (3, 8, 7),
     "linear_logprobs": (3, 8, 7),
+    "linear_distillation": (3, 8, 7),
     "quantized_linear": (3, 128, 16),
     "rms_norm": (9, 16),
     "rope": (1, 2, 5, 16),

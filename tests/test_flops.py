@@ -39,6 +39,21 @@ def test_linear_cross_entropy_as_the_product_written_out():
     assert count(lambda x: ops.linear_logprobs(x, w, target), x) == (2 + 4) * 100 * 24 * 70
 
 
+def test_linear_distillation_as_the_products_written_out():
+    x, w, teacher = torch.randn(100, 24), torch.randn(70, 24), torch.randn(100, 12)
+    teacher_weight = torch.randn(70, 12)
+
+    def plain(x, w):
+        log_t = (teacher @ teacher_weight.T).log_softmax(-1)
+        return F.kl_div((x @ w.T).log_softmax(-1), log_t, log_target=True, reduction="sum")
+
+    def own(x, w):
+        return ops.linear_distillation(x, w, teacher, teacher_weight)
+
+    assert count(own, x, w) == count(plain, x, w) > 0
+    assert count(lambda w: own(x, w), w) == count(lambda w: plain(x, w), w)
+
+
 def test_linear_and_quantized_linear_as_the_product():
     x, w = torch.randn(3, 5, 24), torch.randn(70, 24)
     plain = count(F.linear, x, w)

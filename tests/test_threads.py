@@ -60,6 +60,16 @@ CASES = {
         "shape": [151, 71, 900], "bias": True, **LOSS, "entropy": True,
         "options": {"softcap": 9.0, "temperature": 0.7},
     },
+    **{
+        f"linear_distillation {kind}": {
+            "shape": [151, 71, 40, 900], "left_out": 0.3, "spread": 1.0, "options": {"kind": kind},
+        }
+        for kind in ("forward", "reverse", "jsd")
+    },
+    "linear_distillation chunks": {
+        "shape": [1100, 20, 12, 300], "left_out": 0.0, "spread": 1.0,
+        "options": {"kind": "jsd", "student_softcap": 2.0},
+    },
     "glu": {"shape": [301, 257], "act": "silu", "spread": 3.0},
     "glu gelu": {"shape": [301, 257], "act": "gelu", "spread": 3.0},
     "glu gelu_tanh": {"shape": [3, 101, 257], "act": "gelu_tanh", "spread": 3.0},

@@ -183,6 +183,9 @@ ON_META = {
     "linear_logprobs": lambda t: ops.linear_logprobs(
         t(rows), t(head), t(target), return_entropy=True
     ),
+    "linear_distillation": lambda t: ops.linear_distillation(
+        t(rows), t(head), t(rows), t(head), kind="jsd", mask=t(target) != -100
+    ),
     "linear": lambda t: ops.linear(t(rows), t(head)),
     "attention": lambda t: ops.attention(t(q), t(k), t(v), causal=True, return_lse=True),
     "varlen_attention": lambda t: ops.varlen_attention(

@@ -80,6 +80,15 @@ void linear_cross_entropy_gradients(TensorView on_p, TensorView on_target, Optio
                                     TensorView stats, TensorView at_target, OptionalTensor dx,
                                     OptionalTensor dw, OptionalTensor dbias, bool accumulate);
 void scale_to(TensorView source, float factor, TensorView out);
+
+// linear_distillation.h; the gradients of a chunk are linear_cross_entropy_gradients of d_scores
+void linear_distillation_scores(TensorView x, TensorView w, float softcap, float scale,
+                                TensorView scores, TensorView lse, TensorView workspace);
+void linear_distillation_rows(const std::string& kind, float beta, float softcap, int64_t classes,
+                              TensorView student_scores, TensorView student_lse,
+                              TensorView teacher_scores, TensorView teacher_lse, TensorView loss,
+                              OptionalTensor d_scores, TensorView workspace);
+
 // attention.h; which operands are absent tells the ops apart (attention_inputs.h)
 void attention_forward(TensorView q, TensorView k, TensorView v, OptionalTensor cu_seqlens_q,
                        OptionalTensor cu_seqlens_k, OptionalTensor block_table,

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -283,7 +283,6 @@ class CausalLM(nn.Module):
         start = 0 if cache is None else cache.length
         return self._hidden(input_ids, start, cu_seqlens, position_ids, attention_mask, cache)
 
-    @overload
     def logprobs(
         self,
         input_ids: Tensor,

@@ -10,6 +10,7 @@ from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.glu import glu
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linear_distillation import linear_distillation
 from fastlm.ops.linear_logprobs import linear_logprobs
 from fastlm.ops.paged_append import paged_append
 from fastlm.ops.paged_attention import paged_attention
@@ -25,6 +26,7 @@ __all__ = [
     "glu",
     "linear",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_logprobs",
     "paged_append",
     "paged_attention",

@@ -39,6 +39,10 @@ from fastlm.reference.linear_cross_entropy import (
     linear_cross_entropy_loss,
     linear_cross_entropy_loss_backward,
 )
+from fastlm.reference.linear_distillation import (
+    linear_distillation_backward,
+    linear_distillation_loss,
+)
 from fastlm.reference.linear_logprobs import linear_logprobs_backward, linear_logprobs_forward
 from fastlm.reference.paged_append import paged_append
 from fastlm.reference.paged_attention import paged_attention
@@ -77,6 +81,8 @@ __all__ = [
     "linear_cross_entropy_forward",
     "linear_cross_entropy_loss",
     "linear_cross_entropy_loss_backward",
+    "linear_distillation_backward",
+    "linear_distillation_loss",
     "linear_forward",
     "linear_logprobs_backward",
     "linear_logprobs_forward",

@@ -1,0 +1,134 @@
+"""linear_distillation through csrc/cpu/linear_distillation.h, one chunk of rows at a time.
+
+The products of the gradients are those of linear_cross_entropy (csrc/cpu/linear_cross_entropy.h).
+Its kernel multiplies ``on_p * E * e^(base - lse)`` with the weight and the rows, E being the
+exponentials of the scores. Here E is dloss/dz, base and lse are 0, and no row has a target.
+
+Rejected: scores in 16 bits, whose error in a difference of logarithms no later step removes; one
+sweep over both heads that keeps only what the gradient needs, which jsd does not allow: its terms
+need both sums first.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm.backend import cpu_extension as _cpu
+from fastlm.cpu.cross_entropy import rows_apart
+from fastlm.cpu.linear_cross_entropy import _RP, _VB, _Chunks, _or_empty
+from fastlm.cpu.linear_cross_entropy import loss_backward as _scaled
+
+# Bytes for a chunk's scores of both heads, 8 or (with a 16-bit gradient of the scores beside them)
+# 10 per class; more where an eighth of the float32 gradient of the weight is more.
+_WORKSPACE = 64 << 20
+_MOST_ROWS = 512  # per chunk, as in linear_cross_entropy
+_NONE = -100  # the target of every row
+
+
+class _Room:
+    """The scores of a chunk, their sums and the workspace of the kernels."""
+
+    def __init__(self, rows: int, classes: int, width: int):
+        padded, blocks = -(-rows // _RP) * _RP, -(-classes // _VB)
+        width = -(-width // 32) * 32
+        # x packed; 2 numbers per block and row, 5 per row; a block of w per thread; gaps in between
+        sizes = padded * (width + 2 * blocks + 5), torch.get_num_threads() * (_VB * width + 64)
+        self.rows, self.shape = rows, (blocks * _VB, padded)
+        self.workspace = self.floats(sum(sizes) + 256)
+        self.lse = [self.floats(2, rows) for _ in range(2)]
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def loss(
+    student,
+    student_weight,
+    teacher,
+    teacher_weight,
+    keep,
+    kind,
+    beta,
+    logit_scale,
+    student_softcap,
+    teacher_softcap,
+    unit,
+    need_student,
+    need_weight,
+):
+    if keep is not None and not keep.all():  # in fine-tuning most rows of a batch are left out
+        rows = keep.nonzero()[:, 0]
+        total, d_student, d_weight = loss(
+            student[rows],
+            student_weight,
+            teacher[rows],
+            teacher_weight,
+            None,
+            kind,
+            beta,
+            logit_scale,
+            student_softcap,
+            teacher_softcap,
+            unit,
+            need_student,
+            need_weight,
+        )
+        if need_student:
+            d_student = student.new_zeros(student.shape).index_copy_(0, rows, d_student)
+        return total, d_student, d_weight
+    n, classes, need = len(student), len(student_weight), need_student or need_weight
+    target = torch.full((n,), _NONE, device="cpu")
+    chunks = _Chunks(student, student_weight, None, target, None, False, _NONE, None, logit_scale)
+    chunks.shift.zero_()
+    chunks.log_sum.zero_()
+    direct = not need or _cpu.matrix_element_bytes(student) == 4
+    row_bytes = chunks.blocks * _VB * (8 if direct else 10)
+    budget = max(_WORKSPACE, student_weight.numel() * 4 // 8 if need_weight else 0)
+    chunks.rows = min(_MOST_ROWS, max(budget // row_bytes // _RP * _RP, _RP))
+    heads = (chunks.input, chunks.weight), (rows_apart(teacher), rows_apart(teacher_weight))
+    # a softcap before the scale is softcap * scale after it
+    caps = [(cap or 0.0) * logit_scale for cap in (student_softcap, teacher_softcap)]
+    on_row, nothing = (torch.full((n,), value, device="cpu") for value in (unit, 0.0))
+    losses = torch.empty(n, dtype=torch.float32, device="cpu")
+    d_student, d_weight, _ = chunks.outputs(None, need_student, need_weight)
+    room, d_scores, scores = None, None, []
+    for part in chunks:
+        rows = part.stop - part.start
+        if room is None or room.rows != rows:
+            del room, d_scores, scores  # before the next are allocated
+            room = _Room(rows, classes, max(student.shape[1], teacher.shape[1]))
+            d_scores, own = None, None
+            if need:
+                memory, stats, _ = chunks.workspace(part)
+                stats[: room.shape[1]] = 0  # the base of each row
+                d_scores = memory.view(torch.float32 if direct else torch.bfloat16)
+                own = d_scores if direct else None
+            scores = [room.floats(*room.shape) if own is None else own, room.floats(*room.shape)]
+        for (x, w), cap, z, lse in zip(heads, caps, scores, room.lse):
+            _cpu.linear_distillation_scores(x[part], w, cap, logit_scale, z, lse, room.workspace)
+        _cpu.linear_distillation_rows(
+            kind,
+            beta,
+            caps[0],
+            classes,
+            scores[0],
+            room.lse[0],
+            scores[1],
+            room.lse[1],
+            losses[part],
+            d_scores,
+            room.workspace,
+        )
+        if need:
+            chunks.gradients(
+                part, on_row[part], nothing[part], None, True, d_student, d_weight, None
+            )
+    return (
+        losses.sum() * unit,
+        _or_empty(d_student, student.dtype),
+        _or_empty(d_weight, torch.float32),
+    )
+
+
+def backward(d_loss, d_student, d_weight, weight_dtype):
+    none = d_student.new_empty(0)
+    return _scaled(d_loss, d_student, d_weight, none, weight_dtype, none.dtype)[:2]
