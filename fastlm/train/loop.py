@@ -1,7 +1,7 @@
 """The training loop, one for every stage. An ``Objective`` defines what is trained and on what:
 `fastlm.train.pretrain.NextToken` predicts the next token.
 
-A step is: micro-batches of the objective, backward with the global token count, clip and AdamW in
+A step is: micro-batches of the objective, backward with the global token count, clip and update in
 one pass, one line in metrics.jsonl. A checkpoint records the length of metrics.jsonl. Starting the
 same command again truncates the file there and continues, so that it holds every step once. Ctrl-C
 ends the running step, saves a checkpoint and reports where.
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fastlm.errors import InputError
 from fastlm.memory import keep_freed_memory
+from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.train.metrics import METRICS
@@ -203,8 +204,11 @@ class _Loop:
         self.model, self.objective, self.options = objective.trained, objective, options
         self.run_dir, self.on_event = run_dir, on_event
         groups = objective.parameter_groups(options.weight_decay)
+        kind = {"adamw": AdamW, "muon": Muon}[options.optimizer]
+        if kind is Muon:
+            groups = muon_groups(groups, self.model)
         self.rates = [group.pop("lr", 1.0) for group in groups]  # factors of the scheduled rate
-        self.optimizer = AdamW(
+        self.optimizer = kind(
             groups,
             lr=options.lr,
             betas=options.betas,

@@ -15,6 +15,7 @@ OBSERVING = (
 # How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
 DTYPES = ("bfloat16", "float32")
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class TrainOptions:
     max_tokens: Annotated[int | None, "Stop after this many tokens"] = None
     accumulate: Annotated[int, "Micro-batches per step"] = 1
     dtype: Annotated[str, "bfloat16 (with float32 master weights) or float32"] = "bfloat16"
+    optimizer: Annotated[str, "adamw, or muon (layers' matrices; AdamW for the rest)"] = "adamw"
     lr: Annotated[float, "Peak learning rate"] = 1e-3
     schedule: Annotated[str, "cosine or wsd"] = "cosine"
     warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.02
@@ -87,5 +89,6 @@ class TrainOptions:
             raise InputError(
                 f"schedule: wanted one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name, known in (("dtype", DTYPES), ("optimizer", OPTIMIZERS)):
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")

@@ -11,7 +11,7 @@ from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.options import TrainOptions
+from fastlm.train.options import OPTIMIZERS, TrainOptions
 from fastlm.typed import unknown
 
 if TYPE_CHECKING:
@@ -325,8 +325,8 @@ class Pretrain(TrainOptions, Stage):
             facts={
                 "model": shape,
                 "batch": batch,
-                "schedule": f"AdamW, {self.schedule}, peak {self.lr}, weight decay"
-                f" {self.weight_decay}, {self.dtype}",
+                "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
+                f" weight decay {self.weight_decay}, {self.dtype}",
                 "training text": f"{count_text(have)} tokens, {seen}",
                 "time": f"{took}, steps and checkpoints",
                 "speed": f"{result['tokens_per_second']:,.0f} tokens per second, steps alone",

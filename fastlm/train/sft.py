@@ -16,7 +16,7 @@ from fastlm.data.sources import NAMED_LINES as NAMED
 from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Part, Positional, Stage, Takes, at_least_one
 from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.options import TrainOptions
+from fastlm.train.options import OPTIMIZERS, TrainOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -412,8 +412,8 @@ class Sft(TrainOptions, Stage):
                 "learnt": f"{count_text(learnt)} of {count_text(whole)} tokens"
                 f" ({100 * learnt / whole:.0f} %)",
                 "batch": f"{self.batch_size * self.accumulate} conversations without padding",
-                "schedule": f"AdamW, {self.schedule}, peak {self.lr}, weight decay"
-                f" {self.weight_decay}, {self.dtype}",
+                "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
+                f" weight decay {self.weight_decay}, {self.dtype}",
                 "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
                 "speed": f"{result['tokens_per_second']:,.0f} learnt tokens per second",
                 "machine load": result["load"],
