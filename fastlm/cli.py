@@ -43,9 +43,9 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt as e:
             _fail(e, INTERRUPTED)
         except ArithmeticError as e:
-            from fastlm.train.loop import NonFiniteError
+            from fastlm.train.loop import DivergedError
 
-            if not isinstance(e, NonFiniteError):
+            if not isinstance(e, DivergedError):
                 raise
             _fail(e, DIVERGED)
 

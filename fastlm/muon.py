@@ -140,7 +140,8 @@ class Muon(AdamW):
         else:
             weight = state["master"] if "master" in state else param.to(average.dtype)
         weight.mul_(1 - lr * group["weight_decay"])
-        weight.add_(update, alpha=-lr * _factor(*param.shape, group["adjust_lr_fn"]))
+        rows, columns = param.shape
+        weight.add_(update, alpha=-lr * _factor(rows, columns, group["adjust_lr_fn"]))
         if low is not None and param.dtype == torch.bfloat16:
             weight, rest = reference.split_master(weight)
             low.copy_(rest)

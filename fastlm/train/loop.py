@@ -7,7 +7,7 @@ same command again truncates the file there and continues, so that it holds ever
 ends the running step, saves a checkpoint and reports where.
 
 The loss is read back every step: a loss that is not finite has to stop the run before it spoils the
-next checkpoint.
+next checkpoint. A spike (`fastlm.train.spikes`) is named with its batch.
 """
 
 import fcntl
@@ -33,8 +33,9 @@ from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.train.metrics import METRICS
-from fastlm.train.options import BUDGET, TrainOptions
+from fastlm.train.options import BUDGET, GUARDS, TrainOptions
 from fastlm.train.schedule import due, learning_rate, progress
+from fastlm.train.spikes import Spikes
 from fastlm.train.state import (
     Progress,
     checkpoint_path,
@@ -47,10 +48,18 @@ from fastlm.train.state import (
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is not finite. The message names the step, its batch and the last
-    good checkpoint in one line.
+class DivergedError(ArithmeticError):
+    """A training that must not go on. The message names the step, its batch and the last good
+    checkpoint in one line.
     """
+
+
+class NonFiniteError(DivergedError):
+    """The loss or the gradient is not finite."""
+
+
+class SpikeError(DivergedError):
+    """The loss is far above those before it, and ``on_spike`` is "stop"."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -149,7 +158,7 @@ def train(
 
     Writes metrics.jsonl and checkpoints/ to ``run_dir``; ``on_event`` receives every line of
     metrics as it is written. InputError: options, a checkpoint of another run, a folder that cannot
-    be written. NonFiniteError, Interrupted. The process keeps its freed memory from here on
+    be written. DivergedError, Interrupted. The process keeps its freed memory from here on
     (`fastlm.memory.keep_freed_memory`).
     """
     options.check()
@@ -224,6 +233,7 @@ class _Loop:
         self.training_seconds = 0.0  # of steps alone: the basis of tokens_per_second
         self.done = -1.0  # progress at the end of the last step; below 0: nothing happened yet
         self.loss: float | None = None
+        self.spikes = Spikes(options.spike_factor, options.spike_window)
         self.last_metrics: dict[str, float] = {}
         self.saved_step = -1
         self.started = time.perf_counter()
@@ -305,10 +315,11 @@ class _Loop:
             group["lr"] = lr * factor
         loss_value = float(total)
         if not math.isfinite(loss_value):
-            raise self.not_finite("loss", loss_value, position)
-        norm = self.update()
+            raise NonFiniteError(self.diverged(f"the loss is {loss_value}", position))
+        found = self.on_spike(loss_value, position)
+        norm = self.update(skip="skipped" in found)
         if not math.isfinite(norm):
-            raise self.not_finite("gradient norm", norm, position)
+            raise NonFiniteError(self.diverged(f"the gradient norm is {norm}", position))
         self.step += 1
         self.tokens += num_items
         took = time.perf_counter() - began
@@ -317,7 +328,7 @@ class _Loop:
         line = {
             "step": self.step, "loss": loss_value, "lr": lr, "grad_norm": norm,
             "tokens": self.tokens, "tokens_per_second": num_items / took, "seconds": self.seconds(),
-            "progress": self.progress(),
+            "progress": self.progress(), **found,
         }  # fmt: skip
         scalars = self.objective.scalars()
         if taken := line.keys() & scalars.keys():
@@ -327,18 +338,34 @@ class _Loop:
         if self.finished() or self.step % o.checkpoint_every == 0:
             self.save()
 
-    def update(self) -> float:
-        """Clip and step. Return the gradient's norm before clipping."""
-        self.optimizer.step()
-        assert self.optimizer.grad_norm is not None  # measured: max_grad_norm is never None here
-        norm = float(self.optimizer.grad_norm)
+    def update(self, *, skip: bool) -> float:
+        """Clip and step. Return the gradient's norm before clipping; 0 for a skipped step."""
+        norm = 0.0
+        if not skip:
+            self.optimizer.step()
+            assert self.optimizer.grad_norm is not None  # max_grad_norm is never None here
+            norm = float(self.optimizer.grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def not_finite(self, what: str, value: float, position: str) -> NonFiniteError:
+    def on_spike(self, loss: float, position: str) -> dict[str, Any]:
+        """Do what `on_spike` says where the loss is a spike. Return what the step's line says."""
+        what = self.spikes.check(loss)
+        if what is None:
+            return {}
+        policy = self.options.on_spike
+        if policy == "stop":
+            raise SpikeError(self.diverged(what, position))
+        if self.on_event is not None:
+            done = "; the step is skipped" if policy == "skip" else ""
+            told = f"step {self.step + 1}: {what}; batch: {position}{done}"
+            self.on_event({"warning": told})
+        return {"spike": position, **({"skipped": True} if policy == "skip" else {})}
+
+    def diverged(self, what: str, position: str) -> str:
         good = list_checkpoints(self.run_dir)
-        return NonFiniteError(
-            f"step {self.step + 1}: the {what} is {value}; batch: {position}; "
+        return (
+            f"step {self.step + 1}: {what}; batch: {position}; "
             f"last good checkpoint: {good[-1] if good else 'none'}"
         )
 
@@ -390,12 +417,14 @@ class _Loop:
         length = 0
         if found:
             state = load_checkpoint(
-                found[-1], self.model, self.optimizer, self.identity(), may_differ=BUDGET
-            )
+                found[-1], self.model, self.optimizer, self.identity(),
+                may_differ=(*BUDGET, *GUARDS),
+            )  # fmt: skip
             self.objective.load_state_dict(state.objective)
             self.step, self.tokens, self.used = state.step, state.tokens, state.seconds
             self.done, self.loss, self.last_metrics = state.done, state.loss, state.last_metrics
             self.training_seconds = state.training_seconds
+            self.spikes.losses = state.losses[-self.options.spike_window :]
             length, self.saved_step = state.metrics_bytes, self.step
         have = self.metrics.seek(0, os.SEEK_END)
         if have < length:
@@ -423,7 +452,7 @@ class _Loop:
             step=self.step, tokens=self.tokens, seconds=self.seconds(), done=self.done,
             training_seconds=self.training_seconds, loss=self.loss,
             last_metrics=self.last_metrics, metrics_bytes=self.metrics.tell(),
-            objective=self.objective.state_dict(),
+            objective=self.objective.state_dict(), losses=self.spikes.losses,
         )  # fmt: skip
         return save_checkpoint(
             self.run_dir,

@@ -14,6 +14,9 @@ OBSERVING = (
 )  # fmt: skip
 # How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
+# What is done about a spike; a training can continue with another answer
+GUARDS = ("spike_factor", "spike_window", "on_spike")
+ON_SPIKE = ("warn", "skip", "stop")
 DTYPES = ("bfloat16", "float32")
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
@@ -45,6 +48,11 @@ class TrainOptions:
     eps: Annotated[float, "AdamW's epsilon"] = 1e-8
     weight_decay: Annotated[float, "Weight decay of matrices"] = 0.1
     max_grad_norm: Annotated[float | None, "Clip the gradient to this norm"] = 1.0
+    spike_factor: Annotated[
+        float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
+    ] = 6.0
+    spike_window: Annotated[int, "Steps whose losses a spike is measured against"] = 128
+    on_spike: Annotated[str, "warn, skip (throw the gradients away) or stop"] = "warn"
     validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 20
     val_tokens: Annotated[int, "Tokens per validation"] = 1 << 16
     sample_at: Annotated[
@@ -60,8 +68,11 @@ class TrainOptions:
         return TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions)})
 
     def identity(self) -> dict[str, Any]:
-        """Return the options that decide what is trained: all but OBSERVING."""
-        return {k: v for k, v in asdict(self).items() if k not in OBSERVING}
+        """Return the options that decide what is trained: all but OBSERVING, and GUARDS that only
+        watch.
+        """
+        watching = OBSERVING if self.on_spike == "skip" else (*OBSERVING, *GUARDS)
+        return {k: v for k, v in asdict(self).items() if k not in watching}
 
     def check(self) -> None:
         """Check the values. InputError names the option."""
@@ -69,11 +80,19 @@ class TrainOptions:
             raise InputError(
                 "max_tokens, max_steps, max_seconds: wanted at least one of them, got none"
             )
-        for name in ("max_steps", "max_seconds", "max_tokens", "max_grad_norm", "lr", "eps"):
+        for name in (
+            "max_steps",
+            "max_seconds",
+            "max_tokens",
+            "max_grad_norm",
+            "lr",
+            "eps",
+            "spike_factor",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}: wanted a positive number, got {value}")
-        for name in ("accumulate", "checkpoint_every", "keep", "val_tokens"):
+        for name in ("accumulate", "checkpoint_every", "keep", "val_tokens", "spike_window"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
         for name in ("validations", "sample_tokens", "weight_decay"):
@@ -89,6 +108,7 @@ class TrainOptions:
             raise InputError(
                 f"schedule: wanted one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
-        for name, known in (("dtype", DTYPES), ("optimizer", OPTIMIZERS)):
+        choices = {"dtype": DTYPES, "optimizer": OPTIMIZERS, "on_spike": ON_SPIKE}
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")

@@ -39,6 +39,7 @@ class Progress:
     last_metrics: dict[str, Any]
     metrics_bytes: int
     objective: dict[str, Any]
+    losses: list[float]  # of the last steps, for `fastlm.train.spikes`
 
     def __post_init__(self) -> None:
         for name in ("step", "tokens", "seconds", "training_seconds", "metrics_bytes"):
