@@ -32,11 +32,13 @@ from fastlm.memory import keep_freed_memory
 from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
+from fastlm.train.best import Best
 from fastlm.train.metrics import METRICS
 from fastlm.train.options import BUDGET, GUARDS, TrainOptions
 from fastlm.train.schedule import due, learning_rate, progress
 from fastlm.train.spikes import Spikes
 from fastlm.train.state import (
+    FOLDER,
     Progress,
     checkpoint_path,
     list_checkpoints,
@@ -69,7 +71,8 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True)
 class TrainResult:
     """``seconds`` and ``tokens`` are those of the whole run, across interruptions; ``metrics`` are
-    those of the last validation.
+    those of the last validation. ``best_step`` and ``best_loss`` are of the lowest val_loss, where
+    the options keep its weights.
     """
 
     steps: int
@@ -78,6 +81,8 @@ class TrainResult:
     tokens_per_second: float
     loss: float | None
     metrics: dict[str, float]
+    best_step: int | None = None
+    best_loss: float | None = None
 
 
 class Objective(Protocol):
@@ -152,7 +157,8 @@ def train(
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
     """Train ``objective.trained`` in place to the end of the budget, from the last checkpoint in
-    ``run_dir`` if there is one. The checkpoint may be from a run with another budget. From here on
+    ``run_dir`` if there is one. It then has the weights of the last step, or with ``take="best"``
+    those of the lowest val_loss. The checkpoint may be from a run with another budget. From here on
     the learning rate follows the schedule of the new budget, so the rate of a finished training
     rises again.
 
@@ -172,6 +178,8 @@ def train(
             pass
         if interrupted.is_set():  # after the last step too: nothing further was wanted
             raise Interrupted(f"stopped after step {loop.step}; saved in {loop.saved()}")
+        if options.take == "best":
+            loop.best.take(loop.model)
         return loop.result()
 
 
@@ -235,6 +243,7 @@ class _Loop:
         self.loss: float | None = None
         self.spikes = Spikes(options.spike_factor, options.spike_window)
         self.last_metrics: dict[str, float] = {}
+        self.best = Best(run_dir / FOLDER, options.keeps_best)
         self.saved_step = -1
         self.started = time.perf_counter()
         try:
@@ -386,6 +395,7 @@ class _Loop:
             with _evaluating(self.model):
                 self.last_metrics = self.objective.validate()
             self.log({"step": self.step, **self.last_metrics})
+            self.best.offer(self.step, self.last_metrics, self.model)
         if due(o.sample_at, before, self.done):
             with _evaluating(self.model):
                 text = self.objective.sample()
@@ -418,13 +428,14 @@ class _Loop:
         if found:
             state = load_checkpoint(
                 found[-1], self.model, self.optimizer, self.identity(),
-                may_differ=(*BUDGET, *GUARDS),
+                may_differ=(*BUDGET, *GUARDS, "take"),
             )  # fmt: skip
             self.objective.load_state_dict(state.objective)
             self.step, self.tokens, self.used = state.step, state.tokens, state.seconds
             self.done, self.loss, self.last_metrics = state.done, state.loss, state.last_metrics
             self.training_seconds = state.training_seconds
             self.spikes.losses = state.losses[-self.options.spike_window :]
+            self.best.resume(state.best_step, state.best_loss)
             length, self.saved_step = state.metrics_bytes, self.step
         have = self.metrics.seek(0, os.SEEK_END)
         if have < length:
@@ -437,6 +448,7 @@ class _Loop:
         if found:
             self.done = min(self.done, self.progress())  # less under a larger budget
         else:
+            self.best.prune(None)
             self.moments()
 
     def saved(self) -> Path:
@@ -453,8 +465,9 @@ class _Loop:
             training_seconds=self.training_seconds, loss=self.loss,
             last_metrics=self.last_metrics, metrics_bytes=self.metrics.tell(),
             objective=self.objective.state_dict(), losses=self.spikes.losses,
+            best_step=self.best.step, best_loss=self.best.loss,
         )  # fmt: skip
-        return save_checkpoint(
+        path = save_checkpoint(
             self.run_dir,
             self.step,
             self.model,
@@ -463,9 +476,12 @@ class _Loop:
             self.identity(),
             keep=self.options.keep,
         )
+        self.best.prune(self.best.step)
+        return path
 
     def result(self) -> TrainResult:
         rate = self.tokens / self.training_seconds if self.training_seconds else 0.0
         return TrainResult(
-            self.step, self.tokens, self.seconds(), rate, self.loss, self.last_metrics
-        )
+            self.step, self.tokens, self.seconds(), rate, self.loss, self.last_metrics,
+            self.best.step, self.best.loss,
+        )  # fmt: skip

@@ -10,13 +10,14 @@ from fastlm.train.schedule import SCHEDULES
 # What is observed and kept along the way; it uses none of the training's random numbers
 OBSERVING = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep",
+    "keep", "keep_best",
 )  # fmt: skip
 # How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
 # What is done about a spike; a training can continue with another answer
 GUARDS = ("spike_factor", "spike_window", "on_spike")
 ON_SPIKE = ("warn", "skip", "stop")
+TAKE = ("last", "best")
 DTYPES = ("bfloat16", "float32")
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
@@ -62,6 +63,8 @@ class TrainOptions:
     sample_tokens: Annotated[int, "Tokens per sample; 0: no samples"] = 80
     checkpoint_every: Annotated[int, "Steps between checkpoints"] = 200
     keep: Annotated[int, "Checkpoints to keep"] = 2
+    keep_best: Annotated[bool, "Also keep the weights of the lowest val_loss"] = False
+    take: Annotated[str, "The weights to leave: last, or best (of the lowest val_loss)"] = "last"
 
     def loop_options(self) -> "TrainOptions":
         """Return these options without those that a stage adds."""
@@ -108,7 +111,13 @@ class TrainOptions:
             raise InputError(
                 f"schedule: wanted one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
-        choices = {"dtype": DTYPES, "optimizer": OPTIMIZERS, "on_spike": ON_SPIKE}
+        choices = {"dtype": DTYPES, "optimizer": OPTIMIZERS, "on_spike": ON_SPIKE, "take": TAKE}
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")
+        if self.keeps_best and not self.validations:
+            raise InputError("validations: wanted 1 or more to find the best weights, got 0")
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.keep_best or self.take == "best"

@@ -10,6 +10,7 @@ from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.train.best import taken
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
 from fastlm.typed import unknown
@@ -297,8 +298,8 @@ class Pretrain(TrainOptions, Stage):
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
         return (
-            f"{result['steps']} steps, {loss}, {result['tokens_per_second']:,.0f} tokens/s:"
-            f" {job.out / MODEL}"
+            f"{result['steps']} steps, {loss}, {result['tokens_per_second']:,.0f} tokens/s"
+            f"{taken(result, self.take)}: {job.out / MODEL}"
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:

@@ -15,6 +15,7 @@ from fastlm.data.conversations import FORMATS
 from fastlm.data.sources import NAMED_LINES as NAMED
 from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Part, Positional, Stage, Takes, at_least_one
+from fastlm.train.best import taken
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
 
@@ -392,7 +393,8 @@ class Sft(TrainOptions, Stage):
         loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
         return (
             f"{result['conversations']:,} conversations, {result['steps']} steps, {loss},"
-            f" {result['tokens_per_second']:,.0f} learnt tokens/s: {job.out / MODEL}"
+            f" {result['tokens_per_second']:,.0f} learnt tokens/s{taken(result, self.take)}:"
+            f" {job.out / MODEL}"
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:

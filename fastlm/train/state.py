@@ -40,6 +40,8 @@ class Progress:
     metrics_bytes: int
     objective: dict[str, Any]
     losses: list[float]  # of the last steps, for `fastlm.train.spikes`
+    best_step: int | None  # of `fastlm.train.best`
+    best_loss: float | None
 
     def __post_init__(self) -> None:
         for name in ("step", "tokens", "seconds", "training_seconds", "metrics_bytes"):
