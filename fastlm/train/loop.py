@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fastlm.errors import InputError
 from fastlm.memory import keep_freed_memory
+from fastlm.model.layers import checkpoint_activations
 from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
@@ -236,6 +237,8 @@ class _Loop:
         self.optimizer.keep_masters()  # the bits that bfloat16 would cut off a new model's weights
         self.model.to(DTYPES[options.dtype])
         self.model.train()
+        if options.checkpoint_activations:
+            checkpoint_activations(self.model, options.checkpoint_activations)
         self.step = self.tokens = 0
         self.used = 0.0  # seconds of earlier sessions
         self.training_seconds = 0.0  # of steps alone: the basis of tokens_per_second

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from fastlm.errors import InputError
 from fastlm.train.schedule import SCHEDULES
 
-# What is observed and kept along the way; it uses none of the training's random numbers
+# What changes no bit of the trained weights: it uses none of the training's random numbers
 OBSERVING = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep", "keep_best",
+    "keep", "keep_best", "checkpoint_activations",
 )  # fmt: skip
 # How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
@@ -40,6 +40,9 @@ class TrainOptions:
     accumulate: Annotated[int, "Micro-batches per step"] = 1
     dtype: Annotated[str, "bfloat16 (with float32 master weights) or float32"] = "bfloat16"
     optimizer: Annotated[str, "adamw, or muon (layers' matrices; AdamW for the rest)"] = "adamw"
+    checkpoint_activations: Annotated[
+        int, "Layers, from the first, whose activations the backward computes again: less memory"
+    ] = 0
     lr: Annotated[float, "Peak learning rate"] = 1e-3
     schedule: Annotated[str, "cosine or wsd"] = "cosine"
     warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.02
@@ -98,7 +101,7 @@ class TrainOptions:
         for name in ("accumulate", "checkpoint_every", "keep", "val_tokens", "spike_window"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
-        for name in ("validations", "sample_tokens", "weight_decay"):
+        for name in ("validations", "sample_tokens", "weight_decay", "checkpoint_activations"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
         shares = {"warmup": self.warmup, "decay": self.decay, "final_lr": self.final_lr}
