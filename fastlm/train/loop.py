@@ -36,7 +36,7 @@ from fastlm.progress import silent
 from fastlm.train.best import Best
 from fastlm.train.metrics import METRICS
 from fastlm.train.options import BUDGET, GUARDS, TrainOptions
-from fastlm.train.schedule import due, learning_rate, progress
+from fastlm.train.schedule import due, learning_rate, micro_batches, progress
 from fastlm.train.spikes import Spikes
 from fastlm.train.state import (
     FOLDER,
@@ -312,7 +312,8 @@ class _Loop:
         o = self.options
         began = time.perf_counter()
         position = self.objective.position()
-        batches = self.objective.next_batches(o.accumulate)
+        count = micro_batches(self.progress(), o.accumulate, o.batch_warmup)
+        batches = self.objective.next_batches(count)
         num_items = sum(self.objective.num_items(batch) for batch in batches)
         lr = learning_rate(
             self.progress(0.5, 0.5 * num_items),

@@ -38,6 +38,9 @@ class TrainOptions:
     ] = None
     max_tokens: Annotated[int | None, "Stop after this many tokens"] = None
     accumulate: Annotated[int, "Micro-batches per step"] = 1
+    batch_warmup: Annotated[
+        float, "Share of the run in which the micro-batches per step grow from 1 to accumulate"
+    ] = 0.0
     dtype: Annotated[str, "bfloat16 (with float32 master weights) or float32"] = "bfloat16"
     optimizer: Annotated[str, "adamw, or muon (layers' matrices; AdamW for the rest)"] = "adamw"
     checkpoint_activations: Annotated[
@@ -105,6 +108,7 @@ class TrainOptions:
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
         shares = {"warmup": self.warmup, "decay": self.decay, "final_lr": self.final_lr}
+        shares["batch_warmup"] = self.batch_warmup
         shares |= {f"betas[{i}]": b for i, b in enumerate(self.betas)}
         shares |= {f"sample_at[{i}]": s for i, s in enumerate(self.sample_at)}
         for name, value in shares.items():

@@ -322,7 +322,8 @@ class Pretrain(TrainOptions, Stage):
         begin = f"the prompt “{prompt}”" if prompt else "the start of a document"
         return Part(
             "Training",
-            f"Training saw {count_text(tokens)} tokens: {result['steps']:,} steps of {step:,}.",
+            f"Training saw {count_text(tokens)} tokens: {result['steps']:,} steps of"
+            f" {'up to ' if self.batch_warmup else ''}{step:,}.",
             facts={
                 "model": shape,
                 "batch": batch,

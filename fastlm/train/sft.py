@@ -308,6 +308,11 @@ class Sft(TrainOptions, Stage):
         epochs = self.epochs
         if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
             return options
+        if self.batch_warmup:  # the number of steps of an epoch would depend on itself
+            raise InputError(
+                "batch_warmup: wanted 0 where epochs end the training (max_tokens or max_steps do"
+                f" without), got {self.batch_warmup}"
+            )
         batches = math.ceil(examples / self.batch_size)
         steps = math.ceil((epochs or 1.0) * math.ceil(batches / self.accumulate))
         most = steps if self.max_steps is None else self.max_steps
