@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.errors import InputError
+from fastlm.train.writer import Writer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,8 +23,8 @@ NAME = re.compile(r"best-(\d{8,})")
 class Best:
     """``step`` and ``loss`` of the best weights in ``folder``; None: there are none yet."""
 
-    def __init__(self, folder: Path, enabled: bool):
-        self.folder, self.enabled = folder, enabled
+    def __init__(self, folder: Path, enabled: bool, writer: Writer):
+        self.folder, self.enabled, self.writer = folder, enabled, writer
         self.step: int | None = None
         self.loss: float | None = None
 
@@ -43,7 +44,10 @@ class Best:
         if not loss < (math.inf if self.loss is None else self.loss):
             return
         make_folder(self.folder)
-        save_tensors(self.path(step), model.state_dict(), {"step": step, "val_loss": loss})
+        path, told, tensors = self.path(step), {"step": step, "val_loss": loss}, model.state_dict()
+        if self.writer.beside:
+            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.writer.submit(lambda: save_tensors(path, tensors, told))
         self.step, self.loss = step, loss
 
     def resume(self, step: int | None, loss: float | None) -> None:

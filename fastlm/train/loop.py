@@ -4,7 +4,8 @@
 A step is: micro-batches of the objective, backward with the global token count, clip and update in
 one pass, one line in metrics.jsonl. A checkpoint records the length of metrics.jsonl. Starting the
 same command again truncates the file there and continues, so that it holds every step once. Ctrl-C
-ends the running step, saves a checkpoint and reports where.
+ends the running step, saves a checkpoint and reports where. With ``async_checkpoints`` a thread
+writes what `collect` copied; whoever names a checkpoint waits for it.
 
 The loss is read back every step: a loss that is not finite has to stop the run before it spoils the
 next checkpoint. A spike (`fastlm.train.spikes`) is named with its batch.
@@ -42,11 +43,13 @@ from fastlm.train.state import (
     FOLDER,
     Progress,
     checkpoint_path,
+    collect,
     list_checkpoints,
     load_checkpoint,
     prune,
     save_checkpoint,
 )
+from fastlm.train.writer import Writer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -171,12 +174,13 @@ def train(
     options.check()
     keep_freed_memory()
     loop = _Loop(objective, options, Path(run_dir), on_event)
-    with loop.metrics, _deferred_interrupt() as interrupted:
+    with loop.metrics, _deferred_interrupt() as interrupted, loop.writer:
         loop.begin()
         ticks = loop.ticks(interrupted)
         total = loop.total_ticks() - loop.used_ticks()
         for _ in track(ticks, "training", total=total, unit=loop.unit()):
             pass
+        loop.writer.wait()
         if interrupted.is_set():  # after the last step too: nothing further was wanted
             raise Interrupted(f"stopped after step {loop.step}; saved in {loop.saved()}")
         if options.take == "best":
@@ -246,7 +250,8 @@ class _Loop:
         self.loss: float | None = None
         self.spikes = Spikes(options.spike_factor, options.spike_window)
         self.last_metrics: dict[str, float] = {}
-        self.best = Best(run_dir / FOLDER, options.keeps_best)
+        self.writer = Writer(options.async_checkpoints)
+        self.best = Best(run_dir / FOLDER, options.keeps_best, self.writer)
         self.saved_step = -1
         self.started = time.perf_counter()
         try:
@@ -310,6 +315,7 @@ class _Loop:
     def advance(self) -> None:
         """Run one step and what is due after it."""
         o = self.options
+        self.writer.check()
         began = time.perf_counter()
         position = self.objective.position()
         count = micro_batches(self.progress(), o.accumulate, o.batch_warmup)
@@ -376,6 +382,7 @@ class _Loop:
         return {"spike": position, **({"skipped": True} if policy == "skip" else {})}
 
     def diverged(self, what: str, position: str) -> str:
+        self.writer.wait()
         good = list_checkpoints(self.run_dir)
         return (
             f"step {self.step + 1}: {what}; batch: {position}; "
@@ -457,9 +464,11 @@ class _Loop:
 
     def saved(self) -> Path:
         """Return the checkpoint of this step; write it if it does not exist."""
-        if self.saved_step == self.step:
-            return checkpoint_path(self.run_dir, self.step)
-        return self.save()
+        path = checkpoint_path(self.run_dir, self.step)
+        if self.saved_step != self.step:
+            path = self.save()
+        self.writer.wait()
+        return path
 
     def save(self) -> Path:
         os.fsync(self.metrics.fileno())
@@ -471,17 +480,17 @@ class _Loop:
             objective=self.objective.state_dict(), losses=self.spikes.losses,
             best_step=self.best.step, best_loss=self.best.loss,
         )  # fmt: skip
-        path = save_checkpoint(
-            self.run_dir,
-            self.step,
-            self.model,
-            self.optimizer,
-            state,
-            self.identity(),
-            keep=self.options.keep,
+        tensors, rest = collect(
+            self.model, self.optimizer, state, self.identity(), copy=self.writer.beside
         )
-        self.best.prune(self.best.step)
-        return path
+        step, best = self.step, self.best.step
+
+        def write() -> None:
+            save_checkpoint(self.run_dir, step, tensors, rest, keep=self.options.keep)
+            self.best.prune(best)
+
+        self.writer.submit(write)
+        return checkpoint_path(self.run_dir, step)
 
     def result(self) -> TrainResult:
         rate = self.tokens / self.training_seconds if self.training_seconds else 0.0

@@ -10,7 +10,7 @@ from fastlm.train.schedule import SCHEDULES
 # What changes no bit of the trained weights: it uses none of the training's random numbers
 OBSERVING = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep", "keep_best", "checkpoint_activations",
+    "keep", "keep_best", "checkpoint_activations", "async_checkpoints",
 )  # fmt: skip
 # How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
@@ -69,6 +69,9 @@ class TrainOptions:
     sample_tokens: Annotated[int, "Tokens per sample; 0: no samples"] = 80
     checkpoint_every: Annotated[int, "Steps between checkpoints"] = 200
     keep: Annotated[int, "Checkpoints to keep"] = 2
+    async_checkpoints: Annotated[
+        bool, "Write checkpoints beside the training, from copies in memory"
+    ] = False
     keep_best: Annotated[bool, "Also keep the weights of the lowest val_loss"] = False
     take: Annotated[str, "The weights to leave: last, or best (of the lowest val_loss)"] = "last"
 

@@ -125,21 +125,18 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
+def collect(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     identity: dict[str, Any],
     *,
-    keep: int,
-) -> Path:
-    """Write step-<step> and prune. ``identity`` is JSON-serialisable; so is ``progress.objective``,
-    except for values that are tensors.
+    copy: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a checkpoint holds: tensors, and the rest as JSON values. ``identity`` is
+    JSON-serialisable; so is ``progress.objective``, except for values that are tensors. ``copy``:
+    the tensors are copies in memory, which the training does not change.
     """
-    path = checkpoint_path(run_dir, step)
-    make_folder(path.parent)
     optimizer_tensors, optimizer_rest = pack_optimizer(optimizer)
     kept = {k: v for k, v in progress.objective.items() if isinstance(v, Tensor)}
     progress = replace(
@@ -153,7 +150,19 @@ def save_checkpoint(
     }
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    save_tensors(path, tensors, asdict(Rest(progress, identity, optimizer_rest)))
+    if copy:
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    # asdict copies lists and dicts as well
+    return tensors, asdict(Rest(progress, identity, optimizer_rest))
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, tensors: Mapping[str, Tensor], rest: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write step-<step> from what `collect` returned, and prune."""
+    path = checkpoint_path(run_dir, step)
+    make_folder(path.parent)
+    save_tensors(path, tensors, rest)
     prune(run_dir, keep)
     return path
 
