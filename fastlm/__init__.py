@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastlm.inventory import info
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.config import ModelConfig
+    from fastlm.muon import Muon
     from fastlm.optim import AdamW
     from fastlm.quant import QuantizedWeight, quantize
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ __all__ = [
     "CausalLM",
     "InputError",
     "ModelConfig",
+    "Muon",
     "QuantizedWeight",
     "Sampling",
     "Tokenizer",
@@ -48,6 +50,7 @@ _PUBLIC = {
     "AdamW": "fastlm.optim",
     "CausalLM": "fastlm.model.causal_lm",
     "ModelConfig": "fastlm.model.config",
+    "Muon": "fastlm.muon",
     "QuantizedWeight": "fastlm.quant",
     "Sampling": "fastlm.decode.sampling",
     "Tokenizer": "fastlm.tokenizer.tokenizer",

@@ -147,12 +147,17 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update(self.param_groups)
+        return loss
+
+    def _update(self, groups: list[dict[str, Any]], norm: Tensor | None = None) -> None:
+        """Step these groups; ``norm``: that of all gradients, where it is known."""
         rows: list[tuple] = []  # per parameter: its entries in the kernel's ten tables
         copies: list[tuple[Tensor, Tensor]] = []
         grads: list[Tensor] = []
         special: Tensor | None = None  # on another device, or of a dtype that no kernel has
         ordinal, served = -1, backend.DTYPES["cpu"]
-        for group in self.param_groups:
+        for group in groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             if not isinstance(lr, Tensor) or lr.is_cpu:  # reading it from a GPU would wait
                 lr = float(lr)
@@ -183,7 +188,7 @@ class AdamW(torch.optim.Optimizer):
                 if _local(state[moments[0]]).stride() != target.stride():
                     # the parameter changed its memory order, for example by .to(memory_format=...)
                     portable = _portable(state, param)
-                    state = self.state[param] = _laid_out(param, group, portable)
+                    state = self.state[param] = _laid_out(param, group, portable, _PLAIN)
                 rounds = rounding and param.dtype == torch.bfloat16
                 rows.append(
                     (
@@ -203,11 +208,12 @@ class AdamW(torch.optim.Optimizer):
                 )
         if rows:
             tables = [list(column) for column in zip(*rows)]
-            norm, have_norm = None, False
+            have_norm = norm is not None or any(map(_is_sharded, grads))
             if self.max_grad_norm is not None:
-                have_norm = any(map(_is_sharded, grads))
-                norm = torch.empty((), dtype=torch.float32, device=tables[0][0].device)
-                self.grad_norm = norm = _norm_of_shards(grads, norm) if have_norm else norm
+                if norm is None:
+                    norm = torch.empty((), dtype=torch.float32, device=tables[0][0].device)
+                    norm = _norm_of_shards(grads, norm) if have_norm else norm
+                self.grad_norm = norm
             run = backend.pick("adamw", tables[0][0] if special is None else special)
             run(*tables, self.max_grad_norm or 0.0, norm, have_norm)
             for param, target in copies:
@@ -215,7 +221,6 @@ class AdamW(torch.optim.Optimizer):
             # The kernel's writes must count as new versions: autograd checks them for saved
             # tensors, and the decoder for its packed copies.
             torch.autograd.graph.increment_version([row[0] for row in rows])
-        return loss
 
     @torch.no_grad()
     def keep_masters(self) -> None:
@@ -243,11 +248,16 @@ class AdamW(torch.optim.Optimizer):
     def _start(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        for name in _CODES:
+        for name in self._moments(group):
             state[name] = torch.zeros_like(param, dtype=wide)
         if group["master_weights"]:
             _keep_master(param, state)
         _pack(param, group, state)
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the states like the parameters of this group."""
+        del group
+        return _PLAIN
 
     def state_dict(self) -> dict[str, Any]:
         """torch's `step`, `exp_avg`, `exp_avg_sq` (float32 also for 8 bits), and a float32 `master`
@@ -273,7 +283,7 @@ class AdamW(torch.optim.Optimizer):
             given = state_dict["state"].get(key)
             if not given:
                 continue
-            self.state[param] = _laid_out(param, group, given)
+            self.state[param] = _laid_out(param, group, given, self._moments(group))
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -366,8 +376,9 @@ def _norm_of_shards(grads: list[Tensor], norm: Tensor) -> Tensor:
         parts.setdefault(along, []).append(_local(grad))
     total = torch.zeros_like(norm, dtype=torch.float64)
     for along, shards in parts.items():
+        double = any(shard.dtype == torch.float64 for shard in shards)
         norms = torch._foreach_norm(  # pyright: ignore[reportPrivateImportUsage]
-            shards, 2, dtype=torch.float32
+            shards, 2, dtype=torch.float64 if double else torch.float32
         )
         squares = torch.stack(norms).double().square().sum()
         for mesh, dimension in along:
@@ -387,9 +398,11 @@ def _dense(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return target, grad
 
 
-def _laid_out(param: Tensor, group: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _laid_out(
+    param: Tensor, group: dict[str, Any], given: dict[str, Any], moments: tuple[str, ...]
+) -> dict[str, Any]:
     """A copy of a portable state in the memory order of its parameter."""
-    for name in ("exp_avg", "exp_avg_sq", *(["master"] if "master" in given else [])):
+    for name in (*moments, *(["master"] if "master" in given else [])):
         came = given.get(name)
         if not isinstance(came, Tensor) or came.shape != param.shape:
             got = tuple(came.shape) if isinstance(came, Tensor) else type(came).__name__
@@ -401,7 +414,7 @@ def _laid_out(param: Tensor, group: dict[str, Any], given: dict[str, Any]) -> di
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
     step = torch.as_tensor(given["step"], dtype=torch.float32, device=param.device)
     state = {"step": step.reshape(()).clone()}
-    for name in ("exp_avg", "exp_avg_sq", "master"):
+    for name in (*moments, "master"):
         if name in given:
             state[name] = torch.empty_like(param, dtype=wide).copy_(given[name])
     if "master" in state and param.dtype == torch.bfloat16:

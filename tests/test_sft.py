@@ -384,6 +384,8 @@ def test_rows_that_the_template_refuses(base, tmp_path) -> None:
 
 REFUSED = {
     "data: wanted at least one source of conversations, got none": {"data": ()},
+    "batch_warmup: wanted 0 where epochs end the training (max_tokens or max_steps do without),"
+    " got 0.1": {"batch_warmup": 0.1},
     "epochs: wanted a positive number, got 0": {"epochs": 0},
     "heldout: wanted a share in [0, 1), got 1": {"heldout": 1},
     "overlong: wanted one of skip, truncate, split, got 'cut'": {"overlong": "cut"},

@@ -3,6 +3,7 @@ losses.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -18,7 +19,7 @@ from tiny_run import OPTIONS, start
 
 from fastlm.errors import InputError
 from fastlm.train.loop import Interrupted, NonFiniteError
-from fastlm.train.schedule import due, learning_rate, progress
+from fastlm.train.schedule import due, learning_rate, micro_batches, progress
 from fastlm.train.state import list_checkpoints
 
 TIMES = ("seconds", "tokens_per_second", "progress")
@@ -62,6 +63,9 @@ def test_schedules():
     assert progress(5, 30, 10, 40) == 0.75
     assert progress(5, 50, None, 40) == 1.0
     assert progress(5, 10, 10, 40, tokens=90, max_tokens=100) == 0.9
+    grows = [micro_batches(done, 4, 0.3) for done in (0.0, 0.09, 0.11, 0.21, 0.29, 0.3, 1.0)]
+    assert grows == [1, 1, 2, 3, 3, 4, 4]
+    assert micro_batches(0.0, 4, 0.0) == 4 and micro_batches(0.5, 1, 1.0) == 1
     assert due((0.0, 0.5), -1.0, 0.0) and due((0.5,), 0.4, 0.5) and not due((0.5,), 0.5, 0.6)
 
 
@@ -102,6 +106,24 @@ def test_accumulation_is_one_large_batch(data, tmp_path):
         return [e["loss"] for e in events(tmp_path / name)]
 
     assert losses("a", 2, 4) == pytest.approx(losses("b", 1, 8), rel=1e-5)
+
+
+def test_the_batch_grows_and_a_run_cut_off_in_between_goes_on_alike(data, tmp_path):
+    options = replace(OPTIONS, accumulate=3, batch_warmup=0.5, validations=0, sample_at=())
+
+    def press(event):
+        if event.get("step") == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = start(data, tmp_path / "whole", options)
+    seen = [0, *(e["tokens"] for e in events(tmp_path / "whole"))]
+    batches = [(b - a) // (4 * tiny_run.SEQ) for a, b in itertools.pairwise(seen)]
+    assert batches == [1] * 6 + [2] * 6 + [3] * 12 and result.steps == 24
+    with pytest.raises(Interrupted):
+        start(data, tmp_path / "cut", options, on_event=press)
+    start(data, tmp_path / "cut", options)
+    assert events(tmp_path / "cut") == events(tmp_path / "whole")
+    assert last_tensors(tmp_path / "cut") == last_tensors(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -367,6 +389,7 @@ def test_a_corrupt_checkpoint_is_refused(data, tmp_path):
         ({"schedule": "linear"}, "schedule: wanted one of cosine, wsd"),
         ({"sample_at": (2.0,)}, r"sample_at\[0\]: wanted 0 to 1"),
         ({"keep": 0}, "keep: wanted 1 or more"),
+        ({"batch_warmup": 1.5}, "batch_warmup: wanted 0 to 1, got 1.5"),
         ({"dtype": "float64"}, "dtype: wanted one of bfloat16, float32"),
     ],
 )

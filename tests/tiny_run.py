@@ -85,7 +85,9 @@ def start(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs):
     return pretrain(model, sampler, heldout, options, run, tokenizer=Letters(), **kwargs)
 
 
-def start_and_die(data: Path, run: Path, point: str, count: int) -> None:
+def start_and_die(
+    data: Path, run: Path, point: str, count: int, options: TrainOptions = OPTIONS
+) -> None:
     """Start a run that kills itself. ``point``: "step" dies in the ``count``-th backward, "write"
     in the middle of the ``count``-th checkpoint's tensors, "rename" right after the rename of its
     folder, "metrics" in the middle of a line.
@@ -140,5 +142,5 @@ def start_and_die(data: Path, run: Path, point: str, count: int) -> None:
                     f.write(b'{"step": 99, "lo')
                 die()
 
-        start(data, run, on_event=on_event)
-    start(data, run)
+        start(data, run, options, on_event=on_event)
+    start(data, run, options)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.cpu.cross_entropy import rows_apart
-from fastlm.cpu.linear_cross_entropy import _RP, _VB, _Chunks, _or_empty
+from fastlm.cpu.linear_cross_entropy import _RP, _VB, Chunks, _or_empty
 from fastlm.cpu.linear_cross_entropy import loss_backward as _scaled
 
 # Bytes for a chunk's scores of both heads, 8 or (with a 16-bit gradient of the scores beside them)
@@ -77,7 +77,7 @@ def loss(
         return total, d_student, d_weight
     n, classes, need = len(student), len(student_weight), need_student or need_weight
     target = torch.full((n,), _NONE, device="cpu")
-    chunks = _Chunks(student, student_weight, None, target, None, False, _NONE, None, logit_scale)
+    chunks = Chunks(student, student_weight, None, target, None, False, _NONE, None, logit_scale)
     chunks.shift.zero_()
     chunks.log_sum.zero_()
     direct = not need or _cpu.matrix_element_bytes(student) == 4

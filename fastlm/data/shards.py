@@ -256,6 +256,23 @@ def _load_index(path: Path) -> ShardInfo:
         raise InputError(f"{file}: wanted the index of token shards: {e}") from None
 
 
+def document_offsets(input_ids: torch.Tensor, eos_id: int) -> torch.Tensor | None:
+    """Return ``cu_seqlens`` (int32) of the documents in packed windows (B, S); None where every
+    window lies inside one document.
+
+    A document begins with the end-of-text token before it: its first token is predicted from that
+    token alone. Every token is thus predicted once, and generation can begin with end-of-text. A
+    window begins a document of its own.
+    """
+    begins = input_ids == eos_id
+    begins[:, 0] = True
+    offsets = begins.flatten().nonzero()[:, 0]
+    if len(offsets) == len(input_ids):
+        return None
+    end = offsets.new_tensor([input_ids.numel()])
+    return torch.cat([offsets, end]).int()
+
+
 class BatchSampler:
     """Batches of packed windows: ``next_batch() -> (input_ids, labels)``, both int64 (batch_size,
     seq_len).

@@ -18,7 +18,7 @@ import torch
 import zstandard
 from torch import nn
 
-from fastlm.data.shards import TokenDataset
+from fastlm.data.shards import TokenDataset, document_offsets
 from fastlm.errors import InputError
 from fastlm.progress import silent
 
@@ -58,12 +58,14 @@ def evaluate(
     *,
     stride: int | None = None,
     max_tokens: int | None = None,
+    document_mask: bool = False,
     track=silent,
 ) -> BitsPerByte:
     """Evaluate the whole data set, or evenly spaced windows of about ``max_tokens`` tokens in all.
 
     ``stride`` defaults to ``seq_len``: no overlap. With ``max_tokens`` the number of bytes follows
-    from that of the average token.
+    from that of the average token. With ``document_mask`` a token's context ends where its document
+    begins (`fastlm.data.shards.document_offsets`).
     """
     stride = seq_len if stride is None else stride
     for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
@@ -84,7 +86,9 @@ def evaluate(
             rows = [_window(dataset, begin, scored, seq_len, stride) for begin, scored in batch]
             ids = torch.from_numpy(np.stack([r[0] for r in rows])).to(device)
             labels = torch.from_numpy(np.stack([r[1] for r in rows])).to(device)
-            nats += float(model(ids, shift_labels=labels, num_items=1).loss)
+            offsets = document_offsets(ids, dataset.eos_id) if document_mask else None
+            inside = {} if offsets is None else {"cu_seqlens": offsets}
+            nats += float(model(ids, shift_labels=labels, num_items=1, **inside).loss)
             tokens += int((labels != IGNORE).sum())
     model.train(was_training)
     size = dataset.bytes_of_text * (tokens / dataset.tokens)

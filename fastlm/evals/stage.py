@@ -36,6 +36,9 @@ class Eval(Stage):
     seq_len: Annotated[int | None, "Window; default: the model's context, at most 1024"] = None
     stride: Annotated[int | None, "Tokens scored per window; default: half"] = None
     batch_size: Annotated[int, "Windows per batch"] = 32
+    document_mask: Annotated[
+        bool, "A token's context ends where its document begins, as in pretrain"
+    ] = False
 
     def check(self) -> None:
         at_least_one(self, "batch_size")
@@ -62,8 +65,8 @@ class Eval(Stage):
             model, tokenizer = load_model(source.where)
             result = text_bits_per_byte(
                 model, tokenizer, data.where, seq_len=self.seq_len, stride=self.stride,
-                batch_size=self.batch_size, compressors=not models, cache=job.cache,
-                track=job.track, tell=job.skipped,
+                batch_size=self.batch_size, document_mask=self.document_mask,
+                compressors=not models, cache=job.cache, track=job.track, tell=job.skipped,
             )  # fmt: skip
             for key in ("bits_per_byte_xz", "bits_per_byte_zstd", "documents"):
                 if key in result:

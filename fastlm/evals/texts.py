@@ -62,6 +62,7 @@ def text_bits_per_byte(
     seq_len: int | None = None,
     stride: int | None = None,
     batch_size: int = 32,
+    document_mask: bool = False,
     compressors: bool = True,
     cache: Path | None = None,
     track=silent,
@@ -71,7 +72,7 @@ def text_bits_per_byte(
     -19.
 
     The default window is the model's context, at most `LONGEST_WINDOW`; the default stride is half
-    of it.
+    of it. ``document_mask``: for models trained with it.
     """
     from fastlm.data.shards import INDEX, TokenDataset, write_shards
     from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate
@@ -87,7 +88,10 @@ def text_bits_per_byte(
                 f"data: wanted tokens of a vocabulary of at most {model.config.vocab_size},"
                 f" got {dataset.vocab_size}"
             )
-        result = evaluate(model, dataset, seq_len, batch_size, stride=stride, track=track)
+        result = evaluate(
+            model, dataset, seq_len, batch_size, stride=stride, document_mask=document_mask,
+            track=track,
+        )  # fmt: skip
     else:
         texts = list(read_texts(data, cache=cache, tell=tell))
         if not texts:
@@ -97,7 +101,10 @@ def text_bits_per_byte(
         with tempfile.TemporaryDirectory() as folder:
             write_shards(texts, tokenizer, Path(folder))
             dataset = TokenDataset(folder)
-            result = evaluate(model, dataset, seq_len, batch_size, stride=stride, track=track)
+            result = evaluate(
+                model, dataset, seq_len, batch_size, stride=stride, document_mask=document_mask,
+                track=track,
+            )  # fmt: skip
     return {
         "bits_per_byte": result.bits_per_byte,
         **{f"bits_per_byte_{name}": packed[name] for name in ("xz", "zstd") if packed},

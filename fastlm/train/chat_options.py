@@ -78,10 +78,19 @@ class ChatOptions(TrainOptions):
         epochs = self.epochs
         if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
             return options
+        self.check_no_warmup()
         batches = math.ceil(examples / self.batch_size)
         steps = math.ceil((epochs or 1.0) * math.ceil(batches / self.accumulate))
         most = steps if self.max_steps is None else self.max_steps
         return replace(options, max_steps=min(steps, most))
+
+    def check_no_warmup(self) -> None:
+        """Refuse `batch_warmup` where the number of steps follows from epochs, and so from it."""
+        if self.batch_warmup:
+            raise InputError(
+                "batch_warmup: wanted 0 where epochs end the training (max_tokens or max_steps do"
+                f" without), got {self.batch_warmup}"
+            )
 
     def longest(self, context: int) -> int:
         """The most tokens of an example of a model with this context."""

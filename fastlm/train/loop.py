@@ -1,13 +1,14 @@
 """The training loop, one for every stage. An ``Objective`` defines what is trained and on what:
 `fastlm.train.pretrain.NextToken` predicts the next token.
 
-A step is: micro-batches of the objective, backward with the global token count, clip and AdamW in
+A step is: micro-batches of the objective, backward with the global token count, clip and update in
 one pass, one line in metrics.jsonl. A checkpoint records the length of metrics.jsonl. Starting the
 same command again truncates the file there and continues, so that it holds every step once. Ctrl-C
-ends the running step, saves a checkpoint and reports where.
+ends the running step, saves a checkpoint and reports where. With ``async_checkpoints`` a thread
+writes what `collect` copied; whoever names a checkpoint waits for it.
 
 The loss is read back every step: a loss that is not finite has to stop the run before it spoils the
-next checkpoint.
+next checkpoint. A spike (`fastlm.train.spikes`) is named with its batch.
 """
 
 import fcntl
@@ -29,38 +30,48 @@ from torch import Tensor, nn
 
 from fastlm.errors import InputError
 from fastlm.memory import keep_freed_memory
+from fastlm.model.layers import checkpoint_activations
+from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
+from fastlm.train.best import Best
 from fastlm.train.metrics import METRICS
-from fastlm.train.options import BUDGET, TrainOptions
-from fastlm.train.schedule import due, learning_rate, progress
+from fastlm.train.options import BUDGET, GUARDS, TrainOptions
+from fastlm.train.schedule import due, learning_rate, micro_batches, progress
+from fastlm.train.spikes import Spikes
 from fastlm.train.state import (
+    FOLDER,
     Progress,
     checkpoint_path,
+    collect,
     list_checkpoints,
     load_checkpoint,
     prune,
     save_checkpoint,
 )
+from fastlm.train.writer import Writer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class DivergedError(ArithmeticError):
-    """The training has left the range in which it can go on. ``steps``: how many steps ago all was
-    well. Raised by `train`, the message names the newest checkpoint that old.
+    """A training that must not go on. The message names the step and the last good checkpoint in
+    one line. ``steps``: how many steps ago all was well; raised by `train`, ``good`` is the newest
+    checkpoint that old.
     """
 
     def __init__(self, message: str, *, steps: int = 0):
         super().__init__(message)
         self.steps = steps
-        self.good: Path | None = None  # the checkpoint that the message names
+        self.good: Path | None = None
 
 
 class NonFiniteError(DivergedError):
-    """The loss or the gradient is not finite. The message names the step, its batch and the last
-    good checkpoint in one line.
-    """
+    """The loss or the gradient is not finite. The message also names the batch."""
+
+
+class SpikeError(DivergedError):
+    """The loss is far above those before it, and ``on_spike`` is "stop"."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,7 +81,8 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True)
 class TrainResult:
     """``seconds`` and ``tokens`` are those of the whole run, across interruptions; ``metrics`` are
-    those of the last validation.
+    those of the last validation. ``best_step`` and ``best_loss`` are of the lowest val_loss, where
+    the options keep its weights.
     """
 
     steps: int
@@ -79,6 +91,8 @@ class TrainResult:
     tokens_per_second: float
     loss: float | None
     metrics: dict[str, float]
+    best_step: int | None = None
+    best_loss: float | None = None
 
 
 class Objective(Protocol):
@@ -157,26 +171,30 @@ def train(
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
     """Train ``objective.trained`` in place to the end of the budget, from the last checkpoint in
-    ``run_dir`` if there is one. The checkpoint may be from a run with another budget. From here on
+    ``run_dir`` if there is one. It then has the weights of the last step, or with ``take="best"``
+    those of the lowest val_loss. The checkpoint may be from a run with another budget. From here on
     the learning rate follows the schedule of the new budget, so the rate of a finished training
     rises again.
 
     Writes metrics.jsonl and checkpoints/ to ``run_dir``; ``on_event`` receives every line of
     metrics as it is written. InputError: options, a checkpoint of another run, a folder that cannot
-    be written. NonFiniteError, Interrupted. The process keeps its freed memory from here on
+    be written. DivergedError, Interrupted. The process keeps its freed memory from here on
     (`fastlm.memory.keep_freed_memory`).
     """
     options.check()
     keep_freed_memory()
     loop = _Loop(objective, options, Path(run_dir), on_event)
-    with loop.metrics, _deferred_interrupt() as interrupted:
+    with loop.metrics, _deferred_interrupt() as interrupted, loop.writer:
         loop.begin()
         ticks = loop.ticks(interrupted)
         total = loop.total_ticks() - loop.used_ticks()
         for _ in track(ticks, "training", total=total, unit=loop.unit()):
             pass
+        loop.writer.wait()
         if interrupted.is_set():  # after the last step too: nothing further was wanted
             raise Interrupted(f"stopped after step {loop.step}; saved in {loop.saved()}")
+        if options.take == "best":
+            loop.best.take(loop.model)
         return loop.result()
 
 
@@ -218,8 +236,11 @@ class _Loop:
         self.model, self.objective, self.options = objective.trained, objective, options
         self.run_dir, self.on_event = run_dir, on_event
         groups = objective.parameter_groups(options.weight_decay)
+        kind = {"adamw": AdamW, "muon": Muon}[options.optimizer]
+        if kind is Muon:
+            groups = muon_groups(groups, self.model)
         self.rates = [group.pop("lr", 1.0) for group in groups]  # factors of the scheduled rate
-        self.optimizer = AdamW(
+        self.optimizer = kind(
             groups,
             lr=options.lr,
             betas=options.betas,
@@ -230,12 +251,17 @@ class _Loop:
         self.optimizer.keep_masters()  # the bits that bfloat16 would cut off a new model's weights
         self.model.to(DTYPES[options.dtype])
         self.model.train()
+        if options.checkpoint_activations:
+            checkpoint_activations(self.model, options.checkpoint_activations)
         self.step = self.tokens = 0
         self.used = 0.0  # seconds of earlier sessions
         self.training_seconds = 0.0  # of steps alone: the basis of tokens_per_second
         self.done = -1.0  # progress at the end of the last step; below 0: nothing happened yet
         self.loss: float | None = None
+        self.spikes = Spikes(options.spike_factor, options.spike_window)
         self.last_metrics: dict[str, float] = {}
+        self.writer = Writer(options.async_checkpoints)
+        self.best = Best(run_dir / FOLDER, options.keeps_best, self.writer)
         self.saved_step = -1
         self.started = time.perf_counter()
         try:
@@ -299,12 +325,14 @@ class _Loop:
     def advance(self) -> None:
         """Run one step and what is due after it."""
         o = self.options
+        self.writer.check()
         began = time.perf_counter()
         position = self.objective.position()
+        count = micro_batches(self.progress(), o.accumulate, o.batch_warmup)
         try:
-            batches = self.objective.next_batches(o.accumulate)
+            batches = self.objective.next_batches(count)
         except DivergedError as error:
-            raise self.diverged(DivergedError, str(error), error.steps) from None
+            raise self.diverged(DivergedError, str(error), steps=error.steps) from None
         num_items = sum(self.objective.num_items(batch) for batch in batches)
         tokens = sum(self.objective.tokens(batch) for batch in batches)
         lr = learning_rate(
@@ -320,10 +348,11 @@ class _Loop:
             group["lr"] = lr * factor
         loss_value = float(total)
         if not math.isfinite(loss_value):
-            raise self.not_finite("loss", loss_value, position)
-        norm = self.update()
+            raise self.diverged(NonFiniteError, f"the loss is {loss_value}", position)
+        found = self.on_spike(loss_value, position)
+        norm = self.update(skip="skipped" in found)
         if not math.isfinite(norm):
-            raise self.not_finite("gradient norm", norm, position)
+            raise self.diverged(NonFiniteError, f"the gradient norm is {norm}", position)
         self.step += 1
         self.tokens += tokens
         took = time.perf_counter() - began
@@ -332,7 +361,7 @@ class _Loop:
         line = {
             "step": self.step, "loss": loss_value, "lr": lr, "grad_norm": norm,
             "tokens": self.tokens, "tokens_per_second": tokens / took, "seconds": self.seconds(),
-            "progress": self.progress(),
+            "progress": self.progress(), **found,
         }  # fmt: skip
         scalars = self.objective.scalars()
         if taken := line.keys() & scalars.keys():
@@ -342,24 +371,44 @@ class _Loop:
         if self.finished() or self.step % o.checkpoint_every == 0:
             self.save()
 
-    def update(self) -> float:
-        """Clip and step. Return the gradient's norm before clipping."""
-        self.optimizer.step()
-        assert self.optimizer.grad_norm is not None  # measured: max_grad_norm is never None here
-        norm = float(self.optimizer.grad_norm)
+    def update(self, *, skip: bool) -> float:
+        """Clip and step. Return the gradient's norm before clipping; 0 for a skipped step."""
+        norm = 0.0
+        if not skip:
+            self.optimizer.step()
+            assert self.optimizer.grad_norm is not None  # max_grad_norm is never None here
+            norm = float(self.optimizer.grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def not_finite(self, what: str, value: float, position: str) -> DivergedError:
-        return self.diverged(NonFiniteError, f"the {what} is {value}; batch: {position}", 0)
+    def on_spike(self, loss: float, position: str) -> dict[str, Any]:
+        """Do what `on_spike` says where the loss is a spike. Return what the step's line says."""
+        what = self.spikes.check(loss)
+        if what is None:
+            return {}
+        policy = self.options.on_spike
+        if policy == "stop":
+            raise self.diverged(SpikeError, what, position)
+        if self.on_event is not None:
+            done = "; the step is skipped" if policy == "skip" else ""
+            told = f"step {self.step + 1}: {what}; batch: {position}{done}"
+            self.on_event({"warning": told})
+        return {"spike": position, **({"skipped": True} if policy == "skip" else {})}
 
-    def diverged(self, kind: type[DivergedError], message: str, steps: int) -> DivergedError:
+    def diverged(
+        self, kind: type[DivergedError], what: str, position: str = "", steps: int = 0
+    ) -> DivergedError:
         """The error of the step that runs, after ``steps`` that cannot be trusted."""
+        self.writer.wait()
         trusted = checkpoint_path(self.run_dir, self.step - steps)
         good = [p for p in list_checkpoints(self.run_dir) if p.name <= trusted.name]
-        named = good[-1] if good else "none"
-        error = kind(f"step {self.step + 1}: {message}; last good checkpoint: {named}", steps=steps)
-        error.good = good[-1] if good else None
+        batch = f"batch: {position}; " if position else ""
+        last = good[-1] if good else None
+        error = kind(
+            f"step {self.step + 1}: {what}; {batch}last good checkpoint: {last or 'none'}",
+            steps=steps,
+        )
+        error.good = last
         return error
 
     def moments(self) -> None:
@@ -379,6 +428,7 @@ class _Loop:
             with _evaluating(self.model):
                 self.last_metrics = self.objective.validate()
             self.log({"step": self.step, **self.last_metrics})
+            self.best.offer(self.step, self.last_metrics, self.model)
         if due(o.sample_at, before, self.done):
             with _evaluating(self.model):
                 text = self.objective.sample()
@@ -410,12 +460,15 @@ class _Loop:
         length = 0
         if found:
             state = load_checkpoint(
-                found[-1], self.model, self.optimizer, self.identity(), may_differ=BUDGET
-            )
+                found[-1], self.model, self.optimizer, self.identity(),
+                may_differ=(*BUDGET, *GUARDS, "take"),
+            )  # fmt: skip
             self.objective.load_state_dict(state.objective)
             self.step, self.tokens, self.used = state.step, state.tokens, state.seconds
             self.done, self.loss, self.last_metrics = state.done, state.loss, state.last_metrics
             self.training_seconds = state.training_seconds
+            self.spikes.losses = state.losses[-self.options.spike_window :]
+            self.best.resume(state.best_step, state.best_loss)
             length, self.saved_step = state.metrics_bytes, self.step
         have = self.metrics.seek(0, os.SEEK_END)
         if have < length:
@@ -428,13 +481,16 @@ class _Loop:
         if found:
             self.done = min(self.done, self.progress())  # less under a larger budget
         else:
+            self.best.prune(None)
             self.moments()
 
     def saved(self) -> Path:
         """Return the checkpoint of this step; write it if it does not exist."""
-        if self.saved_step == self.step:
-            return checkpoint_path(self.run_dir, self.step)
-        return self.save()
+        path = checkpoint_path(self.run_dir, self.step)
+        if self.saved_step != self.step:
+            path = self.save()
+        self.writer.wait()
+        return path
 
     def save(self) -> Path:
         os.fsync(self.metrics.fileno())
@@ -443,20 +499,24 @@ class _Loop:
             step=self.step, tokens=self.tokens, seconds=self.seconds(), done=self.done,
             training_seconds=self.training_seconds, loss=self.loss,
             last_metrics=self.last_metrics, metrics_bytes=self.metrics.tell(),
-            objective=self.objective.state_dict(),
+            objective=self.objective.state_dict(), losses=self.spikes.losses,
+            best_step=self.best.step, best_loss=self.best.loss,
         )  # fmt: skip
-        return save_checkpoint(
-            self.run_dir,
-            self.step,
-            self.model,
-            self.optimizer,
-            state,
-            self.identity(),
-            keep=self.options.keep,
+        tensors, rest = collect(
+            self.model, self.optimizer, state, self.identity(), copy=self.writer.beside
         )
+        step, best = self.step, self.best.step
+
+        def write() -> None:
+            save_checkpoint(self.run_dir, step, tensors, rest, keep=self.options.keep)
+            self.best.prune(best)
+
+        self.writer.submit(write)
+        return checkpoint_path(self.run_dir, step)
 
     def result(self) -> TrainResult:
         rate = self.tokens / self.training_seconds if self.training_seconds else 0.0
         return TrainResult(
-            self.step, self.tokens, self.seconds(), rate, self.loss, self.last_metrics
-        )
+            self.step, self.tokens, self.seconds(), rate, self.loss, self.last_metrics,
+            self.best.step, self.best.loss,
+        )  # fmt: skip

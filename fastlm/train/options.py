@@ -7,14 +7,19 @@ from typing import Annotated, Any
 from fastlm.errors import InputError
 from fastlm.train.schedule import SCHEDULES
 
-# What is observed and kept along the way; it uses none of the training's random numbers
+# What changes no bit of the trained weights: it uses none of the training's random numbers
 OBSERVING = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep",
+    "keep", "keep_best", "checkpoint_activations", "async_checkpoints",
 )  # fmt: skip
 # How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
+# What is done about a spike; a training can continue with another answer
+GUARDS = ("spike_factor", "spike_window", "on_spike")
+ON_SPIKE = ("warn", "skip", "stop")
+TAKE = ("last", "best")
 DTYPES = ("bfloat16", "float32")
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,14 @@ class TrainOptions:
     ] = None
     max_tokens: Annotated[int | None, "Stop after this many tokens"] = None
     accumulate: Annotated[int, "Micro-batches per step"] = 1
+    batch_warmup: Annotated[
+        float, "Share of the run in which the micro-batches per step grow from 1 to accumulate"
+    ] = 0.0
     dtype: Annotated[str, "bfloat16 (with float32 master weights) or float32"] = "bfloat16"
+    optimizer: Annotated[str, "adamw, or muon (layers' matrices; AdamW for the rest)"] = "adamw"
+    checkpoint_activations: Annotated[
+        int, "Layers, from the first, whose activations the backward computes again: less memory"
+    ] = 0
     lr: Annotated[float, "Peak learning rate"] = 1e-3
     schedule: Annotated[str, "cosine or wsd"] = "cosine"
     warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.02
@@ -43,6 +55,11 @@ class TrainOptions:
     eps: Annotated[float, "AdamW's epsilon"] = 1e-8
     weight_decay: Annotated[float, "Weight decay of matrices"] = 0.1
     max_grad_norm: Annotated[float | None, "Clip the gradient to this norm"] = 1.0
+    spike_factor: Annotated[
+        float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
+    ] = 6.0
+    spike_window: Annotated[int, "Steps whose losses a spike is measured against"] = 128
+    on_spike: Annotated[str, "warn, skip (throw the gradients away) or stop"] = "warn"
     validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 20
     val_tokens: Annotated[int, "Tokens per validation"] = 1 << 16
     sample_at: Annotated[
@@ -52,14 +69,22 @@ class TrainOptions:
     sample_tokens: Annotated[int, "Tokens per sample; 0: no samples"] = 80
     checkpoint_every: Annotated[int, "Steps between checkpoints"] = 200
     keep: Annotated[int, "Checkpoints to keep"] = 2
+    async_checkpoints: Annotated[
+        bool, "Write checkpoints beside the training, from copies in memory"
+    ] = False
+    keep_best: Annotated[bool, "Also keep the weights of the lowest val_loss"] = False
+    take: Annotated[str, "The weights to leave: last, or best (of the lowest val_loss)"] = "last"
 
     def loop_options(self) -> "TrainOptions":
         """Return these options without those that a stage adds."""
         return TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions)})
 
     def identity(self) -> dict[str, Any]:
-        """Return the options that decide what is trained: all but OBSERVING."""
-        return {k: v for k, v in asdict(self).items() if k not in OBSERVING}
+        """Return the options that decide what is trained: all but OBSERVING, and GUARDS that only
+        watch.
+        """
+        watching = OBSERVING if self.on_spike == "skip" else (*OBSERVING, *GUARDS)
+        return {k: v for k, v in asdict(self).items() if k not in watching}
 
     def check(self) -> None:
         """Check the values. InputError names the option."""
@@ -67,17 +92,26 @@ class TrainOptions:
             raise InputError(
                 "max_tokens, max_steps, max_seconds: wanted at least one of them, got none"
             )
-        for name in ("max_steps", "max_seconds", "max_tokens", "max_grad_norm", "lr", "eps"):
+        for name in (
+            "max_steps",
+            "max_seconds",
+            "max_tokens",
+            "max_grad_norm",
+            "lr",
+            "eps",
+            "spike_factor",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}: wanted a positive number, got {value}")
-        for name in ("accumulate", "checkpoint_every", "keep", "val_tokens"):
+        for name in ("accumulate", "checkpoint_every", "keep", "val_tokens", "spike_window"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
-        for name in ("validations", "sample_tokens", "weight_decay"):
+        for name in ("validations", "sample_tokens", "weight_decay", "checkpoint_activations"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
         shares = {"warmup": self.warmup, "decay": self.decay, "final_lr": self.final_lr}
+        shares["batch_warmup"] = self.batch_warmup
         shares |= {f"betas[{i}]": b for i, b in enumerate(self.betas)}
         shares |= {f"sample_at[{i}]": s for i, s in enumerate(self.sample_at)}
         for name, value in shares.items():
@@ -87,5 +121,13 @@ class TrainOptions:
             raise InputError(
                 f"schedule: wanted one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        choices = {"dtype": DTYPES, "optimizer": OPTIMIZERS, "on_spike": ON_SPIKE, "take": TAKE}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")
+        if self.keeps_best and not self.validations:
+            raise InputError("validations: wanted 1 or more to find the best weights, got 0")
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.keep_best or self.take == "best"

@@ -10,8 +10,9 @@ from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.train.best import taken
 from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.options import TrainOptions
+from fastlm.train.options import OPTIMIZERS, TrainOptions
 from fastlm.typed import unknown
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.loop import TrainResult
 
-    Batch = tuple[Tensor, Tensor]
+    Batch = tuple[Tensor, Tensor, Tensor | None]  # input_ids, labels, cu_seqlens
 
 MODEL = "model"
 
@@ -39,10 +40,12 @@ class NextToken:
         options: TrainOptions,
         tokenizer: "Tokenizer | None",
         device: "torch.device",
+        *,
+        document_mask: bool = False,
     ):
         self.trained = model
         self.sampler, self.val, self.options = sampler, val, options
-        self.tokenizer, self.device = tokenizer, device
+        self.tokenizer, self.device, self.document_mask = tokenizer, device, document_mask
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         from fastlm.train.loop import decay_matrices
@@ -52,14 +55,24 @@ class NextToken:
     def identity(self) -> dict[str, Any]:
         state = self.sampler.state_dict()
         fixed = {f"data.{k}": v for k, v in state.items() if k not in ("epoch", "position")}
+        fixed["document_mask"] = self.document_mask
         return {**fixed, "batch_size": self.sampler.batch_size}
 
     def next_batches(self, count: int) -> "list[Batch]":
         return [self._next_batch() for _ in range(count)]
 
     def _next_batch(self) -> "Batch":
+        from fastlm.data.shards import document_offsets
+
         input_ids, labels = self.sampler.next_batch()
-        return input_ids.to(self.device), labels.to(self.device)
+        offsets = None
+        if self.document_mask:
+            offsets = document_offsets(input_ids, self.sampler.dataset.eos_id)
+        return (
+            input_ids.to(self.device),
+            labels.to(self.device),
+            None if offsets is None else offsets.to(self.device),
+        )
 
     def num_items(self, batch: "Batch") -> int:
         return batch[1].numel()  # packed windows have no ignored labels
@@ -68,7 +81,9 @@ class NextToken:
         return self.num_items(batch)
 
     def loss(self, batch: "Batch", num_items: int) -> "Tensor":
-        return self.trained(batch[0], shift_labels=batch[1], num_items=num_items).loss
+        input_ids, labels, offsets = batch
+        inside = {} if offsets is None else {"cu_seqlens": offsets}
+        return self.trained(input_ids, shift_labels=labels, num_items=num_items, **inside).loss
 
     def scalars(self) -> dict[str, float]:
         return {}
@@ -92,7 +107,10 @@ class NextToken:
         if self.val is None:
             return {}
         seq_len, most = self.sampler.seq_len, self.options.val_tokens
-        result = evaluate(self.trained, self.val, seq_len, self.sampler.batch_size, max_tokens=most)
+        result = evaluate(
+            self.trained, self.val, seq_len, self.sampler.batch_size, max_tokens=most,
+            document_mask=self.document_mask,
+        )  # fmt: skip
         return {"val_loss": result.loss, "bits_per_byte": result.bits_per_byte}
 
     def sample(self) -> str | None:
@@ -120,10 +138,14 @@ def pretrain(
     run_dir: Path,
     *,
     tokenizer: "Tokenizer | None" = None,
+    document_mask: bool = False,
     track=silent,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> "TrainResult":
     """Train ``model`` on ``train_data``, validating on ``val`` in bits per byte; see ``train``.
+
+    With ``document_mask``, attention stays inside documents and positions restart with each
+    (`fastlm.data.shards.document_offsets`), in training and in validation.
 
     InputError also when data, tokenizer and model disagree on the vocabulary.
     """
@@ -141,7 +163,9 @@ def pretrain(
                 f"{name}: wanted a vocabulary of at most the model's {vocab_size}, got {size}"
             )
     device = next(model.parameters()).device
-    objective = NextToken(model, train_data, val, options, tokenizer, device)
+    objective = NextToken(
+        model, train_data, val, options, tokenizer, device, document_mask=document_mask
+    )
     return train(objective, options, run_dir, track=track, on_event=on_event)
 
 
@@ -172,6 +196,7 @@ class Pretrain(TrainOptions, Stage):
 
     batch_size: Annotated[int, "Sequences per micro-batch"] = 16
     seq_len: Annotated[int, "Tokens per sequence"] = 256
+    document_mask: Annotated[bool, "Attention stays inside documents, positions restart"] = False
     seed: Annotated[int, "Seed of weights, data order and samples"] = 0
     config: Annotated[str, "The model's config.json (Hugging Face's names)"] = ""
     # The same in a recipe; the vocabulary is the tokenizer's and need not be stated
@@ -256,7 +281,8 @@ class Pretrain(TrainOptions, Stage):
         load = os.getloadavg()[0]
         done = pretrain(
             model, sampler, TokenDataset(heldout) if (heldout / INDEX).is_file() else None,
-            options, job.out, tokenizer=tokenizer, track=job.track, on_event=job.on_event,
+            options, job.out, tokenizer=tokenizer, document_mask=self.document_mask,
+            track=job.track, on_event=job.on_event,
         )  # fmt: skip
         model.save_pretrained(job.out / MODEL)
         if tokenizer:
@@ -275,8 +301,8 @@ class Pretrain(TrainOptions, Stage):
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
         return (
-            f"{result['steps']} steps, {loss}, {result['tokens_per_second']:,.0f} tokens/s:"
-            f" {job.out / MODEL}"
+            f"{result['steps']} steps, {loss}, {result['tokens_per_second']:,.0f} tokens/s"
+            f"{taken(result, self.take)}: {job.out / MODEL}"
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
@@ -299,12 +325,13 @@ class Pretrain(TrainOptions, Stage):
         begin = f"the prompt “{prompt}”" if prompt else "the start of a document"
         return Part(
             "Training",
-            f"Training saw {count_text(tokens)} tokens: {result['steps']:,} steps of {step:,}.",
+            f"Training saw {count_text(tokens)} tokens: {result['steps']:,} steps of"
+            f" {'up to ' if self.batch_warmup else ''}{step:,}.",
             facts={
                 "model": shape,
                 "batch": batch,
-                "schedule": f"AdamW, {self.schedule}, peak {self.lr}, weight decay"
-                f" {self.weight_decay}, {self.dtype}",
+                "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
+                f" weight decay {self.weight_decay}, {self.dtype}",
                 "training text": f"{count_text(have)} tokens, {seen}",
                 "time": f"{took}, steps and checkpoints",
                 "speed": f"{result['tokens_per_second']:,.0f} tokens per second, steps alone",

@@ -1,9 +1,9 @@
-"""How far a run has come, and the learning rate at that point.
+"""How far a run has come, and the learning rate and batch at that point.
 
-Everything that depends on the moment in a run (learning rate, validations, samples) is a function
-of ``progress``, 0 to 1: the largest of steps done, tokens seen and seconds used, each over its
-budget. A run with a budget of ten minutes therefore anneals to its end on any machine, and a run
-with a budget of tokens ends at the same quality on every machine. Schedules in steps were the
+Everything that depends on the moment in a run (learning rate, batch, validations, samples) is a
+function of ``progress``, 0 to 1: the largest of steps done, tokens seen and seconds used, each over
+its budget. A run with a budget of ten minutes therefore anneals to its end on any machine, and a
+run with a budget of tokens ends at the same quality on every machine. Schedules in steps were the
 alternative: they cannot end a run on time.
 """
 
@@ -59,6 +59,18 @@ def learning_rate(
     else:
         raise InputError(f"schedule: wanted one of {', '.join(SCHEDULES)}, got {schedule!r}")
     return lr * (final_lr + (1 - final_lr) * share)
+
+
+def micro_batches(done: float, accumulate: int, warmup: float) -> int:
+    """Return the micro-batches of the step that begins at ``done`` (0..1): 1 to ``accumulate - 1``
+    in equal parts of ``warmup``, then ``accumulate``.
+
+    Early in a run the gradient's noise is small beside the gradient, and a small batch learns as
+    much per step (McCandlish et al. 2018, arXiv:1812.06162).
+    """
+    if done >= warmup:
+        return accumulate
+    return 1 + int((accumulate - 1) * done / warmup)
 
 
 def due(moments: Iterable[float], before: float, now: float) -> bool:

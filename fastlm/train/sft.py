@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.runs.stage import Job, Part, Stage, Takes
+from fastlm.train.best import taken
 from fastlm.train.chat_options import ChatOptions
 from fastlm.train.encoding import (
     IGNORE,
@@ -28,6 +29,7 @@ from fastlm.train.epochs import Epochs
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.mixture import Mixture
+from fastlm.train.options import OPTIMIZERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -209,7 +211,8 @@ class Sft(LoraOptions, ChatOptions, Stage):
         loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
         return (
             f"{result['conversations']:,} conversations, {result['steps']} steps, {loss},"
-            f" {result['tokens_per_second']:,.0f} learnt tokens/s: {job.out / MODEL}"
+            f" {result['tokens_per_second']:,.0f} learnt tokens/s{taken(result, self.take)}:"
+            f" {job.out / MODEL}"
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
@@ -238,8 +241,8 @@ class Sft(LoraOptions, ChatOptions, Stage):
                 "learnt": f"{count_text(learnt)} of {count_text(whole)} tokens"
                 f" ({100 * learnt / whole:.0f} %)",
                 "batch": f"{self.batch_size * self.accumulate} conversations without padding",
-                "schedule": f"AdamW, {self.schedule}, peak {self.lr}, weight decay"
-                f" {self.weight_decay}, {self.dtype}",
+                "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
+                f" weight decay {self.weight_decay}, {self.dtype}",
                 "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
                 "speed": f"{result['tokens_per_second']:,.0f} learnt tokens per second",
                 "machine load": result["load"],

@@ -40,6 +40,9 @@ class Progress:
     last_metrics: dict[str, Any]
     metrics_bytes: int
     objective: dict[str, Any]
+    losses: list[float]  # of the last steps, for `fastlm.train.spikes`
+    best_step: int | None  # of `fastlm.train.best`
+    best_loss: float | None
 
     def __post_init__(self) -> None:
         for name in ("step", "tokens", "seconds", "training_seconds", "metrics_bytes"):
@@ -136,21 +139,18 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
+def collect(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     identity: dict[str, Any],
     *,
-    keep: int,
-) -> Path:
-    """Write step-<step> and prune. ``identity`` is JSON-serialisable; so is ``progress.objective``,
-    except for values that are tensors.
+    copy: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a checkpoint holds: tensors, and the rest as JSON values. ``identity`` is
+    JSON-serialisable; so is ``progress.objective``, except for values that are tensors. ``copy``:
+    the tensors are copies in memory, which the training does not change.
     """
-    path = checkpoint_path(run_dir, step)
-    make_folder(path.parent)
     optimizer_tensors, optimizer_rest = pack_optimizer(optimizer)
     kept = {k: v for k, v in progress.objective.items() if isinstance(v, Tensor)}
     progress = replace(
@@ -164,7 +164,19 @@ def save_checkpoint(
     }
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    save_tensors(path, tensors, asdict(Rest(progress, identity, optimizer_rest)))
+    if copy:
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    # asdict copies lists and dicts as well
+    return tensors, asdict(Rest(progress, identity, optimizer_rest))
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, tensors: Mapping[str, Tensor], rest: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write step-<step> from what `collect` returned, and prune."""
+    path = checkpoint_path(run_dir, step)
+    make_folder(path.parent)
+    save_tensors(path, tensors, rest)
     prune(run_dir, keep)
     return path
 
