@@ -117,7 +117,9 @@ def linear_distillation(
             items = rows.shape[0] if keep is None else keep.sum()
         # as `fastlm.train.losses.aggregate`: the sum over no row is 0, and so is its mean
         items = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
-        return loss / (items * unit)
+        # a tensor, as torch's tangent of a scalar over a Python number is float64
+        whole = loss.new_ones(()) * items * unit
+        return loss / whole
     except FAILURES as error:
         raise explained(error, linear_distillation, locals()) from None
 

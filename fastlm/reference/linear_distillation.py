@@ -42,7 +42,7 @@ def linear_distillation_loss(
             dz = dz * (1 - (z / (student_softcap * logit_scale)).square())
         if keep is not None:
             losses, dz = losses * keep[b], dz * keep[b, None]
-        loss = loss + losses.sum() * unit
+        loss = loss + (losses * unit).sum()
         dz = dz * (logit_scale * unit)
         if need_student:
             d_student.append(dz @ w)
