@@ -21,7 +21,7 @@ from fastlm.operator import autocast, autocast_somewhere, register
 from fastlm.ops.cross_entropy import wide
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.row_losses import one_number
-from fastlm.transforms import wants_gradient
+from fastlm.transforms import is_traced, wants_gradient
 
 KINDS = ("forward", "reverse", "jsd")
 # The forward's gradients do not have GradScaler's factor yet. As in `linear_cross_entropy`, float16
@@ -93,6 +93,7 @@ def linear_distillation(
         _check_options(kind, beta, temperature, num_items, student_softcap, teacher_softcap)
         rows = student.reshape(-1, student.shape[-1])
         keep = None if mask is None else mask.detach().reshape(-1) != 0
+        traced = is_traced()  # a trace also serves calls that want a gradient
         unit = 1.0
         if student.dtype is torch.float16:
             unit = 2.0 ** math.floor(math.log2(_HALF_PEAK * temperature))
@@ -108,8 +109,8 @@ def linear_distillation(
             student_softcap,
             teacher_softcap,
             unit,
-            wants_gradient(student),
-            wants_gradient(student_weight),
+            traced or wants_gradient(student),
+            traced or wants_gradient(student_weight),
         )[0]
         if num_items is not None:
             items = one_number(num_items)
@@ -117,7 +118,9 @@ def linear_distillation(
             items = rows.shape[0] if keep is None else keep.sum()
         # as `fastlm.train.losses.aggregate`: the sum over no row is 0, and so is its mean
         items = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
-        return loss / (items * unit)
+        # a tensor, as torch's tangent of a scalar over a Python number is float64
+        whole = loss.new_ones(()) * items * unit
+        return loss / whole
     except FAILURES as error:
         raise explained(error, linear_distillation, locals()) from None
 

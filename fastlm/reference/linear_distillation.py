@@ -28,8 +28,8 @@ def linear_distillation_loss(
     where it is not needed. `keep` (N) bool: the other rows have no part in any result.
     """
     if keep is not None:
-        student = torch.where(keep[:, None], student, 0.0)
-        teacher = torch.where(keep[:, None], teacher, 0.0)
+        student = student.masked_fill(~keep[:, None], 0.0)
+        teacher = teacher.masked_fill(~keep[:, None], 0.0)
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     loss, w = student.new_zeros((), dtype=wide), widen(student_weight)
     d_student, d_weight = [], torch.zeros_like(w)
@@ -42,7 +42,7 @@ def linear_distillation_loss(
             dz = dz * (1 - (z / (student_softcap * logit_scale)).square())
         if keep is not None:
             losses, dz = losses * keep[b], dz * keep[b, None]
-        loss = loss + losses.sum() * unit
+        loss = loss + (losses * unit).sum()
         dz = dz * (logit_scale * unit)
         if need_student:
             d_student.append(dz @ w)
@@ -78,7 +78,7 @@ def _divergence(log_s: Tensor, log_t: Tensor, kind: str, beta: float) -> tuple[T
         other, share = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta)), 1 - beta
     log_ratio = log_s - other
     mean = _expectation(s, log_ratio)
-    dz = share * torch.where(s == 0, 0.0, s * (log_ratio - mean[:, None]))
+    dz = share * (s * (log_ratio - mean[:, None])).masked_fill(s == 0, 0.0)
     if kind == "jsd":
         return beta * _expectation(t, log_t - other) + (1 - beta) * mean, dz
     return mean, dz
@@ -86,4 +86,4 @@ def _divergence(log_s: Tensor, log_t: Tensor, kind: str, beta: float) -> tuple[T
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
     """The sum of p x over the classes; a probability of 0 contributes 0, whatever x is."""
-    return (p * torch.where(p == 0, 0.0, x)).sum(-1)
+    return (p * x.masked_fill(p == 0, 0.0)).sum(-1)
