@@ -188,6 +188,9 @@ def test_gradients_through_a_4_bit_base(first) -> None:
 
 # ---- PEFT
 
+# transformers 5 of what PEFT 0.21 asks it
+warned = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 
 def transformers_model(folder: Path):
     from transformers import AutoModelForCausalLM
@@ -209,6 +212,7 @@ ADAPTERS = {
 }
 
 
+@warned
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_peft_loads_our_adapter(model, saved, tmp_path, kind) -> None:
     from peft import PeftModel
@@ -251,6 +255,7 @@ def peft_adapter(saved: Path, folder: Path, **given):
         return peft(IDS).logits
 
 
+@warned
 @pytest.mark.parametrize("kind", THEIRS)
 def test_we_load_pefts_adapter(saved, tmp_path, kind) -> None:
     theirs = peft_adapter(saved, tmp_path / "theirs", **THEIRS[kind])
@@ -271,6 +276,7 @@ REFUSED_OF_PEFT = {
 }
 
 
+@warned
 @pytest.mark.parametrize("message", REFUSED_OF_PEFT)
 def test_options_of_peft_that_are_refused(saved, tmp_path, message) -> None:
     given = REFUSED_OF_PEFT[message]
@@ -356,7 +362,7 @@ def test_refused_tensors(adapter, saved) -> None:
         save_file(tensors, file)
         with pytest.raises(InputError, match=re.escape(message)):
             load_adapter(CausalLM.from_pretrained(saved), adapter)
-    file.write_bytes(file.read_bytes()[:20])
+    file.write_bytes(file.read_bytes()[:8])
     with pytest.raises(InputError, match="not a whole safetensors file"):
         load_adapter(CausalLM.from_pretrained(saved), adapter)
 
@@ -398,14 +404,27 @@ def test_adapters_are_added_once(model, tmp_path) -> None:
 
 # ---- the stage
 
-LORA = {"lora_rank": 8, "lr": 2e-2, "epochs": 30}
+LORA = {"lora_rank": 8, "lr": 1e-2, "epochs": 20}
+
+
+@pytest.fixture(scope="module")
+def talker(base, tmp_path_factory) -> Path:  # noqa: F811
+    """A model that answers every question with the answer to the next one: adapters beside random
+    weights would learn nothing.
+    """
+    folder = tmp_path_factory.mktemp("talker")
+    said = [*QUESTIONS.values()]
+    rows = [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, [*said[1:], said[0]])]
+    (folder / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options(data=(str(folder / "other.jsonl"),))(folder / "sft", model=base)
+    return folder / "sft" / "model"
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter", "4-bit"])
-def test_a_model_learns_to_answer_by_its_adapters(base, data, tmp_path, kind) -> None:  # noqa: F811
+def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) -> None:  # noqa: F811
     given = {"adapter": {"merge": False}, "4-bit": {"base_bits": 4, "base_group_size": 32}}
     stage = options(data=(data,), **LORA, **given.get(kind, {}))
-    result = stage(tmp_path / "sft", model=base)
+    result = stage(tmp_path / "sft", model=talker)
     folder = tmp_path / "sft" / "model"
     assert answers(folder) == [f"{answer}<|im_end|>" for answer in QUESTIONS.values()]
     assert result["trained_parameters"] < result["parameters"]
