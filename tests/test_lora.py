@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import fastlm
 from fastlm.checkpoint.adapter import load_adapter, save_adapter
 from fastlm.cli import app
-from fastlm.decode.cpu_steps import plan_of
+from fastlm.decode import cpu_steps
+from fastlm.decode.merged import merged
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
@@ -23,7 +24,6 @@ from fastlm.model.lora import (
     add_lora,
     lora_of,
     merge_lora,
-    merged,
     without_adapter,
 )
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
@@ -149,10 +149,12 @@ def test_generation_equals_that_of_the_merged_model(family, bits) -> None:
     with torch.no_grad():
         before = logits(model)
     trained(add_lora(model, 4, 32, seed=0)).eval()
-    assert plan_of(model) is None and not torch.allclose(logits(model), before)
+    assert cpu_steps.plan_of(model) is None and not torch.allclose(logits(model), before)
     apart = model.generate(IDS, max_new_tokens=12, temperature=0.0)
     with merged(model):
         assert torch.equal(model.generate(IDS, max_new_tokens=12, temperature=0.0), apart)
+        assert model in cpu_steps._plans
+    assert model not in cpu_steps._plans  # nor the merged weights in memory
     assert torch.equal(model.generate(IDS, max_new_tokens=12, temperature=0.0), apart)
     merge_lora(model)
     assert not any(isinstance(m, QuantizedLinear | QuantizedEmbedding) for m in model.modules())
