@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import fastlm
 from fastlm.checkpoint.adapter import load_adapter, save_adapter
 from fastlm.cli import app
-from fastlm.decode.cpu_steps import plan_of
+from fastlm.decode import cpu_steps
+from fastlm.decode.merged import merged
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
@@ -23,7 +24,6 @@ from fastlm.model.lora import (
     add_lora,
     lora_of,
     merge_lora,
-    merged,
     without_adapter,
 )
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
@@ -149,10 +149,12 @@ def test_generation_equals_that_of_the_merged_model(family, bits) -> None:
     with torch.no_grad():
         before = logits(model)
     trained(add_lora(model, 4, 32, seed=0)).eval()
-    assert plan_of(model) is None and not torch.allclose(logits(model), before)
+    assert cpu_steps.plan_of(model) is None and not torch.allclose(logits(model), before)
     apart = model.generate(IDS, max_new_tokens=12, temperature=0.0)
     with merged(model):
         assert torch.equal(model.generate(IDS, max_new_tokens=12, temperature=0.0), apart)
+        assert model in cpu_steps._plans
+    assert model not in cpu_steps._plans  # nor the merged weights in memory
     assert torch.equal(model.generate(IDS, max_new_tokens=12, temperature=0.0), apart)
     merge_lora(model)
     assert not any(isinstance(m, QuantizedLinear | QuantizedEmbedding) for m in model.modules())
@@ -188,6 +190,9 @@ def test_gradients_through_a_4_bit_base(first) -> None:
 
 # ---- PEFT
 
+# transformers 5 of what PEFT 0.21 asks it
+warned = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 
 def transformers_model(folder: Path):
     from transformers import AutoModelForCausalLM
@@ -209,6 +214,7 @@ ADAPTERS = {
 }
 
 
+@warned
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_peft_loads_our_adapter(model, saved, tmp_path, kind) -> None:
     from peft import PeftModel
@@ -251,6 +257,7 @@ def peft_adapter(saved: Path, folder: Path, **given):
         return peft(IDS).logits
 
 
+@warned
 @pytest.mark.parametrize("kind", THEIRS)
 def test_we_load_pefts_adapter(saved, tmp_path, kind) -> None:
     theirs = peft_adapter(saved, tmp_path / "theirs", **THEIRS[kind])
@@ -271,6 +278,7 @@ REFUSED_OF_PEFT = {
 }
 
 
+@warned
 @pytest.mark.parametrize("message", REFUSED_OF_PEFT)
 def test_options_of_peft_that_are_refused(saved, tmp_path, message) -> None:
     given = REFUSED_OF_PEFT[message]
@@ -356,7 +364,7 @@ def test_refused_tensors(adapter, saved) -> None:
         save_file(tensors, file)
         with pytest.raises(InputError, match=re.escape(message)):
             load_adapter(CausalLM.from_pretrained(saved), adapter)
-    file.write_bytes(file.read_bytes()[:20])
+    file.write_bytes(file.read_bytes()[:8])
     with pytest.raises(InputError, match="not a whole safetensors file"):
         load_adapter(CausalLM.from_pretrained(saved), adapter)
 
@@ -398,14 +406,27 @@ def test_adapters_are_added_once(model, tmp_path) -> None:
 
 # ---- the stage
 
-LORA = {"lora_rank": 8, "lr": 2e-2, "epochs": 30}
+LORA = {"lora_rank": 8, "lr": 1e-2, "epochs": 20}
+
+
+@pytest.fixture(scope="module")
+def talker(base, tmp_path_factory) -> Path:  # noqa: F811
+    """A model that answers every question with the answer to the next one: adapters beside random
+    weights would learn nothing.
+    """
+    folder = tmp_path_factory.mktemp("talker")
+    said = [*QUESTIONS.values()]
+    rows = [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, [*said[1:], said[0]])]
+    (folder / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options(data=(str(folder / "other.jsonl"),))(folder / "sft", model=base)
+    return folder / "sft" / "model"
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter", "4-bit"])
-def test_a_model_learns_to_answer_by_its_adapters(base, data, tmp_path, kind) -> None:  # noqa: F811
+def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) -> None:  # noqa: F811
     given = {"adapter": {"merge": False}, "4-bit": {"base_bits": 4, "base_group_size": 32}}
     stage = options(data=(data,), **LORA, **given.get(kind, {}))
-    result = stage(tmp_path / "sft", model=base)
+    result = stage(tmp_path / "sft", model=talker)
     folder = tmp_path / "sft" / "model"
     assert answers(folder) == [f"{answer}<|im_end|>" for answer in QUESTIONS.values()]
     assert result["trained_parameters"] < result["parameters"]

@@ -25,6 +25,7 @@ from fastlm.train.encoding import (
     place_in_order,
     weights_digest,
 )
+from fastlm.train.mixture import Mixture
 from fastlm.train.options import TrainOptions
 from fastlm.train.sft import AnswerTokens, Sft
 
@@ -176,6 +177,40 @@ def test_an_epoch_takes_every_example_once(model) -> None:
         assert all(map(torch.equal, a, b))
 
 
+def test_an_epoch_takes_sources_by_their_weights(model) -> None:
+    mixture = Mixture((3, 1, 10), (2.0, 1.0, 0.3))
+    assert mixture.taken() == [6, 1, 3]
+    objective = AnswerTokens(
+        model, [example([i, 9, 9], 1) for i in range(14)], [], TrainOptions(max_steps=1),
+        batch_size=4, seed=5, base="", tokenizer=None, prompt=(), device=torch.device("cpu"),
+        mixture=mixture,
+    )  # fmt: skip
+    subsets = set()
+    for epoch in range(8):
+        batches = objective.next_batches(99)
+        firsts = sorted(i for ids, _, ends in batches for i in ids[0, ends[:-1].long()].tolist())
+        assert firsts[:7] == [0, 0, 1, 1, 2, 2, 3]
+        assert len(set(firsts[7:])) == 3 and min(firsts[7:]) > 3
+        subsets.add(tuple(firsts[7:]))
+        assert objective.scalars()["epoch"] == epoch + 1
+    assert len(subsets) > 3  # a source's share is drawn anew
+    objective.next_batches(1)
+    state, ahead = objective.state_dict(), objective.next_batches(2)
+    objective.load_state_dict(state)
+    for a, b in zip(ahead, objective.next_batches(2), strict=True):
+        assert all(map(torch.equal, a, b))
+    assert objective.identity()["mixture"] == [[3, 1, 10], [2.0, 1.0, 0.3]]
+
+
+def test_weights_of_one_change_nothing() -> None:
+    """Checkpoints of trainings without weights stay valid."""
+    rng = [np.random.Generator(np.random.PCG64(3)) for _ in range(2)]
+    mixture = Mixture((3, 4), (1.0, 1.0))
+    assert mixture.order(rng[0]).tolist() == rng[1].permutation(7).tolist()
+    assert mixture.identity() == {} and mixture.taken() == [3, 4]
+    assert Mixture((1000, 0), (0.0001, 2.0)).taken() == [1, 0]  # at least one where there are any
+
+
 @pytest.mark.parametrize(
     "given, steps",
     [({}, 13), ({"epochs": 2.0}, 26), ({"epochs": 0.5}, 7), ({"max_steps": 100}, 100),
@@ -235,6 +270,26 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> No
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert cut["loss"] == whole["loss"] and cut["steps"] == 20
+
+
+def test_a_mixture_is_counted_by_source(base, data, tmp_path) -> None:
+    other = tmp_path / "other.jsonl"
+    rows = [{"prompt": f"say {i}", "completion": f"{i}"} for i in range(6)]
+    other.write_text("\n".join(map(json.dumps, rows)))
+    stage = options(data=(data, str(other)), data_weights=(3.0, 0.5), epochs=2)
+    result = stage(tmp_path / "out", model=base)
+    assert result["sources"] == [
+        {"source": data, "weight": 3.0, "conversations": 4, "examples_per_epoch": 12},
+        {"source": str(other), "weight": 0.5, "conversations": 6, "examples_per_epoch": 3},
+    ]
+    assert result["steps"] == 2 * 8  # of two conversations
+    job = stage.job(tmp_path / "out", model=base)
+    facts = stage.report(job, result).facts
+    assert facts["mixture"] == f"3 x {data} (4), 0.5 x {other} (6)"
+    with pytest.raises(InputError, match="is of another run: mixture was"):
+        options(data=(data, str(other)), data_weights=(3.0, 1.0), epochs=2)(
+            tmp_path / "out", model=base
+        )
 
 
 def test_the_digest_of_weights_sees_every_element(model) -> None:
@@ -396,6 +451,8 @@ REFUSED = {
     "date: wanted YYYY-MM-DD, got 'today'": {"date": "today"},
     "date: wanted YYYY-MM-DD, got '20240726'": {"date": "20240726"},
     "seed: wanted 0 or more, got -1": {"seed": -1},
+    "data_weights: wanted one for each of 1 sources, got 2": {"data_weights": (1.0, 2.0)},
+    "data_weights: wanted positive numbers, got 0.0": {"data_weights": (0.0,)},
 }
 
 

@@ -125,7 +125,7 @@ class CausalLM(nn.Module):
     ) -> "CausalLM":
         """Load a model in eval mode from a Hugging Face folder, a fastlm run folder, a .gguf file,
         or the package of ``model:smollm2``. A LoRA adapter (of fastlm or PEFT) is loaded with the
-        base model that it names, and merged.
+        base model that it names, and merged: what is quantized in the base becomes floats.
 
         `dtype` is that of activations and unquantized weights; by default the file's own (float32
         where all its matrices are quantized). 4- and 8-bit weights stay quantized unless

@@ -139,7 +139,7 @@ def put_lora(
     for name, (a, b) in adapters.items():
         base = model.get_submodule(name)
         new = LoraLinear(base, a.to(model.device), b.to(model.device), config)
-        _replace(model, name, new.train(base.training))
+        replace_module(model, name, new.train(base.training))
     model.lora = config
     return model
 
@@ -189,7 +189,7 @@ def _adapters(model: nn.Module) -> Iterator[LoraLinear]:
     return (m for m in model.modules() if isinstance(m, LoraLinear))
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
@@ -201,11 +201,11 @@ def merge_lora(model: "CausalLM") -> "CausalLM":
     """
     adapters, dtype = lora_of(model), model.dtype
     for name, module in adapters.items():
-        _replace(model, name, module.merged(dtype))
+        replace_module(model, name, module.merged(dtype))
     if adapters:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-                _replace(model, name, _dequantized(module, dtype).train(module.training))
+                replace_module(model, name, _dequantized(module, dtype).train(module.training))
         model.requires_grad_(True)
         model.lora = None
     return model
@@ -231,21 +231,6 @@ def _matrix(weight: Any, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
     if isinstance(weight, QuantizedWeight):
         return weight.dequantize(torch.float32), dtype
     return weight, weight.dtype
-
-
-@contextmanager
-def merged(model: "CausalLM") -> Iterator[None]:
-    """Context in which the adapters are merged, and nothing can be trained: for a long generation,
-    which then runs at the speed of a plain model. It takes a copy of the adapted weights.
-    """
-    found = lora_of(model)
-    for name, module in found.items():
-        _replace(model, name, module.merged(model.dtype).requires_grad_(False))
-    try:
-        yield
-    finally:
-        for name, module in found.items():
-            _replace(model, name, module)
 
 
 @contextmanager

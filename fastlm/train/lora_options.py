@@ -33,8 +33,6 @@ class LoraOptions:
 
     def check_lora(self) -> None:
         """Check the values. InputError names the option."""
-        from fastlm.ops.quantized_weight import ANY_K, check_group_size
-
         if self.lora_rank < 0:
             raise InputError(f"lora_rank: wanted 0 or more, got {self.lora_rank}")
         if self.base_bits not in (4, 16):
@@ -52,6 +50,8 @@ class LoraOptions:
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout: wanted a share in [0, 1), got {self.lora_dropout}")
         if self.base_bits == 4:
+            from fastlm.ops.quantized_weight import ANY_K, check_group_size
+
             check_group_size(self.base_group_size, ANY_K)
 
     def load_trained(self, source: str | Path, *, dtype: str, seed: int) -> "CausalLM":
