@@ -7,6 +7,7 @@ from fastlm.runs.stage import Stage
 from fastlm.tokenizer.stage import TrainTokenizer
 from fastlm.train.dpo import Dpo
 from fastlm.train.pretrain import Pretrain
+from fastlm.train.reward import Reward
 from fastlm.train.sft import Sft
 
 KINDS: dict[str, type[Stage]] = {
@@ -15,6 +16,7 @@ KINDS: dict[str, type[Stage]] = {
     "shards": Shards,
     "pretrain": Pretrain,
     "sft": Sft,
+    "reward": Reward,
     "dpo": Dpo,
     "eval": Eval,
     "quantize": Quantize,
