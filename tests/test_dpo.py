@@ -362,6 +362,12 @@ ROWS = {
     "line 1: wanted a comparison of answers, got one answer with a label": (
         {"prompt": "a", "completion": "b", "label": True}, {},
     ),
+    "line 1: wanted different answers, got two that the chat template writes alike": (
+        {"prompt": "a", "chosen": "b", "rejected": "b \n"},
+        {"chat_template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}"
+         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+         "{% endif %}"},
+    ),
     "wanted answers to two prompts or more for kto, got one prompt": (
         {"prompt": "a", "completion": "b", "label": True}, {"loss": "kto"},
     ),
@@ -374,6 +380,10 @@ ROWS = {
 @pytest.mark.parametrize("message", ROWS)
 def test_refused_data(base, tmp_path, message) -> None:
     row, changes = ROWS[message]
+    if "chat_template" in changes:
+        template = tmp_path / "chat.jinja"
+        template.write_text(changes["chat_template"])
+        changes = {**changes, "chat_template": str(template)}
     data = write(tmp_path / "rows.jsonl", [row])
     with pytest.raises(InputError) as refusal:
         options(data=(data,), **{"heldout": 0.0, **changes})(tmp_path / "out", model=base)

@@ -138,10 +138,13 @@ class Preferences:
                 if row.ranks[i] < row.ranks[j]
             ]
         for chosen, margin in parts:
-            if len({answer.ids.tobytes() for answer in chosen}) < len(chosen):
+            if len({answer.ids.tobytes() for answer in chosen}) == len(chosen):
+                yield Judged(chosen, margin)
+            elif max(len(answer.ids) for answer in chosen) == self.seq_len:
                 self.rows.counts["equal after truncation"] += 1
             else:
-                yield Judged(chosen, margin)
+                error = "wanted different answers, got two that the chat template writes alike"
+                self.encoder.refuse(InputError(error), row.place)
 
     def _encode(self, conversations: "Sequence[Conversation]") -> list[Example]:
         """One example per conversation; none at all if one of them is left out."""
