@@ -408,3 +408,59 @@ def test_the_command_and_a_recipe(base, data, tmp_path) -> None:
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Preference training" in page and "held-out accuracy" in page
     assert "share ranked right" in page
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "hinge"])
+def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:
+    """TRL's DPOTrainer on its own padded batch of the same tokens, of a model that has moved."""
+    import datasets
+    import transformers
+    import trl
+
+    terms = PreferenceLoss(loss=name, beta=0.3, length_normalise=name == "ipo")
+    words = transformers.AutoTokenizer.from_pretrained(base)
+    words.pad_token = words.pad_token or words.eos_token
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    arguments = trl.DPOConfig(
+        str(tmp_path / "trl"), beta=terms.beta, loss_type=[name], report_to=[], use_cpu=True,
+        per_device_train_batch_size=6, disable_tqdm=True, disable_dropout=True, bf16=False,
+    )  # fmt: skip
+    rows = [{**row, "rejected": row["rejected"] + " now" * i} for i, row in
+            enumerate(polite_pairs(6))]  # fmt: skip
+    trainer = trl.DPOTrainer(
+        theirs, reference, arguments, train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=words,
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+            parameter.add_(0.05 * draw)
+    features = list(trainer.train_dataset)
+    loss = trainer.compute_loss(theirs, trainer.data_collator(features))
+    loss.backward()
+    judged = [
+        Judged(tuple(
+            example(row["prompt_ids"] + row[side], len(row["prompt_ids"]))
+            for side in ("chosen_ids", "rejected_ids")
+        ))
+        for row in features
+    ]  # fmt: skip
+    model = CausalLM.from_pretrained(base, dtype=torch.float32)
+    made = PreferredAnswers(
+        model, judged, [], TrainOptions(max_steps=1), terms, batch_size=4, seed=0, base="",
+        tokenizer=None, prompt=(), device=torch.device("cpu"),
+    )  # fmt: skip
+    made.measure_reference(torch.float32)
+    model.load_state_dict(theirs.state_dict(), strict=False)
+    found, _ = step(made, 2)
+    assert found == pytest.approx(float(loss.detach()), rel=1e-4)
+    known = dict(theirs.named_parameters())
+    for parameter_name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, known[parameter_name].grad, rtol=2e-3, atol=2e-6,
+            msg=lambda m, n=parameter_name: f"{n}: {m}",
+        )  # fmt: skip
