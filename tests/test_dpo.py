@@ -182,6 +182,25 @@ def test_a_step_counts_pairs_and_tokens() -> None:
     assert validation["val_accuracy_error"] == pytest.approx((right * (1 - right) / 5) ** 0.5)
 
 
+def test_every_reference_is_measured_once() -> None:
+    """Also of held-out rows beyond val_tokens, which a resumed training may validate on."""
+    model = CausalLM(config(64), seed=3)
+    made = PreferredAnswers(
+        model, PAIRS, PAIRS, TrainOptions(max_steps=1, val_tokens=1), PreferenceLoss(),
+        batch_size=2, seed=4, base="", tokenizer=None, prompt=(), device=torch.device("cpu"),
+    )  # fmt: skip
+    made.measure_reference(torch.float32)
+    with torch.no_grad():
+        wanted = torch.tensor([[float(logp(model, a)) for a in one.answers] for one in PAIRS])
+        model.model.embed_tokens.weight.mul_(2)
+    for reference in (made.reference, made.reference_heldout):
+        torch.testing.assert_close(reference, wanted, rtol=1e-5, atol=1e-5)
+    state = made.state_dict()
+    again = objective(TERMS["sigmoid"])
+    again.load_state_dict(state)
+    assert again.reference is not None and torch.equal(again.reference, made.reference)
+
+
 def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:
     assert len(LABELS) == 10 and [one.desirable for one in LABELS] == [True, False] * 5
     prompts = [one.answers[0].ids[: one.answers[0].mask.argmax()].tolist() for one in LABELS]

@@ -157,14 +157,13 @@ class PreferredAnswers(Epochs):
         """Measure the reference with the weights as they are, rounded to ``dtype``."""
         import torch
 
-        order, size = self.order.tolist(), self.batch_size
-        training = [order[i : i + size] for i in range(0, len(order), size)]
-        heldout = self._heldout_batches()
+        order, rest = self.order.tolist(), list(range(len(self.heldout)))
         self.reference = torch.zeros(len(self.judged), 2)
         self.reference_heldout = torch.zeros(len(self.heldout), 2)
         work = [
-            *((self.judged, rows, self.reference) for rows in training),
-            *((self.heldout, rows, self.reference_heldout) for rows in heldout),
+            *((self.judged, rows, self.reference) for rows in self._parts(order)),
+            # all of them: a resumed training may validate on more
+            *((self.heldout, rows, self.reference_heldout) for rows in self._parts(rest)),
         ]
         with in_dtype(self.trained, dtype), torch.no_grad():
             for source, rows, into in track(work, "reference", unit="batches"):
@@ -302,11 +301,13 @@ class PreferredAnswers(Epochs):
         super().load_state_dict(state)
         self.reference, self.reference_heldout = state[REFERENCE], state[HELDOUT]
 
+    def _parts(self, rows: list[int]) -> list[list[int]]:
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+
     def _heldout_batches(self) -> list[list[int]]:
         """The held-out rows of a validation, of at most `val_tokens` tokens."""
         batches, tokens = [], 0
-        for start in range(0, len(self.heldout), self.batch_size):
-            rows = list(range(start, min(start + self.batch_size, len(self.heldout))))
+        for rows in self._parts(list(range(len(self.heldout)))):
             batches.append(rows)
             tokens += sum(e.learnt for i in rows for e in self.heldout[i].answers)
             if tokens >= self.options.val_tokens:
