@@ -22,6 +22,8 @@ VERBS = (
     "run",
     "pretrain",
     "sft",
+    "reward",
+    "dpo",
     "quantize",
     "eval",
     "generate",

@@ -9,6 +9,7 @@ from fastlm.train.dpo import Dpo
 from fastlm.train.grpo import Grpo
 from fastlm.train.ppo import Ppo
 from fastlm.train.pretrain import Pretrain
+from fastlm.train.reward import Reward
 from fastlm.train.sft import Sft
 
 KINDS: dict[str, type[Stage]] = {
@@ -17,6 +18,7 @@ KINDS: dict[str, type[Stage]] = {
     "shards": Shards,
     "pretrain": Pretrain,
     "sft": Sft,
+    "reward": Reward,
     "dpo": Dpo,
     "ppo": Ppo,
     "grpo": Grpo,

@@ -168,7 +168,7 @@ def _outside(step: Step, key: str, name: str, contents: Contents) -> Any:
     try:
         if not path.exists() and name.partition(":")[0] in SCHEMES:
             return name  # the name of a package
-        if "model" in types or "quantized" in types:
+        if {"model", "reward", "quantized"} & set(types):
             return contents.tree(locate_model(path))
         if "corpus" in types and not (path / FUNNEL).is_file():
             return contents.sources([name])

@@ -39,10 +39,10 @@ def rewards_chart(metrics: list[dict[str, Any]]) -> str:
 
 
 def accuracy_chart(metrics: list[dict[str, Any]]) -> str:
-    """Draw the share of preferences on the right side: of training (each step pale, running mean
+    """Draw the share of answers that are ranked right: of training (each step pale, running mean
     strong) and held-out, with its standard error.
     """
-    figure, axes = new_axes("step", "share on the right side")
+    figure, axes = new_axes("step", "share ranked right")
     steps = [m for m in metrics if "accuracy" in m]
     x, y = [m["step"] for m in steps], [m["accuracy"] for m in steps]
     axes.axhline(0.5, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))

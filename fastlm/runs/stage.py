@@ -29,6 +29,7 @@ TYPES = {
     "tokenizer": "tokenizer.json",
     "shards": "token shards in train/ and heldout/",
     "model": "a model that can be trained further: config.json, safetensors, tokenizer.json",
+    "reward": "a model that scores answers: config.json, safetensors, tokenizer.json",
     "quantized": "a model of 4- or 8-bit weights",
     "scores": "scores.json",
 }

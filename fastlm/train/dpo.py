@@ -4,8 +4,7 @@ answers, measured against itself before training.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -18,6 +17,7 @@ from fastlm.train.encoding import (
     IGNORE,
     Example,
     chat_tokenizer,
+    in_dtype,
     load_model,
     pack,
     reasons,
@@ -30,6 +30,7 @@ from fastlm.train.preferences import (
     Preferences,
     accuracy_told,
     digest_of,
+    ranked_right,
     right,
     standard_error,
 )
@@ -156,14 +157,13 @@ class PreferredAnswers(Epochs):
         """Measure the reference with the weights as they are, rounded to ``dtype``."""
         import torch
 
-        order, size = self.order.tolist(), self.batch_size
-        training = [order[i : i + size] for i in range(0, len(order), size)]
-        heldout = self._heldout_batches()
+        order, rest = self.order.tolist(), list(range(len(self.heldout)))
         self.reference = torch.zeros(len(self.judged), 2)
         self.reference_heldout = torch.zeros(len(self.heldout), 2)
         work = [
-            *((self.judged, rows, self.reference) for rows in training),
-            *((self.heldout, rows, self.reference_heldout) for rows in heldout),
+            *((self.judged, rows, self.reference) for rows in self._parts(order)),
+            # all of them: a resumed training may validate on more
+            *((self.heldout, rows, self.reference_heldout) for rows in self._parts(rest)),
         ]
         with in_dtype(self.trained, dtype), torch.no_grad():
             for source, rows, into in track(work, "reference", unit="batches"):
@@ -279,12 +279,10 @@ class PreferredAnswers(Epochs):
             weight_desirable=o.weight_desirable, weight_undesirable=o.weight_undesirable,
         )  # fmt: skip
         rewards = o.beta * (logps - batch.reference[:, 0])
-        gains = rewards - o.beta * batch.kl
         lengths = batch.lengths.float()
         return losses, {
             "reward_chosen": rewards[good],
             "reward_rejected": rewards[~good],
-            "accuracy": right(gains.where(good, -gains)),
             "kl": batch.kl.view(1),
             "logp_chosen": logps[good],
             "logp_rejected": logps[~good],
@@ -293,7 +291,7 @@ class PreferredAnswers(Epochs):
         }
 
     def scalars(self) -> dict[str, float]:
-        return {**super().scalars(), **_means(self.measured)}
+        return {**super().scalars(), **_means(_joined(self.measured))}
 
     def state_dict(self) -> dict[str, Any]:
         held = {REFERENCE: self.reference, HELDOUT: self.reference_heldout}
@@ -303,11 +301,13 @@ class PreferredAnswers(Epochs):
         super().load_state_dict(state)
         self.reference, self.reference_heldout = state[REFERENCE], state[HELDOUT]
 
+    def _parts(self, rows: list[int]) -> list[list[int]]:
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+
     def _heldout_batches(self) -> list[list[int]]:
         """The held-out rows of a validation, of at most `val_tokens` tokens."""
         batches, tokens = [], 0
-        for start in range(0, len(self.heldout), self.batch_size):
-            rows = list(range(start, min(start + self.batch_size, len(self.heldout))))
+        for rows in self._parts(list(range(len(self.heldout)))):
             batches.append(rows)
             tokens += sum(e.learnt for i in rows for e in self.heldout[i].answers)
             if tokens >= self.options.val_tokens:
@@ -322,46 +322,38 @@ class PreferredAnswers(Epochs):
             return {}
         assert self.reference_heldout is not None
         taken = self._heldout_batches()
-        found = [
-            self.compare(batch)
-            for batch in self._batches(taken, self.heldout, self.reference_heldout)
-        ]
-        means = _means([measured for _, measured in found])
-        losses = torch.cat([losses for losses, _ in found])
+        batches = self._batches(taken, self.heldout, self.reference_heldout)
+        found = [self.compare(batch) for batch in batches]
+        joined = _joined([measured for _, measured in found])
+        means = _means(joined)
+        if self.terms.loss == "kto":
+            error = ranked_right(joined["reward_chosen"], joined["reward_rejected"])[1]
+        else:
+            places = [self.heldout[i].answers[0].place for rows in taken for i in rows]
+            error = standard_error(joined["accuracy"], places)
         kept = ("accuracy", "margin", "reward_chosen", "reward_rejected")
         return {
-            "val_loss": float(losses.mean()),
+            "val_loss": float(torch.cat([losses for losses, _ in found]).mean()),
             **{f"val_{name}": means[name] for name in kept if name in means},
-            "val_accuracy_error": standard_error(means["accuracy"], len(losses)),
+            **({"val_accuracy_error": error} if "accuracy" in means else {}),
         }
 
 
-def _means(measured: "Sequence[Mapping[str, Tensor]]") -> dict[str, float]:
-    """The means over all micro-batches; of nothing there is none. KTO's margin is the difference
-    of two means, as its labels come in no pairs.
-    """
+def _joined(measured: "Sequence[Mapping[str, Tensor]]") -> "dict[str, Tensor]":
     import torch
 
-    joined = {name: torch.cat([m[name] for m in measured]) for name in (measured or [{}])[0]}
-    means = {name: float(values.mean()) for name, values in joined.items() if len(values)}
-    if {"reward_chosen", "reward_rejected"} <= means.keys():
-        means.setdefault("margin", means["reward_chosen"] - means["reward_rejected"])
-    return means
+    return {name: torch.cat([m[name] for m in measured]) for name in (measured or [{}])[0]}
 
 
-@contextmanager
-def in_dtype(model: "nn.Module", dtype: "torch.dtype") -> Iterator[None]:
-    """Round the parameters to ``dtype`` for a while. The copy is gone before the optimizer needs
-    the memory.
+def _means(joined: "Mapping[str, Tensor]") -> dict[str, float]:
+    """The means; of nothing there is none. KTO's labels come in no pairs: its margin is a
+    difference of means, its accuracy a share of all pairs of a desirable and an undesirable answer.
     """
-    kept = [(p, p.data) for p in model.parameters()]
-    try:
-        for parameter, data in kept:
-            parameter.data = data.to(dtype)
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
+    means = {name: float(values.mean()) for name, values in joined.items() if len(values)}
+    if "accuracy" not in joined and {"reward_chosen", "reward_rejected"} <= means.keys():
+        means["margin"] = means["reward_chosen"] - means["reward_rejected"]
+        means["accuracy"] = ranked_right(joined["reward_chosen"], joined["reward_rejected"])[0]
+    return means
 
 
 @dataclass(frozen=True)
@@ -490,7 +482,7 @@ labels (prompt, completion, label)."""
         if (accuracy := result["metrics"].get("val_accuracy")) is not None:
             error = result["metrics"]["val_accuracy_error"]
             facts["held-out accuracy"] = f"{100 * accuracy:.1f} % ± {100 * error:.1f}"
-            cards = [(f"{100 * accuracy:.0f} %", f"of held-out {self._unit()} on the right side")]
+            cards = [(f"{100 * accuracy:.0f} %", "of held-out answers ranked right")]
         return Part(
             "Preference training",
             "An answer's reward is β times how much likelier it has become, in nats, than by the"

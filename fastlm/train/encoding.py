@@ -2,7 +2,8 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +13,7 @@ from fastlm.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor, nn
 
     from fastlm.data.conversations import Rows
@@ -121,6 +123,21 @@ def load_model(source: Path) -> "CausalLM":
     from fastlm.model.causal_lm import CausalLM
 
     return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
+
+
+@contextmanager
+def in_dtype(model: "nn.Module", dtype: "torch.dtype") -> Iterator[None]:
+    """Round the parameters to ``dtype`` for a while. The copy is gone before the optimizer needs
+    the memory.
+    """
+    kept = [(p, p.data) for p in model.parameters()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
 
 
 def chat_tokenizer(source: Path, config: Mapping[str, Any], chat_template: str) -> "Tokenizer":

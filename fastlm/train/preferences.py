@@ -138,10 +138,13 @@ class Preferences:
                 if row.ranks[i] < row.ranks[j]
             ]
         for chosen, margin in parts:
-            if len({answer.ids.tobytes() for answer in chosen}) < len(chosen):
+            if len({answer.ids.tobytes() for answer in chosen}) == len(chosen):
+                yield Judged(chosen, margin)
+            elif max(len(answer.ids) for answer in chosen) == self.seq_len:
                 self.rows.counts["equal after truncation"] += 1
             else:
-                yield Judged(chosen, margin)
+                error = "wanted different answers, got two that the chat template writes alike"
+                self.encoder.refuse(InputError(error), row.place)
 
     def _encode(self, conversations: "Sequence[Conversation]") -> list[Example]:
         """One example per conversation; none at all if one of them is left out."""
@@ -222,9 +225,28 @@ def right(margins: "Tensor") -> "Tensor":
     return (margins.sign() + 1) / 2
 
 
-def standard_error(share: float, count: int) -> float:
-    """The standard error of a share of so many independent trials."""
-    return math.sqrt(share * (1 - share) / count)
+def standard_error(right: "Tensor", places: Sequence[str]) -> float:
+    """The standard error of the mean of ``right``, one per pair. Pairs of one row (``places``) are
+    not independent: their deviations are added before they are squared. Where each row has one
+    pair, it is ``sqrt(p (1 - p) / n)``.
+    """
+    deviations: dict[str, float] = {}
+    mean = float(right.mean())
+    for value, place in zip(right.tolist(), places, strict=True):
+        deviations[place] = deviations.get(place, 0.0) + value - mean
+    return math.sqrt(sum(d * d for d in deviations.values())) / len(places)
+
+
+def ranked_right(better: "Tensor", worse: "Tensor") -> tuple[float, float]:
+    """The share of all pairs (one of each) in which the better one is higher, and its standard
+    error (DeLong et al. 1988; 0 where it cannot be estimated). (0.5, 0) without pairs.
+    """
+    wins = right(better[:, None] - worse[None])
+    if not wins.numel():
+        return 0.5, 0.0
+    sides = [wins.mean(1 - side) for side in (0, 1)]
+    variance = sum(float(side.var()) / len(side) for side in sides if len(side) > 1)
+    return float(wins.mean()), math.sqrt(variance)
 
 
 def accuracy_told(metrics: Mapping[str, float]) -> str:

@@ -1,0 +1,191 @@
+"""`RewardModel`: the layers of a causal language model with a scalar head."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.checkpoint.folder import load_state, save_hf
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from fastlm.tokenizer.tokenizer import Tokenizer
+
+HEAD = "score.weight"  # Hugging Face's name of the head
+MEAN, STD = "score_mean", "score_std"  # of the head's output, entries of config.json
+BATCH_TOKENS = 8192  # of one forward of `score`
+
+
+class RewardModel(nn.Module):
+    """Scores sequences: ``(h w - mean) / std``, h (E) the last layer's normed output at the last
+    token, w (E) the head. `normalise` sets mean and std; they begin as 0 and 1.
+
+    The head is drawn from N(0, 1 / (E + 1)) (Stiennon et al. 2020, arXiv:2009.01325), by ``seed``
+    alone. It has no bias: a loss of comparisons does not depend on one, and ``mean`` takes its
+    place.
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int | None = None):
+        super().__init__()
+        # tied: no head of a language model among the parameters. No padding token that ends an
+        # answer: transformers would score the token before it
+        pad = None if config.pad_token_id in config.stop_ids else config.pad_token_id
+        self.trunk = CausalLM(
+            replace(config, tie_word_embeddings=True, pad_token_id=pad), seed=seed
+        )
+        self.head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.mean = float(config.extra.get(MEAN, 0.0))
+        self.std = float(config.extra.get(STD, 1.0))
+        if not self.head.weight.is_meta:
+            self._draw_head(seed)
+
+    @torch.no_grad()
+    def _draw_head(self, seed: int | None) -> None:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        std = 1 / math.sqrt(self.config.hidden_size + 1)
+        draw = torch.empty(self.head.weight.shape, device="cpu")
+        self.head.weight.copy_(draw.normal_(0.0, std, generator=generator))
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.trunk.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.trunk.dtype
+
+    @classmethod
+    def from_causal_lm(cls, model: CausalLM, *, seed: int | None = None) -> "RewardModel":
+        """Take over the layers of ``model`` (they are shared, not copied), with a new head."""
+        with torch.device("meta"):
+            made = cls(model.config)
+        made.trunk.model = model.model
+        made.head = nn.Linear(model.config.hidden_size, 1, bias=False, device=model.device)
+        made._draw_head(seed)
+        return made
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype | None = None
+    ) -> "RewardModel":
+        """Load, in eval mode, what `save_pretrained` wrote. InputError: see `load_state`; a model
+        without a head of one score.
+        """
+        config_dict, tensors = load_state(path, keep_quantized=False)
+        config = ModelConfig.from_dict(config_dict)
+        with torch.device("meta"):
+            made = cls(config)
+        state = {}
+        for name, tensor in tensors:
+            assert isinstance(tensor, Tensor)
+            own = "head.weight" if name == HEAD else f"trunk.{name}"
+            state[own] = tensor.to(dtype or tensor.dtype)
+        wanted = (1, config.hidden_size)
+        came = tuple(state["head.weight"].shape) if "head.weight" in state else "none"
+        if came != wanted:
+            raise InputError(f"{path}: wanted a reward model, with {HEAD} {wanted}, got {came}")
+        names = [name for name, _ in made.named_parameters()]
+        made.load_state_dict({name: state[name] for name in names}, assign=True)
+        return made.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a Hugging Face folder that transformers' AutoModelForSequenceClassification loads.
+        Its logit is ``h w``: subtract config.json's ``score_mean`` and divide by ``score_std`` for
+        the score.
+        """
+        state: dict[str, Any] = {
+            HEAD if name == "head.weight" else name.removeprefix("trunk."): parameter
+            for name, parameter in self.named_parameters()
+        }
+        dtype = str(self.dtype).removeprefix("torch.")
+        family = self.config.family.architecture.removesuffix("ForCausalLM")
+        family += "Text" if self.config.model_type == "gemma3_text" else ""
+        config = {
+            **self.config.to_dict(),
+            "architectures": [f"{family}ForSequenceClassification"],
+            "num_labels": 1,
+            MEAN: self.mean,
+            STD: self.std,
+            "dtype": dtype,
+            "torch_dtype": dtype,  # transformers 4's name
+        }
+        save_hf(folder, config, state)
+
+    def normalise(self, scores: Tensor) -> None:
+        """Set mean and std so that these scores, which this model gave, would have mean 0 and
+        standard deviation 1 (over n). Where all are equal, only the mean changes.
+        """
+        raw = scores.double() * self.std + self.mean
+        std = float(raw.std(correction=0))
+        self.mean, self.std = float(raw.mean()), std if std > 0 else 1.0
+
+    def values(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Return the score at every position, (1, total) float32, with gradients.
+
+        Args:
+            input_ids: (1, total), n sequences one after another.
+            cu_seqlens: (n + 1,) int32, where they begin.
+        """
+        hidden = self.trunk.hidden(input_ids, cu_seqlens=cu_seqlens)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        raw = hidden.to(wide) @ self.head.weight[0].to(wide)
+        return (raw - self.mean) / self.std
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Return the score at the last token of each sequence of ids, (B,) float32, without
+        gradients. No padding is involved: the last token is that of the list.
+
+        InputError names an empty sequence, or one beyond the context.
+        """
+        limit = self.trunk.context_limit
+        for i, sequence in enumerate(sequences):
+            if not 0 < len(sequence) <= limit:
+                raise InputError(f"sequences[{i}]: wanted 1 to {limit} tokens, got {len(sequence)}")
+        scores = [self._score(part) for part in _parts(sequences)]
+        return torch.cat(scores) if scores else torch.zeros(0, device=self.device)
+
+    def _score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        ids = torch.tensor([[i for s in sequences for i in s]], device=self.device)
+        lengths = torch.tensor([0, *map(len, sequences)], device=self.device)
+        ends = lengths.cumsum(0)
+        return self.values(ids, ends.to(torch.int32))[0, ends[1:] - 1]
+
+
+def _parts(sequences: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    """The sequences in parts of at most BATCH_TOKENS tokens, at least one sequence each."""
+    parts, begin, tokens = [], 0, 0
+    for i, sequence in enumerate(sequences):
+        if i > begin and tokens + len(sequence) > BATCH_TOKENS:
+            parts.append(sequences[begin:i])
+            begin, tokens = i, 0
+        tokens += len(sequence)
+    return [*parts, sequences[begin:]] if len(sequences) > begin else parts
+
+
+def scores(
+    model: RewardModel,
+    tokenizer: "Tokenizer",
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    **variables: Any,
+) -> Tensor:
+    """Return the score of the last answer of each conversation (messages), (B,) float32: of the
+    text that the chat template writes, up to the token that ends the answer. ``variables``: see
+    `Tokenizer.encode_conversation`.
+    """
+    sequences = []
+    for messages in conversations:
+        learnt = [False] * (len(messages) - 1) + [True]
+        ids, mask = tokenizer.encode_conversation(messages, learnt, **variables)[-1]
+        sequences.append(ids[: len(mask) - mask[::-1].index(True)])
+    return model.score(sequences)

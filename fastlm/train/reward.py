@@ -1,0 +1,366 @@
+"""A reward model: scores answers as people would rank them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from fastlm.data.content import Contents
+from fastlm.data.conversations import FORMATS
+from fastlm.errors import InputError
+from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
+from fastlm.train.chat_options import ChatOptions
+from fastlm.train.encoding import (
+    Example,
+    chat_tokenizer,
+    load_model,
+    reasons,
+    weights_digest,
+)
+from fastlm.train.epochs import Epochs
+from fastlm.train.metrics import METRICS, read_metrics
+from fastlm.train.preferences import (
+    Judged,
+    Preferences,
+    accuracy_told,
+    digest_of,
+    right,
+    standard_error,
+)
+from fastlm.train.reward_report import calibration, length_bias
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fastlm.model.reward_model import RewardModel
+    from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.train.options import TrainOptions
+
+MODEL = "model"
+SHOWN = 1000  # answers in the figure of lengths
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of rows. ``ids`` (1, total) and ``cu_seqlens``: all their answers, packed.
+    ``ranks`` (n, K): 0, 1, ... per row, -1 where it has fewer answers. ``margins`` (n,).
+    """
+
+    ids: "Tensor"
+    cu_seqlens: "Tensor"
+    ranks: "Tensor"
+    margins: "Tensor"
+
+
+class RankedAnswers(Epochs):
+    """The objective (``fastlm.train.loop.Objective``) of `Reward`: Bradley-Terry's loss of pairs,
+    Plackett-Luce's of longer lists, a mean over the comparisons of a step. A list of k answers
+    counts as k - 1 comparisons, one for each choice of the next best.
+
+    ``margins``: whether a pair's margin is subtracted. For the other arguments see `Epochs`.
+    """
+
+    def __init__(
+        self,
+        model: "RewardModel",
+        judged: Sequence[Judged],
+        heldout: Sequence[Judged],
+        options: "TrainOptions",
+        *,
+        margins: bool = False,
+        batch_size: int,
+        seed: int,
+        base: str,
+        device: "torch.device",
+    ):
+        super().__init__(
+            model, [one.answers[0].place for one in judged], options, batch_size=batch_size,
+            seed=seed, base=base, data=digest_of(judged), tokenizer=None, prompt=(), device=device,
+        )  # fmt: skip
+        self.judged, self.heldout, self.margins = judged, heldout, margins
+        self.measured: list[tuple[Tensor, Tensor]] = []
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "margins": self.margins}
+
+    def next_batches(self, count: int) -> list[Batch]:
+        """Return ``count`` micro-batches, or what the epoch has left."""
+        self.measured = []
+        return [self._packed([self.judged[i] for i in rows]) for rows in self.take(count)]
+
+    def _packed(self, judged: Sequence[Judged]) -> Batch:
+        import numpy as np
+        import torch
+
+        answers = [answer for one in judged for answer in one.answers]
+        ids = np.concatenate([answer.ids for answer in answers]).astype(np.int64)
+        ends = np.cumsum([0, *(len(answer.ids) for answer in answers)], dtype=np.int32)
+        ranks = torch.full((len(judged), max(len(one.answers) for one in judged)), -1)
+        for row, one in enumerate(judged):
+            ranks[row, : len(one.answers)] = torch.arange(len(one.answers))
+        margins = torch.tensor([(one.margin or 0.0) * self.margins for one in judged])
+        return Batch(
+            torch.from_numpy(ids)[None].to(self.device), torch.from_numpy(ends).to(self.device),
+            ranks.to(self.device), margins.to(self.device),
+        )  # fmt: skip
+
+    def num_items(self, batch: Batch) -> int:
+        return int((batch.ranks > 0).sum())
+
+    def tokens(self, batch: Batch) -> int:
+        return batch.ids.numel()
+
+    def loss(self, batch: Batch, num_items: int) -> "Tensor":
+        scores = self.scores(batch)
+        self.measured.append(pairs_of(scores.detach(), batch.ranks))
+        return self.losses(scores, batch).sum() / num_items
+
+    def scores(self, batch: Batch) -> "Tensor":
+        """Return the scores (n, K), 0 where a row has fewer answers."""
+        model = cast(Any, self.trained)
+        values = model.values(batch.ids, batch.cu_seqlens)[0, batch.cu_seqlens[1:].long() - 1]
+        return values.new_zeros(batch.ranks.shape).masked_scatter(batch.ranks >= 0, values)
+
+    def losses(self, scores: "Tensor", batch: Batch) -> "Tensor":
+        """Return the loss of each row, (n,): a sum over its comparisons."""
+        from fastlm.train.losses import bradley_terry_loss, plackett_luce_loss
+
+        if batch.ranks.shape[1] == 2:
+            return bradley_terry_loss(scores[:, 0], scores[:, 1], margin=batch.margins)
+        # of a pair, Plackett-Luce's loss is Bradley-Terry's of a first score less the margin
+        first = scores[:, :1] - batch.margins.to(scores.dtype)[:, None]
+        return plackett_luce_loss(first_replaced(scores, first), batch.ranks)
+
+    def scalars(self) -> dict[str, float]:
+        import torch
+
+        margins = torch.cat([margins for margins, _ in self.measured])
+        return {
+            **super().scalars(),
+            "margin": float(margins.mean()),
+            "accuracy": float(right(margins).mean()),
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Return loss, accuracy with its standard error, and margin of the held-out rows, of at
+        most `val_tokens` tokens.
+        """
+        import torch
+
+        total, items, tokens = 0.0, 0, 0
+        margins, places = [], []
+        for start in range(0, len(self.heldout), self.batch_size):
+            rows = self.heldout[start : start + self.batch_size]
+            batch = self._packed(rows)
+            scores = self.scores(batch)
+            total += float(self.losses(scores, batch).sum())
+            items += self.num_items(batch)
+            tokens += self.tokens(batch)
+            found, of = pairs_of(scores, batch.ranks)
+            margins.append(found)
+            places += [rows[i].answers[0].place for i in of.tolist()]
+            if tokens >= self.options.val_tokens:
+                break
+        if not items:
+            return {}
+        joined = torch.cat(margins)
+        return {
+            "val_loss": total / items,
+            "val_accuracy": float(right(joined).mean()),
+            "val_margin": float(joined.mean()),
+            "val_accuracy_error": standard_error(right(joined), places),
+        }
+
+    def sample(self) -> None:
+        return None
+
+
+def first_replaced(scores: "Tensor", first: "Tensor") -> "Tensor":
+    import torch
+
+    return torch.cat([first, scores[:, 1:]], 1)
+
+
+def pairs_of(scores: "Tensor", ranks: "Tensor") -> "tuple[Tensor, Tensor]":
+    """Return score of the better minus score of the worse of all pairs of a row, and the rows."""
+    better = ranks[:, :, None] < ranks[:, None, :]
+    wanted = better & (ranks >= 0)[:, :, None]
+    margins = scores[:, :, None] - scores[:, None, :]
+    return margins[wanted], wanted.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Reward(ChatOptions, Stage):
+    """Train a reward model on preferences: the model's layers with a head that scores an answer.
+
+    Its scores have mean 0 and standard deviation 1 over the answers of the training. The same
+    command run again resumes from the last checkpoint.
+    """
+
+    kind = "reward"
+    command = ("reward",)
+    reads = {"model": Takes(("model",), "Model to begin with: a run, a Hugging Face folder")}
+    leaves = {"reward": MODEL}
+    scratch = ("checkpoints",)
+    result = {
+        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
+        "metrics": dict, "parameters": int, "comparisons": int, "heldout": int, "read": int,
+        "counts": dict, "used_seconds": float, "load": str, "calibration": dict,
+        "length_bias": dict, "measured_on": str, "lengths": list, "scores": list,
+    }  # fmt: skip
+    notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
+(prompt, answers, ranks or scores) and corrections (prompt, answer, corrected)."""
+    rows = "preferences"
+
+    data: Annotated[
+        tuple[str, ...],
+        Positional("Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+    ] = ()
+    normalise_on: Annotated[
+        tuple[str, ...], "Preferences whose answers' scores have mean 0; default: those of training"
+    ] = ()
+    use_margins: Annotated[bool, "Subtract the margins of the data from a pair's scores"] = False
+    batch_size: Annotated[int, "Rows per micro-batch, joined without padding"] = 4
+    accumulate: Annotated[int, "Micro-batches per step"] = 4
+    seq_len: Annotated[
+        int | None, "Most tokens of prompt and answer; default: the context, at most 2048"
+    ] = None
+    overlong: Annotated[str, "Longer answers: skip the row, or truncate"] = "skip"
+    heldout: Annotated[float, "Share of the prompts that is held out"] = 0.1
+    lr: Annotated[float, "Peak learning rate"] = 1e-5
+
+    def contents(self, contents: Contents) -> Any:
+        reference = contents.sources(self.normalise_on, FORMATS) if self.normalise_on else None
+        return [super().contents(contents), reference]
+
+    def run(self, job: Job) -> dict[str, Any]:
+        import torch
+
+        from fastlm.model.reward_model import RewardModel
+        from fastlm.train.loop import train
+
+        source = job.path("model")
+        base = load_model(source)
+        tokenizer = chat_tokenizer(source, base.config.to_dict(), self.chat_template)
+        longest = self.longest(base.config.max_position_embeddings)
+        found = Preferences(self, tokenizer, longest, job, "lists")
+        if not found.training:
+            raise InputError(f"data: wanted pairs to learn from, got none in {found.told()}")
+        reference = self._reference(tokenizer, longest, job) or answers_of(found.training)
+        options = self.train_options(len(found.training))
+        base.config.eos_token_id = sorted(base.config.stop_ids | tokenizer.stop_ids)
+        model = RewardModel.from_causal_lm(base, seed=self.seed)
+        objective = RankedAnswers(
+            model, found.training, found.heldout, options, margins=self.use_margins,
+            batch_size=self.batch_size, seed=self.seed, base=weights_digest(model),
+            device=model.device,
+        )  # fmt: skip
+        torch.manual_seed(self.seed)
+        load = os.getloadavg()[0]
+        done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
+        model.eval()
+        model.normalise(model.score(ids_of(reference)))
+        measured = found.heldout or found.training
+        figures = measure(model, measured)
+        model.save_pretrained(job.out / MODEL)
+        tokenizer.save(job.out / MODEL)
+        result = asdict(done)
+        result["used_seconds"] = result.pop("seconds")
+        return {
+            **result,
+            **figures,
+            "measured_on": "held-out" if found.heldout else "training",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "comparisons": sum(len(one.answers) - 1 for one in found.training),
+            "heldout": len(found.heldout),
+            "read": found.rows.read,
+            "counts": dict(found.rows.counts),
+            "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
+        }
+
+    def _reference(self, tokenizer: "Tokenizer", longest: int, job: Job) -> list[Example]:
+        """The answers of `normalise_on`."""
+        if not self.normalise_on:
+            return []
+        other = replace(self, data=self.normalise_on, heldout=0.0)
+        found = Preferences(other, tokenizer, longest, job, "lists")
+        if not found.training:
+            raise InputError(f"normalise_on: wanted answers, got none in {found.told()}")
+        return answers_of(found.training)
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
+        return (
+            f"{result['comparisons']:,} comparisons, {result['steps']} steps, {loss}"
+            f"{accuracy_told(result['metrics'])}: {job.out / MODEL}"
+        )
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        from fastlm.runs.charts import loss_chart
+        from fastlm.runs.preference_charts import accuracy_chart, calibration_chart, length_chart
+        from fastlm.runs.text import seconds_text
+
+        metrics = read_metrics(job.out / METRICS)
+        rows = f"{result['read']:,} rows: {result['comparisons']:,} comparisons learnt from"
+        rows += f", {result['heldout']:,} rows held out"
+        if result["counts"]:
+            rows += f"; {reasons(result['counts'])}"
+        cards = []
+        if (accuracy := result["metrics"].get("val_accuracy")) is not None:
+            error = result["metrics"]["val_accuracy_error"]
+            cards = [
+                (f"{100 * accuracy:.0f} ± {100 * error:.0f} %", "of held-out pairs ranked right")
+            ]
+        bias, calibrated = result["length_bias"], result["calibration"]
+        return Part(
+            "Reward model",
+            "Scores have mean 0 and standard deviation 1 over the answers of the training.",
+            facts={
+                "preferences": rows,
+                "batch": f"{self.batch_size * self.accumulate} rows without padding",
+                "schedule": f"AdamW, {self.schedule}, peak {self.lr}, weight decay"
+                f" {self.weight_decay}, {self.dtype}",
+                "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
+                "machine load": result["load"],
+            },
+            charts=[
+                loss_chart(metrics, "loss per comparison"),
+                accuracy_chart(metrics),
+                calibration_chart(calibrated["bins"]),
+                length_chart(result["lengths"], result["scores"]),
+            ],
+            cards=cards,
+            template="reward.html.jinja",
+            values={"c": calibrated, "b": bias, "on": result["measured_on"]},
+        )
+
+
+def answers_of(judged: Sequence[Judged]) -> list[Example]:
+    return [answer for one in judged for answer in one.answers]
+
+
+def ids_of(answers: Sequence[Example]) -> list[list[int]]:
+    return [answer.ids.tolist() for answer in answers]
+
+
+def measure(model: "RewardModel", judged: Sequence[Judged]) -> dict[str, Any]:
+    """Return how well the probabilities of a model fit, and how it treats length: "calibration",
+    "length_bias", and lengths and scores of the first answers.
+    """
+    answers = answers_of(judged)
+    scores = model.score(ids_of(answers)).double().cpu().tolist()
+    lengths = [answer.learnt for answer in answers]
+    pairs, at = [], 0
+    for one in judged:
+        row = range(at, at + len(one.answers))
+        pairs += [(i, j) for i in row for j in row if i < j]
+        at += len(one.answers)
+    # the probability of a preference comes from the score before it was normalised
+    margins = [(scores[i] - scores[j]) * model.std for i, j in pairs]
+    return {
+        "calibration": calibration(margins),
+        "length_bias": length_bias(lengths, scores, pairs),
+        "lengths": lengths[:SHOWN],
+        "scores": [round(score, 4) for score in scores[:SHOWN]],
+    }

@@ -1,0 +1,57 @@
+"""A tiny model with a chat template, and preferences that it can learn in seconds."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.tokenizer.tokenizer import Tokenizer
+from fastlm.train.encoding import Example
+
+WORDS = "tree river stone bird cloud road house garden letter winter lamp boat field song".split()
+
+
+def config(vocab_size: int, eos_id: int | None = 0, **changes: Any) -> ModelConfig:
+    return ModelConfig.from_dict({
+        "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 128, "eos_token_id": eos_id,
+        "tie_word_embeddings": True, **changes,
+    })  # fmt: skip
+
+
+def make_base(folder: Path, **changes: Any) -> Path:
+    """A model that has seen nothing; its pad token is its end token, as SmolLM2-Instruct's."""
+    text = " ".join(["please now what is system user assistant\n", *WORDS])
+    tokenizer = Tokenizer.train([text * 5], 320)
+    changes = {"pad_token_id": tokenizer.eos_id, **changes}
+    CausalLM(config(tokenizer.vocab_size, tokenizer.eos_id, **changes), seed=1).save_pretrained(
+        folder
+    )
+    tokenizer.save(folder)
+    return folder
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def polite_pairs(count: int) -> list[dict[str, str]]:
+    """The polite answer is the better one, whatever the prompt."""
+    rows = []
+    for i in range(count):
+        one, two = WORDS[i % len(WORDS)], WORDS[i // len(WORDS) % len(WORDS)]
+        rows.append({
+            "prompt": f"what is {one} {two} {i}", "chosen": f"{two} please {one}",
+            "rejected": f"{two} now {one}",
+        })  # fmt: skip
+    return rows
+
+
+def example(ids: list[int], learn_from: int, place: str = "") -> Example:
+    return Example(np.array(ids, np.int32), np.arange(len(ids)) >= learn_from, place)

@@ -1,0 +1,485 @@
+"""Preference training: the losses of encoded pairs and labels against their formulas, that no split
+into micro-batches changes them, the reference, resuming, learning, and what is refused.
+"""
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from preference_models import config, example, make_base, polite_pairs, write
+from typer.testing import CliRunner
+
+from fastlm.cli import app
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.train.dpo import Dpo, PreferenceLoss, PreferredAnswers
+from fastlm.train.encoding import Example
+from fastlm.train.loop import Interrupted
+from fastlm.train.options import TrainOptions
+from fastlm.train.preferences import Judged, with_other_answers
+
+TINY = Dpo(
+    data=("x.jsonl",), epochs=2, batch_size=3, accumulate=2, lr=2e-3, heldout=0.25, validations=2,
+    sample_at=(), dtype="float32", checkpoint_every=3,
+)  # fmt: skip
+PAIRS = [
+    Judged((example([5, 6, 7, 8, 9], 3, "row 1"), example([5, 6, 7, 10], 3))),
+    Judged((example([11, 12, 13], 1, "row 2"), example([11, 14, 15, 16, 17, 18], 1))),
+    Judged((example([20, 21, 22, 23], 2, "row 3"), example([20, 21, 24], 2))),
+    Judged((example([30, 31], 1, "row 4"), example([30, 32, 33], 1))),
+    Judged((example([40, 41, 42], 1, "row 5"), example([40, 43, 44], 1))),
+]
+LABELS = with_other_answers(
+    [
+        Judged((answer,), desirable=good)
+        for pair in PAIRS
+        for answer, good in zip(pair.answers, (True, False))
+    ],
+    64,
+)
+TERMS = {
+    "sigmoid": PreferenceLoss(beta=0.3),
+    "cdpo": PreferenceLoss(beta=0.3, label_smoothing=0.2),
+    "ipo": PreferenceLoss(loss="ipo", beta=0.3, length_normalise=True),
+    "hinge": PreferenceLoss(loss="hinge", beta=2.0),
+    "rpo": PreferenceLoss(beta=0.3, sft_weight=0.5, length_normalise=True),
+    "kto": PreferenceLoss(loss="kto", beta=0.3, weight_desirable=1.5, weight_undesirable=0.7),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    return write(tmp_path / "pairs.jsonl", polite_pairs(40))
+
+
+def options(**changes) -> Dpo:
+    return replace(TINY, **changes)
+
+
+def objective(terms: PreferenceLoss, batch_size: int = 2, judged=None) -> PreferredAnswers:
+    """On a model that is not its reference any more."""
+    model = CausalLM(config(64), seed=3)
+    judged = judged or (LABELS if terms.loss == "kto" else PAIRS)
+    made = PreferredAnswers(
+        model, judged, judged, TrainOptions(max_steps=1), terms, batch_size=batch_size, seed=4,
+        base="", tokenizer=None, prompt=(), device=torch.device("cpu"),
+    )  # fmt: skip
+    made.measure_reference(torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+            parameter.add_(0.05 * draw)
+    return made
+
+
+def logp(model: CausalLM, one: Example) -> torch.Tensor:
+    """The log-probability of an answer, one sequence at a time, from its logits in float64."""
+    ids = torch.tensor(one.ids.tolist())
+    logits = model(ids[None]).logits[0].double().log_softmax(-1)
+    learnt = torch.tensor(one.mask.tolist()).nonzero()[:, 0]
+    return logits[learnt - 1, ids[learnt]].sum()
+
+
+def naive(model, reference, terms: PreferenceLoss, judged) -> torch.Tensor:
+    """The mean loss, written from the papers' formulas."""
+    t, losses = terms, []
+    if t.loss == "kto":
+        others = [logp(model, j.answers[1]) - logp(reference, j.answers[1]) for j in judged]
+        kl = torch.stack(others).mean().clamp(min=0).detach()
+    for one in judged:
+        policy = [logp(model, answer) for answer in one.answers]
+        with torch.no_grad():
+            before = [logp(reference, answer) for answer in one.answers]
+        ratios = [a - b for a, b in zip(policy, before)]
+        if t.loss == "kto":
+            weight = t.weight_desirable if one.desirable else t.weight_undesirable
+            sign = 1 if one.desirable else -1
+            losses.append(weight * (1 - torch.sigmoid(sign * t.beta * (ratios[0] - kl))))
+            continue
+        lengths = [int(answer.mask.sum()) for answer in one.answers]
+        if t.length_normalise:
+            ratios = [ratio / n for ratio, n in zip(ratios, lengths)]
+        h = ratios[0] - ratios[1]
+        if t.loss == "sigmoid":
+            good, e = torch.sigmoid(t.beta * h), t.label_smoothing
+            loss = -(1 - e) * good.log() - e * (1 - good).log()
+        elif t.loss == "ipo":
+            loss = (h - 1 / (2 * t.beta)) ** 2
+        else:
+            loss = (1 - t.beta * h).clamp(min=0)
+        losses.append(loss - t.sft_weight * policy[0] / lengths[0])
+    return torch.stack(losses).mean()
+
+
+def step(made: PreferredAnswers, micro_batches: int) -> tuple[float, list[torch.Tensor]]:
+    made.trained.zero_grad()
+    batches = made.next_batches(micro_batches)
+    count, total = sum(map(made.num_items, batches)), 0.0
+    for batch in batches:
+        loss = made.loss(batch, count)
+        loss.backward()
+        total += float(loss.detach())
+    return total, [p.grad.clone() for p in made.trained.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_the_loss_is_the_formula_whatever_the_micro_batches(name) -> None:
+    """Against logits in memory, one sequence at a time; in every split of a step."""
+    terms = TERMS[name]
+    judged = LABELS if terms.loss == "kto" else PAIRS
+    made = objective(terms, batch_size=len(judged))
+    model, reference = made.trained, CausalLM(config(64), seed=3)
+    truth = naive(model.double(), reference.double(), terms, judged)
+    truth.backward()
+    wanted = [p.grad.float() for p in model.parameters() if p.grad is not None]
+    for size in (len(judged), 2, 1):
+        found, gradients = step(objective(terms, size), -(-len(judged) // size))
+        assert found == pytest.approx(float(truth.detach()), rel=1e-4)
+        for a, b in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-6)
+
+
+def test_a_step_counts_pairs_and_tokens() -> None:
+    made = objective(TERMS["sigmoid"], batch_size=3)
+    batches = made.next_batches(9)
+    assert [made.num_items(batch) for batch in batches] == [3, 2]
+    learnt = sum(answer.learnt for pair in PAIRS for answer in pair.answers)
+    assert sum(made.tokens(batch) for batch in batches) == learnt
+    for batch in batches:
+        made.loss(batch, 5)
+    scalars = made.scalars()
+    logps = [float(logp(made.trained, pair.answers[0]).detach()) for pair in PAIRS]
+    assert scalars["logp_chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
+    lengths = [pair.answers[1].learnt for pair in PAIRS]
+    assert scalars["length_rejected"] == pytest.approx(np.mean(lengths))
+    assert scalars["margin"] == pytest.approx(
+        scalars["reward_chosen"] - scalars["reward_rejected"], abs=1e-6
+    )
+    with torch.no_grad():
+        validation = made.validate()
+    assert validation["val_loss"] == pytest.approx(step(made, 9)[0], rel=1e-5)
+    right = np.mean([float(v) for m in made.measured for v in m["accuracy"]])
+    assert validation["val_accuracy"] == pytest.approx(right)
+    assert validation["val_accuracy_error"] == pytest.approx((right * (1 - right) / 5) ** 0.5)
+
+
+def test_every_reference_is_measured_once() -> None:
+    """Also of held-out rows beyond val_tokens, which a resumed training may validate on."""
+    model = CausalLM(config(64), seed=3)
+    made = PreferredAnswers(
+        model, PAIRS, PAIRS, TrainOptions(max_steps=1, val_tokens=1), PreferenceLoss(),
+        batch_size=2, seed=4, base="", tokenizer=None, prompt=(), device=torch.device("cpu"),
+    )  # fmt: skip
+    made.measure_reference(torch.float32)
+    with torch.no_grad():
+        wanted = torch.tensor([[float(logp(model, a)) for a in one.answers] for one in PAIRS])
+        model.model.embed_tokens.weight.mul_(2)
+    for reference in (made.reference, made.reference_heldout):
+        torch.testing.assert_close(reference, wanted, rtol=1e-5, atol=1e-5)
+    state = made.state_dict()
+    again = objective(TERMS["sigmoid"])
+    again.load_state_dict(state)
+    assert again.reference is not None and torch.equal(again.reference, made.reference)
+
+
+def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:
+    assert len(LABELS) == 10 and [one.desirable for one in LABELS] == [True, False] * 5
+    prompts = [one.answers[0].ids[: one.answers[0].mask.argmax()].tolist() for one in LABELS]
+    for i, one in enumerate(LABELS):
+        own, other = one.answers
+        start = len(prompts[i])
+        assert other.ids[:start].tolist() == prompts[i] and other.mask.argmax() == start
+        (source,) = [
+            j
+            for j, there in enumerate(LABELS)
+            if there.answers[0].ids[len(prompts[j]) :].tolist() == other.ids[start:].tolist()
+        ]
+        assert prompts[source] != prompts[i] and own.ids[:start].tolist() == prompts[i]
+    with pytest.raises(InputError, match="wanted answers to two prompts or more for kto, got one"):
+        with_other_answers([Judged((answer,)) for answer in PAIRS[0].answers], 64)
+    # in as many tokens as fit, and at least one of the answer
+    (short, _) = with_other_answers(
+        [Judged((PAIRS[2].answers[0],)), Judged((LABELS[3].answers[0],))], 4
+    )
+    assert len(short.answers[1].ids) == 4 and short.answers[1].learnt == 2
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("loss, dtype", [("sigmoid", "float32"), ("sigmoid", "bfloat16"),
+                                         ("ipo", "bfloat16"), ("kto", "float32")])  # fmt: skip
+def test_before_the_first_update_policy_and_reference_are_equal(
+    base, data, tmp_path, loss, dtype
+) -> None:
+    """To the last bit, in whatever micro-batches they are."""
+    events: list[dict] = []
+    stage = options(data=(data,), loss=loss, dtype=dtype, epochs=1)
+    stage(tmp_path / "out", model=base, on_event=events.append)
+    first = next(e for e in events if "loss" in e)
+    validation = next(e for e in events if "val_loss" in e)
+    wanted = {"sigmoid": math.log(2), "ipo": 25.0, "kto": 0.5}[loss]
+    for line, name in ((first, ""), (validation, "val_")):
+        assert line[f"{name}loss"] == pytest.approx(wanted, rel=1e-6)
+        assert line[f"{name}accuracy"] == 0.5  # all tied
+        assert line[f"{name}margin"] == line[f"{name}reward_chosen"] == 0.0
+        assert loss != "kto" or name or line["kl"] == 0.0
+    later = [e for e in events if "loss" in e][-1]
+    assert later["margin"] != 0.0
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_the_better_answer_is_learnt(base, tmp_path, loss) -> None:
+    rows = write(tmp_path / "pairs.jsonl", polite_pairs(60))
+    changes = {"epochs": 4, "lr": 5e-3, "sample_at": (0.0, 1.0), "sample_tokens": 8}
+    stage = options(data=(rows,), loss=loss, **changes)
+    events: list[dict] = []
+    result = stage(tmp_path / "out", model=base, on_event=events.append)
+    assert result["metrics"]["val_accuracy"] > 0.9
+    assert result["metrics"]["val_margin"] > 0.5
+    assert result["pairs"] + result["heldout"] == 60 * (2 if loss == "kto" else 1)
+    assert len([e for e in events if "sample" in e]) == 2
+    # measured by another way: the trained model against the base
+    trained, before = (CausalLM.from_pretrained(p) for p in (tmp_path / "out", base))
+    from fastlm.tokenizer.tokenizer import Tokenizer
+
+    words = Tokenizer.load(tmp_path / "out" / "model")
+    right = 0
+    for row in polite_pairs(75)[60:]:
+        gains = []
+        for side in ("chosen", "rejected"):
+            messages = [{"role": "user", "content": row["prompt"]},
+                        {"role": "assistant", "content": row[side]}]  # fmt: skip
+            ((ids, mask),) = words.encode_conversation(messages)
+            one = Example(np.array(ids), np.array(mask))
+            with torch.no_grad():
+                gains.append(float(logp(trained, one) - logp(before, one)))
+        right += gains[0] > gains[1]
+    assert right >= 14
+
+
+@pytest.mark.parametrize("loss, seen", [("sigmoid", 2), ("sigmoid", 7), ("kto", 5)])
+def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path, loss, seen) -> None:
+    """Stopped by Ctrl-C within an epoch. The reference is that of before, though the weights that
+    training continues from are others.
+    """
+    stage = options(data=(data,), loss=loss, epochs=3, accumulate=2)
+    whole = stage(tmp_path / "whole", model=base)
+
+    def interrupt(event) -> None:
+        if "loss" in event and event["step"] == seen:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        stage(tmp_path / "cut", model=base, on_event=interrupt)
+    cut = stage(tmp_path / "cut", model=base)
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert cut["metrics"] == whole["metrics"] and cut["steps"] == whole["steps"]
+    lines = [
+        [
+            {k: v for k, v in json.loads(line).items()
+             if k not in ("seconds", "tokens_per_second", "progress")}
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "cut")
+    ]  # fmt: skip
+    assert lines[0] == lines[1]
+
+
+def test_another_loss_is_another_training(base, data, tmp_path) -> None:
+    options(data=(data,), epochs=1)(tmp_path / "out", model=base)
+    with pytest.raises(InputError, match=r"is of another run: beta was 0.1, now 0.2"):
+        options(data=(data,), epochs=1, beta=0.2)(tmp_path / "out", model=base)
+
+
+def test_ranked_lists_give_every_pair(base, tmp_path) -> None:
+    rows = [
+        {"prompt": "what is tree", "answers": ["bird", "road", "lamp", "boat"],
+         "ranks": [2, 0, 1, 1]},
+        {"prompt": "what is stone", "chosen": "song", "rejected": "field"},
+    ]  # fmt: skip
+    data = write(tmp_path / "lists.jsonl", rows)
+    result = options(data=(data,), heldout=0.0)(tmp_path / "out", model=base)
+    assert result["read"] == 2 and result["pairs"] == 5 + 1  # all of four but the tied pair
+
+
+def test_long_answers_are_counted(base, tmp_path) -> None:
+    rows = [
+        {"prompt": "tree", "chosen": "bird", "rejected": "road"},
+        {"prompt": "x " * 150, "chosen": "bird", "rejected": "road"},
+        {"prompt": "stone", "chosen": "y " * 150, "rejected": "road"},
+        {"prompt": "lamp", "chosen": "y " * 150 + "a", "rejected": "y " * 150 + "b"},
+    ]
+    data = write(tmp_path / "long.jsonl", rows)
+    for how, counts, pairs in (
+        ("skip", {"too long": 3}, 1),
+        (
+            "truncate",
+            {"nothing left to learn": 1, "truncated": 2, "equal after truncation": 1},
+            2,
+        ),
+    ):
+        stage = options(data=(data,), overlong=how, heldout=0.0, epochs=1)
+        result = stage(tmp_path / how, model=base)
+        assert result["counts"] == counts and result["pairs"] == pairs
+
+
+# ---- what is refused
+
+REFUSED = {
+    "loss: wanted one of sigmoid, ipo, hinge, kto, got 'simpo'": {"loss": "simpo"},
+    "beta: wanted a positive number, got 0": {"beta": 0},
+    "label_smoothing: wanted a number in [0, 0.5), got 0.5": {"label_smoothing": 0.5},
+    "label_smoothing: wanted none with loss = 'ipo', got 0.1 (it serves sigmoid)": {
+        "label_smoothing": 0.1, "loss": "ipo",
+    },
+    "weight_desirable: wanted none with loss = 'sigmoid', got 2.0 (it serves kto)": {
+        "weight_desirable": 2.0,
+    },
+    "sft_weight: wanted 0 or more, got -1": {"sft_weight": -1},
+    "overlong: wanted one of skip, truncate, got 'split'": {"overlong": "split"},
+    "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference point is a"
+    " mean over the step, got 1": {"loss": "kto", "batch_size": 1, "accumulate": 1},
+    "data: wanted at least one source of preferences, got none": {"data": ()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_options(message) -> None:
+    with pytest.raises(InputError) as refusal:
+        options(**REFUSED[message]).check()
+    assert str(refusal.value) == message
+
+
+ROWS = {
+    "line 1: wanted different answers, chosen and rejected are equal": (
+        {"prompt": "a", "chosen": "b", "rejected": "b"}, {},
+    ),
+    "line 1: rejected: wanted text from the assistant, got an empty message": (
+        {"prompt": "a", "chosen": "b", "rejected": ""}, {},
+    ),
+    "line 1: wanted a comparison of answers, got one answer with a label": (
+        {"prompt": "a", "completion": "b", "label": True}, {},
+    ),
+    "line 1: wanted different answers, got two that the chat template writes alike": (
+        {"prompt": "a", "chosen": "b", "rejected": "b \n"},
+        {"chat_template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}"
+         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+         "{% endif %}"},
+    ),
+    "wanted answers to two prompts or more for kto, got one prompt": (
+        {"prompt": "a", "completion": "b", "label": True}, {"loss": "kto"},
+    ),
+    "data: wanted pairs to learn from, got none in 1 rows (1 held out)": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"}, {"heldout": 0.9999999},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", ROWS)
+def test_refused_data(base, tmp_path, message) -> None:
+    row, changes = ROWS[message]
+    if "chat_template" in changes:
+        template = tmp_path / "chat.jinja"
+        template.write_text(changes["chat_template"])
+        changes = {**changes, "chat_template": str(template)}
+    data = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(InputError) as refusal:
+        options(data=(data,), **{"heldout": 0.0, **changes})(tmp_path / "out", model=base)
+    assert message in str(refusal.value)
+
+
+def test_the_command_and_a_recipe(base, data, tmp_path) -> None:
+    out = tmp_path / "out"
+    arguments = ["dpo", data, "--model", str(base), "--out", str(out), "--batch-size", "4"]
+    done = CliRunner().invoke(app, [*arguments, "--sample-tokens", "4"])
+    assert done.exit_code == 0, done.output
+    assert "pairs, " in done.stdout and "held-out accuracy" in done.stdout
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'name = "r"\n[[stage]]\nkind = "dpo"\nfrom = "{base}"\ndata = [{json.dumps(data)}]\n'
+        "sample_tokens = 4\n"
+        f'[[stage]]\nname = "kto"\nkind = "dpo"\nloss = "kto"\ndata = [{json.dumps(data)}]\n'
+        "sample_tokens = 4\n"
+    )
+    done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Preference training" in page and "held-out accuracy" in page
+    assert "share ranked right" in page
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "hinge"])
+def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:
+    """TRL's DPOTrainer on its own padded batch of the same tokens, of a model that has moved."""
+    import datasets
+    import transformers
+    import trl
+
+    terms = PreferenceLoss(loss=name, beta=0.3, length_normalise=name == "ipo")
+    words = transformers.AutoTokenizer.from_pretrained(base)
+    words.pad_token = words.pad_token or words.eos_token
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    arguments = trl.DPOConfig(
+        str(tmp_path / "trl"), beta=terms.beta, loss_type=[name], report_to=[], use_cpu=True,
+        per_device_train_batch_size=6, disable_tqdm=True, disable_dropout=True, bf16=False,
+    )  # fmt: skip
+    rows = [{**row, "rejected": row["rejected"] + " now" * i} for i, row in
+            enumerate(polite_pairs(6))]  # fmt: skip
+    trainer = trl.DPOTrainer(
+        theirs, reference, arguments, train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=words,
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+            parameter.add_(0.05 * draw)
+    features = list(trainer.train_dataset)
+    loss = trainer.compute_loss(theirs, trainer.data_collator(features))
+    loss.backward()
+    judged = [
+        Judged(tuple(
+            example(row["prompt_ids"] + row[side], len(row["prompt_ids"]))
+            for side in ("chosen_ids", "rejected_ids")
+        ))
+        for row in features
+    ]  # fmt: skip
+    model = CausalLM.from_pretrained(base, dtype=torch.float32)
+    made = PreferredAnswers(
+        model, judged, [], TrainOptions(max_steps=1), terms, batch_size=4, seed=0, base="",
+        tokenizer=None, prompt=(), device=torch.device("cpu"),
+    )  # fmt: skip
+    made.measure_reference(torch.float32)
+    model.load_state_dict(theirs.state_dict(), strict=False)
+    found, _ = step(made, 2)
+    assert found == pytest.approx(float(loss.detach()), rel=1e-4)
+    known = dict(theirs.named_parameters())
+    for parameter_name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, known[parameter_name].grad, rtol=2e-3, atol=2e-6,
+            msg=lambda m, n=parameter_name: f"{n}: {m}",
+        )  # fmt: skip
