@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
+from fastlm.train.best import taken
 from fastlm.train.chat_options import ChatOptions
 from fastlm.train.encoding import (
     IGNORE,
     Example,
     chat_tokenizer,
     in_dtype,
-    load_model,
     pack,
     reasons,
     weights_digest,
 )
 from fastlm.train.epochs import Epochs
+from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.preferences import (
     Judged,
@@ -357,11 +358,11 @@ def _means(joined: "Mapping[str, Tensor]") -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Dpo(PreferenceLoss, ChatOptions, Stage):
+class Dpo(LoraOptions, PreferenceLoss, ChatOptions, Stage):
     """Train a model on preferences (DPO, IPO, KTO): it comes to prefer the better answers.
 
-    It is compared with itself before training, which keeps it close to that. All weights are
-    trained. The same command run again resumes from the last checkpoint.
+    It is compared with itself before training, which keeps it close to that. The same command run
+    again resumes from the last checkpoint.
     """
 
     kind = "dpo"
@@ -371,8 +372,9 @@ class Dpo(PreferenceLoss, ChatOptions, Stage):
     scratch = ("checkpoints",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "metrics": dict, "parameters": int, "pairs": int, "heldout": int, "read": int,
-        "counts": dict, "used_seconds": float, "load": str, "prompt": str,
+        "metrics": dict, "parameters": int, "trained_parameters": int, "pairs": int,
+        "heldout": int, "read": int, "counts": dict, "used_seconds": float, "load": str,
+        "prompt": str,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
 (prompt, answers, ranks or scores), corrections (prompt, answer, corrected) and, with loss = kto,
@@ -395,7 +397,13 @@ labels (prompt, completion, label)."""
 
     def check(self) -> None:
         super().check()
+        self.check_lora()
         self.check_loss()
+        if self.lora_dropout:
+            raise InputError(
+                "lora_dropout: wanted 0, as the reference is measured without dropout, got"
+                f" {self.lora_dropout}"
+            )
         if self.loss == "kto" and self.batch_size * self.accumulate < 2:
             raise InputError(
                 "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference"
@@ -408,11 +416,12 @@ labels (prompt, completion, label)."""
     def run(self, job: Job) -> dict[str, Any]:
         import torch
 
+        from fastlm.model.architectures import expected_shapes
         from fastlm.train.loop import DTYPES, train
         from fastlm.train.state import list_checkpoints
 
         source = job.path("model")
-        model = load_model(source)
+        model = self.load_trained(source, dtype=self.dtype, seed=self.seed)
         tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
         context = model.config.max_position_embeddings
         kind = "labels" if self.loss == "kto" else "pairs"
@@ -428,18 +437,20 @@ labels (prompt, completion, label)."""
             batch_size=self.batch_size, seed=self.seed, base=base, tokenizer=tokenizer,
             prompt=prompt, device=model.device,
         )  # fmt: skip
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         torch.manual_seed(self.seed)
         load = os.getloadavg()[0]
         if not list_checkpoints(job.out):  # a checkpoint has the reference of its training
             objective.measure_reference(DTYPES[self.dtype], track=job.track)
         done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
-        model.save_pretrained(job.out / MODEL)
+        self.save_trained(model, job.out / MODEL, source)
         tokenizer.save(job.out / MODEL)
         result = asdict(done)
         result["used_seconds"] = result.pop("seconds")
         return {
             **result,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(map(math.prod, expected_shapes(model.config).values())),
+            "trained_parameters": trained,
             "pairs": len(found.training),
             "heldout": len(found.heldout),
             "read": found.rows.read,
@@ -452,7 +463,7 @@ labels (prompt, completion, label)."""
         loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
         return (
             f"{result['pairs']:,} {self._unit()}, {result['steps']} steps, {loss}"
-            f"{accuracy_told(result['metrics'])}: {job.out / MODEL}"
+            f"{accuracy_told(result['metrics'])}{taken(result, self.take)}: {job.out / MODEL}"
         )
 
     def _unit(self) -> str:
@@ -478,6 +489,8 @@ labels (prompt, completion, label)."""
             "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
             "machine load": result["load"],
         }
+        if self.lora_rank:
+            facts["adapters"] = self.lora_told(result)
         cards = []
         if (accuracy := result["metrics"].get("val_accuracy")) is not None:
             error = result["metrics"]["val_accuracy_error"]

@@ -10,6 +10,7 @@ from fastlm.train.online_stage import OnlineStage
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.model.reward_model import RewardModel
     from fastlm.train.online import Online
 
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "rloo")
@@ -39,7 +40,10 @@ class Grpo(OnlineStage):
                 f"loss_type: wanted one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}"
             )
 
-    def objective(self, policy: "CausalLM", *args: Any, **options: Any) -> "Online":
+    def objective(
+        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **options: Any
+    ) -> "Online":
+        del reward_model
         from fastlm.train.grpo_objective import GroupRelative, GroupRules
 
         group = GroupRules(self.loss_type, self.clip, self.entropy, self.mask_truncated)

@@ -12,6 +12,7 @@ update. Dropout is off in all of them.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import chain
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.checkpoint.folder import load_tensors
+from fastlm.decode.merged import merged
 from fastlm.errors import InputError
 from fastlm.model.lora import without_adapter
+from fastlm.quant.modules import QuantizedLinear
 from fastlm.train.loop import DivergedError, decay_matrices
 from fastlm.train.losses import Metrics, aggregate, pooled
 from fastlm.train.monitors import of_round
@@ -217,11 +220,9 @@ class Online:
         self.chosen = [i for i in self._prompts_of_round() for _ in range(rules.answers)]
         words = np.random.SeedSequence([rules.seed, 1, self.round]).generate_state(1, np.uint64)
         self.policy.eval()
-        self.answers = sample_answers(
-            self.policy, [self.prompts[i] for i in self.chosen],
-            max_new_tokens=rules.max_new_tokens, temperature=rules.temperature,
-            seed=int(words[0] >> np.uint64(2)), stop_ids=self.stop_ids, rows=rules.decode_batch,
-        )  # fmt: skip
+        self.answers = self._sample(
+            [self.prompts[i] for i in self.chosen], rules.temperature, int(words[0] >> np.uint64(2))
+        )
         scores = np.array(self.score(self.chosen, self.answers), np.float64)
         if self.rules.missing_end is not None:
             scores[[not answer.ended for answer in self.answers]] = self.rules.missing_end
@@ -235,6 +236,17 @@ class Online:
         found = self.estimate(torch.tensor(scores, dtype=torch.float32, device=device), mask, kept)
         self.kept = {"old_logp": kept["logp"], **{k: found[k] for k in self.columns}}
         self.policy.train()
+
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], temperature: float, seed: int = 0
+    ) -> list[Answer]:
+        quantized = any(isinstance(m, QuantizedLinear) for m in self.policy.modules())
+        # merged, adapters cost nothing per token; a quantized base would be dequantized for it
+        with nullcontext() if quantized else merged(self.policy):
+            return sample_answers(
+                self.policy, prompts, max_new_tokens=self.rules.max_new_tokens, seed=seed,
+                temperature=temperature, stop_ids=self.stop_ids, rows=self.rules.decode_batch,
+            )  # fmt: skip
 
     def _mask(self, rows: Sequence[int]) -> Tensor:
         lengths = torch.tensor([len(self.answers[i].tokens) for i in rows])
@@ -391,10 +403,7 @@ class Online:
         count = min(len(self.heldout), self.rules.val_prompts)
         if not count:
             return {}
-        answers = sample_answers(
-            self.policy, self.heldout[:count], max_new_tokens=self.rules.max_new_tokens,
-            temperature=0.0, stop_ids=self.stop_ids, rows=self.rules.decode_batch,
-        )  # fmt: skip
+        answers = self._sample(self.heldout[:count], 0.0)
         scores = np.array(self.score_heldout(range(count), answers), np.float64)
         return {
             "val_score": float(scores.mean()),
@@ -412,10 +421,7 @@ class Online:
     def sample(self) -> str | None:
         if self.answer_text is None or not self.sample_prompt:
             return None
-        (answer,) = sample_answers(
-            self.policy, [self.sample_prompt], max_new_tokens=self.rules.max_new_tokens,
-            temperature=0.0, stop_ids=self.stop_ids,
-        )  # fmt: skip
+        (answer,) = self._sample([self.sample_prompt], 0.0)
         return self.answer_text(answer.tokens)
 
 

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -19,6 +20,7 @@ from fastlm.train.options import TrainOptions
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.model.reward_model import RewardModel
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.online import Online, Rules
     from fastlm.train.rollouts import Answer
@@ -80,6 +82,9 @@ messages), or conversations, of which what precedes the first answer is the prom
         float, "Use importance weights where sampling and training differ by more, nats per token"
     ] = 0.05
     val_prompts: Annotated[int, "Held-out prompts per validation, answered greedily"] = 64
+    spike_factor: Annotated[
+        float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
+    ] = None  # a surrogate's loss says little
     lr: Annotated[float, "Peak learning rate"] = 1e-6
     eps: Annotated[float, "AdamW's epsilon"] = 1e-5
     checkpoint_every: Annotated[int, "Steps between checkpoints"] = 50
@@ -126,6 +131,7 @@ messages), or conversations, of which what precedes the first answer is the prom
         epochs = self.epochs
         if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
             return options
+        self.check_no_warmup()
         rounds = math.ceil((epochs or 1.0) * examples / self.prompts)
         steps = rounds * self.steps_of_round()
         most = steps if self.max_steps is None else self.max_steps
@@ -143,7 +149,9 @@ messages), or conversations, of which what precedes the first answer is the prom
 
         return Rules(**{f.name: getattr(self, f.name) for f in fields(Rules)})
 
-    def objective(self, policy: "CausalLM", *args: Any, **options: Any) -> "Online":
+    def objective(
+        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **options: Any
+    ) -> "Online":
         """The objective on ``policy``; the rest is for `Online`."""
         raise NotImplementedError
 
@@ -171,7 +179,7 @@ messages), or conversations, of which what precedes the first answer is the prom
         torch.manual_seed(self.seed)
         scorer = Scorer(self, tokenizer, job)
         objective = self.objective(
-            model, self.reference(model), [ids for ids, _ in questions.training],
+            model, scorer.model, self.reference(model), [ids for ids, _ in questions.training],
             [ids for ids, _ in questions.heldout], scorer.of(questions.training), self.rules(),
             base=base, score_heldout=scorer.of(questions.heldout), stop_ids=tokenizer.stop_ids,
             places=[prompt.place for _, prompt in questions.training], sample_prompt=sample,
@@ -220,9 +228,10 @@ messages), or conversations, of which what precedes the first answer is the prom
         if metrics:
             first, last = metrics[0]["val_score"], metrics[-1]["val_score"]
             held = f", held-out score {first:.3f} to {last:.3f}"
+        kept = f", weights of step {result['best_step']}" if self.take == "best" else ""
         return (
             f"{result['prompts']:,} prompts, {result['steps']} steps{held},"
-            f" {result['tokens_per_second']:,.0f} answer tokens/s: {job.out / MODEL}"
+            f" {result['tokens_per_second']:,.0f} answer tokens/s{kept}: {job.out / MODEL}"
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
@@ -316,6 +325,25 @@ class Questions:
         self.heldout = [question for _, question in sorted(heldout, key=lambda pair: pair[0])]
 
 
+def load_reward_model(where: Path, tokenizer: "Tokenizer", dtype: str) -> "RewardModel":
+    """The reward model at ``where``. InputError unless it reads the policy's tokens."""
+    import torch
+
+    from fastlm.checkpoint.folder import load_tokenizer
+    from fastlm.model.reward_model import RewardModel
+
+    model = RewardModel.from_pretrained(where, dtype=getattr(torch, dtype))
+    own = load_tokenizer(where, model.config.to_dict())
+    for i in range(max(own.vocab_size, tokenizer.vocab_size)):
+        wanted, got = (t.token_bytes(i) if i < t.vocab_size else None for t in (tokenizer, own))
+        if wanted != got:
+            raise InputError(
+                f"reward_model: wanted the policy's vocabulary, in which token {i} is {wanted!r},"
+                f" got one in which it is {got!r}"
+            )
+    return model
+
+
 class Scorer:
     """The score of an answer: what the function says of its text, plus what the reward model says
     of its tokens.
@@ -326,13 +354,10 @@ class Scorer:
 
         self.tokenizer = tokenizer
         self.function = load_reward(stage.reward) if stage.reward else None
-        self.model = None
+        self.model: RewardModel | None = None
         where = job.optional("reward_model")
         if where is not None:
-            self.model = self.reward_model(where)
-
-    def reward_model(self, where: Any) -> Any:
-        raise InputError(f"reward_model: is not there yet, got {where}")
+            self.model = load_reward_model(where, tokenizer, stage.dtype)
 
     def of(self, questions: "Sequence[tuple[list[int], Prompt]]") -> Any:
         """A `fastlm.train.online.Score` of answers to these questions."""

@@ -9,9 +9,10 @@ from fastlm.train.online_stage import OnlineStage
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.model.reward_model import RewardModel
     from fastlm.train.online import Online
 
-VALUES = ("own", "shared")
+VALUES = ("own", "shared", "reward")
 PENALTIES = ("k1", "k2", "k3")
 
 
@@ -30,7 +31,9 @@ class Ppo(OnlineStage):
     answers: Annotated[int, "Answers to each of them"] = 1
     passes: Annotated[int, "Passes over the answers of a round"] = 4
     beta: Annotated[float, "Coefficient of the KL to the reference"] = 0.05
-    value: Annotated[str, "Value model: its own trunk, or shared with the policy"] = "own"
+    value: Annotated[
+        str, "Value model: own (a copy of the policy), reward (of the reward model), or shared"
+    ] = "own"
     value_weight: Annotated[float, "Coefficient of the value loss"] = 0.1
     value_clip: Annotated[float, "Values count up to this from those of the round"] = 0.2
     value_lr: Annotated[float, "Factor of the learning rate for the value model"] = 1.0
@@ -57,13 +60,20 @@ class Ppo(OnlineStage):
                     f"{name}: wanted one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
 
-    def objective(self, policy: "CausalLM", *args: Any, **options: Any) -> "Online":
+    def objective(
+        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **options: Any
+    ) -> "Online":
         from dataclasses import fields
 
         from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
 
         ppo = PpoRules(**{f.name: getattr(self, f.name) for f in fields(PpoRules)})
-        value = value_model(policy, shared=self.value == "shared")
+        if self.value == "reward" and reward_model is None:
+            raise InputError("value: wanted a reward_model to begin with, got none")
+        value = value_model(
+            policy, shared=self.value == "shared",
+            reward=reward_model if self.value == "reward" else None,
+        )  # fmt: skip
         return ActorCritic(policy, *args, value=value, ppo=ppo, **options)
 
     def title(self) -> str:

@@ -23,6 +23,7 @@ from fastlm.train.rollouts import Packed
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.model.reward_model import RewardModel
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,19 @@ class ActorCritic(Online):
         return loss, (metrics, of_value, self.mean_entropy(entropy, mask))
 
 
-def value_model(policy: "CausalLM", *, shared: bool) -> ValueModel:
-    """A value model with a copy of the policy's trunk, or with the policy's own."""
-    return ValueModel(None if shared else copy.deepcopy(policy), policy.config.hidden_size)
+def value_model(
+    policy: "CausalLM", *, shared: bool = False, reward: "RewardModel | None" = None
+) -> ValueModel:
+    """A value model with a copy of the policy's trunk, with the policy's own (``shared``), or as a
+    copy of a reward model, whose score of an unfinished answer it begins with.
+    """
+    if shared:
+        return ValueModel(None, policy.config.hidden_size)
+    if reward is None:
+        return ValueModel(copy.deepcopy(policy), policy.config.hidden_size)
+    trunk = copy.deepcopy(reward.trunk).float()
+    made = ValueModel(trunk, reward.config.hidden_size)
+    with torch.no_grad():
+        made.head.weight.copy_(reward.head.weight.float() / reward.std)
+        made.head.bias.fill_(-reward.mean / reward.std)
+    return made

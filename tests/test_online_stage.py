@@ -1,0 +1,259 @@
+"""The stages `ppo` and `grpo`: prompts, rewards, resuming, adapters, reports, what is refused."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from preference_models import WORDS, config, make_base, write
+from typer.testing import CliRunner
+
+from fastlm.cli import app
+from fastlm.data.prompts import prompt_of
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.reward_model import RewardModel
+from fastlm.tokenizer.tokenizer import Tokenizer
+from fastlm.train.grpo import Grpo
+from fastlm.train.loop import DivergedError, Interrupted
+from fastlm.train.ppo import Ppo
+from fastlm.train.ppo_objective import value_model
+from fastlm.train.rollouts import pack_answers
+from fastlm.train.verify import checked, contains, exact, last_number, load_reward, number
+
+SMALL = {
+    "data": ("x.jsonl",), "prompts": 4, "answers": 2, "batch_size": 4, "max_new_tokens": 6,
+    "max_steps": 6, "lr": 1e-3, "heldout": 0.2, "val_prompts": 3, "validations": 2,
+    "sample_at": (1.0,), "sample_tokens": 6, "dtype": "float32", "checkpoint_every": 8,
+}  # fmt: skip
+GRPO = Grpo(**SMALL, reward="contains")  # type: ignore[arg-type]
+PPO = Ppo(**SMALL, passes=2, beta=0.1)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def reward_model(base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    model = RewardModel.from_causal_lm(CausalLM.from_pretrained(base, dtype=torch.float32), seed=2)
+    model.mean, model.std = 0.3, 2.0
+    model.save_pretrained(folder)
+    Tokenizer.load(base).save(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    rows = [{"prompt": f"what is {word}", "answer": word[0]} for word in WORDS]
+    return write(tmp_path / "prompts.jsonl", rows)
+
+
+def lines(folder: Path) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "tokens_per_second", "progress")
+    return [{k: v for k, v in line.items() if k not in clock} for line in found]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+# ---- stages
+
+
+def test_grpo_continues_to_the_same_bits_and_reports(base, data, tmp_path) -> None:
+    stage = replace(GRPO, data=(data,))
+    result = stage(tmp_path / "whole", model=base)
+    assert (result["prompts"], result["heldout"], result["steps"]) == (len(WORDS) - 2, 2, 6)
+    steps = [line for line in lines(tmp_path / "whole") if "loss" in line]
+    assert steps[0]["kl"] == 0 and {"score", "length", "ended", "mismatch"} <= steps[0].keys()
+    assert [s["round"] for s in steps] == [0, 0, 1, 1, 2, 2]
+
+    def press(event):
+        if event.get("step") == 3 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        stage(tmp_path / "cut", model=base, on_event=press)
+    stage(tmp_path / "cut", model=base)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole") != weights(base.parent)
+    answer = CausalLM.from_pretrained(tmp_path / "whole").generate([[1, 2]], max_new_tokens=2)
+    assert len(answer[0]) in (3, 4)
+
+
+def test_ppo_on_a_reward_model_in_a_recipe(base, reward_model, data, tmp_path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"""
+name = "aligned"
+
+[[stage]]
+kind = "ppo"
+from = "{base}"
+reward_model = "{reward_model}"
+data = ["{data}"]
+value = "reward"
+prompts = 4
+batch_size = 4
+max_new_tokens = 6
+max_steps = 8
+lr = 1e-3
+missing_end = -1.0
+heldout = 0.2
+sample_tokens = 4
+dtype = "float32"
+""")
+    done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "PPO" in page and page.count('class="chart"') == 4
+    assert "reward model" in page and "held-out score" in page
+    steps = [line for line in lines(tmp_path / "run" / "ppo") if "loss" in line]
+    assert {"value", "value_error", "explained_variance", "entropy"} <= steps[0].keys()
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_adapters_are_trained_against_the_base(base, data, tmp_path, bits) -> None:
+    stage = replace(GRPO, data=(data,), lora_rank=4, base_bits=bits, base_group_size=16, beta=0.1)
+    result = stage(tmp_path, model=base)
+    assert result["trained_parameters"] < result["parameters"] / 2
+    steps = [line for line in lines(tmp_path) if "loss" in line]
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)  # adapters begin as 0
+    assert abs(steps[-1]["kl"]) > 0
+
+
+def test_the_last_good_policy_is_kept(base, data, tmp_path) -> None:
+    """The KL explodes in the second round: the model of the checkpoint before it is written."""
+    stage = replace(GRPO, data=(data,), max_kl=0.02, lr=1e-2, max_steps=60, checkpoint_every=2)
+    stage = replace(stage, warmup=1.0, validations=0, sample_at=())
+    with pytest.raises(DivergedError, match=r"wanted at most max_kl 0\.02; last good"):
+        stage(tmp_path, model=base)
+    assert not (tmp_path / "model").exists()
+    CausalLM.from_pretrained(tmp_path / "last-good")
+
+
+def test_a_value_model_begins_as_the_reward_model(base, reward_model) -> None:
+    policy = CausalLM.from_pretrained(base, dtype=torch.float32)
+    scorer = RewardModel.from_pretrained(reward_model)
+    packed = pack_answers([[5, 6], [7]], [[8, 9, 10], [11]], torch.device("cpu"))
+    value = value_model(policy, reward=scorer)
+    got = value.values(packed)
+    # before its last token an answer is scored as a prompt with the tokens so far
+    for row, column, sequence in ((0, 0, [5, 6]), (0, 2, [5, 6, 8, 9]), (1, 0, [7])):
+        torch.testing.assert_close(got[row, column], scorer.score([sequence])[0])
+
+
+# ---- prompts and rewards
+
+
+def test_prompts() -> None:
+    asked = {"role": "user", "content": "why?"}
+    for row in (
+        {"prompt": "why?"}, {"question": "why?", "answer": "so"}, {"prompt": [asked]},
+        {"messages": [asked, {"role": "assistant", "content": "so"}]},
+        {"instruction": "why?", "output": "so"},
+    ):  # fmt: skip
+        assert prompt_of(row).messages == [asked] and prompt_of(row).row == row
+    assert prompt_of({"prompt": "why?", "system": "be"}).messages[0]["role"] == "system"
+    for row, message in (
+        ({"prompt": "  "}, "wanted text from the user, got an empty message"),
+        ({"prompt": [asked, asked]}, "wanted assistant after user, got user"),
+        ({"text": "x"}, "wanted an object with"),
+        ([], "wanted an object with a prompt, got list"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prompt_of(row)
+
+
+def test_verifiers() -> None:
+    assert last_number("It is 1,234.50, I think: \N{MINUS SIGN}7.") == -7
+    assert last_number("none") is None
+    assert number("so 6 + 6 = 12", {"answer": "#### 12.0"}) == 1
+    assert number("13", {"answer": 12}) == 0 and number("", {"solution": "1"}) == 0
+    assert exact(" Paris\n", {"answer": "paris"}) == 1 and exact("Paris.", {"answer": "Paris"}) == 0
+    assert contains("It is Paris.", {"target": "paris"}) == 1
+    with pytest.raises(InputError, match="wanted a right answer under one of answer"):
+        exact("x", {"prompt": "y"})
+    with pytest.raises(InputError, match="wanted a number in the right answer, got 'x'"):
+        number("1", {"answer": "x"})
+    for value in (math.nan, math.inf, None, "x"):
+        with pytest.raises(InputError, match="row 3: wanted a finite reward"):
+            checked(value, "row 3")
+    assert checked(True, "") == 1.0
+
+
+def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def length(answer, row):\n    return len(answer) / len(row['prompt'])\n"
+                    "def bad(answer, row):\n    return row['nothing']\nx = 1\n")  # fmt: skip
+    assert load_reward(f"{file}:length")("ab", {"prompt": "abcd"}) == 0.5
+    assert load_reward("math:dist")([0], [1]) == 1  # type: ignore[arg-type]
+    for name, message in (
+        ("nice", "wanted one of exact, contains, number, file.py:function or"),
+        (f"{file}:x", "wanted a function x in"),
+        (f"{tmp_path}/none.py:f", "wanted a file, got none at"),
+        ("no.such.module:f", "wanted a module that can be imported, got ModuleNotFoundError"),
+    ):
+        with pytest.raises(InputError, match=f"reward: {message}"):
+            load_reward(name)
+    stage = replace(GRPO, data=(data,), reward=f"{file}:bad", heldout=0.0, sample_at=())
+    with pytest.raises(InputError, match=r"prompts.jsonl, line \d+: the reward function failed: K"):
+        stage(tmp_path / "out", model=base)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (replace(GRPO, answers=1), "answers: wanted 2 or more to compare, got 1"),
+        (replace(GRPO, loss_type="gspo"), "loss_type: wanted one of dapo, grpo, dr_grpo, rloo"),
+        (replace(GRPO, temperature=0.0), "temperature: wanted a positive number, got 0.0"),
+        (replace(GRPO, passes=9), "checkpoint_every: wanted at least the 18 steps of a round"),
+        (replace(GRPO, keep=1), "keep: wanted 2 or more, as the last may be too far, got 1"),
+        (replace(GRPO, beta=-1.0), "beta: wanted 0 or more, got -1.0"),
+        (replace(GRPO, lora_rank=2, lora_dropout=0.1), "lora_dropout: wanted 0, as the update"),
+        (replace(GRPO, missing_end=math.inf), "missing_end: wanted a finite number, got inf"),
+        (replace(GRPO, overlong="truncate"), "overlong: wanted one of skip, got 'truncate'"),
+        (replace(GRPO, data=()), "data: wanted at least one source of prompts, got none"),
+        (replace(PPO, value="none"), "value: wanted one of own, shared, reward, got 'none'"),
+        (replace(PPO, kl_penalty="k4"), "kl_penalty: wanted one of k1, k2, k3, got 'k4'"),
+        (replace(PPO, lam=1.5), "lam: wanted 0 to 1, got 1.5"),
+        (replace(PPO, dual_clip=1.0), "dual_clip: wanted a number above 1, got 1.0"),
+        (PPO, "reward: wanted a function, or a reward_model, got neither"),
+        (replace(PPO, reward="exact", value="reward"), "value: wanted a reward_model to begin"),
+        (replace(GRPO, seq_len=8), "data: wanted prompts to answer, got none in 14 rows"),
+    ],
+)  # fmt: skip
+def test_refused(base, data, tmp_path, stage, message) -> None:
+    if stage.data:
+        stage = replace(stage, data=(data,))
+    with pytest.raises(InputError, match=message):
+        stage(tmp_path / "out", model=base)
+
+
+def test_a_reward_model_of_other_tokens_is_refused(base, data, tmp_path) -> None:
+    folder = tmp_path / "other"
+    tokenizer = Tokenizer.train(
+        ["quite another text about other things, again and again " * 9], 300
+    )
+    model = RewardModel(config(tokenizer.vocab_size, 0), seed=1)
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    with pytest.raises(
+        InputError, match=r"wanted the policy's vocabulary, in which token \d+ is b"
+    ):
+        replace(PPO, data=(data,))(tmp_path / "out", model=base, reward_model=folder)
