@@ -24,6 +24,8 @@ VERBS = (
     "sft",
     "reward",
     "dpo",
+    "ppo",
+    "grpo",
     "quantize",
     "eval",
     "generate",
