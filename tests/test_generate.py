@@ -480,3 +480,37 @@ def test_generation_leaves_no_trace():
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     assert torch.equal(model.generate(ids, max_new_tokens=3, temperature=0.0), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_ended_are_decoded_no_further(kind, monkeypatch):
+    """The others go on as before: tokens, log-probabilities, and penalties of a ragged batch."""
+    model = model_of(kind, eos_token_id=7)
+    prompts = [ids_of(1, n, seed=n)[0].tolist() for n in (3, 9, 5, 1, 7, 2, 8, 4)]
+    sizes = []
+    step = generation._Decoding.step
+
+    def counted(state, generators):
+        sizes.append(len(generators))
+        return step(state, generators)
+
+    monkeypatch.setattr(generation._Decoding, "step", counted)
+    options = {
+        "max_new_tokens": 24, "temperature": 2.0, "repetition_penalty": 1.2,
+        "stop_ids": range(0, 101, 8),
+    }  # fmt: skip
+    rows, logprobs = model.generate(prompts, seed=5, return_logprobs=True, **options)
+    assert sizes[0] == 8 and 1 <= sizes[-1] < 8
+    for i, prompt in enumerate(prompts):
+        (row,), (alone,) = model.generate([prompt], seed=5 + i, return_logprobs=True, **options)
+        assert row == rows[i] and len(logprobs[i]) == len(row) - len(prompt)
+        assert logprobs[i] == pytest.approx(alone, abs=1e-4)
+        if kind == "llama":  # against the definition: no penalty here
+            (row,), (got,) = model.generate(
+                [prompt], max_new_tokens=4, temperature=0.7, seed=i, return_logprobs=True
+            )
+            logits = model(torch.tensor([row])).logits[0, len(prompt) - 1 : -1]
+            wanted = (
+                (logits / 0.7).log_softmax(-1).gather(-1, torch.tensor(row[len(prompt) :])[:, None])
+            )
+            assert got == pytest.approx(wanted[:, 0].tolist(), abs=1e-4)

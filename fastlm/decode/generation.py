@@ -67,6 +67,20 @@ class _Decoding:
             row = torch.arange(rows, device=ids.device)[:, None].expand_as(ids)
             self.seen[row[present], ids.long()[present]] = True
 
+    @property
+    def can_shrink(self) -> bool:
+        return not isinstance(self.steps_of, cuda_steps.Steps)  # its graph has fixed addresses
+
+    def shrink(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch alone."""
+        at = torch.tensor(rows, device=self.ids.device)
+        self.ids, self.cache.data = self.ids[at], self.cache.data[:, :, at]
+        self.cache.layers = [layer.unbind() for layer in self.cache.data]
+        self.mask = None if self.mask is None else self.mask[at]
+        self.seen = None if self.seen is None else self.seen[at]
+        if isinstance(self.steps_of, cpu_steps.Steps) and self.steps_of.starts is not None:
+            self.steps_of.starts = self.steps_of.starts[at]
+
     @torch.inference_mode()
     def step(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Run the tokens that the cache lacks and append one token per row, (B,). `logits` are then
@@ -142,23 +156,28 @@ def generate(
     new: list[list[int]] = [[] for _ in range(ids.shape[0])]
     logprobs: list[list[float]] = [[] for _ in range(ids.shape[0])]
     if max_new_tokens and ids.shape[0]:
-        live = set(range(ids.shape[0]))
+        rows = list(range(ids.shape[0]))  # those that are decoded
+        live = set(rows)
         state = _Decoding(model, ids, mask, max_new_tokens, sampling)
         for _ in range(state.steps):
-            chosen = state.step(generators)
-            tokens = chosen.tolist()
+            chosen = state.step([generators[row] for row in rows])
             if return_logprobs:
-                for row, logp in enumerate(sampling.logprobs(state.logits, chosen).tolist()):
+                for row, logp in zip(rows, sampling.logprobs(state.logits, chosen).tolist()):
                     if row in live:
                         logprobs[row].append(logp)
-            for row in sorted(live):
-                token = tokens[row]
+            for row, token in zip(rows, chosen.tolist()):
+                if row not in live:
+                    continue
                 new[row].append(token)
                 stopped = on_token is not None and on_token(row, token)
                 if stopped or token in ends:
                     live.discard(row)
             if not live:
                 break
+            if 2 * len(live) <= len(rows) and state.can_shrink:  # a copy of the cache
+                places = [i for i, row in enumerate(rows) if row in live]
+                state.shrink(places)
+                rows = [rows[i] for i in places]
     if lengths is not None:
         prompts = [ids[r, ids.shape[1] - n :].tolist() for r, n in enumerate(lengths)]
         whole = [p + n for p, n in zip(prompts, new)]
