@@ -22,6 +22,7 @@ VERBS = (
     "run",
     "pretrain",
     "sft",
+    "distill",
     "reward",
     "dpo",
     "ppo",

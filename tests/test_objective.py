@@ -77,6 +77,9 @@ class Bandit:
     def scalars(self):
         return self.measured
 
+    def unsettled(self):
+        return 0
+
     def position(self):
         return f"epoch {self.used} of the rollouts"
 

@@ -328,7 +328,7 @@ def _gaps(game) -> list[list[float]]:
 
 def test_the_first_round_is_on_the_reference() -> None:
     for kind in KINDS:
-        game = objective(kind)
+        game = objective(kind, replace(RULES, temperature=0.7))
         for batch in game.next_batches(4):
             game.loss(batch, 1)
         first = game.scalars()
@@ -377,18 +377,23 @@ def other_sampler(monkeypatch, off: float, temperature: float = 1.0):
     monkeypatch.setattr(online, "sample_answers", sample)
 
 
-def test_a_mismatch_of_sampling_and_training_is_corrected(monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["dapo", "ppo", "rloo"])
+def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> None:
     told: list[str] = []
-    plain = objective("dapo", warn=told.append)
+    plain = objective(kind, warn=told.append)
     plain.next_batches(4)
     assert not told and plain.made["mismatch"] < 1e-5
     for off in (0.2, 5.0):
         other_sampler(monkeypatch, off)
-        game = objective("dapo", warn=told.append)
+        game = objective(kind, warn=told.append)
         game.next_batches(4)
         assert game.made["mismatch"] == pytest.approx(off, abs=1e-5)
         weight = min(math.exp(off), online.TOP_WEIGHT)
-        expected, got = (g.kept["advantages"][plain.kept["learnt"]] for g in (plain, game))
+        mask = plain._mask(range(len(plain.answers)))
+        if kind == "rloo":  # an answer is one action: the difference is that of its sum
+            weight = (off * mask.sum(1).float()).exp().clamp(max=online.TOP_WEIGHT)
+            weight = weight[:, None].expand_as(mask)[mask]
+        expected, got = (g.kept["advantages"][mask] for g in (plain, game))
         torch.testing.assert_close(got, weight * expected, rtol=1e-4, atol=1e-6)
     assert len(told) == 2 and "truncated importance weights" in told[0]
 
@@ -441,6 +446,68 @@ def test_missing_ends() -> None:
     game = objective("grpo", replace(RULES, answers=8), group=GroupRules(mask_truncated=True))
     game.next_batches(1)
     assert game.kept["learnt"].any(1).tolist() == [a.ended for a in game.answers]
+
+
+def test_denominators() -> None:
+    """Dr. GRPO's is a constant per answer, whatever the answers' lengths."""
+    wanted = {"dr_grpo": 12 * RULES.max_new_tokens, "grpo": 12, "rloo": 12}
+    for kind in LOSS_TYPES:
+        game = objective(kind)
+        batches = game.next_batches(4)
+        tokens = sum(len(a.tokens) for a in game.answers)
+        assert sum(map(game.num_items, batches)) == wanted.get(kind, tokens)
+        assert sum(map(game.tokens, batches)) == tokens < 12 * RULES.max_new_tokens
+
+
+def test_scores_are_divided_by_their_running_deviation() -> None:
+    for seed in (0, 1):
+        plain, scaled = (
+            objective("rloo", replace(RULES, seed=seed, beta=0.0, scale_scores=on))
+            for on in (False, True)
+        )
+        plain.next_batches(1), scaled.next_batches(1)
+        deviation = np.std(sevens([], plain.answers))
+        expected = plain.kept["advantages"] / deviation
+        torch.testing.assert_close(scaled.kept["advantages"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_answers_of_all_rounds_have_seeds_of_their_own(monkeypatch) -> None:
+    seeds: list[int] = []
+
+    def sample(model, prompts, *, seed, **options):
+        seeds.extend((seed + i) % 2**32 for i in range(len(prompts)))  # what torch takes
+        return sample_answers(model, prompts, seed=seed, **options)
+
+    monkeypatch.setattr(online, "sample_answers", sample)
+    game = objective("rloo", replace(RULES, seed=3))
+    for _ in range(3 * 8):
+        game.next_batches(1)
+    assert len(set(seeds)) == len(seeds) == 36
+
+
+def test_the_last_policy_is_measured_too(tmp_path) -> None:
+    """Also an interrupt in the last round leaves the checkpoint from before it."""
+    rules = replace(RULES, max_kl=1.0, beta=0.0, passes=2, batch_size=3)
+    game = objective("dapo", rules)
+    options = replace(OPTIONS, lr=0.01, max_steps=8, checkpoint_every=8)
+
+    def press(event):
+        if event.get("step") in (9, 11, 13) and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    train(game, options, tmp_path)
+    game.check_last = lambda: None  # type: ignore[method-assign]
+    game.rules = replace(rules, max_kl=1e6)
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            game = objective("dapo", rules)
+            game.rules = replace(rules, max_kl=1e6)
+            train(game, replace(options, max_steps=16), tmp_path, on_event=press)
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names[0] == "step-00000008" and len(names) == 3  # two of the round, and that
+    game.rules = rules
+    with pytest.raises(DivergedError, match="the KL to the reference is"):
+        game.check_last()
 
 
 def test_no_prompts() -> None:

@@ -12,14 +12,16 @@ import torch
 from preference_models import WORDS, config, make_base, write
 from typer.testing import CliRunner
 
+from fastlm.checkpoint.folder import load_tensors
 from fastlm.cli import app
-from fastlm.data.prompts import prompt_of
+from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.reward_model import RewardModel
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.grpo import Grpo
 from fastlm.train.loop import DivergedError, Interrupted
+from fastlm.train.online_stage import text_of
 from fastlm.train.ppo import Ppo
 from fastlm.train.ppo_objective import value_model
 from fastlm.train.rollouts import pack_answers
@@ -141,10 +143,85 @@ def test_the_last_good_policy_is_kept(base, data, tmp_path) -> None:
     """The KL explodes in the second round: the model of the checkpoint before it is written."""
     stage = replace(GRPO, data=(data,), max_kl=0.02, lr=1e-2, max_steps=60, checkpoint_every=2)
     stage = replace(stage, warmup=1.0, validations=0, sample_at=())
-    with pytest.raises(DivergedError, match=r"wanted at most max_kl 0\.02; last good"):
+    with pytest.raises(DivergedError, match=r"wanted at most max_kl 0\.02; last good") as raised:
         stage(tmp_path, model=base)
     assert not (tmp_path / "model").exists()
-    CausalLM.from_pretrained(tmp_path / "last-good")
+    good, _ = load_tensors(raised.value.good)
+    kept = CausalLM.from_pretrained(tmp_path / "last-good")
+    for name, parameter in kept.named_parameters():
+        assert torch.equal(parameter, good[f"model.{name}"])
+
+
+def test_the_policy_of_the_last_step_is_measured(base, data, tmp_path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def length(answer, row):\n    return len(answer)\n")
+    stage = replace(GRPO, data=(data,), reward=f"{file}:length", max_kl=0.02, lr=3e-2, max_steps=2)
+    stage = replace(stage, warmup=0.0, validations=0, sample_at=())
+    with pytest.raises(DivergedError, match=r"step 2: round 1: the KL .* max_kl 0\.02; last"):
+        stage(tmp_path, model=base)
+    assert not (tmp_path / "model").exists()
+
+
+def test_another_reward_is_another_training(base, data, tmp_path) -> None:
+    stage = replace(GRPO, data=(data,), max_steps=2, sample_at=())
+    stage(tmp_path / "out", model=base)
+    more = replace(stage, max_steps=4)
+    rows = [{"prompt": f"now {word}", "answer": word[0]} for word in WORDS]
+    other = write(tmp_path / "other.jsonl", rows)
+    for changed, name in (
+        (replace(more, reward="exact"), "scored_by"), (replace(more, data=(other,)), "data"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"is of another run: {name} was"):
+            changed(tmp_path / "out", model=base)
+    assert replace(more, max_kl=50.0, val_prompts=2)(tmp_path / "out", model=base)["steps"] == 4
+
+
+def test_a_score_belongs_to_its_prompt(base, data, tmp_path) -> None:
+    """The function sees the answer's own row: scores are the lengths of the rows' words."""
+    file = tmp_path / "mine.py"
+    file.write_text("def own(answer, row):\n    return len(row['prompt'])\n")
+    stage = replace(GRPO, data=(data,), reward=f"{file}:own", max_steps=1, heldout=0.0)
+    stage = replace(stage, prompts=len(WORDS), validations=0, sample_at=(), checkpoint_every=9)
+    stage(tmp_path / "out", model=base)
+    (line,) = [line for line in lines(tmp_path / "out") if "loss" in line]
+    wanted = sum(len(f"what is {word}") for word in WORDS) / len(WORDS)
+    assert line["score"] == pytest.approx(wanted) and line["groups_apart"] == 0
+
+
+def test_what_cannot_be_scored_is_named_by_its_row(base, reward_model, data, tmp_path) -> None:
+    rows = [{"prompt": "what is tree", "answer": ""}, {"prompt": "what is bird", "answer": "b"}]
+    file = write(tmp_path / "gold.jsonl", rows)
+    stage = replace(GRPO, data=(file,), heldout=0.0, validations=0, sample_at=(), max_steps=1)
+    with pytest.raises(
+        InputError, match=r"gold.jsonl, line 1: answer: wanted the right answer, got"
+    ):
+        stage(tmp_path / "out", model=base)
+    result = replace(stage, skip_bad=True)(tmp_path / "out", model=base)
+    assert (result["prompts"], result["counts"]) == (1, {"without a right answer": 1})
+    model = RewardModel.from_pretrained(reward_model)
+    with torch.no_grad():
+        model.head.weight.fill_(math.nan)
+    model.save_pretrained(tmp_path / "nan")
+    Tokenizer.load(base).save(tmp_path / "nan")
+    with pytest.raises(
+        InputError, match=r"prompts.jsonl, line \d+: wanted a finite reward, got nan"
+    ):
+        replace(PPO, data=(data,), validations=0, sample_at=())(
+            tmp_path / "ppo", model=base, reward_model=tmp_path / "nan"
+        )
+
+
+def test_ids_beyond_the_tokenizer_have_no_text(base) -> None:
+    tokenizer = Tokenizer.load(base)
+    ids = tokenizer.encode("tree")
+    assert text_of(tokenizer, [*ids, 10_000, *ids]) == "tree\N{REPLACEMENT CHARACTER}tree"
+
+
+def test_a_template_that_drops_tools_is_refused(base, tmp_path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    file = write(tmp_path / "tools.jsonl", [{"prompt": "what", "answer": "a", "tools": [tool]}])
+    with pytest.raises(InputError, match=r"tools.jsonl, line 1: chat_template: .* tools"):
+        replace(GRPO, data=(file,), heldout=0.0)(tmp_path / "out", model=base)
 
 
 def test_a_value_model_begins_as_the_reward_model(base, reward_model) -> None:
@@ -161,23 +238,24 @@ def test_a_value_model_begins_as_the_reward_model(base, reward_model) -> None:
 # ---- prompts and rewards
 
 
-def test_prompts() -> None:
+def test_prompts(tmp_path) -> None:
     asked = {"role": "user", "content": "why?"}
-    for row in (
+    rows = [
         {"prompt": "why?"}, {"question": "why?", "answer": "so"}, {"prompt": [asked]},
-        {"messages": [asked, {"role": "assistant", "content": "so"}]},
-        {"instruction": "why?", "output": "so"},
-    ):  # fmt: skip
-        assert prompt_of(row).messages == [asked] and prompt_of(row).row == row
-    assert prompt_of({"prompt": "why?", "system": "be"}).messages[0]["role"] == "system"
+        {"messages": [asked, {"role": "assistant", "content": "so"}]}, {"messages": [asked]},
+        {"instruction": "why?", "output": "so"}, {"prompt": "why?", "chosen": "a", "rejected": "b"},
+    ]  # fmt: skip
+    file = write(tmp_path / "rows.jsonl", rows)
+    found = list(read_prompts((file,), cache=tmp_path))
+    assert [prompt.messages for prompt in found] == [[asked]] * len(rows)
+    assert [prompt.row for prompt in found] == rows
     for row, message in (
-        ({"prompt": "  "}, "wanted text from the user, got an empty message"),
+        ({"prompt": "  "}, "line 1: prompt: wanted text from the user, got an empty message"),
         ({"prompt": [asked, asked]}, "wanted assistant after user, got user"),
-        ({"text": "x"}, "wanted an object with"),
-        ([], "wanted an object with a prompt, got list"),
+        ({"text": "x"}, "wanted an object with a prompt or messages, got 'text'"),
     ):
         with pytest.raises(InputError, match=message):
-            prompt_of(row)
+            list(read_prompts((write(tmp_path / "bad.jsonl", [row]),), cache=tmp_path))
 
 
 def test_verifiers() -> None:
@@ -224,6 +302,11 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
         (replace(GRPO, temperature=0.0), "temperature: wanted a positive number, got 0.0"),
         (replace(GRPO, passes=9), "checkpoint_every: wanted at least the 18 steps of a round"),
         (replace(GRPO, keep=1), "keep: wanted 2 or more, as the last may be too far, got 1"),
+        (replace(GRPO, kl_target=1.0), "kl_target: wanted a beta above 0 to adapt, got 0"),
+        (replace(PPO, kl_target=1.0, kl_horizon=2.0), "kl_horizon: wanted at least the 8 answers"),
+        (replace(GRPO, batch_warmup=0.5), "batch_warmup: wanted 0, as a round has a fixed number"),
+        (replace(GRPO, lora_rank=2, optimizer="muon"), "optimizer: wanted adamw to train adapters"),
+        (replace(GRPO, lora_alpha=8.0), "lora_alpha: wanted lora_rank with it, got 8.0"),
         (replace(GRPO, beta=-1.0), "beta: wanted 0 or more, got -1.0"),
         (replace(GRPO, lora_rank=2, lora_dropout=0.1), "lora_dropout: wanted 0, as the update"),
         (replace(GRPO, missing_end=math.inf), "missing_end: wanted a finite number, got inf"),
@@ -254,6 +337,7 @@ def test_a_reward_model_of_other_tokens_is_refused(base, data, tmp_path) -> None
     model.save_pretrained(folder)
     tokenizer.save(folder)
     with pytest.raises(
-        InputError, match=r"wanted the policy's vocabulary, in which token \d+ is b"
+        InputError,
+        match=r"wanted the vocabulary of the model that is trained, in which token \d+ is b",
     ):
         replace(PPO, data=(data,))(tmp_path / "out", model=base, reward_model=folder)

@@ -1,8 +1,6 @@
-"""Read prompts to answer: the questions of any rows that `conversations` or `preferences` read.
+"""Read prompts to answer: of a row, what `fastlm.data.preferences.prompt_of` takes for the prompt.
 
-A row has ``"prompt"`` or ``"question"`` (a text or messages), or is a conversation, of which the
-messages before the first answer are the prompt. Whatever else it holds ("answer", ...) is handed to
-the reward function.
+Whatever else a row holds ("answer", ...) is handed to the reward function.
 """
 
 import json
@@ -11,22 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlm.data.conversations import (
-    Message,
-    Rows,
-    add_system,
-    check_messages,
-    conversation_of,
-    messages_of,
-    read_examples,
-    said,
-    text_of,
-    tools_of,
-)
+from fastlm.data.conversations import Message, Rows, read_examples, said
+from fastlm.data.preferences import prompt_of
 from fastlm.data.sources import ignore
-from fastlm.errors import InputError
-
-ASKED = ("prompt", "question")  # keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +39,9 @@ def read_prompts(
     tell: Callable[[str], None] = ignore,
 ) -> Iterator[Prompt]:
     """Yield the prompts of all sources, in order (`fastlm.data.conversations.read_examples`)."""
-    return read_examples(sources, prompt_of, cache=cache, skip_bad=skip_bad, rows=rows, tell=tell)
 
+    def read(row: Any, place: str) -> Prompt:
+        asked = prompt_of(row, place)
+        return Prompt(asked.prompt, row, asked.tools, place)
 
-def prompt_of(row: Any, place: str = "") -> Prompt:
-    """The prompt that a row holds. InputError: it has none, an empty message, roles that are out
-    of order.
-    """
-    if not isinstance(row, Mapping):
-        raise InputError(f"wanted an object with a prompt, got {type(row).__name__}")
-    key = next((key for key in ASKED if row.get(key)), None)
-    if key is None:
-        conversation = conversation_of(row, place)
-        return Prompt(conversation.prompt(), row, conversation.tools, place)
-    asked = row[key]
-    if isinstance(asked, list):
-        placed = messages_of(asked, key)
-    else:
-        placed = [(key, {"role": "user", "content": text_of(asked, key)})]
-    add_system(row, placed)
-    answer = ("the answer", {"role": "assistant", "content": "."})
-    check_messages([*placed, answer])  # an answer may follow
-    return Prompt([message for _, message in placed], row, tools_of(row), place)
+    return read_examples(sources, read, cache=cache, skip_bad=skip_bad, rows=rows, tell=tell)

@@ -5,6 +5,7 @@ from fastlm.evals.stage import Eval
 from fastlm.quant.stage import Quantize
 from fastlm.runs.stage import Stage
 from fastlm.tokenizer.stage import TrainTokenizer
+from fastlm.train.distill import Distill
 from fastlm.train.dpo import Dpo
 from fastlm.train.grpo import Grpo
 from fastlm.train.ppo import Ppo
@@ -18,6 +19,7 @@ KINDS: dict[str, type[Stage]] = {
     "shards": Shards,
     "pretrain": Pretrain,
     "sft": Sft,
+    "distill": Distill,
     "reward": Reward,
     "dpo": Dpo,
     "ppo": Ppo,

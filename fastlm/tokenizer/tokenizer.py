@@ -323,7 +323,7 @@ class Tokenizer:
         prompt is not how an answer begins, or that ends an answer without an end token.
         """
         self.check_learnable()
-        self._check_written(messages, variables, date)
+        self.check_written(messages, variables, date)
         text, own = self._render(messages, False, variables, date)
         answers = []
         for i, message in enumerate(messages):
@@ -382,7 +382,7 @@ class Tokenizer:
         rest = self._encode_rendered(*_cut(text, own, at, len(text)))
         return ids + rest, mask + [False] * len(rest)
 
-    def _check_written(
+    def check_written(
         self, messages: Sequence[Mapping[str, Any]], variables: dict[str, Any], date: str | None
     ) -> None:
         """Refuse a template that drops a part of such messages: each part is replaced by a mark of
@@ -424,7 +424,7 @@ class Tokenizer:
 
     @cached_property
     def _written(self) -> set[Any]:
-        """What `_check_written` has found to be right."""
+        """What `check_written` has found to be right."""
         return set()
 
     @property
@@ -482,7 +482,7 @@ class TokenStream:
         return self._utf8.decode(b"", final=True)
 
 
-TOOL = "tool0x0mark"  # the name of a tool in `Tokenizer._check_written`
+TOOL = "tool0x0mark"  # the name of a tool in `Tokenizer.check_written`
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 

@@ -29,6 +29,7 @@ class Best:
         self.folder, self.enabled, self.writer = folder, enabled, writer
         self.step: int | None = None
         self.loss: float | None = None
+        self.metrics: dict[str, float] = {}
 
     def path(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"
@@ -51,7 +52,7 @@ class Best:
         make_folder(self.folder)
         path, told, tensors = (
             self.path(step),
-            {"step": step, "val_loss": loss},
+            dict(metrics),
             trained_state(model),
         )
         if self.writer.beside:
@@ -86,8 +87,11 @@ class Best:
         from fastlm.checkpoint.folder import load_tensors
 
         if self.step is None:
-            raise InputError("take: wanted a validation with a finite val_loss for best, got none")
-        tensors, _ = load_tensors(self.path(self.step))
+            raise InputError(
+                "take: wanted keep_best from the start, and a validation, for best; got none"
+            )
+        tensors, metrics = load_tensors(self.path(self.step))
+        self.metrics = dict(metrics)
         model.load_state_dict(tensors, strict=False)  # what is frozen is not in them
 
 

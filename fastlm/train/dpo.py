@@ -22,10 +22,12 @@ from fastlm.train.encoding import (
     pack,
     reasons,
     weights_digest,
+    without_dropout,
 )
 from fastlm.train.epochs import Epochs
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
+from fastlm.train.options import OPTIMIZERS
 from fastlm.train.preferences import (
     Judged,
     Preferences,
@@ -140,6 +142,7 @@ class PreferredAnswers(Epochs):
             seed=seed, base=base, data=digest_of(judged), tokenizer=tokenizer, prompt=prompt,
             device=device,
         )  # fmt: skip
+        without_dropout(model)  # the reference is measured without it
         self.judged, self.heldout, self.terms = judged, heldout, terms
         self.reference: Tensor | None = None
         self.reference_heldout: Tensor | None = None
@@ -484,8 +487,8 @@ labels (prompt, completion, label)."""
             "preferences": rows,
             "loss": f"{self.loss}, β {self.beta:g}",
             "batch": f"{self.batch_size * self.accumulate} {self._unit()} without padding",
-            "schedule": f"AdamW, {self.schedule}, peak {self.lr}, weight decay"
-            f" {self.weight_decay}, {self.dtype}",
+            "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
+            f" weight decay {self.weight_decay}, {self.dtype}",
             "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
             "machine load": result["load"],
         }

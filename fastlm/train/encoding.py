@@ -116,6 +116,13 @@ def place_in_order(row: Keyed) -> float:
     return int.from_bytes(found[:8], "big") / 2**64
 
 
+def without_dropout(model: "nn.Module") -> None:
+    """Switch attention dropout off: the policy's log-probabilities must not be random."""
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0  # type: ignore[assignment]
+
+
 def load_model(source: Path) -> "CausalLM":
     """The model to train, in float32."""
     import torch
@@ -160,6 +167,17 @@ def chat_tokenizer(source: Path, config: Mapping[str, Any], chat_template: str) 
         tokenizer.chat_template = CHATML
     tokenizer.check_learnable()
     return tokenizer
+
+
+def check_vocabulary(name: str, own: "Tokenizer", wanted: "Tokenizer") -> None:
+    """InputError with the first difference, unless both tokenizers have the same tokens."""
+    for i in range(max(own.vocab_size, wanted.vocab_size)):
+        theirs, ours = (t.token_bytes(i) if i < t.vocab_size else None for t in (wanted, own))
+        if theirs != ours:
+            raise InputError(
+                f"{name}: wanted the vocabulary of the model that is trained, in which token {i} is"
+                f" {theirs!r}, got one in which it is {ours!r}"
+            )
 
 
 class Encoder:

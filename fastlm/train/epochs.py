@@ -81,6 +81,9 @@ class Epochs:
     def scalars(self) -> dict[str, float]:
         return {"epoch": self.epoch + self.at / len(self.order)}
 
+    def unsettled(self) -> int:
+        return 0
+
     def position(self) -> str:
         if self.at == len(self.order):
             self._begin(self.epoch + 1)

@@ -65,8 +65,8 @@ class GroupRelative(Online):
             advantages = rloo_advantages(scores - self.beta * gap, size)
         else:
             advantages = grpo_advantages(scores, size, scale=self.scaled)
-        apart = scores.view(-1, size).std(1) > 0  # other groups teach nothing
-        self.made["groups_apart"] = float(apart.float().mean())
+        low, high = scores.view(-1, size).aminmax(dim=1)
+        self.made["groups_apart"] = float((high > low).float().mean())  # others teach nothing
         learnt = mask
         if self.group.mask_truncated:
             ended = torch.tensor([answer.ended for answer in self.answers], device=mask.device)
@@ -93,8 +93,11 @@ class GroupRelative(Online):
                 torch.where(c["learnt"], x, 0.0).sum(1, keepdim=True) for x in (logp, c["old_logp"])
             )
             some = c["learnt"].any(1, keepdim=True)
-            loss, metrics = ppo_policy_loss(
+            loss, _ = ppo_policy_loss(
                 new, old, c["advantages"][:, :1], some, clip=group.clip, num_items=num_items
+            )
+            _, metrics = ppo_policy_loss(  # per token, as those of the others
+                logp.detach(), c["old_logp"], c["advantages"], c["learnt"], clip=group.clip
             )
         else:
             loss, metrics = grpo_loss(

@@ -42,6 +42,7 @@ from fastlm.train.spikes import Spikes
 from fastlm.train.state import (
     FOLDER,
     Progress,
+    checkpoint_before,
     checkpoint_path,
     collect,
     list_checkpoints,
@@ -132,6 +133,12 @@ class Objective(Protocol):
 
     def scalars(self) -> dict[str, float]:
         """Return what else the last step measured, for its line in metrics.jsonl."""
+        ...
+
+    def unsettled(self) -> int:
+        """Return how many of the last steps a later check may condemn (`DivergedError`): the newest
+        checkpoint from before them is kept.
+        """
         ...
 
     def position(self) -> str:
@@ -400,10 +407,8 @@ class _Loop:
     ) -> DivergedError:
         """The error of the step that runs, after ``steps`` that cannot be trusted."""
         self.writer.wait()
-        trusted = checkpoint_path(self.run_dir, self.step - steps)
-        good = [p for p in list_checkpoints(self.run_dir) if p.name <= trusted.name]
+        last = checkpoint_before(self.run_dir, self.step - steps)
         batch = f"batch: {position}; " if position else ""
-        last = good[-1] if good else None
         error = kind(
             f"step {self.step + 1}: {what}; {batch}last good checkpoint: {last or 'none'}",
             steps=steps,
@@ -455,7 +460,7 @@ class _Loop:
 
     def begin(self) -> None:
         """Load the last checkpoint; start from the beginning if there is none."""
-        prune(self.run_dir, self.options.keep)
+        prune(self.run_dir, self.options.keep + 1)  # one may be a trusted one
         found = list_checkpoints(self.run_dir)
         length = 0
         if found:
@@ -506,9 +511,12 @@ class _Loop:
             self.model, self.optimizer, state, self.identity(), copy=self.writer.beside
         )
         step, best = self.step, self.best.step
+        trusted = step - self.objective.unsettled()
 
         def write() -> None:
-            save_checkpoint(self.run_dir, step, tensors, rest, keep=self.options.keep)
+            save_checkpoint(
+                self.run_dir, step, tensors, rest, keep=self.options.keep, trusted=trusted
+            )
             self.best.prune(best)
 
         self.writer.submit(write)
@@ -516,7 +524,8 @@ class _Loop:
 
     def result(self) -> TrainResult:
         rate = self.tokens / self.training_seconds if self.training_seconds else 0.0
+        metrics = self.best.metrics or self.last_metrics  # of the weights that are left
         return TrainResult(
-            self.step, self.tokens, self.seconds(), rate, self.loss, self.last_metrics,
+            self.step, self.tokens, self.seconds(), rate, self.loss, metrics,
             self.best.step, self.best.loss,
         )  # fmt: skip

@@ -2,8 +2,9 @@
 imports torch before a model is loaded.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ class LoraOptions:
         float | None, "Adapters are scaled by alpha / rank; default: twice the rank"
     ] = None
     lora_targets: Annotated[
-        tuple[str, ...], "Layers with adapters: all-linear, or names such as q_proj v_proj"
+        tuple[str, ...], "Layers with adapters: all-linear, or names: q_proj,v_proj"
     ] = ("all-linear",)
     lora_dropout: Annotated[float, "Share of the adapters' inputs that is dropped"] = 0.0
     base_bits: Annotated[int, "4: the frozen weights in int4 (QLoRA); 16: as they are"] = 16
@@ -37,13 +38,16 @@ class LoraOptions:
             raise InputError(f"lora_rank: wanted 0 or more, got {self.lora_rank}")
         if self.base_bits not in (4, 16):
             raise InputError(f"base_bits: wanted 4 or 16, got {self.base_bits}")
-        if not self.lora_rank and (self.base_bits != 16 or not self.merge):
-            name = "base_bits" if self.base_bits != 16 else "merge"
-            raise InputError(
-                f"{name}: wanted lora_rank with it, got {getattr(self, name)} and all weights"
-                " trained"
-            )
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
+        if not self.lora_rank:
+            for f in fields(LoraOptions):
+                if getattr(self, f.name) != f.default:
+                    raise InputError(
+                        f"{f.name}: wanted lora_rank with it, got {getattr(self, f.name)} and all"
+                        " weights trained"
+                    )
+        elif getattr(self, "optimizer", "adamw") == "muon":
+            raise InputError("optimizer: wanted adamw to train adapters, got muon")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise InputError(f"lora_alpha: wanted a positive number, got {self.lora_alpha}")
         if not self.lora_targets:
             raise InputError("lora_targets: wanted all-linear or names of layers, got none")

@@ -28,6 +28,7 @@ from fastlm.decode.merged import merged
 from fastlm.errors import InputError
 from fastlm.model.lora import without_adapter
 from fastlm.quant.modules import QuantizedLinear
+from fastlm.train.encoding import without_dropout
 from fastlm.train.loop import DivergedError, decay_matrices
 from fastlm.train.losses import Metrics, aggregate, pooled
 from fastlm.train.monitors import of_round
@@ -44,8 +45,8 @@ TOP_WEIGHT = 2.0  # truncated importance sampling (Yao et al. 2025; verl's defau
 
 @dataclass(frozen=True)
 class Rules:
-    """How rollouts are made and scored; see the options of `fastlm.train.rl_options.OnlineOptions`,
-    which have the same names.
+    """How rollouts are made and scored: the options of `fastlm.train.online_stage.OnlineStage` of
+    the same names.
     """
 
     seed: int = 0
@@ -104,9 +105,9 @@ def importance(difference: Tensor) -> Tensor:
 class Online:
     """An objective (`fastlm.train.loop.Objective`) on answers that the policy samples.
 
-    ``prompts``: token ids of each. ``score``: see `Score`. ``reference``: the frozen policy that KL
-    is measured to; None is the policy without its adapters (LoRA). A subclass defines `estimate`
-    (advantages of a round), `num_items` and `micro_loss`.
+    ``prompts``: token ids of each. ``score``: see `Score`; ``scored_by`` identifies it.
+    ``reference``: the frozen policy that KL is measured to; None is the policy without its adapters
+    (LoRA). A subclass defines `estimate` (advantages of a round), `num_items` and `micro_loss`.
     """
 
     # columns of a round that are kept for its updates, beside "old_logp"
@@ -122,11 +123,13 @@ class Online:
         rules: Rules,
         *,
         base: str,
+        scored_by: str = "",
         score_heldout: Score | None = None,
         stop_ids: frozenset[int] = frozenset(),
         places: Sequence[str] = (),
         answer_text: Callable[[Sequence[int]], str] | None = None,
         sample_prompt: Sequence[int] = (),
+        sample_tokens: int = 0,
         warn: Callable[[str], Any] = lambda message: None,
     ):
         if not prompts:
@@ -134,9 +137,11 @@ class Online:
         self.policy, self.reference = policy, reference
         self.trained: nn.Module = policy
         self.prompts, self.heldout, self.rules, self.base = prompts, heldout, rules, base
+        self.scored_by = scored_by
         self.score, self.score_heldout = score, score_heldout or score
         self.stop_ids, self.places, self.warn = stop_ids, places, warn
-        self.answer_text, self.sample_prompt = answer_text, sample_prompt
+        self.answer_text = answer_text
+        self.sample_prompt, self.sample_tokens = sample_prompt, sample_tokens
         self.beta = self.next_beta = rules.beta  # of this round, of the next one
         self.scale = RunningScale()
         self.round = -1  # of the rollouts at hand
@@ -217,15 +222,8 @@ class Online:
     def _begin_round(self) -> None:
         rules = self.rules
         self.round, self.at, self.stop = self.round + 1, 0, False
-        self.chosen = [i for i in self._prompts_of_round() for _ in range(rules.answers)]
-        words = np.random.SeedSequence([rules.seed, 1, self.round]).generate_state(1, np.uint64)
-        self.policy.eval()
-        self.answers = self._sample(
-            [self.prompts[i] for i in self.chosen], rules.temperature, int(words[0] >> np.uint64(2))
-        )
-        scores = np.array(self.score(self.chosen, self.answers), np.float64)
-        if self.rules.missing_end is not None:
-            scores[[not answer.ended for answer in self.answers]] = self.rules.missing_end
+        self._sample_round()
+        scores = self._scored(self.score, self.chosen, self.answers)
         mask = self._mask(range(len(self.answers)))
         kept = self._measured()
         self._watch(scores, kept, mask)
@@ -237,16 +235,32 @@ class Online:
         self.kept = {"old_logp": kept["logp"], **{k: found[k] for k in self.columns}}
         self.policy.train()
 
+    def _sample_round(self) -> None:
+        rules = self.rules
+        self.chosen = [i for i in self._prompts_of_round() for _ in range(rules.answers)]
+        # every answer of the training has a seed of its own; torch's generator takes 32 bits
+        (first,) = np.random.SeedSequence([rules.seed, 1]).generate_state(1, np.uint32)
+        seed = int(first) // 2 + self.round * len(self.chosen)
+        self.policy.eval()
+        prompts = [self.prompts[i] for i in self.chosen]
+        self.answers = self._sample(prompts, rules.temperature, rules.max_new_tokens, seed)
+
     def _sample(
-        self, prompts: Sequence[Sequence[int]], temperature: float, seed: int = 0
+        self, prompts: Sequence[Sequence[int]], temperature: float, longest: int, seed: int = 0
     ) -> list[Answer]:
         quantized = any(isinstance(m, QuantizedLinear) for m in self.policy.modules())
         # merged, adapters cost nothing per token; a quantized base would be dequantized for it
         with nullcontext() if quantized else merged(self.policy):
             return sample_answers(
-                self.policy, prompts, max_new_tokens=self.rules.max_new_tokens, seed=seed,
+                self.policy, prompts, max_new_tokens=longest, seed=seed,
                 temperature=temperature, stop_ids=self.stop_ids, rows=self.rules.decode_batch,
             )  # fmt: skip
+
+    def _scored(self, score: Score, places: Sequence[int], answers: Sequence[Answer]) -> np.ndarray:
+        scores = np.array(score(places, answers), np.float64)
+        if self.rules.missing_end is not None:
+            scores[[not answer.ended for answer in answers]] = self.rules.missing_end
+        return scores
 
     def _mask(self, rows: Sequence[int]) -> Tensor:
         lengths = torch.tensor([len(self.answers[i].tokens) for i in rows])
@@ -318,7 +332,9 @@ class Online:
         digest = sha256()
         for prompt in (*self.prompts, (), *self.heldout):
             digest.update(np.array([len(prompt), *prompt], np.int64).tobytes())
-        return {"base": self.base, "prompts": digest.hexdigest()[:16], **asdict(self.rules)}
+        data = digest.hexdigest()[:16]
+        rules = {k: v for k, v in asdict(self.rules).items() if k not in ("max_kl", "val_prompts")}
+        return {**rules, "base": self.base, "data": data, "scored_by": self.scored_by}
 
     def _over(self) -> bool:
         return self.stop or self.at >= len(self.answers) * self.rules.passes
@@ -360,6 +376,19 @@ class Online:
         most = self.rules.max_update_kl
         self.stop = most is not None and step["approx_kl"] > most
         return {**self.made, **step}
+
+    def unsettled(self) -> int:
+        return self.steps  # whose KL the next round measures
+
+    def check_last(self) -> None:
+        """Measure the KL of the policy that the last step left; raise DivergedError as a round."""
+        kept = (self.round, self.at, self.chosen, self.answers, self.kept, self.made)
+        self.round += 1
+        self._sample_round()
+        scores = np.zeros(len(self.answers))
+        self._watch(scores, self._measured(), self._mask(range(len(self.answers))))
+        self.last_kl = self.made["kl"]
+        self.round, self.at, self.chosen, self.answers, self.kept, self.made = kept
 
     def position(self) -> str:
         if self.round < 0 or self._over():
@@ -403,8 +432,8 @@ class Online:
         count = min(len(self.heldout), self.rules.val_prompts)
         if not count:
             return {}
-        answers = self._sample(self.heldout[:count], 0.0)
-        scores = np.array(self.score_heldout(range(count), answers), np.float64)
+        answers = self._sample(self.heldout[:count], 0.0, self.rules.max_new_tokens)
+        scores = self._scored(self.score_heldout, range(count), answers)
         return {
             "val_score": float(scores.mean()),
             "val_score_error": float(scores.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0,
@@ -419,16 +448,7 @@ class Online:
         self.trained.load_state_dict(models, strict=False)  # with adapters: they alone are in it
 
     def sample(self) -> str | None:
-        if self.answer_text is None or not self.sample_prompt:
+        if self.answer_text is None or not self.sample_prompt or not self.sample_tokens:
             return None
-        (answer,) = self._sample([self.sample_prompt], 0.0)
+        (answer,) = self._sample([self.sample_prompt], 0.0, self.sample_tokens)
         return self.answer_text(answer.tokens)
-
-
-def without_dropout(model: nn.Module) -> None:
-    """Switch attention dropout off: the policy's log-probabilities must not be random."""
-    for module in model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0  # type: ignore[assignment]
-        if hasattr(getattr(module, "config", None), "attention_dropout"):
-            module.config.attention_dropout = 0.0  # type: ignore[union-attr]

@@ -4,6 +4,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -12,10 +15,19 @@ from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.runs.stage import Job, Part, Positional, Stage, Takes, at_least_one
 from fastlm.train.chat_options import ChatOptions
-from fastlm.train.encoding import Prompts, chat_tokenizer, place_in_order, told_rows, weights_digest
+from fastlm.train.encoding import (
+    Encoder,
+    Prompts,
+    chat_tokenizer,
+    check_vocabulary,
+    place_in_order,
+    told_rows,
+    weights_digest,
+)
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.options import TrainOptions
+from fastlm.train.options import OPTIMIZERS, TrainOptions
+from fastlm.train.verify import VERIFIERS, checked, gold, load_reward
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -46,7 +58,7 @@ class OnlineStage(LoraOptions, ChatOptions, Stage):
         "counts": dict, "used_seconds": float, "load": str, "prompt": str,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of rows with a prompt or question (a text or
-messages), or conversations, of which what precedes the first answer is the prompt."""
+messages), or conversations, of which what precedes the last answer is the prompt."""
 
     data: Annotated[
         tuple[str, ...],
@@ -81,6 +93,8 @@ messages), or conversations, of which what precedes the first answer is the prom
     mismatch: Annotated[
         float, "Use importance weights where sampling and training differ by more, nats per token"
     ] = 0.05
+    keep_best: Annotated[bool, "Also keep the weights of the highest val_score"] = False
+    take: Annotated[str, "The weights to leave: last, or best (of the highest val_score)"] = "last"
     val_prompts: Annotated[int, "Held-out prompts per validation, answered greedily"] = 64
     spike_factor: Annotated[
         float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
@@ -103,6 +117,13 @@ messages), or conversations, of which what precedes the first answer is the prom
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}: wanted a positive number, got {value}")
+        if self.kl_target is not None and not self.beta:
+            raise InputError("kl_target: wanted a beta above 0 to adapt, got 0")
+        if self.kl_target is not None and self.kl_horizon < self.prompts * self.answers:
+            raise InputError(
+                f"kl_horizon: wanted at least the {self.prompts * self.answers} answers of a round,"
+                f" got {self.kl_horizon:g}"
+            )
         for name in ("beta", "entropy"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
@@ -118,6 +139,11 @@ messages), or conversations, of which what precedes the first answer is the prom
                 f"checkpoint_every: wanted at least the {steps} steps of a round, so that a"
                 f" checkpoint from before it is kept, got {self.checkpoint_every}"
             )
+        if self.batch_warmup:
+            raise InputError(
+                f"batch_warmup: wanted 0, as a round has a fixed number of steps, got"
+                f" {self.batch_warmup}"
+            )
         if self.keep < 2:
             raise InputError(f"keep: wanted 2 or more, as the last may be too far, got {self.keep}")
 
@@ -131,7 +157,6 @@ messages), or conversations, of which what precedes the first answer is the prom
         epochs = self.epochs
         if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
             return options
-        self.check_no_warmup()
         rounds = math.ceil((epochs or 1.0) * examples / self.prompts)
         steps = rounds * self.steps_of_round()
         most = steps if self.max_steps is None else self.max_steps
@@ -168,6 +193,9 @@ messages), or conversations, of which what precedes the first answer is the prom
         tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
         context = self.seq_len or model.config.max_position_embeddings
         self.longest(model.config.max_position_embeddings)  # refuses a seq_len beyond it
+        scorer = Scorer(self, tokenizer, job)
+        if scorer.model is not None:
+            context = min(context, scorer.model.trunk.context_limit)
         questions = Questions(self, tokenizer, context - self.max_new_tokens, job)
         if not questions.training:
             found = told_rows(questions.rows, len(questions.heldout))
@@ -177,18 +205,20 @@ messages), or conversations, of which what precedes the first answer is the prom
         base = weights_digest(model)
         model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
         torch.manual_seed(self.seed)
-        scorer = Scorer(self, tokenizer, job)
         objective = self.objective(
             model, scorer.model, self.reference(model), [ids for ids, _ in questions.training],
             [ids for ids, _ in questions.heldout], scorer.of(questions.training), self.rules(),
-            base=base, score_heldout=scorer.of(questions.heldout), stop_ids=tokenizer.stop_ids,
+            base=base, scored_by=scorer.identity(), score_heldout=scorer.of(questions.heldout),
+            stop_ids=tokenizer.stop_ids,
             places=[prompt.place for _, prompt in questions.training], sample_prompt=sample,
-            answer_text=tokenizer.decode if self.sample_tokens else None, warn=job.warn,
+            answer_text=partial(text_of, tokenizer), sample_tokens=self.sample_tokens,
+            warn=job.warn,
         )  # fmt: skip
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         load = os.getloadavg()[0]
         try:
             done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
+            check_last(objective, job.out, done.steps)
         except DivergedError as error:
             if error.good is not None:
                 objective.load_policy(error.good)
@@ -266,7 +296,8 @@ messages), or conversations, of which what precedes the first answer is the prom
                 "round": f"{self.prompts} prompts, {self.answers} answers each,"
                 f" {self.passes} {'pass' if self.passes == 1 else 'passes'} in steps of"
                 f" {self.batch_size * self.accumulate}",
-                "schedule": f"AdamW, {self.schedule}, peak {self.lr}, β {self.beta}, {self.dtype}",
+                "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
+                f" β {self.beta}, {self.dtype}",
                 "answers": f"{count_text(result['tokens'])} tokens learnt from, at temperature"
                 f" {self.temperature}, at most {self.max_new_tokens} each",
                 "time": f"{seconds_text(result['used_seconds'])}, rollouts, steps and checkpoints",
@@ -288,6 +319,20 @@ messages), or conversations, of which what precedes the first answer is the prom
         raise NotImplementedError
 
 
+def check_last(objective: "Online", run_dir: Path, step: int) -> None:
+    """Raise DivergedError where the last steps, which no round has measured, went too far."""
+    from fastlm.train.loop import DivergedError
+    from fastlm.train.state import checkpoint_before
+
+    try:
+        objective.check_last()
+    except DivergedError as error:
+        good = checkpoint_before(run_dir, step - error.steps)
+        told = DivergedError(f"step {step}: {error}; last good checkpoint: {good or 'none'}")
+        told.good = good
+        raise told from None
+
+
 def told_prompts(result: Mapping[str, Any]) -> str:
     from fastlm.train.encoding import reasons
 
@@ -305,6 +350,7 @@ class Questions:
         from fastlm.data.prompts import read_prompts
 
         self.rows, self.samples = Rows(), Prompts()
+        encoder = Encoder(stage, tokenizer, job, self.rows.counts)
         self.training: list[tuple[list[int], Prompt]] = []
         heldout: list[tuple[float, tuple[list[int], Prompt]]] = []
         read = read_prompts(
@@ -312,17 +358,44 @@ class Questions:
         )
         for prompt in job.track(read, "reading prompts", unit="prompts"):
             variables: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
-            ids = tokenizer.encode_chat(prompt.messages, date=stage.date, **variables)
+            try:
+                # nothing may be lost on the way into the template
+                answered = [*prompt.messages, {"role": "assistant", "content": "."}]
+                tokenizer.check_written(answered, variables, stage.date)
+                ids = tokenizer.encode_chat(prompt.messages, date=stage.date, **variables)
+            except InputError as error:
+                encoder.refuse(error, prompt.place)
+                continue
             if len(ids) > most:
                 self.rows.counts["too long"] += 1
                 continue
+            if stage.reward in VERIFIERS:
+                try:
+                    gold(prompt.row)
+                except InputError as error:
+                    if not stage.skip_bad:
+                        raise InputError(f"{prompt.place}: {error}") from None
+                    self.rows.counts["without a right answer"] += 1
+                    continue
             place = place_in_order(prompt)
             if place < stage.heldout:
                 heldout.append((place, (ids, prompt)))
             else:
                 self.training.append((ids, prompt))
             self.samples.add(place, prompt.messages, prompt.tools)
+        encoder.finish()
         self.heldout = [question for _, question in sorted(heldout, key=lambda pair: pair[0])]
+
+
+def text_of(tokenizer: "Tokenizer", tokens: Sequence[int]) -> str:
+    """The text of an answer. Ids that the model has and the tokenizer has not (a padded vocabulary)
+    are the replacement character.
+    """
+    parts = [
+        tokenizer.decode(run) if known else "\N{REPLACEMENT CHARACTER}"
+        for known, run in groupby(tokens, key=lambda token: token < tokenizer.vocab_size)
+    ]
+    return "".join(parts)
 
 
 def load_reward_model(where: Path, tokenizer: "Tokenizer", dtype: str) -> "RewardModel":
@@ -334,13 +407,7 @@ def load_reward_model(where: Path, tokenizer: "Tokenizer", dtype: str) -> "Rewar
 
     model = RewardModel.from_pretrained(where, dtype=getattr(torch, dtype))
     own = load_tokenizer(where, model.config.to_dict())
-    for i in range(max(own.vocab_size, tokenizer.vocab_size)):
-        wanted, got = (t.token_bytes(i) if i < t.vocab_size else None for t in (tokenizer, own))
-        if wanted != got:
-            raise InputError(
-                f"reward_model: wanted the policy's vocabulary, in which token {i} is {wanted!r},"
-                f" got one in which it is {got!r}"
-            )
+    check_vocabulary("reward_model", own, tokenizer)
     return model
 
 
@@ -350,14 +417,22 @@ class Scorer:
     """
 
     def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", job: Job):
-        from fastlm.train.verify import load_reward
-
-        self.tokenizer = tokenizer
+        self.tokenizer, self.name = tokenizer, stage.reward
         self.function = load_reward(stage.reward) if stage.reward else None
         self.model: RewardModel | None = None
         where = job.optional("reward_model")
         if where is not None:
             self.model = load_reward_model(where, tokenizer, stage.dtype)
+
+    def identity(self) -> str:
+        """Identify what scores: the function's name and file, the reward model's weights."""
+        where = self.name.rpartition(":")[0]
+        parts = [self.name]
+        if where.endswith(".py"):
+            parts.append(sha256(Path(where).read_bytes()).hexdigest()[:16])
+        if self.model is not None:
+            parts += [weights_digest(self.model), f"{self.model.mean!r} {self.model.std!r}"]
+        return " ".join(parts)
 
     def of(self, questions: "Sequence[tuple[list[int], Prompt]]") -> Any:
         """A `fastlm.train.online.Score` of answers to these questions."""
@@ -369,18 +444,17 @@ class Scorer:
                     scores[i] += self.verified(questions[place][1], answer)
             if self.model is not None:
                 whole = [[*questions[p][0], *a.tokens] for p, a in zip(places, answers)]
-                scores = [s + r for s, r in zip(scores, self.model.score(whole).tolist())]
+                for i, more in enumerate(self.model.score(whole).tolist()):
+                    scores[i] += checked(more, questions[places[i]][1].place)
             return scores
 
         return score
 
     def verified(self, prompt: "Prompt", answer: "Answer") -> float:
-        from fastlm.train.verify import checked
-
         assert self.function is not None
         tokens = answer.tokens[:-1] if answer.ended else answer.tokens
         try:
-            value = self.function(self.tokenizer.decode(tokens), prompt.row)
+            value = self.function(text_of(self.tokenizer, tokens), prompt.row)
         except InputError as error:
             raise InputError(f"{prompt.place}: {error}") from None
         except Exception as error:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm.train.encoding import without_dropout
 from fastlm.train.loop import decay_matrices
 from fastlm.train.losses import (
     Metrics,
@@ -18,7 +19,7 @@ from fastlm.train.losses import (
     ppo_value_loss,
     whiten,
 )
-from fastlm.train.online import Batch, Online, importance, without_dropout
+from fastlm.train.online import Batch, Online, importance
 from fastlm.train.rollouts import Packed
 
 if TYPE_CHECKING:
@@ -46,11 +47,13 @@ class PpoRules:
 class ValueModel(nn.Module):
     """The score to come at every token: a trunk, and a head from its hidden states to a number.
 
-    ``trunk`` None shares the policy's, which then is given to `values`.
+    ``trunk`` None shares the policy's, which then is given to `values`. ``kind``: how it began,
+    the option `value` of `fastlm.train.ppo.Ppo`.
     """
 
-    def __init__(self, trunk: "CausalLM | None", width: int):
+    def __init__(self, trunk: "CausalLM | None", width: int, kind: str):
         super().__init__()
+        self.kind = kind
         self.trunk = trunk
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)
@@ -80,8 +83,7 @@ class ActorCritic(Online):
         without_dropout(value)
 
     def identity(self) -> dict[str, Any]:
-        shared = self.value.trunk is None
-        return {**super().identity(), **asdict(self.ppo), "value_shared": shared}
+        return {**super().identity(), **asdict(self.ppo), "value": self.value.kind}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         value = decay_matrices(self.value, weight_decay)
@@ -148,11 +150,11 @@ def value_model(
     copy of a reward model, whose score of an unfinished answer it begins with.
     """
     if shared:
-        return ValueModel(None, policy.config.hidden_size)
+        return ValueModel(None, policy.config.hidden_size, "shared")
     if reward is None:
-        return ValueModel(copy.deepcopy(policy), policy.config.hidden_size)
+        return ValueModel(copy.deepcopy(policy), policy.config.hidden_size, "own")
     trunk = copy.deepcopy(reward.trunk).float()
-    made = ValueModel(trunk, reward.config.hidden_size)
+    made = ValueModel(trunk, reward.config.hidden_size, "reward")
     with torch.no_grad():
         made.head.weight.copy_(reward.head.weight.float() / reward.std)
         made.head.bias.fill_(-reward.mean / reward.std)

@@ -88,6 +88,9 @@ class NextToken:
     def scalars(self) -> dict[str, float]:
         return {}
 
+    def unsettled(self) -> int:
+        return 0
+
     def position(self) -> str:
         state = self.sampler.state_dict()
         return (

@@ -19,6 +19,7 @@ from fastlm.train.encoding import (
 )
 from fastlm.train.epochs import Epochs
 from fastlm.train.metrics import METRICS, read_metrics
+from fastlm.train.options import OPTIMIZERS
 from fastlm.train.preferences import (
     Judged,
     Preferences,
@@ -319,8 +320,8 @@ class Reward(ChatOptions, Stage):
             facts={
                 "preferences": rows,
                 "batch": f"{self.batch_size * self.accumulate} rows without padding",
-                "schedule": f"AdamW, {self.schedule}, peak {self.lr}, weight decay"
-                f" {self.weight_decay}, {self.dtype}",
+                "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
+                f" weight decay {self.weight_decay}, {self.dtype}",
                 "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
                 "machine load": result["load"],
             },

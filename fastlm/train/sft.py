@@ -159,6 +159,11 @@ class Sft(LoraOptions, ChatOptions, Stage):
             if not 0 < weight < math.inf:
                 raise InputError(f"data_weights: wanted positive numbers, got {weight}")
 
+    def objective(self, job: Job, *args: Any, **options: Any) -> AnswerTokens:
+        """The objective; all but ``job`` is for `AnswerTokens`."""
+        del job
+        return AnswerTokens(*args, **options)
+
     def run(self, job: Job) -> dict[str, Any]:
         import torch
 
@@ -179,8 +184,8 @@ class Sft(LoraOptions, ChatOptions, Stage):
         options = self.train_options(sum(mixture.taken()))
         base = weights_digest(model)
         model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
-        objective = AnswerTokens(
-            model, texts.training, texts.heldout, options, batch_size=self.batch_size,
+        objective = self.objective(
+            job, model, texts.training, texts.heldout, options, batch_size=self.batch_size,
             seed=self.seed, base=base, tokenizer=tokenizer, prompt=prompt, device=model.device,
             mixture=mixture,
         )  # fmt: skip
@@ -215,6 +220,10 @@ class Sft(LoraOptions, ChatOptions, Stage):
             f" {job.out / MODEL}"
         )
 
+    def headline(self) -> tuple[str, str]:
+        """Title and note of the part of the report."""
+        return "Fine-tuning", "The loss is of the assistant's tokens alone."
+
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
         from fastlm.runs.charts import loss_chart
         from fastlm.runs.text import count_text, seconds_text
@@ -232,9 +241,10 @@ class Sft(LoraOptions, ChatOptions, Stage):
             )
         if result["counts"]:
             rows += f"; {reasons(result['counts'])}"
+        title, note = self.headline()
         return Part(
-            "Fine-tuning",
-            "The loss is of the assistant's tokens alone.",
+            title,
+            note,
             facts={
                 "conversations": rows,
                 **more,

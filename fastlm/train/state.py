@@ -81,12 +81,22 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     )
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Keep only the newest ``keep`` checkpoints; remove the remains of interrupted writes and
-    deletions.
+def checkpoint_before(run_dir: Path, step: int) -> Path | None:
+    """Return the newest checkpoint of this step or before it."""
+    last = checkpoint_path(run_dir, step).name
+    found = [path for path in list_checkpoints(run_dir) if path.name <= last]
+    return found[-1] if found else None
+
+
+def prune(run_dir: Path, keep: int, trusted: int | None = None) -> None:
+    """Keep only the newest ``keep`` checkpoints, and the newest one of the step ``trusted`` or
+    before it; remove the remains of interrupted writes and deletions.
     """
     folder = run_dir / FOLDER
+    spared = None if trusted is None else checkpoint_before(run_dir, trusted)
     for path in list_checkpoints(run_dir)[:-keep]:
+        if path == spared:
+            continue
         path.rename(path.with_name(f".{path.name}.old"))
     for stray in folder.glob(".step-*"):
         shutil.rmtree(stray, ignore_errors=True)
@@ -171,13 +181,19 @@ def collect(
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, tensors: Mapping[str, Tensor], rest: Mapping[str, Any], *, keep: int
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    rest: Mapping[str, Any],
+    *,
+    keep: int,
+    trusted: int | None = None,
 ) -> Path:
     """Write step-<step> from what `collect` returned, and prune."""
     path = checkpoint_path(run_dir, step)
     make_folder(path.parent)
     save_tensors(path, tensors, rest)
-    prune(run_dir, keep)
+    prune(run_dir, keep, trusted)
     return path
 
 

@@ -16,14 +16,17 @@ from typing import Any
 from fastlm.errors import InputError
 
 Reward = Callable[[str, Mapping[str, Any]], float]
-NUMBER = re.compile("[-\N{MINUS SIGN}]?\\d[\\d,]*(?:\\.\\d+)?")
-GOLD = ("answer", "solution", "target", "completion")
+NUMBER = re.compile("(?:(?<!\\d)[-\N{MINUS SIGN}])?\\d[\\d,]*(?:\\.\\d+)?")
+GOLD = ("answer", "solution", "target", "completion", "output")
 
 
 def gold(row: Mapping[str, Any]) -> str:
     """What the row gives as the right answer: the first of `GOLD` that it has."""
     for key in GOLD:
-        if isinstance(value := row.get(key), str | int | float) and not isinstance(value, bool):
+        value = row.get(key)
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            if not str(value).strip():
+                raise InputError(f"{key}: wanted the right answer, got an empty text")
             return str(value)
     raise InputError(f"row: wanted a right answer under one of {', '.join(GOLD)}, got none")
 
@@ -98,7 +101,7 @@ def checked(value: Any, place: str) -> float:
     """The number that a reward function returned. InputError: not finite, with the row."""
     try:
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
         raise InputError(f"{place}: wanted a finite reward, got {value!r:.60}")

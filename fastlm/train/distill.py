@@ -1,0 +1,192 @@
+"""Distillation: a student learns the distributions of a teacher over answers' tokens."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastlm.errors import InputError
+from fastlm.runs.stage import Facts, Job, Takes, at_least_one
+from fastlm.train.encoding import IGNORE, check_vocabulary, load_model, weights_digest
+from fastlm.train.sft import AnswerTokens, Sft
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.train.encoding import Batch, Example
+
+DIVERGENCES = ("forward", "reverse", "jsd")
+
+
+@dataclass(frozen=True)
+class DistillRules:
+    """The options of `Distill` of the same names."""
+
+    divergence: str = "forward"
+    jsd_beta: float = 0.5
+    temperature: float = 1.0
+    sft_weight: float = 0.0
+    on_policy: float = 0.0
+    max_new_tokens: int = 128
+
+
+class TeacherTokens(AnswerTokens):
+    """The objective of `Distill`: a divergence of student and teacher at the learnt tokens, a mean
+    over those of the whole step (`fastlm.ops.linear_distillation`), plus `sft_weight` times the
+    cross-entropy.
+
+    With a probability of `on_policy` a micro-batch has answers that the student samples to the
+    first question of each conversation, in place of its own (Agarwal et al. 2024,
+    arXiv:2306.13649).
+    """
+
+    def __init__(self, *args: Any, teacher: "CausalLM", rules: DistillRules, **options: Any):
+        self.teacher, self.rules = teacher.requires_grad_(False).eval(), rules
+        super().__init__(*args, **options)
+        self.own = self.all = 0  # micro-batches of the step, those of them with samples
+
+    def identity(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        teacher = weights_digest(self.teacher)
+        return {**super().identity(), "teacher": teacher, **asdict(self.rules)}
+
+    def next_batches(self, count: int) -> "list[Batch]":
+        """Return ``count`` micro-batches, or what the epoch has left."""
+        import numpy as np
+
+        batches = []
+        self.own = 0
+        for rows in self.take(count):
+            examples = [self.examples[i] for i in rows]
+            rng = np.random.Generator(np.random.PCG64([self.seed, 1, self.epoch, rows[0]]))
+            if rng.random() < self.rules.on_policy:
+                self.own += 1
+                batches.append(self._sampled(examples, rng))
+            else:
+                batches.append(self._packed(examples))
+        self.all = len(batches)
+        return batches
+
+    def _sampled(self, examples: "list[Example]", rng: "np.random.Generator") -> "Batch":
+        from fastlm.train.rollouts import pack_answers, sample_answers
+
+        prompts = [e.ids[: int(e.mask.argmax())].tolist() for e in examples]
+        model: Any = self.trained
+        model.eval()
+        room = model.context_limit - max(map(len, prompts))
+        answers = sample_answers(
+            model, prompts, max_new_tokens=min(self.rules.max_new_tokens, room),
+            seed=int(rng.integers(2**62)), rows=len(prompts),
+        )  # fmt: skip
+        model.train()
+        packed = pack_answers(prompts, [a.tokens for a in answers], self.device)
+        return packed.ids, packed.labels, packed.cu_seqlens
+
+    def loss(self, batch: "Batch", num_items: int) -> "Tensor":
+        import torch
+
+        from fastlm.ops import linear_cross_entropy, linear_distillation
+
+        ids, labels, cu_seqlens = batch
+        model: Any = self.trained
+        student = model.hidden(ids, cu_seqlens=cu_seqlens)[0]
+        head = model.head_matrix(student.dtype)
+        softcap = model.config.final_logit_softcapping
+        with torch.no_grad():
+            teacher = self.teacher.hidden(ids, cu_seqlens=cu_seqlens)[0]
+            teacher_head = self.teacher.head_matrix(teacher.dtype)
+        rules = self.rules
+        loss = linear_distillation(
+            student, head, teacher, teacher_head, kind=rules.divergence, beta=rules.jsd_beta,
+            temperature=rules.temperature, mask=labels[0] != IGNORE, num_items=num_items,
+            student_softcap=softcap,
+            teacher_softcap=self.teacher.config.final_logit_softcapping,
+        )  # fmt: skip
+        if rules.sft_weight:
+            entropy = linear_cross_entropy(
+                student, head, labels[0], softcap=softcap, ignore_index=IGNORE, num_items=num_items
+            )
+            assert isinstance(entropy, torch.Tensor)  # a pair only with return_lse
+            loss = loss + rules.sft_weight * entropy
+        return loss
+
+    def scalars(self) -> dict[str, float]:
+        return {**super().scalars(), "on_policy": self.own / max(self.all, 1)}
+
+
+@dataclass(frozen=True)
+class Distill(Sft):
+    """Teach a student what a larger model would say: at every token of the answers it learns the
+    teacher's distribution, not the answer's token alone.
+
+    Both must have the same vocabulary. The same command run again resumes from the last checkpoint.
+    """
+
+    kind = "distill"
+    command = ("distill",)
+    reads = {
+        "model": Takes(("model",), "Student to train: a run, a Hugging Face folder"),
+        "teacher": Takes(("model",), "Model to learn from", default=False),
+    }
+
+    divergence: Annotated[
+        str, "forward KL(teacher, student), reverse KL(student, teacher), or jsd, between them"
+    ] = "forward"
+    jsd_beta: Annotated[float, "Share of the teacher in the mixture of jsd, 0 to 1"] = 0.5
+    temperature: Annotated[float, "Divides the logits of both"] = 1.0
+    sft_weight: Annotated[float, "Coefficient of the cross-entropy of the answers' tokens"] = 0.0
+    on_policy: Annotated[float, "Share of micro-batches with answers that the student samples"] = (
+        0.0
+    )
+    max_new_tokens: Annotated[int, "Most tokens of such an answer"] = 128
+
+    def check(self) -> None:
+        super().check()
+        at_least_one(self, "max_new_tokens")
+        if self.divergence not in DIVERGENCES:
+            raise InputError(
+                f"divergence: wanted one of {', '.join(DIVERGENCES)}, got {self.divergence!r}"
+            )
+        if not 0 < self.jsd_beta < 1:
+            raise InputError(f"jsd_beta: wanted a number between 0 and 1, got {self.jsd_beta}")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature: wanted a positive number, got {self.temperature}")
+        if not 0 <= self.sft_weight < math.inf:
+            raise InputError(f"sft_weight: wanted 0 or more, got {self.sft_weight}")
+        if not 0 <= self.on_policy <= 1:
+            raise InputError(f"on_policy: wanted 0 to 1, got {self.on_policy}")
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        return inputs["model"][0]
+
+    def objective(self, job: Job, *args: Any, **options: Any) -> AnswerTokens:
+        from dataclasses import fields
+
+        import torch
+
+        from fastlm.checkpoint.folder import load_tokenizer
+
+        where = job.path("teacher")
+        teacher = load_model(where).to(getattr(torch, self.dtype))
+        student = args[0]
+        check_vocabulary(
+            "teacher", load_tokenizer(where, teacher.config.to_dict()), options["tokenizer"]
+        )
+        if teacher.config.vocab_size != student.config.vocab_size:
+            raise InputError(
+                f"teacher: wanted a head of the student's {student.config.vocab_size} tokens, got"
+                f" {teacher.config.vocab_size}"
+            )
+        rules = DistillRules(**{f.name: getattr(self, f.name) for f in fields(DistillRules)})
+        return TeacherTokens(*args, teacher=teacher, rules=rules, **options)
+
+    def headline(self) -> tuple[str, str]:
+        name = {
+            "forward": "forward KL",
+            "reverse": "reverse KL",
+            "jsd": "Jensen-Shannon divergence",
+        }
+        return "Distillation", f"The loss is the {name[self.divergence]} to the teacher, per token."
