@@ -387,7 +387,6 @@ class Online:
         self._sample_round()
         scores = np.zeros(len(self.answers))
         self._watch(scores, self._measured(), self._mask(range(len(self.answers))))
-        self.last_kl = self.made["kl"]
         self.round, self.at, self.chosen, self.answers, self.kept, self.made = kept
 
     def position(self) -> str:
