@@ -45,7 +45,7 @@ def naive(
         rows = beta * t * (log_t - log_m) + (1 - beta) * s * (log_s - log_m)
     rows = rows.sum(-1)
     rows = rows if mask is None else torch.where(mask != 0, rows, 0.0)
-    items = num_items or (rows.numel() if mask is None else (mask != 0).sum())
+    items = num_items or (rows.numel() if mask is None else (mask != 0).sum().clamp(min=1))
     return rows.sum() / items
 
 

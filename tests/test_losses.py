@@ -542,8 +542,8 @@ REFUSED = {
     ),
     "group_size: wanted at least 2, got 1": lambda: losses.rloo_advantages(torch.ones(4), 1),
     "rewards: wanted (n * 3,), got shape (4,)": lambda: losses.grpo_advantages(torch.ones(4), 3),
-    "advantages: wanted one per row, (2,), got shape (2, 3)": lambda: losses.grpo_loss(
-        ONES, ONES, None, ONES, MASK
+    "advantages: wanted one per row, (2,), or per token, (2, 3), got shape (2, 2)": lambda: (
+        losses.grpo_loss(ONES, ONES, None, ONES[:, :2], MASK)
     ),
     "ref_logp: wanted log-probabilities with beta=0.1, got None": lambda: losses.grpo_loss(
         ONES, ONES, None, ONES[:, 0], MASK, beta=0.1

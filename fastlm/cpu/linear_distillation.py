@@ -87,7 +87,9 @@ def loss(
     heads = (chunks.input, chunks.weight), (rows_apart(teacher), rows_apart(teacher_weight))
     # a softcap before the scale is softcap * scale after it
     caps = [(cap or 0.0) * logit_scale for cap in (student_softcap, teacher_softcap)]
-    on_row, nothing = (torch.full((n,), value, device="cpu") for value in (unit, 0.0))
+    on_row, nothing = (
+        torch.full((n,), value, dtype=torch.float32, device="cpu") for value in (unit, 0.0)
+    )
     losses = torch.empty(n, dtype=torch.float32, device="cpu")
     d_student, d_weight, _ = chunks.outputs(None, need_student, need_weight)
     room, d_scores, scores = None, None, []

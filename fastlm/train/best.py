@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.errors import InputError
-from fastlm.train.state import trained_state
 from fastlm.train.writer import Writer
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ class Best:
         """Keep the model's weights if its validation is the best so far."""
         from fastlm.checkpoint.folder import save_tensors
         from fastlm.files import make_folder
+        from fastlm.train.state import trained_state
 
         if not self.enabled:
             return

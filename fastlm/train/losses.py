@@ -279,9 +279,8 @@ def grpo_loss(
         raise InputError(f"ref_logp: wanted log-probabilities with beta={beta:g}, got None")
     if advantages.ndim == 1:
         advantages = advantages[:, None].expand_as(logp)
-    keep, logp, old_logp, advantages = _read(
-        mask, logp=logp, old_logp=old_logp.detach(), advantages=advantages.detach()
-    )
+    keep, logp, old_logp = _read(mask, logp=logp, old_logp=old_logp.detach())
+    _, advantages = _read(mask, advantages=advantages.detach().to(logp.dtype))
     loss, metrics = _clipped(logp, old_logp, advantages, clip, None)
     if ref_logp is not None:
         _, reference = _read(mask, ref_logp=ref_logp.detach())
