@@ -6,6 +6,7 @@ from tolerance import ULP
 
 from fastlm import backend
 from fastlm.decode import generation
+from fastlm.decode import sampling as sampling_module
 from fastlm.decode.generation import generate_text, generate_texts, split_at_stop
 from fastlm.decode.sampling import Sampling, make_generators, penalise
 from fastlm.errors import InputError
@@ -514,3 +515,19 @@ def test_rows_that_ended_are_decoded_no_further(kind, monkeypatch):
                 (logits / 0.7).log_softmax(-1).gather(-1, torch.tensor(row[len(prompt) :])[:, None])
             )
             assert got == pytest.approx(wanted[:, 0].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("vocab", [1, 255, 256, 257, 1000])
+def test_a_draw_without_filters_is_the_inverse_of_the_cumulative_sum(vocab):
+    """At every quantile, also where probabilities are 0: before, between and after others."""
+    g = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(1, vocab, generator=g, dtype=torch.float64) * 3
+    logits[:, torch.rand(vocab, generator=g) < 0.6] = -torch.inf
+    logits[:, vocab // 2] = 1.0
+    logits = logits.float()
+    p = logits.double().softmax(-1)[0]
+    edges = torch.cat((torch.zeros(1, dtype=torch.float64), p.cumsum(0)))
+    u = torch.cat((torch.tensor([0.0, 1 - 2**-53]), torch.rand(500, generator=g).double()))
+    got = sampling_module._drawn(logits.expand(len(u), -1), u[:, None].double())
+    assert (p[got] > 0).all()
+    assert (edges[got] <= u + 1e-6).all() and (u <= edges[got + 1] + 1e-6).all()
