@@ -82,3 +82,12 @@ def cuda(request):
 @pytest.fixture(params=FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def one_thread():
+    """One thread: results to the bit, and no time lost on tiny models."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -36,12 +36,7 @@ GRPO = Grpo(**SMALL, reward="contains")  # type: ignore[arg-type]
 PPO = Ppo(**SMALL, passes=2, beta=0.1)  # type: ignore[arg-type]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -448,10 +448,8 @@ labels (prompt, completion, label)."""
         done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
         self.save_trained(model, job.out / MODEL, source)
         tokenizer.save(job.out / MODEL)
-        result = asdict(done)
-        result["used_seconds"] = result.pop("seconds")
         return {
-            **result,
+            **done.facts(load),
             "parameters": sum(map(math.prod, expected_shapes(model.config).values())),
             "trained_parameters": trained,
             "pairs": len(found.training),
@@ -459,7 +457,6 @@ labels (prompt, completion, label)."""
             "read": found.rows.read,
             "counts": dict(found.rows.counts),
             "prompt": asked,
-            "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
         }
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:

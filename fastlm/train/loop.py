@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,8 +82,8 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True)
 class TrainResult:
     """``seconds`` and ``tokens`` are those of the whole run, across interruptions; ``metrics`` are
-    those of the last validation. ``best_step`` and ``best_loss`` are of the lowest val_loss, where
-    the options keep its weights.
+    those of the weights that are left, the last or the best. ``best_step`` and ``best_loss`` are of
+    the lowest val_loss, where the options keep its weights.
     """
 
     steps: int
@@ -94,6 +94,13 @@ class TrainResult:
     metrics: dict[str, float]
     best_step: int | None = None
     best_loss: float | None = None
+
+    def facts(self, load: float) -> dict[str, Any]:
+        """Return what every training stage's result has. ``load``: the machine's when it began."""
+        facts = asdict(self)
+        facts["used_seconds"] = facts.pop("seconds")  # of all sessions
+        now = os.getloadavg()[0]
+        return {**facts, "load": f"{load:.1f} when the training began, {now:.1f} when it ended"}
 
 
 class Objective(Protocol):

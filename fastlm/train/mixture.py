@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources of ``counts`` examples, one after another, each with a weight. An epoch takes every
-    example of a source with weight 2 twice, and of one with weight 0.5 every second one, drawn anew
-    for each epoch: ``max(1, round(weight * count))`` examples.
+    """Sources of ``counts`` examples, one after another, each with a weight. An epoch takes
+    ``max(1, round(weight * count))`` examples of a source: with weight 2 each twice, with weight
+    0.5 a random half, another one in each epoch.
     """
 
     counts: tuple[int, ...]

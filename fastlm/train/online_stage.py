@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from itertools import groupby
@@ -228,10 +228,8 @@ messages), or conversations, of which what precedes the last answer is the promp
             raise
         self.save_trained(model, job.out / MODEL, source)
         tokenizer.save(job.out / MODEL)
-        result = asdict(done)
-        result["used_seconds"] = result.pop("seconds")
         return {
-            **result,
+            **done.facts(load),
             "parameters": sum(map(math.prod, expected_shapes(model.config).values())),
             "trained_parameters": trained,
             "prompts": len(questions.training),
@@ -239,7 +237,6 @@ messages), or conversations, of which what precedes the last answer is the promp
             "read": questions.rows.read,
             "counts": dict(questions.rows.counts),
             "prompt": asked,
-            "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
         }
 
     def reference(self, model: "CausalLM") -> "CausalLM | None":

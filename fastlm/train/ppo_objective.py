@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class PpoRules:
     gamma: float = 1.0
     lam: float = 0.95
     entropy: float = 0.0
-    kl_penalty: str = "k1"
+    kl_penalty: Literal["k1", "k2", "k3"] = "k1"
     whiten_rewards: bool = False
     whiten_advantages: bool = True
 
@@ -105,7 +105,7 @@ class ActorCritic(Online):
 
     def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
         rules, logp, values = self.ppo, kept["logp"], kept["values"]
-        penalty = kl_penalty(logp, kept["ref_logp"], rules.kl_penalty, mask=mask)  # type: ignore[arg-type]
+        penalty = kl_penalty(logp, kept["ref_logp"], rules.kl_penalty, mask=mask)
         rewards = -self.beta * penalty
         last = mask.sum(1) - 1
         rewards[torch.arange(len(last)), last] += scores

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -290,15 +290,12 @@ class Pretrain(TrainOptions, Stage):
         model.save_pretrained(job.out / MODEL)
         if tokenizer:
             tokenizer.save(job.out / MODEL)
-        result = asdict(done)
-        result["used_seconds"] = result.pop("seconds")  # of all sessions
         return {
-            **result,
+            **done.facts(load),
             "parameters": sum(p.numel() for p in model.parameters()),
             "epochs": sampler.epoch + 1,
             "train_tokens": train_data.tokens,
             "prompt": self.sample_prompt,
-            "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
         }
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:

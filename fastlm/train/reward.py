@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastlm.data.content import Contents
@@ -266,10 +266,8 @@ class Reward(ChatOptions, Stage):
         figures = measure(model, measured)
         model.save_pretrained(job.out / MODEL)
         tokenizer.save(job.out / MODEL)
-        result = asdict(done)
-        result["used_seconds"] = result.pop("seconds")
         return {
-            **result,
+            **done.facts(load),
             **figures,
             "measured_on": "held-out" if found.heldout else "training",
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -277,7 +275,6 @@ class Reward(ChatOptions, Stage):
             "heldout": len(found.heldout),
             "read": found.rows.read,
             "counts": dict(found.rows.counts),
-            "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
         }
 
     def _reference(self, tokenizer: "Tokenizer", longest: int, job: Job) -> list[Example]:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -195,10 +195,8 @@ class Sft(LoraOptions, ChatOptions, Stage):
         done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
         self.save_trained(model, job.out / MODEL, source)
         tokenizer.save(job.out / MODEL)
-        result = asdict(done)
-        result["used_seconds"] = result.pop("seconds")
         return {
-            **result,
+            **done.facts(load),
             "parameters": sum(map(math.prod, expected_shapes(model.config).values())),
             "trained_parameters": trained,
             "conversations": texts.conversations,
@@ -209,7 +207,6 @@ class Sft(LoraOptions, ChatOptions, Stage):
             "learnt_tokens": sum(example.learnt for example in texts.training),
             "all_tokens": sum(len(example.ids) for example in texts.training),
             "prompt": asked,
-            "load": f"{load:.1f} when the training began, {os.getloadavg()[0]:.1f} when it ended",
         }
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 
 class Writer:
-    """Runs jobs one after the other, at most one at a time: at once, or with ``beside`` in a thread
-    while the caller goes on. The caller must not change what a job reads.
+    """Runs jobs one at a time: in the caller's thread, or with ``beside`` in a thread of its own,
+    and then the caller does not wait. The caller must not change what a job reads.
 
     An error of a job is raised by the next `submit` or `wait`. The thread is no daemon: a process
     that ends waits for it.
