@@ -1,0 +1,66 @@
+"""Answers to a batch of prompts, as PPO and GRPO sample them, against transformers' `generate`.
+
+    python bench/rollouts.py --rows 32 --new 24
+
+SmolLM2-135M, prompts of 24 random tokens, all answers of the same length, drawn at temperature 1
+without filters. fastlm also returns log-probabilities. The sides take turns.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import torch
+import transformers
+
+from fastlm.model.causal_lm import CausalLM
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--new", type=int, default=24)
+    parser.add_argument("--turns", type=int, default=3)
+    a = parser.parse_args()
+    ours = {
+        name: CausalLM.from_pretrained("model:smollm2", dtype=dtype, keep_quantized=False)
+        for name, dtype in DTYPES.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        ours["fp32"].save_pretrained(folder)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        theirs = {name: load(folder, dtype=dtype).eval() for name, dtype in DTYPES.items()}
+    ids = torch.randint(100, 40_000, (a.rows, 24), generator=torch.Generator().manual_seed(0))
+
+    def fastlm_side(model) -> None:
+        model.generate(
+            ids, max_new_tokens=a.new, temperature=1.0, seed=0, ignore_eos=True,
+            return_logprobs=True,
+        )  # fmt: skip
+
+    def transformers_side(model) -> None:
+        with torch.no_grad():
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=a.new,
+                min_new_tokens=a.new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                pad_token_id=0,
+            )  # fmt: skip
+
+    seconds: dict[str, list[float]] = {}
+    for _ in range(a.turns):
+        for name in DTYPES:
+            for side, run, models in (
+                ("fastlm", fastlm_side, ours), ("transformers", transformers_side, theirs),
+            ):  # fmt: skip
+                began = time.perf_counter()
+                run(models[name])
+                seconds.setdefault(f"{side} {name}", []).append(time.perf_counter() - began)
+    for name, times in seconds.items():
+        print(f"{name:18} {statistics.median(times):6.2f} s")
+
+
+if __name__ == "__main__":
+    main()
