@@ -210,7 +210,8 @@ def ppo_value_loss(
         mask, values=values, old_values=old_values.detach(), returns=returns.detach()
     )
     plain = (values - returns).square()
-    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    # not old_values + (values - old_values).clamp(...), which rounds where nothing is clipped
+    clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
     metrics = {
         "value": values,
         "return": returns,
