@@ -339,8 +339,8 @@ def main() -> None:
                         "losses": turns[0]["losses"], "load": [t["load"] for t in turns],
                     })  # fmt: skip
                 print(table(found[-len(taken) :]), flush=True)
+                save(options.json, {"finetune": vars(options), "machine": about, "rows": found})
     print(table(found))
-    save(options.json, {"finetune": vars(options), "machine": about, "rows": found})
 
 
 if __name__ == "__main__":
