@@ -19,7 +19,7 @@ from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.train.dpo import Dpo, PreferenceLoss, PreferredAnswers
-from fastlm.train.encoding import Example
+from fastlm.train.encoding import IGNORE, Example, pack_pairs
 from fastlm.train.loop import Interrupted
 from fastlm.train.options import TrainOptions
 from fastlm.train.preferences import Judged, with_other_answers
@@ -194,6 +194,43 @@ def test_every_reference_is_measured_once() -> None:
     again = objective(TERMS["sigmoid"])
     again.load_state_dict(state)
     assert again.reference is not None and torch.equal(again.reference, made.reference)
+
+
+def test_a_pair_has_its_prompt_once() -> None:
+    """But for the token that predicts the first token of the answer: it has two labels."""
+    (ids, labels, cu_seqlens), (rows, ends) = pack_pairs([pair.answers for pair in PAIRS[:2]])
+    assert ids.tolist() == [[5, 6, 7, 8, 7, 11, 12, 11, 14, 15, 16, 17]]
+    assert labels.tolist() == [[IGNORE, IGNORE, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18]]
+    assert cu_seqlens.tolist() == [0, 4, 5, 7, 12]
+    assert rows.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert ends.tolist() == [0, 4, 7, 9, 14]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_shared_prompt_changes_no_log_probability(window) -> None:
+    """Also where the answers begin alike, a prompt differs, and attention has a window."""
+    changes = {"model_type": "mistral", "sliding_window": window, "tie_word_embeddings": False}
+    model = CausalLM(config(64, **changes), seed=2)
+    prompt = [5, 9, 6, 30, 31, 7, 8]
+    pairs = [
+        (example([*prompt, 10, 11, 12], 7), example([*prompt, 10, 13], 7)),
+        (example([*prompt, 10, 11], 7), example([*prompt[:4], 1, 2, 10, 13, 14], 6)),
+    ]
+    packed, keys = pack_pairs(pairs)
+    assert packed[0].shape[1] < sum(len(e.ids) - 1 for pair in pairs for e in pair)
+    ids, labels, cu_seqlens = packed
+    logps = model.logprobs(ids, labels, cu_seqlens=cu_seqlens, keys=keys)[0]
+    found = torch.stack([part.sum() for part in logps.tensor_split(cu_seqlens[1:-1].long())])
+    wanted = torch.stack([logp(model, e) for pair in pairs for e in pair])
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    scale = torch.tensor([1.0, -0.5, 2.0, 0.3])
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad((found * scale).sum(), parameters),
+        torch.autograd.grad((wanted * scale).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:

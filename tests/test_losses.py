@@ -359,6 +359,14 @@ def test_ppo_value_loss() -> None:
     assert_same(metrics["value_error"], (values - returns)[mask].square().mean())
 
 
+def test_a_value_within_the_clip_range_does_not_count_as_clipped() -> None:
+    """Not even by the rounding of old + (value - old)."""
+    g = torch.Generator().manual_seed(9)
+    values, old, returns = (torch.rand(4, 50, generator=g) / 5 for _ in range(3))
+    _, metrics = losses.ppo_value_loss(values, old, returns, returns == returns, clip=0.2)
+    assert metrics["clip_fraction"] == 0
+
+
 @pytest.mark.parametrize("scale", [True, False])
 def test_grpo_advantages(scale) -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0], dtype=torch.float64)

@@ -275,13 +275,22 @@ class CausalLM(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        keys: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return what the head multiplies, (B, S, E): the last layer's output, normed. Arguments
-        and errors are those of `forward`.
+        and errors are those of `forward`, and:
+
+        Args:
+            keys: (rows, cu_seqlens_k), with cu_seqlens: the keys of document i are those of
+                ``rows[cu_seqlens_k[i] : cu_seqlens_k[i + 1]]``, (total_k,) int64 among the B * S.
+                Its own come last; those before them are a prefix that it shares with another
+                document. Positions count from the first key.
         """
         self.check_ids(input_ids)
         start = 0 if cache is None else cache.length
-        return self._hidden(input_ids, start, cu_seqlens, position_ids, attention_mask, cache)
+        return self._hidden(
+            input_ids, start, cu_seqlens, position_ids, attention_mask, cache, keys=keys
+        )
 
     def logprobs(
         self,
@@ -290,6 +299,7 @@ class CausalLM(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        keys: tuple[Tensor, Tensor] | None = None,
         temperature: float = 1.0,
         return_entropy: bool = False,
     ) -> Any:
@@ -301,9 +311,11 @@ class CausalLM(nn.Module):
             temperature: divides the logits, as in sampling.
             return_entropy: return the pair of that and the entropy of each distribution in nats,
                 (B, S) float32.
-            others: as in `forward`.
+            others: as in `hidden`.
         """
-        hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        hidden = self.hidden(
+            input_ids, cu_seqlens=cu_seqlens, attention_mask=attention_mask, keys=keys
+        )
         return self.logprobs_of(
             hidden, shift_labels, temperature=temperature, return_entropy=return_entropy
         )
@@ -365,6 +377,7 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None,
         cache: KVCache | None,
         fused: bool = False,
+        keys: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """(B, S) ids -> (B, S, E), normed; `start` columns are in the cache."""
         batch, length = input_ids.shape
@@ -379,9 +392,10 @@ class CausalLM(nn.Module):
                 raise InputError("cu_seqlens: wanted without cache and attention_mask, got both")
             if position_ids is None:
                 context = batch * length
-                position_ids = packed_positions(cu_seqlens, context).view(batch, length)
+                whole = cu_seqlens if keys is None else keys[1]  # with shared prefixes
+                position_ids = packed_positions(cu_seqlens, context, whole).view(batch, length)
                 if self.model.by_length:  # waits for the device; longrope and dynamic only
-                    context = int(cu_seqlens.diff().max())
+                    context = int(whole.diff().max())
         elif attention_mask is not None:
             if attention_mask.shape != (batch, longest):
                 raise InputError(
@@ -401,7 +415,7 @@ class CausalLM(nn.Module):
         rotary = self.model.rotary(
             start if position_ids is None else position_ids, length, context, input_ids.device
         )
-        hidden = self.model(input_ids, Call(cu_seqlens, cache, visible, rotary, fused))
+        hidden = self.model(input_ids, Call(cu_seqlens, cache, visible, rotary, fused, keys=keys))
         if cache is not None:
             cache.length = longest
         return hidden
@@ -487,11 +501,14 @@ def _check_memory(config: ModelConfig) -> None:
         )
 
 
-def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Position of each of `total` packed tokens inside its document, (total,) int64."""
+def packed_positions(cu_seqlens: Tensor, total: int, whole: Tensor) -> Tensor:
+    """Position of each of `total` packed tokens inside its document, (total,) int64. ``whole``: the
+    offsets of the documents with the prefixes that they share, which are not packed again.
+    """
     index = torch.arange(total, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
-    return index - cu_seqlens.long()[document]
+    before = whole.long().diff() - cu_seqlens.long().diff()
+    return index - cu_seqlens.long()[document] + before[document]
 
 
 def _module_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -100,6 +100,7 @@ class Call:
     rotary: list[tuple[Tensor, Tensor] | None]
     fused: bool = False  # layers may use what `Decoder.fuse` joined
     step: Step | None = None  # instead of a cache
+    keys: tuple[Tensor, Tensor] | None = None  # with cu_seqlens, see `CausalLM.hidden`
 
     def rounds(self, x: Tensor) -> bool:
         """Whether keys and values of x go into a 16-bit cache (`fastlm.decode.cpu_steps`: the model
@@ -284,7 +285,11 @@ class Attention(nn.Module):
         options["dropout_p"] = self.dropout if self.training else 0.0
         if call.cu_seqlens is not None:
             q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * S, heads, D)
-            out = varlen_attention(q, k, v, call.cu_seqlens, **options)
+            cu_seqlens_k = None
+            if call.keys is not None:
+                rows, cu_seqlens_k = call.keys
+                k, v = k.index_select(0, rows), v.index_select(0, rows)
+            out = varlen_attention(q, k, v, call.cu_seqlens, cu_seqlens_k, **options)
         else:
             if call.cache is not None:
                 k, v = call.cache.append(self.layer, k, v)

@@ -20,6 +20,7 @@ from fastlm.train.encoding import (
     chat_tokenizer,
     in_dtype,
     pack,
+    pack_pairs,
     reasons,
     weights_digest,
     without_dropout,
@@ -93,7 +94,8 @@ class PreferenceLoss:
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch of n pairs or labels. ``ids`` and ``labels`` (1, total) and ``cu_seqlens`` are
-    packed: chosen and rejected in turns, or the n labelled answers.
+    packed: chosen and rejected in turns, their prompt once (``keys``: see `CausalLM.hidden`), or
+    the n labelled answers.
 
     ``lengths``: learnt tokens per sequence. ``reference`` (n, 2): the base's log-probabilities, of
     chosen and rejected, or of the answer and the answer to another prompt. ``kl``: the reference
@@ -106,6 +108,7 @@ class Batch:
     lengths: "Tensor"
     reference: "Tensor"
     desirable: "Tensor"
+    keys: "tuple[Tensor, Tensor] | None" = None
     kl: "Tensor | None" = None
 
 
@@ -178,16 +181,23 @@ class PreferredAnswers(Epochs):
         import torch
 
         if self.terms.loss != "kto":
-            return self.sums(*self._packed([e for one in judged for e in one.answers])).view(-1, 2)
+            packed, keys = self._packed_pairs(judged)
+            return self.sums(*packed, keys).view(-1, 2)
         both = ([one.answers[side] for one in judged] for side in (0, 1))
         return torch.stack([self.sums(*self._packed(side)) for side in both], 1)
 
-    def sums(self, ids: "Tensor", labels: "Tensor", cu_seqlens: "Tensor") -> "Tensor":
+    def sums(
+        self,
+        ids: "Tensor",
+        labels: "Tensor",
+        cu_seqlens: "Tensor",
+        keys: "tuple[Tensor, Tensor] | None" = None,
+    ) -> "Tensor":
         """Return the log-probability of each sequence's learnt tokens, (sequences,) float32."""
         import torch
 
         model = cast(Any, self.trained)
-        logps = model.logprobs(ids, labels, cu_seqlens=cu_seqlens)[0]
+        logps = model.logprobs(ids, labels, cu_seqlens=cu_seqlens, keys=keys)[0]
         rows = torch.arange(len(cu_seqlens) - 1, device=ids.device)
         rows = rows.repeat_interleave(cu_seqlens.diff(), output_size=len(logps))
         return logps.new_zeros(len(cu_seqlens) - 1).index_add(0, rows, logps)
@@ -195,6 +205,13 @@ class PreferredAnswers(Epochs):
     def _packed(self, examples: Sequence[Example]) -> "tuple[Tensor, Tensor, Tensor]":
         ids, labels, cu_seqlens = pack(examples)
         return ids.to(self.device), labels.to(self.device), cu_seqlens.to(self.device)
+
+    def _packed_pairs(
+        self, judged: Sequence[Judged]
+    ) -> "tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]":
+        (ids, labels, cu_seqlens), (rows, ends) = pack_pairs([one.answers for one in judged])
+        on = self.device
+        return (ids.to(on), labels.to(on), cu_seqlens.to(on)), (rows.to(on), ends.to(on))
 
     # steps
 
@@ -215,13 +232,17 @@ class PreferredAnswers(Epochs):
             judged = [source[i] for i in rows]
             answers = [e for one in judged for e in (one.answers[:1] if kto else one.answers)]
             known = reference[rows].to(self.device)
-            if kto:
+            keys = None
+            if not kto:
+                packed, keys = self._packed_pairs(judged)
+            else:
+                packed = self._packed(answers)
                 with torch.no_grad():
                     others = self.sums(*self._packed([one.answers[1] for one in judged]))
                 ratios.append(others - known[:, 1])
             lengths = torch.tensor([e.learnt for e in answers], device=self.device)
             desirable = torch.tensor([one.desirable for one in judged], device=self.device)
-            batches.append(Batch(*self._packed(answers), lengths, known, desirable))
+            batches.append(Batch(*packed, lengths, known, desirable, keys))
         if not kto:
             return batches
         kl = torch.cat(ratios).mean().clamp(min=0)
@@ -248,7 +269,7 @@ class PreferredAnswers(Epochs):
         from fastlm.train.losses import dpo_loss
 
         o = self.terms
-        logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens).view(-1, 2)
+        logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens, batch.keys).view(-1, 2)
         lengths = batch.lengths.view(-1, 2)
         losses = dpo_loss(
             logps[:, 0], logps[:, 1], batch.reference[:, 0], batch.reference[:, 1], beta=o.beta,
@@ -369,6 +390,7 @@ class Dpo(LoraOptions, PreferenceLoss, ChatOptions, Stage):
     """
 
     kind = "dpo"
+    version = 2
     command = ("dpo",)
     reads = {"model": Takes(("model",), "Model to train: a run, a Hugging Face folder")}
     leaves = {"model": MODEL}

@@ -75,6 +75,32 @@ def pack(examples: Sequence[Example]) -> "Batch":
     return one, two, three
 
 
+def pack_pairs(pairs: Sequence[tuple[Example, ...]]) -> "tuple[Batch, tuple[Tensor, Tensor]]":
+    """Join pairs of answers to one prompt as `pack` does, in turns, but the second without what it
+    shares with the first: at most all before the token that predicts its first learnt one. Also
+    return the keys of each, for `CausalLM.hidden`.
+    """
+    import numpy as np
+    import torch
+
+    own: list[Example] = []
+    keys: list[np.ndarray] = []
+    start = 0  # of a pair's first answer
+    for first, second in pairs:
+        n = min(len(first.ids) - 1, int(second.mask[1:].argmax()))
+        same = first.ids[:n] == second.ids[:n]
+        shared = n if same.all() else int(same.argmin())
+        rest = Example(second.ids[shared:], second.mask[shared:], second.place)
+        own += [first, rest]
+        middle = start + len(first.ids) - 1
+        end = middle + len(rest.ids) - 1
+        keys.append(np.arange(start, middle))
+        keys.append(np.concatenate([np.arange(start, start + shared), np.arange(middle, end)]))
+        start = end
+    ends = np.cumsum([0, *map(len, keys)], dtype=np.int32)
+    return pack(own), (torch.from_numpy(np.concatenate(keys)), torch.from_numpy(ends))
+
+
 def digest(examples: Sequence[Example]) -> str:
     """Identify examples and their order."""
     import numpy as np

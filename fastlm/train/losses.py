@@ -210,7 +210,8 @@ def ppo_value_loss(
         mask, values=values, old_values=old_values.detach(), returns=returns.detach()
     )
     plain = (values - returns).square()
-    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    # not old_values + (values - old_values).clamp(...), which rounds where nothing is clipped
+    clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
     metrics = {
         "value": values,
         "return": returns,
@@ -258,7 +259,7 @@ def grpo_loss(
 
     The KL term has k3's value. Its gradient is k2's, which on tokens of the current policy is that
     of the KL (`kl_penalty`), or k3's, as in the paper (Shao et al. 2024, arXiv:2402.03300, equation
-    4) and in TRL. On tokens of an older policy, in later epochs, either is an approximation.
+    4). On tokens of an older policy, in later epochs, either is an approximation.
 
     Args:
         ref_logp: (B, S); None only with beta = 0.
