@@ -14,6 +14,7 @@ from fastlm.progress import silent
 from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
 from fastlm.train.best import taken
 from fastlm.train.chat_options import ChatOptions
+from fastlm.train.distributed import leads
 from fastlm.train.encoding import (
     IGNORE,
     Example,
@@ -446,6 +447,8 @@ labels (prompt, completion, label)."""
         if not list_checkpoints(job.out):  # a checkpoint has the reference of its training
             objective.measure_reference(DTYPES[self.dtype], track=job.track)
         done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
+        if not leads():
+            return {}
         self.save_trained(model, job.out / MODEL, source)
         tokenizer.save(job.out / MODEL)
         return {
