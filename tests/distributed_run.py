@@ -140,7 +140,7 @@ def two(rank: int, data: Path, out: Path) -> None:
 def four(rank: int, data: Path, out: Path) -> None:
     """Four processes continue what two began, and the other way of holding the model."""
     for cut in ("ddp", "fsdp"):
-        for parallel in ("ddp", "fsdp"):
+        for parallel in ("ddp", "fsdp" if cut == "ddp" else "hsdp"):
             options = replace(OPTIONS, parallel=parallel)
             pretraining(data, out / f"{cut}-{parallel}", options)
     fine_tuning(out / "sft-ddp", SHORT)
@@ -152,7 +152,7 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2",
     }  # fmt: skip
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     {"two": two, "four": four}[job](rank, data, out)

@@ -33,6 +33,11 @@ def launched() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def node_size() -> int:
+    """Return the number of processes on this machine as torchrun's environment has it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def leads() -> bool:
     """Whether this process writes and reports: rank 0, or the only one."""
     return launched()[0] == 0
@@ -177,6 +182,7 @@ def joined() -> Iterator[Alone]:
     import torch.distributed as dist
 
     made = not dist.is_initialized()
+    lost = False
     try:
         if made:
             cuda = torch.cuda.is_available()
@@ -187,10 +193,12 @@ def joined() -> Iterator[Alone]:
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if isinstance(error, dist.DistError) or any(word in text.lower() for word in LOST):
+            lost = True  # taking leave of it would wait
             raise LostRankError(
                 f"rank {rank} of {size}: another process has ended or does not answer"
                 f" ({text:.120}); the same command resumes from the last checkpoint"
             ) from error
         raise
-    if made:
-        dist.destroy_process_group()
+    finally:
+        if made and not lost and dist.is_initialized():
+            dist.destroy_process_group()

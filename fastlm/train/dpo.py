@@ -408,6 +408,11 @@ labels (prompt, completion, label)."""
                 "lora_dropout: wanted 0, as the reference is measured without dropout, got"
                 f" {self.lora_dropout}"
             )
+        if self.loss == "kto" and self.parallel != "ddp":
+            raise InputError(
+                "parallel: wanted ddp with loss = 'kto', whose reference point is measured before"
+                f" each step, got {self.parallel!r}"
+            )
         if self.loss == "kto" and self.batch_size * self.accumulate < 2:
             raise InputError(
                 "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference"

@@ -370,7 +370,7 @@ class _Loop:
         position = self.objective.position()
         count = micro_batches(self.progress(), o.accumulate, o.batch_warmup)
         try:
-            batches = self.parallel.run(lambda: self.objective.next_batches(count))
+            batches = self.objective.next_batches(count)
         except DivergedError as error:
             raise self.diverged(DivergedError, str(error), steps=error.steps) from None
         num_items = sum(self.objective.num_items(batch) for batch in batches)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.train.distributed import launched
+from fastlm.train.distributed import launched, node_size
 from fastlm.train.schedule import SCHEDULES
 
 # What changes no bit of the trained weights: it uses none of the training's random numbers
@@ -20,7 +20,7 @@ GUARDS = ("spike_factor", "spike_window", "on_spike")
 ON_SPIKE = ("warn", "skip", "stop")
 TAKE = ("last", "best")
 DTYPES = ("bfloat16", "float32")
-PARALLEL = ("ddp", "fsdp")
+PARALLEL = ("ddp", "fsdp", "hsdp")
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -77,7 +77,9 @@ class TrainOptions:
     keep_best: Annotated[bool, "Also keep the weights of the lowest val_loss"] = False
     take: Annotated[str, "The weights to leave: last, or best (of the lowest val_loss)"] = "last"
     parallel: Annotated[
-        str, "Under torchrun: ddp (each process has the whole model) or fsdp (a shard of it)"
+        str,
+        "Under torchrun: ddp (each process has the whole model), fsdp (a shard of it) or hsdp (a"
+        " shard of it within a node)",
     ] = "ddp"
 
     def loop_options(self) -> "TrainOptions":
@@ -143,11 +145,15 @@ class TrainOptions:
                 f"accumulate: wanted micro-batches that {size} processes can share evenly ({fits}),"
                 f" got {self.accumulate}"
             )
-        if size == 1 or self.parallel != "fsdp":
+        if size == 1 or self.parallel == "ddp":
             return
+        if size % (node := node_size()):
+            raise InputError(f"parallel: wanted whole nodes of {node} processes, got {size}")
         for name, only in (("optimizer", "adamw"), ("async_checkpoints", False)):
             if (value := getattr(self, name)) != only:
-                raise InputError(f"{name}: wanted {only} with parallel = 'fsdp', got {value}")
+                raise InputError(
+                    f"{name}: wanted {only} with parallel = {self.parallel!r}, got {value}"
+                )
 
     @property
     def keeps_best(self) -> bool:

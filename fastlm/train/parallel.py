@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
-from fastlm.train.distributed import Alone
+from fastlm.train.distributed import Alone, node_size
 from fastlm.train.options import TrainOptions
 
 T = TypeVar("T")
@@ -113,19 +113,23 @@ def _summed(state: None, bucket: Bucket) -> torch.futures.Future[Tensor]:
 
 class Shards(Whole):
     """A model of whose parameters, gradients and optimizer state each process holds a part
-    (``fully_shard``): the layers one by one, and the rest together.
+    (``fully_shard``): the layers one by one, and the rest together. ``within``: the number of
+    processes that hold a whole model together; the gradients of such groups are then summed.
     """
 
     sharded = True
 
-    def __init__(self, model: nn.Module, size: int):
+    def __init__(self, model: nn.Module, size: int, within: int):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         super().__init__(model)
         self.root = Root(model)
+        shape = (size,) if within == size else (size // within, within)
+        names = ("replicate", "shard")[-len(shape) :]
+        device = next(model.parameters()).device.type
         how: dict[str, Any] = {
-            "mesh": init_device_mesh(next(model.parameters()).device.type, (size,)),
+            "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
         }
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -200,5 +204,7 @@ def parallel(model: nn.Module, options: TrainOptions, ranks: Alone) -> Whole:
     if options.parallel == "ddp":
         return Replicas(model)
     if not all(p.requires_grad for p in model.parameters()):
-        raise InputError("parallel: wanted ddp where a part of the weights is frozen, got fsdp")
-    return Shards(model, ranks.size)
+        raise InputError(
+            f"parallel: wanted ddp where a part of the weights is frozen, got {options.parallel}"
+        )
+    return Shards(model, ranks.size, node_size() if options.parallel == "hsdp" else ranks.size)
