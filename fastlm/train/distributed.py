@@ -38,6 +38,11 @@ def node_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def attempt() -> str:
+    """Return how often torchrun has started the processes again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def leads() -> bool:
     """Whether this process writes and reports: rank 0, or the only one."""
     return launched()[0] == 0
@@ -60,11 +65,10 @@ def says_first(text: str) -> bool:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:  # the store of torchrun's agent
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"fastlm/{attempt}/{key}", 1) == 1
+        return store.add(f"fastlm/{attempt()}/{key}", 1) == 1
     except RuntimeError:
         return rank == 0
 
@@ -188,7 +192,13 @@ def joined() -> Iterator[Alone]:
             cuda = torch.cuda.is_available()
             if cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+            # torchrun keeps its store when it starts the processes again (torch 2.13): without the
+            # prefix, gloo may find the addresses of the processes that are gone
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, rank=rank,
+                world_size=size, store=dist.PrefixStore(f"attempt {attempt()}", store),
+            )  # fmt: skip
         yield Ranks()
     except RuntimeError as error:
         text = " ".join(str(error).split())
