@@ -196,7 +196,8 @@ def work(
 def measure() -> None:
     from fastlm.data.shards import write_shards
 
-    spawn = multiprocessing.get_context("spawn")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["fastlm.train.loop"])  # torch is loaded once
     rng = np.random.default_rng(0)
     cases = [
         ("ddp", "float32", 2, 1), ("ddp", "float32", 4, 1), ("ddp", "bfloat16", 4, 2),
@@ -209,9 +210,9 @@ def measure() -> None:
         write_shards(docs, Numbers(), folder / "shards")  # type: ignore[arg-type]
         print("| | bytes sent per process and step | formula | ratio |\n|---|---|---|---|")
         for port, (way, dtype, size, micro) in enumerate(cases, 29600):
-            log = spawn.Queue()
+            log = processes.Queue()
             started = [
-                spawn.Process(target=work, args=(r, size, port, folder, way, dtype, micro, log))
+                processes.Process(target=work, args=(r, size, port, folder, way, dtype, micro, log))
                 for r in range(size)
             ]
             for process in started:

@@ -40,7 +40,7 @@ CONFIG = {
 }  # fmt: skip
 OPTIONS = TrainOptions(
     max_steps=10, lr=3e-3, accumulate=4, dtype="float32", validations=2, val_tokens=64,
-    sample_at=(1.0,), sample_tokens=4, checkpoint_every=4, keep=2,
+    sample_at=(0.0, 0.5, 1.0), sample_tokens=4, checkpoint_every=4, keep=2,
 )  # fmt: skip
 # name -> what differs from OPTIONS
 PRETRAININGS = {

@@ -193,7 +193,7 @@ def test_bytes_and_memory_are_those_of_docs_scaling(two):
         sent = {kind: sum(seen) for kind, seen in told["sent"].items()}
         assert sent["scatter"] == whole * micro * steps
         beside = 3 * 4 * (2 * layers + rest)  # validations, of two batches
-        beside += 2 * whole  # a sample, the model that is left
+        beside += 4 * whole  # samples, the model that is left
         assert sent["gather"] == 4 * (2 * layers + rest) * micro * steps + beside
         held = {kind: size / whole for kind, size in told["held"].items()}
         assert held == pytest.approx({"parameters": 0.5, "gradients": 0.5, "state": 1.0})

@@ -184,6 +184,8 @@ def joined() -> Iterator[Alone]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed.rendezvous import rendezvous
 
     made = not dist.is_initialized()
     lost = False
@@ -192,12 +194,12 @@ def joined() -> Iterator[Alone]:
             cuda = torch.cuda.is_available()
             if cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+            store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
             # torchrun keeps its store when it starts the processes again (torch 2.13): without the
             # prefix, gloo may find the addresses of the processes that are gone
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, rank=rank,
-                world_size=size, store=dist.PrefixStore(f"attempt {attempt()}", store),
+                world_size=size, store=PrefixStore(f"attempt {attempt()}", store),
             )  # fmt: skip
         yield Ranks()
     except RuntimeError as error:

@@ -9,6 +9,7 @@ registering the methods (``hidden``, ``logprobs``, ...) one by one.
 """
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -22,6 +23,10 @@ from fastlm.train.distributed import Alone, node_size
 from fastlm.train.options import TrainOptions
 
 T = TypeVar("T")
+# Where nn.Module keeps the hooks of `fully_shard`
+HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"
+)  # fmt: skip
 
 
 class Root(nn.Module):
@@ -158,19 +163,28 @@ class Shards(Whole):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        self._gather(True)
+        hooks = self._gather()
         yield
-        self._gather(False)
+        for part, kept in zip(self.parts, hooks, strict=True):
+            for name, own in kept.items():
+                setattr(part, name, own)
         self._reshard()
 
     def keep_gathered(self) -> None:
-        self._gather(True)
+        self._gather()
 
-    def _gather(self, wanted: bool) -> None:
+    def _gather(self) -> list[dict[str, Any]]:
+        """Gather all parameters. Return the hooks that would shard them again, taken off. With the
+        hooks, FSDP2 would also learn an order of layers from calls that one process makes alone,
+        and gather in that order in the next backward: the others would wait for ever.
+        """
+        hooks = []
         for part in self.parts:
-            part.set_reshard_after_forward(not wanted and part is not self.root, recurse=False)
-            if wanted:
-                part.unshard()
+            part.unshard()
+            hooks.append({name: getattr(part, name) for name in HOOKS})
+            for name in HOOKS:
+                setattr(part, name, OrderedDict())
+        return hooks
 
     def _reshard(self) -> None:
         for part in self.parts:
