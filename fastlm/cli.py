@@ -1,8 +1,9 @@
 """``fastlm VERB``: each verb is thin; the work is a function of the package with the same options.
 
 Nothing heavy is imported before a verb runs, so that ``--help`` answers at once. Bad input prints
-one line on stderr and exits with status 2, a diverged run with 3, Ctrl-C with 130. Results go to
-stdout, progress and notes to stderr.
+one line on stderr and exits with status 2, a diverged run with 3, one
+whose other processes are gone with 4, Ctrl-C with 130. Results go to stdout, progress and notes to
+stderr.
 """
 
 import errno
@@ -20,8 +21,9 @@ from typer.core import TyperGroup
 from fastlm.errors import InputError
 from fastlm.progress import bars
 from fastlm.threads import Threads, Watch
+from fastlm.train.distributed import LostRankError, says_first
 
-DIVERGED, INTERRUPTED = 3, 130
+DIVERGED, LOST, INTERRUPTED = 3, 4, 130
 
 
 class Verbs(TyperGroup):
@@ -42,6 +44,8 @@ class Verbs(TyperGroup):
             _fail(e, 2)
         except KeyboardInterrupt as e:
             _fail(e, INTERRUPTED)
+        except LostRankError as e:
+            _fail(e, LOST)
         except ArithmeticError as e:
             from fastlm.train.loop import DivergedError
 
@@ -62,7 +66,8 @@ def _bad_value(error: typer.BadParameter) -> InputError | None:
 
 def _fail(error: BaseException, status: int) -> None:
     text = " ".join(str(error).split())
-    typer.echo(f"fastlm: {text}" if text else "fastlm: interrupted", err=True)
+    if says_first(text):
+        typer.echo(f"fastlm: {text}" if text else "fastlm: interrupted", err=True)
     raise typer.Exit(status)
 
 

@@ -77,12 +77,12 @@ def beside(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         for item in [*part.rglob("*"), part] if part.is_dir() else [part]:
-            _sync(item)
+            sync(item)
         if part.is_dir():
             _swap(part, path)
         else:
             os.replace(part, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise write_error(path, error) from error
     finally:
@@ -124,7 +124,8 @@ def reason(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's or folder's content is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -13,7 +13,9 @@ import torch
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.train.best import NAME, Best
+from fastlm.train.distributed import Alone
 from fastlm.train.loop import Interrupted
+from fastlm.train.parallel import Whole
 from fastlm.train.pretrain import pretrain
 from fastlm.train.state import checkpoint_path, list_checkpoints
 from fastlm.train.writer import Writer
@@ -132,9 +134,9 @@ def test_what_is_refused(data, tmp_path):
     sampler = tiny_run.BatchSampler(train, 4, tiny_run.SEQ, seed=7)
     with pytest.raises(InputError, match="keep_best: wanted held-out data to validate on"):
         pretrain(model, sampler, None, OPTIONS, tmp_path)
-    best = Best(tmp_path, True, Writer(False))
+    best = Best(tmp_path, True, Writer(False), Whole(torch.nn.Linear(1, 1)), Alone())
     with pytest.raises(InputError, match="best-00000007: wanted the best weights"):
         best.resume(7, 1.0)
     best.offer(1, {"val_loss": float("nan")}, model)
     with pytest.raises(InputError, match="take: wanted keep_best from the start, and a validation"):
-        best.take(model)
+        best.take()

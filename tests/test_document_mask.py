@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_each_document_alone(data):
     net = model()
     masked = objective(net, data)
     (batch,) = masked.next_batches(1)
-    ids, labels, offsets = batch
+    ids, labels, offsets = masked.read(batch)
     parts = [part for row in zip(ids, labels) for part in documents(*row)]
     assert offsets is not None and len(parts) == len(offsets) - 1 > 9
     loss = masked.loss(batch, masked.num_items(batch))
@@ -70,7 +70,8 @@ def test_the_loss_is_that_of_each_document_alone(data):
     assert float(loss.detach()) == pytest.approx(float(alone.detach()), rel=1e-6)
     for name, p in net.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
-    (plain,) = objective(net, data, mask=False).next_batches(1)
+    unmasked = objective(net, data, mask=False)
+    plain = unmasked.read(*unmasked.next_batches(1))
     leaking = net(plain[0], shift_labels=plain[1]).loss
     assert float(leaking.detach()) != pytest.approx(float(loss.detach()), rel=1e-5)
 

@@ -42,6 +42,7 @@ MODEL_FILES = (
     *(CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors"),
     *(ADAPTER_CONFIG, ADAPTER, ADAPTER_BASE),
 )
+TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"  # of `save_tensors`
 PARTS = ("qdata", "scales", "zeros")  # tensors of a quantized weight, under its module's name
 DTYPES = ("F32", "BF16", "F16", "F64")  # dtypes of weights, in safetensors' spelling
 PACKED_DTYPES = ("U8", "I8")
@@ -413,10 +414,10 @@ def save_tensors(
 
     def write(part: Path) -> None:
         part.mkdir()
-        data = part / "tensors.safetensors"
+        data = part / TENSORS
         save_file(own_memory(tensors), data)
         write_json(
-            part / "manifest.json",
+            part / MANIFEST,
             {"bytes": data.stat().st_size, "sha256": _sha256(data), "metadata": metadata or {}},
         )
 
@@ -426,8 +427,8 @@ def save_tensors(
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """``(tensors, metadata)`` of a ``save_tensors`` folder; InputError if a byte has changed."""
     path = Path(path)
-    manifest = read_json(path / "manifest.json")
-    data = path / "tensors.safetensors"
+    manifest = read_json(path / MANIFEST)
+    data = path / TENSORS
     try:
         came = _sha256(data)
         if came != manifest.get("sha256"):

@@ -319,13 +319,21 @@ class BatchSampler:
             self._order = rng.permutation((self.dataset.tokens - 1 - self._offset) // self.seq_len)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = np.empty((self.batch_size, self.seq_len + 1), np.int64)
-        for row in rows:
+        return self.read(self.next_windows())
+
+    def next_windows(self) -> np.ndarray:
+        """Return where the windows of the next batch begin, without reading them."""
+        starts = np.empty(self.batch_size, np.int64)
+        for row in range(self.batch_size):
             if self.position == len(self._order):
                 self._begin(self.epoch + 1)
-            start = self._offset + int(self._order[self.position]) * self.seq_len
-            row[:] = self.dataset.read(start, self.seq_len + 1)
+            starts[row] = self._offset + int(self._order[self.position]) * self.seq_len
             self.position += 1
+        return starts
+
+    def read(self, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the batch of these windows."""
+        rows = np.stack([self.dataset.read(int(start), self.seq_len + 1) for start in starts])
         batch = torch.from_numpy(rows)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 

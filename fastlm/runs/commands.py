@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 
 from fastlm.errors import InputError
-from fastlm.progress import bars
+from fastlm.progress import bars, silent
 from fastlm.runs.events import EventLines
 from fastlm.runs.stage import Option, Stage, options_of
 from fastlm.threads import Threads
+from fastlm.train.distributed import check_alone, leads
 from fastlm.typed import convert
 
 Cache = Annotated[
@@ -40,13 +41,20 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         values = {o.name: _value(o, given[o.name]) for o in options}
         stage = cls(**values)
         stage.check()
-        before()
+        if not trains:
+            check_alone(cls.command[-1], "it is no training")
+        told = leads()
+        if told:
+            before()
         inputs = {key: given[key] for key in cls.reads if given[key]}
         with tempfile.TemporaryDirectory() as nowhere:
             job = stage.job(
-                out or nowhere, cache=cache, track=bars, on_event=EventLines(every), **inputs
-            )
+                out or nowhere, cache=cache, track=bars if told else silent,
+                on_event=EventLines(every) if told else None, **inputs,
+            )  # fmt: skip
             result = stage.run(job)
+            if not told:
+                return
             shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
         if isinstance(shown, str):
             typer.echo(shown)

@@ -29,6 +29,7 @@ from fastlm.runs.recipe import Recipe, Step, is_outside, load_recipe
 from fastlm.runs.record import Entry, dump, load_record, save_record
 from fastlm.runs.report import REPORT, SUMMARY, Done, write_report
 from fastlm.runs.stage import Input, Job
+from fastlm.train.distributed import check_alone
 
 RECIPE = "recipe.json"
 SOURCES = "sources.json"  # hashes of local files (`fastlm.data.content`)
@@ -98,6 +99,7 @@ def run_recipe(
     """
     from fastlm.data.packages import default_cache
 
+    check_alone("run", "start its trainings one by one")
     recipe = load_recipe(path, overrides)
     names = [step.name for step in recipe.steps]
     if until is not None and until not in names:

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.errors import InputError
+from fastlm.train.distributed import Alone
 from fastlm.train.writer import Writer
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from fastlm.train.parallel import Whole
 
 NAME = re.compile(r"best-(\d{8,})")
 
@@ -24,8 +27,11 @@ NAME = re.compile(r"best-(\d{8,})")
 class Best:
     """``step`` and ``loss`` of the best weights in ``folder``; None: there are none yet."""
 
-    def __init__(self, folder: Path, enabled: bool, writer: Writer):
+    def __init__(
+        self, folder: Path, enabled: bool, writer: Writer, parallel: "Whole", ranks: Alone
+    ):
         self.folder, self.enabled, self.writer = folder, enabled, writer
+        self.parallel, self.ranks = parallel, ranks
         self.step: int | None = None
         self.loss: float | None = None
         self.metrics: dict[str, float] = {}
@@ -53,11 +59,11 @@ class Best:
         path, told, tensors = (
             self.path(step),
             dict(metrics),
-            trained_state(model),
+            self.parallel.full(trained_state(model)),
         )
         if self.writer.beside:
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        self.writer.submit(lambda: save_tensors(path, tensors, told))
+        self.ranks.on_first(lambda: self.writer.submit(lambda: save_tensors(path, tensors, told)))
         self.step, self.loss = step, loss
 
     def resume(self, step: int | None, loss: float | None) -> None:
@@ -74,7 +80,7 @@ class Best:
 
     def prune(self, step: int | None) -> None:
         """Remove all but the weights of ``step``, and the remains of interrupted writes."""
-        if not self.enabled or not self.folder.is_dir():
+        if not self.enabled or not self.ranks.leads or not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
             if NAME.fullmatch(path.name) and (step is None or path != self.path(step)):
@@ -82,7 +88,7 @@ class Best:
         for stray in self.folder.glob(".best-*"):
             shutil.rmtree(stray, ignore_errors=True)
 
-    def take(self, model: "nn.Module") -> None:
+    def take(self) -> None:
         """Load the best weights in place."""
         from fastlm.checkpoint.folder import load_tensors
 
@@ -92,7 +98,7 @@ class Best:
             )
         tensors, metrics = load_tensors(self.path(self.step))
         self.metrics = dict(metrics)
-        model.load_state_dict(tensors, strict=False)  # what is frozen is not in them
+        self.parallel.load(tensors)  # what is frozen is not in them
 
 
 def taken(result: Mapping[str, Any], take: str) -> str:

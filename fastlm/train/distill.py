@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Takes, at_least_one
+from fastlm.train.distributed import check_alone
 from fastlm.train.encoding import IGNORE, check_vocabulary, load_model, weights_digest
 from fastlm.train.sft import AnswerTokens, Sft
 
@@ -156,6 +157,8 @@ class Distill(Sft):
             raise InputError(f"temperature: wanted a positive number, got {self.temperature}")
         if not 0 <= self.sft_weight < math.inf:
             raise InputError(f"sft_weight: wanted 0 or more, got {self.sft_weight}")
+        if self.on_policy:
+            check_alone("on_policy", "answers are sampled in one")
         if not 0 <= self.on_policy <= 1:
             raise InputError(f"on_policy: wanted 0 to 1, got {self.on_policy}")
 

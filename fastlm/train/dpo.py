@@ -14,6 +14,7 @@ from fastlm.progress import silent
 from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
 from fastlm.train.best import taken
 from fastlm.train.chat_options import ChatOptions
+from fastlm.train.distributed import leads
 from fastlm.train.encoding import (
     IGNORE,
     Example,
@@ -429,6 +430,11 @@ labels (prompt, completion, label)."""
                 "lora_dropout: wanted 0, as the reference is measured without dropout, got"
                 f" {self.lora_dropout}"
             )
+        if self.loss == "kto" and self.parallel != "ddp":
+            raise InputError(
+                "parallel: wanted ddp with loss = 'kto', whose reference point is measured before"
+                f" each step, got {self.parallel!r}"
+            )
         if self.loss == "kto" and self.batch_size * self.accumulate < 2:
             raise InputError(
                 "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference"
@@ -468,6 +474,8 @@ labels (prompt, completion, label)."""
         if not list_checkpoints(job.out):  # a checkpoint has the reference of its training
             objective.measure_reference(DTYPES[self.dtype], track=job.track)
         done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
+        if not leads():
+            return {}
         self.save_trained(model, job.out / MODEL, source)
         tokenizer.save(job.out / MODEL)
         return {

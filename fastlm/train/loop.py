@@ -22,8 +22,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,10 @@ from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.train.best import Best
+from fastlm.train.distributed import Alone, averaged, joined
 from fastlm.train.metrics import METRICS
 from fastlm.train.options import BUDGET, GUARDS, TrainOptions
+from fastlm.train.parallel import parallel
 from fastlm.train.schedule import due, learning_rate, micro_batches, progress
 from fastlm.train.spikes import Spikes
 from fastlm.train.state import (
@@ -192,24 +195,30 @@ def train(
 
     Writes metrics.jsonl and checkpoints/ to ``run_dir``; ``on_event`` receives every line of
     metrics as it is written. InputError: options, a checkpoint of another run, a folder that cannot
-    be written. DivergedError, Interrupted. The process keeps its freed memory from here on
+    be written. DivergedError, Interrupted. Under torchrun each process takes a share of the
+    micro-batches (`fastlm.train.distributed`), rank 0 writes, and LostRankError says that another
+    one has ended. All of them return the result. The process keeps its freed memory from here on
     (`fastlm.memory.keep_freed_memory`).
     """
     options.check()
     keep_freed_memory()
-    loop = _Loop(objective, options, Path(run_dir), on_event)
-    with loop.metrics, _deferred_interrupt() as interrupted, loop.writer:
-        loop.begin()
-        ticks = loop.ticks(interrupted)
-        total = loop.total_ticks() - loop.used_ticks()
-        for _ in track(ticks, "training", total=total, unit=loop.unit()):
-            pass
-        loop.writer.wait()
-        if interrupted.is_set():  # after the last step too: nothing further was wanted
-            raise Interrupted(f"stopped after step {loop.step}; saved in {loop.saved()}")
-        if options.take == "best":
-            loop.best.take(loop.model)
-        return loop.result()
+    with joined() as ranks:
+        if not ranks.leads:
+            track, on_event = silent, None
+        loop = _Loop(objective, options, Path(run_dir), on_event, ranks)
+        with loop.metrics, _deferred_interrupt() as interrupted, loop.writer:
+            loop.begin()
+            ticks = loop.ticks(interrupted)
+            total = loop.total_ticks() - loop.used_ticks()
+            for _ in track(ticks, "training", total=total, unit=loop.unit()):
+                pass
+            loop.writer.wait()
+            if ranks.any(interrupted.is_set()):  # after the last step too: no more was wanted
+                raise Interrupted(f"stopped after step {loop.step}; saved in {loop.saved()}")
+            if options.take == "best":
+                loop.best.take()
+            loop.parallel.keep_gathered()
+            return loop.result()
 
 
 @contextmanager
@@ -246,9 +255,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Loop:
-    def __init__(self, objective: Objective, options: TrainOptions, run_dir: Path, on_event):
+    def __init__(
+        self,
+        objective: Objective,
+        options: TrainOptions,
+        run_dir: Path,
+        on_event: Callable[[dict[str, Any]], None] | None,
+        ranks: Alone,
+    ):
         self.model, self.objective, self.options = objective.trained, objective, options
-        self.run_dir, self.on_event = run_dir, on_event
+        self.run_dir, self.on_event, self.ranks = run_dir, on_event, ranks
+        self.seed = torch.initial_seed()
+        self.parallel = parallel(self.model, options, ranks)
         groups = objective.parameter_groups(options.weight_decay)
         kind = {"adamw": AdamW, "muon": Muon}[options.optimizer]
         if kind is Muon:
@@ -263,7 +281,7 @@ class _Loop:
             max_grad_norm=options.max_grad_norm or math.inf,  # the norm is measured either way
         )
         self.optimizer.keep_masters()  # the bits that bfloat16 would cut off a new model's weights
-        self.model.to(DTYPES[options.dtype])
+        self.parallel.to(DTYPES[options.dtype])
         self.model.train()
         if options.checkpoint_activations:
             checkpoint_activations(self.model, options.checkpoint_activations)
@@ -275,21 +293,28 @@ class _Loop:
         self.spikes = Spikes(options.spike_factor, options.spike_window)
         self.last_metrics: dict[str, float] = {}
         self.writer = Writer(options.async_checkpoints)
-        self.best = Best(run_dir / FOLDER, options.keeps_best, self.writer)
+        self.best = Best(run_dir / FOLDER, options.keeps_best, self.writer, self.parallel, ranks)
         self.saved_step = -1
         self.started = time.perf_counter()
+        self.metrics = ranks.on_first(self.open_metrics) or open(os.devnull, "a+b")
+
+    def open_metrics(self) -> BinaryIO:
+        """Open metrics.jsonl, and lock it until it is closed, by train()."""
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self.metrics = open(run_dir / METRICS, "a+b")  # closed by train()
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            metrics = open(self.run_dir / METRICS, "a+b")
         except OSError as e:
-            raise InputError(f"{run_dir}: cannot be written: {e.strerror}") from None
+            raise InputError(f"{self.run_dir}: cannot be written: {e.strerror}") from None
         try:
-            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+            fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.metrics.close()
-            raise InputError(f"{run_dir}: another training is at work in this folder") from None
+            metrics.close()
+            raise InputError(
+                f"{self.run_dir}: another training is at work in this folder"
+            ) from None
         except OSError:
             pass  # a file system without locks
+        return metrics
 
     # the budget
 
@@ -299,8 +324,9 @@ class _Loop:
     def progress(self, steps: float = 0, tokens: float = 0) -> float:
         """Return the progress after this many more steps and tokens."""
         o = self.options
+        seconds = self.seconds() if o.max_seconds is None else self.ranks.from_first(self.seconds())
         return progress(
-            self.step + steps, self.seconds(), o.max_steps, o.max_seconds,
+            self.step + steps, seconds, o.max_steps, o.max_seconds,
             self.tokens + tokens, o.max_tokens,
         )  # fmt: skip
 
@@ -328,7 +354,7 @@ class _Loop:
         ticks = self.used_ticks()
         while not self.finished():
             self.advance()
-            if interrupted.is_set():
+            if self.ranks.any(interrupted.is_set()):
                 return
             while ticks < self.used_ticks():
                 ticks += 1
@@ -353,14 +379,9 @@ class _Loop:
             self.progress(0.5, 0.5 * tokens),
             lr=o.lr, schedule=o.schedule, warmup=o.warmup, decay=o.decay, final_lr=o.final_lr,
         )  # fmt: skip
-        total: Tensor | float = 0.0
-        for batch in batches:
-            loss = self.objective.loss(batch, num_items)
-            loss.backward()
-            total = total + loss.detach().float()
+        loss_value, scalars = self.gradients(batches, num_items)
         for group, factor in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = lr * factor
-        loss_value = float(total)
         if not math.isfinite(loss_value):
             raise self.diverged(NonFiniteError, f"the loss is {loss_value}", position)
         found = self.on_spike(loss_value, position)
@@ -377,13 +398,34 @@ class _Loop:
             "tokens": self.tokens, "tokens_per_second": tokens / took, "seconds": self.seconds(),
             "progress": self.progress(), **found,
         }  # fmt: skip
-        scalars = self.objective.scalars()
         if taken := line.keys() & scalars.keys():
             raise ValueError(f"scalars: wanted names that the loop has not, got {min(taken)!r}")
         self.log({**line, **scalars})
         self.moments()
         if self.finished() or self.step % o.checkpoint_every == 0:
             self.save()
+
+    def gradients(self, batches: list[Any], num_items: int) -> tuple[float, dict[str, float]]:
+        """Add up the gradients of the step's micro-batches. Return its loss and its scalars."""
+        ranks, objective = self.ranks, self.objective
+        ranks.seed(self.seed, self.step)
+        mine, filler = ranks.deal(batches)
+        total: Tensor | float = 0.0
+        for left, batch in zip(reversed(range(len(mine))), mine, strict=True):
+            loss = self.parallel.gradient(
+                partial(objective.loss, batch, num_items), last=not left and filler is None
+            )
+            total = total + loss.float()
+        own = sum(objective.num_items(batch) for batch in mine)
+        scalars = objective.scalars() if mine else {}
+        if filler is not None:
+            self.parallel.gradient(
+                partial(objective.loss, filler, num_items), last=True, factor=0.0
+            )
+        parts = ranks.gather((float(total), own, scalars))
+        if len(parts) == 1:
+            return parts[0][0], scalars
+        return math.fsum(loss for loss, _, _ in parts), averaged([part[1:] for part in parts])
 
     def update(self, *, skip: bool) -> float:
         """Clip and step. Return the gradient's norm before clipping; 0 for a skipped step."""
@@ -438,12 +480,13 @@ class _Loop:
             self.done,
         ):
             with _evaluating(self.model):
-                self.last_metrics = self.objective.validate()
+                metrics = self.parallel.run(self.objective.validate)
+            self.last_metrics = self.ranks.from_first(metrics)
             self.log({"step": self.step, **self.last_metrics})
             self.best.offer(self.step, self.last_metrics, self.model)
         if due(o.sample_at, before, self.done):
-            with _evaluating(self.model):
-                text = self.objective.sample()
+            with _evaluating(self.model), self.parallel.gathered():
+                text = self.objective.sample() if self.ranks.leads else None
             if text is not None:
                 self.log({"step": self.step, "sample": text, "progress": self.done})
         self.started += time.perf_counter() - began
@@ -451,6 +494,8 @@ class _Loop:
     # output
 
     def log(self, event: dict[str, Any]) -> None:
+        if not self.ranks.leads:
+            return
         try:
             self.metrics.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
             self.metrics.flush()
@@ -467,12 +512,13 @@ class _Loop:
 
     def begin(self) -> None:
         """Load the last checkpoint; start from the beginning if there is none."""
-        prune(self.run_dir, self.options.keep + 1)  # one may be a trusted one
-        found = list_checkpoints(self.run_dir)
+        if self.ranks.leads:
+            prune(self.run_dir, self.options.keep + 1)  # one may be a trusted one
+        found = self.ranks.from_first(list_checkpoints(self.run_dir))
         length = 0
         if found:
             state = load_checkpoint(
-                found[-1], self.model, self.optimizer, self.identity(),
+                found[-1], self.model, self.optimizer, self.identity(), self.ranks,
                 may_differ=(*BUDGET, *GUARDS, "take"),
             )  # fmt: skip
             self.objective.load_state_dict(state.objective)
@@ -482,13 +528,7 @@ class _Loop:
             self.spikes.losses = state.losses[-self.options.spike_window :]
             self.best.resume(state.best_step, state.best_loss)
             length, self.saved_step = state.metrics_bytes, self.step
-        have = self.metrics.seek(0, os.SEEK_END)
-        if have < length:
-            raise InputError(
-                f"{self.run_dir / METRICS}: wanted the {length} bytes that {found[-1].name}"
-                f" continues from, got {have}; delete {found[-1].parent} to start again"
-            )
-        self.metrics.truncate(length)
+        self.ranks.on_first(partial(self.cut_metrics, length, found))
         self.started = time.perf_counter()
         if found:
             self.done = min(self.done, self.progress())  # less under a larger budget
@@ -496,17 +536,33 @@ class _Loop:
             self.best.prune(None)
             self.moments()
 
+    def cut_metrics(self, length: int, found: list[Path]) -> None:
+        """Remove the lines that were written after the last of these checkpoints."""
+        have = self.metrics.seek(0, os.SEEK_END)
+        if have < length:
+            raise InputError(
+                f"{self.run_dir / METRICS}: wanted the {length} bytes that {found[-1].name}"
+                f" continues from, got {have}; delete {found[-1].parent} to start again"
+            )
+        self.metrics.truncate(length)
+
     def saved(self) -> Path:
         """Return the checkpoint of this step; write it if it does not exist."""
         path = checkpoint_path(self.run_dir, self.step)
         if self.saved_step != self.step:
             path = self.save()
         self.writer.wait()
+        self.ranks.any(False)  # none leaves before it is written: torchrun would end the others
         return path
 
     def save(self) -> Path:
-        os.fsync(self.metrics.fileno())
+        path = checkpoint_path(self.run_dir, self.step)
         self.saved_step = self.step
+        if not (self.ranks.leads or self.parallel.sharded):
+            self.ranks.on_first(lambda: None)
+            return path
+        if self.ranks.leads:
+            os.fsync(self.metrics.fileno())
         state = Progress(
             step=self.step, tokens=self.tokens, seconds=self.seconds(), done=self.done,
             training_seconds=self.training_seconds, loss=self.loss,
@@ -526,8 +582,16 @@ class _Loop:
             )
             self.best.prune(best)
 
-        self.writer.submit(write)
-        return checkpoint_path(self.run_dir, step)
+        if self.parallel.sharded:
+            from fastlm.train.sharded import save_sharded
+
+            save_sharded(path, tensors, rest, self.ranks)
+            if self.ranks.leads:
+                prune(self.run_dir, self.options.keep, trusted)
+            self.best.prune(best)
+        else:
+            self.ranks.on_first(lambda: self.writer.submit(write))
+        return path
 
     def result(self) -> TrainResult:
         rate = self.tokens / self.training_seconds if self.training_seconds else 0.0

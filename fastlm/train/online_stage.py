@@ -15,6 +15,7 @@ from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.runs.stage import Job, Part, Positional, Stage, Takes, at_least_one
 from fastlm.train.chat_options import ChatOptions
+from fastlm.train.distributed import check_alone
 from fastlm.train.encoding import (
     Encoder,
     Prompts,
@@ -105,6 +106,7 @@ messages), or conversations, of which what precedes the last answer is the promp
     sample_prompt: Annotated[str, "Message that a sample answers; default: a held-out prompt"] = ""
 
     def check(self) -> None:
+        check_alone(self.kind, "rollouts are sampled in one")
         super().check()
         self.check_lora()
         at_least_one(

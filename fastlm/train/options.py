@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
+from fastlm.train.distributed import launched, node_size
 from fastlm.train.schedule import SCHEDULES
 
 # What changes no bit of the trained weights: it uses none of the training's random numbers
 OBSERVING = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep", "keep_best", "checkpoint_activations", "async_checkpoints",
+    "keep", "keep_best", "checkpoint_activations", "async_checkpoints", "parallel",
 )  # fmt: skip
 # How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
@@ -19,6 +20,7 @@ GUARDS = ("spike_factor", "spike_window", "on_spike")
 ON_SPIKE = ("warn", "skip", "stop")
 TAKE = ("last", "best")
 DTYPES = ("bfloat16", "float32")
+PARALLEL = ("ddp", "fsdp", "hsdp")
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -74,6 +76,11 @@ class TrainOptions:
     ] = False
     keep_best: Annotated[bool, "Also keep the weights of the lowest val_loss"] = False
     take: Annotated[str, "The weights to leave: last, or best (of the lowest val_loss)"] = "last"
+    parallel: Annotated[
+        str,
+        "Under torchrun: ddp (each process has the whole model), fsdp (a shard of it) or hsdp (a"
+        " shard of it within a node)",
+    ] = "ddp"
 
     def loop_options(self) -> "TrainOptions":
         """Return these options without those that a stage adds."""
@@ -122,11 +129,31 @@ class TrainOptions:
                 f"schedule: wanted one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
         choices = {"dtype": DTYPES, "optimizer": OPTIMIZERS, "on_spike": ON_SPIKE, "take": TAKE}
+        choices["parallel"] = PARALLEL
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")
         if self.keeps_best and not self.validations:
             raise InputError("validations: wanted 1 or more to find the best weights, got 0")
+        self._check_processes(launched()[1])
+
+    def _check_processes(self, size: int) -> None:
+        if self.accumulate % size:
+            below = self.accumulate // size * size
+            fits = " or ".join(str(n) for n in (below, below + size) if n)
+            raise InputError(
+                f"accumulate: wanted micro-batches that {size} processes can share evenly ({fits}),"
+                f" got {self.accumulate}"
+            )
+        if size == 1 or self.parallel == "ddp":
+            return
+        if size % (node := node_size()):
+            raise InputError(f"parallel: wanted whole nodes of {node} processes, got {size}")
+        for name, only in (("optimizer", "adamw"), ("async_checkpoints", False)):
+            if (value := getattr(self, name)) != only:
+                raise InputError(
+                    f"{name}: wanted {only} with parallel = {self.parallel!r}, got {value}"
+                )
 
     @property
     def keeps_best(self) -> bool:

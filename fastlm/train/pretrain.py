@@ -11,11 +11,13 @@ from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 from fastlm.train.best import taken
+from fastlm.train.distributed import leads
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
 from fastlm.typed import unknown
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -58,13 +60,17 @@ class NextToken:
         fixed["document_mask"] = self.document_mask
         return {**fixed, "batch_size": self.sampler.batch_size}
 
-    def next_batches(self, count: int) -> "list[Batch]":
-        return [self._next_batch() for _ in range(count)]
+    def next_batches(self, count: int) -> "list[np.ndarray]":
+        """Return the windows of ``count`` micro-batches. They are read in `loss`: of several
+        processes, each reads its own.
+        """
+        return [self.sampler.next_windows() for _ in range(count)]
 
-    def _next_batch(self) -> "Batch":
+    def read(self, windows: "np.ndarray") -> "Batch":
+        """Read the tokens of a micro-batch of `next_batches`."""
         from fastlm.data.shards import document_offsets
 
-        input_ids, labels = self.sampler.next_batch()
+        input_ids, labels = self.sampler.read(windows)
         offsets = None
         if self.document_mask:
             offsets = document_offsets(input_ids, self.sampler.dataset.eos_id)
@@ -74,14 +80,14 @@ class NextToken:
             None if offsets is None else offsets.to(self.device),
         )
 
-    def num_items(self, batch: "Batch") -> int:
-        return batch[1].numel()  # packed windows have no ignored labels
+    def num_items(self, batch: "np.ndarray") -> int:
+        return len(batch) * self.sampler.seq_len  # packed windows have no ignored labels
 
-    def tokens(self, batch: "Batch") -> int:
+    def tokens(self, batch: "np.ndarray") -> int:
         return self.num_items(batch)
 
-    def loss(self, batch: "Batch", num_items: int) -> "Tensor":
-        input_ids, labels, offsets = batch
+    def loss(self, batch: "np.ndarray", num_items: int) -> "Tensor":
+        input_ids, labels, offsets = self.read(batch)
         inside = {} if offsets is None else {"cu_seqlens": offsets}
         return self.trained(input_ids, shift_labels=labels, num_items=num_items, **inside).loss
 
@@ -287,6 +293,8 @@ class Pretrain(TrainOptions, Stage):
             options, job.out, tokenizer=tokenizer, document_mask=self.document_mask,
             track=job.track, on_event=job.on_event,
         )  # fmt: skip
+        if not leads():
+            return {}
         model.save_pretrained(job.out / MODEL)
         if tokenizer:
             tokenizer.save(job.out / MODEL)

@@ -10,6 +10,7 @@ from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
 from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
 from fastlm.train.chat_options import ChatOptions
+from fastlm.train.distributed import leads
 from fastlm.train.encoding import (
     Example,
     chat_tokenizer,
@@ -260,6 +261,8 @@ class Reward(ChatOptions, Stage):
         torch.manual_seed(self.seed)
         load = os.getloadavg()[0]
         done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
+        if not leads():
+            return {}
         model.eval()
         model.normalise(model.score(ids_of(reference)))
         measured = found.heldout or found.training

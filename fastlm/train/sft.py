@@ -11,6 +11,7 @@ from fastlm.errors import InputError
 from fastlm.runs.stage import Job, Part, Stage, Takes
 from fastlm.train.best import taken
 from fastlm.train.chat_options import ChatOptions
+from fastlm.train.distributed import leads
 from fastlm.train.encoding import (
     IGNORE,
     Encoder,
@@ -193,6 +194,8 @@ class Sft(LoraOptions, ChatOptions, Stage):
         torch.manual_seed(self.seed)
         load = os.getloadavg()[0]
         done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
+        if not leads():
+            return {}
         self.save_trained(model, job.out / MODEL, source)
         tokenizer.save(job.out / MODEL)
         return {

@@ -4,7 +4,8 @@
 JSON, step, seconds, position in the data, length of metrics.jsonl and the identity of the run
 (options, model, data). A checkpoint is written under a temporary name and renamed; an old one is
 renamed before it is deleted. A folder named step-* is therefore whole at any moment. No pickles:
-tensors are in safetensors with a checksum, the rest is JSON.
+tensors are in safetensors with a checksum, the rest is JSON. `fastlm.train.sharded` writes those of
+sharded models.
 """
 
 import re
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm.checkpoint.folder import load_tensors, save_tensors
+from fastlm.checkpoint.folder import TENSORS, load_tensors, save_tensors
 from fastlm.errors import InputError
 from fastlm.files import make_folder, reason
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.train.distributed import Alone
 from fastlm.typed import build
 
 FOLDER = "checkpoints"
@@ -197,18 +199,31 @@ def save_checkpoint(
     return path
 
 
+def _read(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Alone
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if (path / TENSORS).exists() and not any(hasattr(param, "to_local") for param in params):
+        return load_tensors(path)
+    from fastlm.train.sharded import load_sharded  # imports torch.distributed.checkpoint
+
+    own = {f"model.{name}": tensor for name, tensor in trained_state(model).items()}
+    return load_sharded(path, own, params, ranks)
+
+
 def load_checkpoint(
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
+    ranks: Alone,
     *,
     may_differ: Sequence[str] = (),
 ) -> Progress:
-    """Load everything in place. InputError: corrupt, or of another run (the message names the first
-    difference of ``identity``, apart from the keys in ``may_differ``).
+    """Load everything in place, in all processes. InputError: corrupt, or of another run (the
+    message names the first difference of ``identity``, apart from the keys in ``may_differ``).
     """
-    tensors, metadata = load_tensors(path)
+    tensors, metadata = _read(path, model, optimizer, ranks)
     try:
         rest = build(Rest, metadata)
     except InputError as error:

@@ -1,0 +1,216 @@
+"""The processes of a training that torchrun started: which one writes, what they tell each other.
+
+Every process runs the same loop on its share of a step's micro-batches. Rank 0 writes and reports.
+What the loop decides (the loss, the end, Ctrl-C) is agreed on first, so all decide alike. A process
+that torchrun did not start is `Alone`: it exchanges nothing and imports no torch.distributed.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from fastlm.errors import InputError
+
+T = TypeVar("T")
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
+# The longest wait for another process. Rank 0 alone writes checkpoints and samples meanwhile
+TIMEOUT = timedelta(minutes=10)
+# How gloo, NCCL and the store report a process that is gone
+LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
+
+
+class LostRankError(RuntimeError):
+    """Another process of the training has ended, or does not answer."""
+
+
+def launched() -> tuple[int, int]:
+    """Return rank and number of processes as torchrun's environment has them, (0, 1) without it."""
+    if not all(os.environ.get(name) for name in VARIABLES):
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def node_size() -> int:
+    """Return the number of processes on this machine as torchrun's environment has it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def attempt() -> str:
+    """Return how often torchrun has started the processes again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def leads() -> bool:
+    """Whether this process writes and reports: rank 0, or the only one."""
+    return launched()[0] == 0
+
+
+def check_alone(what: str, why: str) -> None:
+    """Raise InputError if torchrun started several processes."""
+    size = launched()[1]
+    if size > 1:
+        raise InputError(f"{what}: wanted one process, got {size} from torchrun: {why}")
+
+
+def says_first(text: str) -> bool:
+    """Whether no other process of the job has asked this for the same text: what all of them would
+    say is said once.
+    """
+    rank, size = launched()
+    if size == 1:
+        return True
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:  # the store of torchrun's agent
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"fastlm/{attempt()}/{key}", 1) == 1
+    except RuntimeError:
+        return rank == 0
+
+
+class Alone:
+    """The only process of a training."""
+
+    rank, size = 0, 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        return [value]
+
+    def from_first(self, value: T) -> T:
+        """Return rank 0's value."""
+        return value
+
+    def on_first(self, do: Callable[[], T]) -> T | None:
+        """Return ``do()`` in rank 0, None in the others. Its InputError is raised in all."""
+        return do()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in one of the processes. All have arrived here when it returns."""
+        return flag
+
+    def deal(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
+        """Return this process's share of a step's micro-batches. The second value is not None where
+        others have one more: a micro-batch to run beside them, without effect.
+        """
+        return batches, None
+
+    def seed(self, base: int, step: int) -> None:
+        """Seed torch's generator (dropout) for this process in this step."""
+
+
+class Ranks(Alone):
+    """One of several processes, joined by ``torch.distributed``."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, value: T) -> list[T]:
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def from_first(self, value: T) -> T:
+        import torch.distributed as dist
+
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def on_first(self, do: Callable[[], T]) -> T | None:
+        made, error = None, None
+        if self.rank == 0:
+            try:
+                made = do()
+            except InputError as caught:
+                error = caught
+        told = self.from_first(error)
+        if told is not None:
+            raise error or told
+        return made
+
+    def any(self, flag: bool) -> bool:
+        import torch
+        import torch.distributed as dist
+
+        told = torch.tensor([float(flag)])
+        dist.all_reduce(told)
+        return bool(told)
+
+    def deal(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
+        mine = batches[self.rank :: self.size]
+        most = len(batches[:: self.size])
+        return mine, batches[0] if len(mine) < most else None
+
+    def seed(self, base: int, step: int) -> None:
+        import torch
+
+        text = f"{base} {step} {self.rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "little"))
+
+
+def averaged(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Return the mean of each value over the processes, weighted by their items."""
+    names = dict.fromkeys(name for _, values in parts for name in values)
+    found = {}
+    for name in names:
+        known = [(items, values[name]) for items, values in parts if name in values]
+        items = sum(items for items, _ in known)
+        found[name] = sum(n * value for n, value in known) / items if items else known[0][1]
+    return found
+
+
+@contextmanager
+def joined() -> Iterator[Alone]:
+    """Context: this process among those that torchrun started. A group that the caller made before
+    is used and stays. LostRankError: another one is gone.
+    """
+    rank, size = launched()
+    if size == 1:
+        yield Alone()
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed.rendezvous import rendezvous
+
+    made = not dist.is_initialized()
+    lost = False
+    try:
+        if made:
+            cuda = torch.cuda.is_available()
+            if cuda:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+            # torchrun keeps its store when it starts the processes again (torch 2.13): without the
+            # prefix, gloo may find the addresses of the processes that are gone
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, rank=rank,
+                world_size=size, store=PrefixStore(f"attempt {attempt()}", store),
+            )  # fmt: skip
+        yield Ranks()
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, dist.DistError) or any(word in text.lower() for word in LOST):
+            lost = True  # taking leave of it would wait
+            raise LostRankError(
+                f"rank {rank} of {size}: another process has ended or does not answer"
+                f" ({text:.120}); the same command resumes from the last checkpoint"
+            ) from error
+        raise
+    finally:
+        if made and not lost and dist.is_initialized():
+            dist.destroy_process_group()

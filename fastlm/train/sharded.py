@@ -1,0 +1,118 @@
+"""Checkpoints of a model that is sharded over processes, by ``torch.distributed.checkpoint``.
+
+``step-*/shard-*.safetensors``: each process writes its shards, with their offsets in the header.
+``manifest.json`` has the files' checksums and what is not tensors. Any number of processes reads
+them, each only what it needs, and so does one process without torchrun; processes with shards also
+read what one process wrote (``tensors.safetensors``). Rejected: torch's own format, whose
+``.metadata`` is a pickle.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from fastlm.checkpoint.folder import MANIFEST, TENSORS, write_json
+from fastlm.errors import InputError
+from fastlm.files import open_regular, read_json, reason, sync, write_error
+from fastlm.train.distributed import Alone
+
+
+def save_sharded(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], ranks: Alone
+) -> None:
+    """Write the folder ``path``; all processes call it. DTensors are written shard by shard,
+    plain tensors, which are equal in all processes, once.
+    """
+    part = ranks.from_first(path.with_name(f".{path.name}.{token_hex(4)}.part"))
+    ranks.on_first(lambda: _made(part))
+    # a file of safetensors has no slices of a tensor without dimensions
+    flat = {name: t if t.dim() else t.reshape(1) for name, t in tensors.items()}
+    writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+    error = None
+    try:
+        save(flat, storage_writer=writer)
+    except OSError as caught:
+        error = str(write_error(path, caught))
+    mine = sorted(part.glob(f"shard-{ranks.rank + 1:05d}-*"))
+    sums = {file.name: _sha256(file) for file in mine} if error is None else {}
+    found = ranks.gather((error, sums))
+    for bad, _ in found:
+        if bad is not None:
+            raise InputError(bad)
+    files = {name: digest for _, part_of in found for name, digest in part_of.items()}
+
+    def finish() -> None:
+        try:
+            write_json(part / MANIFEST, {"files": files, "metadata": metadata})
+            for item in [*part.iterdir(), part]:
+                sync(item)
+            part.rename(path)
+            sync(path.parent)
+        except OSError as caught:
+            raise write_error(path, caught) from caught
+
+    ranks.on_first(finish)
+
+
+def _made(part: Path) -> None:
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise write_error(part, error) from error
+
+
+def load_sharded(
+    path: Path, targets: Mapping[str, Tensor], params: list[Tensor], ranks: Alone
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and metadata of the folder ``path``. All processes call it.
+
+    A tensor named in ``targets``, or ``optimizer.<i>.<slot>`` of the size of ``params[i]``, comes
+    sharded as that one, all others whole. InputError: a byte has changed, or a size does not fit.
+    """
+    manifest = read_json(path / MANIFEST)
+    sums = manifest.get("files") or {TENSORS: manifest.get("sha256")}
+    try:
+        bad = [
+            name
+            for name, digest in sorted(sums.items())[ranks.rank :: ranks.size]
+            if _sha256(path / name) != digest
+        ]
+        for name in (name for names in ranks.gather(bad) for name in names):
+            raise InputError(f"{path / name}: corrupt: its sha256 is not that of {MANIFEST}")
+        reader = HuggingFaceStorageReader(str(path))
+        found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        into = {}
+        for name, have in found.items():
+            like = targets.get(name)
+            words = name.split(".")
+            if words[0] == "optimizer" and words[1].isdecimal() and int(words[1]) < len(params):
+                like = params[int(words[1])]
+            dtype = have.properties.dtype
+            if like is not None and like.shape == have.size:
+                into[name] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+            else:
+                into[name] = torch.zeros(have.size, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it says that one process loads
+            load(into, storage_reader=reader, no_dist=ranks.size == 1)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
+    return into, manifest.get("metadata") or {}
+
+
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

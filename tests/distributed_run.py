@@ -1,0 +1,263 @@
+"""Trainings of a tiny model in several gloo processes, and what they exchange and hold.
+tests/test_distributed.py starts them.
+
+As a program it is the command line, with a rank that kills itself:
+torchrun --nproc-per-node 2 tests/distributed_run.py RANK STEP pretrain ...
+"""
+
+import json
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tiny_run import SEQ, VOCAB, Letters
+
+from fastlm import AdamW
+from fastlm.data.shards import BatchSampler, TokenDataset
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.model.lora import add_lora
+from fastlm.model.reward_model import RewardModel
+from fastlm.train.encoding import Example
+from fastlm.train.loop import Interrupted, train
+from fastlm.train.options import TrainOptions
+from fastlm.train.preferences import Judged
+from fastlm.train.pretrain import pretrain
+from fastlm.train.reward import RankedAnswers
+from fastlm.train.sft import AnswerTokens
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "eos_token_id": 0, "tie_word_embeddings": True,
+}  # fmt: skip
+OPTIONS = TrainOptions(
+    max_steps=10, lr=3e-3, accumulate=4, dtype="float32", validations=2, val_tokens=64,
+    sample_at=(0.0, 0.5, 1.0), sample_tokens=4, checkpoint_every=4, keep=2,
+)  # fmt: skip
+# name -> what differs from OPTIONS
+PRETRAININGS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "best": {"take": "best", "checkpoint_activations": 2},
+}
+FSDP = {"parallel": "fsdp"}
+
+
+def model(**changes) -> CausalLM:
+    return CausalLM(ModelConfig.from_dict({**CONFIG, **changes}), seed=0)
+
+
+def pretraining(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs):
+    torch.manual_seed(1)
+    sampler = BatchSampler(TokenDataset(data / "train"), 2, SEQ, seed=7)
+    heldout = TokenDataset(data / "heldout")
+    net = model()
+    result = pretrain(net, sampler, heldout, options, run, tokenizer=Letters(), **kwargs)
+    return net, result
+
+
+def examples(count: int) -> list[Example]:
+    """Of 4 to 12 tokens, of which the second half is learnt."""
+    rng = np.random.default_rng(5)
+    found = []
+    for i in range(count):
+        size = int(rng.integers(4, 13))
+        ids = rng.integers(1, VOCAB, size).astype(np.int32)
+        found.append(Example(ids, np.arange(size) >= size // 2, str(i)))
+    return found
+
+
+def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0):
+    """Epochs of 7 micro-batches: 4, then 3. ``rank``: of adapters, or all weights are trained."""
+    net = model()
+    if rank:
+        add_lora(net, rank, 2.0 * rank, seed=3)
+    objective = AnswerTokens(
+        net, examples(14), [], options, batch_size=2, seed=1, base="", tokenizer=None, prompt=(),
+        device=net.device,
+    )  # fmt: skip
+    train(objective, options, run)
+    return net
+
+
+def rewarding(run: Path, options: TrainOptions = OPTIONS):
+    """Epochs of 5 micro-batches of pairs: 4, then 1."""
+    net = RewardModel(ModelConfig.from_dict(CONFIG), seed=0)
+    both = examples(18)
+    judged = [Judged(pair) for pair in zip(both[::2], both[1::2])]
+    objective = RankedAnswers(
+        net, judged, judged[:3], options, batch_size=2, seed=1, base="", device=net.device
+    )
+    train(objective, options, run)
+    scores = net.eval().score([e.ids.tolist() for e in both])  # the model is whole again
+    assert torch.isfinite(scores).all()
+    return net
+
+
+SHORT = replace(OPTIONS, max_steps=4, validations=1, sample_at=())
+
+
+def everything(data: Path, out: Path) -> None:
+    """All trainings, in one process or in each of several."""
+    for name, changes in PRETRAININGS.items():
+        pretraining(data, out / name, replace(OPTIONS, **changes))
+    fine_tuning(out / "sft", SHORT)
+    fine_tuning(out / "lora", SHORT, rank=2)
+    rewarding(out / "reward", SHORT)
+
+
+def two(rank: int, data: Path, out: Path) -> None:
+    """What two processes do."""
+    everything(data, out / "ddp")
+    for name, changes in PRETRAININGS.items():
+        with counted() as seen:
+            pretraining(data, out / "fsdp" / name, replace(OPTIONS, **changes, **FSDP))
+        if name == "float32":
+            told = {"sent": seen, "held": Held.last}
+            (out / f"fsdp-{rank}.json").write_text(json.dumps(told))
+    fine_tuning(out / "fsdp/sft", replace(SHORT, **FSDP))
+    rewarding(out / "fsdp/reward", replace(SHORT, **FSDP))
+    with counted() as seen:
+        pretraining(data, out / "counted", replace(SHORT, validations=0))
+    (out / f"ddp-{rank}.json").write_text(json.dumps({"sent": seen, "held": Held.last}))
+    for parallel in ("ddp", "fsdp"):
+        options = replace(OPTIONS, parallel=parallel)
+        try:
+            with told_to_stop(6 if rank == 1 else 0):
+                pretraining(data, out / f"cut-{parallel}", options)
+        except Interrupted as stopped:
+            (out / f"cut-{parallel}-{rank}.txt").write_text(str(stopped))
+
+
+def four(rank: int, data: Path, out: Path) -> None:
+    """Four processes continue what two began, and the other way of holding the model."""
+    for cut in ("ddp", "fsdp"):
+        for parallel in ("ddp", "fsdp" if cut == "ddp" else "hsdp"):
+            options = replace(OPTIONS, parallel=parallel)
+            pretraining(data, out / f"{cut}-{parallel}", options)
+    fine_tuning(out / "sft-ddp", SHORT)
+    fine_tuning(out / "sft-fsdp", replace(SHORT, **FSDP))
+
+
+def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> None:
+    """A process of ``job``. One that fails leaves its error in a file."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2",
+    }  # fmt: skip
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    {"two": two, "four": four}[job](rank, data, out)
+    dist.destroy_process_group()
+
+
+@contextmanager
+def counted():
+    """Count the bytes that go into and come out of collectives of tensors, and what a process
+    holds (`Held`).
+    """
+    seen: dict[str, list[int]] = {}
+    kept = {}
+
+    def count(name: str, call):
+        def counting(*args, **kwargs):
+            tensors = [*args, *kwargs.values()]
+            tensors = [t for t in tensors if isinstance(t, torch.Tensor) and t.numel() > 1]
+            if tensors:
+                seen.setdefault(name, []).append(max(t.nbytes for t in tensors))
+            return call(*args, **kwargs)
+
+        return counting
+
+    names = {  # of torch 2.11 and 2.13
+        "all_reduce": "all_reduce", "all_gather_into_tensor": "gather",
+        "all_gather_single": "gather", "reduce_scatter_tensor": "scatter",
+        "reduce_scatter_single": "scatter",
+    }  # fmt: skip
+    for name, kind in names.items():
+        if hasattr(dist, name):
+            kept[name] = getattr(dist, name)
+            setattr(dist, name, count(kind, kept[name]))
+    step = AdamW.step
+    AdamW.step = Held.step
+    Held.call = step
+    try:
+        yield seen
+    finally:
+        AdamW.step = step
+        for name, call in kept.items():
+            setattr(dist, name, call)
+
+
+@contextmanager
+def told_to_stop(step: int):
+    """This process gets SIGTERM in that step; 0: never."""
+    call, steps = AdamW.step, 0
+
+    def counting(optimizer, closure=None):
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(optimizer)
+
+    AdamW.step = counting
+    try:
+        yield
+    finally:
+        AdamW.step = call
+
+
+class Held:
+    """The bytes of parameters, gradients and optimizer state that this process holds."""
+
+    last: dict[str, int] = {}
+    call = None
+
+    def step(optimizer, closure=None):
+        result = Held.call(optimizer)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        state = [v for p in params for v in optimizer.state[p].values() if v.numel() > 1]
+
+        def size(tensors):
+            return sum(getattr(t, "_local_tensor", t).nbytes for t in tensors)
+
+        Held.last = {
+            "parameters": size(params),
+            "gradients": size([p.grad for p in params]),
+            "state": size(state),
+        }
+        return result
+
+
+def main() -> None:
+    """The command line; the rank dies in that step of the job's first attempt."""
+    from fastlm import cli
+
+    rank, step = int(sys.argv[1]), int(sys.argv[2])
+    sys.argv = [sys.argv[0], *sys.argv[3:]]
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if first and os.environ.get("RANK") == str(rank):
+        backward, seen = torch.Tensor.backward, 0
+
+        def dying(self, *args, **kwargs):
+            nonlocal seen
+            seen += 1
+            if seen == 2 * step:  # two micro-batches per step
+                os.kill(os.getpid(), signal.SIGKILL)
+            return backward(self, *args, **kwargs)
+
+        torch.Tensor.backward = dying
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Trainings of several processes: the losses of one, any number of them continues, one that dies.
+
+distributed_run.py has the trainings, tiny ones on gloo. Losses in float32 are within 1e-5 of those
+of one process (sums in another order), in bfloat16 within 1 %.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import distributed_run as trainings
+import pytest
+import tiny_run
+import torch
+
+from fastlm.checkpoint.folder import load_tensors
+from fastlm.errors import InputError
+from fastlm.runs.kinds import KINDS
+from fastlm.runs.run import run_recipe
+from fastlm.train.distributed import Ranks, averaged
+from fastlm.train.state import list_checkpoints
+
+TESTS = Path(__file__).parent
+NEAR = {"float32": 1e-5, "best": 1e-5, "bfloat16": 1e-2, "sft": 1e-5, "lora": 1e-5, "reward": 1e-5}
+PROCESSES = multiprocessing.get_context("forkserver")  # they load torch once
+PROCESSES.set_forkserver_preload(["distributed_run"])
+
+
+def launch(job: str, size: int, data: Path, out: Path) -> None:
+    """Run the processes of a job to their end."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = [
+        PROCESSES.Process(target=trainings.work, args=(job, rank, size, port, data, out))
+        for rank in range(size)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0] * size
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.shards(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(data, tmp_path_factory):
+    """The trainings of one process."""
+    out = tmp_path_factory.mktemp("one")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainings.everything(data, out)
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    launch("two", 2, data, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def four(data, two, tmp_path_factory):
+    out = tmp_path_factory.mktemp("four")
+    for cut in ("ddp", "fsdp"):
+        for parallel in ("ddp", "fsdp" if cut == "ddp" else "hsdp"):
+            shutil.copytree(two / f"cut-{cut}", out / f"{cut}-{parallel}")
+    launch("four", 4, data, out)
+    return out
+
+
+def lines(run: Path, key: str) -> list[float]:
+    text = (run / "metrics.jsonl").read_text()
+    return [line[key] for line in map(json.loads, text.splitlines()) if key in line]
+
+
+def assert_near(run: Path, alone: Path, near: float) -> None:
+    """The same lines of metrics, each step once."""
+    assert lines(run, "step") == lines(alone, "step")
+    assert lines(run, "tokens") == lines(alone, "tokens")
+    keys = ("loss", "lr", "grad_norm", "val_loss", "epoch", "margin", "accuracy", "val_margin")
+    for key in keys:
+        there, here = lines(alone, key), lines(run, key)
+        assert here == pytest.approx(there, rel=near, abs=near), key
+    assert len(lines(alone, "loss")) >= 4
+
+
+@pytest.mark.parametrize("name", NEAR)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one(one, two, parallel, name):
+    if (parallel, name) == ("fsdp", "lora"):
+        assert not (two / parallel / name).exists()  # refused, see below
+        return
+    assert_near(two / parallel / name, one / name, NEAR[name])
+    if name != "bfloat16":
+        assert lines(two / parallel / name, "sample") == lines(one / name, "sample")
+
+
+def test_the_weights_left_are_those_of_one_process(one, two):
+    """Also those of the lowest val_loss, which are taken at the end."""
+    for name in ("float32", "best", "reward"):
+        alone, _ = load_tensors(list_checkpoints(one / name)[-1])
+        ddp, _ = load_tensors(list_checkpoints(two / "ddp" / name)[-1])
+        assert alone.keys() == ddp.keys() and len(alone) > 20
+        for key in alone.keys() - {"rng.cpu"}:
+            torch.testing.assert_close(ddp[key], alone[key], rtol=1e-4, atol=1e-5)
+    best = [load_tensors(run / "best/checkpoints/best-00000010")[0] for run in (two / "ddp", one)]
+    shards = load_tensors(two / "fsdp/best/checkpoints/best-00000010")[0]
+    assert shards.keys() == best[1].keys()
+    for key in shards:
+        torch.testing.assert_close(shards[key], best[1][key], rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_told_to_stop_stops_all_and_others_continue(one, two, four):
+    for parallel in ("ddp", "fsdp"):
+        said = {(two / f"cut-{parallel}-{rank}.txt").read_text() for rank in (0, 1)}
+        assert said == {
+            f"stopped after step 6; saved in {two}/cut-{parallel}/checkpoints/step-00000006"
+        }
+        # 2 processes to 4, of which two hold a model with hsdp
+        for other in ("ddp", "fsdp" if parallel == "ddp" else "hsdp"):
+            assert_near(four / f"{parallel}-{other}", one / "float32", 1e-5)
+    files = {
+        parallel: sorted(p.name for p in list_checkpoints(four / f"ddp-{parallel}")[-1].iterdir())
+        for parallel in ("ddp", "fsdp")
+    }
+    assert files["ddp"] == ["manifest.json", "tensors.safetensors"]
+    assert [name[:11] for name in files["fsdp"]] == [
+        "manifest.js",
+        *(f"shard-0000{i}" for i in range(1, 5)),
+    ]
+
+
+def test_fewer_micro_batches_than_processes(one, four):
+    """Epochs of 7 micro-batches end with a step of 3, of which the fourth process has none."""
+    for parallel in ("ddp", "fsdp"):
+        assert_near(four / f"sft-{parallel}", one / "sft", 1e-5)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_one_process_continues_from_shards(data, one, two, four, tmp_path):
+    ended = load_tensors(list_checkpoints(one / "float32")[-1])[0]
+    # groups of two, with hsdp, write the parts of each shard between them
+    for cut, parts in ((two / "cut-fsdp", 2), (four / "fsdp-hsdp", 4), (two / "cut-ddp", 0)):
+        run = shutil.copytree(cut, tmp_path / cut.name)
+        assert len(list(list_checkpoints(run)[-1].glob("shard-*"))) == parts
+        net, result = trainings.pretraining(data, run)
+        assert_near(run, one / "float32", 1e-5)
+        assert result.steps == 10
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(
+                parameter.detach(), ended[f"model.{name}"], rtol=1e-4, atol=1e-5
+            )
+    damaged = next(list_checkpoints(two / "fsdp/float32")[-1].glob("shard-00002-*"))
+    run = shutil.copytree(two / "fsdp/float32", tmp_path / "damaged")
+    file = list_checkpoints(run)[-1] / damaged.name
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match=r"shard-00002-.*: corrupt: its sha256"):
+        trainings.pretraining(data, run)
+    file.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        trainings.pretraining(data, run)
+
+
+def sizes() -> tuple[int, int]:
+    """Parameters of the layers, and of the rest."""
+    net = trainings.model()
+    layers = sum(p.numel() for p in net.model.layers.parameters())
+    return layers, sum(p.numel() for p in net.parameters()) - layers
+
+
+def test_bytes_and_memory_are_those_of_docs_scaling(two):
+    """docs/scaling.md, for float32, 2 processes, 2 micro-batches of each."""
+    layers, rest = sizes()
+    whole, steps, micro = 4 * (layers + rest), 10, 2
+    found = [json.loads((two / f"fsdp-{rank}.json").read_text()) for rank in (0, 1)]
+    for told in found:
+        sent = {kind: sum(seen) for kind, seen in told["sent"].items()}
+        assert sent["scatter"] == whole * micro * steps
+        beside = 3 * 4 * (2 * layers + rest)  # validations, of two batches
+        beside += 4 * whole  # samples, the model that is left
+        assert sent["gather"] == 4 * (2 * layers + rest) * micro * steps + beside
+        held = {kind: size / whole for kind, size in told["held"].items()}
+        assert held == pytest.approx({"parameters": 0.5, "gradients": 0.5, "state": 1.0})
+    for rank in (0, 1):
+        told = json.loads((two / f"ddp-{rank}.json").read_text())
+        assert told["sent"].keys() == {"all_reduce"}
+        assert sum(told["sent"]["all_reduce"]) == whole * 4  # steps: once per step
+        held = {kind: size / whole for kind, size in told["held"].items()}
+        assert held == {"parameters": 1, "gradients": 1, "state": 2}
+
+
+def test_a_killed_process_ends_the_job_and_torchrun_starts_it_again(data, one, tmp_path):
+    """By the command line: rank 1 is killed in step 7; the second attempt continues from step 4."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(trainings.CONFIG))
+    o, run = trainings.OPTIONS, tmp_path / "run"
+    command = [
+        "pretrain", "--shards", data, "--config", config, "-o", run, "--batch-size", 2, "--seq-len",
+        tiny_run.SEQ, "--seed", 7, "--accumulate", o.accumulate, "--max-steps", o.max_steps,
+        "--lr", o.lr, "--dtype", o.dtype, "--validations", 2, "--val-tokens", o.val_tokens,
+        "--checkpoint-every", 4, "--log-every", 1,
+    ]  # fmt: skip
+    torchrun = [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1,
+        TESTS / "distributed_run.py", 1, 7,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, torchrun), *map(str, command)],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
+    assert len(said) == 1, done.stderr
+    assert re.search(r"rank 0 of 2: another process has ended .*resumes from", said[0])
+    shown = [line for line in done.stderr.splitlines() if line.startswith("step ")]
+    steps = [int(line.split(":")[0].split()[1]) for line in shown if "training loss" in line]
+    assert steps == [*range(1, 7), *range(5, 11)]  # rank 0 alone reports
+    assert done.stdout.count("10 steps, loss") == 1
+    assert lines(run, "step") == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+    assert (run / "model/model.safetensors").exists()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As if torchrun had started this process with another one."""
+    values = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_what_is_refused(launched, tmp_path):
+    refused = {
+        r"accumulate: wanted micro-batches that 2 processes can share evenly \(2 or 4\), got 3":
+            {"accumulate": 3},
+        r"accumulate: .* \(2\), got 1": {"accumulate": 1},
+        "optimizer: wanted adamw with parallel = 'fsdp', got muon":
+            {"optimizer": "muon", "parallel": "fsdp"},
+        "async_checkpoints: wanted False with parallel = 'fsdp', got True":
+            {"async_checkpoints": True, "parallel": "fsdp"},
+        "parallel: wanted one of ddp, fsdp, hsdp, got 'tensor'": {"parallel": "tensor"},
+    }  # fmt: skip
+    for message, changes in refused.items():
+        with pytest.raises(InputError, match=message):
+            replace(trainings.OPTIONS, **changes).check()
+    for kind in ("ppo", "grpo"):
+        with pytest.raises(InputError, match=f"{kind}: wanted one process, got 2 from torchrun"):
+            KINDS[kind](data=("x",), reward="exact", accumulate=2).check()
+    with pytest.raises(InputError, match="on_policy: wanted one process, got 2"):
+        KINDS["distill"](data=("x",), on_policy=0.5, accumulate=2, max_steps=1).check()
+    with pytest.raises(InputError, match="parallel: wanted ddp with loss = 'kto'"):
+        KINDS["dpo"](data=("x",), loss="kto", parallel="fsdp", max_steps=1).check()
+    with pytest.raises(InputError, match="run: wanted one process, got 2"):
+        run_recipe(tmp_path / "recipe.toml")
+
+
+def test_a_share_of_micro_batches():
+    ranks = [Ranks.__new__(Ranks) for _ in range(4)]
+    for rank, one in enumerate(ranks):
+        one.rank, one.size = rank, 4
+    assert [one.deal("abcdefgh") for one in ranks] == [
+        ("ae", None), ("bf", None), ("cg", None), ("dh", None)
+    ]  # fmt: skip
+    assert [one.deal("abcde") for one in ranks] == [
+        ("ae", None),
+        ("b", "a"),
+        ("c", "a"),
+        ("d", "a"),
+    ]
+    assert averaged([(1, {"a": 2.0}), (3, {"a": 6.0, "b": 1.0}), (0, {})]) == {"a": 5.0, "b": 1.0}
