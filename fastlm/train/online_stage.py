@@ -27,7 +27,7 @@ from fastlm.train.encoding import (
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
-from fastlm.train.verify import VERIFIERS, checked, gold, load_reward
+from fastlm.train.verify import CHECKS, checked, load_reward
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -62,10 +62,14 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     data: Annotated[
         tuple[str, ...],
-        Positional("Prompts: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+        Positional(
+            "Prompts: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB, or"
+            " reasoning-gym:NAME?KEY=VALUE&..."
+        ),
     ] = ()
     reward: Annotated[
-        str, "Function that scores answers: exact, contains, number, or file.py:function"
+        str,
+        "Function that scores answers: exact, contains, number, reasoning-gym, or file.py:function",
     ] = ""
     prompts: Annotated[int, "Prompts per round"] = 16
     answers: Annotated[int, "Answers to each of them"] = 4
@@ -366,9 +370,9 @@ class Questions:
             if len(ids) > most:
                 self.rows.counts["too long"] += 1
                 continue
-            if stage.reward in VERIFIERS:
+            if check := CHECKS.get(stage.reward):
                 try:
-                    gold(prompt.row)
+                    check(prompt.row)
                 except InputError as error:
                     if not stage.skip_bad:
                         raise InputError(f"{prompt.place}: {error}") from None
