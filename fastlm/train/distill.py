@@ -2,27 +2,40 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Takes, at_least_one
-from fastlm.train.encoding import IGNORE, check_vocabulary, load_model, weights_digest
-from fastlm.train.sft import AnswerTokens, Sft
+from fastlm.train.encoding import (
+    IGNORE,
+    chat_tokenizer,
+    check_vocabulary,
+    load_model,
+    weights_digest,
+)
+from fastlm.train.sft import AnswerTokens, Encoded, Sft
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from fastlm.data.conversations import Rows
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.encoding import Batch, Example
     from fastlm.train.teacher_logits import TeacherLogits
 
 DIVERGENCES = ("forward", "reverse", "jsd")
-LOGITS = "teacher-logits"
+ANSWERS = ("greedy", "sampled")
+LOGITS, ANSWERED = "teacher-logits", "teacher-answers"
+# The options that a loss of the teacher's answers alone has no use for
+DIVERGING = (
+    "divergence", "jsd_beta", "sft_weight", "on_policy", "teacher_top_k", "teacher_logits",
+    "data_weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,7 +202,7 @@ class Distill(Sft):
         "model": Takes(("model",), "Student to train: a run, a Hugging Face folder"),
         "teacher": Takes(("model",), "Model to learn from", default=False, optional=True),
     }
-    scratch = ("checkpoints", LOGITS)
+    scratch = ("checkpoints", LOGITS, ANSWERED, f"{ANSWERED}.json")
 
     divergence: Annotated[
         str, "forward KL(teacher, student), reverse KL(student, teacher), or jsd, between them"
@@ -200,7 +213,10 @@ class Distill(Sft):
     on_policy: Annotated[float, "Share of micro-batches with answers that the student samples"] = (
         0.0
     )
-    max_new_tokens: Annotated[int, "Most tokens of such an answer"] = 128
+    max_new_tokens: Annotated[int, "Most tokens of an answer of the student or teacher"] = 128
+    teacher_answers: Annotated[
+        str, "Learn answers that the teacher gives first, greedy or sampled, and nothing else"
+    ] = ""
     teacher_top_k: Annotated[
         int | None, "Ask the teacher once, and store its k likeliest tokens: no teacher in training"
     ] = None
@@ -239,9 +255,25 @@ class Distill(Sft):
             raise InputError(f"sft_weight: wanted 0 or more, got {self.sft_weight}")
         if not 0 <= self.on_policy <= 1:
             raise InputError(f"on_policy: wanted 0 to 1, got {self.on_policy}")
+        if self.teacher_answers:
+            self.check_answers()
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         return inputs["model"][0]
+
+    def check_answers(self) -> None:
+        if self.teacher_answers not in ANSWERS:
+            raise InputError(
+                f"teacher_answers: wanted one of {', '.join(ANSWERS)}, got {self.teacher_answers!r}"
+            )
+        unused = (*DIVERGING, *(("temperature",) if self.teacher_answers == "greedy" else ()))
+        for name in unused:
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default:
+                raise InputError(
+                    f"{name}: wanted {default or 'none'} with teacher_answers"
+                    f" {self.teacher_answers}, which does not use it, got {value}"
+                )
 
     def contents(self, contents: Contents) -> Any:
         stored = contents.tree(self.teacher_logits) if self.teacher_logits else None
@@ -253,9 +285,56 @@ class Distill(Sft):
             raise InputError(f"teacher: wanted a teacher or teacher_logits, got {got}")
         return super().run(job)
 
+    def encoded(self, tokenizer: "Tokenizer", seq_len: int, job: Job) -> Encoded:
+        if not self.teacher_answers:
+            return super().encoded(tokenizer, seq_len, job)
+        rows = self.answered(job)
+        answers = replace(self, data=(str(job.out / ANSWERED),), data_weights=())
+        texts = Encoded(answers, tokenizer, seq_len, job)
+        rows.counts.update(texts.rows.counts)
+        texts.rows = rows
+        return texts
+
+    def answered(self, job: Job) -> "Rows":
+        """Write the teacher's answers to the prompts of the data."""
+        import torch
+
+        from fastlm.data.conversations import Rows
+        from fastlm.data.prompts import read_prompts
+        from fastlm.train.teacher_answers import Made, prompts_digest, write_answers
+
+        where = job.path("teacher")
+        teacher = load_model(where).to(getattr(torch, self.dtype)).eval()
+        tokenizer = chat_tokenizer(where, teacher.config.to_dict(), self.chat_template)
+        rows = Rows()
+        room = teacher.context_limit - self.max_new_tokens
+        questions = []
+        for prompt in read_prompts(
+            self.data, cache=job.cache, skip_bad=self.skip_bad, rows=rows, tell=job.skipped
+        ):
+            variables: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
+            ids = tokenizer.encode_chat(prompt.messages, date=self.date, **variables)
+            if len(ids) <= room:
+                questions.append((ids, prompt))
+            else:
+                rows.counts["too long for the teacher"] += 1
+        made = Made(
+            weights_digest(teacher), prompts_digest(questions),
+            0.0 if self.teacher_answers == "greedy" else self.temperature, self.max_new_tokens,
+            self.seed,
+        )  # fmt: skip
+        found = write_answers(
+            job.out / ANSWERED, teacher, tokenizer, questions, made, track=job.track
+        )
+        if found < len(questions):
+            rows.counts["without an answer that ended"] += len(questions) - found
+        return rows
+
     def objective(self, job: Job, *args: Any, **options: Any) -> AnswerTokens:
         from dataclasses import fields
 
+        if self.teacher_answers:
+            return super().objective(job, *args, **options)
         rules = DistillRules(**{f.name: getattr(self, f.name) for f in fields(DistillRules)})
         student, training, heldout, _ = args
         if self.teacher_logits or self.teacher_top_k:
@@ -312,6 +391,9 @@ class Distill(Sft):
         return teacher
 
     def headline(self) -> tuple[str, str]:
+        if self.teacher_answers:
+            how = self.teacher_answers
+            return "Distillation", f"The student learns {how} answers of the teacher."
         name = {
             "forward": "forward KL",
             "reverse": "reverse KL",
