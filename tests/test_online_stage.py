@@ -277,7 +277,7 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
     assert load_reward(f"{file}:length")("ab", {"prompt": "abcd"}) == 0.5
     assert load_reward("math:dist")([0], [1]) == 1  # type: ignore[arg-type]
     for name, message in (
-        ("nice", "wanted one of exact, contains, number, file.py:function or"),
+        ("nice", "wanted one of exact, contains, number, reasoning-gym, file.py:function or"),
         (f"{file}:x", "wanted a function x in"),
         (f"{tmp_path}/none.py:f", "wanted a file, got none at"),
         ("no.such.module:f", "wanted a module that can be imported, got ModuleNotFoundError"),

@@ -67,6 +67,8 @@ def prompt_messages(row: Mapping[str, Any]) -> Placed | None:
             if isinstance(value, list) or key in ("messages", "conversations"):
                 return turns_of(value, key)
             text = text_of(value, key)
+            if passage := text_of(row.get("passage"), "passage").strip():
+                text = f"{passage}\n\n{text}"
             return _dialogue(text, key) or [(key, {"role": "user", "content": text})]
     return alpaca_prompt(row) if "instruction" in row else None
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlm.data.generated import is_generated, package_version
 from fastlm.data.sources import list_files, parse_source, printable
 from fastlm.errors import InputError
 from fastlm.files import read_json
@@ -42,9 +43,10 @@ class Contents:
 
     def sources(self, specs: Sequence[str], formats: Sequence[str] = ()) -> list[Any]:
         """Return, per source, its spec and, for a local one, [name, size, sha256] of each file read
-        from it; with ``formats``, of files of these formats alone.
+        from it; with ``formats``, of files of these formats alone. A generated source has the
+        version of its package instead.
 
-        InputError: as in ``list_files``.
+        InputError: as in ``list_files``; the package of a generated source is missing.
         """
         local = {
             spec: [
@@ -56,9 +58,9 @@ class Contents:
             if not parse_source(spec)[0]
         }
         self._hash(f.path for files in local.values() for f in files)
-        return [
-            [spec, [self._entry(f.name, f.path) for f in local.get(spec, [])]] for spec in specs
-        ]
+        found = {s: [self._entry(f.name, f.path) for f in files] for s, files in local.items()}
+        found |= {s: [package_version()] for s in specs if is_generated(s)}
+        return [[spec, found.get(spec, [])] for spec in specs]
 
     def tree(self, path: str | Path) -> list[Any]:
         """[name, size, sha256] of the file ``path``, or of every file below the folder ``path``."""

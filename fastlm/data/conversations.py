@@ -2,7 +2,8 @@
 brought to one form.
 
 Rows come from .jsonl and .json files (an array of rows), local or in packages
-(`fastlm.data.sources`). The shape is recognised by a row's keys:
+(`fastlm.data.sources`), or from a generator (`fastlm.data.generated`). The shape is recognised by a
+row's keys:
 
 - OpenAI: ``{"messages": [{"role", "content", "tool_calls"?}, ...], "tools"?}``; an assistant
   message with ``"weight": 0`` is context and not learnt;
@@ -15,11 +16,12 @@ Each may have a ``"system"`` text beside it.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastlm.data.generated import generated_rows, is_generated
 from fastlm.data.sources import (
     NAMED_LINES,
     SourceFile,
@@ -134,6 +136,12 @@ def read_examples(
     """
     rows = Rows() if rows is None else rows
     for spec in sources:
+        if is_generated(spec):
+            made = enumerate(generated_rows(spec), 1)
+            yield from _read_rows(
+                made, example_of, spec, "row", skip_bad=skip_bad, named=True, rows=rows, tell=tell
+            )
+            continue
         found, passed = list_files(spec, cache=cache)
         files = [file for file in found if file.format in FORMATS]
         if not files:
@@ -142,21 +150,29 @@ def read_examples(
         if others := len(found) - len(files) + passed.total():
             tell(f"{spec}: {others:,} files that are not read: wanted .jsonl or .json")
         for file in files:
-            yield from _read_file(file, example_of, skip_bad, rows, tell)
+            yield from _read_rows(
+                _readable(file, skip_bad, rows, tell), example_of, str(file.path), row_unit(file),
+                skip_bad=skip_bad, named=file.named, rows=rows, tell=tell,
+            )  # fmt: skip
 
 
-def _read_file(
-    file: SourceFile,
+def _read_rows(
+    numbered: Iterable[tuple[int, Any]],
     example_of: Callable[[Any, str], Example],
+    name: str,
+    unit: str,
+    *,
     skip_bad: bool,
+    named: bool,
     rows: Rows,
     tell: Callable[[str], None],
 ) -> Iterator[Example]:
+    """The examples of one file, or of one generator. ``unit``: what the numbers count."""
     good = bad = 0
     first: InputError | None = None
-    for number, row in _readable(file, skip_bad, rows, tell):
+    for number, row in numbered:
         rows.read += 1
-        place = f"{file.path}, {row_unit(file)} {number}"
+        place = f"{name}, {unit} {number}"
         try:
             if isinstance(row, InputError):
                 raise row
@@ -173,10 +189,10 @@ def _read_file(
             continue
         good += 1
         yield example
-    if first is not None and not good and file.named:
+    if first is not None and not good and named:
         raise first
     if bad > NAMED_LINES:
-        tell(f"{file.path}: {bad - NAMED_LINES:,} more of its {good + bad:,} rows")
+        tell(f"{name}: {bad - NAMED_LINES:,} more of its {good + bad:,} rows")
 
 
 def _readable(

@@ -15,7 +15,8 @@ recognised by a row's keys:
   message is the labelled answer.
 
 A prompt is ``"prompt"`` or ``"question"`` (a text or messages), ``"messages"`` (OpenAI),
-``"conversations"`` (ShareGPT), or ``"instruction"`` and ``"input"`` (Alpaca). An answer is a text,
+``"conversations"`` (ShareGPT), or ``"instruction"`` and ``"input"`` (Alpaca). A text ``"passage"``
+is put before a prompt that is a text (BoolQ, ASDiv). An answer is a text,
 a message or a list of messages. Each row may have ``"system"``, ``"tools"`` and ``"rater"``.
 
 Rejected: to cut texts without a prompt where they begin to differ, as TRL does. A row that lacks

@@ -121,10 +121,13 @@ def ignore(message: str) -> None:
 
 def parse_source(spec: str) -> tuple[str, str, str]:
     """Return (scheme, package, glob), or ("", path, glob) for a local source. A "#" in the name of
-    a path that exists belongs to the name.
+    a path that exists belongs to the name. The package of a generated source is all that follows
+    its scheme.
     """
-    from fastlm.data import packages
+    from fastlm.data import generated, packages
 
+    if generated.is_generated(spec):
+        return generated.SCHEME, spec.removeprefix(f"{generated.SCHEME}:"), ""
     body, _, glob = spec.partition("#")
     scheme, _, name = body.partition(":")
     if scheme in packages.SCHEMES:
@@ -140,12 +143,14 @@ def list_files(
     ``unread`` counts the endings of files whose type is not read. InputError: unknown or missing
     source, no readable file in it, a file of a type that is not read.
     """
-    from fastlm.data import packages
+    from fastlm.data import generated, packages
 
     kinds = ", ".join(f"{scheme}:NAME" for scheme in packages.SCHEMES)
     if not spec.strip():
         raise InputError(f"source: wanted a path, {kinds}, got an empty text")
     scheme, name, glob = parse_source(spec)
+    if scheme == generated.SCHEME:
+        raise InputError(f"source {spec}: wanted text, got a generator of questions")
     package = bool(scheme)
     passed: Counter[str] = Counter()
     unread = Counter() if unread is None else unread

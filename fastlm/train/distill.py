@@ -1,24 +1,42 @@
 """Distillation: a student learns the distributions of a teacher over answers' tokens."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Takes, at_least_one
 from fastlm.train.distributed import check_alone
-from fastlm.train.encoding import IGNORE, check_vocabulary, load_model, weights_digest
-from fastlm.train.sft import AnswerTokens, Sft
+from fastlm.train.encoding import (
+    IGNORE,
+    chat_tokenizer,
+    check_vocabulary,
+    load_model,
+    weights_digest,
+)
+from fastlm.train.sft import AnswerTokens, Encoded, Sft
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from fastlm.data.conversations import Rows
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.encoding import Batch, Example
+    from fastlm.train.teacher_logits import TeacherLogits
 
 DIVERGENCES = ("forward", "reverse", "jsd")
+ANSWERS = ("greedy", "sampled")
+LOGITS, ANSWERED = "teacher-logits", "teacher-answers"
+# The options that a loss of the teacher's answers alone has no use for
+DIVERGING = (
+    "divergence", "jsd_beta", "sft_weight", "on_policy", "teacher_top_k", "teacher_logits",
+    "data_weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,10 +51,39 @@ class DistillRules:
     max_new_tokens: int = 128
 
 
-class TeacherTokens(AnswerTokens):
+class Taught(AnswerTokens):
     """The objective of `Distill`: a divergence of student and teacher at the learnt tokens, a mean
-    over those of the whole step (`fastlm.ops.linear_distillation`), plus `sft_weight` times the
-    cross-entropy.
+    over those of the whole step, plus `sft_weight` times the cross-entropy.
+    """
+
+    rules: DistillRules
+
+    def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
+        """The sum over learnt tokens, divided by ``num_items``; ``student``: its hidden states."""
+        raise NotImplementedError
+
+    def loss(self, batch: Any, num_items: int) -> "Tensor":
+        import torch
+
+        from fastlm.ops import linear_cross_entropy
+
+        ids, labels, cu_seqlens = batch[:3]
+        model: Any = self.trained
+        student = model.hidden(ids, cu_seqlens=cu_seqlens)[0]
+        head = model.head_matrix(student.dtype)
+        loss = self.divergence(student, head, batch, num_items)
+        if self.rules.sft_weight:
+            entropy = linear_cross_entropy(
+                student, head, labels[0], softcap=model.config.final_logit_softcapping,
+                ignore_index=IGNORE, num_items=num_items,
+            )  # fmt: skip
+            assert isinstance(entropy, torch.Tensor)  # a pair only with return_lse
+            loss = loss + self.rules.sft_weight * entropy
+        return loss
+
+
+class TeacherTokens(Taught):
+    """A teacher in memory (`fastlm.ops.linear_distillation`).
 
     With a probability of `on_policy` a micro-batch has answers that the student samples to the
     first question of each conversation, in place of its own (Agarwal et al. 2024,
@@ -86,36 +133,60 @@ class TeacherTokens(AnswerTokens):
         packed = pack_answers(prompts, [a.tokens for a in answers], self.device)
         return packed.ids, packed.labels, packed.cu_seqlens
 
-    def loss(self, batch: "Batch", num_items: int) -> "Tensor":
+    def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
         import torch
 
-        from fastlm.ops import linear_cross_entropy, linear_distillation
+        from fastlm.ops import linear_distillation
 
         ids, labels, cu_seqlens = batch
         model: Any = self.trained
-        student = model.hidden(ids, cu_seqlens=cu_seqlens)[0]
-        head = model.head_matrix(student.dtype)
-        softcap = model.config.final_logit_softcapping
         with torch.no_grad():
             teacher = self.teacher.hidden(ids, cu_seqlens=cu_seqlens)[0]
             teacher_head = self.teacher.head_matrix(teacher.dtype)
         rules = self.rules
-        loss = linear_distillation(
+        return linear_distillation(
             student, head, teacher, teacher_head, kind=rules.divergence, beta=rules.jsd_beta,
             temperature=rules.temperature, mask=labels[0] != IGNORE, num_items=num_items,
-            student_softcap=softcap,
+            student_softcap=model.config.final_logit_softcapping,
             teacher_softcap=self.teacher.config.final_logit_softcapping,
         )  # fmt: skip
-        if rules.sft_weight:
-            entropy = linear_cross_entropy(
-                student, head, labels[0], softcap=softcap, ignore_index=IGNORE, num_items=num_items
-            )
-            assert isinstance(entropy, torch.Tensor)  # a pair only with return_lse
-            loss = loss + rules.sft_weight * entropy
-        return loss
 
     def scalars(self) -> dict[str, float]:
         return {**super().scalars(), "on_policy": self.own / max(self.all, 1)}
+
+
+class StoredTokens(Taught):
+    """A teacher on disk (`fastlm.train.teacher_logits`): the forward KL to its likeliest tokens and
+    the rest (`fastlm.train.topk_distillation`). Batches have the teacher's rows after the usual
+    three tensors.
+    """
+
+    def __init__(self, *args: Any, stored: "TeacherLogits", rules: DistillRules, **options: Any):
+        self.stored, self.rules = stored, rules
+        super().__init__(*args, **options)
+        self.stored_rows = stored.identity([*self.examples, *self.heldout])
+
+    def identity(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        return {**super().identity(), "teacher_logits": self.stored_rows, **asdict(self.rules)}
+
+    def _packed(self, examples: "Sequence[Example]") -> Any:
+        import torch
+
+        ids, logprobs = (torch.from_numpy(x).to(self.device) for x in self.stored.rows(examples))
+        return (*super()._packed(examples), ids, logprobs[:, :-1], logprobs[:, -1])
+
+    def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
+        from fastlm.train.topk_distillation import logprobs_at, topk_forward_kl
+
+        _, labels, _, ids, teacher, rest = batch
+        model: Any = self.trained
+        own = logprobs_at(
+            student[labels[0] != IGNORE], head, ids, temperature=self.rules.temperature,
+            softcap=model.config.final_logit_softcapping,
+        )  # fmt: skip
+        return topk_forward_kl(own, teacher, rest).sum() / num_items
 
 
 @dataclass(frozen=True)
@@ -130,8 +201,9 @@ class Distill(Sft):
     command = ("distill",)
     reads = {
         "model": Takes(("model",), "Student to train: a run, a Hugging Face folder"),
-        "teacher": Takes(("model",), "Model to learn from", default=False),
+        "teacher": Takes(("model",), "Model to learn from", default=False, optional=True),
     }
+    scratch = ("checkpoints", LOGITS, ANSWERED, f"{ANSWERED}.json")
 
     divergence: Annotated[
         str, "forward KL(teacher, student), reverse KL(student, teacher), or jsd, between them"
@@ -142,11 +214,36 @@ class Distill(Sft):
     on_policy: Annotated[float, "Share of micro-batches with answers that the student samples"] = (
         0.0
     )
-    max_new_tokens: Annotated[int, "Most tokens of such an answer"] = 128
+    max_new_tokens: Annotated[int, "Most tokens of an answer of the student or teacher"] = 128
+    teacher_answers: Annotated[
+        str, "Learn answers that the teacher gives first, greedy or sampled, and nothing else"
+    ] = ""
+    teacher_top_k: Annotated[
+        int | None, "Ask the teacher once, and store its k likeliest tokens: no teacher in training"
+    ] = None
+    teacher_logits: Annotated[
+        str, "Folder of such tokens, as a run with teacher_top_k left: no teacher at all"
+    ] = ""
 
     def check(self) -> None:
         super().check()
         at_least_one(self, "max_new_tokens")
+        if self.teacher_top_k is not None:
+            at_least_one(self, "teacher_top_k")
+            if self.teacher_logits:
+                raise InputError("teacher_top_k: wanted none beside teacher_logits, got both")
+        if self.teacher_top_k or self.teacher_logits:
+            name = "teacher_top_k" if self.teacher_top_k else "teacher_logits"
+            if self.divergence != "forward":
+                raise InputError(
+                    f"divergence: wanted forward with {name}, which lacks the probabilities of the"
+                    f" other tokens, got {self.divergence}"
+                )
+            if self.on_policy:
+                raise InputError(
+                    f"on_policy: wanted 0 with {name}, which lacks answers that are sampled later,"
+                    f" got {self.on_policy}"
+                )
         if self.divergence not in DIVERGENCES:
             raise InputError(
                 f"divergence: wanted one of {', '.join(DIVERGENCES)}, got {self.divergence!r}"
@@ -157,36 +254,150 @@ class Distill(Sft):
             raise InputError(f"temperature: wanted a positive number, got {self.temperature}")
         if not 0 <= self.sft_weight < math.inf:
             raise InputError(f"sft_weight: wanted 0 or more, got {self.sft_weight}")
-        if self.on_policy:
-            check_alone("on_policy", "answers are sampled in one")
+        for name in ("on_policy", "teacher_top_k", "teacher_answers"):
+            if getattr(self, name):
+                check_alone(name, "the work before the training is done in one")
         if not 0 <= self.on_policy <= 1:
             raise InputError(f"on_policy: wanted 0 to 1, got {self.on_policy}")
+        if self.teacher_answers:
+            self.check_answers()
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         return inputs["model"][0]
 
+    def check_answers(self) -> None:
+        if self.teacher_answers not in ANSWERS:
+            raise InputError(
+                f"teacher_answers: wanted one of {', '.join(ANSWERS)}, got {self.teacher_answers!r}"
+            )
+        unused = (*DIVERGING, *(("temperature",) if self.teacher_answers == "greedy" else ()))
+        for name in unused:
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default:
+                raise InputError(
+                    f"{name}: wanted {default or 'none'} with teacher_answers"
+                    f" {self.teacher_answers}, which does not use it, got {value}"
+                )
+
+    def contents(self, contents: Contents) -> Any:
+        stored = contents.tree(self.teacher_logits) if self.teacher_logits else None
+        return [super().contents(contents), stored]
+
+    def run(self, job: Job) -> dict[str, Any]:
+        if bool(self.teacher_logits) == bool(job.inputs.get("teacher")):
+            got = "both" if self.teacher_logits else "neither"
+            raise InputError(f"teacher: wanted a teacher or teacher_logits, got {got}")
+        return super().run(job)
+
+    def encoded(self, tokenizer: "Tokenizer", seq_len: int, job: Job) -> Encoded:
+        if not self.teacher_answers:
+            return super().encoded(tokenizer, seq_len, job)
+        rows = self.answered(job)
+        answers = replace(self, data=(str(job.out / ANSWERED),), data_weights=())
+        texts = Encoded(answers, tokenizer, seq_len, job)
+        rows.counts.update(texts.rows.counts)
+        texts.rows = rows
+        return texts
+
+    def answered(self, job: Job) -> "Rows":
+        """Write the teacher's answers to the prompts of the data."""
+        import torch
+
+        from fastlm.data.conversations import Rows
+        from fastlm.data.prompts import read_prompts
+        from fastlm.train.teacher_answers import Made, prompts_digest, write_answers
+
+        where = job.path("teacher")
+        teacher = load_model(where).to(getattr(torch, self.dtype)).eval()
+        tokenizer = chat_tokenizer(where, teacher.config.to_dict(), self.chat_template)
+        rows = Rows()
+        room = teacher.context_limit - self.max_new_tokens
+        questions = []
+        for prompt in read_prompts(
+            self.data, cache=job.cache, skip_bad=self.skip_bad, rows=rows, tell=job.skipped
+        ):
+            variables: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
+            ids = tokenizer.encode_chat(prompt.messages, date=self.date, **variables)
+            if len(ids) <= room:
+                questions.append((ids, prompt))
+            else:
+                rows.counts["too long for the teacher"] += 1
+        made = Made(
+            weights_digest(teacher), prompts_digest(questions),
+            0.0 if self.teacher_answers == "greedy" else self.temperature, self.max_new_tokens,
+            self.seed,
+        )  # fmt: skip
+        found = write_answers(
+            job.out / ANSWERED, teacher, tokenizer, questions, made, track=job.track
+        )
+        if found < len(questions):
+            rows.counts["without an answer that ended"] += len(questions) - found
+        return rows
+
     def objective(self, job: Job, *args: Any, **options: Any) -> AnswerTokens:
         from dataclasses import fields
 
+        if self.teacher_answers:
+            return super().objective(job, *args, **options)
+        rules = DistillRules(**{f.name: getattr(self, f.name) for f in fields(DistillRules)})
+        student, training, heldout, _ = args
+        if self.teacher_logits or self.teacher_top_k:
+            stored = self.stored(job, student, [*training, *heldout], options["tokenizer"])
+            return StoredTokens(*args, stored=stored, rules=rules, **options)
+        teacher = self.load_teacher(job, student, options["tokenizer"])
+        return TeacherTokens(*args, teacher=teacher, rules=rules, **options)
+
+    def stored(
+        self, job: Job, student: "CausalLM", examples: "list[Example]", tokenizer: "Tokenizer"
+    ) -> "TeacherLogits":
+        """What the teacher says of the examples, read or measured."""
+        from fastlm.train.teacher_logits import Header, TeacherLogits, write_logits
+
+        if self.teacher_logits:
+            stored = TeacherLogits(Path(self.teacher_logits))
+            assert stored.header is not None
+            for name, wanted, got in (
+                ("vocab_size", student.config.vocab_size, stored.header.vocab_size),
+                ("temperature", self.temperature, stored.header.temperature),
+            ):
+                if got != wanted:
+                    raise InputError(
+                        f"teacher_logits: wanted {name} {wanted} of the training, got {got}"
+                    )
+            return stored
+        assert self.teacher_top_k is not None
+        if self.teacher_top_k > student.config.vocab_size:
+            raise InputError(
+                f"teacher_top_k: wanted at most the vocabulary of {student.config.vocab_size},"
+                f" got {self.teacher_top_k}"
+            )
+        teacher = self.load_teacher(job, student, tokenizer)
+        header = Header(
+            weights_digest(teacher), student.config.vocab_size, self.teacher_top_k,
+            self.temperature,
+        )  # fmt: skip
+        return write_logits(job.out / LOGITS, teacher, examples, header, track=job.track)
+
+    def load_teacher(self, job: Job, student: "CausalLM", tokenizer: "Tokenizer") -> "CausalLM":
+        """The teacher, in the training's dtype. InputError: another vocabulary."""
         import torch
 
         from fastlm.checkpoint.folder import load_tokenizer
 
         where = job.path("teacher")
-        teacher = load_model(where).to(getattr(torch, self.dtype))
-        student = args[0]
-        check_vocabulary(
-            "teacher", load_tokenizer(where, teacher.config.to_dict()), options["tokenizer"]
-        )
+        teacher = load_model(where).to(getattr(torch, self.dtype)).eval()
+        check_vocabulary("teacher", load_tokenizer(where, teacher.config.to_dict()), tokenizer)
         if teacher.config.vocab_size != student.config.vocab_size:
             raise InputError(
                 f"teacher: wanted a head of the student's {student.config.vocab_size} tokens, got"
                 f" {teacher.config.vocab_size}"
             )
-        rules = DistillRules(**{f.name: getattr(self, f.name) for f in fields(DistillRules)})
-        return TeacherTokens(*args, teacher=teacher, rules=rules, **options)
+        return teacher
 
     def headline(self) -> tuple[str, str]:
+        if self.teacher_answers:
+            how = self.teacher_answers
+            return "Distillation", f"The student learns {how} answers of the teacher."
         name = {
             "forward": "forward KL",
             "reverse": "reverse KL",

@@ -105,9 +105,10 @@ def importance(difference: Tensor) -> Tensor:
 class Online:
     """An objective (`fastlm.train.loop.Objective`) on answers that the policy samples.
 
-    ``prompts``: token ids of each. ``score``: see `Score`; ``scored_by`` identifies it.
-    ``reference``: the frozen policy that KL is measured to; None is the policy without its adapters
-    (LoRA). A subclass defines `estimate` (advantages of a round), `num_items` and `micro_loss`.
+    ``prompts``: token ids of each. ``score``: see `Score`; ``scored_by`` identifies it, and
+    ``score_metrics`` returns what it says of the answers that it scored last. ``reference``: the
+    frozen policy that KL is measured to; None is the policy without its adapters (LoRA). A subclass
+    defines `estimate` (advantages of a round), `num_items` and `micro_loss`.
     """
 
     # columns of a round that are kept for its updates, beside "old_logp"
@@ -130,6 +131,7 @@ class Online:
         answer_text: Callable[[Sequence[int]], str] | None = None,
         sample_prompt: Sequence[int] = (),
         sample_tokens: int = 0,
+        score_metrics: Callable[[], Mapping[str, float]] = dict,
         warn: Callable[[str], Any] = lambda message: None,
     ):
         if not prompts:
@@ -139,6 +141,7 @@ class Online:
         self.prompts, self.heldout, self.rules, self.base = prompts, heldout, rules, base
         self.scored_by = scored_by
         self.score, self.score_heldout = score, score_heldout or score
+        self.score_metrics = score_metrics
         self.stop_ids, self.places, self.warn = stop_ids, places, warn
         self.answer_text = answer_text
         self.sample_prompt, self.sample_tokens = sample_prompt, sample_tokens
@@ -224,9 +227,11 @@ class Online:
         self.round, self.at, self.stop = self.round + 1, 0, False
         self._sample_round()
         scores = self._scored(self.score, self.chosen, self.answers)
+        scored = self.score_metrics()
         mask = self._mask(range(len(self.answers)))
         kept = self._measured()
         self._watch(scores, kept, mask)
+        self.made |= scored
         if rules.scale_scores:
             self.scale.add(scores)
             scores = scores / self.scale.deviation

