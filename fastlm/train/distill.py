@@ -256,7 +256,7 @@ class Distill(Sft):
             raise InputError(f"sft_weight: wanted 0 or more, got {self.sft_weight}")
         for name in ("on_policy", "teacher_top_k", "teacher_answers"):
             if getattr(self, name):
-                check_alone(name, "the work before the training is done in one")
+                check_alone(name, "answers and logits are made by one")
         if not 0 <= self.on_policy <= 1:
             raise InputError(f"on_policy: wanted 0 to 1, got {self.on_policy}")
         if self.teacher_answers:
