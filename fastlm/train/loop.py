@@ -490,7 +490,8 @@ class _Loop:
             )
         self.metrics.truncate(length)
         self.started = time.perf_counter()
-        if found:
+        if found:  # a kill between a checkpoint's write and the deletions leaves too many
+            prune(self.run_dir, self.options.keep, self.step - self.objective.unsettled())
             self.done = min(self.done, self.progress())  # less under a larger budget
         else:
             self.best.prune(None)
