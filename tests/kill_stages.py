@@ -34,9 +34,10 @@ import tiny_recipe
 
 FORKS = multiprocessing.get_context("forkserver")
 PRELOAD = [
-    "torch", "fastlm.cli", "fastlm.model.causal_lm", "fastlm.train.loop", "fastlm.train.online",
-    "fastlm.train.preferences", "fastlm.data.conversations", "fastlm.evals.texts", "jinja2",
-    "fastlm.data.prepare", "matplotlib.figure", "fastlm.checkpoint.adapter", "rich.progress",
+    "torch", "torch._dynamo", "fastlm.cli", "fastlm.model.causal_lm", "fastlm.train.loop",
+    "fastlm.train.online", "fastlm.train.preferences", "fastlm.data.conversations", "jinja2",
+    "fastlm.evals.texts", "fastlm.data.prepare", "fastlm.checkpoint.adapter", "matplotlib.figure",
+    "rich.progress",
 ]  # fmt: skip
 # What depends on the clock, in JSON: nothing else may differ
 CLOCK = {

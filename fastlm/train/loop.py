@@ -50,6 +50,7 @@ from fastlm.train.state import (
     prune,
     save_checkpoint,
 )
+from fastlm.train.trackers import trackers
 from fastlm.train.writer import Writer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -198,7 +199,8 @@ def train(
     options.check()
     keep_freed_memory()
     loop = _Loop(objective, options, Path(run_dir), on_event)
-    with loop.metrics, _deferred_interrupt() as interrupted, loop.writer:
+    mirrored = trackers(options.report_to, loop.run_dir, on_event)
+    with loop.metrics, _deferred_interrupt() as interrupted, loop.writer, mirrored as loop.on_event:
         loop.begin()
         ticks = loop.ticks(interrupted)
         total = loop.total_ticks() - loop.used_ticks()

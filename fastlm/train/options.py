@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.train.schedule import SCHEDULES
+from fastlm.train.trackers import check_report_to
 
 # What changes no bit of the trained weights: it uses none of the training's random numbers
 OBSERVING = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep", "keep_best", "checkpoint_activations", "async_checkpoints",
+    "keep", "keep_best", "checkpoint_activations", "async_checkpoints", "report_to",
 )  # fmt: skip
 # How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
@@ -74,6 +75,9 @@ class TrainOptions:
     ] = False
     keep_best: Annotated[bool, "Also keep the weights of the lowest val_loss"] = False
     take: Annotated[str, "The weights to leave: last, or best (of the lowest val_loss)"] = "last"
+    report_to: Annotated[
+        tuple[str, ...], "Programs that get metrics.jsonl's lines, too: tensorboard, trackio"
+    ] = ()
 
     def loop_options(self) -> "TrainOptions":
         """Return these options without those that a stage adds."""
@@ -125,6 +129,7 @@ class TrainOptions:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")
+        check_report_to(self.report_to)
         if self.keeps_best and not self.validations:
             raise InputError("validations: wanted 1 or more to find the best weights, got 0")
 
