@@ -214,8 +214,7 @@ class Runner:
         child.start()
         child.join(LIMIT if delay is None else delay)
         if child.exitcode is None:
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()  # no matter if it has ended just now
             child.join()
             if delay is None:
                 raise TimeoutError(f"{case.name}: no end after {LIMIT} s: {self.said()}")

@@ -12,8 +12,7 @@ import typer
 from rich.console import Console
 
 from fastlm.errors import InputError
-from fastlm.progress import bars
-from fastlm.runs.events import EventLines
+from fastlm.runs.events import View
 from fastlm.runs.stage import Option, Stage, options_of
 from fastlm.threads import Threads
 from fastlm.typed import convert
@@ -42,10 +41,9 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         stage.check()
         before()
         inputs = {key: given[key] for key in cls.reads if given[key]}
+        view = View(every)
         with tempfile.TemporaryDirectory() as nowhere:
-            job = stage.job(
-                out or nowhere, cache=cache, track=bars, on_event=EventLines(every), **inputs
-            )
+            job = stage.job(out or nowhere, cache=cache, track=view.track, on_event=view, **inputs)
             result = stage.run(job)
             shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
         if isinstance(shown, str):
@@ -62,7 +60,9 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         else _keyword("out", Annotated[Path, out])
     )
     if trains:
-        every = typer.Option(min=1, help="Steps between two lines on stderr")
+        every = typer.Option(
+            min=1, help="Steps between two lines on stderr; a terminal has one that is redrawn"
+        )
         parameters.append(_keyword("log_every", Annotated[int, every], 10))
     as_json = typer.Option("--json", help="Print the result as JSON")
     parameters.append(_keyword("as_json", Annotated[bool, as_json], False))
