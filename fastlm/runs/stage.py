@@ -155,6 +155,7 @@ class Stage:
             training: a run never deletes it, but archives it (`fastlm.runs.previous`).
         result: what `run` returns at least -> its type.
         notes: what ``--help`` shows after the docstring.
+        unused: fields that it inherits and has no use for. They are not offered.
     """
 
     kind: ClassVar[str]
@@ -165,6 +166,7 @@ class Stage:
     scratch: ClassVar[tuple[str, ...]] = ()
     result: ClassVar[Mapping[str, Any]] = {}
     notes: ClassVar[str] = ""
+    unused: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:
         """Refuse options that cannot work. InputError names the option."""
@@ -228,6 +230,10 @@ class Stage:
         from fastlm.data.packages import default_cache
 
         self.check()
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in self.unused:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise InputError(f"{name}: {self.kind} has no use for it, got {value!r:.80}")
         for key in inputs.keys() - self.reads.keys():
             raise InputError(
                 f"{key}: wanted one of {self.kind}'s inputs {', '.join(self.reads)}, got this name"
@@ -249,10 +255,12 @@ class Stage:
 
 
 def options_of(cls: type[Stage]) -> list[Option]:
-    """Return the fields of a stage, in the order of their definition."""
+    """Return the options of a stage, in the order of their definition."""
     hints = get_type_hints(cls, include_extras=True)
     found = []
     for f in fields(cls):
+        if f.name in cls.unused:
+            continue
         hint, text = hints[f.name], ""
         if get_origin(hint) is Annotated:
             hint, text = get_args(hint)[:2]
