@@ -14,7 +14,7 @@ Whatever a stage reads or leaves has a type (`TYPES`), by which a recipe connect
 stages import nothing heavy, so that ``fastlm --help`` answers at once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
@@ -184,6 +184,13 @@ class Stage:
     def identity(self) -> dict[str, Any]:
         """Return the options that decide the result; changing any other one reruns nothing."""
         return asdict(self)
+
+    def continues(self, changed: Collection[str], folder: Path) -> bool:
+        """Return whether what was made in ``folder`` with other values of the options ``changed``
+        continues with these.
+        """
+        del changed, folder
+        return False
 
     def contents(self, contents: Contents) -> Any:
         """Return the state of the files that the options name, for the fingerprint."""

@@ -1,7 +1,9 @@
 """The options of every training. Nothing here imports torch, because ``--help`` reads them."""
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
@@ -56,11 +58,11 @@ class TrainOptions:
     eps: Annotated[float, "AdamW's epsilon"] = 1e-8
     weight_decay: Annotated[float, "Weight decay of matrices"] = 0.1
     max_grad_norm: Annotated[float | None, "Clip the gradient to this norm"] = 1.0
+    on_spike: Annotated[str, "warn, skip (throw the gradients away) or stop"] = "warn"
     spike_factor: Annotated[
         float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
     ] = 6.0
     spike_window: Annotated[int, "Steps whose losses a spike is measured against"] = 128
-    on_spike: Annotated[str, "warn, skip (throw the gradients away) or stop"] = "warn"
     validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 20
     val_tokens: Annotated[int, "Tokens per validation"] = 1 << 16
     sample_at: Annotated[
@@ -89,6 +91,11 @@ class TrainOptions:
         """
         watching = OBSERVING if self.on_spike == "skip" else (*OBSERVING, *GUARDS)
         return {k: v for k, v in asdict(self).items() if k not in watching}
+
+    def continues(self, changed: Collection[str], folder: Path) -> bool:
+        """Return whether the training in ``folder`` continues where these options have changed."""
+        best = any((folder / "checkpoints").glob("best-*"))
+        return set(changed) <= {*GUARDS, "take"} and (self.take == "last" or best)
 
     def check(self) -> None:
         """Check the values. InputError names the option."""
