@@ -39,11 +39,12 @@ PRELOAD = [
     "fastlm.evals.texts", "fastlm.data.prepare", "fastlm.checkpoint.adapter", "matplotlib.figure",
     "rich.progress",
 ]  # fmt: skip
-# What depends on the clock, in JSON: nothing else may differ
+# What depends on the clock or the folder's name, in JSON: nothing else may differ
 CLOCK = {
     "seconds", "tokens_per_second", "used_seconds", "training_seconds", "load", "judged_at",
     "decode_tokens_per_second", "decode_tokens_per_second_before",
     "metrics_bytes",  # of lines with seconds
+    "command",  # with the name of the folder
 }  # fmt: skip
 LIMIT = 300  # seconds of one start
 RUN_KILLS = 3  # of one run, before it may end
