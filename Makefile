@@ -9,7 +9,7 @@ CUDA_HEADERS := nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 PIP := $(BIN)/python -m pip install --quiet
 BUILD := FASTLM_SIMT=1 $(BIN)/python setup.py -q build_ext --inplace
 
-.PHONY: help setup build demo test quick simt lint format bench fuzz sanitize gate triton-sanitize clean
+.PHONY: help setup build demo test quick simt lint format bench fuzz kill sanitize gate triton-sanitize clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 18
@@ -60,6 +60,9 @@ bench: build     ## all benchmarks against their peers; writes bench/results/ an
 
 fuzz: build      ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7 KERNELS=simt
 	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --kernels $(or $(KERNELS),cpu)
+
+kill: build      ## 20 SIGKILLs at random moments in every command, each to the same end; make kill KILLS=5 SEED=7 CASES='sft ppo'
+	$(BIN)/python tests/kill_stages.py --kills $(or $(KILLS),20) --seed $(or $(SEED),0) $(CASES)
 
 sanitize: build  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitizer builds, the CUDA kernels on ThreadSanitizer too and in 20 orders
 	sh tests/sanitize.sh

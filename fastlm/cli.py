@@ -19,7 +19,6 @@ import typer
 from typer.core import TyperGroup
 
 from fastlm.errors import InputError
-from fastlm.progress import bars
 from fastlm.threads import Threads, Watch
 from fastlm.train.distributed import LostRankError, says_first
 
@@ -211,21 +210,21 @@ def run(
     threads: Threads = None,
 ) -> None:
     """Run a whole recipe. Finished stages are skipped, an interrupted one continues."""
-    from fastlm.runs.events import EventLines
+    from fastlm.runs.events import View
     from fastlm.runs.run import run_recipe
 
     _say_if_busy()
     told: dict[str, str] = {}
-    lines = EventLines()
+    view = View()
 
     def on_event(event: dict[str, Any]) -> None:
-        lines(event)
+        view(event)
         if "told" in event:
             told[event["stage"]] = event["told"]
 
     run_recipe(
         recipe, out, overrides=sets or (), until=until, cache=cache, dry_run=dry_run,
-        command=_command(), track=bars, on_plan=_show_plan, on_event=on_event,
+        command=_command(), track=view.track, on_plan=_show_plan, on_event=on_event,
     )  # fmt: skip
     for name, text in told.items():
         typer.echo(text if name == "report" else f"{name}: {text}")

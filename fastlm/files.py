@@ -3,8 +3,10 @@ untrusted sources.
 """
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 
 from fastlm.errors import InputError
 
+_LEFT = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(part|old)")  # what `beside` calls its files and folders
 MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
 
 
@@ -67,22 +70,24 @@ def beside(path: str | Path) -> Iterator[Path]:
 
     The temporary name is new each time, so two processes that write the same file at once both
     write complete files. A folder needs two renames: the old one away, then the new one into place.
-    A crash between them leaves the old folder, complete, next to ``path`` as ``.NAME.*.old``. A
-    full disk, a read-only folder and the like raise InputError.
+    A crash between them leaves the old folder, complete, next to ``path`` as ``.NAME.*.old``; the
+    next write in the same folder puts it back, and removes what else killed ones have left. A full
+    disk, a read-only folder and the like raise InputError.
     """
     path = Path(path)
     if path.name in ("", ".."):
         raise InputError(f"{path}: wanted a path that ends in a name")
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        yield part
-        for item in [*part.rglob("*"), part] if part.is_dir() else [part]:
-            sync(item)
-        if part.is_dir():
-            _swap(part, path)
-        else:
-            os.replace(part, path)
-        sync(path.parent)
+        with _working(path):
+            yield part
+            for item in [*part.rglob("*"), part] if part.is_dir() else [part]:
+                sync(item)
+            if part.is_dir():
+                _swap(part, path)
+            else:
+                os.replace(part, path)
+            sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise write_error(path, error) from error
     finally:
@@ -122,6 +127,35 @@ def reason(error: BaseException) -> str:
     """The system's error message, in one line."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _working(path: Path) -> Iterator[None]:
+    """Context: a shared lock on the folder of ``path``, which ends with the process. A writer that
+    is alone there cleans up after those that were killed.
+    """
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # others write here, or a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _clean_up(path.parent)
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _clean_up(folder: Path) -> None:
+    """Put back old folders of swaps that were cut off; remove what was not finished."""
+    for left in list(folder.iterdir()):
+        if not (found := _LEFT.fullmatch(left.name)):
+            continue
+        path = folder / found[1]
+        if found[2] == "old" and not path.exists():
+            os.rename(left, path)
+        else:
+            _remove(left)
 
 
 def sync(path: Path) -> None:

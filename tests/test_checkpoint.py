@@ -23,7 +23,7 @@ from fastlm.checkpoint.folder import (
     save_tensors,
 )
 from fastlm.errors import InputError
-from fastlm.files import save_atomic
+from fastlm.files import beside, save_atomic
 from fastlm.model.causal_lm import CausalLM
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -546,12 +546,27 @@ save_atomic(sys.argv[1], write)
 
 def test_killed_while_writing(folder):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with beside(folder.parent / "other") as other:  # somebody else writes in the same folder
+        other.write_text("")
+        run = subprocess.run([sys.executable, "-P", "-c", KILLED, str(folder)])
+        assert run.returncode == -signal.SIGKILL
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+        (left,) = folder.parent.glob(f".{folder.name}.*.part")
+        save_hf(folder, CONFIG, make_state())
+        assert left.is_dir()  # the leftover may be that of the other writer
+    state = make_state()
+    save_hf(folder, CONFIG, state)  # alone: the leftover is removed
+    assert_same(dict(load_state(folder)[1]), state)
+    assert files(folder.parent) == {folder.name, "other"}
+
+
+def test_killed_between_the_renames_of_a_folder(folder):
+    """The next write finds the old folder in its place: if that is killed too, it is there."""
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    folder.rename(folder.with_name(f".{folder.name}.0123abcd.old"))
     run = subprocess.run([sys.executable, "-P", "-c", KILLED, str(folder)])
     assert run.returncode == -signal.SIGKILL
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    state = make_state()
-    save_hf(folder, CONFIG, state)  # the leftover does not disturb the next save
-    assert_same(dict(load_state(folder)[1]), state)
 
 
 def test_shard_size_is_checked(tmp_path):

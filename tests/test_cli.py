@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import fastlm.cli
 from fastlm.cli import app
 from fastlm.errors import InputError
-from fastlm.runs.events import EventLines
+from fastlm.runs.events import View
 from fastlm.runs.run import run_recipe
 
 VERBS = (
@@ -278,7 +278,7 @@ def test_pretrain_goes_on_where_it_was(finished, tmp_path):
 
 def test_the_time_left_follows_the_pace_of_late(capsys):
     """It does not follow the whole run, which may have been suspended or resumed."""
-    show = EventLines()
+    show = View()
     for seconds, progress in ((1000, 0.1), (1010, 0.2), (1020, 0.3)):
         show({"loss": 4.0, "lr": 3e-3, "tokens_per_second": 900.0, "seconds": seconds,
               "progress": progress, "step": 1})  # fmt: skip

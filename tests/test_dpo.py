@@ -392,6 +392,11 @@ REFUSED = {
     "overlong: wanted one of skip, truncate, got 'split'": {"overlong": "split"},
     "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference point is a"
     " mean over the step, got 1": {"loss": "kto", "batch_size": 1, "accumulate": 1},
+    "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference point is a"
+    " mean over the step, got 1 at the beginning of batch_warmup": {
+        "loss": "kto", "batch_size": 1, "accumulate": 4, "batch_warmup": 0.5, "max_steps": 3,
+        "epochs": None,
+    },
     "data: wanted at least one source of preferences, got none": {"data": ()},
 }  # fmt: skip
 

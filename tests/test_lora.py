@@ -4,11 +4,12 @@ and the stage that trains them.
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from test_sft import QUESTIONS, answers, base, config, data, options  # noqa: F401
+from test_sft import QUESTIONS, answers, config, make_base, options, write_data
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -34,6 +35,16 @@ IDS = torch.tensor([[5, 9, 2, 33, 17, 60, 4], [1, 2, 3, 4, 5, 6, 7]])
 def model_of(seed: int = 3, **changes) -> CausalLM:
     given = {**config(64, 0).to_dict(), **changes}
     return CausalLM(ModelConfig.from_dict(given), seed=seed)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    return write_data(tmp_path)
 
 
 @pytest.fixture
@@ -410,7 +421,7 @@ LORA = {"lora_rank": 8, "lr": 1e-2, "epochs": 20}
 
 
 @pytest.fixture(scope="module")
-def talker(base, tmp_path_factory) -> Path:  # noqa: F811
+def talker(base, tmp_path_factory) -> Path:
     """A model that answers every question with the answer to the next one: adapters beside random
     weights would learn nothing.
     """
@@ -423,7 +434,7 @@ def talker(base, tmp_path_factory) -> Path:  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter", "4-bit"])
-def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) -> None:  # noqa: F811
+def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) -> None:
     given = {"adapter": {"merge": False}, "4-bit": {"base_bits": 4, "base_group_size": 32}}
     stage = options(data=(data,), **LORA, **given.get(kind, {}))
     result = stage(tmp_path / "sft", model=talker)
@@ -442,7 +453,7 @@ def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) 
 
 @pytest.mark.parametrize("given", [{}, {"lora_dropout": 0.2}, {"base_bits": 4, "merge": False}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_resumes_to_the_same_bits(base, data, tmp_path, given, dtype) -> None:  # noqa: F811
+def test_it_resumes_to_the_same_bits(base, data, tmp_path, given, dtype) -> None:
     stage = options(data=(data,), epochs=4, lora_rank=4, dtype=dtype, checkpoint_every=3, **given)
     stage(tmp_path / "whole", model=base)
 
@@ -464,7 +475,7 @@ def test_it_resumes_to_the_same_bits(base, data, tmp_path, given, dtype) -> None
         assert (tmp_path / "cut" / "model" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_other_adapters_are_another_training(base, data, tmp_path) -> None:  # noqa: F811
+def test_other_adapters_are_another_training(base, data, tmp_path) -> None:
     options(data=(data,), epochs=1, lora_rank=4)(tmp_path / "sft", model=base)
     for change in ({"lora_alpha": 3.0}, {"lora_dropout": 0.1}, {"base_bits": 4}, {"lora_rank": 2}):
         stage = options(data=(data,), epochs=1, **{"lora_rank": 4, **change})
@@ -496,7 +507,23 @@ def test_refused_options(message) -> None:
     assert str(refusal.value) == message
 
 
-def test_merge_is_a_command(base, data, tmp_path) -> None:  # noqa: F811
+def test_a_run_can_move(base, data, tmp_path) -> None:
+    """The base is found from the adapter, where its absolute path is no more."""
+    run = tmp_path / "run"
+    shutil.copytree(base, run / "base")
+    options(data=(data,), epochs=1, lora_rank=4, merge=False)(run / "sft", model=run / "base")
+    before = logits(CausalLM.from_pretrained(run / "sft"))
+    run.rename(tmp_path / "moved")
+    assert torch.equal(logits(CausalLM.from_pretrained(tmp_path / "moved" / "sft")), before)
+    # another model at that place is refused by its digest
+    shutil.rmtree(tmp_path / "moved" / "base")
+    other = CausalLM(CausalLM.from_pretrained(base).config, seed=9)
+    other.save_pretrained(tmp_path / "moved" / "base")
+    with pytest.raises(InputError, match="wanted the base model with the digest"):
+        CausalLM.from_pretrained(tmp_path / "moved" / "sft")
+
+
+def test_merge_is_a_command(base, data, tmp_path) -> None:
     stage = options(data=(data,), epochs=1, lora_rank=4, merge=False)
     stage(tmp_path / "sft", model=base)
     with pytest.raises(InputError, match="merge: wanted true on top of an adapter"):
@@ -511,6 +538,7 @@ def test_merge_is_a_command(base, data, tmp_path) -> None:  # noqa: F811
     assert answers(tmp_path / "whole") == answers(tmp_path / "sft" / "model")
     config = tmp_path / "sft" / "model" / "adapter_config.json"
     config.write_text(config.read_text().replace(str(base), "/nowhere"))
+    (config.parent / "adapter_base.json").unlink()
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 2 and "wanted a model on this machine" in refused.output
     done = CliRunner().invoke(app, [*arguments, "--base", str(base)])

@@ -17,12 +17,15 @@ from torch import Tensor
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
+from fastlm.optim import AdamW
 from fastlm.train import online
+from fastlm.train.grpo import Grpo
 from fastlm.train.grpo_objective import LOSS_TYPES, GroupRelative, GroupRules
 from fastlm.train.loop import DivergedError, Interrupted, train
 from fastlm.train.monitors import correlation, repetition
 from fastlm.train.online import Rules, RunningScale
 from fastlm.train.options import TrainOptions
+from fastlm.train.ppo import Ppo
 from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
 from fastlm.train.rollouts import IGNORE, Answer, pack_answers, sample_answers
 from fastlm.train.state import list_checkpoints
@@ -266,6 +269,40 @@ def test_every_answer_is_learnt_once_per_pass_and_every_prompt_once_per_epoch() 
 
 
 # ---- what is estimated
+
+
+def test_policy_and_value_model_are_clipped_by_one_norm(tmp_path, monkeypatch) -> None:
+    seen = {}
+    step = AdamW.step
+
+    def watched(self):
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        seen["norm"] = torch.cat([g.flatten() for g in grads if g is not None]).norm().item()
+        seen["count"] = sum(g is not None for g in grads)
+        step(self)
+
+    monkeypatch.setattr(AdamW, "step", watched)
+    game = objective("ppo")
+    train(game, replace(OPTIONS, max_steps=1, max_grad_norm=1e-3), tmp_path)
+    (line,) = [line for line in lines(tmp_path) if "loss" in line]
+    assert line["grad_norm"] == pytest.approx(seen["norm"], rel=1e-5) and seen["norm"] > 1e-3
+    trained = {id(p) for m in (game.policy, game.value) for p in m.parameters()}
+    assert seen["count"] == len(trained)
+
+
+@pytest.mark.parametrize("stage", [Ppo, Grpo])
+def test_adams_epsilon(stage, tmp_path, monkeypatch) -> None:
+    made = []
+    init = AdamW.__init__
+
+    def watched(self, *args, **options):
+        made.append(options["eps"])
+        init(self, *args, **options)
+
+    monkeypatch.setattr(AdamW, "__init__", watched)
+    options = stage(data=("x.jsonl",), max_steps=1, sample_at=()).train_options(8)
+    train(objective("ppo"), options, tmp_path)
+    assert made == [1e-5]
 
 
 def test_ppo_estimates_by_plain_loops() -> None:

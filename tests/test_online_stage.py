@@ -17,7 +17,10 @@ from fastlm.cli import app
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
+from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
+from fastlm.quant import quantize
+from fastlm.quant.modules import QuantizedLinear
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.grpo import Grpo
 from fastlm.train.loop import DivergedError, Interrupted
@@ -233,6 +236,61 @@ def test_a_value_model_begins_as_the_reward_model(base, reward_model) -> None:
 # ---- prompts and rewards
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_value_model_shares_what_is_frozen_and_has_no_head(tied) -> None:
+    policy = CausalLM(config(64, 0, tie_word_embeddings=tied), seed=1)
+    whole = value_model(policy).trunk
+    assert whole is not None and not hasattr(whole, "lm_head")
+    mine = {name: p for name, p in policy.named_parameters() if not name.startswith("lm_head")}
+    theirs = dict(whole.named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert not {p.data_ptr() for p in mine.values()} & {p.data_ptr() for p in theirs.values()}
+    assert hasattr(policy, "lm_head") is not tied  # the policy keeps its own
+
+    quantize(add_lora(policy, 2), "w4a16", group_size=16, embeddings=16, head=16)
+    trunk = value_model(policy).trunk
+    assert trunk is not None
+    held = {name: t.data_ptr() for name, t in named_tensors(trunk)}
+    for name, tensor in named_tensors(policy):
+        if not name.startswith("lm_head"):
+            trained = name.endswith((".lora_A", ".lora_B"))
+            assert (held.pop(name) != tensor.data_ptr()) == trained, name
+    assert not held
+    ids = torch.tensor([[5, 9, 2, 33]])
+    assert torch.equal(trunk.hidden(ids), policy.hidden(ids))
+
+
+def named_tensors(model: CausalLM) -> list[tuple[str, torch.Tensor]]:
+    weights = list(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weights += [(f"{name}.{key}", t) for key, t in module.named_buffers(recurse=False)]
+    return weights
+
+
+def test_ppo_with_adapters_continues_to_the_same_bits(base, data, tmp_path) -> None:
+    """Policy and value model train adapters of their own on one frozen base."""
+    stage = replace(PPO, data=(data,), reward="contains", lora_rank=4, merge=False)
+    result = stage(tmp_path / "whole", model=base)
+    policy = sum(p.numel() for p in add_lora(CausalLM.from_pretrained(base), 4).parameters())
+    assert result["trained_parameters"] < policy
+
+    def press(event) -> None:
+        if event.get("step") == 3 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        stage(tmp_path / "cut", model=base, on_event=press)
+    kept = load_tensors(next((tmp_path / "cut" / "checkpoints").glob("step-*")))[0]
+    names = {name for name in kept if name.startswith("model.")}
+    assert all(".lora_" in name or ".head." in name for name in names) and len(names) > 4
+    assert {name.split(".")[1] for name in names} == {"policy", "value"}
+    stage(tmp_path / "cut", model=base)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    file = "model/adapter_model.safetensors"
+    assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
 def test_prompts(tmp_path) -> None:
     asked = {"role": "user", "content": "why?"}
     rows = [
@@ -304,6 +362,7 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
         (replace(GRPO, lora_alpha=8.0), "lora_alpha: wanted lora_rank with it, got 8.0"),
         (replace(GRPO, beta=-1.0), "beta: wanted 0 or more, got -1.0"),
         (replace(GRPO, lora_rank=2, lora_dropout=0.1), "lora_dropout: wanted 0, as the update"),
+        (replace(GRPO, val_tokens=99), "val_tokens: grpo has no use for it, got 99"),
         (replace(GRPO, missing_end=math.inf), "missing_end: wanted a finite number, got inf"),
         (replace(GRPO, overlong="truncate"), "overlong: wanted one of skip, got 'truncate'"),
         (replace(GRPO, data=()), "data: wanted at least one source of prompts, got none"),

@@ -32,6 +32,20 @@ def test_import_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
 
 
+def test_loading_a_model_does_not_wait_for_dynamo():
+    """As `CausalLM.from_pretrained` does: drawing an embedding on meta imports torch._dynamo."""
+    code = (
+        "import sys, torch, fastlm\n"
+        "config = fastlm.ModelConfig.from_dict({'model_type': 'llama', 'vocab_size': 8,"
+        " 'hidden_size': 16, 'intermediate_size': 16, 'num_hidden_layers': 1,"
+        " 'num_attention_heads': 1, 'pad_token_id': 0})\n"
+        "with torch.device('meta'):\n"
+        "    model = fastlm.CausalLM(config)\n"
+        "sys.exit('torch._dynamo' in sys.modules or not model.model.embed_tokens.weight.is_meta)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
 def test_kernels_stands_in_nobodys_way(tmp_path):
     """In the root of a clone ``import kernels`` gets PyPI's package of that name."""
 

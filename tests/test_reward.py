@@ -331,6 +331,9 @@ REFUSED = {
     "seq_len: wanted at most the model's context 128, got 129": (
         {"prompt": "a", "chosen": "b", "rejected": "c"}, {"seq_len": 129},
     ),
+    "sample_prompt: reward has no use for it, got 'Hello'": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"}, {"sample_prompt": "Hello"},
+    ),
 }  # fmt: skip
 
 
@@ -350,6 +353,20 @@ def test_a_tokenizer_of_another_model_is_refused(base, tmp_path) -> None:
     data = write(tmp_path / "rows.jsonl", polite_pairs(2))
     with pytest.raises(InputError, match="wanted a tokenizer of at most 100 ids"):
         options(data=(data,))(tmp_path / "out", model=folder)
+
+
+def test_options_without_use_are_not_offered(base, tmp_path) -> None:
+    call = CliRunner().invoke
+    offered = call(app, ["reward", "--help"]).stdout
+    assert "--val-tokens" in offered and "--sample" not in offered
+    assert "--val-tokens" not in call(app, ["ppo", "--help"]).stdout
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'name = "r"\n[[stage]]\nkind = "reward"\nfrom = "{base}"\ndata = ["x"]\n'
+        "sample_tokens = 4\n"
+    )
+    done = call(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2 and "reward.sample_tokens: unknown key" in done.stderr
 
 
 def test_a_recipe_shows_it(base, tmp_path) -> None:

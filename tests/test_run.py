@@ -16,6 +16,7 @@ import pytest
 import tiny_recipe
 import torch
 
+from fastlm.checkpoint.folder import load_tensors, save_tensors
 from fastlm.errors import InputError
 from fastlm.runs.run import run_recipe
 
@@ -256,6 +257,40 @@ def test_a_training_that_gives_way_is_set_aside_and_can_go_on(tmp_path):
     # nothing was trained since: the archive is kept
     states = run_again(recipe, run, overrides=["data.heldout_bytes=5000"], until="data")
     assert states == {"data": "done"} and files_of(previous / "pretrain/model") == second
+
+
+def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
+    """`take` and `on_spike`: nothing is archived and no step is trained again."""
+    recipe, run, plans = tiny_recipe.write(tmp_path), tmp_path / "run", []
+
+    def again(*overrides: str) -> tuple[str, str]:
+        sets = [f"pretrain.{word}" for word in overrides]
+        run_recipe(recipe, run, overrides=sets, until="pretrain", on_plan=plans.append)
+        planned = next(p for p in plans[-1] if p.step.name == "pretrain")
+        return planned.do, planned.why
+
+    assert again("keep_best=true", "spike_factor=3.0") == ("run", "new")
+    log = (run / "pretrain/metrics.jsonl").read_bytes()
+    last = (run / "pretrain/model/model.safetensors").read_bytes()
+    lowest = next((run / "pretrain/checkpoints").glob("best-*"))
+    # make the best weights differ from the last ones
+    tensors, told = load_tensors(lowest)
+    save_tensors(lowest, {name: t + 1 for name, t in tensors.items()}, told)
+    taken = "take was 'last', now 'best'"
+    assert again("spike_factor=3.0", 'take="best"') == ("continue", taken)
+    assert (run / "pretrain/model/model.safetensors").read_bytes() != last
+    assert again("spike_factor=3.0") == ("continue", "take was 'best', now 'last'")
+    assert (run / "pretrain/model/model.safetensors").read_bytes() == last
+    # without on_spike = "skip" the factor decides nothing: it is not the reason
+    spikes = "on_spike was 'warn', now 'skip'"
+    assert again("spike_factor=3.0", 'on_spike="skip"') == ("continue", spikes)
+    spikes = "on_spike was 'skip', now 'warn'"
+    assert again("spike_factor=3.0") == ("continue", spikes)
+    assert (run / "pretrain/metrics.jsonl").read_bytes() == log
+    assert not list(run.glob("previous*"))
+    # what a checkpoint cannot continue with starts again
+    assert again('take="best"', "max_steps=2", "lr=1e-3")[0] == "run"
+    assert list(run.glob("previous*")) == [run / "previous"]
 
 
 def test_a_file_beside_the_model_does_not_train_it_again(finished):

@@ -49,8 +49,11 @@ def options(**changes) -> Sft:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+def make_base(folder: Path) -> Path:
     """A model that has seen nothing, with a tokenizer that has ChatML's tokens and no template."""
-    folder = tmp_path_factory.mktemp("base") / "model"
     text = " ".join([*QUESTIONS, *QUESTIONS.values(), "system user assistant\n"])
     tokenizer = Tokenizer.train([text * 5], 320)
     tokenizer.chat_template = None
@@ -70,8 +73,12 @@ def config(vocab_size: int, eos_id: int | None) -> ModelConfig:
 
 @pytest.fixture
 def data(tmp_path) -> str:
+    return write_data(tmp_path)
+
+
+def write_data(folder: Path) -> str:
     rows = [{"prompt": q, "completion": a} for q, a in QUESTIONS.items()]
-    file = tmp_path / "chat.jsonl"
+    file = folder / "chat.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     return str(file)
 

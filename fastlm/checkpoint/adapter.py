@@ -1,12 +1,13 @@
 """LoRA adapters in the format of PEFT: adapter_config.json and adapter_model.safetensors.
 
 Which layers are adapted follows from the names of the tensors, and an option of PEFT that would
-change what is computed is refused by its name. An adapter that fastlm wrote also states which
-weights it belongs to, in adapter_base.json. Rejected: the header of the safetensors file, whose
-entries that library writes in another order each time.
+change what is computed is refused by its name. An adapter that fastlm wrote also states in
+adapter_base.json which weights it belongs to, and where they lie from its folder. Rejected: the
+header of the safetensors file, whose entries that library writes in another order each time.
 """
 
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastlm.checkpoint.folder import (
     ADAPTER,
     ADAPTER_BASE,
     ADAPTER_CONFIG,
+    BASE_PATH,
     DTYPES,
     GENERATION,
     begin_folder,
@@ -73,9 +75,10 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
     for name, module in adapters.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
-    name = str(base)
+    name, more = str(base), {DIGEST: lora.base_digest} if lora.base_digest else {}
     if name and not name.startswith("model:") and Path(name).exists():
-        name = str(Path(name).resolve())
+        name = str(Path(name).resolve())  # PEFT takes a relative one from the working directory
+        more[BASE_PATH] = os.path.relpath(name, folder.resolve())
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -97,8 +100,9 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
         write_json(part / ADAPTER_CONFIG, config)
         save_file(own_memory(tensors), part / ADAPTER, metadata={"format": "pt"})
         shutil.copymode(part / ADAPTER_CONFIG, part / ADAPTER)  # safetensors: only the owner
-        if lora.base_digest:
-            write_json(part / ADAPTER_BASE, {DIGEST: lora.base_digest})
+        (part / ADAPTER_BASE).unlink(missing_ok=True)  # not written through a hard link
+        if more:
+            write_json(part / ADAPTER_BASE, more)
         if ends := sorted(model.config.stop_ids):  # training may have added some to the base's
             (part / GENERATION).unlink(missing_ok=True)  # not written through a hard link
             write_json(part / GENERATION, {"eos_token_id": ends})

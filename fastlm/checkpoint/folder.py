@@ -38,6 +38,7 @@ GENERATION = "generation_config.json"
 # a LoRA adapter in PEFT's format (`fastlm.checkpoint.adapter`)
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_BASE = "adapter_base.json"
+BASE_PATH = "base_path"  # key in it: where the base lies, from the adapter's folder
 MODEL_FILES = (
     *(CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors"),
     *(ADAPTER_CONFIG, ADAPTER, ADAPTER_BASE),
@@ -248,16 +249,22 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> str:
-    """The base model of the adapter in ``folder``: a path that exists, or ``model:NAME``."""
+    """The base model of the adapter in ``folder``: a path that exists, or ``model:NAME``. Where the
+    recorded path does not exist, it is sought as it lay from the adapter: a run may have moved.
+    """
     where = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
     name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if isinstance(name, str) and name.startswith("model:"):
         return name
     if not isinstance(name, str) or not name or not Path(name).exists():
-        raise InputError(
-            f"{where}: wanted a model on this machine, got {name!r:.200}; name one"
-            " (fastlm merge --base), or use load_adapter"
-        )
+        file = folder / ADAPTER_BASE
+        from_here = read_json(file).get(BASE_PATH) if file.is_file() else None
+        if not isinstance(from_here, str) or not (found := folder / from_here).exists():
+            raise InputError(
+                f"{where}: wanted a model on this machine, got {name!r:.200}; name one"
+                " (fastlm merge --base), or use load_adapter"
+            )
+        name = str(found.resolve())
     if is_adapter(locate_model(Path(name))):
         raise InputError(
             f"{where}: wanted a whole model, got an adapter, {name!r:.200}; merge that one first"

@@ -424,7 +424,10 @@ class Decoder(nn.Module):
         padding = config.pad_token_id
         if padding is not None and not 0 <= padding < config.vocab_size:
             padding = None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
+        words, width = config.vocab_size, config.hidden_size
+        # a given weight is not drawn; on meta, drawing would import torch._dynamo, for seconds
+        given = torch.empty(words, width) if torch.empty(0).is_meta else None
+        self.embed_tokens = nn.Embedding(words, width, padding, _weight=given)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )

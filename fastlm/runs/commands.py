@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 
 from fastlm.errors import InputError
-from fastlm.progress import bars, silent
-from fastlm.runs.events import EventLines
+from fastlm.progress import silent
+from fastlm.runs.events import View
 from fastlm.runs.stage import Option, Stage, options_of
 from fastlm.threads import Threads
 from fastlm.train.distributed import check_alone, leads
@@ -47,10 +47,11 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         if told:
             before()
         inputs = {key: given[key] for key in cls.reads if given[key]}
+        view = View(every)
         with tempfile.TemporaryDirectory() as nowhere:
             job = stage.job(
-                out or nowhere, cache=cache, track=bars if told else silent,
-                on_event=EventLines(every) if told else None, **inputs,
+                out or nowhere, cache=cache, track=view.track if told else silent,
+                on_event=view if told else None, **inputs,
             )  # fmt: skip
             result = stage.run(job)
             if not told:
@@ -70,7 +71,9 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         else _keyword("out", Annotated[Path, out])
     )
     if trains:
-        every = typer.Option(min=1, help="Steps between two lines on stderr")
+        every = typer.Option(
+            min=1, help="Steps between two lines on stderr; a terminal has one that is redrawn"
+        )
         parameters.append(_keyword("log_every", Annotated[int, every], 10))
     as_json = typer.Option("--json", help="Print the result as JSON")
     parameters.append(_keyword("as_json", Annotated[bool, as_json], False))

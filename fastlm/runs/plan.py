@@ -3,7 +3,8 @@
 A stage's fingerprint covers its options, the files they name, the version of its code and the
 fingerprints of its input stages: a change affects what depends on it and nothing else. A stage is
 skipped if stages.json records it with the same fingerprint and its files are still there. An
-interrupted stage continues (a training) or starts again. A training that is lost runs again
+interrupted stage continues (a training) or starts again. A training also continues if all that has
+changed is options with which it can (`Stage.continues`). A training that is lost runs again
 together with everything that depends on it: it need not end at the same weights if its budget is in
 seconds.
 """
@@ -45,7 +46,7 @@ class Planned:
 def make_plan(
     recipe: Recipe,
     wanted: Sequence[str],
-    prints: Mapping[str, str],
+    prints: "Fingerprints",
     record: Mapping[str, Entry],
     out: Path,
 ) -> list[Planned]:
@@ -54,7 +55,7 @@ def make_plan(
     again: set[str] = set()  # the output of these differs from before
     for step in recipe.steps:
         name, done = step.name, record.get(step.name)
-        do, why = _state(step, prints[name], done, out / name)
+        do, why = _state(step, prints, done, out / name)
         if done is None:
             stale = False
         elif any(source in again for names in step.inputs.values() for source in names):
@@ -63,7 +64,7 @@ def make_plan(
                 do, why = "run", "what it takes from runs again"
         else:
             lost = do == "run" and bool(step.stage.scratch)
-            stale = done.fingerprint != prints[name] or lost
+            stale = (done.fingerprint != prints[name] and do != "continue") or lost
         if stale:
             again.add(name)
         training = stale and _holds_training(out / name, step.stage, done)
@@ -76,13 +77,17 @@ def make_plan(
     return plan
 
 
-def _state(step: Step, fingerprint: str, done: Entry | None, folder: Path) -> tuple[str, str]:
+def _state(step: Step, prints: "Fingerprints", done: Entry | None, folder: Path) -> tuple[str, str]:
     """Return what to do with a step by itself, and why."""
     held = any(_holds_something(folder / name) for name in step.stage.scratch)
     if done is None:
         return "run", "new"
-    if done.fingerprint != fingerprint:
-        return "run", _change(step, done)
+    if done.fingerprint != prints[step.name]:
+        changed = _changed(step, done)
+        # the record's options with everything else as it is now
+        alone = done.fingerprint == prints.with_options(step.name, done.options)
+        goes_on = held and alone and step.stage.continues(changed, folder)
+        return ("continue" if goes_on else "run"), _change(step, done, changed)
     if done.outputs is None:
         return ("continue" if held else "run"), "was cut off"
     if lost := _lost(folder, step, done):
@@ -90,15 +95,21 @@ def _state(step: Step, fingerprint: str, done: Entry | None, folder: Path) -> tu
     return "skip", "done"
 
 
-def _change(step: Step, done: Entry) -> str:
+def _changed(step: Step, done: Entry) -> dict[str, tuple[Any, Any]]:
+    """Return the options that differ -> their values before and now."""
+    defaults = {option.name: option.default for option in options_of(type(step.stage))}
+    before, now = defaults | done.options, defaults | chosen(step.stage)
+    keys = dict.fromkeys([*now, *before])
+    pairs = {key: (before.get(key), now.get(key)) for key in keys}
+    return {key: (was, value) for key, (was, value) in pairs.items() if was != value}
+
+
+def _change(step: Step, done: Entry, changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Describe to the user what is new: the first option that differs, else the inputs."""
     if done.kind != step.stage.kind:
         return f"was {done.kind}"
-    defaults = {option.name: option.default for option in options_of(type(step.stage))}
-    before, now = defaults | done.options, defaults | chosen(step.stage)
-    for key in [*now, *before]:
-        if now.get(key) != before.get(key):
-            return f"{key} was {before.get(key)!r:.40}, now {now.get(key)!r:.40}"
+    for key, (was, now) in changed.items():
+        return f"{key} was {was!r:.40}, now {now!r:.40}"
     if {k: list(v) for k, v in step.inputs.items()} != done.inputs:
         return "takes from other stages"
     return "what it reads has changed"
@@ -140,11 +151,31 @@ def chosen(stage: Stage) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
-def fingerprints(recipe: Recipe, contents: Contents) -> dict[str, str]:
-    """Return stage name -> hash of everything that decides its output. InputError: an input from
-    outside the run that does not exist.
+class Fingerprints(dict[str, str]):
+    """Stage name -> hash of everything that decides its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[str, list[Any]] = {}  # of the hashes
+
+    def add(self, name: str, parts: list[Any]) -> None:
+        self.parts[name], self[name] = parts, _hash(parts)
+
+    def with_options(self, name: str, options: Mapping[str, Any]) -> str:
+        """Return the hash that the stage would have with these options (`chosen`)."""
+        kind, version, _, *rest = self.parts[name]
+        return _hash([kind, version, options, *rest])
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fingerprints(recipe: Recipe, contents: Contents) -> Fingerprints:
+    """Return the fingerprints of all stages. InputError: an input from outside the run that does
+    not exist.
     """
-    prints: dict[str, str] = {}
+    prints = Fingerprints()
     for step in recipe.steps:
         stage, upstream = step.stage, {}
         for key, names in step.inputs.items():
@@ -155,8 +186,7 @@ def fingerprints(recipe: Recipe, contents: Contents) -> dict[str, str]:
             # if there may be several, the result refers to each by its name
             upstream[key] = [*zip(names, states)] if stage.reads[key].several else states
         parts = [stage.kind, stage.version, chosen(stage), stage.contents(contents), upstream]
-        text = json.dumps(parts, sort_keys=True, default=str)
-        prints[step.name] = hashlib.sha256(text.encode()).hexdigest()
+        prints.add(step.name, parts)
     return prints
 
 

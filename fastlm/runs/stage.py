@@ -14,7 +14,7 @@ Whatever a stage reads or leaves has a type (`TYPES`), by which a recipe connect
 stages import nothing heavy, so that ``fastlm --help`` answers at once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
@@ -155,6 +155,7 @@ class Stage:
             training: a run never deletes it, but archives it (`fastlm.runs.previous`).
         result: what `run` returns at least -> its type.
         notes: what ``--help`` shows after the docstring.
+        unused: fields that it inherits and has no use for. They are not offered.
     """
 
     kind: ClassVar[str]
@@ -165,6 +166,7 @@ class Stage:
     scratch: ClassVar[tuple[str, ...]] = ()
     result: ClassVar[Mapping[str, Any]] = {}
     notes: ClassVar[str] = ""
+    unused: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:
         """Refuse options that cannot work. InputError names the option."""
@@ -182,6 +184,13 @@ class Stage:
     def identity(self) -> dict[str, Any]:
         """Return the options that decide the result; changing any other one reruns nothing."""
         return asdict(self)
+
+    def continues(self, changed: Collection[str], folder: Path) -> bool:
+        """Return whether what was made in ``folder`` with other values of the options ``changed``
+        continues with these.
+        """
+        del changed, folder
+        return False
 
     def contents(self, contents: Contents) -> Any:
         """Return the state of the files that the options name, for the fingerprint."""
@@ -228,6 +237,10 @@ class Stage:
         from fastlm.data.packages import default_cache
 
         self.check()
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in self.unused:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise InputError(f"{name}: {self.kind} has no use for it, got {value!r:.80}")
         for key in inputs.keys() - self.reads.keys():
             raise InputError(
                 f"{key}: wanted one of {self.kind}'s inputs {', '.join(self.reads)}, got this name"
@@ -249,10 +262,12 @@ class Stage:
 
 
 def options_of(cls: type[Stage]) -> list[Option]:
-    """Return the fields of a stage, in the order of their definition."""
+    """Return the options of a stage, in the order of their definition."""
     hints = get_type_hints(cls, include_extras=True)
     found = []
     for f in fields(cls):
+        if f.name in cls.unused:
+            continue
         hint, text = hints[f.name], ""
         if get_origin(hint) is Annotated:
             hint, text = get_args(hint)[:2]

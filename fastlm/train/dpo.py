@@ -435,10 +435,12 @@ labels (prompt, completion, label)."""
                 "parallel: wanted ddp with loss = 'kto', whose reference point is measured before"
                 f" each step, got {self.parallel!r}"
             )
-        if self.loss == "kto" and self.batch_size * self.accumulate < 2:
+        least = self.batch_size * (1 if self.batch_warmup else self.accumulate)
+        if self.loss == "kto" and least < 2:
             raise InputError(
                 "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference"
                 " point is a mean over the step, got 1"
+                f"{' at the beginning of batch_warmup' if self.batch_warmup else ''}"
             )
 
     def terms(self) -> PreferenceLoss:

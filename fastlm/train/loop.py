@@ -53,6 +53,7 @@ from fastlm.train.state import (
     prune,
     save_checkpoint,
 )
+from fastlm.train.trackers import trackers
 from fastlm.train.writer import Writer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -206,7 +207,12 @@ def train(
         if not ranks.leads:
             track, on_event = silent, None
         loop = _Loop(objective, options, Path(run_dir), on_event, ranks)
-        with loop.metrics, _deferred_interrupt() as interrupted, loop.writer:
+        names = options.report_to if ranks.leads else ()
+        mirrored = trackers(names, loop.run_dir, on_event)
+        with (
+            loop.metrics, _deferred_interrupt() as interrupted, loop.writer,
+            mirrored as loop.on_event,
+        ):  # fmt: skip
             loop.begin()
             ticks = loop.ticks(interrupted)
             total = loop.total_ticks() - loop.used_ticks()
@@ -531,6 +537,8 @@ class _Loop:
         self.ranks.on_first(partial(self.cut_metrics, length, found))
         self.started = time.perf_counter()
         if found:
+            if self.ranks.leads:  # a kill between a checkpoint's write and the deletions
+                prune(self.run_dir, self.options.keep, self.step - self.objective.unsettled())
             self.done = min(self.done, self.progress())  # less under a larger budget
         else:
             self.best.prune(None)

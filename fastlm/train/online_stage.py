@@ -48,6 +48,7 @@ class OnlineStage(LoraOptions, ChatOptions, Stage):
 
     overlongs: ClassVar[tuple[str, ...]] = ("skip",)
     rows: ClassVar[str] = "prompts"
+    unused = ("val_tokens",)  # `val_prompts` says how long a validation is
     reads = {
         "model": Takes(("model",), "Policy to train: a run, a Hugging Face folder"),
         "reward_model": Takes(

@@ -1,17 +1,20 @@
 """The options of every training. Nothing here imports torch, because ``--help`` reads them."""
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.train.distributed import launched, node_size
 from fastlm.train.schedule import SCHEDULES
+from fastlm.train.trackers import check_report_to
 
 # What changes no bit of the trained weights: it uses none of the training's random numbers
 OBSERVING = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep", "keep_best", "checkpoint_activations", "async_checkpoints", "parallel",
+    "keep", "keep_best", "checkpoint_activations", "async_checkpoints", "parallel", "report_to",
 )  # fmt: skip
 # How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
@@ -57,11 +60,11 @@ class TrainOptions:
     eps: Annotated[float, "AdamW's epsilon"] = 1e-8
     weight_decay: Annotated[float, "Weight decay of matrices"] = 0.1
     max_grad_norm: Annotated[float | None, "Clip the gradient to this norm"] = 1.0
+    on_spike: Annotated[str, "warn, skip (throw the gradients away) or stop"] = "warn"
     spike_factor: Annotated[
         float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
     ] = 6.0
     spike_window: Annotated[int, "Steps whose losses a spike is measured against"] = 128
-    on_spike: Annotated[str, "warn, skip (throw the gradients away) or stop"] = "warn"
     validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 20
     val_tokens: Annotated[int, "Tokens per validation"] = 1 << 16
     sample_at: Annotated[
@@ -81,6 +84,9 @@ class TrainOptions:
         "Under torchrun: ddp (each process has the whole model), fsdp (a shard of it) or hsdp (a"
         " shard of it within a node)",
     ] = "ddp"
+    report_to: Annotated[
+        tuple[str, ...], "Programs that get metrics.jsonl's lines, too: tensorboard, trackio"
+    ] = ()
 
     def loop_options(self) -> "TrainOptions":
         """Return these options without those that a stage adds."""
@@ -92,6 +98,11 @@ class TrainOptions:
         """
         watching = OBSERVING if self.on_spike == "skip" else (*OBSERVING, *GUARDS)
         return {k: v for k, v in asdict(self).items() if k not in watching}
+
+    def continues(self, changed: Collection[str], folder: Path) -> bool:
+        """Return whether the training in ``folder`` continues where these options have changed."""
+        best = any((folder / "checkpoints").glob("best-*"))
+        return set(changed) <= {*GUARDS, "take"} and (self.take == "last" or best)
 
     def check(self) -> None:
         """Check the values. InputError names the option."""
@@ -133,6 +144,7 @@ class TrainOptions:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")
+        check_report_to(self.report_to)
         if self.keeps_best and not self.validations:
             raise InputError("validations: wanted 1 or more to find the best weights, got 0")
         self._check_processes(launched()[1])

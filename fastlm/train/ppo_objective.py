@@ -1,13 +1,14 @@
 """PPO: a policy and a value model that estimates, at every token, the score to come."""
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.train.encoding import without_dropout
 from fastlm.train.loop import decay_matrices
 from fastlm.train.losses import (
@@ -146,16 +147,33 @@ class ActorCritic(Online):
 def value_model(
     policy: "CausalLM", *, shared: bool = False, reward: "RewardModel | None" = None
 ) -> ValueModel:
-    """A value model with a copy of the policy's trunk, with the policy's own (``shared``), or as a
-    copy of a reward model, whose score of an unfinished answer it begins with.
+    """A value model with a copy of the policy's trunk (of its trained tensors alone; frozen ones
+    are shared), with the policy's own (``shared``), or as a copy of a reward model, whose score of
+    an unfinished answer it begins with.
     """
     if shared:
         return ValueModel(None, policy.config.hidden_size, "shared")
     if reward is None:
-        return ValueModel(copy.deepcopy(policy), policy.config.hidden_size, "own")
+        return ValueModel(_trunk_of(policy), policy.config.hidden_size, "own")
     trunk = copy.deepcopy(reward.trunk).float()
     made = ValueModel(trunk, reward.config.hidden_size, "reward")
     with torch.no_grad():
         made.head.weight.copy_(reward.head.weight.float() / reward.std)
         made.head.bias.fill_(-reward.mean / reward.std)
     return made
+
+
+def _trunk_of(policy: "CausalLM") -> "CausalLM":
+    """A copy of the policy without an untied head; what is frozen is shared with it."""
+    kept: list[Tensor] = [p for p in policy.parameters() if not p.requires_grad]
+    for module in policy.modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            kept.extend(module.buffers(recurse=False))
+    if untied := not policy.config.tie_word_embeddings:
+        kept.extend(policy.lm_head.parameters())  # not copied only to be dropped
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in kept}
+    trunk = copy.deepcopy(policy, memo)
+    if untied:
+        del trunk.lm_head
+        trunk.config = replace(trunk.config, tie_word_embeddings=True)
+    return trunk

@@ -214,6 +214,7 @@ class Reward(ChatOptions, Stage):
     notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
 (prompt, answers, ranks or scores) and corrections (prompt, answer, corrected)."""
     rows = "preferences"
+    unused = ("sample_at", "sample_prompt", "sample_tokens")
 
     data: Annotated[
         tuple[str, ...],

@@ -1,0 +1,174 @@
+"""Mirrors of metrics.jsonl in other programs: the option ``report_to``.
+
+    tensorboard   event files in the training's folder, tensorboard/
+    trackio       a run in trackio's local store, of the project that the parent folder names
+
+Their packages are imported when the first line arrives. A tracker that fails is given up with one
+warning; the training goes on. metrics.jsonl is the truth: a resumed training repeats no step.
+"""
+
+import importlib
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastlm.errors import InputError
+from fastlm.train.metrics import METRICS, read_metrics
+
+Line = dict[str, Any]
+PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio"}
+# Where trackio would send the metrics to somebody's server
+REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
+
+
+class Tracker(Protocol):
+    def __init__(self, run_dir: Path, first: int) -> None:
+        """Begin, or continue, when a line of step ``first`` has been written to metrics.jsonl; take
+        over the lines before it.
+        """
+
+    def log(self, line: Line) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_report_to(names: Sequence[str]) -> None:
+    """Refuse trackers that are not known, not installed, or not local. InputError says why."""
+    for name in names:
+        if name not in PACKAGES:
+            raise InputError(f"report_to: wanted of {', '.join(PACKAGES)}, got {name!r}")
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise InputError(
+                f"report_to: {name} wants the package {PACKAGES[name]}, got none: pip install"
+                f" {PACKAGES[name]}"
+            )
+        for variable in REMOTE if name == "trackio" else ():
+            if os.environ.get(variable):
+                raise InputError(
+                    f"report_to: wanted {variable} unset, as metrics stay on this machine, got"
+                    f" {os.environ[variable]!r:.80}"
+                )
+
+
+@contextmanager
+def trackers(
+    names: Sequence[str], run_dir: Path, on_event: Callable[[Line], None] | None
+) -> Iterator[Callable[[Line], None]]:
+    """Context: an ``on_event`` that passes events on, and each line of metrics to the trackers."""
+    mirrors = [_Mirror(name, run_dir, on_event) for name in names]
+
+    def tell(event: Line) -> None:
+        if on_event is not None:
+            on_event(event)
+        if "step" in event:
+            for mirror in mirrors:
+                mirror.tell(event)
+
+    try:
+        yield tell
+    finally:
+        for mirror in mirrors:
+            mirror.close()
+
+
+class _Mirror:
+    """A tracker that is made when the first line arrives, and given up when it fails."""
+
+    def __init__(self, name: str, run_dir: Path, on_event: Callable[[Line], None] | None):
+        self.name, self.run_dir, self.on_event = name, run_dir, on_event
+        self.tracker: Tracker | None = None
+        self.failed = False
+
+    def tell(self, line: Line) -> None:
+        if self.failed:
+            return
+        with self._guarded():
+            if self.tracker is None:
+                self.tracker = TRACKERS[self.name](self.run_dir, line["step"])
+            self.tracker.log(line)
+
+    def close(self) -> None:
+        if self.tracker is not None and not self.failed:
+            with self._guarded():
+                self.tracker.close()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failed = True
+            if self.on_event is not None:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                self.on_event({"warning": f"report_to: {self.name} failed and is off: {reason}"})
+
+
+class TensorBoard:
+    """Event files in ``run_dir``/tensorboard. What a killed training wrote from ``first`` on is
+    purged: TensorBoard shows these steps once.
+    """
+
+    def __init__(self, run_dir: Path, first: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run_dir / "tensorboard"
+        continues = any(folder.glob("events.out.tfevents.*"))
+        self.writer = SummaryWriter(str(folder), purge_step=first if continues else None)
+        for line in () if continues else _before(run_dir):
+            self.log(line)
+
+    def log(self, line: Line) -> None:
+        for name, value in _numbers(line).items():
+            self.writer.add_scalar(name, value, line["step"])
+        if "sample" in line:
+            self.writer.add_text("sample", line["sample"], line["step"])
+        self.writer.flush()  # a killed training continues after its checkpoint: no gap before that
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Trackio:
+    """A run of trackio's local store, named as ``run_dir``, in the project that the folder above
+    names. A resumed training replaces its run by a new one, with the steps so far.
+    """
+
+    def __init__(self, run_dir: Path, first: int):
+        del first
+        self.trackio: Any = importlib.import_module("trackio")
+        here = run_dir.resolve()
+        project = here.parent.name or "fastlm"
+        with suppress(ValueError):  # there is no such project yet
+            for run in [*self.trackio.Api().runs(project)]:
+                if (run.config or {}).get("folder") == str(here):
+                    run.delete()
+        with redirect_stdout(io.StringIO()):  # stdout is for results
+            self.run = self.trackio.init(
+                project, here.name, config={"folder": str(here)}, embed=False,
+                auto_log_gpu=False, auto_log_cpu=False,
+            )  # fmt: skip
+        for line in _before(run_dir):
+            self.log(line)
+
+    def log(self, line: Line) -> None:
+        self.run.log(_numbers(line), step=line["step"])
+
+    def close(self) -> None:
+        with redirect_stdout(io.StringIO()):
+            self.trackio.finish()
+
+
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "trackio": Trackio}
+
+
+def _before(run_dir: Path) -> list[Line]:
+    """The lines of metrics.jsonl before the last one, which the loop has just written."""
+    return read_metrics(run_dir / METRICS)[:-1]
+
+
+def _numbers(line: Line) -> dict[str, float]:
+    return {k: v for k, v in line.items() if k != "step" and isinstance(v, int | float)}

@@ -1,0 +1,401 @@
+"""Kill commands at random moments, start them again, and compare the end: ``make kill``.
+
+Every command of `CASES` runs once undisturbed. Then it is killed (SIGKILL) and started again until
+it has been killed so many times: half of the kills at a moment drawn over the time of the
+undisturbed run, half right before a random one of its changes to the disk (a file opened for
+writing, a rename, a new folder, a deletion). After the third kill of a run it may end, and what it
+left is compared with the undisturbed run: the same files, the same bytes; JSON and metrics without
+what depends on the clock; and the result that it prints. Then a new run begins.
+
+A command is a process of its own, forked from a server that has imported the packages. So the
+time of a run is that of the stage, not of importing torch, during which nothing is written.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import preference_models
+import tiny_recipe
+
+FORKS = multiprocessing.get_context("forkserver")
+PRELOAD = [
+    "torch", "torch._dynamo", "fastlm.cli", "fastlm.model.causal_lm", "fastlm.train.loop",
+    "fastlm.train.online", "fastlm.train.preferences", "fastlm.data.conversations", "jinja2",
+    "fastlm.evals.texts", "fastlm.data.prepare", "fastlm.checkpoint.adapter", "matplotlib.figure",
+    "rich.progress",
+]  # fmt: skip
+# What depends on the clock or the folder's name, in JSON: nothing else may differ
+CLOCK = {
+    "seconds", "tokens_per_second", "used_seconds", "training_seconds", "load", "judged_at",
+    "decode_tokens_per_second", "decode_tokens_per_second_before",
+    "metrics_bytes",  # of lines with seconds
+    "command",  # with the name of the folder
+}  # fmt: skip
+LIMIT = 300  # seconds of one start
+RUN_KILLS = 3  # of one run, before it may end
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command and what it leaves. ``words`` has {out}; ``before`` are the cases it reads from."""
+
+    name: str
+    words: str
+    before: tuple[str, ...] = ()
+    shows: bool = True  # a result as JSON
+
+
+TRAINING = "--checkpoint-every 3 --keep 2 --lr 1e-3 --json --threads 1"
+SAMPLES = "--sample-tokens 4"
+CHAT = f"--batch-size 4 --max-steps 10 --heldout 0.2 --validations 2 {TRAINING}"
+ROUNDS = (
+    "prompts.jsonl --model base --prompts 4 --answers 2 --batch-size 4 --max-new-tokens 6"
+    f" --heldout 0.2 --val-prompts 3 --max-steps 12 --validations 2 {SAMPLES} {TRAINING}"
+)
+CASES = [
+    Case("data", "data prepare docs --rules none --heldout-bytes 6000 --workers 1 -o {out} --json"),
+    Case("tokenizer", "tokenizer train data --vocab-size 300 -o {out} --json", ("data",)),
+    Case("shards", "data shards data --tokenizer tokenizer -o {out} --json", ("tokenizer",)),
+    Case(
+        "pretrain",
+        "pretrain --shards shards --tokenizer tokenizer --config config.json -o {out} --max-steps"
+        f" 16 --batch-size 4 --seq-len 32 --validations 3 --val-tokens 512 {SAMPLES} {TRAINING}",
+        ("shards",),
+    ),
+    Case(
+        "pretrain-async",
+        "pretrain --shards shards --tokenizer tokenizer --config config.json -o {out} --max-steps"
+        " 16 --batch-size 4 --seq-len 32 --validations 5 --val-tokens 512 --async-checkpoints"
+        f" --take best --optimizer muon {SAMPLES} {TRAINING}",
+        ("shards",),
+    ),
+    Case("sft", f"sft chats.jsonl --model base -o {{out}} {SAMPLES} {CHAT}"),
+    Case(
+        "sft-lora",
+        "sft chats.jsonl --model base -o {out} --lora-rank 4 --no-merge --keep-best"
+        f" {SAMPLES} {CHAT}",
+    ),
+    Case(
+        "distill",
+        f"distill chats.jsonl --model base --teacher sft -o {{out}} {SAMPLES} {CHAT}",
+        ("sft",),
+    ),
+    Case("reward", f"reward pairs.jsonl --model base -o {{out}} --accumulate 1 {CHAT}"),
+    Case("dpo", f"dpo pairs.jsonl --model base -o {{out}} --accumulate 1 {SAMPLES} {CHAT}"),
+    Case("kto", f"dpo pairs.jsonl --model base -o {{out}} --loss kto --accumulate 1 {CHAT}"),
+    Case(
+        "ppo",
+        f"ppo {ROUNDS} --reward contains --reward-model reward --value reward --passes 1"
+        " --kl-target 1 -o {out}",
+        ("reward",),
+    ),
+    Case("grpo", f"grpo {ROUNDS} --reward contains --beta 0.1 -o {{out}}"),
+    Case("eval", "eval --model base --data data --stride 16 -o {out} --json", ("data",)),
+    Case(
+        "quantize", "quantize --model base --group-size 16 --data data -o {out} --json", ("data",)
+    ),
+    Case("merge", "merge --model sft-lora -o {out}", ("sft-lora",), shows=False),
+    Case("rank-import", "rank import {out}.sqlite answers.jsonl", shows=False),
+    Case(
+        "rank-sample",
+        "rank sample {out}.sqlite --model base --prompts prompts.jsonl --k 2 --max-new-tokens 6",
+        shows=False,
+    ),
+    Case(
+        "rank-export", "rank export rank-import.sqlite {out}.jsonl --form pairs",
+        ("rank-import",), shows=False,
+    ),
+    Case("run", "run tiny.toml --out {out}", shows=False),
+]  # fmt: skip
+
+
+@dataclass
+class Found:
+    """What the kills of a case came to. ``places``: where they hit -> how often."""
+
+    kills: int = 0
+    ends: int = 0
+    places: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+def prepare(folder: Path) -> None:
+    """Write what the cases read."""
+    tiny_recipe.write(folder)
+    config = {
+        "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 0,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    words = preference_models.WORDS
+    chats = [
+        {"prompt": f"what is {a} {b}", "completion": f"{b} please {a}"}
+        for a in words[:6]
+        for b in words[:8]
+    ]
+    preference_models.write(folder / "chats.jsonl", chats)
+    preference_models.write(folder / "pairs.jsonl", preference_models.polite_pairs(48))
+    preference_models.write(
+        folder / "prompts.jsonl", [{"prompt": f"what is {w}", "answer": w[0]} for w in words]
+    )
+    preference_models.write(
+        folder / "answers.jsonl",
+        [{"prompt": f"what is {w}", "answers": [w, f"a {w}", "no"], "ranks": [0, 1, 2]}
+         for w in words],
+    )  # fmt: skip
+
+
+def make_base(folder: Path) -> None:
+    """In a child: the server and this process must not compute (a fork would hang)."""
+    preference_models.make_base(folder / "base")
+
+
+def command(folder: Path, words: Sequence[str], log: Path, armed: int, counted: Path) -> None:
+    """In a child: run ``fastlm WORDS``. ``armed``: before which change of the disk to die; 0:
+    none; the number of changes is written to ``counted`` at the end.
+    """
+    os.chdir(folder)
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdin = open(os.devnull)
+    changes = 0
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal changes
+        change = event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate")
+        change |= event == "sqlite3.connect" or (
+            event == "open" and isinstance(args[2], int) and bool(args[2] & writes)
+        )
+        if change:
+            changes += 1
+            if changes == armed:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    from fastlm.cli import main
+
+    sys.addaudithook(watch)
+    sys.argv = ["fastlm", *words]
+    try:
+        main()
+    except SystemExit as done:
+        if done.code not in (None, 0):
+            sys.stdout.flush()
+            os._exit(int(done.code) if isinstance(done.code, int) else 1)
+    made = changes
+    sys.stdout.flush()
+    counted.write_text(str(made))
+
+
+class Runner:
+    """Starts the commands in ``folder``."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.log, self.counted = folder / "log", folder / "counted"
+
+    def start(self, case: Case, out: str, armed: int = 0, delay: float | None = None) -> int:
+        """Run to the end or to the kill: ``delay`` seconds after the start, or where ``armed``
+        says. Return the exit status, negative for a signal.
+        """
+        words = case.words.format(out=out).split()
+        child = FORKS.Process(
+            target=command, args=(self.folder, words, self.log, armed, self.counted)
+        )
+        child.start()
+        child.join(LIMIT if delay is None else delay)
+        if child.exitcode is None:
+            child.kill()  # no matter if it has ended just now
+            child.join()
+            if delay is None:
+                raise TimeoutError(f"{case.name}: no end after {LIMIT} s: {self.said()}")
+        assert child.exitcode is not None
+        return child.exitcode
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")[-600:]
+
+    def state(self, case: Case, out: str) -> dict[str, Any]:
+        """Return what a run left, and showed, comparable."""
+        found: dict[str, Any] = {}
+        root = self.folder / out
+        for path in [*root.rglob("*"), *self.folder.glob(f"{out}.*")]:
+            if path.is_file() and not path.name.endswith(("-wal", "-shm", ".lock")):
+                found[str(path.relative_to(self.folder)).removeprefix(out)] = content(path)
+        for path in self.folder.glob(f".{out}.*"):
+            found[f"stray {path.name}"] = b""
+        if case.shows:
+            text = self.log.read_text(errors="replace")
+            shown = re.search(r"^\{\n.*^\}", text, re.MULTILINE | re.DOTALL)
+            found["result"] = timeless(json.loads(shown[0])) if shown else text
+        return found
+
+    def remove(self, out: str) -> None:
+        for path in [*self.folder.glob(f"{out}*"), *self.folder.glob(f".{out}.*")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def content(path: Path) -> Any:
+    if path.suffix in (".json", ".jsonl"):
+        text = path.read_text()
+        lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+        found = [timeless(json.loads(line)) for line in lines]
+        if path.name == "stages.json":  # its report covers times, its metrics hold them
+            for stage in found[0]["stages"].values():
+                stage.get("outputs", {}).pop("metrics.jsonl", None)
+            found[0]["stages"]["report"].pop("fingerprint")
+        return found
+    if path.suffix == ".sqlite":
+        with sqlite3.connect(path) as store:
+            stamp = re.compile(r"\d{4}-\d\d-\d\dT[\d:.+]+")
+            return [stamp.sub("TIME", line) for line in store.iterdump()]
+    if path.suffix == ".html":  # its figures are in the results and metrics; here, that it is whole
+        text = path.read_text()
+        return [text.count("<svg"), text.count("<section"), text.rstrip().endswith("</html>")]
+    return path.read_bytes()
+
+
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in CLOCK}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def difference(wanted: dict[str, Any], got: dict[str, Any]) -> str:
+    """The first thing that differs, or an empty text."""
+    for name in sorted(wanted.keys() | got.keys()):
+        if name not in got:
+            return f"{name} is missing"
+        if name not in wanted:
+            return f"{name} should not be there"
+        if wanted[name] != got[name]:
+            return f"{name} differs: {first_difference(wanted[name], got[name])}"
+    return ""
+
+
+def first_difference(wanted: Any, got: Any, where: str = "") -> str:
+    if isinstance(wanted, dict) and isinstance(got, dict) and wanted.keys() == got.keys():
+        for key, value in wanted.items():
+            if value != got[key]:
+                return first_difference(value, got[key], f"{where}.{key}")
+    if isinstance(wanted, list) and isinstance(got, list) and len(wanted) == len(got):
+        for i, (one, other) in enumerate(zip(wanted, got)):
+            if one != other:
+                return first_difference(one, other, f"{where}[{i}]")
+    return f"{where} wanted {wanted!r:.200}, got {got!r:.200}"
+
+
+def place(folder: Path, out: str, case: Case) -> str:
+    """Where a kill hit, by what is on the disk."""
+    root = folder / out
+    if [*folder.glob(f"{out}/**/.*.part"), *folder.glob(f".{out}.*.part")]:
+        return "writing"
+    if [*folder.glob(f"{out}/**/.*.old"), *folder.glob(f".{out}.*.old")]:
+        return "replacing"
+    if (root / "model").exists():
+        return "model written"
+    if [*root.glob("checkpoints/step-*")]:
+        return "between checkpoints"
+    if (root / "metrics.jsonl").exists():
+        return "first steps"
+    return "some files" if root.exists() or [*folder.glob(f"{out}.*")] else "start-up"
+
+
+def torment(runner: Runner, case: Case, kills: int, draw: random.Random) -> Found:
+    """Kill the case ``kills`` times; the undisturbed run stays as what later cases read."""
+    found, out = Found(), "killed"
+    began = time.perf_counter()
+    if status := runner.start(case, case.name):
+        raise RuntimeError(f"{case.name}: exit status {status}: {runner.said()}")
+    took = time.perf_counter() - began
+    changes = int(runner.counted.read_text())
+    wanted = runner.state(case, case.name)
+    while found.kills < kills:
+        runner.remove(out)
+        of_run = 0
+        while True:
+            armed, delay = 0, None
+            if of_run < RUN_KILLS and found.kills < kills:
+                if draw.random() < 0.5 and changes:
+                    armed = draw.randint(1, changes)
+                else:
+                    delay = draw.uniform(0, took)
+            status = runner.start(case, out, armed, delay)
+            if status != -signal.SIGKILL:
+                break
+            of_run += 1
+            found.kills += 1
+            found.places[place(runner.folder, out, case)] += 1
+        found.ends += 1
+        if status:
+            found.failures.append(f"exit status {status}: {runner.said()}")
+        elif told := difference(wanted, runner.state(case, out)):
+            found.failures.append(told)
+    runner.remove(out)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(c.name for c in CASES)}")
+    parser.add_argument("--kills", type=int, default=20, help="per case")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    failed = [torment_all(options.cases, options.kills, options.seed, print)]
+    sys.exit(any(failed))
+
+
+def torment_all(
+    names: Sequence[str], kills: int, seed: int, tell: Callable[[str], Any]
+) -> list[str]:
+    """Torment the named cases, all without names. Return the failures."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    FORKS.set_forkserver_preload(PRELOAD)
+    chosen = set(names) or {case.name for case in CASES}
+    needed = set(chosen)
+    for case in reversed(CASES):
+        needed |= set(case.before) if case.name in needed else set()
+    failures = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder)
+        child = FORKS.Process(target=make_base, args=(folder,))
+        child.start()
+        child.join()
+        runner = Runner(folder)
+        for case in CASES:
+            if case.name not in needed:
+                continue
+            begun = time.perf_counter()
+            draw = random.Random(f"{seed} {case.name}")
+            found = torment(runner, case, kills if case.name in chosen else 0, draw)
+            took = time.perf_counter() - begun
+            hit = ", ".join(f"{n} {where}" for where, n in found.places.most_common())
+            tell(
+                f"{case.name}: {found.kills} kills ({hit}), {found.ends} ends,"
+                f" {len(found.failures)} failed, {took:.0f} s"
+            )
+            for failure in found.failures:
+                tell(f"  {failure}")
+            failures += [f"{case.name}: {failure}" for failure in found.failures]
+    return failures
+
+
+if __name__ == "__main__":
+    main()
