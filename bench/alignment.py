@@ -55,7 +55,7 @@ STAGES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
         "val_loss",
         False,
     ),
-    "ppo": ("sums.jsonl", ROLLOUTS, "val_score", True),
+    "ppo": ("sums.jsonl", {**ROLLOUTS, "passes": 2, "max-steps": 16}, "val_score", True),
     "grpo": ("sums.jsonl", ROLLOUTS, "val_score", True),
 }
 TEXT_BYTES = 60_000

@@ -351,6 +351,7 @@ def test_a_base_that_is_not_there(adapter, saved) -> None:
     file = adapter / "adapter_config.json"
     given = json.loads(file.read_text())
     assert given["base_model_name_or_path"] == str(saved)
+    saved = saved.rename(saved.with_name("elsewhere"))  # neither there nor where it lay from here
     for name in ("HuggingFaceTB/SmolLM2-135M", None):
         file.write_text(json.dumps({**given, "base_model_name_or_path": name}))
         with pytest.raises(InputError, match="base_model_name_or_path: wanted a model on this"):
