@@ -12,6 +12,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from fastlm.data.content import Contents
+from fastlm.data.generated import SCHEME, check_scored, is_generated
 from fastlm.errors import InputError
 from fastlm.runs.stage import Job, Part, Positional, Stage, Takes, at_least_one
 from fastlm.train.chat_options import ChatOptions
@@ -148,6 +149,9 @@ messages), or conversations, of which what precedes the last answer is the promp
             raise InputError(
                 f"ensemble: wanted one of {', '.join(ENSEMBLES)}, got {self.ensemble!r}"
             )
+        if self.reward == SCHEME:
+            for spec in filter(is_generated, self.data):
+                check_scored(spec)
         if self.missing_end is not None and not math.isfinite(self.missing_end):
             raise InputError(f"missing_end: wanted a finite number, got {self.missing_end}")
         if self.lora_dropout:
