@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.data import generated
+from fastlm.data.candidates import prompt_messages
 from fastlm.data.content import Contents
 from fastlm.data.conversations import Rows
 from fastlm.data.generated import generated_rows, generator_score
@@ -255,6 +256,15 @@ def test_a_passage_precedes_its_question(tmp_path) -> None:
     file = write(tmp_path / "asdiv.jsonl", rows)
     asked = [p.messages[0]["content"] for p in read_prompts((file,), cache=tmp_path)]
     assert asked == ["Ann has 2 pears.\n\nHow many?", "Who?"]
+    # no other row is read in another way for it
+    for row, wanted in (
+        ({"passage": 7, "question": "Who?"}, ["Who?"]),
+        ({"passage": ["a"], "prompt": "Who?"}, ["Who?"]),
+        ({"passage": "a", "prompt": "Who?"}, ["Who?"]),
+        ({"passage": "a", "question": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Who?"},
+         ["Hi", "Yes?", "Who?"]),
+    ):  # fmt: skip
+        assert [message["content"] for _, message in prompt_messages(row) or ()] == wanted
     CHECKS["number"](rows[0])
     with pytest.raises(InputError, match="wanted a number in the right answer, got 'Ann'"):
         CHECKS["number"](rows[1])
