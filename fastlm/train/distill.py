@@ -263,7 +263,13 @@ class Distill(Sft):
             self.check_answers()
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        return inputs["model"][0]
+        self.check_teacher(bool(inputs["teacher"]))
+        return super().plan(inputs)
+
+    def check_teacher(self, given: bool) -> None:
+        if bool(self.teacher_logits) == given:
+            got = "both" if given else "neither"
+            raise InputError(f"teacher: wanted a teacher or teacher_logits, got {got}")
 
     def check_answers(self) -> None:
         if self.teacher_answers not in ANSWERS:
@@ -284,9 +290,7 @@ class Distill(Sft):
         return [super().contents(contents), stored]
 
     def run(self, job: Job) -> dict[str, Any]:
-        if bool(self.teacher_logits) == bool(job.inputs.get("teacher")):
-            got = "both" if self.teacher_logits else "neither"
-            raise InputError(f"teacher: wanted a teacher or teacher_logits, got {got}")
+        self.check_teacher(bool(job.inputs.get("teacher")))
         return super().run(job)
 
     def encoded(self, tokenizer: "Tokenizer", seq_len: int, job: Job) -> Encoded:
