@@ -313,7 +313,12 @@ class Distill(Sft):
 
         where = job.path("teacher")
         teacher = load_model(where).to(getattr(torch, self.dtype)).eval()
-        tokenizer = chat_tokenizer(where, teacher.config.to_dict(), self.chat_template)
+        try:
+            # `chat_template` is the student's, which may be of another family
+            tokenizer = chat_tokenizer(where, teacher.config.to_dict(), "")
+        except InputError as error:
+            told = str(error).removeprefix("chat_template: ")
+            raise InputError(f"teacher: wanted a chat template of its own; {told}") from None
         rows = Rows()
         room = teacher.context_limit - self.max_new_tokens
         questions = []
