@@ -95,6 +95,18 @@ CASES = [
         f"distill chats.jsonl --model base --teacher sft -o {{out}} {SAMPLES} {CHAT}",
         ("sft",),
     ),
+    Case(
+        "distill-stored",
+        "distill chats.jsonl --model base --teacher sft --teacher-top-k 8 -o {out}"
+        f" {SAMPLES} {CHAT}",
+        ("sft",),
+    ),
+    Case(
+        "distill-answers",
+        "distill chats.jsonl --model base --teacher sft --teacher-answers sampled"
+        f" --max-new-tokens 12 -o {{out}} {SAMPLES} {CHAT}",
+        ("sft",),
+    ),
     Case("reward", f"reward pairs.jsonl --model base -o {{out}} --accumulate 1 {CHAT}"),
     Case("dpo", f"dpo pairs.jsonl --model base -o {{out}} --accumulate 1 {SAMPLES} {CHAT}"),
     Case("kto", f"dpo pairs.jsonl --model base -o {{out}} --loss kto --accumulate 1 {CHAT}"),
@@ -103,6 +115,16 @@ CASES = [
         f"ppo {ROUNDS} --reward contains --reward-model reward --value reward --passes 1"
         " --kl-target 1 -o {out}",
         ("reward",),
+    ),
+    Case(
+        "reward-2",
+        f"reward pairs.jsonl --model base -o {{out}} --accumulate 1 --seed 2 {CHAT}",
+    ),
+    Case(
+        "ppo-ensemble",
+        f"ppo {ROUNDS} --reward-model reward --reward-model reward-2 --ensemble uwo --passes 1"
+        " -o {out}",
+        ("reward", "reward-2"),
     ),
     Case("grpo", f"grpo {ROUNDS} --reward contains --beta 0.1 -o {{out}}"),
     Case("eval", "eval --model base --data data --stride 16 -o {out} --json", ("data",)),
@@ -241,7 +263,7 @@ class Runner:
         for path in self.folder.glob(f".{out}.*"):
             found[f"stray {path.name}"] = b""
         if case.shows:
-            text = self.log.read_text(errors="replace")
+            text = self.log.read_text(errors="replace").replace(f'"{out}/', '"OUT/')
             shown = re.search(r"^\{\n.*^\}", text, re.MULTILINE | re.DOTALL)
             found["result"] = timeless(json.loads(shown[0])) if shown else text
         return found

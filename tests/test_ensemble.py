@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.reward_model import RewardModel
+from fastlm.runs.recipe import parse_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.ensemble import RewardEnsemble, combined
 from fastlm.train.loop import Interrupted
@@ -151,3 +153,29 @@ def test_refused(base, rewards, data, tmp_path, changes, count, message) -> None
         replace(PPO, data=(data,), **changes)(
             tmp_path / "out", model=base, reward_model=rewards[:count]
         )
+
+
+def test_one_model_is_no_ensemble(base, rewards, data, tmp_path) -> None:
+    """Neither twice by one name, nor by a copy of its files."""
+    copy = tmp_path / "copy"
+    shutil.copytree(rewards[0], copy)
+    for twice in ([rewards[0], rewards[0]], [rewards[0], copy]):
+        with pytest.raises(InputError, match=r"reward_model: wanted each once, got .*, "):
+            replace(PPO, data=(data,))(tmp_path / "out", model=base, reward_model=twice)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"kind": "ppo", "ensemble": "min", "reward_model": ["./a"]}, "ensemble: wanted two or"),
+        ({"kind": "ppo", "reward_model": ["./a", "./a"]}, "reward_model: wanted each once, got"),
+        ({"kind": "grpo"}, "reward: wanted a function, or a reward_model, got neither"),
+        ({"kind": "ppo", "reward": "exact", "value": "reward"}, "value: wanted a reward_model"),
+        ({"kind": "distill"}, "teacher: wanted a teacher or teacher_logits, got neither"),
+        ({"kind": "distill", "teacher": "./a", "teacher_logits": "b"}, "teacher: .* got both"),
+    ],
+)
+def test_a_recipe_is_refused_before_its_first_stage(stage, message) -> None:
+    stage = {"from": "./model", "data": ["x.jsonl"], **stage}
+    with pytest.raises(InputError, match=rf"{stage['kind']}\.{message}"):
+        parse_recipe({"name": "late", "stage": [stage]})

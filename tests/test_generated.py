@@ -1,7 +1,13 @@
 """Prompts of reasoning-gym's generators, and the scores that the generators give."""
 
+import ast
+import inspect
 import json
+import os
+import subprocess
 import sys
+import textwrap
+import types
 from dataclasses import replace
 from importlib import metadata
 
@@ -11,6 +17,7 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.data import generated
+from fastlm.data.candidates import prompt_messages
 from fastlm.data.content import Contents
 from fastlm.data.conversations import Rows
 from fastlm.data.generated import generated_rows, generator_score
@@ -29,8 +36,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def forgotten():
     """A generator is made once per process: forget those made so far."""
     generated._generator.cache_clear()
+    generated._scorer.cache_clear()
     yield
     generated._generator.cache_clear()
+    generated._scorer.cache_clear()
 
 
 def test_rows_follow_from_the_source(tmp_path) -> None:
@@ -42,15 +51,22 @@ def test_rows_follow_from_the_source(tmp_path) -> None:
         assert message["role"] == "user" and prompt.row["question"] == message["content"]
         sum_of = message["content"].rpartition(": ")[2].removesuffix(" =")
         assert eval(sum_of) == int(prompt.row["answer"])
-    generated._generator.cache_clear()
-    assert list(generated_rows(SUMS)) == [prompt.row for prompt in prompts]
     other = [row["question"] for row in generated_rows(SUMS.replace("seed=3", "seed=4"))]
     assert other != [prompt.row["question"] for prompt in prompts]
-    # without a seed the package would draw one
-    short = "reasoning-gym:chain_sum?size=5"
-    questions = [row["question"] for row in generated_rows(short)]
-    generated._generator.cache_clear()
-    assert [row["question"] for row in generated_rows(short)] == questions
+
+
+def test_rows_do_not_depend_on_the_process() -> None:
+    """ransom_note goes through sets of texts; without a seed the package would draw one."""
+    code = """
+from fastlm.data.generated import generated_rows
+print([(r["question"], r["answer"]) for r in generated_rows("reasoning-gym:ransom_note?size=8")])
+"""
+    drawn = [
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed},
+                       capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert drawn[0] == drawn[1] and len(drawn[0]) > 500
 
 
 def test_values_are_json_or_text(forgotten) -> None:
@@ -71,13 +87,85 @@ def test_the_generator_scores(tmp_path) -> None:
     assert 0 < generator_score(f"It is {right}.", row) < 1  # its share of the text, by the package
     assert generator_score("", row) == 0
     # a puzzle with many answers: the generator checks the answer, not its likeness to one
-    row = next(generated_rows("reasoning-gym:countdown?size=1&seed=5"))
-    solution = row["metadata"]["expression"]
-    assert generator_score(solution, row) == 1 and generator_score("1 + 1", row) < 0.1
+    row = next(generated_rows("reasoning-gym:palindrome_generation?size=1&min_length=9"))
+    first, middle, last = (lambda a, n: (a[:n], a[n:-n], a[-n:]))(
+        row["answer"], len(row["answer"]) // 2
+    )
+    solution = last + middle + first
+    assert solution != row["answer"]
+    assert generator_score(solution, row) == 1 and generator_score("aba", row) < 0.1
     # an entry that was written to a file
     file = write(tmp_path / "rows.jsonl", [{k: v for k, v in row.items() if k != "source"}])
     (prompt,) = read_prompts((file,), cache=tmp_path)
     assert generator_score(solution, prompt.row) == 1
+    # an answer that the generator's int() refuses is wrong, and no error
+    row = {"answer": "7", "metadata": {"source_dataset": "prime_factorization"}}
+    assert generator_score("7", row) == 1 and generator_score("seven", row) == 0
+
+
+def test_no_text_is_evaluated(tmp_path, monkeypatch, forgotten) -> None:
+    told = tmp_path / "told"
+    code = f'__import__("os").mkdir("{told}")'
+    row = next(generated_rows("reasoning-gym:countdown?size=1"))
+    refused = "reward: wanted a generator of which .* without evaluating text, .* got 'countdown'"
+    with pytest.raises(InputError, match=refused):
+        generator_score(code, row)
+    stage = Grpo(data=(row["source"],), reward="reasoning-gym", max_steps=1)
+    with pytest.raises(InputError, match=refused):
+        stage.check()
+    replace(stage, reward="number").check()
+    about = {"source_dataset": "number_sorting", "direction": "ascending"}
+    entry = {"question": "1", "answer": code, "metadata": about}
+    file = write(tmp_path / "rows.jsonl", [entry])
+    base = make_base(tmp_path / "base", max_position_embeddings=256)
+    with pytest.raises(InputError, match=r"rows.jsonl, line 1: reward: wanted .*'number_sorting'"):
+        replace(stage, data=(file,))(tmp_path / "out", model=base)
+    assert not told.exists()
+    with pytest.raises(InputError, match=r"row: wanted one that .* can score, got KeyError"):
+        generated.check_generated({"metadata": {"source_dataset": "chain_sum"}})
+    generated._scorer.cache_clear()
+    monkeypatch.setattr(generated.metadata, "version", lambda name: "0.1.26")
+    with pytest.raises(InputError, match=r"wanted reasoning-gym 0.1.25, .* version 0.1.26"):
+        generator_score("1", {"answer": "1", "metadata": {"source_dataset": "chain_sum"}})
+
+
+def called(cls: type) -> set[str]:
+    """The names in `score_answer` and in all functions of the package that it calls."""
+    found, seen, todo = set(), set(), [(cls.score_answer, cls)]
+    while todo:
+        function, owner = todo.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        near = sys.modules[function.__module__].__dict__
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+            if isinstance(node, ast.Name):
+                name, value = node.id, near.get(node.id)
+            elif isinstance(node, ast.Attribute):
+                name, value = node.attr, inspect.getattr_static(owner, node.attr, None)
+                if isinstance(node.value, ast.Name) and isinstance(
+                    module := near.get(node.value.id), types.ModuleType
+                ):
+                    value = getattr(module, node.attr, None)
+            else:
+                continue
+            found.add(name)
+            value = getattr(value, "__func__", value)
+            if inspect.isfunction(value) and value.__module__.startswith("reasoning_gym"):
+                todo.append((value, owner))
+    return found
+
+
+def test_what_is_scored_evaluates_nothing() -> None:
+    from reasoning_gym.factory import DATASETS
+
+    evaluating = {"eval", "exec", "compile", "__import__", "parse_expr", "sympify", "simplify",
+                  "literal_eval", "run", "Popen", "system", "open", "Fraction"}  # fmt: skip
+    assert metadata.version("reasoning-gym") == generated.REVIEWED
+    assert len(generated.SCORED) == 88 and generated.SCORED <= DATASETS.keys()
+    guilty = {name for name in DATASETS if called(DATASETS[name][0]) & evaluating}
+    assert not guilty & generated.SCORED
+    assert guilty >= {"countdown", "number_sorting", "n_queens", "bitwise_arithmetic"}  # it finds
 
 
 def test_grpo_on_a_generator(tmp_path) -> None:
@@ -132,7 +220,7 @@ def test_the_version_of_the_package_is_part_of_a_plan(tmp_path, monkeypatch) -> 
 
 def test_without_the_package(monkeypatch, forgotten) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
-    with pytest.raises(InputError, match=r"which is not installed \(pip install reasoning-gym\)"):
+    with pytest.raises(InputError, match=r"which is not installed \(pip install reasoning-gym==0"):
         next(generated_rows(SUMS))
 
 
@@ -144,6 +232,8 @@ def test_without_the_package(monkeypatch, forgotten) -> None:
         ("chain_sum?sise=3", "sise: unknown key; the nearest known one is 'size'"),
         ("chain_sum?size", r"wanted reasoning-gym:NAME or reasoning-gym:NAME\?KEY.*, got 'size'"),
         ("chain_sum?size=0", "wanted options that the generator accepts, got AssertionError"),
+        ("chain_sum?seed=null", "seed: wanted an integer, got None"),
+        ("chain_sum?seed=true", "seed: wanted an integer, got True"),
         ("chain_sum?max_terms=many", "wanted options that the generator accepts, got TypeError"),
     ],
 )
@@ -166,6 +256,15 @@ def test_a_passage_precedes_its_question(tmp_path) -> None:
     file = write(tmp_path / "asdiv.jsonl", rows)
     asked = [p.messages[0]["content"] for p in read_prompts((file,), cache=tmp_path)]
     assert asked == ["Ann has 2 pears.\n\nHow many?", "Who?"]
+    # no other row is read in another way for it
+    for row, wanted in (
+        ({"passage": 7, "question": "Who?"}, ["Who?"]),
+        ({"passage": ["a"], "prompt": "Who?"}, ["Who?"]),
+        ({"passage": "a", "prompt": "Who?"}, ["Who?"]),
+        ({"passage": "a", "question": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Who?"},
+         ["Hi", "Yes?", "Who?"]),
+    ):  # fmt: skip
+        assert [message["content"] for _, message in prompt_messages(row) or ()] == wanted
     CHECKS["number"](rows[0])
     with pytest.raises(InputError, match="wanted a number in the right answer, got 'Ann'"):
         CHECKS["number"](rows[1])

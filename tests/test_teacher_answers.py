@@ -168,3 +168,22 @@ def test_without_a_teacher(stage, student, tmp_path) -> None:
         InputError, match="teacher: wanted a teacher or teacher_logits, got neither"
     ):
         stage(tmp_path / "out", model=student)
+
+
+def test_the_teacher_is_asked_in_its_own_template(stage, teacher, student, tmp_path) -> None:
+    """Also where the student gets another one."""
+    template = tmp_path / "other.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }} please {{ m.content }}<|im_end|>{% endfor %}"
+    )
+    stage = replace(stage, max_steps=1, validations=0)
+    stage(tmp_path / "own", model=student, teacher=teacher)
+    other = replace(stage, chat_template=str(template))
+    other(tmp_path / "other", model=student, teacher=teacher)
+    assert rows_of(tmp_path / "other") == rows_of(tmp_path / "own") != []
+    bare = tmp_path / "bare"
+    tokenizer = Tokenizer.train(["what is please"], 260, special_tokens=["<|end|>"])
+    CausalLM(config(tokenizer.vocab_size, tokenizer.eos_id), seed=4).save_pretrained(bare)
+    tokenizer.save(bare)
+    with pytest.raises(InputError, match="teacher: wanted a chat template of its own; wanted one,"):
+        other(tmp_path / "bare-out", model=student, teacher=bare)

@@ -173,7 +173,7 @@ def test_an_interrupted_folder_is_completed(teacher, tmp_path, monkeypatch) -> N
 
     call = (tmp_path / "cut", teacher, EXAMPLES, header(teacher))
     with pytest.raises(KeyboardInterrupt):
-        write_logits(*call, track=cut, shard_bytes=1)
+        write_logits(*call, track=cut)
     (first,) = (tmp_path / "cut").iterdir()
     begun = first.read_bytes()
     assert EXAMPLES[0] in TeacherLogits(tmp_path / "cut")
@@ -187,6 +187,27 @@ def test_an_interrupted_folder_is_completed(teacher, tmp_path, monkeypatch) -> N
     assert len(seen) == 2 and stored.shards == 3 and first.read_bytes() == begun
     assert stored.identity(EXAMPLES) == whole.identity(EXAMPLES)
     assert stored.identity(EXAMPLES[:2]) != whole.identity(EXAMPLES)
+    # a missing shard: the next one overwrites none
+    first.unlink()
+    again = write_logits(*call)
+    names = [path.name for path in sorted((tmp_path / "cut").iterdir())]
+    assert names == [f"teacher-0000{i}.safetensors" for i in (1, 2, 3)]
+    assert again.identity(EXAMPLES) == whole.identity(EXAMPLES)
+
+
+def test_a_kill_loses_a_minute(teacher, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(teacher_logits, "PASS_TOKENS", 4)  # one example at a time
+    clock = iter(range(0, 1000, 40))
+    monkeypatch.setattr(teacher_logits.time, "monotonic", lambda: next(clock))
+    there = []
+
+    def watch(items, what, unit):
+        for item in items:
+            yield item
+            there.append(len(list(tmp_path.iterdir())))  # after the batch
+
+    stored = write_logits(tmp_path, teacher, EXAMPLES, header(teacher), track=watch)
+    assert there == [0, 1, 1] and stored.shards == 2
 
 
 def test_what_does_not_fit_is_named(teacher, tmp_path) -> None:

@@ -60,16 +60,21 @@ def candidates(
 
 
 def prompt_messages(row: Mapping[str, Any]) -> Placed | None:
-    """The row's prompt, not checked yet; None if it has none."""
+    """The row's prompt, not checked yet; None if it has none. A text ``passage`` precedes a
+    ``question`` that is a text and no dialogue; in other rows it is not read.
+    """
     for key in ("prompt", "question", "messages", "conversations"):
         if key in row:
             value = row[key]
             if isinstance(value, list) or key in ("messages", "conversations"):
                 return turns_of(value, key)
             text = text_of(value, key)
-            if passage := text_of(row.get("passage"), "passage").strip():
+            if placed := _dialogue(text, key):
+                return placed
+            passage = row.get("passage") if key == "question" else None
+            if isinstance(passage, str) and (passage := text_of(passage, "passage").strip()):
                 text = f"{passage}\n\n{text}"
-            return _dialogue(text, key) or [(key, {"role": "user", "content": text})]
+            return [(key, {"role": "user", "content": text})]
     return alpaca_prompt(row) if "instruction" in row else None
 
 

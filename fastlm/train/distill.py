@@ -263,7 +263,13 @@ class Distill(Sft):
             self.check_answers()
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        return inputs["model"][0]
+        self.check_teacher(bool(inputs["teacher"]))
+        return super().plan(inputs)
+
+    def check_teacher(self, given: bool) -> None:
+        if bool(self.teacher_logits) == given:
+            got = "both" if given else "neither"
+            raise InputError(f"teacher: wanted a teacher or teacher_logits, got {got}")
 
     def check_answers(self) -> None:
         if self.teacher_answers not in ANSWERS:
@@ -284,9 +290,7 @@ class Distill(Sft):
         return [super().contents(contents), stored]
 
     def run(self, job: Job) -> dict[str, Any]:
-        if bool(self.teacher_logits) == bool(job.inputs.get("teacher")):
-            got = "both" if self.teacher_logits else "neither"
-            raise InputError(f"teacher: wanted a teacher or teacher_logits, got {got}")
+        self.check_teacher(bool(job.inputs.get("teacher")))
         return super().run(job)
 
     def encoded(self, tokenizer: "Tokenizer", seq_len: int, job: Job) -> Encoded:
@@ -309,7 +313,12 @@ class Distill(Sft):
 
         where = job.path("teacher")
         teacher = load_model(where).to(getattr(torch, self.dtype)).eval()
-        tokenizer = chat_tokenizer(where, teacher.config.to_dict(), self.chat_template)
+        try:
+            # `chat_template` is the student's, which may be of another family
+            tokenizer = chat_tokenizer(where, teacher.config.to_dict(), "")
+        except InputError as error:
+            told = str(error).removeprefix("chat_template: ")
+            raise InputError(f"teacher: wanted a chat template of its own; {told}") from None
         rows = Rows()
         room = teacher.context_limit - self.max_new_tokens
         questions = []

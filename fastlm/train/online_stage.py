@@ -12,8 +12,9 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from fastlm.data.content import Contents
+from fastlm.data.generated import SCHEME, check_scored, is_generated
 from fastlm.errors import InputError
-from fastlm.runs.stage import Job, Part, Positional, Stage, Takes, at_least_one
+from fastlm.runs.stage import Facts, Job, Part, Positional, Stage, Takes, at_least_one
 from fastlm.train.chat_options import ChatOptions
 from fastlm.train.distributed import check_alone
 from fastlm.train.encoding import (
@@ -148,6 +149,9 @@ messages), or conversations, of which what precedes the last answer is the promp
             raise InputError(
                 f"ensemble: wanted one of {', '.join(ENSEMBLES)}, got {self.ensemble!r}"
             )
+        if self.reward == SCHEME:
+            for spec in filter(is_generated, self.data):
+                check_scored(spec)
         if self.missing_end is not None and not math.isfinite(self.missing_end):
             raise InputError(f"missing_end: wanted a finite number, got {self.missing_end}")
         if self.lora_dropout:
@@ -167,6 +171,21 @@ messages), or conversations, of which what precedes the last answer is the promp
             )
         if self.keep < 2:
             raise InputError(f"keep: wanted 2 or more, as the last may be too far, got {self.keep}")
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        self.check_models([facts["name"] for facts in inputs["reward_model"]])
+        return super().plan(inputs)
+
+    def check_models(self, names: Sequence[str]) -> None:
+        """Refuse what does not fit reward models of these names."""
+        if not self.reward and not names:
+            raise InputError("reward: wanted a function, or a reward_model, got neither")
+        if len(names) < 2 and self.ensemble != "mean":
+            raise InputError(
+                f"ensemble: wanted two or more reward_models for {self.ensemble}, got {len(names)}"
+            )
+        if len(set(names)) < len(names):
+            raise InputError(f"reward_model: wanted each once, got {', '.join(names)}")
 
     def steps_of_round(self) -> int:
         size = self.batch_size * self.accumulate
@@ -207,8 +226,7 @@ messages), or conversations, of which what precedes the last answer is the promp
         from fastlm.model.architectures import expected_shapes
         from fastlm.train.loop import DivergedError, train
 
-        if not self.reward and not job.inputs.get("reward_model"):
-            raise InputError("reward: wanted a function, or a reward_model, got neither")
+        self.check_models([one.name for one in job.inputs.get("reward_model", ())])
         source = job.path("model")
         model = self.load_trained(source, dtype=self.dtype, seed=self.seed)
         tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
@@ -446,12 +464,11 @@ class Scorer:
         self.models: RewardEnsemble | None = None
         self.spread = 0.0  # of the reward models, over the answers scored last
         given = job.inputs.get("reward_model", ())
-        if len(given) < 2 and stage.ensemble != "mean":
-            raise InputError(
-                f"ensemble: wanted two or more reward_models for {stage.ensemble}, got {len(given)}"
-            )
         if given:
             models = [load_reward_model(one.path, tokenizer, stage.dtype) for one in given]
+            if len(models) > 1:  # of other names, one may be a copy
+                digests = [weights_digest(model) for model in models]
+                stage.check_models([given[digests.index(digest)].name for digest in digests])
             self.models = RewardEnsemble(models, stage.ensemble, stage.uwo_coefficient)
 
     def identity(self) -> str:

@@ -1,6 +1,7 @@
 """PPO: a policy learns from the scores of its own answers, beside a model of their value."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +61,11 @@ class Ppo(OnlineStage):
                     f"{name}: wanted one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
 
+    def check_models(self, names: Sequence[str]) -> None:
+        super().check_models(names)
+        if self.value == "reward" and not names:
+            raise InputError("value: wanted a reward_model to begin with, got none")
+
     def objective(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **options: Any
     ) -> "Online":
@@ -68,8 +74,6 @@ class Ppo(OnlineStage):
         from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
 
         ppo = PpoRules(**{f.name: getattr(self, f.name) for f in fields(PpoRules)})
-        if self.value == "reward" and reward_model is None:
-            raise InputError("value: wanted a reward_model to begin with, got none")
         value = value_model(
             policy, shared=self.value == "shared",
             reward=reward_model if self.value == "reward" else None,

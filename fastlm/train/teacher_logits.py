@@ -13,6 +13,8 @@ An example is found by its tokens and mask: order, held-out share and other exam
 """
 
 import json
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     from fastlm.train.encoding import Example
 
 FORMAT = "fastlm teacher logits 1"
-SHARD_BYTES = 1 << 28  # written at once: what an interruption loses is less
+SHARD_BYTES = 1 << 28  # written at once
+SAVE_SECONDS = 60.0  # or what was measured in this time: what a kill loses is less
+NAME = re.compile(r"teacher-(\d+)\.safetensors")
 PASS_TOKENS = 4096  # of a forward of the teacher
 WORKSPACE = 1 << 26  # bytes of the teacher's logits at a time
 OFF = 0.02  # float16 moves the sum of a row by less
@@ -61,12 +65,15 @@ class TeacherLogits:
         self.header: Header | None = None
         self.places: dict[str, tuple[Any, int, int]] = {}  # digest -> shard, first row, end
         self.shards = 0
+        self.next = 0  # the number of a new shard, beyond all others: any of them may be missing
         for path in sorted(folder.glob("teacher-*.safetensors")):
             try:
                 self._add(path, safe_open(path, framework="np"))
             except (OSError, SafetensorError, KeyError) as error:
                 raise self._bad(path, reason(error)) from None
             self.shards += 1
+            if number := NAME.fullmatch(path.name):
+                self.next = max(self.next, int(number[1]) + 1)
         if self.header is None and not empty:
             raise InputError(f"teacher_logits: wanted shards in {folder}, got none")
 
@@ -155,8 +162,8 @@ def write_logits(
     """Measure the teacher's distributions over the learnt tokens of ``examples``, but for those
     that ``folder`` has already, and return the folder's.
 
-    The shards that an interrupted call has written are kept. InputError: the folder's shards have
-    another header.
+    A shard is written for `SHARD_BYTES`, every `SAVE_SECONDS`, and where the call is interrupted;
+    the next call keeps them. InputError: the folder's shards have another header.
     """
     import numpy as np
 
@@ -169,10 +176,10 @@ def write_logits(
     wide = header.vocab_size > 1 << 16
     row_bytes = header.top_k * (4 if wide else 2) + 2 * (header.top_k + 1)
     kept: list[tuple[str, Any, Any]] = []
-    shards = known.shards
+    number = known.next
 
     def save() -> None:
-        nonlocal shards
+        nonlocal number
         from safetensors.numpy import save_file
 
         keys, ids, logprobs = zip(*kept)
@@ -183,26 +190,28 @@ def write_logits(
             "logprobs": np.concatenate(logprobs),
         }
         meta = {"format": FORMAT, "header": json.dumps(asdict(header))}
-        path = folder / f"teacher-{shards:05d}.safetensors"
+        path = folder / f"teacher-{number:05d}.safetensors"
         save_atomic(path, lambda part: save_file(tensors, part, meta))
-        shards += 1
+        number += 1
         kept.clear()
 
-    size = 0
+    size, saved = 0, time.monotonic()
     batches = list(_passes(missing))
-    for batch in track(batches, "asking the teacher", unit="batches"):
-        ids, logprobs = _measure(teacher, [missing[key] for key in batch], header)
-        at = 0
-        for key in batch:
-            end = at + missing[key].learnt
-            kept.append((key, ids[at:end], logprobs[at:end]))
-            at = end
-        size += at * row_bytes
-        if size >= shard_bytes:
+    try:
+        for batch in track(batches, "asking the teacher", unit="batches"):
+            ids, logprobs = _measure(teacher, [missing[key] for key in batch], header)
+            at = 0
+            for key in batch:
+                end = at + missing[key].learnt
+                kept.append((key, ids[at:end], logprobs[at:end]))
+                at = end
+            size += at * row_bytes
+            if size >= shard_bytes or time.monotonic() - saved >= SAVE_SECONDS:
+                save()
+                size, saved = 0, time.monotonic()
+    finally:
+        if kept:
             save()
-            size = 0
-    if kept:
-        save()
     return TeacherLogits(folder)
 
 
