@@ -45,7 +45,7 @@ MISSING = f"wanted the package {SCHEME}, which is not installed (pip install {SC
 # string_insertion); those whose time or memory an answer can make unbounded (coin_flip: the
 # Fraction 1e999999999; propositional_logic: two to the number of its names; rubiks_cube and
 # rush_hour: the count of a move; tower_of_hanoi: the row's number of disks); codeio, which runs
-# programs, and composite, which asks any other one.
+# programs, composite, which asks any other one, and game_of_life_halting, which pays any answer.
 SCORED = frozenset(
     """
 ab acre advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf
