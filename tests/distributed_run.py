@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 tests/distributed_run.py RANK STEP pretrain ...
 
 import json
 import os
+import resource
 import signal
 import sys
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from tiny_run import SEQ, VOCAB, Letters
 
 from fastlm import AdamW
 from fastlm.data.shards import BatchSampler, TokenDataset
+from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.model.lora import add_lora
@@ -147,6 +149,36 @@ def four(rank: int, data: Path, out: Path) -> None:
     fine_tuning(out / "sft-fsdp", replace(SHORT, **FSDP))
 
 
+def refused(call, error: type[BaseException] = InputError) -> str:
+    """Return the message of the call's error."""
+    try:
+        call()
+    except error as caught:
+        return str(caught)
+    return "no error"
+
+
+@contextmanager
+def full_disk(full: bool):
+    """No file of this process grows above 1,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def edges(rank: int, data: Path, out: Path) -> None:
+    """What two processes say when something goes wrong in one of them."""
+    said = {}
+    short = replace(SHORT, max_steps=2, checkpoint_every=2, validations=0, **FSDP)
+    with full_disk(rank == 1):
+        said["full disk"] = refused(lambda: fine_tuning(out / "full", short))
+    (out / f"edges-{rank}.json").write_text(json.dumps(said))
+
+
 def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> None:
     """A process of ``job``. One that fails leaves its error in a file."""
     torch.set_num_threads(1)
@@ -155,7 +187,7 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
         "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2",
     }  # fmt: skip
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    {"two": two, "four": four}[job](rank, data, out)
+    {"two": two, "four": four, "edges": edges}[job](rank, data, out)
     dist.destroy_process_group()
 
 

@@ -75,6 +75,14 @@ def two(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def edges(data, tmp_path_factory):
+    """What each of two processes said."""
+    out = tmp_path_factory.mktemp("edges")
+    launch("edges", 2, data, out)
+    return [json.loads((out / f"edges-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
 def four(data, two, tmp_path_factory):
     out = tmp_path_factory.mktemp("four")
     for cut in ("ddp", "fsdp"):
@@ -175,6 +183,12 @@ def test_one_process_continues_from_shards(data, one, two, four, tmp_path):
     file.unlink()
     with pytest.raises(InputError, match="cannot be read"):
         trainings.pretraining(data, run)
+
+
+def test_a_full_disk_is_one_line_in_all_processes(edges):
+    """Of the second process; torch.distributed.checkpoint wraps its error in all of them."""
+    for said in edges:
+        assert re.search(r"step-00000002: cannot be written: File too large$", said["full disk"])
 
 
 def sizes() -> tuple[int, int]:
