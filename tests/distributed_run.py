@@ -27,6 +27,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
+from fastlm.train.distributed import joined
 from fastlm.train.encoding import Example
 from fastlm.train.loop import Interrupted, train
 from fastlm.train.options import TrainOptions
@@ -184,8 +185,13 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2",
+        "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # as where the second node joined later
+        "TORCHELASTIC_RESTART_COUNT": str(3 - rank),
     }  # fmt: skip
+    if job == "edges":  # by joined() itself, with what torchrun's environment says
+        with joined() as ranks:
+            assert ranks.gather(rank) == list(range(size))
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     {"two": two, "four": four, "edges": edges}[job](rank, data, out)
     dist.destroy_process_group()

@@ -9,9 +9,9 @@ import multiprocessing
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +19,13 @@ import distributed_run as trainings
 import pytest
 import tiny_run
 import torch
+from torch.distributed import TCPStore
 
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.runs.kinds import KINDS
 from fastlm.runs.run import run_recipe
-from fastlm.train.distributed import Ranks, averaged
+from fastlm.train.distributed import Ranks, agree, averaged
 from fastlm.train.state import list_checkpoints
 
 TESTS = Path(__file__).parent
@@ -34,12 +35,11 @@ PROCESSES.set_forkserver_preload(["distributed_run"])
 
 
 def launch(job: str, size: int, data: Path, out: Path) -> None:
-    """Run the processes of a job to their end."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    """Run the processes of a job to their end. The store is here, as it is torchrun's."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store.set("fastlm/asks/1", "of a process before")
     started = [
-        PROCESSES.Process(target=trainings.work, args=(job, rank, size, port, data, out))
+        PROCESSES.Process(target=trainings.work, args=(job, rank, size, store.port, data, out))
         for rank in range(size)
     ]
     for process in started:
@@ -189,6 +189,26 @@ def test_a_full_disk_is_one_line_in_all_processes(edges):
     """Of the second process; torch.distributed.checkpoint wraps its error in all of them."""
     for said in edges:
         assert re.search(r"step-00000002: cannot be written: File too large$", said["full disk"])
+
+
+def test_processes_agree_on_a_word_that_no_earlier_ones_had():
+    """On a store that outlives them, whatever restart counts they have (see `work`) and wherever
+    those before them ended.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    clients = [TCPStore("localhost", store.port, is_master=False) for _ in range(3)]
+
+    def words(*ranks: int) -> list[str]:
+        with ThreadPoolExecutor(3) as threads:
+            found = [threads.submit(agree, clients[rank], rank, 3) for rank in ranks]
+            return [one.result(60) for one in found]
+
+    before = words(0, 1, 2)
+    store.set("fastlm/asks/1", "killed before it heard")
+    store.set("fastlm/answer/killed before it heard", before[0])
+    after = [*words(1, 2, 0), *words(0, 2, 1)]
+    assert len({*before, *after}) == 3
+    assert len({*before}) == len({*after[:3]}) == len({*after[3:]}) == 1
 
 
 def sizes() -> tuple[int, int]:

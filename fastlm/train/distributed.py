@@ -7,12 +7,17 @@ that torchrun did not start is `Alone`: it exchanges nothing and imports no torc
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastlm.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
@@ -36,11 +41,6 @@ def launched() -> tuple[int, int]:
 def node_size() -> int:
     """Return the number of processes on this machine as torchrun's environment has it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def attempt() -> str:
-    """Return how often torchrun has started the processes again."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def leads() -> bool:
@@ -68,9 +68,42 @@ def says_first(text: str) -> bool:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:  # the store of torchrun's agent
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"fastlm/{attempt()}/{key}", 1) == 1
+        # not once per job: the same may be said again after a restart
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"fastlm/said/{_agreed or attempt}/{key}", 1) == 1
     except RuntimeError:
         return rank == 0
+
+
+_agreed = ""  # the word of this process's last group
+
+
+def agree(store: "Store", rank: int, size: int) -> str:
+    """Return a new word that the processes of a group agree on. No group before had it.
+
+    torchrun's store outlives the processes, and no variable of theirs numbers the groups:
+    TORCHELASTIC_RESTART_COUNT is that of one agent, which may have joined later. So each process
+    asks under a random name, and rank 0 answers whoever asks until all have heard the word. Names
+    that dead processes left are answered too, which no one reads.
+    """
+    own = token_hex(8)
+    if rank:
+        store.set(f"fastlm/asks/{rank}", own)
+        word = store.get(f"fastlm/answer/{own}").decode()
+        store.set(f"fastlm/heard/{word}/{rank}", "")
+        return word
+    asks = [f"fastlm/asks/{other}" for other in range(1, size)]
+    heard = [f"fastlm/heard/{own}/{other}" for other in range(1, size)]
+    answered: set[bytes] = set()
+    ends = time.monotonic() + TIMEOUT.total_seconds()
+    while not store.check(heard):
+        for name in set(store.multi_get(asks)) - answered:
+            store.set(f"fastlm/answer/{name.decode()}", own)
+            answered.add(name)
+        if time.monotonic() > ends:
+            raise LostRankError(f"rank 0 of {size}: not all processes have joined in {TIMEOUT}")
+        time.sleep(0.02)
+    return own
 
 
 class Alone:
@@ -178,6 +211,7 @@ def joined() -> Iterator[Alone]:
     """Context: this process among those that torchrun started. A group that the caller made before
     is used and stays. LostRankError: another one is gone.
     """
+    global _agreed
     rank, size = launched()
     if size == 1:
         yield Alone()
@@ -195,11 +229,12 @@ def joined() -> Iterator[Alone]:
             if cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-            # torchrun keeps its store when it starts the processes again (torch 2.13): without the
-            # prefix, gloo may find the addresses of the processes that are gone
+            # torchrun keeps its store when it starts the processes again (torch 2.13): without a
+            # prefix of their own, gloo may find the addresses of the processes that are gone
+            _agreed = agree(store, rank, size)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, rank=rank,
-                world_size=size, store=PrefixStore(f"attempt {attempt()}", store),
+                world_size=size, store=PrefixStore(f"fastlm/{_agreed}", store),
             )  # fmt: skip
         yield Ranks()
     except RuntimeError as error:
