@@ -298,8 +298,11 @@ def test_what_is_refused(launched, tmp_path):
             KINDS[kind](data=("x",), reward="exact", accumulate=2).check()
     with pytest.raises(InputError, match="on_policy: wanted one process, got 2"):
         KINDS["distill"](data=("x",), on_policy=0.5, accumulate=2, max_steps=1).check()
-    with pytest.raises(InputError, match="parallel: wanted ddp with loss = 'kto'"):
-        KINDS["dpo"](data=("x",), loss="kto", parallel="fsdp", max_steps=1).check()
+    with pytest.raises(InputError, match="loss = 'kto': wanted one process, got 2"):
+        KINDS["dpo"](data=("x",), loss="kto", max_steps=1).check()
+    for name, value in {"teacher_top_k": 4, "teacher_answers": "greedy"}.items():
+        with pytest.raises(InputError, match=f"{name}: wanted one process, got 2 from torchrun"):
+            KINDS["distill"](data=("x",), max_steps=1, **{name: value}).check()
     with pytest.raises(InputError, match="run: wanted one process, got 2"):
         run_recipe(tmp_path / "recipe.toml")
 
