@@ -19,13 +19,14 @@ import distributed_run as trainings
 import pytest
 import tiny_run
 import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.runs.kinds import KINDS
 from fastlm.runs.run import run_recipe
-from fastlm.train.distributed import Ranks, agree, averaged
+from fastlm.train.distributed import Ranks, agree, averaged, is_lost
 from fastlm.train.state import list_checkpoints
 
 TESTS = Path(__file__).parent
@@ -211,6 +212,23 @@ def test_processes_agree_on_a_word_that_no_earlier_ones_had():
     assert len({*before}) == len({*after[:3]}) == len({*after[3:]}) == 1
 
 
+def test_only_errors_of_the_connection_are_those_of_a_lost_process():
+    lost = (
+        dist.DistBackendError("NCCL error: remote process exited"),
+        dist.DistNetworkError("The client socket has timed out"),
+        dist.DistStoreError("wait timeout after 600000ms"),
+        RuntimeError("[/a/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:41"),
+        RuntimeError("[/a/gloo/transport/tcp/pair.cc:9]\n Read error [::1]:4: Connection reset by"),
+        RuntimeError("[/a/gloo/transport/tcp/buffer.cc:81] Timed out waiting 9ms for recv"),
+    )
+    others = (
+        "The request to the dataset's host timed out", "No module named nccl_helper",
+        "Invalid scalar type for gloo", "[/a/gloo/transport/tcp/pair.cc:1] op.preamble.length <= n",
+    )  # fmt: skip
+    assert all(map(is_lost, lost))
+    assert not any(is_lost(RuntimeError(text)) for text in others)
+
+
 def sizes() -> tuple[int, int]:
     """Parameters of the layers, and of the rest."""
     net = trainings.model()
@@ -299,10 +317,10 @@ def test_what_is_refused(launched, tmp_path):
     with pytest.raises(InputError, match="on_policy: wanted one process, got 2"):
         KINDS["distill"](data=("x",), on_policy=0.5, accumulate=2, max_steps=1).check()
     with pytest.raises(InputError, match="loss = 'kto': wanted one process, got 2"):
-        KINDS["dpo"](data=("x",), loss="kto", max_steps=1).check()
+        KINDS["dpo"](data=("x",), loss="kto", accumulate=2, max_steps=1).check()
     for name, value in {"teacher_top_k": 4, "teacher_answers": "greedy"}.items():
         with pytest.raises(InputError, match=f"{name}: wanted one process, got 2 from torchrun"):
-            KINDS["distill"](data=("x",), max_steps=1, **{name: value}).check()
+            KINDS["distill"](data=("x",), accumulate=2, max_steps=1, **{name: value}).check()
     with pytest.raises(InputError, match="run: wanted one process, got 2"):
         run_recipe(tmp_path / "recipe.toml")
 

@@ -7,6 +7,7 @@ that torchrun did not start is `Alone`: it exchanges nothing and imports no torc
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 # The longest wait for another process. Rank 0 alone writes checkpoints and samples meanwhile
 TIMEOUT = timedelta(minutes=10)
-# How gloo, NCCL and the store report a process that is gone
-LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
+# How gloo reports a process that is gone: an error of its own has no class (torch 2.13)
+LOST = re.compile(
+    r"gloo/transport/.*(connection (closed|reset|refused)|broken pipe|timed? ?out)", re.IGNORECASE
+)
 
 
 class LostRankError(RuntimeError):
@@ -206,6 +209,18 @@ def averaged(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, floa
     return found
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether torch says so because another process is gone, or does not answer."""
+    import torch.distributed as dist
+
+    known = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, known) or LOST.search(_line(error)) is not None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
 @contextmanager
 def joined() -> Iterator[Alone]:
     """Context: this process among those that torchrun started. A group that the caller made before
@@ -238,12 +253,12 @@ def joined() -> Iterator[Alone]:
             )  # fmt: skip
         yield Ranks()
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, dist.DistError) or any(word in text.lower() for word in LOST):
+        if is_lost(error):
             lost = True  # taking leave of it would wait
+            text = _line(error)
             raise LostRankError(
                 f"rank {rank} of {size}: another process has ended or does not answer"
-                f" ({text:.120}); the same command resumes from the last checkpoint"
+                f" ({text:.300}); the same command resumes from the last checkpoint"
             ) from error
         raise
     finally:
