@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 tests/distributed_run.py RANK STEP pretrain ...
 """
 
 import json
+import math
 import os
 import resource
 import signal
@@ -27,9 +28,10 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
+from fastlm.train import loop
 from fastlm.train.distributed import joined
 from fastlm.train.encoding import Example
-from fastlm.train.loop import Interrupted, train
+from fastlm.train.loop import Interrupted, NonFiniteError, train
 from fastlm.train.options import TrainOptions
 from fastlm.train.preferences import Judged
 from fastlm.train.pretrain import pretrain
@@ -78,9 +80,9 @@ def examples(count: int) -> list[Example]:
     return found
 
 
-def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0):
+def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=None):
     """Epochs of 7 micro-batches: 4, then 3. ``rank``: of adapters, or all weights are trained."""
-    net = model()
+    net = net or model()
     if rank:
         add_lora(net, rank, 2.0 * rank, seed=3)
     objective = AnswerTokens(
@@ -171,12 +173,38 @@ def full_disk(full: bool):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def diverging(rank: int, run: Path) -> str:
+    """In step 3 the losses of the processes are inf and -inf. The other one looks for the last
+    checkpoint before it is written.
+    """
+    loss, looks, steps = AnswerTokens.loss, loop.checkpoint_before, 0
+
+    def spoilt(self, batch, num_items):
+        nonlocal steps
+        steps += 1
+        found = loss(self, batch, num_items)
+        return found if steps <= 4 else found * (math.inf if rank else -math.inf)
+
+    AnswerTokens.loss = spoilt
+    if rank:
+        loop.checkpoint_before = lambda run_dir, step: None
+    options = replace(SHORT, checkpoint_every=2, validations=0, async_checkpoints=True)
+    try:
+        return refused(lambda: fine_tuning(run, options), NonFiniteError)
+    finally:
+        AnswerTokens.loss, loop.checkpoint_before = loss, looks
+
+
 def edges(rank: int, data: Path, out: Path) -> None:
     """What two processes say when something goes wrong in one of them."""
     said = {}
     short = replace(SHORT, max_steps=2, checkpoint_every=2, validations=0, **FSDP)
     with full_disk(rank == 1):
         said["full disk"] = refused(lambda: fine_tuning(out / "full", short))
+    net = fine_tuning(out / "once", short)
+    said["again"] = refused(lambda: fine_tuning(out / "more", short, net=net))
+    said["lora"] = refused(lambda: fine_tuning(out / "lora", short, rank=2))
+    said["inf - inf"] = diverging(rank, out / "diverged")
     (out / f"edges-{rank}.json").write_text(json.dumps(said))
 
 
@@ -189,9 +217,16 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
         # as where the second node joined later
         "TORCHELASTIC_RESTART_COUNT": str(3 - rank),
     }  # fmt: skip
-    if job == "edges":  # by joined() itself, with what torchrun's environment says
-        with joined() as ranks:
+    if job == "edges":
+        cpu = torch.device("cpu")
+        with joined(cpu) as ranks:  # its own group, with what torchrun's environment says
             assert ranks.gather(rank) == list(range(size))
+        assert not dist.is_initialized()
+        dist.init_process_group("cuda:gloo")  # a caller's, which is for GPUs alone
+        with joined(cpu) as ranks:
+            assert ranks.gather(rank) == list(range(size))
+            assert ranks.from_first(rank) == 0 and ranks.any(rank == 1)
+        dist.destroy_process_group()
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     {"two": two, "four": four, "edges": edges}[job](rank, data, out)
     dist.destroy_process_group()

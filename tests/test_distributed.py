@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.runs.kinds import KINDS
 from fastlm.runs.run import run_recipe
-from fastlm.train.distributed import Ranks, agree, averaged, is_lost
+from fastlm.train.distributed import Ranks, agree, averaged, check_gpus, is_lost
 from fastlm.train.state import list_checkpoints
 
 TESTS = Path(__file__).parent
@@ -112,9 +113,6 @@ def assert_near(run: Path, alone: Path, near: float) -> None:
 @pytest.mark.parametrize("name", NEAR)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(one, two, parallel, name):
-    if (parallel, name) == ("fsdp", "lora"):
-        assert not (two / parallel / name).exists()  # refused, see below
-        return
     assert_near(two / parallel / name, one / name, NEAR[name])
     if name != "bfloat16":
         assert lines(two / parallel / name, "sample") == lines(one / name, "sample")
@@ -190,6 +188,41 @@ def test_a_full_disk_is_one_line_in_all_processes(edges):
     """Of the second process; torch.distributed.checkpoint wraps its error in all of them."""
     for said in edges:
         assert re.search(r"step-00000002: cannot be written: File too large$", said["full disk"])
+
+
+def test_a_loss_of_inf_minus_inf_has_diverged(edges):
+    """In all processes, with the checkpoint that rank 0 knows."""
+    for said in edges:
+        assert re.match(
+            r"step 3: the loss is nan; batch: .*; last good checkpoint: .*/step-00000002$",
+            said["inf - inf"],
+        )
+
+
+def test_fsdp_refuses_adapters_and_a_model_that_it_trained_before(edges):
+    for said in edges:
+        assert said["lora"] == (
+            "parallel: wanted ddp where a part of the weights is frozen, got fsdp"
+        )
+        assert said["again"].startswith("parallel: wanted a model that fsdp or hsdp did not train")
+
+
+def test_each_process_has_a_gpu_of_its_own():
+    check_gpus([("a", "1"), ("a", "2"), ("b", "1")])
+    with pytest.raises(InputError, match=r"device: .* processes 1 and 2 on one GPU of a$"):
+        check_gpus([("b", "1"), ("a", "1"), ("a", "1")])
+
+
+def test_a_torch_without_distributed_has_what_one_process_needs(monkeypatch):
+    """Its torch.distributed is almost empty: the modules of the loop import it in several alone."""
+    for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    folder = Path(trainings.loop.__file__).parent
+    found = [runpy.run_path(str(folder / f"{name}.py")) for name in ("distributed", "parallel")]
+    net, alone = trainings.model(), found[0]["Alone"]()
+    assert found[1]["parallel"](net, trainings.OPTIONS, alone).model is net
+    with found[0]["joined"](net.device) as ranks:
+        assert ranks.size == 1
 
 
 def test_processes_agree_on_a_word_that_no_earlier_ones_had():

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from secrets import token_hex
+from socket import gethostname
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastlm.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
@@ -145,25 +147,33 @@ class Alone:
 
 
 class Ranks(Alone):
-    """One of several processes, joined by ``torch.distributed``."""
+    """One of several processes, joined by ``torch.distributed``. All make it together. What they
+    tell each other goes over a gloo group of its own: that of a caller may be for GPUs alone.
+    """
 
     def __init__(self) -> None:
         import torch.distributed as dist
 
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    def leave(self) -> None:
+        import torch.distributed as dist
+
+        dist.destroy_process_group(self.group)
 
     def gather(self, value: T) -> list[T]:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def from_first(self, value: T) -> T:
         import torch.distributed as dist
 
         said = [value]
-        dist.broadcast_object_list(said, src=0)
+        dist.broadcast_object_list(said, src=0, group=self.group)
         return said[0]
 
     def on_first(self, do: Callable[[], T]) -> T | None:
@@ -183,7 +193,7 @@ class Ranks(Alone):
         import torch.distributed as dist
 
         told = torch.tensor([float(flag)])
-        dist.all_reduce(told)
+        dist.all_reduce(told, group=self.group)
         return bool(told)
 
     def deal(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
@@ -221,10 +231,24 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def check_gpus(places: Sequence[tuple[str, str]]) -> None:
+    """Raise InputError if two processes have their model on the same GPU. ``places``: host and GPU
+    of each.
+    """
+    for rank, place in enumerate(places):
+        if (other := places.index(place)) != rank:
+            raise InputError(
+                "device: wanted a GPU of its own for each process (that of LOCAL_RANK), got"
+                f" processes {other} and {rank} on one GPU of {place[0]}"
+            )
+
+
 @contextmanager
-def joined() -> Iterator[Alone]:
-    """Context: this process among those that torchrun started. A group that the caller made before
-    is used and stays. LostRankError: another one is gone.
+def joined(device: "torch.device") -> Iterator[Alone]:
+    """Context: this process among those that torchrun started. ``device``: of the model. A group
+    that the caller made before is used and stays; it must serve the device.
+
+    LostRankError: another process is gone. InputError: two models are on the same GPU.
     """
     global _agreed
     rank, size = launched()
@@ -237,12 +261,12 @@ def joined() -> Iterator[Alone]:
     from torch.distributed.rendezvous import rendezvous
 
     made = not dist.is_initialized()
-    lost = False
+    cuda = device.type == "cuda"
+    lost, ranks = False, None
     try:
+        if cuda:
+            torch.cuda.set_device(device)
         if made:
-            cuda = torch.cuda.is_available()
-            if cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
             # torchrun keeps its store when it starts the processes again (torch 2.13): without a
             # prefix of their own, gloo may find the addresses of the processes that are gone
@@ -251,7 +275,11 @@ def joined() -> Iterator[Alone]:
                 "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, rank=rank,
                 world_size=size, store=PrefixStore(f"fastlm/{_agreed}", store),
             )  # fmt: skip
-        yield Ranks()
+        ranks = Ranks()
+        if cuda:
+            gpu = torch.cuda.get_device_properties(device)
+            check_gpus(ranks.gather((gethostname(), str(gpu.uuid))))
+        yield ranks
     except RuntimeError as error:
         if is_lost(error):
             lost = True  # taking leave of it would wait
@@ -262,5 +290,8 @@ def joined() -> Iterator[Alone]:
             ) from error
         raise
     finally:
-        if made and not lost and dist.is_initialized():
-            dist.destroy_process_group()
+        if not lost and dist.is_initialized():
+            if made:
+                dist.destroy_process_group()
+            elif ranks is not None:
+                ranks.leave()

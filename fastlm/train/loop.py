@@ -203,7 +203,7 @@ def train(
     """
     options.check()
     keep_freed_memory()
-    with joined() as ranks:
+    with joined(next(objective.trained.parameters()).device) as ranks:
         if not ranks.leads:
             track, on_event = silent, None
         loop = _Loop(objective, options, Path(run_dir), on_event, ranks)
