@@ -29,7 +29,9 @@ from fastlm.model.config import ModelConfig
 from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
 from fastlm.train import loop
+from fastlm.train.distill import DistillRules, TeacherTokens
 from fastlm.train.distributed import joined
+from fastlm.train.dpo import PreferenceLoss, PreferredAnswers
 from fastlm.train.encoding import Example
 from fastlm.train.loop import Interrupted, NonFiniteError, train
 from fastlm.train.options import TrainOptions
@@ -107,6 +109,34 @@ def rewarding(run: Path, options: TrainOptions = OPTIONS):
     return net
 
 
+def preferring(run: Path, options: TrainOptions = OPTIONS):
+    """Epochs of 5 micro-batches of pairs with a common prompt: 4, then 1."""
+    net = model()
+    judged = []
+    for i, one in enumerate(examples(9)):
+        ids = one.ids.copy()
+        ids[one.mask] = 1 + (ids[one.mask] + i) % (VOCAB - 1)
+        judged.append(Judged((one, Example(ids, one.mask, one.place))))
+    objective = PreferredAnswers(
+        net, judged, judged[:3], options, PreferenceLoss(), batch_size=2, seed=1, base="",
+        tokenizer=None, prompt=(), device=net.device,
+    )  # fmt: skip
+    objective.measure_reference(torch.float32)
+    train(objective, options, run)
+    return net
+
+
+def distilling(run: Path, options: TrainOptions = OPTIONS):
+    """Epochs of 7 micro-batches: 4, then 3. The teacher is whole in every process."""
+    net, teacher = model(), model(num_hidden_layers=1, initializer_range=0.3)
+    objective = TeacherTokens(
+        net, examples(14), examples(3), options, batch_size=2, seed=1, base="", tokenizer=None,
+        prompt=(), device=net.device, teacher=teacher, rules=DistillRules("jsd", sft_weight=0.5),
+    )  # fmt: skip
+    train(objective, options, run)
+    return net
+
+
 SHORT = replace(OPTIONS, max_steps=4, validations=1, sample_at=())
 
 
@@ -117,6 +147,8 @@ def everything(data: Path, out: Path) -> None:
     fine_tuning(out / "sft", SHORT)
     fine_tuning(out / "lora", SHORT, rank=2)
     rewarding(out / "reward", SHORT)
+    preferring(out / "dpo", SHORT)
+    distilling(out / "distill", SHORT)
 
 
 def two(rank: int, data: Path, out: Path) -> None:
@@ -130,6 +162,8 @@ def two(rank: int, data: Path, out: Path) -> None:
             (out / f"fsdp-{rank}.json").write_text(json.dumps(told))
     fine_tuning(out / "fsdp/sft", replace(SHORT, **FSDP))
     rewarding(out / "fsdp/reward", replace(SHORT, **FSDP))
+    preferring(out / "fsdp/dpo", replace(SHORT, **FSDP))
+    distilling(out / "fsdp/distill", replace(SHORT, **FSDP))
     with counted() as seen:
         pretraining(data, out / "counted", replace(SHORT, validations=0))
     (out / f"ddp-{rank}.json").write_text(json.dumps({"sent": seen, "held": Held.last}))

@@ -31,7 +31,17 @@ from fastlm.train.distributed import Ranks, agree, averaged, check_gpus, is_lost
 from fastlm.train.state import list_checkpoints
 
 TESTS = Path(__file__).parent
-NEAR = {"float32": 1e-5, "best": 1e-5, "bfloat16": 1e-2, "sft": 1e-5, "lora": 1e-5, "reward": 1e-5}
+NEAR = {"float32": 1e-5, "best": 1e-5, "bfloat16": 1e-2}
+NEAR |= dict.fromkeys(("sft", "lora", "reward", "dpo", "distill"), 1e-5)
+TIMES = {"seconds", "tokens_per_second"}
+# What else a training measures
+STEPS = {"step", "loss", "lr", "grad_norm", "tokens", "progress"}
+PRETRAINING = {"val_loss", "bits_per_byte", "sample"}
+PAIRS = {"epoch", "margin", "accuracy", "val_loss", "val_accuracy", "val_margin"}
+MEASURED = {
+    "float32": PRETRAINING, "best": PRETRAINING, "bfloat16": PRETRAINING, "sft": {"epoch"},
+    "lora": {"epoch"}, "reward": PAIRS, "dpo": PAIRS, "distill": {"epoch", "val_loss", "on_policy"},
+}  # fmt: skip
 PROCESSES = multiprocessing.get_context("forkserver")  # they load torch once
 PROCESSES.set_forkserver_preload(["distributed_run"])
 
@@ -101,26 +111,27 @@ def lines(run: Path, key: str) -> list[float]:
 
 def assert_near(run: Path, alone: Path, near: float) -> None:
     """The same lines of metrics, each step once."""
-    assert lines(run, "step") == lines(alone, "step")
-    assert lines(run, "tokens") == lines(alone, "tokens")
-    keys = ("loss", "lr", "grad_norm", "val_loss", "epoch", "margin", "accuracy", "val_margin")
+    text = (alone / "metrics.jsonl").read_text()
+    keys = {key for line in map(json.loads, text.splitlines()) for key in line} - TIMES
+    assert keys >= STEPS | MEASURED[alone.name]
+    if near > 1e-5:
+        keys.remove("sample")
     for key in keys:
         there, here = lines(alone, key), lines(run, key)
-        assert here == pytest.approx(there, rel=near, abs=near), key
+        assert here == (there if key == "sample" else pytest.approx(there, rel=near, abs=near)), key
     assert len(lines(alone, "loss")) >= 4
 
 
 @pytest.mark.parametrize("name", NEAR)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(one, two, parallel, name):
-    assert_near(two / parallel / name, one / name, NEAR[name])
-    if name != "bfloat16":
-        assert lines(two / parallel / name, "sample") == lines(one / name, "sample")
+    if (parallel, name) != ("fsdp", "lora"):  # refused, see below
+        assert_near(two / parallel / name, one / name, NEAR[name])
 
 
 def test_the_weights_left_are_those_of_one_process(one, two):
     """Also those of the lowest val_loss, which are taken at the end."""
-    for name in ("float32", "best", "reward"):
+    for name in ("float32", "best", "reward", "dpo", "distill"):
         alone, _ = load_tensors(list_checkpoints(one / name)[-1])
         ddp, _ = load_tensors(list_checkpoints(two / "ddp" / name)[-1])
         assert alone.keys() == ddp.keys() and len(alone) > 20
