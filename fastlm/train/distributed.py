@@ -155,7 +155,7 @@ class Ranks(Alone):
         import torch.distributed as dist
 
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self.group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def leave(self) -> None:
         import torch.distributed as dist
