@@ -66,10 +66,10 @@ MODELS = (
 def held(model: Model, way: str, gpus: int) -> float:
     """Bytes of parameters, gradients and states per GPU."""
     if way == "ddp":
-        return 14.0 * model.parameters + 4 * 2 * 25 * 2**20  # two buckets in float32
+        return 14.0 * model.parameters + 2 * 2 * 25 * 2**20  # two buckets of bfloat16, in float32
     within = gpus if way == "fsdp" else NODE
-    # whole at a time: embedding and head, and two layers; their gradients, also in float32
-    passing = (2 + 2 + 4) * max(model.rest, model.layer) + 2 * (model.rest + 2 * model.layer)
+    # whole at a time: embedding and head, and two layers; a gradient, and it in float32
+    passing = (2 + 4) * max(model.rest, model.layer) + 2 * (model.rest + 2 * model.layer)
     return 14.0 * model.parameters / within + passing
 
 

@@ -6,7 +6,9 @@ torchrun --nproc-per-node 2 tests/distributed_run.py RANK STEP pretrain ...
 """
 
 import json
+import math
 import os
+import resource
 import signal
 import sys
 from contextlib import contextmanager
@@ -21,12 +23,17 @@ from tiny_run import SEQ, VOCAB, Letters
 
 from fastlm import AdamW
 from fastlm.data.shards import BatchSampler, TokenDataset
+from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
+from fastlm.train import loop
+from fastlm.train.distill import DistillRules, TeacherTokens
+from fastlm.train.distributed import joined
+from fastlm.train.dpo import PreferenceLoss, PreferredAnswers
 from fastlm.train.encoding import Example
-from fastlm.train.loop import Interrupted, train
+from fastlm.train.loop import Interrupted, NonFiniteError, train
 from fastlm.train.options import TrainOptions
 from fastlm.train.preferences import Judged
 from fastlm.train.pretrain import pretrain
@@ -75,9 +82,9 @@ def examples(count: int) -> list[Example]:
     return found
 
 
-def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0):
+def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=None):
     """Epochs of 7 micro-batches: 4, then 3. ``rank``: of adapters, or all weights are trained."""
-    net = model()
+    net = net or model()
     if rank:
         add_lora(net, rank, 2.0 * rank, seed=3)
     objective = AnswerTokens(
@@ -102,6 +109,34 @@ def rewarding(run: Path, options: TrainOptions = OPTIONS):
     return net
 
 
+def preferring(run: Path, options: TrainOptions = OPTIONS):
+    """Epochs of 5 micro-batches of pairs with a common prompt: 4, then 1."""
+    net = model()
+    judged = []
+    for i, one in enumerate(examples(9)):
+        ids = one.ids.copy()
+        ids[one.mask] = 1 + (ids[one.mask] + i) % (VOCAB - 1)
+        judged.append(Judged((one, Example(ids, one.mask, one.place))))
+    objective = PreferredAnswers(
+        net, judged, judged[:3], options, PreferenceLoss(), batch_size=2, seed=1, base="",
+        tokenizer=None, prompt=(), device=net.device,
+    )  # fmt: skip
+    objective.measure_reference(torch.float32)
+    train(objective, options, run)
+    return net
+
+
+def distilling(run: Path, options: TrainOptions = OPTIONS):
+    """Epochs of 7 micro-batches: 4, then 3. The teacher is whole in every process."""
+    net, teacher = model(), model(num_hidden_layers=1, initializer_range=0.3)
+    objective = TeacherTokens(
+        net, examples(14), examples(3), options, batch_size=2, seed=1, base="", tokenizer=None,
+        prompt=(), device=net.device, teacher=teacher, rules=DistillRules("jsd", sft_weight=0.5),
+    )  # fmt: skip
+    train(objective, options, run)
+    return net
+
+
 SHORT = replace(OPTIONS, max_steps=4, validations=1, sample_at=())
 
 
@@ -112,6 +147,8 @@ def everything(data: Path, out: Path) -> None:
     fine_tuning(out / "sft", SHORT)
     fine_tuning(out / "lora", SHORT, rank=2)
     rewarding(out / "reward", SHORT)
+    preferring(out / "dpo", SHORT)
+    distilling(out / "distill", SHORT)
 
 
 def two(rank: int, data: Path, out: Path) -> None:
@@ -125,6 +162,8 @@ def two(rank: int, data: Path, out: Path) -> None:
             (out / f"fsdp-{rank}.json").write_text(json.dumps(told))
     fine_tuning(out / "fsdp/sft", replace(SHORT, **FSDP))
     rewarding(out / "fsdp/reward", replace(SHORT, **FSDP))
+    preferring(out / "fsdp/dpo", replace(SHORT, **FSDP))
+    distilling(out / "fsdp/distill", replace(SHORT, **FSDP))
     with counted() as seen:
         pretraining(data, out / "counted", replace(SHORT, validations=0))
     (out / f"ddp-{rank}.json").write_text(json.dumps({"sent": seen, "held": Held.last}))
@@ -147,15 +186,83 @@ def four(rank: int, data: Path, out: Path) -> None:
     fine_tuning(out / "sft-fsdp", replace(SHORT, **FSDP))
 
 
+def refused(call, error: type[BaseException] = InputError) -> str:
+    """Return the message of the call's error."""
+    try:
+        call()
+    except error as caught:
+        return str(caught)
+    return "no error"
+
+
+@contextmanager
+def full_disk(full: bool):
+    """No file of this process grows above 1,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def diverging(rank: int, run: Path) -> str:
+    """In step 3 the losses of the processes are inf and -inf. The other one looks for the last
+    checkpoint before it is written.
+    """
+    loss, looks, steps = AnswerTokens.loss, loop.checkpoint_before, 0
+
+    def spoilt(self, batch, num_items):
+        nonlocal steps
+        steps += 1
+        found = loss(self, batch, num_items)
+        return found if steps <= 4 else found * (math.inf if rank else -math.inf)
+
+    AnswerTokens.loss = spoilt
+    if rank:
+        loop.checkpoint_before = lambda run_dir, step: None
+    options = replace(SHORT, checkpoint_every=2, validations=0, async_checkpoints=True)
+    try:
+        return refused(lambda: fine_tuning(run, options), NonFiniteError)
+    finally:
+        AnswerTokens.loss, loop.checkpoint_before = loss, looks
+
+
+def edges(rank: int, data: Path, out: Path) -> None:
+    """What two processes say when something goes wrong in one of them."""
+    said = {}
+    short = replace(SHORT, max_steps=2, checkpoint_every=2, validations=0, **FSDP)
+    with full_disk(rank == 1):
+        said["full disk"] = refused(lambda: fine_tuning(out / "full", short))
+    net = fine_tuning(out / "once", short)
+    said["again"] = refused(lambda: fine_tuning(out / "more", short, net=net))
+    said["lora"] = refused(lambda: fine_tuning(out / "lora", short, rank=2))
+    said["inf - inf"] = diverging(rank, out / "diverged")
+    (out / f"edges-{rank}.json").write_text(json.dumps(said))
+
+
 def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> None:
     """A process of ``job``. One that fails leaves its error in a file."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2",
+        "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # as where the second node joined later
+        "TORCHELASTIC_RESTART_COUNT": str(3 - rank),
     }  # fmt: skip
+    if job == "edges":
+        cpu = torch.device("cpu")
+        with joined(cpu) as ranks:  # its own group, with what torchrun's environment says
+            assert ranks.gather(rank) == list(range(size))
+        assert not dist.is_initialized()
+        dist.init_process_group("cuda:gloo")  # a caller's, which is for GPUs alone
+        with joined(cpu) as ranks:
+            assert ranks.gather(rank) == list(range(size))
+            assert ranks.from_first(rank) == 0 and ranks.any(rank == 1)
+        dist.destroy_process_group()
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    {"two": two, "four": four}[job](rank, data, out)
+    {"two": two, "four": four, "edges": edges}[job](rank, data, out)
     dist.destroy_process_group()
 
 

@@ -7,19 +7,29 @@ that torchrun did not start is `Alone`: it exchanges nothing and imports no torc
 
 import hashlib
 import os
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from secrets import token_hex
+from socket import gethostname
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastlm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 # The longest wait for another process. Rank 0 alone writes checkpoints and samples meanwhile
 TIMEOUT = timedelta(minutes=10)
-# How gloo, NCCL and the store report a process that is gone
-LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
+# How gloo reports a process that is gone: an error of its own has no class (torch 2.13)
+LOST = re.compile(
+    r"gloo/transport/.*(connection (closed|reset|refused)|broken pipe|timed? ?out)", re.IGNORECASE
+)
 
 
 class LostRankError(RuntimeError):
@@ -36,11 +46,6 @@ def launched() -> tuple[int, int]:
 def node_size() -> int:
     """Return the number of processes on this machine as torchrun's environment has it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def attempt() -> str:
-    """Return how often torchrun has started the processes again."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def leads() -> bool:
@@ -68,9 +73,42 @@ def says_first(text: str) -> bool:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:  # the store of torchrun's agent
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"fastlm/{attempt()}/{key}", 1) == 1
+        # not once per job: the same may be said again after a restart
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"fastlm/said/{_agreed or attempt}/{key}", 1) == 1
     except RuntimeError:
         return rank == 0
+
+
+_agreed = ""  # the word of this process's last group
+
+
+def agree(store: "Store", rank: int, size: int) -> str:
+    """Return a new word that the processes of a group agree on. No group before had it.
+
+    torchrun's store outlives the processes, and no variable of theirs numbers the groups:
+    TORCHELASTIC_RESTART_COUNT is that of one agent, which may have joined later. So each process
+    asks under a random name, and rank 0 answers whoever asks until all have heard the word. Names
+    that dead processes left are answered too, which no one reads.
+    """
+    own = token_hex(8)
+    if rank:
+        store.set(f"fastlm/asks/{rank}", own)
+        word = store.get(f"fastlm/answer/{own}").decode()
+        store.set(f"fastlm/heard/{word}/{rank}", "")
+        return word
+    asks = [f"fastlm/asks/{other}" for other in range(1, size)]
+    heard = [f"fastlm/heard/{own}/{other}" for other in range(1, size)]
+    answered: set[bytes] = set()
+    ends = time.monotonic() + TIMEOUT.total_seconds()
+    while not store.check(heard):
+        for name in set(store.multi_get(asks)) - answered:
+            store.set(f"fastlm/answer/{name.decode()}", own)
+            answered.add(name)
+        if time.monotonic() > ends:
+            raise LostRankError(f"rank 0 of {size}: not all processes have joined in {TIMEOUT}")
+        time.sleep(0.02)
+    return own
 
 
 class Alone:
@@ -109,25 +147,33 @@ class Alone:
 
 
 class Ranks(Alone):
-    """One of several processes, joined by ``torch.distributed``."""
+    """One of several processes, joined by ``torch.distributed``. All make it together. What they
+    tell each other goes over a gloo group of its own: that of a caller may be for GPUs alone.
+    """
 
     def __init__(self) -> None:
         import torch.distributed as dist
 
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    def leave(self) -> None:
+        import torch.distributed as dist
+
+        dist.destroy_process_group(self.group)
 
     def gather(self, value: T) -> list[T]:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def from_first(self, value: T) -> T:
         import torch.distributed as dist
 
         said = [value]
-        dist.broadcast_object_list(said, src=0)
+        dist.broadcast_object_list(said, src=0, group=self.group)
         return said[0]
 
     def on_first(self, do: Callable[[], T]) -> T | None:
@@ -147,7 +193,7 @@ class Ranks(Alone):
         import torch.distributed as dist
 
         told = torch.tensor([float(flag)])
-        dist.all_reduce(told)
+        dist.all_reduce(told, group=self.group)
         return bool(told)
 
     def deal(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
@@ -173,11 +219,38 @@ def averaged(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, floa
     return found
 
 
-@contextmanager
-def joined() -> Iterator[Alone]:
-    """Context: this process among those that torchrun started. A group that the caller made before
-    is used and stays. LostRankError: another one is gone.
+def is_lost(error: RuntimeError) -> bool:
+    """Whether torch says so because another process is gone, or does not answer."""
+    import torch.distributed as dist
+
+    known = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, known) or LOST.search(_line(error)) is not None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def check_gpus(places: Sequence[tuple[str, str]]) -> None:
+    """Raise InputError if two processes have their model on the same GPU. ``places``: host and GPU
+    of each.
     """
+    for rank, place in enumerate(places):
+        if (other := places.index(place)) != rank:
+            raise InputError(
+                "device: wanted a GPU of its own for each process (that of LOCAL_RANK), got"
+                f" processes {other} and {rank} on one GPU of {place[0]}"
+            )
+
+
+@contextmanager
+def joined(device: "torch.device") -> Iterator[Alone]:
+    """Context: this process among those that torchrun started. ``device``: of the model. A group
+    that the caller made before is used and stays; it must serve the device.
+
+    LostRankError: another process is gone. InputError: two models are on the same GPU.
+    """
+    global _agreed
     rank, size = launched()
     if size == 1:
         yield Alone()
@@ -188,29 +261,37 @@ def joined() -> Iterator[Alone]:
     from torch.distributed.rendezvous import rendezvous
 
     made = not dist.is_initialized()
-    lost = False
+    cuda = device.type == "cuda"
+    lost, ranks = False, None
     try:
+        if cuda:
+            torch.cuda.set_device(device)
         if made:
-            cuda = torch.cuda.is_available()
-            if cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-            # torchrun keeps its store when it starts the processes again (torch 2.13): without the
-            # prefix, gloo may find the addresses of the processes that are gone
+            # torchrun keeps its store when it starts the processes again (torch 2.13): without a
+            # prefix of their own, gloo may find the addresses of the processes that are gone
+            _agreed = agree(store, rank, size)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, rank=rank,
-                world_size=size, store=PrefixStore(f"attempt {attempt()}", store),
+                world_size=size, store=PrefixStore(f"fastlm/{_agreed}", store),
             )  # fmt: skip
-        yield Ranks()
+        ranks = Ranks()
+        if cuda:
+            gpu = torch.cuda.get_device_properties(device)
+            check_gpus(ranks.gather((gethostname(), str(gpu.uuid))))
+        yield ranks
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, dist.DistError) or any(word in text.lower() for word in LOST):
+        if is_lost(error):
             lost = True  # taking leave of it would wait
+            text = _line(error)
             raise LostRankError(
                 f"rank {rank} of {size}: another process has ended or does not answer"
-                f" ({text:.120}); the same command resumes from the last checkpoint"
+                f" ({text:.300}); the same command resumes from the last checkpoint"
             ) from error
         raise
     finally:
-        if made and not lost and dist.is_initialized():
-            dist.destroy_process_group()
+        if not lost and dist.is_initialized():
+            if made:
+                dist.destroy_process_group()
+            elif ranks is not None:
+                ranks.leave()

@@ -14,7 +14,7 @@ from fastlm.progress import silent
 from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
 from fastlm.train.best import taken
 from fastlm.train.chat_options import ChatOptions
-from fastlm.train.distributed import leads
+from fastlm.train.distributed import check_alone, leads
 from fastlm.train.encoding import (
     IGNORE,
     Example,
@@ -430,11 +430,8 @@ labels (prompt, completion, label)."""
                 "lora_dropout: wanted 0, as the reference is measured without dropout, got"
                 f" {self.lora_dropout}"
             )
-        if self.loss == "kto" and self.parallel != "ddp":
-            raise InputError(
-                "parallel: wanted ddp with loss = 'kto', whose reference point is measured before"
-                f" each step, got {self.parallel!r}"
-            )
+        if self.loss == "kto":
+            check_alone("loss = 'kto'", "its accuracy is over pairs of labels of a whole step")
         least = self.batch_size * (1 if self.batch_warmup else self.accumulate)
         if self.loss == "kto" and least < 2:
             raise InputError(

@@ -203,7 +203,7 @@ def train(
     """
     options.check()
     keep_freed_memory()
-    with joined() as ranks:
+    with joined(next(objective.trained.parameters()).device) as ranks:
         if not ranks.leads:
             track, on_event = silent, None
         loop = _Loop(objective, options, Path(run_dir), on_event, ranks)
@@ -431,7 +431,10 @@ class _Loop:
         parts = ranks.gather((float(total), own, scalars))
         if len(parts) == 1:
             return parts[0][0], scalars
-        return math.fsum(loss for loss, _, _ in parts), averaged([part[1:] for part in parts])
+        losses = [loss for loss, _, _ in parts]
+        # fsum refuses inf - inf
+        loss = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
+        return loss, averaged([part[1:] for part in parts])
 
     def update(self, *, skip: bool) -> float:
         """Clip and step. Return the gradient's norm before clipping; 0 for a skipped step."""
@@ -461,8 +464,12 @@ class _Loop:
         self, kind: type[DivergedError], what: str, position: str = "", steps: int = 0
     ) -> DivergedError:
         """The error of the step that runs, after ``steps`` that cannot be trusted."""
-        self.writer.wait()
-        last = checkpoint_before(self.run_dir, self.step - steps)
+
+        def good() -> Path | None:
+            self.writer.wait()
+            return checkpoint_before(self.run_dir, self.step - steps)
+
+        last = self.ranks.from_first(self.ranks.on_first(good))  # others may look too early
         batch = f"batch: {position}; " if position else ""
         error = kind(
             f"step {self.step + 1}: {what}; {batch}last good checkpoint: {last or 'none'}",

@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
@@ -103,11 +102,10 @@ class Replicas(Whole):
         return loss.detach()
 
 
-Bucket = dist.GradBucket  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _summed(state: None, bucket: Bucket) -> torch.futures.Future[Tensor]:
+def _summed(state: None, bucket) -> torch.futures.Future[Tensor]:
     """DDP's hook for a bucket: a sum, where its own default is a mean."""
+    import torch.distributed as dist
+
     del state
     own = bucket.buffer()
     wide = own.float()
@@ -211,10 +209,17 @@ class Shards(Whole):
 def parallel(model: nn.Module, options: TrainOptions, ranks: Alone) -> Whole:
     """Return how this process holds ``model``. Call it before the optimizer is made.
 
-    InputError: fsdp, and weights that are not trained.
+    InputError: fsdp, and weights that are not trained; a model that fsdp or hsdp trained before.
     """
     if ranks.size == 1:
         return Whole(model)
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise InputError(
+            "parallel: wanted a model that fsdp or hsdp did not train before in this program, got"
+            " one; save it, and load it again"
+        )
     if options.parallel == "ddp":
         return Replicas(model)
     if not all(p.requires_grad for p in model.parameters()):

@@ -9,7 +9,8 @@ read what one process wrote (``tensors.safetensors``). Rejected: torch's own for
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -43,7 +45,8 @@ def save_sharded(
     writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
     error = None
     try:
-        save(flat, storage_writer=writer)
+        with _unwrapped():
+            save(flat, storage_writer=writer)
     except OSError as caught:
         error = str(write_error(path, caught))
     mine = sorted(part.glob(f"shard-{ranks.rank + 1:05d}-*"))
@@ -65,6 +68,17 @@ def save_sharded(
             raise write_error(path, caught) from caught
 
     ranks.on_first(finish)
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Context: what failed first is raised, in all processes, in place of torch's exception, which
+    is no Exception and prints the tracebacks of all.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        raise error.failures[min(error.failures)][0] from None
 
 
 def _made(part: Path) -> None:
@@ -105,7 +119,7 @@ def load_sharded(
                 into[name] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
             else:
                 into[name] = torch.zeros(have.size, dtype=dtype)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _unwrapped():
             warnings.simplefilter("ignore", UserWarning)  # it says that one process loads
             load(into, storage_reader=reader, no_dist=ranks.size == 1)
     except (OSError, SafetensorError) as error:
