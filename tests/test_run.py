@@ -124,7 +124,7 @@ def test_again_is_skipped_and_a_change_redoes_what_depends_on_it(finished):
     shutil.rmtree(run / "pretrain/checkpoints")
     assert set(run_again(recipe, run, overrides=["eval.stride=8"]).values()) == {"skipped"}
     assert (run / "pretrain/metrics.jsonl").read_bytes() == before
-    (run / ".pretrain.0123.part").mkdir()  # left by a killed process
+    (run / ".pretrain.fastlm-0123456789abcdef.part").mkdir()  # left by a killed process
     states = run_again(recipe, run, overrides=["pretrain.lr=2e-2"])
     assert not list(run.glob(".*.part"))
     assert [n for n, s in states.items() if s == "skipped"] == ["data", "tokenizer", "shards"]
@@ -417,11 +417,11 @@ def test_a_folder_with_somebody_elses_files_is_left_alone(tmp_path, name):
 
 def test_only_strays_of_runs_are_swept(finished):
     recipe, run = finished
-    mine = [run / ".vimrc.old", run / ".part", run / ".notes.part"]
+    mine = [run / ".vimrc.old", run / ".part", run / ".data.old", run / ".pretrain.20261127.part"]
     strays = [
-        run / ".pretrain.0123abcd.part",
-        run / ".stages.json.0123abcd.part",
-        run / ".data.old",
+        run / ".pretrain.fastlm-0123456789abcdef.part",
+        run / ".stages.json.fastlm-0123456789abcdef.part",
+        run / ".data.fastlm-0123456789abcdef.old",
     ]
     for file in mine + strays:
         file.write_text("x")
