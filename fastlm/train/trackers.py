@@ -121,6 +121,7 @@ class TensorBoard:
 
         folder = run_dir / "tensorboard"
         resumed = any(folder.glob("events.out.tfevents.*"))
+        self.texts = _steps_with_text(folder) if resumed else set()
         self.writer = SummaryWriter(str(folder), purge_step=0 if resumed else None)
         for line in _before(run_dir):
             self._write(line)
@@ -132,7 +133,7 @@ class TensorBoard:
     def _write(self, line: Line) -> None:
         for name, value in _numbers(line).items():
             self.writer.add_scalar(name, value, line["step"])
-        if "sample" in line:
+        if "sample" in line and line["step"] not in self.texts:
             self.writer.add_text("sample", line["sample"], line["step"])
 
     def close(self) -> None:
@@ -183,6 +184,15 @@ def _own_id(path: Path) -> str:
     if not path.exists():
         save_atomic(path, lambda part: part.write_text(json.dumps({"id": secrets.token_hex(8)})))
     return str(read_json(path)["id"])
+
+
+def _steps_with_text(folder: Path) -> set[int]:
+    """The steps of the texts in TensorBoard's files: a purge hides numbers, but no texts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 1, "tensors": 0})
+    board.Reload()
+    return {event.step for tag in board.Tags()["tensors"] for event in board.Tensors(tag)}
 
 
 def _before(run_dir: Path) -> list[Line]:
