@@ -301,7 +301,9 @@ def main() -> None:
     common_options(parser)
     options = parser.parse_args()
     wait_until_quiet(options.busy)
-    about = {**machine(), "transformers": transformers.__version__, "trl": trl.__version__}
+    # of the trainings, which are processes of their own
+    about = {**machine(), "threads": options.threads}
+    about |= {"transformers": transformers.__version__, "trl": trl.__version__}
     print(about)
     steps = WARM_UP + options.steps
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 
 from fastlm.errors import InputError
 
-_LEFT = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(part|old)")  # what `beside` calls its files and folders
+PATIENCE = 1.0  # seconds to wait for a lock
 MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
 
 
@@ -70,14 +71,14 @@ def beside(path: str | Path) -> Iterator[Path]:
 
     The temporary name is new each time, so two processes that write the same file at once both
     write complete files. A folder needs two renames: the old one away, then the new one into place.
-    A crash between them leaves the old folder, complete, next to ``path`` as ``.NAME.*.old``; the
-    next write in the same folder puts it back, and removes what else killed ones have left. A full
-    disk, a read-only folder and the like raise InputError.
+    A crash between them leaves the old folder, complete, next to ``path`` as
+    ``.NAME.fastlm-*.old``; the next write of ``path`` puts it back, and removes what else killed
+    ones have left of ``path``. A full disk, a read-only folder and the like raise InputError.
     """
     path = Path(path)
     if path.name in ("", ".."):
         raise InputError(f"{path}: wanted a path that ends in a name")
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = new_name(path)
     try:
         with _working(path):
             yield part
@@ -91,7 +92,7 @@ def beside(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise write_error(path, error) from error
     finally:
-        _remove(part)
+        remove(part)
 
 
 def save_atomic(path: str | Path, writer: Callable[[Path], Any]) -> None:
@@ -129,45 +130,80 @@ def reason(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def new_name(path: Path, end: str = "part") -> Path:
+    """A name next to ``path`` that nobody else has, for what is being written or deleted."""
+    return path.with_name(f".{path.name}.fastlm-{secrets.token_hex(8)}.{end}")
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What exists next to ``path`` under a name of `new_name`: of a process at work, or killed."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.fastlm-[0-9a-f]{{16}}\.(part|old)")
+    return sorted(left for left in path.parent.iterdir() if name.fullmatch(left.name))
+
+
+def clean_up(path: Path) -> None:
+    """Put back the old folder of a swap of ``path`` that was cut off, and remove what was not
+    finished, unless somebody works in the folder of ``path``, which must exist.
+    """
+    with _opened(path.parent) as folder, contextlib.suppress(OSError):
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _clean_up(path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)  # and ends the lock
+
+
 @contextlib.contextmanager
 def _working(path: Path) -> Iterator[None]:
     """Context: a shared lock on the folder of ``path``, which ends with the process. A writer that
     is alone there cleans up after those that were killed.
     """
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
+    with _opened(path.parent) as folder:
         with contextlib.suppress(OSError):  # others write here, or a file system without locks
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _clean_up(path.parent)
-        with contextlib.suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_SH)
+            _clean_up(path)
+        _share(folder)
         yield
-    finally:
-        os.close(folder)
 
 
-def _clean_up(folder: Path) -> None:
-    """Put back old folders of swaps that were cut off; remove what was not finished."""
-    for left in list(folder.iterdir()):
-        if not (found := _LEFT.fullmatch(left.name)):
-            continue
-        path = folder / found[1]
-        if found[2] == "old" and not path.exists():
+def _share(folder: int) -> None:
+    """Take the shared lock. Another writer's `clean_up` is waited for; a program that holds on to
+    the folder is not: then the write has no lock.
+    """
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return None
+            time.sleep(0.02)
+        except OSError:
+            return None
+
+
+def _clean_up(path: Path) -> None:
+    for left in leftovers(path):
+        if left.suffix == ".old" and not path.exists():
             os.rename(left, path)
         else:
-            _remove(left)
+            remove(left)
 
 
 def sync(path: Path) -> None:
     """Wait until a file's or folder's content is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder; what cannot be deleted stays."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -184,11 +220,11 @@ def _swap(part: Path, path: Path) -> None:
     here = Path.cwd()
     if path.resolve() in (here, *here.parents):  # a process inside would stay in the old folder
         raise InputError(f"{path}: wanted a folder that is not the working directory")
-    old = part.with_suffix(".old")
+    old = new_name(path, "old")
     os.rename(path, old)
     try:
         os.rename(part, path)
     except OSError:
         os.rename(old, path)
         raise
-    _remove(old)
+    os.rename(old, part)  # not to be put back: it may be deleted by half

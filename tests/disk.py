@@ -7,12 +7,13 @@ import fastlm.files
 
 def full_disk(monkeypatch, path: Path) -> None:
     """Send what ``fastlm.files`` writes next to ``path`` to /dev/full, but no other files."""
-    (path.parent / f".{path.name}.full.part").symlink_to("/dev/full")
+    part = path.parent / f".{path.name}.fastlm-full.part"
+    part.symlink_to("/dev/full")
     draw = fastlm.files.secrets.token_hex
 
     class Names:
         @staticmethod
         def token_hex(size):
-            return "full" if (path.parent / f".{path.name}.full.part").is_symlink() else draw(size)
+            return "full" if part.is_symlink() else draw(size)
 
     monkeypatch.setattr(fastlm.files, "secrets", Names)

@@ -1,7 +1,9 @@
 """Reading and writing model folders, and every way in which one can be broken."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -563,10 +565,50 @@ def test_killed_while_writing(folder):
 def test_killed_between_the_renames_of_a_folder(folder):
     """The next write finds the old folder in its place: if that is killed too, it is there."""
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    folder.rename(folder.with_name(f".{folder.name}.0123abcd.old"))
+    folder.rename(folder.with_name(f".{folder.name}.fastlm-0123456789abcdef.old"))
     run = subprocess.run([sys.executable, "-P", "-c", KILLED, str(folder)])
     assert run.returncode == -signal.SIGKILL
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_only_what_was_left_of_the_same_path_is_removed(tmp_path):
+    hex16 = "0123456789abcdef"
+    (tmp_path / "mail").write_text("mine")
+    mine = [
+        ".thesis.20261127.part", ".mail.20240101.old", ".out.json.20261127.part",
+        ".model.deadbeef.old", f".model.fastlm-{hex16}.old", f".out.json.fastlm-{hex16}.txt",
+    ]  # fmt: skip
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".notes.deadbeef.old").mkdir()
+    (tmp_path / f".out.json.fastlm-{hex16}.part").write_text("of a process that was killed")
+    save_atomic(tmp_path / "out.json", lambda part: part.write_text("{}"))
+    assert files(tmp_path) == {*mine, "mail", ".notes.deadbeef.old", "out.json"}
+
+
+def test_half_an_old_folder_is_not_put_back(folder, monkeypatch):
+    """Killed while it deletes the old folder, which the user follows by removing the new one."""
+    state = make_state()
+    monkeypatch.setattr("fastlm.files.remove", lambda path: (path / "config.json").unlink())
+    save_hf(folder, CONFIG, state)
+    monkeypatch.undo()
+    assert len(files(folder.parent)) == 2
+    shutil.rmtree(folder)
+    with pytest.raises(ZeroDivisionError):
+        save_atomic(folder, lambda part: 1 / 0)
+    assert files(folder.parent) == set()
+
+
+def test_a_folder_that_another_program_has_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastlm.files.PATIENCE", 0.05)
+    (left := tmp_path / ".out.json.fastlm-0123456789abcdef.part").write_text("x")
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    save_atomic(tmp_path / "out.json", lambda part: part.write_text("{}"))
+    assert files(tmp_path) == {"out.json", left.name}
+    os.close(held)
+    save_atomic(tmp_path / "out.json", lambda part: part.write_text("{}"))
+    assert files(tmp_path) == {"out.json"}
 
 
 def test_shard_size_is_checked(tmp_path):

@@ -232,6 +232,15 @@ def test_an_earlier_result_survives_a_failure(corpus, tmp_path):
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+def test_what_a_killed_process_left_is_removed(corpus, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("train.jsonl.zst", "heldout.jsonl.zst", "funnel.json"):
+        (out / f".{name}.fastlm-0123456789abcdef.part").write_text("x")
+    run(corpus, out)
+    assert not list(out.glob(".*"))
+
+
 @pytest.mark.parametrize("name", ["train.jsonl.zst", "heldout.jsonl.zst", "funnel.json", "work"])
 def test_full_disk(corpus, tmp_path, name, monkeypatch):
     out = tmp_path / "out"

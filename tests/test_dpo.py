@@ -233,6 +233,20 @@ def test_a_shared_prompt_changes_no_log_probability(window) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_keys_that_cannot_be_are_refused() -> None:
+    model = CausalLM(config(64), seed=2)
+    (ids, labels, cu_seqlens), (rows, ends) = pack_pairs([pair.answers for pair in PAIRS[:2]])
+    model.hidden(ids, cu_seqlens=cu_seqlens, keys=(rows, ends))
+    with pytest.raises(InputError, match="keys: wanted with cu_seqlens, got none"):
+        model.logprobs(ids, labels, keys=(rows, ends))
+    swapped = rows.clone()
+    swapped[4:7] = rows[4:7].flip(0)  # the second answer's own token comes first
+    with pytest.raises(InputError, match="keys: wanted rows in which the keys of a document end"):
+        model.hidden(ids, cu_seqlens=cu_seqlens, keys=(swapped, ends))
+    with pytest.raises(InputError, match="keys: wanted for each document as many keys"):
+        model.hidden(ids, cu_seqlens=cu_seqlens, keys=(rows, ends[:-1]))
+
+
 def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:
     assert len(LABELS) == 10 and [one.desirable for one in LABELS] == [True, False] * 5
     prompts = [one.answers[0].ids[: one.answers[0].mask.argmax()].tolist() for one in LABELS]

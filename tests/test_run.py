@@ -124,7 +124,7 @@ def test_again_is_skipped_and_a_change_redoes_what_depends_on_it(finished):
     shutil.rmtree(run / "pretrain/checkpoints")
     assert set(run_again(recipe, run, overrides=["eval.stride=8"]).values()) == {"skipped"}
     assert (run / "pretrain/metrics.jsonl").read_bytes() == before
-    (run / ".pretrain.0123.part").mkdir()  # left by a killed process
+    (run / ".pretrain.fastlm-0123456789abcdef.part").mkdir()  # left by a killed process
     states = run_again(recipe, run, overrides=["pretrain.lr=2e-2"])
     assert not list(run.glob(".*.part"))
     assert [n for n, s in states.items() if s == "skipped"] == ["data", "tokenizer", "shards"]
@@ -260,7 +260,7 @@ def test_a_training_that_gives_way_is_set_aside_and_can_go_on(tmp_path):
 
 
 def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
-    """`take` and `on_spike`: nothing is archived and no step is trained again."""
+    """`take`, and before the end `on_spike`: nothing is archived, no step is trained again."""
     recipe, run, plans = tiny_recipe.write(tmp_path), tmp_path / "run", []
 
     def again(*overrides: str) -> tuple[str, str]:
@@ -268,6 +268,11 @@ def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
         run_recipe(recipe, run, overrides=sets, until="pretrain", on_plan=plans.append)
         planned = next(p for p in plans[-1] if p.step.name == "pretrain")
         return planned.do, planned.why
+
+    def cut_off() -> None:
+        record = json.loads((run / "stages.json").read_text())
+        del record["stages"]["pretrain"]["outputs"], record["stages"]["pretrain"]["result"]
+        (run / "stages.json").write_text(json.dumps(record))
 
     assert again("keep_best=true", "spike_factor=3.0") == ("run", "new")
     log = (run / "pretrain/metrics.jsonl").read_bytes()
@@ -281,16 +286,24 @@ def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
     assert (run / "pretrain/model/model.safetensors").read_bytes() != last
     assert again("spike_factor=3.0") == ("continue", "take was 'best', now 'last'")
     assert (run / "pretrain/model/model.safetensors").read_bytes() == last
-    # without on_spike = "skip" the factor decides nothing: it is not the reason
-    spikes = "on_spike was 'warn', now 'skip'"
-    assert again("spike_factor=3.0", 'on_spike="skip"') == ("continue", spikes)
-    spikes = "on_spike was 'skip', now 'warn'"
-    assert again("spike_factor=3.0") == ("continue", spikes)
+    assert again("spike_factor=3.0", 'on_spike="stop"') == ("skip", "done")
+    cut_off()
+    skips = ("spike_factor=3.0", 'on_spike="skip"')
+    assert again(*skips) == ("continue", "on_spike is now 'skip'")  # from "stop" or "warn"
+    cut_off()
+    spikes = "on_spike was 'skip', now 'stop'"
+    assert again("spike_factor=3.0", 'on_spike="stop"') == ("continue", spikes)
     assert (run / "pretrain/metrics.jsonl").read_bytes() == log
     assert not list(run.glob("previous*"))
+    # finished, it may have thrown away other gradients
+    assert again(*skips) == ("run", "on_spike is now 'skip'")
+    factor = "spike_factor was 3.0, now 100.0"
+    assert again("spike_factor=100.0", 'on_spike="skip"') == ("run", factor)
+    assert again() == ("run", "on_spike was 'skip', now 'warn'")
+    assert len([*run.glob("previous*")]) == 3
     # what a checkpoint cannot continue with starts again
     assert again('take="best"', "max_steps=2", "lr=1e-3")[0] == "run"
-    assert list(run.glob("previous*")) == [run / "previous"]
+    assert len([*run.glob("previous*")]) == 4
 
 
 def test_a_file_beside_the_model_does_not_train_it_again(finished):
@@ -417,11 +430,11 @@ def test_a_folder_with_somebody_elses_files_is_left_alone(tmp_path, name):
 
 def test_only_strays_of_runs_are_swept(finished):
     recipe, run = finished
-    mine = [run / ".vimrc.old", run / ".part", run / ".notes.part"]
+    mine = [run / ".vimrc.old", run / ".part", run / ".data.old", run / ".pretrain.20261127.part"]
     strays = [
-        run / ".pretrain.0123abcd.part",
-        run / ".stages.json.0123abcd.part",
-        run / ".data.old",
+        run / ".pretrain.fastlm-0123456789abcdef.part",
+        run / ".stages.json.fastlm-0123456789abcdef.part",
+        run / ".data.fastlm-0123456789abcdef.old",
     ]
     for file in mine + strays:
         file.write_text("x")

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import multiprocessing
+import re
 import signal
 import socket
 import struct
@@ -92,6 +93,12 @@ def test_a_tracker_can_join_later(data, tmp_path) -> None:
     start(data, tmp_path, replace(OPTIONS, max_steps=8))
     start(data, tmp_path, replace(BOARD, max_steps=12))
     assert shown(tmp_path / "tensorboard")[0] == wanted(tmp_path)
+    # and be off for a while
+    start(data, tmp_path, replace(OPTIONS, max_steps=16))
+    start(data, tmp_path, replace(BOARD, max_steps=20))
+    numbers, texts = shown(tmp_path / "tensorboard")
+    assert numbers == wanted(tmp_path)
+    assert texts == [line["sample"] for line in lines(tmp_path) if "sample" in line]
 
 
 class FakeTrackio(ModuleType):
@@ -127,18 +134,23 @@ class FakeTrackio(ModuleType):
 
 
 @pytest.fixture
-def trackio(monkeypatch, tmp_path_factory) -> Any:
-    """The real package where it is installed, on a store of the test's own; else a fake one."""
+def fake(monkeypatch) -> FakeTrackio:
     for variable in module.REMOTE:
         monkeypatch.delenv(variable, raising=False)
-    if importlib.util.find_spec("trackio"):
-        monkeypatch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
-        for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
-            monkeypatch.delitem(sys.modules, name)  # it reads the variable when it is imported
-        return importlib.import_module("trackio")
-    fake = FakeTrackio()
-    monkeypatch.setitem(sys.modules, "trackio", fake)
-    return fake
+    made = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", made)
+    return made
+
+
+@pytest.fixture
+def real(monkeypatch, tmp_path_factory) -> Any:
+    """The package, on a store of the test's own."""
+    for variable in module.REMOTE:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # it reads the variable when it is imported
+    return pytest.importorskip("trackio", reason="trackio brings Gradio: no test dependency")
 
 
 def logs_of(trackio: Any, project: str) -> dict[str, list[dict[str, Any]]]:
@@ -154,14 +166,10 @@ def logs_of(trackio: Any, project: str) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def test_trackio_has_one_run_per_folder_and_calls_nobody(
-    data, tmp_path, trackio, monkeypatch, capsys
-) -> None:
+def mirror_twice(data: Path, tmp_path: Path, trackio: Any) -> None:
+    """Each folder has one run in trackio, with all its steps, after a kill and after a resume."""
     run, other = tmp_path / "project" / "sft", tmp_path / "project" / "dpo"
     die(data, run)
-    calls = []
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: calls.append(address))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: calls.append(a))
     told: list[dict[str, Any]] = []
     start(data, other, replace(OPTIONS, max_steps=3, report_to=("trackio",)))
     for steps in (12, 24):
@@ -171,15 +179,41 @@ def test_trackio_has_one_run_per_folder_and_calls_nobody(
         assert logs.keys() == {"sft", "dpo"}
         numbers = [{k: v for k, v in line.items() if k != "sample"} for line in lines(run)]
         assert [log for log in logs["sft"] if len(log) > 1] == [n for n in numbers if len(n) > 1]
-    assert calls == [] and not [event for event in told if "warning" in event]
+    assert not [event for event in told if "warning" in event]
+
+
+def test_trackio_has_one_run_per_folder(data, tmp_path, fake, capsys) -> None:
+    mirror_twice(data, tmp_path, fake)
     assert capsys.readouterr().out == ""
+
+
+def test_the_real_trackio_has_one_run_per_folder_and_calls_nobody(
+    data, tmp_path, real, monkeypatch, capsys
+) -> None:
+    calls = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: calls.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: calls.append(a))
+    mirror_twice(data, tmp_path, real)
+    assert calls == [] and capsys.readouterr().out == ""
+
+
+def test_an_earlier_training_in_a_folder_keeps_its_run(data, tmp_path, fake) -> None:
+    run, options = tmp_path / "project" / "sft", replace(OPTIONS, report_to=("trackio",))
+    start(data, run, replace(options, max_steps=2))
+    run.rename(tmp_path / "project" / "old")
+    start(data, run, replace(options, max_steps=3))
+    start(data, run, replace(options, max_steps=4))
+    first, second = fake.projects["project"]
+    assert first.name == "sft" and re.fullmatch("sft-[0-9a-f]{4}", second.name)
+    assert {log["step"] for log in first.logs} == {0, 1, 2}
+    assert {log["step"] for log in second.logs} == {0, 1, 2, 3, 4}
 
 
 def test_a_tracker_that_fails_ends_nothing_and_warns_once(data, tmp_path, monkeypatch) -> None:
     told: list[dict[str, Any]] = []
 
     class Failing:
-        def __init__(self, run_dir: Path, first: int):
+        def __init__(self, run_dir: Path):
             self.logged = 0
 
         def log(self, line: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from tiny_run import OPTIONS, start
 from fastlm.errors import InputError
 from fastlm.train.loop import Interrupted, NonFiniteError
 from fastlm.train.schedule import due, learning_rate, micro_batches, progress
-from fastlm.train.state import list_checkpoints
+from fastlm.train.state import list_checkpoints, prune
 
 TIMES = ("seconds", "tokens_per_second", "progress")
 STEP_TOKENS = OPTIONS.accumulate * 4 * tiny_run.SEQ  # batches of 4 windows
@@ -391,6 +391,13 @@ def test_a_corrupt_checkpoint_is_refused(data, tmp_path):
 def test_options_are_checked(data, tmp_path, change, text):
     with pytest.raises(InputError, match=text):
         start(data, tmp_path, replace(OPTIONS, **change))
+
+
+def test_pruning_removes_what_was_left_of_steps_that_are_not_written_again(tmp_path):
+    for name in ("step-00000005", "step-00000010", ".step-00000007.fastlm-0123456789abcdef.part"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    prune(tmp_path, keep=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
 
 
 def test_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ from fastlm.data.scrub import scrub
 from fastlm.data.sources import Document, SourceFile, list_files, printable, read_files
 from fastlm.data.split import split_text
 from fastlm.errors import InputError
-from fastlm.files import parse_json, read_json, replacing, write_error
+from fastlm.files import clean_up, parse_json, read_json, replacing, write_error
 from fastlm.progress import silent
 from fastlm.typed import build, check
 
@@ -399,6 +399,7 @@ def _write_split(
         )
 
     (out / FUNNEL).unlink(missing_ok=True)  # from here on, no mix of old and new looks finished
+    clean_up(out / HELDOUT)  # beside TRAIN, it is not alone in the folder
     lines = io.BufferedReader(cast(io.RawIOBase, zstandard.ZstdDecompressor().stream_reader(work)))
     with (
         replacing(out / TRAIN) as train_file,

@@ -284,9 +284,12 @@ class CausalLM(nn.Module):
             keys: (rows, cu_seqlens_k), with cu_seqlens: the keys of document i are those of
                 ``rows[cu_seqlens_k[i] : cu_seqlens_k[i + 1]]``, (total_k,) int64 among the B * S.
                 Its own come last; those before them are a prefix that it shares with another
-                document. Positions count from the first key.
+                document. Positions count from the first key. InputError: without cu_seqlens; other
+                rows (checked on a CPU only).
         """
         self.check_ids(input_ids)
+        if keys is not None:
+            _check_keys(keys, cu_seqlens)
         start = 0 if cache is None else cache.length
         return self._hidden(
             input_ids, start, cu_seqlens, position_ids, attention_mask, cache, keys=keys
@@ -499,6 +502,21 @@ def _check_memory(config: ModelConfig) -> None:
             f"config: wanted a model that fits into {memory:,} bytes of memory,"
             f" got {parameters:,} parameters"
         )
+
+
+def _check_keys(keys: tuple[Tensor, Tensor], cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None:
+        raise InputError("keys: wanted with cu_seqlens, got none")
+    rows, ends = keys
+    if not is_eager(rows) or rows.device.type != "cpu":
+        return  # reading the values would break the graph, or wait for the device
+    starts, lengths = cu_seqlens.long()[:-1], cu_seqlens.long().diff()
+    if ends.shape != cu_seqlens.shape or (ends.long().diff() < lengths).any():
+        raise InputError("keys: wanted for each document as many keys as it has tokens, or more")
+    own = torch.arange(int(lengths.sum()))
+    at = own + (ends.long()[1:] - lengths - starts).repeat_interleave(lengths)
+    if ends[-1] != len(rows) or not torch.equal(rows[at].long(), own):
+        raise InputError("keys: wanted rows in which the keys of a document end with its own")
 
 
 def packed_positions(cu_seqlens: Tensor, total: int, whole: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ seconds.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def _state(step: Step, prints: "Fingerprints", done: Entry | None, folder: Path)
         changed = _changed(step, done)
         # the record's options with everything else as it is now
         alone = done.fingerprint == prints.with_options(step.name, done.options)
-        goes_on = held and alone and step.stage.continues(changed, folder)
+        goes_on = held and alone and step.stage.continues(changed, folder, done.outputs is not None)
         return ("continue" if goes_on else "run"), _change(step, done, changed)
     if done.outputs is None:
         return ("continue" if held else "run"), "was cut off"
@@ -109,7 +109,14 @@ def _change(step: Step, done: Entry, changed: Mapping[str, tuple[Any, Any]]) -> 
     if done.kind != step.stage.kind:
         return f"was {done.kind}"
     for key, (was, now) in changed.items():
-        return f"{key} was {was!r:.40}, now {now!r:.40}"
+        if key not in (options := asdict(step.stage)):
+            return f"{key} was {was!r:.40}"
+        # an option that decided nothing is not recorded: the stage has its value, or nobody
+        now = now if key in step.stage.identity() else options[key]
+        recorded = key in done.options or key in replace(step.stage, **{key: was}).identity()
+        return (
+            f"{key} was {was!r:.40}, now {now!r:.40}" if recorded else f"{key} is now {now!r:.40}"
+        )
     if {k: list(v) for k, v in step.inputs.items()} != done.inputs:
         return "takes from other stages"
     return "what it reads has changed"

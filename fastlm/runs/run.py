@@ -9,7 +9,6 @@ was to compare file times, as make does: that reruns everything after the folder
 import fcntl
 import hashlib
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 from fastlm.checkpoint.run_folder import STAGES
 from fastlm.data.content import Contents
 from fastlm.errors import InputError
-from fastlm.files import make_folder, read_json, save_atomic
+from fastlm.files import leftovers, make_folder, new_name, read_json, remove, save_atomic
 from fastlm.progress import silent
 from fastlm.runs.plan import Planned, chosen, fingerprints, make_plan, sizes_of
 from fastlm.runs.previous import archive, finish_moving
@@ -236,24 +235,17 @@ def _refuse_foreign(out: Path, names: Sequence[str], record: dict[str, Entry]) -
 
 def _sweep(out: Path, names: Sequence[str]) -> None:
     """Remove what a killed process was writing or deleting next to the files of a run."""
-    ours = [STAGES, RECIPE, SOURCES, REPORT, SUMMARY, *names]
-    # .NAME.old of _clear, .NAME.RANDOM.part and .NAME.RANDOM.old of save_atomic
-    stray_name = re.compile(rf"\.({'|'.join(map(re.escape, ours))})(\.[0-9a-f]+)?\.(part|old)")
-    for stray in [p for p in out.iterdir() if stray_name.fullmatch(p.name)]:
-        if stray.is_dir():
-            shutil.rmtree(stray, ignore_errors=True)
-        else:
-            stray.unlink(missing_ok=True)
+    for name in (STAGES, RECIPE, SOURCES, REPORT, SUMMARY, *names):
+        for stray in leftovers(out / name):
+            remove(stray)
 
 
 def _clear(folder: Path) -> None:
     """Delete a stage's folder. It is renamed first, so that an interrupted deletion leaves nothing
     under the final name.
     """
-    old = folder.with_name(f".{folder.name}.old")
+    old = new_name(folder)
     try:
-        if old.exists():
-            shutil.rmtree(old)
         if folder.is_dir() and not folder.is_symlink():
             folder.rename(old)
             shutil.rmtree(old)

@@ -185,11 +185,11 @@ class Stage:
         """Return the options that decide the result; changing any other one reruns nothing."""
         return asdict(self)
 
-    def continues(self, changed: Collection[str], folder: Path) -> bool:
+    def continues(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
         """Return whether what was made in ``folder`` with other values of the options ``changed``
-        continues with these.
+        continues with these. ``finished``: it was made to the end.
         """
-        del changed, folder
+        del changed, folder, finished
         return False
 
     def contents(self, contents: Contents) -> Any:

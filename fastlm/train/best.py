@@ -80,11 +80,13 @@ class Best:
 
     def prune(self, step: int | None) -> None:
         """Remove all but the weights of ``step``, and the remains of interrupted writes."""
+        from fastlm.files import new_name
+
         if not self.enabled or not self.ranks.leads or not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
             if NAME.fullmatch(path.name) and (step is None or path != self.path(step)):
-                path.rename(path.with_name(f".{path.name}.old"))
+                path.rename(new_name(path))
         for stray in self.folder.glob(".best-*"):
             shutil.rmtree(stray, ignore_errors=True)
 

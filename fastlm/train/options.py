@@ -18,7 +18,7 @@ OBSERVING = (
 )  # fmt: skip
 # How far to train. A training can continue with another budget; the schedule spans the whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
-# What is done about a spike; a training can continue with another answer
+# What is done about a spike; they decide weights where spikes are skipped
 GUARDS = ("spike_factor", "spike_window", "on_spike")
 ON_SPIKE = ("warn", "skip", "stop")
 TAKE = ("last", "best")
@@ -99,10 +99,15 @@ class TrainOptions:
         watching = OBSERVING if self.on_spike == "skip" else (*OBSERVING, *GUARDS)
         return {k: v for k, v in asdict(self).items() if k not in watching}
 
-    def continues(self, changed: Collection[str], folder: Path) -> bool:
-        """Return whether the training in ``folder`` continues where these options have changed."""
+    def continues(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
+        """Return whether the training in ``folder`` continues where these options have changed.
+
+        GUARDS are among ``changed`` if spikes are, or were, skipped (`identity`): a finished
+        training would have ended at other weights.
+        """
+        free = {"take"} if finished else {"take", *GUARDS}
         best = any((folder / "checkpoints").glob("best-*"))
-        return set(changed) <= {*GUARDS, "take"} and (self.take == "last" or best)
+        return set(changed) <= free and (self.take == "last" or best)
 
     def check(self) -> None:
         """Check the values. InputError names the option."""

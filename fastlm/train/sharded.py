@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastlm.checkpoint.folder import MANIFEST, TENSORS, write_json
 from fastlm.errors import InputError
-from fastlm.files import open_regular, read_json, reason, sync, write_error
+from fastlm.files import new_name, open_regular, read_json, reason, sync, write_error
 from fastlm.train.distributed import Alone
 
 
@@ -38,7 +37,7 @@ def save_sharded(
     """Write the folder ``path``; all processes call it. DTensors are written shard by shard,
     plain tensors, which are equal in all processes, once.
     """
-    part = ranks.from_first(path.with_name(f".{path.name}.{token_hex(4)}.part"))
+    part = ranks.from_first(new_name(path))
     ranks.on_first(lambda: _made(part))
     # a file of safetensors has no slices of a tensor without dimensions
     flat = {name: t if t.dim() else t.reshape(1) for name, t in tensors.items()}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastlm.checkpoint.folder import TENSORS, load_tensors, save_tensors
 from fastlm.errors import InputError
-from fastlm.files import make_folder, reason
+from fastlm.files import make_folder, new_name, reason
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.train.distributed import Alone
 from fastlm.typed import build
@@ -99,7 +99,7 @@ def prune(run_dir: Path, keep: int, trusted: int | None = None) -> None:
     for path in list_checkpoints(run_dir)[:-keep]:
         if path == spared:
             continue
-        path.rename(path.with_name(f".{path.name}.old"))
+        path.rename(new_name(path))
     for stray in folder.glob(".step-*"):
         shutil.rmtree(stray, ignore_errors=True)
 

@@ -10,13 +10,16 @@ warning; the training goes on. metrics.jsonl is the truth: a resumed training re
 import importlib
 import importlib.util
 import io
+import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from fastlm.errors import InputError
+from fastlm.files import read_json, save_atomic
 from fastlm.train.metrics import METRICS, read_metrics
 
 Line = dict[str, Any]
@@ -26,9 +29,9 @@ REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 
 class Tracker(Protocol):
-    def __init__(self, run_dir: Path, first: int) -> None:
-        """Begin, or continue, when a line of step ``first`` has been written to metrics.jsonl; take
-        over the lines before it.
+    def __init__(self, run_dir: Path) -> None:
+        """Begin, or continue, when a line has been written to metrics.jsonl; take over the lines
+        before it.
         """
 
     def log(self, line: Line) -> None: ...
@@ -88,7 +91,7 @@ class _Mirror:
             return
         with self._guarded():
             if self.tracker is None:
-                self.tracker = TRACKERS[self.name](self.run_dir, line["step"])
+                self.tracker = TRACKERS[self.name](self.run_dir)
             self.tracker.log(line)
 
     def close(self) -> None:
@@ -108,25 +111,30 @@ class _Mirror:
 
 
 class TensorBoard:
-    """Event files in ``run_dir``/tensorboard. What a killed training wrote from ``first`` on is
-    purged: TensorBoard shows these steps once.
+    """Event files in ``run_dir``/tensorboard. A resumed training purges what is there and writes
+    all steps again: some may be of after its checkpoint, or missing, as report_to was off.
+    TensorBoard shows each step once.
     """
 
-    def __init__(self, run_dir: Path, first: int):
+    def __init__(self, run_dir: Path):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run_dir / "tensorboard"
-        continues = any(folder.glob("events.out.tfevents.*"))
-        self.writer = SummaryWriter(str(folder), purge_step=first if continues else None)
-        for line in () if continues else _before(run_dir):
-            self.log(line)
+        resumed = any(folder.glob("events.out.tfevents.*"))
+        self.texts = _steps_with_text(folder) if resumed else set()
+        self.writer = SummaryWriter(str(folder), purge_step=0 if resumed else None)
+        for line in _before(run_dir):
+            self._write(line)
 
     def log(self, line: Line) -> None:
+        self._write(line)
+        self.writer.flush()
+
+    def _write(self, line: Line) -> None:
         for name, value in _numbers(line).items():
             self.writer.add_scalar(name, value, line["step"])
-        if "sample" in line:
+        if "sample" in line and line["step"] not in self.texts:
             self.writer.add_text("sample", line["sample"], line["step"])
-        self.writer.flush()  # a killed training continues after its checkpoint: no gap before that
 
     def close(self) -> None:
         self.writer.close()
@@ -134,21 +142,27 @@ class TensorBoard:
 
 class Trackio:
     """A run of trackio's local store, named as ``run_dir``, in the project that the folder above
-    names. A resumed training replaces its run by a new one, with the steps so far.
+    names. A resumed training replaces its run by a new one, with the steps so far. It knows its run
+    by the id in ``run_dir``/trackio.json: that of an earlier training there is kept.
     """
 
-    def __init__(self, run_dir: Path, first: int):
-        del first
+    def __init__(self, run_dir: Path):
         self.trackio: Any = importlib.import_module("trackio")
         here = run_dir.resolve()
         project = here.parent.name or "fastlm"
+        mine = {"folder": str(here), "id": _own_id(run_dir / "trackio.json")}
+        taken = set()
         with suppress(ValueError):  # there is no such project yet
             for run in [*self.trackio.Api().runs(project)]:
-                if (run.config or {}).get("folder") == str(here):
+                if mine.items() <= (run.config or {}).items():
                     run.delete()
+                else:
+                    taken.add(run.name)
+        # trackio would draw another name for one that is taken
+        name = f"{here.name}-{mine['id'][:4]}" if here.name in taken else here.name
         with redirect_stdout(io.StringIO()):  # stdout is for results
             self.run = self.trackio.init(
-                project, here.name, config={"folder": str(here)}, embed=False,
+                project, name, config=mine, embed=False,
                 auto_log_gpu=False, auto_log_cpu=False,
             )  # fmt: skip
         for line in _before(run_dir):
@@ -163,6 +177,22 @@ class Trackio:
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "trackio": Trackio}
+
+
+def _own_id(path: Path) -> str:
+    """The id in ``path``, which the first start of a training writes."""
+    if not path.exists():
+        save_atomic(path, lambda part: part.write_text(json.dumps({"id": secrets.token_hex(8)})))
+    return str(read_json(path)["id"])
+
+
+def _steps_with_text(folder: Path) -> set[int]:
+    """The steps of the texts in TensorBoard's files: a purge hides numbers, but no texts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 1, "tensors": 0})
+    board.Reload()
+    return {event.step for tag in board.Tags()["tensors"] for event in board.Tensors(tag)}
 
 
 def _before(run_dir: Path) -> list[Line]:
