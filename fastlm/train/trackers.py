@@ -13,6 +13,7 @@ import io
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -120,9 +121,12 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run_dir / "tensorboard"
-        resumed = any(folder.glob("events.out.tfevents.*"))
-        self.texts = _steps_with_text(folder) if resumed else set()
-        self.writer = SummaryWriter(str(folder), purge_step=0 if resumed else None)
+        before = [*folder.glob("events.out.tfevents.*")]
+        self.texts = _steps_with_text(folder) if before else set()
+        # TensorBoard reads files in the order of the seconds in their names
+        newest = max((int(file.name.split(".")[3]) for file in before), default=0)
+        time.sleep(min(max(newest + 1 - time.time(), 0.0), 1.0))
+        self.writer = SummaryWriter(str(folder), purge_step=0 if before else None)
         for line in _before(run_dir):
             self._write(line)
 
