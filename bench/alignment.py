@@ -51,7 +51,15 @@ STAGES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     ),
     "dpo": (
         SAMPLES.format("dpo_en_demo.json"),
-        {**LORA, "lr": 1e-4, "seq-len": 96, "overlong": "truncate", "heldout": 0.3, "epochs": 1},
+        {
+            **LORA,
+            "lr": 5e-5,
+            "seq-len": 384,
+            "overlong": "truncate",
+            "heldout": 0.3,
+            "epochs": 1,
+            "batch-size": 4,
+        },
         "val_loss",
         False,
     ),
