@@ -11,7 +11,7 @@ resumes; one that is done is not run again.
 sft: LoRA on the 999 Alpaca rows of llamafactory's source archive; held-out loss per answer token.
 dpo: LoRA on its 300 pairs, of which 90 are held out; held-out loss and accuracy, which are log 2
 and 1/2 before.
-ppo, grpo: sums and products of two digits from reasoning-gym, 1 for the right number; the held-out
+ppo, grpo: sums and products of one-digit numbers from reasoning-gym, 1 for the right number; the held-out
 score is that of greedy answers.
 """
 
@@ -70,7 +70,7 @@ TEXT_BYTES = 60_000
 
 
 def write_sums(path: Path) -> None:
-    """Sums and products of two digits from reasoning-gym, each once."""
+    """Sums and products of one-digit numbers from reasoning-gym, each once."""
     import reasoning_gym
 
     drawn = reasoning_gym.create_dataset(
