@@ -11,8 +11,8 @@ resumes; one that is done is not run again.
 sft: LoRA on the 999 Alpaca rows of llamafactory's source archive; held-out loss per answer token.
 dpo: LoRA on its 300 pairs, of which 90 are held out; held-out loss and accuracy, which are log 2
 and 1/2 before.
-ppo, grpo: sums and products of one-digit numbers from reasoning-gym, 1 for the right number; the held-out
-score is that of greedy answers.
+ppo, grpo: sums and products of one-digit numbers from reasoning-gym, 1 for the right number; the
+held-out score is that of greedy answers.
 """
 
 import argparse
