@@ -183,10 +183,8 @@ def main() -> None:
                 f" {row['steps']} steps in {row['seconds']:.0f} s"
             )
         print(f"  mean difference {gap:+.4f} ± {error:.4f} (standard error over seeds)", flush=True)
-    save(
-        options.json,
-        {"alignment": found, "base_bits_per_byte": base, "machine": machine()},
-    )
+    about = {**machine(), "threads": options.threads}  # of the commands
+    save(options.json, {"alignment": found, "base_bits_per_byte": base, "machine": about})
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def measure() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         docs = [" ".join(map(str, rng.integers(1, 32, 500))) for _ in range(4)]
-        write_shards(docs, Numbers(), folder / "shards")  # type: ignore[arg-type]
+        write_shards(docs, Numbers(), folder / "shards")
         print("| | bytes sent per process and step | formula | ratio |\n|---|---|---|---|")
         for port, (way, dtype, size, micro) in enumerate(cases, 29600):
             log = processes.Queue()

@@ -72,7 +72,7 @@ def pretraining(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs
 
 
 def examples(count: int) -> list[Example]:
-    """Of 4 to 12 tokens, of which the second half is learnt."""
+    """Return examples of 4 to 12 tokens. The second half of each is learnt."""
     rng = np.random.default_rng(5)
     found = []
     for i in range(count):

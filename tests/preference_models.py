@@ -55,3 +55,24 @@ def polite_pairs(count: int) -> list[dict[str, str]]:
 
 def example(ids: list[int], learn_from: int, place: str = "") -> Example:
     return Example(np.array(ids, np.int32), np.arange(len(ids)) >= learn_from, place)
+
+
+def make_student_and_teacher(folder: Path) -> tuple[Path, Path]:
+    """Save a student, and a wider teacher that is sure of what it says."""
+    student = make_base(folder / "student")
+    tokenizer = Tokenizer.load(student)
+    wide = config(tokenizer.vocab_size, tokenizer.eos_id, hidden_size=48, initializer_range=0.2)
+    CausalLM(wide, seed=9).save_pretrained(folder / "teacher")
+    tokenizer.save(folder / "teacher")
+    return student, folder / "teacher"
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without what the clock says."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "tokens_per_second", "progress")
+    return [{k: v for k, v in line.items() if k not in clock} for line in found]
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from preference_models import WORDS, config, example, make_base, write
+from preference_models import WORDS, config, example, make_student_and_teacher, write
 from typer.testing import CliRunner
 
 from fastlm.backend import use_backend
@@ -34,14 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Path, Path]:
-    """A student, and a wider teacher that is sure of what it says."""
-    folder = tmp_path_factory.mktemp("models")
-    student = make_base(folder / "student")
-    tokenizer = Tokenizer.load(student)
-    wide = config(tokenizer.vocab_size, tokenizer.eos_id, hidden_size=48, initializer_range=0.2)
-    CausalLM(wide, seed=9).save_pretrained(folder / "teacher")
-    tokenizer.save(folder / "teacher")
-    return student, folder / "teacher"
+    return make_student_and_teacher(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

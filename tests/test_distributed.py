@@ -196,7 +196,7 @@ def test_one_process_continues_from_shards(data, one, two, four, tmp_path):
 
 
 def test_a_full_disk_is_one_line_in_all_processes(edges):
-    """Of the second process; torch.distributed.checkpoint wraps its error in all of them."""
+    """The disk of the second process is full. torch.distributed.checkpoint raises in all."""
     for said in edges:
         assert re.search(r"step-00000002: cannot be written: File too large$", said["full disk"])
 

@@ -1,6 +1,5 @@
 """The stages `ppo` and `grpo`: prompts, rewards, resuming, adapters, reports, what is refused."""
 
-import json
 import math
 import os
 import signal
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from preference_models import WORDS, config, make_base, write
+from preference_models import WORDS, config, make_base, metrics_of, weights_of, write
 from typer.testing import CliRunner
 
 from fastlm.checkpoint.folder import load_tensors
@@ -63,16 +62,6 @@ def data(tmp_path) -> str:
     return write(tmp_path / "prompts.jsonl", rows)
 
 
-def lines(folder: Path) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "tokens_per_second", "progress")
-    return [{k: v for k, v in line.items() if k not in clock} for line in found]
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model" / "model.safetensors").read_bytes()
-
-
 # ---- stages
 
 
@@ -80,7 +69,7 @@ def test_grpo_continues_to_the_same_bits_and_reports(base, data, tmp_path) -> No
     stage = replace(GRPO, data=(data,))
     result = stage(tmp_path / "whole", model=base)
     assert (result["prompts"], result["heldout"], result["steps"]) == (len(WORDS) - 2, 2, 6)
-    steps = [line for line in lines(tmp_path / "whole") if "loss" in line]
+    steps = [line for line in metrics_of(tmp_path / "whole") if "loss" in line]
     assert steps[0]["kl"] == 0 and {"score", "length", "ended", "mismatch"} <= steps[0].keys()
     assert [s["round"] for s in steps] == [0, 0, 1, 1, 2, 2]
 
@@ -91,8 +80,8 @@ def test_grpo_continues_to_the_same_bits_and_reports(base, data, tmp_path) -> No
     with pytest.raises(Interrupted):
         stage(tmp_path / "cut", model=base, on_event=press)
     stage(tmp_path / "cut", model=base)
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole") != weights(base.parent)
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole") != weights_of(base.parent)
     answer = CausalLM.from_pretrained(tmp_path / "whole").generate([[1, 2]], max_new_tokens=2)
     assert len(answer[0]) in (3, 4)
 
@@ -123,7 +112,7 @@ dtype = "float32"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "PPO" in page and page.count('class="chart"') == 4
     assert "reward model" in page and "held-out score" in page
-    steps = [line for line in lines(tmp_path / "run" / "ppo") if "loss" in line]
+    steps = [line for line in metrics_of(tmp_path / "run" / "ppo") if "loss" in line]
     assert {"value", "value_error", "explained_variance", "entropy"} <= steps[0].keys()
 
 
@@ -132,7 +121,7 @@ def test_adapters_are_trained_against_the_base(base, data, tmp_path, bits) -> No
     stage = replace(GRPO, data=(data,), lora_rank=4, base_bits=bits, base_group_size=16, beta=0.1)
     result = stage(tmp_path, model=base)
     assert result["trained_parameters"] < result["parameters"] / 2
-    steps = [line for line in lines(tmp_path) if "loss" in line]
+    steps = [line for line in metrics_of(tmp_path) if "loss" in line]
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)  # adapters begin as 0
     assert abs(steps[-1]["kl"]) > 0
 
@@ -181,7 +170,7 @@ def test_a_score_belongs_to_its_prompt(base, data, tmp_path) -> None:
     stage = replace(GRPO, data=(data,), reward=f"{file}:own", max_steps=1, heldout=0.0)
     stage = replace(stage, prompts=len(WORDS), validations=0, sample_at=(), checkpoint_every=9)
     stage(tmp_path / "out", model=base)
-    (line,) = [line for line in lines(tmp_path / "out") if "loss" in line]
+    (line,) = [line for line in metrics_of(tmp_path / "out") if "loss" in line]
     wanted = sum(len(f"what is {word}") for word in WORDS) / len(WORDS)
     assert line["score"] == pytest.approx(wanted) and line["groups_apart"] == 0
 
@@ -286,7 +275,7 @@ def test_ppo_with_adapters_continues_to_the_same_bits(base, data, tmp_path) -> N
     assert all(".lora_" in name or ".head." in name for name in names) and len(names) > 4
     assert {name.split(".")[1] for name in names} == {"policy", "value"}
     stage(tmp_path / "cut", model=base)
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
     file = "model/adapter_model.safetensors"
     assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 

@@ -1,6 +1,5 @@
 """A teacher on disk: the loss against logits, the files, and trainings without a teacher."""
 
-import json
 import os
 import signal
 from dataclasses import replace
@@ -9,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from preference_models import WORDS, config, example, make_base, write
+from preference_models import (
+    WORDS,
+    config,
+    example,
+    make_student_and_teacher,
+    metrics_of,
+    weights_of,
+    write,
+)
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -259,13 +266,7 @@ def test_what_does_not_fit_is_named(teacher, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    student = make_base(folder / "student")
-    tokenizer = Tokenizer.load(student)
-    wide = config(tokenizer.vocab_size, tokenizer.eos_id, hidden_size=48, initializer_range=0.2)
-    CausalLM(wide, seed=9).save_pretrained(folder / "teacher")
-    tokenizer.save(folder / "teacher")
-    return student, folder / "teacher"
+    return make_student_and_teacher(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -278,21 +279,11 @@ def stage(tmp_path) -> Distill:
     )  # fmt: skip
 
 
-def lines(folder: Path) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "tokens_per_second", "progress")
-    return [{k: v for k, v in line.items() if k not in clock} for line in found]
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model" / "model.safetensors").read_bytes()
-
-
 def test_it_continues_to_the_same_bits_and_is_used_again(models, stage, tmp_path) -> None:
     student, teacher = models
     inputs = {"model": student, "teacher": teacher}
     stage(tmp_path / "whole", **inputs)
-    held = [line["val_loss"] for line in lines(tmp_path / "whole") if "val_loss" in line]
+    held = [line["val_loss"] for line in metrics_of(tmp_path / "whole") if "val_loss" in line]
     assert held[-1] < 0.9 * held[0]
 
     def press(event):
@@ -302,12 +293,12 @@ def test_it_continues_to_the_same_bits_and_is_used_again(models, stage, tmp_path
     with pytest.raises(Interrupted):
         stage(tmp_path / "cut", on_event=press, **inputs)
     stage(tmp_path / "cut", **inputs)
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
     # without the teacher, from the other run's folder
     logits = str(tmp_path / "whole" / "teacher-logits")
     again = replace(stage, teacher_top_k=None, teacher_logits=logits)
     again(tmp_path / "again", model=student)
-    assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+    assert weights_of(tmp_path / "again") == weights_of(tmp_path / "whole")
     # its rows are part of the training
     cut = replace(again, max_steps=3)
     cut(tmp_path / "short", model=student)
@@ -326,7 +317,7 @@ def test_all_tokens_are_the_teacher_in_memory(models, stage, tmp_path) -> None:
     replace(stage, teacher_top_k=None)(tmp_path / "memory", **inputs)
     for key in ("loss", "val_loss"):
         disk, memory = (
-            [line[key] for line in lines(tmp_path / name) if key in line]
+            [line[key] for line in metrics_of(tmp_path / name) if key in line]
             for name in ("disk", "memory")
         )
         assert len(disk) == len(memory) > 1

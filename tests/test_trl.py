@@ -229,7 +229,7 @@ def rollouts_of_trl(kind, configuration, base, tmp_path, **options):
     return trainer, theirs, batch, prompts[::GROUP]
 
 
-def rollouts_of_fastlm(base, theirs, prompts, end: int, **group) -> GroupRelative:
+def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GroupRelative:
     """The objective on the same completions and scores, its round measured with TRL's weights."""
     known = completions(end)
     beta = group.pop("beta")
@@ -239,11 +239,14 @@ def rollouts_of_fastlm(base, theirs, prompts, end: int, **group) -> GroupRelativ
         del places
         return [scored[tuple(answer.tokens)] for answer in answers]
 
-    def sample(asked, temperature, longest, seed) -> list[Answer]:
-        assert (temperature, longest) == (1.0, LONGEST)
-        places = [prompts.index(prompt) * GROUP + i % GROUP for i, prompt in enumerate(asked)]
-        taken = [known[place] for place in places]
-        return [Answer(tokens, [0.0] * len(tokens), tokens[-1] == end) for tokens in taken]
+    class Given(GroupRelative):
+        """Takes the known completions for its samples."""
+
+        def _sample(self, prompts, temperature, longest, seed=0) -> list[Answer]:
+            assert (temperature, longest) == (1.0, LONGEST)
+            places = [asked.index(prompt) * GROUP + i % GROUP for i, prompt in enumerate(prompts)]
+            taken = [known[place] for place in places]
+            return [Answer(tokens, [0.0] * len(tokens), tokens[-1] == end) for tokens in taken]
 
     policy = CausalLM.from_pretrained(base, dtype=torch.float32)
     reference = CausalLM.from_pretrained(base, dtype=torch.float32)
@@ -252,10 +255,7 @@ def rollouts_of_fastlm(base, theirs, prompts, end: int, **group) -> GroupRelativ
         mismatch=float("inf"),  # the log-probabilities of sampling are made up
     )  # fmt: skip
     copied(policy, theirs)
-    made = GroupRelative(
-        policy, reference, prompts, [], score, rules, base="", group=GroupRules(**group)
-    )
-    made._sample = sample  # type: ignore[method-assign]
+    made = Given(policy, reference, asked, [], score, rules, base="", group=GroupRules(**group))
     made._begin_round()
     return made
 

@@ -38,7 +38,7 @@ GENERATION = "generation_config.json"
 # a LoRA adapter in PEFT's format (`fastlm.checkpoint.adapter`)
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_BASE = "adapter_base.json"
-BASE_PATH = "base_path"  # key in it: where the base lies, from the adapter's folder
+BASE_PATH = "base_path"  # key in ADAPTER_BASE: path of the base, relative to the adapter's folder
 MODEL_FILES = (
     *(CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors"),
     *(ADAPTER_CONFIG, ADAPTER, ADAPTER_BASE),

@@ -20,7 +20,7 @@ class View:
     """``track`` and ``on_event`` of a command.
 
     Stages, validations, samples and warnings are lines. The steps of a training are one line that
-    is drawn anew, at the bottom of a terminal: the step, the share of the budget, mean loss, speed,
+    is redrawn, at the bottom of a terminal: the step, the share of the budget, mean loss, speed,
     and the time that is left at the pace of the last steps. Where stderr is no terminal they are
     lines, too: at every multiple of ``every`` and after half a minute without one, with what was
     measured since the last; without ``every``, also at the end of the line of a validation.

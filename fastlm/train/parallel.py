@@ -189,9 +189,10 @@ class Shards(Whole):
             part.reshard()
 
     def full(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        from torch.distributed.tensor import DTensor
+
         return {
-            name: t.full_tensor() if hasattr(t, "full_tensor") else t  # type: ignore[operator]
-            for name, t in tensors.items()
+            name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -4,7 +4,8 @@
     trackio       a run in trackio's local store, of the project that the parent folder names
 
 Their packages are imported when the first line arrives. A tracker that fails is given up with one
-warning; the training goes on. metrics.jsonl is the truth: a resumed training repeats no step.
+warning; the training continues. They show what metrics.jsonl has: a resumed training shows no step
+twice.
 """
 
 import importlib
