@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tiny_run import SEQ, VOCAB, Letters
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fastlm import AdamW
 from fastlm.data.shards import BatchSampler, TokenDataset
@@ -256,7 +258,10 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
         with joined(cpu) as ranks:  # its own group, with what torchrun's environment says
             assert ranks.gather(rank) == list(range(size))
         assert not dist.is_initialized()
-        dist.init_process_group("cuda:gloo")  # a caller's, which is for GPUs alone
+        # a caller's, which is for GPUs alone. Groups made later have the same names: without a
+        # prefix gloo may find the addresses of this one in the store
+        store = PrefixStore("caller", next(iter(rendezvous("env://")))[0])
+        dist.init_process_group("cuda:gloo", store=store, rank=rank, world_size=size)
         with joined(cpu) as ranks:
             assert ranks.gather(rank) == list(range(size))
             assert ranks.from_first(rank) == 0 and ranks.any(rank == 1)
