@@ -120,6 +120,26 @@ def test_packed_answers() -> None:
     assert x.grad.tolist() == [[0, 1, 1, 1, 1, 1]]
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_answers_share_their_prompt(window) -> None:
+    """As if each had its own: values, and gradients of the weights."""
+    model = model_of(sliding_window=window, num_hidden_layers=2, attention_dropout=0.0)
+    prompts = [[1, 5, 2, 4], [1, 5, 2, 4], [6], [6], [1, 5, 2, 4], [1, 5, 2, 4], [1, 5, 2, 4]]
+    answers = [[7, 0], [6, 5, 3], [4], [2, 0], [1], [3, 3], [2, 7, 1, 0]]
+    found = []
+    for share in (False, True):
+        packed = pack_answers(prompts, answers, torch.device("cpu"), share=share)
+        assert (packed.keys is not None) == share
+        logp = packed.rows(model.logprobs_of(packed.hidden(model), packed.labels))
+        model.zero_grad()
+        (logp * packed.mask * torch.linspace(1, 2, 4)).sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((packed.ids.numel(), packed.mask, logp.detach(), grads))
+    (long, mask, logp, grads), (short, *shared) = found
+    assert (long, short) == (30, 21)
+    torch.testing.assert_close(shared, [mask, logp, grads], rtol=1e-4, atol=1e-5)
+
+
 # ---- what is learnt
 
 

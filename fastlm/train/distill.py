@@ -130,7 +130,7 @@ class TeacherTokens(Taught):
             seed=int(rng.integers(2**62)), rows=len(prompts),
         )  # fmt: skip
         model.train()
-        packed = pack_answers(prompts, [a.tokens for a in answers], self.device)
+        packed = pack_answers(prompts, [a.tokens for a in answers], self.device, share=False)
         return packed.ids, packed.labels, packed.cu_seqlens
 
     def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":

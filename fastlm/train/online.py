@@ -185,8 +185,7 @@ class Online:
 
     def logprobs(self, model: "CausalLM", packed: Packed) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the answers' tokens and entropies, (B, S)."""
-        hidden = model.hidden(packed.ids, cu_seqlens=packed.cu_seqlens)
-        return self.logprobs_of(model, hidden, packed)
+        return self.logprobs_of(model, packed.hidden(model), packed)
 
     def logprobs_of(
         self, model: "CausalLM", hidden: Tensor, packed: Packed
@@ -356,6 +355,7 @@ class Online:
         number, start = divmod(self.at, total)
         rows = self._order(2, self.round, number, total)[start : start + count * size].tolist()
         self.at += len(rows)
+        rows.sort(key=lambda i: self.chosen[i])  # those of a prompt share it in a micro-batch
         return [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def _batch(self, rows: list[int]) -> Batch:

@@ -64,7 +64,7 @@ class ValueModel(nn.Module):
         """(B, S): before each token of the answers."""
         if hidden is None:
             assert self.trunk is not None  # or the policy's hidden states are given
-            hidden = self.trunk.hidden(packed.ids, cu_seqlens=packed.cu_seqlens)
+            hidden = packed.hidden(self.trunk)
         head = self.head  # in float32: bfloat16 would round a value to 8 bits
         return packed.rows(F.linear(hidden.float(), head.weight.float(), head.bias.float())[..., 0])
 
@@ -95,7 +95,7 @@ class ActorCritic(Online):
 
     def both(self, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, entropies and values, (B, S) each, from one forward of each trunk."""
-        hidden = self.policy.hidden(packed.ids, cu_seqlens=packed.cu_seqlens)
+        hidden = packed.hidden(self.policy)
         logp, entropy = self.logprobs_of(self.policy, hidden, packed)
         own = self.value.trunk is not None
         return logp, entropy, self.value.values(packed, None if own else hidden)

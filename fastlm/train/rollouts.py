@@ -81,13 +81,19 @@ class Packed:
     """Prompts and answers joined without padding, for one forward.
 
     ``ids`` and ``labels`` (1, total), the labels shifted and only those of answers; ``cu_seqlens``
-    (B + 1,) int32; ``mask`` (B, S) bool, true on the tokens of an answer, S those of the longest.
+    (B + 1,) int32; ``keys``: see `fastlm.model.causal_lm.CausalLM.hidden`; ``mask`` (B, S) bool,
+    true on the tokens of an answer, S those of the longest.
     """
 
     ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor
+    keys: tuple[Tensor, Tensor] | None
     mask: Tensor
+
+    def hidden(self, model: "CausalLM") -> Tensor:
+        """The model's hidden states, (1, total, E)."""
+        return model.hidden(self.ids, cu_seqlens=self.cu_seqlens, keys=self.keys)
 
     def rows(self, x: Tensor) -> Tensor:
         """(1, total) -> (B, S): what belongs to each answer's tokens, 0 beyond its end."""
@@ -96,24 +102,46 @@ class Packed:
 
 
 def pack_answers(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    share: bool = True,
 ) -> Packed:
     """Join each prompt with its answer. Neither may be empty.
 
-    The last token of an answer is predicted but not read: nothing follows it.
+    The last token of an answer is predicted but not read. With ``share``, neighbours with the same
+    prompt have it once: of the later ones, only its last token is there, which predicts the answer.
     """
-    ids = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-    labels = [
-        [*([IGNORE] * (len(prompt) - 1)), *answer]
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    keys: list[np.ndarray] = []
+    start = end = 0  # of the prompt that is shared, of what is joined so far
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        same = share and i > 0 and prompt == prompts[i - 1]
+        shared = len(prompt) - 1 if same else 0
+        if not shared:
+            start = end
+        ids.append([*prompt[shared:], *answer[:-1]])
+        labels.append([IGNORE] * (len(prompt) - 1 - shared) + list(answer))
+        own = np.arange(end, end + len(ids[-1]))
+        keys.append(np.concatenate([np.arange(start, start + shared), own]))
+        end += len(ids[-1])
     lengths = torch.tensor([len(answer) for answer in answers])
+    rows = np.concatenate(keys)
+    shares = len(rows) > end
     return Packed(
         torch.tensor([[*chain(*ids)]], device=device),
         torch.tensor([[*chain(*labels)]], device=device),
-        torch.tensor(np.cumsum([0, *map(len, ids)]), dtype=torch.int32, device=device),
+        _ends(ids).to(device),
+        (torch.from_numpy(rows).to(device), _ends(keys).to(device)) if shares else None,
         (torch.arange(int(lengths.max())) < lengths[:, None]).to(device),
     )
+
+
+def _ends(rows: Sequence[Any]) -> Tensor:
+    """Where each row begins in their concatenation, and where the last ends: (B + 1,) int32."""
+    return torch.tensor(np.cumsum([0, *map(len, rows)]), dtype=torch.int32)
 
 
 def padded(rows: Sequence[Sequence[float]]) -> Tensor:
