@@ -83,6 +83,25 @@ def test_ragged_batch_equals_each_row_alone(kind):
         assert [len(t) - len(p) for t, p in zip(together, prompts)] == [9] * 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_of_several_rows_is_computed_once(kind, monkeypatch):
+    """Each row goes on as alone. A prompt that begins with the padding's id is another one."""
+    model = model_of(kind)
+    long, short = ids_of(1, 9)[0].tolist(), ids_of(1, 4, seed=1)[0].tolist()
+    prompts = [long, short, long, [0, *short], long, short]
+    rows = []
+    logits = model.next_logits
+    monkeypatch.setattr(
+        model, "next_logits", lambda ids, *rest: rows.append(len(ids)) or logits(ids, *rest)
+    )
+    options = {"max_new_tokens": 6, "temperature": 1.0, "return_logprobs": True}
+    together, logprobs = model.generate(prompts, seed=3, **options)
+    assert rows[0] == 3
+    for i, prompt in enumerate(prompts):
+        (alone,), (logp,) = model.generate([prompt], seed=3 + i, **options)
+        assert together[i] == alone and logprobs[i] == pytest.approx(logp, abs=1e-4)
+
+
 def test_attention_mask_hides_padding():
     model = model_of()
     prompt = ids_of(1, 6)

@@ -95,8 +95,10 @@ class _Decoding:
             mask = self.mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
         if self.steps_of is not None and self.cache.length and new.shape[1] == 1:
             logits = self.steps_of.logits(new[:, 0].contiguous())
-        else:
+        elif self.cache.length or len(new) == 1:
             logits = self.model.next_logits(new, self.cache, mask)
+        else:
+            logits = self.first_logits(new, mask)
         if self.seen is not None:
             logits = penalise(logits.float(), self.seen, self.sampling.repetition_penalty)
         self.logits = logits
@@ -106,6 +108,24 @@ class _Decoding:
         self.ids[:, self.length] = token
         self.length += 1
         return token
+
+    def first_logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Fill an empty cache with prompts (B, S). Return the logits after them, (B, V). A prompt
+        that several rows have is computed once.
+        """
+        told = ids if mask is None else ids.masked_fill(mask == 0, -1)
+        prompts, prompt_of = torch.unique(told, dim=0, return_inverse=True)
+        if len(prompts) == len(ids):
+            return self.model.next_logits(ids, self.cache, mask)
+        found = prompt_of.tolist()
+        first = [found.index(i) for i in range(len(prompts))]
+        width, data = ids.shape[1], self.cache.data
+        part = KVCache(self.model.config, len(first), width, dtype=data.dtype, device=data.device)
+        logits = self.model.next_logits(ids[first], part, None if mask is None else mask[first])
+        for layer, own in zip(data, part.data, strict=True):
+            layer[..., :width, :] = own[:, prompt_of]
+        self.cache.length = part.length
+        return logits[prompt_of]
 
 
 def generate(
