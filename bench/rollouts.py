@@ -1,9 +1,10 @@
 """Answers to a batch of prompts, as PPO and GRPO sample them, against transformers' `generate`.
 
-    python bench/rollouts.py --rows 32 --new 24
+    python bench/rollouts.py
+    python bench/rollouts.py --prompt 24 --new 24 --answers 1     every prompt is another one
 
-SmolLM2-135M, prompts of 24 random tokens, all answers of the same length, drawn at temperature 1
-without filters. fastlm also returns log-probabilities. The sides take turns.
+SmolLM2-135M, prompts of random tokens, several answers to each, all of the same length, drawn at
+temperature 1 without filters. fastlm also returns log-probabilities. The sides take turns.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import time
 
 import torch
 import transformers
+from harness import positive
 
 from fastlm.model.causal_lm import CausalLM
 
@@ -21,9 +23,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--new", type=int, default=24)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--rows", type=positive, default=32, help="answers that run side by side")
+    parser.add_argument("--answers", type=positive, default=4, help="to a prompt")
+    parser.add_argument("--prompt", type=positive, default=64, help="tokens")
+    parser.add_argument("--new", type=positive, default=64, help="tokens of an answer")
+    parser.add_argument("--turns", type=positive, default=3)
     a = parser.parse_args()
     ours = {
         name: CausalLM.from_pretrained("model:smollm2", dtype=dtype, keep_quantized=False)
@@ -33,7 +37,9 @@ def main() -> None:
         ours["fp32"].save_pretrained(folder)
         load = transformers.AutoModelForCausalLM.from_pretrained
         theirs = {name: load(folder, dtype=dtype).eval() for name, dtype in DTYPES.items()}
-    ids = torch.randint(100, 40_000, (a.rows, 24), generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed(0)
+    prompts = torch.randint(100, 40_000, (-(-a.rows // a.answers), a.prompt), generator=seeded)
+    ids = prompts.repeat_interleave(a.answers, 0)[: a.rows]
 
     def fastlm_side(model) -> None:
         model.generate(
