@@ -101,7 +101,7 @@ def test_its_own_samples() -> None:
     parts = [p.tolist() for p in ids[0].split(cu_seqlens.diff().tolist())]
     starts = [[i for i in p if i in (5, 6, 7, 10, 20, 21, 22, 23)] for p in parts]
     assert sorted(s[: len(p)] for s, p in zip(sorted(starts), prompts)) == prompts
-    assert game.scalars()["on_policy"] == 1 and (labels >= 0).sum() >= 3
+    assert game.scalars([game.measurements()])["on_policy"] == 1 and (labels >= 0).sum() >= 3
     again = objective(DistillRules(on_policy=1.0, max_new_tokens=5))
     again.trained.float()
     assert torch.equal(again.next_batches(1)[0][0], ids)
@@ -110,7 +110,7 @@ def test_its_own_samples() -> None:
     shares = set()
     for _ in range(12):
         half.next_batches(1)
-        shares.add(half.scalars()["on_policy"])
+        shares.add(half.scalars([half.measurements()])["on_policy"])
     assert shares == {0.0, 1.0}
 
 

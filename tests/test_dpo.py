@@ -161,7 +161,7 @@ def test_a_step_counts_pairs_and_tokens() -> None:
     assert sum(made.tokens(batch) for batch in batches) == learnt
     for batch in batches:
         made.loss(batch, 5)
-    scalars = made.scalars()
+    scalars = made.scalars([made.measurements()])
     logps = [float(logp(made.trained, pair.answers[0]).detach()) for pair in PAIRS]
     assert scalars["logp_chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
     lengths = [pair.answers[1].learnt for pair in PAIRS]

@@ -74,11 +74,18 @@ class Bandit:
         self.measured = {"reward": float(reward.mean()), "kl": float(kl.mean())}
         return ((value - reward) ** 2 - gain).sum() / num_items
 
-    def scalars(self):
+    def measurements(self):
         return self.measured
+
+    def scalars(self, measured):
+        (alone,) = measured
+        return alone
 
     def unsettled(self):
         return 0
+
+    def check_last(self):
+        pass
 
     def position(self):
         return f"epoch {self.used} of the rollouts"

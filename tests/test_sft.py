@@ -170,7 +170,7 @@ def test_an_epoch_takes_every_example_once(model) -> None:
         step = objective.next_batches(2)
         sizes.append([len(batch[2]) - 1 for batch in step])
         epochs.append([i for ids, _, ends in step for i in ids[0, ends[:-1].long()].tolist()])
-        assert objective.scalars()["epoch"] == len(epochs)
+        assert objective.scalars([objective.measurements()])["epoch"] == len(epochs)
     assert sizes == [[3, 1]] * 6
     assert all(sorted(epoch) == firsts for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1  # in another order
@@ -199,7 +199,7 @@ def test_an_epoch_takes_sources_by_their_weights(model) -> None:
         assert firsts[:7] == [0, 0, 1, 1, 2, 2, 3]
         assert len(set(firsts[7:])) == 3 and min(firsts[7:]) > 3
         subsets.add(tuple(firsts[7:]))
-        assert objective.scalars()["epoch"] == epoch + 1
+        assert objective.scalars([objective.measurements()])["epoch"] == epoch + 1
     assert len(subsets) > 3  # a source's share is drawn anew
     objective.next_batches(1)
     state, ahead = objective.state_dict(), objective.next_batches(2)

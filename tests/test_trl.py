@@ -174,7 +174,7 @@ def test_kto(base, tmp_path) -> None:
     copied(model, theirs)
     found = step(made)
     assert found == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert made.scalars()["kl"] > 0.01  # the reference point takes part
+    assert made.scalars([made.measurements()])["kl"] > 0.01  # the reference point takes part
     assert apart(model, theirs) < 1e-4
 
 
@@ -289,7 +289,7 @@ def test_grpo(base, tmp_path, monkeypatch, theirs_type, ours_type, scale, beta) 
     loss.backward()
     monkeypatch.setattr(grpo_objective, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
     assert step(made) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
-    assert 0 < made.scalars()["clip_fraction"] < 1
+    assert 0 < made.scalars([made.measurements()])["clip_fraction"] < 1
     assert apart(made.policy, theirs) < 1e-4
 
 

@@ -151,8 +151,8 @@ class TeacherTokens(Taught):
             teacher_softcap=self.teacher.config.final_logit_softcapping,
         )  # fmt: skip
 
-    def scalars(self) -> dict[str, float]:
-        return {**super().scalars(), "on_policy": self.own / max(self.all, 1)}
+    def scalars(self, measured: Sequence[Any]) -> dict[str, float]:
+        return {**super().scalars(measured), "on_policy": self.own / max(self.all, 1)}
 
 
 class StoredTokens(Taught):

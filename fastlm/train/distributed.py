@@ -60,6 +60,12 @@ def check_alone(what: str, why: str) -> None:
         raise InputError(f"{what}: wanted one process, got {size} from torchrun: {why}")
 
 
+def check_replicas(what: str, parallel: str) -> None:
+    """Raise InputError if torchrun started several processes that do not hold the model whole."""
+    if parallel != "ddp" and launched()[1] > 1:
+        raise InputError(f"parallel: wanted ddp with {what}, got {parallel}")
+
+
 def says_first(text: str) -> bool:
     """Whether no other process of the job has asked this for the same text: what all of them would
     say is said once.
@@ -132,9 +138,19 @@ class Alone:
         """Return ``do()`` in rank 0, None in the others. Its InputError is raised in all."""
         return do()
 
+    def each(self, do: Callable[[], T]) -> list[T]:
+        """Return ``do()`` of all processes, by rank. An InputError of one is raised in all: of
+        several, that of the lowest rank.
+        """
+        return [do()]
+
     def any(self, flag: bool) -> bool:
         """Whether it is true in one of the processes. All have arrived here when it returns."""
         return flag
+
+    def share(self, count: int) -> range:
+        """Return this process's share of ``count`` rows: consecutive ones, which may be none."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def deal(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
         """Return this process's share of a step's micro-batches. The second value is not None where
@@ -188,6 +204,18 @@ class Ranks(Alone):
             raise error or told
         return made
 
+    def each(self, do: Callable[[], T]) -> list[T]:
+        made, error = None, None
+        try:
+            made = do()
+        except InputError as caught:
+            error = caught
+        found = self.gather((made, error))
+        for _, told in found:
+            if told is not None:
+                raise told
+        return [one for one, _ in found]  # type: ignore[misc]
+
     def any(self, flag: bool) -> bool:
         import torch
         import torch.distributed as dist
@@ -208,7 +236,7 @@ class Ranks(Alone):
         torch.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "little"))
 
 
-def averaged(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+def averaged(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
     """Return the mean of each value over the processes, weighted by their items."""
     names = dict.fromkeys(name for _, values in parts for name in values)
     found = {}

@@ -14,7 +14,7 @@ from fastlm.progress import silent
 from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
 from fastlm.train.best import taken
 from fastlm.train.chat_options import ChatOptions
-from fastlm.train.distributed import check_alone, leads
+from fastlm.train.distributed import check_replicas, leads
 from fastlm.train.encoding import (
     IGNORE,
     Example,
@@ -227,27 +227,39 @@ class PreferredAnswers(Epochs):
     ) -> list[Batch]:
         import torch
 
-        batches, ratios = [], []
+        batches = []
         kto = self.terms.loss == "kto"
+        kl = self._reference_point(taken, source, reference) if kto else None
         for rows in taken:
             judged = [source[i] for i in rows]
             answers = [e for one in judged for e in (one.answers[:1] if kto else one.answers)]
             known = reference[rows].to(self.device)
             keys = None
-            if not kto:
-                packed, keys = self._packed_pairs(judged)
-            else:
+            if kto:
                 packed = self._packed(answers)
-                with torch.no_grad():
-                    others = self.sums(*self._packed([one.answers[1] for one in judged]))
-                ratios.append(others - known[:, 1])
+            else:
+                packed, keys = self._packed_pairs(judged)
             lengths = torch.tensor([e.learnt for e in answers], device=self.device)
             desirable = torch.tensor([one.desirable for one in judged], device=self.device)
-            batches.append(Batch(*packed, lengths, known, desirable, keys))
-        if not kto:
-            return batches
-        kl = torch.cat(ratios).mean().clamp(min=0)
-        return [Batch(**{**vars(batch), "kl": kl}) for batch in batches]
+            batches.append(Batch(*packed, lengths, known, desirable, keys, kl))
+        return batches
+
+    def _reference_point(
+        self, taken: Sequence[list[int]], source: Sequence[Judged], reference: "Tensor"
+    ) -> "Tensor":
+        """KTO's: the mean log-ratio of answers to other prompts, at least 0. Each process measures
+        its share of the micro-batches.
+        """
+        import torch
+
+        mine, _ = self.ranks.deal(taken)
+        ratios = [torch.zeros(0)]
+        with torch.no_grad():
+            for rows in mine:
+                others = self.sums(*self._packed([source[i].answers[1] for i in rows]))
+                ratios.append(others.cpu() - reference[rows, 1])
+        every = torch.cat(self.ranks.gather(torch.cat(ratios)))
+        return every.mean().clamp(min=0).to(self.device)
 
     def num_items(self, batch: Batch) -> int:
         return len(batch.reference)
@@ -316,8 +328,11 @@ class PreferredAnswers(Epochs):
             "length_rejected": lengths[~good],
         }
 
-    def scalars(self) -> dict[str, float]:
-        return {**super().scalars(), **_means(_joined(self.measured))}
+    def measurements(self) -> "dict[str, Tensor]":
+        return {name: values.cpu() for name, values in _joined(self.measured).items()}
+
+    def scalars(self, measured: "Sequence[dict[str, Tensor]]") -> dict[str, float]:
+        return {**super().scalars(measured), **_means(_joined([m for m in measured if m]))}
 
     def state_dict(self) -> dict[str, Any]:
         held = {REFERENCE: self.reference, HELDOUT: self.reference_heldout}
@@ -431,7 +446,7 @@ labels (prompt, completion, label)."""
                 f" {self.lora_dropout}"
             )
         if self.loss == "kto":
-            check_alone("loss = 'kto'", "its accuracy is over pairs of labels of a whole step")
+            check_replicas("loss = 'kto'", self.parallel)
         least = self.batch_size * (1 if self.batch_warmup else self.accumulate)
         if self.loss == "kto" and least < 2:
             raise InputError(

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastlm.train.distributed import Alone
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -37,7 +39,7 @@ class Epochs:
         prompt: Sequence[int],
         device: "torch.device",
     ):
-        self.trained = model
+        self.trained, self.ranks = model, Alone()
         self.places, self.options = places, options
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.base, self.data, self.tokenizer, self.prompt = base, data, tokenizer, prompt
@@ -78,11 +80,17 @@ class Epochs:
         self.at = min(self.at, len(self.order))
         return batches
 
-    def scalars(self) -> dict[str, float]:
+    def measurements(self) -> Any:
+        return None
+
+    def scalars(self, measured: Sequence[Any]) -> dict[str, float]:
         return {"epoch": self.epoch + self.at / len(self.order)}
 
     def unsettled(self) -> int:
         return 0
+
+    def check_last(self) -> None:
+        pass
 
     def position(self) -> str:
         if self.at == len(self.order):

@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,7 +36,7 @@ from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.train.best import Best
-from fastlm.train.distributed import Alone, averaged, joined
+from fastlm.train.distributed import Alone, joined
 from fastlm.train.metrics import METRICS
 from fastlm.train.options import BUDGET, GUARDS, TrainOptions
 from fastlm.train.parallel import parallel
@@ -116,6 +116,12 @@ class Objective(Protocol):
     """The module with all trained parameters. Several models (a policy and its value model) are an
     nn.ModuleDict. Frozen models (a reference) belong to the objective and are not checkpointed."""
 
+    ranks: Alone
+    """The processes of the training, for an objective that divides more than micro-batches among
+    them (rollouts). `train` sets it; before and after it is ``Alone()``. All processes call the
+    methods together, but for `loss`, `state_dict` and `sample`.
+    """
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return the optimizer's groups; a group's "lr" scales the scheduled rate (default 1)."""
         ...
@@ -142,14 +148,26 @@ class Objective(Protocol):
         """Return the sum over the batch / ``num_items`` (of all micro-batches of the step)."""
         ...
 
-    def scalars(self) -> dict[str, float]:
-        """Return what else the last step measured, for its line in metrics.jsonl."""
+    def measurements(self) -> Any:
+        """Return what `scalars` needs of the micro-batches that had their `loss` in this process
+        since `next_batches`, perhaps none: what pickle can carry, no tensors of a GPU.
+        """
+        ...
+
+    def scalars(self, measured: Sequence[Any]) -> dict[str, float]:
+        """Return what else the last step measured, for its line in metrics.jsonl, from the
+        `measurements` of all processes. All call it.
+        """
         ...
 
     def unsettled(self) -> int:
         """Return how many of the last steps a later check may condemn (`DivergedError`): the newest
         checkpoint from before them is kept.
         """
+        ...
+
+    def check_last(self) -> None:
+        """Raise DivergedError where the `unsettled` steps before the end went too far."""
         ...
 
     def position(self) -> str:
@@ -203,7 +221,8 @@ def train(
     """
     options.check()
     keep_freed_memory()
-    with joined(next(objective.trained.parameters()).device) as ranks:
+    device = next(objective.trained.parameters()).device
+    with joined(device) as ranks, _among(objective, ranks):
         if not ranks.leads:
             track, on_event = silent, None
         loop = _Loop(objective, options, Path(run_dir), on_event, ranks)
@@ -224,7 +243,19 @@ def train(
             if options.take == "best":
                 loop.best.take()
             loop.parallel.keep_gathered()
-            return loop.result()
+            result = loop.result()
+            loop.check_last()
+            return result
+
+
+@contextmanager
+def _among(objective: Objective, ranks: Alone) -> Iterator[None]:
+    """Context: the objective knows the processes of its training."""
+    objective.ranks = ranks
+    try:
+        yield
+    finally:
+        objective.ranks = Alone()
 
 
 @contextmanager
@@ -422,19 +453,16 @@ class _Loop:
                 partial(objective.loss, batch, num_items), last=not left and filler is None
             )
             total = total + loss.float()
-        own = sum(objective.num_items(batch) for batch in mine)
-        scalars = objective.scalars() if mine else {}
+        measured = objective.measurements()  # without the filler's
         if filler is not None:
             self.parallel.gradient(
                 partial(objective.loss, filler, num_items), last=True, factor=0.0
             )
-        parts = ranks.gather((float(total), own, scalars))
-        if len(parts) == 1:
-            return parts[0][0], scalars
-        losses = [loss for loss, _, _ in parts]
+        parts = ranks.gather((float(total), measured))
+        losses = [loss for loss, _ in parts]
         # fsum refuses inf - inf
         loss = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
-        return loss, averaged([part[1:] for part in parts])
+        return loss, objective.scalars([found for _, found in parts])
 
     def update(self, *, skip: bool) -> float:
         """Clip and step. Return the gradient's norm before clipping; 0 for a skipped step."""
@@ -460,10 +488,23 @@ class _Loop:
             self.on_event({"warning": told})
         return {"spike": position, **({"skipped": True} if policy == "skip" else {})}
 
+    def check_last(self) -> None:
+        """Check the steps that no later one does."""
+        try:
+            self.objective.check_last()
+        except DivergedError as error:
+            told = self.diverged(DivergedError, str(error), steps=error.steps, step=self.step)
+            raise told from None
+
     def diverged(
-        self, kind: type[DivergedError], what: str, position: str = "", steps: int = 0
+        self,
+        kind: type[DivergedError],
+        what: str,
+        position: str = "",
+        steps: int = 0,
+        step: int | None = None,
     ) -> DivergedError:
-        """The error of the step that runs, after ``steps`` that cannot be trusted."""
+        """The error of ``step`` (the one that runs), after ``steps`` that cannot be trusted."""
 
         def good() -> Path | None:
             self.writer.wait()
@@ -472,7 +513,8 @@ class _Loop:
         last = self.ranks.from_first(self.ranks.on_first(good))  # others may look too early
         batch = f"batch: {position}; " if position else ""
         error = kind(
-            f"step {self.step + 1}: {what}; {batch}last good checkpoint: {last or 'none'}",
+            f"step {self.step + 1 if step is None else step}: {what}; {batch}last good checkpoint:"
+            f" {last or 'none'}",
             steps=steps,
         )
         error.good = last

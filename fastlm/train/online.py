@@ -8,6 +8,11 @@ takes ``batch_size * accumulate`` of them.
 
 Temperature divides the logits everywhere: in sampling, in the policy, in the reference and in the
 update. Dropout is off in all of them.
+
+Of several processes each samples, scores and measures its share of a round's answers: `share` of
+`fastlm.train.distributed.Alone`, consecutive answers, whose seeds do not depend on the share.
+Rejected: every n-th answer. A batch is sampled for as long as its longest answer takes, which every
+process would have.
 """
 
 import math
@@ -28,11 +33,19 @@ from fastlm.decode.merged import merged
 from fastlm.errors import InputError
 from fastlm.model.lora import without_adapter
 from fastlm.quant.modules import QuantizedLinear
+from fastlm.train.distributed import Alone, averaged
 from fastlm.train.encoding import without_dropout
 from fastlm.train.loop import DivergedError, decay_matrices
 from fastlm.train.losses import Metrics, aggregate, pooled
 from fastlm.train.monitors import of_round
-from fastlm.train.rollouts import Answer, Packed, pack_answers, padded, sample_answers
+from fastlm.train.rollouts import (
+    Answer,
+    Packed,
+    answers_of,
+    pack_answers,
+    sample_answers,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -76,6 +89,18 @@ class Batch:
     columns: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a process tells the others of its share of a round: ``answers`` (`tensors_of`), their
+    ``scores``, what the score says of them (``scored``), and ``kept``, (tokens,) each on the CPU.
+    """
+
+    answers: Mapping[str, Tensor]
+    scores: np.ndarray
+    scored: Mapping[str, float]
+    kept: Mapping[str, Tensor]
+
+
 class RunningScale:
     """Count, mean and sum of squared deviations of all scores so far (Chan et al. 1979)."""
 
@@ -106,9 +131,9 @@ class Online:
     """An objective (`fastlm.train.loop.Objective`) on answers that the policy samples.
 
     ``prompts``: token ids of each. ``score``: see `Score`; ``scored_by`` identifies it, and
-    ``score_metrics`` returns what it says of the answers that it scored last. ``reference``: the
-    frozen policy that KL is measured to; None is the policy without its adapters (LoRA). A subclass
-    defines `estimate` (advantages of a round), `num_items` and `micro_loss`.
+    ``score_metrics`` returns what it says of the answers that it scored last, means over them.
+    ``reference``: the frozen policy that KL is measured to; None is the policy without its adapters
+    (LoRA). A subclass defines `estimate` (advantages of a round), `num_items` and `micro_loss`.
     """
 
     # columns of a round that are kept for its updates, beside "old_logp"
@@ -138,6 +163,7 @@ class Online:
             raise InputError("prompts: wanted at least one, got none")
         self.policy, self.reference = policy, reference
         self.trained: nn.Module = policy
+        self.ranks = Alone()
         self.prompts, self.heldout, self.rules, self.base = prompts, heldout, rules, base
         self.scored_by = scored_by
         self.score, self.score_heldout = score, score_heldout or score
@@ -224,11 +250,8 @@ class Online:
     def _begin_round(self) -> None:
         rules = self.rules
         self.round, self.at, self.stop = self.round + 1, 0, False
-        self._sample_round()
-        scores = self._scored(self.score, self.chosen, self.answers)
-        scored = self.score_metrics()
+        scores, kept, scored = self._roll_out(self.score)
         mask = self._mask(range(len(self.answers)))
-        kept = self._measured()
         self._watch(scores, kept, mask)
         self.made |= scored
         if rules.scale_scores:
@@ -239,15 +262,37 @@ class Online:
         self.kept = {"old_logp": kept["logp"], **{k: found[k] for k in self.columns}}
         self.policy.train()
 
-    def _sample_round(self) -> None:
+    def _roll_out(self, score: Score) -> tuple[np.ndarray, dict[str, Tensor], dict[str, float]]:
+        """Sample and score the answers of the round. Return their scores, logp, ref_logp and what
+        else is measured of them, (R, S) each, and what the score says of them.
+
+        Each process makes its share, and learns that of the others. From here on all of them have
+        the same bits, so they estimate, watch and decide alike.
+        """
         rules = self.rules
         self.chosen = [i for i in self._prompts_of_round() for _ in range(rules.answers)]
         # every answer of the training has a seed of its own; torch's generator takes 32 bits
         (first,) = np.random.SeedSequence([rules.seed, 1]).generate_state(1, np.uint32)
         seed = int(first) // 2 + self.round * len(self.chosen)
+        rows = self.ranks.share(len(self.chosen))
+        places = self.chosen[rows.start : rows.stop]
         self.policy.eval()
-        prompts = [self.prompts[i] for i in self.chosen]
-        self.answers = self._sample(prompts, rules.temperature, rules.max_new_tokens, seed)
+        parts = self.ranks.each(lambda: self._share(places, seed + rows.start, score))
+        self.answers = [answer for part in parts for answer in answers_of(part.answers)]
+        mask, kept = self._mask(range(len(self.answers))), {}
+        parts = [part for part in parts if len(part.scores)]
+        for name in parts[0].kept:
+            tokens = torch.cat([part.kept[name] for part in parts]).to(mask.device)
+            kept[name] = tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
+        scored = averaged([(len(part.scores), part.scored) for part in parts])
+        return np.concatenate([part.scores for part in parts]), kept, scored
+
+    def _share(self, places: Sequence[int], seed: int, score: Score) -> Share:
+        prompts = [self.prompts[i] for i in places]
+        answers = self._sample(prompts, self.rules.temperature, self.rules.max_new_tokens, seed)
+        scores = self._scored(score, places, answers)
+        scored = dict(self.score_metrics())
+        return Share(tensors_of(answers), scores, scored, self._measured(prompts, answers))
 
     def _sample(
         self, prompts: Sequence[Sequence[int]], temperature: float, longest: int, seed: int = 0
@@ -261,6 +306,8 @@ class Online:
             )  # fmt: skip
 
     def _scored(self, score: Score, places: Sequence[int], answers: Sequence[Answer]) -> np.ndarray:
+        if not answers:
+            return np.zeros(0)
         scores = np.array(score(places, answers), np.float64)
         if self.rules.missing_end is not None:
             scores[[not answer.ended for answer in answers]] = self.rules.missing_end
@@ -278,21 +325,27 @@ class Online:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _measured(self) -> dict[str, Tensor]:
-        """logp and ref_logp of the round's answers, (R, S), and importance weights."""
-        rules, total = self.rules, len(self.answers)
-        longest = max(len(answer.tokens) for answer in self.answers)
+    def _measured(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]
+    ) -> dict[str, Tensor]:
+        """logp, ref_logp and what `measure` adds, of the answers' tokens, (tokens,) each, and logp
+        minus that of sampling, as "difference": the engine that samples and the one that trains
+        round differently.
+        """
+        size = self.rules.batch_size
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, total, rules.batch_size):
-            packed = self._packed(range(start, min(start + rules.batch_size, total)))
+        for start in range(0, len(answers), size):
+            packed = pack_answers(
+                prompts[start : start + size],
+                [answer.tokens for answer in answers[start : start + size]], self.policy.device,
+            )  # fmt: skip
             found = {**self.measure(packed), "ref_logp": self._reference_logprobs(packed)}
             for name, value in found.items():
-                width = longest - value.shape[1]
-                parts.setdefault(name, []).append(torch.nn.functional.pad(value, (0, width)))
+                parts.setdefault(name, []).append(value[packed.mask].cpu())
         kept = {name: torch.cat(values) for name, values in parts.items()}
-        # the engine that samples and the one that trains round differently
-        sampled = padded([answer.logprobs for answer in self.answers]).to(kept["logp"].device)
-        kept["difference"] = kept["logp"] - sampled
+        if answers:
+            sampled = torch.tensor([*chain(*(answer.logprobs for answer in answers))])
+            kept["difference"] = kept["logp"] - sampled
         return kept
 
     def _watch(self, scores: np.ndarray, kept: dict[str, Tensor], mask: Tensor) -> None:
@@ -371,13 +424,17 @@ class Online:
         self.step_metrics.append(metrics)
         return loss
 
-    def scalars(self) -> dict[str, float]:
-        step = {
-            name: float(value)
+    def measurements(self) -> list[dict[str, float]]:
+        return [
+            {name: float(value) for name, value in pooled(parts).items()}
             for parts in zip(*self.step_metrics, strict=True)
-            for name, value in pooled(parts).items()
-            if name != "tokens"
-        }
+        ]
+
+    def scalars(self, measured: Sequence[list[dict[str, float]]]) -> dict[str, float]:
+        step: dict[str, float] = {}
+        for parts in zip(*filter(None, measured), strict=True):
+            step |= averaged([(part["tokens"], part) for part in parts])
+        del step["tokens"]
         most = self.rules.max_update_kl
         self.stop = most is not None and step["approx_kl"] > most
         return {**self.made, **step}
@@ -387,12 +444,11 @@ class Online:
 
     def check_last(self) -> None:
         """Measure the KL of the policy that the last step left; raise DivergedError as a round."""
-        kept = (self.round, self.at, self.chosen, self.answers, self.kept, self.made)
+        before = (self.round, self.chosen, self.answers, self.made)
         self.round += 1
-        self._sample_round()
-        scores = np.zeros(len(self.answers))
-        self._watch(scores, self._measured(), self._mask(range(len(self.answers))))
-        self.round, self.at, self.chosen, self.answers, self.kept, self.made = kept
+        scores, kept, _ = self._roll_out(lambda places, answers: [0.0] * len(answers))
+        self._watch(scores, kept, self._mask(range(len(self.answers))))
+        self.round, self.chosen, self.answers, self.made = before
 
     def position(self) -> str:
         if self.round < 0 or self._over():
@@ -403,15 +459,12 @@ class Online:
         return f"round {self.round}, pass {number}, from answer {start}{place}"
 
     def state_dict(self) -> dict[str, Any]:
-        tokens = [answer.tokens for answer in self.answers]
         return {
             "round": self.round, "at": self.at, "steps": self.steps, "stop": self.stop,
             "beta": self.beta, "next_beta": self.next_beta, "made": self.made,
             "scale": [self.scale.count, self.scale.mean, self.scale.squares],
             "chosen": torch.tensor(self.chosen),
-            "ended": torch.tensor([answer.ended for answer in self.answers]),
-            "lengths": torch.tensor([len(row) for row in tokens]),
-            "tokens": torch.tensor([*chain(*tokens)], dtype=torch.int64),
+            **tensors_of(self.answers),
             **{f"kept.{name}": value for name, value in self.kept.items()},
         }  # fmt: skip
 
@@ -421,9 +474,7 @@ class Online:
         self.beta, self.next_beta, self.made = state["beta"], state["next_beta"], state["made"]
         self.scale.count, self.scale.mean, self.scale.squares = state["scale"]
         self.chosen = state["chosen"].tolist()
-        rows = state["tokens"].split(state["lengths"].tolist())
-        ended = state["ended"].tolist()
-        self.answers = [Answer(row.tolist(), [], bool(e)) for row, e in zip(rows, ended)]
+        self.answers = answers_of(state)
         device = self.policy.device
         self.kept = {
             name.removeprefix("kept."): value.to(device)
@@ -436,14 +487,25 @@ class Online:
         count = min(len(self.heldout), self.rules.val_prompts)
         if not count:
             return {}
-        answers = self._sample(self.heldout[:count], 0.0, self.rules.max_new_tokens)
-        scores = self._scored(self.score_heldout, range(count), answers)
+        places = self.ranks.share(count)
+        parts = self.ranks.each(lambda: self._answered(places))
+        scores, lengths, ended = map(np.concatenate, zip(*parts))
         return {
             "val_score": float(scores.mean()),
             "val_score_error": float(scores.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0,
-            "val_length": float(np.mean([len(answer.tokens) for answer in answers])),
-            "val_ended": float(np.mean([answer.ended for answer in answers])),
+            "val_length": float(lengths.mean()),
+            "val_ended": float(ended.mean()),
         }
+
+    def _answered(self, places: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores and lengths of greedy answers to held-out prompts, and which ended."""
+        prompts = [self.heldout[i] for i in places]
+        answers = self._sample(prompts, 0.0, self.rules.max_new_tokens)
+        return (
+            self._scored(self.score_heldout, places, answers),
+            np.array([len(answer.tokens) for answer in answers], np.int64),
+            np.array([answer.ended for answer in answers], bool),
+        )
 
     def load_policy(self, checkpoint: Path) -> None:
         """Put back the models of a checkpoint."""

@@ -16,7 +16,7 @@ from fastlm.data.generated import SCHEME, check_scored, is_generated
 from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Part, Positional, Stage, Takes, at_least_one
 from fastlm.train.chat_options import ChatOptions
-from fastlm.train.distributed import check_alone
+from fastlm.train.distributed import check_replicas, leads
 from fastlm.train.encoding import (
     Encoder,
     Prompts,
@@ -122,7 +122,7 @@ messages), or conversations, of which what precedes the last answer is the promp
     sample_prompt: Annotated[str, "Message that a sample answers; default: a held-out prompt"] = ""
 
     def check(self) -> None:
-        check_alone(self.kind, "rollouts are sampled in one")
+        check_replicas(self.kind, self.parallel)
         super().check()
         self.check_lora()
         at_least_one(
@@ -258,14 +258,15 @@ messages), or conversations, of which what precedes the last answer is the promp
         load = os.getloadavg()[0]
         try:
             done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
-            check_last(objective, job.out, done.steps)
         except DivergedError as error:
-            if error.good is not None:
+            if error.good is not None and leads():
                 objective.load_policy(error.good)
                 self.save_trained(model, job.out / LAST_GOOD, source)
                 tokenizer.save(job.out / LAST_GOOD)
                 job.warn(f"the policy of that checkpoint is {job.out / LAST_GOOD}")
             raise
+        if not leads():
+            return {}
         self.save_trained(model, job.out / MODEL, source)
         tokenizer.save(job.out / MODEL)
         return {
@@ -355,20 +356,6 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def title(self) -> str:
         raise NotImplementedError
-
-
-def check_last(objective: "Online", run_dir: Path, step: int) -> None:
-    """Raise DivergedError where the last steps, which no round has measured, went too far."""
-    from fastlm.train.loop import DivergedError
-    from fastlm.train.state import checkpoint_before
-
-    try:
-        objective.check_last()
-    except DivergedError as error:
-        good = checkpoint_before(run_dir, step - error.steps)
-        told = DivergedError(f"step {step}: {error}; last good checkpoint: {good or 'none'}")
-        told.good = good
-        raise told from None
 
 
 def told_models(count: int, ensemble: str) -> str:

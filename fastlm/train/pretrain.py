@@ -1,7 +1,7 @@
 """Pretraining: next-token prediction on packed shards, which produces a base model."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 from fastlm.train.best import taken
-from fastlm.train.distributed import leads
+from fastlm.train.distributed import Alone, leads
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
 from fastlm.typed import unknown
@@ -45,7 +45,7 @@ class NextToken:
         *,
         document_mask: bool = False,
     ):
-        self.trained = model
+        self.trained, self.ranks = model, Alone()
         self.sampler, self.val, self.options = sampler, val, options
         self.tokenizer, self.device, self.document_mask = tokenizer, device, document_mask
 
@@ -91,11 +91,17 @@ class NextToken:
         inside = {} if offsets is None else {"cu_seqlens": offsets}
         return self.trained(input_ids, shift_labels=labels, num_items=num_items, **inside).loss
 
-    def scalars(self) -> dict[str, float]:
+    def measurements(self) -> None:
+        return None
+
+    def scalars(self, measured: Sequence[None]) -> dict[str, float]:
         return {}
 
     def unsettled(self) -> int:
         return 0
+
+    def check_last(self) -> None:
+        pass
 
     def position(self) -> str:
         state = self.sampler.state_dict()

@@ -134,12 +134,15 @@ class RankedAnswers(Epochs):
         first = scores[:, :1] - batch.margins.to(scores.dtype)[:, None]
         return plackett_luce_loss(first_replaced(scores, first), batch.ranks)
 
-    def scalars(self) -> dict[str, float]:
+    def measurements(self) -> list[float]:
+        return [margin for margins, _ in self.measured for margin in margins.tolist()]
+
+    def scalars(self, measured: Sequence[list[float]]) -> dict[str, float]:
         import torch
 
-        margins = torch.cat([margins for margins, _ in self.measured])
+        margins = torch.tensor([margin for part in measured for margin in part])
         return {
-            **super().scalars(),
+            **super().scalars(measured),
             "margin": float(margins.mean()),
             "accuracy": float(right(margins).mean()),
         }

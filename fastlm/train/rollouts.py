@@ -6,7 +6,7 @@ again. Which tokens are an answer's follows from lengths, never from token ids: 
 token is its end token (SmolLM2-Instruct) learns its end token like any other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,23 @@ def sample_answers(
     return answers
 
 
+def tensors_of(answers: Sequence[Answer]) -> dict[str, Tensor]:
+    """Answers for a checkpoint, or for another process: ``tokens``, one answer after the other, the
+    ``lengths``, and which ``ended``. Log-probabilities are left out.
+    """
+    return {
+        "tokens": torch.tensor([*chain(*(answer.tokens for answer in answers))], dtype=torch.int32),
+        "lengths": torch.tensor([len(answer.tokens) for answer in answers], dtype=torch.int32),
+        "ended": torch.tensor([answer.ended for answer in answers], dtype=torch.bool),
+    }
+
+
+def answers_of(tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Undo `tensors_of`."""
+    rows = tensors["tokens"].split(tensors["lengths"].tolist())
+    return [Answer(row.tolist(), [], ended) for row, ended in zip(rows, tensors["ended"].tolist())]
+
+
 @dataclass(frozen=True)
 class Packed:
     """Prompts and answers joined without padding, for one forward.
@@ -142,11 +159,3 @@ def pack_answers(
 def _ends(rows: Sequence[Any]) -> Tensor:
     """Where each row begins in their concatenation, and where the last ends: (B + 1,) int32."""
     return torch.tensor(np.cumsum([0, *map(len, rows)]), dtype=torch.int32)
-
-
-def padded(rows: Sequence[Sequence[float]]) -> Tensor:
-    """(B, S) float32 of B lists, 0 after each one's end."""
-    out = torch.zeros(len(rows), max(map(len, rows), default=0))
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row)
-    return out
