@@ -106,7 +106,8 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
     import numpy as np
     import torch
 
-    from fastlm.train.dpo import PreferenceLoss, PreferredAnswers
+    from fastlm.train.dpo import PreferenceLoss
+    from fastlm.train.dpo_objective import PreferredAnswers
     from fastlm.train.encoding import Example
     from fastlm.train.loop import DTYPES as TORCH
     from fastlm.train.loop import train

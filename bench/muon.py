@@ -20,7 +20,7 @@ from torch import Tensor
 import fastlm
 from fastlm.memory import keep_freed_memory
 from fastlm.muon import muon_groups
-from fastlm.train.loop import decay_matrices
+from fastlm.train.objective import decay_matrices
 
 VOCABULARY, WIDTH, LAYERS, HEADS, HIDDEN = 4096, 128, 4, 4, 352
 RATES = {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (3e-3, 6e-3, 1.2e-2)}

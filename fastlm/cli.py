@@ -46,7 +46,7 @@ class Verbs(TyperGroup):
         except LostRankError as e:
             _fail(e, LOST)
         except ArithmeticError as e:
-            from fastlm.train.loop import DivergedError
+            from fastlm.train.objective import DivergedError
 
             if not isinstance(e, DivergedError):
                 raise

@@ -33,7 +33,8 @@ from fastlm.model.reward_model import RewardModel
 from fastlm.train import loop
 from fastlm.train.distill import DistillRules, TeacherTokens
 from fastlm.train.distributed import joined
-from fastlm.train.dpo import PreferenceLoss, PreferredAnswers
+from fastlm.train.dpo import PreferenceLoss
+from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.encoding import Example
 from fastlm.train.loop import Interrupted, NonFiniteError, train
 from fastlm.train.options import TrainOptions

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
-from fastlm.train.dpo import Dpo, PreferenceLoss, PreferredAnswers
+from fastlm.train.dpo import Dpo, PreferenceLoss
+from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.encoding import IGNORE, Example, pack_pairs
 from fastlm.train.loop import Interrupted
 from fastlm.train.options import TrainOptions

@@ -16,7 +16,8 @@ import fastlm
 from fastlm.data.shards import BatchSampler, TokenDataset
 from fastlm.errors import InputError
 from fastlm.muon import COEFFICIENTS, Muon, muon_groups, orthogonalize
-from fastlm.train.loop import Interrupted, decay_matrices
+from fastlm.train.loop import Interrupted
+from fastlm.train.objective import decay_matrices
 from fastlm.train.pretrain import pretrain
 
 SHAPES = ((24, 40), (40, 24), (16, 16))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastlm.train.loop import Interrupted, decay_matrices, train
+from fastlm.train.loop import Interrupted, train
+from fastlm.train.objective import decay_matrices
 from fastlm.train.options import TrainOptions
 from fastlm.train.state import list_checkpoints
 

@@ -22,7 +22,8 @@ from fastlm.quant import quantize
 from fastlm.quant.modules import QuantizedLinear
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.grpo import Grpo
-from fastlm.train.loop import DivergedError, Interrupted
+from fastlm.train.loop import Interrupted
+from fastlm.train.objective import DivergedError
 from fastlm.train.online_stage import text_of
 from fastlm.train.ppo import Ppo
 from fastlm.train.ppo_objective import value_model

@@ -4,52 +4,24 @@ answers, measured against itself before training.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.progress import silent
 from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
 from fastlm.train.best import taken
 from fastlm.train.chat_options import ChatOptions
 from fastlm.train.distributed import check_replicas, leads
-from fastlm.train.encoding import (
-    IGNORE,
-    Example,
-    chat_tokenizer,
-    in_dtype,
-    pack,
-    pack_pairs,
-    reasons,
-    weights_digest,
-    without_dropout,
-)
-from fastlm.train.epochs import Epochs
+from fastlm.train.encoding import chat_tokenizer, reasons, weights_digest
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS
-from fastlm.train.preferences import (
-    Judged,
-    Preferences,
-    accuracy_told,
-    digest_of,
-    ranked_right,
-    right,
-    standard_error,
-)
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from fastlm.tokenizer.tokenizer import Tokenizer
-    from fastlm.train.options import TrainOptions
+from fastlm.train.preferences import Preferences, accuracy_told
 
 MODEL = "model"
 LOSSES = ("sigmoid", "ipo", "hinge", "kto")
-REFERENCE, HELDOUT = "reference", "reference_heldout"  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -90,311 +62,6 @@ class PreferenceLoss:
                     f"{name}: wanted none with loss = {self.loss!r}, got {value}"
                     f" (it serves {', '.join(losses)})"
                 )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch of n pairs or labels. ``ids`` and ``labels`` (1, total) and ``cu_seqlens`` are
-    packed: chosen and rejected in turns, their prompt once (``keys``: see `CausalLM.hidden`), or
-    the n labelled answers.
-
-    ``lengths``: learnt tokens per sequence. ``reference`` (n, 2): the base's log-probabilities, of
-    chosen and rejected, or of the answer and the answer to another prompt. ``kl``: the reference
-    point of the whole step.
-    """
-
-    ids: "Tensor"
-    labels: "Tensor"
-    cu_seqlens: "Tensor"
-    lengths: "Tensor"
-    reference: "Tensor"
-    desirable: "Tensor"
-    keys: "tuple[Tensor, Tensor] | None" = None
-    kl: "Tensor | None" = None
-
-
-class PreferredAnswers(Epochs):
-    """The objective (``fastlm.train.loop.Objective``) of `Dpo`: a mean over the pairs (KTO: the
-    labels) of a step, however they are spread over its micro-batches.
-
-    The reference is the base: its log-probabilities are measured once, before the first step
-    (`measure_reference`), and kept in the checkpoints, so that no second model is in memory and a
-    resumed training has the same ones. They are measured in the micro-batches and the dtype of the
-    first epoch: policy and reference are then equal to the last bit before the first update.
-
-    ``judged`` and ``heldout``: pairs, or with the loss "kto" labels. For the other arguments see
-    `Epochs`.
-    """
-
-    def __init__(
-        self,
-        model: "nn.Module",
-        judged: Sequence[Judged],
-        heldout: Sequence[Judged],
-        options: "TrainOptions",
-        terms: PreferenceLoss,
-        *,
-        batch_size: int,
-        seed: int,
-        base: str,
-        tokenizer: "Tokenizer | None",
-        prompt: Sequence[int],
-        device: "torch.device",
-    ):
-        super().__init__(
-            model, [one.answers[0].place for one in judged], options, batch_size=batch_size,
-            seed=seed, base=base, data=digest_of(judged), tokenizer=tokenizer, prompt=prompt,
-            device=device,
-        )  # fmt: skip
-        without_dropout(model)  # the reference is measured without it
-        self.judged, self.heldout, self.terms = judged, heldout, terms
-        self.reference: Tensor | None = None
-        self.reference_heldout: Tensor | None = None
-        self.measured: list[dict[str, Tensor]] = []
-
-    def identity(self) -> dict[str, Any]:
-        return {
-            **super().identity(),
-            **asdict(self.terms),
-            "heldout": digest_of(self.heldout),  # their reference is in the checkpoint
-        }
-
-    # the reference
-
-    def measure_reference(self, dtype: "torch.dtype", *, track: Callable = silent) -> None:
-        """Measure the reference with the weights as they are, rounded to ``dtype``."""
-        import torch
-
-        order, rest = self.order.tolist(), list(range(len(self.heldout)))
-        self.reference = torch.zeros(len(self.judged), 2)
-        self.reference_heldout = torch.zeros(len(self.heldout), 2)
-        work = [
-            *((self.judged, rows, self.reference) for rows in self._parts(order)),
-            # all of them: a resumed training may validate on more
-            *((self.heldout, rows, self.reference_heldout) for rows in self._parts(rest)),
-        ]
-        with in_dtype(self.trained, dtype), torch.no_grad():
-            for source, rows, into in track(work, "reference", unit="batches"):
-                into[rows] = self.logps([source[i] for i in rows]).cpu()
-
-    def logps(self, judged: Sequence[Judged]) -> "Tensor":
-        """Return the model's log-probabilities of both answers, (n, 2)."""
-        import torch
-
-        if self.terms.loss != "kto":
-            packed, keys = self._packed_pairs(judged)
-            return self.sums(*packed, keys).view(-1, 2)
-        both = ([one.answers[side] for one in judged] for side in (0, 1))
-        return torch.stack([self.sums(*self._packed(side)) for side in both], 1)
-
-    def sums(
-        self,
-        ids: "Tensor",
-        labels: "Tensor",
-        cu_seqlens: "Tensor",
-        keys: "tuple[Tensor, Tensor] | None" = None,
-    ) -> "Tensor":
-        """Return the log-probability of each sequence's learnt tokens, (sequences,) float32."""
-        import torch
-
-        model = cast(Any, self.trained)
-        logps = model.logprobs(ids, labels, cu_seqlens=cu_seqlens, keys=keys)[0]
-        rows = torch.arange(len(cu_seqlens) - 1, device=ids.device)
-        rows = rows.repeat_interleave(cu_seqlens.diff(), output_size=len(logps))
-        return logps.new_zeros(len(cu_seqlens) - 1).index_add(0, rows, logps)
-
-    def _packed(self, examples: Sequence[Example]) -> "tuple[Tensor, Tensor, Tensor]":
-        ids, labels, cu_seqlens = pack(examples)
-        return ids.to(self.device), labels.to(self.device), cu_seqlens.to(self.device)
-
-    def _packed_pairs(
-        self, judged: Sequence[Judged]
-    ) -> "tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]":
-        (ids, labels, cu_seqlens), (rows, ends) = pack_pairs([one.answers for one in judged])
-        on = self.device
-        return (ids.to(on), labels.to(on), cu_seqlens.to(on)), (rows.to(on), ends.to(on))
-
-    # steps
-
-    def next_batches(self, count: int) -> list[Batch]:
-        """Return ``count`` micro-batches, or what the epoch has left."""
-        self.measured = []
-        assert self.reference is not None  # by measure_reference or load_state_dict
-        return self._batches(self.take(count), self.judged, self.reference)
-
-    def _batches(
-        self, taken: Sequence[list[int]], source: Sequence[Judged], reference: "Tensor"
-    ) -> list[Batch]:
-        import torch
-
-        batches = []
-        kto = self.terms.loss == "kto"
-        kl = self._reference_point(taken, source, reference) if kto else None
-        for rows in taken:
-            judged = [source[i] for i in rows]
-            answers = [e for one in judged for e in (one.answers[:1] if kto else one.answers)]
-            known = reference[rows].to(self.device)
-            keys = None
-            if kto:
-                packed = self._packed(answers)
-            else:
-                packed, keys = self._packed_pairs(judged)
-            lengths = torch.tensor([e.learnt for e in answers], device=self.device)
-            desirable = torch.tensor([one.desirable for one in judged], device=self.device)
-            batches.append(Batch(*packed, lengths, known, desirable, keys, kl))
-        return batches
-
-    def _reference_point(
-        self, taken: Sequence[list[int]], source: Sequence[Judged], reference: "Tensor"
-    ) -> "Tensor":
-        """KTO's: the mean log-ratio of answers to other prompts, at least 0. Each process measures
-        its share of the micro-batches.
-        """
-        import torch
-
-        mine, _ = self.ranks.deal(taken)
-        ratios = [torch.zeros(0)]
-        with torch.no_grad():
-            for rows in mine:
-                others = self.sums(*self._packed([source[i].answers[1] for i in rows]))
-                ratios.append(others.cpu() - reference[rows, 1])
-        every = torch.cat(self.ranks.gather(torch.cat(ratios)))
-        return every.mean().clamp(min=0).to(self.device)
-
-    def num_items(self, batch: Batch) -> int:
-        return len(batch.reference)
-
-    def tokens(self, batch: Batch) -> int:
-        return int((batch.labels != IGNORE).sum())
-
-    def loss(self, batch: Batch, num_items: int) -> "Tensor":
-        losses, measured = self.compare(batch)
-        self.measured.append({name: values.detach() for name, values in measured.items()})
-        return losses.sum() / num_items
-
-    def compare(self, batch: Batch) -> "tuple[Tensor, dict[str, Tensor]]":
-        """Return the losses (n,), and what is measured of the pairs or labels."""
-        if self.terms.loss == "kto":
-            return self._compare_labels(batch)
-        return self._compare_pairs(batch)
-
-    def _compare_pairs(self, batch: Batch) -> "tuple[Tensor, dict[str, Tensor]]":
-        from fastlm.train.losses import dpo_loss
-
-        o = self.terms
-        logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens, batch.keys).view(-1, 2)
-        lengths = batch.lengths.view(-1, 2)
-        losses = dpo_loss(
-            logps[:, 0], logps[:, 1], batch.reference[:, 0], batch.reference[:, 1], beta=o.beta,
-            label_smoothing=o.label_smoothing, kind=cast(Any, o.loss),
-            lengths=(lengths[:, 0], lengths[:, 1]) if o.length_normalise else None,
-        )  # fmt: skip
-        if o.sft_weight:
-            losses = losses - o.sft_weight * logps[:, 0] / lengths[:, 0]
-        rewards = o.beta * (logps - batch.reference)
-        if o.length_normalise:
-            rewards = rewards / lengths
-        margins = rewards[:, 0] - rewards[:, 1]
-        return losses, {
-            "reward_chosen": rewards[:, 0],
-            "reward_rejected": rewards[:, 1],
-            "margin": margins,
-            "accuracy": right(margins),
-            "logp_chosen": logps[:, 0],
-            "logp_rejected": logps[:, 1],
-            "length_chosen": lengths[:, 0].float(),
-            "length_rejected": lengths[:, 1].float(),
-        }
-
-    def _compare_labels(self, batch: Batch) -> "tuple[Tensor, dict[str, Tensor]]":
-        from fastlm.train.losses import kto_loss
-
-        o, good = self.terms, batch.desirable
-        assert batch.kl is not None
-        logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens)
-        losses = kto_loss(
-            logps, batch.reference[:, 0], good, batch.kl, beta=o.beta,
-            weight_desirable=o.weight_desirable, weight_undesirable=o.weight_undesirable,
-        )  # fmt: skip
-        rewards = o.beta * (logps - batch.reference[:, 0])
-        lengths = batch.lengths.float()
-        return losses, {
-            "reward_chosen": rewards[good],
-            "reward_rejected": rewards[~good],
-            "kl": batch.kl.view(1),
-            "logp_chosen": logps[good],
-            "logp_rejected": logps[~good],
-            "length_chosen": lengths[good],
-            "length_rejected": lengths[~good],
-        }
-
-    def measurements(self) -> "dict[str, Tensor]":
-        return {name: values.cpu() for name, values in _joined(self.measured).items()}
-
-    def scalars(self, measured: "Sequence[dict[str, Tensor]]") -> dict[str, float]:
-        return {**super().scalars(measured), **_means(_joined([m for m in measured if m]))}
-
-    def state_dict(self) -> dict[str, Any]:
-        held = {REFERENCE: self.reference, HELDOUT: self.reference_heldout}
-        return {**super().state_dict(), **held}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.reference, self.reference_heldout = state[REFERENCE], state[HELDOUT]
-
-    def _parts(self, rows: list[int]) -> list[list[int]]:
-        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-
-    def _heldout_batches(self) -> list[list[int]]:
-        """The held-out rows of a validation, of at most `val_tokens` tokens."""
-        batches, tokens = [], 0
-        for rows in self._parts(list(range(len(self.heldout)))):
-            batches.append(rows)
-            tokens += sum(e.learnt for i in rows for e in self.heldout[i].answers)
-            if tokens >= self.options.val_tokens:
-                break
-        return batches
-
-    def validate(self) -> dict[str, float]:
-        """Return loss, accuracy with its standard error, and margin of the held-out rows."""
-        import torch
-
-        if not self.heldout:
-            return {}
-        assert self.reference_heldout is not None
-        taken = self._heldout_batches()
-        batches = self._batches(taken, self.heldout, self.reference_heldout)
-        found = [self.compare(batch) for batch in batches]
-        joined = _joined([measured for _, measured in found])
-        means = _means(joined)
-        if self.terms.loss == "kto":
-            error = ranked_right(joined["reward_chosen"], joined["reward_rejected"])[1]
-        else:
-            places = [self.heldout[i].answers[0].place for rows in taken for i in rows]
-            error = standard_error(joined["accuracy"], places)
-        kept = ("accuracy", "margin", "reward_chosen", "reward_rejected")
-        return {
-            "val_loss": float(torch.cat([losses for losses, _ in found]).mean()),
-            **{f"val_{name}": means[name] for name in kept if name in means},
-            **({"val_accuracy_error": error} if "accuracy" in means else {}),
-        }
-
-
-def _joined(measured: "Sequence[Mapping[str, Tensor]]") -> "dict[str, Tensor]":
-    import torch
-
-    return {name: torch.cat([m[name] for m in measured]) for name in (measured or [{}])[0]}
-
-
-def _means(joined: "Mapping[str, Tensor]") -> dict[str, float]:
-    """The means; of nothing there is none. KTO's labels come in no pairs: its margin is a
-    difference of means, its accuracy a share of all pairs of a desirable and an undesirable answer.
-    """
-    means = {name: float(values.mean()) for name, values in joined.items() if len(values)}
-    if "accuracy" not in joined and {"reward_chosen", "reward_rejected"} <= means.keys():
-        means["margin"] = means["reward_chosen"] - means["reward_rejected"]
-        means["accuracy"] = ranked_right(joined["reward_chosen"], joined["reward_rejected"])[0]
-    return means
 
 
 @dataclass(frozen=True)
@@ -462,6 +129,7 @@ labels (prompt, completion, label)."""
         import torch
 
         from fastlm.model.architectures import expected_shapes
+        from fastlm.train.dpo_objective import PreferredAnswers
         from fastlm.train.loop import DTYPES, train
         from fastlm.train.state import list_checkpoints
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class Epochs:
-    """The part of an objective (``fastlm.train.loop.Objective``) that takes ``places`` (examples,
-    by file and line) in epochs.
+    """The part of an objective (`fastlm.train.objective`) that takes ``places`` (examples, by file
+    and line) in epochs.
 
     An epoch takes every example once, in an order that depends only on ``seed`` and the epoch. Its
     last step is smaller where the examples do not fill it.
@@ -57,7 +57,7 @@ class Epochs:
         return rng.permutation(len(self.places))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        from fastlm.train.loop import decay_matrices
+        from fastlm.train.objective import decay_matrices
 
         return decay_matrices(self.trained, weight_decay)
 

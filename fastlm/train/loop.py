@@ -1,5 +1,5 @@
-"""The training loop, one for every stage. An ``Objective`` defines what is trained and on what:
-`fastlm.train.pretrain.NextToken` predicts the next token.
+"""The training loop, one for every stage. An objective (`fastlm.train.objective`) defines what is
+trained and on what.
 
 A step is: micro-batches of the objective, backward with the global token count, clip and update in
 one pass, one line in metrics.jsonl. A checkpoint records the length of metrics.jsonl. Starting the
@@ -19,12 +19,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from fastlm.progress import silent
 from fastlm.train.best import Best
 from fastlm.train.distributed import Alone, joined
 from fastlm.train.metrics import METRICS
+from fastlm.train.objective import DivergedError, Objective
 from fastlm.train.options import BUDGET, GUARDS, TrainOptions
 from fastlm.train.parallel import parallel
 from fastlm.train.schedule import due, learning_rate, micro_batches, progress
@@ -57,18 +58,6 @@ from fastlm.train.trackers import trackers
 from fastlm.train.writer import Writer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class DivergedError(ArithmeticError):
-    """A training that must not go on. The message names the step and the last good checkpoint in
-    one line. ``steps``: how many steps ago all was well; raised by `train`, ``good`` is the newest
-    checkpoint that old.
-    """
-
-    def __init__(self, message: str, *, steps: int = 0):
-        super().__init__(message)
-        self.steps = steps
-        self.good: Path | None = None
 
 
 class NonFiniteError(DivergedError):
@@ -105,97 +94,6 @@ class TrainResult:
         facts["used_seconds"] = facts.pop("seconds")  # of all sessions
         now = os.getloadavg()[0]
         return {**facts, "load": f"{load:.1f} when the training began, {now:.1f} when it ended"}
-
-
-class Objective(Protocol):
-    """What a stage trains, and on what. The loop owns the budget, the optimizer, clipping,
-    checkpoints, resuming and logging.
-    """
-
-    trained: nn.Module
-    """The module with all trained parameters. Several models (a policy and its value model) are an
-    nn.ModuleDict. Frozen models (a reference) belong to the objective and are not checkpointed."""
-
-    ranks: Alone
-    """The processes of the training, for an objective that divides more than micro-batches among
-    them (rollouts). `train` sets it; before and after it is ``Alone()``. All processes call the
-    methods together, but for `loss`, `state_dict` and `sample`.
-    """
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the optimizer's groups; a group's "lr" scales the scheduled rate (default 1)."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """Return what must be the same for a checkpoint to fit: data, sizes, frozen models."""
-        ...
-
-    def next_batches(self, count: int) -> list[Any]:
-        """Return the ``count`` micro-batches of the next step. They may come from data or be
-        generated with the current models (rollouts).
-        """
-        ...
-
-    def num_items(self, batch: Any) -> int:
-        """Return how many items of the batch the loss is a mean of: tokens, pairs."""
-        ...
-
-    def tokens(self, batch: Any) -> int:
-        """Return the number of tokens of the batch that the loss counts, for budget and speed."""
-        ...
-
-    def loss(self, batch: Any, num_items: int) -> Tensor:
-        """Return the sum over the batch / ``num_items`` (of all micro-batches of the step)."""
-        ...
-
-    def measurements(self) -> Any:
-        """Return what `scalars` needs of the micro-batches that had their `loss` in this process
-        since `next_batches`, perhaps none: what pickle can carry, no tensors of a GPU.
-        """
-        ...
-
-    def scalars(self, measured: Sequence[Any]) -> dict[str, float]:
-        """Return what else the last step measured, for its line in metrics.jsonl, from the
-        `measurements` of all processes. All call it.
-        """
-        ...
-
-    def unsettled(self) -> int:
-        """Return how many of the last steps a later check may condemn (`DivergedError`): the newest
-        checkpoint from before them is kept.
-        """
-        ...
-
-    def check_last(self) -> None:
-        """Raise DivergedError where the `unsettled` steps before the end went too far."""
-        ...
-
-    def position(self) -> str:
-        """Return where in the data the next batch begins, for an error message."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to continue to the same losses: JSON values, and
-        tensors (a buffer of rollouts) as values of the outermost level.
-        """
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    def validate(self) -> dict[str, float]: ...
-
-    def sample(self) -> str | None: ...
-
-
-def decay_matrices(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: matrices decay, norms and biases do not."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def train(

@@ -35,9 +35,9 @@ from fastlm.model.lora import without_adapter
 from fastlm.quant.modules import QuantizedLinear
 from fastlm.train.distributed import Alone, averaged
 from fastlm.train.encoding import without_dropout
-from fastlm.train.loop import DivergedError, decay_matrices
 from fastlm.train.losses import Metrics, aggregate, pooled
 from fastlm.train.monitors import of_round
+from fastlm.train.objective import DivergedError, decay_matrices
 from fastlm.train.rollouts import (
     Answer,
     Packed,
@@ -128,7 +128,7 @@ def importance(difference: Tensor) -> Tensor:
 
 
 class Online:
-    """An objective (`fastlm.train.loop.Objective`) on answers that the policy samples.
+    """An objective (`fastlm.train.objective.Objective`) on answers that the policy samples.
 
     ``prompts``: token ids of each. ``score``: see `Score`; ``scored_by`` identifies it, and
     ``score_metrics`` returns what it says of the answers that it scored last, means over them.

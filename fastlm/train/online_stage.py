@@ -224,7 +224,8 @@ messages), or conversations, of which what precedes the last answer is the promp
         import torch
 
         from fastlm.model.architectures import expected_shapes
-        from fastlm.train.loop import DivergedError, train
+        from fastlm.train.loop import train
+        from fastlm.train.objective import DivergedError
 
         self.check_models([one.name for one in job.inputs.get("reward_model", ())])
         source = job.path("model")

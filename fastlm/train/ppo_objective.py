@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.train.encoding import without_dropout
-from fastlm.train.loop import decay_matrices
 from fastlm.train.losses import (
     Metrics,
     aggregate,
@@ -20,6 +19,7 @@ from fastlm.train.losses import (
     ppo_value_loss,
     whiten,
 )
+from fastlm.train.objective import decay_matrices
 from fastlm.train.online import Batch, Online, importance
 from fastlm.train.rollouts import Packed
 

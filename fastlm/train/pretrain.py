@@ -32,7 +32,7 @@ MODEL = "model"
 
 
 class NextToken:
-    """The objective (``fastlm.train.loop.Objective``) of `pretrain`."""
+    """The objective of `pretrain`."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class NextToken:
         self.tokenizer, self.device, self.document_mask = tokenizer, device, document_mask
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        from fastlm.train.loop import decay_matrices
+        from fastlm.train.objective import decay_matrices
 
         return decay_matrices(self.trained, weight_decay)
 

@@ -56,7 +56,7 @@ class Batch:
 
 
 class RankedAnswers(Epochs):
-    """The objective (``fastlm.train.loop.Objective``) of `Reward`: Bradley-Terry's loss of pairs,
+    """The objective of `Reward`: Bradley-Terry's loss of pairs,
     Plackett-Luce's of longer lists, a mean over the comparisons of a step. A list of k answers
     counts as k - 1 comparisons, one for each choice of the next best.
 

@@ -52,7 +52,7 @@ OVERLONG = {
 
 
 class AnswerTokens(Epochs):
-    """The objective (``fastlm.train.loop.Objective``) of `Sft`: cross-entropy of learnt tokens.
+    """The objective of `Sft`: cross-entropy of learnt tokens.
 
     The loss is a mean over the learnt tokens of the whole step, however they are spread over its
     micro-batches. ``mixture``: the sources of ``examples``, one after another; by default one of
