@@ -305,14 +305,16 @@ inline void pack_tiles(DecodeLinear& l, uint8_t* out) {
   l.tiles = out, l.tile_lanes = VL;
 }
 
+// The rows of x of a pass stay in the L1 while the tile's rows of W go by, from the second pass on
+// out of the L2. The other way around, every row of W would fetch all rows of x.
 template <class T>
 void dense_tile(const DecodeLinear& l, int64_t n, const Activations& a, int64_t rows, float* out) {
   const int64_t present = std::min(DECODE_TILE, l.n - n);
-  for (int64_t i = 0; i < present; ++i) {
-    const T* w = reinterpret_cast<const T*>(l.weight) + (n + i) * l.k;
-    in_passes(rows, [&](auto r, int64_t m) {
-      constexpr int ROWS = r.value, CHAINS = 2;
-      const float* x = a.x + m * a.stride;
+  in_passes(rows, [&](auto r, int64_t m) {
+    constexpr int ROWS = r.value, CHAINS = 2;
+    const float* x = a.x + m * a.stride;
+    for (int64_t i = 0; i < present; ++i) {
+      const T* w = reinterpret_cast<const T*>(l.weight) + (n + i) * l.k;
       vfloat acc[ROWS][CHAINS] = {};
       int64_t k = 0;
       for (; k + CHAINS * VL <= l.k; k += CHAINS * VL)
@@ -329,11 +331,9 @@ void dense_tile(const DecodeLinear& l, int64_t n, const Activations& a, int64_t 
         for (int j = 0; j < ROWS; ++j)
           acc[j][0] = fused(v, load(x + j * a.stride + k, count), acc[j][0]);
       }
-      for (int j = 0; j < ROWS; ++j) {
-        out[(m + j) * DECODE_TILE + i] = hsum(acc[j][0] + acc[j][1]);
-      }
-    });
-  }
+      for (int j = 0; j < ROWS; ++j) out[(m + j) * DECODE_TILE + i] = hsum(acc[j][0] + acc[j][1]);
+    }
+  });
 }
 
 // out[m][i] = x row m . W row n + i, + bias; i < 16 (arbitrary for rows beyond W)
