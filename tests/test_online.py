@@ -533,7 +533,7 @@ def test_the_last_policy_is_measured_too(tmp_path) -> None:
             train(objective("dapo", rules), options, tmp_path, on_event=press)
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names[0] == "step-00000008" and len(names) == 3  # two of the round, and that
-    with pytest.raises(DivergedError, match="step 16: round 2: the KL .*/step-00000008$"):
+    with pytest.raises(DivergedError, match=r"step 16: round 2: the KL .*/step-00000008$"):
         train(objective("dapo", replace(rules, max_kl=1.0)), options, tmp_path)
 
 
