@@ -221,6 +221,7 @@ def test_rounds_of_four_processes(round_of_one, rounds_of_two, rounds_of_four):
     steps = lines(round_of_one / "ppo", "round")
     assert steps[2] == steps[3] and len(set(steps)) > 1
     assert len(set(lines(round_of_one / "ppo", "square"))) == len(set(steps))
+    assert {*lines(round_of_one / "on-policy", "on_policy")} > {0.5, 1}  # shares of one and of two
 
 
 def test_what_goes_wrong_in_a_round_is_said_in_all_processes(rounds_of_two):
