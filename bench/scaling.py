@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import tempfile
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -158,13 +159,18 @@ def loopback() -> int:
     raise SystemExit("no loopback device")
 
 
-def work(
-    rank: int, size: int, port: int, folder: Path, way: str, dtype: str, micro: int, log
-) -> None:
+def launched(rank: int, size: int, port: int) -> None:
+    """Say in the environment what torchrun would."""
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": "2",
     }  # fmt: skip
+
+
+def work(
+    rank: int, size: int, port: int, folder: Path, way: str, dtype: str, micro: int, log
+) -> None:
+    launched(rank, size, port)
     import torch
 
     import fastlm
@@ -191,6 +197,45 @@ def work(
     pretrain(model, sampler, None, options, run, on_event=lambda event: marks.append(loopback()))
     if rank == 0:
         log.put((layers, whole, (marks[-2] - marks[1]) / (len(marks) - 3) / size))
+
+
+def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
+    """A round of 64 answers of 64 tokens."""
+    launched(rank, size, port)
+    import torch
+
+    import fastlm
+    from fastlm.train.distributed import joined
+    from fastlm.train.grpo_objective import GroupRelative, GroupRules
+    from fastlm.train.online import Rules
+    from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
+
+    torch.set_num_threads(1)
+    config = fastlm.ModelConfig(
+        model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=128,
+    )  # fmt: skip
+    model = fastlm.CausalLM(config, seed=0)
+    rules = Rules(prompts=16, answers=4, max_new_tokens=64)
+    args = (model, model, [[1, 2]] * 16, [], lambda places, answers: [1.0] * len(answers), rules)
+    objective = (
+        ActorCritic(*args, base="", value=value_model(model, shared=True), ppo=PpoRules())
+        if kind == "ppo"
+        else GroupRelative(*args, base="", group=GroupRules())
+    )
+    with joined(torch.device("cpu")) as objective.ranks:
+        marks = []
+        for _ in range(2):  # the first one also opens connections
+            objective.ranks.any(False)
+            marks.append(loopback())
+            objective.round += 1
+            objective._roll_out(objective.score)
+            objective.ranks.any(False)
+            marks.append(loopback())
+            objective.ranks.any(False)
+    if rank == 0:
+        tokens = sum(len(answer.tokens) for answer in objective.answers)
+        log.put((tokens, len(objective.answers), (marks[3] - marks[2]) / size))
 
 
 def measure() -> None:
@@ -234,6 +279,23 @@ def measure() -> None:
                 f"| {way}, {dtype}, {size} processes, {micro} micro-batch each | {found:,.0f} |"
                 f" {wanted:,.0f} | {found / wanted:.3f} |"
             )  # fmt: skip
+        for port, (kind, size) in enumerate(product(("grpo", "ppo"), (2, 4)), 29700):
+            log = processes.Queue()
+            started = [
+                processes.Process(target=roll_out, args=(r, size, port, kind, log))
+                for r in range(size)
+            ]
+            for process in started:
+                process.start()
+            tokens, answers, found = log.get(timeout=300)
+            for process in started:
+                process.join()
+            per_token = 20 if kind == "ppo" else 16
+            wanted = (size - 1) * ((per_token * tokens + 13 * answers) / size + 2000)
+            print(
+                f"| a round of {kind}, {size} processes, {tokens:,} tokens | {found:,.0f} |"
+                f" {wanted:,.0f} | {found / wanted:.3f} |"
+            )
 
 
 def main() -> None:

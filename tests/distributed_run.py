@@ -5,6 +5,7 @@ As a program it is the command line, with a rank that kills itself:
 torchrun --nproc-per-node 2 tests/distributed_run.py RANK STEP pretrain ...
 """
 
+import copy
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from preference_models import WORDS, make_base, write
 from tiny_run import SEQ, VOCAB, Letters
 from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -36,8 +38,12 @@ from fastlm.train.distributed import joined
 from fastlm.train.dpo import PreferenceLoss
 from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.encoding import Example
-from fastlm.train.loop import Interrupted, NonFiniteError, train
+from fastlm.train.grpo import Grpo
+from fastlm.train.grpo_objective import GroupRelative, GroupRules
+from fastlm.train.loop import DivergedError, Interrupted, NonFiniteError, train
+from fastlm.train.online import Online, Rules
 from fastlm.train.options import TrainOptions
+from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
 from fastlm.train.preferences import Judged
 from fastlm.train.pretrain import pretrain
 from fastlm.train.reward import RankedAnswers
@@ -112,16 +118,18 @@ def rewarding(run: Path, options: TrainOptions = OPTIONS):
     return net
 
 
-def preferring(run: Path, options: TrainOptions = OPTIONS):
-    """Epochs of 5 micro-batches of pairs with a common prompt: 4, then 1."""
+def preferring(run: Path, options: TrainOptions = OPTIONS, loss: str = "sigmoid"):
+    """Epochs of 5 micro-batches of pairs with a common prompt: 4, then 1. With "kto" the first
+    answer of each is labelled, and the second stands for one to another prompt.
+    """
     net = model()
     judged = []
     for i, one in enumerate(examples(9)):
         ids = one.ids.copy()
         ids[one.mask] = 1 + (ids[one.mask] + i) % (VOCAB - 1)
-        judged.append(Judged((one, Example(ids, one.mask, one.place))))
+        judged.append(Judged((one, Example(ids, one.mask, one.place)), desirable=i % 3 > 0))
     objective = PreferredAnswers(
-        net, judged, judged[:3], options, PreferenceLoss(), batch_size=2, seed=1, base="",
+        net, judged, judged[:3], options, PreferenceLoss(loss), batch_size=2, seed=1, base="",
         tokenizer=None, prompt=(), device=net.device,
     )  # fmt: skip
     objective.measure_reference(torch.float32)
@@ -129,15 +137,75 @@ def preferring(run: Path, options: TrainOptions = OPTIONS):
     return net
 
 
-def distilling(run: Path, options: TrainOptions = OPTIONS):
+def distilling(run: Path, options: TrainOptions = OPTIONS, on_policy: float = 0.0):
     """Epochs of 7 micro-batches: 4, then 3. The teacher is whole in every process."""
     net, teacher = model(), model(num_hidden_layers=1, initializer_range=0.3)
     objective = TeacherTokens(
         net, examples(14), examples(3), options, batch_size=2, seed=1, base="", tokenizer=None,
-        prompt=(), device=net.device, teacher=teacher, rules=DistillRules("jsd", sft_weight=0.5),
+        prompt=(), device=net.device, teacher=teacher,
+        rules=DistillRules("jsd", sft_weight=0.5, on_policy=on_policy, max_new_tokens=6),
     )  # fmt: skip
     train(objective, options, run)
     return net
+
+
+ROLLOUTS = Rules(
+    prompts=3, answers=3, passes=2, batch_size=2, max_new_tokens=6, decode_batch=4, beta=0.1,
+    kl_target=0.01, kl_horizon=50.0, scale_scores=True, missing_end=-0.5, val_prompts=3,
+    max_update_kl=3e-3,
+)  # fmt: skip
+
+
+def rolling_out(kind: str, run: Path, options: TrainOptions, rules: Rules = ROLLOUTS) -> Online:
+    """``kind``: "ppo", "ppo shared", or a loss of GRPO's. Passes are 9 answers in 5 micro-batches:
+    4, then 1; the second one only if the update has not moved far.
+    """
+    scored: list[float] = []
+
+    def score(places, answers):
+        scored[:] = [sum(t % 5 for t in a.tokens) / len(a.tokens) - 0.1 * p
+                     for p, a in zip(places, answers, strict=True)]  # fmt: skip
+        return list(scored)
+
+    policy = model(initializer_range=0.3)
+    prompts = [e.ids.tolist() for e in examples(8)]
+    args = (policy, copy.deepcopy(policy), prompts[:5], prompts[5:], score, rules)
+    more = {
+        "base": "", "stop_ids": frozenset(range(8)),
+        "score_metrics": lambda: {"square": float(np.mean(np.square(scored)))},
+    }  # fmt: skip
+    if kind.startswith("ppo"):
+        value = value_model(policy, shared=kind == "ppo shared")
+        objective = ActorCritic(*args, value=value, ppo=PpoRules(value_weight=0.5), **more)
+    else:
+        group = GroupRules(kind, entropy=0.01, mask_truncated=True)
+        objective = GroupRelative(*args, group=group, **more)
+    train(objective, options, run)
+    return objective
+
+
+def answering(data: Path, out: Path, **changes) -> dict:
+    """The stage `grpo`, with adapters, on the files of `stage_files`."""
+    stage = Grpo(
+        data=(str(data / "prompts.jsonl"),), reward=f"{data}/rewards.py:length", prompts=4,
+        answers=2, batch_size=2, accumulate=4, max_new_tokens=6, max_steps=2, lr=1e-2, heldout=0.2,
+        val_prompts=3, validations=1, sample_at=(1.0,), sample_tokens=4, dtype="float32",
+        checkpoint_every=1, lora_rank=2,
+    )  # fmt: skip
+    return replace(stage, **changes)(out, model=data / "base")
+
+
+def stage_files(data: Path) -> None:
+    make_base(data / "base")
+    rows = [{"prompt": f"what is {word}"} for word in WORDS]
+    write(data / "prompts.jsonl", rows)
+    (data / "rewards.py").write_text(
+        "import os\n"
+        "def length(answer, row):\n    return len(answer) / 10\n"
+        "def bad(answer, row):\n"
+        "    if os.environ['RANK'] == '1':\n        raise ValueError('no idea')\n"
+        "    return 0\n"
+    )
 
 
 SHORT = replace(OPTIONS, max_steps=4, validations=1, sample_at=())
@@ -245,6 +313,41 @@ def edges(rank: int, data: Path, out: Path) -> None:
     (out / f"edges-{rank}.json").write_text(json.dumps(said))
 
 
+# Objectives that need the whole step, or the whole round, in each process
+ROUNDS = replace(SHORT, max_steps=6, keep=3, lr=1e-3)
+ROLLING = ("ppo", "ppo shared", "dapo", "rloo")
+
+
+def rounds(data: Path, out: Path) -> None:
+    """All of them, in one process or in each of several."""
+    for kind in ROLLING:
+        rolling_out(kind, out / kind, ROUNDS)
+    preferring(out / "kto", SHORT, "kto")
+    distilling(out / "on-policy", replace(SHORT, validations=0), on_policy=0.6)
+    answering(data, out / "stage")
+
+
+def rounds_of_two(rank: int, data: Path, out: Path) -> None:
+    """Two processes. PPO stops in step 3; a score fails in the second one; a KL is too large."""
+    rounds(data, out)
+    with told_to_stop(3 if rank == 1 else 0):
+        refused(lambda: rolling_out("ppo", out / "cut", ROUNDS), Interrupted)
+    reward = f"{data}/rewards.py:bad"
+    far = {"max_kl": 0.1, "lr": 0.1, "schedule": "wsd", "decay": 0.0, "warmup": 0.0}
+    said = {
+        "reward": refused(lambda: answering(data, out / "bad", reward=reward, validations=0)),
+        "kl": refused(lambda: answering(data, out / "far", **far), DivergedError),
+        "left": sorted(path.name for path in (out / "far").iterdir()),
+    }
+    (out / f"said-{rank}.json").write_text(json.dumps(said))
+
+
+def rounds_of_four(rank: int, data: Path, out: Path) -> None:
+    rolling_out("ppo", out / "ppo", ROUNDS)
+    rolling_out("dapo", out / "dapo", ROUNDS)
+    preferring(out / "kto", SHORT, "kto")
+
+
 def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> None:
     """A process of ``job``. One that fails leaves its error in a file."""
     torch.set_num_threads(1)
@@ -268,7 +371,11 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
             assert ranks.from_first(rank) == 0 and ranks.any(rank == 1)
         dist.destroy_process_group()
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    {"two": two, "four": four, "edges": edges}[job](rank, data, out)
+    jobs = {
+        "two": two, "four": four, "edges": edges, "rounds_of_two": rounds_of_two,
+        "rounds_of_four": rounds_of_four,
+    }  # fmt: skip
+    jobs[job](rank, data, out)
     dist.destroy_process_group()
 
 

@@ -38,9 +38,12 @@ TIMES = {"seconds", "tokens_per_second"}
 STEPS = {"step", "loss", "lr", "grad_norm", "tokens", "progress"}
 PRETRAINING = {"val_loss", "bits_per_byte", "sample"}
 PAIRS = {"epoch", "margin", "accuracy", "val_loss", "val_accuracy", "val_margin"}
+ROUNDS = {"round", "beta", "score", "kl", "ended", "approx_kl", "ratio", "entropy", "val_score"}
 MEASURED = {
     "float32": PRETRAINING, "best": PRETRAINING, "bfloat16": PRETRAINING, "sft": {"epoch"},
     "lora": {"epoch"}, "reward": PAIRS, "dpo": PAIRS, "distill": {"epoch", "val_loss", "on_policy"},
+    "kto": PAIRS | {"kl"}, "on-policy": {"epoch", "on_policy"},
+    **dict.fromkeys((*trainings.ROLLING, "stage"), ROUNDS),
 }  # fmt: skip
 PROCESSES = multiprocessing.get_context("forkserver")  # they load torch once
 PROCESSES.set_forkserver_preload(["distributed_run"])
@@ -65,6 +68,7 @@ def launch(job: str, size: int, data: Path, out: Path) -> None:
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     tiny_run.shards(folder)
+    trainings.stage_files(folder)
     return folder
 
 
@@ -104,12 +108,37 @@ def four(data, two, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def round_of_one(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("round-of-one")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainings.rounds(data, out)
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture(scope="module")
+def rounds_of_two(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("rounds-of-two")
+    launch("rounds_of_two", 2, data, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def rounds_of_four(data, rounds_of_two, tmp_path_factory):
+    out = tmp_path_factory.mktemp("rounds-of-four")
+    shutil.copytree(rounds_of_two / "cut", out / "ppo")
+    launch("rounds_of_four", 4, data, out)
+    return out
+
+
 def lines(run: Path, key: str) -> list[float]:
     text = (run / "metrics.jsonl").read_text()
     return [line[key] for line in map(json.loads, text.splitlines()) if key in line]
 
 
-def assert_near(run: Path, alone: Path, near: float) -> None:
+def assert_near(run: Path, alone: Path, near: float, least: int = 4) -> None:
     """The same lines of metrics, each step once."""
     text = (alone / "metrics.jsonl").read_text()
     keys = {key for line in map(json.loads, text.splitlines()) for key in line} - TIMES
@@ -119,7 +148,7 @@ def assert_near(run: Path, alone: Path, near: float) -> None:
     for key in keys:
         there, here = lines(alone, key), lines(run, key)
         assert here == (there if key == "sample" else pytest.approx(there, rel=near, abs=near)), key
-    assert len(lines(alone, "loss")) >= 4
+    assert len(lines(alone, "loss")) >= least
 
 
 @pytest.mark.parametrize("name", NEAR)
@@ -168,6 +197,46 @@ def test_fewer_micro_batches_than_processes(one, four):
     """Epochs of 7 micro-batches end with a step of 3, of which the fourth process has none."""
     for parallel in ("ddp", "fsdp"):
         assert_near(four / f"sft-{parallel}", one / "sft", 1e-5)
+
+
+@pytest.mark.parametrize("name", (*trainings.ROLLING, "kto", "on-policy", "stage"))
+def test_rounds_of_two_processes_are_those_of_one(round_of_one, rounds_of_two, name):
+    """Metrics and weights, also where a process has no micro-batch in a step."""
+    assert_near(rounds_of_two / name, round_of_one / name, 1e-5, least=2)
+    left = [
+        load_tensors(list_checkpoints(out / name)[-1])[0] for out in (round_of_one, rounds_of_two)
+    ]
+    assert left[0].keys() == left[1].keys()
+    for key in left[0].keys() - {"rng.cpu"}:
+        torch.testing.assert_close(left[1][key], left[0][key], rtol=1e-4, atol=1e-5)
+
+
+def test_rounds_of_four_processes(round_of_one, rounds_of_two, rounds_of_four):
+    """Nine answers: shares of 2, 2, 2 and 3, then steps of 4 micro-batches and of 1. PPO has begun
+    on two processes, and stopped within a round.
+    """
+    assert lines(rounds_of_two / "cut", "step")[-1] == 3
+    for name in ("ppo", "dapo", "kto"):
+        assert_near(rounds_of_four / name, round_of_one / name, 1e-5)
+    steps = lines(round_of_one / "ppo", "round")
+    assert steps[2] == steps[3] and len(set(steps)) > 1
+    assert len(set(lines(round_of_one / "ppo", "square"))) == len(set(steps))
+    assert {*lines(round_of_one / "on-policy", "on_policy")} > {0.5, 1}  # shares of one and of two
+
+
+def test_what_goes_wrong_in_a_round_is_said_in_all_processes(rounds_of_two):
+    said = [json.loads((rounds_of_two / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0]["reward"] == said[1]["reward"] and said[0]["kl"] == said[1]["kl"]
+    assert re.search(
+        r"prompts.jsonl, line \d+: the reward function failed: ValueError: no idea$",
+        said[0]["reward"],
+    )
+    assert re.match(
+        r"step 2: round 2: the KL .* max_kl 0.1; last good checkpoint: .*/step-00000001$",
+        said[0]["kl"],
+    )
+    assert "last-good" in said[0]["left"] and "model" not in said[0]["left"]
+    assert (rounds_of_two / "stage/model/model.safetensors").exists()
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -356,13 +425,19 @@ def test_what_is_refused(launched, tmp_path):
     for message, changes in refused.items():
         with pytest.raises(InputError, match=message):
             replace(trainings.OPTIONS, **changes).check()
-    for kind in ("ppo", "grpo"):
-        with pytest.raises(InputError, match=f"{kind}: wanted one process, got 2 from torchrun"):
-            KINDS[kind](data=("x",), reward="exact", accumulate=2).check()
-    with pytest.raises(InputError, match="on_policy: wanted one process, got 2"):
-        KINDS["distill"](data=("x",), on_policy=0.5, accumulate=2, max_steps=1).check()
-    with pytest.raises(InputError, match="loss = 'kto': wanted one process, got 2"):
-        KINDS["dpo"](data=("x",), loss="kto", accumulate=2, max_steps=1).check()
+    whole = {
+        "ppo": ("ppo", {"reward": "exact"}), "grpo": ("grpo", {"reward": "exact"}),
+        "loss = 'kto'": ("dpo", {"loss": "kto", "max_steps": 1}),
+        "on_policy": ("distill", {"on_policy": 0.5, "max_steps": 1}),
+    }  # fmt: skip
+    for name, (kind, more) in whole.items():
+        stage = KINDS[kind](data=("x",), accumulate=2, **more)
+        stage.check()
+        for parallel in ("fsdp", "hsdp"):
+            with pytest.raises(
+                InputError, match=f"parallel: wanted ddp with {name}, got {parallel}"
+            ):
+                replace(stage, parallel=parallel).check()
     for name, value in {"teacher_top_k": 4, "teacher_answers": "greedy"}.items():
         with pytest.raises(InputError, match=f"{name}: wanted one process, got 2 from torchrun"):
             KINDS["distill"](data=("x",), accumulate=2, max_steps=1, **{name: value}).check()

@@ -19,6 +19,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.optim import AdamW
 from fastlm.train import online
+from fastlm.train.distributed import Alone
 from fastlm.train.grpo import Grpo
 from fastlm.train.grpo_objective import LOSS_TYPES, GroupRelative, GroupRules
 from fastlm.train.loop import Interrupted, train
@@ -241,13 +242,54 @@ def test_cut_off_anywhere_it_continues_to_the_same_bits(kind, tmp_path) -> None:
     assert len({line["round"] for line in steps}) > 2
 
 
+class Turns(Alone):
+    """Several processes in one, which take turns."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def each(self, do):
+        found = []
+        for rank in range(self.size):
+            self.rank = rank
+            found.append(do())
+        return found
+
+
+@pytest.mark.parametrize("kind", ["ppo", "rloo"])
+def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
+    """Of 16 some have no answer; what the score says of them is a mean over all answers."""
+    rules = replace(RULES, scale_scores=True, missing_end=-0.5)
+    seen: list[int] = []
+
+    def score(places, answers):
+        seen[:] = [len(a.tokens) for a in answers]
+        return sevens(places, answers)
+
+    found = {}
+    for size in (1, 2, 5, 16):
+        game = objective(kind, rules, score=score, score_metrics=lambda: {"said": np.mean(seen)})
+        game.ranks = Turns(size)
+        game.next_batches(1)
+        found[size] = game, game.validate()
+    whole, validated = found.pop(1)
+    assert whole.made["said"] == pytest.approx(whole.made["length"])
+    for game, held in found.values():
+        assert [a.tokens for a in game.answers] == [a.tokens for a in whole.answers]
+        assert game.made == pytest.approx(whole.made, rel=1e-5, abs=1e-6)
+        assert held == pytest.approx(validated, rel=1e-12)
+        assert game.kept.keys() == whole.kept.keys()
+        for name, column in whole.kept.items():
+            torch.testing.assert_close(game.kept[name], column, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_does_not_depend_on_its_micro_batches(kind) -> None:
-    """Twelve answers as 1, 2, 4 and 12 micro-batches: the same loss and gradient, although their
-    lengths differ and what lies beyond an answer's end is NaN.
+    """Twelve answers as 1, 2, 4 and 12 micro-batches, of 1, 3, 2 and 5 processes: the same loss and
+    gradient, although their lengths differ and what lies beyond an answer's end is NaN.
     """
     found = {}
-    for size in (12, 6, 3, 1):
+    for size, ranks in ((12, 1), (6, 3), (3, 2), (1, 5)):
         game = objective(kind, replace(RULES, batch_size=size))
         game.trained.double()
         game.reference.double()
@@ -256,17 +298,20 @@ def test_a_step_does_not_depend_on_its_micro_batches(kind) -> None:
             items = sum(map(game.num_items, batches))
             for parameter in game.trained.parameters():
                 parameter.mul_(1.05)
-        total = 0.0
-        for batch in batches:
-            poisoned = {
-                k: torch.where(batch.packed.mask, v, math.nan) if v.is_floating_point() else v
-                for k, v in batch.columns.items()
-            }
-            loss = game.loss(replace(batch, columns=poisoned), items)
-            loss.backward()
-            total += float(loss.detach())
+        total, measured = 0.0, []
+        for rank in range(ranks):
+            game.step_metrics = []
+            for batch in batches[rank::ranks]:
+                poisoned = {
+                    k: torch.where(batch.packed.mask, v, math.nan) if v.is_floating_point() else v
+                    for k, v in batch.columns.items()
+                }
+                loss = game.loss(replace(batch, columns=poisoned), items)
+                loss.backward()
+                total += float(loss.detach())
+            measured.append(game.measurements())
         gradients = [p.grad for p in game.trained.parameters() if p.grad is not None]
-        found[size] = (total, gradients, game.scalars([game.measurements()]))
+        found[size] = (total, gradients, game.scalars(measured))
     total, gradients, scalars = found.pop(12)
     assert any(float(g.abs().max()) > 1e-4 for g in gradients)
     for one, some, measured in found.values():

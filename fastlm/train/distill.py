@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Takes, at_least_one
-from fastlm.train.distributed import check_alone
+from fastlm.train.distributed import check_alone, check_replicas
 from fastlm.train.encoding import (
     IGNORE,
     chat_tokenizer,
@@ -105,20 +105,29 @@ class TeacherTokens(Taught):
         """Return ``count`` micro-batches, or what the epoch has left."""
         import numpy as np
 
-        batches = []
-        self.own = 0
-        for rows in self.take(count):
-            examples = [self.examples[i] for i in rows]
+        taken = self.take(count)
+        examples = [[self.examples[i] for i in rows] for rows in taken]
+        drawn = []  # which micro-batches are sampled, and by what
+        for place, rows in enumerate(taken):
             rng = np.random.Generator(np.random.PCG64([self.seed, 1, self.epoch, rows[0]]))
             if rng.random() < self.rules.on_policy:
-                self.own += 1
-                batches.append(self._sampled(examples, rng))
-            else:
-                batches.append(self._packed(examples))
-        self.all = len(batches)
-        return batches
+                drawn.append((place, rng))
+        self.own, self.all = len(drawn), len(taken)
+        mine, _ = self.ranks.deal(drawn)
+        batches = {place: self._packed(some) for place, some in enumerate(examples)}
+        if drawn:  # each process samples its share
+            for part in self.ranks.each(
+                lambda: {place: self._sampled(examples[place], rng) for place, rng in mine}
+            ):
+                for place, (ids, labels, ends) in part.items():
+                    on = self.device
+                    batches[place] = ids.to(on), labels.to(on), ends.to(on)
+        return [*batches.values()]
 
     def _sampled(self, examples: "list[Example]", rng: "np.random.Generator") -> "Batch":
+        """A micro-batch with the student's answers, on the CPU."""
+        import torch
+
         from fastlm.train.rollouts import pack_answers, sample_answers
 
         prompts = [e.ids[: int(e.mask.argmax())].tolist() for e in examples]
@@ -130,7 +139,8 @@ class TeacherTokens(Taught):
             seed=int(rng.integers(2**62)), rows=len(prompts),
         )  # fmt: skip
         model.train()
-        packed = pack_answers(prompts, [a.tokens for a in answers], self.device, share=False)
+        answered = [answer.tokens for answer in answers]
+        packed = pack_answers(prompts, answered, torch.device("cpu"), share=False)
         return packed.ids, packed.labels, packed.cu_seqlens
 
     def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
@@ -254,9 +264,11 @@ class Distill(Sft):
             raise InputError(f"temperature: wanted a positive number, got {self.temperature}")
         if not 0 <= self.sft_weight < math.inf:
             raise InputError(f"sft_weight: wanted 0 or more, got {self.sft_weight}")
-        for name in ("on_policy", "teacher_top_k", "teacher_answers"):
+        for name in ("teacher_top_k", "teacher_answers"):
             if getattr(self, name):
                 check_alone(name, "answers and logits are made by one")
+        if self.on_policy:
+            check_replicas("on_policy", self.parallel)
         if not 0 <= self.on_policy <= 1:
             raise InputError(f"on_policy: wanted 0 to 1, got {self.on_policy}")
         if self.teacher_answers:

@@ -1,6 +1,7 @@
 """The processes of a training that torchrun started: which one writes, what they tell each other.
 
-Every process runs the same loop on its share of a step's micro-batches. Rank 0 writes and reports.
+Every process runs the same loop on its share of a step's micro-batches; an objective may divide
+more (`fastlm.train.online`: the answers of a round). Rank 0 writes and reports.
 What the loop decides (the loss, the end, Ctrl-C) is agreed on first, so all decide alike. A process
 that torchrun did not start is `Alone`: it exchanges nothing and imports no torch.distributed.
 """

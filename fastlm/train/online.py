@@ -274,10 +274,8 @@ class Online:
         # every answer of the training has a seed of its own; torch's generator takes 32 bits
         (first,) = np.random.SeedSequence([rules.seed, 1]).generate_state(1, np.uint32)
         seed = int(first) // 2 + self.round * len(self.chosen)
-        rows = self.ranks.share(len(self.chosen))
-        places = self.chosen[rows.start : rows.stop]
         self.policy.eval()
-        parts = self.ranks.each(lambda: self._share(places, seed + rows.start, score))
+        parts = self.ranks.each(lambda: self._share(seed, score))
         self.answers = [answer for part in parts for answer in answers_of(part.answers)]
         mask, kept = self._mask(range(len(self.answers))), {}
         parts = [part for part in parts if len(part.scores)]
@@ -287,9 +285,11 @@ class Online:
         scored = averaged([(len(part.scores), part.scored) for part in parts])
         return np.concatenate([part.scores for part in parts]), kept, scored
 
-    def _share(self, places: Sequence[int], seed: int, score: Score) -> Share:
+    def _share(self, seed: int, score: Score) -> Share:
+        rules, rows = self.rules, self.ranks.share(len(self.chosen))
+        places = self.chosen[rows.start : rows.stop]
         prompts = [self.prompts[i] for i in places]
-        answers = self._sample(prompts, self.rules.temperature, self.rules.max_new_tokens, seed)
+        answers = self._sample(prompts, rules.temperature, rules.max_new_tokens, seed + rows.start)
         scores = self._scored(score, places, answers)
         scored = dict(self.score_metrics())
         return Share(tensors_of(answers), scores, scored, self._measured(prompts, answers))
@@ -487,8 +487,7 @@ class Online:
         count = min(len(self.heldout), self.rules.val_prompts)
         if not count:
             return {}
-        places = self.ranks.share(count)
-        parts = self.ranks.each(lambda: self._answered(places))
+        parts = self.ranks.each(lambda: self._answered(self.ranks.share(count)))
         scores, lengths, ended = map(np.concatenate, zip(*parts))
         return {
             "val_score": float(scores.mean()),

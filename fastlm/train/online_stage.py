@@ -253,7 +253,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             stop_ids=tokenizer.stop_ids,
             places=[prompt.place for _, prompt in questions.training], sample_prompt=sample,
             answer_text=partial(text_of, tokenizer), sample_tokens=self.sample_tokens,
-            score_metrics=scorer.metrics, warn=job.warn,
+            score_metrics=scorer.metrics, warn=job.warn if leads() else lambda message: None,
         )  # fmt: skip
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         load = os.getloadavg()[0]
