@@ -106,13 +106,13 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
     import numpy as np
     import torch
 
-    from fastlm.train.dpo import PreferenceLoss
     from fastlm.train.dpo_objective import PreferredAnswers
     from fastlm.train.encoding import Example
     from fastlm.train.loop import DTYPES as TORCH
     from fastlm.train.loop import train
     from fastlm.train.lora_options import LoraOptions
     from fastlm.train.options import TrainOptions
+    from fastlm.train.preference_loss import PreferenceLoss
     from fastlm.train.preferences import Judged
     from fastlm.train.sft import AnswerTokens
 

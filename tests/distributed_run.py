@@ -12,10 +12,12 @@ import os
 import resource
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -35,15 +37,16 @@ from fastlm.model.reward_model import RewardModel
 from fastlm.train import loop
 from fastlm.train.distill import DistillRules, TeacherTokens
 from fastlm.train.distributed import joined
-from fastlm.train.dpo import PreferenceLoss
 from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.encoding import Example
 from fastlm.train.grpo import Grpo
 from fastlm.train.grpo_objective import GroupRelative, GroupRules
-from fastlm.train.loop import DivergedError, Interrupted, NonFiniteError, train
+from fastlm.train.loop import Interrupted, NonFiniteError, train
+from fastlm.train.objective import DivergedError
 from fastlm.train.online import Online, Rules
 from fastlm.train.options import TrainOptions
 from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
+from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Judged
 from fastlm.train.pretrain import pretrain
 from fastlm.train.reward import RankedAnswers
@@ -195,6 +198,18 @@ def answering(data: Path, out: Path, **changes) -> dict:
     return replace(stage, **changes)(out, model=data / "base")
 
 
+def slowly_saved(data: Path, out: Path, **changes) -> None:
+    """The same, with a model that takes longer to save than another process to leave."""
+    save = Grpo.save_trained
+
+    def slow(self, *args):
+        time.sleep(1)
+        save(self, *args)
+
+    with patch.object(Grpo, "save_trained", slow):
+        answering(data, out, **changes)
+
+
 def stage_files(data: Path) -> None:
     make_base(data / "base")
     rows = [{"prompt": f"what is {word}"} for word in WORDS]
@@ -336,8 +351,9 @@ def rounds_of_two(rank: int, data: Path, out: Path) -> None:
     far = {"max_kl": 0.1, "lr": 0.1, "schedule": "wsd", "decay": 0.0, "warmup": 0.0}
     said = {
         "reward": refused(lambda: answering(data, out / "bad", reward=reward, validations=0)),
-        "kl": refused(lambda: answering(data, out / "far", **far), DivergedError),
+        "kl": refused(lambda: slowly_saved(data, out / "far", **far), DivergedError),
         "left": sorted(path.name for path in (out / "far").iterdir()),
+        "good": sorted(path.name for path in (out / "far/last-good").glob("*")),
     }
     (out / f"said-{rank}.json").write_text(json.dumps(said))
 

@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
-from fastlm.train.dpo import Dpo, PreferenceLoss
+from fastlm.train.dpo import Dpo
 from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.encoding import IGNORE, Example, pack_pairs
 from fastlm.train.loop import Interrupted
 from fastlm.train.options import TrainOptions
+from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Judged, with_other_answers
 
 TINY = Dpo(

@@ -13,6 +13,7 @@ from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.model.layers import KVCache
+from fastlm.quant.model import quantize
 
 GREEDY = Sampling(temperature=0.0)
 SIZES = {
@@ -85,7 +86,7 @@ def test_ragged_batch_equals_each_row_alone(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_of_several_rows_is_computed_once(kind, monkeypatch):
-    """Each row goes on as alone. A prompt that begins with the padding's id is another one."""
+    """Each row continues as alone. A prompt that begins with the padding's id is another one."""
     model = model_of(kind)
     long, short = ids_of(1, 9)[0].tolist(), ids_of(1, 4, seed=1)[0].tolist()
     prompts = [long, short, long, [0, *short], long, short]
@@ -94,12 +95,30 @@ def test_a_prompt_of_several_rows_is_computed_once(kind, monkeypatch):
     monkeypatch.setattr(
         model, "next_logits", lambda ids, *rest: rows.append(len(ids)) or logits(ids, *rest)
     )
-    options = {"max_new_tokens": 6, "temperature": 1.0, "return_logprobs": True}
-    together, logprobs = model.generate(prompts, seed=3, **options)
-    assert rows[0] == 3
-    for i, prompt in enumerate(prompts):
-        (alone,), (logp,) = model.generate([prompt], seed=3 + i, **options)
-        assert together[i] == alone and logprobs[i] == pytest.approx(logp, abs=1e-4)
+    for penalty in (1.0, 1.4):
+        options = {
+            "max_new_tokens": 8, "temperature": 1.0, "repetition_penalty": penalty,
+            "stop_ids": range(0, 101, 9), "return_logprobs": True,
+        }  # fmt: skip
+        rows.clear()
+        together, logprobs = model.generate(prompts, seed=3, **options)
+        assert rows[0] == 3
+        for i, prompt in enumerate(prompts):
+            (alone,), (logp,) = model.generate([prompt], seed=3 + i, **options)
+            assert together[i] == alone and logprobs[i] == pytest.approx(logp, abs=1e-4)
+
+
+@pytest.mark.parametrize("format", ["w4a16", "w8a8"])
+def test_a_padded_prompt_of_several_rows_of_a_quantized_model(format):
+    """With w8a8 the cache has 16 bits."""
+    model = quantize(model_of(), format, group_size=16)
+    ids = ids_of(2, 7).repeat_interleave(3, 0)
+    mask = torch.ones_like(ids)
+    mask[3:, :2] = 0
+    options = {"max_new_tokens": 5, "temperature": 0.0}
+    together = model.generate(ids, attention_mask=mask, **options)
+    alone = [model.generate(ids[i, 2 * (i > 2) :][None], **options)[0] for i in range(6)]
+    assert [row[7:].tolist() for row in together] == [row[-5:].tolist() for row in alone]
 
 
 def test_attention_mask_hides_padding():

@@ -130,7 +130,7 @@ def test_answers_share_their_prompt(window) -> None:
     answers = [[7, 0], [6, 5, 3], [4], [2, 0], [1], [3, 3], [2, 7, 1, 0]]
     found = []
     for share in (False, True):
-        packed = pack_answers(prompts, answers, torch.device("cpu"), share=share)
+        packed = pack_answers(prompts, answers, torch.device("cpu"), share_prompts=share)
         assert (packed.keys is not None) == share
         logp = packed.rows(model.logprobs_of(packed.hidden(model), packed.labels))
         model.zero_grad()
@@ -601,6 +601,20 @@ def test_the_last_policy_is_measured_too(tmp_path) -> None:
     assert names[0] == "step-00000008" and len(names) == 3  # two of the round, and that
     with pytest.raises(DivergedError, match=r"step 16: round 2: the KL .*/step-00000008$"):
         train(objective("dapo", replace(rules, max_kl=1.0)), options, tmp_path)
+
+
+def test_an_interrupt_of_the_last_measurement_is_not_lost(tmp_path) -> None:
+    game = objective("dapo", RULES)
+    check = game.check_last
+
+    def press() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        check()
+
+    game.check_last = press
+    with pytest.raises(Interrupted, match=r"after step 4; saved in .*step-00000004$"):
+        train(game, replace(OPTIONS, max_steps=4), tmp_path)
+    assert train(objective("dapo", RULES), replace(OPTIONS, max_steps=4), tmp_path).steps == 4
 
 
 def test_no_prompts() -> None:

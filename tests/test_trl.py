@@ -15,13 +15,13 @@ from preference_models import example, make_base, polite_pairs
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import grpo_objective
-from fastlm.train.dpo import PreferenceLoss
 from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.encoding import Example
 from fastlm.train.grpo_objective import GroupRelative, GroupRules
 from fastlm.train.losses import grpo_loss
 from fastlm.train.online import Rules
 from fastlm.train.options import TrainOptions
+from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Judged
 from fastlm.train.rollouts import Answer
 from fastlm.train.sft import AnswerTokens

@@ -305,8 +305,8 @@ inline void pack_tiles(DecodeLinear& l, uint8_t* out) {
   l.tiles = out, l.tile_lanes = VL;
 }
 
-// The rows of x of a pass stay in the L1 while the tile's rows of W go by, from the second pass on
-// out of the L2. The other way around, every row of W would fetch all rows of x.
+// A pass keeps its rows of x in the L1 and reads the tile's rows of W, from the L2 if it is not the
+// first. The other way around, every row of W would fetch all rows of x.
 template <class T>
 void dense_tile(const DecodeLinear& l, int64_t n, const Activations& a, int64_t rows, float* out) {
   const int64_t present = std::min(DECODE_TILE, l.n - n);

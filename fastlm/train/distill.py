@@ -107,14 +107,16 @@ class TeacherTokens(Taught):
 
         taken = self.take(count)
         examples = [[self.examples[i] for i in rows] for rows in taken]
+        batches: dict[int, Batch] = {}
         drawn = []  # which micro-batches are sampled, and by what
         for place, rows in enumerate(taken):
             rng = np.random.Generator(np.random.PCG64([self.seed, 1, self.epoch, rows[0]]))
             if rng.random() < self.rules.on_policy:
                 drawn.append((place, rng))
+            else:
+                batches[place] = self._packed(examples[place])
         self.own, self.all = len(drawn), len(taken)
         mine, _ = self.ranks.deal(drawn)
-        batches = {place: self._packed(some) for place, some in enumerate(examples)}
         if drawn:  # each process samples its share
             for part in self.ranks.each(
                 lambda: {place: self._sampled(examples[place], rng) for place, rng in mine}
@@ -122,7 +124,7 @@ class TeacherTokens(Taught):
                 for place, (ids, labels, ends) in part.items():
                     on = self.device
                     batches[place] = ids.to(on), labels.to(on), ends.to(on)
-        return [*batches.values()]
+        return [batches[place] for place in range(len(taken))]
 
     def _sampled(self, examples: "list[Example]", rng: "np.random.Generator") -> "Batch":
         """A micro-batch with the student's answers, on the CPU."""
@@ -140,7 +142,8 @@ class TeacherTokens(Taught):
         )  # fmt: skip
         model.train()
         answered = [answer.tokens for answer in answers]
-        packed = pack_answers(prompts, answered, torch.device("cpu"), share=False)
+        cpu = torch.device("cpu")  # without keys, which a batch of distillation has not
+        packed = pack_answers(prompts, answered, cpu, share_prompts=False)
         return packed.ids, packed.labels, packed.cu_seqlens
 
     def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":

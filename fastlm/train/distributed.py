@@ -212,9 +212,9 @@ class Ranks(Alone):
         except InputError as caught:
             error = caught
         found = self.gather((made, error))
-        for _, told in found:
+        for rank, (_, told) in enumerate(found):
             if told is not None:
-                raise told
+                raise error if error is not None and rank == self.rank else told
         return [one for one, _ in found]  # type: ignore[misc]
 
     def any(self, flag: bool) -> bool:

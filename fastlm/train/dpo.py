@@ -18,50 +18,10 @@ from fastlm.train.encoding import chat_tokenizer, reasons, weights_digest
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS
+from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Preferences, accuracy_told
 
 MODEL = "model"
-LOSSES = ("sigmoid", "ipo", "hinge", "kto")
-
-
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """The loss, see `fastlm.train.losses.dpo_loss` and `kto_loss`."""
-
-    loss: Annotated[str, "sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
-    beta: Annotated[float, "Scale of the log-ratios; larger stays closer to the base"] = 0.1
-    label_smoothing: Annotated[float, "Share of pairs taken to be wrong (cDPO), below 0.5"] = 0.0
-    length_normalise: Annotated[bool, "Divide the log-ratio of an answer by its length"] = False
-    sft_weight: Annotated[float, "Weight of the chosen answers' loss per token, beside"] = 0.0
-    weight_desirable: Annotated[float, "Weight of desirable answers (kto)"] = 1.0
-    weight_undesirable: Annotated[float, "Weight of undesirable answers (kto)"] = 1.0
-
-    def check_loss(self) -> None:
-        if self.loss not in LOSSES:
-            raise InputError(f"loss: wanted one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if not 0 < self.beta < math.inf:
-            raise InputError(f"beta: wanted a positive number, got {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise InputError(
-                f"label_smoothing: wanted a number in [0, 0.5), got {self.label_smoothing}"
-            )
-        for name in ("sft_weight", "weight_desirable", "weight_undesirable"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
-        serve = {
-            "label_smoothing": ("sigmoid",),
-            "length_normalise": ("sigmoid", "ipo", "hinge"),
-            "sft_weight": ("sigmoid", "ipo", "hinge"),
-            "weight_desirable": ("kto",),
-            "weight_undesirable": ("kto",),
-        }
-        for name, losses in serve.items():
-            value = getattr(self, name)
-            if self.loss not in losses and value != getattr(PreferenceLoss, name):
-                raise InputError(
-                    f"{name}: wanted none with loss = {self.loss!r}, got {value}"
-                    f" (it serves {', '.join(losses)})"
-                )
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.progress import silent
-from fastlm.train.dpo import PreferenceLoss
 from fastlm.train.encoding import IGNORE, Example, in_dtype, pack, pack_pairs, without_dropout
 from fastlm.train.epochs import Epochs
 from fastlm.train.losses import dpo_loss, kto_loss
+from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Judged, digest_of, ranked_right, right, standard_error
 
 if TYPE_CHECKING:

@@ -103,6 +103,7 @@ def train(
     *,
     track=silent,
     on_event: Callable[[dict[str, Any]], None] | None = None,
+    on_diverged: Callable[[DivergedError], Any] | None = None,
 ) -> TrainResult:
     """Train ``objective.trained`` in place to the end of the budget, from the last checkpoint in
     ``run_dir`` if there is one. It then has the weights of the last step, or with ``take="best"``
@@ -112,15 +113,15 @@ def train(
 
     Writes metrics.jsonl and checkpoints/ to ``run_dir``; ``on_event`` receives every line of
     metrics as it is written. InputError: options, a checkpoint of another run, a folder that cannot
-    be written. DivergedError, Interrupted. Under torchrun each process takes a share of the
-    micro-batches (`fastlm.train.distributed`), rank 0 writes, and LostRankError says that another
-    one has ended. All of them return the result. The process keeps its freed memory from here on
-    (`fastlm.memory.keep_freed_memory`).
+    be written. DivergedError, with which ``on_diverged`` was called; Interrupted. Under torchrun
+    each process takes a share of the micro-batches (`fastlm.train.distributed`), rank 0 writes and
+    calls ``on_diverged``, and LostRankError says that another one has ended. All of them return the
+    result. The process keeps its freed memory from here on (`fastlm.memory.keep_freed_memory`).
     """
     options.check()
     keep_freed_memory()
     device = next(objective.trained.parameters()).device
-    with joined(device) as ranks, _among(objective, ranks):
+    with joined(device) as ranks, _among(objective, ranks), _diverging(ranks, on_diverged):
         if not ranks.leads:
             track, on_event = silent, None
         loop = _Loop(objective, options, Path(run_dir), on_event, ranks)
@@ -136,14 +137,13 @@ def train(
             for _ in track(ticks, "training", total=total, unit=loop.unit()):
                 pass
             loop.writer.wait()
-            if ranks.any(interrupted.is_set()):  # after the last step too: no more was wanted
-                raise Interrupted(f"stopped after step {loop.step}; saved in {loop.saved()}")
+            loop.leave_if(interrupted)  # after the last step too: no more was wanted
             if options.take == "best":
                 loop.best.take()
             loop.parallel.keep_gathered()
-            result = loop.result()
             loop.check_last()
-            return result
+            loop.leave_if(interrupted)
+            return loop.result()
 
 
 @contextmanager
@@ -154,6 +154,19 @@ def _among(objective: Objective, ranks: Alone) -> Iterator[None]:
         yield
     finally:
         objective.ranks = Alone()
+
+
+@contextmanager
+def _diverging(ranks: Alone, do: Callable[[DivergedError], Any] | None) -> Iterator[None]:
+    """Context: rank 0 has called ``do`` with a DivergedError before a process leaves. torchrun ends
+    the others when the first one does.
+    """
+    try:
+        yield
+    except DivergedError as error:
+        if do is not None:
+            ranks.on_first(partial(do, error))
+        raise
 
 
 @contextmanager
@@ -385,6 +398,11 @@ class _Loop:
             told = f"step {self.step + 1}: {what}; batch: {position}{done}"
             self.on_event({"warning": told})
         return {"spike": position, **({"skipped": True} if policy == "skip" else {})}
+
+    def leave_if(self, interrupted: threading.Event) -> None:
+        """Raise Interrupted in all processes if one was."""
+        if self.ranks.any(interrupted.is_set()):
+            raise Interrupted(f"stopped after step {self.step}; saved in {self.saved()}")
 
     def check_last(self) -> None:
         """Check the steps that no later one does."""

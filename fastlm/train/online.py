@@ -251,7 +251,7 @@ class Online:
         rules = self.rules
         self.round, self.at, self.stop = self.round + 1, 0, False
         scores, kept, scored = self._roll_out(self.score)
-        mask = self._mask(range(len(self.answers)))
+        mask = self._mask()
         self._watch(scores, kept, mask)
         self.made |= scored
         if rules.scale_scores:
@@ -267,7 +267,7 @@ class Online:
         else is measured of them, (R, S) each, and what the score says of them.
 
         Each process makes its share, and learns that of the others. From here on all of them have
-        the same bits, so they estimate, watch and decide alike.
+        the same numbers, so they estimate, watch and decide alike.
         """
         rules = self.rules
         self.chosen = [i for i in self._prompts_of_round() for _ in range(rules.answers)]
@@ -277,7 +277,7 @@ class Online:
         self.policy.eval()
         parts = self.ranks.each(lambda: self._share(seed, score))
         self.answers = [answer for part in parts for answer in answers_of(part.answers)]
-        mask, kept = self._mask(range(len(self.answers))), {}
+        mask, kept = self._mask(), {}
         parts = [part for part in parts if len(part.scores)]
         for name in parts[0].kept:
             tokens = torch.cat([part.kept[name] for part in parts]).to(mask.device)
@@ -313,10 +313,10 @@ class Online:
             scores[[not answer.ended for answer in answers]] = self.rules.missing_end
         return scores
 
-    def _mask(self, rows: Sequence[int]) -> Tensor:
-        lengths = torch.tensor([len(self.answers[i].tokens) for i in rows])
-        longest = max(len(answer.tokens) for answer in self.answers)
-        return (torch.arange(longest) < lengths[:, None]).to(self.policy.device)
+    def _mask(self) -> Tensor:
+        """(R, S): true on the tokens of an answer."""
+        lengths = torch.tensor([len(answer.tokens) for answer in self.answers])
+        return (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.policy.device)
 
     def _packed(self, rows: Sequence[int]) -> Packed:
         return pack_answers(
@@ -447,7 +447,7 @@ class Online:
         before = (self.round, self.chosen, self.answers, self.made)
         self.round += 1
         scores, kept, _ = self._roll_out(lambda places, answers: [0.0] * len(answers))
-        self._watch(scores, kept, self._mask(range(len(self.answers))))
+        self._watch(scores, kept, self._mask())
         self.round, self.chosen, self.answers, self.made = before
 
     def position(self) -> str:

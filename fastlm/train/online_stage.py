@@ -47,6 +47,7 @@ MODEL, LAST_GOOD = "model", "last-good"
 class OnlineStage(LoraOptions, ChatOptions, Stage):
     """A stage whose objective is a `fastlm.train.online.Online`; a subclass makes it."""
 
+    version = 2
     overlongs: ClassVar[tuple[str, ...]] = ("skip",)
     rows: ClassVar[str] = "prompts"
     unused = ("val_tokens",)  # `val_prompts` says how long a validation is
@@ -257,15 +258,18 @@ messages), or conversations, of which what precedes the last answer is the promp
         )  # fmt: skip
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         load = os.getloadavg()[0]
-        try:
-            done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
-        except DivergedError as error:
-            if error.good is not None and leads():
+
+        def keep_last_good(error: DivergedError) -> None:
+            if error.good is not None:
                 objective.load_policy(error.good)
                 self.save_trained(model, job.out / LAST_GOOD, source)
                 tokenizer.save(job.out / LAST_GOOD)
                 job.warn(f"the policy of that checkpoint is {job.out / LAST_GOOD}")
-            raise
+
+        done = train(
+            objective, options, job.out, track=job.track, on_event=job.on_event,
+            on_diverged=keep_last_good,
+        )  # fmt: skip
         if not leads():
             return {}
         self.save_trained(model, job.out / MODEL, source)

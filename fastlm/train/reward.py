@@ -56,9 +56,9 @@ class Batch:
 
 
 class RankedAnswers(Epochs):
-    """The objective of `Reward`: Bradley-Terry's loss of pairs,
-    Plackett-Luce's of longer lists, a mean over the comparisons of a step. A list of k answers
-    counts as k - 1 comparisons, one for each choice of the next best.
+    """The objective of `Reward`: Bradley-Terry's loss of pairs, Plackett-Luce's of longer lists, a
+    mean over the comparisons of a step. A list of k answers counts as k - 1 comparisons, one for
+    each choice of the next best.
 
     ``margins``: whether a pair's margin is subtracted. For the other arguments see `Epochs`.
     """

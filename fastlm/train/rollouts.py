@@ -123,19 +123,20 @@ def pack_answers(
     answers: Sequence[Sequence[int]],
     device: torch.device,
     *,
-    share: bool = True,
+    share_prompts: bool = True,
 ) -> Packed:
     """Join each prompt with its answer. Neither may be empty.
 
-    The last token of an answer is predicted but not read. With ``share``, neighbours with the same
-    prompt have it once: of the later ones, only its last token is there, which predicts the answer.
+    The last token of an answer is predicted but not read. With ``share_prompts``, neighbours with
+    the same prompt have it once: of the later ones, only its last token is there, which predicts
+    the answer.
     """
     ids: list[list[int]] = []
     labels: list[list[int]] = []
     keys: list[np.ndarray] = []
     start = end = 0  # of the prompt that is shared, of what is joined so far
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        same = share and i > 0 and prompt == prompts[i - 1]
+        same = share_prompts and i > 0 and prompt == prompts[i - 1]
         shared = len(prompt) - 1 if same else 0
         if not shared:
             start = end
