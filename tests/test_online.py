@@ -487,7 +487,7 @@ def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> 
         game.next_batches(4)
         assert game.made["mismatch"] == pytest.approx(off, abs=1e-5)
         weight = min(math.exp(off), online.TOP_WEIGHT)
-        mask = plain._mask(range(len(plain.answers)))
+        mask = plain._mask()
         if kind == "rloo":  # an answer is one action: the difference is that of its sum
             weight = (off * mask.sum(1).float()).exp().clamp(max=online.TOP_WEIGHT)
             weight = weight[:, None].expand_as(mask)[mask]
