@@ -228,8 +228,7 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
         for _ in range(2):  # the first one also opens connections
             objective.ranks.any(False)
             marks.append(loopback())
-            objective.round += 1
-            objective._roll_out(objective.score)
+            objective.next_batches(64 // rules.batch_size)  # all of a new round
             objective.ranks.any(False)
             marks.append(loopback())
             objective.ranks.any(False)
@@ -238,11 +237,26 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
         log.put((tokens, len(objective.answers), (marks[3] - marks[2]) / size))
 
 
+def told_by(run, size: int, port: int, *options):
+    """Run the processes of a measurement. Return what the first one says."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["fastlm.train.loop"])  # torch is loaded once
+    log = processes.Queue()
+    started = [
+        processes.Process(target=run, args=(rank, size, port, *options, log))
+        for rank in range(size)
+    ]
+    for process in started:
+        process.start()
+    found = log.get(timeout=300)
+    for process in started:
+        process.join()
+    return found
+
+
 def measure() -> None:
     from fastlm.data.shards import write_shards
 
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["fastlm.train.loop"])  # torch is loaded once
     rng = np.random.default_rng(0)
     cases = [
         ("ddp", "float32", 2, 1), ("ddp", "float32", 4, 1), ("ddp", "bfloat16", 4, 2),
@@ -255,16 +269,7 @@ def measure() -> None:
         write_shards(docs, Numbers(), folder / "shards")
         print("| | bytes sent per process and step | formula | ratio |\n|---|---|---|---|")
         for port, (way, dtype, size, micro) in enumerate(cases, 29600):
-            log = processes.Queue()
-            started = [
-                processes.Process(target=work, args=(r, size, port, folder, way, dtype, micro, log))
-                for r in range(size)
-            ]
-            for process in started:
-                process.start()
-            layers, whole, found = log.get(timeout=300)
-            for process in started:
-                process.join()
+            layers, whole, found = told_by(work, size, port, folder, way, dtype, micro)
             wide = 4 if dtype == "float32" else 2
             within = 2 if way == "hsdp" else size
             share = (within - 1) / within
@@ -280,16 +285,7 @@ def measure() -> None:
                 f" {wanted:,.0f} | {found / wanted:.3f} |"
             )  # fmt: skip
         for port, (kind, size) in enumerate(product(("grpo", "ppo"), (2, 4)), 29700):
-            log = processes.Queue()
-            started = [
-                processes.Process(target=roll_out, args=(r, size, port, kind, log))
-                for r in range(size)
-            ]
-            for process in started:
-                process.start()
-            tokens, answers, found = log.get(timeout=300)
-            for process in started:
-                process.join()
+            tokens, answers, found = told_by(roll_out, size, port, kind)
             per_token = 20 if kind == "ppo" else 16
             wanted = (size - 1) * ((per_token * tokens + 13 * answers) / size + 2000)
             print(

@@ -64,6 +64,15 @@ def launch(job: str, size: int, data: Path, out: Path) -> None:
     assert [process.exitcode for process in started] == [0] * size
 
 
+def in_one_thread(run, data: Path, out: Path) -> Path:
+    """Run the trainings in this process, as those of several have one thread each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(data, out)
+    torch.set_num_threads(threads)
+    return out
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -75,12 +84,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(data, tmp_path_factory):
     """The trainings of one process."""
-    out = tmp_path_factory.mktemp("one")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    trainings.everything(data, out)
-    torch.set_num_threads(threads)
-    return out
+    return in_one_thread(trainings.everything, data, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +114,7 @@ def four(data, two, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def round_of_one(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("round-of-one")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    trainings.rounds(data, out)
-    torch.set_num_threads(threads)
-    return out
+    return in_one_thread(trainings.rounds, data, tmp_path_factory.mktemp("round-of-one"))
 
 
 @pytest.fixture(scope="module")

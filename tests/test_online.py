@@ -258,7 +258,7 @@ class Turns(Alone):
 
 @pytest.mark.parametrize("kind", ["ppo", "rloo"])
 def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
-    """Of 16 some have no answer; what the score says of them is a mean over all answers."""
+    """Some of 16 processes have no answer. Score metrics are means over all answers."""
     rules = replace(RULES, scale_scores=True, missing_end=-0.5)
     seen: list[int] = []
 
@@ -285,8 +285,8 @@ def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_does_not_depend_on_its_micro_batches(kind) -> None:
-    """Twelve answers as 1, 2, 4 and 12 micro-batches, of 1, 3, 2 and 5 processes: the same loss and
-    gradient, although their lengths differ and what lies beyond an answer's end is NaN.
+    """Twelve answers give the same loss and gradient as 1, 2, 4 and 12 micro-batches of 1, 3, 2 and
+    5 processes. The answers differ in length, and padded positions hold NaN.
     """
     found = {}
     for size, ranks in ((12, 1), (6, 3), (3, 2), (1, 5)):

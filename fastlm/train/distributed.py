@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from secrets import token_hex
 from socket import gethostname
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastlm.errors import InputError
 
@@ -215,7 +215,7 @@ class Ranks(Alone):
         for rank, (_, told) in enumerate(found):
             if told is not None:
                 raise error if error is not None and rank == self.rank else told
-        return [one for one, _ in found]  # type: ignore[misc]
+        return [cast(T, one) for one, _ in found]
 
     def any(self, flag: bool) -> bool:
         import torch
