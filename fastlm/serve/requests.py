@@ -1,0 +1,131 @@
+"""What an engine is asked for, and what it answers with: the types of `fastlm.serve.engine`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from fastlm.decode.sampling import Sampling
+from fastlm.errors import InputError
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+class Constraint(Protocol):
+    """A grammar's state along one answer (`fastlm.serve.grammar`)."""
+
+    def mask(self) -> Tensor:
+        """Return which tokens may come next, (V,) bool."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Move on by the token that was chosen."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it.
+
+    prompt: token ids, at least one.
+    max_new_tokens: an answer ends after as many; also where the context is full.
+    sampling: how to choose each token.
+    seed: the same seed draws the same tokens, whatever else the engine runs. None: a random one.
+    stop: strings that end the text, before they appear in it.
+    stop_ids: tokens that end it, besides the end tokens of model and tokenizer.
+    ignore_eos: only `stop` and `stop_ids` end it.
+    logprobs: report this many of the likeliest tokens at each place; 0: only the chosen one's
+        log-probability; None: nothing.
+    constraint: makes the grammar's state, called once in the engine's thread. After a token that
+        ends the answer, it is not asked again.
+    deadline: seconds from `Engine.submit` after which the answer ends as it is.
+    client: requests wait in one queue per client, and the queues take turns.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    constraint: Callable[[], Constraint] | None = None
+    deadline: float | None = None
+    client: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its log-probability, and the likeliest tokens at its place, best first.
+
+    Log-probabilities are those of the model's softmax at the request's temperature (1 when
+    greedy), before top-k, top-p and min-p, after penalties, `logit_bias` and grammar.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What became certain of an answer in one step.
+
+    `text` lags behind `tokens` where a character is incomplete or a stop string may begin; the
+    texts of all pieces join to the answer's. An end token is in `tokens`, not in the text.
+    The last piece alone has a `finish_reason`: "stop" at an end token or a stop string, "length"
+    at max_new_tokens or the end of the context, or "cancelled", "deadline", "error" with `error`,
+    one line.
+    """
+
+    tokens: list[int]
+    text: str
+    logprobs: list[TokenLogprob]  # one per token where the request asks for them
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    cached_tokens: int = 0  # of the prompt: found in the prefix cache; told in the last piece
+    prompt_tokens: int = 0  # told in the last piece
+
+
+Listener = Callable[[Piece], Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole answer; see `Piece`."""
+
+    tokens: list[int]
+    text: str
+    logprobs: list[TokenLogprob]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was made, and what it holds now."""
+
+    running: int  # requests with pages
+    waiting: int
+    pages: int
+    pages_used: int  # by running requests
+    pages_cached: int  # of finished prompts, given up when pages run short
+    steps: int
+    prompt_tokens: int  # computed, cached ones excluded
+    cached_tokens: int  # found in the prefix cache
+    new_tokens: int
+    preemptions: int
+    finished: dict[str, int]  # by finish_reason
+
+
+class QueueFull(InputError):
+    """As many requests wait as the engine was told to queue. `retry_after`: seconds, a guess from
+    the present speed."""
+
+    def __init__(self, waiting: int, retry_after: float):
+        super().__init__(f"queue: wanted room for a request, got {waiting} waiting")
+        self.retry_after = retry_after
