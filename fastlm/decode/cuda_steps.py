@@ -99,14 +99,8 @@ class Steps:
 
     def _begin(self, tokens: Tensor) -> None:
         cache, device = self.cache, tokens.device
-        rows, length = tokens.shape[0], cache.length
-        positions = torch.full((rows, 1), length, dtype=torch.int32, device=device)
-        if self.starts is not None:  # move every row's keys to begin at column 0
-            for row, start in enumerate(self.starts.tolist()):
-                if start:
-                    kept = cache.data[:, :, row, :, start:length].clone()
-                    cache.data[:, :, row, :, : length - start] = kept
-            positions -= self.starts[:, None].int()
+        rows = tokens.shape[0]
+        positions = cache.align(self.starts).int()[:, None]
         self.tokens, self.positions = tokens[:, None].clone(), positions
         self.pages = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
         # (B, capacity, Hkv, D)

@@ -78,8 +78,8 @@ class _Decoding:
         self.cache.layers = [layer.unbind() for layer in self.cache.data]
         self.mask = None if self.mask is None else self.mask[at]
         self.seen = None if self.seen is None else self.seen[at]
-        if isinstance(self.steps_of, cpu_steps.Steps) and self.steps_of.starts is not None:
-            self.steps_of.starts = self.steps_of.starts[at]
+        if isinstance(self.steps_of, cpu_steps.Steps):
+            self.steps_of.shrink(at)
 
     @torch.inference_mode()
     def step(self, generators: Sequence[torch.Generator]) -> Tensor:
@@ -89,6 +89,8 @@ class _Decoding:
         regime = self.model.model.regime(self.length)
         if regime != self.regime:  # other rotary frequencies: the cached keys no longer match
             self.cache.length, self.regime = 0, regime
+            if isinstance(self.steps_of, cpu_steps.Steps):
+                self.steps_of.begin()
         new = self.ids[:, self.cache.length : self.length]
         mask = self.mask
         if mask is not None and mask.shape[1] < self.length:

@@ -78,6 +78,20 @@ class KVCache:
         end = self.length + count
         return keys.narrow(2, 0, end).to(k.dtype), values.narrow(2, 0, end).to(v.dtype)
 
+    def align(self, starts: Tensor | None) -> Tensor:
+        """Move each row's keys and values to begin at column 0, not after ``starts`` (B,) columns
+        of padding. Return each row's number of them, (B,) int64.
+        """
+        rows = self.data.shape[2]
+        lengths = torch.full((rows,), self.length, device=self.data.device)
+        if starts is None:
+            return lengths
+        for row, start in enumerate(starts.tolist()):
+            if start:
+                kept = self.data[:, :, row, :, start : self.length].clone()
+                self.data[:, :, row, :, : self.length - start] = kept
+        return lengths - starts
+
 
 class Step(Protocol):
     """One token per row, at positions stored only on the device (`fastlm.decode.cuda_steps`)."""
