@@ -75,7 +75,7 @@ class Plan:
     def __init__(self, model: "CausalLM"):
         self.tensors = [t.detach() for t in _tensors(model)]
         self.copies: list[tuple[Tensor, Tensor, float]] = []  # copy == source.float() + offset
-        self.state = _state(model)
+        self.state = state_of(model)
         self.packs = packs(model)
         config, decoder = model.config, model.model
         embedding = self._linear(decoder.embed_tokens, None, 16, packs=False)
@@ -145,7 +145,7 @@ class Plan:
     def follows(self, model: "CausalLM") -> bool:
         """Whether the plan still matches the model. Norms and biases are compared by value, since
         writing to ``p.data`` (averaged weights, say) leaves no trace."""
-        return self.state == _state(model) and all(
+        return self.state == state_of(model) and all(
             torch.equal(copy, source.float() + offset) for copy, source, offset in self.copies
         )
 
@@ -221,9 +221,9 @@ def _tensors(model: "CausalLM") -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _state(model: "CausalLM") -> tuple:
-    """What a plan was built from: the config, how activations are rounded, where each tensor is
-    stored and how often it was written to."""
+def state_of(model: "CausalLM") -> tuple:
+    """What a plan was built from, equal as long as the model is the same: the config, how
+    activations are rounded, where each tensor is stored and how often it was written to."""
     written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
     act_bits = [getattr(m, "act_bits", 16) for m in model.modules()]
     return dict(vars(model.config)), act_bits, written

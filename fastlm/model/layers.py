@@ -93,6 +93,19 @@ class KVCache:
         return lengths - starts
 
 
+class Cache(Protocol):
+    """Where a forward call finds the tokens before its own: `KVCache`, or the pages of a sequence
+    (`fastlm.decode.pages.SequenceCache`)."""
+
+    data: Tensor
+    capacity: int
+    length: int
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, Hkv, S, D). Return all keys and values so far, (B, Hkv, T, D)."""
+        ...
+
+
 class Step(Protocol):
     """One token per row, at positions stored only on the device (`fastlm.decode.cuda_steps`)."""
 
@@ -108,7 +121,7 @@ class Call:
     """What all layers of one forward call share."""
 
     cu_seqlens: Tensor | None
-    cache: KVCache | None
+    cache: Cache | None
     visible: Tensor | None  # (B, 1, 1, T) bool: columns that hold a token
     # per layer: cos, sin, (S, R) or (B, S, R), or None for a layer without positions
     rotary: list[tuple[Tensor, Tensor] | None]
