@@ -9,9 +9,12 @@ import os
 import random
 import sys
 import tarfile
+import tempfile
+import threading
 import time
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -485,6 +488,27 @@ def test_a_failed_fetch_leaves_nothing_and_the_rest_of_a_killed_one_goes(cache, 
     with packages._locked(running):
         assert "intact archive" in refusal("pypi:cut", cache)
     assert list((cache / "pypi").iterdir()) == [running]
+
+
+def test_two_fetch_the_same_package_at_once(cache, monkeypatch):
+    """Each in a folder of its own, which the other does not take for a killed one's."""
+
+    class Slow(tempfile.TemporaryDirectory):
+        def __init__(self, **options):
+            super().__init__(**options)
+            time.sleep(0.2)  # not locked yet
+
+    def wheel(folder):
+        both.wait()
+        (folder / "both-1.0-py3-none-any.whl").write_bytes(zipped(a=b"text"))
+
+    monkeypatch.setattr(packages.tempfile, "TemporaryDirectory", Slow)
+    calls, both = fake_pip(monkeypatch, wheel), threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: packages.fetch("pypi", "both", cache=cache), range(2)))
+    assert len(calls) == 2 and found == [cache / "pypi" / "both-1.0"] * 2
+    assert (found[0] / "a").read_bytes() == b"text"
+    assert list(found[0].parent.iterdir()) == [found[0]]
 
 
 def test_no_apt_on_this_machine(cache, monkeypatch):
