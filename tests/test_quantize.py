@@ -352,8 +352,9 @@ def test_state_refusals():
 def test_quantize_refusals():
     for options, message in [
         ({"format": "w3a16"}, "format: wanted one of w4a16, w8a16, w8a8, w4a8, got 'w3a16'"),
-        ({"method": "gptq"}, "method: wanted one of rtn, got 'gptq'"),
-        ({"calibration": [1]}, "calibration: rtn uses none, got list"),
+        ({"method": "awq"}, "method: wanted one of rtn, gptq, autoround, got 'awq'"),
+        ({"method": "gptq"}, "calibration: gptq wants token ids"),
+        ({"calibration": [1]}, r"calibration: wanted a fastlm\.CausalLM with it, got Small"),
         ({"group_size": -5}, "group_size: wanted -1"),
         ({"embeddings": 3}, "embeddings: wanted 4, 8, 16 or 0"),
     ]:

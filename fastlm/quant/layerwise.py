@@ -253,7 +253,7 @@ def _key(model: nn.Module, plan: Sequence[Target], ids: Tensor, method: Method) 
     schemes = [[t.name, {**vars(t.scheme), "scale_dtype": str(t.scheme.scale_dtype)}] for t in plan]
     digest.update(json.dumps([schemes, asdict(method), list(ids.shape)]).encode())
     for tensor in (ids, *model.parameters()):
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
