@@ -124,7 +124,7 @@ class Layerwise:
             name = f"model.layers.{index}"
             own = decoder.layers[index]
             assert isinstance(own, DecoderLayer)
-            layer = copy.deepcopy(own).float()
+            layer = copy.deepcopy(own).float().requires_grad_(False)
             targets = {t.name[len(name) + 1 :]: t for t in self.plan
                        if t.name.startswith(f"{name}.")}  # fmt: skip
             wanted = None if plain is None else self._through(layer, plain)

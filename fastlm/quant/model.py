@@ -8,7 +8,7 @@ them.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from fastlm.progress import silent
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.quant.plan import REPLACED, check_plan_options, plan_of
 from fastlm.quant.step import Step, nearest
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
 
 METHODS = ("rtn", "gptq", "autoround")
 
@@ -111,9 +114,8 @@ def quantize(
     else:
         from fastlm.quant.layerwise import Layerwise, Method
 
-        assert isinstance(model, _causal_lm())
-        how = Method(method, iterations, seed)
-        steps = Layerwise(model, plan, ids, how, folder=progress, track=track, tell=tell)
+        causal, how = cast("CausalLM", model), Method(method, iterations, seed)
+        steps = Layerwise(causal, plan, ids, how, folder=progress, track=track, tell=tell)
         for step in steps.run():
             keep(step)
     for target in plan:
@@ -140,20 +142,15 @@ def check_options(
 
 
 def _calibration(model: nn.Module, calibration: Any) -> Tensor:
+    from fastlm.model.causal_lm import CausalLM  # which imports this module
     from fastlm.quant.layerwise import check_ids
 
-    if not isinstance(model, _causal_lm()):
+    if not isinstance(model, CausalLM):
         raise InputError(
             f"calibration: wanted a fastlm.CausalLM with it, got {type(model).__name__}"
             " (fastlm.CausalLM.from_pretrained reads Hugging Face folders)"
         )
     return check_ids(calibration, model)
-
-
-def _causal_lm() -> Any:
-    from fastlm.model.causal_lm import CausalLM  # which imports this module
-
-    return CausalLM
 
 
 def put_quantized(

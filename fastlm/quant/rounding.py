@@ -75,7 +75,7 @@ class _Rounded:
     @torch.no_grad()
     def packed(self) -> QuantizedWeight:
         start, s = self.start, self.scales()
-        codes = pack_rows(self.code(s), start.bits)
+        codes = pack_rows(self.code(s).round(), start.bits)  # exact: 1.9999999 would be cut to 1
         return QuantizedWeight(
             codes, s.to(start.scales.dtype), start.zeros, start.bits, start.group_size, start.shape
         )
@@ -120,7 +120,7 @@ def learn_rounding(
         rows = torch.randperm(len(inputs), generator=generator)[:size]
         loss = loss_of(rows)
         gradients = torch.autograd.grad(loss, parameters)
-        if (now := float(loss)) < least:
+        if (now := float(loss.detach())) < least:
             best, least = {n: r.state() for n, r in rounded.items()}, now
         lr = (1 - step / iterations) / iterations
         for place, r in enumerate(rounded.values()):
