@@ -26,7 +26,7 @@ from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.progress import silent
 from fastlm.quant.gptq import gptq
 from fastlm.quant.plan import Target, find_head
-from fastlm.quant.rounding import learn_rounding
+from fastlm.quant.rounding import learn_rounding, weight_of
 from fastlm.quant.step import Step, nearest, relative_error
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ class _Moments:
         self.sums: dict[str, Tensor] = {}
         self.owner: dict[str, str] = {}
         self._inputs: dict[str, Tensor] = {}
-        self._hooks = [
-            m.register_forward_pre_hook(lambda _, args, name=name: self._take(name, args[0]))
-            for name, m in modules.items()
-        ]
+        self._hooks = [m.register_forward_pre_hook(self._hook(n)) for n, m in modules.items()]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: self._take(name, args[0])
 
     def _take(self, name: str, x: Tensor) -> None:
         if name not in self.owner:
@@ -136,8 +136,7 @@ class Layerwise:
 
             step = self._step(f"layer-{index:05d}", decode)
             for short, target in targets.items():
-                part = layer.get_submodule(short)
-                part.weight.copy_(step.weights[target.name].dequantize())
+                weight_of(layer, short).copy_(step.weights[target.name].dequantize())
             hidden, plain = self._through(layer, hidden), wanted
             if step.errors:
                 mean = sum(step.errors.values()) / len(step.errors)
@@ -165,7 +164,7 @@ class Layerwise:
         sums = moments.close()
         found: dict[str, QuantizedWeight] = {}
         for short, target in targets.items():
-            w, total = modules[short].weight, sums[short]
+            w, total = weight_of(layer, short), sums[short]
             if method == "gptq":
                 found[short] = gptq(
                     w, total, target.scheme, name=target.name, warn=step.warnings.append
@@ -179,7 +178,7 @@ class Layerwise:
                     seed=self.method.seed * 100_003 + index,
                 )  # fmt: skip
         for short, target in targets.items():
-            w = modules[short].weight
+            w = weight_of(layer, short)
             step.weights[target.name] = found[short]
             step.errors[target.name] = relative_error(w, found[short], sums[short])
 
@@ -253,7 +252,7 @@ def _key(model: nn.Module, plan: Sequence[Target], ids: Tensor, method: Method) 
     schemes = [[t.name, {**vars(t.scheme), "scale_dtype": str(t.scheme.scale_dtype)}] for t in plan]
     digest.update(json.dumps([schemes, asdict(method), list(ids.shape)]).encode())
     for tensor in (ids, *model.parameters()):
-        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -81,6 +81,13 @@ class _Rounded:
         )
 
 
+def weight_of(layer: nn.Module, name: str) -> Tensor:
+    """The weight of a linear layer inside `layer`."""
+    weight = layer.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def learn_rounding(
     layer: nn.Module,
     starts: Mapping[str, QuantizedWeight],
@@ -104,7 +111,7 @@ def learn_rounding(
     Returns the best of the start, the iterate with the smallest loss on its batch, and the last
     one, by the mean squared error on all windows.
     """
-    rounded = {n: _Rounded.of(layer.get_submodule(n).weight.detach(), q) for n, q in starts.items()}
+    rounded = {n: _Rounded.of(weight_of(layer, n).detach(), q) for n, q in starts.items()}
     generator = torch.Generator().manual_seed(seed)
     start = {n: r.state() for n, r in rounded.items()}
     best, least = start, float("inf")
