@@ -98,6 +98,7 @@ def save_hf(
     state: Mapping[str, Tensor | QuantizedWeight],
     *,
     max_shard_bytes: int = 5 * 2**30,
+    quantization_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a Hugging Face folder: config.json and model.safetensors, or shards of at most
     ``max_shard_bytes`` (a single larger tensor gets its own) with their index.
@@ -107,6 +108,7 @@ def save_hf(
     nested under ``fastlm``, with no ``quant_method`` next to it: transformers refuses such a file,
     but would open one with an unknown method and fill it with random weights. Other files of an
     existing folder stay. The folder is replaced as a whole, or not at all (see ``save_atomic``).
+    ``quantization_config``: of another program, whose tensors ``state`` holds; written as it is.
     """
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes: wanted a positive number, got {max_shard_bytes}")
@@ -122,9 +124,13 @@ def save_hf(
             tensors |= {f"{module}.{part}": t for part, t in parts if t is not None}
         else:
             tensors[name] = value
+    if config.get("quantization_config", {}).get("quant_method", "fastlm") != "fastlm":
+        del config["quantization_config"]  # of the file that was read
     if quantized and "quantization_config" not in config:
         config["quantization_config"] = _describe(quantized)
-    if "quantization_config" in config:
+    if quantization_config is not None:
+        config["quantization_config"] = quantization_config
+    elif "quantization_config" in config:
         config["quantization_config"] = {"fastlm": config["quantization_config"]}
 
     shards: list[dict[str, Tensor]] = [{}]

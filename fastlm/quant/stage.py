@@ -65,7 +65,7 @@ class Quantize(Stage):
 
         (source,) = job.inputs["model"]
         data, out = job.inputs.get("data", ()), job.out
-        _check_out(out, source.where)
+        check_out(out, source.where)
         model, tokenizer = load_model(source.where)
         dtype = model.dtype
         size = sum(parameter.nbytes for parameter in model.parameters())
@@ -130,14 +130,14 @@ class Quantize(Stage):
         )
 
 
-def _check_out(out: Path, model: str) -> None:
+def check_out(out: Path, model: str) -> None:
     """Refuse an output folder that cannot work, before the work rather than after it."""
     from fastlm.checkpoint.folder import locate_model
 
     if out.exists() and not out.is_dir():
         raise InputError(f"out: wanted a folder, got the file {out}")
     if out.suffix == ".gguf":
-        raise InputError(f"out: wanted the name of a folder (GGUF is only read), got {out}")
+        raise InputError(f"out: wanted the name of a folder (fastlm export writes GGUF), got {out}")
     given, found = Path(model), locate_model(Path(model))
     if out.exists() and any(p.exists() and out.samefile(p) for p in (given, found)):
         raise InputError(f"out: wanted another folder than the model's, got {out}")
