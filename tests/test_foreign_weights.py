@@ -209,6 +209,7 @@ def test_tensors_that_do_not_fit(case, part, change, message, tmp_path):
         (PACK | {"config_groups": 3}, None),
         (GPTQ | {"quant_method": "bitsandbytes"}, "wanted quant_method fastlm, gptq.*'bitsandb"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo: wanted NVFP4"),
+        ("awq", "wanted quant_method fastlm, gptq.* got 'awq'"),
         (AWQ, "wanted AWQ tensors"),
         (V1, "wanted GPTQ tensors"),
     ],
@@ -230,3 +231,13 @@ def test_the_entry_is_not_needed_to_find_the_group(tmp_path):
     name = "model.layers.0.mlp.down_proj.weight"
     weight = dict(load_state(tmp_path)[1])[name]
     np.testing.assert_array_equal(weight.dequantize().double().numpy(), want[name])
+
+
+def test_info_says_what_was_found(tmp_path):
+    from test_cli import call
+
+    make.write(tmp_path, V2, make.gptq)
+    with pytest.warns(UserWarning, match="file says v2"):
+        shown = call("info", "--model", tmp_path).stdout
+    assert "found: GPTQ v1 zero points (file says v2), 4 bits, groups of 32" in shown
+    assert "model_type: llama" in shown and "42 I32" in shown

@@ -323,13 +323,12 @@ def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: Pat
     if entry is None:
         return Quantization({})
     method = entry.get("quant_method") if isinstance(entry, dict) else entry
-    reader = READERS.get(method) if isinstance(method, str) else None
-    if reader is None:
+    if not isinstance(entry, dict) or not isinstance(method, str) or method not in READERS:
         raise InputError(
             f"{where}: quantization_config: wanted quant_method {', '.join(READERS)}, "
             f"got {method!r:.60}"
         )
-    found = reader(entry, tensors, where)
+    found = READERS[method](entry, tensors, where)
     if found.warning:
         warnings.warn(found.warning, stacklevel=2)
     if method != "fastlm":
