@@ -31,7 +31,7 @@ LLAMA3 = {
 }  # fmt: skip
 LONG = {
     "rope_type": "longrope", "rope_theta": 1e4, "long_factor": [1.0 + i for i in range(8)],
-    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "short_factor": [1.0 + i / 8 for i in range(8)], "original_max_position_embeddings": 64,
 }  # fmt: skip
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4}
 MODELS = {
@@ -176,8 +176,9 @@ def test_compressed_tensors_are_read_back(bits, group, tokenizer, tmp_path):
     shown = call("export", "-m", tmp_path / "q", "-o", tmp_path / "c", *options).stdout
     assert "as floats: model.embed_tokens.weight, lm_head.weight" in shown
     entry = json.loads((tmp_path / "c" / "config.json").read_text())["quantization_config"]
-    (arguments,) = (g["weights"] for g in entry["config_groups"].values() if group > 0) or ({},)
-    assert group < 0 or (arguments["num_bits"], arguments["group_size"]) == (bits, 32)
+    (scheme,) = entry["config_groups"].values()
+    arguments = scheme["weights"]
+    assert (arguments["num_bits"], arguments["group_size"]) == (bits, group if group > 0 else None)
     config, tensors = load_state(tmp_path / "c")
     assert f"pack-quantized {bits} bits" in config["quantization_config"]["found"]
     came, want = dict(tensors), model.stored()
@@ -204,7 +205,7 @@ def test_compressed_tensors_with_zero_points(tmp_path):
 
 @pytest.mark.parametrize(
     ("hidden", "group", "would"),
-    [(192, 128, "--group-size 64"), (96, 64, "--group-size 32"), (64, 16, "--group-size 32")],
+    [(192, 128, "--group-size 64"), (96, 64, "--group-size 32"), (64, 16, "--group-size 64")],
 )
 def test_a_group_that_does_not_divide_is_refused_with_one_that_does(
     hidden, group, would, tokenizer, tmp_path
@@ -218,7 +219,8 @@ def test_a_group_that_does_not_divide_is_refused_with_one_that_does(
     )  # fmt: skip
     assert not (tmp_path / "c").exists()
     if group == 16:
-        refused("export", "-m", tmp_path / "q", "-o", tmp_path / "c", text=would)
+        out = tmp_path / "c"
+        refused("export", "-m", tmp_path / "q", "-o", out, text="quantize with --group-size 32")
 
 
 def test_what_is_not_quantized_is_refused_for_compressed_tensors(tokenizer, tmp_path):

@@ -133,7 +133,7 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window": config.sliding_window if _windowed(config) else None,
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
         "rope.dimension_count": rotary,
@@ -220,15 +220,24 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 def _check(part: Path, path: str | Path, config: ModelConfig) -> None:
     """Refuse a model that the file describes otherwise."""
     came = ModelConfig.from_dict(config_of(GGUFFile(part)))
+    skipped = {*UNSAID, *(() if _windowed(config) else ("sliding_window",))}
+    if config.model_type == "mistral":  # without windows it is a llama
+        skipped.add("model_type")
     for field in fields(ModelConfig):
-        if field.name in UNSAID:
-            continue
-        wanted, told = getattr(config, field.name), getattr(came, field.name)
-        if _single(wanted) != _single(told):
+        wanted, told = (_single(getattr(c, field.name)) for c in (config, came))
+        if field.name == "rope_parameters" and wanted.get("rope_type") == "longrope":
+            wanted.pop("original_max_position_embeddings", None)  # a field of its own
+            told.pop("original_max_position_embeddings", None)
+        if field.name not in skipped and wanted != told:
             raise InputError(
-                f"{path}: {field.name}: wanted a model that GGUF can describe, got {wanted!r:.80}"
-                f" (llama.cpp would read {told!r:.80})"
+                f"{path}: {field.name}: wanted a model that GGUF can describe, got"
+                f" {getattr(config, field.name)!r:.80} (llama.cpp would read"
+                f" {getattr(came, field.name)!r:.80})"
             )
+
+
+def _windowed(config: ModelConfig) -> bool:
+    return "sliding_attention" in config.layer_types
 
 
 def _single(value: Any) -> Any:

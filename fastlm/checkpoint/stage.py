@@ -25,7 +25,7 @@ class Export(Stage):
         ),
     }  # fmt: skip
     leaves = {"exported": "."}
-    result = {"format": str, "bytes": int, "formats": Mapping}
+    result = {"format": str, "bytes": int, "formats": dict}
     notes = (
         "Nothing is quantized again: a weight that the format cannot hold exactly is refused, with"
         f" the group size that would do. gguf writes {GGUF_FILE} into the folder."

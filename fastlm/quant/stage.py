@@ -137,7 +137,7 @@ def check_out(out: Path, model: str) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"out: wanted a folder, got the file {out}")
     if out.suffix == ".gguf":
-        raise InputError(f"out: wanted the name of a folder (fastlm export writes GGUF), got {out}")
+        raise InputError(f"out: wanted the name of a folder, no .gguf file, got {out}")
     given, found = Path(model), locate_model(Path(model))
     if out.exists() and any(p.exists() and out.samefile(p) for p in (given, found)):
         raise InputError(f"out: wanted another folder than the model's, got {out}")
