@@ -1,7 +1,7 @@
 """Compare an exported GGUF with the model it came from in the real llama.cpp. Run by hand:
 
     pip install --no-deps --target LIBRARY llama-cpp-py-sync cffi pycparser
-    PYTHONPATH=LIBRARY .venv/bin/python tests/llama_cpp_check.py MODEL GGUF [--tokens 32]
+    PYTHONPATH=LIBRARY .venv/bin/python tests/llama_cpp_check.py MODEL GGUF [--tokens 32] 2>log
 
 llama-cpp-py-sync has llama.cpp's own libraries, built. Prints whether both split the texts into the
 same ids, and whether they choose the same next token at every step of fastlm's greedy text. Where

@@ -168,7 +168,7 @@ def write(
         else:
             tensors[name] = torch.from_numpy(w).half()
             weights[name] = tensors[name].double().numpy()
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": entry}))
     return weights

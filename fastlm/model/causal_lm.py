@@ -198,7 +198,8 @@ class CausalLM(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, QuantizedLinear | QuantizedEmbedding):
                 state[f"{name}.weight"] = module.weight
-        return state | dict(self.named_parameters())
+        state.update(self.named_parameters())
+        return state
 
     def forward(
         self,
