@@ -94,7 +94,7 @@ def main() -> None:
         )
         with torch.no_grad():
             mine = model(whole[:, :-1]).logits[0].float().numpy()
-        print(f"after {text[:30]!r}: {own.decode(whole[0, len(ids) :].tolist())[:70]!r}")
+        print(f"after {text[:30]!r}: {whole[0, len(ids) :].tolist()[:12]} ...")
         same &= compare(mine, logits_of(theirs, whole[0, :-1].tolist()), len(ids) - 1)
     sys.exit(not same)
 
