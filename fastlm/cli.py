@@ -161,10 +161,19 @@ def options(
 
 @app.command(short_help="Versions, hardware, and which implementation of every op runs.")
 def info(
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", help="Instead, what this model folder or .gguf file holds"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
     threads: Threads = None,
 ) -> None:
     """Versions, hardware, extensions, and which implementation of every op runs here."""
+    if model is not None:
+        from fastlm.checkpoint.describe import describe_model
+
+        _show_facts(describe_model(model), as_json)
+        return
     from fastlm import inventory
 
     have = inventory.info()
@@ -192,6 +201,16 @@ def info(
         marks = ["" if column in row["why_not"] else "✓" for column in columns]
         ops.add_row(name, row["picked"] or "nothing", *marks)
     console.print(ops)
+
+
+def _show_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{count:,} {name}" for name, count in value.items())
+        typer.echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
 
 
 @app.command(short_help="Run a recipe, or continue it: from text to a model and its report.")

@@ -265,7 +265,7 @@ def test_quantize_onto_the_model_itself(finished):
     )  # fmt: skip
     refused(
         "quantize", "-m", finished / "run", "-o", finished / "q.gguf", "--group-size", 16,
-        text="out: wanted the name of a folder (GGUF is only read)",
+        text="out: wanted the name of a folder, no .gguf file",
     )  # fmt: skip
     assert not (finished / "q.gguf").exists()
 

@@ -376,7 +376,7 @@ def test_broken_config(folder, text, message):
         ({"hidden_size": 128}, r"embed_tokens.weight: wanted \(300, 128\) .*, got \(300, 64\)"),
         ({"num_hidden_layers": 3}, "wanted a tensor model.layers.2.* got none"),
         ({"model_type": "qwen2"}, "wanted a tensor model.layers.0.self_attn.q_proj.bias"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method fastlm, got 'gptq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method fastlm, .*got 'hqq'"),
         ({"quantization_config": 7}, "quantization_config: wanted"),
     ],
 )

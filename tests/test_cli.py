@@ -28,6 +28,7 @@ VERBS = (
     "ppo",
     "grpo",
     "quantize",
+    "export",
     "eval",
     "generate",
     "chat",

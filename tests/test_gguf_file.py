@@ -13,7 +13,8 @@ from model_files import smollm2, write_gguf
 
 import fastlm
 from fastlm.checkpoint.folder import load_state, save_hf
-from fastlm.checkpoint.gguf_file import UNPACK, GGUFFile, unpack
+from fastlm.checkpoint.gguf_blocks import UNPACK, unpack
+from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.checkpoint.gguf_models import config_of
 from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -23,6 +24,12 @@ HALVES = {  # byte offsets of the float16 fields in a block
     Kind.Q5_0: [0],
     Kind.Q8_0: [0],
     Kind.Q6_K: [208],
+    Kind.Q2_K: [80, 82],
+    Kind.Q3_K: [108],
+    Kind.IQ4_NL: [0],
+    Kind.IQ4_XS: [0],
+    Kind.MXFP4: [],  # scales of any bits
+    Kind.NVFP4: [],
     **{kind: [0, 2] for kind in (Kind.Q4_1, Kind.Q5_1, Kind.Q4_K, Kind.Q5_K)},
 }
 kinds = pytest.mark.parametrize("kind", UNPACK, ids=lambda k: k.name)
@@ -36,6 +43,8 @@ def random_rows(kind: Kind, rows: int, blocks: int, spread: float = 1.0) -> np.n
     for at in HALVES[kind]:
         scale = rng.standard_normal(len(raw)) * 2.0 ** rng.uniform(-spread, spread, len(raw))
         raw[:, at : at + 2] = scale.astype(np.float16)[:, None].view(np.uint8)
+    if kind is Kind.MXFP4:  # no scales below 2^-126, which are zero to a kernel
+        raw[:, 0] = np.clip(raw[:, 0], 8, 240)
     return raw.reshape(rows, blocks * size)
 
 
@@ -524,7 +533,7 @@ def test_unknown_architecture(tmp_path):
 
 
 def test_unsupported_block_format(tmp_path):
-    raw = np.zeros((64, 84), np.uint8)
-    path = write_gguf(tmp_path / "m.gguf", {"t": (raw, Kind.Q2_K)})
-    with pytest.raises(InputError, match=r"wanted one of the types F32.*got Q2_K"):
+    raw = np.zeros((64, 66), np.uint8)
+    path = write_gguf(tmp_path / "m.gguf", {"t": (raw, Kind.TQ2_0)})
+    with pytest.raises(InputError, match=r"wanted one of the types F32.*got TQ2_0"):
         GGUFFile(path).load("t")

@@ -21,13 +21,12 @@ from fastlm.checkpoint.folder import (
     ADAPTER_BASE,
     ADAPTER_CONFIG,
     BASE_PATH,
-    DTYPES,
     GENERATION,
     begin_folder,
-    open_tensors,
     own_memory,
     write_json,
 )
+from fastlm.checkpoint.tensor_folder import FLOATS, open_tensors
 from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, save_atomic
 from fastlm.model.lora import (
@@ -226,8 +225,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise InputError(f"{file.parent}: wanted {ADAPTER}, got a pickle (convert it first)")
     with open_tensors(file) as opened:
         for name in opened.keys():
-            if (got := opened.get_slice(name).get_dtype()) not in DTYPES:
-                raise InputError(f"{file}: {name}: wanted one of {', '.join(DTYPES)}, got {got}")
+            if (got := opened.get_slice(name).get_dtype()) not in FLOATS:
+                raise InputError(f"{file}: {name}: wanted one of {', '.join(FLOATS)}, got {got}")
         return {name: opened.get_tensor(name) for name in opened.keys()}
 
 

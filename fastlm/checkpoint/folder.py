@@ -10,30 +10,32 @@ and is then renamed.
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastlm.checkpoint import awq, compressed_tensors, fp4, gptq, own
 from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.checkpoint.gguf_models import load_gguf
 from fastlm.checkpoint.run_folder import last_model
+from fastlm.checkpoint.tensor_folder import FLOATS, INDEX, SINGLE, Quantization, TensorFolder
 from fastlm.data.packages import model_path
 from fastlm.errors import InputError
 from fastlm.files import make_folder, open_regular, read_json, reason, save_atomic
-from fastlm.model.architectures import check_tensors, config_of
+from fastlm.model.architectures import check_tensors, config_of, expected_shapes
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import describe
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 GENERATION = "generation_config.json"
 # a LoRA adapter in PEFT's format (`fastlm.checkpoint.adapter`)
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -44,10 +46,6 @@ MODEL_FILES = (
     *(ADAPTER_CONFIG, ADAPTER, ADAPTER_BASE),
 )
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"  # of `save_tensors`
-PARTS = ("qdata", "scales", "zeros")  # tensors of a quantized weight, under its module's name
-DTYPES = ("F32", "BF16", "F16", "F64")  # dtypes of weights, in safetensors' spelling
-PACKED_DTYPES = ("U8", "I8")
-Layout = tuple[int, int, tuple[int, int]]  # bits, group_size, shape of a quantized weight
 State = Iterator[tuple[str, Tensor | QuantizedWeight]]
 
 
@@ -100,6 +98,7 @@ def save_hf(
     state: Mapping[str, Tensor | QuantizedWeight],
     *,
     max_shard_bytes: int = 5 * 2**30,
+    quantization_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a Hugging Face folder: config.json and model.safetensors, or shards of at most
     ``max_shard_bytes`` (a single larger tensor gets its own) with their index.
@@ -109,6 +108,7 @@ def save_hf(
     nested under ``fastlm``, with no ``quant_method`` next to it: transformers refuses such a file,
     but would open one with an unknown method and fill it with random weights. Other files of an
     existing folder stay. The folder is replaced as a whole, or not at all (see ``save_atomic``).
+    ``quantization_config``: of another program, whose tensors ``state`` holds; written as it is.
     """
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes: wanted a positive number, got {max_shard_bytes}")
@@ -120,13 +120,17 @@ def save_hf(
         if isinstance(value, QuantizedWeight):
             module = name.removesuffix(".weight")
             quantized[module] = value
-            parts = zip(PARTS, (value.qdata, value.scales, value.zeros))
+            parts = zip(own.PARTS, (value.qdata, value.scales, value.zeros))
             tensors |= {f"{module}.{part}": t for part, t in parts if t is not None}
         else:
             tensors[name] = value
+    if config.get("quantization_config", {}).get("quant_method", "fastlm") != "fastlm":
+        del config["quantization_config"]  # of the file that was read
     if quantized and "quantization_config" not in config:
         config["quantization_config"] = _describe(quantized)
-    if "quantization_config" in config:
+    if quantization_config is not None:
+        config["quantization_config"] = quantization_config
+    elif "quantization_config" in config:
         config["quantization_config"] = {"fastlm": config["quantization_config"]}
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -272,143 +276,83 @@ def base_of(folder: Path) -> str:
     return name
 
 
-def open_tensors(file: Path) -> Any:
-    if not file.is_file():
-        raise InputError(f"{file}: wanted a safetensors file, got none")
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: not a whole safetensors file: {reason(error)}") from error
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, checked against the files' own headers."""
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file() and list(folder.glob("*.bin")):
-            raise InputError(f"{folder}: wanted {SINGLE}, got a pickle (convert it first)")
-        with open_tensors(folder / SINGLE) as file:
-            return dict.fromkeys(file.keys(), SINGLE)
-    index = folder / INDEX
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map: wanted tensor names to file names, got none")
-    for name in weight_map.values():
-        # a bare name: an index must not point outside its folder
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise InputError(f"{index}: weight_map: wanted names of files beside it, got {name!r}")
-    for name in sorted(set(weight_map.values())):
-        with open_tensors(folder / name) as file:
-            held = set(file.keys())
-        for tensor, place in weight_map.items():
-            if place == name and tensor not in held:
-                raise InputError(
-                    f"{folder / name}: wanted a tensor {tensor} by the index, got none"
-                )
-    return weight_map
-
-
 def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     config = read_json(folder / CONFIG)
     if (folder / GENERATION).is_file():  # its end tokens take precedence, as in transformers
         ends = read_json(folder / GENERATION).get("eos_token_id")
         config |= {} if ends is None else {"eos_token_id": ends}
     model = config_of(config, folder / CONFIG)
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and "fastlm" in quantization:  # from version 0.2 on
-        quantization = config["quantization_config"] = quantization["fastlm"]
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if quantization is not None and method != "fastlm":
+    tensors = TensorFolder(folder)
+    packed = _read_quantization(config, tensors, folder / CONFIG)
+    taken = packed.unused | {name for w in packed.weights.values() for name in w.parts.values()}
+    wanted = expected_shapes(model)
+    # GPTQ's writers add biases of zeros to layers that have none
+    spare = {n for n in tensors.headers if n.endswith(".bias") and n not in wanted}
+    spare &= {f"{name.removesuffix('.weight')}.bias" for name in packed.weights}
+    plain = tensors.headers.keys() - taken
+    for name in plain:
+        header = tensors.headers[name]
+        if header.dtype not in FLOATS:
+            raise InputError(
+                f"{folder / header.file}: {name}: wanted one of {', '.join(FLOATS)},"
+                f" got {header.dtype}"
+            )
+    shapes = {name: tensors.headers[name].shape for name in plain - packed.weights.keys()}
+    shapes |= {name: weight.shape for name, weight in packed.weights.items()}
+    check_tensors(shapes, model, folder)
+    drop = {"lm_head.weight"} if model.tie_word_embeddings else set()
+
+    def state() -> State:
+        for name, tensor in tensors.plain(plain - drop):
+            if name not in spare or bool((tensor != 0).any()):
+                yield name, tensor
+        for name, weight in packed.weights.items():
+            if name not in drop:
+                yield name, tensors.load(name, weight)
+
+    return config, state()
+
+
+def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+    """Read the weights that ``config`` says are quantized. Another program's entry is replaced by
+    what was found: ``{"quant_method", "found", "modules"}``.
+    """
+    entry = config.get("quantization_config")
+    if isinstance(entry, dict) and "fastlm" in entry:  # from version 0.2 on
+        entry = config["quantization_config"] = entry["fastlm"]
+    if entry is None:
+        return Quantization({})
+    method = entry.get("quant_method") if isinstance(entry, dict) else entry
+    if not isinstance(entry, dict) or not isinstance(method, str) or method not in READERS:
         raise InputError(
-            f"{folder / CONFIG}: quantization_config: wanted quant_method fastlm, "
+            f"{where}: quantization_config: wanted quant_method {', '.join(READERS)}, "
             f"got {method!r:.60}"
         )
-    layouts = _layouts(quantization, folder / CONFIG)
-    weight_map = _weight_map(folder)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(set(weight_map.values())):
-        with open_tensors(folder / name) as file:
-            for tensor in file.keys():
-                if weight_map.get(tensor) == name:
-                    view = file.get_slice(tensor)
-                    wanted = PACKED_DTYPES if tensor.endswith(f".{PARTS[0]}") else DTYPES
-                    if view.get_dtype() not in wanted:
-                        raise InputError(
-                            f"{folder / name}: {tensor}: wanted one of {', '.join(wanted)},"
-                            f" got {view.get_dtype()}"
-                        )
-                    shapes |= _logical(tensor, tuple(view.get_shape()), layouts)
-    check_tensors(shapes, model, folder)
-    drop = "lm_head.weight" if model.tie_word_embeddings else None
-
-    def tensors() -> State:
-        for name in sorted(set(weight_map.values())):
-            with open_tensors(folder / name) as file:
-                for tensor, place in weight_map.items():
-                    module, _, part = tensor.rpartition(".")
-                    if place != name or tensor == drop or part in PARTS[1:]:
-                        continue
-                    if part == PARTS[0]:
-                        yield f"{module}.weight", _quantized(folder, weight_map, module, layouts)
-                    else:
-                        yield tensor, _get(file, folder / name, tensor)
-
-    return config, tensors()
+    found = READERS[method](entry, tensors, where)
+    if found.warning:
+        warnings.warn(found.warning, stacklevel=2)
+    if method != "fastlm":
+        modules = {name: {"act_bits": bits} for name, bits in found.act_bits.items()}
+        config["quantization_config"] = {
+            "quant_method": method, "found": found.found, "modules": modules,
+        }  # fmt: skip
+    return found
 
 
-def _layouts(quantization: Any, where: Path) -> dict[str, Layout]:
-    """Module -> (bits, group_size, shape) as quantization_config states them."""
-    modules = quantization.get("modules", {}) if quantization else {}
-    result = {}
-    for name, entry in modules.items() if isinstance(modules, dict) else ():
-        try:
-            bits, group_size, (n, k) = entry["bits"], entry["group_size"], entry["shape"]
-            act_bits = entry.get("act_bits", 16)
-        except (TypeError, KeyError, ValueError, AttributeError):
-            bits = group_size = n = k = act_bits = None
-        if not all(type(value) is int for value in (bits, group_size, n, k, act_bits)):
-            raise InputError(
-                f"{where}: quantization_config: {name}: wanted bits, group_size and a shape of two "
-                f"integers, got {entry!r:.100}"
-            )
-        result[name] = (bits, group_size, (n, k))
-    return result
+def _auto_round(config: dict[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+    """AutoRound names the packing of another program."""
+    packing = config.get("packing_format", "auto_round:auto_gptq")
+    return (awq if "awq" in str(packing) else gptq).read(config, tensors, where)
 
 
-def _logical(
-    name: str, shape: tuple[int, ...], layouts: Mapping[str, Layout]
-) -> dict[str, tuple[int, ...]]:
-    """Weight name -> shape for a stored tensor; empty for scales and offsets."""
-    module, _, part = name.rpartition(".")
-    if part not in PARTS:
-        return {name: shape}
-    # packed: only the config has the number of columns; without it the weight counts as missing
-    return {f"{module}.weight": layouts[module][2]} if module in layouts else {}
-
-
-def _get(file: Any, path: Path, name: str) -> Tensor:
-    try:
-        return file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: {name}: cannot be read: {reason(error)}") from error
-
-
-def _quantized(
-    folder: Path, weight_map: Mapping[str, str], module: str, layouts: Mapping[str, Layout]
-) -> QuantizedWeight:
-    parts: dict[str, Tensor | None] = {}
-    for part in PARTS:
-        name = f"{module}.{part}"
-        if name in weight_map:
-            file = folder / weight_map[name]
-            with open_tensors(file) as handle:
-                parts[part] = _get(handle, file, name)
-    qdata, scales, zeros = map(parts.get, PARTS)
-    if qdata is None or scales is None:
-        raise InputError(f"{folder}: {module}: wanted qdata and scales, got one of them")
-    try:
-        return QuantizedWeight(qdata, scales, zeros, *layouts[module])
-    except InputError as error:
-        raise InputError(f"{folder}: {module}: {error}") from error
+READERS: dict[str, Callable[[dict[str, Any], TensorFolder, Path], Quantization]] = {
+    "fastlm": own.read,
+    "gptq": gptq.read,
+    "auto-round": _auto_round,
+    "awq": awq.read,
+    "compressed-tensors": compressed_tensors.read,
+    "modelopt": fp4.read_modelopt,
+}
 
 
 # tensors with a checksum

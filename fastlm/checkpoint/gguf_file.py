@@ -4,28 +4,11 @@ The header is parsed here, and bounds are checked before anything is allocated, 
 come from strangers. The alternative was the reader of the ``gguf`` package: it trusts every count
 in the file and creates one numpy array per array element (1.4 s for the 135M model, against 0.1 s
 here). Its tables of types and block sizes are used, and tests compare this module with it.
-
-What each block format becomes (``d``, ``m``: the block's scale and offset):
-
-    file             values               here              scale, offset
-    F32 F16 BF16     w                    the same dtype
-    Q4_0             d * (q - 8)          4 bits, group 32  d
-    Q4_1             d * q + m            4 bits, group 32  d, m + 8 d
-    Q4_K             d * q - m            4 bits, group 32  d, 8 d - m
-    Q5_0 Q8_0        d * q                8 bits, group 32  d
-    Q5_1 Q5_K        d * q +- m           8 bits, group 32  d, +- m
-    Q6_K             d * q                8 bits, group 16  d
-
-All products are exact in float32, so the result equals ``gguf.dequantize`` bit for bit, with one
-exception. For Q4_1 and Q4_K the sum of the offset and 8 d is rounded when their magnitudes differ
-by a factor of more than about 2^7 (Q4_K) or 2^13 (Q4_1). The weight is then off by at most one
-float32 ulp of the weight or the offset, whichever is larger.
 """
 
 import math
 import mmap
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +18,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from fastlm.checkpoint.gguf_blocks import PLAIN, UNPACK, unpack
 from fastlm.errors import InputError
 from fastlm.files import open_regular, reason
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -249,127 +233,3 @@ class GGUFFile:
                 f"{self.path}: {name}: wanted 2 dimensions for {info.kind.name}, got {info.shape}"
             )
         return unpack(self.raw(name), info.kind)
-
-
-PLAIN = {
-    GGMLQuantizationType.F32: torch.float32,
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
-}
-
-# Each unpacker: blocks (B, bytes) uint8 -> q (B, values), scale and offset (B, groups) float32; the
-# offset is None where the format has none. For 4 bits q is the stored nibble 0..15 and the weight
-# is scale * (q - 8) + offset; for 8 bits it is scale * q + offset.
-Unpacked = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-
-
-def _half(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at byte ``at`` of every block, as float32 (B, 1)."""
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
-
-
-def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """(..., n) bytes -> (..., 2n): the low nibbles, then the high ones."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1)
-
-
-def _q4_0(blocks: np.ndarray) -> Unpacked:
-    return _nibbles(blocks[:, 2:]), _half(blocks, 0), None
-
-
-def _q4_1(blocks: np.ndarray) -> Unpacked:
-    d = _half(blocks, 0)
-    return _nibbles(blocks[:, 4:]), d, _half(blocks, 2) + 8 * d
-
-
-def _q8_0(blocks: np.ndarray) -> Unpacked:
-    return blocks[:, 2:].view(np.int8), _half(blocks, 0), None
-
-
-def _five_bits(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """32 values from 4 bytes of fifth bits and 16 bytes of nibbles."""
-    return _nibbles(low) | np.unpackbits(high, axis=-1, bitorder="little") << 4
-
-
-def _q5_0(blocks: np.ndarray) -> Unpacked:
-    q = _five_bits(blocks[:, 2:6], blocks[:, 6:])
-    return q.view(np.int8) - np.int8(16), _half(blocks, 0), None
-
-
-def _q5_1(blocks: np.ndarray) -> Unpacked:
-    q = _five_bits(blocks[:, 4:8], blocks[:, 8:])
-    return q.view(np.int8), _half(blocks, 0), _half(blocks, 2)
-
-
-def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and minimum (B, 8) of Q4_K and Q5_K: two float16 times 8 + 8 six-bit integers.
-
-    The integers are stored in the twelve bytes from byte 4 on. The first four of each kind are the
-    low 6 bits of bytes 0-3 and 4-7. The last four have their low nibbles in bytes 8-11 (scale low,
-    minimum high) and their top 2 bits in the top of bytes 0-7.
-    """
-    first, second, rest = (blocks[:, a : a + 4] for a in (4, 8, 12))
-    scale = np.concatenate([first & 63, (rest & 15) | (first >> 6) << 4], axis=1)
-    minimum = np.concatenate([second & 63, (rest >> 4) | (second >> 6) << 4], axis=1)
-    return _half(blocks, 0) * scale, _half(blocks, 2) * minimum
-
-
-def _q4_k(blocks: np.ndarray) -> Unpacked:
-    d, m = _k_scales(blocks)
-    q = _nibbles(blocks[:, 16:].reshape(-1, 4, 32))  # each 32 bytes hold two groups of 32
-    return q.reshape(-1, 256), d, 8 * d - m
-
-
-def _q5_k(blocks: np.ndarray) -> Unpacked:
-    d, m = _k_scales(blocks)
-    low = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    group = np.arange(8, dtype=np.uint8)[:, None]
-    high = blocks[:, None, 16:48] >> group & 1  # bit g of byte i belongs to value i of group g
-    return (low | high << 4).reshape(-1, 256).view(np.int8), d, -m
-
-
-def _q6_k(blocks: np.ndarray) -> Unpacked:
-    # halves of 128 values: 64 bytes of low nibbles, 32 bytes of high bit pairs
-    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
-    shift = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shift & 3
-    q = (low | high << 4).reshape(-1, 256).view(np.int8) - np.int8(32)
-    return q, _half(blocks, 208) * blocks[:, 192:208].view(np.int8), None
-
-
-UNPACK: dict[GGMLQuantizationType, tuple[Callable[[np.ndarray], Unpacked], int, int]] = {
-    # unpacker, bits of the container, group size
-    GGMLQuantizationType.Q4_0: (_q4_0, 4, 32),
-    GGMLQuantizationType.Q4_1: (_q4_1, 4, 32),
-    GGMLQuantizationType.Q5_0: (_q5_0, 8, 32),
-    GGMLQuantizationType.Q5_1: (_q5_1, 8, 32),
-    GGMLQuantizationType.Q8_0: (_q8_0, 8, 32),
-    GGMLQuantizationType.Q4_K: (_q4_k, 4, 32),
-    GGMLQuantizationType.Q5_K: (_q5_k, 8, 32),
-    GGMLQuantizationType.Q6_K: (_q6_k, 8, 16),
-}
-
-
-def unpack(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWeight:
-    """``rows`` (N, bytes per row) uint8 in block format ``kind`` as a QuantizedWeight."""
-    function, bits, group_size = UNPACK[kind]
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    n, k = rows.shape[0], rows.shape[1] // block_bytes * block
-    q, scales, zeros = function(rows.reshape(-1, block_bytes))
-    q = q.reshape(n, k)
-    if bits == 4:
-        q = q[:, 0::2] | q[:, 1::2] << 4
-    groups = (n, k // group_size)
-
-    def own(array: np.ndarray, shape: tuple[int, int]) -> Tensor:
-        # np.array: never a view of the read-only file
-        return torch.from_numpy(np.array(array.reshape(shape), order="C"))
-
-    return QuantizedWeight(
-        qdata=own(q, q.shape),
-        scales=own(scales, groups),
-        zeros=None if zeros is None else own(zeros, groups),
-        bits=bits,
-        group_size=group_size,
-        shape=(n, k),
-    )

@@ -222,16 +222,21 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     divisors = _floats(file, "rope_freqs.weight")
     half = config["head_dim"] // 2
     factor = float(divisors.max(initial=1.0))
-    low, high, original = LLAMA3_ROPE.values()
-    # turns of each frequency over the original context; those with few turns are stretched
-    turns = original * config["rope_theta"] ** -(np.arange(half) / half) / (2 * np.pi)
-    blend = np.clip((turns - low) / (high - low), 0, 1)
-    wanted = 1 / (blend + (1 - blend) / factor)
+    wanted = llama3_divisors(config["rope_theta"], half, factor)
     # the file's divisors were computed in float32
     fits = divisors.shape == wanted.shape and np.isfinite(divisors).all()
     if not fits or not np.allclose(divisors, wanted, rtol=1e-4):
         raise InputError(f"{file.path}: rope_freqs.weight: wanted Llama 3's scaling, got another")
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
+
+
+def llama3_divisors(theta: float, half: int, factor: float) -> np.ndarray:
+    """By what Llama 3's scaling divides each of ``half`` frequencies."""
+    low, high, original = LLAMA3_ROPE.values()
+    # turns of each frequency over the original context; those with few turns are stretched
+    turns = original * theta ** -(np.arange(half) / half) / (2 * np.pi)
+    blend = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / (blend + (1 - blend) / factor)
 
 
 def _undo_interleave(weight: Tensor | QuantizedWeight, heads: int) -> Tensor | QuantizedWeight:

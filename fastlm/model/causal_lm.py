@@ -180,11 +180,6 @@ class CausalLM(nn.Module):
         load; see `save_hf`. A model with adapters is refused: `merge_lora` it, or `save_adapter`.
         """
         check_plain(self)
-        state: dict[str, Any] = {}
-        for name, module in self.named_modules():
-            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-                state[f"{name}.weight"] = module.weight
-        state.update(self.named_parameters())
         config = self.config.to_dict()
         for key in ("dtype", "torch_dtype"):  # the new name and transformers 4's, always last
             config.pop(key, None)
@@ -198,7 +193,16 @@ class CausalLM(nn.Module):
                 group_size=linears[0].group_size,
                 method=before.get("method", "rtn"),
             )
-        save_hf(folder, config, state)
+        save_hf(folder, config, self.stored())
+
+    def stored(self) -> dict[str, Tensor | QuantizedWeight]:
+        """All weights under Hugging Face's names; a tied head is left out."""
+        state: dict[str, Tensor | QuantizedWeight] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                state[f"{name}.weight"] = module.weight
+        state.update(self.named_parameters())
+        return state
 
     def forward(
         self,

@@ -119,7 +119,7 @@ class Quantize(Stage):
         from fastlm.serve.chat import load_model
 
         (source,) = job.inputs["model"]
-        _check_out(job.out, source.where)
+        check_out(job.out, source.where)
         self.check_inputs(job.inputs)
         model, tokenizer = load_model(source.where)
         size = sum(parameter.nbytes for parameter in model.parameters())
@@ -227,14 +227,14 @@ class Quantize(Stage):
         )
 
 
-def _check_out(out: Path, model: str) -> None:
+def check_out(out: Path, model: str) -> None:
     """Refuse an output folder that cannot work, before the work rather than after it."""
     from fastlm.checkpoint.folder import locate_model
 
     if out.exists() and not out.is_dir():
         raise InputError(f"out: wanted a folder, got the file {out}")
     if out.suffix == ".gguf":
-        raise InputError(f"out: wanted the name of a folder (GGUF is only read), got {out}")
+        raise InputError(f"out: wanted the name of a folder, no .gguf file, got {out}")
     given, found = Path(model), locate_model(Path(model))
     if out.exists() and any(p.exists() and out.samefile(p) for p in (given, found)):
         raise InputError(f"out: wanted another folder than the model's, got {out}")

@@ -1,5 +1,6 @@
 """All stages: kind -> class. A new stage adds one line here."""
 
+from fastlm.checkpoint.stage import Export
 from fastlm.data.stage import Data, Shards
 from fastlm.evals.stage import Eval
 from fastlm.quant.stage import Quantize
@@ -26,4 +27,5 @@ KINDS: dict[str, type[Stage]] = {
     "grpo": Grpo,
     "eval": Eval,
     "quantize": Quantize,
+    "export": Export,
 }

@@ -31,6 +31,7 @@ TYPES = {
     "model": "a model that can be trained further: config.json, safetensors, tokenizer.json",
     "reward": "a model that scores answers: config.json, safetensors, tokenizer.json",
     "quantized": "a model of 4- or 8-bit weights",
+    "exported": "a model in another program's format",
     "scores": "scores.json",
 }
 

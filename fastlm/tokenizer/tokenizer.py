@@ -40,7 +40,9 @@ MAX_IDS = 2**24  # the largest published vocabularies have 2**18
 
 
 class Tokenizer:
-    """``bos_id``, ``eos_id``, ``pad_id``: int or None. ``chat_template``: Jinja text or None."""
+    """``bos_id``, ``eos_id``, ``pad_id``: int or None. ``chat_template``: Jinja text or None.
+    ``byte_level``: whether tokens are bytes in GPT-2's alphabet (otherwise SentencePiece's).
+    """
 
     def __init__(
         self,
@@ -65,8 +67,8 @@ class Tokenizer:
         self.stop_ids = frozenset(stops if self.eos_id is None else stops | {self.eos_id})
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
         kinds = {decoder.get("type"), *(d["type"] for d in decoder.get("decoders", ()))}
-        self._byte_level = "ByteLevel" in kinds
-        if not self._byte_level and not kinds & {"ByteFallback", "Metaspace"}:
+        self.byte_level = "ByteLevel" in kinds
+        if not self.byte_level and not kinds & {"ByteFallback", "Metaspace"}:
             raise InputError(
                 "tokenizer: wanted byte-level or SentencePiece-style BPE, "
                 f"got a decoder of {sorted(map(str, kinds))}"
@@ -76,6 +78,11 @@ class Tokenizer:
     def _role_id(self, role: str) -> int | None:
         token = self._roles.get(role)
         return None if token is None else self._backend.token_to_id(token)
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the ``tokenizers`` library that does the work."""
+        return self._backend
 
     @cached_property
     def _specials(self) -> dict[str, int]:
@@ -253,7 +260,7 @@ class Tokenizer:
     @cached_property
     def _bytes(self) -> list[bytes]:
         added = self._backend.get_added_tokens_decoder()
-        spell = _byte_level_bytes if self._byte_level else _sentencepiece_bytes
+        spell = _byte_level_bytes if self.byte_level else _sentencepiece_bytes
         table = [b""] * self.vocab_size
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
             table[index] = token.encode() if index in added else spell(token)

@@ -1,0 +1,172 @@
+"""Read checkpoints of compressed-tensors (llm-compressor, vLLM): pack-quantized integers of 4 and 8
+bits, int-quantized, NVFP4 and MXFP4. Its writer is `fastlm.checkpoint.compressed_tensors_write`.
+
+    weight_packed (N, K * bits / 32) int32    q + 2^(bits - 1), packed along the row
+    weight_scale (N, G), weight_shape (2,)    w = scale * (q - zero)
+    weight_zero_point (N * bits / 32, G)      packed down the column, + 2^(bits - 1); or none
+    weight_g_idx (K,)                         the group of each column; or none
+    weight_packed (N, K / 2) uint8            4-bit floats (`fastlm.checkpoint.fp4`)
+    weight_global_scale (1,)                  NVFP4: scales are divided by it
+
+What a module holds follows from its tensors. Activations are not rounded to floats of 4 bits where
+the file says so (weights only); int8 ones are.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.checkpoint import fp4
+from fastlm.checkpoint.packed_words import from_words, group_of, in_order, scattered, unpack
+from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
+from fastlm.errors import InputError
+from fastlm.ops.quantized_weight import QuantizedWeight
+
+SCALES = ("F16", "BF16", "F32")
+INTS = ("I64", "I32")
+FORMATS = (
+    *("pack-quantized", "int-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+    "mixed-precision",
+)
+# read with the header, or of activations and of the KV cache
+UNUSED = (
+    "weight_shape",
+    *("input_scale", "input_zero_point", "input_global_scale"),
+    *("output_scale", "output_zero_point", "k_scale", "v_scale"),
+)
+
+
+def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+    """The weights of a compressed-tensors folder; see the module."""
+    named = config.get("format")
+    if named not in FORMATS:
+        raise InputError(
+            f"{where}: quantization_config: format: wanted one of {', '.join(FORMATS)}, got"
+            f" {named!r:.60}"
+        )
+    weights, kinds = {}, set()
+    stated = _group_size(config)
+    for name in tensors.modules("weight_packed"):
+        if tensors.headers[f"{name}.weight_packed"].dtype == "U8":
+            packed, kind = _floats(name, tensors)
+        else:
+            packed, kind = _words(name, tensors, stated)
+        weights[f"{name}.weight"] = packed
+        kinds.add(kind)
+    act_bits = {}
+    for name in tensors.modules("weight_scale"):
+        if (header := tensors.headers.get(f"{name}.weight")) and header.dtype == "I8":
+            weights[f"{name}.weight"] = _int8(name, tensors)
+            act_bits[name] = 8 if _rounds_activations(config) else 16
+            kinds.add("int-quantized 8 bits")
+    if not weights:
+        raise InputError(
+            f"{where}: quantization_config: wanted tensors of {named} (weight_packed), got none"
+        )
+    unused = [n for n in tensors.headers if n.rpartition(".")[2] in UNUSED]
+    text = f"compressed-tensors {', '.join(sorted(kinds))}"
+    return Quantization(weights, text, frozenset(unused), act_bits)
+
+
+def _parts(name: str, tensors: TensorFolder, *parts: str) -> dict[str, str]:
+    names = {part: f"{name}.{part}" for part in parts}
+    return {part: place for part, place in names.items() if place in tensors.headers}
+
+
+def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = config.get("config_groups")
+    found = groups.values() if isinstance(groups, dict) else ()
+    return [group for group in found if isinstance(group, dict)]
+
+
+def _group_size(config: Mapping[str, Any]) -> Any:
+    """The group size that all groups state, or None."""
+    sizes = [g["weights"].get("group_size") for g in _groups(config) if _is_dict(g, "weights")]
+    return sizes[0] if len(sizes) == 1 else None
+
+
+def _is_dict(group: Mapping[str, Any], key: str) -> bool:
+    return isinstance(group.get(key), dict)
+
+
+def _rounds_activations(config: Mapping[str, Any]) -> bool:
+    inputs = [g["input_activations"] for g in _groups(config) if _is_dict(g, "input_activations")]
+    return any(i.get("num_bits") == 8 and i.get("type") == "int" for i in inputs)
+
+
+def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[Packed, str]:
+    n, words = tensors.check(f"{name}.weight_packed", ("I32",), (None, None))
+    tensors.check(f"{name}.weight_shape", INTS, (2,))
+    _, groups = tensors.check(f"{name}.weight_scale", SCALES, (n, None))
+    rows, k = tensors.get(f"{name}.weight_shape").tolist()
+    bits = next((b for b in (4, 8) if k > 0 and -(-k * b // 32) == words), None)
+    if rows != n or bits is None:
+        raise InputError(
+            f"{tensors.folder}: {name}.weight_shape: wanted ({n}, K) of 4 or 8 bits in {words}"
+            f" words, got ({rows}, {k})"
+        )
+    group_size = group_of(k, groups, stated, name)
+    parts = _parts(
+        name, tensors, "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
+    )
+    if "weight_zero_point" in parts:
+        tensors.check(parts["weight_zero_point"], ("I32",), (-(-n * bits // 32), groups))
+    if "weight_g_idx" in parts:
+        tensors.check(parts["weight_g_idx"], INTS, (k,))
+
+    def build(stored: dict[str, Tensor]) -> Tensor | QuantizedWeight:
+        scales, packed = stored["weight_scale"], stored["weight_packed"]
+        zeros = stored.get("weight_zero_point")
+        if zeros is not None:
+            zeros = unpack(zeros.t(), bits)[:, :n].t()
+        index = stored.get("weight_g_idx")
+        if index is not None and bool((index == -1).all()):  # not used
+            index = None
+        if in_order(index, k, group_size, groups):
+            return from_words(packed, bits, scales, zeros, group_size, (n, k))
+        if zeros is None:
+            zeros = torch.full(scales.shape, 2 ** (bits - 1))
+        assert index is not None
+        return scattered(packed, bits, scales, zeros, index, k)
+
+    return Packed((n, k), parts, build), f"pack-quantized {bits} bits, groups of {group_size}"
+
+
+def _int8(name: str, tensors: TensorFolder) -> Packed:
+    n, k = tensors.check(f"{name}.weight", ("I8",), (None, None))
+    _, groups = tensors.check(f"{name}.weight_scale", SCALES, (n, None))
+    group_size = group_of(k, groups, None, name)
+    parts = _parts(name, tensors, "weight", "weight_scale", "weight_zero_point")
+    if "weight_zero_point" in parts:
+        tensors.check(parts["weight_zero_point"], ("I8",), (n, groups))
+
+    def build(stored: dict[str, Tensor]) -> QuantizedWeight:
+        scales, zeros = stored["weight_scale"], stored.get("weight_zero_point")
+        if zeros is not None and bool((zeros != 0).any()):
+            scales = scales.float()
+            zeros = scales * -zeros.float()
+        else:
+            zeros = None
+        return QuantizedWeight(stored["weight"], scales, zeros, 8, group_size, (n, k))
+
+    return Packed((n, k), parts, build)
+
+
+def _floats(name: str, tensors: TensorFolder) -> tuple[Packed, str]:
+    nv = f"{name}.weight_global_scale" in tensors.headers
+    shape = fp4.layout(name, "weight_packed", tensors, ("F8_E4M3",) if nv else ("U8", "F8_E8M0"))
+    parts = _parts(name, tensors, "weight_packed", "weight_scale", "weight_global_scale")
+    if nv:
+        tensors.check(parts["weight_global_scale"], ("F32",), (1,))
+
+    def build(stored: dict[str, Tensor]) -> QuantizedWeight:
+        if nv:
+            scales = stored["weight_scale"].float() / stored["weight_global_scale"]
+        else:
+            scales = fp4.powers(stored["weight_scale"])
+        return fp4.from_nibbles(stored["weight_packed"], scales)
+
+    return Packed(shape, parts, build), f"{'NVFP4' if nv else 'MXFP4'}, held in int8"

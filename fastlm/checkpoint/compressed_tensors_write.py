@@ -1,0 +1,141 @@
+"""Write a quantized model for vLLM and transformers: compressed-tensors, pack-quantized.
+
+The layout is in `fastlm.checkpoint.compressed_tensors`. The layers' matrices keep their integers
+and scales. Embedding and head are written as floats: vLLM reads no others.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.checkpoint.folder import save_hf
+from fastlm.errors import InputError
+from fastlm.ops.quantized_weight import QuantizedWeight
+
+GROUPS = (128, 64, 32)  # those of vLLM's kernels
+OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def save_compressed_tensors(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor | QuantizedWeight],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Write the folder; ``dtype`` is that of embedding and head if they are quantized.
+
+    Returns {"formats": format -> weights, "dequantized": names written as floats}.
+
+    InputError, before anything is written: nothing is quantized; a group size that vLLM lacks or
+    that does not divide a row (the message names one that would do); offsets that are not whole
+    steps.
+    """
+    layers = {
+        name.removesuffix(".weight"): weight
+        for name, weight in state.items()
+        if isinstance(weight, QuantizedWeight) and name not in OUTSIDE
+    }
+    if not layers:
+        raise InputError("model: wanted quantized layers for compressed-tensors, got none")
+    widths = [weight.shape[1] for weight in layers.values()]
+    zeros = {name: _check(name, weight, widths) for name, weight in layers.items()}
+    tensors: dict[str, Tensor] = {}
+    dequantized = []
+    for name, weight in state.items():
+        module = name.removesuffix(".weight")
+        if module in layers:
+            parts = _parts(layers[module], zeros[module])
+            tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+        elif isinstance(weight, QuantizedWeight):
+            tensors[name] = weight.dequantize(dtype)
+            dequantized.append(name)
+        else:
+            tensors[name] = weight
+    schemes: dict[tuple[int, int | None, bool], list[str]] = {}
+    for name, weight in layers.items():
+        group = weight.group_size if weight.group_size < weight.shape[1] else None
+        scheme = (weight.bits, group, zeros[name] is None)
+        schemes.setdefault(scheme, []).append(name)
+    entry = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            f"group_{i}": {
+                "targets": ["Linear"] if len(schemes) == 1 else names,
+                "weights": _arguments(*scheme),
+                "input_activations": None,
+                "output_activations": None,
+            }
+            for i, (scheme, names) in enumerate(schemes.items())
+        },
+    }
+    save_hf(folder, config, tensors, quantization_config=entry)
+    formats = {f"w{bits} group {group or 'row'}": len(n) for (bits, group, _), n in schemes.items()}
+    return {"formats": formats, "dequantized": dequantized}
+
+
+def _arguments(bits: int, group_size: int | None, symmetric: bool) -> dict[str, Any]:
+    return {
+        "num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False,
+        "strategy": "group" if group_size else "channel", "group_size": group_size,
+    }  # fmt: skip
+
+
+def _check(name: str, weight: QuantizedWeight, widths: list[int]) -> Tensor | None:
+    """Return the zero points (N, G), None if symmetric. InputError: as its caller says."""
+    k, group = weight.shape[1], weight.group_size
+    if group < k and (group not in GROUPS or k % group):
+        fits = [g for g in GROUPS if all(width % g == 0 for width in widths)]
+        would = f"--group-size {fits[0]} would do" if fits else "--group-size -1 would do"
+        raise InputError(
+            f"{name}: wanted groups of 32, 64 or 128 that divide its {k} columns for"
+            f" compressed-tensors, got {group}: {would}"
+        )
+    if k * weight.bits % 32:
+        raise InputError(
+            f"{name}: wanted rows of a multiple of {32 // weight.bits} columns for"
+            f" compressed-tensors, got {k}"
+        )
+    if weight.zeros is None:
+        return None
+    half = 2 ** (weight.bits - 1)
+    scales, offsets = weight.scales.double(), weight.zeros.double()
+    zeros = (half - offsets / torch.where(scales == 0, 1.0, scales)).round()
+    # the offset may be rounded to its own dtype, a 2^-8 part
+    same = (scales * (half - zeros) - offsets).abs() <= 2**-8 * offsets.abs()
+    if not bool((same & (zeros >= 0) & (zeros < 2 * half)).all()):
+        raise InputError(
+            f"{name}: wanted offsets of whole steps for compressed-tensors, got others: quantize"
+            " symmetrically"
+        )
+    return zeros.to(torch.int64)
+
+
+def _parts(weight: QuantizedWeight, zeros: Tensor | None) -> dict[str, Tensor]:
+    n, k = weight.shape
+    data = weight.qdata if weight.bits == 4 else weight.qdata.view(torch.uint8) ^ 128
+    parts = {
+        "weight_packed": data.contiguous().view(torch.int32),
+        "weight_scale": _shortest(weight.scales),
+        "weight_shape": torch.tensor([n, k]),
+    }
+    if zeros is not None:
+        per = 32 // weight.bits
+        fields = torch.nn.functional.pad(zeros.t(), (0, -n % per)).unflatten(1, (-1, per))
+        words = (fields << torch.arange(0, 32, weight.bits)).sum(-1)
+        signed = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        parts["weight_zero_point"] = signed.t().contiguous()
+    return parts
+
+
+def _shortest(scales: Tensor) -> Tensor:
+    """The scales in the first of bfloat16, float16 and float32 that holds them."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if bool((scales.to(dtype).double() == scales.double()).all()):
+            return scales.to(dtype)
+    return scales.float()

@@ -1,0 +1,139 @@
+"""Read GPTQ checkpoints (AutoGPTQ, GPTQModel, AutoRound) of 2, 4 and 8 bits.
+
+Per module: ``qweight`` (K * bits / 32, N) int32, packed down the columns; ``scales`` (G, N);
+``qzeros`` (G, N * bits / 32) int32; ``g_idx`` (K,), the group of each input.
+``w[n, k] = scales[g, n] * (q[k, n] - zero[g, n])``.
+
+Version 1 stores zero - 1, version 2 stores zero. Files are mislabelled, and a model read as the
+other version writes nonsense, so the version is taken from the weights: symmetric files hold one
+value throughout, which tells them apart. In others, q - zero is about 0 on average, since weights
+are; read as the wrong version it is about 1 off.
+
+A weight with ``desc_act`` (its g_idx not in order) is dequantized: its columns have no common
+scale.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.checkpoint.packed_words import from_words, group_of, in_order, scattered, unpack
+from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
+from fastlm.errors import InputError
+
+BITS = (2, 4, 8)
+SAMPLE = 16  # modules from which the version is told: a million weights in the smallest models
+# half of the distance between the versions, less the mean of real weights in units of their scale
+MARGIN = 0.3
+
+
+def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+    """The weights of a GPTQ folder; see the module."""
+    layouts = {name: _layout(name, tensors, config) for name in tensors.modules("qweight")}
+    if not layouts:
+        raise InputError(f"{where}: quantization_config: wanted GPTQ tensors (qweight), got none")
+    stated = _stated_version(config)
+    found = _version(tensors, layouts)
+    version = found or stated or 1
+    weights = {}
+    scattered_names = []
+    for name, (bits, group_size, shape) in layouts.items():
+        parts = {part: f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")}
+        parts = {part: place for part, place in parts.items() if place in tensors.headers}
+        if "g_idx" in parts and not in_order(
+            tensors.get(parts["g_idx"]), shape[1], group_size, -(-shape[1] // group_size)
+        ):
+            scattered_names.append(name)
+
+        def build(stored: dict[str, Tensor], bits=bits, group_size=group_size, shape=shape) -> Any:
+            words, scales = stored["qweight"].t(), stored["scales"].t()
+            zeros = zero_points(stored["qzeros"], bits, version).t()
+            index = stored.get("g_idx")
+            if index is None or in_order(index, shape[1], group_size, scales.shape[1]):
+                return from_words(words, bits, scales, zeros, group_size, shape)
+            return scattered(words, bits, scales, zeros, index, shape[1])
+
+        weights[f"{name}.weight"] = Packed(shape, parts, build)
+    bits = sorted({bits for bits, _, _ in layouts.values()})
+    groups = sorted({group for _, group, _ in layouts.values()})
+    says = f" (file says v{stated})" if stated and stated != version else ""
+    text = f"GPTQ v{version} zero points{says}, {_join(bits)} bits, groups of {_join(groups)}"
+    if not found:
+        text += ", version not told by the weights"
+    if scattered_names:
+        text += f", {len(scattered_names)} weights with desc_act dequantized"
+    taken = {f"{n}.{p}" for n in layouts for p in ("qweight", "qzeros", "scales", "g_idx")}
+    warning = f"{where}: {text}" if says else ""
+    return Quantization(weights, text, frozenset(taken), warning=warning)
+
+
+def zero_points(words: Tensor, bits: int, version: int) -> Tensor:
+    """(G, N * bits / 32) int32 -> (G, N) uint8.
+
+    Version 1 is undone on whole words: its writers subtract one from every field at once, so a zero
+    of 0 borrows from its neighbour.
+    """
+    if version == 1:
+        ones = sum(1 << at for at in range(0, 32, bits))
+        wide = (words.long() + ones) & 0xFFFFFFFF
+        words = torch.where(wide >= 2**31, wide - 2**32, wide).to(torch.int32)
+    return unpack(words, bits)
+
+
+def _join(numbers: list[int]) -> str:
+    return "/".join(map(str, numbers))
+
+
+def _layout(
+    name: str, tensors: TensorFolder, config: Mapping[str, Any]
+) -> tuple[int, int, tuple[int, int]]:
+    """Bits, group size and shape of a module, by its headers: bits may differ between modules."""
+    ints, floats = ("I32",), ("F16", "BF16", "F32")
+    rows, n = tensors.check(f"{name}.qweight", ints, (None, None))
+    groups, _ = tensors.check(f"{name}.scales", floats, (None, n))
+    _, zero_words = tensors.check(f"{name}.qzeros", ints, (groups, None))
+    bits = zero_words * 32 // n
+    if bits not in BITS or bits * n != zero_words * 32:
+        raise InputError(
+            f"{tensors.folder}: {name}.qzeros: wanted zero points of 2, 4 or 8 bits for {n} rows,"
+            f" got {zero_words} words ({zero_words * 32 / n:.3g} bits)"
+        )
+    k = rows * 32 // bits
+    group_size = group_of(k, groups, config.get("group_size"), name)
+    if f"{name}.g_idx" in tensors.headers:
+        tensors.check(f"{name}.g_idx", ints, (k,))
+    return bits, group_size, (n, k)
+
+
+def _stated_version(config: Mapping[str, Any]) -> int | None:
+    """The version that the file names, None if it names none."""
+    named = config.get("checkpoint_format") or config.get("packing_format")
+    return {
+        "gptq": 1, "gptq_v2": 2, "auto_round:auto_gptq": 1, "auto_round:gptq": 1,
+        "auto_round:gptqmodel": 2,
+    }.get(named if isinstance(named, str) else "")  # fmt: skip
+
+
+def _version(tensors: TensorFolder, layouts: Mapping[str, tuple[int, int, Any]]) -> int | None:
+    """The version by the weights, None if they do not tell."""
+    values: set[int] = set()
+    offsets = []
+    for name, (bits, group_size, _) in list(layouts.items())[:SAMPLE]:
+        stored = unpack(tensors.get(f"{name}.qzeros"), bits)
+        # in units of 4 bits' middle: 7 and 8 become -1 and 0 for every number of bits
+        values |= {int(v) - 2 ** (bits - 1) for v in stored.unique()}
+        q = unpack(tensors.get(f"{name}.qweight").t(), bits).float()
+        sizes = [part.mean(1) for part in q.split(group_size, dim=1)]
+        if len(sizes) == len(stored):
+            offsets.append((torch.stack(sizes) - stored).mean().item())
+    if values == {-1}:
+        return 1
+    if values == {0}:
+        return 2
+    mean = sum(offsets) / max(len(offsets), 1)
+    if offsets and abs(mean) < MARGIN:
+        return 2
+    return 1 if offsets and abs(mean - 1) < MARGIN else None

@@ -1,0 +1,86 @@
+"""Integers packed into 32-bit words, as GPTQ, AWQ and compressed-tensors store them, as a
+`QuantizedWeight`: ``w = scale * (q - zero)`` with q and zero unsigned.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm.errors import InputError
+from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """(R, W) int32 -> (R, W * 32 / bits) uint8, the lowest bits first. bits: 1, 2, 4 or 8."""
+    data = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return data
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (data[..., None] >> shifts & 2**bits - 1).flatten(-2)
+
+
+def from_words(
+    words: Tensor,
+    bits: int,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    shape: tuple[int, int],
+) -> QuantizedWeight:
+    """``words`` (N, ceil(K * bits / 32)) int32, ``scales`` (N, G), ``zeros`` (N, G), unsigned
+    integers of any dtype, or None for 2^(bits - 1).
+
+    2 and 4 bits become 4, 8 stay 8. Nothing is rounded: scales keep their dtype where all zeros are
+    the middle of the container's range; otherwise scales and offsets are float32, in which their
+    products are exact.
+    """
+    n, k = shape
+    width = 8 if bits == 8 else 4
+    if bits == 2:
+        qdata = pack_rows(unpack(words, 2)[:, :k].to(torch.int16) - 8, 4)
+    elif bits == 4:  # the bytes of the words are those of qdata
+        qdata = words.contiguous().view(torch.uint8)[:, : (k + 1) // 2].contiguous()
+    else:
+        qdata = (words.contiguous().view(torch.uint8)[:, :k] ^ 128).view(torch.int8).contiguous()
+    if zeros is None:
+        zeros = torch.full(scales.shape, 2 ** (bits - 1))
+    half, offset = 2 ** (width - 1), None
+    if not bool((zeros == half).all()):
+        scales = scales.float()
+        offset = (scales * (half - zeros.float())).contiguous()
+    return QuantizedWeight(qdata, scales.contiguous(), offset, width, group_size, (n, k))
+
+
+def group_of(k: int, groups: int, stated: object, name: str) -> int:
+    """Columns per scale: as stated, if that yields the number of scales, else K / groups."""
+    if type(stated) is int and stated > 0 and -(-k // stated) == groups:
+        return stated
+    if k % groups:
+        raise InputError(
+            f"{name}: wanted a group size that yields {groups} groups of {k} columns, got"
+            f" {stated!r:.40}"
+        )
+    return k // groups
+
+
+def in_order(index: Tensor | None, k: int, group_size: int, groups: int) -> bool:
+    """Whether column c uses the scale of group c // group_size. InputError: a group that is not
+    there.
+    """
+    if index is None:
+        return True
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < groups:
+        raise InputError(
+            f"g_idx: wanted groups from 0 to {groups - 1}, got {int(index.min())} to"
+            f" {int(index.max())}"
+        )
+    return torch.equal(index.long(), torch.arange(k) // group_size)
+
+
+def scattered(
+    words: Tensor, bits: int, scales: Tensor, zeros: Tensor, index: Tensor, k: int
+) -> Tensor:
+    """The matrix (N, K) whose column c uses the scale of group ``index[c]``, in the dtype of the
+    scales, to which the exact product is rounded once (as the formats' own readers do).
+    """
+    q = unpack(words, bits)[:, :k].float() - zeros.float()[:, index.long()]
+    return (q * scales.float()[:, index.long()]).to(scales.dtype)
