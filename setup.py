@@ -187,7 +187,11 @@ if __name__ == "__main__":  # tests/kernel_build.py asks for CUDA_HOME
     setup(
         packages=[*find_packages(include=["fastlm*"]), "fastlm.kernels", "fastlm.runs.parts"],
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
-        package_data={"fastlm.runs": ["*.jinja"], "fastlm.runs.parts": ["*.jinja"]},
+        package_data={
+            "fastlm.runs": ["*.jinja"],
+            "fastlm.runs.parts": ["*.jinja"],
+            "fastlm.serve": ["*.json", "page/*"],
+        },
         ext_modules=[ext for ext in EXTENSIONS if WANTED[ext.name]],
         cmdclass={"build_ext": Build},
     )

@@ -35,6 +35,8 @@ VERBS = (
     "tokenizer",
     "data",
     "rank",
+    "serve",
+    "feedback",
 )
 
 
