@@ -167,3 +167,21 @@ class Double:
         row.listener(
             Piece(tokens, text, logprobs, reason, error, prompt_tokens=len(row.request.prompt))
         )
+
+
+class Scripted(Double):
+    """Answers every request with `text`, a few characters at a time."""
+
+    text = ""
+
+    def _advance(self, id, row):
+        at = 7 * len(row.new)
+        row.new.append(0)
+        part = self.text[at : at + 7]
+        with self.lock:
+            if id not in self.rows:
+                return
+            if at + 7 < len(self.text):
+                row.listener(Piece([0], part, []))
+            else:
+                self._end(id, [0], part, [], "stop")
