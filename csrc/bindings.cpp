@@ -127,8 +127,8 @@ PYBIND11_MODULE(_cpu, m) {
            "eps"_a, "scale"_a, "softcap"_a, "embedding_scale"_a, "logit_softcap"_a)
       .def("add_layer", &DecodePlan::add_layer, "norms"_a, "qkv"_a, "out"_a, "gate"_a, "up"_a,
            "down"_a, "q_norm"_a, "k_norm"_a, "window"_a, "rotary"_a)
-      .def("workspace_bytes", &DecodePlan::workspace_bytes, "rows"_a, "capacity"_a);
-  m.def("decode_step", &decode_step, "plan"_a, "tokens"_a, "starts"_a, "cache"_a, "length"_a,
+      .def("workspace_bytes", &DecodePlan::workspace_bytes, "rows"_a, "longest"_a);
+  m.def("decode_step", &decode_step, "plan"_a, "tokens"_a, "lengths"_a, "table"_a, "cache"_a,
         "rotary"_a, "workspace"_a, "logits"_a, no_gil);
 
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);

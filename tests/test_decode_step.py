@@ -193,6 +193,35 @@ def test_same_bits(format, isa):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("case", ["llama", "mistral"])
+@pytest.mark.parametrize("page_size", [16, 48, 128, 256])
+def test_pages(case, page_size, isa):
+    """Rows of other lengths, in pages in any order, some shared, give the bits of each row alone in
+    one page, and nothing beyond a row's end is read."""
+    model = model_of(case, **({"sliding_window": 150} if case == "mistral" else {}))
+    lengths, pages = [140, 3, 15, 271, 128], -(-272 // page_size)
+    ids, cache = prefilled(model, 1, 271, 272)
+    order = torch.randperm(5 * pages, generator=torch.Generator().manual_seed(1))
+    table = order.view(5, pages).int()
+    if page_size <= 128:  # the whole pages of the prompt that all begin with
+        table[3, : 128 // page_size] = table[0, : 128 // page_size]
+    shape = list(cache.data.shape)
+    shape[2], shape[4] = 5 * pages, page_size
+    data = torch.full(shape, torch.nan)
+    wanted, tokens = [], ids[0, :5].contiguous()
+    for row, length in enumerate(lengths):
+        for j in range(length):
+            data[:, :, table[row, j // page_size], :, j % page_size] = cache.data[:, :, 0, :, j]
+        own = KVCache(model.config, 1, length + 1, dtype=torch.float32)
+        own.data.fill_(torch.nan)
+        own.data[..., :length, :] = cache.data[..., :length, :]
+        own.length = length
+        wanted.append(copy_of(model, own).logits(tokens[row : row + 1]))
+    table[:, -1] = torch.where(torch.tensor(lengths) < page_size * (pages - 1), -7, table[:, -1])
+    steps = cpu_steps.PagedSteps(model, cpu_steps.plan_of(model), data)
+    assert torch.equal(steps.logits(tokens, torch.tensor(lengths), table), torch.cat(wanted))
+
+
 def test_generate_takes_it_and_gives_what_modules_give(monkeypatch):
     model = model_of("mistral")
     prompts = [[5], [7, 8, 9, 10, 11, 12], [3, 4]]
@@ -314,12 +343,13 @@ def test_refusals():
     step = backend.cpu_extension.decode_step
     rotary = list(steps.plan.rotary[0].tables(8, torch.device("cpu")))
     out, work = torch.empty(2, 97), torch.empty(1 << 20, dtype=torch.uint8)
+    table = torch.tensor([[0], [1]], dtype=torch.int32)
     good = {
         "plan": steps.plan.cpp,
         "tokens": ids[:, 4].contiguous(),
-        "starts": None,
+        "lengths": torch.tensor([4, 4]),
+        "table": table,
         "cache": cache.data,
-        "length": 4,
         "rotary": rotary,
         "workspace": work,
         "logits": out,
@@ -327,15 +357,18 @@ def test_refusals():
     step(**good)
     assert out.isfinite().all()
     for change, message in (
-        ({"length": 5}, "length: wanted less than the cache's 5 columns, got 5"),
+        ({"lengths": torch.tensor([4, 5])}, r"lengths: wanted values in \[0, 5\), got 5"),
+        ({"lengths": torch.tensor([4])}, "lengths: wanted elements: 2, got 1"),
+        ({"table": table + 1}, r"table: wanted values in \[0, 2\), got 2"),
+        ({"table": table - 1}, r"table: wanted values in \[0, 2\), got -1"),
+        ({"table": table[:1]}, "table: wanted rows: 2, got 1"),
+        ({"table": table.expand(2, 2).contiguous()}, "cache: wanted pages of a multiple of 16"),
         ({"workspace": work[:100].clone()}, "workspace: wanted"),
         ({"cache": cache.data[:2].contiguous()}, "cache: wanted layers: 3, got 2"),
-        ({"cache": cache.data[:, :, :1].contiguous()}, "cache: wanted rows: 2, got 1"),
+        ({"cache": cache.data[:, :, :1].contiguous()}, r"table: wanted values in \[0, 1\), got 1"),
         ({"tokens": ids[:, 4].int()}, "tokens: wanted dtype int64, got int32"),
         ({"logits": out[:1].clone()}, "logits: wanted elements: 194, got 97"),
-        ({"rotary": [t[:4].clone() for t in rotary]}, "rotary: wanted tables of more than 4"),
-        ({"starts": torch.zeros(1, dtype=torch.int64)}, "starts: wanted elements: 2, got 1"),
-        ({"starts": torch.tensor([0, 5])}, r"starts: wanted values in \[0, 5\), got 5"),
+        ({"rotary": [t[:4].clone() for t in rotary]}, "rotary: wanted tables of at least 5"),
         ({"tokens": torch.tensor([0, 97])}, r"tokens: wanted values in \[0, 97\), got 97"),
         ({"tokens": torch.tensor([-1, 0])}, r"tokens: wanted values in \[0, 97\), got -1"),
         ({"rotary": []}, "rotary: wanted tables for every layer, got 0 pairs"),

@@ -1,6 +1,7 @@
 // Attention of decode_step.h: one query per head against a cache, cut into chunks of DECODE_KEYS
 // keys. A task is one chunk for all heads that share a key head, so keys and values are read from
-// memory once and from the L1 after the first heads.
+// memory once and from the L1 after the first heads. Keys are stored in pages; a run is the part of
+// a chunk that one page holds, and where a chunk is cut into runs changes no sum.
 //
 //   partial of a head and chunk: m, l, O (D)    combined in the chunks' order by `combine`
 
@@ -9,10 +10,13 @@ inline int64_t partial_size(int64_t head_dim) { return (head_dim + 15) / 16 * 16
 template <class C>
 struct AttentionInputs {
   int64_t heads, kv_heads, head_dim, width;
-  const float* qkv;                  // (M, width): q heads, k heads, v heads
-  C *keys, *values;                  // (M, kv_heads, capacity, head_dim)
-  int64_t capacity, length, window;  // length: the new token included; window 0: none
-  const int64_t* starts;
+  const float* qkv;      // (M, width): q heads, k heads, v heads
+  C *keys, *values;      // (pages, kv_heads, page_size, head_dim)
+  const int32_t* table;  // (M, max_pages): the pages of a row, in order
+  int64_t max_pages, page_size;
+  const int64_t* lengths;     // (M): cached tokens, without the new one
+  int64_t shortest, longest;  // of all rows, with the new token
+  int64_t window;             // 0: none
   int64_t chunks;
   float *partials, *most, *sum;  // (M, heads, chunks, partial_size); (M, heads, chunks)
   const float *q_norm, *k_norm;
@@ -21,14 +25,22 @@ struct AttentionInputs {
   const float *cos, *sin;
   int64_t turned;
 
-  int64_t start(int64_t m) const { return starts ? starts[m] : 0; }
+  int64_t length(int64_t m) const { return lengths[m] + 1; }
   int64_t first_key(int64_t m) const {
-    return std::max(start(m), window ? length - window : int64_t(0));
+    return window ? std::max(length(m) - window, int64_t(0)) : 0;
   }
   int64_t first_chunk() const {  // that any row sees
-    return (window ? std::max<int64_t>(0, length - window) : 0) / DECODE_KEYS;
+    return (window ? std::max<int64_t>(0, shortest - window) : 0) / DECODE_KEYS;
   }
-  int64_t last_chunk() const { return (length - 1) / DECODE_KEYS; }
+  int64_t last_chunk() const { return (longest - 1) / DECODE_KEYS; }
+  // Where key j of row m and key head g is in `keys`, and its value in `values`.
+  int64_t place(int64_t m, int64_t g, int64_t j) const {
+    const int64_t page = table[m * max_pages + j / page_size];
+    return ((page * kv_heads + g) * page_size + j % page_size) * head_dim;
+  }
+  int64_t run_end(int64_t j, int64_t end) const {
+    return std::min(end, (j / page_size + 1) * page_size);
+  }
   float* partial(int64_t m, int64_t h, int64_t c) const {
     return partials + ((m * heads + h) * chunks + c) * partial_size(head_dim);
   }
@@ -127,14 +139,19 @@ void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t c
   }
 }
 
-// O[r] = sum over j of P[r][j] v[j]. `ahead`: the keys of the next chunk, prefetched.
+// O[r] += sum over j of P[r][j] v[j], from 0 in the `first` run. `ahead`: the keys of the next
+// chunk, prefetched.
 template <int R, int FIXED, class C>
 void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int64_t width,
-                  float* O, int64_t ldo) {
+                  bool first, float* O, int64_t ldo) {
   const int64_t D = FIXED ? FIXED : width;
   constexpr int W = 4;  // R x W accumulators
   for (int64_t d = 0; d < D; d += W * VL) {
     vfloat acc[R][W] = {};
+    if (!first)
+      for (int r = 0; r < R; ++r)
+        for (int w = 0; w < W; ++w)
+          if (d + w * VL < D) acc[r][w] = load(O + r * ldo + d + w * VL);
     const bool whole = FIXED % (W * VL) == 0 && FIXED ? true : d + W * VL <= D;
     for (int64_t j = 0; j < count; ++j) {
       if (d == 0) prefetch_row(ahead + j * D, D);
@@ -165,19 +182,18 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
                   float* scores) {
   const int64_t D = a.head_dim, ldq = (D + 15) / 16 * 16, ratio = a.heads / a.kv_heads;
   const int64_t low = std::max(c * DECODE_KEYS, a.first_key(m)),
-                high = std::min((c + 1) * DECODE_KEYS, a.length), count = high - low;
+                high = std::min((c + 1) * DECODE_KEYS, a.length(m)), count = high - low;
   if (count <= 0) return;  // `combine` does not read the partial of an empty chunk
   const float* row = a.qkv + m * a.width;
-  const int64_t position = a.length - 1 - a.start(m);
-  C *keys = a.keys + (m * a.kv_heads + g) * a.capacity * D,
-    *values = a.values + (m * a.kv_heads + g) * a.capacity * D;
-  if (high == a.length) {
+  const int64_t position = a.lengths[m];
+  if (high == a.length(m)) {
+    C *key = a.keys + a.place(m, g, position), *value = a.values + a.place(m, g, position);
     turned_head(a, row + a.heads * D, a.kv_heads, g, a.k_norm, position, 1.f, q);
     const float* v = row + (a.heads + a.kv_heads + g) * D;
     for (int64_t i = 0; i < D; i += VL) {
       const int n = int(std::min<int64_t>(VL, D - i));
-      store(keys + (high - 1) * D + i, load(q + i, n), n);
-      store(values + (high - 1) * D + i, load(v + i, n), n);
+      store(key + i, load(q + i, n), n);
+      store(value + i, load(v + i, n), n);
     }
   }
   for (int64_t r = 0; r < ratio; ++r)
@@ -189,13 +205,17 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
     if (ratio - r == 2) f(std::integral_constant<int, 2>{}, r);
     if (ratio - r == 1) f(std::integral_constant<int, 1>{}, r);
   };
-  in_fours([&](auto R, int64_t r) {
-    const C *k = keys + low * D, *v = values + low * D;
-    if (D == 64)
-      dot_keys<R.value, 64>(q + r * ldq, ldq, k, v, count, D, scores + r * DECODE_KEYS);
-    else
-      dot_keys<R.value, 0>(q + r * ldq, ldq, k, v, count, D, scores + r * DECODE_KEYS);
-  });
+  for (int64_t j = low, end; j < high; j = end) {
+    end = a.run_end(j, high);
+    const int64_t at = a.place(m, g, j);
+    in_fours([&](auto R, int64_t r) {
+      float* S = scores + r * DECODE_KEYS + (j - low);
+      if (D == 64)
+        dot_keys<R.value, 64>(q + r * ldq, ldq, a.keys + at, a.values + at, end - j, D, S);
+      else
+        dot_keys<R.value, 0>(q + r * ldq, ldq, a.keys + at, a.values + at, end - j, D, S);
+    });
+  }
   for (int64_t r = 0; r < ratio; ++r) {
     float* s = scores + r * DECODE_KEYS;
     const auto at = [&](int64_t j) {
@@ -222,21 +242,26 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
     a.most[at_partial] = most, a.sum[at_partial] = hsum(sum);
   }
   const int64_t apart = a.chunks * partial_size(D);  // between heads
-  in_fours([&](auto R, int64_t r) {
-    const float* P = scores + r * DECODE_KEYS;
-    const C *v = values + low * D, *k = keys + high * D;
-    float* O = a.partial(m, g * ratio + r, c);
-    if (D == 64)
-      weigh_values<R.value, 64>(P, v, k, count, D, O, apart);
-    else
-      weigh_values<R.value, 0>(P, v, k, count, D, O, apart);
-  });
+  for (int64_t j = low, end; j < high; j = end) {
+    end = a.run_end(j, high);
+    const C *v = a.values + a.place(m, g, j),
+            *ahead = a.keys + a.place(m, g, std::min(j + DECODE_KEYS, position));
+    in_fours([&](auto R, int64_t r) {
+      const float* P = scores + r * DECODE_KEYS + (j - low);
+      float* O = a.partial(m, g * ratio + r, c);
+      if (D == 64)
+        weigh_values<R.value, 64>(P, v, ahead, end - j, D, j == low, O, apart);
+      else
+        weigh_values<R.value, 0>(P, v, ahead, end - j, D, j == low, O, apart);
+    });
+  }
 }
 
 // Combines the partials of row m to its attention: out (heads, D)
 template <class C>
 void combine(const AttentionInputs<C>& a, int64_t m, float* out) {
-  const int64_t D = a.head_dim, first = a.first_key(m) / DECODE_KEYS, end = a.last_chunk() + 1;
+  const int64_t D = a.head_dim, first = a.first_key(m) / DECODE_KEYS,
+                end = a.lengths[m] / DECODE_KEYS + 1;
   for (int64_t h = 0; h < a.heads; ++h, out += D) {
     const float *most = a.most + (m * a.heads + h) * a.chunks,
                 *sum = a.sum + (m * a.heads + h) * a.chunks;

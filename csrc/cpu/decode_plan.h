@@ -68,13 +68,14 @@ struct DecodePlan {
                  const DecodeLinear& out, const DecodeLinear& gate, const DecodeLinear& up,
                  const DecodeLinear& down, OptionalTensor q_norm, OptionalTensor k_norm,
                  int64_t window, int rotary);
-  // bytes of workspace that `decode_step` needs for this many rows and cached tokens
-  int64_t workspace_bytes(int64_t rows, int64_t capacity) const;
+  // bytes of workspace that `decode_step` needs for this many rows, the longest with this many
+  // tokens, the new one included
+  int64_t workspace_bytes(int64_t rows, int64_t longest) const;
 };
 
 // decode_step.h
-void decode_step(const DecodePlan& plan, TensorView tokens, OptionalTensor starts, TensorView cache,
-                 int64_t length, const std::vector<TensorView>& rotary, TensorView workspace,
+void decode_step(const DecodePlan& plan, TensorView tokens, TensorView lengths, TensorView table,
+                 TensorView cache, const std::vector<TensorView>& rotary, TensorView workspace,
                  TensorView logits);
 
 }  // namespace fastlm

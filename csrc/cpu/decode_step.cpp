@@ -109,16 +109,15 @@ void DecodePlan::add_layer(const std::vector<OptionalTensor>& norms,
   layers.push_back(layer);
 }
 
-int64_t DecodePlan::workspace_bytes(int64_t rows, int64_t capacity) const {
-  FASTLM_RUN(decode_workspace, *this, rows, capacity, omp_get_max_threads());
+int64_t DecodePlan::workspace_bytes(int64_t rows, int64_t longest) const {
+  FASTLM_RUN(decode_workspace, *this, rows, longest, omp_get_max_threads());
   return 0;  // not reached
 }
 
-void decode_step(const DecodePlan& plan, TensorView tokens, OptionalTensor starts, TensorView cache,
-                 int64_t length, const std::vector<TensorView>& rotary, TensorView workspace,
+void decode_step(const DecodePlan& plan, TensorView tokens, TensorView lengths, TensorView table,
+                 TensorView cache, const std::vector<TensorView>& rotary, TensorView workspace,
                  TensorView logits) {
-  FASTLM_RUN(decode_step, plan, tokens, starts ? &*starts : nullptr, cache, length, rotary,
-             workspace, logits);
+  FASTLM_RUN(decode_step, plan, tokens, lengths, table, cache, rotary, workspace, logits);
 }
 
 }  // namespace fastlm

@@ -61,11 +61,11 @@ struct Arena {
 inline int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Divides up the workspace at `base` and returns its size; base null: only the size.
-inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t capacity, int threads, char* base,
+inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int threads, char* base,
                        DecodeWork& w) {
   Arena a{base};
   const int64_t q_width = p.heads * p.head_dim, kv_width = p.kv_heads * p.head_dim;
-  const int64_t chunks = (capacity + DECODE_KEYS - 1) / DECODE_KEYS, ratio = p.heads / p.kv_heads;
+  const int64_t chunks = (longest + DECODE_KEYS - 1) / DECODE_KEYS, ratio = p.heads / p.kv_heads;
   w.qkv = a.take<float>(rows * (q_width + 2 * kv_width));
   w.branch = a.take<float>(rows * p.hidden);
   w.inner = a.take<float>(rows * p.inner);
@@ -101,18 +101,19 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t capacity, int 
   return a.used;
 }
 
-inline int64_t decode_workspace(const DecodePlan& p, int64_t rows, int64_t capacity, int threads) {
+inline int64_t decode_workspace(const DecodePlan& p, int64_t rows, int64_t longest, int threads) {
   DecodeWork w;
-  return lay_out(p, rows, capacity, threads, nullptr, w);
+  return lay_out(p, rows, longest, threads, nullptr, w);
 }
 
 template <class C>
 struct DecodeStep {
   const DecodePlan& p;
   const DecodeWork& w;
-  const int64_t *tokens, *starts;  // starts: columns of padding, may be null
-  int64_t rows, capacity, length;  // length: cached tokens, without the new one
-  C* cache;                        // (layers, 2, rows, kv_heads, capacity, head_dim)
+  const int64_t *tokens, *lengths;  // lengths: cached tokens of each row, without the new one
+  const int32_t* table;             // (rows, max_pages)
+  int64_t rows, max_pages, pages, page_size, shortest, longest;
+  C* cache;  // (layers, 2, pages, kv_heads, page_size, head_dim)
   const float* const* rotary;
   int64_t rotary_width[8];
   float* logits;
@@ -250,13 +251,14 @@ struct DecodeStep {
 
   AttentionInputs<C> attention(size_t index) const {
     const DecodeLayer& layer = p.layers[index];
-    const int64_t plane = rows * p.kv_heads * capacity * p.head_dim;
+    const int64_t plane = pages * p.kv_heads * page_size * p.head_dim;
     AttentionInputs<C> a{};
     a.heads = p.heads, a.kv_heads = p.kv_heads, a.head_dim = p.head_dim;
     a.width = (p.heads + 2 * p.kv_heads) * p.head_dim;
     a.qkv = w.qkv, a.keys = cache + int64_t(index) * 2 * plane, a.values = a.keys + plane;
-    a.capacity = capacity, a.length = length + 1, a.window = layer.window, a.starts = starts;
-    a.chunks = (capacity + DECODE_KEYS - 1) / DECODE_KEYS, a.partials = w.partials;
+    a.table = table, a.max_pages = max_pages, a.page_size = page_size, a.lengths = lengths;
+    a.shortest = shortest, a.longest = longest, a.window = layer.window;
+    a.chunks = a.last_chunk() + 1, a.partials = w.partials;
     a.most = w.most, a.sum = w.sum;
     a.q_norm = layer.q_norm, a.k_norm = layer.k_norm, a.norm_whole = layer.norm_whole;
     a.eps = p.eps, a.scale = p.scale, a.softcap = p.softcap;
@@ -362,53 +364,61 @@ struct DecodeStep {
   }
 };
 
-inline void check_range(const char* argument, const int64_t* x, int64_t count, int64_t end) {
+template <class T>
+void check_range(const char* argument, const T* x, int64_t count, int64_t end) {
   for (int64_t i = 0; i < count; ++i)
     if (x[i] < 0 || x[i] >= end)
       throw std::invalid_argument(std::string(argument) + ": wanted values in [0, " +
                                   std::to_string(end) + "), got " + std::to_string(x[i]));
 }
 
-// tokens (M) int64; starts (M) int64 or absent: columns of padding before each sequence; cache
-// (layers, 2, M, kv_heads, capacity, head_dim), its first `length` columns filled, the next one
-// written here; rotary: cos, sin, cos, sin .. (positions, R) float32; logits (M, V) float32
-inline void decode_step(const DecodePlan& p, const TensorView& tokens, const TensorView* starts,
-                        const TensorView& cache, int64_t length,
+// tokens (M) int64; lengths (M) int64: cached tokens of each row; table (M, max_pages) int32: its
+// pages in order, none of which another row writes to; cache (layers, 2, pages, kv_heads, page_size,
+// head_dim), where each row's next key and value are written; rotary: cos, sin, cos, sin ..
+// (positions, R) float32; logits (M, V) float32
+inline void decode_step(const DecodePlan& p, const TensorView& tokens, const TensorView& lengths,
+                        const TensorView& table, const TensorView& cache,
                         const std::vector<TensorView>& rotary, const TensorView& workspace,
                         const TensorView& logits) {
-  const int64_t rows = tokens.numel(), capacity = cache.size(4);
+  const int64_t rows = tokens.numel(), pages = cache.size(2), page_size = cache.size(4);
   if (rows == 0) return;
-  check_contiguous("tokens", tokens), check_contiguous("cache", cache);
+  check_contiguous("tokens", tokens), check_contiguous("lengths", lengths);
+  check_contiguous("table", table), check_contiguous("cache", cache);
   check_contiguous("logits", logits);
   check_size("cache", "layers:", int64_t(p.layers.size()), cache.size(0));
-  check_size("cache", "rows:", rows, cache.size(2));
   check_size("cache", "heads:", p.kv_heads, cache.size(3));
   check_size("cache", "features:", p.head_dim, cache.size(5));
+  check_size("lengths", "elements:", rows, lengths.numel());
+  check_size("table", "rows:", rows, table.size(0));
   check_size("logits", "elements:", rows * p.head.n, logits.numel());
-  if (length < 0 || length >= capacity)
-    throw std::invalid_argument("length: wanted less than the cache's " + std::to_string(capacity) +
-                                " columns, got " + std::to_string(length));
+  const int64_t max_pages = table.size(1);
+  if (max_pages > 1 && page_size % 16)  // runs of scores are stored as whole vectors
+    throw std::invalid_argument("cache: wanted pages of a multiple of 16 tokens, got " +
+                                std::to_string(page_size));
   if (rotary.size() > 16) throw std::invalid_argument("rotary: wanted at most 8 pairs of tables");
-  if (starts) check_size("starts", "elements:", rows, starts->numel());
-  const int64_t *ids = tokens.data<int64_t>("tokens"),
-                *first = starts ? starts->data<int64_t>("starts") : nullptr;
+  const int64_t *ids = tokens.data<int64_t>("tokens"), *cached = lengths.data<int64_t>("lengths");
+  const int32_t* page_of = table.data<int32_t>("table");
   check_range("tokens", ids, rows, p.embedding.n);
-  if (first) check_range("starts", first, rows, length + 1);
+  check_range("lengths", cached, rows, max_pages * page_size);
+  for (int64_t m = 0; m < rows; ++m)  // later entries are not read
+    check_range("table", page_of + m * max_pages, cached[m] / page_size + 1, pages);
+  const int64_t shortest = *std::min_element(cached, cached + rows) + 1,
+                longest = *std::max_element(cached, cached + rows) + 1;
   const int threads = omp_get_max_threads();
   DecodeWork work;
-  const int64_t bytes = lay_out(p, rows, capacity, threads, nullptr, work);
+  const int64_t bytes = lay_out(p, rows, longest, threads, nullptr, work);
   char* base = reinterpret_cast<char*>(workspace.data<uint8_t>("workspace"));
   char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(base) + 63) / 64 * 64);
   if (aligned - base + bytes > workspace.numel())
     throw std::invalid_argument("workspace: wanted " + std::to_string(bytes + 64) + " bytes, got " +
                                 std::to_string(workspace.numel()));
-  lay_out(p, rows, capacity, threads, aligned, work);
+  lay_out(p, rows, longest, threads, aligned, work);
   const float* tables[16] = {};
   int64_t widths[8] = {};
   for (size_t i = 0; i < rotary.size(); ++i) {
     check_contiguous("rotary", rotary[i]);
-    if (rotary[i].size(0) <= length)
-      throw std::invalid_argument("rotary: wanted tables of more than " + std::to_string(length) +
+    if (rotary[i].size(0) < longest)
+      throw std::invalid_argument("rotary: wanted tables of at least " + std::to_string(longest) +
                                   " positions, got " + std::to_string(rotary[i].size(0)));
     tables[i] = rotary[i].data<float>("rotary");
     widths[i / 2] = rotary[i].size(1);
@@ -421,8 +431,9 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
   float* out = logits.data<float>("logits");
   with_float(cache.dtype(), "cache", [&](auto tag) {
     using C = decltype(tag);
-    DecodeStep<C> step{p,      work, ids, first, rows, capacity, length, cache.data<C>("cache"),
-                       tables, {},   out};
+    DecodeStep<C> step{p,         work,  ids,       cached,   page_of, rows,
+                       max_pages, pages, page_size, shortest, longest, cache.data<C>("cache"),
+                       tables,    {},    out};
     std::copy(widths, widths + 8, step.rotary_width);
     Phases phases(step);
 #pragma omp parallel num_threads(threads) firstprivate(step)

@@ -75,7 +75,7 @@ class Plan:
     def __init__(self, model: "CausalLM"):
         self.tensors = [t.detach() for t in _tensors(model)]
         self.copies: list[tuple[Tensor, Tensor, float]] = []  # copy == source.float() + offset
-        self.state = _state(model)
+        self.state = state_of(model)
         self.packs = packs(model)
         config, decoder = model.config, model.model
         embedding = self._linear(decoder.embed_tokens, None, 16, packs=False)
@@ -145,7 +145,7 @@ class Plan:
     def follows(self, model: "CausalLM") -> bool:
         """Whether the plan still matches the model. Norms and biases are compared by value, since
         writing to ``p.data`` (averaged weights, say) leaves no trace."""
-        return self.state == _state(model) and all(
+        return self.state == state_of(model) and all(
             torch.equal(copy, source.float() + offset) for copy, source, offset in self.copies
         )
 
@@ -221,9 +221,9 @@ def _tensors(model: "CausalLM") -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _state(model: "CausalLM") -> tuple:
-    """What a plan was built from: the config, how activations are rounded, where each tensor is
-    stored and how often it was written to."""
+def state_of(model: "CausalLM") -> tuple:
+    """What a plan was built from, equal as long as the model is the same: the config, how
+    activations are rounded, where each tensor is stored and how often it was written to."""
     written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
     act_bits = [getattr(m, "act_bits", 16) for m in model.modules()]
     return dict(vars(model.config)), act_bits, written
@@ -242,27 +242,71 @@ def plan_of(model: "CausalLM") -> Plan | None:
     return plan
 
 
+class PagedSteps:
+    """Decode steps of rows whose keys and values are in pages: ``data`` (layers, 2, pages, Hkv,
+    page_size, D)."""
+
+    def __init__(self, model: "CausalLM", plan: Plan, data: Tensor):
+        self.plan, self.data, self.vocab = plan, data, model.config.vocab_size
+        self.workspace = torch.empty(0, dtype=torch.uint8)
+
+    def logits(
+        self, tokens: Tensor, lengths: Tensor, table: Tensor, *, context: int | None = None
+    ) -> Tensor:
+        """(B,) int64 tokens, after ``lengths`` (B,) int64 cached ones -> (B, V) float32.
+
+        ``table`` (B, P) int32: the pages of each row, in order; entries beyond its last are not
+        read. Each row's key and value are written behind its cached ones. ``context``: the length
+        that rotary frequencies depend on, where they do; by default the longest row's.
+        """
+        torch.get_num_threads()  # passes torch's number of threads to OpenMP
+        plan, longest = self.plan, int(lengths.max()) + 1
+        rows = tokens.shape[0]
+        wanted = plan.cpp.workspace_bytes(rows, longest) + 64
+        if self.workspace.numel() < wanted:  # the first step, more keys, or more threads
+            room = self.data.shape[-2] * table.shape[1]
+            wanted = plan.cpp.workspace_bytes(rows, min(max(2 * longest, 256), room)) + 64
+            self.workspace = torch.empty(wanted, dtype=torch.uint8)
+        rotary = [t for r in plan.rotary for t in r.tables(context or longest, tokens.device)]
+        out = torch.empty(rows, self.vocab)
+        backend.cpu_extension.decode_step(
+            plan.cpp, tokens, lengths, table, self.data, rotary, self.workspace, out
+        )
+        return out
+
+
 class Steps:
-    """The decode steps of one generation. `starts`: padding columns before each row, or None."""
+    """The decode steps of one generation. ``cache`` holds the prompts and belongs to this object
+    from the first step on: each row is a page, and its keys move to the page's beginning. `starts`:
+    padding columns before each row, or None.
+    """
 
     def __init__(self, model: "CausalLM", plan: Plan, cache: KVCache, starts: Tensor | None):
-        self.plan, self.cache = plan, cache
-        self.starts = None if starts is None else starts.long().contiguous()
-        self.vocab = model.config.vocab_size
-        self.workspace = torch.empty(0, dtype=torch.uint8)
+        self.model, self.plan, self.cache, self.starts = model, plan, cache, starts
+        self.begin()
+
+    def begin(self) -> None:
+        """Make the cache's tokens, which the modules wrote, those of the next step."""
+        self.lengths: Tensor | None = None
+
+    def shrink(self, at: Tensor) -> None:
+        """Go on with these rows, after the cache did."""
+        self.starts = None if self.starts is None else self.starts[at]
+        self.lengths = None if self.lengths is None else self.lengths[at]
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        data = self.cache.data
+        self.steps = PagedSteps(self.model, self.plan, data)
+        self.table = torch.arange(data.shape[2], dtype=torch.int32)[:, None]
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B,) int64 tokens, after those in the cache -> (B, V) float32."""
-        torch.get_num_threads()  # passes torch's number of threads to OpenMP
-        cache, plan = self.cache, self.plan
-        rows, length = tokens.shape[0], cache.length
-        wanted = plan.cpp.workspace_bytes(rows, cache.capacity) + 64
-        if self.workspace.numel() < wanted:  # the first step, or more threads than before
-            self.workspace = torch.empty(wanted, dtype=torch.uint8)
-        rotary = [t for r in plan.rotary for t in r.tables(length + 1, tokens.device)]
-        out = torch.empty(rows, self.vocab)
-        backend.cpu_extension.decode_step(
-            plan.cpp, tokens, self.starts, cache.data, length, rotary, self.workspace, out
-        )
-        cache.length = length + 1
+        if self.lengths is None:
+            self.lengths = self.cache.align(self.starts)
+            self._lay_out()
+        self.cache.length += 1
+        context = self.cache.length  # padding included, as where the modules computed the prompt
+        out = self.steps.logits(tokens, self.lengths, self.table, context=context)
+        self.lengths += 1
         return out

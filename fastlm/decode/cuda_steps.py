@@ -25,8 +25,8 @@ from torch import Tensor
 from fastlm import backend
 from fastlm.backend import serves_by
 from fastlm.decode import cpu_steps
+from fastlm.decode.paged_call import PagedCall
 from fastlm.model.layers import Call, Fused, KVCache
-from fastlm.ops import paged_append, paged_attention, rope
 from fastlm.quant.modules import QuantizedEmbedding
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _stream(replays_on: torch.cuda.Stream) -> torch.cuda.Stream:
     return torch.cuda.Stream(replays_on.device)
 
 
-class Steps:
+class Steps(PagedCall):
     """The decode steps of one generation. `cache` holds the prompts and belongs to this object from
     the first step on. `starts`: number of padding columns before each row, or None.
     """
@@ -99,16 +99,10 @@ class Steps:
 
     def _begin(self, tokens: Tensor) -> None:
         cache, device = self.cache, tokens.device
-        rows, length = tokens.shape[0], cache.length
-        positions = torch.full((rows, 1), length, dtype=torch.int32, device=device)
-        if self.starts is not None:  # move every row's keys to begin at column 0
-            for row, start in enumerate(self.starts.tolist()):
-                if start:
-                    kept = cache.data[:, :, row, :, start:length].clone()
-                    cache.data[:, :, row, :, : length - start] = kept
-            positions -= self.starts[:, None].int()
+        rows = tokens.shape[0]
+        positions = cache.align(self.starts).int()[:, None]
         self.tokens, self.positions = tokens[:, None].clone(), positions
-        self.pages = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+        self.table = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
         # (B, capacity, Hkv, D)
         self.keys_and_values = [[t.transpose(1, 2) for t in layer] for layer in cache.layers]
         # kept here: `RotaryTables` may replace them with longer ones
@@ -146,23 +140,3 @@ class Steps:
         logits = self.model.logits(self.model.model(self.tokens, call)[:, -1])
         self.positions += 1
         return logits
-
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        keys, values = self.keys_and_values[layer]
-        places = keys, values, self.pages, self.positions
-        tables = self.rotary[layer]
-        if tables is not None and any(serves_by(b, "rope", q) for b in ("cuda", "simt")):
-            from fastlm.cuda.rope_append import rope_append
-
-            q = rope_append(q, k, v, *tables, *places)
-        else:
-            if tables is not None:
-                now = self.positions.long()
-                cos, sin = (t[now] for t in tables)
-                q, k = q.transpose(1, 2), k.transpose(1, 2)
-                q, k = rope(q, k, cos, sin, rotary_dim=cos.shape[-1])
-                q, k = q.transpose(1, 2), k.transpose(1, 2)
-            paged_append(k, v, *places)
-        out = paged_attention(q, keys, values, self.pages, self.lengths, **options)
-        assert isinstance(out, Tensor)  # a pair only with return_lse
-        return out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlm.decode import cpu_steps, cuda_steps
-from fastlm.decode.sampling import Sampling, make_generators, penalise
+from fastlm.decode.sampling import Adjustments, Sampling, make_generators
 from fastlm.errors import InputError
 from fastlm.model.layers import KVCache
 
@@ -58,14 +58,9 @@ class _Decoding:
         elif cuda_steps.why_not(model) is None:
             self.steps_of = cuda_steps.Steps(model, self.cache, starts)
         self.regime = None
-        self.seen = None
-        if sampling.repetition_penalty != 1.0:
-            self.seen = torch.zeros(
-                rows, model.config.vocab_size, dtype=torch.bool, device=ids.device
-            )
-            present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-            row = torch.arange(rows, device=ids.device)[:, None].expand_as(ids)
-            self.seen[row[present], ids.long()[present]] = True
+        self.adjustments = None
+        if sampling.adjusts:
+            self.adjustments = Adjustments(sampling, ids, mask, model.config.vocab_size)
 
     @property
     def can_shrink(self) -> bool:
@@ -77,9 +72,10 @@ class _Decoding:
         self.ids, self.cache.data = self.ids[at], self.cache.data[:, :, at]
         self.cache.layers = [layer.unbind() for layer in self.cache.data]
         self.mask = None if self.mask is None else self.mask[at]
-        self.seen = None if self.seen is None else self.seen[at]
-        if isinstance(self.steps_of, cpu_steps.Steps) and self.steps_of.starts is not None:
-            self.steps_of.starts = self.steps_of.starts[at]
+        if self.adjustments is not None:
+            self.adjustments.keep(at)
+        if isinstance(self.steps_of, cpu_steps.Steps):
+            self.steps_of.shrink(at)
 
     @torch.inference_mode()
     def step(self, generators: Sequence[torch.Generator]) -> Tensor:
@@ -89,6 +85,8 @@ class _Decoding:
         regime = self.model.model.regime(self.length)
         if regime != self.regime:  # other rotary frequencies: the cached keys no longer match
             self.cache.length, self.regime = 0, regime
+            if isinstance(self.steps_of, cpu_steps.Steps):
+                self.steps_of.begin()
         new = self.ids[:, self.cache.length : self.length]
         mask = self.mask
         if mask is not None and mask.shape[1] < self.length:
@@ -99,12 +97,12 @@ class _Decoding:
             logits = self.model.next_logits(new, self.cache, mask)
         else:
             logits = self.first_logits(new, mask)
-        if self.seen is not None:
-            logits = penalise(logits.float(), self.seen, self.sampling.repetition_penalty)
+        if self.adjustments is not None:
+            logits = self.adjustments.apply(logits)
         self.logits = logits
         token = self.sampling.choose(logits, generators)
-        if self.seen is not None:
-            self.seen.scatter_(1, token[:, None], True)
+        if self.adjustments is not None:
+            self.adjustments.add(token)
         self.ids[:, self.length] = token
         self.length += 1
         return token
@@ -287,7 +285,7 @@ def generate_text(
     `stop_ids` end it, too, and are not part of the text.
     """
     _check_steps(max_new_tokens)
-    text = _Text(tokenizer, _checked_stops(stop))
+    text = AnswerText(tokenizer, checked_stops(stop))
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     batch, mask, _ = _batch(model, [ids], None)
     own = frozenset() if ignore_eos else tokenizer.stop_ids
@@ -302,7 +300,7 @@ def _check_steps(count: Any) -> None:
 
 def _pieces(
     model: "CausalLM",
-    text: "_Text",
+    text: "AnswerText",
     ids: Tensor,
     mask: Tensor | None,
     max_new_tokens: int,
@@ -355,8 +353,8 @@ def generate_texts(
 
     `on_text` is called with (row, piece of text). `on_token` is called before it, as in `generate`.
     """
-    stops = _checked_stops(stop)
-    texts = [_Text(tokenizer, stops) for _ in prompts]
+    stops = checked_stops(stop)
+    texts = [AnswerText(tokenizer, stops) for _ in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
     own = frozenset() if ignore_eos else tokenizer.stop_ids
     ends = _end_ids(model, stop_ids, ignore_eos) | own
@@ -393,14 +391,14 @@ def generate_texts(
     return results
 
 
-def _checked_stops(stop: str | Sequence[str]) -> list[str]:
+def checked_stops(stop: str | Sequence[str]) -> list[str]:
     stops = [stop] if isinstance(stop, str) else list(stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise InputError(f"stop: wanted strings of at least one character, got {stop!r}")
     return stops
 
 
-class _Text:
+class AnswerText:
     """The text of a row, token by token; text that may become a stop string is held back."""
 
     def __init__(self, tokenizer: "Tokenizer", stops: list[str]):

@@ -1,6 +1,6 @@
 """From logits to the next token: penalties, filters, and draws that a seed reproduces.
 
-The order is transformers': repetition penalty, temperature, top-k, top-p, min-p. Filters work on
+The order is transformers': penalties and biases, temperature, top-k, top-p, min-p. Filters work on
 candidates sorted by logit, so that a draw is one uniform number against a cumulative sum.
 Rejected: masking the vocabulary with -inf and ``torch.multinomial`` over it; at V = 49152 a full
 sort takes longer than a layer, and the draw depends on the device.
@@ -32,6 +32,9 @@ class Sampling:
     min_p: only those at least min_p as likely as the likeliest.
     repetition_penalty: logits of tokens already in the row are divided by it where positive,
     multiplied where negative.
+    presence_penalty: taken off the logits of tokens that the answer already has.
+    frequency_penalty: likewise, once for each time that it has them.
+    logit_bias: pairs of a token and what is added to its logit.
     """
 
     temperature: float = 1.0
@@ -39,6 +42,9 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         checks = (
@@ -60,10 +66,27 @@ class Sampling:
                 *("repetition_penalty", self.repetition_penalty),
                 *(0 < _number(self.repetition_penalty) < math.inf, "> 0"),
             ),
+            *(
+                (name, value, math.isfinite(_number(value)), "a finite number")
+                for name in ("presence_penalty", "frequency_penalty")
+                for value in (getattr(self, name),)
+            ),
+            (
+                "logit_bias",
+                self.logit_bias,
+                isinstance(self.logit_bias, tuple) and all(map(_is_bias, self.logit_bias)),
+                "pairs of a token id >= 0 and a finite number",
+            ),
         )
         for name, value, good, wanted in checks:
             if not good:
                 raise InputError(f"{name}: wanted {wanted}, got {value!r}")
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `Adjustments` change any logits."""
+        plain = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return plain != (1.0, 0.0, 0.0) or bool(self.logit_bias)
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that may be drawn: probabilities (B, C) float64, descending, 0 after a row's
@@ -144,6 +167,56 @@ def _drawn(scaled: Tensor, u: Tensor) -> Tensor:
     return (block * _BLOCK + place)[:, 0]
 
 
+class Adjustments:
+    """Penalties and biases of rows that share a `Sampling`, and the tokens that they depend on.
+
+    ``ids`` (B, T): the prompts; ``mask`` (B, T) is 0 where they are padding. InputError: a biased
+    token that the vocabulary lacks.
+    """
+
+    def __init__(self, sampling: Sampling, ids: Tensor, mask: Tensor | None, vocab: int):
+        self.sampling = sampling
+        rows, device = len(ids), ids.device
+        self.bias = None
+        if sampling.logit_bias:
+            tokens = [token for token, _ in sampling.logit_bias]
+            if max(tokens) >= vocab:
+                raise InputError(f"logit_bias: wanted ids in [0, {vocab}), got {max(tokens)}")
+            self.bias = torch.zeros(vocab, device=device)
+            for token, bias in sampling.logit_bias:
+                self.bias[token] += bias
+        self.seen = self.counts = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
+            present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            row = torch.arange(rows, device=device)[:, None].expand_as(ids)
+            self.seen[row[present], ids.long()[present]] = True
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self.counts = torch.zeros(rows, vocab, device=device)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """(B, V) -> new logits (B, V) float32."""
+        logits = logits.float()
+        if self.seen is not None:
+            logits = penalise(logits, self.seen, self.sampling.repetition_penalty)
+        if self.counts is not None:
+            per_token = self.counts * self.sampling.frequency_penalty
+            logits = logits - per_token - (self.counts > 0) * self.sampling.presence_penalty
+        return logits if self.bias is None else logits + self.bias
+
+    def add(self, tokens: Tensor) -> None:
+        """Count the new token of each row, (B,)."""
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        if self.counts is not None:
+            self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.seen = None if self.seen is None else self.seen[rows]
+        self.counts = None if self.counts is None else self.counts[rows]
+
+
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens in `seen` (B, V) bool less likely in (B, V) logits (CTRL, arXiv:1909.05858).
 
@@ -171,6 +244,12 @@ def _number(value: object) -> float:
     """The value as float, or NaN, which fails every comparison, if it is not a number."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if good else math.nan  # type: ignore[arg-type]
+
+
+def _is_bias(pair: object) -> bool:
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        return False
+    return _whole(pair[0]) >= 0 and math.isfinite(_number(pair[1]))
 
 
 def _whole(value: object) -> float:

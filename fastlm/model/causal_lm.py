@@ -23,7 +23,7 @@ from fastlm.checkpoint.folder import base_of, is_adapter, load_state, locate_mod
 from fastlm.errors import InputError
 from fastlm.model.architectures import expected_shapes
 from fastlm.model.config import ModelConfig
-from fastlm.model.layers import Call, Decoder, KVCache, RMSNorm
+from fastlm.model.layers import Cache, Call, Decoder, RMSNorm
 from fastlm.model.lora import LoraConfig, check_plain, merge_lora
 from fastlm.ops import linear_cross_entropy, linear_logprobs, quantized_linear
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -207,7 +207,7 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         logits_to_keep: int = 0,
     ) -> Output:
         """Return ``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without logits in memory
@@ -274,7 +274,7 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         keys: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return what the head multiplies, (B, S, E): the last layer's output, normed. Arguments
@@ -344,13 +344,19 @@ class CausalLM(nn.Module):
         )
 
     def next_logits(
-        self, input_ids: Tensor, cache: KVCache, attention_mask: Tensor | None
+        self,
+        input_ids: Tensor,
+        cache: Cache,
+        attention_mask: Tensor | None,
+        *,
+        head: bool = True,
     ) -> Tensor:
-        """Run a step of generation: checked new ids (B, S), after those in the cache -> (B, V)."""
+        """Run a step of generation: checked new ids (B, S), after those in the cache -> (B, V).
+        Without `head`, only fill the cache: the result has no columns."""
         hidden = self._hidden(
             input_ids, cache.length, None, None, attention_mask, cache, fused=True
         )
-        return self.logits(hidden[:, -1])
+        return self.logits(hidden[:, -1]) if head else hidden[:, -1, :0]
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Raise InputError unless these are (B, S) integers and, where values can be read cheaply,
@@ -378,7 +384,7 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         fused: bool = False,
         keys: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:

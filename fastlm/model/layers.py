@@ -78,6 +78,33 @@ class KVCache:
         end = self.length + count
         return keys.narrow(2, 0, end).to(k.dtype), values.narrow(2, 0, end).to(v.dtype)
 
+    def align(self, starts: Tensor | None) -> Tensor:
+        """Move each row's keys and values to begin at column 0, not after ``starts`` (B,) columns
+        of padding. Return each row's number of them, (B,) int64.
+        """
+        rows = self.data.shape[2]
+        lengths = torch.full((rows,), self.length, device=self.data.device)
+        if starts is None:
+            return lengths
+        for row, start in enumerate(starts.tolist()):
+            if start:
+                kept = self.data[:, :, row, :, start : self.length].clone()
+                self.data[:, :, row, :, : self.length - start] = kept
+        return lengths - starts
+
+
+class Cache(Protocol):
+    """Where a forward call finds the tokens before its own: `KVCache`, or the pages of a sequence
+    (`fastlm.decode.pages.SequenceCache`)."""
+
+    data: Tensor
+    capacity: int
+    length: int
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, Hkv, S, D). Return all keys and values so far, (B, Hkv, T, D)."""
+        ...
+
 
 class Step(Protocol):
     """One token per row, at positions stored only on the device (`fastlm.decode.cuda_steps`)."""
@@ -94,7 +121,7 @@ class Call:
     """What all layers of one forward call share."""
 
     cu_seqlens: Tensor | None
-    cache: KVCache | None
+    cache: Cache | None
     visible: Tensor | None  # (B, 1, 1, T) bool: columns that hold a token
     # per layer: cos, sin, (S, R) or (B, S, R), or None for a layer without positions
     rotary: list[tuple[Tensor, Tensor] | None]

@@ -1,0 +1,148 @@
+"""The state of one request in an engine, from its prompt to its last token."""
+
+import time
+from collections.abc import Sequence as Tokens
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastlm.decode.generation import AnswerText
+from fastlm.decode.pages import page_keys
+from fastlm.decode.sampling import Adjustments
+from fastlm.serve.requests import FinishReason, Listener, Piece, Request, Result, TokenLogprob
+
+if TYPE_CHECKING:
+    from fastlm.tokenizer.tokenizer import Tokenizer
+
+
+class Sequence:
+    """``tokens``: the prompt and what was drawn. The first ``computed`` of them have keys and
+    values in ``pages``. ``room``: the most tokens that may be drawn.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        request: Request,
+        listener: Listener,
+        *,
+        tokenizer: "Tokenizer | None",
+        ends: frozenset[int],
+        room: int,
+        vocab: int,
+    ):
+        self.id, self.request, self.listener = id, request, listener
+        self.ends, self.room = ends, room
+        self.tokens = list(request.prompt)
+        self.prompt_length = len(self.tokens)
+        self.pages: list[int] = []
+        self.computed = self.cached = 0
+        self.keys = page_keys(self.tokens)
+        self.submitted = time.monotonic()
+        self.cancelled = False
+        self.generator = torch.Generator("cpu")
+        if request.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(request.seed)
+        self.adjustments = None
+        if request.sampling.adjusts:
+            self.adjustments = Adjustments(
+                request.sampling, torch.tensor([self.tokens]), None, vocab
+            )
+        self.constraint = None if request.constraint is None else request.constraint()
+        self.text = None if tokenizer is None else AnswerText(tokenizer, list(request.stop))
+
+    @property
+    def prompt(self) -> Tokens[int]:
+        return self.request.prompt
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its prompt is computed."""
+        return self.computed >= self.prompt_length
+
+    @property
+    def late(self) -> bool:
+        deadline = self.request.deadline
+        return deadline is not None and time.monotonic() - self.submitted >= deadline
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """(1, V) of the model -> (1, V) float32 after penalties, biases and grammar."""
+        logits = logits.float()
+        if self.adjustments is not None:
+            logits = self.adjustments.apply(logits)
+        if self.constraint is not None:
+            mask = self.constraint.mask()
+            known = torch.zeros(logits.shape[1], dtype=torch.bool)
+            known[: len(mask)] = mask[: logits.shape[1]]
+            logits = logits.masked_fill(~known.to(logits.device), -torch.inf)
+        return logits
+
+    def logprob(self, logits: Tensor, token: int) -> TokenLogprob:
+        """What the request wants to know of the token drawn from (1, V) `logits`."""
+        logp = torch.log_softmax(logits / (self.request.sampling.temperature or 1.0), -1)[0]
+        top: list[tuple[int, float]] = []
+        if self.request.logprobs:
+            values, ids = logp.topk(min(self.request.logprobs, len(logp)))
+            top = list(zip(ids.tolist(), values.tolist(), strict=True))
+        return TokenLogprob(token, logp[token].item(), top)
+
+    def add(self, token: int, logprob: TokenLogprob | None) -> bool:
+        """Take the token that was drawn and tell the listener. Whether it was the last one."""
+        self.tokens.append(token)
+        ended = token in self.ends
+        if self.adjustments is not None:
+            self.adjustments.add(torch.tensor([token]))
+        if self.constraint is not None and not ended:
+            self.constraint.accept(token)
+        text = ""
+        if self.text is not None and not ended:
+            text = self.text.push(token)
+            ended = self.text.stopped
+        told = [] if logprob is None else [logprob]
+        if ended or len(self.tokens) - self.prompt_length >= self.room:
+            self.end("stop" if ended else "length", tokens=[token], text=text, logprobs=told)
+            return True
+        self.listener(Piece([token], text, told))
+        return False
+
+    def end(
+        self,
+        reason: FinishReason,
+        error: str | None = None,
+        *,
+        tokens: Tokens[int] = (),
+        text: str = "",
+        logprobs: Tokens[TokenLogprob] = (),
+    ) -> None:
+        """Tell the listener the last piece: text that was held back, and why it ends."""
+        if self.text is not None and not self.text.stopped:
+            text += self.text.flush()
+        self.listener(
+            Piece(
+                list(tokens), text, list(logprobs), reason, error, self.cached, self.prompt_length
+            )
+        )
+
+
+class Collected:
+    """A listener that joins the pieces of an answer to a `Result`."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.result: Result | None = None
+
+    def __call__(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        if piece.finish_reason is not None:
+            self.result = Result(
+                [token for p in self.pieces for token in p.tokens],
+                "".join(p.text for p in self.pieces),
+                [logprob for p in self.pieces for logprob in p.logprobs],
+                piece.finish_reason,
+                piece.prompt_tokens,
+                piece.cached_tokens,
+                piece.error,
+            )

@@ -1,0 +1,348 @@
+"""The engine against one request alone, against `generate`, and when pages or patience run out."""
+
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from families import CASES, SMALL
+
+import fastlm
+from fastlm.decode.pages import PAGE, Pages, page_keys
+from fastlm.decode.sampling import Sampling
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.model.lora import add_lora
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import QueueFull, Request
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def model_of(case="llama", **changes):
+    options = {**SMALL, "max_position_embeddings": 512, **CASES[case], **changes}
+    config = ModelConfig.from_dict({"model_type": case.split("-")[0], **options})
+    return CausalLM(config, seed=4, scaled_residual=False).eval()
+
+
+def requests_of(count, *, longest=200, seed=0, **options):
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(count):
+        length = int(torch.randint(1, longest, (), generator=g))
+        prompt = torch.randint(0, 97, (length,), generator=g).tolist()
+        settings = {"max_new_tokens": 12, "seed": 100 + i, "logprobs": 2, **options}
+        out.append(Request(prompt, **settings))
+    return out
+
+
+def told(result):
+    return result.tokens, [(t.token, t.logprob, t.top) for t in result.logprobs]
+
+
+@pytest.mark.parametrize("format", [None, "w4a16", "w8a8"])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3"])
+def test_an_answer_is_the_same_in_any_company(case, format):
+    """Tokens and log-probabilities to the bit: alone, beside others, with few tokens per step, and
+    when pages run so short that requests are computed again."""
+    model = model_of(case)
+    if format:
+        model = fastlm.quantize(model, format, group_size=16)
+    shared = torch.arange(140).remainder(97).tolist()
+    requests = requests_of(6)
+    requests += [Request(shared + r.prompt[:9], 30, seed=7, logprobs=1) for r in requests[:3]]
+    requests += [Request([i] * 50, 90, seed=i, logprobs=0) for i in range(3)]  # grow by two pages
+    alone = [told(Engine(model, prefix_cache=False).generate([r])[0]) for r in requests]
+    assert all(len(tokens) > 3 for tokens, _ in alone)
+    for options in (
+        {},
+        {"max_tokens_per_step": 1},
+        {"max_tokens_per_step": 1000, "max_rows": 2},
+        {"pages": 7},
+        {"prefix_cache": False, "pages": 9},
+    ):
+        engine = Engine(model, **options)
+        order = torch.randperm(9, generator=torch.Generator().manual_seed(1)).tolist()
+        order = [*order, 9, 10, 11]
+        together = engine.generate([requests[i] for i in order])
+        assert [told(r) for r in together] == [alone[i] for i in order]
+        stats = engine.stats()
+        assert stats.pages_used == stats.running == stats.waiting == 0
+        if options.get("pages") == 7:
+            assert stats.preemptions > 0
+        again = engine.generate(requests)  # now with all prompts cached
+        assert [told(r) for r in again] == alone
+
+
+def test_it_gives_what_generate_gives():
+    model = model_of("mistral")
+    requests = requests_of(8, longest=40, logprobs=0)
+    for sampling in (Sampling(temperature=0.0), Sampling(), Sampling(top_p=0.8)):
+        ours = Engine(model).generate(
+            [Request(r.prompt, 12, sampling, seed=5 + i) for i, r in enumerate(requests)]
+        )
+        theirs = fastlm.decode.generation.generate(
+            model, [r.prompt for r in requests], max_new_tokens=12, sampling=sampling, seed=5
+        )
+        assert [[*r.prompt, *o.tokens] for r, o in zip(requests, ours, strict=True)] == theirs
+
+
+def test_prompts_that_are_equal_are_computed_once():
+    model = model_of()
+    prompt = torch.arange(150).remainder(97).tolist()
+    engine = Engine(model, max_tokens_per_step=512)
+    results = engine.generate([Request(prompt, 5, seed=i) for i in range(8)])
+    assert len({tuple(r.tokens) for r in results}) > 1
+    assert engine.stats().prompt_tokens == 150
+    assert [r.cached_tokens for r in results] == [0] + 7 * [128]
+    # the last token of a prompt that is cached as a whole is computed again: its logits are wanted
+    whole = Engine(model)
+    first = whole.generate([Request(prompt[:128], 5, seed=1)])
+    (second,) = whole.generate([Request(prompt[:128], 5, seed=1)])
+    assert second.tokens == first[0].tokens and second.cached_tokens == 64
+
+
+def test_weights_that_change_are_noticed():
+    model = model_of()
+    prompt = torch.arange(150).remainder(97).tolist()
+    engine = Engine(model)
+    before = engine.generate([Request(prompt, 8, Sampling(temperature=0))])
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(-1)
+    (after,) = engine.generate([Request(prompt, 8, Sampling(temperature=0))])
+    assert after.cached_tokens == 0 and after.tokens != before[0].tokens
+    assert (
+        after.tokens
+        == Engine(model).generate([Request(prompt, 8, Sampling(temperature=0))])[0].tokens
+    )
+
+
+def test_models_whose_steps_go_through_their_modules():
+    model = model_of()
+    wanted = [r.tokens for r in Engine(model).generate(requests_of(5))]
+    with fastlm.use_backend("reference"):
+        got = [r.tokens for r in Engine(model).generate(requests_of(5))]
+    assert got == wanted
+    add_lora(model, 4)
+    assert [r.tokens for r in Engine(model).generate(requests_of(5))] == wanted
+
+
+def test_ends_and_lengths():
+    prompt = [5, 6, 7]
+    (free,) = Engine(model_of()).generate([Request(prompt, 400, seed=2, ignore_eos=True)])
+    assert len(free.tokens) == 400 and free.finish_reason == "length"
+    end = free.tokens[30]
+    place = free.tokens.index(end)
+    model = model_of(eos_token_id=end)
+    (ended,) = Engine(model).generate([Request(prompt, 400, Sampling(), seed=2)])
+    assert ended.tokens == free.tokens[: place + 1] and ended.finish_reason == "stop"
+    stop = frozenset({free.tokens[4]})
+    (stopped,) = Engine(model).generate(
+        [Request(prompt, 400, Sampling(), seed=2, stop_ids=stop, ignore_eos=True)]
+    )
+    assert len(stopped.tokens) <= 5 and stopped.finish_reason == "stop"
+    (full,) = Engine(model).generate([Request(prompt, 10**6, seed=2, ignore_eos=True)])
+    assert len(full.tokens) == 512 - 3 and full.finish_reason == "length"
+
+
+def test_penalties_and_biases():
+    model = model_of()
+    prompt, plain = [5, 6, 7], Sampling(temperature=0.0)
+    (free,) = Engine(model).generate([Request(prompt, 20, plain)])
+    banned = Sampling(temperature=0.0, logit_bias=((free.tokens[0], -100.0),))
+    (other,) = Engine(model).generate([Request(prompt, 20, banned)])
+    assert free.tokens[0] not in other.tokens
+    forced = Sampling(temperature=0.0, logit_bias=((11, 1000.0),))
+    assert Engine(model).generate([Request(prompt, 4, forced)])[0].tokens == [11] * 4
+    never_twice = Sampling(temperature=0.0, presence_penalty=1e4)
+    (each,) = Engine(model).generate([Request(prompt, 60, never_twice, ignore_eos=True)])
+    assert len(set(each.tokens)) == 60
+    counted = Sampling(temperature=0.0, frequency_penalty=1e4)
+    (even,) = Engine(model).generate([Request(prompt, 194, counted, ignore_eos=True)])
+    assert sorted(even.tokens) == sorted([*range(97)] * 2)
+    both = Sampling(temperature=0.7, repetition_penalty=1.4, frequency_penalty=0.3)
+    (ours,) = Engine(model).generate([Request(prompt, 20, both, seed=3)])
+    theirs = fastlm.decode.generation.generate(
+        model, [prompt], max_new_tokens=20, sampling=both, seed=3
+    )
+    assert theirs[0][3:] == ours.tokens
+
+
+def test_logprobs():
+    model = model_of()
+    for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.6, top_k=5)):
+        (result,) = Engine(model).generate([Request([5, 6], 6, sampling, seed=1, logprobs=3)])
+        with torch.inference_mode():
+            logits = model(torch.tensor([[5, 6, *result.tokens[:-1]]])).logits[0, 1:]
+        logp = (logits / (sampling.temperature or 1)).log_softmax(-1)
+        for row, found in zip(logp, result.logprobs, strict=True):
+            assert found.logprob == pytest.approx(row[found.token].item(), abs=1e-4)
+            values, ids = row.topk(3)
+            assert [i for i, _ in found.top] == ids.tolist()
+            assert [p for _, p in found.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+class Fixed:
+    """A grammar with one sentence."""
+
+    def __init__(self, tokens):
+        self.tokens, self.taken = tokens, []
+
+    def mask(self):
+        mask = torch.zeros(97, dtype=torch.bool)
+        mask[self.tokens[len(self.taken)]] = True
+        return mask
+
+    def accept(self, token):
+        self.taken.append(token)
+
+
+def test_constraints():
+    model = model_of(eos_token_id=3)
+    results = Engine(model).generate(
+        [Request([1], 9, seed=i, constraint=lambda: Fixed([9, 8, 7, 3])) for i in range(3)]
+    )
+    assert [r.tokens for r in results] == [[9, 8, 7, 3]] * 3
+    (bad,) = Engine(model).generate([Request([1], 9, constraint=lambda: Fixed([9]))])
+    assert bad.finish_reason == "error" and "IndexError" in bad.error
+
+
+def test_fair_turns():
+    """A client with many requests does not keep another one waiting."""
+    engine, order = Engine(model_of(), max_rows=1), []
+    for i, client in enumerate("aaaab"):
+        engine.submit(
+            Request([1, 2], 3, client=client), lambda p, i=i: p.finish_reason and order.append(i)
+        )
+    while engine.step():
+        pass
+    assert order == [0, 4, 1, 2, 3]
+
+
+def test_cancel_deadline_and_failures():
+    engine, ended = Engine(model_of(), max_rows=2, max_waiting=3), {}
+
+    def listen(name):
+        def take(piece):
+            if name == "angry":
+                raise RuntimeError("client has gone")
+            if piece.finish_reason:
+                ended[name] = piece.finish_reason
+
+        return take
+
+    long = {"max_new_tokens": 400, "ignore_eos": True}
+    ids = {n: engine.submit(Request([1, 2], **long), listen(n)) for n in ("a", "b")}
+    engine.submit(Request([1, 2], **long, deadline=0.0), listen("late"))
+    with pytest.raises(QueueFull, match="queue: wanted room") as full:
+        engine.submit(Request([1], 2), listen("full"))
+    assert full.value.retry_after >= 1
+    engine.step()
+    assert ended == {"late": "deadline"} and engine.stats().running == 2
+    engine.cancel(ids["a"])
+    engine.cancel(12345)
+    engine.submit(Request([1], **long), listen("angry"))
+    for _ in range(3):
+        engine.step()
+    assert ended == {"late": "deadline", "a": "cancelled"}
+    stats = engine.stats()
+    assert stats.running == 1
+    assert stats.finished == {"deadline": 1, "cancelled": 1, "error": 1}
+    engine.close()
+    assert ended["b"] == "cancelled" and engine.stats().pages_used == 0
+    with pytest.raises(InputError, match="engine: wanted one that runs"):
+        engine.submit(Request([1], 2), listen("closed"))
+
+
+def test_a_step_that_fails_ends_its_requests_not_the_engine(monkeypatch):
+    engine = Engine(model_of())
+    ours, model = CausalLM.next_logits, engine.model
+
+    def broken(self, ids, *rest, **options):
+        if ids[0, 0] == 13:
+            raise RuntimeError("out of memory")
+        return ours(self, ids, *rest, **options)
+
+    monkeypatch.setattr(CausalLM, "next_logits", broken)
+    results = engine.generate([Request([1], 5), Request([13], 5), Request([2], 5)])
+    assert [r.finish_reason for r in results] == ["length", "error", "length"]
+    assert results[1].error == "RuntimeError: out of memory"
+    assert engine.stats().pages_used == 0 and engine.model is model
+
+
+def test_threads():
+    """Many threads submit, some cancel; every answer is its own prompt's."""
+    engine = Engine(model_of(), max_rows=8, pages=40)
+    requests = requests_of(24, longest=90, logprobs=None)
+    wanted = [r.tokens for r in Engine(engine.model).generate(requests)]
+    engine.start()
+    got = [None] * len(requests)
+
+    def ask(i):
+        if i % 6 == 5:
+            id = engine.submit(requests[i], lambda piece: None)
+            engine.cancel(id)
+        got[i] = engine.generate([requests[i]])[0].tokens
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    assert engine.call(lambda: threading.current_thread().name).result() == "fastlm-engine"
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 / 0).result()
+    for thread in threads:
+        thread.join()
+    assert got == wanted
+    began = time.monotonic()
+    engine.close(drain=5.0)
+    assert time.monotonic() - began < 2
+    assert not any(t.name == "fastlm-engine" for t in threading.enumerate())
+
+
+def test_refusals():
+    engine = Engine(model_of(), pages=4)
+    for request, message in (
+        (Request([], 5), "prompt: wanted at least one token, got none"),
+        (Request([1, 97], 5), r"prompt: wanted ids in \[0, 97\), got 97"),
+        (Request([-1], 5), r"prompt: wanted ids in \[0, 97\), got -1"),
+        (Request([1], 0), "max_new_tokens: wanted at least 1, got 0"),
+        (Request([1] * 512, 5), "prompt: wanted fewer than the model's 512 tokens"),
+        (Request([1] * 250, 100), "wanted at most the cache's 256 tokens in all, got 250 . 100"),
+        (Request([1], 5, stop=("x",)), "stop: wanted an engine with a tokenizer"),
+        (Request([1], 5, Sampling(logit_bias=((97, 1.0),))), "logit_bias: wanted ids in"),
+    ):
+        with pytest.raises(InputError, match=message):
+            engine.submit(request, lambda piece: None)
+    assert engine.generate([Request([1], 5)])[0].finish_reason == "length"
+    with pytest.raises(InputError, match="model: wanted rotary frequencies"):
+        Engine(model_of("llama-dynamic"))
+    with pytest.raises(InputError, match="kv_dtype: wanted float32"):
+        Engine(model_of(), kv_dtype=torch.int8)
+    with pytest.raises(InputError, match="max_rows: wanted at least 1, got 0"):
+        Engine(model_of(), max_rows=0)
+
+
+def test_pages():
+    pages = Pages(model_of().config, 4, dtype=torch.float32)
+    keys = page_keys([*range(97), *range(97)])
+    assert len(keys) == 194 // PAGE and len({*keys}) == len(keys)
+    assert page_keys([*range(97), *range(96), 5])[:2] == keys[:2]
+    assert page_keys([1, *range(1, 97), *range(97)])[1:] != keys[1:]  # all tokens before count
+    own = pages.take(3)
+    assert pages.take(2) is None
+    for key, page in zip(keys, own):
+        pages.remember(key, page)
+    pages.release(own)
+    assert pages.available == 4 and pages.idle == 3
+    assert pages.find(keys[0]) == own[0] and pages.find(b"other") is None
+    (fresh,) = pages.take(1)
+    assert fresh not in own
+    (last,) = pages.take(1)  # the end of a prompt is forgotten before its beginning
+    assert last == own[2] and pages.find(keys[2]) is None
+    assert pages.find(keys[1]) == own[1] and pages.available == 0
+    pages.release([own[0], own[1], fresh, last])
+    pages.forget()
+    assert pages.find(keys[0]) is None and pages.available == 4
+    assert all(a != b for a, b in pairwise(sorted(pages.take(4))))
