@@ -5,8 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_app import ask, serving, tiny_model
-from serve_double import Scripted
+from serve_app import ask, script, serving, tiny_model
 
 from fastlm.serve.tools import ToolText
 
@@ -50,7 +49,9 @@ def test_calls_are_recognised(text, said, names, size):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "<", "{", "}", '"', "x", "[", " "])))
+@given(
+    st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "<", "{", "}", '"', "x", "[", " "]))
+)
 def test_other_text_is_passed_on_unchanged(parts):
     text = "".join(parts)
     assert read(text, 2) == (text, [])
@@ -58,10 +59,10 @@ def test_other_text_is_passed_on_unchanged(parts):
 
 def test_over_http():
     model, tokenizer = tiny_model()
-    engine = Scripted(model, tokenizer)
-    engine.text = f"Let me see. <tool_call>{json.dumps(ADD)}</tool_call>"
+    text = f"Let me see. <tool_call>{json.dumps(ADD)}</tool_call>"
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
-    with serving(model, tokenizer, engine=engine) as (url, _):
+    with serving(model, tokenizer) as (url, server):
+        script(server, text)
         (choice,) = ask(url, body).json()["choices"]
         (call,) = choice["message"]["tool_calls"]
         assert choice["message"]["content"] == "Let me see. "
@@ -74,4 +75,4 @@ def test_over_http():
         assert streamed[0]["index"] == 0 and streamed[0]["function"] == call["function"]
         assert deltas[-1]["finish_reason"] == "tool_calls"
         del body["tools"]  # nobody asked for calls
-        assert ask(url, body).json()["choices"][0]["message"]["content"] == engine.text
+        assert ask(url, body).json()["choices"][0]["message"]["content"] == text

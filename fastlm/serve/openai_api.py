@@ -36,7 +36,7 @@ IDS = whole(0, 2**31 - 1)
 UNSUPPORTED = frozenset(
     "audio function_call functions metadata modalities prediction prompt_cache_key"
     " prompt_cache_retention reasoning_effort safety_identifier service_tier suffix verbosity"
-    " web_search_options moderation dimensions context_management".split()
+    " web_search_options moderation dimensions context_management user".split()
 )
 
 
@@ -265,7 +265,6 @@ EMBED: Mapping[str, Field] = {
     "model": text(256, required=True),
     "input": Field(_prompts, {"type": ["string", "array"]}, required=True),
     "encoding_format": choice("float", "base64", default="float"),
-    "user": text(128, ""),
 }
 
 
