@@ -17,6 +17,8 @@ from fastlm.serve.engine import Engine
 from fastlm.serve.openai_api import Form
 from fastlm.tokenizer.tokenizer import Tokenizer
 
+# one client: each loads certificates. A new connection for each request
+HTTP = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=60, trust_env=False)
 TEXT = ['The tree sees the river. What is 1 + 1? It is 2. [1, 2, 3] {"name": "Ann", "age": 30}']
 # ChatML with tools as Qwen has them
 TEMPLATE = (
@@ -87,4 +89,4 @@ def script(server, *texts):
 
 
 def ask(url, body, path="/v1/chat/completions", **headers):
-    return httpx.post(url + path, json=body, headers=headers, timeout=60)
+    return HTTP.post(url + path, json=body, headers=headers)

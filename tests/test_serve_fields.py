@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import jsonschema
 import openai
 import pytest
-from serve_app import ask, serving, tiny_model
+from serve_app import HTTP, ask, serving, tiny_model
 
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.openai_api import CHAT, EMBED, SAMPLED, TEXT, UNSUPPORTED
@@ -41,7 +41,10 @@ def server(tmp_path_factory):
             return submit(request, listener)
 
         app.engine.submit = spy
-        yield SimpleNamespace(url=url, app=app, taken=taken, store=store, tokenizer=tokenizer)
+        yield SimpleNamespace(
+            url=url, app=app, taken=taken, store=store, tokenizer=tokenizer,
+            client=openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0),
+        )  # fmt: skip
     store.close()
 
 
@@ -50,7 +53,7 @@ class Api:
 
     def __init__(self, server, kind):
         self.server, self.kind = server, kind
-        self.client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        self.client = server.client
         self.token = server.tokenizer.encode("T")[0]
 
     def send(self, **fields):
@@ -110,9 +113,7 @@ def test_the_table_in_the_docs_has_every_field():
 
 
 def test_openapi_describes_the_fields(server):
-    import httpx
-
-    paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+    paths = HTTP.get(server.url + "/openapi.json").json()["paths"]
     for kind, path in PATHS.items():
         schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert set(schema["properties"]) == set(TABLES[kind])
@@ -248,6 +249,7 @@ def _(api):
     on = api.answer(logit_bias=bias, ignore_eos=True)
     assert on["choices"][0]["finish_reason"] == "length"
     api.refused("ignore_eos", ignore_eos="yes")
+    api.refused("ignore_eos", ignore_eos=True, structured_outputs={"regex": "a"})
 
 
 @case("frequency_penalty", "presence_penalty", "repetition_penalty")
@@ -418,7 +420,22 @@ def _(api):
     api.answer(tools=[TOOL], tool_choice="auto", parallel_tool_calls=True)
     api.answer(tools=[TOOL], tool_choice="none")
     assert "add" not in api.server.tokenizer.decode(api.server.taken[-1].prompt)
-    api.refused("tool_choice", tools=[TOOL], tool_choice="required")
+    other = {"type": "function", "function": {"name": "now", "parameters": {
+        "type": "object", "properties": {"utc": {"type": "boolean"}}, "required": ["utc"],
+        "additionalProperties": False,
+    }}}  # fmt: skip
+    named = {"type": "function", "function": {"name": "now"}}
+    for seed in range(3):
+        made = api.answer(
+            tools=[TOOL, other], tool_choice=named, temperature=1, seed=seed, max_tokens=200
+        )
+        (call,) = made["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "now" and made["choices"][0]["message"]["content"] is None
+        jsonschema.validate(json.loads(call["function"]["arguments"]), other["function"]["parameters"])
+    made = api.answer(tools=[other], tool_choice="required", max_tokens=200)
+    assert made["choices"][0]["finish_reason"] == "tool_calls"
+    api.refused("tool_choice.function.name", tools=[TOOL], tool_choice=named)
+    api.refused("tool_choice", tools=[TOOL], tool_choice="always")
     api.refused("tool_choice", tool_choice="auto")
     api.refused("parallel_tool_calls", tools=[TOOL], parallel_tool_calls=False)
 

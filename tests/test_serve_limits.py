@@ -9,9 +9,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
-from serve_app import ask, serving, tiny_model
+from serve_app import HTTP, ask, serving, tiny_model
 
 import fastlm.serve
 from fastlm.errors import InputError
@@ -61,7 +60,7 @@ def test_keys_hosts_paths_and_bodies(tiny):
 
         def refused(status, sent=None, path="/v1/chat/completions", method="POST", **headers):
             sent = json.dumps(body()) if sent is None else sent
-            response = httpx.request(
+            response = HTTP.request(
                 method, url + path, content=sent,
                 headers={"content-type": "application/json", **good, **headers},
             )  # fmt: skip
@@ -81,7 +80,7 @@ def test_keys_hosts_paths_and_bodies(tiny):
         for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/nothing"):
             refused(401, path=path, method="GET", authorization="")
         for path in ("/", "/health", "/ready"):
-            assert httpx.get(url + path).status_code == 200
+            assert HTTP.get(url + path).status_code == 200
         refused(403, host="evil.example")
         refused(404, path="/v1/nothing")
         refused(404, path="/v1/feedback", sent='{"response_id": "x", "thumb": "up"}')
@@ -102,7 +101,7 @@ def test_keys_hosts_paths_and_bodies(tiny):
                      .replace(b"\r\n\r\n", f"\r\nauthorization: Bearer {KEY}\r\n\r\n{{".encode())
                      ) as slow:  # fmt: skip
             assert slow.recv(99).startswith(b"HTTP/1.1 408")
-        chunked = httpx.post(
+        chunked = HTTP.post(
             url + "/v1/completions", content=(b"x" * 1000 for _ in range(9)),
             headers={**good, "content-type": "application/json"},
         )  # fmt: skip
@@ -149,7 +148,7 @@ def test_a_client_that_does_not_read_is_given_up():
             sock.connect((host, int(port)))
             sock.sendall(head(content) + content)
             wait_until(lambda: engine.stats().finished.get("cancelled") == 1, 60)
-        assert httpx.get(url + "/health").status_code == 200
+        assert HTTP.get(url + "/health").status_code == 200
 
 
 def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
@@ -207,7 +206,7 @@ def test_metrics_and_the_dashboard(tiny):
     with serving(*tiny) as (url, server):
         ask(url, body(max_tokens=5, ignore_eos=True))
         ask(url, body(nothing=1))
-        text = httpx.get(url + "/metrics").text
+        text = HTTP.get(url + "/metrics").text
         known = server.metrics.names()
 
     def value(name):

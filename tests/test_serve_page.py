@@ -44,7 +44,8 @@ def opened(browser, url, **options):
     page, wrong = browser.new_context(**options).new_page(), []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("request", lambda r: None if r.url.startswith(url) else wrong.append(r.url))
+    origin = "/".join(url.split("/")[:3])
+    page.on("request", lambda r: None if r.url.startswith(origin) else wrong.append(r.url))
     page.goto(url)
     return page, wrong
 

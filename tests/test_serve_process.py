@@ -18,7 +18,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve_app import ask, tiny_model
+from serve_app import HTTP, ask, tiny_model
 
 from fastlm.serve.feedback import FeedbackStore
 
@@ -94,13 +94,13 @@ def test_sigterm_lets_running_answers_end(folder):
         long = pool.submit(ask, url, body(max_tokens=400, ignore_eos=True), "/v1/completions")
         running = re.compile(r"^fastlm_running 1\.0$", re.M)
         until = time.monotonic() + 60
-        while not running.search(httpx.get(url + "/metrics").text):
+        while not running.search(HTTP.get(url + "/metrics").text):
             assert time.monotonic() < until
         process.send_signal(signal.SIGTERM)
         assert long.result().json()["usage"]["completion_tokens"] == 400
         assert process.wait(30) in (0, -signal.SIGTERM)
         with pytest.raises(httpx.TransportError):
-            httpx.get(url + "/health")
+            HTTP.get(url + "/health")
     events = [line["event"] for line in lines]
     assert events[-3:] == ["stopping", "request", "stopped"] and "uvicorn" not in events
 
@@ -110,7 +110,7 @@ def test_the_bound_ends_answers_and_tells_their_clients(folder):
         asked = body(max_tokens=4000, ignore_eos=True)
         whole = pool.submit(ask, url, asked, "/v1/completions")
         stream = pool.submit(ask, url, {**asked, "stream": True}, "/v1/completions")
-        while "fastlm_running 2.0" not in httpx.get(url + "/metrics").text:
+        while "fastlm_running 2.0" not in HTTP.get(url + "/metrics").text:
             pass
         process.send_signal(signal.SIGTERM)
         assert whole.result().status_code == 503
@@ -170,7 +170,7 @@ def test_replicas_behind_nginx(folder, tmp_path):
         until = time.monotonic() + 30
         while True:
             try:
-                httpx.get(url + "/ready")
+                HTTP.get(url + "/ready")
                 break
             except httpx.TransportError:
                 assert time.monotonic() < until

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastlm.errors import InputError
 from fastlm.serve.fields import ApiError
 from fastlm.serve.openai_api import Form
 from fastlm.serve.requests import Constraint
+from fastlm.serve.tools import CLOSE, OPEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 # Between the parts of JSON: as compact or indented JSON has it. Any amount would let a model write
 # spaces to the end of the context.
 WHITESPACE = r"[ ]?|\n[ ]{0,32}"
+# over what a schema itself may say: "lenient" ignores what cannot be compiled
+OPTIONS = {"whitespace_pattern": WHITESPACE, "lenient": False}
 INSTALL = "pip install 'fastlm[serve]'"
 
 
@@ -105,11 +109,14 @@ class _State:
 
     def mask(self) -> Tensor:
         """Which tokens may come next, (V,) bool."""
-        if self.matcher.is_stopped():  # complete, or the matcher gave up: only the end is left
+        if self.matcher.is_stopped() and not self.matcher.is_error():
             allowed = torch.zeros(self.vocab_size, dtype=torch.bool)
             allowed[self.ends] = True
             return allowed
-        words = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
+        found = self.matcher.compute_bitmask()
+        if self.matcher.is_error():  # too much work for a step; the engine ends the request
+            raise InputError(f"grammar: wanted a smaller one: {self.matcher.get_error():.200}")
+        words = torch.frombuffer(bytearray(found), dtype=torch.uint8)
         bits = (words[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
         return bits.flatten()[: self.vocab_size].bool()
 
@@ -124,11 +131,25 @@ def _grammar(form: Form) -> str:
 
     if form.kind in ("json_object", "json_schema"):
         schema = {"type": "object"} if form.kind == "json_object" else form.value
-        # over what the schema itself may say: "lenient" ignores what cannot be compiled
-        options: Any = {"whitespace_pattern": WHITESPACE, "lenient": False}
+        options: Any = OPTIONS
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
     if form.kind == "regex":
         return LLMatcher.grammar_from_regex(form.value)
     if form.kind == "choice":
         return grammar_from("choice", json.dumps(form.value))
+    if form.kind == "call":
+        return LLMatcher.grammar_from_lark(_call(form.value))
     return LLMatcher.grammar_from_lark(form.value)
+
+
+def _call(tools: list[Any]) -> str:
+    """A Lark grammar of a call of one of the tools, as `fastlm.serve.tools` reads it."""
+    names = [f"call{i}" for i in range(len(tools))]
+    rules = [f"start: {' | '.join(names)}"]
+    for name, tool in zip(names, tools):
+        function = tool["function"]
+        before = f'{OPEN}\n{{"name": {json.dumps(function["name"])}, "arguments": '
+        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": OPTIONS}
+        after = f"}}\n{CLOSE}"
+        rules.append(f"{name}: {json.dumps(before)} %json {json.dumps(schema)} {json.dumps(after)}")
+    return "\n".join(rules)

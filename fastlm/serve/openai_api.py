@@ -43,7 +43,8 @@ UNSUPPORTED = frozenset(
 @dataclass(frozen=True)
 class Form:
     """The form that an answer must have. ``kind``: "json_object", "json_schema", "regex", "choice",
-    "grammar" (Lark, as llguidance reads it). ``param``: the field that asks for it.
+    "grammar" (Lark, as llguidance reads it), "call" (of one of some tools). ``param``: the field
+    that asks for it.
     """
 
     kind: str
@@ -193,13 +194,20 @@ def _variables(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
-def _tool_choice(value: Any, name: str) -> str:
-    if value not in ("auto", "none"):
-        raise ApiError(
-            f"{name}: wanted 'auto' or 'none', got {value!r:.80}: this server forces no call",
-            param=name,
-        )
-    return value
+NAMED = {
+    "type": choice("function"),
+    "function": table({"name": text(64, required=True)}),
+}
+
+
+def _tool_choice(value: Any, name: str) -> str | dict[str, Any]:
+    """A mode, or {"name"} of a function."""
+    if isinstance(value, dict):
+        function = read_fields(value, NAMED, name)["function"]
+        if function is None:
+            raise ApiError(f"{name}.function: wanted, is missing", param=f"{name}.function")
+        return function
+    return choice("auto", "none", "required").read(value, name)
 
 
 RESPONSE_FORMAT = {
@@ -248,7 +256,7 @@ CHAT: Mapping[str, Field] = {
     "top_logprobs": whole(0, MOST_TOP),
     "response_format": table(RESPONSE_FORMAT),
     "tools": Field(check_tools, {"type": "array", "items": {"type": "object"}}),
-    "tool_choice": Field(_tool_choice, {"enum": ["auto", "none"]}),
+    "tool_choice": Field(_tool_choice, {"type": ["string", "object"]}),
     "parallel_tool_calls": choice(True),
     "chat_template_kwargs": Field(_variables, {"type": "object"}),
     "store": flag(),
@@ -284,6 +292,7 @@ def chat_asked(body: Any) -> ChatAsked:
         given["max_tokens"] = given["max_completion_tokens"]
     if given["tool_choice"] == "none":
         tools = None
+    called = _called(given["tool_choice"], tools)
     top = (given["top_logprobs"] or 0) if given["logprobs"] else None
     form = _response_format(given["response_format"])
     variables = given["chat_template_kwargs"] or {}
@@ -293,6 +302,8 @@ def chat_asked(body: Any) -> ChatAsked:
             f"{asked['form'].param}: wanted without tools, whose calls would not have that form",
             param=asked["form"].param,
         )
+    asked["form"] = asked["form"] or called
+    _check_ends(asked)
     if given["conversation_id"] is not None and not given["store"]:
         raise ApiError("conversation_id: wanted with store true", param="conversation_id")
     return ChatAsked(
@@ -313,7 +324,9 @@ def text_asked(body: Any) -> TextAsked:
         )
     if given["echo"] and given["logprobs"] is not None:
         raise ApiError("echo: not supported with logprobs", param="echo")
-    return TextAsked(**_asked(given, given["logprobs"], None), prompts=prompts, echo=given["echo"])
+    asked = _asked(given, given["logprobs"], None)
+    _check_ends(asked)
+    return TextAsked(**asked, prompts=prompts, echo=given["echo"])
 
 
 def embed_asked(body: Any) -> EmbedAsked:
@@ -367,6 +380,28 @@ def _asked(given: dict[str, Any], top: int | None, form: Form | None) -> dict[st
         "form": form or structured,
         "user": given["user"],
     }
+
+
+def _check_ends(asked: dict[str, Any]) -> None:
+    if asked["form"] is not None and asked["ignore_eos"]:
+        raise ApiError(
+            f"ignore_eos: wanted without {asked['form'].param}, whose answers end where the form"
+            " does",
+            param="ignore_eos",
+        )
+
+
+def _called(chosen: Any, tools: list[Any] | None) -> Form | None:
+    """The form of an answer that has to be a call."""
+    if tools is None or chosen in (None, "auto", "none"):
+        return None
+    named = [t for t in tools if chosen == "required" or t["function"]["name"] == chosen["name"]]
+    if not named:
+        raise ApiError(
+            f"tool_choice.function.name: wanted one of the tools, got {chosen['name']!r}",
+            param="tool_choice.function.name",
+        )
+    return Form("call", named, "tool_choice")
 
 
 def _response_format(given: dict[str, Any] | None) -> Form | None:
