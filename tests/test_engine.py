@@ -97,6 +97,10 @@ def test_prompts_that_are_equal_are_computed_once():
     assert len({tuple(r.tokens) for r in results}) > 1
     assert engine.stats().prompt_tokens == 150
     assert [r.cached_tokens for r in results] == [0] + 7 * [128]
+    # answers that end at once, to a prompt that ends within a page
+    short = Engine(model).generate([Request(prompt[:70], 1, seed=i) for i in range(8)])
+    (alone,) = Engine(model).generate([Request(prompt[:70], 1, seed=7)])
+    assert short[7].tokens == alone.tokens and len({r.tokens[0] for r in short}) > 1
     # the last token of a prompt that is cached as a whole is computed again: its logits are wanted
     whole = Engine(model)
     first = whole.generate([Request(prompt[:128], 5, seed=1)])
@@ -258,14 +262,14 @@ def test_cancel_deadline_and_failures():
 
 def test_a_step_that_fails_ends_its_requests_not_the_engine(monkeypatch):
     engine = Engine(model_of())
-    ours, model = CausalLM.next_logits, engine.model
+    ours, model = CausalLM.chunk_hidden, engine.model
 
     def broken(self, ids, *rest, **options):
-        if ids[0, 0] == 13:
+        if ids[0] == 13:
             raise RuntimeError("out of memory")
         return ours(self, ids, *rest, **options)
 
-    monkeypatch.setattr(CausalLM, "next_logits", broken)
+    monkeypatch.setattr(CausalLM, "chunk_hidden", broken)
     results = engine.generate([Request([1], 5), Request([13], 5), Request([2], 5)])
     assert [r.finish_reason for r in results] == ["length", "error", "length"]
     assert results[1].error == "RuntimeError: out of memory"

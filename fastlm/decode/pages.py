@@ -8,6 +8,7 @@ used longest ago first.
 """
 
 import hashlib
+import itertools
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -71,6 +72,12 @@ class Pages:
             pages.append(page)
         return pages
 
+    def share(self, pages: Sequence[int]) -> list[int]:
+        """Count one user more of each page, which has some."""
+        for page in pages:
+            self._users[page] += 1
+        return list(pages)
+
     def release(self, pages: Sequence[int]) -> None:
         """Count one user less of each page. The last ones of a sequence are forgotten first."""
         for page in reversed(pages):
@@ -117,30 +124,52 @@ def page_keys(tokens: Sequence[int]) -> list[bytes]:
     return keys
 
 
-class SequenceCache:
-    """The cache of one sequence's next chunk of tokens, for the model's modules: it reads from and
-    writes to the sequence's pages. `length` tokens are cached.
+class ChunkCache:
+    """The cache of one forward of the modules over chunks of several sequences, packed without
+    padding: it reads from and writes to their pages.
 
-    What the modules attend to is what the pages hold, rounded to their dtype, the chunk's own keys
-    included: how a prompt is cut into chunks does not change a result.
+    ``tables[i]``: the pages of sequence i, of which ``starts[i]`` tokens are cached and the next
+    ones, up to ``ends[i]``, are computed. What the modules attend to is what the pages hold,
+    rounded to their dtype, the chunk's own keys included: how a prompt is cut into chunks does not
+    change a result.
     """
 
-    def __init__(self, pages: Pages, table: Sequence[int], length: int):
-        self.pages, self.data, self.length = pages, pages.data, length
-        self.capacity = len(table) * PAGE
-        self.table = torch.tensor(table, device=pages.data.device)
+    def __init__(
+        self,
+        pages: Pages,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        ends: Sequence[int],
+    ):
+        device = pages.data.device
+        self.pages, self.data, self.longest = pages, pages.data, max(ends)
+        counts = [end - start for start, end in zip(starts, ends, strict=True)]
+        self.cu_seqlens = _sums(counts).to(device)
+        self.cu_seqlens_k = _sums(ends).to(device)
+        self.positions = torch.cat([torch.arange(s, e) for s, e in zip(starts, ends, strict=True)])
+        new, used, kept = [], [], []
+        for table, start, end in zip(tables, starts, ends, strict=True):
+            own = torch.tensor(table[: -(-end // PAGE)])
+            new.append(own[torch.arange(start, end) // PAGE])
+            kept.append(torch.arange(end) + PAGE * sum(map(len, used)))
+            used.append(own)
+        self.new = torch.cat(new).to(device), slice(None), (self.positions % PAGE).to(device)
+        self.positions = self.positions.to(device)
+        self.used = torch.cat(used).to(device)
+        whole = sum(map(len, used)) * PAGE == sum(ends)
+        self.kept = None if whole else torch.cat(kept).to(device)  # tokens of the pages used
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (1, Hkv, S, D). Return all keys and values so far, (1, Hkv, T, D)."""
-        keys, values = self.pages.layers[layer]
-        end = self.length + k.shape[2]
-        places = torch.arange(self.length, end, device=k.device)
-        at = self.table[places // PAGE], slice(None), places % PAGE
-        for cache, new in ((keys, k), (values, v)):
-            cache[at] = new[0].transpose(0, 1).to(cache.dtype)
-        used = self.table[: -(-end // PAGE)]
+        """Write k, v (1, Hkv, S, D). Return all keys and values of all sequences, (T, Hkv, D)."""
         whole = []
-        for cache, new in ((keys, k), (values, v)):
-            gathered = cache[used].transpose(0, 1).flatten(1, 2)[:, :end]
-            whole.append(gathered[None].to(new.dtype))
+        for cache, new in zip(self.pages.layers[layer], (k, v), strict=True):
+            cache[self.new] = new[0].transpose(0, 1).to(cache.dtype)
+            tokens = cache[self.used].transpose(1, 2).flatten(0, 1)
+            if self.kept is not None:
+                tokens = tokens.index_select(0, self.kept)
+            whole.append(tokens.to(new.dtype))
         return whole[0], whole[1]
+
+
+def _sums(counts: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)

@@ -88,6 +88,12 @@ class Sampling:
         plain = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return plain != (1.0, 0.0, 0.0) or bool(self.logit_bias)
 
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens may not be drawn."""
+        given = (self.top_k, self.top_p, self.min_p)
+        return self.temperature != 0 and given != (None, None, None)
+
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that may be drawn: probabilities (B, C) float64, descending, 0 after a row's
         last, and ids (B, C).
@@ -129,7 +135,7 @@ class Sampling:
             return logits.argmax(-1)
         draws = [torch.rand(1, dtype=torch.float64, device="cpu", generator=g) for g in generators]
         u = torch.cat(draws)[:, None].to(logits.device)
-        if self.top_k is None and self.top_p is None and self.min_p is None:
+        if not self.filters:
             scaled = logits if self.temperature == 1 else logits / self.temperature
             return _drawn(scaled, u)
         p, ids = self.candidates(logits)

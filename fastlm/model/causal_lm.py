@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,16 @@ from fastlm.checkpoint.folder import base_of, is_adapter, load_state, locate_mod
 from fastlm.errors import InputError
 from fastlm.model.architectures import expected_shapes
 from fastlm.model.config import ModelConfig
-from fastlm.model.layers import Cache, Call, Decoder, RMSNorm
+from fastlm.model.layers import Call, Decoder, KVCache, RMSNorm
 from fastlm.model.lora import LoraConfig, check_plain, merge_lora
 from fastlm.ops import linear_cross_entropy, linear_logprobs, quantized_linear
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import put_quantized, quantization_config
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear, check_act_bits
 from fastlm.transforms import is_eager
+
+if TYPE_CHECKING:
+    from fastlm.decode.pages import ChunkCache
 
 IGNORE = -100  # label of a token without loss
 
@@ -207,7 +210,7 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Output:
         """Return ``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without logits in memory
@@ -274,7 +277,7 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         keys: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return what the head multiplies, (B, S, E): the last layer's output, normed. Arguments
@@ -344,19 +347,23 @@ class CausalLM(nn.Module):
         )
 
     def next_logits(
-        self,
-        input_ids: Tensor,
-        cache: Cache,
-        attention_mask: Tensor | None,
-        *,
-        head: bool = True,
+        self, input_ids: Tensor, cache: KVCache, attention_mask: Tensor | None
     ) -> Tensor:
-        """Run a step of generation: checked new ids (B, S), after those in the cache -> (B, V).
-        Without `head`, only fill the cache: the result has no columns."""
+        """Run a step of generation: checked new ids (B, S), after those in the cache -> (B, V)."""
         hidden = self._hidden(
             input_ids, cache.length, None, None, attention_mask, cache, fused=True
         )
-        return self.logits(hidden[:, -1]) if head else hidden[:, -1, :0]
+        return self.logits(hidden[:, -1])
+
+    def chunk_hidden(self, input_ids: Tensor, cache: "ChunkCache") -> Tensor:
+        """Run chunks of prompts: checked ids (total,), packed as `cache` says -> what the head
+        multiplies after the last token of each chunk, (B, E)."""
+        rotary = self.model.rotary(
+            cache.positions[None], len(input_ids), cache.longest, input_ids.device
+        )
+        call = Call(cache.cu_seqlens, cache, None, rotary, fused=True)
+        hidden = self.model(input_ids[None], call)[0]
+        return hidden[cache.cu_seqlens[1:].long() - 1]
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Raise InputError unless these are (B, S) integers and, where values can be read cheaply,
@@ -384,7 +391,7 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
-        cache: Cache | None,
+        cache: KVCache | None,
         fused: bool = False,
         keys: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:

@@ -93,16 +93,15 @@ class KVCache:
         return lengths - starts
 
 
-class Cache(Protocol):
-    """Where a forward call finds the tokens before its own: `KVCache`, or the pages of a sequence
-    (`fastlm.decode.pages.SequenceCache`)."""
+class PackedCache(Protocol):
+    """Keys and values of packed sequences that have some already
+    (`fastlm.decode.pages.ChunkCache`)."""
 
     data: Tensor
-    capacity: int
-    length: int
+    cu_seqlens_k: Tensor  # (B + 1,) int32: where the keys of each sequence begin and end
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, Hkv, S, D). Return all keys and values so far, (B, Hkv, T, D)."""
+        """Write k, v (1, Hkv, S, D). Return all keys and values, (cu_seqlens_k[-1], Hkv, D)."""
         ...
 
 
@@ -121,7 +120,7 @@ class Call:
     """What all layers of one forward call share."""
 
     cu_seqlens: Tensor | None
-    cache: Cache | None
+    cache: KVCache | PackedCache | None  # packed: with cu_seqlens
     visible: Tensor | None  # (B, 1, 1, T) bool: columns that hold a token
     # per layer: cos, sin, (S, R) or (B, S, R), or None for a layer without positions
     rotary: list[tuple[Tensor, Tensor] | None]
@@ -310,24 +309,29 @@ class Attention(nn.Module):
         if (tables := call.rotary[self.layer]) is not None:
             q, k = rope(q, k, *tables, rotary_dim=tables[0].shape[-1])
         options["dropout_p"] = self.dropout if self.training else 0.0
+        if call.cache is not None:
+            k, v = call.cache.append(self.layer, k, v)
+        if rounds := length >= _PREFILL and call.rounds(x):
+            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
         if call.cu_seqlens is not None:
-            q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * S, heads, D)
-            cu_seqlens_k = None
+            q = q.transpose(1, 2).flatten(0, 1)  # (B * S, heads, D)
+            if call.cache is not None:
+                assert not isinstance(call.cache, KVCache)
+                cu_seqlens_k = call.cache.cu_seqlens_k
+            else:
+                k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))
+                cu_seqlens_k = None
             if call.keys is not None:
                 rows, cu_seqlens_k = call.keys
                 k, v = k.index_select(0, rows), v.index_select(0, rows)
             out = varlen_attention(q, k, v, call.cu_seqlens, cu_seqlens_k, **options)
-        else:
-            if call.cache is not None:
-                k, v = call.cache.append(self.layer, k, v)
-            if rounds := length >= _PREFILL and call.rounds(x):
-                q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-            out = attention(q, k, v, bias=call.visible, **options)
             assert isinstance(out, Tensor)  # a pair only with return_lse
+        else:
+            out = attention(q, k, v, bias=call.visible, **options)
+            assert isinstance(out, Tensor)
             out = out.transpose(1, 2)
-            if rounds:
-                out = out.to(x.dtype)
-        assert isinstance(out, Tensor)  # varlen_attention's likewise
+        if rounds:
+            out = out.to(x.dtype)
         return project(out.reshape(batch, length, self.q_width))
 
 

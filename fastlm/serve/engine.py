@@ -21,7 +21,7 @@ from torch import Tensor
 from fastlm.decode import cpu_steps
 from fastlm.decode.generation import checked_stops
 from fastlm.decode.paged_call import ModuleSteps
-from fastlm.decode.pages import PAGE, Pages, SequenceCache
+from fastlm.decode.pages import PAGE, ChunkCache, Pages
 from fastlm.errors import InputError
 from fastlm.serve import sequence as sequences
 from fastlm.serve.requests import EngineStats, FinishReason, Listener, QueueFull, Request, Result
@@ -50,6 +50,8 @@ class Engine:
         kv_dtype: of keys and values: float32, bfloat16 or float16. By default the model's, float16
             where its activations are rounded to 8 bits.
         prefix_cache: share the pages of prompts that begin with the same tokens.
+        invariant: a request's result has the same bits in any company. Without it, a step computes
+            all its prompts in one product.
 
     `submit`, `cancel`, `call` and `stats` are for any thread. Steps run in one thread: that of
     `start`, or that of the caller of `step` and `generate`. Weights may change while nothing runs
@@ -70,6 +72,7 @@ class Engine:
         max_waiting: int = 1024,
         kv_dtype: torch.dtype | None = None,
         prefix_cache: bool = True,
+        invariant: bool = True,
     ):
         if model.model.by_length:
             raise InputError(
@@ -94,7 +97,7 @@ class Engine:
         count = pages or _page_count(model, dtype, max_rows)
         self.pages = Pages(model.config, count, dtype=dtype, device=model.device)
         self.scheduler = Scheduler(
-            self.pages, max_rows=max_rows, max_tokens=max_tokens_per_step, prefix_cache=prefix_cache
+            self.pages, max_rows=max_rows, prefix_cache=prefix_cache, invariant=invariant
         )
         self._changed = threading.Condition()  # guards what follows
         self._ids = itertools.count(1)
@@ -106,8 +109,6 @@ class Engine:
         self._steps = self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
         self._finished: Counter[str] = Counter()
         self._rate = 0.0  # tokens per second, of late
-        # the prompt that was computed last: a request with the same one needs no more than a copy
-        self._latest: tuple[sequences.Sequence, Tensor] | None = None
 
     # any thread
 
@@ -229,14 +230,19 @@ class Engine:
             if sequence.cancelled or sequence.late:
                 self._end(sequence, "cancelled" if sequence.cancelled else "deadline")
         if not self.scheduler.sequences():
-            self._latest = None
             return busy
         if not self.scheduler.running:
             self._prepare()
         began, before = time.monotonic(), self._prompt_tokens + self._new_tokens
         decodes = self.scheduler.decodes()
+        planned: list[Chunk] = []
         for chunk in self.scheduler.chunks(self.max_tokens_per_step - len(decodes)):
-            self._guarded([chunk.sequence], lambda chunk=chunk: self._prefill(chunk))
+            if chunk is not None:
+                planned.append(chunk)
+                continue
+            self._prefill(planned)
+            planned = []
+        self._prefill(planned)
         decodes = [s for s in decodes if s.pages]
         if decodes:
             self._guarded(decodes, lambda: self._decode(decodes))
@@ -299,39 +305,58 @@ class Engine:
                 if sequence.pages:
                     self._end(sequence, "error", f"{type(error).__name__}: {error}")
 
-    @torch.inference_mode()
-    def _prefill(self, chunk: Chunk) -> None:
-        sequence, last = chunk.sequence, chunk.end == chunk.sequence.prompt_length
-        logits = self._copied(sequence)
-        if logits is not None:
-            self._cached_tokens += sequence.prompt_length - chunk.start
-            chunk = Chunk(sequence, chunk.start, sequence.prompt_length)
-            last = True
+    def _prefill(self, planned: list[Chunk]) -> None:
+        """Compute the chunks of a step: full pages of all sequences packed, then what is left of
+        each prompt, then copies."""
+        computed = [c for c in planned if c.source is None]
+        if self.scheduler.invariant:
+            packed = [c for c in computed if c.end % PAGE == 0]
+            groups = [packed, *([c] for c in computed if c.end % PAGE)]
         else:
-            ids = torch.tensor([sequence.tokens[chunk.start : chunk.end]], device=self.model.device)
-            cache = SequenceCache(self.pages, sequence.pages, chunk.start)
-            logits = self.model.next_logits(ids, cache, None, head=last)
-            self._prompt_tokens += chunk.end - chunk.start
-            if sequence.cached == chunk.start:
-                self._cached_tokens += chunk.start
-        self.scheduler.computed(chunk)
-        if last:
-            assert logits is not None
-            self._latest = sequence, logits
-            if len(sequence.tokens) == sequence.prompt_length:  # else it was preempted later
-                self._sample([sequence], logits)
+            groups = [computed]
+        for group in groups:
+            if group := [c for c in group if c.sequence.pages]:  # no error so far
+                self._guarded([c.sequence for c in group], lambda group=group: self._fill(group))
+        for chunk in planned:
+            if chunk.source is not None and chunk.sequence.pages:
+                self._guarded([chunk.sequence], lambda chunk=chunk: self._copy(chunk))
+        # not before the copies: an answer of one token gives its pages back
+        last = [c.sequence for c in planned if c.end == c.sequence.prompt_length]
+        begun = [s for s in last if s.pages and s.decodes]
+        for sequence in begun:
+            self._cached_tokens += sequence.cached
+        if fresh := [s for s in begun if len(s.tokens) == s.prompt_length]:  # not computed again
+            rows = [s.prompt_logits for s in fresh if s.prompt_logits is not None]
+            self._sample(fresh, torch.cat(rows))
 
-    def _copied(self, sequence: sequences.Sequence) -> Tensor | None:
-        """If the prompt is that of the last one computed, copy the pages that are not shared.
-        Return its logits."""
-        if self._latest is None or not self.scheduler.prefix_cache:
-            return None
-        latest, logits = self._latest
-        if not latest.pages or not latest.decodes or list(latest.prompt) != list(sequence.prompt):
-            return None
-        for i in range(sequence.computed // PAGE, -(-sequence.prompt_length // PAGE)):
-            self.pages.copy(latest.pages[i], sequence.pages[i])
-        return logits
+    @torch.inference_mode()
+    def _fill(self, group: list[Chunk]) -> None:
+        ids = [token for c in group for token in c.sequence.tokens[c.start : c.end]]
+        cache = ChunkCache(
+            self.pages, [c.sequence.pages for c in group],
+            [c.start for c in group], [c.end for c in group],
+        )  # fmt: skip
+        hidden = self.model.chunk_hidden(torch.tensor(ids, device=self.model.device), cache)
+        self._prompt_tokens += len(ids)
+        for row, chunk in enumerate(group):
+            sequence = chunk.sequence
+            self.scheduler.computed(chunk)
+            if sequence.decodes:
+                # one row at a time: a product of one has its own bits
+                sequence.prompt_logits = self.model.logits(hidden[row][None])
+
+    @torch.inference_mode()
+    def _copy(self, chunk: Chunk) -> None:
+        """Copy what a prompt has beyond the pages that it shares."""
+        sequence, source = chunk.sequence, chunk.source
+        assert source is not None
+        if source.prompt_logits is None:
+            raise RuntimeError("the request with the same prompt failed")
+        if sequence.prompt_length % PAGE:
+            at = sequence.prompt_length // PAGE
+            self.pages.copy(source.pages[at], sequence.pages[at])
+        sequence.prompt_logits = source.prompt_logits
+        self.scheduler.computed(chunk)
 
     @torch.inference_mode()
     def _decode(self, group: list[sequences.Sequence]) -> None:
@@ -353,38 +378,35 @@ class Engine:
                 self._sample([part[row] for row in fresh], rows)
 
     def _sample(self, group: list[sequences.Sequence], logits: Tensor) -> None:
-        """Draw the next token of each sequence from (B, V) logits. Sums over the vocabulary are
-        taken row by row: torch splits them otherwise for one row than for many."""
-        plain = [
-            s.adjustments is None and s.constraint is None and s.request.logprobs is None
-            for s in group
-        ]
-        greedy = logits.argmax(-1).tolist()
+        """Draw the next token of each sequence from (B, V) logits."""
+        logits = logits.float()
+        alike: dict[float, list[int]] = {}  # rows by temperature, drawn together
         for row, s in enumerate(group):
             sampling = s.request.sampling
-            if plain[row] and sampling.temperature == 0:
-                self._add(s, greedy[row], None)
+            if s.adjustments is None and s.constraint is None and not sampling.filters:
+                alike.setdefault(sampling.temperature, []).append(row)
                 continue
-            own = s.allowed(logits[row : row + 1])
-            token = int(sampling.choose(own, [s.generator]))
-            self._add(s, token, own)
+            # Row by row: torch splits sums over the vocabulary otherwise for one row than for many
+            self._guarded([s], lambda s=s, row=row: self._draw([s], s.allowed(logits[row][None])))
+        for rows in alike.values():
+            part = [group[row] for row in rows]
+            own = logits if len(rows) == len(logits) else logits[rows]
+            self._guarded(part, lambda part=part, own=own: self._draw(part, own))
 
-    def _add(self, s: sequences.Sequence, token: int, logits: Tensor | None) -> None:
-        self._new_tokens += 1
-        told = None
-        if s.request.logprobs is not None:
-            assert logits is not None
-            told = s.logprob(logits, token)
-        try:
-            ended = s.add(token, told)
-        except Exception as error:
-            self._end(s, "error", f"{type(error).__name__}: {error}")
-            return
-        if ended:
-            reason: FinishReason = "stop"
-            if s.tokens[-1] not in s.ends and not (s.text is not None and s.text.stopped):
-                reason = "length"
-            self._gone(s, reason)
+    def _draw(self, group: list[sequences.Sequence], logits: Tensor) -> None:
+        sampling = group[0].request.sampling
+        tokens = sampling.choose(logits, [s.generator for s in group]).tolist()
+        for row, (s, token) in enumerate(zip(group, tokens, strict=True)):
+            wants = s.request.logprobs is not None
+            told = s.logprob(logits[row][None], token) if wants else None
+            self._new_tokens += 1
+            try:
+                ended = s.add(token, told)
+            except Exception as error:  # the listener's or the grammar's
+                self._end(s, "error", f"{type(error).__name__}: {error}")
+                continue
+            if ended:
+                self._gone(s, ended)
 
     def _end(
         self, sequence: sequences.Sequence, reason: FinishReason, error: str | None = None

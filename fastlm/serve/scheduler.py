@@ -16,23 +16,26 @@ from fastlm.serve.sequence import Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """Compute the tokens [start, end) of a prompt."""
+    """Compute the tokens [start, end) of a prompt; or copy what is known of them from `source`,
+    which has the same prompt."""
 
     sequence: Sequence
     start: int
     end: int
+    source: Sequence | None = None
 
 
 class Scheduler:
     """``waiting``: one queue per client; they take turns. ``running``: those with pages, in the
     order in which they were admitted."""
 
-    def __init__(self, pages: Pages, *, max_rows: int, max_tokens: int, prefix_cache: bool):
-        self.pages, self.max_rows, self.max_tokens = pages, max_rows, max_tokens
-        self.prefix_cache = prefix_cache
+    def __init__(self, pages: Pages, *, max_rows: int, prefix_cache: bool, invariant: bool):
+        self.pages, self.max_rows = pages, max_rows
+        self.prefix_cache, self.invariant = prefix_cache, invariant
         self.waiting: OrderedDict[str, deque[Sequence]] = OrderedDict()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._planned_keys: set[bytes] = set()  # of pages that this step computes
 
     @property
     def waiting_count(self) -> int:
@@ -76,50 +79,78 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pages.release(sequence.pages)
-        sequence.pages, sequence.computed = [], 0
+        sequence.pages, sequence.computed, sequence.planned = [], 0, 0
         self.preemptions += 1
         queue = self.waiting.setdefault(sequence.request.client, deque())
         queue.appendleft(sequence)
         self.waiting.move_to_end(sequence.request.client, last=False)
 
-    def chunks(self, budget: int) -> Iterator[Chunk]:
-        """The prompts' part of a step. Each chunk is to be computed before the next is asked for,
-        so that sequences of one step share their prefixes, too.
+    def chunks(self, budget: int) -> Iterator[Chunk | None]:
+        """The prompts' part of a step. None: the chunks so far are to be computed before the next
+        is asked for, since it begins with pages that they fill.
 
-        Chunks end at a page's end or at the prompt's, and the tokens after its last full page are
-        one of their own: products of so many rows have the same bits however many pages a chunk
-        has, and a result does not depend on what else the engine did.
+        With `invariant`, chunks end at a page's end or at the prompt's, and the tokens after its
+        last full page are one of their own. Products of so many rows, one or more pages, have the
+        same bits whatever else they multiply, so a result does not depend on what else the engine
+        did.
         """
         for sequence in list(self.running):
-            while budget > 0 and sequence.pages and not sequence.decodes:
+            while budget > 0 and sequence.pages and sequence.planned < sequence.prompt_length:
                 chunk = self._next_chunk(sequence, budget)
                 budget -= chunk.end - chunk.start
                 yield chunk
-        while budget > 0 and len(self.running) < self.max_rows:
-            sequence = self._admit()
-            if sequence is None:
+        while budget > 0 and self.waiting and len(self.running) < self.max_rows:
+            sequence = next(iter(self.waiting.values()))[0]
+            source = self._same_prompt(sequence)
+            if source is None and self._waits(sequence):
+                yield None
+            if not self._admit(sequence, source):
                 return
-            while budget > 0 and sequence.pages and not sequence.decodes:
+            if source is not None:
+                sequence.planned = sequence.prompt_length
+                yield Chunk(sequence, sequence.computed, sequence.prompt_length, source)
+            while budget > 0 and sequence.pages and sequence.planned < sequence.prompt_length:
                 chunk = self._next_chunk(sequence, budget)
                 budget -= chunk.end - chunk.start
                 yield chunk
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        start, whole = sequence.computed, sequence.prompt_length // PAGE * PAGE
-        if start == whole:
-            return Chunk(sequence, start, sequence.prompt_length)
-        return Chunk(sequence, start, min(whole, start + max(budget // PAGE, 1) * PAGE))
-
-    def _admit(self) -> Sequence | None:
-        """Give pages to the next waiting sequence: for its prompt and its next token."""
-        if not self.waiting:
-            return None
-        client, queue = next(iter(self.waiting.items()))
-        sequence = queue[0]
-        found: list[int] = []
+        start, length = sequence.planned, sequence.prompt_length
+        if self.invariant and start < (whole := length // PAGE * PAGE):
+            end = min(whole, start + max(budget // PAGE, 1) * PAGE)
+        else:
+            end = length if self.invariant else min(length, start + budget)
+        sequence.planned = end
         if self.prefix_cache:
-            # the last token is computed in any case: its logits are wanted
-            for key in sequence.keys[: (sequence.prompt_length - 1) // PAGE]:
+            self._planned_keys.update(sequence.keys[start // PAGE : end // PAGE])
+        return Chunk(sequence, start, end)
+
+    def _same_prompt(self, sequence: Sequence) -> Sequence | None:
+        """A running sequence whose prompt is the same and computed, or will be in this step."""
+        if not self.prefix_cache:
+            return None
+        for other in reversed(self.running):
+            if other.planned >= other.prompt_length and other.same_prompt(sequence):
+                return other
+        return None
+
+    def _waits(self, sequence: Sequence) -> bool:
+        """Whether this step computes a page that the sequence begins with."""
+        return any(key in self._planned_keys for key in self._shareable(sequence))
+
+    def _shareable(self, sequence: Sequence) -> list[bytes]:
+        """Keys of pages that may be found; the last token is computed in any case, for its
+        logits."""
+        return sequence.keys[: (sequence.prompt_length - 1) // PAGE]
+
+    def _admit(self, sequence: Sequence, source: Sequence | None) -> bool:
+        """Give pages to the next waiting sequence: for its prompt and its next token. Whether there
+        are enough."""
+        found: list[int] = []
+        if source is not None:
+            found = self.pages.share(source.pages[: sequence.prompt_length // PAGE])
+        elif self.prefix_cache:
+            for key in self._shareable(sequence):
                 if (page := self.pages.find(key)) is None:
                     break
                 found.append(page)
@@ -129,16 +160,17 @@ class Scheduler:
         pages = self.pages.take(needed) if needed + spare <= self.pages.available else None
         if pages is None:
             self.pages.release(found)
-            return None
+            return False
+        client = sequence.request.client
+        queue = self.waiting.pop(client)
         queue.popleft()
-        del self.waiting[client]
         if queue:
             self.waiting[client] = queue  # behind the other clients
         sequence.pages = found + pages
-        sequence.computed = len(found) * PAGE
+        sequence.computed = sequence.planned = len(found) * PAGE
         sequence.cached = max(sequence.cached, sequence.computed)
         self.running.append(sequence)
-        return sequence
+        return True
 
     def computed(self, chunk: Chunk) -> None:
         """Note that a chunk has keys and values. Its full pages can be found from now on."""
@@ -146,4 +178,5 @@ class Scheduler:
         sequence.computed = chunk.end
         if self.prefix_cache:
             for i in range(chunk.start // PAGE, chunk.end // PAGE):
+                self._planned_keys.discard(sequence.keys[i])
                 self.pages.remember(sequence.keys[i], sequence.pages[i])

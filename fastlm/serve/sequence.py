@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 class Sequence:
     """``tokens``: the prompt and what was drawn. The first ``computed`` of them have keys and
-    values in ``pages``. ``room``: the most tokens that may be drawn.
+    values in ``pages``; ``planned``: with those of the chunks of this step. ``room``: the most
+    tokens that may be drawn. ``prompt_logits`` (1, V): what follows the prompt, once computed.
     """
 
     def __init__(
@@ -37,7 +38,8 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.prompt_length = len(self.tokens)
         self.pages: list[int] = []
-        self.computed = self.cached = 0
+        self.computed = self.planned = self.cached = 0
+        self.prompt_logits: Tensor | None = None
         self.keys = page_keys(self.tokens)
         self.submitted = time.monotonic()
         self.cancelled = False
@@ -55,13 +57,13 @@ class Sequence:
         self.text = None if tokenizer is None else AnswerText(tokenizer, list(request.stop))
 
     @property
-    def prompt(self) -> Tokens[int]:
-        return self.request.prompt
-
-    @property
     def decodes(self) -> bool:
         """Whether its prompt is computed."""
         return self.computed >= self.prompt_length
+
+    def same_prompt(self, other: "Sequence") -> bool:
+        mine, theirs = self.prompt_length, other.prompt_length
+        return mine == theirs and self.tokens[:mine] == other.tokens[:theirs]
 
     @property
     def late(self) -> bool:
@@ -82,15 +84,16 @@ class Sequence:
 
     def logprob(self, logits: Tensor, token: int) -> TokenLogprob:
         """What the request wants to know of the token drawn from (1, V) `logits`."""
-        logp = torch.log_softmax(logits / (self.request.sampling.temperature or 1.0), -1)[0]
+        scaled = logits / (self.request.sampling.temperature or 1.0)
+        total = torch.logsumexp(scaled, -1).item()
         top: list[tuple[int, float]] = []
         if self.request.logprobs:
-            values, ids = logp.topk(min(self.request.logprobs, len(logp)))
-            top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        return TokenLogprob(token, logp[token].item(), top)
+            values, ids = scaled[0].topk(min(self.request.logprobs, scaled.shape[1]))
+            top = [(i, v - total) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+        return TokenLogprob(token, scaled[0, token].item() - total, top)
 
-    def add(self, token: int, logprob: TokenLogprob | None) -> bool:
-        """Take the token that was drawn and tell the listener. Whether it was the last one."""
+    def add(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
+        """Take the token that was drawn and tell the listener. Return why it was the last one."""
         self.tokens.append(token)
         ended = token in self.ends
         if self.adjustments is not None:
@@ -102,11 +105,14 @@ class Sequence:
             text = self.text.push(token)
             ended = self.text.stopped
         told = [] if logprob is None else [logprob]
-        if ended or len(self.tokens) - self.prompt_length >= self.room:
-            self.end("stop" if ended else "length", tokens=[token], text=text, logprobs=told)
-            return True
-        self.listener(Piece([token], text, told))
-        return False
+        reason: FinishReason | None = "stop" if ended else None
+        if reason is None and len(self.tokens) - self.prompt_length >= self.room:
+            reason = "length"
+        if reason is None:
+            self.listener(Piece([token], text, told))
+        else:
+            self.end(reason, tokens=[token], text=text, logprobs=told)
+        return reason
 
     def end(
         self,
