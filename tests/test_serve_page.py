@@ -42,6 +42,7 @@ def tiny():
 def opened(browser, url, **options):
     """A page, and what its console says that is wrong."""
     page, wrong = browser.new_context(**options).new_page(), []
+    page.set_default_timeout(120_000)  # a machine may be busy
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
     origin = "/".join(url.split("/")[:3])
@@ -58,7 +59,7 @@ def send(page, text):
 def status(page, pattern):
     from playwright.sync_api import expect
 
-    expect(page.locator("#status")).to_have_text(re.compile(pattern), timeout=30_000)
+    expect(page.locator("#status")).to_have_text(re.compile(pattern), timeout=120_000)
 
 
 def test_chat(browser, tiny, tmp_path):

@@ -106,11 +106,18 @@ async function answer() {
   $("stop").hidden = true; $("send").disabled = false;
   $("log").ariaBusy = "false";
   say(failed || speed);
-  if (!texts.some((text) => text)) { pair.remove(); return; }
+  if (!texts.some((text) => text)) { pair.remove(); takeBack(); return; }
   const whole = !failed;
   const turn = { role: "assistant", texts, id: whole ? id : null, consented: Boolean(asked.store) };
   if (n === 1) settle(turn, 0, pair, speed);
   else choose(turn, pair, speed);
+}
+
+/** Nothing came of the last message: it goes back to where it was written. */
+function takeBack() {
+  const last = turns.pop();
+  last.node.remove();
+  $("text").value ||= last.content;
 }
 
 /** Let the user pick one of two answers. */
