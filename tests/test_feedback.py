@@ -3,8 +3,11 @@ rows to train on that the trainings' readers accept.
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,19 +35,28 @@ def postgresql(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pg")
     for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)
-    data = folder / "data"
+    data, other = folder / "data", {}
     data.mkdir()
-    shutil.chown(data, "postgres")
-
-    def run(*command):
-        words = ["runuser", "-u", "postgres", "--", *map(str, command)]
-        subprocess.run(words, check=True, capture_output=True, cwd="/")
-
-    run(PG, "-D", data, "--no-sync", "--auth=trust")
-    options = f"-c listen_addresses='' -k {data} -c fsync=off"
-    run(PG.with_name("pg_ctl"), "-D", data, "-w", "-l", data / "log", "-o", options, "start")
-    yield f"postgresql://postgres@/postgres?host={data}"
-    run(PG.with_name("pg_ctl"), "-D", data, "-m", "immediate", "stop")
+    if os.geteuid() == 0:  # as whom PostgreSQL refuses to run
+        shutil.chown(data, "postgres")
+        other = {"user": "postgres", "group": "postgres", "extra_groups": []}
+    made = [PG, "-D", data, "-U", "postgres", "--no-sync", "--auth=trust"]
+    subprocess.run(made, check=True, capture_output=True, cwd=data, **other)
+    options = ["-c", "listen_addresses=", "-k", data, "-c", "fsync=off"]
+    command = [PG.with_name("postgres"), "-D", data, *options]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=data, **other)
+    url = f"postgresql://postgres@/postgres?host={data}"
+    until = time.monotonic() + 120
+    while True:
+        try:
+            FeedbackStore(url).close()
+            break
+        except InputError:
+            assert time.monotonic() < until and server.poll() is None
+            time.sleep(0.05)
+    yield url
+    server.send_signal(signal.SIGQUIT)
+    server.wait()
 
 
 @pytest.fixture(params=("sqlite", "postgresql"))
@@ -69,7 +81,7 @@ def filled(store):
         Opinion("r1", choice=0, thumb="down", rater="ann"),
         Opinion("r1", choice=0, thumb="up", rater="ann"),  # she changed her mind
         Opinion("r1", choice=1, thumb="down", rater="ann", comment="Mail bob@mail.org"),
-        Opinion("r2", corrected="Right, says bob@mail.org"),
+        Opinion("r2", corrected="Right, says\0 bob@mail.org"),
         Opinion("r2", thumb="up"),
         Opinion("r3", thumb="up"),  # nobody consented to keep its text
         Opinion(None, "talk", thumb="up"),
@@ -179,6 +191,7 @@ def test_over_http(tmp_path):
         refused("comment", response_id="x", comment="x" * 5000)
         refused("preferred_over[0]", response_id="x", preferred_over=[{}])
         refused("stars", response_id="x", stars=5)
+        refused("response_id", response_id="x\0", thumb="up")
         for lacking in ({}, {"consent": False}, {"messages": None}, {"choices": None}):
             body = {**consent, **lacking} if lacking else talk
             answer = give(400, response_id="x", thumb="up", conversation=body)

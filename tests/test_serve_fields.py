@@ -430,8 +430,12 @@ def _(api):
             tools=[TOOL, other], tool_choice=named, temperature=1, seed=seed, max_tokens=200
         )
         (call,) = made["choices"][0]["message"]["tool_calls"]
-        assert call["function"]["name"] == "now" and made["choices"][0]["message"]["content"] is None
-        jsonschema.validate(json.loads(call["function"]["arguments"]), other["function"]["parameters"])
+        assert (
+            call["function"]["name"] == "now" and made["choices"][0]["message"]["content"] is None
+        )
+        jsonschema.validate(
+            json.loads(call["function"]["arguments"]), other["function"]["parameters"]
+        )
     made = api.answer(tools=[other], tool_choice="required", max_tokens=200)
     assert made["choices"][0]["finish_reason"] == "tool_calls"
     api.refused("tool_choice.function.name", tools=[TOOL], tool_choice=named)

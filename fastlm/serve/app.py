@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.data.ranking import RankingStore
+from fastlm.decode.pages import PAGE
 from fastlm.errors import InputError
 from fastlm.serve import opinions, rank_api
 from fastlm.serve.answers import Answer, sse
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
 
-PAGE = Path(__file__).with_name("page")
+FILES = Path(__file__).with_name("page")
 TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
@@ -76,7 +77,9 @@ class Server:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine.stats)
-        self.prompts = Prompts(self.tokenizer, self.engine.context_limit)
+        # a cache smaller than the context bounds a request, too
+        self.context_limit = min(self.engine.context_limit, self.engine.stats().pages * PAGE)
+        self.prompts = Prompts(self.tokenizer, self.context_limit)
         self.grammars = Grammars(self.tokenizer, self.model.config)
         self.started, self.stopping = int(time.time()), False
         if self.ranking is not None:
@@ -96,7 +99,7 @@ class Server:
             Route("/", self._page("index.html"), methods=get),
             *[
                 Route(f"/page/{file.name}", self._page(file.name), methods=get)
-                for file in PAGE.iterdir()
+                for file in FILES.iterdir()
                 if file.suffix in TYPES and file.suffix != ".html"
             ],
         ]
@@ -143,6 +146,8 @@ class Server:
                     str(full), status=429, code="queue_full", kind="rate_limit_error",
                     headers={"retry-after": wait},
                 ) from None  # fmt: skip
+            except InputError as error:
+                raise ApiError(str(error)) from None
             answer = Answer(asked, id, running, self.tokenizer, echoes)
             if asked.stream:
                 return Events(self, answer, kept, http.state.told)
@@ -162,7 +167,7 @@ class Server:
     ) -> tuple[list[list[int]], list[str], list[Request]]:
         """The prompts, their texts for an echo, and what the engine is asked for. Takes a while."""
         self.check_model(asked.model)
-        most = self.limits.new_tokens or self.engine.context_limit
+        most = self.limits.new_tokens or self.context_limit
         if (asked.max_new_tokens or 0) > most and self.limits.new_tokens is not None:
             raise ApiError(
                 f"max_tokens: wanted at most {most}, got {asked.max_new_tokens}", param="max_tokens"
@@ -190,7 +195,9 @@ class Server:
         requests = [
             Request(
                 prompt,
-                max_new_tokens=min(asked.max_new_tokens or most, most),
+                max_new_tokens=min(
+                    asked.max_new_tokens or most, most, self.context_limit - len(prompt)
+                ),
                 sampling=asked.sampling,
                 # choice i of seed s is that of a single request with seed s + i
                 seed=None if asked.seed is None else (asked.seed + i) % 2**63,
@@ -277,7 +284,7 @@ class Server:
 
     def _described(self) -> dict[str, Any]:
         own = {
-            "context_limit": self.engine.context_limit,
+            "context_limit": self.context_limit,
             "chat": self.tokenizer.chat_template is not None,
             "feedback": self.feedback is not None,
         }
@@ -319,7 +326,7 @@ class Server:
         return JSONResponse(openapi(self.ranking is not None))
 
     def _page(self, name: str) -> Any:
-        file = PAGE / name
+        file = FILES / name
         data, kind = file.read_bytes(), TYPES[file.suffix]
 
         async def page(_: HttpRequest) -> Response:

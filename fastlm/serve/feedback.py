@@ -10,7 +10,7 @@ text.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 from sqlalchemy.event import listen
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from fastlm.data.conversations import Message
 from fastlm.data.scrub import scrub
@@ -170,10 +170,8 @@ class FeedbackStore:
             "choices": _json(_scrubbed(answer.choices)),
             "created_at": _now(),
         }
-        mine = ANSWERS.c.response_id == answer.response_id
-        with self._write() as connection:
-            if connection.execute(sa.select(ANSWERS.c.response_id).where(mine)).first() is None:
-                connection.execute(ANSWERS.insert().values(values))
+        with self._errors(), suppress(IntegrityError), self.engine.begin() as connection:
+            connection.execute(ANSWERS.insert().values(values))
 
     def forget(self, id: str) -> int:
         """Delete a response or a conversation, its text and what was said about it. Return how many
@@ -236,7 +234,7 @@ def _durable(connection: Any, _: Any) -> None:
 def _scrubbed(value: Any) -> Any:
     """``value`` without personal data in any of its texts."""
     if isinstance(value, str):
-        return scrub(value)[0]
+        return scrub(value.replace("\0", ""))[0]  # which PostgreSQL does not store
     if isinstance(value, Mapping):
         return {key: _scrubbed(item) for key, item in value.items()}
     if isinstance(value, Sequence):

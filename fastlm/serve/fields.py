@@ -102,6 +102,18 @@ def text(most: int, default: str | None = None, *, required: bool = False) -> Fi
     return Field(read, schema, default, required)
 
 
+def name(most: int, default: str | None = None, *, required: bool = False) -> Field:
+    """A text of 1 to ``most`` characters that can be printed in a line."""
+    plain = text(most, default, required=required)
+
+    def read(value: Any, where: str) -> str:
+        if not plain.read(value, where).isprintable():
+            raise wrong(where, "characters that can be printed in a line", value)
+        return value
+
+    return Field(read, plain.schema, default, required)
+
+
 def choice(*values: Any, default: Any = None) -> Field:
     """One of some values."""
     wanted = " or ".join(json.dumps(value) for value in values)

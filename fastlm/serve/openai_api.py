@@ -18,6 +18,7 @@ from fastlm.serve.fields import (
     choice,
     flag,
     list_of,
+    name,
     number,
     read_fields,
     table,
@@ -228,7 +229,7 @@ STRUCTURED = {
     "grammar": text(2**16),
 }
 SAMPLED: Mapping[str, Field] = {
-    "model": text(256, required=True),
+    "model": name(256, required=True),
     "frequency_penalty": number(-2, 2, 0.0),
     "ignore_eos": flag(),
     "logit_bias": Field(_bias, {"type": "object"}, ()),
@@ -246,7 +247,7 @@ SAMPLED: Mapping[str, Field] = {
     "temperature": number(0, 2, 1.0),
     "top_k": whole(1, 2**31),
     "top_p": number(0, 1, above=True),
-    "user": text(128, ""),
+    "user": name(128, ""),
 }
 CHAT: Mapping[str, Field] = {
     **SAMPLED,
@@ -260,7 +261,7 @@ CHAT: Mapping[str, Field] = {
     "parallel_tool_calls": choice(True),
     "chat_template_kwargs": Field(_variables, {"type": "object"}),
     "store": flag(),
-    "conversation_id": text(128),
+    "conversation_id": name(128),
 }
 TEXT: Mapping[str, Field] = {
     **SAMPLED,
@@ -270,7 +271,7 @@ TEXT: Mapping[str, Field] = {
     "best_of": choice(1),
 }
 EMBED: Mapping[str, Field] = {
-    "model": text(256, required=True),
+    "model": name(256, required=True),
     "input": Field(_prompts, {"type": ["string", "array"]}, required=True),
     "encoding_format": choice("float", "base64", default="float"),
 }

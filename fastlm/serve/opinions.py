@@ -14,6 +14,7 @@ from fastlm.serve.fields import (
     Field,
     choice,
     list_of,
+    name,
     read_fields,
     table,
     text,
@@ -33,14 +34,14 @@ KEPT = {
     "tools": CHAT["tools"],
 }
 FEEDBACK: Mapping[str, Field] = {
-    "response_id": text(128),
-    "conversation_id": text(128),
+    "response_id": name(128),
+    "conversation_id": name(128),
     "choice": CHOICE,
-    "rater": text(128),
+    "rater": name(128),
     "thumb": choice("up", "down"),
     "comment": text(4096),
     "corrected": text(MOST_TEXT),
-    "preferred_over": list_of(table({"response_id": text(128), "choice": CHOICE}), 1, MOST_CHOICES),
+    "preferred_over": list_of(table({"response_id": name(128), "choice": CHOICE}), 1, MOST_CHOICES),
     "conversation": table(KEPT),
 }
 

@@ -13,13 +13,13 @@ from starlette.routing import Route
 
 from fastlm.data.ranking import Item, RankingStore, check_rater
 from fastlm.errors import InputError
-from fastlm.serve.fields import ApiError, Field, flag, list_of, read_fields, text, whole
+from fastlm.serve.fields import ApiError, Field, flag, list_of, name, read_fields, text, whole
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
 
 MOST_ANSWERS = 64
-RATER = text(128, required=True)
+RATER = name(128, required=True)
 ITEM = Field(whole(0, 2**53).read, {"type": "integer"}, required=True)
 NEXT: Mapping[str, Field] = {
     "rater": RATER,
