@@ -59,7 +59,6 @@ STAGES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
             "heldout": 0.3,
             "epochs": 1,
             "batch-size": 4,
-            "accumulate": 2,
             "validations": 2,
         },
         "val_loss",

@@ -21,16 +21,20 @@ if TYPE_CHECKING:
     from fastlm.muon import Muon
     from fastlm.optim import AdamW
     from fastlm.quant import QuantizedWeight, quantize
+    from fastlm.serve.engine import Engine
+    from fastlm.serve.requests import Request
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
     "AdamW",
     "CausalLM",
+    "Engine",
     "InputError",
     "ModelConfig",
     "Muon",
     "QuantizedWeight",
+    "Request",
     "Sampling",
     "Tokenizer",
     "generate_text",
@@ -49,9 +53,11 @@ __all__ = [
 _PUBLIC = {
     "AdamW": "fastlm.optim",
     "CausalLM": "fastlm.model.causal_lm",
+    "Engine": "fastlm.serve.engine",
     "ModelConfig": "fastlm.model.config",
     "Muon": "fastlm.muon",
     "QuantizedWeight": "fastlm.quant",
+    "Request": "fastlm.serve.requests",
     "Sampling": "fastlm.decode.sampling",
     "Tokenizer": "fastlm.tokenizer.tokenizer",
     "generate_text": "fastlm.decode.generation",

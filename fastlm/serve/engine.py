@@ -164,8 +164,11 @@ class Engine:
             scheduler.preemptions, dict(self._finished),
         )  # fmt: skip
 
-    def generate(self, requests: Sequence[Request]) -> list[Result]:
-        """Answer all requests, in their order; here, or through the thread that `start` began."""
+    def generate(
+        self, requests: Sequence[Request], on_result: Callable[[Result], Any] | None = None
+    ) -> list[Result]:
+        """Answer all requests, in their order; here, or through the thread that `start` began.
+        `on_result` is called with each as it ends."""
         done = threading.Event()
         answers = [Collected() for _ in requests]
         left = itertools.count(len(requests) - 1, -1)
@@ -173,7 +176,11 @@ class Engine:
         def listen(answer: Collected) -> Listener:
             def take(piece: Any) -> None:
                 answer(piece)
-                if piece.finish_reason is not None and next(left) == 0:
+                if answer.result is None:
+                    return
+                if on_result is not None:
+                    on_result(answer.result)
+                if next(left) == 0:
                     done.set()
 
             return take

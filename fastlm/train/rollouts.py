@@ -6,21 +6,25 @@ again. Which tokens are an answer's follows from lengths, never from token ids: 
 token is its end token (SmolLM2-Instruct) learns its end token like any other.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Request
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
 IGNORE = -100
+_PROMPT_TOKENS = 4096  # of a step: nobody waits for the answers that run
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +49,61 @@ def sample_answers(
     rows: int = 64,
     tick: Callable[[int], Any] | None = None,
 ) -> list[Answer]:
-    """Sample an answer to every prompt, ``rows`` at a time.
+    """Sample an answer to every prompt, at most ``rows`` at a time.
 
     Answer i draws from ``seed + i``. It ends with the first end token of the model or of
     ``stop_ids``, which is kept, or after ``max_new_tokens``. There are no top-k, top-p and min-p:
     they would sample from another policy than the one that is trained, whose KL estimates would
-    be wrong (even negative). Temperature 0 is greedy, for validation.
+    be wrong (even negative). Temperature 0 is greedy, for validation. ``tick`` is called with the
+    number of answers that are done.
 
     Raises InputError: see `fastlm.decode.generation.generate`; a prompt that leaves no room.
     """
+    longest, limit = max(map(len, prompts), default=0), model.context_limit - max_new_tokens
+    if longest > limit:
+        raise InputError(
+            f"prompts: wanted at most {limit} tokens, which leave room for max_new_tokens"
+            f" {max_new_tokens}, got {longest}"
+        )
+    if model.device.type != "cpu" or model.model.by_length:
+        return _in_batches(model, prompts, max_new_tokens, temperature, seed, stop_ids, rows, tick)
+    requests = [
+        Request(
+            prompt, max_new_tokens, Sampling(temperature), seed=(seed + i) % 2**63,
+            stop_ids=stop_ids, logprobs=0,
+        )
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    engine = Engine(
+        model, max_rows=rows, max_tokens_per_step=_PROMPT_TOKENS, max_waiting=len(prompts) or 1,
+        invariant=False,
+    )  # fmt: skip
+    done = itertools.count(1)
+    results = engine.generate(requests, lambda _: tick and tick(next(done)))
+    if failed := [result.error for result in results if result.error]:
+        raise RuntimeError(failed[0])
+    return [
+        Answer(r.tokens, [t.logprob for t in r.logprobs], r.finish_reason == "stop")
+        for r in results
+    ]
+
+
+def _in_batches(
+    model: "CausalLM",
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    stop_ids: frozenset[int],
+    rows: int,
+    tick: Callable[[int], Any] | None,
+) -> list[Answer]:
+    """`sample_answers` batch by batch, where the engine has no fast step: on a GPU, whose steps
+    `model.generate` records."""
     ends = stop_ids | model.config.stop_ids
     answers: list[Answer] = []
     for start in range(0, len(prompts), rows):
         part = [list(prompt) for prompt in prompts[start : start + rows]]
-        longest = max(map(len, part))
-        if longest + max_new_tokens > model.context_limit:
-            raise InputError(
-                f"prompts: wanted at most {model.context_limit - max_new_tokens} tokens, which"
-                f" leave room for max_new_tokens {max_new_tokens}, got {longest}"
-            )
         whole, logprobs = model.generate(
             part, max_new_tokens=max_new_tokens, temperature=temperature,
             seed=(seed + start) % 2**63, stop_ids=ends, return_logprobs=True,
@@ -80,8 +120,9 @@ def tensors_of(answers: Sequence[Answer]) -> dict[str, Tensor]:
     """Answers for a checkpoint, or for another process: ``tokens``, one answer after the other, the
     ``lengths``, and which ``ended``. Log-probabilities are left out.
     """
+    joined = [token for answer in answers for token in answer.tokens]
     return {
-        "tokens": torch.tensor([*chain(*(answer.tokens for answer in answers))], dtype=torch.int32),
+        "tokens": torch.tensor(joined, dtype=torch.int32),
         "lengths": torch.tensor([len(answer.tokens) for answer in answers], dtype=torch.int32),
         "ended": torch.tensor([answer.ended for answer in answers], dtype=torch.bool),
     }
@@ -149,8 +190,8 @@ def pack_answers(
     rows = np.concatenate(keys)
     shares = len(rows) > end
     return Packed(
-        torch.tensor([[*chain(*ids)]], device=device),
-        torch.tensor([[*chain(*labels)]], device=device),
+        torch.tensor([[*itertools.chain(*ids)]], device=device),
+        torch.tensor([[*itertools.chain(*labels)]], device=device),
         _ends(ids).to(device),
         (torch.from_numpy(rows).to(device), _ends(keys).to(device)) if shares else None,
         (torch.arange(int(lengths.max())) < lengths[:, None]).to(device),
