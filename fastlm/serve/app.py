@@ -122,8 +122,9 @@ class Server:
         self.engine.start()
         log("ready", model=self.name)
         yield
-        self.stopping = True
-        self.engine.close()
+        if not self.stopping:  # else who has set it closes the engine
+            self.stopping = True
+            self.engine.close()
         log("stopped")
 
     # ---- completions
