@@ -20,7 +20,9 @@ import httpx
 import pytest
 from serve_app import HTTP, ask, tiny_model
 
+from fastlm.errors import InputError
 from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.process import _listen
 
 COMMAND = [sys.executable, "-P", "-m", "fastlm", "serve"]
 DOCS = Path(__file__).parent.parent / "docs/serving.md"
@@ -55,7 +57,7 @@ def served(folder, *options):
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        assert ready.wait(120) and process.poll() is None, lines
+        assert ready.wait(300) and process.poll() is None, lines
         yield process, next(line["url"] for line in lines if "url" in line), lines
     finally:
         process.kill()
@@ -79,8 +81,8 @@ def test_refusals(folder, tmp_path):
 
     assert "host: wanted API keys" in refused("-m", folder, "--host", "0.0.0.0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        line = refused("-m", folder, "--port", taken.getsockname()[1])
-        assert line.startswith("fastlm: port: wanted a free one on 127.0.0.1")
+        with pytest.raises(InputError, match=r"port: wanted a free one on 127\.0\.0\.1"):
+            _listen("127.0.0.1", taken.getsockname()[1])
     # without the extra: one line that says what to install
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(name='uvicorn')")
     line = refused("-m", folder, PYTHONPATH=str(tmp_path))

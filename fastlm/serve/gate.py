@@ -28,6 +28,7 @@ from fastlm.serve.running import gone
 # without a key: what holds no data, and what tells a balancer that the server lives
 OPEN_PATHS = frozenset(("/", "/rank", "/health", "/ready"))
 OPEN_PREFIX = "/page/"
+QUIET_PATHS = frozenset(("/health", "/ready", "/metrics"))  # asked every few seconds
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self';"
     " connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none';"
@@ -131,10 +132,11 @@ class Gate:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.requests.labels(path, status or 499).inc()
             self.metrics.request_seconds.labels(path).observe(seconds)
-            log(
-                "request", id=scope["state"]["id"], method=scope["method"], path=path,
-                status=status or 499, seconds=round(seconds, 4), **told,
-            )  # fmt: skip
+            if status != 200 or path not in QUIET_PATHS:
+                log(
+                    "request", id=scope["state"]["id"], method=scope["method"], path=path,
+                    status=status or 499, seconds=round(seconds, 4), **told,
+                )  # fmt: skip
 
     def refuse(self, error: ApiError) -> JSONResponse:
         self.metrics.errors.labels(error.code or error.kind).inc()
