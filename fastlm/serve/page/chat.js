@@ -9,6 +9,7 @@ let conversation = crypto.randomUUID();
 let running = null; // AbortController of the answer that is written
 
 const say = (text) => { $("status").textContent = text; };
+const see = (node) => node.scrollIntoView({ block: "end" });
 const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
 
 async function start() {
@@ -87,13 +88,15 @@ async function answer() {
     for await (const event of events(response)) {
       id = event.id;
       usage = event.usage ?? usage;
+      const page = document.documentElement; // who reads further up is left there
+      const follows = scrollY + innerHeight > page.scrollHeight - 150;
       for (const { index, delta } of event.choices) {
         if (!delta.content) continue;
         first ??= performance.now();
         texts[index] += delta.content;
         show(parts[index], texts[index]);
       }
-      pair.scrollIntoView({ block: "end" });
+      if (follows) see(pair);
     }
   } catch (error) {
     failed = error.name === "AbortError" ? "stopped" : error.message;
@@ -133,7 +136,8 @@ function choose(turn, pair, speed) {
   document.addEventListener("keydown", keys);
   [...pair.children].forEach((part, i) => part.append(
     button(`Pick answer ${i + 1}`, () => pick(i), { className: "main", title: `Alt+${i + 1}` })));
-  pair.querySelector("button").focus();
+  pair.querySelector("button").focus({ preventScroll: true });
+  see(pair);
   pending = turn;
 }
 let pending = null; // two answers of which none is picked yet
@@ -167,6 +171,7 @@ function tools(turn, speed) {
   row.append(button("Correct", () => correct(turn), { title: "Write what the answer should have been" }));
   row.append(el("span", { className: "quiet", textContent: speed }));
   turn.node.append(row);
+  see(turn.node);
 }
 
 async function again(turn) {
@@ -219,6 +224,7 @@ function user(content) {
   })));
   turns.push(turn);
   $("log").append(node);
+  see(node);
 }
 
 $("form").onsubmit = async (event) => {
