@@ -187,11 +187,17 @@ def test_replicas_behind_nginx(folder, tmp_path):
         for i in range(6):
             opinion = {"response_id": f"r{i}", "thumb": "up"}
             assert ask(url, opinion, "/v1/feedback").status_code == 200
-        seen = [sum(line.get("path") == "/v1/feedback" for line in lines) for _, _, lines in both]
+
+        def seen():  # a line of the log follows its response
+            return [sum(line.get("path") == "/v1/feedback" for line in log) for _, _, log in both]
+
+        while sum(seen()) < 6:
+            assert time.monotonic() < until + 60
+            time.sleep(0.05)
+        assert min(seen()) > 0
         both[0][0].kill()  # the other takes over
         both[0][0].wait()
         answers = [ask(url, body(), "/v1/completions").status_code for _ in range(4)]
         assert answers == [200] * 4
-    assert sum(seen) == 6 and min(seen) > 0
     with FeedbackStore(base) as store:
         assert len(store.opinions()) == 6
