@@ -7,6 +7,9 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh cs
 CUDA_HERE := test -n "$$CUDA_HOME$$CUDA_PATH" || command -v nvcc >/dev/null || test -d /usr/local/cuda/include
 CUDA_HEADERS := nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 PIP := $(BIN)/python -m pip install --quiet
+# A process for each core, at most 4 (tests/conftest.py); a file's tests share their fixtures in one.
+# pytest-benchmark warns that it is off in them
+PARALLEL := -n auto --dist loadfile -p no:benchmark
 BUILD := FASTLM_SIMT=1 $(BIN)/python setup.py -q build_ext --inplace
 
 .PHONY: help setup build demo test quick simt lint format bench fuzz kill sanitize gate triton-sanitize clean
@@ -36,10 +39,10 @@ demo: build      ## text -> tokenizer -> model -> int4 -> runs/demo/report.html,
 
 test: build      ## every check: lint, types, all tests
 	$(MAKE) --no-print-directory lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
-quick: build     ## all but the slow tests, ten minutes
-	$(BIN)/pytest -m 'not slow'
+quick: build     ## all but the slow tests
+	$(BIN)/pytest $(PARALLEL) -m 'not slow'
 
 simt: .venv/ready  ## the emulator alone after a change in csrc/cuda or csrc/simt: seconds a file; DEBUG=1: for gdb
 	@FASTLM_CPU=0 FASTLM_CUDA=0 FASTLM_DEBUG=$(DEBUG) $(BUILD)

@@ -1,10 +1,18 @@
 """Fixtures for all tests: poisoned memory, the instruction sets of this machine, seeds.
 
 Without a GPU Triton kernels are interpreted: `TRITON_INTERPRET` is read when they are decorated.
+
+`pytest -n auto` runs the tests in several processes of one thread each. Tests of kernels (`isa`)
+have two threads, so that work is split. OpenMP reads its variables when torch is loaded.
 """
 
 import importlib
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # where there are two, one that waits must leave its core to the other processes
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -16,10 +24,16 @@ import pytest
 from poison import guarded_memory, patched, poisoned
 
 from fastlm import backend
+from fastlm.threads import default_threads
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # thread orders in which every test of a CUDA kernel runs if there is no GPU
 SIMT_SEEDS = int(os.environ.get("FASTLM_SIMT_SEEDS") or 2)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    return min(4, default_threads())
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,9 +55,14 @@ def _poison():
 
 @pytest.fixture(params=backend.cpu_isas())
 def isa(request):
-    """Run the test on every instruction set of this machine, and on emulated AMX tiles."""
+    """Run the test on every instruction set of this machine, and on emulated AMX tiles, with two
+    threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     with backend.use_cpu_isa(request.param):
         yield request.param
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

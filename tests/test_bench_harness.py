@@ -124,13 +124,13 @@ def test_share_is_of_the_best_instruction_for_the_dtype():
 
 
 def rate(call):
-    """The best of several short calls on one thread. Other processes can only slow a call, and with
-    them two threads are seldom on their cores at once.
+    """The best of several short calls, by the time of one thread: other processes can slow a call,
+    and with them two threads are seldom on their cores at once.
     """
 
     def once():
-        start = time.perf_counter()
-        return call() / (time.perf_counter() - start)
+        start = time.thread_time()
+        return call() / (time.thread_time() - start)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -181,9 +181,9 @@ def test_products_of_bf16_are_chosen_by_rate(cpu, rates, widen, because):
 
 
 def test_rates_are_measured_in_microseconds():
-    start = time.perf_counter()
+    start = time.process_time()
     by, because, dot, fma = _cpu.products_of_bf16()
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
     assert by and because
     assert fma > 1 or _cpu.why_not("avx512_fma")
     assert dot > 1 or _cpu.why_not("avx512")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tolerance import ULP, assert_near
 
 from fastlm import InputError, backend, ops
+from fastlm.reference import blocks
 
 
 def plain(
@@ -284,6 +285,32 @@ def test_gradcheck_of_the_reference(options):
     assert torch.autograd.gradcheck(
         lambda z: ops.cross_entropy(z, target, weight=weight, **options), logits.requires_grad_()
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 0.1}], ids=str)
+def test_blocks_of_the_reference_under_transforms(monkeypatch, options):
+    """A gradient written in parts: batched, with tangents, and both."""
+    logits, target = make(5, 7, torch.float64)
+    upstream, tangent = torch.randn(3, 5).double(), torch.randn(5, 7).double()
+
+    def gradient(z, on=upstream[0]):
+        losses = lambda z: ops.cross_entropy(z, target, reduction="none", **options)  # noqa: E731
+        return torch.func.vjp(losses, z)[1](on)[0]
+
+    def everything():
+        return (
+            gradient(logits),
+            torch.vmap(gradient)(torch.stack([logits, -logits])),
+            torch.vmap(lambda on: gradient(logits, on))(upstream),
+            *torch.func.jvp(gradient, (logits,), (tangent,)),
+            torch.func.jacfwd(gradient)(logits),
+        )
+
+    whole = everything()
+    assert whole[-1].abs().sum() > 0.1
+    monkeypatch.setattr(blocks, "SCORES", 14)  # two rows
+    for found, wanted in zip(everything(), whole, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("smooth", [False, True])

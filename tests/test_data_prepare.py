@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -18,7 +19,7 @@ import pytest
 from disk import full_disk
 from typer.testing import CliRunner
 
-from fastlm.data.commands import app
+from fastlm.cli import app
 from fastlm.data.prepare import DataOptions, Funnel, prepare, read_documents
 from fastlm.errors import InputError
 
@@ -123,7 +124,7 @@ def test_what_is_no_utf8_in_names_and_fields_is_written_all_the_same(tmp_path):
     assert list(funnel.sources) == [docs[0].source]
     assert funnel.unreadable[0].endswith("wanted text, it holds binary data")
     assert Funnel.load(out) == funnel
-    assert CliRunner().invoke(app, ["show", str(out)]).exit_code == 0
+    assert CliRunner().invoke(app, ["data", "show", str(out)]).exit_code == 0
 
 
 def test_a_book_is_cut_and_nothing_of_it_is_lost(tmp_path):
@@ -323,11 +324,19 @@ def test_memory_is_bounded(tmp_path):
 
 def test_command_line(corpus, tmp_path):
     out = tmp_path / "out"
-    prepare_command = ["prepare", str(corpus), "-o", str(out), "--cache", str(tmp_path / "c")]
+    prepare_command = [
+        "data",
+        "prepare",
+        str(corpus),
+        "-o",
+        str(out),
+        "--cache",
+        str(tmp_path / "c"),
+    ]
     result = CliRunner().invoke(app, prepare_command, env={"COLUMNS": "240"})
     assert result.exit_code == 0, result.output
-    assert " .csv " in CliRunner().invoke(app, ["prepare", "--help"]).output
-    shown = CliRunner().invoke(app, ["show", str(out)], env={"COLUMNS": "240"})
+    assert " .csv " in CliRunner().invoke(app, ["data", "prepare", "--help"]).output
+    shown = CliRunner().invoke(app, ["data", "show", str(out)], env={"COLUMNS": "240"})
     assert shown.exit_code == 0
     for text in (
         "quality rules",
@@ -341,12 +350,21 @@ def test_command_line(corpus, tmp_path):
     ):
         assert text in shown.stdout
     assert shown.stdout in result.output
-    wrong = CliRunner().invoke(app, ["get", "ftp:thing"])
+    wrong = CliRunner().invoke(app, ["data", "get", "ftp:thing"])
     assert isinstance(wrong.exception, InputError)
     rules = CliRunner().invoke(
-        app, ["prepare", str(corpus), "-o", str(out), "--rules", "word_count,nope"]
+        app, ["data", "prepare", str(corpus), "-o", str(out), "--rules", "word_count,nope"]
     )
     assert isinstance(rules.exception, InputError)
+
+
+def ignoring_ctrl_c(pid: int) -> list[bool]:
+    """Whether each child of a process ignores SIGINT."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        (mask,) = re.findall(r"^SigIgn:\s*(\w+)", Path(f"/proc/{child}/status").read_text(), re.M)
+        found.append(bool(int(mask, 16) >> (signal.SIGINT - 1) & 1))
+    return found
 
 
 def test_ctrl_c_ends_the_workers_too(tmp_path):
@@ -361,13 +379,11 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     signal.signal(signal.SIGINT, before)
-    while True:  # until both workers have started
-        children = Path(f"/proc/{done.pid}/task/{done.pid}/children").read_text().split()
-        if len(children) >= 3:  # including multiprocessing's resource tracker
-            break
+    # until both workers, and multiprocessing's resource tracker, leave the signal to the parent:
+    # one that is still starting would print Python's traceback
+    while len(children := ignoring_ctrl_c(done.pid)) < 3 or not all(children):
         assert done.poll() is None, done.stderr and done.stderr.read()
         time.sleep(0.05)
-    time.sleep(1.5)  # a worker that is still starting would print Python's traceback
     os.killpg(done.pid, signal.SIGINT)
     _, said = done.communicate(timeout=60)
     assert done.returncode == 130 and "Traceback" not in said, said

@@ -60,18 +60,18 @@ HOSTILE = {
 @pytest.mark.parametrize("unit, before, reason", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_markup_is_told_in_linear_time(unit, before, reason):
     page = before + unit * (MAX_DOCUMENT_BYTES // len(unit))
-    began = time.perf_counter()
+    began = time.process_time()
     assert costly_markup(page) == reason
-    assert time.perf_counter() - began < 10  # measured: at most 1 s
+    assert time.process_time() - began < 10  # measured: at most 1 s
 
 
 def test_a_page_as_deep_as_is_let_through_takes_seconds():
     deep = "<div>" * 5000 + "text"
     ruby = "<rt></p>x" * (1 << 15)  # 288 KB; took 10 s before it was recognized
     for page, text in ((deep, "text"), ("<div>" * 20_000 + "text", ""), (ruby, "")):
-        began = time.perf_counter()
+        began = time.process_time()
         assert html_to_text(page).strip() == text
-        assert time.perf_counter() - began < (3 if page is ruby else 20)  # measured: 0.02 s, 0.5 s
+        assert time.process_time() - began < (3 if page is ruby else 20)  # measured: 0.02 s, 0.5 s
 
 
 @pytest.mark.parametrize(
@@ -295,6 +295,6 @@ def test_what_only_looks_like_personal_data_stays(text):
 )
 def test_scrubbing_is_linear_on_hostile_repetition(unit):
     text = unit * (1_000_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()
     scrub(text)
-    assert time.perf_counter() - start < 8  # about 0.3 s alone; a quadratic scan takes hours
+    assert time.process_time() - start < 8  # about 0.3 s alone; a quadratic scan takes hours

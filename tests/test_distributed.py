@@ -60,7 +60,7 @@ def launch(job: str, size: int, data: Path, out: Path) -> None:
     for process in started:
         process.start()
     for process in started:
-        process.join(300)
+        process.join(600)
     assert [process.exitcode for process in started] == [0] * size
 
 
@@ -389,7 +389,7 @@ def test_a_killed_process_ends_the_job_and_torchrun_starts_it_again(data, one, t
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *map(str, torchrun), *map(str, command)],
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]

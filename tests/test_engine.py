@@ -276,6 +276,168 @@ def test_a_step_that_fails_ends_its_requests_not_the_engine(monkeypatch):
     assert engine.stats().pages_used == 0 and engine.model is model
 
 
+def test_a_request_with_the_prompt_of_one_that_fails_is_computed_itself(monkeypatch):
+    """Also when the first of them has been computed before, and was preempted."""
+    model = model_of()
+    engine = Engine(model, max_tokens_per_step=1000)
+    prompt = [13, *range(96), *range(31)]
+    (wanted,) = engine.generate([Request(prompt, 5, seed=2)])
+    ours, calls = CausalLM.chunk_hidden, []
+
+    def once(self, ids, *rest):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return ours(self, ids, *rest)
+
+    monkeypatch.setattr(CausalLM, "chunk_hidden", once)
+    engine = Engine(model, max_tokens_per_step=1000)
+    got = [[], []]
+    engine.submit(Request(prompt, 5, seed=1), got[0].append)
+    engine.step()
+    engine.scheduler.postpone(engine.scheduler.running[0])
+    engine.submit(Request(prompt, 5, seed=2), got[1].append)
+    while engine.step():
+        pass
+    assert got[0][-1].finish_reason == "error"
+    assert [t for piece in got[1] for t in piece.tokens] == wanted.tokens
+
+
+def test_a_request_that_nothing_can_be_drawn_for_ends_alone():
+    model = model_of(tie_word_embeddings=False)
+    nothing = type("Nothing", (), {"mask": lambda self: torch.zeros(97, dtype=torch.bool)})
+    good = Request([5, 6, 7], 8, seed=1)
+    (wanted,) = Engine(model).generate([good])
+    bad = Request([5, 6, 8], 8, constraint=nothing)
+    first, failed, last = Engine(model).generate([good, bad, good])
+    assert first.tokens == last.tokens == wanted.tokens
+    assert (failed.finish_reason, failed.error) == ("error", "no token may come next")
+    bad = next(i for i in range(97) if i not in (*good.prompt, *wanted.tokens))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[bad] = torch.nan
+    first, failed, last = Engine(model).generate([good, Request([bad], 8), good])
+    assert first.tokens == last.tokens == wanted.tokens
+    assert (failed.finish_reason, failed.error) == ("error", "logits are not finite")
+
+
+def test_updates_wait_until_nothing_runs():
+    model = model_of()
+    engine, prompt = Engine(model, max_rows=2), torch.arange(150).remainder(97).tolist()
+    plain = Sampling(temperature=0.0)
+    before, after = [], []
+    engine.submit(Request(prompt, 9, plain), before.append)
+    engine.step()
+
+    def change():
+        assert engine.stats().running == 0
+        model.model.layers[0].self_attn.k_proj.weight.data.mul_(-1)  # leaves no trace
+        return "changed"
+
+    changed = engine.update(change)
+    engine.submit(Request(prompt, 9, plain), after.append)
+    while engine.step():
+        pass
+    assert changed.result() == "changed"
+    (fresh,) = Engine(model).generate([Request(prompt, 9, plain)])
+    assert after[-1].cached_tokens == 0
+    assert [t for p in after for t in p.tokens] == fresh.tokens
+    assert [t for p in before for t in p.tokens] != fresh.tokens
+    model.model.norm.weight.data.mul_(2.0)  # norms are compared by value
+    (same,) = engine.generate([Request(prompt, 9, Sampling(temperature=0.5), seed=1)])
+    (other,) = Engine(model).generate([Request(prompt, 9, Sampling(temperature=0.5), seed=1)])
+    assert same.tokens == other.tokens
+
+
+def test_a_quantized_model_keeps_its_cache():
+    engine = Engine(fastlm.quantize(model_of(), "w8a8", group_size=16))
+    prompt = torch.arange(150).remainder(97).tolist()
+    cached = [engine.generate([Request(prompt, 2)])[0].cached_tokens for _ in range(3)]
+    assert cached == [0, 128, 128]
+
+
+def test_pages_found_again_after_preemption_are_not_told_as_cached():
+    engine = Engine(model_of(), pages=5)
+    results = engine.generate([Request([i] * 64, 100, ignore_eos=True) for i in range(3)])
+    assert engine.stats().preemptions > 0 and engine.stats().cached_tokens == 0
+    assert [r.cached_tokens for r in results] == [0, 0, 0]
+
+
+def test_text():
+    """Pieces join to the text of the tokens; a stop string ends it, across tokens, too."""
+    tokenizer = fastlm.Tokenizer.train(["the river sees the tree " * 20], 300)
+    model = model_of(vocab_size=tokenizer.vocab_size)
+    engine = Engine(model, tokenizer)
+    pieces = []
+    engine.submit(Request([40, 41], 40, seed=3, ignore_eos=True), pieces.append)
+    while engine.step():
+        pass
+    tokens = [t for p in pieces for t in p.tokens]
+    text = "".join(p.text for p in pieces)
+    assert len(tokens) == 40 and text == tokenizer.decode(tokens)
+    stop = text[7:10]
+    (stopped,) = engine.generate([Request([40, 41], 40, seed=3, stop=(stop,), ignore_eos=True)])
+    assert stopped.text == text[: text.index(stop)] and stopped.finish_reason == "stop"
+    (same,) = engine.generate([Request([40, 41], 40, seed=3, stop=stop, ignore_eos=True)])
+    assert same.text == stopped.text  # a string is one stop string, not its letters
+
+
+def test_listeners_and_callbacks_that_raise():
+    engine, heard = Engine(model_of()), []
+
+    def angry(piece):
+        heard.append(piece.finish_reason)
+        if piece.finish_reason:
+            raise ValueError("no")
+
+    engine.submit(Request([1], 3), angry)
+    while engine.step():
+        pass
+    assert heard == [None, None, "length"] and engine.stats().pages_used == 0
+
+    def result(_):
+        raise ZeroDivisionError
+
+    for threaded in (False, True):
+        if threaded:
+            engine.start()
+        with pytest.raises(ZeroDivisionError):
+            engine.generate([Request([1], 3), Request([2], 3)], result)
+        assert engine.generate([Request([1], 3)])[0].finish_reason == "length"
+    engine.close()
+
+
+def test_a_thread_that_fails_goes_on(monkeypatch):
+    engine = Engine(model_of())
+    engine.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler, "decodes", lambda: 1 / 0)
+        (failed,) = engine.generate([Request([1], 3)])
+    assert failed.finish_reason == "error" and "ZeroDivisionError" in failed.error
+    assert engine.generate([Request([1], 3)])[0].finish_reason == "length"
+    engine.close()
+    for refused in (engine.call, engine.update):
+        with pytest.raises(InputError, match="engine: wanted one that runs"):
+            refused(lambda: None)
+
+
+def test_an_interrupt_leaves_an_engine_that_works(monkeypatch):
+    model = model_of()
+    engine, pieces = Engine(model), []
+    (wanted,) = Engine(model).generate([Request([1, 2], 5, seed=1)])
+    engine.submit(Request([1, 2], 5, seed=1), pieces.append)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLM, "chunk_hidden", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([Request([3], 5)])
+    while engine.step():
+        pass
+    assert [t for p in pieces for t in p.tokens] == wanted.tokens
+
+
 def test_threads():
     """Many threads submit, some cancel; every answer is its own prompt's."""
     engine = Engine(model_of(), max_rows=8, pages=40)
@@ -314,6 +476,9 @@ def test_refusals():
         (Request([1], 0), "max_new_tokens: wanted at least 1, got 0"),
         (Request([1] * 512, 5), "prompt: wanted fewer than the model's 512 tokens"),
         (Request([1] * 250, 100), "wanted at most the cache's 256 tokens in all, got 250 . 100"),
+        (Request([1], 5, logprobs=-1), r"logprobs: wanted 0 to 97 or None, got -1"),
+        (Request([1], 5, seed=2**70), "seed: wanted an integer"),
+        (Request([1], 5, seed=-1), "seed: wanted an integer"),
         (Request([1], 5, stop=("x",)), "stop: wanted an engine with a tokenizer"),
         (Request([1], 5, Sampling(logit_bias=((97, 1.0),))), "logit_bias: wanted ids in"),
     ):
@@ -324,6 +489,11 @@ def test_refusals():
         Engine(model_of("llama-dynamic"))
     with pytest.raises(InputError, match="kv_dtype: wanted float32"):
         Engine(model_of(), kv_dtype=torch.int8)
+    with (
+        fastlm.use_backend("reference"),
+        pytest.raises(InputError, match=r"kv_dtype: wanted None or torch\.float32"),
+    ):
+        Engine(model_of(), kv_dtype=torch.float16)
     with pytest.raises(InputError, match="max_rows: wanted at least 1, got 0"):
         Engine(model_of(), max_rows=0)
 

@@ -98,13 +98,13 @@ def test_gguf_metadata(tmp_path):
 
 
 def test_a_long_sentencepiece_token_is_refused(tmp_path):
-    began = time.perf_counter()
+    began = time.process_time()
     llama_gguf(tmp_path / "m.gguf", {
         "tokenizer__ggml__tokens": [*(str(i) for i in range(262)), "x" * 600_000],
     })  # fmt: skip
     with pytest.raises(InputError, match="wanted at most 512 characters each, got 600000"):
         Tokenizer.load(tmp_path / "m.gguf")
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 # model folders

@@ -3,7 +3,6 @@ kernels ("mean" and "sum" with gradients in the forward, "none" and lse with rec
 every option, chunk and block edges.
 """
 
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from compiled import assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak import printed_alone
 from test_cross_entropy import plain
 from tolerance import ULP, assert_near
 
@@ -333,55 +333,48 @@ def test_same_bits_on_repeat_and_on_one_and_two_threads(isa):
 
 
 MEMORY = """
-import resource, torch
+import torch
 from fastlm import ops
+from peak import growth
 n, d, v = 1024, 128, 32768
 x, w = torch.randn(n, d).bfloat16().requires_grad_(), torch.randn(v, d).bfloat16().requires_grad_()
 t = torch.randint(0, v, (n,))
 ops.linear_cross_entropy(x[:32], w, t[:32]).backward()  # libraries loaded, threads started
 x.grad = w.grad = None
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-ops.linear_cross_entropy(x, w, t).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+print(growth(lambda: ops.linear_cross_entropy(x, w, t).backward()))
 """
 
 
 REFERENCE_MEMORY = """
-import resource, torch
+import torch
 from fastlm import ops, backend
+from peak import growth
 n, d, v = 2048, 16, 32768
 x, w = (torch.randn(s, d, dtype=torch.float64, requires_grad=True) for s in (n, v))
-z = torch.randn(n, v)  # 256 MiB, with its gradient twice that
+z = torch.randn(n, v, requires_grad=True)  # 256 MiB, with its gradient twice that
 t = torch.randint(0, v, (n,))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with backend.use_backend("reference"):
-    ops.linear_cross_entropy(x, w, t, label_smoothing=0.1).backward()
-    first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ops.cross_entropy(z.requires_grad_(), t, label_smoothing=0.1).backward()
-last = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((first - before) >> 10, (last - first) >> 10)
+    print(growth(lambda: ops.linear_cross_entropy(x, w, t, label_smoothing=0.1).backward()))
+    print(growth(lambda: ops.cross_entropy(z, t, label_smoothing=0.1).backward()))
 """
 
 
 @pytest.mark.slow
 def test_reference_is_bounded_by_its_blocks():
-    """2048 x 32768 logits in float64 take 512 MiB, and a loss creates half a dozen such tensors."""
-    out = subprocess.run(
-        [sys.executable, "-P", "-c", REFERENCE_MEMORY], capture_output=True, text=True, check=True
-    )
-    linear, logits = (int(part) for part in out.stdout.split())
-    assert linear <= 320 and logits <= 256 + 64, out.stdout
+    """2048 x 32768 logits in float64 take 512 MiB, and a loss creates half a dozen such tensors. Of
+    float32 logits the gradient takes 256, six temporaries of a block 96.
+    """
+    linear, logits = printed_alone(REFERENCE_MEMORY)
+    assert linear <= 320
+    assert logits <= 256 + 96
 
 
 def test_logits_are_never_in_memory():
     """1024 x 32768 logits take 64 MiB in bf16 and twice that in float32, and their gradient as much
-    again. Allowed are 32 MiB of exponentials, the float32 gradient (16) and the gradients (8). This
-    runs in its own process, because the peak of a process never falls.
+    again. Allowed are 32 MiB of exponentials, the float32 gradient (16) and the gradients (8).
     """
-    out = subprocess.run(
-        [sys.executable, "-P", "-c", MEMORY], capture_output=True, text=True, check=True
-    )
-    assert int(out.stdout) <= 64, out.stdout
+    (grown,) = printed_alone(MEMORY)
+    assert grown <= 64
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,8 +3,6 @@ are left out, and logits that are hard on a softmax.
 """
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from compiled import assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak import printed_alone
 from tolerance import ULP, assert_near
 
 from fastlm import InputError, backend, ops
@@ -332,16 +331,15 @@ def test_autocast():
 
 
 MEMORY = """
-import resource, torch
+import torch
 from fastlm import ops
+from peak import growth
 n, d, v = 1024, 64, 49152
 x, w, xt, wt = (torch.randn(s, d).bfloat16() for s in (n, v, n, v))
 x.requires_grad_(), w.requires_grad_()
 ops.linear_distillation(x[:32], w, xt[:32], wt).backward()  # libraries loaded, threads started
 x.grad = w.grad = None
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-ops.linear_distillation(x, w, xt, wt, kind="jsd").backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+print(growth(lambda: ops.linear_distillation(x, w, xt, wt, kind="jsd").backward()))
 """
 
 
@@ -349,10 +347,8 @@ def test_logits_are_never_in_memory():
     """The logits of either head take 96 MiB in bf16 and twice that in float32. Allowed are 64 MiB
     of scores and the weight's gradient in both dtypes (18), part of which the first call had.
     """
-    out = subprocess.run(
-        [sys.executable, "-P", "-c", MEMORY], capture_output=True, text=True, check=True
-    )
-    assert int(out.stdout) <= 88, out.stdout
+    (grown,) = printed_alone(MEMORY)
+    assert grown <= 88
 
 
 @settings(max_examples=40, deadline=None)

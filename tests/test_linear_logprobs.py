@@ -3,8 +3,6 @@ ignored rows, masked classes, hard logits, chunk and block edges.
 """
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from compiled import assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak import printed_alone
 from test_linear_cross_entropy import make
 from tolerance import ULP, assert_near
 
@@ -260,8 +259,9 @@ def test_same_bits_on_repeat_and_on_one_and_two_threads(isa):
 
 
 MEMORY = """
-import resource, torch
+import torch
 from fastlm import ops
+from peak import growth
 n, d, v = 1024, 128, 32768
 x, w = torch.randn(n, d).bfloat16().requires_grad_(), torch.randn(v, d).bfloat16().requires_grad_()
 t = torch.randint(0, v, (n,))
@@ -269,20 +269,15 @@ def run(n):
     torch.stack(ops.linear_logprobs(x[:n], w, t[:n], return_entropy=True)).sum().backward()
     x.grad = w.grad = None
 run(32)  # libraries loaded, threads started
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run(n)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+print(growth(lambda: run(n)))
 """
 
 
 def test_logits_are_never_in_memory():
     """1024 x 32768 logits take 64 MiB in bf16 and twice that in float32, and their gradient as much
-    again. This runs in its own process, because the peak of a process never falls.
-    """
-    out = subprocess.run(
-        [sys.executable, "-P", "-c", MEMORY], capture_output=True, text=True, check=True
-    )
-    assert int(out.stdout) <= 64, out.stdout
+    again."""
+    (grown,) = printed_alone(MEMORY)
+    assert grown <= 64
 
 
 @settings(max_examples=25, deadline=None)

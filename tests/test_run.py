@@ -25,7 +25,7 @@ TIMES = ("seconds", "tokens_per_second", "progress")
 
 def fastlm(*arguments, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, "-P", "-m", "fastlm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, **kwargs)
 
 
 def metrics(run: Path) -> list[dict]:

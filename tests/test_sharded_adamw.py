@@ -23,7 +23,7 @@ def test_two_ranks_are_one_process(name):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("equal:") == len(CASES)

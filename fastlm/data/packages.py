@@ -27,7 +27,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, cast
 
@@ -100,11 +100,12 @@ def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
         tree.mkdir()
         _unpack(archive, tree)
         final = home / _folder(name, found)
-        if not final.exists():
-            os.utime(
-                tree
-            )  # unpacking set the archive's own date; "newest" above means fetched last
+        os.utime(tree)  # unpacking set the archive's own date; "newest" above means fetched last
+        try:
             os.replace(tree, final)
+        except OSError:
+            if not final.is_dir():  # not fetched by another process meanwhile
+                raise
         return final
 
 
@@ -163,25 +164,26 @@ def _scratch(home: Path) -> Iterator[Path]:
     """
     try:
         home.mkdir(parents=True, exist_ok=True)
-        for stray in home.glob(f"{SCRATCH}*"):
-            with _locked(stray) as ours:
-                if ours:
-                    shutil.rmtree(stray, ignore_errors=True)
-        with (
-            tempfile.TemporaryDirectory(
-                prefix=SCRATCH, dir=home, ignore_cleanup_errors=True
-            ) as scratch,
-            _locked(Path(scratch)),
-        ):
-            yield Path(scratch)
+        with ExitStack() as held:
+            with _locked(home, wait=True):  # until it is locked, a new folder looks like a stray
+                for stray in home.glob(f"{SCRATCH}*"):
+                    with _locked(stray) as ours:
+                        if ours:
+                            shutil.rmtree(stray, ignore_errors=True)
+                folder = tempfile.TemporaryDirectory(
+                    prefix=SCRATCH, dir=home, ignore_cleanup_errors=True
+                )
+                scratch = Path(held.enter_context(folder))
+                held.enter_context(_locked(scratch))
+            yield scratch
     except OSError as e:
         raise write_error(home, e) from None
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Lock the folder for the block and yield whether it is ours; the lock ends with
-    the process.
+def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Lock the folder for the block and yield whether it is ours; the lock ends with the process.
+    With `wait` it waits for another's lock to end.
     """
     try:
         fd = os.open(folder, os.O_RDONLY)
@@ -190,7 +192,7 @@ def _locked(folder: Path) -> Iterator[bool]:
         return
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             ours = True
         except OSError:  # in use, or a file system without locks
             ours = False

@@ -9,9 +9,11 @@ used longest ago first.
 
 import hashlib
 import itertools
+import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from fastlm.model.config import ModelConfig
 # Tokens of a page: a multiple of 16 (csrc/cpu/decode_step.h). Half of an attention task of the
 # decode step; a prompt's products reach 0.8 to 0.9 of their speed at 512 tokens with 64 (AVX2).
 PAGE = 64
+_MEMORY_SHARE = 4  # a cache takes a quarter of the memory at most
 
 
 class Pages:
@@ -173,3 +176,25 @@ class ChunkCache:
 
 def _sums(counts: Sequence[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+
+
+def page_count(config: ModelConfig, rows: int, *, dtype: torch.dtype, device: torch.device) -> int:
+    """How many pages `rows` contexts need, within a quarter of the memory, or half of what is free
+    on a GPU."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0] // 2
+    else:
+        memory = _memory() // _MEMORY_SHARE
+    wanted = rows * -(-config.max_position_embeddings // PAGE)
+    return max(1, min(wanted, memory // (numbers * PAGE * dtype.itemsize)))
+
+
+def _memory() -> int:
+    """Bytes that this process may use: the machine's, or its container's."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return memory
+    return min(memory, int(limit)) if limit.isdigit() else memory

@@ -19,6 +19,7 @@ from fastlm.errors import InputError
 # Candidates that top-p and min-p examine before they sort the whole vocabulary: text models put a
 # probability of 0.95 on fewer
 _FIRST_LOOK = 256
+_MOST = 1e9  # of a penalty or a bias: sums of them stay finite in float32
 _BLOCK = 256  # tokens of the vocabulary whose probabilities are summed together, without filters
 
 
@@ -48,7 +49,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, ">= 0"),
+            (
+                "temperature",
+                self.temperature,
+                _number(self.temperature) == 0 or 1e-6 <= _number(self.temperature) < math.inf,
+                "0 or at least 1e-6",
+            ),
             ("top_k", self.top_k, self.top_k is None or _whole(self.top_k) >= 1, ">= 1 or None"),
             (
                 "top_p",
@@ -67,7 +73,7 @@ class Sampling:
                 *(0 < _number(self.repetition_penalty) < math.inf, "> 0"),
             ),
             *(
-                (name, value, math.isfinite(_number(value)), "a finite number")
+                (name, value, abs(_number(value)) <= _MOST, f"from -{_MOST:g} to {_MOST:g}")
                 for name in ("presence_penalty", "frequency_penalty")
                 for value in (getattr(self, name),)
             ),
@@ -75,7 +81,7 @@ class Sampling:
                 "logit_bias",
                 self.logit_bias,
                 isinstance(self.logit_bias, tuple) and all(map(_is_bias, self.logit_bias)),
-                "pairs of a token id >= 0 and a finite number",
+                f"pairs of a token id >= 0 and a number from -{_MOST:g} to {_MOST:g}",
             ),
         )
         for name, value, good, wanted in checks:
@@ -154,8 +160,9 @@ class Sampling:
 
 def _drawn(scaled: Tensor, u: Tensor) -> Tensor:
     """One token per row from softmax(scaled), (B, V), by uniform numbers u (B, 1): first a block of
-    the vocabulary, then a token of it. Cumulative sums of the whole vocabulary in float64 took a
-    third of a step of 32 rows of SmolLM2.
+    the vocabulary, then a token of it; any token where a row is not finite.
+
+    Cumulative sums of the whole vocabulary in float64 took a third of a step of 32 rows of SmolLM2.
     """
     p = scaled.softmax(-1)
     if beyond := -p.shape[1] % _BLOCK:
@@ -170,7 +177,7 @@ def _drawn(scaled: Tensor, u: Tensor) -> Tensor:
     inside = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK))[:, 0].double().cumsum(-1)
     rest = torch.minimum(rest.clamp(min=0), inside[:, -1:] * (1 - 1e-12))  # as rounded
     place = torch.searchsorted(inside, rest.contiguous(), right=True).clamp(max=_BLOCK - 1)
-    return (block * _BLOCK + place)[:, 0]
+    return (block * _BLOCK + place)[:, 0].clamp(max=scaled.shape[1] - 1)
 
 
 class Adjustments:
@@ -255,7 +262,7 @@ def _number(value: object) -> float:
 def _is_bias(pair: object) -> bool:
     if not isinstance(pair, tuple) or len(pair) != 2:
         return False
-    return _whole(pair[0]) >= 0 and math.isfinite(_number(pair[1]))
+    return _whole(pair[0]) >= 0 and abs(_number(pair[1])) <= _MOST
 
 
 def _whole(value: object) -> float:

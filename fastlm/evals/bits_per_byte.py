@@ -83,7 +83,7 @@ def evaluate(
     with torch.no_grad():
         batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
         for batch in track(batches, "held-out bits per byte", unit="batches"):
-            rows = [_window(dataset, begin, scored, seq_len, stride) for begin, scored in batch]
+            rows = [window(dataset, begin, scored, seq_len, stride) for begin, scored in batch]
             ids = torch.from_numpy(np.stack([r[0] for r in rows])).to(device)
             labels = torch.from_numpy(np.stack([r[1] for r in rows])).to(device)
             offsets = document_offsets(ids, dataset.eos_id) if document_mask else None
@@ -95,7 +95,7 @@ def evaluate(
     return BitsPerByte(nats / math.log(2) / size, nats / tokens, tokens, size)
 
 
-def _window(
+def window(
     dataset: TokenDataset, begin: int, scored: int, seq_len: int, stride: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return inputs and labels (length,). The first token of the data set is predicted from

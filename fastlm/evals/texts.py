@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from fastlm.errors import InputError
 from fastlm.progress import silent
 
 if TYPE_CHECKING:
+    from fastlm.data.shards import TokenDataset
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -74,37 +76,20 @@ def text_bits_per_byte(
     The default window is the model's context, at most `LONGEST_WINDOW`; the default stride is half
     of it. ``document_mask``: for models trained with it.
     """
-    from fastlm.data.shards import INDEX, TokenDataset, write_shards
     from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate
 
     seq_len, stride = check_window(model.context_limit, seq_len, stride)
-    data, packed = Path(data), {}
-    if (data / "heldout" / INDEX).is_file():
-        data = data / "heldout"
-    if (data / INDEX).is_file():
-        dataset = TokenDataset(data)
-        if dataset.vocab_size > model.config.vocab_size:
-            raise InputError(
-                f"data: wanted tokens of a vocabulary of at most {model.config.vocab_size},"
-                f" got {dataset.vocab_size}"
-            )
+    texts: list[str] = []
+    with token_dataset(
+        data, tokenizer, model.config.vocab_size, cache=cache, tell=tell, keep=texts
+    ) as dataset:
+        packed: dict[str, Any] = {}
+        if texts and compressors:
+            packed = compressed_bits_per_byte(texts) | {"documents": len(texts)}
         result = evaluate(
             model, dataset, seq_len, batch_size, stride=stride, document_mask=document_mask,
             track=track,
         )  # fmt: skip
-    else:
-        texts = list(read_texts(data, cache=cache, tell=tell))
-        if not texts:
-            raise InputError(f"data {data}: wanted text, got none")
-        if compressors:
-            packed = compressed_bits_per_byte(texts) | {"documents": len(texts)}
-        with tempfile.TemporaryDirectory() as folder:
-            write_shards(texts, tokenizer, Path(folder))
-            dataset = TokenDataset(folder)
-            result = evaluate(
-                model, dataset, seq_len, batch_size, stride=stride, document_mask=document_mask,
-                track=track,
-            )  # fmt: skip
     return {
         "bits_per_byte": result.bits_per_byte,
         **{f"bits_per_byte_{name}": packed[name] for name in ("xz", "zstd") if packed},
@@ -112,3 +97,44 @@ def text_bits_per_byte(
         **({"documents": packed["documents"]} if packed else {}),
         "seq_len": seq_len, "stride": stride,
     }  # fmt: skip
+
+
+@contextmanager
+def token_dataset(
+    data: str | Path,
+    tokenizer: "Tokenizer",
+    vocab_size: int,
+    *,
+    part: str = "heldout",
+    cache: Path | None = None,
+    tell: Callable[[str], None] = ignore,
+    keep: list[str] | None = None,
+) -> Iterator["TokenDataset"]:
+    """Context: the tokens of the text or shards at ``data``.
+
+    Args:
+        vocab_size: of the model; shards of a larger one are refused.
+        part: "train" or "heldout", of prepared text or shards that have both.
+        keep: gets the texts, if it is text.
+    """
+    from fastlm.data.shards import INDEX, TokenDataset, write_shards
+
+    data = Path(data)
+    if (data / part / INDEX).is_file():
+        data = data / part
+    if (data / INDEX).is_file():
+        dataset = TokenDataset(data)
+        if dataset.vocab_size > vocab_size:
+            raise InputError(
+                f"data: wanted tokens of a vocabulary of at most {vocab_size},"
+                f" got {dataset.vocab_size}"
+            )
+        yield dataset
+        return
+    texts = [] if keep is None else keep
+    texts += read_texts(data, part=part, cache=cache, tell=tell)
+    if not texts:
+        raise InputError(f"data {data}: wanted text, got none")
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(texts, tokenizer, Path(folder))
+        yield TokenDataset(folder)

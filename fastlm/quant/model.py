@@ -7,34 +7,44 @@ them.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastlm import ops
 from fastlm.errors import InputError
-from fastlm.ops.linear import Linear
-from fastlm.ops.quantized_weight import ANY_K, QuantizedWeight, check_group_size
+from fastlm.ops.quantized_weight import QuantizedWeight
+from fastlm.progress import silent
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.quant.plan import REPLACED, check_plan_options, plan_of
+from fastlm.quant.step import Step, nearest
 
-FORMATS = {"w4a16": (4, 16), "w8a16": (8, 16), "w8a8": (8, 8), "w4a8": (4, 8)}
-METHODS = ("rtn",)
-# Other subclasses may compute something else with their weight.
-_REPLACED = (nn.Linear, Linear, nn.Embedding)
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
+METHODS = ("rtn", "gptq", "autoround")
 
 
 def quantize(
     model: nn.Module,
     format: str,
     *,
-    group_size: int = 128,
+    group_size: int | None = None,
     method: str = "rtn",
     calibration: Any = None,
     embeddings: int | None = 0,
     head: int | None = 0,
+    overrides: Mapping[str, str | int] | None = None,
+    symmetric: bool = True,
+    whole_groups: bool = False,
     scale_dtype: torch.dtype = torch.bfloat16,
-    track: Callable | None = None,
+    iterations: int = 200,
+    seed: int = 0,
+    progress: Path | None = None,
+    track: Callable = silent,
+    on_step: Callable[[Step], None] = lambda step: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """Replace every ``nn.Linear`` by `QuantizedLinear` and every ``nn.Embedding`` by
     `QuantizedEmbedding`, in place.
@@ -43,85 +53,104 @@ def quantize(
         model: any module tree; returned.
         format: w4a16, w8a16, w8a8 or w4a8: bits of the weights and of the activations of the linear
             layers.
-        group_size: columns per scale, see `fastlm.ops.quantize_weight`.
-        method: "rtn", round to nearest.
-        calibration: for methods that look at activations; refused by rtn.
+        group_size: columns per scale, see `fastlm.ops.quantize_weight`. None: the largest of 128,
+            64 and 32 that divides the width of every layer to quantize, 32 if none does.
+        method: "rtn": round to nearest with searched scales. "gptq": `fastlm.quant.gptq`.
+            "autoround": learned rounding, `fastlm.quant.rounding`. Embeddings and head are rounded
+            to nearest by each.
+        calibration: token ids (windows, length) of text like that which the model will see
+            (`fastlm.quant.calibration` makes them); then `model` is a `fastlm.CausalLM`. With it
+            rtn weights errors by the mean squares of activations. The other methods need it.
         embeddings: bits of the embeddings: 4, 8, 16 or None (left as they are), or 0: those of
             `format`.
         head: bits of the head, likewise. The head is the linear layer that
             `model.get_output_embeddings()` or an attribute `lm_head` names. A head tied to an
             embedding shares its quantized weight, so the two must not disagree.
+        overrides: glob pattern of layer names -> a format, or bits (4, 8, 16: left as they are),
+            such as ``{"*.down_proj": "w8a16"}``. Of several that match a layer, the last counts. It
+            takes precedence over `embeddings` and `head`.
+        symmetric: without offsets, see `fastlm.ops.quantize_weight`.
+        whole_groups: refuse a `group_size` that does not divide the width of every layer, which
+            other programs' formats demand; here a row's last group may be short.
         scale_dtype: dtype of the scales.
+        iterations: steps of "autoround" per decoder layer.
+        seed: of its draws.
+        progress: with a calibration, a folder that keeps finished layers: the same call continues
+            from there, to the same bits.
         track: progress, as in `fastlm.progress`.
+        on_step: receives what came of each layer: its weights, errors and warnings.
+        tell: receives a line per decoder layer, with its error.
 
     Raises:
-        InputError: an unknown format or method, sizes that do not fit, tied weights with different
-            bits.
+        InputError: an unknown format or method, sizes that do not fit, a pattern that matches no
+            layer, tied weights with different bits.
     """
-    check_options(format, group_size, method, embeddings, head)
-    if calibration is not None:
-        raise InputError(f"calibration: {method} uses none, got {type(calibration).__name__}")
-    bits, act_bits = FORMATS[format]
-    head_module = find_head(model)
-    if head_module is None and head not in (0, embeddings):
-        raise InputError(
-            f"head: {type(model).__name__} has none beside its embeddings: wanted 0, got {head}"
-        )
-    plan: list[tuple[str, nn.Linear | nn.Embedding, int]] = []
-    wishes: dict[int, tuple[str, int | None]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) not in _REPLACED:
-            continue
-        assert isinstance(module, nn.Linear | nn.Embedding)
-        wish = (
-            embeddings if isinstance(module, nn.Embedding) else head if module is head_module else 0
-        )
-        wish = {0: bits, 16: None}.get(wish, wish) if wish is not None else None
-        other, before = wishes.setdefault(id(module.weight), (name, wish))
-        if before != wish:
-            raise InputError(
-                f"{'head' if module is head_module else 'embeddings'}: {name} shares its weight"
-                f" with {other}: wanted the same bits for both, got {wish} and {before}"
-            )
-        if wish is not None:
-            plan.append((name, module, wish))
+    check_options(format, group_size, method, embeddings, head, overrides, iterations)
+    ids = None if calibration is None else _calibration(model, calibration)
+    if ids is None and method != "rtn":
+        raise InputError(f"calibration: {method} wants token ids (windows, length), got none")
+    plan = plan_of(
+        model, format, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype,
+        embeddings=embeddings, head=head, overrides=overrides, whole_groups=whole_groups,
+    )  # fmt: skip
     if not plan:
         if any(isinstance(m, QuantizedLinear | QuantizedEmbedding) for m in model.modules()):
             raise InputError("model: wanted one that is not quantized yet, got one that is")
         raise InputError(
             f"model: {type(model).__name__} has no nn.Linear or nn.Embedding to quantize"
         )
-
     done: dict[int, QuantizedWeight] = {}
-    steps = track(plan, "quantize", total=len(plan), unit="layers") if track else plan
-    for name, module, wish in steps:
-        key = id(module.weight)
-        if key not in done:
-            done[key] = ops.quantize_weight(
-                module.weight, wish, group_size=group_size, scale_dtype=scale_dtype
-            )
-        model = put_quantized(model, name, done[key], act_bits=act_bits)
+
+    def keep(step: Step) -> None:
+        for target in plan:
+            if target.name in step.weights:
+                done.setdefault(id(target.module.weight), step.weights[target.name])
+        on_step(step)
+
+    if ids is None:
+        for target in track(plan, "quantize", total=len(plan), unit="layers"):
+            if id(target.module.weight) not in done:
+                keep(nearest(target))
+    else:
+        from fastlm.quant.layerwise import Layerwise, Method
+
+        causal, how = cast("CausalLM", model), Method(method, iterations, seed)
+        steps = Layerwise(causal, plan, ids, how, folder=progress, track=track, tell=tell)
+        for step in steps.run():
+            keep(step)
+    for target in plan:
+        weight = done[id(target.module.weight)]
+        model = put_quantized(model, target.name, weight, act_bits=target.act_bits)
     return model
 
 
 def check_options(
-    format: str, group_size: int, method: str, embeddings: int | None, head: int | None
+    format: str,
+    group_size: int | None,
+    method: str,
+    embeddings: int | None,
+    head: int | None,
+    overrides: Mapping[str, str | int] | None = None,
+    iterations: int = 1,
 ) -> None:
     """Raise InputError for options that `quantize` refuses for every model."""
-    if format not in FORMATS:
-        raise InputError(f"format: wanted one of {', '.join(FORMATS)}, got {format!r}")
+    check_plan_options(format, group_size, embeddings, head, overrides)
     if method not in METHODS:
         raise InputError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
-    check_group_size(group_size, ANY_K)
-    for name, wish in (("embeddings", embeddings), ("head", head)):
-        if wish not in (None, 0, 4, 8, 16):
-            raise InputError(f"{name}: wanted 4, 8, 16 or 0 (as the format), got {wish!r}")
+    if iterations < 1:
+        raise InputError(f"iterations: wanted 1 or more, got {iterations}")
 
 
-def find_head(model: nn.Module) -> nn.Module | None:
-    """Return the output layer, by Hugging Face's conventions."""
-    getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else getattr(model, "lm_head", None)
+def _calibration(model: nn.Module, calibration: Any) -> Tensor:
+    from fastlm.model.causal_lm import CausalLM  # which imports this module
+    from fastlm.quant.layerwise import check_ids
+
+    if not isinstance(model, CausalLM):
+        raise InputError(
+            f"calibration: wanted a fastlm.CausalLM with it, got {type(model).__name__}"
+            " (fastlm.CausalLM.from_pretrained reads Hugging Face folders)"
+        )
+    return check_ids(calibration, model)
 
 
 def put_quantized(
@@ -163,7 +192,7 @@ def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
         module = model.get_submodule(name)
     except AttributeError:
         raise InputError(f"{name} is not a module of the model") from None
-    if type(module) not in _REPLACED:
+    if type(module) not in REPLACED:
         raise InputError(f"{name}: wanted nn.Linear or nn.Embedding, got {type(module).__name__}")
     assert isinstance(module, nn.Linear | nn.Embedding)
     return module

@@ -1,5 +1,6 @@
 """The stage that quantizes a model."""
 
+import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.runs.stage import Facts, Job, Part, Stage, Takes
+from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.tokenizer.tokenizer import Tokenizer
 
+REPORT, PROGRESS = "report.json", "progress"
 # Long enough to hide the first step, short enough for an untrained model on two cores
 DECODE_TOKENS = 64
 DECODE_ROUNDS = 3  # the models take turns; medians are reported
@@ -24,7 +27,7 @@ class Quantize(Stage):
 
     kind = "quantize"
     command = ("quantize",)
-    version = 2
+    version = 3
     reads = {
         "model": Takes(
             ("model",), "Hugging Face folder, .gguf, fastlm run or model:smollm2", flag="m"
@@ -33,22 +36,72 @@ class Quantize(Stage):
             ("corpus", "shards"),
             "Held-out text: measures bits per byte and speed before and after", optional=True,
         ),
+        "calibration": Takes(
+            ("corpus", "shards"),
+            "Text like that which the model will see, to weigh errors by", optional=True,
+            default=False,
+        ),
     }  # fmt: skip
     leaves = {"quantized": "."}
     result = {"format": str, "group_size": int, "bytes": int, "bytes_before": int}
 
     format: Annotated[str, "w4a16, w8a16, w8a8 or w4a8"] = "w4a16"
-    group_size: Annotated[int, "Weights that share a scale"] = 128
-    method: Annotated[str, "rtn: round to nearest"] = "rtn"
+    group_size: Annotated[
+        int | None, "Weights that share a scale; default: 128, or 64 or 32 where it does not divide"
+    ] = None
+    method: Annotated[
+        str, "rtn: round to nearest; with calibration text also gptq, or autoround, the slowest"
+    ] = "rtn"
     embeddings: Annotated[int, "Bits of the embedding; 16: unchanged; 0: as the format"] = 0
     head: Annotated[int, "Bits of the output head; 16: unchanged; 0: as the format"] = 0
+    overrides: Annotated[
+        tuple[str, ...], "Other formats by name of layer, such as *.down_proj=w8a16,lm_head=16"
+    ] = ()
+    symmetric: Annotated[bool, "Scales alone; otherwise every group has an offset too"] = True
+    whole_groups: Annotated[
+        bool, "Refuse a group size that does not divide a layer's width, as vLLM does"
+    ] = False
+    own_samples: Annotated[bool, "Calibrate on text that the model writes itself"] = False
+    calibration_tokens: Annotated[int, "Tokens of calibration text"] = 32768
+    calibration_length: Annotated[int, "Tokens per window of it"] = 512
+    iterations: Annotated[int, "Steps of autoround per decoder layer"] = 200
+    seed: Annotated[int, "Of the choice of calibration text and the draws of autoround"] = 0
+    max_loss: Annotated[float, "Warn where held-out bits per byte grow by more than this share"] = (
+        0.03
+    )
+    strict: Annotated[bool, "Refuse there instead: exit status 2, and no model"] = False
 
     def check(self) -> None:
         from fastlm.quant.model import check_options
 
-        check_options(**asdict(self))
+        check_options(
+            self.format, self.group_size, self.method, self.embeddings, self.head,
+            self.overridden(), self.iterations,
+        )  # fmt: skip
+        at_least_one(self, "calibration_tokens", "calibration_length")
+        if not self.max_loss >= 0:
+            raise InputError(f"max_loss: wanted 0 or more, got {self.max_loss}")
+        if self.seed < 0:
+            raise InputError(f"seed: wanted 0 or more, got {self.seed}")
+
+    def overridden(self) -> "dict[str, str | int]":
+        from fastlm.quant.plan import parse_overrides
+
+        return parse_overrides(self.overrides)
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        text = bool(inputs.get("calibration"))
+        if text and self.own_samples:
+            raise InputError("own_samples: wanted false with calibration text, got both")
+        if self.method != "rtn" and not (text or self.own_samples):
+            raise InputError(
+                f"calibration: {self.method} wants calibration text (or own_samples), got none"
+            )
+        if self.strict and not inputs.get("data"):
+            raise InputError("strict: wanted held-out text (data) to measure, got none")
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        self.check_inputs(inputs)
         (facts,) = inputs["model"]
         config = facts.get("config")
         if config and config.tie_word_embeddings and self.head not in (0, self.embeddings):
@@ -58,56 +111,100 @@ class Quantize(Stage):
         return facts
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.evals.texts import text_bits_per_byte
+        from fastlm.files import make_folder, remove, save_atomic
         from fastlm.model.causal_lm import CausalLM
-        from fastlm.quant import quantize
+        from fastlm.quant import QuantizedLinear, quantize
+        from fastlm.quant.report import true_bits
+        from fastlm.quant.step import Step
         from fastlm.serve.chat import load_model
 
         (source,) = job.inputs["model"]
-        data, out = job.inputs.get("data", ()), job.out
-        _check_out(out, source.where)
+        _check_out(job.out, source.where)
+        self.check_inputs(job.inputs)
         model, tokenizer = load_model(source.where)
-        dtype = model.dtype
         size = sum(parameter.nbytes for parameter in model.parameters())
-
-        def bits(network: "CausalLM") -> float:
-            return text_bits_per_byte(
-                network,
-                tokenizer,
-                data[0].where,
-                compressors=False,
-                cache=job.cache,
-                track=job.track,
-            )["bits_per_byte"]
-
-        result: dict[str, Any] = {"bytes_before": size, **asdict(self)}
-        if data:
-            result["bits_per_byte_before"] = bits(model)
-        small = quantize(model, track=job.track, **asdict(self))
+        found, progress = Step(), job.out / PROGRESS
+        small = quantize(
+            model, self.format, group_size=self.group_size, method=self.method,
+            calibration=self._calibration(job, model, tokenizer), embeddings=self.embeddings,
+            head=self.head, overrides=self.overridden(), symmetric=self.symmetric,
+            whole_groups=self.whole_groups, iterations=self.iterations, seed=self.seed,
+            progress=progress, track=job.track, on_step=found.add, tell=job.tell,
+        )  # fmt: skip
         assert isinstance(small, CausalLM)  # only modules inside it are replaced
-        small.save_pretrained(out)
-        tokenizer.save(out)
-        result["bytes"] = weight_bytes(out)
-        if data:
-            after = CausalLM.from_pretrained(out, dtype=dtype)
-            result["bits_per_byte"] = bits(after)
-            models = {"before": load_model(source.where)[0], "after": after}
-            speed = decode_speeds(models, tokenizer.eos_id or 0)
-            result["decode_tokens_per_second_before"] = speed["before"]
-            result["decode_tokens_per_second"] = speed["after"]
+        for line in found.warnings:
+            job.warn(line)
+        result: dict[str, Any] = {**asdict(self), "overrides": list(self.overrides)}
+        sizes = {m.group_size for m in small.modules() if isinstance(m, QuantizedLinear)}
+        result["group_size"] = next(iter(sizes), self.group_size)
+        result |= {"bytes_before": size, **true_bits(small)}
+        if job.inputs.get("data"):
+            result |= self._measured(job, small, tokenizer)
+        small.config.extra["quantization_config"] = {"method": self.method}
+        small.save_pretrained(job.out)
+        tokenizer.save(job.out)
+        result["bytes"] = weight_bytes(job.out)
+        report = {**result, "layers": found.errors, "warnings": found.warnings}
+        text = json.dumps(report, indent=1) + "\n"
+        save_atomic(make_folder(job.out) / REPORT, lambda part: part.write_text(text, "utf-8"))
+        remove(progress)
         return result
+
+    def _calibration(self, job: Job, model: "CausalLM", tokenizer: "Tokenizer") -> Any:
+        from fastlm.quant.calibration import own_samples, text_windows
+
+        cut = {
+            "tokens": self.calibration_tokens, "length": self.calibration_length, "seed": self.seed
+        }  # fmt: skip
+        if self.own_samples:
+            return own_samples(model, start=tokenizer.eos_id or 0, track=job.track, **cut)
+        if (text := job.inputs.get("calibration")) is None or not text:
+            return None
+        return text_windows(
+            model, tokenizer, text[0].where, cache=job.cache, tell=job.skipped, **cut
+        )
+
+    def _measured(self, job: Job, small: "CausalLM", tokenizer: "Tokenizer") -> dict[str, Any]:
+        """Compare with the original. InputError with `strict`: the loss is above `max_loss`."""
+        from fastlm.evals.texts import check_window, token_dataset
+        from fastlm.quant.report import compare
+        from fastlm.serve.chat import load_model
+
+        (source,), (data,) = job.inputs["model"], job.inputs["data"]
+        before, _ = load_model(source.where)
+        seq_len, stride = check_window(before.context_limit, None, None)
+        with token_dataset(
+            data.where, tokenizer, before.config.vocab_size, cache=job.cache, tell=job.skipped
+        ) as dataset:
+            found = compare(before, small, dataset, seq_len=seq_len, stride=stride, track=job.track)
+        if found.loss > self.max_loss:
+            line = (
+                f"max_loss: wanted bits per byte to grow by at most {100 * self.max_loss:g} %,"
+                f" got {100 * found.loss:+.2f} % ({found.bits_per_byte_before:.4f} ->"
+                f" {found.bits_per_byte:.4f}); more bits, smaller groups or another method help"
+            )
+            if self.strict:
+                raise InputError(line)
+            job.warn(line)
+        speed = decode_speeds({"before": before, "after": small}, tokenizer.eos_id or 0)
+        return {
+            **found.figures(),
+            "decode_tokens_per_second_before": speed["before"],
+            "decode_tokens_per_second": speed["after"],
+        }
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         small, size = result["bytes"], result["bytes_before"]
         text = (
             f"{job.out}: {small / 1e6:,.2f} MB of weights, {small / size:.2f} of the"
-            f" {size / 1e6:,.2f} MB before"
+            f" {size / 1e6:,.2f} MB before; {result['bits_per_weight']:.2f} bits per weight"
         )
         if "bits_per_byte" in result:
             before, after = result["bits_per_byte_before"], result["bits_per_byte"]
             text += (
                 f"; held-out bits per byte: {before:.4f} -> {after:.4f}"
-                f" ({100 * (after / before - 1):+.2f} %)"
+                f" ({100 * (after / before - 1):+.2f} %), KL {result['kl']:.4f},"
+                f" {100 * result['greedy_agreement']:.1f} % of the likeliest tokens the same"
             )
         return text
 

@@ -1,5 +1,9 @@
 """The blocks in which scores and logits are computed, so that not all of them exist at once."""
 
+from collections.abc import Iterator
+
+from torch import Tensor
+
 # Scores or logits that exist at once: 32 MB per temporary in float64, so that the reference result
 # for 2048 x 2048 scores or 32768 classes fits in memory along with what is tested.
 SCORES = 1 << 22
@@ -8,3 +12,20 @@ SCORES = 1 << 22
 def row_blocks(rows: int, classes: int) -> list[slice]:
     step = max(1, SCORES // max(1, classes))
     return [slice(i, i + step) for i in range(0, max(1, rows), step)]
+
+
+def joined(parts: Iterator[Tensor], rows: int) -> Tensor:
+    """Return torch.cat(parts), which has `rows` rows. A part is copied before the next is computed,
+    so that not all of them exist beside the result.
+    """
+    part = next(parts)
+    if len(part) == rows:
+        return part
+    # created from a part: under vmap it is batched as all parts are, under forward-mode AD it gets
+    # their tangents
+    whole, at = part.new_empty(rows, *part.shape[1:]), 0
+    while at < rows:
+        whole[at : at + len(part)] = part
+        at += len(part)
+        part = next(parts, part)
+    return whole

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.reference.blocks import row_blocks
+from fastlm.reference.blocks import joined, row_blocks
 from fastlm.reference.precision import widen
 from fastlm.reference.target import check_target
 
@@ -77,7 +77,7 @@ def cross_entropy_backward(
     """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], and from dz the
     gradient of the logits.
     """
-    parts = [
+    parts = (
         cross_entropy_rows_backward(
             on_p[b],
             on_target[b],
@@ -92,8 +92,8 @@ def cross_entropy_backward(
             logit_scale,
         )
         for b in row_blocks(*logits.shape)
-    ]
-    return torch.cat(parts)
+    )
+    return joined(parts, len(logits))
 
 
 def cross_entropy_rows_backward(

@@ -102,6 +102,11 @@ class Job:
         """Tell the user what was left out, and why."""
         self.warn(f"skipped: {message}")
 
+    def tell(self, message: str) -> None:
+        """Tell the user what came of a part of the work."""
+        if self.on_event is not None:
+            self.on_event({"note": message})
+
     def warn(self, message: str) -> None:
         """Tell the user what looks wrong."""
         if self.on_event is not None:

@@ -7,7 +7,6 @@ decode step have the same bits in any company.
 """
 
 import itertools
-import os
 import threading
 import time
 from collections import Counter
@@ -21,10 +20,18 @@ from torch import Tensor
 from fastlm.decode import cpu_steps
 from fastlm.decode.generation import checked_stops
 from fastlm.decode.paged_call import ModuleSteps
-from fastlm.decode.pages import PAGE, ChunkCache, Pages
+from fastlm.decode.pages import PAGE, ChunkCache, Pages, page_count
 from fastlm.errors import InputError
 from fastlm.serve import sequence as sequences
-from fastlm.serve.requests import EngineStats, FinishReason, Listener, QueueFull, Request, Result
+from fastlm.serve.requests import (
+    EngineStats,
+    FinishReason,
+    Listener,
+    Piece,
+    QueueFull,
+    Request,
+    Result,
+)
 from fastlm.serve.scheduler import Chunk, Scheduler
 from fastlm.serve.sequence import Collected
 
@@ -33,7 +40,6 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
-_CACHE_SHARE = 4  # the cache takes a quarter of the memory at most
 
 
 class Engine:
@@ -53,12 +59,13 @@ class Engine:
         invariant: a request's result has the same bits in any company. Without it, a step computes
             all its prompts in one product.
 
-    `submit`, `cancel`, `call` and `stats` are for any thread. Steps run in one thread: that of
-    `start`, or that of the caller of `step` and `generate`. Weights may change while nothing runs
-    (`call` waits for that moment): the engine notices, and forgets the prompts that it cached.
+    `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:
+    that of `start`, or that of the caller of `step` and `generate`. Weights may change while
+    nothing runs, or in `update`, which waits for that.
 
     Raises InputError: a model whose rotary frequencies depend on the length of the context
-    (`dynamic`, `longrope`), options out of range.
+    (`dynamic`, `longrope`), options out of range, a kv_dtype other than the model's where its steps
+    go through its modules.
     """
 
     def __init__(
@@ -92,17 +99,28 @@ class Engine:
         self.max_tokens_per_step = max_tokens_per_step
         self.context_limit = model.context_limit
         self._ends = model.config.stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
-        self._state: Any = None  # of the model, when its steps were made
-        dtype = self._cache_dtype()
-        count = pages or _page_count(model, dtype, max_rows)
-        self.pages = Pages(model.config, count, dtype=dtype, device=model.device)
+        model.model.fuse()
+        self._plan = cpu_steps.plan_of(model)
+        self._state = cpu_steps.state_of(model)
+        if self._plan is None and kv_dtype not in (None, model.dtype):
+            raise InputError(
+                f"kv_dtype: wanted None or {model.dtype}, that of the model, whose steps go through"
+                f" its modules ({cpu_steps.why_not(model)}), got {kv_dtype}"
+            )
+        count = pages or page_count(
+            model.config, max_rows, dtype=self._cache_dtype(), device=model.device
+        )
+        self.pages = Pages(model.config, count, dtype=self._cache_dtype(), device=model.device)
+        self._decoder = self._make_decoder()
         self.scheduler = Scheduler(
             self.pages, max_rows=max_rows, prefix_cache=prefix_cache, invariant=invariant
         )
         self._changed = threading.Condition()  # guards what follows
         self._ids = itertools.count(1)
+        self._alive: set[int] = set()  # ids of requests that have not ended
         self._inbox: list[sequences.Sequence] = []
-        self._calls: list[tuple[Callable[[], Any], Future]] = []
+        self._calls: list[_Call] = []
+        self._updates: list[_Call] = []
         self._cancelled: set[int] = set()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -119,38 +137,60 @@ class Engine:
         Raises InputError: a prompt without tokens or room for an answer, ids out of range, a
         request that no page is left for even alone. QueueFull: see `max_waiting`.
         """
+        return self._submit(request, listener, self.max_waiting)
+
+    def _submit(self, request: Request, listener: Listener, max_waiting: int | None) -> int:
         room = self._checked(request)
-        with self._changed:
-            if self._closed:
-                raise InputError("engine: wanted one that runs, got one that was closed")
-            waiting = len(self._inbox) + self.scheduler.waiting_count
-            if waiting >= self.max_waiting:
-                raise QueueFull(waiting, self._retry_after())
-            id = next(self._ids)
         sequence = sequences.Sequence(
-            id, request, listener, tokenizer=self.tokenizer, room=room,
+            0, request, listener, tokenizer=self.tokenizer, room=room,
             ends=request.stop_ids | (frozenset() if request.ignore_eos else self._ends),
-            vocab=self.model.config.vocab_size,
+            vocab=self.model.config.vocab_size, device=self.model.device,
         )  # fmt: skip
         with self._changed:
+            self._check_open()
+            waiting = len(self._inbox) + self.scheduler.waiting_count
+            if max_waiting is not None and waiting >= max_waiting:
+                raise QueueFull(waiting, self._retry_after())
+            sequence.id = next(self._ids)
+            self._alive.add(sequence.id)
             self._inbox.append(sequence)
             self._changed.notify_all()
-        return id
+        return sequence.id
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError("engine: wanted one that runs, got one that was closed")
 
     def cancel(self, id: int) -> None:
         """End a request after the step that runs; nothing happens if it has ended."""
         with self._changed:
-            self._cancelled.add(id)
-            self._changed.notify_all()
+            if id in self._alive:
+                self._cancelled.add(id)
+                self._changed.notify_all()
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
-        """Run `function` in the engine's thread, between two steps: embeddings, say. To change
-        weights, wait until nothing runs (`stats`)."""
-        future: Future[T] = Future()
+        """Run `function` in the engine's thread, between two steps: embeddings, say.
+
+        Raises InputError: the engine was closed.
+        """
+        return self._queue_call(self._calls, function)
+
+    def update(self, function: Callable[[], T]) -> "Future[T]":
+        """Run `function`, which changes weights, as soon as the requests that run now have ended.
+        Waiting ones begin after it (one that was preempted goes on with the new weights), and
+        cached prompts are forgotten.
+
+        Raises InputError: see `call`.
+        """
+        return self._queue_call(self._updates, function)
+
+    def _queue_call(self, calls: "list[_Call]", function: Callable[[], Any]) -> "Future[Any]":
+        call = _Call(function)
         with self._changed:
-            self._calls.append((function, future))
+            self._check_open()
+            calls.append(call)
             self._changed.notify_all()
-        return future
+        return call.future
 
     def stats(self) -> EngineStats:
         """Return counters and what the engine holds; while a step runs, of its middle."""
@@ -169,36 +209,45 @@ class Engine:
     ) -> list[Result]:
         """Answer all requests, in their order; here, or through the thread that `start` began.
         `on_result` is called with each as it ends."""
-        done = threading.Event()
+        done, failures = threading.Event(), []
         answers = [Collected() for _ in requests]
         left = itertools.count(len(requests) - 1, -1)
 
         def listen(answer: Collected) -> Listener:
-            def take(piece: Any) -> None:
+            def take(piece: Piece) -> None:
                 answer(piece)
                 if answer.result is None:
                     return
-                if on_result is not None:
-                    on_result(answer.result)
+                try:
+                    if on_result is not None and not failures:
+                        on_result(answer.result)
+                except Exception as error:
+                    failures.append(error)
+                    done.set()
                 if next(left) == 0:
                     done.set()
 
             return take
 
+        thread = self._thread
         ids: list[int] = []
         try:
             for request, answer in zip(requests, answers, strict=True):
-                ids.append(self.submit(request, listen(answer)))
-            if self._thread is None:
-                while self.step():
-                    pass
-            elif requests:
-                done.wait()
+                ids.append(self._submit(request, listen(answer), None))
+            while not done.is_set() and requests:
+                if thread is not None:
+                    done.wait()
+                elif not self.step():
+                    break
+            if failures:
+                raise failures[0]
         except BaseException:
             for id in ids:
                 self.cancel(id)
             raise
-        return [answer.result for answer in answers if answer.result is not None]
+        results = [answer.result for answer in answers if answer.result is not None]
+        assert len(results) == len(requests)
+        return results
 
     def start(self) -> None:
         """Step in a thread of its own until `close`."""
@@ -219,14 +268,14 @@ class Engine:
         with self._changed:
             self._thread = None
             self._changed.notify_all()
-        if thread is not None:
+        if thread is not None and thread is not threading.current_thread():
             thread.join()
+        for call in (*self._calls, *self._updates):
+            call.future.cancel()
+        self._calls, self._updates = [], []
         self._take_in()
         for sequence in self.scheduler.sequences():
             self._end(sequence, "cancelled")
-        for _, future in self._calls:
-            future.cancel()
-        self._calls.clear()
 
     # the engine's thread
 
@@ -236,14 +285,17 @@ class Engine:
         for sequence in self.scheduler.sequences():
             if sequence.cancelled or sequence.late:
                 self._end(sequence, "cancelled" if sequence.cancelled else "deadline")
-        if not self.scheduler.sequences():
-            return busy
+        self.scheduler.begin()
         if not self.scheduler.running:
+            busy |= self._update()
+            if not self.scheduler.waiting:
+                return busy
             self._prepare()
         began, before = time.monotonic(), self._prompt_tokens + self._new_tokens
         decodes = self.scheduler.decodes()
         planned: list[Chunk] = []
-        for chunk in self.scheduler.chunks(self.max_tokens_per_step - len(decodes)):
+        budget = self.max_tokens_per_step - len(decodes)
+        for chunk in self.scheduler.chunks(budget, admits=not self._updates):
             if chunk is not None:
                 planned.append(chunk)
                 continue
@@ -268,40 +320,44 @@ class Engine:
             self.scheduler.add(sequence)
         for sequence in self.scheduler.sequences() if cancelled else ():
             sequence.cancelled |= sequence.id in cancelled
-        for function, future in calls:
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+        for call in calls:
+            call.run()
         return bool(inbox or calls)
+
+    def _update(self) -> bool:
+        with self._changed:
+            updates, self._updates = self._updates, []
+        for call in updates:
+            call.run()
+            self._state = None
+        return bool(updates)
 
     def _prepare(self) -> None:
         """Before the first sequence runs: follow the model, which may have changed."""
-        state = cpu_steps.state_of(self.model)
-        if state == self._state:
+        model = self.model
+        same = self._state is not None and cpu_steps.state_of(model) == self._state
+        if same and (self._plan is None or self._plan.follows(model)):
             return
-        self.model.model.fuse()
+        model.model.fuse()
+        self._plan = cpu_steps.plan_of(model)
         dtype = self._cache_dtype()
-        if dtype != self.pages.data.dtype or self.model.device != self.pages.data.device:
+        if dtype != self.pages.data.dtype or model.device != self.pages.data.device:
             self.pages = self.scheduler.pages = Pages(
-                self.model.config, self.pages.count, dtype=dtype, device=self.model.device
+                model.config, self.pages.count, dtype=dtype, device=model.device
             )
         self.pages.forget()
-        plan = cpu_steps.plan_of(self.model)
-        self._decoder = (
-            ModuleSteps(self.model, self.pages)
-            if plan is None
-            else cpu_steps.PagedSteps(self.model, plan, self.pages.data)
-        )
-        self._state = state
+        self._decoder = self._make_decoder()
+        self._state = cpu_steps.state_of(model)
 
     def _cache_dtype(self) -> torch.dtype:
-        plan = cpu_steps.plan_of(self.model)
-        if plan is None:  # the modules' attention wants keys of its own dtype
+        if self._plan is None:  # the modules' attention wants keys of its own dtype
             return self.model.dtype
-        return self.kv_dtype or plan.cache_dtype
+        return self.kv_dtype or self._plan.cache_dtype
+
+    def _make_decoder(self) -> "ModuleSteps | cpu_steps.PagedSteps":
+        if self._plan is None:
+            return ModuleSteps(self.model, self.pages)
+        return cpu_steps.PagedSteps(self.model, self._plan, self.pages.data)
 
     def _guarded(self, group: list[sequences.Sequence], compute: Callable[[], None]) -> None:
         """Compute something for a group of sequences; if that fails, they end, not the engine."""
@@ -325,14 +381,17 @@ class Engine:
             if group := [c for c in group if c.sequence.pages]:  # no error so far
                 self._guarded([c.sequence for c in group], lambda group=group: self._fill(group))
         for chunk in planned:
-            if chunk.source is not None and chunk.sequence.pages:
+            if chunk.source is None or not chunk.sequence.pages:
+                continue
+            if chunk.source.pages and chunk.source.decodes:
                 self._guarded([chunk.sequence], lambda chunk=chunk: self._copy(chunk))
+            else:  # it failed, for a reason that may be its own
+                self.scheduler.postpone(chunk.sequence)
         # not before the copies: an answer of one token gives its pages back
         last = [c.sequence for c in planned if c.end == c.sequence.prompt_length]
         begun = [s for s in last if s.pages and s.decodes]
-        for sequence in begun:
-            self._cached_tokens += sequence.cached
         if fresh := [s for s in begun if len(s.tokens) == s.prompt_length]:  # not computed again
+            self._cached_tokens += sum(s.cached for s in fresh)
             rows = [s.prompt_logits for s in fresh if s.prompt_logits is not None]
             self._sample(fresh, torch.cat(rows))
 
@@ -356,9 +415,7 @@ class Engine:
     def _copy(self, chunk: Chunk) -> None:
         """Copy what a prompt has beyond the pages that it shares."""
         sequence, source = chunk.sequence, chunk.source
-        assert source is not None
-        if source.prompt_logits is None:
-            raise RuntimeError("the request with the same prompt failed")
+        assert source is not None and source.prompt_logits is not None
         if sequence.prompt_length % PAGE:
             at = sequence.prompt_length // PAGE
             self.pages.copy(source.pages[at], sequence.pages[at])
@@ -371,10 +428,9 @@ class Engine:
             part = group[begin : begin + cpu_steps.MAX_ROWS]
             tokens = torch.tensor([s.tokens[s.computed] for s in part])
             lengths = torch.tensor([s.computed for s in part])
-            table = torch.zeros(len(part), max(len(s.pages) for s in part), dtype=torch.int32)
-            for row, s in enumerate(part):
-                table[row, : len(s.pages)] = torch.tensor(s.pages, dtype=torch.int32)
-            logits = self._decoder.logits(tokens, lengths, table)
+            width = max(len(s.pages) for s in part)
+            table = [s.pages + [0] * (width - len(s.pages)) for s in part]
+            logits = self._decoder.logits(tokens, lengths, torch.tensor(table, dtype=torch.int32))
             fresh = []
             for row, s in enumerate(part):
                 s.computed += 1
@@ -403,11 +459,16 @@ class Engine:
     def _draw(self, group: list[sequences.Sequence], logits: Tensor) -> None:
         sampling = group[0].request.sampling
         tokens = sampling.choose(logits, [s.generator for s in group]).tolist()
+        finite = logits.amax(-1).isfinite().tolist()  # not where all are -inf, or one is NaN
         for row, (s, token) in enumerate(zip(group, tokens, strict=True)):
-            wants = s.request.logprobs is not None
-            told = s.logprob(logits[row][None], token) if wants else None
+            if not finite[row]:
+                error = "no token may come next" if s.constraint else "logits are not finite"
+                self._end(s, "error", error)
+                continue
             self._new_tokens += 1
             try:
+                wants = s.request.logprobs is not None
+                told = s.logprob(logits[row][None], token) if wants else None
                 ended = s.add(token, told)
             except Exception as error:  # the listener's or the grammar's
                 self._end(s, "error", f"{type(error).__name__}: {error}")
@@ -427,20 +488,28 @@ class Engine:
     def _gone(self, sequence: sequences.Sequence, reason: FinishReason) -> None:
         self.scheduler.remove(sequence)
         self._finished[reason] += 1
+        with self._changed:
+            self._alive.discard(sequence.id)
 
     def _run(self) -> None:
         me = threading.current_thread()
         while self._thread is me:
-            if self.step():
+            try:
+                busy = self.step()
+            except BaseException as error:  # memory, say: the requests end, the engine goes on
+                self._state, busy = None, True
+                for sequence in self.scheduler.sequences():
+                    self._end(sequence, "error", f"{type(error).__name__}: {error}")
+            if busy:
                 continue
             with self._changed:
-                waits = not (self._inbox or self._calls or self._cancelled)
-                if self._thread is me and waits:
+                asked = self._inbox or self._calls or self._updates or self._cancelled
+                if self._thread is me and not asked:
                     self._changed.wait()
 
     def _busy(self) -> bool:
         with self._changed:
-            return bool(self._inbox) or bool(self.scheduler.sequences())
+            return bool(self._alive)
 
     def _checked(self, request: Request) -> int:
         """The most tokens that the request may draw."""
@@ -463,24 +532,34 @@ class Engine:
                 f"prompt, max_new_tokens: wanted at most the cache's {self.pages.count * PAGE}"
                 f" tokens in all, got {len(prompt)} + {room}"
             )
+        if request.logprobs is not None and not 0 <= request.logprobs <= vocab:
+            raise InputError(f"logprobs: wanted 0 to {vocab} or None, got {request.logprobs}")
         if request.stop and self.tokenizer is None:
             raise InputError("stop: wanted an engine with a tokenizer, got one without")
         checked_stops(request.stop)
         return room
 
     def _retry_after(self) -> float:
-        """Seconds in which the queue should have moved, at the present rate."""
-        waiting = sum(s.prompt_length + s.room for s in self._inbox[:64])
-        return min(60.0, max(1.0, waiting / max(self._rate, 1.0)))
+        """Seconds in which the present queue should be done, at the present rate."""
+        waiting = [
+            *self._inbox,
+            *(s for queue in [*self.scheduler.waiting.values()] for s in [*queue]),
+        ]
+        tokens = sum(s.prompt_length + s.room for s in waiting)
+        return min(60.0, max(1.0, tokens / max(self._rate, 1.0)))
 
 
-def _page_count(model: "CausalLM", dtype: torch.dtype, rows: int) -> int:
-    config = model.config
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    page = numbers * PAGE * dtype.itemsize
-    if model.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(model.device)[0] // 2
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _CACHE_SHARE
-    wanted = rows * -(-config.max_position_embeddings // PAGE)
-    return max(1, min(wanted, memory // page))
+class _Call:
+    """Something to run in the engine's thread."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self.function = function
+        self.future: Future[Any] = Future()
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.function())
+        except Exception as error:
+            self.future.set_exception(error)

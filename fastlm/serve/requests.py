@@ -37,8 +37,8 @@ class Request:
     ignore_eos: only `stop` and `stop_ids` end it.
     logprobs: report this many of the likeliest tokens at each place; 0: only the chosen one's
         log-probability; None: nothing.
-    constraint: makes the grammar's state, called once in the engine's thread. After a token that
-        ends the answer, it is not asked again.
+    constraint: makes the grammar's state, called once in `submit`; the state is asked in the
+        engine's thread. After a token that ends the answer, it is not asked again.
     deadline: seconds from `Engine.submit` after which the answer ends as it is.
     client: requests wait in one queue per client, and the queues take turns.
     """
@@ -61,7 +61,8 @@ class TokenLogprob:
     """A token, its log-probability, and the likeliest tokens at its place, best first.
 
     Log-probabilities are those of the model's softmax at the request's temperature (1 when
-    greedy), before top-k, top-p and min-p, after penalties, `logit_bias` and grammar.
+    greedy), before top-k, top-p and min-p, after penalties, `logit_bias` and grammar. `top` has
+    only tokens that may come next.
     """
 
     token: int

@@ -41,6 +41,10 @@ class Scheduler:
     def waiting_count(self) -> int:
         return sum(map(len, self.waiting.values()))
 
+    def queued(self) -> list[Sequence]:
+        """Those that wait; for any thread, since each copy is one operation of the interpreter."""
+        return [sequence for queue in list(self.waiting.values()) for sequence in list(queue)]
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.setdefault(sequence.request.client, deque()).append(sequence)
 
@@ -55,8 +59,14 @@ class Scheduler:
         self.pages.release(sequence.pages)
         sequence.pages = []
 
+    def begin(self) -> None:
+        """Begin a step. What the last one planned and did not compute, it will not."""
+        self._planned_keys.clear()
+        for sequence in self.running:
+            sequence.planned = sequence.computed
+
     def sequences(self) -> list[Sequence]:
-        return [*self.running, *(s for queue in self.waiting.values() for s in queue)]
+        return [*self.running, *self.queued()]
 
     def decodes(self) -> list[Sequence]:
         """The running sequences whose next token is computed in this step, each with a page for
@@ -77,17 +87,23 @@ class Scheduler:
         sequence.pages += pages
 
     def _preempt(self, sequence: Sequence) -> None:
+        self.postpone(sequence)
+        self.preemptions += 1
+
+    def postpone(self, sequence: Sequence) -> None:
+        """Let a running sequence wait again, before all others, without pages."""
         self.running.remove(sequence)
         self.pages.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.planned = [], 0, 0
-        self.preemptions += 1
+        sequence.prompt_logits = None
         queue = self.waiting.setdefault(sequence.request.client, deque())
         queue.appendleft(sequence)
         self.waiting.move_to_end(sequence.request.client, last=False)
 
-    def chunks(self, budget: int) -> Iterator[Chunk | None]:
-        """The prompts' part of a step. None: the chunks so far are to be computed before the next
-        is asked for, since it begins with pages that they fill.
+    def chunks(self, budget: int, admits: bool = True) -> Iterator[Chunk | None]:
+        """The prompts' part of a step; without `admits`, of running sequences only. None: the
+        chunks so far are to be computed before the next is asked for, since it begins with pages
+        that they fill.
 
         With `invariant`, chunks end at a page's end or at the prompt's, and the tokens after its
         last full page are one of their own. Products of so many rows, one or more pages, have the
@@ -99,7 +115,7 @@ class Scheduler:
                 chunk = self._next_chunk(sequence, budget)
                 budget -= chunk.end - chunk.start
                 yield chunk
-        while budget > 0 and self.waiting and len(self.running) < self.max_rows:
+        while admits and budget > 0 and self.waiting and len(self.running) < self.max_rows:
             sequence = next(iter(self.waiting.values()))[0]
             source = self._same_prompt(sequence)
             if source is None and self._waits(sequence):
@@ -144,7 +160,7 @@ class Scheduler:
         return sequence.keys[: (sequence.prompt_length - 1) // PAGE]
 
     def _admit(self, sequence: Sequence, source: Sequence | None) -> bool:
-        """Give pages to the next waiting sequence: for its prompt and its next token. Whether there
+        """Give pages to the next waiting sequence, for its tokens and the next one. Whether there
         are enough."""
         found: list[int] = []
         if source is not None:
@@ -154,7 +170,8 @@ class Scheduler:
                 if (page := self.pages.find(key)) is None:
                     break
                 found.append(page)
-        needed = sequence.prompt_length // PAGE + 1 - len(found)
+        # of a sequence that was preempted, for its answer so far, too
+        needed = len(sequence.tokens) // PAGE + 1 - len(found)
         # a page for each running answer's growth, or the newcomer would soon be preempted
         spare = len(self.running)
         pages = self.pages.take(needed) if needed + spare <= self.pages.available else None
@@ -168,7 +185,8 @@ class Scheduler:
             self.waiting[client] = queue  # behind the other clients
         sequence.pages = found + pages
         sequence.computed = sequence.planned = len(found) * PAGE
-        sequence.cached = max(sequence.cached, sequence.computed)
+        if not sequence.admitted:  # else these pages may be its own
+            sequence.admitted, sequence.cached = True, sequence.computed
         self.running.append(sequence)
         return True
 

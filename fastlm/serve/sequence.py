@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastlm.decode.generation import AnswerText
+from fastlm.decode.generation import AnswerText, checked_stops
 from fastlm.decode.pages import page_keys
-from fastlm.decode.sampling import Adjustments
+from fastlm.decode.sampling import Adjustments, make_generators
 from fastlm.serve.requests import FinishReason, Listener, Piece, Request, Result, TokenLogprob
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ class Sequence:
         ends: frozenset[int],
         room: int,
         vocab: int,
+        device: torch.device,
     ):
         self.id, self.request, self.listener = id, request, listener
-        self.ends, self.room = ends, room
+        self.ends, self.room, self.device = ends, room, device
         self.tokens = list(request.prompt)
         self.prompt_length = len(self.tokens)
         self.pages: list[int] = []
@@ -42,19 +43,16 @@ class Sequence:
         self.prompt_logits: Tensor | None = None
         self.keys = page_keys(self.tokens)
         self.submitted = time.monotonic()
-        self.cancelled = False
-        self.generator = torch.Generator("cpu")
-        if request.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(request.seed)
+        self.cancelled = self.ended = self.admitted = False
+        (self.generator,) = make_generators(request.seed, 1)
         self.adjustments = None
         if request.sampling.adjusts:
-            self.adjustments = Adjustments(
-                request.sampling, torch.tensor([self.tokens]), None, vocab
-            )
+            ids = torch.tensor([self.tokens], device=device)
+            self.adjustments = Adjustments(request.sampling, ids, None, vocab)
         self.constraint = None if request.constraint is None else request.constraint()
-        self.text = None if tokenizer is None else AnswerText(tokenizer, list(request.stop))
+        self.text = (
+            None if tokenizer is None else AnswerText(tokenizer, checked_stops(request.stop))
+        )
 
     @property
     def decodes(self) -> bool:
@@ -89,7 +87,8 @@ class Sequence:
         top: list[tuple[int, float]] = []
         if self.request.logprobs:
             values, ids = scaled[0].topk(min(self.request.logprobs, scaled.shape[1]))
-            top = [(i, v - total) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+            pairs = zip(ids.tolist(), values.tolist(), strict=True)
+            top = [(i, v - total) for i, v in pairs if v > -torch.inf]
         return TokenLogprob(token, scaled[0, token].item() - total, top)
 
     def add(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
@@ -97,7 +96,7 @@ class Sequence:
         self.tokens.append(token)
         ended = token in self.ends
         if self.adjustments is not None:
-            self.adjustments.add(torch.tensor([token]))
+            self.adjustments.add(torch.tensor([token], device=self.device))
         if self.constraint is not None and not ended:
             self.constraint.accept(token)
         text = ""
@@ -109,7 +108,7 @@ class Sequence:
         if reason is None and len(self.tokens) - self.prompt_length >= self.room:
             reason = "length"
         if reason is None:
-            self.listener(Piece([token], text, told))
+            self._tell(Piece([token], text, told))
         else:
             self.end(reason, tokens=[token], text=text, logprobs=told)
         return reason
@@ -123,14 +122,24 @@ class Sequence:
         text: str = "",
         logprobs: Tokens[TokenLogprob] = (),
     ) -> None:
-        """Tell the listener the last piece: text that was held back, and why it ends."""
+        """Tell the listener the last piece, once: text that was held back, and why it ends."""
+        if self.ended:
+            return
+        self.ended = True
         if self.text is not None and not self.text.stopped:
             text += self.text.flush()
-        self.listener(
+        self._tell(
             Piece(
                 list(tokens), text, list(logprobs), reason, error, self.cached, self.prompt_length
             )
         )
+
+    def _tell(self, piece: Piece) -> None:
+        try:
+            self.listener(piece)
+        except BaseException:
+            self.ended = True  # it is told nothing more
+            raise
 
 
 class Collected:

@@ -1,0 +1,68 @@
+"""Calibration text: windows of tokens like those which the quantized model will see."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlm.data.sources import ignore
+from fastlm.errors import InputError
+from fastlm.evals.texts import token_dataset
+from fastlm.progress import silent
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.tokenizer.tokenizer import Tokenizer
+
+_ROWS = 16  # samples that are written at once
+
+
+def text_windows(
+    model: "CausalLM",
+    tokenizer: "Tokenizer",
+    data: str | Path,
+    *,
+    tokens: int,
+    length: int,
+    seed: int,
+    cache: Path | None = None,
+    tell: Callable[[str], None] = ignore,
+) -> Tensor:
+    """About `tokens` tokens of the text or shards at `data` (their training part) as windows
+    (n, length), int64, at random places that do not overlap. InputError: `data` is shorter than a
+    window.
+    """
+    length = min(length, model.context_limit)
+    vocab = model.config.vocab_size
+    with token_dataset(data, tokenizer, vocab, part="train", cache=cache, tell=tell) as dataset:
+        places = dataset.tokens // length
+        if not places:
+            raise InputError(
+                f"calibration {data}: wanted at least {length} tokens, got {dataset.tokens}"
+            )
+        count = min(max(1, tokens // length), places)
+        chosen = np.random.Generator(np.random.PCG64(seed)).permutation(places)[:count]
+        return torch.from_numpy(np.stack([dataset.read(int(p) * length, length) for p in chosen]))
+
+
+def own_samples(
+    model: "CausalLM", *, start: int, tokens: int, length: int, seed: int, track=silent
+) -> Tensor:
+    """About `tokens` tokens that the model writes itself, at temperature 1 from the token `start`
+    on, as windows (n, length).
+    """
+    length = min(length, model.context_limit)
+    rows = max(1, tokens // length)
+    parts = []
+    for begin in track(range(0, rows, _ROWS), "calibration text", unit="batches"):
+        prompt = torch.full((min(_ROWS, rows - begin), 1), start)
+        parts.append(
+            model.generate(
+                prompt, max_new_tokens=length - 1, temperature=1.0, seed=seed + begin,
+                ignore_eos=True,
+            )
+        )  # fmt: skip
+    return torch.cat(parts)

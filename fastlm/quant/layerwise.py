@@ -1,0 +1,285 @@
+"""Quantize a `CausalLM` one decoder layer after another, each by what the quantized layers before
+it pass on: in memory are the calibration tokens' hidden states and one layer in float32.
+
+With a folder to keep them in, finished layers are read back after an interruption. The hidden
+states are computed again, so the end is the same to the last bit.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastlm.errors import InputError
+from fastlm.files import make_folder, save_atomic
+from fastlm.model.layers import Call, DecoderLayer
+from fastlm.ops import quantize_weight
+from fastlm.ops.quantized_weight import QuantizedWeight
+from fastlm.progress import silent
+from fastlm.quant.gptq import gptq
+from fastlm.quant.plan import Target, find_head
+from fastlm.quant.rounding import learn_rounding, weight_of
+from fastlm.quant.step import Step, nearest, relative_error
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
+PARTS = ("qdata", "scales", "zeros")
+_TOKENS = 4096  # per forward of a layer: activations stay below a few hundred MB
+
+
+@dataclass(frozen=True)
+class Method:
+    """What decides the codes: "rtn", "gptq" or "autoround", see `fastlm.quantize`."""
+
+    name: str
+    iterations: int = 200
+    seed: int = 0
+
+
+class _Moments:
+    """Sums of ``x x^T`` (or of ``x^2``) over the inputs x of linear layers, while it is open.
+    Layers that get the same tensor share one sum.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], full: bool):
+        self.full = full
+        self.sums: dict[str, Tensor] = {}
+        self.owner: dict[str, str] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._hooks = [m.register_forward_pre_hook(self._hook(n)) for n, m in modules.items()]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: self._take(name, args[0])
+
+    def _take(self, name: str, x: Tensor) -> None:
+        if name not in self.owner:
+            same = (n for n, other in self._inputs.items() if other is x)
+            self.owner[name] = next(same, name)
+            self._inputs[name] = x
+        if self.owner[name] != name:
+            return
+        rows = x.flatten(0, -2).float()
+        total = rows.t() @ rows if self.full else rows.square().sum(0)
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+    def next(self) -> None:
+        """The owners are known after one forward: forget its inputs."""
+        self._inputs.clear()
+
+    def close(self) -> dict[str, Tensor]:
+        for hook in self._hooks:
+            hook.remove()
+        return {name: self.sums[owner] for name, owner in self.owner.items()}
+
+
+class Layerwise:
+    """One quantization of `model` as planned. `ids`: (windows, S), the calibration text."""
+
+    def __init__(
+        self,
+        model: "CausalLM",
+        plan: Sequence[Target],
+        ids: Tensor,
+        method: Method,
+        *,
+        folder: Path | None = None,
+        track: Callable = silent,
+        tell: Callable[[str], None] = lambda line: None,
+    ):
+        self.model, self.plan, self.method = model, plan, method
+        self.ids, self.track, self.tell, self.folder = ids, track, tell, folder
+        self.key = _key(model, plan, ids, method) if folder is not None else ""
+        self.batch = max(1, _TOKENS // ids.shape[1])
+        rotary = model.model.rotary(0, ids.shape[1], ids.shape[1], model.device)
+        self.call = Call(None, None, None, rotary)
+
+    @torch.no_grad()
+    def run(self) -> Iterator[Step]:
+        """Yield the steps in order. The model is not changed."""
+        decoder = self.model.model
+        first = [t for t in self.plan if t.module is decoder.embed_tokens]
+        head = find_head(self.model)
+        last = [t for t in self.plan if t.module is head]
+        tied = first and self.model.head_weight is decoder.embed_tokens.weight
+
+        def embeddings(step: Step) -> None:
+            moments = self._final(self._embedded({}), plain=True) if tied else None
+            for target in first:
+                step.add(nearest(target, moments))
+
+        step = self._step("embeddings", embeddings)
+        yield step
+        hidden = self._embedded(step.weights)
+        plain = self._embedded({}) if self.method.name == "autoround" else None
+        for index in self.track(range(len(decoder.layers)), "quantize", unit="layers"):
+            name = f"model.layers.{index}"
+            own = decoder.layers[index]
+            assert isinstance(own, DecoderLayer)
+            layer = copy.deepcopy(own).float().requires_grad_(False)
+            targets = {t.name[len(name) + 1 :]: t for t in self.plan
+                       if t.name.startswith(f"{name}.")}  # fmt: skip
+            wanted = None if plain is None else self._through(layer, plain)
+
+            def decode(
+                step: Step, layer=layer, targets=targets, hidden=hidden, wanted=wanted, index=index
+            ) -> None:
+                self._layer(step, layer, targets, hidden, wanted, index)
+
+            step = self._step(f"layer-{index:05d}", decode)
+            for short, target in targets.items():
+                weight_of(layer, short).copy_(step.weights[target.name].dequantize())
+            hidden, plain = self._through(layer, hidden), wanted
+            if step.errors:
+                mean = sum(step.errors.values()) / len(step.errors)
+                self.tell(f"{name}: error {100 * mean:.3g} % of its linear layers' outputs")
+            yield step
+        moments = self._final(hidden) if last else None
+
+        def finish(step: Step) -> None:
+            for target in last:
+                step.add(nearest(target, moments))
+
+        if last:
+            yield self._step("head", finish)
+
+    def _layer(
+        self, step: Step, layer: DecoderLayer, targets: Mapping[str, Target], hidden: Tensor,
+        wanted: Tensor | None, index: int,
+    ) -> None:  # fmt: skip
+        method = self.method.name
+        modules = {short: layer.get_submodule(short) for short in targets}
+        moments = _Moments(modules, full=method == "gptq")
+        for part in hidden.split(self.batch):
+            layer(part, None, self.call)
+            moments.next()
+        sums = moments.close()
+        found: dict[str, QuantizedWeight] = {}
+        for short, target in targets.items():
+            w, total = weight_of(layer, short), sums[short]
+            if method == "gptq":
+                found[short] = gptq(
+                    w, total, target.scheme, name=target.name, warn=step.warnings.append
+                )
+            else:
+                found[short] = quantize_weight(w, **vars(target.scheme), importance=total)
+        if wanted is not None:
+            with torch.enable_grad():
+                found = learn_rounding(
+                    layer, found, hidden, wanted, self.call, iterations=self.method.iterations,
+                    seed=self.method.seed * 100_003 + index,
+                )  # fmt: skip
+        for short, target in targets.items():
+            w = weight_of(layer, short)
+            step.weights[target.name] = found[short]
+            step.errors[target.name] = relative_error(w, found[short], sums[short])
+
+    def _embedded(self, weights: Mapping[str, QuantizedWeight]) -> Tensor:
+        """What enters the first layer, (windows, S, E) float32."""
+        decoder = self.model.model
+        found = weights.get("model.embed_tokens")
+        table = decoder.embed_tokens.weight.detach()
+        if found is not None:
+            table = found.dequantize(table.dtype)
+        hidden = table[self.ids].float()
+        return hidden * decoder.embedding_scale(table.dtype)
+
+    def _through(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
+        out = torch.empty_like(hidden)
+        for part, place in zip(hidden.split(self.batch), out.split(self.batch)):
+            stream, branch = layer(part, None, self.call)
+            torch.add(stream, branch, out=place)
+        return out
+
+    def _final(self, hidden: Tensor, *, plain: bool = False) -> Tensor:
+        """The sum of squares of the head's inputs, (E,); ``plain``: `hidden` enters the first
+        layer, otherwise it left the last.
+        """
+        decoder = self.model.model
+        if plain:
+            for own in self.track(decoder.layers, "head's inputs", unit="layers"):
+                hidden = self._through(copy.deepcopy(own).float(), hidden)
+        norm = copy.deepcopy(decoder.norm).float()
+        total = hidden.new_zeros(hidden.shape[-1])
+        for part in hidden.split(self.batch):
+            total += norm(part).flatten(0, -2).square().sum(0)
+        return total
+
+    def _step(self, name: str, work: Callable[[Step], None]) -> Step:
+        """Read the step back if it was finished, else do it and keep it."""
+        if self.folder is None:
+            work(step := Step())
+            return step
+        file = self.folder / f"{name}.safetensors"
+        if (kept := _read(file, self.key)) is not None:
+            return kept
+        work(step := Step())
+        make_folder(self.folder)
+        save_atomic(file, lambda part: _write(part, self.key, step))
+        return step
+
+
+def check_ids(calibration: Any, model: "CausalLM") -> Tensor:
+    """The windows (n, S) of `calibration`. InputError: others, ids outside the vocabulary, longer
+    than the model's context.
+    """
+    if not isinstance(calibration, Tensor) or calibration.dim() != 2 or not calibration.numel():
+        got = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration)
+        raise InputError(f"calibration: wanted token ids (windows, length), got {got}")
+    try:
+        model.check_ids(calibration)
+    except InputError as error:
+        raise InputError(f"calibration: {error}") from None
+    if calibration.shape[1] > model.context_limit:
+        raise InputError(
+            f"calibration: wanted windows of at most the context of {model.context_limit} tokens,"
+            f" got {calibration.shape[1]}"
+        )
+    return calibration.long()
+
+
+def _key(model: nn.Module, plan: Sequence[Target], ids: Tensor, method: Method) -> str:
+    """What a kept step depends on."""
+    digest = hashlib.sha256()
+    schemes = [[t.name, {**vars(t.scheme), "scale_dtype": str(t.scheme.scale_dtype)}] for t in plan]
+    digest.update(json.dumps([schemes, asdict(method), list(ids.shape)]).encode())
+    for tensor in (ids, *model.parameters()):
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write(file: Path, key: str, step: Step) -> None:
+    tensors, layouts = {}, {}
+    for name, q in step.weights.items():
+        layouts[name] = [q.bits, q.group_size, *q.shape]
+        parts = zip(PARTS, (q.qdata, q.scales, q.zeros))
+        tensors |= {f"{name}.{part}": t for part, t in parts if t is not None}
+    told = {"layouts": layouts, "errors": step.errors, "warnings": step.warnings}
+    save_file(tensors, file, metadata={"key": key, "step": json.dumps(told)})
+
+
+def _read(file: Path, key: str) -> Step | None:
+    """A kept step; None where there is none, or one of other weights or options."""
+    try:
+        with safe_open(file, framework="pt") as kept:
+            metadata = kept.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            told = json.loads(metadata["step"])
+            names = set(kept.keys())
+            weights = {}
+            for name, (bits, size, n, k) in told["layouts"].items():
+                parts = [f"{name}.{part}" for part in PARTS]
+                tensors = [kept.get_tensor(p) if p in names else None for p in parts]
+                weights[name] = QuantizedWeight(*tensors, bits, size, (n, k))  # type: ignore[arg-type]
+    except (OSError, SafetensorError):
+        return None
+    return Step(weights, told["errors"], told["warnings"])

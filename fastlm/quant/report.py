@@ -1,0 +1,119 @@
+"""What quantization cost: size, and the distance between a model and its quantized form on held-out
+text.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastlm.data.shards import TokenDataset
+from fastlm.evals.bits_per_byte import IGNORE, window, windows
+from fastlm.progress import silent
+from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
+_ROWS = 512  # rows of logits of both models in memory: 200 MB in float32 at 50,000 words
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of one text under both models.
+
+    Attributes:
+        bits_per_byte_before, bits_per_byte: of the original, of the quantized model.
+        kl: mean of KL(original || quantized) of the next token, in nats.
+        greedy_agreement: share of the positions whose likeliest next token is the same.
+        tokens: compared.
+    """
+
+    bits_per_byte_before: float
+    bits_per_byte: float
+    kl: float
+    greedy_agreement: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """The increase in bits per byte, as a share of the original's."""
+        return self.bits_per_byte / self.bits_per_byte_before - 1
+
+    def figures(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def compare(
+    before: "CausalLM",
+    after: "CausalLM",
+    dataset: TokenDataset,
+    *,
+    seq_len: int,
+    stride: int,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    track=silent,
+) -> Comparison:
+    """Compare two models of one vocabulary on `dataset`, window by window as
+    `fastlm.evals.bits_per_byte.evaluate` cuts them. ``max_tokens``: evenly spaced windows of about
+    so many tokens.
+    """
+    chosen = windows(dataset.tokens, seq_len, stride)
+    if max_tokens is not None:
+        chosen = chosen[:: max(1, math.ceil(dataset.tokens / max_tokens))]
+    nats, kl, same, tokens = [0.0, 0.0], 0.0, 0, 0
+    heads = [m.head_matrix(m.dtype).detach() for m in (before, after)]
+    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    for batch in track(batches, "compare with the original", unit="batches"):
+        cut = [window(dataset, begin, scored, seq_len, stride) for begin, scored in batch]
+        ids = torch.from_numpy(np.stack([inputs for inputs, _ in cut])).to(before.device)
+        labels = torch.from_numpy(np.stack([labels for _, labels in cut])).flatten()
+        kept = (labels != IGNORE).nonzero()[:, 0]
+        hidden = [m.hidden(ids).flatten(0, 1) for m in (before, after)]
+        for rows in kept.split(_ROWS):
+            p, q = (
+                _log_softmax(h[rows] @ head.t(), m.config.final_logit_softcapping)
+                for h, head, m in zip(hidden, heads, (before, after))
+            )
+            target = labels[rows, None].to(p.device)
+            nats[0] -= float(p.gather(1, target).sum())
+            nats[1] -= float(q.gather(1, target).sum())
+            same += int((p.argmax(1) == q.argmax(1)).sum())
+            kl += float((p.exp() * (p - q)).sum())
+        tokens += len(kept)
+    bits = math.log(2) * dataset.bytes_of_text * (tokens / dataset.tokens)
+    return Comparison(nats[0] / bits, nats[1] / bits, kl / tokens, same / tokens, tokens)
+
+
+def _log_softmax(logits: Tensor, softcap: float | None) -> Tensor:
+    logits = logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits, 1)
+
+
+def true_bits(model: nn.Module) -> dict[str, float]:
+    """Bits per weight with everything that is stored counted, scales and offsets too:
+    "bits_per_weight" of the whole model (norms, biases and what is left unquantized included) and
+    "bits_per_quantized_weight" of the quantized matrices alone. What is shared counts once.
+    """
+    seen: set[int] = set()
+    bits = weights = quantized_bits = quantized = 0
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            if module.qdata.data_ptr() not in seen:
+                seen.add(module.qdata.data_ptr())
+                quantized_bits += 8 * module.weight.nbytes
+                quantized += math.prod(module.weight.shape)
+    for parameter in model.parameters():
+        bits += 8 * parameter.nbytes
+        weights += parameter.numel()
+    return {
+        "bits_per_weight": (bits + quantized_bits) / max(weights + quantized, 1),
+        "bits_per_quantized_weight": quantized_bits / max(quantized, 1),
+    }

@@ -1,0 +1,147 @@
+"""Learned rounding (in the manner of AutoRound, Cheng et al. 2023, arXiv:2309.05516): the codes of
+all weights of a decoder layer are tuned together, so that the layer's output is that of the
+unquantized one.
+
+A weight is ``s' q``, ``s' = a s`` (the stored, rounded value) and ``q = round(w / s' + v)``. v, in
+[-0.5, 0.5] per weight, decides where it is rounded to; a, near 1 per group, how far it is clipped.
+Both follow the sign of their gradients, the rounding straight through. Gradients run through
+fastlm's operators.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastlm.model.layers import Call
+from fastlm.ops.quantize_weight import code_range
+from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
+
+BATCH = 8  # windows per step, AutoRound's
+# Clipping beyond these factors of the searched scale was never better on SmolLM2
+SCALES = (0.5, 1.5)
+
+
+@dataclass
+class _Rounded:
+    """One weight and what is learnt of it."""
+
+    weight: Tensor
+    start: QuantizedWeight
+    v: Tensor  # (N, K)
+    a: Tensor  # (N, groups)
+
+    @classmethod
+    def of(cls, weight: Tensor, start: QuantizedWeight) -> "_Rounded":
+        v, a = torch.zeros_like(weight), torch.ones_like(start.scales, dtype=weight.dtype)
+        return cls(weight, start, v.requires_grad_(), a.requires_grad_())
+
+    def wide(self, per_group: Tensor) -> Tensor:
+        return per_group.repeat_interleave(self.start.group_size, 1)[:, : self.weight.shape[1]]
+
+    def scales(self) -> Tensor:
+        """As stored; the gradient is that of the unrounded ones."""
+        s = self.a * self.start.scales.to(self.a.dtype)
+        return s + (s.detach().to(self.start.scales.dtype).to(s.dtype) - s.detach())
+
+    def code(self, s: Tensor) -> Tensor:
+        zeros = self.start.zeros
+        w = self.weight if zeros is None else self.weight - self.wide(zeros.to(s.dtype))
+        low, high = code_range(self.start.bits, zeros is None)
+        q = w / self.wide(s) + self.v
+        return (q + (q.detach().round() - q.detach())).clamp(low, high)
+
+    def value(self) -> Tensor:
+        s, zeros = self.scales(), self.start.zeros
+        w = self.code(s) * self.wide(s)
+        return w if zeros is None else w + self.wide(zeros.to(w.dtype))
+
+    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
+        with torch.no_grad():
+            self.v.sub_(gradients[0].sign_(), alpha=lr).clamp_(-0.5, 0.5)
+            self.a.sub_(gradients[1].sign_(), alpha=lr).clamp_(*SCALES)
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        return self.v.detach().clone(), self.a.detach().clone()
+
+    @torch.no_grad()
+    def load(self, state: tuple[Tensor, Tensor]) -> None:
+        self.v.copy_(state[0])
+        self.a.copy_(state[1])
+
+    @torch.no_grad()
+    def packed(self) -> QuantizedWeight:
+        start, s = self.start, self.scales()
+        codes = pack_rows(self.code(s).round(), start.bits)  # exact: 1.9999999 would be cut to 1
+        return QuantizedWeight(
+            codes, s.to(start.scales.dtype), start.zeros, start.bits, start.group_size, start.shape
+        )
+
+
+def weight_of(layer: nn.Module, name: str) -> Tensor:
+    """The weight of a linear layer inside `layer`."""
+    weight = layer.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def learn_rounding(
+    layer: nn.Module,
+    starts: Mapping[str, QuantizedWeight],
+    inputs: Tensor,
+    wanted: Tensor,
+    call: Call,
+    *,
+    iterations: int,
+    seed: int,
+) -> dict[str, QuantizedWeight]:
+    """Tune the codes of a decoder layer's weights.
+
+    Args:
+        layer: unquantized, float32.
+        starts: name of a linear layer inside it -> its weight, rounded to nearest.
+        inputs: (windows, S, E): what enters the layer.
+        wanted: (windows, S, E): what should leave it.
+        iterations: steps of `BATCH` windows; the learning rate falls from 1 / iterations to 0.
+        seed: of the draws of windows.
+
+    Returns the best of the start, the iterate with the smallest loss on its batch, and the last
+    one, by the mean squared error on all windows.
+    """
+    rounded = {n: _Rounded.of(weight_of(layer, n).detach(), q) for n, q in starts.items()}
+    generator = torch.Generator().manual_seed(seed)
+    start = {n: r.state() for n, r in rounded.items()}
+    best, least = start, float("inf")
+    parameters = [p for r in rounded.values() for p in (r.v, r.a)]
+    size = min(BATCH, len(inputs))
+
+    def loss_of(rows: Tensor | slice) -> Tensor:
+        weights = {f"{n}.weight": r.value() for n, r in rounded.items()}
+        stream, branch = functional_call(layer, weights, (inputs[rows], None, call))
+        return F.mse_loss(stream + branch, wanted[rows])
+
+    for step in range(iterations):
+        rows = torch.randperm(len(inputs), generator=generator)[:size]
+        loss = loss_of(rows)
+        gradients = torch.autograd.grad(loss, parameters)
+        if (now := float(loss.detach())) < least:
+            best, least = {n: r.state() for n, r in rounded.items()}, now
+        lr = (1 - step / iterations) / iterations
+        for place, r in enumerate(rounded.values()):
+            r.step(gradients[2 * place : 2 * place + 2], lr)
+    last = {n: r.state() for n, r in rounded.items()}
+
+    @torch.no_grad()
+    def error(state: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+        for n, r in rounded.items():
+            r.load(state[n])
+        batches = range(0, len(inputs), size)
+        return sum(float(loss_of(slice(b, b + size))) * len(inputs[b : b + size]) for b in batches)
+
+    chosen = min((start, best, last), key=error)
+    for n, r in rounded.items():
+        r.load(chosen[n])
+    return {n: r.packed() for n, r in rounded.items()}

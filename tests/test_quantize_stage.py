@@ -1,0 +1,113 @@
+"""`fastlm quantize` with calibration text: the report, the threshold, and going on after a cut."""
+
+import json
+import random
+
+import preference_models
+import pytest
+import torch
+
+from fastlm import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.quant.stage import Quantize
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+OPTIONS = {"group_size": 16, "calibration_tokens": 256, "calibration_length": 32, "iterations": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantize")
+    preference_models.make_base(folder / "base", initializer_range=0.1)
+    draw = random.Random(0)
+    text = " ".join(draw.choice(preference_models.WORDS) for _ in range(600))
+    (folder / "text.txt").write_text(text)
+    # trained, or quantization could improve it by chance
+    model = CausalLM.from_pretrained(folder / "base").train()
+    ids = torch.tensor(Tokenizer.load(folder / "base").encode(text))
+    ids = ids[: len(ids) // 32 * 32].view(-1, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 3  # of 5.8
+    model.save_pretrained(folder / "base")
+    return folder
+
+
+def run(base, out, on_event=None, calibrated=True, **options):
+    text = {"calibration": base / "text.txt"} if calibrated else {}
+    stage = Quantize(**OPTIONS | options)
+    return stage(out, model=base / "base", data=base / "text.txt", on_event=on_event, **text)
+
+
+def test_the_report_tells_what_was_lost(base, tmp_path):
+    told = []
+    result = run(base, tmp_path / "q", told.append, method="gptq")
+    report = json.loads((tmp_path / "q/report.json").read_text())
+    assert {k: report[k] for k in result} == json.loads(json.dumps(result))
+    assert report["method"] == "gptq" and len(report["layers"]) == 15
+    assert report["layers"].keys() >= {"model.embed_tokens", "model.layers.1.mlp.down_proj"}
+    assert 0 < report["kl"] < 0.5 and 0.2 < report["greedy_agreement"] <= 1
+    assert report["bits_per_quantized_weight"] == 5  # 16 bits for the scale of 16 weights
+    notes = [event["note"] for event in told if "note" in event]
+    assert [note.partition(":")[0] for note in notes] == ["model.layers.0", "model.layers.1"]
+    assert not (tmp_path / "q/progress").exists()
+    config = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["fastlm"]
+    assert config["method"] == "gptq" and config["format"] == "w4a16"
+    # the figures are those of the model that was written
+    before = CausalLM.from_pretrained(base / "base")
+    after = CausalLM.from_pretrained(tmp_path / "q")
+    ids = torch.tensor([Tokenizer.load(base / "base").encode("tree river stone bird")])
+    with torch.no_grad():
+        assert not torch.equal(before(ids).logits, after(ids).logits)
+
+
+def test_a_loss_above_the_threshold_warns_or_refuses(base, tmp_path):
+    told = []
+    run(base, tmp_path / "q", told.append, calibrated=False, max_loss=0.0)
+    lines = [event["warning"] for event in told if "warning" in event]
+    assert len(lines) == 1 and "bits per byte to grow by at most 0 %" in lines[0]
+    with pytest.raises(InputError, match="max_loss: wanted bits per byte to grow by at most 0 %"):
+        run(base, tmp_path / "r", calibrated=False, max_loss=0.0, strict=True)
+    assert not (tmp_path / "r/config.json").exists()
+    assert not list(tmp_path.glob("r/*.safetensors"))
+
+
+def test_own_samples_and_what_is_refused(base, tmp_path):
+    result = run(base, tmp_path / "q", calibrated=False, own_samples=True, method="autoround")
+    assert result["own_samples"] and result["kl"] < 0.5
+    for options, message in [
+        ({"method": "gptq", "calibrated": False}, "calibration: gptq wants calibration text"),
+        ({"own_samples": True}, "own_samples: wanted false with calibration text, got both"),
+        ({"max_loss": -1.0}, "max_loss: wanted 0 or more, got -1.0"),
+        ({"calibration_tokens": 0}, "calibration_tokens: wanted 1 or more, got 0"),
+        ({"calibration_length": 10**6, "calibration_tokens": 1, "iterations": 0}, "iterations"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            run(base, tmp_path / "r", **options)
+    with pytest.raises(InputError, match="strict: wanted held-out text"):
+        Quantize(strict=True, **OPTIONS)(tmp_path / "r", model=base / "base")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(base, tmp_path):
+    class Cut(Exception):
+        pass
+
+    def cut(event):
+        if "model.layers.0" in event.get("note", ""):
+            raise Cut
+
+    with pytest.raises(Cut):
+        run(base, tmp_path / "cut", cut, method="autoround")
+    assert (tmp_path / "cut/progress/layer-00000.safetensors").exists()
+    assert not (tmp_path / "cut/model.safetensors").exists()
+    run(base, tmp_path / "cut", method="autoround")
+    run(base, tmp_path / "whole", method="autoround")
+    cut_bytes, whole = (tmp_path / n / "model.safetensors" for n in ("cut", "whole"))
+    assert cut_bytes.read_bytes() == whole.read_bytes()
+    names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("cut", "whole")]
+    assert names[0] == names[1]
