@@ -103,6 +103,7 @@ if CUDA_HOME:
         "-Wno-maybe-uninitialized",  # of lanes that a mask keeps out
         *os.environ.get("CFLAGS", "").split(),
     ]
+DATA = ["fastlm.runs.parts", "fastlm.serve.page"]  # folders without Python
 WANTED = {
     "fastlm._cpu": os.environ.get("FASTLM_CPU") != "0",
     "fastlm._cuda": os.environ.get("FASTLM_CUDA") != "0",
@@ -185,9 +186,14 @@ class Build(build_ext):
 
 if __name__ == "__main__":  # tests/kernel_build.py asks for CUDA_HOME
     setup(
-        packages=[*find_packages(include=["fastlm*"]), "fastlm.kernels", "fastlm.runs.parts"],
+        packages=[*find_packages(include=["fastlm*"]), "fastlm.kernels", *DATA],
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
-        package_data={"fastlm.runs": ["*.jinja"], "fastlm.runs.parts": ["*.jinja"]},
+        package_data={
+            "fastlm.runs": ["*.jinja"],
+            "fastlm.runs.parts": ["*.jinja"],
+            "fastlm.serve": ["*.json"],
+            "fastlm.serve.page": ["*"],
+        },
         ext_modules=[ext for ext in EXTENSIONS if WANTED[ext.name]],
         cmdclass={"build_ext": Build},
     )

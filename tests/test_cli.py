@@ -36,6 +36,8 @@ VERBS = (
     "tokenizer",
     "data",
     "rank",
+    "serve",
+    "feedback",
 )
 
 

@@ -116,7 +116,9 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     assert has_cuda == (importlib.util.find_spec("fastlm._cuda") is not None)
     assert not any(n.startswith("fastlm/_simt.") for n in names)
     templates = [str(p.relative_to(ROOT)) for p in (ROOT / "fastlm").rglob("*.jinja")]
-    assert len(templates) > 5 and set(templates) <= set(names)
+    pages = [str(p.relative_to(ROOT)) for p in (ROOT / "fastlm/serve/page").iterdir()]
+    assert len(templates) > 5 and len(pages) > 5
+    assert {*templates, *pages, "fastlm/serve/grafana.json"} <= set(names)
     assert not any(n.startswith(("tests/", "bench/", "kernels/")) for n in names)
 
     home = tmp_path / "venv"

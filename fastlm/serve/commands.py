@@ -1,0 +1,173 @@
+"""``fastlm serve`` and ``fastlm feedback``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlm.errors import InputError
+from fastlm.threads import Threads
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+KEYS_VARIABLE = "FASTLM_API_KEYS"
+
+app = typer.Typer(
+    help="What people said about answers of `fastlm serve`, as rows to train on.",
+    no_args_is_help=True,
+)
+Database = Annotated[
+    str, typer.Argument(help="SQLite file, or postgresql://USER@HOST/NAME", show_default=False)
+]
+
+
+def serve(
+    model: Annotated[
+        Path,
+        typer.Option(
+            "--model", "-m", help="Hugging Face folder, .gguf, fastlm run or model:smollm2"
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; another than this machine's needs API keys")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: the folder's name")
+    ] = None,
+    feedback: Annotated[
+        str | None,
+        typer.Option(help="Keep feedback in this SQLite file, or in postgresql://USER@HOST/NAME"),
+    ] = None,
+    rank: Annotated[
+        Path | None, typer.Option(help="A store of `fastlm rank`, ranked at /rank")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help=f"API keys, one a line; or in the variable {KEYS_VARIABLE}, with commas"),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name by which clients call this machine; may be given again"),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; default: the model's context")
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request")] = 4 * 2**20,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue")] = 256,
+    max_rows: Annotated[int, typer.Option(min=1, help="Answers at the same time")] = 64,
+    max_connections: Annotated[int, typer.Option(min=1)] = 1024,
+    max_seconds: Annotated[
+        float, typer.Option(min=1.0, help="An answer ends after so many seconds as it is")
+    ] = 600.0,
+    drain: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that answers may take to end after SIGTERM")
+    ] = 30.0,
+    act_bits: Annotated[int | None, typer.Option(help="As for generate")] = None,
+    threads: Threads = None,
+) -> None:
+    """Serve a model over HTTP as OpenAI's API, with a page to chat at /.
+
+    Requests share the model and its key/value cache. Ctrl-C or SIGTERM ends the server when the
+    running answers have ended. docs/serving.md has the API and the limits.
+    """
+    keys = read_keys(api_key_file)
+    if host not in LOOPBACK and not keys:
+        raise InputError(f"host: wanted API keys (--api-key-file) to listen on {host}, got none")
+    try:
+        from fastlm.serve import process
+    except ImportError as error:
+        raise InputError(
+            f"serve: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
+        ) from None
+    process.run(
+        model, host=host, port=port, name=name, feedback=feedback, rank=rank, keys=keys,
+        allow_host=allow_host or [], max_new_tokens=max_new_tokens, max_body=max_body,
+        max_waiting=max_waiting, max_rows=max_rows, max_connections=max_connections,
+        max_seconds=max_seconds, drain=drain, act_bits=act_bits,
+    )  # fmt: skip
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """The API keys of a file, else of the environment. InputError: one is short or repeated."""
+    import os
+
+    if file is None:
+        keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
+    else:
+        from fastlm.files import read_text
+
+        keys = [line.strip() for line in read_text(file, 2**20).splitlines()]
+    keys = [key for key in keys if key and not key.startswith("#")]
+    for number, key in enumerate(keys, 1):
+        if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
+            raise InputError(
+                f"api_key_file: wanted keys of 16 or more printable characters, key {number} is not"
+            )
+    if file is not None and not keys:
+        raise InputError(f"api_key_file: wanted one key or more, got none in {file}")
+    return keys
+
+
+@app.command("export", short_help="Write feedback as rows to train on.")
+def export_command(
+    database: Database,
+    path: Annotated[Path, typer.Argument(help="The .jsonl file to write")],
+    form: Annotated[
+        str, typer.Option(help="sft, preferences (for dpo and reward) or kto")
+    ] = "preferences",
+) -> None:
+    """Write feedback as rows to train on.
+
+    sft: corrected answers and those with a thumb up. preferences: picks and corrections, each with
+    the worse answer. kto: answers with a thumb.
+    """
+    from fastlm.serve.feedback_export import export
+
+    if path.suffix not in (".jsonl", ".ndjson"):
+        raise InputError(f"path: wanted a name that ends in .jsonl, got {path}")
+    with _opened(database) as store:
+        done = export(store, path, form)
+    for reason, count in done.left_out.items():
+        typer.echo(f"left out: {count:,} {reason}", err=True)
+    typer.echo(f"{path}: {done.rows:,} rows")
+
+
+@app.command("show", short_help="How much feedback there is.")
+def show_command(
+    database: Database, as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False
+) -> None:
+    """How many answers are kept, and how many thumbs, comments, corrections and picks there are."""
+    import json
+
+    with _opened(database) as store:
+        counts = store.counts()
+    if as_json:
+        typer.echo(json.dumps(counts))
+    else:
+        typer.echo(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
+@app.command("forget", short_help="Delete a response or a conversation.")
+def forget_command(
+    database: Database,
+    id: Annotated[str, typer.Argument(help="A response's id or a conversation's")],
+) -> None:
+    """Delete a response or a conversation: its text and what was said about it."""
+    with _opened(database) as store:
+        gone = store.forget(id)
+    if not gone:
+        raise InputError(f"id: wanted one of the database, got {id!r:.80}")
+    typer.echo(f"{id}: {gone:,} rows deleted")
+
+
+def _opened(database: str):
+    """The database, which must exist."""
+    try:
+        from fastlm.serve.feedback import FeedbackStore
+    except ImportError as error:
+        raise InputError(
+            f"feedback: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
+        ) from None
+    if "://" not in database and not Path(database).exists():
+        raise InputError(f"{database}: wanted a feedback database, not found")
+    return FeedbackStore(database)

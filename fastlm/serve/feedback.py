@@ -1,0 +1,255 @@
+"""A database of what people say about answers, and, where they consent, of the answers.
+
+SQLite (write-ahead log) or PostgreSQL. A write is on disk when the method returns. Several servers
+may share the database. Personal data is scrubbed (`fastlm.data.scrub`) from every text before it is
+written. Without consent only the feedback is kept: who reads it knows the id of the answer, not its
+text.
+
+`fastlm.serve.feedback_export` writes rows to train on.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import sqlalchemy as sa
+from sqlalchemy.event import listen
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from fastlm.data.conversations import Message
+from fastlm.data.scrub import scrub
+from fastlm.errors import InputError
+
+WAIT_SECONDS = 30  # for another process that writes to the same SQLite file
+metadata = sa.MetaData()
+ANSWERS = sa.Table(
+    "fastlm_answers",
+    metadata,
+    sa.Column("response_id", sa.String(128), primary_key=True),
+    sa.Column("conversation_id", sa.String(128), index=True),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("prompt", sa.Text, nullable=False),  # JSON: messages
+    sa.Column("tools", sa.Text),  # JSON: a list
+    sa.Column("choices", sa.Text, nullable=False),  # JSON: per choice the messages of the answer
+    sa.Column("created_at", sa.Text, nullable=False),  # ISO 8601, UTC
+)
+FEEDBACK = sa.Table(
+    "fastlm_feedback",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("response_id", sa.String(128), index=True),
+    sa.Column("conversation_id", sa.String(128), index=True),
+    sa.Column("choice", sa.Integer, nullable=False),
+    sa.Column("rater", sa.String(128)),
+    sa.Column("thumb", sa.String(4)),  # up, down
+    sa.Column("comment", sa.Text),
+    sa.Column("corrected", sa.Text),
+    sa.Column("preferred_over", sa.Text),  # JSON: [[response_id, choice], ...]
+    sa.Column("created_at", sa.Text, nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What somebody says about an answer (``response_id`` and ``choice``) or about a conversation.
+
+    thumb: "up" or "down". corrected: the text that the answer should have been. preferred_over:
+    answers to the same prompt that are worse, as (response_id, choice).
+    """
+
+    response_id: str | None
+    conversation_id: str | None = None
+    choice: int = 0
+    rater: str | None = None
+    thumb: str | None = None
+    comment: str | None = None
+    corrected: str | None = None
+    preferred_over: tuple[tuple[str, int], ...] = ()
+
+    def kinds(self) -> list[str]:
+        """The names of what it says."""
+        names = ("thumb", "comment", "corrected", "preferred_over")
+        return [name for name in names if getattr(self, name)]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An answer that its user let us keep. ``choices``: each the messages after the prompt."""
+
+    response_id: str
+    model: str
+    prompt: list[Message]
+    choices: list[list[Message]]
+    tools: list[Any] | None = None
+    conversation_id: str | None = None
+
+
+class FeedbackStore:
+    """The database at ``where``: an SQLAlchemy URL (``postgresql://user@host/name``), or the path
+    of an SQLite file. Its tables are made if they are missing. A context manager; any thread may
+    call its methods.
+
+    InputError, from every method: the database cannot be used.
+    """
+
+    def __init__(self, where: str | Path):
+        url = str(where)
+        if "://" not in url:
+            url = f"sqlite:///{Path(url).absolute()}"
+        if url.startswith(("postgresql://", "postgres://")):  # the driver that the extra installs
+            url = "postgresql+psycopg://" + url.partition("://")[2]
+        try:
+            parsed = sa.make_url(url)
+            self.name = parsed.render_as_string(hide_password=True)
+            self.engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=_waits(parsed))
+        except (SQLAlchemyError, ImportError) as error:
+            hidden = url.partition("://")[0]
+            raise InputError(
+                f"feedback: wanted a file or a database URL, got {hidden}://...: {_reason(error)}"
+                " (for PostgreSQL: pip install 'fastlm[postgresql]')"
+            ) from None
+        if self.engine.dialect.name == "sqlite":
+            listen(self.engine, "connect", _durable)
+        with self._errors():
+            metadata.create_all(self.engine)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            raise InputError(f"{self.name}: cannot be used: {_reason(error)}") from None
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        with self._errors(), self.engine.begin() as connection:
+            yield connection
+
+    def add(self, opinion: Opinion) -> int:
+        """Store an opinion; return its number."""
+        over = opinion.preferred_over
+        values = {
+            "response_id": opinion.response_id,
+            "conversation_id": opinion.conversation_id,
+            "choice": opinion.choice,
+            "rater": _scrubbed(opinion.rater),
+            "thumb": opinion.thumb,
+            "comment": _scrubbed(opinion.comment),
+            "corrected": _scrubbed(opinion.corrected),
+            "preferred_over": json.dumps(over) if over else None,
+            "created_at": _now(),
+        }
+        with self._write() as connection:
+            done = connection.execute(FEEDBACK.insert().values(values))
+        assert done.inserted_primary_key is not None
+        return int(done.inserted_primary_key[0])
+
+    def keep(self, answer: Kept) -> None:
+        """Store an answer and its prompt, whose user has consented; one that is stored already
+        stays as it is.
+        """
+        values = {
+            "response_id": answer.response_id,
+            "conversation_id": answer.conversation_id,
+            "model": answer.model,
+            "prompt": _json(_scrubbed(answer.prompt)),
+            "tools": None if answer.tools is None else _json(_scrubbed(answer.tools)),
+            "choices": _json(_scrubbed(answer.choices)),
+            "created_at": _now(),
+        }
+        with self._errors(), suppress(IntegrityError), self.engine.begin() as connection:
+            connection.execute(ANSWERS.insert().values(values))
+
+    def forget(self, id: str) -> int:
+        """Delete a response or a conversation, its text and what was said about it. Return how many
+        rows there were.
+        """
+        gone = 0
+        with self._write() as connection:
+            for table in (ANSWERS, FEEDBACK):
+                its = sa.or_(table.c.response_id == id, table.c.conversation_id == id)
+                gone += connection.execute(table.delete().where(its)).rowcount
+        return gone
+
+    def answers(self) -> dict[str, Kept]:
+        """All answers that are kept, by id."""
+        with self._errors(), self.engine.connect() as connection:
+            rows = connection.execute(ANSWERS.select().order_by(ANSWERS.c.created_at)).all()
+        return {
+            row.response_id: Kept(
+                row.response_id, row.model, json.loads(row.prompt), json.loads(row.choices),
+                None if row.tools is None else json.loads(row.tools), row.conversation_id,
+            )
+            for row in rows
+        }  # fmt: skip
+
+    def opinions(self) -> list[Opinion]:
+        """All opinions, in the order in which they were given."""
+        with self._errors(), self.engine.connect() as connection:
+            rows = connection.execute(FEEDBACK.select().order_by(FEEDBACK.c.id)).all()
+        return [
+            Opinion(
+                row.response_id, row.conversation_id, row.choice, row.rater, row.thumb, row.comment,
+                row.corrected, tuple((id, n) for id, n in json.loads(row.preferred_over or "[]")),
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    def counts(self) -> dict[str, int]:
+        """How many answers are kept, and how many opinions of each kind there are."""
+        found = {"answers": 0, "thumb": 0, "comment": 0, "corrected": 0, "preferred_over": 0}
+        with self._errors(), self.engine.connect() as connection:
+            for name in found:
+                if name == "answers":
+                    query = sa.select(sa.func.count()).select_from(ANSWERS)
+                else:
+                    query = sa.select(sa.func.count(FEEDBACK.c[name]))
+                found[name] = connection.execute(query).scalar_one()
+        return found
+
+
+def _waits(url: sa.URL) -> dict[str, Any]:
+    sqlite = url.get_backend_name() == "sqlite"
+    return {"timeout": WAIT_SECONDS} if sqlite else {"connect_timeout": 10}
+
+
+def _durable(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")  # a transaction outlives a power cut
+
+
+def _scrubbed(value: Any) -> Any:
+    """``value`` without personal data in any of its texts."""
+    if isinstance(value, str):
+        return scrub(value.replace("\0", ""))[0]  # which PostgreSQL does not store
+    if isinstance(value, Mapping):
+        return {key: _scrubbed(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_scrubbed(item) for item in value]
+    return value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(getattr(error, "orig", None) or error).split())
+    return text[:300] or type(error).__name__

@@ -1,0 +1,219 @@
+"""The fields of a JSON request: each is checked, and one that is not known is refused.
+
+A `Field` says what it accepts twice: as a function that checks a value, and as JSON schema for
+/openapi.json. A field that the server would have to ignore is an error, never dropped.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastlm.errors import InputError, show
+from fastlm.typed import check_unicode, unknown
+
+Schema = dict[str, Any]
+
+
+class ApiError(InputError):
+    """A refused request in OpenAI's terms. ``param``: the field at fault."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.kind = status, param, code, kind
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's shape of an error."""
+        told = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": told}
+
+
+@dataclass(frozen=True)
+class Field:
+    """``read(value, name)`` returns the value as the server uses it, or raises. ``null`` stands for
+    ``default``, as if the field were missing.
+    """
+
+    read: Callable[[Any, str], Any]
+    schema: Schema
+    default: Any = None
+    required: bool = False
+
+
+def wrong(name: str, wanted: str, value: Any) -> ApiError:
+    return ApiError(f"{name}: wanted {wanted}, got {show(value):.80}", param=name)
+
+
+def number(low: float, high: float, default: float | None = None, *, above: bool = False) -> Field:
+    """A finite number from ``low`` (not itself: ``above``) to ``high``."""
+    wanted = f"a number {'above' if above else 'from'} {low:g} to {high:g}"
+
+    def read(value: Any, name: str) -> float:
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        if not good or not low <= value <= high or (above and value == low):
+            raise wrong(name, wanted, value)
+        return float(value)
+
+    edge = "exclusiveMinimum" if above else "minimum"
+    return Field(read, {"type": "number", edge: low, "maximum": high}, default)
+
+
+def whole(low: int, high: int, default: int | None = None) -> Field:
+    """A whole number from ``low`` to ``high``."""
+
+    def read(value: Any, name: str) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise wrong(name, f"a whole number from {low} to {high}", value)
+        return value
+
+    return Field(read, {"type": "integer", "minimum": low, "maximum": high}, default)
+
+
+def flag(default: bool = False) -> Field:
+    def read(value: Any, name: str) -> bool:
+        if not isinstance(value, bool):
+            raise wrong(name, "true or false", value)
+        return value
+
+    return Field(read, {"type": "boolean"}, default)
+
+
+def text(most: int, default: str | None = None, *, required: bool = False) -> Field:
+    """A text of 1 to ``most`` characters."""
+
+    def read(value: Any, name: str) -> str:
+        if not isinstance(value, str) or not 1 <= len(value) <= most:
+            raise wrong(name, f"a text of 1 to {most} characters", value)
+        check_unicode(value, name)
+        return value
+
+    schema = {"type": "string", "minLength": 1, "maxLength": most}
+    return Field(read, schema, default, required)
+
+
+def name(most: int, default: str | None = None, *, required: bool = False) -> Field:
+    """A text of 1 to ``most`` characters that can be printed in a line."""
+    plain = text(most, default, required=required)
+
+    def read(value: Any, where: str) -> str:
+        if not plain.read(value, where).isprintable():
+            raise wrong(where, "characters that can be printed in a line", value)
+        return value
+
+    return Field(read, plain.schema, default, required)
+
+
+def choice(*values: Any, default: Any = None) -> Field:
+    """One of some values."""
+    wanted = " or ".join(json.dumps(value) for value in values)
+
+    def read(value: Any, name: str) -> Any:
+        if not any(type(value) is type(v) and value == v for v in values):
+            raise wrong(name, wanted, value)
+        return value
+
+    return Field(read, {"enum": list(values)}, default)
+
+
+def list_of(item: Field, low: int, high: int, *, one: bool = False) -> Field:
+    """A list of ``low`` to ``high`` items, read as a tuple; ``one``: an item alone is a list."""
+
+    def read(value: Any, name: str) -> tuple[Any, ...]:
+        if one and not isinstance(value, list):
+            return (item.read(value, name),)
+        if not isinstance(value, list) or not low <= len(value) <= high:
+            got = f"{len(value)} items" if isinstance(value, list) else value
+            raise wrong(name, f"a list of {low} to {high} items", got)
+        return tuple(item.read(v, f"{name}[{i}]") for i, v in enumerate(value))
+
+    schema: Schema = {"type": "array", "items": item.schema, "minItems": low, "maxItems": high}
+    return Field(read, {"anyOf": [item.schema, schema]} if one else schema, ())
+
+
+def table(fields: Mapping[str, Field]) -> Field:
+    """An object with fields of its own, read as a dict of all of them."""
+    return Field(lambda value, name: read_fields(value, fields, name), schema_of(fields))
+
+
+def read_fields(body: Any, fields: Mapping[str, Field], name: str = "") -> dict[str, Any]:
+    """All ``fields`` of an object by name, checked. ApiError: not an object, a field that is
+    unknown or missing, a value that the field refuses.
+    """
+    prefix = f"{name}." if name else ""
+    if not isinstance(body, dict):
+        raise wrong(name or "body", "an object", body)
+    for key in body:
+        if key not in fields:
+            full = f"{prefix}{key}"[:200]
+            raise ApiError(unknown(full, key, fields), param=full)
+    found = {}
+    for key, field in fields.items():
+        value = body.get(key)
+        if value is None:
+            if field.required:
+                raise ApiError(f"{prefix}{key}: wanted, is missing", param=prefix + key)
+            found[key] = field.default
+            continue
+        try:
+            found[key] = field.read(value, prefix + key)
+        except InputError as error:  # of a reader that is not ours: it names the place
+            if isinstance(error, ApiError):
+                raise
+            raise ApiError(str(error), param=prefix + key) from None
+    return found
+
+
+def schema_of(fields: Mapping[str, Field]) -> Schema:
+    """JSON schema of an object with these fields."""
+    properties = {
+        key: field.schema if field.required else {"anyOf": [field.schema, {"type": "null"}]}
+        for key, field in fields.items()
+    }
+    required = [key for key, field in fields.items() if field.required]
+    schema: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {**schema, "required": required} if required else schema
+
+
+def parse_body(data: bytes) -> Any:
+    """The value of a JSON body. ApiError: not UTF-8, not JSON, nested too deep, a key twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ApiError(f"{twice:.80}: wanted once, got it twice", param=twice[:80])
+        return found
+
+    def refuse(name: str) -> Any:
+        raise ApiError(f"body: wanted finite numbers, got {name}")
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse)
+        check_finite(value)
+        return value
+    except ApiError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ApiError(f"body: wanted JSON, got: {reason:.200}") from None
+
+
+def check_finite(value: Any) -> None:
+    """ApiError for a number like 1e999, which Python reads as infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ApiError("body: wanted finite numbers, got one that is too large")
+    if isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_finite(item)

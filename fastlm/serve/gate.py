@@ -1,0 +1,231 @@
+"""What every request passes: who may ask, how long a client may take, and what is logged of it.
+
+An ASGI middleware. Logs are JSON lines without the text of prompts or answers, and without the
+messages of exceptions, which may quote them.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from fastlm.serve.fields import ApiError, parse_body
+from fastlm.serve.metrics import Metrics
+from fastlm.serve.running import gone
+
+# without a key: what holds no data, and what tells a balancer that the server lives
+OPEN_PATHS = frozenset(("/", "/rank", "/health", "/ready"))
+OPEN_PREFIX = "/page/"
+QUIET_PATHS = frozenset(("/health", "/ready", "/metrics"))  # asked every few seconds
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self';"
+    " connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'; require-trusted-types-for 'script'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on a request.
+
+    body_bytes: of its body. body_seconds: until the body has arrived. answer_seconds: until an
+    answer ends, wherever it is then. write_seconds: until a client takes what was sent to it.
+    new_tokens: of an answer; None: the context is the bound.
+    """
+
+    body_bytes: int = 4 * 2**20
+    body_seconds: float = 30.0
+    answer_seconds: float = 600.0
+    write_seconds: float = 60.0
+    new_tokens: int | None = None
+
+
+class Gone(Exception):
+    """The client has closed the connection, or does not read."""
+
+
+def log(event: str, **told: Any) -> None:
+    """Write a line of JSON to stderr."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **told}
+    sys.stderr.write(json.dumps(line, ensure_ascii=False) + "\n")
+    sys.stderr.flush()
+
+
+class Gate:
+    """``keys``: API keys; none: no key is asked for. ``hosts``: names by which clients may call the
+    server (an attacker's page in a browser would call it by another); None: any.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        metrics: Metrics,
+        limits: Limits,
+        keys: Sequence[str],
+        hosts: frozenset[str] | None,
+        paths: frozenset[str],
+    ):
+        self.app, self.metrics, self.limits, self.hosts = app, metrics, limits, hosts
+        self.keys = [_digest(key) for key in keys]
+        self.paths = paths  # labels of metrics: others are "other"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        began, headers = time.perf_counter(), Headers(scope=scope)
+        told: dict[str, Any] = {}
+        scope["state"] = {**scope.get("state", {}), "told": told, "id": secrets.token_hex(16)}
+        status = 0
+
+        async def sender(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                more = MutableHeaders(raw=message["headers"])
+                more.update(HEADERS | {"x-request-id": scope["state"]["id"]})
+            try:
+                async with asyncio.timeout(self.limits.write_seconds):
+                    await send(message)
+            except (TimeoutError, OSError):
+                raise Gone from None
+
+        try:
+            try:
+                scope["state"]["client"] = self._admit(scope, headers)
+                await self.app(scope, receive, sender)
+            except ApiError as error:
+                await self.refuse(error)(scope, receive, sender)
+            except Gone:
+                told["gone"] = True
+            except Exception as error:
+                log("failure", id=scope["state"]["id"], **_stack(error))
+                if status:
+                    told["failed"] = True  # in the middle of a response: its end is missing
+                else:
+                    failed = ApiError(
+                        "the server failed; its log has the reason under this request's id",
+                        status=500, kind="server_error",
+                    )  # fmt: skip
+                    await self.refuse(failed)(scope, receive, sender)
+        except Gone:
+            told["gone"] = True
+        finally:
+            seconds = time.perf_counter() - began
+            path = scope["path"] if scope["path"] in self.paths else "other"
+            self.metrics.requests.labels(path, status or 499).inc()
+            self.metrics.request_seconds.labels(path).observe(seconds)
+            if status != 200 or path not in QUIET_PATHS:
+                log(
+                    "request", id=scope["state"]["id"], method=scope["method"], path=path,
+                    status=status or 499, seconds=round(seconds, 4), **told,
+                )  # fmt: skip
+
+    def refuse(self, error: ApiError) -> JSONResponse:
+        self.metrics.errors.labels(error.code or error.kind).inc()
+        return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    def _admit(self, scope: Any, headers: Headers) -> str:
+        """The client's name: that of its key, else its address. ApiError: it may not ask."""
+        if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
+            raise ApiError(
+                f"host: wanted one of {', '.join(sorted(self.hosts))}, got another (--allow-host)",
+                status=403,
+                param="host",
+            )
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise ApiError(
+                    f"content-type: wanted application/json, got {kind or 'none'!r:.80}",
+                    status=415,
+                    param="content-type",
+                )
+        open_path = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX)
+        if not self.keys or open_path:
+            return (scope.get("client") or ("",))[0]
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        # every key is compared, whichever fits
+        if sum(hmac.compare_digest(given, one) for one in self.keys) == 0:
+            raise ApiError(
+                "authorization: wanted 'Bearer KEY' with a key of this server",
+                status=401, code="invalid_api_key", headers={"www-authenticate": "Bearer"},
+            )  # fmt: skip
+        return given.hex()
+
+
+async def read_body(request: Request, limits: Limits) -> Any:
+    """The value of a JSON body. ApiError: 413, 408, 400."""
+    most = ApiError(
+        f"body: wanted at most {limits.body_bytes} bytes", status=413, param="body",
+        headers={"connection": "close"},
+    )  # fmt: skip
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length[:19]) > limits.body_bytes:
+        raise most
+    data = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise Gone
+                data += message.get("body", b"")
+                if len(data) > limits.body_bytes:
+                    raise most
+                if not message.get("more_body"):
+                    return parse_body(bytes(data))
+    except TimeoutError:
+        raise ApiError(
+            f"body: wanted all of it within {limits.body_seconds:g} s", status=408, param="body",
+            headers={"connection": "close"},
+        ) from None  # fmt: skip
+
+
+async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Any) -> Any:
+    """The result of the coroutine ``work``, which is cancelled if the client goes away (`Gone`)."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(gone(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Gone
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
+
+
+def _host(value: str) -> str:
+    """The name in a Host header, without the port."""
+    name = value.rpartition(":")[0] if value.rpartition(":")[2].isdigit() else value
+    return name.strip("[]").lower()
+
+
+def _stack(error: BaseException) -> dict[str, Any]:
+    frames = traceback.extract_tb(error.__traceback__)[-8:]
+    places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+    return {"type": type(error).__name__, "stack": places}

@@ -1,0 +1,92 @@
+"""What the server counts and measures, for Prometheus. docs/serving.md lists the names;
+fastlm/serve/grafana.json shows them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fastlm.serve.requests import EngineStats
+
+# Of a request: to its first token, and to its end
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+# Between two tokens: 1 ms is 1,000 tokens/s
+BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
+TOKENS = (8, 32, 128, 512, 2048, 8192, 32768, 131072)
+GAUGES = {
+    "running": "Requests whose answers are being computed",
+    "waiting": "Requests in the queue",
+    "pages": "Pages of the key/value cache",
+    "pages_used": "Pages that running requests hold",
+    "pages_cached": "Pages kept of prompts that ended, given up when pages run short",
+}
+COUNTERS = {
+    "steps": "Steps of the engine",
+    "prompt_tokens": "Prompt tokens that were computed",
+    "cached_tokens": "Prompt tokens that were found in the prefix cache",
+    "new_tokens": "Tokens of answers",
+    "preemptions": "Requests put back into the queue because pages ran short",
+}
+
+
+class Metrics:
+    """``stats``: asked at each scrape. One object per server, with a registry of its own."""
+
+    def __init__(self, stats: Callable[[], EngineStats]):
+        self.registry = CollectorRegistry()
+
+        def made(kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **more: Any) -> Any:
+            return kind(f"fastlm_{name}", text, labels, registry=self.registry, **more)
+
+        self.requests = made(Counter, "requests", "Requests by path and status", ("path", "status"))
+        self.errors = made(Counter, "errors", "Requests refused or failed, by type", ("type",))
+        self.cancelled = made(
+            Counter, "cancellations", "Answers whose client went away or was too slow"
+        )
+        self.feedback = made(Counter, "feedback", "Feedback that was stored, by kind", ("kind",))
+        self.request_seconds = made(
+            Histogram, "request_seconds", "Time of a request", ("path",), buckets=SECONDS
+        )
+        self.first_token = made(
+            Histogram, "time_to_first_token_seconds", "From submission to the first token",
+            buckets=SECONDS,
+        )  # fmt: skip
+        self.next_token = made(
+            Histogram, "inter_token_seconds", "Between two tokens of an answer", buckets=BETWEEN
+        )
+        self.prompt_length = made(
+            Histogram, "prompt_length_tokens", "Tokens of a prompt", buckets=TOKENS
+        )
+        self.registry.register(_Engine(stats))
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def names(self) -> set[str]:
+        """The names of all samples that a scrape can have."""
+        return {sample for metric in self.registry.collect() for sample in _samples(metric)}
+
+
+def _samples(metric: Metric) -> list[str]:
+    ends = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    return [metric.name + end for end in ends[metric.type]]
+
+
+class _Engine(Collector):
+    def __init__(self, stats: Callable[[], EngineStats]):
+        self.stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.stats()
+        for name, text in GAUGES.items():
+            yield GaugeMetricFamily(f"fastlm_{name}", text, getattr(stats, name))
+        for name, text in COUNTERS.items():
+            yield CounterMetricFamily(f"fastlm_{name}", text, getattr(stats, name))
+        text = "Answers by how they ended"
+        ended = CounterMetricFamily("fastlm_answers", text, labels=["reason"])
+        for reason, count in stats.finished.items():
+            ended.add_metric([reason], count)
+        yield ended

@@ -1,0 +1,114 @@
+"""``POST /v1/feedback``: opinions about answers, at any time after them."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from anyio.to_thread import run_sync
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from fastlm.errors import InputError
+from fastlm.serve.feedback import Kept, Opinion
+from fastlm.serve.fields import (
+    ApiError,
+    Field,
+    choice,
+    list_of,
+    name,
+    read_fields,
+    table,
+    text,
+    whole,
+)
+from fastlm.serve.openai_api import CHAT, MOST_CHOICES
+
+if TYPE_CHECKING:
+    from fastlm.serve.app import Server
+
+MOST_TEXT = 2**16  # characters of a corrected answer
+CHOICE = whole(0, MOST_CHOICES - 1, 0)
+KEPT = {
+    "consent": choice(True),
+    "messages": CHAT["messages"],
+    "choices": list_of(text(MOST_TEXT), 1, MOST_CHOICES),
+    "tools": CHAT["tools"],
+}
+FEEDBACK: Mapping[str, Field] = {
+    "response_id": name(128),
+    "conversation_id": name(128),
+    "choice": CHOICE,
+    "rater": name(128),
+    "thumb": choice("up", "down"),
+    "comment": text(4096),
+    "corrected": text(MOST_TEXT),
+    "preferred_over": list_of(table({"response_id": name(128), "choice": CHOICE}), 1, MOST_CHOICES),
+    "conversation": table(KEPT),
+}
+
+
+def read_feedback(body: Any, model: str) -> tuple[Opinion, Kept | None]:
+    """What a body says: an opinion, and the conversation if its user lets us keep it."""
+    given = read_fields(body, FEEDBACK)
+    response: Any = given["response_id"]
+    talk: Any = given.pop("conversation")
+    if response is None and given["conversation_id"] is None:
+        raise ApiError(
+            "response_id: wanted this or conversation_id, got neither", param="response_id"
+        )
+    worse: list[tuple[Any, int]] = []
+    for i, other in enumerate(given["preferred_over"]):
+        key = (other["response_id"] or response, other["choice"])
+        if key == (response, given["choice"]) or key[0] is None:
+            raise ApiError(
+                f"preferred_over[{i}]: wanted another answer, got the one that is preferred",
+                param=f"preferred_over[{i}]",
+            )
+        worse.append(key)
+    said: dict[str, Any] = {**given, "preferred_over": tuple(worse)}
+    opinion = Opinion(**said)
+    if not opinion.kinds() and talk is None:
+        raise ApiError(
+            "thumb: wanted this, comment, corrected, preferred_over or conversation, got none",
+            param="thumb",
+        )
+    if response is None and (opinion.corrected or opinion.preferred_over or talk):
+        raise ApiError("response_id: wanted, is missing", param="response_id")
+    if talk is None:
+        return opinion, None
+    if not talk["consent"] or talk["messages"] is None or not talk["choices"]:
+        raise ApiError(
+            "conversation.consent: wanted true, with messages and choices: without consent no text"
+            " is kept",
+            param="conversation.consent",
+        )
+    answers = [[{"role": "assistant", "content": answer}] for answer in talk["choices"]]
+    kept = Kept(response, model, talk["messages"], answers, talk["tools"], given["conversation_id"])
+    return opinion, kept
+
+
+async def give(server: "Server", http: Request) -> Response:
+    """Store feedback. The response is sent when it is on disk."""
+    store = server.feedback
+    body = await server.body(http)
+    if store is None:
+        raise ApiError(
+            "feedback: this server has no database for it (fastlm serve --feedback)",
+            status=404, code="no_feedback",
+        )  # fmt: skip
+    opinion, kept = read_feedback(body, server.name)
+
+    def write() -> int | None:
+        if kept is not None:
+            store.keep(kept)
+        return store.add(opinion) if opinion.kinds() else None
+
+    try:
+        number = await run_sync(write)
+    except InputError:
+        raise ApiError(
+            "feedback: the database cannot be used; try again", status=503, kind="server_error",
+            code="no_database", headers={"retry-after": "5"},
+        ) from None  # fmt: skip
+    for kind in opinion.kinds():
+        server.metrics.feedback.labels(kind).inc()
+    return JSONResponse({"object": "feedback", "id": number, "kept": kept is not None})

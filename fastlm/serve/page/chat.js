@@ -1,0 +1,258 @@
+// The chat page. The conversation is in this page alone: a reload forgets it.
+
+import { $, ask, button, el, show, themes, write } from "./common.js";
+
+const KEPT = ["system", "temperature", "top_p", "max_tokens"]; // settings that a reload keeps
+let model = { id: "", fastlm: {} };
+let turns = []; // {role, content, node, id, choice, texts, consented}
+let conversation = crypto.randomUUID();
+let running = null; // AbortController of the answer that is written
+
+const say = (text) => { $("status").textContent = text; };
+const see = (node) => node.scrollIntoView({ block: "end" });
+const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
+
+async function start() {
+  themes("theme");
+  for (const id of KEPT) {
+    $(id).value = localStorage.getItem(id) ?? $(id).value;
+    $(id).onchange = () => localStorage.setItem(id, $(id).value);
+  }
+  $("key").value = sessionStorage.getItem("key") ?? "";
+  $("key").onchange = () => { sessionStorage.setItem("key", $("key").value); describe(); };
+  await describe();
+}
+
+async function describe() {
+  try {
+    model = (await (await ask("/v1/models")).json()).data[0];
+    $("model").textContent = model.id;
+    $("consent-label").hidden = !model.fastlm.feedback;
+    say(model.fastlm.chat ? "" : "This model has no chat template: it cannot chat.");
+  } catch (error) { say(error.message); }
+}
+
+// ---- asking
+
+function messages(until = turns.length) {
+  const system = $("system").value.trim();
+  return [...(system ? [{ role: "system", content: system }] : []),
+    ...turns.slice(0, until).map(({ role, content }) => ({ role, content }))];
+}
+
+function body(n) {
+  const consented = $("consent").checked && !$("consent-label").hidden;
+  return {
+    model: model.id, messages: messages(), n, stream: true,
+    stream_options: { include_usage: true }, temperature: number("temperature"),
+    top_p: number("top_p"), max_tokens: number("max_tokens"), seed: number("seed"),
+    ...(consented ? { store: true, conversation_id: conversation } : {}),
+  };
+}
+
+/** Read server-sent events of a response. */
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    held += value;
+    const lines = held.split("\n\n");
+    held = lines.pop();
+    for (const line of lines) {
+      const data = line.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
+  }
+}
+
+async function answer() {
+  const n = $("two").checked ? 2 : 1;
+  const asked = body(n);
+  const texts = Array(n).fill("");
+  const parts = texts.map(() => el("div", { className: "text" }));
+  const pair = el("div", { className: n > 1 ? "pair" : "single" }, ...parts.map((part, i) =>
+    el("article", { className: "assistant", ariaLabel: n > 1 ? `Answer ${i + 1}` : "Answer" }, part)));
+  $("log").append(pair);
+  $("log").ariaBusy = "true";
+  running = new AbortController();
+  $("stop").hidden = false; $("send").disabled = true;
+  say("writing …");
+  let id, first, usage, failed = "";
+  try {
+    const response = await ask("/v1/chat/completions", asked, running.signal);
+    for await (const event of events(response)) {
+      id = event.id;
+      usage = event.usage ?? usage;
+      const page = document.documentElement; // who reads further up is left there
+      const follows = scrollY + innerHeight > page.scrollHeight - 150;
+      for (const { index, delta } of event.choices) {
+        if (!delta.content) continue;
+        first ??= performance.now();
+        texts[index] += delta.content;
+        show(parts[index], texts[index]);
+      }
+      if (follows) see(pair);
+    }
+  } catch (error) {
+    failed = error.name === "AbortError" ? "stopped" : error.message;
+  }
+  const seconds = (performance.now() - first) / 1000;
+  const speed = usage && usage.completion_tokens > n
+    ? `${usage.completion_tokens} tokens, ${((usage.completion_tokens - n) / seconds).toFixed(1)} tokens/s`
+    : "";
+  running = null;
+  $("stop").hidden = true; $("send").disabled = false;
+  $("log").ariaBusy = "false";
+  say(failed || speed);
+  if (!texts.some((text) => text)) { pair.remove(); takeBack(); return; }
+  const whole = !failed;
+  const turn = { role: "assistant", texts, id: whole ? id : null, consented: Boolean(asked.store) };
+  if (n === 1) settle(turn, 0, pair, speed);
+  else choose(turn, pair, speed);
+}
+
+/** Nothing came of the last message: it goes back to where it was written. */
+function takeBack() {
+  const last = turns.pop();
+  last.node.remove();
+  $("text").value ||= last.content;
+}
+
+/** Let the user pick one of two answers. */
+function choose(turn, pair, speed) {
+  const pick = (i) => {
+    if (pending !== turn) return; // the conversation went on without them
+    document.removeEventListener("keydown", keys);
+    settle(turn, i, pair, speed);
+    if (turn.id) opine(turns.at(-1), { preferred_over: [{ choice: 1 - i }] });
+    $("text").focus();
+  };
+  const keys = (event) => { if (event.altKey && "12".includes(event.key)) pick(Number(event.key) - 1); };
+  document.addEventListener("keydown", keys);
+  [...pair.children].forEach((part, i) => part.append(
+    button(`Pick answer ${i + 1}`, () => pick(i), { className: "main", title: `Alt+${i + 1}` })));
+  pair.querySelector("button").focus({ preventScroll: true });
+  see(pair);
+  pending = turn;
+}
+let pending = null; // two answers of which none is picked yet
+
+/** Make one of the texts the next turn of the conversation. */
+function settle(turn, i, pair, speed) {
+  pending = null;
+  const node = el("article", { className: "assistant", ariaLabel: "Answer" }, el("div", { className: "text" }));
+  show(node.firstChild, turn.texts[i]);
+  Object.assign(turn, { content: turn.texts[i], choice: i, node });
+  pair.replaceWith(node);
+  turns.push(turn);
+  tools(turn, speed);
+}
+
+function tools(turn, speed) {
+  const row = el("div", { className: "row tools" });
+  row.append(button("Again", () => again(turn), { title: "Another answer instead of this one" }));
+  if (model.fastlm.feedback && turn.id) {
+    const thumb = (name, label) => button(label, async (event) => {
+      if (await opine(turn, { thumb: name })) {
+        for (const other of row.querySelectorAll("[aria-pressed]")) other.ariaPressed = "false";
+        event.target.ariaPressed = "true";
+      }
+    }, { ariaPressed: "false" });
+    row.append(thumb("up", "Good"), thumb("down", "Bad"), button("Comment", async () => {
+      const comment = await write(turn.node, "What is good or bad about it?");
+      if (comment?.trim()) await opine(turn, { comment });
+    }));
+  }
+  row.append(button("Correct", () => correct(turn), { title: "Write what the answer should have been" }));
+  row.append(el("span", { className: "quiet", textContent: speed }));
+  turn.node.append(row);
+  see(turn.node);
+}
+
+async function again(turn) {
+  if (running) return;
+  cut(turns.indexOf(turn));
+  await answer();
+}
+
+async function correct(turn) {
+  const text = await write(turn.node, "The answer as it should have been", turn.content);
+  if (!text?.trim() || text === turn.content) return;
+  if (model.fastlm.feedback && turn.id && !await opine(turn, { corrected: text })) return;
+  turn.content = text;
+  show(turn.node.querySelector(".text"), text);
+}
+
+/** Send an opinion about an answer; with the conversation, if the user consented since. */
+async function opine(turn, what) {
+  const given = { response_id: turn.id, conversation_id: conversation, choice: turn.choice, ...what };
+  if ($("consent").checked && !turn.consented) {
+    const before = messages(turns.indexOf(turn));
+    given.conversation = { consent: true, messages: before, choices: turn.texts };
+  }
+  try {
+    await ask("/v1/feedback", given);
+    turn.consented ||= Boolean(given.conversation);
+    say("Thank you: stored.");
+    return true;
+  } catch (error) { say(`Not stored: ${error.message}`); return false; }
+}
+
+// ---- the conversation
+
+function cut(at) {
+  if (pending) $("log").querySelector(".pair").remove();
+  pending = null;
+  for (const turn of turns.splice(at)) turn.node.remove();
+}
+
+function user(content) {
+  const node = el("article", { className: "user", ariaLabel: "You" }, el("div", { className: "text" }));
+  const turn = { role: "user", content, node };
+  show(node.firstChild, content);
+  node.append(el("div", { className: "row tools" }, button("Edit", async () => {
+    const text = await write(node, "Your message", turn.content);
+    if (!text?.trim() || running) return;
+    cut(turns.indexOf(turn));
+    user(text);
+    await answer();
+  })));
+  turns.push(turn);
+  $("log").append(node);
+  see(node);
+}
+
+$("form").onsubmit = async (event) => {
+  event.preventDefault();
+  const text = $("text").value;
+  if (!text.trim() || running) return;
+  if (pending) { say("Pick one of the two answers first."); return; }
+  $("text").value = "";
+  user(text);
+  await answer();
+};
+$("text").onkeydown = (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("form").requestSubmit();
+  }
+};
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
+$("stop").onclick = () => running?.abort();
+$("new").onclick = () => {
+  running?.abort();
+  turns = []; pending = null; conversation = crypto.randomUUID();
+  $("log").replaceChildren();
+  say("");
+  $("text").focus();
+};
+$("options").onclick = () => {
+  $("settings").hidden = !$("settings").hidden;
+  $("options").ariaExpanded = String(!$("settings").hidden);
+};
+start();

@@ -1,0 +1,113 @@
+"""The server as a process: a model, its engine, uvicorn, and an orderly end."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from fastlm.errors import InputError
+from fastlm.files import reason
+from fastlm.serve.app import Server
+from fastlm.serve.chat import load_model
+from fastlm.serve.engine import Engine
+from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.gate import Limits, log
+
+LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
+
+
+def run(
+    path: Path,
+    *,
+    host: str,
+    port: int,
+    name: str | None,
+    feedback: str | None,
+    rank: Path | None,
+    keys: Sequence[str],
+    allow_host: Sequence[str],
+    max_new_tokens: int | None,
+    max_body: int,
+    max_waiting: int,
+    max_rows: int,
+    max_connections: int,
+    max_seconds: float,
+    drain: float,
+    act_bits: int | None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; see `fastlm.serve.commands.serve` for the arguments.
+
+    InputError: a model, database or store that cannot be used, a port that is taken.
+    """
+    logging.getLogger("uvicorn.error").addHandler(_Lines())
+    logging.getLogger("uvicorn").propagate = False
+    with ExitStack() as stack:
+        listening = stack.enter_context(_listen(host, port))
+        store = None if feedback is None else stack.enter_context(FeedbackStore(feedback))
+        model, tokenizer = load_model(path, act_bits)
+        engine = Engine(model, tokenizer, max_rows=max_rows, max_waiting=max_waiting)
+        local = host in LOCAL_NAMES
+        server = Server(
+            engine, model, tokenizer, name or path.resolve().name,
+            limits=Limits(
+                body_bytes=max_body, answer_seconds=max_seconds, new_tokens=max_new_tokens
+            ),
+            keys=keys, feedback=store, ranking=rank,
+            hosts=LOCAL_NAMES | {h.lower() for h in allow_host} if local else None,
+        )  # fmt: skip
+        config = uvicorn.Config(
+            server.app, log_config=None, access_log=False, server_header=False,
+            limit_concurrency=max_connections, h11_max_incomplete_event_size=2**16,
+            timeout_graceful_shutdown=int(drain) + 5, ws="none",
+        )  # fmt: skip
+        bound = listening.getsockname()
+        shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+        log("listening", url=f"http://{shown}:{bound[1]}", model=server.name)
+        _Process(config, server, drain).run(sockets=[listening])
+
+
+class _Process(uvicorn.Server):
+    """uvicorn's server, whose engine ends answers at the bound, so that clients are told."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, drain: float):
+        super().__init__(config)
+        self.server, self.drain = server, drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.server.stopping = True
+        log("stopping", seconds=self.drain)
+        ending = asyncio.get_running_loop().run_in_executor(
+            None, lambda: self.server.engine.close(drain=self.drain)
+        )
+        await super().shutdown(sockets)
+        await ending
+
+
+class _Lines(logging.Handler):
+    """uvicorn's warnings as lines of our log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            what: dict[str, Any] = {"level": record.levelname.lower()}
+            kind = record.exc_info[0] if record.exc_info else None
+            # an exception's message may quote a request
+            log("uvicorn", **what, message=kind.__name__ if kind else record.getMessage()[:200])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise InputError(
+            f"port: wanted a free one on {host}, got {port}: {reason(error)}"
+        ) from None
+    return listening

@@ -1,0 +1,114 @@
+"""The prompts of requests as token ids, within the model's context."""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from fastlm.data.conversations import Message
+from fastlm.errors import InputError
+from fastlm.serve.fields import ApiError
+from fastlm.serve.openai_api import ChatAsked
+
+if TYPE_CHECKING:
+    from fastlm.tokenizer.tokenizer import Tokenizer
+
+CALL: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "Do it.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string"}}},
+    },
+}
+USER: Message = {"role": "user", "content": "Hello"}
+ANSWER: Message = {"role": "assistant", "content": "Yes"}
+CALLED: Message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+# what a chat template may leave out, and a conversation that shows whether it does
+PARTS: dict[str, tuple[list[Message], list[Any] | None]] = {
+    "tools": ([USER], [TOOL]),
+    "a system message": ([{"role": "system", "content": "Be kind"}, USER], None),
+    "tool calls": ([USER, CALLED, {"role": "tool", "content": "7"}, ANSWER, USER], [TOOL]),
+}
+
+
+class Prompts:
+    """Encodes prompts with a tokenizer. Its methods may run in any thread."""
+
+    def __init__(self, tokenizer: "Tokenizer", context_limit: int):
+        self.tokenizer, self.context_limit = tokenizer, context_limit
+        self.why_not = cache(self._why_not)
+
+    def chat(self, asked: ChatAsked) -> list[int]:
+        """The ids of a conversation through the chat template. ApiError: the model has none, it
+        refuses the messages or leaves a part of them out, no room for an answer.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ApiError(
+                "messages: wanted a model with a chat template, this one has none"
+                " (/v1/completions continues text)",
+                param="messages",
+            )
+        self._check_parts(asked)
+        variables = dict(asked.variables)
+        if asked.tools is not None:
+            variables["tools"] = asked.tools
+        try:
+            ids = self.tokenizer.encode_chat(asked.messages, **variables)
+        except InputError as error:
+            raise ApiError(str(error), param="messages") from None
+        return self._fitting(ids, "messages")
+
+    def text(self, prompt: str | list[int], name: str = "prompt", room: int = 1) -> list[int]:
+        """The ids of a prompt to be continued: as given, or those of the text after the token that
+        begins texts.
+        """
+        if isinstance(prompt, list):
+            if (most := max(prompt)) >= self.tokenizer.vocab_size:
+                raise ApiError(
+                    f"{name}: wanted token ids below {self.tokenizer.vocab_size}, got {most}",
+                    param=name,
+                )
+            return self._fitting(prompt, name, room)
+        try:
+            ids = self.tokenizer.encode(prompt)
+        except InputError as error:
+            raise ApiError(str(error), param=name) from None
+        start = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
+        return self._fitting([*start, *ids], name, room)
+
+    def _fitting(self, ids: list[int], name: str, room: int = 1) -> list[int]:
+        if len(ids) + room > self.context_limit:
+            raise ApiError(
+                f"{name}: wanted at most {self.context_limit - room} tokens of the model's context"
+                f" of {self.context_limit}, got {len(ids)}",
+                param=name,
+                code="context_length_exceeded",
+            )
+        return ids
+
+    def _check_parts(self, asked: ChatAsked) -> None:
+        roles = {message["role"] for message in asked.messages}
+        called = "tool" in roles or any(message.get("tool_calls") for message in asked.messages)
+        has = {
+            "tools": asked.tools is not None,
+            "a system message": "system" in roles,
+            "tool calls": called,
+        }
+        for part, given in has.items():
+            if given and (why := self.why_not(part)):
+                param = "tools" if part == "tools" else "messages"
+                raise ApiError(
+                    f"{param}: wanted none with {part}: the model's chat template does not write"
+                    f" that: {why}",
+                    param=param,
+                )
+
+    def _why_not(self, part: str) -> str | None:
+        """Why the template drops this part of a conversation, None if it writes it."""
+        messages, tools = PARTS[part]
+        variables = {} if tools is None else {"tools": tools}
+        try:
+            self.tokenizer.check_written(messages, variables, None)
+        except InputError as error:
+            return str(error)
+        return None

@@ -1,0 +1,114 @@
+"""The API of the page /rank: `fastlm rank judge` for a browser, on the same store."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anyio.to_thread import run_sync
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from fastlm.data.ranking import Item, RankingStore, check_rater
+from fastlm.errors import InputError
+from fastlm.serve.fields import ApiError, Field, flag, list_of, name, read_fields, text, whole
+
+if TYPE_CHECKING:
+    from fastlm.serve.app import Server
+
+MOST_ANSWERS = 64
+RATER = name(128, required=True)
+ITEM = Field(whole(0, 2**53).read, {"type": "integer"}, required=True)
+NEXT: Mapping[str, Field] = {
+    "rater": RATER,
+    "after": whole(0, 2**53, 0),
+    "skipped": flag(),
+    "item": whole(0, 2**53),
+}
+JUDGE: Mapping[str, Field] = {
+    "rater": RATER,
+    "item": ITEM,
+    # per answer as shown; none: skipped
+    "ranks": list_of(whole(0, MOST_ANSWERS), 1, MOST_ANSWERS),
+}
+CORRECT: Mapping[str, Field] = {
+    "rater": RATER,
+    "item": ITEM,
+    "answer": whole(0, MOST_ANSWERS, 0),
+    "text": text(2**16, required=True),
+}
+
+
+def routes(server: "Server", path: Path) -> list[Route]:
+    """The routes, on the store at ``path``. Each request opens the store: raters of other processes
+    work on it at the same time.
+    """
+
+    def route(name: str, fields: Mapping[str, Field], work: Callable[..., dict[str, Any]]) -> Route:
+        def locked(given: dict[str, Any]) -> dict[str, Any]:
+            with RankingStore(path) as store:
+                return work(store, **given)
+
+        async def answer(http: Request) -> Response:
+            given = read_fields(await server.body(http), fields)
+            try:
+                return JSONResponse(await run_sync(locked, given))
+            except InputError as error:
+                raise ApiError(str(error)) from None
+
+        return Route(f"/v1/rank/{name}", answer, methods=["POST"])
+
+    return [
+        route("next", NEXT, _next),
+        route("judge", JUDGE, _judge),
+        route("correct", CORRECT, _correct),
+        route("agreement", {}, _agreement),
+    ]
+
+
+def _next(
+    store: RankingStore, rater: str, after: int, skipped: bool, item: int | None
+) -> dict[str, Any]:
+    """The next item for a rater, or the one that is asked for, with how far the rater is."""
+    check_rater(rater)
+    if item is not None:
+        found = store.item(item, rater)
+    else:
+        found = store.next_item(rater, after=after, skipped=skipped)
+    counts, total = store.progress(rater)
+    shown = None if found is None else _shown(found)
+    return {"item": shown, "progress": {**asdict(counts), "total": total}}
+
+
+def _judge(store: RankingStore, rater: str, item: int, ranks: tuple[int, ...]) -> dict[str, Any]:
+    found = store.item(item, rater)
+    if ranks:
+        store.judge(rater, found, ranks)
+    else:
+        store.skip(rater, found)
+    return {"item": item, "skipped": not ranks}
+
+
+def _correct(store: RankingStore, rater: str, item: int, answer: int, text: str) -> dict[str, Any]:
+    found = store.item(item, rater)
+    if answer >= len(found.answers):
+        raise InputError(f"answer: wanted one below {len(found.answers)}, got {answer}")
+    store.correct(rater, found, found.answers[answer], text)
+    return {"item": item, "answer": answer}
+
+
+def _agreement(store: RankingStore) -> dict[str, Any]:
+    have = asdict(store.agreement())
+    have["alpha"] = None if math.isnan(have["alpha"]) else have["alpha"]
+    return {**have, "raters": {name: asdict(n) for name, n in store.raters().items()}}
+
+
+def _shown(item: Item) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "prompt": item.prompt,
+        "tools": item.tools,
+        "answers": [answer.messages for answer in item.answers],
+    }

@@ -1,0 +1,129 @@
+"""Tools of a chat request, and the calls in an answer.
+
+Recognised in an answer, where the request has tools:
+
+- ``<tool_call>JSON</tool_call>``, any number of them after a text (Hermes, Qwen, SmolLM);
+- an answer that is JSON as a whole (Llama 3, Mistral, whose marks are special tokens).
+
+JSON is ``{"name", "arguments" or "parameters"}`` or a list of those. A call of a tool that the
+request does not have is text.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastlm.serve.fields import ApiError, Field, flag, read_fields, text, wrong
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MOST_TOOLS = 128
+NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+
+
+def _parameters(value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise wrong(name, "a JSON schema", value)
+    return value
+
+
+FUNCTION = {
+    "name": text(64, required=True),
+    "description": text(2**14),
+    "parameters": Field(_parameters, {"type": "object"}),
+    "strict": flag(),
+}
+
+
+def check_tools(value: Any, name: str) -> list[Any]:
+    """OpenAI's list of tools, which goes to the chat template as it is."""
+    if not isinstance(value, list) or not 1 <= len(value) <= MOST_TOOLS:
+        raise wrong(name, f"a list of 1 to {MOST_TOOLS} tools", value)
+    for i, tool in enumerate(value):
+        where = f"{name}[{i}]"
+        if not isinstance(tool, dict) or tool.get("type") != "function" or len(tool) != 2:
+            raise wrong(where, "an object with type 'function' and function", tool)
+        function = read_fields(tool.get("function"), FUNCTION, f"{where}.function")
+        if not NAME.fullmatch(function["name"]):
+            raise wrong(f"{where}.function.name", "letters, digits, _, . and -", function["name"])
+        if function["strict"]:
+            raise ApiError(
+                f"{where}.function.strict: not supported: calls are as the model writes them",
+                param=f"{where}.function.strict",
+            )
+    names = [tool["function"]["name"] for tool in value]
+    for i, one in enumerate(names):
+        if one in names[:i]:
+            raise wrong(f"{name}[{i}].function.name", "a name of its own", one)
+    return value
+
+
+@dataclass
+class ToolText:
+    """An answer's text as it arrives: `push` and `end` return what is text for certain, and `end`
+    sets ``calls``, in OpenAI's shape.
+    """
+
+    names: Collection[str]
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    _held: str = ""
+    _began: bool = False  # text was passed on: the answer is not JSON as a whole
+
+    def push(self, piece: str) -> str:
+        self._held += piece
+        if not self._began:
+            start = self._held.lstrip()
+            if not start or start[0] in "{[":
+                return ""
+        at = self._held.find(OPEN)
+        if at < 0:
+            at = next(
+                (len(self._held) - n for n in range(len(OPEN) - 1, 0, -1)
+                 if self._held.endswith(OPEN[:n])),
+                len(self._held),
+            )  # fmt: skip
+        return self._pass(at)
+
+    def end(self) -> str:
+        """Return the rest of the text."""
+        calls = self._parsed(self._held)
+        if calls is None:
+            return self._pass(len(self._held))
+        self.calls, self._held = calls, ""
+        return ""
+
+    def _pass(self, at: int) -> str:
+        ready, self._held = self._held[:at], self._held[at:]
+        self._began = self._began or bool(ready.strip())
+        return ready
+
+    def _parsed(self, held: str) -> list[dict[str, Any]] | None:
+        """The calls in ``held``, or None where it is text."""
+        if not self._began and held.lstrip()[:1] in ("{", "["):
+            blocks = [held]
+        elif held.startswith(OPEN):
+            blocks = held.replace(CLOSE, "").split(OPEN)[1:]  # the last may lack its end
+        else:
+            return None
+        calls = []
+        for block in blocks:
+            try:
+                value = json.loads(block.strip())
+            except (ValueError, RecursionError):
+                return None
+            calls += value if isinstance(value, list) else [value]
+        shaped = [self._call(call) for call in calls]
+        return None if not shaped or None in shaped else [call for call in shaped if call]
+
+    def _call(self, call: Any) -> dict[str, Any] | None:
+        if not isinstance(call, dict) or call.get("name") not in self.names:
+            return None
+        arguments = call.get("arguments", call.get("parameters", {}))
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        if not isinstance(arguments, str):
+            return None
+        function = {"name": call["name"], "arguments": arguments}
+        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

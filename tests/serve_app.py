@@ -1,0 +1,92 @@
+"""A tiny chat model behind the server, in this process on a port of its own."""
+
+import contextlib
+import socket
+import threading
+import time
+from dataclasses import replace
+
+import httpx
+import torch
+import uvicorn
+
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.serve.app import Server
+from fastlm.serve.engine import Engine
+from fastlm.serve.openai_api import Form
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+# one client: each loads certificates. A new connection for each request
+HTTP = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=60, trust_env=False)
+TEXT = ['The tree sees the river. What is 1 + 1? It is 2. [1, 2, 3] {"name": "Ann", "age": 30}']
+# ChatML with tools as Qwen has them
+TEMPLATE = (
+    "{%- if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "<|im_end|>\n{% endif %}{%- if shout %}LOUD{% endif %}"
+    "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
+    "{%- endfor %}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_model(context=512):
+    """A random model and a tokenizer whose chat template writes tools."""
+    tokenizer = Tokenizer.train(TEXT, 320)
+    tokenizer.chat_template = TEMPLATE
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=context,
+        eos_token_id=tokenizer.eos_id,
+    )  # fmt: skip
+    model = CausalLM(config, seed=1).eval()
+    with torch.no_grad():  # tokens differ in likelihood
+        model.lm_head.weight.mul_(30)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, **options):
+    """Context: (URL, server). ``engine``: options of the engine; ``pause``: seconds that each of
+    its steps takes longer; ``buffer``: bytes that wait in the system for a slow client.
+    """
+    runs = Engine(model, tokenizer, **(engine or {}))
+    if pause:
+        step = runs.step
+        runs.step = lambda: (time.sleep(pause), step())[1]
+    server = Server(runs, model, tokenizer, "tiny", **options)
+    runner = uvicorn.Server(
+        uvicorn.Config(server.app, log_level="error", timeout_graceful_shutdown=3)
+    )
+    listening = socket.create_server(("127.0.0.1", 0))
+    if buffer:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+    thread = threading.Thread(target=runner.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        until = time.monotonic() + 30
+        while not runner.started:
+            assert thread.is_alive() and time.monotonic() < until
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", server
+    finally:
+        runner.should_exit = True
+        thread.join()
+
+
+def script(server, *texts):
+    """Let the model of the server answer each request with one of the texts, in turn."""
+    submit, at = server.engine.submit, 0
+
+    def scripted(request, listener):
+        nonlocal at
+        form = Form("choice", (texts[at % len(texts)],), "choice")
+        at += 1
+        return submit(replace(request, constraint=server.grammars.constraint(form)), listener)
+
+    server.engine.submit = scripted
+
+
+def ask(url, body, path="/v1/chat/completions", **headers):
+    return HTTP.post(url + path, json=body, headers=headers)

@@ -1,0 +1,233 @@
+"""The server's bounds: who may ask, how much, how long; clients that vanish or are slow; requests
+that fail; what is logged and counted.
+"""
+
+import json
+import re
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from serve_app import HTTP, ask, serving, tiny_model
+
+import fastlm.serve
+from fastlm.errors import InputError
+from fastlm.serve.commands import read_keys
+from fastlm.serve.gate import Limits
+
+KEY = "a-key-of-this-server"
+SECRET = "swordfish"  # in prompts; no log may have it
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model()
+
+
+def body(**fields):
+    messages = [{"role": "user", "content": SECRET}]
+    return {"model": "tiny", "messages": messages, "max_tokens": 4, **fields}
+
+
+def wait_until(true, seconds=20):
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def connect(url, sent: bytes):
+    host, port = url.removeprefix("http://").split(":")
+    sock = socket.create_connection((host, int(port)), timeout=20)
+    sock.sendall(sent)
+    return sock
+
+
+def head(content, path="/v1/chat/completions"):
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\n\r\n"
+    ).encode()
+
+
+def test_keys_hosts_paths_and_bodies(tiny):
+    limits = Limits(body_bytes=3000, body_seconds=0.5, new_tokens=50)
+    options = {"keys": [KEY, "another-key-of-it"], "hosts": frozenset(("127.0.0.1",))}
+    with serving(*tiny, limits=limits, **options) as (url, _):
+        good = {"authorization": f"Bearer {KEY}"}
+
+        def refused(status, sent=None, path="/v1/chat/completions", method="POST", **headers):
+            sent = json.dumps(body()) if sent is None else sent
+            response = HTTP.request(
+                method, url + path, content=sent,
+                headers={"content-type": "application/json", **good, **headers},
+            )  # fmt: skip
+            assert response.status_code == status, response.text
+            error = response.json()["error"]
+            assert (
+                set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+            )
+            assert "default-src 'none'" in response.headers["content-security-policy"]
+            assert "access-control-allow-origin" not in response.headers
+            return response
+
+        assert ask(url, body(), **good).status_code == 200
+        for wrong in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x"):
+            response = refused(401, authorization=wrong)
+            assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/nothing"):
+            refused(401, path=path, method="GET", authorization="")
+        for path in ("/", "/health", "/ready"):
+            assert HTTP.get(url + path).status_code == 200
+        refused(403, host="evil.example")
+        refused(404, path="/v1/nothing")
+        refused(404, path="/v1/feedback", sent='{"response_id": "x", "thumb": "up"}')
+        assert refused(405, method="GET").headers["allow"] == "POST"
+        refused(405, method="OPTIONS", origin="http://evil.example")  # no CORS
+        refused(415, **{"content-type": "text/plain"})
+        refused(413, sent="x" * 3001)
+        refused(400, sent=json.dumps(body(max_tokens=51)))
+        for bad in (
+            "", "{", "[]", "7", '"x"', "\xff", "null", "[" * 2000, '{"model": NaN}',
+            '{"model": "tiny", "model": "tiny"}', '{"model": 1e999}', '{"temperature": 1e999}',
+            '{"seed": ' + "9" * 2500 + "}", '{"model": "\\ud800"}',
+            json.dumps(body(messages=[{"role": "user", "content": "\ud800"}])),
+            json.dumps(body(stop="\ud800")),
+        ):  # fmt: skip
+            refused(400, sent=bad.encode("latin-1"))
+        with connect(url, head(b"x" * 99).replace(b"host: localhost", b"host: 127.0.0.1")
+                     .replace(b"\r\n\r\n", f"\r\nauthorization: Bearer {KEY}\r\n\r\n{{".encode())
+                     ) as slow:  # fmt: skip
+            assert slow.recv(99).startswith(b"HTTP/1.1 408")
+        chunked = HTTP.post(
+            url + "/v1/completions", content=(b"x" * 1000 for _ in range(9)),
+            headers={**good, "content-type": "application/json"},
+        )  # fmt: skip
+        assert chunked.status_code == 413
+        assert ask(url, body(), **good).status_code == 200
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text(f"# ours\n{KEY}\n\nanother-key-of-it\n")
+    assert read_keys(tmp_path / "keys") == [KEY, "another-key-of-it"]
+    monkeypatch.setenv("FASTLM_API_KEYS", f"{KEY}, another-key-of-it")
+    assert read_keys(None) == [KEY, "another-key-of-it"]
+    for text in ("short\n", "", "with a space in it\n", "ümlaut-in-this-key\n"):
+        (tmp_path / "keys").write_text(text)
+        with pytest.raises(InputError, match="api_key_file: wanted"):
+            read_keys(tmp_path / "keys")
+
+
+def test_a_client_that_goes_away_frees_its_place(tiny):
+    with serving(*tiny, pause=0.02) as (url, server):
+        engine = server.engine
+        for stream in (False, True):
+            content = json.dumps(body(max_tokens=400, ignore_eos=True, stream=stream, n=2)).encode()
+            sock = connect(url, head(content) + content)
+            wait_until(lambda: engine.stats().running == 2)
+            sock.close()
+            wait_until(lambda: engine.stats().running == 0)
+        assert engine.stats().finished["cancelled"] == 4
+        sock = connect(url, head(b"x" * 50)[:-10])  # within the headers, then within the body
+        sock.close()
+        connect(url, head(b"x" * 50) + b"{").close()
+        assert ask(url, body()).status_code == 200
+        assert re.search(r"fastlm_cancellations_total [1-9]", server.metrics.text().decode())
+
+
+def test_a_client_that_does_not_read_is_given_up():
+    limits = Limits(write_seconds=0.3)
+    with serving(*tiny_model(4096), limits=limits, buffer=4096) as (url, server):
+        engine = server.engine
+        content = json.dumps(body(stream=True, max_tokens=4000, ignore_eos=True)).encode()
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.connect((host, int(port)))
+            sock.sendall(head(content) + content)
+            wait_until(lambda: engine.stats().finished.get("cancelled") == 1, 60)
+        assert HTTP.get(url + "/health").status_code == 200
+
+
+def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
+    with serving(*tiny, engine={"max_rows": 1, "max_waiting": 2}, pause=0.02) as (url, server):
+        engine = server.engine
+        long = body(max_tokens=60, ignore_eos=True)
+        with ThreadPoolExecutor(3) as pool:
+            running = [pool.submit(ask, url, long) for _ in range(2)]
+            wait_until(lambda: engine.stats().waiting == engine.stats().running == 1)
+            for stream in (False, True):  # two answers where there is place for one
+                full = ask(url, body(n=2, stream=stream))
+                assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+                assert full.json()["error"]["code"] == "queue_full"
+            wait_until(lambda: engine.stats().waiting == 1)
+            assert [r.result().status_code for r in running] == [200, 200]
+        assert ask(url, body(n=2)).status_code == 200
+
+
+def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
+    model, tokenizer = tiny
+    with serving(model, tokenizer) as (url, server):
+        prefill = server.engine._prefill
+
+        def broken(_):
+            raise RuntimeError(SECRET)
+
+        server.engine._prefill = broken
+        failed = ask(url, body())
+        assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
+        streamed = ask(url, body(stream=True))
+        assert '"error"' in streamed.text and "[DONE]" not in streamed.text
+        server.engine._prefill = prefill
+        embedding, server._embedding = server._embedding, broken
+        told = ask(url, {"model": "tiny", "input": "x"}, "/v1/embeddings")
+        assert told.status_code == 500 and SECRET not in told.text
+        server._embedding = embedding
+        assert ask(url, body()).status_code == 200
+        assert ask(url, {"model": "tiny", "input": "x"}, "/v1/embeddings").status_code == 200
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    requests = [line for line in lines if line["event"] == "request"]
+    assert [line["status"] for line in requests] == [500, 200, 500, 200, 200]
+    assert requests[3]["prompt_tokens"] > 10 and requests[3]["new_tokens"] == 4
+    assert [line["type"] for line in lines if line["event"] == "failure"] == ["RuntimeError"]
+    assert SECRET not in json.dumps(lines)
+
+
+def test_an_answer_ends_after_its_time(tiny):
+    with serving(*tiny, pause=0.05, limits=Limits(answer_seconds=0.3)) as (url, _):
+        said = ask(url, body(max_tokens=400, ignore_eos=True)).json()
+        assert 0 < said["usage"]["completion_tokens"] < 100
+        assert said["choices"][0]["finish_reason"] == "length"
+
+
+def test_metrics_and_the_dashboard(tiny):
+    with serving(*tiny) as (url, server):
+        ask(url, body(max_tokens=5, ignore_eos=True))
+        ask(url, body(nothing=1))
+        text = HTTP.get(url + "/metrics").text
+        known = server.metrics.names()
+
+    def value(name):
+        return float(re.search(rf"^{re.escape(name)} (.*)$", text, re.M)[1])
+
+    assert value("fastlm_time_to_first_token_seconds_count") == 1
+    assert value("fastlm_inter_token_seconds_count") == 4
+    assert value("fastlm_new_tokens_total") == 5
+    assert value('fastlm_requests_total{path="/v1/chat/completions",status="200"}') == 1
+    assert value('fastlm_errors_total{type="invalid_request_error"}') == 1
+    assert value('fastlm_answers_total{reason="length"}') == 1
+    board = json.loads(Path(fastlm.serve.__file__).with_name("grafana.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    shown = {name for query in queries for name in re.findall(r"fastlm_\w+", query)}
+    assert len(queries) > 8 and shown <= known, shown - known
+    for wanted in (
+        "first_token",
+        "inter_token",
+        "waiting",
+        "pages_used",
+        "cached",
+        "cancellations",
+    ):
+        assert any(wanted in name for name in shown), wanted

@@ -1,0 +1,220 @@
+"""The pages to chat and to rank, in headless Chromium: what a person does there, with the mouse and
+with keys, and that text from models and users stays text.
+"""
+
+import re
+import shutil
+
+import pytest
+from serve_app import script, serving, tiny_model
+
+from fastlm.data.preferences import Unranked
+from fastlm.data.ranking import RankingStore
+from fastlm.serve.feedback import FeedbackStore
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="wanted a browser (Debian: chromium), found none"
+)
+HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
+# every control has a name that a screen reader can say
+NAMELESS = """() => [...document.querySelectorAll("button, input, textarea")].filter((e) =>
+  !(e.textContent.trim() || e.ariaLabel || [...(e.labels ?? [])].some((l) => l.textContent.trim())))
+  .map((e) => e.outerHTML)"""
+TOO_WIDE = "() => document.documentElement.scrollWidth > document.documentElement.clientWidth"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model()
+
+
+def opened(browser, url, **options):
+    """A page, and what its console says that is wrong."""
+    page, wrong = browser.new_context(**options).new_page(), []
+    page.set_default_timeout(120_000)  # a machine may be busy
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
+    origin = "/".join(url.split("/")[:3])
+    page.on("request", lambda r: None if r.url.startswith(origin) else wrong.append(r.url))
+    page.goto(url)
+    return page, wrong
+
+
+def send(page, text):
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+
+
+def status(page, pattern):
+    from playwright.sync_api import expect
+
+    expect(page.locator("#status")).to_have_text(re.compile(pattern), timeout=120_000)
+
+
+def test_chat(browser, tiny, tmp_path):
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny, feedback=store) as (url, server),
+    ):
+        script(
+            server, f"Hello. {HOSTILE}\n```\ncode <b>\n```", "Second", "Third", "Fourth", "Fifth"
+        )
+        page, wrong = opened(browser, url)
+        send(page, f"Hi {HOSTILE}")
+        status(page, r"\d+ tokens, [\d.]+ tokens/s")
+        first = page.get_by_role("article", name="Answer")
+        assert HOSTILE in first.locator(".text").inner_text()
+        assert first.locator("pre").inner_text() == "code <b>\n"
+        assert page.locator("img").count() == 0 and page.evaluate("window.hacked") is None
+
+        first.get_by_role("button", name="Good").click()
+        status(page, "stored")
+        assert first.get_by_role("button", name="Good").get_attribute("aria-pressed") == "true"
+        first.get_by_role("button", name="Comment").click()
+        page.keyboard.type("Write to ann@mail.org")
+        page.keyboard.press("Control+Enter")
+        page.locator("form.box").wait_for(state="detached")
+        first.get_by_role("button", name="Correct").click()
+        page.locator("form.box textarea").fill("What it should be")
+        page.get_by_role("button", name="Save").click()
+        page.wait_for_function(
+            "document.querySelector('.assistant .text').textContent === 'What it should be'"
+        )
+        thumb, comment, corrected = store.opinions()
+        assert (thumb.thumb, comment.comment) == ("up", "Write to <EMAIL>")
+        assert corrected.corrected == "What it should be" and not store.answers()
+
+        first.get_by_role("button", name="Again").click()
+        page.get_by_text("Second").wait_for()
+        assert page.get_by_text("What it should be").count() == 0
+        page.get_by_role("article", name="You").get_by_role("button", name="Edit").click()
+        page.locator("form.box textarea").fill("Another question")
+        page.keyboard.press("Control+Enter")
+        page.get_by_text("Third").wait_for()
+        assert page.get_by_text("Second").count() == 0
+
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Keep my conversations").check()
+        page.get_by_label("System prompt").fill("Be kind")
+        page.get_by_label("Two answers").check()
+        send(page, "Two, please")
+        pick = page.get_by_role("button", name="Pick answer 2")
+        pick.wait_for()
+        page.screenshot(path=tmp_path / "two.png")
+        page.keyboard.press("Alt+2")
+        status(page, "stored")
+        picked = store.opinions()[-1]
+        assert picked.choice == 1 and picked.preferred_over == ((picked.response_id, 0),)
+        kept = store.answers()[picked.response_id]
+        assert [m["role"] for m in kept.prompt] == ["system", "user", "assistant", "user"]
+        assert [c[0]["content"] for c in kept.choices] == ["Fourth", "Fifth"]
+        assert page.evaluate(NAMELESS) == [] and wrong == []
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.screenshot(path=tmp_path / f"{scheme}.png")
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.get_by_role("button", name="Theme").click()  # auto, then light
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert not page.evaluate(TOO_WIDE)
+        page.screenshot(path=tmp_path / "phone.png", full_page=True)
+        page.get_by_role("button", name="New").click()
+        assert page.locator("article").count() == 0
+
+
+def test_stop_and_errors(browser, tiny):
+    key = "a-key-of-this-server"
+    with serving(*tiny, pause=0.05, keys=[key]) as (url, server):
+        page, _ = opened(browser, url)
+        status(page, "an API key is needed")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("API key").fill(key)
+        page.keyboard.press("Tab")
+        status(page, "^$")
+        script(server, "word " * 60)
+        send(page, "Hi")
+        page.get_by_text("word word").wait_for()
+        page.keyboard.press("Escape")
+        status(page, "stopped")
+        page.locator("#stop").wait_for(state="hidden")
+        for _ in range(200):
+            if not server.engine.stats().running:
+                break
+            page.wait_for_timeout(50)
+        assert server.engine.stats().finished["cancelled"] == 1
+        page.get_by_label("Temperature").fill("7")
+        send(page, "Hi")
+        status(page, "temperature: wanted a number from 0 to 2, got 7")
+
+
+def test_rank(browser, tiny, tmp_path):
+    base = tmp_path / "answers.sqlite"
+    with RankingStore(base, create=True) as store:
+        for i in range(2):
+            texts = ("first", "second", f"third {HOSTILE}")
+            answers = tuple([{"role": "assistant", "content": text}] for text in texts)
+            store.add([Unranked([{"role": "user", "content": f"Which, {i}? {HOSTILE}"}], answers)])
+    with serving(*tiny, ranking=base) as (url, _):
+        page, wrong = opened(browser, url + "/rank")
+
+        def order():
+            return [t.split()[0] for t in page.locator("[role=listitem] .text").all_inner_texts()]
+
+        def place(name, at):
+            while (have := order().index(name)) != at:
+                page.get_by_role("listitem").nth(have).focus()
+                page.keyboard.press("ArrowLeft" if have > at else "ArrowRight")
+
+        for rater in ("Ann", "Bob"):
+            page.get_by_label("Your name").fill(rater)
+            page.get_by_role("button", name="Start").click()
+            page.get_by_role("listitem").first.wait_for()
+            for at, name in enumerate(("third", "second", "first")):
+                place(name, at)
+            assert order() == ["third", "second", "first"]
+            if rater == "Ann":
+                page.screenshot(path=tmp_path / "rank.png", full_page=True)
+                page.get_by_role("listitem").nth(2).focus()
+                page.keyboard.press("=")
+                assert page.locator(".place").all_inner_texts() == ["1.", "2.", "2."]
+                page.get_by_role("listitem").nth(2).get_by_role("button", name="Correct").click()
+                page.locator("form.box textarea").fill("as it should be")
+                page.keyboard.press("Control+Enter")
+                status(page, "Correction stored")
+            page.get_by_role("listitem").first.focus()
+            page.keyboard.press("Control+Enter")
+            page.get_by_text(f"{rater}: 1 of 2 ranked").wait_for()
+            page.keyboard.press("s")
+            status(page, "Nothing left to rank")
+        page.get_by_text("Krippendorff's alpha (ordinal)").wait_for()
+        page.get_by_role("button", name="Start").click()
+        assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0
+        assert page.evaluate(NAMELESS) == [] and wrong == []
+        page.get_by_label("Your name").fill("Cid")
+        page.get_by_role("button", name="Start").click()
+        page.get_by_role("listitem").first.wait_for()
+        before = order()
+        page.get_by_role("listitem").nth(0).locator(".place").drag_to(
+            page.get_by_role("listitem").nth(2)
+        )
+        assert order() == [*before[1:], before[0]]
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert not page.evaluate(TOO_WIDE)
+    with RankingStore(base) as store:
+        counts = store.raters()
+        assert (counts["Ann"].ranked, counts["Ann"].skipped, counts["Ann"].corrected) == (1, 1, 1)
+        assert store.agreement().items == 1
+        (ann,) = store.comparisons("Ann")
+        said = {a[0]["content"].split()[0]: rank for a, rank in zip(ann.answers, ann.ranks)}
+        assert said == {"third": 0, "second": 1, "first": 1}

@@ -1,0 +1,203 @@
+"""``fastlm serve`` as a process: its start and its refusals, an orderly end, a kill, and several of
+them behind nginx.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from serve_app import HTTP, ask, tiny_model
+
+from fastlm.errors import InputError
+from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.process import _listen
+
+COMMAND = [sys.executable, "-P", "-m", "fastlm", "serve"]
+DOCS = Path(__file__).parent.parent / "docs/serving.md"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model, tokenizer = tiny_model(4096)
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@contextmanager
+def served(folder, *options):
+    """Context: (process, URL, lines of its log so far)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*COMMAND, "--model", str(folder), "--port", "0", *map(str, options)],
+        stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    lines, ready = [], threading.Event()
+
+    def read():
+        for line in process.stderr:
+            lines.append(json.loads(line))
+            if lines[-1]["event"] == "ready":
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert ready.wait(300) and process.poll() is None, lines
+        yield process, next(line["url"] for line in lines if "url" in line), lines
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stderr.close()
+
+
+def body(**fields):
+    return {"model": "tiny", "prompt": "The", "max_tokens": 3, **fields}
+
+
+def test_refusals(folder, tmp_path):
+    def refused(*options, **environment):
+        done = subprocess.run(
+            [*COMMAND, *map(str, options)], capture_output=True, text=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    assert "host: wanted API keys" in refused("-m", folder, "--host", "0.0.0.0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(InputError, match=r"port: wanted a free one on 127\.0\.0\.1"):
+            _listen("127.0.0.1", taken.getsockname()[1])
+    # without the extra: one line that says what to install
+    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(name='uvicorn')")
+    line = refused("-m", folder, PYTHONPATH=str(tmp_path))
+    assert line == (
+        "fastlm: serve: wanted the package uvicorn, not found: pip install 'fastlm[serve]'"
+    )
+
+
+def test_sigterm_lets_running_answers_end(folder):
+    with served(folder, "--drain", 60) as (process, url, lines), ThreadPoolExecutor(1) as pool:
+        long = pool.submit(ask, url, body(max_tokens=400, ignore_eos=True), "/v1/completions")
+        running = re.compile(r"^fastlm_running 1\.0$", re.M)
+        until = time.monotonic() + 60
+        while not running.search(HTTP.get(url + "/metrics").text):
+            assert time.monotonic() < until
+        process.send_signal(signal.SIGTERM)
+        assert long.result().json()["usage"]["completion_tokens"] == 400
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        with pytest.raises(httpx.TransportError):
+            HTTP.get(url + "/health")
+    events = [line["event"] for line in lines]
+    assert events[-3:] == ["stopping", "request", "stopped"] and "uvicorn" not in events
+
+
+def test_the_bound_ends_answers_and_tells_their_clients(folder):
+    with served(folder, "--drain", 0.2) as (process, url, _), ThreadPoolExecutor(2) as pool:
+        asked = body(max_tokens=4000, ignore_eos=True)
+        whole = pool.submit(ask, url, asked, "/v1/completions")
+        stream = pool.submit(ask, url, {**asked, "stream": True}, "/v1/completions")
+        while "fastlm_running 2.0" not in HTTP.get(url + "/metrics").text:
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert whole.result().status_code == 503
+        assert json.loads(stream.result().text.split("\n\n")[-2][6:])["error"]["code"] == "stopping"
+        assert process.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_nothing_acknowledged_is_lost_by_a_kill(folder, tmp_path):
+    base, told = tmp_path / "feedback.sqlite", []
+
+    def give(url, thread):
+        with httpx.Client() as client:
+            for i in range(10_000):
+                id = f"{thread}-{i}"
+                opinion = {"response_id": id, "comment": "x" * 500}
+                try:
+                    if client.post(url + "/v1/feedback", json=opinion).status_code == 200:
+                        told.append(id)
+                except httpx.TransportError:
+                    return
+
+    with served(folder, "--feedback", base) as (process, url, _), ThreadPoolExecutor(4) as pool:
+        for thread in range(4):
+            pool.submit(give, url, thread)
+        until = time.monotonic() + 60
+        while len(told) < 60:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.kill()
+    with FeedbackStore(base) as store:
+        stored = {opinion.response_id for opinion in store.opinions()}
+    assert len(told) >= 60 and set(told) <= stored
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="wanted nginx (Debian: nginx), not found")
+def test_replicas_behind_nginx(folder, tmp_path):
+    """With the configuration of docs/serving.md."""
+    base = tmp_path / "feedback.sqlite"
+    with ExitStack() as stack:
+        both = [stack.enter_context(served(folder, "--feedback", base)) for _ in range(2)]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        (block,) = re.findall(r"```nginx\n(.*?)```", DOCS.read_text(), re.S)
+        for name, (_, url, _) in zip(("8001", "8002"), both):
+            assert f"127.0.0.1:{name}" in block
+            block = block.replace(f"127.0.0.1:{name}", url.removeprefix("http://"))
+        block = block.replace("listen 8000", f"listen 127.0.0.1:{port}")
+        conf = tmp_path / "nginx.conf"
+        conf.write_text(
+            f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors;\nevents {{}}\n"
+            f"http {{ access_log off; client_body_temp_path {tmp_path}/body;\n{block} }}\n"
+        )
+        nginx = subprocess.Popen(["nginx", "-p", str(tmp_path), "-c", str(conf)])
+        stack.callback(nginx.wait)
+        stack.callback(nginx.terminate)
+        url = f"http://127.0.0.1:{port}"
+        until = time.monotonic() + 30
+        while True:
+            try:
+                HTTP.get(url + "/ready")
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        texts = {
+            ask(url, body(temperature=0), "/v1/completions").json()["choices"][0]["text"]
+            for _ in range(4)
+        }
+        assert len(texts) == 1
+        events = ask(url, body(stream=True), "/v1/completions")
+        assert events.text.endswith("data: [DONE]\n\n")
+        for i in range(6):
+            opinion = {"response_id": f"r{i}", "thumb": "up"}
+            assert ask(url, opinion, "/v1/feedback").status_code == 200
+
+        def seen():  # a line of the log follows its response
+            return [sum(line.get("path") == "/v1/feedback" for line in log) for _, _, log in both]
+
+        while sum(seen()) < 6:
+            assert time.monotonic() < until + 60
+            time.sleep(0.05)
+        assert min(seen()) > 0
+        both[0][0].kill()  # the other takes over
+        both[0][0].wait()
+        answers = [ask(url, body(), "/v1/completions").status_code for _ in range(4)]
+        assert answers == [200] * 4
+    with FeedbackStore(base) as store:
+        assert len(store.opinions()) == 6
