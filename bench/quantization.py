@@ -123,7 +123,7 @@ def main() -> None:
             other = CausalLM.from_pretrained(folder, dtype=torch.float32)
             measure(name, other, told["bits_per_weight"], told["seconds"])
     save(options.json, {
-        "quantization": rows, "model": options.model, "tokens": options.tokens,
+        "quantization": rows, "model": Path(options.model).name, "tokens": options.tokens,
         "iterations": options.iterations, "length": seq_len,
         "threads": torch.get_num_threads(), "machine": machine(),
     })  # fmt: skip

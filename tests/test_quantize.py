@@ -86,7 +86,7 @@ def test_importance_moves_the_error_to_what_matters_less():
         options = {"group_size": 64, "symmetric": symmetric}
         plain = ops.quantize_weight(w, 4, **options).dequantize() - w
         q = ops.quantize_weight(w, 4, importance=importance, **options).dequantize() - w
-        # measured: 0.83 and 0.79
+        # measured on more columns: 0.82 and 0.78
         assert (q.square() * importance).sum() < 0.9 * (plain.square() * importance).sum()
     again = ops.quantize_weight(w, 4, group_size=64, importance=torch.full((256,), 3.0))
     assert torch.equal(again.qdata, ops.quantize_weight(w, 4, group_size=64).qdata)

@@ -21,7 +21,7 @@ from fastlm.ops.quantize_weight import code_range
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 
 BATCH = 8  # windows per step, AutoRound's
-# Clipping beyond these factors of the searched scale was never better on SmolLM2
+# Bounds of a: a scale keeps its sign, and the learning rate cannot carry a further than 0.5
 SCALES = (0.5, 1.5)
 
 
