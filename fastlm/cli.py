@@ -208,6 +208,8 @@ def _show_facts(facts: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(facts, indent=1))
         return
     for key, value in facts.items():
+        if value is None:
+            continue
         if isinstance(value, dict):
             value = ", ".join(f"{count:,} {name}" for name, count in value.items())
         typer.echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")

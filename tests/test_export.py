@@ -18,6 +18,8 @@ from fastlm.model.config import ModelConfig
 from fastlm.ops import quantize_weight
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant import quantize
+from fastlm.tokenizer import gguf_vocab
+from fastlm.tokenizer.gguf_vocab_write import pre_tokenizer
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 SMALL = dict(
@@ -230,3 +232,34 @@ def test_what_is_not_quantized_is_refused_for_compressed_tensors(tokenizer, tmp_
         "export", "-m", tmp_path / "m", "-o", tmp_path / "c", "--format", "compressed-tensors",
         text="wanted quantized layers for compressed-tensors, got none",
     )  # fmt: skip
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+PLAIN = BYTES | {"use_regex": False}
+
+
+def split(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "ignore_merges", "name"),
+    [
+        ([BYTES], False, "gpt-2"),
+        ([{"type": "Digits", "individual_digits": True}, BYTES], False, "smollm"),
+        ([split(gguf_vocab.QWEN2), PLAIN], False, "qwen2"),
+        ([split(gguf_vocab.LLAMA3), PLAIN], True, "llama-bpe"),
+        ([split(gguf_vocab.LLAMA3), PLAIN], False, "dbrx"),
+        ([split(r"\w+"), PLAIN], False, None),
+        ([{"type": "Whitespace"}], False, None),
+        ([BYTES | {"add_prefix_space": True}], False, None),
+    ],
+)
+def test_split_patterns_have_llama_cpps_names(steps, ignore_merges, name):
+    sequence = {"type": "Sequence", "pretokenizers": steps}
+    state = {"pre_tokenizer": sequence, "model": {"ignore_merges": ignore_merges}}
+    if name is None:
+        with pytest.raises(InputError, match=r"tokenizer: wanted a (split pattern|pre-tokenizer)"):
+            pre_tokenizer(state)
+    else:
+        assert pre_tokenizer(state) == name

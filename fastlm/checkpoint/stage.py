@@ -27,8 +27,8 @@ class Export(Stage):
     leaves = {"exported": "."}
     result = {"format": str, "bytes": int, "formats": dict}
     notes = (
-        "Nothing is quantized again: a weight that the format cannot hold exactly is refused, with"
-        f" the group size that would do. gguf writes {GGUF_FILE} into the folder."
+        "Nothing is quantized again: a weight that the format cannot hold is refused, with the"
+        f" group size that would do. gguf writes {GGUF_FILE} into the folder."
     )
 
     format: Annotated[str, "gguf or compressed-tensors"] = "gguf"
