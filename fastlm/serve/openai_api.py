@@ -396,10 +396,11 @@ def _called(chosen: Any, tools: list[Any] | None) -> Form | None:
     """The form of an answer that has to be a call."""
     if tools is None or chosen in (None, "auto", "none"):
         return None
-    named = [t for t in tools if chosen == "required" or t["function"]["name"] == chosen["name"]]
+    name = chosen["name"] if isinstance(chosen, dict) else None
+    named = [tool for tool in tools if name in (None, tool["function"]["name"])]
     if not named:
         raise ApiError(
-            f"tool_choice.function.name: wanted one of the tools, got {chosen['name']!r}",
+            f"tool_choice.function.name: wanted one of the tools, got {name!r}",
             param="tool_choice.function.name",
         )
     return Form("call", named, "tool_choice")

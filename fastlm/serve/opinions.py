@@ -73,7 +73,7 @@ def read_feedback(body: Any, model: str) -> tuple[Opinion, Kept | None]:
         )
     if response is None and (opinion.corrected or opinion.preferred_over or talk):
         raise ApiError("response_id: wanted, is missing", param="response_id")
-    if talk is None:
+    if talk is None or response is None:
         return opinion, None
     if not talk["consent"] or talk["messages"] is None or not talk["choices"]:
         raise ApiError(

@@ -49,7 +49,7 @@ class Running:
             for index, request in enumerate(requests):
                 self._ids[index] = engine.submit(request, self._listener(index))
         except BaseException:
-            self.close()
+            self._cancel()
             raise
 
     def _listener(self, index: int) -> Listener:
@@ -79,10 +79,12 @@ class Running:
 
     def close(self) -> None:
         """Cancel the requests that have not ended."""
+        self.metrics.cancelled.inc(len(self._ids))
+        self._cancel()
+
+    def _cancel(self) -> None:
         for id in self._ids.values():
             self.engine.cancel(id)
-        if self._ids and self._last:
-            self.metrics.cancelled.inc(len(self._ids))
         self._ids = {}
 
 
