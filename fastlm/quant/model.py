@@ -142,15 +142,16 @@ def check_options(
 
 
 def _calibration(model: nn.Module, calibration: Any) -> Tensor:
-    from fastlm.model.causal_lm import CausalLM  # which imports this module
+    from fastlm.model.config import ModelConfig
     from fastlm.quant.layerwise import check_ids
 
-    if not isinstance(model, CausalLM):
+    # of a CausalLM, whose module imports this one
+    if not isinstance(getattr(model, "config", None), ModelConfig):
         raise InputError(
             f"calibration: wanted a fastlm.CausalLM with it, got {type(model).__name__}"
             " (fastlm.CausalLM.from_pretrained reads Hugging Face folders)"
         )
-    return check_ids(calibration, model)
+    return check_ids(calibration, cast("CausalLM", model))
 
 
 def put_quantized(
