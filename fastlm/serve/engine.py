@@ -24,6 +24,7 @@ from fastlm.decode.pages import PAGE, ChunkCache, Pages, page_count
 from fastlm.errors import InputError
 from fastlm.serve import sequence as sequences
 from fastlm.serve.requests import (
+    Closed,
     EngineStats,
     FinishReason,
     Listener,
@@ -135,7 +136,7 @@ class Engine:
         `Piece`; the last has a finish_reason. An error that it raises cancels the request.
 
         Raises InputError: a prompt without tokens or room for an answer, ids out of range, a
-        request that no page is left for even alone. QueueFull: see `max_waiting`.
+        request that no page is left for even alone. QueueFull: see `max_waiting`. Closed.
         """
         return self._submit(request, listener, self.max_waiting)
 
@@ -159,7 +160,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise InputError("engine: wanted one that runs, got one that was closed")
+            raise Closed
 
     def cancel(self, id: int) -> None:
         """End a request after the step that runs; nothing happens if it has ended."""
@@ -169,9 +170,10 @@ class Engine:
                 self._changed.notify_all()
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
-        """Run `function` in the engine's thread, between two steps: embeddings, say.
+        """Run `function` in the engine's thread: embeddings, say. One such call runs between two
+        steps, so that answers go on.
 
-        Raises InputError: the engine was closed.
+        Raises Closed; QueueFull: as many calls wait as requests may.
         """
         return self._queue_call(self._calls, function)
 
@@ -180,7 +182,7 @@ class Engine:
         Waiting ones begin after it (one that was preempted goes on with the new weights), and
         cached prompts are forgotten.
 
-        Raises InputError: see `call`.
+        Raises Closed, QueueFull.
         """
         return self._queue_call(self._updates, function)
 
@@ -188,6 +190,8 @@ class Engine:
         call = _Call(function)
         with self._changed:
             self._check_open()
+            if len(calls) >= self.max_waiting:
+                raise QueueFull(len(calls), 1.0)
             calls.append(call)
             self._changed.notify_all()
         return call.future
@@ -314,7 +318,7 @@ class Engine:
         """Take what other threads asked for. Whether there was anything."""
         with self._changed:
             inbox, self._inbox = self._inbox, []
-            calls, self._calls = self._calls, []
+            calls, self._calls = self._calls[:1], self._calls[1:]
             cancelled, self._cancelled = self._cancelled, set()
         for sequence in inbox:
             self.scheduler.add(sequence)
@@ -509,7 +513,7 @@ class Engine:
 
     def _busy(self) -> bool:
         with self._changed:
-            return bool(self._alive)
+            return bool(self._alive or self._calls or self._updates)
 
     def _checked(self, request: Request) -> int:
         """The most tokens that the request may draw."""

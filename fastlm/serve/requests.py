@@ -123,10 +123,17 @@ class EngineStats:
     finished: dict[str, int]  # by finish_reason
 
 
+class Closed(InputError):
+    """The engine takes no more requests."""
+
+    def __init__(self) -> None:
+        super().__init__("engine: wanted one that runs, got one that was closed")
+
+
 class QueueFull(InputError):
     """As many requests wait as the engine was told to queue. `retry_after`: seconds, a guess from
     the present speed."""
 
     def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"queue: wanted room for a request, got {waiting} waiting")
+        super().__init__(f"queue: wanted room for one more, got {waiting} waiting")
         self.retry_after = retry_after
