@@ -1,13 +1,18 @@
 """What 4-bit weights cost: bits per byte, KL and greedy agreement of a model quantized by each
-method, against the model itself, on text that neither calibration nor training saw.
+method, against the model itself.
 
     python bench/quantization.py --model FOLDER --data SHARDS [--json FILE]
 
-`--model model:smollm2` is a base of 4-bit weights itself (Q4_1: groups of 32 with a scale and an
-offset; its embedding is Q8_0). Groups of 32 with offsets would find that grid again and lose
-nothing, so only other grids are measured there: symmetric ones, and groups of 64. `--oracle FOLDER`
-names a Hugging Face folder in which another program, such as auto-round, left the same model with
-dequantized weights. `plain` is rounding to nearest with the scale of the largest weight.
+`--data` with parts (prepared text, shards) calibrates on the training part and is compared on the
+held-out one. Other text would serve for both, which is refused.
+
+The base is computed in float32, whatever it is stored in. `--model model:smollm2` is a base of
+4-bit weights itself (Q4_1: groups of 32 with a scale and an offset; its embedding is Q8_0), which
+are dequantized, as `fastlm quantize --dequantize` does. Groups of 32 with offsets would find that
+grid again and lose nothing, so only other grids are measured there: symmetric ones, and groups of
+64. `--oracle FOLDER` names a Hugging Face folder in which another program, such as auto-round, left
+the same model with dequantized weights. `plain` is rounding to nearest with the scale of the
+largest weight.
 """
 
 import argparse
@@ -20,7 +25,7 @@ from harness import machine, positive, save
 
 import fastlm
 from fastlm.checkpoint.folder import load_tokenizer
-from fastlm.evals.texts import check_window, token_dataset
+from fastlm.evals.texts import check_window, has_parts, token_dataset
 from fastlm.model.causal_lm import CausalLM
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 from fastlm.quant.calibration import text_windows
@@ -73,6 +78,8 @@ def main() -> None:
     parser.add_argument("--oracle", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
     options = parser.parse_args()
+    if not has_parts(options.data):
+        parser.error(f"--data: wanted text with a held-out part, got {options.data}")
 
     def load() -> CausalLM:
         return CausalLM.from_pretrained(options.model, dtype=torch.float32, keep_quantized=False)

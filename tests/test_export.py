@@ -124,6 +124,10 @@ def test_block_formats(bits, symmetric, group):
 def test_scales_that_float16_lacks_are_counted_or_refused():
     weight = quantize_weight(torch.randn(4, 64), 4, group_size=32, scale_dtype=torch.float32)
     assert encode("w", weight)[1] == 8
+    weight.scales[0] *= 1e-9  # a dead row
+    assert encode("w", weight)[1] == 8
+    with pytest.raises(InputError, match=r"w: wanted scales that float16 holds within 0.39 %"):
+        encode("w", quantize_weight(2e-6 * torch.randn(4, 64), 4, group_size=32))
     weight.scales *= 1e6
     with pytest.raises(InputError, match="w: wanted scales up to 65504"):
         encode("w", weight)
@@ -232,6 +236,59 @@ def test_what_is_not_quantized_is_refused_for_compressed_tensors(tokenizer, tmp_
         "export", "-m", tmp_path / "m", "-o", tmp_path / "c", "--format", "compressed-tensors",
         text="wanted quantized layers for compressed-tensors, got none",
     )  # fmt: skip
+
+
+def exported(model: CausalLM, folder) -> dict:
+    from fastlm.checkpoint.compressed_tensors_write import save_compressed_tensors
+
+    config = model.config.to_dict() | {"quantization_config": None}
+    save_compressed_tensors(folder, config, model.stored(), model.dtype)
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def test_layers_left_as_floats_are_named_for_compressed_tensors(tmp_path):
+    model = quantize(
+        model_of("llama"), "w4a16", group_size=32, overrides={"*.o_proj": 16, "*.down_proj": 8}
+    )
+    entry = exported(model, tmp_path / "c")
+    layers = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    assert entry["ignore"] == ["lm_head", *layers]
+    assert len(entry["config_groups"]) == 2
+    came = dict(load_state(tmp_path / "c")[1])
+    same(came, model.stored())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "got"),
+    [
+        ({"*.k_proj": 8}, "q_proj w4 group 32, k_proj w8 group 32, v_proj w4 group 32"),
+        ({"*.1.*.up_proj": 16}, "model.layers.1.mlp: .* gate_proj w4 group 32, up_proj float"),
+    ],
+)
+def test_different_formats_in_layers_that_vllm_fuses(overrides, got, tmp_path):
+    model = quantize(model_of("llama"), "w4a16", group_size=32, overrides=overrides)
+    with pytest.raises(InputError, match=got):
+        exported(model, tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_fused_layers_have_zero_points_together(tmp_path):
+    model = quantize(model_of("llama"), "w4a16", group_size=32)
+    keys = model.model.layers[0].self_attn.k_proj
+    keys.zeros = 2 * keys.scales
+    exported(model, tmp_path / "c")
+    names = load_file(tmp_path / "c/model.safetensors")
+    found = sorted(n.split(".")[-2] for n in names if n.endswith("zero_point"))
+    assert found == ["k_proj", "q_proj", "v_proj"]
+    same(dict(load_state(tmp_path / "c")[1]), model.stored())
+
+
+def test_dropped_rounding_of_activations_is_said(tokenizer, tmp_path):
+    quantize(model_of("llama"), "w4a8", group_size=32).save_pretrained(tmp_path / "q")
+    tokenizer.save(tmp_path / "q")
+    options = ["--format", "compressed-tensors"]
+    shown = call("export", "-m", tmp_path / "q", "-o", tmp_path / "c", *options).stdout
+    assert "activations, rounded to int8 in this model, are not rounded there" in shown
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False}

@@ -134,6 +134,19 @@ def test_act_order_is_dequantized_in_the_dtype_of_the_scales(pack, tmp_path):
         assert "14 weights with desc_act dequant" in config["quantization_config"]["found"]
 
 
+def test_zero_points_that_tell_the_version_are_all_that_is_read(tmp_path, monkeypatch):
+    from fastlm.checkpoint.tensor_folder import TensorFolder
+
+    read, get = [], TensorFolder.get
+    monkeypatch.setattr(TensorFolder, "get", lambda self, n: read.append(n) or get(self, n))
+    make.write(tmp_path / "a", V1, make.gptq)
+    load_state(tmp_path / "a")
+    assert not [name for name in read if name.endswith("qweight")]
+    make.write(tmp_path / "b", V1, make.gptq, symmetric=False)
+    load_state(tmp_path / "b")
+    assert len([name for name in read if name.endswith("qweight")]) == 14
+
+
 def test_zero_points_of_zero_borrow_from_their_neighbours():
     zeros = np.array([[0, 3, 0, 0, 15, 8, 7, 0]])
     words = make.words(zeros, 4).view(np.uint32) - np.uint32(0x11111111)
@@ -207,6 +220,11 @@ def test_tensors_that_do_not_fit(case, part, change, message, tmp_path):
         (AWQ | {"version": "gemv"}, "version: wanted gemm for AWQ, got 'gemv'"),
         (PACK | {"format": "float-quantized"}, "format: wanted one of pack-quantized"),
         (PACK | {"config_groups": 3}, None),
+        (PACK | {"transform_config": {}}, None),
+        (
+            PACK | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
+            "transform_config: wanted none .weights without rotations., got some",
+        ),
         (GPTQ | {"quant_method": "bitsandbytes"}, "wanted quant_method fastlm, gptq.*'bitsandb"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo: wanted NVFP4"),
         ("awq", "wanted quant_method fastlm, gptq.* got 'awq'"),
@@ -220,6 +238,17 @@ def test_entries_that_do_not_fit(entry, message, tmp_path):
         load_state(tmp_path)
         return
     with pytest.raises(InputError, match=message):
+        load_state(tmp_path)
+
+
+def test_activations_of_some_int8_weights(tmp_path):
+    def eight(**inputs):
+        return {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}, **inputs}
+
+    entry = compressed("int-quantized")
+    groups = {"a": eight(**INT8), "b": eight(input_activations=None)}
+    make.write(tmp_path, entry | {"config_groups": groups}, make.int_quantized)
+    with pytest.raises(InputError, match="input_activations of 8 bits for all 8-bit weights"):
         load_state(tmp_path)
 
 

@@ -364,9 +364,10 @@ def test_quantize_refusals():
         assert isinstance(model.embed, nn.Embedding)  # refused before anything was replaced
     with pytest.raises(InputError, match=r"model: ReLU has no nn\.Linear or nn\.Embedding"):
         fastlm.quantize(nn.ReLU(), "w4a16")
-    twice = fastlm.quantize(Small(), "w8a16")
-    with pytest.raises(InputError, match="model: wanted one that is not quantized yet"):
-        fastlm.quantize(twice, "w4a16")
+    for options in ({}, {"embeddings": 16, "head": 16}):  # wholly, and in part
+        twice = fastlm.quantize(Small(), "w8a16", track=None, **options)
+        with pytest.raises(InputError, match=r"not quantized yet, got \d .*keep_quantized=False"):
+            fastlm.quantize(twice, "w4a16")
     with pytest.raises(InputError, match="max_norm"):
         fastlm.quantize(nn.Embedding(4, 8, max_norm=1.0), "w4a16")
 

@@ -1,6 +1,7 @@
 """The methods of `fastlm.quantize`: GPTQ, learned rounding, layer by layer, report figures."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fastlm.model.layers import Call
 from fastlm.ops.quantize_weight import round_groups
 from fastlm.quant.gptq import DAMPING, gptq, inverse_factor, order_of
 from fastlm.quant.plan import Scheme
-from fastlm.quant.report import true_bits
+from fastlm.quant.report import compare, true_bits
 from fastlm.quant.rounding import learn_rounding
 from fastlm.quant.step import output_error
 
@@ -183,6 +184,49 @@ def test_a_step_is_kept_and_the_end_is_the_same(tmp_path):
         assert torch.equal(again.state_dict()[name], tensor), name
     run(tmp_path / "cut", seed=1)  # other options: made again
     assert [p.stat().st_mtime_ns for p in kept] != times
+
+
+def test_kept_steps_of_another_model_are_not_used(tmp_path):
+    """The same weights with other rotations are another model."""
+    options = {"method": "gptq", "group_size": 16, "calibration": IDS, "progress": tmp_path}
+    other = tiny()
+    other.config.rope_parameters["rope_theta"] = 100.0
+    other = CausalLM(ModelConfig.from_dict(other.config.to_dict()), seed=1).eval()
+    assert all(torch.equal(a, b) for a, b in zip(tiny().parameters(), other.parameters()))
+    fastlm.quantize(tiny(), "w4a16", **options)
+    times = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
+    fastlm.quantize(other, "w4a16", **options)
+    after = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
+    assert all(a != b for a, b in zip(times, after, strict=True))
+
+
+@pytest.mark.parametrize("method", ["gptq", "autoround"])
+def test_a_layer_of_floats_among_quantized_ones(method):
+    model = fastlm.quantize(
+        tiny(), "w4a16", group_size=16, method=method, iterations=2, calibration=IDS,
+        overrides={"model.layers.0.*": 16},
+    )  # fmt: skip
+    kinds = [type(layer.mlp.up_proj).__name__ for layer in model.model.layers]
+    assert kinds[0] in ("Linear", "LinearOp") and set(kinds[1:]) == {"QuantizedLinear"}
+
+
+def test_the_comparison_runs_the_head_as_the_model_does():
+    """Activations that enter a w4a8 head are rounded there, too."""
+    before, after = tiny(), fastlm.quantize(tiny(), "w4a8", group_size=-1).eval()
+    text = IDS[0].numpy()
+    dataset = SimpleNamespace(
+        tokens=24, bytes_of_text=90, eos_id=0, read=lambda start, n: text[start : start + n].copy()
+    )
+    found = compare(before, after, dataset, seq_len=24, stride=24)
+    ids = torch.cat((torch.tensor([0]), IDS[0, :-1]))[None]
+    with torch.no_grad():
+        p = before(ids).logits.log_softmax(-1)
+        plain = after.hidden(ids) @ after.head_matrix(after.dtype).t()
+        kl = [
+            (p.exp() * (p - q.log_softmax(-1))).sum(-1).mean() for q in (after(ids).logits, plain)
+        ]
+    assert found.kl == pytest.approx(float(kl[0]), rel=1e-5)
+    assert abs(float(kl[1] / kl[0]) - 1) > 1e-4  # rounding is not too small to be seen
 
 
 def test_learned_rounding_is_no_worse_than_its_start():

@@ -48,10 +48,15 @@ def test_the_report_tells_what_was_lost(base, tmp_path):
     result = run(base, tmp_path / "q", told.append, method="gptq")
     report = json.loads((tmp_path / "q/report.json").read_text())
     assert {k: report[k] for k in result} == json.loads(json.dumps(result))
+    assert report["calibration_tokens"] == 256 and report["calibration_length"] == 32
+    assert report["calibration_source"] == str(base / "text.txt")
+    assert report["iterations"] is None and report["seed"] == 0  # gptq has no steps
     assert report["method"] == "gptq" and len(report["layers"]) == 15
     assert report["layers"].keys() >= {"model.embed_tokens", "model.layers.1.mlp.down_proj"}
     assert 0 < report["kl"] < 0.5 and 0.2 < report["greedy_agreement"] <= 1
     assert report["bits_per_quantized_weight"] == 5  # 16 bits for the scale of 16 weights
+    warnings = [event["warning"] for event in told if "warning" in event]
+    assert len(warnings) == 1 and "text.txt is the calibration text, too" in warnings[0]
     notes = [event["note"] for event in told if "note" in event]
     assert [note.partition(":")[0] for note in notes] == ["model.layers.0", "model.layers.1"]
     assert not (tmp_path / "q/progress").exists()
@@ -74,6 +79,43 @@ def test_a_loss_above_the_threshold_warns_or_refuses(base, tmp_path):
         run(base, tmp_path / "r", calibrated=False, max_loss=0.0, strict=True)
     assert not (tmp_path / "r/config.json").exists()
     assert not list(tmp_path.glob("r/*.safetensors"))
+
+
+def test_figures_that_are_not_finite_are_refused(base, tmp_path):
+    model = CausalLM.from_pretrained(base / "base")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "base")
+    Tokenizer.load(base / "base").save(tmp_path / "base")
+    with pytest.raises(InputError, match="wanted finite bits per byte and KL, got nan -> nan"):
+        Quantize(group_size=16)(tmp_path / "q", model=tmp_path / "base", data=base / "text.txt")
+    assert not list(tmp_path.glob("q/*"))
+
+
+def test_what_was_used_of_the_options(base, tmp_path):
+    told = []
+    run(base, tmp_path / "q", told.append, calibration_tokens=10**6, calibration_length=10**6)
+    report = json.loads((tmp_path / "q/report.json").read_text())
+    window = CausalLM.from_pretrained(base / "base").context_limit
+    assert report["calibration_length"] == window and report["calibration_tokens"] % window == 0
+    (line,) = [e["warning"] for e in told if e.get("warning", "").startswith("calibration")]
+    assert f"has {report['calibration_tokens']:,} tokens" in line and "of 1,000,000" in line
+    # whole rows, and without text; the report of the earlier model is replaced
+    Quantize(group_size=-1)(tmp_path / "q", model=base / "base")
+    report = json.loads((tmp_path / "q/report.json").read_text())
+    used = [report[k] for k in ("group_size", "iterations", "seed", "calibration_tokens")]
+    assert used == [-1, None, None, None] and report["calibration_source"] is None
+
+
+def test_a_quantized_model_wants_dequantize(base, tmp_path):
+    Quantize(group_size=16)(tmp_path / "q", model=base / "base")
+    with pytest.raises(InputError, match=r"model: wanted one that is not quantized yet.*--dequan"):
+        Quantize(group_size=32)(tmp_path / "r", model=tmp_path / "q")
+    result = Quantize(group_size=32, dequantize=True)(
+        tmp_path / "r", model=tmp_path / "q", data=base / "text.txt"
+    )
+    small = sum(w.nbytes for w in CausalLM.from_pretrained(tmp_path / "q").stored().values())
+    assert result["bytes_before"] == small and 0 < result["kl"] < 0.5
 
 
 def test_own_samples_and_what_is_refused(base, tmp_path):

@@ -9,7 +9,8 @@ bits, int-quantized, NVFP4 and MXFP4. Its writer is `fastlm.checkpoint.compresse
     weight_global_scale (1,)                  NVFP4: scales are divided by it
 
 What a module holds follows from its tensors. Activations are not rounded to floats of 4 bits where
-the file says so (weights only); int8 ones are.
+the file says so (weights only); int8 ones are. Refused are rotations (``transform_config``), and
+int8 weights of which only some have rounded activations: the targets' patterns are not matched.
 """
 
 from collections.abc import Mapping
@@ -47,6 +48,11 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quant
             f"{where}: quantization_config: format: wanted one of {', '.join(FORMATS)}, got"
             f" {named!r:.60}"
         )
+    if config.get("transform_config"):
+        raise InputError(
+            f"{where}: quantization_config: transform_config: wanted none (weights without"
+            " rotations), got some"
+        )
     weights, kinds = {}, set()
     stated = _group_size(config)
     for name in tensors.modules("weight_packed"):
@@ -60,7 +66,7 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quant
     for name in tensors.modules("weight_scale"):
         if (header := tensors.headers.get(f"{name}.weight")) and header.dtype == "I8":
             weights[f"{name}.weight"] = _int8(name, tensors)
-            act_bits[name] = 8 if _rounds_activations(config) else 16
+            act_bits[name] = _activation_bits(config, where)
             kinds.add("int-quantized 8 bits")
     if not weights:
         raise InputError(
@@ -92,9 +98,24 @@ def _is_dict(group: Mapping[str, Any], key: str) -> bool:
     return isinstance(group.get(key), dict)
 
 
-def _rounds_activations(config: Mapping[str, Any]) -> bool:
-    inputs = [g["input_activations"] for g in _groups(config) if _is_dict(g, "input_activations")]
-    return any(i.get("num_bits") == 8 and i.get("type") == "int" for i in inputs)
+def _activation_bits(config: Mapping[str, Any], where: Path) -> int:
+    """8 if the inputs of all 8-bit weights are rounded to int8, else 16. InputError: some are."""
+    groups = _groups(config)
+    eight = [g for g in groups if _is_dict(g, "weights") and _bits(g["weights"]) == 8]
+    found = {
+        _is_dict(g, "input_activations") and _bits(g["input_activations"]) == 8
+        for g in eight or groups
+    }
+    if len(found) > 1:
+        raise InputError(
+            f"{where}: quantization_config: config_groups: wanted input_activations of 8 bits for"
+            " all 8-bit weights or for none, got some"
+        )
+    return 8 if True in found else 16
+
+
+def _bits(arguments: Mapping[str, Any]) -> Any:
+    return arguments.get("num_bits") if arguments.get("type") == "int" else None
 
 
 def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[Packed, str]:

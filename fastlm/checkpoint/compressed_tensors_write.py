@@ -1,10 +1,11 @@
 """Write a quantized model for vLLM and transformers: compressed-tensors, pack-quantized.
 
 The layout is in `fastlm.checkpoint.compressed_tensors`. The layers' matrices keep their integers
-and scales. Embedding and head are written as floats: vLLM reads no others.
+and scales. Embedding and head are written as floats: vLLM reads no others. Rounding of activations
+is not written: the files hold weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fastlm.ops.quantized_weight import QuantizedWeight
 
 GROUPS = (128, 64, 32)  # those of vLLM's kernels
 OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")
+# what vLLM multiplies as one matrix, of one scheme
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def save_compressed_tensors(
@@ -31,7 +34,7 @@ def save_compressed_tensors(
 
     InputError, before anything is written: nothing is quantized; a group size that vLLM lacks or
     that does not divide a row (the message names one that would do); offsets that are not whole
-    steps.
+    steps; layers of different schemes that vLLM fuses.
     """
     layers = {
         name.removesuffix(".weight"): weight
@@ -42,6 +45,8 @@ def save_compressed_tensors(
         raise InputError("model: wanted quantized layers for compressed-tensors, got none")
     widths = [weight.shape[1] for weight in layers.values()]
     zeros = {name: _check(name, weight, widths) for name, weight in layers.items()}
+    matrices = [n.removesuffix(".weight") for n, w in state.items() if len(w.shape) == 2]
+    _join_fused(matrices, layers, zeros)
     tensors: dict[str, Tensor] = {}
     dequantized = []
     for name, weight in state.items():
@@ -56,14 +61,16 @@ def save_compressed_tensors(
             tensors[name] = weight
     schemes: dict[tuple[int, int | None, bool], list[str]] = {}
     for name, weight in layers.items():
-        group = weight.group_size if weight.group_size < weight.shape[1] else None
-        scheme = (weight.bits, group, zeros[name] is None)
-        schemes.setdefault(scheme, []).append(name)
+        bits, group = _layout(weight)
+        schemes.setdefault((bits, group, zeros[name] is None), []).append(name)
+    # readers look for weight_packed in every linear layer that is not named here
+    outside = {name.removesuffix(".weight") for name in OUTSIDE}
+    floats = [name for name in matrices if name not in layers and name not in outside]
     entry = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *floats],
         "config_groups": {
             f"group_{i}": {
                 "targets": ["Linear"] if len(schemes) == 1 else names,
@@ -75,7 +82,10 @@ def save_compressed_tensors(
         },
     }
     save_hf(folder, config, tensors, quantization_config=entry)
-    formats = {f"w{bits} group {group or 'row'}": len(n) for (bits, group, _), n in schemes.items()}
+    formats: dict[str, int] = {}
+    for (bits, group, _), names in schemes.items():  # two of them may differ in offsets alone
+        kind = _named((bits, group))
+        formats[kind] = formats.get(kind, 0) + len(names)
     return {"formats": formats, "dequantized": dequantized}
 
 
@@ -84,6 +94,41 @@ def _arguments(bits: int, group_size: int | None, symmetric: bool) -> dict[str, 
         "num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False,
         "strategy": "group" if group_size else "channel", "group_size": group_size,
     }  # fmt: skip
+
+
+def _layout(weight: QuantizedWeight) -> tuple[int, int | None]:
+    """Bits and group size; None: one scale for a row."""
+    return weight.bits, weight.group_size if weight.group_size < weight.shape[1] else None
+
+
+def _named(layout: tuple[int, int | None] | None) -> str:
+    return "float" if layout is None else f"w{layout[0]} group {layout[1] or 'row'}"
+
+
+def _join_fused(
+    matrices: Sequence[str],
+    layers: Mapping[str, QuantizedWeight],
+    zeros: dict[str, Tensor | None],
+) -> None:
+    """Give layers that vLLM fuses zero points if one of them has some. InputError: they differ in
+    bits or groups, or only some are quantized.
+    """
+    for parts in FUSED:
+        for first in (name for name in matrices if name.endswith(f".{parts[0]}")):
+            parent = first.rpartition(".")[0]
+            names = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in matrices]
+            found = {n: _layout(layers[n]) if n in layers else None for n in names}
+            if len(set(found.values())) > 1:
+                got = ", ".join(f"{n.rpartition('.')[2]} {_named(f)}" for n, f in found.items())
+                raise InputError(
+                    f"{parent}: wanted one format for {', '.join(parts)}, which vLLM fuses, for"
+                    f" compressed-tensors, got {got}"
+                )
+            if any(zeros.get(name) is not None for name in names):
+                for name in names:
+                    if zeros[name] is None:
+                        middle = 2 ** (layers[name].bits - 1)
+                        zeros[name] = torch.full(layers[name].scales.shape, middle)
 
 
 def _check(name: str, weight: QuantizedWeight, widths: list[int]) -> Tensor | None:

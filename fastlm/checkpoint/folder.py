@@ -124,8 +124,8 @@ def save_hf(
             tensors |= {f"{module}.{part}": t for part, t in parts if t is not None}
         else:
             tensors[name] = value
-    if config.get("quantization_config", {}).get("quant_method", "fastlm") != "fastlm":
-        del config["quantization_config"]  # of the file that was read
+    if (config.get("quantization_config") or {}).get("quant_method") != "fastlm":
+        config.pop("quantization_config", None)  # null, or of the file that was read
     if quantized and "quantization_config" not in config:
         config["quantization_config"] = _describe(quantized)
     if quantization_config is not None:

@@ -7,7 +7,8 @@
 
 A block has 32 columns, so a group must be a multiple of 32 (its blocks repeat the scale) and 32
 must divide a row. d and m are float16: a scale that float16 does not hold is rounded, which
-`rounded` counts (bfloat16 scales of usual weights are all held).
+`rounded` counts (bfloat16 scales of usual weights are all held). Scales below 2^-14 lose bits;
+where this moves weights, the matrix is refused.
 """
 
 import numpy as np
@@ -19,6 +20,9 @@ from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
 
 BLOCK = 32
+MOVED = 2**-8  # share of a scale: bfloat16's own rounding
+# share of a matrix's largest scale below which rounding moves nothing that counts: dead rows
+NOTHING = 2**-16
 DENSE = {
     torch.float32: GGMLQuantizationType.F32,
     torch.float16: GGMLQuantizationType.F16,
@@ -61,7 +65,8 @@ def row_bytes(kind: GGMLQuantizationType, k: int) -> int:
 
 def encode(name: str, weight: Tensor | QuantizedWeight) -> tuple[np.ndarray, int]:
     """``(data, rounded)``: the tensor as GGUF stores it (bytes (N, bytes of a row), or float32 and
-    float16 arrays), and how many scales and offsets float16 does not hold exactly.
+    float16 arrays), and how many scales and offsets float16 does not hold exactly. InputError:
+    scales that float16 moves by more than `MOVED`.
     """
     kind = kind_of(name, weight)
     if isinstance(weight, Tensor):
@@ -79,7 +84,14 @@ def encode(name: str, weight: Tensor | QuantizedWeight) -> tuple[np.ndarray, int
         half = field.half()
         if not bool(half.isfinite().all()):
             raise InputError(f"{name}: wanted scales up to 65504, got {field.abs().max():.3g}")
-        rounded += int((half.double() != field).sum())
+        error, steps = (half.double() - field).abs(), fields[0].abs()
+        size = torch.maximum(field.abs(), steps)  # an offset may be near 0
+        if bool((error > MOVED * size + NOTHING * steps.max()).any()):
+            raise InputError(
+                f"{name}: wanted scales that float16 holds within {100 * MOVED:.2g} %, got"
+                f" {steps[steps > 0].min():.3g}"
+            )
+        rounded += int((error > 0).sum())
         head.append(half[:, first].reshape(-1, 1).view(torch.uint8))
     if weight.bits == 8:
         body = weight.qdata.reshape(-1, BLOCK).view(torch.uint8)

@@ -6,8 +6,9 @@ Per module: ``qweight`` (K * bits / 32, N) int32, packed down the columns; ``sca
 
 Version 1 stores zero - 1, version 2 stores zero. Files are mislabelled, and a model read as the
 other version writes nonsense, so the version is taken from the weights: symmetric files hold one
-value throughout, which tells them apart. In others, q - zero is about 0 on average, since weights
-are; read as the wrong version it is about 1 off.
+value throughout, which tells them apart; then no other weight is read. In others, q - zero is about
+0 on average, since weights are; read as the wrong version it is about 1 off. Some rows of some
+layers tell.
 
 A weight with ``desc_act`` (its g_idx not in order) is dequantized: its columns have no common
 scale.
@@ -25,7 +26,8 @@ from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
 from fastlm.errors import InputError
 
 BITS = (2, 4, 8)
-SAMPLE = 16  # modules from which the version is told: a million weights in the smallest models
+SAMPLE = 16  # modules from which the version is told
+ROWS = 256  # rows of each that are unpacked: with the modules, a million weights of small models
 # half of the distance between the versions, less the mean of real weights in units of their scale
 MARGIN = 0.3
 
@@ -119,20 +121,18 @@ def _stated_version(config: Mapping[str, Any]) -> int | None:
 
 def _version(tensors: TensorFolder, layouts: Mapping[str, tuple[int, int, Any]]) -> int | None:
     """The version by the weights, None if they do not tell."""
-    values: set[int] = set()
+    sample = list(layouts.items())[:SAMPLE]
+    zeros = {n: unpack(tensors.get(f"{n}.qzeros"), bits) for n, (bits, _, _) in sample}
+    # in units of 4 bits' middle: 7 and 8 become -1 and 0 for every number of bits
+    values = {int(v) - 2 ** (bits - 1) for n, (bits, _, _) in sample for v in zeros[n].unique()}
+    if values in ({-1}, {0}):
+        return 1 if values == {-1} else 2
     offsets = []
-    for name, (bits, group_size, _) in list(layouts.items())[:SAMPLE]:
-        stored = unpack(tensors.get(f"{name}.qzeros"), bits)
-        # in units of 4 bits' middle: 7 and 8 become -1 and 0 for every number of bits
-        values |= {int(v) - 2 ** (bits - 1) for v in stored.unique()}
-        q = unpack(tensors.get(f"{name}.qweight").t(), bits).float()
+    for name, (bits, group_size, _) in sample:
+        q = unpack(tensors.get(f"{name}.qweight")[:, :ROWS].t(), bits).float()
         sizes = [part.mean(1) for part in q.split(group_size, dim=1)]
-        if len(sizes) == len(stored):
-            offsets.append((torch.stack(sizes) - stored).mean().item())
-    if values == {-1}:
-        return 1
-    if values == {0}:
-        return 2
+        if len(sizes) == len(zeros[name]):
+            offsets.append((torch.stack(sizes) - zeros[name][:, :ROWS]).mean().item())
     mean = sum(offsets) / max(len(offsets), 1)
     if offsets and abs(mean) < MARGIN:
         return 2

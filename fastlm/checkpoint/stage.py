@@ -55,6 +55,8 @@ class Export(Stage):
             told = save_compressed_tensors(job.out, model.config.to_dict(), state, model.dtype)
             tokenizer.save(job.out)
             size = sum(file.stat().st_size for file in job.out.glob("*.safetensors"))
+            rounds = [m for m in model.modules() if getattr(m, "act_bits", 16) == 8]
+            told["activations_unrounded"] = bool(rounds)
         return {"format": self.format, "bytes": size, **told}
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
@@ -62,6 +64,8 @@ class Export(Stage):
         text = f"{job.out}: {result['format']}, {result['bytes'] / 1e6:,.2f} MB, weights: {kinds}"
         if names := result.get("dequantized"):
             text += f"; as floats: {', '.join(names)}"
+        if result.get("activations_unrounded"):
+            text += "; activations, rounded to int8 in this model, are not rounded there"
         if count := result.get("rounded_scales"):
             text += f"; {count:,} scales rounded to float16"
         return text

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 LONGEST_WINDOW = 1024
 
 
+def has_parts(data: str | Path) -> bool:
+    """Whether ``data`` has a training and a held-out part: prepared text, or shards of both."""
+    from fastlm.data.shards import INDEX
+
+    data = Path(data)
+    shards = all((data / part / INDEX).is_file() for part in ("train", "heldout"))
+    return shards or (data / FUNNEL).is_file()
+
+
 def read_texts(
     source: str | Path,
     *,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
 PARTS = ("qdata", "scales", "zeros")
+VERSION = 2  # raised when the same model, text and options give other weights
 _TOKENS = 4096  # per forward of a layer: activations stay below a few hundred MB
 
 
@@ -171,7 +172,7 @@ class Layerwise:
                 )
             else:
                 found[short] = quantize_weight(w, **vars(target.scheme), importance=total)
-        if wanted is not None:
+        if wanted is not None and targets:
             with torch.enable_grad():
                 found = learn_rounding(
                     layer, found, hidden, wanted, self.call, iterations=self.method.iterations,
@@ -246,13 +247,15 @@ def check_ids(calibration: Any, model: "CausalLM") -> Tensor:
     return calibration.long()
 
 
-def _key(model: nn.Module, plan: Sequence[Target], ids: Tensor, method: Method) -> str:
+def _key(model: "CausalLM", plan: Sequence[Target], ids: Tensor, method: Method) -> str:
     """What a kept step depends on."""
     digest = hashlib.sha256()
     schemes = [[t.name, {**vars(t.scheme), "scale_dtype": str(t.scheme.scale_dtype)}] for t in plan]
-    digest.update(json.dumps([schemes, asdict(method), list(ids.shape)]).encode())
-    for tensor in (ids, *model.parameters()):
-        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    told = [VERSION, schemes, asdict(method), list(ids.shape), model.config.to_dict()]
+    digest.update(json.dumps(told, default=str).encode())
+    for tensor in (ids, *model.parameters(), *model.buffers()):
+        data = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        digest.update(data.numpy().data)
     return digest.hexdigest()
 
 

@@ -42,7 +42,7 @@ def quantize(
     iterations: int = 200,
     seed: int = 0,
     progress: Path | None = None,
-    track: Callable = silent,
+    track: Callable | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
@@ -83,9 +83,11 @@ def quantize(
 
     Raises:
         InputError: an unknown format or method, sizes that do not fit, a pattern that matches no
-            layer, tied weights with different bits.
+            layer, tied weights with different bits, a model of which a layer is quantized already.
     """
+    track = track or silent
     check_options(format, group_size, method, embeddings, head, overrides, iterations)
+    check_unquantized(model)
     ids = None if calibration is None else _calibration(model, calibration)
     if ids is None and method != "rtn":
         raise InputError(f"calibration: {method} wants token ids (windows, length), got none")
@@ -94,8 +96,6 @@ def quantize(
         embeddings=embeddings, head=head, overrides=overrides, whole_groups=whole_groups,
     )  # fmt: skip
     if not plan:
-        if any(isinstance(m, QuantizedLinear | QuantizedEmbedding) for m in model.modules()):
-            raise InputError("model: wanted one that is not quantized yet, got one that is")
         raise InputError(
             f"model: {type(model).__name__} has no nn.Linear or nn.Embedding to quantize"
         )
@@ -139,6 +139,18 @@ def check_options(
         raise InputError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
     if iterations < 1:
         raise InputError(f"iterations: wanted 1 or more, got {iterations}")
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """Raise InputError if a layer of `model` is quantized already."""
+    kinds = (QuantizedLinear, QuantizedEmbedding)
+    found = [name for name, m in model.named_modules() if isinstance(m, kinds)]
+    if found:
+        raise InputError(
+            f"model: wanted one that is not quantized yet, got {len(found)} quantized layers"
+            f" ({found[0] or type(model).__name__}): load it with keep_quantized=False (the"
+            " command: --dequantize)"
+        )
 
 
 def _calibration(model: nn.Module, calibration: Any) -> Tensor:

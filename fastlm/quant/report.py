@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlm.data.shards import TokenDataset
 from fastlm.evals.bits_per_byte import IGNORE, window, windows
@@ -67,7 +67,6 @@ def compare(
     if max_tokens is not None:
         chosen = chosen[:: max(1, math.ceil(dataset.tokens / max_tokens))]
     nats, kl, same, tokens = [0.0, 0.0], 0.0, 0, 0
-    heads = [m.head_matrix(m.dtype).detach() for m in (before, after)]
     batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     for batch in track(batches, "compare with the original", unit="batches"):
         cut = [window(dataset, begin, scored, seq_len, stride) for begin, scored in batch]
@@ -77,8 +76,8 @@ def compare(
         hidden = [m.hidden(ids).flatten(0, 1) for m in (before, after)]
         for rows in kept.split(_ROWS):
             p, q = (
-                _log_softmax(h[rows] @ head.t(), m.config.final_logit_softcapping)
-                for h, head, m in zip(hidden, heads, (before, after))
+                torch.log_softmax(m.logits(h[rows]).float(), 1)
+                for h, m in zip(hidden, (before, after))
             )
             target = labels[rows, None].to(p.device)
             nats[0] -= float(p.gather(1, target).sum())
@@ -88,13 +87,6 @@ def compare(
         tokens += len(kept)
     bits = math.log(2) * dataset.bytes_of_text * (tokens / dataset.tokens)
     return Comparison(nats[0] / bits, nats[1] / bits, kl / tokens, same / tokens, tokens)
-
-
-def _log_softmax(logits: Tensor, softcap: float | None) -> Tensor:
-    logits = logits.float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return torch.log_softmax(logits, 1)
 
 
 def true_bits(model: nn.Module) -> dict[str, float]:

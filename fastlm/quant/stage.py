@@ -1,6 +1,7 @@
 """The stage that quantizes a model."""
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ class Quantize(Stage):
 
     kind = "quantize"
     command = ("quantize",)
-    version = 3
+    version = 4
     reads = {
         "model": Takes(
             ("model",), "Hugging Face folder, .gguf, fastlm run or model:smollm2", flag="m"
@@ -70,6 +71,11 @@ class Quantize(Stage):
         0.03
     )
     strict: Annotated[bool, "Refuse there instead: exit status 2, and no model"] = False
+    dequantize: Annotated[
+        bool,
+        "Accept a model of 4- or 8-bit weights, such as a .gguf or model:smollm2: they were rounded"
+        " once already, and are rounded again",
+    ] = False
 
     def check(self) -> None:
         from fastlm.quant.model import check_options
@@ -114,6 +120,7 @@ class Quantize(Stage):
         from fastlm.files import make_folder, remove, save_atomic
         from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import QuantizedLinear, quantize
+        from fastlm.quant.model import check_unquantized
         from fastlm.quant.report import true_bits
         from fastlm.quant.step import Step
         from fastlm.serve.chat import load_model
@@ -122,33 +129,56 @@ class Quantize(Stage):
         check_out(job.out, source.where)
         self.check_inputs(job.inputs)
         model, tokenizer = load_model(source.where)
-        size = sum(parameter.nbytes for parameter in model.parameters())
+        size = sum(weight.nbytes for weight in model.stored().values())
+        if self.dequantize:
+            model, tokenizer = load_model(source.where, keep_quantized=False)
+        check_unquantized(model)
+        ids = self._calibration(job, model, tokenizer)
         found, progress = Step(), job.out / PROGRESS
         small = quantize(
             model, self.format, group_size=self.group_size, method=self.method,
-            calibration=self._calibration(job, model, tokenizer), embeddings=self.embeddings,
-            head=self.head, overrides=self.overridden(), symmetric=self.symmetric,
-            whole_groups=self.whole_groups, iterations=self.iterations, seed=self.seed,
+            calibration=ids, embeddings=self.embeddings, head=self.head,
+            overrides=self.overridden(), symmetric=self.symmetric, whole_groups=self.whole_groups,
+            iterations=self.iterations, seed=self.seed,
             progress=progress, track=job.track, on_step=found.add, tell=job.tell,
         )  # fmt: skip
         assert isinstance(small, CausalLM)  # only modules inside it are replaced
         for line in found.warnings:
             job.warn(line)
-        result: dict[str, Any] = {**asdict(self), "overrides": list(self.overrides)}
+        for name, error in found.errors.items():
+            if not math.isfinite(error):
+                raise InputError(f"model: wanted finite outputs of {name}, got an error of {error}")
+        result: dict[str, Any] = {**asdict(self), **self._used(job, ids)}
         sizes = {m.group_size for m in small.modules() if isinstance(m, QuantizedLinear)}
-        result["group_size"] = next(iter(sizes), self.group_size)
+        if self.group_size != -1:  # whole rows differ in width
+            result["group_size"] = max(sizes, default=self.group_size)
         result |= {"bytes_before": size, **true_bits(small)}
         if job.inputs.get("data"):
             result |= self._measured(job, small, tokenizer)
         small.config.extra["quantization_config"] = {"method": self.method}
+        remove(job.out / REPORT)  # of an earlier model
         small.save_pretrained(job.out)
         tokenizer.save(job.out)
         result["bytes"] = weight_bytes(job.out)
         report = {**result, "layers": found.errors, "warnings": found.warnings}
-        text = json.dumps(report, indent=1) + "\n"
+        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         save_atomic(make_folder(job.out) / REPORT, lambda part: part.write_text(text, "utf-8"))
         remove(progress)
         return result
+
+    def _used(self, job: Job, ids: Any) -> dict[str, Any]:
+        """The options that had an effect as they were used, the others as None."""
+        source = "own samples" if self.own_samples else None
+        if not self.own_samples and job.inputs.get("calibration"):
+            source = job.inputs["calibration"][0].name
+        return {
+            "overrides": list(self.overrides),
+            "calibration_source": source,
+            "calibration_tokens": None if ids is None else ids.numel(),
+            "calibration_length": None if ids is None else ids.shape[1],
+            "iterations": self.iterations if self.method == "autoround" else None,
+            "seed": None if ids is None else self.seed,
+        }
 
     def _calibration(self, job: Job, model: "CausalLM", tokenizer: "Tokenizer") -> Any:
         from fastlm.quant.calibration import own_samples, text_windows
@@ -160,23 +190,40 @@ class Quantize(Stage):
             return own_samples(model, start=tokenizer.eos_id or 0, track=job.track, **cut)
         if (text := job.inputs.get("calibration")) is None or not text:
             return None
-        return text_windows(
-            model, tokenizer, text[0].where, cache=job.cache, tell=job.skipped, **cut
-        )
+        where, measured = text[0].where, job.inputs.get("data")
+        if measured and same_text(where, measured[0].where):
+            job.warn(
+                f"data: {measured[0].name} is the calibration text, too: the loss on other text is"
+                " larger (prepared text and shards have a held-out part)"
+            )
+        ids = text_windows(model, tokenizer, where, cache=job.cache, tell=job.skipped, **cut)
+        if 2 * ids.numel() < self.calibration_tokens:
+            job.warn(
+                f"calibration: {text[0].name} has {ids.numel():,} tokens in windows of"
+                f" {ids.shape[1]}, of {self.calibration_tokens:,} asked for"
+            )
+        return ids
 
     def _measured(self, job: Job, small: "CausalLM", tokenizer: "Tokenizer") -> dict[str, Any]:
-        """Compare with the original. InputError with `strict`: the loss is above `max_loss`."""
+        """Compare with the original. InputError: figures that are not finite; with `strict`, a loss
+        above `max_loss`.
+        """
         from fastlm.evals.texts import check_window, token_dataset
         from fastlm.quant.report import compare
         from fastlm.serve.chat import load_model
 
         (source,), (data,) = job.inputs["model"], job.inputs["data"]
-        before, _ = load_model(source.where)
+        before, _ = load_model(source.where, keep_quantized=not self.dequantize)
         seq_len, stride = check_window(before.context_limit, None, None)
         with token_dataset(
             data.where, tokenizer, before.config.vocab_size, cache=job.cache, tell=job.skipped
         ) as dataset:
             found = compare(before, small, dataset, seq_len=seq_len, stride=stride, track=job.track)
+        figures = found.bits_per_byte_before, found.bits_per_byte, found.kl
+        if not all(map(math.isfinite, figures)):
+            raise InputError(
+                "model: wanted finite bits per byte and KL, got {} -> {} and {}".format(*figures)
+            )
         if found.loss > self.max_loss:
             line = (
                 f"max_loss: wanted bits per byte to grow by at most {100 * self.max_loss:g} %,"
@@ -217,14 +264,22 @@ class Quantize(Stage):
         if "bits_per_byte" in result:
             change = 100 * (result["bits_per_byte"] / result["bits_per_byte_before"] - 1)
             text += f", {change:+.1f} % bits"
+        group = result["group_size"]
         return Part(
             "Before and after quantization",
-            f"{result['format']}, one scale for {result['group_size']} weights."
+            f"{result['format']}, one scale for {'a row' if group == -1 else f'{group} weights'}."
             " Speed: one sequence, token by token.",
             cards=[(size_text(result["bytes"]), text)],
             template="quantize.html.jinja",
             values={"r": result},
         )
+
+
+def same_text(a: str, b: str) -> bool:
+    """Whether the two name the same text, without a part for each use."""
+    from fastlm.evals.texts import has_parts
+
+    return Path(a).resolve() == Path(b).resolve() and not has_parts(a)
 
 
 def check_out(out: Path, model: str) -> None:

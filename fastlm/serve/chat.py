@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 
-def load_model(path: str | Path, act_bits: int | None = None) -> tuple[CausalLM, "Tokenizer"]:
-    """Load the model and its tokenizer at ``path``, or from a package: ``model:smollm2``."""
-    model = CausalLM.from_pretrained(path, act_bits=act_bits)
+def load_model(
+    path: str | Path, act_bits: int | None = None, *, keep_quantized: bool = True
+) -> tuple[CausalLM, "Tokenizer"]:
+    """Load the model and its tokenizer at ``path``, or from a package: ``model:smollm2``. The
+    options are those of `CausalLM.from_pretrained`.
+    """
+    model = CausalLM.from_pretrained(path, act_bits=act_bits, keep_quantized=keep_quantized)
     return model, load_tokenizer(path, model.config.to_dict())
 
 
