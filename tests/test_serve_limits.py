@@ -15,6 +15,7 @@ from serve_app import HTTP, ask, serving, tiny_model
 import fastlm.serve
 from fastlm.errors import InputError
 from fastlm.serve.commands import read_keys
+from fastlm.serve.fields import ApiError, parse_body
 from fastlm.serve.gate import Limits
 
 KEY = "a-key-of-this-server"
@@ -94,7 +95,9 @@ def test_keys_hosts_paths_and_bodies(tiny):
             '{"model": "tiny", "model": "tiny"}', '{"model": 1e999}', '{"temperature": 1e999}',
             '{"seed": ' + "9" * 2500 + "}", '{"model": "\\ud800"}',
             json.dumps(body(messages=[{"role": "user", "content": "\ud800"}])),
-            json.dumps(body(stop="\ud800")),
+            json.dumps(body(stop="\ud800")), '{"\\ud800": 1}', '{"\\ud800": 1, "\\ud800": 2}',
+            json.dumps(body(tools=[{"type": "function", "function": {"name": "\ud800"}}])),
+            json.dumps(body(chat_template_kwargs={"\ud800": {"x": "\ud800"}})),
         ):  # fmt: skip
             refused(400, sent=bad.encode("latin-1"))
         with connect(url, head(b"x" * 99).replace(b"host: localhost", b"host: 127.0.0.1")
@@ -107,6 +110,14 @@ def test_keys_hosts_paths_and_bodies(tiny):
         )  # fmt: skip
         assert chunked.status_code == 413
         assert ask(url, body(), **good).status_code == 200
+
+
+def test_many_keys_are_read_in_one_pass():
+    pairs = ", ".join(f'"{i}": 1' for i in range(100_000))
+    began = time.perf_counter()
+    with pytest.raises(ApiError, match="99999: wanted once, got it twice"):
+        parse_body(f'{{{pairs}, "99999": 1}}'.encode())
+    assert time.perf_counter() - began < 5  # each key against each other takes minutes
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from fastlm.errors import InputError
 from fastlm.serve import opinions, rank_api
 from fastlm.serve.answers import Answer, sse
 from fastlm.serve.feedback import FeedbackStore, Kept
-from fastlm.serve.fields import ApiError
+from fastlm.serve.fields import ApiError, checked
 from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, unless_gone
 from fastlm.serve.grammar import Grammars
 from fastlm.serve.metrics import Metrics
@@ -131,7 +131,7 @@ class Server:
 
     def _complete(self, read: Callable[[Any], Asked]) -> Any:
         async def complete(http: HttpRequest) -> Response:
-            asked = read(await self.body(http))
+            asked = checked(read, await self.body(http))
             kept = self._kept(asked)
             prompts, echoes, requests = await run_sync(self._requests, http, asked)
             chat = isinstance(asked, ChatAsked)
@@ -238,7 +238,7 @@ class Server:
     # ---- embeddings, models
 
     async def _embed(self, http: HttpRequest) -> Response:
-        asked = embed_asked(await self.body(http))
+        asked = checked(embed_asked, await self.body(http))
         self.check_model(asked.model)
 
         def encode() -> list[list[int]]:

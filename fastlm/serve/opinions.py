@@ -1,6 +1,7 @@
 """``POST /v1/feedback``: opinions about answers, at any time after them."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anyio.to_thread import run_sync
@@ -12,6 +13,7 @@ from fastlm.serve.feedback import Kept, Opinion
 from fastlm.serve.fields import (
     ApiError,
     Field,
+    checked,
     choice,
     list_of,
     name,
@@ -95,7 +97,7 @@ async def give(server: "Server", http: Request) -> Response:
             "feedback: this server has no database for it (fastlm serve --feedback)",
             status=404, code="no_feedback",
         )  # fmt: skip
-    opinion, kept = read_feedback(body, server.name)
+    opinion, kept = checked(partial(read_feedback, model=server.name), body)
 
     def write() -> int | None:
         if kept is not None:
