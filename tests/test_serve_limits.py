@@ -5,8 +5,9 @@ that fail; what is logged and counted.
 import json
 import re
 import socket
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from fastlm.errors import InputError
 from fastlm.serve.commands import read_keys
 from fastlm.serve.fields import ApiError, parse_body
 from fastlm.serve.gate import Limits
+from fastlm.serve.requests import Closed, QueueFull
 
 KEY = "a-key-of-this-server"
 SECRET = "swordfish"  # in prompts; no log may have it
@@ -176,6 +178,76 @@ def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
             wait_until(lambda: engine.stats().waiting == 1)
             assert [r.result().status_code for r in running] == [200, 200]
         assert ask(url, body(n=2)).status_code == 200
+
+
+def test_texts_that_no_context_holds_are_not_encoded(tiny):
+    with serving(*tiny) as (url, server):
+        backend = server.tokenizer._text_backend
+
+        class Refuses:
+            def __getattr__(self, name):
+                raise AssertionError("encoded")
+
+        server.tokenizer.__dict__["_text_backend"] = Refuses()
+        long, backs = "ab" * 300_000, server.tokenizer._backend
+        server.tokenizer._backend = Refuses()
+        try:
+            for path, fields in (
+                ("/v1/completions", {"prompt": long}),
+                ("/v1/embeddings", {"input": ["x" * 600_000]}),
+                ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}),
+            ):
+                told = ask(url, {"model": "tiny", **fields}, path)
+                assert told.status_code == 400 and "bytes" in told.json()["error"]["message"]
+        finally:
+            server.tokenizer.__dict__["_text_backend"] = backend
+            server.tokenizer._backend = backs
+
+
+def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
+    sent = {"model": "tiny", "input": ["a", "b"]}
+
+    def refuse(error):
+        def call(_):
+            raise error
+
+        return call
+
+    def ended(_):
+        future = Future()
+        future.cancel()
+        future.set_running_or_notify_cancel()
+        return future
+
+    with serving(*tiny) as (url, server):
+        call = server.engine.call
+        for wrong, status, code in (
+            (refuse(QueueFull(3, 2.0)), 429, "queue_full"),
+            (refuse(Closed()), 503, "stopping"),
+            (ended, 503, "stopping"),
+        ):
+            server.engine.call = wrong
+            told = ask(url, sent, "/v1/embeddings")
+            assert (told.status_code, told.json()["error"]["code"]) == (status, code)
+            assert int(told.headers["retry-after"]) >= 1
+        server.engine.call = call
+        submit, server.engine.submit = server.engine.submit, lambda *_: refuse(Closed())(0)
+        told = ask(url, body())
+        assert (told.status_code, told.json()["error"]["code"]) == (503, "stopping")
+        server.engine.submit = submit
+        began, done = threading.Event(), server._embedding
+
+        def slow(ids):
+            began.set()
+            time.sleep(0.3)
+            return done(ids)
+
+        server._embedding = slow
+        with ThreadPoolExecutor(1) as pool:  # one that runs is waited for
+            running = pool.submit(ask, url, {**sent, "input": "a"}, "/v1/embeddings")
+            assert began.wait(20)
+            server.engine.close(drain=20)
+            assert running.result().status_code == 200
 
 
 def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):

@@ -200,8 +200,15 @@ class Answer:
 def ended_badly(piece: Piece) -> ApiError:
     """The error of an answer that the engine ended."""
     if piece.finish_reason == "cancelled":
-        return ApiError("the server is stopping", status=503, kind="server_error", code="stopping")
+        return stopping()
     return ApiError(f"the answer failed: {piece.error}", status=500, kind="server_error")
+
+
+def stopping() -> ApiError:
+    return ApiError(
+        "the server is stopping", status=503, kind="server_error", code="stopping",
+        headers={"retry-after": "5"},
+    )  # fmt: skip
 
 
 def sse(event: Event | str) -> bytes:

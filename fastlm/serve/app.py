@@ -3,8 +3,8 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from fastlm.data.ranking import RankingStore
 from fastlm.decode.pages import PAGE
 from fastlm.errors import InputError
 from fastlm.serve import opinions, rank_api
-from fastlm.serve.answers import Answer, sse
+from fastlm.serve.answers import Answer, sse, stopping
 from fastlm.serve.feedback import FeedbackStore, Kept
 from fastlm.serve.fields import ApiError, checked
 from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, unless_gone
@@ -40,7 +40,7 @@ from fastlm.serve.openai_api import (
 )
 from fastlm.serve.openapi import openapi
 from fastlm.serve.prompts import Prompts
-from fastlm.serve.requests import QueueFull, Request
+from fastlm.serve.requests import Closed, QueueFull, Request
 from fastlm.serve.running import Engine, Running
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 FILES = Path(__file__).with_name("page")
+MOST_EMBEDDED = 2**17  # tokens of one request to /v1/embeddings
 TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
@@ -139,16 +140,8 @@ class Server:
             http.state.told["prompt_tokens"] = sum(map(len, prompts))
             for prompt in prompts:
                 self.metrics.prompt_length.observe(len(prompt))
-            try:
+            with _refusals():
                 running = Running(self.engine, requests, self.metrics)
-            except QueueFull as full:
-                wait = str(max(1, round(full.retry_after)))
-                raise ApiError(
-                    str(full), status=429, code="queue_full", kind="rate_limit_error",
-                    headers={"retry-after": wait},
-                ) from None  # fmt: skip
-            except InputError as error:
-                raise ApiError(str(error)) from None
             answer = Answer(asked, id, running, self.tokenizer, echoes)
             if asked.stream:
                 return Events(self, answer, kept, http.state.told)
@@ -246,14 +239,27 @@ class Server:
 
         inputs = await run_sync(encode)
         http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
+        if tokens > MOST_EMBEDDED:
+            raise ApiError(
+                f"input: wanted at most {MOST_EMBEDDED} tokens in one request, got {tokens}",
+                param="input",
+            )
+
+        async def one(ids: list[int]) -> np.ndarray:
+            with _refusals():
+                future = self.engine.call(partial(self._embedding, ids))
+            try:
+                return await asyncio.wrap_future(future)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                raise stopping() from None  # the engine ended what waited
 
         async def embed() -> list[Any]:
             async with asyncio.timeout(self.limits.answer_seconds):
                 # one by one: the engine's steps run between them
-                found = [
-                    await asyncio.wrap_future(self.engine.call(partial(self._embedding, ids)))
-                    for ids in inputs
-                ]
+                found = [await one(ids) for ids in inputs]
             if asked.base64:
                 return [base64.b64encode(vector.tobytes()).decode() for vector in found]
             return [vector.tolist() for vector in found]
@@ -306,10 +312,7 @@ class Server:
     async def body(self, http: HttpRequest) -> Any:
         """The JSON body of a request. ApiError: also that the server is stopping."""
         if self.stopping:
-            raise ApiError(
-                "the server is stopping", status=503, kind="server_error", code="stopping",
-                headers={"retry-after": "5"},
-            )  # fmt: skip
+            raise stopping()
         return await read_body(http, self.limits)
 
     async def _health(self, _: HttpRequest) -> Response:
@@ -377,6 +380,23 @@ class Events(Response):
             self.told["error"] = error.code or error.kind
             await write(sse(error.body()))
         await write(b"", False)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the engine refuses, as the client's error."""
+    try:
+        yield
+    except QueueFull as full:
+        wait = str(max(1, round(full.retry_after)))
+        raise ApiError(
+            str(full), status=429, code="queue_full", kind="rate_limit_error",
+            headers={"retry-after": wait},
+        ) from None  # fmt: skip
+    except Closed:
+        raise stopping() from None
+    except InputError as error:
+        raise ApiError(str(error)) from None
 
 
 def _tell(told: dict[str, Any], answer: Answer) -> None:
