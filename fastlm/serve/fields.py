@@ -6,6 +6,7 @@ A `Field` says what it accepts twice: as a function that checks a value, and as 
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from fastlm.errors import InputError, show
 from fastlm.typed import check_unicode, unknown
 
 Schema = dict[str, Any]
+ID = "[A-Za-z0-9_-]{1,128}"
 T = TypeVar("T")
 
 
@@ -113,6 +115,19 @@ def name(most: int, default: str | None = None, *, required: bool = False) -> Fi
         return value
 
     return Field(read, plain.schema, default, required)
+
+
+def identifier(default: str | None = None) -> Field:
+    """The id of a response or a conversation. Personal data is not scrubbed from ids: an address
+    is none.
+    """
+
+    def read(value: Any, where: str) -> str:
+        if not isinstance(value, str) or not re.fullmatch(ID, value):
+            raise wrong(where, "1 to 128 letters, digits, _ and -", value)
+        return value
+
+    return Field(read, {"type": "string", "pattern": f"^{ID}$"}, default)
 
 
 def choice(*values: Any, default: Any = None) -> Field:

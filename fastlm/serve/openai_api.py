@@ -18,6 +18,7 @@ from fastlm.serve.fields import (
     check_values,
     choice,
     flag,
+    identifier,
     list_of,
     name,
     number,
@@ -278,7 +279,7 @@ CHAT: Mapping[str, Field] = {
     "parallel_tool_calls": choice(True),
     "chat_template_kwargs": Field(_variables, {"type": "object"}),
     "store": flag(),
-    "conversation_id": name(128),
+    "conversation_id": identifier(),
 }
 TEXT: Mapping[str, Field] = {
     **SAMPLED,

@@ -15,6 +15,7 @@ from fastlm.serve.fields import (
     Field,
     checked,
     choice,
+    identifier,
     list_of,
     name,
     read_fields,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 MOST_TEXT = 2**16  # characters of a corrected answer
 CHOICE = whole(0, MOST_CHOICES - 1, 0)
+OTHER = table({"response_id": identifier(), "choice": CHOICE})
 KEPT = {
     "consent": choice(True),
     "messages": CHAT["messages"],
@@ -36,14 +38,16 @@ KEPT = {
     "tools": CHAT["tools"],
 }
 FEEDBACK: Mapping[str, Field] = {
-    "response_id": name(128),
-    "conversation_id": name(128),
+    "response_id": identifier(),
+    "conversation_id": identifier(),
     "choice": CHOICE,
     "rater": name(128),
     "thumb": choice("up", "down"),
     "comment": text(4096),
     "corrected": text(MOST_TEXT),
-    "preferred_over": list_of(table({"response_id": name(128), "choice": CHOICE}), 1, MOST_CHOICES),
+    "preferred_over": list_of(
+        table({"response_id": identifier(), "choice": CHOICE}), 1, MOST_CHOICES
+    ),
     "conversation": table(KEPT),
 }
 
