@@ -313,7 +313,9 @@ def _(api):
 @case("user")
 def _(api):
     api.answer(user="ann")
-    assert api.server.taken[-1].client.endswith(" ann")
+    first = api.server.taken[-1].client
+    api.answer(user="bob")  # a client that makes up users gets no queue for each
+    assert api.server.taken[-1].client == first and "ann" not in first
     api.refused("user", user=7)
 
 
@@ -355,6 +357,10 @@ def _(api):
         assert len(tops) == 3 and tops == sorted(tops, reverse=True)
         assert one.logprob == tops[0] <= 0  # greedy
         assert bytes(one.bytes).decode(errors="replace") == one.token
+    lines = api.send(logprobs=True, top_logprobs=3, max_tokens=4, stream=True).text.split("\n\n")
+    deltas = [json.loads(line[6:])["choices"][0] for line in lines if line[6:7] == "{"]
+    streamed = [one for d in deltas for one in (d["logprobs"] or {"content": []})["content"]]
+    assert streamed == [one.model_dump() for one in content]
     assert api.answer(logprobs=True)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
     assert api.answer()["choices"][0]["logprobs"] is None
     api.refused("top_logprobs", top_logprobs=3)
@@ -368,6 +374,15 @@ def _(api):
     assert {len(value) for value in told.values()} == {4}
     for token, logprob, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"]):
         assert top[token] == logprob == max(top.values())
+    assert told["text_offset"][0] == 0 and told["text_offset"] == [
+        len("".join(told["tokens"][:i])) for i in range(4)
+    ]
+    lines = api.send(logprobs=2, max_tokens=4, stream=True, n=2).text.split("\n\n")
+    offsets = {0: [], 1: []}
+    for line in lines:
+        for one in json.loads(line[6:])["choices"] if line[6:7] == "{" else ():
+            offsets[one["index"]] += (one["logprobs"] or {"text_offset": []})["text_offset"]
+    assert offsets == {0: told["text_offset"], 1: told["text_offset"]}
     api.refused("logprobs", logprobs=True)
 
 

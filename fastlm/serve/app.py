@@ -41,13 +41,14 @@ from fastlm.serve.openai_api import (
 from fastlm.serve.openapi import openapi
 from fastlm.serve.prompts import Prompts
 from fastlm.serve.requests import Closed, QueueFull, Request
-from fastlm.serve.running import Engine, Running
+from fastlm.serve.running import Engine, Running, Shares
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 FILES = Path(__file__).with_name("page")
+MOST_LOGPROBS = 2**18  # in one response: about 30 MB
 MOST_EMBEDDED = 2**17  # tokens of one request to /v1/embeddings
 TYPES = {
     ".html": "text/html",
@@ -78,6 +79,8 @@ class Server:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine.stats)
+        several = len(self.keys) > 1  # clients; without keys all are of this machine
+        self.shares = Shares(max(1, self.engine.max_waiting // 2) if several else None)
         # a cache smaller than the context bounds a request, too
         self.context_limit = min(self.engine.context_limit, self.engine.stats().pages * PAGE)
         self.prompts = Prompts(self.tokenizer, self.context_limit)
@@ -141,7 +144,7 @@ class Server:
             for prompt in prompts:
                 self.metrics.prompt_length.observe(len(prompt))
             with _refusals():
-                running = Running(self.engine, requests, self.metrics)
+                running = Running(self.engine, requests, self.metrics, self.shares)
             answer = Answer(asked, id, running, self.tokenizer, echoes)
             if asked.stream:
                 return Events(self, answer, kept, http.state.told)
@@ -152,7 +155,7 @@ class Server:
             finally:
                 running.close()
             _tell(http.state.told, answer)
-            return JSONResponse(body)
+            return Response(body, media_type="application/json")
 
         return complete
 
@@ -175,7 +178,8 @@ class Server:
             for given in asked.prompts if asked.echo else ():
                 text = given if isinstance(given, str) else self.tokenizer.decode(given)
                 echoes.append(text)
-        vocab = self.model.config.vocab_size
+        # a padded model has more
+        vocab = min(self.tokenizer.vocab_size, self.model.config.vocab_size)
         for name, ids in (
             ("logit_bias", [id for id, _ in asked.sampling.logit_bias]),
             ("stop_token_ids", asked.stop_ids),
@@ -185,7 +189,6 @@ class Server:
                     f"{name}: wanted token ids below {vocab}, got {max(ids)}", param=name
                 )
         constraint = None if asked.form is None else self.grammars.constraint(asked.form)
-        client = f"{http.state.client} {asked.user}"
         requests = [
             Request(
                 prompt,
@@ -201,11 +204,19 @@ class Server:
                 logprobs=asked.logprobs,
                 constraint=constraint,
                 deadline=self.limits.answer_seconds,
-                client=client,
+                client=http.state.client,  # not its `user`, of which it may make up many
             )
             for prompt in prompts
             for i in range(asked.n)
         ]
+        if asked.logprobs is not None:
+            count = sum(request.max_new_tokens for request in requests) * (asked.logprobs + 1)
+            if count > MOST_LOGPROBS:
+                raise ApiError(
+                    f"logprobs: wanted at most {MOST_LOGPROBS} in one request, got up to {count}:"
+                    " answers x max_tokens x (top_logprobs + 1)",
+                    param="logprobs",
+                )
         return prompts, echoes, requests
 
     def _kept(self, asked: Asked) -> "Callable[[Answer], None] | None":

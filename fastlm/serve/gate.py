@@ -117,8 +117,9 @@ class Gate:
                 told["gone"] = True
             except Exception as error:
                 log("failure", id=scope["state"]["id"], **_stack(error))
-                if status:
-                    told["failed"] = True  # in the middle of a response: its end is missing
+                if status:  # in the middle of a response: its end is missing
+                    told["failed"] = True
+                    self.metrics.errors.labels("server_error").inc()
                 else:
                     failed = ApiError(
                         "the server failed; its log has the reason under this request's id",

@@ -71,7 +71,6 @@ class Asked:
     ignore_eos: bool
     logprobs: int | None
     form: Form | None
-    user: str
 
 
 @dataclass(frozen=True)
@@ -265,7 +264,7 @@ SAMPLED: Mapping[str, Field] = {
     "temperature": TEMPERATURE,
     "top_k": whole(1, 2**31),
     "top_p": number(0, 1, above=True),
-    "user": name(128, ""),
+    "user": name(128),  # a label of OpenAI's clients
 }
 CHAT: Mapping[str, Field] = {
     **SAMPLED,
@@ -397,7 +396,6 @@ def _asked(given: dict[str, Any], top: int | None, form: Form | None) -> dict[st
         "ignore_eos": given["ignore_eos"],
         "logprobs": top,
         "form": form or structured,
-        "user": given["user"],
     }
 
 
