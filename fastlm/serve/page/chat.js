@@ -184,7 +184,7 @@ function settle(turn, i, pair, speed) {
 function tellCut(turn) {
   const limit = Number($("max_tokens").value);
   const most = turn.texts.length === 1 && turn.tokens || limit;
-  turn.node.append(el("div", { className: "row" },
+  turn.node.append(el("div", { className: "row tools" },
     el("span", { className: "quiet", textContent: most ? `Cut at ${most} tokens.` : "Cut." }),
     button("Answer again with twice as many", () => {
       $("max_tokens").value = 2 * (limit || most || 512);
