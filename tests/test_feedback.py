@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from serve_app import ask, serving, tiny_model
+from serve_app import HTTP, ask, serving, tiny_model
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -77,7 +77,8 @@ def filled(store):
     other = [{"role": "user", "content": "What?"}]
     store.keep(Kept("r2", "tiny", other, [[{"role": "assistant", "content": "Wrong"}]]))
     for opinion in (
-        Opinion("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),
+        Opinion("r1", choice=1, preferred_over=(("r1", 0),), rater="ann"),
+        Opinion("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),  # the other, after all
         Opinion("r1", choice=0, thumb="down", rater="ann"),
         Opinion("r1", choice=0, thumb="up", rater="ann"),  # she changed her mind
         Opinion("r1", choice=1, thumb="down", rater="ann", comment="Mail bob@mail.org"),
@@ -95,7 +96,7 @@ def test_rows_to_train_on(where, tmp_path):
     with filled(FeedbackStore(where)) as store:
         kept = store.answers()
         assert kept["r1"].prompt == CLEAN and kept["r1"].conversation_id == "talk"
-        assert store.opinions()[3].comment == "Mail <EMAIL>"
+        assert store.opinions()[4].comment == "Mail <EMAIL>"
         assert store.counts()["answers"] == 2 and store.counts()["thumb"] == 6
 
         done = export(store, tmp_path / "p.jsonl", "preferences")
@@ -122,7 +123,8 @@ def test_rows_to_train_on(where, tmp_path):
         with pytest.raises(InputError, match="form: wanted one of sft"):
             export(store, tmp_path / "x.jsonl", "dpo")
 
-        assert store.forget("talk") == 2 and store.forget("r1") == 5
+        assert store.forget("talk") == 8 and store.forget("r1") == 0
+        assert [o.response_id for o in store.opinions()] == ["r2", "r2", "r3"]
         with pytest.raises(InputError, match="got none; 1 of answers whose text was not kept"):
             store.forget("r2")
             export(store, tmp_path / "x.jsonl", "kto")
@@ -192,6 +194,17 @@ def test_over_http(tmp_path):
         refused("preferred_over[0]", response_id="x", preferred_over=[{}])
         refused("stars", response_id="x", stars=5)
         refused("response_id", response_id="x\0", thumb="up")
+        refused("response_id", response_id="ann@mail.org", thumb="up")
+        refused("conversation_id", conversation_id="ann@mail.org", thumb="up")
+        refused("preferred_over[0].response_id", response_id="x",
+                preferred_over=[{"response_id": "x y"}])  # fmt: skip
+        tools = [{"type": "function", "function": {"name": "\ud800"}}]
+        told = HTTP.post(
+            url + "/v1/feedback",
+            content=json.dumps({"response_id": "x", "conversation": {"tools": tools}}),
+            headers={"content-type": "application/json"},
+        )  # fmt: skip
+        assert told.status_code == 400 and "surrogate" in told.json()["error"]["message"]
         for lacking in ({}, {"consent": False}, {"messages": None}, {"choices": None}):
             body = {**consent, **lacking} if lacking else talk
             answer = give(400, response_id="x", thumb="up", conversation=body)
@@ -226,5 +239,7 @@ def test_commands(tmp_path):
     assert call("export", base, tmp_path / "x.jsonl").stdout.endswith("x.jsonl: 2 rows\n")
     assert call("export", base, tmp_path / "x.jsonl", "--form", "kto").stdout.endswith(": 3 rows\n")
     assert "ends in .jsonl" in call("export", base, tmp_path / "x", status=2).stderr
-    assert call("forget", base, "talk").stdout == "talk: 2 rows deleted\n"
+    assert b"Better" in b"".join(f.read_bytes() for f in tmp_path.glob("f.sqlite*"))
+    assert call("forget", base, "talk").stdout == "talk: 8 rows deleted\n"
+    assert b"Better" not in b"".join(f.read_bytes() for f in tmp_path.glob("f.sqlite*"))
     assert "wanted one of the database" in call("forget", base, "talk", status=2).stderr

@@ -5,17 +5,24 @@ that fail; what is logged and counted.
 import json
 import re
 import socket
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from serve_app import HTTP, ask, serving, tiny_model
 
 import fastlm.serve
 from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
 from fastlm.serve.commands import read_keys
+from fastlm.serve.fields import ApiError, parse_body
 from fastlm.serve.gate import Limits
+from fastlm.serve.requests import Closed, QueueFull
 
 KEY = "a-key-of-this-server"
 SECRET = "swordfish"  # in prompts; no log may have it
@@ -94,7 +101,9 @@ def test_keys_hosts_paths_and_bodies(tiny):
             '{"model": "tiny", "model": "tiny"}', '{"model": 1e999}', '{"temperature": 1e999}',
             '{"seed": ' + "9" * 2500 + "}", '{"model": "\\ud800"}',
             json.dumps(body(messages=[{"role": "user", "content": "\ud800"}])),
-            json.dumps(body(stop="\ud800")),
+            json.dumps(body(stop="\ud800")), '{"\\ud800": 1}', '{"\\ud800": 1, "\\ud800": 2}',
+            json.dumps(body(tools=[{"type": "function", "function": {"name": "\ud800"}}])),
+            json.dumps(body(chat_template_kwargs={"\ud800": {"x": "\ud800"}})),
         ):  # fmt: skip
             refused(400, sent=bad.encode("latin-1"))
         with connect(url, head(b"x" * 99).replace(b"host: localhost", b"host: 127.0.0.1")
@@ -107,6 +116,14 @@ def test_keys_hosts_paths_and_bodies(tiny):
         )  # fmt: skip
         assert chunked.status_code == 413
         assert ask(url, body(), **good).status_code == 200
+
+
+def test_many_keys_are_read_in_one_pass():
+    pairs = ", ".join(f'"{i}": 1' for i in range(100_000))
+    began = time.process_time()
+    with pytest.raises(ApiError, match="99999: wanted once, got it twice"):
+        parse_body(f'{{{pairs}, "99999": 1}}'.encode())
+    assert time.process_time() - began < 5  # each key against each other takes minutes
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
@@ -167,6 +184,119 @@ def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
         assert ask(url, body(n=2)).status_code == 200
 
 
+def test_texts_that_no_context_holds_are_not_encoded(tiny):
+    with serving(*tiny) as (url, server):
+        backend = server.tokenizer._text_backend
+
+        class Refuses:
+            def __getattr__(self, name):
+                raise AssertionError("encoded")
+
+        server.tokenizer.__dict__["_text_backend"] = Refuses()
+        long, backs = "ab" * 300_000, server.tokenizer._backend
+        server.tokenizer._backend = Refuses()
+        try:
+            for path, fields in (
+                ("/v1/completions", {"prompt": long}),
+                ("/v1/embeddings", {"input": ["x" * 600_000]}),
+                ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}),
+            ):
+                told = ask(url, {"model": "tiny", **fields}, path)
+                assert told.status_code == 400 and "bytes" in told.json()["error"]["message"]
+        finally:
+            server.tokenizer.__dict__["_text_backend"] = backend
+            server.tokenizer._backend = backs
+
+
+def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
+    sent = {"model": "tiny", "input": ["a", "b"]}
+
+    def refuse(error):
+        def call(_):
+            raise error
+
+        return call
+
+    def ended(_):
+        future = Future()
+        future.cancel()
+        future.set_running_or_notify_cancel()
+        return future
+
+    with serving(*tiny) as (url, server):
+        call = server.engine.call
+        for wrong, status, code in (
+            (refuse(QueueFull(3, 2.0)), 429, "queue_full"),
+            (refuse(Closed()), 503, "stopping"),
+            (ended, 503, "stopping"),
+        ):
+            server.engine.call = wrong
+            told = ask(url, sent, "/v1/embeddings")
+            assert (told.status_code, told.json()["error"]["code"]) == (status, code)
+            assert int(told.headers["retry-after"]) >= 1
+        server.engine.call = call
+        submit, server.engine.submit = server.engine.submit, lambda *_: refuse(Closed())(0)
+        told = ask(url, body())
+        assert (told.status_code, told.json()["error"]["code"]) == (503, "stopping")
+        server.engine.submit = submit
+        began, done = threading.Event(), server._embedding
+
+        def slow(ids):
+            began.set()
+            time.sleep(0.3)
+            return done(ids)
+
+        server._embedding = slow
+        with ThreadPoolExecutor(1) as pool:  # one that runs is waited for
+            running = pool.submit(ask, url, {**sent, "input": "a"}, "/v1/embeddings")
+            assert began.wait(20)
+            server.engine.close(drain=20)
+            assert running.result().status_code == 200
+
+
+def test_one_key_takes_at_most_half_of_the_queue(tiny):
+    keys, long = [KEY, "another-key-of-it"], body(max_tokens=60, ignore_eos=True)
+    options = {"engine": {"max_rows": 1, "max_waiting": 8}, "pause": 0.02, "keys": keys}
+    with serving(*tiny, **options) as (url, server):
+        mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
+        with ThreadPoolExecutor(9) as pool:
+            running = [pool.submit(ask, url, {**long, "user": "0"}, **mine)]
+            wait_until(lambda: server.engine.stats().running and not server.shares.waiting)
+            running += [pool.submit(ask, url, {**long, "user": str(i)}, **mine) for i in range(4)]
+            wait_until(lambda: server.engine.stats().waiting == 4)
+            full = ask(url, {**long, "user": "x"}, **mine)
+            assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+            assert ask(url, body(), **other).status_code == 200
+            assert [r.result().status_code for r in running] == [200] * 5
+        assert not server.shares.waiting
+
+
+def test_many_log_probabilities_are_refused():
+    with serving(*tiny_model(4096)) as (url, _):
+        asked = body(logprobs=True, top_logprobs=20, n=16, max_tokens=4000)
+        told = ask(url, asked).json()["error"]
+        assert told["param"] == "logprobs" and "answers x max_tokens" in told["message"]
+
+
+def test_ids_that_only_the_model_has(tiny):
+    _, tokenizer = tiny
+    vocab = tokenizer.vocab_size + 8
+    config = ModelConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_id,
+    )  # fmt: skip
+    model = CausalLM(config, seed=1).eval()
+    with torch.no_grad():  # the padding is likely
+        model.lm_head.weight[-8:] = model.lm_head.weight[:-8].mean(0)
+    with serving(model, tokenizer) as (url, _):
+        refused = ask(url, body(logit_bias={str(vocab - 1): 1}))
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "logit_bias"
+        asked = {"model": "tiny", "prompt": "The", "max_tokens": 8, "temperature": 0}
+        for stream in (False, True):
+            told = ask(url, {**asked, "logprobs": 20, "stream": stream}, "/v1/completions")
+            assert told.status_code == 200 and '"error"' not in told.text
+
+
 def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
     model, tokenizer = tiny
     with serving(model, tokenizer) as (url, server):
@@ -200,6 +330,36 @@ def test_an_answer_ends_after_its_time(tiny):
         said = ask(url, body(max_tokens=400, ignore_eos=True)).json()
         assert 0 < said["usage"]["completion_tokens"] < 100
         assert said["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_request_that_never_began(tiny):
+    with serving(*tiny, engine={"max_rows": 1}, pause=0.05) as (url, server):
+        with ThreadPoolExecutor(1) as pool:
+            long = body(max_tokens=40, ignore_eos=True)
+            running = pool.submit(ask, url, long)
+            wait_until(lambda: server.engine.stats().running == 1)
+            server.engine.submit, submit = (
+                lambda request, listen: submit(replace(request, deadline=0.01), listen),
+                server.engine.submit,
+            )
+            late = ask(url, body(n=2))
+            assert late.status_code == 503 and late.json()["error"]["code"] == "too_late"
+            assert running.result().status_code == 200
+        assert "fastlm_cancellations_total 0.0" in server.metrics.text().decode()
+
+
+def test_an_error_is_not_the_clients_cancellation(tiny):
+    with serving(*tiny) as (url, server):
+
+        def broken(_):
+            raise RuntimeError("no")
+
+        server.engine._decode = broken
+        assert ask(url, body(n=3)).status_code == 500
+        assert '"error"' in ask(url, body(n=3, stream=True)).text
+        text = server.metrics.text().decode()
+        assert "fastlm_cancellations_total 0.0" in text
+        assert 'fastlm_errors_total{type="server_error"} 2.0' in text
 
 
 def test_metrics_and_the_dashboard(tiny):

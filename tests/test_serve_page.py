@@ -2,6 +2,7 @@
 with keys, and that text from models and users stays text.
 """
 
+import json
 import re
 import shutil
 
@@ -96,7 +97,9 @@ def test_chat(browser, tiny, tmp_path):
         assert corrected.corrected == "What it should be" and not store.answers()
 
         first.get_by_role("button", name="Again").click()
+        status(page, "tokens/s")
         page.get_by_text("Second").wait_for()
+        assert page.evaluate("document.activeElement.id") == "text"
         assert page.get_by_text("What it should be").count() == 0
         page.get_by_role("article", name="You").get_by_role("button", name="Edit").click()
         page.locator("form.box textarea").fill("Another question")
@@ -131,6 +134,59 @@ def test_chat(browser, tiny, tmp_path):
         page.screenshot(path=tmp_path / "phone.png", full_page=True)
         page.get_by_role("button", name="New").click()
         assert page.locator("article").count() == 0
+
+
+def test_an_answer_belongs_to_its_conversation(browser, tiny, tmp_path):
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny, feedback=store, pause=0.03) as (url, server),
+    ):
+        script(server, "old " * 40, "new " * 20, "again " * 20)
+        page, wrong = opened(browser, url)
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Keep my conversations").check()
+        send(page, "First")
+        page.get_by_text("old old").wait_for()
+        page.get_by_role("button", name="New").click()  # while it is written
+        send(page, "Second")
+        page.get_by_text("new new").wait_for()
+        status(page, "tokens/s")
+        articles = page.get_by_role("article").all_inner_texts()
+        assert len(articles) == 2 and "old" not in "".join(articles)
+        (kept,) = store.answers().values()
+        assert [m["content"] for m in kept.prompt] == ["Second"]
+
+        page.get_by_role("button", name="Again").click()
+        page.get_by_text("again again").wait_for()
+        page.get_by_text("new new").wait_for()  # stays until the other one is whole
+        page.keyboard.press("Escape")
+        status(page, "stopped; the answer before it stays")
+        assert page.get_by_role("article").count() == 2
+        page.get_by_text("new new").wait_for()
+        assert page.evaluate("document.activeElement.id") == "text" and wrong == []
+
+
+def test_an_answer_that_is_not_complete(browser, tiny):
+    with serving(*tiny) as (url, server):
+        script(server, "word " * 60, "word " * 60)
+        page, _ = opened(browser, url)
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Longest answer").fill("10")
+        send(page, "Hi")
+        page.get_by_text("Cut at 10 tokens").wait_for()
+        page.get_by_role("button", name="Answer again with twice as many").click()
+        page.get_by_text("Cut at 20 tokens").wait_for()
+        assert page.get_by_role("article", name="Answer").count() == 1
+        half = {"index": 0, "delta": {"content": "Half"}}
+        page.route(
+            "**/v1/chat/completions",
+            lambda route: route.fulfill(
+                content_type="text/event-stream",
+                body=f"data: {json.dumps({'id': 'x', 'choices': [half]})}\n\n",
+            ),
+        )
+        send(page, "And now?")
+        status(page, "the answer broke off")
 
 
 def test_stop_and_errors(browser, tiny):

@@ -159,7 +159,7 @@ def test_replicas_behind_nginx(folder, tmp_path):
         for name, (_, url, _) in zip(("8001", "8002"), both):
             assert f"127.0.0.1:{name}" in block
             block = block.replace(f"127.0.0.1:{name}", url.removeprefix("http://"))
-        block = block.replace("listen 8000", f"listen 127.0.0.1:{port}")
+        block = block.replace("listen 127.0.0.1:8000", f"listen 127.0.0.1:{port}")
         conf = tmp_path / "nginx.conf"
         conf.write_text(
             f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors;\nevents {{}}\n"

@@ -36,6 +36,12 @@ def read(text, size=3, names=("add", "now")):
         ("<tool_call>{</tool_call> then", "<tool_call>{</tool_call> then", []),
         ("a < b <tool", "a < b <tool", []),
         ("[]", "[]", []),
+        (f"<tool_call>{json.dumps(ADD)}</tool_call>\nI ask it.", "\nI ask it.", ["add"]),
+        (f"[I think] <tool_call>{json.dumps(ADD)}</tool_call>", "[I think] ", ["add"]),
+        (f"<tool_call>no</tool_call><tool_call>{json.dumps(ADD)}", "<tool_call>no</tool_call>",
+         ["add"]),
+        ('{"name": "add", "arguments": {"a": NaN}}', '{"name": "add", "arguments": {"a": NaN}}',
+         []),
     ],
 )  # fmt: skip
 def test_calls_are_recognised(text, said, names, size):
@@ -46,6 +52,17 @@ def test_calls_are_recognised(text, said, names, size):
         assert call["type"] == "function" and isinstance(
             json.loads(call["function"]["arguments"]), dict
         )
+
+
+@pytest.mark.parametrize("value", ("a</tool_call>b", "<tool_call>", "\ud800", "é"))
+def test_arguments_stay_as_they_are(value):
+    call = {"name": "add", "arguments": {"a": value}}
+    for text in (json.dumps(call), f"<tool_call>{json.dumps(call)}</tool_call>"):
+        said, (found,) = read(text)
+        assert said == "" and json.loads(found["function"]["arguments"]) == {"a": value}
+        found["function"]["arguments"].encode()
+    bare = json.dumps({"name": "add", "arguments": "\ud800"})
+    assert read(bare) == (bare, [])
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from anyio.to_thread import run_sync
+
 from fastlm.serve.fields import ApiError
 from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
 from fastlm.serve.requests import Piece, TokenLogprob
@@ -27,6 +29,7 @@ class Choice:
     tools: ToolText | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     tokens: int = 0
+    offset: int = 0  # characters of the tokens whose log-probabilities were told
 
 
 class Answer:
@@ -52,15 +55,19 @@ class Answer:
         self.prompt_tokens: dict[int, int] = {}  # by prompt: its first choice tells
         self.cached_tokens = 0
 
-    async def whole(self) -> Event:
-        """The body of a response that is not streamed."""
+    async def whole(self) -> bytes:
+        """The body of a response that is not streamed, as JSON."""
         async for index, piece in self.running:
             self._take(index, piece)
-        return {
-            **self._head("chat.completion" if self.chat else "text_completion"),
-            "choices": [self._whole_choice(i, choice) for i, choice in enumerate(self.choices)],
-            "usage": self.usage(),
-        }
+        return await run_sync(self._body)
+
+    def _body(self) -> bytes:
+        """Takes a while where there are many log-probabilities: they become text one by one, since
+        `json.dumps` lets no other thread run."""
+        told = self._head("chat.completion" if self.chat else "text_completion")
+        told["usage"] = self.usage()
+        choices = ",".join(self._whole_choice(i, choice) for i, choice in enumerate(self.choices))
+        return f'{_json(told)[:-1]},"choices":[{choices}]}}'.encode()
 
     async def events(self) -> AsyncIterator[Event]:
         """The events of a streamed response, without the last "[DONE]"."""
@@ -77,7 +84,7 @@ class Answer:
             text, logprobs = self._take(index, piece), None
             choice = self.choices[index]
             if piece.logprobs:
-                logprobs = self._logprobs(piece.logprobs, 0)
+                logprobs = self._logprobs(piece.logprobs, choice)
             if text or logprobs:
                 delta = {"content": text} if self.chat else text
                 yield {**head, "choices": [self._chunk(index, delta, logprobs)]}
@@ -106,10 +113,12 @@ class Answer:
 
     def _take(self, index: int, piece: Piece) -> str:
         """Add a piece to its choice; return the text that the client gets now."""
-        if piece.finish_reason in ("error", "cancelled"):
-            raise ended_badly(piece)
         choice = self.choices[index]
         choice.tokens += len(piece.tokens)
+        late = piece.finish_reason == "deadline" and not any(c.tokens for c in self.choices)
+        if late or piece.finish_reason in ("error", "cancelled"):
+            self.running.abandon()
+            raise ended_badly(piece)
         text = piece.text
         if choice.tools is not None:
             text = choice.tools.push(text)
@@ -135,16 +144,25 @@ class Answer:
     def _echoes(self) -> list[str]:
         return [text for text in self.echo for _ in range(self.asked.n)]
 
-    def _whole_choice(self, index: int, choice: Choice) -> Event:
+    def _whole_choice(self, index: int, choice: Choice) -> str:
         echoes = self._echoes()
         told: Event = {"index": index}
         if self.chat:
             told["message"] = self._message(choice)
         else:
             told["text"] = (echoes[index] if echoes else "") + choice.text
-        has = self.asked.logprobs is not None
-        told["logprobs"] = self._logprobs(choice.logprobs, 0) if has else None
-        return {**told, "finish_reason": choice.finish_reason}
+        told["finish_reason"] = choice.finish_reason
+        return f'{_json(told)[:-1]},"logprobs":{self._logprobs_json(choice)}}}'
+
+    def _logprobs_json(self, choice: Choice) -> str:
+        if self.asked.logprobs is None:
+            return "null"
+        if self.chat:
+            content = ",".join(_json(self._chat_logprob(one)) for one in choice.logprobs)
+            return f'{{"content":[{content}],"refusal":null}}'
+        told = self._logprobs(choice.logprobs, choice)
+        lists = (f'"{key}":[{",".join(map(_json, values))}]' for key, values in told.items())
+        return "{" + ",".join(lists) + "}"
 
     def _message(self, choice: Choice, kept: bool = False) -> Event:
         """The assistant's message; ``kept``: as data for training has it, without nulls."""
@@ -162,49 +180,65 @@ class Answer:
         said = {"delta": delta} if self.chat else {"text": delta}
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, found: list[TokenLogprob], offset: int) -> Event:
+    def _logprobs(self, found: list[TokenLogprob], choice: Choice) -> Event:
+        """``found`` follow what was told of the choice before."""
         if self.chat:
-            content = [
-                {
-                    **self._token(one.token, one.logprob),
-                    "top_logprobs": [self._token(*pair) for pair in one.top],
-                }
-                for one in found
-            ]
-            return {"content": content, "refusal": None}
+            return {"content": [self._chat_logprob(one) for one in found], "refusal": None}
         told: Event = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for one in found:
             told["tokens"].append(self._name(one.token))
             told["token_logprobs"].append(one.logprob)
             told["top_logprobs"].append({self._name(id): value for id, value in one.top})
-            told["text_offset"].append(offset)
-            offset += len(self._text(one.token))
+            told["text_offset"].append(choice.offset)
+            choice.offset += len(self._text(one.token))
         return told
 
+    def _chat_logprob(self, one: TokenLogprob) -> Event:
+        top = [self._token(*pair) for pair in one.top]
+        return {**self._token(one.token, one.logprob), "top_logprobs": top}
+
     def _token(self, id: int, logprob: float) -> Event:
-        data = list(self.tokenizer.token_bytes(id))
-        return {"token": self._text(id), "logprob": logprob, "bytes": data}
+        return {"token": self._text(id), "logprob": logprob, "bytes": list(self._bytes(id))}
 
     def _name(self, id: int) -> str:
         """A token as a key: its text, or ``bytes:\\xNN`` where that is a part of a character."""
-        data = self.tokenizer.token_bytes(id)
+        data = self._bytes(id)
         try:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _text(self, id: int) -> str:
-        return self.tokenizer.token_bytes(id).decode(errors="replace")
+        return self._bytes(id).decode(errors="replace")
+
+    def _bytes(self, id: int) -> bytes:
+        """Nothing for an id of a padded model that the tokenizer does not have."""
+        return self.tokenizer.token_bytes(id) if id < self.tokenizer.vocab_size else b""
 
 
 def ended_badly(piece: Piece) -> ApiError:
     """The error of an answer that the engine ended."""
     if piece.finish_reason == "cancelled":
-        return ApiError("the server is stopping", status=503, kind="server_error", code="stopping")
+        return stopping()
+    if piece.finish_reason == "deadline":
+        return ApiError(
+            "queue: the time that a request may take was over before its answer began",
+            status=503, kind="server_error", code="too_late", headers={"retry-after": "5"},
+        )  # fmt: skip
     return ApiError(f"the answer failed: {piece.error}", status=500, kind="server_error")
+
+
+def stopping() -> ApiError:
+    return ApiError(
+        "the server is stopping", status=503, kind="server_error", code="stopping",
+        headers={"retry-after": "5"},
+    )  # fmt: skip
 
 
 def sse(event: Event | str) -> bytes:
     """A server-sent event."""
-    data = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)
-    return f"data: {data}\n\n".encode()
+    return f"data: {event if isinstance(event, str) else _json(event)}\n\n".encode()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -3,8 +3,8 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,9 @@ from fastlm.data.ranking import RankingStore
 from fastlm.decode.pages import PAGE
 from fastlm.errors import InputError
 from fastlm.serve import opinions, rank_api
-from fastlm.serve.answers import Answer, sse
+from fastlm.serve.answers import Answer, sse, stopping
 from fastlm.serve.feedback import FeedbackStore, Kept
-from fastlm.serve.fields import ApiError
+from fastlm.serve.fields import ApiError, checked
 from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, unless_gone
 from fastlm.serve.grammar import Grammars
 from fastlm.serve.metrics import Metrics
@@ -40,14 +40,16 @@ from fastlm.serve.openai_api import (
 )
 from fastlm.serve.openapi import openapi
 from fastlm.serve.prompts import Prompts
-from fastlm.serve.requests import QueueFull, Request
-from fastlm.serve.running import Engine, Running
+from fastlm.serve.requests import Closed, QueueFull, Request
+from fastlm.serve.running import Engine, Running, Shares
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 FILES = Path(__file__).with_name("page")
+MOST_LOGPROBS = 2**18  # in one response: about 30 MB
+MOST_EMBEDDED = 2**17  # tokens of one request to /v1/embeddings
 TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
@@ -77,6 +79,8 @@ class Server:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine.stats)
+        several = len(self.keys) > 1  # clients; without keys all are of this machine
+        self.shares = Shares(max(1, self.engine.max_waiting // 2) if several else None)
         # a cache smaller than the context bounds a request, too
         self.context_limit = min(self.engine.context_limit, self.engine.stats().pages * PAGE)
         self.prompts = Prompts(self.tokenizer, self.context_limit)
@@ -131,7 +135,7 @@ class Server:
 
     def _complete(self, read: Callable[[Any], Asked]) -> Any:
         async def complete(http: HttpRequest) -> Response:
-            asked = read(await self.body(http))
+            asked = checked(read, await self.body(http))
             kept = self._kept(asked)
             prompts, echoes, requests = await run_sync(self._requests, http, asked)
             chat = isinstance(asked, ChatAsked)
@@ -139,16 +143,8 @@ class Server:
             http.state.told["prompt_tokens"] = sum(map(len, prompts))
             for prompt in prompts:
                 self.metrics.prompt_length.observe(len(prompt))
-            try:
-                running = Running(self.engine, requests, self.metrics)
-            except QueueFull as full:
-                wait = str(max(1, round(full.retry_after)))
-                raise ApiError(
-                    str(full), status=429, code="queue_full", kind="rate_limit_error",
-                    headers={"retry-after": wait},
-                ) from None  # fmt: skip
-            except InputError as error:
-                raise ApiError(str(error)) from None
+            with _refusals():
+                running = Running(self.engine, requests, self.metrics, self.shares)
             answer = Answer(asked, id, running, self.tokenizer, echoes)
             if asked.stream:
                 return Events(self, answer, kept, http.state.told)
@@ -159,7 +155,7 @@ class Server:
             finally:
                 running.close()
             _tell(http.state.told, answer)
-            return JSONResponse(body)
+            return Response(body, media_type="application/json")
 
         return complete
 
@@ -182,7 +178,8 @@ class Server:
             for given in asked.prompts if asked.echo else ():
                 text = given if isinstance(given, str) else self.tokenizer.decode(given)
                 echoes.append(text)
-        vocab = self.model.config.vocab_size
+        # a padded model has more
+        vocab = min(self.tokenizer.vocab_size, self.model.config.vocab_size)
         for name, ids in (
             ("logit_bias", [id for id, _ in asked.sampling.logit_bias]),
             ("stop_token_ids", asked.stop_ids),
@@ -192,7 +189,6 @@ class Server:
                     f"{name}: wanted token ids below {vocab}, got {max(ids)}", param=name
                 )
         constraint = None if asked.form is None else self.grammars.constraint(asked.form)
-        client = f"{http.state.client} {asked.user}"
         requests = [
             Request(
                 prompt,
@@ -208,11 +204,19 @@ class Server:
                 logprobs=asked.logprobs,
                 constraint=constraint,
                 deadline=self.limits.answer_seconds,
-                client=client,
+                client=http.state.client,  # not its `user`, of which it may make up many
             )
             for prompt in prompts
             for i in range(asked.n)
         ]
+        if asked.logprobs is not None:
+            count = sum(request.max_new_tokens for request in requests) * (asked.logprobs + 1)
+            if count > MOST_LOGPROBS:
+                raise ApiError(
+                    f"logprobs: wanted at most {MOST_LOGPROBS} in one request, got up to {count}:"
+                    " answers x max_tokens x (top_logprobs + 1)",
+                    param="logprobs",
+                )
         return prompts, echoes, requests
 
     def _kept(self, asked: Asked) -> "Callable[[Answer], None] | None":
@@ -238,7 +242,7 @@ class Server:
     # ---- embeddings, models
 
     async def _embed(self, http: HttpRequest) -> Response:
-        asked = embed_asked(await self.body(http))
+        asked = checked(embed_asked, await self.body(http))
         self.check_model(asked.model)
 
         def encode() -> list[list[int]]:
@@ -246,14 +250,27 @@ class Server:
 
         inputs = await run_sync(encode)
         http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
+        if tokens > MOST_EMBEDDED:
+            raise ApiError(
+                f"input: wanted at most {MOST_EMBEDDED} tokens in one request, got {tokens}",
+                param="input",
+            )
+
+        async def one(ids: list[int]) -> np.ndarray:
+            with _refusals():
+                future = self.engine.call(partial(self._embedding, ids))
+            try:
+                return await asyncio.wrap_future(future)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                raise stopping() from None  # the engine ended what waited
 
         async def embed() -> list[Any]:
             async with asyncio.timeout(self.limits.answer_seconds):
                 # one by one: the engine's steps run between them
-                found = [
-                    await asyncio.wrap_future(self.engine.call(partial(self._embedding, ids)))
-                    for ids in inputs
-                ]
+                found = [await one(ids) for ids in inputs]
             if asked.base64:
                 return [base64.b64encode(vector.tobytes()).decode() for vector in found]
             return [vector.tolist() for vector in found]
@@ -306,10 +323,7 @@ class Server:
     async def body(self, http: HttpRequest) -> Any:
         """The JSON body of a request. ApiError: also that the server is stopping."""
         if self.stopping:
-            raise ApiError(
-                "the server is stopping", status=503, kind="server_error", code="stopping",
-                headers={"retry-after": "5"},
-            )  # fmt: skip
+            raise stopping()
         return await read_body(http, self.limits)
 
     async def _health(self, _: HttpRequest) -> Response:
@@ -377,6 +391,23 @@ class Events(Response):
             self.told["error"] = error.code or error.kind
             await write(sse(error.body()))
         await write(b"", False)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the engine refuses, as the client's error."""
+    try:
+        yield
+    except QueueFull as full:
+        wait = str(max(1, round(full.retry_after)))
+        raise ApiError(
+            str(full), status=429, code="queue_full", kind="rate_limit_error",
+            headers={"retry-after": wait},
+        ) from None  # fmt: skip
+    except Closed:
+        raise stopping() from None
+    except InputError as error:
+        raise ApiError(str(error)) from None
 
 
 def _tell(told: dict[str, Any], answer: Answer) -> None:

@@ -179,9 +179,18 @@ class FeedbackStore:
         """
         gone = 0
         with self._write() as connection:
+            # opinions may name the responses of a conversation alone
+            ids = {id}
             for table in (ANSWERS, FEEDBACK):
-                its = sa.or_(table.c.response_id == id, table.c.conversation_id == id)
-                gone += connection.execute(table.delete().where(its)).rowcount
+                query = sa.select(table.c.response_id).where(table.c.conversation_id == id)
+                ids.update(filter(None, connection.execute(query).scalars()))
+            for table in (ANSWERS, FEEDBACK):
+                for one in ids:
+                    its = sa.or_(table.c.response_id == one, table.c.conversation_id == one)
+                    gone += connection.execute(table.delete().where(its)).rowcount
+        if self.engine.dialect.name == "sqlite":  # the log has the text, too, until it is emptied
+            with self._errors(), self.engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         return gone
 
     def answers(self) -> dict[str, Kept]:
@@ -229,6 +238,7 @@ def _waits(url: sa.URL) -> dict[str, Any]:
 def _durable(connection: Any, _: Any) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")  # a transaction outlives a power cut
+    connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
 
 
 def _scrubbed(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Feedback as rows to train on: for `fastlm sft`, `dpo` and `reward`, and `kto`.
 
-Of several opinions of one rater about one answer the last counts. An opinion about an answer whose
-text nobody consented to keep trains nothing and is counted.
+Of several opinions of one rater about one answer, or about two answers, the last counts. An opinion
+about an answer whose text nobody consented to keep trains nothing and is counted.
 """
 
 import json
@@ -69,7 +69,7 @@ class _Export:
         self.answers, self.done = store.answers(), done
         self.thumbs: dict[tuple[str | None, Key], str] = {}
         self.corrections: dict[tuple[str | None, Key], str] = {}
-        self.picks: list[tuple[str | None, Key, Key]] = []
+        self.picks: dict[tuple[str | None, frozenset[Key]], tuple[Key, Key]] = {}
         for opinion in store.opinions():
             self._sort(opinion)
 
@@ -81,7 +81,8 @@ class _Export:
             self.thumbs[opinion.rater, key] = opinion.thumb
         if opinion.corrected:
             self.corrections[opinion.rater, key] = opinion.corrected
-        self.picks += [(opinion.rater, key, worse) for worse in opinion.preferred_over]
+        for worse in opinion.preferred_over:
+            self.picks[opinion.rater, frozenset((key, worse))] = key, worse
 
     def rows(self, form: str) -> Iterator[dict[str, Any]]:
         if form == "kto":
@@ -100,7 +101,7 @@ class _Export:
         if form == "sft":
             yield from self._liked()
             return
-        for rater, better, worse in self.picks:
+        for (rater, _), (better, worse) in self.picks.items():
             chosen, rejected = self._answer(better), self._answer(worse)
             if chosen and rejected:
                 if (chosen[0].prompt, chosen[0].tools) != (rejected[0].prompt, rejected[0].tools):

@@ -6,14 +6,17 @@ A `Field` says what it accepts twice: as a function that checks a value, and as 
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastlm.errors import InputError, show
 from fastlm.typed import check_unicode, unknown
 
 Schema = dict[str, Any]
+ID = "[A-Za-z0-9_-]{1,128}"
+T = TypeVar("T")
 
 
 class ApiError(InputError):
@@ -114,6 +117,19 @@ def name(most: int, default: str | None = None, *, required: bool = False) -> Fi
     return Field(read, plain.schema, default, required)
 
 
+def identifier(default: str | None = None) -> Field:
+    """The id of a response or a conversation. Personal data is not scrubbed from ids: an address
+    is none.
+    """
+
+    def read(value: Any, where: str) -> str:
+        if not isinstance(value, str) or not re.fullmatch(ID, value):
+            raise wrong(where, "1 to 128 letters, digits, _ and -", value)
+        return value
+
+    return Field(read, {"type": "string", "pattern": f"^{ID}$"}, default)
+
+
 def choice(*values: Any, default: Any = None) -> Field:
     """One of some values."""
     wanted = " or ".join(json.dumps(value) for value in values)
@@ -186,14 +202,15 @@ def schema_of(fields: Mapping[str, Field]) -> Schema:
 
 
 def parse_body(data: bytes) -> Any:
-    """The value of a JSON body. ApiError: not UTF-8, not JSON, nested too deep, a key twice."""
+    """The value of a JSON body. ApiError: not UTF-8, not JSON, nested too deep, a key
+    twice, a value that `check_values` refuses."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ApiError(f"{twice:.80}: wanted once, got it twice", param=twice[:80])
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ApiError(f"{key:.80}: wanted once, got it twice", param=key[:80])
+            found[key] = value
         return found
 
     def refuse(name: str) -> Any:
@@ -201,7 +218,9 @@ def parse_body(data: bytes) -> Any:
 
     try:
         value = json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse)
-        check_finite(value)
+        for key, item in value.items() if isinstance(value, dict) else ():
+            check_values(key, "body")
+            check_values(item, key[:80])
         return value
     except ApiError:
         raise
@@ -210,10 +229,32 @@ def parse_body(data: bytes) -> Any:
         raise ApiError(f"body: wanted JSON, got: {reason:.200}") from None
 
 
-def check_finite(value: Any) -> None:
-    """ApiError for a number like 1e999, which Python reads as infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ApiError("body: wanted finite numbers, got one that is too large")
-    if isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            check_finite(item)
+def check_values(value: Any, name: str) -> None:
+    """ApiError for what Python's reader of JSON lets pass: a number like 1e999, which it reads as
+    infinity, and a lone surrogate in a text or a key, which no response could quote.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            message = f"{name}: wanted valid Unicode, got a lone surrogate"
+            raise ApiError(message, param=name) from None
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ApiError(f"{name}: wanted finite numbers, got one that is too large", param=name)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_values(key, name)
+            check_values(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            check_values(item, name)
+
+
+def checked(read: Callable[[Any], T], body: Any) -> T:
+    """``read(body)``, whose every InputError is the client's: an `ApiError`."""
+    try:
+        return read(body)
+    except ApiError:
+        raise
+    except InputError as error:
+        raise ApiError(str(error)) from None

@@ -19,7 +19,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from fastlm.serve.fields import ApiError, parse_body
 from fastlm.serve.metrics import Metrics
@@ -117,8 +117,9 @@ class Gate:
                 told["gone"] = True
             except Exception as error:
                 log("failure", id=scope["state"]["id"], **_stack(error))
-                if status:
-                    told["failed"] = True  # in the middle of a response: its end is missing
+                if status:  # in the middle of a response: its end is missing
+                    told["failed"] = True
+                    self.metrics.errors.labels("server_error").inc()
                 else:
                     failed = ApiError(
                         "the server failed; its log has the reason under this request's id",
@@ -138,9 +139,10 @@ class Gate:
                     status=status or 499, seconds=round(seconds, 4), **told,
                 )  # fmt: skip
 
-    def refuse(self, error: ApiError) -> JSONResponse:
+    def refuse(self, error: ApiError) -> Response:
         self.metrics.errors.labels(error.code or error.kind).inc()
-        return JSONResponse(error.body(), error.status, headers=error.headers)
+        told = json.dumps(error.body())  # in ASCII: whatever it quotes can be sent
+        return Response(told, error.status, error.headers, "application/json")
 
     def _admit(self, scope: Any, headers: Headers) -> str:
         """The client's name: that of its key, else its address. ApiError: it may not ask."""

@@ -15,8 +15,10 @@ from fastlm.decode.sampling import Sampling
 from fastlm.serve.fields import (
     ApiError,
     Field,
+    check_values,
     choice,
     flag,
+    identifier,
     list_of,
     name,
     number,
@@ -69,7 +71,6 @@ class Asked:
     ignore_eos: bool
     logprobs: int | None
     form: Form | None
-    user: str
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,10 @@ def _messages(value: Any, name: str) -> list[Message]:
         where = f"{name}[{i}]"
         if not isinstance(message, dict):
             raise wrong(where, "an object", message)
-        if message.get("role") not in ROLES:
-            raise wrong(f"{where}.role", f"one of {', '.join(ROLES)}", message.get("role"))
-        known = ROLES[message["role"]]
+        role = message.get("role")
+        known = ROLES.get(role) if isinstance(role, str) else None
+        if known is None:
+            raise wrong(f"{where}.role", f"one of {', '.join(ROLES)}", role)
         for key, given in message.items():
             if key not in known and given is not None and given != []:
                 raise ApiError(
@@ -137,7 +139,9 @@ def _messages(value: Any, name: str) -> list[Message]:
         if content is None and not message.get("tool_calls"):
             raise ApiError(f"{where}.content: wanted, is missing", param=f"{where}.content")
     try:
-        return [message for _, message in messages_of(value, name)]
+        messages = [message for _, message in messages_of(value, name)]
+        check_values(messages, name)  # a call's arguments were JSON in a text
+        return messages
     except RecursionError:
         raise wrong(name, "messages that are not nested deeper", "deeper ones") from None
 
@@ -184,7 +188,7 @@ def _object(value: Any, name: str) -> dict[str, Any]:
 
 TEMPLATE_NAMES = frozenset(
     "messages tools documents add_generation_prompt date bos_token eos_token pad_token unk_token"
-    " self".split()
+    " self most_bytes".split()
 )
 
 
@@ -195,6 +199,19 @@ def _variables(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
+def _temperature(value: Any, name: str) -> float:
+    found = number(0, 2).read(value, name)
+    if 0 < found < LEAST_TEMPERATURE:
+        raise wrong(name, f"0 or a number from {LEAST_TEMPERATURE:g} to 2", value)
+    return found
+
+
+LEAST_TEMPERATURE = 1e-6  # of `Sampling`, but for 0
+TEMPERATURE = Field(
+    _temperature,
+    {"anyOf": [{"const": 0}, {"type": "number", "minimum": LEAST_TEMPERATURE, "maximum": 2}]},
+    1.0,
+)
 NAMED = {
     "type": choice("function"),
     "function": table({"name": text(64, required=True)}),
@@ -237,17 +254,17 @@ SAMPLED: Mapping[str, Field] = {
     "max_tokens": whole(1, 2**31),
     "n": whole(1, MOST_CHOICES, 1),
     "presence_penalty": number(-2, 2, 0.0),
-    "repetition_penalty": number(0, 10, 1.0, above=True),
+    "repetition_penalty": number(0.001, 10, 1.0),
     "seed": whole(0, 2**63 - 1),
     "stop": list_of(text(256), 1, 16, one=True),
     "stop_token_ids": list_of(IDS, 1, 64),
     "stream": flag(),
     "stream_options": table({"include_usage": flag()}),
     "structured_outputs": table(STRUCTURED),
-    "temperature": number(0, 2, 1.0),
+    "temperature": TEMPERATURE,
     "top_k": whole(1, 2**31),
     "top_p": number(0, 1, above=True),
-    "user": name(128, ""),
+    "user": name(128),  # a label of OpenAI's clients
 }
 CHAT: Mapping[str, Field] = {
     **SAMPLED,
@@ -261,7 +278,7 @@ CHAT: Mapping[str, Field] = {
     "parallel_tool_calls": choice(True),
     "chat_template_kwargs": Field(_variables, {"type": "object"}),
     "store": flag(),
-    "conversation_id": name(128),
+    "conversation_id": identifier(),
 }
 TEXT: Mapping[str, Field] = {
     **SAMPLED,
@@ -379,7 +396,6 @@ def _asked(given: dict[str, Any], top: int | None, form: Form | None) -> dict[st
         "ignore_eos": given["ignore_eos"],
         "logprobs": top,
         "form": form or structured,
-        "user": given["user"],
     }
 
 

@@ -36,7 +36,7 @@ STATUSES = {
     "415": "the body is no JSON",
     "429": "the queue is full; Retry-After says when to try again",
     "500": "the server failed",
-    "503": "the server is stopping",
+    "503": "the server is stopping, or the time was over before an answer began",
 }
 
 

@@ -1,6 +1,7 @@
 """``POST /v1/feedback``: opinions about answers, at any time after them."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anyio.to_thread import run_sync
@@ -12,7 +13,9 @@ from fastlm.serve.feedback import Kept, Opinion
 from fastlm.serve.fields import (
     ApiError,
     Field,
+    checked,
     choice,
+    identifier,
     list_of,
     name,
     read_fields,
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 MOST_TEXT = 2**16  # characters of a corrected answer
 CHOICE = whole(0, MOST_CHOICES - 1, 0)
+OTHER = table({"response_id": identifier(), "choice": CHOICE})
 KEPT = {
     "consent": choice(True),
     "messages": CHAT["messages"],
@@ -34,14 +38,16 @@ KEPT = {
     "tools": CHAT["tools"],
 }
 FEEDBACK: Mapping[str, Field] = {
-    "response_id": name(128),
-    "conversation_id": name(128),
+    "response_id": identifier(),
+    "conversation_id": identifier(),
     "choice": CHOICE,
     "rater": name(128),
     "thumb": choice("up", "down"),
     "comment": text(4096),
     "corrected": text(MOST_TEXT),
-    "preferred_over": list_of(table({"response_id": name(128), "choice": CHOICE}), 1, MOST_CHOICES),
+    "preferred_over": list_of(
+        table({"response_id": identifier(), "choice": CHOICE}), 1, MOST_CHOICES
+    ),
     "conversation": table(KEPT),
 }
 
@@ -95,7 +101,7 @@ async def give(server: "Server", http: Request) -> Response:
             "feedback: this server has no database for it (fastlm serve --feedback)",
             status=404, code="no_feedback",
         )  # fmt: skip
-    opinion, kept = read_feedback(body, server.name)
+    opinion, kept = checked(partial(read_feedback, model=server.name), body)
 
     def write() -> int | None:
         if kept is not None:

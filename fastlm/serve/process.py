@@ -62,6 +62,7 @@ def run(
         )  # fmt: skip
         config = uvicorn.Config(
             server.app, log_config=None, access_log=False, server_header=False,
+            http="h11", proxy_headers=False,  # bounded headers; addresses that nobody can make up
             limit_concurrency=max_connections, h11_max_incomplete_event_size=2**16,
             timeout_graceful_shutdown=int(drain) + 5, ws="none",
         )  # fmt: skip

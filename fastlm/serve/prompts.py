@@ -37,6 +37,8 @@ class Prompts:
     def __init__(self, tokenizer: "Tokenizer", context_limit: int):
         self.tokenizer, self.context_limit = tokenizer, context_limit
         self.why_not = cache(self._why_not)
+        longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
+        self.most_bytes = context_limit * longest
 
     def chat(self, asked: ChatAsked) -> list[int]:
         """The ids of a conversation through the chat template. ApiError: the model has none, it
@@ -53,7 +55,9 @@ class Prompts:
         if asked.tools is not None:
             variables["tools"] = asked.tools
         try:
-            ids = self.tokenizer.encode_chat(asked.messages, **variables)
+            ids = self.tokenizer.encode_chat(
+                asked.messages, most_bytes=self.most_bytes, **variables
+            )
         except InputError as error:
             raise ApiError(str(error), param="messages") from None
         return self._fitting(ids, "messages")
@@ -69,12 +73,25 @@ class Prompts:
                     param=name,
                 )
             return self._fitting(prompt, name, room)
+        self._check_size(prompt, name)
         try:
             ids = self.tokenizer.encode(prompt)
         except InputError as error:
             raise ApiError(str(error), param=name) from None
         start = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
         return self._fitting([*start, *ids], name, room)
+
+    def _check_size(self, text: str, name: str) -> None:
+        """ApiError: the tokens of a whole context could not write the text. Asked before the text
+        is encoded: for megabytes that takes seconds.
+        """
+        if (size := len(text.encode())) > self.most_bytes:
+            raise ApiError(
+                f"{name}: wanted at most the {self.most_bytes} bytes that the model's context of"
+                f" {self.context_limit} tokens can hold, got {size}",
+                param=name,
+                code="context_length_exceeded",
+            )
 
     def _fitting(self, ids: list[int], name: str, room: int = 1) -> list[int]:
         if len(ids) + room > self.context_limit:

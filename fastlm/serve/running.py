@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from fastlm.serve.requests import EngineStats, Listener, Piece, Request
+from fastlm.serve.requests import EngineStats, Listener, Piece, QueueFull, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from fastlm.serve.metrics import Metrics
 
 T = TypeVar("T")
+RETRY_SECONDS = 5.0  # when a client may ask again whose share of the queue is used up
 
 
 class Engine(Protocol):
     """What the server needs of `fastlm.serve.engine.Engine`."""
 
     context_limit: int
+    max_waiting: int
 
     def submit(self, request: Request, listener: Listener) -> int: ...
     def cancel(self, id: int) -> None: ...
@@ -30,45 +33,81 @@ class Engine(Protocol):
     def close(self, *, drain: float = 0.0) -> None: ...
 
 
-class Running:
-    """The pieces of several requests, as (index, piece), in the order in which they arrive.
-
-    All are submitted at once or none is: what `Engine.submit` raises is raised here. `close`
-    cancels what still runs. The engine's thread never waits for the client: pieces queue, at most
-    as many as an answer has tokens.
+class Shares:
+    """How many answers of each client have not begun; ``most``: of one client, None: any number.
+    For the event loop alone.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], metrics: "Metrics"):
+    def __init__(self, most: int | None):
+        self.most = most
+        self.waiting: Counter[str] = Counter()
+
+    def take(self, client: str, count: int) -> None:
+        """Count ``count`` more. QueueFull: more than the client's share."""
+        have = self.waiting[client]
+        if self.most is not None and have + count > self.most:
+            raise QueueFull(have, RETRY_SECONDS)
+        self.waiting[client] += count
+
+    def give(self, client: str, count: int = 1) -> None:
+        """Count ``count`` fewer."""
+        self.waiting[client] -= count
+        if not self.waiting[client]:
+            del self.waiting[client]
+
+
+class Running:
+    """The pieces of several requests of one client, as (index, piece), in the order in which they
+    arrive.
+
+    All are submitted at once or none is: what `Engine.submit` and `Shares.take` raise is raised
+    here. `close` cancels what still runs. The engine's thread never waits for the client: pieces
+    queue, at most as many as an answer has tokens.
+    """
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], metrics: "Metrics", shares: Shares
+    ):
         self.engine, self.metrics, self.count = engine, metrics, len(requests)
+        self._shares, self._client = shares, requests[0].client
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._began = time.perf_counter()
         self._last: dict[int, float] = {}
         self._ids: dict[int, int] = {}
+        shares.take(self._client, len(requests))
+        self._waiting = set(range(len(requests)))
         try:
             for index, request in enumerate(requests):
                 self._ids[index] = engine.submit(request, self._listener(index))
         except BaseException:
-            self._cancel()
+            self.abandon()
             raise
 
     def _listener(self, index: int) -> Listener:
         def listen(piece: Piece) -> None:
+            now = time.perf_counter()  # a slow client's delays are not the engine's
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
+                self._loop.call_soon_threadsafe(self._take, index, piece, now)
 
         return listen
+
+    def _take(self, index: int, piece: Piece, now: float) -> None:
+        if index in self._waiting:
+            self._waiting.discard(index)
+            self._shares.give(self._client)
+        self._measure(index, piece, now)
+        self._queue.put_nowait((index, piece))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         while self._ids:
             index, piece = await self._queue.get()
-            self._measure(index, piece)
             if piece.finish_reason is not None:
                 del self._ids[index]
             yield index, piece
 
-    def _measure(self, index: int, piece: Piece) -> None:
-        now, new = time.perf_counter(), len(piece.tokens)
+    def _measure(self, index: int, piece: Piece, now: float) -> None:
+        new = len(piece.tokens)
         if new and index not in self._last:
             self.metrics.first_token.observe(now - self._began)
         elif new:
@@ -78,14 +117,17 @@ class Running:
             self._last[index] = now
 
     def close(self) -> None:
-        """Cancel the requests that have not ended."""
+        """Cancel the requests that have not ended, because the client is gone."""
         self.metrics.cancelled.inc(len(self._ids))
-        self._cancel()
+        self.abandon()
 
-    def _cancel(self) -> None:
+    def abandon(self) -> None:
+        """Cancel the requests that have not ended."""
         for id in self._ids.values():
             self.engine.cancel(id)
         self._ids = {}
+        self._shares.give(self._client, len(self._waiting))
+        self._waiting = set()
 
 
 async def gone(receive: Any) -> None:

@@ -2,9 +2,11 @@
 
 Recognised in an answer, where the request has tools:
 
-- ``<tool_call>JSON</tool_call>``, any number of them after a text (Hermes, Qwen, SmolLM);
+- ``<tool_call>JSON</tool_call>``, any number of them in a text (Hermes, Qwen, SmolLM);
 - an answer that is JSON as a whole (Llama 3, Mistral, whose marks are special tokens).
 
+An answer that begins with ``[`` or ``{`` is held back to its end, as is what follows a
+``<tool_call>``.
 JSON is ``{"name", "arguments" or "parameters"}`` or a list of those. A call of a tool that the
 request does not have is text.
 """
@@ -20,6 +22,7 @@ from fastlm.serve.fields import ApiError, Field, flag, read_fields, text, wrong
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MOST_TOOLS = 128
+DECODER = json.JSONDecoder()
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
@@ -88,42 +91,73 @@ class ToolText:
 
     def end(self) -> str:
         """Return the rest of the text."""
-        calls = self._parsed(self._held)
-        if calls is None:
-            return self._pass(len(self._held))
-        self.calls, self._held = calls, ""
-        return ""
+        text, self._held = self._held, ""
+        if not self._began and (calls := self._whole(text)):
+            self.calls = calls
+            return ""
+        rest, self.calls = self._blocks(text)
+        return rest if rest.strip() or not self.calls else ""
 
     def _pass(self, at: int) -> str:
         ready, self._held = self._held[:at], self._held[at:]
         self._began = self._began or bool(ready.strip())
         return ready
 
-    def _parsed(self, held: str) -> list[dict[str, Any]] | None:
-        """The calls in ``held``, or None where it is text."""
-        if not self._began and held.lstrip()[:1] in ("{", "["):
-            blocks = [held]
-        elif held.startswith(OPEN):
-            blocks = held.replace(CLOSE, "").split(OPEN)[1:]  # the last may lack its end
-        else:
+    def _whole(self, text: str) -> list[dict[str, Any]]:
+        """The calls of an answer that is JSON as a whole, none where it is text."""
+        found = self._read(text, 0)
+        return found[0] if found and not text[found[1] :].strip() else []
+
+    def _blocks(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """``text`` without its calls, and those; the last may lack its `CLOSE`."""
+        said, calls, at = "", [], 0
+        while (begin := text.find(OPEN, at)) >= 0:
+            inside = begin + len(OPEN)
+            if (found := self._read(text, inside)) is None:
+                said, at = said + text[at:inside], inside
+                continue
+            said += text[at:begin]
+            calls += found[0]
+            at = _after_space(text, found[1])
+            at = at + len(CLOSE) if text.startswith(CLOSE, at) else found[1]
+        return said + text[at:], calls
+
+    def _read(self, text: str, at: int) -> tuple[list[dict[str, Any]], int] | None:
+        """The calls of the JSON that begins at ``at``, and where it ends; None: no calls."""
+        try:
+            value, end = DECODER.raw_decode(text, _after_space(text, at))
+        except (ValueError, RecursionError):
             return None
-        calls = []
-        for block in blocks:
-            try:
-                value = json.loads(block.strip())
-            except (ValueError, RecursionError):
-                return None
-            calls += value if isinstance(value, list) else [value]
-        shaped = [self._call(call) for call in calls]
-        return None if not shaped or None in shaped else [call for call in shaped if call]
+        shaped = [self._call(call) for call in (value if isinstance(value, list) else [value])]
+        return None if not shaped or None in shaped else ([c for c in shaped if c], end)
 
     def _call(self, call: Any) -> dict[str, Any] | None:
         if not isinstance(call, dict) or call.get("name") not in self.names:
             return None
         arguments = call.get("arguments", call.get("parameters", {}))
-        if isinstance(arguments, dict):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        if not isinstance(arguments, str):
+        try:
+            if isinstance(arguments, dict):
+                arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+                if not _is_unicode(arguments):
+                    arguments = json.dumps(call.get("arguments", call.get("parameters")))
+        except ValueError:  # NaN, which JSON does not have
+            return None
+        if not isinstance(arguments, str) or not _is_unicode(arguments):
             return None
         function = {"name": call["name"], "arguments": arguments}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def _after_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can encode it: a model may write the escape of a lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -299,16 +299,20 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         date: str | None = None,
+        most_bytes: int | None = None,
         **variables: Any,
     ) -> list[int]:
         """Return the ids of ``render_chat``. Only what the template wrote itself, from the first to
         the last character, is a special token. The template may join or cut constants for that;
         what it writes by ``format``, or by a ``%`` that is not constant, is text. What messages,
         tools and other variables hold stays text.
+
+        InputError: also a rendered text of more than ``most_bytes``, which is not encoded.
         """
-        return self._encode_rendered(
-            *self._render(messages, add_generation_prompt, variables, date)
-        )
+        text, own = self._render(messages, add_generation_prompt, variables, date)
+        if most_bytes is not None and (size := len(text.encode())) > most_bytes:
+            raise InputError(f"messages: wanted at most {most_bytes} bytes as a prompt, got {size}")
+        return self._encode_rendered(text, own)
 
     def encode_conversation(
         self,

@@ -7,6 +7,7 @@ let model = { id: "", fastlm: {} };
 let turns = []; // {role, content, node, id, choice, texts, consented}
 let conversation = crypto.randomUUID();
 let running = null; // AbortController of the answer that is written
+let generation = 0; // of conversations: what was asked in an older one is not shown in this one
 
 const say = (text) => { $("status").textContent = text; };
 const see = (node) => node.scrollIntoView({ block: "end" });
@@ -40,10 +41,10 @@ function messages(until = turns.length) {
     ...turns.slice(0, until).map(({ role, content }) => ({ role, content }))];
 }
 
-function body(n) {
+function body(n, until) {
   const consented = $("consent").checked && !$("consent-label").hidden;
   return {
-    model: model.id, messages: messages(), n, stream: true,
+    model: model.id, messages: messages(until), n, stream: true,
     stream_options: { include_usage: true }, temperature: number("temperature"),
     top_p: number("top_p"), max_tokens: number("max_tokens"), seed: number("seed"),
     ...(consented ? { store: true, conversation_id: conversation } : {}),
@@ -56,7 +57,7 @@ async function* events(response) {
   let held = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the answer broke off: its connection has ended");
     held += value;
     const lines = held.split("\n\n");
     held = lines.pop();
@@ -70,27 +71,34 @@ async function* events(response) {
   }
 }
 
-async function answer() {
+/** Ask for the next turn. ``old``: the answer that it replaces once it is whole. */
+async function answer(old = null) {
   const n = $("two").checked ? 2 : 1;
-  const asked = body(n);
+  const asked = body(n, old ? turns.indexOf(old) : turns.length);
+  const mine = generation;
   const texts = Array(n).fill("");
   const parts = texts.map(() => el("div", { className: "text" }));
   const pair = el("div", { className: n > 1 ? "pair" : "single" }, ...parts.map((part, i) =>
     el("article", { className: "assistant", ariaLabel: n > 1 ? `Answer ${i + 1}` : "Answer" }, part)));
-  $("log").append(pair);
+  if (old) old.node.after(pair);
+  else $("log").append(pair);
   $("log").ariaBusy = "true";
-  running = new AbortController();
+  const control = running = new AbortController();
   $("stop").hidden = false; $("send").disabled = true;
+  $("text").focus({ preventScroll: true });
   say("writing …");
   let id, first, usage, failed = "";
+  const ends = Array(n).fill("");
   try {
-    const response = await ask("/v1/chat/completions", asked, running.signal);
+    const response = await ask("/v1/chat/completions", asked, control.signal);
     for await (const event of events(response)) {
+      if (mine !== generation) return;
       id = event.id;
       usage = event.usage ?? usage;
       const page = document.documentElement; // who reads further up is left there
       const follows = scrollY + innerHeight > page.scrollHeight - 150;
-      for (const { index, delta } of event.choices) {
+      for (const { index, delta, finish_reason } of event.choices) {
+        ends[index] = finish_reason ?? ends[index];
         if (!delta.content) continue;
         first ??= performance.now();
         texts[index] += delta.content;
@@ -101,24 +109,42 @@ async function answer() {
   } catch (error) {
     failed = error.name === "AbortError" ? "stopped" : error.message;
   }
+  if (mine !== generation) return; // "New" has cleaned up
   const seconds = (performance.now() - first) / 1000;
   const speed = usage && usage.completion_tokens > n
     ? `${usage.completion_tokens} tokens, ${((usage.completion_tokens - n) / seconds).toFixed(1)} tokens/s`
     : "";
-  running = null;
-  $("stop").hidden = true; $("send").disabled = false;
-  $("log").ariaBusy = "false";
+  idle();
   say(failed || speed);
-  if (!texts.some((text) => text)) { pair.remove(); takeBack(); return; }
   const whole = !failed;
-  const turn = { role: "assistant", texts, id: whole ? id : null, consented: Boolean(asked.store) };
+  if (!texts.some((text) => text)) {
+    pair.remove();
+    if (!failed) say("The answer is empty.");
+    if (!old) takeBack();
+    return;
+  }
+  if (old && !whole) { pair.remove(); say(`${failed}; the answer before it stays`); return; }
+  if (old) cut(turns.indexOf(old));
+  const turn = {
+    role: "assistant", texts, ends, id: whole ? id : null, consented: Boolean(asked.store),
+    seen: asked.messages, tokens: usage?.completion_tokens,
+  };
   if (n === 1) settle(turn, 0, pair, speed);
   else choose(turn, pair, speed);
 }
 
+/** No answer is being written. */
+function idle() {
+  running = null;
+  $("stop").hidden = true; $("send").disabled = false;
+  $("log").ariaBusy = "false";
+}
+
 /** Nothing came of the last message: it goes back to where it was written. */
 function takeBack() {
-  const last = turns.pop();
+  const last = turns.at(-1);
+  if (last?.role !== "user") return;
+  turns.pop();
   last.node.remove();
   $("text").value ||= last.content;
 }
@@ -151,6 +177,20 @@ function settle(turn, i, pair, speed) {
   pair.replaceWith(node);
   turns.push(turn);
   tools(turn, speed);
+  if (turn.ends[i] === "length") tellCut(turn);
+}
+
+/** Say that an answer is not complete. */
+function tellCut(turn) {
+  const limit = Number($("max_tokens").value);
+  const most = turn.texts.length === 1 && turn.tokens || limit;
+  turn.node.append(el("div", { className: "row tools" },
+    el("span", { className: "quiet", textContent: most ? `Cut at ${most} tokens.` : "Cut." }),
+    button("Answer again with twice as many", () => {
+      $("max_tokens").value = 2 * (limit || most || 512);
+      $("max_tokens").onchange();
+      again(turn);
+    })));
 }
 
 function tools(turn, speed) {
@@ -175,13 +215,14 @@ function tools(turn, speed) {
 }
 
 async function again(turn) {
-  if (running) return;
-  cut(turns.indexOf(turn));
-  await answer();
+  if (running || !turns.includes(turn)) return;
+  if (pending) { say("Pick one of the two answers first."); return; }
+  await answer(turn);
 }
 
 async function correct(turn) {
-  const text = await write(turn.node, "The answer as it should have been", turn.content);
+  const stored = model.fastlm.feedback && turn.id ? " (what you write here is stored)" : "";
+  const text = await write(turn.node, `The answer as it should have been${stored}`, turn.content);
   if (!text?.trim() || text === turn.content) return;
   if (model.fastlm.feedback && turn.id && !await opine(turn, { corrected: text })) return;
   turn.content = text;
@@ -192,8 +233,7 @@ async function correct(turn) {
 async function opine(turn, what) {
   const given = { response_id: turn.id, conversation_id: conversation, choice: turn.choice, ...what };
   if ($("consent").checked && !turn.consented) {
-    const before = messages(turns.indexOf(turn));
-    given.conversation = { consent: true, messages: before, choices: turn.texts };
+    given.conversation = { consent: true, messages: turn.seen, choices: turn.texts };
   }
   try {
     await ask("/v1/feedback", given);
@@ -242,10 +282,17 @@ $("text").onkeydown = (event) => {
     $("form").requestSubmit();
   }
 };
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
-$("stop").onclick = () => running?.abort();
+function stop() {
+  if (!running) return;
+  running.abort();
+  $("text").focus({ preventScroll: true });
+}
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
+$("stop").onclick = stop;
 $("new").onclick = () => {
+  generation += 1;
   running?.abort();
+  idle();
   turns = []; pending = null; conversation = crypto.randomUUID();
   $("log").replaceChildren();
   say("");
