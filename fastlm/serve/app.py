@@ -124,7 +124,6 @@ class Server:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.engine.start()
-        log("ready", model=self.name)
         yield
         if not self.stopping:  # else who has set it closes the engine
             self.stopping = True

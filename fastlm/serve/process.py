@@ -79,6 +79,11 @@ class _Process(uvicorn.Server):
         super().__init__(config)
         self.server, self.drain = server, drain
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:  # it listens: whoever reads this line may connect
+            log("ready", model=self.server.name)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server.stopping = True
         log("stopping", seconds=self.drain)
