@@ -273,7 +273,7 @@ def test_quantize_onto_the_model_itself(finished):
 @pytest.mark.parametrize(
     "options, text",
     [
-        (["--temperature", "inf"], "temperature: wanted >= 0"),
+        (["--temperature", "inf"], "temperature: wanted 0 or at least 1e-6"),
         (["--top-k", 0], "top_k: wanted >= 1"),
         (["--top-p", 1.5], "top_p: wanted in (0, 1]"),
         (["--seed", -1], "seed: wanted an integer"),

@@ -340,10 +340,10 @@ def test_draws_follow_the_probabilities():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"temperature": -0.1}, "temperature: wanted >= 0, got -0.1"),
+        ({"temperature": -0.1}, "temperature: wanted 0 or at least 1e-6, got -0.1"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
-        ({"temperature": "hot"}, "temperature: wanted >= 0, got 'hot'"),
+        ({"temperature": "hot"}, "temperature: wanted 0 or at least 1e-6, got 'hot'"),
         ({"top_k": 0}, "top_k: wanted >= 1 or None, got 0"),
         ({"top_k": 2.5}, "top_k"),
         ({"top_k": True}, "top_k"),
