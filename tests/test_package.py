@@ -77,6 +77,7 @@ def test_kernels_stands_in_nobodys_way(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)  # compiles everything, beside the other tests
 def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     """The sdist is built from the tree and the wheel from the sdist. The wheel is installed into a
     fresh venv that only borrows this one's dependencies.
