@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastlm.data.shards import TokenDataset
 from fastlm.evals.bits_per_byte import IGNORE, window, windows
+from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.progress import silent
 from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 
@@ -76,8 +78,7 @@ def compare(
         hidden = [m.hidden(ids).flatten(0, 1) for m in (before, after)]
         for rows in kept.split(_ROWS):
             p, q = (
-                torch.log_softmax(m.logits(h[rows]).float(), 1)
-                for h, m in zip(hidden, (before, after))
+                torch.log_softmax(_logits(m, h[rows]), 1) for h, m in zip(hidden, (before, after))
             )
             target = labels[rows, None].to(p.device)
             nats[0] -= float(p.gather(1, target).sum())
@@ -87,6 +88,17 @@ def compare(
         tokens += len(kept)
     bits = math.log(2) * dataset.bytes_of_text * (tokens / dataset.tokens)
     return Comparison(nats[0] / bits, nats[1] / bits, kl / tokens, same / tokens, tokens)
+
+
+def _logits(model: "CausalLM", hidden: Tensor) -> Tensor:
+    """(N, V) float32, not rounded to the model's dtype, as in `fastlm.evals`. A quantized head
+    rounds its activations as it does when it runs."""
+    head = model.head_weight
+    if isinstance(head, QuantizedWeight):
+        return model.logits(hidden.float())
+    logits = F.linear(hidden.float(), head.float())
+    cap = model.config.final_logit_softcapping
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def true_bits(model: nn.Module) -> dict[str, float]:
