@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,13 +29,12 @@ CLEAN = [{"role": "user", "content": "Write to <EMAIL> or <PHONE>"}]
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory):
+def postgresql():
     """The URL of a database in a server of its own, which only a socket reaches."""
     if PG is None:
         pytest.skip("wanted PostgreSQL (Debian: postgresql), not found")
-    folder = tmp_path_factory.mktemp("pg")
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)
+    folder = Path(tempfile.mkdtemp(prefix="fastlm-pg-"))  # pytest's are closed to other users
+    folder.chmod(0o755)
     data, other = folder / "data", {}
     data.mkdir()
     if os.geteuid() == 0:  # as whom PostgreSQL refuses to run
@@ -57,6 +57,7 @@ def postgresql(tmp_path_factory):
     yield url
     server.send_signal(signal.SIGQUIT)
     server.wait()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=("sqlite", "postgresql"))
