@@ -5,6 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from fastlm.checkpoint.gguf_write import add_value
 from fastlm.data.packages import default_cache, fetch_model
 
 
@@ -29,16 +30,7 @@ def write_gguf(
         key = key.replace("__", ".")
         if not key.startswith(("tokenizer.", "general.")):
             key = f"{architecture}.{key}"
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+        add_value(writer, key, value)
     for name, value in tensors.items():
         data, kind = value if isinstance(value, tuple) else (value, None)
         writer.add_tensor(name, data, raw_dtype=kind)

@@ -28,7 +28,8 @@ CONFIG = {
 GROUP = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # columns in the order of a word's fields
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
-Stored = tuple[dict[str, np.ndarray | torch.Tensor], np.ndarray]  # parts of a module, its weight
+Parts = dict[str, np.ndarray | torch.Tensor]  # of a module, by the end of their names
+Stored = tuple[Parts, np.ndarray]  # and its weight
 
 
 def words(fields: np.ndarray, bits: int) -> np.ndarray:
@@ -76,22 +77,22 @@ def gptq(
     if version == 1:  # as GPTQModel: one from every field at once, with borrows
         ones = np.uint32(sum(1 << at for at in range(0, 32, bits)))
         fields = (fields.view(np.uint32) - ones).view(np.int32)
-    parts = {
+    parts: Parts = {
         "qweight": words(q, bits).T, "qzeros": fields, "scales": scales.T,
         "g_idx": groups.astype(np.int32), "bias": np.zeros(len(w), np.float16),
     }  # fmt: skip
-    return parts, value(q, scales, zeros, groups)  # type: ignore[return-value]
+    return parts, value(q, scales, zeros, groups)
 
 
 def awq(w: np.ndarray) -> Stored:
     groups = np.arange(w.shape[1]) // GROUP
     q, scales, zeros = integers(w, 4, False, groups)
     order = (np.arange(len(w)).reshape(-1, 8)[:, AWQ_ORDER]).ravel()
-    parts = {
+    parts: Parts = {
         "qweight": words(q.T[:, order], 4), "qzeros": words(zeros.T[:, order], 4),
         "scales": scales.T,
     }  # fmt: skip
-    return parts, value(q, scales, zeros, groups)  # type: ignore[return-value]
+    return parts, value(q, scales, zeros, groups)
 
 
 def pack_quantized(
@@ -101,7 +102,7 @@ def pack_quantized(
     if act_order:
         groups = np.random.default_rng(3).permutation(groups)
     q, scales, zeros = integers(w, bits, symmetric, groups)
-    parts = {
+    parts: Parts = {
         "weight_packed": words(q, bits), "weight_scale": scales,
         "weight_shape": np.array(w.shape, np.int64),
     }  # fmt: skip
@@ -109,16 +110,16 @@ def pack_quantized(
         parts["weight_zero_point"] = words(zeros.T, bits).T
     if act_order:
         parts["weight_g_idx"] = groups.astype(np.int32)
-    return parts, value(q, scales, zeros, groups)  # type: ignore[return-value]
+    return parts, value(q, scales, zeros, groups)
 
 
 def int_quantized(w: np.ndarray) -> Stored:
     q, scales, zeros = integers(w, 8, False, np.zeros(w.shape[1], np.int64))
-    parts = {
+    parts: Parts = {
         "weight": (q - 128).astype(np.int8), "weight_scale": scales,
         "weight_zero_point": (zeros - 128).astype(np.int8),
     }  # fmt: skip
-    return parts, value(q, scales, zeros, np.zeros(w.shape[1], np.int64))  # type: ignore[return-value]
+    return parts, value(q, scales, zeros, np.zeros(w.shape[1], np.int64))
 
 
 def floats(w: np.ndarray, kind: str) -> Stored:
@@ -136,12 +137,12 @@ def floats(w: np.ndarray, kind: str) -> Stored:
     wide = scale.double().numpy().repeat(16, 1)
     if kind == "nvfp4":
         factor = np.array([4096.0], np.float32)  # a power of two: scales and weights are exact
-        parts = {
+        parts: Parts = {
             "weight_packed": packed, "weight_scale": scale, "weight_global_scale": factor,
             "input_global_scale": factor,
         }  # fmt: skip
         return parts, values * wide / 4096
-    parts = {
+    parts: Parts = {
         "weight": packed, "weight_scale": scale, "weight_scale_2": np.array(2.0**-12, np.float32),
         "input_scale": np.array(1.0, np.float32),
     }  # fmt: skip

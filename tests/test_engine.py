@@ -420,6 +420,22 @@ def test_a_thread_that_fails_goes_on(monkeypatch):
             refused(lambda: None)
 
 
+@pytest.mark.parametrize("name", ["call", "update"])
+def test_a_call_beside_a_step_is_not_lost(name):
+    """It waits for the lock while a step takes the calls before it."""
+    engine, futures = Engine(model_of()), []
+    thread = threading.Thread(target=lambda: futures.append(getattr(engine, name)(lambda: 7)))
+    engine.call(lambda: None), engine.update(lambda: None)
+    with engine._changed:
+        thread.start()
+        time.sleep(0.05)
+        engine.step()
+    thread.join()
+    while engine.step():
+        pass
+    assert futures[0].result(timeout=5) == 7
+
+
 def test_an_interrupt_leaves_an_engine_that_works(monkeypatch):
     model = model_of()
     engine, pieces = Engine(model), []

@@ -52,7 +52,7 @@ def test_error_is_within_half_a_step(bits, group_size, symmetric, k):
     weighted=st.booleans(),
 )
 def test_the_search_is_no_worse_than_plain_rounding(n, k, group_size, symmetric, weighted):
-    """Of the whole range, in the squared error that it is asked to make small."""
+    """Compare with the scale of the whole range, by the squared error that is minimised."""
     w = torch.randn(n, k) + torch.randn(n, 1)
     importance = torch.rand(k) ** 4 if weighted else None
     factors = torch.ones(k) if importance is None else importance

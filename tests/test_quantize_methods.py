@@ -182,7 +182,7 @@ def test_a_step_is_kept_and_the_end_is_the_same(tmp_path):
     assert [p.stat().st_mtime_ns for p in kept] == times
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    run(tmp_path / "cut", seed=1)  # other options: made again
+    run(tmp_path / "cut", seed=1)  # other options: computed again
     assert [p.stat().st_mtime_ns for p in kept] != times
 
 

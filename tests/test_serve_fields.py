@@ -85,7 +85,7 @@ class Api:
 
 
 def case(*names, kinds=("chat",)):
-    """Of requests to /v1/completions, what differs from chat is tested: the fields are the same."""
+    """Register a test of fields. /v1/completions has those of chat; only differences are tested."""
 
     def keep(function):
         CASES.update({(kind, names): function for kind in kinds})

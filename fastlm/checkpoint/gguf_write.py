@@ -75,7 +75,7 @@ def save_gguf(
         writer.add_file_type(FILE_TYPES[main])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in metadata.items():
-            _add(writer, key, value)
+            add_value(writer, key, value)
         for key, table in tables.items():
             writer.add_tensor_info(key, table.shape, table.dtype, table.nbytes)
         for key, weight in state.items():
@@ -204,7 +204,8 @@ def _announce(
         writer.add_tensor_info(name, (rows, width), np.dtype(np.uint8), rows * width, kind)
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Write a key with the type of `value`: whole numbers are uint32, floats float32."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

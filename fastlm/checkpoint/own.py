@@ -44,7 +44,9 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quant
         def build(
             stored: dict[str, Tensor], bits=bits, group_size=group_size, shape=shape
         ) -> QuantizedWeight:
-            return QuantizedWeight(*map(stored.get, PARTS), bits, group_size, shape)  # type: ignore[arg-type]
+            qdata, scales, zeros = (stored.get(part) for part in PARTS)
+            assert qdata is not None and scales is not None  # in `parts`, or refused
+            return QuantizedWeight(qdata, scales, zeros, bits, group_size, shape)
 
         weights[f"{module}.weight"] = Packed(shape, parts, build)
     # parts without an entry: only the config has the number of columns, so the weight is missing
@@ -56,13 +58,13 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quant
 def _layout(name: str, entry: Any, where: Path) -> tuple[int, int, tuple[int, int]]:
     """Bits, group size and shape as quantization_config states them."""
     try:
-        bits, group_size, (n, k) = entry["bits"], entry["group_size"], entry["shape"]
-        act_bits = entry.get("act_bits", 16)
-    except (TypeError, KeyError, ValueError, AttributeError):
-        bits = group_size = n = k = act_bits = None
-    if not all(type(value) is int for value in (bits, group_size, n, k, act_bits)):
+        numbers = [entry["bits"], entry["group_size"], *entry["shape"], entry.get("act_bits", 16)]
+    except (TypeError, KeyError, AttributeError):
+        numbers = []
+    if len(numbers) != 5 or not all(type(number) is int for number in numbers):
         raise InputError(
             f"{where}: quantization_config: {name}: wanted bits, group_size and a shape of two "
             f"integers, got {entry!r:.100}"
         )
-    return bits, group_size, (n, k)  # type: ignore[return-value]
+    bits, group_size, n, k, _ = numbers
+    return bits, group_size, (n, k)

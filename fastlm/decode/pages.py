@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastlm.model.config import ModelConfig
+from fastlm.model.layers import KVCache
 
 # Tokens of a page: a multiple of 16 (csrc/cpu/decode_step.h). Half of an attention task of the
 # decode step; a prompt's products reach 0.8 to 0.9 of their speed at 512 tokens with 64 (AVX2).
@@ -40,10 +41,8 @@ class Pages:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ):
-        shape = (2, count, config.num_key_value_heads, PAGE, config.head_dim)
-        self.data = torch.empty(config.num_hidden_layers, *shape, dtype=dtype, device=device)
-        self.layers = [layer.unbind() for layer in self.data]  # keys, values
-        self.count = count
+        cache = KVCache(config, count, PAGE, dtype=dtype, device=device)  # a row is a page
+        self.data, self.layers, self.count = cache.data, cache.layers, count
         self._free = list(range(count - 1, -1, -1))
         self._users = [0] * count
         self._idle: OrderedDict[int, None] = OrderedDict()  # remembered, without users

@@ -280,9 +280,11 @@ def _read(file: Path, key: str) -> Step | None:
             names = set(kept.keys())
             weights = {}
             for name, (bits, size, n, k) in told["layouts"].items():
-                parts = [f"{name}.{part}" for part in PARTS]
-                tensors = [kept.get_tensor(p) if p in names else None for p in parts]
-                weights[name] = QuantizedWeight(*tensors, bits, size, (n, k))  # type: ignore[arg-type]
+                qdata, scales, zeros = (f"{name}.{part}" for part in PARTS)
+                weights[name] = QuantizedWeight(
+                    kept.get_tensor(qdata), kept.get_tensor(scales),
+                    kept.get_tensor(zeros) if zeros in names else None, bits, size, (n, k),
+                )  # fmt: skip
     except (OSError, SafetensorError):
         return None
     return Step(weights, told["errors"], told["warnings"])

@@ -25,7 +25,7 @@ _ROWS = 512  # rows of logits of both models in memory: 200 MB in float32 at 50,
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of one text under both models.
+    """What two models make of one text.
 
     Attributes:
         bits_per_byte_before, bits_per_byte: of the original, of the quantized model.

@@ -416,7 +416,7 @@ def _tell(told: dict[str, Any], answer: Answer) -> None:
 
 
 async def _http_error(_: HttpRequest, error: Any) -> Response:
-    """Of a path or a method that the server does not have."""
+    """Refuse a path or a method that the server does not have."""
     raise ApiError(
         {404: "path: wanted one of the API's, got another"}.get(
             error.status_code, f"method: wanted {(error.headers or {}).get('Allow', 'another')}"

@@ -9,7 +9,7 @@ decode step have the same bits in any company.
 import itertools
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -120,8 +120,8 @@ class Engine:
         self._ids = itertools.count(1)
         self._alive: set[int] = set()  # ids of requests that have not ended
         self._inbox: list[sequences.Sequence] = []
-        self._calls: list[_Call] = []
-        self._updates: list[_Call] = []
+        self._calls: deque[_Call] = deque()
+        self._updates: deque[_Call] = deque()
         self._cancelled: set[int] = set()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -179,14 +179,14 @@ class Engine:
 
     def update(self, function: Callable[[], T]) -> "Future[T]":
         """Run `function`, which changes weights, as soon as the requests that run now have ended.
-        Waiting ones begin after it (one that was preempted goes on with the new weights), and
-        cached prompts are forgotten.
+        Waiting ones begin after it, and cached prompts are forgotten. A request that was preempted
+        before continues its answer with the new weights.
 
         Raises Closed, QueueFull.
         """
         return self._queue_call(self._updates, function)
 
-    def _queue_call(self, calls: "list[_Call]", function: Callable[[], Any]) -> "Future[Any]":
+    def _queue_call(self, calls: "deque[_Call]", function: Callable[[], Any]) -> "Future[Any]":
         call = _Call(function)
         with self._changed:
             self._check_open()
@@ -274,9 +274,10 @@ class Engine:
             self._changed.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
-        for call in (*self._calls, *self._updates):
-            call.future.cancel()
-        self._calls, self._updates = [], []
+        for calls in (self._calls, self._updates):
+            for call in calls:
+                call.future.cancel()
+            calls.clear()
         self._take_in()
         for sequence in self.scheduler.sequences():
             self._end(sequence, "cancelled")
@@ -318,19 +319,20 @@ class Engine:
         """Take what other threads asked for. Whether there was anything."""
         with self._changed:
             inbox, self._inbox = self._inbox, []
-            calls, self._calls = self._calls[:1], self._calls[1:]
+            call = self._calls.popleft() if self._calls else None
             cancelled, self._cancelled = self._cancelled, set()
         for sequence in inbox:
             self.scheduler.add(sequence)
         for sequence in self.scheduler.sequences() if cancelled else ():
             sequence.cancelled |= sequence.id in cancelled
-        for call in calls:
+        if call is not None:
             call.run()
-        return bool(inbox or calls)
+        return bool(inbox or call)
 
     def _update(self) -> bool:
         with self._changed:
-            updates, self._updates = self._updates, []
+            updates = list(self._updates)
+            self._updates.clear()
         for call in updates:
             call.run()
             self._state = None
@@ -500,7 +502,7 @@ class Engine:
         while self._thread is me:
             try:
                 busy = self.step()
-            except BaseException as error:  # memory, say: the requests end, the engine goes on
+            except BaseException as error:  # out of memory, say: ends the requests, not the thread
                 self._state, busy = None, True
                 for sequence in self.scheduler.sequences():
                     self._end(sequence, "error", f"{type(error).__name__}: {error}")
@@ -545,10 +547,7 @@ class Engine:
 
     def _retry_after(self) -> float:
         """Seconds in which the present queue should be done, at the present rate."""
-        waiting = [
-            *self._inbox,
-            *(s for queue in [*self.scheduler.waiting.values()] for s in [*queue]),
-        ]
+        waiting = [*self._inbox, *self.scheduler.queued()]
         tokens = sum(s.prompt_length + s.room for s in waiting)
         return min(60.0, max(1.0, tokens / max(self._rate, 1.0)))
 
