@@ -123,19 +123,26 @@ def test_share_is_of_the_best_instruction_for_the_dtype():
     assert (row.of_ceiling, row.ceiling, row.unsteady) == (0.25, "fp32 FMA", "")
 
 
-def rate(call):
-    """The best of several short calls, by the time of one thread: other processes can slow a call,
-    and with them two threads are seldom on their cores at once.
+def rates(*calls, until):
+    """The best rate of each call, from short runs in turns until they satisfy `until` or are 400.
+
+    By the time of one thread: with other processes two threads are seldom on their cores at once.
+    Other work only ever lowers a rate, so more runs correct a bad one and hide no wrong ceiling.
     """
 
-    def once():
+    def once(call):
         start = time.thread_time()
         return call() / (time.thread_time() - start)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return max(once() for _ in range(20))
+        best = [0.0] * len(calls)
+        for n in range(400):
+            best = [max(of, once(call)) for of, call in zip(best, calls, strict=True)]
+            if n >= 20 and until(*best):
+                break
+        return best
     finally:
         torch.set_num_threads(threads)
 
@@ -146,8 +153,11 @@ def test_nothing_is_above_the_ceiling(isa):
     of_bf16 = {"amx": "bf16 tiles", "avx512": "bf16 dot"}.get(isa, "fp32 FMA")
     with backend.use_cpu_isa(isa):
         for instruction, bf16 in (("fp32 FMA", False), (of_bf16, True)):
-            ours = rate(lambda bf16=bf16: extension.multiply_in_l1(bf16, 50))
-            peak = rate(lambda i=instruction: extension.run_peak(i, 20_000))
+            ours, peak = rates(
+                lambda bf16=bf16: extension.multiply_in_l1(bf16, 50),
+                lambda i=instruction: extension.run_peak(i, 20_000),
+                until=lambda ours, peak: ours < 1.05 * peak,
+            )
             assert ours < 1.05 * peak, instruction
 
 
@@ -155,9 +165,12 @@ def test_nothing_is_above_the_ceiling(isa):
 def test_a_ceiling_is_of_the_whole_product():
     """AVX2's int8 product is three instructions with 64 operations, FMA one with 16."""
     with backend.use_cpu_isa("avx2"):
-        fma, dot = (
-            rate(lambda n=n: backend.cpu_extension.run_peak(n, 20_000))
-            for n in ("fp32 FMA", "int8 dot")
+        fma, dot = rates(
+            *(
+                lambda n=n: backend.cpu_extension.run_peak(n, 20_000)
+                for n in ("fp32 FMA", "int8 dot")
+            ),
+            until=lambda fma, dot: dot < 2.5 * fma,
         )
     assert dot < 2.5 * fma  # 7.9 when the compiler had moved the product out of the loop
 
