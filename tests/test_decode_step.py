@@ -222,6 +222,74 @@ def test_pages(case, page_size, isa):
     assert torch.equal(steps.logits(tokens, torch.tensor(lengths), table), torch.cat(wanted))
 
 
+@pytest.mark.parametrize("format", [None, "w4a16", "w4a8", "w8a8"])
+@pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "qwen3"])
+def test_several_tokens_of_a_sequence(case, format, isa):
+    """Rows that follow each other in a sequence have the bits that they have one by one, however
+    they are cut into steps and beside whatever they are; logits are those of the rows wanted."""
+    model = model_of(case, **({"sliding_window": 40} if case == "mistral" else {}))
+    if format:
+        model = fastlm.quantize(model, format, group_size=24)
+    g = torch.Generator().manual_seed(0)
+    texts = torch.randint(0, 97, (2, 150), generator=g)
+    config, plan = model.config, cpu_steps.plan_of(model)
+    shape = (config.num_hidden_layers, 2, 20, config.num_key_value_heads, 16, config.head_dim)
+    tables = torch.randperm(20, generator=g).view(2, 10).int()
+
+    def run(cuts):
+        """`cuts`: of each step, (text, from, to) of its rows. The last row's logits, the keys."""
+        data = torch.full(shape, torch.nan)
+        steps, out = cpu_steps.PagedSteps(model, plan, data), {}
+        for cut in cuts:
+            of = torch.tensor([i for i, a, b in cut for _ in range(a, b)])
+            at = torch.tensor([j for _, a, b in cut for j in range(a, b)])
+            ends = [sum(b - a for _, a, b in cut[: i + 1]) - 1 for i in range(len(cut))]
+            told = steps.logits(texts[of, at], at, tables[of], wanted=torch.tensor(ends))
+            assert told.shape == (len(cut), 97)
+            out |= {(i, b): row for (i, _, b), row in zip(cut, told, strict=True)}
+        return out, data
+
+    one_by_one, keys = run([[(i, j, j + 1)] for i in range(2) for j in range(150)])
+    for cuts in (
+        [[(0, 0, 150), (1, 0, 150)]],
+        [[(1, 0, 2), (0, 0, 1)], [(0, 1, 3)], [(1, 2, 150), (0, 3, 150)]],
+        [[(0, 0, 64)], [(0, 64, 150)], [(1, 0, 149)], [(1, 149, 150)]],
+    ):
+        out, own = run(cuts)
+        assert all(torch.equal(row, one_by_one[place]) for place, row in out.items())
+        assert torch.equal(own.nan_to_num(7.0), keys.nan_to_num(7.0))
+    steps = cpu_steps.PagedSteps(model, plan, keys)
+    step = texts[0, :2], torch.tensor([0, 1]), tables[:1].expand(2, -1).contiguous()
+    assert steps.logits(*step, wanted=torch.tensor([], dtype=torch.int64)).shape == (0, 97)
+    for wanted, message in (([1, 0], "rows in order"), ([0, 0], "each once"), ([2], r"\[0, 2\)")):
+        with pytest.raises(ValueError, match=message):
+            steps.logits(*step, wanted=torch.tensor(wanted))
+
+
+def test_prompts_as_rows_of_steps(monkeypatch):
+    """`generate` then gives each row what it gives it alone, and nearly what modules give."""
+    model = fastlm.quantize(model_of(), "w8a8", group_size=24)
+    assert cpu_steps.takes_prompts(cpu_steps.plan_of(model)) == (
+        backend.cpu_extension.isa() == "avx2"
+    )
+    assert not cpu_steps.takes_prompts(cpu_steps.plan_of(model_of()))
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 97, (n,), generator=g).tolist() for n in (3, 70, 1, 200)]
+    prompts += [prompts[1], [5] * 70, prompts[0]]
+    options = {"max_new_tokens": 5, "temperature": 0.0, "return_logprobs": True}
+    monkeypatch.setattr(cpu_steps, "takes_prompts", lambda plan: True)
+    monkeypatch.setattr(CausalLM, "next_logits", None)
+    ids, logprobs = model.generate(prompts, **options)
+    for row, prompt in enumerate(prompts):
+        own_ids, own_logprobs = model.generate([prompt], **options)
+        assert own_ids == [ids[row]] and own_logprobs == [logprobs[row]]
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu_steps, "takes_prompts", lambda plan: False)
+    _, theirs = model.generate(prompts, **options)
+    first = torch.tensor([[a[0], b[0]] for a, b in zip(logprobs, theirs, strict=True)])
+    assert (first[:, 0] - first[:, 1]).abs().max() < 0.1
+
+
 def test_generate_takes_it_and_gives_what_modules_give(monkeypatch):
     model = model_of("mistral")
     prompts = [[5], [7, 8, 9, 10, 11, 12], [3, 4]]
@@ -352,6 +420,7 @@ def test_refusals():
         "cache": cache.data,
         "rotary": rotary,
         "workspace": work,
+        "wanted": torch.tensor([0, 1]),
         "logits": out,
     }
     step(**good)

@@ -19,6 +19,7 @@ struct AttentionInputs {
   int64_t window;             // 0: none
   int64_t chunks;
   float *partials, *most, *sum;  // (M, heads, chunks, partial_size); (M, heads, chunks)
+  bool appended;                 // the new keys and values are in the cache
   const float *q_norm, *k_norm;
   bool norm_whole;
   float eps, scale, softcap;
@@ -175,8 +176,21 @@ void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int
   }
 }
 
-// The partials of chunk c of row m for the heads of key head g. The task with the newest key first
-// writes that key and value to the cache.
+// Writes the new key and value of row m and key head g to the cache; `key`: room for one.
+template <class C>
+void append(const AttentionInputs<C>& a, int64_t m, int64_t g, float* key) {
+  const int64_t D = a.head_dim, position = a.lengths[m], to = a.place(m, g, position);
+  const float *row = a.qkv + m * a.width, *value = row + (a.heads + a.kv_heads + g) * D;
+  turned_head(a, row + a.heads * D, a.kv_heads, g, a.k_norm, position, 1.f, key);
+  for (int64_t i = 0; i < D; i += VL) {
+    const int n = int(std::min<int64_t>(VL, D - i));
+    store(a.keys + to + i, load(key + i, n), n);
+    store(a.values + to + i, load(value + i, n), n);
+  }
+}
+
+// The partials of chunk c of row m for the heads of key head g. Unless they are appended, the task
+// with the newest key first writes that key and value to the cache.
 template <class C>
 void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, float* q,
                   float* scores) {
@@ -186,16 +200,7 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
   if (count <= 0) return;  // `combine` does not read the partial of an empty chunk
   const float* row = a.qkv + m * a.width;
   const int64_t position = a.lengths[m];
-  if (high == a.length(m)) {
-    C *key = a.keys + a.place(m, g, position), *value = a.values + a.place(m, g, position);
-    turned_head(a, row + a.heads * D, a.kv_heads, g, a.k_norm, position, 1.f, q);
-    const float* v = row + (a.heads + a.kv_heads + g) * D;
-    for (int64_t i = 0; i < D; i += VL) {
-      const int n = int(std::min<int64_t>(VL, D - i));
-      store(key + i, load(q + i, n), n);
-      store(value + i, load(v + i, n), n);
-    }
-  }
+  if (!a.appended && high == a.length(m)) append(a, m, g, q);
   for (int64_t r = 0; r < ratio; ++r)
     turned_head(a, row, a.heads, g * ratio + r, a.q_norm, position, a.scale, q + r * ldq);
   const auto in_fours = [&](auto f) {

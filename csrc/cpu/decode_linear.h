@@ -1,9 +1,11 @@
 // The products of decode_step.h: a tile of 16 rows of W (quantized or dense) with M rows of x.
 
 constexpr int64_t PANEL_LANES =
-    256;                       // transposed W at a time: 16 KiB of 64-byte vectors, in the L1
-constexpr int64_t AHEAD = 16;  // rows of W that are prefetched: the next tile
+    256;  // transposed W at a time: 16 KiB of 64-byte vectors, in the L1
+constexpr int64_t PANEL_BYTES = (PANEL_LANES + VL) * 4 * VL;  // whole vectors are written
+constexpr int64_t AHEAD = 16;                // rows of W that are prefetched: the next tile
 constexpr int MOST_ROWS = VL == 16 ? 8 : 4;  // of x in one pass: two accumulators each in registers
+constexpr int PANELS = VL == 8 ? 2 : 1;      // of VL rows of W at once: a load of x serves them all
 
 struct Activations {  // M rows of x
   float* x;           // (M, stride), zero from K to the next multiple of 16
@@ -96,12 +98,13 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
     }
 }
 
-// Runs [first, last) of VL rows of W, transposed.
+// Runs [first, last) of PANELS x VL rows of W, transposed.
 struct TilePart {
   const uint8_t* panel;
+  int64_t apart;  // bytes from a panel to the next one
   RunAt first;
   int64_t end;        // column
-  const char* table;  // of this tile, at its first of these VL rows
+  const char* table;  // of this tile, at its first of these rows
   DType dtype;
   int64_t next;       // entries of DECODE_TILE from this tile's table to the next one's
   int64_t ahead = 0;  // bytes from this tile to the next one, where W is packed
@@ -111,11 +114,12 @@ struct TilePart {
       for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(w + ahead + i * 4 * VL, 0, 2);
   }
 
-  FASTLM_INLINE vfloat from_table(int64_t i) const {
-    __builtin_prefetch(table + (i + next) * DECODE_TILE * (dtype == DType::f32 ? 4 : 2), 0, 2);
-    if (dtype == DType::f16) return load(reinterpret_cast<const f16*>(table) + i * DECODE_TILE);
-    if (dtype == DType::bf16) return load(reinterpret_cast<const bf16*>(table) + i * DECODE_TILE);
-    return load(reinterpret_cast<const float*>(table) + i * DECODE_TILE);
+  FASTLM_INLINE vfloat from_table(int64_t i, int p) const {
+    const int64_t at = i * DECODE_TILE + p * VL;
+    __builtin_prefetch(table + (at + next * DECODE_TILE) * (dtype == DType::f32 ? 4 : 2), 0, 2);
+    if (dtype == DType::f16) return load(reinterpret_cast<const f16*>(table) + at);
+    if (dtype == DType::bf16) return load(reinterpret_cast<const bf16*>(table) + at);
+    return load(reinterpret_cast<const float*>(table) + at);
   }
 };
 
@@ -125,62 +129,137 @@ FASTLM_INLINE vint broadcast4(const int8_t* p) {
   return splat_int(four);
 }
 
-// out[r][0 .. VL) (+)= W . x row r, over the part's runs, with x rounded to int8.
+// sums[r][p] += panel p of W . x row r, over `lanes` lanes. Integer sums are exact in any order.
+#if FASTLM_VL == 8
+// Keeps GCC from moving all products before all sums, for which there are not enough registers.
+FASTLM_INLINE void pin(__m256i& v) { asm("" : "+x"(v)); }
+
+template <int BITS, int ROWS>
+FASTLM_INLINE void add_dots(const uint8_t* w, int64_t apart, int64_t lanes, const int8_t* x,
+                            int64_t stride, vint (&sums)[ROWS][PANELS]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if constexpr (BITS == 4) {
+    // Two products are at most 2 * 15 * 127, so 16 bits hold eight such sums, of four lanes: half
+    // of the instructions of a dot4 each.
+    for (int64_t l = 0; l < lanes; l += 4) {
+      __m256i pairs[ROWS][PANELS] = {};
+      const auto add = [&](int64_t i) __attribute__((always_inline)) {
+        vint v[PANELS];
+        for (int p = 0; p < PANELS; ++p) v[p] = load_lanes(w + p * apart + i * 4 * VL);
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd)
+#pragma GCC unroll 8
+          for (int r = 0; r < ROWS; ++r) {
+            const __m256i four = (__m256i)broadcast4(x + r * stride + i * 8 + odd * 4);
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; ++p) {
+              const __m256i nibbles = (__m256i)(v[p] >> (4 * odd) & 0x0f0f0f0f);
+              pairs[r][p] = _mm256_add_epi16(pairs[r][p], _mm256_maddubs_epi16(nibbles, four));
+              pin(pairs[r][p]);
+            }
+          }
+      };
+      if (lanes - l >= 4)
+        add(l), add(l + 1), add(l + 2), add(l + 3);
+      else
+        for (int64_t i = l; i < lanes; ++i) add(i);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+        for (int p = 0; p < PANELS; ++p) sums[r][p] += (vint)_mm256_madd_epi16(pairs[r][p], ones);
+    }
+  } else {  // of signed bytes: |w| times x with the sign of w
+    for (int64_t l = 0; l < lanes; ++l) {
+      __m256i v[PANELS], size[PANELS];
+      for (int p = 0; p < PANELS; ++p) {
+        v[p] = (__m256i)load_lanes(w + p * apart + l * 4 * VL);
+        size[p] = _mm256_abs_epi8(v[p]);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const __m256i four = (__m256i)broadcast4(x + r * stride + l * 4);
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) {
+          const __m256i pairs = _mm256_maddubs_epi16(size[p], _mm256_sign_epi8(four, v[p]));
+          __m256i sum = (__m256i)(sums[r][p] + (vint)_mm256_madd_epi16(pairs, ones));
+          pin(sum);
+          sums[r][p] = (vint)sum;
+        }
+      }
+    }
+  }
+}
+#else
+template <int BITS, int ROWS>
+FASTLM_INLINE void add_dots(const uint8_t* w, int64_t, int64_t lanes, const int8_t* x,
+                            int64_t stride, vint (&sums)[ROWS][PANELS]) {
+  constexpr int CHAINS = ROWS <= 2 ? 2 : 1;  // of dependent products
+  vint acc[ROWS][CHAINS] = {};
+#pragma GCC unroll 4
+  for (int64_t l = 0; l < lanes; ++l, w += 4 * VL) {
+    const vint v = load_lanes(w);
+    if constexpr (BITS == 4) {
+      const vint even = v & 0x0f0f0f0f, odd = (v >> 4) & 0x0f0f0f0f;
+      const int8_t* at = x + l * 8;
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        acc[r][0] = dot4<OFFSET<4> == 0>(acc[r][0], even, broadcast4(at + r * stride));
+        acc[r][CHAINS - 1] =
+            dot4<OFFSET<4> == 0>(acc[r][CHAINS - 1], odd, broadcast4(at + r * stride + 4));
+      }
+    } else {
+      const vint u = OFFSET<8> ? v ^ int32_t(0x80808080) : v;
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        vint& sum_of = acc[r][CHAINS == 2 ? l % 2 : 0];
+        sum_of = dot4<OFFSET<8> == 0>(sum_of, u, broadcast4(x + l * 4 + r * stride));
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < CHAINS; ++c) sums[r][0] += acc[r][c];
+}
+#endif
+
+// out[r][0 .. PANELS * VL) (+)= W . x row r, over the part's runs, with x rounded to int8.
 template <int BITS, bool OFFSETS, int ROWS>
 void int8_product(const TilePart& part, const Activations& a, const Activations::Format& x,
                   int64_t m, float* out) {
-  constexpr int CHAINS = ROWS <= 2 ? 2 : 1;  // of dependent products
-  vfloat f[ROWS];
-  for (int r = 0; r < ROWS; ++r) f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
+  vfloat f[ROWS][PANELS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS; ++p)
+      f[r][p] = part.first.begin ? load(out + r * DECODE_TILE + p * VL) : vfloat{};
   const int8_t* q = x.q + m * a.stride;
   const float *scale = x.scale + m * a.runs, *sum = x.sum + m * a.runs;
   const int32_t* start = x.start + m * a.runs;
   const uint8_t* w = part.panel;
   for (RunAt run = part.first; run.begin < part.end; run.next()) {
-    const int64_t begin = run.begin, i = run.index;
+    const int64_t i = run.index;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
-    part.prefetch(w, lanes);
-    vint acc[ROWS][CHAINS];
+    for (int p = 0; p < PANELS; ++p) part.prefetch(w + p * part.apart, lanes);
+    vint sums[ROWS][PANELS];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      acc[r][0] = BITS == 4 && OFFSETS ? vint{} : splat_int(start[r * a.runs + i]);
-      if constexpr (CHAINS == 2) acc[r][1] = vint{};
-    }
-#pragma GCC unroll 4
-    for (int64_t l = 0; l < lanes; ++l, w += 4 * VL) {
-      const vint v = load_lanes(w);
-      if constexpr (BITS == 4) {
-        const vint even = v & 0x0f0f0f0f, odd = (v >> 4) & 0x0f0f0f0f;
-        const int8_t* at = q + begin + l * 8;
+    for (int r = 0; r < ROWS; ++r)
+      for (int p = 0; p < PANELS; ++p)
+        sums[r][p] = BITS == 4 && OFFSETS ? vint{} : splat_int(start[r * a.runs + i]);
+    add_dots<BITS, ROWS>(w, part.apart, lanes, q + run.begin, a.stride, sums);
+    w += lanes * 4 * VL;
+    const int64_t g = run.group * (1 + OFFSETS);
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; ++p) {
+      const vfloat s = part.from_table(g, p);
+      vfloat z{};
+      if constexpr (OFFSETS) z = part.from_table(g + 1, p);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-          acc[r][0] = dot4<OFFSET<4> == 0>(acc[r][0], even, broadcast4(at + r * a.stride));
-          acc[r][CHAINS - 1] =
-              dot4<OFFSET<4> == 0>(acc[r][CHAINS - 1], odd, broadcast4(at + r * a.stride + 4));
-        }
-      } else {
-        const vint u = OFFSET<8> ? v ^ int32_t(0x80808080) : v;
-        const int8_t* at = q + begin + l * 4;
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-          vint& sum_of = acc[r][CHAINS == 2 ? l % 2 : 0];
-          sum_of = dot4<OFFSET<8> == 0>(sum_of, u, broadcast4(at + r * a.stride));
-        }
+      for (int r = 0; r < ROWS; ++r) {
+        const vfloat total = __builtin_convertvector(sums[r][p], vfloat);
+        f[r][p] = fused(total, s * splat(scale[r * a.runs + i]), f[r][p]);
+        if constexpr (OFFSETS) f[r][p] = fused(z, splat(sum[r * a.runs + i]), f[r][p]);
       }
     }
-    const int64_t g = run.group * (1 + OFFSETS);
-    const vfloat s = part.from_table(g);
-    vfloat z{};
-    if constexpr (OFFSETS) z = part.from_table(g + 1);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      if constexpr (CHAINS == 2) acc[r][0] += acc[r][1];
-      const vfloat total = __builtin_convertvector(acc[r][0], vfloat);
-      f[r] = fused(total, s * splat(scale[r * a.runs + i]), f[r]);
-      if constexpr (OFFSETS) f[r] = fused(z, splat(sum[r * a.runs + i]), f[r]);
-    }
   }
-  for (int r = 0; r < ROWS; ++r) store(out + r * DECODE_TILE, f[r]);
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS; ++p) store(out + r * DECODE_TILE + p * VL, f[r][p]);
 }
 
 template <int BITS, int J, int ROWS>
@@ -194,14 +273,14 @@ FASTLM_INLINE void add_columns(vint v, const float* x, int64_t stride, vfloat (&
   }
 }
 
-// The same with x in float32.
+// The same with x in float32, for panel p.
 template <int BITS, bool OFFSETS, int ROWS>
-void float_product(const TilePart& part, const Activations& a, const Activations::Format& x,
+void float_product(const TilePart& part, int p, const Activations& a, const Activations::Format& x,
                    int64_t m, float* out) {
   vfloat f[ROWS];
   for (int r = 0; r < ROWS; ++r) f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
   const float *row = a.x + m * a.stride, *sum = x.sum + m * a.runs;
-  const uint8_t* w = part.panel;
+  const uint8_t* w = part.panel + p * part.apart;
   for (RunAt run = part.first; run.begin < part.end; run.next()) {
     const int64_t begin = run.begin, i = run.index;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
@@ -210,10 +289,10 @@ void float_product(const TilePart& part, const Activations& a, const Activations
     for (int64_t l = 0; l < lanes; ++l, w += 4 * VL)
       add_columns<BITS, 0>(load_lanes(w), row + begin + l * PER_LANE<BITS>, a.stride, acc);
     const int64_t g = run.group * (1 + OFFSETS);
-    const vfloat s = part.from_table(g);
+    const vfloat s = part.from_table(g, p);
     vfloat z{};
     if constexpr (OFFSETS) {
-      z = part.from_table(g + 1);
+      z = part.from_table(g + 1, p);
       if constexpr (BITS == 4) z = fused(s, splat(8.f), z);  // `column` gives nibble - 8
     }
 #pragma GCC unroll 8
@@ -236,27 +315,58 @@ FASTLM_INLINE void in_passes(int64_t rows, F f) {
   if (rows - m >= 1) f(std::integral_constant<int, 1>{}, m);
 }
 
+// Writes `lanes` lanes, from lane0 on, of VL rows of W from n on, to `panel`.
+inline void transpose_lanes(const Weight& w, const DecodeLinear& l, int64_t n, int64_t lane0,
+                            int64_t lanes, uint8_t* panel) {
+  const int present = int(std::clamp<int64_t>(l.n - n, 0, VL));
+  for (int64_t i = 0; i < lanes; i += VL) {
+    const int64_t byte = (lane0 + i) * 4;
+    vint t[VL];
+    if (present == VL && byte + 4 * VL <= l.row_bytes) {
+      const uint8_t* at = w.row(n) + byte;
+#pragma GCC unroll 16
+      for (int r = 0; r < VL; ++r) {
+        __builtin_prefetch(at + (AHEAD + r) * l.row_bytes, 0, 2);
+        t[r] = load_lanes(at + r * l.row_bytes);
+      }
+      transpose(t);
+    } else {
+      load_transposed(w, n, present, lane0 + i, AHEAD * l.row_bytes, t);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < VL; ++j) memcpy(panel + (i + j) * 4 * VL, &t[j], sizeof(vint));
+  }
+}
+
 template <int BITS, bool OFFSETS>
 void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
                     const Activations::Format& x, int64_t rows, uint8_t* panel, float* out) {
   Weight w{};
   w.q = reinterpret_cast<const uint8_t*>(l.weight), w.row_bytes = l.row_bytes;
-  const int present = int(std::clamp<int64_t>(l.n - n, 0, VL));
   const int64_t entry = l.dtype == DType::f32 ? 4 : 2,
                 table = n / DECODE_TILE * l.groups * (1 + OFFSETS) * DECODE_TILE + n % DECODE_TILE;
-  const auto multiply = [&](const TilePart& part) {
+  const auto multiply = [&](TilePart part) {
     in_passes(rows, [&](auto r, int64_t m) {
+      float* to = out + m * DECODE_TILE;
+      if (m) part.ahead = 0;  // the first pass has prefetched
       if (l.int8_activations)
-        int8_product<BITS, OFFSETS, r.value>(part, a, x, m, out + m * DECODE_TILE);
+        int8_product<BITS, OFFSETS, r.value>(part, a, x, m, to);
       else
-        float_product<BITS, OFFSETS, r.value>(part, a, x, m, out + m * DECODE_TILE);
+        for (int p = 0; p < PANELS; ++p)
+          float_product<BITS, OFFSETS, r.value>(part, p, a, x, m, to + p * VL);
     });
   };
-  TilePart part{panel,   RunAt(l.k, l.group_size), l.k, l.table + table * entry,
-                l.dtype, l.groups * (1 + OFFSETS)};
+  TilePart part{panel,
+                PANEL_BYTES,
+                RunAt(l.k, l.group_size),
+                l.k,
+                l.table + table * entry,
+                l.dtype,
+                l.groups * (1 + OFFSETS)};
   if (l.tile_lanes == VL) {
     part.panel = l.tiles + n * l.lanes() * 4;
-    part.ahead = VL * l.lanes() * 4;
+    part.apart = VL * l.lanes() * 4;
+    part.ahead = PANELS * part.apart;
     return multiply(part);
   }
   for (RunAt run = part.first; run; part.first = run) {
@@ -264,23 +374,8 @@ void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
     for (; run && run.begin + run.length <= most; run.next()) part.end = run.begin + run.length;
     const int64_t lane0 = part.first.begin / PER_LANE<BITS>,
                   lanes = (part.end + PER_LANE<BITS> - 1) / PER_LANE<BITS> - lane0;
-    for (int64_t i = 0; i < lanes; i += VL) {
-      const int64_t byte = (lane0 + i) * 4;
-      vint t[VL];
-      if (present == VL && byte + 4 * VL <= l.row_bytes) {
-        const uint8_t* p = w.row(n) + byte;
-#pragma GCC unroll 16
-        for (int r = 0; r < VL; ++r) {
-          __builtin_prefetch(p + (AHEAD + r) * l.row_bytes, 0, 2);
-          t[r] = load_lanes(p + r * l.row_bytes);
-        }
-        transpose(t);
-      } else {
-        load_transposed(w, n, present, lane0 + i, AHEAD * l.row_bytes, t);
-      }
-#pragma GCC unroll 16
-      for (int j = 0; j < VL; ++j) memcpy(panel + (i + j) * 4 * VL, &t[j], sizeof(vint));
-    }
+    for (int p = 0; p < PANELS; ++p)
+      transpose_lanes(w, l, n + p * VL, lane0, lanes, panel + p * PANEL_BYTES);
     multiply(part);
   }
 }
@@ -343,7 +438,7 @@ inline void tile_product(const DecodeLinear& l, int64_t n, const Activations& a,
   if (l.bits == 16) {
     with_float(l.dtype, "weight", [&](auto tag) { dense_tile<decltype(tag)>(l, n, a, rows, out); });
   } else {
-    for (int64_t i = 0; i < DECODE_TILE; i += VL) {
+    for (int64_t i = 0; i < DECODE_TILE; i += PANELS * VL) {
       if (l.bits == 4)
         l.offsets ? quantized_tile<4, true>(l, n + i, a, x, rows, panel, out + i)
                   : quantized_tile<4, false>(l, n + i, a, x, rows, panel, out + i);

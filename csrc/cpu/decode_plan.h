@@ -76,6 +76,6 @@ struct DecodePlan {
 // decode_step.h
 void decode_step(const DecodePlan& plan, TensorView tokens, TensorView lengths, TensorView table,
                  TensorView cache, const std::vector<TensorView>& rotary, TensorView workspace,
-                 TensorView logits);
+                 TensorView wanted, TensorView logits);
 
 }  // namespace fastlm

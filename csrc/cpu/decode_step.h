@@ -1,5 +1,5 @@
-// One token of each of M sequences through the whole decoder, in one parallel region. Body of
-// decode_step.cpp, compiled per instruction set.
+// M tokens through the whole decoder, in one parallel region: the next one of a sequence each, or
+// several that follow each other, a prompt's. Body of decode_step.cpp, compiled per instruction set.
 //
 //   prepare  residual, norm        ->  x (M, K), rounded to int8 where the weight needs that
 //   project  x . W^T, in tiles of 16 rows of W, each tile by one thread, for all M rows
@@ -7,6 +7,9 @@
 //   layer, | ends a phase:
 //     prepare -> qkv | rope, cache, attention | prepare -> out | prepare -> gate, up, act |
 //     prepare -> down |
+//
+// A sequence's rows find the keys of those before them in the cache, so with several rows of one
+// sequence, writing keys and values is a phase before attention.
 //
 // A phase ends when its work is done, not when all threads have arrived (phases.h); any thread may
 // do any part of it. With few rows, every thread that works in a phase prepares all rows for
@@ -61,8 +64,8 @@ struct Arena {
 inline int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Divides up the workspace at `base` and returns its size; base null: only the size.
-inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int threads, char* base,
-                       DecodeWork& w) {
+inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int threads, bool split,
+                       char* base, DecodeWork& w) {
   Arena a{base};
   const int64_t q_width = p.heads * p.head_dim, kv_width = p.kv_heads * p.head_dim;
   const int64_t chunks = (longest + DECODE_KEYS - 1) / DECODE_KEYS, ratio = p.heads / p.kv_heads;
@@ -73,7 +76,7 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int t
   w.most = a.take<float>(rows * p.heads * chunks);
   w.sum = a.take<float>(rows * p.heads * chunks);
   const int64_t widest = std::max({p.hidden, q_width, p.inner}), runs = (widest + 7) / 8;
-  const int64_t slots = rows >= SPLIT_ROWS ? 1 : threads;
+  const int64_t slots = split ? 1 : threads;
   for (float*& stream : w.streams) stream = a.take<float>(rows * p.hidden);
   w.slots = a.take<DecodeWork::Slot>(slots);
   w.threads = a.take<DecodeWork::Thread>(threads);
@@ -92,7 +95,7 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int t
   }
   for (int t = 0; t < threads; ++t) {
     DecodeWork::Thread own{};
-    own.panel = a.take<uint8_t>((PANEL_LANES + VL) * 4 * VL);  // whole vectors are written
+    own.panel = a.take<uint8_t>(PANELS * PANEL_BYTES);
     own.out = a.take<float>(2 * rows * DECODE_TILE);
     own.q = a.take<float>(ratio * round16(p.head_dim));
     own.scores = a.take<float>(ratio * DECODE_KEYS);
@@ -103,7 +106,7 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int t
 
 inline int64_t decode_workspace(const DecodePlan& p, int64_t rows, int64_t longest, int threads) {
   DecodeWork w;
-  return lay_out(p, rows, longest, threads, nullptr, w);
+  return lay_out(p, rows, longest, threads, rows >= SPLIT_ROWS, nullptr, w);
 }
 
 template <class C>
@@ -112,8 +115,10 @@ struct DecodeStep {
   const DecodeWork& w;
   const int64_t *tokens, *lengths;  // lengths: cached tokens of each row, without the new one
   const int32_t* table;             // (rows, max_pages)
-  int64_t rows, max_pages, pages, page_size, shortest, longest;
-  C* cache;  // (layers, 2, pages, kv_heads, page_size, head_dim)
+  const int64_t* wanted;            // rows whose logits are computed
+  int64_t rows, wanted_rows, max_pages, pages, page_size, shortest, longest;
+  bool chained;  // some row continues the one before it
+  C* cache;      // (layers, 2, pages, kv_heads, page_size, head_dim)
   const float* const* rotary;
   int64_t rotary_width[8];
   float* logits;
@@ -125,7 +130,7 @@ struct DecodeStep {
 
   DecodeWork::Slot& slot() const { return w.slots[split() ? 0 : thread]; }
   DecodeWork::Thread& own() const { return w.threads[thread]; }
-  bool split() const { return rows >= SPLIT_ROWS; }
+  bool split() const { return rows >= SPLIT_ROWS || chained; }
   // the work of every layer, then the head's; with SPLIT_ROWS, each after its preparation
   int works() const { return int(p.layers.size()) * KINDS + 1; }
 
@@ -133,7 +138,8 @@ struct DecodeStep {
   int64_t units(int phase) const {
     if (!split()) return work_units(phase);
     if (phase % 2) return work_units(phase / 2);
-    return phase / 2 < works() - 1 && phase / 2 % KINDS == ATTEND ? 0 : rows;
+    if (phase / 2 == works() - 1) return wanted_rows;
+    return phase / 2 % KINDS != ATTEND ? rows : chained ? rows * p.kv_heads : 0;
   }
   void run(int phase, int64_t from, int64_t to) {
     if (split()) {
@@ -144,7 +150,7 @@ struct DecodeStep {
       const int additions = version_of(phase);
       if (additions > 0 && additions != version + 1)  // this thread missed a phase
         memcpy(slot().stream, w.streams[(additions - 1) % 2], stream_bytes());
-      prepare_rows(phase, 0, rows);
+      prepare_rows(phase, 0, phase == works() - 1 ? wanted_rows : rows);
       prepared = phase;
       if (additions >= 0) version = additions;
       if (additions >= 0 && from == 0)
@@ -179,6 +185,14 @@ struct DecodeStep {
 
   static int64_t tiles(const DecodeLinear& l) { return (l.n + DECODE_TILE - 1) / DECODE_TILE; }
 
+  static void copy_tile(const float* tile, int64_t count, int64_t width, float* y, int64_t stride) {
+    for (int64_t m = 0; m < count; ++m, tile += DECODE_TILE, y += stride)
+      if (width == DECODE_TILE)
+        memcpy(y, tile, DECODE_TILE * sizeof(float));
+      else
+        memcpy(y, tile, size_t(width) * sizeof(float));
+  }
+
   // y[m * stride + n] = x W^T + bias for tiles [from, to) of several concatenated W
   void project(const DecodeLinear* const* linears, int count, int64_t from, int64_t to, float* y,
                int64_t stride) {
@@ -189,9 +203,7 @@ struct DecodeStep {
       for (int64_t u = std::max(from, first); u < std::min(to, last); ++u) {
         const int64_t n = (u - first) * DECODE_TILE, width = std::min(DECODE_TILE, l.n - n);
         tile_product(l, n, slot().x, format_of(linears, i), rows, own().panel, own().out);
-        for (int64_t m = 0; m < rows; ++m)
-          memcpy(y + m * stride + column + n, own().out + m * DECODE_TILE,
-                 size_t(width) * sizeof(float));
+        copy_tile(own().out, rows, width, y + column + n, stride);
       }
       first = last, column += l.n;
     }
@@ -208,9 +220,7 @@ struct DecodeStep {
       tile_product(layer.up, n, slot().x, format_of(both, 1), rows, own().panel, up);
       for (int64_t i = 0; i < rows * DECODE_TILE; i += VL)
         store(gate + i, activate(act, load(gate + i)) * load(up + i));
-      for (int64_t m = 0; m < rows; ++m)
-        memcpy(w.inner + m * layer.gate.n + n, gate + m * DECODE_TILE,
-               size_t(width) * sizeof(float));
+      copy_tile(gate, rows, width, w.inner + n, layer.gate.n);
     }
   }
 
@@ -226,12 +236,11 @@ struct DecodeStep {
     for (int64_t u = from; u < to; ++u) {
       const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, n_all - n);
       float* out = own().out;
-      tile_product(p.head, n, slot().x, 0, rows, own().panel, out);
+      tile_product(p.head, n, slot().x, 0, wanted_rows, own().panel, out);
       if (p.logit_softcap > 0)
-        for (int64_t i = 0; i < rows * DECODE_TILE; i += VL)
+        for (int64_t i = 0; i < wanted_rows * DECODE_TILE; i += VL)
           store(out + i, vtanh(load(out + i) * (1.f / p.logit_softcap)) * p.logit_softcap);
-      for (int64_t m = 0; m < rows; ++m)
-        memcpy(logits + m * n_all + n, out + m * DECODE_TILE, size_t(width) * sizeof(float));
+      copy_tile(out, wanted_rows, width, logits + n, n_all);
     }
   }
 
@@ -259,7 +268,7 @@ struct DecodeStep {
     a.table = table, a.max_pages = max_pages, a.page_size = page_size, a.lengths = lengths;
     a.shortest = shortest, a.longest = longest, a.window = layer.window;
     a.chunks = a.last_chunk() + 1, a.partials = w.partials;
-    a.most = w.most, a.sum = w.sum;
+    a.most = w.most, a.sum = w.sum, a.appended = chained;
     a.q_norm = layer.q_norm, a.k_norm = layer.k_norm, a.norm_whole = layer.norm_whole;
     a.eps = p.eps, a.scale = p.scale, a.softcap = p.softcap;
     if (layer.rotary >= 0) {
@@ -270,7 +279,7 @@ struct DecodeStep {
   }
 
   int64_t work_units(int work) const {
-    if (work == works() - 1) return tiles(p.head);
+    if (work == works() - 1) return wanted_rows ? tiles(p.head) : 0;
     const size_t i = size_t(work / KINDS);
     const DecodeLayer& layer = p.layers[i];
     switch (work % KINDS) {
@@ -292,11 +301,13 @@ struct DecodeStep {
     }
   }
 
-  // Prepares the operand of `work` for rows [from, to).
+  // Prepares the operand of `work` for rows [from, to); of the head's, for those of `wanted`; of
+  // attention's, for pairs of a row and a key head.
   void prepare_rows(int work, int64_t from, int64_t to) {
     if (work == works() - 1)
-      return prepare({&p.head}, from, to, [&](int64_t m, float* stream, float* row) {
-        add_and_norm(m, stream, row, p.layers.back().norms[3], p.norm);
+      return prepare({&p.head}, from, to, [&](int64_t i, float*, float* row) {
+        const int64_t m = wanted[i];
+        add_and_norm(m, slot().stream + m * p.hidden, row, p.layers.back().norms[3], p.norm);
       });
     const size_t i = size_t(work / KINDS);
     const DecodeLayer& layer = p.layers[i];
@@ -316,8 +327,11 @@ struct DecodeStep {
             memcpy(row, stream, size_t(p.hidden) * sizeof(float));
         });
       }
-      case ATTEND:
+      case ATTEND: {
+        const AttentionInputs<C> a = attention(i);
+        for (int64_t t = from; t < to; ++t) append(a, t / p.kv_heads, t % p.kv_heads, own().q);
         return;
+      }
       case OUT: {
         const AttentionInputs<C> attended = attention(i);
         return prepare({&layer.out}, from, to,
@@ -349,9 +363,14 @@ struct DecodeStep {
       case ATTEND: {
         const AttentionInputs<C> a = attention(i);
         const int64_t first = a.first_chunk(), chunks = a.last_chunk() + 1 - first;
-        for (int64_t t = from; t < to; ++t)
-          attend_chunk(a, t / chunks / p.kv_heads, t / chunks % p.kv_heads, first + t % chunks,
-                       own().q, own().scores);
+        for (int64_t t = from; t < to; ++t) {
+          if (chained)  // rows of a sequence after each other, for their keys in the L1
+            attend_chunk(a, t % rows, t / rows % p.kv_heads, first + t / rows / p.kv_heads, own().q,
+                         own().scores);
+          else
+            attend_chunk(a, t / chunks / p.kv_heads, t / chunks % p.kv_heads, first + t % chunks,
+                         own().q, own().scores);
+        }
         return;
       }
       case OUT:
@@ -373,24 +392,27 @@ void check_range(const char* argument, const T* x, int64_t count, int64_t end) {
 }
 
 // tokens (M) int64; lengths (M) int64: cached tokens of each row; table (M, max_pages) int32: its
-// pages in order, none of which another row writes to; cache (layers, 2, pages, kv_heads, page_size,
-// head_dim), where each row's next key and value are written; rotary: cos, sin, cos, sin ..
-// (positions, R) float32; logits (M, V) float32
+// pages in order, none of which another sequence's row writes to; cache (layers, 2, pages, kv_heads,
+// page_size, head_dim), where each row's next key and value are written; rotary: cos, sin, cos, sin
+// .. (positions, R) float32; wanted (L) int64: rows; logits (L, V) float32, theirs. A row is the
+// next token of the sequence of the row before it where it has the same pages and one more cached
+// token.
 inline void decode_step(const DecodePlan& p, const TensorView& tokens, const TensorView& lengths,
                         const TensorView& table, const TensorView& cache,
                         const std::vector<TensorView>& rotary, const TensorView& workspace,
-                        const TensorView& logits) {
-  const int64_t rows = tokens.numel(), pages = cache.size(2), page_size = cache.size(4);
+                        const TensorView& wanted, const TensorView& logits) {
+  const int64_t rows = tokens.numel(), wanted_rows = wanted.numel(), pages = cache.size(2),
+                page_size = cache.size(4);
   if (rows == 0) return;
   check_contiguous("tokens", tokens), check_contiguous("lengths", lengths);
   check_contiguous("table", table), check_contiguous("cache", cache);
-  check_contiguous("logits", logits);
+  check_contiguous("wanted", wanted), check_contiguous("logits", logits);
   check_size("cache", "layers:", int64_t(p.layers.size()), cache.size(0));
   check_size("cache", "heads:", p.kv_heads, cache.size(3));
   check_size("cache", "features:", p.head_dim, cache.size(5));
   check_size("lengths", "elements:", rows, lengths.numel());
   check_size("table", "rows:", rows, table.size(0));
-  check_size("logits", "elements:", rows * p.head.n, logits.numel());
+  check_size("logits", "elements:", wanted_rows * p.head.n, logits.numel());
   const int64_t max_pages = table.size(1);
   if (max_pages > 1 && page_size % 16)  // runs of scores are stored as whole vectors
     throw std::invalid_argument("cache: wanted pages of a multiple of 16 tokens, got " +
@@ -398,21 +420,32 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
   if (rotary.size() > 16) throw std::invalid_argument("rotary: wanted at most 8 pairs of tables");
   const int64_t *ids = tokens.data<int64_t>("tokens"), *cached = lengths.data<int64_t>("lengths");
   const int32_t* page_of = table.data<int32_t>("table");
+  const int64_t* rows_of_logits = wanted.data<int64_t>("wanted");
   check_range("tokens", ids, rows, p.embedding.n);
+  check_range("wanted", rows_of_logits, wanted_rows, rows);
+  if (!std::is_sorted(rows_of_logits, rows_of_logits + wanted_rows, std::less_equal<int64_t>{}))
+    throw std::invalid_argument("wanted: wanted rows in order, each once");
   check_range("lengths", cached, rows, max_pages * page_size);
   for (int64_t m = 0; m < rows; ++m)  // later entries are not read
     check_range("table", page_of + m * max_pages, cached[m] / page_size + 1, pages);
+  bool chained = false;
+  for (int64_t m = 1; m < rows && !chained; ++m) {  // the page that a row writes to is its own
+    const int64_t page = cached[m - 1] / page_size;
+    chained = cached[m] == cached[m - 1] + 1 &&
+              page_of[m * max_pages + page] == page_of[(m - 1) * max_pages + page];
+  }
   const int64_t shortest = *std::min_element(cached, cached + rows) + 1,
                 longest = *std::max_element(cached, cached + rows) + 1;
   const int threads = omp_get_max_threads();
   DecodeWork work;
-  const int64_t bytes = lay_out(p, rows, longest, threads, nullptr, work);
+  const bool split = rows >= SPLIT_ROWS || chained;
+  const int64_t bytes = lay_out(p, rows, longest, threads, split, nullptr, work);
   char* base = reinterpret_cast<char*>(workspace.data<uint8_t>("workspace"));
   char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(base) + 63) / 64 * 64);
   if (aligned - base + bytes > workspace.numel())
     throw std::invalid_argument("workspace: wanted " + std::to_string(bytes + 64) + " bytes, got " +
                                 std::to_string(workspace.numel()));
-  lay_out(p, rows, longest, threads, aligned, work);
+  lay_out(p, rows, longest, threads, split, aligned, work);
   const float* tables[16] = {};
   int64_t widths[8] = {};
   for (size_t i = 0; i < rotary.size(); ++i) {
@@ -431,9 +464,12 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
   float* out = logits.data<float>("logits");
   with_float(cache.dtype(), "cache", [&](auto tag) {
     using C = decltype(tag);
-    DecodeStep<C> step{p,         work,  ids,       cached,   page_of, rows,
-                       max_pages, pages, page_size, shortest, longest, cache.data<C>("cache"),
-                       tables,    {},    out};
+    DecodeStep<C> step{p,       work,        ids,
+                       cached,  page_of,     rows_of_logits,
+                       rows,    wanted_rows, max_pages,
+                       pages,   page_size,   shortest,
+                       longest, chained,     cache.data<C>("cache"),
+                       tables,  {},          out};
     std::copy(widths, widths + 8, step.rotary_width);
     Phases phases(step);
 #pragma omp parallel num_threads(threads) firstprivate(step)

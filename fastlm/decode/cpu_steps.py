@@ -100,8 +100,9 @@ class Plan:
         )
         # In a model that rounds its activations to 8 bits, keys and values lose nothing that
         # matters in float16, and the cache is half of what a step for 16 users reads
-        rounds = any(isinstance(m, QuantizedLinear) and m.act_bits == 8 for m in model.modules())
-        self.cache_dtype = torch.float16 if rounds else model.dtype
+        rounded = [isinstance(m, QuantizedLinear) and m.act_bits == 8 for m in _linears(model)]
+        self.cache_dtype = torch.float16 if any(rounded) else model.dtype
+        self.multiplies_int8 = all(rounded)
         self.rotary = list({id(t): t for t in decoder._rotary if t is not None}.values())
         places = {id(t): i for i, t in enumerate(self.rotary)}
         for layer, tables in zip(decoder.layers, decoder._rotary):
@@ -190,6 +191,18 @@ class Plan:
         return linear
 
 
+def _linears(model: "CausalLM") -> list[nn.Module]:
+    """The linear layers of a model's decoder layers."""
+    decoder: Any = model.model.layers
+    return [m for m in decoder.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
+
+
+def takes_prompts(plan: Plan) -> bool:
+    """Whether prompts are rows of decode steps, too, rather than calls of the modules: where that
+    was measured to be as fast."""
+    return plan.multiplies_int8 and backend.cpu_extension.isa() == "avx2"
+
+
 def packs(model: "CausalLM") -> bool:
     """Whether quantized weights are copied into the order in which the kernel multiplies, which
     makes a one-row step a quarter faster. They are if the copy takes a sixteenth of the memory at
@@ -251,26 +264,35 @@ class PagedSteps:
         self.workspace = torch.empty(0, dtype=torch.uint8)
 
     def logits(
-        self, tokens: Tensor, lengths: Tensor, table: Tensor, *, context: int | None = None
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        table: Tensor,
+        *,
+        wanted: Tensor | None = None,
+        context: int | None = None,
     ) -> Tensor:
-        """(B,) int64 tokens, after ``lengths`` (B,) int64 cached ones -> (B, V) float32.
+        """(B,) int64 tokens, after ``lengths`` (B,) int64 cached ones -> (B, V) float32, or
+        (L, V): of the rows ``wanted`` (L,) int64, in order.
 
         ``table`` (B, P) int32: the pages of each row, in order; entries beyond its last are not
-        read. Each row's key and value are written behind its cached ones. ``context``: the length
+        read. Each row's key and value are written behind its cached ones. Several tokens of one
+        sequence are rows that follow each other, with the same pages. ``context``: the length
         that rotary frequencies depend on, where they do; by default the longest row's.
         """
         torch.get_num_threads()  # passes torch's number of threads to OpenMP
         plan, longest = self.plan, int(lengths.max()) + 1
         rows = tokens.shape[0]
-        wanted = plan.cpp.workspace_bytes(rows, longest) + 64
-        if self.workspace.numel() < wanted:  # the first step, more keys, or more threads
-            room = self.data.shape[-2] * table.shape[1]
-            wanted = plan.cpp.workspace_bytes(rows, min(max(2 * longest, 256), room)) + 64
-            self.workspace = torch.empty(wanted, dtype=torch.uint8)
+        room = plan.cpp.workspace_bytes(rows, longest) + 64
+        if self.workspace.numel() < room:  # the first step, more keys, or more threads
+            most = self.data.shape[-2] * table.shape[1]
+            room = plan.cpp.workspace_bytes(rows, min(max(2 * longest, 256), most)) + 64
+            self.workspace = torch.empty(room, dtype=torch.uint8)
         rotary = [t for r in plan.rotary for t in r.tables(context or longest, tokens.device)]
-        out = torch.empty(rows, self.vocab)
+        wanted = torch.arange(rows) if wanted is None else wanted
+        out = torch.empty(wanted.shape[0], self.vocab)
         backend.cpu_extension.decode_step(
-            plan.cpp, tokens, lengths, table, self.data, rotary, self.workspace, out
+            plan.cpp, tokens, lengths, table, self.data, rotary, self.workspace, wanted, out
         )
         return out
 
@@ -299,6 +321,29 @@ class Steps:
         data = self.cache.data
         self.steps = PagedSteps(self.model, self.plan, data)
         self.table = torch.arange(data.shape[2], dtype=torch.int32)[:, None]
+
+    def prompt_logits(self, ids: Tensor, first: Tensor, prompt_of: Tensor) -> Tensor:
+        """(B, S) int64 prompts for an empty cache -> (B, V) float32, what follows them. Their
+        tokens are rows of steps (`takes_prompts`). Row r has the prompt of row
+        ``first[prompt_of[r]]``, which is computed once."""
+        rows, width = ids.shape
+        starts = torch.zeros(rows, dtype=torch.int64) if self.starts is None else self.starts
+        positions = torch.arange(width) - starts[first, None]
+        prompt, column = (positions >= 0).nonzero(as_tuple=True)
+        positions, places = positions[prompt, column], first[prompt]
+        tokens, table = ids[places, column], places[:, None].int()
+        self._lay_out()
+        self.cache.length, self.lengths = width, width - starts
+        last, out = (width - starts[first]).cumsum(0) - 1, []
+        for begin in range(0, len(tokens), MAX_ROWS):
+            part = slice(begin, begin + MAX_ROWS)
+            ends = last[(last >= begin) & (last < begin + MAX_ROWS)] - begin
+            step = tokens[part], positions[part], table[part]
+            out.append(self.steps.logits(*step, wanted=ends, context=width))
+        if len(first) < rows:
+            for layer in self.cache.data:
+                layer[..., :width, :] = layer[:, first[prompt_of], :, :width]
+        return torch.cat(out)[prompt_of]
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B,) int64 tokens, after those in the cache -> (B, V) float32."""

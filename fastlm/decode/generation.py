@@ -91,12 +91,12 @@ class _Decoding:
         mask = self.mask
         if mask is not None and mask.shape[1] < self.length:
             mask = self.mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
-        if self.steps_of is not None and self.cache.length and new.shape[1] == 1:
-            logits = self.steps_of.logits(new[:, 0].contiguous())
-        elif self.cache.length or len(new) == 1:
-            logits = self.model.next_logits(new, self.cache, mask)
-        else:
+        if not self.cache.length:
             logits = self.first_logits(new, mask)
+        elif self.steps_of is not None and new.shape[1] == 1:
+            logits = self.steps_of.logits(new[:, 0].contiguous())
+        else:
+            logits = self.model.next_logits(new, self.cache, mask)
         if self.adjustments is not None:
             logits = self.adjustments.apply(logits)
         self.logits = logits
@@ -113,10 +113,13 @@ class _Decoding:
         """
         told = ids if mask is None else ids.masked_fill(mask == 0, -1)
         prompts, prompt_of = torch.unique(told, dim=0, return_inverse=True)
+        found = prompt_of.tolist()
+        first = torch.tensor([found.index(i) for i in range(len(prompts))], device=ids.device)
+        steps = self.steps_of
+        if isinstance(steps, cpu_steps.Steps) and cpu_steps.takes_prompts(steps.plan):
+            return steps.prompt_logits(ids, first, prompt_of)
         if len(prompts) == len(ids):
             return self.model.next_logits(ids, self.cache, mask)
-        found = prompt_of.tolist()
-        first = [found.index(i) for i in range(len(prompts))]
         width, data = ids.shape[1], self.cache.data
         part = KVCache(self.model.config, len(first), width, dtype=data.dtype, device=data.device)
         logits = self.model.next_logits(ids[first], part, None if mask is None else mask[first])
