@@ -42,9 +42,10 @@ def told(result):
     return result.tokens, [(t.token, t.logprob, t.top) for t in result.logprobs]
 
 
+@pytest.mark.parametrize("prompt_rows", [False, True])
 @pytest.mark.parametrize("format", [None, "w4a16", "w8a8"])
 @pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3"])
-def test_an_answer_is_the_same_in_any_company(case, format):
+def test_an_answer_is_the_same_in_any_company(case, format, prompt_rows):
     """Tokens and log-probabilities to the bit: alone, beside others, with few tokens per step, and
     when pages run so short that requests are computed again."""
     model = model_of(case)
@@ -54,7 +55,8 @@ def test_an_answer_is_the_same_in_any_company(case, format):
     requests = requests_of(6)
     requests += [Request(shared + r.prompt[:9], 30, seed=7, logprobs=1) for r in requests[:3]]
     requests += [Request([i] * 50, 90, seed=i, logprobs=0) for i in range(3)]  # grow by two pages
-    alone = [told(Engine(model, prefix_cache=False).generate([r])[0]) for r in requests]
+    plain = {"prefix_cache": False, "prompt_rows": prompt_rows}
+    alone = [told(Engine(model, **plain).generate([r])[0]) for r in requests]
     assert all(len(tokens) > 3 for tokens, _ in alone)
     for options in (
         {},
@@ -63,7 +65,7 @@ def test_an_answer_is_the_same_in_any_company(case, format):
         {"pages": 7},
         {"prefix_cache": False, "pages": 9},
     ):
-        engine = Engine(model, **options)
+        engine = Engine(model, prompt_rows=prompt_rows, **options)
         order = torch.randperm(9, generator=torch.Generator().manual_seed(1)).tolist()
         order = [*order, 9, 10, 11]
         together = engine.generate([requests[i] for i in order])
@@ -362,6 +364,35 @@ def test_pages_found_again_after_preemption_are_not_told_as_cached():
     assert [r.cached_tokens for r in results] == [0, 0, 0]
 
 
+def test_pages_of_answers_are_found_where_prompts_are_rows():
+    """A conversation that goes on: its last answer is part of the next prompt."""
+    model = model_of()
+    for rows, cached in ((True, 128), (False, 64)):
+        engine = Engine(model, prompt_rows=rows)
+        (first,) = engine.generate([Request([5] * 70, 80, seed=1, ignore_eos=True)])
+        prompt = [*[5] * 70, *first.tokens, 7]
+        (second,) = engine.generate([Request(prompt, 9, seed=2, logprobs=1)])
+        assert second.cached_tokens == cached
+        (alone,) = Engine(model, prompt_rows=rows).generate(
+            [Request(prompt, 9, seed=2, logprobs=1)]
+        )
+        assert told(second) == told(alone)
+
+
+def test_prompts_go_on_beside_many_answers():
+    """A quarter of a step's tokens are prompts', however many answers run."""
+    engine = Engine(model_of(), prompt_rows=True, max_tokens_per_step=8)
+    for i in range(8):
+        engine.submit(Request([i], 400, seed=i, ignore_eos=True), lambda piece: None)
+    for _ in range(5):
+        engine.step()
+    got = []
+    engine.submit(Request([9] * 20, 3, seed=1), got.append)
+    for _ in range(11):
+        engine.step()
+    assert got and len(engine.scheduler.running) == 9
+
+
 def test_text():
     """Pieces join to the text of the tokens; a stop string ends it, across tokens, too."""
     tokenizer = fastlm.Tokenizer.train(["the river sees the tree " * 20], 300)
@@ -510,6 +541,11 @@ def test_refusals():
         pytest.raises(InputError, match=r"kv_dtype: wanted None or torch\.float32"),
     ):
         Engine(model_of(), kv_dtype=torch.float16)
+    with (
+        fastlm.use_backend("reference"),
+        pytest.raises(InputError, match="prompt_rows: wanted None or False"),
+    ):
+        Engine(model_of(), prompt_rows=True)
     with pytest.raises(InputError, match="max_rows: wanted at least 1, got 0"):
         Engine(model_of(), max_rows=0)
 

@@ -60,13 +60,14 @@ class ModuleSteps(PagedCall):
         self.keys_and_values = [[t.transpose(1, 2) for t in layer] for layer in pages.layers]
 
     @torch.inference_mode()
-    def logits(self, tokens: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, lengths: Tensor, table: Tensor, *, wanted: Tensor) -> Tensor:
         """(B,) int64 tokens after ``lengths`` (B,) cached ones, in the pages of ``table`` (B, P)
-        int32 -> (B, V)."""
+        int32 -> (L, V), of the rows ``wanted`` (L,)."""
         model, device = self.model, self.pages.data.device
         longest = int(lengths.max()) + 1
         self.positions = lengths.to(device, torch.int32)[:, None]
         self.lengths, self.table = self.positions[:, 0] + 1, table.to(device)
         self.rotary = model.model.rotary(0, longest, longest, device)
         call = Call(None, None, None, [], fused=True, step=self)
-        return model.logits(model.model(tokens.to(device)[:, None], call)[:, -1])
+        hidden = model.model(tokens.to(device)[:, None], call)[:, -1]
+        return model.logits(hidden[wanted.to(device)])

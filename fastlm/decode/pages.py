@@ -116,13 +116,14 @@ class Pages:
         self.data[:, :, target] = self.data[:, :, source]
 
 
-def page_keys(tokens: Sequence[int]) -> list[bytes]:
-    """Return a key for each full page of a prompt: a hash of all tokens up to the page's end."""
-    keys, told = [], hashlib.blake2b(digest_size=16)
+def page_keys(tokens: Sequence[int], before: Sequence[bytes] = ()) -> list[bytes]:
+    """Return a key for each full page of tokens: a hash of them and of the key of the page before;
+    ``before``: that of the first page, if there is one. So it tells all tokens up to its end."""
+    keys, key = [], before[-1] if before else b""
     whole = array("q", tokens)
     for end in range(PAGE, len(tokens) + 1, PAGE):
-        told.update(whole[end - PAGE : end].tobytes())
-        keys.append(told.digest())
+        key = hashlib.blake2b(key + whole[end - PAGE : end].tobytes(), digest_size=16).digest()
+        keys.append(key)
     return keys
 
 

@@ -1,9 +1,12 @@
 """An engine that continues many prompts at once, each with its own options, on pages of keys and
 values (`fastlm.decode.pages`), one step after the other (`fastlm.serve.scheduler`).
 
+Prompts are computed by the model's modules, or as rows of the decode step, like answers
+(`fastlm.decode.cpu_steps.takes_prompts`).
+
 A request's tokens and log-probabilities do not depend on what else the engine runs, on the CPU and
-where `fastlm.decode.cpu_steps.why_not` has no objection: products of a prompt's pages and rows of a
-decode step have the same bits in any company.
+where `fastlm.decode.cpu_steps.why_not` has no objection: rows of a decode step and the modules'
+products of a prompt's pages have the same bits in any company.
 """
 
 import itertools
@@ -50,23 +53,27 @@ class Engine:
         tokenizer: makes text of tokens; without one, answers have no text and no stop strings.
         pages: of `PAGE` tokens in the cache; by default as many as `max_rows` contexts need, within
             a quarter of the memory (of a GPU's free memory: half). Memory is taken at first use.
-        max_tokens_per_step: a step computes so many tokens of answers and prompts, up to the end of
-            a page. More is faster for prompts; fewer keep the pauses in running answers short.
+        max_tokens_per_step: a step computes so many tokens of answers and prompts, and a quarter
+            of it of prompts in any case; where modules compute these, up to the end of a page. More
+            is faster for prompts; fewer keep the pauses in running answers short. By default 64
+            where prompts are rows of the step, else 256.
         max_rows: requests that run at the same time.
         max_waiting: requests that may wait; beyond it, `submit` raises `QueueFull`.
         kv_dtype: of keys and values: float32, bfloat16 or float16. By default the model's, float16
             where its activations are rounded to 8 bits.
         prefix_cache: share the pages of prompts that begin with the same tokens.
-        invariant: a request's result has the same bits in any company. Without it, a step computes
-            all its prompts in one product.
+        invariant: a request's result has the same bits in any company. Without it, the modules
+            compute all prompts of a step in one product.
+        prompt_rows: prompts are rows of the decode step. By default where that was measured to be
+            as fast as through the modules.
 
     `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:
     that of `start`, or that of the caller of `step` and `generate`. Weights may change while
     nothing runs, or in `update`, which waits for that.
 
     Raises InputError: a model whose rotary frequencies depend on the length of the context
-    (`dynamic`, `longrope`), options out of range, a kv_dtype other than the model's where its steps
-    go through its modules.
+    (`dynamic`, `longrope`), options out of range, prompt_rows or a kv_dtype other than the model's
+    where its steps go through its modules.
     """
 
     def __init__(
@@ -75,12 +82,13 @@ class Engine:
         tokenizer: "Tokenizer | None" = None,
         *,
         pages: int | None = None,
-        max_tokens_per_step: int = 256,
+        max_tokens_per_step: int | None = None,
         max_rows: int = 64,
         max_waiting: int = 1024,
         kv_dtype: torch.dtype | None = None,
         prefix_cache: bool = True,
         invariant: bool = True,
+        prompt_rows: bool | None = None,
     ):
         if model.model.by_length:
             raise InputError(
@@ -97,6 +105,7 @@ class Engine:
             raise InputError(f"kv_dtype: wanted float32, bfloat16 or float16, got {kv_dtype}")
         self.model, self.tokenizer, self.kv_dtype = model, tokenizer, kv_dtype
         self.max_rows, self.max_waiting = max_rows, max_waiting
+        self.invariant, self.prompt_rows = invariant, prompt_rows
         self.max_tokens_per_step = max_tokens_per_step
         self.context_limit = model.context_limit
         self._ends = model.config.stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
@@ -108,14 +117,17 @@ class Engine:
                 f"kv_dtype: wanted None or {model.dtype}, that of the model, whose steps go through"
                 f" its modules ({cpu_steps.why_not(model)}), got {kv_dtype}"
             )
+        if self._plan is None and prompt_rows:
+            raise InputError(
+                "prompt_rows: wanted None or False for a model whose steps go through its modules"
+                f" ({cpu_steps.why_not(model)}), got True"
+            )
         count = pages or page_count(
             model.config, max_rows, dtype=self._cache_dtype(), device=model.device
         )
         self.pages = Pages(model.config, count, dtype=self._cache_dtype(), device=model.device)
+        self.scheduler = Scheduler(self.pages, max_rows=max_rows, prefix_cache=prefix_cache)
         self._decoder = self._make_decoder()
-        self.scheduler = Scheduler(
-            self.pages, max_rows=max_rows, prefix_cache=prefix_cache, invariant=invariant
-        )
         self._changed = threading.Condition()  # guards what follows
         self._ids = itertools.count(1)
         self._alive: set[int] = set()  # ids of requests that have not ended
@@ -297,19 +309,17 @@ class Engine:
                 return busy
             self._prepare()
         began, before = time.monotonic(), self._prompt_tokens + self._new_tokens
-        decodes = self.scheduler.decodes()
-        planned: list[Chunk] = []
-        budget = self.max_tokens_per_step - len(decodes)
+        answers = [Chunk(s, s.computed, s.computed + 1) for s in self.scheduler.decodes()]
+        most = self.max_tokens_per_step or (64 if self._takes_prompts else 256)
+        budget = max(most - len(answers), most // 4)
+        prompts: list[Chunk] = []
         for chunk in self.scheduler.chunks(budget, admits=not self._updates):
             if chunk is not None:
-                planned.append(chunk)
+                prompts.append(chunk)
                 continue
-            self._prefill(planned)
-            planned = []
-        self._prefill(planned)
-        decodes = [s for s in decodes if s.pages]
-        if decodes:
-            self._guarded(decodes, lambda: self._decode(decodes))
+            self._compute(answers, prompts)
+            answers, prompts = [], []
+        self._compute(answers, prompts)
         self._steps += 1
         count = self._prompt_tokens + self._new_tokens - before
         self._rate += 0.1 * (count / max(time.monotonic() - began, 1e-6) - self._rate)
@@ -361,9 +371,15 @@ class Engine:
         return self.kv_dtype or self._plan.cache_dtype
 
     def _make_decoder(self) -> "ModuleSteps | cpu_steps.PagedSteps":
-        if self._plan is None:
+        plan, rows = self._plan, self.prompt_rows
+        self._takes_prompts = plan is not None and (
+            cpu_steps.takes_prompts(plan) if rows is None else rows
+        )
+        self.scheduler.by_pages = self.invariant and not self._takes_prompts
+        self.scheduler.answers_too = self._takes_prompts
+        if plan is None:
             return ModuleSteps(self.model, self.pages)
-        return cpu_steps.PagedSteps(self.model, self._plan, self.pages.data)
+        return cpu_steps.PagedSteps(self.model, plan, self.pages.data)
 
     def _guarded(self, group: list[sequences.Sequence], compute: Callable[[], None]) -> None:
         """Compute something for a group of sequences; if that fails, they end, not the engine."""
@@ -374,19 +390,15 @@ class Engine:
                 if sequence.pages:
                     self._end(sequence, "error", f"{type(error).__name__}: {error}")
 
-    def _prefill(self, planned: list[Chunk]) -> None:
-        """Compute the chunks of a step: full pages of all sequences packed, then what is left of
-        each prompt, then copies."""
-        computed = [c for c in planned if c.source is None]
-        if self.scheduler.invariant:
-            packed = [c for c in computed if c.end % PAGE == 0]
-            groups = [packed, *([c] for c in computed if c.end % PAGE)]
+    def _compute(self, answers: list[Chunk], prompts: list[Chunk]) -> None:
+        """Compute chunks and draw what follows them: prompts, then copies of them, then answers."""
+        computed = [c for c in prompts if c.source is None]
+        logits: dict[sequences.Sequence, Tensor] = {}
+        if self._takes_prompts:
+            self._through_rows([*answers, *computed], logits)
         else:
-            groups = [computed]
-        for group in groups:
-            if group := [c for c in group if c.sequence.pages]:  # no error so far
-                self._guarded([c.sequence for c in group], lambda group=group: self._fill(group))
-        for chunk in planned:
+            self._through_modules(computed)
+        for chunk in prompts:
             if chunk.source is None or not chunk.sequence.pages:
                 continue
             if chunk.source.pages and chunk.source.decodes:
@@ -394,12 +406,33 @@ class Engine:
             else:  # it failed, for a reason that may be its own
                 self.scheduler.postpone(chunk.sequence)
         # not before the copies: an answer of one token gives its pages back
-        last = [c.sequence for c in planned if c.end == c.sequence.prompt_length]
+        last = [c.sequence for c in prompts if c.end == c.sequence.prompt_length]
         begun = [s for s in last if s.pages and s.decodes]
         if fresh := [s for s in begun if len(s.tokens) == s.prompt_length]:  # not computed again
             self._cached_tokens += sum(s.cached for s in fresh)
             rows = [s.prompt_logits for s in fresh if s.prompt_logits is not None]
             self._sample(fresh, torch.cat(rows))
+        if not self._takes_prompts:
+            self._through_rows(answers, logits)
+        if logits:
+            self._sample(list(logits), torch.stack(list(logits.values())))
+
+    def _through_modules(self, chunks: list[Chunk]) -> None:
+        """Compute chunks of prompts: full pages of all sequences packed, then what is left of each
+        prompt."""
+        if self.invariant:
+            packed = [c for c in chunks if c.end % PAGE == 0]
+            groups = [packed, *([c] for c in chunks if c.end % PAGE)]
+        else:
+            groups = [chunks]
+        for group in groups:
+            if group := [c for c in group if c.sequence.pages]:  # no error so far
+                self._guarded([c.sequence for c in group], lambda group=group: self._fill(group))
+
+    def _through_rows(self, chunks: list[Chunk], logits: dict[sequences.Sequence, Tensor]) -> None:
+        """Compute tokens as rows of decode steps. ``logits`` get those after answers, (V,)."""
+        if chunks := [c for c in chunks if c.sequence.pages]:
+            self._guarded([c.sequence for c in chunks], lambda: self._rows(chunks, logits))
 
     @torch.inference_mode()
     def _fill(self, group: list[Chunk]) -> None:
@@ -429,22 +462,32 @@ class Engine:
         self.scheduler.computed(chunk)
 
     @torch.inference_mode()
-    def _decode(self, group: list[sequences.Sequence]) -> None:
-        for begin in range(0, len(group), cpu_steps.MAX_ROWS):
-            part = group[begin : begin + cpu_steps.MAX_ROWS]
-            tokens = torch.tensor([s.tokens[s.computed] for s in part])
-            lengths = torch.tensor([s.computed for s in part])
-            width = max(len(s.pages) for s in part)
-            table = [s.pages + [0] * (width - len(s.pages)) for s in part]
-            logits = self._decoder.logits(tokens, lengths, torch.tensor(table, dtype=torch.int32))
-            fresh = []
-            for row, s in enumerate(part):
-                s.computed += 1
-                if s.computed == len(s.tokens):  # else its answer is computed again
-                    fresh.append(row)
-            if fresh:
-                rows = logits if len(fresh) == len(part) else logits[fresh]
-                self._sample([part[row] for row in fresh], rows)
+    def _rows(self, chunks: list[Chunk], logits: dict[sequences.Sequence, Tensor]) -> None:
+        rows = [(c.sequence, i) for c in chunks for i in range(c.start, c.end)]
+        for begin in range(0, len(rows), cpu_steps.MAX_ROWS):
+            part = rows[begin : begin + cpu_steps.MAX_ROWS]
+            tokens = torch.tensor([s.tokens[i] for s, i in part])
+            lengths = torch.tensor([i for _, i in part])
+            width = max(len(s.pages) for s, _ in part)
+            table = [s.pages + [0] * (width - len(s.pages)) for s, _ in part]
+            # not where an answer is computed again
+            ends = [
+                row for row, (s, i) in enumerate(part) if i + 1 in (s.prompt_length, len(s.tokens))
+            ]
+            after = self._decoder.logits(
+                tokens, lengths, torch.tensor(table, dtype=torch.int32),
+                wanted=torch.tensor(ends, dtype=torch.int64),
+            )  # fmt: skip
+            for row, own in zip(ends, after, strict=True):
+                sequence, i = part[row]
+                if i + 1 == sequence.prompt_length:
+                    sequence.prompt_logits = own[None]
+                else:
+                    logits[sequence] = own
+        for chunk in chunks:
+            if not chunk.sequence.decodes:
+                self._prompt_tokens += chunk.end - chunk.start
+            self.scheduler.computed(chunk)
 
     def _sample(self, group: list[sequences.Sequence], logits: Tensor) -> None:
         """Draw the next token of each sequence from (B, V) logits."""

@@ -2,8 +2,9 @@
 
 First the next token of every running answer, then prompts, as much of them as the budget allows,
 then those of waiting requests. When pages run short, the request that was admitted last gives its
-pages back and is computed again later: its prompt as before, then its answer token by token, so
-that its numbers are the same to the bit.
+pages back and is computed again later, so that its numbers are the same to the bit: all its tokens
+as a prompt where prompts are rows of decode steps, else its prompt as before and then its answer
+token by token.
 """
 
 from collections import OrderedDict, deque
@@ -29,9 +30,10 @@ class Scheduler:
     """``waiting``: one queue per client; they take turns. ``running``: those with pages, in the
     order in which they were admitted."""
 
-    def __init__(self, pages: Pages, *, max_rows: int, prefix_cache: bool, invariant: bool):
-        self.pages, self.max_rows = pages, max_rows
-        self.prefix_cache, self.invariant = prefix_cache, invariant
+    def __init__(self, pages: Pages, *, max_rows: int, prefix_cache: bool):
+        self.pages, self.max_rows, self.prefix_cache = pages, max_rows, prefix_cache
+        self.by_pages = False  # see `chunks`
+        self.answers_too = False  # tokens of answers have the keys and values of a prompt's
         self.waiting: OrderedDict[str, deque[Sequence]] = OrderedDict()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -96,6 +98,7 @@ class Scheduler:
         self.pages.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.planned = [], 0, 0
         sequence.prompt_logits = None
+        sequence.known = len(sequence.tokens) if self.answers_too else sequence.prompt_length
         queue = self.waiting.setdefault(sequence.request.client, deque())
         queue.appendleft(sequence)
         self.waiting.move_to_end(sequence.request.client, last=False)
@@ -105,13 +108,13 @@ class Scheduler:
         chunks so far are to be computed before the next is asked for, since it begins with pages
         that they fill.
 
-        With `invariant`, chunks end at a page's end or at the prompt's, and the tokens after its
-        last full page are one of their own. Products of so many rows, one or more pages, have the
-        same bits whatever else they multiply, so a result does not depend on what else the engine
-        did.
+        With ``by_pages``, chunks end at a page's end or at the prompt's, and the tokens after its
+        last full page are one of their own. The modules' products of so many rows, one or more
+        pages, have the same bits whatever else they multiply, so a result does not depend on what
+        else the engine did.
         """
         for sequence in list(self.running):
-            while budget > 0 and sequence.pages and sequence.planned < sequence.prompt_length:
+            while budget > 0 and sequence.pages and sequence.planned < sequence.known:
                 chunk = self._next_chunk(sequence, budget)
                 budget -= chunk.end - chunk.start
                 yield chunk
@@ -125,17 +128,17 @@ class Scheduler:
             if source is not None:
                 sequence.planned = sequence.prompt_length
                 yield Chunk(sequence, sequence.computed, sequence.prompt_length, source)
-            while budget > 0 and sequence.pages and sequence.planned < sequence.prompt_length:
+            while budget > 0 and sequence.pages and sequence.planned < sequence.known:
                 chunk = self._next_chunk(sequence, budget)
                 budget -= chunk.end - chunk.start
                 yield chunk
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        start, length = sequence.planned, sequence.prompt_length
-        if self.invariant and start < (whole := length // PAGE * PAGE):
+        start, length = sequence.planned, sequence.known
+        if self.by_pages and start < (whole := length // PAGE * PAGE):
             end = min(whole, start + max(budget // PAGE, 1) * PAGE)
         else:
-            end = length if self.invariant else min(length, start + budget)
+            end = length if self.by_pages else min(length, start + budget)
         sequence.planned = end
         if self.prefix_cache:
             self._planned_keys.update(sequence.keys[start // PAGE : end // PAGE])
@@ -143,7 +146,7 @@ class Scheduler:
 
     def _same_prompt(self, sequence: Sequence) -> Sequence | None:
         """A running sequence whose prompt is the same and computed, or will be in this step."""
-        if not self.prefix_cache:
+        if not self.prefix_cache or sequence.known > sequence.prompt_length:
             return None
         for other in reversed(self.running):
             if other.planned >= other.prompt_length and other.same_prompt(sequence):
@@ -157,7 +160,7 @@ class Scheduler:
     def _shareable(self, sequence: Sequence) -> list[bytes]:
         """Keys of pages that may be found; the last token is computed in any case, for its
         logits."""
-        return sequence.keys[: (sequence.prompt_length - 1) // PAGE]
+        return sequence.keys[: (sequence.known - 1) // PAGE]
 
     def _admit(self, sequence: Sequence, source: Sequence | None) -> bool:
         """Give pages to the next waiting sequence, for its tokens and the next one. Whether there
@@ -194,7 +197,10 @@ class Scheduler:
         """Note that a chunk has keys and values. Its full pages can be found from now on."""
         sequence = chunk.sequence
         sequence.computed = chunk.end
-        if self.prefix_cache:
-            for i in range(chunk.start // PAGE, chunk.end // PAGE):
-                self._planned_keys.discard(sequence.keys[i])
-                self.pages.remember(sequence.keys[i], sequence.pages[i])
+        if not self.prefix_cache:
+            return
+        if self.answers_too:
+            sequence.add_keys()
+        for i in range(chunk.start // PAGE, min(chunk.end // PAGE, len(sequence.keys))):
+            self._planned_keys.discard(sequence.keys[i])
+            self.pages.remember(sequence.keys[i], sequence.pages[i])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm.decode.generation import AnswerText, checked_stops
-from fastlm.decode.pages import page_keys
+from fastlm.decode.pages import PAGE, page_keys
 from fastlm.decode.sampling import Adjustments, make_generators
 from fastlm.serve.requests import FinishReason, Listener, Piece, Request, Result, TokenLogprob
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 class Sequence:
     """``tokens``: the prompt and what was drawn. The first ``computed`` of them have keys and
-    values in ``pages``; ``planned``: with those of the chunks of this step. ``room``: the most
-    tokens that may be drawn. ``prompt_logits`` (1, V): what follows the prompt, once computed.
+    values in ``pages``; ``planned``: with those of the chunks of this step. The first ``known`` are
+    computed as a prompt. ``keys``: of their full pages (`page_keys`). ``room``: the most tokens
+    that may be drawn. ``prompt_logits`` (1, V): what follows the prompt, once computed.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Sequence:
         self.id, self.request, self.listener = id, request, listener
         self.ends, self.room, self.device = ends, room, device
         self.tokens = list(request.prompt)
-        self.prompt_length = len(self.tokens)
+        self.prompt_length = self.known = len(self.tokens)
         self.pages: list[int] = []
         self.computed = self.planned = self.cached = 0
         self.prompt_logits: Tensor | None = None
@@ -57,7 +58,13 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether its prompt is computed."""
-        return self.computed >= self.prompt_length
+        return self.computed >= self.known
+
+    def add_keys(self) -> None:
+        """Add the keys of the pages that are full by now."""
+        done = len(self.keys) * PAGE
+        if self.computed - done >= PAGE:
+            self.keys += page_keys(self.tokens[done : self.computed], self.keys[-1:])
 
     def same_prompt(self, other: "Sequence") -> bool:
         mine, theirs = self.prompt_length, other.prompt_length
