@@ -9,11 +9,11 @@ constexpr int PANELS = VL == 8 ? 2 : 1;      // of VL rows of W at once: a load 
 
 struct Activations {  // M rows of x
   float* x;           // (M, stride), zero from K to the next multiple of 16
-  int64_t stride, runs;
+  int64_t stride, rows;
   struct Format {        // x as one kind of weight needs it; a run: columns under one scale
     int8_t* q;           // (M, stride), of int4 weights: even k of 8 and then odd
-    float *scale, *sum;  // (M, runs): x ~ scale * q; the sum of x, or of scale * q
-    int32_t* start;      // (M, runs): where an integer sum begins, for an offset of 8 or 128 in W
+    float *scale, *sum;  // (runs, M): x ~ scale * q; the sum of x, or of scale * q
+    int32_t* start;      // (runs, M): where an integer sum begins, for an offset of 8 or 128 in W
   } formats[3];
 };
 
@@ -60,10 +60,10 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
   if (l.bits == 16) return;
   const float* x = a.x + m * a.stride;
   int8_t* q = f.q + m * a.stride;
-  float *scale = f.scale + m * a.runs, *sum = f.sum + m * a.runs;
-  int32_t* start = f.start + m * a.runs;
+  float *scale = f.scale + m, *sum = f.sum + m;
+  int32_t* start = f.start + m;
   for (RunAt run(l.k, l.group_size); run; run.next()) {
-    const int64_t r = run.index, begin = run.begin, length = run.length;
+    const int64_t r = run.index * a.rows, begin = run.begin, length = run.length;
     if (!l.int8_activations) {
       vfloat total{};
       for (int64_t i = 0; i < length; i += VL)
@@ -230,18 +230,18 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
     for (int p = 0; p < PANELS; ++p)
       f[r][p] = part.first.begin ? load(out + r * DECODE_TILE + p * VL) : vfloat{};
   const int8_t* q = x.q + m * a.stride;
-  const float *scale = x.scale + m * a.runs, *sum = x.sum + m * a.runs;
-  const int32_t* start = x.start + m * a.runs;
+  const float *scale = x.scale + m, *sum = x.sum + m;
+  const int32_t* start = x.start + m;
   const uint8_t* w = part.panel;
   for (RunAt run = part.first; run.begin < part.end; run.next()) {
-    const int64_t i = run.index;
+    const int64_t i = run.index * a.rows;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
     for (int p = 0; p < PANELS; ++p) part.prefetch(w + p * part.apart, lanes);
     vint sums[ROWS][PANELS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
       for (int p = 0; p < PANELS; ++p)
-        sums[r][p] = BITS == 4 && OFFSETS ? vint{} : splat_int(start[r * a.runs + i]);
+        sums[r][p] = BITS == 4 && OFFSETS ? vint{} : splat_int(start[i + r]);
     add_dots<BITS, ROWS>(w, part.apart, lanes, q + run.begin, a.stride, sums);
     w += lanes * 4 * VL;
     const int64_t g = run.group * (1 + OFFSETS);
@@ -253,8 +253,8 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
         const vfloat total = __builtin_convertvector(sums[r][p], vfloat);
-        f[r][p] = fused(total, s * splat(scale[r * a.runs + i]), f[r][p]);
-        if constexpr (OFFSETS) f[r][p] = fused(z, splat(sum[r * a.runs + i]), f[r][p]);
+        f[r][p] = fused(total, s * splat(scale[i + r]), f[r][p]);
+        if constexpr (OFFSETS) f[r][p] = fused(z, splat(sum[i + r]), f[r][p]);
       }
     }
   }
@@ -279,10 +279,10 @@ void float_product(const TilePart& part, int p, const Activations& a, const Acti
                    int64_t m, float* out) {
   vfloat f[ROWS];
   for (int r = 0; r < ROWS; ++r) f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
-  const float *row = a.x + m * a.stride, *sum = x.sum + m * a.runs;
+  const float *row = a.x + m * a.stride, *sum = x.sum + m;
   const uint8_t* w = part.panel + p * part.apart;
   for (RunAt run = part.first; run.begin < part.end; run.next()) {
-    const int64_t begin = run.begin, i = run.index;
+    const int64_t begin = run.begin, i = run.index * a.rows;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
     part.prefetch(w, lanes);
     vfloat acc[ROWS][2] = {};
@@ -298,7 +298,7 @@ void float_product(const TilePart& part, int p, const Activations& a, const Acti
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       f[r] = fused(acc[r][0] + acc[r][1], s, f[r]);
-      if constexpr (OFFSETS) f[r] = fused(z, splat(sum[r * a.runs + i]), f[r]);
+      if constexpr (OFFSETS) f[r] = fused(z, splat(sum[i + r]), f[r]);
     }
   }
   for (int r = 0; r < ROWS; ++r) store(out + r * DECODE_TILE, f[r]);

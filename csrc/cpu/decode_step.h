@@ -83,7 +83,7 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int t
   for (int64_t s = 0; s < slots; ++s) {
     DecodeWork::Slot slot{};
     slot.stream = a.take<float>(rows * p.hidden);
-    slot.x.stride = round16(widest), slot.x.runs = runs;
+    slot.x.stride = round16(widest), slot.x.rows = rows;
     slot.x.x = a.take<float>(rows * slot.x.stride);
     for (Activations::Format& f : slot.x.formats) {
       f.q = a.take<int8_t>(rows * slot.x.stride);
