@@ -379,6 +379,43 @@ def test_pages_of_answers_are_found_where_prompts_are_rows():
         assert told(second) == told(alone)
 
 
+@pytest.mark.parametrize("format", [None, "w4a8"])
+def test_guesses_change_no_bit(format):
+    """Prompt lookup with greedy, drawn, filtered, penalized and ended answers, alone and beside
+    others, with few pages: tokens and log-probabilities are the same, in fewer steps."""
+    model = model_of()
+    if format:
+        model = fastlm.quantize(model, format, group_size=24)
+    g = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 97, (60,), generator=g).tolist() * 2 for _ in range(6)]
+    samplings = [
+        Sampling(temperature=0.0), Sampling(temperature=0.3), Sampling(top_p=0.9, temperature=0.5),
+        Sampling(temperature=0.0, presence_penalty=0.5),
+        Sampling(temperature=0.0, logit_bias=((5, 2.0),)), Sampling(top_k=2),
+    ]  # fmt: skip
+    requests = [
+        Request(text[: 80 + i], 70, sampling, seed=i, logprobs=i % 3, ignore_eos=i % 2 == 0)
+        for i, (text, sampling) in enumerate(zip(texts, samplings, strict=True))
+    ]
+    plain = {"prefix_cache": False, "prompt_rows": True}
+    alone = [told(Engine(model, **plain).generate([r])[0]) for r in requests]
+    for options in ({}, {"pages": 9}, {"max_tokens_per_step": 9, "draft_tokens": 30}):
+        engine = Engine(model, **{"draft_tokens": 4, "prompt_rows": True, **options})
+        assert [told(r) for r in engine.generate(requests)] == alone
+        stats = engine.stats()
+        assert 0 < stats.accepted_tokens < stats.drafted_tokens
+        assert stats.new_tokens == sum(len(tokens) for tokens, _ in alone)
+        assert stats.pages_used == 0
+        again = engine.generate(requests[:2])
+        assert [told(r) for r in again] == alone[:2]
+    # an answer that repeats itself takes few steps
+    engine, plain = Engine(model, draft_tokens=8), Engine(model)
+    sampling = Sampling(temperature=0.0, logit_bias=((5, 90.0),))
+    request = Request([5], 200, sampling, logprobs=1, ignore_eos=True)
+    assert told(engine.generate([request])[0]) == told(plain.generate([request])[0])
+    assert engine.stats().steps < plain.stats().steps / 2
+
+
 def test_prompts_go_on_beside_many_answers():
     """A quarter of a step's tokens are prompts', however many answers run."""
     engine = Engine(model_of(), prompt_rows=True, max_tokens_per_step=8)
@@ -538,7 +575,7 @@ def test_refusals():
         Engine(model_of(), kv_dtype=torch.int8)
     with (
         fastlm.use_backend("reference"),
-        pytest.raises(InputError, match=r"kv_dtype: wanted None or torch\.float32"),
+        pytest.raises(InputError, match=r"kv_dtype: wanted None or torch\.float32 for a model"),
     ):
         Engine(model_of(), kv_dtype=torch.float16)
     with (

@@ -66,14 +66,17 @@ class Engine:
             compute all prompts of a step in one product.
         prompt_rows: prompts are rows of the decode step. By default where that was measured to be
             as fast as through the modules.
+        draft_tokens: a step also computes up to so many tokens that it guesses an answer goes on
+            with (prompt lookup, `Sequence.guess`), and keeps them as far as they are what is drawn.
+            The answer has the same bits. It pays where answers repeat their prompt.
 
     `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:
     that of `start`, or that of the caller of `step` and `generate`. Weights may change while
     nothing runs, or in `update`, which waits for that.
 
     Raises InputError: a model whose rotary frequencies depend on the length of the context
-    (`dynamic`, `longrope`), options out of range, prompt_rows or a kv_dtype other than the model's
-    where its steps go through its modules.
+    (`dynamic`, `longrope`), options out of range, prompt_rows, draft_tokens or a kv_dtype other
+    than the model's where its steps go through its modules.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Engine:
         prefix_cache: bool = True,
         invariant: bool = True,
         prompt_rows: bool | None = None,
+        draft_tokens: int = 0,
     ):
         if model.model.by_length:
             raise InputError(
@@ -101,27 +105,29 @@ class Engine:
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise InputError(f"{name}: wanted at least 1, got {value}")
+        if draft_tokens < 0:
+            raise InputError(f"draft_tokens: wanted at least 0, got {draft_tokens}")
         if kv_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"kv_dtype: wanted float32, bfloat16 or float16, got {kv_dtype}")
         self.model, self.tokenizer, self.kv_dtype = model, tokenizer, kv_dtype
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.invariant, self.prompt_rows = invariant, prompt_rows
+        self.draft_tokens = draft_tokens
         self.max_tokens_per_step = max_tokens_per_step
         self.context_limit = model.context_limit
         self._ends = model.config.stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
         model.model.fuse()
         self._plan = cpu_steps.plan_of(model)
         self._state = cpu_steps.state_of(model)
-        if self._plan is None and kv_dtype not in (None, model.dtype):
-            raise InputError(
-                f"kv_dtype: wanted None or {model.dtype}, that of the model, whose steps go through"
-                f" its modules ({cpu_steps.why_not(model)}), got {kv_dtype}"
-            )
-        if self._plan is None and prompt_rows:
-            raise InputError(
-                "prompt_rows: wanted None or False for a model whose steps go through its modules"
-                f" ({cpu_steps.why_not(model)}), got True"
-            )
+        for name, value, wanted in (
+            ("kv_dtype", kv_dtype, (None, model.dtype)),
+            ("prompt_rows", prompt_rows, (None, False)), ("draft_tokens", draft_tokens, (0,)),
+        ):  # fmt: skip
+            if self._plan is None and value not in wanted:
+                raise InputError(
+                    f"{name}: wanted {' or '.join(map(str, wanted))} for a model whose steps go"
+                    f" through its modules ({cpu_steps.why_not(model)}), got {value}"
+                )
         count = pages or page_count(
             model.config, max_rows, dtype=self._cache_dtype(), device=model.device
         )
@@ -138,6 +144,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._steps = self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
+        self._drafted_tokens = self._accepted_tokens = 0
         self._finished: Counter[str] = Counter()
         self._rate = 0.0  # tokens per second, of late
 
@@ -217,7 +224,8 @@ class Engine:
         return EngineStats(
             len(scheduler.running), waiting + scheduler.waiting_count, pages.count, used,
             pages.idle, self._steps, self._prompt_tokens, self._cached_tokens, self._new_tokens,
-            scheduler.preemptions, dict(self._finished),
+            scheduler.preemptions, dict(self._finished), self._drafted_tokens,
+            self._accepted_tokens,
         )  # fmt: skip
 
     def generate(
@@ -309,9 +317,12 @@ class Engine:
                 return busy
             self._prepare()
         began, before = time.monotonic(), self._prompt_tokens + self._new_tokens
-        answers = [Chunk(s, s.computed, s.computed + 1) for s in self.scheduler.decodes()]
+        answers = []
+        for s in self.scheduler.decodes():
+            s.draft = s.guess(self.draft_tokens) if self.draft_tokens else []
+            answers.append(Chunk(s, s.computed, s.computed + 1 + len(s.draft)))
         most = self.max_tokens_per_step or (64 if self._takes_prompts else 256)
-        budget = max(most - len(answers), most // 4)
+        budget = max(most - sum(c.end - c.start for c in answers), most // 4)
         prompts: list[Chunk] = []
         for chunk in self.scheduler.chunks(budget, admits=not self._updates):
             if chunk is not None:
@@ -393,7 +404,7 @@ class Engine:
     def _compute(self, answers: list[Chunk], prompts: list[Chunk]) -> None:
         """Compute chunks and draw what follows them: prompts, then copies of them, then answers."""
         computed = [c for c in prompts if c.source is None]
-        logits: dict[sequences.Sequence, Tensor] = {}
+        logits: dict[sequences.Sequence, list[Tensor]] = {}
         if self._takes_prompts:
             self._through_rows([*answers, *computed], logits)
         else:
@@ -414,8 +425,20 @@ class Engine:
             self._sample(fresh, torch.cat(rows))
         if not self._takes_prompts:
             self._through_rows(answers, logits)
-        if logits:
-            self._sample(list(logits), torch.stack(list(logits.values())))
+        self._continue(logits)
+
+    def _continue(self, logits: dict[sequences.Sequence, list[Tensor]]) -> None:
+        """Draw what follows answers. Where that is what was guessed, the next logits are those
+        after it."""
+        going = list(logits)
+        for i in itertools.count():
+            if not (going := [s for s in going if i < len(logits[s])]):
+                return
+            self._sample(going, torch.stack([logits[s][i] for s in going]))
+            going = [s for s in going if s.pages and s.draft[i : i + 1] == s.tokens[-1:]]
+            for s in going:
+                self.scheduler.computed(Chunk(s, s.computed, s.computed + 1))
+            self._accepted_tokens += len(going)
 
     def _through_modules(self, chunks: list[Chunk]) -> None:
         """Compute chunks of prompts: full pages of all sequences packed, then what is left of each
@@ -429,8 +452,11 @@ class Engine:
             if group := [c for c in group if c.sequence.pages]:  # no error so far
                 self._guarded([c.sequence for c in group], lambda group=group: self._fill(group))
 
-    def _through_rows(self, chunks: list[Chunk], logits: dict[sequences.Sequence, Tensor]) -> None:
-        """Compute tokens as rows of decode steps. ``logits`` get those after answers, (V,)."""
+    def _through_rows(
+        self, chunks: list[Chunk], logits: dict[sequences.Sequence, list[Tensor]]
+    ) -> None:
+        """Compute tokens as rows of decode steps. ``logits`` get those after answers, (V,), and
+        after each guess."""
         if chunks := [c for c in chunks if c.sequence.pages]:
             self._guarded([c.sequence for c in chunks], lambda: self._rows(chunks, logits))
 
@@ -462,17 +488,19 @@ class Engine:
         self.scheduler.computed(chunk)
 
     @torch.inference_mode()
-    def _rows(self, chunks: list[Chunk], logits: dict[sequences.Sequence, Tensor]) -> None:
+    def _rows(self, chunks: list[Chunk], logits: dict[sequences.Sequence, list[Tensor]]) -> None:
         rows = [(c.sequence, i) for c in chunks for i in range(c.start, c.end)]
         for begin in range(0, len(rows), cpu_steps.MAX_ROWS):
             part = rows[begin : begin + cpu_steps.MAX_ROWS]
-            tokens = torch.tensor([s.tokens[i] for s, i in part])
+            tokens = torch.tensor([s.token(i) for s, i in part])
             lengths = torch.tensor([i for _, i in part])
             width = max(len(s.pages) for s, _ in part)
             table = [s.pages + [0] * (width - len(s.pages)) for s, _ in part]
             # not where an answer is computed again
             ends = [
-                row for row, (s, i) in enumerate(part) if i + 1 in (s.prompt_length, len(s.tokens))
+                row
+                for row, (s, i) in enumerate(part)
+                if i + 1 == s.prompt_length or i + 1 >= len(s.tokens)
             ]
             after = self._decoder.logits(
                 tokens, lengths, torch.tensor(table, dtype=torch.int32),
@@ -483,11 +511,15 @@ class Engine:
                 if i + 1 == sequence.prompt_length:
                     sequence.prompt_logits = own[None]
                 else:
-                    logits[sequence] = own
+                    logits.setdefault(sequence, []).append(own)
         for chunk in chunks:
-            if not chunk.sequence.decodes:
+            sequence = chunk.sequence
+            if not sequence.decodes:
                 self._prompt_tokens += chunk.end - chunk.start
-            self.scheduler.computed(chunk)
+            # the guesses are not known to be right yet
+            known = Chunk(sequence, chunk.start, min(chunk.end, len(sequence.tokens)))
+            self._drafted_tokens += chunk.end - known.end
+            self.scheduler.computed(known)
 
     def _sample(self, group: list[sequences.Sequence], logits: Tensor) -> None:
         """Draw the next token of each sequence from (B, V) logits."""

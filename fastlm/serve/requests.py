@@ -121,6 +121,8 @@ class EngineStats:
     new_tokens: int
     preemptions: int
     finished: dict[str, int]  # by finish_reason
+    drafted_tokens: int = 0  # guessed and computed
+    accepted_tokens: int = 0  # of them: what was drawn
 
 
 class Closed(InputError):
