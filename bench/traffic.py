@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import httpx
@@ -113,7 +114,7 @@ async def ask(
     """Send a request; return the text of its answer. `quit_after`: pieces after which the client
     closes the connection; 0: never. `began`: when the request was due, if not now."""
     began = time.perf_counter() if began is None else began
-    last, text, count, usage = 0.0, "", 0, None
+    last, text, pieces, usage = 0.0, "", 0, None
     async with http.stream("POST", "chat/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
@@ -133,8 +134,8 @@ async def ask(
                     load.between.append(now - last)
                 else:
                     load.first.append(now - began)
-                last, text, count = now, text + piece, count + 1
-            if quit_after and count >= quit_after:
+                last, text, pieces = now, text + piece, pieces + 1
+            if quit_after and pieces >= quit_after:
                 return text
     if usage is None:
         raise RuntimeError("the stream had no usage")
@@ -168,9 +169,9 @@ async def client(
     http: httpx.AsyncClient, seed: int, until: float, load: Load, model: str, soaks: bool
 ) -> None:
     draw = random.Random(seed)
-    turn = 0
-    while time.perf_counter() < until:
-        turn += 1
+    for turn in count(1):
+        if turn > 1 and time.perf_counter() >= until:
+            return
         try:
             if soaks and await unkind(http, draw, load):
                 continue
@@ -195,10 +196,11 @@ def connected(url: str) -> httpx.AsyncClient:
 async def closed_loop(
     url: str, model: str, clients: int, seconds: float, *, seed: int, soaks: bool = False
 ) -> Load:
-    """Clients that send their next request as soon as their last one ends, for `seconds`; answers
-    that run then are awaited. Client i draws its requests by `seed` + i."""
-    load, began = Load(), time.perf_counter()
+    """Clients that send their next request as soon as their last one ends, for `seconds`, but one
+    each at least; answers that run then are awaited. Client i draws its requests by `seed` + i."""
+    load = Load()
     async with connected(url) as http:
+        began = time.perf_counter()
         until = began + seconds
         await asyncio.gather(
             *(client(http, seed + i, until, load, model, soaks) for i in range(clients))

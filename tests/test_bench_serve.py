@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import re
 import sys
@@ -23,7 +24,6 @@ from traffic import (
     Load,
     arrivals,
     body_of,
-    closed_loop,
     event_of,
     open_loop,
     percentile,
@@ -194,8 +194,12 @@ def test_load_and_arrivals_on_a_tiny_model(tiny, monkeypatch, tmp_path):
 
 
 def test_unkind_clients_on_a_tiny_model(tiny):
-    load = asyncio.run(closed_loop(tiny.url, "tiny", 3, 0.3, seed=1, soaks=True))
-    assert not load.faults and load.done >= 3
+    here = servers.Server(tiny.url, os.getpid(), tiny.model)
+    found = serve.soak(here, 2, 0.2, serve.Seeds())
+    assert found["faults"] == 0, found["first_faults"]
+    assert sum(found["ended"].values()) >= 20 and found["ended"]["whole"] <= found["requests"]
+    assert any(kind.startswith("malformed, 4") for kind in found["ended"])
+    assert len(found["memory_mib"]) == 10 and min(found["memory_mib"]) > 0
 
 
 def test_a_cold_server_is_asked_until_it_answers(monkeypatch):
