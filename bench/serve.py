@@ -234,7 +234,11 @@ def main() -> None:
         found["poisson"], new = arriving(sides, a.poisson, a.seconds, seeds)
         faults += new
     if a.cold:
-        commands = ["fastlm", *([COMMAND] if PEER in names and llama_cpp(COMMAND) else [])]
+        commands = ["fastlm"]
+        if PEER in names and llama_cpp(COMMAND) is None:
+            print(f"bench: {COMMAND} is left out: sh bench/llama_cpp.sh builds it")
+        elif PEER in names:
+            commands.append(COMMAND)
         found["cold"] = cold({"chat": names, "command": commands}, model, a.threads, a.cold)
     tell_if_busy(others)
     print(found["machine"])
