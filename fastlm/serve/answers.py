@@ -36,11 +36,17 @@ class Answer:
     """The answer to a request: `whole`, or `events`; either one, once.
 
     ``asked``, ``id`` and ``model`` as the client sees them; ``prompts``: the texts that
-    /v1/completions puts before the answers where it is asked to.
+    /v1/completions puts before the answers where it is asked to; ``prompt_tokens``: of all prompts.
     """
 
     def __init__(
-        self, asked: Asked, id: str, running: "Running", tokenizer: "Tokenizer", prompts: list[str]
+        self,
+        asked: Asked,
+        id: str,
+        running: "Running",
+        tokenizer: "Tokenizer",
+        prompts: list[str],
+        prompt_tokens: int,
     ):
         self.asked, self.id, self.running, self.tokenizer = asked, id, running, tokenizer
         self.chat = isinstance(asked, ChatAsked)
@@ -52,8 +58,7 @@ class Answer:
             Choice(tools=ToolText(names) if names else None) for _ in range(running.count)
         ]
         self.echo = prompts if isinstance(asked, TextAsked) and asked.echo else []
-        self.prompt_tokens: dict[int, int] = {}  # by prompt: its first choice tells
-        self.cached_tokens = 0
+        self.prompt_tokens, self.cached_tokens = prompt_tokens, 0
 
     async def whole(self) -> bytes:
         """The body of a response that is not streamed, as JSON."""
@@ -71,15 +76,21 @@ class Answer:
 
     async def events(self) -> AsyncIterator[Event]:
         """The events of a streamed response, without the last "[DONE]"."""
-        more = {"usage": None} if self.asked.include_usage else {}
-        head = self._head("chat.completion.chunk" if self.chat else "text_completion") | more
+        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
+
+        def event(*choices: Event) -> Event:
+            usage: dict[str, Any] = {}
+            if self.asked.include_usage:
+                usage["usage"] = self.usage() if self.asked.continuous_usage else None
+            return {**head, **usage, "choices": list(choices)}
+
         if self.chat:
             for i in range(len(self.choices)):
-                yield {**head, "choices": [self._chunk(i, {"role": "assistant", "content": ""})]}
+                yield event(self._chunk(i, {"role": "assistant", "content": ""}))
         else:
             for i, text in enumerate(self._echoes()):
                 if text:
-                    yield {**head, "choices": [self._chunk(i, text)]}
+                    yield event(self._chunk(i, text))
         async for index, piece in self.running:
             text, logprobs = self._take(index, piece), None
             choice = self.choices[index]
@@ -87,23 +98,22 @@ class Answer:
                 logprobs = self._logprobs(piece.logprobs, choice)
             if text or logprobs:
                 delta = {"content": text} if self.chat else text
-                yield {**head, "choices": [self._chunk(index, delta, logprobs)]}
+                yield event(self._chunk(index, delta, logprobs))
             if choice.finish_reason is not None:
                 calls = choice.tools.calls if choice.tools is not None else []
                 if calls:
                     numbered = [{"index": i, **call} for i, call in enumerate(calls)]
-                    yield {**head, "choices": [self._chunk(index, {"tool_calls": numbered})]}
-                last = self._chunk(index, {} if self.chat else "", None, choice.finish_reason)
-                yield {**head, "choices": [last]}
+                    yield event(self._chunk(index, {"tool_calls": numbered}))
+                yield event(self._chunk(index, {} if self.chat else "", None, choice.finish_reason))
         if self.asked.include_usage:
-            yield {**head, "choices": [], "usage": self.usage()}
+            yield {**event(), "usage": self.usage()}
 
     def messages(self) -> list[list[dict[str, Any]]]:
         """Each choice as messages, to be kept."""
         return [[self._message(choice, kept=True)] for choice in self.choices]
 
     def usage(self) -> dict[str, Any]:
-        prompt, new = sum(self.prompt_tokens.values()), sum(c.tokens for c in self.choices)
+        prompt, new = self.prompt_tokens, sum(c.tokens for c in self.choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
@@ -131,9 +141,7 @@ class Answer:
             # OpenAI has no name for the end of the time that a request may take
             ended = "stop" if piece.finish_reason == "stop" else "length"
             choice.finish_reason = "tool_calls" if calls and ended == "stop" else ended
-            prompt = index // self.asked.n
-            if prompt not in self.prompt_tokens:
-                self.prompt_tokens[prompt] = piece.prompt_tokens
+            if index % self.asked.n == 0:  # the others share the prompt of the first choice
                 self.cached_tokens += piece.cached_tokens
         choice.text += text
         return text

@@ -139,12 +139,12 @@ class Server:
             prompts, echoes, requests = await run_sync(self._requests, http, asked)
             chat = isinstance(asked, ChatAsked)
             id = f"{'chatcmpl' if chat else 'cmpl'}-{http.state.id}"
-            http.state.told["prompt_tokens"] = sum(map(len, prompts))
+            http.state.told["prompt_tokens"] = count = sum(map(len, prompts))
             for prompt in prompts:
                 self.metrics.prompt_length.observe(len(prompt))
             with _refusals():
                 running = Running(self.engine, requests, self.metrics, self.shares)
-            answer = Answer(asked, id, running, self.tokenizer, echoes)
+            answer = Answer(asked, id, running, self.tokenizer, echoes, count)
             if asked.stream:
                 return Events(self, answer, kept, http.state.told)
             try:

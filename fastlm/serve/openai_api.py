@@ -63,6 +63,7 @@ class Asked:
     n: int
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     max_new_tokens: int | None
     sampling: Sampling
     seed: int | None
@@ -259,7 +260,7 @@ SAMPLED: Mapping[str, Field] = {
     "stop": list_of(text(256), 1, 16, one=True),
     "stop_token_ids": list_of(IDS, 1, 64),
     "stream": flag(),
-    "stream_options": table({"include_usage": flag()}),
+    "stream_options": table({"include_usage": flag(), "continuous_usage_stats": flag()}),
     "structured_outputs": table(STRUCTURED),
     "temperature": TEMPERATURE,
     "top_k": whole(1, 2**31),
@@ -376,7 +377,12 @@ def _asked(given: dict[str, Any], top: int | None, form: Form | None) -> dict[st
     names += ("presence_penalty", "frequency_penalty", "logit_bias")
     if given["stream_options"] is not None and not given["stream"]:
         raise ApiError("stream_options: wanted with stream true", param="stream_options")
-    options = given["stream_options"] or {"include_usage": False}
+    options = given["stream_options"] or {"include_usage": False, "continuous_usage_stats": False}
+    if options["continuous_usage_stats"] and not options["include_usage"]:
+        raise ApiError(
+            "stream_options.continuous_usage_stats: wanted with include_usage true",
+            param="stream_options.continuous_usage_stats",
+        )
     structured = _structured(given["structured_outputs"])
     if form is not None and structured is not None:
         raise ApiError(
@@ -388,6 +394,7 @@ def _asked(given: dict[str, Any], top: int | None, form: Form | None) -> dict[st
         "n": given["n"],
         "stream": given["stream"],
         "include_usage": options["include_usage"],
+        "continuous_usage": options["continuous_usage_stats"],
         "max_new_tokens": given["max_tokens"],
         "sampling": Sampling(**{name: given[name] for name in names}),
         "seed": given["seed"],

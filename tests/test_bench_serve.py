@@ -1,0 +1,230 @@
+"""bench/serve.py: what its clients count, on a tiny model and on servers that do the work wrong."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import sys
+import threading
+from contextlib import contextmanager, nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, pairwise
+from types import SimpleNamespace
+
+import pytest
+import serve
+import serve_tables
+import servers
+from serve_app import serving, tiny_model
+from traffic import (
+    CONTEXT,
+    NEW_TOKENS,
+    PROMPT_WORDS,
+    Load,
+    arrivals,
+    body_of,
+    event_of,
+    open_loop,
+    percentile,
+)
+
+
+def test_percentiles_are_between_the_values():
+    assert percentile([3.0, 1.0], 99) == pytest.approx(2.98)
+    assert percentile(list(range(101)), 99) == 99 and percentile([7.0], 50) == 7.0
+    assert percentile([], 99) != percentile([], 99)
+
+
+def test_arrivals_are_a_poisson_process():
+    times = arrivals(50, 200, 1)
+    assert times == arrivals(50, 200, 1) != arrivals(50, 200, 2)
+    assert times == sorted(times) and 0 < times[0] and times[-1] < 200
+    gaps = [after - before for before, after in pairwise(times)]
+    mean = sum(gaps) / len(gaps)
+    spread = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
+    # of 10,000 exponential gaps, whose spread is their mean
+    assert mean == pytest.approx(1 / 50, rel=0.05) and spread == pytest.approx(mean, rel=0.05)
+
+
+def test_no_prompt_is_sent_twice():
+    seeds = serve.Seeds()
+    draws = chain.from_iterable((random.Random(start + i) for i in range(3)) for start in
+                                (seeds(), seeds()))  # fmt: skip
+    bodies = [body_of(draw, "m") for draw in draws for _ in range(50)]
+    prompts = [body["messages"][0]["content"] for body in bodies]
+    assert len(set(prompts)) == len({body["seed"] for body in bodies}) == len(bodies)
+    words = [len(prompt.split()) for prompt in prompts]
+    assert PROMPT_WORDS[0] <= min(words) < max(words) <= PROMPT_WORDS[1]
+    assert max(words) + NEW_TOKENS[1] + 40 < CONTEXT
+
+
+def test_a_line_of_a_stream():
+    assert event_of('data: {"choices": []}') == {"choices": []}
+    assert event_of("data: [DONE]") is event_of("") is event_of(": ping") is None
+
+
+def test_commands(monkeypatch):
+    monkeypatch.setattr(servers, "llama_cpp", lambda program: f"/bin/{program}")
+    words = servers.command_of("llama-server", "m.gguf", 81, 2, slots=4)
+    assert words[0] == "/bin/llama-server"
+    options = dict(zip(words[-10::2], words[-9::2]))
+    wanted = {"--model": "m.gguf", "--port": "81", "-t": "2", "-np": "4", "-c": str(4 * CONTEXT)}
+    assert options == wanted
+    ours = " ".join(servers.command_of("fastlm", "m.gguf", 81, 2, slots=4))
+    assert ours.endswith("--name model --model m.gguf --port 81 --threads 2 --max-rows 4")
+    assert "-np" not in servers.command_of("llama-server", "m.gguf", 81, 2)
+
+
+def test_the_peer_is_named_where_it_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "llama_cpp", lambda program: None)
+    assert serve.peers_of("none", "m.gguf") == [] and not capsys.readouterr().out
+    assert serve.peers_of(None, "m.gguf") == []
+    assert "llama-server is left out: sh bench/llama_cpp.sh" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"--peer llama-server: sh bench/llama_cpp.sh builds it"):
+        serve.peers_of("llama-server", "m.gguf")
+    monkeypatch.setattr(serve, "llama_cpp", lambda program: program)
+    assert serve.peers_of(None, "m.gguf") == ["llama-server"]
+    with pytest.raises(SystemExit, match="it reads GGUF, not folder"):
+        serve.peers_of("llama-server", "folder")
+
+
+@contextmanager
+def answering(answer):
+    """Context: a server and the bodies that it gets. `answer(body)` returns a status and the events
+    of a stream."""
+    bodies = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            status, events = answer(bodies[-1])
+            self.send_response(status)
+            self.end_headers()
+            for event in events:
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        try:
+            yield servers.Server(f"http://127.0.0.1:{http.server_port}/v1/", 0), bodies
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+def stream(body, *, short=0, prompt=40):
+    pieces = ["", "a", "b"]  # the first has a role alone
+    told = [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
+    usage = {"completion_tokens": body["max_tokens"] - short, "prompt_tokens": prompt}
+    usage["prompt_tokens_details"] = {"cached_tokens": 10}
+    return [*told, {"choices": [], "usage": usage}]
+
+
+def test_what_clients_count():
+    with answering(lambda body: (200, stream(body))) as (server, bodies):
+        load = asyncio.run(open_loop(server.url, "m", 100, 0.1, seed=3))
+    count = len(arrivals(100, 0.1, 3))
+    assert count == len(bodies) == load.done == len(load.first) == len(load.between) > 3
+    assert all(body["ignore_eos"] and body["temperature"] == 0.8 for body in bodies)
+    assert load.tokens == sum(body["max_tokens"] for body in bodies) and not load.faults
+    assert load.figures()["cached_share"] == 0.25
+    assert load.figures()["tokens_per_piece"] == load.tokens / (2 * count)
+    whole = Load()
+    whole.add(load), whole.add(load)
+    assert (whole.done, whole.tokens) == (2 * count, 2 * load.tokens)
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    (
+        (lambda body: (200, stream(body, short=3)), "an answer of [0-9]+ tokens, wanted"),
+        (lambda body: (200, stream(body)[:-1]), "the stream had no usage"),
+        (lambda body: (200, [{"error": "broken"}]), "event: broken"),
+        (lambda body: (429, [{"error": "full"}]), "429: data:.*full"),
+    ),
+)
+def test_an_answer_that_is_wrong_is_a_fault(answer, fault):
+    with answering(answer) as (server, bodies):
+        load = asyncio.run(open_loop(server.url, "m", 100, 0.05, seed=3))
+    assert len(load.faults) == len(bodies) > 1
+    assert all(re.search(fault, told) for told in load.faults)
+
+
+def test_other_work_is_a_fault():
+    ours, theirs = Load(prompts={1: 40, 2: 50}), Load(prompts={2: 51, 3: 60}, faults=["slow"])
+    assert serve.faults_of({"a": [ours], "b": [ours]}) == []
+    assert serve.faults_of({"a": [ours], "b": [theirs]}) == [
+        "b: slow", "b: a prompt of 51 tokens, 50 before",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = tiny_model(2048)
+    with serving(model, tokenizer) as (url, _):
+        yield servers.Server(f"{url}/v1/", 0, "tiny")
+
+
+def test_load_and_arrivals_on_a_tiny_model(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(serve, "WARM_UP", 0.05)
+    monkeypatch.setattr(serve, "CAPACITY_CLIENTS", 3)
+    sides = {"fastlm": lambda slots: nullcontext(tiny), "other": lambda slots: nullcontext(tiny)}
+    seeds = serve.Seeds()
+    rows, faults = serve.under_load(sides, [1, 2], 0.2, 1, seeds)
+    assert not faults and all(rows[name]["2"]["requests"] >= 2 for name in sides)
+    row = rows["fastlm"]["1"]
+    assert row["first_token_p50"] + row["between_tokens_p50"] < row["latency_p99"]
+    poisson, faults = serve.arriving({"fastlm": sides["fastlm"]}, 0.5, 0.3, seeds)
+    assert not faults
+    found = poisson["fastlm"]
+    assert found["rate"] == 0.5 * found["capacity"]["requests_per_second"]
+    serve_tables.plot(rows, tmp_path / "load.png")
+    assert (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
+    cold = {"chat": {"fastlm": {"seconds": 0.5, "all": [0.5]}, "x": {"seconds": 1.0, "all": [1.0]}}}
+    shown = serve_tables.tables({"serve": rows, "poisson": poisson, "cold": cold}).splitlines()
+    assert sum(line.startswith(("| 1 |", "| 2 |")) for line in shown) == 4
+    assert shown[-1] == "| chat | x | 1.00 s | 1.00 | 0.50x |"
+    assert len({line.count("|") for line in shown[:6]}) == 1
+
+
+def test_unkind_clients_on_a_tiny_model(tiny):
+    here = servers.Server(tiny.url, os.getpid(), tiny.model)
+    found = serve.soak(here, 2, 0.2, serve.Seeds())
+    assert found["faults"] == 0, found["first_faults"]
+    assert sum(found["ended"].values()) >= 20 and found["ended"]["whole"] <= found["requests"]
+    assert any(kind.startswith("malformed, 4") for kind in found["ended"])
+    assert len(found["memory_mib"]) == 10 and min(found["memory_mib"]) > 0
+
+
+def test_a_cold_server_is_asked_until_it_answers(monkeypatch):
+    said = iter([503, 503, 200])
+    with answering(lambda body: (next(said), stream(body))) as (server, bodies):
+        port = int(server.url.split(":")[2].split("/")[0])
+        process = SimpleNamespace(poll=lambda: None, terminate=lambda: None, wait=lambda s: 0)
+        monkeypatch.setattr(servers, "free_port", lambda: port)
+        monkeypatch.setattr(servers.subprocess, "Popen", lambda *_, **options: process)
+        assert 0 < servers.cold_chat("llama-server", "m.gguf", 1) < 60
+    assert len(bodies) == 3 and bodies[0]["max_tokens"] == 8
+
+
+def test_cold_starts_take_turns(monkeypatch, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"x")
+    times = iter([1.0, 5.0, 3.0, 4.0, 2.0, 9.0])
+    monkeypatch.setattr(servers, "cold_chat", lambda name, model, threads: next(times))
+    found = servers.cold({"chat": ["a", "b"]}, str(tmp_path / "m.gguf"), 1, 3)
+    assert found["chat"]["a"] == {"seconds": 2.0, "all": [1.0, 3.0, 2.0]}
+    assert found["chat"]["b"]["seconds"] == 5.0
+
+
+def test_a_server_that_does_not_start(monkeypatch):
+    command = [sys.executable, "-c", "import sys; sys.exit('first\\nno such model')"]
+    monkeypatch.setattr(servers, "command_of", lambda *_: command)
+    with pytest.raises(SystemExit, match=r"fastlm: wanted it ready .*, exit 1: no such model"):
+        with servers.started("fastlm", "m.gguf", 1, 1):
+            pass
