@@ -300,17 +300,17 @@ def test_ids_that_only_the_model_has(tiny):
 def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
     model, tokenizer = tiny
     with serving(model, tokenizer) as (url, server):
-        prefill = server.engine._prefill
+        compute = server.engine._compute
 
-        def broken(_):
+        def broken(*_):
             raise RuntimeError(SECRET)
 
-        server.engine._prefill = broken
+        server.engine._compute = broken
         failed = ask(url, body())
         assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
         streamed = ask(url, body(stream=True))
         assert '"error"' in streamed.text and "[DONE]" not in streamed.text
-        server.engine._prefill = prefill
+        server.engine._compute = compute
         embedding, server._embedding = server._embedding, broken
         told = ask(url, {"model": "tiny", "input": "x"}, "/v1/embeddings")
         assert told.status_code == 500 and SECRET not in told.text
@@ -351,10 +351,10 @@ def test_a_request_that_never_began(tiny):
 def test_an_error_is_not_the_clients_cancellation(tiny):
     with serving(*tiny) as (url, server):
 
-        def broken(_):
+        def broken(*_):
             raise RuntimeError("no")
 
-        server.engine._decode = broken
+        server.engine._rows = broken
         assert ask(url, body(n=3)).status_code == 500
         assert '"error"' in ask(url, body(n=3, stream=True)).text
         text = server.metrics.text().decode()
