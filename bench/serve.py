@@ -10,8 +10,9 @@ requests, in turn.
 
 The soak adds clients that cancel, disconnect in the middle, and send malformed bodies. Every prompt
 carries a marker that its answer has to begin with (the server's grammar sees to it), so an answer
-that reached another client would show. It fails on an error that is not the client's, a crossed
-answer, or memory that grows.
+that reached another client would show. The server's cache of keys and values is small, so that its
+memory is taken in the first half. The soak fails on an error that is not the client's, a crossed
+answer, or memory that grows in the second half.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from harness import machine, positive, save
 WORDS = "the river tree stone light water small old house road green bird night sun cold".split()
 START_SECONDS = 120
 GROWTH_MIB = 64  # of resident memory in the second half of a soak
+SOAK_PAGES = 192  # 12,288 tokens, 30 of the longest requests: used up in a minute or two
 
 
 @dataclass
@@ -167,14 +169,14 @@ async def run(
     return load
 
 
-def start(model: str, threads: int) -> tuple[subprocess.Popen[bytes], str]:
+def start(model: str, threads: int, *options: str) -> tuple[subprocess.Popen[bytes], str]:
     """`fastlm serve` on a port of its own, and its URL once it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "fastlm", "serve", "--model", model, "--port", str(port)),
-            *("--name", "model"),
+            *("--name", "model", *options),
         ],
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
@@ -196,6 +198,14 @@ def resident_mib(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def used_up(url: str) -> bool:
+    """Whether every page of the server's cache has been used, so that its memory is taken: prompts
+    differ within their first page, and most of their tokens are on pages that are kept."""
+    text = httpx.get(url.replace("/v1/", "/metrics"), trust_env=False).text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+    return float(lines["fastlm_prompt_tokens_total"]) > 2 * 64 * float(lines["fastlm_pages"])
+
+
 def soak(
     process: subprocess.Popen[bytes], url: str, clients: int, seconds: float
 ) -> dict[str, Any]:
@@ -211,6 +221,8 @@ def soak(
         whole.tokens, whole.done = whole.tokens + load.tokens, whole.done + load.done
         whole.ended, whole.seconds = whole.ended + load.ended, whole.seconds + load.seconds
         print(f"{whole.seconds:6.0f} s, {memory[-1]} MiB, {dict(whole.ended)}", flush=True)
+        if i == 4 and not used_up(url):
+            whole.faults.append("wanted the server's cache full by half of the time: soak longer")
     if memory[-1] - memory[4] > GROWTH_MIB:
         whole.faults.append(f"memory grew from {memory[4]} to {memory[-1]} MiB")
     if process.poll() is not None:
@@ -233,7 +245,8 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
     a = parser.parse_args()
-    process, url = start(a.model, a.threads)
+    options = ("--pages", str(SOAK_PAGES)) if a.soak else ()
+    process, url = start(a.model, a.threads, *options)
     found: dict[str, Any] = {"machine": {**machine(), "threads": a.threads}}
     try:
         if a.soak:

@@ -203,9 +203,9 @@ class Engine:
         with self._changed:
             waiting = len(self._inbox)
         return EngineStats(
-            len(scheduler.running), waiting + scheduler.waiting_count, pages.count, used,
-            pages.idle, self._steps, self._prompt_tokens, self._cached_tokens, self._new_tokens,
-            scheduler.preemptions, dict(self._finished),
+            len(scheduler.running), waiting + scheduler.waiting_count, pages.count,
+            pages.data.nbytes // pages.count, used, pages.idle, self._steps, self._prompt_tokens,
+            self._cached_tokens, self._new_tokens, scheduler.preemptions, dict(self._finished),
         )  # fmt: skip
 
     def generate(

@@ -19,6 +19,7 @@ GAUGES = {
     "running": "Requests whose answers are being computed",
     "waiting": "Requests in the queue",
     "pages": "Pages of the key/value cache",
+    "page_bytes": "Bytes of a page, whose memory is taken at its first use and kept",
     "pages_used": "Pages that running requests hold",
     "pages_cached": "Pages kept of prompts that ended, given up when pages run short",
 }

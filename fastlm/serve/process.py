@@ -35,6 +35,7 @@ def run(
     max_body: int,
     max_waiting: int,
     max_rows: int,
+    pages: int | None,
     max_connections: int,
     max_seconds: float,
     drain: float,
@@ -42,7 +43,8 @@ def run(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; see `fastlm.serve.commands.serve` for the arguments.
 
-    InputError: a model, database or store that cannot be used, a port that is taken.
+    InputError: a model, database or store that cannot be used, a port that is taken, more pages
+    than fit the memory.
     """
     logging.getLogger("uvicorn.error").addHandler(_Lines())
     logging.getLogger("uvicorn").propagate = False
@@ -50,7 +52,16 @@ def run(
         listening = stack.enter_context(_listen(host, port))
         store = None if feedback is None else stack.enter_context(FeedbackStore(feedback))
         model, tokenizer = load_model(path, act_bits)
-        engine = Engine(model, tokenizer, max_rows=max_rows, max_waiting=max_waiting)
+        try:
+            engine = Engine(
+                model, tokenizer, pages=pages, max_rows=max_rows, max_waiting=max_waiting
+            )
+        except RuntimeError as error:  # torch's, which has no memory
+            if pages is None:
+                raise
+            raise InputError(
+                f"pages: wanted as many as fit the memory, got {pages}: {reason(error)}"
+            ) from None
         local = host in LOCAL_NAMES
         server = Server(
             engine, model, tokenizer, name or path.resolve().name,
@@ -68,7 +79,11 @@ def run(
         )  # fmt: skip
         bound = listening.getsockname()
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        log("listening", url=f"http://{shown}:{bound[1]}", model=server.name)
+        cache = engine.stats()
+        log(
+            "listening", url=f"http://{shown}:{bound[1]}", model=server.name, pages=cache.pages,
+            page_bytes=cache.page_bytes,
+        )  # fmt: skip
         _Process(config, server, drain).run(sockets=[listening])
 
 
