@@ -477,9 +477,7 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert got == wanted
-    began = time.monotonic()
-    engine.close(drain=5.0)
-    assert time.monotonic() - began < 2
+    engine.close()
     assert not any(t.name == "fastlm-engine" for t in threading.enumerate())
 
 

@@ -239,19 +239,30 @@ def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
         told = ask(url, body())
         assert (told.status_code, told.json()["error"]["code"]) == (503, "stopping")
         server.engine.submit = submit
-        began, done = threading.Event(), server._embedding
 
-        def slow(ids):
-            began.set()
-            time.sleep(0.3)
-            return done(ids)
 
-        server._embedding = slow
-        with ThreadPoolExecutor(1) as pool:  # one that runs is waited for
-            running = pool.submit(ask, url, {**sent, "input": "a"}, "/v1/embeddings")
-            assert began.wait(20)
-            server.engine.close(drain=20)
-            assert running.result().status_code == 200
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [("/v1/embeddings", {"input": ["a", "b", "c"]}), ("/v1/completions", {"prompt": "a"})],
+)
+def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path, fields):
+    """Its body was read before; all that it asks of the engine comes after."""
+    for drain, status in ((20.0, 200), (0.0, 503)):
+        began = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            with serving(*tiny, drain=drain) as (url, server):
+                text = server.prompts.text
+
+                def late(*given, server=server, text=text, began=began, **options):
+                    began.set()
+                    wait_until(lambda: server.stopping)
+                    time.sleep(0.1)
+                    return text(*given, **options)
+
+                server.prompts.text = late
+                asked = pool.submit(ask, url, {"model": "tiny", **fields}, path)
+                assert began.wait(20)
+            assert asked.result().status_code == status, asked.result().text
 
 
 def test_one_key_takes_at_most_half_of_the_queue(tiny):

@@ -259,18 +259,11 @@ class Engine:
             self._thread = threading.Thread(target=self._run, name="fastlm-engine", daemon=True)
             self._thread.start()
 
-    def close(self, *, drain: float = 0.0) -> None:
-        """Take no more requests, wait up to `drain` seconds for those that there are, and end the
-        rest as cancelled."""
+    def close(self) -> None:
+        """Take no more requests, and end those that there are as cancelled."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
-        until = time.monotonic() + drain
-        thread = self._thread
-        while thread is not None and self._busy() and time.monotonic() < until:
-            time.sleep(0.01)
-        with self._changed:
-            self._thread = None
+            thread, self._thread = self._thread, None
             self._changed.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -512,10 +505,6 @@ class Engine:
                 asked = self._inbox or self._calls or self._updates or self._cancelled
                 if self._thread is me and not asked:
                     self._changed.wait()
-
-    def _busy(self) -> bool:
-        with self._changed:
-            return bool(self._alive or self._calls or self._updates)
 
     def _checked(self, request: Request) -> int:
         """The most tokens that the request may draw."""

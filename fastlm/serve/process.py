@@ -1,6 +1,7 @@
 """The server as a process: a model, its engine, uvicorn, and an orderly end."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Sequence
@@ -102,10 +103,17 @@ class _Process(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server.stopping = True
         log("stopping", seconds=self.drain)
-        ending = asyncio.get_running_loop().run_in_executor(
-            None, lambda: self.server.engine.close(drain=self.drain)
-        )
+        answered = asyncio.Event()
+
+        async def close() -> None:
+            # not before: requests that were accepted may still come to the engine
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(answered.wait(), self.drain)
+            await asyncio.get_running_loop().run_in_executor(None, self.server.engine.close)
+
+        ending = asyncio.create_task(close())
         await super().shutdown(sockets)
+        answered.set()
         await ending
 
 
