@@ -214,7 +214,7 @@ def test_constraints():
 
 
 def test_fair_turns():
-    """A client with many requests does not keep another one waiting."""
+    """A client with many requests or calls does not keep another one waiting."""
     engine, order = Engine(model_of(), max_rows=1), []
     for i, client in enumerate("aaaab"):
         engine.submit(
@@ -223,6 +223,11 @@ def test_fair_turns():
     while engine.step():
         pass
     assert order == [0, 4, 1, 2, 3]
+    for i, client in enumerate("aaaabb"):
+        engine.call(lambda i=i: order.append(i), client)
+    while engine.step():
+        pass
+    assert order[5:] == [0, 4, 1, 5, 2, 3]
 
 
 def test_cancel_deadline_and_failures():
