@@ -16,8 +16,9 @@ clients, beside one client's figures. --cold: from the start of a process to its
 
 The soak adds clients that cancel, disconnect in the middle, and send malformed bodies. Every prompt
 carries a marker that its answer has to begin with (the server's grammar sees to it), so an answer
-that reached another client would show. It fails on an error that is not the client's, a crossed
-answer, or memory that grows.
+that reached another client would show. The server's cache of keys and values is small, so that its
+memory is taken in the first half. The soak fails on an error that is not the client's, a crossed
+answer, or memory that grows in the second half.
 
 `sh bench/llama_cpp.sh` builds llama-server.
 """
@@ -36,6 +37,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import httpx
 import serve_tables
 from ceilings import Others, wait_until_quiet
 from harness import common_options, machine, positive, save
@@ -44,6 +46,7 @@ from traffic import Load, closed_loop, open_loop
 from turns import tell_if_busy
 
 GROWTH_MIB = 64  # of resident memory in the second half of a soak
+SOAK_PAGES = 192  # 12,288 tokens, 30 of the longest requests: used up in a minute or two
 WARM_UP = 2  # seconds
 PEER, COMMAND = "llama-server", "llama-completion"
 CAPACITY_CLIENTS = 16
@@ -138,10 +141,18 @@ def arriving(
     return rows, faults
 
 
+def used_up(url: str) -> bool:
+    """Whether every page of the server's cache has been used, so that its memory is taken: prompts
+    differ within their first page, and most of their tokens are on pages that are kept."""
+    text = httpx.get(url.replace("/v1/", "/metrics"), trust_env=False).text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+    return float(lines["fastlm_prompt_tokens_total"]) > 2 * 64 * float(lines["fastlm_pages"])
+
+
 def soak(server: Server, clients: int, seconds: float, seeds: Seeds) -> dict[str, Any]:
     """Ten runs one after the other, with the memory after each."""
     whole, memory = Load(), []
-    for _ in range(10):
+    for i in range(10):
         whole.add(
             asyncio.run(
                 closed_loop(
@@ -151,6 +162,8 @@ def soak(server: Server, clients: int, seconds: float, seeds: Seeds) -> dict[str
         )
         memory.append(round(resident_mib(server.pid)))
         print(f"{whole.seconds:6.0f} s, {memory[-1]} MiB, {dict(whole.ended)}", flush=True)
+        if i == 4 and not used_up(server.url):
+            whole.faults.append("wanted the server's cache full by half of the time: soak longer")
     if memory[-1] - memory[4] > GROWTH_MIB:
         whole.faults.append(f"memory grew from {memory[4]} to {memory[-1]} MiB")
     return {
@@ -218,7 +231,9 @@ def main() -> None:
     others, seeds, faults = Others(), Seeds(), []
     found: dict[str, Any] = {"machine": {**machine(), "threads": a.threads}}
     if a.soak:
-        with started("fastlm", model, a.threads, a.clients[-1]) as server:
+        with started(
+            "fastlm", model, a.threads, a.clients[-1], "--pages", str(SOAK_PAGES)
+        ) as server:
             found["soak"] = soak(server, a.clients[-1], a.soak, seeds)
         print(json.dumps(found["soak"], indent=1))
         save(a.json, found)

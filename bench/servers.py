@@ -56,12 +56,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(name: str, model: str, threads: int, slots: int) -> Iterator[Server]:
-    """A server, ready, until the block ends."""
+def started(name: str, model: str, threads: int, slots: int, *options: str) -> Iterator[Server]:
+    """A server, ready, until the block ends. `options`: more of its command line."""
     port = free_port()
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            command_of(name, model, port, threads, slots),
+            [*command_of(name, model, port, threads, slots), *options],
             stdout=subprocess.DEVNULL,
             stderr=said,
         )

@@ -15,6 +15,7 @@ from fastlm.model.config import ModelConfig
 from fastlm.serve.app import Server
 from fastlm.serve.engine import Engine
 from fastlm.serve.openai_api import Form
+from fastlm.serve.process import _Process
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 # one client: each loads certificates. A new connection for each request
@@ -47,18 +48,18 @@ def tiny_model(context=512):
 
 
 @contextlib.contextmanager
-def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, **options):
-    """Context: (URL, server). ``engine``: options of the engine; ``pause``: seconds that each of
-    its steps takes longer; ``buffer``: bytes that wait in the system for a slow client.
+def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0, **options):
+    """Context: (URL, server), which ends as SIGTERM ends it. ``engine``: options of the engine;
+    ``pause``: seconds that each of its steps takes longer; ``buffer``: bytes that wait in the
+    system for a slow client; ``drain``: seconds that answers may take at the end.
     """
     runs = Engine(model, tokenizer, **(engine or {}))
     if pause:
         step = runs.step
         runs.step = lambda: (time.sleep(pause), step())[1]
     server = Server(runs, model, tokenizer, "tiny", **options)
-    runner = uvicorn.Server(
-        uvicorn.Config(server.app, log_level="error", timeout_graceful_shutdown=3)
-    )
+    config = uvicorn.Config(server.app, log_level="error", timeout_graceful_shutdown=int(drain) + 3)
+    runner = _Process(config, server, drain)
     listening = socket.create_server(("127.0.0.1", 0))
     if buffer:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)

@@ -216,7 +216,7 @@ def test_constraints():
 
 
 def test_fair_turns():
-    """A client with many requests does not keep another one waiting."""
+    """A client with many requests or calls does not keep another one waiting."""
     engine, order = Engine(model_of(), max_rows=1), []
     for i, client in enumerate("aaaab"):
         engine.submit(
@@ -225,6 +225,11 @@ def test_fair_turns():
     while engine.step():
         pass
     assert order == [0, 4, 1, 2, 3]
+    for i, client in enumerate("aaaabb"):
+        engine.call(lambda i=i: order.append(i), client)
+    while engine.step():
+        pass
+    assert order[5:] == [0, 4, 1, 5, 2, 3]
 
 
 def test_cancel_deadline_and_failures():
@@ -545,9 +550,7 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert got == wanted
-    began = time.monotonic()
-    engine.close(drain=5.0)
-    assert time.monotonic() - began < 2
+    engine.close()
     assert not any(t.name == "fastlm-engine" for t in threading.enumerate())
 
 

@@ -121,6 +121,33 @@ def test_openapi_describes_the_fields(server):
         assert jsonschema.Draft202012Validator(schema).is_valid({"model": "tiny"}) is False
 
 
+def test_whole_numbers_may_be_written_with_a_point(server):
+    """Which JSON schema allows: 3.0 is an integer."""
+    api = Api(server, "text")
+    said = api.said(seed=1, prompt=[api.token])
+    assert api.said(seed=1.0, max_tokens=8.0, n=1.0, best_of=1.0, prompt=[float(api.token)]) == said
+    api.refused("n", n=1.5)
+    api.refused("n", n=True)
+
+
+def test_calls_in_messages(server):
+    """What nobody would read of them is refused."""
+    api, call = Api(server, "chat"), {"id": "1", "type": "function", "function": {"name": "add"}}
+    asked = {"role": "user", "content": "Hi"}
+
+    def messages(call, **more):
+        return [asked, {"role": "assistant", "content": None, "tool_calls": [call], **more}, asked]
+
+    api.answer(messages=messages(call))
+    place = "messages[1].tool_calls[0]"
+    api.refused(f"{place}.quality", messages=messages({**call, "quality": 1}))
+    api.refused(f"{place}.name", messages=messages({"name": "add"}))
+    api.refused(f"{place}.function", messages=messages({"id": "1"}))
+    broken = {**call, "function": {"name": "add", "arguments": 7}}
+    api.refused(f"{place}.function.arguments", messages=messages(broken))
+    api.refused("messages[1].reasoning_content", messages=messages(call, reasoning_content=7))
+
+
 def test_the_python_of_the_docs(server):
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
     assert "http://127.0.0.1:8000" in code and '"smollm2"' in code

@@ -212,12 +212,12 @@ def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
     sent = {"model": "tiny", "input": ["a", "b"]}
 
     def refuse(error):
-        def call(_):
+        def call(*_):
             raise error
 
         return call
 
-    def ended(_):
+    def ended(*_):
         future = Future()
         future.cancel()
         future.set_running_or_notify_cancel()
@@ -235,23 +235,34 @@ def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
             assert (told.status_code, told.json()["error"]["code"]) == (status, code)
             assert int(told.headers["retry-after"]) >= 1
         server.engine.call = call
-        submit, server.engine.submit = server.engine.submit, lambda *_: refuse(Closed())(0)
+        submit, server.engine.submit = server.engine.submit, refuse(Closed())
         told = ask(url, body())
         assert (told.status_code, told.json()["error"]["code"]) == (503, "stopping")
         server.engine.submit = submit
-        began, done = threading.Event(), server._embedding
 
-        def slow(ids):
-            began.set()
-            time.sleep(0.3)
-            return done(ids)
 
-        server._embedding = slow
-        with ThreadPoolExecutor(1) as pool:  # one that runs is waited for
-            running = pool.submit(ask, url, {**sent, "input": "a"}, "/v1/embeddings")
-            assert began.wait(20)
-            server.engine.close(drain=20)
-            assert running.result().status_code == 200
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [("/v1/embeddings", {"input": ["a", "b", "c"]}), ("/v1/completions", {"prompt": "a"})],
+)
+def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path, fields):
+    """Its body was read before; all that it asks of the engine comes after."""
+    for drain, status in ((20.0, 200), (0.0, 503)):
+        began = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            with serving(*tiny, drain=drain) as (url, server):
+                text = server.prompts.text
+
+                def late(*given, server=server, text=text, began=began, **options):
+                    began.set()
+                    wait_until(lambda: server.stopping)
+                    time.sleep(0.1)
+                    return text(*given, **options)
+
+                server.prompts.text = late
+                asked = pool.submit(ask, url, {"model": "tiny", **fields}, path)
+                assert began.wait(20)
+            assert asked.result().status_code == status, asked.result().text
 
 
 def test_one_key_takes_at_most_half_of_the_queue(tiny):
@@ -268,6 +279,24 @@ def test_one_key_takes_at_most_half_of_the_queue(tiny):
             assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
             assert ask(url, body(), **other).status_code == 200
             assert [r.result().status_code for r in running] == [200] * 5
+        assert not server.shares.waiting
+
+
+def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
+    keys, sent = [KEY, "another-key-of-it"], {"model": "tiny", "input": "a"}
+    began, go = threading.Event(), threading.Event()
+    with serving(*tiny, engine={"max_waiting": 2}, keys=keys) as (url, server):
+        embedding = server._embedding
+        server._embedding = lambda ids: (began.set(), go.wait(20), embedding(ids))[2]
+        mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(ask, url, sent, "/v1/embeddings", **mine)]
+            assert began.wait(20)
+            assert ask(url, sent, "/v1/embeddings", **mine).status_code == 429
+            running.append(pool.submit(ask, url, sent, "/v1/embeddings", **other))
+            wait_until(lambda: len(server.shares.waiting) == 2)
+            go.set()
+            assert [r.result().status_code for r in running] == [200, 200]
         assert not server.shares.waiting
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 import httpx
 import pytest
 from serve_app import HTTP, ask, tiny_model
+from typer.testing import CliRunner
 
+from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.process import _listen
@@ -83,6 +85,9 @@ def test_refusals(folder, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(InputError, match=r"port: wanted a free one on 127\.0\.0\.1"):
             _listen("127.0.0.1", taken.getsockname()[1])
+    serve = ["serve", "-m", str(folder), "--port", "0", "--pages", "2000000000"]
+    result = CliRunner().invoke(app, serve)
+    assert result.exit_code == 2 and "pages: wanted as many as fit the memory" in result.stderr
     # without the extra: one line that says what to install
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(name='uvicorn')")
     line = refused("-m", folder, PYTHONPATH=str(tmp_path))
@@ -92,7 +97,10 @@ def test_refusals(folder, tmp_path):
 
 
 def test_sigterm_lets_running_answers_end(folder):
-    with served(folder, "--drain", 60) as (process, url, lines), ThreadPoolExecutor(1) as pool:
+    options = ("--drain", 60, "--pages", 40)
+    with served(folder, *options) as (process, url, lines), ThreadPoolExecutor(1) as pool:
+        (described,) = HTTP.get(url + "/v1/models").json()["data"]
+        assert described["fastlm"]["context_limit"] == 40 * 64
         long = pool.submit(ask, url, body(max_tokens=400, ignore_eos=True), "/v1/completions")
         running = re.compile(r"^fastlm_running 1\.0$", re.M)
         until = time.monotonic() + 60
@@ -104,6 +112,7 @@ def test_sigterm_lets_running_answers_end(folder):
         with pytest.raises(httpx.TransportError):
             HTTP.get(url + "/health")
     events = [line["event"] for line in lines]
+    assert lines[0]["pages"] == 40 and lines[0]["page_bytes"] == 64 * 2 * 32 * 4
     assert events[-3:] == ["stopping", "request", "stopped"] and "uvicorn" not in events
 
 

@@ -255,9 +255,11 @@ class Server:
                 param="input",
             )
 
+        client = http.state.client
+
         async def one(ids: list[int]) -> np.ndarray:
             with _refusals():
-                future = self.engine.call(partial(self._embedding, ids))
+                future = self.engine.call(partial(self._embedding, ids), client)
             try:
                 return await asyncio.wrap_future(future)
             except asyncio.CancelledError:
@@ -274,10 +276,14 @@ class Server:
                 return [base64.b64encode(vector.tobytes()).decode() for vector in found]
             return [vector.tolist() for vector in found]
 
+        with _refusals():
+            self.shares.take(client, 1)  # its inputs wait one after the other
         try:
             vectors = await unless_gone(http.receive, embed())
         except TimeoutError:
             raise ApiError("input: took too long", status=503, kind="server_error") from None
+        finally:
+            self.shares.give(client)
         data = [
             {"object": "embedding", "index": i, "embedding": vector}
             for i, vector in enumerate(vectors)

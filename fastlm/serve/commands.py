@@ -55,6 +55,24 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request")] = 4 * 2**20,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue")] = 256,
     max_rows: Annotated[int, typer.Option(min=1, help="Answers at the same time")] = 64,
+    pages: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=2**31 - 1,
+            help="Pages of 64 tokens in the key/value cache, at most what fits the memory; default:"
+            " as many as --max-rows contexts need, within a quarter of the memory (of a GPU's free"
+            " memory: half)",
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Tokens that a step guesses from the prompt, for answers that repeat it; the"
+            " answers stay the same",
+        ),
+    ] = 0,
     max_connections: Annotated[int, typer.Option(min=1)] = 1024,
     max_seconds: Annotated[
         float, typer.Option(min=1.0, help="An answer ends after so many seconds as it is")
@@ -82,8 +100,8 @@ def serve(
     process.run(
         model, host=host, port=port, name=name, feedback=feedback, rank=rank, keys=keys,
         allow_host=allow_host or [], max_new_tokens=max_new_tokens, max_body=max_body,
-        max_waiting=max_waiting, max_rows=max_rows, max_connections=max_connections,
-        max_seconds=max_seconds, drain=drain, act_bits=act_bits,
+        max_waiting=max_waiting, max_rows=max_rows, pages=pages, draft_tokens=draft_tokens,
+        max_connections=max_connections, max_seconds=max_seconds, drain=drain, act_bits=act_bits,
     )  # fmt: skip
 
 

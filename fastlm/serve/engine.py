@@ -12,7 +12,7 @@ products of a prompt's pages have the same bits in any company.
 import itertools
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -138,8 +138,8 @@ class Engine:
         self._ids = itertools.count(1)
         self._alive: set[int] = set()  # ids of requests that have not ended
         self._inbox: list[sequences.Sequence] = []
-        self._calls: deque[_Call] = deque()
-        self._updates: deque[_Call] = deque()
+        self._calls: OrderedDict[str, deque[_Call]] = OrderedDict()  # one queue per client
+        self._updates: OrderedDict[str, deque[_Call]] = OrderedDict()
         self._cancelled: set[int] = set()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -188,13 +188,13 @@ class Engine:
                 self._cancelled.add(id)
                 self._changed.notify_all()
 
-    def call(self, function: Callable[[], T]) -> "Future[T]":
+    def call(self, function: Callable[[], T], client: str = "") -> "Future[T]":
         """Run `function` in the engine's thread: embeddings, say. One such call runs between two
-        steps, so that answers go on.
+        steps, so that answers go on; calls wait in one queue per client, and the queues take turns.
 
         Raises Closed; QueueFull: as many calls wait as requests may.
         """
-        return self._queue_call(self._calls, function)
+        return self._queue_call(self._calls, function, client)
 
     def update(self, function: Callable[[], T]) -> "Future[T]":
         """Run `function`, which changes weights, as soon as the requests that run now have ended.
@@ -203,15 +203,18 @@ class Engine:
 
         Raises Closed, QueueFull.
         """
-        return self._queue_call(self._updates, function)
+        return self._queue_call(self._updates, function, "")
 
-    def _queue_call(self, calls: "deque[_Call]", function: Callable[[], Any]) -> "Future[Any]":
+    def _queue_call(
+        self, queues: "OrderedDict[str, deque[_Call]]", function: Callable[[], Any], client: str
+    ) -> "Future[Any]":
         call = _Call(function)
         with self._changed:
             self._check_open()
-            if len(calls) >= self.max_waiting:
-                raise QueueFull(len(calls), 1.0)
-            calls.append(call)
+            waiting = sum(map(len, queues.values()))
+            if waiting >= self.max_waiting:
+                raise QueueFull(waiting, 1.0)
+            queues.setdefault(client, deque()).append(call)
             self._changed.notify_all()
         return call.future
 
@@ -222,10 +225,10 @@ class Engine:
         with self._changed:
             waiting = len(self._inbox)
         return EngineStats(
-            len(scheduler.running), waiting + scheduler.waiting_count, pages.count, used,
-            pages.idle, self._steps, self._prompt_tokens, self._cached_tokens, self._new_tokens,
-            scheduler.preemptions, dict(self._finished), self._drafted_tokens,
-            self._accepted_tokens,
+            len(scheduler.running), waiting + scheduler.waiting_count, pages.count,
+            pages.data.nbytes // pages.count, used, pages.idle, self._steps, self._prompt_tokens,
+            self._cached_tokens, self._new_tokens, scheduler.preemptions, dict(self._finished),
+            self._drafted_tokens, self._accepted_tokens,
         )  # fmt: skip
 
     def generate(
@@ -279,25 +282,17 @@ class Engine:
             self._thread = threading.Thread(target=self._run, name="fastlm-engine", daemon=True)
             self._thread.start()
 
-    def close(self, *, drain: float = 0.0) -> None:
-        """Take no more requests, wait up to `drain` seconds for those that there are, and end the
-        rest as cancelled."""
+    def close(self) -> None:
+        """Take no more requests, and end those that there are as cancelled."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
-        until = time.monotonic() + drain
-        thread = self._thread
-        while thread is not None and self._busy() and time.monotonic() < until:
-            time.sleep(0.01)
-        with self._changed:
-            self._thread = None
+            thread, self._thread = self._thread, None
             self._changed.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
-        for calls in (self._calls, self._updates):
-            for call in calls:
+        for queues in (self._calls, self._updates):
+            while (call := _next(queues)) is not None:
                 call.future.cancel()
-            calls.clear()
         self._take_in()
         for sequence in self.scheduler.sequences():
             self._end(sequence, "cancelled")
@@ -340,7 +335,7 @@ class Engine:
         """Take what other threads asked for. Whether there was anything."""
         with self._changed:
             inbox, self._inbox = self._inbox, []
-            call = self._calls.popleft() if self._calls else None
+            call = _next(self._calls)
             cancelled, self._cancelled = self._cancelled, set()
         for sequence in inbox:
             self.scheduler.add(sequence)
@@ -351,13 +346,14 @@ class Engine:
         return bool(inbox or call)
 
     def _update(self) -> bool:
-        with self._changed:
-            updates = list(self._updates)
-            self._updates.clear()
-        for call in updates:
+        busy = False
+        while True:
+            with self._changed:
+                call = _next(self._updates)
+            if call is None:
+                return busy
             call.run()
-            self._state = None
-        return bool(updates)
+            self._state, busy = None, True
 
     def _prepare(self) -> None:
         """Before the first sequence runs: follow the model, which may have changed."""
@@ -588,10 +584,6 @@ class Engine:
                 if self._thread is me and not asked:
                     self._changed.wait()
 
-    def _busy(self) -> bool:
-        with self._changed:
-            return bool(self._alive or self._calls or self._updates)
-
     def _checked(self, request: Request) -> int:
         """The most tokens that the request may draw."""
         prompt, vocab = request.prompt, self.model.config.vocab_size
@@ -641,3 +633,14 @@ class _Call:
             self.future.set_result(self.function())
         except Exception as error:
             self.future.set_exception(error)
+
+
+def _next(queues: "OrderedDict[str, deque[_Call]]") -> _Call | None:
+    """Take the first call of the client whose turn it is; under the engine's lock."""
+    if not queues:
+        return None
+    client, queue = queues.popitem(last=False)
+    call = queue.popleft()
+    if queue:
+        queues[client] = queue  # behind the other clients
+    return call

@@ -73,9 +73,11 @@ def number(low: float, high: float, default: float | None = None, *, above: bool
 
 
 def whole(low: int, high: int, default: int | None = None) -> Field:
-    """A whole number from ``low`` to ``high``."""
+    """A whole number from ``low`` to ``high``; 3.0 is one, as in JSON schema."""
 
     def read(value: Any, name: str) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if type(value) is not int or not low <= value <= high:
             raise wrong(name, f"a whole number from {low} to {high}", value)
         return value
@@ -135,9 +137,10 @@ def choice(*values: Any, default: Any = None) -> Field:
     wanted = " or ".join(json.dumps(value) for value in values)
 
     def read(value: Any, name: str) -> Any:
-        if not any(type(value) is type(v) and value == v for v in values):
-            raise wrong(name, wanted, value)
-        return value
+        for one in values:
+            if value == one and isinstance(value, bool) == isinstance(one, bool):
+                return one  # 1 for 1.0
+        raise wrong(name, wanted, value)
 
     return Field(read, {"enum": list(values)}, default)
 

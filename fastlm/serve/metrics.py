@@ -19,6 +19,7 @@ GAUGES = {
     "running": "Requests whose answers are being computed",
     "waiting": "Requests in the queue",
     "pages": "Pages of the key/value cache",
+    "page_bytes": "Bytes of a page, whose memory is taken at its first use and kept",
     "pages_used": "Pages that running requests hold",
     "pages_cached": "Pages kept of prompts that ended, given up when pages run short",
 }
@@ -27,6 +28,8 @@ COUNTERS = {
     "prompt_tokens": "Prompt tokens that were computed",
     "cached_tokens": "Prompt tokens that were found in the prefix cache",
     "new_tokens": "Tokens of answers",
+    "drafted_tokens": "Tokens of answers that were guessed and computed",
+    "accepted_tokens": "Guessed tokens that were what was drawn",
     "preemptions": "Requests put back into the queue because pages ran short",
 }
 

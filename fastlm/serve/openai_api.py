@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastlm.data.conversations import Message, messages_of
+from fastlm.data.conversations import Message
 from fastlm.decode.sampling import Sampling
 from fastlm.serve.fields import (
     ApiError,
     Field,
-    check_values,
     choice,
     flag,
     identifier,
@@ -23,17 +22,18 @@ from fastlm.serve.fields import (
     name,
     number,
     read_fields,
+    schema_of,
     table,
     text,
     whole,
     wrong,
 )
-from fastlm.serve.tools import check_tools
+from fastlm.serve.messages import MESSAGES
+from fastlm.serve.tools import TOOLS, check_tools
 
 MOST_CHOICES = 16  # answers to one prompt
 MOST_PROMPTS = 64  # of one request to /v1/completions
 MOST_INPUTS = 256  # of one request to /v1/embeddings
-MOST_MESSAGES = 4096
 MOST_TOP = 20  # OpenAI's limit of top_logprobs
 IDS = whole(0, 2**31 - 1)
 UNSUPPORTED = frozenset(
@@ -111,55 +111,19 @@ def _bias(value: Any, name: str) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(dict(pairs).items()))
 
 
-def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MOST_MESSAGES:
-        raise wrong(name, f"a list of 1 to {MOST_MESSAGES} messages", value)
-    for i, message in enumerate(value):
-        where = f"{name}[{i}]"
-        if not isinstance(message, dict):
-            raise wrong(where, "an object", message)
-        role = message.get("role")
-        known = ROLES.get(role) if isinstance(role, str) else None
-        if known is None:
-            raise wrong(f"{where}.role", f"one of {', '.join(ROLES)}", role)
-        for key, given in message.items():
-            if key not in known and given is not None and given != []:
-                raise ApiError(
-                    f"{where}.{key:.80}: not supported; wanted only {', '.join(known)}",
-                    param=f"{where}.{key:.80}",
-                )
-        content = message.get("content")
-        for j, part in enumerate(content if isinstance(content, list) else ()):
-            if not isinstance(part, dict) or part.get("type") != "text" or len(part) != 2:
-                at = f"{where}.content[{j}]"
-                raise ApiError(
-                    f"{at}: wanted a part of type 'text', got another: this server reads text and"
-                    " fetches no URL",
-                    param=at,
-                )
-        if content is None and not message.get("tool_calls"):
-            raise ApiError(f"{where}.content: wanted, is missing", param=f"{where}.content")
-    try:
-        messages = [message for _, message in messages_of(value, name)]
-        check_values(messages, name)  # a call's arguments were JSON in a text
-        return messages
-    except RecursionError:
-        raise wrong(name, "messages that are not nested deeper", "deeper ones") from None
-
-
-ROLES: Mapping[str, tuple[str, ...]] = {
-    "system": ("role", "content"),
-    "developer": ("role", "content"),
-    "user": ("role", "content"),
-    "assistant": ("role", "content", "tool_calls", "reasoning_content"),
-    "tool": ("role", "content", "tool_call_id", "name"),
+BIAS = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": 1024,
 }
 
 
 def _prompts(value: Any, name: str) -> list[str | list[int]]:
     """A text, texts, token ids or lists of token ids."""
     several = value
-    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+    ids = isinstance(value, list) and value and type(value[0]) in (int, float)
+    if isinstance(value, str) or ids:
         several = [value]
     if not isinstance(several, list) or not 1 <= len(several):
         raise wrong(name, "a text, token ids, or a list of them", value)
@@ -173,6 +137,13 @@ def _prompts(value: Any, name: str) -> list[str | list[int]]:
         else:
             raise wrong(where, "a text or token ids", prompt)
     return found
+
+
+ONE_PROMPT = (
+    {"type": "string", "minLength": 1, "maxLength": 2**26},
+    {"type": "array", "items": IDS.schema, "minItems": 1},
+)
+PROMPTS = {"anyOf": [*ONE_PROMPT, {"type": "array", "items": {"anyOf": ONE_PROMPT}, "minItems": 1}]}
 
 
 def _schema(value: Any, name: str) -> Any:
@@ -250,7 +221,7 @@ SAMPLED: Mapping[str, Field] = {
     "model": name(256, required=True),
     "frequency_penalty": number(-2, 2, 0.0),
     "ignore_eos": flag(),
-    "logit_bias": Field(_bias, {"type": "object"}, ()),
+    "logit_bias": Field(_bias, BIAS, ()),
     "min_p": number(0, 1),
     "max_tokens": whole(1, 2**31),
     "n": whole(1, MOST_CHOICES, 1),
@@ -269,13 +240,15 @@ SAMPLED: Mapping[str, Field] = {
 }
 CHAT: Mapping[str, Field] = {
     **SAMPLED,
-    "messages": Field(_messages, {"type": "array", "items": {"type": "object"}}, required=True),
+    "messages": MESSAGES,
     "max_completion_tokens": whole(1, 2**31),
     "logprobs": flag(),
     "top_logprobs": whole(0, MOST_TOP),
     "response_format": table(RESPONSE_FORMAT),
-    "tools": Field(check_tools, {"type": "array", "items": {"type": "object"}}),
-    "tool_choice": Field(_tool_choice, {"type": ["string", "object"]}),
+    "tools": Field(check_tools, TOOLS),
+    "tool_choice": Field(
+        _tool_choice, {"anyOf": [{"enum": ["auto", "none", "required"]}, schema_of(NAMED)]}
+    ),
     "parallel_tool_calls": choice(True),
     "chat_template_kwargs": Field(_variables, {"type": "object"}),
     "store": flag(),
@@ -283,14 +256,14 @@ CHAT: Mapping[str, Field] = {
 }
 TEXT: Mapping[str, Field] = {
     **SAMPLED,
-    "prompt": Field(_prompts, {"type": ["string", "array"]}, required=True),
+    "prompt": Field(_prompts, PROMPTS, required=True),
     "echo": flag(),
     "logprobs": whole(0, MOST_TOP),
     "best_of": choice(1),
 }
 EMBED: Mapping[str, Field] = {
     "model": name(256, required=True),
-    "input": Field(_prompts, {"type": ["string", "array"]}, required=True),
+    "input": Field(_prompts, PROMPTS, required=True),
     "encoding_format": choice("float", "base64", default="float"),
 }
 

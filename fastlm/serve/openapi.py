@@ -25,6 +25,36 @@ GETS = {
     "/ready": "Whether it takes requests",
     "/metrics": "Counters for Prometheus",
 }
+JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
+ANSWERS = {  # what a 200 has
+    "/v1/chat/completions": "id object created model choices usage",
+    "/v1/completions": "id object created model choices usage",
+    "/v1/embeddings": "object data model usage",
+    "/v1/feedback": "object id kept",
+    "/v1/rank/next": "item progress",
+    "/v1/rank/judge": "item skipped",
+    "/v1/rank/correct": "item answer",
+    "/v1/rank/agreement": "alpha raters",
+    "/v1/models": "object data",
+    "/health": "status",
+    "/ready": "status",
+}
+STREAMED = ("/v1/chat/completions", "/v1/completions")
+MAY_BE_NULL = {"type": ["string", "null"]}
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"}, "type": {"type": "string"},
+                "param": MAY_BE_NULL, "code": MAY_BE_NULL,
+            },
+        }
+    },
+}  # fmt: skip
 STATUSES = {
     "400": "a field is wrong; the error names it",
     "401": "no key, or a wrong one",
@@ -45,14 +75,28 @@ def openapi(ranks: bool) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for path, (summary, fields) in (POSTS | (RANKS if ranks else {})).items():
         body = {"required": True, "content": {"application/json": {"schema": schema_of(fields)}}}
-        paths[path] = {"post": {**_operation(summary), "requestBody": body}}
+        paths[path] = {"post": {**_operation(path, summary), "requestBody": body}}
     for path, summary in GETS.items():
-        paths[path] = {"get": _operation(summary)}
+        paths[path] = {"get": _operation(path, summary)}
     version = importlib.metadata.version("fastlm")
-    return {"openapi": "3.1.0", "info": {"title": "fastlm", "version": version}, "paths": paths}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "fastlm", "version": version},
+        "paths": paths,
+        "components": {"schemas": {"Error": ERROR}},
+    }
 
 
-def _operation(summary: str) -> dict[str, Any]:
-    told = {"200": {"description": "OK"}}
-    told |= {status: {"description": text} for status, text in STATUSES.items()}
+def _operation(path: str, summary: str) -> dict[str, Any]:
+    content: dict[str, Any] = {TEXT: {"schema": {"type": "string"}}}
+    if path in ANSWERS:
+        content = {JSON: {"schema": {"type": "object", "required": ANSWERS[path].split()}}}
+    if path in STREAMED:
+        content[EVENTS] = {"schema": {"type": "string"}}
+    told: dict[str, Any] = {"200": {"description": "OK", "content": content}}
+    error = {JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}
+    for status, text in STATUSES.items():
+        told[status] = {"description": text, "content": error}
+    if path == "/ready":
+        told["503"] = {"description": "the server is stopping", "content": content}
     return {"summary": summary, "responses": told}

@@ -1,6 +1,7 @@
 """The server as a process: a model, its engine, uvicorn, and an orderly end."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ def run(
     max_body: int,
     max_waiting: int,
     max_rows: int,
+    pages: int | None,
+    draft_tokens: int,
     max_connections: int,
     max_seconds: float,
     drain: float,
@@ -42,7 +45,8 @@ def run(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; see `fastlm.serve.commands.serve` for the arguments.
 
-    InputError: a model, database or store that cannot be used, a port that is taken.
+    InputError: a model, database or store that cannot be used, a port that is taken, more pages
+    than fit the memory.
     """
     logging.getLogger("uvicorn.error").addHandler(_Lines())
     logging.getLogger("uvicorn").propagate = False
@@ -50,7 +54,17 @@ def run(
         listening = stack.enter_context(_listen(host, port))
         store = None if feedback is None else stack.enter_context(FeedbackStore(feedback))
         model, tokenizer = load_model(path, act_bits)
-        engine = Engine(model, tokenizer, max_rows=max_rows, max_waiting=max_waiting)
+        try:
+            engine = Engine(
+                model, tokenizer, pages=pages, max_rows=max_rows, max_waiting=max_waiting,
+                draft_tokens=draft_tokens,
+            )  # fmt: skip
+        except RuntimeError as error:  # torch's, which has no memory
+            if pages is None:
+                raise
+            raise InputError(
+                f"pages: wanted as many as fit the memory, got {pages}: {reason(error)}"
+            ) from None
         local = host in LOCAL_NAMES
         server = Server(
             engine, model, tokenizer, name or path.resolve().name,
@@ -68,7 +82,11 @@ def run(
         )  # fmt: skip
         bound = listening.getsockname()
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        log("listening", url=f"http://{shown}:{bound[1]}", model=server.name)
+        cache = engine.stats()
+        log(
+            "listening", url=f"http://{shown}:{bound[1]}", model=server.name, pages=cache.pages,
+            page_bytes=cache.page_bytes,
+        )  # fmt: skip
         _Process(config, server, drain).run(sockets=[listening])
 
 
@@ -87,10 +105,17 @@ class _Process(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server.stopping = True
         log("stopping", seconds=self.drain)
-        ending = asyncio.get_running_loop().run_in_executor(
-            None, lambda: self.server.engine.close(drain=self.drain)
-        )
+        answered = asyncio.Event()
+
+        async def close() -> None:
+            # not before: requests that were accepted may still come to the engine
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(answered.wait(), self.drain)
+            await asyncio.get_running_loop().run_in_executor(None, self.server.engine.close)
+
+        ending = asyncio.create_task(close())
         await super().shutdown(sockets)
+        answered.set()
         await ending
 
 

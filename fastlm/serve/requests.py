@@ -113,6 +113,7 @@ class EngineStats:
     running: int  # requests with pages
     waiting: int
     pages: int
+    page_bytes: int  # of keys and values
     pages_used: int  # by running requests
     pages_cached: int  # of finished prompts, given up when pages run short
     steps: int

@@ -18,7 +18,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastlm.serve.fields import ApiError, Field, flag, read_fields, text, wrong
+from fastlm.serve.fields import ApiError, Field, flag, read_fields, schema_of, text, wrong
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MOST_TOOLS = 128
@@ -61,6 +61,19 @@ def check_tools(value: Any, name: str) -> list[Any]:
         if one in names[:i]:
             raise wrong(f"{name}[{i}].function.name", "a name of its own", one)
     return value
+
+
+TOOLS = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"type": {"const": "function"}, "function": schema_of(FUNCTION)},
+        "required": ["type", "function"],
+        "additionalProperties": False,
+    },
+    "minItems": 1,
+    "maxItems": MOST_TOOLS,
+}
 
 
 @dataclass

@@ -1,0 +1,90 @@
+"""Requests drawn from the server's own OpenAPI schema, by schemathesis: those that keep to it and
+those that break it. No answer is a 5xx or late, each is as the schema says, and what breaks the
+schema is refused.
+"""
+
+import os
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from serve_app import HTTP, serving, tiny_model
+
+from fastlm.data.preferences import Unranked
+from fastlm.data.ranking import RankingStore
+from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.gate import Limits
+from fastlm.serve.openapi import GETS
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+EXAMPLES = int(os.environ.get("FASTLM_FUZZ_EXAMPLES", "20"))  # of a path, of each kind
+SECONDS = 30  # of one answer, on a machine that does other things, too
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/feedback")
+RANKS = ("/v1/rank/next", "/v1/rank/judge", "/v1/rank/correct")
+NEW_TOKENS = 4
+KNOWN = {  # what few random requests would name, so that the others get past the first check
+    "model": {"const": "tiny"},
+    "max_tokens": {"type": "integer", "minimum": 1, "maximum": NEW_TOKENS},
+    "max_completion_tokens": {"type": "integer", "minimum": 1, "maximum": NEW_TOKENS},
+    "item": {"enum": [1, 2]},
+}
+REQUIRED = {"/v1/feedback": ["response_id", "thumb"]}  # of several that would do
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(URL, the server's schema)."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    with RankingStore(folder / "ranks.sqlite", create=True) as ranks:
+        for i in range(2):
+            answers = tuple([{"role": "assistant", "content": f"{i}, {j}"}] for j in range(3))
+            ranks.add([Unranked([{"role": "user", "content": f"Which, {i}?"}], answers)])
+    with FeedbackStore(folder / "feedback.sqlite") as store:
+        limits = Limits(new_tokens=NEW_TOKENS)
+        options = {"feedback": store, "ranking": folder / "ranks.sqlite"}
+        with serving(*tiny_model(), limits=limits, **options) as (url, _):
+            raw = HTTP.get(url + "/openapi.json").json()
+            for path in (*PATHS, *RANKS):
+                body = raw["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+                fields = body["schema"]["properties"]
+                fields.update({name: KNOWN[name] for name in KNOWN.keys() & fields.keys()})
+                for name in REQUIRED.get(path, ()):
+                    fields[name] = fields[name]["anyOf"][0]  # not null
+                    body["schema"].setdefault("required", []).append(name)
+            yield url, schemathesis.openapi.from_dict(raw)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("path", [*PATHS, *RANKS])
+def test_posts(served, path, mode):
+    url, schema = served
+
+    @settings(
+        max_examples=EXAMPLES, derandomize=True, database=None, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(case=schema[path]["POST"].as_strategy(generation_mode=mode))
+    def check(case):
+        case.call_and_validate(base_url=url, checks=CHECKS, timeout=SECONDS)
+
+    check()
+
+
+def test_gets(served):
+    url, schema = served
+    for path in GETS:
+        schema[path]["GET"].Case().call_and_validate(base_url=url, checks=CHECKS, timeout=SECONDS)
