@@ -93,6 +93,7 @@ def test_keys_hosts_paths_and_bodies(tiny):
         refused(404, path="/v1/feedback", sent='{"response_id": "x", "thumb": "up"}')
         assert refused(405, method="GET").headers["allow"] == "POST"
         refused(405, method="OPTIONS", origin="http://evil.example")  # no CORS
+        refused(405, path="/health", **{"content-type": "text/plain"})
         refused(415, **{"content-type": "text/plain"})
         refused(413, sent="x" * 3001)
         refused(400, sent=json.dumps(body(max_tokens=51)))
