@@ -55,8 +55,8 @@ class Engine:
             a quarter of the memory (of a GPU's free memory: half). Memory is taken at first use.
         max_tokens_per_step: a step computes so many tokens of answers and prompts, and a quarter
             of it of prompts in any case; where modules compute these, up to the end of a page. More
-            is faster for prompts; fewer keep the pauses in running answers short. By default 64
-            where prompts are rows of the step, else 256.
+            is faster for prompts; fewer keep the pauses in running answers short. By default 256,
+            and where prompts are rows of the step 32, or 64 while no answer runs.
         max_rows: requests that run at the same time.
         max_waiting: requests that may wait; beyond it, `submit` raises `QueueFull`.
         kv_dtype: of keys and values: float32, bfloat16 or float16. By default the model's, float16
@@ -316,8 +316,9 @@ class Engine:
         for s in self.scheduler.decodes():
             s.draft = s.guess(self.draft_tokens) if self.draft_tokens else []
             answers.append(Chunk(s, s.computed, s.computed + 1 + len(s.draft)))
-        most = self.max_tokens_per_step or (64 if self._takes_prompts else 256)
-        budget = max(most - sum(c.end - c.start for c in answers), most // 4)
+        rows = sum(c.end - c.start for c in answers)
+        most = self.max_tokens_per_step or (self._most_rows if rows else self._most_alone)
+        budget = max(most - rows, most // 4)
         prompts: list[Chunk] = []
         for chunk in self.scheduler.chunks(budget, admits=not self._updates):
             if chunk is not None:
@@ -382,6 +383,8 @@ class Engine:
         self._takes_prompts = plan is not None and (
             cpu_steps.takes_prompts(plan) if rows is None else rows
         )
+        # Rows cost the same from about 16 on, so small steps keep the pauses in answers short
+        self._most_rows, self._most_alone = (32, 64) if self._takes_prompts else (256, 256)
         self.scheduler.by_pages = self.invariant and not self._takes_prompts
         self.scheduler.answers_too = self._takes_prompts
         if plan is None:
