@@ -52,22 +52,22 @@ def test_error_is_within_half_a_step(bits, group_size, symmetric, k):
     weighted=st.booleans(),
 )
 def test_the_search_is_no_worse_than_plain_rounding(n, k, group_size, symmetric, weighted):
-    """Compare with the scale of the whole range, by the squared error that is minimised."""
+    """Compare with the scale of the whole range, by the squared error. Each of two steps to a scale
+    that does not shrink the group raises the best error, a share p of the weights' square, to
+    p / (1 - p) at most.
+    """
     w = torch.randn(n, k) + torch.randn(n, 1)
     importance = torch.rand(k) ** 4 if weighted else None
     factors = torch.ones(k) if importance is None else importance
-
-    def error(q):
-        return ((q.dequantize() - w).square() * factors).sum(1)
 
     q = ops.quantize_weight(
         w, 4, group_size=group_size, symmetric=symmetric, importance=importance,
         scale_dtype=torch.float32,
     )  # fmt: skip
     size = k if group_size == -1 else group_size
-    plain = torch.empty_like(w)
     for begin in range(0, k, size):
-        group = w[:, begin : begin + size]
+        columns = slice(begin, begin + size)
+        group, u = w[:, columns], factors[columns]
         low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
         if symmetric:
             scale = torch.maximum(-low, high) / 7
@@ -75,8 +75,35 @@ def test_the_search_is_no_worse_than_plain_rounding(n, k, group_size, symmetric,
         else:
             scale = ((high - low) / 15).clamp(min=1e-30)
             rounded = ((group - low) / scale).round() * scale + low
-        plain[:, begin : begin + size] = rounded
-    assert (error(q) <= ((plain - w).square() * factors).sum(1) * 1.0001 + 1e-9).all()
+        error = ((q.dequantize()[:, columns] - group).square() * u).sum(1)
+        plain = ((rounded - group).square() * u).sum(1)
+        mean = 0.0 if symmetric else ((group * u).sum(1) / u.sum())[:, None]
+        share = plain / ((group - mean).square() * u).sum(1)
+        limit = torch.where(share < 0.5, plain / (1 - 2 * share), torch.inf)
+        assert (error <= limit * 1.001 + 1e-7).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_int4_does_not_shrink_weights(symmetric, weighted):
+    """The quantized weights regress on the given ones with slope 1. The slope of a least-squares
+    fit is 1 less its share of squared error, here 0.005.
+    """
+    w = torch.randn(128, 512) + (0.0 if symmetric else 1.0)
+    u = torch.rand(512) ** 2 if weighted else torch.ones(512)
+    q = ops.quantize_weight(
+        w, 4, group_size=32, symmetric=symmetric, importance=u, scale_dtype=torch.float32
+    )
+    groups = w.view(128, -1, 32)
+    u = u.view(-1, 32)
+    about = groups
+    if not symmetric:
+        about = groups - ((groups * u).sum(-1) / u.sum(-1))[..., None]
+    d = q.dequantize().view_as(groups)
+    slopes = (d * about * u).sum(-1) / (groups * about * u).sum(-1)
+    share = ((d - groups).square() * u).sum() / (about.square() * u).sum()
+    assert share > 0.003
+    assert abs(slopes.mean() - 1) < 0.1 * share
 
 
 def test_importance_moves_the_error_to_what_matters_less():
