@@ -16,8 +16,8 @@ grid again and lose nothing, so only other grids are measured there: symmetric o
 
 `--leave FOLDER` writes the base and the calibration windows for another program and ends.
 `--oracle NAME=PATH` then names what it made: a .gguf file (llama.cpp's `llama-quantize --pure`), or
-a Hugging Face folder with dequantized layers (`bench/oracle_auto_round.py`), of which this rounds
-the embedding, as the rows of its grid have it.
+a Hugging Face folder with dequantized layers (`bench/oracle_auto_round.py`), of which this
+quantizes the embedding as `gptq` and `autoround` do.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def remembered(model: CausalLM) -> CausalLM:
     return model
 
 
-def oracle(path: Path) -> tuple[CausalLM, float, float, str]:
+def oracle(path: Path, windows: torch.Tensor) -> tuple[CausalLM, float, float, str]:
     """Another program's model, its bits per weight, its seconds and its grid."""
     if path.suffix == ".gguf":
         tensors = gguf.GGUFReader(path).tensors
@@ -107,7 +107,14 @@ def oracle(path: Path) -> tuple[CausalLM, float, float, str]:
     options = {"group_size": group_size, "symmetric": symmetric}
     same = CausalLM(model.config)
     bits = true_bits(fastlm.quantize(same, "w4a16", **options))["bits_per_weight"]
-    fastlm.quantize(model, "w4a16", overrides={"model.layers.*": 16}, **options)
+    fastlm.quantize(
+        model,
+        "w4a16",
+        method="gptq",
+        calibration=windows,
+        overrides={"model.layers.*": 16},
+        **options,
+    )
     return model, bits, told["seconds"], told["grid"]
 
 
@@ -210,7 +217,7 @@ def main() -> None:
                 measure(name, grid, model, true_bits(model)["bits_per_weight"], seconds)
         for entry in options.oracle:
             name, _, path = entry.partition("=")
-            other, bits, seconds, grid = oracle(Path(path))
+            other, bits, seconds, grid = oracle(Path(path), windows)
             measure(name, grid, other, bits, seconds)
 
 

@@ -273,6 +273,25 @@ def test_the_default_weighs_errors_by_activations():
     assert sum(len(step.weights) for step in with_text) == 14
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gptq_makes_up_for_errors_of_the_head(tied):
+    """Only embedding and head are quantized: the logits of the calibration text are nearer."""
+    model, errors = tiny(tied, hidden_size=64), {}
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        for method in ("rtn", "gptq"):
+            options = {} if tied else {"embeddings": 16}
+            got = fastlm.quantize(
+                copy.deepcopy(model), "w4a16", group_size=16, method=method, calibration=IDS,
+                overrides={"model.layers.*": 16}, **options,
+            )  # fmt: skip
+            # of the head alone: the same hidden states
+            hidden = model.hidden(IDS)
+            logits = hidden @ got.head_matrix(torch.float32).t()
+            errors[method] = (logits - wanted).square().mean()
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
 def test_refusals():
     for options, message in [
         ({"method": "gptq"}, r"calibration: gptq wants token ids \(windows, length\), got none"),
