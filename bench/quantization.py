@@ -186,8 +186,9 @@ def main() -> None:
                     row["against_plain_percent"], row["against_plain_error"]
                 )
             rows.append(row)
+            label = f"{name}, {grid}" if grid else name
             print(
-                f"| {name}, {grid} | {bits:.2f} | {found.bits_per_byte:.4f} |"
+                f"| {label} | {bits:.2f} | {found.bits_per_byte:.4f} |"
                 f" {100 * found.loss:+.2f} ± {spread:.2f} % | {gain} |"
                 f" {found.kl:.4f} | {100 * found.greedy_agreement:.1f} % | {seconds:.0f} |",
                 flush=True,

@@ -17,8 +17,8 @@ from fastlm.ops import quantize_weight
 from fastlm.quant.plan import Scheme
 from fastlm.quant.step import output_error
 
-# 0 leaves the features as they are. The paper tries 20 powers up to 1; above 0.6 none was taken
-# on the models of docs/quantization.md.
+# 0 leaves the features as they are. The paper tries 20 powers up to 1; the largest that was taken
+# in SmolLM2's first six layers is 0.45.
 POWERS = (0.0, 0.15, 0.3, 0.45, 0.6)
 
 
