@@ -15,7 +15,9 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.model.layers import Call
 from fastlm.ops.quantize_weight import round_groups
+from fastlm.quant.awq import scale_features
 from fastlm.quant.gptq import DAMPING, gptq, inverse_factor, order_of
+from fastlm.quant.layerwise import _Moments
 from fastlm.quant.plan import Scheme
 from fastlm.quant.report import compare, true_bits
 from fastlm.quant.rounding import learn_rounding
@@ -271,6 +273,25 @@ def test_the_default_weighs_errors_by_activations():
     assert sum(len(step.weights) for step in with_text) == 14
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gptq_makes_up_for_errors_of_the_head(tied):
+    """Only embedding and head are quantized: the logits of the calibration text are nearer."""
+    model, errors = tiny(tied, hidden_size=64), {}
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        for method in ("rtn", "gptq"):
+            options = {} if tied else {"embeddings": 16}
+            got = fastlm.quantize(
+                copy.deepcopy(model), "w4a16", group_size=16, method=method, calibration=IDS,
+                overrides={"model.layers.*": 16}, **options,
+            )  # fmt: skip
+            # of the head alone: the same hidden states
+            hidden = model.hidden(IDS)
+            logits = hidden @ got.head_matrix(torch.float32).t()
+            errors[method] = (logits - wanted).square().mean()
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
 def test_refusals():
     for options, message in [
         ({"method": "gptq"}, r"calibration: gptq wants token ids \(windows, length\), got none"),
@@ -283,3 +304,90 @@ def test_refusals():
             fastlm.quantize(tiny(), "w4a16", **options)
     with pytest.raises(InputError, match=r"wanted a fastlm\.CausalLM with it, got Linear"):
         fastlm.quantize(nn.Linear(8, 8), "w4a16", calibration=IDS)
+
+
+# ---- AWQ's scales
+
+
+def scaled(model):
+    """Its layers with scaled features; the powers taken and the parameters that changed."""
+    layers, powers, changed = copy.deepcopy(model.model.layers), {}, {}
+    hidden = model.model.embed_tokens(IDS).detach()
+    call = Call(None, None, None, model.model.rotary(0, 24, 24, model.device))
+    for i, layer in enumerate(layers):
+        names = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
+        moments = _Moments({n: layer.get_submodule(n) for n in names}, full=True)
+        with torch.no_grad():
+            layer(hidden, None, call)
+        sums = moments.close()
+        dtypes = {n: p.dtype for n, p in layer.named_parameters()}
+        found = scale_features(layer, {n: Scheme(4, 16) for n in names}, sums, dtypes)
+        powers |= {f"{i}.{n}": p for n, p in found[0].items()}
+        changed |= {f"{i}.{n}": p for n, p in found[1].items()}
+    return layers, powers, changed
+
+
+def outliers(**config):
+    """A model some of whose features are ten times the others, as in trained ones."""
+    model = tiny(**config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("layernorm.weight"):
+                p[::8] += 9
+            elif name.endswith(("up_proj.weight", "v_proj.weight", "qkv_proj.weight")):
+                p[-32::8] *= 10
+            elif name.endswith("bias"):
+                p.normal_()
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_key_value_heads": 2},
+        {"model_type": "phi3", "pad_token_id": 0},  # one projection for q, k and v
+        {"model_type": "gemma2", "head_dim": 16},  # norms are stored minus one
+        {"model_type": "qwen2"},  # with biases
+        {"model_type": "olmo2"},  # no norm before the projections
+    ],
+)
+def test_scaled_features_change_no_output(config):
+    model = outliers(**config)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        layers, powers, changed = scaled(model)
+        model.model.layers = layers
+        got = model(IDS).logits
+    assert any(powers.values())
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    for name, value in changed.items():
+        assert torch.equal(model.model.layers.get_parameter(name), value), name
+
+
+def test_awq_gains_where_features_are_unequal(tmp_path):
+    model, steps, plain = outliers(), [], []
+    options = {"group_size": 16, "calibration": IDS, "embeddings": 16}
+    config = model.config.to_dict()
+    quantized = fastlm.quantize(
+        copy.deepcopy(model), "w4a16", awq=True, on_step=steps.append, progress=tmp_path, **options
+    )
+    fastlm.quantize(copy.deepcopy(model), "w4a16", on_step=plain.append, **options)
+    assert quantized.config.to_dict() == config
+    powers = {name: power for step in steps for name, power in step.powers.items()}
+    assert powers.keys() >= {"model.layers.0.input_layernorm", "model.layers.1.mlp.up_proj"}
+    assert max(powers.values()) > 0
+    first, second = (sum(sum(step.errors.values()) for step in found) for found in (steps, plain))
+    assert first < 0.9 * second
+    # continued from finished layers: the same norms
+    again = fastlm.quantize(copy.deepcopy(model), "w4a16", awq=True, progress=tmp_path, **options)
+    for name, tensor in quantized.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_awq_refusals():
+    with pytest.raises(InputError, match="calibration: awq wants token ids"):
+        fastlm.quantize(tiny(), "w4a16", awq=True)
+    floats = {"*.up_proj": 16, "*.v_proj": 16}
+    with pytest.raises(InputError, match="awq: wanted layers whose inputs come from a norm"):
+        fastlm.quantize(tiny(), "w4a16", awq=True, calibration=IDS, overrides=floats)

@@ -45,7 +45,7 @@ def run(base, out, on_event=None, calibrated=True, **options):
 
 def test_the_report_tells_what_was_lost(base, tmp_path):
     told = []
-    result = run(base, tmp_path / "q", told.append, method="gptq")
+    result = run(base, tmp_path / "q", told.append, method="gptq", awq=True)
     report = json.loads((tmp_path / "q/report.json").read_text())
     assert {k: report[k] for k in result} == json.loads(json.dumps(result))
     assert report["calibration_tokens"] == 256 and report["calibration_length"] == 32
@@ -53,6 +53,8 @@ def test_the_report_tells_what_was_lost(base, tmp_path):
     assert report["iterations"] is None and report["seed"] == 0  # gptq has no steps
     assert report["method"] == "gptq" and len(report["layers"]) == 15
     assert report["layers"].keys() >= {"model.embed_tokens", "model.layers.1.mlp.down_proj"}
+    assert report["awq"] is True and len(report["awq_powers"]) == 2 * 4
+    assert 0 < report["loss_error"] < 1
     assert 0 < report["kl"] < 0.5 and 0.2 < report["greedy_agreement"] <= 1
     assert report["bits_per_quantized_weight"] == 5  # 16 bits for the scale of 16 weights
     warnings = [event["warning"] for event in told if "warning" in event]
@@ -123,6 +125,7 @@ def test_own_samples_and_what_is_refused(base, tmp_path):
     assert result["own_samples"] and result["kl"] < 0.5
     for options, message in [
         ({"method": "gptq", "calibrated": False}, "calibration: gptq wants calibration text"),
+        ({"awq": True, "calibrated": False}, "calibration: awq wants calibration text"),
         ({"own_samples": True}, "own_samples: wanted false with calibration text, got both"),
         ({"max_loss": -1.0}, "max_loss: wanted 0 or more, got -1.0"),
         ({"calibration_tokens": 0}, "calibration_tokens: wanted 1 or more, got 0"),

@@ -16,6 +16,8 @@ _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.65, 0.55)
 # Least-squares steps from the best of these. On Gaussian weights, groups of 64: 0.05 dB (symmetric)
 # and 0.19 dB (asymmetric); a third step gains 0.002 and 0.02 dB.
 _STEPS = 2
+# Then steps to the scale that leaves no shrinkage, whatever they do to the error (see `unshrink`)
+_UNSHRINK = 2
 # Weights per pass over the candidates. The temporaries stay in the L2, and torch does not split
 # such small work over threads, whose barriers cost 100 times the work if a core is busy elsewhere.
 _BLOCK = 1 << 15
@@ -45,9 +47,13 @@ def quantize_weight(
             of the features of x, the error is that of ``x @ W^T`` where features are uncorrelated.
 
     int8: scale = absmax / 127, or the group's range / 255. int4 minimises the group's squared
-    error. Symmetric: the largest weight is put on -8 (the longer side, so scales have a sign) or on
-    7, in full or clipped; asymmetric: the range is that of the values, or a shorter one. Two steps
-    of least squares follow: the best scale (and offset) for the codes, new codes for it.
+    error; without `importance` that of a weight counts 1 + its square / the group's mean square, so
+    large weights are clipped less. Symmetric: the largest weight is put on -8 (the longer side, so
+    scales have a sign) or on 7, in full or clipped; asymmetric: the range is that of the values, or
+    a shorter one. Two steps of least squares follow: the best scale (and offset) for the codes, new
+    codes for it. Such weights are shrunk, as every least-squares fit is, and so is what the layer
+    computes. The last scale is the one that gives the group's weights a regression slope of 1 on
+    the given ones.
 
     Raises:
         InputError: not a matrix of finite floats, bits or group_size not as above, a scale that
@@ -79,7 +85,8 @@ def quantize_weight(
             if groups * width > k:  # repeat the last column: it changes no minimum and no maximum
                 v = torch.cat((v, v[:, -1:].expand(-1, groups * width - k)), 1)
             v = v.reshape(-1, groups, width)
-            q, s, z = round_groups(v, u, bits, symmetric, scale_dtype)
+            factors = _own_importance(v, u) if importance is None and bits == 4 else u
+            q, s, z = round_groups(v, factors, bits, symmetric, scale_dtype)
             if z is not None:
                 zeros.append(z.to(scale_dtype))
             if not bool(torch.isfinite(s).all()):
@@ -122,6 +129,18 @@ def _by_group(
     factors = torch.zeros(padded, device=device)
     factors[:k] = 1.0 if importance is None else importance
     return factors.view(-1, width)
+
+
+def _own_importance(v: Tensor, kept: Tensor | None) -> Tensor:
+    """What errors of weights count where nothing is known of the features: without this, clipping
+    helps the many small weights at the cost of the few large ones. On the 5.1 M model of
+    docs/quantization.md it takes KL from 0.0164 to 0.0150, and 0.12 % off the bits per byte.
+    `kept`: 1, and 0 for padding.
+    """
+    kept = torch.ones_like(v) if kept is None else kept
+    squares = v.square() * kept
+    mean = squares.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
+    return kept + squares / mean.clamp(min=1e-30)
 
 
 def round_groups(
@@ -188,19 +207,48 @@ class _Best:
             assert self.z is not None
             self.z = torch.where(better, z, self.z)
 
-    def scale(self) -> Tensor:
-        """The best; infinite, which is then refused, where none could be stored."""
+    def finish(self) -> Tensor:
+        """Step from the best; return its scale, infinite, which is then refused, where none could
+        be stored.
+        """
+        for _ in range(_STEPS):
+            self.step()
+        for _ in range(_UNSHRINK):
+            self.unshrink()
         return torch.where(self.error.isinf(), torch.inf, self.s)
 
     def step(self) -> None:
         """Offer the scale (and offset) of least squares for the codes of the best."""
+        qq, qv, _, q1, v1 = self.products()
+        s = qv / qq
+        self.offer(s, None if self.z is None else v1 - s * q1)
+
+    def unshrink(self) -> None:
+        """Take the scale (and offset) for which the quantized weights regress on the given ones
+        with slope 1. That of least squares has the slope 1 - error / variance: 0.5 % less for int4
+        in groups of 32, in every layer. On the 5.1 M model of docs/quantization.md this takes KL
+        from 0.0171 to 0.0162 and 0.1 % off the bits per byte, for 0.3 % more squared error.
+        """
+        _, qv, vv, q1, v1 = self.products()
+        s = _storable(vv / qv, self.dtype)
+        # a group that rounds to zeros alone, or to something unrelated, keeps its scale
+        fine = (s / self.s - 1).abs() < 0.5
+        self.s = torch.where(fine, s, self.s)
+        if self.z is not None:
+            z = (v1 - self.s * q1).to(self.dtype).to(self.z.dtype)
+            self.z = torch.where(fine, z, self.z)
+
+    def products(self) -> tuple[Tensor, ...]:
+        """Sums of q q, q v and v v, with codes q of the best, and q1, v1: with an offset the first
+        are about the means, which are the last two.
+        """
         v, q = self.v, codes(self.v, self.s, self.z, 4, self.symmetric)
-        qv, qq = self.sum(q * v), self.sum(q * q)
+        qq, qv, vv = self.sum(q * q), self.sum(q * v), self.sum(v * v)
         if self.z is None:
-            return self.offer(qv / qq, None)
-        one, q1, v1 = self.sum(torch.ones_like(v)), self.sum(q), self.sum(v)
-        s = (one * qv - q1 * v1) / (one * qq - q1 * q1)
-        self.offer(s, (v1 - s * q1) / one)
+            return qq, qv, vv, qq, vv
+        one = self.sum(torch.ones_like(v))
+        q1, v1 = self.sum(q) / one, self.sum(v) / one
+        return qq - one * q1 * q1, qv - one * q1 * v1, vv - one * v1 * v1, q1, v1
 
 
 def _searched(v: Tensor, u: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -211,9 +259,7 @@ def _searched(v: Tensor, u: Tensor | None, dtype: torch.dtype) -> Tensor:
     for end in (-8.0, 7.0):
         for shrink in _SHRINK:
             best.offer(peak * (shrink / end), None)
-    for _ in range(_STEPS):
-        best.step()
-    return best.scale()
+    return best.finish()
 
 
 def _ranged(v: Tensor, u: Tensor | None, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -234,7 +280,6 @@ def _ranged(v: Tensor, u: Tensor | None, bits: int, dtype: torch.dtype) -> tuple
         if shrink < 1:  # one end clipped: a tail is often on one side
             best.offer(*of(low + 2 * cut, high))
             best.offer(*of(low, high - 2 * cut))
-    for _ in range(_STEPS):
-        best.step()
+    s = best.finish()
     assert best.z is not None
-    return best.scale(), best.z
+    return s, best.z

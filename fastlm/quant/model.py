@@ -33,6 +33,7 @@ def quantize(
     group_size: int | None = None,
     method: str = "rtn",
     calibration: Any = None,
+    awq: bool = False,
     embeddings: int | None = 0,
     head: int | None = 0,
     overrides: Mapping[str, str | int] | None = None,
@@ -61,6 +62,8 @@ def quantize(
         calibration: token ids (windows, length) of text like that which the model will see
             (`fastlm.quant.calibration` makes them); then `model` is a `fastlm.CausalLM`. With it
             rtn weights errors by the mean squares of activations. The other methods need it.
+        awq: scale features by AWQ before the method rounds, see `fastlm.quant.awq`; needs a
+            calibration. Norms (and biases) change with the weights.
         embeddings: bits of the embeddings: 4, 8, 16 or None (left as they are), or 0: those of
             `format`.
         head: bits of the head, likewise. The head is the linear layer that
@@ -91,6 +94,8 @@ def quantize(
     ids = None if calibration is None else _calibration(model, calibration)
     if ids is None and method != "rtn":
         raise InputError(f"calibration: {method} wants token ids (windows, length), got none")
+    if ids is None and awq:
+        raise InputError("calibration: awq wants token ids (windows, length), got none")
     plan = plan_of(
         model, format, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype,
         embeddings=embeddings, head=head, overrides=overrides, whole_groups=whole_groups,
@@ -100,8 +105,10 @@ def quantize(
             f"model: {type(model).__name__} has no nn.Linear or nn.Embedding to quantize"
         )
     done: dict[int, QuantizedWeight] = {}
+    floats: dict[str, Tensor] = {}
 
     def keep(step: Step) -> None:
+        floats.update(step.floats)
         for target in plan:
             if target.name in step.weights:
                 done.setdefault(id(target.module.weight), step.weights[target.name])
@@ -112,12 +119,17 @@ def quantize(
             if id(target.module.weight) not in done:
                 keep(nearest(target))
     else:
-        from fastlm.quant.layerwise import Layerwise, Method
+        from fastlm.quant.layerwise import Layerwise, Method, check_folds
 
-        causal, how = cast("CausalLM", model), Method(method, iterations, seed)
+        causal, how = cast("CausalLM", model), Method(method, iterations, seed, awq)
+        if awq:
+            check_folds(causal, plan)
         steps = Layerwise(causal, plan, ids, how, folder=progress, track=track, tell=tell)
         for step in steps.run():
             keep(step)
+    with torch.no_grad():
+        for name, value in floats.items():
+            model.get_parameter(name).copy_(value)
     for target in plan:
         weight = done[id(target.module.weight)]
         model = put_quantized(model, target.name, weight, act_bits=target.act_bits)

@@ -3,6 +3,7 @@ text.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Comparison:
         kl: mean of KL(original || quantized) of the next token, in nats.
         greedy_agreement: share of the positions whose likeliest next token is the same.
         tokens: compared.
+        windows: bits per byte of the original and of the quantized model in each window.
     """
 
     bits_per_byte_before: float
@@ -39,6 +41,7 @@ class Comparison:
     kl: float
     greedy_agreement: float
     tokens: int
+    windows: Sequence[tuple[float, float]]
 
     @property
     def loss(self) -> float:
@@ -46,7 +49,20 @@ class Comparison:
         return self.bits_per_byte / self.bits_per_byte_before - 1
 
     def figures(self) -> dict[str, Any]:
-        return asdict(self)
+        """All but the windows, which give "loss_error", the standard error of `loss`."""
+        shown = {name: value for name, value in asdict(self).items() if name != "windows"}
+        return {**shown, "loss_error": standard_error(self.windows)}
+
+
+def standard_error(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """The standard error of ``sum(b) / sum(a)`` over pairs (a, b) of independent windows; None for
+    fewer than two.
+    """
+    if len(pairs) < 2:
+        return None
+    a, b = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+    off = b - a * (b.sum() / a.sum())
+    return float((off.square().sum() * len(a) / (len(a) - 1)).sqrt() / a.sum())
 
 
 @torch.no_grad()
@@ -68,26 +84,31 @@ def compare(
     chosen = windows(dataset.tokens, seq_len, stride)
     if max_tokens is not None:
         chosen = chosen[:: max(1, math.ceil(dataset.tokens / max_tokens))]
-    nats, kl, same, tokens = [0.0, 0.0], 0.0, 0, 0
+    kl, same, tokens = 0.0, 0, 0
+    nats: list[Tensor] = []  # of each batch, (windows, 2): the original, the quantized model
     batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     for batch in track(batches, "compare with the original", unit="batches"):
         cut = [window(dataset, begin, scored, seq_len, stride) for begin, scored in batch]
         ids = torch.from_numpy(np.stack([inputs for inputs, _ in cut])).to(before.device)
         labels = torch.from_numpy(np.stack([labels for _, labels in cut])).flatten()
         kept = (labels != IGNORE).nonzero()[:, 0]
+        nats.append(torch.zeros(len(cut), 2, dtype=torch.float64))
         hidden = [m.hidden(ids).flatten(0, 1) for m in (before, after)]
         for rows in kept.split(_ROWS):
             p, q = (
                 torch.log_softmax(_logits(m, h[rows]), 1) for h, m in zip(hidden, (before, after))
             )
             target = labels[rows, None].to(p.device)
-            nats[0] -= float(p.gather(1, target).sum())
-            nats[1] -= float(q.gather(1, target).sum())
+            both = torch.cat((p.gather(1, target), q.gather(1, target)), 1).double().cpu()
+            nats[-1].index_add_(0, rows // ids.shape[1], both, alpha=-1)
             same += int((p.argmax(1) == q.argmax(1)).sum())
             kl += float((p.exp() * (p - q)).sum())
         tokens += len(kept)
     bits = math.log(2) * dataset.bytes_of_text * (tokens / dataset.tokens)
-    return Comparison(nats[0] / bits, nats[1] / bits, kl / tokens, same / tokens, tokens)
+    each = torch.cat(nats)
+    before_bits, after_bits = (each.sum(0) / bits).tolist()
+    shown = [(a, b) for a, b in (each * (len(each) / bits)).tolist()]
+    return Comparison(before_bits, after_bits, kl / tokens, same / tokens, tokens, shown)
 
 
 def _logits(model: "CausalLM", hidden: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Quantize(Stage):
 
     kind = "quantize"
     command = ("quantize",)
-    version = 4
+    version = 5
     reads = {
         "model": Takes(
             ("model",), "Hugging Face folder, .gguf, fastlm run or model:smollm2", flag="m"
@@ -53,6 +53,9 @@ class Quantize(Stage):
     method: Annotated[
         str, "rtn: round to nearest; with calibration text also gptq, or autoround, the slowest"
     ] = "rtn"
+    awq: Annotated[
+        bool, "Scale features by their size before rounding (AWQ); wants calibration text"
+    ] = False
     embeddings: Annotated[int, "Bits of the embedding; 16: unchanged; 0: as the format"] = 0
     head: Annotated[int, "Bits of the output head; 16: unchanged; 0: as the format"] = 0
     overrides: Annotated[
@@ -103,6 +106,8 @@ class Quantize(Stage):
             raise InputError(
                 f"calibration: {self.method} wants calibration text (or own_samples), got none"
             )
+        if self.awq and not (text or self.own_samples):
+            raise InputError("calibration: awq wants calibration text (or own_samples), got none")
         if self.strict and not inputs.get("data"):
             raise InputError("strict: wanted held-out text (data) to measure, got none")
 
@@ -137,7 +142,7 @@ class Quantize(Stage):
         found, progress = Step(), job.out / PROGRESS
         small = quantize(
             model, self.format, group_size=self.group_size, method=self.method,
-            calibration=ids, embeddings=self.embeddings, head=self.head,
+            calibration=ids, awq=self.awq, embeddings=self.embeddings, head=self.head,
             overrides=self.overridden(), symmetric=self.symmetric, whole_groups=self.whole_groups,
             iterations=self.iterations, seed=self.seed,
             progress=progress, track=job.track, on_step=found.add, tell=job.tell,
@@ -160,7 +165,10 @@ class Quantize(Stage):
         small.save_pretrained(job.out)
         tokenizer.save(job.out)
         result["bytes"] = weight_bytes(job.out)
-        report = {**result, "layers": found.errors, "warnings": found.warnings}
+        report = {
+            **result, "layers": found.errors, "awq_powers": found.powers,
+            "warnings": found.warnings,
+        }  # fmt: skip
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         save_atomic(make_folder(job.out) / REPORT, lambda part: part.write_text(text, "utf-8"))
         remove(progress)

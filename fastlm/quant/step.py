@@ -13,16 +13,21 @@ from fastlm.quant.plan import Target
 @dataclass
 class Step:
     """What came of one step: the embeddings, a decoder layer, or the head. ``errors``: name of a
-    layer -> squared error of its output, as a share of the output's square.
+    layer -> squared error of its output, as a share of the output's square. ``powers`` and
+    ``floats``: of AWQ's scales, see `fastlm.quant.awq.scale_features`.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    powers: dict[str, float] = field(default_factory=dict)
+    floats: dict[str, Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def add(self, other: "Step") -> None:
         self.weights |= other.weights
         self.errors |= other.errors
+        self.powers |= other.powers
+        self.floats |= other.floats
         self.warnings += other.warnings
 
 

@@ -1,0 +1,145 @@
+"""AWQ's scales (Lin et al. 2023, arXiv:2306.00978): features that are large in activations are
+multiplied by a factor before their columns are rounded, and divided by it where they are made: in
+the norm, or in the rows of the linear layer before. The decoder layer computes the same function.
+
+Factors are powers of the features' root mean square; of `POWERS` the one with the smallest error
+of the outputs, rounded to nearest, is taken for each group of layers that share their input.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlm.model.layers import DecoderLayer, RMSNorm
+from fastlm.ops import quantize_weight
+from fastlm.quant.plan import Scheme
+from fastlm.quant.step import output_error
+
+# 0 leaves the features as they are. The paper tries 20 powers up to 1; the largest that was taken
+# in SmolLM2's first six layers is 0.45.
+POWERS = (0.0, 0.15, 0.3, 0.45, 0.6)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Features that can be scaled. `source`: the norm that makes them, or the linear layer, of
+    which the last rows do. `readers`: the linear layers whose inputs they are. `repeats`: how many
+    of a reader's features share one of the source's (query heads per key/value head).
+    """
+
+    source: str
+    readers: tuple[str, ...]
+    repeats: int = 1
+
+
+def folds(layer: DecoderLayer, names: Mapping[str, object]) -> list[Fold]:
+    """What can be scaled in a decoder layer of which the linear layers `names` are quantized: all
+    readers must be among them, and the source, if it is a linear layer.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    joined = "qkv_proj" in attention._modules
+    qkv = ("qkv_proj",) if joined else ("q_proj", "k_proj", "v_proj")
+    wide = ("gate_up_proj",) if "gate_up_proj" in mlp._modules else ("gate_proj", "up_proj")
+    into = tuple(f"self_attn.{name}" for name in qkv)
+    up = tuple(f"mlp.{name}" for name in wide)
+    repeats = attention.q_width // attention.kv_width
+    found = [Fold(into[-1], ("self_attn.o_proj",), repeats), Fold(up[-1], ("mlp.down_proj",))]
+    for norm, readers in ((layer.norms[0], into), (layer.norms[2], up)):
+        if norm:
+            found.append(Fold(norm, readers))
+    norms = layer.norms
+    return [
+        fold for fold in found
+        if all(reader in names for reader in fold.readers)
+        and (fold.source in names or fold.source in norms)
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def scale_features(
+    layer: DecoderLayer,
+    schemes: Mapping[str, Scheme],
+    sums: dict[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Scale the features of a float32 decoder layer, in place.
+
+    Args:
+        layer: what it computes does not change, but for float32's rounding.
+        schemes: name of a linear layer -> how it will be quantized.
+        sums: name -> (K, K), the sum of ``x x^T`` over its inputs x; brought to the scaled ones.
+        dtypes: name of a parameter -> dtype in which it is stored. The factors of a norm are those
+            of its rounded weight, so the rounding costs nothing.
+
+    Returns source -> its power, and the parameters that are not quantized and changed: name ->
+    value, in their dtype.
+    """
+    powers: dict[str, float] = {}
+    changed: dict[str, Tensor] = {}
+    for fold in folds(layer, schemes):
+        powers[fold.source], factors = _best(layer, fold, schemes, sums)
+        if not powers[fold.source]:
+            continue
+        source = layer.get_submodule(fold.source)
+        if isinstance(source, RMSNorm):
+            name = f"{fold.source}.weight"
+            plain = source.weight + source.offset  # Gemma's is stored minus one
+            stored = (plain / factors - source.offset).to(dtypes[name])
+            scaled = stored.float() + source.offset
+            factors = torch.where(scaled == 0, 1.0, plain / scaled)
+            source.weight.copy_(stored)
+            changed[name] = stored
+        else:
+            rows = slice(-len(factors), None)  # v of a joined qkv, up of a joined gate and up
+            weight, bias = source.weight, source.bias
+            assert isinstance(weight, Tensor)
+            if bias is not None:
+                assert isinstance(bias, Tensor)
+                name = f"{fold.source}.bias"
+                plain, stored = bias[rows].clone(), bias.clone()
+                stored[rows] /= factors
+                changed[name] = stored = stored.to(dtypes[name])
+                bias.copy_(stored)
+            weight[rows] /= factors[:, None]
+        wide = _repeated(factors, fold.repeats, layer.self_attn.head_dim)
+        for name in fold.readers:
+            weight = layer.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight *= wide
+            sums[name] = sums[name] / wide / wide[:, None]
+    return powers, changed
+
+
+def _repeated(factors: Tensor, repeats: int, width: int) -> Tensor:
+    """Factors of key/value features for the query heads that read them."""
+    if repeats == 1:
+        return factors
+    return factors.view(-1, 1, width).expand(-1, repeats, -1).flatten()
+
+
+def _best(
+    layer: DecoderLayer, fold: Fold, schemes: Mapping[str, Scheme], sums: Mapping[str, Tensor]
+) -> tuple[float, Tensor]:
+    """The best power and its factors, one for each of the source's features."""
+    squares = sums[fold.readers[0]].diagonal()
+    width = layer.self_attn.head_dim
+    if fold.repeats > 1:
+        squares = squares.view(-1, fold.repeats, width).mean(1).flatten()
+    size = squares.clamp(min=1e-8 * float(squares.mean()) + 1e-30).sqrt()
+    size = size / size.log().mean().exp()
+    best, least = (0.0, torch.ones_like(size)), torch.inf
+    for power in POWERS:
+        factors = size**power
+        wide = _repeated(factors, fold.repeats, width)
+        error = 0.0
+        for name in fold.readers:
+            weight = layer.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            scaled, moments = weight * wide, sums[name] / wide / wide[:, None]
+            q = quantize_weight(scaled, **vars(schemes[name]), importance=moments.diagonal())
+            error += output_error(scaled, q, moments)
+        if error < least:
+            best, least = (power, factors), error
+    return best
