@@ -9,14 +9,17 @@ import torch
 from families import CASES, SMALL
 
 import fastlm
+from fastlm.decode import cpu_steps
 from fastlm.decode.pages import PAGE, Pages, page_keys
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.model.lora import add_lora
+from fastlm.quant.modules import QuantizedLinear
 from fastlm.serve.engine import Engine
 from fastlm.serve.requests import QueueFull, Request
+from fastlm.serve.sequence import Collected
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -419,6 +422,103 @@ def test_guesses_change_no_bit(format):
     request = Request([5], 200, sampling, logprobs=1, ignore_eos=True)
     assert told(engine.generate([request])[0]) == told(plain.generate([request])[0])
     assert engine.stats().steps < plain.stats().steps / 2
+
+
+ELEVENS = Sampling(temperature=0.0, logit_bias=((11, 1000.0),))
+
+
+def test_guesses_of_a_request_that_is_preempted_are_forgotten():
+    """Else one that comes true would count a token as computed, on a page that others find."""
+    model = model_of()
+    options = {"prompt_rows": True, "draft_tokens": 2}
+    request = Request([1, 2, 3], 80, ELEVENS, seed=1, logprobs=0, ignore_eos=True)
+    later = Request([1, 2, 3] + [11] * 70, 2, logprobs=0, seed=1)
+    alone, wanted = (told(Engine(model, **options).generate([r])[0]) for r in (request, later))
+    for at in (20, 62, 63, 64):
+        engine, got = Engine(model, **options), Collected()
+        engine.submit(request, got)
+        engine.step()
+        sequence = engine.scheduler.running[0]
+        while len(sequence.tokens) < at:
+            engine.step()
+        engine.scheduler.postpone(sequence)
+        while engine.step():
+            pass
+        assert told(got.result) == alone
+        assert told(engine.generate([later])[0]) == wanted
+
+
+def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():
+    """An answer that was preempted finds its own pages again, and no row told what follows it."""
+    engine, got = Engine(model_of(), prompt_rows=True), Collected()
+    prompt = [i % 97 for i in range(100)]
+    engine.submit(Request(prompt, 200, seed=1, ignore_eos=True), got)
+    for _ in range(60):
+        engine.step()
+    engine.scheduler.postpone(engine.scheduler.running[0])
+    engine.step()
+    (second,) = engine.generate([Request(prompt, 5, seed=2, ignore_eos=True)])
+    while engine.step():
+        pass
+    assert second.finish_reason == got.result.finish_reason == "length"
+
+
+@pytest.mark.parametrize("prompt_rows", [True, False])
+def test_rows_that_fail_end_their_own_request(prompt_rows):
+    """Whatever else is in their step, and nobody is told anything after the end."""
+    engine = Engine(model_of(), prompt_rows=prompt_rows, max_rows=80, pages=200)
+    pieces = [[] for _ in range(70)]
+    for i, own in enumerate(pieces):
+        engine.submit(Request([1, i], 20, ELEVENS, seed=i, ignore_eos=True), own.append)
+    while not all(pieces):
+        engine.step()
+    ours, bad = engine._decoder.logits, engine.scheduler.running[68].pages[0]
+
+    def broken(tokens, lengths, table, **options):
+        if bad in table[:, 0].tolist():
+            raise RuntimeError("out of memory")
+        return ours(tokens, lengths, table, **options)
+
+    engine._decoder.logits = broken
+    while engine.step():
+        pass
+    ends = [[p.finish_reason for p in own if p.finish_reason] for own in pieces]
+    assert ends.count(["length"]) == 69 and ends.count(["error"]) == 1
+    assert all(own[-1].finish_reason for own in pieces)
+    assert engine.stats().finished == {"length": 69, "error": 1}
+
+
+def test_an_update_after_which_modules_compute_prompts(monkeypatch):
+    """An answer that waits, preempted, then continues."""
+    model = fastlm.quantize(model_of(), "w8a8", group_size=32)
+    monkeypatch.setattr(cpu_steps, "takes_prompts", lambda plan: plan.multiplies_int8)
+    engine, got = Engine(model, draft_tokens=3), [Collected(), Collected()]
+    engine.submit(Request([1, 2, 3], 90, seed=1, ignore_eos=True), got[0])
+    engine.submit(Request([4, 5], 20, seed=1, ignore_eos=True), got[1])
+    for _ in range(70):
+        engine.step()
+
+    def change():
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.act_bits = 16
+
+    engine.scheduler.postpone(engine.scheduler.running[0])
+    engine.update(change)
+    while engine.step():
+        pass
+    assert engine.scheduler.by_pages
+    assert [len(c.result.tokens) for c in got] == [90, 20]
+
+
+def test_guesses_stay_within_the_tokens_of_a_step():
+    engine, rows = Engine(model_of(), prompt_rows=True, max_tokens_per_step=16, draft_tokens=7), []
+    ours = engine._decoder.logits
+    engine._decoder.logits = lambda tokens, *rest, **options: (
+        rows.append(len(tokens)) or ours(tokens, *rest, **options)
+    )
+    engine.generate([Request([1, i], 40, ELEVENS, ignore_eos=True) for i in range(3)])
+    assert max(rows) <= 16 and engine.stats().accepted_tokens > 0
 
 
 def test_prompts_go_on_beside_many_answers():

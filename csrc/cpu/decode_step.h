@@ -394,9 +394,9 @@ void check_range(const char* argument, const T* x, int64_t count, int64_t end) {
 // tokens (M) int64; lengths (M) int64: cached tokens of each row; table (M, max_pages) int32: its
 // pages in order, none of which another sequence's row writes to; cache (layers, 2, pages, kv_heads,
 // page_size, head_dim), where each row's next key and value are written; rotary: cos, sin, cos, sin
-// .. (positions, R) float32; wanted (L) int64: rows; logits (L, V) float32, theirs. A row is the
-// next token of the sequence of the row before it where it has the same pages and one more cached
-// token.
+// .. (positions, R) float32; wanted (L) int64: rows; logits (L, V) float32, theirs. Rows of one
+// sequence follow each other, in order: a row continues the one before it where it has one more
+// cached token and the page that the one before writes to.
 inline void decode_step(const DecodePlan& p, const TensorView& tokens, const TensorView& lengths,
                         const TensorView& table, const TensorView& cache,
                         const std::vector<TensorView>& rotary, const TensorView& workspace,

@@ -116,7 +116,8 @@ class _Decoding:
         found = prompt_of.tolist()
         first = torch.tensor([found.index(i) for i in range(len(prompts))], device=ids.device)
         steps = self.steps_of
-        if isinstance(steps, cpu_steps.Steps) and cpu_steps.takes_prompts(steps.plan):
+        short = ids.shape[1] <= cpu_steps.LONG_PROMPT
+        if isinstance(steps, cpu_steps.Steps) and short and cpu_steps.takes_prompts(steps.plan):
             return steps.prompt_logits(ids, first, prompt_of)
         if len(prompts) == len(ids):
             return self.model.next_logits(ids, self.cache, mask)

@@ -54,9 +54,9 @@ class Engine:
         pages: of `PAGE` tokens in the cache; by default as many as `max_rows` contexts need, within
             a quarter of the memory (of a GPU's free memory: half). Memory is taken at first use.
         max_tokens_per_step: a step computes so many tokens of answers and prompts, and a quarter
-            of it of prompts in any case; where modules compute these, up to the end of a page. More
-            is faster for prompts; fewer keep the pauses in running answers short. By default 256,
-            and where prompts are rows of the step 32, or 64 while no answer runs.
+            of it, at least one, of prompts in any case; where modules compute these, up to the end
+            of a page. More is faster for prompts; fewer keep the pauses in running answers short.
+            By default 256, and where prompts are rows of the step 32, or 64 while no answer runs.
         max_rows: requests that run at the same time.
         max_waiting: requests that may wait; beyond it, `submit` raises `QueueFull`.
         kv_dtype: of keys and values: float32, bfloat16 or float16. By default the model's, float16
@@ -312,13 +312,15 @@ class Engine:
                 return busy
             self._prepare()
         began, before = time.monotonic(), self._prompt_tokens + self._new_tokens
-        answers = []
-        for s in self.scheduler.decodes():
-            s.draft = s.guess(self.draft_tokens) if self.draft_tokens else []
+        decodes = self.scheduler.decodes()
+        most = self.max_tokens_per_step or (self._most_rows if decodes else self._most_alone)
+        share = max(most // 4, 1)  # of prompts
+        answers, budget = [], max(most - len(decodes), share)
+        for s in decodes:
+            guesses = min(self.draft_tokens if self._plan else 0, budget - share)
+            s.draft = s.guess(guesses) if guesses else []
             answers.append(Chunk(s, s.computed, s.computed + 1 + len(s.draft)))
-        rows = sum(c.end - c.start for c in answers)
-        most = self.max_tokens_per_step or (self._most_rows if rows else self._most_alone)
-        budget = max(most - rows, most // 4)
+            budget -= len(s.draft)
         prompts: list[Chunk] = []
         for chunk in self.scheduler.chunks(budget, admits=not self._updates):
             if chunk is not None:
@@ -429,15 +431,16 @@ class Engine:
     def _continue(self, logits: dict[sequences.Sequence, list[Tensor]]) -> None:
         """Draw what follows answers. Where that is what was guessed, the next logits are those
         after it."""
-        going = list(logits)
+        going = [s for s in logits if s.pages]  # else an error has ended it
         for i in itertools.count():
-            if not (going := [s for s in going if i < len(logits[s])]):
+            if not going:
                 return
             self._sample(going, torch.stack([logits[s][i] for s in going]))
-            going = [s for s in going if s.pages and s.draft[i : i + 1] == s.tokens[-1:]]
+            right = [s for s in going if len(logits[s]) > i + 1 and s.tokens[-1] == s.draft[i]]
+            self._accepted_tokens += len(right)
+            going = [s for s in right if s.pages]
             for s in going:
                 self.scheduler.computed(Chunk(s, s.computed, s.computed + 1))
-            self._accepted_tokens += len(going)
 
     def _through_modules(self, chunks: list[Chunk]) -> None:
         """Compute chunks of prompts: full pages of all sequences packed, then what is left of each
@@ -455,9 +458,15 @@ class Engine:
         self, chunks: list[Chunk], logits: dict[sequences.Sequence, list[Tensor]]
     ) -> None:
         """Compute tokens as rows of decode steps. ``logits`` get those after answers, (V,), and
-        after each guess."""
-        if chunks := [c for c in chunks if c.sequence.pages]:
-            self._guarded([c.sequence for c in chunks], lambda: self._rows(chunks, logits))
+        after each guess. If that fails, each chunk is computed alone."""
+        if not (chunks := [c for c in chunks if c.sequence.pages]):
+            return
+        try:
+            self._rows(chunks, logits)
+        except Exception:
+            logits.clear()
+            for chunk in chunks:
+                self._guarded([chunk.sequence], lambda chunk=chunk: self._rows([chunk], logits))
 
     @torch.inference_mode()
     def _fill(self, group: list[Chunk]) -> None:

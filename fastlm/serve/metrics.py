@@ -21,7 +21,7 @@ GAUGES = {
     "pages": "Pages of the key/value cache",
     "page_bytes": "Bytes of a page, whose memory is taken at its first use and kept",
     "pages_used": "Pages that running requests hold",
-    "pages_cached": "Pages kept of prompts that ended, given up when pages run short",
+    "pages_cached": "Pages kept of requests that ended, given up when pages run short",
 }
 COUNTERS = {
     "steps": "Steps of the engine",

@@ -72,7 +72,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What became certain of an answer in one step.
+    """What became certain of an answer with one more token.
 
     `text` lags behind `tokens` where a character is incomplete or a stop string may begin; the
     texts of all pieces join to the answer's. An end token is in `tokens`, not in the text.
@@ -115,9 +115,9 @@ class EngineStats:
     pages: int
     page_bytes: int  # of keys and values
     pages_used: int  # by running requests
-    pages_cached: int  # of finished prompts, given up when pages run short
+    pages_cached: int  # of requests that ended, given up when pages run short
     steps: int
-    prompt_tokens: int  # computed, cached ones excluded
+    prompt_tokens: int  # computed as prompts, cached ones excluded, preempted answers included
     cached_tokens: int  # found in the prefix cache
     new_tokens: int
     preemptions: int

@@ -97,8 +97,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.pages.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.planned = [], 0, 0
-        sequence.prompt_logits = None
-        sequence.known = len(sequence.tokens) if self.answers_too else sequence.prompt_length
+        sequence.prompt_logits, sequence.draft = None, []
         queue = self.waiting.setdefault(sequence.request.client, deque())
         queue.appendleft(sequence)
         self.waiting.move_to_end(sequence.request.client, last=False)
@@ -120,6 +119,7 @@ class Scheduler:
                 yield chunk
         while admits and budget > 0 and self.waiting and len(self.running) < self.max_rows:
             sequence = next(iter(self.waiting.values()))[0]
+            self._look_at(sequence)
             source = self._same_prompt(sequence)
             if source is None and self._waits(sequence):
                 yield None
@@ -132,6 +132,12 @@ class Scheduler:
                 chunk = self._next_chunk(sequence, budget)
                 budget -= chunk.end - chunk.start
                 yield chunk
+
+    def _look_at(self, sequence: Sequence) -> None:
+        """Before a waiting sequence is admitted: what of it is computed as a prompt. It may have
+        run before, under other rules."""
+        sequence.known = len(sequence.tokens) if self.answers_too else sequence.prompt_length
+        del sequence.keys[sequence.known // PAGE :]
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start, length = sequence.planned, sequence.known
@@ -149,7 +155,8 @@ class Scheduler:
         if not self.prefix_cache or sequence.known > sequence.prompt_length:
             return None
         for other in reversed(self.running):
-            if other.planned >= other.prompt_length and other.same_prompt(sequence):
+            told = other.prompt_logits is not None or other.computed < other.prompt_length
+            if told and other.planned >= other.prompt_length and other.same_prompt(sequence):
                 return other
         return None
 
