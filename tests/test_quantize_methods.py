@@ -98,7 +98,9 @@ def test_a_hessian_without_a_factor_is_named():
     w, lines = torch.randn(4, 16), []
     bad = torch.full((16, 16), 5.0).fill_diagonal_(1.0)  # eigenvalues of -4
     q = gptq(w, bad, Scheme(4, 16), name="layers.3.up", warn=lines.append)
-    assert torch.equal(q.qdata, ops.quantize_weight(w, 4, group_size=16).qdata)
+    assert torch.equal(
+        q.qdata, ops.quantize_weight(w, 4, group_size=16, importance=bad.diagonal()).qdata
+    )
     assert lines == [
         "layers.3.up: rounded to nearest: the Hessian has no Cholesky factor,"
         " damped by 0.01, 0.1, 1"
