@@ -88,8 +88,11 @@ def plot(rows: Mapping[str, Any], path: Path) -> None:
             axes.plot(numbers, values, color=color, marker="o", markersize=4, label=name)
         axes.set_xscale("log", base=2)
         axes.set_xticks(numbers, [str(n) for n in numbers])
+        if scale == 1:
+            axes.set_ylim(bottom=0)
+        else:  # from milliseconds to seconds
+            axes.set_yscale("log")
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
         axes.set_xlabel("clients", fontsize=9)
         axes.set_title(title, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
