@@ -7,7 +7,7 @@
 
 --load: each client sends its next request as soon as its last one ends: a prompt of words drawn at
 random, 32 to 256 of them, and 16 to 128 tokens of an answer, streamed. All servers get the same
-requests, in turn; each is alone on the machine, started anew for each row. An answer of another
+requests. One server runs at a time, and a new one is started for each row. An answer of another
 length, or a prompt that has another length on another server, is a fault. No prompt is sent twice,
 so only the head of the chat template is in a cache.
 

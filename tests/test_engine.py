@@ -373,7 +373,7 @@ def test_pages_found_again_after_preemption_are_not_told_as_cached():
 
 
 def test_pages_of_answers_are_found_where_prompts_are_rows():
-    """A conversation that goes on: its last answer is part of the next prompt."""
+    """The next prompt of a conversation contains the last answer."""
     model = model_of()
     for rows, cached in ((True, 128), (False, 64)):
         engine = Engine(model, prompt_rows=rows)

@@ -66,9 +66,9 @@ class Engine:
             compute all prompts of a step in one product.
         prompt_rows: prompts are rows of the decode step. By default where that was measured to be
             as fast as through the modules.
-        draft_tokens: a step also computes up to so many tokens that it guesses an answer goes on
-            with (prompt lookup, `Sequence.guess`), and keeps them as far as they are what is drawn.
-            The answer has the same bits. It pays where answers repeat their prompt.
+        draft_tokens: a step guesses up to so many next tokens of an answer (prompt lookup,
+            `Sequence.guess`) and computes them, too. A guess is kept if it equals the token that
+            is drawn, so the answer has the same bits. It pays where answers repeat their prompt.
 
     `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:
     that of `start`, or that of the caller of `step` and `generate`. Weights may change while

@@ -17,7 +17,7 @@ from fastlm.serve.sequence import Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """Compute the tokens [start, end) of a prompt; or copy what is known of them from `source`,
+    """Compute the tokens [start, end) of a sequence; or copy what is known of them from `source`,
     which has the same prompt."""
 
     sequence: Sequence

@@ -85,7 +85,7 @@ class Sequence:
         at = self._followed.get(tuple(tokens[-_NGRAM:]))
         if at is None or count < 1 or self.computed + 1 != len(tokens):
             return []
-        period = len(tokens) - at  # of what repeats, if it goes on to repeat
+        period = len(tokens) - at  # beyond the last token the guess repeats itself
         return [tokens[at + i % period] for i in range(count)]
 
     def add_keys(self) -> None:
