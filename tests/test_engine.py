@@ -6,28 +6,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from families import CASES, SMALL
+from engine_cases import model_of, told
 
 import fastlm
-from fastlm.decode import cpu_steps
 from fastlm.decode.pages import PAGE, Pages, page_keys
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.model.lora import add_lora
-from fastlm.quant.modules import QuantizedLinear
 from fastlm.serve.engine import Engine
 from fastlm.serve.requests import QueueFull, Request
-from fastlm.serve.sequence import Collected
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def model_of(case="llama", **changes):
-    options = {**SMALL, "max_position_embeddings": 512, **CASES[case], **changes}
-    config = ModelConfig.from_dict({"model_type": case.split("-")[0], **options})
-    return CausalLM(config, seed=4, scaled_residual=False).eval()
 
 
 def requests_of(count, *, longest=200, seed=0, **options):
@@ -39,10 +29,6 @@ def requests_of(count, *, longest=200, seed=0, **options):
         settings = {"max_new_tokens": 12, "seed": 100 + i, "logprobs": 2, **options}
         out.append(Request(prompt, **settings))
     return out
-
-
-def told(result):
-    return result.tokens, [(t.token, t.logprob, t.top) for t in result.logprobs]
 
 
 @pytest.mark.parametrize("prompt_rows", [False, True])
@@ -370,169 +356,6 @@ def test_pages_found_again_after_preemption_are_not_told_as_cached():
     results = engine.generate([Request([i] * 64, 100, ignore_eos=True) for i in range(3)])
     assert engine.stats().preemptions > 0 and engine.stats().cached_tokens == 0
     assert [r.cached_tokens for r in results] == [0, 0, 0]
-
-
-def test_pages_of_answers_are_found_where_prompts_are_rows():
-    """The next prompt of a conversation contains the last answer."""
-    model = model_of()
-    for rows, cached in ((True, 128), (False, 64)):
-        engine = Engine(model, prompt_rows=rows)
-        (first,) = engine.generate([Request([5] * 70, 80, seed=1, ignore_eos=True)])
-        prompt = [*[5] * 70, *first.tokens, 7]
-        (second,) = engine.generate([Request(prompt, 9, seed=2, logprobs=1)])
-        assert second.cached_tokens == cached
-        (alone,) = Engine(model, prompt_rows=rows).generate(
-            [Request(prompt, 9, seed=2, logprobs=1)]
-        )
-        assert told(second) == told(alone)
-
-
-@pytest.mark.parametrize("format", [None, "w4a8"])
-def test_guesses_change_no_bit(format):
-    """Prompt lookup with greedy, drawn, filtered, penalized and ended answers, alone and beside
-    others, with few pages: tokens and log-probabilities are the same, in fewer steps."""
-    model = model_of()
-    if format:
-        model = fastlm.quantize(model, format, group_size=24)
-    g = torch.Generator().manual_seed(0)
-    texts = [torch.randint(0, 97, (60,), generator=g).tolist() * 2 for _ in range(6)]
-    samplings = [
-        Sampling(temperature=0.0), Sampling(temperature=0.3), Sampling(top_p=0.9, temperature=0.5),
-        Sampling(temperature=0.0, presence_penalty=0.5),
-        Sampling(temperature=0.0, logit_bias=((5, 2.0),)), Sampling(top_k=2),
-    ]  # fmt: skip
-    requests = [
-        Request(text[: 80 + i], 70, sampling, seed=i, logprobs=i % 3, ignore_eos=i % 2 == 0)
-        for i, (text, sampling) in enumerate(zip(texts, samplings, strict=True))
-    ]
-    plain = {"prefix_cache": False, "prompt_rows": True}
-    alone = [told(Engine(model, **plain).generate([r])[0]) for r in requests]
-    for options in ({}, {"pages": 9}, {"max_tokens_per_step": 9, "draft_tokens": 30}):
-        engine = Engine(model, **{"draft_tokens": 4, "prompt_rows": True, **options})
-        assert [told(r) for r in engine.generate(requests)] == alone
-        stats = engine.stats()
-        assert 0 < stats.accepted_tokens < stats.drafted_tokens
-        assert stats.new_tokens == sum(len(tokens) for tokens, _ in alone)
-        assert stats.pages_used == 0
-        again = engine.generate(requests[:2])
-        assert [told(r) for r in again] == alone[:2]
-    # an answer that repeats itself takes few steps
-    engine, plain = Engine(model, draft_tokens=8), Engine(model)
-    sampling = Sampling(temperature=0.0, logit_bias=((5, 90.0),))
-    request = Request([5], 200, sampling, logprobs=1, ignore_eos=True)
-    assert told(engine.generate([request])[0]) == told(plain.generate([request])[0])
-    assert engine.stats().steps < plain.stats().steps / 2
-
-
-ELEVENS = Sampling(temperature=0.0, logit_bias=((11, 1000.0),))
-
-
-def test_guesses_of_a_request_that_is_preempted_are_forgotten():
-    """Else one that comes true would count a token as computed, on a page that others find."""
-    model = model_of()
-    options = {"prompt_rows": True, "draft_tokens": 2}
-    request = Request([1, 2, 3], 80, ELEVENS, seed=1, logprobs=0, ignore_eos=True)
-    later = Request([1, 2, 3] + [11] * 70, 2, logprobs=0, seed=1)
-    alone, wanted = (told(Engine(model, **options).generate([r])[0]) for r in (request, later))
-    for at in (20, 62, 63, 64):
-        engine, got = Engine(model, **options), Collected()
-        engine.submit(request, got)
-        engine.step()
-        sequence = engine.scheduler.running[0]
-        while len(sequence.tokens) < at:
-            engine.step()
-        engine.scheduler.postpone(sequence)
-        while engine.step():
-            pass
-        assert told(got.result) == alone
-        assert told(engine.generate([later])[0]) == wanted
-
-
-def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():
-    """An answer that was preempted finds its own pages again, and no row told what follows it."""
-    engine, got = Engine(model_of(), prompt_rows=True), Collected()
-    prompt = [i % 97 for i in range(100)]
-    engine.submit(Request(prompt, 200, seed=1, ignore_eos=True), got)
-    for _ in range(60):
-        engine.step()
-    engine.scheduler.postpone(engine.scheduler.running[0])
-    engine.step()
-    (second,) = engine.generate([Request(prompt, 5, seed=2, ignore_eos=True)])
-    while engine.step():
-        pass
-    assert second.finish_reason == got.result.finish_reason == "length"
-
-
-@pytest.mark.parametrize("prompt_rows", [True, False])
-def test_rows_that_fail_end_their_own_request(prompt_rows):
-    """Whatever else is in their step, and nobody is told anything after the end."""
-    engine = Engine(model_of(), prompt_rows=prompt_rows, max_rows=80, pages=200)
-    pieces = [[] for _ in range(70)]
-    for i, own in enumerate(pieces):
-        engine.submit(Request([1, i], 20, ELEVENS, seed=i, ignore_eos=True), own.append)
-    while not all(pieces):
-        engine.step()
-    ours, bad = engine._decoder.logits, engine.scheduler.running[68].pages[0]
-
-    def broken(tokens, lengths, table, **options):
-        if bad in table[:, 0].tolist():
-            raise RuntimeError("out of memory")
-        return ours(tokens, lengths, table, **options)
-
-    engine._decoder.logits = broken
-    while engine.step():
-        pass
-    ends = [[p.finish_reason for p in own if p.finish_reason] for own in pieces]
-    assert ends.count(["length"]) == 69 and ends.count(["error"]) == 1
-    assert all(own[-1].finish_reason for own in pieces)
-    assert engine.stats().finished == {"length": 69, "error": 1}
-
-
-def test_an_update_after_which_modules_compute_prompts(monkeypatch):
-    """An answer that waits, preempted, then continues."""
-    model = fastlm.quantize(model_of(), "w8a8", group_size=32)
-    monkeypatch.setattr(cpu_steps, "takes_prompts", lambda plan: plan.multiplies_int8)
-    engine, got = Engine(model, draft_tokens=3), [Collected(), Collected()]
-    engine.submit(Request([1, 2, 3], 90, seed=1, ignore_eos=True), got[0])
-    engine.submit(Request([4, 5], 20, seed=1, ignore_eos=True), got[1])
-    for _ in range(70):
-        engine.step()
-
-    def change():
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.act_bits = 16
-
-    engine.scheduler.postpone(engine.scheduler.running[0])
-    engine.update(change)
-    while engine.step():
-        pass
-    assert engine.scheduler.by_pages
-    assert [len(c.result.tokens) for c in got] == [90, 20]
-
-
-def test_guesses_stay_within_the_tokens_of_a_step():
-    engine, rows = Engine(model_of(), prompt_rows=True, max_tokens_per_step=16, draft_tokens=7), []
-    ours = engine._decoder.logits
-    engine._decoder.logits = lambda tokens, *rest, **options: (
-        rows.append(len(tokens)) or ours(tokens, *rest, **options)
-    )
-    engine.generate([Request([1, i], 40, ELEVENS, ignore_eos=True) for i in range(3)])
-    assert max(rows) <= 16 and engine.stats().accepted_tokens > 0
-
-
-def test_prompts_go_on_beside_many_answers():
-    """A quarter of a step's tokens are prompts', however many answers run."""
-    engine = Engine(model_of(), prompt_rows=True, max_tokens_per_step=8)
-    for i in range(8):
-        engine.submit(Request([i], 400, seed=i, ignore_eos=True), lambda piece: None)
-    for _ in range(5):
-        engine.step()
-    got = []
-    engine.submit(Request([9] * 20, 3, seed=1), got.append)
-    for _ in range(11):
-        engine.step()
-    assert got and len(engine.scheduler.running) == 9
 
 
 def test_text():
