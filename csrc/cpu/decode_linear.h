@@ -262,6 +262,66 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
     for (int p = 0; p < PANELS; ++p) store(out + r * DECODE_TILE + p * VL, f[r][p]);
 }
 
+#if FASTLM_VL == 8
+// int8_product of nibbles with a scale for every 32 columns, with the same bits. There, what a group
+// costs at its end is as much as half of its products, so it is written without a loop over lanes.
+template <bool OFFSETS, int ROWS>
+void nibbles_by_32(const TilePart& part, const Activations& a, const Activations::Format& x,
+                   int64_t m, float* out) {
+  const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
+  const int64_t runs = (part.end - part.first.begin) / 32, stride = a.stride, apart = part.apart;
+  const int64_t first = part.first.index * a.rows + m;
+  const int8_t* q = x.q + m * stride + part.first.begin;
+  const float *scale = x.scale + first, *sum = x.sum + first;
+  const int32_t* start = x.start + first;
+  const uint8_t* w = part.panel;
+  vfloat f[ROWS][PANELS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS; ++p)
+      f[r][p] = part.first.begin ? load(out + r * DECODE_TILE + p * VL) : vfloat{};
+  for (int64_t g = part.first.index * (1 + OFFSETS), i = 0; i < runs; ++i, g += 1 + OFFSETS) {
+    for (int p = 0; p < PANELS; ++p) part.prefetch(w + p * apart, 4);
+    __m256i pairs[ROWS][PANELS];
+#pragma GCC unroll 8
+    for (int half = 0; half < 8; ++half) {  // even and odd columns of four lanes
+      __m256i nibbles[PANELS];
+      for (int p = 0; p < PANELS; ++p) {
+        const __m256i v = (__m256i)load_lanes(w + p * apart + half / 2 * 4 * VL);
+        nibbles[p] = _mm256_and_si256(half % 2 ? _mm256_srli_epi16(v, 4) : v, low);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const __m256i four = (__m256i)broadcast4(q + r * stride + half * 4);
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) {
+          const __m256i products = _mm256_maddubs_epi16(nibbles[p], four);
+          pairs[r][p] = half ? _mm256_add_epi16(pairs[r][p], products) : products;
+          pin(pairs[r][p]);
+        }
+      }
+    }
+    w += 4 * 4 * VL, q += 32;
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; ++p) {
+      const vfloat s = part.from_table(g, p);
+      vfloat z{};
+      if constexpr (OFFSETS) z = part.from_table(g + 1, p);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        vint sums = (vint)_mm256_madd_epi16(pairs[r][p], ones);
+        if constexpr (!OFFSETS) sums += splat_int(start[r]);
+        const vfloat total = __builtin_convertvector(sums, vfloat);
+        f[r][p] = fused(total, s * splat(scale[r]), f[r][p]);
+        if constexpr (OFFSETS) f[r][p] = fused(z, splat(sum[r]), f[r][p]);
+      }
+    }
+    scale += a.rows, sum += a.rows, start += a.rows;
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS; ++p) store(out + r * DECODE_TILE + p * VL, f[r][p]);
+}
+#endif
+
 template <int BITS, int J, int ROWS>
 FASTLM_INLINE void add_columns(vint v, const float* x, int64_t stride, vfloat (&acc)[ROWS][2]) {
   if constexpr (J < PER_LANE<BITS>) {
@@ -349,6 +409,10 @@ void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
     in_passes(rows, [&](auto r, int64_t m) {
       float* to = out + m * DECODE_TILE;
       if (m) part.ahead = 0;  // the first pass has prefetched
+#if FASTLM_VL == 8
+      if (BITS == 4 && l.int8_activations && l.group_size == 32 && l.k % 32 == 0)
+        return nibbles_by_32<OFFSETS, r.value>(part, a, x, m, to);
+#endif
       if (l.int8_activations)
         int8_product<BITS, OFFSETS, r.value>(part, a, x, m, to);
       else
