@@ -19,7 +19,7 @@ struct AttentionInputs {
   int64_t window;             // 0: none
   int64_t chunks;
   float *partials, *most, *sum;  // (M, heads, chunks, partial_size); (M, heads, chunks)
-  bool appended;                 // the new keys and values are in the cache
+  float* q;                      // (M, heads, partial_size): where `begin_row` has run, else null
   const float *q_norm, *k_norm;
   bool norm_whole;
   float eps, scale, softcap;
@@ -189,20 +189,38 @@ void append(const AttentionInputs<C>& a, int64_t m, int64_t g, float* key) {
   }
 }
 
-// The partials of chunk c of row m for the heads of key head g. Unless they are appended, the task
-// with the newest key first writes that key and value to the cache.
+// The queries of row m for key head g, ready for the products: q (ratio, partial_size)
 template <class C>
-void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, float* q,
+void turned_queries(const AttentionInputs<C>& a, int64_t m, int64_t g, float* q) {
+  const int64_t ratio = a.heads / a.kv_heads;
+  for (int64_t r = 0; r < ratio; ++r)
+    turned_head(a, a.qkv + m * a.width, a.heads, g * ratio + r, a.q_norm, a.lengths[m], a.scale,
+                q + r * partial_size(a.head_dim));
+}
+
+// What the tasks of row m and key head g share, for all of them; `key`: room for one.
+template <class C>
+void begin_row(const AttentionInputs<C>& a, int64_t m, int64_t g, float* key) {
+  append(a, m, g, key);
+  turned_queries(a, m, g,
+                 a.q + (m * a.heads + g * a.heads / a.kv_heads) * partial_size(a.head_dim));
+}
+
+// The partials of chunk c of row m for the heads of key head g. Without `begin_row`, the task with
+// the newest key first writes that key and value to the cache; `own_q`: room for the queries.
+template <class C>
+void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, float* own_q,
                   float* scores) {
-  const int64_t D = a.head_dim, ldq = (D + 15) / 16 * 16, ratio = a.heads / a.kv_heads;
+  const int64_t D = a.head_dim, ldq = partial_size(D), ratio = a.heads / a.kv_heads;
   const int64_t low = std::max(c * DECODE_KEYS, a.first_key(m)),
                 high = std::min((c + 1) * DECODE_KEYS, a.length(m)), count = high - low;
   if (count <= 0) return;  // `combine` does not read the partial of an empty chunk
-  const float* row = a.qkv + m * a.width;
   const int64_t position = a.lengths[m];
-  if (!a.appended && high == a.length(m)) append(a, m, g, q);
-  for (int64_t r = 0; r < ratio; ++r)
-    turned_head(a, row, a.heads, g * ratio + r, a.q_norm, position, a.scale, q + r * ldq);
+  const float* q = a.q ? a.q + (m * a.heads + g * ratio) * ldq : own_q;
+  if (!a.q) {
+    if (high == a.length(m)) append(a, m, g, own_q);
+    turned_queries(a, m, g, own_q);
+  }
   const auto in_fours = [&](auto f) {
     int64_t r = 0;
     for (; ratio - r >= 4; r += 4) f(std::integral_constant<int, 4>{}, r);
@@ -229,8 +247,9 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
     if (a.softcap > 0)
       for (int64_t j = 0; j < count; j += VL)
         store(s + j, vtanh(load(s + j) * (1.f / a.softcap)) * a.softcap);
-    float most = s[0];
-    for (int64_t j = 0; j + VL <= count; j += VL) most = std::max(most, hmax(load(s + j)));
+    vfloat tops = splat(s[0]);
+    for (int64_t j = 0; j + VL <= count; j += VL) tops = vmax(tops, load(s + j));
+    float most = hmax(tops);
     for (int64_t j = count / VL * VL; j < count; ++j) most = std::max(most, s[j]);
     vfloat sum{};
     for (int64_t j = 0; j < count; j += VL) {

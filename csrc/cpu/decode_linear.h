@@ -52,8 +52,6 @@ FASTLM_INLINE vfloat fused(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-typedef int8_t octets __attribute__((vector_size(16)));
-
 // Converts row m of x to the format that `l` needs.
 inline void round_row(const DecodeLinear& l, const Activations& a, const Activations::Format& f,
                       int64_t m) {
@@ -73,29 +71,13 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
     }
     float inverse;
     scale[r] = int8_scale(x + begin, length, &inverse);
-    vint total{};
-    for (int64_t i = 0; i < length; i += VL) {
-      const int count = int(std::min<int64_t>(VL, length - i));
-      const vfloat v = count == VL ? load(x + begin + i) : load(x + begin + i, count);
-      const vint rounded = round_to_int(v * inverse);
-      total += rounded;
-      const narrow bytes = to_bytes(rounded);
-      memcpy(q + begin + i, &bytes, size_t(count));
-    }
-    const int32_t exact = hsum(total);
+    const int64_t padded = (length + 7) / 8 * 8;  // only the last run has less
+    const int32_t exact = l.bits == 4
+                              ? to_int8<true>(x + begin, length, padded, inverse, q + begin)
+                              : to_int8<false>(x + begin, length, padded, inverse, q + begin);
     sum[r] = scale[r] * float(exact);
     start[r] = -(l.bits == 4 ? 8 : OFFSET<8>)*exact;
   }
-  if (!l.int8_activations) return;
-  const int64_t padded = (l.k + 7) / 8 * 8;
-  for (int64_t i = l.k; i < padded; ++i) q[i] = 0;
-  if (l.bits == 4)
-    for (int64_t i = 0; i < padded; i += 16) {  // the row has a multiple of 16 bytes
-      octets v;
-      memcpy(&v, q + i, 16);
-      v = __builtin_shuffle(v, octets{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
-      memcpy(q + i, &v, 16);
-    }
 }
 
 // Runs [first, last) of PANELS x VL rows of W, transposed.

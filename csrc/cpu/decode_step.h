@@ -9,7 +9,8 @@
 //     prepare -> down |
 //
 // A sequence's rows find the keys of those before them in the cache, so with several rows of one
-// sequence, writing keys and values is a phase before attention.
+// sequence, writing keys and values is a phase before attention. So it is with many rows, since the
+// queries are then turned once, not in every task of attention.
 //
 // A phase ends when its work is done, not when all threads have arrived (phases.h); any thread may
 // do any part of it. With few rows, every thread that works in a phase prepares all rows for
@@ -38,7 +39,7 @@
 constexpr int64_t SPLIT_ROWS = 4;  // of x: from this many on, threads share their preparation
 
 struct DecodeWork {  // arrays of one step; everything is written before it is read
-  float *qkv, *branch, *inner, *partials, *most, *sum;
+  float *qkv, *q, *branch, *inner, *partials, *most, *sum;  // q: null without `split`
   float* streams[2];  // residual streams of two versions, for a thread that missed a phase
   struct Slot {       // what `prepare` makes: one, or one per thread
     float* stream;
@@ -70,6 +71,8 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int t
   const int64_t q_width = p.heads * p.head_dim, kv_width = p.kv_heads * p.head_dim;
   const int64_t chunks = (longest + DECODE_KEYS - 1) / DECODE_KEYS, ratio = p.heads / p.kv_heads;
   w.qkv = a.take<float>(rows * (q_width + 2 * kv_width));
+  w.q = a.take<float>(rows * p.heads * partial_size(p.head_dim));
+  if (!split) w.q = nullptr;
   w.branch = a.take<float>(rows * p.hidden);
   w.inner = a.take<float>(rows * p.inner);
   w.partials = a.take<float>(rows * p.heads * chunks * partial_size(p.head_dim));
@@ -139,7 +142,7 @@ struct DecodeStep {
     if (!split()) return work_units(phase);
     if (phase % 2) return work_units(phase / 2);
     if (phase / 2 == works() - 1) return wanted_rows;
-    return phase / 2 % KINDS != ATTEND ? rows : chained ? rows * p.kv_heads : 0;
+    return phase / 2 % KINDS == ATTEND ? rows * p.kv_heads : rows;
   }
   void run(int phase, int64_t from, int64_t to) {
     if (split()) {
@@ -268,7 +271,7 @@ struct DecodeStep {
     a.table = table, a.max_pages = max_pages, a.page_size = page_size, a.lengths = lengths;
     a.shortest = shortest, a.longest = longest, a.window = layer.window;
     a.chunks = a.last_chunk() + 1, a.partials = w.partials;
-    a.most = w.most, a.sum = w.sum, a.appended = chained;
+    a.most = w.most, a.sum = w.sum, a.q = w.q;
     a.q_norm = layer.q_norm, a.k_norm = layer.k_norm, a.norm_whole = layer.norm_whole;
     a.eps = p.eps, a.scale = p.scale, a.softcap = p.softcap;
     if (layer.rotary >= 0) {
@@ -328,8 +331,9 @@ struct DecodeStep {
         });
       }
       case ATTEND: {
+        if (!split()) return;  // the tasks do it
         const AttentionInputs<C> a = attention(i);
-        for (int64_t t = from; t < to; ++t) append(a, t / p.kv_heads, t % p.kv_heads, own().q);
+        for (int64_t t = from; t < to; ++t) begin_row(a, t / p.kv_heads, t % p.kv_heads, own().q);
         return;
       }
       case OUT: {

@@ -66,6 +66,12 @@ FASTLM_INLINE vint dot4(vint sum, vint w, vint x) {
 FASTLM_INLINE int32_t hmax(vint v) {
 #if FASTLM_VL == 16
   return _mm512_reduce_max_epi32((__m512i)v);
+#elif FASTLM_VL == 8
+  __m128i top =
+      _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0b01001110));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0b10110001));
+  return _mm_cvtsi128_si32(top);
 #else
   int32_t top = v[0];
   for (int i = 1; i < VL; ++i) top = std::max(top, v[i]);
@@ -75,6 +81,12 @@ FASTLM_INLINE int32_t hmax(vint v) {
 FASTLM_INLINE int32_t hsum(vint v) {
 #if FASTLM_VL == 16
   return _mm512_reduce_add_epi32((__m512i)v);
+#elif FASTLM_VL == 8
+  __m128i sum =
+      _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0b01001110));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0b10110001));
+  return _mm_cvtsi128_si32(sum);
 #else
   uint32_t sum = 0;  // unsigned: a row with NaN may overflow, and its sum is not read
   for (int i = 0; i < VL; ++i) sum += uint32_t(v[i]);
@@ -120,30 +132,47 @@ FASTLM_INLINE narrow to_bytes(vint v) {
                             : _mm512_castsi128_si512(_mm_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 32,
                                                                    36, 40, 44, 48, 52, 56, 60));
   return (narrow)_mm512_castsi512_si128(_mm512_permutexvar_epi8(order, (__m512i)v));
+#elif FASTLM_VL == 8  // each half puts its bytes where they belong, and zeros (-1) elsewhere
+  const __m256i order =
+      EVEN_FIRST ? _mm256_setr_epi8(0, 8, -1, -1, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                    -1, 0, 8, -1, -1, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1)
+                 : _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                    -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i halves = _mm256_shuffle_epi8((__m256i)v, order);
+  return (narrow)_mm_cvtsi128_si64(
+      _mm_or_si128(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
 #else
   static_assert(!EVEN_FIRST);
   return __builtin_convertvector(v, narrow);
 #endif
 }
 
-// q = round(x * inverse) of k elements, then zeros up to `padded`. Returns the sum of q.
+// q = round(x * inverse) of k elements, then zeros up to `padded`; EVEN_FIRST: a multiple of 8.
+// Returns the sum of q.
 template <bool EVEN_FIRST = false, class T>
 FASTLM_INLINE int32_t to_int8(const T* x, int64_t k, int64_t padded, float inverse, int8_t* out) {
   typedef uint32_t wrapping __attribute__((vector_size(4 * VL)));
+  constexpr bool ORDERED = EVEN_FIRST && VL >= 8;
   wrapping sum{};  // a row with NaN may overflow; its scale is NaN
   int64_t i = 0;
   for (; i + VL <= k; i += VL) {
     const vint v = round_to_int(load(x + i) * inverse);
-    const narrow q = to_bytes<EVEN_FIRST>(v);
+    const narrow q = to_bytes<ORDERED>(v);
     memcpy(out + i, &q, sizeof q);
     sum += (wrapping)v;
   }
   for (; i < padded; i += VL) {
     const vint v = i < k ? round_to_int(load(x + i, int(k - i)) * inverse) : vint{};
-    const narrow q = to_bytes<EVEN_FIRST>(v);
+    const narrow q = to_bytes<ORDERED>(v);
     memcpy(out + i, &q, size_t(std::min<int64_t>(VL, padded - i)));
     sum += (wrapping)v;
   }
+  if constexpr (EVEN_FIRST && !ORDERED)
+    for (int64_t j = 0; j < padded; j += 8) {
+      const int8_t v[8] = {out[j],     out[j + 2], out[j + 4], out[j + 6],
+                           out[j + 1], out[j + 3], out[j + 5], out[j + 7]};
+      memcpy(out + j, v, 8);
+    }
   return hsum((vint)sum);
 }
 
@@ -200,18 +229,11 @@ void round_row(const T* x, int64_t m, const Runs& runs, const Rounded& out) {
       int8_t* q = out.q + m * out.row + r * runs.stride;
       float inverse;
       const float scale = int8_scale(x + k0, length, &inverse);
-      constexpr bool FUSED = BITS == 4 && VL == 16;
-      const int32_t sum = to_int8<FUSED>(x + k0, length, runs.stride, inverse, q);
+      const int32_t sum = to_int8<BITS == 4>(x + k0, length, runs.stride, inverse, q);
       float* to = out.scale(m, r);
       const int32_t start = -PANEL_OFFSET<BITS> * sum;
       *to = scale, *out.sum(to) = scale * float(sum);
       memcpy(out.start(to), &start, sizeof start);
-      if constexpr (BITS == 4 && !FUSED)
-        for (int64_t i = 0; i < runs.stride; i += 8) {
-          const int8_t v[8] = {q[i],     q[i + 2], q[i + 4], q[i + 6],
-                               q[i + 1], q[i + 3], q[i + 5], q[i + 7]};
-          memcpy(q + i, v, 8);
-        }
     }
   }
 }
