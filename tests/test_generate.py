@@ -569,3 +569,20 @@ def test_a_draw_without_filters_is_the_inverse_of_the_cumulative_sum(vocab):
     got = sampling_module._drawn(logits.expand(len(u), -1), u[:, None].double())
     assert (p[got] > 0).all()
     assert (edges[got] <= u + 1e-6).all() and (u <= edges[got + 1] + 1e-6).all()
+
+
+@pytest.mark.parametrize("options", [{"top_k": 40, "top_p": 0.9, "min_p": 0.02}, {"top_k": 1024}])
+@pytest.mark.parametrize("rows", [2, 5, 64])
+def test_rows_that_may_be_drawn_together_have_their_own_bits(options, rows):
+    sampling = Sampling(temperature=0.7, **options)
+    assert sampling.rowwise
+    logits = torch.randn(rows, 5000).mul(3).round(decimals=1)  # with ties
+    p, ids = sampling.candidates(logits)
+    alone = [sampling.candidates(logits[row][None]) for row in range(rows)]
+    assert torch.equal(p, torch.cat([own for own, _ in alone]))
+    assert torch.equal(ids, torch.cat([own for _, own in alone]))
+    together = sampling.choose(logits, make_generators(3, rows)).tolist()
+    for row in range(rows):
+        assert [together[row]] == sampling.choose(
+            logits[row][None], make_generators(3 + row, 1)
+        ).tolist()

@@ -20,6 +20,7 @@ from fastlm.errors import InputError
 # probability of 0.95 on fewer
 _FIRST_LOOK = 256
 _MOST = 1e9  # of a penalty or a bias: sums of them stay finite in float32
+_ROWWISE = 1024  # top_k up to which a row's bits do not depend on the number of rows
 _BLOCK = 256  # tokens of the vocabulary whose probabilities are summed together, without filters
 
 
@@ -99,6 +100,13 @@ class Sampling:
         """Whether some tokens may not be drawn."""
         given = (self.top_k, self.top_p, self.min_p)
         return self.temperature != 0 and given != (None, None, None)
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether `choose` has the same bits for a row alone as for many at once. Torch splits the
+        sum over a vocabulary otherwise for one row than for many; that of top_k values it does not.
+        """
+        return not self.filters or (self.top_k is not None and self.top_k <= _ROWWISE)
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that may be drawn: probabilities (B, C) float64, descending, 0 after a row's

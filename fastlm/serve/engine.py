@@ -24,6 +24,7 @@ from fastlm.decode import cpu_steps
 from fastlm.decode.generation import checked_stops
 from fastlm.decode.paged_call import ModuleSteps
 from fastlm.decode.pages import PAGE, ChunkCache, Pages, page_count
+from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.serve import sequence as sequences
 from fastlm.serve.requests import (
@@ -532,13 +533,12 @@ class Engine:
     def _sample(self, group: list[sequences.Sequence], logits: Tensor) -> None:
         """Draw the next token of each sequence from (B, V) logits."""
         logits = logits.float()
-        alike: dict[float, list[int]] = {}  # rows by temperature, drawn together
+        alike: dict[Sampling, list[int]] = {}  # rows that are drawn together
         for row, s in enumerate(group):
             sampling = s.request.sampling
-            if s.adjustments is None and s.constraint is None and not sampling.filters:
-                alike.setdefault(sampling.temperature, []).append(row)
+            if s.adjustments is None and s.constraint is None and sampling.rowwise:
+                alike.setdefault(sampling, []).append(row)
                 continue
-            # Row by row: torch splits sums over the vocabulary otherwise for one row than for many
             self._guarded([s], lambda s=s, row=row: self._draw([s], s.allowed(logits[row][None])))
         for rows in alike.values():
             part = [group[row] for row in rows]
