@@ -57,7 +57,8 @@ class Engine:
         max_tokens_per_step: a step computes so many tokens of answers and prompts, and a quarter
             of it, at least one, of prompts in any case; where modules compute these, up to the end
             of a page. More is faster for prompts; fewer keep the pauses in running answers short.
-            By default 256, and where prompts are rows of the step 32, or 64 while no answer runs.
+            By default 256; where prompts are rows of the step 12, 32 while more than eight requests
+            wait, and 64 while no answer runs.
         max_rows: requests that run at the same time.
         max_waiting: requests that may wait; beyond it, `submit` raises `QueueFull`.
         kv_dtype: of keys and values: float32, bfloat16 or float16. By default the model's, float16
@@ -314,7 +315,7 @@ class Engine:
             self._prepare()
         began, before = time.monotonic(), self._prompt_tokens + self._new_tokens
         decodes = self.scheduler.decodes()
-        most = self.max_tokens_per_step or (self._most_rows if decodes else self._most_alone)
+        most = self.max_tokens_per_step or self._budget(len(decodes))
         share = max(most // 4, 1)  # of prompts
         answers, budget = [], max(most - len(decodes), share)
         for s in decodes:
@@ -334,6 +335,15 @@ class Engine:
         count = self._prompt_tokens + self._new_tokens - before
         self._rate += 0.1 * (count / max(time.monotonic() - began, 1e-6) - self._rate)
         return True
+
+    def _budget(self, answers: int) -> int:
+        """The tokens of a step. Where prompts are rows of it, each costs answers its own time: few,
+        for short pauses, unless so many requests wait that throughput is what serves them."""
+        if not self._takes_prompts:
+            return 256
+        if not answers:
+            return 64
+        return 12 if self.scheduler.waiting_count <= 8 else 32
 
     def _take_in(self) -> bool:
         """Take what other threads asked for. Whether there was anything."""
@@ -386,8 +396,6 @@ class Engine:
         self._takes_prompts = plan is not None and (
             cpu_steps.takes_prompts(plan) if rows is None else rows
         )
-        # Rows cost the same from about 16 on, so small steps keep the pauses in answers short
-        self._most_rows, self._most_alone = (32, 64) if self._takes_prompts else (256, 256)
         self.scheduler.by_pages = self.invariant and not self._takes_prompts
         self.scheduler.answers_too = self._takes_prompts
         if plan is None:
