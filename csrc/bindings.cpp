@@ -129,7 +129,7 @@ PYBIND11_MODULE(_cpu, m) {
            "down"_a, "q_norm"_a, "k_norm"_a, "window"_a, "rotary"_a)
       .def("workspace_bytes", &DecodePlan::workspace_bytes, "rows"_a, "longest"_a);
   m.def("decode_step", &decode_step, "plan"_a, "tokens"_a, "lengths"_a, "table"_a, "cache"_a,
-        "rotary"_a, "workspace"_a, "wanted"_a, "logits"_a, no_gil);
+        "scales"_a, "rotary"_a, "workspace"_a, "wanted"_a, "logits"_a, no_gil);
 
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
   m.def("multiply_in_l1", &multiply_in_l1, "bf16_operands"_a, "repeats"_a, no_gil);

@@ -16,6 +16,7 @@ from fastlm.model.config import ModelConfig
 from fastlm.model.layers import KVCache
 from fastlm.ops import quantize_weight
 from fastlm.quant.model import put_quantized
+from fastlm.reference.quantized_linear import round_rows
 
 # The modules' products have other shapes and round differently: 2^7 units in the last place, as in
 # test_model.py. Where x is rounded to int8, a value next to a tie may then be rounded the other
@@ -45,6 +46,17 @@ def copy_of(model, cache, **options):
     other.data.copy_(cache.data)
     other.length = cache.length
     return cpu_steps.Steps(model, cpu_steps.Plan(model), other, options.get("starts"))
+
+
+def int8_of(x):
+    """Codes and scales of keys or values (.., D); of NaN, poison."""
+    codes, scales = round_rows(x, x.shape[-1])
+    return codes.to(torch.int8), scales[..., 0].clone()
+
+
+def pages_of(data, dtype):
+    """The arguments of `PagedSteps` for float32 pages in `dtype`."""
+    return int8_of(data) if dtype == torch.int8 else (data.to(dtype), None)
 
 
 def assert_steps_equal_modules(model, rows=3, length=9, count=4, act_bits=16):
@@ -195,7 +207,8 @@ def test_same_bits(format, isa):
 
 @pytest.mark.parametrize("case", ["llama", "mistral"])
 @pytest.mark.parametrize("page_size", [16, 48, 128, 256])
-def test_pages(case, page_size, isa):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_pages(case, page_size, dtype, isa):
     """Rows of other lengths, in pages in any order, some shared, give the bits of each row alone in
     one page, and nothing beyond a row's end is read."""
     model = model_of(case, **({"sliding_window": 150} if case == "mistral" else {}))
@@ -208,23 +221,30 @@ def test_pages(case, page_size, isa):
     shape = list(cache.data.shape)
     shape[2], shape[4] = 5 * pages, page_size
     data = torch.full(shape, torch.nan)
-    wanted, tokens = [], ids[0, :5].contiguous()
+    wanted, tokens, plan = [], ids[0, :5].contiguous(), cpu_steps.plan_of(model)
     for row, length in enumerate(lengths):
         for j in range(length):
             data[:, :, table[row, j // page_size], :, j % page_size] = cache.data[:, :, 0, :, j]
-        own = KVCache(model.config, 1, length + 1, dtype=torch.float32)
-        own.data.fill_(torch.nan)
-        own.data[..., :length, :] = cache.data[..., :length, :]
-        own.length = length
-        wanted.append(copy_of(model, own).logits(tokens[row : row + 1]))
+        own = torch.full_like(cache.data[..., : length + 1, :], torch.nan)
+        own[..., :length, :] = cache.data[..., :length, :]
+        steps = cpu_steps.PagedSteps(model, plan, *pages_of(own, dtype))
+        one = tokens[row : row + 1], torch.tensor([length]), torch.zeros(1, 1, dtype=torch.int32)
+        wanted.append(steps.logits(*one))
     table[:, -1] = torch.where(torch.tensor(lengths) < page_size * (pages - 1), -7, table[:, -1])
-    steps = cpu_steps.PagedSteps(model, cpu_steps.plan_of(model), data)
-    assert torch.equal(steps.logits(tokens, torch.tensor(lengths), table), torch.cat(wanted))
+    steps = cpu_steps.PagedSteps(model, plan, *pages_of(data, dtype))
+    got = steps.logits(tokens, torch.tensor(lengths), table)
+    assert got.isfinite().all() and torch.equal(got, torch.cat(wanted))
 
 
-@pytest.mark.parametrize("format", [None, "w4a16", "w4a8", "w8a8"])
+WIDE, INT8 = torch.float32, torch.int8
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [(None, WIDE), ("w4a16", WIDE), ("w4a8", WIDE), ("w8a8", WIDE), (None, INT8), ("w8a8", INT8)],
+)
 @pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "qwen3"])
-def test_several_tokens_of_a_sequence(case, format, isa):
+def test_several_tokens_of_a_sequence(case, format, dtype, isa):
     """Rows that follow each other in a sequence have the bits that they have one by one, however
     they are cut into steps and beside whatever they are; logits are those of the rows wanted."""
     model = model_of(case, **({"sliding_window": 40} if case == "mistral" else {}))
@@ -238,8 +258,8 @@ def test_several_tokens_of_a_sequence(case, format, isa):
 
     def run(cuts):
         """`cuts`: of each step, (text, from, to) of its rows. The last row's logits, the keys."""
-        data = torch.full(shape, torch.nan)
-        steps, out = cpu_steps.PagedSteps(model, plan, data), {}
+        pages = pages_of(torch.full(shape, torch.nan), dtype)
+        steps, out = cpu_steps.PagedSteps(model, plan, *pages), {}
         for cut in cuts:
             of = torch.tensor([i for i, a, b in cut for _ in range(a, b)])
             at = torch.tensor([j for _, a, b in cut for j in range(a, b)])
@@ -247,7 +267,7 @@ def test_several_tokens_of_a_sequence(case, format, isa):
             told = steps.logits(texts[of, at], at, tables[of], wanted=torch.tensor(ends))
             assert told.shape == (len(cut), 97)
             out |= {(i, b): row for (i, _, b), row in zip(cut, told, strict=True)}
-        return out, data
+        return out, pages
 
     one_by_one, keys = run([[(i, j, j + 1)] for i in range(2) for j in range(150)])
     for cuts in (
@@ -257,13 +277,72 @@ def test_several_tokens_of_a_sequence(case, format, isa):
     ):
         out, own = run(cuts)
         assert all(torch.equal(row, one_by_one[place]) for place, row in out.items())
-        assert torch.equal(own.nan_to_num(7.0), keys.nan_to_num(7.0))
-    steps = cpu_steps.PagedSteps(model, plan, keys)
+        for mine, theirs in zip(own, keys, strict=True):
+            if theirs is not None:
+                assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
+    steps = cpu_steps.PagedSteps(model, plan, *keys)
     step = texts[0, :2], torch.tensor([0, 1]), tables[:1].expand(2, -1).contiguous()
     assert steps.logits(*step, wanted=torch.tensor([], dtype=torch.int64)).shape == (0, 97)
     for wanted, message in (([1, 0], "rows in order"), ([0, 0], "each once"), ([2], r"\[0, 2\)")):
         with pytest.raises(ValueError, match=message):
             steps.logits(*step, wanted=torch.tensor(wanted))
+
+
+class Filled(KVCache):
+    """A cache that holds the next keys already; ``given``: those that the modules have for it."""
+
+    def __init__(self, config, data):
+        super().__init__(config, data.shape[2], data.shape[4], dtype=data.dtype)
+        self.data.copy_(data)
+        self.given = torch.empty_like(data[..., 0, :])
+
+    def append(self, layer, k, v):
+        self.given[layer] = torch.stack((k, v))[..., 0, :]
+        return tuple(t.narrow(2, 0, self.length + 1) for t in self.layers[layer])
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "qwen3"])
+def test_int8_keys(case, head_dim, isa):
+    """A step computes what float64 modules compute with the keys that its int8 mean, and rounds its
+    own key and value to the nearest of them: codes and scales have the bits of `round_rows`."""
+    window = {"sliding_window": 150} if case == "mistral" else {}
+    model = model_of(case, head_dim=head_dim, **window)
+    truth, plan = copy.deepcopy(model).double(), cpu_steps.plan_of(model)
+    ids, cache = prefilled(model, 3, 254, 258)
+    table = torch.arange(3, dtype=torch.int32)[:, None]
+    wide = cache.data.clone()
+    codes, scales = int8_of(wide)
+    for i in range(254, 258):
+        step = ids[:, i].contiguous(), torch.full((3,), i), table
+        got = cpu_steps.PagedSteps(model, plan, codes, scales).logits(*step)
+        filled = Filled(model.config, codes.double() * scales.double()[..., None])
+        filled.length = i
+        with torch.inference_mode():
+            wanted = truth.next_logits(ids[:, i : i + 1], filled, None)
+        assert error_of(got, wanted) <= NEAR
+        error = (filled.given - filled.data[..., i, :]).abs() / scales[..., i, None]
+        assert 0.3 < error.max() <= 0.5 + 1e-3
+        cpu_steps.PagedSteps(model, plan, wide).logits(*step)
+        for mine, theirs in zip((codes, scales), int8_of(wide[0, ..., i, :]), strict=True):
+            assert torch.equal(mine[0, :, :, :, i], theirs)  # before attention, so the same keys
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_int8_keys_that_are_not_finite_are_seen(name, value, isa):
+    model = model_of()
+    g = torch.Generator().manual_seed(0)
+    shape = (3, 2, 1, 3, 16, 24)
+    codes, scales = int8_of(torch.randn(shape, generator=g))
+    step = torch.tensor([5]), torch.tensor([9]), torch.zeros(1, 1, dtype=torch.int32)
+    steps = cpu_steps.PagedSteps(model, cpu_steps.plan_of(model), codes, scales)
+    assert steps.logits(*step).isfinite().all()
+    getattr(model.model.layers[1].self_attn, name).weight.data[30, 7] = value
+    assert steps.logits(*step).isnan().all()
+    part = 0 if name == "k_proj" else 1
+    assert not scales[1, part, 0, 1, 9].isfinite()
+    assert scales[1, part, 0, 0, 9].isfinite() and scales[0, ..., 9].isfinite().all()
 
 
 def test_prompts_as_rows_of_steps(monkeypatch):
@@ -418,6 +497,7 @@ def test_refusals():
         "lengths": torch.tensor([4, 4]),
         "table": table,
         "cache": cache.data,
+        "scales": None,
         "rotary": rotary,
         "workspace": work,
         "wanted": torch.tensor([0, 1]),
@@ -425,7 +505,14 @@ def test_refusals():
     }
     step(**good)
     assert out.isfinite().all()
+    codes, scales = int8_of(cache.data)
+    step(**good | {"cache": codes, "scales": scales})
     for change, message in (
+        ({"cache": codes}, "scales: wanted those of a cache of int8, got none"),
+        ({"scales": scales}, "scales: wanted none of a cache of float32, got some"),
+        ({"cache": codes, "scales": scales[:2].clone()}, "scales: wanted elements: 180, got 120"),
+        ({"cache": codes, "scales": scales.half()}, "scales: wanted dtype float32, got float16"),
+        ({"cache": codes.short()}, "cache: wanted"),
         ({"lengths": torch.tensor([4, 5])}, r"lengths: wanted values in \[0, 5\), got 5"),
         ({"lengths": torch.tensor([4])}, "lengths: wanted elements: 2, got 1"),
         ({"table": table + 1}, r"table: wanted values in \[0, 2\), got 2"),

@@ -9,7 +9,7 @@ import torch
 from engine_cases import model_of, told
 
 import fastlm
-from fastlm.decode.pages import PAGE, Pages, page_keys
+from fastlm.decode.pages import PAGE, Pages, page_count, page_keys
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
@@ -65,6 +65,48 @@ def test_an_answer_is_the_same_in_any_company(case, format, prompt_rows):
             assert stats.preemptions > 0
         again = engine.generate(requests)  # now with all prompts cached
         assert [told(r) for r in again] == alone
+
+
+@pytest.mark.parametrize("prompt_rows", [False, True])
+def test_int8_keys(prompt_rows):
+    """The same bits in any company, and nearly those of float32 keys, of which an int8 one has 28
+    bytes of 96; all that a page holds is copied and shared."""
+    model = model_of("gemma2")
+    requests = requests_of(5, longest=150)
+    requests += [Request([i] * 70, 70, seed=7, logprobs=1) for i in (3, 3, 3, 4)]
+    plain = {"prompt_rows": prompt_rows, "kv_dtype": torch.int8}
+    engine = Engine(model, prefix_cache=False, **plain)
+    alone = [told(engine.generate([r])[0]) for r in requests]
+    assert engine.stats().page_bytes == 64 * 3 * 2 * 3 * (24 + 4)
+    most, wide = (
+        page_count(model.config, 10**9, dtype=dtype, device=model.device)
+        for dtype in (torch.int8, torch.float32)
+    )
+    assert most == pytest.approx(wide * 96 / 28, rel=0.01)
+    for options in ({"max_tokens_per_step": 20}, {"pages": 7}):
+        engine = Engine(model, **plain, **options)
+        for _ in range(2):  # then with all prompts cached
+            assert [told(r) for r in engine.generate(requests)] == alone
+    wide = Engine(model, prompt_rows=prompt_rows).generate(requests)
+    first = [(ours[1][0][1], r.logprobs[0].logprob) for ours, r in zip(alone, wide, strict=True)]
+    assert 0 < max(abs(ours - theirs) for ours, theirs in first) < 0.05
+    model.model.layers[2].self_attn.v_proj.weight.data[1, 1] = torch.inf
+    (result,) = Engine(model, **plain).generate([Request([1, 2], 5)])
+    assert result.error == "logits are not finite"
+
+
+def test_prompts_of_rows_and_of_modules_have_the_same_int8_keys():
+    """Of the first layer, whose products alone round differently."""
+    model, pages = model_of(), []
+    for rows in (False, True):
+        engine = Engine(model, prompt_rows=rows, kv_dtype=torch.int8)
+        engine.generate([Request(list(range(90)), 1)])
+        page = engine.pages.find(page_keys(list(range(64)))[0])
+        pages.append((engine.pages.data[0, :, page], engine.pages.scales[0, :, page]))
+    (codes, scales), (theirs, their_scales) = pages
+    assert (codes.int() - theirs.int()).abs().max() <= 1
+    assert (codes != theirs).double().mean() < 0.01
+    torch.testing.assert_close(scales, their_scales, rtol=1e-5, atol=0)
 
 
 def test_it_gives_what_generate_gives():
@@ -498,12 +540,13 @@ def test_refusals():
     with pytest.raises(InputError, match="model: wanted rotary frequencies"):
         Engine(model_of("llama-dynamic"))
     with pytest.raises(InputError, match="kv_dtype: wanted float32"):
-        Engine(model_of(), kv_dtype=torch.int8)
-    with (
-        fastlm.use_backend("reference"),
-        pytest.raises(InputError, match=r"kv_dtype: wanted None or torch\.float32 for a model"),
-    ):
-        Engine(model_of(), kv_dtype=torch.float16)
+        Engine(model_of(), kv_dtype=torch.int16)
+    for dtype in (torch.float16, torch.int8):
+        with (
+            fastlm.use_backend("reference"),
+            pytest.raises(InputError, match=r"kv_dtype: wanted None or torch\.float32 for a model"),
+        ):
+            Engine(model_of(), kv_dtype=dtype)
     with (
         fastlm.use_backend("reference"),
         pytest.raises(InputError, match="prompt_rows: wanted None or False"),

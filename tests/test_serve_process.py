@@ -82,6 +82,8 @@ def test_refusals(folder, tmp_path):
         return done.stderr.strip().splitlines()[-1]
 
     assert "host: wanted API keys" in refused("-m", folder, "--host", "0.0.0.0")
+    line = refused("-m", folder, "--kv-dtype", "int4")
+    assert line == "fastlm: kv_dtype: wanted float32, bfloat16, float16, int8, got 'int4'"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(InputError, match=r"port: wanted a free one on 127\.0\.0\.1"):
             _listen("127.0.0.1", taken.getsockname()[1])
@@ -97,7 +99,7 @@ def test_refusals(folder, tmp_path):
 
 
 def test_sigterm_lets_running_answers_end(folder):
-    options = ("--drain", 60, "--pages", 40)
+    options = ("--drain", 60, "--pages", 40, "--kv-dtype", "int8")
     with served(folder, *options) as (process, url, lines), ThreadPoolExecutor(1) as pool:
         (described,) = HTTP.get(url + "/v1/models").json()["data"]
         assert described["fastlm"]["context_limit"] == 40 * 64
@@ -112,7 +114,7 @@ def test_sigterm_lets_running_answers_end(folder):
         with pytest.raises(httpx.TransportError):
             HTTP.get(url + "/health")
     events = [line["event"] for line in lines]
-    assert lines[0]["pages"] == 40 and lines[0]["page_bytes"] == 64 * 2 * 32 * 4
+    assert lines[0]["pages"] == 40 and lines[0]["page_bytes"] == 64 * 2 * 2 * (16 + 4)
     assert events[-3:] == ["stopping", "request", "stopped"] and "uvicorn" not in events
 
 

@@ -10,6 +10,7 @@
 // Names: b batch, h query head, i query row, j key; S, T lengths of q and k; D, Dv widths of a
 // head. Types: T of q, C of k and v, E of the operands of the products (gemm.h).
 #include "cpu/gemm.h"
+#include "cpu/simd_int8.h"
 #include "cpu/workspace.h"
 
 namespace attention_body {

@@ -17,24 +17,7 @@ FASTLM_INLINE bool decodes(const Shape& s, const Options& o, int64_t queries) {
 
 template <class C>
 FASTLM_INLINE vfloat load_cached(const C* p, int64_t n) {
-  if constexpr (std::is_same_v<C, int8_t>) {
-    alignas(16) int8_t t[VL] = {};
-    if (n < VL) {
-      memcpy(t, p, size_t(n));
-      p = t;
-    }
-#if FASTLM_VL == 16
-    return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif FASTLM_VL == 8
-    return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-    vfloat v{};
-    for (int i = 0; i < VL; ++i) v[i] = float(p[i]);
-    return v;
-#endif
-  } else {
-    return n >= VL ? load(p) : load(p, int(n));
-  }
+  return n >= VL ? load(p) : load(p, int(n));
 }
 
 // scores[r][j] = q[r] . k[j] for `count` keys `stride` apart, VL keys at a time.

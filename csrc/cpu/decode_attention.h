@@ -3,6 +3,10 @@
 // memory once and from the L1 after the first heads. Keys are stored in pages; a run is the part of
 // a chunk that one page holds, and where a chunk is cut into runs changes no sum.
 //
+// int8 keys and values have a scale each, absmax / 127 over their features. They stay int8 in memory
+// and become floats in registers; the key's scale multiplies the score, the value's the weight. A
+// key that is not finite has such a scale, so the result is NaN.
+//
 //   partial of a head and chunk: m, l, O (D)    combined in the chunks' order by `combine`
 
 inline int64_t partial_size(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
@@ -10,9 +14,10 @@ inline int64_t partial_size(int64_t head_dim) { return (head_dim + 15) / 16 * 16
 template <class C>
 struct AttentionInputs {
   int64_t heads, kv_heads, head_dim, width;
-  const float* qkv;      // (M, width): q heads, k heads, v heads
-  C *keys, *values;      // (pages, kv_heads, page_size, head_dim)
-  const int32_t* table;  // (M, max_pages): the pages of a row, in order
+  const float* qkv;                  // (M, width): q heads, k heads, v heads
+  C *keys, *values;                  // (pages, kv_heads, page_size, head_dim)
+  float *key_scales, *value_scales;  // of int8: (pages, kv_heads, page_size)
+  const int32_t* table;              // (M, max_pages): the pages of a row, in order
   int64_t max_pages, page_size;
   const int64_t* lengths;     // (M): cached tokens, without the new one
   int64_t shortest, longest;  // of all rows, with the new token
@@ -34,11 +39,13 @@ struct AttentionInputs {
     return (window ? std::max<int64_t>(0, shortest - window) : 0) / DECODE_KEYS;
   }
   int64_t last_chunk() const { return (longest - 1) / DECODE_KEYS; }
-  // Where key j of row m and key head g is in `keys`, and its value in `values`.
-  int64_t place(int64_t m, int64_t g, int64_t j) const {
+  // Where key j of row m and key head g is in `key_scales`, and its value in `value_scales`.
+  int64_t slot(int64_t m, int64_t g, int64_t j) const {
     const int64_t page = table[m * max_pages + j / page_size];
-    return ((page * kv_heads + g) * page_size + j % page_size) * head_dim;
+    return (page * kv_heads + g) * page_size + j % page_size;
   }
+  // The same in `keys` and `values`.
+  int64_t place(int64_t m, int64_t g, int64_t j) const { return slot(m, g, j) * head_dim; }
   int64_t run_end(int64_t j, int64_t end) const {
     return std::min(end, (j / page_size + 1) * page_size);
   }
@@ -111,11 +118,14 @@ FASTLM_INLINE void prefetch_row(const C* row, int64_t n) {
   for (int64_t i = 0; i < n * int64_t(sizeof(C)); i += 64) __builtin_prefetch(p + i);
 }
 
-// scores[r][j] = q[r] . k[j], VL keys at a time. `ahead`: what is read next, prefetched at the same
-// offsets: the values.
+template <class C>
+constexpr bool SCALED = std::is_same_v<C, int8_t>;
+
+// scores[r][j] = q[r] . k[j], VL keys at a time; of int8, times scales[j]. `ahead`: what is read
+// next, prefetched at the same offsets: the values.
 template <int R, int FIXED, class C>
-void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t count, int64_t width,
-              float* scores) {
+void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, const float* scales,
+              int64_t count, int64_t width, float* scores) {
   const int64_t D = FIXED ? FIXED : width;
   for (int64_t j = 0; j < count; j += VL) {
     vfloat sums[R][VL];
@@ -135,8 +145,12 @@ void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t c
     }
     for (int t = group; t < VL; ++t)
       for (int r = 0; r < R; ++r) sums[r][t] = vfloat{};
-    for (int r = 0; r < R; ++r)  // a row of scores is whole vectors
-      store(scores + r * DECODE_KEYS + j, sums_of(sums[r]));
+    vfloat scale{};
+    if constexpr (SCALED<C>) scale = group == VL ? load(scales + j) : load(scales + j, group);
+    for (int r = 0; r < R; ++r) {  // a row of scores is whole vectors
+      const vfloat total = sums_of(sums[r]);
+      store(scores + r * DECODE_KEYS + j, SCALED<C> ? total * scale : total);
+    }
   }
 }
 
@@ -176,17 +190,45 @@ void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int
   }
 }
 
+// P[r][j] *= scales[j] for `rows` rows
+inline void scale_weights(float* P, const float* scales, int64_t rows, int64_t count) {
+  for (int64_t j = 0; j < count; j += VL) {
+    const int n = int(std::min<int64_t>(VL, count - j));
+    const vfloat scale = load(scales + j, n);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* p = P + r * DECODE_KEYS + j;
+      store(p, load(p, n) * scale, n);
+    }
+  }
+}
+
+// Writes D features to the cache at `to`; returns the scale of int8.
+template <class C>
+float put(const float* x, int64_t D, C* to) {
+  float inverse = 1.f, scale = 1.f;
+  if constexpr (SCALED<C>) scale = int8_scale(x, D, &inverse);
+  for (int64_t i = 0; i < D; i += VL) {
+    const int n = int(std::min<int64_t>(VL, D - i));
+    const vfloat v = load(x + i, n);
+    if constexpr (SCALED<C>) {
+      const narrow bytes = to_bytes(round_to_int(v * inverse));
+      memcpy(to + i, &bytes, size_t(n));
+    } else {
+      store(to + i, v, n);
+    }
+  }
+  return scale;
+}
+
 // Writes the new key and value of row m and key head g to the cache; `key`: room for one.
 template <class C>
 void append(const AttentionInputs<C>& a, int64_t m, int64_t g, float* key) {
-  const int64_t D = a.head_dim, position = a.lengths[m], to = a.place(m, g, position);
+  const int64_t D = a.head_dim, position = a.lengths[m], slot = a.slot(m, g, position);
   const float *row = a.qkv + m * a.width, *value = row + (a.heads + a.kv_heads + g) * D;
   turned_head(a, row + a.heads * D, a.kv_heads, g, a.k_norm, position, 1.f, key);
-  for (int64_t i = 0; i < D; i += VL) {
-    const int n = int(std::min<int64_t>(VL, D - i));
-    store(a.keys + to + i, load(key + i, n), n);
-    store(a.values + to + i, load(value + i, n), n);
-  }
+  const float of_key = put(key, D, a.keys + slot * D),
+              of_value = put(value, D, a.values + slot * D);
+  if constexpr (SCALED<C>) a.key_scales[slot] = of_key, a.value_scales[slot] = of_value;
 }
 
 // The queries of row m for key head g, ready for the products: q (ratio, partial_size)
@@ -230,13 +272,15 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
   };
   for (int64_t j = low, end; j < high; j = end) {
     end = a.run_end(j, high);
-    const int64_t at = a.place(m, g, j);
+    const int64_t slot = a.slot(m, g, j);
+    const C *k = a.keys + slot * D, *ahead = a.values + slot * D;
+    const float* scales = SCALED<C> ? a.key_scales + slot : nullptr;
     in_fours([&](auto R, int64_t r) {
       float* S = scores + r * DECODE_KEYS + (j - low);
       if (D == 64)
-        dot_keys<R.value, 64>(q + r * ldq, ldq, a.keys + at, a.values + at, end - j, D, S);
+        dot_keys<R.value, 64>(q + r * ldq, ldq, k, ahead, scales, end - j, D, S);
       else
-        dot_keys<R.value, 0>(q + r * ldq, ldq, a.keys + at, a.values + at, end - j, D, S);
+        dot_keys<R.value, 0>(q + r * ldq, ldq, k, ahead, scales, end - j, D, S);
     });
   }
   for (int64_t r = 0; r < ratio; ++r) {
@@ -270,6 +314,8 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
     end = a.run_end(j, high);
     const C *v = a.values + a.place(m, g, j),
             *ahead = a.keys + a.place(m, g, std::min(j + DECODE_KEYS, position));
+    if constexpr (SCALED<C>)
+      scale_weights(scores + (j - low), a.value_scales + a.slot(m, g, j), ratio, end - j);
     in_fours([&](auto R, int64_t r) {
       const float* P = scores + r * DECODE_KEYS + (j - low);
       float* O = a.partial(m, g * ratio + r, c);

@@ -75,7 +75,7 @@ struct DecodePlan {
 
 // decode_step.h
 void decode_step(const DecodePlan& plan, TensorView tokens, TensorView lengths, TensorView table,
-                 TensorView cache, const std::vector<TensorView>& rotary, TensorView workspace,
-                 TensorView wanted, TensorView logits);
+                 TensorView cache, OptionalTensor scales, const std::vector<TensorView>& rotary,
+                 TensorView workspace, TensorView wanted, TensorView logits);
 
 }  // namespace fastlm

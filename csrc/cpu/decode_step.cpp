@@ -115,9 +115,10 @@ int64_t DecodePlan::workspace_bytes(int64_t rows, int64_t longest) const {
 }
 
 void decode_step(const DecodePlan& plan, TensorView tokens, TensorView lengths, TensorView table,
-                 TensorView cache, const std::vector<TensorView>& rotary, TensorView workspace,
-                 TensorView wanted, TensorView logits) {
-  FASTLM_RUN(decode_step, plan, tokens, lengths, table, cache, rotary, workspace, wanted, logits);
+                 TensorView cache, OptionalTensor scales, const std::vector<TensorView>& rotary,
+                 TensorView workspace, TensorView wanted, TensorView logits) {
+  FASTLM_RUN(decode_step, plan, tokens, lengths, table, cache, scales, rotary, workspace, wanted,
+             logits);
 }
 
 }  // namespace fastlm

@@ -31,6 +31,7 @@
 #include "cpu/quantized_weight.h"
 //
 #include "cpu/gemm_int8.h"
+#include "cpu/simd_int8.h"
 
 #include "cpu/decode_linear.h"
 //
@@ -120,8 +121,9 @@ struct DecodeStep {
   const int32_t* table;             // (rows, max_pages)
   const int64_t* wanted;            // rows whose logits are computed
   int64_t rows, wanted_rows, max_pages, pages, page_size, shortest, longest;
-  bool chained;  // some row continues the one before it
-  C* cache;      // (layers, 2, pages, kv_heads, page_size, head_dim)
+  bool chained;   // some row continues the one before it
+  C* cache;       // (layers, 2, pages, kv_heads, page_size, head_dim)
+  float* scales;  // of int8: (layers, 2, pages, kv_heads, page_size)
   const float* const* rotary;
   int64_t rotary_width[8];
   float* logits;
@@ -263,11 +265,13 @@ struct DecodeStep {
 
   AttentionInputs<C> attention(size_t index) const {
     const DecodeLayer& layer = p.layers[index];
-    const int64_t plane = pages * p.kv_heads * page_size * p.head_dim;
+    const int64_t slots = pages * p.kv_heads * page_size, plane = slots * p.head_dim;
     AttentionInputs<C> a{};
     a.heads = p.heads, a.kv_heads = p.kv_heads, a.head_dim = p.head_dim;
     a.width = (p.heads + 2 * p.kv_heads) * p.head_dim;
     a.qkv = w.qkv, a.keys = cache + int64_t(index) * 2 * plane, a.values = a.keys + plane;
+    if (scales)
+      a.key_scales = scales + int64_t(index) * 2 * slots, a.value_scales = a.key_scales + slots;
     a.table = table, a.max_pages = max_pages, a.page_size = page_size, a.lengths = lengths;
     a.shortest = shortest, a.longest = longest, a.window = layer.window;
     a.chunks = a.last_chunk() + 1, a.partials = w.partials;
@@ -397,14 +401,16 @@ void check_range(const char* argument, const T* x, int64_t count, int64_t end) {
 
 // tokens (M) int64; lengths (M) int64: cached tokens of each row; table (M, max_pages) int32: its
 // pages in order, none of which another sequence's row writes to; cache (layers, 2, pages, kv_heads,
-// page_size, head_dim), where each row's next key and value are written; rotary: cos, sin, cos, sin
-// .. (positions, R) float32; wanted (L) int64: rows; logits (L, V) float32, theirs. Rows of one
-// sequence follow each other, in order: a row continues the one before it where it has one more
-// cached token and the page that the one before writes to.
+// page_size, head_dim), where each row's next key and value are written; scales, of an int8 cache,
+// (layers, 2, pages, kv_heads, page_size) float32; rotary: cos, sin, cos, sin .. (positions, R)
+// float32; wanted (L) int64: rows; logits (L, V) float32, theirs. Rows of one sequence follow each
+// other, in order: a row continues the one before it where it has one more cached token and the page
+// that the one before writes to.
 inline void decode_step(const DecodePlan& p, const TensorView& tokens, const TensorView& lengths,
                         const TensorView& table, const TensorView& cache,
-                        const std::vector<TensorView>& rotary, const TensorView& workspace,
-                        const TensorView& wanted, const TensorView& logits) {
+                        const OptionalTensor& scales, const std::vector<TensorView>& rotary,
+                        const TensorView& workspace, const TensorView& wanted,
+                        const TensorView& logits) {
   const int64_t rows = tokens.numel(), wanted_rows = wanted.numel(), pages = cache.size(2),
                 page_size = cache.size(4);
   if (rows == 0) return;
@@ -414,6 +420,15 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
   check_size("cache", "layers:", int64_t(p.layers.size()), cache.size(0));
   check_size("cache", "heads:", p.kv_heads, cache.size(3));
   check_size("cache", "features:", p.head_dim, cache.size(5));
+  const bool scaled = cache.dtype() == DType::i8;
+  if (scales.has_value() != scaled)
+    throw std::invalid_argument(std::string("scales: wanted ") + (scaled ? "those" : "none") +
+                                " of a cache of " + name(cache.dtype()) + ", got " +
+                                (scaled ? "none" : "some"));
+  if (scales) {
+    check_contiguous("scales", *scales);
+    check_size("scales", "elements:", cache.numel() / p.head_dim, scales->numel());
+  }
   check_size("lengths", "elements:", rows, lengths.numel());
   check_size("table", "rows:", rows, table.size(0));
   check_size("logits", "elements:", wanted_rows * p.head.n, logits.numel());
@@ -466,14 +481,16 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
       throw std::invalid_argument("rotary: wanted tables for every layer, got " +
                                   std::to_string(rotary.size() / 2) + " pairs");
   float* out = logits.data<float>("logits");
-  with_float(cache.dtype(), "cache", [&](auto tag) {
+  float* of_codes = scales ? scales->data<float>("scales") : nullptr;
+  const auto run = [&](auto tag) {
     using C = decltype(tag);
-    DecodeStep<C> step{p,       work,        ids,
-                       cached,  page_of,     rows_of_logits,
-                       rows,    wanted_rows, max_pages,
-                       pages,   page_size,   shortest,
-                       longest, chained,     cache.data<C>("cache"),
-                       tables,  {},          out};
+    DecodeStep<C> step{p,        work,        ids,
+                       cached,   page_of,     rows_of_logits,
+                       rows,     wanted_rows, max_pages,
+                       pages,    page_size,   shortest,
+                       longest,  chained,     cache.data<C>("cache"),
+                       of_codes, tables,      {},
+                       out};
     std::copy(widths, widths + 8, step.rotary_width);
     Phases phases(step);
 #pragma omp parallel num_threads(threads) firstprivate(step)
@@ -482,5 +499,9 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
       step.thread = omp_get_thread_num();
       phases.work(step, omp_get_num_threads());
     }
-  });
+  };
+  if (scaled)
+    run(int8_t{});
+  else
+    with_float(cache.dtype(), "cache", run);
 }

@@ -262,10 +262,11 @@ def plan_of(model: "CausalLM") -> Plan | None:
 
 class PagedSteps:
     """Decode steps of rows whose keys and values are in pages: ``data`` (layers, 2, pages, Hkv,
-    page_size, D)."""
+    page_size, D); of int8 with ``scales`` (layers, 2, pages, Hkv, page_size) float32."""
 
-    def __init__(self, model: "CausalLM", plan: Plan, data: Tensor):
-        self.plan, self.data, self.vocab = plan, data, model.config.vocab_size
+    def __init__(self, model: "CausalLM", plan: Plan, data: Tensor, scales: Tensor | None = None):
+        self.plan, self.data, self.scales = plan, data, scales
+        self.vocab = model.config.vocab_size
         self.workspace = torch.empty(0, dtype=torch.uint8)
 
     def logits(
@@ -297,8 +298,9 @@ class PagedSteps:
         wanted = torch.arange(rows) if wanted is None else wanted
         out = torch.empty(wanted.shape[0], self.vocab)
         backend.cpu_extension.decode_step(
-            plan.cpp, tokens, lengths, table, self.data, rotary, self.workspace, wanted, out
-        )
+            plan.cpp, tokens, lengths, table, self.data, self.scales, rotary, self.workspace,
+            wanted, out,
+        )  # fmt: skip
         return out
 
 

@@ -20,15 +20,20 @@ from torch import Tensor
 
 from fastlm.model.config import ModelConfig
 from fastlm.model.layers import KVCache
+from fastlm.reference.quantized_linear import round_rows
 
 # Tokens of a page: a multiple of 16 (csrc/cpu/decode_step.h). Half of an attention task of the
 # decode step; a prompt's products reach 0.8 to 0.9 of their speed at 512 tokens with 64 (AVX2).
 PAGE = 64
+SCALES = torch.float32
 _MEMORY_SHARE = 4  # a cache takes a quarter of the memory at most
 
 
 class Pages:
     """A pool of ``count`` pages: ``data`` (layers, 2, count, Hkv, PAGE, D).
+
+    int8 has ``scales`` (layers, 2, count, Hkv, PAGE), float32: a key is ``data * scales``, with the
+    scale absmax / 127 of its D features. One that is not finite has such a scale.
 
     Memory is taken as pages are first used; freed pages are used again before fresh ones.
     """
@@ -43,11 +48,19 @@ class Pages:
     ):
         cache = KVCache(config, count, PAGE, dtype=dtype, device=device)  # a row is a page
         self.data, self.layers, self.count = cache.data, cache.layers, count
+        self.scales: Tensor | None = None
+        if dtype == torch.int8:
+            self.scales = torch.empty(self.data.shape[:-1], dtype=SCALES, device=device)
         self._free = list(range(count - 1, -1, -1))
         self._users = [0] * count
         self._idle: OrderedDict[int, None] = OrderedDict()  # remembered, without users
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+
+    @property
+    def page_bytes(self) -> int:
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return (self.data.nbytes + scales) // self.count
 
     @property
     def available(self) -> int:
@@ -113,7 +126,9 @@ class Pages:
         self._key_of.clear()
 
     def copy(self, source: int, target: int) -> None:
-        self.data[:, :, target] = self.data[:, :, source]
+        for part in (self.data, self.scales):
+            if part is not None:
+                part[:, :, target] = part[:, :, source]
 
 
 def page_keys(tokens: Sequence[int], before: Sequence[bytes] = ()) -> list[bytes]:
@@ -164,14 +179,24 @@ class ChunkCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (1, Hkv, S, D). Return all keys and values of all sequences, (T, Hkv, D)."""
-        whole = []
-        for cache, new in zip(self.pages.layers[layer], (k, v), strict=True):
-            cache[self.new] = new[0].transpose(0, 1).to(cache.dtype)
-            tokens = cache[self.used].transpose(1, 2).flatten(0, 1)
-            if self.kept is not None:
-                tokens = tokens.index_select(0, self.kept)
+        whole, scales = [], self.pages.scales
+        for part, (cache, new) in enumerate(zip(self.pages.layers[layer], (k, v), strict=True)):
+            tokens = new[0].transpose(0, 1)
+            if scales is None:
+                cache[self.new] = tokens.to(cache.dtype)
+                tokens = self._of_all(cache)
+            else:
+                codes, of_codes = round_rows(tokens, tokens.shape[-1])
+                cache[self.new] = codes.to(cache.dtype)
+                scales[layer, part][self.new] = of_codes[..., 0]
+                tokens = self._of_all(cache) * self._of_all(scales[layer, part])[..., None]
             whole.append(tokens.to(new.dtype))
         return whole[0], whole[1]
+
+    def _of_all(self, cache: Tensor) -> Tensor:
+        """(pages, Hkv, PAGE, ..) -> (T, Hkv, ..)"""
+        tokens = cache[self.used].transpose(1, 2).flatten(0, 1)
+        return tokens if self.kept is None else tokens.index_select(0, self.kept)
 
 
 def _sums(counts: Sequence[int]) -> Tensor:
@@ -181,13 +206,14 @@ def _sums(counts: Sequence[int]) -> Tensor:
 def page_count(config: ModelConfig, rows: int, *, dtype: torch.dtype, device: torch.device) -> int:
     """How many pages `rows` contexts need, within a quarter of the memory, or half of what is free
     on a GPU."""
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+    width = config.head_dim * dtype.itemsize + (SCALES.itemsize if dtype == torch.int8 else 0)
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0] // 2
     else:
         memory = _memory() // _MEMORY_SHARE
     wanted = rows * -(-config.max_position_embeddings // PAGE)
-    return max(1, min(wanted, memory // (numbers * PAGE * dtype.itemsize)))
+    return max(1, min(wanted, memory // (heads * PAGE * width)))
 
 
 def _memory() -> int:

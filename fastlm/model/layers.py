@@ -129,9 +129,10 @@ class Call:
     keys: tuple[Tensor, Tensor] | None = None  # with cu_seqlens, see `CausalLM.hidden`
 
     def rounds(self, x: Tensor) -> bool:
-        """Whether keys and values of x go into a 16-bit cache (`fastlm.decode.cpu_steps`: the model
-        rounds its activations to 8 bits) and 16-bit attention is faster on this machine."""
-        narrow = (torch.float16, torch.bfloat16)
+        """Whether keys and values of x go into a cache of 16 bits or fewer
+        (`fastlm.decode.cpu_steps`: the model rounds its activations to 8 bits) and 16-bit attention
+        is faster on this machine."""
+        narrow = (torch.float16, torch.bfloat16, torch.int8)
         return (
             self.cache is not None
             and self.cache.data.dtype in narrow

@@ -10,6 +10,7 @@ from fastlm.threads import Threads
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEYS_VARIABLE = "FASTLM_API_KEYS"
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 app = typer.Typer(
     help="What people said about answers of `fastlm serve`, as rows to train on.",
@@ -65,6 +66,13 @@ def serve(
             " memory: half)",
         ),
     ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of cached keys and values: {', '.join(KV_DTYPES)}; default: the model's, float16"
+            " where its activations are rounded to 8 bits"
+        ),
+    ] = None,
     draft_tokens: Annotated[
         int,
         typer.Option(
@@ -91,6 +99,8 @@ def serve(
     keys = read_keys(api_key_file)
     if host not in LOOPBACK and not keys:
         raise InputError(f"host: wanted API keys (--api-key-file) to listen on {host}, got none")
+    if kv_dtype not in (None, *KV_DTYPES):
+        raise InputError(f"kv_dtype: wanted {', '.join(KV_DTYPES)}, got {kv_dtype!r:.80}")
     try:
         from fastlm.serve import process
     except ImportError as error:
@@ -100,8 +110,9 @@ def serve(
     process.run(
         model, host=host, port=port, name=name, feedback=feedback, rank=rank, keys=keys,
         allow_host=allow_host or [], max_new_tokens=max_new_tokens, max_body=max_body,
-        max_waiting=max_waiting, max_rows=max_rows, pages=pages, draft_tokens=draft_tokens,
-        max_connections=max_connections, max_seconds=max_seconds, drain=drain, act_bits=act_bits,
+        max_waiting=max_waiting, max_rows=max_rows, pages=pages, kv_dtype=kv_dtype,
+        draft_tokens=draft_tokens, max_connections=max_connections, max_seconds=max_seconds,
+        drain=drain, act_bits=act_bits,
     )  # fmt: skip
 
 

@@ -61,8 +61,9 @@ class Engine:
             wait, and 64 while no answer runs.
         max_rows: requests that run at the same time.
         max_waiting: requests that may wait; beyond it, `submit` raises `QueueFull`.
-        kv_dtype: of keys and values: float32, bfloat16 or float16. By default the model's, float16
-            where its activations are rounded to 8 bits.
+        kv_dtype: of keys and values: float32, bfloat16, float16 or int8 (with a scale per token
+            and key head). By default the model's, float16 where its activations are rounded to 8
+            bits.
         prefix_cache: share the pages of prompts that begin with the same tokens.
         invariant: a request's result has the same bits in any company. Without it, the modules
             compute all prompts of a step in one product.
@@ -109,8 +110,8 @@ class Engine:
                 raise InputError(f"{name}: wanted at least 1, got {value}")
         if draft_tokens < 0:
             raise InputError(f"draft_tokens: wanted at least 0, got {draft_tokens}")
-        if kv_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise InputError(f"kv_dtype: wanted float32, bfloat16 or float16, got {kv_dtype}")
+        if kv_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
+            raise InputError(f"kv_dtype: wanted float32, bfloat16, float16 or int8, got {kv_dtype}")
         self.model, self.tokenizer, self.kv_dtype = model, tokenizer, kv_dtype
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.invariant, self.prompt_rows = invariant, prompt_rows
@@ -228,7 +229,7 @@ class Engine:
             waiting = len(self._inbox)
         return EngineStats(
             len(scheduler.running), waiting + scheduler.waiting_count, pages.count,
-            pages.data.nbytes // pages.count, used, pages.idle, self._steps, self._prompt_tokens,
+            pages.page_bytes, used, pages.idle, self._steps, self._prompt_tokens,
             self._cached_tokens, self._new_tokens, scheduler.preemptions, dict(self._finished),
             self._drafted_tokens, self._accepted_tokens,
         )  # fmt: skip
@@ -400,7 +401,7 @@ class Engine:
         self.scheduler.answers_too = self._takes_prompts
         if plan is None:
             return ModuleSteps(self.model, self.pages)
-        return cpu_steps.PagedSteps(self.model, plan, self.pages.data)
+        return cpu_steps.PagedSteps(self.model, plan, self.pages.data, self.pages.scales)
 
     def _guarded(self, group: list[sequences.Sequence], compute: Callable[[], None]) -> None:
         """Compute something for a group of sequences; if that fails, they end, not the engine."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 
 from fastlm.errors import InputError
@@ -37,6 +38,7 @@ def run(
     max_waiting: int,
     max_rows: int,
     pages: int | None,
+    kv_dtype: str | None,
     draft_tokens: int,
     max_connections: int,
     max_seconds: float,
@@ -57,6 +59,7 @@ def run(
         try:
             engine = Engine(
                 model, tokenizer, pages=pages, max_rows=max_rows, max_waiting=max_waiting,
+                kv_dtype=None if kv_dtype is None else getattr(torch, kv_dtype),
                 draft_tokens=draft_tokens,
             )  # fmt: skip
         except RuntimeError as error:  # torch's, which has no memory
