@@ -3,13 +3,16 @@
 // memory once and from the L1 after the first heads. Keys are stored in pages; a run is the part of
 // a chunk that one page holds, and where a chunk is cut into runs changes no sum.
 //
-// int8 keys and values have a scale each, absmax / 127 over their features. They stay int8 in memory
-// and become floats in registers; the key's scale multiplies the score, the value's the weight. A
-// key that is not finite has such a scale, so the result is NaN.
+// int8 keys and values have a scale each, absmax / 127 over their features. Queries are rounded in
+// the same way, so a score is a sum of integers times two scales. Values become floats in registers;
+// their scales multiply the weights. A key that is not finite has such a scale, so the result is
+// NaN.
 //
 //   partial of a head and chunk: m, l, O (D)    combined in the chunks' order by `combine`
 
 inline int64_t partial_size(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+// A query as floats, and in front of them its int8.
+inline int64_t query_size(int64_t head_dim) { return 3 * partial_size(head_dim); }
 
 template <class C>
 struct AttentionInputs {
@@ -24,7 +27,7 @@ struct AttentionInputs {
   int64_t window;             // 0: none
   int64_t chunks;
   float *partials, *most, *sum;  // (M, heads, chunks, partial_size); (M, heads, chunks)
-  float* q;                      // (M, heads, partial_size): where `begin_row` has run, else null
+  float* q;                      // (M, heads, query_size): where `begin_row` has run, else null
   const float *q_norm, *k_norm;
   bool norm_whole;
   float eps, scale, softcap;
@@ -121,11 +124,11 @@ FASTLM_INLINE void prefetch_row(const C* row, int64_t n) {
 template <class C>
 constexpr bool SCALED = std::is_same_v<C, int8_t>;
 
-// scores[r][j] = q[r] . k[j], VL keys at a time; of int8, times scales[j]. `ahead`: what is read
-// next, prefetched at the same offsets: the values.
+// scores[r][j] = q[r] . k[j], VL keys at a time. `ahead`: what is read next, prefetched at the same
+// offsets: the values.
 template <int R, int FIXED, class C>
-void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, const float* scales,
-              int64_t count, int64_t width, float* scores) {
+void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t count, int64_t width,
+              float* scores) {
   const int64_t D = FIXED ? FIXED : width;
   for (int64_t j = 0; j < count; j += VL) {
     vfloat sums[R][VL];
@@ -145,12 +148,62 @@ void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, const flo
     }
     for (int t = group; t < VL; ++t)
       for (int r = 0; r < R; ++r) sums[r][t] = vfloat{};
-    vfloat scale{};
-    if constexpr (SCALED<C>) scale = group == VL ? load(scales + j) : load(scales + j, group);
-    for (int r = 0; r < R; ++r) {  // a row of scores is whole vectors
-      const vfloat total = sums_of(sums[r]);
-      store(scores + r * DECODE_KEYS + j, SCALED<C> ? total * scale : total);
+    for (int r = 0; r < R; ++r)  // a row of scores is whole vectors
+      store(scores + r * DECODE_KEYS + j, sums_of(sums[r]));
+  }
+}
+
+// A query of int8 in the room of one of floats: `int8_floats` of integers, zeros from D on, its scale,
+// and where its sums begin (int32): -OFFSET<8> times its sum.
+inline int64_t int8_floats(int64_t head_dim) { return (head_dim + 4 * VL - 1) / (4 * VL) * VL; }
+
+FASTLM_INLINE vint lanes_of(const int8_t* p, int64_t n) {  // zeros beyond n bytes
+  int8_t t[4 * VL] = {};
+  memcpy(t, p, size_t(n));
+  return load_lanes(reinterpret_cast<const uint8_t*>(t));
+}
+
+// dot_keys of int8. Sums stay below 2^24, so they are exact as floats, in any order.
+template <int R, int FIXED>
+void dot_int8_keys(const float* q, int64_t ldq, const int8_t* k, const int8_t* ahead,
+                   const float* scales, int64_t count, int64_t width, float* scores) {
+  const int64_t D = FIXED ? FIXED : width;
+  float q_scale[R], start[R];
+  for (int r = 0; r < R; ++r) {
+    const float* after = q + r * ldq + int8_floats(D);
+    int32_t sum;
+    memcpy(&sum, after + 1, sizeof sum);
+    q_scale[r] = after[0], start[r] = float(sum);
+  }
+  for (int64_t j = 0; j < count; j += VL) {
+    vfloat sums[R][VL];
+    const int group = int(std::min<int64_t>(VL, count - j));
+    for (int t = 0; t < group; ++t) {
+      const int8_t* row = k + (j + t) * D;
+      prefetch_row(ahead + (j + t) * D, D);
+      vint acc[R] = {};
+#pragma GCC unroll 4
+      for (int64_t d = 0; d < D; d += 4 * VL) {
+        vint x = D - d >= 4 * VL ? load_lanes(reinterpret_cast<const uint8_t*>(row + d))
+                                 : lanes_of(row + d, D - d);
+        if constexpr (OFFSET<8> != 0) x ^= int32_t(0x80808080);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const vint y = load_lanes(reinterpret_cast<const uint8_t*>(q + r * ldq) + d);
+          if constexpr (OFFSET<8> != 0)
+            acc[r] = dot4<false>(acc[r], x, y);
+          else
+            acc[r] = dot4<true>(acc[r], y, x);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r][t] = __builtin_convertvector(acc[r], vfloat);
     }
+    for (int t = group; t < VL; ++t)
+      for (int r = 0; r < R; ++r) sums[r][t] = vfloat{};
+    const vfloat scale = group == VL ? load(scales + j) : load(scales + j, group);
+    for (int r = 0; r < R; ++r)
+      store(scores + r * DECODE_KEYS + j, (sums_of(sums[r]) + start[r]) * (scale * q_scale[r]));
   }
 }
 
@@ -231,21 +284,30 @@ void append(const AttentionInputs<C>& a, int64_t m, int64_t g, float* key) {
   if constexpr (SCALED<C>) a.key_scales[slot] = of_key, a.value_scales[slot] = of_value;
 }
 
-// The queries of row m for key head g, ready for the products: q (ratio, partial_size)
+// The queries of row m for key head g, ready for the products: q (ratio, query_size)
 template <class C>
 void turned_queries(const AttentionInputs<C>& a, int64_t m, int64_t g, float* q) {
-  const int64_t ratio = a.heads / a.kv_heads;
-  for (int64_t r = 0; r < ratio; ++r)
+  const int64_t D = a.head_dim, ratio = a.heads / a.kv_heads;
+  for (int64_t r = 0; r < ratio; ++r, q += query_size(D)) {
+    float* after = q + int8_floats(D);  // of int8
+    float* turned = SCALED<C> ? after + 2 : q;
     turned_head(a, a.qkv + m * a.width, a.heads, g * ratio + r, a.q_norm, a.lengths[m], a.scale,
-                q + r * partial_size(a.head_dim));
+                turned);
+    if constexpr (SCALED<C>) {
+      float inverse;
+      after[0] = int8_scale(turned, D, &inverse);
+      const int32_t sum = -OFFSET<8> * to_int8(turned, D, int8_floats(D) * 4, inverse,
+                                               reinterpret_cast<int8_t*>(q));
+      memcpy(after + 1, &sum, sizeof sum);
+    }
+  }
 }
 
 // What the tasks of row m and key head g share, for all of them; `key`: room for one.
 template <class C>
 void begin_row(const AttentionInputs<C>& a, int64_t m, int64_t g, float* key) {
   append(a, m, g, key);
-  turned_queries(a, m, g,
-                 a.q + (m * a.heads + g * a.heads / a.kv_heads) * partial_size(a.head_dim));
+  turned_queries(a, m, g, a.q + (m * a.heads + g * a.heads / a.kv_heads) * query_size(a.head_dim));
 }
 
 // The partials of chunk c of row m for the heads of key head g. Without `begin_row`, the task with
@@ -253,7 +315,7 @@ void begin_row(const AttentionInputs<C>& a, int64_t m, int64_t g, float* key) {
 template <class C>
 void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, float* own_q,
                   float* scores) {
-  const int64_t D = a.head_dim, ldq = partial_size(D), ratio = a.heads / a.kv_heads;
+  const int64_t D = a.head_dim, ldq = query_size(D), ratio = a.heads / a.kv_heads;
   const int64_t low = std::max(c * DECODE_KEYS, a.first_key(m)),
                 high = std::min((c + 1) * DECODE_KEYS, a.length(m)), count = high - low;
   if (count <= 0) return;  // `combine` does not read the partial of an empty chunk
@@ -274,13 +336,17 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
     end = a.run_end(j, high);
     const int64_t slot = a.slot(m, g, j);
     const C *k = a.keys + slot * D, *ahead = a.values + slot * D;
-    const float* scales = SCALED<C> ? a.key_scales + slot : nullptr;
     in_fours([&](auto R, int64_t r) {
+      const float* own = q + r * ldq;
       float* S = scores + r * DECODE_KEYS + (j - low);
-      if (D == 64)
-        dot_keys<R.value, 64>(q + r * ldq, ldq, k, ahead, scales, end - j, D, S);
-      else
-        dot_keys<R.value, 0>(q + r * ldq, ldq, k, ahead, scales, end - j, D, S);
+      const auto dot = [&](auto fixed) {
+        if constexpr (SCALED<C>)
+          dot_int8_keys<R.value, fixed.value>(own, ldq, k, ahead, a.key_scales + slot, end - j, D,
+                                              S);
+        else
+          dot_keys<R.value, fixed.value>(own, ldq, k, ahead, end - j, D, S);
+      };
+      D == 64 ? dot(std::integral_constant<int, 64>{}) : dot(std::integral_constant<int, 0>{});
     });
   }
   for (int64_t r = 0; r < ratio; ++r) {

@@ -72,7 +72,7 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int t
   const int64_t q_width = p.heads * p.head_dim, kv_width = p.kv_heads * p.head_dim;
   const int64_t chunks = (longest + DECODE_KEYS - 1) / DECODE_KEYS, ratio = p.heads / p.kv_heads;
   w.qkv = a.take<float>(rows * (q_width + 2 * kv_width));
-  w.q = a.take<float>(rows * p.heads * partial_size(p.head_dim));
+  w.q = a.take<float>(rows * p.heads * query_size(p.head_dim));
   if (!split) w.q = nullptr;
   w.branch = a.take<float>(rows * p.hidden);
   w.inner = a.take<float>(rows * p.inner);
@@ -101,7 +101,7 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int t
     DecodeWork::Thread own{};
     own.panel = a.take<uint8_t>(PANELS * PANEL_BYTES);
     own.out = a.take<float>(2 * rows * DECODE_TILE);
-    own.q = a.take<float>(ratio * round16(p.head_dim));
+    own.q = a.take<float>(ratio * query_size(p.head_dim));
     own.scores = a.take<float>(ratio * DECODE_KEYS);
     if (base) w.threads[t] = own;
   }
