@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ def fastlm_engine(path: Path) -> Engine:
     return generate
 
 
-def serving_engine(path: Path) -> Engine:
+def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
     """What `fastlm serve` runs. It begins to answer a request while it computes the next prompt, so
     the prefill is a run of one token each, and a second run continues them: it finds the prompts in
     the cache.
@@ -69,7 +69,7 @@ def serving_engine(path: Path) -> Engine:
     from fastlm.decode.sampling import Sampling
     from fastlm.serve.requests import Request
 
-    engine = fastlm.Engine(fastlm.CausalLM.from_pretrained(path), max_rows=16)
+    engine = fastlm.Engine(fastlm.CausalLM.from_pretrained(path), max_rows=16, kv_dtype=kv_dtype)
 
     def run(prompts, new):
         requests = [Request(row, new, Sampling(temperature=0), ignore_eos=True) for row in prompts]
@@ -185,6 +185,7 @@ def openvino_engine(path: Path) -> Engine:
 ENGINES = {
     "fastlm": fastlm_engine,
     "fastlm's engine": serving_engine,
+    "fastlm's engine, int8 cache": partial(serving_engine, kv_dtype=torch.int8),
     "llama.cpp": llama_cpp_engine,
     "llama.cpp's own benchmark": llama_bench_engine,
     "OpenVINO GenAI": openvino_engine,
@@ -192,6 +193,7 @@ ENGINES = {
 PACKAGES = {
     "fastlm": "fastlm",
     "fastlm's engine": "fastlm",
+    "fastlm's engine, int8 cache": "fastlm",
     "llama.cpp": "llama-cpp-python",
     "OpenVINO GenAI": "openvino-genai",
 }

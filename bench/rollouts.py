@@ -4,7 +4,9 @@
     python bench/rollouts.py --prompt 24 --new 24 --answers 1     every prompt is another one
 
 SmolLM2-135M, prompts of random tokens, several answers to each, all of the same length, drawn at
-temperature 1 without filters. fastlm also returns log-probabilities. The sides take turns.
+temperature 1 without filters. fastlm also returns log-probabilities: from `generate`, and from
+`fastlm.train.rollouts`, which trainings use, through the engine of `fastlm serve`. The sides take
+turns.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import transformers
 from harness import positive
 
 from fastlm.model.causal_lm import CausalLM
+from fastlm.train.rollouts import sample_answers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -33,6 +36,8 @@ def main() -> None:
         name: CausalLM.from_pretrained("model:smollm2", dtype=dtype, keep_quantized=False)
         for name, dtype in DTYPES.items()
     }
+    for model in ours.values():
+        model.config.eos_token_id = None  # all answers have all tokens
     with tempfile.TemporaryDirectory() as folder:
         ours["fp32"].save_pretrained(folder)
         load = transformers.AutoModelForCausalLM.from_pretrained
@@ -43,9 +48,12 @@ def main() -> None:
 
     def fastlm_side(model) -> None:
         model.generate(
-            ids, max_new_tokens=a.new, temperature=1.0, seed=0, ignore_eos=True,
-            return_logprobs=True,
+            ids, max_new_tokens=a.new, temperature=1.0, seed=0, return_logprobs=True,
         )  # fmt: skip
+
+    def engine_side(model) -> None:
+        answers = sample_answers(model, ids.tolist(), max_new_tokens=a.new)
+        assert all(len(answer.tokens) == a.new for answer in answers)
 
     def transformers_side(model) -> None:
         with torch.no_grad():
@@ -59,13 +67,14 @@ def main() -> None:
     for _ in range(a.turns):
         for name in DTYPES:
             for side, run, models in (
-                ("fastlm", fastlm_side, ours), ("transformers", transformers_side, theirs),
+                ("fastlm", fastlm_side, ours), ("fastlm engine", engine_side, ours),
+                ("transformers", transformers_side, theirs),
             ):  # fmt: skip
                 began = time.perf_counter()
                 run(models[name])
                 seconds.setdefault(f"{side} {name}", []).append(time.perf_counter() - began)
     for name, times in seconds.items():
-        print(f"{name:18} {statistics.median(times):6.2f} s")
+        print(f"{name:20} {statistics.median(times):6.2f} s")
 
 
 if __name__ == "__main__":
