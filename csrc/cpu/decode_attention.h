@@ -133,20 +133,35 @@ void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t c
   for (int64_t j = 0; j < count; j += VL) {
     vfloat sums[R][VL];
     const int group = int(std::min<int64_t>(VL, count - j));
-    for (int t = 0; t < group; ++t) {
+    const auto dot = [&](auto K, int t) {  // K keys share a load of q
       const C* row = k + (j + t) * D;
-      prefetch_row(ahead + (j + t) * D, D);
-      vfloat acc[R] = {};
+      vfloat acc[R][K.value] = {};
+      for (int i = 0; i < K.value; ++i) prefetch_row(ahead + (j + t + i) * D, D);
 #pragma GCC unroll 4
       for (int64_t d = 0; d < D; d += VL) {
-        const vfloat x = D - d >= VL ? load(row + d) : load(row + d, int(D - d));
+        vfloat x[K.value];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r] += x * load(q + r * ldq + d);
+        for (int i = 0; i < K.value; ++i) {
+          const C* at = row + i * D + d;
+          x[i] = D - d >= VL ? load(at) : load(at, int(D - d));
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const vfloat y = load(q + r * ldq + d);
+#pragma GCC unroll 4
+          for (int i = 0; i < K.value; ++i) acc[r][i] = fused(x[i], y, acc[r][i]);
+        }
       }
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sums[r][t] = acc[r];
-    }
-    for (int t = group; t < VL; ++t)
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < K.value; ++i) sums[r][t + i] = acc[r][i];
+    };
+    constexpr int KEYS = R == 1 ? 4 : 2;
+    int t = 0;
+    for (; t + KEYS <= group; t += KEYS) dot(std::integral_constant<int, KEYS>{}, t);
+    for (; t < group; ++t) dot(std::integral_constant<int, 1>{}, t);
+    for (; t < VL; ++t)
       for (int r = 0; r < R; ++r) sums[r][t] = vfloat{};
     for (int r = 0; r < R; ++r)  // a row of scores is whole vectors
       store(scores + r * DECODE_KEYS + j, sums_of(sums[r]));
@@ -213,7 +228,9 @@ template <int R, int FIXED, class C>
 void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int64_t width,
                   bool first, float* O, int64_t ldo) {
   const int64_t D = FIXED ? FIXED : width;
-  constexpr int W = 4;  // R x W accumulators
+  // R x W accumulators, R weights and one vector of values in the registers: a spilled accumulator
+  // is a chain through memory
+  constexpr int W = R == 4 && VL < 16 ? 2 : 4;
   for (int64_t d = 0; d < D; d += W * VL) {
     vfloat acc[R][W] = {};
     if (!first)
@@ -223,18 +240,18 @@ void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int
     const bool whole = FIXED % (W * VL) == 0 && FIXED ? true : d + W * VL <= D;
     for (int64_t j = 0; j < count; ++j) {
       if (d == 0) prefetch_row(ahead + j * D, D);
-      vfloat x[W];
+      vfloat p[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) p[r] = splat(P[r * DECODE_KEYS + j]);
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) {
         const C* at = v + j * D + d + w * VL;
         const int64_t left = D - d - w * VL;
-        x[w] = whole ? load(at) : left > 0 ? load(at, int(std::min<int64_t>(VL, left))) : vfloat{};
-      }
+        const vfloat x = whole      ? load(at)
+                         : left > 0 ? load(at, int(std::min<int64_t>(VL, left)))
+                                    : vfloat{};
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const vfloat p = splat(P[r * DECODE_KEYS + j]);
-#pragma GCC unroll 4
-        for (int w = 0; w < W; ++w) acc[r][w] += p * x[w];
+        for (int r = 0; r < R; ++r) acc[r][w] = fused(p[r], x, acc[r][w]);
       }
     }
     for (int r = 0; r < R; ++r)
@@ -245,14 +262,14 @@ void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int
 
 // P[r][j] *= scales[j] for `rows` rows
 inline void scale_weights(float* P, const float* scales, int64_t rows, int64_t count) {
-  for (int64_t j = 0; j < count; j += VL) {
-    const int n = int(std::min<int64_t>(VL, count - j));
-    const vfloat scale = load(scales + j, n);
+  int64_t j = 0;
+  for (; j + VL <= count; j += VL)
     for (int64_t r = 0; r < rows; ++r) {
       float* p = P + r * DECODE_KEYS + j;
-      store(p, load(p, n) * scale, n);
+      store(p, load(p) * load(scales + j));
     }
-  }
+  for (; j < count; ++j)
+    for (int64_t r = 0; r < rows; ++r) P[r * DECODE_KEYS + j] *= scales[j];
 }
 
 // Writes D features to the cache at `to`; returns the scale of int8.
