@@ -12,7 +12,7 @@ products of a prompt's pages have the same bits in any company.
 import itertools
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from fastlm.decode import cpu_steps
-from fastlm.decode.generation import checked_stops
 from fastlm.decode.paged_call import ModuleSteps
 from fastlm.decode.pages import PAGE, ChunkCache, Pages, page_count
 from fastlm.errors import InputError
 from fastlm.serve import sequence as sequences
+from fastlm.serve.calls import Call, Calls
 from fastlm.serve.requests import (
     Closed,
     EngineStats,
@@ -35,6 +35,7 @@ from fastlm.serve.requests import (
     QueueFull,
     Request,
     Result,
+    room_of,
 )
 from fastlm.serve.scheduler import Chunk, Scheduler
 from fastlm.serve.sequence import Collected
@@ -138,8 +139,7 @@ class Engine:
         self._ids = itertools.count(1)
         self._alive: set[int] = set()  # ids of requests that have not ended
         self._inbox: list[sequences.Sequence] = []
-        self._calls: OrderedDict[str, deque[_Call]] = OrderedDict()  # one queue per client
-        self._updates: OrderedDict[str, deque[_Call]] = OrderedDict()
+        self._calls, self._updates = Calls(), Calls()
         self._cancelled: set[int] = set()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -160,7 +160,10 @@ class Engine:
         return self._submit(request, listener, self.max_waiting)
 
     def _submit(self, request: Request, listener: Listener, max_waiting: int | None) -> int:
-        room = self._checked(request)
+        room = room_of(
+            request, vocab=self.model.config.vocab_size, context_limit=self.context_limit,
+            cached=self.pages.count * PAGE, has_tokenizer=self.tokenizer is not None,
+        )  # fmt: skip
         sequence = sequences.Sequence(
             0, request, listener, tokenizer=self.tokenizer, room=room,
             ends=request.stop_ids | (frozenset() if request.ignore_eos else self._ends),
@@ -205,16 +208,13 @@ class Engine:
         """
         return self._queue_call(self._updates, function, "")
 
-    def _queue_call(
-        self, queues: "OrderedDict[str, deque[_Call]]", function: Callable[[], Any], client: str
-    ) -> "Future[Any]":
-        call = _Call(function)
+    def _queue_call(self, calls: Calls, function: Callable[[], Any], client: str) -> "Future[Any]":
+        call = Call(function)
         with self._changed:
             self._check_open()
-            waiting = sum(map(len, queues.values()))
-            if waiting >= self.max_waiting:
-                raise QueueFull(waiting, 1.0)
-            queues.setdefault(client, deque()).append(call)
+            if len(calls) >= self.max_waiting:
+                raise QueueFull(len(calls), 1.0)
+            calls.add(call, client)
             self._changed.notify_all()
         return call.future
 
@@ -290,8 +290,8 @@ class Engine:
             self._changed.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
-        for queues in (self._calls, self._updates):
-            while (call := _next(queues)) is not None:
+        for calls in (self._calls, self._updates):
+            while (call := calls.take()) is not None:
                 call.future.cancel()
         self._take_in()
         for sequence in self.scheduler.sequences():
@@ -338,7 +338,7 @@ class Engine:
         """Take what other threads asked for. Whether there was anything."""
         with self._changed:
             inbox, self._inbox = self._inbox, []
-            call = _next(self._calls)
+            call = self._calls.take()
             cancelled, self._cancelled = self._cancelled, set()
         for sequence in inbox:
             self.scheduler.add(sequence)
@@ -352,7 +352,7 @@ class Engine:
         busy = False
         while True:
             with self._changed:
-                call = _next(self._updates)
+                call = self._updates.take()
             if call is None:
                 return busy
             call.run()
@@ -596,63 +596,8 @@ class Engine:
                 if self._thread is me and not asked:
                     self._changed.wait()
 
-    def _checked(self, request: Request) -> int:
-        """The most tokens that the request may draw."""
-        prompt, vocab = request.prompt, self.model.config.vocab_size
-        if not prompt:
-            raise InputError("prompt: wanted at least one token, got none")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            bad = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise InputError(f"prompt: wanted ids in [0, {vocab}), got {bad}")
-        if request.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: wanted at least 1, got {request.max_new_tokens}")
-        room = min(request.max_new_tokens, self.context_limit - len(prompt))
-        if room < 1:
-            raise InputError(
-                f"prompt: wanted fewer than the model's {self.context_limit} tokens of context,"
-                f" got {len(prompt)}"
-            )
-        if -(-(len(prompt) + room) // PAGE) > self.pages.count:
-            raise InputError(
-                f"prompt, max_new_tokens: wanted at most the cache's {self.pages.count * PAGE}"
-                f" tokens in all, got {len(prompt)} + {room}"
-            )
-        if request.logprobs is not None and not 0 <= request.logprobs <= vocab:
-            raise InputError(f"logprobs: wanted 0 to {vocab} or None, got {request.logprobs}")
-        if request.stop and self.tokenizer is None:
-            raise InputError("stop: wanted an engine with a tokenizer, got one without")
-        checked_stops(request.stop)
-        return room
-
     def _retry_after(self) -> float:
         """Seconds in which the present queue should be done, at the present rate."""
         waiting = [*self._inbox, *self.scheduler.queued()]
         tokens = sum(s.prompt_length + s.room for s in waiting)
         return min(60.0, max(1.0, tokens / max(self._rate, 1.0)))
-
-
-class _Call:
-    """Something to run in the engine's thread."""
-
-    def __init__(self, function: Callable[[], Any]):
-        self.function = function
-        self.future: Future[Any] = Future()
-
-    def run(self) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            self.future.set_result(self.function())
-        except Exception as error:
-            self.future.set_exception(error)
-
-
-def _next(queues: "OrderedDict[str, deque[_Call]]") -> _Call | None:
-    """Take the first call of the client whose turn it is; under the engine's lock."""
-    if not queues:
-        return None
-    client, queue = queues.popitem(last=False)
-    call = queue.popleft()
-    if queue:
-        queues[client] = queue  # behind the other clients
-    return call
