@@ -26,6 +26,8 @@ from fastlm.decode.pages import PAGE, ChunkCache, Pages, page_count
 from fastlm.errors import InputError
 from fastlm.serve import sequence as sequences
 from fastlm.serve.calls import Call, Calls
+from fastlm.serve.drafter import Drafter, draft_page_bytes
+from fastlm.serve.guessers import Guesser, PromptLookup
 from fastlm.serve.requests import (
     Closed,
     EngineStats,
@@ -37,6 +39,7 @@ from fastlm.serve.requests import (
     Result,
     room_of,
 )
+from fastlm.serve.rows import Row, logits_of
 from fastlm.serve.scheduler import Chunk, Scheduler
 from fastlm.serve.sequence import Collected
 
@@ -67,17 +70,21 @@ class Engine:
             compute all prompts of a step in one product.
         prompt_rows: prompts are rows of the decode step. By default where that was measured to be
             as fast as through the modules.
-        draft_tokens: a step guesses up to so many next tokens of an answer (prompt lookup,
-            `Sequence.guess`) and computes them, too. A guess is kept if it equals the token that
-            is drawn, so the answer has the same bits. It pays where answers repeat their prompt.
+        draft_tokens: a step guesses up to so many next tokens of an answer and computes them, too.
+            A guess is kept if it equals the token that is drawn, so the answer has the same bits.
+            Without a draft model they come from the prompt (`fastlm.serve.guessers.PromptLookup`),
+            which pays where answers repeat it.
+        draft_model: a smaller model with the same tokens, which guesses (`fastlm.serve.drafter`);
+            by default 4 tokens. It gets as many pages as the model.
 
     `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:
     that of `start`, or that of the caller of `step` and `generate`. Weights may change while
     nothing runs, or in `update`, which waits for that.
 
     Raises InputError: a model whose rotary frequencies depend on the length of the context
-    (`dynamic`, `longrope`), options out of range, prompt_rows, draft_tokens or a kv_dtype other
-    than the model's where its steps go through its modules.
+    (`dynamic`, `longrope`), options out of range, prompt_rows, draft_tokens, a draft_model or a
+    kv_dtype other than the model's where its steps go through its modules; a draft model with
+    another vocabulary, or whose own steps do.
     """
 
     def __init__(
@@ -93,7 +100,8 @@ class Engine:
         prefix_cache: bool = True,
         invariant: bool = True,
         prompt_rows: bool | None = None,
-        draft_tokens: int = 0,
+        draft_tokens: int | None = None,
+        draft_model: "CausalLM | None" = None,
     ):
         if model.model.by_length:
             raise InputError(
@@ -106,14 +114,18 @@ class Engine:
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise InputError(f"{name}: wanted at least 1, got {value}")
-        if draft_tokens < 0:
-            raise InputError(f"draft_tokens: wanted at least 0, got {draft_tokens}")
+        least = 0 if draft_model is None else 1
+        draft_tokens = 4 * least if draft_tokens is None else draft_tokens
+        if draft_tokens < least:
+            with_model = " with a draft model" if least else ""
+            raise InputError(
+                f"draft_tokens: wanted at least {least}{with_model}, got {draft_tokens}"
+            )
         if kv_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"kv_dtype: wanted float32, bfloat16 or float16, got {kv_dtype}")
         self.model, self.tokenizer, self.kv_dtype = model, tokenizer, kv_dtype
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.invariant, self.prompt_rows = invariant, prompt_rows
-        self.draft_tokens = draft_tokens
         self.max_tokens_per_step = max_tokens_per_step
         self.context_limit = model.context_limit
         self._ends = model.config.stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
@@ -122,19 +134,26 @@ class Engine:
         self._state = cpu_steps.state_of(model)
         for name, value, wanted in (
             ("kv_dtype", kv_dtype, (None, model.dtype)),
-            ("prompt_rows", prompt_rows, (None, False)), ("draft_tokens", draft_tokens, (0,)),
+            ("prompt_rows", prompt_rows, (None, False)),
+            ("draft_model", draft_model and draft_model.config.model_type, (None,)),
+            ("draft_tokens", draft_tokens, (0,)),
         ):  # fmt: skip
             if self._plan is None and value not in wanted:
                 raise InputError(
                     f"{name}: wanted {' or '.join(map(str, wanted))} for a model whose steps go"
                     f" through its modules ({cpu_steps.why_not(model)}), got {value}"
                 )
+        beside = 0 if draft_model is None else draft_page_bytes(draft_model, model)
         count = pages or page_count(
-            model.config, max_rows, dtype=self._cache_dtype(), device=model.device
+            model.config, max_rows, dtype=self._cache_dtype(), device=model.device, beside=beside
         )
         self.pages = Pages(model.config, count, dtype=self._cache_dtype(), device=model.device)
         self.scheduler = Scheduler(self.pages, max_rows=max_rows, prefix_cache=prefix_cache)
         self._decoder = self._make_decoder()
+        self._guesser: Guesser = PromptLookup(draft_tokens)
+        if draft_model is not None:
+            self._guesser = Drafter(draft_model, count, draft_tokens)
+        self.scheduler.freed = self._guesser.forget
         self._changed = threading.Condition()  # guards what follows
         self._ids = itertools.count(1)
         self._alive: set[int] = set()  # ids of requests that have not ended
@@ -228,7 +247,7 @@ class Engine:
             len(scheduler.running), waiting + scheduler.waiting_count, pages.count,
             pages.data.nbytes // pages.count, used, pages.idle, self._steps, self._prompt_tokens,
             self._cached_tokens, self._new_tokens, scheduler.preemptions, dict(self._finished),
-            self._drafted_tokens, self._accepted_tokens,
+            self._drafted_tokens, self._accepted_tokens, self._guesser.failures,
         )  # fmt: skip
 
     def generate(
@@ -315,12 +334,10 @@ class Engine:
         decodes = self.scheduler.decodes()
         most = self.max_tokens_per_step or (self._most_rows if decodes else self._most_alone)
         share = max(most // 4, 1)  # of prompts
-        answers, budget = [], max(most - len(decodes), share)
-        for s in decodes:
-            guesses = min(self.draft_tokens if self._plan else 0, budget - share)
-            s.draft = s.guess(guesses) if guesses else []
-            answers.append(Chunk(s, s.computed, s.computed + 1 + len(s.draft)))
-            budget -= len(s.draft)
+        budget = max(most - len(decodes), share)
+        self._guesser.guess(self.scheduler.running, budget - share if self._plan else 0)
+        answers = [Chunk(s, s.computed, s.computed + 1 + len(s.draft)) for s in decodes]
+        budget -= sum(len(s.draft) for s in decodes)
         prompts: list[Chunk] = []
         for chunk in self.scheduler.chunks(budget, admits=not self._updates):
             if chunk is not None:
@@ -361,6 +378,7 @@ class Engine:
     def _prepare(self) -> None:
         """Before the first sequence runs: follow the model, which may have changed."""
         model = self.model
+        self._guesser.prepare()
         same = self._state is not None and cpu_steps.state_of(model) == self._state
         if same and (self._plan is None or self._plan.follows(model)):
             return
@@ -495,31 +513,17 @@ class Engine:
         sequence.prompt_logits = source.prompt_logits
         self.scheduler.computed(chunk)
 
-    @torch.inference_mode()
     def _rows(self, chunks: list[Chunk], logits: dict[sequences.Sequence, list[Tensor]]) -> None:
-        rows = [(c.sequence, i) for c in chunks for i in range(c.start, c.end)]
-        for begin in range(0, len(rows), cpu_steps.MAX_ROWS):
-            part = rows[begin : begin + cpu_steps.MAX_ROWS]
-            tokens = torch.tensor([s.token(i) for s, i in part])
-            lengths = torch.tensor([i for _, i in part])
-            width = max(len(s.pages) for s, _ in part)
-            table = [s.pages + [0] * (width - len(s.pages)) for s, _ in part]
-            # not where an answer is computed again
-            ends = [
-                row
-                for row, (s, i) in enumerate(part)
-                if i + 1 == s.prompt_length or i + 1 >= len(s.tokens)
-            ]
-            after = self._decoder.logits(
-                tokens, lengths, torch.tensor(table, dtype=torch.int32),
-                wanted=torch.tensor(ends, dtype=torch.int64),
-            )  # fmt: skip
-            for row, own in zip(ends, after, strict=True):
-                sequence, i = part[row]
-                if i + 1 == sequence.prompt_length:
-                    sequence.prompt_logits = own[None]
-                else:
-                    logits.setdefault(sequence, []).append(own)
+        tokens = [(c.sequence, i) for c in chunks for i in range(c.start, c.end)]
+        # not where an answer is computed again
+        wanted = [i + 1 == s.prompt_length or i + 1 >= len(s.tokens) for s, i in tokens]
+        rows = [Row(s.token(i), i, s.pages, w) for (s, i), w in zip(tokens, wanted, strict=True)]
+        after = logits_of(self._decoder, rows)
+        for (s, i), own in zip(itertools.compress(tokens, wanted), after, strict=True):
+            if i + 1 == s.prompt_length:
+                s.prompt_logits = own[None]
+            else:
+                logits.setdefault(s, []).append(own)
         for chunk in chunks:
             sequence = chunk.sequence
             if not sequence.decodes:

@@ -160,6 +160,7 @@ class EngineStats:
     finished: dict[str, int]  # by finish_reason
     drafted_tokens: int = 0  # guessed and computed
     accepted_tokens: int = 0  # of them: what was drawn
+    draft_failures: int = 0  # answers for which the draft model failed, which run without it
 
 
 class Closed(InputError):
