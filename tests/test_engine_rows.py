@@ -154,8 +154,13 @@ def test_an_update_after_which_modules_compute_prompts(monkeypatch):
     assert [len(c.result.tokens) for c in got] == [90, 20]
 
 
-def test_guesses_stay_within_the_tokens_of_a_step():
-    engine, rows = Engine(model_of(), prompt_rows=True, max_tokens_per_step=16, draft_tokens=7), []
+@pytest.mark.parametrize("draft", [False, True])
+def test_guesses_stay_within_the_tokens_of_a_step(draft):
+    model, rows = model_of(), []
+    engine = Engine(
+        model, prompt_rows=True, max_tokens_per_step=16, draft_tokens=7,
+        draft_model=model_of() if draft else None,
+    )  # fmt: skip
     ours = engine._decoder.logits
     engine._decoder.logits = lambda tokens, *rest, **options: (
         rows.append(len(tokens)) or ours(tokens, *rest, **options)

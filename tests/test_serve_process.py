@@ -25,6 +25,7 @@ from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.process import _listen
+from fastlm.tokenizer.tokenizer import Tokenizer
 
 COMMAND = [sys.executable, "-P", "-m", "fastlm", "serve"]
 DOCS = Path(__file__).parent.parent / "docs/serving.md"
@@ -90,12 +91,34 @@ def test_refusals(folder, tmp_path):
     serve = ["serve", "-m", str(folder), "--port", "0", "--pages", "2000000000"]
     result = CliRunner().invoke(app, serve)
     assert result.exit_code == 2 and "pages: wanted as many as fit the memory" in result.stderr
+    Tokenizer.train(["Another text."], 320).save(tmp_path)
+    shutil.copy(folder / "config.json", tmp_path)
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    serve = ["serve", "-m", str(folder), "--port", "0", "--draft-model", str(tmp_path)]
+    result = CliRunner().invoke(app, serve)
+    assert result.exit_code == 2
+    assert "draft_model: wanted one with the model's tokenizer, got" in result.stderr
     # without the extra: one line that says what to install
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(name='uvicorn')")
     line = refused("-m", folder, PYTHONPATH=str(tmp_path))
     assert line == (
         "fastlm: serve: wanted the package uvicorn, not found: pip install 'fastlm[serve]'"
     )
+
+
+def test_a_draft_model(folder):
+    texts = []
+    for options in ((), ("--draft-model", folder)):
+        with served(folder, *options) as (_, url, _):
+            answer = ask(url, body(max_tokens=60, ignore_eos=True, seed=1), "/v1/completions")
+            texts.append(answer.json()["choices"][0]["text"])
+            counters = HTTP.get(url + "/metrics").text
+    assert texts[0] == texts[1]
+    drafted, accepted = (
+        float(re.search(rf"^fastlm_{name}_tokens_total (.*)$", counters, re.M)[1])
+        for name in ("drafted", "accepted")
+    )
+    assert 30 < accepted <= drafted and "\nfastlm_draft_failures_total 0.0\n" in counters
 
 
 def test_sigterm_lets_running_answers_end(folder):

@@ -203,17 +203,23 @@ def _sums(counts: Sequence[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
 
 
-def page_count(config: ModelConfig, rows: int, *, dtype: torch.dtype, device: torch.device) -> int:
-    """How many pages `rows` contexts need, within a quarter of the memory, or half of what is free
-    on a GPU."""
+def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     heads = 2 * config.num_hidden_layers * config.num_key_value_heads
     width = config.head_dim * dtype.itemsize + (SCALES.itemsize if dtype == torch.int8 else 0)
+    return heads * PAGE * width
+
+
+def page_count(
+    config: ModelConfig, rows: int, *, dtype: torch.dtype, device: torch.device, beside: int = 0
+) -> int:
+    """How many pages `rows` contexts need, within a quarter of the memory, or half of what is free
+    on a GPU. `beside`: bytes that something else takes for each."""
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0] // 2
     else:
         memory = _memory() // _MEMORY_SHARE
     wanted = rows * -(-config.max_position_embeddings // PAGE)
-    return max(1, min(wanted, memory // (heads * PAGE * width)))
+    return max(1, min(wanted, memory // (page_bytes(config, dtype) + beside)))
 
 
 def _memory() -> int:

@@ -73,14 +73,21 @@ def serve(
             " where its activations are rounded to 8 bits"
         ),
     ] = None,
+    draft_model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A smaller model with the same tokenizer, which guesses the next tokens; the"
+            " answers stay the same"
+        ),
+    ] = None,
     draft_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
-            help="Tokens that a step guesses from the prompt, for answers that repeat it; the"
-            " answers stay the same",
+            help="Tokens that a step guesses; without --draft-model from the prompt, for answers"
+            " that repeat it. Default: 4 with --draft-model, else 0",
         ),
-    ] = 0,
+    ] = None,
     max_connections: Annotated[int, typer.Option(min=1)] = 1024,
     max_seconds: Annotated[
         float, typer.Option(min=1.0, help="An answer ends after so many seconds as it is")
@@ -111,8 +118,8 @@ def serve(
         model, host=host, port=port, name=name, feedback=feedback, rank=rank, keys=keys,
         allow_host=allow_host or [], max_new_tokens=max_new_tokens, max_body=max_body,
         max_waiting=max_waiting, max_rows=max_rows, pages=pages, kv_dtype=kv_dtype,
-        draft_tokens=draft_tokens, max_connections=max_connections, max_seconds=max_seconds,
-        drain=drain, act_bits=act_bits,
+        draft_model=draft_model, draft_tokens=draft_tokens, max_connections=max_connections,
+        max_seconds=max_seconds, drain=drain, act_bits=act_bits,
     )  # fmt: skip
 
 

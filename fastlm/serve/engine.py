@@ -12,7 +12,7 @@ products of a prompt's pages have the same bits in any company.
 import itertools
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from fastlm.decode import cpu_steps
-from fastlm.decode.generation import checked_stops
 from fastlm.decode.paged_call import ModuleSteps
 from fastlm.decode.pages import PAGE, ChunkCache, Pages, page_count
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.serve import sequence as sequences
+from fastlm.serve.calls import Call, Calls
+from fastlm.serve.drafter import Drafter, draft_page_bytes
+from fastlm.serve.guessers import Guesser, PromptLookup
 from fastlm.serve.requests import (
     Closed,
     EngineStats,
@@ -36,7 +38,9 @@ from fastlm.serve.requests import (
     QueueFull,
     Request,
     Result,
+    room_of,
 )
+from fastlm.serve.rows import Row, logits_of
 from fastlm.serve.scheduler import Chunk, Scheduler
 from fastlm.serve.sequence import Collected
 
@@ -69,17 +73,21 @@ class Engine:
             compute all prompts of a step in one product.
         prompt_rows: prompts are rows of the decode step. By default where that was measured to be
             as fast as through the modules.
-        draft_tokens: a step guesses up to so many next tokens of an answer (prompt lookup,
-            `Sequence.guess`) and computes them, too. A guess is kept if it equals the token that
-            is drawn, so the answer has the same bits. It pays where answers repeat their prompt.
+        draft_tokens: a step guesses up to so many next tokens of an answer and computes them, too.
+            A guess is kept if it equals the token that is drawn, so the answer has the same bits.
+            Without a draft model they come from the prompt (`fastlm.serve.guessers.PromptLookup`),
+            which pays where answers repeat it.
+        draft_model: a smaller model with the same tokens, which guesses (`fastlm.serve.drafter`);
+            by default 4 tokens. It gets as many pages as the model.
 
     `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:
     that of `start`, or that of the caller of `step` and `generate`. Weights may change while
     nothing runs, or in `update`, which waits for that.
 
     Raises InputError: a model whose rotary frequencies depend on the length of the context
-    (`dynamic`, `longrope`), options out of range, prompt_rows, draft_tokens or a kv_dtype other
-    than the model's where its steps go through its modules.
+    (`dynamic`, `longrope`), options out of range, prompt_rows, draft_tokens, a draft_model or a
+    kv_dtype other than the model's where its steps go through its modules; a draft model with
+    another vocabulary, or whose own steps do.
     """
 
     def __init__(
@@ -95,7 +103,8 @@ class Engine:
         prefix_cache: bool = True,
         invariant: bool = True,
         prompt_rows: bool | None = None,
-        draft_tokens: int = 0,
+        draft_tokens: int | None = None,
+        draft_model: "CausalLM | None" = None,
     ):
         if model.model.by_length:
             raise InputError(
@@ -108,14 +117,18 @@ class Engine:
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise InputError(f"{name}: wanted at least 1, got {value}")
-        if draft_tokens < 0:
-            raise InputError(f"draft_tokens: wanted at least 0, got {draft_tokens}")
+        least = 0 if draft_model is None else 1
+        draft_tokens = 4 * least if draft_tokens is None else draft_tokens
+        if draft_tokens < least:
+            with_model = " with a draft model" if least else ""
+            raise InputError(
+                f"draft_tokens: wanted at least {least}{with_model}, got {draft_tokens}"
+            )
         if kv_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
             raise InputError(f"kv_dtype: wanted float32, bfloat16, float16 or int8, got {kv_dtype}")
         self.model, self.tokenizer, self.kv_dtype = model, tokenizer, kv_dtype
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.invariant, self.prompt_rows = invariant, prompt_rows
-        self.draft_tokens = draft_tokens
         self.max_tokens_per_step = max_tokens_per_step
         self.context_limit = model.context_limit
         self._ends = model.config.stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
@@ -124,25 +137,31 @@ class Engine:
         self._state = cpu_steps.state_of(model)
         for name, value, wanted in (
             ("kv_dtype", kv_dtype, (None, model.dtype)),
-            ("prompt_rows", prompt_rows, (None, False)), ("draft_tokens", draft_tokens, (0,)),
+            ("prompt_rows", prompt_rows, (None, False)),
+            ("draft_model", draft_model and draft_model.config.model_type, (None,)),
+            ("draft_tokens", draft_tokens, (0,)),
         ):  # fmt: skip
             if self._plan is None and value not in wanted:
                 raise InputError(
                     f"{name}: wanted {' or '.join(map(str, wanted))} for a model whose steps go"
                     f" through its modules ({cpu_steps.why_not(model)}), got {value}"
                 )
+        beside = 0 if draft_model is None else draft_page_bytes(draft_model, model)
         count = pages or page_count(
-            model.config, max_rows, dtype=self._cache_dtype(), device=model.device
+            model.config, max_rows, dtype=self._cache_dtype(), device=model.device, beside=beside
         )
         self.pages = Pages(model.config, count, dtype=self._cache_dtype(), device=model.device)
         self.scheduler = Scheduler(self.pages, max_rows=max_rows, prefix_cache=prefix_cache)
         self._decoder = self._make_decoder()
+        self._guesser: Guesser = PromptLookup(draft_tokens)
+        if draft_model is not None:
+            self._guesser = Drafter(draft_model, count, draft_tokens)
+        self.scheduler.freed = self._guesser.forget
         self._changed = threading.Condition()  # guards what follows
         self._ids = itertools.count(1)
         self._alive: set[int] = set()  # ids of requests that have not ended
         self._inbox: list[sequences.Sequence] = []
-        self._calls: OrderedDict[str, deque[_Call]] = OrderedDict()  # one queue per client
-        self._updates: OrderedDict[str, deque[_Call]] = OrderedDict()
+        self._calls, self._updates = Calls(), Calls()
         self._cancelled: set[int] = set()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -163,7 +182,10 @@ class Engine:
         return self._submit(request, listener, self.max_waiting)
 
     def _submit(self, request: Request, listener: Listener, max_waiting: int | None) -> int:
-        room = self._checked(request)
+        room = room_of(
+            request, vocab=self.model.config.vocab_size, context_limit=self.context_limit,
+            cached=self.pages.count * PAGE, has_tokenizer=self.tokenizer is not None,
+        )  # fmt: skip
         sequence = sequences.Sequence(
             0, request, listener, tokenizer=self.tokenizer, room=room,
             ends=request.stop_ids | (frozenset() if request.ignore_eos else self._ends),
@@ -208,16 +230,13 @@ class Engine:
         """
         return self._queue_call(self._updates, function, "")
 
-    def _queue_call(
-        self, queues: "OrderedDict[str, deque[_Call]]", function: Callable[[], Any], client: str
-    ) -> "Future[Any]":
-        call = _Call(function)
+    def _queue_call(self, calls: Calls, function: Callable[[], Any], client: str) -> "Future[Any]":
+        call = Call(function)
         with self._changed:
             self._check_open()
-            waiting = sum(map(len, queues.values()))
-            if waiting >= self.max_waiting:
-                raise QueueFull(waiting, 1.0)
-            queues.setdefault(client, deque()).append(call)
+            if len(calls) >= self.max_waiting:
+                raise QueueFull(len(calls), 1.0)
+            calls.add(call, client)
             self._changed.notify_all()
         return call.future
 
@@ -231,7 +250,7 @@ class Engine:
             len(scheduler.running), waiting + scheduler.waiting_count, pages.count,
             pages.page_bytes, used, pages.idle, self._steps, self._prompt_tokens,
             self._cached_tokens, self._new_tokens, scheduler.preemptions, dict(self._finished),
-            self._drafted_tokens, self._accepted_tokens,
+            self._drafted_tokens, self._accepted_tokens, self._guesser.failures,
         )  # fmt: skip
 
     def generate(
@@ -293,8 +312,8 @@ class Engine:
             self._changed.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
-        for queues in (self._calls, self._updates):
-            while (call := _next(queues)) is not None:
+        for calls in (self._calls, self._updates):
+            while (call := calls.take()) is not None:
                 call.future.cancel()
         self._take_in()
         for sequence in self.scheduler.sequences():
@@ -318,12 +337,10 @@ class Engine:
         decodes = self.scheduler.decodes()
         most = self.max_tokens_per_step or self._budget(len(decodes))
         share = max(most // 4, 1)  # of prompts
-        answers, budget = [], max(most - len(decodes), share)
-        for s in decodes:
-            guesses = min(self.draft_tokens if self._plan else 0, budget - share)
-            s.draft = s.guess(guesses) if guesses else []
-            answers.append(Chunk(s, s.computed, s.computed + 1 + len(s.draft)))
-            budget -= len(s.draft)
+        budget = max(most - len(decodes), share)
+        self._guesser.guess(self.scheduler.running, budget - share if self._plan else 0)
+        answers = [Chunk(s, s.computed, s.computed + 1 + len(s.draft)) for s in decodes]
+        budget -= sum(len(s.draft) for s in decodes)
         prompts: list[Chunk] = []
         for chunk in self.scheduler.chunks(budget, admits=not self._updates):
             if chunk is not None:
@@ -350,7 +367,7 @@ class Engine:
         """Take what other threads asked for. Whether there was anything."""
         with self._changed:
             inbox, self._inbox = self._inbox, []
-            call = _next(self._calls)
+            call = self._calls.take()
             cancelled, self._cancelled = self._cancelled, set()
         for sequence in inbox:
             self.scheduler.add(sequence)
@@ -364,7 +381,7 @@ class Engine:
         busy = False
         while True:
             with self._changed:
-                call = _next(self._updates)
+                call = self._updates.take()
             if call is None:
                 return busy
             call.run()
@@ -373,6 +390,7 @@ class Engine:
     def _prepare(self) -> None:
         """Before the first sequence runs: follow the model, which may have changed."""
         model = self.model
+        self._guesser.prepare()
         same = self._state is not None and cpu_steps.state_of(model) == self._state
         if same and (self._plan is None or self._plan.follows(model)):
             return
@@ -505,31 +523,17 @@ class Engine:
         sequence.prompt_logits = source.prompt_logits
         self.scheduler.computed(chunk)
 
-    @torch.inference_mode()
     def _rows(self, chunks: list[Chunk], logits: dict[sequences.Sequence, list[Tensor]]) -> None:
-        rows = [(c.sequence, i) for c in chunks for i in range(c.start, c.end)]
-        for begin in range(0, len(rows), cpu_steps.MAX_ROWS):
-            part = rows[begin : begin + cpu_steps.MAX_ROWS]
-            tokens = torch.tensor([s.token(i) for s, i in part])
-            lengths = torch.tensor([i for _, i in part])
-            width = max(len(s.pages) for s, _ in part)
-            table = [s.pages + [0] * (width - len(s.pages)) for s, _ in part]
-            # not where an answer is computed again
-            ends = [
-                row
-                for row, (s, i) in enumerate(part)
-                if i + 1 == s.prompt_length or i + 1 >= len(s.tokens)
-            ]
-            after = self._decoder.logits(
-                tokens, lengths, torch.tensor(table, dtype=torch.int32),
-                wanted=torch.tensor(ends, dtype=torch.int64),
-            )  # fmt: skip
-            for row, own in zip(ends, after, strict=True):
-                sequence, i = part[row]
-                if i + 1 == sequence.prompt_length:
-                    sequence.prompt_logits = own[None]
-                else:
-                    logits.setdefault(sequence, []).append(own)
+        tokens = [(c.sequence, i) for c in chunks for i in range(c.start, c.end)]
+        # not where an answer is computed again
+        wanted = [i + 1 == s.prompt_length or i + 1 >= len(s.tokens) for s, i in tokens]
+        rows = [Row(s.token(i), i, s.pages, w) for (s, i), w in zip(tokens, wanted, strict=True)]
+        after = logits_of(self._decoder, rows)
+        for (s, i), own in zip(itertools.compress(tokens, wanted), after, strict=True):
+            if i + 1 == s.prompt_length:
+                s.prompt_logits = own[None]
+            else:
+                logits.setdefault(s, []).append(own)
         for chunk in chunks:
             sequence = chunk.sequence
             if not sequence.decodes:
@@ -605,63 +609,8 @@ class Engine:
                 if self._thread is me and not asked:
                     self._changed.wait()
 
-    def _checked(self, request: Request) -> int:
-        """The most tokens that the request may draw."""
-        prompt, vocab = request.prompt, self.model.config.vocab_size
-        if not prompt:
-            raise InputError("prompt: wanted at least one token, got none")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            bad = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise InputError(f"prompt: wanted ids in [0, {vocab}), got {bad}")
-        if request.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: wanted at least 1, got {request.max_new_tokens}")
-        room = min(request.max_new_tokens, self.context_limit - len(prompt))
-        if room < 1:
-            raise InputError(
-                f"prompt: wanted fewer than the model's {self.context_limit} tokens of context,"
-                f" got {len(prompt)}"
-            )
-        if -(-(len(prompt) + room) // PAGE) > self.pages.count:
-            raise InputError(
-                f"prompt, max_new_tokens: wanted at most the cache's {self.pages.count * PAGE}"
-                f" tokens in all, got {len(prompt)} + {room}"
-            )
-        if request.logprobs is not None and not 0 <= request.logprobs <= vocab:
-            raise InputError(f"logprobs: wanted 0 to {vocab} or None, got {request.logprobs}")
-        if request.stop and self.tokenizer is None:
-            raise InputError("stop: wanted an engine with a tokenizer, got one without")
-        checked_stops(request.stop)
-        return room
-
     def _retry_after(self) -> float:
         """Seconds in which the present queue should be done, at the present rate."""
         waiting = [*self._inbox, *self.scheduler.queued()]
         tokens = sum(s.prompt_length + s.room for s in waiting)
         return min(60.0, max(1.0, tokens / max(self._rate, 1.0)))
-
-
-class _Call:
-    """Something to run in the engine's thread."""
-
-    def __init__(self, function: Callable[[], Any]):
-        self.function = function
-        self.future: Future[Any] = Future()
-
-    def run(self) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            self.future.set_result(self.function())
-        except Exception as error:
-            self.future.set_exception(error)
-
-
-def _next(queues: "OrderedDict[str, deque[_Call]]") -> _Call | None:
-    """Take the first call of the client whose turn it is; under the engine's lock."""
-    if not queues:
-        return None
-    client, queue = queues.popitem(last=False)
-    call = queue.popleft()
-    if queue:
-        queues[client] = queue  # behind the other clients
-    return call

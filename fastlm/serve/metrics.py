@@ -30,6 +30,7 @@ COUNTERS = {
     "new_tokens": "Tokens of answers",
     "drafted_tokens": "Tokens of answers that were guessed and computed",
     "accepted_tokens": "Guessed tokens that were what was drawn",
+    "draft_failures": "Answers for which the draft model failed, which run without guesses",
     "preemptions": "Requests put back into the queue because pages ran short",
 }
 

@@ -14,11 +14,13 @@ import uvicorn
 
 from fastlm.errors import InputError
 from fastlm.files import reason
+from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.app import Server
 from fastlm.serve.chat import load_model
 from fastlm.serve.engine import Engine
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.gate import Limits, log
+from fastlm.tokenizer.tokenizer import Tokenizer
 
 LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
 
@@ -39,7 +41,8 @@ def run(
     max_rows: int,
     pages: int | None,
     kv_dtype: str | None,
-    draft_tokens: int,
+    draft_model: Path | None,
+    draft_tokens: int | None,
     max_connections: int,
     max_seconds: float,
     drain: float,
@@ -47,8 +50,8 @@ def run(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; see `fastlm.serve.commands.serve` for the arguments.
 
-    InputError: a model, database or store that cannot be used, a port that is taken, more pages
-    than fit the memory.
+    InputError: a model, draft model, database or store that cannot be used, a port that is taken,
+    more pages than fit the memory.
     """
     logging.getLogger("uvicorn.error").addHandler(_Lines())
     logging.getLogger("uvicorn").propagate = False
@@ -56,11 +59,12 @@ def run(
         listening = stack.enter_context(_listen(host, port))
         store = None if feedback is None else stack.enter_context(FeedbackStore(feedback))
         model, tokenizer = load_model(path, act_bits)
+        draft = None if draft_model is None else _load_draft(draft_model, tokenizer)
         try:
             engine = Engine(
                 model, tokenizer, pages=pages, max_rows=max_rows, max_waiting=max_waiting,
                 kv_dtype=None if kv_dtype is None else getattr(torch, kv_dtype),
-                draft_tokens=draft_tokens,
+                draft_tokens=draft_tokens, draft_model=draft,
             )  # fmt: skip
         except RuntimeError as error:  # torch's, which has no memory
             if pages is None:
@@ -131,6 +135,14 @@ class _Lines(logging.Handler):
             kind = record.exc_info[0] if record.exc_info else None
             # an exception's message may quote a request
             log("uvicorn", **what, message=kind.__name__ if kind else record.getMessage()[:200])
+
+
+def _load_draft(path: Path, tokenizer: Tokenizer) -> CausalLM:
+    """The model that guesses; InputError: its tokens are not those of the tokenizer."""
+    draft, other = load_model(path)
+    if other.backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise InputError(f"draft_model: wanted one with the model's tokenizer, got {path}")
+    return draft
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -6,6 +6,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from fastlm.decode.generation import checked_stops
+from fastlm.decode.pages import PAGE
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 
@@ -54,6 +56,40 @@ class Request:
     constraint: Callable[[], Constraint] | None = None
     deadline: float | None = None
     client: str = ""
+
+
+def room_of(
+    request: Request, *, vocab: int, context_limit: int, cached: int, has_tokenizer: bool
+) -> int:
+    """Return the most tokens that a request may draw. ``cached``: tokens that a cache has room for.
+
+    Raises InputError: what `fastlm.serve.engine.Engine.submit` refuses.
+    """
+    prompt = request.prompt
+    if not prompt:
+        raise InputError("prompt: wanted at least one token, got none")
+    if min(prompt) < 0 or max(prompt) >= vocab:
+        bad = min(prompt) if min(prompt) < 0 else max(prompt)
+        raise InputError(f"prompt: wanted ids in [0, {vocab}), got {bad}")
+    if request.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens: wanted at least 1, got {request.max_new_tokens}")
+    room = min(request.max_new_tokens, context_limit - len(prompt))
+    if room < 1:
+        raise InputError(
+            f"prompt: wanted fewer than the model's {context_limit} tokens of context,"
+            f" got {len(prompt)}"
+        )
+    if -(-(len(prompt) + room) // PAGE) * PAGE > cached:
+        raise InputError(
+            f"prompt, max_new_tokens: wanted at most the cache's {cached}"
+            f" tokens in all, got {len(prompt)} + {room}"
+        )
+    if request.logprobs is not None and not 0 <= request.logprobs <= vocab:
+        raise InputError(f"logprobs: wanted 0 to {vocab} or None, got {request.logprobs}")
+    if request.stop and not has_tokenizer:
+        raise InputError("stop: wanted an engine with a tokenizer, got one without")
+    checked_stops(request.stop)
+    return room
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +160,7 @@ class EngineStats:
     finished: dict[str, int]  # by finish_reason
     drafted_tokens: int = 0  # guessed and computed
     accepted_tokens: int = 0  # of them: what was drawn
+    draft_failures: int = 0  # answers for which the draft model failed, which run without it
 
 
 class Closed(InputError):

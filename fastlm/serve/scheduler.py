@@ -8,7 +8,7 @@ token by token.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fastlm.decode.pages import PAGE, Pages
@@ -34,6 +34,7 @@ class Scheduler:
         self.pages, self.max_rows, self.prefix_cache = pages, max_rows, prefix_cache
         self.by_pages = False  # see `chunks`
         self.answers_too = False  # tokens of answers have the keys and values of a prompt's
+        self.freed: Callable[[Sequence], None] = lambda sequence: None  # told who has no pages now
         self.waiting: OrderedDict[str, deque[Sequence]] = OrderedDict()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -58,8 +59,12 @@ class Scheduler:
             queue.remove(sequence)
             if not queue:
                 del self.waiting[sequence.request.client]
+        self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
         sequence.pages = []
+        self.freed(sequence)
 
     def begin(self) -> None:
         """Begin a step. What the last one planned and did not compute, it will not."""
@@ -95,8 +100,8 @@ class Scheduler:
     def postpone(self, sequence: Sequence) -> None:
         """Let a running sequence wait again, before all others, without pages."""
         self.running.remove(sequence)
-        self.pages.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.planned = [], 0, 0
+        self._free(sequence)
+        sequence.computed = sequence.planned = 0
         sequence.prompt_logits, sequence.draft = None, []
         queue = self.waiting.setdefault(sequence.request.client, deque())
         queue.appendleft(sequence)

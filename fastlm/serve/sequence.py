@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 
-_NGRAM = 3  # tokens that `guess` looks up
-
-
 class Sequence:
     """``tokens``: the prompt and what was drawn. The first ``computed`` of them have keys and
     values in ``pages``; ``planned``: with those of the chunks of this step. The first ``known`` are
@@ -47,8 +44,6 @@ class Sequence:
         self.computed = self.planned = self.cached = 0
         self.prompt_logits: Tensor | None = None
         self.draft: list[int] = []
-        self._followed: dict[tuple[int, ...], int] = {}  # n-gram -> where the text went on
-        self._looked = _NGRAM
         self.keys = page_keys(self.tokens)
         self.submitted = time.monotonic()
         self.cancelled = self.ended = self.admitted = False
@@ -71,22 +66,14 @@ class Sequence:
         """Token i, or a guess of it."""
         return self.tokens[i] if i < len(self.tokens) else self.draft[i - len(self.tokens)]
 
-    def guess(self, count: int) -> list[int]:
-        """Return up to `count` next tokens: those that followed when the last tokens came before
-        (prompt lookup: Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding). As
-        many as its pages and the answer have room for, and none while an answer is computed
-        again."""
-        tokens = self.tokens
-        for end in range(self._looked, len(tokens)):
-            self._followed[tuple(tokens[end - _NGRAM : end])] = end
-        self._looked = max(self._looked, len(tokens))
-        left = self.room - (len(tokens) - self.prompt_length) - 1
-        count = min(count, left, len(self.pages) * PAGE - len(tokens))
-        at = self._followed.get(tuple(tokens[-_NGRAM:]))
-        if at is None or count < 1 or self.computed + 1 != len(tokens):
-            return []
-        period = len(tokens) - at  # beyond the last token the guess repeats itself
-        return [tokens[at + i % period] for i in range(count)]
+    @property
+    def most_guesses(self) -> int:
+        """How many tokens after the last may be guessed: as many as the answer and its pages have
+        room for, and none while tokens before the last are computed."""
+        if not self.decodes or self.computed + 1 != len(self.tokens):
+            return 0
+        left = self.room - (len(self.tokens) - self.prompt_length) - 1
+        return max(0, min(left, len(self.pages) * PAGE - len(self.tokens)))
 
     def add_keys(self) -> None:
         """Add the keys of the pages that are full by now."""

@@ -1,0 +1,266 @@
+"""The engine with a draft model: its guesses change no bit of an answer, and come true."""
+
+import copy
+import random
+
+import pytest
+import torch
+from engine_cases import model_of, told
+
+import fastlm
+from fastlm.decode.cpu_steps import MAX_ROWS
+from fastlm.decode.sampling import Sampling
+from fastlm.errors import InputError
+from fastlm.serve.drafter import Drafter
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Request
+from fastlm.serve.sequence import Collected
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SAMPLINGS = [
+    Sampling(temperature=0.0), Sampling(temperature=0.5), Sampling(), Sampling(top_p=0.9),
+    Sampling(temperature=0.0, presence_penalty=0.5), Sampling(logit_bias=((5, 2.0),)),
+]  # fmt: skip
+
+
+def near(model, noise=0.03):
+    """A draft model that often agrees with the model."""
+    draft, g = copy.deepcopy(model), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in draft.parameters():
+            p += noise * torch.randn(p.shape, generator=g) * p.std()
+    return draft
+
+
+def requests_of(lengths, new=70):
+    g = torch.Generator().manual_seed(0)
+    return [
+        Request(
+            torch.randint(0, 97, (length,), generator=g).tolist(), new,
+            SAMPLINGS[i % len(SAMPLINGS)], seed=i, logprobs=i % 3, ignore_eos=i % 2 == 0,
+        )
+        for i, length in enumerate(lengths)
+    ]  # fmt: skip
+
+
+def alone(model, requests, **options):
+    options = {"prompt_rows": True, "prefix_cache": False, **options}
+    return [told(Engine(model, **options).generate([r])[0]) for r in requests]
+
+
+def nothing_is_kept(engine):
+    drafter = engine._guesser
+    assert not drafter._held and drafter.pages.available == drafter.pages.count
+    assert engine.stats().pages_used == 0
+
+
+@pytest.mark.parametrize("format", [None, "w4a8"])
+@pytest.mark.parametrize("prompt_rows", [True, False])
+def test_a_draft_model_changes_no_bit(format, prompt_rows):
+    """Greedy, drawn, filtered, penalized and biased answers, together, with few pages and with few
+    tokens per step: tokens and log-probabilities are those of each request alone."""
+    model = model_of()
+    draft = near(model)
+    if format:
+        model, draft = (fastlm.quantize(m, format, group_size=24) for m in (model, draft))
+    requests = requests_of((3, 60, 61, 90, 140, 20))
+    wanted = alone(model, requests, prompt_rows=prompt_rows)
+    for options in ({}, {"pages": 5}, {"max_tokens_per_step": 9, "draft_tokens": 30}):
+        engine = Engine(model, draft_model=draft, prompt_rows=prompt_rows, **options)
+        assert [told(r) for r in engine.generate(requests)] == wanted
+        stats = engine.stats()
+        assert 0.05 * stats.drafted_tokens < stats.accepted_tokens < stats.drafted_tokens
+        assert stats.new_tokens == sum(len(tokens) for tokens, _ in wanted)
+        assert ("pages" in options) == (stats.preemptions > 0)
+        assert stats.draft_failures == 0
+        nothing_is_kept(engine)
+
+
+def test_requests_that_come_and_go():
+    """At random moments they arrive, are cancelled and are preempted."""
+    model = model_of()
+    draw = random.Random(1)
+    requests = requests_of([draw.randrange(1, 150) for _ in range(12)], new=40)
+    wanted = alone(model, requests)
+    engine = Engine(model, draft_model=near(model), prompt_rows=True, pages=15, draft_tokens=3)
+    got, ids, left = [Collected() for _ in requests], {}, list(range(12))
+    cancelled = {2, 5, 7}
+    while left or any(answer.result is None for answer in got):
+        if left and draw.random() < 0.2:
+            ids[left[0]] = engine.submit(requests[left[0]], got[left[0]])
+            left.pop(0)
+        for i in cancelled & ids.keys():
+            if len(got[i].pieces) > 10:
+                engine.cancel(ids[i])
+        if engine.scheduler.running and draw.random() < 0.05:
+            engine.scheduler.postpone(draw.choice(engine.scheduler.running))
+        engine.step()
+    for i, (answer, (tokens, logprobs)) in enumerate(zip(got, wanted, strict=True)):
+        ours = told(answer.result)
+        if i in cancelled:
+            assert answer.result.finish_reason == "cancelled"
+            assert ours == (tokens[: len(ours[0])], logprobs[: len(ours[0])])
+        else:
+            assert ours == (tokens, logprobs)
+    assert engine.stats().accepted_tokens > 0
+    nothing_is_kept(engine)
+
+
+def test_a_model_guesses_its_own_tokens():
+    """All come true, drawn ones, too, so a step gives five; also after an update of its weights."""
+    model = model_of()
+    engine = Engine(model, draft_model=model, prompt_rows=True)
+    for weights in ("old", "new"):
+        before = engine.stats()
+        requests = [
+            Request([*range(i, i + 9)], 50, s, seed=i, ignore_eos=True)
+            for i, s in enumerate((*SAMPLINGS[:4], SAMPLINGS[5]))
+        ]
+        engine.generate(requests)
+        stats = engine.stats()
+        drafted = stats.drafted_tokens - before.drafted_tokens
+        assert drafted == stats.accepted_tokens - before.accepted_tokens > 150, weights
+        assert stats.steps - before.steps < 20
+        engine.update(lambda: [p.data.mul_(-1) for p in model.model.layers[0].parameters()])
+
+
+def test_a_draft_model_that_knows_nothing():
+    """What the model finds likely, it finds unlikely."""
+    model, draft = model_of(), model_of()
+    draft.model.norm.weight.data.mul_(-1)
+    requests = requests_of((9, 70), new=30)
+    engine = Engine(model, draft_model=draft, prompt_rows=True)
+    assert [told(r) for r in engine.generate(requests)] == alone(model, requests)
+    stats = engine.stats()
+    assert stats.drafted_tokens > 100 and stats.accepted_tokens < 0.05 * stats.drafted_tokens
+
+
+def test_guesses_are_those_of_a_draft_model_that_computes_everything_again():
+    """So what is left of rejected guesses and of pauses does not count."""
+    model = model_of()
+    draft = near(model)
+    engine, seen = Engine(model, draft_model=draft, prompt_rows=True, max_tokens_per_step=12), 0
+    ours = engine._guesser.guess
+
+    def guess(sequences, budget):
+        nonlocal seen
+        ours(sequences, budget)
+        for s in sequences:
+            if s.draft and len(s.tokens) <= MAX_ROWS:
+                guesses, fresh = s.draft, Drafter(draft, 4, 4)
+                fresh.guess([s], len(guesses))
+                assert s.draft == guesses
+                seen += 1
+
+    engine._guesser.guess = guess
+    engine.generate(requests_of((3, 20, 11, 5), new=30))
+    stats = engine.stats()
+    assert seen > 30 and 0.2 * stats.drafted_tokens < stats.accepted_tokens < stats.drafted_tokens
+
+
+def test_each_token_is_computed_once_and_together():
+    """By the draft model: prompts in chunks, and one step for the guesses of all answers."""
+    model, rows = model_of(), []
+    engine = Engine(model, draft_model=model, prompt_rows=True, draft_tokens=3)
+    steps = engine._guesser._decoder.logits
+    engine._guesser._decoder.logits = lambda tokens, *rest, **options: (
+        rows.append(len(tokens)) or steps(tokens, *rest, **options)
+    )
+    requests = [Request([i] * n, 40, seed=i, ignore_eos=True) for i, n in enumerate((150, 9, 8, 7))]
+    engine.generate(requests)
+    prompts = 150 + 9 + 8 + 7
+    assert prompts < sum(rows) <= prompts + 4 * 40
+    assert max(rows) <= MAX_ROWS and len(rows) < 3 * engine.stats().steps
+
+
+def test_it_guesses_up_to_its_context_and_where_it_has_pages():
+    model = model_of()
+    short = model_of(max_position_embeddings=40)
+    short.load_state_dict(model.state_dict())
+    (request,) = requests_of((20,), new=60)
+    engine = Engine(model, draft_model=short, prompt_rows=True)
+    assert [told(r) for r in engine.generate([request])] == alone(model, [request])
+    stats = engine.stats()  # four of five of the 20 tokens that it has room for
+    assert 12 < stats.accepted_tokens == stats.drafted_tokens <= 20
+    # prompts that share pages of the model take pages of their own in the draft model's cache
+    engine = Engine(model, draft_model=model, prompt_rows=True, pages=9)
+    requests = [Request([7] * 150, 30, seed=i, logprobs=0, ignore_eos=True) for i in range(4)]
+    assert [told(r) for r in engine.generate(requests)] == alone(model, requests)
+    assert 0 < engine.stats().accepted_tokens == engine.stats().drafted_tokens
+    nothing_is_kept(engine)
+
+
+def test_a_draft_model_that_fails_ends_no_request():
+    """The one whose guesses fail goes on without; the others with."""
+    model = model_of()
+    requests = requests_of((9, 9, 9), new=60)
+    engine, got = Engine(model, draft_model=model, prompt_rows=True), [Collected() for _ in "abc"]
+    for request, answer in zip(requests, got, strict=True):
+        engine.submit(request, answer)
+    for _ in range(3):
+        engine.step()
+    drafter, running = engine._guesser, engine.scheduler.running
+    bad, steps = drafter._held[running[1]].pages[0], drafter._decoder.logits
+
+    def broken(tokens, lengths, table, **options):
+        if bad in table[:, 0].tolist():
+            raise RuntimeError("out of memory")
+        return steps(tokens, lengths, table, **options)
+
+    drafter._decoder.logits = broken
+    failed = running[1]
+    engine.step()
+    assert failed not in drafter._held and not failed.draft and running[0].draft
+    bad = None
+    while engine.step():
+        assert not failed.draft
+    assert [told(answer.result) for answer in got] == alone(model, requests)
+    stats = engine.stats()
+    assert stats.draft_failures == 1 and stats.finished == {"length": 3}
+    nothing_is_kept(engine)
+
+
+def test_stop_strings_and_grammars():
+    tokenizer = Tokenizer.train(["The tree sees the river. What is 1 + 1? It is 2."], 300)
+    model = model_of(vocab_size=tokenizer.vocab_size)
+
+    class Even:
+        def mask(self):
+            return torch.arange(tokenizer.vocab_size) % 2 == 0
+
+        def accept(self, token):
+            assert token % 2 == 0
+
+    plain = Engine(model, tokenizer, prompt_rows=True)
+    (text,) = plain.generate([Request([40, 41], 40, seed=3, ignore_eos=True)])
+    requests = [
+        Request([40, 41], 40, seed=3, stop=(text.text[8:10],), logprobs=1, ignore_eos=True),
+        Request([50, 51], 40, seed=4, constraint=Even, logprobs=1, ignore_eos=True),
+    ]
+    engine = Engine(model, tokenizer, draft_model=model, prompt_rows=True)
+    wanted, ours = plain.generate(requests), engine.generate(requests)
+    assert [(told(r), r.text) for r in ours] == [(told(r), r.text) for r in wanted]
+    assert [r.finish_reason for r in ours] == ["stop", "length"]
+    assert engine.stats().accepted_tokens > 0
+
+
+def test_refusals():
+    model = model_of()
+
+    def refused(text, model=model, **options):
+        with pytest.raises(InputError, match=text) as error:
+            Engine(model, **options)
+        assert "\n" not in str(error.value)
+
+    other = model_of(vocab_size=98)
+    refused("draft_model: wanted the model's vocabulary of 97 tokens, got 98", draft_model=other)
+    refused("draft_tokens: wanted at least 1 with a draft", draft_model=model, draft_tokens=0)
+    refused("draft_tokens: wanted at least 0, got -1", draft_tokens=-1)
+    by_length = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    refused("draft_model: .* length of the context", draft_model=model_of(rope_scaling=by_length))
+    hooked = model_of()
+    hooked.model.norm.register_forward_hook(lambda *rest: None)
+    refused("draft_model: .* rows of steps, got: .*has hooks", draft_model=hooked)
+    refused("draft_model: wanted None .*has hooks.*, got llama", model=hooked, draft_model=model)
