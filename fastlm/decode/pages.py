@@ -183,7 +183,8 @@ def page_count(config: ModelConfig, rows: int, *, dtype: torch.dtype, device: to
     on a GPU."""
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0] // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        memory = (torch.cuda.mem_get_info(device)[0] + cached) // 2
     else:
         memory = _memory() // _MEMORY_SHARE
     wanted = rows * -(-config.max_position_embeddings // PAGE)
