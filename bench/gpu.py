@@ -1,4 +1,4 @@
-"""Every kernel on the present GPU against torch's there, and decode steps of whole models.
+"""Every kernel on the present GPU against torch's there, decode steps of whole models, the engine.
 
 Each case is printed as a line of JSON as soon as it is measured, and a table at the end.
 
@@ -36,9 +36,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastlm
 from fastlm import backend, ops
 from fastlm.decode import cuda_steps
+from fastlm.decode.paged_call import ModuleSteps
+from fastlm.decode.pages import PAGE
+from fastlm.decode.sampling import Sampling
 from fastlm.model.layers import KVCache
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.model import put_quantized
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Request
 
 BF16 = torch.bfloat16
 DEVICE = "cuda"  # tests/test_gpu_bench.py runs the small cases on the CPU, with interpreted kernels
@@ -286,6 +291,10 @@ SHAPES = {  # the values of the weights do not affect the speed
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
+TINY = {
+    "num_hidden_layers": 2, "hidden_size": 192, "vocab_size": 100, "num_attention_heads": 3,
+    "num_key_value_heads": 3, "intermediate_size": 128,
+}  # fmt: skip
 
 
 def random_model(sizes: dict, format: str | None, *, filled: bool = True) -> fastlm.CausalLM:
@@ -319,22 +328,15 @@ def random_model(sizes: dict, format: str | None, *, filled: bool = True) -> fas
 
 def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Callable[[], object]:
     """A decode step with `keys` keys per user in the cache, the same step at each call."""
-    cache = KVCache(model.config, users, keys + 1, dtype=BF16, device=DEVICE)
+    cache = KVCache(model.config, users, keys + 1, dtype=BF16, device=DEVICE)  # a row is a page
     cache.data.normal_()
-    cache.length = keys
     with torch.inference_mode():
         model.model.fuse()
-        steps = cuda_steps.Steps(model, cache, None)
-        steps.recordable &= graph
-    tokens = torch.randint(0, model.config.vocab_size, (users,), device=DEVICE)
-
-    @torch.inference_mode()
-    def call() -> torch.Tensor:
-        if steps.tokens is not None:
-            steps.positions.fill_(keys)
-        return steps.logits(tokens)
-
-    return call
+    steps = cuda_steps.PagedSteps(model, cache.data)
+    steps.recordable &= graph
+    tokens = torch.randint(0, model.config.vocab_size, (users,))
+    lengths, table = torch.full((users,), keys), torch.arange(users, dtype=torch.int32)[:, None]
+    return lambda: steps.logits(tokens, lengths, table)
 
 
 def step_bytes(model: fastlm.CausalLM, users: int, keys: int) -> int:
@@ -383,8 +385,7 @@ def transformers_call(model: Any, users: int, keys: int) -> Callable[[], object]
 def decode(small: bool) -> Iterator[Case]:
     for name, sizes in SHAPES.items():
         if small:
-            sizes = sizes | {"num_hidden_layers": 2, "hidden_size": 192, "vocab_size": 100}
-            sizes |= {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 128}
+            sizes = sizes | TINY
         keys, plain = 8 if small else 1024, random_model(sizes, None)
         peer = None
         for users in (1, 2) if small else (1, 16, 64):
@@ -407,11 +408,34 @@ def decode(small: bool) -> Iterator[Case]:
                            missing=dict(missing))  # fmt: skip
 
 
+def engine_call(model: fastlm.CausalLM, users: int, tokens: int, graph: bool) -> Callable:
+    """Answers of so many tokens to as many short prompts. Prompts are computed each time."""
+    prompts = torch.randint(0, model.config.vocab_size, (users, 32)).tolist()
+    requests = [Request(prompt, tokens, Sampling(temperature=0), ignore_eos=True)
+                for prompt in prompts]  # fmt: skip
+    engine = Engine(model, pages=users * -(-(32 + tokens) // PAGE), prefix_cache=False)
+    if not graph:
+        engine._decoder = ModuleSteps(model, engine.pages)
+    return lambda: engine.generate(requests)
+
+
+def engine(small: bool) -> Iterator[Case]:
+    """Tokens per second: the tokens in the shape over the time."""
+    tokens = 3 if small else 17  # the first comes with the prompt
+    model = random_model(SHAPES["SmolLM2-135M"] | (TINY if small else {}), "w4a16")
+    for users in (1, 2) if small else (1, 8, 64):
+        variants = {
+            "fastlm": engine_call(model, users, tokens, True),
+            "fastlm without graphs": engine_call(model, users, tokens, False),
+        }
+        yield Case("engine SmolLM2-135M w4a16", f"{users} x {tokens} tokens", variants)
+
+
 OPS = {
     f.__name__: f
     for f in (
         attention, paged_attention, linear_cross_entropy, cross_entropy, rows, rope, adamw,
-        quantized_linear, decode,
+        quantized_linear, decode, engine,
     )
 }  # fmt: skip
 

@@ -11,6 +11,11 @@ from tolerance import assert_near
 import fastlm
 from fastlm import ops
 from fastlm.decode import cuda_steps
+from fastlm.decode.paged_call import ModuleSteps
+from fastlm.decode.pages import Pages
+from fastlm.decode.sampling import Sampling
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Request
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -214,10 +219,13 @@ def small_model(format, family="llama"):
 def records(monkeypatch):
     """A list to which every recorded graph is appended, or None for one that failed."""
     graphs = []
-    ours = cuda_steps.Steps._record
-    monkeypatch.setattr(
-        cuda_steps.Steps, "_record", lambda self: (ours(self), graphs.append(self.recorded))
-    )
+    ours = cuda_steps.PagedSteps._record
+
+    def record(self, step):
+        ours(self, step)
+        graphs.append(step.graph)
+
+    monkeypatch.setattr(cuda_steps.PagedSteps, "_record", record)
     return graphs
 
 
@@ -233,7 +241,7 @@ def test_generation_by_a_graph(monkeypatch, format):
     graphs = records(monkeypatch)
     got = generated()
     assert len(graphs) == 1 and graphs[0] is not None
-    monkeypatch.setattr(cuda_steps.Steps, "_record", lambda self: None)
+    monkeypatch.setattr(cuda_steps.PagedSteps, "_record", lambda self, step: None)
     assert got == generated()
     monkeypatch.setattr(cuda_steps, "why_not", lambda model: "for this test")
     if format != "w8a8":  # int8 next to a tie may round the other way, and then the text differs
@@ -260,6 +268,59 @@ def test_generation_within_a_generation(monkeypatch):
     wanted = generated()
     assert generated(other) == wanted
     assert len(graphs) == 22 and None not in graphs
+
+
+@pytest.mark.parametrize("format", [None, "w4a16", "w8a8"])
+def test_the_engine_by_graphs(monkeypatch, format):
+    """The same tokens as from unrecorded steps, and as through the modules; rows come and go, and
+    are preempted."""
+    model = small_model(format).cuda()
+    prompts = [list(range(1, 30)), [5, 6, 7], list(range(100, 300)), [8], [9] * 60]
+    requests = [
+        Request(prompt, 20 + 30 * i, Sampling(temperature=0), ignore_eos=True)
+        for i, prompt in enumerate(prompts)
+    ]
+
+    def generated():
+        engine = Engine(model, pages=8)
+        found = [result.tokens for result in engine.generate(requests)]
+        return type(engine._decoder), found
+
+    graphs = records(monkeypatch)
+    kind, got = generated()
+    assert kind is cuda_steps.PagedSteps and len(graphs) >= 3 and None not in graphs
+    monkeypatch.setattr(cuda_steps.PagedSteps, "_record", lambda self, step: None)
+    assert generated() == (kind, got)
+    monkeypatch.setattr(cuda_steps, "why_not", lambda model: "for this test")
+    kind, found = generated()
+    assert kind is ModuleSteps
+    if format != "w8a8":  # as in `test_generation_by_a_graph`
+        assert found == got
+
+
+def test_a_step_on_pages_does_not_wait():
+    """Its inputs come from pinned memory, which is written again while the copy may be running."""
+    model = small_model("w4a16").cuda()
+    model.model.fuse()
+    data = Pages(model.config, 40, dtype=model.dtype, device="cuda").data.normal_()
+    steps, plain = (cuda_steps.PagedSteps(model, d) for d in (data, data.clone()))
+    plain.recordable = False
+    inputs = [
+        (torch.randint(1000, (3,)), torch.tensor([5, 70, 0]) + i, torch.randperm(40)[:6].view(3, 2))
+        for i in range(30)
+    ]
+    rows = torch.arange(3)
+    for each in inputs[:2]:
+        steps.logits(*each, wanted=rows)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = [steps.logits(*each, wanted=rows) for each in inputs]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for each in inputs[:2]:
+        plain.logits(*each, wanted=rows)
+    for each, logits in zip(inputs, got, strict=True):
+        assert torch.equal(plain.logits(*each, wanted=rows), logits)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -13,7 +13,7 @@ import torch
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="bench/gpu.sh runs it all")
-@pytest.mark.parametrize("op", sorted(set(gpu.OPS) - {"decode"}))
+@pytest.mark.parametrize("op", sorted(set(gpu.OPS) - {"decode", "engine"}))
 def test_every_case_runs(triton, monkeypatch, op):
     monkeypatch.setattr(gpu, "DEVICE", triton)
     every_variant_runs(list(gpu.OPS[op](True)))
@@ -24,6 +24,11 @@ def test_decode_steps_run(cuda, monkeypatch):
     cases = list(gpu.decode(True))
     assert len(cases) == 8 and not any(case.missing for case in cases)
     every_variant_runs(cases)
+
+
+def test_the_engine_runs(monkeypatch):
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    every_variant_runs(list(gpu.engine(True)))
 
 
 def every_variant_runs(cases):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from fake_graph import Recorder
 from families import CASES, SMALL
 from test_decode_step import FLIPPED, NEAR, error_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,6 +166,7 @@ def test_every_step_is_the_same_to_the_host(cuda, monkeypatch, format):
     made, looks = [], []
     with torch.inference_mode():
         steps.logits(ids[:, 5].contiguous())
+        step = steps.steps.last
         name = extension().__name__
         monkeypatch.setitem(sys.modules, name, Launches(sys.modules[name], made))
         for look in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
@@ -175,57 +177,14 @@ def test_every_step_is_the_same_to_the_host(cuda, monkeypatch, format):
         plain, operators = [], []
         for place in (6, 63, 150):  # one tile of keys, and several
             for of_step, watch in ((plain, contextlib.nullcontext()), (operators, Operators(made))):
-                steps.positions.fill_(place)
+                step.positions.fill_(place)
                 with watch:
-                    steps._step()
+                    step.run()
                 of_step.append(list(made))
                 made.clear()
     assert len(plain[0]) > 15 and plain[0] == plain[1] == plain[2]
     assert len(operators[0]) > 80 and operators[0] == operators[1] == operators[2]
     assert not looks
-
-
-class Recording:
-    """Stands in for a CUDA graph if there is no GPU. Steps have no effect while they are recorded,
-    and take effect when they are replayed.
-    """
-
-    def __init__(self, monkeypatch, steps, error=None):
-        self.steps, self.error = steps, error
-        self.current, self.recorded_on = "the user's", None
-        steps.recordable = True
-        monkeypatch.setattr(cuda_steps, "_failed", [])
-        monkeypatch.setattr(cuda_steps, "_stream", lambda current: "a recording's")
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
-        monkeypatch.setattr(torch.cuda, "graph", self.record)
-        monkeypatch.setattr(torch.cuda, "stream", self.stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
-
-    @contextlib.contextmanager
-    def stream(self, stream):  # torch.cuda.stream(stream)
-        before, self.current = self.current, stream
-        try:
-            yield
-        finally:
-            self.current = before
-
-    @contextlib.contextmanager
-    def record(self, graph, *, stream, capture_error_mode):  # torch.cuda.graph(graph, ..)
-        assert graph is self and capture_error_mode == "thread_local"
-        positions, data = self.steps.positions.clone(), self.steps.cache.data.clone()
-        before, self.current = self.current, stream
-        yield
-        self.steps.positions.copy_(positions)
-        self.steps.cache.data.copy_(data)
-        self.out = self.steps.out
-        self.out.fill_(torch.nan)
-        self.recorded_on = self.current
-        if self.error:  # torch then leaves its stream current
-            raise RuntimeError(self.error)
-        self.current = before
-
-    def replay(self):
-        self.out.copy_(self.steps._step())
 
 
 @pytest.mark.parametrize("error", [None, "operation not permitted when stream is capturing"])
@@ -235,24 +194,26 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
         model.model.fuse()
         ids, *caches = prefilled(model, 2, 5, 10)
     with backend.use_backend("reference"), torch.inference_mode():
-        plain, steps = (cuda_steps.Steps(model, cache, None) for cache in caches)
-        recording = Recording(monkeypatch, steps, error)
+        plain = cuda_steps.Steps(model, caches[0], None)
+        recorder = Recorder(monkeypatch)
+        steps = cuda_steps.Steps(model, caches[1], None)
+        recorder.error = error
         for i in range(5, 10):
             warns = pytest.warns(UserWarning, match="decode steps are not recorded: operation not")
             with warns if error and i == 6 else contextlib.nullcontext():
                 got = steps.logits(ids[:, i].contiguous())
             assert torch.equal(got, plain.logits(ids[:, i].contiguous()))
-        assert (steps.recorded is None) == bool(error)
-    assert recording.recorded_on == "a recording's" and recording.current == "the user's"
-    assert (recording in cuda_steps._failed) == bool(error)
+    assert [graph.replays for graph in recorder.graphs] == ([] if error else [4])
+    assert recorder.recorded_on == "a recording's" and recorder.current == "the user's"
+    assert len(cuda_steps._failed) == bool(error)
 
 
 def test_what_a_graph_reads_stays(monkeypatch):
     """It stays if the model changes its dtype, or another generation joins its biases again."""
     model = fastlm.quantize(model_of("qwen2"), "w8a16", group_size=16)
     ids, cache, _ = prefilled(model, 2, 5, 10)
+    Recorder(monkeypatch)
     steps = cuda_steps.Steps(model, cache, None)
-    Recording(monkeypatch, steps)
     with backend.use_backend("reference"), torch.inference_mode():
         for i in (5, 6):
             steps.logits(ids[:, i].contiguous())
@@ -260,7 +221,7 @@ def test_what_a_graph_reads_stays(monkeypatch):
     read = [t.data_ptr() for t in (*model.parameters(), *model.buffers(), bias)]
     model.bfloat16().model.fuse()
     assert model.model.layers[0].self_attn.fused.bias is not bias
-    assert set(read) <= {t.data_ptr() for t in steps.kept}
+    assert set(read) <= {t.data_ptr() for t in steps.steps.last.kept}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -271,8 +232,8 @@ def test_generate(monkeypatch, tied):
         wanted = model.generate(prompts, max_new_tokens=6, temperature=0)
         monkeypatch.setattr(cuda_steps, "why_not", lambda _: None)
         used = []
-        ours = cuda_steps.Steps._step
-        monkeypatch.setattr(cuda_steps.Steps, "_step", lambda self: (used.append(1), ours(self))[1])
+        ours = cuda_steps._Step.run
+        monkeypatch.setattr(cuda_steps._Step, "run", lambda self: (used.append(1), ours(self))[1])
         assert model.generate(prompts, max_new_tokens=6, temperature=0) == wanted
     assert len(used) == 5
 

@@ -64,7 +64,7 @@ class _Decoding:
 
     @property
     def can_shrink(self) -> bool:
-        return not isinstance(self.steps_of, cuda_steps.Steps)  # its graph has fixed addresses
+        return not isinstance(self.steps_of, cuda_steps.Steps)  # a graph has fixed addresses
 
     def shrink(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch alone."""

@@ -52,8 +52,8 @@ class PagedCall:
 
 
 class ModuleSteps(PagedCall):
-    """Decode steps module by module, where no kernel runs a whole step (`cpu_steps.why_not`). A
-    row's bits may depend on the number of rows."""
+    """Decode steps module by module, where neither a kernel runs a whole step (`cpu_steps.why_not`)
+    nor a graph (`cuda_steps.why_not`). A row's bits may depend on the number of rows."""
 
     def __init__(self, model: "CausalLM", pages: "Pages"):
         self.model, self.pages = model, pages

@@ -215,7 +215,8 @@ def page_count(
     """How many pages `rows` contexts need, within a quarter of the memory, or half of what is free
     on a GPU. `beside`: bytes that something else takes for each."""
     if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0] // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        memory = (torch.cuda.mem_get_info(device)[0] + cached) // 2
     else:
         memory = _memory() // _MEMORY_SHARE
     wanted = rows * -(-config.max_position_embeddings // PAGE)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastlm.decode import cpu_steps
+from fastlm.decode import cpu_steps, cuda_steps
 from fastlm.decode.paged_call import ModuleSteps
 from fastlm.decode.pages import PAGE, ChunkCache, Pages, page_count
 from fastlm.decode.sampling import Sampling
@@ -410,13 +410,15 @@ class Engine:
             return self.model.dtype
         return self.kv_dtype or self._plan.cache_dtype
 
-    def _make_decoder(self) -> "ModuleSteps | cpu_steps.PagedSteps":
+    def _make_decoder(self) -> "ModuleSteps | cpu_steps.PagedSteps | cuda_steps.PagedSteps":
         plan, rows = self._plan, self.prompt_rows
         self._takes_prompts = plan is not None and (
             cpu_steps.takes_prompts(plan) if rows is None else rows
         )
         self.scheduler.by_pages = self.invariant and not self._takes_prompts
         self.scheduler.answers_too = self._takes_prompts
+        if plan is None and cuda_steps.why_not(self.model) is None:
+            return cuda_steps.PagedSteps(self.model, self.pages.data)
         if plan is None:
             return ModuleSteps(self.model, self.pages)
         return cpu_steps.PagedSteps(self.model, plan, self.pages.data, self.pages.scales)
@@ -560,7 +562,10 @@ class Engine:
 
     def _draw(self, group: list[sequences.Sequence], logits: Tensor) -> None:
         sampling = group[0].request.sampling
-        tokens = sampling.choose(logits, [s.generator for s in group]).tolist()
+        chosen = sampling.choose(logits, [s.generator for s in group])
+        tokens, known = chosen.tolist(), None
+        if not self.invariant and any(s.request.logprobs is not None for s in group):
+            known = sampling.logprobs(logits, chosen).tolist()
         finite = logits.amax(-1).isfinite().tolist()  # not where all are -inf, or one is NaN
         for row, (s, token) in enumerate(zip(group, tokens, strict=True)):
             if not finite[row]:
@@ -570,7 +575,8 @@ class Engine:
             self._new_tokens += 1
             try:
                 wants = s.request.logprobs is not None
-                told = s.logprob(logits[row][None], token) if wants else None
+                own = None if known is None else known[row]
+                told = s.logprob(logits[row][None], token, own) if wants else None
                 ended = s.add(token, told)
             except Exception as error:  # the listener's or the grammar's
                 self._end(s, "error", f"{type(error).__name__}: {error}")

@@ -102,8 +102,11 @@ class Sequence:
             logits = logits.masked_fill(~known.to(logits.device), -torch.inf)
         return logits
 
-    def logprob(self, logits: Tensor, token: int) -> TokenLogprob:
-        """What the request wants to know of the token drawn from (1, V) `logits`."""
+    def logprob(self, logits: Tensor, token: int, known: float | None = None) -> TokenLogprob:
+        """What the request wants to know of the token drawn from (1, V) `logits`. ``known``: the
+        token's log-probability."""
+        if known is not None and not self.request.logprobs:
+            return TokenLogprob(token, known, [])
         scaled = logits / (self.request.sampling.temperature or 1.0)
         total = torch.logsumexp(scaled, -1).item()
         top: list[tuple[int, float]] = []

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlm.decode.pages import PAGE, page_count
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.serve.engine import Engine
@@ -65,7 +66,7 @@ def sample_answers(
             f"prompts: wanted at most {limit} tokens, which leave room for max_new_tokens"
             f" {max_new_tokens}, got {longest}"
         )
-    if model.device.type != "cpu" or model.model.by_length:
+    if model.model.by_length:
         return _in_batches(model, prompts, max_new_tokens, temperature, seed, stop_ids, rows, tick)
     requests = [
         Request(
@@ -74,9 +75,12 @@ def sample_answers(
         )
         for i, prompt in enumerate(prompts)
     ]  # fmt: skip
+    # a GPU's memory is taken at once, and training needs the rest
+    needed = min(rows, len(prompts)) * -(-(longest + max_new_tokens) // PAGE)
+    most = page_count(model.config, rows, dtype=model.dtype, device=model.device)
     engine = Engine(
         model, max_rows=rows, max_tokens_per_step=_PROMPT_TOKENS, max_waiting=len(prompts) or 1,
-        invariant=False,
+        invariant=False, pages=max(1, min(needed, most)),
     )  # fmt: skip
     done = itertools.count(1)
     results = engine.generate(requests, lambda _: tick and tick(next(done)))
@@ -98,8 +102,8 @@ def _in_batches(
     rows: int,
     tick: Callable[[int], Any] | None,
 ) -> list[Answer]:
-    """`sample_answers` batch by batch, where the engine has no fast step: on a GPU, whose steps
-    `model.generate` records."""
+    """`sample_answers` batch by batch, for models that the engine refuses: their rotary frequencies
+    depend on the length of the context."""
     ends = stop_ids | model.config.stop_ids
     answers: list[Answer] = []
     for start in range(0, len(prompts), rows):
