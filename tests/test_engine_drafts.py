@@ -111,7 +111,7 @@ def test_requests_that_come_and_go():
 def test_a_model_guesses_its_own_tokens():
     """All come true, drawn ones, too, so a step gives five; also after an update of its weights."""
     model = model_of()
-    engine = Engine(model, draft_model=model, prompt_rows=True)
+    engine = Engine(model, draft_model=model, prompt_rows=True, max_tokens_per_step=32)
     for weights in ("old", "new"):
         before = engine.stats()
         requests = [
