@@ -119,6 +119,19 @@ def test_the_next_tokens_of_the_same_rows(recorder):
     assert ours.last.positions[3] == -1 and recorder.graphs[0].replays == 4
 
 
+def test_logits_that_are_wanted_stay(recorder):
+    """An engine's step of many rows replays a graph several times before it draws."""
+    model = model_of()
+    steps, rows = cuda_steps.PagedSteps(model, pages_of(model, 9).data), torch.arange(3)
+    for _ in range(2):
+        steps.logits(*inputs_of(STEPS[0]), wanted=rows)
+    first = steps.logits(*inputs_of(STEPS[0]), wanted=rows)
+    kept = first.clone()
+    second = steps.logits(*inputs_of(STEPS[0]), wanted=rows)
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+    assert recorder.graphs[0].replays == 3
+
+
 def requests_of(count, longest=100, **options):
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, longest, (count,), generator=g).tolist()
@@ -150,7 +163,7 @@ def test_the_engine_replays(recorder, monkeypatch):
 
 
 def test_more_rows_than_a_graph_has(recorder):
-    """One graph then runs several times per step, before anything is drawn."""
+    """Several graphs then run per step, before anything is drawn."""
     model = model_of(num_hidden_layers=1)
     requests = requests_of(70, 3, max_new_tokens=4)
     together = Engine(model, max_rows=80, pages=80).generate(requests)
