@@ -25,7 +25,6 @@ from fastlm.decode.pages import PAGE
 from fastlm.errors import InputError
 from fastlm.serve import opinions, rank_api
 from fastlm.serve.answers import Answer, sse, stopping
-from fastlm.serve.feedback import FeedbackStore, Kept
 from fastlm.serve.fields import ApiError, checked
 from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, unless_gone
 from fastlm.serve.grammar import Grammars
@@ -42,9 +41,11 @@ from fastlm.serve.openapi import openapi
 from fastlm.serve.prompts import Prompts
 from fastlm.serve.requests import Closed, QueueFull, Request
 from fastlm.serve.running import Engine, Running, Shares
+from fastlm.serve.said import Kept
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.serve.feedback import FeedbackStore
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 FILES = Path(__file__).with_name("page")
@@ -74,7 +75,7 @@ class Server:
     limits: Limits = field(default_factory=Limits)
     keys: Sequence[str] = ()
     hosts: frozenset[str] | None = None
-    feedback: FeedbackStore | None = None
+    feedback: "FeedbackStore | None" = None
     ranking: Path | None = None
 
     def __post_init__(self) -> None:
