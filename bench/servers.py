@@ -19,6 +19,8 @@ from traffic import CONTEXT, event_of
 
 START_SECONDS = 120
 QUESTION = "Why is the sky blue?"
+# An installed package has its bytecode; a development shell may forbid to write it
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def started(name: str, model: str, threads: int, slots: int, *options: str) -> I
             [*command_of(name, model, port, threads, slots), *options],
             stdout=subprocess.DEVNULL,
             stderr=said,
+            env=ENVIRONMENT,
         )
         try:
             if not _answers(process, f"http://127.0.0.1:{port}/health"):
@@ -115,7 +118,9 @@ def cold_chat(name: str, model: str, threads: int) -> float:
     }  # fmt: skip
     with httpx.Client(timeout=START_SECONDS, trust_env=False) as http:
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        )
         try:
             while process.poll() is None and time.perf_counter() - began < START_SECONDS:
                 if _listens(port) and _first_text(http, port, body):
@@ -158,8 +163,9 @@ def cold_command(name: str, model: str, threads: int) -> float:
     words += ["-m", model, "-p", QUESTION]
     began = time.perf_counter()
     process = subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )  # fmt: skip
     assert process.stdout is not None
     try:
         if process.stdout.read(1):

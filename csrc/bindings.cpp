@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/product_rate.h"
+#include "cpu/weights.h"
 #include "tensor_caster.h"
 
 namespace py = pybind11;
@@ -114,6 +115,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("quantized_linear_backward_workspace", &quantized_linear_backward_workspace, "dy"_a);
   m.def("dequantize", &dequantize, "qdata"_a, "scales"_a, "zeros"_a, "bits"_a, "group_size"_a,
         "out"_a, no_gil);
+
+  m.def("unpack_blocks", &unpack_blocks, "raw"_a, "kind"_a, "qdata"_a, "scales"_a, "zeros"_a,
+        no_gil);
+  m.def("scale_table", &scale_table, "scales"_a, "zeros"_a, "bits"_a, "table"_a, no_gil);
 
   py::class_<DecodeLinear>(m, "DecodeLinear")
       .def(py::init<TensorView, OptionalTensor, OptionalTensor, int, int64_t, int64_t, int>(),

@@ -19,7 +19,9 @@ import typer
 from typer.core import TyperGroup
 
 from fastlm.errors import InputError
+from fastlm.startup import imports
 from fastlm.threads import Threads, Watch
+from fastlm.tokenizer import chat_template
 from fastlm.train.distributed import LostRankError, says_first
 
 DIVERGED, LOST, INTERRUPTED = 3, 4, 130
@@ -323,8 +325,11 @@ def generate(
 
     Several prompts are one batch; their texts follow in order, with an empty line between them.
     """
-    from fastlm.serve.chat import Writer
-    from fastlm.serve.terminal import echo
+    if not raw:
+        chat_template.begin()
+    with imports():
+        from fastlm.serve.chat import Writer
+        from fastlm.serve.terminal import echo
 
     _say_if_busy()
     texts = _prompts(prompts or [], prompt_files or [])
@@ -406,8 +411,10 @@ def chat(
 
     If stdin is not a terminal, each of its lines is a message.
     """
-    from fastlm.serve import terminal
-    from fastlm.serve.chat import Conversation, Writer
+    chat_template.begin()
+    with imports():
+        from fastlm.serve import terminal
+        from fastlm.serve.chat import Conversation, Writer
 
     _say_if_busy()
     terminal.run(

@@ -15,6 +15,8 @@ from typing import Annotated
 
 import typer
 
+from fastlm.startup import imports
+
 # Rounds that a waiting thread spins before it sleeps, about 0.1 ms. libgomp's own 300,000 are 3 ms,
 # even if the thread waited for has lost its core to another process. bench/loaded.py measures it.
 SPIN_ROUNDS = "10000"
@@ -33,7 +35,8 @@ def settle(threads: int | None = None) -> None:
         return
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # for the tokenizers package
-    import torch
+    with imports():
+        import torch
 
     torch.set_num_threads(threads)  # from the environment, torch uses at most the physical cores
 

@@ -14,11 +14,15 @@ import decode
 import harness
 import profile_step
 import pytest
+import random_gguf
 import torch
 import turns
 import versions
+from model_files import smollm2
 
 from fastlm import backend, ops
+from fastlm.checkpoint.gguf_file import GGUFFile
+from fastlm.model.causal_lm import CausalLM
 
 OPS = ("adamw", "attention", "boundary", "cross_entropy", "glu", "linear", "linear_cross_entropy")
 OPS += ("linear_distillation", "linear_logprobs", "quantized_linear", "rms_norm", "rope")
@@ -340,3 +344,20 @@ def test_profile_finds_own_linears(monkeypatch):
     gradients = milliseconds["linears: both gradients"]
     assert milliseconds["linears: forward"] > 0
     assert gradients > milliseconds["the rest"], milliseconds
+
+
+def test_a_token_s_bytes_of_weights(tmp_path, monkeypatch):
+    """All but an embedding that is looked up; with a tied head that is the whole file's."""
+    small = {"HIDDEN": 64, "INNER": 64, "HEADS": 2, "KV_HEADS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(random_gguf, name, value)
+    random_gguf.write(tmp_path / "untied.gguf", 2)
+    model = CausalLM.from_pretrained(tmp_path / "untied.gguf")
+    assert model.generate([[1, 2]], max_new_tokens=2, ignore_eos=True)
+    sizes = {n: i.size for n, i in GGUFFile(tmp_path / "untied.gguf").tensors.items()}
+    assert decode.weight_bytes(tmp_path / "untied.gguf") == sum(sizes.values()) - 49152 * 2 * 20
+    rows = [{"users": 1, "engine": "fastlm", "decode": 10.0}]
+    found = decode.bandwidth(rows, tmp_path / "untied.gguf", 4e9)
+    assert found["share"] == pytest.approx(10 * found["weight_bytes"] / 4e9)
+    tied = smollm2()
+    assert decode.weight_bytes(tied) == sum(i.size for i in GGUFFile(tied).tensors.values())

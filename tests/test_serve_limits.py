@@ -3,6 +3,7 @@ that fail; what is logged and counted.
 """
 
 import json
+import os
 import re
 import socket
 import threading
@@ -421,3 +422,21 @@ def test_metrics_and_the_dashboard(tiny):
         "cancellations",
     ):
         assert any(wanted in name for name in shown), wanted
+
+
+def test_few_threads_encode_prompts(tiny):
+    """The tokenizers package keeps the words of each thread that encodes: with one thread for each
+    of 64 clients, the memory of a server grew for hours."""
+    with serving(*tiny) as (url, server):
+        chat, threads = server.prompts.chat, set()
+
+        def recorded(asked):
+            threads.add(threading.get_ident())
+            time.sleep(0.01)  # so that the clients meet
+            return chat(asked)
+
+        server.prompts.chat = recorded
+        with ThreadPoolExecutor(24) as clients:
+            answers = list(clients.map(lambda _: ask(url, body()).status_code, range(48)))
+    assert set(answers) == {200}
+    assert len(threads) <= (os.cpu_count() or 1)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastlm.checkpoint import awq, compressed_tensors, fp4, gptq, own
-from fastlm.checkpoint.gguf_file import GGUFFile
+from fastlm.checkpoint.gguf_file import open_gguf
 from fastlm.checkpoint.gguf_models import load_gguf
 from fastlm.checkpoint.run_folder import last_model
 from fastlm.checkpoint.tensor_folder import FLOATS, INDEX, SINGLE, Quantization, TensorFolder
@@ -194,7 +194,7 @@ def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[s
     """
     path = locate_model(Path(path))
     if path.suffix == ".gguf":
-        config, tensors = load_gguf(GGUFFile(path))
+        config, tensors = load_gguf(open_gguf(path))
     else:
         config, tensors = _load_folder(path)
     if not keep_quantized:

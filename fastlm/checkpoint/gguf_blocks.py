@@ -29,6 +29,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from fastlm.backend import cpu_extension
 from fastlm.ops.quantized_weight import QuantizedWeight
 
 PLAIN = {
@@ -193,8 +194,32 @@ UNPACK: dict[GGMLQuantizationType, tuple[Callable[[np.ndarray], Unpacked], int, 
 }
 
 
+# The extension reads the file's pages in place; numpy below 2.1 lends out no read-only array
+LENDS = tuple(map(int, np.__version__.split(".")[:2])) >= (2, 1)
+# Formats that the extension unpacks, in one pass: numpy takes ten
+COMPILED = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0)
+
+
 def unpack(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWeight:
     """``rows`` (N, bytes per row) uint8 in block format ``kind`` as a QuantizedWeight."""
+    if kind in COMPILED and cpu_extension is not None and LENDS:
+        return _compiled(rows, kind)
+    return unpack_by_numpy(rows, kind)
+
+
+def _compiled(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWeight:
+    _, bits, group_size = UNPACK[kind]
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    n, k = rows.shape[0], rows.shape[1] // block_bytes * block
+    qdata = torch.empty(n, k * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scales = torch.empty(n, k // group_size)
+    zeros = torch.empty_like(scales) if kind is GGMLQuantizationType.Q4_1 else None
+    cpu_extension.unpack_blocks(rows, kind.name, qdata, scales, zeros)
+    return QuantizedWeight(qdata, scales, zeros, bits, group_size, (n, k))
+
+
+def unpack_by_numpy(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWeight:
+    """`unpack` for every format."""
     function, bits, group_size = UNPACK[kind]
     block, block_bytes = GGML_QUANT_SIZES[kind]
     n, k = rows.shape[0], rows.shape[1] // block_bytes * block

@@ -9,6 +9,7 @@ here). Its tables of types and block sizes are used, and tests compare this modu
 import math
 import mmap
 import struct
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +49,8 @@ KINDS = {  # Python type of a metadata value -> its name in a message
     list: "a list of texts",
     np.ndarray: "a list of numbers",
 }
+_SIZE = struct.Struct("<Q")
+_held: "weakref.WeakValueDictionary[tuple[int, ...], GGUFFile]" = weakref.WeakValueDictionary()
 T = TypeVar("T", int, float, bool, str, list, np.ndarray)
 
 
@@ -90,6 +93,18 @@ class _Cursor:
         start = self.take(size)
         return self.data[start : start + size].decode("utf-8", errors="replace")
 
+    def strings(self, n: int) -> list[str]:
+        """Read ``n`` texts, as `string` does; a vocabulary has 10^5 of them."""
+        data, pos, end, size_at = self.data, self.pos, len(self.data), _SIZE.unpack_from
+        texts = []
+        for _ in range(n):
+            if end - pos < 8 or (stop := pos + 8 + size_at(data, pos)[0]) > end:
+                break
+            texts.append(data[pos + 8 : stop].decode("utf-8", "replace"))
+            pos = stop
+        self.pos = pos
+        return texts if len(texts) == n else [*texts, self.string()]  # which raises
+
     def name(self) -> str:
         """Read a key or a tensor's name. Messages quote it, so it must be short and printable."""
         name = self.string()
@@ -109,7 +124,7 @@ class _Cursor:
             raise InputError(f"{self.path}: {key}: wanted a value type from 0 to 12, got {kind}")
         item = self.number("I", 4)
         if item == STRING:
-            return [self.string() for _ in range(self.count(key, 8))]
+            return self.strings(self.count(key, 8))
         if item not in SCALARS:
             raise InputError(
                 f"{self.path}: {key}: wanted an array of scalars or strings, got {item}"
@@ -117,6 +132,20 @@ class _Cursor:
         code, size = SCALARS[item]
         n = self.count(key, size)
         return np.frombuffer(self.data, "<" + code, n, self.take(n * size)).copy()
+
+
+def open_gguf(path: Path) -> "GGUFFile":
+    """The file at ``path``. One that somebody holds is not parsed again: its vocabulary is large,
+    and a model and its tokenizer are read one after the other."""
+    try:
+        found = path.stat()
+    except OSError:
+        return GGUFFile(path)  # which says what is wrong
+    key = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+    file = _held.get(key)
+    if file is None or file.path != path:
+        file = _held[key] = GGUFFile(path)
+    return file
 
 
 class GGUFFile:

@@ -220,19 +220,15 @@ def packs(model: "CausalLM") -> bool:
 def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """(N, groups) -> (ceil(N / 16), groups, 1 or 2, 16): scales, and offsets for unsigned nibbles
     (4 bits) or for q (8). In 16 bits where nothing is lost: a file's scales usually were 16-bit."""
-    parts = [scales.float()]
-    if zeros is not None:
-        parts.append(zeros.float() - 8 * parts[0] if bits == 4 else zeros.float())
-    table = torch.stack(parts, -1)  # (N, groups, parts)
-    for narrow in (torch.float16, torch.bfloat16):
-        if torch.equal(table.to(narrow).float(), table):
-            table = table.to(narrow)
+    n, groups = scales.shape
+    scales = scales.detach().float().contiguous()
+    zeros = None if zeros is None else zeros.detach().float().contiguous()
+    shape = (-(-n // _TILE), groups, 1 if zeros is None else 2, _TILE)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        table = torch.empty(shape, dtype=dtype)
+        if backend.cpu_extension.scale_table(scales, zeros, bits, table):
             break
-    n, groups, count = table.shape
-    blocks = -(-n // _TILE)
-    padded = table.new_zeros(blocks * _TILE, groups, count)
-    padded[:n] = table
-    return padded.view(blocks, _TILE, groups, count).permute(0, 2, 3, 1).contiguous()
+    return table
 
 
 def _tensors(model: "CausalLM") -> list[Tensor]:

@@ -141,11 +141,12 @@ class CausalLM(nn.Module):
         """
         if act_bits is not None:
             check_act_bits(act_bits)
-        if is_adapter(folder := locate_model(Path(path))):
+        path = locate_model(Path(path))
+        if is_adapter(path):
             base = cls.from_pretrained(
-                base_of(folder), dtype=dtype, keep_quantized=keep_quantized, act_bits=act_bits
+                base_of(path), dtype=dtype, keep_quantized=keep_quantized, act_bits=act_bits
             )
-            return merge_lora(load_adapter(base, folder)).eval()
+            return merge_lora(load_adapter(base, path)).eval()
         config_dict, tensors = load_state(path, keep_quantized=keep_quantized)
         if not keep_quantized:
             config_dict.pop("quantization_config", None)

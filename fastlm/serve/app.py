@@ -2,13 +2,15 @@
 
 import asyncio
 import base64
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +27,6 @@ from fastlm.decode.pages import PAGE
 from fastlm.errors import InputError
 from fastlm.serve import opinions, rank_api
 from fastlm.serve.answers import Answer, sse, stopping
-from fastlm.serve.feedback import FeedbackStore, Kept
 from fastlm.serve.fields import ApiError, checked
 from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, unless_gone
 from fastlm.serve.grammar import Grammars
@@ -42,11 +43,14 @@ from fastlm.serve.openapi import openapi
 from fastlm.serve.prompts import Prompts
 from fastlm.serve.requests import Closed, QueueFull, Request
 from fastlm.serve.running import Engine, Running, Shares
+from fastlm.serve.said import Kept
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.serve.feedback import FeedbackStore
     from fastlm.tokenizer.tokenizer import Tokenizer
 
+T = TypeVar("T")
 FILES = Path(__file__).with_name("page")
 MOST_LOGPROBS = 2**18  # in one response: about 30 MB
 MOST_EMBEDDED = 2**17  # tokens of one request to /v1/embeddings
@@ -74,7 +78,7 @@ class Server:
     limits: Limits = field(default_factory=Limits)
     keys: Sequence[str] = ()
     hosts: frozenset[str] | None = None
-    feedback: FeedbackStore | None = None
+    feedback: "FeedbackStore | None" = None
     ranking: Path | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +90,8 @@ class Server:
         self.prompts = Prompts(self.tokenizer, self.context_limit)
         self.grammars = Grammars(self.tokenizer, self.model.config)
         self.started, self.stopping = int(time.time()), False
+        # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB
+        self._readers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fastlm-reader")
         if self.ranking is not None:
             RankingStore(self.ranking).close()  # a wrong file is refused now
         post, get = ["POST"], ["GET"]
@@ -128,7 +134,12 @@ class Server:
         if not self.stopping:  # else who has set it closes the engine
             self.stopping = True
             self.engine.close()
+        self._readers.shutdown(wait=False)
         log("stopped")
+
+    async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
+        """The result of what takes a while and encodes text, outside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
 
     # ---- completions
 
@@ -136,7 +147,7 @@ class Server:
         async def complete(http: HttpRequest) -> Response:
             asked = checked(read, await self.body(http))
             kept = self._kept(asked)
-            prompts, echoes, requests = await run_sync(self._requests, http, asked)
+            prompts, echoes, requests = await self._read(self._requests, http, asked)
             chat = isinstance(asked, ChatAsked)
             id = f"{'chatcmpl' if chat else 'cmpl'}-{http.state.id}"
             http.state.told["prompt_tokens"] = count = sum(map(len, prompts))
@@ -247,7 +258,7 @@ class Server:
         def encode() -> list[list[int]]:
             return [self.prompts.text(text, "input", room=0) for text in asked.inputs]
 
-        inputs = await run_sync(encode)
+        inputs = await self._read(encode)
         http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
         if tokens > MOST_EMBEDDED:
             raise ApiError(

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.checkpoint.folder import load_tokenizer
+from fastlm.checkpoint.gguf_file import open_gguf
+from fastlm.data.packages import model_path
 from fastlm.decode.generation import Generated, generate_texts
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
@@ -23,8 +25,12 @@ def load_model(
     """Load the model and its tokenizer at ``path``, or from a package: ``model:smollm2``. The
     options are those of `CausalLM.from_pretrained`.
     """
+    path = model_path(path)  # checks the checksum of a package's file, once
+    held = open_gguf(path) if path.suffix == ".gguf" else None  # else it would be parsed twice
     model = CausalLM.from_pretrained(path, act_bits=act_bits, keep_quantized=keep_quantized)
-    return model, load_tokenizer(path, model.config.to_dict())
+    tokenizer = load_tokenizer(path, model.config.to_dict())
+    del held
+    return model, tokenizer
 
 
 class Speed:

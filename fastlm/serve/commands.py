@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from fastlm.errors import InputError
+from fastlm.startup import imports
 from fastlm.threads import Threads
+from fastlm.tokenizer import chat_template
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEYS_VARIABLE = "FASTLM_API_KEYS"
@@ -108,8 +110,12 @@ def serve(
         raise InputError(f"host: wanted API keys (--api-key-file) to listen on {host}, got none")
     if kv_dtype not in (None, *KV_DTYPES):
         raise InputError(f"kv_dtype: wanted {', '.join(KV_DTYPES)}, got {kv_dtype!r:.80}")
+    chat_template.begin()
     try:
-        from fastlm.serve import process
+        with imports():
+            from fastlm.serve import process
+        if feedback is not None:
+            import fastlm.serve.feedback  # noqa: F401  # its packages, too
     except ImportError as error:
         raise InputError(
             f"serve: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"

@@ -11,7 +11,6 @@ text.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -20,9 +19,9 @@ import sqlalchemy as sa
 from sqlalchemy.event import listen
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from fastlm.data.conversations import Message
 from fastlm.data.scrub import scrub
 from fastlm.errors import InputError
+from fastlm.serve.said import Kept, Opinion
 
 WAIT_SECONDS = 30  # for another process that writes to the same SQLite file
 metadata = sa.MetaData()
@@ -51,41 +50,6 @@ FEEDBACK = sa.Table(
     sa.Column("preferred_over", sa.Text),  # JSON: [[response_id, choice], ...]
     sa.Column("created_at", sa.Text, nullable=False),
 )
-
-
-@dataclass(frozen=True)
-class Opinion:
-    """What somebody says about an answer (``response_id`` and ``choice``) or about a conversation.
-
-    thumb: "up" or "down". corrected: the text that the answer should have been. preferred_over:
-    answers to the same prompt that are worse, as (response_id, choice).
-    """
-
-    response_id: str | None
-    conversation_id: str | None = None
-    choice: int = 0
-    rater: str | None = None
-    thumb: str | None = None
-    comment: str | None = None
-    corrected: str | None = None
-    preferred_over: tuple[tuple[str, int], ...] = ()
-
-    def kinds(self) -> list[str]:
-        """The names of what it says."""
-        names = ("thumb", "comment", "corrected", "preferred_over")
-        return [name for name in names if getattr(self, name)]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """An answer that its user let us keep. ``choices``: each the messages after the prompt."""
-
-    response_id: str
-    model: str
-    prompt: list[Message]
-    choices: list[list[Message]]
-    tools: list[Any] | None = None
-    conversation_id: str | None = None
 
 
 class FeedbackStore:

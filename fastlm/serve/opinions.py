@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fastlm.errors import InputError
-from fastlm.serve.feedback import Kept, Opinion
 from fastlm.serve.fields import (
     ApiError,
     Field,
@@ -24,6 +23,7 @@ from fastlm.serve.fields import (
     whole,
 )
 from fastlm.serve.openai_api import CHAT, MOST_CHOICES
+from fastlm.serve.said import Kept, Opinion
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server

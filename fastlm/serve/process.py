@@ -18,7 +18,6 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.app import Server
 from fastlm.serve.chat import load_model
 from fastlm.serve.engine import Engine
-from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.gate import Limits, log
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -57,7 +56,11 @@ def run(
     logging.getLogger("uvicorn").propagate = False
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(host, port))
-        store = None if feedback is None else stack.enter_context(FeedbackStore(feedback))
+        store = None
+        if feedback is not None:
+            from fastlm.serve.feedback import FeedbackStore  # SQLAlchemy takes 0.2 s
+
+            store = stack.enter_context(FeedbackStore(feedback))
         model, tokenizer = load_model(path, act_bits)
         draft = None if draft_model is None else _load_draft(draft_model, tokenizer)
         try:

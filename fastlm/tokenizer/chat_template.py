@@ -89,6 +89,11 @@ def render(
     return reply["text"], [(start, end) for start, end in reply["own"]]
 
 
+def begin() -> None:
+    """Start the process that renders, which takes 0.1 s, beside what else is to be done first."""
+    _process.begin()
+
+
 class _Process:
     """The process that renders. It is started on first use, and again after it has died."""
 
@@ -100,6 +105,11 @@ class _Process:
         self.parents = getattr(self, "child", None)
         self.child: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()
+
+    def begin(self) -> None:
+        with self.lock:
+            if self.child is None:
+                self.child = self._start()
 
     def ask(self, line: bytes) -> dict[str, Any]:
         with self.lock:

@@ -103,6 +103,14 @@ class Tokenizer:
         twin.encode_special_tokens = True
         return twin
 
+    def _may_spell_special(self, text: str) -> bool:
+        """Whether a special token may be in the text. Where none is, both backends give the same
+        ids, and `_text_backend` takes as long to make as the tokenizer took to load."""
+        if "_text_backend" in vars(self):
+            return True
+        added = self._backend.get_added_tokens_decoder().values()
+        return any(t.special and (t.normalized or t.content in text) for t in added)
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the highest id: the size that an embedding needs (ids may have gaps)."""
@@ -165,9 +173,9 @@ class Tokenizer:
         """Load a folder with tokenizer.json, that file itself, a .gguf file or model:smollm2."""
         path = model_path(path)
         if path.suffix == ".gguf":
-            from fastlm.checkpoint.gguf_file import GGUFFile
+            from fastlm.checkpoint.gguf_file import open_gguf
 
-            return cls(*gguf_vocab.build(GGUFFile(path)))
+            return cls(*gguf_vocab.build(open_gguf(path)))
         file = path / "tokenizer.json" if path.is_dir() else path
         text = read_text(file, MAX_JSON_BYTES)
         try:
@@ -214,8 +222,10 @@ class Tokenizer:
         """Return the ids of ``text``. ``special=True`` returns what transformers' ``encode`` does:
         special tokens in the text become their ids, and BOS/EOS are added if the tokenizer says so.
         """
-        backend = self._backend if special else self._text_backend
-        ids = library(backend.encode, _valid(text), add_special_tokens=special).ids
+        text = _valid(text)
+        plain = special or not self._may_spell_special(text)
+        backend = self._backend if plain else self._text_backend
+        ids = library(backend.encode, text, add_special_tokens=special).ids
         return ids if special else self._checked(ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
