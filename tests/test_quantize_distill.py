@@ -80,7 +80,10 @@ def test_the_start_is_the_rounded_weight(bits, symmetric):
     for size in (16, 8, -1):  # 16: the last group is short
         start = ops.quantize_weight(w, bits, group_size=size, symmetric=symmetric)
         rounded = _Rounded(start)
-        u = rounded.start_of(w + torch.randn_like(w) * w.std())
+        u = rounded.start_of(w + torch.randn_like(w))  # what is in another cell is brought back
+        codes = unpack_rows(start.qdata, bits, 40)
+        assert torch.equal(u.round(), codes.float()) and not torch.equal(u, codes.float())
+        assert torch.equal(rounded.start_of(None), codes.float())
         torch.testing.assert_close(rounded(u), start.dequantize(), rtol=1e-6, atol=1e-7)
         again = rounded.packed(u)
         assert torch.equal(again.qdata, start.qdata) and torch.equal(again.scales, start.scales)
