@@ -22,6 +22,7 @@ quantizes the embedding as `gptq` and `autoround` do.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -36,16 +37,17 @@ from fastlm.evals.texts import check_window, has_parts, token_dataset
 from fastlm.model.causal_lm import CausalLM
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 from fastlm.quant.calibration import text_windows
+from fastlm.quant.distill import tokens_of
 from fastlm.quant.model import put_quantized
 from fastlm.quant.modules import QuantizedLinear
 from fastlm.quant.plan import plan_of
 from fastlm.quant.report import compare, standard_error, true_bits
 
 GRIDS = {"g64": (64, True), "g32": (32, True), "g64 offsets": (64, False)}
-# ", awq": with AWQ's scales
+# ", awq": with AWQ's scales; ", distilled": with --distill steps at the end
 METHODS = (
     "plain", "rtn", "rtn, calibrated", "rtn, awq", "gptq", "gptq, awq", "autoround",
-    "autoround, awq",
+    "autoround, awq", "rtn, distilled", "gptq, distilled",
 )  # fmt: skip
 
 
@@ -126,6 +128,8 @@ def main() -> None:
     parser.add_argument("--heldout", type=positive, default=65536, help="tokens to compare on")
     parser.add_argument("--length", type=positive, default=512, help="of a window")
     parser.add_argument("--iterations", type=positive, default=200, help="of autoround, per layer")
+    parser.add_argument("--distill", type=positive, default=100, help="steps of ', distilled'")
+    parser.add_argument("--progress", type=Path, help="folder: goes on after a cut")
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--oracle", action="append", default=[], metavar="NAME=PATH")
@@ -143,9 +147,12 @@ def main() -> None:
     before = remembered(load())
     tokenizer = load_tokenizer(options.model, before.config.to_dict())
     seq_len, _ = check_window(before.context_limit, options.length, None)
-    windows = text_windows(
-        before, tokenizer, options.data, tokens=options.tokens, length=seq_len, seed=0
-    )
+    distils = any(method.endswith("distilled") for method in options.methods)
+    learnt = text_windows(
+        before, tokenizer, options.data, length=seq_len, seed=0,
+        tokens=max(options.tokens, tokens_of(options.distill) if distils else 0),
+    )  # fmt: skip
+    windows = learnt[: max(1, options.tokens // seq_len)]
     if options.leave:
         before.save_pretrained(options.leave)
         tokenizer.save(options.leave)
@@ -205,16 +212,22 @@ def main() -> None:
                 if method == "plain":
                     plain(model, group_size, symmetric)
                 else:
+                    last, name = method.endswith("distilled"), method.partition(",")[0]
+                    kept = options.progress and options.progress / f"{grid}-{name}"
                     fastlm.quantize(
                         model, "w4a16", group_size=group_size, symmetric=symmetric,
-                        method=method.partition(",")[0], iterations=options.iterations,
+                        method=name, iterations=options.iterations,
                         calibration=None if method == "rtn" else windows,
-                        awq=method.endswith("awq"),
+                        awq=method.endswith("awq"), distill=options.distill if last else 0,
+                        distill_text=learnt if last else None,
+                        progress=kept,
+                        tell=lambda line: print(line, file=sys.stderr, flush=True),
                     )  # fmt: skip
                 seconds = time.process_time() - began
                 assert any(isinstance(m, QuantizedLinear) for m in model.modules())
                 steps = f"autoround ({options.iterations} steps)"
                 name = method.replace("autoround", steps)
+                name = name.replace("distilled", f"distilled ({options.distill} steps)")
                 measure(name, grid, model, true_bits(model)["bits_per_weight"], seconds)
         for entry in options.oracle:
             name, _, path = entry.partition("=")

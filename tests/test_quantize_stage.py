@@ -72,6 +72,24 @@ def test_the_report_tells_what_was_lost(base, tmp_path):
         assert not torch.equal(before(ids).logits, after(ids).logits)
 
 
+def test_the_last_step_distils(base, tmp_path):
+    plain = run(base, tmp_path / "q", method="gptq")
+    told = []
+    result = run(base, tmp_path / "r", told.append, method="gptq", distill=30)
+    report = json.loads((tmp_path / "r/report.json").read_text())
+    found = report["distillation"]
+    assert found["steps"] == report["distill"] == 30 and found["kept"]
+    assert 0 < found["kl_after"] < found["kl_before"] and result["kl"] < plain["kl"]
+    assert result["bits_per_weight"] == plain["bits_per_weight"]
+    assert json.loads((tmp_path / "q/report.json").read_text())["distillation"] is None
+    # gptq saw what it saw without the step
+    layers = [json.loads((tmp_path / n / "report.json").read_text())["layers"] for n in "qr"]
+    assert layers[0] == layers[1]
+    notes = [event["note"] for event in told if event.get("note", "").startswith("distill")]
+    assert len(notes) == 11 and "held-out KL" in notes[-1]
+    assert not (tmp_path / "r/progress").exists()
+
+
 def test_a_loss_above_the_threshold_warns_or_refuses(base, tmp_path):
     told = []
     run(base, tmp_path / "q", told.append, calibrated=False, max_loss=0.0)
@@ -126,6 +144,8 @@ def test_own_samples_and_what_is_refused(base, tmp_path):
     for options, message in [
         ({"method": "gptq", "calibrated": False}, "calibration: gptq wants calibration text"),
         ({"awq": True, "calibrated": False}, "calibration: awq wants calibration text"),
+        ({"distill": 1, "calibrated": False}, "calibration: distill wants calibration text"),
+        ({"distill": -1}, "distill: wanted a number of steps, 0 or more, got -1"),
         ({"own_samples": True}, "own_samples: wanted false with calibration text, got both"),
         ({"max_loss": -1.0}, "max_loss: wanted 0 or more, got -1.0"),
         ({"calibration_tokens": 0}, "calibration_tokens: wanted 1 or more, got 0"),

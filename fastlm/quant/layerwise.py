@@ -6,20 +6,15 @@ states are computed again, so the end is the same to the last bit.
 """
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, save_atomic
 from fastlm.model.layers import Call, DecoderLayer
 from fastlm.ops import quantize_weight
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -28,12 +23,11 @@ from fastlm.quant.awq import folds, scale_features
 from fastlm.quant.gptq import gptq
 from fastlm.quant.plan import Target, find_head
 from fastlm.quant.rounding import learn_rounding, weight_of
-from fastlm.quant.step import Step, nearest, relative_error
+from fastlm.quant.step import Step, digest, keep_step, nearest, read_step, relative_error
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
-PARTS = ("qdata", "scales", "zeros")
 VERSION = 3  # raised when the same model, text and options give other weights
 # A tied embedding is looked up, too: errors of its rows count like so much of the head's mean
 # square. On the 5.1 M model of docs/quantization.md, the embedding alone quantized, KL was 0.0094,
@@ -257,31 +251,30 @@ class Layerwise:
             work(step := Step())
             return step
         file = self.folder / f"{name}.safetensors"
-        if (kept := _read(file, self.key)) is not None:
+        if (kept := read_step(file, self.key)) is not None:
             return kept
         work(step := Step())
-        make_folder(self.folder)
-        save_atomic(file, lambda part: _write(part, self.key, step))
+        keep_step(file, self.key, step)
         return step
 
 
-def check_ids(calibration: Any, model: "CausalLM") -> Tensor:
-    """The windows (n, S) of `calibration`. InputError: others, ids outside the vocabulary, longer
-    than the model's context.
+def check_ids(ids: Any, model: "CausalLM", name: str = "calibration") -> Tensor:
+    """The windows `ids`, (n, S). InputError, which begins with `name`: others, ids outside the
+    vocabulary, longer than the model's context.
     """
-    if not isinstance(calibration, Tensor) or calibration.dim() != 2 or not calibration.numel():
-        got = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration)
-        raise InputError(f"calibration: wanted token ids (windows, length), got {got}")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+        got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids)
+        raise InputError(f"{name}: wanted token ids (windows, length), got {got}")
     try:
-        model.check_ids(calibration)
+        model.check_ids(ids)
     except InputError as error:
-        raise InputError(f"calibration: {error}") from None
-    if calibration.shape[1] > model.context_limit:
+        raise InputError(f"{name}: {error}") from None
+    if ids.shape[1] > model.context_limit:
         raise InputError(
-            f"calibration: wanted windows of at most the context of {model.context_limit} tokens,"
-            f" got {calibration.shape[1]}"
+            f"{name}: wanted windows of at most the context of {model.context_limit} tokens,"
+            f" got {ids.shape[1]}"
         )
-    return calibration.long()
+    return ids.long()
 
 
 def check_folds(model: "CausalLM", plan: Sequence[Target]) -> None:
@@ -302,45 +295,6 @@ def check_folds(model: "CausalLM", plan: Sequence[Target]) -> None:
 
 def _key(model: "CausalLM", plan: Sequence[Target], ids: Tensor, method: Method) -> str:
     """What a kept step depends on."""
-    digest = hashlib.sha256()
     schemes = [[t.name, {**vars(t.scheme), "scale_dtype": str(t.scheme.scale_dtype)}] for t in plan]
     told = [VERSION, schemes, asdict(method), list(ids.shape), model.config.to_dict()]
-    digest.update(json.dumps(told, default=str).encode())
-    for tensor in (ids, *model.parameters(), *model.buffers()):
-        data = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-        digest.update(data.numpy().data)
-    return digest.hexdigest()
-
-
-def _write(file: Path, key: str, step: Step) -> None:
-    tensors, layouts = {}, {}
-    for name, q in step.weights.items():
-        layouts[name] = [q.bits, q.group_size, *q.shape]
-        parts = zip(PARTS, (q.qdata, q.scales, q.zeros))
-        tensors |= {f"{name}.{part}": t for part, t in parts if t is not None}
-    tensors |= step.floats
-    told = {"layouts": layouts, "errors": step.errors, "warnings": step.warnings,
-            "powers": step.powers, "floats": list(step.floats)}  # fmt: skip
-    save_file(tensors, file, metadata={"key": key, "step": json.dumps(told)})
-
-
-def _read(file: Path, key: str) -> Step | None:
-    """A kept step; None where there is none, or one of other weights or options."""
-    try:
-        with safe_open(file, framework="pt") as kept:
-            metadata = kept.metadata() or {}
-            if metadata.get("key") != key:
-                return None
-            told = json.loads(metadata["step"])
-            names = set(kept.keys())
-            weights = {}
-            for name, (bits, size, n, k) in told["layouts"].items():
-                qdata, scales, zeros = (f"{name}.{part}" for part in PARTS)
-                weights[name] = QuantizedWeight(
-                    kept.get_tensor(qdata), kept.get_tensor(scales),
-                    kept.get_tensor(zeros) if zeros in names else None, bits, size, (n, k),
-                )  # fmt: skip
-            floats = {name: kept.get_tensor(name) for name in told["floats"]}
-    except (OSError, SafetensorError):
-        return None
-    return Step(weights, told["errors"], told["powers"], floats, told["warnings"])
+    return digest(told, ids, *model.parameters(), *model.buffers())

@@ -41,6 +41,8 @@ def quantize(
     whole_groups: bool = False,
     scale_dtype: torch.dtype = torch.bfloat16,
     iterations: int = 200,
+    distill: int = 0,
+    distill_text: Any = None,
     seed: int = 0,
     progress: Path | None = None,
     track: Callable | None = None,
@@ -77,9 +79,13 @@ def quantize(
             other programs' formats demand; here a row's last group may be short.
         scale_dtype: dtype of the scales.
         iterations: steps of "autoround" per decoder layer.
-        seed: of its draws.
-        progress: with a calibration, a folder that keeps finished layers: the same call continues
-            from there, to the same bits.
+        distill: steps of quantization-aware distillation after that, see `fastlm.quant.distill`:
+            codes, scales and norms are trained on text. Activations stay unrounded in it, also for
+            the a8 formats. 0: none.
+        distill_text: its text, token ids (windows, length). None: that of `calibration`.
+        seed: of the draws of "autoround" and of the distillation.
+        progress: with text, a folder that keeps finished layers and the distillation's state: the
+            same call continues from there, to the same bits.
         track: progress, as in `fastlm.progress`.
         on_step: receives what came of each layer: its weights, errors and warnings.
         tell: receives a line per decoder layer, with its error.
@@ -89,13 +95,17 @@ def quantize(
             layer, tied weights with different bits, a model of which a layer is quantized already.
     """
     track = track or silent
-    check_options(format, group_size, method, embeddings, head, overrides, iterations)
+    check_options(format, group_size, method, embeddings, head, overrides, iterations, distill)
     check_unquantized(model)
-    ids = None if calibration is None else _calibration(model, calibration)
+    ids = None if calibration is None else _text(model, calibration, "calibration")
+    learnt = ids if distill_text is None else _text(model, distill_text, "distill_text")
     if ids is None and method != "rtn":
         raise InputError(f"calibration: {method} wants token ids (windows, length), got none")
     if ids is None and awq:
         raise InputError("calibration: awq wants token ids (windows, length), got none")
+    if distill and (learnt is None or len(learnt) < 2):
+        got = "none" if learnt is None else "1"
+        raise InputError(f"distill_text: wanted 2 windows of token ids or more, got {got}")
     plan = plan_of(
         model, format, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype,
         embeddings=embeddings, head=head, overrides=overrides, whole_groups=whole_groups,
@@ -111,7 +121,7 @@ def quantize(
         floats.update(step.floats)
         for target in plan:
             if target.name in step.weights:
-                done.setdefault(id(target.module.weight), step.weights[target.name])
+                done[id(target.module.weight)] = step.weights[target.name]
         on_step(step)
 
     if ids is None:
@@ -127,6 +137,17 @@ def quantize(
         steps = Layerwise(causal, plan, ids, how, folder=progress, track=track, tell=tell)
         for step in steps.run():
             keep(step)
+    if distill:
+        from fastlm.quant.distill import Distillation
+
+        assert learnt is not None
+        weights = {target.name: done[id(target.module.weight)] for target in plan}
+        keep(
+            Distillation(
+                cast("CausalLM", model), plan, weights, floats, learnt, steps=distill, seed=seed,
+                folder=progress, track=track, tell=tell,
+            ).run()
+        )  # fmt: skip
     with torch.no_grad():
         for name, value in floats.items():
             model.get_parameter(name).copy_(value)
@@ -144,9 +165,12 @@ def check_options(
     head: int | None,
     overrides: Mapping[str, str | int] | None = None,
     iterations: int = 1,
+    distill: int = 0,
 ) -> None:
     """Raise InputError for options that `quantize` refuses for every model."""
     check_plan_options(format, group_size, embeddings, head, overrides)
+    if isinstance(distill, bool) or not isinstance(distill, int) or distill < 0:
+        raise InputError(f"distill: wanted a number of steps, 0 or more, got {distill!r}")
     if method not in METHODS:
         raise InputError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
     if iterations < 1:
@@ -165,17 +189,18 @@ def check_unquantized(model: nn.Module) -> None:
         )
 
 
-def _calibration(model: nn.Module, calibration: Any) -> Tensor:
+def _text(model: nn.Module, ids: Any, name: str) -> Tensor:
+    """Checked token ids. InputError names the argument `name`."""
     from fastlm.model.config import ModelConfig
     from fastlm.quant.layerwise import check_ids
 
     # of a CausalLM, whose module imports this one
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise InputError(
-            f"calibration: wanted a fastlm.CausalLM with it, got {type(model).__name__}"
+            f"{name}: wanted a fastlm.CausalLM with it, got {type(model).__name__}"
             " (fastlm.CausalLM.from_pretrained reads Hugging Face folders)"
         )
-    return check_ids(calibration, cast("CausalLM", model))
+    return check_ids(ids, cast("CausalLM", model), name)
 
 
 def put_quantized(

@@ -28,7 +28,7 @@ class Quantize(Stage):
 
     kind = "quantize"
     command = ("quantize",)
-    version = 5
+    version = 6
     reads = {
         "model": Takes(
             ("model",), "Hugging Face folder, .gguf, fastlm run or model:smollm2", flag="m"
@@ -69,7 +69,10 @@ class Quantize(Stage):
     calibration_tokens: Annotated[int, "Tokens of calibration text"] = 32768
     calibration_length: Annotated[int, "Tokens per window of it"] = 512
     iterations: Annotated[int, "Steps of autoround per decoder layer"] = 200
-    seed: Annotated[int, "Of the choice of calibration text and the draws of autoround"] = 0
+    distill: Annotated[
+        int, "Last, steps of training towards the unquantized model's predictions; wants text"
+    ] = 0
+    seed: Annotated[int, "Of the choice and order of text and the draws of autoround"] = 0
     max_loss: Annotated[float, "Warn where held-out bits per byte grow by more than this share"] = (
         0.03
     )
@@ -85,7 +88,7 @@ class Quantize(Stage):
 
         check_options(
             self.format, self.group_size, self.method, self.embeddings, self.head,
-            self.overridden(), self.iterations,
+            self.overridden(), self.iterations, self.distill,
         )  # fmt: skip
         at_least_one(self, "calibration_tokens", "calibration_length")
         if not self.max_loss >= 0:
@@ -108,6 +111,10 @@ class Quantize(Stage):
             )
         if self.awq and not (text or self.own_samples):
             raise InputError("calibration: awq wants calibration text (or own_samples), got none")
+        if self.distill and not (text or self.own_samples):
+            raise InputError(
+                "calibration: distill wants calibration text (or own_samples), got none"
+            )
         if self.strict and not inputs.get("data"):
             raise InputError("strict: wanted held-out text (data) to measure, got none")
 
@@ -138,13 +145,13 @@ class Quantize(Stage):
         if self.dequantize:
             model, tokenizer = load_model(source.where, keep_quantized=False)
         check_unquantized(model)
-        ids = self._calibration(job, model, tokenizer)
+        ids, learnt = self._texts(job, model, tokenizer)
         found, progress = Step(), job.out / PROGRESS
         small = quantize(
             model, self.format, group_size=self.group_size, method=self.method,
             calibration=ids, awq=self.awq, embeddings=self.embeddings, head=self.head,
             overrides=self.overridden(), symmetric=self.symmetric, whole_groups=self.whole_groups,
-            iterations=self.iterations, seed=self.seed,
+            iterations=self.iterations, distill=self.distill, distill_text=learnt, seed=self.seed,
             progress=progress, track=job.track, on_step=found.add, tell=job.tell,
         )  # fmt: skip
         assert isinstance(small, CausalLM)  # only modules inside it are replaced
@@ -167,7 +174,7 @@ class Quantize(Stage):
         result["bytes"] = weight_bytes(job.out)
         report = {
             **result, "layers": found.errors, "awq_powers": found.powers,
-            "warnings": found.warnings,
+            "distillation": found.distilled or None, "warnings": found.warnings,
         }  # fmt: skip
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         save_atomic(make_folder(job.out) / REPORT, lambda part: part.write_text(text, "utf-8"))
@@ -188,29 +195,39 @@ class Quantize(Stage):
             "seed": None if ids is None else self.seed,
         }
 
-    def _calibration(self, job: Job, model: "CausalLM", tokenizer: "Tokenizer") -> Any:
+    def _texts(self, job: Job, model: "CausalLM", tokenizer: "Tokenizer") -> tuple[Any, Any]:
+        """The windows that calibrate, and those that distillation learns: the same and more. None:
+        without text.
+        """
         from fastlm.quant.calibration import own_samples, text_windows
+        from fastlm.quant.distill import tokens_of
 
-        cut = {
-            "tokens": self.calibration_tokens, "length": self.calibration_length, "seed": self.seed
-        }  # fmt: skip
+        cut = {"length": self.calibration_length, "seed": self.seed}
         if self.own_samples:
-            return own_samples(model, start=tokenizer.eos_id or 0, track=job.track, **cut)
+            ids = own_samples(
+                model, start=tokenizer.eos_id or 0, track=job.track,
+                tokens=self.calibration_tokens, **cut,
+            )  # fmt: skip
+            return ids, ids
         if (text := job.inputs.get("calibration")) is None or not text:
-            return None
+            return None, None
         where, measured = text[0].where, job.inputs.get("data")
         if measured and same_text(where, measured[0].where):
             job.warn(
                 f"data: {measured[0].name} is the calibration text, too: the loss on other text is"
                 " larger (prepared text and shards have a held-out part)"
             )
-        ids = text_windows(model, tokenizer, where, cache=job.cache, tell=job.skipped, **cut)
+        learnt = text_windows(
+            model, tokenizer, where, cache=job.cache, tell=job.skipped,
+            tokens=max(self.calibration_tokens, tokens_of(self.distill)), **cut,
+        )  # fmt: skip
+        ids = learnt[: max(1, self.calibration_tokens // learnt.shape[1])]
         if 2 * ids.numel() < self.calibration_tokens:
             job.warn(
                 f"calibration: {text[0].name} has {ids.numel():,} tokens in windows of"
                 f" {ids.shape[1]}, of {self.calibration_tokens:,} asked for"
             )
-        return ids
+        return ids, learnt
 
     def _measured(self, job: Job, small: "CausalLM", tokenizer: "Tokenizer") -> dict[str, Any]:
         """Compare with the original. InputError: figures that are not finite; with `strict`, a loss

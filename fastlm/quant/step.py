@@ -1,20 +1,30 @@
-"""What comes of quantizing a part of a model, and how far it is off."""
+"""What comes of quantizing a part of a model, how far it is off, and the file that keeps it."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastlm.files import make_folder, save_atomic
 from fastlm.ops import quantize_weight
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.plan import Target
 
+PARTS = ("qdata", "scales", "zeros")
+
 
 @dataclass
 class Step:
-    """What came of one step: the embeddings, a decoder layer, or the head. ``errors``: name of a
-    layer -> squared error of its output, as a share of the output's square. ``powers`` and
-    ``floats``: of AWQ's scales, see `fastlm.quant.awq.scale_features`.
+    """What came of one step: the embeddings, a decoder layer, the head, or the distillation.
+    ``errors``: name of a layer -> squared error of its output, as a share of the output's square.
+    ``powers`` and ``floats``: of AWQ's scales, see `fastlm.quant.awq.scale_features`; ``floats``
+    are new values of parameters. ``distilled``: figures of `fastlm.quant.distill`.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -22,6 +32,7 @@ class Step:
     powers: dict[str, float] = field(default_factory=dict)
     floats: dict[str, Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    distilled: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: "Step") -> None:
         self.weights |= other.weights
@@ -29,6 +40,7 @@ class Step:
         self.powers |= other.powers
         self.floats |= other.floats
         self.warnings += other.warnings
+        self.distilled |= other.distilled
 
 
 def nearest(target: Target, moments: Tensor | None = None) -> Step:
@@ -52,3 +64,52 @@ def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     if hessian.dim() == 1:
         return float((d.square() * hessian).sum())
     return float(((d @ hessian) * d).sum())
+
+
+def digest(told: Any, *tensors: Tensor) -> str:
+    """Of JSON and of the bytes of tensors: what a kept file depends on."""
+    found = hashlib.sha256(json.dumps(told, default=str).encode())
+    for tensor in tensors:
+        data = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        found.update(data.numpy().data)
+    return found.hexdigest()
+
+
+def keep_step(file: Path, key: str, step: Step) -> None:
+    """Write a step, whole or not at all. ``key``: `read_step` wants the same."""
+    make_folder(file.parent)
+    tensors, layouts = {}, {}
+    for name, q in step.weights.items():
+        layouts[name] = [q.bits, q.group_size, *q.shape]
+        parts = zip(PARTS, (q.qdata, q.scales, q.zeros))
+        tensors |= {f"{name}.{part}": t for part, t in parts if t is not None}
+    tensors |= step.floats
+    told = {"layouts": layouts, "errors": step.errors, "warnings": step.warnings,
+            "powers": step.powers, "floats": list(step.floats),
+            "distilled": step.distilled}  # fmt: skip
+    metadata = {"key": key, "step": json.dumps(told)}
+    save_atomic(file, lambda part: save_file(tensors, part, metadata=metadata))
+
+
+def read_step(file: Path, key: str) -> Step | None:
+    """A kept step; None where there is none, or one of other weights or options."""
+    try:
+        with safe_open(file, framework="pt") as kept:
+            metadata = kept.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            told = json.loads(metadata["step"])
+            names = set(kept.keys())
+            weights = {}
+            for name, (bits, size, n, k) in told["layouts"].items():
+                qdata, scales, zeros = (f"{name}.{part}" for part in PARTS)
+                weights[name] = QuantizedWeight(
+                    kept.get_tensor(qdata), kept.get_tensor(scales),
+                    kept.get_tensor(zeros) if zeros in names else None, bits, size, (n, k),
+                )  # fmt: skip
+            floats = {name: kept.get_tensor(name) for name in told["floats"]}
+    except (OSError, SafetensorError):
+        return None
+    return Step(
+        weights, told["errors"], told["powers"], floats, told["warnings"], told["distilled"]
+    )

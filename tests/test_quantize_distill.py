@@ -1,0 +1,221 @@
+"""Quantization-aware distillation: gradients, what is kept, going on after a cut."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import fastlm
+from fastlm import InputError, ops
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.quant import distill
+from fastlm.quant.distill import Distillation, _Rounded, _Scaled, heldout_windows, tokens_of
+from fastlm.quant.plan import plan_of
+from fastlm.reference import unpack_rows
+
+LENGTH = 24
+
+
+def text(windows, seed):
+    """Tokens of which each depends on the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(60, (windows, 1), generator=generator)
+    for _ in range(LENGTH - 1):
+        draw = torch.randint(4, (windows, 1), generator=generator)
+        ids = torch.cat((ids, (7 * ids[:, -1:] + draw * draw) % 60), 1)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def trained():
+    config = ModelConfig.from_dict({
+        "model_type": "llama", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_position_embeddings": 64, "tie_word_embeddings": True, "initializer_range": 0.2,
+    })  # fmt: skip
+    model, ids = CausalLM(config, seed=1), text(64, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 2.5  # of 4.1
+    return model.eval()
+
+
+def quantized(model, steps, format="w4a16", seed=0, **options):
+    return fastlm.quantize(
+        copy.deepcopy(model), format, **{"group_size": 16} | options, distill=steps, seed=seed
+    )
+
+
+@torch.no_grad()
+def divergence(before, after, ids):
+    p, q = (model(ids).logits.log_softmax(-1) for model in (before, after))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def always_kept(monkeypatch):
+    """The end counts as better than the start, whatever it is."""
+    falling = itertools.count(0, -1)
+    monkeypatch.setattr(Distillation, "_heldout_kl", lambda self, student: next(falling))
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    a, b = state(a), state(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_start_is_the_rounded_weight(bits, symmetric):
+    w = torch.randn(6, 40)
+    for size in (16, 8, -1):  # 16: the last group is short
+        start = ops.quantize_weight(w, bits, group_size=size, symmetric=symmetric)
+        rounded = _Rounded(start)
+        u = rounded.start_of(w + torch.randn_like(w))  # what is in another cell is brought back
+        codes = unpack_rows(start.qdata, bits, 40)
+        assert torch.equal(u.round(), codes.float()) and not torch.equal(u, codes.float())
+        assert torch.equal(rounded.start_of(None), codes.float())
+        torch.testing.assert_close(rounded(u), start.dequantize(), rtol=1e-6, atol=1e-7)
+        again = rounded.packed(u)
+        assert torch.equal(again.qdata, start.qdata) and torch.equal(again.scales, start.scales)
+        assert symmetric or torch.equal(again.zeros, start.zeros)
+
+
+def test_gradients_pass_the_rounding():
+    u, s, g = torch.randn(5, 40) * 4, torch.rand(5, 3), torch.randn(5, 40)
+    for t in (u, s):
+        t.requires_grad_()
+
+    def plain(u, s):
+        q = u + (u.round() - u).detach()
+        return q * s.repeat_interleave(16, 1)[:, :40]
+
+    outs = [plain(u, s), _Scaled.apply(u, s, 16)]
+    torch.testing.assert_close(outs[1], outs[0])
+    wanted, got = (torch.autograd.grad(out, (u, s), g) for out in outs)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"method": "gptq"}])
+def test_other_text_is_predicted_more_like_the_original(trained, options):
+    """On windows that were neither learnt nor judged. 0.58 of the start was measured."""
+    steps, ids, other = [], text(200, seed=2), text(40, seed=3)
+    if "method" in options:
+        options = {**options, "calibration": ids[:8]}
+    start = quantized(trained, 0, **options)
+    found = quantized(trained, 40, **options, distill_text=ids, on_step=steps.append)
+    assert divergence(trained, found, other) < 0.8 * divergence(trained, start, other)
+    figures = steps[-1].distilled
+    assert figures["kept"] and figures["kl_after"] < figures["kl_before"]
+    kept = ids[-heldout_windows(len(ids), LENGTH) :]
+    assert figures["kl_before"] == pytest.approx(divergence(trained, start, kept), rel=1e-3)
+    assert figures["kl_after"] == pytest.approx(divergence(trained, found, kept), rel=1e-3)
+    changed = [n for n, t in state(found).items() if not torch.equal(t, state(start)[n])]
+    parts = {name.rpartition(".")[2] for name in changed}
+    more = {"zeros"} if not options.get("symmetric", True) else set()
+    assert parts == {"qdata", "scales", "weight"} | more
+
+
+def test_codes_stay_in_their_range(trained, monkeypatch):
+    """Even where the rate would carry them far beyond it; then the start is kept."""
+    ids, steps = text(40, seed=2), []
+    monkeypatch.setitem(distill.REACH, "codes", 100.0)
+    found = quantized(trained, 3, distill_text=ids, on_step=steps.append)
+    assert not steps[-1].distilled["kept"] and not steps[-1].weights
+    assert "the start is kept: held-out KL" in steps[-1].warnings[0]
+    assert same(found, quantized(trained, 0))
+    always_kept(monkeypatch)
+    found = quantized(trained, 3, distill_text=ids)
+    assert not same(found, quantized(trained, 0))
+    q = unpack_rows(found.head_weight.qdata, 4, 32)
+    assert q.min() == -8 and q.max() == 7 and torch.isfinite(found(ids).logits).all()
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch):
+    class Cut(Exception):
+        pass
+
+    def cut(line):
+        if line.startswith("distill: step 3 "):
+            raise Cut
+
+    monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
+    always_kept(monkeypatch)
+    options = {"distill_text": text(40, seed=2), "progress": tmp_path, "symmetric": False}
+    with pytest.raises(Cut):
+        quantized(trained, 6, **options, tell=cut)
+    assert [p.name for p in tmp_path.iterdir()] == ["distilling.safetensors"]
+    lines = []
+    found = quantized(trained, 6, **options, tell=lines.append)
+    whole = quantized(trained, 6, **options | {"progress": None})
+    assert same(found, whole) and not same(found, quantized(trained, 0, symmetric=False))
+    # the step that was saved is not done again
+    assert [line.partition(",")[0] for line in lines[:4]] == [
+        f"distill: step {n} of 6" for n in (3, 4, 5, 6)
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["distilled.safetensors"]
+    lines.clear()
+    assert same(quantized(trained, 6, **options, tell=lines.append), whole) and not lines
+    other = quantized(trained, 6, **options, seed=1)  # another order: computed again
+    assert not same(other, whole)
+
+
+def test_what_the_model_becomes(trained, tmp_path):
+    """Any method and format; what is not quantized stays as it is, but for norms."""
+    model = copy.deepcopy(trained).bfloat16()
+    found = quantized(
+        model, 4, "w4a8", method="gptq", awq=True, calibration=text(40, seed=2),
+        overrides={"*.down_proj": 16},
+    )  # fmt: skip
+    layer = found.model.layers[0]
+    assert layer.mlp.up_proj.act_bits == 8 and found.dtype is torch.bfloat16
+    found.save_pretrained(tmp_path / "q")
+    assert same(CausalLM.from_pretrained(tmp_path / "q"), found)
+    own = fastlm.quantize(copy.deepcopy(model), "w4a16", distill=4, distill_text=text(40, seed=2),
+                          overrides={"*.down_proj": 16})  # fmt: skip
+    down = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(state(own)[down], state(model)[down])
+
+
+def test_refusals(trained):
+    for steps, options, message in [
+        (-1, {}, "distill: wanted a number of steps, 0 or more, got -1"),
+        (True, {}, "distill: wanted a number of steps, 0 or more, got True"),
+        (1, {}, "distill_text: wanted 2 windows of token ids or more, got none"),
+        (1, {"calibration": text(1, 0)}, "distill_text: wanted 2 windows .* got 1"),
+        (1, {"distill_text": text(2, 0) + 60}, r"distill_text: input_ids: wanted ids in \[0, 60\)"),
+        (1, {"distill_text": [[1]]}, r"distill_text: wanted token ids \(windows, length\), got"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            quantized(trained, steps, **options)
+    broken = copy.deepcopy(trained)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match="distill: wanted a finite loss, got nan in step 1"):
+        quantized(broken, 2, distill_text=text(4, 0))
+    assert not any(hasattr(m, "qdata") for m in broken.modules())
+
+
+def test_the_order_of_windows_is_a_permutation_of_each_pass(trained, monkeypatch):
+    monkeypatch.setattr(distill, "TOKENS", 3 * LENGTH)
+    ids = text(8, seed=2)
+    plan = plan_of(
+        trained, "w4a16", group_size=16, symmetric=True, scale_dtype=torch.bfloat16,
+        embeddings=0, head=0, overrides=None,
+    )  # fmt: skip
+    run = Distillation(trained, plan, {}, {}, ids, steps=7)
+    seen = torch.cat([run._windows(step) for step in range(7)]).view(3, 7, LENGTH)
+    for taken in seen:
+        assert sorted(map(tuple, taken.tolist())) == sorted(map(tuple, ids[:7].tolist()))
+    assert not torch.equal(seen[0], seen[1])
+    assert sum(run._rate(step) for step in range(7)) == pytest.approx(1, abs=0.2)
+    assert tokens_of(0) == 0 and tokens_of(3) == 3 * 3 * LENGTH + distill.HELDOUT
