@@ -471,6 +471,8 @@ def test_metrics_and_the_dashboard(tiny):
 
     assert value("fastlm_time_to_first_token_seconds_count") == 1
     assert value("fastlm_inter_token_seconds_count") == 4
+    assert value("fastlm_queue_seconds_count") == 1
+    assert 0 < value("fastlm_queue_seconds_sum") < value("fastlm_time_to_first_token_seconds_sum")
     assert value("fastlm_new_tokens_total") == 5
     assert value('fastlm_requests_total{path="/v1/chat/completions",status="200"}') == 1
     assert value('fastlm_errors_total{type="invalid_request_error"}') == 1
@@ -483,6 +485,9 @@ def test_metrics_and_the_dashboard(tiny):
         "first_token",
         "inter_token",
         "waiting",
+        "queue_seconds",
+        "drafted",
+        "accepted",
         "pages_used",
         "cached",
         "cancellations",
