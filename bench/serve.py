@@ -14,11 +14,12 @@ so only the head of the chat template is in a cache.
 --poisson: requests arrive at random, at 70 % of those per second that the server managed for 16
 clients, beside one client's figures. --cold: from the start of a process to its first text.
 
-The soak adds clients that cancel, disconnect in the middle, and send malformed bodies. Every prompt
-carries a marker that its answer has to begin with (the server's grammar sees to it), so an answer
-that reached another client would show. The server's cache of keys and values is small, so that its
-memory is taken in the first half. The soak fails on an error that is not the client's, a crossed
-answer, or memory that grows in the second half.
+The soak's clients (bench/soaking.py) chat, complete, call a tool, embed and give feedback,
+streamed and not; they leave in the middle and send malformed bodies. Half of their prompts begin
+with the same text. Every prompt carries a marker that its answer has to begin with (the server's
+grammar sees to it), so an answer that reached another client would show. The server's cache of keys
+and values is small, so that its memory is taken in the first half. The soak fails on an error that
+is not the client's, a crossed answer, or memory that grows in the second half.
 
 `sh bench/llama_cpp.sh` builds llama-server.
 """
@@ -30,6 +31,7 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -39,6 +41,7 @@ from typing import Any
 
 import httpx
 import serve_tables
+import soaking
 from ceilings import Others, wait_until_quiet
 from harness import common_options, machine, positive, save
 from servers import Server, cold, llama_cpp, resident_mib, started
@@ -142,8 +145,8 @@ def arriving(
 
 
 def used_up(url: str) -> bool:
-    """Whether every page of the server's cache has been used, so that its memory is taken: prompts
-    differ within their first page, and most of their tokens are on pages that are kept."""
+    """Whether every page of the server's cache has been used, so that its memory is taken: tokens
+    of prompts that were computed differ, and most of them are on pages that are kept."""
     text = httpx.get(url.replace("/v1/", "/metrics"), trust_env=False).text
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
     return float(lines["fastlm_prompt_tokens_total"]) > 2 * 64 * float(lines["fastlm_pages"])
@@ -156,7 +159,9 @@ def soak(server: Server, clients: int, seconds: float, seeds: Seeds) -> dict[str
         whole.add(
             asyncio.run(
                 closed_loop(
-                    *(server.url, server.model, clients, seconds / 10), seed=seeds(), soaks=True
+                    *(server.url, server.model, clients, seconds / 10),
+                    seed=seeds(),
+                    client=soaking.client,
                 )
             )
         )
@@ -231,9 +236,13 @@ def main() -> None:
     others, seeds, faults = Others(), Seeds(), []
     found: dict[str, Any] = {"machine": {**machine(), "threads": a.threads}}
     if a.soak:
-        with started(
-            "fastlm", model, a.threads, a.clients[-1], "--pages", str(SOAK_PAGES)
-        ) as server:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            started(
+                *("fastlm", model, a.threads, a.clients[-1], "--pages", str(SOAK_PAGES)),
+                *("--feedback", f"{folder}/feedback.sqlite"),
+            ) as server,
+        ):
             found["soak"] = soak(server, a.clients[-1], a.soak, seeds)
         print(json.dumps(found["soak"], indent=1))
         save(a.json, found)

@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -78,24 +78,19 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return times
 
 
-def body_of(draw: random.Random, model: str, marker: str | None = None) -> dict[str, Any]:
-    """A request of random length. Its answer has all of `max_tokens`, unless it has to begin with a
-    `marker`."""
+def body_of(draw: random.Random, model: str) -> dict[str, Any]:
+    """A request of random length, whose answer has all of `max_tokens`."""
     words = " ".join(draw.choice(WORDS) for _ in range(draw.randint(*PROMPT_WORDS)))
-    body: dict[str, Any] = {
+    return {
         "model": model,
-        "messages": [{"role": "user", "content": f"{marker or ''} {words}"}],
+        "messages": [{"role": "user", "content": words}],
         "max_tokens": draw.randint(*NEW_TOKENS),
         "seed": draw.randrange(2**31),
         "stream": True,
         "stream_options": {"include_usage": True},
+        "ignore_eos": True,
         **SAMPLING,
     }
-    if marker is None:
-        body["ignore_eos"] = True
-    else:
-        body["structured_outputs"] = {"regex": f"{marker} [a-z ]*"}
-    return body
 
 
 def event_of(line: str) -> dict[str, Any] | None:
@@ -108,14 +103,16 @@ async def ask(
     body: dict[str, Any],
     load: Load,
     *,
+    path: str = "chat/completions",
     quit_after: int = 0,
     began: float | None = None,
-) -> str:
-    """Send a request; return the text of its answer. `quit_after`: pieces after which the client
-    closes the connection; 0: never. `began`: when the request was due, if not now."""
+) -> tuple[str, dict[int, str]]:
+    """Send a request that is streamed; return its id and the texts of its answers, or the arguments
+    of their calls. `quit_after`: pieces after which the client closes the connection; 0: never.
+    `began`: when the request was due, if not now."""
     began = time.perf_counter() if began is None else began
-    last, text, pieces, usage = 0.0, "", 0, None
-    async with http.stream("POST", "chat/completions", json=body) as response:
+    last, texts, pieces, usage, id = 0.0, dict[int, str](), 0, None, ""
+    async with http.stream("POST", path, json=body) as response:
         if response.status_code != 200:
             await response.aread()
             raise RuntimeError(f"{response.status_code}: {response.text:.200}")
@@ -124,68 +121,61 @@ async def ask(
                 continue
             if "error" in event:
                 raise RuntimeError(f"event: {event['error']}")
-            usage = event.get("usage") or usage
+            usage, id = event.get("usage") or usage, event.get("id", "")
             for choice in event["choices"]:
-                piece = choice["delta"].get("content") or ""
-                if not piece:
+                if not (piece := piece_of(choice)):
                     continue
                 now = time.perf_counter()
                 if last:
                     load.between.append(now - last)
                 else:
                     load.first.append(now - began)
-                last, text, pieces = now, text + piece, pieces + 1
+                index = choice.get("index", 0)
+                last, pieces = now, pieces + 1
+                texts[index] = texts.get(index, "") + piece
             if quit_after and pieces >= quit_after:
-                return text
+                return id, texts
     if usage is None:
         raise RuntimeError("the stream had no usage")
     load.latency.append(time.perf_counter() - began)
-    load.tokens += usage["completion_tokens"]
-    load.prompts[body["seed"]] = usage["prompt_tokens"]
-    load.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    counted(load, body, usage)
     if body.get("ignore_eos") and usage["completion_tokens"] != body["max_tokens"]:
         wanted, got = body["max_tokens"], usage["completion_tokens"]
         load.faults.append(f"an answer of {got} tokens, wanted {wanted}")
-    return text
+    return id, texts
 
 
-async def unkind(http: httpx.AsyncClient, draw: random.Random, load: Load) -> bool:
-    """Be malformed, perhaps. Whether this was the whole turn."""
-    if draw.random() > 0.1:
-        return False
-    content = draw.choice(
-        (b"{", b'{"model": 1}', b"\xff" * 64, b"[" * 4000, b'{"messages": [], "model": "x"}')
-    )
-    response = await http.post(
-        "chat/completions", content=content, headers={"content-type": "application/json"}
-    )
-    load.ended[f"malformed, {response.status_code}"] += 1
-    if not 400 <= response.status_code < 500:
-        load.faults.append(f"a malformed body got {response.status_code}: {response.text:.100}")
-    return True
+def piece_of(choice: dict[str, Any]) -> str:
+    """What a choice of an event adds to the text of a chat or a completion, or to its calls."""
+    delta = choice.get("delta") or {"content": choice.get("text")}
+    calls = delta.get("tool_calls") or ()
+    return (delta.get("content") or "") + "".join(c["function"]["arguments"] for c in calls)
 
 
-async def client(
-    http: httpx.AsyncClient, seed: int, until: float, load: Load, model: str, soaks: bool
-) -> None:
+def counted(load: Load, body: dict[str, Any], usage: dict[str, Any]) -> None:
+    """Add a server's usage."""
+    load.tokens += usage["completion_tokens"]
+    load.prompts[body["seed"]] = usage["prompt_tokens"]
+    load.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+
+
+async def client(http: httpx.AsyncClient, seed: int, until: float, load: Load, model: str) -> None:
+    """Ask until the time `until`, once at least."""
     draw = random.Random(seed)
     for turn in count(1):
         if turn > 1 and time.perf_counter() >= until:
             return
         try:
-            if soaks and await unkind(http, draw, load):
-                continue
-            marker = f"m{seed}t{turn}x" if soaks else None
-            quits = draw.randint(1, 20) if soaks and draw.random() < 0.2 else 0
-            text = await ask(http, body_of(draw, model, marker), load, quit_after=quits)
+            await ask(http, body_of(draw, model), load)
         except (RuntimeError, httpx.HTTPError) as error:
             load.faults.append(f"{type(error).__name__}: {error}")
             await asyncio.sleep(0.5)
             continue
-        if marker and not marker.startswith(text[: len(marker)]):
-            load.faults.append(f"crossed: wanted {marker}, got {text:.40}")
-        load.ended["left" if quits else "whole"] += 1
+        load.ended["whole"] += 1
         load.done += 1
+
+
+Client = Callable[[httpx.AsyncClient, int, float, Load, str], Awaitable[None]]
 
 
 def connected(url: str) -> httpx.AsyncClient:
@@ -194,7 +184,7 @@ def connected(url: str) -> httpx.AsyncClient:
 
 
 async def closed_loop(
-    url: str, model: str, clients: int, seconds: float, *, seed: int, soaks: bool = False
+    url: str, model: str, clients: int, seconds: float, *, seed: int, client: Client = client
 ) -> Load:
     """Clients that send their next request as soon as their last one ends, for `seconds`, but one
     each at least; answers that run then are awaited. Client i draws its requests by `seed` + i."""
@@ -202,9 +192,7 @@ async def closed_loop(
     async with connected(url) as http:
         began = time.perf_counter()
         until = began + seconds
-        await asyncio.gather(
-            *(client(http, seed + i, until, load, model, soaks) for i in range(clients))
-        )
+        await asyncio.gather(*(client(http, seed + i, until, load, model) for i in range(clients)))
     load.seconds = time.perf_counter() - began
     return load
 

@@ -1,6 +1,7 @@
 """A tiny chat model behind the server, in this process on a port of its own."""
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -8,16 +9,16 @@ from dataclasses import replace
 
 import httpx
 import torch
-import uvicorn
 
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.serve.app import Server
 from fastlm.serve.engine import Engine
 from fastlm.serve.openai_api import Form
-from fastlm.serve.process import _Process
+from fastlm.serve.process import _Process, config_of
 from fastlm.tokenizer.tokenizer import Tokenizer
 
+logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about clients
 # one client: each loads certificates. A new connection for each request
 HTTP = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=60, trust_env=False)
 TEXT = ['The tree sees the river. What is 1 + 1? It is 2. [1, 2, 3] {"name": "Ann", "age": 30}']
@@ -48,18 +49,19 @@ def tiny_model(context=512):
 
 
 @contextlib.contextmanager
-def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0, **options):
+def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
+            connections=1024, **options):  # fmt: skip
     """Context: (URL, server), which ends as SIGTERM ends it. ``engine``: options of the engine;
     ``pause``: seconds that each of its steps takes longer; ``buffer``: bytes that wait in the
-    system for a slow client; ``drain``: seconds that answers may take at the end.
+    system for a slow client; ``drain``: seconds that answers may take at the end; ``connections``:
+    how many are served.
     """
     runs = Engine(model, tokenizer, **(engine or {}))
     if pause:
         step = runs.step
         runs.step = lambda: (time.sleep(pause), step())[1]
     server = Server(runs, model, tokenizer, "tiny", **options)
-    config = uvicorn.Config(server.app, log_level="error", timeout_graceful_shutdown=int(drain) + 3)
-    runner = _Process(config, server, drain)
+    runner = _Process(config_of(server, connections, drain), server, drain)
     listening = socket.create_server(("127.0.0.1", 0))
     if buffer:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, pairwise
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pytest
 import serve
 import serve_tables
 import servers
+import soaking
 from serve_app import serving, tiny_model
 from traffic import (
     CONTEXT,
@@ -24,10 +26,13 @@ from traffic import (
     Load,
     arrivals,
     body_of,
+    closed_loop,
     event_of,
     open_loop,
     percentile,
 )
+
+from fastlm.serve.feedback import FeedbackStore
 
 
 def test_percentiles_are_between_the_values():
@@ -165,9 +170,10 @@ def test_other_work_is_a_fault():
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny(tmp_path_factory):
     model, tokenizer = tiny_model(2048)
-    with serving(model, tokenizer) as (url, _):
+    store = FeedbackStore(tmp_path_factory.mktemp("soak") / "feedback.sqlite")
+    with store, serving(model, tokenizer, feedback=store) as (url, _):
         yield servers.Server(f"{url}/v1/", 0, "tiny")
 
 
@@ -201,7 +207,40 @@ def test_unkind_clients_on_a_tiny_model(tiny, monkeypatch):
     assert found["faults"] == 0, found["first_faults"]
     assert sum(found["ended"].values()) >= 20 and found["ended"]["whole"] <= found["requests"]
     assert any(kind.startswith("malformed, 4") for kind in found["ended"])
+    assert found["cached_share"] > 0.1  # the text that half of the prompts begin with
     assert len(found["memory_mib"]) == 10 and min(found["memory_mib"]) > 0
+
+
+def test_what_a_soak_sends():
+    draw = random.Random(5)
+    turns = [soaking.turn_of(draw, "m", f"m{i}x") for i in range(400)]
+
+    def share(wanted):
+        return sum(map(wanted, turns)) / len(turns)
+
+    text = [json.dumps(turn.body.get("prompt") or turn.body["messages"]) for turn in turns]
+    assert all(f"m{i}x" in said and f"m{i}x" in turns[i].begins for i, said in enumerate(text))
+    assert share(lambda t: soaking.SYSTEM in json.dumps(t.body)) == pytest.approx(0.5, abs=0.08)
+    assert share(lambda t: not t.body.get("stream")) == pytest.approx(0.2, abs=0.07)
+    assert share(lambda t: t.path == "completions") == pytest.approx(0.2, abs=0.07)
+    assert share(lambda t: t.body.get("n") == 2) == pytest.approx(0.125, abs=0.06)
+    assert share(lambda t: "tools" in t.body) == pytest.approx(0.1, abs=0.05)
+    longest = max(len(said.split()) for said in text)
+    assert longest + soaking.TOOL_TOKENS < serve.SOAK_PAGES * 64 / 2
+
+
+def test_an_answer_to_another_is_a_fault(tiny, monkeypatch):
+    right = soaking.turn_of
+
+    def wrong(draw, model, marker):
+        turn = right(draw, model, marker)
+        return replace(turn, begins=turn.begins.replace(marker, marker + "7"))
+
+    monkeypatch.setattr(soaking, "turn_of", wrong)
+    load = asyncio.run(closed_loop(tiny.url, tiny.model, 8, 0, seed=11_000, client=soaking.client))
+    kinds = load.ended["whole"] + load.ended["left"]
+    assert kinds >= 4 and load.ended["whole"] <= len(load.faults) <= kinds
+    assert all(fault.startswith("crossed") for fault in load.faults), load.faults
 
 
 def test_a_cold_server_is_asked_until_it_answers(monkeypatch):

@@ -1,5 +1,6 @@
-"""The API field by field, through HTTP and OpenAI's own client: each field does what
-docs/serving.md says, or is refused by name.
+"""The API field by field: each does what docs/serving.md says, or is refused by name. Requests go
+through httpx; for each field one that is taken and one that is refused go through OpenAI's
+client and through curl, too.
 """
 
 import base64
@@ -9,9 +10,12 @@ import struct
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
+import httpx
 import jsonschema
 import openai
+import pydantic
 import pytest
 from serve_app import HTTP, ask, serving, tiny_model
 
@@ -26,6 +30,14 @@ TOOL = {
     "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}},
 }
 DOCS = Path(__file__).parent.parent / "docs/serving.md"
+
+
+class Person(pydantic.BaseModel):
+    name: Literal["Ann", "Bob"]
+    tall: bool
+    age: int = pydantic.Field(ge=0, le=99)
+
+
 CASES = {}  # (kind, names) -> test
 
 
@@ -48,6 +60,33 @@ def server(tmp_path_factory):
     store.close()
 
 
+def by_httpx(server, kind, body):
+    return ask(server.url, body, PATHS[kind])
+
+
+def by_openai(server, kind, body):
+    path = PATHS[kind].removeprefix("/v1")
+    try:
+        return server.client.post(path, body=body, cast_to=httpx.Response)
+    except openai.APIStatusError as error:
+        return error.response
+
+
+def by_curl(server, kind, body):
+    command = ["curl", "-sN", server.url + PATHS[kind], "-H", "content-type: application/json"]
+    said = subprocess.run(
+        [*command, "-d", "@-", "-w", "\n%{http_code}"], input=json.dumps(body), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    text, _, status = said.stdout.rpartition("\n")
+    return httpx.Response(int(status), text=text)
+
+
+def said_of(response):
+    """The text of a response without what differs each time."""
+    return re.sub(r'"(id|created|cached_tokens)":("[^"]*"|\d+)', r'"\1":0', response.text)
+
+
 class Api:
     """Requests to one path, with what it needs filled in."""
 
@@ -55,6 +94,7 @@ class Api:
         self.server, self.kind = server, kind
         self.client = server.client
         self.token = server.tokenizer.encode("T")[0]
+        self.sent = []  # bodies and responses
 
     def send(self, **fields):
         needs = {
@@ -64,7 +104,9 @@ class Api:
         }[self.kind]
         some = {} if self.kind == "embed" else {"max_tokens": 8, "temperature": 0}
         body = {"model": "tiny", **some, **needs, **fields}
-        return ask(self.server.url, body, PATHS[self.kind])
+        response = by_httpx(self.server, self.kind, body)
+        self.sent.append((body, response))
+        return response
 
     def answer(self, **fields):
         response = self.send(**fields)
@@ -153,6 +195,15 @@ def test_the_python_of_the_docs(server):
     assert "http://127.0.0.1:8000" in code and '"smollm2"' in code
     code = code.replace("http://127.0.0.1:8000", server.url).replace('"smollm2"', '"tiny"')
     exec(compile(code, "docs/serving.md", "exec"), {"openai": openai})
+
+
+def test_a_model_of_pydantic(server):
+    """As OpenAI's client sends it: a strict schema."""
+    made = server.client.chat.completions.parse(
+        model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=300,
+        response_format=Person,
+    )  # fmt: skip
+    assert isinstance(made.choices[0].message.parsed, Person)
 
 
 def test_curl(server):
@@ -322,6 +373,8 @@ def _(api):
             "stream_options.continuous_usage_stats",
             stream=True, stream_options={**include, "continuous_usage_stats": True},
         )  # fmt: skip
+    events = api.send(stream=True, stream_options=options).text
+    assert events.endswith("data: [DONE]\n\n") and '"usage":{' in events
     api.refused("stream_options", stream_options={"include_usage": True})
     api.refused("stream_options.x", stream=True, stream_options={"x": 1})
     api.refused("stream", stream=1)
@@ -471,7 +524,23 @@ def _(api):
     api.refused("tools[0].function.name", tools=[{"type": "function", "function": {"name": "é"}}])
     api.refused("tools[1].function.name", tools=[TOOL, TOOL])
     strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
-    api.refused("tools[0].function.strict", tools=[strict])
+    api.refused(
+        "tools[0].function.strict", tools=[{**strict, "function": {"name": "f", "strict": 1}}]
+    )
+    api.answer(tools=[strict])
+    assert api.server.taken[-1].constraint is not None
+    made = api.client.chat.completions.parse(
+        model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=300,
+        tools=[openai.pydantic_function_tool(Person)], tool_choice="required",
+    )  # fmt: skip
+    (call,) = made.choices[0].message.tool_calls
+    assert call.function.name == "Person" and isinstance(call.function.parsed_arguments, Person)
+    unknown = {
+        "name": "f",
+        "strict": True,
+        "parameters": {"properties": {"a": {"uniqueItems": True}}},
+    }
+    api.refused("tools", tools=[{"type": "function", "function": unknown}])
     api.refused("response_format", tools=[TOOL], response_format={"type": "json_object"})
 
 
@@ -501,7 +570,11 @@ def _(api):
     api.refused("tool_choice.function.name", tools=[TOOL], tool_choice=named)
     api.refused("tool_choice", tools=[TOOL], tool_choice="always")
     api.refused("tool_choice", tool_choice="auto")
-    api.refused("parallel_tool_calls", tools=[TOOL], parallel_tool_calls=False)
+    api.answer(tools=[other], tool_choice="required", parallel_tool_calls=False)
+    api.answer(tools=[TOOL], parallel_tool_calls=False)
+    assert api.server.taken[-1].constraint is not None
+    api.refused("parallel_tool_calls", tools=[TOOL], parallel_tool_calls="no")
+    api.refused("parallel_tool_calls", parallel_tool_calls=False)
 
 
 @case("chat_template_kwargs")
@@ -570,7 +643,21 @@ def _(api):
     "kind, names", CASES, ids=lambda x: x if isinstance(x, str) else ",".join(x)
 )
 def test_field(server, kind, names):
-    CASES[kind, names](Api(server, kind))
+    api = Api(server, kind)
+    CASES[kind, names](api)
+    for name in names:
+        for taken in (True, False):
+            named = [sent for sent in api.sent if name in sent[0]]
+            found = [sent for sent in named if (sent[1].status_code == 200) == taken]
+            assert found, f"{name}: {'taken' if taken else 'refused'} nowhere"
+            # rather one whose answer is known
+            known = [s for s in found if not s[0].get("temperature") or "seed" in s[0]]
+            body, response = (known or found)[0]
+            for by in (by_openai, by_curl):
+                again = by(server, kind, body)
+                assert again.status_code == response.status_code
+                if known or not taken:
+                    assert said_of(again) == said_of(response), (name, by)
 
 
 def test_every_field_has_a_test():

@@ -2,6 +2,7 @@
 that fail; what is logged and counted.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -168,6 +169,72 @@ def test_a_client_that_does_not_read_is_given_up():
             sock.sendall(head(content) + content)
             wait_until(lambda: engine.stats().finished.get("cancelled") == 1, 60)
         assert HTTP.get(url + "/health").status_code == 200
+
+
+def test_connections_without_whole_headers_are_closed(tiny):
+    """They would take all places: then everybody gets a 503."""
+    request = head(b"{}") + b"{}"
+    with serving(*tiny, limits=Limits(header_seconds=0.5), connections=4) as (url, _):
+        sent = (b"", b"P", request[:40], b"GET /health HTTP/1.1\r\n")
+        idle = [connect(url, part) for part in sent]
+        assert HTTP.get(url + "/health").status_code == 503
+        wait_until(lambda: HTTP.get(url + "/health").status_code == 200)
+        for sock in idle:
+            with sock, contextlib.suppress(ConnectionResetError):
+                assert sock.recv(99) == b""
+        with connect(url, request[:40]) as slow:  # a byte now and then buys no time
+            with pytest.raises(OSError):
+                for byte in request[40:]:
+                    time.sleep(0.05)
+                    slow.sendall(bytes((byte,)))
+        with connect(url, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n") as kept:
+            assert _response(kept).startswith(b"HTTP/1.1 200")
+            time.sleep(0.7)  # a connection between requests is not one that lacks headers
+            kept.sendall(request)
+            assert _response(kept).startswith(b"HTTP/1.1 400")
+            kept.sendall(request[:40])
+            with contextlib.suppress(ConnectionResetError):
+                assert kept.recv(99) == b""
+
+
+def test_what_nobody_takes_of_a_response_is_dropped(tiny):
+    """The whole response is written at once, so that no write of the server waits."""
+    limits = Limits(write_seconds=0.3)
+    with serving(*tiny, limits=limits, buffer=4096, connections=2) as (url, _):
+        get = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.connect((host, int(port)))
+            sock.sendall(get)
+            wait_until(lambda: HTTP.get(url + "/health").status_code == 503)
+            wait_until(lambda: HTTP.get(url + "/health").status_code == 200)
+            got = b"".join(iter(lambda: _received(sock), b""))
+        assert 0 < len(got) < len(HTTP.get(url + "/openapi.json").content)
+        with socket.socket() as sock:  # who reads slowly is served
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.connect((host, int(port)))
+            sock.sendall(get)
+            got = b""
+            while piece := sock.recv(2000):
+                got += piece
+                time.sleep(0.02)
+        assert json.loads(got.partition(b"\r\n\r\n")[2])["openapi"]
+
+
+def _response(sock):
+    """A response whose body is an object."""
+    got = b""
+    while not got.endswith(b"}"):
+        got += sock.recv(9999)
+    return got
+
+
+def _received(sock):
+    try:
+        return sock.recv(2**16)
+    except ConnectionResetError:
+        return b""
 
 
 def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
@@ -405,6 +472,8 @@ def test_metrics_and_the_dashboard(tiny):
 
     assert value("fastlm_time_to_first_token_seconds_count") == 1
     assert value("fastlm_inter_token_seconds_count") == 4
+    assert value("fastlm_queue_seconds_count") == 1
+    assert 0 < value("fastlm_queue_seconds_sum") < value("fastlm_time_to_first_token_seconds_sum")
     assert value("fastlm_new_tokens_total") == 5
     assert value('fastlm_requests_total{path="/v1/chat/completions",status="200"}') == 1
     assert value('fastlm_errors_total{type="invalid_request_error"}') == 1
@@ -417,6 +486,9 @@ def test_metrics_and_the_dashboard(tiny):
         "first_token",
         "inter_token",
         "waiting",
+        "queue_seconds",
+        "drafted",
+        "accepted",
         "pages_used",
         "cached",
         "cancellations",

@@ -22,6 +22,33 @@ HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>
 NAMELESS = """() => [...document.querySelectorAll("button, input, textarea")].filter((e) =>
   !(e.textContent.trim() || e.ariaLabel || [...(e.labels ?? [])].some((l) => l.textContent.trim())))
   .map((e) => e.outerHTML)"""
+# texts whose contrast with what is behind them is below WCAG 2's 4.5 to 1
+PALE = """() => {
+  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+    .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const color = channels(getComputedStyle(e).backgroundColor);
+      if (color.length === 3 || color[3] === 1) return color;
+    }
+    return [255, 255, 255];
+  };
+  const contrast = (one, other) => {
+    const [low, high] = [light(one), light(other)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const shown = [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility()
+    && !e.disabled && !e.classList.contains("hidden"));
+  const texts = shown.filter((e) => e.matches("input, textarea")
+    || [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())).map((e) => [e, null]);
+  for (const e of shown) if (e.placeholder) texts.push([e, "::placeholder"]);
+  const found = texts.map(([e, part]) => [e.outerHTML.slice(0, 80), part,
+    contrast(channels(getComputedStyle(e, part).color), behind(e))]);
+  if (found.length < 15) throw new Error(`wanted the texts of the page, found ${found.length}`);
+  return found.filter(([, , ratio]) => ratio < 4.5);
+}"""
 TOO_WIDE = "() => document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 
@@ -125,6 +152,7 @@ def test_chat(browser, tiny, tmp_path):
         assert page.evaluate(NAMELESS) == [] and wrong == []
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
+            assert page.evaluate(PALE) == []
             page.screenshot(path=tmp_path / f"{scheme}.png")
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
         page.get_by_role("button", name="Theme").click()  # auto, then light
@@ -187,6 +215,32 @@ def test_an_answer_that_is_not_complete(browser, tiny):
         )
         send(page, "And now?")
         status(page, "the answer broke off")
+
+
+def test_a_conversation_longer_than_the_context(browser, tiny):
+    _, tokenizer = tiny
+    text = "The tree sees the river. "
+    text *= 170 // len(tokenizer.encode(text))
+    with serving(*tiny) as (url, server):
+        script(server, "One", "Two", "Three", "Three again")
+        page, _ = opened(browser, url)
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Longest answer").fill("60")
+        for number, said in (("1", "One"), ("2", "Two")):
+            send(page, number + text)
+            page.get_by_text(said, exact=True).wait_for()
+            status(page, "token")
+        send(page, "3" + text)
+        forget = page.get_by_role("button", name="Forget the oldest turn")
+        forget.click()
+        page.get_by_text("Three", exact=True).wait_for()
+        asked = [a[:1] for a in page.get_by_role("article", name="You").locator(".text")
+                 .all_inner_texts()]  # fmt: skip
+        assert asked == ["2", "3"] and page.get_by_text("One", exact=True).count() == 0
+        page.get_by_role("button", name="New").click()
+        send(page, text * 4)  # nothing to forget
+        status(page, "model's context")
+        assert forget.count() == 0
 
 
 def test_stop_and_errors(browser, tiny):

@@ -1,12 +1,16 @@
 """Tool calls in answers: what is recognised, piece by piece, and what stays text."""
 
 import json
+from dataclasses import replace
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_app import ask, script, serving, tiny_model
 
+from fastlm.serve.grammar import Grammars
+from fastlm.serve.openai_api import Form
 from fastlm.serve.tools import ToolText
 
 ADD = {"name": "add", "arguments": {"a": 1}}
@@ -93,3 +97,120 @@ def test_over_http():
         assert deltas[-1]["finish_reason"] == "tool_calls"
         del body["tools"]  # nobody asked for calls
         assert ask(url, body).json()["choices"][0]["message"]["content"] == text
+
+
+# a strict tool, and one whose arguments are any object
+SCHEMA = {
+    "type": "object",
+    "properties": {"unit": {"enum": ["C", "F"]}, "days": {"type": "integer", "maximum": 9}},
+    "required": ["unit", "days"],
+    "additionalProperties": False,
+}
+STRICT = [
+    {"type": "function", "function": {"name": "forecast", "parameters": SCHEMA, "strict": True}},
+    {"type": "function", "function": {"name": "now", "parameters": SCHEMA}},
+]
+GOOD = '{"name": "forecast", "arguments": {"unit": "C", "days": 3}}'
+CALLED = f"<tool_call>{GOOD}</tool_call>"
+NOW = '<tool_call>\n{"name": "now", "arguments": {"any": [1]}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def grammars():
+    model, tokenizer = tiny_model()
+    return Grammars(tokenizer, model.config)
+
+
+@pytest.mark.parametrize(
+    ("text", "several", "one"),  # whether it may be an answer, with several calls or one at most
+    [
+        ("", True, True),
+        ("a < b <tool_cal {", True, True),
+        ('{"x": 1}', True, True),  # text: it is no call
+        (CALLED, True, True),
+        (f"Let me see.\n{CALLED}", True, True),
+        (NOW, True, True),
+        (f"{CALLED} Well.", True, False),
+        (f"{NOW}{CALLED}\n{CALLED}", True, False),
+        (f"<tool_call>[{GOOD}, {GOOD}]</tool_call>", True, False),
+        (CALLED.replace('"C"', '"K"'), False, False),
+        (CALLED.replace("3", "10"), False, False),
+        (CALLED.replace(', "days": 3', ""), False, False),
+        (CALLED.replace("forecast", "other"), False, False),
+        (f"{CALLED}<tool_call>no", False, False),
+        ("<tool_call>no</tool_call>", False, False),
+        ("Well <tool_call>", False, False),  # a call that has no end
+    ],
+)
+def test_strict_calls_have_a_grammar(grammars, text, several, one):
+    for parallel, good in ((True, several), (False, one)):
+        state = grammars.constraint(Form("calls", (STRICT, parallel), "tools"))()
+        for token in grammars.tokenizer.encode(text):
+            if not state.mask()[token]:
+                assert not good
+                break
+            state.accept(token)
+        else:
+            assert state.mask()[grammars.ends].all() == good
+            if good:  # what the grammar lets pass as a call is read as one
+                said, calls = read(text, names=("forecast", "now"))
+                assert len(calls) == text.count('"name"')
+                assert not calls or "tool_call" not in said
+
+
+@pytest.mark.parametrize("parallel", (True, False))
+def test_strict_calls_of_a_model(parallel):
+    """It begins a call, and the grammar brings it to its end."""
+    model, tokenizer = tiny_model(1024)
+    body = {
+        "model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "tools": STRICT,
+        "parallel_tool_calls": parallel, "max_tokens": 300, "temperature": 1,
+    }  # fmt: skip
+    begins = r'Well\. <tool_call>\{"name": "forecast", "arguments": (.|\n)*'
+    with serving(model, tokenizer) as (url, server):
+        submit = server.engine.submit
+
+        def begin(request, listener):
+            start = server.grammars.constraint(Form("regex", begins, "regex"))
+            both = lambda: Both(request.constraint(), start())  # noqa: E731
+            return submit(replace(request, constraint=both), listener)
+
+        server.engine.submit = begin
+        for seed in range(4):
+            (choice,) = ask(url, {**body, "seed": seed}).json()["choices"]
+            call = choice["message"]["tool_calls"][0]["function"]
+            jsonschema.validate(json.loads(call["arguments"]), SCHEMA)
+            assert choice["message"]["content"].startswith("Well. ")
+            if not parallel:
+                assert choice["message"]["content"] == "Well. "
+                assert choice["finish_reason"] == "tool_calls"
+
+
+class Both:
+    """A `Constraint` that is two."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def mask(self):
+        return self.parts[0].mask() & self.parts[1].mask()
+
+    def accept(self, token):
+        for part in self.parts:
+            part.accept(token)
+
+
+def test_models_that_write_calls_otherwise_have_no_strict_ones():
+    model, tokenizer = tiny_model()
+    tokenizer.chat_template = tokenizer.chat_template.replace("tool_call>", "call>")
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 60}
+    with serving(model, tokenizer) as (url, _):
+        for fields, param in (
+            ({"tools": STRICT}, "tools"),
+            ({"tools": TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ):
+            error = ask(url, {**body, **fields}).json()["error"]
+            assert error["param"] == param and "tool_choice 'required'" in error["message"]
+            for choice in ("required", "none"):
+                assert ask(url, {**body, **fields, "tool_choice": choice}).status_code == 200
+        assert ask(url, {**body, "tools": TOOLS}).status_code == 200

@@ -54,8 +54,10 @@ class Answer:
         names: list[str] = []
         if isinstance(asked, ChatAsked) and asked.tools is not None:
             names = [tool["function"]["name"] for tool in asked.tools]
+        # where a form keeps calls to their schemas, what it does not know as a call is text
+        whole = asked.form is None or asked.form.kind != "calls"
         self.choices = [
-            Choice(tools=ToolText(names) if names else None) for _ in range(running.count)
+            Choice(tools=ToolText(names, whole) if names else None) for _ in range(running.count)
         ]
         self.echo = prompts if isinstance(asked, TextAsked) and asked.echo else []
         self.prompt_tokens, self.cached_tokens = prompt_tokens, 0

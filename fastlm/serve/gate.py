@@ -43,12 +43,14 @@ HEADERS = {
 class Limits:
     """Bounds on a request.
 
-    body_bytes: of its body. body_seconds: until the body has arrived. answer_seconds: until an
+    body_bytes: of its body. header_seconds: until the headers have arrived, since the connection
+    or their first byte. body_seconds: until the body has arrived. answer_seconds: until an
     answer ends, wherever it is then. write_seconds: until a client takes what was sent to it.
     new_tokens: of an answer; None: the context is the bound.
     """
 
     body_bytes: int = 4 * 2**20
+    header_seconds: float = 10.0
     body_seconds: float = 30.0
     answer_seconds: float = 600.0
     write_seconds: float = 60.0

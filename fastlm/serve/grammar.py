@@ -139,6 +139,8 @@ def _grammar(form: Form) -> str:
         return grammar_from("choice", json.dumps(form.value))
     if form.kind == "call":
         return LLMatcher.grammar_from_lark(_call(form.value))
+    if form.kind == "calls":
+        return LLMatcher.grammar_from_lark(_calls(*form.value))
     return LLMatcher.grammar_from_lark(form.value)
 
 
@@ -149,7 +151,36 @@ def _call(tools: list[Any]) -> str:
     for name, tool in zip(names, tools):
         function = tool["function"]
         before = f'{OPEN}\n{{"name": {json.dumps(function["name"])}, "arguments": '
-        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": OPTIONS}
         after = f"}}\n{CLOSE}"
-        rules.append(f"{name}: {json.dumps(before)} %json {json.dumps(schema)} {json.dumps(after)}")
+        arguments = _arguments(function.get("parameters"))
+        rules.append(f"{name}: {json.dumps(before)} {arguments} {json.dumps(after)}")
     return "\n".join(rules)
+
+
+def _calls(tools: list[Any], several: bool) -> str:
+    """A Lark grammar of text with calls of the tools in it; those that are strict have arguments
+    that keep to their schemas. Not ``several``: one at most, which ends the answer.
+    """
+    names = [f"call{i}" for i in range(len(tools))]
+    listed = ' | "[" SPACE call (SPACE "," SPACE call)* SPACE "]"' if several else ""
+    rules = [
+        "start: block* REST" if several else "start: block | REST",
+        f'block: head SPACE (call{listed}) SPACE "{CLOSE}"',
+        f'head[lazy]: TEXT "{OPEN}"',
+        "TEXT: /(.|\\n)*/",
+        f"REST: /(.|\\n)*/ & ~/(.|\\n)*{OPEN}(.|\\n)*/",
+        f"call: {' | '.join(names)}",
+        f"SPACE: /{WHITESPACE}/",
+    ]
+    for name, tool in zip(names, tools):
+        function = tool["function"]
+        called = [json.dumps(json.dumps(text)) for text in ("name", function["name"], "arguments")]
+        arguments = _arguments(function.get("parameters") if function.get("strict") else None)
+        parts = ('"{"', called[0], '":"', called[1], '","', called[2], '":"', arguments, '"}"')
+        rules.append(f"{name}: {' SPACE '.join(parts)}")
+    return "\n".join(rules)
+
+
+def _arguments(parameters: Any) -> str:
+    """Lark for an object that keeps to a schema."""
+    return f"%json {json.dumps({'type': 'object', **(parameters or {}), 'x-guidance': OPTIONS})}"

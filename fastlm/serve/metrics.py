@@ -53,6 +53,10 @@ class Metrics:
         self.request_seconds = made(
             Histogram, "request_seconds", "Time of a request", ("path",), buckets=SECONDS
         )
+        self.queue_seconds = made(
+            Histogram, "queue_seconds", "From submission until an answer is computed, told at its"
+            " end", buckets=SECONDS,
+        )  # fmt: skip
         self.first_token = made(
             Histogram, "time_to_first_token_seconds", "From submission to the first token",
             buckets=SECONDS,

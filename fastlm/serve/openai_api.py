@@ -46,7 +46,8 @@ UNSUPPORTED = frozenset(
 @dataclass(frozen=True)
 class Form:
     """The form that an answer must have. ``kind``: "json_object", "json_schema", "regex", "choice",
-    "grammar" (Lark, as llguidance reads it), "call" (of one of some tools). ``param``: the field
+    "grammar" (Lark, as llguidance reads it), "call" (of one of some tools), "calls" (text with
+    calls in it; the value is the tools and whether there may be several). ``param``: the field
     that asks for it.
     """
 
@@ -249,7 +250,7 @@ CHAT: Mapping[str, Field] = {
     "tool_choice": Field(
         _tool_choice, {"anyOf": [{"enum": ["auto", "none", "required"]}, schema_of(NAMED)]}
     ),
-    "parallel_tool_calls": choice(True),
+    "parallel_tool_calls": flag(True),
     "chat_template_kwargs": Field(_variables, {"type": "object"}),
     "store": flag(),
     "conversation_id": identifier(),
@@ -276,6 +277,8 @@ def chat_asked(body: Any) -> ChatAsked:
         raise ApiError("top_logprobs: wanted with logprobs true", param="top_logprobs")
     if given["tool_choice"] is not None and tools is None:
         raise ApiError("tool_choice: wanted with tools", param="tool_choice")
+    if not given["parallel_tool_calls"] and tools is None:
+        raise ApiError("parallel_tool_calls: wanted with tools", param="parallel_tool_calls")
     if given["max_completion_tokens"] is not None:
         if given["max_tokens"] is not None:
             raise ApiError(
@@ -284,7 +287,7 @@ def chat_asked(body: Any) -> ChatAsked:
         given["max_tokens"] = given["max_completion_tokens"]
     if given["tool_choice"] == "none":
         tools = None
-    called = _called(given["tool_choice"], tools)
+    called = _called(given["tool_choice"], tools, given["parallel_tool_calls"])
     top = (given["top_logprobs"] or 0) if given["logprobs"] else None
     form = _response_format(given["response_format"])
     variables = given["chat_template_kwargs"] or {}
@@ -388,10 +391,16 @@ def _check_ends(asked: dict[str, Any]) -> None:
         )
 
 
-def _called(chosen: Any, tools: list[Any] | None) -> Form | None:
-    """The form of an answer that has to be a call."""
-    if tools is None or chosen in (None, "auto", "none"):
+def _called(chosen: Any, tools: list[Any] | None, parallel: bool) -> Form | None:
+    """The form of an answer that has to be a call, or whose calls have to keep to something."""
+    if tools is None:
         return None
+    if chosen in (None, "auto"):
+        strict = any(tool["function"].get("strict") for tool in tools)
+        if parallel and not strict:
+            return None
+        param = "tools" if strict else "parallel_tool_calls"
+        return Form("calls", (tools, parallel), param)
     name = chosen["name"] if isinstance(chosen, dict) else None
     named = [tool for tool in tools if name in (None, tool["function"]["name"])]
     if not named:

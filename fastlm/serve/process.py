@@ -6,11 +6,14 @@ import logging
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h11
 import torch
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastlm.errors import InputError
 from fastlm.files import reason
@@ -84,12 +87,7 @@ def run(
             keys=keys, feedback=store, ranking=rank,
             hosts=LOCAL_NAMES | {h.lower() for h in allow_host} if local else None,
         )  # fmt: skip
-        config = uvicorn.Config(
-            server.app, log_config=None, access_log=False, server_header=False,
-            http="h11", proxy_headers=False,  # bounded headers; addresses that nobody can make up
-            limit_concurrency=max_connections, h11_max_incomplete_event_size=2**16,
-            timeout_graceful_shutdown=int(drain) + 5, ws="none",
-        )  # fmt: skip
+        config = config_of(server, max_connections, drain)
         bound = listening.getsockname()
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
         cache = engine.stats()
@@ -98,6 +96,70 @@ def run(
             page_bytes=cache.page_bytes,
         )  # fmt: skip
         _Process(config, server, drain).run(sockets=[listening])
+
+
+def config_of(server: Server, max_connections: int, drain: float) -> uvicorn.Config:
+    """How uvicorn serves ``server``."""
+    http: Any = partial(_Connection, server.limits)
+    return uvicorn.Config(
+        server.app, log_config=None, access_log=False, server_header=False,
+        http=http, proxy_headers=False,  # bounded headers; addresses that nobody can make up
+        limit_concurrency=max_connections, h11_max_incomplete_event_size=2**16,
+        timeout_graceful_shutdown=int(drain) + 5, ws="none",
+    )  # fmt: skip
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, which also ends where whole headers do not come in time, and where
+    nobody takes the rest of a response: each connection counts towards ``max_connections``.
+
+    An idle one between requests has uvicorn's own timeout.
+    """
+
+    def __init__(self, limits: Limits, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.limits = limits
+        self._no_headers: asyncio.TimerHandle | None = None
+        self._no_reader: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._wait_for_headers()
+        else:
+            self._no_headers = _stopped(self._no_headers)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._no_reader = _stopped(self._no_reader)
+        self._wait_for_reader(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._no_headers, self._no_reader = _stopped(self._no_headers), _stopped(self._no_reader)
+
+    def _wait_for_headers(self) -> None:
+        if self._no_headers is None:
+            wait = self.limits.header_seconds
+            self._no_headers = self.loop.call_later(wait, self.transport.abort)
+
+    def _wait_for_reader(self, before: int | None) -> None:
+        """Give up a client that took nothing since ``before`` bytes were left to send."""
+        left = self.transport.get_write_buffer_size()
+        if before is not None and left >= before:
+            self.transport.abort()
+        elif left:
+            wait = self.limits.write_seconds
+            self._no_reader = self.loop.call_later(wait, self._wait_for_reader, left)
+
+
+def _stopped(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 class _Process(uvicorn.Server):

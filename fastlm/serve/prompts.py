@@ -7,6 +7,7 @@ from fastlm.data.conversations import Message
 from fastlm.errors import InputError
 from fastlm.serve.fields import ApiError
 from fastlm.serve.openai_api import ChatAsked
+from fastlm.serve.tools import OPEN
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -118,6 +119,15 @@ class Prompts:
                     f"{param}: wanted none with {part}: the model's chat template does not write"
                     f" that: {why}",
                     param=param,
+                )
+        form, template = asked.form, self.tokenizer.chat_template or ""
+        if form is not None and form.kind == "calls":
+            if OPEN not in template or OPEN in self.tokenizer.special_tokens:
+                what = "strict: true" if form.param == "tools" else "false"
+                raise ApiError(
+                    f"{form.param}: wanted {what} with tool_choice 'required' or a function's: the"
+                    f" model does not write calls as {OPEN}, so that others cannot be kept to it",
+                    param=form.param,
                 )
 
     def _why_not(self, part: str) -> str | None:

@@ -124,6 +124,7 @@ class Piece:
     error: str | None = None
     cached_tokens: int = 0  # of the prompt: found in the prefix cache; told in the last piece
     prompt_tokens: int = 0  # told in the last piece
+    queue_seconds: float | None = None  # told in the last piece; None: it never began
 
 
 Listener = Callable[[Piece], Any]

@@ -115,6 +115,8 @@ class Running:
                 self.metrics.next_token.observe((now - self._last[index]) / new)
         if new:
             self._last[index] = now
+        if piece.queue_seconds is not None:
+            self.metrics.queue_seconds.observe(piece.queue_seconds)
 
     def close(self) -> None:
         """Cancel the requests that have not ended, because the client is gone."""

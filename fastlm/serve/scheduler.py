@@ -7,6 +7,7 @@ as a prompt where prompts are rows of decode steps, else its prompt as before an
 token by token.
 """
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -202,6 +203,7 @@ class Scheduler:
         sequence.computed = sequence.planned = len(found) * PAGE
         if not sequence.admitted:  # else these pages may be its own
             sequence.admitted, sequence.cached = True, sequence.computed
+            sequence.queued = time.monotonic() - sequence.submitted
         self.running.append(sequence)
         return True
 

@@ -46,6 +46,7 @@ class Sequence:
         self.draft: list[int] = []
         self.keys = page_keys(self.tokens)
         self.submitted = time.monotonic()
+        self.queued: float | None = None  # seconds until it got its pages
         self.cancelled = self.ended = self.admitted = False
         (self.generator,) = make_generators(request.seed, 1)
         self.adjustments = None
@@ -155,9 +156,10 @@ class Sequence:
             text += self.text.flush()
         self._tell(
             Piece(
-                list(tokens), text, list(logprobs), reason, error, self.cached, self.prompt_length
+                list(tokens), text, list(logprobs), reason, error, self.cached, self.prompt_length,
+                self.queued,
             )
-        )
+        )  # fmt: skip
 
     def _tell(self, piece: Piece) -> None:
         try:

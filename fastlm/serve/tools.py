@@ -18,7 +18,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastlm.serve.fields import ApiError, Field, flag, read_fields, schema_of, text, wrong
+from fastlm.serve.fields import Field, flag, read_fields, schema_of, text, wrong
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MOST_TOOLS = 128
@@ -51,11 +51,6 @@ def check_tools(value: Any, name: str) -> list[Any]:
         function = read_fields(tool.get("function"), FUNCTION, f"{where}.function")
         if not NAME.fullmatch(function["name"]):
             raise wrong(f"{where}.function.name", "letters, digits, _, . and -", function["name"])
-        if function["strict"]:
-            raise ApiError(
-                f"{where}.function.strict: not supported: calls are as the model writes them",
-                param=f"{where}.function.strict",
-            )
     names = [tool["function"]["name"] for tool in value]
     for i, one in enumerate(names):
         if one in names[:i]:
@@ -79,17 +74,18 @@ TOOLS = {
 @dataclass
 class ToolText:
     """An answer's text as it arrives: `push` and `end` return what is text for certain, and `end`
-    sets ``calls``, in OpenAI's shape.
+    sets ``calls``, in OpenAI's shape. ``whole``: an answer that is JSON as a whole is read, too.
     """
 
     names: Collection[str]
+    whole: bool = True
     calls: list[dict[str, Any]] = field(default_factory=list)
     _held: str = ""
     _began: bool = False  # text was passed on: the answer is not JSON as a whole
 
     def push(self, piece: str) -> str:
         self._held += piece
-        if not self._began:
+        if self.whole and not self._began:
             start = self._held.lstrip()
             if not start or start[0] in "{[":
                 return ""
@@ -105,7 +101,7 @@ class ToolText:
     def end(self) -> str:
         """Return the rest of the text."""
         text, self._held = self._held, ""
-        if not self._began and (calls := self._whole(text)):
+        if self.whole and not self._began and (calls := self._whole(text)):
             self.calls = calls
             return ""
         rest, self.calls = self._blocks(text)

@@ -87,7 +87,7 @@ async function answer(old = null) {
   $("stop").hidden = false; $("send").disabled = true;
   $("text").focus({ preventScroll: true });
   say("writing …");
-  let id, first, usage, failed = "";
+  let id, first, usage, failed = "", full = false;
   const ends = Array(n).fill("");
   try {
     const response = await ask("/v1/chat/completions", asked, control.signal);
@@ -108,6 +108,7 @@ async function answer(old = null) {
     }
   } catch (error) {
     failed = error.name === "AbortError" ? "stopped" : error.message;
+    full = error.code === "context_length_exceeded";
   }
   if (mine !== generation) return; // "New" has cleaned up
   const seconds = (performance.now() - first) / 1000;
@@ -121,6 +122,7 @@ async function answer(old = null) {
     pair.remove();
     if (!failed) say("The answer is empty.");
     if (!old) takeBack();
+    if (full) offerToForget(old);
     return;
   }
   if (old && !whole) { pair.remove(); say(`${failed}; the answer before it stays`); return; }
@@ -147,6 +149,19 @@ function takeBack() {
   turns.pop();
   last.node.remove();
   $("text").value ||= last.content;
+}
+
+/** The conversation is longer than the model's context: offer to ask without its oldest turn. */
+function offerToForget(old) {
+  const before = old ? turns.indexOf(old) - 1 : turns.length; // turns that the question does not need
+  if (before < 1) return; // the message alone is too long
+  const next = turns.findIndex((turn, i) => i > 0 && turn.role === "user");
+  $("status").append(" ", button("Forget the oldest turn", () => {
+    if (running) return;
+    for (const turn of turns.splice(0, next < 0 ? before : next)) turn.node.remove();
+    if (old) again(old);
+    else $("form").requestSubmit();
+  }));
 }
 
 /** Let the user pick one of two answers. */

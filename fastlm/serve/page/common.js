@@ -21,19 +21,19 @@ export function headers() {
   return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 
-/** The response to a POST, or GET without a body; the server's reason as an Error. */
+/** The response to a POST, or GET without a body; the server's reason as an Error with its code. */
 export async function ask(path, body, signal) {
   const options = body === undefined
     ? { headers: headers(), signal }
     : { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
   const response = await fetch(path, options);
   if (response.ok) return response;
-  let reason = response.statusText;
+  let reason = response.statusText, code = null;
   try {
-    reason = (await response.json()).error.message;
+    ({ message: reason, code } = (await response.json()).error);
   } catch { /* not ours: of a proxy */ }
   if (response.status === 401) reason = "an API key is needed (Settings)";
-  throw new Error(reason);
+  throw Object.assign(new Error(reason), { code });
 }
 
 /** Show a text with its code blocks, `code` and **bold**. */
