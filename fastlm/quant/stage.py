@@ -45,6 +45,7 @@ class Quantize(Stage):
         ),
     }  # fmt: skip
     leaves = {"quantized": "."}
+    partial = (PROGRESS,)
     result = {"format": str, "group_size": int, "bytes": int, "bytes_before": int}
 
     format: Annotated[str, "w4a16, w8a16, w8a8 or w4a8"] = "w4a16"
@@ -166,6 +167,11 @@ class Quantize(Stage):
             progress=progress, track=job.track, on_step=found.add, tell=job.tell,
         )  # fmt: skip
         assert isinstance(small, CausalLM)  # only modules inside it are replaced
+        if not job.inputs.get("data"):
+            found.warnings.append(
+                "data: wanted held-out text to measure what was lost, got none: bits per byte and"
+                " KL to the original are not in the report"
+            )
         for line in found.warnings:
             job.warn(line)
         for name, error in found.errors.items():
