@@ -85,6 +85,42 @@ def test_weights_are_exact(case, tmp_path):
         np.testing.assert_array_equal(weight.double().numpy(), want[name], err_msg=name)
 
 
+def write_modelopt(folder, quantization) -> dict[str, np.ndarray]:
+    """ModelOpt's folder with an entry in hf_quant_config.json alone."""
+    entry, pack, options, _ = CASES["modelopt"]
+    want = make.write(folder, entry, pack, **options)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    told = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": quantization}
+    (folder / "hf_quant_config.json").write_text(json.dumps(told))
+    return want
+
+
+NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}
+
+
+def test_modelopts_own_file(tmp_path):
+    want = write_modelopt(tmp_path / "m", {**NVFP4, "exclude_modules": ["lm_head"]})
+    config, tensors = load_state(tmp_path / "m")
+    assert config["quantization_config"]["found"] == "ModelOpt NVFP4, held in int8"
+    for name, weight in tensors:
+        assert isinstance(weight, QuantizedWeight) == ("layers" in name and "norm" not in name)
+        if isinstance(weight, QuantizedWeight):
+            weight = weight.dequantize()
+        np.testing.assert_array_equal(weight.double().numpy(), want[name], err_msg=name)
+    CausalLM.from_pretrained(tmp_path / "m", keep_quantized=False).save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m/hf_quant_config.json").exists()  # no longer true
+    load_state(tmp_path / "m")
+    for told, text in [
+        ({**NVFP4, "quant_algo": "FP8"}, "quant_algo: wanted NVFP4 for modelopt, got 'FP8'"),
+        (None, "hf_quant_config.json: quantization: wanted an object, got None"),
+    ]:
+        write_modelopt(tmp_path / "bad", told)
+        with pytest.raises(InputError, match=text):
+            load_state(tmp_path / "bad")
+
+
 def test_symmetric_weights_keep_their_dtype(tmp_path):
     for pack in (make.gptq, make.pack_quantized):
         make.write(tmp_path, V1 if pack is make.gptq else PACK, pack)

@@ -1,13 +1,17 @@
 """Which layers `fastlm.quantize` quantizes, and how: groups, overrides, refusals."""
 
 import pytest
+import tiny_recipe
 import torch
 from torch import nn
 
 import fastlm
-from fastlm import InputError
+from fastlm import CausalLM, InputError, ModelConfig
 from fastlm.quant import QuantizedEmbedding, QuantizedLinear
-from fastlm.quant.plan import check_whole_groups, choose_group_size, parse_overrides
+from fastlm.quant.outline import outline, stored_outline
+from fastlm.quant.plan import check_whole_groups, choose_group_size, parse_overrides, plan_of
+from fastlm.quant.stage import Quantize
+from fastlm.runs.recipe import load_recipe
 
 
 class Block(nn.Module):
@@ -53,8 +57,8 @@ def test_asymmetric():
         ({"overrides": {"embed": "w5a16"}}, r"overrides: embed: wanted one of w4a16.* got 'w5a16'"),
         (
             {"group_size": 128, "whole_groups": True},
-            r"group_size: whole_groups wants .* got 128 for embed of width 576 and 2 more layers;"
-            " 64 and 32 would do",
+            r"group_size: whole_groups wants .* got 128 for embed, up_proj, lm_head"
+            r" \(576 wide\); 64 and 32 would do",
         ),
     ],
 )
@@ -68,7 +72,7 @@ def test_refused_before_any_work(options, message):
 def test_whole_groups():
     assert fastlm.quantize(Block(576, 64), "w4a16", whole_groups=True).embed.group_size == 64
     check_whole_groups({"a": 100}, -1)
-    with pytest.raises(InputError, match=r"AWQ wants .* got 32 for a of width 100; only -1 would"):
+    with pytest.raises(InputError, match=r"AWQ wants .* got 32 for a \(100 wide\); only -1 would"):
         check_whole_groups({"a": 100}, 32, "AWQ")
     with pytest.raises(InputError, match=r"overrides: wanted PATTERN=FORMAT.*got 'lm_head'"):
         parse_overrides(["lm_head"])
@@ -80,3 +84,95 @@ def test_a_tied_head_cannot_have_bits_of_its_own():
     with pytest.raises(InputError, match=r"lm_head shares its weight with embed.* got 8 and 4"):
         fastlm.quantize(model, "w4a16", overrides={"lm_head": 8})
     assert torch.is_tensor(model.embed.weight)
+
+
+def test_a_refusal_names_layers_of_every_width():
+    widths = {f"wide.{i}": 96 for i in range(7)} | {"narrow": 80, "fits": 64}
+    with pytest.raises(InputError) as error:
+        check_whole_groups(widths, 64)
+    text = "64 for wide.0, wide.1, wide.2, wide.3 (96 wide) and narrow (80 wide) and 3 more layers;"
+    assert text in str(error.value)
+
+
+WIDE = {"hidden_size": 192, "intermediate_size": 160, "num_attention_heads": 2}
+EXPORT = "whole_groups = {}\n[[stage]]\nkind = 'export'\nformat = '{}'\n"
+
+
+@pytest.mark.parametrize(
+    "options, whole, format, message",
+    [
+        (
+            {"group_size": 64}, "true", "gguf",
+            r"quantize.group_size: whole_groups wants .*got 64 for model.layers.0.mlp.down_proj"
+            r" \(160 wide\); 32 would do",
+        ),
+        (
+            {"group_size": 128}, "true", "gguf",
+            r"got 128 for model.embed_tokens, .*k_proj, .* \(192 wide\) and model.layers.0.mlp."
+            r"down_proj \(160 wide\) and 3 more layers; 32 would do",
+        ),
+        (
+            {"group_size": 64}, "false", "compressed-tensors",
+            r"export.model.layers.0.mlp.down_proj: wanted groups of 32, 64 or 128 .* 160 columns"
+            r" .* got 64: --group-size 32 would do",
+        ),
+        (
+            {"group_size": 16}, "false", "gguf",
+            r"export.model.embed_tokens.weight: wanted groups of a multiple of 32 for GGUF"
+            r" \(quantize with --group-size 32\), got 16; refused too: .* and 2 more layers",
+        ),
+        (
+            {"symmetric": False, "group_size": 32}, "false", "compressed-tensors",
+            "export.model: wanted offsets of whole steps .* quantize symmetrically",
+        ),
+        ({"overrides": ["*.2.*=8"]}, "false", "gguf", "quantize.overrides: wanted a pattern"),
+        ({"head": 8}, "false", "gguf", "quantize.head: CausalLM has none beside its embeddings"),
+    ],
+)  # fmt: skip
+def test_a_recipe_is_refused_before_its_first_stage(tmp_path, options, whole, format, message):
+    path = tiny_recipe.write(tmp_path, EXPORT.format(whole, format))
+    sets = [f"pretrain.model.{key}={value}" for key, value in WIDE.items()]
+    assert load_recipe(path, [*sets, "quantize.group_size=32"])
+    with pytest.raises(InputError, match=message):
+        load_recipe(path, [*sets, *(f"quantize.{k}={str(v).lower() if v is False else repr(v)}"
+                                    for k, v in options.items())])  # fmt: skip
+
+
+def test_a_recipe_that_exports_floats(tmp_path):
+    more = "[[stage]]\nkind = 'export'\nfrom = 'pretrain'\nformat = '{}'\n"
+    assert load_recipe(tiny_recipe.write(tmp_path / "a", more.format("gguf")))
+    path = tiny_recipe.write(tmp_path / "b", more.format("compressed-tensors"))
+    with pytest.raises(InputError, match=r"export.model: wanted quantized layers"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_outline_is_the_model_that_is_made(tied, symmetric):
+    config = ModelConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=40, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    options = {"group_size": 32, "overrides": {"*.o_proj": 8, "*.up_proj": 16}}
+    model = outline(config)
+    targets = plan_of(
+        model, "w4a16", symmetric=symmetric, scale_dtype=torch.bfloat16, embeddings=0, head=0,
+        **options,
+    )  # fmt: skip
+    drawn = stored_outline(model, targets)
+    real = fastlm.quantize(CausalLM(config), "w4a16", symmetric=symmetric, **options).stored()
+    assert drawn.keys() == real.keys()
+    for name, weight in real.items():
+        assert type(weight) is type(drawn[name]) and weight.shape == drawn[name].shape
+        assert weight.nbytes == drawn[name].nbytes, name
+
+
+def test_groups_are_checked_before_calibration_text_is_written(tmp_path, monkeypatch):
+    import preference_models
+
+    preference_models.make_base(tmp_path / "base")
+    wrote = "fastlm.quant.calibration.own_samples"
+    monkeypatch.setattr(wrote, lambda *a, **k: pytest.fail("wrote"))
+    stage = Quantize(group_size=24, whole_groups=True, own_samples=True)
+    with pytest.raises(InputError, match="whole_groups wants groups that divide"):
+        stage(tmp_path / "q", model=tmp_path / "base")

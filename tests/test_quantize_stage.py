@@ -2,6 +2,9 @@
 
 import json
 import random
+import shutil
+import subprocess
+import sys
 
 import preference_models
 import pytest
@@ -9,7 +12,9 @@ import torch
 
 from fastlm import InputError
 from fastlm.model.causal_lm import CausalLM
+from fastlm.quant import layerwise
 from fastlm.quant.stage import Quantize
+from fastlm.runs.run import run_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 OPTIONS = {"group_size": 16, "calibration_tokens": 256, "calibration_length": 32, "iterations": 2}
@@ -176,3 +181,66 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(base, tmp_path):
     assert cut_bytes.read_bytes() == whole.read_bytes()
     names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("cut", "whole")]
     assert names[0] == names[1]
+
+
+RECIPE = """\
+name = "tiny"
+[[stage]]
+kind = "quantize"
+from = "{base}/base"
+calibration = "{base}/text.txt"
+group_size = 16
+calibration_tokens = 256
+calibration_length = 32
+method = "gptq"
+"""
+KILLED = """
+import os, signal, sys
+from fastlm.runs.run import run_recipe
+def kill(event):
+    if "model.layers.0" in event.get("note", ""):
+        os.kill(os.getpid(), signal.SIGKILL)
+run_recipe(*sys.argv[1:], on_event=kill)
+"""
+
+
+def test_a_recipe_continues_a_quantization_that_was_killed(base, tmp_path, monkeypatch):
+    recipe, cut = tmp_path / "tiny.toml", tmp_path / "cut"
+    recipe.write_text(RECIPE.format(base=base))
+    done = subprocess.run([sys.executable, "-P", "-c", KILLED, str(recipe), str(cut)])
+    assert done.returncode == -9
+    kept = sorted(file.name for file in (cut / "quantize/progress").iterdir())
+    assert kept == ["embeddings.safetensors", "layer-00000.safetensors"]
+    again = tmp_path / "again"  # with another option
+    shutil.copytree(cut, again)
+
+    plans = []
+
+    def plan(**options):
+        run_recipe(recipe, cut, on_plan=plans.append, **options)
+        return plans[-1][0].do, plans[-1][0].why
+
+    names, work = [], layerwise.gptq
+    monkeypatch.setattr(
+        layerwise, "gptq", lambda *a, name, **k: names.append(name) or work(*a, name=name, **k)
+    )
+    assert plan() == ("continue", "was cut off")
+    assert names and all(name.startswith("model.layers.1.") for name in names)
+    assert not (cut / "quantize/progress").exists() and plan() == ("skip", "done")
+    run_recipe(recipe, tmp_path / "whole")
+    for name in ("model.safetensors", "config.json"):
+        got, wanted = (folder / "quantize" / name for folder in (cut, tmp_path / "whole"))
+        assert got.read_bytes() == wanted.read_bytes()
+
+    (again / "quantize/stray").write_text("")
+    run_recipe(recipe, again, overrides=["quantize.method=rtn"], on_plan=plans.append)
+    assert plans[-1][0].do == "run" and not list(again.glob("previous*"))  # no training
+    assert not any((again / "quantize" / name).exists() for name in ("progress", "stray"))
+
+
+def test_without_held_out_text_a_warning_says_that_nothing_was_measured(base, tmp_path):
+    told = []
+    Quantize(group_size=16)(tmp_path / "q", model=base / "base", on_event=told.append)
+    lines = [event["warning"] for event in told if "warning" in event]
+    assert len(lines) == 1 and lines[0].startswith("data: wanted held-out text to measure")
+    assert json.loads((tmp_path / "q/report.json").read_text())["warnings"] == lines

@@ -103,7 +103,7 @@ def test_overrides(path):
         ("quantize.overrides=['head']", "quantize.overrides: wanted PATTERN=FORMAT"),
         ("quantize.group_size=-3", "quantize.group_size: wanted -1"),
         ("quantize.embeddings=3", "quantize.embeddings: wanted 4, 8, 16"),
-        ("quantize.head=8", "quantize.head: shares its weight with the embeddings"),
+        ("quantize.head=8", "quantize.head: CausalLM has none beside its embeddings"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_key_what_is_wanted_and_what_came(path, override, text):

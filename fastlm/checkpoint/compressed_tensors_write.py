@@ -5,7 +5,7 @@ and scales. Embedding and head are written as floats: vLLM reads no others. Roun
 is not written: the files hold weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from fastlm.checkpoint.folder import save_hf
 from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
+from fastlm.quant.plan import check_each
 
 GROUPS = (128, 64, 32)  # those of vLLM's kernels
 OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")
@@ -36,17 +37,10 @@ def save_compressed_tensors(
     that does not divide a row (the message names one that would do); offsets that are not whole
     steps; layers of different schemes that vLLM fuses.
     """
-    layers = {
-        name.removesuffix(".weight"): weight
-        for name, weight in state.items()
-        if isinstance(weight, QuantizedWeight) and name not in OUTSIDE
-    }
-    if not layers:
-        raise InputError("model: wanted quantized layers for compressed-tensors, got none")
-    widths = [weight.shape[1] for weight in layers.values()]
-    zeros = {name: _check(name, weight, widths) for name, weight in layers.items()}
-    matrices = [n.removesuffix(".weight") for n, w in state.items() if len(w.shape) == 2]
-    _join_fused(matrices, layers, zeros)
+    layers = check_compressed_tensors(state)
+    zeros = {name: _zero_points(name, weight) for name, weight in layers.items()}
+    matrices = _matrices(state)
+    _join_zeros(matrices, layers, zeros)
     tensors: dict[str, Tensor] = {}
     dequantized = []
     for name, weight in state.items():
@@ -89,6 +83,45 @@ def save_compressed_tensors(
     return {"formats": formats, "dequantized": dequantized}
 
 
+def check_compressed_tensors(
+    state: Mapping[str, Tensor | QuantizedWeight],
+) -> dict[str, QuantizedWeight]:
+    """Return the layers that are written quantized; check their shapes and groups. InputError: as
+    `save_compressed_tensors`, but for offsets.
+    """
+    layers = {
+        name.removesuffix(".weight"): weight
+        for name, weight in state.items()
+        if isinstance(weight, QuantizedWeight) and name not in OUTSIDE
+    }
+    if not layers:
+        raise InputError("model: wanted quantized layers for compressed-tensors, got none")
+    widths = {name: weight.shape[1] for name, weight in layers.items()}
+    check_each(widths, lambda name: _check_layout(name, layers[name], list(widths.values())))
+    for names in _fused(_matrices(state)):
+        found = [_layout(layers[name]) if name in layers else None for name in names]
+        if len(set(found)) > 1:
+            parts = [name.rpartition(".")[2] for name in names]
+            got = ", ".join(f"{part} {_named(layout)}" for part, layout in zip(parts, found))
+            raise InputError(
+                f"{names[0].rpartition('.')[0]}: wanted one format for {', '.join(parts)}, which"
+                f" vLLM fuses, for compressed-tensors, got {got}"
+            )
+    return layers
+
+
+def _matrices(state: Mapping[str, Tensor | QuantizedWeight]) -> list[str]:
+    return [name.removesuffix(".weight") for name, w in state.items() if len(w.shape) == 2]
+
+
+def _fused(matrices: Sequence[str]) -> Iterator[list[str]]:
+    """The names of layers that vLLM multiplies as one."""
+    for parts in FUSED:
+        for first in (name for name in matrices if name.endswith(f".{parts[0]}")):
+            parent = first.rpartition(".")[0]
+            yield [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in matrices]
+
+
 def _arguments(bits: int, group_size: int | None, symmetric: bool) -> dict[str, Any]:
     return {
         "num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False,
@@ -105,34 +138,21 @@ def _named(layout: tuple[int, int | None] | None) -> str:
     return "float" if layout is None else f"w{layout[0]} group {layout[1] or 'row'}"
 
 
-def _join_fused(
+def _join_zeros(
     matrices: Sequence[str],
     layers: Mapping[str, QuantizedWeight],
     zeros: dict[str, Tensor | None],
 ) -> None:
-    """Give layers that vLLM fuses zero points if one of them has some. InputError: they differ in
-    bits or groups, or only some are quantized.
-    """
-    for parts in FUSED:
-        for first in (name for name in matrices if name.endswith(f".{parts[0]}")):
-            parent = first.rpartition(".")[0]
-            names = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in matrices]
-            found = {n: _layout(layers[n]) if n in layers else None for n in names}
-            if len(set(found.values())) > 1:
-                got = ", ".join(f"{n.rpartition('.')[2]} {_named(f)}" for n, f in found.items())
-                raise InputError(
-                    f"{parent}: wanted one format for {', '.join(parts)}, which vLLM fuses, for"
-                    f" compressed-tensors, got {got}"
-                )
-            if any(zeros.get(name) is not None for name in names):
-                for name in names:
-                    if zeros[name] is None:
-                        middle = 2 ** (layers[name].bits - 1)
-                        zeros[name] = torch.full(layers[name].scales.shape, middle)
+    """Give layers that vLLM fuses zero points if one of them has some."""
+    for names in _fused(matrices):
+        if any(zeros.get(name) is not None for name in names):
+            for name in names:
+                if zeros[name] is None:
+                    middle = 2 ** (layers[name].bits - 1)
+                    zeros[name] = torch.full(layers[name].scales.shape, middle)
 
 
-def _check(name: str, weight: QuantizedWeight, widths: list[int]) -> Tensor | None:
-    """Return the zero points (N, G), None if symmetric. InputError: as its caller says."""
+def _check_layout(name: str, weight: QuantizedWeight, widths: list[int]) -> None:
     k, group = weight.shape[1], weight.group_size
     if group < k and (group not in GROUPS or k % group):
         fits = [g for g in GROUPS if all(width % g == 0 for width in widths)]
@@ -146,6 +166,10 @@ def _check(name: str, weight: QuantizedWeight, widths: list[int]) -> Tensor | No
             f"{name}: wanted rows of a multiple of {32 // weight.bits} columns for"
             f" compressed-tensors, got {k}"
         )
+
+
+def _zero_points(name: str, weight: QuantizedWeight) -> Tensor | None:
+    """Return the zero points (N, G), None if symmetric. InputError: offsets of no whole steps."""
     if weight.zeros is None:
         return None
     half = 2 ** (weight.bits - 1)

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+MODELOPT = "hf_quant_config.json"  # of ModelOpt's exports; newer ones say it in config.json, too
 # a LoRA adapter in PEFT's format (`fastlm.checkpoint.adapter`)
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_BASE = "adapter_base.json"
 BASE_PATH = "base_path"  # key in ADAPTER_BASE: path of the base, relative to the adapter's folder
 MODEL_FILES = (
-    *(CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors"),
+    *(CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", MODELOPT),
     *(ADAPTER_CONFIG, ADAPTER, ADAPTER_BASE),
 )
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"  # of `save_tensors`
@@ -281,6 +282,8 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     if (folder / GENERATION).is_file():  # its end tokens take precedence, as in transformers
         ends = read_json(folder / GENERATION).get("eos_token_id")
         config |= {} if ends is None else {"eos_token_id": ends}
+    if config.get("quantization_config") is None and (folder / MODELOPT).is_file():
+        config["quantization_config"] = fp4.modelopt_entry(folder / MODELOPT)
     model = config_of(config, folder / CONFIG)
     tensors = TensorFolder(folder)
     packed = _read_quantization(config, tensors, folder / CONFIG)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
 from fastlm.errors import InputError
+from fastlm.files import read_json
 from fastlm.ops.quantized_weight import QuantizedWeight
 
 DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # nibble -> 2 * value
@@ -51,6 +52,14 @@ def layout(
             f" {2 * half} columns, got {groups}"
         )
     return n, 2 * half
+
+
+def modelopt_entry(file: Path) -> dict[str, Any]:
+    """What a quantization_config would say, of ModelOpt's own file."""
+    told = read_json(file).get("quantization")
+    if not isinstance(told, dict):
+        raise InputError(f"{file}: quantization: wanted an object, got {told!r:.60}")
+    return {**told, "quant_method": "modelopt"}
 
 
 def read_modelopt(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quantization:

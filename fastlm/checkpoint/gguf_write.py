@@ -34,6 +34,7 @@ from fastlm.errors import InputError
 from fastlm.files import make_folder, save_atomic
 from fastlm.model.config import ModelConfig
 from fastlm.ops.quantized_weight import QuantizedWeight
+from fastlm.quant.plan import check_each
 from fastlm.tokenizer.gguf_vocab_write import vocabulary
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -58,7 +59,7 @@ def save_gguf(
     tokenizer that llama.cpp cannot split like; after it: a config that GGUF cannot say.
     """
     architecture = _architecture(config)
-    kinds = {key: kind_of(key, weight) for key, weight in state.items()}
+    kinds = check_gguf(config, state)
     metadata = _metadata(config, architecture)
     if tokenizer is not None:
         metadata |= vocabulary(tokenizer, config)
@@ -95,6 +96,15 @@ def save_gguf(
     make_folder(Path(path).parent)
     save_atomic(path, write)
     return {"formats": dict(formats), "rounded_scales": rounded}
+
+
+def check_gguf(config: ModelConfig, state: State) -> dict[str, GGMLQuantizationType]:
+    """Return the format of each weight, by its shape and groups. InputError: a weight that no block
+    format holds, RoPE that GGUF does not have.
+    """
+    _metadata(config, _architecture(config))
+    widths = {key: weight.shape[-1] for key, weight in state.items()}
+    return check_each(widths, lambda key: kind_of(key, state[key]))
 
 
 def _architecture(config: ModelConfig) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.runs.stage import Job, Part, Stage, Takes
+from fastlm.runs.stage import Facts, Job, Part, Stage, Takes
 
 FORMATS = ("gguf", "compressed-tensors")
 GGUF_FILE = "model.gguf"
@@ -36,6 +36,24 @@ class Export(Stage):
     def check(self) -> None:
         if self.format not in FORMATS:
             raise InputError(f"format: wanted one of {', '.join(FORMATS)}, got {self.format!r}")
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        (facts,) = inputs["model"]
+        if (config := facts.get("config")) is None:
+            return {}
+        from fastlm.checkpoint.compressed_tensors_write import check_compressed_tensors
+        from fastlm.checkpoint.gguf_write import check_gguf
+        from fastlm.quant.outline import outline, stored_outline
+
+        stored = facts.get("stored") or stored_outline(outline(config))
+        if self.format == "gguf":
+            check_gguf(config, stored)
+        elif any(w.zeros is not None for w in check_compressed_tensors(stored).values()):
+            raise InputError(
+                "model: wanted offsets of whole steps for compressed-tensors, got those that"
+                " quantize finds: quantize symmetrically"
+            )
+        return {}
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.checkpoint.compressed_tensors_write import save_compressed_tensors

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ REPLACED = (nn.Linear, Linear, nn.Embedding)
 # Group sizes to choose from: the largest that divides every width. 128 is the field's. Groups of 32
 # cost half a bit per weight for their scales, so smaller ones are left to the user.
 GROUP_SIZES = (128, 64, 32)
+NAMED = 5  # layers that an error names
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -149,14 +152,46 @@ def check_whole_groups(
     bad = {name: width for name, width in widths.items() if width % group_size}
     if not bad:
         return
-    name, width = next(iter(bad.items()))
-    more = f" and {len(bad) - 1} more layers" if len(bad) > 1 else ""
     fits = [str(s) for s in GROUP_SIZES if all(w % s == 0 for w in widths.values())]
     raise InputError(
         f"group_size: {wanted_by} wants groups that divide the width of every layer, got"
-        f" {group_size} for {name} of width {width}{more};"
-        f" {' and '.join(fits) or 'only -1'} would do"
+        f" {group_size} for {layers_text(bad)}; {' and '.join(fits) or 'only -1'} would do"
     )
+
+
+def check_each(widths: Mapping[str, int], check: Callable[[str], T]) -> dict[str, T]:
+    """Return ``check(name)`` of every layer. InputError: that of the first layer it refuses, with
+    the names of the others.
+    """
+    found: dict[str, T] = {}
+    refused: dict[str, str] = {}
+    for name in widths:
+        try:
+            found[name] = check(name)
+        except InputError as error:
+            refused[name] = str(error)
+    if refused:
+        _, *others = refused
+        text = next(iter(refused.values()))
+        if others:
+            text += f"; refused too: {layers_text({name: widths[name] for name in others})}"
+        raise InputError(text)
+    return found
+
+
+def layers_text(widths: Mapping[str, int]) -> str:
+    """Name up to `NAMED` layers by width, some of each width, and count the others."""
+    alike: dict[int, list[str]] = {}
+    for name, width in widths.items():
+        alike.setdefault(width, []).append(name)
+    ranked = [(place, name) for names in alike.values() for place, name in enumerate(names)]
+    shown = {name for _, name in sorted(ranked, key=lambda pair: pair[0])[:NAMED]}
+    parts = []
+    for width, names in alike.items():
+        if some := [name for name in names if name in shown]:
+            parts.append(f"{', '.join(some)} ({width} wide)")
+    more = len(widths) - len(shown)
+    return " and ".join(parts) + (f" and {more} more layer{'s' * (more > 1)}" if more else "")
 
 
 def parse_overrides(entries: Iterable[str]) -> dict[str, str | int]:

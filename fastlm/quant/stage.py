@@ -14,6 +14,7 @@ from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.quant.plan import Target
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 REPORT, PROGRESS = "report.json", "progress"
@@ -44,6 +45,7 @@ class Quantize(Stage):
         ),
     }  # fmt: skip
     leaves = {"quantized": "."}
+    partial = (PROGRESS,)
     result = {"format": str, "group_size": int, "bytes": int, "bytes_before": int}
 
     format: Annotated[str, "w4a16, w8a16, w8a8 or w4a8"] = "w4a16"
@@ -121,12 +123,28 @@ class Quantize(Stage):
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         self.check_inputs(inputs)
         (facts,) = inputs["model"]
-        config = facts.get("config")
-        if config and config.tie_word_embeddings and self.head not in (0, self.embeddings):
-            raise InputError(
-                f"head: shares its weight with the embeddings: wanted 0, got {self.head}"
-            )
-        return facts
+        if (config := facts.get("config")) is None:
+            return facts
+        from fastlm.quant.outline import outline, stored_outline
+
+        model = outline(config)
+        return {**facts, "stored": stored_outline(model, self.targets(model))}
+
+    def targets(self, model: "CausalLM") -> "list[Target]":
+        """The layers to quantize. InputError: what cannot work for a model of these shapes."""
+        import torch
+
+        from fastlm.quant.layerwise import check_folds
+        from fastlm.quant.plan import plan_of
+
+        targets = plan_of(
+            model, self.format, group_size=self.group_size, symmetric=self.symmetric,
+            scale_dtype=torch.bfloat16, embeddings=self.embeddings, head=self.head,
+            overrides=self.overridden(), whole_groups=self.whole_groups,
+        )  # fmt: skip
+        if self.awq:
+            check_folds(model, targets)
+        return targets
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.files import make_folder, remove, save_atomic
@@ -145,6 +163,7 @@ class Quantize(Stage):
         if self.dequantize:
             model, tokenizer = load_model(source.where, keep_quantized=False)
         check_unquantized(model)
+        self.targets(model)  # refuses before calibration text is written
         ids, learnt = self._texts(job, model, tokenizer)
         found, progress = Step(), job.out / PROGRESS
         small = quantize(
@@ -155,6 +174,11 @@ class Quantize(Stage):
             progress=progress, track=job.track, on_step=found.add, tell=job.tell,
         )  # fmt: skip
         assert isinstance(small, CausalLM)  # only modules inside it are replaced
+        if not job.inputs.get("data"):
+            found.warnings.append(
+                "data: wanted held-out text to measure what was lost, got none: bits per byte and"
+                " KL to the original are not in the report"
+            )
         for line in found.warnings:
             job.warn(line)
         for name, error in found.errors.items():

@@ -3,10 +3,10 @@
 A stage's fingerprint covers its options, the files they name, the version of its code and the
 fingerprints of its input stages: a change affects what depends on it and nothing else. A stage is
 skipped if stages.json records it with the same fingerprint and its files are still there. An
-interrupted stage continues (a training) or starts again. A training also continues if all that has
-changed is options with which it can (`Stage.continues`). A training that is lost runs again
-together with everything that depends on it: it need not end at the same weights if its budget is in
-seconds.
+interrupted stage continues from what it holds, or starts again. A training also continues if all
+that has changed is options with which it can (`Stage.continues`). A training that is lost runs
+again together with everything that depends on it: it need not end at the same weights if its budget
+is in seconds.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ def make_plan(
 
 def _state(step: Step, prints: "Fingerprints", done: Entry | None, folder: Path) -> tuple[str, str]:
     """Return what to do with a step by itself, and why."""
-    held = any(_holds_something(folder / name) for name in step.stage.scratch)
+    held = _holds_any(folder, step.stage.scratch)
     if done is None:
         return "run", "new"
     if done.fingerprint != prints[step.name]:
@@ -89,6 +89,7 @@ def _state(step: Step, prints: "Fingerprints", done: Entry | None, folder: Path)
         goes_on = held and alone and step.stage.continues(changed, folder, done.outputs is not None)
         return ("continue" if goes_on else "run"), _change(step, done, changed)
     if done.outputs is None:
+        held = held or _holds_any(folder, step.stage.partial)
         return ("continue" if held else "run"), "was cut off"
     if lost := _lost(folder, step, done):
         return ("continue" if held else "run"), f"{lost} is missing or changed"
@@ -142,11 +143,15 @@ def _holds_training(folder: Path, stage: Stage, done: Entry | None) -> bool:
     """Return whether a folder holds a model or a checkpoint of a training, by its record."""
     made = KINDS.get(done.kind, type(stage)) if done else type(stage)
     parts = (*made.scratch, *made.leaves.values()) if made.scratch else ()
-    return any(_holds_something(folder / part) for part in parts)
+    return _holds_any(folder, parts)
 
 
-def _holds_something(path: Path) -> bool:
-    return path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir())
+def _holds_any(folder: Path, names: Sequence[str]) -> bool:
+    """Return whether one of these folders holds something but what was being written."""
+    paths = [folder / name for name in names]
+    return any(
+        path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()) for path in paths
+    )
 
 
 def chosen(stage: Stage) -> dict[str, Any]:

@@ -159,6 +159,8 @@ class Stage:
         leaves: type -> file or folder in the stage's folder, "." for the folder itself.
         scratch: what it needs to continue after an interruption. A stage that has scratch is a
             training: a run never deletes it, but archives it (`fastlm.runs.previous`).
+        partial: what else it continues from after an interruption, with the same options and
+            inputs. It is deleted with the rest of the folder where those have changed.
         result: what `run` returns at least -> its type.
         notes: what ``--help`` shows after the docstring.
         unused: fields that it inherits and has no use for. They are not offered.
@@ -170,6 +172,7 @@ class Stage:
     reads: ClassVar[Mapping[str, Takes]] = {}
     leaves: ClassVar[Mapping[str, str]] = {}
     scratch: ClassVar[tuple[str, ...]] = ()
+    partial: ClassVar[tuple[str, ...]] = ()
     result: ClassVar[Mapping[str, Any]] = {}
     notes: ClassVar[str] = ""
     unused: ClassVar[tuple[str, ...]] = ()

@@ -94,7 +94,7 @@ labels (prompt, completion, label)."""
         from fastlm.train.state import list_checkpoints
 
         source = job.path("model")
-        model = self.load_trained(source, dtype=self.dtype, seed=self.seed)
+        model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
         tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
         context = model.config.max_position_embeddings
         kind = "labels" if self.loss == "kto" else "pairs"

@@ -3,7 +3,7 @@ imports torch before a model is loaded.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,16 +28,18 @@ class LoraOptions:
         tuple[str, ...], "Layers with adapters: all-linear, or names: q_proj,v_proj"
     ] = ("all-linear",)
     lora_dropout: Annotated[float, "Share of the adapters' inputs that is dropped"] = 0.0
-    base_bits: Annotated[int, "4: the frozen weights in int4 (QLoRA); 16: as they are"] = 16
-    base_group_size: Annotated[int, "Weights that share a scale, with base_bits 4"] = 64
+    base_bits: Annotated[
+        int, "4 or 8: the frozen weights in int4 or int8 (QLoRA); 16: as floats"
+    ] = 16
+    base_group_size: Annotated[int, "Weights that share a scale, with base_bits 4 or 8"] = 64
     merge: Annotated[bool, "Leave a merged model; otherwise an adapter in PEFT's format"] = True
 
     def check_lora(self) -> None:
         """Check the values. InputError names the option."""
         if self.lora_rank < 0:
             raise InputError(f"lora_rank: wanted 0 or more, got {self.lora_rank}")
-        if self.base_bits not in (4, 16):
-            raise InputError(f"base_bits: wanted 4 or 16, got {self.base_bits}")
+        if self.base_bits not in (4, 8, 16):
+            raise InputError(f"base_bits: wanted 4, 8 or 16, got {self.base_bits}")
         if not self.lora_rank:
             for f in fields(LoraOptions):
                 if getattr(self, f.name) != f.default:
@@ -53,14 +55,22 @@ class LoraOptions:
             raise InputError("lora_targets: wanted all-linear or names of layers, got none")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout: wanted a share in [0, 1), got {self.lora_dropout}")
-        if self.base_bits == 4:
+        if self.base_bits < 16:
             from fastlm.ops.quantized_weight import ANY_K, check_group_size
 
             check_group_size(self.base_group_size, ANY_K)
 
-    def load_trained(self, source: str | Path, *, dtype: str, seed: int) -> "CausalLM":
+    def load_trained(
+        self,
+        source: str | Path,
+        *,
+        dtype: str,
+        seed: int,
+        warn: Callable[[str], None] = lambda line: None,
+    ) -> "CausalLM":
         """Load the model at ``source`` to train it: float32, or with adapters and everything else
-        frozen in ``dtype`` ("bfloat16", "float32") or int4. ``seed`` is that of the adapters.
+        frozen in ``dtype`` ("bfloat16", "float32"), int4 or int8. ``seed`` is that of the adapters.
+        ``warn`` receives what of a quantized base is not kept.
         """
         import torch
 
@@ -68,24 +78,53 @@ class LoraOptions:
         from fastlm.model.causal_lm import CausalLM
         from fastlm.model.lora import add_lora
         from fastlm.quant import quantize
-        from fastlm.quant.modules import QuantizedLinear
 
         if not self.lora_rank:
             return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
         if not self.merge and is_adapter(locate_model(Path(source))):
             raise InputError(f"merge: wanted true on top of an adapter, {source}, got false")
-        model = CausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), keep_quantized=self.base_bits == 4, act_bits=16
-        )
+        model = CausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        bits = self._base_kept(model, warn)
+        if bits and self.base_bits == 16:
+            model = CausalLM.from_pretrained(
+                source, dtype=getattr(torch, dtype), keep_quantized=False
+            )
         alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
         add_lora(
             model, self.lora_rank, alpha, targets=self.lora_targets, dropout=self.lora_dropout,
             seed=seed,
         )  # fmt: skip
-        if self.base_bits == 4 and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        if self.base_bits < 16 and not bits:
             # the loss reads the head as a matrix: quantized, it would be dequantized in every step
-            quantize(model, "w4a16", group_size=self.base_group_size, embeddings=16, head=16)
+            quantize(
+                model, f"w{self.base_bits}a16", group_size=self.base_group_size, embeddings=16,
+                head=16,
+            )  # fmt: skip
         return model
+
+    def _base_kept(self, model: "CausalLM", warn: Callable[[str], None]) -> list[int]:
+        """Return the bits of the quantized layers; the activations that they multiply are no longer
+        rounded.
+        """
+        from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+
+        layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+        bits = sorted({m.bits for m in layers})
+        got = " and ".join(f"int{b}" for b in bits)
+        if bits and self.base_bits == 16:
+            warn(f"base_bits: 16 dequantizes the base, which is {got}; 4 or 8 keep it as it is")
+            return bits
+        if bits and bits != [self.base_bits]:
+            warn(f"base_bits: wanted {self.base_bits}, got a base of {got}, which keeps its format")
+        if rounded := sum(m.act_bits == 8 for m in layers):
+            warn(
+                f"model: {rounded} layers of the base round activations to int8; the training does"
+                " not (act_bits 16), nor does a merged model"
+            )
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                module.act_bits = 16
+        return bits
 
     def save_trained(self, model: "CausalLM", folder: Path, source: str | Path) -> None:
         """Write the model to ``folder``: merged, or with ``merge`` False its adapters alone, which
@@ -103,7 +142,7 @@ class LoraOptions:
         """One line for a report: what was trained. ``result`` has parameters and
         trained_parameters.
         """
-        base = "int4" if self.base_bits == 4 else "16-bit"
+        base = "16-bit" if self.base_bits == 16 else f"int{self.base_bits}"
         share = 100 * result["trained_parameters"] / result["parameters"]
         return (
             f"LoRA of rank {self.lora_rank} on {', '.join(self.lora_targets)},"

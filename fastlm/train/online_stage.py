@@ -230,7 +230,7 @@ messages), or conversations, of which what precedes the last answer is the promp
 
         self.check_models([one.name for one in job.inputs.get("reward_model", ())])
         source = job.path("model")
-        model = self.load_trained(source, dtype=self.dtype, seed=self.seed)
+        model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
         tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
         context = self.seq_len or model.config.max_position_embeddings
         self.longest(model.config.max_position_embeddings)  # refuses a seq_len beyond it

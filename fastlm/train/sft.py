@@ -176,7 +176,7 @@ class Sft(LoraOptions, ChatOptions, Stage):
         from fastlm.train.loop import train
 
         source = job.path("model")
-        model = self.load_trained(source, dtype=self.dtype, seed=self.seed)
+        model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
         tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
         context = model.config.max_position_embeddings
         texts = self.encoded(tokenizer, self.longest(context), job)
