@@ -537,8 +537,8 @@ def test_refusals():
         with pytest.raises(InputError, match=message):
             engine.submit(request, lambda piece: None)
     assert engine.generate([Request([1], 5)])[0].finish_reason == "length"
-    with pytest.raises(InputError, match="model: wanted rotary frequencies"):
-        Engine(model_of("llama-dynamic"))
+    with pytest.raises(InputError, match="max_length: wanted at least 1, got 0"):
+        Engine(model_of(), max_length=0)
     with pytest.raises(InputError, match="kv_dtype: wanted float32"):
         Engine(model_of(), kv_dtype=torch.int16)
     for dtype in (torch.float16, torch.int8):

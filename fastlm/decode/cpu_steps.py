@@ -260,8 +260,15 @@ class PagedSteps:
     """Decode steps of rows whose keys and values are in pages: ``data`` (layers, 2, pages, Hkv,
     page_size, D); of int8 with ``scales`` (layers, 2, pages, Hkv, page_size) float32."""
 
-    def __init__(self, model: "CausalLM", plan: Plan, data: Tensor, scales: Tensor | None = None):
-        self.plan, self.data, self.scales = plan, data, scales
+    def __init__(
+        self,
+        model: "CausalLM",
+        plan: Plan,
+        data: Tensor,
+        scales: Tensor | None = None,
+        rope_length: int = 0,
+    ):
+        self.plan, self.data, self.scales, self.rope_length = plan, data, scales, rope_length
         self.vocab = model.config.vocab_size
         self.workspace = torch.empty(0, dtype=torch.uint8)
 
@@ -280,7 +287,8 @@ class PagedSteps:
         ``table`` (B, P) int32: the pages of each row, in order; entries beyond its last are not
         read. Each row's key and value are written behind its cached ones. Several tokens of one
         sequence are rows that follow each other, with the same pages. ``context``: the length
-        that rotary frequencies depend on, where they do; by default the longest row's.
+        that rotary frequencies depend on, where they do; by default ``rope_length`` or the longest
+        row's.
         """
         torch.get_num_threads()  # passes torch's number of threads to OpenMP
         plan, longest = self.plan, int(lengths.max()) + 1
@@ -290,7 +298,8 @@ class PagedSteps:
             most = self.data.shape[-2] * table.shape[1]
             room = plan.cpp.workspace_bytes(rows, min(max(2 * longest, 256), most)) + 64
             self.workspace = torch.empty(room, dtype=torch.uint8)
-        rotary = [t for r in plan.rotary for t in r.tables(context or longest, tokens.device)]
+        context = context or max(longest, self.rope_length)
+        rotary = [t for r in plan.rotary for t in r.tables(context, tokens.device)]
         wanted = torch.arange(rows) if wanted is None else wanted
         out = torch.empty(wanted.shape[0], self.vocab)
         backend.cpu_extension.decode_step(

@@ -64,7 +64,7 @@ class ModuleSteps(PagedCall):
         """(B,) int64 tokens after ``lengths`` (B,) cached ones, in the pages of ``table`` (B, P)
         int32 -> (L, V), of the rows ``wanted`` (L,)."""
         model, device = self.model, self.pages.data.device
-        longest = int(lengths.max()) + 1
+        longest = max(int(lengths.max()) + 1, self.pages.rope_length)
         self.positions = lengths.to(device, torch.int32)[:, None]
         self.lengths, self.table = self.positions[:, 0] + 1, table.to(device)
         self.rotary = model.model.rotary(0, longest, longest, device)

@@ -35,6 +35,9 @@ class Pages:
     int8 has ``scales`` (layers, 2, count, Hkv, PAGE), float32: a key is ``data * scales``, with the
     scale absmax / 127 of its D features. One that is not finite has such a scale.
 
+    ``rope_length``: the length that rotary frequencies depend on, where they do, for all sequences
+    alike: pages of several lengths could not be shared. 0: no model's frequencies do.
+
     Memory is taken as pages are first used; freed pages are used again before fresh ones.
     """
 
@@ -45,7 +48,9 @@ class Pages:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        rope_length: int = 0,
     ):
+        self.rope_length = rope_length
         cache = KVCache(config, count, PAGE, dtype=dtype, device=device)  # a row is a page
         self.data, self.layers, self.count = cache.data, cache.layers, count
         self.scales: Tensor | None = None
@@ -160,7 +165,8 @@ class ChunkCache:
         ends: Sequence[int],
     ):
         device = pages.data.device
-        self.pages, self.data, self.longest = pages, pages.data, max(ends)
+        self.pages, self.data = pages, pages.data
+        self.longest = max(*ends, pages.rope_length)
         counts = [end - start for start, end in zip(starts, ends, strict=True)]
         self.cu_seqlens = _sums(counts).to(device)
         self.cu_seqlens_k = _sums(ends).to(device)
@@ -210,16 +216,23 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def page_count(
-    config: ModelConfig, rows: int, *, dtype: torch.dtype, device: torch.device, beside: int = 0
+    config: ModelConfig,
+    rows: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    context: int | None = None,
+    beside: int = 0,
 ) -> int:
-    """How many pages `rows` contexts need, within a quarter of the memory, or half of what is free
-    on a GPU. `beside`: bytes that something else takes for each."""
+    """How many pages `rows` contexts of ``context`` tokens (default: the longest) need, within a
+    quarter of the memory, or half of what is free on a GPU. `beside`: bytes that something else
+    takes for each."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         memory = (torch.cuda.mem_get_info(device)[0] + cached) // 2
     else:
         memory = _memory() // _MEMORY_SHARE
-    wanted = rows * -(-config.max_position_embeddings // PAGE)
+    wanted = rows * -(-(context or config.max_position_embeddings) // PAGE)
     return max(1, min(wanted, memory // (page_bytes(config, dtype) + beside)))
 
 

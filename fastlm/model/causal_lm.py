@@ -448,6 +448,13 @@ class CausalLM(nn.Module):
         dynamic = self.config.rope_parameters.get("rope_type") == "dynamic"
         return 2**31 if dynamic else self.config.max_position_embeddings
 
+    @property
+    def designed_limit(self) -> int:
+        """The longest context that a model was stretched to; with dynamic scaling less than
+        `context_limit`, which has no end."""
+        stretch = 1.0 if self.context_limit < 2**31 else self.config.rope_parameters["factor"]
+        return int(self.config.max_position_embeddings * stretch)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., E) -> (..., V), softcapped where the family does so."""
         if not self.config.tie_word_embeddings:

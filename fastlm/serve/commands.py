@@ -58,6 +58,14 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request")] = 4 * 2**20,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue")] = 256,
     max_rows: Annotated[int, typer.Option(min=1, help="Answers at the same time")] = 64,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens of a prompt with its answer, at most (default: what the model allows);"
+            " dynamic and longrope models turn by it",
+        ),
+    ] = None,
     pages: Annotated[
         int | None,
         typer.Option(
@@ -123,7 +131,8 @@ def serve(
     process.run(
         model, host=host, port=port, name=name, feedback=feedback, rank=rank, keys=keys,
         allow_host=allow_host or [], max_new_tokens=max_new_tokens, max_body=max_body,
-        max_waiting=max_waiting, max_rows=max_rows, pages=pages, kv_dtype=kv_dtype,
+        max_waiting=max_waiting, max_rows=max_rows, max_length=max_length, pages=pages,
+        kv_dtype=kv_dtype,
         draft_model=draft_model, draft_tokens=draft_tokens, max_connections=max_connections,
         max_seconds=max_seconds, drain=drain, act_bits=act_bits,
     )  # fmt: skip

@@ -65,6 +65,10 @@ class Engine:
             wait, and 64 while no answer runs.
         max_rows: requests that run at the same time.
         max_waiting: requests that may wait; beyond it, `submit` raises `QueueFull`.
+        max_length: tokens of the longest prompt with its answer; by default the model's. Where
+            rotary frequencies depend on the length of the context (`dynamic`, `longrope`), those of
+            this length serve all requests, as in vLLM. So short answers are those of `generate`
+            only where max_length is in the same regime (longrope: up to the original context).
         kv_dtype: of keys and values: float32, bfloat16, float16 or int8 (with a scale per token
             and key head). By default the model's, float16 where its activations are rounded to 8
             bits.
@@ -84,10 +88,9 @@ class Engine:
     that of `start`, or that of the caller of `step` and `generate`. Weights may change while
     nothing runs, or in `update`, which waits for that.
 
-    Raises InputError: a model whose rotary frequencies depend on the length of the context
-    (`dynamic`, `longrope`), options out of range, prompt_rows, draft_tokens, a draft_model or a
-    kv_dtype other than the model's where its steps go through its modules; a draft model with
-    another vocabulary, or whose own steps do.
+    Raises InputError: options out of range, prompt_rows, draft_tokens, a draft_model or a kv_dtype
+    other than the model's where its steps go through its modules; a draft model with another
+    vocabulary, or whose own steps do.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Engine:
         max_tokens_per_step: int | None = None,
         max_rows: int = 64,
         max_waiting: int = 1024,
+        max_length: int | None = None,
         kv_dtype: torch.dtype | None = None,
         prefix_cache: bool = True,
         invariant: bool = True,
@@ -106,14 +110,9 @@ class Engine:
         draft_tokens: int | None = None,
         draft_model: "CausalLM | None" = None,
     ):
-        if model.model.by_length:
-            raise InputError(
-                "model: wanted rotary frequencies that do not depend on the length of the context,"
-                f" got {model.config.rope_parameters.get('rope_type')}"
-            )
         for name, value in (
             ("max_tokens_per_step", max_tokens_per_step), ("max_rows", max_rows), ("pages", pages),
-            ("max_waiting", max_waiting),
+            ("max_waiting", max_waiting), ("max_length", max_length),
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise InputError(f"{name}: wanted at least 1, got {value}")
@@ -130,7 +129,7 @@ class Engine:
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.invariant, self.prompt_rows = invariant, prompt_rows
         self.max_tokens_per_step = max_tokens_per_step
-        self.context_limit = model.context_limit
+        self.context_limit = min(max_length or model.designed_limit, model.context_limit)
         self._ends = model.config.stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
         model.model.fuse()
         self._plan = cpu_steps.plan_of(model)
@@ -148,9 +147,10 @@ class Engine:
                 )
         beside = 0 if draft_model is None else draft_page_bytes(draft_model, model)
         count = pages or page_count(
-            model.config, max_rows, dtype=self._cache_dtype(), device=model.device, beside=beside
-        )
-        self.pages = Pages(model.config, count, dtype=self._cache_dtype(), device=model.device)
+            model.config, max_rows, dtype=self._cache_dtype(), device=model.device,
+            context=self.context_limit, beside=beside,
+        )  # fmt: skip
+        self.pages = self._make_pages(count)
         self.scheduler = Scheduler(self.pages, max_rows=max_rows, prefix_cache=prefix_cache)
         self._decoder = self._make_decoder()
         self._guesser: Guesser = PromptLookup(draft_tokens)
@@ -398,9 +398,7 @@ class Engine:
         self._plan = cpu_steps.plan_of(model)
         dtype = self._cache_dtype()
         if dtype != self.pages.data.dtype or model.device != self.pages.data.device:
-            self.pages = self.scheduler.pages = Pages(
-                model.config, self.pages.count, dtype=dtype, device=model.device
-            )
+            self.pages = self.scheduler.pages = self._make_pages(self.pages.count)
         self.pages.forget()
         self._decoder = self._make_decoder()
         self._state = cpu_steps.state_of(model)
@@ -409,6 +407,13 @@ class Engine:
         if self._plan is None:  # the modules' attention wants keys of its own dtype
             return self.model.dtype
         return self.kv_dtype or self._plan.cache_dtype
+
+    def _make_pages(self, count: int) -> Pages:
+        model = self.model
+        return Pages(
+            model.config, count, dtype=self._cache_dtype(), device=model.device,
+            rope_length=self.context_limit if model.model.by_length else 0,
+        )  # fmt: skip
 
     def _make_decoder(self) -> "ModuleSteps | cpu_steps.PagedSteps | cuda_steps.PagedSteps":
         plan, rows = self._plan, self.prompt_rows
@@ -421,7 +426,8 @@ class Engine:
             return cuda_steps.PagedSteps(self.model, self.pages.data)
         if plan is None:
             return ModuleSteps(self.model, self.pages)
-        return cpu_steps.PagedSteps(self.model, plan, self.pages.data, self.pages.scales)
+        pages = self.pages
+        return cpu_steps.PagedSteps(self.model, plan, pages.data, pages.scales, pages.rope_length)
 
     def _guarded(self, group: list[sequences.Sequence], compute: Callable[[], None]) -> None:
         """Compute something for a group of sequences; if that fails, they end, not the engine."""

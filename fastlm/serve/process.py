@@ -41,6 +41,7 @@ def run(
     max_body: int,
     max_waiting: int,
     max_rows: int,
+    max_length: int | None,
     pages: int | None,
     kv_dtype: str | None,
     draft_model: Path | None,
@@ -69,6 +70,7 @@ def run(
         try:
             engine = Engine(
                 model, tokenizer, pages=pages, max_rows=max_rows, max_waiting=max_waiting,
+                max_length=max_length,
                 kv_dtype=None if kv_dtype is None else getattr(torch, kv_dtype),
                 draft_tokens=draft_tokens, draft_model=draft,
             )  # fmt: skip

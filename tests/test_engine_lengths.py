@@ -1,0 +1,67 @@
+"""Models whose rotary frequencies depend on the length of the context, in an engine."""
+
+import contextlib
+
+import pytest
+import torch
+from engine_cases import model_of
+
+import fastlm
+from fastlm.decode.sampling import Sampling
+from fastlm.errors import InputError
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Request
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(params=["modules", "steps", "rows"])
+def engine_of(request):
+    """Its prompts and answers through the modules, through modules and steps, or as rows."""
+    how = request.param
+    forced = fastlm.use_backend("reference") if how == "modules" else contextlib.nullcontext()
+    with forced:
+        yield lambda model, **options: Engine(model, prompt_rows=how == "rows", **options)
+
+
+def answers(engine, lengths, new):
+    requests = [
+        Request([(7 * n + i) % 97 for i in range(n)], new, GREEDY, ignore_eos=True) for n in lengths
+    ]
+    return [r.tokens for r in engine.generate(requests)]
+
+
+def generated(model, lengths, new):
+    out = []
+    for n in lengths:
+        ids = torch.tensor([[(7 * n + i) % 97 for i in range(n)]])
+        whole = model.generate(ids, max_new_tokens=new, temperature=0.0, ignore_eos=True)
+        out.append(whole[0, n:].tolist())
+    return out
+
+
+def test_longrope_turns_by_the_longest_context(engine_of):
+    model = model_of("phi3-longrope", original_max_position_embeddings=80)
+    long = generated(model, (81, 150), 20)  # in the long regime from the first token on
+    assert answers(engine_of(model), (81, 150), 20) == long
+    short = generated(model, (5, 60), 20)
+    engine = engine_of(model, max_length=80)
+    assert answers(engine, (5, 60), 20) == short
+    assert answers(engine_of(model), (5, 60), 20) != short
+    with pytest.raises(InputError, match="prompt: wanted fewer than the model's 80 tokens"):
+        engine.submit(Request([1] * 80, 1), lambda piece: None)
+
+
+def test_dynamic_turns_by_the_longest_context(engine_of):
+    """As a plain model whose base is that of the longest context."""
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = model_of(rope_parameters=dynamic, max_position_embeddings=40)
+    assert answers(engine_of(model, max_length=40), (5, 20), 15) == generated(model, (5, 20), 15)
+    longest, width = model.designed_limit, model.config.head_dim
+    assert longest == 80
+    stretch = 2.0 * longest / 40 - 1.0
+    base = 1e4 * stretch ** (width / (width - 2))
+    plain = model_of(
+        rope_parameters={"rope_type": "default", "rope_theta": base}, max_position_embeddings=80
+    )
+    assert answers(engine_of(model), (5, 50), 15) == generated(plain, (5, 50), 15)
