@@ -8,6 +8,12 @@ have two threads, so that work is split. OpenMP reads its variables when torch i
 
 import importlib
 import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,10 +36,24 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # thread orders in which every test of a CUDA kernel runs if there is no GPU
 SIMT_SEEDS = int(os.environ.get("FASTLM_SIMT_SEEDS") or 2)
 
+# Debian's packages without whose programs a test fails that else is skipped
+REQUIRED = tuple(filter(None, os.environ.get("FASTLM_REQUIRE", "").split(",")))
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     return min(4, default_threads())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Let a test fail that is skipped for want of a program that has to be there."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if any(f"(Debian: {name})" in reason for name in REQUIRED):
+            report.outcome, report.longrepr = "failed", f"FASTLM_REQUIRE: {reason}"
+    return report
 
 
 def pytest_collection_modifyitems(config, items):
@@ -110,3 +130,54 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """The URL of a database in a server of its own, which only a socket reaches."""
+    from fastlm.errors import InputError
+    from fastlm.serve.feedback import FeedbackStore
+
+    programs = Path("/usr/lib/postgresql").glob("*/bin/initdb")
+    initdb = next(iter(sorted(programs, reverse=True)), None)
+    if initdb is None:
+        pytest.skip("wanted PostgreSQL (Debian: postgresql), not found")
+    folder = Path(tempfile.mkdtemp(prefix="fastlm-pg-"))  # pytest's are closed to other users
+    folder.chmod(0o755)
+    data, other = folder / "data", {}
+    data.mkdir()
+    if os.geteuid() == 0:  # as whom PostgreSQL refuses to run
+        shutil.chown(data, "postgres")
+        other = {"user": "postgres", "group": "postgres", "extra_groups": []}
+    made = [initdb, "-D", data, "-U", "postgres", "--no-sync", "--auth=trust"]
+    subprocess.run(made, check=True, capture_output=True, cwd=data, **other)
+    options = ["-c", "listen_addresses=", "-k", data, "-c", "fsync=off"]
+    command = [initdb.with_name("postgres"), "-D", data, *options]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=data, **other)
+    url = f"postgresql://postgres@/postgres?host={data}"
+    until = time.monotonic() + 120
+    while True:
+        try:
+            FeedbackStore(url).close()
+            break
+        except InputError:
+            assert time.monotonic() < until and server.poll() is None
+            time.sleep(0.05)
+    yield url
+    server.send_signal(signal.SIGQUIT)
+    server.wait()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=("sqlite", "postgresql"))
+def where(request, tmp_path):
+    """A database for feedback, on SQLite and on PostgreSQL."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "feedback.sqlite")
+        return
+    from fastlm.serve.feedback import FeedbackStore
+
+    url = request.getfixturevalue("postgresql")
+    yield url
+    with FeedbackStore(url) as store, store._write() as connection:
+        connection.exec_driver_sql("TRUNCATE fastlm_answers, fastlm_feedback")

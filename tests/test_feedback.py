@@ -3,14 +3,7 @@ rows to train on that the trainings' readers accept.
 """
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from serve_app import HTTP, ask, serving, tiny_model
@@ -23,52 +16,8 @@ from fastlm.errors import InputError
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.feedback_export import export
 
-PG = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)), None)
 PROMPT = [{"role": "user", "content": "Write to ann@mail.org or +44 20 7946 0958"}]
 CLEAN = [{"role": "user", "content": "Write to <EMAIL> or <PHONE>"}]
-
-
-@pytest.fixture(scope="module")
-def postgresql():
-    """The URL of a database in a server of its own, which only a socket reaches."""
-    if PG is None:
-        pytest.skip("wanted PostgreSQL (Debian: postgresql), not found")
-    folder = Path(tempfile.mkdtemp(prefix="fastlm-pg-"))  # pytest's are closed to other users
-    folder.chmod(0o755)
-    data, other = folder / "data", {}
-    data.mkdir()
-    if os.geteuid() == 0:  # as whom PostgreSQL refuses to run
-        shutil.chown(data, "postgres")
-        other = {"user": "postgres", "group": "postgres", "extra_groups": []}
-    made = [PG, "-D", data, "-U", "postgres", "--no-sync", "--auth=trust"]
-    subprocess.run(made, check=True, capture_output=True, cwd=data, **other)
-    options = ["-c", "listen_addresses=", "-k", data, "-c", "fsync=off"]
-    command = [PG.with_name("postgres"), "-D", data, *options]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=data, **other)
-    url = f"postgresql://postgres@/postgres?host={data}"
-    until = time.monotonic() + 120
-    while True:
-        try:
-            FeedbackStore(url).close()
-            break
-        except InputError:
-            assert time.monotonic() < until and server.poll() is None
-            time.sleep(0.05)
-    yield url
-    server.send_signal(signal.SIGQUIT)
-    server.wait()
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(params=("sqlite", "postgresql"))
-def where(request, tmp_path):
-    if request.param == "sqlite":
-        yield str(tmp_path / "feedback.sqlite")
-        return
-    url = request.getfixturevalue("postgresql")
-    yield url
-    with FeedbackStore(url) as store, store._write() as connection:
-        connection.exec_driver_sql("TRUNCATE fastlm_answers, fastlm_feedback")
 
 
 def filled(store):
@@ -154,10 +103,10 @@ def test_a_database_that_cannot_be_used(tmp_path):
         assert "pw" not in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_over_http(tmp_path):
+def test_over_http(where):
     model, tokenizer = tiny_model()
     with (
-        FeedbackStore(tmp_path / "f.sqlite") as store,
+        FeedbackStore(where) as store,
         serving(model, tokenizer, feedback=store) as (url, server),
     ):
         talk = {"messages": [{"role": "user", "content": "I am ann@mail.org"}]}

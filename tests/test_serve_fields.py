@@ -4,6 +4,7 @@ client and through curl, too.
 """
 
 import base64
+import copy
 import json
 import re
 import struct
@@ -105,7 +106,7 @@ class Api:
         some = {} if self.kind == "embed" else {"max_tokens": 8, "temperature": 0}
         body = {"model": "tiny", **some, **needs, **fields}
         response = by_httpx(self.server, self.kind, body)
-        self.sent.append((body, response))
+        self.sent.append((copy.deepcopy(body), response))
         return response
 
     def answer(self, **fields):
@@ -597,6 +598,7 @@ def _(api):
     assert kept.prompt == [{"role": "user", "content": "I am <EMAIL>"}]
     said = [choice["message"]["content"] for choice in made["choices"]]
     assert [c[0]["content"] for c in kept.choices] == said and kept.conversation_id == "talk-1"
+    api.refused("store", store="yes")
     api.refused("conversation_id", conversation_id="talk-1")
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -154,31 +154,47 @@ def test_the_bound_ends_answers_and_tells_their_clients(folder):
         assert process.wait(30) in (0, -signal.SIGTERM)
 
 
-def test_nothing_acknowledged_is_lost_by_a_kill(folder, tmp_path):
-    base, told = tmp_path / "feedback.sqlite", []
+def test_nothing_acknowledged_is_lost_by_a_kill(folder, where):
+    told, talks = [], {}
 
-    def give(url, thread):
-        with httpx.Client() as client:
+    def give(client, url, thread, i):
+        opinion = {"response_id": f"{thread}-{i}", "comment": "x" * 500}
+        if client.post(url + "/v1/feedback", json=opinion).status_code == 200:
+            told.append(opinion["response_id"])
+
+    def talk(client, url, thread, i):
+        asked = {
+            "model": "tiny", "messages": [{"role": "user", "content": f"Hi {thread}"}],
+            "structured_outputs": {"regex": "[a-z]{8}"},  # nothing that is scrubbed
+            "store": True, "stream": thread == 4,
+        }  # fmt: skip
+        response = client.post(url + "/v1/chat/completions", json=asked)
+        if not asked["stream"]:
+            made = response.json()
+            talks[made["id"]] = made["choices"][0]["message"]["content"]
+        elif response.text.endswith("data: [DONE]\n\n"):  # else it broke off
+            events = [json.loads(line[6:]) for line in response.text.split("\n\n")[:-2]]
+            said = [event["choices"][0]["delta"].get("content", "") for event in events]
+            talks[events[0]["id"]] = "".join(said)
+
+    def repeat(act, *given):
+        with httpx.Client(timeout=60) as client, suppress(httpx.TransportError):
             for i in range(10_000):
-                id = f"{thread}-{i}"
-                opinion = {"response_id": id, "comment": "x" * 500}
-                try:
-                    if client.post(url + "/v1/feedback", json=opinion).status_code == 200:
-                        told.append(id)
-                except httpx.TransportError:
-                    return
+                act(client, *given, i)
 
-    with served(folder, "--feedback", base) as (process, url, _), ThreadPoolExecutor(4) as pool:
-        for thread in range(4):
-            pool.submit(give, url, thread)
-        until = time.monotonic() + 60
-        while len(told) < 60:
+    with served(folder, "--feedback", where) as (process, url, _), ThreadPoolExecutor(5) as pool:
+        for thread, act in enumerate((give, give, give, talk, talk)):
+            pool.submit(repeat, act, url, thread)
+        until = time.monotonic() + 300
+        while len(told) < 60 or len(talks) < 10:
             assert time.monotonic() < until
             time.sleep(0.01)
         process.kill()
-    with FeedbackStore(base) as store:
+    with FeedbackStore(where) as store:
         stored = {opinion.response_id for opinion in store.opinions()}
-    assert len(told) >= 60 and set(told) <= stored
+        kept = {id: answer.choices[0][0]["content"] for id, answer in store.answers().items()}
+    assert set(told) <= stored
+    assert talks == {id: kept.get(id) for id in talks}
 
 
 @pytest.mark.skipif(not shutil.which("nginx"), reason="wanted nginx (Debian: nginx), not found")
