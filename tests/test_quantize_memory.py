@@ -1,0 +1,36 @@
+"""Memory of layerwise quantization: one decoder layer in float32, however many there are."""
+
+from peak import printed_alone
+
+WIDTH, MLP, LAYERS = 256, 640, (2, 6)
+SCRIPT = """
+import torch
+import fastlm
+from peak import growth
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+
+torch.set_num_threads(1)
+config = ModelConfig(
+    vocab_size=512, hidden_size={width}, intermediate_size={mlp}, num_hidden_layers={layers},
+    num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
+)
+model = CausalLM(config, seed=0)
+ids = torch.randint(512, (4, 512), generator=torch.Generator().manual_seed(0))
+print(growth(lambda: fastlm.quantize(
+    model, "w4a16", group_size=128, method="gptq", calibration=ids,
+)))
+"""
+
+
+def test_gptq_of_more_layers_adds_their_weights_alone():
+    """A layer is 3 MB in float32, its Hessians 2.1 MB, its hidden states 2 MB: four more layers
+    with any of them kept would add 8 MB or more to the peak.
+    """
+    few, many = (
+        printed_alone(SCRIPT.format(width=WIDTH, mlp=MLP, layers=layers))[0] for layers in LAYERS
+    )
+    weights = (LAYERS[1] - LAYERS[0]) * (4 * WIDTH**2 + 3 * WIDTH * MLP) * 4.125 / 8 / 2**20
+    print(few, many, weights)
+    assert few > 5 and weights < 2
+    assert many - few <= weights + 3
