@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet
 PARALLEL := -n auto --dist loadfile -p no:benchmark
 BUILD := FASTLM_SIMT=1 $(BIN)/python setup.py -q build_ext --inplace
 
-.PHONY: help setup build demo test quick simt lint format bench fuzz kill sanitize gate triton-sanitize clean
+.PHONY: help setup build demo test quick simt lint format bench fuzz fuzz-files kill sanitize gate triton-sanitize clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 18
@@ -63,6 +63,9 @@ bench: build     ## all benchmarks against their peers; writes bench/results/ an
 
 fuzz: build      ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7 KERNELS=simt
 	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --kernels $(or $(KERNELS),cpu)
+
+fuzz-files: build  ## ten minutes of damaged model files; make fuzz-files MINUTES=5 SEED=7
+	$(BIN)/python tests/fuzz_files.py --seconds $$(($(or $(MINUTES),10) * 60)) --seed $(or $(SEED),0)
 
 kill: build      ## 20 SIGKILLs at random moments in every command, each to the same end; make kill KILLS=5 SEED=7 CASES='sft ppo'
 	$(BIN)/python tests/kill_stages.py --kills $(or $(KILLS),20) --seed $(or $(SEED),0) $(CASES)

@@ -28,14 +28,16 @@ import torch
 from damage import changed, outcome
 from model_files import write_gguf
 
-from fastlm.checkpoint.folder import load_state
+from fastlm.checkpoint.folder import load_state, save_hf
 from fastlm.checkpoint.gguf_blocks import UNPACK
 from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.checkpoint.gguf_write import save_gguf
+from fastlm.checkpoint.tensor_folder import INDEX
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.quant import quantize
 
+SHARD = 20_000  # bytes: the small model has several
 HANG = 10  # seconds; an undamaged file takes under 0.1
 SPARE = 2**28  # bytes: 300 times the largest file, and room for the allocator's arenas
 EXTREMES = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1)
@@ -46,7 +48,10 @@ def undamaged(place: Path) -> dict[str, Path]:
     from test_foreign_weights import CASES
 
     files = {}
-    for case in ("gptq-v1-asym", "gptq-8", "awq", "pack-4-asym", "int8", "mxfp4", "nvfp4"):
+    for case in (
+        *("gptq-v1-asym", "gptq-v2", "gptq-v2-asym", "gptq-8", "awq", "pack-4-asym", "int8"),
+        *("mxfp4", "nvfp4", "modelopt"),
+    ):
         entry, pack, options, _ = CASES[case]
         packed_models.write(place / case, entry, pack, **options)
         files[case] = place / case
@@ -58,6 +63,8 @@ def undamaged(place: Path) -> dict[str, Path]:
     model = quantize(CausalLM(ModelConfig.from_dict(config), seed=0), "w4a16", group_size=32)
     model.save_pretrained(place / "own")
     files["own"] = place / "own"
+    save_hf(place / "sharded", model.config.to_dict(), model.stored(), max_shard_bytes=SHARD)
+    files["sharded"] = place / "sharded"
     save_gguf(place / "model.gguf", model.config, model.stored(), None, "m")
     files["gguf"] = place / "model.gguf"
     draw = np.random.default_rng(0)
@@ -98,7 +105,32 @@ def damage_bytes(data: bytearray, header: int, draw: random.Random) -> bytearray
     return data
 
 
+def damage_index(index: Path, draw: random.Random) -> None:
+    """Change the index of shards, or remove, exchange or shorten one of them."""
+    value = json.loads(index.read_text())
+    shards = sorted(index.parent.glob("*.safetensors"))
+    what = draw.random()
+    if what < 0.5:
+        index.write_text(json.dumps(changed(value, draw)))
+    elif what < 0.7:  # a tensor in another shard, or outside the folder
+        name = draw.choice(sorted(value["weight_map"]))
+        places = [shard.name for shard in shards]
+        value["weight_map"][name] = draw.choice([*places, "../model.safetensors", "/dev/zero", ""])
+        index.write_text(json.dumps(value))
+    elif what < 0.8:
+        index.write_bytes(damage_bytes(bytearray(index.read_bytes()), 2**20, draw))
+    elif what < 0.9:
+        draw.choice(shards).unlink()
+    else:
+        a, b = draw.sample(shards, 2)
+        shutil.copy(a, b)
+
+
 def damage_folder(folder: Path, draw: random.Random) -> None:
+    index = folder / INDEX
+    if index.exists() and draw.random() < 0.4:
+        damage_index(index, draw)
+        return
     if draw.random() < 0.4:
         file = folder / "config.json"
         value = json.loads(file.read_text())
@@ -108,7 +140,7 @@ def damage_folder(folder: Path, draw: random.Random) -> None:
             value = changed(value, draw)
         file.write_text(json.dumps(value))
         return
-    file = folder / "model.safetensors"
+    file = draw.choice(sorted(folder.glob("*.safetensors")))
     data = file.read_bytes()
     (size,) = struct.unpack_from("<Q", data)
     if draw.random() < 0.6:  # a header that is JSON
