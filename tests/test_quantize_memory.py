@@ -2,7 +2,7 @@
 
 from peak import printed_alone
 
-WIDTH, MLP, LAYERS = 256, 640, (6, 10)  # below 6, the peak is the allocator's
+WIDTH, MLP, LAYERS = 256, 640, (6, 14)  # below 6, the peak is the allocator's
 SCRIPT = """
 import torch
 import fastlm
@@ -29,12 +29,12 @@ print(run({layers}))
 
 
 def test_gptq_of_more_layers_adds_their_weights_alone():
-    """A layer is 3 MB in float32, its Hessians 2.1 MB, its hidden states 2 MB: four more layers
-    with any of them kept would add 8 MB or more to the peak.
+    """A layer is 3 MB in float32, its Hessians 2.1 MB, its hidden states 2 MB: eight more layers
+    with any of them kept would add 16 MB or more to the peak, which varies by 4.
     """
     few, many = (
         printed_alone(SCRIPT.format(width=WIDTH, mlp=MLP, layers=layers))[0] for layers in LAYERS
     )
     weights = (LAYERS[1] - LAYERS[0]) * (4 * WIDTH**2 + 3 * WIDTH * MLP) * 4.125 / 8 / 2**20
-    assert few > 5 and weights < 2
-    assert many - few <= weights + 3
+    assert few > 5 and weights < 3
+    assert many - few <= weights + 8
