@@ -526,7 +526,7 @@ def test_refusals():
         (Request([1, 97], 5), r"prompt: wanted ids in \[0, 97\), got 97"),
         (Request([-1], 5), r"prompt: wanted ids in \[0, 97\), got -1"),
         (Request([1], 0), "max_new_tokens: wanted at least 1, got 0"),
-        (Request([1] * 512, 5), "prompt: wanted fewer than the model's 512 tokens"),
+        (Request([1] * 512, 5), "prompt: wanted fewer than the 512 tokens"),
         (Request([1] * 250, 100), "wanted at most the cache's 256 tokens in all, got 250 . 100"),
         (Request([1], 5, logprobs=-1), r"logprobs: wanted 0 to 97 or None, got -1"),
         (Request([1], 5, seed=2**70), "seed: wanted an integer"),
@@ -537,7 +537,7 @@ def test_refusals():
         with pytest.raises(InputError, match=message):
             engine.submit(request, lambda piece: None)
     assert engine.generate([Request([1], 5)])[0].finish_reason == "length"
-    with pytest.raises(InputError, match="max_length: wanted at least 1, got 0"):
+    with pytest.raises(InputError, match="max_length: wanted 2 to the model's 512, got 0"):
         Engine(model_of(), max_length=0)
     with pytest.raises(InputError, match="kv_dtype: wanted float32"):
         Engine(model_of(), kv_dtype=torch.int16)

@@ -8,6 +8,7 @@ import torch
 from engine_cases import model_of, told
 
 import fastlm
+from fastlm.decode import cpu_steps
 from fastlm.decode.cpu_steps import MAX_ROWS
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLINGS = [
     Sampling(temperature=0.0), Sampling(temperature=0.5), Sampling(), Sampling(top_p=0.9),
     Sampling(temperature=0.0, presence_penalty=0.5), Sampling(logit_bias=((5, 2.0),)),
+    Sampling(temperature=0.8, top_k=7),
 ]  # fmt: skip
 
 
@@ -219,6 +221,27 @@ def test_a_draft_model_that_fails_ends_no_request():
     assert [told(answer.result) for answer in got] == alone(model, requests)
     stats = engine.stats()
     assert stats.draft_failures == 1 and stats.finished == {"length": 3}
+    nothing_is_kept(engine)
+
+
+def test_a_draft_model_whose_weights_cannot_be_followed(monkeypatch):
+    model, draft = model_of(), model_of()
+    engine = Engine(model, draft_model=draft, prompt_rows=True)
+    requests = requests_of((9,), new=20)
+    plan_of = cpu_steps.plan_of
+
+    def broken(model):
+        if model is draft:
+            raise RuntimeError("out of memory")
+        return plan_of(model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_steps, "plan_of", broken)
+        assert [told(r) for r in engine.generate(requests)] == alone(model, requests)
+    stats = engine.stats()
+    assert stats.draft_failures == 1 and stats.drafted_tokens == 0
+    engine.generate(requests)
+    assert engine.stats().drafted_tokens > 0
     nothing_is_kept(engine)
 
 

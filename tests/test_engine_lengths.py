@@ -9,6 +9,8 @@ from engine_cases import model_of
 import fastlm
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
+from fastlm.model import rotary
+from fastlm.model.rotary import frequencies
 from fastlm.serve.engine import Engine
 from fastlm.serve.requests import Request
 
@@ -48,11 +50,11 @@ def test_longrope_turns_by_the_longest_context(engine_of):
     engine = engine_of(model, max_length=80)
     assert answers(engine, (5, 60), 20) == short
     assert answers(engine_of(model), (5, 60), 20) != short
-    with pytest.raises(InputError, match="prompt: wanted fewer than the model's 80 tokens"):
+    with pytest.raises(InputError, match="prompt: wanted fewer than the 80 tokens"):
         engine.submit(Request([1] * 80, 1), lambda piece: None)
 
 
-def test_dynamic_turns_by_the_longest_context(engine_of):
+def test_dynamic_turns_by_the_longest_context(engine_of, monkeypatch):
     """As a plain model whose base is that of the longest context."""
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = model_of(rope_parameters=dynamic, max_position_embeddings=40)
@@ -64,4 +66,11 @@ def test_dynamic_turns_by_the_longest_context(engine_of):
     plain = model_of(
         rope_parameters={"rope_type": "default", "rope_theta": base}, max_position_embeddings=80
     )
-    assert answers(engine_of(model), (5, 50), 15) == generated(plain, (5, 50), 15)
+    engine = engine_of(model)
+    assert answers(engine, (5, 50), 15) == generated(plain, (5, 50), 15)
+    made = []
+    monkeypatch.setattr(rotary, "frequencies", lambda *a: made.append(a) or frequencies(*a))
+    assert answers(engine, (7, 49), 15) == generated(plain, (7, 49), 15)
+    assert not [a for a in made if a[0]["rope_type"] == "dynamic"]  # tables are kept
+    with pytest.raises(InputError, match="max_length: wanted 2 to the model's 80, got 81"):
+        engine_of(model, max_length=81)

@@ -18,6 +18,7 @@ from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.optim import AdamW
+from fastlm.serve.engine import Engine
 from fastlm.train import online
 from fastlm.train.distributed import Alone
 from fastlm.train.grpo import Grpo
@@ -98,6 +99,21 @@ def test_answers_have_the_log_probabilities_that_training_computes() -> None:
         packed = pack_answers([prompt], [answer.tokens], torch.device("cpu"))
         logp = packed.rows(model.logprobs(packed.ids, packed.labels, temperature=0.7))
         torch.testing.assert_close(logp[0], torch.tensor(answer.logprobs), rtol=1e-4, atol=1e-5)
+
+
+def test_as_many_answers_run_as_there_are_rows(monkeypatch) -> None:
+    model, most = model_of().eval(), []
+    model.config.eos_token_id = None
+    step = Engine.step
+
+    def counted(engine):
+        busy = step(engine)
+        most.append(len(engine.scheduler.running))
+        return busy
+
+    monkeypatch.setattr(Engine, "step", counted)
+    answers = sample_answers(model, [[5, 6, 7]] * 16, max_new_tokens=8, seed=1, rows=16)
+    assert len(answers) == 16 and max(most) == 16
 
 
 def test_an_answer_does_not_depend_on_its_batch() -> None:

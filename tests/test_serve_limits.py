@@ -4,7 +4,6 @@ that fail; what is logged and counted.
 
 import contextlib
 import json
-import os
 import re
 import socket
 import threading
@@ -21,6 +20,7 @@ import fastlm.serve
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
+from fastlm.serve.app import READERS
 from fastlm.serve.commands import read_keys
 from fastlm.serve.fields import ApiError, parse_body
 from fastlm.serve.gate import Limits
@@ -511,4 +511,4 @@ def test_few_threads_encode_prompts(tiny):
         with ThreadPoolExecutor(24) as clients:
             answers = list(clients.map(lambda _: ask(url, body()).status_code, range(48)))
     assert set(answers) == {200}
-    assert len(threads) <= (os.cpu_count() or 1)
+    assert len(threads) <= READERS

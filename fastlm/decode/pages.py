@@ -232,7 +232,8 @@ def page_count(
         memory = (torch.cuda.mem_get_info(device)[0] + cached) // 2
     else:
         memory = _memory() // _MEMORY_SHARE
-    wanted = rows * -(-(context or config.max_position_embeddings) // PAGE)
+    # and one page more for each, which the scheduler keeps for growth
+    wanted = rows * (-(-(context or config.max_position_embeddings) // PAGE) + 1)
     return max(1, min(wanted, memory // (page_bytes(config, dtype) + beside)))
 
 

@@ -218,6 +218,8 @@ class RotaryTables:
                 angles = torch.arange(rows, dtype=torch.float32, device="cpu")[:, None] * freq
                 angles = torch.cat((angles, angles), -1)
                 found = (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
-            if key[1] == 0 or self.rope["rope_type"] != "dynamic":  # dynamic: used once each
-                self._tables[key] = found
+            if key[1] and self.rope["rope_type"] == "dynamic":  # a table per length: the last one
+                for old in [k for k in self._tables if k[0] == device and k[1]]:
+                    del self._tables[old]
+            self._tables[key] = found
         return found

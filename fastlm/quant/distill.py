@@ -348,9 +348,10 @@ class Distillation:
                 metadata = kept.metadata() or {}
                 if metadata.get("key") != key:
                     return 0
-                student.load({name: kept.get_tensor(name) for name in kept.keys()})
+                found = {name: kept.get_tensor(name) for name in kept.keys()}
         except (OSError, SafetensorError):
             return 0
+        student.load(found)
         return int(metadata["step"])
 
 

@@ -105,7 +105,8 @@ def quantize(
         raise InputError("calibration: awq wants token ids (windows, length), got none")
     if distill and (learnt is None or len(learnt) < 2):
         got = "none" if learnt is None else "1"
-        raise InputError(f"distill_text: wanted 2 windows of token ids or more, got {got}")
+        name = "calibration" if distill_text is None else "distill_text"
+        raise InputError(f"{name}: distill wants 2 windows of token ids or more, got {got}")
     plan = plan_of(
         model, format, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype,
         embeddings=embeddings, head=head, overrides=overrides, whole_groups=whole_groups,

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +43,8 @@ from fastlm.serve.prompts import Prompts
 from fastlm.serve.requests import Closed, QueueFull, Request
 from fastlm.serve.running import Engine, Running, Shares
 from fastlm.serve.said import Kept
+
+READERS = 8
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -90,8 +91,9 @@ class Server:
         self.prompts = Prompts(self.tokenizer, self.context_limit)
         self.grammars = Grammars(self.tokenizer, self.model.config)
         self.started, self.stopping = int(time.time()), False
-        # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB
-        self._readers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fastlm-reader")
+        # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB.
+        # More than processors, since some wait for a chat template.
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="fastlm-reader")
         if self.ranking is not None:
             RankingStore(self.ranking).close()  # a wrong file is refused now
         post, get = ["POST"], ["GET"]

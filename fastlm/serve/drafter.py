@@ -103,9 +103,16 @@ class Drafter:
         self._failed: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self.pages = Pages(model.config, count, dtype=model.dtype)
         self._plan = self._decoder = None
-        self.prepare()
+        self._follow()
 
     def prepare(self) -> None:
+        try:
+            self._follow()
+        except Exception:  # answers run without guesses until weights change again
+            self._plan = self._decoder = None
+            self.failures += 1
+
+    def _follow(self) -> None:
         self.model.model.fuse()
         plan = cpu_steps.plan_of(self.model)
         if plan is self._plan:
@@ -125,8 +132,9 @@ class Drafter:
             sequence.draft = []
         if budget < 1 or self._decoder is None:
             return
-        jobs = self._jobs([s for s in sequences if s not in self._failed], budget)
+        jobs: list[_Job] = []
         try:
+            jobs = self._jobs([s for s in sequences if s not in self._failed], budget)
             self._compute(jobs)
         except Exception:  # whose fault it is shows alone
             for job in jobs:

@@ -58,11 +58,11 @@ class Engine:
         tokenizer: makes text of tokens; without one, answers have no text and no stop strings.
         pages: of `PAGE` tokens in the cache; by default as many as `max_rows` contexts need, within
             a quarter of the memory (of a GPU's free memory: half). Memory is taken at first use.
-        max_tokens_per_step: a step computes so many tokens of answers and prompts, and a quarter
-            of it, at least one, of prompts in any case; where modules compute these, up to the end
-            of a page. More is faster for prompts; fewer keep the pauses in running answers short.
-            By default 256; where prompts are rows of the step 12, 32 while more than eight requests
-            wait, and 64 while no answer runs.
+        max_tokens_per_step: a step computes so many tokens of answers, guesses and prompts, and of
+            prompts in any case a quarter of it, or half as many as answers; where modules compute
+            these, up to the end of a page. More is faster for prompts; fewer keep the pauses in
+            running answers short. By default 256; where prompts are rows of the step 12, 32 with
+            guesses or while more than eight prompts are not done, and 64 while no answer runs.
         max_rows: requests that run at the same time.
         max_waiting: requests that may wait; beyond it, `submit` raises `QueueFull`.
         max_length: tokens of the longest prompt with its answer; by default the model's. Where
@@ -112,10 +112,14 @@ class Engine:
     ):
         for name, value in (
             ("max_tokens_per_step", max_tokens_per_step), ("max_rows", max_rows), ("pages", pages),
-            ("max_waiting", max_waiting), ("max_length", max_length),
+            ("max_waiting", max_waiting),
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise InputError(f"{name}: wanted at least 1, got {value}")
+        if max_length is not None and not 2 <= max_length <= model.designed_limit:
+            raise InputError(
+                f"max_length: wanted 2 to the model's {model.designed_limit}, got {max_length}"
+            )
         least = 0 if draft_model is None else 1
         draft_tokens = 4 * least if draft_tokens is None else draft_tokens
         if draft_tokens < least:
@@ -129,7 +133,7 @@ class Engine:
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.invariant, self.prompt_rows = invariant, prompt_rows
         self.max_tokens_per_step = max_tokens_per_step
-        self.context_limit = min(max_length or model.designed_limit, model.context_limit)
+        self.context_limit = max_length or model.designed_limit
         self._ends = model.config.stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
         model.model.fuse()
         self._plan = cpu_steps.plan_of(model)
@@ -336,7 +340,7 @@ class Engine:
         began, before = time.monotonic(), self._prompt_tokens + self._new_tokens
         decodes = self.scheduler.decodes()
         most = self.max_tokens_per_step or self._budget(len(decodes))
-        share = max(most // 4, 1)  # of prompts
+        share = max(most // 4, len(decodes) // 2, 1)  # of prompts
         budget = max(most - len(decodes), share)
         self._guesser.guess(self.scheduler.running, budget - share if self._plan else 0)
         answers = [Chunk(s, s.computed, s.computed + 1 + len(s.draft)) for s in decodes]
@@ -356,12 +360,14 @@ class Engine:
 
     def _budget(self, answers: int) -> int:
         """The tokens of a step. Where prompts are rows of it, each costs answers its own time: few,
-        for short pauses, unless so many requests wait that throughput is what serves them."""
+        for short pauses, unless tokens are guessed, or so many prompts wait for their end that
+        throughput is what serves them."""
         if not self._takes_prompts:
             return 256
         if not answers:
             return 64
-        return 12 if self.scheduler.waiting_count <= 8 else 32
+        behind = self.scheduler.waiting_count + len(self.scheduler.running) - answers
+        return 12 if behind <= 8 and not self._guesser.most else 32
 
     def _take_in(self) -> bool:
         """Take what other threads asked for. Whether there was anything."""

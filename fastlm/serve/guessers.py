@@ -13,8 +13,10 @@ _NGRAM = 3  # tokens that are looked up
 
 
 class Guesser(Protocol):
-    """``failures``: answers for which it failed, which then run without guesses."""
+    """``most``: tokens of an answer in a step. ``failures``: answers for which it failed, which
+    then run without guesses."""
 
+    most: int
     failures: int
 
     def prepare(self) -> None:

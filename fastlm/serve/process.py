@@ -134,6 +134,7 @@ class _Connection(H11Protocol):
             self._wait_for_headers()
         else:
             self._no_headers = _stopped(self._no_headers)
+            self._no_reader = _stopped(self._no_reader)  # the next response is written, too
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -125,8 +125,9 @@ class Prompts:
             if OPEN not in template or OPEN in self.tokenizer.special_tokens:
                 what = "strict: true" if form.param == "tools" else "false"
                 raise ApiError(
-                    f"{form.param}: wanted {what} with tool_choice 'required' or a function's: the"
-                    f" model does not write calls as {OPEN}, so that others cannot be kept to it",
+                    f"{form.param}: wanted {what} with tool_choice 'required' or a named function,"
+                    f" got 'auto': this model does not write calls as {OPEN}, the one form that can"
+                    " be kept to a schema inside free text",
                     param=form.param,
                 )
 

@@ -76,7 +76,7 @@ def room_of(
     room = min(request.max_new_tokens, context_limit - len(prompt))
     if room < 1:
         raise InputError(
-            f"prompt: wanted fewer than the model's {context_limit} tokens of context,"
+            f"prompt: wanted fewer than the {context_limit} tokens of the context,"
             f" got {len(prompt)}"
         )
     if -(-(len(prompt) + room) // PAGE) * PAGE > cached:

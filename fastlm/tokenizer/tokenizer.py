@@ -108,8 +108,12 @@ class Tokenizer:
         ids, and `_text_backend` takes as long to make as the tokenizer took to load."""
         if "_text_backend" in vars(self):
             return True
+        return any(normalized or content in text for content, normalized in self._spelled)
+
+    @cached_property
+    def _spelled(self) -> list[tuple[str, bool]]:
         added = self._backend.get_added_tokens_decoder().values()
-        return any(t.special and (t.normalized or t.content in text) for t in added)
+        return [(t.content, t.normalized) for t in added if t.special]
 
     @cached_property
     def vocab_size(self) -> int:

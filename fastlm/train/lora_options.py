@@ -86,6 +86,7 @@ class LoraOptions:
         model = CausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
         bits = self._base_kept(model, warn)
         if bits and self.base_bits == 16:
+            del model  # two in memory otherwise
             model = CausalLM.from_pretrained(
                 source, dtype=getattr(torch, dtype), keep_quantized=False
             )
@@ -108,7 +109,7 @@ class LoraOptions:
         """
         from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 
-        layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+        layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
         bits = sorted({m.bits for m in layers})
         got = " and ".join(f"int{b}" for b in bits)
         if bits and self.base_bits == 16:
@@ -116,7 +117,7 @@ class LoraOptions:
             return bits
         if bits and bits != [self.base_bits]:
             warn(f"base_bits: wanted {self.base_bits}, got a base of {got}, which keeps its format")
-        if rounded := sum(m.act_bits == 8 for m in layers):
+        if rounded := sum(m.act_bits == 8 for m in layers if isinstance(m, QuantizedLinear)):
             warn(
                 f"model: {rounded} layers of the base round activations to int8; the training does"
                 " not (act_bits 16), nor does a merged model"

@@ -76,7 +76,8 @@ def sample_answers(
         for i, prompt in enumerate(prompts)
     ]  # fmt: skip
     # a GPU's memory is taken at once, and training needs the rest
-    needed = min(rows, len(prompts)) * -(-(longest + max_new_tokens) // PAGE)
+    # and one page more for each, which the scheduler keeps for growth
+    needed = min(rows, len(prompts)) * (-(-(longest + max_new_tokens) // PAGE) + 1)
     most = page_count(model.config, rows, dtype=model.dtype, device=model.device)
     engine = Engine(
         model, max_rows=rows, max_tokens_per_step=_PROMPT_TOKENS, max_waiting=len(prompts) or 1,
@@ -102,8 +103,8 @@ def _in_batches(
     rows: int,
     tick: Callable[[int], Any] | None,
 ) -> list[Answer]:
-    """`sample_answers` batch by batch, for models that the engine refuses: their rotary frequencies
-    depend on the length of the context."""
+    """`sample_answers` batch by batch, for models whose rotary frequencies depend on the length of
+    the context: the engine would turn all answers by one length, and the training does not."""
     ends = stop_ids | model.config.stop_ids
     answers: list[Answer] = []
     for start in range(0, len(prompts), rows):
