@@ -80,8 +80,8 @@ def quantize(
         scale_dtype: dtype of the scales.
         iterations: steps of "autoround" per decoder layer.
         distill: steps of quantization-aware distillation after that, see `fastlm.quant.distill`:
-            codes, scales and norms are trained on text. Activations stay unrounded in it, also for
-            the a8 formats. 0: none.
+            scales, offsets and norms are trained on text. Activations stay unrounded, also for the
+            a8 formats. 0: none.
         distill_text: its text, token ids (windows, length). None: that of `calibration`.
         seed: of the draws of "autoround" and of the distillation.
         progress: with text, a folder that keeps finished layers and the distillation's state: the
