@@ -96,7 +96,7 @@ def test_int8_keys(prompt_rows):
 
 
 def test_prompts_of_rows_and_of_modules_have_the_same_int8_keys():
-    """Of the first layer, whose products alone round differently."""
+    """Compare the first layer only: later ones differ by the rounding of products."""
     model, pages = model_of(), []
     for rows in (False, True):
         engine = Engine(model, prompt_rows=rows, kv_dtype=torch.int8)

@@ -195,7 +195,7 @@ def test_it_guesses_up_to_its_context_and_where_it_has_pages():
 
 
 def test_a_draft_model_that_fails_ends_no_request():
-    """The one whose guesses fail goes on without; the others with."""
+    """The answer whose guesses fail continues without guesses; the others keep theirs."""
     model = model_of()
     requests = requests_of((9, 9, 9), new=60)
     engine, got = Engine(model, draft_model=model, prompt_rows=True), [Collected() for _ in "abc"]

@@ -180,7 +180,7 @@ class Distillation:
         ids: (windows, S), 2 or more. The last eighth, at most `HELDOUT` tokens, is held out.
         steps: of about `TOKENS` tokens; the text is read again where it is shorter.
         seed: of the order of windows.
-        folder: keeps the state, so that the same call goes on from there, to the same bits.
+        folder: keeps the state; the same call continues from it, to the same bits.
 
     The student computes in float32. In memory are 12 bytes for each of its weights (code, value and
     gradient) beside the model and what one step keeps for its backward.

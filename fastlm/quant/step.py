@@ -67,7 +67,7 @@ def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
 
 
 def digest(told: Any, *tensors: Tensor) -> str:
-    """Of JSON and of the bytes of tensors: what a kept file depends on."""
+    """Return a hash of JSON values and tensors; a kept file is valid for one such hash."""
     found = hashlib.sha256(json.dumps(told, default=str).encode())
     for tensor in tensors:
         data = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)

@@ -123,7 +123,7 @@ def serve(
         with imports():
             from fastlm.serve import process
         if feedback is not None:
-            import fastlm.serve.feedback  # noqa: F401  # its packages, too
+            import fastlm.serve.feedback  # noqa: F401  # a missing package is named below
     except ImportError as error:
         raise InputError(
             f"serve: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
