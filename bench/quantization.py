@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("--length", type=positive, default=512, help="of a window")
     parser.add_argument("--iterations", type=positive, default=200, help="of autoround, per layer")
     parser.add_argument("--distill", type=positive, default=100, help="steps of ', distilled'")
-    parser.add_argument("--progress", type=Path, help="keep finished layers in this folder, and continue from them")
+    parser.add_argument(
+        "--progress", type=Path, help="keep finished layers in this folder, and continue from them"
+    )
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--oracle", action="append", default=[], metavar="NAME=PATH")
