@@ -43,7 +43,8 @@ def ask_all(
     for task in track(tasks, "question sets", unit="sets"):
         options = {"seed": seed, "samples": samples, "temperature": temperature}
         about = {"task": task.name, "hash": task.hash, "model": model}
-        about |= options if task.open else {}
+        if task.judge is not None:
+            about |= options | {"judge": f"{task.judge.__module__}.{task.judge.__qualname__}"}
         name = task.name.replace("/", "_")
         began = time.perf_counter()
         with Results(folder / f"{name}-{task.hash}.jsonl", about) as results:

@@ -20,7 +20,7 @@ def figure(measure: Mapping[str, Any] | None, share: bool) -> str:
     scale, digits = (100, 1) if share else (1, 3)
     value, error = scale * measure["value"], measure["error"]
     told = f"{value:.{digits}f}"
-    return told if error is None or error != error else f"{told} ± {scale * error:.{digits}f}"
+    return told if error is None or error != error else f"{told}±{scale * error:.{digits}f}"
 
 
 def other_measures(measures: Mapping[str, Any]) -> list[str]:
