@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 PRIOR = (4.0, 1.0)  # right and wrong judgements, of either answer, that everybody begins with
+TRUSTED = 0.75  # of what the prior's rates tell: whoever tells that much or more has weight 1
 ROUNDS = 50  # of the iteration; it ends before, where nothing moves
 STILL = 1e-6
 
@@ -25,9 +26,10 @@ Vote = tuple[bytes, str, bool]  # of what, by whom, yes or no
 
 @dataclass(frozen=True)
 class Rater:
-    """``weight``: 1 for a rater as good as the prior or better, 0 for one whose yes and no say
-    nothing. ``judged``: how many of its votes are about what others judged, too. ``agreed``: the
-    share of those that the belief of the others shares; None without any.
+    """``weight``: Youden's index of the rates (right of yes + right of no - 1) over `TRUSTED` of the
+    prior's, at most 1; 0 where yes and no say nothing, or the opposite. ``judged``: how many of its
+    votes are about what others judged, too. ``agreed``: the share of those that the belief of the
+    others shares; None without any.
     """
 
     weight: float
@@ -53,7 +55,7 @@ def rate(votes: Iterable[Vote]) -> dict[str, Rater]:
         rates = moved
         if still < STILL:
             break
-    full = 2 * _share(*PRIOR) - 1
+    full = TRUSTED * (2 * _share(*PRIOR) - 1)
     own: dict[str, list[float]] = defaultdict(list)
     for rater, yes, belief in beliefs:
         own[rater].append(belief if yes else 1 - belief)
