@@ -245,7 +245,7 @@ def improve(out: Path, model: Path, database: Path, base: Path, trusting: bool) 
     sets = [
         f'feedback.database=["{database}"]', f'sft.from="{model}"', f'judge.from="{model}"',
         f'eval.of=["{model}", "dpo"]', f'eval.data="{base / "data"}"', f'winrate.old="{model}"',
-        *TRAINING, *(["feedback.least_weight=0.0", "feedback.trust=true"] if trusting else []),
+        *TRAINING, *(["feedback.least_weight=0.0"] if trusting else []),
     ]  # fmt: skip
     summary = run_recipe(
         ROOT / "recipes" / "improve.toml", out, overrides=sets,
@@ -305,9 +305,9 @@ def main() -> None:
     parser.add_argument("--trusting", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=14, help="per user and round")
-    parser.add_argument("--reviews", type=int, default=12, help="answers of others, per user")
-    parser.add_argument("--fresh", type=int, default=400, help="prompts that measure a round")
+    parser.add_argument("--prompts", type=int, default=10, help="per user and round")
+    parser.add_argument("--reviews", type=int, default=8, help="answers of others, per user")
+    parser.add_argument("--fresh", type=int, default=300, help="prompts that measure a round")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--conversations", type=int, help="only write so many for the base, and end"
@@ -317,9 +317,11 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.conversations:
-        rows = users.conversations(random.Random(options.seed), options.conversations)
+        rows = [*users.conversations(random.Random(options.seed), options.conversations)]
         path = options.out / "conversations.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = "\n".join(m["content"] for row in rows for m in row["messages"])
+        (options.out / "talk.txt").write_text(text)  # of which the tokenizer learns the words
         return
     base = (options.base or options.out / "base").resolve()
     circles: dict[str, list[dict[str, Any]]] = {}

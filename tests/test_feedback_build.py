@@ -80,7 +80,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     questions.add("garden", "How many legs does the common garden spider have?")
     done = build(
         [str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, questions=questions,
-        forgotten=lambda ids: "r6" in ids, cache=tmp_path,
+        withdrawn=lambda one: "r6" in one.ids, cache=tmp_path,
     )  # fmt: skip
     found = steps(done.funnel)
     assert list(found) == [
@@ -106,7 +106,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     assert Funnel.load(tmp_path / "out").steps == done.funnel.steps  # `fastlm data show` reads it
     pair, fixed = rows(tmp_path / "out", "preferences")
     assert fixed["prompt"][0]["content"] == "Who may call <PHONE> at night?"
-    assert pair["chosen"][0]["content"] == "A drink." and pair["ids"] == ["r1", "r1"]
+    assert pair["chosen"][0]["content"] == "A drink." and pair["provenance"]["responses"] == ["r1"]
     assert pair["licence"] == "LicenseRef-user-consent" and pair["model"] == "tiny"
 
 

@@ -12,7 +12,7 @@ learns from, and prompts that nothing learns from, which old and new model answe
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -27,7 +27,7 @@ from fastlm.data.scrub import scrub
 from fastlm.data.sources import printable
 from fastlm.errors import InputError
 from fastlm.files import make_folder, replacing, save_atomic
-from fastlm.loop.judgements import ANONYMOUS, Judgement, read_judgements
+from fastlm.loop.judgements import ANONYMOUS, PROVENANCE, Judgement, read_judgements
 from fastlm.loop.overlap import Overlap
 from fastlm.loop.raters import Rater, rate
 
@@ -49,7 +49,7 @@ class BuildOptions:
     rules: Annotated[tuple[str, ...], "Quality rules that a good answer has to pass"] = RULES
     ngram: Annotated[int, "Words of the runs that a question of an evaluation is found by"] = 8
     least_weight: Annotated[
-        float, "A rater who agrees less with the others, 0 (not at all) to 1, is left out"
+        float, "A rater who agrees less with the others, up to 1, is left out; 0: all count alike"
     ] = 0.25
     rater_share: Annotated[
         float, "Most of all judgements that one rater may give, or twice the mean rater's"
@@ -99,7 +99,7 @@ def build(
     *,
     options: BuildOptions,
     questions: Overlap | None = None,
-    forgotten: Callable[[Iterable[str]], bool] = lambda ids: False,
+    withdrawn: Callable[[Judgement], bool] = lambda one: False,
     cache: Path,
 ) -> Built:
     """Write the rows of ``databases`` (`read_judgements`) below ``out``: in each of train, judge
@@ -108,7 +108,7 @@ def build(
 
     Args:
         questions: of evaluations, which must not enter.
-        forgotten: whether one of these response ids must not enter, as its consent is withdrawn.
+        withdrawn: whether the consent to this has been withdrawn.
 
     InputError: a database or a row that cannot be read, nothing left to learn from.
     """
@@ -118,7 +118,7 @@ def build(
     passed: Counter[str] = Counter()
     found = read_judgements(databases, cache, passed)
     steps.add("gather", found, passed)
-    found = steps.filter("consent", found, lambda one: _not_allowed(one, forgotten))
+    found = steps.filter("consent", found, lambda one: _not_allowed(one, withdrawn))
     found = steps.filter("rows to train on", found, _refused)
     if options.scrub:
         replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0})
@@ -127,7 +127,9 @@ def build(
     found = steps.filter("quality rules", found, lambda one: _failed(one, options.rules))
     if questions is not None:
         found = steps.filter("decontamination", found, lambda one: _leaks(one, questions))
-    done.raters = rate((*vote[:1], one.rater, *vote[1:]) for one in found for vote in one.votes())
+    done.raters = rate((item, one.rater, yes) for one in found for item, yes in one.votes())
+    if not options.least_weight:
+        done.raters = {name: replace(one, weight=1.0) for name, one in done.raters.items()}
     found = steps.filter("raters", found, lambda one: _distrusted(one, done.raters, options))
     most = _most(found, options.rater_share)
     found = steps.filter("share of one rater", found, _Bounded(most))
@@ -203,10 +205,10 @@ class _Steps:
         return left
 
 
-def _not_allowed(one: Judgement, forgotten: Callable[[Iterable[str]], bool]) -> str | None:
+def _not_allowed(one: Judgement, withdrawn: Callable[[Judgement], bool]) -> str | None:
     if one.prompt is None:
         return "no consent to keep the text"
-    return "consent withdrawn" if forgotten(one.ids) else None
+    return "consent withdrawn" if withdrawn(one) else None
 
 
 def _refused(one: Judgement) -> str | None:
@@ -348,7 +350,10 @@ def _part_rows(
     rows: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     asked = DocumentDedup()
     for one in found:
-        told = {"ids": list(one.ids), "licence": one.licence or options.licence}
+        told: dict[str, Any] = {
+            PROVENANCE: {"responses": list(one.ids), "conversations": list(one.talks)},
+            "licence": one.licence or options.licence,
+        }
         if one.model is not None:
             told["model"] = one.model
         for form, made in _forms(one).items():

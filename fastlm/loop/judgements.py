@@ -19,6 +19,7 @@ from fastlm.errors import InputError
 if TYPE_CHECKING:
     from fastlm.serve.said import Kept, Opinion
 
+PROVENANCE = "provenance"  # key of a row: the ids of its responses and conversations
 EXPORTS = (".jsonl", ".ndjson")
 ANONYMOUS = ""  # whoever gives no name; all of them count as one rater
 # What a rater said, about which answers
@@ -33,8 +34,9 @@ class Judgement:
     - "correction": ``better`` is what the rater wrote in place of ``worse``;
     - "up": ``better`` is good; "down": ``worse`` is not.
 
-    ids: of the responses it is about. model: that wrote them. licence: of the row, where its
-    export states one. Without ``prompt`` nobody consented to keep the text.
+    ids, talks: of the responses it is about, and their conversations. model: that wrote them.
+    licence: of the row, where its export states one. Without ``prompt`` nobody consented to keep
+    the text.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Judgement:
     model: str | None = None
     licence: str | None = None
     source: str = ""
+    talks: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -150,7 +153,7 @@ def _judgements(
     rater, key = opinion.rater or ANONYMOUS, (opinion.response_id, opinion.choice)
     own = _answer(answers, key)
     about = frozenset([key])
-    base = Judgement("", rater, (opinion.response_id,), **_asked(own))
+    base = Judgement("", rater, (opinion.response_id,), **_asked(own), talks=_talks(own))
     if opinion.thumb:
         side = "better" if opinion.thumb == "up" else "worse"
         yield ("thumb", rater, about), replace(base, kind=opinion.thumb, **_side(side, own))
@@ -163,7 +166,8 @@ def _judgements(
         )
     for other in opinion.preferred_over:
         worse = _answer(answers, other)
-        pick = replace(base, kind="pick", ids=(opinion.response_id, other[0]))
+        ids = tuple(dict.fromkeys((opinion.response_id, other[0])))
+        pick = replace(base, kind="pick", ids=ids, talks=_talks(own, worse))
         if own is None or worse is None:
             pick = replace(pick, prompt=None)
         elif (own[0].prompt, own[0].tools) != (worse[0].prompt, worse[0].tools):
@@ -187,6 +191,11 @@ def _asked(found: "tuple[Kept, list[Message]] | None") -> dict[str, Any]:
     return {"prompt": found[0].prompt, "tools": found[0].tools, "model": found[0].model}
 
 
+def _talks(*found: "tuple[Kept, list[Message]] | None") -> tuple[str, ...]:
+    ids = [one[0].conversation_id for one in found if one is not None]
+    return tuple(dict.fromkeys(id for id in ids if id is not None))
+
+
 def _side(name: str, found: "tuple[Kept, list[Message]] | None") -> dict[str, Any]:
     return {} if found is None else {name: found[1]}
 
@@ -208,8 +217,11 @@ def _exported(path: str, cache: Path) -> Iterator[Judgement]:
 
 def _of_row(row: Any, source: str) -> Iterator[Judgement]:
     known = row if isinstance(row, dict) else {}
+    given = known.get(PROVENANCE)
+    ids: Any = given if isinstance(given, dict) else {}
     told = {
-        "ids": tuple(map(str, known.get("ids") or ([known["id"]] if known.get("id") else ()))),
+        "ids": tuple(map(str, ids.get("responses") or ())),
+        "talks": tuple(map(str, ids.get("conversations") or ())),
         "licence": known.get("licence"), "model": known.get("model"), "source": source,
     }  # fmt: skip
     if "messages" in known and "label" not in known and "kto_tag" not in known:
