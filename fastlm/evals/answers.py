@@ -5,6 +5,7 @@ An answer is taken as it stands: what follows it must have been cut by the quest
 
 import re
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,22 @@ def exact_match(asked: Asked) -> list[float]:
         wanted = {normalized(gold) for gold in golds_of(row)}
         scores.append(float(normalized(lines[0]) in wanted))
     return scores
+
+
+def f1(asked: Asked) -> list[float]:
+    """The best F1 of the words of the answer's first line with those of a right answer, all
+    `normalized` (SQuAD)."""
+    scores = []
+    for answer, row in asked:
+        words = Counter(normalized((answer.strip().splitlines() or [""])[0]).split())
+        golds = [Counter(normalized(gold).split()) for gold in golds_of(row)]
+        scores.append(max((_f1(words, gold) for gold in golds), default=0.0))
+    return scores
+
+
+def _f1(words: Counter[str], gold: Counter[str]) -> float:
+    shared = (words & gold).total()
+    return 2 * shared / (words.total() + gold.total()) if shared else float(words == gold)
 
 
 def first_word(asked: Asked) -> list[float]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from fastlm.errors import InputError
 from fastlm.evals.listed import Listed
-from fastlm.evals.sets import olmes
+from fastlm.evals.sets import facts, glue, mmlu, olmes
 from fastlm.evals.task import ABILITIES, Task
 
-SETS: dict[str, Listed] = {**olmes.SETS}
+SETS: dict[str, Listed] = {**olmes.SETS, **mmlu.SETS, **glue.SETS, **facts.SETS}
 
 
 def names_of(asked: Sequence[str]) -> list[str]:
