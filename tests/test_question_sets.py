@@ -5,9 +5,9 @@ import question_files as files
 from question_files import always_first, measured, oracle
 
 from fastlm.errors import InputError
-from fastlm.evals import measures
+from fastlm.evals import latex, measures
 from fastlm.evals.catalog import load_task
-from fastlm.evals.sets import mmlu
+from fastlm.evals.sets import maths, mmlu
 
 GLUE = {
     "copa": ("super_glue/copa", [
@@ -149,3 +149,101 @@ def test_a_missing_package_is_named(cache, monkeypatch):
 def test_unknown_formats_are_refused(cache):
     with pytest.raises(InputError, match="format: wanted one of rc_0shot for rte, got '9shot'"):
         load_task("rte:9shot", cache)
+
+
+def request(context: str, continuation: str, doc: dict, label=None, number: int = 0) -> dict:
+    """A line of requests.jsonl.gz."""
+    return {
+        "doc": doc, "request": {"context": context, "continuation": continuation},
+        "doc_id": number, "label": label,
+    }  # fmt: skip
+
+
+def test_gsm8k_is_judged_by_the_last_number(tmp_path):
+    doc = {"question": "How much?", "answer": "2 * 3 = 6\n#### 1,006", "short_answer": "1,006"}
+    rows = [request("Question: How much?\nAnswer:", " It is 1,006.", doc)]
+    path = files.write_requests(tmp_path, "gsm8k", "gold_bpb_5shot", rows)
+    task = load_task("gsm8k", tmp_path)
+    assert measured(task, oracle(task), tmp_path)["exact_match"] == 1
+    for answer, score in (("5, so 1006.00", 1), ("1006 of 7", 0), ("none", 0)):
+        said = files.Known(says=lambda prompt, answer=answer: answer)
+        assert measured(task, said, tmp_path)["exact_match"] == score
+    files.write_requests(
+        tmp_path, "gsm8k", "gold_bpb_5shot", [*rows, request("a", " b", {"short_answer": "six"})]
+    )
+    with pytest.raises(InputError, match=r"requests.jsonl.gz, line 2: row: wanted a number in the"):
+        load_task("gsm8k", tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"requests.jsonl.gz, line \d: wanted JSON lines"):
+        load_task("gsm8k", tmp_path)
+
+
+def test_math_is_judged_by_the_final_answer(tmp_path):
+    def doc(solution: str, kind: str) -> dict:
+        return {"solution": solution, "type": kind, "level": "Level 1", "answer": "wrong"}
+
+    for i, subject in enumerate(maths.MATH):
+        solution = f"As $x={i}$, it is $\\boxed{{\\frac{{{i}}}{{7}}}}$."
+        rows = [request(f"Problem:\n{i}?\n\nSolution:", f" {solution}", doc(solution, subject))]
+        files.write_requests(tmp_path, f"minerva_math_{subject}", "gold_bpb_0shot", rows)
+    task = load_task("math", tmp_path)
+    assert [q.part for q in task.questions] == list(maths.MATH)
+    assert measured(task, oracle(task), tmp_path)["exact_match"] == 1
+    third = files.Known(says=lambda prompt: "So the final answer is $2/7$. I hope it is correct.")
+    assert measured(task, third, tmp_path)["exact_match"] == pytest.approx(1 / 7)
+    files.write_requests(
+        tmp_path, "minerva_math_500", "gold_bpb_0shot", [request("a", " b", doc("none", ""))]
+    )
+    with pytest.raises(InputError, match="line 1: solution: wanted a boxed answer, got none"):
+        load_task("math500", tmp_path)
+
+
+SAME = [
+    (r"\frac12", r"\dfrac{1}{2}"), (r"0.5", r"\tfrac{1}{2}"), (r"-\frac{3}{6}", "-1/2"),
+    (r"1,000", "1000"), (r"10{,}000", r"10,\!000"), (r"\$18.90", "18.9"), (r"30^\circ", "30"),
+    (r"x = 4", "4"), (r"y=2x+3", "2x + 3"), (r"x \in [-2,7]", "[-2,7]"), (r"\sqrt3", r"\sqrt{3}"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}2)"), (r"\text{(C)}", "(C)"),
+    (r"15\mbox{ cm}^2", "15"), (r"5\text{ inches}", "5"), (r"7, -2, \text{ and } -5", "7,-2,-5"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"25\%", "25"), (r"the 3rd", "3rd"), (r"\text{Evelyn}", "Evelyn."),
+]  # fmt: skip
+OTHER = [
+    ("4a-2", "4-2"), ("2x+3y-6=0", "x-1=0"), ("1,2", "12"), ("-3", "3"), ("", ""), ("2", "2.01"),
+    (r"\frac{1}{0}", r"\frac{2}{0}"), (r"x^2", "x"), ("(1,2)", "[1,2]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_answers_in_latex_are_the_same(one, other):
+    assert latex.same(one, other) and latex.same(other, one)
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER)
+def test_answers_in_latex_differ(one, other):
+    assert not latex.same(one, other) and not latex.same(other, one)
+
+
+def test_the_final_answer_of_a_solution():
+    cases = {
+        "Final Answer: The final answer is $[2,5)$. I hope it is correct.": "$[2,5)$",
+        r"so \boxed{1} and \boxed{\frac{1}{2}}.": r"\frac{1}{2}",
+        "The answer is 7.": "7",
+        "we get $x$ and then $y+1$ at last": "y+1",
+        r"so \boxed{\frac{1": "",
+        "": "",
+    }
+    assert {text: latex.final_answer(text) for text in cases} == cases
+
+
+def test_drop_joins_spans_and_counts_shared_words(tmp_path):
+    doc = {"answers": [["two dogs", "cat"], ["cats"]], "passage": "Some."}
+    rows = [request("Passage: Some.\nQuestion: What?\nAnswer:", " ('two dogs',)", doc)]
+    files.write_requests(tmp_path, "drop", "bpb_5shot", rows)
+    task = load_task("drop", tmp_path)
+    assert task.questions[0].gold == " two dogs, cat"
+    assert measured(task, oracle(task), tmp_path)["exact_match"] == 1
+    said = measured(task, files.Known(says=lambda prompt: " the two cats\nmore"), tmp_path)
+    assert said["exact_match"] == 0 and said["f1"] == pytest.approx(2 / 3)
+    files.write_requests(tmp_path, "drop", "bpb_5shot", [request("a", " b", {"answers": []})])
+    with pytest.raises(InputError, match="line 1: wanted right answers, got IndexError"):
+        load_task("drop", tmp_path)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastlm.evals.latex import final_answer, same
 from fastlm.train.verify import VERIFIERS, number
 
 Asked = Sequence[tuple[str, Mapping[str, Any]]]
@@ -75,6 +76,11 @@ def first_word(asked: Asked) -> list[float]:
 def last_number(asked: Asked) -> list[float]:
     """1 if the last number of the answer is that of the row's ``answer`` (GSM8K's rule)."""
     return [number(answer, row) for answer, row in asked]
+
+
+def latex_answer(asked: Asked) -> list[float]:
+    """1 if a solution's final answer is the row's ``answer``, both LaTeX (`fastlm.evals.latex`)."""
+    return [float(same(final_answer(answer), row["answer"])) for answer, row in asked]
 
 
 def generator(asked: Asked) -> list[float]:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from fastlm.errors import InputError
 from fastlm.evals.listed import Listed
-from fastlm.evals.sets import facts, glue, mmlu, olmes
+from fastlm.evals.sets import facts, glue, maths, mmlu, olmes, passages
 from fastlm.evals.task import ABILITIES, Task
 
-SETS: dict[str, Listed] = {**olmes.SETS, **mmlu.SETS, **glue.SETS, **facts.SETS}
+SETS: dict[str, Listed] = {
+    **olmes.SETS, **mmlu.SETS, **glue.SETS, **facts.SETS, **passages.SETS, **maths.SETS,
+}  # fmt: skip
 
 
 def names_of(asked: Sequence[str]) -> list[str]:
