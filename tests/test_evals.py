@@ -120,7 +120,7 @@ def test_records_of_something_else_are_refused(tmp_path):
     path = tmp_path / "r.jsonl"
     with Results(path, {"task": "one"}) as results:
         results.add([{"id": "0"}])
-    with pytest.raises(InputError, match="wanted records of .*two.*got those of .*one"):
+    with pytest.raises(InputError, match=r"wanted records of .*two.*got those of .*one"):
         Results(path, {"task": "two"})
     path.write_bytes(path.read_bytes() + b"not json\n" + b'{"id": "1"}\n')
     with pytest.raises(InputError, match="line 3: wanted JSON"):
@@ -129,7 +129,6 @@ def test_records_of_something_else_are_refused(tmp_path):
 
 def test_measures_follow_their_formulas():
     task = choices(1, normalisation="unconditional")
-    (question,) = task.questions
     record = {"id": "0", "logprob": [-9.0, -8.0, -12.0, -30.0], "bare": [-8.0, -1.0, -20.0, -30.0]}
     found = {name: each[0] for name, each in values(task, [record]).items()}
     assert found["bits_per_byte"] == pytest.approx(9 / math.log(2) / len("tree 0"))

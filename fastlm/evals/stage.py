@@ -231,7 +231,7 @@ def _add_tasks(part: Part, tasks: Sequence[Mapping[str, Any]]) -> None:
         **part.values,
         "headings": [(HEADINGS[key], key in ("set", "model")) for key in columns],
         "rows": [[row[key] for key in columns] for row in rows],
-        "compared_headings": [(name, name in COMPARED[:3]) for name in COMPARED],
+        "compared_headings": [(name, i < 3) for i, name in enumerate(COMPARED)],
         "compared": compared,
         "task_charts": charts,
         "sources": [
