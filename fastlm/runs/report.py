@@ -8,6 +8,8 @@ written by a model and names of sources come from a recipe.
 import inspect
 import json
 import platform
+import re
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,13 +104,25 @@ def render_report(
         for step, part in parts
         for value, what in part.cards
     ]  # fmt: skip
+    command = summary["command"]
+    commands = {
+        step.name: command_until(command, step.name) if recipe.table else command
+        for step, _ in parts
+    }  # fmt: skip
     return environment.get_template("report.html.jinja").render(
         s=summary,
+        commands=commands,
         recipe=recipe,
         sections=list(sections.values()),
         cards=cards,
         stages=stage_rows({name: s["seconds"] for name, s in summary["stages"].items()}),
     )
+
+
+def command_until(command: str, name: str) -> str:
+    """Return the command that runs a recipe up to the stage ``name``, which gives its numbers."""
+    plain = re.sub(r" --until[ =]('[^']*'|\S+)", "", command)
+    return f"{plain} --until {shlex.quote(name)}"
 
 
 def markup(svg: str) -> Any:
