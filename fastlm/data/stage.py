@@ -29,6 +29,7 @@ class Data(DataOptions, Stage):
     leaves = {"corpus": "."}
     result = {"train_bytes": int, "heldout_bytes": int}
     notes = TYPES_READ
+    sources_in = ("sources",)
 
     sources: Annotated[
         tuple[str, ...],
