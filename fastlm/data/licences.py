@@ -1,7 +1,7 @@
 """The licence that a source of text states of itself, read from what is already in the cache."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -35,7 +35,8 @@ def _installed(name: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, metadata
 
     try:
-        return _stated(metadata(name).items())
+        told = metadata(name)
+        return _stated([(key, value) for key in told for value in told.get_all(key) or ()])
     except PackageNotFoundError:
         return None
 
@@ -50,7 +51,7 @@ def _python(folder: Path) -> str | None:
     return None
 
 
-def _stated(fields) -> str | None:
+def _stated(fields: Iterable[tuple[str, str]]) -> str | None:
     given = list(fields)
     for wanted in ("license-expression", "license"):
         for key, value in given:

@@ -1,4 +1,4 @@
-"""The id of an artifact: a hash of its content, the same wherever it lies and whatever it is called.
+"""The id of an artifact: a hash of its content, whatever its place and its name.
 
 An artifact of one file (a .gguf model, one tokenizer.json) has the SHA-256 of that file, as
 ``sha256sum`` prints it. One of several has the SHA-256 of the JSON list of [name, SHA-256] of them,

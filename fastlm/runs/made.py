@@ -71,7 +71,7 @@ def describe(
         ]
     hashes = {name: digest(job.out / name) for name in outputs}
     return Made(
-        stage.version, datetime.now(UTC).isoformat(timespec="seconds"), code(), hardware(),
+        stage.version, datetime.now(UTC).isoformat(timespec="milliseconds"), code(), hardware(),
         recipe, command, ids_of(stage.leaves, hashes), hashes, reads,
         [source(spec, contents) for spec in specs_of(stage)],
     )  # fmt: skip

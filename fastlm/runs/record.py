@@ -1,5 +1,4 @@
-"""stages.json: what a run folder records about each stage; record.json, the same of a stage that ran
-alone."""
+"""stages.json: what a run records about each stage. record.json: of a stage that ran alone."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -28,6 +28,7 @@ from fastlm.runs.plan import Planned, fingerprints, make_plan
 from fastlm.runs.previous import archive, finish_moving
 from fastlm.runs.recipe import Recipe, Step, is_outside, load_recipe
 from fastlm.runs.record import Entry, chosen, dump, load_record, save_record, sizes_of
+from fastlm.runs.registry import note_run
 from fastlm.runs.report import REPORT, SUMMARY, Done, write_report
 from fastlm.runs.stage import Input, Job
 from fastlm.train.distributed import check_alone
@@ -143,7 +144,9 @@ def run_recipe(
         for planned in plan:
             if planned.do not in ("archive", "later"):
                 _run_step(run, planned)
-        return _report(run, prints)
+        summary = _report(run, prints)
+    note_run(out)
+    return summary
 
 
 def _give_way(run: _Run, plan: Sequence[Planned]) -> None:
