@@ -22,7 +22,7 @@ from fastlm.runs.text import seconds_text
 CARD = "README.md"
 MARKUP = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
 TRAININGS = ("pretrain", "sft", "distill", "reward", "dpo", "ppo", "grpo")
-SAFETY, BENCHMARKS = "safety", ("eval", "benchmarks")
+SAFETY = "safety"
 ERRORS = ("error", "stderr", "low", "high", "interval", "ci")  # in names of figures: intervals
 
 
@@ -75,7 +75,9 @@ def _front(
         front["datasets"] = specs
     measured = list(_measured(registry, record))
     if measured:
-        names = dict.fromkeys(key.rpartition(".")[2] for _, found in measured for key in found)
+        names = dict.fromkeys(
+            k.rpartition(".")[2] for _, found in measured for k in _figures(found)
+        )
         front["metrics"] = list(names)
         front["model-index"] = [_index(record, measured)]
     front["tags"] = ["fastlm", f"fastlm-id:{record.model}"]
@@ -91,8 +93,10 @@ def _index(record: Known, measured: Sequence[tuple[Known, dict[str, float]]]) ->
         {
             "task": {"type": "text-generation"},
             "dataset": {"type": made.name, "name": _data_of(made)},
-            "metrics": [{"type": k.rpartition(".")[2], "name": k, "value": v}
-                        for k, v in found.items()],
+            "metrics": [
+                {"type": key.rpartition(".")[2], "name": key, "value": value}
+                for key, value in _figures(found).items()
+            ],
         }
         for made, found in measured
     ]  # fmt: skip
@@ -250,27 +254,30 @@ def _evaluation(registry: Registry, record: Known, kind: str, wanted: bool) -> I
         yield ""
         yield "| figure | value | interval or standard error |"
         yield "|---|---|---|"
-        bounds = {
-            k for k in found if any(word in k.rpartition(".")[2].split("_") for word in ERRORS)
-        }
-        for key, value in found.items():
-            if key not in bounds:
-                its = [f"{_rest(b, key)} {figure(found[b])}" for b in bounds if _of(b, key)]
-                told = ", ".join(sorted(its)) or NOT_RECORDED
-                yield f"| {escape(key)} | {figure(value)} | {escape(told)} |"
+        for key, value in _figures(found).items():
+            its = [f"{b[len(key) + 1 :]} {figure(found[b])}" for b in found if _bounds(b, key)]
+            told = ", ".join(sorted(its)) or NOT_RECORDED
+            yield f"| {escape(key)} | {figure(value)} | {escape(told)} |"
         yield ""
+        counts = [f"{escape(k)} {v:,}" for k, v in found.items() if isinstance(v, int)]
+        if counts:
+            yield f"Counts and options of this measurement: {', '.join(counts)}."
+            yield ""
     if not any_found:
         yield f"{'Safety' if wanted else 'Evaluation'}: {NOT_RECORDED}."
         yield ""
 
 
-def _of(bound: str, key: str) -> bool:
+def _figures(found: Mapping[str, float]) -> dict[str, float]:
+    """The measurements, without counts (whole numbers) and bounds of other figures."""
+    measured = {k: v for k, v in found.items() if isinstance(v, float)}
+    return {k: v for k, v in measured.items() if not any(_bounds(k, key) for key in measured)}
+
+
+def _bounds(bound: str, key: str) -> bool:
     """Whether a figure is an interval or an error of another: accuracy_error, accuracy.low."""
-    return bound.startswith((f"{key}_", f"{key}."))
-
-
-def _rest(bound: str, key: str) -> str:
-    return bound[len(key) + 1 :]
+    last = bound.rpartition(".")[2].rpartition("_")[2]
+    return last in ERRORS and bound.startswith((f"{key}_", f"{key}."))
 
 
 def _data_of(made: Known) -> str:
