@@ -9,7 +9,6 @@ was cut off is left out.
 """
 
 import difflib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 
 from fastlm.checkpoint.run_folder import STAGES
 from fastlm.data.content import Contents
+from fastlm.data.forgotten import append_lines
 from fastlm.errors import InputError
 from fastlm.files import parse_json, read_json, reason
 from fastlm.runs.content_id import MODELS
@@ -305,24 +305,3 @@ def _note(path: Path, new: Iterable[Known]) -> None:
     """Append records to an index. A folder that cannot be written has none."""
     rows = [{"id": m.id, "name": m.name, "entry": table_of(m.entry)} for m in new]
     append_lines(path, rows, required=False)
-
-
-def append_lines(path: Path, rows: Sequence[Any], *, required: bool = True) -> None:
-    """Append JSON lines to a file, on disk when this returns; other processes wait. A line that was
-    cut off there is ended first. InputError: not writable, unless not ``required``.
-    """
-    if not rows:
-        return
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    try:
-        with open(path, "ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                text = text if file.read(1) == b"\n" else "\n" + text
-            file.write(text.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        if required:
-            raise InputError(f"{path}: cannot be written: {reason(error)}") from error
