@@ -109,8 +109,8 @@ def provenance_keys(responses: Any, conversations: Any) -> set[str]:
 
 
 def read_log(folder: Path) -> list[Line]:
-    """The lines of the log in ``folder``, [] if it has none. A line that was cut off does not count.
-    InputError: another file.
+    """The lines of the log in ``folder``, [] if it has none. A line that was cut off does not
+    count. InputError: another file.
     """
     path = folder / FORGOTTEN
     if not path.is_file():

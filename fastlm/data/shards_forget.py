@@ -7,6 +7,7 @@ are deleted by the next call.
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -18,6 +19,7 @@ from fastlm.data.shards import INDEX, ShardInfo, TokenDataset, load_index
 from fastlm.errors import InputError
 from fastlm.files import remove, replacing, sync
 
+UNFINISHED = re.compile(r"\.\d+(-[0-9a-f]+)?\.(bin|starts)\.fastlm-[0-9a-f]{16}\.part")
 Found = dict[str, list[tuple[int, int]]]  # file -> (number of a document, bytes of its text)
 
 
@@ -86,7 +88,12 @@ def remove_documents(folder: Path, found: Found) -> ShardInfo | None:
 
 
 def clean_up(folder: Path, files: Collection[str]) -> None:
-    """Delete the shards of ``folder`` that are not among ``files``, those of its index."""
+    """Delete the shards of ``folder`` that are not among ``files``, those of its index, and what
+    killed processes were writing.
+    """
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            remove(path)
     for path in folder.glob("[0-9]*.bin"):
         if path.name not in files:
             remove(path.with_suffix(".starts"))

@@ -123,7 +123,7 @@ def run_recipe(
         tell_plan(make_plan(recipe, wanted, prints, {}, out))
         return {}
     make_folder(out)
-    with _locked(out):
+    with locked(out):
         finish_moving(out)
         record = load_record(out, recipe)
         _refuse_foreign(out, names, record)
@@ -275,7 +275,7 @@ def _clear(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Allow one run at a time in a folder; the lock ends with the process."""
     lock = out / ".lock"
     if lock.exists() and not lock.is_file():  # a pipe would block
