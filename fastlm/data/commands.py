@@ -1,4 +1,4 @@
-"""``fastlm data get``, ``show`` and ``forget``; the other commands are stages (`fastlm.data.stage`)."""
+"""``fastlm data get``, ``show`` and ``forget``; the others are stages (`fastlm.data.stage`)."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -107,12 +107,12 @@ def forget_command(
             paths or [Path("runs")], list(dict.fromkeys(names)), keys=keys, store=store,
             tokenizer=tokenizer, dry_run=dry_run,
         )  # fmt: skip
+    if names and len(report.not_found) == len(set(names)) and not report.removed:
+        raise InputError(f"what: wanted something that is here, found nothing of {names[0]!r:.200}")
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=1))
     else:
         for line in lines(report, dry_run):
             typer.echo(line)
-    if names and len(report.not_found) == len(set(names)) and not report.removed:
-        raise InputError(f"what: wanted something that is here, found nothing of {names[0]!r:.200}")
     if report.remains:
         raise typer.Exit(REMAINS)

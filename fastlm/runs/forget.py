@@ -2,8 +2,8 @@
 feedback database; and name the models that saw them.
 
 What is found is noted first (`fastlm.data.forgotten`), then removed: from the database, shards,
-rows, and last from the prepared folders, by whose texts the shards are searched. So the same command
-ends the work of one that was killed, and names the same models, also after everything is gone.
+rows, and last from the prepared folders, by whose texts the shards are searched. So the same
+command ends the work of one that was killed, and names the same models when all is gone.
 """
 
 import os
@@ -42,6 +42,7 @@ from fastlm.errors import InputError
 from fastlm.files import read_json, save_atomic
 from fastlm.runs.content_id import artifact_id
 from fastlm.runs.made import digest, ids_of
+from fastlm.runs.previous import PREVIOUS
 from fastlm.runs.record import ALONE, dump, save_alone, sizes_of, table_of
 from fastlm.runs.registry import CHANGED, GONE, INDEX, INNER, Known, Registry, open_registry
 from fastlm.runs.run import locked
@@ -109,8 +110,9 @@ def forget(
         raise InputError("what: wanted something to forget, got nothing")
     roots = [Path(path) for path in paths]
     for root in roots:
-        if not root.exists():
-            raise InputError(f"{root}: wanted a folder or a file of rows, not found")
+        if not (root.is_dir() or (root.is_file() and is_rows(root))):
+            got = "another file" if root.exists() else "nothing"
+            raise InputError(f"{root}: wanted a folder or a file of JSON lines, got {got}")
     work = _Work(roots, names, keys, store, tokenizer)
     work.search()
     if not dry_run:
@@ -166,21 +168,21 @@ class _Work:
                 self.keys |= gone.keys
                 self.held |= self._ids(("corpus",), folder)
                 self.held |= {digest(f) for n in (TRAIN, HELDOUT) if (f := folder / n).is_file()}
-                self._tell("documents", folder, len(gone.places))
+                self._tell("document", folder, len(gone.places))
         for path in self.places.rows:
             numbers, keys = search_rows(path, self.wanted)
             if numbers:
                 self.rows[path] = numbers
                 self.keys |= keys
                 self.held.add(digest(path))
-                self._tell("rows", path, len(numbers))
+                self._tell("row", path, len(numbers))
         for folder in self.places.shards:
             if found := self._search_shards(folder):
                 self.shards[folder] = found
                 self.held |= self._ids(("shards",), folder)
                 if folder.name in ("train", "heldout"):
                     self.held |= self._ids(("shards",), folder.parent)
-                self._tell("tokens of documents", folder, sum(map(len, found.values())))
+                self._tell("tokenized document", folder, sum(map(len, found.values())))
         if self.store is not None:
             counts = [len(self.store.keys_of(name)) for name in self.names]
             self.report.database = sum(1 for count in counts if count)
@@ -289,11 +291,8 @@ class _Work:
         records = {r.id: r for folder in touched if (r := self._record(folder))}
         # whose data an earlier call, which was killed, wrote again
         for record in self.registry.records:
-            if (
-                record.state == CHANGED
-                and DATA & record.ids.keys()
-                and self.held & {*record.held()}
-            ):
+            ours = DATA & record.ids.keys() and self.held & {*record.held()}
+            if ours and record.state == CHANGED:
                 records[record.id] = record
         runs = {r.place.parent for r in records.values() if (r.place.parent / STAGES).is_file()}
         with ExitStack() as stack:
@@ -311,13 +310,14 @@ class _Work:
         """Write down what was found, before any of it is removed."""
         if not self.keys and not self.held:
             return
-        known = {key for line in self.before for key in line.keys}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         keys = sorted({*self.keys} | ({*self.wanted.keys} & self.wanted.matched))
         line = asdict(Line(now, sorted(self.asked), keys, sorted(self.held)))
         alone = [g.folder for g in self.gone if not (g.folder.parent / STAGES).is_file()]
         for folder in dict.fromkeys([*self.folders, *runs, *alone]):
-            if not known.issuperset(keys) or not (folder / FORGOTTEN).is_file():
+            log = [old for old in read_log(folder) if {*old.asked} >= self.asked.keys()]
+            told = {word for old in log for word in (*old.keys, *old.held)}
+            if not told.issuperset([*keys, *self.held]):
                 append_lines(folder / FORGOTTEN, [line])
 
     def _rewrite(self, again: bool) -> None:
@@ -397,8 +397,10 @@ def descendants(registry: Registry, held: Iterable[str]) -> list[Known]:
 
 
 def _again(record: Known) -> str | None:
-    """The command that makes a model again."""
+    """The command that makes a model again; None for one that a run has archived."""
     run = record.place.parent
+    if PREVIOUS.fullmatch(run.name):
+        return None
     if (run / "recipe.json").is_file():
         return f"fastlm run {run / 'recipe.json'} --out {run}"
     return record.entry.made.command if record.entry.made else None
@@ -439,7 +441,8 @@ def lines(report: Report, dry_run: bool) -> Iterator[str]:
     """The report as lines for a terminal."""
     verb = "would remove" if dry_run else "removed"
     for row in report.removed:
-        yield f"{verb} {row['count']:,} {row['what']}: {row['place']}"
+        several = "s" if row["count"] != 1 else ""
+        yield f"{verb} {row['count']:,} {row['what']}{several}: {row['place']}"
     if report.database:
         yield f"{verb} {report.database:,} responses or conversations from the database"
     if not report.removed and not report.database:

@@ -98,11 +98,11 @@ class Registry:
         """
         if not id:
             return None
-        made = [r for r in self.records if id in r.ids.values()]
-        made = made or [r for r in self.records if id in r.held()]
+        made = [r for r in self.records if id in r.held()]
         at = Path(near).absolute() if near else None
         closer = [r for r in made if at and at.is_relative_to(r.place.absolute())]
-        return next(iter(closer or [r for r in made if r.state != GONE] or made), None)
+        made = closer or [r for r in made if id in r.ids.values()] or made
+        return next(iter([r for r in made if r.state != GONE] or made), None)
 
     def parents(self, record: Known) -> list[tuple[str, Mapping[str, Any], Known | None]]:
         """(input, what was read, its maker) of a stage."""
