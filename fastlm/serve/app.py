@@ -68,7 +68,7 @@ class Server:
     """A model behind an engine, and how it is served; `app` is the ASGI application.
 
     ``name``: what clients call the model. ``feedback``: where opinions go; None: nowhere.
-    ``ranking``: the store of `fastlm rank` for the page /rank; None: no such page. ``keys`` and
+    ``content_id``: the hash of the model's files (`fastlm.runs.content_id`). ``ranking``: the store of `fastlm rank` for the page /rank; None: no such page. ``keys`` and
     ``hosts`` as in `fastlm.serve.gate.Gate`.
     """
 
@@ -81,6 +81,7 @@ class Server:
     hosts: frozenset[str] | None = None
     feedback: "FeedbackStore | None" = None
     ranking: Path | None = None
+    content_id: str | None = None
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine.stats)
@@ -323,6 +324,7 @@ class Server:
             "context_limit": self.context_limit,
             "chat": self.tokenizer.chat_template is not None,
             "feedback": self.feedback is not None,
+            "content_id": self.content_id,
         }
         return {
             "id": self.name, "object": "model", "created": self.started, "owned_by": "fastlm",

@@ -103,13 +103,12 @@ async def give(server: "Server", http: Request) -> Response:
         )  # fmt: skip
     opinion, kept = checked(partial(read_feedback, model=server.name), body)
 
-    def write() -> int | None:
-        if kept is not None:
-            store.keep(kept)
-        return store.add(opinion) if opinion.kinds() else None
+    def write() -> tuple[int | None, bool]:
+        done = kept is not None and store.keep(kept)
+        return store.add(opinion) if opinion.kinds() else None, done
 
     try:
-        number = await run_sync(write)
+        number, done = await run_sync(write)
     except InputError:
         raise ApiError(
             "feedback: the database cannot be used; try again", status=503, kind="server_error",
@@ -117,4 +116,4 @@ async def give(server: "Server", http: Request) -> Response:
         ) from None  # fmt: skip
     for kind in opinion.kinds():
         server.metrics.feedback.labels(kind).inc()
-    return JSONResponse({"object": "feedback", "id": number, "kept": kept is not None})
+    return JSONResponse({"object": "feedback", "id": number, "kept": done})

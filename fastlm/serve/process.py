@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -86,7 +87,7 @@ def run(
             limits=Limits(
                 body_bytes=max_body, answer_seconds=max_seconds, new_tokens=max_new_tokens
             ),
-            keys=keys, feedback=store, ranking=rank,
+            keys=keys, feedback=store, ranking=rank, content_id=_content_id(path),
             hosts=LOCAL_NAMES | {h.lower() for h in allow_host} if local else None,
         )  # fmt: skip
         config = config_of(server, max_connections, drain)
@@ -98,6 +99,15 @@ def run(
             page_bytes=cache.page_bytes,
         )  # fmt: skip
         _Process(config, server, drain).run(sockets=[listening])
+
+
+def _content_id(path: Path) -> str:
+    """The id by which `fastlm runs show` finds the model. Reads its files once more."""
+    from fastlm.data.content import Contents
+    from fastlm.data.packages import default_cache
+    from fastlm.runs.made import model_id
+
+    return model_id(path, Contents(Path(os.devnull), cache=default_cache()))
 
 
 def config_of(server: Server, max_connections: int, drain: float) -> uvicorn.Config:
