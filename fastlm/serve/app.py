@@ -30,6 +30,7 @@ from fastlm.serve.fields import ApiError, checked
 from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, unless_gone
 from fastlm.serve.grammar import Grammars
 from fastlm.serve.metrics import Metrics
+from fastlm.serve.monitor import routes as dashboard
 from fastlm.serve.openai_api import (
     Asked,
     ChatAsked,
@@ -49,6 +50,7 @@ READERS = 8
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.monitor.monitor import Monitor, Settings
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -67,7 +69,8 @@ TYPES = {
 class Server:
     """A model behind an engine, and how it is served; `app` is the ASGI application.
 
-    ``name``: what clients call the model. ``feedback``: where opinions go; None: nowhere.
+    ``name``: what clients call the model. ``feedback``: where opinions and measures go; None:
+    nowhere. ``monitoring``: what is measured of answers; None: the defaults.
     ``ranking``: the store of `fastlm rank` for the page /rank; None: no such page. ``keys`` and
     ``hosts`` as in `fastlm.serve.gate.Gate`.
     """
@@ -81,9 +84,11 @@ class Server:
     hosts: frozenset[str] | None = None
     feedback: "FeedbackStore | None" = None
     ranking: Path | None = None
+    monitoring: "Settings | None" = None
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine.stats)
+        self.monitor = None if self.feedback is None else _monitor(self.feedback, self)
         several = len(self.keys) > 1  # clients; without keys all are of this machine
         self.shares = Shares(max(1, self.engine.max_waiting // 2) if several else None)
         # a cache smaller than the context bounds a request, too
@@ -104,6 +109,8 @@ class Server:
             Route("/v1/models", self._models, methods=get),
             Route("/v1/models/{id:path}", self._model, methods=get),
             Route("/v1/feedback", partial(opinions.give, self), methods=post),
+            Route("/dashboard", self._page("dashboard.html"), methods=get),
+            Route("/dashboard/data", partial(dashboard.data, self), methods=get),
             Route("/health", self._health, methods=get),
             Route("/ready", self._ready, methods=get),
             Route("/metrics", self._metrics, methods=get),
@@ -132,11 +139,15 @@ class Server:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.engine.start()
+        if self.monitor is not None:
+            self.monitor.start()
         yield
         if not self.stopping:  # else who has set it closes the engine
             self.stopping = True
             self.engine.close()
         self._readers.shutdown(wait=False)
+        if self.monitor is not None:
+            await run_sync(self.monitor.close)
         log("stopped")
 
     async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -155,9 +166,14 @@ class Server:
             http.state.told["prompt_tokens"] = count = sum(map(len, prompts))
             for prompt in prompts:
                 self.metrics.prompt_length.observe(len(prompt))
+            if self.monitor is not None:  # whose end the gate tells
+                seen = self.monitor.seen(asked, self.name, id, [len(prompt) for prompt in prompts])
+                http.state.seen = seen
             with _refusals():
                 running = Running(self.engine, requests, self.metrics, self.shares)
             answer = Answer(asked, id, running, self.tokenizer, echoes, count)
+            if self.monitor is not None:
+                http.state.seen.answer = answer
             if asked.stream:
                 return Events(self, answer, kept, http.state.told)
             try:
@@ -323,6 +339,9 @@ class Server:
             "context_limit": self.context_limit,
             "chat": self.tokenizer.chat_template is not None,
             "feedback": self.feedback is not None,
+            "metrics": []
+            if self.monitor is None
+            else [r.row() for r in self.monitor.settings.ratings],
         }
         return {
             "id": self.name, "object": "model", "created": self.started, "owned_by": "fastlm",
@@ -409,6 +428,12 @@ class Events(Response):
             self.told["error"] = error.code or error.kind
             await write(sse(error.body()))
         await write(b"", False)
+
+
+def _monitor(store: "FeedbackStore", server: Server) -> "Monitor":
+    from fastlm.serve.monitor.monitor import Monitor, Settings
+
+    return Monitor(store, server.monitoring or Settings(), server.metrics.registry)
 
 
 @contextmanager
