@@ -51,7 +51,8 @@ _RUDE = re.compile(
       |cunts?|dickheads?|dumbass\w*|wank(?:er|ers)|pricks?|sluts?|whores?|retard(?:s|ed)?
       |fag(?:s|gots?)?|nigg(?:er|ers|a|as)|kikes?|spics?|chinks?|trann(?:y|ies)|scumbags?
       |subhumans?|vermin|imbeciles?|morons?|kill\ yourself|kys|go\ to\ hell|drop\ dead
-      |hope\ you\ die|you\ (?:should|deserve\ to)\ die|i(?:'ll|\ will|\ am\ going\ to)\ (?:kill|hurt|rape)\ you
+      |hope\ you\ die|you\ (?:should|deserve\ to)\ die
+      |i(?:'ll|\ will|\ am\ going\ to)\ (?:kill|hurt|rape)\ you
       |(?:you\ are|you're)\ (?:an?\ )?(?:idiot|stupid|worthless|pathetic|disgusting|trash))\b""",
     re.IGNORECASE | re.VERBOSE,
 )

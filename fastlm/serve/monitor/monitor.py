@@ -29,7 +29,9 @@ from fastlm.serve.ratings import Rating, read_ratings
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
 
+# seconds, and parts over time; 0: since the first answer
 WINDOWS = {"hour": (3600.0, 60), "day": (86400.0, 48), "week": (7 * 86400.0, 56), "all": (0.0, 60)}
+WIDE = 4  # parts that rates are taken of together: their intervals need more answers
 CACHE_SECONDS = 5.0  # several who look at the dashboard read the database once
 MOST_MODELS = 6  # side by side: the latest
 
@@ -169,22 +171,23 @@ class Monitor:
         minutes = (until - since) / 60
         if answers.cut:  # rates are of the time that was read
             minutes = (until - float(answers["at"][0])) / 60
-        known = window.models(self.store)
+        known = window.models(self.store, MOST_MODELS)
         groups = []
-        for model in (None, *(known[:MOST_MODELS] if len(known) > 1 else ())):
+        for model in (None, *(known if len(known) > 1 else ())):
             some, about = _of(answers, said, model)
             judges = self.settings.judges
             groups.append(
                 {
                     "model": model,
                     "summary": summary(some, about, self.settings.ratings, judges, minutes),
-                    "series": series(some, about, judges, edges),
+                    "series": series(some, about, judges, edges, edges[::WIDE]),
                     "lengths": lengths(some),
                 }
             )
         return {
             "now": now, "window": name, "since": since, "until": until,
-            "edges": edges.tolist(), "length_edges": LENGTHS, "models": known, "groups": groups,
+            "edges": edges.tolist(), "rate_edges": edges[::WIDE].tolist(),
+            "length_edges": LENGTHS, "models": known, "groups": groups,
             "unmatched": sum(not one.model for one in said), "cut": answers.cut,
             "drift": drift(self.store, reference, since, until + 1),
         }  # fmt: skip

@@ -76,37 +76,41 @@ def opinions(answers: int, said: Sequence[Said], ratings: Sequence[Rating]) -> d
 
 
 def series(
-    answers: Answers, said: Sequence[Said], judges: Sequence[Judge], edges: np.ndarray
+    answers: Answers,
+    said: Sequence[Said],
+    judges: Sequence[Judge],
+    edges: np.ndarray,
+    wide: np.ndarray,
 ) -> dict[str, Any]:
-    """The same over time: a value for each of the periods between ``edges``; None: no answer."""
+    """The same over time: values of the parts between ``edges``, rates of those between ``wide`` as
+    [value, low, high]; None: no answer.
+    """
     minutes = float(edges[1] - edges[0]) / 60
     good = answers.where(answers["status"] == OK)
     cuts = np.searchsorted(good["at"], edges)
-    every = np.searchsorted(answers["at"], edges)
-    bad = np.concatenate([[0], np.cumsum(answers["status"] >= 500)])
-    told: dict[str, Any] = {
-        "per_minute": [float(n) / minutes for n in np.diff(cuts)],
-        "errors": [_rate(int(bad[b] - bad[a]), int(b - a)) for a, b in pairwise(every)],
-    }
+    told: dict[str, Any] = {"per_minute": [float(n) / minutes for n in np.diff(cuts)]}
     for name, column, at in (
         ("first_token", "first_token_seconds", 0.5),
         ("first_token_high", "first_token_seconds", 0.95),
-        ("whole", "seconds", 0.5), ("whole_high", "seconds", 0.95),
-    ):  # fmt: skip
+        ("whole", "seconds", 0.5),
+        ("whole_high", "seconds", 0.95),
+    ):
         values = good[column]
         told[name] = [_quantile(values[a:b], at) for a, b in pairwise(cuts)]
+    told["errors"] = _rates(answers["at"], answers["status"] >= 500, wide)
     for judge in judges:
-        scores, mine = good[judge.kind], good[f"{judge.kind}_judge"] == judge.id
-        hits = np.concatenate([[0], np.cumsum(mine & (scores >= judge.threshold))])
-        n = np.concatenate([[0], np.cumsum(mine)])
-        told[judge.kind] = [
-            _rate(int(hits[b] - hits[a]), int(n[b] - n[a])) for a, b in pairwise(cuts)
-        ]
+        mine = good[f"{judge.kind}_judge"] == judge.id
+        told[judge.kind] = _rates(good["at"][mine], good[judge.kind][mine] >= judge.threshold, wide)
     thumbs = sorted((one.at, one.thumb) for one in said if one.thumb is not None)
-    at = np.searchsorted([when for when, _ in thumbs], edges)
-    ups = np.concatenate([[0], np.cumsum([up for _, up in thumbs])])
-    told["thumbs"] = [_rate(float(ups[b] - ups[a]), int(b - a)) for a, b in pairwise(at)]
+    at, ups = np.array(thumbs).reshape(-1, 2).T
+    told["thumbs"] = _rates(at, ups, wide)
     return told
+
+
+def _rates(at: np.ndarray, hits: np.ndarray, edges: np.ndarray) -> list[list[float] | None]:
+    """The rate of ``hits`` in each part between ``edges``; ``at`` is sorted."""
+    cuts, sums = np.searchsorted(at, edges), np.concatenate([[0], np.cumsum(hits)])
+    return [_rate(float(sums[b] - sums[a]), int(b - a)) for a, b in pairwise(cuts)]
 
 
 def lengths(answers: Answers) -> dict[str, list[int]]:

@@ -88,10 +88,11 @@ def read_features(
     return [row[0] for row in rows], max((row[1] for row in rows), default=0)
 
 
-def models(store: "FeedbackStore") -> list[str]:
-    """The models that have measures, the latest first."""
-    query = sa.select(C.model, sa.func.max(C.at)).group_by(C.model)
-    return [row[0] for row in sorted(_all(store, query), key=lambda row: -row[1])]
+def models(store: "FeedbackStore", most: int) -> list[str]:
+    """The ``most`` models that answered last, in the order in which they came."""
+    query = sa.select(C.model, sa.func.min(C.id), sa.func.max(C.at)).group_by(C.model)
+    latest = sorted(_all(store, query), key=lambda row: -row[2])[:most]
+    return [row[0] for row in sorted(latest, key=lambda row: row[1])]
 
 
 def span(store: "FeedbackStore") -> tuple[float, float] | None:

@@ -47,15 +47,21 @@ function axis(drawing, width, most, format) {
 }
 
 /** Lines over time. ``series``: [{name, color, values, dashed}], a value for each period between
- * ``edges`` (seconds): a number, [number, low, high], or null. ``most``: the least height of the axis.
+ * ``edges`` (seconds): a number, [number, low, high], or null. ``most``: the least height of the axis;
+ * ``top``: its greatest.
  */
-export function lines(parent, title, series, edges, { format, time, most = 0 }) {
+export function lines(parent, title, series, edges, { format, time, most = 0, top = Infinity }) {
   const all = series.flatMap((one) => one.values).filter((value) => value !== null);
   const last = (one) => one.values.findLast((value) => value !== null) ?? null;
   const said = (value) => (value === null ? "none" : format(point(value)));
-  const label = series.map((one) => `${one.name} ${said(last(one))}`).join(", ");
+  const names = [...new Set(series.map((one) => one.name))];
+  const text = (value) => names.map((name) => `${name} ${series.filter((one) => one.name === name)
+    .map((one) => said(value(one))).join(" / ")}`.trim()).join(", ");
+  const label = text(last);
   const { caption, drawing, width } = frame(parent, title, all.length ? label : "no data");
-  const high = ceiling(Math.max(most, ...all.map(point)) * 1.02);
+  const peak = Math.max(most, ...all.map(point));
+  const bound = Math.max(0, ...all.map((value) => (Array.isArray(value) ? value[2] : 0)));
+  const high = Math.min(top, ceiling(Math.max(peak * 1.02, Math.min(bound, 2.5 * peak)))); // a wide band may be cut
   const y = axis(drawing, width, high, format), count = edges.length - 1;
   const x = (i) => LEFT + ((i + 0.5) / count) * (width - LEFT - RIGHT);
   for (const one of series) {
@@ -81,8 +87,7 @@ export function lines(parent, title, series, edges, { format, time, most = 0 }) 
   }
   if (!all.length) return void (caption.textContent = "no data in this period");
   const shown = (i, when) => {
-    caption.textContent = `${when}: ${series.map((one) =>
-      `${series.length > 1 ? `${one.name} ` : ""}${said(i === null ? last(one) : one.values[i])}`).join(", ")}`;
+    caption.textContent = `${when}: ${text((one) => (i === null ? last(one) : one.values[i]))}`;
   };
   const cursor = svg("line", { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
   drawing.append(cursor);

@@ -24,7 +24,7 @@ function time(at) {
   const clock = `${two(date.getHours())}:${two(date.getMinutes())}`;
   const day = `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())}`.slice(5);
   const length = told.until - told.since;
-  return length <= 86_400 ? clock : length <= 8 * 86_400 ? `${day} ${clock}` : day;
+  return length <= 43_200 ? clock : length <= 8 * 86_400 ? `${day} ${clock}` : day;
 }
 
 // ---- loading
@@ -76,16 +76,16 @@ function draw() {
   const line = (key, dashed) => groups.map((group) =>
     ({ name: one ? "" : group.name, color: group.color, values: group.series[key], dashed }));
   const both = (key) => groups.flatMap((group) => [
-    { name: `${one ? "" : `${group.name} `}p50`, color: group.color, values: group.series[key] },
-    { name: `${one ? "" : `${group.name} `}p95`, color: group.color, values: group.series[`${key}_high`], dashed: true }]);
-  const { edges } = told, rates = { format: percent, time, most: 0.05 };
+    { name: one ? "" : group.name, color: group.color, values: group.series[key] },
+    { name: one ? "" : group.name, color: group.color, values: group.series[`${key}_high`], dashed: true }]);
+  const { edges, rate_edges: wide } = told, rates = { format: percent, time, most: 0.05, top: 1 };
   lines($("charts"), "Answers a minute", line("per_minute"), edges, { format: small, time });
-  lines($("charts"), "To the first token", both("first_token"), edges, { format: seconds, time });
-  lines($("charts"), "Whole answer", both("whole"), edges, { format: seconds, time });
-  lines($("charts"), "Refusals", line("refusal"), edges, rates);
-  lines($("charts"), "Toxic answers", line("toxicity"), edges, rates);
-  lines($("charts"), "Errors", line("errors"), edges, rates);
-  lines($("charts"), "Thumbs up, of all thumbs", line("thumbs"), edges, { format: percent, time, most: 1 });
+  lines($("charts"), "To the first token, p50 / p95", both("first_token"), edges, { format: seconds, time });
+  lines($("charts"), "Whole answer, p50 / p95", both("whole"), edges, { format: seconds, time });
+  lines($("charts"), "Refusals", line("refusal"), wide, rates);
+  lines($("charts"), "Toxic answers", line("toxicity"), wide, rates);
+  lines($("charts"), "Errors", line("errors"), wide, rates);
+  lines($("charts"), "Thumbs up, of all thumbs", line("thumbs"), wide, { ...rates, most: 1 });
   $("lengths").replaceChildren();
   for (const [key, title] of [["prompt_tokens", "Tokens of prompts"], ["new_tokens", "Tokens of answers"]]) {
     bars($("lengths"), title, groups.map(({ name, color, lengths }) => ({ name, color, counts: lengths[key] })), told.length_edges);
@@ -121,7 +121,7 @@ function table() {
   const two = (found, format) => (found.n ? [`${or(found.p50, format)} / ${or(found.p95, format)}`] : "–");
   const number = (found) => (found.n ? [found.value.toFixed(2), ...(found.low === null ? [] : [between(found.low, found.high, (x) => x.toFixed(2))])] : "–");
   const judge = (key) => groups[0].summary[key];
-  const names = groups.map(({ model }) => el("th", { scope: "col", className: "text", textContent: model ?? (groups.length > 1 ? "all" : told.models[0] ?? "all") }));
+  const names = groups.map(({ model }) => el("th", { scope: "col", textContent: model ?? (groups.length > 1 ? "all" : told.models[0] ?? "all") }));
   $("table").replaceChildren(
     el("thead", {}, el("tr", {}, el("th", { scope: "col", textContent: "" }), ...names)),
     el("tbody", {},
@@ -150,7 +150,7 @@ function table() {
     if (!found) continue;
     notes.push(`${found.judge}: ${found.method}.${found.other_judges ? ` ${whole(found.other_judges)} answers have another judge's score and are left out.` : ""}`);
   }
-  if (told.unmatched) notes.push(`${whole(told.unmatched)} opinions are about answers that were not measured here: they are in "all" alone.`);
+  if (told.unmatched) notes.push(`Opinions about answers that were not measured here: ${whole(told.unmatched)}, in no model's column.`);
   if (told.cut) notes.push("The period has more answers than are read: these are the newest 100,000.");
   $("notes").textContent = notes.join(" ");
 }
@@ -171,7 +171,7 @@ function drift() {
   $("drift").replaceChildren(
     el("thead", {}, el("tr", {}, ...["Feature", "PSI", "p"].map((name) => el("th", { scope: "col", textContent: name })))),
     el("tbody", {}, ...found.features.map((feature) => {
-      const moved = feature.psi > MOVED && feature.p < 0.01;
+      const moved = feature.psi > MOVED && feature.p < 0.05;
       const fill = el("span"), mark = el("i"), bar = el("span", { className: `bar${moved ? " moved" : ""}`, ariaHidden: "true" }, fill, mark);
       fill.style.width = `${(100 * feature.psi) / most}%`;
       mark.style.left = `${(100 * feature.floor) / most}%`;
