@@ -17,7 +17,7 @@ MODELS = ("tiny", "tiny <b>new</b>")
 def prompt(rng, words):
     """Some of the words, in any order."""
     names = words.split()
-    return " ".join(rng.choice(names, rng.integers(4, 16)))
+    return " ".join(names[i] for i in rng.integers(0, len(names), rng.integers(4, 16)))
 
 
 def fill(store, count, *, days=1.0, models=MODELS[:1], now=None, words=(COOKING, COOKING), seed=0):
@@ -27,7 +27,10 @@ def fill(store, count, *, days=1.0, models=MODELS[:1], now=None, words=(COOKING,
     rng = np.random.default_rng(seed)
     now = time.time() if now is None else now
     ids = [f"r{seed}-{i}" for i in range(count)]
-    kinds = [[features.features(prompt(rng, some), 20, 1) for _ in range(200)] for some in words]
+    kinds = [
+        [features.features(prompt(rng, some), 20, 1) for _ in range(min(count, 2000))]
+        for some in words
+    ]
     rows = []
     for i, id in enumerate(ids):
         model = i % len(models)
@@ -47,7 +50,7 @@ def fill(store, count, *, days=1.0, models=MODELS[:1], now=None, words=(COOKING,
                 "prompt_tokens": int(rng.lognormal(4, 1)), "new_tokens": int(rng.lognormal(4.5, 1)),
                 "refusal": float(rng.random() < 0.08), "refusal_judge": JUDGES[0].id,
                 "toxicity": float(rng.random() < 0.01), "toxicity_judge": JUDGES[1].id,
-                "features": kinds[2 * i >= count][i % 200],
+                "features": kinds[2 * i >= count][i % 2000],
             }  # fmt: skip
         rows.append(row)
     with store.write() as connection:

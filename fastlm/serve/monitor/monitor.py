@@ -155,6 +155,7 @@ class Monitor:
             "measures": {
                 "written": counts.written, "dropped": counts.dropped,
                 "database_errors": counts.database_errors,
+                "judge_errors": counts.judge_errors,
                 "keep_days": self.settings.keep.days, "keep_rows": self.settings.keep.rows,
             },
         }  # fmt: skip

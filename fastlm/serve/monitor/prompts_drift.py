@@ -96,7 +96,8 @@ def drift(
     x, y = features.table(before), features.table(now)
     told: dict[str, Any] = {
         "reference": reference.name, "prompts": len(y), "reference_prompts": len(x),
-        "least": LEAST, "enough": min(len(x), len(y)) >= LEAST, "features": [], "mmd": None,
+        "least": LEAST, "cut": len(now) == MOST_COUNTED, "enough": min(len(x), len(y)) >= LEAST,
+        "features": [], "mmd": None,
     }  # fmt: skip
     if not told["enough"]:
         return told

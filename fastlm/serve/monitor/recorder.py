@@ -60,6 +60,7 @@ class Counts:
     written: int = 0
     dropped: int = 0
     database_errors: int = 0
+    judge_errors: int = 0
 
 
 @dataclass
@@ -130,8 +131,8 @@ class Recorder:
                 if not ending:
                     self._sweep()
                     self.often()
-            except Exception as error:  # measures must not end with one that cannot be made
-                self.counts.dropped += len(self._rows)
+            except Exception as error:  # a fault of ours must not end all measures
+                self.counts.dropped += max(len(self._rows), len(taken))
                 self._rows = []
                 log("failure", type=type(error).__name__, what="measures")
             with self._changed:
@@ -150,8 +151,13 @@ class Recorder:
             row["features"] = features.features(measured.prompt, tokens, measured.turns)
         if measured.answer:
             for judge in self.judges:
-                row[judge.kind] = judge.score(measured.answer)
-                row[f"{judge.kind}_judge"] = judge.id
+                try:
+                    row[judge.kind] = judge.score(measured.answer)
+                    row[f"{judge.kind}_judge"] = judge.id
+                except Exception as error:  # anybody's judge; the other measures stay
+                    if not self.counts.judge_errors:
+                        log("failure", type=type(error).__name__, what=f"judge {judge.id}")
+                    self.counts.judge_errors += 1
         return row
 
     def _write(self) -> None:

@@ -4,7 +4,7 @@
 import { el } from "./common.js";
 
 const NS = "http://www.w3.org/2000/svg";
-const HEIGHT = 130, LEFT = 44, RIGHT = 8, TOP = 8, BOTTOM = 18;
+const HEIGHT = 130, LEFT = 50, RIGHT = 8, TOP = 8, BOTTOM = 18;
 
 function svg(tag, attributes, ...children) {
   const made = document.createElementNS(NS, tag);
@@ -129,7 +129,7 @@ export function bars(parent, title, series, edges) {
   const label = series.map((one, i) => `${one.name} mostly ${peak(shares[i])} tokens`).join(", ");
   const { caption, drawing, width } = frame(parent, title, empty ? "no data" : label);
   caption.textContent = empty ? "no data in this period" : label;
-  const most = ceiling(Math.max(0.01, ...shares.flat()));
+  const most = ceiling(Math.max(0.05, ...shares.flat()));
   const y = axis(drawing, width, most, percent), step = (width - LEFT - RIGHT) / names.length;
   const thick = (step * 0.84) / series.length;
   shares.forEach((share, k) => share.forEach((value, i) => {

@@ -157,7 +157,7 @@ function table() {
 
 function drift() {
   const { drift: found } = told;
-  const counts = `${whole(found.prompts)} prompts of this period, ${whole(found.reference_prompts)} of the reference (${found.reference})`;
+  const counts = `${found.cut ? "the newest " : ""}${whole(found.prompts)} prompts of this period, ${whole(found.reference_prompts)} of the reference (${found.reference})`;
   if (!found.enough) {
     $("drift-text").textContent = `Too few to compare: ${counts}; at least ${found.least} of each are wanted.`;
     $("drift").replaceChildren();
@@ -183,7 +183,8 @@ function drift() {
 function kept() {
   const { measures } = told;
   $("kept").textContent = `Numbers about each answer, without its text: ${whole(measures.written)} written since this server started, `
-    + `${whole(measures.dropped)} dropped because too many waited, ${whole(measures.database_errors)} times the database could not be used. `
+    + `${whole(measures.dropped)} dropped because too many waited, ${whole(measures.database_errors)} times the database could not be used`
+    + `${measures.judge_errors ? `, ${whole(measures.judge_errors)} times a judge failed` : ""}. `
     + `Kept for ${measures.keep_days} days, at most ${whole(measures.keep_rows)}.`;
 }
 
