@@ -1,5 +1,5 @@
-"""The pages to chat, to rank and of the dashboard, in headless Chromium: what a person does there, with the mouse and
-with keys, and that text from models and users stays text.
+"""The pages to chat, to rank and of the dashboard, in headless Chromium: what a person does there,
+with the mouse and with keys, and that text from models and users stays text.
 """
 
 import json
@@ -376,7 +376,7 @@ def test_dashboard(browser, tiny, tmp_path):
         assert page.get_by_role("button", name="Week").get_attribute("aria-pressed") == "true"
         chart = page.get_by_role("img", name=re.compile("^Refusals: "))
         box = chart.bounding_box()
-        page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + 40)
+        chart.hover(position={"x": box["width"] * 0.9, "y": 40})
         caption = page.locator("figure", has=chart).locator("figcaption .quiet")
         assert re.match(r"\d\d-\d\d \d\d:\d\d: ", caption.inner_text())
 

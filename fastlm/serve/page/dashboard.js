@@ -37,6 +37,7 @@ async function load() {
   try {
     told = await (await ask(`/dashboard/data?${query}`, undefined, mine.signal)).json();
     draw();
+    $("key-label").hidden = true;
     say(`updated ${new Date().toLocaleTimeString("en-GB")}`);
   } catch (error) {
     if (mine.signal.aborted) return;
