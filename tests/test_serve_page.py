@@ -170,6 +170,35 @@ def test_chat(browser, tiny, tmp_path):
         assert page.locator("article").count() == 0
 
 
+def test_numbers_for_an_answer(browser, tiny, tmp_path):
+    settings = Settings([
+        Rating("stars", "number", "higher", low=1, high=5),
+        Rating("solved", "boolean", "higher", "conversation"),
+    ])  # fmt: skip
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny, feedback=store, monitoring=settings) as (url, server),
+    ):
+        script(server, "An answer")
+        page, wrong = opened(browser, url)
+        send(page, "Hi")
+        status(page, "tokens/s")
+        rate = page.get_by_role("button", name="Rate")
+        rate.click()
+        page.get_by_label("stars (higher is better)").fill("4.5")
+        page.get_by_label("solved, of the conversation").select_option("no")
+        assert page.evaluate(NAMELESS) == []
+        page.screenshot(path=tmp_path / "rate.png")
+        page.get_by_role("button", name="Save").click()
+        status(page, "stored")
+        (given,) = store.opinions()
+        assert given.metrics == (("stars", 4.5), ("solved", 0.0)) and given.conversation_id
+        rate.click()
+        page.keyboard.press("Escape")
+        page.locator("form.box").wait_for(state="detached")
+        assert len(store.opinions()) == 1 and wrong == []
+
+
 def test_an_answer_belongs_to_its_conversation(browser, tiny, tmp_path):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,

@@ -275,7 +275,7 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
         made = ask(url, body(), "/v1/completions").json()
         ask(url, {"response_id": made["id"], "metrics": {"stars": 5}}, "/v1/feedback")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(30) in (0, -signal.SIGTERM)
     with FeedbackStore(base) as store:  # the last measures were written at the end
         (opinion,) = read_opinions(store, 0, time.time() + 9)
         assert opinion.model == "tiny" and opinion.metrics == {"stars": 5.0}
@@ -284,6 +284,6 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
         (options, "alerts.toml line 2: name: wanted a string, got a whole number 1"),
         (("--alerts", alerts), "alerts: wanted with --feedback, which has none"),
     ):
-        command = [*COMMAND, "--model", str(folder), "--port", "0", *map(str, given)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        arguments = ["serve", "--model", str(folder), "--port", "0", *map(str, given)]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 2 and message in done.stderr, (done.stderr, done.exception)
