@@ -13,7 +13,7 @@ const say = (text) => { $("status").textContent = text; };
 
 // ---- numbers as text
 
-const small = (value) => (value === 0 ? "0" : value < 0.1 ? value.toFixed(2) : value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en"));
+const small = (value) => (value === 0 ? "0" : value < 1 ? value.toFixed(2) : value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en"));
 const percent = (value) => `${value > 0 && value < 0.0995 ? (value * 100).toFixed(1) : Math.round(value * 100)} %`;
 const seconds = (value) => (value === 0 ? "0 s" : value < 1 ? `${Math.round(value * 1000)} ms` : `${value < 10 ? value.toFixed(1) : Math.round(value)} s`);
 const whole = (value) => Math.round(value).toLocaleString("en");
