@@ -14,6 +14,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.serve.app import Server
 from fastlm.serve.engine import Engine
+from fastlm.serve.models import Models, Served
 from fastlm.serve.openai_api import Form
 from fastlm.serve.process import _Process, config_of
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
     if pause:
         step = runs.step
         runs.step = lambda: (time.sleep(pause), step())[1]
-    server = Server(runs, model, tokenizer, "tiny", **options)
+    server = Server(Models(Served(runs, model, tokenizer, "tiny")), **options)
     runner = _Process(config_of(server, connections, drain), server, drain)
     listening = socket.create_server(("127.0.0.1", 0))
     if buffer:
@@ -80,15 +81,17 @@ def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
 
 def script(server, *texts):
     """Let the model of the server answer each request with one of the texts, in turn."""
-    submit, at = server.engine.submit, 0
+    submit, at = server.served.engine.submit, 0
 
     def scripted(request, listener):
         nonlocal at
         form = Form("choice", (texts[at % len(texts)],), "choice")
         at += 1
-        return submit(replace(request, constraint=server.grammars.constraint(form)), listener)
+        return submit(
+            replace(request, constraint=server.served.grammars.constraint(form)), listener
+        )
 
-    server.engine.submit = scripted
+    server.served.engine.submit = scripted
 
 
 def ask(url, body, path="/v1/chat/completions", **headers):

@@ -217,6 +217,11 @@ async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Any) -> Any:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
+def key_name(key: str) -> str:
+    """The name of the client that has an API key."""
+    return _digest(key).hex()
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
 

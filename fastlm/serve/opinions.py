@@ -1,6 +1,7 @@
 """``POST /v1/feedback``: opinions about answers, at any time after them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -101,12 +102,17 @@ async def give(server: "Server", http: Request) -> Response:
             "feedback: this server has no database for it (fastlm serve --feedback)",
             status=404, code="no_feedback",
         )  # fmt: skip
-    opinion, kept = checked(partial(read_feedback, model=server.name), body)
+    opinion, kept = checked(partial(read_feedback, model=server.models.name), body)
+    trial = None if server.switch is None else server.switch.trial
 
     def write() -> int | None:
         if kept is not None:
-            store.keep(kept)
-        return store.add(opinion) if opinion.kinds() else None
+            told = None if trial is None else trial.store.model_of(kept.response_id)
+            store.keep(kept if told is None else replace(kept, model=told))
+        number = store.add(opinion) if opinion.kinds() else None
+        if trial is not None:
+            trial.opinion(opinion)
+        return number
 
     try:
         number = await run_sync(write)
