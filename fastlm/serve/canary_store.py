@@ -78,7 +78,17 @@ class CanaryStore:
         added = self._insert(OUTCOMES).values(values).on_conflict_do_nothing()
         return self._run(lambda c: c.execute(added).rowcount) == 1
 
-    def outcome_of(self, opinion: "Opinion", metric: str) -> tuple[str, str, str, bool] | None:
+    def count(self, opinion: "Opinion", metric: str) -> tuple[str, str, bool] | None:
+        """Store what an opinion says of an answer of a trial: (experiment, arm, success), None
+        where it says nothing new."""
+        found = self._said(opinion, metric)
+        if found is None:
+            return None
+        experiment, unit, arm, success = found
+        new = self.outcome(experiment, unit, arm, success, opinion.response_id)
+        return (experiment, arm, success) if new else None
+
+    def _said(self, opinion: "Opinion", metric: str) -> tuple[str, str, str, bool] | None:
         """What an opinion says by this metric: (experiment, unit, arm, success). None: nothing, or
         the answer is not one of a trial, or its client chose the model.
 

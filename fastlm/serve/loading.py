@@ -63,7 +63,7 @@ class Loader:
         except (InputError, OSError, RuntimeError) as error:
             text = reason(error)
         give_memory_back()  # not before the error has gone, whose frames hold the model
-        raise InputError(f"{path}: cannot be served: {text}")
+        raise InputError(f"model: wanted one that can be served, got: {text}")
 
     def _beside(self, path: Path, current: Served) -> Served:
         digest = digest_of(path)

@@ -103,15 +103,15 @@ async def give(server: "Server", http: Request) -> Response:
             status=404, code="no_feedback",
         )  # fmt: skip
     opinion, kept = checked(partial(read_feedback, model=server.models.name), body)
-    trial = None if server.switch is None else server.switch.trial
+    switch = server.switch
 
     def write() -> int | None:
         if kept is not None:
-            told = None if trial is None else trial.store.model_of(kept.response_id)
+            told = None if switch is None else switch.model_of(kept.response_id)
             store.keep(kept if told is None else replace(kept, model=told))
         number = store.add(opinion) if opinion.kinds() else None
-        if trial is not None:
-            trial.opinion(opinion)
+        if switch is not None:
+            switch.opinion(opinion)
         return number
 
     try:

@@ -90,7 +90,10 @@ def run(
                 loader, str(path), state, canary=canary, plan=plan, store=counts
             )
             named = [str(path), *([canary] if canary else [])]
-            switch = Switch(models, loader, known, state, Allowed(named, models_dir))
+            switch = Switch(
+                models, loader, known, state, Allowed(named, models_dir), store=counts,
+                metric=(plan or Plan()).metric,
+            )  # fmt: skip
         local = host in LOCAL_NAMES
         server = Server(
             models,

@@ -26,6 +26,7 @@ from fastlm.serve.trial import Trial, Verdict, comparisons
 if TYPE_CHECKING:
     from fastlm.serve.canary_store import CanaryStore
     from fastlm.serve.loading import Loader
+    from fastlm.serve.said import Opinion
 
 Check = Callable[[Path, Served], None]
 """Raises InputError where the model at a path, which is loaded, may not be promoted."""
@@ -41,10 +42,10 @@ class Allowed:
     def find(self, given: str) -> str:
         """The path that is meant; a relative one is below the folder. InputError: not allowed,
         whether or not anything is there."""
-        if "\0" not in given:
+        if given and "\0" not in given:
             if _key(given) in self.named:
                 return given
-            if self.folder is not None:
+            if self.folder is not None and not given.startswith("model:"):
                 path = (self.folder / given).resolve()  # an absolute one replaces the folder
                 if path != self.folder and path.is_relative_to(self.folder):
                     return str(path)
@@ -59,8 +60,9 @@ def _key(path: str) -> str:
 class Switch:
     """Changes ``models`` as it is asked to, or as a trial decides.
 
-    ``path``: of the state file. ``store``: where trials are counted. ``checks``: of a model that
-    is to be promoted, after those of `fastlm.serve.loading.Loader.beside`.
+    ``path``: of the state file. ``checks``: of a model that is to be promoted, after those of
+    `fastlm.serve.loading.Loader.beside`. ``store``: where trials are counted; what is said after
+    their end counts, too, by ``metric``.
     """
 
     def __init__(
@@ -71,10 +73,13 @@ class Switch:
         path: Path,
         allowed: Allowed,
         checks: Sequence[Check] = (),
+        store: "CanaryStore | None" = None,
+        metric: str = "thumb",
     ):
         self.models, self.loader, self.state, self.path = models, loader, state, path
         self.allowed, self.checks = allowed, list(checks)
-        self.trial: Trial | None = models.trial  # also one that has ended: late feedback counts
+        self.store, self.metric = store, metric
+        self.trial: Trial | None = models.trial  # also one that has ended
         if self.trial is not None:
             self.trial.decide = self._decide
         self.made: Counter[str] = Counter()  # decisions of this process
@@ -138,7 +143,7 @@ class Switch:
 
         new = await asyncio.to_thread(load)
         known = Known(new.path, new.digest)
-        state = replace(self.state, current=known, previous=self.state.current, canary=None)
+        state = replace(self.state, current=known, previous=self.state.current)
         try:
             await self._save(state.decided(action, model=new.name, path=path, reason="asked"))
         except BaseException:
@@ -191,6 +196,18 @@ class Switch:
             "arms": {name: asdict(arm) for name, arm in arms.items()},
             "tests": found,
         }
+
+    def opinion(self, opinion: "Opinion") -> None:
+        """Count what somebody says for the model that answered. For any thread but the event
+        loop's. InputError: the database cannot be used."""
+        if self.trial is not None:
+            self.trial.opinion(opinion)
+        elif self.store is not None:
+            self.store.count(opinion, self.metric)
+
+    def model_of(self, response_id: str) -> str | None:
+        """The name of the model that gave an answer, where it is known."""
+        return None if self.store is None else self.store.model_of(response_id)
 
     async def told(self) -> dict[str, Any]:
         """What `GET /v1/canary` answers."""

@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -151,6 +152,7 @@ class Trial:
         self._first = self.store.first_paces(self.experiment, WARM_UP)
         self._changed = asyncio.Event()
         self._changed.set()  # what an earlier process counted may decide at once
+        self._failed = asyncio.Event()  # the canary has: the next look does not wait
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def takes(self, unit: str) -> bool:
@@ -203,17 +205,15 @@ class Trial:
         if counted:
             self._count(arm, bool(success))
         self._changed.set()
+        if error and arm == "new":
+            self._failed.set()
 
     def opinion(self, opinion: "Opinion") -> None:
         """Count what somebody says, at any time, for the model that answered. For any thread but
         the event loop's. InputError: the database cannot be used."""
-        found = self.store.outcome_of(opinion, self.plan.metric)
-        if found is None:
-            return
-        experiment, unit, arm, success = found
-        new = self.store.outcome(experiment, unit, arm, success, opinion.response_id)
-        if new and experiment == self.experiment and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._count, arm, success)
+        new = self.store.count(opinion, self.plan.metric)
+        if new is not None and new[0] == self.experiment and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._count, *new[1:])
 
     def _count(self, arm: str, success: bool) -> None:
         have = self.arms[arm]
@@ -232,7 +232,9 @@ class Trial:
             if verdict is not None and self.decide is not None and self.verdict is None:
                 await self.decide(self, verdict)
                 self._changed.set()  # unless that has ended it
-            await asyncio.sleep(LOOK_SECONDS)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._failed.wait(), LOOK_SECONDS)
+            self._failed.clear()
 
     def end(self, verdict: Verdict) -> None:
         """What was decided, by `decide` or by somebody."""
