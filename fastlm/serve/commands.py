@@ -158,6 +158,8 @@ def serve(
     """
     keys = read_keys(api_key_file)
     admins = read_keys(admin_key_file, "admin_key_file", ADMIN_KEYS_VARIABLE)
+    if admins and not keys:
+        raise InputError("admin_key_file: wanted API keys, too (--api-key-file), got none")
     if host not in LOOPBACK and not keys:
         raise InputError(f"host: wanted API keys (--api-key-file) to listen on {host}, got none")
     if kv_dtype not in (None, *KV_DTYPES):
