@@ -37,6 +37,8 @@ VERBS = (
     "data",
     "rank",
     "serve",
+    "promote",
+    "rollback",
     "feedback",
 )
 

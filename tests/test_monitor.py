@@ -63,7 +63,7 @@ def test_every_answer_is_measured_without_its_text(tiny, where):
             url,
             chat | {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
         )
-        texts = {"model": "tiny", "prompt": [SECRET, server.tokenizer.encode("A")], "max_tokens": 9}
+        texts = {"model": "tiny", "prompt": [SECRET, server.served.tokenizer.encode("A")], "max_tokens": 9}
         ask(url, texts, "/v1/completions")
         ask(url, chat | {"stream": True})
         assert ask(url, chat | {"top_k": 0}).status_code == 400  # never reached the engine
@@ -114,7 +114,7 @@ def test_outcomes_that_are_no_answer(tiny, tmp_path):
             )
             waiting.start()
             until = time.monotonic() + 60
-            while not server.engine.stats().waiting and time.monotonic() < until:
+            while not server.served.engine.stats().waiting and time.monotonic() < until:
                 time.sleep(0.01)
             assert ask(url, asked, "/v1/completions").status_code == 429
         waiting.join()
@@ -122,7 +122,7 @@ def test_outcomes_that_are_no_answer(tiny, tmp_path):
         def fails(*_):
             raise RuntimeError("broken")
 
-        server.engine.submit = fails
+        server.served.engine.submit = fails
         assert ask(url, asked, "/v1/completions").status_code == 500
         assert server.monitor.recorder.flush()
         rows = measures(store)

@@ -47,13 +47,13 @@ def server(tmp_path_factory):
     model, tokenizer = tiny_model()
     store = FeedbackStore(tmp_path_factory.mktemp("serve") / "feedback.sqlite")
     with serving(model, tokenizer, feedback=store) as (url, app):
-        taken, submit = [], app.engine.submit
+        taken, submit = [], app.served.engine.submit
 
         def spy(request, listener):
             taken.append(request)
             return submit(request, listener)
 
-        app.engine.submit = spy
+        app.served.engine.submit = spy
         yield SimpleNamespace(
             url=url, app=app, taken=taken, store=store, tokenizer=tokenizer,
             client=openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0),

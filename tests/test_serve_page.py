@@ -294,10 +294,10 @@ def test_stop_and_errors(browser, tiny):
         status(page, "stopped")
         page.locator("#stop").wait_for(state="hidden")
         for _ in range(200):
-            if not server.engine.stats().running:
+            if not server.served.engine.stats().running:
                 break
             page.wait_for_timeout(50)
-        assert server.engine.stats().finished["cancelled"] == 1
+        assert server.served.engine.stats().finished["cancelled"] == 1
         page.get_by_label("Temperature").fill("7")
         send(page, "Hi")
         status(page, "temperature: wanted a number from 0 to 2, got 7")

@@ -226,6 +226,11 @@ def _outcome(status: int, told: Mapping[str, Any]) -> int:
     return 500 if told.get("failed") or (told.get("error") and status == 200) else status or 499
 
 
+def key_name(key: str) -> str:
+    """The name of the client that has an API key."""
+    return _digest(key).hex()
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
 

@@ -1,6 +1,7 @@
 """``POST /v1/feedback``: opinions about answers, at any time after them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -131,13 +132,18 @@ async def give(server: "Server", http: Request) -> Response:
             "feedback: this server has no database for it (fastlm serve --feedback)",
             status=404, code="no_feedback",
         )  # fmt: skip
-    ratings = server.monitor.settings.ratings if server.monitor is not None else ()
-    opinion, kept = checked(partial(read_feedback, model=server.name, ratings=ratings), body)
+    read = partial(read_feedback, model=server.models.name, ratings=server.ratings)
+    opinion, kept = checked(read, body)
+    switch = server.switch
 
     def write() -> int | None:
         if kept is not None:
-            store.keep(kept)
-        return store.add(opinion) if opinion.kinds() else None
+            told = None if switch is None else switch.model_of(kept.response_id)
+            store.keep(kept if told is None else replace(kept, model=told))
+        number = store.add(opinion) if opinion.kinds() else None
+        if switch is not None:
+            switch.opinion(opinion)
+        return number
 
     try:
         number = await run_sync(write)
