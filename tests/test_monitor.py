@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from canary_app import changing, folders
 from monitored import CODE, COOKING, MODELS, fill
 from serve_app import HTTP, ask, script, serving, tiny_model
 
@@ -63,7 +64,11 @@ def test_every_answer_is_measured_without_its_text(tiny, where):
             url,
             chat | {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
         )
-        texts = {"model": "tiny", "prompt": [SECRET, server.served.tokenizer.encode("A")], "max_tokens": 9}
+        texts = {
+            "model": "tiny",
+            "prompt": [SECRET, server.served.tokenizer.encode("A")],
+            "max_tokens": 9,
+        }
         ask(url, texts, "/v1/completions")
         ask(url, chat | {"stream": True})
         assert ask(url, chat | {"top_k": 0}).status_code == 400  # never reached the engine
@@ -537,3 +542,28 @@ def test_a_server_that_measures_while_another_deletes(tmp_path):
         assert mine.counts.written == 200 and mine.counts.database_errors == 0
     with contextlib.closing(sqlite3.connect(tmp_path / "f.sqlite")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_canary_is_a_column_of_its_own(tmp_path):
+    made = folders(tmp_path, "ab")
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        changing(made["a"], tmp_path / "state", canary=made["b"], store=store, share=0.5) as (
+            url, server,
+        ),
+    ):  # fmt: skip
+        answered, old = {}, server.served.name
+        for i in range(24):
+            talk = {"store": True, "conversation_id": f"talk{i}", "max_tokens": 2}
+            asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]} | talk
+            made = ask(url, asked).json()
+            answered[made["id"]] = made["model"]
+            thumb = "down" if made["model"] == old else "up"
+            ask(url, {"response_id": made["id"], "thumb": thumb}, "/v1/feedback")
+        assert server.monitor.recorder.flush()
+        assert {row["response_id"]: row["model"] for row in measures(store)} == answered
+        told = server.monitor.data("hour")
+        names = [group["model"] for group in told["groups"]]
+        assert len(names) == 3 and set(names[1:]) == set(answered.values())
+        thumbs = {g["model"]: g["summary"]["thumbs"]["value"] for g in told["groups"][1:]}
+        assert thumbs == {name: float(name != old) for name in names[1:]}
