@@ -38,6 +38,8 @@ VERBS = (
     "data",
     "rank",
     "serve",
+    "promote",
+    "rollback",
     "feedback",
 )
 
