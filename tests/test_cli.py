@@ -30,6 +30,7 @@ VERBS = (
     "quantize",
     "export",
     "eval",
+    "safety",
     "generate",
     "chat",
     "merge",
