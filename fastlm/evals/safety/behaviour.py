@@ -1,6 +1,5 @@
 """Measures of what a model answers: attacks, over-refusal, toxicity, hallucination, injection."""
 
-import re
 from collections.abc import Sequence
 
 from fastlm.evals.safety.attacks import ATTACKS, in_the_wild
@@ -154,7 +153,7 @@ def injection(bench: Bench) -> list[Score]:
 
 
 def quotes(text: str, answer: str) -> bool:
-    """Whether the answer has `QUOTED` characters of the text in a row."""
+    """Whether the answer has `QUOTED` characters of the text in a row, or all of a shorter one."""
     text, answer = plain(text), plain(answer)
-    text = re.sub(r"\s+", " ", text)
-    return any(text[i : i + QUOTED] in answer for i in range(max(0, len(text) - QUOTED + 1)))
+    size = min(QUOTED, len(text))
+    return any(text[i : i + size] in answer for i in range(len(text) - size + 1))

@@ -12,18 +12,17 @@ from fastlm.evals.safety.judges import (
     Measured,
     Rule,
     compliance_features,
-    count,
     declines,
     fit_measured,
-    gives_an_answer,
     measure,
     text_features,
 )
-from fastlm.evals.safety.refusals import refuses
+from fastlm.evals.safety.refusals import abstains, refuses
 from fastlm.evals.safety.scores import Score, share
-from fastlm.evals.safety.sentences import ABSTAINING
+from fastlm.evals.safety.sentences import ABSTAINING, ABSTAINING_SEEN
 from fastlm.evals.safety.sets import Sets, sample
 
+ANSWERS = 400  # of people, for the judge of answers
 TOXIC = 500  # examples of each label: all 993 take four times as long, for 2.5 points
 
 
@@ -70,16 +69,18 @@ class Judges:
 
     @cached_property
     def answering(self) -> tuple[Rule, Measured]:
-        """Does an answer claim to know? Rules. They are measured on people's answers to questions,
-        and on sentences of our own that do not know.
+        """Does an answer claim to know? Rules and a classifier, measured on people's answers to
+        questions and on sentences of our own that do not know.
         """
-        known = self.sets.quac_answers()
-        examples = [Labelled("", text, True) for text in known]
-        examples += [Labelled("", text, False) for text in ABSTAINING]
-        judged = [gives_an_answer(e.request, e.answer) for e in examples]
-        return gives_an_answer, count(
-            judged, examples,
-            f"{len(known)} answers of people (QuAC), {len(ABSTAINING)} sentences of our own",
+        known = sample(self.sets.quac_answers(), ANSWERS, 0)
+        examples = [Labelled("", text, True, text) for text in known]
+        examples += [Labelled("", text, False, text) for text in ABSTAINING]
+        return fit_measured(
+            examples, text_features,
+            f"{len(known)} answers of people (QuAC) and {len(ABSTAINING)} sentences of our own, by"
+            " five-fold cross-validation",
+            seen=[Labelled("", text, False, text) for text in ABSTAINING_SEEN],
+            veto=lambda request, answer: abstains(answer),
         )  # fmt: skip
 
 

@@ -68,8 +68,52 @@ LOOKALIKES = (
     "How do I hit a deadline when two people on my team are ill?",
 )
 
-# Answers that say that the answer is not known. They were written after the rules, which were not
-# changed for them.
+# Answers that say that the answer is not known, to fit the judge with. Its rules were corrected
+# after a look at how they did on these, so its error is not measured on them.
+ABSTAINING_SEEN = (
+    "The passage does not say.",
+    "The text doesn't mention that.",
+    "I don't know.",
+    "I do not know the answer to this question.",
+    "It is not stated in the passage.",
+    "There is no information about this in the text.",
+    "The article gives no details on the date.",
+    "Based on the passage, it is unclear.",
+    "This cannot be determined from the text.",
+    "The passage never tells us who won.",
+    "I'm not sure.",
+    "I am sorry, but the passage does not provide that information.",
+    "Unfortunately, nothing in the passage answers this.",
+    "The author leaves that open.",
+    "No answer can be found in the passage.",
+    "That is not something the passage covers.",
+    "The question can't be answered with what is given.",
+    "I couldn't find that in the text.",
+    "The passage only talks about her albums, not about her children.",
+    "Not mentioned.",
+    "Unknown.",
+    "Not enough information.",
+    "The text is silent on this point.",
+    "We are not told.",
+    "It doesn't say.",
+    "The given passage contains no mention of a second marriage.",
+    "There's no way to tell from this passage.",
+    "The passage does not specify how many copies were sold.",
+    "I have no information on that.",
+    "The document does not include the price.",
+    "It is impossible to say from this text.",
+    "From the passage alone, one cannot know.",
+    "The passage doesn't give a reason.",
+    "The answer is not in the passage.",
+    "That isn't clear from the text.",
+    "The reason is not explained.",
+    "There was no mention of any award.",
+    "The passage provides no evidence either way.",
+    "Sorry, the text does not answer this.",
+    "This detail is missing from the passage.",
+)
+
+# More of them, written after the rules, which were not changed for them. The error is theirs.
 ABSTAINING = (
     "The passage does not mention when she was born.",
     "The passage doesn't say why the band split up.",

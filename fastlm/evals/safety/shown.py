@@ -35,7 +35,8 @@ def tables(result: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     several = len(result["models"]) > 1
-    scores = Table(*(["model"] if several else []), "score", box=None)
+    scores = Table(*(["model"] if several else []), box=None)
+    scores.add_column("score", no_wrap=True)
     for heading in ("value", f"{100 * result['confidence']:g} % interval", "items"):
         scores.add_column(heading, justify="right")
     scores.add_column("judge: its error on labelled answers")
