@@ -40,11 +40,11 @@ def planted():
 
 @pytest.fixture(scope="module")
 def texts():
-    """Training texts, of which the first have ``COPIES`` copies, and held-out ones."""
+    """Training texts, of which the first have ``COPIES`` copies, another, and held-out ones."""
     draw = random.Random(0)
     words = "tree river stone bird cloud road house garden letter winter lamp boat".split()
-    made = [" ".join(draw.choice(words) for _ in range(24)) for _ in range(16)]
-    return made[:4], made[4:8], made[8:]
+    made = [" ".join(draw.choice(words) for _ in range(30)) for _ in range(14)]
+    return made[:6], made[6:7], made[7:]
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,9 @@ def membership(bench: Bench) -> list[Score]:
     """
     texts, members = [], []
     for part in ("train", "heldout"):
-        chosen = sample(_texts(bench, part), bench.options.limit, bench.options.seed)
+        # a copy is no item of its own: it would make the interval too narrow
+        different = list(dict.fromkeys(_texts(bench, part)))
+        chosen = sample(different, bench.options.limit, bench.options.seed)
         texts += chosen
         members += [part == "train"] * len(chosen)
 
