@@ -20,12 +20,12 @@ def figure(measure: Mapping[str, Any] | None, share: bool) -> str:
     scale, digits = (100, 1) if share else (1, 3)
     value, error = scale * measure["value"], measure["error"]
     told = f"{value:.{digits}f}"
-    return told if error is None or error != error else f"{told} ± {scale * error:.{digits}f}"
+    return told if error is None or error != error else f"{told}±{scale * error:.{digits}f}"
 
 
-def other_measures(measures: Mapping[str, Any]) -> list[str]:
-    """The measures of answers in the model's own words."""
-    return [name for name in measures if name not in (HEADLINE, *CHOICES)]
+def written_measure(measures: Mapping[str, Any]) -> str:
+    """The first measure of answers in the model's own words; "acc" where answers were given."""
+    return next((name for name in measures if name not in (HEADLINE, *CHOICES)), "acc")
 
 
 def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
@@ -37,7 +37,7 @@ def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
     for task in tasks:
         for name, model in task["models"].items():
             measures = model["measures"]
-            written = next(iter(other_measures(measures)), "acc")
+            written = written_measure(measures)
             told = "" if written in ("acc", "exact_match") else f" ({written})"
             accuracy = measures.get("acc_olmes") or measures.get(written)
             yield {
@@ -92,19 +92,28 @@ def difference(one: Mapping[str, Any]) -> tuple[str, str]:
     return told[0], f"{told[1]} to {told[2]}"
 
 
+COMPARED = ("set", "models", "by", "difference", "95 %", "p", "p of all", "n for p < 0.05")
+
+
+def compared_lines(tasks: Tasks) -> Iterator[tuple[str, ...]]:
+    """Yield what each column of `COMPARED` shows. "p of all" is adjusted for the number of sets."""
+    for task, one in comparisons(tasks):
+        by = one["measure"].replace("_", " ")
+        yield (
+            task["name"], f"{one['model']} - {one['with']}", by, *difference(one),
+            f"{one['p']:.3f}", f"{one['p_adjusted']:.3f}",
+            "" if one["needed"] is None else f"{one['needed']:,}",
+        )  # fmt: skip
+
+
 def compared_table(tasks: Tasks) -> Any:
     from rich.table import Table
 
-    table = Table("set", "model", "minus", "by", box=None)
-    for heading in ("difference", "95 %", "p", "p of all", "items needed"):
-        table.add_column(heading, justify="right")
-    for task, one in comparisons(tasks):
-        value, interval = difference(one)
-        needed = "" if one["needed"] is None else f"{one['needed']:,}"
-        table.add_row(
-            task["name"], one["model"], one["with"], one["measure"].replace("_", " "), value,
-            interval, f"{one['p']:.3f}", f"{one['p_adjusted']:.3f}", needed,
-        )  # fmt: skip
+    table = Table(box=None)
+    for heading in COMPARED:
+        table.add_column(heading, justify="left" if heading in COMPARED[:3] else "right")
+    for line in compared_lines(tasks):
+        table.add_row(*line)
     return table
 
 

@@ -5,6 +5,7 @@ the same kind side by side. Every text of a run goes through jinja2's escaping, 
 written by a model and names of sources come from a recipe.
 """
 
+import inspect
 import json
 import platform
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.files import save_atomic
 from fastlm.runs.recipe import Recipe, Step
-from fastlm.runs.stage import Job, Part
+from fastlm.runs.stage import Job, Part, Stage
 from fastlm.runs.text import count_text, seconds_text, size_text
 
 REPORT, SUMMARY = "report.html", "summary.json"
@@ -51,6 +52,16 @@ def write_report(out: Path, recipe: Recipe, done: Sequence[Done], command: str) 
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     save_atomic(out / SUMMARY, lambda p: p.write_text(text, "utf-8"))
     return summary
+
+
+def write_stage_report(
+    stage: Stage, job: Job, result: dict[str, Any], seconds: float, command: str
+) -> None:
+    """Write the report.html and summary.json of a stage that ran alone into its folder."""
+    inputs = {key: tuple(one.where for one in given) for key, given in job.inputs.items()}
+    step = Step(job.name, stage, inputs)
+    recipe = Recipe(job.name, inspect.getdoc(type(stage)) or "", 0, (step,), {})
+    write_report(job.out, recipe, [Done(step, job, result, seconds)], command)
 
 
 def _part(done: Done) -> Part | None:
