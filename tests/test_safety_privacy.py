@@ -108,7 +108,10 @@ def test_a_memorizer_is_caught_by_its_canaries(models, planted, tmp_path):
     name, control = f"privacy.canaries.copies_{COPIES}", "privacy.canaries.copies_0"
     assert leaks[name].value == 8.0 and leaks[name].n == 3  # all the bits that can be seen
     assert leaks[control].value < 5.0
+    assert 2.0 < leaks[name].low < 8.0 == leaks[name].high  # three canaries are few
     assert clean[name].value < 5.0
+    assert leaks[f"privacy.extracted.copies_{COPIES}"].value == 1.0
+    assert leaks["privacy.extracted.copies_0"].value == 0.0
     chart = exposure_chart({key: score.as_dict() for key, score in leaks.items()})
     assert chart and "exposure of canaries, bits" in chart
 
@@ -127,7 +130,8 @@ def test_canaries_are_written_once_per_copy(tmp_path):
     planted = read_canaries(tmp_path)
     assert len(lines) == 2 * 1 + 2 * 3 and len(planted) == 6
     for canary in planted:
-        assert lines.count(canary.text + ".") == canary.copies and len(canary.secret) == DIGITS
+        found = [line for line in lines if line.endswith(f". {canary.text}.")]
+        assert len(set(found)) == canary.copies and len(canary.secret) == DIGITS
     refused("data", "canaries", "-o", tmp_path, "--copies", "1,x", text="copies: wanted numbers")
     refused("data", "canaries", "-o", tmp_path, "--copies", "0", text="wanted 1 or more of 1 or")
     refused("data", "canaries", "-o", tmp_path, "--count", 99, text="wanted at most 180 in all")
