@@ -74,6 +74,8 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
             typer.echo(shown)
         else:
             Console().print(shown, markup=False, highlight=False)
+        if status := stage.status(result):
+            raise typer.Exit(status)
 
     parameters = [_input(key, takes) for key, takes in cls.reads.items()]
     parameters += [_option(option) for option in options]
