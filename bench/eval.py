@@ -18,6 +18,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -256,19 +257,27 @@ def main() -> None:
     options = parser.parse_args()
     wait_until_quiet(options.busy)
     os.environ |= dict.fromkeys(OFFLINE, "1")
+    packages = ("lm_eval", "transformers", "torch", "datasets")
+    about = {
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "threads": options.threads,
+        "command": " ".join(["python", "bench/eval.py", *sys.argv[1:]]),
+    }
+
+    def keep(rows: Sequence[Any], batches: Mapping[str, Any]) -> None:
+        save(options.json, {"eval": rows, "batch_seconds": batches, **about})
+
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_HOME"] = folder
-        rows, batches = run(options, Path(folder))
+        rows = run(options, Path(folder), keep)
     print(machine())
     print(table(rows))
-    packages = ("lm_eval", "transformers", "torch", "datasets")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    about = {"machine": machine(), "versions": versions, "threads": options.threads}
-    save(options.json, {"eval": rows, "batch_seconds": batches, **about})
 
 
-def run(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    asked = []  # (set, examples, the harness' name)
+def run(options: argparse.Namespace, folder: Path, keep: Callable) -> list[dict[str, Any]]:
+    """Measure all rows; ``keep`` gets those that are done after each."""
+    asked, counts = [], {}  # (set, examples, the harness' name)
     for shots in options.shots:
         for name in options.tasks:
             if name in OPEN and shots != "0" or name == "winogrande" and shots == DRAWN:
@@ -279,6 +288,7 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]]
                 rest = read_task(name, 0, options.limit + 200).questions[options.limit :]
                 drawn = rows_of(replace(task, questions=rest))
             asked.append((name, shots, f"{name}_{shots}"))
+            counts[asked[-1][2]] = len(task.questions)
             write_task(folder, asked[-1][2], task, drawn)
     rows, tried = [], {}
     for dtype in options.dtypes:
@@ -305,17 +315,16 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]]
             if shots != DRAWN and name not in OPEN:
                 found["fastlm eval"] = sides["fastlm eval"](name, int(shots))
                 row["own"] = compared(found["fastlm"], found["fastlm eval"])
-            row["requests"] = len(found["hf"]["logprobs"])
-            per_question = 1 if name in OPEN else row["requests"]
-            row["questions"] = min(options.limit, per_question)
+            row |= {"questions": counts[task], "requests": len(found["hf"]["logprobs"])}
             for side, answer in found.items():
                 row[side] = {k: v for k, v in answer.items() if k not in ("logprobs", "greedy")}
             rows.append(row)
+            keep(rows, tried)
             print(table([row]).splitlines()[-1], flush=True)
         tell_if_busy(others)
         for worker in sides.values():
             worker.stop()
-    return rows, tried
+    return rows
 
 
 if __name__ == "__main__":
