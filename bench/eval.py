@@ -136,10 +136,10 @@ def write_model(folder: Path, dtype: torch.dtype) -> Path:
 def harness_side(kind: str, model: str, dtype: str, tasks: str) -> Callable[..., Answer]:
     """Runs in its process: (task, batch size) -> scores, log-likelihoods, seconds."""
     import lm_eval
+    from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
 
     import fastlm.evals.harness  # noqa: F401 registers itself
-    from lm_eval.api.registry import get_model
 
     lm = get_model(kind)(pretrained=model, dtype=dtype, device="cpu")
     asked = lm.loglikelihood
@@ -222,8 +222,8 @@ def best_batch(worker: Worker, task: str, batches: Sequence[str]) -> tuple[str, 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "| set | examples | dtype | n | score | hf | fastlm | largest difference | hf s | fastlm s |"
-        " faster | processor | fastlm eval |",
+        "| set | examples | dtype | n | score | hf | fastlm | largest difference"
+        " | hf s | fastlm s | faster | processor | fastlm eval |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -280,7 +280,7 @@ def run(options: argparse.Namespace, folder: Path, keep: Callable) -> list[dict[
     asked, counts = [], {}  # (set, examples, the harness' name)
     for shots in options.shots:
         for name in options.tasks:
-            if name in OPEN and shots != "0" or name == "winogrande" and shots == DRAWN:
+            if (name in OPEN and shots != "0") or (name == "winogrande" and shots == DRAWN):
                 continue
             task = read_task(name, 5 if shots == "5" else 0, options.limit)
             drawn: list[dict[str, Any]] = []

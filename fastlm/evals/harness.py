@@ -74,8 +74,9 @@ class FastLM(LM):
             raise InputError(f"model_args: wanted known names, got {', '.join(unknown)}")
         if dtype not in DTYPES:
             raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
-        if tokens < 1 or max_gen_toks < 1:
-            raise InputError("tokens, max_gen_toks: wanted 1 or more")
+        for name, value in (("tokens", tokens), ("max_gen_toks", max_gen_toks)):
+            if value < 1:
+                raise InputError(f"{name}: wanted 1 or more, got {value}")
         del batch_size, max_batch_size  # the harness passes them to every model
         model, own = load_model(
             pretrained, act_bits, keep_quantized=keep_quantized, dtype=DTYPES[dtype]
@@ -103,7 +104,7 @@ class FastLM(LM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        pairs = [request.args for request in requests]
+        pairs: list[Any] = [request.args for request in requests]
         with _bar(len(pairs), "loglikelihood", disable_tqdm) as bar:
 
             def keep(i: int, one: Any) -> None:
@@ -117,13 +118,13 @@ class FastLM(LM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        texts = [text for (text,) in (request.args for request in requests)]
+        texts: list[Any] = [request.args[0] for request in requests]
         with _bar(None, "loglikelihood_rolling", disable_tqdm) as bar:
             found = self.scorer.rolling(texts, each=lambda i, one: bar.update())
         return [one.logprob for one in found]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        asked = [request.args for request in requests]
+        asked: list[Any] = [request.args for request in requests]
         prompts, draws = [], Counter[str]()
         for context, options in asked:
             prompts.append(self._prompt(context, options, draws[context]))
