@@ -2,7 +2,10 @@
 
 import inspect
 import json
+import shlex
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -53,9 +56,15 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
                 out or nowhere, cache=cache, track=view.track if told else silent,
                 on_event=view if told else None, **inputs,
             )  # fmt: skip
+            began = time.perf_counter()
             result = stage.run(job)
             if not told:
                 return
+            if out and optional_out:
+                from fastlm.runs.report import write_stage_report
+
+                took = time.perf_counter() - began
+                write_stage_report(stage, job, result, took, shlex.join(["fastlm", *sys.argv[1:]]))
             shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
         if isinstance(shown, str):
             typer.echo(shown)
