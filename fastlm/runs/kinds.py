@@ -2,6 +2,7 @@
 
 from fastlm.checkpoint.stage import Export
 from fastlm.data.stage import Data, Shards
+from fastlm.evals.safety.stage import Safety
 from fastlm.evals.stage import Eval
 from fastlm.loop.gate import Gate
 from fastlm.loop.stage import Feedback
@@ -29,6 +30,7 @@ KINDS: dict[str, type[Stage]] = {
     "ppo": Ppo,
     "grpo": Grpo,
     "eval": Eval,
+    "safety": Safety,
     "feedback": Feedback,
     "winrate": WinRate,
     "gate": Gate,

@@ -26,6 +26,7 @@ class ChatOptions(TrainOptions):
 
     overlongs: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `overlong`
     rows: ClassVar[str] = "conversations"  # what `data` holds
+    sources_in: ClassVar[tuple[str, ...]] = ("data",)
     form: ClassVar[str] = "sft"  # of `fastlm.loop.build.FORMS`
 
     data: Annotated[

@@ -211,6 +211,7 @@ class Reward(ChatOptions, Stage):
     }
     leaves = {"reward": MODEL}
     scratch = ("checkpoints",)
+    sources_in = ("data", "normalise_on")
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
         "metrics": dict, "parameters": int, "comparisons": int, "heldout": int, "read": int,
