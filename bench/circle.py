@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 import users
 from harness import machine
 from servers import free_port
@@ -45,8 +46,10 @@ NAME = "tiny"  # of the model, for its clients
 LATE, NO_CONSENT, WITHDRAWN = 0.1, 0.1, 0.03
 # Of the tiny model; a larger one wants smaller rates
 TRAINING = (
-    "sft.lr=3e-4", "sft.batch_size=8", "judge.lr=3e-4", "judge.epochs=3", "dpo.lr=1e-4",
-    "dpo.beta=0.1", "winrate.max_new_tokens=80", "winrate.temperature=0.9", "eval.stride=128",
+    "feedback.test=0.2", "feedback.judge=0.25", "sft.lr=1e-3", "sft.batch_size=8",
+    "judge.lr=1e-3", "judge.epochs=4", "dpo.lr=5e-4", "dpo.beta=0.1", "eval.stride=128",
+    "winrate.max_new_tokens=80", "winrate.temperature=0.9", "sft.sample_at=[]",
+    "dpo.sample_at=[]", "sft.validations=1", "dpo.validations=1", "judge.validations=2",
 )  # fmt: skip
 
 
@@ -55,7 +58,7 @@ def served(model: Path, database: Path, log: Path) -> Iterator[httpx.Client]:
     """Context: a client of `fastlm serve` in a process of its own."""
     port = free_port()
     words = [sys.executable, "-m", "fastlm", "serve", "-m", str(model), "--port", str(port)]
-    words += ["--feedback", str(database), "--name", NAME, "--threads", "2"]
+    words += ["--feedback", str(database), "--name", NAME, "--threads", "1"]
     with open(log, "ab") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, cwd=ROOT)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False)
@@ -305,7 +308,7 @@ def main() -> None:
     parser.add_argument("--trusting", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=10, help="per user and round")
+    parser.add_argument("--prompts", type=int, default=12, help="per user and round")
     parser.add_argument("--reviews", type=int, default=8, help="answers of others, per user")
     parser.add_argument("--fresh", type=int, default=300, help="prompts that measure a round")
     parser.add_argument("--seed", type=int, default=1)
@@ -314,7 +317,11 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="this small model is not faster on 2"
+    )
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.conversations:
         rows = [*users.conversations(random.Random(options.seed), options.conversations)]

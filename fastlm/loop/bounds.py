@@ -1,14 +1,9 @@
-"""Bounds on scores (`read_gates`), and the scores of the stages under one set of names."""
+"""The scores of the stages under one set of names, for the gates of `fastlm gate`."""
 
-import math
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import read_text
 
 Score = dict[str, Any]  # value, low, high, n
 
@@ -44,43 +39,4 @@ def scores_of(stage: str, table: Any) -> dict[str, Score]:
                     "value": one["difference"], "low": one["low"], "high": one["high"],
                     "n": one["n"],
                 }  # fmt: skip
-    return found
-
-
-@dataclass(frozen=True)
-class Gate:
-    score: str
-    most: float = math.inf
-    least: float = -math.inf
-
-    def failure(self, scores: Mapping[str, Mapping[str, Any]]) -> str | None:
-        """Return why these scores fail the gate, with the interval; None if they pass."""
-        found = scores.get(self.score)
-        if found is None:
-            return f"{self.score}: not measured"
-        low, high = found["low"], found["high"]
-        measured = f"the interval is {low:.3f} to {high:.3f} ({found['n']} items)"
-        if not high <= self.most:  # also NaN
-            return f"{self.score}: wanted at most {self.most:g}, {measured}"
-        if not low >= self.least:
-            return f"{self.score}: wanted at least {self.least:g}, {measured}"
-        return None
-
-
-def read_gates(path: str | Path) -> list[Gate]:
-    """Read [[gate]] tables with score, max and min. InputError: what is wrong in the file."""
-    try:
-        table = tomllib.loads(read_text(Path(path)))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: wanted TOML: {error}") from None
-    entries = table.get("gate")
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{path}: wanted at least one [[gate]], got none")
-    found = []
-    for entry in entries:
-        score = entry.get("score")
-        bounds = {k: v for k, v in entry.items() if k in ("max", "min")}
-        if not isinstance(score, str) or not bounds or len(entry) != 1 + len(bounds):
-            raise InputError(f"{path}: wanted score with max or min, got {entry!r:.80}")
-        found.append(Gate(score, bounds.get("max", math.inf), bounds.get("min", -math.inf)))
     return found

@@ -12,7 +12,7 @@ learns from, and prompts that nothing learns from, which old and new model answe
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import Annotated, Any
 from fastlm.data.conversations import Message, conversation_of
 from fastlm.data.dedup import DocumentDedup
 from fastlm.data.filter import check_rules, first_failed
+from fastlm.data.forgotten import PROVENANCE
 from fastlm.data.preferences import Comparison, Label, preference_of
 from fastlm.data.prepare import FUNNEL, Funnel
 from fastlm.data.scrub import scrub
 from fastlm.data.sources import printable
 from fastlm.errors import InputError
 from fastlm.files import make_folder, replacing, save_atomic
-from fastlm.loop.judgements import ANONYMOUS, PROVENANCE, Judgement, read_judgements
+from fastlm.loop.judgements import ANONYMOUS, Judgement, read_judgements, withdrawn_keys
 from fastlm.loop.overlap import Overlap
 from fastlm.loop.raters import Rater, rate
 
@@ -99,7 +100,7 @@ def build(
     *,
     options: BuildOptions,
     questions: Overlap | None = None,
-    withdrawn: Callable[[Judgement], bool] = lambda one: False,
+    forgotten: Collection[str] = frozenset(),
     cache: Path,
 ) -> Built:
     """Write the rows of ``databases`` (`read_judgements`) below ``out``: in each of train, judge
@@ -108,7 +109,8 @@ def build(
 
     Args:
         questions: of evaluations, which must not enter.
-        withdrawn: whether the consent to this has been withdrawn.
+        forgotten: keys of what must not enter (`fastlm.data.forgotten`), beside those that the
+            databases keep of withdrawn consent.
 
     InputError: a database or a row that cannot be read, nothing left to learn from.
     """
@@ -118,7 +120,8 @@ def build(
     passed: Counter[str] = Counter()
     found = read_judgements(databases, cache, passed)
     steps.add("gather", found, passed)
-    found = steps.filter("consent", found, lambda one: _not_allowed(one, withdrawn))
+    gone = frozenset(forgotten).union(*map(withdrawn_keys, databases))
+    found = steps.filter("consent", found, lambda one: _not_allowed(one, gone))
     found = steps.filter("rows to train on", found, _refused)
     if options.scrub:
         replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0})
@@ -205,10 +208,10 @@ class _Steps:
         return left
 
 
-def _not_allowed(one: Judgement, withdrawn: Callable[[Judgement], bool]) -> str | None:
+def _not_allowed(one: Judgement, gone: frozenset[str]) -> str | None:
     if one.prompt is None:
         return "no consent to keep the text"
-    return "consent withdrawn" if withdrawn(one) else None
+    return None if gone.isdisjoint(one.forgotten_keys()) else "consent withdrawn"
 
 
 def _refused(one: Judgement) -> str | None:
