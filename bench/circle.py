@@ -4,14 +4,15 @@
     python bench/circle.py --plot docs/circle.png       three rounds, without and with bad users
 
 In each round a real `fastlm serve` answers simulated users (bench/users.py), who post to
-/v1/feedback; `fastlm run recipes/improve.toml` builds rows from the database, trains a new model
-and decides by recipes/gates.toml whether it may replace the old one; if so, the next round is
-served by the new one. Some feedback comes a round late, some without consent to keep the text, some
-consent is withdrawn. Then fresh prompts are asked, and the hidden preference, which nothing else
-sees, says which answers it accepts.
+/v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the database and
+trains a new model, and `fastlm gate` decides by bench/circle_gates.toml whether it may replace the
+old one; if so, the next round is served by the new one. Some feedback comes a round late, some
+without consent to keep the text, some consent is withdrawn. Then fresh prompts are asked, and the
+hidden preference, which nothing else sees, says which answers it accepts.
 
 `--malicious 0 0.1`: the share of users who say the opposite or anything; one circle per share.
-`--trusting` adds the last circle again with every rater trusted, to show what the weights do.
+`--trusting` adds the last circle again with every rater trusted, to show what the weights do. A
+circle whose rounds.json is complete is not run again, so that several processes may run one each.
 """
 
 import argparse
@@ -36,10 +37,12 @@ from harness import machine
 from servers import free_port
 
 from fastlm.evals.statistics import wilson
+from fastlm.loop.gate import Gate
 from fastlm.runs.run import run_recipe
 from fastlm.serve.feedback import FeedbackStore
 
 ROOT = Path(__file__).resolve().parent.parent
+GATES = ROOT / "bench" / "circle_gates.toml"
 SAMPLING = {"max_tokens": 80, "temperature": 0.9}
 CLIENTS = 8
 NAME = "tiny"  # of the model, for its clients
@@ -250,15 +253,16 @@ def improve(out: Path, model: Path, database: Path, base: Path, trusting: bool) 
         f'eval.of=["{model}", "dpo"]', f'eval.data="{base / "data"}"', f'winrate.old="{model}"',
         *TRAINING, *(["feedback.least_weight=0.0"] if trusting else []),
     ]  # fmt: skip
-    summary = run_recipe(
-        ROOT / "recipes" / "improve.toml", out, overrides=sets,
+    results = run_recipe(
+        ROOT / "recipes" / "improve.toml", out, overrides=sets, until="winrate",
         command=" ".join(["fastlm run recipes/improve.toml", *(f"--set '{s}'" for s in sets)]),
-    )  # fmt: skip
-    results = summary["stages"]
+    )["stages"]  # fmt: skip
+    gate = Gate(gates=str(GATES))
+    decision = gate(out / "decision", scores=[out / "winrate", out / "eval"])
     bits = [m["bits_per_byte"] for m in results["eval"]["models"].values()]
     return {
-        "promoted": results["gate"]["promoted"],
-        "why": [g["why"] for g in results["gate"]["gates"] if not g["passed"]],
+        "promoted": decision["promoted"],
+        "why": [g["why"] for g in decision["gates"] if not g["passed"]],
         "rows": results["feedback"]["rows"], "raters": results["feedback"]["raters"],
         "winrate": results["winrate"]["scores"]["rate"],
         "length": results["winrate"]["scores"]["length"],
@@ -337,7 +341,10 @@ def main() -> None:
     for share, trusting in wanted:
         name = f"{100 * share:.0f} % malicious users" + ", all trusted" * trusting
         folder = options.out / (f"malicious-{share:g}" + "-trusted" * trusting)
-        circles[name] = circle(folder.resolve(), base, share, options, trusting=trusting)
+        done = folder / "rounds.json"
+        circles[name] = json.loads(done.read_text()) if done.exists() else []
+        if len(circles[name]) <= options.rounds:
+            circles[name] = circle(folder.resolve(), base, share, options, trusting=trusting)
     if options.plot:
         plot(circles, options.plot)
     print(json.dumps({"circles": circles, "machine": machine(), "load": os.getloadavg()}))
