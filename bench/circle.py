@@ -210,6 +210,7 @@ def circle(
 ) -> list[dict[str, Any]]:
     """Run the rounds; return a row per round, the first of the model before them."""
     out.mkdir(parents=True, exist_ok=True)
+    weights = ["feedback.least_weight=0.0"] if trusting else []
     people = users.users(options.users, malicious, options.seed)
     database, log = out / "feedback.db", out / "serve.log"
     model, late, rows = base / "sft", [], []
@@ -233,7 +234,7 @@ def circle(
             for id in gone:
                 store.forget(id)
         new = out / f"round-{number + 1}"
-        told = improve(new, model, database, base, trusting)
+        told = improve(new, model, database, base, [*weights, *options.sets])
         said_by = Counter(
             kind for body in said.now for kind in ("thumb", "corrected", "preferred_over")
             if kind in body
@@ -248,13 +249,15 @@ def circle(
     return rows
 
 
-def improve(out: Path, model: Path, database: Path, base: Path, trusting: bool) -> dict[str, Any]:
+def improve(
+    out: Path, model: Path, database: Path, base: Path, more: Sequence[str]
+) -> dict[str, Any]:
     """Run the recipe; return what it decided, and the figures of the new model."""
     sets = [
         f'feedback.database=["{database}"]', f'sft.from="{model}"', f'judge.from="{model}"',
         f'eval.of=["{model}", "dpo"]', f'eval.data="{base / "data"}"', f'winrate.old="{model}"',
         f'safety.of=["{model}", "dpo"]',
-        *TRAINING, *(["feedback.least_weight=0.0"] if trusting else []),
+        *TRAINING, *more,
     ]  # fmt: skip
     results = run_recipe(
         ROOT / "recipes" / "improve.toml", out, overrides=sets, until="winrate",
@@ -322,6 +325,7 @@ def main() -> None:
     parser.add_argument(
         "--conversations", type=int, help="only write so many for the base, and end"
     )
+    parser.add_argument("--set", dest="sets", action="append", default=[], help="as of fastlm run")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument(
