@@ -103,15 +103,15 @@ class Case:
 
     setup: code that both the tests and, by copy, the program may use: helpers of a prompt. It runs
         before the tests, in their process; the program gets what the caller writes into it.
-    names: the program's functions that the tests call. They replace those of ``setup``. By default:
-        names that the tests use and neither define nor find in ``setup`` or in Python. A program
-        that is asked for a function called ``sum`` needs them.
+    names: the program's functions that the tests call. They replace those of ``setup`` and of
+        Python, as for a task that asks for ``sum``. Names that the tests use and neither define nor
+        find in ``setup`` or in Python are the program's without being named.
     """
 
     program: str
     tests: str
     setup: str = ""
-    names: Sequence[str] | None = None
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def run_code(
     tests: str,
     *,
     setup: str = "",
-    names: Sequence[str] | None = None,
+    names: Sequence[str] = (),
     limits: Limits = DEFAULT,
     isolated: bool = True,
 ) -> Outcome:
@@ -234,8 +234,7 @@ class _Worker:
 
     def run(self, case: Case) -> Outcome:
         request = {"program": case.program, **asdict(self.limits)}
-        names = None if case.names is None else list(case.names)
-        tests = {"setup": case.setup, "tests": case.tests, "names": names}
+        tests = {"setup": case.setup, "tests": case.tests, "names": list(case.names)}
         parts = [json.dumps(part).encode() for part in (request, tests)]
         assert self.process.stdin is not None
         try:

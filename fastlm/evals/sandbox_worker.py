@@ -243,7 +243,6 @@ class Tests:
 
     def judge(self, tests: dict[str, Any]) -> tuple[str, str]:
         """Return the reason ("passed" if all is well) and one line on it."""
-        names = tests["names"]
         space: dict[str, Any] = {"__name__": "tests"}
         try:
             exec(compile(tests["setup"], "<setup>", "exec"), space)
@@ -252,7 +251,7 @@ class Tests:
             return "tests", f"they cannot be used: {described(error, '<setup>')}"
         try:
             self.receive()  # the program has run
-            for name in called(code, space) if names is None else names:
+            for name in {*tests["names"], *called(code, space)}:
                 space[name] = Remote(self.ask, name)
             exec(compile(code, "<tests>", "exec"), space)
             return "passed", ""
