@@ -144,7 +144,7 @@ def run_code(
     isolated: bool = True,
 ) -> Outcome:
     """Run one program against its tests; see `Case` and the module. `run_all` shares the start of
-    the worker (0.1 s) among programs.
+    the worker (0.07 s) among programs.
 
     InputError: this machine lacks a part of the isolation.
     """
