@@ -119,6 +119,8 @@ def attacks(victim: Path, port: int) -> dict[str, tuple[str, str]]:
             "passed",
         ),
         "endless output": ("import sys\nwhile True: sys.stdout.write('x' * 1000)", "output"),
+        "too much output and a right answer": ("print('x' * 70000, flush=True)\n" + end, "output"),
+        "as much output as is allowed": ("print('x' * 65535, flush=True)\n" + end, "passed"),
         "endless errors": ("import os\nwhile True: os.write(2, b'x' * 1000)", "output"),
         "endless loop": ("while True: pass", "time"),
         "endless loop without signals": (

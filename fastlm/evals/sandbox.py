@@ -11,7 +11,7 @@ Contained (Linux x86-64; `fastlm.evals.sandbox_jail`):
 - Network: a network namespace without interfaces; no call makes a socket but a pair of its own.
 - Files: the root is in memory and read-only and holds Python's standard library. Site packages, the
   user's files and /proc are not there. /tmp is the program's own, of `Limits.disk` bytes.
-- Processes: fork, exec, kill and ptrace are refused by seccomp, which admits some 110 system calls.
+- Processes: fork, exec, kill and ptrace are refused by seccomp, which admits some 120 system calls.
   Threads are counted by RLIMIT_NPROC within the user namespace. When the tests end, so does all
   that runs in the process namespace.
 - Time: processor seconds (a hard RLIMIT_CPU) and seconds by the clock. Memory: RLIMIT_AS. Output is
@@ -40,8 +40,8 @@ no process, no thread, no signal, no file opened for writing; but every file tha
 can be read, answers included.
 
 Rejected: tests in the program's process (it can read them, replace ``print``, ``assert`` and
-``__eq__``, and end with status 0); a container (a daemon, an image, 0.3 s a program); patched
-Python functions as in HumanEval's own runner (any ``ctypes`` call goes round them).
+``__eq__``, and end with status 0); a container (it needs a daemon and an image); patched Python
+functions as in HumanEval's own runner (any ``ctypes`` call goes round them).
 """
 
 import json

@@ -198,6 +198,8 @@ class Keeper:
             output += data
             if not data:
                 break
+        if len(output) > request["output"]:  # also where the verdict came before the last of it
+            reason = "output"
         result = {"reason": "crashed", "detail": "the process of the tests ended without a verdict"}
         if reason == "wall":
             result = {"reason": reason, "detail": f"more than {request['wall']:g} s by the clock"}
