@@ -68,8 +68,9 @@ class Server:
     """A model behind an engine, and how it is served; `app` is the ASGI application.
 
     ``name``: what clients call the model. ``feedback``: where opinions go; None: nowhere.
-    ``content_id``: the hash of the model's files (`fastlm.runs.content_id`). ``ranking``: the store of `fastlm rank` for the page /rank; None: no such page. ``keys`` and
-    ``hosts`` as in `fastlm.serve.gate.Gate`.
+    ``ranking``: the store of `fastlm rank` for the page /rank; None: no such page. ``keys`` and
+    ``hosts`` as in `fastlm.serve.gate.Gate`. ``content_id``: the hash of the model's files
+    (`fastlm.runs.content_id`).
     """
 
     engine: Engine
