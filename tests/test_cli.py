@@ -31,6 +31,7 @@ VERBS = (
     "quantize",
     "export",
     "eval",
+    "safety",
     "generate",
     "chat",
     "merge",
@@ -38,6 +39,8 @@ VERBS = (
     "data",
     "rank",
     "serve",
+    "promote",
+    "rollback",
     "feedback",
 )
 

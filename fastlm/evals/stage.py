@@ -1,36 +1,42 @@
-"""The stage that measures models on held-out text."""
+"""The stage that measures models: bits per byte of held-out text, and question sets."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.files import make_folder, save_atomic
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
+ITEMS = "items"  # the folder of what each model said to each question
+HEADLINE = "bits_per_byte"
 YARDSTICKS = {"xz": "xz -9e", "zstd": "zstd -19"}
 
 
 @dataclass(frozen=True)
 class Eval(Stage):
-    """Measure bits per byte of held-out text. xz -9e and zstd -19 compress the same text for
-    comparison.
+    """Measure models: bits per byte of held-out text (beside xz -9e and zstd -19), and question
+    sets (`fastlm tasks` lists them). Several models are compared with the first on the same
+    questions.
     """
 
     kind = "eval"
     command = ("eval",)
-    version = 2
+    version = 3
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
             several=True, flag="m",
         ),
         "data": Takes(
-            ("corpus", "shards"), "Prepared text, files of text, or a folder of token shards"
+            ("corpus", "shards"), "Prepared text, files of text, or a folder of token shards",
+            optional=True,
         ),
     }  # fmt: skip
     leaves = {"scores": "scores.json"}
+    partial = (ITEMS,)
     result = {"models": dict[str, dict[str, Any]]}
 
     seq_len: Annotated[int | None, "Window; default: the model's context, at most 1024"] = None
@@ -39,9 +45,25 @@ class Eval(Stage):
     document_mask: Annotated[
         bool, "A token's context ends where its document begins, as in pretrain"
     ] = False
+    tasks: Annotated[
+        tuple[str, ...], "Question sets: names, abilities, all, or YAML files (fastlm tasks)"
+    ] = ()
+    limit: Annotated[int | None, "Questions of a set, drawn at random; default: all"] = None
+    samples: Annotated[int, "Answers to each question without given answers (pass@k)"] = 1
+    temperature: Annotated[float, "Of such answers; 0: always the likeliest token"] = 0.0
+    seed: Annotated[int, "Draws questions and answers"] = 0
 
     def check(self) -> None:
-        at_least_one(self, "batch_size")
+        at_least_one(self, "batch_size", "samples")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit: wanted 1 or more, got {self.limit}")
+        if self.temperature < 0:
+            raise InputError(f"temperature: wanted 0 or more, got {self.temperature}")
+        if self.samples > 1 and not self.temperature:
+            raise InputError(
+                f"temperature: wanted more than 0 for {self.samples} samples, got 0: all would be"
+                " the same"
+            )
         for name in ("seq_len", "stride"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}: wanted 1 or more, got {value}")
@@ -55,36 +77,92 @@ class Eval(Stage):
         return {}
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.evals.texts import text_bits_per_byte
         from fastlm.serve.chat import load_model
 
-        (data,) = job.inputs["data"]
+        data = job.optional("data")
+        if data is None and not self.tasks:
+            raise InputError("data: wanted held-out text, or tasks, got neither")
+        tasks = self._tasks(job)
         models: dict[str, dict[str, Any]] = {}
         packed: dict[str, Any] = {}
+        asked: dict[str, Any] = {}
         for source in job.inputs["model"]:
             model, tokenizer = load_model(source.where)
-            result = text_bits_per_byte(
-                model, tokenizer, data.where, seq_len=self.seq_len, stride=self.stride,
-                batch_size=self.batch_size, document_mask=self.document_mask,
-                compressors=not models, cache=job.cache, track=job.track, tell=job.skipped,
-            )  # fmt: skip
-            for key in ("bits_per_byte_xz", "bits_per_byte_zstd", "documents"):
-                if key in result:
-                    packed[key] = result.pop(key)
-            models[source.name] = result
+            if data is not None:
+                result = self._bits(model, tokenizer, data, job, first=not models)
+                for key in ("bits_per_byte_xz", "bits_per_byte_zstd", "documents"):
+                    if key in result:
+                        packed[key] = result.pop(key)
+                models[source.name] = result
+            if tasks:
+                asked[source.name] = self._ask(tasks, model, tokenizer, source, job)
         scores = {**packed, "models": models}
+        if tasks:
+            from fastlm.evals.suite import measured
+            from fastlm.evals.tables import latex
+
+            scores["tasks"] = measured(tasks, asked)
+            table = latex(scores["tasks"])
+            save_atomic(make_folder(job.out) / "scores.tex", lambda p: p.write_text(table, "utf-8"))
         text = json.dumps(scores, indent=1) + "\n"
         save_atomic(make_folder(job.out) / "scores.json", lambda p: p.write_text(text, "utf-8"))
         return scores
+
+    def _bits(
+        self, model: Any, tokenizer: Any, data: Path, job: Job, *, first: bool
+    ) -> dict[str, Any]:
+        from fastlm.evals.texts import text_bits_per_byte
+
+        return text_bits_per_byte(
+            model, tokenizer, data, seq_len=self.seq_len, stride=self.stride,
+            batch_size=self.batch_size, document_mask=self.document_mask, compressors=first,
+            cache=job.cache, track=job.track, tell=job.skipped,
+        )  # fmt: skip
+
+    def _tasks(self, job: Job) -> list[Any]:
+        from fastlm.evals.catalog import load_task, names_of
+
+        return [
+            load_task(name, job.cache).sample(self.limit, self.seed)
+            for name in names_of(self.tasks)
+        ]
+
+    def _ask(
+        self, tasks: Any, model: Any, tokenizer: Any, source: Any, job: Job
+    ) -> list[dict[str, Any]]:
+        from fastlm.evals.scorer import Scorer
+        from fastlm.evals.suite import ask_all, hash_of
+
+        hashed = hash_of(source.where)
+        return ask_all(
+            tasks, Scorer(model, tokenizer), job.out / ITEMS / f"{hashed}", model=hashed,
+            samples=self.samples, temperature=self.temperature, seed=self.seed, track=job.track,
+        )  # fmt: skip
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         del job
         values = {name: model["bits_per_byte"] for name, model in result["models"].items()}
         values |= _compressors(result)
-        return "bits per byte: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+        told = []
+        if values:
+            told.append("bits per byte: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        if tasks := result.get("tasks"):
+            questions = sum(task["questions"] for task in tasks)
+            told.append(f"{len(tasks)} question sets, {questions:,} questions")
+        return "; ".join(told)
 
     def shown(self, result: Mapping[str, Any], job: Job) -> Any:
-        """Return one line per number for one model, a table for several."""
+        """Return one line per number for one model, a table for several and for tasks."""
+        if tasks := result.get("tasks"):
+            from rich.console import Group
+
+            from fastlm.evals.tables import compared_table, task_table
+
+            parts = [_table(result)] if result["models"] else []
+            parts.append(task_table(tasks))
+            if any(task["compared"] for task in tasks):
+                parts.append(compared_table(tasks))
+            return Group(*parts)
         if len(result["models"]) > 1:
             return _table(result)
         (values,) = result["models"].values()
@@ -95,39 +173,74 @@ class Eval(Stage):
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.charts import bits_chart
-        from fastlm.runs.text import size_text
-        from fastlm.train.metrics import METRICS, read_metrics
+        part = _bits_part(job, result) if result["models"] else Part("How well it answers")
+        if tasks := result.get("tasks"):
+            _add_tasks(part, tasks)
+        return part
 
-        models = {name: model["bits_per_byte"] for name, model in result["models"].items()}
-        best = min(models, key=lambda name: models[name])
-        curves = {}
-        for source in job.inputs["model"]:
-            metrics = source.path.parent / METRICS  # next to the model that a training wrote
-            if source.name in models and metrics.is_file():
-                curves[source.name] = read_metrics(metrics)
-        packed = _compressors(result)
-        of = "" if len(models) == 1 else f" ({best})"
-        card = f"bits per byte of unseen text{of}"
-        if packed:
-            gain = 100 * (1 - models[best] / packed["xz -9e"])
-            card += f", {abs(gain):.0f} % {'below' if gain >= 0 else 'above'} xz -9e"
-        size = next(iter(result["models"].values()))["bytes"]
-        documents = f"{result['documents']:,} held-out documents, " if "documents" in result else ""
-        note = (
-            f"{documents}{size_text(size)}. Bits per byte is what a compressor built on the model"
-            " would need; lower is better."
-        )
-        if packed:
-            note += " xz and zstd compress the same text. A bar is the difference to xz."
-        return Part(
-            "How well it predicts text it has never seen",
-            note,
-            charts=[bits_chart(curves, models, packed)] if curves else [],
-            cards=[(f"{models[best]:.3f}", card)],
-            template="eval.html.jinja",
-            values={"bars": bars(models, packed)},
-        )
+
+def _bits_part(job: Job, result: Mapping[str, Any]) -> Part:
+    from fastlm.runs.charts import bits_chart
+    from fastlm.runs.text import size_text
+    from fastlm.train.metrics import METRICS, read_metrics
+
+    models = {name: model["bits_per_byte"] for name, model in result["models"].items()}
+    best = min(models, key=lambda name: models[name])
+    curves = {}
+    for source in job.inputs["model"]:
+        metrics = source.path.parent / METRICS  # next to the model that a training wrote
+        if source.name in models and metrics.is_file():
+            curves[source.name] = read_metrics(metrics)
+    packed = _compressors(result)
+    of = "" if len(models) == 1 else f" ({best})"
+    card = f"bits per byte of unseen text{of}"
+    if packed:
+        gain = 100 * (1 - models[best] / packed["xz -9e"])
+        card += f", {abs(gain):.0f} % {'below' if gain >= 0 else 'above'} xz -9e"
+    size = next(iter(result["models"].values()))["bytes"]
+    documents = f"{result['documents']:,} held-out documents, " if "documents" in result else ""
+    note = (
+        f"{documents}{size_text(size)}. Bits per byte is what a compressor built on the model"
+        " would need; lower is better."
+    )
+    if packed:
+        note += " xz and zstd compress the same text. A bar is the difference to xz."
+    return Part(
+        "How well it predicts text it has never seen",
+        note,
+        charts=[bits_chart(curves, models, packed)] if curves else [],
+        cards=[(f"{models[best]:.3f}", card)],
+        template="eval.html.jinja",
+        values={"bars": bars(models, packed)},
+    )
+
+
+def _add_tasks(part: Part, tasks: Sequence[Mapping[str, Any]]) -> None:
+    """Add question sets to a part of the report."""
+    from fastlm.evals.charts import differences_chart, scores_chart
+    from fastlm.evals.tables import COMPARED, HEADINGS, compared_lines, lines, shown_columns
+
+    rows = list(lines(tasks))
+    columns = shown_columns(rows)
+    compared = list(compared_lines(tasks))
+    charts = [scores_chart(tasks)]
+    if any(one["measure"] == HEADLINE for task in tasks for one in task["compared"]):
+        charts.append(differences_chart(tasks))
+    part.template = "eval.html.jinja"
+    part.values = {
+        **part.values,
+        "headings": [(HEADINGS[key], key in ("set", "model")) for key in columns],
+        "rows": [[row[key] for key in columns] for row in rows],
+        "compared_headings": [(name, i < 3) for i, name in enumerate(COMPARED)],
+        "compared": compared,
+        "task_charts": charts,
+        "sources": [
+            {key: task[key] for key in ("name", "format", "hash", "source", "licence")}
+            for task in tasks
+        ],
+    }
+    questions = sum(task["questions"] for task in tasks)
+    part.cards = [*part.cards, (f"{questions:,}", f"questions of {len(tasks)} sets answered")]
 
 
 def _compressors(result: Mapping[str, Any]) -> dict[str, float]:

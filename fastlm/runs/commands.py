@@ -62,12 +62,20 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
             if not told:
                 return
             if out is not None:
-                _record(stage, job, result, time.perf_counter() - began)
+                took = time.perf_counter() - began
+                _record(stage, job, result, took)
+                if optional_out:
+                    from fastlm.runs.report import write_stage_report
+
+                    command = shlex.join(["fastlm", *sys.argv[1:]])
+                    write_stage_report(stage, job, result, took, command)
             shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
         if isinstance(shown, str):
             typer.echo(shown)
         else:
             Console().print(shown, markup=False, highlight=False)
+        if status := stage.status(result):
+            raise typer.Exit(status)
 
     parameters = [_input(key, takes) for key, takes in cls.reads.items()]
     parameters += [_option(option) for option in options]

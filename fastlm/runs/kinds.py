@@ -2,6 +2,7 @@
 
 from fastlm.checkpoint.stage import Export
 from fastlm.data.stage import Data, Shards
+from fastlm.evals.safety.stage import Safety
 from fastlm.evals.stage import Eval
 from fastlm.quant.stage import Quantize
 from fastlm.runs.stage import Stage
@@ -26,6 +27,7 @@ KINDS: dict[str, type[Stage]] = {
     "ppo": Ppo,
     "grpo": Grpo,
     "eval": Eval,
+    "safety": Safety,
     "quantize": Quantize,
     "export": Export,
 }

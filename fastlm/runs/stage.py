@@ -222,6 +222,11 @@ class Stage:
         """Return what the stage's own command prints: text or a rich renderable."""
         return self.told(result, job)
 
+    def status(self, result: Mapping[str, Any]) -> int:
+        """Return the exit status of the stage's own command."""
+        del result
+        return 0
+
     def report(self, job: Job, result: Mapping[str, Any]) -> Part | None:
         """Return this stage's part of report.html, None if it has none."""
         del job, result

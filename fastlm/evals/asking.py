@@ -1,0 +1,121 @@
+"""Ask a model the questions of a task, in parts whose records are kept."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastlm.evals.results import Record, Results
+from fastlm.evals.scorer import Likelihood, Prompt, Scorer
+from fastlm.evals.task import Choices, Open, Task
+
+# Questions whose records are kept at once. A part that was interrupted is asked again as a whole,
+# in the same batches, so its records have the same bits.
+PART = 64
+
+
+def ask(
+    task: Task,
+    scorer: Scorer,
+    results: Results,
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    tick: Callable[[int], Any] | None = None,
+) -> list[Record]:
+    """Return a record per question, asking those that ``results`` lacks.
+
+    A record has the question's ``id``. Of `Choices`: ``logprob`` per answer in nats, ``bare``
+    without the question, ``cut`` tokens that did not fit. Of `Open`: ``answers``, ``samples`` of
+    them, their ``scores`` by the task's judge, the ``gold`` answer's logprob (None without one).
+
+    Args:
+        temperature: of answers; several samples want more than 0.
+        tick: called with the number of questions that have a record.
+    """
+    questions = task.questions
+    done = len(results.records)
+    if done < len(questions):
+        results.keep(done - done % PART)  # a part that was cut
+    for at in range(len(results.records), len(questions), PART):
+        part = list(questions[at : at + PART])
+        if task.open:
+            records = _ask_open(task, part, scorer, samples, temperature, seed)
+        else:
+            records = _ask_choices(part, scorer)
+        results.add(records)
+        if tick is not None:
+            tick(len(results.records))
+    return results.records
+
+
+def _ask_choices(questions: Sequence[Any], scorer: Scorer) -> list[Record]:
+    pairs = [pair for q in questions for pair in (*q.requests, *q.bare)]
+    found = iter(scorer.loglikelihoods(pairs))
+    return [_choice_record(q, found) for q in questions]
+
+
+def _choice_record(question: Choices, found: Any) -> Record:
+    own = [next(found) for _ in question.requests]
+    record: Record = {"id": question.id, "logprob": [one.logprob for one in own]}
+    if question.bare:
+        record["bare"] = [next(found).logprob for _ in question.bare]
+    if cut := max(one.cut for one in own):
+        record["cut"] = cut
+    return record
+
+
+def _ask_open(
+    task: Task,
+    questions: Sequence[Any],
+    scorer: Scorer,
+    samples: int,
+    temperature: float,
+    seed: int,
+) -> list[Record]:
+    has_template = scorer.tokenizer.chat_template is not None
+    prompts = [
+        Prompt(
+            q.prompt, q.max_new_tokens, q.stop, q.chat and has_template,
+            seed=_seed(seed, q.id, i),
+        )
+        for q in questions
+        for i in range(samples)
+    ]  # fmt: skip
+    written = scorer.generate(prompts, temperature=temperature)
+    asked = [q for q in questions for _ in range(samples)]
+    assert task.judge is not None
+    scores = task.judge([(w.text, q.row) for w, q in zip(written, asked, strict=True)])
+    golds = _golds(questions, scorer, has_template)
+    records = []
+    for i, (q, gold) in enumerate(zip(questions, golds, strict=True)):
+        own = slice(i * samples, (i + 1) * samples)
+        record: Record = {
+            "id": q.id, "answers": [w.text for w in written[own]], "scores": scores[own],
+            "gold": None if gold is None else gold.logprob,
+        }  # fmt: skip
+        if cut := max(w.cut for w in written[own]):
+            record["cut"] = cut
+        records.append(record)
+    return records
+
+
+def _golds(
+    questions: Sequence[Open], scorer: Scorer, has_template: bool
+) -> list[Likelihood | None]:
+    found: list[Likelihood | None] = [None] * len(questions)
+    for chat in (False, True):
+        chosen = [
+            i for i, q in enumerate(questions) if q.gold and (q.chat and has_template) is chat
+        ]
+        pairs = [(questions[i].prompt, questions[i].gold) for i in chosen]
+        scored = scorer.loglikelihoods(pairs, chat=chat)
+        for i, one in zip(chosen, scored, strict=True):
+            found[i] = one
+    return found
+
+
+def _seed(seed: int, id: str, sample: int) -> int:
+    """A seed of its own for each answer, the same in any selection of questions."""
+    text = f"{seed}/{id}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())

@@ -1,0 +1,67 @@
+"""The question sets that `fastlm eval --tasks NAME` knows, by name.
+
+The data is read from packages at run time and is not part of fastlm, or a seeded program makes it.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fastlm.data.generated import SCHEME
+from fastlm.errors import InputError
+from fastlm.evals.listed import Listed
+from fastlm.evals.sets import (
+    code,
+    facts,
+    generators,
+    glue,
+    instructions,
+    long_context,
+    maths,
+    mmlu,
+    olmes,
+    passages,
+)
+from fastlm.evals.task import ABILITIES, Task
+
+SETS: dict[str, Listed] = {
+    **olmes.SETS, **mmlu.SETS, **glue.SETS, **facts.SETS, **passages.SETS, **maths.SETS,
+    **code.SETS, **generators.SETS, **long_context.SETS,
+    **instructions.SETS,
+}  # fmt: skip
+
+
+def names_of(asked: Sequence[str]) -> list[str]:
+    """Return the names of sets that ``asked`` means: an ability stands for its sets, "all" for all
+    of them."""
+    names: list[str] = []
+    for one in asked:
+        if one == "all" or one in ABILITIES:
+            names += [n for n, s in SETS.items() if one in ("all", s.ability)]
+        else:
+            names.append(one)
+    return list(dict.fromkeys(names))
+
+
+def load_task(asked: str, cache: Path) -> Task:
+    """Read the set ``NAME`` or ``NAME:FORMAT``, or ``reasoning-gym:GENERATOR?KEY=VALUE&...``.
+
+    InputError: an unknown name or format, a package that cannot be fetched, damaged data.
+    """
+    name, _, format = asked.partition(":")
+    if name == SCHEME:
+        return generators.ANY.load(asked, format, cache)
+    listed = SETS.get(name)
+    if listed is None:
+        near = difflib.get_close_matches(name, [*SETS, *ABILITIES], n=1, cutoff=0.0)
+        raise InputError(f"task: wanted a name such as {near[0]} (fastlm tasks), got {asked!r:.80}")
+    return listed.load(name, format, cache)
+
+
+def rows() -> Iterator[dict[str, str]]:
+    """Yield what is known about each set: name, ability, formats, licence, source."""
+    for name, s in SETS.items():
+        yield {
+            "name": name, "ability": s.ability, "formats": ", ".join(s.formats),
+            "licence": s.licence, "source": s.source,
+        }  # fmt: skip

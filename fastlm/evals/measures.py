@@ -1,0 +1,133 @@
+"""Numbers from records: what the answers to a task are worth, per question and over all.
+
+A question with given answers is measured in several ways at once, since at up to a billion
+parameters accuracy is near chance while the likelihood of the right answer already tells models
+apart (Olmo 3, arXiv:2512.13961):
+
+    bits_per_byte   -log2 p(right answer) / its bytes, without the space before it; lower is better
+    acc             the likeliest answer is right
+    acc_olmes       the same after OLMES' normalisation of the task: by characters (with the space
+                    before it), or minus the log-likelihood without the question
+    acc_norm        the same, log-likelihood by characters (lm-evaluation-harness)
+    acc_bytes       the same, by bytes (lm-evaluation-harness)
+
+Of n answers that are equally the best, a right one counts 1/n.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastlm.evals.results import Record
+from fastlm.evals.statistics import detectable, mean_error, pass_at_k
+from fastlm.evals.task import Choices, Open, Task
+
+HEADLINE = "bits_per_byte"
+LOWER_IS_BETTER = frozenset({HEADLINE})
+Values = dict[str, np.ndarray]  # measure -> (questions,)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The mean of a measure, its standard error, and the smallest difference to another model that
+    so many questions detect with a chance of 80 %, if the two models' scores are independent.
+    """
+
+    value: float
+    error: float
+    detects: float
+
+
+def values(task: Task, records: Sequence[Record]) -> Values:
+    """Return each measure of each question, in the order of the task."""
+    rows = [
+        _of_open(task, q, r) if isinstance(q, Open) else _of_choices(task, q, r)
+        for q, r in zip(task.questions, records, strict=True)
+    ]
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: np.array([row[name] for row in rows]) for name in names}
+
+
+def _of_choices(task: Task, question: Choices, record: Record) -> dict[str, float]:
+    logprobs, gold = record["logprob"], question.gold
+    answers = [continuation for _, continuation in question.requests]
+    plain = [answer.removeprefix(" ") for answer in answers]
+    by_olmes = logprobs
+    if task.normalisation == "characters":
+        by_olmes = [p / len(a) for p, a in zip(logprobs, answers)]
+    elif task.normalisation == "unconditional":
+        by_olmes = [p - q for p, q in zip(logprobs, record["bare"])]
+    return {
+        HEADLINE: -logprobs[gold] / math.log(2) / max(1, len(plain[gold].encode())),
+        "acc": right(logprobs, gold),
+        "acc_olmes": right(by_olmes, gold),
+        "acc_norm": right([p / max(1, len(a)) for p, a in zip(logprobs, plain)], gold),
+        "acc_bytes": right([p / max(1, len(a.encode())) for p, a in zip(logprobs, plain)], gold),
+    }
+
+
+def right(scores: Sequence[float], gold: int) -> float:
+    """1 if answer ``gold`` has the highest score, 1/n if it shares it with others, else 0."""
+    best = max(scores)
+    return 1 / sum(score == best for score in scores) if scores[gold] == best else 0.0
+
+
+def _of_open(task: Task, question: Open, record: Record) -> dict[str, float]:
+    scores = record["scores"]
+    found = {}
+    if record["gold"] is not None:
+        size = len(question.gold.strip().encode())
+        found[HEADLINE] = -record["gold"] / math.log(2) / max(1, size)
+    for name, judge in task.also.items():
+        others = judge([(answer, question.row) for answer in record["answers"]])
+        found[name] = sum(others) / len(others)
+    if task.metric != "pass":
+        return {**found, task.metric: sum(scores) / len(scores)}
+    passed = sum(score >= 1 for score in scores)
+    for k in (1, 10, 100):
+        if k <= len(scores):
+            found[f"pass@{k}"] = pass_at_k(len(scores), passed, k)
+    return found
+
+
+def summary(task: Task, measured: Values) -> dict[str, Measure]:
+    """Return the mean of each measure with its error."""
+    groups = [q.group or str(i) for i, q in enumerate(task.questions)]
+    clusters = groups if len(set(groups)) < len(groups) else None
+    found = {}
+    for name, each in measured.items():
+        mean = mean_error(each, clusters=clusters)
+        count = len(each)
+        sd = mean.error * math.sqrt(count) if math.isfinite(mean.error) else math.nan
+        found[name] = Measure(mean.mean, mean.error, detectable(count, math.sqrt(2) * sd))
+    return found
+
+
+def parts(task: Task, measured: Values) -> dict[str, dict[str, Any]]:
+    """Return, of each part of the set and of what parts belong to (``task.wider``), the number of
+    questions and the mean of each measure with its standard error."""
+    members: dict[str, list[int]] = {}
+    for i, q in enumerate(task.questions):
+        if q.part:
+            members.setdefault(q.part, []).append(i)
+            if q.part in task.wider:
+                members.setdefault(task.wider[q.part], []).append(i)
+    found = {}
+    for part, rows in sorted(members.items()):
+        means = {name: mean_error(each[rows]) for name, each in measured.items()}
+        told = {
+            name: {"value": m.mean, "error": m.error if math.isfinite(m.error) else None}
+            for name, m in means.items()
+        }
+        found[part] = {"questions": len(rows), "measures": told}
+    return found
+
+
+def as_json(measures: Mapping[str, Measure]) -> dict[str, Any]:
+    return {
+        name: {"value": m.value, "error": m.error, "detects": m.detects}
+        for name, m in measures.items()
+    }

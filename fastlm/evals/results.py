@@ -1,0 +1,102 @@
+"""What a model said to each question of a task, in a file that survives a kill.
+
+The first line tells what was asked of which model; each further line is one question's record.
+Lines are appended a part at a time and synced; a last line that a kill has cut is dropped.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.files import make_folder, write_error
+
+Record = dict[str, Any]
+
+
+class Results:
+    """The records at ``path``, in the order in which they were added.
+
+    Args:
+        about: what makes records comparable: the hash of the questions, the model, the options.
+            A file about something else is refused.
+    """
+
+    def __init__(self, path: str | Path, about: Mapping[str, Any]):
+        self.path, self.about = Path(path), dict(about)
+        self.records: list[Record] = []
+        self._begin = 0  # bytes of the first line
+        self._ends: list[int] = []  # bytes up to the end of each record
+        make_folder(self.path.parent)
+        try:
+            whole = self._read() if self.path.exists() else 0
+            self.file = open(self.path, "r+b" if whole else "wb")
+            self.file.truncate(whole)
+            self.file.seek(whole)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        if not whole:
+            (self._begin,) = self._append([self.about])
+
+    def _read(self) -> int:
+        """Take the whole lines of the file; return their bytes."""
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        end = 0
+        for number, line in enumerate(data[:whole].splitlines(keepends=True), 1):
+            end += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                raise InputError(
+                    f"{self.path}, line {number}: wanted JSON, got {line[:60]!r};"
+                    " remove the file to begin again"
+                ) from None
+            if number > 1:
+                self.records.append(record)
+                self._ends.append(end)
+            elif record == self.about:
+                self._begin = end
+            else:
+                raise InputError(
+                    f"{self.path}: wanted records of {self.about}, got those of {record}; remove"
+                    " the file to begin again"
+                )
+        return whole
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Append records; they are on disk when this returns."""
+        self._ends += self._append(records)
+        self.records += records
+
+    def keep(self, count: int) -> None:
+        """Drop all but the first ``count`` records."""
+        if count < len(self.records):
+            del self.records[count:], self._ends[count:]
+            end = self._ends[-1] if self._ends else self._begin
+            self.file.truncate(end)
+            self.file.seek(end)
+
+    def _append(self, lines: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return where each line ends."""
+        ends, end = [], self.file.tell()
+        try:
+            for line in lines:
+                end += self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                ends.append(end)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        return ends
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

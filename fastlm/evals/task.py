@@ -1,0 +1,123 @@
+"""A set of questions, ready to be asked: what a reader makes of a benchmark's data."""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastlm.errors import InputError
+
+Pair = tuple[str, str]  # a context, and what may follow it
+
+ABILITIES = (
+    "language", "reasoning", "mathematics", "coding", "facts", "instructions", "long context",
+)  # fmt: skip
+# How OLMES (Gu et al. 2024, arXiv:2406.08446) compares the answers to a question
+NORMALISATIONS = ("none", "characters", "unconditional")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A question with given answers, of which ``gold`` is right.
+
+    requests: (context, continuation) per answer.
+    bare: the same continuations after a context without the question; () if none are compared.
+    group: questions with the same passage have the same one; their errors are not independent.
+    part: of the set, such as a subject, that is also measured on its own.
+    """
+
+    id: str
+    requests: tuple[Pair, ...]
+    gold: int
+    bare: tuple[Pair, ...] = ()
+    group: str = ""
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Open:
+    """A question that the model answers in its own words.
+
+    gold: a right answer as it would follow the prompt, for bits per byte; "" if there is none.
+    row: what the set's judge reads.
+    chat: asked through the chat template if the model has one.
+    """
+
+    id: str
+    prompt: str
+    row: Mapping[str, Any]
+    gold: str = ""
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 256
+    chat: bool = False
+    group: str = ""
+    part: str = ""
+
+
+Question = Choices | Open
+# Returns 1 (right) to 0 per answer; gets all answers at once, so that programs run in parallel
+Judge = Callable[[Sequence[tuple[str, Mapping[str, Any]]]], list[float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions of one kind.
+
+    name: as the user named it; ``format`` names the template and the number of examples.
+    source, licence: of the data.
+    normalisation: of answers, in OLMES' convention.
+    judge, metric: of `Open` questions: how answers are scored, and what the score is called.
+    also: other scores of the same answers, by name.
+    wider: part of the set -> what it belongs to, such as the field of a subject.
+    """
+
+    name: str
+    ability: str
+    questions: Sequence[Question]
+    source: str
+    licence: str
+    format: str
+    normalisation: str = "none"
+    judge: Judge | None = field(default=None, compare=False)
+    metric: str = "exact_match"
+    also: Mapping[str, Judge] = field(default_factory=dict, compare=False)
+    wider: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise InputError(f"task {self.name}: wanted at least one question, got none")
+
+    @property
+    def open(self) -> bool:
+        return isinstance(self.questions[0], Open)
+
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of a model that knows nothing; None where answers are not given."""
+        if self.open:
+            return None
+        counts = [len(q.requests) for q in self.questions if isinstance(q, Choices)]
+        return math.fsum(1 / count for count in counts) / len(counts)
+
+    @property
+    def hash(self) -> str:
+        """A hash of all that the model is asked, and of the right answers: equal hashes mean the
+        same data in the same template."""
+        digest = hashlib.sha256()
+        for q in self.questions:
+            if isinstance(q, Choices):
+                told = [q.id, q.requests, q.gold, q.bare]
+            else:
+                told = [q.id, q.prompt, q.gold, q.stop, q.max_new_tokens, q.chat, dict(q.row)]
+            digest.update(json.dumps(told, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()[:16]
+
+    def sample(self, limit: int | None, seed: int) -> "Task":
+        """Return the task with at most ``limit`` questions, drawn at random and in their order."""
+        if limit is None or limit >= len(self.questions):
+            return self
+        chosen = sorted(random.Random(seed).sample(range(len(self.questions)), limit))
+        return replace(self, questions=[self.questions[i] for i in chosen])
