@@ -131,7 +131,7 @@ def test_a_sure_model_is_greedy_where_it_is_sure(tokenizer):
     truth = one_by_one(wide(model), pairs)
     found = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
     assert [one.greedy for one in found] == [greedy for _, greedy in truth]
-    assert sum(one.logprob > -0.5 for one in found) > 5  # the rule is in use
+    assert sum(one.logprob > -0.5 for one in found) >= 3  # the rule is in use
 
 
 def test_each_hears_of_every_pair_and_the_model_stays_as_it_was(tokenizer):
