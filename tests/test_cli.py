@@ -20,6 +20,7 @@ from fastlm.runs.run import run_recipe
 VERBS = (
     "info",
     "run",
+    "runs",
     "pretrain",
     "sft",
     "distill",
@@ -30,6 +31,7 @@ VERBS = (
     "quantize",
     "export",
     "eval",
+    "safety",
     "generate",
     "chat",
     "merge",
@@ -37,6 +39,8 @@ VERBS = (
     "data",
     "rank",
     "serve",
+    "promote",
+    "rollback",
     "feedback",
 )
 

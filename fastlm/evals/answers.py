@@ -5,9 +5,11 @@ An answer is taken as it stands: what follows it must have been cut by the quest
 
 import re
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastlm.evals.latex import final_answer, same
 from fastlm.train.verify import VERIFIERS, number
 
 Asked = Sequence[tuple[str, Mapping[str, Any]]]
@@ -45,6 +47,22 @@ def exact_match(asked: Asked) -> list[float]:
     return scores
 
 
+def f1(asked: Asked) -> list[float]:
+    """The best F1 of the words of the answer's first line with those of a right answer, all
+    `normalized` (SQuAD)."""
+    scores = []
+    for answer, row in asked:
+        words = Counter(normalized((answer.strip().splitlines() or [""])[0]).split())
+        golds = [Counter(normalized(gold).split()) for gold in golds_of(row)]
+        scores.append(max((_f1(words, gold) for gold in golds), default=0.0))
+    return scores
+
+
+def _f1(words: Counter[str], gold: Counter[str]) -> float:
+    shared = (words & gold).total()
+    return 2 * shared / (words.total() + gold.total()) if shared else float(words == gold)
+
+
 def first_word(asked: Asked) -> list[float]:
     """1 if the answer's first word is that of a right answer, both `normalized` (LAMBADA)."""
     scores = []
@@ -58,6 +76,11 @@ def first_word(asked: Asked) -> list[float]:
 def last_number(asked: Asked) -> list[float]:
     """1 if the last number of the answer is that of the row's ``answer`` (GSM8K's rule)."""
     return [number(answer, row) for answer, row in asked]
+
+
+def latex_answer(asked: Asked) -> list[float]:
+    """1 if a solution's final answer is the row's ``answer``, both LaTeX (`fastlm.evals.latex`)."""
+    return [float(same(final_answer(answer), row["answer"])) for answer, row in asked]
 
 
 def generator(asked: Asked) -> list[float]:

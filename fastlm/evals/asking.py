@@ -90,12 +90,13 @@ def _ask_open(
     records = []
     for i, (q, gold) in enumerate(zip(questions, golds, strict=True)):
         own = slice(i * samples, (i + 1) * samples)
-        records.append(
-            {
-                "id": q.id, "answers": [w.text for w in written[own]], "scores": scores[own],
-                "gold": None if gold is None else gold.logprob,
-            }
-        )  # fmt: skip
+        record: Record = {
+            "id": q.id, "answers": [w.text for w in written[own]], "scores": scores[own],
+            "gold": None if gold is None else gold.logprob,
+        }  # fmt: skip
+        if cut := max(w.cut for w in written[own]):
+            record["cut"] = cut
+        records.append(record)
     return records
 
 

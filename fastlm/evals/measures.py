@@ -81,8 +81,11 @@ def _of_open(task: Task, question: Open, record: Record) -> dict[str, float]:
     if record["gold"] is not None:
         size = len(question.gold.strip().encode())
         found[HEADLINE] = -record["gold"] / math.log(2) / max(1, size)
+    for name, judge in task.also.items():
+        others = judge([(answer, question.row) for answer in record["answers"]])
+        found[name] = sum(others) / len(others)
     if task.metric != "pass":
-        return found | {task.metric: sum(scores) / len(scores)}
+        return {**found, task.metric: sum(scores) / len(scores)}
     passed = sum(score >= 1 for score in scores)
     for k in (1, 10, 100):
         if k <= len(scores):
@@ -101,6 +104,28 @@ def summary(task: Task, measured: Values) -> dict[str, Measure]:
         sd = mean.error * math.sqrt(count) if math.isfinite(mean.error) else math.nan
         found[name] = Measure(mean.mean, mean.error, detectable(count, math.sqrt(2) * sd))
     return found
+
+
+def parts(task: Task, measured: Values) -> dict[str, dict[str, Any]]:
+    """Return, of each part of the set and of what parts belong to (``task.wider``), the number of
+    questions and the mean of each measure with its standard error."""
+    members: dict[str, list[int]] = {}
+    for i, q in enumerate(task.questions):
+        if q.part:
+            members.setdefault(q.part, []).append(i)
+            if q.part in task.wider:
+                members.setdefault(task.wider[q.part], []).append(i)
+    found = {}
+    for part, rows in sorted(members.items()):
+        told = {name: told_mean(each[rows]) for name, each in measured.items()}
+        found[part] = {"questions": len(rows), "measures": told}
+    return found
+
+
+def told_mean(each: np.ndarray) -> dict[str, float | None]:
+    """The mean with its standard error, None for one question, as JSON."""
+    mean = mean_error(each)
+    return {"value": mean.mean, "error": mean.error if math.isfinite(mean.error) else None}
 
 
 def as_json(measures: Mapping[str, Measure]) -> dict[str, Any]:

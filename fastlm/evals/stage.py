@@ -1,7 +1,7 @@
 """The stage that measures models: bits per byte of held-out text, and question sets."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ from fastlm.files import make_folder, save_atomic
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 ITEMS = "items"  # the folder of what each model said to each question
+HEADLINE = "bits_per_byte"
 YARDSTICKS = {"xz": "xz -9e", "zstd": "zstd -19"}
 
 
@@ -172,39 +173,74 @@ class Eval(Stage):
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.charts import bits_chart
-        from fastlm.runs.text import size_text
-        from fastlm.train.metrics import METRICS, read_metrics
+        part = _bits_part(job, result) if result["models"] else Part("How well it answers")
+        if tasks := result.get("tasks"):
+            _add_tasks(part, tasks)
+        return part
 
-        models = {name: model["bits_per_byte"] for name, model in result["models"].items()}
-        best = min(models, key=lambda name: models[name])
-        curves = {}
-        for source in job.inputs["model"]:
-            metrics = source.path.parent / METRICS  # next to the model that a training wrote
-            if source.name in models and metrics.is_file():
-                curves[source.name] = read_metrics(metrics)
-        packed = _compressors(result)
-        of = "" if len(models) == 1 else f" ({best})"
-        card = f"bits per byte of unseen text{of}"
-        if packed:
-            gain = 100 * (1 - models[best] / packed["xz -9e"])
-            card += f", {abs(gain):.0f} % {'below' if gain >= 0 else 'above'} xz -9e"
-        size = next(iter(result["models"].values()))["bytes"]
-        documents = f"{result['documents']:,} held-out documents, " if "documents" in result else ""
-        note = (
-            f"{documents}{size_text(size)}. Bits per byte is what a compressor built on the model"
-            " would need; lower is better."
-        )
-        if packed:
-            note += " xz and zstd compress the same text. A bar is the difference to xz."
-        return Part(
-            "How well it predicts text it has never seen",
-            note,
-            charts=[bits_chart(curves, models, packed)] if curves else [],
-            cards=[(f"{models[best]:.3f}", card)],
-            template="eval.html.jinja",
-            values={"bars": bars(models, packed)},
-        )
+
+def _bits_part(job: Job, result: Mapping[str, Any]) -> Part:
+    from fastlm.runs.charts import bits_chart
+    from fastlm.runs.text import size_text
+    from fastlm.train.metrics import METRICS, read_metrics
+
+    models = {name: model["bits_per_byte"] for name, model in result["models"].items()}
+    best = min(models, key=lambda name: models[name])
+    curves = {}
+    for source in job.inputs["model"]:
+        metrics = source.path.parent / METRICS  # next to the model that a training wrote
+        if source.name in models and metrics.is_file():
+            curves[source.name] = read_metrics(metrics)
+    packed = _compressors(result)
+    of = "" if len(models) == 1 else f" ({best})"
+    card = f"bits per byte of unseen text{of}"
+    if packed:
+        gain = 100 * (1 - models[best] / packed["xz -9e"])
+        card += f", {abs(gain):.0f} % {'below' if gain >= 0 else 'above'} xz -9e"
+    size = next(iter(result["models"].values()))["bytes"]
+    documents = f"{result['documents']:,} held-out documents, " if "documents" in result else ""
+    note = (
+        f"{documents}{size_text(size)}. Bits per byte is what a compressor built on the model"
+        " would need; lower is better."
+    )
+    if packed:
+        note += " xz and zstd compress the same text. A bar is the difference to xz."
+    return Part(
+        "How well it predicts text it has never seen",
+        note,
+        charts=[bits_chart(curves, models, packed)] if curves else [],
+        cards=[(f"{models[best]:.3f}", card)],
+        template="eval.html.jinja",
+        values={"bars": bars(models, packed)},
+    )
+
+
+def _add_tasks(part: Part, tasks: Sequence[Mapping[str, Any]]) -> None:
+    """Add question sets to a part of the report."""
+    from fastlm.evals.charts import differences_chart, scores_chart
+    from fastlm.evals.tables import COMPARED, HEADINGS, compared_lines, lines, shown_columns
+
+    rows = list(lines(tasks))
+    columns = shown_columns(rows)
+    compared = list(compared_lines(tasks))
+    charts = [scores_chart(tasks)]
+    if any(one["measure"] == HEADLINE for task in tasks for one in task["compared"]):
+        charts.append(differences_chart(tasks))
+    part.template = "eval.html.jinja"
+    part.values = {
+        **part.values,
+        "headings": [(HEADINGS[key], key in ("set", "model")) for key in columns],
+        "rows": [[row[key] for key in columns] for row in rows],
+        "compared_headings": [(name, i < 3) for i, name in enumerate(COMPARED)],
+        "compared": compared,
+        "task_charts": charts,
+        "sources": [
+            {key: task[key] for key in ("name", "format", "hash", "source", "licence")}
+            for task in tasks
+        ],
+    }
+    questions = sum(task["questions"] for task in tasks)
+    part.cards = [*part.cards, (f"{questions:,}", f"questions of {len(tasks)} sets answered")]
 
 
 def _compressors(result: Mapping[str, Any]) -> dict[str, float]:

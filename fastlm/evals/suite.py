@@ -14,7 +14,7 @@ from fastlm.checkpoint.folder import locate_model
 from fastlm.data.content import Contents
 from fastlm.data.packages import default_cache, model_path
 from fastlm.evals.asking import ask
-from fastlm.evals.measures import HEADLINE, Values, as_json, summary, values
+from fastlm.evals.measures import HEADLINE, Values, as_json, parts, summary, values
 from fastlm.evals.results import Results
 from fastlm.evals.scorer import Scorer
 from fastlm.evals.statistics import compare, holm
@@ -81,6 +81,8 @@ def measured(
             each = as_json(summary(task, result["values"]))
             kept = {k: result[k] for k in ("cut", "seconds") if result.get(k)}
             row["models"][name] = {"measures": each, **kept}
+            if by_part := parts(task, result["values"]):
+                row["models"][name]["parts"] = by_part
         first, *others = own
         row["compared"] = [
             _compared(task, own, name, first, measure)

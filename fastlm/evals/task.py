@@ -26,6 +26,7 @@ class Choices:
     requests: (context, continuation) per answer.
     bare: the same continuations after a context without the question; () if none are compared.
     group: questions with the same passage have the same one; their errors are not independent.
+    part: of the set, such as a subject, that is also measured on its own.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Choices:
     gold: int
     bare: tuple[Pair, ...] = ()
     group: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Open:
     max_new_tokens: int = 256
     chat: bool = False
     group: str = ""
+    part: str = ""
 
 
 Question = Choices | Open
@@ -67,6 +70,8 @@ class Task:
     source, licence: of the data.
     normalisation: of answers, in OLMES' convention.
     judge, metric: of `Open` questions: how answers are scored, and what the score is called.
+    also: other scores of the same answers, by name.
+    wider: part of the set -> what it belongs to, such as the field of a subject.
     """
 
     name: str
@@ -78,6 +83,8 @@ class Task:
     normalisation: str = "none"
     judge: Judge | None = field(default=None, compare=False)
     metric: str = "exact_match"
+    also: Mapping[str, Judge] = field(default_factory=dict, compare=False)
+    wider: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.questions:

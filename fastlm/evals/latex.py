@@ -1,0 +1,106 @@
+"""The final answer of a solution in LaTeX, and whether two answers are the same.
+
+Rules are those of Minerva (Lewkowycz et al. 2022, arXiv:2206.14858, appendix D.1), plus the values
+of plain numbers and fractions. Nothing is evaluated. Rejected: math-verify, which parses with
+sympy: answers of a model can keep a parser busy without end.
+"""
+
+import re
+from fractions import Fraction
+
+_SAID = re.compile(r"final answer is:?\s*(.*?)\.?\s*I hope it is correct", re.I | re.S)
+_TOLD = re.compile(r"answer is:?\s*(.*?)\.?\s*$", re.I | re.M)
+_INLINE = re.compile(r"\$([^$]+)\$")
+# Space, size and style: none of them changes what is meant
+_LAYOUT = re.compile(
+    r"\\(?:left|right|big|Big|bigl|bigr|displaystyle|quad|qquad|limits|dots|ldots)(?![A-Za-z])"
+    r"|\\[!,;: ]|[$\"~]|\{,\}"
+)
+_STYLED = re.compile(r"\\(?:text|mbox|mathrm|mathbf|textbf|textit|boxed|overline)\s*\{([^{}]*)\}")
+_ARTICLE = re.compile(r"^(?:an?|the)\s+(?=[A-Za-z0-9\\])")
+_NAME = re.compile(
+    r"^\\?[A-Za-z]+(?:_\{?\w\}?|\([a-z]\)|\^\{-1\}\([a-z]\))?\s*(?:=|\\in\b)(?=[^=]*$)"
+)
+_BREAK = re.compile(r"\\\\\s*")
+_AND = re.compile(r",?\s*\band\b")
+_DEGREES = re.compile(r"\^\{?\\circ\}?|\\%|%|\\degree")
+_UNITS = re.compile(
+    r"(?<![A-Za-z\\])(?:square|cubic|ways?|integers?|dollars?|cents?|mph|inch(?:es)?|ft|feet|foot"
+    r"|hours?|minutes?|seconds?|days?|km|cm|mm|gm|grams?|meters?|miles?|pounds?|units?|points?"
+    r"|digits?|degrees?|edges?|meals?|students?|multiples?|tickets?|children)(?:\s*\^\{?[23]\}?)?"
+    r"(?![A-Za-z(_^])"
+)
+_BARE = re.compile(r"\\(d|t)frac")
+_FRAC = re.compile(r"\\frac(?:\{([^{}]*)\}|([0-9a-zA-Z]))\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))")
+_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
+_RATIO = re.compile(r"([-+]?)\\frac\{([-+]?\d+)\}\{(\d+)\}|([-+]?\d+)/(\d+)")
+_LONGEST = 1000  # characters of an answer: longer ones are no answers
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last ``\boxed{...}`` or ``\fbox{...}``; None without one."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].partition("box")[2].removeprefix("ed")
+    if not rest.startswith("{"):
+        return rest.strip().partition("$")[0] or None  # \boxed 2
+    depth = 0
+    for i, c in enumerate(rest):
+        depth += (c == "{") - (c == "}")
+        if depth == 0:
+            return rest[1:i]
+    return None  # the brace is not closed
+
+
+def final_answer(text: str) -> str:
+    """The answer of a solution: in Minerva's phrase "the final answer is ... I hope it is correct",
+    else in the last box, else after "answer is", else the last formula; "" if there is none."""
+    if said := _SAID.search(text):
+        answer = said[1].strip()
+        return boxed(answer) or answer
+    if (found := boxed(text)) is not None:
+        return found
+    found = _TOLD.findall(text) or _INLINE.findall(text)
+    return found[-1] if found else ""
+
+
+def normalized(answer: str) -> str:
+    """The answer without layout, units, articles, and the name that it is given by "x =".
+
+    Minerva drops all that is left of the last "=", which makes every equation "... = 0" the same.
+    """
+    text = _BREAK.sub("\n", answer.strip()[:_LONGEST].strip("$ ").rstrip("."))
+    text = _ARTICLE.sub("", _NAME.sub("", text).strip())
+    text = _BARE.sub(
+        r"\\frac", _LAYOUT.sub(" ", text.replace(r"\$", "").replace("\n", r"\newline"))
+    )
+    for _ in range(3):  # styles within styles
+        text = _STYLED.sub(r" \1 ", text)
+    text = _UNITS.sub("", _DEGREES.sub("", _AND.sub(",", text)))
+    text = _FRAC.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
+    text = "".join(_ROOT.sub(r"\\sqrt{\1}", text).split())
+    whole = text.replace(",", "")
+    grouped = re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text)
+    return whole if grouped else text
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two answers are the same: as normalized text, or as numbers."""
+    a, b = normalized(one), normalized(other)
+    if a == b:
+        return bool(a)
+    x, y = _value(a), _value(b)
+    return x is not None and x == y
+
+
+def _value(text: str) -> Fraction | None:
+    if len(text) > 60:
+        return None
+    if _NUMBER.fullmatch(text):
+        return Fraction(text)
+    if (found := _RATIO.fullmatch(text)) and int(found[3] or found[5]):
+        sign = -1 if found[1] == "-" else 1
+        return sign * Fraction(int(found[2] or found[4]), int(found[3] or found[5]))
+    return None

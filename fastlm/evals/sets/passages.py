@@ -1,0 +1,57 @@
+"""Questions about a passage whose right answers need care: DROP (Dua et al. 2019,
+arXiv:1903.00161) and CoQA (Reddy et al. 2019, arXiv:1808.07042), in OLMES' requests.
+
+A right answer of DROP is one span or several; several count as one answer, joined by commas.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from fastlm.errors import InputError
+from fastlm.evals.answers import exact_match, f1
+from fastlm.evals.listed import Listed
+from fastlm.evals.sets.olmes import SOURCE, read_open, request_file
+from fastlm.evals.task import Open, Task
+
+
+def drop(q: Open) -> Open:
+    answers = [", ".join(spans) for spans in q.row["answers"]]
+    # the package's own continuation is the text of a Python tuple
+    return replace(q, row={"label": answers}, gold=f" {answers[0]}", group=q.row["passage"][:200])
+
+
+def coqa(q: Open) -> Open:
+    return replace(q, row={"label": q.row["label"]}, group=q.row["story"][:200])
+
+
+def _read(
+    listed: Listed,
+    name: str,
+    format: str,
+    cache: Path,
+    *,
+    folder: str,
+    make: Callable[[Open], Open],
+) -> Task:
+    path, questions = request_file(folder, format, cache), []
+    for number, q in enumerate(read_open(path, max_new_tokens=24, as_is=True), 1):
+        try:
+            questions.append(make(q))
+        except (KeyError, IndexError, TypeError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise InputError(f"{path}, line {number}: wanted right answers, got {told}") from None
+    return listed.task(name, f"olmes:{format}", questions, judge=exact_match, also={"f1": f1})
+
+
+def _set(
+    ability: str, licence: str, format: str, name: str, make: Callable[[Open], Open]
+) -> Listed:
+    return Listed(ability, licence, (format,), partial(_read, folder=name, make=make), SOURCE)
+
+
+SETS = {
+    "drop": _set("reasoning", "CC-BY-SA-4.0", "bpb_5shot", "drop", drop),
+    "coqa": _set("language", "not stated", "bpb_0shot", "coqa", coqa),
+}
