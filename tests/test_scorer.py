@@ -69,7 +69,7 @@ def one_by_one(model, pairs, limit=None):
     return found
 
 
-def random_pairs(seed=0, count=40, longest=30):
+def random_pairs(seed=0, count=24, longest=30):
     """Questions with several answers, some of them equal, one token long or without a question."""
     draw = random.Random(seed)
     few_shot = [draw.randrange(3, 290) for _ in range(9)]
@@ -250,9 +250,7 @@ def test_answers_depend_on_prompt_and_seed(tokenizer):
     best = scorer.generate(prompts)
     assert best[0].text == best[1].text
     ids = tokenizer.encode("the bird")
-    assert (
-        best[0].text == tokenizer.decode(greedy_tokens(model, ids, 9)).rstrip("�") or best[0].ended
-    )
+    assert not best[0].ended and best[0].text == tokenizer.decode(greedy_tokens(model, ids, 9))
     own = [Prompt("the bird", 9, sampling=Sampling(0.0)), Prompt("the bird", 9, seed=3)]
     assert scorer.generate(own, temperature=1.0) == [best[0], drawn[3]]
 
