@@ -223,10 +223,13 @@ def tasks(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*found[0], box=None)
-    for row in found:
+    table = Table(box=None)
+    for key in found[0]:
+        table.add_column(key, no_wrap=key != "formats", overflow="fold")
+    for row in sorted(found, key=lambda row: ABILITIES.index(row["ability"])):
         table.add_row(*row.values())
-    Console().print(table, markup=False, highlight=False)
+    wide = None if sys.stdout.isatty() else 140
+    Console(width=wide).print(table, markup=False, highlight=False)
 
 
 def _show_facts(facts: dict[str, Any], as_json: bool) -> None:
