@@ -21,6 +21,7 @@ VERBS = (
     "info",
     "tasks",
     "run",
+    "runs",
     "pretrain",
     "sft",
     "distill",
@@ -31,6 +32,7 @@ VERBS = (
     "quantize",
     "export",
     "eval",
+    "safety",
     "generate",
     "chat",
     "merge",
@@ -38,6 +40,8 @@ VERBS = (
     "data",
     "rank",
     "serve",
+    "promote",
+    "rollback",
     "feedback",
 )
 
