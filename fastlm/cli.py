@@ -205,6 +205,33 @@ def info(
     console.print(ops)
 
 
+@app.command(short_help="The question sets that `fastlm eval --tasks` knows.")
+def tasks(
+    ability: Annotated[str | None, typer.Option(help="Only sets of this ability")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+) -> None:
+    """List the question sets: what they ask for, their formats, licences and sources."""
+    from fastlm.evals.catalog import rows
+    from fastlm.evals.task import ABILITIES
+
+    if ability is not None and ability not in ABILITIES:
+        raise InputError(f"ability: wanted one of {', '.join(ABILITIES)}, got {ability!r:.60}")
+    found = [row for row in rows() if ability in (None, row["ability"])]
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for key in found[0]:
+        table.add_column(key, no_wrap=key != "formats", overflow="fold")
+    for row in sorted(found, key=lambda row: ABILITIES.index(row["ability"])):
+        table.add_row(*row.values())
+    wide = None if sys.stdout.isatty() else 140
+    Console(width=wide).print(table, markup=False, highlight=False)
+
+
 def _show_facts(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
@@ -278,12 +305,16 @@ def _stage_commands() -> None:
     from fastlm.data.rank_commands import app as rank_app
     from fastlm.runs.commands import command_of
     from fastlm.runs.kinds import KINDS
+    from fastlm.runs.registry_commands import app as runs_app
+    from fastlm.serve.admin_commands import promote, rollback
     from fastlm.serve.commands import app as feedback_app
     from fastlm.serve.commands import serve
 
     app.command("serve", short_help="Serve a model over HTTP, with a page to chat.")(serve)
+    app.command("promote", short_help="Let another model of a running server answer.")(promote)
+    app.command("rollback", short_help="End a server's canary, or undo its promotion.")(rollback)
     groups = {"data": data_app, "tokenizer": tokenizer_app, "rank": rank_app}
-    groups["feedback"] = feedback_app
+    groups |= {"feedback": feedback_app, "runs": runs_app}
     for group, typed in groups.items():
         app.add_typer(typed, name=group)
     for stage in KINDS.values():

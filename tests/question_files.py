@@ -73,6 +73,7 @@ def always_first(task) -> Known:
 
 def measured(task, scorer: Known, folder: Path) -> dict[str, float]:
     """The mean of each measure."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task.hash}-{len(list(folder.iterdir()))}.jsonl"
     with Results(path, {"task": task.name}) as results:
         records = ask(task, scorer, results)

@@ -14,6 +14,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.serve.app import Server
 from fastlm.serve.engine import Engine
+from fastlm.serve.models import Models, Served
 from fastlm.serve.openai_api import Form
 from fastlm.serve.process import _Process, config_of
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ TEMPLATE = (
 )
 
 
-def tiny_model(context=512):
+def tiny_model(context=512, seed=1):
     """A random model and a tokenizer whose chat template writes tools."""
     tokenizer = Tokenizer.train(TEXT, 320)
     tokenizer.chat_template = TEMPLATE
@@ -42,7 +43,7 @@ def tiny_model(context=512):
         num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=context,
         eos_token_id=tokenizer.eos_id,
     )  # fmt: skip
-    model = CausalLM(config, seed=1).eval()
+    model = CausalLM(config, seed=seed).eval()
     with torch.no_grad():  # tokens differ in likelihood
         model.lm_head.weight.mul_(30)
     return model, tokenizer
@@ -51,16 +52,24 @@ def tiny_model(context=512):
 @contextlib.contextmanager
 def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
             connections=1024, **options):  # fmt: skip
-    """Context: (URL, server), which ends as SIGTERM ends it. ``engine``: options of the engine;
-    ``pause``: seconds that each of its steps takes longer; ``buffer``: bytes that wait in the
-    system for a slow client; ``drain``: seconds that answers may take at the end; ``connections``:
-    how many are served.
+    """Context: (URL, server) with a model. ``engine``: options of the engine; ``pause``: seconds
+    that each of its steps takes longer; for the others see `running`.
     """
     runs = Engine(model, tokenizer, **(engine or {}))
     if pause:
         step = runs.step
         runs.step = lambda: (time.sleep(pause), step())[1]
-    server = Server(runs, model, tokenizer, "tiny", **options)
+    server = Server(Models(Served(runs, model, tokenizer, "tiny")), **options)
+    with running(server, buffer=buffer, drain=drain, connections=connections) as url:
+        yield url, server
+
+
+@contextlib.contextmanager
+def running(server, *, buffer=None, drain=0.0, connections=1024):
+    """Context: the URL of a server, which ends as SIGTERM ends it. ``buffer``: bytes that wait in
+    the system for a slow client; ``drain``: seconds that answers may take at the end;
+    ``connections``: how many are served.
+    """
     runner = _Process(config_of(server, connections, drain), server, drain)
     listening = socket.create_server(("127.0.0.1", 0))
     if buffer:
@@ -72,7 +81,7 @@ def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
         while not runner.started:
             assert thread.is_alive() and time.monotonic() < until
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", server
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
         runner.should_exit = True
         thread.join()
@@ -80,15 +89,17 @@ def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
 
 def script(server, *texts):
     """Let the model of the server answer each request with one of the texts, in turn."""
-    submit, at = server.engine.submit, 0
+    submit, at = server.served.engine.submit, 0
 
     def scripted(request, listener):
         nonlocal at
         form = Form("choice", (texts[at % len(texts)],), "choice")
         at += 1
-        return submit(replace(request, constraint=server.grammars.constraint(form)), listener)
+        return submit(
+            replace(request, constraint=server.served.grammars.constraint(form)), listener
+        )
 
-    server.engine.submit = scripted
+    server.served.engine.submit = scripted
 
 
 def ask(url, body, path="/v1/chat/completions", **headers):

@@ -19,7 +19,9 @@ from fastlm.runs.run import run_recipe
 
 VERBS = (
     "info",
+    "tasks",
     "run",
+    "runs",
     "pretrain",
     "sft",
     "distill",
@@ -38,6 +40,8 @@ VERBS = (
     "data",
     "rank",
     "serve",
+    "promote",
+    "rollback",
     "feedback",
 )
 

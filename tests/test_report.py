@@ -11,7 +11,7 @@ import pytest
 from fastlm.data.prepare import Funnel
 from fastlm.runs.charts import _bits_figure
 from fastlm.runs.recipe import parse_recipe
-from fastlm.runs.report import Done, render_report
+from fastlm.runs.report import Done, command_until, render_report
 from fastlm.runs.stage import Input, Job
 from fastlm.runs.text import count_text, seconds_text, size_text
 from fastlm.train.metrics import read_metrics
@@ -261,3 +261,16 @@ def test_metrics_with_a_line_separator_in_a_sample(tmp_path):
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (step, sample)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     assert read_metrics(tmp_path / "metrics.jsonl") == [step, sample]
+
+
+def test_each_part_names_the_command_that_gives_it(html):
+    page = Page()
+    page.feed(html)
+    text = " ".join(page.text)
+    for name in ("data", "pretrain", "eval", "quantize"):
+        assert f"--until {name}" in text
+    given = "fastlm run r.toml --until 'a b' --out runs/x"
+    assert command_until(given, "eval") == "fastlm run r.toml --out runs/x --until eval"
+    assert command_until("fastlm run r.toml --until=x", "my eval").endswith(
+        "r.toml --until 'my eval'"
+    )

@@ -168,14 +168,14 @@ def test_strict_calls_of_a_model(parallel):
     }  # fmt: skip
     begins = r'Well\. <tool_call>\{"name": "forecast", "arguments": (.|\n)*'
     with serving(model, tokenizer) as (url, server):
-        submit = server.engine.submit
+        submit = server.served.engine.submit
 
         def begin(request, listener):
-            start = server.grammars.constraint(Form("regex", begins, "regex"))
+            start = server.served.grammars.constraint(Form("regex", begins, "regex"))
             both = lambda: Both(request.constraint(), start())  # noqa: E731
             return submit(replace(request, constraint=both), listener)
 
-        server.engine.submit = begin
+        server.served.engine.submit = begin
         for seed in range(4):
             (choice,) = ask(url, {**body, "seed": seed}).json()["choices"]
             call = choice["message"]["tool_calls"][0]["function"]

@@ -7,13 +7,28 @@ import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fastlm.data.generated import SCHEME
 from fastlm.errors import InputError
 from fastlm.evals.listed import Listed
-from fastlm.evals.sets import facts, glue, maths, mmlu, olmes, passages
+from fastlm.evals.own.task import read_task
+from fastlm.evals.sets import (
+    code,
+    facts,
+    generators,
+    glue,
+    instructions,
+    long_context,
+    maths,
+    mmlu,
+    olmes,
+    passages,
+)
 from fastlm.evals.task import ABILITIES, Task
 
 SETS: dict[str, Listed] = {
     **olmes.SETS, **mmlu.SETS, **glue.SETS, **facts.SETS, **passages.SETS, **maths.SETS,
+    **code.SETS, **generators.SETS, **long_context.SETS,
+    **instructions.SETS,
 }  # fmt: skip
 
 
@@ -29,12 +44,22 @@ def names_of(asked: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def is_file(asked: str) -> bool:
+    """Whether a task is named by its file."""
+    return asked.endswith((".yaml", ".yml"))
+
+
 def load_task(asked: str, cache: Path) -> Task:
-    """Read the set ``NAME`` or ``NAME:FORMAT``.
+    """Read the set ``NAME`` or ``NAME:FORMAT``, ``reasoning-gym:GENERATOR?KEY=VALUE&...``, or a
+    task of the user's own in a file (.yaml).
 
     InputError: an unknown name or format, a package that cannot be fetched, damaged data.
     """
+    if is_file(asked):
+        return read_task(asked)
     name, _, format = asked.partition(":")
+    if name == SCHEME:
+        return generators.ANY.load(asked, format, cache)
     listed = SETS.get(name)
     if listed is None:
         near = difflib.get_close_matches(name, [*SETS, *ABILITIES], n=1, cutoff=0.0)

@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any
 
 from fastlm.evals.measures import HEADLINE
-from fastlm.evals.tables import comparisons, written_measure
+from fastlm.evals.tables import comparisons, short_names, written_measure
 from fastlm.runs.charts import (
     BLUE,
     CURVES,
@@ -27,6 +27,7 @@ def scores_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
     """Draw the share of right answers per task and model with its 95 % interval, and chance."""
     figure, axes = _rows([task["name"] for task in tasks], "right answers, %")
     models = list(tasks[0]["models"])
+    short = short_names(models)
     for (i, name), color in zip(enumerate(models), cycle(CURVES if len(models) > 1 else (BLUE,))):
         shift = 0.5 * ((i + 0.5) / len(models) - 0.5)
         points = []
@@ -40,7 +41,14 @@ def scores_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
         if points:
             x, y, half = zip(*points)
             axes.errorbar(
-                x, y, xerr=half, fmt="o", color=color, markersize=4, linewidth=1.2, label=name
+                x,
+                y,
+                xerr=half,
+                fmt="o",
+                color=color,
+                markersize=4,
+                linewidth=1.2,
+                label=short[name],
             )
     known = [(100 * t["chance"], y) for y, t in enumerate(tasks) if t["chance"] is not None]
     if known:
@@ -56,8 +64,9 @@ def differences_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
     base = {t["name"]: t["models"][one["with"]]["measures"][HEADLINE]["value"] for t, one in found}
     names = list(dict.fromkeys(t["name"] for t, _ in found))
     models = list(dict.fromkeys(one["model"] for _, one in found))
-    first = found[0][1]["with"]
-    figure, axes = _rows(names, f"bits per byte of the right answer against {first}, %")
+    short = short_names(list(found[0][0]["models"]))
+    first = short[found[0][1]["with"]]
+    figure, axes = _rows(names, f"bits per byte against {first}, %")
     for (i, name), color in zip(enumerate(models), cycle((ORANGE, *CURVES[1:]))):
         shift = 0.5 * ((i + 0.5) / len(models) - 0.5)
         for t, one in found:
@@ -67,7 +76,7 @@ def differences_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
             if one["low"] is not None:
                 axes.plot([scale * one["low"], scale * one["high"]], [y, y], color=color, lw=1.4)
             axes.plot([scale * one["difference"]], [y], "o", color=color, markersize=4)
-        axes.plot([], [], "o-", color=color, label=name)
+        axes.plot([], [], "o-", color=color, label=short[name])
     axes.axvline(0, color=SOFT, linewidth=1)
     legend(axes)
     return as_svg(figure)

@@ -13,6 +13,17 @@ HEADINGS = {
 }  # fmt: skip
 
 
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names of models without the folders that they have in common: the last words of each path,
+    as many as tell them apart."""
+    parts = {name: name.rstrip("/").split("/") for name in names}
+    for count in range(1, max(map(len, parts.values()), default=1) + 1):
+        short = {name: "/".join(words[-count:]) for name, words in parts.items()}
+        if len(set(short.values())) == len(short):
+            return short
+    return {name: name for name in names}
+
+
 def figure(measure: Mapping[str, Any] | None, share: bool) -> str:
     """A value with its standard error: a share in percent."""
     if measure is None:
@@ -24,8 +35,10 @@ def figure(measure: Mapping[str, Any] | None, share: bool) -> str:
 
 
 def written_measure(measures: Mapping[str, Any]) -> str:
-    """The first measure of answers in the model's own words; "acc" where answers were given."""
-    return next((name for name in measures if name not in (HEADLINE, *CHOICES)), "acc")
+    """The measure of answers in the model's own words: exact match or else the first; "acc" where
+    answers were given."""
+    found = [name for name in measures if name not in (HEADLINE, *CHOICES)]
+    return "exact_match" if "exact_match" in found else next(iter(found), "acc")
 
 
 def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
@@ -35,6 +48,7 @@ def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
     right, and the task says by which measure.
     """
     for task in tasks:
+        short = short_names(list(task["models"]))
         for name, model in task["models"].items():
             measures = model["measures"]
             written = written_measure(measures)
@@ -42,7 +56,7 @@ def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
             accuracy = measures.get("acc_olmes") or measures.get(written)
             yield {
                 "set": task["name"] + told,
-                "model": name,
+                "model": short[name],
                 "questions": f"{task['questions']:,}",
                 HEADLINE: figure(measures.get(HEADLINE), share=False),
                 "acc": figure(measures.get(written), share=True),
@@ -63,7 +77,7 @@ def task_table(tasks: Tasks) -> Any:
     from rich.table import Table
 
     rows = list(lines(tasks))
-    table = Table(box=None)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     columns = shown_columns(rows)
     for key in columns:
         left = key in ("set", "model")
@@ -89,31 +103,44 @@ def difference(one: Mapping[str, Any]) -> tuple[str, str]:
         "" if one[key] is None else f"{scale * one[key]:+.{digits}f}"
         for key in ("difference", "low", "high")
     ]
-    return told[0], f"{told[1]} to {told[2]}"
+    return told[0], f"{told[1]}..{told[2]}"
 
 
-COMPARED = ("set", "models", "by", "difference", "95 %", "p", "p of all", "n for p < 0.05")
+COMPARED = ("set", "model", "by", "difference", "95 %", "p", "p of all", "n needed")
 
 
 def compared_lines(tasks: Tasks) -> Iterator[tuple[str, ...]]:
-    """Yield what each column of `COMPARED` shows. "p of all" is adjusted for the number of sets."""
+    """Yield what each column of `COMPARED` shows: a model minus the first. "p of all" is adjusted
+    for the number of sets; "n needed" are the questions that would show such a difference."""
     for task, one in comparisons(tasks):
-        by = one["measure"].replace("_", " ")
+        measure = str(one["measure"])
+        by = {HEADLINE: "bits/byte", "acc_olmes": "OLMES"}.get(measure, measure)
         yield (
-            task["name"], f"{one['model']} - {one['with']}", by, *difference(one),
-            f"{one['p']:.3f}", f"{one['p_adjusted']:.3f}",
+            task["name"], short_names(list(task["models"]))[one["model"]], by.replace("_", " "),
+            *difference(one), p_value(one["p"]), p_value(one["p_adjusted"]),
             "" if one["needed"] is None else f"{one['needed']:,}",
         )  # fmt: skip
 
 
+def p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def compared_table(tasks: Tasks) -> Any:
+    """A rich table of the models after the first, each minus the first."""
     from rich.table import Table
 
-    table = Table(box=None)
-    for heading in COMPARED:
-        table.add_column(heading, justify="left" if heading in COMPARED[:3] else "right")
+    first, *others = short_names(list(tasks[0]["models"])).values()
+    what = others[0] if len(others) == 1 else "each model"
+    table = Table(
+        box=None, padding=(0, 1, 0, 0), pad_edge=False, title=f"\n{what} minus {first}",
+        title_justify="left",
+    )  # fmt: skip
+    shown = [i for i, name in enumerate(COMPARED) if name != "model" or len(others) > 1]
+    for i in shown:
+        table.add_column(COMPARED[i], justify="left" if i < 3 else "right")
     for line in compared_lines(tasks):
-        table.add_row(*line)
+        table.add_row(*(line[i] for i in shown))
     return table
 
 

@@ -8,7 +8,8 @@ written by a model and names of sources come from a recipe.
 import inspect
 import json
 import platform
-import subprocess
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.files import save_atomic
+from fastlm.machine import commit
 from fastlm.runs.recipe import Recipe, Step
 from fastlm.runs.stage import Job, Part, Stage
 from fastlm.runs.text import count_text, seconds_text, size_text
@@ -102,13 +104,25 @@ def render_report(
         for step, part in parts
         for value, what in part.cards
     ]  # fmt: skip
+    command = summary["command"]
+    commands = {
+        step.name: command_until(command, step.name) if recipe.table else command
+        for step, _ in parts
+    }  # fmt: skip
     return environment.get_template("report.html.jinja").render(
         s=summary,
+        commands=commands,
         recipe=recipe,
         sections=list(sections.values()),
         cards=cards,
         stages=stage_rows({name: s["seconds"] for name, s in summary["stages"].items()}),
     )
+
+
+def command_until(command: str, name: str) -> str:
+    """Return the command that runs a recipe up to the stage ``name``, which gives its numbers."""
+    plain = re.sub(r" --until[ =]('[^']*'|\S+)", "", command)
+    return f"{plain} --until {shlex.quote(name)}"
 
 
 def markup(svg: str) -> Any:
@@ -137,16 +151,4 @@ def machine() -> dict[str, Any]:
     have = info()
     keys = ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python")
     facts = {k: have.get(k) for k in keys}
-    return {**facts, "commit": _commit() or "not a clone", "system": platform.platform()}
-
-
-def _commit() -> str:
-    """Return the commit of the clone this package runs from, "" if there is none or no git."""
-    root = Path(__file__).resolve().parent.parent.parent
-    if not (root / ".git").exists():
-        return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return {**facts, "commit": commit() or "not a clone", "system": platform.platform()}

@@ -35,8 +35,9 @@ class Choice:
 class Answer:
     """The answer to a request: `whole`, or `events`; either one, once.
 
-    ``asked``, ``id`` and ``model`` as the client sees them; ``prompts``: the texts that
-    /v1/completions puts before the answers where it is asked to; ``prompt_tokens``: of all prompts.
+    ``asked``, ``id`` and ``model``, the one that answers, as the client sees them; ``prompts``: the
+    texts that /v1/completions puts before the answers where it is asked to; ``prompt_tokens``: of
+    all prompts.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Answer:
         tokenizer: "Tokenizer",
         prompts: list[str],
         prompt_tokens: int,
+        model: str,
     ):
         self.asked, self.id, self.running, self.tokenizer = asked, id, running, tokenizer
+        self.model = model
         self.chat = isinstance(asked, ChatAsked)
         self.created = int(time.time())
         names: list[str] = []
@@ -149,7 +152,7 @@ class Answer:
         return text
 
     def _head(self, kind: str) -> Event:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.asked.model}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _echoes(self) -> list[str]:
         return [text for text in self.echo for _ in range(self.asked.n)]

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from anyio.to_thread import run_sync
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,38 +20,40 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.data.ranking import RankingStore
-from fastlm.decode.pages import PAGE
 from fastlm.errors import InputError
-from fastlm.serve import opinions, rank_api
+from fastlm.serve import admin_api, opinions, rank_api
 from fastlm.serve.answers import Answer, sse, stopping
+from fastlm.serve.asking import requests_of
 from fastlm.serve.fields import ApiError, checked
 from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, unless_gone
-from fastlm.serve.grammar import Grammars
 from fastlm.serve.metrics import Metrics
+from fastlm.serve.model_metrics import ModelMetrics
+from fastlm.serve.models import Models, Served, Turn
+from fastlm.serve.monitor import routes as dashboard
 from fastlm.serve.openai_api import (
     Asked,
     ChatAsked,
-    TextAsked,
+    EmbedAsked,
     chat_asked,
     embed_asked,
     text_asked,
 )
 from fastlm.serve.openapi import openapi
-from fastlm.serve.prompts import Prompts
-from fastlm.serve.requests import Closed, QueueFull, Request
-from fastlm.serve.running import Engine, Running, Shares
+from fastlm.serve.requests import Closed, QueueFull
+from fastlm.serve.running import Running, Shares
 from fastlm.serve.said import Kept
 
 READERS = 8
 
 if TYPE_CHECKING:
-    from fastlm.model.causal_lm import CausalLM
     from fastlm.serve.feedback import FeedbackStore
-    from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.serve.monitor.monitor import Monitor, Settings
+    from fastlm.serve.ratings import Rating
+    from fastlm.serve.switch import Switch
 
 T = TypeVar("T")
+Keep = Callable[[Answer], None]
 FILES = Path(__file__).with_name("page")
-MOST_LOGPROBS = 2**18  # in one response: about 30 MB
 MOST_EMBEDDED = 2**17  # tokens of one request to /v1/embeddings
 TYPES = {
     ".html": "text/html",
@@ -65,32 +65,30 @@ TYPES = {
 
 @dataclass
 class Server:
-    """A model behind an engine, and how it is served; `app` is the ASGI application.
+    """Models, and how they are served; `app` is the ASGI application.
 
-    ``name``: what clients call the model. ``feedback``: where opinions go; None: nowhere.
-    ``ranking``: the store of `fastlm rank` for the page /rank; None: no such page. ``keys`` and
-    ``hosts`` as in `fastlm.serve.gate.Gate`.
+    ``feedback``: where opinions and measures go; None: nowhere. ``monitoring``: what is measured of
+    answers; None: the defaults. ``ranking``: the store of `fastlm rank` for the page /rank; None:
+    no such page. ``keys`` and ``hosts`` as in `fastlm.serve.gate.Gate`.
+    ``switch``: what changes the models, for those with one of the keys ``admins``; None: nothing.
     """
 
-    engine: Engine
-    model: "CausalLM"
-    tokenizer: "Tokenizer"
-    name: str
+    models: Models
     limits: Limits = field(default_factory=Limits)
     keys: Sequence[str] = ()
     hosts: frozenset[str] | None = None
     feedback: "FeedbackStore | None" = None
     ranking: Path | None = None
+    switch: "Switch | None" = None
+    admins: Sequence[str] = ()
+    monitoring: "Settings | None" = None
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.engine.stats)
+        self.metrics = Metrics(self.models.stats)
+        self.monitor = None if self.feedback is None else _monitor(self.feedback, self)
         several = len(self.keys) > 1  # clients; without keys all are of this machine
-        self.shares = Shares(max(1, self.engine.max_waiting // 2) if several else None)
-        # a cache smaller than the context bounds a request, too
-        self.context_limit = min(self.engine.context_limit, self.engine.stats().pages * PAGE)
-        self.prompts = Prompts(self.tokenizer, self.context_limit)
-        self.grammars = Grammars(self.tokenizer, self.model.config)
-        self.started, self.stopping = int(time.time()), False
+        self.shares = Shares(max(1, self.served.engine.max_waiting // 2) if several else None)
+        self.stopping = False
         # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB.
         # More than processors, since some wait for a chat template.
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="fastlm-reader")
@@ -104,6 +102,8 @@ class Server:
             Route("/v1/models", self._models, methods=get),
             Route("/v1/models/{id:path}", self._model, methods=get),
             Route("/v1/feedback", partial(opinions.give, self), methods=post),
+            Route("/dashboard", self._page("dashboard.html"), methods=get),
+            Route("/dashboard/data", partial(dashboard.data, self), methods=get),
             Route("/health", self._health, methods=get),
             Route("/ready", self._ready, methods=get),
             Route("/metrics", self._metrics, methods=get),
@@ -118,10 +118,13 @@ class Server:
         if self.ranking is not None:
             routes += [Route("/rank", self._page("rank.html"), methods=get)]
             routes += rank_api.routes(self, self.ranking)
+        if self.switch is not None:
+            routes += admin_api.routes(self, self.switch, self.admins)
+            self.metrics.add(ModelMetrics(self.models, self.switch))
         paths = frozenset(route.path for route in routes)
         gate = Middleware(
-            Gate, metrics=self.metrics, limits=self.limits, keys=self.keys, hosts=self.hosts,
-            paths=paths,
+            Gate, metrics=self.metrics, limits=self.limits, hosts=self.hosts, paths=paths,
+            keys=[*self.keys, *self.admins] if self.keys else (),
         )  # fmt: skip
         self.app = Starlette(
             routes=routes, middleware=[gate], lifespan=self._lifespan,
@@ -129,14 +132,28 @@ class Server:
         )  # fmt: skip
         self.app.router.redirect_slashes = False
 
+    @property
+    def ratings(self) -> Sequence["Rating"]:
+        """The numbers that people may give."""
+        return () if self.monitor is None else self.monitor.settings.ratings
+
+    @property
+    def served(self) -> Served:
+        """The model that answers to the server's name."""
+        return self.models.current
+
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        self.engine.start()
+        self.models.start()
+        if self.monitor is not None:
+            self.monitor.start()
         yield
-        if not self.stopping:  # else who has set it closes the engine
+        if not self.stopping:  # else who has set it closes the engines
             self.stopping = True
-            self.engine.close()
+            self.models.close()
         self._readers.shutdown(wait=False)
+        if self.monitor is not None:
+            await run_sync(self.monitor.close)
         log("stopped")
 
     async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -149,89 +166,69 @@ class Server:
         async def complete(http: HttpRequest) -> Response:
             asked = checked(read, await self.body(http))
             kept = self._kept(asked)
-            prompts, echoes, requests = await self._read(self._requests, http, asked)
-            chat = isinstance(asked, ChatAsked)
-            id = f"{'chatcmpl' if chat else 'cmpl'}-{http.state.id}"
-            http.state.told["prompt_tokens"] = count = sum(map(len, prompts))
-            for prompt in prompts:
-                self.metrics.prompt_length.observe(len(prompt))
-            with _refusals():
-                running = Running(self.engine, requests, self.metrics, self.shares)
-            answer = Answer(asked, id, running, self.tokenizer, echoes, count)
-            if asked.stream:
-                return Events(self, answer, kept, http.state.told)
+            turn = self.models.turn(asked, http.state.client)
             try:
-                body = await unless_gone(http.receive, answer.whole())
-                if kept is not None:
-                    await run_sync(kept, answer)
+                answer = await self._begin(http, asked, turn)
+            except BaseException:
+                turn.end()
+                raise
+            if asked.stream:
+                return Events(self, answer, turn, kept, http.state.told)
+            try:
+                body = await unless_gone(http.receive, self._whole(answer, turn, kept))
             finally:
-                running.close()
+                answer.running.close()
+                turn.end()
             _tell(http.state.told, answer)
             return Response(body, media_type="application/json")
 
         return complete
 
-    def _requests(
-        self, http: HttpRequest, asked: Asked
-    ) -> tuple[list[list[int]], list[str], list[Request]]:
-        """The prompts, their texts for an echo, and what the engine is asked for. Takes a while."""
-        self.check_model(asked.model)
-        most = self.limits.new_tokens or self.context_limit
-        if (asked.max_new_tokens or 0) > most and self.limits.new_tokens is not None:
-            raise ApiError(
-                f"max_tokens: wanted at most {most}, got {asked.max_new_tokens}", param="max_tokens"
-            )
-        echoes: list[str] = []
-        if isinstance(asked, ChatAsked):
-            prompts = [self.prompts.chat(asked)]
-        else:
-            assert isinstance(asked, TextAsked)
-            prompts = [self.prompts.text(prompt) for prompt in asked.prompts]
-            for given in asked.prompts if asked.echo else ():
-                text = given if isinstance(given, str) else self.tokenizer.decode(given)
-                echoes.append(text)
-        # a padded model has more
-        vocab = min(self.tokenizer.vocab_size, self.model.config.vocab_size)
-        for name, ids in (
-            ("logit_bias", [id for id, _ in asked.sampling.logit_bias]),
-            ("stop_token_ids", asked.stop_ids),
-        ):
-            if ids and max(ids) >= vocab:
-                raise ApiError(
-                    f"{name}: wanted token ids below {vocab}, got {max(ids)}", param=name
-                )
-        constraint = None if asked.form is None else self.grammars.constraint(asked.form)
-        requests = [
-            Request(
-                prompt,
-                max_new_tokens=min(
-                    asked.max_new_tokens or most, most, self.context_limit - len(prompt)
-                ),
-                sampling=asked.sampling,
-                # choice i of seed s is that of a single request with seed s + i
-                seed=None if asked.seed is None else (asked.seed + i) % 2**63,
-                stop=asked.stop,
-                stop_ids=asked.stop_ids,
-                ignore_eos=asked.ignore_eos,
-                logprobs=asked.logprobs,
-                constraint=constraint,
-                deadline=self.limits.answer_seconds,
-                client=http.state.client,  # not its `user`, of which it may make up many
-            )
-            for prompt in prompts
-            for i in range(asked.n)
-        ]
-        if asked.logprobs is not None:
-            count = sum(request.max_new_tokens for request in requests) * (asked.logprobs + 1)
-            if count > MOST_LOGPROBS:
-                raise ApiError(
-                    f"logprobs: wanted at most {MOST_LOGPROBS} in one request, got up to {count}:"
-                    " answers x max_tokens x (top_logprobs + 1)",
-                    param="logprobs",
-                )
-        return prompts, echoes, requests
+    async def _begin(self, http: HttpRequest, asked: Asked, turn: Turn) -> Answer:
+        """Submit a request, to the current model if the canary refuses it."""
+        id = f"{'chatcmpl' if isinstance(asked, ChatAsked) else 'cmpl'}-{http.state.id}"
+        try:
+            return await self._submit(http, asked, turn, id)
+        except ApiError:
+            if not turn.fall_back():
+                raise
+        answer = await self._submit(http, asked, turn, id)
+        await turn.refused(id)
+        return answer
 
-    def _kept(self, asked: Asked) -> "Callable[[Answer], None] | None":
+    async def _submit(self, http: HttpRequest, asked: Asked, turn: Turn, id: str) -> Answer:
+        served, told = turn.served, http.state.told
+        prompts, echoes, requests = await self._read(
+            requests_of, served, asked, self.limits, http.state.client
+        )
+        told["model"], told["prompt_tokens"] = served.name, sum(map(len, prompts))
+        lengths = [len(prompt) for prompt in prompts]
+        seen = None
+        if self.monitor is not None:  # the gate tells it the end
+            seen = http.state.seen = self.monitor.seen(asked, served.name, id, lengths)
+        with _refusals():
+            running = Running(served.engine, requests, self.metrics, self.shares)
+        for length in lengths:
+            self.metrics.prompt_length.observe(length)
+        answer = Answer(
+            asked, id, running, served.tokenizer, echoes, told["prompt_tokens"], served.name
+        )
+        if seen is not None:
+            seen.answer = answer
+        return answer
+
+    async def _whole(self, answer: Answer, turn: Turn, kept: Keep | None) -> bytes:
+        try:
+            body = await answer.whole()
+        except Exception as error:
+            await turn.failed(answer.id, error)
+            raise
+        await turn.answered(answer)
+        if kept is not None:
+            await run_sync(kept, answer)
+        return body
+
+    def _kept(self, asked: Asked) -> Keep | None:
         """What stores the answer once it is known, where the user consents."""
         if not isinstance(asked, ChatAsked) or not asked.store:
             return None
@@ -244,7 +241,7 @@ class Server:
             choices = answer.messages()
             store.keep(
                 Kept(
-                    answer.id, self.name, asked.messages, choices, asked.tools,
+                    answer.id, answer.model, asked.messages, choices, asked.tools,
                     asked.conversation_id,
                 )
             )  # fmt: skip
@@ -255,10 +252,15 @@ class Server:
 
     async def _embed(self, http: HttpRequest) -> Response:
         asked = checked(embed_asked, await self.body(http))
-        self.check_model(asked.model)
+        turn = self.models.turn(asked, http.state.client)
+        try:
+            return await self._embedded(http, asked, turn.served)
+        finally:
+            turn.end()
 
+    async def _embedded(self, http: HttpRequest, asked: EmbedAsked, served: Served) -> Response:
         def encode() -> list[list[int]]:
-            return [self.prompts.text(text, "input", room=0) for text in asked.inputs]
+            return [served.prompts.text(text, "input", room=0) for text in asked.inputs]
 
         inputs = await self._read(encode)
         http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
@@ -272,7 +274,7 @@ class Server:
 
         async def one(ids: list[int]) -> np.ndarray:
             with _refusals():
-                future = self.engine.call(partial(self._embedding, ids), client)
+                future = served.engine.call(partial(served.embedding, ids), client)
             try:
                 return await asyncio.wrap_future(future)
             except asyncio.CancelledError:
@@ -302,39 +304,28 @@ class Server:
             for i, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": self.name, "usage": usage})
+        return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": usage})
 
-    @torch.inference_mode()
-    def _embedding(self, ids: list[int]) -> np.ndarray:
-        """The mean of the last layer's output over the tokens, of length 1; float32."""
-        hidden = self.model.hidden(torch.tensor([ids], device=self.model.device))[0].float()
-        vector = torch.nn.functional.normalize(hidden.mean(0), dim=0)
-        return vector.cpu().numpy().astype("<f4")
-
-    def check_model(self, name: str) -> None:
-        if name != self.name:
-            raise ApiError(
-                f"model: wanted {self.name!r}, got {name!r:.80}", status=404, param="model",
-                code="model_not_found",
-            )  # fmt: skip
-
-    def _described(self) -> dict[str, Any]:
+    def _described(self, name: str) -> dict[str, Any]:
+        served = self.models.named(name)
         own = {
-            "context_limit": self.context_limit,
-            "chat": self.tokenizer.chat_template is not None,
+            "context_limit": served.context_limit,
+            "chat": served.tokenizer.chat_template is not None,
             "feedback": self.feedback is not None,
+            "content_id": served.digest or None,
+            "metrics": [rating.row() for rating in self.ratings],
         }
         return {
-            "id": self.name, "object": "model", "created": self.started, "owned_by": "fastlm",
+            "id": name, "object": "model", "created": served.created, "owned_by": "fastlm",
             "fastlm": own,
         }  # fmt: skip
 
     async def _models(self, _: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._described()]})
+        data = [self._described(name) for name in self.models.names]
+        return JSONResponse({"object": "list", "data": data})
 
     async def _model(self, http: HttpRequest) -> Response:
-        self.check_model(http.path_params["id"])
-        return JSONResponse(self._described())
+        return JSONResponse(self._described(http.path_params["id"]))
 
     # ---- the rest
 
@@ -356,7 +347,7 @@ class Server:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, _: HttpRequest) -> Response:
-        return JSONResponse(openapi(self.ranking is not None))
+        return JSONResponse(openapi(self.ranking is not None, self.switch is not None))
 
     def _page(self, name: str) -> Any:
         file = FILES / name
@@ -374,9 +365,11 @@ class Server:
 class Events(Response):
     """A streamed answer. Ends in "[DONE]", or in an event with an error."""
 
-    def __init__(self, server: Server, answer: Answer, kept: Any, told: dict[str, Any]):
-        self.server, self.answer, self.kept, self.told = server, answer, kept, told
-        self.background = None
+    def __init__(
+        self, server: Server, answer: Answer, turn: Turn, kept: Keep | None, told: dict[str, Any]
+    ):
+        self.server, self.answer, self.turn, self.kept = server, answer, turn, kept
+        self.told, self.background = told, None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = [
@@ -389,6 +382,7 @@ class Events(Response):
             await unless_gone(receive, self._write(send))
         finally:
             self.answer.running.close()
+            self.turn.end()
             _tell(self.told, self.answer)
 
     async def _write(self, send: Any) -> None:
@@ -396,8 +390,15 @@ class Events(Response):
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
         try:
-            async for event in self.answer.events():
-                await write(sse(event))
+            try:
+                async for event in self.answer.events():
+                    await write(sse(event))
+            except Gone:
+                raise
+            except Exception as error:
+                await self.turn.failed(self.answer.id, error)
+                raise
+            await self.turn.answered(self.answer)
             if self.kept is not None:
                 await run_sync(self.kept, self.answer)
             await write(sse("[DONE]"))
@@ -409,6 +410,12 @@ class Events(Response):
             self.told["error"] = error.code or error.kind
             await write(sse(error.body()))
         await write(b"", False)
+
+
+def _monitor(store: "FeedbackStore", server: Server) -> "Monitor":
+    from fastlm.serve.monitor.monitor import Monitor, Settings
+
+    return Monitor(store, server.monitoring or Settings(), server.metrics.registry)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from fastlm.tokenizer import chat_template
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEYS_VARIABLE = "FASTLM_API_KEYS"
+ADMIN_KEYS_VARIABLE = "FASTLM_ADMIN_KEYS"
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 app = typer.Typer(
@@ -41,6 +42,21 @@ def serve(
         str | None,
         typer.Option(help="Keep feedback in this SQLite file, or in postgresql://USER@HOST/NAME"),
     ] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(help="TOML: numbers that people may give with --feedback (docs/serving.md)"),
+    ] = None,
+    alerts: Annotated[
+        Path | None,
+        typer.Option(help="TOML: rules for alerts about what --feedback measures of answers"),
+    ] = None,
+    measure_days: Annotated[
+        float, typer.Option(min=1.0, help="Days that measures of answers are kept")
+    ] = 90.0,
+    measure_rows: Annotated[
+        int,
+        typer.Option(min=0, max=10**7, help="Measures kept at most; 0: nothing is measured"),
+    ] = 100_000,
     rank: Annotated[
         Path | None, typer.Option(help="A store of `fastlm rank`, ranked at /rank")
     ] = None,
@@ -106,6 +122,48 @@ def serve(
         float, typer.Option(min=0.0, help="Seconds that answers may take to end after SIGTERM")
     ] = 30.0,
     act_bits: Annotated[int | None, typer.Option(help="As for generate")] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(
+            help="A model that may take over: it answers --share of the conversations until a test"
+            " promotes it or rolls it back (with --feedback)"
+        ),
+    ] = None,
+    share: Annotated[float, typer.Option(help="Of the conversations, for --canary")] = 0.1,
+    canary_metric: Annotated[
+        str,
+        typer.Option(
+            help="What is a success: thumb (up), pick (preferred over the other model's answer),"
+            " stop (the answer ended by itself)"
+        ),
+    ] = "thumb",
+    canary_rule: Annotated[
+        str,
+        typer.Option(
+            help="superiority: promote a canary that is better; non-inferiority: one that is worse"
+            " by less than --canary-margin"
+        ),
+    ] = "superiority",
+    canary_margin: Annotated[float, typer.Option(help="Of the success rate")] = 0.05,
+    canary_alpha: Annotated[
+        float, typer.Option(help="Chance of a promotion that the rule does not want")
+    ] = 0.05,
+    canary_most: Annotated[
+        int, typer.Option(help="Outcomes after which the old model stays")
+    ] = 5000,
+    models_dir: Annotated[
+        Path | None, typer.Option(help="`fastlm promote` may load models below this folder")
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="What was decided, for the next start; default: next to the --feedback file"
+        ),
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None,
+        typer.Option(help=f"Keys that may promote and roll back; or in {ADMIN_KEYS_VARIABLE}"),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI's API, with a page to chat at /.
@@ -114,10 +172,28 @@ def serve(
     running answers have ended. docs/serving.md has the API and the limits.
     """
     keys = read_keys(api_key_file)
+    admins = read_keys(admin_key_file, "admin_key_file", ADMIN_KEYS_VARIABLE)
+    if admins and not keys:
+        raise InputError("admin_key_file: wanted API keys, too (--api-key-file), got none")
     if host not in LOOPBACK and not keys:
         raise InputError(f"host: wanted API keys (--api-key-file) to listen on {host}, got none")
     if kv_dtype not in (None, *KV_DTYPES):
         raise InputError(f"kv_dtype: wanted {', '.join(KV_DTYPES)}, got {kv_dtype!r:.80}")
+    for option, file in (("metrics", metrics), ("alerts", alerts)):
+        if file is not None and feedback is None:
+            raise InputError(f"{option}: wanted with --feedback, which has none")
+    plan = None
+    if canary is not None:
+        if feedback is None:
+            raise InputError("canary: wanted --feedback, where its outcomes are kept, got none")
+        from fastlm.serve.plan import Plan
+
+        plan = Plan(share, canary_metric, canary_rule, canary_margin, canary_alpha, canary_most)
+    changes = canary is not None or models_dir is not None
+    if changes and state is None:
+        if feedback is None or "://" in feedback:
+            raise InputError("state: wanted a file for what is decided (--state), got none")
+        state = Path(f"{feedback}.models.json")
     chat_template.begin()
     try:
         with imports():
@@ -129,21 +205,25 @@ def serve(
             f"serve: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
         ) from None
     process.run(
-        model, host=host, port=port, name=name, feedback=feedback, rank=rank, keys=keys,
+        model, host=host, port=port, name=name, feedback=feedback, metrics=metrics, alerts=alerts,
+        measure_days=measure_days, measure_rows=measure_rows, rank=rank, keys=keys,
         allow_host=allow_host or [], max_new_tokens=max_new_tokens, max_body=max_body,
         max_waiting=max_waiting, max_rows=max_rows, max_length=max_length, pages=pages,
         kv_dtype=kv_dtype,
         draft_model=draft_model, draft_tokens=draft_tokens, max_connections=max_connections,
-        max_seconds=max_seconds, drain=drain, act_bits=act_bits,
+        max_seconds=max_seconds, drain=drain, act_bits=act_bits, canary=canary, plan=plan,
+        models_dir=models_dir, state=state if changes else None, admins=admins,
     )  # fmt: skip
 
 
-def read_keys(file: Path | None) -> list[str]:
-    """The API keys of a file, else of the environment. InputError: one is short or repeated."""
+def read_keys(
+    file: Path | None, option: str = "api_key_file", variable: str = KEYS_VARIABLE
+) -> list[str]:
+    """The keys of a file, else of the environment. InputError: one is short or repeated."""
     import os
 
     if file is None:
-        keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
+        keys = [key.strip() for key in os.environ.get(variable, "").split(",")]
     else:
         from fastlm.files import read_text
 
@@ -152,10 +232,10 @@ def read_keys(file: Path | None) -> list[str]:
     for number, key in enumerate(keys, 1):
         if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
             raise InputError(
-                f"api_key_file: wanted keys of 16 or more printable characters, key {number} is not"
+                f"{option}: wanted keys of 16 or more printable characters, key {number} is not"
             )
     if file is not None and not keys:
-        raise InputError(f"api_key_file: wanted one key or more, got none in {file}")
+        raise InputError(f"{option}: wanted one key or more, got none in {file}")
     return keys
 
 
@@ -176,7 +256,7 @@ def export_command(
 
     if path.suffix not in (".jsonl", ".ndjson"):
         raise InputError(f"path: wanted a name that ends in .jsonl, got {path}")
-    with _opened(database) as store:
+    with opened(database) as store:
         done = export(store, path, form)
     for reason, count in done.left_out.items():
         typer.echo(f"left out: {count:,} {reason}", err=True)
@@ -190,7 +270,7 @@ def show_command(
     """How many answers are kept, and how many thumbs, comments, corrections and picks there are."""
     import json
 
-    with _opened(database) as store:
+    with opened(database) as store:
         counts = store.counts()
     if as_json:
         typer.echo(json.dumps(counts))
@@ -204,14 +284,14 @@ def forget_command(
     id: Annotated[str, typer.Argument(help="A response's id or a conversation's")],
 ) -> None:
     """Delete a response or a conversation: its text and what was said about it."""
-    with _opened(database) as store:
+    with opened(database) as store:
         gone = store.forget(id)
     if not gone:
         raise InputError(f"id: wanted one of the database, got {id!r:.80}")
     typer.echo(f"{id}: {gone:,} rows deleted")
 
 
-def _opened(database: str):
+def opened(database: str):
     """The database, which must exist."""
     try:
         from fastlm.serve.feedback import FeedbackStore

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -83,6 +84,8 @@ class Engine:
             which pays where answers repeat it.
         draft_model: a smaller model with the same tokens, which guesses (`fastlm.serve.drafter`);
             by default 4 tokens. It gets as many pages as the model.
+        turns: held during each step of `start`'s thread, by engines that share the processors
+            (`fastlm.serve.turns.Turns`).
 
     `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:
     that of `start`, or that of the caller of `step` and `generate`. Weights may change while
@@ -109,6 +112,7 @@ class Engine:
         prompt_rows: bool | None = None,
         draft_tokens: int | None = None,
         draft_model: "CausalLM | None" = None,
+        turns: AbstractContextManager[Any] | None = None,
     ):
         for name, value in (
             ("max_tokens_per_step", max_tokens_per_step), ("max_rows", max_rows), ("pages", pages),
@@ -131,6 +135,7 @@ class Engine:
             raise InputError(f"kv_dtype: wanted float32, bfloat16, float16 or int8, got {kv_dtype}")
         self.model, self.tokenizer, self.kv_dtype = model, tokenizer, kv_dtype
         self.max_rows, self.max_waiting = max_rows, max_waiting
+        self._turns = turns or nullcontext()
         self.invariant, self.prompt_rows = invariant, prompt_rows
         self.max_tokens_per_step = max_tokens_per_step
         self.context_limit = max_length or model.designed_limit
@@ -615,7 +620,8 @@ class Engine:
         me = threading.current_thread()
         while self._thread is me:
             try:
-                busy = self.step()
+                with self._turns:
+                    busy = self.step()
             except BaseException as error:  # out of memory, say: ends the requests, not the thread
                 self._state, busy = None, True
                 for sequence in self.scheduler.sequences():

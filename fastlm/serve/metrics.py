@@ -69,6 +69,10 @@ class Metrics:
         )
         self.registry.register(_Engine(stats))
 
+    def add(self, collector: Collector) -> None:
+        """Scrape more."""
+        self.registry.register(collector)
+
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -4,7 +4,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from fastlm.serve import openai_api, opinions, rank_api
+from fastlm.serve import admin_api, openai_api, opinions, rank_api
 from fastlm.serve.fields import Field, schema_of
 
 POSTS: dict[str, tuple[str, Mapping[str, Field]]] = {
@@ -19,12 +19,18 @@ RANKS: dict[str, tuple[str, Mapping[str, Field]]] = {
     "/v1/rank/correct": ("Correct an answer", rank_api.CORRECT),
     "/v1/rank/agreement": ("How far raters agree", {}),
 }
+ADMIN: dict[str, tuple[str, Mapping[str, Field]]] = {
+    "/v1/admin/promote": ("Let another model answer, or the canary", admin_api.PROMOTE),
+    "/v1/admin/rollback": ("End the canary, or go back to the model before", {}),
+}
 GETS = {
-    "/v1/models": "The model that is served",
+    "/v1/models": "The models that are served",
     "/health": "Whether the process lives",
     "/ready": "Whether it takes requests",
     "/metrics": "Counters for Prometheus",
+    "/dashboard/data": "What the dashboard shows",
 }
+ADMIN_GETS = {"/v1/canary": "How the canary's trial stands, and what was decided"}
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
 ANSWERS = {  # what a 200 has
     "/v1/chat/completions": "id object created model choices usage",
@@ -35,9 +41,13 @@ ANSWERS = {  # what a 200 has
     "/v1/rank/judge": "item skipped",
     "/v1/rank/correct": "item answer",
     "/v1/rank/agreement": "alpha raters",
+    "/v1/admin/promote": "object status model decisions",
+    "/v1/admin/rollback": "object status model decisions",
+    "/v1/canary": "object status model decisions",
     "/v1/models": "object data",
     "/health": "status",
     "/ready": "status",
+    "/dashboard/data": "now window since until edges groups drift alerts measures",
 }
 STREAMED = ("/v1/chat/completions", "/v1/completions")
 MAY_BE_NULL = {"type": ["string", "null"]}
@@ -61,6 +71,7 @@ STATUSES = {
     "403": "called by another name than its own",
     "404": "no such path or model",
     "405": "another method",
+    "409": "another promotion is being made",
     "408": "the body took too long",
     "413": "the body is too long",
     "415": "the body is no JSON",
@@ -70,13 +81,14 @@ STATUSES = {
 }
 
 
-def openapi(ranks: bool) -> dict[str, Any]:
-    """OpenAPI 3.1; ``ranks``: with the paths of /rank."""
+def openapi(ranks: bool, admin: bool) -> dict[str, Any]:
+    """OpenAPI 3.1; ``ranks``: with the paths of /rank; ``admin``: with those that change models."""
     paths: dict[str, Any] = {}
-    for path, (summary, fields) in (POSTS | (RANKS if ranks else {})).items():
+    posts = POSTS | (RANKS if ranks else {}) | (ADMIN if admin else {})
+    for path, (summary, fields) in posts.items():
         body = {"required": True, "content": {"application/json": {"schema": schema_of(fields)}}}
         paths[path] = {"post": {**_operation(path, summary), "requestBody": body}}
-    for path, summary in GETS.items():
+    for path, summary in (GETS | (ADMIN_GETS if admin else {})).items():
         paths[path] = {"get": _operation(path, summary)}
     version = importlib.metadata.version("fastlm")
     return {

@@ -17,12 +17,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastlm.errors import InputError
 from fastlm.files import reason
-from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.app import Server
-from fastlm.serve.chat import load_model
-from fastlm.serve.engine import Engine
 from fastlm.serve.gate import Limits, log
-from fastlm.tokenizer.tokenizer import Tokenizer
+from fastlm.serve.loading import Loader, digest_of
+from fastlm.serve.models import Models
+from fastlm.serve.plan import Plan
+from fastlm.serve.switch import Allowed, Switch, start_models
+from fastlm.serve.turns import Turns
 
 LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
 
@@ -34,6 +35,10 @@ def run(
     port: int,
     name: str | None,
     feedback: str | None,
+    metrics: Path | None,
+    alerts: Path | None,
+    measure_days: float,
+    measure_rows: int,
     rank: Path | None,
     keys: Sequence[str],
     allow_host: Sequence[str],
@@ -50,51 +55,69 @@ def run(
     max_seconds: float,
     drain: float,
     act_bits: int | None,
+    canary: str | None = None,
+    plan: Plan | None = None,
+    models_dir: Path | None = None,
+    state: Path | None = None,
+    admins: Sequence[str] = (),
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; see `fastlm.serve.commands.serve` for the arguments.
 
-    InputError: a model, draft model, database or store that cannot be used, a port that is taken,
-    more pages than fit the memory.
+    InputError: a model, draft model, database or store that cannot be used, metrics or alerts that
+    are refused, a port that is taken, more pages than fit the memory.
     """
     logging.getLogger("uvicorn.error").addHandler(_Lines())
     logging.getLogger("uvicorn").propagate = False
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(host, port))
-        store = None
+        store = monitoring = None
         if feedback is not None:
             from fastlm.serve.feedback import FeedbackStore  # SQLAlchemy takes 0.2 s
+            from fastlm.serve.monitor.monitor import read_settings
 
+            monitoring = read_settings(metrics, alerts, measure_days, measure_rows)
             store = stack.enter_context(FeedbackStore(feedback))
-        model, tokenizer = load_model(path, act_bits)
-        draft = None if draft_model is None else _load_draft(draft_model, tokenizer)
-        try:
-            engine = Engine(
-                model, tokenizer, pages=pages, max_rows=max_rows, max_waiting=max_waiting,
-                max_length=max_length,
-                kv_dtype=None if kv_dtype is None else getattr(torch, kv_dtype),
-                draft_tokens=draft_tokens, draft_model=draft,
+        options: dict[str, Any] = {
+            "pages": pages, "max_rows": max_rows, "max_waiting": max_waiting,
+            "max_length": max_length, "draft_tokens": draft_tokens,
+            "kv_dtype": None if kv_dtype is None else getattr(torch, kv_dtype),
+        }  # fmt: skip
+        public = name or path.resolve().name
+        if state is None:
+            served = Loader(public, act_bits, options, draft_model).load(path)
+            served.digest = digest_of(path)
+            switch, models = None, Models(served)
+        else:
+            loader = Loader(public, act_bits, options, draft_model, Turns())
+            counts = None
+            if store is not None:
+                from fastlm.serve.canary_store import CanaryStore
+
+                counts = CanaryStore(store)
+            models, known = start_models(
+                loader, str(path), state, canary=canary, plan=plan, store=counts
+            )
+            named = [str(path), *([canary] if canary else [])]
+            switch = Switch(
+                models, loader, known, state, Allowed(named, models_dir), store=counts,
+                metric=(plan or Plan()).metric,
             )  # fmt: skip
-        except RuntimeError as error:  # torch's, which has no memory
-            if pages is None:
-                raise
-            raise InputError(
-                f"pages: wanted as many as fit the memory, got {pages}: {reason(error)}"
-            ) from None
         local = host in LOCAL_NAMES
         server = Server(
-            engine, model, tokenizer, name or path.resolve().name,
+            models,
             limits=Limits(
                 body_bytes=max_body, answer_seconds=max_seconds, new_tokens=max_new_tokens
             ),
-            keys=keys, feedback=store, ranking=rank,
+            keys=keys, feedback=store, ranking=rank, switch=switch, admins=admins,
+            monitoring=monitoring,
             hosts=LOCAL_NAMES | {h.lower() for h in allow_host} if local else None,
         )  # fmt: skip
         config = config_of(server, max_connections, drain)
         bound = listening.getsockname()
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        cache = engine.stats()
+        cache = models.stats()
         log(
-            "listening", url=f"http://{shown}:{bound[1]}", model=server.name, pages=cache.pages,
+            "listening", url=f"http://{shown}:{bound[1]}", model=models.name, pages=cache.pages,
             page_bytes=cache.page_bytes,
         )  # fmt: skip
         _Process(config, server, drain).run(sockets=[listening])
@@ -175,7 +198,7 @@ class _Process(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:  # it listens: whoever reads this line may connect
-            log("ready", model=self.server.name)
+            log("ready", model=self.server.models.name)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server.stopping = True
@@ -186,7 +209,7 @@ class _Process(uvicorn.Server):
             # not before: requests that were accepted may still come to the engine
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(answered.wait(), self.drain)
-            await asyncio.get_running_loop().run_in_executor(None, self.server.engine.close)
+            await asyncio.get_running_loop().run_in_executor(None, self.server.models.close)
 
         ending = asyncio.create_task(close())
         await super().shutdown(sockets)
@@ -203,14 +226,6 @@ class _Lines(logging.Handler):
             kind = record.exc_info[0] if record.exc_info else None
             # an exception's message may quote a request
             log("uvicorn", **what, message=kind.__name__ if kind else record.getMessage()[:200])
-
-
-def _load_draft(path: Path, tokenizer: Tokenizer) -> CausalLM:
-    """The model that guesses; InputError: its tokens are not those of the tokenizer."""
-    draft, other = load_model(path)
-    if other.backend.get_vocab() != tokenizer.backend.get_vocab():
-        raise InputError(f"draft_model: wanted one with the model's tokenizer, got {path}")
-    return draft
 
 
 def _listen(host: str, port: int) -> socket.socket:

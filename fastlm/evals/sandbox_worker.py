@@ -1,0 +1,433 @@
+"""The process that runs generated programs. `fastlm.evals.sandbox` starts it by its path and sends
+it cases over a pipe. It imports nothing of fastlm.
+
+    worker          waits for a case, forks; reads nothing itself
+      keeper        new process namespace and /tmp; reads the program; watches clock and output
+        tests       process 1 of the namespace, so that all in it die with it
+          program   runs the program and answers calls; it was forked before any process of its line
+                    read the tests
+
+A case is two numbers (the sizes of what follows), the program with its limits, and the tests. The
+keeper reads the tests once the program's process exists and passes them to the process of the
+tests. There the program's functions are `Remote`: a call sends the arguments as JSON and receives
+plain data, never objects whose ``__eq__`` the program wrote. The verdict goes to the keeper through
+a pipe that the program does not have.
+"""
+
+import ast
+import builtins
+import fcntl
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from typing import Any
+
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: the library's names come first
+import sandbox_jail as jail
+from sandbox_wire import DETAIL, Remote, described, pack, read_all, unpack, write_all
+
+sys.path.pop()
+
+SIZES = struct.Struct("<QQ")
+ITEMS = 10**6  # of an iterator that the tests read
+REPLY = 2**24  # bytes of one answer
+ENDED = "the program ended before its tests did"
+
+
+class Ended(BaseException):
+    """The program's process is gone, or said SystemExit; no ``except Exception`` hides it."""
+
+
+class ProgramError(Exception):
+    """An exception of a type that the program defined."""
+
+
+def main(library: str, isolated: bool) -> None:
+    """Prepare the process, say so, then serve cases until standard input ends."""
+    preload()
+    try:
+        if isolated:
+            jail.enter(library)
+        probe(isolated)
+    except (jail.Missing, OSError) as error:
+        os.write(1, json.dumps({"missing": str(error)}).encode() + b"\n")
+        return
+    jail.die_with_parent()
+    os.write(1, b"{}\n")
+    gc.freeze()  # a collection in a child would copy every page
+    while select.select([0], [], []):
+        pid = os.fork()
+        if pid == 0:
+            jail.die_with_parent()
+            try:
+                Keeper(isolated).run()
+            finally:
+                os._exit(1)
+        if os.waitpid(pid, 0)[1]:
+            return
+
+
+def preload() -> None:
+    """Import what programs use most (0.1 ms a program instead of 10), and what needs libraries of
+    the system, which the root does not have.
+    """
+    import bisect
+    import collections
+    import copy
+    import datetime
+    import decimal
+    import fractions
+    import functools
+    import hashlib
+    import heapq
+    import math
+    import operator
+    import random
+    import re
+    import statistics
+    import string
+    import textwrap
+    import threading
+    import traceback
+    import typing
+
+    del bisect, collections, copy, datetime, decimal, fractions, functools, hashlib, heapq, math
+    del operator, random, re, statistics, string, textwrap, threading, traceback, typing
+    for name in ("zlib", "bz2", "lzma", "pyexpat", "uuid"):
+        try:
+            __import__(name)
+        except ImportError:  # this Python was built without it
+            continue
+
+
+def probe(isolated: bool) -> None:
+    """Raise `jail.Missing` in this process where a child cannot get what a program gets."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if isolated:
+                jail.private(2**20)
+            if not isolated or os.fork() == 0:
+                jail.drop(2**34, 60, 0, 0, isolated)
+            else:
+                os.wait()
+        except (jail.Missing, OSError) as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    reason = os.read(read, 1000).decode()
+    os.close(read)
+    if reason:
+        raise jail.Missing(reason)
+
+
+class Keeper:
+    """Runs one case and writes its outcome to standard output."""
+
+    def __init__(self, isolated: bool) -> None:
+        self.isolated = isolated
+
+    def run(self) -> None:
+        head = read_all(0, SIZES.size, or_end=True)
+        if not head:
+            os._exit(1)  # no more cases
+        first, second = SIZES.unpack(head)
+        request = json.loads(read_all(0, first))
+        if self.isolated:
+            jail.private(request["disk"])
+        verdicts, verdict = os.pipe()
+        texts, text = os.pipe()
+        outputs, output = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            jail.die_with_parent()
+            try:
+                keep({texts: 0, output: 1, verdict: 3})
+                Tests(request, self.isolated).run()
+            finally:
+                os._exit(1)
+        for fd in (verdict, texts, output):
+            os.close(fd)
+        os.read(verdicts, 1)  # the program's process exists; or none ever will
+        tests = read_all(0, second)
+        try:
+            write_all(text, tests)
+        except OSError:  # the process of the tests is gone: no verdict follows
+            pass
+        os.close(text)
+        outcome = self.watch(request, verdicts, outputs, pid)
+        os.write(1, json.dumps(outcome).encode() + b"\n")
+        os._exit(0)
+
+    def watch(self, request: dict, verdicts: int, outputs: int, pid: int) -> dict[str, Any]:
+        """Wait for the verdict, bounded in time and output; end all processes; return both."""
+        deadline = time.monotonic() + request["wall"]
+        said, output, reason = b"", b"", ""
+        waiting = {verdicts, outputs}
+        while verdicts in waiting and not reason:
+            left = deadline - time.monotonic()
+            ready = select.select(waiting, [], [], max(0.0, left))[0]
+            if not ready:
+                reason = "wall"
+            for fd in ready:
+                data = os.read(fd, 65536)
+                if not data:
+                    waiting.remove(fd)
+                elif fd == verdicts:
+                    said += data
+                else:
+                    output += data
+                    if len(output) > request["output"]:
+                        reason = "output"
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)  # with it all processes of the namespace
+        while outputs in waiting and len(output) <= request["output"]:
+            data = os.read(outputs, 65536)
+            output += data
+            if not data:
+                break
+        if len(output) > request["output"]:  # also where the verdict came before the last of it
+            reason = "output"
+        result = {"reason": "crashed", "detail": "the process of the tests ended without a verdict"}
+        if reason == "wall":
+            result = {"reason": reason, "detail": f"more than {request['wall']:g} s by the clock"}
+        elif reason == "output":
+            result = {"reason": reason, "detail": f"more than {request['output']:,} bytes"}
+        elif said.endswith(b"\n"):
+            result = json.loads(said)
+        return {**result, "output": output[: request["output"]].decode("utf-8", "replace")}
+
+
+class Tests:
+    """Forks the program's process, then reads the tests and runs them against it.
+
+    Descriptors: 0 the tests' text, 1 the program's output, 3 the verdict.
+    """
+
+    def __init__(self, request: dict, isolated: bool) -> None:
+        self.request, self.isolated = request, isolated
+
+    def run(self) -> None:
+        here, there = socket.socketpair()
+        self.child = os.fork()
+        if self.child == 0:
+            jail.die_with_parent()
+            try:
+                null = os.open("/dev/null", os.O_RDONLY)
+                keep({null: 0, 1: 2, there.detach(): 3}, also={1})
+                Program(self.request, self.isolated).run()
+            finally:
+                os._exit(1)
+        there.close()
+        self.channel = here.makefile("rwb")
+        os.write(3, b" ")
+        tests = json.loads(b"".join(iter(lambda: os.read(0, 65536), b"")))
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        limits = self.request
+        jail.drop(limits["memory"], limits["seconds"] + 5, limits["disk"], 0, self.isolated)
+        reason, detail = self.judge(tests)
+        os.write(3, json.dumps({"reason": reason, "detail": detail[:DETAIL]}).encode() + b"\n")
+        os._exit(0)
+
+    def judge(self, tests: dict[str, Any]) -> tuple[str, str]:
+        """Return the reason ("passed" if all is well) and one line on it."""
+        space: dict[str, Any] = {"__name__": "tests"}
+        try:
+            exec(compile(tests["setup"], "<setup>", "exec"), space)
+            code = ast.parse(tests["tests"], "<tests>")
+        except Exception as error:
+            return "tests", f"they cannot be used: {described(error, '<setup>')}"
+        try:
+            self.receive()  # the program has run
+            for name in {*tests["names"], *called(code, space)}:
+                space[name] = Remote(self.ask, name)
+            exec(compile(code, "<tests>", "exec"), space)
+            return "passed", ""
+        except Ended as error:
+            return self.how_it_ended(str(error))
+        except MemoryError:
+            return "memory", f"more than {self.request['memory']:,} bytes"
+        except AssertionError as error:
+            return "wrong", described(error, "<tests>")
+        except BaseException as error:
+            return "error", described(error, "<tests>")
+
+    def how_it_ended(self, reason: str) -> tuple[str, str]:
+        self.channel.close()  # a program that waits for a call ends now
+        if reason != ENDED:
+            return "ended", reason
+        # CPU seconds are a hard limit, whose signal no program can ignore
+        status, usage = os.wait4(self.child, 0)[1:]
+        if os.WIFSIGNALED(status):
+            used, number = usage.ru_utime + usage.ru_stime, os.WTERMSIG(status)
+            # the limit counts ticks of the clock: up to a fifth more on a machine that others use
+            if number == signal.SIGKILL and used > self.request["seconds"] / 2:
+                return "time", f"more than {self.request['seconds']} s of processor time"
+            return "crashed", f"{signal.Signals(number).name} after {used:.1f} s"
+        return "ended", f"{ENDED}, with status {os.WEXITSTATUS(status)}"
+
+    def ask(self, kind: str, target: "Remote", *values: Any) -> Any:
+        try:
+            self.channel.write(
+                json.dumps([kind, pack(target), *map(pack, values)]).encode() + b"\n"
+            )
+            self.channel.flush()
+        except OSError:
+            raise Ended(ENDED) from None
+        return self.receive()
+
+    def receive(self) -> Any:
+        try:
+            line = self.channel.readline(REPLY)
+        except OSError:
+            line = b""
+        if not line:
+            raise Ended(ENDED)
+        try:
+            kind, value = json.loads(line)
+            if kind == "value":
+                return unpack(value, lambda index: Remote(self.ask, index))
+            name, text = value
+            if kind != "error" or type(name) is not str or type(text) is not str:
+                raise ValueError("neither a value nor an error")
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            raise Ended(f"the program's process wrote what is no answer: {line[:80]!r}") from None
+        if name == "SystemExit":
+            raise Ended("the program called sys.exit")
+        error = getattr(builtins, name, None)
+        if isinstance(error, type) and issubclass(error, Exception):
+            try:
+                error = error(text)
+            except TypeError:  # UnicodeDecodeError wants five arguments
+                error = ProgramError(f"{name}: {text}")
+            raise error
+        raise ProgramError(f"{name}: {text}")
+
+
+class Program:
+    """Runs the program, then answers calls on descriptor 3."""
+
+    def __init__(self, request: dict, isolated: bool) -> None:
+        self.request, self.isolated = request, isolated
+        self.objects: list[Any] = []
+
+    def run(self) -> None:
+        reader = os.fdopen(3, "rb")
+        request = self.request
+        jail.drop(
+            request["memory"], request["seconds"], request["disk"], request["threads"],
+            self.isolated,
+        )  # fmt: skip
+        space = self.space = {"__name__": "solution", "__builtins__": builtins}
+
+        def load() -> None:
+            exec(compile(request["program"], "<program>", "exec"), space)
+
+        write_all(3, self.reply(load))
+        for line in reader:
+            write_all(3, self.reply(partial(self.answer, line)))
+        os._exit(0)
+
+    def answer(self, line: bytes) -> Any:
+        kind, *values = (unpack(part, self.find) for part in json.loads(line))
+        return ANSWERS[kind](*values)
+
+    def find(self, key: str | int) -> Any:
+        if isinstance(key, int):
+            return self.objects[key]
+        if key not in self.space:
+            raise NameError(f"the program does not define {key}")
+        return self.space[key]
+
+    def keep(self, value: Any) -> int:
+        self.objects.append(value)
+        return len(self.objects) - 1
+
+    def reply(self, answer: Callable[[], Any]) -> bytes:
+        try:
+            text = json.dumps(["value", pack(answer(), self.keep)])
+            if len(text) >= REPLY:
+                raise ValueError(f"an answer of {len(text):,} bytes, more than {REPLY:,}")
+        except BaseException as error:
+            try:
+                said = described(error, "<program>", name=False)
+            except BaseException:
+                said = ""
+            text = json.dumps(["error", [type(error).__name__, said]])
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except BaseException:  # the program closed or replaced it
+                    continue
+        return text.encode() + b"\n"
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {
+    "call": lambda target, args, keywords: target(*args, **keywords),
+    "attribute": getattr,
+    "set": setattr,
+    "item": lambda target, key: target[key],
+    "list": lambda target: list(islice(target, ITEMS)),
+    "length": len,
+    "truth": bool,
+}
+
+
+def called(code: ast.Module, space: dict[str, Any]) -> list[str]:
+    """The names that the tests use and neither define nor find in the setup or in Python."""
+    nodes = list(ast.walk(code))
+    used = {n.id: None for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    own = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    own |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    own |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {
+        (alias.asname or alias.name).split(".")[0]
+        for n in nodes
+        if isinstance(n, ast.Import | ast.ImportFrom)
+        for alias in n.names
+    }
+    own |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
+    return [name for name in used if name not in own | space.keys() and not hasattr(builtins, name)]
+
+
+def keep(moved: dict[int, int], also: frozenset[int] | set[int] = frozenset()) -> None:
+    """Move descriptors to where they are wanted and close all others but ``also``."""
+    # first beyond every target, so that none is overwritten
+    aside = {fcntl.fcntl(fd, fcntl.F_DUPFD, 10): target for fd, target in moved.items()}
+    for fd, target in aside.items():
+        os.dup2(fd, target)
+    wanted = set(moved.values()) | also
+    for fd in range(3):
+        if fd not in wanted:
+            os.dup2(os.open("/dev/null", os.O_RDWR), fd)
+    highest = max(wanted | {2})
+    for fd in range(3, highest):
+        if fd not in wanted:
+            try:
+                os.close(fd)
+            except OSError:
+                continue
+    os.closerange(highest + 1, 4096)
+
+
+if __name__ == "__main__":
+    os.environ.clear()
+    sys.set_int_max_str_digits(0)
+    for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
+    main(sys.argv[1], sys.argv[2] == "isolated")

@@ -1,0 +1,71 @@
+"""Routes for whoever runs the server: promote a model, roll back, and how a canary is doing.
+
+They answer this machine alone, and where the server has API keys, to an admin key alone.
+"""
+
+import hmac
+import ipaddress
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from fastlm.errors import InputError
+from fastlm.serve.fields import ApiError, Field, name, read_fields
+from fastlm.serve.gate import key_name
+
+if TYPE_CHECKING:
+    from fastlm.serve.app import Server
+    from fastlm.serve.switch import Switch
+
+PROMOTE: Mapping[str, Field] = {"model": name(4096)}
+PATHS = ("/v1/admin/promote", "/v1/admin/rollback", "/v1/canary")
+
+
+def routes(server: "Server", switch: "Switch", admins: Sequence[str]) -> list[Route]:
+    """``admins``: the admin keys."""
+    names = [key_name(key) for key in admins]
+
+    def admit(http: Request) -> None:
+        try:
+            here = ipaddress.ip_address(http.client.host if http.client else "").is_loopback
+        except ValueError:
+            here = False
+        if not here:
+            raise _refused("wanted a connection from this machine")
+        if server.keys and sum(hmac.compare_digest(http.state.client, n) for n in names) == 0:
+            raise _refused("wanted an admin key of this server (--admin-key-file)")
+
+    async def promote(http: Request) -> Response:
+        admit(http)
+        given: Any = read_fields(await server.body(http), PROMOTE)
+        await _done(switch.promote(given["model"]))
+        return JSONResponse(await switch.told())
+
+    async def rollback(http: Request) -> Response:
+        admit(http)
+        read_fields(await server.body(http), {})
+        await _done(switch.rollback())
+        return JSONResponse(await switch.told())
+
+    async def canary(http: Request) -> Response:
+        admit(http)
+        return JSONResponse(await switch.told())
+
+    ways = ((promote, "POST"), (rollback, "POST"), (canary, "GET"))
+    return [Route(path, way, methods=[m]) for path, (way, m) in zip(PATHS, ways)]
+
+
+async def _done(work: Any) -> None:
+    try:
+        await work
+    except ApiError:
+        raise
+    except InputError as error:
+        raise ApiError(str(error), param="model", code="not_promoted") from None
+
+
+def _refused(text: str) -> ApiError:
+    return ApiError(f"authorization: {text}", status=403, code="not_admin")

@@ -1,0 +1,87 @@
+"""``fastlm promote`` and ``fastlm rollback``: change the model of a running server."""
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastlm.errors import InputError
+
+SECONDS = 1800  # until a large model is loaded
+Server = Annotated[str, typer.Option(help="Where `fastlm serve` listens, on this machine")]
+Key = Annotated[
+    str | None,
+    typer.Option(envvar="FASTLM_API_KEY", help="An admin key, where the server has API keys"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON")]
+
+
+def promote(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="As for serve; without it, the canary", show_default=False),
+    ] = None,
+    server: Server = "http://127.0.0.1:8000",
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let another model answer, without losing a request.
+
+    The server loads it beside the one that answers, tries it, and gives it all new requests. Then
+    the old one is freed, when its answers have ended. The server must run with --canary or
+    --models-dir, and only loads what these allow.
+    """
+    path = model
+    if model is not None and Path(model).exists():  # else it is one below --models-dir
+        path = str(Path(model).resolve())
+    _tell(_asked(server, "promote", {} if path is None else {"model": path}, api_key), as_json)
+
+
+def rollback(
+    server: Server = "http://127.0.0.1:8000",
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """End the canary, or go back to the model before the last promotion, without losing a request.
+
+    The model is loaded again, and refused if its files have changed.
+    """
+    _tell(_asked(server, "rollback", {}, api_key), as_json)
+
+
+def _tell(told: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(told))
+    else:
+        typer.echo(f"{told['path']} answers as {told['model']}")
+
+
+def _asked(server: str, what: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
+    """What the server answers. InputError: its refusal, or that it cannot be reached."""
+    if not server.startswith(("http://", "https://")):
+        raise InputError(f"server: wanted http://HOST:PORT, got {server!r:.80}")
+    headers = {"content-type": "application/json"}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(
+        f"{server.rstrip('/')}/v1/admin/{what}", json.dumps(body).encode(), headers
+    )
+    # no proxy: the server only listens to this machine
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=SECONDS) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        try:
+            message = json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"status {error.code}"
+        if error.code == 404:
+            message = "the server changes no models (fastlm serve --canary or --models-dir)"
+        raise InputError(f"{what}: refused: {message}") from None
+    except (OSError, ValueError) as error:
+        text = getattr(error, "reason", error)
+        raise InputError(f"server: wanted `fastlm serve` at {server}, got: {text}") from None

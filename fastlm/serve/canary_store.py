@@ -1,0 +1,157 @@
+"""The part of the feedback database that a canary needs: which model gave which answer, and what
+became of each conversation. No text of a prompt or an answer.
+"""
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+
+from fastlm.errors import InputError
+from fastlm.serve.trial import Arm
+
+if TYPE_CHECKING:
+    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.said import Opinion
+
+metadata = sa.MetaData()
+ANSWERS = sa.Table(
+    "fastlm_canary_answers",
+    metadata,
+    sa.Column("response_id", sa.String(160), primary_key=True),
+    sa.Column("experiment", sa.String(64), nullable=False, index=True),
+    sa.Column("unit", sa.String(64), nullable=False),  # `fastlm.serve.trial.unit_of`
+    sa.Column("conversation_id", sa.String(128), index=True),
+    sa.Column("arm", sa.String(4), nullable=False),  # old, new
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("assigned", sa.Boolean, nullable=False),  # by the hash, not by the client
+    sa.Column("error", sa.Boolean, nullable=False),
+    sa.Column("pace", sa.Float),  # seconds per token
+    sa.Column("slow", sa.Boolean),  # by the limit at that time; NULL: there was none yet
+    sa.Column("at", sa.Float, nullable=False),  # seconds since 1970
+)
+OUTCOMES = sa.Table(
+    "fastlm_canary_outcomes",
+    metadata,
+    sa.Column("experiment", sa.String(64), primary_key=True),
+    sa.Column("unit", sa.String(64), primary_key=True),
+    sa.Column("arm", sa.String(4), nullable=False),
+    sa.Column("success", sa.Boolean, nullable=False),
+    sa.Column("response_id", sa.String(128)),
+)
+
+
+class CanaryStore:
+    """Tables beside those of ``feedback``, made if they are missing. Any thread may call it; a
+    write is on disk when the method returns. InputError, from every method: the database cannot be
+    used."""
+
+    def __init__(self, feedback: "FeedbackStore"):
+        self.engine, self.name = feedback.engine, feedback.name
+        self._insert = (sqlite if self.engine.dialect.name == "sqlite" else postgresql).insert
+        self._run(metadata.create_all)
+
+    def _run(self, work: Any) -> Any:
+        try:
+            with self.engine.begin() as connection:
+                return work(connection)
+        except SQLAlchemyError as error:
+            text = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
+            raise InputError(f"{self.name}: cannot be used: {text}") from None
+
+    def answer(self, **values: Any) -> None:
+        """Store which model gave an answer: the columns of `ANSWERS`."""
+        self._run(
+            lambda c: c.execute(self._insert(ANSWERS).values(values).on_conflict_do_nothing())
+        )
+
+    def outcome(
+        self, experiment: str, unit: str, arm: str, success: bool, response_id: str | None
+    ) -> bool:
+        """Store the first outcome of a conversation. Whether it was the first."""
+        values = {
+            "experiment": experiment, "unit": unit, "arm": arm, "success": success,
+            "response_id": response_id,
+        }  # fmt: skip
+        added = self._insert(OUTCOMES).values(values).on_conflict_do_nothing()
+        return self._run(lambda c: c.execute(added).rowcount) == 1
+
+    def count(self, opinion: "Opinion", metric: str) -> tuple[str, str, bool] | None:
+        """Store what an opinion says of an answer of a trial: (experiment, arm, success), None
+        where it says nothing new."""
+        found = self._said(opinion, metric)
+        if found is None:
+            return None
+        experiment, unit, arm, success = found
+        new = self.outcome(experiment, unit, arm, success, opinion.response_id)
+        return (experiment, arm, success) if new else None
+
+    def _said(self, opinion: "Opinion", metric: str) -> tuple[str, str, str, bool] | None:
+        """What an opinion says by this metric: (experiment, unit, arm, success). None: nothing, or
+        the answer is not one of a trial, or its client chose the model.
+
+        A pick counts where the two answers are of both models, for one of the two, by a hash: then
+        the arms are independent, and a canary as good as the old model wins half of each.
+        """
+        if metric == "thumb" and opinion.thumb:
+            row = self._found(opinion.response_id, opinion.conversation_id)
+            if row is not None and row.assigned:
+                return row.experiment, row.unit, row.arm, opinion.thumb == "up"
+        if metric == "pick" and opinion.preferred_over:
+            better = self._found(opinion.response_id)
+            for id, _ in opinion.preferred_over:
+                worse = self._found(id)
+                if better is None or worse is None or better.experiment != worse.experiment:
+                    continue
+                if better.arm != worse.arm:
+                    pair = "\0".join(sorted((better.unit, worse.unit)))
+                    unit = hashlib.sha256(f"{better.experiment}\0{pair}".encode()).hexdigest()
+                    counted = ("old", "new")[int(unit[0], 16) % 2]
+                    return better.experiment, unit, counted, better.arm == counted
+        return None
+
+    def _found(self, response_id: str | None, conversation_id: str | None = None) -> Any:
+        """An answer by its id, else the last one of a conversation."""
+        query = ANSWERS.select().order_by(ANSWERS.c.at.desc()).limit(1)
+        if response_id is not None:
+            query = query.where(ANSWERS.c.response_id == response_id)
+        elif conversation_id is not None:
+            query = query.where(ANSWERS.c.conversation_id == conversation_id)
+        else:
+            return None
+        return self._run(lambda c: c.execute(query).first())
+
+    def counts(self, experiment: str) -> dict[str, Arm]:
+        """What was counted so far, by arm."""
+
+        def number(condition: Any) -> Any:
+            return sa.func.coalesce(sa.func.sum(sa.case((condition, 1), else_=0)), 0)
+
+        found = {}
+        for arm in ("old", "new"):
+            a, o = ANSWERS.c, OUTCOMES.c
+            answers = sa.select(
+                sa.func.count(), number(a.error), number(a.slow.is_not(None)), number(a.slow)
+            ).where(a.experiment == experiment, a.arm == arm, a.assigned)
+            outcomes = sa.select(sa.func.count(), number(o.success)).where(
+                o.experiment == experiment, o.arm == arm
+            )
+            given, errors, timed, slow = self._run(lambda c, q=answers: c.execute(q).one())
+            count, successes = self._run(lambda c, q=outcomes: c.execute(q).one())
+            found[arm] = Arm(count, successes, given, errors, timed, slow)
+        return found
+
+    def first_paces(self, experiment: str, most: int) -> list[float]:
+        """Seconds per token of the old model's first answers."""
+        query = sa.select(ANSWERS.c.pace).order_by(ANSWERS.c.at).limit(most)
+        query = query.where(
+            ANSWERS.c.experiment == experiment, ANSWERS.c.arm == "old", ANSWERS.c.pace.is_not(None)
+        )
+        return list(self._run(lambda c: c.execute(query).scalars().all()))
+
+    def model_of(self, response_id: str) -> str | None:
+        """The name of the model that gave an answer, None if it is not known."""
+        row = self._found(response_id)
+        return None if row is None else row.model

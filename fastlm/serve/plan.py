@@ -1,0 +1,43 @@
+"""What a canary's trial is about. Nothing heavy is imported: the command line makes it."""
+
+from dataclasses import dataclass
+
+from fastlm.errors import InputError
+
+METRICS = ("thumb", "pick", "stop")
+RULES = ("superiority", "non-inferiority")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """share: of the conversations that the canary gets. metric: what is a success: a thumb up among
+    thumbs; being preferred over an answer of the other model; an answer that ended by itself.
+
+    rule: with "superiority" the canary is promoted when it is better, with "non-inferiority" when
+    it is worse by less than ``margin``. alpha: the chance that a canary that is not takes over; and
+    so for each of the guards. most: outcomes after which the old model stays.
+    """
+
+    share: float = 0.1
+    metric: str = "thumb"
+    rule: str = "superiority"
+    margin: float = 0.05
+    alpha: float = 0.05
+    most: int = 5000
+
+    def __post_init__(self) -> None:
+        for name, good, wanted, value in (
+            ("share", 0 < self.share < 1, "a number between 0 and 1", self.share),
+            ("canary_metric", self.metric in METRICS, ", ".join(METRICS), self.metric),
+            ("canary_rule", self.rule in RULES, " or ".join(RULES), self.rule),
+            ("canary_margin", 0 < self.margin < 1, "a number between 0 and 1", self.margin),
+            ("canary_alpha", 0 < self.alpha < 1, "a number between 0 and 1", self.alpha),
+            ("canary_most", self.most >= 1, "at least 1", self.most),
+        ):
+            if not good:
+                raise InputError(f"{name}: wanted {wanted}, got {value!r:.80}")
+
+    @property
+    def bound(self) -> float:
+        """What the difference new - old must be above."""
+        return -self.margin if self.rule == "non-inferiority" else 0.0

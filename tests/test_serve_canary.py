@@ -1,0 +1,285 @@
+"""A canary: who gets it, what counts, and what is decided."""
+
+import asyncio
+import json
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+from canary_app import changing, folders
+from serve_app import HTTP, ask
+
+from fastlm.errors import InputError
+from fastlm.serve.canary_store import CanaryStore
+from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.plan import Plan
+from fastlm.serve.state import read_state
+from fastlm.serve.trial import Arm, Trial, comparisons, judge
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return folders(tmp_path_factory.mktemp("models"), "ab")
+
+
+@contextmanager
+def trying(models, place, **options):
+    """Context: (URL, server) with a canary, half of the conversations by default."""
+    with FeedbackStore(place / "feedback.sqlite") as store:
+        options = {"share": 0.5, **options}
+        with changing(
+            models["a"], place / "state.json", canary=models["b"], store=store, **options
+        ) as (url, server):
+            yield url, server
+
+
+def chat(url, text, model="tiny", path="/v1/chat/completions", **fields):
+    body = {
+        "model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 3,
+        "ignore_eos": True, **fields,
+    }  # fmt: skip
+    response = ask(url, body, path)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def thumb(url, id, thumb, **fields):
+    said = {"response_id": id, "thumb": thumb, **fields}
+    assert ask(url, said, "/v1/feedback").status_code == 200
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def status(url):
+    return HTTP.get(url + "/v1/canary").json()
+
+
+def test_a_conversation_stays_with_its_model(models, tmp_path):
+    with trying(models, tmp_path, share=0.3, metric="stop", most=10**6) as (url, server):
+        old, new = server.served.name, server.models.trial.served.name
+        listed = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
+        assert listed == ["tiny", old, new] and len(set(listed)) == 3
+        first = {f"Hi {i}": chat(url, f"Hi {i}")["model"] for i in range(40)}
+        assert 3 <= list(first.values()).count(new) <= 24 and set(first.values()) == {old, new}
+        for text, model in first.items():  # the next turn
+            talk = [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "Yes"},
+                {"role": "user", "content": "And?"},
+            ]
+            assert chat(url, "", messages=talk)["model"] == model
+        named = {"store": True, "conversation_id": "talk"}
+        assert len({chat(url, f"Hi {i}", **named)["model"] for i in range(6)}) == 1
+        mine = next(text for text, model in first.items() if model == new)
+        for name in (old, new):  # asked for by name
+            assert chat(url, mine, model=name)["model"] == name
+        # one conversation counts once, and one whose client chose the model does not
+        counts = server.models.trial.arms
+        assert counts["old"].outcomes + counts["new"].outcomes == 41
+        assert counts["old"].answers + counts["new"].answers == 40 + 40 + 6
+        # embeddings, and what has token ids where they differ, stay with the old model
+        for i in range(10):
+            body = {"model": "tiny", "input": f"text {i}"}
+            assert ask(url, body, "/v1/embeddings").json()["model"] == old
+        server.models.trial.same_tokens = False
+        assert chat(url, mine, stop_token_ids=[5])["model"] == old
+        assert chat(url, mine)["model"] == new
+        stream = ask(url, {
+            "model": "tiny", "messages": [{"role": "user", "content": mine}], "max_tokens": 2,
+            "stream": True,
+        })  # fmt: skip
+        assert json.loads(stream.text.split("\n\n")[0][6:])["model"] == new
+        # what the canary refuses is answered by the old model, and counts against the canary
+        server.models.trial.served.context_limit = (
+            server.models.trial.served.prompts.context_limit
+        ) = 8
+        assert chat(url, mine)["model"] == old
+        assert server.models.trial.arms["new"].errors == 1
+        response = ask(url, {"model": new, "messages": [{"role": "user", "content": mine}]})
+        assert response.status_code == 400
+
+
+def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path):
+    with trying(models, tmp_path, alpha=0.2) as (url, server):
+        old, new = server.served.name, server.models.trial.served.name
+        # late: its feedback comes after the decision
+        answers = [chat(url, f"Hello {i}") for i in range(60)]
+        late = next(a for a in answers if a["model"] == old)
+        for answer in answers:
+            if answer is not late and status(url)["status"] == "running":
+                thumb(url, answer["id"], "up" if answer["model"] == new else "down")
+                thumb(url, answer["id"], "down")  # the first counts
+        thumb(url, "made-up", "down")
+        until(lambda: server.served.name == new)
+        told = status(url)
+        assert (told["status"], told["model"], told["canary"]) == ("promoted", new, new)
+        assert told["tests"]["outcome"]["low"] > 0 and told["reason"].startswith("thumb: +1.000 in")
+        assert told["arms"]["new"]["successes"] == told["arms"]["new"]["outcomes"] > 0
+        assert told["arms"]["old"]["successes"] == 0
+        assert chat(url, "Hello 0")["model"] == new
+        before = told["arms"]["old"]["outcomes"]
+        thumb(url, late["id"], "up")
+        until(lambda: status(url)["arms"]["old"]["outcomes"] == before + 1)
+        assert status(url)["arms"]["old"]["successes"] == 1
+        text = HTTP.get(url + "/metrics").text
+        assert 'fastlm_canary{arm="old",what="successes"} 1.0' in text
+        assert "fastlm_canary_share 0.0" in text
+        assert 'fastlm_canary_difference{test="outcome",what="low"}' in text
+        assert f'fastlm_model{{model="{new}",role="current"}} 1.0' in text
+    decision = read_state(tmp_path / "state.json").decisions[-1]
+    assert decision["action"] == "promote" and decision["tests"]["outcome"]["low"] > 0
+    # the next start serves what was promoted; `fastlm rollback` goes back
+    with trying(models, tmp_path) as (url, server):
+        assert server.served.name == new and server.models.trial is None
+        assert ask(url, {}, "/v1/admin/rollback").status_code == 200
+        assert chat(url, "Hello 0")["model"] == old
+    with trying(models, tmp_path) as (url, server):  # and no trial begins again
+        assert server.served.name == old and server.models.trial is None
+        late = next(a for a in reversed(answers) if a["model"] == new)
+        counts = server.switch.store.counts(decision["experiment"])["new"]
+        thumb(url, late["id"], "up")
+        after = server.switch.store.counts(decision["experiment"])["new"]
+        assert after.successes == counts.successes + 1
+
+
+def test_picks(models, tmp_path):
+    with trying(models, tmp_path, metric="pick", alpha=1e-9) as (url, server):
+        old, new = server.served.name, server.models.trial.served.name
+        for i in range(12):
+            better, worse = (chat(url, f"Hi {i}", model=name)["id"] for name in (new, old))
+            said = {"response_id": better, "preferred_over": [{"response_id": worse}]}
+            for _ in range(2):  # counts once
+                assert ask(url, said, "/v1/feedback").status_code == 200
+        both = [chat(url, "Hi", model=new)["id"] for _ in range(2)]  # says nothing
+        said = {"response_id": both[0], "preferred_over": [{"response_id": both[1]}]}
+        assert ask(url, said, "/v1/feedback").status_code == 200
+        arms = status(url)["arms"]
+        assert arms["old"]["outcomes"] + arms["new"]["outcomes"] == 12
+        assert arms["new"]["successes"] == arms["new"]["outcomes"] > 0
+        assert arms["old"]["successes"] == 0 < arms["old"]["outcomes"]
+
+
+def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
+    with trying(models, tmp_path, most=10**6) as (url, server):
+        canary = server.models.trial.served
+
+        def broken(*_):
+            raise RuntimeError("broken")
+
+        canary.engine._compute = broken
+        for i in range(60):
+            body = {"model": "tiny", "messages": [{"role": "user", "content": f"Hi {i}"}]}
+            assert ask(url, {**body, "max_tokens": 2}).status_code in (200, 500)
+            if server.models.trial is None:
+                break
+        until(lambda: server.models.trial is None)
+        told = status(url)
+        assert told["status"] == "rolled back" and told["reason"].startswith("errors: +")
+        assert told["arms"]["new"]["errors"] == told["arms"]["new"]["answers"] < 30
+        assert server.served.path == str(models["a"])
+        assert all(chat(url, f"Hi {i}")["model"] == server.served.name for i in range(20))
+
+
+def test_a_canary_that_is_slow_is_rolled_back(tmp_path):
+    async def run(slower):
+        decided = []
+
+        async def decide(trial, verdict):
+            decided.append(verdict)
+            trial.end(verdict)
+
+        name = f"{slower}"
+        trial = Trial(SimpleNamespace(), Plan(), CanaryStore(store), name, decide=decide)
+        watching = asyncio.create_task(trial.watch())
+        for i in range(120):
+            for arm, seconds in (("old", 0.01), ("new", 0.01 * slower)):
+                await trial.answered(
+                    f"{name}-{arm}-{i}", f"{i}", None, arm, arm, assigned=True,
+                    seconds=seconds * (1 + i % 5 / 10),
+                )  # fmt: skip
+        if slower > 2:
+            await watching
+        else:
+            watching.cancel()
+        return trial, decided
+
+    with FeedbackStore(tmp_path / "feedback.sqlite") as store:
+        trial, (verdict,) = asyncio.run(run(3))
+        assert verdict.action == "roll back" and verdict.reason.startswith("slow answers: +1.000")
+        assert trial.arms["old"].slow == 0 < trial.arms["new"].slow == trial.arms["new"].timed
+        trial, decided = asyncio.run(run(1.3))
+        assert not decided and trial.arms["new"].timed >= 100
+        assert trial.slow_pace == pytest.approx(0.024)  # twice the median of the first 20
+
+
+def test_counts_survive_a_restart(models, tmp_path):
+    with trying(models, tmp_path, most=10**6) as (url, server):
+        for i in range(25):
+            answer = chat(url, f"Hi {i}")
+            if i % 2:
+                thumb(url, answer["id"], "up" if i % 3 else "down")
+        before, experiment = status(url), server.models.trial.experiment
+        assert sum(arm["outcomes"] for arm in before["arms"].values()) == 12
+        first = {f"Hi {i}": chat(url, f"Hi {i}")["model"] for i in range(10)}
+        before = status(url)
+    with trying(models, tmp_path, most=10**6) as (url, server):
+        assert server.models.trial.experiment == experiment
+        after = status(url)
+        assert after["arms"] == before["arms"] and after["tests"] == before["tests"]
+        assert {text: chat(url, text)["model"] for text in first} == first
+        assert after["slow_seconds_per_token"] == before["slow_seconds_per_token"]
+        # the canary's name chooses it, and `rollback` without a decision ends it
+        response = ask(url, {"model": str(models["a"])}, "/v1/admin/promote")
+        assert response.status_code == 400 and "wanted the canary" in response.text
+        assert ask(url, {}, "/v1/admin/rollback").json()["status"] == "rolled back"
+        assert {chat(url, text)["model"] for text in first} == {server.served.name}
+    with pytest.raises(InputError, match="canary: wanted another model"):
+        with trying({"a": models["a"], "b": models["a"]}, tmp_path):
+            pass
+
+
+def test_what_the_counts_decide():
+    def arms(a, b, old=None, new=None):
+        return {"old": Arm(*a, **(old or {})), "new": Arm(*b, **(new or {}))}
+
+    plan, lenient = Plan(), Plan(rule="non-inferiority", margin=0.1)
+    assert judge(arms((0, 0), (0, 0)), plan) is None
+    assert judge(arms((50, 25), (10, 5)), plan) is None
+    better, worse = arms((900, 450), (300, 225)), arms((900, 450), (300, 75))
+    assert judge(better, plan).action == judge(better, lenient).action == "promote"
+    assert judge(worse, plan).action == judge(worse, lenient).action == "roll back"
+    alike = arms((9000, 4500), (2000, 1000))
+    assert judge(alike, lenient).action == "promote"
+    assert judge(alike, plan).action == "keep"  # 11,000 outcomes
+    test = comparisons(better, plan)["outcome"]
+    assert 0 < test.low < test.difference == 0.25 < test.high < 0.5 and test.p < 0.05
+    # the guards come before the outcomes
+    failing = arms((900, 450), (100, 75), new={"answers": 20, "errors": 9}, old={"answers": 180})
+    assert judge(failing, plan).action == "roll back"
+    assert judge(failing, plan).reason.startswith("errors: ")
+    slow = {"old": {"timed": 90, "slow": 9}, "new": {"timed": 30, "slow": 27}}
+    assert judge(arms((9, 4), (9, 4), **slow), plan).reason.startswith("slow answers: ")
+    slightly = {"old": {"timed": 900, "slow": 90}, "new": {"timed": 300, "slow": 60}}
+    assert judge(arms((9, 4), (9, 4), **slightly), plan) is None
+    for wrong in (
+        {"share": 0}, {"share": 1.0}, {"metric": "fun"}, {"rule": "x"}, {"margin": 0},
+        {"alpha": float("nan")}, {"most": 0},
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            Plan(**wrong)
+
+
+def test_a_share_of_the_conversations(tmp_path):
+    with FeedbackStore(tmp_path / "feedback.sqlite") as store:
+        trial = Trial(SimpleNamespace(), Plan(share=0.1), CanaryStore(store), "x")
+        taken = sum(trial.takes(str(i)) for i in range(20_000))
+        assert 1_850 < taken < 2_150  # 3.5 standard deviations
+        other = Trial(SimpleNamespace(), Plan(share=0.1), CanaryStore(store), "y")
+        both = sum(trial.takes(str(i)) and other.takes(str(i)) for i in range(20_000))
+        assert 140 < both < 260  # each trial has a hash of its own

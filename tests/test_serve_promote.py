@@ -1,0 +1,130 @@
+"""``fastlm serve`` as a process whose model changes: the commands promote and rollback, a kill, and
+what is refused at the start."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+from canary_app import folders
+from serve_app import HTTP, ask, serving, tiny_model
+from typer.testing import CliRunner
+
+from fastlm.cli import app
+
+COMMAND = [sys.executable, "-P", "-m", "fastlm", "serve", "--port", "0"]
+KEY, ADMIN = "client-key-0123456", "admin-key-01234567"
+
+
+@contextmanager
+def served(*options, **environment):
+    """Context: (process, URL) of a server."""
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, options)], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    lines, ready = [], threading.Event()
+
+    def read():
+        for line in process.stderr:
+            lines.append(json.loads(line))
+            if lines[-1]["event"] == "ready":
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert ready.wait(300) and process.poll() is None, lines
+        yield process, next(line["url"] for line in lines if "url" in line)
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stderr.close()
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_the_commands_and_a_kill(tmp_path):
+    models = folders(tmp_path / "models", "abc")
+    keys, admins = tmp_path / "keys", tmp_path / "admins"
+    keys.write_text(KEY)
+    admins.write_text(ADMIN)
+    state = tmp_path / "state.json"
+    options = (
+        "--model", models["a"], "--name", "tiny", "--models-dir", tmp_path / "models", "--state",
+        state, "--api-key-file", keys, "--admin-key-file", admins,
+    )  # fmt: skip
+
+    def answers(url):
+        body = {"model": "tiny", "prompt": "The", "max_tokens": 3}
+        response = ask(url, body, "/v1/completions", authorization=f"Bearer {KEY}")
+        assert response.status_code == 200, response.text
+        return response.json()["model"]
+
+    with served(*options) as (process, url):
+        to = ("--server", url, "--api-key", ADMIN)
+        first = answers(url)
+        result = call("promote", models["b"], "--server", url, "--api-key", KEY)
+        assert result.exit_code == 2 and "wanted an admin key" in result.stderr
+        result = call("rollback", *to)
+        assert result.exit_code == 2 and "wanted a model from before" in result.stderr
+        result = call("promote", models["b"], *to)
+        assert result.exit_code == 0, result.stderr
+        second = answers(url)
+        assert result.stdout == f"{models['b']} answers as {second}\n" and second != first
+        assert call("rollback", *to).exit_code == 0 and answers(url) == first
+        told = json.loads(call("promote", "c", *to, "--json").stdout)  # below --models-dir
+        assert told["path"] == str(models["c"]) and told["previous"] == str(models["a"])
+        # killed while models change
+        changing = threading.Thread(
+            target=lambda: [call("promote", "abc"[i % 3], *to) for i in range(50)]
+        )
+        changing.start()
+        before = len(json.loads(state.read_text())["decisions"])
+        while len(json.loads(state.read_text())["decisions"]) < before + 3:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        changing.join()
+        decided = json.loads(state.read_text())["current"]
+        result = call("promote", "a", *to)
+        assert result.exit_code == 2 and f"wanted `fastlm serve` at {url}" in result.stderr
+    with served(*options) as (_, url):
+        assert answers(url) == f"tiny@{decided['digest'][:8]}"
+        told = HTTP.get(url + "/v1/canary", headers={"authorization": f"Bearer {ADMIN}"}).json()
+        assert told["path"] == decided["path"]
+    result = call("promote", "x", "--server", "file:///etc/passwd")
+    assert result.exit_code == 2 and "server: wanted http://HOST:PORT" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--canary", "b"), "canary: wanted --feedback"),
+        (("--models-dir", "."), "state: wanted a file"),
+        (("--admin-key-file", "keys"), "admin_key_file: wanted API keys, too"),
+        (("--canary", "b", "--feedback", "x", "--share", "1.5"), "share: wanted a number between"),
+        (("--canary", "b", "--feedback", "x", "--canary-metric", "fun"), "canary_metric: wanted"),
+        (("--canary", "b", "--feedback", "x", "--canary-rule", "x"), "canary_rule: wanted super"),
+    ],
+)
+def test_refusals(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").write_text(ADMIN)
+    result = call("serve", "-m", "a", *options)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_a_server_without_changes_has_no_admin_paths(tmp_path):
+    with serving(*tiny_model()) as (url, _):
+        result = call("promote", "x", "--server", url)
+        assert result.exit_code == 2 and "the server changes no models" in result.stderr
+        assert HTTP.get(url + "/v1/canary").status_code == 404
