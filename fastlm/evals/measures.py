@@ -81,15 +81,16 @@ def _of_open(task: Task, question: Open, record: Record) -> dict[str, float]:
     if record["gold"] is not None:
         size = len(question.gold.strip().encode())
         found[HEADLINE] = -record["gold"] / math.log(2) / max(1, size)
+    if task.metric != "pass":
+        found[task.metric] = sum(scores) / len(scores)
+    else:
+        passed = sum(score >= 1 for score in scores)
+        for k in (1, 10, 100):
+            if k <= len(scores):
+                found[f"pass@{k}"] = pass_at_k(len(scores), passed, k)
     for name, judge in task.also.items():
         others = judge([(answer, question.row) for answer in record["answers"]])
         found[name] = sum(others) / len(others)
-    if task.metric != "pass":
-        return {**found, task.metric: sum(scores) / len(scores)}
-    passed = sum(score >= 1 for score in scores)
-    for k in (1, 10, 100):
-        if k <= len(scores):
-            found[f"pass@{k}"] = pass_at_k(len(scores), passed, k)
     return found
 
 
@@ -117,13 +118,15 @@ def parts(task: Task, measured: Values) -> dict[str, dict[str, Any]]:
                 members.setdefault(task.wider[q.part], []).append(i)
     found = {}
     for part, rows in sorted(members.items()):
-        means = {name: mean_error(each[rows]) for name, each in measured.items()}
-        told = {
-            name: {"value": m.mean, "error": m.error if math.isfinite(m.error) else None}
-            for name, m in means.items()
-        }
+        told = {name: told_mean(each[rows]) for name, each in measured.items()}
         found[part] = {"questions": len(rows), "measures": told}
     return found
+
+
+def told_mean(each: np.ndarray) -> dict[str, float | None]:
+    """The mean with its standard error, None for one question, as JSON."""
+    mean = mean_error(each)
+    return {"value": mean.mean, "error": mean.error if math.isfinite(mean.error) else None}
 
 
 def as_json(measures: Mapping[str, Measure]) -> dict[str, Any]:
