@@ -278,6 +278,7 @@ def _stage_commands() -> None:
     from fastlm.data.rank_commands import app as rank_app
     from fastlm.runs.commands import command_of
     from fastlm.runs.kinds import KINDS
+    from fastlm.runs.registry_commands import app as runs_app
     from fastlm.serve.admin_commands import promote, rollback
     from fastlm.serve.commands import app as feedback_app
     from fastlm.serve.commands import serve
@@ -286,7 +287,7 @@ def _stage_commands() -> None:
     app.command("promote", short_help="Let another model of a running server answer.")(promote)
     app.command("rollback", short_help="End a server's canary, or undo its promotion.")(rollback)
     groups = {"data": data_app, "tokenizer": tokenizer_app, "rank": rank_app}
-    groups["feedback"] = feedback_app
+    groups |= {"feedback": feedback_app, "runs": runs_app}
     for group, typed in groups.items():
         app.add_typer(typed, name=group)
     for stage in KINDS.values():

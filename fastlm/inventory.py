@@ -1,7 +1,6 @@
 """`info`: versions, hardware, and which implementation of every op runs here."""
 
 import platform
-import re
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import fastlm
 import fastlm.ops
 import fastlm.optim  # together with fastlm.ops, this registers every op
 from fastlm import backend
+from fastlm.machine import cpu_name
 
 
 def info() -> dict[str, Any]:
@@ -41,7 +41,7 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_isa": backend.cpu_isa(),
         "cpu_isa_why_not": {k: v for k, v in isas.items() if v},
@@ -69,18 +69,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    """The model's name, and its numbers: virtual machines report "AMD EPYC" for any generation."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            first = f.read().split("\n\n", 1)[0]
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.M))
-    numbers = [
-        f"{k.removeprefix('cpu ')} {fields[k]}" for k in ("cpu family", "model") if k in fields
-    ]
-    name = fields.get("model name", platform.machine()).strip()
-    return f"{name} ({', '.join(numbers)})" if numbers else name

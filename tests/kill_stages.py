@@ -45,6 +45,7 @@ CLOCK = {
     "decode_tokens_per_second", "decode_tokens_per_second_before",
     "metrics_bytes",  # of lines with seconds
     "command",  # with the name of the folder
+    "made",  # with the time, hashes of files with times, paths
 }  # fmt: skip
 LIMIT = 300  # seconds of one start
 RUN_KILLS = 3  # of one run, before it may end
@@ -289,6 +290,8 @@ def content(path: Path) -> Any:
             for stage in found[0]["stages"].values():
                 stage.get("outputs", {}).pop("metrics.jsonl", None)
             found[0]["stages"]["report"].pop("fingerprint")
+        if path.name == "record.json":
+            found[0].get("outputs", {}).pop("metrics.jsonl", None)
         return found
     if path.suffix == ".sqlite":
         with sqlite3.connect(path) as store:

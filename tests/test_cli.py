@@ -20,6 +20,7 @@ from fastlm.runs.run import run_recipe
 VERBS = (
     "info",
     "run",
+    "runs",
     "pretrain",
     "sft",
     "distill",

@@ -34,6 +34,7 @@ class Contents:
         read.
         """
         self.cache, self.track = cache, track
+        self.folder = record.parent  # of the run
         self.used: Seen = {}
         self.changed = False  # since the record was written
         try:

@@ -24,6 +24,12 @@ def content_key(text: str) -> bytes:
     ).digest()
 
 
+def paragraph_key(paragraph: str) -> int:
+    """Return 8 bytes of BLAKE2b over the case-folded words of a paragraph, as a number."""
+    bare = NOT_WORD.sub(" ", paragraph.casefold()).strip().encode("utf-8", "replace")
+    return int.from_bytes(blake2b(bare, digest_size=8).digest(), "little")
+
+
 class DocumentDedup:
     """``is_new(key)`` returns whether this content has not been seen before."""
 
@@ -52,8 +58,7 @@ class ParagraphDedup:
         kept, mine, removed = [], set(), 0
         for paragraph in PARAGRAPHS.split(text):
             if len(paragraph) >= self.min_length:
-                bare = NOT_WORD.sub(" ", paragraph.casefold()).strip().encode("utf-8", "replace")
-                key = int.from_bytes(blake2b(bare, digest_size=8).digest(), "little")
+                key = paragraph_key(paragraph)
                 if key in self._seen:
                     removed += 1
                     continue

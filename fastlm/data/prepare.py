@@ -17,7 +17,7 @@ import json
 import signal
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -31,6 +31,7 @@ from fastlm.data.dedup import MIN_PARAGRAPH, DocumentDedup, ParagraphDedup, cont
 from fastlm.data.extract import extract
 from fastlm.data.files import open_stream
 from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules, first_failed
+from fastlm.data.forgotten import document_key, line_key, text_key
 from fastlm.data.nesting import costly_markup
 from fastlm.data.scrub import scrub
 from fastlm.data.sources import Document, SourceFile, list_files, printable, read_files
@@ -228,6 +229,7 @@ def prepare(
     options: DataOptions | None = None,
     cache: Path,
     track=silent,
+    forgotten: Collection[str] = (),
 ) -> Funnel:
     """Write clean text of ``sources`` to ``out``: train.jsonl.zst, heldout.jsonl.zst and, last,
     funnel.json.
@@ -235,7 +237,8 @@ def prepare(
     A line is {"text", "id", "source", "meta"}; ``read_documents`` reads the lines. A bad line among
     good ones, and a bad file inside a folder or a package, are counted, reported in the funnel and
     skipped. A bad source or file that was named raises an error. A failure leaves no folder that
-    was not there before.
+    was not there before. Documents whose key (`fastlm.data.forgotten`) is in ``forgotten`` are left
+    out and counted.
 
     InputError: no sources, bad options, nothing left after cleaning, ``out`` not writable, disk
     full.
@@ -252,7 +255,8 @@ def prepare(
         # Opened before the downloads, so that a read-only folder is reported at once. It has no
         # name, so it leaves nothing behind.
         with tempfile.TemporaryFile(dir=out) as work:
-            index = _write_clean(sources, work, funnel, options, cache, track)
+            gone = frozenset(forgotten)
+            index = _write_clean(sources, work, funnel, options, cache, track, gone)
             work.seek(0)
             _write_split(work, out, index, _choose_heldout(index, options), funnel)
     except BaseException as e:
@@ -268,7 +272,7 @@ def prepare(
 
 
 def _write_clean(
-    sources, work, funnel: Funnel, options: DataOptions, cache: Path, track
+    sources, work, funnel: Funnel, options: DataOptions, cache: Path, track, forgotten
 ) -> list[tuple[bytes, int]]:
     """Write one line per kept document to ``work``. Return [(content key, text bytes)] in order."""
     gather, extracted, unique, judged, scrubbed, paragraphs = (_Step() for _ in range(6))
@@ -292,6 +296,9 @@ def _write_clean(
             if not result.key:
                 extracted.removed[result.failed or "no text"] += 1
                 continue
+            if forgotten and not forgotten.isdisjoint(_keys(document, result)):
+                extracted.removed["forgotten"] += 1
+                continue
             extracted.passed(result.extracted_bytes)
             if not documents.is_new(result.key):
                 unique.removed["same text"] += 1
@@ -311,6 +318,9 @@ def _write_clean(
                     continue
                 if "word_count" in options.rules and first_failed(text, ["word_count"]):
                     paragraphs.removed["document left too short"] += 1
+                    continue
+                if text_key(text) in forgotten:
+                    paragraphs.removed["forgotten"] += 1
                     continue
             size = len(text.encode())
             paragraphs.passed(size)
@@ -350,6 +360,13 @@ def _write_clean(
             f"sources {', '.join(sources)}: wanted text, nothing is left after cleaning: {why}"
         )
     return index
+
+
+def _keys(document: Document, result: _Cleaned) -> set[str]:
+    """The keys by which a document, or a part of one, is forgotten."""
+    place = document.source, document.id
+    text = f"text:{result.key.hex()}"
+    return {document_key(*place), line_key(*place), text, text_key(result.text)}
 
 
 def _parts(

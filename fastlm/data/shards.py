@@ -160,7 +160,8 @@ class TokenDataset:
 
     def __init__(self, path: str | Path, *, verify: bool = True, vocab_size: int | None = None):
         self.path = Path(path)
-        info = _load_index(self.path)
+        self._stamp = _stamp(self.path / INDEX)
+        info = load_index(self.path)
         if vocab_size is not None and vocab_size != info.vocab_size:
             raise InputError(
                 f"{self.path}: wanted tokens of a vocabulary of {vocab_size}, got {info.vocab_size}"
@@ -178,9 +179,21 @@ class TokenDataset:
             for s in info.shards
         ]
         self._ends = np.cumsum([len(s) for s in self._shards])
-        self.fingerprint = hashlib.sha256(
-            "".join(s["sha256"] for s in info.shards).encode()
-        ).hexdigest()
+        self.fingerprint = _fingerprint(info)
+
+    def check_unchanged(self) -> None:
+        """InputError: other shards have taken the place of these since they were opened, as when
+        documents were forgotten. What is mapped is still the old ones.
+        """
+        stamp = _stamp(self.path / INDEX)
+        if stamp in (self._stamp, None):
+            return
+        if _fingerprint(load_index(self.path)) != self.fingerprint:
+            raise InputError(
+                f"{self.path}: wanted the shards that were there at the start, they have changed"
+                " (fastlm data forget, or data shards): start the training again"
+            )
+        self._stamp = stamp
 
     def _map(self, name: str, count: int, dtype: np.dtype, sha256: str | None) -> np.ndarray:
         file = self.path / name
@@ -225,11 +238,24 @@ class TokenDataset:
         return np.concatenate(parts)
 
 
+def _fingerprint(info: ShardInfo) -> str:
+    return hashlib.sha256("".join(s["sha256"] for s in info.shards).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes with a file; None if it is not there."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
 def _totals(shards: list[dict[str, Any]]) -> list[int]:
     return [sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")]
 
 
-def _load_index(path: Path) -> ShardInfo:
+def load_index(path: Path) -> ShardInfo:
     file, inner = path / INDEX, path / "train"
     if not file.exists():
         hint = f"{inner} is one" if (inner / INDEX).exists() else "'fastlm data shards' makes them"
@@ -332,7 +358,8 @@ class BatchSampler:
         return starts
 
     def read(self, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the batch of these windows."""
+        """Return the batch of these windows. InputError: the shards have changed."""
+        self.dataset.check_unchanged()
         rows = np.stack([self.dataset.read(int(start), self.seq_len + 1) for start in starts])
         batch = torch.from_numpy(rows)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()

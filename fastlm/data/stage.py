@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastlm.data.content import Contents
 from fastlm.data.filter import TECHNICAL, WEB
+from fastlm.data.forgotten import forgotten_keys
 from fastlm.data.prepare import HELDOUT, TRAIN, DataOptions, Funnel, prepare, read_documents
 from fastlm.data.sources import DOCUMENTS, PLAIN, TYPE_NOT_READ
 from fastlm.errors import InputError
@@ -29,6 +30,7 @@ class Data(DataOptions, Stage):
     leaves = {"corpus": "."}
     result = {"train_bytes": int, "heldout_bytes": int}
     notes = TYPES_READ
+    sources_in = ("sources",)
 
     sources: Annotated[
         tuple[str, ...],
@@ -48,12 +50,19 @@ class Data(DataOptions, Stage):
         return {**asdict(self), "workers": 1}
 
     def contents(self, contents: Contents) -> Any:
-        return contents.sources(self.sources)
+        found = contents.sources(self.sources)
+        gone = forgotten_keys([contents.folder])
+        return [*found, ["forgotten", sorted(gone)]] if gone else found
 
     def run(self, job: Job) -> dict[str, Any]:
         names = [f.name for f in fields(DataOptions)]
         options = DataOptions(**{name: getattr(self, name) for name in names})
-        funnel = prepare(self.sources, job.out, options=options, cache=job.cache, track=job.track)
+        # of the run and of the folder of runs: nothing comes back from a source that still has it
+        above = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
+        funnel = prepare(
+            self.sources, job.out, options=options, cache=job.cache, track=job.track,
+            forgotten=forgotten_keys([job.out, *above]),
+        )  # fmt: skip
         steps = {s["step"]: s for s in funnel.steps}
         if job.in_recipe and self.heldout_bytes and not steps["heldout"]["documents"]:
             raise InputError(

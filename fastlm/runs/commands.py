@@ -17,7 +17,8 @@ from rich.console import Console
 from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.runs.events import View
-from fastlm.runs.stage import Option, Stage, options_of
+from fastlm.runs.record import ALONE
+from fastlm.runs.stage import Job, Option, Stage, options_of
 from fastlm.threads import Threads
 from fastlm.train.distributed import check_alone, leads
 from fastlm.typed import convert
@@ -60,11 +61,14 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
             result = stage.run(job)
             if not told:
                 return
-            if out and optional_out:
-                from fastlm.runs.report import write_stage_report
-
+            if out is not None:
                 took = time.perf_counter() - began
-                write_stage_report(stage, job, result, took, shlex.join(["fastlm", *sys.argv[1:]]))
+                _record(stage, job, result, took)
+                if optional_out:
+                    from fastlm.runs.report import write_stage_report
+
+                    command = shlex.join(["fastlm", *sys.argv[1:]])
+                    write_stage_report(stage, job, result, took, command)
             shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
         if isinstance(shown, str):
             typer.echo(shown)
@@ -93,6 +97,23 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def _record(stage: Stage, job: Job, result: dict[str, Any], seconds: float) -> None:
+    """Keep a record of the stage in its folder, for `fastlm runs`."""
+    from fastlm.data.content import Contents
+    from fastlm.runs.made import describe
+    from fastlm.runs.record import Entry, chosen, save_alone, sizes_of
+
+    contents = Contents(job.out / "sources.json", cache=job.cache)
+    inputs = {key: [given.where for given in names] for key, names in job.inputs.items()}
+    sizes = {k: v for k, v in sizes_of(job.out, stage.scratch).items() if k != ALONE}
+    command = shlex.join(["fastlm", *sys.argv[1:]])
+    entry = Entry(
+        stage.kind, "", chosen(stage), inputs, dict(stage.leaves), seconds, result, sizes,
+        describe(stage, job, sizes, contents, command=command),
+    )  # fmt: skip
+    save_alone(job.out, entry)
 
 
 def _keyword(name: str, hint: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:

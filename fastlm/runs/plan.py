@@ -22,7 +22,7 @@ from fastlm.data.prepare import FUNNEL
 from fastlm.errors import InputError
 from fastlm.runs.kinds import KINDS
 from fastlm.runs.recipe import SCHEMES, Recipe, Step, is_outside
-from fastlm.runs.record import Entry
+from fastlm.runs.record import Entry, chosen, sizes_of
 from fastlm.runs.stage import Stage, options_of
 
 
@@ -130,15 +130,6 @@ def _lost(folder: Path, step: Step, done: Entry) -> str:
     return next(changed, "")
 
 
-def sizes_of(folder: Path, scratch: Sequence[str]) -> dict[str, int]:
-    """Return the bytes of every file of a stage, except its scratch."""
-    return {
-        str(p.relative_to(folder)): p.stat().st_size
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.relative_to(folder).parts[0] not in scratch
-    }
-
-
 def _holds_training(folder: Path, stage: Stage, done: Entry | None) -> bool:
     """Return whether a folder holds a model or a checkpoint of a training, by its record."""
     made = KINDS.get(done.kind, type(stage)) if done else type(stage)
@@ -152,15 +143,6 @@ def _holds_any(folder: Path, names: Sequence[str]) -> bool:
     return any(
         path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()) for path in paths
     )
-
-
-def chosen(stage: Stage) -> dict[str, Any]:
-    """Return the options that decide the result and differ from their defaults, as JSON values: an
-    option that a later fastlm adds changes no fingerprint.
-    """
-    defaults = {option.name: option.default for option in options_of(type(stage))}
-    values = {k: v for k, v in stage.identity().items() if v != defaults.get(k, ...)}
-    return json.loads(json.dumps(values, default=str))
 
 
 class Fingerprints(dict[str, str]):
@@ -211,7 +193,8 @@ def _outside(step: Step, key: str, name: str, contents: Contents) -> Any:
         if not path.exists() and name.partition(":")[0] in SCHEMES:
             return name  # the name of a package
         if {"model", "reward", "quantized"} & set(types):
-            return contents.tree(locate_model(path))
+            files = contents.tree(locate_model(path))
+            return [file for file in files if file[0] != "README.md"]  # a card changes no model
         if "corpus" in types and not (path / FUNNEL).is_file():
             return contents.sources([name])
         if not path.exists():

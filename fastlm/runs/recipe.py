@@ -39,7 +39,7 @@ _NAME = re.compile(r"\w([\w .+-]{0,98}[\w+-])?")
 SCHEMES = ("model", "pypi", "sdist", "deb")  # of inputs from packages
 KEYS = {"name": str, "description": str, "seed": int, "stage": list}
 # Files and folders of a run, whose names no stage may have
-RESERVED = re.compile(r"report|.*\.html|.*\.json|previous(-\d+)?")
+RESERVED = re.compile(r"report|.*\.html|.*\.jsonl?|previous(-\d+)?")
 # Tables of the old recipes, before the list of stages
 OLD_TABLES = ("data", "tokenizer", "model", "pretrain", "eval", "quantize")
 

@@ -1,7 +1,7 @@
-"""stages.json: what a run folder records about each stage."""
+"""stages.json: what a run records about each stage. record.json: of a stage that ran alone."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,12 @@ from typing import Any
 from fastlm.checkpoint.run_folder import STAGES
 from fastlm.errors import InputError
 from fastlm.files import read_json, save_atomic
+from fastlm.runs.made import Made
 from fastlm.runs.recipe import Recipe
+from fastlm.runs.stage import Stage, options_of
 from fastlm.typed import build, check
 
+ALONE = "record.json"  # in the folder of a stage that ran alone
 LAYOUT = 2  # of a run folder: one folder per stage
 
 
@@ -21,7 +24,8 @@ class Entry:
     outputs.
 
     ``options`` are those that differ from their defaults; ``leaves`` is as in `Stage.leaves`;
-    ``outputs`` has the bytes of every file that the stage left.
+    ``outputs`` has the bytes of every file that the stage left. ``made`` says from what and how; a
+    record of an older fastlm lacks it.
     """
 
     kind: str
@@ -32,12 +36,33 @@ class Entry:
     seconds: float | None = None
     result: dict[str, Any] | None = None
     outputs: dict[str, int] | None = None
+    made: Made | None = None
 
 
 @dataclass
-class _Record:
+class Record:
+    """The content of stages.json."""
+
     layout: int
     stages: dict[str, Entry]
+
+
+def sizes_of(folder: Path, scratch: Sequence[str]) -> dict[str, int]:
+    """Return the bytes of every file of a stage, except its scratch."""
+    return {
+        str(p.relative_to(folder)): p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.relative_to(folder).parts[0] not in scratch
+    }
+
+
+def chosen(stage: Stage) -> dict[str, Any]:
+    """Return the options that decide the result and differ from their defaults, as JSON values: an
+    option that a later fastlm adds changes no fingerprint.
+    """
+    defaults = {option.name: option.default for option in options_of(type(stage))}
+    values = {k: v for k, v in stage.identity().items() if v != defaults.get(k, ...)}
+    return json.loads(json.dumps(values, default=str))
 
 
 def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
@@ -50,7 +75,7 @@ def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
     try:
         table = read_json(path)
         old = any(isinstance(v, Mapping) and "fingerprint" in v for v in table.values())
-        record = None if old and "layout" not in table else build(_Record, table)
+        record = None if old and "layout" not in table else build(Record, table)
     except InputError as e:
         raise _bad(path, e) from None
     if record is None:
@@ -83,10 +108,27 @@ def save_record(out: Path, record: Mapping[str, Entry], recipe: Recipe) -> None:
     """Write the record, in the order of the recipe; stages that it no longer has come first."""
     places = {step.name: i for i, step in enumerate(recipe.steps)}
     stages = {
-        name: {k: v for k, v in asdict(entry).items() if v is not None}
+        name: table_of(entry)
         for name, entry in sorted(record.items(), key=lambda kv: places.get(kv[0], -1))
     }
     save_atomic(out / STAGES, lambda p: dump(p, {"layout": LAYOUT, "stages": stages}))
+
+
+def save_alone(out: Path, entry: Entry) -> None:
+    """Write the record of a stage that ran alone into its folder."""
+    save_atomic(out / ALONE, lambda p: dump(p, {"layout": LAYOUT, **table_of(entry)}))
+
+
+def load_alone(path: Path) -> Entry:
+    """Read a record that `save_alone` wrote. InputError: damaged, or of another fastlm."""
+    table = read_json(path)
+    if (layout := table.pop("layout", None)) != LAYOUT:
+        raise InputError(f"{path}: wanted layout {LAYOUT}, got {layout!r:.20}")
+    return build(Entry, table, f"{path}: ")
+
+
+def table_of(entry: Entry) -> dict[str, Any]:
+    return {k: v for k, v in asdict(entry).items() if v is not None}
 
 
 def dump(path: Path, value: Any) -> None:

@@ -10,7 +10,6 @@ import json
 import platform
 import re
 import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.files import save_atomic
+from fastlm.machine import commit
 from fastlm.runs.recipe import Recipe, Step
 from fastlm.runs.stage import Job, Part, Stage
 from fastlm.runs.text import count_text, seconds_text, size_text
@@ -151,16 +151,4 @@ def machine() -> dict[str, Any]:
     have = info()
     keys = ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python")
     facts = {k: have.get(k) for k in keys}
-    return {**facts, "commit": _commit() or "not a clone", "system": platform.platform()}
-
-
-def _commit() -> str:
-    """Return the commit of the clone this package runs from, "" if there is none or no git."""
-    root = Path(__file__).resolve().parent.parent.parent
-    if not (root / ".git").exists():
-        return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return {**facts, "commit": commit() or "not a clone", "system": platform.platform()}

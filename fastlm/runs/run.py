@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.files import leftovers, make_folder, new_name, read_json, remove, save_atomic
 from fastlm.progress import silent
-from fastlm.runs.plan import Planned, chosen, fingerprints, make_plan, sizes_of
+from fastlm.runs.made import describe, text_hash
+from fastlm.runs.plan import Planned, fingerprints, make_plan
 from fastlm.runs.previous import archive, finish_moving
 from fastlm.runs.recipe import Recipe, Step, is_outside, load_recipe
-from fastlm.runs.record import Entry, dump, load_record, save_record
+from fastlm.runs.record import Entry, chosen, dump, load_record, save_record, sizes_of
+from fastlm.runs.registry import note_run
 from fastlm.runs.report import REPORT, SUMMARY, Done, write_report
 from fastlm.runs.stage import Input, Job
 from fastlm.train.distributed import check_alone
@@ -45,6 +48,8 @@ class _Run:
     track: Callable
     tell: Callable[[dict[str, Any]], None]
     record: dict[str, Entry]
+    contents: Contents
+    command: str
 
     def job(self, step: Step) -> Job:
         inputs = {
@@ -60,6 +65,12 @@ class _Run:
         assert made is not None  # the recipe is checked
         kind = next(t for t in step.stage.reads[key].types if t in made.stage.leaves)
         return Input(name, str(self.out / name / made.stage.leaves[kind]))
+
+    def id_of(self, step: Step, key: str, given: Input) -> str | None:
+        """Return the recorded content id of an input that a stage of this run made."""
+        entry = None if is_outside(given.name) else self.record.get(given.name)
+        ids = entry.made.ids if entry and entry.made else {}
+        return next((ids[t] for t in step.stage.reads[key].types if t in ids), None)
 
     def save(self) -> None:
         save_record(self.out, self.record, self.recipe)
@@ -112,12 +123,14 @@ def run_recipe(
         tell_plan(make_plan(recipe, wanted, prints, {}, out))
         return {}
     make_folder(out)
-    with _locked(out):
+    with locked(out):
         finish_moving(out)
         record = load_record(out, recipe)
         _refuse_foreign(out, names, record)
-        run = _Run(recipe, out, cache, track, on_event or (lambda event: None), record)
         contents = Contents(out / SOURCES, cache=cache, track=track)
+        command = command or f"fastlm run {path}"
+        tell = on_event or (lambda event: None)
+        run = _Run(recipe, out, cache, track, tell, record, contents, command)
         prints = fingerprints(recipe, contents)
         plan = make_plan(recipe, wanted, prints, record, out)
         tell_plan(plan)
@@ -131,7 +144,9 @@ def run_recipe(
         for planned in plan:
             if planned.do not in ("archive", "later"):
                 _run_step(run, planned)
-        return _report(run, prints, command or f"fastlm run {path}")
+        summary = _report(run, prints)
+    note_run(out)
+    return summary
 
 
 def _give_way(run: _Run, plan: Sequence[Planned]) -> None:
@@ -147,7 +162,7 @@ def _give_way(run: _Run, plan: Sequence[Planned]) -> None:
         run.tell({"stage": trainings[0], "state": "archived", "path": str(path)})
     for name in stale:
         if entry := run.record.get(name):
-            entry.outputs = entry.result = None
+            entry.outputs = entry.result = entry.made = None
     if stale:
         run.save()
 
@@ -177,6 +192,10 @@ def _run_step(run: _Run, planned: Planned) -> None:
         raise InputError(f"{step.name}: {e}") from e
     entry.seconds = max(time.perf_counter() - began, result.get("used_seconds", 0.0))
     entry.result, entry.outputs = result, sizes_of(out, stage.scratch)
+    entry.made = describe(
+        stage, job, entry.outputs, run.contents, known=partial(run.id_of, step),
+        recipe=text_hash(json.dumps(run.recipe.table, default=str)), command=run.command,
+    )  # fmt: skip
     run.save()
     run.tell({
         "stage": step.name, "state": "done", "seconds": entry.seconds,
@@ -184,7 +203,7 @@ def _run_step(run: _Run, planned: Planned) -> None:
     })  # fmt: skip
 
 
-def _report(run: _Run, prints: dict[str, str], command: str) -> dict[str, Any]:
+def _report(run: _Run, prints: dict[str, str]) -> dict[str, Any]:
     """Write report.html and summary.json of all finished stages, unless they exist and nothing has
     changed.
     """
@@ -208,7 +227,7 @@ def _report(run: _Run, prints: dict[str, str], command: str) -> dict[str, Any]:
         Done(step, run.job(step), entry.result or {}, entry.seconds or 0.0)
         for step, entry in finished
     ]
-    summary = write_report(run.out, run.recipe, done, command)
+    summary = write_report(run.out, run.recipe, done, run.command)
     run.record["report"] = Entry("report", fingerprint)
     run.save()
     run.tell({
@@ -256,7 +275,7 @@ def _clear(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Allow one run at a time in a folder; the lock ends with the process."""
     lock = out / ".lock"
     if lock.exists() and not lock.is_file():  # a pipe would block

@@ -164,6 +164,7 @@ class Stage:
         result: what `run` returns at least -> its type.
         notes: what ``--help`` shows after the docstring.
         unused: fields that it inherits and has no use for. They are not offered.
+        sources_in: the options that name sources of text or rows.
     """
 
     kind: ClassVar[str]
@@ -176,6 +177,7 @@ class Stage:
     result: ClassVar[Mapping[str, Any]] = {}
     notes: ClassVar[str] = ""
     unused: ClassVar[tuple[str, ...]] = ()
+    sources_in: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:
         """Refuse options that cannot work. InputError names the option."""

@@ -288,6 +288,7 @@ class Server:
             "context_limit": served.context_limit,
             "chat": served.tokenizer.chat_template is not None,
             "feedback": self.feedback is not None,
+            "content_id": served.digest or None,
         }
         return {
             "id": name, "object": "model", "created": served.created, "owned_by": "fastlm",

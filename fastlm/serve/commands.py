@@ -237,7 +237,7 @@ def export_command(
 
     if path.suffix not in (".jsonl", ".ndjson"):
         raise InputError(f"path: wanted a name that ends in .jsonl, got {path}")
-    with _opened(database) as store:
+    with opened(database) as store:
         done = export(store, path, form)
     for reason, count in done.left_out.items():
         typer.echo(f"left out: {count:,} {reason}", err=True)
@@ -251,7 +251,7 @@ def show_command(
     """How many answers are kept, and how many thumbs, comments, corrections and picks there are."""
     import json
 
-    with _opened(database) as store:
+    with opened(database) as store:
         counts = store.counts()
     if as_json:
         typer.echo(json.dumps(counts))
@@ -265,14 +265,14 @@ def forget_command(
     id: Annotated[str, typer.Argument(help="A response's id or a conversation's")],
 ) -> None:
     """Delete a response or a conversation: its text and what was said about it."""
-    with _opened(database) as store:
+    with opened(database) as store:
         gone = store.forget(id)
     if not gone:
         raise InputError(f"id: wanted one of the database, got {id!r:.80}")
     typer.echo(f"{id}: {gone:,} rows deleted")
 
 
-def _opened(database: str):
+def opened(database: str):
     """The database, which must exist."""
     try:
         from fastlm.serve.feedback import FeedbackStore

@@ -21,6 +21,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from fastlm.data.scrub import scrub
 from fastlm.errors import InputError
+from fastlm.serve import withdrawn
 from fastlm.serve.said import Kept, Opinion
 
 WAIT_SECONDS = 30  # for another process that writes to the same SQLite file
@@ -80,6 +81,7 @@ class FeedbackStore:
             listen(self.engine, "connect", _durable)
         with self._errors():
             metadata.create_all(self.engine)
+            withdrawn.TABLE.create(self.engine, checkfirst=True)
 
     def close(self) -> None:
         self.engine.dispose()
@@ -121,10 +123,13 @@ class FeedbackStore:
         assert done.inserted_primary_key is not None
         return int(done.inserted_primary_key[0])
 
-    def keep(self, answer: Kept) -> None:
+    def keep(self, answer: Kept) -> bool:
         """Store an answer and its prompt, whose user has consented; one that is stored already
-        stays as it is.
+        stays as it is. False: that consent was withdrawn, and nothing is stored.
         """
+        with self._errors(), self.engine.connect() as connection:
+            if withdrawn.blocks(connection, answer.response_id, answer.conversation_id):
+                return False
         values = {
             "response_id": answer.response_id,
             "conversation_id": answer.conversation_id,
@@ -136,12 +141,15 @@ class FeedbackStore:
         }
         with self._errors(), suppress(IntegrityError), self.engine.begin() as connection:
             connection.execute(ANSWERS.insert().values(values))
+        return True
 
     def forget(self, id: str) -> int:
         """Delete a response or a conversation, its text and what was said about it. Return how many
-        rows there were.
+        rows there were. Hashes stay, by which exports leave it out (`fastlm.serve.withdrawn`).
         """
         gone = 0
+        with self._errors():  # before anything is deleted, so that a kill in between loses no key
+            withdrawn.note(self.engine, id, self.keys_of(id))
         with self._write() as connection:
             # opinions may name the responses of a conversation alone
             ids = {id}
@@ -156,6 +164,24 @@ class FeedbackStore:
             with self._errors(), self.engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         return gone
+
+    def keys_of(self, id: str) -> set[str]:
+        """The keys of a response or a conversation that is still there; {} if nothing is."""
+        with self._errors(), self.engine.connect() as connection:
+            found = []
+            ids = {id}
+            for table in (ANSWERS, FEEDBACK):
+                query = sa.select(table.c.response_id).where(table.c.conversation_id == id)
+                ids.update(filter(None, connection.execute(query).scalars()))
+            for table in (ANSWERS, FEEDBACK):
+                its = sa.or_(table.c.response_id.in_(ids), table.c.conversation_id == id)
+                found.append(connection.execute(table.select().where(its)).all())
+        return withdrawn.keys_of(id, ids, *found) if any(found) else set()
+
+    def withdrawn(self, id: str | None = None) -> frozenset[str]:
+        """The keys of all that was ever forgotten here, or of what was forgotten as ``id``."""
+        with self._errors(), self.engine.connect() as connection:
+            return withdrawn.stored(connection, id)
 
     def answers(self) -> dict[str, Kept]:
         """All answers that are kept, by id."""

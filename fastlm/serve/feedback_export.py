@@ -6,16 +6,18 @@ about an answer whose text nobody consented to keep trains nothing and is counte
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastlm.data.conversations import conversation_of
+from fastlm.data.forgotten import PROVENANCE
 from fastlm.data.preferences import Comparison, Label, preference_of
 from fastlm.errors import InputError
 from fastlm.files import replacing
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
+from fastlm.serve.withdrawn import is_withdrawn
 
 FORMS = ("sft", "preferences", "kto")
 Key = tuple[str, int]
@@ -46,11 +48,13 @@ def export(store: FeedbackStore, path: str | Path, form: str) -> Exported:
     read = conversation_of if form == "sft" else preference_of
     with replacing(Path(path)) as file:
         seen = set()
-        for row in _Export(store, done).rows(form):
+        for row, responses in _Export(store, done).rows(form):
             line = json.dumps(row, ensure_ascii=False)
             if line in seen:
                 continue
             seen.add(line)
+            row |= _provenance(responses)
+            line = json.dumps(row, ensure_ascii=False)
             try:
                 read(row)
             except InputError as error:
@@ -64,9 +68,21 @@ def export(store: FeedbackStore, path: str | Path, form: str) -> Exported:
     return done
 
 
+def _provenance(answers: Sequence[Kept]) -> dict[str, Any]:
+    """What a row says of where it is from, by which `fastlm data forget` finds it."""
+    responses = dict.fromkeys(answer.response_id for answer in answers)
+    talks = dict.fromkeys(a.conversation_id for a in answers if a.conversation_id is not None)
+    return {PROVENANCE: {"responses": [*responses], "conversations": [*talks]}}
+
+
 class _Export:
     def __init__(self, store: FeedbackStore, done: Exported):
-        self.answers, self.done = store.answers(), done
+        self.done, gone = done, store.withdrawn()
+        self.answers = {
+            id: answer
+            for id, answer in store.answers().items()
+            if not is_withdrawn(gone, id, answer.conversation_id)
+        }
         self.thumbs: dict[tuple[str | None, Key], str] = {}
         self.corrections: dict[tuple[str | None, Key], str] = {}
         self.picks: dict[tuple[str | None, frozenset[Key]], tuple[Key, Key]] = {}
@@ -84,20 +100,22 @@ class _Export:
         for worse in opinion.preferred_over:
             self.picks[opinion.rater, frozenset((key, worse))] = key, worse
 
-    def rows(self, form: str) -> Iterator[dict[str, Any]]:
+    def rows(self, form: str) -> Iterator[tuple[dict[str, Any], list[Kept]]]:
+        """Each row with the answers that it is made of."""
         if form == "kto":
             for (rater, key), thumb in self.thumbs.items():
                 if found := self._answer(key):
                     answer, messages = found
                     label = Label(answer.prompt, messages, thumb == "up", answer.tools, rater)
-                    yield label.row()
+                    yield label.row(), [answer]
             return
         for (rater, key), text in self.corrections.items():
             if found := self._answer(key):
                 answer, messages = found
                 fixed = [*messages[:-1], {"role": "assistant", "content": text}]
                 pair = self._pair(answer, fixed, messages, rater)
-                yield pair.demonstration().row() if form == "sft" else pair.row()
+                row = pair.demonstration().row() if form == "sft" else pair.row()
+                yield row, [answer]
         if form == "sft":
             yield from self._liked()
             return
@@ -107,16 +125,17 @@ class _Export:
                 if (chosen[0].prompt, chosen[0].tools) != (rejected[0].prompt, rejected[0].tools):
                     self.done.left_out["of answers to different prompts"] += 1
                     continue
-                yield self._pair(chosen[0], chosen[1], rejected[1], rater).row()
+                pair = self._pair(chosen[0], chosen[1], rejected[1], rater)
+                yield pair.row(), [chosen[0], rejected[0]]
 
-    def _liked(self) -> Iterator[dict[str, Any]]:
+    def _liked(self) -> Iterator[tuple[dict[str, Any], list[Kept]]]:
         disliked = {key for (_, key), thumb in self.thumbs.items() if thumb == "down"}
         corrected = {key for _, key in self.corrections}
         for key in dict.fromkeys(key for (_, key), thumb in self.thumbs.items() if thumb == "up"):
             if key not in disliked and key not in corrected and (found := self._answer(key)):
                 answer, messages = found
                 pair = self._pair(answer, messages, messages, None)
-                yield pair.demonstration().row()
+                yield pair.demonstration().row(), [answer]
 
     def _pair(
         self, answer: Kept, better: list[Any], worse: list[Any], rater: str | None

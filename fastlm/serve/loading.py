@@ -1,18 +1,20 @@
 """Models loaded for a server: at its start, and beside the one that answers."""
 
 import contextlib
-import hashlib
-import json
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastlm.checkpoint.folder import base_of, is_adapter, locate_model
+from fastlm.data.content import Contents
+from fastlm.data.packages import default_cache
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
-from fastlm.files import open_regular, reason
+from fastlm.files import reason
 from fastlm.model.causal_lm import CausalLM
+from fastlm.runs.made import model_id
 from fastlm.serve.chat import load_model
 from fastlm.serve.engine import Engine
 from fastlm.serve.models import Served, give_memory_back
@@ -25,17 +27,19 @@ SPARE = 1.25  # of the size of a model's files: what loading it takes
 
 @dataclass(frozen=True)
 class Loader:
-    """Loads models with the options of `fastlm.serve.engine.Engine`. ``name``: the public one."""
+    """Loads models with the options of `fastlm.serve.engine.Engine`. ``name``: the public one;
+    with ``versions`` a model's own name is that and the beginning of its digest.
+    """
 
     name: str
     act_bits: int | None
     options: dict[str, Any]
     draft_model: Path | None = None
     turns: AbstractContextManager[Any] | None = None
+    versions: bool = False
 
-    def load(self, path: Path, digest: str = "") -> Served:
-        """Load a model; with a ``digest`` its name is that of the server and the digest's
-        beginning, which no other model has.
+    def load(self, path: Path, digest: str) -> Served:
+        """Load a model whose `digest_of` is known.
 
         InputError: a model or draft model that cannot be used, more pages than fit the memory.
         """
@@ -49,7 +53,7 @@ class Loader:
             raise InputError(
                 f"pages: wanted as many as fit the memory, got {pages}: {reason(error)}"
             ) from None
-        own = f"{self.name}@{digest[:NAMED]}" if digest else self.name
+        own = f"{self.name}@{digest[:NAMED]}" if self.versions else self.name
         return Served(engine, model, tokenizer, own, str(path), digest)
 
     def beside(self, path: Path, current: Served) -> Served:
@@ -122,16 +126,9 @@ def size_of(path: Path) -> int:
 
 
 def digest_of(path: Path) -> str:
-    """A hash of the names and contents of a model's files (0.6 s per GB). InputError: a file cannot
-    be read."""
-    sums = []
-    for file in files_of(path):
-        try:
-            with open_regular(file) as opened:
-                sums.append((file.name, hashlib.file_digest(opened, "sha256").hexdigest()))
-        except OSError as error:
-            raise InputError(f"{file}: wanted a readable file, got: {reason(error)}") from None
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+    """The id by which `fastlm runs show` finds the model: a hash of its files (0.6 s per GB).
+    InputError: a file cannot be read."""
+    return model_id(path, Contents(Path(os.devnull), cache=default_cache()))
 
 
 def free_memory() -> int | None:

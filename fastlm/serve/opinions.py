@@ -105,17 +105,18 @@ async def give(server: "Server", http: Request) -> Response:
     opinion, kept = checked(partial(read_feedback, model=server.models.name), body)
     switch = server.switch
 
-    def write() -> int | None:
+    def write() -> tuple[int | None, bool]:
+        done = False
         if kept is not None:
             told = None if switch is None else switch.model_of(kept.response_id)
-            store.keep(kept if told is None else replace(kept, model=told))
+            done = store.keep(kept if told is None else replace(kept, model=told))
         number = store.add(opinion) if opinion.kinds() else None
         if switch is not None:
             switch.opinion(opinion)
-        return number
+        return number, done
 
     try:
-        number = await run_sync(write)
+        number, done = await run_sync(write)
     except InputError:
         raise ApiError(
             "feedback: the database cannot be used; try again", status=503, kind="server_error",
@@ -123,4 +124,4 @@ async def give(server: "Server", http: Request) -> Response:
         ) from None  # fmt: skip
     for kind in opinion.kinds():
         server.metrics.feedback.labels(kind).inc()
-    return JSONResponse({"object": "feedback", "id": number, "kept": kept is not None})
+    return JSONResponse({"object": "feedback", "id": number, "kept": done})

@@ -19,7 +19,7 @@ from fastlm.errors import InputError
 from fastlm.files import reason
 from fastlm.serve.app import Server
 from fastlm.serve.gate import Limits, log
-from fastlm.serve.loading import Loader
+from fastlm.serve.loading import Loader, digest_of
 from fastlm.serve.models import Models
 from fastlm.serve.plan import Plan
 from fastlm.serve.switch import Allowed, Switch, start_models
@@ -78,9 +78,10 @@ def run(
         }  # fmt: skip
         public = name or path.resolve().name
         if state is None:
-            switch, models = None, Models(Loader(public, act_bits, options, draft_model).load(path))
+            loader = Loader(public, act_bits, options, draft_model)
+            switch, models = None, Models(loader.load(path, digest_of(path)))
         else:
-            loader = Loader(public, act_bits, options, draft_model, Turns())
+            loader = Loader(public, act_bits, options, draft_model, Turns(), versions=True)
             counts = None
             if store is not None:
                 from fastlm.serve.canary_store import CanaryStore

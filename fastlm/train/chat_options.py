@@ -23,6 +23,7 @@ class ChatOptions(TrainOptions):
 
     overlongs: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `overlong`
     rows: ClassVar[str] = "conversations"  # what `data` holds
+    sources_in: ClassVar[tuple[str, ...]] = ("data",)
 
     data: Annotated[
         tuple[str, ...],

@@ -208,6 +208,7 @@ class Reward(ChatOptions, Stage):
     reads = {"model": Takes(("model",), "Model to begin with: a run, a Hugging Face folder")}
     leaves = {"reward": MODEL}
     scratch = ("checkpoints",)
+    sources_in = ("data", "normalise_on")
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
         "metrics": dict, "parameters": int, "comparisons": int, "heldout": int, "read": int,

@@ -1,0 +1,138 @@
+"""From what and how a stage made its output: the part of its record that says where a model comes
+from.
+
+A run keeps it in stages.json, beside what it needs to plan; a stage that runs alone, in record.json
+in its folder. Inputs and outputs have the hash of their content (`fastlm.runs.content_id`), so that
+folders may be moved and copied.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastlm.data.content import Contents
+from fastlm.data.packages import SCHEMES
+from fastlm.errors import InputError
+from fastlm.machine import code, hardware
+from fastlm.runs.content_id import MODELS, artifact_id, combined
+from fastlm.runs.stage import Input, Job, Stage
+
+MOST_FILES = 1000  # of a source that are listed one by one
+
+
+@dataclass
+class Made:
+    """How an output came to be.
+
+    version: of the stage. finished: ISO 8601, UTC. code: as `fastlm.machine.code`. machine: as
+    `fastlm.machine.hardware`. recipe: SHA-256 of the recipe. ids: type -> id of what was left.
+    hashes: SHA-256 of every file in ``outputs``. reads: input -> [{"name", "path", "id"}]; without
+    an id where it is no file. sources: what options name, [{"spec", "package", "licence", "count",
+    "files": {name: SHA-256}}]. earlier: ids that ``ids`` replaced when rows were forgotten
+    (`fastlm.runs.forget`), oldest first.
+    """
+
+    version: int
+    finished: str
+    code: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+    command: str | None = None
+    ids: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    reads: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    earlier: list[dict[str, str]] = field(default_factory=list)
+
+
+def describe(
+    stage: Stage,
+    job: Job,
+    outputs: Mapping[str, int],
+    contents: Contents,
+    *,
+    known: Callable[[str, Input], str | None] = lambda key, given: None,
+    recipe: str | None = None,
+    command: str | None = None,
+) -> Made:
+    """Return how ``stage`` made its ``outputs``, which are hashed here.
+
+    ``known``: the id of an input that has a record already.
+    """
+    reads: dict[str, list[dict[str, Any]]] = {}
+    for key, given in job.inputs.items():
+        types = stage.reads[key].types
+        reads[key] = [
+            {"name": g.name, "path": g.where, "id": known(key, g) or _id(types, g.where, contents)}
+            for g in given
+        ]
+    hashes = {name: digest(job.out / name) for name in outputs}
+    return Made(
+        stage.version, datetime.now(UTC).isoformat(timespec="milliseconds"), code(), hardware(),
+        recipe, command, ids_of(stage.leaves, hashes), hashes, reads,
+        [source(spec, contents) for spec in specs_of(stage)],
+    )  # fmt: skip
+
+
+def ids_of(leaves: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
+    """Return type -> id of what a stage left, from the hashes of its files."""
+    found = {}
+    for kind, place in leaves.items():
+        below = "" if place == "." else f"{place}/"
+        parts = [(n.removeprefix(below), h) for n, h in hashes.items() if n.startswith(below)]
+        if place in hashes:  # one file
+            parts = [(place, hashes[place])]
+        if parts:
+            found[kind] = combined((kind,), parts)
+    return found
+
+
+def specs_of(stage: Stage) -> list[str]:
+    """Return the sources that the options of a stage name."""
+    return [spec for name in stage.sources_in for spec in getattr(stage, name)]
+
+
+def source(spec: str, contents: Contents) -> dict[str, Any]:
+    """Describe a source that an option names: its files with their hashes, its licence."""
+    from fastlm.data.licences import licence_of
+
+    ((_, entries),) = contents.sources([spec])
+    files = {e[0]: e[2] for e in entries if isinstance(e, list)}
+    package, licence = licence_of(spec, contents.cache)
+    return {
+        "spec": spec, "package": package, "licence": licence, "count": len(files) or None,
+        "files": files if len(files) <= MOST_FILES else {},
+    }  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _id(types: Sequence[str], where: str, contents: Contents) -> str | None:
+    """Return the id of an input from outside; None if it is a package, or no longer there."""
+    path = Path(where)
+    try:
+        if set(types) & {*MODELS}:
+            return model_id(where, contents)
+        if not path.exists() and where.partition(":")[0] in SCHEMES:
+            return None
+        return artifact_id(types, path, contents)
+    except (InputError, OSError):
+        return None
+
+
+def model_id(where: str | Path, contents: Contents) -> str:
+    """Return the id of the model at ``where``, as `locate_model` finds it. InputError: no model."""
+    from fastlm.checkpoint.folder import locate_model
+
+    return artifact_id(("model",), locate_model(Path(where)), contents)
